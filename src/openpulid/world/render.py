@@ -1,0 +1,336 @@
+"""Pictures of procedural people: batched, on any device, with everything about them known exactly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from openpulid.world import paint
+from openpulid.world.head import CRANIUM, DEPTH, head_normal, hit_ellipsoid, hit_head, lerp, measures, surface_z
+from openpulid.world.paint import bell, blend, inside, rgb
+from openpulid.world.person import PARAMETERS, Person
+from openpulid.world.scene import Scene
+from openpulid.world.stage import Stage, set_stage
+from openpulid.world.style import apply_style
+
+PARTS = ("background", "face", "eyewear", "hair", "hat", "ears", "neck", "clothes")
+"""Names of the labels in `Rendering.parts`; the face is skin, brows, eyes, nose, mouth and beard."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A batch of pictures and what is known about them.
+
+    image (B, 3, S, S) in [0, 1]; parts (B, S, S) uint8 labels of `PARTS`; landmarks (B, 5, 2) pixels (x, y): both
+    eyes, nose tip, both mouth corners, of a pair the one with the smaller x first.
+    """
+
+    image: Tensor
+    parts: Tensor
+    landmarks: Tensor
+
+    @property
+    def face(self) -> Tensor:
+        """(B, 1, S, S) one on the face's own pixels."""
+        return (self.parts == 1)[:, None].float()
+
+    @property
+    def person(self) -> Tensor:
+        """(B, 1, S, S) one on everything that belongs to the person, hair, hat and clothes included."""
+        return (self.parts > 0)[:, None].float()
+
+
+SUPERSAMPLE = 2
+"""Samples per pixel and axis: edges are smooth by construction, this is for silhouettes and ink lines."""
+
+
+class Canvas:
+    """The picture in the making: colour, and the label and normal of whatever covers each sample."""
+
+    def __init__(self, background: Tensor):
+        self.color = background
+        batch, _, height, width = background.shape
+        self.label = background.new_zeros(batch, height, width)
+        self.normal = background.new_zeros(batch, 3, height, width)
+        self.normal[:, 2] = 1
+
+    def put(self, part: str, color: Tensor, cover: Tensor, normal: tuple[Tensor, ...] | None = None) -> None:
+        """Cover the canvas with `color` where `cover` (B, H, W) says so."""
+        self.color = blend(self.color, color, cover)
+        solid = cover > 0.5
+        self.label = torch.where(solid, torch.full_like(self.label, PARTS.index(part)), self.label)
+        if normal is not None:
+            self.normal = torch.where(solid[:, None], torch.stack(torch.broadcast_tensors(*normal), 1), self.normal)
+
+
+@torch.no_grad()
+def render(
+    people: Sequence[Person],
+    scenes: Sequence[Scene],
+    size: int = 96,
+    device: str | torch.device = "cpu",
+    *,
+    compiled: bool = False,
+) -> Rendering:
+    """Draw person k in scene k. Deterministic: the same arguments give the same picture.
+
+    `compiled` pays about a minute once per process and batch size for twice the speed: for whole data sets.
+
+    Raises ValueError when the two lists differ in length or `size` is not positive.
+    """
+    if len(people) != len(scenes) or size < 1:
+        raise ValueError(
+            f"render needs as many people as scenes and a positive size, got {len(people)}, {len(scenes)}, {size}"
+        )
+    values = torch.tensor([person.vector() for person in people], device=device)
+    p = {name: values[:, index, None, None] for index, name in enumerate(PARAMETERS)}
+    stage = set_stage(scenes, values.device)
+    p["skin_tone"] = (p["skin_tone"] + stage.skin_shift).clamp(0, 1)
+    m = measures(p, stage.expression)
+    draw = _compiled_draw() if compiled else _draw
+    color, label, normal = draw(p, m, stage, size * SUPERSAMPLE)
+    image = F.avg_pool2d(color, SUPERSAMPLE)
+    parts = label[:, 1::SUPERSAMPLE, 1::SUPERSAMPLE].to(torch.uint8)
+    edges = F.avg_pool2d(_edges(label, normal), SUPERSAMPLE)
+    return Rendering(apply_style(image, edges, parts, stage.style), parts, _landmarks(m, stage, size))
+
+
+@functools.cache
+def _compiled_draw() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_draw, dynamic=False)
+
+
+def _draw(p: dict[str, Tensor], m: dict[str, Tensor], stage: Stage, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Back to front, in light: colour (B, 3, s, s), labels and normals at the fine resolution."""
+    e = 2.2 / size
+    sx, sy = _axes(size, stage.yaw.device)
+    canvas = Canvas(_background(stage, sx, sy))
+    origin, ray = stage.rays(sx, sy)
+    skin = paint.skin_color(p["skin_tone"], p["skin_warmth"])
+    _hair_behind(canvas, origin, ray, m, stage, e)
+    _body(canvas, sx, sy, m, stage, skin, e)
+    _ears(canvas, origin, ray, m, stage, skin)
+    _head(canvas, p, m, stage, skin, e)
+    _hair(canvas, origin, ray, m, stage, e)
+    _glasses(canvas, origin, ray, m, stage, e)
+    _hat(canvas, origin, ray, m, stage, e)
+    return canvas.color.clamp(0, 1), canvas.label, canvas.normal
+
+
+def _axes(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Picture coordinates of sample centres in [-1, 1]: x (1, 1, W) to the right, y (1, H, 1) up."""
+    axis = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size * 2 - 1
+    return axis.view(1, 1, -1), -axis.view(1, -1, 1)
+
+
+def _background(stage: Stage, sx: Tensor, sy: Tensor) -> Tensor:
+    base = stage.background
+    stripes = inside(torch.sin(9.0 * (sx + 0.6 * sy)), 0.5)
+    cell_x, cell_y = torch.remainder(sx * 3.5, 1) - 0.5, torch.remainder(sy * 3.5, 1) - 0.5
+    dots = inside(0.25 - torch.sqrt(cell_x**2 + cell_y**2), 0.12)
+    marks = stage.pattern["stripes"] * stripes + stage.pattern["dots"] * dots
+    luminance = base.mean(1, keepdim=True)
+    second = torch.where(luminance > 0.45, base * 0.62, base * 0.6 + 0.34)
+    image = torch.lerp(base.expand(-1, -1, *marks.shape[1:]), second.expand(-1, -1, *marks.shape[1:]), marks[:, None])
+    glow = 1.06 - 0.16 * (sx**2 + sy**2)
+    return (image * glow[:, None] * stage.ambience).clamp(0, 1)
+
+
+def _lit(stage: Stage, normal: tuple[Tensor, ...], gloss: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(light (B, 3, H, W) to multiply a colour with, gloss (B, 1, H, W) to add) for normals in head coordinates."""
+    n = stage.to_picture(normal)
+    light = stage.ambient * lerp(0.80, 1.0, (n[1] * 0.5 + 0.5).clamp(0, 1))[:, None]
+    shine = torch.zeros_like(n[0])
+    for direction, color in stage.lamps:
+        facing = sum(component * direction[:, i, None, None] for i, component in enumerate(n))
+        light = light + color * (0.78 * facing.clamp(min=0) + 0.22 * (0.5 + 0.5 * facing))[:, None]
+        half = direction + torch.tensor([0.0, 0.0, 1.0], device=direction.device)
+        half = half / half.norm(dim=1, keepdim=True)
+        glint = sum(component * half[:, i, None, None] for i, component in enumerate(n)).clamp(0, 1) ** 24
+        shine = shine + glint * color.mean(1)
+    return light, (gloss * shine)[:, None]
+
+
+def _head(canvas: Canvas, p, m, stage: Stage, skin: Tensor, e: float) -> None:
+    size = canvas.label.shape[-1]
+    origin, ray = stage.rays(*_axes(size // 2, stage.yaw.device))  # smooth surface: half the samples are enough for it
+    discriminant, x, y, z, height = hit_head(origin, ray, m)
+    field = torch.stack([discriminant, x, y, z, *head_normal(x, y, z, height, m)], 1)
+    discriminant, x, y, z, *normal = F.interpolate(field, size=(size, size), mode="bilinear").unbind(1)
+    cover = inside(discriminant * 0.30, e) * (z > -0.30)
+    color = skin.expand(-1, -1, *x.shape[1:])
+    color = paint.marks(color, x, y, m, p, stage.blush, e)
+    color = paint.nose(color, x, y, m, e)
+    color = paint.mouth(color, x, y, m, stage.expression, skin, e)
+    color = paint.beard(color, x, y, m, stage.beard, stage.hair * 0.85, e)
+    color = paint.eyes(color, x, y, m, p, stage.wink, e)
+    color = paint.brows(color, x, y, m, 0.6 * stage.hair * 0.55 + 0.4 * rgb(0.13, 0.08, 0.06, color), e)
+    light, shine = _lit(stage, normal, gloss=0.16)
+    canvas.put("face", (color * light + shine).clamp(0, 1), cover, normal)
+
+
+def _ears(canvas: Canvas, origin, ray, m, stage: Stage, skin: Tensor) -> None:
+    for sign in (-1.0, 1.0):
+        moved = (origin[0] - sign * (m["width"] * 0.98), origin[1] - m["eye_y"] + 0.10, origin[2] + 0.02)
+        radii = (m["ears"] * 0.75, m["ears"] * 1.25, torch.full_like(m["ears"], 0.07))
+        discriminant, t = hit_ellipsoid(moved, ray, radii)
+        point = tuple(o + t * d for o, d in zip(moved, ray, strict=True))
+        normal = _normal(point, radii)
+        inner = bell(point[0] / radii[0], 0.55) * bell(point[1] / radii[1], 0.6)
+        light, shine = _lit(stage, normal, gloss=0.05)
+        color = (skin * rgb(0.96, 0.86, 0.84, skin)) * (1 - 0.35 * inner)[:, None]
+        canvas.put("ears", (color * light + shine).clamp(0, 1), (discriminant > 0).float(), normal)
+
+
+def _normal(point: tuple[Tensor, ...], radii: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Unit normal of an ellipsoid at a point on it."""
+    n = tuple(component / radius**2 for component, radius in zip(point, radii, strict=True))
+    length = torch.sqrt(sum(component**2 for component in n)).clamp(min=1e-6)
+    return tuple(component / length for component in n)
+
+
+def _body(canvas: Canvas, sx: Tensor, sy: Tensor, m, stage: Stage, skin: Tensor, e: float) -> None:
+    x, y = sx - 0.55 * stage.shift_x, sy - 0.6 * stage.shift_y
+    neck_w = m["width"] * (0.62 + 0.06 * ((-0.6 - y) * 6).clamp(0, 2))
+    bend = (x / neck_w).clamp(-1, 1)
+    cover = inside(neck_w - x.abs(), 2 * e) * (y < -0.2)
+    normal = (bend, torch.zeros_like(bend + y), (1 - bend**2).clamp(min=0.05).sqrt() + torch.zeros_like(y))
+    light, _ = _lit(stage, normal)
+    under_chin = 1 - 0.45 * bell((y - m["chin_y"] - stage.shift_y).clamp(max=0.3), 0.20)
+    canvas.put("neck", (skin * 0.92 * light * under_chin[:, None]).clamp(0, 1), cover, normal)
+    top = -0.84 - 0.26 * (x.abs() / 0.9) ** 2.2 + 0.05 * stage.shift_y
+    collar = -0.93 + 0.30 * (x.abs() / 0.42) ** 2
+    cover = inside(torch.minimum(top, collar.clamp(max=9)) - y, 2 * e)
+    bend = (x / 1.05).clamp(-1, 1)
+    normal = (
+        bend * 0.8,
+        0.45 + torch.zeros_like(bend + y),
+        (1 - 0.8 * bend**2).clamp(min=0.1).sqrt() + torch.zeros_like(y),
+    )
+    light, _ = _lit(stage, normal)
+    hem = 1 - 0.25 * inside(0.02 - (collar - y - 0.03).abs(), 2 * e)
+    canvas.put("clothes", (stage.clothing * light * hem[:, None]).clamp(0, 1), cover, normal)
+
+
+def _cap(origin, ray, m, grow: Tensor | float, lift: float):
+    """An ellipsoid a little larger than the skull: discriminant, point and normal."""
+    moved = (origin[0], origin[1] - lift, origin[2] + 0.05)
+    radii = (m["width"] + grow, CRANIUM + grow - lift + 0 * m["width"], DEPTH + grow + 0 * m["width"])
+    discriminant, t = hit_ellipsoid(moved, ray, radii)
+    point = tuple(o + t * d for o, d in zip(moved, ray, strict=True))
+    return discriminant, (point[0], point[1] + lift, point[2] - 0.05), _normal(point, radii)
+
+
+def _hair_color(stage: Stage, x: Tensor, y: Tensor, normal) -> Tensor:
+    light, shine = _lit(stage, normal, gloss=0.14)
+    strands = 1 + 0.13 * torch.sin(34 * x + 5 * torch.sin(4 * y)) + 0.06 * torch.sin(13 * x - 6 * y)
+    return (stage.hair * strands[:, None] * light + shine).clamp(0, 1)
+
+
+def _hair_behind(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
+    """What hangs behind neck and head: nothing for short hair, to the jaw for a bob, off the picture for long hair."""
+    fall = stage.length["bob"] * 0.62 + stage.length["long"] * 1.25
+    moved = (origin[0], origin[1] - 0.1 + 0.45 * fall, origin[2] + 0.22)
+    radii = (m["width"] + 0.11 + 0.05 * stage.volume, 0.52 + 0.5 * fall, 0.36 + 0 * fall)
+    discriminant, t = hit_ellipsoid(moved, ray, radii)
+    point = tuple(o + t * d for o, d in zip(moved, ray, strict=True))
+    y = point[1] + 0.1 - 0.45 * fall
+    cover = inside(discriminant * 0.3, e) * inside(y + 0.58 + 1.2 * stage.length["long"], 3 * e) * (fall > 0)
+    color = _hair_color(stage, point[0], y, _normal(point, radii))
+    canvas.put("hair", color * 0.72, cover)
+
+
+def _hair(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
+    """The cap of hair: everything above a hairline that drops at the temples, further down for longer hair."""
+    grow = 0.055 + 0.03 * stage.volume
+    discriminant, (x, y, z), normal = _cap(origin, ray, m, grow, 0.02)
+    side = (x.abs() / (m["width"] + grow)).clamp(0, 1)
+    low = -0.02 - 0.50 * stage.length["bob"] - 0.95 * stage.length["long"]
+    temple = torch.sigmoid((side - 0.86 + 0.10 * (z < 0)) / 0.035) * torch.sigmoid((0.45 - z) / 0.05)
+    fringe = 0.028 * torch.sin(21 * x + 6 * stage.parting) + 0.05 * stage.parting * x
+    line = torch.lerp(0.365 + 0.05 * stage.hairline + fringe - 0.10 * x**2, low.expand_as(x), temple)
+    cover = inside(discriminant * 0.3, e) * inside(y - line, 2 * e) * (1 - stage.length["bald"])
+    shadow = inside(line - y, 0.07) * inside(y - line + 0.06, 0.04) * (canvas.label == 1) * (1 - stage.length["bald"])
+    canvas.color = canvas.color * (1 - 0.30 * shadow * (z > 0))[:, None]
+    canvas.put("hair", _hair_color(stage, x, y, normal), cover, normal)
+
+
+def _glasses(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
+    """Two round lenses on a plane before the eyes, a bridge, and temples that run to the ears."""
+    plane = surface_z(m["eye_x"], m["eye_y"], m) + 0.05
+    t = (plane - origin[2]) / ray[2]
+    x, y = origin[0] + t * ray[0], origin[1] + t * ray[1] - m["eye_y"]
+    radius_x, radius_y = m["eye_x"] * 0.20 + 0.118, 0.125
+    u, v = (x.abs() - m["eye_x"]) / radius_x, y / radius_y
+    distance = (1 - (u.abs() ** 3 + v.abs() ** 3).clamp(min=1e-6) ** (1 / 3)) * radius_y
+    worn = stage.glasses["glasses"] + stage.glasses["sunglasses"]
+    frame = inside(0.017 - distance.abs(), e)
+    bridge = inside(0.014 - (y - 0.03 - 0.5 * x**2).abs(), e) * inside(m["eye_x"] - radius_x - x.abs(), e)
+    arm = (
+        inside(0.014 - (y - 0.03).abs(), e)
+        * inside(x.abs() - m["eye_x"] - radius_x, e)
+        * inside(m["width"] * 1.02 - x.abs(), e)
+    )
+    lens = inside(distance, e)
+    dark = rgb(0.07, 0.07, 0.09, canvas.color)
+    canvas.color = blend(canvas.color, canvas.color * 0.9 + 0.10, lens * stage.glasses["glasses"] * 0.35)
+    tint = dark + 0.25 * bell(u + 0.35, 0.35)[:, None] * bell(v - 0.35, 0.35)[:, None]
+    canvas.put("eyewear", tint * stage.ambience, lens * stage.glasses["sunglasses"] * 0.96)
+    canvas.put(
+        "eyewear", dark * stage.ambience, torch.maximum(torch.maximum(frame, bridge), arm * (canvas.label > 0)) * worn
+    )
+
+
+def _hat(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
+    """A beanie with a turned-up band, or a hat with a wide brim."""
+    beanie, brimmed = stage.hat["beanie"], stage.hat["brimmed"]
+    grow = 0.105 + 0 * beanie
+    discriminant, (x, y, z), normal = _cap(origin, ray, m, grow, 0.03)
+    line = 0.33 + 0.10 * z
+    light, _ = _lit(stage, normal)
+    ribs = 1 + 0.07 * torch.sin(30 * x) * beanie
+    band = inside(line + 0.16 - y, e)
+    cover = inside(discriminant * 0.3, e) * inside(y - line, 2 * e) * (beanie + brimmed)
+    tone = ribs * (1 - 0.22 * band * beanie - 0.45 * band * brimmed)
+    canvas.put("hat", (stage.hat_color * tone[:, None] * light).clamp(0, 1), cover, normal)
+    middle = 0.36 - stage.pitch * 0.55
+    px, py = stage.in_plane(origin)
+    flat = 1 - (px / (m["width"] + 0.36)) ** 2 - ((py - middle) / 0.075) ** 2
+    up = (torch.zeros_like(px), torch.full_like(px, 0.75), torch.full_like(px, 0.65))
+    light, _ = _lit(stage, up)
+    edge = lerp(0.72, 1.0, inside(py - middle + 0.01, 0.06))
+    canvas.put("hat", (stage.hat_color * edge[:, None] * light).clamp(0, 1), inside(flat * 0.06, e) * brimmed, up)
+
+
+def _edges(label: Tensor, normal: Tensor) -> Tensor:
+    """(B, 1, s, s) ink lines where the part changes or the surface turns sharply."""
+    field = torch.cat([label[:, None] * 0.6, normal], 1)
+    right = (field - field.roll(-1, 3)).abs().amax(1, keepdim=True)
+    down = (field - field.roll(-1, 2)).abs().amax(1, keepdim=True)
+    edge = ((torch.maximum(right, down) - 0.22) * 3).clamp(0, 1)
+    edge[..., -1:], edge[..., -1:, :] = 0, 0
+    return F.max_pool2d(edge, 3, 1, 1)
+
+
+def _landmarks(m: dict[str, Tensor], stage: Stage, size: int) -> Tensor:
+    zero = torch.zeros_like(m["width"])
+    corner = 0.97 * m["mouth_w"]
+    corner_y = m["mouth_y"] + stage.expression["smile"] * 0.055 * 0.5
+    points = [
+        (-m["eye_x"], m["eye_y"]),
+        (m["eye_x"], m["eye_y"]),
+        (zero, m["nose_y"] + 0.03),
+        (-corner, corner_y),
+        (corner, corner_y),
+    ]
+    found = []
+    for x, y in points:
+        picture = stage.to_picture((x, y, surface_z(x, y, m)))
+        px, py = stage.zoom * picture[0] + stage.shift_x, stage.zoom * picture[1] + stage.shift_y
+        found.append(torch.cat([(px + 1) / 2, (1 - py) / 2], -1)[:, 0] * size)
+    return torch.stack(found, 1)

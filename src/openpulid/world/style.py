@@ -1,0 +1,66 @@
+"""The look of the finished picture: photo, film noir, pencil sketch, poster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LUMA = (0.299, 0.587, 0.114)
+
+
+def luminance(image: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W), Rec. 601."""
+    weights = torch.tensor(LUMA, dtype=image.dtype, device=image.device).view(1, 3, 1, 1)
+    return (image * weights).sum(1, keepdim=True)
+
+
+def apply_style(image: Tensor, edges: Tensor, parts: Tensor, style: Mapping[str, Tensor]) -> Tensor:
+    """Each picture in its own style; `edges` (B, 1, H, W) are ink lines, `parts` (B, H, W) labels."""
+    looks = {"noir": noir(image), "pencil": pencil(image, edges, parts), "poster": poster(image, edges)}
+    for name, look in looks.items():
+        image = torch.lerp(image, look, style[name][:, None])
+    return image.clamp(0, 1)
+
+
+def noir(image: Tensor) -> Tensor:
+    """Black and white with deep shadows and a dark rim; faces keep their middle tones whatever the skin."""
+    gray = luminance(image)
+    curve = gray.clamp(0, 1) ** 0.8
+    curve = curve * curve * (3 - 2 * curve)
+    curve = 0.35 * gray + 0.65 * curve
+    axis_y = torch.linspace(-1, 1, image.shape[2], device=image.device).view(1, 1, -1, 1)
+    axis_x = torch.linspace(-1, 1, image.shape[3], device=image.device).view(1, 1, 1, -1)
+    rim = 1.05 - 0.30 * (axis_x**2 + axis_y**2).clamp(max=1.6)
+    return (curve * rim).expand_as(image)
+
+
+def pencil(image: Tensor, edges: Tensor, parts: Tensor) -> Tensor:
+    """Graphite on paper: outlines, local contrast as lines, hatching in the darks."""
+    gray = luminance(image)
+    around = F.avg_pool2d(F.pad(gray, (3, 3, 3, 3), mode="replicate"), 7, 1)
+    detail = ((around - gray) * 2.6).clamp(0, 1)
+    height, width = image.shape[2:]
+    ys, xs = (
+        torch.arange(height, device=image.device).view(1, 1, -1, 1),
+        torch.arange(width, device=image.device).view(1, 1, 1, -1),
+    )
+    hatch = 0.5 + 0.5 * torch.sin((xs + ys) * (2 * torch.pi / 6))
+    person = (parts > 0)[:, None].to(image.dtype)
+    shade = (0.62 - gray).clamp(min=0) * (0.35 + 0.55 * hatch) * person
+    ink = (0.85 * edges + 1.0 * detail * person + shade).clamp(0, 0.88)
+    return (0.95 - ink).expand_as(image)
+
+
+def poster(image: Tensor, edges: Tensor) -> Tensor:
+    """Screen print: few tones of lightness with the hue kept, strong colour, dark outlines."""
+    gray = luminance(image).clamp(0.02, 1)
+    levels = 4.0
+    scaled = gray * levels
+    fraction = scaled - scaled.floor()
+    tone = (scaled.floor() + ((fraction - 0.5) * 5 + 0.5).clamp(0, 1) + 0.15) / levels
+    flat = image * (tone / gray)
+    vivid = luminance(flat) + (flat - luminance(flat)) * 1.35
+    return (vivid.clamp(0, 1) * (1 - 0.85 * edges)).clamp(0, 1)

@@ -1,0 +1,41 @@
+"""People: drawn by seed, siblings that differ in exactly what they should."""
+
+import pytest
+import torch
+
+from openpulid.world import FACIAL, HELD_OUT_PEOPLE, PARAMETERS, SKIN, Person
+from openpulid.world.dataset import Plan
+
+
+def test_a_seed_is_a_person():
+    assert Person.from_seed(7) == Person.from_seed(7)
+    assert Person.from_seed(7) != Person.from_seed(8)
+    assert Person.from_seed(0).face_width == pytest.approx(0.4962566, abs=1e-6)
+    assert all(0 <= value <= 1 for value in Person.from_seed(3).vector())
+
+
+def test_vector_and_back():
+    person = Person.from_seed(5)
+    assert Person.from_vector(person.vector()) == person
+    with pytest.raises(ValueError):
+        Person.from_vector([0.5])
+
+
+@pytest.mark.parametrize("changes", [1, 4, 16])
+def test_siblings_differ_in_that_many_facial_values(changes):
+    generator = torch.Generator().manual_seed(changes)
+    person = Person.from_seed(11)
+    sibling = person.sibling(generator, changes)
+    moved = [name for name in PARAMETERS if getattr(person, name) != getattr(sibling, name)]
+    assert len(moved) == changes
+    assert set(moved) <= set(FACIAL)
+    assert all(abs(getattr(person, name) - getattr(sibling, name)) >= 0.4 for name in moved)
+
+
+def test_held_out_people_are_others_and_share_their_skin():
+    train, held_out = Plan(people=8), Plan(people=8, held_out=True)
+    assert held_out.person(0) == Person.from_seed(HELD_OUT_PEOPLE)
+    assert not {train.person(i) for i in range(8)} & {held_out.person(i) for i in range(8)}
+    first, second = held_out.person(0), held_out.person(1)
+    assert all(getattr(first, name) == getattr(second, name) for name in SKIN)
+    assert sum(getattr(first, name) != getattr(second, name) for name in FACIAL) == len(FACIAL)
