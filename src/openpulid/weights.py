@@ -1,0 +1,96 @@
+"""Weights on disk: safetensors with what is needed to rebuild the module in the file's own metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from openpulid.errors import WeightsError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def save_module(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, object] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Writes a module that `load_module` rebuilds from the file alone. The file appears whole or not at all.
+
+    Args:
+        module: must carry `config`, a JSON-able dict of its constructor's arguments.
+        path: the file to write; missing folders are made.
+        metadata: further facts about the weights (revision, seed, minutes), stored as text.
+        dtype: what floating point tensors are stored in; None keeps theirs.
+    """
+    path = Path(path)
+    facts = {key: str(value) for key, value in (metadata or {}).items()}
+    facts |= {"class": type(module).__name__, "config": json.dumps(module.config)}
+    tensors = {name: _stored(tensor, dtype) for name, tensor in module.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, unfinished, metadata=facts)
+    os.replace(unfinished, path)
+    return path
+
+
+def load_module(cls: type[M], path: str | os.PathLike[str], device: str | torch.device = "cpu") -> M:
+    """Rebuilds what `save_module` wrote: float32, in eval mode, without gradients.
+
+    Raises:
+        WeightsError: no such file, not a safetensors file, of another class, or its tensors do not fit the class.
+    """
+    facts = read_metadata(path)
+    if facts.get("class") != cls.__name__ or "config" not in facts:
+        kind = facts.get("class", "something else")
+        raise WeightsError(
+            f"{path} holds {kind}, not {cls.__name__}; name the file that `pulid mini build` wrote for it."
+        )
+    module = cls(**json.loads(facts["config"]))
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise WeightsError(f"{path} was written for another version of {cls.__name__}; build it again.") from error
+    return module.to(device).eval().requires_grad_(False)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The facts stored beside the tensors of a safetensors file.
+
+    Raises:
+        WeightsError: no such file, or not a safetensors file.
+    """
+    if not Path(path).is_file():
+        raise WeightsError(f"{path} does not exist; `pulid mini build` makes the miniature's weights.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is not a whole safetensors file; copy or build it again.") from error
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is not None and tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+    return tensor.detach().cpu().contiguous().clone()

@@ -1,0 +1,144 @@
+"""The way through the house: who may import whom, and what a look at the help may cost."""
+
+from __future__ import annotations
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "openpulid"
+
+# A module imports only from rows above its own, or from its own row.
+ROWS = (
+    "errors",
+    "images",
+    "weights",
+    "faces",
+    "identity",
+    "methods",
+    "autoencoder",
+    "sampling",
+    "presets",
+    "studio",
+    "training",
+    "bench",
+    "world",
+    "mini",
+    "apps",
+)
+
+MODULES = {
+    ".".join(("openpulid", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+FUNCTION_LINES, FILE_LINES = 50, 350
+
+
+def row(module: str) -> int:
+    return ROWS.index(module.split(".")[1])
+
+
+def imports(module: str) -> Iterator[str]:
+    """Modules of this package that `module` imports anywhere: in functions and for types alone, too."""
+    for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute"
+            if node.module not in MODULES:
+                assert not (node.module or "").startswith("openpulid"), f"{module}: no module {node.module}"
+                continue
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else node.module
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "openpulid"])
+def test_imports_only_from_rows_above(module: str) -> None:
+    below = {target for target in imports(module) if target != "openpulid" and row(target) > row(module)}
+    assert not below, f"{module} reaches down to {sorted(below)}"
+
+
+def test_no_import_cycle() -> None:
+    graph = {name: set(imports(name)) - {name} for name in MODULES if name != "openpulid"}
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, "cycle: " + " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for target in graph.get(name, ()):
+                walk(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_small_functions_and_files(module: str) -> None:
+    text = MODULES[module].read_text("utf-8")
+    assert len(text.splitlines()) < FILE_LINES, f"{module} is too long a file"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            lines = (node.end_lineno or 0) - first.lineno + 1
+            assert lines < FUNCTION_LINES, f"{module}.{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_device_is_taken_for_granted(module: str) -> None:
+    """A device is an argument; its *type* may be asked for, but no tensor is sent to a device by name."""
+    tree = ast.parse(MODULES[module].read_text("utf-8"))
+    for node in ast.walk(tree):
+        values = [*node.args, *(k.value for k in node.keywords)] if isinstance(node, ast.Call) else []
+        names = [v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
+        assert not any(name.split(":")[0] == "cuda" for name in names), f"{module}: line {node.lineno}"
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "80"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+HELP = """
+import sys
+from openpulid.apps.cli import main
+sys.argv = ["pulid", "--help"]
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+heavy = {"torch", "numpy", "PIL", "diffusers", "transformers", "timm"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_help_is_light() -> None:
+    """No torch, and under 0.3 s of processor time: the best of several runs, since other work only adds."""
+    seconds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run(HELP)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        assert "demo" in done.stdout
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.3, seconds
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    done = run("import sys, openpulid; bad = {'torch', 'numpy', 'PIL'} & set(sys.modules); assert not bad, bad")
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_exist() -> None:
+    code = "import openpulid as pulid\nfor name in pulid.__all__: getattr(pulid, name)"
+    done = run(code)
+    assert done.returncode == 0, done.stderr
