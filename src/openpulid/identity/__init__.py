@@ -1,0 +1,1 @@
+"""Face -> Identity: features of a person that every encoder can read."""

@@ -1,0 +1,113 @@
+"""From a found face to features: one face, and everything that is known of it comes from that face."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from openpulid import weights
+from openpulid.errors import FaceError
+from openpulid.faces.align import TEMPLATE, blanked, similarity, warp
+from openpulid.faces.detect import FaceFinder
+from openpulid.faces.face import Face
+from openpulid.faces.parse import gray_on_white
+from openpulid.faces.recognise import CROP, ResNetRecogniser
+from openpulid.identity.identity import Identity, concat
+from openpulid.identity.vision import VisionTower
+
+
+class FeatureExtractor:
+    """Finder, recogniser and vision tower, asked in this order.
+
+    Args:
+        finder: picture -> `Face`.
+        recogniser: (B, 3, 64, 64) aligned crops -> (B, R) raw embeddings.
+        tower: gray face on white -> embedding and hidden levels.
+        models: name -> hash of the three; written into every identity.
+    """
+
+    def __init__(
+        self, finder: FaceFinder, recogniser: nn.Module, tower: VisionTower, models: Mapping[str, str] | None = None
+    ) -> None:
+        self.finder, self.recogniser, self.tower = finder, recogniser, tower
+        self.models = dict(models or {})
+
+    @classmethod
+    def load(
+        cls,
+        finder: str | os.PathLike[str],
+        recogniser: str | os.PathLike[str],
+        tower: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+    ) -> FeatureExtractor:
+        """From three files of `weights.save_module`; their hashes are what an identity is checked against.
+
+        Raises:
+            WeightsError: one is missing or damaged.
+        """
+        return cls(
+            weights.load_module(FaceFinder, finder, device),
+            weights.load_module(ResNetRecogniser, recogniser, device),
+            weights.load_module(VisionTower, tower, device),
+            # the finder may be bettered without changing what a face's features mean
+            {Path(path).stem: weights.sha256(path) for path in (recogniser, tower)},
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.tower.parameters()).device
+
+    def find(self, image: Tensor, label: str = "picture", hint: str = "") -> Face:
+        """The face in a picture.
+
+        Args:
+            image: (3, H, W) in [0, 1].
+            label: what an error calls the picture.
+            hint: what to do instead, the error's last words.
+
+        Raises:
+            FaceError: there is none.
+        """
+        face = self.finder.find([image])[0]
+        if face is None:
+            height, width = image.shape[-2:]
+            way_out = hint or "take a picture in which one face is large and seen from the front."
+            raise FaceError(f"{label}: no face was found in its {width} x {height} pixels; {way_out}")
+        return face
+
+    @torch.no_grad()
+    def identity(self, faces: Sequence[Face]) -> Identity:
+        """One person from one face in each of several photos."""
+        return concat([self._one(face) for face in faces])
+
+    def _one(self, face: Face) -> Identity:
+        tensors = (face.image, face.mask, face.landmarks)
+        id_cond, hidden = self.features(*(x[None].to(self.device) for x in tensors))
+        kept = tuple(x.float().cpu() for x in hidden)
+        return Identity(id_cond[:, None].float().cpu(), kept, self.models)
+
+    def features(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Many faces at once, as training wants them; differentiable in the images.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            masks: (B, 1, H, W) in [0, 1], the faces' own pixels.
+            landmarks: (B, 5, 2) in pixels.
+
+        Returns:
+            id_cond (B, C): the raw face embedding, then the tower's; and five hidden levels (B, 1 + N, D).
+        """
+        embedding = self.recogniser(blanked(*self._crops(images, masks, landmarks, CROP)))
+        crops, kept = self._crops(images, masks, landmarks, self.tower.img_size)
+        seen, hidden = self.tower(self.tower.prepare(gray_on_white(crops, kept)))
+        return torch.cat([embedding, seen.to(embedding)], dim=1), hidden
+
+    def _crops(self, images: Tensor, masks: Tensor, landmarks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """(B, 3, size, size) pictures and (B, 1, size, size) masks with the landmarks in the template's place."""
+        both = warp(torch.cat([images, masks.to(images)], 1), similarity(landmarks, TEMPLATE * size), size)
+        return both[:, :3], both[:, 3:]

@@ -1,0 +1,1 @@
+"""Identity -> a base model that shows it."""

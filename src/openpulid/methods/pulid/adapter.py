@@ -1,0 +1,309 @@
+"""PuLID on SDXL: the adapter that is trained, saved, attached to a pipeline, and opened around a generation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from openpulid.errors import OptionError, WeightsError
+from openpulid.methods.pulid.attachment import MARK, Attachment, unet_of
+from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
+from openpulid.methods.pulid.projection import PROJECTIONS, Projection
+from openpulid.methods.pulid.regions import People, Person, people_by_prompt, stacked
+from openpulid.methods.pulid.unet import (
+    IdentityLayer,
+    Injection,
+    KeyValue,
+    cross_attentions,
+    identity_layers,
+    injected,
+)
+
+
+class PuLID(nn.Module):
+    """Identity encoder and identity attention; `state_dict` has the published names.
+
+    Nothing of an attached pipeline changes before `use` opens, and everything is as it was when it closes. What is in
+    use belongs to the open `use`, so several pipelines in several threads do not see each other.
+
+    Args:
+        encoder: `IDEncoder` (v1) or `IDFormer` (v1.1).
+        layers: one `IdentityLayer` per cross-attention, by published key ("1", "3", ...).
+    """
+
+    def __init__(self, encoder: IDEncoder | IDFormer, layers: nn.ModuleDict) -> None:
+        super().__init__()
+        self.id_adapter = encoder
+        self.id_adapter_attn_layers = layers
+        self._attachments: list[Attachment] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy (an average of the weights, say) serves no pipeline: it would copy the pipeline too
+        return {**self.__dict__, "_attachments": []}
+
+    # --- making, saving, loading
+
+    @classmethod
+    def for_unet(cls, unet: nn.Module, encoder: IDEncoder | IDFormer) -> PuLID:
+        """A fresh adapter for a U-Net's layers: until it is trained it changes nothing (values start at zero)."""
+        return cls(encoder, identity_layers(unet))
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None) -> Path:
+        """Writes the published names, and what is needed to rebuild the encoder, as one safetensors file."""
+        path = Path(path)
+        facts = {key: str(value) for key, value in (metadata or {}).items()}
+        facts |= {"encoder": type(self.id_adapter).__name__, "config": json.dumps(self.id_adapter.config)}
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, unfinished, metadata=facts)
+        os.replace(unfinished, path)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PuLID:
+        """Reads what `save` wrote, or a published v1.1 safetensors file: float32, in eval mode.
+
+        Raises:
+            WeightsError: no such file, not an adapter, or names that are missing or too many; it lists them.
+        """
+        if not Path(path).is_file():
+            raise WeightsError(f"{path} does not exist; name the adapter's safetensors file.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata() or {}
+                state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise WeightsError(f"{path} is not a whole safetensors file; copy or build it again.") from error
+        former = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
+        config = json.loads(facts.get("config", "{}"))
+        return cls.from_state_dict(state, ENCODERS[facts.get("encoder", former)](**config))
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], encoder: IDEncoder | IDFormer) -> PuLID:
+        """An adapter with these weights under their published names; the layers' sizes are the tensors'.
+
+        Raises:
+            WeightsError: a name is missing or too many, or a shape differs; it lists them.
+        """
+        keys = [name.split(".") for name in state if name.endswith(".id_to_k.weight")]
+        layers = nn.ModuleDict()
+        for prefix, place, *rest in sorted(keys, key=lambda key: int(key[1])):
+            layers[place] = IdentityLayer(*state[".".join([prefix, place, *rest])].shape)
+        adapter = cls(encoder, layers)
+        try:
+            adapter.load_state_dict(state)
+        except RuntimeError as error:
+            raise WeightsError(f"these are not the weights of this adapter: {error}") from error
+        return adapter.eval()
+
+    # --- which pipelines it serves
+
+    def attach(self, target: Any) -> None:
+        """Serves a StableDiffusionXL pipeline (or a bare U-Net) from now on. Another adapter on it is replaced.
+
+        Raises:
+            OptionError: it has no U-Net.
+            WeightsError: the adapter was made for a U-Net of another shape.
+        """
+        unet = unet_of(target)
+        self._check(unet)
+        self.detach(target)
+        self._attachments.append(Attachment(target))
+        setattr(unet, MARK, id(self))
+
+    def detach(self, target: Any = None) -> None:
+        """Serves this pipeline no longer; without an argument, none. A pipeline that was not attached is no error."""
+        for attachment in [a for a in self._attachments if target is None or a.target is target]:
+            self._attachments.remove(attachment)
+            if getattr(attachment.unet, MARK, None) == id(self):
+                delattr(attachment.unet, MARK)
+
+    def _check(self, unet: Any) -> None:
+        theirs = {place: (a.inner_dim, a.cross_attention_dim) for place, a in cross_attentions(unet).items()}
+        ours = {
+            place: tuple(cast(IdentityLayer, layer).id_to_k.weight.shape)
+            for place, layer in self.id_adapter_attn_layers.items()
+        }
+        if theirs != ours:
+            widths = [" and ".join(map(str, sorted({cross for _, cross in x.values()}))) for x in (ours, theirs)]
+            raise WeightsError(
+                f"this adapter was made for another U-Net: {len(ours)} layers with tokens of width {widths[0]}, "
+                f"this one has {len(theirs)} of width {widths[1]}; take the adapter of this base model."
+            )
+
+    def _serving(self, target: Any) -> list[Attachment]:
+        """The attachments to open: one per U-Net, the latest; `target` alone when it is given."""
+        chosen = [a for a in self._attachments if target is None or a.target is target]
+        by_unet = {id(a.unet): a for a in chosen if getattr(a.unet, MARK, None) == id(self)}
+        if not by_unet:
+            raise OptionError("this adapter serves no pipeline (any more); call attach(pipe) first.")
+        return list(by_unet.values())
+
+    # --- tokens
+
+    def encode(self, id_cond: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+        """Features -> tokens, with gradient.
+
+        Args:
+            id_cond: (B, C) or (B, n, C) for n photos.
+            hidden: five times (B, n * (1 + N), D).
+
+        Returns:
+            (B, T, cross-attention width).
+        """
+        like = next(self.id_adapter.parameters())
+        tokens: Tensor = self.id_adapter(id_cond.to(like), [x.to(like) for x in hidden])
+        return tokens
+
+    def unconditional(self, id_cond: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+        """(1, T, width): the tokens of nobody, zeros of these shapes through the encoder; guidance's negative half."""
+        like = next(self.id_adapter.parameters())
+        tokens: Tensor = self.id_adapter.unconditional(id_cond.to(like), [x.to(like) for x in hidden])
+        return tokens
+
+    def keys_values(self, tokens: Tensor) -> dict[str, KeyValue]:
+        """(..., T, width) -> per layer keys and values (..., T, hidden)."""
+        return {place: layer(tokens) for place, layer in self.id_adapter_attn_layers.items()}
+
+    # --- use
+
+    @contextmanager
+    def use(
+        self,
+        people: People,
+        scale: float = 0.8,
+        start: float = 0.0,
+        end: float = 1.0,
+        projection: Projection = "ortho_v2",
+        num_zero: int = 20,
+        pipe: Any = None,
+    ) -> Iterator[PuLID]:
+        """The attached pipelines show an identity while this is open.
+
+        Args:
+            people: an identity; a list of (identity, mask) for several in one image, masks of any size,
+                soft or hard; or a list with one of these per prompt.
+            scale: weight of the identity; 0 costs nothing.
+            start, end: fractions of the schedule between which it acts, [start, end).
+            projection: "none", "ortho" or "ortho_v2", see `projection.contribution`.
+            num_zero: zero tokens beside the identity's; more of them weaken it.
+            pipe: only this one of the attached pipelines.
+
+        Raises:
+            OptionError: an argument outside its range, nothing attached, or another identity is still in use.
+        """
+        prompts = people_by_prompt(people)
+        first = prompts[0][0][0]
+
+        @torch.no_grad()
+        def positive() -> dict[str, KeyValue]:
+            return self.keys_values(self._tokens(prompts))
+
+        @torch.no_grad()
+        def negative() -> dict[str, KeyValue]:
+            return self.keys_values(self.unconditional(first.id_cond, first.hidden)[:, None])
+
+        options = {"scale": scale, "start": start, "end": end, "projection": projection, "num_zero": num_zero}
+        with self._opened(positive, negative, options, pipe, masks=stacked(prompts)):
+            yield self
+
+    @contextmanager
+    def use_tokens(
+        self,
+        tokens: Tensor,
+        scale: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        projection: Projection = "ortho_v2",
+        num_zero: int = 0,
+        negative: Tensor | None = None,
+        guided: bool | None = None,
+        pipe: Any = None,
+    ) -> Iterator[PuLID]:
+        """As `use`, from tokens and with gradient: what training opens around forward *and* backward.
+
+        Keys and values are computed once here and shared by all calls of the U-Net, so their graph is
+        walked by one backward (or by several with `retain_graph=True`).
+
+        Args:
+            tokens: (B, T, width), one per image of the batch (or one for equally many images each, in order).
+            negative: (1, T, width) for the negative half of a guided batch.
+            guided: whether the batch holds negatives and positives; None asks the pipeline, and a bare U-Net has none.
+
+        Raises:
+            OptionError: see `use`; or the batch is guided and `negative` is missing.
+        """
+
+        def positive() -> dict[str, KeyValue]:
+            return self.keys_values(tokens[:, None])
+
+        def nobody() -> dict[str, KeyValue]:
+            if negative is None:
+                raise OptionError("a guided batch needs negative tokens; give negative=adapter.unconditional(...).")
+            return self.keys_values(negative[:, None])
+
+        options = {"scale": scale, "start": start, "end": end, "projection": projection, "num_zero": num_zero}
+        with self._opened(positive, nobody, options, pipe, guided=guided):
+            yield self
+
+    @contextmanager
+    def _opened(
+        self,
+        positive: Callable[[], dict[str, KeyValue]],
+        negative: Callable[[], dict[str, KeyValue]],
+        options: dict[str, Any],
+        pipe: Any,
+        masks: Tensor | None = None,
+        guided: bool | None = None,
+    ) -> Iterator[None]:
+        """Opens keys and values (P, J, T, hidden) on every U-Net in question; nothing is computed where
+        nothing would act."""
+        _check_options(options)
+        attachments = self._serving(pipe)
+        if options["scale"] == 0 or options["start"] >= options["end"]:
+            yield
+            return
+        keys_values = positive()
+        with ExitStack() as stack:
+            for attachment in attachments:
+                injection = Injection(
+                    keys_values,
+                    negative=negative,
+                    guided=attachment.guided if guided is None else lambda: bool(guided),
+                    progress=attachment.progress,
+                    masks=masks,
+                    **options,
+                )
+                stack.enter_context(injected(attachment.unet, injection))
+            yield
+
+    def _tokens(self, prompts: list[list[Person]]) -> Tensor:
+        """(P, J, T, width): every identity encoded once; prompts with fewer people are filled up with zeros."""
+        known: dict[int, Tensor] = {}
+        for identity in {id(i): i for prompt in prompts for i, _ in prompt}.values():
+            known[id(identity)] = self.encode(identity.id_cond, identity.hidden)[0]
+        if len({len(tokens) for tokens in known.values()}) > 1:
+            raise OptionError("identities used together must be made from the same number of photos each.")
+        nobody = torch.zeros_like(next(iter(known.values())))
+        most = max(map(len, prompts))
+        rows = [[known[id(i)] for i, _ in prompt] + [nobody] * (most - len(prompt)) for prompt in prompts]
+        return torch.stack([torch.stack(row) for row in rows])
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    if options["projection"] not in PROJECTIONS:
+        raise OptionError(f"projection is one of {', '.join(PROJECTIONS)}; it is {options['projection']!r}.")
+    if not 0 <= options["start"] <= 1 or not 0 <= options["end"] <= 1:
+        raise OptionError("start and end are fractions of the schedule, from 0 to 1.")
+    if not isinstance(options["num_zero"], int) or options["num_zero"] < 0:
+        raise OptionError(f"num_zero is a number of tokens, 0 or more; it is {options['num_zero']!r}.")

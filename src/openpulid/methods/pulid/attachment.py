@@ -1,0 +1,62 @@
+"""What an adapter knows of a pipeline that it serves: its U-Net, its guidance, and how far its schedule has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from openpulid.errors import OptionError
+
+MARK = "_identity_method"
+"""The U-Net's attribute that names the adapter serving it: attaching another replaces it."""
+
+
+@dataclass(eq=False)
+class Attachment:
+    """A diffusers pipeline, or a bare U-Net (then nothing is guided unless `use` says so)."""
+
+    target: Any
+
+    @property
+    def unet(self) -> Any:
+        """The U-Net as it is now; a pipeline's may have been exchanged."""
+        return getattr(self.target, "unet", self.target)
+
+    def guided(self) -> bool:
+        """Whether the U-Net's batch holds negatives and positives. Asked during a call, not guessed from
+        the batch size: a guidance scale of exactly 1 has no negative half."""
+        return bool(getattr(self.target, "do_classifier_free_guidance", False))  # before its first run it has none
+
+    def progress(self, timestep: Any) -> float:
+        """The fraction of the schedule at which a timestep stands: step i of n is at i / n.
+
+        An image-to-image run begins inside its scheduler's steps; the fraction is of the steps it takes.
+        Where there is no scheduler, or it does not know the timestep, the fraction is of the noise: 1 - t / T.
+        """
+        scheduler = getattr(self.target, "scheduler", None)
+        now = float(torch.as_tensor(timestep).flatten()[0])
+        steps = getattr(scheduler, "timesteps", None)
+        if steps is not None:
+            places = (torch.as_tensor(steps).float().cpu() == now).nonzero().flatten().tolist()
+            if places:
+                begin = getattr(scheduler, "begin_index", None) or 0
+                index = getattr(scheduler, "step_index", None)
+                # schedulers of second order visit a timestep twice; their own count tells which time this is
+                place = index if index in places else places[0]
+                return max((place or 0) - begin, 0) / max(len(steps) - begin, 1)
+        config = getattr(scheduler, "config", None)
+        return 1 - now / getattr(config, "num_train_timesteps", 1000)
+
+
+def unet_of(target: Any) -> Any:
+    """The U-Net of a pipeline, or the U-Net itself.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    unet = getattr(target, "unet", target)
+    if not hasattr(unet, "attn_processors"):
+        raise OptionError(f"{type(target).__name__} has no U-Net; attach to a StableDiffusionXL pipeline or its U-Net.")
+    return unet

@@ -1,0 +1,295 @@
+"""Identity attention inside any SDXL-family U-Net of diffusers.
+
+Every cross-attention layer gets a second attention with the same queries and the identity's own keys and values; its
+output is added to the text's before the output projection. The processor that was there before keeps doing the text's
+part, so whatever it adds (LoRA, IP-Adapter, another attention kernel) stays.
+
+Shapes: P prompts with an identity, J people in each, B batch of the U-Net, h heads, N tokens, d width of a
+head, L positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, pad
+
+from openpulid.errors import OptionError
+from openpulid.methods.pulid.projection import Projection, attend, contribution
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class IdentityLayer(nn.Module):
+    """The weights of one layer's identity attention, under their published names.
+
+    Args:
+        hidden_size: width of the layer's queries.
+        cross_attention_dim: width of the identity tokens.
+    """
+
+    def __init__(self, hidden_size: int, cross_attention_dim: int) -> None:
+        super().__init__()
+        self.id_to_k = nn.Linear(cross_attention_dim, hidden_size, bias=False)
+        self.id_to_v = nn.Linear(cross_attention_dim, hidden_size, bias=False)
+
+    def forward(self, tokens: Tensor) -> KeyValue:
+        """(..., N, cross_attention_dim) -> keys and values (..., N, hidden_size)."""
+        return self.id_to_k(tokens), self.id_to_v(tokens)
+
+
+def cross_attentions(unet: Any) -> dict[str, Any]:
+    """The U-Net's cross-attention layers by their published key.
+
+    The key is the layer's place in `unet.attn_processors`, where self- and cross-attention alternate: "1", "3", ...
+    """
+    places = {name: str(index) for index, name in enumerate(unet.attn_processors)}
+    return {
+        place: unet.get_submodule(name.removesuffix(".processor"))
+        for name, place in places.items()
+        if name.endswith("attn2.processor")
+    }
+
+
+def identity_layers(unet: nn.Module) -> nn.ModuleDict:
+    """Fresh layers for every cross-attention of a U-Net.
+
+    Keys start as the text's (IP-Adapter does so too) and values at zero: an untrained adapter changes nothing.
+    """
+    layers = nn.ModuleDict()
+    for place, attention in cross_attentions(unet).items():
+        layer = IdentityLayer(attention.inner_dim, attention.cross_attention_dim)
+        text = getattr(attention.to_k, "weight", None)
+        with torch.no_grad():
+            nn.init.zeros_(layer.id_to_v.weight)
+            if text is not None and text.shape == layer.id_to_k.weight.shape and text.is_floating_point():
+                layer.id_to_k.weight.copy_(text)
+        layers[place] = layer
+    return layers
+
+
+@dataclass
+class Call:
+    """What one call of the U-Net needs, expanded to its batch. Kept by batch size, so that a block that is run again
+    during backward (gradient checkpointing) finds what its forward had."""
+
+    active: bool
+    keys_values: Mapping[str, KeyValue] = field(default_factory=dict)  # place -> (J, B, h, N, d) twice
+    regions: Callable[[int], Tensor | None] = lambda positions: None  # L -> (J, B, L, 1)
+
+
+@dataclass
+class Injection:
+    """One opened identity on one U-Net: everything that is active lives here and goes with it.
+
+    Attributes:
+        keys_values: per layer (P, J, N, hidden) twice.
+        negative: computes the same for nobody, (1, 1, N, hidden), when classifier-free guidance first asks for it.
+        guided: says whether the batch's first half is the negative one.
+        progress: the fraction of the schedule that the call at a timestep stands at.
+        masks: (P, J, H, W) in [0, 1], or None: everywhere.
+        start, end: the identity acts while start <= progress < end (at 1.0: to the last step).
+    """
+
+    keys_values: Mapping[str, KeyValue]
+    negative: Callable[[], Mapping[str, KeyValue]]
+    guided: Callable[[], bool]
+    progress: Callable[[Any], float]
+    masks: Tensor | None = None
+    scale: float = 1.0
+    projection: Projection = "ortho_v2"
+    num_zero: int = 0
+    start: float = 0.0
+    end: float = 1.0
+    calls: dict[int, Call] = field(default_factory=dict)
+    _expanded: dict[Any, Call] = field(default_factory=dict)
+    _nobody: Mapping[str, KeyValue] | None = None
+
+    def before(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the U-Net: prepares this call. Outside [start, end) there is nothing to prepare."""
+        sample = args[0] if args else kwargs["sample"]
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        batch = len(sample)
+        if not self._due(unet, timestep):
+            self.calls[batch] = Call(active=False)
+            return
+        guided = self.guided()
+        # under autocast the layers' products already have their dtype
+        dtype = None if torch.is_autocast_enabled(sample.device.type) else sample.dtype
+        made_for = (batch, guided, sample.device, dtype, sample.shape[-2:])
+        if made_for not in self._expanded:
+            self._expanded[made_for] = self._prepare(unet, sample, guided, dtype)
+        self.calls[batch] = self._expanded[made_for]
+
+    def _due(self, unet: Any, timestep: Any) -> bool:
+        if self.start <= 0 and self.end >= 1:
+            return True
+        if torch.is_grad_enabled() and getattr(unet, "is_gradient_checkpointing", False):
+            raise OptionError(
+                "start and end cannot be combined with gradient checkpointing; train over the whole schedule."
+            )
+        progress = self.progress(timestep) + 1e-6
+        return self.start <= progress and (progress < self.end or self.end >= 1)
+
+    def _prepare(self, unet: Any, sample: Tensor, guided: bool, dtype: torch.dtype | None) -> Call:
+        prompts = len(next(iter(self.keys_values.values()))[0])
+        rows = len(sample) // (1 + guided)
+        if rows * (1 + guided) != len(sample) or rows % prompts:
+            half = " in each half of the guided batch" if guided else ""
+            raise OptionError(
+                f"{prompts} identities do not fit {rows} images{half}; give one identity, or one per prompt."
+            )
+        if guided and self._nobody is None:
+            self._nobody = self.negative()
+        heads = {place: attention.heads for place, attention in cross_attentions(unet).items()}
+        expanded = {}
+        for place, pair in self.keys_values.items():
+            nobody = self._nobody[place] if guided and self._nobody else (None, None)
+            key, value = (
+                self._expand(x, no, rows, heads[place], sample.device, dtype)
+                for x, no in zip(pair, nobody, strict=True)
+            )
+            expanded[place] = key, value
+        return Call(True, expanded, self._regions(rows, guided, sample))
+
+    def _expand(
+        self, x: Tensor, nobody: Tensor | None, rows: int, heads: int, device: torch.device, dtype: torch.dtype | None
+    ) -> Tensor:
+        """(P, J, N, hidden) -> (J, B, h, N + zeros, d), the negative half first, as diffusers lays the batch."""
+        x = x.to(device, dtype).repeat_interleave(rows // len(x), dim=0)
+        if nobody is not None:
+            x = torch.cat([nobody.to(x).expand(x.shape), x])
+        x = pad(x, (0, 0, 0, self.num_zero))  # no bias: a zero token has zero key and value
+        return x.unflatten(-1, (heads, -1)).permute(1, 0, 3, 2, 4).contiguous()
+
+    def _regions(self, rows: int, guided: bool, sample: Tensor) -> Callable[[int], Tensor | None]:
+        if self.masks is None:
+            return lambda positions: None
+        masks = self.masks.to(sample.device).repeat_interleave(rows // len(self.masks), dim=0)
+        masks = torch.cat([masks] * (1 + guided)).float()  # (B, J, H, W)
+        height, width = sample.shape[-2:]
+        known: dict[int, Tensor] = {}
+
+        def at(positions: int) -> Tensor:
+            if positions not in known:
+                with torch.no_grad():
+                    # every position gets the mean of its own area: nothing leaks over an edge that lies between two
+                    small = interpolate(masks, grid(height, width, positions), mode="area")
+                    known[positions] = small.flatten(2).transpose(0, 1)[..., None]
+            return known[positions]
+
+        return at
+
+
+def grid(height: int, width: int, positions: int) -> tuple[int, int]:
+    """The height and width at which a U-Net of this latent size has so many positions; each level halves,
+    rounded up."""
+    while height * width > positions:
+        height, width = (height + 1) // 2, (width + 1) // 2
+    assert height * width == positions, "the U-Net halves its latents at every level"
+    return height, width
+
+
+class IdentityAttnProcessor(nn.Module):
+    """The processor of one cross-attention layer while an identity is in use.
+
+    Args:
+        place: the layer's published key.
+        injection: what is in use.
+        inner: the processor that was there before; it does the text's part.
+    """
+
+    def __init__(self, place: str, injection: Injection, inner: Any) -> None:
+        super().__init__()
+        self.place, self.injection, self.inner = place, injection, inner
+        self.takes_masks = "ip_adapter_masks" in inspect.signature(inner.__call__).parameters
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        ip_adapter_masks: Any = None,
+    ) -> Tensor:
+        """As diffusers calls it: (B, L, D) -> (B, L, D)."""
+        call = self.injection.calls[len(hidden_states)]
+        if call.active:
+            attn = _Tapped(attn, lambda query, text: self._with_identity(query, text, attn.heads, call))
+        options = {"ip_adapter_masks": ip_adapter_masks} if self.takes_masks else {}
+        return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **options)
+
+    def _with_identity(self, query: Tensor, text: Tensor, heads: int, call: Call) -> Tensor:
+        """Queries (B, L, D) and the text's output (B, L, D) -> the output with every identity's added."""
+        query = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+        keys, values = (x.to(query.dtype) for x in call.keys_values[self.place])
+        regions = call.regions(query.shape[2])
+        projection = self.injection.projection
+        added = None
+        for person in range(len(keys)):
+            attended, share = attend(query, keys[person], values[person], projection)
+            identity = attended.transpose(1, 2).flatten(2)
+            region = None if regions is None else regions[person]
+            one = contribution(text, identity, projection, share, region)
+            added = one if added is None else added + one
+        assert added is not None, "an open identity has at least one person"
+        return (text + self.injection.scale * added).to(text.dtype)
+
+
+class _Tapped:
+    """A view of an attention layer that any processor can work with: it remembers the queries that are
+    computed through it and lets the identity join the text's output on its way into the output projection."""
+
+    def __init__(self, attention: Any, add: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._attention, self._add = attention, add
+        self._query: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
+
+    def to_q(self, x: Tensor, *args: Any) -> Tensor:
+        self._query = self._attention.to_q(x, *args)
+        return self._query
+
+    @property
+    def to_out(self) -> list[Callable[..., Tensor]]:
+        return [self._project, *list(self._attention.to_out)[1:]]
+
+    def _project(self, text: Tensor, *args: Any) -> Tensor:
+        assert self._query is not None, "a processor computes its queries through the layer's to_q"
+        return self._attention.to_out[0](self._add(self._query, text), *args)
+
+
+@contextmanager
+def injected(unet: nn.Module, injection: Injection) -> Iterator[None]:
+    """The U-Net with the identity's processors in place; they are gone again afterwards, whatever happens inside.
+
+    Raises:
+        OptionError: another identity is in use on this U-Net.
+    """
+    layers = cross_attentions(unet)
+    if any(isinstance(attention.processor, IdentityAttnProcessor) for attention in layers.values()):
+        raise OptionError(
+            "an identity is already in use on this pipeline; close it first, or give `use` all identities as one list."
+        )
+    with ExitStack() as undo:
+        hook = unet.register_forward_pre_hook(injection.before, with_kwargs=True)
+        undo.callback(hook.remove)
+        for place, attention in layers.items():
+            processor = IdentityAttnProcessor(place, injection, attention.processor)
+            attention.set_processor(processor)
+            undo.callback(_restore, attention, processor)
+        yield
+
+
+def _restore(attention: Any, processor: IdentityAttnProcessor) -> None:
+    # whoever changed the processors meanwhile (a loaded IP-Adapter) keeps theirs
+    if attention.processor is processor:
+        attention.set_processor(processor.inner)

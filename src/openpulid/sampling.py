@@ -1,0 +1,98 @@
+"""Noise schedules and samplers: pure loops over a callable, differentiable, without a model or a progress bar inside.
+
+A denoiser maps (x, sigma) to the denoised x_0 estimate; x has variance sigma^2 on top of the data's, and sigma is (B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def sdxl_sigmas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Tensor:
+    """(steps,) noise levels of SDXL's training schedule, rising: "scaled linear" betas."""
+    betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+    kept = (1 - betas).cumprod(0).float()
+    return ((1 - kept) / kept) ** 0.5
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """(steps + 1,) falling noise levels, the last one 0 (Karras et al. 2022, equation 5)."""
+    ramp = torch.linspace(0, 1, steps)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)])
+
+
+def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, in the variables of Karras et al.; the last step is of
+    first order.
+
+    Args:
+        denoise: one call per step.
+        x: (B, ...) noise of deviation sigmas[0].
+        sigmas: (steps + 1,) falling, the last one 0.
+
+    Returns:
+        (B, ...) the sample.
+    """
+    before = None
+    for i in range(len(sigmas) - 1):
+        sigma, following = sigmas[i], sigmas[i + 1]
+        denoised = denoise(x, sigma.to(x.device).expand(len(x)))
+        estimate = denoised
+        if before is not None and following > 0:
+            # extrapolated over the steps' lengths in log sigma
+            ratio = (sigmas[i - 1] / sigma).log() / (sigma / following).log()
+            estimate = denoised + (denoised - before) / (2 * ratio)
+        x = torch.lerp(estimate, x, (following / sigma).to(x))
+        before = denoised
+    return x
+
+
+def dpmpp_sde(
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    noise: Callable[[], Tensor],
+    eta: float = 1.0,
+    middle: float = 0.5,
+) -> Tensor:
+    """DPM-Solver++ (stochastic), the sampler "DPM++ SDE": two calls per step, the first to a point in between.
+
+    Args:
+        denoise: two calls per step, one in the last.
+        x: (B, ...) noise of deviation sigmas[0].
+        sigmas: (steps + 1,) falling, the last one 0.
+        noise: draws standard normal noise of x's shape, two draws per step; from the request's generator,
+            so the seed decides.
+        eta: share of the noise that is renewed; 0 is deterministic.
+        middle: where between two steps, in log sigma, the first call's point lies.
+
+    Returns:
+        (B, ...) the sample.
+    """
+    for i in range(len(sigmas) - 1):
+        sigma, following = sigmas[i], sigmas[i + 1]
+        denoised = denoise(x, sigma.to(x.device).expand(len(x)))
+        if following == 0:
+            return denoised
+        between = sigma ** (1 - middle) * following**middle
+        # both jumps see one Brownian motion: the longer one's noise is that of its two parts
+        near, far = noise(), noise()
+        whole = ((sigma - between).sqrt() * near + (between - following).sqrt() * far) / (sigma - following).sqrt()
+        jumped = _jump(x, denoised, sigma, between, near, eta)
+        second = denoise(jumped, between.to(x.device).expand(len(x)))
+        estimate = torch.lerp(denoised, second, 1 / (2 * middle))
+        x = _jump(x, estimate, sigma, following, whole, eta)
+    return x
+
+
+def _jump(x: Tensor, estimate: Tensor, sigma: Tensor, to: Tensor, noise: Tensor, eta: float) -> Tensor:
+    """An ancestral step: deterministic to less noise than wanted, then noise up to `to`."""
+    up = torch.minimum(to, eta * (to**2 * (sigma**2 - to**2) / sigma**2).sqrt())
+    down = (to**2 - up**2).clamp_min(0).sqrt()
+    return torch.lerp(estimate, x, (down / sigma).to(x)) + up * noise

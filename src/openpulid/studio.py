@@ -1,0 +1,246 @@
+"""Prompt + Identity -> images: the whole story.
+
+studio = load("mini")
+anna = studio.identify("anna.png")
+studio.generate("portrait, film noir", identity=anna, seed=7, num_images=4).images
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from openpulid import presets
+from openpulid.errors import OptionError, PromptError, WeightsError
+from openpulid.identity.features import FeatureExtractor
+from openpulid.identity.identity import Identity
+from openpulid.images import open_picture
+from openpulid.methods.pulid.adapter import PuLID
+from openpulid.methods.pulid.projection import Projection
+from openpulid.methods.pulid.regions import People
+from openpulid.presets import Preset
+
+Picture = str | os.PathLike[str] | Image.Image
+
+
+@dataclass(frozen=True)
+class Result:
+    """Images and the seeds that make each of them again, alone."""
+
+    images: list[Image.Image]
+    seeds: list[int]
+
+
+class Studio:
+    """A base model, what reads faces for it, and an adapter, ready to use.
+
+    Args:
+        pipe: a StableDiffusionXLPipeline.
+        features: picture -> identity; None where only the prompt is used.
+        adapter: attached to `pipe` here; None where only the prompt is used.
+        preset: defaults of a generation.
+    """
+
+    def __init__(self, pipe: Any, features: FeatureExtractor | None, adapter: PuLID | None, preset: Preset) -> None:
+        self.pipe, self.features, self.adapter, self.preset = pipe, features, adapter, preset
+        if adapter is not None:
+            adapter.attach(pipe)
+
+    def identify(self, pictures: Picture | Sequence[Picture]) -> Identity:
+        """One person from one or several photos: paths or PIL images.
+
+        Raises:
+            PictureError: a file that is no picture.
+            FaceError: a picture without a face that this preset knows.
+        """
+        if self.features is None:
+            raise OptionError("this studio was made without what reads faces; load a preset.")
+        one = isinstance(pictures, (str, os.PathLike, Image.Image))
+        photos: list[Any] = [pictures] if one else list(pictures)  # type: ignore[arg-type]
+        if not photos:
+            raise OptionError("an identity needs at least one picture.")
+        opened = [(open_picture(photo), _label(photo)) for photo in photos]
+        faces = [self.features.find(_tensor(image), label, self.preset.no_face) for image, label in opened]
+        return self.features.identity(faces)
+
+    def generate(
+        self,
+        prompt: str,
+        identity: People | None = None,
+        *,
+        seed: int = 0,
+        num_images: int = 1,
+        negative: str = "",
+        steps: int | None = None,
+        guidance: float | None = None,
+        scale: float | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        projection: Projection | None = None,
+        num_zero: int | None = None,
+        batch: int = 1,
+    ) -> Result:
+        """Images of a prompt, with or without somebody in them. What is None is the preset's.
+
+        Args:
+            prompt: what to show; the identity is never in the words.
+            identity: who; or several people with masks, as `PuLID.use` takes them.
+            seed: image k is made from a generator of its own with the seed `seed + k`, on the CPU.
+            negative: what not to show.
+            steps, guidance: of the sampler.
+            scale, start, end, projection, num_zero: of the identity, see `PuLID.use`.
+            batch: images made at once. With 1, image k is bit for bit what the seed + k makes alone; more
+                may be faster, and equal up to rounding.
+
+        Raises:
+            PromptError: words that the model does not know, or too many.
+            IdentityError: an identity that other models made.
+            OptionError: a number outside its range.
+        """
+        given: dict[str, Any] = {"steps": steps, "guidance": guidance, "scale": scale, "start": start, "end": end}
+        given |= {"projection": projection, "num_zero": num_zero}
+        chosen = replace(self.preset, **{name: value for name, value in given.items() if value is not None})
+        if min(num_images, chosen.steps, batch) < 1 or seed < 0:
+            raise OptionError("num_images, steps and batch are at least 1, and a seed is at least 0.")
+        for text in (prompt, negative):
+            check_prompt(self.pipe.tokenizer, text)
+        seeds = [seed + k for k in range(num_images)]
+        with self._showing(identity, chosen):
+            images = [
+                image
+                for first in range(0, num_images, batch)
+                for image in self._run(prompt, negative, seeds[first : first + batch], chosen)
+            ]
+        return Result(images, seeds)
+
+    def _showing(self, identity: People | None, chosen: Preset) -> Any:
+        if identity is None:
+            return nullcontext()
+        if self.adapter is None:
+            raise OptionError("this studio was made without an adapter; load a preset that has one.")
+        if isinstance(identity, Identity) and self.features is not None:
+            identity.require(self.features.models)
+        return self.adapter.use(
+            identity, chosen.scale, chosen.start, chosen.end, chosen.projection, chosen.num_zero, pipe=self.pipe
+        )
+
+    def _run(self, prompt: str, negative: str, seeds: Sequence[int], chosen: Preset) -> list[Image.Image]:
+        count = len(seeds)
+        images: list[Image.Image] = self.pipe(
+            prompt=[prompt] * count,
+            # none given: what the pipeline takes for no words at all
+            negative_prompt=[negative] * count if negative else None,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=chosen.steps,
+            guidance_scale=chosen.guidance,
+        ).images
+        return images
+
+
+def load(preset: str | os.PathLike[str] | Preset = "mini", device: str | torch.device | None = None) -> Studio:
+    """A studio from a preset's name, a folder of weights, or a `Preset`.
+
+    Args:
+        device: where to compute; the accelerator if there is one, else the CPU.
+
+    Raises:
+        OptionError: no such preset.
+        WeightsError: weights that are missing or damaged.
+    """
+    if not isinstance(preset, Preset):
+        preset = presets.find(os.fspath(preset))
+    device = torch.device(device) if device is not None else best_device()
+    features = FeatureExtractor.load(preset.finder, preset.recogniser, preset.vision, device)
+    return Studio(load_pipeline(preset, device), features, PuLID.load(preset.adapter).to(device), preset)
+
+
+def best_device() -> torch.device:
+    """The accelerator, where there is one that works."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load_pipeline(preset: Preset, device: torch.device) -> Any:
+    """The preset's diffusers pipeline, in float32, from local files only, silent.
+
+    Raises:
+        WeightsError: a folder is missing or damaged.
+    """
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+    from safetensors import SafetensorError
+
+    if not (preset.pipeline / "model_index.json").is_file():
+        raise WeightsError(f"{preset.pipeline} holds no pipeline; `pulid mini build` makes the miniature's.")
+    local = {"local_files_only": True}
+    try:
+        with _no_progress_bars():
+            parts = {"unet": UNet2DConditionModel.from_pretrained(preset.unet, **local)} if preset.unet else {}
+            pipe = StableDiffusionXLPipeline.from_pretrained(preset.pipeline, add_watermarker=False, **local, **parts)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{preset.pipeline} cannot be loaded ({reason}); copy or build it again.") from error
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.float()  # text encoders come in the dtype that they are stored in
+    if preset.scheduler:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **preset.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Both libraries show how far loading is; here it takes a moment, and what was set before is set again."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    shown = [
+        library
+        for library in (diffusers.utils.logging, transformers.utils.logging)
+        if library.is_progress_bar_enabled()
+    ]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+def check_prompt(tokenizer: Any, prompt: str) -> None:
+    """Refuses what a text encoder would silently drop: words it does not know, and all that is past its length.
+
+    Raises:
+        PromptError: names the words, with those that come near, or the length.
+    """
+    words = dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*|[^\w\s]", prompt))
+    unknown = [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
+    if unknown:
+        known = [token.removesuffix("</w>") for token in tokenizer.get_vocab() if re.match(r"\w", token)]
+        near = {word: difflib.get_close_matches(word.lower(), known, 2, 0.6) for word in unknown}
+        named = [f"{word!r}" + (f" (near: {', '.join(near[word])})" if near[word] else "") for word in unknown]
+        raise PromptError(f"the model does not know {' and '.join(named)}; use its own words.", unknown)
+    length, limit = len(tokenizer(prompt, truncation=False).input_ids), tokenizer.model_max_length
+    if length > limit:
+        raise PromptError(f"the prompt has {length} tokens and the model reads {limit}; shorten it.")
+
+
+def _label(picture: Picture) -> str:
+    if isinstance(picture, Image.Image):
+        return str(getattr(picture, "filename", "") or "picture")
+    return str(Path(picture))
+
+
+def _tensor(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

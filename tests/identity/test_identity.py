@@ -1,0 +1,70 @@
+"""Identity files: what goes in comes out, only the owner can read it, and foreign ones are refused."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from openpulid.errors import IdentityError
+from openpulid.identity.identity import Identity, concat
+
+MODELS = {"recogniser": "aa", "vision": "bb"}
+
+
+def someone(seed: int = 0, models: dict[str, str] = MODELS) -> Identity:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = tuple(torch.randn(1, 17, 24, generator=generator) for _ in range(5))
+    return Identity(torch.randn(1, 1, 138, generator=generator), hidden, models)
+
+
+def test_saved_and_loaded(tmp_path) -> None:
+    anna = concat([someone(0), someone(1)])
+    path = anna.save(tmp_path / "anna.safetensors")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert os.listdir(tmp_path) == ["anna.safetensors"]
+    start = time.perf_counter()
+    again = Identity.load(path, MODELS)
+    assert time.perf_counter() - start < 0.5
+    assert again.photos == 2 and again.models == MODELS and again.created == anna.created
+    assert torch.equal(again.id_cond, anna.id_cond)
+    assert len(again.hidden) == 5 and all(map(torch.equal, again.hidden, anna.hidden))
+    path.chmod(0o644)  # an older file that others could read is replaced by one that they cannot
+    anna.save(path)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_refused(tmp_path) -> None:
+    path = someone().save(tmp_path / "anna.safetensors")
+    with pytest.raises(IdentityError, match="another vision than"):
+        Identity.load(path, {**MODELS, "vision": "cc"})
+    with pytest.raises(IdentityError, match="does not exist"):
+        Identity.load(tmp_path / "nobody.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(path.read_bytes()[:50])
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name in ("cut", "other"):
+        with pytest.raises(IdentityError, match="not an identity file"):
+            Identity.load(tmp_path / f"{name}.safetensors")
+    with pytest.raises(IdentityError, match="cannot be written"):
+        someone().save(tmp_path / "nowhere" / "anna.safetensors")
+    with pytest.raises(IdentityError, match="one person"):
+        Identity(torch.zeros(2, 1, 3), ())
+    with pytest.raises(IdentityError, match="another"):
+        concat([someone(), someone(1, {"vision": "cc"})])
+
+
+def test_nothing_of_it_is_printed() -> None:
+    anna = someone()
+    assert repr(anna) == "Identity(1 photo, made by recogniser, vision)"
+
+
+def test_nobody_has_the_same_shapes() -> None:
+    anna = someone()
+    nobody = anna.zeros_like()
+    assert nobody.id_cond.shape == anna.id_cond.shape and not nobody.id_cond.any()
+    assert all(x.shape == y.shape and not x.any() for x, y in zip(nobody.hidden, anna.hidden, strict=True))
+    assert anna.to("cpu", torch.float16).hidden[0].dtype == torch.float16
