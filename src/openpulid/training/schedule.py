@@ -1,0 +1,76 @@
+"""How long a training lasts and how fast it learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+WARM_STEPS = 10  # steps whose time says nothing: compilers, caches, allocators
+MEASURED_STEPS = 20  # steps after those, from which a first estimate is made
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast. The batch size is the task's."""
+
+    steps: int
+    lr: float
+    warmup: int = 200  # steps of linear rise
+    decay: float = 0.2  # last part of the steps: linear fall to zero ("warmup-stable-decay")
+    weight_decay: float = 0.01  # on matrices and kernels only, not on biases and norms
+    betas: tuple[float, float] = (0.9, 0.99)
+    ema: float = 0.999
+    clip: float = 1.0  # largest gradient norm
+    seed: int = 0
+    validate_every: int = 500
+    log_every: int = 20
+    save_minutes: float = 3.0
+    bf16: bool = True  # losses and validation under bfloat16 autocast
+
+    def factor(self, step: int, total: int) -> float:
+        """Of the learning rate, at `step` (from 0) of `total`."""
+        tail = max(1.0, self.decay * total)
+        return min(1.0, (step + 1) / max(1, self.warmup), (total - step) / tail)
+
+    def in_tail(self, step: int, total: int) -> bool:
+        return step >= total * (1.0 - self.decay)
+
+
+class Pace:
+    """How fast the steps of this process are, validations and checkpoints included."""
+
+    def __init__(self, step: int) -> None:
+        self.origin = step + WARM_STEPS, 0.0  # where measuring began: step, seconds
+        self.estimate_at = step + WARM_STEPS + MEASURED_STEPS
+        self.step, self.now = step, 0.0
+        self.last: tuple[int, float] | None = None
+
+    def note(self, step: int, seconds: float) -> None:
+        """After every step."""
+        self.step, self.now = step, seconds
+        if step == self.origin[0]:
+            self.origin = step, seconds
+        if self.last is None:
+            self.last = step, seconds
+
+    @property
+    def first_estimate(self) -> bool:
+        return self.step == self.estimate_at
+
+    @property
+    def measured(self) -> int:
+        return max(0, self.step - self.origin[0])
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Since measuring began."""
+        return max(1e-6, (self.now - self.origin[1]) / self.measured)
+
+    def restart(self) -> None:
+        """Measuring begins anew: other programs come and go."""
+        self.origin = self.step, self.now
+
+    def speed(self) -> float:
+        """Steps per second since the last call."""
+        step, seconds = self.last or (self.step, self.now)
+        self.last = self.step, self.now
+        return (self.step - step) / (self.now - seconds) if self.now > seconds else 0.0

@@ -1,0 +1,51 @@
+"""What the tests of training share: a tiny random SDXL, one thread, and further processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # further processes import `tiny` by name, so tests do as well
+
+import tiny
+
+
+@pytest.fixture
+def pipe():
+    return tiny.pipe()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums over several threads are added up in any order; bit for bit needs one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def start():
+    """start(code, *arguments, **environment): a Python process that finds what the tests find."""
+    started = []
+
+    def begin(code, *arguments, **environment):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
