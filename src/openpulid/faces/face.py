@@ -1,0 +1,36 @@
+"""What a finder hands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """One face in one picture. Coordinates are pixels of `image`; pixel k covers [k, k + 1).
+
+    Attributes:
+        image: (3, H, W) float in [0, 1], the whole picture.
+        box: (4,) x1, y1, x2, y2 around the face's own pixels.
+        landmarks: (5, 2) left eye, right eye, nose tip, left and right mouth corner; left is the smaller x.
+        score: how sure the finder is, 0 to 1.
+        mask: (1, H, W) float 0 or 1, the face's own pixels: skin, brows, eyes, nose, mouth; not hair, not glasses.
+    """
+
+    image: Tensor
+    box: Tensor
+    landmarks: Tensor
+    score: float
+    mask: Tensor
+
+    @property
+    def width(self) -> float:
+        """The width of the box in pixels."""
+        return float(self.box[2] - self.box[0])
+
+    @property
+    def area(self) -> float:
+        """The area of the box in square pixels: what "the largest face" compares."""
+        return self.width * float(self.box[3] - self.box[1])
