@@ -1,0 +1,1 @@
+"""The benchmark: measures that know no method and no model."""

@@ -1,0 +1,187 @@
+"""The miniature measured on people and prompts that no training has seen: a row for each model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openpulid.bench import metrics
+from openpulid.bench.metrics import Interval
+from openpulid.identity.identity import Identity
+from openpulid.mini.judge import Judges
+from openpulid.mini.pictures import to_images, to_pictures
+from openpulid.studio import Studio, load
+from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene, render
+
+COLUMNS = ("face_sim", "rank1", "clip_t", "clip_i", "outside_face", "attributes", "face_found")
+DIGITS = {"clip_t": 2}  # three elsewhere
+BATCH = 64
+ADAPTERS = ("stage1",)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image that every model makes: whose, from which words and noise, and what must be seen in it."""
+
+    person: int
+    prompt: str
+    seed: int
+    wanted: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured: model -> column -> mean and interval, and on how much."""
+
+    rows: Mapping[str, Mapping[str, Interval]]
+    people: int
+    prompts: int
+    people_seed: int
+
+
+def silent(asked: Sequence[Request], model: str) -> Iterable[Request]:
+    """The requests, nothing shown."""
+    return asked
+
+
+def progress(asked: Sequence[Request], model: str) -> Iterable[Request]:
+    """The requests, with a bar on stderr."""
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(asked, description=f"{model:>8}", console=Console(stderr=True))
+
+
+def requests(people: int, prompts: int, people_seed: int = 0) -> list[Request]:
+    """`prompts` images of each person; scenes from combinations held out of training, every attribute named.
+
+    Prompt and noise belong to the person and the image's number: the same for every model and machine.
+    """
+    made = []
+    for person in range(people):
+        generator = torch.Generator().manual_seed(HELD_OUT_PEOPLE + people_seed + person)
+        for _ in range(prompts):
+            scene = Scene.sample(generator, held_out=True)
+            wanted = {name: ATTRIBUTES[name].index(value) for name, value in scene.attributes().items()}
+            seed = int(torch.randint(2**31, (), generator=generator))
+            made.append(Request(person, scene.prompt(generator, keep=1.0), seed, wanted))
+    return made
+
+
+def references(people: int, people_seed: int = 0) -> Tensor:
+    """(people, 3, 96, 96) neutral portraits: what identities are made from and faces compared with."""
+    known = [Person.from_seed(HELD_OUT_PEOPLE + people_seed + k) for k in range(people)]
+    return torch.cat([render([person], [Scene()]).image for person in known])
+
+
+def run(
+    people: int = 64,
+    *,
+    people_seed: int = 0,
+    prompts: int = 4,
+    device: str | None = None,
+    progress: Callable[[Sequence[Request], str], Iterable[Request]] = silent,
+) -> Table:
+    """Make every model's images and measure them.
+
+    Args:
+        people: how many, from the first held-out person + `people_seed` on.
+        prompts: images of each person and model.
+        device: where to compute; the best there is by default.
+        progress: passes the requests of a model on, and may show how far it is.
+    """
+    asked, portraits = requests(people, prompts, people_seed), references(people, people_seed)
+    studio, judges = load("mini", device=device), Judges.load()
+    identities = [studio.identify([portrait]) for portrait in to_pictures(portraits)]
+    before = _images(studio, progress(asked, "base"), None)
+    rows = {"base": summarised(measure(judges, asked, portraits, before, before), asked)}
+    for model in ADAPTERS:
+        after = _images(studio, progress(asked, model), identities)
+        rows[model] = summarised(measure(judges, asked, portraits, after, before), asked)
+    return Table(rows, people, prompts, people_seed)
+
+
+def _images(studio: Studio, asked: Iterable[Request], identities: Sequence[Identity] | None) -> Tensor:
+    """(B, 3, H, W), one image for each request; without identities the base model's."""
+    made = []
+    for request in asked:
+        identity = identities[request.person] if identities else None
+        made += studio.generate(request.prompt, identity=identity, seed=request.seed).images
+    return to_images(made)
+
+
+@torch.no_grad()
+def measure(
+    judges: Judges, asked: Sequence[Request], portraits: Tensor, images: Tensor, before: Tensor
+) -> dict[str, Tensor]:
+    """Every column for every image of one model.
+
+    Args:
+        portraits: (P, 3, H, W), one for each person.
+        images: (B, 3, H, W) of the model, in the order of `asked`.
+        before: (B, 3, H, W) of the base model at the same seeds.
+
+    Returns:
+        column -> (B,); all of them better when larger, but for outside_face.
+    """
+    person = torch.tensor([request.person for request in asked])
+    gallery = judges.faces(portraits).embeddings
+    columns: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
+    for start in range(0, len(asked), BATCH):
+        part = slice(start, start + BATCH)
+        now, then, who, some = images[part], before[part], person[part], asked[part]
+        seen, was = judges.faces(now), judges.faces(then)
+        columns["face_sim"].append(metrics.face_sim(seen, gallery[who]))
+        columns["rank1"].append(metrics.rank1(seen, gallery, who))
+        columns["clip_t"].append(metrics.clip_t(judges.embed_images, judges.embed_texts, now, [r.prompt for r in some]))
+        columns["clip_i"].append(metrics.clip_i(judges.embed_images, now, then))
+        columns["outside_face"].append(metrics.outside_face(now, then, seen, was))
+        columns["attributes"].append(metrics.attributes(judges.read, now, [r.wanted for r in some]))
+        columns["face_found"].append(metrics.face_found(seen))
+    return {name: torch.cat(values).cpu() for name, values in columns.items()}
+
+
+def summarised(columns: Mapping[str, Tensor], asked: Sequence[Request]) -> dict[str, Interval]:
+    """Means over people, with their intervals."""
+    person = torch.tensor([request.person for request in asked])
+    return {name: metrics.bootstrap(values, person) for name, values in columns.items()}
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    """The last line: means under the columns' names, 95% intervals under "intervals"."""
+    rows = []
+    for model, columns in table.rows.items():
+        means = {name: _rounded(interval.mean, 5) for name, interval in columns.items()}
+        ranges = {name: [_rounded(i.low, 5), _rounded(i.high, 5)] for name, i in columns.items()}
+        rows.append({"model": model, **means, "intervals": ranges})
+    return {"rows": rows, "people": table.people, "prompts": table.prompts, "people_seed": table.people_seed}
+
+
+def show(table: Table) -> None:
+    """The table for people, on the terminal."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    grid = RichTable(title=f"{table.people} people nobody trained on, {table.prompts} prompts each")
+    grid.add_column("model")
+    for name in COLUMNS:
+        grid.add_column(name, justify="right")
+    for model, columns in table.rows.items():
+        grid.add_row(model, *(_cell(name, columns[name]) for name in COLUMNS))
+    Console().print(grid)
+
+
+def _cell(name: str, interval: Interval) -> str:
+    digits = DIGITS.get(name, 3)
+    half = (interval.high - interval.low) / 2
+    return f"{interval.mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else round(value, digits)

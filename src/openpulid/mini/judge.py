@@ -1,0 +1,84 @@
+"""The miniature's judges: finder, recogniser, CLIP and attribute reader that no adapter was trained with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerFast
+
+from openpulid.bench.metrics import EmbedImages, EmbedTexts, Faces, FindFaces, ReadAttributes
+from openpulid.errors import WeightsError
+from openpulid.faces.align import aligned
+from openpulid.faces.detect import FaceFinder
+from openpulid.faces.recognise import CROP, VGGRecogniser
+from openpulid.mini import clip
+from openpulid.mini.captions import token_ids
+from openpulid.mini.reader import AttributeReader
+from openpulid.presets import MINIATURE
+from openpulid.weights import load_module
+
+
+class FaceJudge:
+    """Finds the face in each image and says whose it is: `bench.metrics.FindFaces` of the miniature."""
+
+    def __init__(self, finder: FaceFinder, recogniser: VGGRecogniser) -> None:
+        self.finder, self.recogniser = finder, recogniser
+
+    @classmethod
+    def load(cls, folder: Path = MINIATURE) -> FaceJudge:
+        """The judge of the miniature in `folder`."""
+        finder = load_module(FaceFinder, folder / "finder.safetensors")
+        return cls(finder, load_module(VGGRecogniser, folder / "recogniser-judge.safetensors"))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Faces:
+        """(B, 3, H, W) in [0, 1] -> Faces; embeddings of images without a face are zero."""
+        found = self.finder.find(images)
+        masks = images.new_zeros(len(images), 1, *images.shape[2:])
+        seen = torch.tensor([face is not None for face in found], device=images.device)
+        for k, face in enumerate(found):
+            if face is not None:
+                masks[k] = face.mask.to(masks)
+        landmarks = [face.landmarks for face in found if face is not None]
+        if not landmarks:
+            return Faces(seen, images.new_zeros(len(images), 1), masks)
+        crops = aligned(images[seen], masks[seen], torch.stack(landmarks).to(images), CROP)
+        some = self.recogniser(crops).float()
+        embeddings = some.new_zeros(len(images), some.shape[1])
+        embeddings[seen] = some
+        return Faces(seen, embeddings, masks)
+
+
+@dataclass(frozen=True)
+class Judges:
+    """All networks that the measures ask, as plain callables."""
+
+    faces: FindFaces
+    embed_images: EmbedImages
+    embed_texts: EmbedTexts
+    read: ReadAttributes
+
+    @classmethod
+    def load(cls, folder: Path = MINIATURE) -> Judges:
+        """The judges of the miniature in `folder`, on the CPU.
+
+        Raises:
+            WeightsError: one of them is missing or damaged.
+        """
+        reader = load_module(AttributeReader, folder / "attributes.safetensors")
+        try:
+            # the text model's own tokenizer: a prompt is read here as it was there
+            words = PreTrainedTokenizerFast.from_pretrained(folder / "pipeline" / "tokenizer", local_files_only=True)
+            network = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32, local_files_only=True).eval()
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{folder} holds no CLIP; `pulid mini build` makes it.") from error
+        return cls(
+            FaceJudge.load(folder),
+            partial(clip.embed_images, network),
+            lambda prompts: clip.embed_texts(network, token_ids(words, list(prompts))),
+            reader,
+        )

@@ -1,0 +1,277 @@
+"""The parts of the miniature, each a function that trains one, writes its weights and says how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+from openpulid.autoencoder import PatchAutoencoderKL
+from openpulid.errors import TrainingError, WeightsError
+from openpulid.faces.detect import FaceFinder
+from openpulid.faces.recognise import RECOGNISERS
+from openpulid.mini import autoencoder as pictures
+from openpulid.mini import clip as words
+from openpulid.mini import recognisers as people
+from openpulid.mini.base import BaseTask
+from openpulid.mini.base import Examination as Images
+from openpulid.mini.captions import Captions
+from openpulid.mini.finder import FinderTask
+from openpulid.mini.finder import examination as finder_figures
+from openpulid.mini.judge import FaceJudge
+from openpulid.mini.latents import Latents
+from openpulid.mini.lightning import STATIONS, LightningTask, Walks
+from openpulid.mini.negatives import photographs
+from openpulid.mini.pipeline import Words, assemble, build_unet, save_folder
+from openpulid.mini.reader import AttributeReader
+from openpulid.mini.text import tokenizer as build_tokenizer
+from openpulid.training.checkpoint import revision
+from openpulid.training.loop import Result, Task, run
+from openpulid.training.schedule import Schedule
+from openpulid.weights import load_module, save_module
+from openpulid.world.dataset import Plan, WorldDataset
+from openpulid.world.dataset import build as render_world
+
+WISHES = 256
+"""Images that the base and its student are examined on."""
+
+
+@dataclass
+class Workshop:
+    """Where things lie, how long a part may take, and what has been trained since it was opened."""
+
+    runs: Path
+    weights: Path
+    device: torch.device
+    minutes: float | None = None
+    results: dict[str, Result] = field(default_factory=dict)
+    plan: Plan = field(default_factory=Plan)
+    held_out_plan: Plan = field(default_factory=lambda: Plan(people=256, scenes=8, held_out=True))
+
+    @cached_property
+    def data(self) -> WorldDataset:
+        return self._open("world")
+
+    @cached_property
+    def held_out(self) -> WorldDataset:
+        return self._open("world-held-out")
+
+    def _open(self, name: str) -> WorldDataset:
+        try:
+            return WorldDataset.open(self.runs / name)
+        except FileNotFoundError as error:
+            raise TrainingError(str(error)) from None
+
+    def train(self, name: str, task: Task, schedule: Schedule, share: float = 1.0) -> Result:
+        """Runs a task in its own folder, for its share of the part's minutes."""
+        minutes = None if self.minutes is None else share * self.minutes
+        self.results[name] = run(task, schedule, self.runs / name, minutes=minutes, device=self.device)
+        return self.results[name]
+
+    def facts(self, name: str, schedule: Schedule) -> dict[str, object]:
+        """What is written beside weights."""
+        result = self.results[name]
+        return {"revision": revision(), "seed": schedule.seed, "steps": result.steps, "minutes": round(result.seconds / 60, 1)}
+
+    def folder(self, cls: Any, *names: str) -> Any:
+        """A model of diffusers or transformers from the weights, in float32, frozen; WeightsError when it is not there."""
+        folder = self.weights.joinpath(*names)
+        if not (folder / "config.json").exists():
+            raise WeightsError(f"{folder} is not there yet; the part that makes it comes before this one in `pulid mini build`.")
+        model = cls.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def words(self) -> Words:
+        first = self.folder(CLIPTextModel, "pipeline", "text_encoder")
+        return Words(first, self.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")).to(self.device)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return PreTrainedTokenizerFast.from_pretrained(self.weights / "pipeline" / "tokenizer", local_files_only=True)
+
+    def vae(self) -> PatchAutoencoderKL:
+        vae = self.folder(PatchAutoencoderKL, "pipeline", "vae")
+        return vae.to(memory_format=torch.channels_last)
+
+    def captions(self) -> Captions:
+        return Captions.of(self.data, self.tokenizer(), self.runs / "captions.npy", on_progress=progress("sentences"))
+
+    def latents(self) -> Latents:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return Latents.of(self.vae(), self.data, self.runs / "latents", on_progress=progress("latents"))
+
+    def examination(self, **options: Any) -> Images:
+        """Of images: with the finder, when there is one already."""
+        reader = load_module(AttributeReader, self.weights / "attributes.safetensors", self.device)
+        file = self.weights / "finder.safetensors"
+        finder = load_module(FaceFinder, file, self.device) if file.exists() else None
+        known = {"vae": self.vae(), "words": self.words(), "tokenizer": self.tokenizer()}
+        return Images.with_wishes(WISHES, **known, reader=reader, finder=finder, **options)
+
+
+def world(shop: Workshop) -> dict[str, float]:
+    """The pictures that everything else is trained and examined on."""
+    shop.runs.mkdir(parents=True, exist_ok=True)
+    made = {}
+    for name, plan in (("world", shop.plan), ("world-held-out", shop.held_out_plan)):
+        made[name] = len(render_world(shop.runs / name, plan, device=str(shop.device), on_progress=progress(name)))
+    return {"pictures": made["world"], "held_out": made["world-held-out"]}
+
+
+def finder(shop: Workshop) -> dict[str, float]:
+    schedule = Schedule(steps=20_000, lr=2e-3, decay=0.3, seed=1, validate_every=400)
+    torch.manual_seed(schedule.seed)
+    network = FaceFinder()
+    task = FinderTask(network, shop.data, shop.held_out, photographs())
+    shop.train("finder", task, schedule)
+    save_module(network, shop.weights / "finder.safetensors", shop.facts("finder", schedule), torch.float16)
+    return {**finder_figures(network, shop.held_out), "refused": task.refused(512)}
+
+
+def recognisers(shop: Workshop) -> dict[str, float]:
+    """Three, one after another, in equal shares of the time, each with its own seed."""
+    examination = people.Examination.make(shop.held_out, shop.runs / "recognisers" / "moved.npy")
+    networks, found = {}, {}
+    for seed, (name, kind) in enumerate(RECOGNISERS.items(), 11):
+        schedule = Schedule(steps=20_000, lr=2e-3, decay=0.4, ema=0.995, seed=seed, validate_every=400, weight_decay=0.05)
+        torch.manual_seed(seed)
+        networks[name] = network = kind()
+        run_name = f"recognisers/{name}"
+        shop.train(run_name, people.RecogniserTask(network, shop.data, examination), schedule, 1 / len(RECOGNISERS))
+        save_module(network, shop.weights / f"recogniser-{name}.safetensors", shop.facts(run_name, schedule), torch.float16)
+        found |= {f"{name} {key}": value for key, value in examination.figures(network).items()}
+    (shop.runs / "recognisers" / "report.md").write_text(people.report(networks, examination))
+    return found
+
+
+def clip(shop: Workshop) -> dict[str, float]:
+    """CLIP, both text encoders of the pipeline, the vision tower and the attribute reader."""
+    schedule = Schedule(steps=20_000, lr=1e-3, decay=0.4, ema=0.995, seed=3, validate_every=400)
+    torch.manual_seed(schedule.seed)
+    tokenizer = build_tokenizer()
+    captions = Captions.of(shop.data, tokenizer, shop.runs / "captions.npy", on_progress=progress("sentences"))
+    readers = words.Readers.build(tokenizer, int(shop.data.people.max()) + 1)
+    shop.train("clip", words.ReadersTask(readers, tokenizer, shop.data, captions, shop.held_out), schedule)
+    tokens = captions.rows(torch.arange(0, len(shop.data), max(1, len(shop.data) // 512)), torch.zeros(1, dtype=torch.long))
+    for text, projection in (
+        (readers.clip.text_model, readers.clip.text_projection),
+        (readers.text.text_model, readers.text.text_projection),
+    ):
+        words.loudened(text, projection, tokens.to(shop.device))
+    _save_readers(shop, readers, tokenizer, shop.facts("clip", schedule))
+    with torch.no_grad():
+        return words.figures(readers, tokenizer, shop.held_out, most=2048)
+
+
+def _save_readers(shop: Workshop, readers: words.Readers, tokenizer: Any, facts: Mapping[str, object]) -> None:
+    first = CLIPTextModel(readers.text.config)
+    first.load_state_dict(readers.text.text_model.state_dict())
+    second = CLIPTextModelWithProjection(readers.clip.config.text_config)
+    second.text_model.load_state_dict(readers.clip.text_model.state_dict())
+    second.text_projection.load_state_dict(readers.clip.text_projection.state_dict())
+    folders = {"clip": readers.clip, "pipeline/text_encoder": first, "pipeline/text_encoder_2": second}
+    for name, model in folders.items():
+        save_folder(model, shop.weights / name)
+        stamp(shop.weights / name, facts)
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer.save_pretrained(shop.weights / "pipeline" / name)
+    save_module(readers.tower, shop.weights / "vision.safetensors", facts, torch.float16)
+    save_module(readers.reader, shop.weights / "attributes.safetensors", facts, torch.float16)
+
+
+def autoencoder(shop: Workshop) -> dict[str, float]:
+    schedule = Schedule(steps=40_000, lr=8e-4, decay=0.4, ema=0.998, seed=0, validate_every=1000)
+    torch.manual_seed(schedule.seed)
+    vae = pictures.build_autoencoder(shop.data)
+    shop.train("autoencoder", pictures.AutoencoderTask(vae, shop.data, shop.held_out), schedule)
+    pictures.standardised(vae, shop.data)
+    save_folder(vae, shop.weights / "pipeline" / "vae")
+    stamp(shop.weights / "pipeline" / "vae", shop.facts("autoencoder", schedule))
+    return {**pictures.figures(vae, shop.held_out), **_likeness(shop, vae)}
+
+
+def _likeness(shop: Workshop, vae: PatchAutoencoderKL, most: int = 512) -> dict[str, float]:
+    """The judge's cosine between pictures and what comes back; nothing before there is a judge."""
+    if not (shop.weights / "recogniser-judge.safetensors").exists():
+        return {}
+    judge = people.embedded
+    network = load_module(RECOGNISERS["judge"], shop.weights / "recogniser-judge.safetensors", shop.device)
+    before, after = [], []
+    for rows in pictures.batches(len(shop.held_out), most):
+        images, masks, landmarks = people.faces_of(shop.held_out, rows, shop.device)
+        for shown, kept in ((images, before), (pictures.there_and_back(vae, images), after)):
+            kept.append((people.aligned(shown, masks, landmarks, people.CROP) * 255).round().byte().cpu())
+    cosine = (judge(network, torch.cat(before)) * judge(network, torch.cat(after))).sum(-1)
+    return {"judge": cosine.mean().item()}
+
+
+def base(shop: Workshop) -> dict[str, float]:
+    schedule = Schedule(steps=200_000, lr=1e-3, warmup=300, decay=0.3, ema=0.9995, seed=4, validate_every=3000)
+    torch.manual_seed(schedule.seed)
+    shown, text, examination = shop.latents(), shop.words(), shop.examination()
+    channels, size = shown.pictures.shape[1], shown.pictures.shape[-1]
+    unet = build_unet(channels, text.width, text.second.config.projection_dim, size=size)
+    shop.train("base", BaseTask(unet, text, shown, shop.captions(), examination), schedule)
+    folder = shop.weights / "pipeline"
+    save_folder(unet, folder / "unet")
+    stamp(folder / "unet", shop.facts("base", schedule))
+    pipe = assemble(unet, examination.vae, text, examination.tokenizer)
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    pipe.save_config(folder)
+    return examination.figures(unet)
+
+
+def lightning(shop: Workshop, count: int = 8192, seeing: float = 0.6) -> dict[str, float]:
+    """The student. Of the minutes the walks take what they need, which is measured on `count`; the rest is the training's."""
+    schedule = Schedule(steps=60_000, lr=5e-4, warmup=100, decay=0.5, ema=0.998, seed=5, validate_every=2000)
+    torch.manual_seed(schedule.seed)
+    text = shop.words()
+    teacher = shop.folder(UNet2DConditionModel, "pipeline", "unet").to(memory_format=torch.channels_last)
+    with torch.autocast(shop.device.type, torch.bfloat16):
+        walks = Walks.of(
+            teacher, text, shop.captions(), count, shop.runs / "lightning" / "walks", on_progress=progress("walks")
+        )
+    student = deepcopy(teacher).requires_grad_(True)
+    examination = shop.examination(steps=STATIONS, guidance=1.0, order=1)
+    shop.train("lightning", LightningTask(student, text, walks, examination), schedule, seeing)
+    save_folder(student, shop.weights / "lightning")
+    stamp(shop.weights / "lightning", shop.facts("lightning", schedule))
+    return examination.figures(student)
+
+
+def pulid(shop: Workshop) -> dict[str, float]:
+    """The first adapter: the paper's stage 1."""
+    from openpulid.mini import adapter  # its own recipe and figures
+
+    return adapter.part(shop)
+
+
+def stamp(folder: Path, facts: Mapping[str, object]) -> None:
+    """Writes facts into the metadata of a saved model's safetensors files."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            metadata = dict(file.metadata() or {})
+        save_file(tensors, path, metadata=metadata | {key: str(value) for key, value in facts.items()})
+
+
+def progress(name: str) -> Any:
+    """A callable (done, total) that prints a line now and then."""
+    console, shown = Console(stderr=True), np.full(1, -1)
+
+    def show(done: int, total: int) -> None:
+        if done * 20 // total > shown[0]:
+            shown[0] = done * 20 // total
+            console.print(f"{name}  {done}/{total}", highlight=False)
+
+    return show

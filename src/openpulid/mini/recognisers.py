@@ -1,0 +1,259 @@
+"""Training and examination of the three recognisers of the miniature's people.
+
+A recogniser that knows people by hair and skin is worthless as a teacher: its ID loss moves hair, not faces. Hence
+crops without hair, gray and recoloured pictures, a margin softmax over people of whom whole families share skin and
+most of the face, and an auxiliary head that must read every facial value out of the embedding. The examination moves
+one value at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear, normalize, smooth_l1_loss
+
+from openpulid.faces.align import TEMPLATE, aligned, blanked, similarity, warp
+from openpulid.faces.recognise import CROP, Recogniser
+from openpulid.mini.augment import after, damaged, moved, recolored, swollen
+from openpulid.training.data import Draw
+from openpulid.world import FACIAL, HELD_OUT_PEOPLE, PARAMETERS, PARTS, Person, Scene, render
+from openpulid.world.dataset import WorldDataset
+
+FACE = PARTS.index("face")
+FACIAL_COLUMNS = [PARAMETERS.index(name) for name in FACIAL]
+ENOUGH = 0.9
+"""A facial value counts as seen when moving it from 0.2 to 0.8 brings the cosine to this or below."""
+
+
+class MarginHead(nn.Module):
+    """CosFace (Wang et al. 2018): softmax over scaled cosines to one centre per person, the right one handicapped."""
+
+    def __init__(self, people: int, dim: int, scale: float = 32.0, margin: float = 0.35) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(people, dim))
+        self.scale, self.margin = scale, margin
+
+    def forward(self, embedding: Tensor, people: Tensor, ramp: float = 1.0) -> Tensor:
+        """Mean cross-entropy of (B, dim) embeddings of (B,) person indices; `ramp` scales the margin."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            cosine = linear(normalize(embedding.float()), normalize(self.centres.float()))
+            handicap = self.margin * ramp * nn.functional.one_hot(people, len(self.centres))
+            return cross_entropy(self.scale * (cosine - handicap), people)
+
+
+class ValueHead(nn.Module):
+    """Reads the facial values from the direction of the embedding alone; trains with it and is not shipped."""
+
+    def __init__(self, dim: int, values: int = len(FACIAL)) -> None:
+        super().__init__()
+        self.read = nn.Linear(dim, values)
+        self.dim = dim
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """(B, dim) -> (B, values), about 0 to 1."""
+        return self.read(normalize(embedding.float()) * math.sqrt(self.dim)).float() + 0.5
+
+
+@dataclass
+class Examination:
+    """Aligned pictures of people nobody trained on, made once and shared by the three recognisers.
+
+    Attributes:
+        crops: (N, 3, 64, 64) uint8 of many scenes; people and families (N,) say whose.
+        moved: (K, V, 2, 3, 64, 64) uint8: K people, each of V facial values at 0.2 and at 0.8, neutral and frontal.
+    """
+
+    crops: Tensor
+    people: Tensor
+    families: Tensor
+    moved: Tensor
+
+    @classmethod
+    def make(cls, held_out: WorldDataset, cache: Path, people: int = 16, device: str = "cpu") -> Examination:
+        """Aligns the held-out pictures and renders the moved ones; these are kept in the file `cache` (.npy)."""
+        rows = range(0, len(held_out), 256)
+        crops = [aligned_rows(held_out, np.arange(start, min(start + 256, len(held_out)))) for start in rows]
+        if cache.exists():
+            moved_crops = torch.from_numpy(np.load(cache))
+        else:
+            moved_crops = moved_pictures(people, device)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            np.save(cache, moved_crops.numpy())
+        person_of, family_of = (np.array(column) for column in (held_out.people, held_out.families))
+        return cls(torch.cat(crops), torch.from_numpy(person_of), torch.from_numpy(family_of), moved_crops)
+
+    @torch.no_grad()
+    def figures(self, recogniser: nn.Module) -> dict[str, float]:
+        """Verification and sensitivity; the targets are `auc` >= 0.985 and `seen` >= 18.
+
+        `auc`: pictures of one person in different scenes against those of the rest of the held-out family, other people
+        with the same skin and hair. `auc_anyone`: against everybody.
+        `seen`: how many facial values bring the cosine to 0.9 or below when moved from 0.2 to 0.8.
+        `same`, `other`: mean cosines of those pairs.
+        """
+        embedding = embedded(recogniser, self.crops)
+        cosine = embedding @ embedding.T
+        upper = torch.ones_like(cosine, dtype=torch.bool).triu(1)
+        same = upper & (self.people[:, None] == self.people)
+        other = upper & ~(self.people[:, None] == self.people)
+        family = self.families[:, None] == self.families
+        cosines = self.sensitivity(recogniser)
+        return {
+            "auc": auc(cosine[same], cosine[other & family]),
+            "auc_anyone": auc(cosine[same], cosine[other]),
+            "same": cosine[same].mean().item(),
+            "other": cosine[other].mean().item(),
+            "seen": float(sum(value <= ENOUGH for value in cosines.values())),
+            "moved": sum(cosines.values()) / len(cosines),
+        }
+
+    @torch.no_grad()
+    def sensitivity(self, recogniser: nn.Module) -> dict[str, float]:
+        """Per facial value the cosine between 0.2 and 0.8, mean over the people."""
+        embedding = embedded(recogniser, self.moved.flatten(0, 2)).unflatten(0, self.moved.shape[:3])
+        cosines = (embedding[:, :, 0] * embedding[:, :, 1]).sum(-1).mean(0)
+        return dict(zip(FACIAL, cosines.tolist(), strict=True))
+
+
+class RecogniserTask:
+    """Trains one recogniser; a `training.loop.Task`.
+
+    Args:
+        recogniser: one of `faces.recognise.RECOGNISERS`, built.
+        data: pictures of the training people.
+        examination: pictures of held-out people; None validates nothing.
+        families, pictures: a batch is this many families times this many pictures of each.
+        value_weight: of the auxiliary regression.
+        ramp: steps over which the margin grows, since a full one at the start only pushes everything apart.
+    """
+
+    def __init__(
+        self,
+        recogniser: Recogniser,
+        data: WorldDataset,
+        examination: Examination | None,
+        families: int = 32,
+        pictures: int = 8,
+        value_weight: float = 10.0,
+        ramp: int = 400,
+    ) -> None:
+        dim = recogniser.config["dim"]
+        self.recogniser = recogniser.to(memory_format=torch.channels_last)
+        self.data, self.examination = data, examination
+        self.people = torch.from_numpy(np.array(data.people))
+        self.table = family_table(np.asarray(data.families))  # (families, pictures) rows of the data
+        self.head = MarginHead(int(self.people.max()) + 1, dim)
+        self.values = ValueHead(dim)
+        self.families, self.pictures = families, min(pictures, self.table.shape[1])
+        self.value_weight, self.ramp = value_weight, ramp
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        return {"recogniser": self.recogniser, "head": self.head, "values": self.values}
+
+    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
+        families = draw.indices(len(self.table), self.families, "families")
+        columns = draw.rand((len(families), self.table.shape[1]), "columns").argsort(1)[:, : self.pictures]
+        rows = torch.gather(self.table[families], 1, columns).flatten()
+        draw.samples = self.families * self.pictures
+        crops = self.crops(rows.numpy(), draw.generator("damage"))
+        embedding = self.recogniser(crops.contiguous(memory_format=torch.channels_last))
+        people = self.people[rows].to(crops.device)
+        values = torch.from_numpy(self.data.vectors[rows.numpy()][:, FACIAL_COLUMNS]).to(crops.device)
+        return {
+            "margin": self.head(embedding, people, min(1.0, draw.step / self.ramp)),
+            "values": self.value_weight * smooth_l1_loss(self.values(embedding), values, beta=0.1),
+        }
+
+    def crops(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
+        """(B, 3, 64, 64) damaged training crops of some rows of the data, on the recogniser's device."""
+        device = next(self.recogniser.parameters()).device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            images, masks, landmarks = faces_of(self.data, rows, device)
+            width = masks.amax((1, 2)).sum(-1)  # of the face, in pixels
+            error = 0.012 * torch.randn(landmarks.shape, generator=generator).to(device)
+            matrix = similarity(landmarks + error * width[:, None, None], TEMPLATE * CROP)
+            jitter = moved(len(rows), CROP, generator, turn=0.08, grow=0.06, shift=0.02)
+            crops = warp(torch.cat([images, masks], 1), after(matrix, jitter), CROP)
+            faces = damaged(recolored(crops[:, :3], generator), generator)
+            return blanked(faces, swollen(crops[:, 3:], generator))
+
+    def validate(self) -> Mapping[str, float]:
+        return self.examination.figures(self.recogniser) if self.examination else {}
+
+    def sheet(self) -> Image.Image | None:
+        """What the recogniser learns from: two families, damaged as in training."""
+        crops = self.crops(self.table[:2, :12].flatten().numpy(), torch.Generator().manual_seed(0)).cpu()
+        picture = crops.unflatten(0, (2, -1)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+        return Image.fromarray((picture * 255).round().to(torch.uint8).numpy())
+
+
+def family_table(families: np.ndarray) -> Tensor:
+    """(families, pictures) int64 rows of each family's pictures; smaller families repeat theirs."""
+    order = np.argsort(families, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(families[order])) + 1)
+    longest = max(len(group) for group in groups)
+    return torch.from_numpy(np.stack([np.resize(group, longest) for group in groups]))
+
+
+def faces_of(data: WorldDataset, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (B, 3, S, S) and face masks (B, 1, S, S) float in [0, 1], and landmarks (B, 5, 2), of some rows."""
+    images = torch.from_numpy(data.images[rows]).to(device).float() / 255
+    masks = (torch.from_numpy(data.parts[rows]).to(device)[:, None] == FACE).float()
+    return images, masks, torch.from_numpy(data.landmarks[rows]).to(device)
+
+
+def aligned_rows(data: WorldDataset, rows: np.ndarray) -> Tensor:
+    """(B, 3, 64, 64) uint8 crops from the exact masks and landmarks."""
+    return (aligned(*faces_of(data, rows, torch.device("cpu")), CROP) * 255).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def moved_pictures(people: int, device: str = "cpu") -> Tensor:
+    """(people, FACIAL, 2, 3, 64, 64) uint8 crops: each facial value of each held-out person at 0.2 and at 0.8."""
+    crops = []
+    for seed in range(HELD_OUT_PEOPLE, HELD_OUT_PEOPLE + people):
+        person = Person.from_seed(seed)
+        variants = [person.replace(**{name: value}) for name in FACIAL for value in (0.2, 0.8)]
+        made = render(variants, [Scene()] * len(variants), size=96, device=device)
+        crops.append((aligned(made.image, made.face, made.landmarks, CROP) * 255).round().to(torch.uint8).cpu())
+    return torch.stack(crops).unflatten(1, (len(FACIAL), 2))
+
+
+@torch.no_grad()
+def embedded(recogniser: nn.Module, crops: Tensor) -> Tensor:
+    """(N, dim) normalised embeddings of (N, 3, 64, 64) uint8 crops, on the CPU."""
+    device = next(recogniser.parameters()).device
+    parts = [recogniser(part.to(device).float() / 255).float().cpu() for part in crops.split(256)]
+    with torch.autocast("cpu", enabled=False):
+        return normalize(torch.cat(parts))
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """The chance that a positive score is above a negative one (area under the ROC curve); ties count half."""
+    if not len(positive) or not len(negative):
+        return float("nan")
+    ordered = negative.float().sort().values.contiguous()
+    below = torch.searchsorted(ordered, positive.float().contiguous())
+    up_to = torch.searchsorted(ordered, positive.float().contiguous(), right=True)
+    return ((below + up_to).double().mean() / (2 * len(ordered))).item()
+
+
+def report(recognisers: Mapping[str, nn.Module], examination: Examination) -> str:
+    """Markdown: the figures of each recogniser, then the cosine after moving each facial value from 0.2 to 0.8."""
+    figures = {name: examination.figures(network) for name, network in recognisers.items()}
+    cosines = {name: examination.sensitivity(network) for name, network in recognisers.items()}
+    head = f"| | {' | '.join(recognisers)} |\n|---{'|---' * len(recognisers)}|\n"
+    rows = [(key, [figures[name][key] for name in recognisers]) for key in next(iter(figures.values()))]
+    moves = [(value, [cosines[name][value] for name in recognisers]) for value in FACIAL]
+    return "\n".join(head + "".join(_row(key, values) for key, values in part) for part in (rows, moves))
+
+
+def _row(key: str, values: list[float]) -> str:
+    return f"| {key} | {' | '.join(f'{value:.3f}' for value in values)} |\n"

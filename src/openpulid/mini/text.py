@@ -1,0 +1,31 @@
+"""The miniature's words: a tokenizer over the closed vocabulary of its world."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from openpulid.world import VOCABULARY
+
+LENGTH = 48
+"""Tokens of a prompt, begin and end included; the longest sentence of the world has some fewer."""
+BEGIN, END, PAD, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|pad|>", "<|unknown|>"
+
+
+def tokenizer(words: Sequence[str] = VOCABULARY, length: int = LENGTH) -> PreTrainedTokenizerFast:
+    """One token per word or comma. A `CLIPTokenizer` would spell unknown words out; this one shows that it does not know
+    them, so that a prompt can be refused instead of misunderstood."""
+    tokens = {token: index for index, token in enumerate([BEGIN, END, PAD, UNKNOWN, *words])}
+    backend = Tokenizer(WordLevel(tokens, unk_token=UNKNOWN))
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A {END}", special_tokens=[(BEGIN, tokens[BEGIN]), (END, tokens[END])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=length,
+        bos_token=BEGIN, eos_token=END, pad_token=PAD, unk_token=UNKNOWN,
+    )  # fmt: skip

@@ -1,0 +1,154 @@
+"""The command line: what it writes, and one plain sentence for everything a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from openpulid.apps import cli
+from openpulid.errors import FaceError, PromptError
+from openpulid.identity.identity import Identity
+
+
+class Spoken(SimpleNamespace):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def pulid(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs the command in this process: `pulid("world", "person", ...)`."""
+
+    def run(*arguments: object) -> Spoken:
+        monkeypatch.setattr(sys, "argv", ["pulid", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Spoken(code=stop.value.code or 0, out=out, err=err)
+
+    return run
+
+
+class FakeStudio:
+    """Stands for a loaded model: remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict] = []
+
+    def identify(self, pictures: str | list[str]) -> Identity:
+        paths = [pictures] if isinstance(pictures, str) else pictures
+        if Image.open(paths[0]).getpixel((0, 0)) == (0, 0, 0):
+            raise FaceError("no face of the procedural world was found; a real photograph needs the preset sdxl.")
+        return Identity(torch.ones(1, len(paths), 4), tuple(torch.ones(1, 3, 2) for _ in range(5)), {"tower": "abc"})
+
+    def generate(self, prompt: str, identity: Identity | None = None, **options) -> SimpleNamespace:
+        if "zebra" in prompt:
+            raise PromptError("the miniature does not know the word zebra.", ["zebra"])
+        self.asked.append({"prompt": prompt, "identity": identity, **options})
+        return SimpleNamespace(images=[Image.new("RGB", (32, 32), (k, 0, 0)) for k in range(options["num_images"])])
+
+
+@pytest.fixture
+def studio(monkeypatch: pytest.MonkeyPatch) -> FakeStudio:
+    fake = FakeStudio()
+    monkeypatch.setattr(cli, "_studio", lambda preset, device: fake)
+    return fake
+
+
+@pytest.fixture
+def anna(tmp_path: Path) -> Path:
+    path = tmp_path / "anna.png"
+    Image.new("RGB", (96, 96), "white").save(path)
+    return path
+
+
+def plain(spoken: Spoken) -> bool:
+    """One sentence on stderr, nothing on stdout, no traceback."""
+    lines = spoken.err.strip().splitlines()
+    return spoken.code == 2 and not spoken.out and len(lines) == 1 and lines[0].startswith("pulid: ")
+
+
+def test_a_person_is_the_same_picture_every_time(pulid, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        assert pulid("world", "person", "--seed", 1_000_007, "-o", tmp_path / "new" / name).code == 0
+    one, two = ((tmp_path / "new" / name).read_bytes() for name in ("a.png", "b.png"))
+    assert one == two
+    assert Image.open(tmp_path / "new" / "a.png").size == (96, 96)
+
+
+def test_sheet_has_eight_rows_and_columns(pulid, tmp_path: Path) -> None:
+    assert pulid("world", "sheet", "-o", tmp_path / "s.png", "--size", 32).code == 0
+    assert Image.open(tmp_path / "s.png").size == (8 * 34 - 2, 8 * 34 - 2)
+
+
+def test_identify_writes_a_private_file(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
+    out = tmp_path / "who" / "anna.safetensors"
+    assert pulid("identify", anna, anna, "-o", out).code == 0
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert Identity.load(out).photos == 2
+
+
+def test_generate_writes_images_with_their_request(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--num", 2, "--seed", 7, "--steps", 5, "--scale", 0.5, "-o", out)
+    spoken = pulid("generate", "Portrait, film noir!", "--id", anna, *options)
+    assert spoken.code == 0, spoken.err
+    assert sorted(path.name for path in out.iterdir()) == [
+        "portrait-film-noir-7.png",
+        "portrait-film-noir-8.png",
+    ]
+    asked = studio.asked[0]
+    assert asked["identity"].photos == 1
+    assert (asked["seed"], asked["num_images"], asked["steps"], asked["scale"]) == (7, 2, 5, 0.5)
+    assert asked["guidance"] is None  # the preset's own
+    request = json.loads(Image.open(out / "portrait-film-noir-8.png").text["openpulid"])
+    assert request["prompt"] == "Portrait, film noir!"
+    assert (request["seed"], request["steps"], request["id"]) == (8, 5, str(anna))
+
+
+def test_generate_without_and_with_a_saved_identity(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
+    pulid("identify", anna, "-o", tmp_path / "anna.safetensors")
+    assert pulid("generate", "portrait", "--id", tmp_path / "anna.safetensors", "-o", tmp_path).code == 0
+    assert pulid("generate", "portrait", "-o", tmp_path).code == 0
+    assert studio.asked[0]["identity"].models == {"tower": "abc"}
+    assert studio.asked[1]["identity"] is None
+
+
+def test_mistakes_are_one_sentence(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
+    photo, broken, text = tmp_path / "photo.png", tmp_path / "broken.png", tmp_path / "notes.safetensors"
+    Image.new("RGB", (96, 96)).save(photo)
+    broken.write_bytes(anna.read_bytes()[:70])
+    text.write_text("hello")
+    out = tmp_path / "x.safetensors"
+    for words in (
+        ("identify", photo, "-o", out),  # no face that it knows
+        ("identify", broken, "-o", out),
+        ("identify", tmp_path / "none.png", "-o", out),
+        ("identify", tmp_path, "-o", out),
+        ("identify", anna, "-o", tmp_path / "x.txt"),
+        ("generate", "portrait, a zebra", "--id", anna, "-o", tmp_path),
+        ("generate", "portrait", "--id", broken, "-o", tmp_path),
+        ("generate", "portrait", "--id", text, "-o", tmp_path),
+        ("generate", "portrait", "--id", tmp_path / "none.safetensors", "-o", tmp_path),
+        ("generate", "portrait", "-o", anna),  # a file where the folder should be
+        ("world", "person", "--seed", 1, "-o", tmp_path / "p.pdf"),
+        ("train", "no_such_recipe"),
+        ("generate", "portrait", "--device", "abacus"),
+        ("generate", "portrait", "--device", "meta:7x"),
+    ):
+        spoken = pulid(*words)
+        assert plain(spoken), (words, spoken)
+
+
+def test_no_command_and_bad_options_show_the_usage(pulid) -> None:
+    assert "Usage" in pulid().out
+    spoken = pulid("generate")
+    assert spoken.code == 2 and "prompt" in spoken.err.lower()
+    assert pulid("generate", "x", "--seed", "-1").code == 2

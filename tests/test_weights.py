@@ -1,0 +1,69 @@
+import hashlib
+
+import pytest
+import torch
+from torch import nn
+
+from openpulid.errors import WeightsError
+from openpulid.weights import load_module, read_metadata, save_module, sha256
+
+
+class Small(nn.Module):
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.config = {"width": width}
+        self.layer = nn.Linear(width, 2)
+        self.register_buffer("count", torch.tensor(7))
+
+
+class Other(Small):
+    pass
+
+
+def test_a_module_comes_back_from_the_file_alone(tmp_path):
+    module = Small(5)
+    path = save_module(module, tmp_path / "deep" / "small.safetensors", {"seed": 3, "revision": "abc"})
+    again = load_module(Small, path)
+    assert again.layer.weight.shape == (2, 5)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items())
+    facts = read_metadata(path)
+    assert (facts["seed"], facts["revision"], facts["class"]) == ("3", "abc", "Small")
+    assert [file.name for file in path.parent.iterdir()] == ["small.safetensors"]
+
+
+def test_half_precision_is_stored_and_float32_loaded(tmp_path):
+    module = Small()
+    path = save_module(module, tmp_path / "small.safetensors", dtype=torch.float16)
+    again = load_module(Small, path)
+    assert again.layer.weight.dtype == torch.float32 and again.count == 7
+    assert torch.equal(again.layer.weight, module.layer.weight.half().float())
+
+
+def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path):
+    path = save_module(Small(), tmp_path / "small.safetensors")
+    with pytest.raises(WeightsError, match="does not exist"):
+        load_module(Small, tmp_path / "none.safetensors")
+    with pytest.raises(WeightsError, match="holds Small, not Other"):
+        load_module(Other, path)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_module(Small, broken)
+
+
+def test_weights_of_another_version_are_refused(tmp_path):
+    class Wider(Small):
+        def __init__(self, width: int = 3):
+            super().__init__(width)
+            self.layer = nn.Linear(width + 1, 2)
+
+    Wider.__name__ = "Small"
+    path = save_module(Small(), tmp_path / "small.safetensors")
+    with pytest.raises(WeightsError, match="another version"):
+        load_module(Wider, path)
+
+
+def test_sha256(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"abc" * 1_000_000)
+    assert sha256(file) == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
