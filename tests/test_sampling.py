@@ -74,8 +74,6 @@ def test_gradients_flow(sampler: str) -> None:
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return weight * gaussian(x, sigma)
 
-    sample = (
-        dpmpp_2m(denoise, x, sigmas) if sampler == "2m" else dpmpp_sde(denoise, x, sigmas, lambda: torch.zeros_like(x))
-    )
+    sample = dpmpp_2m(denoise, x, sigmas) if sampler == "2m" else dpmpp_sde(denoise, x, sigmas, lambda: torch.zeros_like(x))
     sample.sum().backward()
     assert weight.grad is not None and weight.grad.isfinite() and weight.grad != 0

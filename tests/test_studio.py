@@ -114,9 +114,7 @@ def test_words_it_does_not_know(studio) -> None:
         studio.generate("red " * 20)
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_images": 0}, {"steps": 0}, {"seed": -1}, {"batch": 0}, {"num_zero": -1}, {"end": 2}]
-)
+@pytest.mark.parametrize("options", [{"num_images": 0}, {"steps": 0}, {"seed": -1}, {"batch": 0}, {"num_zero": -1}, {"end": 2}])
 def test_numbers_outside_their_range(studio, anna, options) -> None:
     with pytest.raises(OptionError):
         studio.generate("portrait", anna, **options)
@@ -138,9 +136,7 @@ def test_a_picture_without_a_face_it_knows(folder, tmp_path) -> None:
     with torch.no_grad():
         studio.features.finder.score[-1].bias.fill_(-100)
     picture(0).save(tmp_path / "photo.jpg")
-    with pytest.raises(
-        FaceError, match=r"photo\.jpg: no face was found in its 96 x 96 pixels; the preset mini knows only"
-    ):
+    with pytest.raises(FaceError, match=r"photo\.jpg: no face was found in its 96 x 96 pixels; the preset mini knows only"):
         studio.identify(tmp_path / "photo.jpg")
 
 

@@ -52,9 +52,7 @@ def mini(folder: Path = MINIATURE) -> Preset:
 def mini_lightning(folder: Path = MINIATURE) -> Preset:
     """The miniature's student: four steps without guidance."""
     spacing = {"timestep_spacing": "trailing"}
-    return replace(
-        mini(folder), name="mini-lightning", unet=folder / "lightning", scheduler=spacing, steps=4, guidance=1.0
-    )
+    return replace(mini(folder), name="mini-lightning", unet=folder / "lightning", scheduler=spacing, steps=4, guidance=1.0)
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {"mini": mini, "mini-lightning": mini_lightning}

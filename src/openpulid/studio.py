@@ -203,11 +203,7 @@ def _no_progress_bars() -> Iterator[None]:
     import diffusers.utils.logging
     import transformers.utils.logging
 
-    shown = [
-        library
-        for library in (diffusers.utils.logging, transformers.utils.logging)
-        if library.is_progress_bar_enabled()
-    ]
+    shown = [library for library in (diffusers.utils.logging, transformers.utils.logging) if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()
     try:

@@ -53,9 +53,7 @@ def load_module(cls: type[M], path: str | os.PathLike[str], device: str | torch.
     facts = read_metadata(path)
     if facts.get("class") != cls.__name__ or "config" not in facts:
         kind = facts.get("class", "something else")
-        raise WeightsError(
-            f"{path} holds {kind}, not {cls.__name__}; name the file that `pulid mini build` wrote for it."
-        )
+        raise WeightsError(f"{path} holds {kind}, not {cls.__name__}; name the file that `pulid mini build` wrote for it.")
     module = cls(**json.loads(facts["config"]))
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

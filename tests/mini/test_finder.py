@@ -27,9 +27,7 @@ def spots(seed: int = 0) -> Examples:
     axis = torch.arange(96) + 0.5
     x, y = landmarks[..., 0, None, None], landmarks[..., 1, None, None]
     bright = (-((axis - x) ** 2 + (axis[:, None] - y) ** 2) / 4).exp().amax(1)
-    return Examples(
-        bright[:, None].repeat(1, 3, 1, 1), torch.ones(6, dtype=torch.bool), landmarks, (bright > 0.3).float()
-    )
+    return Examples(bright[:, None].repeat(1, 3, 1, 1), torch.ones(6, dtype=torch.bool), landmarks, (bright > 0.3).float())
 
 
 @pytest.mark.parametrize("change", [displaced, mirrored])

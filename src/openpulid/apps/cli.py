@@ -37,9 +37,7 @@ def _known_device(name: str | None) -> str | None:
 
 
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Where the results go; made when missing.")]
-Device = Annotated[
-    str | None, typer.Option(callback=_known_device, help="Where to compute, such as cpu; the best by default.")
-]
+Device = Annotated[str | None, typer.Option(callback=_known_device, help="Where to compute, such as cpu; the best by default.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Nothing but the last line, as JSON.")]
 Preset = Annotated[str, typer.Option(help="The model: mini, or a folder.")]
 

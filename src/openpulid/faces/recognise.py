@@ -18,9 +18,7 @@ CROP = 64
 
 def convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution and batch normalisation."""
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False), nn.BatchNorm2d(channels_out)
-    )
+    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False), nn.BatchNorm2d(channels_out))
 
 
 class _Head(nn.Sequential):
@@ -135,9 +133,7 @@ class VGGRecogniser(nn.Module):
 
     config: dict[str, Any]
 
-    def __init__(
-        self, widths: Sequence[int] = (32, 64, 96, 128), depths: Sequence[int] = (1, 3, 3, 2), dim: int = 128
-    ) -> None:
+    def __init__(self, widths: Sequence[int] = (32, 64, 96, 128), depths: Sequence[int] = (1, 3, 3, 2), dim: int = 128) -> None:
         super().__init__()
         self.config = {"widths": list(widths), "depths": list(depths), "dim": dim}
         layers: list[nn.Module] = []

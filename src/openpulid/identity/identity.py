@@ -41,9 +41,7 @@ class Identity:
 
     def __post_init__(self) -> None:
         if self.id_cond.ndim != 3 or len(self.id_cond) != 1 or any(x.ndim != 3 or len(x) != 1 for x in self.hidden):
-            raise IdentityError(
-                "an identity holds one person: id_cond (1, photos, C) and hidden levels (1, tokens, D)."
-            )
+            raise IdentityError("an identity holds one person: id_cond (1, photos, C) and hidden levels (1, tokens, D).")
 
     def __repr__(self) -> str:
         return f"Identity({self.photos} photo{'s' * (self.photos != 1)}, made by {', '.join(self.models) or 'unknown'})"

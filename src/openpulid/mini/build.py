@@ -29,10 +29,12 @@ from openpulid.training.checkpoint import revision
 PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
     "world": (parts.world, 12),
     "finder": (parts.finder, 12),
-    "recognisers": (parts.recognisers, 36),
+    "recognisers": (parts.recognisers, 30),
     "clip": (parts.clip, 12),
+    "vision": (parts.vision, 20),
+    "reader": (parts.reader, 8),
     "autoencoder": (parts.autoencoder, 16),
-    "base": (parts.base, 130),
+    "base": (parts.base, 120),
     "lightning": (parts.lightning, 20),
     "pulid": (parts.pulid, 45),
 }

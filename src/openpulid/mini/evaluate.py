@@ -116,9 +116,7 @@ def _images(studio: Studio, asked: Iterable[Request], identities: Sequence[Ident
 
 
 @torch.no_grad()
-def measure(
-    judges: Judges, asked: Sequence[Request], portraits: Tensor, images: Tensor, before: Tensor
-) -> dict[str, Tensor]:
+def measure(judges: Judges, asked: Sequence[Request], portraits: Tensor, images: Tensor, before: Tensor) -> dict[str, Tensor]:
     """Every column for every image of one model.
 
     Args:

@@ -64,7 +64,10 @@ class Walks:
             variants = torch.randint(captions.tokens.shape[1], chosen.shape, generator=generator)
             tokens = captions.rows(chosen, variants)
             noise = torch.randn(len(chosen), channels, size, size, generator=generator)
-            text, nothing = words(tokens.to(device)), words(tokens.to(device), torch.zeros(len(tokens), dtype=torch.bool))
+            text, nothing = (
+                words(tokens.to(device)),
+                words(tokens.to(device), torch.zeros(len(tokens), dtype=torch.bool)),
+            )
             passed = walk(unet, noise.to(device), text, nothing)
             files["stations"][rows] = passed.to("cpu", torch.float16).numpy()
             files["tokens"][rows] = tokens.numpy()

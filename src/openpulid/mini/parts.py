@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from openpulid.autoencoder import PatchAutoencoderKL
 from openpulid.errors import TrainingError, WeightsError
@@ -24,18 +24,19 @@ from openpulid.faces.recognise import RECOGNISERS
 from openpulid.mini import autoencoder as pictures
 from openpulid.mini import clip as words
 from openpulid.mini import recognisers as people
+from openpulid.mini.attributes import ReaderTask, reader_figures
 from openpulid.mini.base import BaseTask
 from openpulid.mini.base import Examination as Images
 from openpulid.mini.captions import Captions
 from openpulid.mini.finder import FinderTask
 from openpulid.mini.finder import examination as finder_figures
-from openpulid.mini.judge import FaceJudge
 from openpulid.mini.latents import Latents
 from openpulid.mini.lightning import STATIONS, LightningTask, Walks
 from openpulid.mini.negatives import photographs
 from openpulid.mini.pipeline import Words, assemble, build_unet, save_folder
 from openpulid.mini.reader import AttributeReader
 from openpulid.mini.text import tokenizer as build_tokenizer
+from openpulid.mini.tower import TowerTask, build_tower
 from openpulid.training.checkpoint import revision
 from openpulid.training.loop import Result, Task, run
 from openpulid.training.schedule import Schedule
@@ -82,13 +83,20 @@ class Workshop:
     def facts(self, name: str, schedule: Schedule) -> dict[str, object]:
         """What is written beside weights."""
         result = self.results[name]
-        return {"revision": revision(), "seed": schedule.seed, "steps": result.steps, "minutes": round(result.seconds / 60, 1)}
+        return {
+            "revision": revision(),
+            "seed": schedule.seed,
+            "steps": result.steps,
+            "minutes": round(result.seconds / 60, 1),
+        }
 
     def folder(self, cls: Any, *names: str) -> Any:
         """A model of diffusers or transformers from the weights, in float32, frozen; WeightsError when it is not there."""
         folder = self.weights.joinpath(*names)
         if not (folder / "config.json").exists():
-            raise WeightsError(f"{folder} is not there yet; the part that makes it comes before this one in `pulid mini build`.")
+            raise WeightsError(
+                f"{folder} is not there yet; the part that makes it comes before this one in `pulid mini build`."
+            )
         model = cls.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
         return model.to(self.device).eval().requires_grad_(False)
 
@@ -155,38 +163,54 @@ def recognisers(shop: Workshop) -> dict[str, float]:
 
 
 def clip(shop: Workshop) -> dict[str, float]:
-    """CLIP, both text encoders of the pipeline, the vision tower and the attribute reader."""
+    """CLIP and both text encoders of the pipeline."""
     schedule = Schedule(steps=20_000, lr=1e-3, decay=0.4, ema=0.995, seed=3, validate_every=400)
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer()
     captions = Captions.of(shop.data, tokenizer, shop.runs / "captions.npy", on_progress=progress("sentences"))
-    readers = words.Readers.build(tokenizer, int(shop.data.people.max()) + 1)
-    shop.train("clip", words.ReadersTask(readers, tokenizer, shop.data, captions, shop.held_out), schedule)
-    tokens = captions.rows(torch.arange(0, len(shop.data), max(1, len(shop.data) // 512)), torch.zeros(1, dtype=torch.long))
-    for text, projection in (
-        (readers.clip.text_model, readers.clip.text_projection),
-        (readers.text.text_model, readers.text.text_projection),
-    ):
-        words.loudened(text, projection, tokens.to(shop.device))
-    _save_readers(shop, readers, tokenizer, shop.facts("clip", schedule))
-    with torch.no_grad():
-        return words.figures(readers, tokenizer, shop.held_out, most=2048)
+    network, text = words.build_clip(tokenizer), words.build_first_text(tokenizer)
+    shop.train("clip", words.ClipTask(network, text, tokenizer, shop.data, captions, shop.held_out), schedule)
+    some = torch.arange(0, len(shop.data), max(1, len(shop.data) // 512))
+    tokens = captions.rows(some, torch.zeros(1, dtype=torch.long)).to(shop.device)
+    for model in (network, text):
+        words.loudened(model.text_model, model.text_projection, tokens)
+    _save_clip(shop, network, text, tokenizer, shop.facts("clip", schedule))
+    return words.figures(network, text, tokenizer, shop.held_out, most=2048)
 
 
-def _save_readers(shop: Workshop, readers: words.Readers, tokenizer: Any, facts: Mapping[str, object]) -> None:
-    first = CLIPTextModel(readers.text.config)
-    first.load_state_dict(readers.text.text_model.state_dict())
-    second = CLIPTextModelWithProjection(readers.clip.config.text_config)
-    second.text_model.load_state_dict(readers.clip.text_model.state_dict())
-    second.text_projection.load_state_dict(readers.clip.text_projection.state_dict())
-    folders = {"clip": readers.clip, "pipeline/text_encoder": first, "pipeline/text_encoder_2": second}
-    for name, model in folders.items():
+def _save_clip(shop: Workshop, network: Any, text: Any, tokenizer: Any, facts: Mapping[str, object]) -> None:
+    """CLIP whole, and its text tower and the smaller one as SDXL's two text encoders."""
+    first = CLIPTextModel(text.config)
+    first.load_state_dict(text.text_model.state_dict())
+    second = CLIPTextModelWithProjection(network.config.text_config)
+    second.text_model.load_state_dict(network.text_model.state_dict())
+    second.text_projection.load_state_dict(network.text_projection.state_dict())
+    for name, model in {"clip": network, "pipeline/text_encoder": first, "pipeline/text_encoder_2": second}.items():
         save_folder(model, shop.weights / name)
         stamp(shop.weights / name, facts)
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer.save_pretrained(shop.weights / "pipeline" / name)
-    save_module(readers.tower, shop.weights / "vision.safetensors", facts, torch.float16)
-    save_module(readers.reader, shop.weights / "attributes.safetensors", facts, torch.float16)
+
+
+def vision(shop: Workshop) -> dict[str, float]:
+    """The identity encoder's vision tower."""
+    schedule = Schedule(steps=40_000, lr=1e-3, decay=0.4, ema=0.998, seed=6, validate_every=400)
+    torch.manual_seed(schedule.seed)
+    network = shop.folder(CLIPModel, "clip")
+    task = TowerTask(build_tower(), network, shop.data, shop.captions(), shop.held_out)
+    shop.train("vision", task, schedule)
+    save_module(task.tower, shop.weights / "vision.safetensors", shop.facts("vision", schedule), torch.float16)
+    return dict(task.validate())
+
+
+def reader(shop: Workshop) -> dict[str, float]:
+    """The attribute reader, the judge of prompts."""
+    schedule = Schedule(steps=20_000, lr=2e-3, decay=0.4, ema=0.995, seed=7, validate_every=400, weight_decay=0.05)
+    torch.manual_seed(schedule.seed)
+    task = ReaderTask(AttributeReader(), shop.data, shop.held_out)
+    shop.train("reader", task, schedule)
+    save_module(task.reader, shop.weights / "attributes.safetensors", shop.facts("reader", schedule), torch.float16)
+    return reader_figures(task.reader, shop.held_out, most=2048)
 
 
 def autoencoder(shop: Workshop) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -23,7 +24,7 @@ class AttributeReader(nn.Module):
         super().__init__()
         self.config = {"widths": list(widths), "size": size}
         layers: list[nn.Module] = [nn.PixelUnshuffle(2), convolution(12, widths[0]), nn.ReLU()]
-        for before, width in zip(widths, widths[1:], strict=False):
+        for before, width in pairwise(widths):
             layers += [convolution(before, width, stride=2), nn.ReLU(), convolution(width, width), nn.ReLU()]
         # where something is says what it is (a hat, a collar, a wink), so the map is flattened, not pooled
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 32, 1), nn.Flatten(), nn.ReLU(), nn.Dropout(0.1))

@@ -142,9 +142,7 @@ class SDXLBase:
         config = self.vae.config
         latents = latents / config.scaling_factor
         if getattr(config, "latents_mean", None) is not None:
-            mean, std = (
-                torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std)
-            )
+            mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
             latents = latents * std + mean
         picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return picture.float() / 2 + 0.5

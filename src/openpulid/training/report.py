@@ -128,9 +128,7 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
-    for axes, (name, (steps, values)) in zip(
-        figure.subplots(rows, columns, squeeze=False).flat, curves.items(), strict=False
-    ):
+    for axes, (name, (steps, values)) in zip(figure.subplots(rows, columns, squeeze=False).flat, curves.items(), strict=False):
         axes.plot(steps, values, linewidth=1, marker="." if len(steps) < 30 else "")
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)

@@ -134,8 +134,7 @@ class RunState:
             values = {k: saved[f] for k in ("step", "exp_avg", "exp_avg_sq") if (f := f"optimizer.{name}.{k}") in saved}
             if values:  # a fused update walks over memory: the moments need the strides of their parameter
                 state[index[id(parameter)]] = {
-                    k: torch.empty_like(parameter, dtype=v.dtype).copy_(v) if k != "step" else v
-                    for k, v in values.items()
+                    k: torch.empty_like(parameter, dtype=v.dtype).copy_(v) if k != "step" else v for k, v in values.items()
                 }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
@@ -156,9 +155,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
-        raise TrainingError(
-            f"{path} could not be written ({error}): the last good one is kept; free some space"
-        ) from None
+        raise TrainingError(f"{path} could not be written ({error}): the last good one is kept; free some space") from None
 
 
 def write_text(path: Path, text: str) -> None:

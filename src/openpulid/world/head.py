@@ -85,9 +85,7 @@ def relief(x: Tensor, y: Tensor, m: Mapping[str, Tensor]) -> Tensor:
     return nose + tip + wings + sockets + ridge + cheeks + lips + chin
 
 
-def hit_ellipsoid(
-    origin: tuple[Tensor, ...], ray: tuple[Tensor, ...], radii: tuple[Tensor, ...], lift: Tensor | float = 0.0
-):
+def hit_ellipsoid(origin: tuple[Tensor, ...], ray: tuple[Tensor, ...], radii: tuple[Tensor, ...], lift: Tensor | float = 0.0):
     """Where rays meet an ellipsoid shifted by `lift` along Z: (discriminant, distance along the ray, nearest first)."""
     (ox, oy, oz), (dx, dy, dz), (rx, ry, rz) = origin, ray, radii
     ux, uy, uz = ox / rx, oy / ry, (oz - lift) / rz

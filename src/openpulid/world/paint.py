@@ -110,9 +110,7 @@ def mouth(image: Tensor, x: Tensor, y: Tensor, m: Measures, expression: Measures
     image = blend(image, lip_color * 0.30, seam)
     hole = inside(middle + 0.45 * gap - y, e) * inside(y - middle + gap, e) * across * inside(gap - 0.006, e)
     image = blend(image, rgb(0.22, 0.05, 0.06, image), hole)
-    teeth = (
-        hole * inside(y - (middle + 0.45 * gap - expression["teeth"]), e) * inside((0.9 - u.abs()) * m["mouth_w"], e)
-    )
+    teeth = hole * inside(y - (middle + 0.45 * gap - expression["teeth"]), e) * inside((0.9 - u.abs()) * m["mouth_w"], e)
     return blend(image, rgb(0.96, 0.95, 0.92, image), teeth)
 
 
@@ -135,9 +133,7 @@ def marks(image: Tensor, x: Tensor, y: Tensor, m: Measures, p: Measures, blush: 
     age = (p["age_lines"] - 0.35).clamp(min=0) / 0.65
     fold_x = m["nose_w"] + 0.05 + 0.55 * (m["nose_y"] - y).clamp(min=0)
     fold = (
-        inside(0.009 - (side - fold_x).abs(), 1.5 * e)
-        * inside(m["nose_y"] + 0.02 - y, 0.03)
-        * inside(y - m["mouth_y"], 0.04)
+        inside(0.009 - (side - fold_x).abs(), 1.5 * e) * inside(m["nose_y"] + 0.02 - y, 0.03) * inside(y - m["mouth_y"], 0.04)
     )
     brow = sum(inside(0.008 - (y - m["brow_y"] - 0.10 - 0.07 * k + 0.25 * x * x).abs(), 1.5 * e) for k in (0, 1))
     lines = (
@@ -160,9 +156,7 @@ def beard(image: Tensor, x: Tensor, y: Tensor, m: Measures, kind: Measures, colo
     """A moustache or a full beard in the hair's colour; the lips stay visible."""
     side = x.abs()
     lip = m["mouth_y"] + 0.035 + m["upper"]
-    moustache = inside(0.030 - (y - lip - 0.012 + 0.5 * side**2).abs(), 1.5 * e) * inside(
-        m["mouth_w"] + 0.035 - side, 2 * e
-    )
+    moustache = inside(0.030 - (y - lip - 0.012 + 0.5 * side**2).abs(), 1.5 * e) * inside(m["mouth_w"] + 0.035 - side, 2 * e)
     line = m["mouth_y"] + 0.03 + 0.9 * (side - m["mouth_w"] - 0.02).clamp(min=0)
     mouth_hole = inside(1 - (x / (m["mouth_w"] + 0.025)) ** 2 - ((y - m["mouth_y"]) / (0.075 + m["lower"])) ** 2, 0.25)
     full = inside(line - y, 3 * e) * (1 - mouth_hole)

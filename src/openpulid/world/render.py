@@ -84,9 +84,7 @@ def render(
     Raises ValueError when the two lists differ in length or `size` is not positive.
     """
     if len(people) != len(scenes) or size < 1:
-        raise ValueError(
-            f"render needs as many people as scenes and a positive size, got {len(people)}, {len(scenes)}, {size}"
-        )
+        raise ValueError(f"render needs as many people as scenes and a positive size, got {len(people)}, {len(scenes)}, {size}")
     values = torch.tensor([person.vector() for person in people], device=device)
     p = {name: values[:, index, None, None] for index, name in enumerate(PARAMETERS)}
     stage = set_stage(scenes, values.device)
@@ -281,9 +279,7 @@ def _glasses(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
     canvas.color = blend(canvas.color, canvas.color * 0.9 + 0.10, lens * stage.glasses["glasses"] * 0.35)
     tint = dark + 0.25 * bell(u + 0.35, 0.35)[:, None] * bell(v - 0.35, 0.35)[:, None]
     canvas.put("eyewear", tint * stage.ambience, lens * stage.glasses["sunglasses"] * 0.96)
-    canvas.put(
-        "eyewear", dark * stage.ambience, torch.maximum(torch.maximum(frame, bridge), arm * (canvas.label > 0)) * worn
-    )
+    canvas.put("eyewear", dark * stage.ambience, torch.maximum(torch.maximum(frame, bridge), arm * (canvas.label > 0)) * worn)
 
 
 def _hat(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:

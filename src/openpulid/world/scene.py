@@ -163,9 +163,7 @@ class Scene:
         order = torch.randperm(len(clauses), generator=generator).tolist()
         kept = torch.rand(len(clauses), generator=generator) < keep
         chosen = [clauses[index] for index in order if kept[index]]
-        return ", ".join(
-            [subject, style, *chosen] if torch.rand((), generator=generator) < 0.5 else [style, subject, *chosen]
-        )
+        return ", ".join([subject, style, *chosen] if torch.rand((), generator=generator) < 0.5 else [style, subject, *chosen])
 
 
 _CLAUSES = ("pose", "expression", "light", "background", "clothing", "glasses", "hat", "hair_length", "beard")

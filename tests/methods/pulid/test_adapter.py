@@ -414,9 +414,7 @@ def test_a_copy_serves_no_pipeline(adapter) -> None:
 
 
 def test_the_resampling_encoder_and_several_photos(pipe) -> None:
-    encoder = IDFormer(
-        dim=16, depth=5, dim_head=4, heads=4, num_queries=6, output_dim=64, width=12, vit_dim=8, hidden_dim=16
-    )
+    encoder = IDFormer(dim=16, depth=5, dim_head=4, heads=4, num_queries=6, output_dim=64, width=12, vit_dim=8, hidden_dim=16)
     adapter = fresh(pipe, encoder=encoder)
     adapter.attach(pipe)
     without = run(pipe, guidance=2.0)

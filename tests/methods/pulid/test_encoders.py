@@ -58,9 +58,7 @@ def test_v1_reads_further_photos() -> None:
 
 
 def test_idformer_takes_other_sizes() -> None:
-    encoder = IDFormer(
-        dim=16, depth=5, dim_head=4, heads=2, num_id_token=3, num_queries=7, output_dim=24, ff_mult=2, **TINY
-    )
+    encoder = IDFormer(dim=16, depth=5, dim_head=4, heads=2, num_id_token=3, num_queries=7, output_dim=24, ff_mult=2, **TINY)
     assert encoder(*features(2)).shape == (2, 7, 24)
     assert encoder(*features(1, photos=4)).shape == (1, 7, 24)
     assert IDFormer(**encoder.config).state_dict().keys() == encoder.state_dict().keys()

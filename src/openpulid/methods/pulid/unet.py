@@ -131,9 +131,7 @@ class Injection:
         if self.start <= 0 and self.end >= 1:
             return True
         if torch.is_grad_enabled() and getattr(unet, "is_gradient_checkpointing", False):
-            raise OptionError(
-                "start and end cannot be combined with gradient checkpointing; train over the whole schedule."
-            )
+            raise OptionError("start and end cannot be combined with gradient checkpointing; train over the whole schedule.")
         progress = self.progress(timestep) + 1e-6
         return self.start <= progress and (progress < self.end or self.end >= 1)
 
@@ -142,9 +140,7 @@ class Injection:
         rows = len(sample) // (1 + guided)
         if rows * (1 + guided) != len(sample) or rows % prompts:
             half = " in each half of the guided batch" if guided else ""
-            raise OptionError(
-                f"{prompts} identities do not fit {rows} images{half}; give one identity, or one per prompt."
-            )
+            raise OptionError(f"{prompts} identities do not fit {rows} images{half}; give one identity, or one per prompt.")
         if guided and self._nobody is None:
             self._nobody = self.negative()
         heads = {place: attention.heads for place, attention in cross_attentions(unet).items()}
@@ -152,8 +148,7 @@ class Injection:
         for place, pair in self.keys_values.items():
             nobody = self._nobody[place] if guided and self._nobody else (None, None)
             key, value = (
-                self._expand(x, no, rows, heads[place], sample.device, dtype)
-                for x, no in zip(pair, nobody, strict=True)
+                self._expand(x, no, rows, heads[place], sample.device, dtype) for x, no in zip(pair, nobody, strict=True)
             )
             expanded[place] = key, value
         return Call(True, expanded, self._regions(rows, guided, sample))

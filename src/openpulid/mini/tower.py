@@ -1,0 +1,143 @@
+"""Training and examination of the identity encoder's vision tower: gray faces on white, and who they are.
+
+What the encoder reads are five hidden levels, so every one of them must say what a face looks like: a head on each reads
+the facial values, and trains with the tower only. The last embedding also tells people apart, and sits beside CLIP's
+sentences, as that of EVA-CLIP does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import smooth_l1_loss
+from transformers import CLIPModel
+
+from openpulid.faces.align import TEMPLATE, similarity, warp
+from openpulid.faces.parse import gray_on_white
+from openpulid.identity.vision import LEVELS, VisionTower
+from openpulid.mini.augment import after, damaged, moved, swollen
+from openpulid.mini.captions import Captions
+from openpulid.mini.clip import EMBEDDING, contrast, embed_texts
+from openpulid.mini.recognisers import FACIAL_COLUMNS, MarginHead, ValueHead, faces_of
+from openpulid.training.data import Draw, generator_for
+from openpulid.world.dataset import WorldDataset
+
+
+def build_tower(size: int = 64, width: int = 96, depth: int = 10) -> VisionTower:
+    """The vision tower of the miniature: EVA with heads of 32 and five hidden levels."""
+    return VisionTower(
+        img_size=size, patch_size=8, embed_dim=width, depth=depth, num_heads=width // 32, num_classes=64, ref_grid=None
+    )
+
+
+class LevelHeads(nn.Module):
+    """Reads the facial values out of each hidden level, so that each carries fine detail; trains with the tower only."""
+
+    def __init__(self, width: int, values: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, values)) for _ in range(LEVELS))
+
+    def forward(self, hidden: Sequence[Tensor]) -> list[Tensor]:
+        """Five (B, 1 + N, D) -> five (B, values), about 0 to 1, from the class token and the mean of the patches."""
+        seen = [torch.cat([level[:, 0], level[:, 1:].mean(1)], 1) for level in hidden]
+        return [head(part).float() + 0.5 for head, part in zip(self.heads, seen, strict=True)]
+
+
+class TowerTask:
+    """Trains a `VisionTower`; a `training.loop.Task`.
+
+    Args:
+        tower: from `build_tower`.
+        clip: frozen; its text tower says where a picture's sentence lies.
+        data, captions: training pictures and their sentences.
+        held_out: pictures of others.
+    """
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        clip: CLIPModel,
+        data: WorldDataset,
+        captions: Captions,
+        held_out: WorldDataset | None = None,
+        batch: int = 64,
+        ramp: int = 400,
+    ) -> None:
+        values, width, out = len(FACIAL_COLUMNS), tower.config["embed_dim"], tower.config["num_classes"]
+        self.tower, self.clip = tower, clip
+        self.data, self.captions, self.held_out = data, captions, held_out
+        self.batch, self.ramp = batch, ramp
+        self.heads = nn.ModuleDict({
+            "person": MarginHead(int(data.people.max()) + 1, out),
+            "facial": ValueHead(out, values),
+            "levels": LevelHeads(width, values),
+            "words": nn.Linear(out, EMBEDDING),
+        })  # fmt: skip
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        return {"tower": self.tower, "heads": self.heads}
+
+    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
+        rows = draw.indices(len(self.data), self.batch)
+        variants = draw.randint(self.captions.tokens.shape[1], rows.shape, "variants")
+        device = next(self.tower.parameters()).device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            images, masks, landmarks = faces_of(self.data, rows.numpy(), device)
+            generator = generator_for(draw.seed, draw.step, draw.rank)
+            faces = tower_crops(images, masks, landmarks, self.tower.img_size, generator)
+        words = embed_texts(self.clip, self.captions.rows(rows, variants))
+        people = torch.from_numpy(self.data.people[rows.numpy()]).to(device)
+        values = torch.from_numpy(self.data.vectors[rows.numpy()][:, FACIAL_COLUMNS]).to(device)
+        embedding, hidden = self.tower(self.tower.prepare(faces))
+        levels = [smooth_l1_loss(read, values, beta=0.1) for read in self.heads["levels"](hidden)]
+        return {
+            "people": 0.1 * self.heads["person"](embedding, people, min(1.0, draw.step / self.ramp)),
+            "values": 5.0 * smooth_l1_loss(self.heads["facial"](embedding), values, beta=0.1),
+            "levels": 5.0 * torch.stack(levels).mean(),
+            "words": 0.2 * contrast(self.heads["words"](embedding), words, torch.tensor(20.0)),
+        }
+
+    def validate(self) -> Mapping[str, float]:
+        return tower_figures(self.tower, self.heads, self.held_out) if self.held_out else {}
+
+    def sheet(self) -> Image.Image | None:
+        return None
+
+
+def tower_crops(
+    images: Tensor, masks: Tensor, landmarks: Tensor, size: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """(B, 3, size, size) gray faces on white, as `FeatureExtractor` shows them; moved and damaged with a generator.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1]; masks (B, 1, H, W) one on the face; landmarks (B, 5, 2) pixels.
+    """
+    matrix = similarity(landmarks, TEMPLATE * size)
+    if generator is None:
+        crops = warp(torch.cat([images, masks], 1), matrix, size)
+        return gray_on_white(crops[:, :3], crops[:, 3:])
+    jitter = moved(len(images), size, generator, turn=0.06, grow=0.05, shift=0.02)
+    crops = warp(torch.cat([images, masks], 1), after(matrix, jitter), size)
+    light = 0.75 + 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
+    return gray_on_white(damaged((crops[:, :3] * light).clamp(0, 1), generator), swollen(crops[:, 3:], generator))
+
+
+@torch.no_grad()
+def tower_figures(tower: VisionTower, heads: nn.ModuleDict, data: WorldDataset, most: int = 512) -> dict[str, float]:
+    """Mean error of the facial values of people nobody trained on (chance is 0.25): `values` from the embedding, `level.K`
+    from hidden level K."""
+    device = next(tower.parameters()).device
+    rows = np.linspace(0, len(data) - 1, min(most, len(data))).astype(np.int64)
+    errors = []
+    for part in np.array_split(rows, max(1, len(rows) // 64)):
+        faces = tower_crops(*faces_of(data, part, device), tower.img_size)
+        wanted = torch.from_numpy(data.vectors[part][:, FACIAL_COLUMNS]).to(device)
+        embedding, hidden = tower(tower.prepare(faces))
+        reads = [heads["facial"](embedding), *heads["levels"](hidden)]
+        errors.append(torch.stack([(read - wanted).abs().mean() for read in reads]).cpu())
+    values, *levels = torch.stack(errors).mean(0).tolist()
+    return {"values": values, **{f"level.{k}": error for k, error in enumerate(levels)}}
