@@ -85,8 +85,13 @@ class PatchAutoencoderKL(AutoencoderKL):
         shrink = scale / variance[-channels:].sqrt()
         kernel = basis.T.reshape(channels, 3, patch, patch)
         self.patch_in.weight.copy_(kernel * shrink[:, None, None, None])
-        self.patch_in.bias.copy_(-(basis.T @ mean) * shrink)
+        _bias(self.patch_in).copy_(-(basis.T @ mean) * shrink)
         self.patch_out.weight.copy_(kernel / shrink[:, None, None, None])
-        self.patch_out.bias.copy_(color)
+        _bias(self.patch_out).copy_(color)
         self.quant_conv.bias[:channels].zero_()  # the network adds nothing yet
         self.quant_conv.bias[channels:].fill_(-6.0)  # log variance: nearly exact to begin with
+
+
+def _bias(layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias

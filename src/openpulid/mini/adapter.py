@@ -6,7 +6,7 @@ import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
@@ -75,7 +75,7 @@ class Portraits:
 def fresh_adapter(pipe: Any, features: FeatureExtractor, recipe: Recipe) -> PuLID:
     """An untrained adapter for the pipeline's U-Net; widths are those of its text and of the features."""
     unet = pipe.unet
-    face, seen = features.recogniser.config["dim"], features.tower.config["num_classes"]
+    face, seen = cast(Any, features.recogniser).config["dim"], features.tower.config["num_classes"]
     encoder = IDEncoder(
         width=face + seen,
         context_dim=unet.config.cross_attention_dim,

@@ -7,6 +7,7 @@ smaller `CLIPTextModel`, against the same picture embeddings.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +123,7 @@ def clip_pixels(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def loudened(text: nn.Module, projection: nn.Linear, tokens: Tensor) -> None:
+def loudened(text: Any, projection: nn.Linear, tokens: Tensor) -> None:
     """Scales a text tower, in place, so that what SDXL reads of it (penultimate hidden states, pooled) has mean square 1.
 
     CLIP's embeddings stay in their directions: its blocks normalise what they read, so all that is added up along the way can

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Walks:
     @classmethod
     def of(
         cls,
-        unet: nn.Module,
+        unet: Any,
         words: Words,
         captions: Captions,
         count: int,

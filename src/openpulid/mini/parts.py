@@ -143,13 +143,14 @@ def finder(shop: Workshop) -> dict[str, float]:
     task = FinderTask(network, shop.data, shop.held_out, photographs())
     shop.train("finder", task, schedule)
     save_module(network, shop.weights / "finder.safetensors", shop.facts("finder", schedule), torch.float16)
-    return {**finder_figures(network, shop.held_out), "refused": task.refused(512)}
+    return {**finder_figures(network, shop.held_out), "refused": task.refused(shop.held_out, 512)}
 
 
 def recognisers(shop: Workshop) -> dict[str, float]:
     """Three, one after another, in equal shares of the time, each with its own seed."""
     examination = people.Examination.make(shop.held_out, shop.runs / "recognisers" / "moved.npy")
-    networks, found = {}, {}
+    networks: dict[str, Any] = {}
+    found: dict[str, float] = {}
     for seed, (name, kind) in enumerate(RECOGNISERS.items(), 11):
         schedule = Schedule(steps=20_000, lr=2e-3, decay=0.4, ema=0.995, seed=seed, validate_every=400, weight_decay=0.05)
         torch.manual_seed(seed)
@@ -230,7 +231,8 @@ def _likeness(shop: Workshop, vae: PatchAutoencoderKL, most: int = 512) -> dict[
         return {}
     judge = people.embedded
     network = load_module(RECOGNISERS["judge"], shop.weights / "recogniser-judge.safetensors", shop.device)
-    before, after = [], []
+    before: list[torch.Tensor] = []
+    after: list[torch.Tensor] = []
     for rows in pictures.batches(len(shop.held_out), most):
         images, masks, landmarks = people.faces_of(shop.held_out, rows, shop.device)
         for shown, kept in ((images, before), (pictures.there_and_back(vae, images), after)):

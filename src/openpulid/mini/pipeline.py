@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ class Words(nn.Module):
         return Text(embeds, pooled, ids.expand(len(tokens), -1))
 
 
-def predict(unet: nn.Module, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+def predict(unet: Callable[..., Any], x_t: Tensor, t: Tensor, text: Text) -> Tensor:
     """The U-Net's output (B, C, s, s) in float32 for x_t at times t (B,)."""
     added = {"text_embeds": text.pooled, "time_ids": text.time_ids}
     x_t = x_t.contiguous(memory_format=torch.channels_last)

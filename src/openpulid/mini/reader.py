@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
@@ -22,7 +23,7 @@ class AttributeReader(nn.Module):
 
     def __init__(self, widths: Sequence[int] = (32, 64, 96, 128), size: int = 96) -> None:
         super().__init__()
-        self.config = {"widths": list(widths), "size": size}
+        self.config: dict[str, Any] = {"widths": list(widths), "size": size}
         layers: list[nn.Module] = [nn.PixelUnshuffle(2), convolution(12, widths[0]), nn.ReLU()]
         for before, width in pairwise(widths):
             layers += [convolution(before, width, stride=2), nn.ReLU(), convolution(width, width), nn.ReLU()]

@@ -15,6 +15,11 @@ CRANIUM = 0.64
 DEPTH = 0.58
 
 
+Vector = tuple[Tensor, ...]
+"""Three components that broadcast."""
+Measures = Mapping[str, Tensor]
+
+
 def lerp(low: float, high: float, t: Tensor) -> Tensor:
     """`low` at 0, `high` at 1."""
     return low + (high - low) * t
@@ -59,14 +64,14 @@ def measures(p: Mapping[str, Tensor], expression: Mapping[str, Tensor]) -> dict[
     return m
 
 
-def half_width(y: Tensor, m: Mapping[str, Tensor]) -> Tensor:
+def half_width(y: Tensor, m: Measures) -> Tensor:
     """Half-width of the head's ellipsoid at height `y`: cheeks, jaw and chin widen or narrow it."""
     down = y / m["chin_y"]
     shape = 1 + m["cheeks"] * bell(down - 0.28, 0.28) + m["jaw"] * bell(down - 0.72, 0.24)
     return m["width"] * (shape + m["chin"] * bell(down - 1.0, 0.20))
 
 
-def relief(x: Tensor, y: Tensor, m: Mapping[str, Tensor]) -> Tensor:
+def relief(x: Tensor, y: Tensor, m: Measures) -> Tensor:
     """Height of the face's features above the ellipsoid: nose, brow ridge, sockets, cheeks, lips, chin."""
     side = x.abs()
     bridge = m["eye_y"] + 0.06
@@ -85,7 +90,7 @@ def relief(x: Tensor, y: Tensor, m: Mapping[str, Tensor]) -> Tensor:
     return nose + tip + wings + sockets + ridge + cheeks + lips + chin
 
 
-def hit_ellipsoid(origin: tuple[Tensor, ...], ray: tuple[Tensor, ...], radii: tuple[Tensor, ...], lift: Tensor | float = 0.0):
+def hit_ellipsoid(origin: Vector, ray: Vector, radii: Vector, lift: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """Where rays meet an ellipsoid shifted by `lift` along Z: (discriminant, distance along the ray, nearest first)."""
     (ox, oy, oz), (dx, dy, dz), (rx, ry, rz) = origin, ray, radii
     ux, uy, uz = ox / rx, oy / ry, (oz - lift) / rz
@@ -97,7 +102,7 @@ def hit_ellipsoid(origin: tuple[Tensor, ...], ray: tuple[Tensor, ...], radii: tu
     return discriminant, (discriminant.clamp(min=0).sqrt() - b) / a
 
 
-def hit_head(origin: tuple[Tensor, ...], ray: tuple[Tensor, ...], m: Mapping[str, Tensor], rounds: int = 6):
+def hit_head(origin: Vector, ray: Vector, m: Measures, rounds: int = 6) -> Vector:
     """Where rays meet the head: (discriminant, X, Y, Z, relief). A fixed point: each round solves the ellipsoid again
     with the half-width and the relief of the point found last, and contracts where the relief is not too steep."""
     (ox, oy, oz), (dx, dy, dz) = origin, ray
@@ -113,7 +118,7 @@ def hit_head(origin: tuple[Tensor, ...], ray: tuple[Tensor, ...], m: Mapping[str
     return discriminant, x, y, z, height
 
 
-def head_normal(x: Tensor, y: Tensor, z: Tensor, height: Tensor, m: Mapping[str, Tensor], step: float = 0.012):
+def head_normal(x: Tensor, y: Tensor, z: Tensor, height: Tensor, m: Measures, step: float = 0.012) -> Vector:
     """Unit outward normal of the head's surface in head coordinates, by the gradient of its implicit function."""
     front = torch.sigmoid((z - 0.12) / 0.05)
     here = relief(x, y, m) * front
@@ -126,7 +131,7 @@ def head_normal(x: Tensor, y: Tensor, z: Tensor, height: Tensor, m: Mapping[str,
     return tuple(component / length for component in n)
 
 
-def surface_z(x: Tensor, y: Tensor, m: Mapping[str, Tensor]) -> Tensor:
+def surface_z(x: Tensor, y: Tensor, m: Measures) -> Tensor:
     """Z of the front surface over (X, Y)."""
     vertical = torch.where(y > 0, torch.full_like(y, CRANIUM), -m["chin_y"])
     inside = (1 - (x / half_width(y, m)) ** 2 - (y / vertical) ** 2).clamp(min=0.0)

@@ -6,14 +6,10 @@ blends onto a colour image (B, 3, H, W); edges are smooth by construction, so th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from openpulid.world.head import bell, lerp
-
-Measures = Mapping[str, Tensor]
+from openpulid.world.head import Measures, bell, lerp
 
 
 def inside(distance: Tensor, e: float) -> Tensor:

@@ -11,7 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openpulid.world import paint
-from openpulid.world.head import CRANIUM, DEPTH, head_normal, hit_ellipsoid, hit_head, lerp, measures, surface_z
+from openpulid.world.head import (
+    CRANIUM,
+    DEPTH,
+    Measures,
+    Vector,
+    head_normal,
+    hit_ellipsoid,
+    hit_head,
+    lerp,
+    measures,
+    surface_z,
+)
 from openpulid.world.paint import bell, blend, inside, rgb
 from openpulid.world.person import PARAMETERS, Person
 from openpulid.world.scene import Scene
@@ -59,7 +70,7 @@ class Canvas:
         self.normal = background.new_zeros(batch, 3, height, width)
         self.normal[:, 2] = 1
 
-    def put(self, part: str, color: Tensor, cover: Tensor, normal: tuple[Tensor, ...] | None = None) -> None:
+    def put(self, part: str, color: Tensor, cover: Tensor, normal: Vector | None = None) -> None:
         """Cover the canvas with `color` where `cover` (B, H, W) says so."""
         self.color = blend(self.color, color, cover)
         solid = cover > 0.5
@@ -139,27 +150,34 @@ def _background(stage: Stage, sx: Tensor, sy: Tensor) -> Tensor:
     return (image * glow[:, None] * stage.ambience).clamp(0, 1)
 
 
-def _lit(stage: Stage, normal: tuple[Tensor, ...], gloss: float = 0.0) -> tuple[Tensor, Tensor]:
+def _lit(stage: Stage, normal: Vector, gloss: float = 0.0) -> tuple[Tensor, Tensor]:
     """(light (B, 3, H, W) to multiply a colour with, gloss (B, 1, H, W) to add) for normals in head coordinates."""
     n = stage.to_picture(normal)
     light = stage.ambient * lerp(0.80, 1.0, (n[1] * 0.5 + 0.5).clamp(0, 1))[:, None]
     shine = torch.zeros_like(n[0])
     for direction, color in stage.lamps:
-        facing = sum(component * direction[:, i, None, None] for i, component in enumerate(n))
+        facing = dot(n, direction)
         light = light + color * (0.78 * facing.clamp(min=0) + 0.22 * (0.5 + 0.5 * facing))[:, None]
         half = direction + torch.tensor([0.0, 0.0, 1.0], device=direction.device)
         half = half / half.norm(dim=1, keepdim=True)
-        glint = sum(component * half[:, i, None, None] for i, component in enumerate(n)).clamp(0, 1) ** 24
+        glint = dot(n, half).clamp(0, 1) ** 24
         shine = shine + glint * color.mean(1)
     return light, (gloss * shine)[:, None]
 
 
-def _head(canvas: Canvas, p, m, stage: Stage, skin: Tensor, e: float) -> None:
+def dot(vector: Vector, direction: Tensor) -> Tensor:
+    """A field of vectors, three times (B, H, W), along one direction (B, 3) per picture."""
+    x, y, z = (direction[:, i, None, None] for i in range(3))
+    return vector[0] * x + vector[1] * y + vector[2] * z
+
+
+def _head(canvas: Canvas, p: Measures, m: Measures, stage: Stage, skin: Tensor, e: float) -> None:
     size = canvas.label.shape[-1]
     origin, ray = stage.rays(*_axes(size // 2, stage.yaw.device))  # smooth surface: half the samples are enough for it
     discriminant, x, y, z, height = hit_head(origin, ray, m)
     field = torch.stack([discriminant, x, y, z, *head_normal(x, y, z, height, m)], 1)
-    discriminant, x, y, z, *normal = F.interpolate(field, size=(size, size), mode="bilinear").unbind(1)
+    discriminant, x, y, z, *turned = F.interpolate(field, size=(size, size), mode="bilinear").unbind(1)
+    normal = tuple(turned)
     cover = inside(discriminant * 0.30, e) * (z > -0.30)
     color = skin.expand(-1, -1, *x.shape[1:])
     color = paint.marks(color, x, y, m, p, stage.blush, e)
@@ -172,7 +190,7 @@ def _head(canvas: Canvas, p, m, stage: Stage, skin: Tensor, e: float) -> None:
     canvas.put("face", (color * light + shine).clamp(0, 1), cover, normal)
 
 
-def _ears(canvas: Canvas, origin, ray, m, stage: Stage, skin: Tensor) -> None:
+def _ears(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage, skin: Tensor) -> None:
     for sign in (-1.0, 1.0):
         moved = (origin[0] - sign * (m["width"] * 0.98), origin[1] - m["eye_y"] + 0.10, origin[2] + 0.02)
         radii = (m["ears"] * 0.75, m["ears"] * 1.25, torch.full_like(m["ears"], 0.07))
@@ -185,14 +203,14 @@ def _ears(canvas: Canvas, origin, ray, m, stage: Stage, skin: Tensor) -> None:
         canvas.put("ears", (color * light + shine).clamp(0, 1), (discriminant > 0).float(), normal)
 
 
-def _normal(point: tuple[Tensor, ...], radii: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _normal(point: Vector, radii: Vector) -> Vector:
     """Unit normal of an ellipsoid at a point on it."""
     n = tuple(component / radius**2 for component, radius in zip(point, radii, strict=True))
-    length = torch.sqrt(sum(component**2 for component in n)).clamp(min=1e-6)
+    length = torch.sqrt(n[0] ** 2 + n[1] ** 2 + n[2] ** 2).clamp(min=1e-6)
     return tuple(component / length for component in n)
 
 
-def _body(canvas: Canvas, sx: Tensor, sy: Tensor, m, stage: Stage, skin: Tensor, e: float) -> None:
+def _body(canvas: Canvas, sx: Tensor, sy: Tensor, m: Measures, stage: Stage, skin: Tensor, e: float) -> None:
     x, y = sx - 0.55 * stage.shift_x, sy - 0.6 * stage.shift_y
     neck_w = m["width"] * (0.62 + 0.06 * ((-0.6 - y) * 6).clamp(0, 2))
     bend = (x / neck_w).clamp(-1, 1)
@@ -215,7 +233,7 @@ def _body(canvas: Canvas, sx: Tensor, sy: Tensor, m, stage: Stage, skin: Tensor,
     canvas.put("clothes", (stage.clothing * light * hem[:, None]).clamp(0, 1), cover, normal)
 
 
-def _cap(origin, ray, m, grow: Tensor | float, lift: float):
+def _cap(origin: Vector, ray: Vector, m: Measures, grow: Tensor | float, lift: float) -> tuple[Tensor, Vector, Vector]:
     """An ellipsoid a little larger than the skull: discriminant, point and normal."""
     moved = (origin[0], origin[1] - lift, origin[2] + 0.05)
     radii = (m["width"] + grow, CRANIUM + grow - lift + 0 * m["width"], DEPTH + grow + 0 * m["width"])
@@ -224,13 +242,13 @@ def _cap(origin, ray, m, grow: Tensor | float, lift: float):
     return discriminant, (point[0], point[1] + lift, point[2] - 0.05), _normal(point, radii)
 
 
-def _hair_color(stage: Stage, x: Tensor, y: Tensor, normal) -> Tensor:
+def _hair_color(stage: Stage, x: Tensor, y: Tensor, normal: Vector) -> Tensor:
     light, shine = _lit(stage, normal, gloss=0.14)
     strands = 1 + 0.13 * torch.sin(34 * x + 5 * torch.sin(4 * y)) + 0.06 * torch.sin(13 * x - 6 * y)
     return (stage.hair * strands[:, None] * light + shine).clamp(0, 1)
 
 
-def _hair_behind(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
+def _hair_behind(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage, e: float) -> None:
     """What hangs behind neck and head: nothing for short hair, to the jaw for a bob, off the picture for long hair."""
     fall = stage.length["bob"] * 0.62 + stage.length["long"] * 1.25
     moved = (origin[0], origin[1] - 0.1 + 0.45 * fall, origin[2] + 0.22)
@@ -243,7 +261,7 @@ def _hair_behind(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None
     canvas.put("hair", color * 0.72, cover)
 
 
-def _hair(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
+def _hair(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage, e: float) -> None:
     """The cap of hair: everything above a hairline that drops at the temples, further down for longer hair."""
     grow = 0.055 + 0.03 * stage.volume
     discriminant, (x, y, z), normal = _cap(origin, ray, m, grow, 0.02)
@@ -258,7 +276,7 @@ def _hair(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
     canvas.put("hair", _hair_color(stage, x, y, normal), cover, normal)
 
 
-def _glasses(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
+def _glasses(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage, e: float) -> None:
     """Two round lenses on a plane before the eyes, a bridge, and temples that run to the ears."""
     plane = surface_z(m["eye_x"], m["eye_y"], m) + 0.05
     t = (plane - origin[2]) / ray[2]
@@ -282,7 +300,7 @@ def _glasses(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
     canvas.put("eyewear", dark * stage.ambience, torch.maximum(torch.maximum(frame, bridge), arm * (canvas.label > 0)) * worn)
 
 
-def _hat(canvas: Canvas, origin, ray, m, stage: Stage, e: float) -> None:
+def _hat(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage, e: float) -> None:
     """A beanie with a turned-up band, or a hat with a wide brim."""
     beanie, brimmed = stage.hat["beanie"], stage.hat["brimmed"]
     grow = 0.105 + 0 * beanie

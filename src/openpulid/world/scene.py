@@ -121,7 +121,7 @@ class Scene:
         jitter = tuple((2 * torch.rand(12, generator=generator) - 1).tolist())
         while True:
             drawn = {name: _draw(name, classes, generator) for name, classes in ATTRIBUTES.items()}
-            scene = cls(**{**drawn, **fixed}, jitter=jitter)
+            scene = cls(jitter=jitter, **(drawn | fixed))
             if scene.is_held_out == held_out:
                 return scene
 
@@ -133,7 +133,7 @@ class Scene:
 
     def replace(self, **values: str) -> Scene:
         """The same scene with some attributes changed."""
-        return dataclasses.replace(self, **values)
+        return dataclasses.replace(self, **values)  # type: ignore[arg-type]
 
     def attributes(self) -> dict[str, str]:
         """The attributes that can be seen in the picture, and only those: a pencil sketch has no colours."""

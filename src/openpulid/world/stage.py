@@ -97,7 +97,8 @@ class Stage:
     def to_picture(self, vector: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A vector in head coordinates in the picture's axes; zoom is left to the caller."""
         r = self.rotation
-        return tuple(sum(r[:, i, j, None, None] * vector[j] for j in range(3)) for i in range(3))
+        x, y, z = vector
+        return tuple(r[:, i, 0, None, None] * x + r[:, i, 1, None, None] * y + r[:, i, 2, None, None] * z for i in range(3))
 
     def in_plane(self, origin: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Picture coordinates relative to the head's centre, rolled with the head."""
