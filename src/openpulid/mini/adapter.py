@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -26,13 +25,10 @@ from openpulid.training.branches import SDXLBase
 from openpulid.training.checkpoint import save_adapter
 from openpulid.training.data import Draw
 from openpulid.training.loop import Result, run
-from openpulid.training.recipe import Recipe, mini_stage1
+from openpulid.training.recipe import Recipe
 from openpulid.training.task import Batch, PuLIDTask
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 from openpulid.world.dataset import WorldDataset
-
-if TYPE_CHECKING:
-    from openpulid.mini.parts import Workshop
 
 SHEET_PROMPTS = ("portrait, photo, smiling, blue background", "portrait, pencil sketch, turned left")
 SHEET_PEOPLE = 6
@@ -147,14 +143,3 @@ def sheet(studio: Studio, people: int = SHEET_PEOPLE) -> Image.Image:
             row += studio.generate(prompt, seed=k).images + studio.generate(prompt, identity, seed=k).images
         rows.append(row)
     return checkered(rows, 144)
-
-
-def part(shop: Workshop) -> dict[str, float]:
-    """`pulid mini build pulid`: stage 1, written in half precision beside the rest of the weights."""
-    recipe = mini_stage1()
-    adapter, result = train(
-        recipe, shop.runs / "pulid", minutes=shop.minutes, device=shop.device, runs=shop.runs, weights=shop.weights
-    )
-    shop.results["pulid"] = result
-    save_adapter(deepcopy(adapter).half(), mini_preset(shop.weights).adapter, recipe, result)
-    return dict(result.metrics)

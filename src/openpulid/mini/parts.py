@@ -21,6 +21,7 @@ from openpulid.autoencoder import PatchAutoencoderKL
 from openpulid.errors import TrainingError, WeightsError
 from openpulid.faces.detect import FaceFinder
 from openpulid.faces.recognise import RECOGNISERS
+from openpulid.mini import adapter
 from openpulid.mini import autoencoder as pictures
 from openpulid.mini import clip as words
 from openpulid.mini import recognisers as people
@@ -37,8 +38,10 @@ from openpulid.mini.pipeline import Words, assemble, build_unet, save_folder
 from openpulid.mini.reader import AttributeReader
 from openpulid.mini.text import tokenizer as build_tokenizer
 from openpulid.mini.tower import TowerTask, build_tower
-from openpulid.training.checkpoint import revision
+from openpulid.presets import mini as mini_preset
+from openpulid.training.checkpoint import revision, save_adapter
 from openpulid.training.loop import Result, Task, run
+from openpulid.training.recipe import mini_stage1
 from openpulid.training.schedule import Schedule
 from openpulid.weights import load_module, save_module
 from openpulid.world.dataset import Plan, WorldDataset
@@ -276,10 +279,14 @@ def lightning(shop: Workshop, count: int = 8192, seeing: float = 0.6) -> dict[st
 
 
 def pulid(shop: Workshop) -> dict[str, float]:
-    """The first adapter: the paper's stage 1."""
-    from openpulid.mini import adapter  # its own recipe and figures
-
-    return adapter.part(shop)
+    """The first adapter: the paper's stage 1, written in half precision beside the rest of the weights."""
+    recipe = mini_stage1()
+    trained, result = adapter.train(
+        recipe, shop.runs / "pulid", minutes=shop.minutes, device=shop.device, runs=shop.runs, weights=shop.weights
+    )
+    shop.results["pulid"] = result
+    save_adapter(deepcopy(trained).half(), mini_preset(shop.weights).adapter, recipe, result)
+    return dict(result.metrics)
 
 
 def stamp(folder: Path, facts: Mapping[str, object]) -> None:

@@ -20,7 +20,7 @@ SHARD = "12MB"
 
 
 def build_unet(
-    channels: int, text_width: int, pooled: int, widths: Sequence[int] = (96, 128, 128), layers: int = 1, size: int = 12
+    channels: int, text_width: int, pooled: int, widths: Sequence[int] = (64, 128, 160), layers: int = 1, size: int = 12
 ) -> UNet2DConditionModel:
     """SDXL's U-Net with random weights: attention on every level, heads of 32, `widths` from full resolution down."""
     levels = len(widths)

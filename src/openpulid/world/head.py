@@ -136,3 +136,10 @@ def surface_z(x: Tensor, y: Tensor, m: Measures) -> Tensor:
     vertical = torch.where(y > 0, torch.full_like(y, CRANIUM), -m["chin_y"])
     inside = (1 - (x / half_width(y, m)) ** 2 - (y / vertical) ** 2).clamp(min=0.0)
     return DEPTH * inside.sqrt() + relief(x, y, m)
+
+
+def ellipsoid_normal(point: Vector, radii: Vector) -> Vector:
+    """Unit normal of an ellipsoid at a point on it."""
+    n = tuple(component / radius**2 for component, radius in zip(point, radii, strict=True))
+    length = torch.sqrt(n[0] ** 2 + n[1] ** 2 + n[2] ** 2).clamp(min=1e-6)
+    return tuple(component / length for component in n)

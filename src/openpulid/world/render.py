@@ -16,18 +16,19 @@ from openpulid.world.head import (
     DEPTH,
     Measures,
     Vector,
+    ellipsoid_normal,
     head_normal,
     hit_ellipsoid,
     hit_head,
     lerp,
     measures,
     surface_z,
-)
+)  # fmt: skip
 from openpulid.world.paint import bell, blend, inside, rgb
 from openpulid.world.person import PARAMETERS, Person
 from openpulid.world.scene import Scene
 from openpulid.world.stage import Stage, set_stage
-from openpulid.world.style import apply_style
+from openpulid.world.style import apply_style, ink_lines
 
 PARTS = ("background", "face", "eyewear", "hair", "hat", "ears", "neck", "clothes")
 """Names of the labels in `Rendering.parts`; the face is skin, brows, eyes, nose, mouth and beard."""
@@ -105,7 +106,7 @@ def render(
     color, label, normal = draw(p, m, stage, size * SUPERSAMPLE)
     image = F.avg_pool2d(color, SUPERSAMPLE)
     parts = label[:, 1::SUPERSAMPLE, 1::SUPERSAMPLE].to(torch.uint8)
-    edges = F.avg_pool2d(_edges(label, normal), SUPERSAMPLE)
+    edges = F.avg_pool2d(ink_lines(label, normal), SUPERSAMPLE)
     return Rendering(apply_style(image, edges, parts, stage.style), parts, _landmarks(m, stage, size))
 
 
@@ -196,18 +197,11 @@ def _ears(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage
         radii = (m["ears"] * 0.75, m["ears"] * 1.25, torch.full_like(m["ears"], 0.07))
         discriminant, t = hit_ellipsoid(moved, ray, radii)
         point = tuple(o + t * d for o, d in zip(moved, ray, strict=True))
-        normal = _normal(point, radii)
+        normal = ellipsoid_normal(point, radii)
         inner = bell(point[0] / radii[0], 0.55) * bell(point[1] / radii[1], 0.6)
         light, shine = _lit(stage, normal, gloss=0.05)
         color = (skin * rgb(0.96, 0.86, 0.84, skin)) * (1 - 0.35 * inner)[:, None]
         canvas.put("ears", (color * light + shine).clamp(0, 1), (discriminant > 0).float(), normal)
-
-
-def _normal(point: Vector, radii: Vector) -> Vector:
-    """Unit normal of an ellipsoid at a point on it."""
-    n = tuple(component / radius**2 for component, radius in zip(point, radii, strict=True))
-    length = torch.sqrt(n[0] ** 2 + n[1] ** 2 + n[2] ** 2).clamp(min=1e-6)
-    return tuple(component / length for component in n)
 
 
 def _body(canvas: Canvas, sx: Tensor, sy: Tensor, m: Measures, stage: Stage, skin: Tensor, e: float) -> None:
@@ -239,7 +233,7 @@ def _cap(origin: Vector, ray: Vector, m: Measures, grow: Tensor | float, lift: f
     radii = (m["width"] + grow, CRANIUM + grow - lift + 0 * m["width"], DEPTH + grow + 0 * m["width"])
     discriminant, t = hit_ellipsoid(moved, ray, radii)
     point = tuple(o + t * d for o, d in zip(moved, ray, strict=True))
-    return discriminant, (point[0], point[1] + lift, point[2] - 0.05), _normal(point, radii)
+    return discriminant, (point[0], point[1] + lift, point[2] - 0.05), ellipsoid_normal(point, radii)
 
 
 def _hair_color(stage: Stage, x: Tensor, y: Tensor, normal: Vector) -> Tensor:
@@ -257,7 +251,7 @@ def _hair_behind(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage
     point = tuple(o + t * d for o, d in zip(moved, ray, strict=True))
     y = point[1] + 0.1 - 0.45 * fall
     cover = inside(discriminant * 0.3, e) * inside(y + 0.58 + 1.2 * stage.length["long"], 3 * e) * (fall > 0)
-    color = _hair_color(stage, point[0], y, _normal(point, radii))
+    color = _hair_color(stage, point[0], y, ellipsoid_normal(point, radii))
     canvas.put("hair", color * 0.72, cover)
 
 
@@ -319,16 +313,6 @@ def _hat(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage,
     light, _ = _lit(stage, up)
     edge = lerp(0.72, 1.0, inside(py - middle + 0.01, 0.06))
     canvas.put("hat", (stage.hat_color * edge[:, None] * light).clamp(0, 1), inside(flat * 0.06, e) * brimmed, up)
-
-
-def _edges(label: Tensor, normal: Tensor) -> Tensor:
-    """(B, 1, s, s) ink lines where the part changes or the surface turns sharply."""
-    field = torch.cat([label[:, None] * 0.6, normal], 1)
-    right = (field - field.roll(-1, 3)).abs().amax(1, keepdim=True)
-    down = (field - field.roll(-1, 2)).abs().amax(1, keepdim=True)
-    edge = ((torch.maximum(right, down) - 0.22) * 3).clamp(0, 1)
-    edge[..., -1:], edge[..., -1:, :] = 0, 0
-    return F.max_pool2d(edge, 3, 1, 1)
 
 
 def _landmarks(m: dict[str, Tensor], stage: Stage, size: int) -> Tensor:

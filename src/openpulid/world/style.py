@@ -64,3 +64,13 @@ def poster(image: Tensor, edges: Tensor) -> Tensor:
     flat = image * (tone / gray)
     vivid = luminance(flat) + (flat - luminance(flat)) * 1.35
     return (vivid.clamp(0, 1) * (1 - 0.85 * edges)).clamp(0, 1)
+
+
+def ink_lines(label: Tensor, normal: Tensor) -> Tensor:
+    """(B, 1, s, s) ink lines where the part changes or the surface turns sharply."""
+    field = torch.cat([label[:, None] * 0.6, normal], 1)
+    right = (field - field.roll(-1, 3)).abs().amax(1, keepdim=True)
+    down = (field - field.roll(-1, 2)).abs().amax(1, keepdim=True)
+    edge = ((torch.maximum(right, down) - 0.22) * 3).clamp(0, 1)
+    edge[..., -1:], edge[..., -1:, :] = 0, 0
+    return F.max_pool2d(edge, 3, 1, 1)
