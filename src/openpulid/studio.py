@@ -182,7 +182,7 @@ def load_pipeline(preset: Preset, device: torch.device) -> Any:
         raise WeightsError(f"{preset.pipeline} holds no pipeline; `pulid mini build` makes the miniature's.")
     local = {"local_files_only": True}
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             parts = {"unet": UNet2DConditionModel.from_pretrained(preset.unet, **local)} if preset.unet else {}
             pipe = StableDiffusionXLPipeline.from_pretrained(preset.pipeline, add_watermarker=False, **local, **parts)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -198,7 +198,7 @@ def load_pipeline(preset: Preset, device: torch.device) -> Any:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Both libraries show how far loading is; here it takes a moment, and what was set before is set again."""
     import diffusers.utils.logging
     import transformers.utils.logging

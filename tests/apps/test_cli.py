@@ -88,6 +88,11 @@ def test_sheet_has_eight_rows_and_columns(pulid, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "s.png").size == (8 * 34 - 2, 8 * 34 - 2)
 
 
+def test_words_are_the_vocabulary(pulid) -> None:
+    spoken = pulid("world", "words")
+    assert "hat: none, beanie, brimmed" in spoken.out and " portrait " in spoken.out
+
+
 def test_identify_writes_a_private_file(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
     out = tmp_path / "who" / "anna.safetensors"
     assert pulid("identify", anna, anna, "-o", out).code == 0

@@ -78,8 +78,8 @@ def test_json_has_the_columns_and_no_nan() -> None:
 
 
 def test_the_table_shows_every_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     row = {name: Interval(0.25, 0.2, 0.3) for name in evaluate.COLUMNS}
     evaluate.show(Table({"base": row, "stage1": row}, 8, 1, 0))
     out = capsys.readouterr().out
-    assert "stage1" in out and "face_found" in out and "0.250 ± 0.050" in out
+    assert "stage1" in out and "outside" in out and out.count("± 0.050") == 2 * 6 and out.count("0.250") == 2 * 6

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,6 +60,7 @@ def main() -> None:
     # The libraries' own notes are for those who write programs with them.
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    warnings.simplefilter("ignore", FutureWarning)
     try:
         app()
     except PulidError as error:
@@ -111,8 +113,8 @@ def generate(
     num: Annotated[int, typer.Option(min=1, help="How many images.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="The first image's seed; image k has seed + k.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the preset's by default.")] = None,
-    scale: Annotated[float | None, typer.Option(help="How strongly the identity acts; 0 is not at all.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="How strongly the prompt acts.")] = None,
+    scale: Annotated[float | None, typer.Option(min=0, help="How strongly the identity acts; 0 is not at all.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="How strongly the prompt acts.")] = None,
     negative: Annotated[str, typer.Option(help="What not to show.")] = "",
     device: Device = None,
 ) -> None:
@@ -166,6 +168,16 @@ def sheet(
 
     _save(people_sheet(seed, size), _file(out))
     print(out)
+
+
+@world.command()
+def words() -> None:
+    """What a prompt for the miniature can say: each thing and its kinds, then every single word."""
+    from openpulid.world import ATTRIBUTES, VOCABULARY
+
+    for name, kinds in ATTRIBUTES.items():
+        print(f"{name.replace('_', ' ')}: {', '.join(kinds)}")
+    print(f"\n{' '.join(word for word in VOCABULARY if word.isalpha())}")
 
 
 @mini.command()

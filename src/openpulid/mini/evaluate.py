@@ -168,7 +168,7 @@ def show(table: Table) -> None:
     grid = RichTable(title=f"{table.people} people nobody trained on, {table.prompts} prompts each")
     grid.add_column("model")
     for name in COLUMNS:
-        grid.add_column(name, justify="right")
+        grid.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
     for model, columns in table.rows.items():
         grid.add_row(model, *(_cell(name, columns[name]) for name in COLUMNS))
     Console().print(grid)
@@ -177,7 +177,7 @@ def show(table: Table) -> None:
 def _cell(name: str, interval: Interval) -> str:
     digits = DIGITS.get(name, 3)
     half = (interval.high - interval.low) / 2
-    return f"{interval.mean:.{digits}f} ± {half:.{digits}f}"
+    return f"{interval.mean:.{digits}f}\n± {half:.{digits}f}"
 
 
 def _rounded(value: float, digits: int) -> float | None:

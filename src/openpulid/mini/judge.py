@@ -19,6 +19,7 @@ from openpulid.mini import clip
 from openpulid.mini.captions import token_ids
 from openpulid.mini.reader import AttributeReader
 from openpulid.presets import MINIATURE
+from openpulid.studio import no_progress_bars
 from openpulid.weights import load_module
 
 
@@ -73,12 +74,13 @@ class Judges:
         try:
             # the text model's own tokenizer: a prompt is read here as it was there
             words = PreTrainedTokenizerFast.from_pretrained(folder / "pipeline" / "tokenizer", local_files_only=True)
-            network = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32, local_files_only=True).eval()
+            with no_progress_bars():
+                network = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32, local_files_only=True)
         except (OSError, ValueError) as error:
             raise WeightsError(f"{folder} holds no CLIP; `pulid mini build` makes it.") from error
         return cls(
             FaceJudge.load(folder),
-            partial(clip.embed_images, network),
+            partial(clip.embed_images, network.eval()),
             lambda prompts: clip.embed_texts(network, token_ids(words, list(prompts))),
             reader,
         )

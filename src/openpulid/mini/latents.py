@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from openpulid.mini.autoencoder import PatchAutoencoderKL, batches
@@ -30,7 +30,7 @@ class Latents:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Latents:
         """Encodes everything, or reads what lies in `folder` from an earlier run with the same autoencoder."""
-        mark = fingerprint(vae)
+        mark = f"{fingerprint(vae)} {vae.config.scaling_factor:.6f}"
         if folder is not None and (folder / "mark.txt").exists() and (folder / "mark.txt").read_text() == f"{mark} {len(data)}":
             return cls(*(torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("pictures", "faces")))
         latents = cls(*_encode(vae, data, on_progress or (lambda done, total: None)))
@@ -60,7 +60,6 @@ def _encode(vae: PatchAutoencoderKL, data: WorldDataset, on_progress: Callable[[
         return torch.cat(pictures), torch.cat(faces)
 
 
-def fingerprint(vae: PatchAutoencoderKL) -> str:
-    """Tells two autoencoders apart."""
-    total = sum(parameter.double().abs().sum().item() for parameter in vae.parameters())
-    return f"{total:.6f} {vae.config.scaling_factor:.6f}"
+def fingerprint(model: nn.Module) -> str:
+    """Tells models with different weights apart."""
+    return f"{sum(parameter.double().abs().sum().item() for parameter in model.parameters()):.6f}"

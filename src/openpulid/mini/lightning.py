@@ -8,6 +8,7 @@ taught: four first-order steps in trailing spacing, guidance 1.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from openpulid.mini.base import GUIDANCE, STEPS, Examination
 from openpulid.mini.captions import Captions
+from openpulid.mini.latents import fingerprint
 from openpulid.mini.pipeline import Words, predict, scheduler
 from openpulid.training.branches import NoiseSchedule, Text
 from openpulid.training.data import Draw, generator_for
@@ -46,17 +48,16 @@ class Walks:
         seed: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Walks:
-        """`count` walks, or those still missing in `folder`, where they are kept; the same for the same seed."""
+        """`count` walks, or those still missing in `folder`, where they are kept; the same for the same teacher and seed."""
         folder.mkdir(parents=True, exist_ok=True)
         size, channels = unet.config.sample_size, unet.config.in_channels
         shapes = {"stations": ((count, STATIONS + 1, channels, size, size), np.float16),
                   "tokens": ((count, captions.tokens.shape[-1]), np.uint8)}  # fmt: skip
-        files = {
-            name: open_memmap(folder / f"{name}.npy", "r+" if (folder / f"{name}.npy").exists() else "w+", dtype, shape)
-            for name, (shape, dtype) in shapes.items()
-        }
-        marks = folder / "walked.txt"
-        first = int(marks.read_text()) if marks.exists() else 0
+        marks, mark = folder / "walked.json", [fingerprint(unet), count, seed]
+        known = json.loads(marks.read_text()) if marks.exists() else {}
+        first = known["walked"] if known.get("mark") == mark else 0
+        mode = "r+" if first else "w+"
+        files = {name: open_memmap(folder / f"{name}.npy", mode, dtype, shape) for name, (shape, dtype) in shapes.items()}
         device = next(unet.parameters()).device
         for start in range(first, count, batch):
             rows = slice(start, min(start + batch, count))
@@ -72,7 +73,7 @@ class Walks:
             passed = walk(unet, noise.to(device), text, nothing)
             files["stations"][rows] = passed.to("cpu", torch.float16).numpy()
             files["tokens"][rows] = tokens.numpy()
-            marks.write_text(str(rows.stop))
+            marks.write_text(json.dumps({"mark": mark, "walked": rows.stop}))
             if on_progress:
                 on_progress(rows.stop, count)
         return cls(files["stations"], files["tokens"])
@@ -113,9 +114,9 @@ class Stations:
         return (there - (a_next * a + s_next * s) * here) / (s_next * a - a_next * s)
 
     def weight(self, index: Tensor, like: Tensor) -> Tensor:
-        """(B,) how much an error of the prediction moves the next station, relative to the first step."""
-        a, s, a_next, s_next = self._coefficients(index, like)
-        return ((s_next * a - a_next * s) ** 2).flatten()
+        """(B,) truncated signal-to-noise: an error of x_0 counts max(SNR, 1) times (Salimans & Ho, section 4), here of v."""
+        a, s, _, _ = self._coefficients(index, like)
+        return torch.maximum(a**2, s**2).flatten()
 
     def _coefficients(self, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
         table = [self.signal[index], self.noise[index], self.signal[index + 1], self.noise[index + 1]]
@@ -134,11 +135,9 @@ class LightningTask:
     """
 
     def __init__(
-        self, student: nn.Module, words: Words, walks: Walks, examination: Examination | None = None, batch: int = 48,
-        compiled: bool = False,
-    ) -> None:  # fmt: skip
+        self, student: nn.Module, words: Words, walks: Walks, examination: Examination | None = None, batch: int = 48
+    ) -> None:
         self.student = student.to(memory_format=torch.channels_last)
-        self.network = torch.compile(self.student) if compiled else self.student
         self.words, self.walks, self.examination, self.batch = words, walks, examination, batch
         self.stations = Stations()
 
@@ -152,7 +151,7 @@ class LightningTask:
         passed = torch.from_numpy(self.walks.stations[rows.numpy()]).float()
         here, there = (passed[torch.arange(len(rows)), index + k].to(device) for k in (0, 1))
         tokens = torch.from_numpy(self.walks.tokens[rows.numpy()].astype(np.int64)).to(device)
-        predicted = predict(self.network, here, self.stations.times[index].to(device), self.words(tokens))
+        predicted = predict(self.student, here, self.stations.times[index].to(device), self.words(tokens))
         error = (predicted - self.stations.target(here, there, index)).square().flatten(1).mean(1)
         return {"step": (error * self.stations.weight(index, error)).mean()}
 

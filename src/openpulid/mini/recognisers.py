@@ -131,6 +131,8 @@ class RecogniserTask:
         examination: pictures of held-out people; None validates nothing.
         families, pictures: a batch is this many families times this many pictures of each.
         value_weight: of the auxiliary regression.
+        margin_weight: small, since a margin over thousands of people is large in loss and gradient before anything is seen,
+            and would leave nothing of the clipped gradient to the values, which teach how to see.
         ramp: steps over which the margin grows, since a full one at the start only pushes everything apart.
     """
 
@@ -142,6 +144,7 @@ class RecogniserTask:
         families: int = 32,
         pictures: int = 8,
         value_weight: float = 10.0,
+        margin_weight: float = 0.1,
         ramp: int = 400,
     ) -> None:
         dim = recogniser.config["dim"]
@@ -152,7 +155,7 @@ class RecogniserTask:
         self.head = MarginHead(int(self.people.max()) + 1, dim)
         self.values = ValueHead(dim)
         self.families, self.pictures = families, min(pictures, self.table.shape[1])
-        self.value_weight, self.ramp = value_weight, ramp
+        self.value_weight, self.margin_weight, self.ramp = value_weight, margin_weight, ramp
 
     def modules(self) -> Mapping[str, nn.Module]:
         return {"recogniser": self.recogniser, "head": self.head, "values": self.values}
@@ -167,7 +170,7 @@ class RecogniserTask:
         people = self.people[rows].to(crops.device)
         values = torch.from_numpy(self.data.vectors[rows.numpy()][:, FACIAL_COLUMNS]).to(crops.device)
         return {
-            "margin": self.head(embedding, people, min(1.0, draw.step / self.ramp)),
+            "margin": self.margin_weight * self.head(embedding, people, min(1.0, draw.step / self.ramp)),
             "values": self.value_weight * smooth_l1_loss(self.values(embedding), values, beta=0.1),
         }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from os import PathLike
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, TrainingError
 from openpulid.training.data import Draw, generator_for
+from openpulid.training.precision import mixed
 from openpulid.training.process import Ranks, signals_noted
 from openpulid.training.report import Report
 from openpulid.training.schedule import Pace, Schedule
@@ -209,7 +210,7 @@ class _Run:
         )  # fmt: skip
 
     def _autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.schedule.bf16 else nullcontext()
+        return mixed(self.device, self.schedule.bf16)
 
     def _mode(self, *, training: bool) -> None:
         for module in self.modules.values():
