@@ -51,8 +51,8 @@ def mini(folder: Path = MINIATURE) -> Preset:
 
 def mini_lightning(folder: Path = MINIATURE) -> Preset:
     """The miniature's student: four steps without guidance."""
-    spacing = {"timestep_spacing": "trailing"}
-    return replace(mini(folder), name="mini-lightning", unet=folder / "lightning", scheduler=spacing, steps=4, guidance=1.0)
+    single = {"timestep_spacing": "trailing", "solver_order": 1}  # single first-order steps, as it was taught
+    return replace(mini(folder), name="mini-lightning", unet=folder / "lightning", scheduler=single, steps=4, guidance=1.0)
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {"mini": mini, "mini-lightning": mini_lightning}

@@ -178,6 +178,8 @@ def load_pipeline(preset: Preset, device: torch.device) -> Any:
     from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
     from safetensors import SafetensorError
 
+    import openpulid.autoencoder  # noqa: F401 (diffusers loads classes of modules that are already imported)
+
     if not (preset.pipeline / "model_index.json").is_file():
         raise WeightsError(f"{preset.pipeline} holds no pipeline; `pulid mini build` makes the miniature's.")
     local = {"local_files_only": True}

@@ -162,11 +162,13 @@ def as_json(table: Table) -> dict[str, Any]:
 
 def show(table: Table) -> None:
     """The table for people, on the terminal."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    grid = RichTable(title=f"{table.people} people nobody trained on, {table.prompts} prompts each")
-    grid.add_column("model")
+    title = f"{table.people} people nobody trained on, prompts for each: {table.prompts}"
+    grid = RichTable(title=title, box=box.SIMPLE, pad_edge=False)
+    grid.add_column("model", no_wrap=True)
     for name in COLUMNS:
         grid.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
     for model, columns in table.rows.items():

@@ -1,0 +1,97 @@
+"""The weights that travel with the package: small enough, labelled, and as good as the report says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import openpulid as pulid
+from openpulid.autoencoder import PatchAutoencoderKL
+from openpulid.errors import FaceError, PromptError
+from openpulid.faces.detect import FaceFinder
+from openpulid.images import open_picture
+from openpulid.mini.autoencoder import there_and_back
+from openpulid.mini.pictures import to_images, to_pictures
+from openpulid.presets import MINIATURE
+from openpulid.weights import load_module
+from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
+
+PHOTOS = Path(__file__).parents[3] / "shared" / "photos"
+
+
+@pytest.fixture(scope="module")
+def strangers():
+    """Sixteen held-out people in held-out scenes."""
+    generator = torch.Generator().manual_seed(4)
+    people = [Person.from_seed(HELD_OUT_PEOPLE + 500 + k) for k in range(16)]
+    return render(people, [Scene.sample(generator, held_out=True) for _ in people])
+
+
+@pytest.fixture(scope="module")
+def finder():
+    return load_module(FaceFinder, MINIATURE / "finder.safetensors", "cpu")
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return pulid.load("mini", device="cpu")
+
+
+def test_they_fit_into_a_repository_and_say_where_they_come_from():
+    files = [path for path in MINIATURE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 60e6
+    assert max(path.stat().st_size for path in files) < 16e6
+    for path in MINIATURE.rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            assert {"revision", "seed", "minutes"} <= set(file.metadata()), path
+
+
+def test_the_finder_finds_its_people(finder, strangers):
+    found = finder.find(strangers.image)
+    assert all(face is not None for face in found)
+    masks = torch.stack([face.mask for face in found])
+    union, both = torch.maximum(masks, strangers.face).sum(), (masks * strangers.face).sum()
+    assert both / union > 0.88
+    width = strangers.face.amax(2).sum(-1)[:, 0]
+    points = torch.stack([face.landmarks for face in found])
+    assert ((points - strangers.landmarks).norm(dim=-1).mean(1) / width).mean() < 0.03
+
+
+def test_the_finder_refuses_noise_and_plain_colours(finder):
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.rand(16, 3, 1, 1, generator=generator).expand(-1, -1, 96, 96)
+    noise = torch.rand(16, 3, 96, 96, generator=generator)
+    assert all(face is None for face in finder.find(torch.cat([plain, noise])))
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs are not beside this checkout")
+def test_the_finder_refuses_real_photographs(finder):
+    pictures = [open_picture(path) for path in sorted(PHOTOS.iterdir())]
+    assert len(pictures) == 7
+    assert all(finder.find([to_images([picture])[0]])[0] is None for picture in pictures)
+
+
+def test_the_autoencoder_keeps_the_picture(strangers):
+    vae = PatchAutoencoderKL.from_pretrained(MINIATURE / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+    error = (there_and_back(vae, strangers.image) - strangers.image).square().mean((1, 2, 3))
+    assert (-10 * error.log10()).mean() > 31
+
+
+def test_from_one_picture_to_new_ones(studio):
+    portrait = to_pictures(render([Person.from_seed(HELD_OUT_PEOPLE)], [Scene()]).image)[0]
+    anna = studio.identify(portrait)
+    result = studio.generate("portrait, photo, smiling, blue background", identity=anna, seed=3, num_images=2, steps=4)
+    assert [image.size for image in result.images] == [(96, 96)] * 2
+    alone = studio.generate("portrait, photo, smiling, blue background", identity=anna, seed=4, steps=4)
+    assert alone.images[0].tobytes() == result.images[1].tobytes()
+    without = studio.generate("portrait, photo, smiling, blue background", seed=4, steps=4)
+    assert without.images[0].tobytes() != alone.images[0].tobytes()
+
+
+def test_what_it_does_not_know_is_one_sentence(studio):
+    with pytest.raises(PromptError, match="zebra"):
+        studio.generate("portrait of a zebra")
+    gray = to_pictures(torch.full((1, 3, 96, 96), 0.5))[0]
+    with pytest.raises(FaceError, match="no face"):
+        studio.identify(gray)
