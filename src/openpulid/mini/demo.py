@@ -123,7 +123,7 @@ def _write(folder: Path, rows: Rows, figures: dict[str, float]) -> Outcome:
 STYLE = """
 body { font: 17px/1.5 system-ui, sans-serif; color: #202024; background: #faf9f6 }
 body { margin: 2rem auto; max-width: 60rem }
-table { border-spacing: .8rem } th { font-weight: normal; color: #78766f; text-align: left }
+table { border-spacing: .8rem; width: 100% } th { font-weight: normal; color: #78766f; text-align: left }
 img { width: 100%; min-width: 8rem; display: block } td { width: 33% } td[colspan] { padding-top: 1rem }
 """
 
