@@ -13,7 +13,7 @@ from torch import Tensor
 from openpulid.bench.metrics import Faces, Interval
 from openpulid.mini import evaluate
 from openpulid.mini.evaluate import Table
-from openpulid.mini.pictures import to_images, to_pictures
+from openpulid.mini.pictures import to_images
 from openpulid.world import ATTRIBUTES, VOCABULARY
 
 
@@ -44,19 +44,16 @@ def test_requests_are_the_same_for_everybody() -> None:
 
 
 def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    portraits = evaluate.references(people=3)
+    def make(studio, batches, identities):
+        asked = [request for batch in batches for request in batch]
+        images = torch.full((len(asked), 3, 96, 96), 0.5)
+        for image, request in zip(images, asked, strict=True):
+            if identities:
+                image[:, 40:56, 40:56] = identities[request.person][0, :, 40:56, 40:56]
+        return images
 
-    class Studio:
-        def identify(self, pictures):
-            return to_images(pictures)
-
-        def generate(self, prompt, identity=None, seed=0):
-            image = torch.full((1, 3, 96, 96), 0.5)
-            if identity is not None:
-                image[:, :, 40:56, 40:56] = identity[:, :, 40:56, 40:56]
-            return SimpleNamespace(images=to_pictures(image))
-
-    monkeypatch.setattr(evaluate, "load", lambda preset, device: Studio())
+    monkeypatch.setattr(evaluate, "load", lambda preset, device: SimpleNamespace(identify=to_images))
+    monkeypatch.setattr(evaluate, "make", make)
     monkeypatch.setattr(evaluate.Judges, "load", lambda: JUDGES)
     table = evaluate.run(people=3, prompts=2)
     base, stage1 = table.rows["base"], table.rows["stage1"]
@@ -65,7 +62,7 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
     assert base["clip_i"].mean == pytest.approx(1) and base["outside_face"].mean == 0
     assert stage1["outside_face"].mean == 0  # only the middle differs
     assert stage1["face_found"].mean == 1
-    assert portraits.shape == (3, 3, 96, 96)
+    assert evaluate.references(people=2).shape == (2, 3, 96, 96)
 
 
 def test_json_has_the_columns_and_no_nan() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ from openpulid.bench import metrics
 from openpulid.bench.metrics import Interval
 from openpulid.identity.identity import Identity
 from openpulid.mini.judge import Judges
-from openpulid.mini.pictures import to_images, to_pictures
+from openpulid.mini.pictures import to_pictures
+from openpulid.mini.pipeline import sample
 from openpulid.studio import Studio, load
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene, render
 
 COLUMNS = ("face_sim", "rank1", "clip_t", "clip_i", "outside_face", "attributes", "face_found")
 DIGITS = {"clip_t": 2}  # three elsewhere
-BATCH = 64
+BATCH = 16
 ADAPTERS = ("stage1",)
 
 
@@ -44,17 +46,21 @@ class Table:
     people_seed: int
 
 
-def silent(asked: Sequence[Request], model: str) -> Iterable[Request]:
-    """The requests, nothing shown."""
-    return asked
+Batches = Sequence[Sequence[Request]]
+Progress = Callable[[Batches, str], Iterable[Sequence[Request]]]
 
 
-def progress(asked: Sequence[Request], model: str) -> Iterable[Request]:
-    """The requests, with a bar on stderr."""
+def silent(batches: Batches, model: str) -> Iterable[Sequence[Request]]:
+    """The batches, nothing shown."""
+    return batches
+
+
+def progress(batches: Batches, model: str) -> Iterable[Sequence[Request]]:
+    """The batches, with a bar on stderr."""
     from rich.console import Console
     from rich.progress import track
 
-    return track(asked, description=f"{model:>8}", console=Console(stderr=True))
+    return track(batches, description=f"{model:>8}", console=Console(stderr=True))
 
 
 def requests(people: int, prompts: int, people_seed: int = 0) -> list[Request]:
@@ -85,7 +91,7 @@ def run(
     people_seed: int = 0,
     prompts: int = 4,
     device: str | None = None,
-    progress: Callable[[Sequence[Request], str], Iterable[Request]] = silent,
+    progress: Progress = silent,
 ) -> Table:
     """Make every model's images and measure them.
 
@@ -93,26 +99,35 @@ def run(
         people: how many, from the first held-out person + `people_seed` on.
         prompts: images of each person and model.
         device: where to compute; the best there is by default.
-        progress: passes the requests of a model on, and may show how far it is.
+        progress: passes a model's batches on, and may show how far it is.
     """
     asked, portraits = requests(people, prompts, people_seed), references(people, people_seed)
     studio, judges = load("mini", device=device), Judges.load()
     identities = [studio.identify([portrait]) for portrait in to_pictures(portraits)]
-    before = _images(studio, progress(asked, "base"), None)
+    batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
+    before = make(studio, progress(batches, "base"), None)
     rows = {"base": summarised(measure(judges, asked, portraits, before, before), asked)}
     for model in ADAPTERS:
-        after = _images(studio, progress(asked, model), identities)
+        after = make(studio, progress(batches, model), identities)
         rows[model] = summarised(measure(judges, asked, portraits, after, before), asked)
     return Table(rows, people, prompts, people_seed)
 
 
-def _images(studio: Studio, asked: Iterable[Request], identities: Sequence[Identity] | None) -> Tensor:
-    """(B, 3, H, W), one image for each request; without identities the base model's."""
-    made = []
-    for request in asked:
-        identity = identities[request.person] if identities else None
-        made += studio.generate(request.prompt, identity=identity, seed=request.seed).images
-    return to_images(made)
+def make(studio: Studio, batches: Iterable[Sequence[Request]], identities: Sequence[Identity] | None) -> Tensor:
+    """One image for each request, (B, 3, H, W) in [0, 1]; without identities the base model's.
+
+    Many at once, each with its own prompt, noise and person: what `Studio.generate` gives one by one, up to rounding.
+    """
+    p, made = studio.preset, []
+    for batch in batches:
+        shown: AbstractContextManager[Any] = nullcontext()
+        if identities and studio.adapter:
+            people = [identities[request.person] for request in batch]
+            shown = studio.adapter.use(people, p.scale, p.start, p.end, p.projection, p.num_zero, pipe=studio.pipe)
+        with shown:
+            prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
+            made.append(sample(studio.pipe, prompts, seeds, steps=p.steps, guidance=p.guidance, batch=len(batch)))
+    return torch.cat(made)
 
 
 @torch.no_grad()
