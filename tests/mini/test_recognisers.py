@@ -50,22 +50,32 @@ def test_family_table_repeats_the_pictures_of_smaller_families():
 
 
 def test_the_margin_is_a_handicap_in_cosine():
-    head = MarginHead(2, 2, scale=10.0, margin=0.5)
+    head = MarginHead(2, 2, scale=10.0, margin=0.5, ramp=100)
     head.centres.data = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
     embedding, person = torch.tensor([[5.0, 0.0]]), torch.tensor([0])
-    assert head(embedding, person).item() == pytest.approx(math.log(1 + math.exp(-5.0)), rel=1e-4)
-    assert head(embedding, person, ramp=0.0).item() == pytest.approx(math.log(1 + math.exp(-10.0)), rel=1e-2)
+    assert head(embedding, person, 200).item() == pytest.approx(math.log(1 + math.exp(-5.0)), rel=1e-4)
+    assert head(embedding, person, 150).item() == pytest.approx(math.log(1 + math.exp(-7.5)), rel=1e-4)
+    assert head(embedding, person, 0).item() == pytest.approx(math.log(1 + math.exp(-10.0)), rel=1e-2)
+
+
+def test_centres_find_their_people_before_they_teach():
+    head, embedding = MarginHead(2, 2, ramp=10), torch.randn(3, 2, requires_grad=True)
+    head(embedding, torch.tensor([0, 1, 1]), 9).backward()
+    assert embedding.grad is None and head.centres.grad is not None
+    head(embedding, torch.tensor([0, 1, 1]), 10).backward()
+    assert embedding.grad is not None and embedding.grad.abs().sum() > 0
 
 
 def test_values_are_read_from_the_direction_alone():
-    head = ValueHead(16)
-    embedding = torch.randn(3, 16)
+    head, embedding = ValueHead(16), torch.randn(3, 16)
+    assert torch.equal(head(embedding), torch.full((3, len(FACIAL)), 0.5))  # the mean, until something is seen
+    nn.init.normal_(head.read.weight)
     assert head(embedding).shape == (3, len(FACIAL))
     assert torch.allclose(head(embedding), head(7 * embedding), atol=1e-5)
 
 
 def test_losses_are_repeatable_and_train_everything(task):
-    first, again = (task.losses(Draw(0, 3)) for _ in range(2))
+    first, again = (task.losses(Draw(0, 300)) for _ in range(2))
     assert set(first) == {"margin", "values"}
     assert all(torch.equal(first[name], again[name]) for name in first)
     sum(first.values()).backward()

@@ -33,18 +33,24 @@ ENOUGH = 0.9
 
 
 class MarginHead(nn.Module):
-    """CosFace (Wang et al. 2018): softmax over scaled cosines to one centre per person, the right one handicapped."""
+    """CosFace (Wang et al. 2018): softmax over scaled cosines to one centre per person, the right one handicapped.
 
-    def __init__(self, people: int, dim: int, scale: float = 32.0, margin: float = 0.35) -> None:
+    For the first `ramp` steps the centres find their people and the embedding learns nothing: random centres teach it
+    only to be the same for everybody. Over as many steps more the margin grows, since a full one pushes everything apart.
+    """
+
+    def __init__(self, people: int, dim: int, scale: float = 32.0, margin: float = 0.35, ramp: int = 300) -> None:
         super().__init__()
         self.centres = nn.Parameter(torch.randn(people, dim))
-        self.scale, self.margin = scale, margin
+        self.scale, self.margin, self.ramp = scale, margin, ramp
 
-    def forward(self, embedding: Tensor, people: Tensor, ramp: float = 1.0) -> Tensor:
-        """Mean cross-entropy of (B, dim) embeddings of (B,) person indices; `ramp` scales the margin."""
+    def forward(self, embedding: Tensor, people: Tensor, step: int) -> Tensor:
+        """Mean cross-entropy of (B, dim) embeddings of (B,) person indices, in a training's step (from 0)."""
+        seen = embedding if step >= self.ramp else embedding.detach()
+        share = min(1.0, max(0.0, step / self.ramp - 1))
         with torch.autocast(embedding.device.type, enabled=False):
-            cosine = linear(normalize(embedding.float()), normalize(self.centres.float()))
-            handicap = self.margin * ramp * nn.functional.one_hot(people, len(self.centres))
+            cosine = linear(normalize(seen.float()), normalize(self.centres.float()))
+            handicap = self.margin * share * nn.functional.one_hot(people, len(self.centres))
             return cross_entropy(self.scale * (cosine - handicap), people)
 
 
@@ -54,6 +60,10 @@ class ValueHead(nn.Module):
     def __init__(self, dim: int, values: int = len(FACIAL)) -> None:
         super().__init__()
         self.read = nn.Linear(dim, values)
+        # From nothing: guesses are worse than the mean, and the quickest way to the mean is an embedding that is the same for
+        # everybody, which batch normalisation permits when a few pictures are far out. It does not come back from there.
+        nn.init.zeros_(self.read.weight)
+        nn.init.zeros_(self.read.bias)
         self.dim = dim
 
     def forward(self, embedding: Tensor) -> Tensor:
@@ -99,7 +109,8 @@ class Examination:
         `same`, `other`: mean cosines of those pairs.
         """
         embedding = embedded(recogniser, self.crops)
-        cosine = embedding @ embedding.T
+        with torch.autocast("cpu", enabled=False):  # in eight bits most pairs are ties
+            cosine = embedding @ embedding.T
         upper = torch.ones_like(cosine, dtype=torch.bool).triu(1)
         same = upper & (self.people[:, None] == self.people)
         other = upper & ~(self.people[:, None] == self.people)
@@ -133,7 +144,6 @@ class RecogniserTask:
         value_weight: of the auxiliary regression.
         margin_weight: small, since a margin over thousands of people is large in loss and gradient before anything is seen,
             and would leave nothing of the clipped gradient to the values, which teach how to see.
-        ramp: steps over which the margin grows, since a full one at the start only pushes everything apart.
     """
 
     def __init__(
@@ -141,11 +151,10 @@ class RecogniserTask:
         recogniser: Recogniser,
         data: WorldDataset,
         examination: Examination | None,
-        families: int = 32,
+        families: int = 16,
         pictures: int = 8,
         value_weight: float = 10.0,
         margin_weight: float = 0.1,
-        ramp: int = 400,
     ) -> None:
         dim = recogniser.config["dim"]
         self.recogniser = recogniser.to(memory_format=torch.channels_last)
@@ -155,7 +164,7 @@ class RecogniserTask:
         self.head = MarginHead(int(self.people.max()) + 1, dim)
         self.values = ValueHead(dim)
         self.families, self.pictures = families, min(pictures, self.table.shape[1])
-        self.value_weight, self.margin_weight, self.ramp = value_weight, margin_weight, ramp
+        self.value_weight, self.margin_weight = value_weight, margin_weight
 
     def modules(self) -> Mapping[str, nn.Module]:
         return {"recogniser": self.recogniser, "head": self.head, "values": self.values}
@@ -170,7 +179,7 @@ class RecogniserTask:
         people = self.people[rows].to(crops.device)
         values = torch.from_numpy(self.data.vectors[rows.numpy()][:, FACIAL_COLUMNS]).to(crops.device)
         return {
-            "margin": self.margin_weight * self.head(embedding, people, min(1.0, draw.step / self.ramp)),
+            "margin": self.margin_weight * self.head(embedding, people, draw.step),
             "values": self.value_weight * smooth_l1_loss(self.values(embedding), values, beta=0.1),
         }
 

@@ -65,12 +65,11 @@ class TowerTask:
         captions: Captions,
         held_out: WorldDataset | None = None,
         batch: int = 64,
-        ramp: int = 400,
     ) -> None:
         values, width, out = len(FACIAL_COLUMNS), tower.config["embed_dim"], tower.config["num_classes"]
         self.tower, self.clip = tower, clip
         self.data, self.captions, self.held_out = data, captions, held_out
-        self.batch, self.ramp = batch, ramp
+        self.batch = batch
         self.heads = nn.ModuleDict({
             "person": MarginHead(int(data.people.max()) + 1, out),
             "facial": ValueHead(out, values),
@@ -95,7 +94,7 @@ class TowerTask:
         embedding, hidden = self.tower(self.tower.prepare(faces))
         levels = [smooth_l1_loss(read, values, beta=0.1) for read in self.heads["levels"](hidden)]
         return {
-            "people": 0.1 * self.heads["person"](embedding, people, min(1.0, draw.step / self.ramp)),
+            "people": 0.1 * self.heads["person"](embedding, people, draw.step),
             "values": 5.0 * smooth_l1_loss(self.heads["facial"](embedding), values, beta=0.1),
             "levels": 5.0 * torch.stack(levels).mean(),
             "words": 0.2 * contrast(self.heads["words"](embedding), words, torch.tensor(20.0)),
