@@ -141,7 +141,7 @@ class RecogniserTask:
         data: pictures of the training people.
         examination: pictures of held-out people; None validates nothing.
         families, pictures: a batch is this many families times this many pictures of each.
-        value_weight: of the auxiliary regression.
+        value_weight: of the auxiliary regression, until the margin takes over; a fifth of it in the end.
         margin_weight: in the end. It begins with a tenth, since a margin over thousands of people is large in loss and gradient
             before anything is seen, and would leave nothing of the clipped gradient to the values, which teach how to see;
             from step 800 to 1600 it grows. Values alone give an embedding that is linear in them, where no single one of
@@ -180,10 +180,10 @@ class RecogniserTask:
         embedding = self.recogniser(crops.contiguous(memory_format=torch.channels_last))
         people = self.people[rows].to(crops.device)
         values = torch.from_numpy(self.data.vectors[rows.numpy()][:, FACIAL_COLUMNS]).to(crops.device)
-        grown = 0.1 + 0.9 * min(1.0, max(0.0, draw.step / 800 - 1))
+        late = min(1.0, max(0.0, draw.step / 800 - 1))
         return {
-            "margin": self.margin_weight * grown * self.head(embedding, people, draw.step),
-            "values": self.value_weight * smooth_l1_loss(self.values(embedding), values, beta=0.1),
+            "margin": (0.1 + 0.9 * late) * self.margin_weight * self.head(embedding, people, draw.step),
+            "values": (1.0 - 0.8 * late) * self.value_weight * smooth_l1_loss(self.values(embedding), values, beta=0.1),
         }
 
     def crops(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
