@@ -6,7 +6,7 @@ import networks
 import pytest
 import torch
 
-from openpulid.mini.base import BaseTask
+from openpulid.mini.base import BaseTask, often_middle
 from openpulid.mini.latents import Latents
 from openpulid.mini.lightning import STATIONS, LightningTask, Stations, Walks, walk
 from openpulid.mini.pipeline import assemble, scheduler
@@ -104,3 +104,12 @@ def test_the_student_trains(tmp_path):
     loss = task.losses(Draw(0, 0))["step"]
     loss.backward()
     assert torch.isfinite(loss) and all(p.grad is not None for p in task.student.parameters())
+
+
+def test_times_are_most_often_in_the_middle():
+    times = often_middle((torch.arange(4000) + 0.5) / 4000)
+    assert times.min() >= 0 and times.max() < 1
+    quartiles = times.quantile(torch.tensor([0.25, 0.5, 0.75]))
+    # by hand: 0.25 * q + 0.75 * Phi(logit(q) + 0.8) is 0.25, 0.5, 0.75
+    assert torch.allclose(quartiles, torch.tensor([0.195, 0.34, 0.53]), atol=0.01)
+    assert (times > 0.9).float().mean() > 0.025  # where the first step of every image is made

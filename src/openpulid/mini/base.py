@@ -30,6 +30,8 @@ from openpulid.training.losses import DiffusionLoss
 
 STEPS, GUIDANCE = 20, 3.0
 """Of the examination, and of the preset."""
+UNIFORM = 0.25
+"""Share of the times that are drawn evenly."""
 DROPPED = 0.1
 """Share of pictures without their sentence, for guidance."""
 
@@ -85,6 +87,17 @@ class Examination:
         return checkered([pictures[start : start + 8] for start in range(0, len(pictures), 8)], 144)
 
 
+def often_middle(uniform: Tensor) -> Tensor:
+    """(B,) uniform numbers in [0, 1) -> as many in [0, 1), a quarter of them uniform, the others logit-normal about 0.31.
+
+    With uniform times half of all training goes where only the coarsest colours show through the noise. Faces are decided
+    below; Karras et al. (2022) and Esser et al. (2024) choose their times in the same way.
+    """
+    rest = ((uniform - UNIFORM) / (1 - UNIFORM)).clamp(1e-4, 1 - 1e-4)
+    normal = -0.8 + torch.special.ndtri(rest.double())
+    return torch.where(uniform < UNIFORM, uniform / UNIFORM, torch.sigmoid(normal).float()).clamp(max=1 - 1e-6)
+
+
 class BaseTask:
     """Trains the U-Net; a `training.loop.Task`.
 
@@ -132,9 +145,9 @@ class BaseTask:
         kept = draw.rand(rows.shape, "drop") >= DROPPED
         text = self.words(self.captions.rows(rows, variants).to(device), kept.to(device))
         noise = draw.randn(clean.shape, "noise").to(device)
-        # one time out of each of B equal spans: the loss is calmer than with B free ones
+        # one number out of each of B equal spans: the loss is calmer than with B free ones
         spread = (torch.arange(len(rows)) + draw.rand(rows.shape, "time")) / len(rows)
-        t = self.schedule.times(spread).to(device)
+        t = self.schedule.times(often_middle(spread)).to(device)
         x_t = self.schedule.noised(clean, noise, t)
         step = Denoised(predict(self.unet, x_t, t, text), self.schedule.target(clean, noise, t), x_t, t)
         weight = (self.gamma / (self.schedule.snr(t) + 1)).clamp(max=1.0)
