@@ -111,6 +111,7 @@ class BaseTask:
         gamma: above this signal-to-noise ratio + 1 the loss is scaled down to it: what little noise is left there cannot be
             told from the picture, and would fill the loss. Below it all times count alike, unlike with min-SNR, which for
             the v-prediction forgets the first steps, where colours and poses are decided.
+        compiled: minutes once for a U-Net that is 1.4 times as fast on a CPU; needs a C++ compiler there.
     """
 
     def __init__(
@@ -123,11 +124,13 @@ class BaseTask:
         batch: int = 48,
         inside: float = 3.0,
         gamma: float = 5.0,
+        compiled: bool = False,
     ) -> None:
         self.unet = unet.to(memory_format=torch.channels_last)
         if next(unet.parameters()).device.type == "cpu":
             # plain matrix products: a tenth faster on a CPU than fused attention in float32, the loop's own remedy
             self.unet.set_attn_processor(AttnProcessor())
+        self.network = torch.compile(self.unet) if compiled else self.unet
         self.words, self.latents, self.captions, self.examination = words, latents, captions, examination
         self.batch, self.gamma = batch, gamma
         known = scheduler()
@@ -149,7 +152,7 @@ class BaseTask:
         spread = (torch.arange(len(rows)) + draw.rand(rows.shape, "time")) / len(rows)
         t = self.schedule.times(often_middle(spread)).to(device)
         x_t = self.schedule.noised(clean, noise, t)
-        step = Denoised(predict(self.unet, x_t, t, text), self.schedule.target(clean, noise, t), x_t, t)
+        step = Denoised(predict(self.network, x_t, t, text), self.schedule.target(clean, noise, t), x_t, t)
         weight = (self.gamma / (self.schedule.snr(t) + 1)).clamp(max=1.0)
         return {"diffusion": (self.loss.per_sample(step, faces) * weight).mean()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -251,7 +252,8 @@ def base(shop: Workshop) -> dict[str, float]:
     shown, text, examination = shop.latents(), shop.words(), shop.examination()
     channels, size = shown.pictures.shape[1], shown.pictures.shape[-1]
     unet = build_unet(channels, text.width, text.second.config.projection_dim, size=size)
-    shop.train("base", BaseTask(unet, text, shown, shop.captions(), examination), schedule)
+    task = BaseTask(unet, text, shown, shop.captions(), examination, compiled=can_compile(shop.device))
+    shop.train("base", task, schedule)
     folder = shop.weights / "pipeline"
     save_folder(unet, folder / "unet")
     stamp(folder / "unet", shop.facts("base", schedule))
@@ -289,6 +291,11 @@ def pulid(shop: Workshop) -> dict[str, float]:
     shop.results["pulid"] = result
     save_adapter(deepcopy(trained).half(), mini_preset(shop.weights).adapter, recipe, result)
     return dict(result.metrics)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` finds what it needs: on a CPU a C++ compiler."""
+    return device.type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++"))
 
 
 def stamp(folder: Path, facts: Mapping[str, object]) -> None:
