@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from openpulid.mini.augment import damaged
+from openpulid.mini.pictures import captioned, to_pictures
 from openpulid.mini.reader import AttributeReader
 from openpulid.mini.recognisers import faces_of
 from openpulid.training.data import Draw, generator_for
@@ -56,7 +57,26 @@ class ReaderTask:
         return reader_figures(self.reader, self.held_out) if self.held_out else {}
 
     def sheet(self) -> Image.Image | None:
-        return None
+        return mistakes(self.reader, self.held_out) if self.held_out else None
+
+
+@torch.no_grad()
+def mistakes(reader: AttributeReader, data: WorldDataset, among: int = 256, most: int = 18) -> Image.Image:
+    """Held-out pictures, first those that are read wrong, with what is there and what was read."""
+    rows = np.linspace(0, len(data) - 1, min(among, len(data))).astype(np.int64)
+    images, _, _ = faces_of(data, rows, next(reader.parameters()).device)
+    read = {name: scores.argmax(-1).tolist() for name, scores in reader(images).items()}
+    said = []
+    for row, picture in enumerate(to_pictures(images)):
+        wanted = dict(zip(ATTRIBUTES, data.attributes[rows[row]].tolist(), strict=True))
+        wrong = [
+            f"{name}: {classes[wanted[name]]}, read {classes[read[name][row]]}"
+            for name, classes in ATTRIBUTES.items()
+            if wanted[name] >= 0 and wanted[name] != read[name][row]
+        ]
+        said.append((picture, "; ".join(wrong)))
+    said.sort(key=lambda pair: -len(pair[1]))
+    return captioned(said[:most])
 
 
 def attribute_loss(scores: Mapping[str, Tensor], wanted: Tensor) -> Tensor:

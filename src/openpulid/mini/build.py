@@ -30,13 +30,13 @@ PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
     "world": (parts.world, 12),
     "finder": (parts.finder, 12),
     "recognisers": (parts.recognisers, 30),
-    "clip": (parts.clip, 12),
+    "clip": (parts.clip, 18),
     "vision": (parts.vision, 20),
     "reader": (parts.reader, 8),
     "autoencoder": (parts.autoencoder, 16),
     "base": (parts.base, 120),
     "lightning": (parts.lightning, 20),
-    "pulid": (parts.pulid, 45),
+    "pulid": (parts.pulid, 40),
 }
 """Each part and its minutes on two cores; together less than five hours."""
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")

@@ -21,6 +21,7 @@ from openpulid.identity.vision import CLIP_MEAN, CLIP_STD
 from openpulid.mini.attributes import AttributeHeads, attribute_loss
 from openpulid.mini.augment import damaged
 from openpulid.mini.captions import Captions, token_ids
+from openpulid.mini.pictures import captioned, to_pictures
 from openpulid.mini.recognisers import faces_of
 from openpulid.training.data import Draw, generator_for
 from openpulid.world.dataset import WorldDataset
@@ -64,6 +65,7 @@ class ClipTask:
         data, captions: training pictures and their sentences.
         held_out: pictures of others.
         batch: pictures per step; each is among so many others.
+        locked: only the picture tower trains, towards sentences that stay as they are (LiT, Zhai et al. 2022).
     """
 
     def __init__(
@@ -75,13 +77,16 @@ class ClipTask:
         captions: Captions,
         held_out: WorldDataset | None = None,
         batch: int = 96,
+        locked: bool = False,
     ) -> None:
-        self.clip, self.text, self.tokenizer = clip, text, tokenizer
+        self.clip, self.text, self.tokenizer, self.locked = clip, text, tokenizer, locked
+        for tower in (clip.text_model, clip.text_projection, text):
+            tower.requires_grad_(not locked)
         self.data, self.captions, self.held_out, self.batch = data, captions, held_out, batch
         self.heads = AttributeHeads(EMBEDDING)
 
     def modules(self) -> Mapping[str, nn.Module]:
-        return {"clip": self.clip, "text": self.text, "heads": self.heads}
+        return {"clip": self.clip, **({} if self.locked else {"text": self.text}), "heads": self.heads}
 
     def losses(self, draw: Draw) -> Mapping[str, Tensor]:
         """CLIP's loss for both text towers; reading attributes makes the picture tower look at small things."""
@@ -93,19 +98,21 @@ class ClipTask:
             images = damaged(images, generator_for(draw.seed, draw.step, draw.rank))
         attributes = torch.from_numpy(self.data.attributes[rows.numpy()].astype(np.int64)).to(self.clip.device)
         both = self.clip(input_ids=tokens, pixel_values=clip_pixels(images))
-        first = self.text(input_ids=tokens).text_embeds
         scale = self.clip.logit_scale.clamp(max=4.6).exp()
-        return {
+        losses = {
             "clip": contrast(both.image_embeds, both.text_embeds, scale),
-            "text": contrast(both.image_embeds.detach(), first, scale.detach()),
             "seen": 0.5 * attribute_loss(self.heads(both.image_embeds.float() * EMBEDDING**0.5), attributes),
         }
+        if not self.locked:
+            first = self.text(input_ids=tokens).text_embeds
+            losses["text"] = contrast(both.image_embeds.detach(), first, scale.detach())
+        return losses
 
     def validate(self) -> Mapping[str, float]:
         return figures(self.clip, self.text, self.tokenizer, self.held_out) if self.held_out else {}
 
     def sheet(self) -> Image.Image | None:
-        return None
+        return chosen_sentences(self.clip, self.tokenizer, self.held_out) if self.held_out else None
 
 
 def contrast(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
@@ -180,3 +187,21 @@ def figures(
             best = (seen @ normalize(words.float(), dim=-1).T).argmax(1)
             hits[name].append((best == torch.arange(len(best), device=best.device)).float())
     return {name: torch.cat(values).mean().item() for name, values in hits.items()}
+
+
+@torch.no_grad()
+def chosen_sentences(
+    clip: CLIPModel, tokenizer: Tokenizer, data: WorldDataset, among: int = 64, shown: int = 18
+) -> Image.Image:
+    """Held-out pictures, each with the sentence CLIP finds nearest among 64, and its own where that is another."""
+    generator = generator_for("clip sheet")
+    rows = torch.randperm(len(data), generator=generator)[:among].tolist()
+    sentences = [data.prompt(row, generator) for row in rows]
+    images, _, _ = faces_of(data, np.array(rows), clip.device)
+    cosines = embed_images(clip, images) @ embed_texts(clip, token_ids(tokenizer, sentences).to(clip.device)).T
+    nearest = cosines.argmax(1).tolist()
+    words = [
+        sentences[best] if best == own else f"WRONG: {sentences[best]} | is: {sentences[own]}"
+        for own, best in enumerate(nearest)
+    ]
+    return captioned(list(zip(to_pictures(images[:shown]), words[:shown], strict=True)), side=220)

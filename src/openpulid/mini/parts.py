@@ -169,17 +169,19 @@ def recognisers(shop: Workshop) -> dict[str, float]:
 
 
 def clip(shop: Workshop) -> dict[str, float]:
-    """CLIP and both text encoders of the pipeline."""
+    """CLIP and both text encoders of the pipeline; the picture tower, which only the judge asks, trains longer than they do."""
     schedule = Schedule(steps=20_000, lr=1e-3, decay=0.4, ema=0.995, seed=3, validate_every=400)
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer()
     captions = Captions.of(shop.data, tokenizer, shop.runs / "captions.npy", on_progress=progress("sentences"))
     network, text = words.build_clip(tokenizer), words.build_first_text(tokenizer)
-    shop.train("clip", words.ClipTask(network, text, tokenizer, shop.data, captions, shop.held_out), schedule)
+    known = (network, text, tokenizer, shop.data, captions, shop.held_out)
+    shop.train("clip", words.ClipTask(*known), schedule, 13 / 18)
     some = torch.arange(0, len(shop.data), max(1, len(shop.data) // 512))
     tokens = captions.rows(some, torch.zeros(1, dtype=torch.long)).to(shop.device)
     for model in (network, text):
         words.loudened(model.text_model, model.text_projection, tokens)
+    shop.train("clip/locked", words.ClipTask(*known, locked=True), schedule, 5 / 18)
     _save_clip(shop, network, text, tokenizer, shop.facts("clip", schedule))
     return words.figures(network, text, tokenizer, shop.held_out, most=2048)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +38,21 @@ def checkered(rows: Sequence[Sequence[Image.Image]], side: int, gap: int = 2) ->
         for x, picture in enumerate(row):
             sheet.paste(enlarged(picture, side), (x * (side + gap), y * (side + gap)))
     return sheet
+
+
+def captioned(pictures: Sequence[tuple[Image.Image, str]], columns: int = 6, side: int = 192) -> Image.Image:
+    """Pictures with a line of words under each; long lines are broken."""
+    gap, line = 10, 16
+    lines = [textwrap.wrap(words, side // 7)[:4] for _, words in pictures]
+    height = side + line * max(map(len, lines), default=0) + gap
+    page = Image.new("RGB", (columns * (side + gap), -(-len(pictures) // columns) * height), PAPER)
+    draw = ImageDraw.Draw(page)
+    for k, ((picture, _), said) in enumerate(zip(pictures, lines, strict=True)):
+        x, y = k % columns * (side + gap), k // columns * height
+        page.paste(enlarged(picture, side), (x, y))
+        for row, words in enumerate(said):
+            _write(draw, words, (x, y + side + row * line), 13, INK, side)
+    return page
 
 
 def labelled(

@@ -22,8 +22,10 @@ from openpulid.identity.vision import LEVELS, VisionTower
 from openpulid.mini.augment import after, damaged, moved, swollen
 from openpulid.mini.captions import Captions
 from openpulid.mini.clip import EMBEDDING, contrast, embed_texts
+from openpulid.mini.pictures import checkered, to_pictures
 from openpulid.mini.recognisers import FACIAL_COLUMNS, MarginHead, ValueHead, faces_of
 from openpulid.training.data import Draw, generator_for
+from openpulid.world import Person, Scene, render
 from openpulid.world.dataset import WorldDataset
 
 
@@ -35,16 +37,24 @@ def build_tower(size: int = 64, width: int = 96, depth: int = 10) -> VisionTower
 
 
 class LevelHeads(nn.Module):
-    """Reads the facial values out of each hidden level, so that each carries fine detail; trains with the tower only."""
+    """Reads the facial values out of each hidden level, so that each carries fine detail; trains with the tower only.
 
-    def __init__(self, width: int, values: int) -> None:
+    As the identity encoder will read them: the class token, and the mean over the patches of a small network.
+    """
+
+    def __init__(self, width: int, values: int, inner: int = 64) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, values)) for _ in range(LEVELS))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(LEVELS))
+        self.patches = nn.ModuleList(nn.Sequential(nn.Linear(width, inner), nn.GELU()) for _ in range(LEVELS))
+        self.reads = nn.ModuleList(nn.Linear(width + inner, values) for _ in range(LEVELS))
 
     def forward(self, hidden: Sequence[Tensor]) -> list[Tensor]:
-        """Five (B, 1 + N, D) -> five (B, values), about 0 to 1, from the class token and the mean of the patches."""
-        seen = [torch.cat([level[:, 0], level[:, 1:].mean(1)], 1) for level in hidden]
-        return [head(part).float() + 0.5 for head, part in zip(self.heads, seen, strict=True)]
+        """Five (B, 1 + N, D) -> five (B, values), about 0 to 1."""
+        found = []
+        for level, norm, patches, read in zip(hidden, self.norms, self.patches, self.reads, strict=True):
+            level = norm(level)
+            found.append(read(torch.cat([level[:, 0], patches(level[:, 1:]).mean(1)], 1)).float() + 0.5)
+        return found
 
 
 class TowerTask:
@@ -104,7 +114,25 @@ class TowerTask:
         return tower_figures(self.tower, self.heads, self.held_out) if self.held_out else {}
 
     def sheet(self) -> Image.Image | None:
-        return None
+        return as_read(self.tower, self.heads, self.held_out) if self.held_out else None
+
+
+@torch.no_grad()
+def as_read(tower: VisionTower, heads: nn.ModuleDict, data: WorldDataset, count: int = 8) -> Image.Image:
+    """A row for each of some held-out people: the picture, what the tower sees of it, the person drawn from the values
+    read out of the last hidden level (in the true skin), and the person as they are."""
+    device = next(tower.parameters()).device
+    rows = np.linspace(0, len(data) - 1, count).astype(np.int64)
+    images, masks, landmarks = faces_of(data, rows, device)
+    crops = tower_crops(images, masks, landmarks, tower.img_size)
+    _, hidden = tower(tower.prepare(crops))
+    values = torch.from_numpy(data.vectors[rows]).clone()
+    true = [Person.from_vector(vector) for vector in values.tolist()]
+    values[:, FACIAL_COLUMNS] = heads["levels"](hidden)[-1].float().cpu().clamp(0, 1)
+    read = [Person.from_vector(vector) for vector in values.tolist()]
+    drawn = [to_pictures(render(people, [Scene()] * count, size=96, device="cpu").image) for people in (read, true)]
+    shown = [to_pictures(images), to_pictures(crops), *drawn]
+    return checkered(list(zip(*shown, strict=True)), 144)
 
 
 def tower_crops(
