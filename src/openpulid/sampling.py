@@ -6,11 +6,13 @@ A denoiser maps (x, sigma) to the denoised x_0 estimate; x has variance sigma^2 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+Sampler = Callable[[Denoiser, Tensor, Tensor], Tensor]  # (denoise, noise, sigmas) -> sample
 
 
 def sdxl_sigmas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Tensor:
@@ -25,6 +27,22 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     ramp = torch.linspace(0, 1, steps)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1)])
+
+
+def euler(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
+    """First-order steps (Karras et al. 2022, algorithm 1 without churn); DDIM (Song et al. 2021) in these variables.
+
+    Args:
+        denoise: one call per step.
+        x: (B, ...) noise of deviation sigmas[0].
+        sigmas: (steps + 1,) falling; ended before 0, what is returned still holds noise of that level.
+
+    Returns:
+        (B, ...) the sample.
+    """
+    for sigma, following in pairwise(sigmas):
+        x = torch.lerp(denoise(x, sigma.to(x.device).expand(len(x))), x, (following / sigma).to(x))
+    return x
 
 
 def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -96,3 +114,7 @@ def _jump(x: Tensor, estimate: Tensor, sigma: Tensor, to: Tensor, noise: Tensor,
     up = torch.minimum(to, eta * (to**2 * (sigma**2 - to**2) / sigma**2).sqrt())
     down = (to**2 - up**2).clamp_min(0).sqrt()
     return torch.lerp(estimate, x, (down / sigma).to(x)) + up * noise
+
+
+SAMPLERS: dict[str, Sampler] = {"euler": euler, "dpmpp_2m": dpmpp_2m}
+"""Those that need nothing but a denoiser; `dpmpp_sde` also needs noise."""

@@ -53,6 +53,7 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
         return images
 
     monkeypatch.setattr(evaluate, "load", lambda preset, device: SimpleNamespace(identify=to_images))
+    monkeypatch.setattr(evaluate, "models", lambda studio, weights: [("stage1", studio)])
     monkeypatch.setattr(evaluate, "make", make)
     monkeypatch.setattr(evaluate.Judges, "load", lambda: JUDGES)
     table = evaluate.run(people=3, prompts=2)

@@ -8,7 +8,8 @@ import torch
 from diffusers import DDPMScheduler
 
 from openpulid.errors import OptionError
-from openpulid.training.branches import Denoised, NoiseSchedule, SDXLBase, diffusion_branch
+from openpulid.training.bases import NoiseSchedule, SDXLBase
+from openpulid.training.branches import Denoised, diffusion_branch
 from openpulid.training.data import Draw
 from openpulid.training.losses import DiffusionLoss
 

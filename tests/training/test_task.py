@@ -38,8 +38,8 @@ def test_gradients_reach_the_adapter_and_nothing_else(pipe):
     task = tiny.task(pipe, drop_identity=0.0)
     for layer in task.adapter.id_adapter_attn_layers.values():  # a fresh adapter's values are zero
         torch.nn.init.normal_(layer.id_to_v.weight, std=0.1)
-    with Draw(0, 0) as draw:
-        task.losses(draw)["diffusion"].backward()
+    for part in task.losses(Draw(0, 0)):
+        part["diffusion"].backward()
     for name, parameter in task.adapter.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     frozen = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
@@ -55,8 +55,8 @@ def test_checkpointed_blocks_find_the_identity_in_backward():
             task.base.unet.train()
         for layer in task.adapter.id_adapter_attn_layers.values():
             torch.nn.init.constant_(layer.id_to_v.weight, 0.05)
-        with Draw(0, 0) as draw:
-            task.losses(draw)["diffusion"].backward()
+        for part in task.losses(Draw(0, 0)):
+            part["diffusion"].backward()
         grads.append([p.grad for p in task.adapter.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
 

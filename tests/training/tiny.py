@@ -11,9 +11,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
+from openpulid.faces.align import TEMPLATE
+from openpulid.faces.embed import FaceEmbedder
+from openpulid.faces.face import Face
+from openpulid.faces.recognise import ResNetRecogniser
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDEncoder
-from openpulid.training.branches import SDXLBase
+from openpulid.training.bases import SDXLBase
 from openpulid.training.recipe import Recipe
 from openpulid.training.task import Batch, PuLIDTask
 
@@ -73,13 +77,15 @@ class People:
         self.latents = self.id_cond[:, :4, None, None].expand(-1, -1, 8, 8) + 0.1 * torch.randn(
             PEOPLE, 4, 8, 8, generator=generator
         )
+        self.pictures = torch.rand(PEOPLE, 3, 16, 16, generator=generator)
         self.masks = torch.zeros(PEOPLE, 1, 8, 8)
         self.masks[..., 2:6, 2:6] = 1
 
     def batch(self, draw) -> Batch:
         i = draw.indices(PEOPLE, self.size)
         prompts = [("portrait of a person", "noir red hat")[k % 2] for k in i.tolist()]
-        return Batch(self.latents[i], self.masks[i], prompts, self.id_cond[i], [h[i] for h in self.hidden])
+        features = self.id_cond[i], [h[i] for h in self.hidden]
+        return Batch(self.latents[i], self.masks[i], prompts, *features, self.pictures[i])
 
 
 def recipe(**changes) -> Recipe:
@@ -95,9 +101,39 @@ def recipe(**changes) -> Recipe:
     return Recipe("tiny", **{**figures, **changes})
 
 
-def task(pipe=None, batch: int = 4, **changes) -> PuLIDTask:
-    base = SDXLBase(pipe or globals()["pipe"]())
+def base(pipe=None) -> SDXLBase:
+    return SDXLBase(pipe or globals()["pipe"]())
+
+
+def adapter(base: SDXLBase) -> PuLID:
+    """Attached, and not fresh: values of zero would let nothing through."""
     torch.manual_seed(1)
     encoder = IDEncoder(width=ID, context_dim=32, num_token=2, vit_dim=WIDTH, hidden_dim=16)
-    adapter = PuLID.for_unet(base.unet, encoder)
-    return PuLIDTask(recipe(**changes), base, adapter, People(batch), held_out=People(batch))
+    made = PuLID.for_unet(base.unet, encoder)
+    for layer in made.id_adapter_attn_layers.values():
+        torch.nn.init.normal_(layer.id_to_v.weight, std=0.3)
+    made.attach(base.pipe)
+    return made
+
+
+def faces() -> FaceEmbedder:
+    """Everywhere a face, in the middle; a small random recogniser."""
+    torch.manual_seed(2)
+    recogniser = ResNetRecogniser(stem=4, widths=(8, 8, 8), depths=(1, 1, 1), dim=6)
+
+    def find(images):
+        side = images.shape[-1]
+        box, mask = torch.tensor([0.0, 0.0, side, side]), torch.ones(1, side, side)
+        return [Face(image, box, TEMPLATE * side, 1.0, mask) for image in images]
+
+    return FaceEmbedder(find, recogniser)
+
+
+def task(pipe=None, batch: int = 4, **changes) -> PuLIDTask:
+    """Stage 1, or what `changes` make of it; then the lightning branch walks on the same base."""
+    one = base(pipe)
+    torch.manual_seed(1)
+    encoder = IDEncoder(width=ID, context_dim=32, num_token=2, vit_dim=WIDTH, hidden_dim=16)
+    made = adapter(one) if changes.get("fast_batch") else PuLID.for_unet(one.unet, encoder)
+    more = {"fast": [one], "faces": faces()} if changes.get("fast_batch") else {}
+    return PuLIDTask(recipe(**changes), one, made, People(batch), held_out=People(batch), **more)

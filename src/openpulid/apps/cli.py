@@ -198,6 +198,7 @@ def evaluate(
     people: Annotated[int, typer.Option(min=2, help="How many people nobody trained on.")] = 64,
     people_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts for each.")] = 4,
+    preset: Annotated[str, typer.Option(help="mini, or mini-lightning for four steps.")] = "mini",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -205,7 +206,7 @@ def evaluate(
     from openpulid.mini import evaluate as measure
 
     bar = measure.silent if as_json else measure.progress
-    table = measure.run(people, people_seed=people_seed, prompts=prompts, device=device, progress=bar)
+    table = measure.run(people, people_seed=people_seed, prompts=prompts, preset=preset, device=device, progress=bar)
     if not as_json:
         measure.show(table)
     _last_line(measure.as_json(table))
@@ -218,6 +219,7 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; the recipe's by default.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after about this long, with the tail done.")] = None,
     device: Device = None,
+    begin: Annotated[Path | None, typer.Option(help="The adapter to start from, where the recipe continues one.")] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Continue what was begun, or begin again.")] = True,
 ) -> None:
     """Train an adapter by a named recipe."""
@@ -227,7 +229,7 @@ def train(
     from openpulid.mini import adapter
 
     folder = out or Path("runs") / recipe
-    adapter.train(chosen, folder, steps=steps, minutes=minutes, device=device, fresh=not resume)
+    adapter.train(chosen, folder, steps=steps, minutes=minutes, device=device, fresh=not resume, begin=begin)
 
 
 def _studio(preset: str, device: str | None) -> Studio:

@@ -11,22 +11,28 @@ import torch
 from PIL import Image
 
 from openpulid.errors import TrainingError
+from openpulid.faces.detect import FaceFinder
+from openpulid.faces.embed import FaceEmbedder
+from openpulid.faces.recognise import RECOGNISERS
 from openpulid.identity.features import FeatureExtractor
 from openpulid.methods.pulid.adapter import PuLID
-from openpulid.methods.pulid.encoders import IDEncoder
+from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.mini.captions import Captions
+from openpulid.mini.features import FaceFeatures
 from openpulid.mini.latents import Latents
 from openpulid.mini.pictures import checkered, to_pictures
 from openpulid.mini.recognisers import faces_of
-from openpulid.presets import MINIATURE
+from openpulid.presets import MINIATURE, mini_lightning
 from openpulid.presets import mini as mini_preset
 from openpulid.studio import Studio, best_device, load_pipeline
-from openpulid.training.branches import SDXLBase
+from openpulid.training.bases import SDXLBase
 from openpulid.training.checkpoint import save_adapter
 from openpulid.training.data import Draw
 from openpulid.training.loop import Result, run
+from openpulid.training.precision import mixed
 from openpulid.training.recipe import Recipe
 from openpulid.training.task import Batch, PuLIDTask
+from openpulid.weights import load_module
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 from openpulid.world.dataset import WorldDataset
 
@@ -38,10 +44,11 @@ class Portraits:
     """Pictures, their sentences, and the features of the faces in them: a `training.task.Source`.
 
     Args:
-        data, latents, captions: the same pictures, row by row.
-        features: reads the faces, with the world's exact masks and landmarks.
+        data, latents, captions, features: the same pictures, row by row.
         tokenizer: turns tokens back into sentences.
         batch: pictures per step, over all processes.
+        device: where they are wanted.
+        seen: whether the pictures themselves are wanted too, for an ID loss.
     """
 
     def __init__(
@@ -49,36 +56,37 @@ class Portraits:
         data: WorldDataset,
         latents: Latents,
         captions: Captions,
-        features: FeatureExtractor,
+        features: FaceFeatures,
         tokenizer: Any,
         batch: int,
+        device: torch.device | str = "cpu",
+        seen: bool = True,
     ) -> None:
-        self.data, self.latents, self.captions = data, latents, captions
-        self.features, self.tokenizer, self.size = features, tokenizer, batch
+        self.data, self.latents, self.captions, self.features = data, latents, captions, features
+        self.tokenizer, self.size, self.device, self.seen = tokenizer, batch, device, seen
 
     @torch.no_grad()
     def batch(self, draw: Draw) -> Batch:
         rows = draw.indices(len(self.data), self.size)
-        device = self.features.device
-        latents, faces = self.latents.rows(rows, device)
+        latents, faces = self.latents.rows(rows, self.device)
         variants = draw.randint(self.captions.tokens.shape[1], rows.shape, "variants")
         tokens = self.captions.rows(rows, variants)
         prompts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        id_cond, hidden = self.features.features(*faces_of(self.data, rows.numpy(), device))
-        return Batch(latents, faces, prompts, id_cond.float(), [level.float() for level in hidden])
+        id_cond, hidden = self.features.rows(rows.numpy(), self.device)
+        pictures = faces_of(self.data, rows.numpy(), torch.device(self.device))[0] if self.seen else None
+        return Batch(latents, faces, prompts, id_cond, hidden, pictures)
 
 
 def fresh_adapter(pipe: Any, features: FeatureExtractor, recipe: Recipe) -> PuLID:
     """An untrained adapter for the pipeline's U-Net; widths are those of its text and of the features."""
     unet = pipe.unet
     face, seen = cast(Any, features.recogniser).config["dim"], features.tower.config["num_classes"]
-    encoder = IDEncoder(
-        width=face + seen,
-        context_dim=unet.config.cross_attention_dim,
-        vit_dim=features.tower.config["embed_dim"],
-        hidden_dim=recipe.encoder_width,
-    )
-    return PuLID.for_unet(unet, encoder)
+    width, tokens = recipe.encoder_width, unet.config.cross_attention_dim
+    known: dict[str, Any] = {"width": face + seen, "vit_dim": features.tower.config["embed_dim"], "hidden_dim": width}
+    if recipe.encoder == "IDEncoder":
+        return PuLID.for_unet(unet, IDEncoder(context_dim=tokens, **known))
+    heads = max(1, width // 64)
+    return PuLID.for_unet(unet, IDFormer(dim=width, depth=5, dim_head=64, heads=heads, output_dim=tokens, ff_mult=2, **known))
 
 
 def train(
@@ -89,6 +97,7 @@ def train(
     minutes: float | None = None,
     device: str | torch.device | None = None,
     fresh: bool = False,
+    begin: Path | None = None,
     runs: Path = Path("runs/mini"),
     weights: Path = MINIATURE,
 ) -> tuple[PuLID, Result]:
@@ -96,10 +105,11 @@ def train(
 
     Args:
         steps, minutes: shorten it.
+        begin: the adapter to start from; by default what the recipe names, from the folder beside this one or the weights.
         runs: where the world's pictures lie; weights: the rest of the miniature.
 
     Raises:
-        TrainingError: the pictures are not there yet.
+        TrainingError: the pictures are not there yet, or nothing to begin from.
     """
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
@@ -110,25 +120,50 @@ def train(
     features = FeatureExtractor.load(preset.finder, preset.recogniser, preset.vision, chosen)
     torch.manual_seed(recipe.seed)
     adapter = fresh_adapter(pipe, features, recipe).to(chosen)
-    source, held_out = (_portraits(runs, name, pipe, features, recipe.batch) for name in ("world", "world-held-out"))
+    if recipe.begin:
+        adapter.load_state_dict(PuLID.load(begin or beginning(recipe.begin, folder, weights)).state_dict())
+    source, held_out = (_portraits(runs, name, pipe, features, recipe) for name in ("world", "world-held-out"))
     studio = Studio(pipe, features, adapter, preset)
-    task = PuLIDTask(recipe, SDXLBase(pipe), adapter, source, held_out, lambda: sheet(studio))
+    more = _lightning(weights, chosen) if recipe.fast_batch else {}
+    task = PuLIDTask(recipe, SDXLBase(pipe), adapter, source, held_out, lambda: sheet(studio), **more)
     result = run(task, recipe.schedule(), folder, minutes=minutes, device=chosen)
     save_adapter(adapter, folder / "adapter.safetensors", recipe, result)
     return adapter, result
 
 
-def _portraits(runs: Path, name: str, pipe: Any, features: FeatureExtractor, batch: int) -> Portraits:
+def beginning(name: str, folder: Path, weights: Path = MINIATURE) -> Path:
+    """The adapter that the recipe `name` has made: in its own folder beside `folder`, or among the weights.
+
+    Raises:
+        TrainingError: neither.
+    """
+    places = folder.parent / name / "adapter.safetensors", weights / f"pulid-{name.removeprefix('mini_')}.safetensors"
+    for place in places:
+        if place.exists():
+            return place
+    raise TrainingError(f"there is no adapter of {name} to begin with ({places[0]}): `pulid train {name}` makes it.")
+
+
+def _lightning(weights: Path, device: torch.device) -> dict[str, Any]:
+    """What the later stages need beside the base: the student, and a recogniser that is not the encoder's."""
+    finder = load_module(FaceFinder, mini_preset(weights).finder, device)
+    recogniser = load_module(RECOGNISERS["loss"], weights / "recogniser-loss.safetensors", device)
+    student = load_pipeline(mini_lightning(weights), device)
+    return {"fast": [SDXLBase(student)], "faces": FaceEmbedder(finder.find, recogniser)}
+
+
+def _portraits(runs: Path, name: str, pipe: Any, extractor: FeatureExtractor, recipe: Recipe) -> Portraits:
     try:
         data = WorldDataset.open(runs / name)
     except FileNotFoundError as error:
         raise TrainingError(str(error)) from None
-    tokenizer = pipe.tokenizer
     suffix = name.removeprefix("world")
-    captions = Captions.of(data, tokenizer, runs / f"captions{suffix}.npy")
-    with torch.autocast(features.device.type, torch.bfloat16):
+    captions = Captions.of(data, pipe.tokenizer, runs / f"captions{suffix}.npy")
+    with mixed(extractor.device):
         latents = Latents.of(pipe.vae, data, runs / f"latents{suffix}")
-    return Portraits(data, latents, captions, features, tokenizer, batch)
+        features = FaceFeatures.of(extractor, data, runs / f"features{suffix}")
+    seen = recipe.id_loss != "none"
+    return Portraits(data, latents, captions, features, pipe.tokenizer, recipe.batch, extractor.device, seen)
 
 
 @torch.no_grad()

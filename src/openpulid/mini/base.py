@@ -24,7 +24,8 @@ from openpulid.mini.latents import Latents
 from openpulid.mini.pictures import checkered, to_pictures
 from openpulid.mini.pipeline import Words, assemble, predict, sample, scheduler
 from openpulid.mini.reader import AttributeReader
-from openpulid.training.branches import Denoised, NoiseSchedule
+from openpulid.training.bases import NoiseSchedule
+from openpulid.training.branches import Denoised
 from openpulid.training.data import Draw
 from openpulid.training.losses import DiffusionLoss
 

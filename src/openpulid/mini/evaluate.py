@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +15,19 @@ from torch import Tensor
 from openpulid.bench import metrics
 from openpulid.bench.metrics import Interval
 from openpulid.identity.identity import Identity
+from openpulid.methods.pulid.adapter import PuLID
 from openpulid.mini.judge import Judges
 from openpulid.mini.pictures import to_pictures
 from openpulid.mini.pipeline import sample
+from openpulid.presets import MINIATURE
 from openpulid.studio import Studio, load
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene, render
 
 COLUMNS = ("face_sim", "rank1", "clip_t", "clip_i", "outside_face", "attributes", "face_found")
 DIGITS = {"clip_t": 2}  # three elsewhere
 BATCH = 16
-ADAPTERS = ("stage1",)
+MODELS = ("stage1", "naive", "stage2", "stage3")
+"""Adapters that there may be, each `pulid-MODEL.safetensors` among the weights."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def run(
     *,
     people_seed: int = 0,
     prompts: int = 4,
+    preset: str = "mini",
+    weights: Path = MINIATURE,
     device: str | None = None,
     progress: Progress = silent,
 ) -> Table:
@@ -98,19 +104,30 @@ def run(
     Args:
         people: how many, from the first held-out person + `people_seed` on.
         prompts: images of each person and model.
+        preset: "mini", or "mini-lightning" for the student's four steps.
+        weights: where the adapters are.
         device: where to compute; the best there is by default.
         progress: passes a model's batches on, and may show how far it is.
     """
     asked, portraits = requests(people, prompts, people_seed), references(people, people_seed)
-    studio, judges = load("mini", device=device), Judges.load()
+    studio, judges = load(preset, device=device), Judges.load()
     identities = [studio.identify([portrait]) for portrait in to_pictures(portraits)]
     batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
     before = make(studio, progress(batches, "base"), None)
     rows = {"base": summarised(measure(judges, asked, portraits, before, before), asked)}
-    for model in ADAPTERS:
-        after = make(studio, progress(batches, model), identities)
+    for model, other in models(studio, weights):
+        after = make(other, progress(batches, model), identities)
         rows[model] = summarised(measure(judges, asked, portraits, after, before), asked)
     return Table(rows, people, prompts, people_seed)
+
+
+def models(studio: Studio, weights: Path = MINIATURE) -> Iterator[tuple[str, Studio]]:
+    """Each of `MODELS` whose weights are there, and the studio with that adapter in place of its own."""
+    for model in MODELS:
+        file = weights / f"pulid-{model}.safetensors"
+        if file.exists():
+            adapter = PuLID.load(file).to(studio.pipe.device)
+            yield model, Studio(studio.pipe, studio.features, adapter, studio.preset)
 
 
 def make(studio: Studio, batches: Iterable[Sequence[Request]], identities: Sequence[Identity] | None) -> Tensor:

@@ -12,9 +12,9 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from openpulid.bench.metrics import EmbedImages, EmbedTexts, Faces, FindFaces, ReadAttributes
 from openpulid.errors import WeightsError
-from openpulid.faces.align import aligned
 from openpulid.faces.detect import FaceFinder
-from openpulid.faces.recognise import CROP, VGGRecogniser
+from openpulid.faces.embed import FaceEmbedder
+from openpulid.faces.recognise import VGGRecogniser
 from openpulid.mini import clip
 from openpulid.mini.captions import token_ids
 from openpulid.mini.reader import AttributeReader
@@ -27,7 +27,7 @@ class FaceJudge:
     """Finds the face in each image and says whose it is: `bench.metrics.FindFaces` of the miniature."""
 
     def __init__(self, finder: FaceFinder, recogniser: VGGRecogniser) -> None:
-        self.finder, self.recogniser = finder, recogniser
+        self.embed = FaceEmbedder(finder.find, recogniser)
 
     @classmethod
     def load(cls, folder: Path = MINIATURE) -> FaceJudge:
@@ -38,20 +38,8 @@ class FaceJudge:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
         """(B, 3, H, W) in [0, 1] -> Faces; embeddings of images without a face are zero."""
-        found = self.finder.find(images)
-        masks = images.new_zeros(len(images), 1, *images.shape[2:])
-        seen = torch.tensor([face is not None for face in found], device=images.device)
-        for k, face in enumerate(found):
-            if face is not None:
-                masks[k] = face.mask.to(masks)
-        landmarks = [face.landmarks for face in found if face is not None]
-        if not landmarks:
-            return Faces(seen, images.new_zeros(len(images), 1), masks)
-        crops = aligned(images[seen], masks[seen], torch.stack(landmarks).to(images), CROP)
-        some = self.recogniser(crops).float()
-        embeddings = some.new_zeros(len(images), some.shape[1])
-        embeddings[seen] = some
-        return Faces(seen, embeddings, masks)
+        seen = self.embed(images)
+        return Faces(seen.found, seen.embeddings, seen.masks)
 
 
 @dataclass(frozen=True)

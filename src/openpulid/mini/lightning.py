@@ -23,7 +23,7 @@ from openpulid.mini.base import GUIDANCE, STEPS, Examination
 from openpulid.mini.captions import Captions
 from openpulid.mini.latents import fingerprint
 from openpulid.mini.pipeline import Words, predict, scheduler
-from openpulid.training.branches import NoiseSchedule, Text
+from openpulid.training.bases import NoiseSchedule, Text
 from openpulid.training.data import Draw, generator_for
 
 STATIONS = 4

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from openpulid.training.branches import Text
+from openpulid.training.bases import Text
 
 TIME_WIDTH = 32
 """Of the embedding of each of SDXL's six size conditions."""

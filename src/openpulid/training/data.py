@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from openpulid.errors import OptionError
-
-T = TypeVar("T")
 
 
 def generator_for(*key: object) -> torch.Generator:
@@ -42,20 +38,13 @@ class Draw:
     rank: int = 0
     world: int = 1
     record: dict[str, Tensor] | None = field(default=None, repr=False)  # of what was drawn and noted
+    figures: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     samples: int = field(default=0, init=False)  # global batch size, known after the first draw
     _calls: int = field(default=0, init=False, repr=False)
-    _open: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
 
-    def __enter__(self) -> Draw:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def until_backward(self, context: AbstractContextManager[T]) -> T:
-        """Enters `context` and leaves it when the step's backward pass is done, which may run blocks
-        again."""
-        return self._open.enter_context(context)
+    def figure(self, name: str, value: Tensor) -> None:
+        """Something to be shown beside the losses, that nothing is trained on: a scalar, averaged as they are."""
+        self.figures[name] = value.detach().float()
 
     def generator(self, name: str = "") -> torch.Generator:
         """A fresh CPU generator, the same on every rank. Draw for the global batch and take `mine` of it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from math import ceil
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, TrainingError
 from openpulid.training.data import Draw, generator_for
-from openpulid.training.precision import mixed
+from openpulid.training.precision import attention, mixed
 from openpulid.training.process import Ranks, signals_noted
 from openpulid.training.report import Report
 from openpulid.training.schedule import Pace, Schedule
@@ -34,14 +34,21 @@ CHECKPOINT = "run.safetensors"
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with a one-kernel AdamW
 
 
+Losses = Mapping[str, Tensor]
+
+
 class Task(Protocol):
     """What is trained, on what, and how one sees that it works."""
 
     def modules(self) -> Mapping[str, nn.Module]:
         """What trains: set to train(), optimised, averaged and checkpointed. The same keys in every run."""
 
-    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
-        """Named scalars whose sum is minimised: means over the rank's part, all randomness from `draw`."""
+    def losses(self, draw: Draw) -> Losses | Iterator[Losses]:
+        """Named scalars whose sum is minimised: means over the rank's part, all randomness from `draw`.
+
+        As a generator they come in parts, and each part's backward pass is done before the next is asked for: the
+        activations of one are gone by then, and what is open around a `yield` is open during backward.
+        """
 
     def validate(self) -> Mapping[str, float]:
         """Figures on held-out data; called without gradient, averaged weights in place, modules in eval()."""
@@ -167,11 +174,13 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        with draw:
-            losses = self._losses(draw)
-            torch.stack(list(losses.values())).sum().backward()
-        values = torch.stack([v.detach().float() for v in losses.values()])
-        values = self.ranks.mean(values, self.parameters)
+        losses: dict[str, Tensor] = {}
+        for part in self._losses(draw):
+            with attention(self.device):  # blocks that are run again meanwhile
+                torch.stack(list(part.values())).sum().backward()
+            losses |= {name: value.detach() for name, value in part.items()}
+        known = {**losses, **draw.figures}
+        values = self.ranks.mean(torch.stack([v.float() for v in known.values()]), self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
         finite = torch.isfinite(values).all() & torch.isfinite(norm)
         self.bad = torch.maximum(self.bad, (~finite).float())
@@ -183,17 +192,23 @@ class _Run:
         self.optimizer.step()
         self.average.update(self.step)
         self.step += 1
-        for name, value in zip(losses, values, strict=True):
+        for name, value in zip(known, values, strict=True):
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
         return draw
 
-    def _losses(self, draw: Draw) -> Mapping[str, Tensor]:
+    def _losses(self, draw: Draw) -> Iterator[Losses]:
         # dropout and whatever else uses torch's own generator also depends on the step alone
         torch.manual_seed(generator_for(draw.seed, draw.step, "global", draw.rank).initial_seed())
         with self._autocast():
-            losses = self.task.losses(draw)
-        return {name: value.float() for name, value in losses.items()}
+            made = self.task.losses(draw)
+        parts = iter([made]) if isinstance(made, Mapping) else made
+        while True:
+            with self._autocast():
+                part = next(parts, None)
+            if part is None:
+                return
+            yield {name: value.float() for name, value in part.items()}
 
     # -- parts --
 
@@ -289,8 +304,8 @@ class _Run:
         if not bad:
             return
         record: dict[str, Tensor] = {}
-        with Draw(self.schedule.seed, step, self.ranks.rank, self.ranks.world, record) as draw:
-            losses = self._losses(draw)
+        draw = Draw(self.schedule.seed, step, self.ranks.rank, self.ranks.world, record)
+        losses = {name: value for part in self._losses(draw) for name, value in part.items()}
         path = self.folder / f"not-finite-step-{step}-rank-{self.ranks.rank}.safetensors"
         values = {name: value.item() for name, value in losses.items()}
         tensors = {**{f"batch.{n}": t.clone() for n, t in record.items()}, **self.state.weight_tensors()}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from openpulid.errors import OptionError
-from openpulid.training.branches import Denoised, NoiseSchedule
+from openpulid.training.bases import Attended, NoiseSchedule
+from openpulid.training.branches import Denoised
 
 
 class DiffusionLoss(nn.Module):
@@ -54,3 +58,69 @@ class DiffusionLoss(nn.Module):
         if self.schedule.prediction == "epsilon":
             return counted / snr.clamp(min=torch.finfo(torch.float32).tiny)
         return counted / (snr + 1.0)
+
+
+class IDLoss(nn.Module):
+    """L_id = 1 - cos(phi(C_id), phi(x_0)) (PuLID, equation 3), phi a face recogniser other than the encoder's.
+
+    x_0 is the decoded picture: of the lightning branch ("accurate"), or of one step from x_t ("naive", the ablation).
+    Pictures without a face, on either side, are left out.
+    """
+
+    def forward(self, wanted: Tensor, shown: Tensor, found: Tensor) -> Tensor:
+        """A scalar: the sum over the pictures with a face, divided by B.
+
+        Not by the number of faces: so every face weighs the same however many were found beside it, and the mean over
+        the processes of a run is what one process would have computed.
+
+        Args:
+            wanted, shown: (B, D) embeddings of who should be seen and who is.
+            found: (B,) bool, a face on both sides.
+        """
+        distance = 1 - cosine_similarity(wanted.float(), shown.float(), dim=-1)
+        return torch.where(found, distance, torch.zeros_like(distance)).mean()
+
+
+class SemanticAlignment(nn.Module):
+    """L_sem = || softmax(K Q_tid^T / sqrt d) Q_tid - softmax(K Q_t^T / sqrt d) Q_t ||_2 (PuLID, equation 4).
+
+    For each word, the image queries that answer to it must be the same with the identity as without. Per head; the
+    softmax is over the image positions.
+    """
+
+    def forward(self, own: Sequence[Attended], target: Sequence[Attended]) -> Tensor:
+        """A scalar: the mean of `distance` over layers (and steps, when their lists are joined); the target carries
+        no gradient."""
+        return _over_layers(own, target, answers)
+
+
+class LayoutAlignment(nn.Module):
+    """L_layout = || Q_tid - Q_t ||_2 (PuLID, equation 5): every position asks with the identity what it asked without."""
+
+    def forward(self, own: Sequence[Attended], target: Sequence[Attended]) -> Tensor:
+        """A scalar, as `SemanticAlignment`."""
+        return _over_layers(own, target, lambda seen: seen.query.float())
+
+
+def answers(seen: Attended) -> Tensor:
+    """softmax(K Q^T / sqrt d) Q, (B, h, T, d) float32."""
+    query, key = seen.query.float(), seen.key.float()
+    return (key @ query.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1) @ query
+
+
+def distance(own: Tensor, target: Tensor) -> Tensor:
+    """|| own - target ||_2 of each sample, (B,), divided by the square root of the number of entries.
+
+    The paper leaves open how the norm is reduced; so reduced it does not depend on a layer's size, and layers of any
+    scale pull with the same force.
+    """
+    square = (own - target).square().flatten(1).mean(1)
+    return (square + 1e-12).sqrt()  # a root has no gradient at exactly zero
+
+
+def _over_layers(own: Sequence[Attended], target: Sequence[Attended], what: Callable[[Attended], Tensor]) -> Tensor:
+    if not own or len(own) != len(target):
+        raise OptionError(f"{len(own)} layers with identity are compared with {len(target)} without")
+    with torch.autocast(own[0].query.device.type, enabled=False):
+        pairs = zip(own, target, strict=True)
+        return torch.stack([distance(what(a), what(b).detach()).mean() for a, b in pairs]).mean()

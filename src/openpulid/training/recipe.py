@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.projection import Projection
 from openpulid.training.schedule import Schedule
+
+IDLossKind = Literal["none", "naive", "accurate"]
+"""Naive: on x_0 in one step from x_t. Accurate: on what the lightning branch ends with."""
+
+ID_PROMPT = "portrait, color, cinematic"
+ALIGN_PROMPTS = (
+    "portrait, color, cinematic",
+    "portrait, anime artwork",
+    "portrait, comic art, graphic novel art",
+    "portrait, digital artwork, illustrative, painterly, matte painting",
+    "portrait, magnificent, celestial, ethereal, painterly, epic, majestic, magical, fantasy art, cover art, dreamy",
+    "portrait, vibrant, professional, sleek, modern, minimalist, graphic, line art, vector graphics",
+    "portrait, cyberpunk, vaporwave, neon, vibes, vibrant, stunningly beautiful, crisp, detailed, sleek, ultramodern, "
+    "magenta highlights, dark purple shadows, high contrast, cinematic, ultra detailed, intricate, professional",
+    "portrait, energetic brushwork, bold colors, abstract forms, expressive, emotional",
+    "portrait, film noir style, monochrome, high contrast, dramatic shadows, 1940s style, mysterious, cinematic",
+    "portrait, papercut, mixed media, textured paper, overlapping, asymmetrical, abstract, vibrant",
+    "portrait, paper mache representation, 3D, sculptural, textured, handmade, vibrant, fun",
+    "portrait, vaporwave style, retro aesthetic, cyberpunk, vibrant, neon colors, vintage 80s and 90s style, highly detailed",
+    "portrait, watercolor painting, vibrant, beautiful, painterly, detailed, textural, artistic",
+    "portrait, impressionist painting, loose brushwork, vibrant color, light and shadow play",
+    "portrait, expressionist, raw, emotional, dynamic, distortion for emotional effect, vibrant, use of unusual colors, "
+    "detailed",
+)
+"""The prompts of the ID loss and of the alignment (PuLID, appendix)."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +50,27 @@ class Recipe:
     projection: Projection = "none"  # while training: choice; at inference ortho_v2
     num_zero: int = 0  # zero tokens while training: choice
 
-    # the loss
+    # the diffusion branch
     drop_identity: float = 0.1  # features zeroed, so that guidance has a "nobody": choice
     gamma: float | None = None  # min-SNR-gamma: choice
     inside: float = 1.0  # weight of the face over the rest: choice
+
+    # the lightning branch (stages 2 and 3)
+    begin: str | None = None  # the recipe whose adapter this one starts from
+    id_loss: IDLossKind = "none"
+    id_weight: float = 1.0
+    semantic: float = 0.0  # weight of L_sem, lambda_align-sem
+    layout: float = 0.0  # weight of L_layout
+    id_prompt: str = ID_PROMPT
+    align_prompts: tuple[str, ...] = ALIGN_PROMPTS
+    fast_batch: int = 0  # pictures of each pair, over all processes
+    fast_steps: int = 4
+    last: int = 1  # of them, those that carry gradient
+    guidance: float = 1.0
+    sampler: str = "euler"  # the paper names none for training: choice
+    checkpoint: bool = False
+    align_one_step: bool = False  # queries of one random step instead of all that carry gradient
+    pixels: int | None = None  # width of the lightning branch's pictures; None is the base's own
 
     # the optimizer: all choices
     batch: int = 32  # over all processes
@@ -56,6 +99,26 @@ class Recipe:
         )
 
 
+MINI_ALIGN_PROMPTS = (
+    "portrait, color photo",
+    "portrait, poster art",
+    "portrait, pencil sketch",
+    "portrait, film noir",
+    "portrait, photo, neon light",
+    "portrait, photo, sunset light",
+    "portrait, photo, moonlight",
+    "portrait, photo, smiling, green background",
+    "portrait, photo, angry, red background",
+    "portrait, photo, turned left, blue background",
+    "portrait, photo, looking up, yellow shirt",
+    "portrait, poster, laughing, pink background",
+    "portrait, photo, wearing sunglasses, black shirt",
+    "portrait, pencil drawing, turned right",
+    "portrait, photo, long blond hair, purple striped background",
+)
+"""As many as the paper's, out of the miniature's vocabulary: styles, lights, poses, clothes."""
+
+
 def mini_stage1() -> Recipe:
     """The paper's stage 1, L_diff alone, on the miniature.
 
@@ -76,7 +139,78 @@ def mini_stage1() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {f.__name__: f for f in (mini_stage1,)}
+def mini_naive() -> Recipe:
+    """The ablation: the ID loss on x_0 predicted in one step from x_t, on top of L_diff."""
+    return replace(_mini_continued("mini_naive", begin="mini_stage1"), id_loss="naive")
+
+
+def mini_stage2() -> Recipe:
+    """The most identity: L_diff and the ID loss at the end of the lightning branch."""
+    return replace(_mini_continued("mini_stage2", begin="mini_stage1"), id_loss="accurate")
+
+
+def mini_stage3() -> Recipe:
+    """PuLID: stage 2 and the alignment of the lightning branch with itself without an identity."""
+    return replace(_mini_continued("mini_stage3", begin="mini_stage2"), id_loss="accurate", semantic=0.6, layout=0.1)
+
+
+def _mini_continued(name: str, begin: str) -> Recipe:
+    return replace(
+        mini_stage1(),
+        name=name,
+        begin=begin,
+        lr=2e-4,
+        steps=6_000,
+        id_prompt="portrait, color photo",
+        align_prompts=MINI_ALIGN_PROMPTS,
+        fast_batch=12,
+        last=2,
+    )
+
+
+def sdxl_stage1() -> Recipe:
+    """The paper's stage 1 at full size.
+
+    1.5 million pictures and 8 A100 are disclosed; rate, batch and steps are those of IP-Adapter-FaceID on SDXL, the nearest
+    system whose figures are public.
+    """
+    return Recipe("sdxl_stage1", base="sdxl", batch=64, steps=100_000, lr=1e-4, warmup=1000)
+
+
+def sdxl_stage2() -> Recipe:
+    """The paper's stage 2: 768 pixels, four steps, less than 30,000 iterations; gradients through the last step alone are
+    its cheapest published form."""
+    return replace(
+        sdxl_stage1(),
+        name="sdxl_stage2",
+        begin="sdxl_stage1",
+        batch=32,
+        steps=30_000,
+        lr=1e-5,
+        id_loss="accurate",
+        fast_batch=8,
+        pixels=768,
+        checkpoint=True,
+    )
+
+
+def sdxl_stage3() -> Recipe:
+    """The paper's stage 3: weights 1.0 for L_id, 0.6 for L_sem, 0.1 for L_layout."""
+    return replace(sdxl_stage2(), name="sdxl_stage3", begin="sdxl_stage2", semantic=0.6, layout=0.1)
+
+
+def v11(recipe: Recipe) -> Recipe:
+    """The same with the encoder of v1.1, `IDFormer`."""
+    begin = recipe.begin and f"{recipe.begin}_v11"
+    return replace(recipe, name=f"{recipe.name}_v11", begin=begin, encoder="IDFormer")
+
+
+_NAMED = (mini_stage1, mini_naive, mini_stage2, mini_stage3, sdxl_stage1, sdxl_stage2, sdxl_stage3)
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    **{f.__name__: f for f in _NAMED},
+    **{f"{f.__name__}_v11": lambda f=f: v11(f()) for f in _NAMED},  # type: ignore[misc]
+}
 
 
 def find(name: str) -> Recipe:

@@ -1,18 +1,33 @@
-"""PuLID's training as a `Task` of the loop: an adapter, a base it is attached to, and a source of batches."""
+"""PuLID's training as a `Task` of the loop: an adapter, the bases it is attached to, and a source of batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from openpulid.errors import OptionError
+from openpulid.faces.embed import FaceEmbedder
 from openpulid.methods.pulid.adapter import PuLID
-from openpulid.training.branches import Base, diffusion_branch
+from openpulid.sampling import SAMPLERS
+from openpulid.training.bases import Attended, Base
+from openpulid.training.branches import (
+    Denoised,
+    Walk,
+    asked_at_step,
+    diffusion_branch,
+    lightning_branch,
+    walked_until,
+)
 from openpulid.training.data import Draw
-from openpulid.training.losses import DiffusionLoss
+from openpulid.training.loop import Losses
+from openpulid.training.losses import DiffusionLoss, IDLoss, LayoutAlignment, SemanticAlignment
 from openpulid.training.recipe import Recipe
 
 HELD_OUT_BATCHES = 4
@@ -27,16 +42,25 @@ class Batch(NamedTuple):
     prompts: Sequence[str]
     id_cond: Tensor  # (B, C)
     hidden: Sequence[Tensor]  # five times (B, 1 + N, D)
+    pictures: Tensor | None = None  # (B, 3, H, W) in [0, 1], for an ID loss
 
     def to(self, device: torch.device) -> Batch:
-        latents, masks, prompts, id_cond, hidden = self
+        latents, masks, prompts, id_cond, hidden, pictures = self
         return Batch(
             latents.to(device),
             None if masks is None else masks.to(device),
             prompts,
             id_cond.to(device),
             [level.to(device) for level in hidden],
+            None if pictures is None else pictures.to(device),
         )
+
+    def first(self, count: int) -> Batch:
+        """The first `count` of them."""
+        latents, masks, prompts, id_cond, hidden, pictures = self
+        some = (None if x is None else x[:count] for x in (masks, pictures))
+        masks, pictures = some
+        return Batch(latents[:count], masks, prompts[:count], id_cond[:count], [h[:count] for h in hidden], pictures)
 
 
 class Source(Protocol):
@@ -47,15 +71,21 @@ class Source(Protocol):
 
 
 class PuLIDTask:
-    """Stage 1 (PuLID, section 3.2): only the adapter trains, on L_diff, the identity sometimes left out.
+    """The adapter alone trains (PuLID, section 3): on L_diff, and in the later stages on what the lightning branch shows.
 
     Args:
         recipe: what to do; its weights and rates.
-        base: frozen; the adapter is attached to its pipeline here.
-        adapter: in float32, on the base's device.
+        base: frozen; of the diffusion branch.
+        adapter: in float32, on the base's device; it is attached to every base here.
         data: batches to train on.
         held_out: batches of people who are not trained on; without it nothing is validated.
         picture: makes the contact sheet of a validation.
+        fast: frozen bases of the lightning branch, taken by turns (and by the ranks of a run): an adapter that learned on
+            several serves others too.
+        faces: sees faces for the ID loss, with a recogniser other than the encoder's.
+
+    Raises:
+        OptionError: the recipe asks for a lightning branch or an ID loss and what they need is not given.
     """
 
     def __init__(
@@ -66,27 +96,50 @@ class PuLIDTask:
         data: Source,
         held_out: Source | None = None,
         picture: Callable[[], Image.Image] | None = None,
+        fast: Sequence[Base] = (),
+        faces: FaceEmbedder | None = None,
     ) -> None:
         self.recipe, self.base, self.adapter = recipe, base, adapter
         self.data, self.held_out, self.picture = data, held_out, picture
+        self.fast, self.faces = list(fast), faces
+        aligned = recipe.semantic > 0 or recipe.layout > 0
+        if (recipe.id_loss == "accurate" or aligned) and not (fast and recipe.fast_batch):
+            raise OptionError(f"{recipe.name} needs a lightning branch: give fast=[base, ...] and a fast_batch")
+        if recipe.id_loss != "none" and not (faces and recipe.fast_batch):
+            raise OptionError(f"{recipe.name} has an ID loss: give faces=FaceEmbedder(...) and a fast_batch")
+        self.aligned = aligned
+        self.walk = Walk(
+            recipe.fast_steps, recipe.last, recipe.guidance, SAMPLERS[recipe.sampler], checkpoint=recipe.checkpoint
+        )
         self.diffusion = DiffusionLoss(base.schedule, recipe.gamma, recipe.inside)
-        adapter.attach(base.pipe)
+        self.likeness, self.semantic, self.layout = IDLoss(), SemanticAlignment(), LayoutAlignment()
+        for pipe in {id(one.pipe): one.pipe for one in (base, *self.fast)}.values():
+            adapter.attach(pipe)
 
     def modules(self) -> Mapping[str, nn.Module]:
         return {"adapter": self.adapter}
 
-    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
-        """{"diffusion": L_diff}. The identity stays in use until the backward pass is done."""
+    def losses(self, draw: Draw) -> Iterator[Losses]:
+        """{"diffusion"}, then {"id"}, then {"semantic", "layout"}, as far as the recipe has them; the figure `faces` is
+        the share of pictures that count in the ID loss."""
         batch = self.data.batch(draw).to(self.base.device)
         draw.note("latents", batch.latents)
         draw.note("id_cond", batch.id_cond)
         kept = draw.rand(batch.latents.shape[:1], "drop") >= self.recipe.drop_identity
-        return {"diffusion": self._diffusion(draw, batch, without(batch, ~kept))}
+        yield from self._diffusion_losses(draw, batch, kept)
+        if not self.fast:
+            return
+        fast = self.fast[(draw.step + draw.rank) % len(self.fast)]
+        few = batch.first(self.recipe.fast_batch // draw.world)
+        if self.recipe.id_loss == "accurate":
+            yield from self._id_losses(draw, fast, few)
+        if self.aligned:
+            yield from self._alignment_losses(draw, fast, few)
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """L_diff on held-out people with their own identity, with another's, and with none; same noise in all
-        three."""
+        """L_diff on held-out people with their own identity, with another's, and with none, same noise in all three;
+        with a lightning branch also `held_out_likeness`, the cosine of its pictures, and `held_out_faces`."""
         if self.held_out is None:
             return {}
         sums = dict.fromkeys(("own", "other", "none"), 0.0)
@@ -95,23 +148,105 @@ class PuLIDTask:
             everyone = torch.ones(len(batch.latents), dtype=torch.bool)
             people = {"own": batch, "other": turned(batch), "none": without(batch, everyone)}
             for name, shown in people.items():
-                with Draw(self.recipe.seed, step) as draw:
-                    sums[name] += self._diffusion(draw, batch, shown).item() / HELD_OUT_BATCHES
-        return {f"held_out_{name}": value for name, value in sums.items()}
+                draw = Draw(self.recipe.seed, step)
+                with self._shown(self.base, shown):
+                    sums[name] += self._diffusion(draw, batch)[0].item() / HELD_OUT_BATCHES
+        found = {f"held_out_{name}": value for name, value in sums.items()}
+        if self.fast and self.recipe.id_loss != "none":
+            draw = Draw(self.recipe.seed, 0)
+            few = self.held_out.batch(draw).first(self.recipe.fast_batch).to(self.base.device)
+            (part,) = self._id_losses(draw, self.fast[0], few)
+            faces = draw.figures["faces"].item()
+            lost = part["id"].item() / self.recipe.id_weight
+            found |= {"held_out_likeness": 1 - lost / max(faces, 1e-6), "held_out_faces": faces}
+        return found
 
     def sheet(self) -> Image.Image | None:
         return None if self.picture is None else self.picture()
 
-    def _diffusion(self, draw: Draw, batch: Batch, shown: Batch) -> Tensor:
-        text = self.base.encode_text(batch.prompts)
-        tokens = self.adapter.encode(shown.id_cond, shown.hidden)
-        options = {
-            "projection": self.recipe.projection,
-            "num_zero": self.recipe.num_zero,
-            "pipe": self.base.pipe,
-        }
-        draw.until_backward(self.adapter.use_tokens(tokens, guided=False, **options))
-        return self.diffusion(diffusion_branch(self.base, draw, batch.latents, text), batch.masks)
+    # -- one branch each --
+
+    def _diffusion_losses(self, draw: Draw, batch: Batch, kept: Tensor) -> Iterator[Losses]:
+        with self._shown(self.base, without(batch, ~kept)):
+            loss, step = self._diffusion(draw, batch)
+            losses = {"diffusion": loss}
+            if self.recipe.id_loss == "naive":
+                few = self.recipe.fast_batch // draw.world
+                latents = self.base.schedule.x0(step.output[:few], step.x_t[:few], step.t[:few])
+                losses["id"] = self._unlike(draw, self.base, latents, batch.first(few), kept[:few])
+            yield losses
+
+    def _diffusion(self, draw: Draw, batch: Batch) -> tuple[Tensor, Denoised]:
+        step = diffusion_branch(self.base, draw, batch.latents, self.base.encode_text(batch.prompts))
+        return self.diffusion(step, batch.masks), step
+
+    def _id_losses(self, draw: Draw, fast: Base, few: Batch) -> Iterator[Losses]:
+        noise = self._noise(draw, fast, few, "id.noise")
+        guided = self.walk.guidance != 1
+        text = self._text(fast, self.recipe.id_prompt, len(noise), guided)
+        with self._shown(fast, few, guided):
+            walked = lightning_branch(fast, noise, text, self.walk)
+            everyone = torch.ones(len(noise), dtype=torch.bool)
+            yield {"id": self._unlike(draw, fast, walked.latents, few, everyone)}
+
+    def _alignment_losses(self, draw: Draw, fast: Base, few: Batch) -> Iterator[Losses]:
+        noise = self._noise(draw, fast, few, "align.noise")
+        prompts = self.recipe.align_prompts
+        chosen = int(torch.randint(len(prompts), (), generator=draw.generator("align.prompt")))  # one for all ranks
+        text = self._text(fast, prompts[chosen], len(noise))
+        if self.recipe.align_one_step:
+            step = int(torch.randint(self.walk.steps, (), generator=draw.generator("align.step")))
+            spoken = text
+            if self.walk.guidance != 1:
+                spoken = self._text(fast, prompts[chosen], len(noise), guided=True)
+            x, sigma = walked_until(fast, noise, spoken, self.walk, step)
+            asked = partial(asked_at_step, fast, x, sigma, text)
+        else:
+            asked = partial(self._asked_on_the_way, fast, noise, text)
+        with torch.no_grad():
+            target = asked()
+        with self._shown(fast, few):
+            own = asked()
+            losses = {
+                "semantic": self.recipe.semantic * self.semantic(own, target),
+                "layout": self.recipe.layout * self.layout(own, target),
+            }
+            yield losses
+
+    def _asked_on_the_way(self, fast: Base, noise: Tensor, text: Any) -> list[Attended]:
+        walked = lightning_branch(fast, noise, text, self.walk, watch=True)
+        return [layer for step in walked.attended for layer in step]
+
+    # -- parts --
+
+    def _unlike(self, draw: Draw, base: Base, latents: Tensor, few: Batch, counted: Tensor) -> Tensor:
+        """The weighted ID loss of the pictures that these latents mean."""
+        if self.faces is None or few.pictures is None:
+            raise OptionError("an ID loss needs the pictures of the batch, and somebody who sees faces in them")
+        with torch.no_grad():
+            wanted = self.faces(few.pictures)
+        decode = partial(checkpoint, base.decode, use_reentrant=False) if self.walk.checkpoint else base.decode
+        shown = self.faces(decode(latents))
+        found = wanted.found & shown.found & counted.to(shown.found.device)
+        draw.figure("faces", found.float().mean())
+        return self.recipe.id_weight * self.likeness(wanted.embeddings, shown.embeddings, found)
+
+    def _noise(self, draw: Draw, fast: Base, few: Batch, name: str) -> Tensor:
+        return draw.randn((len(few.id_cond), *fast.shape(self.recipe.pixels)), name).to(fast.device)
+
+    def _text(self, fast: Base, prompt: str, count: int, guided: bool = False) -> Any:
+        return fast.encode_text([prompt] * count, pixels=self.recipe.pixels, guided=guided)
+
+    def _shown(self, base: Base, people: Batch, guided: bool = False) -> AbstractContextManager[PuLID]:
+        """The adapter with these people in use on a base."""
+        return self.adapter.use_tokens(
+            self.adapter.encode(people.id_cond, people.hidden),
+            projection=self.recipe.projection,
+            num_zero=self.recipe.num_zero,
+            negative=self.adapter.unconditional(people.id_cond[:1], [h[:1] for h in people.hidden]) if guided else None,
+            guided=guided,
+            pipe=base.pipe,
+        )
 
 
 def without(batch: Batch, dropped: Tensor) -> Batch:

@@ -122,7 +122,8 @@ class Injection:
         guided = self.guided()
         # under autocast the layers' products already have their dtype
         dtype = None if torch.is_autocast_enabled(sample.device.type) else sample.dtype
-        made_for = (batch, guided, sample.device, dtype, sample.shape[-2:])
+        # a walk's first calls may run without gradient, and what they prepare has none
+        made_for = (batch, guided, sample.device, dtype, sample.shape[-2:], torch.is_grad_enabled())
         if made_for not in self._expanded:
             self._expanded[made_for] = self._prepare(unet, sample, guided, dtype)
         self.calls[batch] = self._expanded[made_for]

@@ -1,0 +1,215 @@
+"""A base model as training sees it: it can read prompts, predict, and decode.
+
+Whatever else differs between SDXL, FLUX and their small siblings stays behind `Base`. Shapes: B batch, c x h x w latents,
+T tokens of width D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from openpulid.errors import OptionError
+from openpulid.methods.pulid.unet import cross_attentions
+
+
+@dataclass(frozen=True)
+class Text:
+    """What an SDXL-family base is told: token embeddings (B, T, D), pooled (B, P), size conditioning (B, 6)
+    or None."""
+
+    embeds: Tensor
+    pooled: Tensor
+    time_ids: Tensor | None = None
+
+
+class NoiseSchedule:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps with a_t the running product of the alphas (DDPM, arXiv
+    2006.11239).
+
+    Args:
+        alphas: a_t, (steps,) falling from nearly 1 to nearly 0.
+        prediction: "epsilon", or "v_prediction": v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512).
+    """
+
+    def __init__(self, alphas: Tensor, prediction: str = "epsilon") -> None:
+        if prediction not in ("epsilon", "v_prediction"):
+            raise OptionError(f"a base that predicts {prediction!r} cannot be trained on: epsilon or v_prediction")
+        self.alphas, self.prediction = alphas.double(), prediction
+
+    def times(self, uniform: Tensor) -> Tensor:
+        """(B,) uniform numbers in [0, 1) -> (B,) int64 times of training."""
+        return (uniform * len(self.alphas)).long()
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(a_t) and sqrt(1 - a_t), each (B, 1, 1, 1) in float32 on the device of `like`."""
+        a = self.alphas[t.cpu()].view(-1, *[1] * (like.ndim - 1))
+        return a.sqrt().float().to(like.device), (1 - a).sqrt().float().to(like.device)
+
+    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t, (B, c, h, w)."""
+        signal, sigma = self.coefficients(t, latents)
+        return signal * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the base should predict, (B, c, h, w)."""
+        if self.prediction == "epsilon":
+            return noise
+        signal, sigma = self.coefficients(t, latents)
+        return signal * noise - sigma * latents
+
+    def x0(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The picture that a prediction means, (B, c, h, w)."""
+        return self._picture(predicted, x_t, *self.coefficients(t, x_t))
+
+    def _picture(self, predicted: Tensor, x_t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        if self.prediction == "epsilon":
+            return (x_t - sigma * predicted) / signal
+        return signal * x_t - sigma * predicted
+
+    # -- in the variables of the samplers: x = x_0 + sigma * noise, with sigma = sqrt((1 - a_t) / a_t) --
+
+    def trailing(self, steps: int) -> Tensor:
+        """(steps + 1,) falling sigmas from the last time of training on, in equal spans of time; the last one is 0."""
+        times = (torch.arange(steps, 0, -1) * (len(self.alphas) / steps)).round().long() - 1
+        return torch.cat([self._sigmas()[times], torch.zeros(1)])
+
+    def denoised(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+        """The picture a base sees in x at noise level sigma (B,), through its `predict(x_t, t)`; (B, c, h, w)."""
+        sigma = sigma.view(-1, *[1] * (x.ndim - 1))
+        signal = (1 + sigma.square()).rsqrt()
+        x_t = signal * x
+        return self._picture(predict(x_t, self.time(sigma.flatten()).to(x.device)), x_t, signal, signal * sigma)
+
+    def time(self, sigma: Tensor) -> Tensor:
+        """(B,) noise levels -> (B,) times of training in float32, between two of them where need be."""
+        table = self._sigmas().log()
+        wanted = sigma.detach().cpu().log().clamp(table[0], table[-1])
+        above = torch.searchsorted(table, wanted).clamp(min=1)
+        low, high = table[above - 1], table[above]
+        return above - 1 + (wanted - low) / (high - low)
+
+    def _sigmas(self) -> Tensor:
+        return ((1 - self.alphas) / self.alphas).sqrt().float()
+
+    def snr(self, t: Tensor) -> Tensor:
+        """a_t / (1 - a_t), (B,) float32 on the device of t."""
+        a = self.alphas[t.cpu()]
+        return (a / (1 - a)).float().to(t.device)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What one cross-attention layer asked and was offered: image queries (B, h, L, d), text keys (B, h, T, d)."""
+
+    query: Tensor
+    key: Tensor
+
+
+class Base(Protocol):
+    """A frozen text-to-image model as training sees it."""
+
+    schedule: NoiseSchedule
+    pipe: Any  # what an adapter is attached to
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents are expected."""
+
+    def shape(self, pixels: int | None = None) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of a square picture; by default of the base's own size."""
+
+    def encode_text(self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False) -> Any:
+        """B prompts -> whatever `predict` takes; without gradient. Guided: 2 B, first those of no words."""
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor:
+        """(B, c, h, w) at times t (B,) -> the network's output (B, c, h, w) in float32, with gradient."""
+
+    def watch(self) -> AbstractContextManager[list[Attended]]:
+        """While open, every `predict` appends what its cross-attention layers see, with gradient."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, c, h, w) -> pictures (B, 3, H, W), about 0..1 and not clamped, with gradient."""
+
+
+class SDXLBase:
+    """Any pipeline of diffusers' `StableDiffusionXLPipeline` family, of any size. Freezes its networks,
+    changes nothing else."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.unet, self.vae = pipe, pipe.unet, pipe.vae
+        for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        scheduler = pipe.scheduler
+        self.schedule = NoiseSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    def shape(self, pixels: int | None = None) -> tuple[int, int, int]:
+        side = pixels // self.pipe.vae_scale_factor if pixels else self.unet.config.sample_size
+        return self.unet.config.in_channels, side, side
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False) -> Text:
+        """`pixels` is what SDXL is told of the picture's size; by default its own."""
+        embeds, nothing, pooled, none_pooled = self.pipe.encode_prompt(
+            prompt=list(prompts),
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+        )
+        if guided:
+            embeds, pooled = torch.cat([nothing, embeds]), torch.cat([none_pooled, pooled])
+        side = pixels or self.unet.config.sample_size * self.pipe.vae_scale_factor
+        time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=self.device)
+        return Text(embeds, pooled, time_ids.expand(len(embeds), -1))
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+        dtype = self.unet.dtype
+        added = {"text_embeds": text.pooled.to(dtype), "time_ids": text.time_ids}
+        output = self.unet(
+            x_t.to(dtype),
+            t,
+            encoder_hidden_states=text.embeds.to(dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )
+        return output[0].float()
+
+    @contextmanager
+    def watch(self) -> Iterator[list[Attended]]:
+        seen: list[Attended] = []
+        asked: dict[str, Tensor] = {}
+
+        def query(place: str) -> Any:
+            return lambda layer, args, output: asked.__setitem__(place, output)
+
+        def key(place: str, heads: int) -> Any:
+            def note(layer: Any, args: Any, output: Tensor) -> None:
+                both = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (asked.pop(place), output))
+                seen.append(Attended(*both))
+
+            return note
+
+        with ExitStack() as undo:
+            for place, layer in cross_attentions(self.unet).items():
+                undo.callback(layer.to_q.register_forward_hook(query(place)).remove)
+                undo.callback(layer.to_k.register_forward_hook(key(place, layer.heads)).remove)
+            yield seen
+
+    def decode(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        latents = latents / config.scaling_factor
+        if getattr(config, "latents_mean", None) is not None:
+            mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+            latents = latents * std + mean
+        picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return picture.float() / 2 + 0.5

@@ -1,0 +1,113 @@
+"""Naive, stage 2 and stage 3 on a tiny random SDXL: what reaches the adapter, and what is left alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from openpulid.errors import OptionError
+from openpulid.training.data import Draw
+from openpulid.training.loop import run
+
+STAGE2 = {"id_loss": "accurate", "fast_batch": 2, "last": 2, "id_prompt": "portrait"}
+STAGE3 = {**STAGE2, "semantic": 0.6, "layout": 0.1, "align_prompts": ("portrait", "noir", "red hat")}
+STAGES = {"naive": {"id_loss": "naive", "fast_batch": 2}, "stage2": STAGE2, "stage3": STAGE3}
+NAMES = {"naive": ["diffusion", "id"], "stage2": ["diffusion", "id"], "stage3": ["diffusion", "id", "semantic", "layout"]}
+
+
+def gradients(task, names, step: int = 0):
+    """Of the named losses alone, by parameter."""
+    for parameter in task.adapter.parameters():
+        parameter.grad = None
+    for part in task.losses(Draw(0, step)):
+        wanted = [value for name, value in part.items() if name in names and value.requires_grad]
+        if wanted:
+            torch.stack(wanted).sum().backward()
+    return {name: p.grad for name, p in task.adapter.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_loss_reaches_all_of_the_adapter_and_nothing_else(pipe, stage):
+    task = tiny.task(pipe, **STAGES[stage])
+    for name in NAMES[stage]:
+        found = gradients(task, [name])
+        # the last layer's own queries cannot feel what its identity attention adds after them
+        reached = [key for key, grad in found.items() if grad is not None and grad.abs().sum() > 0]
+        assert len(reached) > 0.9 * len(found) - 2, name
+    frozen = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, task.faces.recogniser]
+    assert all(p.grad is None and not p.requires_grad for m in frozen for p in m.parameters())
+
+
+@pytest.mark.parametrize("stage", ["naive", "stage2"])
+def test_the_id_loss_comes_through_the_decoder(stage):
+    task = tiny.task(**STAGES[stage])
+    assert any(grad is not None and grad.abs().sum() > 0 for grad in gradients(task, ["id"]).values())
+    for base in {id(b): b for b in (task.base, *task.fast)}.values():
+        base.decode = torch.no_grad()(base.decode)
+    assert all(grad is None for grad in gradients(task, ["id"]).values())
+
+
+def test_the_path_without_identity_is_the_base_itself():
+    """Its queries do not depend on the adapter: with values of zero both paths are one."""
+    task = tiny.task(**STAGE3)
+    for layer in task.adapter.id_adapter_attn_layers.values():
+        torch.nn.init.zeros_(layer.id_to_v.weight)
+    *_, last = task.losses(Draw(0, 0))
+    assert last["semantic"].item() < 1e-5 and last["layout"].item() < 1e-5
+
+
+@pytest.mark.parametrize("change", [{}, {"align_one_step": True}, {"align_one_step": True, "guidance": 2.0, "fast_steps": 6}])
+def test_training_leaves_the_base_as_it_was(pipe, tmp_path, change):
+    modules = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    before = [t.clone() for m in modules for t in m.state_dict().values()]
+    processors = dict(pipe.unet.attn_processors)
+    task = tiny.task(pipe, **{**STAGE3, **change})
+    schedule = replace(tiny.recipe().schedule(), steps=3, validate_every=2, log_every=1)
+    result = run(task, schedule, tmp_path)
+    assert set(result.losses) == {"diffusion", "id", "semantic", "layout", "faces"}
+    assert result.metrics["held_out_faces"] == 1.0 and -1 <= result.metrics["held_out_likeness"] <= 1
+    assert all(torch.equal(a, b) for a, b in zip(before, (t for m in modules for t in m.state_dict().values()), strict=True))
+    assert dict(pipe.unet.attn_processors) == processors
+    assert not any(h for m in pipe.unet.modules() for h in (m._forward_hooks, m._forward_pre_hooks))
+
+
+def test_checkpointing_gives_the_same_gradients():
+    plain, again = (gradients(tiny.task(**STAGE3, checkpoint=c), NAMES["stage3"]) for c in (False, True))
+    for name in plain:
+        assert torch.allclose(plain[name], again[name], rtol=1e-4, atol=1e-8), name
+
+
+def test_pictures_without_a_face_are_left_out_and_counted():
+    task = tiny.task(**STAGE2)
+    find = task.faces.find
+    task.faces.find = lambda images: [face if k else None for k, face in enumerate(find(images))]
+    draw = Draw(0, 0)
+    parts = [{name: value.item() for name, value in part.items()} for part in task.losses(draw)]
+    assert draw.figures["faces"].item() == 0.5 and parts[1]["id"] > 0
+    task.faces.find = lambda images: [None] * len(images)
+    draw = Draw(0, 0)
+    found = gradients(task, ["id"])
+    assert all(grad is None or grad.abs().sum() == 0 for grad in found.values())
+
+
+def test_bases_take_turns():
+    task, seen = tiny.task(**STAGE2), []
+    first, second = task.fast[0], tiny.base()
+    task.adapter.attach(second.pipe)
+    task.fast.append(second)
+    for name, base in {"first": first, "second": second}.items():
+        decode = base.decode
+        base.decode = lambda latents, decode=decode, name=name: seen.append(name) or decode(latents)
+    for step in range(3):
+        gradients(task, ["id"], step)
+    assert seen == ["first", "second", "first"]
+
+
+def test_what_a_recipe_needs_is_asked_for():
+    with pytest.raises(OptionError, match="lightning branch"):
+        tiny.task(semantic=0.6)
+    with pytest.raises(OptionError, match="faces"):
+        tiny.task(id_loss="naive")
