@@ -11,10 +11,12 @@ from openpulid.mini.recognisers import (
     MarginHead,
     RecogniserTask,
     ValueHead,
+    _folded,
     aligned_rows,
     auc,
     family_table,
     report,
+    whitened,
 )
 from openpulid.training.data import Draw
 from openpulid.world import FACIAL
@@ -145,3 +147,33 @@ def test_moved_pictures_are_kept(small_world, tmp_path, monkeypatch):
         examination = Examination.make(small_world, tmp_path / "moved.npy", people=1)
     assert calls == [1]
     assert examination.crops.shape == (12, 3, 64, 64) and examination.moved.shape[0] == 1
+
+
+def within_person(task):
+    """Eigenvalues of the covariance of pictures of the same people, rising."""
+    rows = np.arange(len(task.data))
+    with torch.no_grad():
+        embedding = task.recogniser.eval()(task.crops(rows, torch.Generator().manual_seed(1))).double()
+    _, place = task.people[rows].unique(return_inverse=True)
+    apart = torch.cat([embedding[place == k] - embedding[place == k].mean(0) for k in place.unique()])
+    return torch.linalg.eigvalsh(apart.T @ apart / (len(rows) - len(place.unique())))
+
+
+def test_whitening_makes_noise_alike_in_all_directions(small_world):
+    torch.manual_seed(0)
+    task = RecogniserTask(VGGRecogniser((8, 8, 16, 16), dim=3), small_world, None, families=2, pictures=6)
+    before = within_person(task)
+    whitened(task)
+    after = within_person(task)  # of other damage than it was made with
+    assert before[-1] < 1e-6 and 0.2 < after[0] and after[-1] < 5
+
+
+def test_a_folded_matrix_is_the_matrix_behind(task):
+    crops, matrix = torch.rand(3, 3, 64, 64), torch.randn(16, 16).double()
+    task.recogniser.eval()
+    with torch.no_grad():
+        task.recogniser.head[-1].running_mean.normal_()
+        task.recogniser.head[-1].running_var.uniform_(0.5, 2.0)
+        before = task.recogniser(crops)
+        _folded(task.recogniser.head, matrix)
+        assert torch.allclose(task.recogniser(crops), before @ matrix.T.float(), atol=1e-3)

@@ -161,7 +161,9 @@ def recognisers(shop: Workshop) -> dict[str, float]:
         torch.manual_seed(seed)
         networks[name] = network = kind()
         run_name = f"recognisers/{name}"
-        shop.train(run_name, people.RecogniserTask(network, shop.data, examination), schedule, 1 / len(RECOGNISERS))
+        task = people.RecogniserTask(network, shop.data, examination)
+        shop.train(run_name, task, schedule, 1 / len(RECOGNISERS))
+        people.whitened(task)
         save_module(network, shop.weights / f"recogniser-{name}.safetensors", shop.facts(run_name, schedule), torch.float16)
         found |= {f"{name} {key}": value for key, value in examination.figures(network).items()}
     (shop.runs / "recognisers" / "report.md").write_text(people.report(networks, examination))

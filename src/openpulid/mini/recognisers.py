@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -207,6 +208,38 @@ class RecogniserTask:
         crops = self.crops(self.table[:2, :12].flatten().numpy(), torch.Generator().manual_seed(0)).cpu()
         picture = crops.unflatten(0, (2, -1)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         return Image.fromarray((picture * 255).round().to(torch.uint8).numpy())
+
+
+@torch.no_grad()
+def whitened(task: RecogniserTask, most: int = 8192, seed: int = 0) -> None:
+    """Within-class covariance normalisation (Hatch et al. 2006), folded into the recogniser's last layer, in place.
+
+    What differs between pictures of one person is noise; measured in its units, a feature that is small but sure weighs as
+    much as a large one. Without it the shape of the face drowns brows and eyes in the cosine.
+    """
+    recogniser, generator = task.recogniser.eval(), torch.Generator().manual_seed(seed)
+    rows = np.linspace(0, len(task.data) - 1, min(most, len(task.data))).astype(np.int64)
+    rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
+    parts = np.array_split(rows, max(1, len(rows) // 256))
+    embedding = torch.cat([recogniser(task.crops(part, generator)).cpu() for part in parts]).double()
+    people, place = task.people[rows].unique(return_inverse=True)
+    counts = torch.bincount(place).double()
+    means = embedding.new_zeros(len(people), embedding.shape[1]).index_add_(0, place, embedding) / counts[:, None]
+    apart = embedding - means[place]
+    within = apart.T @ apart / (counts - 1).sum().clamp(min=1)
+    within += 0.02 * within.trace() / len(within) * torch.eye(len(within))
+    values, vectors = torch.linalg.eigh(within)
+    _folded(recogniser.head, vectors @ torch.diag(values.rsqrt()) @ vectors.T)
+
+
+def _folded(head: nn.Sequential, matrix: Tensor) -> None:
+    """`matrix` (dim, dim) after a head of a linear layer and a normalisation without weights, made part of both."""
+    linear_, norm = cast(nn.Linear, head[-2]), cast(nn.BatchNorm1d, head[-1])
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    change = matrix.to(linear_.weight) / (variance + norm.eps).sqrt()
+    linear_.weight.copy_(change @ linear_.weight)
+    mean.copy_(change @ mean)
+    variance.fill_(1 - norm.eps)
 
 
 def family_table(families: np.ndarray) -> Tensor:
