@@ -51,8 +51,10 @@ app = typer.Typer(
 )
 world = typer.Typer(help="Procedural people: pictures to start from.", no_args_is_help=True)
 mini = typer.Typer(help="The miniature: train it from nothing, measure it.", no_args_is_help=True)
+bench = typer.Typer(help="What things cost.", no_args_is_help=True)
 app.add_typer(world, name="world")
 app.add_typer(mini, name="mini")
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
@@ -232,6 +234,43 @@ def train(
     adapter.train(chosen, folder, steps=steps, minutes=minutes, device=device, fresh=not resume, begin=begin)
 
 
+@bench.command("train")
+def bench_train(
+    base: Annotated[str, typer.Option(help="mini or sdxl, at full size.")] = "mini",
+    random: Annotated[bool, typer.Option("--random", help="Random weights: a step costs the same with any.")] = False,
+    recipe: Annotated[str | None, typer.Option(help="BASE_stage3 by default.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures of the diffusion branch; the recipe's by default.")] = None,
+    fast_batch: Annotated[int | None, typer.Option(min=1, help="Pictures of each pair of the lightning branch.")] = None,
+    pixels: Annotated[int | None, typer.Option(help="Width of the lightning branch's pictures.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each candidate, by turns.")] = 5,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory of a training step, with gradients through the last 1 to 4 steps, kept or computed again."""
+    from dataclasses import asdict, replace
+
+    import torch
+
+    from openpulid.bench import training
+
+    if not random:
+        raise OptionError("a step costs the same with any weights; say --random, and none are looked for.")
+    from openpulid.studio import best_device
+    from openpulid.training.recipe import find
+
+    chosen = torch.device(device) if device else best_device()
+    known = find(recipe or f"{base}_stage3")
+    sizes: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "pixels": pixels}
+    known = replace(known, **{name: value for name, value in sizes.items() if value})
+    dtype = torch.float32 if base == "mini" else torch.bfloat16
+    task = training.random_task(known, training.random_base(base, chosen, dtype))
+    costs = training.measure(task, rounds=rounds, on_progress=None if as_json else _counted)
+    facts = {"base": base, "recipe": known.name, "batch": known.batch, "fast_batch": known.fast_batch, "device": str(chosen)}
+    if not as_json:
+        training.show(costs)
+    _last_line({**facts, "rows": [asdict(cost) for cost in costs]})
+
+
 def _studio(preset: str, device: str | None) -> Studio:
     from openpulid.studio import load
 
@@ -278,6 +317,10 @@ def _save(image: Image.Image, path: Path, request: Mapping[str, Any] | None = No
         image.save(path, **extra)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written ({error.strerror or error}).") from None
+
+
+def _counted(done: int, total: int) -> None:
+    print(f"\r{done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
 def _last_line(figures: Mapping[str, Any]) -> None:

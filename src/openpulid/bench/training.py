@@ -1,0 +1,220 @@
+"""What a step of PuLID's training costs: time and memory for gradients through the last k steps, with random weights."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from openpulid.autoencoder import PatchAutoencoderKL
+from openpulid.errors import OptionError
+from openpulid.faces.align import TEMPLATE
+from openpulid.faces.embed import FaceEmbedder
+from openpulid.faces.face import Face
+from openpulid.faces.recognise import RECOGNISERS
+from openpulid.methods.pulid.adapter import PuLID
+from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
+from openpulid.presets import MINIATURE
+from openpulid.training.bases import Base, SDXLBase, Text
+from openpulid.training.data import Draw
+from openpulid.training.recipe import Recipe
+from openpulid.training.task import Batch, PuLIDTask
+
+SDXL_UNET: dict[str, Any] = {
+    "sample_size": 128,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""The published figures of SDXL's U-Net, and below of its autoencoder."""
+SDXL_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one candidate: median seconds of a step, their ratio to the first candidate's, peak memory in GiB or None."""
+
+    last: int
+    checkpoint: bool
+    seconds: float
+    ratio: float
+    memory: float | None
+
+
+class _Parts:
+    """What `SDXLBase` wants of a pipeline, without text encoders: what a step costs does not depend on them."""
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+        self.unet, self.vae, self.text_encoder, self.text_encoder_2 = unet, vae, None, None
+        self.scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+class RandomSDXL(SDXLBase):
+    """A base of SDXL's architecture, and random sentences of 77 tokens."""
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
+        super().__init__(_Parts(unet, vae))
+        self.pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+
+    def encode_text(self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False) -> Text:
+        rows, like = len(prompts) * (1 + guided), {"device": self.device, "dtype": self.unet.dtype}
+        side = float(pixels or self.unet.config.sample_size * self.pipe.vae_scale_factor)
+        ids = torch.tensor([[side, side, 0, 0, side, side]], **like).expand(rows, -1)
+        embeds = torch.randn(rows, 77, self.unet.config.cross_attention_dim, **like)
+        return Text(embeds, torch.randn(rows, self.pooled, **like), ids)
+
+
+def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> RandomSDXL:
+    """ "mini" or "sdxl" at their full size with random weights, made where and as they are wanted.
+
+    Raises:
+        OptionError: another name.
+    """
+    if name not in ("mini", "sdxl"):
+        raise OptionError(f"{name!r} cannot be made of random weights: mini or sdxl")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that no float32 copy is ever there
+    try:
+        with device:
+            if name == "sdxl":
+                return RandomSDXL(UNet2DConditionModel(**SDXL_UNET), AutoencoderKL(**SDXL_VAE))
+            unet, vae = (json.loads((MINIATURE / "pipeline" / part / "config.json").read_text()) for part in ("unet", "vae"))
+            return RandomSDXL(UNet2DConditionModel.from_config(unet), PatchAutoencoderKL.from_config(vae))
+    finally:
+        torch.set_default_dtype(before)
+
+
+class RandomPeople:
+    """A `training.task.Source` of noise."""
+
+    def __init__(self, base: Base, adapter: PuLID, size: int, tokens: int) -> None:
+        self.base, self.size, self.tokens = base, size, tokens
+        config = adapter.id_adapter.config
+        self.width, self.hidden = config["width"], config["vit_dim"]
+
+    def batch(self, draw: Draw) -> Batch:
+        latents = draw.randn((self.size, *self.base.shape()), "latents")
+        hidden = [draw.randn((self.size, self.tokens, self.hidden), f"hidden.{k}") for k in range(5)]
+        pictures = draw.rand((self.size, 3, 128, 128), "pictures")
+        return Batch(latents, None, ["portrait"] * self.size, draw.randn((self.size, self.width), "id"), hidden, pictures)
+
+
+def random_faces(device: torch.device) -> FaceEmbedder:
+    """A face in the middle of every picture, and a recogniser of random weights."""
+
+    def find(images: Tensor) -> list[Face | None]:
+        side = images.shape[-1]
+        box, mask = torch.tensor([0.0, 0.0, side, side]), torch.ones(1, side, side)
+        return [Face(image, box, TEMPLATE * side, 1.0, mask) for image in images]
+
+    return FaceEmbedder(find, RECOGNISERS["encoder"]().to(device))
+
+
+def random_task(recipe: Recipe, base: Base) -> PuLIDTask:
+    """The recipe on a base of random weights, which also walks the lightning branch."""
+    unet = base.pipe.unet
+    encoder = {"IDEncoder": IDEncoder, "IDFormer": IDFormer}[recipe.encoder]
+    sizes = {"context_dim" if encoder is IDEncoder else "output_dim": unet.config.cross_attention_dim}
+    if recipe.base == "mini":  # its recogniser and tower are smaller, too
+        sizes |= {"width": 192, "vit_dim": 96, "hidden_dim": recipe.encoder_width}
+    adapter = PuLID.for_unet(unet, encoder(**sizes)).to(base.device, torch.float32)
+    people = RandomPeople(base, adapter, recipe.batch, 65 if recipe.base == "mini" else 577)
+    return PuLIDTask(recipe, base, adapter, people, fast=[base], faces=random_faces(base.device))
+
+
+def measure(
+    task: PuLIDTask,
+    lasts: Iterable[int] = (1, 2, 3, 4),
+    checkpoints: Iterable[bool] = (False, True),
+    rounds: int = 5,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Cost]:
+    """Whole steps of every candidate by turns in one process, after one of each that does not count."""
+    chosen = list(checkpoints)
+    candidates = [(last, again) for last in lasts for again in chosen]
+    optimizer = torch.optim.AdamW(task.adapter.parameters(), lr=1e-5)
+    seconds: dict[tuple[int, bool], list[float]] = {candidate: [] for candidate in candidates}
+    memory: dict[tuple[int, bool], float | None] = {}
+    for turn in range(rounds + 1):
+        for k, (last, again) in enumerate(candidates):
+            task.walk = replace(task.walk, last=last, checkpoint=again)
+            _reset_peak(task.base.device)
+            begun = time.perf_counter()
+            _step(task, optimizer, turn)
+            if turn:
+                seconds[last, again].append(time.perf_counter() - begun)
+                memory[last, again] = _peak(task.base.device)
+            if on_progress:
+                on_progress(turn * len(candidates) + k + 1, (rounds + 1) * len(candidates))
+    medians = {candidate: statistics.median(values) for candidate, values in seconds.items()}
+    first = medians[candidates[0]]
+    return [Cost(*c, round(medians[c], 4), round(medians[c] / first, 3), memory[c]) for c in candidates]
+
+
+def show(costs: Sequence[Cost]) -> None:
+    """The table for people, on the terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("gradients through the last", "computed again", "seconds", "ratio", "GiB at most"):
+        grid.add_column(name, justify="right")
+    for c in costs:
+        memory = "-" if c.memory is None else f"{c.memory:.2f}"
+        grid.add_row(str(c.last), "yes" if c.checkpoint else "no", f"{c.seconds:.2f}", f"{c.ratio:.2f}", memory)
+    Console().print(grid)
+
+
+def _step(task: PuLIDTask, optimizer: torch.optim.Optimizer, step: int) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    for part in task.losses(Draw(0, step)):
+        torch.stack(list(part.values())).sum().backward()
+    nn.utils.clip_grad_norm_(task.adapter.parameters(), 1.0)
+    optimizer.step()
+    if task.base.device.type != "cpu":
+        torch.get_device_module(task.base.device).synchronize()
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats()
+        return
+    with suppress(OSError):  # Linux: the process's own high-water mark
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: torch.device) -> float | None:
+    if device.type != "cpu":
+        return round(torch.get_device_module(device).max_memory_allocated() / 2**30, 2)
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return round(int(found[1]) / 2**20, 2) if found else None
