@@ -137,7 +137,9 @@ def beginning(name: str, folder: Path, weights: Path = MINIATURE) -> Path:
     Raises:
         TrainingError: neither.
     """
-    places = folder.parent / name / "adapter.safetensors", weights / f"pulid-{name.removeprefix('mini_')}.safetensors"
+    short = name.removeprefix("mini_")
+    beside = (folder.parent / some / "adapter.safetensors" for some in (name, short))
+    places = [*beside, weights / f"pulid-{short}.safetensors"]
     for place in places:
         if place.exists():
             return place

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,11 +39,10 @@ from openpulid.mini.pipeline import Words, assemble, build_unet, save_folder
 from openpulid.mini.reader import AttributeReader
 from openpulid.mini.text import tokenizer as build_tokenizer
 from openpulid.mini.tower import TowerTask, build_tower
-from openpulid.presets import mini as mini_preset
 from openpulid.training.checkpoint import revision, save_adapter
 from openpulid.training.loop import Result, Task, run
 from openpulid.training.precision import mixed
-from openpulid.training.recipe import mini_stage1
+from openpulid.training.recipe import find
 from openpulid.training.schedule import Schedule
 from openpulid.weights import load_module, save_module
 from openpulid.world.dataset import Plan, WorldDataset
@@ -286,15 +285,19 @@ def lightning(shop: Workshop, count: int = 4096, seeing: float = 0.6) -> dict[st
     return examination.figures(student)
 
 
-def pulid(shop: Workshop) -> dict[str, float]:
-    """The first adapter: the paper's stage 1, written in half precision beside the rest of the weights."""
-    recipe = mini_stage1()
-    trained, result = adapter.train(
-        recipe, shop.runs / "pulid", minutes=shop.minutes, device=shop.device, runs=shop.runs, weights=shop.weights
-    )
-    shop.results["pulid"] = result
-    save_adapter(deepcopy(trained).half(), mini_preset(shop.weights).adapter, recipe, result)
-    return dict(result.metrics)
+def stage(name: str) -> Callable[[Workshop], dict[str, float]]:
+    """The part that trains the adapter of the recipe mini_NAME and writes it, in half precision, beside the other weights."""
+
+    def train(shop: Workshop) -> dict[str, float]:
+        recipe = find(f"mini_{name}")
+        trained, result = adapter.train(
+            recipe, shop.runs / name, minutes=shop.minutes, device=shop.device, runs=shop.runs, weights=shop.weights
+        )
+        shop.results[name] = result
+        save_adapter(deepcopy(trained).half(), shop.weights / f"pulid-{name}.safetensors", recipe, result)
+        return dict(result.metrics)
+
+    return train
 
 
 def can_compile(device: torch.device) -> bool:
