@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from openpulid.errors import TrainingError
+from openpulid.errors import OptionError, TrainingError
 from openpulid.faces.detect import FaceFinder
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.recognise import RECOGNISERS
@@ -109,8 +109,11 @@ def train(
         runs: where the world's pictures lie; weights: the rest of the miniature.
 
     Raises:
+        OptionError: a recipe for another base.
         TrainingError: the pictures are not there yet, or nothing to begin from.
     """
+    if recipe.base != "mini":
+        raise OptionError(f"{recipe.name} trains on {recipe.base}, which only `training.PuLIDTask` can do so far, from Python.")
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     recipe = replace(recipe, steps=min(steps or recipe.steps, recipe.steps))

@@ -43,7 +43,7 @@ def checkered(rows: Sequence[Sequence[Image.Image]], side: int, gap: int = 2) ->
 def captioned(pictures: Sequence[tuple[Image.Image, str]], columns: int = 6, side: int = 192) -> Image.Image:
     """Pictures with a line of words under each; long lines are broken."""
     gap, line = 10, 16
-    lines = [textwrap.wrap(words, side // 7)[:4] for _, words in pictures]
+    lines = [textwrap.wrap(words, side // 7)[:6] for _, words in pictures]
     height = side + line * max(map(len, lines), default=0) + gap
     page = Image.new("RGB", (columns * (side + gap), -(-len(pictures) // columns) * height), PAPER)
     draw = ImageDraw.Draw(page)
