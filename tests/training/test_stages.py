@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from diffusers import UNet2DConditionModel
 
+from openpulid.bench.training import SDXL_UNET
 from openpulid.errors import OptionError
+from openpulid.methods.pulid.adapter import PuLID
+from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
+from openpulid.training import recipe as recipes
 from openpulid.training.data import Draw
 from openpulid.training.loop import run
+from openpulid.training.task import PuLIDTask
 
 STAGE2 = {"id_loss": "accurate", "fast_batch": 2, "last": 2, "id_prompt": "portrait"}
 STAGE3 = {**STAGE2, "semantic": 0.6, "layout": 0.1, "align_prompts": ("portrait", "noir", "red hat")}
@@ -111,3 +119,54 @@ def test_what_a_recipe_needs_is_asked_for():
         tiny.task(semantic=0.6)
     with pytest.raises(OptionError, match="faces"):
         tiny.task(id_loss="naive")
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.startswith("sdxl")])
+def test_the_recipes_of_full_size_run(name, tmp_path):
+    full = recipes.find(name)
+    small = replace(full, batch=4, fast_batch=min(full.fast_batch, 2), pixels=full.pixels and 16, bf16=False, steps=2)
+    base = tiny.base()
+    adapter = tiny.adapter(base, full.encoder)
+    task = PuLIDTask(small, base, adapter, tiny.People(4), tiny.People(4), fast=[base], faces=tiny.faces())
+    result = run(task, replace(small.schedule(), warmup=1, log_every=1), tmp_path)
+    expected = {"sdxl_stage1": {"diffusion"}, "sdxl_stage2": {"diffusion", "id", "faces"}}
+    stage = name.removesuffix("_v11")
+    assert set(result.losses) == expected.get(stage, {"diffusion", "id", "faces", "semantic", "layout"})
+
+
+@pytest.mark.parametrize("name, published", [("sdxl_stage3", "pulid_v1"), ("sdxl_stage3_v11", "pulid_v1.1")])
+def test_a_checkpoint_of_full_size_is_what_every_loader_opens(golden, name, published):
+    encoder = {"IDEncoder": IDEncoder, "IDFormer": IDFormer}[recipes.find(name).encoder]
+    with torch.device("meta"):
+        adapter = PuLID.for_unet(UNet2DConditionModel(**SDXL_UNET), encoder())
+    assert {k: list(v.shape) for k, v in adapter.state_dict().items()} == golden.manifest[published]
+
+
+WORKER = """
+import sys, tiny, torch
+from dataclasses import replace
+from openpulid.training.loop import run
+torch.set_num_threads(1)
+changes = dict(id_loss="accurate", fast_batch=2, last=2, semantic=0.6, layout=0.1)
+run(tiny.task(**changes), replace(tiny.recipe().schedule(), steps=4, validate_every=100, log_every=1), sys.argv[1])
+"""
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path, start):
+    changes = {"id_loss": "accurate", "fast_batch": 2, "last": 2, "semantic": 0.6, "layout": 0.1}
+    schedule = replace(tiny.recipe().schedule(), steps=4, validate_every=100, log_every=1)
+    run(tiny.task(**changes), schedule, tmp_path / "one")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [start(WORKER, tmp_path / "two", RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=500)
+        assert worker.returncode == 0, errors
+    one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == 4 and all(two[step] == pytest.approx(one[step], rel=1e-4, abs=1e-6) for step in one)
+
+
+def losses_of(folder):
+    history = json.loads((folder / "history.json").read_text())
+    return {r["step"]: r["losses"] for r in history if "losses" in r}

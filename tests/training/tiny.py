@@ -16,7 +16,7 @@ from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
 from openpulid.faces.recognise import ResNetRecogniser
 from openpulid.methods.pulid.adapter import PuLID
-from openpulid.methods.pulid.encoders import IDEncoder
+from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.training.bases import SDXLBase
 from openpulid.training.recipe import Recipe
 from openpulid.training.task import Batch, PuLIDTask
@@ -31,14 +31,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words.pre_tokenizer = Whitespace()
     words.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=16
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=64
     )
 
 
 def text_config() -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(WORDS) + 2, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=16, projection_dim=16, bos_token_id=0, eos_token_id=1,
+        num_attention_heads=2, max_position_embeddings=64, projection_dim=16, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
 
 
@@ -105,11 +105,17 @@ def base(pipe=None) -> SDXLBase:
     return SDXLBase(pipe or globals()["pipe"]())
 
 
-def adapter(base: SDXLBase) -> PuLID:
+def encoder(kind: str = "IDEncoder") -> IDEncoder | IDFormer:
+    if kind == "IDEncoder":
+        return IDEncoder(width=ID, context_dim=32, num_token=2, vit_dim=WIDTH, hidden_dim=16)
+    sizes = {"dim": 16, "depth": 5, "dim_head": 8, "heads": 2, "num_id_token": 2, "num_queries": 4, "ff_mult": 1}
+    return IDFormer(output_dim=32, width=ID, vit_dim=WIDTH, hidden_dim=16, **sizes)
+
+
+def adapter(base: SDXLBase, kind: str = "IDEncoder") -> PuLID:
     """Attached, and not fresh: values of zero would let nothing through."""
     torch.manual_seed(1)
-    encoder = IDEncoder(width=ID, context_dim=32, num_token=2, vit_dim=WIDTH, hidden_dim=16)
-    made = PuLID.for_unet(base.unet, encoder)
+    made = PuLID.for_unet(base.unet, encoder(kind))
     for layer in made.id_adapter_attn_layers.values():
         torch.nn.init.normal_(layer.id_to_v.weight, std=0.3)
     made.attach(base.pipe)
@@ -133,7 +139,6 @@ def task(pipe=None, batch: int = 4, **changes) -> PuLIDTask:
     """Stage 1, or what `changes` make of it; then the lightning branch walks on the same base."""
     one = base(pipe)
     torch.manual_seed(1)
-    encoder = IDEncoder(width=ID, context_dim=32, num_token=2, vit_dim=WIDTH, hidden_dim=16)
-    made = adapter(one) if changes.get("fast_batch") else PuLID.for_unet(one.unet, encoder)
+    made = adapter(one) if changes.get("fast_batch") else PuLID.for_unet(one.unet, encoder())
     more = {"fast": [one], "faces": faces()} if changes.get("fast_batch") else {}
     return PuLIDTask(recipe(**changes), one, made, People(batch), held_out=People(batch), **more)

@@ -55,12 +55,18 @@ class Batch(NamedTuple):
             None if pictures is None else pictures.to(device),
         )
 
-    def first(self, count: int) -> Batch:
-        """The first `count` of them."""
+    def some(self, count: int) -> Batch:
+        """`count` of them at equal distances: those that the parts of several processes would give together."""
         latents, masks, prompts, id_cond, hidden, pictures = self
-        some = (None if x is None else x[:count] for x in (masks, pictures))
-        masks, pictures = some
-        return Batch(latents[:count], masks, prompts[:count], id_cond[:count], [h[:count] for h in hidden], pictures)
+        rows = evenly(len(latents), count)
+        masks, pictures = (None if x is None else x[rows] for x in (masks, pictures))
+        return Batch(latents[rows], masks, prompts[rows], id_cond[rows], [level[rows] for level in hidden], pictures)
+
+
+def evenly(length: int, count: int) -> slice:
+    """`count` rows of `length` at equal distances from the first on."""
+    apart = max(1, length // max(1, count))
+    return slice(0, apart * count, apart)
 
 
 class Source(Protocol):
@@ -130,7 +136,7 @@ class PuLIDTask:
         if not self.fast:
             return
         fast = self.fast[(draw.step + draw.rank) % len(self.fast)]
-        few = batch.first(self.recipe.fast_batch // draw.world)
+        few = batch.some(self.recipe.fast_batch // draw.world)
         if self.recipe.id_loss == "accurate":
             yield from self._id_losses(draw, fast, few)
         if self.aligned:
@@ -154,7 +160,7 @@ class PuLIDTask:
         found = {f"held_out_{name}": value for name, value in sums.items()}
         if self.fast and self.recipe.id_loss != "none":
             draw = Draw(self.recipe.seed, 0)
-            few = self.held_out.batch(draw).first(self.recipe.fast_batch).to(self.base.device)
+            few = self.held_out.batch(draw).some(self.recipe.fast_batch).to(self.base.device)
             (part,) = self._id_losses(draw, self.fast[0], few)
             faces = draw.figures["faces"].item()
             lost = part["id"].item() / self.recipe.id_weight
@@ -171,9 +177,10 @@ class PuLIDTask:
             loss, step = self._diffusion(draw, batch)
             losses = {"diffusion": loss}
             if self.recipe.id_loss == "naive":
-                few = self.recipe.fast_batch // draw.world
-                latents = self.base.schedule.x0(step.output[:few], step.x_t[:few], step.t[:few])
-                losses["id"] = self._unlike(draw, self.base, latents, batch.first(few), kept[:few])
+                count = self.recipe.fast_batch // draw.world
+                few = evenly(len(kept), count)
+                latents = self.base.schedule.x0(step.output[few], step.x_t[few], step.t[few])
+                losses["id"] = self._unlike(draw, self.base, latents, batch.some(count), kept[few])
             yield losses
 
     def _diffusion(self, draw: Draw, batch: Batch) -> tuple[Tensor, Denoised]:
