@@ -132,12 +132,20 @@ class LightningTask:
         walks: the teacher's.
         examination: with 4 steps of order 1 and guidance 1; None validates nothing.
         batch: stations per step.
+        compiled: see `BaseTask`.
     """
 
     def __init__(
-        self, student: nn.Module, words: Words, walks: Walks, examination: Examination | None = None, batch: int = 48
+        self,
+        student: nn.Module,
+        words: Words,
+        walks: Walks,
+        examination: Examination | None = None,
+        batch: int = 48,
+        compiled: bool = False,
     ) -> None:
         self.student = student.to(memory_format=torch.channels_last)
+        self.network = torch.compile(student) if compiled else student
         self.words, self.walks, self.examination, self.batch = words, walks, examination, batch
         self.stations = Stations()
 
@@ -151,7 +159,7 @@ class LightningTask:
         passed = torch.from_numpy(self.walks.stations[rows.numpy()]).float()
         here, there = (passed[torch.arange(len(rows)), index + k].to(device) for k in (0, 1))
         tokens = torch.from_numpy(self.walks.tokens[rows.numpy()].astype(np.int64)).to(device)
-        predicted = predict(self.student, here, self.stations.times[index].to(device), self.words(tokens))
+        predicted = predict(self.network, here, self.stations.times[index].to(device), self.words(tokens))
         error = (predicted - self.stations.target(here, there, index)).square().flatten(1).mean(1)
         return {"step": (error * self.stations.weight(index, error)).mean()}
 
