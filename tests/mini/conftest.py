@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from openpulid.world import ATTRIBUTES, Person, Scene, render
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `networks`, which tests import by name
 
 
 @dataclass

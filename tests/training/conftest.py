@@ -5,14 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # further processes import `tiny` by name, so tests do as well
-
 import tiny
+import torch
 
 
 @pytest.fixture

@@ -57,7 +57,10 @@ SDXL_VAE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one candidate: median seconds of a step, their ratio to the first candidate's, peak memory in GiB or None."""
+    """Of one candidate: median seconds of a step, their ratio to the first candidate's, peak memory in GiB or None.
+
+    On a CPU the memory is the process's high-water mark, which freed but kept blocks blur: trust it on an accelerator only.
+    """
 
     last: int
     checkpoint: bool

@@ -125,9 +125,9 @@ def train(
     adapter = fresh_adapter(pipe, features, recipe).to(chosen)
     if recipe.begin:
         adapter.load_state_dict(PuLID.load(begin or beginning(recipe.begin, folder, weights)).state_dict())
+    more = _lightning(weights, chosen) if recipe.fast_batch else {}  # what is missing is said before minutes of reading
     source, held_out = (_portraits(runs, name, pipe, features, recipe) for name in ("world", "world-held-out"))
     studio = Studio(pipe, features, adapter, preset)
-    more = _lightning(weights, chosen) if recipe.fast_batch else {}
     task = PuLIDTask(recipe, SDXLBase(pipe), adapter, source, held_out, lambda: sheet(studio), **more)
     result = run(task, recipe.schedule(), folder, minutes=minutes, device=chosen)
     save_adapter(adapter, folder / "adapter.safetensors", recipe, result)

@@ -135,6 +135,8 @@ class PuLIDTask:
         yield from self._diffusion_losses(draw, batch, kept)
         if not self.fast:
             return
+        if self.recipe.fast_batch % draw.world:
+            raise OptionError(f"a fast_batch of {self.recipe.fast_batch} cannot be shared by {draw.world} processes")
         fast = self.fast[(draw.step + draw.rank) % len(self.fast)]
         few = batch.some(self.recipe.fast_batch // draw.world)
         if self.recipe.id_loss == "accurate":
