@@ -12,6 +12,7 @@ from openpulid.mini.recognisers import (
     RecogniserTask,
     ValueHead,
     _folded,
+    _power,
     aligned_rows,
     auc,
     family_table,
@@ -163,9 +164,18 @@ def test_whitening_makes_noise_alike_in_all_directions(small_world):
     torch.manual_seed(0)
     task = RecogniserTask(VGGRecogniser((8, 8, 16, 16), dim=3), small_world, None, families=2, pictures=6)
     before = within_person(task)
-    whitened(task)
+    whitened(task, levelled=0.0)
     after = within_person(task)  # of other damage than it was made with
     assert before[-1] < 1e-6 and after[0] > 0.2 and after[-1] < 5
+
+
+def test_levelling_brings_variances_nearer_to_each_other():
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]]).double()
+    covariance = turn @ torch.diag(torch.tensor([1.0, 17.0]).double()) @ turn.T
+    change = _power(covariance, -0.25, 1.0)  # 1 + 9 and 17 + 9, the mean being 9
+    expected = turn @ torch.diag(torch.tensor([10.0**-0.25, 26.0**-0.25]).double()) @ turn.T
+    assert torch.allclose(change, expected)
+    assert torch.isfinite(_power(-covariance, -0.25, 1.0)).all()  # what is left of noise may be negative
 
 
 def test_a_folded_matrix_is_the_matrix_behind(task):

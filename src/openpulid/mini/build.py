@@ -29,7 +29,7 @@ from openpulid.training.checkpoint import revision
 PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
     "world": (parts.world, 12),
     "finder": (parts.finder, 8),
-    "recognisers": (parts.recognisers, 36),
+    "recognisers": (parts.recognisers, 40),
     "clip": (parts.clip, 18),
     "vision": (parts.vision, 20),
     "reader": (parts.reader, 6),
