@@ -136,7 +136,10 @@ def test_a_picture_without_a_face_it_knows(folder, tmp_path) -> None:
     with torch.no_grad():
         studio.features.finder.score[-1].bias.fill_(-100)
     picture(0).save(tmp_path / "photo.jpg")
-    with pytest.raises(FaceError, match=r"photo\.jpg: no face was found in its 96 x 96 pixels; the preset mini knows only"):
+    with pytest.raises(
+        FaceError,
+        match=r"photo\.jpg: no face was found in its 96 x 96 pixels \(one look at 96 pixels\); the preset mini knows only",
+    ):
         studio.identify(tmp_path / "photo.jpg")
 
 

@@ -21,8 +21,10 @@ import torch
 from PIL import Image
 
 from openpulid import presets
-from openpulid.errors import OptionError, PromptError, WeightsError
-from openpulid.identity.features import FeatureExtractor
+from openpulid.errors import FaceError, OptionError, PromptError, WeightsError
+from openpulid.faces.choose import chosen
+from openpulid.faces.face import Face
+from openpulid.identity.features import FeatureExtractor, Features
 from openpulid.identity.identity import Identity
 from openpulid.images import open_picture
 from openpulid.methods.pulid.adapter import PuLID
@@ -51,27 +53,48 @@ class Studio:
         preset: defaults of a generation.
     """
 
-    def __init__(self, pipe: Any, features: FeatureExtractor | None, adapter: PuLID | None, preset: Preset) -> None:
+    def __init__(self, pipe: Any, features: Features | None, adapter: PuLID | None, preset: Preset) -> None:
         self.pipe, self.features, self.adapter, self.preset = pipe, features, adapter, preset
         if adapter is not None:
             adapter.attach(pipe)
 
-    def identify(self, pictures: Picture | Sequence[Picture]) -> Identity:
+    def identify(
+        self, pictures: Picture | Sequence[Picture], *, face: int | None = None, order: str = "large-small"
+    ) -> Identity:
         """One person from one or several photos: paths or PIL images.
+
+        Args:
+            face: which face of a picture with several, counted from 0 in the order; the first where it is None.
+            order: one of `faces.choose.ORDERS`.
 
         Raises:
             PictureError: a file that is no picture.
-            FaceError: a picture without a face that this preset knows.
+            FaceError: a picture without a face that this preset knows, or without so many.
         """
+        found = self.faces(pictures)
+        picked = [chosen(faces, face, order, label) for label, faces in found]
+        assert self.features is not None
+        return self.features.identity(picked)
+
+    def faces(self, pictures: Picture | Sequence[Picture]) -> list[tuple[str, list[Face]]]:
+        """What each picture is called, and all the faces in it: at least one. Raises as `identify`."""
         if self.features is None:
             raise OptionError("this studio was made without what reads faces; load a preset.")
         one = isinstance(pictures, (str, os.PathLike, Image.Image))
         photos: list[Any] = [pictures] if one else list(pictures)  # type: ignore[arg-type]
         if not photos:
             raise OptionError("an identity needs at least one picture.")
-        opened = [(open_picture(photo), _label(photo)) for photo in photos]
-        faces = [self.features.find(_tensor(image), label, self.preset.no_face) for image, label in opened]
-        return self.features.identity(faces)
+        opened = [(open_picture(photo), _label(photo)) for photo in photos]  # a bad file is known before any is read
+        found = []
+        for image, label in opened:
+            found.append((label, self.features.find(_tensor(image))))
+            if not found[-1][1]:
+                way_out = self.preset.no_face or "take a picture in which one face is large and seen from the front."
+                width, height = image.size
+                raise FaceError(
+                    f"{label}: no face was found in its {width} x {height} pixels ({self.features.tried}); {way_out}"
+                )
+        return found
 
     def generate(
         self,

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypeVar
 
 import torch
@@ -62,6 +63,43 @@ def load_module(cls: type[M], path: str | os.PathLike[str], device: str | torch.
     except RuntimeError as error:
         raise WeightsError(f"{path} was written for another version of {cls.__name__}; build it again.") from error
     return module.to(device).eval().requires_grad_(False)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a published file: safetensors, or a PyTorch file of which nothing but tensors is taken.
+
+    Raises:
+        WeightsError: no such file, or it is damaged or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; `pulid weights list` says what is needed and how to get it.")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise WeightsError(f"{path} is damaged or holds more than weights; get it again.") from error
+    while isinstance(state, dict) and isinstance(inner := state.get("state_dict", state.get("model")), dict):
+        state = inner
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise WeightsError(f"{path} holds no plain dictionary of tensors.")
+    return state
+
+
+def fingerprint(path: str | os.PathLike[str], whole: int = 64 << 20, parts: int = 64) -> str:
+    """What tells one file of weights from another: its SHA-256, of a file above `whole` bytes that of its length and of so
+    many parts of it, since reading gigabytes at every start would cost more than the check is worth."""
+    size = os.path.getsize(path)
+    if size <= whole:
+        return sha256(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for part in range(parts):
+            file.seek(part * (size - (1 << 16)) // (parts - 1))
+            digest.update(file.read(1 << 16))
+    return f"sampled-{digest.hexdigest()}"
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from openpulid.errors import FaceError
 from openpulid.faces.align import TEMPLATE
 from openpulid.faces.detect import FaceFinder
 from openpulid.faces.face import Face
@@ -72,10 +71,7 @@ def test_batches_with_gradient(extractor) -> None:
 def test_no_face(extractor) -> None:
     with torch.no_grad():
         extractor.finder.score[-1].bias.fill_(-100)
-    with pytest.raises(FaceError, match=r"^wall\.png: no face was found in its 40 x 30 pixels; take a picture"):
-        extractor.find(torch.rand(3, 30, 40), "wall.png")
-    with pytest.raises(FaceError, match="; draw one"):
-        extractor.find(torch.rand(3, 30, 40), hint="draw one.")
+    assert extractor.find(torch.rand(3, 30, 40)) == [] and "96" in extractor.tried
 
 
 def test_loaded_from_files(networks, tmp_path) -> None:

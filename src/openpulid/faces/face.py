@@ -16,14 +16,15 @@ class Face:
         box: (4,) x1, y1, x2, y2 around the face's own pixels.
         landmarks: (5, 2) left eye, right eye, nose tip, left and right mouth corner; left is the smaller x.
         score: how sure the finder is, 0 to 1.
-        mask: (1, H, W) float 0 or 1, the face's own pixels: skin, brows, eyes, nose, mouth; not hair, not glasses.
+        mask: (1, H, W) float 0 or 1, the face's own pixels: skin, brows, eyes, nose, mouth; not hair, not glasses. None
+            from a finder that gives boxes and landmarks alone.
     """
 
     image: Tensor
     box: Tensor
     landmarks: Tensor
     score: float
-    mask: Tensor
+    mask: Tensor | None = None
 
     @property
     def width(self) -> float:

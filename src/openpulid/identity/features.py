@@ -5,19 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from openpulid import weights
-from openpulid.errors import FaceError
 from openpulid.faces.align import TEMPLATE, blanked, similarity, warp
-from openpulid.faces.detect import FaceFinder
+from openpulid.faces.detect import SIZE, FaceFinder
 from openpulid.faces.face import Face
 from openpulid.faces.parse import gray_on_white
 from openpulid.faces.recognise import CROP, ResNetRecogniser
 from openpulid.identity.identity import Identity, concat
 from openpulid.identity.vision import VisionTower
+
+
+class Features(Protocol):
+    """What a studio needs to know people by: the miniature's `FeatureExtractor`, or `photos.PhotoFeatures`."""
+
+    models: dict[str, str]
+
+    @property
+    def tried(self) -> str:
+        """What `find` does before it gives up, in words."""
+
+    def find(self, image: Tensor) -> list[Face]:
+        """The faces in a picture (3, H, W) in [0, 1]."""
+
+    def identity(self, faces: Sequence[Face]) -> Identity:
+        """One person from one face in each of several photos."""
 
 
 class FeatureExtractor:
@@ -54,7 +70,7 @@ class FeatureExtractor:
             weights.load_module(ResNetRecogniser, recogniser, device),
             weights.load_module(VisionTower, tower, device),
             # the finder may be bettered without changing what a face's features mean
-            {Path(path).stem: weights.sha256(path) for path in (recogniser, tower)},
+            {Path(path).stem: weights.fingerprint(path) for path in (recogniser, tower)},
         )
 
     @property
@@ -62,23 +78,14 @@ class FeatureExtractor:
         """Where the networks are."""
         return next(self.tower.parameters()).device
 
-    def find(self, image: Tensor, label: str = "picture", hint: str = "") -> Face:
-        """The face in a picture.
+    @property
+    def tried(self) -> str:
+        """What `find` does before it gives up, in words."""
+        return f"one look at {SIZE} pixels"
 
-        Args:
-            image: (3, H, W) in [0, 1].
-            label: what an error calls the picture.
-            hint: what to do instead, the error's last words.
-
-        Raises:
-            FaceError: there is none.
-        """
-        face = self.finder.find([image])[0]
-        if face is None:
-            height, width = image.shape[-2:]
-            way_out = hint or "take a picture in which one face is large and seen from the front."
-            raise FaceError(f"{label}: no face was found in its {width} x {height} pixels; {way_out}")
-        return face
+    def find(self, image: Tensor) -> list[Face]:
+        """The face in a picture (3, H, W) in [0, 1]; none, or one: the finder looks for no more."""
+        return [face for face in self.finder.find([image]) if face is not None]
 
     @torch.no_grad()
     def identity(self, faces: Sequence[Face]) -> Identity:
@@ -86,6 +93,7 @@ class FeatureExtractor:
         return concat([self._one(face) for face in faces])
 
     def _one(self, face: Face) -> Identity:
+        assert face.mask is not None, "this finder's faces have masks"
         tensors = (face.image, face.mask, face.landmarks)
         id_cond, hidden = self.features(*(x[None].to(self.device) for x in tensors))
         kept = tuple(x.float().cpu() for x in hidden)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.models.eva import Eva
+from accelerate import init_empty_weights
+from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
+
+from openpulid.errors import WeightsError
+from openpulid.weights import read_tensors
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -71,12 +76,36 @@ class VisionTower(nn.Module):
             global_pool="token",
         )
 
+    @classmethod
+    def from_published(cls, file: str | os.PathLike[str]) -> VisionTower:
+        """EVA02-CLIP-L-14-336 from its published file, `EVA02_CLIP_L_336_psz14_s6B.pt` or the same as safetensors; float32.
+
+        Raises:
+            WeightsError: no such file, or the names or shapes in it are another tower's.
+        """
+        with init_empty_weights(include_buffers=False):  # 304 million numbers that are not worth drawing
+            tower = cls()
+        tower.take(read_tensors(file), os.fspath(file))
+        return tower.eval().requires_grad_(False)
+
+    def take(self, state: Mapping[str, Tensor], label: str = "this state") -> None:
+        """Loads `visual.*` of an EVA-CLIP state under its published names, all of it.
+
+        Raises:
+            WeightsError: a name is missing or too many, or a shape differs; it lists them.
+        """
+        theirs = {name: value.float() for name, value in state.items() if name.startswith("visual.")}
+        try:
+            self.visual.load_state_dict(checkpoint_filter_fn(theirs, self.visual), strict=True, assign=True)
+        except RuntimeError as error:
+            raise WeightsError(f"{label} is not this tower: {error}") from error
+
     def prepare(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 3, S, S) as the tower was trained to see them: bicubic, CLIP's mean
         and deviation."""
         if images.shape[-2:] != (self.img_size, self.img_size):
             size = (self.img_size, self.img_size)
-            images = interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+            images = interpolate(images, size, mode="bicubic", antialias=True)
         mean, std = (images.new_tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
         return (images - mean) / std
 

@@ -1,0 +1,93 @@
+"""From a photograph's face to features at full size: antelopev2's embedding and EVA02-CLIP's view of the gray face."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from openpulid import weights
+from openpulid.faces.face import Face
+from openpulid.faces.parse import gray_on_white
+from openpulid.faces.photos import ArcFace, FaceParser, PhotoFinder, aligned_photo
+from openpulid.identity.identity import Identity, concat
+from openpulid.identity.vision import VisionTower
+
+
+class PhotoFeatures:
+    """Detector, recogniser, parsing and vision tower of the published adapters; every feature comes from the same face.
+
+    Args:
+        finder, recogniser, parser, tower: see their classes.
+        models: name -> fingerprint; written into every identity.
+        use_gray: the tower sees the face in gray on white, as the published adapters learned it; False leaves its colour
+            and everything around it.
+    """
+
+    def __init__(
+        self,
+        finder: PhotoFinder,
+        recogniser: ArcFace,
+        parser: FaceParser,
+        tower: VisionTower,
+        models: Mapping[str, str] | None = None,
+        use_gray: bool = True,
+    ) -> None:
+        self.finder, self.recogniser, self.parser, self.tower = finder, recogniser, parser, tower
+        self.models, self.use_gray = dict(models or {}), use_gray
+
+    @classmethod
+    def load(
+        cls,
+        detector: str | os.PathLike[str],
+        recogniser: str | os.PathLike[str],
+        parser: str | os.PathLike[str],
+        tower: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> PhotoFeatures:
+        """From the published files.
+
+        Args:
+            device, dtype: of tower and parsing; detector and recogniser take the device's provider where there is one.
+
+        Raises:
+            WeightsError: one is missing or damaged.
+        """
+        return cls(
+            PhotoFinder.load(detector, device),
+            ArcFace.load(recogniser, device),
+            FaceParser.load(parser, device),
+            VisionTower.from_published(tower).to(device, dtype),
+            # a better detector does not change what a face's features mean
+            {Path(file).stem: weights.fingerprint(file) for file in (recogniser, tower)},
+        )
+
+    @property
+    def tried(self) -> str:
+        """What `find` does before it gives up, in words."""
+        return self.finder.tried
+
+    def find(self, image: Tensor) -> list[Face]:
+        """The faces in a picture (3, H, W) in [0, 1], the largest first."""
+        return self.finder.find(image)
+
+    def identity(self, faces: Sequence[Face]) -> Identity:
+        """One person from one face in each of several photos."""
+        return concat([self._one(face) for face in faces])
+
+    @torch.no_grad()
+    def _one(self, face: Face) -> Identity:
+        parameter = next(self.tower.parameters())
+        seen, hidden = self.tower(self.tower.prepare(self.shown(face)).to(parameter.dtype))
+        id_cond = torch.cat([self.recogniser(face), seen.float().cpu()], dim=1)
+        return Identity(id_cond[:, None], tuple(level.float().cpu() for level in hidden), self.models)
+
+    @torch.no_grad()
+    def shown(self, face: Face) -> Tensor:
+        """(1, 3, 512, 512) in [0, 1], what the tower sees of a face, on its device."""
+        crop = aligned_photo(face).to(next(self.tower.parameters()).device)
+        return gray_on_white(crop, self.parser(crop)) if self.use_gray else crop
