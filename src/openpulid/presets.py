@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.projection import Projection
@@ -13,18 +13,42 @@ from openpulid.methods.pulid.projection import Projection
 MINIATURE = Path(__file__).parent / "mini" / "weights"
 
 
+Place = Path | str
+"""A path, or a name of `published.WEIGHTS`, which is looked for when the preset is loaded."""
+
+NEGATIVE = (
+    "flaws in the eyes, flaws in the face, flaws, lowres, non-HDRi, low quality, worst quality, artifacts noise, text, "
+    "watermark, glitch, deformed, mutated, ugly, disfigured, hands, low resolution, partially rendered objects, "
+    "deformed or partially rendered eyes, deformed eyeballs, cross-eyed, blurry"
+)
+"""What the published demo of SDXL does not want to see."""
+
+
 @dataclass(frozen=True)
 class Preset:
-    """A base model, what finds and reads faces for it, the adapter, and the defaults of a generation."""
+    """A base model, what finds and reads faces for it, the adapter, and the defaults of a generation.
+
+    Attributes:
+        pipeline: folder, single file, hub name or published name of a StableDiffusionXLPipeline.
+        finder, recogniser, vision: what reads faces; with a `parser` they are those of photographs.
+        unet: a U-Net that replaces the pipeline's.
+        sampler: "dpmpp_2m" or "dpmpp_sde" on Karras sigmas, "dpm" for diffusers' multistep solver, or the pipeline's own.
+        scheduler: settings of it that differ from the pipeline's.
+        size: width and height in pixels; the base's own where it is None.
+        half: networks in bfloat16.
+        no_face: what to do when a picture shows no face that it knows.
+    """
 
     name: str
-    pipeline: Path  # folder of a StableDiffusionXLPipeline
-    finder: Path
-    recogniser: Path
-    vision: Path
-    adapter: Path
-    unet: Path | None = None  # folder of a U-Net that replaces the pipeline's
-    scheduler: Mapping[str, Any] = field(default_factory=dict)  # settings that differ from the pipeline's scheduler
+    pipeline: Place
+    finder: Place
+    recogniser: Place
+    vision: Place
+    adapter: Place
+    parser: Place | None = None
+    unet: Place | None = None
+    sampler: Literal["", "dpm", "dpmpp_2m", "dpmpp_sde"] = ""
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 20
     guidance: float = 3.0
     scale: float = 1.0
@@ -32,7 +56,10 @@ class Preset:
     end: float = 1.0
     projection: Projection = "ortho_v2"
     num_zero: int = 0
-    no_face: str = ""  # what to do when a picture shows no face that it knows
+    negative: str = ""
+    size: tuple[int, int] | None = None
+    half: bool = False
+    no_face: str = ""
 
 
 def mini(folder: Path = MINIATURE) -> Preset:
@@ -55,7 +82,55 @@ def mini_lightning(folder: Path = MINIATURE) -> Preset:
     return replace(mini(folder), name="mini-lightning", unet=folder / "lightning", scheduler=single, steps=4, guidance=1.0)
 
 
-PRESETS: dict[str, Callable[[], Preset]] = {"mini": mini, "mini-lightning": mini_lightning}
+def sdxl(base: Place = "juggernaut") -> Preset:
+    """PuLID v1.1 on any SDXL checkpoint (Juggernaut XL, RealVisXL ...): 25 steps, guidance 7."""
+    return Preset(
+        name="sdxl",
+        pipeline=base,
+        finder="detector",
+        recogniser="arcface",
+        vision="eva",
+        parser="parsing",
+        adapter="pulid-v1.1",
+        sampler="dpmpp_2m",
+        steps=25,
+        guidance=7.0,
+        scale=0.8,
+        num_zero=20,
+        negative=NEGATIVE,
+        size=(1024, 1024),
+        half=True,
+    )
+
+
+def sdxl_lightning(base: Place = "dreamshaper") -> Preset:
+    """PuLID v1.1 on a distilled SDXL checkpoint (DreamShaper XL Lightning): 5 steps, guidance 2."""
+    return replace(sdxl(base), name="sdxl-lightning", sampler="dpmpp_sde", steps=5, guidance=2.0)
+
+
+def sdxl_v1(base: Place = "sdxl", style: bool = False) -> Preset:
+    """PuLID v1 on SDXL-Lightning's U-Net: 4 steps, guidance 1.2. `style` leaves the prompt more room than the likeness."""
+    return replace(
+        sdxl(base),
+        name="sdxl-v1",
+        adapter="pulid-v1",
+        unet="lightning-4step",
+        sampler="dpm",
+        scheduler={"timestep_spacing": "trailing"},
+        steps=4,
+        guidance=1.2,
+        projection="ortho" if style else "ortho_v2",
+        num_zero=16 if style else 8,
+    )
+
+
+PRESETS: dict[str, Callable[[], Preset]] = {
+    "mini": mini,
+    "mini-lightning": mini_lightning,
+    "sdxl": sdxl,
+    "sdxl-lightning": sdxl_lightning,
+    "sdxl-v1": sdxl_v1,
+}
 
 
 def find(name: str) -> Preset:

@@ -58,17 +58,22 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
         (B, ...) the sample.
     """
     before = None
-    for i in range(len(sigmas) - 1):
-        sigma, following = sigmas[i], sigmas[i + 1]
+    for i, sigma in enumerate(sigmas[:-1]):
         denoised = denoise(x, sigma.to(x.device).expand(len(x)))
-        estimate = denoised
-        if before is not None and following > 0:
-            # extrapolated over the steps' lengths in log sigma
-            ratio = (sigmas[i - 1] / sigma).log() / (sigma / following).log()
-            estimate = denoised + (denoised - before) / (2 * ratio)
-        x = torch.lerp(estimate, x, (following / sigma).to(x))
+        x = dpmpp_2m_step(x, denoised, before, sigmas, i)
         before = denoised
     return x
+
+
+def dpmpp_2m_step(x: Tensor, denoised: Tensor, before: Tensor | None, sigmas: Tensor, i: int) -> Tensor:
+    """From sigmas[i] to sigmas[i + 1]; `before` is what was denoised at sigmas[i - 1]."""
+    sigma, following = sigmas[i], sigmas[i + 1]
+    estimate = denoised
+    if before is not None and following > 0:
+        # extrapolated over the steps' lengths in log sigma
+        ratio = (sigmas[i - 1] / sigma).log() / (sigma / following).log()
+        estimate = denoised + (denoised - before) / (2 * ratio.to(x.device))
+    return torch.lerp(estimate, x, (following / sigma).to(x))
 
 
 def dpmpp_sde(
@@ -98,22 +103,44 @@ def dpmpp_sde(
         denoised = denoise(x, sigma.to(x.device).expand(len(x)))
         if following == 0:
             return denoised
-        between = sigma ** (1 - middle) * following**middle
-        # both jumps see one Brownian motion: the longer one's noise is that of its two parts
         near, far = noise(), noise()
-        whole = ((sigma - between).sqrt() * near + (between - following).sqrt() * far) / (sigma - following).sqrt()
-        jumped = _jump(x, denoised, sigma, between, near, eta)
+        jumped, between = dpmpp_sde_middle(x, denoised, sigma, following, near, eta, middle)
         second = denoise(jumped, between.to(x.device).expand(len(x)))
-        estimate = torch.lerp(denoised, second, 1 / (2 * middle))
-        x = _jump(x, estimate, sigma, following, whole, eta)
+        x = dpmpp_sde_step(x, denoised, second, sigma, following, (near, far), eta, middle)
     return x
+
+
+def dpmpp_sde_middle(
+    x: Tensor, denoised: Tensor, sigma: Tensor, following: Tensor, near: Tensor, eta: float = 1.0, middle: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """The point between two steps, and its noise level."""
+    between = sigma ** (1 - middle) * following**middle
+    return _jump(x, denoised, sigma, between, near, eta), between
+
+
+def dpmpp_sde_step(
+    x: Tensor,
+    denoised: Tensor,
+    second: Tensor,
+    sigma: Tensor,
+    following: Tensor,
+    noises: tuple[Tensor, Tensor],
+    eta: float = 1.0,
+    middle: float = 0.5,
+) -> Tensor:
+    """From sigma to the following one, after what was denoised there and in between."""
+    between = sigma ** (1 - middle) * following**middle
+    # both jumps see one Brownian motion: the longer one's noise is that of its two parts
+    parts = ((sigma - between) / (sigma - following)).sqrt(), ((between - following) / (sigma - following)).sqrt()
+    whole = parts[0].to(x) * noises[0] + parts[1].to(x) * noises[1]
+    return _jump(x, torch.lerp(denoised, second, 1 / (2 * middle)), sigma, following, whole, eta)
 
 
 def _jump(x: Tensor, estimate: Tensor, sigma: Tensor, to: Tensor, noise: Tensor, eta: float) -> Tensor:
     """An ancestral step: deterministic to less noise than wanted, then noise up to `to`."""
     up = torch.minimum(to, eta * (to**2 * (sigma**2 - to**2) / sigma**2).sqrt())
     down = (to**2 - up**2).clamp_min(0).sqrt()
-    return torch.lerp(estimate, x, (down / sigma).to(x)) + up * noise
+    return torch.lerp(estimate, x, (down / sigma).to(x)) + up.to(x) * noise
 
 
 SAMPLERS: dict[str, Sampler] = {"euler": euler, "dpmpp_2m": dpmpp_2m}

@@ -10,8 +10,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ import torch
 from PIL import Image
 
 from openpulid import presets
-from openpulid.errors import FaceError, OptionError, PromptError, WeightsError
+from openpulid.errors import FaceError, OptionError, PromptError
 from openpulid.faces.choose import chosen
 from openpulid.faces.face import Face
-from openpulid.identity.features import FeatureExtractor, Features
-from openpulid.identity.identity import Identity
+from openpulid.identity.features import Features
+from openpulid.identity.identity import Identity, fused
 from openpulid.images import open_picture
+from openpulid.loading import best_device, found, load_features, load_pipeline, precision
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.regions import People
@@ -59,13 +60,20 @@ class Studio:
             adapter.attach(pipe)
 
     def identify(
-        self, pictures: Picture | Sequence[Picture], *, face: int | None = None, order: str = "large-small"
+        self,
+        pictures: Picture | Sequence[Picture],
+        *,
+        face: int | None = None,
+        order: str = "large-small",
+        fusion: str = "concat",
+        weights: Sequence[float] | None = None,
     ) -> Identity:
         """One person from one or several photos: paths or PIL images.
 
         Args:
             face: which face of a picture with several, counted from 0 in the order; the first where it is None.
             order: one of `faces.choose.ORDERS`.
+            fusion, weights: of several photos, see `identity.fused`.
 
         Raises:
             PictureError: a file that is no picture.
@@ -74,7 +82,7 @@ class Studio:
         found = self.faces(pictures)
         picked = [chosen(faces, face, order, label) for label, faces in found]
         assert self.features is not None
-        return self.features.identity(picked)
+        return fused(self.features.identities(picked), fusion, weights)
 
     def faces(self, pictures: Picture | Sequence[Picture]) -> list[tuple[str, list[Face]]]:
         """What each picture is called, and all the faces in it: at least one. Raises as `identify`."""
@@ -103,7 +111,7 @@ class Studio:
         *,
         seed: int = 0,
         num_images: int = 1,
-        negative: str = "",
+        negative: str | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         scale: float | None = None,
@@ -111,6 +119,7 @@ class Studio:
         end: float | None = None,
         projection: Projection | None = None,
         num_zero: int | None = None,
+        size: tuple[int, int] | None = None,
         batch: int = 1,
     ) -> Result:
         """Images of a prompt, with or without somebody in them. What is None is the preset's.
@@ -122,6 +131,7 @@ class Studio:
             negative: what not to show.
             steps, guidance: of the sampler.
             scale, start, end, projection, num_zero: of the identity, see `PuLID.use`.
+            size: width and height in pixels.
             batch: images made at once. With 1, image k is bit for bit what the seed + k makes alone; more
                 may be faster, and equal up to rounding.
 
@@ -131,18 +141,18 @@ class Studio:
             OptionError: a number outside its range.
         """
         given: dict[str, Any] = {"steps": steps, "guidance": guidance, "scale": scale, "start": start, "end": end}
-        given |= {"projection": projection, "num_zero": num_zero}
+        given |= {"projection": projection, "num_zero": num_zero, "negative": negative, "size": size}
         chosen = replace(self.preset, **{name: value for name, value in given.items() if value is not None})
         if min(num_images, chosen.steps, batch) < 1 or seed < 0:
             raise OptionError("num_images, steps and batch are at least 1, and a seed is at least 0.")
-        for text in (prompt, negative):
+        for text in (prompt, negative or ""):  # the preset's own negative words may be cut
             check_prompt(self.pipe.tokenizer, text)
         seeds = [seed + k for k in range(num_images)]
         with self._showing(identity, chosen):
             images = [
                 image
                 for first in range(0, num_images, batch)
-                for image in self._run(prompt, negative, seeds[first : first + batch], chosen)
+                for image in self._run(prompt, seeds[first : first + batch], chosen)
             ]
         return Result(images, seeds)
 
@@ -157,24 +167,32 @@ class Studio:
             identity, chosen.scale, chosen.start, chosen.end, chosen.projection, chosen.num_zero, pipe=self.pipe
         )
 
-    def _run(self, prompt: str, negative: str, seeds: Sequence[int], chosen: Preset) -> list[Image.Image]:
+    def _run(self, prompt: str, seeds: Sequence[int], chosen: Preset) -> list[Image.Image]:
         count = len(seeds)
+        width, height = chosen.size or (None, None)
         images: list[Image.Image] = self.pipe(
             prompt=[prompt] * count,
             # none given: what the pipeline takes for no words at all
-            negative_prompt=[negative] * count if negative else None,
+            negative_prompt=[chosen.negative] * count if chosen.negative else None,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=chosen.steps,
             guidance_scale=chosen.guidance,
+            width=width,
+            height=height,
         ).images
         return images
 
 
-def load(preset: str | os.PathLike[str] | Preset = "mini", device: str | torch.device | None = None) -> Studio:
-    """A studio from a preset's name, a folder of weights, or a `Preset`.
+def load(
+    preset: str | os.PathLike[str] | Preset = "mini",
+    device: str | torch.device | None = None,
+    base: str | os.PathLike[str] | None = None,
+) -> Studio:
+    """A studio from a preset's name, a folder of weights, or a `Preset`. No network is asked.
 
     Args:
         device: where to compute; the accelerator if there is one, else the CPU.
+        base: another checkpoint than the preset's: a folder, a single file, or a name in the hub's cache.
 
     Raises:
         OptionError: no such preset.
@@ -182,60 +200,11 @@ def load(preset: str | os.PathLike[str] | Preset = "mini", device: str | torch.d
     """
     if not isinstance(preset, Preset):
         preset = presets.find(os.fspath(preset))
+    if base is not None:
+        preset = replace(preset, pipeline=os.fspath(base))
     device = torch.device(device) if device is not None else best_device()
-    features = FeatureExtractor.load(preset.finder, preset.recogniser, preset.vision, device)
-    return Studio(load_pipeline(preset, device), features, PuLID.load(preset.adapter).to(device), preset)
-
-
-def best_device() -> torch.device:
-    """The accelerator, where there is one that works."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def load_pipeline(preset: Preset, device: torch.device) -> Any:
-    """The preset's diffusers pipeline, in float32, from local files only, silent.
-
-    Raises:
-        WeightsError: a folder is missing or damaged.
-    """
-    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-    from safetensors import SafetensorError
-
-    import openpulid.autoencoder  # noqa: F401 (diffusers loads classes of modules that are already imported)
-
-    if not (preset.pipeline / "model_index.json").is_file():
-        raise WeightsError(f"{preset.pipeline} holds no pipeline; `pulid mini build` makes the miniature's.")
-    local = {"local_files_only": True}
-    try:
-        with no_progress_bars():
-            parts = {"unet": UNet2DConditionModel.from_pretrained(preset.unet, **local)} if preset.unet else {}
-            pipe = StableDiffusionXLPipeline.from_pretrained(preset.pipeline, add_watermarker=False, **local, **parts)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"{preset.pipeline} cannot be loaded ({reason}); copy or build it again.") from error
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.float()  # text encoders come in the dtype that they are stored in
-    if preset.scheduler:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **preset.scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Both libraries show how far loading is; here it takes a moment, and what was set before is set again."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    shown = [library for library in (diffusers.utils.logging, transformers.utils.logging) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
+    adapter = PuLID.load(found(preset.adapter)).to(device, precision(preset))
+    return Studio(load_pipeline(preset, device), load_features(preset, device), adapter, preset)
 
 
 def check_prompt(tokenizer: Any, prompt: str) -> None:

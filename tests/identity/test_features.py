@@ -12,6 +12,7 @@ from openpulid.faces.detect import FaceFinder
 from openpulid.faces.face import Face
 from openpulid.faces.recognise import ResNetRecogniser
 from openpulid.identity.features import FeatureExtractor
+from openpulid.identity.identity import concat
 from openpulid.identity.vision import VisionTower
 from openpulid.weights import save_module
 
@@ -39,10 +40,10 @@ def face(image: torch.Tensor) -> Face:
 def test_one_photo_and_several(extractor) -> None:
     generator = torch.Generator().manual_seed(0)
     faces = [face(torch.rand(3, 96, 96, generator=generator)), face(torch.rand(3, 60, 60, generator=generator))]
-    anna = extractor.identity(faces)
+    anna = concat(extractor.identities(faces))
     assert anna.id_cond.shape == (1, 2, 12 + 10) and [x.shape for x in anna.hidden] == [(1, 2 * 17, 24)] * 5
     assert anna.models == {"recogniser": "a", "vision": "b"} and not anna.id_cond.requires_grad
-    alone = extractor.identity(faces[1:])
+    alone = extractor.identities(faces[1:])[0]
     torch.testing.assert_close(alone.id_cond[:, 0], anna.id_cond[:, 1])
     torch.testing.assert_close(alone.hidden[0], anna.hidden[0][:, 17:])
 
@@ -51,9 +52,9 @@ def test_only_the_face_counts(extractor) -> None:
     generator = torch.Generator().manual_seed(0)
     one = face(torch.rand(3, 96, 96, generator=generator))
     other = torch.where(one.mask.bool(), one.image, torch.rand(3, 96, 96, generator=generator))
-    first, second = extractor.identity([one]), extractor.identity([face(other)])
+    first, second = extractor.identities([one])[0], extractor.identities([face(other)])[0]
     torch.testing.assert_close(first.id_cond, second.id_cond)
-    inside = extractor.identity([face(one.image.flip(0))])
+    inside = extractor.identities([face(one.image.flip(0))])[0]
     assert not torch.allclose(first.id_cond, inside.id_cond, atol=1e-3)
 
 
@@ -62,7 +63,7 @@ def test_batches_with_gradient(extractor) -> None:
     images = torch.stack([f.image for f in faces]).requires_grad_()
     masks, landmarks = torch.stack([f.mask for f in faces]), torch.stack([f.landmarks for f in faces])
     id_cond, hidden = extractor.features(images, masks, landmarks)
-    torch.testing.assert_close(id_cond[1:2, None], extractor.identity(faces[1:2]).id_cond, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(id_cond[1:2, None], extractor.identities(faces[1:2])[0].id_cond, atol=1e-5, rtol=1e-4)
     assert [x.shape for x in hidden] == [(3, 17, 24)] * 5
     id_cond.sum().backward()
     assert images.grad.abs().sum() > 0
@@ -80,5 +81,5 @@ def test_loaded_from_files(networks, tmp_path) -> None:
     assert set(loaded.models) == {"r", "v"} and all(len(x) == 64 for x in loaded.models.values())
     assert loaded.device == torch.device("cpu")
     one = face(torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0)))
-    expected = FeatureExtractor(*networks).identity([one])
-    torch.testing.assert_close(loaded.identity([one]).id_cond, expected.id_cond)
+    expected = FeatureExtractor(*networks).identities([one])[0]
+    torch.testing.assert_close(loaded.identities([one])[0].id_cond, expected.id_cond)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from openpulid.errors import IdentityError
-from openpulid.identity.identity import Identity, concat
+from openpulid.errors import IdentityError, OptionError
+from openpulid.identity.identity import Identity, blend, concat, fused
 
 MODELS = {"recogniser": "aa", "vision": "bb"}
 
@@ -68,3 +68,40 @@ def test_nobody_has_the_same_shapes() -> None:
     assert nobody.id_cond.shape == anna.id_cond.shape and not nobody.id_cond.any()
     assert all(x.shape == y.shape and not x.any() for x, y in zip(nobody.hidden, anna.hidden, strict=True))
     assert anna.to("cpu", torch.float16).hidden[0].dtype == torch.float16
+
+
+def test_fusions() -> None:
+    one, two, three = (someone(seed) for seed in range(3))
+    assert fused([one, two, three]).photos == 3
+    mean = fused([one, two], "mean")
+    torch.testing.assert_close(mean.id_cond, (one.id_cond + two.id_cond) / 2)
+    torch.testing.assert_close(mean.hidden[4], (one.hidden[4] + two.hidden[4]) / 2)
+    assert mean.photos == 1 and mean.models == MODELS
+    weighed = fused([one, two], "mean", [3, 1])
+    torch.testing.assert_close(weighed.id_cond, 0.75 * one.id_cond + 0.25 * two.id_cond)
+    torch.testing.assert_close(blend(one, two, 0.25).id_cond, weighed.id_cond)
+
+
+def test_a_sharp_photo_and_a_dull_one() -> None:
+    sharp, dull = someone(0), someone(1)
+    sharp = Identity(10 * sharp.id_cond / sharp.id_cond.norm(), sharp.hidden, MODELS)
+    dull = Identity(2 * dull.id_cond / dull.id_cond.norm(), dull.hidden, MODELS)
+    assert fused([dull, sharp], "max_norm") is sharp
+    assert fused([dull, sharp], "max_norm", [6, 1]) is dull
+    alike = fused([sharp, dull], "norm_id").id_cond
+    torch.testing.assert_close(alike, (6 * sharp.id_cond / 10 + 6 * dull.id_cond / 2) / 2)
+
+
+def test_what_cannot_be_fused() -> None:
+    one, two = someone(0), someone(1)
+    for fusion, weights in (("sum", None), ("concat", [1, 1]), ("mean", [1]), ("mean", [-1, 2]), ("mean", [0, 0])):
+        with pytest.raises(OptionError):
+            fused([one, two], fusion, weights)
+    with pytest.raises(OptionError, match="at least one"):
+        fused([])
+    with pytest.raises(IdentityError, match="different numbers of photos"):
+        fused([one, concat([one, two])], "mean")
+    with pytest.raises(IdentityError, match="another vision"):
+        fused([one, someone(1, {**MODELS, "vision": "cc"})], "mean")
+    with pytest.raises(OptionError, match="between 0 and 1"):
+        blend(one, two, 1.5)

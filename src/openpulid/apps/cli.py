@@ -255,7 +255,7 @@ def bench_train(
 
     if not random:
         raise OptionError("a step costs the same with any weights; say --random, and none are looked for.")
-    from openpulid.studio import best_device
+    from openpulid.loading import best_device
     from openpulid.training.recipe import find
 
     chosen = torch.device(device) if device else best_device()

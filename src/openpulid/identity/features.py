@@ -16,7 +16,7 @@ from openpulid.faces.detect import SIZE, FaceFinder
 from openpulid.faces.face import Face
 from openpulid.faces.parse import gray_on_white
 from openpulid.faces.recognise import CROP, ResNetRecogniser
-from openpulid.identity.identity import Identity, concat
+from openpulid.identity.identity import Identity
 from openpulid.identity.vision import VisionTower
 
 
@@ -32,8 +32,8 @@ class Features(Protocol):
     def find(self, image: Tensor) -> list[Face]:
         """The faces in a picture (3, H, W) in [0, 1]."""
 
-    def identity(self, faces: Sequence[Face]) -> Identity:
-        """One person from one face in each of several photos."""
+    def identities(self, faces: Sequence[Face]) -> list[Identity]:
+        """Each face as an identity of its own, in order."""
 
 
 class FeatureExtractor:
@@ -88,9 +88,9 @@ class FeatureExtractor:
         return [face for face in self.finder.find([image]) if face is not None]
 
     @torch.no_grad()
-    def identity(self, faces: Sequence[Face]) -> Identity:
-        """One person from one face in each of several photos."""
-        return concat([self._one(face) for face in faces])
+    def identities(self, faces: Sequence[Face]) -> list[Identity]:
+        """Each face as an identity of its own, in order."""
+        return [self._one(face) for face in faces]
 
     def _one(self, face: Face) -> Identity:
         assert face.mask is not None, "this finder's faces have masks"

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from openpulid.errors import IdentityError
+from openpulid.errors import IdentityError, OptionError
 
 FORMAT = "openpulid.identity/1"
 
@@ -117,6 +117,69 @@ class Identity:
         if models is not None:
             identity.require(models)
         return identity
+
+
+FUSIONS = ("concat", "mean", "norm_id", "max_norm")
+
+
+def fused(identities: Sequence[Identity], fusion: str = "concat", weights: Sequence[float] | None = None) -> Identity:
+    """Several photos of one person, or several people, as one identity.
+
+    - concat: the encoders read all photos; one identity with as many.
+    - mean: of the features, weighted.
+    - norm_id: the same after every photo's embedding is brought to their mean length. How long a face recogniser's raw
+      embedding is says how clear the photo is; so a sharp one does not drown the others.
+    - max_norm: the one with the longest embedding, weighted: the clearest.
+
+    Args:
+        identities: made by the same models; for all but concat of as many photos each.
+        weights: one per identity, at least 0, some above; for all but concat. All alike by default.
+
+    Raises:
+        OptionError: an unknown fusion, or weights that do not fit.
+        IdentityError: other models made one of them, or they have different numbers of photos.
+    """
+    _check_fusion(identities, fusion, weights)
+    if fusion == "concat":
+        return concat(identities)
+    first = identities[0]
+    share = torch.tensor(list(weights) if weights else [1.0] * len(identities), dtype=first.id_cond.dtype)
+    length = torch.stack([identity.id_cond.norm(dim=-1).mean() for identity in identities])
+    if fusion == "max_norm":
+        return identities[int((length * share).argmax())]
+    if fusion == "norm_id":
+        identities = [_scaled(identity, length.mean() / own) for identity, own in zip(identities, length, strict=True)]
+    share = share / share.sum()
+
+    def mean(values: Sequence[Tensor]) -> Tensor:
+        return sum((s * value for s, value in zip(share, values, strict=True)), torch.zeros_like(values[0]))
+
+    levels = zip(*(identity.hidden for identity in identities), strict=True)
+    return Identity(mean([i.id_cond for i in identities]), tuple(mean(level) for level in levels), first.models)
+
+
+def blend(one: Identity, other: Identity, share: float = 0.5) -> Identity:
+    """Somebody between two people: `share` of the other, from 0 to 1. Raises as `fused`."""
+    if not 0 <= share <= 1:
+        raise OptionError(f"the share of the other person is between 0 and 1; it is {share}.")
+    return fused([one, other], "mean", [1 - share, share])
+
+
+def _check_fusion(identities: Sequence[Identity], fusion: str, weights: Sequence[float] | None) -> None:
+    if fusion not in FUSIONS:
+        raise OptionError(f"photos are not put together by {fusion!r}; the known ways are {', '.join(FUSIONS)}.")
+    if not identities:
+        raise OptionError("an identity needs at least one picture.")
+    if weights is not None and (fusion == "concat" or len(weights) != len(identities) or min(weights) < 0 or sum(weights) <= 0):
+        raise OptionError("weights are one number per photo, none below 0 and not all 0, and concat takes none.")
+    if fusion != "concat" and len({identity.photos for identity in identities}) > 1:
+        raise IdentityError("identities of different numbers of photos have no mean; use concat, or take one photo of each.")
+    for other in identities[1:]:
+        other.require(identities[0].models)
+
+
+def _scaled(identity: Identity, factor: Tensor) -> Identity:
+    return Identity(identity.id_cond * factor, identity.hidden, identity.models)
 
 
 def concat(identities: Sequence[Identity]) -> Identity:

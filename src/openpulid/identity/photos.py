@@ -13,7 +13,7 @@ from openpulid import weights
 from openpulid.faces.face import Face
 from openpulid.faces.parse import gray_on_white
 from openpulid.faces.photos import ArcFace, FaceParser, PhotoFinder, aligned_photo
-from openpulid.identity.identity import Identity, concat
+from openpulid.identity.identity import Identity
 from openpulid.identity.vision import VisionTower
 
 
@@ -75,9 +75,9 @@ class PhotoFeatures:
         """The faces in a picture (3, H, W) in [0, 1], the largest first."""
         return self.finder.find(image)
 
-    def identity(self, faces: Sequence[Face]) -> Identity:
-        """One person from one face in each of several photos."""
-        return concat([self._one(face) for face in faces])
+    def identities(self, faces: Sequence[Face]) -> list[Identity]:
+        """Each face as an identity of its own, in order."""
+        return [self._one(face) for face in faces]
 
     @torch.no_grad()
     def _one(self, face: Face) -> Identity:

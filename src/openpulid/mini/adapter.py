@@ -15,6 +15,7 @@ from openpulid.faces.detect import FaceFinder
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.recognise import RECOGNISERS
 from openpulid.identity.features import FeatureExtractor
+from openpulid.loading import best_device, load_pipeline
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.mini.captions import Captions
@@ -24,7 +25,7 @@ from openpulid.mini.pictures import checkered, to_pictures
 from openpulid.mini.recognisers import faces_of
 from openpulid.presets import MINIATURE, mini_lightning
 from openpulid.presets import mini as mini_preset
-from openpulid.studio import Studio, best_device, load_pipeline
+from openpulid.studio import Studio
 from openpulid.training.bases import SDXLBase
 from openpulid.training.checkpoint import save_adapter
 from openpulid.training.data import Draw

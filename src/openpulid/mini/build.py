@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from openpulid.errors import OptionError
+from openpulid.loading import best_device
 from openpulid.mini import parts
 from openpulid.mini.parts import Workshop
 from openpulid.presets import MINIATURE
-from openpulid.studio import best_device
 from openpulid.training.checkpoint import revision
 
 PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {

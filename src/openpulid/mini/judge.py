@@ -15,11 +15,11 @@ from openpulid.errors import WeightsError
 from openpulid.faces.detect import FaceFinder
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.recognise import VGGRecogniser
+from openpulid.loading import no_progress_bars
 from openpulid.mini import clip
 from openpulid.mini.captions import token_ids
 from openpulid.mini.reader import AttributeReader
 from openpulid.presets import MINIATURE
-from openpulid.studio import no_progress_bars
 from openpulid.weights import load_module
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from openpulid import published
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.attachment import MARK, Attachment, unet_of
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
@@ -27,6 +28,7 @@ from openpulid.methods.pulid.unet import (
     identity_layers,
     injected,
 )
+from openpulid.weights import read_metadata, read_tensors
 
 
 class PuLID(nn.Module):
@@ -71,22 +73,37 @@ class PuLID(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PuLID:
-        """Reads what `save` wrote, or a published v1.1 safetensors file: float32, in eval mode.
+        """Reads what `save` wrote, or a published file, v1's `.bin` or v1.1's safetensors: float32, in eval mode.
 
         Raises:
             WeightsError: no such file, not an adapter, or names that are missing or too many; it lists them.
         """
-        if not Path(path).is_file():
-            raise WeightsError(f"{path} does not exist; name the adapter's safetensors file.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-                state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
-            raise WeightsError(f"{path} is not a whole safetensors file; copy or build it again.") from error
+        state = {name: value.float() for name, value in read_tensors(path).items()}
+        facts = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         former = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
-        config = json.loads(facts.get("config", "{}"))
-        return cls.from_state_dict(state, ENCODERS[facts.get("encoder", former)](**config))
+        with init_empty_weights(include_buffers=False):  # what is read below need not be drawn before
+            encoder = ENCODERS[facts.get("encoder", former)](**json.loads(facts.get("config", "{}")))
+        return cls.from_state_dict(state, encoder)
+
+    @classmethod
+    def from_pretrained(cls, repo_or_folder: str | os.PathLike[str] = "guozinan/PuLID", variant: str = "v1.1") -> PuLID:
+        """The published adapter: from a folder that holds its file, or from the hub, downloaded where it is not here yet.
+
+        Args:
+            variant: "v1" or "v1.1".
+
+        Raises:
+            OptionError: another variant.
+            WeightsError: it could not be had, or is not what it says.
+        """
+        if variant not in ("v1", "v1.1"):
+            raise OptionError(f"there is no variant {variant!r} of PuLID on SDXL; the published ones are v1 and v1.1.")
+        entry = published.weight(f"pulid-{variant}")
+        if Path(repo_or_folder).is_dir():
+            return cls.load(Path(repo_or_folder) / entry.file)
+        if os.fspath(repo_or_folder) != entry.repo:
+            raise WeightsError(f"{repo_or_folder} is no folder; the published adapters are in {entry.repo}.")
+        return cls.load(published.get(f"pulid-{variant}"))
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], encoder: IDEncoder | IDFormer) -> PuLID:
@@ -97,11 +114,12 @@ class PuLID(nn.Module):
         """
         keys = [name.split(".") for name in state if name.endswith(".id_to_k.weight")]
         layers = nn.ModuleDict()
-        for prefix, place, *rest in sorted(keys, key=lambda key: int(key[1])):
-            layers[place] = IdentityLayer(*state[".".join([prefix, place, *rest])].shape)
+        with init_empty_weights(include_buffers=False):
+            for prefix, place, *rest in sorted(keys, key=lambda key: int(key[1])):
+                layers[place] = IdentityLayer(*state[".".join([prefix, place, *rest])].shape)
         adapter = cls(encoder, layers)
         try:
-            adapter.load_state_dict(state)
+            adapter.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise WeightsError(f"these are not the weights of this adapter: {error}") from error
         return adapter.eval()
@@ -151,24 +169,29 @@ class PuLID(nn.Module):
 
     # --- tokens
 
-    def encode(self, id_cond: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+    def encode(self, id_cond: Tensor, hidden: Sequence[Tensor], mix: bool = False) -> Tensor:
         """Features -> tokens, with gradient.
 
         Args:
             id_cond: (B, C) or (B, n, C) for n photos.
             hidden: five times (B, n * (1 + N), D).
+            mix: v1 only, see `use`.
 
         Returns:
             (B, T, cross-attention width).
         """
         like = next(self.id_adapter.parameters())
-        tokens: Tensor = self.id_adapter(id_cond.to(like), [x.to(like) for x in hidden])
+        if mix and not isinstance(self.id_adapter, IDEncoder):
+            raise OptionError("mix is an option of v1; the encoder of v1.1 reads all of every photo anyway.")
+        options = {"mix": True} if mix else {}
+        tokens: Tensor = self.id_adapter(id_cond.to(like), [x.to(like) for x in hidden], **options)
         return tokens
 
-    def unconditional(self, id_cond: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+    def unconditional(self, id_cond: Tensor, hidden: Sequence[Tensor], mix: bool = False) -> Tensor:
         """(1, T, width): the tokens of nobody, zeros of these shapes through the encoder; guidance's negative half."""
         like = next(self.id_adapter.parameters())
-        tokens: Tensor = self.id_adapter.unconditional(id_cond.to(like), [x.to(like) for x in hidden])
+        options = {"mix": True} if mix else {}
+        tokens: Tensor = self.id_adapter.unconditional(id_cond.to(like), [x.to(like) for x in hidden], **options)
         return tokens
 
     def keys_values(self, tokens: Tensor) -> dict[str, KeyValue]:
@@ -186,6 +209,7 @@ class PuLID(nn.Module):
         end: float = 1.0,
         projection: Projection = "ortho_v2",
         num_zero: int = 20,
+        mix: bool = False,
         pipe: Any = None,
     ) -> Iterator[PuLID]:
         """The attached pipelines show an identity while this is open.
@@ -197,6 +221,7 @@ class PuLID(nn.Module):
             start, end: fractions of the schedule between which it acts, [start, end).
             projection: "none", "ortho" or "ortho_v2", see `projection.contribution`.
             num_zero: zero tokens beside the identity's; more of them weaken it.
+            mix: v1 only: further photos of an identity give all their tokens, not only those of their embeddings.
             pipe: only this one of the attached pipelines.
 
         Raises:
@@ -207,11 +232,11 @@ class PuLID(nn.Module):
 
         @torch.no_grad()
         def positive() -> dict[str, KeyValue]:
-            return self.keys_values(self._tokens(prompts))
+            return self.keys_values(self._tokens(prompts, mix))
 
         @torch.no_grad()
         def negative() -> dict[str, KeyValue]:
-            return self.keys_values(self.unconditional(first.id_cond, first.hidden)[:, None])
+            return self.keys_values(self.unconditional(first.id_cond, first.hidden, mix)[:, None])
 
         options = {"scale": scale, "start": start, "end": end, "projection": projection, "num_zero": num_zero}
         with self._opened(positive, negative, options, pipe, masks=stacked(prompts)):
@@ -287,11 +312,11 @@ class PuLID(nn.Module):
                 stack.enter_context(injected(attachment.unet, injection))
             yield
 
-    def _tokens(self, prompts: list[list[Person]]) -> Tensor:
+    def _tokens(self, prompts: list[list[Person]], mix: bool) -> Tensor:
         """(P, J, T, width): every identity encoded once; prompts with fewer people are filled up with zeros."""
         known: dict[int, Tensor] = {}
         for identity in {id(i): i for prompt in prompts for i, _ in prompt}.values():
-            known[id(identity)] = self.encode(identity.id_cond, identity.hidden)[0]
+            known[id(identity)] = self.encode(identity.id_cond, identity.hidden, mix)[0]
         if len({len(tokens) for tokens in known.values()}) > 1:
             raise OptionError("identities used together must be made from the same number of photos each.")
         nobody = torch.zeros_like(next(iter(known.values())))

@@ -98,9 +98,9 @@ class IDEncoder(nn.Module):
         patches = self.get_submodule(f"mapping_patch_{level}")(x[:, :, 1:])
         return whole + patches.mean(dim=2, keepdim=True)
 
-    def unconditional(self, id_cond: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+    def unconditional(self, id_cond: Tensor, hidden: Sequence[Tensor], mix: bool = False) -> Tensor:
         """Tokens of nobody, (1, T, context_dim), as many as the first of these identities has: zeros, encoded."""
-        return self(torch.zeros_like(id_cond[:1]), [torch.zeros_like(x[:1]) for x in hidden])
+        return self(torch.zeros_like(id_cond[:1]), [torch.zeros_like(x[:1]) for x in hidden], mix)
 
 
 class PerceiverAttention(nn.Module):

@@ -1,0 +1,117 @@
+"""From a preset's names to what computes: pipeline, scheduler, readers of faces. Files of this machine alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openpulid.errors import WeightsError
+from openpulid.identity.features import FeatureExtractor, Features
+from openpulid.identity.photos import PhotoFeatures
+from openpulid.presets import Place, Preset
+from openpulid.published import locate
+from openpulid.schedulers import KarrasScheduler
+from openpulid.weights import read_tensors
+
+
+def best_device() -> torch.device:
+    """The accelerator, where there is one that works."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def load_pipeline(preset: Preset, device: torch.device) -> Any:
+    """The preset's diffusers pipeline, from local files only, silent; in float32 or, where the preset says so, in half.
+
+    Raises:
+        WeightsError: something is missing or damaged.
+    """
+    from safetensors import SafetensorError
+
+    import openpulid.autoencoder  # noqa: F401 (diffusers loads classes of modules that are already imported)
+
+    place = found(preset.pipeline)
+    if place.is_dir() and not (place / "model_index.json").is_file():
+        raise WeightsError(f"{place} holds no pipeline; `pulid mini build` makes the miniature's.")
+    try:
+        with no_progress_bars():
+            pipe = _pipeline(place, preset.unet and found(preset.unet), precision(preset))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{place} cannot be loaded ({reason}); copy or build it again.") from error
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(precision(preset))  # text encoders come in the dtype that they are stored in
+    pipe.scheduler = _scheduler(pipe.scheduler, preset)
+    pipe.set_progress_bar_config(disable=not preset.half)  # the miniature is done before a bar is read
+    return pipe.to(device)
+
+
+def load_features(preset: Preset, device: torch.device) -> Features:
+    """What reads faces for the preset: the miniature's networks, or with a parser those of photographs.
+
+    Raises:
+        WeightsError: something is missing or damaged.
+    """
+    if preset.parser is None:
+        return FeatureExtractor.load(found(preset.finder), found(preset.recogniser), found(preset.vision), device)
+    files = [found(place) for place in (preset.finder, preset.recogniser, preset.parser, preset.vision)]
+    detector, recogniser, parser, tower = files  # all are looked for before the first is opened
+    return PhotoFeatures.load(detector, recogniser, parser, tower, device, precision(preset))
+
+
+def _pipeline(place: Path, unet: Path | str | None, dtype: torch.dtype) -> Any:
+    """A pipeline from a folder or a single file, with another U-Net where one is named: a folder, or weights alone."""
+    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+
+    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True, "add_watermarker": False}
+    if isinstance(unet, Path) and unet.is_dir():
+        options["unet"] = UNet2DConditionModel.from_pretrained(unet, torch_dtype=dtype, local_files_only=True)
+    if place.is_file():
+        pipe = StableDiffusionXLPipeline.from_single_file(place, **options)
+    else:
+        half = next(place.glob("unet/*.fp16.safetensors"), None) is not None
+        pipe = StableDiffusionXLPipeline.from_pretrained(place, variant="fp16" if half else None, **options)
+    if isinstance(unet, Path) and unet.is_file():
+        pipe.unet.load_state_dict(read_tensors(unet))
+    return pipe
+
+
+def _scheduler(own: Any, preset: Preset) -> Any:
+    if preset.sampler == "":
+        return type(own).from_config(own.config, **preset.scheduler) if preset.scheduler else own
+    if preset.sampler == "dpm":
+        from diffusers import DPMSolverMultistepScheduler
+
+        return DPMSolverMultistepScheduler.from_config(own.config, **preset.scheduler)
+    return KarrasScheduler(prediction_type=own.config.prediction_type, algorithm=preset.sampler, **preset.scheduler)
+
+
+def found(place: Place) -> Path:
+    """A path as it is; a name of a published weight, or of a pipeline in the hub's cache, as the path that it lies at."""
+    if isinstance(place, Path) or Path(place).exists():
+        return Path(place)
+    return locate(place)
+
+
+def precision(preset: Preset) -> torch.dtype:
+    return torch.bfloat16 if preset.half else torch.float32
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Both libraries show how far loading is; here it takes a moment, and what was set before is set again."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    shown = [library for library in (diffusers.utils.logging, transformers.utils.logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()

@@ -1,0 +1,202 @@
+"""The table of published weights: what there is, under which licence, where it lies; this machine first, the hub second.
+
+Nothing here is asked of a network unless `get` is called: a missing file is an error that names the command which gets it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openpulid.errors import OptionError, WeightsError
+from openpulid.weights import sha256
+
+FOLDER_VARIABLE = "PULID_WEIGHTS"
+"""The environment's variable that names a folder of weights; the hub's cache comes after it."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One published file, or a whole diffusers pipeline.
+
+    Attributes:
+        repo: on the hub; or the address of the single file, where it is on no hub.
+        file: its name in there; empty for a whole pipeline.
+        licence: its short name; what it forbids stands beside it.
+        commercial: whether it may be used for money.
+        megabytes: about.
+    """
+
+    repo: str
+    file: str
+    licence: str
+    commercial: bool
+    megabytes: int
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.file or self.repo
+
+
+_PULID = "Apache-2.0; learned with antelopev2, whose terms forbid commercial use"
+_INSIGHTFACE = "insightface model licence: non-commercial research only"
+_FACEXLIB = "https://github.com/xinntao/facexlib/releases/download/v0.2.0/parsing_bisenet.pth"
+
+WEIGHTS: dict[str, Weight] = {
+    "pulid-v1": Weight("guozinan/PuLID", "pulid_v1.bin", _PULID, False, 790),
+    "pulid-v1.1": Weight("guozinan/PuLID", "pulid_v1.1.safetensors", _PULID, False, 980),
+    "pulid-flux-v0.9.0": Weight("guozinan/PuLID", "pulid_flux_v0.9.0.safetensors", _PULID, False, 1140),
+    "pulid-flux-v0.9.1": Weight("guozinan/PuLID", "pulid_flux_v0.9.1.safetensors", _PULID, False, 1140),
+    "detector": Weight("DIAMONIK7777/antelopev2", "scrfd_10g_bnkps.onnx", _INSIGHTFACE, False, 17),
+    "arcface": Weight("DIAMONIK7777/antelopev2", "glintr100.onnx", _INSIGHTFACE, False, 261),
+    "eva": Weight("QuanSun/EVA-CLIP", "EVA02_CLIP_L_336_psz14_s6B.pt", "MIT", True, 856),
+    "parsing": Weight(_FACEXLIB, "parsing_bisenet.pth", "MIT", True, 53),
+    "sdxl": Weight("stabilityai/stable-diffusion-xl-base-1.0", "", "CreativeML Open RAIL++-M", True, 6940),
+    "lightning-4step": Weight(
+        "ByteDance/SDXL-Lightning", "sdxl_lightning_4step_unet.safetensors", "CreativeML Open RAIL++-M", True, 5140
+    ),
+    "juggernaut": Weight("RunDiffusion/Juggernaut-XL-v9", "", "CreativeML Open RAIL-M", True, 6940),
+    "dreamshaper": Weight("Lykon/dreamshaper-xl-lightning", "", "CreativeML Open RAIL++-M", True, 6940),
+}
+"""By the short name that presets use. Sizes are what the hub shows, rounded."""
+
+FACES = ("detector", "arcface", "eva", "parsing")
+"""What reading a photograph needs, whatever the base."""
+
+
+def weight(name: str) -> Weight:
+    """The entry called `name`. Raises OptionError that lists what there is."""
+    if name not in WEIGHTS:
+        raise OptionError(f"there are no weights called {name!r}; the known ones are {', '.join(WEIGHTS)}.")
+    return WEIGHTS[name]
+
+
+def locate(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
+    """Where a weight lies on this machine; no network is asked.
+
+    Args:
+        folder: looked into first; then the folder that PULID_WEIGHTS names, then the hub's cache.
+
+    Raises:
+        OptionError: no such name.
+        WeightsError: it is not here; the message says how to get it.
+    """
+    entry = weight(name)
+    for place in _folders(folder):
+        path = place / entry.name if entry.file else place / entry.repo.split("/")[-1]
+        if path.exists():
+            return path
+    if (path := _cached(entry)) is not None:
+        return path
+    raise WeightsError(
+        f"{entry.name} is not on this machine; `pulid weights get {name}` downloads about {entry.megabytes} MB, "
+        f"or put it into a folder and set {FOLDER_VARIABLE} to it."
+    )
+
+
+def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[str], None] = print) -> Path:
+    """Where a weight lies, downloaded if it is nowhere yet. A download that was cut off goes on where it was.
+
+    The hub's own variables hold: HF_ENDPOINT for a mirror, HF_HUB_OFFLINE for none at all, HF_TOKEN for what needs one.
+
+    Args:
+        folder: where to put it; the hub's cache by default.
+        say: told the licence before the first byte.
+
+    Raises:
+        WeightsError: it could not be had.
+    """
+    try:
+        return locate(name, folder)
+    except WeightsError:
+        entry = weight(name)
+    forbids = "" if entry.commercial else "  (not for commercial use)"
+    say(f"{entry.name}, about {entry.megabytes} MB, licence: {entry.licence}{forbids}")
+    try:
+        return _downloaded(entry, None if folder is None else Path(folder))
+    except Exception as error:  # the hub's client, requests and the operating system each have their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(
+            f"{entry.name} could not be downloaded ({reason}); run the same command again, it goes on where it was."
+        ) from error
+
+
+def verify(name: str, folder: str | os.PathLike[str] | None = None) -> str:
+    """Reads a weight from end to end and compares its SHA-256 with what the hub says of it, where that is known.
+
+    Returns:
+        "whole", or "here, and there is nothing to compare it with".
+
+    Raises:
+        WeightsError: it is not here, or differs.
+    """
+    path = locate(name, folder)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    known = 0
+    for file in files:
+        expected = _hash_of(file)
+        if expected is None:
+            continue
+        known += 1
+        if sha256(file) != expected:
+            raise WeightsError(f"{file} is damaged: its SHA-256 is not {expected}; delete it and get it again.")
+    return "whole" if known else "here, and there is nothing to compare it with"
+
+
+def _folders(folder: str | os.PathLike[str] | None) -> Sequence[Path]:
+    named = os.environ.get(FOLDER_VARIABLE)
+    return [Path(place).expanduser() for place in (folder, named) if place]
+
+
+def _cached(entry: Weight) -> Path | None:
+    """In the hub's cache."""
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    from torch.hub import get_dir
+
+    if entry.repo.startswith("https://"):
+        path = Path(get_dir()) / "checkpoints" / entry.file
+        return path if path.is_file() else None
+    if entry.file:
+        found = try_to_load_from_cache(entry.repo, entry.file)
+        return Path(found) if isinstance(found, str) else None
+    try:
+        folder = Path(snapshot_download(entry.repo, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if (folder / "model_index.json").is_file() else None
+
+
+def _downloaded(entry: Weight, folder: Path | None) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from torch.hub import download_url_to_file, get_dir
+
+    if entry.repo.startswith("https://"):
+        path = (folder or Path(get_dir()) / "checkpoints") / entry.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download_url_to_file(entry.repo, str(path))
+        return path
+    if entry.file:
+        return Path(hf_hub_download(entry.repo, entry.file, local_dir=folder))
+    place = folder / entry.repo.split("/")[-1] if folder else None
+    # half precision is what one computes in, and half the bytes
+    patterns = ["*.json", "*.txt", "*.model", "*.fp16.safetensors"]
+    return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=place))
+
+
+def _hash_of(file: Path) -> str | None:
+    """The SHA-256 that the hub promises: in its cache the name of the file behind the link, in a folder what stands in the
+    download's own notes."""
+    if file.is_symlink():
+        target = file.resolve().name
+        return target if re.fullmatch(r"[0-9a-f]{64}", target) else None
+    for above in file.parents:
+        notes = above / ".cache" / "huggingface" / "download" / f"{file.relative_to(above)}.metadata"
+        if notes.is_file():
+            lines = notes.read_text("utf-8").splitlines()
+            return lines[1] if len(lines) > 1 and re.fullmatch(r"[0-9a-f]{64}", lines[1]) else None
+    return None
