@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.projection import Projection
+from openpulid.published import WEIGHTS
 
 MINIATURE = Path(__file__).parent / "mini" / "weights"
 
@@ -60,6 +61,12 @@ class Preset:
     size: tuple[int, int] | None = None
     half: bool = False
     no_face: str = ""
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """The names of the published weights that it needs."""
+        places = (self.pipeline, self.unet, self.adapter, self.finder, self.recogniser, self.parser, self.vision)
+        return tuple(place for place in places if isinstance(place, str) and place in WEIGHTS)
 
 
 def mini(folder: Path = MINIATURE) -> Preset:

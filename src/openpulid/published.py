@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.weights import sha256
 
 FOLDER_VARIABLE = "PULID_WEIGHTS"
 """The environment's variable that names a folder of weights; the hub's cache comes after it."""
@@ -64,9 +63,6 @@ WEIGHTS: dict[str, Weight] = {
 }
 """By the short name that presets use. Sizes are what the hub shows, rounded."""
 
-FACES = ("detector", "arcface", "eva", "parsing")
-"""What reading a photograph needs, whatever the base."""
-
 
 def weight(name: str) -> Weight:
     """The entry called `name`. Raises OptionError that lists what there is."""
@@ -90,8 +86,8 @@ def locate(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
         path = place / entry.name if entry.file else place / entry.repo.split("/")[-1]
         if path.exists():
             return path
-    if (path := _cached(entry)) is not None:
-        return path
+    if (cached := _cached(entry)) is not None:
+        return cached
     raise WeightsError(
         f"{entry.name} is not on this machine; `pulid weights get {name}` downloads about {entry.megabytes} MB, "
         f"or put it into a folder and set {FOLDER_VARIABLE} to it."
@@ -134,6 +130,8 @@ def verify(name: str, folder: str | os.PathLike[str] | None = None) -> str:
     Raises:
         WeightsError: it is not here, or differs.
     """
+    from openpulid.weights import sha256
+
     path = locate(name, folder)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     known = 0

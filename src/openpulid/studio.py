@@ -22,7 +22,8 @@ from PIL import Image
 
 from openpulid import presets
 from openpulid.errors import FaceError, OptionError, PromptError
-from openpulid.faces.choose import chosen
+from openpulid.faces.choose import chosen, ordered
+from openpulid.faces.draw import drawn
 from openpulid.faces.face import Face
 from openpulid.identity.features import Features
 from openpulid.identity.identity import Identity, fused
@@ -83,6 +84,24 @@ class Studio:
         picked = [chosen(faces, face, order, label) for label, faces in found]
         assert self.features is not None
         return fused(self.features.identities(picked), fusion, weights)
+
+    def show(
+        self, pictures: Picture | Sequence[Picture], *, face: int | None = None, order: str = "large-small"
+    ) -> Image.Image:
+        """What `identify` sees in each picture, one below the other: every face with its number, and what is read of the
+        chosen one. Raises as `identify`."""
+        rows = []
+        for label, faces in self.faces(pictures):
+            line = ordered(faces, order)
+            picked = chosen(line, face or 0, order, label)
+            assert self.features is not None
+            rows.append(drawn(line, picked, self.features.shown(picked)))
+        sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+        top = 0
+        for row in rows:
+            sheet.paste(row, (0, top))
+            top += row.height
+        return sheet
 
     def faces(self, pictures: Picture | Sequence[Picture]) -> list[tuple[str, list[Face]]]:
         """What each picture is called, and all the faces in it: at least one. Raises as `identify`."""

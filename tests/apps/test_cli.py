@@ -42,23 +42,29 @@ class FakeStudio:
     def __init__(self) -> None:
         self.asked: list[dict] = []
 
-    def identify(self, pictures: str | list[str]) -> Identity:
+    def identify(self, pictures: str | list[str], **options) -> Identity:
+        self.chosen = options
         paths = [pictures] if isinstance(pictures, str) else pictures
         if Image.open(paths[0]).getpixel((0, 0)) == (0, 0, 0):
             raise FaceError("no face of the procedural world was found; a real photograph needs the preset sdxl.")
         return Identity(torch.ones(1, len(paths), 4), tuple(torch.ones(1, 3, 2) for _ in range(5)), {"tower": "abc"})
 
+    def show(self, pictures: list[str], **options) -> Image.Image:
+        return Image.new("RGB", (64, 16 * len(pictures)))
+
     def generate(self, prompt: str, identity: Identity | None = None, **options) -> SimpleNamespace:
         if "zebra" in prompt:
             raise PromptError("the miniature does not know the word zebra.", ["zebra"])
         self.asked.append({"prompt": prompt, "identity": identity, **options})
-        return SimpleNamespace(images=[Image.new("RGB", (32, 32), (k, 0, 0)) for k in range(options["num_images"])])
+        count = options["num_images"]
+        images = [Image.new("RGB", (32, 32), (k, 0, 0)) for k in range(count)]
+        return SimpleNamespace(images=images, seeds=[options["seed"] + k for k in range(count)])
 
 
 @pytest.fixture
 def studio(monkeypatch: pytest.MonkeyPatch) -> FakeStudio:
     fake = FakeStudio()
-    monkeypatch.setattr(cli, "_studio", lambda preset, device: fake)
+    monkeypatch.setattr(cli, "_studio", lambda preset, device, base=None: fake)
     return fake
 
 
@@ -126,6 +132,38 @@ def test_generate_without_and_with_a_saved_identity(pulid, studio: FakeStudio, a
     assert studio.asked[1]["identity"] is None
 
 
+def test_which_face_and_how_photos_join(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
+    options = ("--face", 1, "--order", "left-right", "--fusion", "mean", "--show", tmp_path / "seen" / "faces.png")
+    assert pulid("identify", anna, anna, "-o", tmp_path / "a.safetensors", *options).code == 0
+    assert studio.chosen == {"face": 1, "order": "left-right", "fusion": "mean"}
+    assert Image.open(tmp_path / "seen" / "faces.png").size == (64, 32)
+
+
+def test_every_option_counts_and_an_image_is_made_again(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
+    options = ("--method", "style", "--start", 0.1, "--end", 0.9, "--negative", "blurry", "--size", "832x1216", "--guidance", 2)
+    first = pulid("generate", "portrait", "--id", anna, "--mask", anna, "--num", 2, "--seed", 3, *options, "-o", tmp_path / "a")
+    assert first.code == 0, first.err
+    asked = studio.asked[0]
+    assert (asked["projection"], asked["num_zero"], asked["size"]) == ("ortho", 16, (832, 1216))
+    assert (asked["start"], asked["end"], asked["negative"], asked["guidance"]) == (0.1, 0.9, "blurry", 2)
+    ((person, mask),) = asked["identity"]
+    assert person.photos == 1 and mask.size == (96, 96)
+    again = pulid("generate", "--from", tmp_path / "a" / "portrait-4.png", "-o", tmp_path / "b")
+    assert again.code == 0 and [p.name for p in (tmp_path / "b").iterdir()] == ["portrait-4.png"]
+    for name in ("prompt", "seed", "projection", "num_zero", "size", "start", "end", "negative", "guidance"):
+        assert studio.asked[1][name] == (4 if name == "seed" else asked[name])
+
+
+def test_weights_are_listed_and_missing_ones_named(pulid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parsing_bisenet.pth").write_bytes(b"weights")
+    monkeypatch.setenv("COLUMNS", "300")
+    listed = pulid("weights", "list", "--folder", tmp_path).out
+    assert str(tmp_path / "parsing_bisenet.pth") in listed and "not commercial" in listed and "pulid_v1.bin" in listed
+    assert pulid("weights", "verify", "parsing", "--folder", tmp_path).out.startswith("parsing: here, and there is nothing")
+    missing = pulid("generate", "portrait", "--preset", "sdxl", "-o", tmp_path)
+    assert plain(missing) and "`pulid weights get pulid-v1.1`" in missing.err
+
+
 def test_mistakes_are_one_sentence(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
     photo, broken, text = tmp_path / "photo.png", tmp_path / "broken.png", tmp_path / "notes.safetensors"
     Image.new("RGB", (96, 96)).save(photo)
@@ -146,6 +184,13 @@ def test_mistakes_are_one_sentence(pulid, studio: FakeStudio, anna: Path, tmp_pa
         ("world", "person", "--seed", 1, "-o", tmp_path / "p.pdf"),
         ("train", "no_such_recipe"),
         ("generate", "portrait", "--device", "abacus"),
+        ("generate", "-o", tmp_path),  # no prompt
+        ("generate", "portrait", "--size", "large", "-o", tmp_path),
+        ("generate", "portrait", "--size", "100x101", "-o", tmp_path),
+        ("generate", "portrait", "--method", "magic", "-o", tmp_path),
+        ("generate", "portrait", "--mask", anna, "-o", tmp_path),  # of nobody
+        ("generate", "--from", anna, "-o", tmp_path),
+        ("weights", "get", "everything"),
         ("generate", "portrait", "--device", "meta:7x"),
     ):
         spoken = pulid(*words)
@@ -154,6 +199,5 @@ def test_mistakes_are_one_sentence(pulid, studio: FakeStudio, anna: Path, tmp_pa
 
 def test_no_command_and_bad_options_show_the_usage(pulid) -> None:
     assert "Usage" in pulid().out
-    spoken = pulid("generate")
-    assert spoken.code == 2 and "prompt" in spoken.err.lower()
+    assert pulid("generate", "x", "--num", "0").code == 2
     assert pulid("generate", "x", "--seed", "-1").code == 2

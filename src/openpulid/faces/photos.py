@@ -136,10 +136,10 @@ class FaceParser:
     @torch.no_grad()
     def __call__(self, crop: Tensor) -> Tensor:
         """(1, 3, 512, 512) in [0, 1] -> (1, 1, 512, 512) float, 1 where the crop is kept."""
-        device = next(self.network.parameters()).device
-        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
-        labels = self.network((crop.to(device) - mean) / std)[0].argmax(1, keepdim=True)
-        return (~torch.isin(labels, torch.tensor(NOT_FACE, device=device))).float()
+        crop = crop.to(next(self.network.parameters()).device)
+        mean, std = (crop.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+        labels = self.network((crop - mean) / std)[0].argmax(1, keepdim=True)
+        return (~torch.isin(labels, torch.tensor(NOT_FACE, device=crop.device))).float()
 
 
 def aligned_photo(face: Face) -> Tensor:

@@ -35,6 +35,9 @@ class Features(Protocol):
     def identities(self, faces: Sequence[Face]) -> list[Identity]:
         """Each face as an identity of its own, in order."""
 
+    def shown(self, face: Face) -> list[Tensor]:
+        """What is read of a face, (3, S, S) in [0, 1] each: the aligned crop, and the face alone in gray."""
+
 
 class FeatureExtractor:
     """Finder, recogniser and vision tower, asked in this order.
@@ -98,6 +101,13 @@ class FeatureExtractor:
         id_cond, hidden = self.features(*(x[None].to(self.device) for x in tensors))
         kept = tuple(x.float().cpu() for x in hidden)
         return Identity(id_cond[:, None].float().cpu(), kept, self.models)
+
+    @torch.no_grad()
+    def shown(self, face: Face) -> list[Tensor]:
+        """What is read of a face, (3, S, S) in [0, 1] each: the aligned crop, and the face alone in gray."""
+        assert face.mask is not None, "this finder's faces have masks"
+        crop, kept = self._crops(face.image[None], face.mask[None], face.landmarks[None], self.tower.img_size)
+        return [crop[0], gray_on_white(crop, kept)[0]]
 
     def features(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Many faces at once, as training wants them; differentiable in the images.

@@ -80,14 +80,15 @@ class PhotoFeatures:
         return [self._one(face) for face in faces]
 
     @torch.no_grad()
-    def _one(self, face: Face) -> Identity:
-        parameter = next(self.tower.parameters())
-        seen, hidden = self.tower(self.tower.prepare(self.shown(face)).to(parameter.dtype))
-        id_cond = torch.cat([self.recogniser(face), seen.float().cpu()], dim=1)
-        return Identity(id_cond[:, None], tuple(level.float().cpu() for level in hidden), self.models)
+    def shown(self, face: Face) -> list[Tensor]:
+        """What is read of a face, (3, 512, 512) in [0, 1] each: the aligned crop, and the face alone in gray."""
+        crop = aligned_photo(face)
+        return [crop[0], gray_on_white(crop, self.parser(crop).to(crop))[0]]
 
     @torch.no_grad()
-    def shown(self, face: Face) -> Tensor:
-        """(1, 3, 512, 512) in [0, 1], what the tower sees of a face, on its device."""
-        crop = aligned_photo(face).to(next(self.tower.parameters()).device)
-        return gray_on_white(crop, self.parser(crop)) if self.use_gray else crop
+    def _one(self, face: Face) -> Identity:
+        parameter = next(self.tower.parameters())
+        crop, gray = self.shown(face)
+        seen, hidden = self.tower(self.tower.prepare((gray if self.use_gray else crop)[None].to(parameter)))
+        id_cond = torch.cat([self.recogniser(face), seen.float().cpu()], dim=1)
+        return Identity(id_cond[:, None], tuple(level.float().cpu() for level in hidden), self.models)

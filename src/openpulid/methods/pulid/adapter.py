@@ -78,6 +78,8 @@ class PuLID(nn.Module):
         Raises:
             WeightsError: no such file, not an adapter, or names that are missing or too many; it lists them.
         """
+        if not Path(path).is_file():
+            raise WeightsError(f"{path} does not exist; name the adapter's file.")
         state = {name: value.float() for name, value in read_tensors(path).items()}
         facts = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         former = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
