@@ -43,7 +43,7 @@ class Weight:
 
 _PULID = "Apache-2.0; learned with antelopev2, whose terms forbid commercial use"
 _INSIGHTFACE = "insightface model licence: non-commercial research only"
-_FACEXLIB = "https://github.com/xinntao/facexlib/releases/download/v0.2.0/parsing_bisenet.pth"
+_FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 
 WEIGHTS: dict[str, Weight] = {
     "pulid-v1": Weight("guozinan/PuLID", "pulid_v1.bin", _PULID, False, 790),
@@ -53,7 +53,10 @@ WEIGHTS: dict[str, Weight] = {
     "detector": Weight("DIAMONIK7777/antelopev2", "scrfd_10g_bnkps.onnx", _INSIGHTFACE, False, 17),
     "arcface": Weight("DIAMONIK7777/antelopev2", "glintr100.onnx", _INSIGHTFACE, False, 261),
     "eva": Weight("QuanSun/EVA-CLIP", "EVA02_CLIP_L_336_psz14_s6B.pt", "MIT", True, 856),
-    "parsing": Weight(_FACEXLIB, "parsing_bisenet.pth", "MIT", True, 53),
+    "parsing": Weight(f"{_FACEXLIB}/v0.2.0/parsing_bisenet.pth", "parsing_bisenet.pth", "MIT", True, 53),
+    "arcface-loss": Weight(
+        f"{_FACEXLIB}/v0.1.0/recognition_arcface_ir_se50.pth", "recognition_arcface_ir_se50.pth", "MIT", True, 175
+    ),
     "sdxl": Weight("stabilityai/stable-diffusion-xl-base-1.0", "", "CreativeML Open RAIL++-M", True, 6940),
     "lightning-4step": Weight(
         "ByteDance/SDXL-Lightning", "sdxl_lightning_4step_unet.safetensors", "CreativeML Open RAIL++-M", True, 5140

@@ -183,6 +183,8 @@ def test_mistakes_are_one_sentence(pulid, studio: FakeStudio, anna: Path, tmp_pa
         ("generate", "portrait", "-o", anna),  # a file where the folder should be
         ("world", "person", "--seed", 1, "-o", tmp_path / "p.pdf"),
         ("train", "no_such_recipe"),
+        ("train", "sdxl_stage1"),  # without photographs
+        ("train", "sdxl_stage1", "--data", tmp_path, "-o", tmp_path / "run"),  # without weights
         ("generate", "portrait", "--device", "abacus"),
         ("generate", "-o", tmp_path),  # no prompt
         ("generate", "portrait", "--size", "large", "-o", tmp_path),

@@ -103,9 +103,7 @@ def test_from_a_photo_to_an_image(studio, caplog) -> None:
 
 def test_no_face_says_what_was_tried(studio, tmp_path) -> None:
     Image.new("RGB", (300, 200), "gray").save(tmp_path / "wall.png")
-    message = (
-        r"wall\.png: no face was found in its 300 x 200 pixels \(sizes 640, 512, 384, 256 and a copy with a border\)"
-    )
+    message = r"wall\.png: no face was found in its 300 x 200 pixels \(sizes 640, 512, 384, 256 and a copy with a border\)"
     with pytest.raises(FaceError, match=message):
         studio.identify(tmp_path / "wall.png")
     with pytest.raises(FaceError, match=r"t1\.jpg: shows 6 faces, so there is no face 6"):

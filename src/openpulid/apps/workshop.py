@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openpulid.apps.common import AsJson, Device, counted, group, last_line, picture_file, save_picture
 from openpulid.errors import OptionError
+
+if TYPE_CHECKING:
+    from openpulid.training.recipe import Recipe
 
 world = group("Procedural people: pictures to start from.")
 mini = group("The miniature: train it from nothing, measure it.")
@@ -84,22 +88,62 @@ def evaluate(
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Such as mini_stage1.")],
+    recipe: Annotated[str, typer.Argument(help="Such as mini_stage1 or sdxl_stage1.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder; runs/RECIPE by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; the recipe's by default.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after about this long, with the tail done.")] = None,
     device: Device = None,
     begin: Annotated[Path | None, typer.Option(help="The adapter to start from, where the recipe continues one.")] = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Continue what was begun, or begin again.")] = True,
+    data: Annotated[Path | None, typer.Option(help="sdxl: a folder of pictures, a NAME.txt beside each.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="sdxl: the same, of people who are not trained on.")] = None,
+    base: Annotated[str, typer.Option(help="sdxl: the checkpoint of the diffusion branch.")] = "sdxl",
+    fast: Annotated[list[str] | None, typer.Option(help="sdxl: of the lightning branch; several are taken by turns.")] = None,
 ) -> None:
     """Train an adapter by a named recipe."""
     from openpulid.training.recipe import find
 
     chosen = find(recipe)
-    from openpulid.mini import adapter
-
     folder = out or Path("runs") / recipe
-    adapter.train(chosen, folder, steps=steps, minutes=minutes, device=device, fresh=not resume, begin=begin)
+    shorten: dict[str, Any] = {"steps": steps, "minutes": minutes, "begin": begin}
+    if chosen.base == "mini":
+        from openpulid.mini import adapter
+
+        adapter.train(chosen, folder, device=device, fresh=not resume, **shorten)
+        return
+    if data is None:
+        raise OptionError(f"{recipe} learns from photographs: name a folder with --data, each NAME.jpg with a NAME.txt.")
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    _train_full(chosen, data, folder, held_out=held_out, base=base, fast=fast, device=device, **shorten)
+
+
+def _train_full(
+    recipe: Recipe, data: Path, folder: Path, *, base: str, fast: list[str] | None, device: str | None, **known: Any
+) -> None:
+    """Looks for everything before anything large is opened."""
+    from dataclasses import replace
+
+    import torch
+
+    from openpulid.faces.photos import arcface_ir_se50, photo_embedder
+    from openpulid.loading import best_device, found, load_features, load_pipeline
+    from openpulid.presets import sdxl, sdxl_v1
+    from openpulid.training import full
+    from openpulid.training.bases import SDXLBase
+
+    chosen = torch.device(device) if device else best_device()
+    lightning = sdxl_v1()
+    presets = [replace(sdxl(base), sampler="")]
+    if recipe.fast_batch:
+        presets += [replace(lightning, pipeline=name, unet=None, sampler="") for name in fast or []] or [lightning]
+    for preset in presets:
+        _ = [found(place) for place in preset.published if place != preset.adapter]
+    loss = found("arcface-loss") if recipe.id_loss != "none" else None
+    features = load_features(presets[0], chosen)
+    bases = [SDXLBase(load_pipeline(preset, chosen)) for preset in presets]
+    faces = None if loss is None else photo_embedder(features.finder, arcface_ir_se50(loss, chosen))  # type: ignore[attr-defined]
+    full.train(recipe, data, folder, base=bases[0], fast=bases[1:], features=features, faces=faces, **known)  # type: ignore[arg-type]
 
 
 @bench.command("train")
@@ -121,8 +165,7 @@ def bench_train(
 
     from openpulid.bench import training
 
-    if not random:
-        raise OptionError("a step costs the same with any weights; say --random, and none are looked for.")
+    _only_random(random)
     from openpulid.loading import best_device
     from openpulid.training.recipe import find
 
@@ -137,3 +180,60 @@ def bench_train(
     if not as_json:
         training.show(costs)
     last_line({**facts, "rows": [asdict(cost) for cost in costs]})
+
+
+@bench.command()
+def speed(
+    base: Annotated[str, typer.Option(help="mini or sdxl, at full size.")] = "sdxl",
+    random: Annotated[bool, typer.Option("--random", help="Random weights: a step costs the same with any.")] = False,
+    size: Annotated[int, typer.Option(min=64, help="Width and height in pixels.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    guided: Annotated[bool, typer.Option("--guided", help="With guidance, as one batch.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each candidate, by turns.")] = 5,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory of one step: the base alone, with PuLID, and with PuLID computed afresh."""
+    from dataclasses import asdict
+
+    import torch
+
+    from openpulid.bench import speed as bench_speed
+    from openpulid.bench.training import random_base
+    from openpulid.loading import best_device
+
+    _only_random(random)
+    chosen = torch.device(device) if device else best_device()
+    made = random_base(base, chosen, torch.float32 if base == "mini" else torch.bfloat16)
+    adapter = bench_speed.random_adapter(made)
+    bar = None if as_json else counted
+    steps = bench_speed.measure(made, adapter, size, batch, guided, rounds=rounds, on_progress=bar)
+    facts = {"base": base, "size": size, "batch": batch, "guided": guided, "rounds": rounds, "device": str(chosen)}
+    last_line({**facts, "rows": [asdict(step) for step in steps]})
+
+
+@bench.command("identify")
+def bench_identify(
+    random: Annotated[bool, typer.Option("--random", help="Random weights: a photo costs the same with any.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each stage, by turns.")] = 5,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time of knowing a person from a photo by stage, at full size: as built here, and as the reference does it."""
+    from dataclasses import asdict
+
+    import torch
+
+    from openpulid.bench import identify
+    from openpulid.loading import best_device
+
+    _only_random(random)
+    chosen = torch.device(device) if device else best_device()
+    stages = identify.measure(chosen, rounds=rounds, on_progress=None if as_json else counted)
+    ratio = round((stages[-1].here or 0) / (stages[-1].reference or 1), 3)
+    last_line({"device": str(chosen), "rounds": rounds, "ratio": ratio, "rows": [asdict(stage) for stage in stages]})
+
+
+def _only_random(random: bool) -> None:
+    if not random:
+        raise OptionError("a step costs the same with any weights; say --random, and none are looked for.")

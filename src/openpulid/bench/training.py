@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
-import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +13,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from openpulid.autoencoder import PatchAutoencoderKL
+from openpulid.bench.turns import by_turns, peak, reset_peak, timed
 from openpulid.errors import OptionError
 from openpulid.faces.align import TEMPLATE
 from openpulid.faces.embed import FaceEmbedder
@@ -162,22 +159,20 @@ def measure(
     chosen = list(checkpoints)
     candidates = [(last, again) for last in lasts for again in chosen]
     optimizer = torch.optim.AdamW(task.adapter.parameters(), lr=1e-5)
-    seconds: dict[tuple[int, bool], list[float]] = {candidate: [] for candidate in candidates}
-    memory: dict[tuple[int, bool], float | None] = {}
-    for turn in range(rounds + 1):
-        for k, (last, again) in enumerate(candidates):
-            task.walk = replace(task.walk, last=last, checkpoint=again)
-            _reset_peak(task.base.device)
-            begun = time.perf_counter()
-            _step(task, optimizer, turn)
-            if turn:
-                seconds[last, again].append(time.perf_counter() - begun)
-                memory[last, again] = _peak(task.base.device)
-            if on_progress:
-                on_progress(turn * len(candidates) + k + 1, (rounds + 1) * len(candidates))
-    medians = {candidate: statistics.median(values) for candidate, values in seconds.items()}
-    first = medians[candidates[0]]
-    return [Cost(*c, round(medians[c], 4), round(medians[c] / first, 3), memory[c]) for c in candidates]
+    memory: dict[str, float | None] = {}
+    device = task.base.device
+
+    def run(name: str, last: int, again: bool) -> float:
+        task.walk = replace(task.walk, last=last, checkpoint=again)
+        reset_peak(device)
+        seconds = timed(lambda: _step(task, optimizer), device)
+        memory[name] = peak(device)
+        return seconds
+
+    names = {f"{last} {again}": (last, again) for last, again in candidates}
+    medians = by_turns({name: partial(run, name, *c) for name, c in names.items()}, rounds, on_progress)
+    first = next(iter(medians.values()))
+    return [Cost(*names[n], round(s, 4), round(s / first, 3), memory[n]) for n, s in medians.items()]
 
 
 def show(costs: Sequence[Cost]) -> None:
@@ -195,29 +190,9 @@ def show(costs: Sequence[Cost]) -> None:
     Console().print(grid)
 
 
-def _step(task: PuLIDTask, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _step(task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
-    for part in task.losses(Draw(0, step)):
+    for part in task.losses(Draw(0, 0)):
         torch.stack(list(part.values())).sum().backward()
     nn.utils.clip_grad_norm_(task.adapter.parameters(), 1.0)
     optimizer.step()
-    if task.base.device.type != "cpu":
-        torch.get_device_module(task.base.device).synchronize()
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device).reset_peak_memory_stats()
-        return
-    with suppress(OSError):  # Linux: the process's own high-water mark
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak(device: torch.device) -> float | None:
-    if device.type != "cpu":
-        return round(torch.get_device_module(device).max_memory_allocated() / 2**30, 2)
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return round(int(found[1]) / 2**20, 2) if found else None

@@ -23,7 +23,7 @@ class Embedded:
     Attributes:
         found: (B,) bool, whether there is a face.
         embeddings: (B, D) of the recogniser, zero where there is none.
-        masks: (B, 1, H, W), one on the face's own pixels.
+        masks: (B, 1, H, W), one on the face's own pixels, where the finder knows them.
     """
 
     found: Tensor
@@ -56,7 +56,7 @@ class FaceEmbedder:
         found = torch.tensor([face is not None for face in faces], device=images.device)
         masks = images.new_zeros(len(images), 1, *images.shape[2:])
         for row, face in zip(masks, faces, strict=True):
-            if face is not None:
+            if face is not None and face.mask is not None:
                 row.copy_(face.mask)
         marks = [face.landmarks for face in faces if face is not None]
         if not marks:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from openpulid.errors import WeightsError
+from openpulid.faces.align import similarity, warp
+from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
 from openpulid.weights import read_tensors
 
@@ -38,6 +40,12 @@ TEMPLATE = (
 
 GROUND = (132, 133, 135)
 """RGB of what lies outside the photograph in such a crop, facexlib's."""
+
+ARCFACE_CROP = 112
+ARCFACE_TEMPLATE = torch.tensor(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
+"""Where insightface puts the five landmarks in a crop of 112 pixels."""
 
 NOT_FACE = (0, 16, 18, 7, 8, 9, 14, 15)
 """Labels of BiSeNet that become white: background, cloth, hat, ears, earring, neck, necklace (PuLID, released code)."""
@@ -140,6 +148,45 @@ class FaceParser:
         mean, std = (crop.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         labels = self.network((crop - mean) / std)[0].argmax(1, keepdim=True)
         return (~torch.isin(labels, torch.tensor(NOT_FACE, device=crop.device))).float()
+
+
+def arcface_crop(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
+    """Crops as facexlib's ArcFace wants them, differentiable in the images; the masks do not matter.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        landmarks: (B, 5, 2) in pixels.
+
+    Returns:
+        (B, 3, 112, 112) in [-1, 1], blue first.
+    """
+    matrix = similarity(landmarks, ARCFACE_TEMPLATE.to(landmarks) + 0.5)
+    return 2 * warp(images, matrix, ARCFACE_CROP).flip(1) - 1
+
+
+def photo_embedder(finder: PhotoFinder, recogniser: nn.Module) -> FaceEmbedder:
+    """What the ID loss at full size sees: the largest face of each picture, through a recogniser that is not the encoder's."""
+
+    def find(images: Tensor) -> list[Face | None]:
+        return [next(iter(finder.find(image)), None) for image in images]
+
+    return FaceEmbedder(find, recogniser, arcface_crop)
+
+
+def arcface_ir_se50(file: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
+    """facexlib's ArcFace, a residual network of 50 layers: (B, 3, 112, 112) in [-1, 1], blue first -> (B, 512).
+
+    Raises:
+        WeightsError: no such file, or of another network.
+    """
+    from facexlib.recognition.arcface_arch import Backbone
+
+    network = Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se")
+    try:
+        network.load_state_dict(read_tensors(file), strict=True)
+    except RuntimeError as error:
+        raise WeightsError(f"{file} is not facexlib's ArcFace: {error}") from error
+    return network.eval().requires_grad_(False).to(device)
 
 
 def aligned_photo(face: Face) -> Tensor:

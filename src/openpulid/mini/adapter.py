@@ -114,7 +114,7 @@ def train(
         TrainingError: the pictures are not there yet, or nothing to begin from.
     """
     if recipe.base != "mini":
-        raise OptionError(f"{recipe.name} trains on {recipe.base}, which only `training.PuLIDTask` can do so far, from Python.")
+        raise OptionError(f"{recipe.name} trains on {recipe.base}, which `training.full` does.")
     if fresh:
         shutil.rmtree(folder, ignore_errors=True)
     recipe = replace(recipe, steps=min(steps or recipe.steps, recipe.steps))

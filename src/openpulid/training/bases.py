@@ -205,6 +205,16 @@ class SDXLBase:
                 undo.callback(layer.to_k.register_forward_hook(key(place, layer.heads)).remove)
             yield seen
 
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] -> latents (B, c, h, w) in float32."""
+        config, parameter = self.vae.config, next(self.vae.parameters())
+        latents = self.vae.encode((2 * pictures - 1).to(parameter)).latent_dist.mode().float()
+        if getattr(config, "latents_mean", None) is not None:
+            mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+            latents = (latents - mean) / std
+        return latents * config.scaling_factor
+
     def decode(self, latents: Tensor) -> Tensor:
         config = self.vae.config
         latents = latents / config.scaling_factor

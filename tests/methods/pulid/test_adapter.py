@@ -9,51 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from people import STEPS, anna, ben, distance, fresh, run, someone
 from torch import nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.identity import Identity
 from openpulid.methods.base import METHODS, Method, find
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
-
-STEPS = 3
-
-
-def someone(seed: int, photos: int = 1) -> Identity:
-    generator = torch.Generator().manual_seed(seed)
-    hidden = tuple(torch.randn(1, photos * 10, 8, generator=generator) for _ in range(5))
-    return Identity(torch.randn(1, photos, 12, generator=generator), hidden, {"tower": "abc"})
-
-
-def fresh(pipe: Any, seed: int = 0, encoder: nn.Module | None = None) -> PuLID:
-    """An adapter whose effect is plain to see."""
-    torch.manual_seed(seed)
-    adapter = PuLID.for_unet(pipe.unet, encoder or IDEncoder(12, 64, vit_dim=8, hidden_dim=16)).eval()
-    for layer in adapter.id_adapter_attn_layers.values():
-        nn.init.normal_(layer.id_to_k.weight, std=0.5)
-        nn.init.normal_(layer.id_to_v.weight, std=0.5)
-    return adapter
-
-
-def run(
-    pipe: Any, prompt: Any = "portrait", seed: int = 0, count: int = 1, guidance: float = 1.0, **options: Any
-) -> np.ndarray:
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    total = len(prompts) * count
-    return pipe(
-        prompts,
-        num_images_per_prompt=count,
-        num_inference_steps=STEPS,
-        guidance_scale=guidance,
-        generator=[torch.Generator().manual_seed(seed + k) for k in range(total)],
-        output_type="latent",
-        **options,
-    ).images.numpy()
-
-
-def distance(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max())
 
 
 @pytest.fixture
@@ -66,9 +28,6 @@ def adapter(pipe) -> PuLID:
     adapter = fresh(pipe)
     adapter.attach(pipe)
     return adapter
-
-
-anna, ben = someone(1), someone(2)
 
 
 def test_it_has_the_face_of_a_method(adapter) -> None:
@@ -144,7 +103,8 @@ def test_start_and_end_split_the_schedule(pipe, adapter) -> None:
     for start, end in ((0.0, 1 / 3), (1 / 3, 1.0), (0.0, 1.0), (0.9, 1.0)):
         steps: list[int] = []
         with adapter.use(anna, start=start, end=end):
-            injection = next(p for n, p in pipe.unet.attn_processors.items() if "attn2" in n).injection
+            (before,) = pipe.unet._forward_pre_hooks.values()
+            injection = before.__self__
 
             def note(pipe: Any, step: int, time: Any, kwargs: dict, injection=injection, steps=steps) -> dict:
                 steps.extend([step] * injection.calls[1].active)

@@ -1,8 +1,7 @@
 """Identity attention inside any SDXL-family U-Net of diffusers.
 
 Every cross-attention layer gets a second attention with the same queries and the identity's own keys and values; its
-output is added to the text's before the output projection. The processor that was there before keeps doing the text's
-part, so whatever it adds (LoRA, IP-Adapter, another attention kernel) stays.
+output is added to the text's before the output projection.
 
 Shapes: P prompts with an identity, J people in each, B batch of the U-Net, h heads, N tokens, d width of a
 head, L positions.
@@ -10,7 +9,6 @@ head, L positions.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +22,9 @@ from openpulid.errors import OptionError
 from openpulid.methods.pulid.projection import Projection, attend, contribution
 
 KeyValue = tuple[Tensor, Tensor]
+
+IN_USE = "_identity_in_use"
+"""The U-Net's attribute while somebody is: a second one would be added to the first without being asked."""
 
 
 class IdentityLayer(nn.Module):
@@ -192,39 +193,45 @@ def grid(height: int, width: int, positions: int) -> tuple[int, int]:
     return height, width
 
 
-class IdentityAttnProcessor(nn.Module):
-    """The processor of one cross-attention layer while an identity is in use.
+@dataclass
+class IdentityAttention:
+    """The identity's part of one cross-attention layer, between its two linear layers.
+
+    Two hooks: one keeps the queries that the layer's processor computes, the other adds the identity's output to what is on
+    its way into the output projection. The processor itself is left alone, so whatever it does (LoRA, IP-Adapter and its
+    scales, another attention kernel) it goes on doing.
 
     Args:
         place: the layer's published key.
+        heads: of the layer.
         injection: what is in use.
-        inner: the processor that was there before; it does the text's part.
     """
 
-    def __init__(self, place: str, injection: Injection, inner: Any) -> None:
-        super().__init__()
-        self.place, self.injection, self.inner = place, injection, inner
-        self.takes_masks = "ip_adapter_masks" in inspect.signature(inner.__call__).parameters
+    place: str
+    heads: int
+    injection: Injection
+    query: Tensor | None = None
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Any = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        ip_adapter_masks: Any = None,
-    ) -> Tensor:
-        """As diffusers calls it: (B, L, D) -> (B, L, D)."""
-        call = self.injection.calls[len(hidden_states)]
-        if call.active:
-            attn = _Tapped(attn, lambda query, text: self._with_identity(query, text, attn.heads, call))
-        options = {"ip_adapter_masks": ip_adapter_masks} if self.takes_masks else {}
-        return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **options)
+    def opened(self, attention: Any) -> Iterator[Any]:
+        """Both hooks on a layer; each has a `remove`."""
+        yield attention.to_q.register_forward_hook(self._keep)
+        yield attention.to_out[0].register_forward_pre_hook(self._join)
 
-    def _with_identity(self, query: Tensor, text: Tensor, heads: int, call: Call) -> Tensor:
+    def _keep(self, layer: Any, args: Any, query: Tensor) -> None:
+        self.query = query
+
+    def _join(self, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        text, query = args[0], self.query
+        self.query = None  # not kept longer than a processor does
+        call = self.injection.calls[len(text)]
+        if not call.active:
+            return None
+        assert query is not None, "a processor computes its queries through the layer's to_q"
+        return (self.joined(query, text, call), *args[1:])
+
+    def joined(self, query: Tensor, text: Tensor, call: Call) -> Tensor:
         """Queries (B, L, D) and the text's output (B, L, D) -> the output with every identity's added."""
-        query = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+        query = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         keys, values = (x.to(query.dtype) for x in call.keys_values[self.place])
         regions = call.regions(query.shape[2])
         projection = self.injection.projection
@@ -239,53 +246,22 @@ class IdentityAttnProcessor(nn.Module):
         return (text + self.injection.scale * added).to(text.dtype)
 
 
-class _Tapped:
-    """A view of an attention layer that any processor can work with: it remembers the queries that are
-    computed through it and lets the identity join the text's output on its way into the output projection."""
-
-    def __init__(self, attention: Any, add: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._attention, self._add = attention, add
-        self._query: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._attention, name)
-
-    def to_q(self, x: Tensor, *args: Any) -> Tensor:
-        self._query = self._attention.to_q(x, *args)
-        return self._query
-
-    @property
-    def to_out(self) -> list[Callable[..., Tensor]]:
-        return [self._project, *list(self._attention.to_out)[1:]]
-
-    def _project(self, text: Tensor, *args: Any) -> Tensor:
-        assert self._query is not None, "a processor computes its queries through the layer's to_q"
-        return self._attention.to_out[0](self._add(self._query, text), *args)
-
-
 @contextmanager
 def injected(unet: nn.Module, injection: Injection) -> Iterator[None]:
-    """The U-Net with the identity's processors in place; they are gone again afterwards, whatever happens inside.
+    """The U-Net with an identity in use; nothing of it is left afterwards, whatever happens inside.
 
     Raises:
         OptionError: another identity is in use on this U-Net.
     """
-    layers = cross_attentions(unet)
-    if any(isinstance(attention.processor, IdentityAttnProcessor) for attention in layers.values()):
+    if getattr(unet, IN_USE, False):
         raise OptionError(
             "an identity is already in use on this pipeline; close it first, or give `use` all identities as one list."
         )
     with ExitStack() as undo:
-        hook = unet.register_forward_pre_hook(injection.before, with_kwargs=True)
-        undo.callback(hook.remove)
-        for place, attention in layers.items():
-            processor = IdentityAttnProcessor(place, injection, attention.processor)
-            attention.set_processor(processor)
-            undo.callback(_restore, attention, processor)
+        setattr(unet, IN_USE, True)
+        undo.callback(delattr, unet, IN_USE)
+        undo.callback(unet.register_forward_pre_hook(injection.before, with_kwargs=True).remove)
+        for place, attention in cross_attentions(unet).items():
+            for hook in IdentityAttention(place, attention.heads, injection).opened(attention):
+                undo.callback(hook.remove)
         yield
-
-
-def _restore(attention: Any, processor: IdentityAttnProcessor) -> None:
-    # whoever changed the processors meanwhile (a loaded IP-Adapter) keeps theirs
-    if attention.processor is processor:
-        attention.set_processor(processor.inner)

@@ -1,0 +1,69 @@
+"""Measuring side by side: candidates by turns in one process, medians, and their ratios to the first."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+
+def by_turns(
+    candidates: Mapping[str, Callable[[], float]], rounds: int = 5, on_progress: Callable[[int, int], None] | None = None
+) -> dict[str, float]:
+    """Median seconds of each candidate over the rounds, after one of each that does not count.
+
+    Args:
+        candidates: run once when called, and say how many seconds of it count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + 1):
+        for k, (name, candidate) in enumerate(candidates.items()):
+            spent = candidate()
+            if turn:
+                seconds[name].append(spent)
+            if on_progress:
+                on_progress(turn * len(candidates) + k + 1, (rounds + 1) * len(candidates))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of `work`, with everything done that it has asked of the device."""
+    wait(device)
+    begun = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - begun
+
+
+def wait(device: torch.device) -> None:
+    """Until an accelerator has done what it was asked for."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def reset_peak(device: torch.device) -> None:
+    """From here on `peak` counts."""
+    if device.type != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats()
+        return
+    with suppress(OSError):  # Linux: the process's own high-water mark
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> float | None:
+    """GiB at most since `reset_peak`; None where nobody knows.
+
+    On a CPU it is the process's high-water mark, which freed but kept blocks blur: trust it on an accelerator only.
+    """
+    if device.type != "cpu":
+        return round(torch.get_device_module(device).max_memory_allocated() / 2**30, 2)
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return round(int(found[1]) / 2**20, 2) if found else None

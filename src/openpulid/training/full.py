@@ -1,0 +1,86 @@
+"""PuLID's training at full size: photographs, any number of SDXL bases, and the published names in what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openpulid.errors import OptionError
+from openpulid.faces.embed import FaceEmbedder
+from openpulid.identity.photos import PhotoFeatures
+from openpulid.methods.pulid.adapter import PuLID
+from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
+from openpulid.training.bases import SDXLBase
+from openpulid.training.checkpoint import save_adapter
+from openpulid.training.data import Draw
+from openpulid.training.loop import Result, run
+from openpulid.training.photos import INDEX, Photographs
+from openpulid.training.recipe import Recipe
+from openpulid.training.task import PuLIDTask
+
+
+def train(
+    recipe: Recipe,
+    data: Path,
+    folder: Path,
+    *,
+    base: SDXLBase,
+    features: PhotoFeatures,
+    fast: Sequence[SDXLBase] = (),
+    faces: FaceEmbedder | None = None,
+    held_out: Path | None = None,
+    begin: Path | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    encoder: dict[str, Any] | None = None,
+) -> tuple[PuLID, Result]:
+    """Trains an adapter on a folder of photographs, or continues; writes `adapter.safetensors` into `folder`.
+
+    The frozen parts compute in the precision that they are in, the adapter in float32.
+
+    Args:
+        data: pictures with a sentence beside each, `NAME.jpg` and `NAME.txt`.
+        base: of the diffusion branch; fast: those of the lightning branch, taken by turns and by ranks.
+        features: reads the faces; faces: sees them for the ID loss, with another recogniser.
+        held_out: pictures of people who are not trained on.
+        begin: the adapter that the recipe continues.
+        steps, minutes: shorten it.
+        encoder: sizes of the identity encoder that differ from the published ones.
+
+    Raises:
+        OptionError: the recipe continues an adapter and none is named; or it lacks what its losses need.
+        TrainingError: no picture with a sentence and a face.
+    """
+    if recipe.begin and begin is None:
+        raise OptionError(f"{recipe.name} continues {recipe.begin}: name its adapter with --begin.")
+    recipe = replace(recipe, steps=min(steps or recipe.steps, recipe.steps))
+    pixels = recipe.pixels or base.unet.config.sample_size * base.pipe.vae_scale_factor
+    known = {"base": base, "features": features, "batch": recipe.batch, "pixels": pixels, "seen": recipe.id_loss != "none"}
+    source = Photographs.open(data, folder / INDEX, **known)
+    others = Photographs.open(held_out, folder / f"held-out-{INDEX}", **known) if held_out else None
+    torch.manual_seed(recipe.seed)
+    adapter = fresh_adapter(recipe, base, source, encoder or {})
+    if begin is not None:
+        adapter.load_state_dict(PuLID.load(begin).state_dict())
+    task = PuLIDTask(recipe, base, adapter, source, others, fast=fast, faces=faces)
+    result = run(task, recipe.schedule(), folder, minutes=minutes, device=base.device)
+    save_adapter(adapter, folder / "adapter.safetensors", recipe, result)
+    return adapter, result
+
+
+def fresh_adapter(recipe: Recipe, base: SDXLBase, source: Photographs, sizes: dict[str, Any]) -> PuLID:
+    """An untrained adapter of the recipe's encoder; the widths that it reads are those of the source's features."""
+    seen = Photographs(
+        source.folder, source.names[:1], source.faces[:1], source.base, source.features, 1, source.pixels, False
+    ).batch(Draw(recipe.seed, 0))
+    tokens = base.unet.config.cross_attention_dim
+    read = {"width": seen.id_cond.shape[-1], "vit_dim": seen.hidden[0].shape[-1], "hidden_dim": recipe.encoder_width}
+    if recipe.encoder == "IDEncoder":
+        encoder: IDEncoder | IDFormer = IDEncoder(**{"context_dim": tokens, **read, **sizes})
+    else:
+        encoder = IDFormer(**{"output_dim": tokens, **read, **sizes})
+    return PuLID.for_unet(base.unet, encoder).to(base.device, torch.float32)

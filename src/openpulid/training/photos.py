@@ -1,0 +1,153 @@
+"""Photographs to train on: a folder of pictures, each with its sentence beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from openpulid.errors import PictureError, TrainingError
+from openpulid.faces.face import Face
+from openpulid.identity.photos import PhotoFeatures
+from openpulid.images import open_picture
+from openpulid.training.bases import SDXLBase
+from openpulid.training.data import Draw
+from openpulid.training.task import Batch
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tiff"}
+INDEX = "faces.json"
+
+
+class Photographs:
+    """A `training.task.Source`: squares of photographs, the face in each, its features, and their sentences.
+
+    Where faces are is found once and kept; features and latents are computed as they are needed, because those of a large
+    collection fit no disk.
+
+    Args:
+        names: pictures in `folder` with a face, and where their sentences are (`NAME.txt` beside each).
+        faces: for each the box (4) and the landmarks (10) in pixels of the picture.
+        base: whose autoencoder makes the latents.
+        features: reads the faces.
+        batch: pictures per step, over all processes.
+        pixels: width and height of the squares.
+        seen: whether the pictures themselves are wanted too, for an ID loss.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        names: Sequence[str],
+        faces: np.ndarray,
+        base: SDXLBase,
+        features: PhotoFeatures,
+        batch: int,
+        pixels: int,
+        seen: bool = True,
+    ) -> None:
+        self.folder, self.names, self.faces = folder, list(names), faces
+        self.base, self.features, self.size, self.pixels, self.seen = base, features, batch, pixels, seen
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        index: Path,
+        base: SDXLBase,
+        features: PhotoFeatures,
+        batch: int,
+        pixels: int,
+        seen: bool = True,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Photographs:
+        """The pictures of a folder that have a sentence and show a face; `index` remembers where the faces are.
+
+        Raises:
+            TrainingError: there is none.
+        """
+        names = sorted(
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.suffix.lower() in SUFFIXES and path.with_suffix(".txt").is_file()
+        )
+        known: dict[str, list[float] | None] = json.loads(index.read_text("utf-8")) if index.is_file() else {}
+        for done, name in enumerate(names, 1):
+            if name not in known:
+                known[name] = _where(folder / name, features)
+            if on_progress:
+                on_progress(done, len(names))
+        index.parent.mkdir(parents=True, exist_ok=True)
+        index.write_text(json.dumps(known), "utf-8")
+        found = {name: place for name in names if (place := known[name])}
+        if not found:
+            raise TrainingError(
+                f"{folder}: none of {len(names)} pictures with a sentence shows a face; put NAME.txt beside NAME.jpg."
+            )
+        if len(found) < len(names):
+            logger.warning("%s: %d of %d pictures are left out, they show no face", folder, len(names) - len(found), len(names))
+        return cls(folder, list(found), np.array(list(found.values()), np.float32), base, features, batch, pixels, seen)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @torch.no_grad()
+    def batch(self, draw: Draw) -> Batch:
+        """The rank's part of the global batch; always the same square of a picture, the one nearest around its face."""
+        rows = draw.indices(len(self), self.size).tolist()
+        squares, faces = zip(*(self._square(row) for row in rows), strict=True)
+        pictures = torch.stack(squares).to(self.base.device)
+        latents = self.base.encode(pictures)
+        identities = self.features.identities(faces)
+        return Batch(
+            latents=latents,
+            masks=_masks(faces, self.pixels, latents.shape[-1]).to(latents.device),
+            prompts=[self._sentence(row) for row in rows],
+            id_cond=torch.cat([identity.id_cond[:, 0] for identity in identities]),
+            hidden=[torch.cat(level) for level in zip(*(identity.hidden for identity in identities), strict=True)],
+            pictures=pictures if self.seen else None,
+        )
+
+    def _sentence(self, row: int) -> str:
+        return (self.folder / self.names[row]).with_suffix(".txt").read_text("utf-8").strip()
+
+    def _square(self, row: int) -> tuple[Tensor, Face]:
+        """(3, pixels, pixels) in [0, 1], and the face in it."""
+        image = open_picture(self.folder / self.names[row])
+        box, five = self.faces[row, :4], self.faces[row, 4:].reshape(5, 2)
+        side = min(image.size)
+        centre = (box[:2] + box[2:]) / 2
+        corner = np.clip(centre - side / 2, 0, np.array(image.size) - side).round().astype(int)
+        crop = image.crop((*corner, *(corner + side))).resize((self.pixels, self.pixels), Image.Resampling.LANCZOS)
+        square = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 255
+        scale = self.pixels / side
+        placed = torch.from_numpy((box.reshape(2, 2) - corner) * scale).flatten().float()
+        return square, Face(square, placed, torch.from_numpy((five - corner) * scale).float(), 1.0)
+
+
+def _where(path: Path, features: PhotoFeatures) -> list[float] | None:
+    """Box and landmarks of the largest face of a picture; None without one, or where the file is no picture."""
+    try:
+        image = open_picture(path)
+    except PictureError as error:
+        logger.warning("%s", error)
+        return None
+    faces = features.find(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
+    return [round(v, 2) for v in (*faces[0].box.tolist(), *faces[0].landmarks.flatten().tolist())] if faces else None
+
+
+def _masks(faces: Sequence[Face], pixels: int, side: int) -> Tensor:
+    """(B, 1, side, side): the share of each latent position that is in the face's box."""
+    masks = torch.zeros(len(faces), 1, pixels, pixels)
+    for mask, face in zip(masks, faces, strict=True):
+        x1, y1, x2, y2 = (int(v) for v in face.box.round())
+        mask[:, max(y1, 0) : y2, max(x1, 0) : x2] = 1
+    return interpolate(masks, (side, side), mode="area")

@@ -1,0 +1,165 @@
+"""Training on a folder of photographs, at the size of a test: which pictures count, what a batch holds, all three stages."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import tiny
+import torch
+from facexlib.parsing.bisenet import BiSeNet
+from facexlib.recognition.arcface_arch import Backbone
+from photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recogniser_file
+from PIL import Image
+from safetensors.torch import load_file
+
+from openpulid.errors import OptionError, TrainingError, WeightsError
+from openpulid.faces.photos import (
+    ARCFACE_TEMPLATE,
+    ArcFace,
+    FaceParser,
+    PhotoFinder,
+    arcface_crop,
+    arcface_ir_se50,
+    photo_embedder,
+)
+from openpulid.identity.photos import PhotoFeatures
+from openpulid.identity.vision import VisionTower
+from openpulid.training.bases import SDXLBase
+from openpulid.training.data import Draw
+from openpulid.training.full import train
+from openpulid.training.photos import Photographs
+from openpulid.training.recipe import find
+
+pytestmark = needs_detector
+PIXELS = 64
+SMALL = {"encoder_width": 16, "batch": 2, "warmup": 1, "validate_every": 100, "fast_batch": 1, "pixels": PIXELS, "bf16": False}
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> PhotoFeatures:
+    torch.manual_seed(0)
+    tower = VisionTower(img_size=32, patch_size=8, embed_dim=8, depth=5, num_heads=2, num_classes=4, ref_grid=None).eval()
+    recogniser = ArcFace.load(recogniser_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12))
+    return PhotoFeatures(PhotoFinder.load(DETECTOR), recogniser, FaceParser(BiSeNet(num_class=19)), tower)
+
+
+@pytest.fixture
+def base() -> SDXLBase:
+    pipe = tiny.pipe()
+    pipe.unet.register_to_config(sample_size=PIXELS // pipe.vae_scale_factor)
+    return SDXLBase(pipe)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("hinton.jpeg", "lecun.jpg"):
+        Image.open(PHOTOS / name).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text("portrait of a person\n")
+    (folder / "more").mkdir()
+    Image.fromarray(skimage.data.astronaut()).save(folder / "more" / "astronaut.png")
+    (folder / "more" / "astronaut.txt").write_text("a person")
+    Image.new("RGB", (200, 200), "gray").save(folder / "wall.png")
+    (folder / "wall.txt").write_text("a person")
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "broken.txt").write_text("a person")
+    Image.open(GROUP).save(folder / "without-a-sentence.jpg")
+    return folder
+
+
+def opened(folder: Path, base: SDXLBase, features: PhotoFeatures, index: Path, batch: int = 3) -> Photographs:
+    return Photographs.open(folder, index, base, features, batch, PIXELS)
+
+
+def test_pictures_with_a_sentence_and_a_face_count(folder, base, features, tmp_path, caplog) -> None:
+    photos = opened(folder, base, features, tmp_path / "faces.json")
+    assert photos.names == ["hinton.jpeg", "lecun.jpg", "more/astronaut.png"]
+    assert "2 of 5 pictures are left out" in caplog.text and "broken.png" in caplog.text
+    assert json.loads((tmp_path / "faces.json").read_text())["wall.png"] is None
+    features_of_nobody = PhotoFeatures(None, None, None, features.tower)  # found once: nobody is asked again
+    assert opened(folder, base, features_of_nobody, tmp_path / "faces.json").names == photos.names
+
+
+def test_a_batch(folder, base, features, tmp_path) -> None:
+    photos = opened(folder, base, features, tmp_path / "faces.json")
+    batch = photos.batch(Draw(0, 0))
+    side = PIXELS // base.pipe.vae_scale_factor
+    assert batch.latents.shape == (3, 4, side, side) and batch.masks.shape == (3, 1, side, side)
+    assert batch.id_cond.shape == (3, 16) and [x.shape for x in batch.hidden] == [(3, 17, 8)] * 5
+    assert sorted(batch.prompts) == ["a person", "portrait of a person", "portrait of a person"]
+    assert batch.pictures.shape == (3, 3, PIXELS, PIXELS) and 0.02 < batch.masks.mean() < 0.6
+    torch.testing.assert_close(batch.latents, base.encode(batch.pictures))
+    again = photos.batch(Draw(0, 0))
+    assert torch.equal(batch.latents, again.latents) and torch.equal(batch.id_cond, again.id_cond)
+    two = [photos.batch(Draw(0, 0, rank, 3)).prompts for rank in range(3)]
+    assert [p for part in two for p in part] == list(batch.prompts)
+
+
+def test_the_face_is_in_its_square(folder, base, features, tmp_path) -> None:
+    photos = opened(folder, base, features, tmp_path / "faces.json")
+    for row in range(len(photos)):
+        square, face = photos._square(row)
+        assert square.shape == (3, PIXELS, PIXELS)
+        assert ((face.landmarks >= 0) & (face.landmarks <= PIXELS)).all()
+        assert face.landmarks[0, 0] < face.landmarks[1, 0]
+
+
+def test_the_base_sees_what_it_decodes(base) -> None:
+    """Encoding undoes decoding's scale: what differs is the autoencoder, and a random one has no inverse."""
+    pictures = torch.rand(1, 3, PIXELS, PIXELS)
+    raw = base.vae.encode(2 * pictures - 1).latent_dist.mode()
+    torch.testing.assert_close(base.encode(pictures), raw * base.vae.config.scaling_factor)
+
+
+def test_all_three_stages(folder, base, features, tmp_path) -> None:
+    torch.manual_seed(0)
+    faces = photo_embedder(features.finder, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval())
+    frozen = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    begin = None
+    for stage in (1, 2, 3):
+        recipe = replace(find(f"sdxl_stage{stage}"), steps=2, **SMALL)
+        out = tmp_path / str(stage)
+        known = {"fast": [base], "faces": faces} if stage > 1 else {}
+        adapter, result = train(recipe, folder, out, base=base, features=features, begin=begin, held_out=folder, **known)
+        begin = out / "adapter.safetensors"
+        assert result.steps == 2 and np.isfinite(list(result.losses.values())).all()
+        assert {"held_out_own", "held_out_none"} <= set(result.metrics)
+        assert set(load_file(begin)) == set(adapter.state_dict())
+    assert all(torch.equal(value, frozen[name]) for name, value in base.unet.state_dict().items())
+
+
+def test_what_is_missing_is_said(folder, base, features, tmp_path) -> None:
+    with pytest.raises(OptionError, match="sdxl_stage2 continues sdxl_stage1"):
+        train(find("sdxl_stage2"), folder, tmp_path, base=base, features=features)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TrainingError, match="none of 0 pictures"):
+        opened(tmp_path / "empty", base, features, tmp_path / "faces.json")
+    torch.save({"a": torch.ones(1)}, tmp_path / "arcface.pth")
+    with pytest.raises(WeightsError, match="not facexlib's ArcFace"):
+        arcface_ir_se50(tmp_path / "arcface.pth")
+
+
+def test_the_id_losss_crop_is_in_place_blue_first_and_differentiable() -> None:
+    image = torch.rand(1, 3, 200, 200, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    landmarks = (ARCFACE_TEMPLATE + 0.5 + torch.tensor([30.0, 20.0]))[None]
+    crop = arcface_crop(image, torch.zeros(1, 1, 200, 200), landmarks)
+    torch.testing.assert_close(crop, 2 * image[:, :, 20:132, 30:142].flip(1) - 1, atol=1e-4, rtol=0)
+    crop.square().sum().backward()
+    assert image.grad[:, :, 20:132, 30:142].abs().min() >= 0 and image.grad.abs().sum() > 0
+
+
+def test_the_id_loss_sees_photographs(features) -> None:
+    torch.manual_seed(0)
+    embedder = photo_embedder(features.finder, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval())
+    photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
+    pictures = torch.stack([photo, torch.full_like(photo, 0.5)]).requires_grad_(True)
+    seen = embedder(pictures)
+    assert seen.found.tolist() == [True, False] and seen.embeddings.shape == (2, 512)
+    torch.testing.assert_close(seen.embeddings.norm(dim=1), torch.tensor([1.0, 0.0]))
+    seen.embeddings.sum().backward()
+    assert pictures.grad[0].abs().sum() > 0 and pictures.grad[1].abs().sum() == 0
