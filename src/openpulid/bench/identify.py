@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def measure(
     from facexlib.recognition.arcface_arch import Backbone
 
     torch.manual_seed(0)
-    finder = _on(RetinaFace(network_name="mobilenet0.25", device=device), device)
+    finder = _on(RetinaFace(network_name="mobile0.25", device=device), device)
     second = _on(RetinaFace(network_name="resnet50", device=device), device)
     arcface = _on(Backbone(num_layers=100, drop_ratio=0.6, mode="ir"), device)
     parser = _on(BiSeNet(num_class=19), device)
@@ -69,7 +70,7 @@ def measure(
         "encode": encode(half),
         "encode, float32": encode(torch.float32),
     }
-    found = by_turns({k: (lambda f=f: timed(f, device)) for k, f in work.items()}, rounds, on_progress)
+    found = by_turns({name: partial(timed, stage, device) for name, stage in work.items()}, rounds, on_progress)
     pairs = {name: (found[name], found.get(f"{name}, float32", found[name])) for name in ("detect", "recognise", "parse")}
     stages = [Stage(name, *pair) for name, pair in pairs.items()]
     stages.append(Stage("detect again", None, found["detect again"]))

@@ -59,7 +59,13 @@ def train(
         raise OptionError(f"{recipe.name} continues {recipe.begin}: name its adapter with --begin.")
     recipe = replace(recipe, steps=min(steps or recipe.steps, recipe.steps))
     pixels = recipe.pixels or base.unet.config.sample_size * base.pipe.vae_scale_factor
-    known = {"base": base, "features": features, "batch": recipe.batch, "pixels": pixels, "seen": recipe.id_loss != "none"}
+    known: dict[str, Any] = {
+        "base": base,
+        "features": features,
+        "batch": recipe.batch,
+        "pixels": pixels,
+        "seen": recipe.id_loss != "none",
+    }
     source = Photographs.open(data, folder / INDEX, **known)
     others = Photographs.open(held_out, folder / f"held-out-{INDEX}", **known) if held_out else None
     torch.manual_seed(recipe.seed)
