@@ -178,8 +178,10 @@ def test_published_files_by_their_variants(tiny_pipeline, tmp_path) -> None:
     assert isinstance(loaded.id_adapter, IDFormer) and loaded.id_adapter.config["dim"] == 16
     with pytest.raises(WeightsError, match="size mismatch"):
         PuLID.from_pretrained(tmp_path, variant="v1")
-    with pytest.raises(OptionError, match=r"v1 and v1\.1"):
+    with pytest.raises(OptionError, match=r"v1, v1\.1, flux-v0"):
         PuLID.from_pretrained(tmp_path, variant="v2")
+    with pytest.raises(WeightsError, match=r"pulid_flux_v0\.9\.1\.safetensors does not exist"):
+        PuLID.from_pretrained(tmp_path, variant="flux-v0.9.1")
     with pytest.raises(WeightsError, match="guozinan/PuLID"):
         PuLID.from_pretrained("somebody/else")
 

@@ -18,6 +18,7 @@ from openpulid import published
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.attachment import MARK, Attachment, unet_of
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
+from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.methods.pulid.projection import PROJECTIONS, Projection
 from openpulid.methods.pulid.regions import People, Person, people_by_prompt, stacked
 from openpulid.methods.pulid.unet import (
@@ -29,6 +30,8 @@ from openpulid.methods.pulid.unet import (
     injected,
 )
 from openpulid.weights import read_metadata, read_tensors
+
+VARIANTS = ("v1", "v1.1", "flux-v0.9.0", "flux-v0.9.1")
 
 
 class PuLID(nn.Module):
@@ -88,24 +91,27 @@ class PuLID(nn.Module):
         return cls.from_state_dict(state, encoder)
 
     @classmethod
-    def from_pretrained(cls, repo_or_folder: str | os.PathLike[str] = "guozinan/PuLID", variant: str = "v1.1") -> PuLID:
+    def from_pretrained(
+        cls, repo_or_folder: str | os.PathLike[str] = "guozinan/PuLID", variant: str = "v1.1"
+    ) -> PuLID | PuLIDFlux:
         """The published adapter: from a folder that holds its file, or from the hub, downloaded where it is not here yet.
 
         Args:
-            variant: "v1" or "v1.1".
+            variant: "v1" or "v1.1" for SDXL; "flux-v0.9.0" or "flux-v0.9.1", which give a `PuLIDFlux`.
 
         Raises:
             OptionError: another variant.
             WeightsError: it could not be had, or is not what it says.
         """
-        if variant not in ("v1", "v1.1"):
-            raise OptionError(f"there is no variant {variant!r} of PuLID on SDXL; the published ones are v1 and v1.1.")
+        if variant not in VARIANTS:
+            raise OptionError(f"there is no variant {variant!r} of PuLID; the published ones are {', '.join(VARIANTS)}.")
         entry = published.weight(f"pulid-{variant}")
+        load = PuLIDFlux.load if variant.startswith("flux") else cls.load
         if Path(repo_or_folder).is_dir():
-            return cls.load(Path(repo_or_folder) / entry.file)
+            return load(Path(repo_or_folder) / entry.file)
         if os.fspath(repo_or_folder) != entry.repo:
             raise WeightsError(f"{repo_or_folder} is no folder; the published adapters are in {entry.repo}.")
-        return cls.load(published.get(f"pulid-{variant}"))
+        return load(published.get(f"pulid-{variant}"))
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], encoder: IDEncoder | IDFormer) -> PuLID:

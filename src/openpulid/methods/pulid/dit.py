@@ -1,0 +1,215 @@
+"""Identity attention inside diffusers' FLUX transformer: a cross-attention of the image tokens after every few blocks.
+
+Forward hooks on the blocks, which return (text, image), add it to the image's tokens; no `forward` is replaced, so LoRA,
+ControlNet, quantised layers, caching, offloading and gradient checkpointing go on as they were.
+
+Shapes: B batch, P prompts, J people, N identity tokens, L image tokens (those being made, then references), h heads of width d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, scaled_dot_product_attention
+
+from openpulid.errors import OptionError
+from openpulid.methods.pulid.unet import IN_USE
+
+KeyValue = tuple[Tensor, Tensor]  # (J, P, h, N, d) twice: of P prompts with J people each
+
+
+class PerceiverCrossAttention(nn.Module):
+    """Image tokens read identity tokens; published names (PuLID for FLUX).
+
+    Args:
+        dim: width of the image tokens.
+        dim_head, heads: of the attention.
+        kv_dim: width of the identity tokens.
+    """
+
+    def __init__(self, dim: int = 3072, dim_head: int = 128, heads: int = 16, kv_dim: int = 2048) -> None:
+        super().__init__()
+        inner = dim_head * heads
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(kv_dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(kv_dim, inner * 2, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def keys_values(self, tokens: Tensor) -> KeyValue:
+        """(..., N, kv_dim) -> keys and values (..., h, N, d): the half that does not change from step to step."""
+        key, value = self.to_kv(self.norm1(tokens)).chunk(2, dim=-1)
+        return self._split(key), self._split(value)
+
+    def attend(self, image: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(B, L, dim) and (B, h, N, d) twice -> (B, L, dim)."""
+        query = self._split(self.to_q(self.norm2(image)))
+        out = scaled_dot_product_attention(query, key, value)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """(B, N, kv_dim), (B, L, dim) -> (B, L, dim)."""
+        return self.attend(image, *self.keys_values(tokens))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+
+@dataclass
+class Turn:
+    """Where a run of the transformer stands: which step this call belongs to, and whether it is the negative one."""
+
+    step: int = -1
+    calls: int = 0
+    _time: float | None = None
+    _schedule: Any = None
+
+    def note(self, time: float, schedule: Any = None) -> None:
+        """One more call at a time that falls from 1 to 0. A rising time, or a new schedule, begins a new run; a second call
+        at the same time is that of the negative prompt."""
+        if self._time is None or time > self._time or schedule is not self._schedule:
+            self.step, self.calls = 0, 0
+        elif time < self._time:
+            self.step, self.calls = self.step + 1, 0
+        else:
+            self.calls += 1
+        self._time, self._schedule = time, schedule
+
+    @property
+    def negative(self) -> bool:
+        return self.calls % 2 == 1
+
+
+@dataclass
+class FluxInjection:
+    """One opened identity on one transformer: everything that is active lives here and goes with it.
+
+    Attributes:
+        layers: the cross-attentions by block, ("double" | "single", index).
+        keys_values: of each, (J, P, h, N, d) twice.
+        negative: computes the same for nobody, P = J = 1, when a negative prompt first asks for it.
+        acts: whether the identity acts in step i of n (n is None for a bare transformer).
+        cfg_from: the first step of true guidance; before it the negative call gives what the positive one gave.
+        masks: (P, J, H, W) in [0, 1], or None: everywhere.
+    """
+
+    layers: Mapping[tuple[str, int], PerceiverCrossAttention]
+    keys_values: Mapping[tuple[str, int], KeyValue]
+    negative: Callable[[], Mapping[tuple[str, int], KeyValue]]
+    acts: Callable[[int, int | None], bool]
+    scale: float = 1.0
+    cfg_from: int = 0
+    masks: Tensor | None = None
+    schedule: Callable[[], tuple[Any, int | None]] = lambda: (None, None)  # an object of the run, and how many steps it has
+    turn: Turn = field(default_factory=Turn)
+    active: bool = False
+    made: int | None = None  # image tokens that are being made; what follows them are references
+    regions: Tensor | None = None  # (J, B, L, 1)
+    _nobody: Mapping[tuple[str, int], KeyValue] | None = None
+    _positive: Any = None
+
+    def before(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the transformer: finds out what this call is."""
+        names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        run, steps = self.schedule()
+        self.turn.note(float(given["timestep"].flatten()[0]), run)
+        self.active = self.acts(self.turn.step, steps)
+        if not self.active:
+            return
+        ids = given["img_ids"][0] if given["img_ids"].ndim == 3 else given["img_ids"]
+        own = ids[:, 0] == 0
+        self.made = None if bool(own.all()) else int(own.sum())
+        self.regions = self._regions(ids[own], len(given["hidden_states"]))
+        if self.turn.negative and self._nobody is None:
+            self._nobody = self.negative()
+
+    def after(self, transformer: Any, args: Any, output: Any) -> Any:
+        """Forward hook of the transformer: before true guidance begins, negative is positive, so that nothing is guided."""
+        if not self.turn.negative:
+            self._positive = output if self.turn.step < self.cfg_from else None
+            return None
+        return self._positive if self.turn.step < self.cfg_from else None
+
+    def join(self, place: tuple[str, int]) -> Callable[..., Any]:
+        """The forward hook of one block."""
+        layer = self.layers[place]
+
+        def hook(block: Any, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+            if not self.active:
+                return None
+            text, image = output
+            known = self._nobody if self.turn.negative and self._nobody is not None else self.keys_values
+            return text, self._with_identity(image, layer, known[place])
+
+        return hook
+
+    def _with_identity(self, image: Tensor, layer: PerceiverCrossAttention, pair: KeyValue) -> Tensor:
+        made = image if self.made is None else image[:, : self.made]
+        parameter = layer.to_q.weight
+        seen = made.to(parameter.device, parameter.dtype)
+        added = None
+        for person in range(len(pair[0])):
+            key, value = (self._rows(x[person], len(image)).to(seen) for x in pair)
+            one = layer.attend(seen, key, value)
+            if self.regions is not None:  # nobody is in everybody's region
+                region = self.regions[person] if len(pair[0]) == len(self.regions) else self.regions.sum(0)
+                one = one * region.to(one)
+            added = one if added is None else added + one
+        assert added is not None, "an open identity has at least one person"
+        made = made + (self.scale * added).to(made)
+        return made if self.made is None else torch.cat([made, image[:, self.made :]], dim=1)
+
+    @staticmethod
+    def _rows(x: Tensor, batch: int) -> Tensor:
+        """(P, ...) -> (B, ...): each prompt's images follow one another."""
+        if batch % len(x):
+            raise OptionError(f"{len(x)} identities do not fit {batch} images; give one identity, or one per prompt.")
+        return x.repeat_interleave(batch // len(x), dim=0)
+
+    def _regions(self, ids: Tensor, batch: int) -> Tensor | None:
+        """Each person's region on the grid of latent tokens, (J, B, L, 1)."""
+        if self.masks is None:
+            return None
+        height, width = (int(ids[:, axis].max()) + 1 for axis in (1, 2))
+        small = interpolate(self.masks.float(), (height, width), mode="area")  # (P, J, h, w)
+        return self._rows(small, batch).flatten(2).transpose(0, 1)[..., None]
+
+
+def places(transformer: Any, double_interval: int = 2, single_interval: int = 4) -> list[tuple[str, int]]:
+    """The blocks that an identity joins after, in the order of the published `pulid_ca.K`."""
+    doubles = range(0, len(transformer.transformer_blocks), double_interval)
+    singles = range(0, len(transformer.single_transformer_blocks), single_interval)
+    return [*(("double", i) for i in doubles), *(("single", i) for i in singles)]
+
+
+@contextmanager
+def injected_flux(transformer: Any, injection: FluxInjection) -> Iterator[None]:
+    """The transformer with an identity in use; nothing of it is left afterwards, whatever happens inside.
+
+    Raises:
+        OptionError: another identity is in use on it.
+    """
+    if getattr(transformer, IN_USE, False):
+        raise OptionError(
+            "an identity is already in use on this pipeline; close it first, or give `use` all identities as one list."
+        )
+    blocks: dict[str, Sequence[nn.Module]] = {
+        "double": transformer.transformer_blocks,
+        "single": transformer.single_transformer_blocks,
+    }
+    with ExitStack() as undo:
+        setattr(transformer, IN_USE, True)
+        undo.callback(delattr, transformer, IN_USE)
+        undo.callback(transformer.register_forward_pre_hook(injection.before, with_kwargs=True).remove)
+        undo.callback(transformer.register_forward_hook(injection.after).remove)
+        for kind, index in injection.layers:
+            hook = blocks[kind][index].register_forward_hook(injection.join((kind, index)))
+            undo.callback(hook.remove)
+        yield

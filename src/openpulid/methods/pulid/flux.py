@@ -1,0 +1,283 @@
+"""PuLID on FLUX: the adapter that is loaded, attached to a pipeline, and opened around a generation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from openpulid.errors import OptionError, WeightsError
+from openpulid.methods.pulid.attachment import MARK
+from openpulid.methods.pulid.dit import FluxInjection, KeyValue, PerceiverCrossAttention, injected_flux, places
+from openpulid.methods.pulid.encoders import IDFormer
+from openpulid.methods.pulid.regions import People, Person, people_by_prompt, stacked
+from openpulid.weights import read_tensors
+
+
+class PuLIDFlux(nn.Module):
+    """Identity encoder and perceiver cross-attentions; `state_dict` has the published names (v0.9.0 and v0.9.1).
+
+    The same face as `PuLID`: nothing of an attached pipeline changes before `use` opens, and everything is as it was when it
+    closes.
+
+    Args:
+        encoder: an `IDFormer`.
+        layers: as many as there are blocks to join after; 20 in FLUX.
+        double_interval, single_interval: after how many blocks of each kind the identity joins.
+    """
+
+    def __init__(self, encoder: IDFormer, layers: nn.ModuleList, double_interval: int = 2, single_interval: int = 4) -> None:
+        super().__init__()
+        self.pulid_encoder = encoder
+        self.pulid_ca = layers
+        self.double_interval, self.single_interval = double_interval, single_interval
+        self._targets: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_targets": []}  # a copy serves no pipeline
+
+    @classmethod
+    def for_transformer(cls, transformer: Any, encoder: IDFormer, **sizes: Any) -> PuLIDFlux:
+        """A fresh adapter for a transformer's blocks: until it is trained it changes nothing (outputs start at zero).
+
+        Args:
+            sizes: dim_head and heads of `PerceiverCrossAttention`, and the two intervals.
+        """
+        intervals = {name: sizes.pop(name) for name in ("double_interval", "single_interval") if name in sizes}
+        known = {"dim": transformer.inner_dim, "kv_dim": encoder.config["output_dim"], **sizes}
+        layers = nn.ModuleList(PerceiverCrossAttention(**known) for _ in places(transformer, **intervals))
+        adapter = cls(encoder, layers, **intervals)
+        for layer in adapter._layers():
+            nn.init.zeros_(layer.to_out.weight)
+        return adapter
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PuLIDFlux:
+        """Reads a published file: float32, in eval mode.
+
+        Raises:
+            WeightsError: no such file, or names that are missing or too many; it lists them.
+        """
+        if not Path(path).is_file():
+            raise WeightsError(f"{path} does not exist; name the adapter's file.")
+        state = {name: value.float() for name, value in read_tensors(path).items()}
+        with init_empty_weights(include_buffers=False):
+            encoder = IDFormer()
+        return cls.from_state_dict(state, encoder)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor], encoder: IDFormer, dim_head: int = 128) -> PuLIDFlux:
+        """An adapter with these weights under their published names; the layers' sizes are the tensors'.
+
+        Raises:
+            WeightsError: a name is missing or too many, or a shape differs; it lists them.
+        """
+        count = len([name for name in state if name.endswith(".to_kv.weight") and name.startswith("pulid_ca.")])
+        layers = nn.ModuleList()
+        with init_empty_weights(include_buffers=False):
+            for k in range(count):
+                query, pair = state[f"pulid_ca.{k}.to_q.weight"], state[f"pulid_ca.{k}.to_kv.weight"]
+                layers.append(PerceiverCrossAttention(query.shape[1], dim_head, len(query) // dim_head, kv_dim=pair.shape[1]))
+        adapter = cls(encoder, layers)
+        try:
+            adapter.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise WeightsError(f"these are not the weights of this adapter: {error}") from error
+        return adapter.eval()
+
+    # --- which pipelines it serves
+
+    def attach(self, target: Any) -> None:
+        """Serves a FLUX pipeline (or a bare transformer) from now on. Another adapter on it is replaced.
+
+        Raises:
+            OptionError: it has no FLUX transformer.
+            WeightsError: the adapter was made for a transformer of another shape.
+        """
+        transformer = _transformer(target)
+        expected = len(places(transformer, self.double_interval, self.single_interval))
+        widths = {layer.to_q.in_features for layer in self._layers()}
+        if expected != len(self.pulid_ca) or widths != {transformer.inner_dim}:
+            raise WeightsError(
+                f"this adapter was made for another transformer: {len(self.pulid_ca)} layers of width {sorted(widths)}, "
+                f"this one wants {expected} of width {transformer.inner_dim}; take the adapter of this base model."
+            )
+        self.detach(target)
+        self._targets.append(target)
+        setattr(transformer, MARK, id(self))
+
+    def detach(self, target: Any = None) -> None:
+        """Serves this pipeline no longer; without an argument, none. A pipeline that was not attached is no error."""
+        for one in [t for t in self._targets if target is None or t is target]:
+            self._targets = [t for t in self._targets if t is not one]
+            if getattr(_transformer(one), MARK, None) == id(self):
+                delattr(_transformer(one), MARK)
+
+    # --- tokens
+
+    def encode(self, id_cond: Tensor, hidden: Any) -> Tensor:
+        """Features of one or several photos, (B, C) or (B, n, C) and five levels -> tokens (B, N, kv_dim), with gradient."""
+        like = next(self.pulid_encoder.parameters())
+        tokens: Tensor = self.pulid_encoder(id_cond.to(like), [x.to(like) for x in hidden])
+        return tokens
+
+    def unconditional(self, id_cond: Tensor, hidden: Any) -> Tensor:
+        """(1, N, kv_dim): the tokens of nobody, zeros of these shapes through the encoder."""
+        like = next(self.pulid_encoder.parameters())
+        tokens: Tensor = self.pulid_encoder.unconditional(id_cond.to(like), [x.to(like) for x in hidden])
+        return tokens
+
+    # --- use
+
+    @contextmanager
+    def use(
+        self,
+        people: People,
+        scale: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        start_step: int | None = None,
+        timestep_to_start_cfg: int = 0,
+        pipe: Any = None,
+    ) -> Iterator[PuLIDFlux]:
+        """The attached pipelines show an identity while this is open.
+
+        Args:
+            people: as `PuLID.use` takes them; masks lie over the picture that is being made.
+            scale: weight of the identity; 0 costs nothing.
+            start, end: fractions of the schedule between which it acts, [start, end).
+            start_step: the step from which it acts, instead of `start`: 4 for likeness in photographs, 0 or 1 for styles.
+            timestep_to_start_cfg: the step from which a negative prompt counts.
+            pipe: only this one of the attached pipelines.
+
+        Raises:
+            OptionError: an argument outside its range, nothing attached, or another identity is still in use.
+        """
+        prompts = people_by_prompt(people)
+        first = prompts[0][0][0]
+
+        @torch.no_grad()
+        def positive() -> Tensor:
+            return self._tokens(prompts)
+
+        @torch.no_grad()
+        def nobody() -> Tensor:
+            return self.unconditional(first.id_cond, first.hidden)[:, None]
+
+        if not 0 <= start <= 1 or not 0 <= end <= 1 or (start_step or 0) < 0:
+            raise OptionError("start and end are fractions of the schedule, from 0 to 1, and start_step counts from 0.")
+        acts = _acts(start, end, start_step)
+        with self._opened(positive, nobody, acts, scale, timestep_to_start_cfg, stacked(prompts), pipe):
+            yield self
+
+    @contextmanager
+    def use_tokens(
+        self,
+        tokens: Tensor,
+        scale: float = 1.0,
+        start_step: int = 0,
+        negative: Tensor | None = None,
+        timestep_to_start_cfg: int = 0,
+        pipe: Any = None,
+    ) -> Iterator[PuLIDFlux]:
+        """As `use`, from tokens (B, N, kv_dim) and with gradient; `negative` (1, N, kv_dim) for calls of a negative prompt."""
+
+        def nobody() -> Tensor:
+            if negative is None:
+                raise OptionError("a negative prompt needs negative tokens; give negative=adapter.unconditional(...).")
+            return negative[:, None]
+
+        acts = _acts(0.0, 1.0, start_step)
+        with self._opened(lambda: tokens[:, None], nobody, acts, scale, timestep_to_start_cfg, None, pipe):
+            yield self
+
+    @contextmanager
+    def _opened(
+        self,
+        positive: Callable[[], Tensor],
+        nobody: Callable[[], Tensor],
+        acts: Callable[[int, int | None], bool],
+        scale: float,
+        cfg_from: int,
+        masks: Tensor | None,
+        pipe: Any,
+    ) -> Iterator[None]:
+        targets = [t for t in self._targets if pipe is None or t is pipe]
+        targets = [t for t in targets if getattr(_transformer(t), MARK, None) == id(self)]
+        if not targets:
+            raise OptionError("this adapter serves no pipeline (any more); call attach(pipe) first.")
+        if scale == 0:
+            yield
+            return
+        with ExitStack() as stack:
+            pairs: dict[tuple[str, int], KeyValue] | None = None
+            for target in {id(_transformer(t)): t for t in targets}.values():
+                transformer = _transformer(target)
+                where = places(transformer, self.double_interval, self.single_interval)
+                layers = dict(zip(where, self._layers(), strict=True))
+                pairs = pairs or _keys_values(layers, positive())
+                nothing = partial(_later, layers, nobody)
+                schedule = partial(_schedule, target)
+                injection = FluxInjection(layers, pairs, nothing, acts, scale, cfg_from, masks, schedule)
+                stack.enter_context(injected_flux(transformer, injection))
+            yield
+
+    def _layers(self) -> list[PerceiverCrossAttention]:
+        return list(self.pulid_ca)  # type: ignore[arg-type]
+
+    def _tokens(self, prompts: list[list[Person]]) -> Tensor:
+        """(P, J, N, kv_dim): every identity encoded once; prompts with fewer people are filled up with zeros."""
+        identities = {id(i): i for prompt in prompts for i, _ in prompt}
+        known = {key: self.encode(i.id_cond, i.hidden)[0] for key, i in identities.items()}
+        empty = torch.zeros_like(next(iter(known.values())))
+        most = max(map(len, prompts))
+        rows = [[known[id(i)] for i, _ in prompt] + [empty] * (most - len(prompt)) for prompt in prompts]
+        return torch.stack([torch.stack(row) for row in rows])
+
+
+def _keys_values(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Tensor) -> dict[tuple[str, int], KeyValue]:
+    """Tokens (P, J, N, kv_dim) -> of each layer keys and values (J, P, h, N, d)."""
+    pairs = {place: layer.keys_values(tokens) for place, layer in layers.items()}
+    return {place: (key.transpose(0, 1), value.transpose(0, 1)) for place, (key, value) in pairs.items()}
+
+
+def _later(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Callable[[], Tensor]) -> dict[Any, KeyValue]:
+    return _keys_values(layers, tokens())
+
+
+def _schedule(target: Any) -> tuple[Any, int | None]:
+    """What a pipeline's run can be known by, and how many steps it takes; it may begin inside its scheduler's."""
+    scheduler = getattr(target, "scheduler", None)
+    steps = getattr(scheduler, "timesteps", None)
+    return steps, None if steps is None else len(steps) - (getattr(scheduler, "begin_index", None) or 0)
+
+
+def _acts(start: float, end: float, start_step: int | None) -> Callable[[int, int | None], bool]:
+    """Whether the identity acts in step i of n; a bare transformer does not know n, and there a fraction says nothing."""
+
+    def decide(step: int, steps: int | None) -> bool:
+        if start_step is not None and step < start_step:
+            return False
+        if (start_step is not None or start <= 0) and end >= 1:
+            return True
+        if steps is None:
+            raise OptionError("start and end are fractions of a pipeline's schedule; a bare transformer takes start_step.")
+        progress = step / max(steps, 1) + 1e-6
+        return (start_step is not None or start <= progress) and (progress < end or end >= 1)
+
+    return decide
+
+
+def _transformer(target: Any) -> Any:
+    """The transformer of a FLUX pipeline, or the transformer itself. Raises OptionError when it is neither."""
+    transformer = getattr(target, "transformer", target)
+    if not hasattr(transformer, "single_transformer_blocks"):
+        raise OptionError(f"{type(target).__name__} has no FLUX transformer; attach to a FLUX pipeline or its transformer.")
+    return transformer

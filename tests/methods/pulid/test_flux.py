@@ -1,0 +1,369 @@
+"""PuLID on FLUX: the reference's outputs on seeded weights, and what `use` promises on a tiny real pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from people import distance, someone
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from openpulid.errors import OptionError, WeightsError
+from openpulid.methods.pulid.dit import PerceiverCrossAttention, Turn, places
+from openpulid.methods.pulid.encoders import IDFormer
+from openpulid.methods.pulid.flux import PuLIDFlux
+
+SMALL = {"dim": 16, "depth": 5, "dim_head": 8, "heads": 2, "num_queries": 6, "ff_mult": 1, "width": 12, "vit_dim": 8}
+
+
+@torch.no_grad()
+def test_one_attention_is_the_reference(golden) -> None:
+    layer = golden.fill(PerceiverCrossAttention(), "pulid_ca.0.")
+    out = layer(golden.input("ca.id", 1, 32, 2048), golden.input("ca.latents", 1, 48, 3072))
+    assert golden.error("perceiver_ca.out", out) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def transformer(golden) -> FluxTransformer2DModel:
+    transformer = FluxTransformer2DModel(**golden.manifest["tiny_flux_diffusers_config"])
+    transformer.load_state_dict(load_file(golden.folder / "tiny_flux_diffusers.safetensors"))
+    return transformer.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def adapter(golden, transformer) -> Iterator[PuLIDFlux]:
+    former = IDFormer(**SMALL, output_dim=32, hidden_dim=16)
+    adapter = PuLIDFlux.for_transformer(transformer, former, dim_head=16, heads=4).eval().requires_grad_(False)
+    for k, layer in enumerate(adapter.pulid_ca):
+        golden.fill(layer, f"pulid_ca.{k}.")
+    adapter.attach(transformer)
+    yield adapter
+    adapter.detach()
+
+
+def call(golden, transformer: Any, x: Tensor | None = None, time: float = 0.7, guidance: float = 3.5, text: str = "") -> Tensor:
+    rows, columns = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
+    return transformer(
+        golden.input("flux.img", 1, 36, 16) if x is None else x,
+        golden.input(f"flux.{text}txt", 1, 8, 40),
+        golden.input(f"flux.{text}vec", 1, 24),
+        torch.tensor([time]),
+        torch.stack([torch.zeros(6, 6), rows, columns], -1).reshape(36, 3),
+        torch.zeros(8, 3),
+        torch.tensor([guidance]),
+        return_dict=False,
+    )[0]
+
+
+@torch.no_grad()
+def test_the_transformer_is_the_reference(golden, transformer, adapter) -> None:
+    before = call(golden, transformer)
+    assert golden.error("flux.base", before) < 1e-4
+    for weight in (1.0, 0.6):
+        with adapter.use_tokens(golden.input("flux.id", 1, 32, 32), scale=weight):
+            assert golden.error(f"flux.id_weight_{weight}", call(golden, transformer)) < 1e-4
+    assert torch.equal(call(golden, transformer), before)
+
+
+def denoise(golden, transformer: Any, guidance: float, true_cfg: float = 1.0, cfg_from: int = 0) -> Tensor:
+    """The reference's loop."""
+    x = golden.input("flux.img", 1, 36, 16)
+    for step, (time, following) in enumerate(pairwise(schedule(golden, 4, 36))):
+        predicted = call(golden, transformer, x, time, guidance)
+        if true_cfg != 1 and step >= cfg_from:
+            nothing = call(golden, transformer, x, time, guidance, "neg_")
+            predicted = nothing + true_cfg * (predicted - nothing)
+        x = x + (following - time) * predicted
+    return x
+
+
+def schedule(golden, steps: int, tokens: int) -> list[float]:
+    """FLUX.1-dev's: evenly spaced, shifted by how many tokens an image has."""
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    even = torch.linspace(1, 0, steps + 1)
+    shifted = np.exp(mu) / (np.exp(mu) + (1 / even - 1))
+    return shifted.tolist()
+
+
+@pytest.mark.parametrize("name", ["4x256", "20x4096", "28x2304"])
+def test_schedules_are_the_references(golden, name: str) -> None:
+    steps, tokens = map(int, name.split("x"))
+    expected = torch.tensor(golden.manifest["flux_schedules"][name])
+    torch.testing.assert_close(torch.tensor(schedule(golden, steps, tokens)), expected, atol=1e-6, rtol=1e-5)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)  # as FLUX.1-dev configures it
+    mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    torch.testing.assert_close(scheduler.sigmas, expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_both_loops_are_the_reference(golden, transformer, adapter) -> None:
+    tokens, nobody = golden.input("flux.id", 1, 32, 32), golden.input("flux.uncond", 1, 32, 32)
+    with adapter.use_tokens(tokens, start_step=1):
+        assert golden.error("flux.denoise_start1", denoise(golden, transformer, 4.0)) < 1e-4
+    with adapter.use_tokens(tokens, scale=0.9, negative=nobody):
+        out = denoise(golden, transformer, 1.0, true_cfg=3.0, cfg_from=1)
+    assert golden.error("flux.denoise_true_cfg", out) < 1e-4
+    # a pipeline guides from the first step on: the adapter takes the guidance away where it is not wanted
+    with adapter.use_tokens(tokens, scale=0.9, negative=nobody, timestep_to_start_cfg=1):
+        again = denoise(golden, transformer, 1.0, true_cfg=3.0, cfg_from=0)
+    torch.testing.assert_close(again, out, atol=1e-5, rtol=1e-4)
+
+
+def test_published_names_and_shapes_at_full_size(golden) -> None:
+    names = golden.manifest["pulid_flux"]
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True)
+        adapter = PuLIDFlux.for_transformer(transformer, IDFormer())
+        state = {name: torch.empty(shape) for name, shape in names.items()}
+        loaded = PuLIDFlux.from_state_dict(state, IDFormer())
+    for one in (adapter, loaded):
+        assert {name: list(value.shape) for name, value in one.state_dict().items()} == names
+    loaded.attach(transformer)
+    assert places(transformer)[9:11] == [("double", 18), ("single", 0)] and len(places(transformer)) == 20
+    with pytest.raises(WeightsError, match="Unexpected key"):
+        PuLIDFlux.from_state_dict({**state, "pulid_encoder.more": torch.empty(1)}, IDFormer())
+
+
+def test_where_a_run_stands() -> None:
+    turn, seen = Turn(), []
+    for time in (1.0, 0.7, 0.7, 0.3, 0.3, 1.0, 0.5):
+        turn.note(time)
+        seen.append((turn.step, turn.negative))
+    assert seen == [(0, False), (1, False), (1, True), (2, False), (2, True), (0, False), (1, False)]
+    turn.note(0.5, schedule="another run")  # of one step, at the time where the last one ended
+    assert (turn.step, turn.negative) == (0, False)
+
+
+# -- on a tiny pipeline --
+
+
+@pytest.fixture
+def pipe() -> FluxPipeline:
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=3, num_single_layers=5, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=20, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.1,
+        scaling_factor=1.0, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    clip = CLIPTextConfig(
+        vocab_size=20, hidden_size=20, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=12, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    t5 = T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    pipe = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae, CLIPTextModel(clip).eval(), None,
+        T5EncoderModel(t5).eval(), None, transformer.eval(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe: Any, negative: bool = False, count: int = 1, steps: int = 4, **options: Any) -> np.ndarray:
+    generator = torch.Generator().manual_seed(1)
+    text = {}
+    for name in ("", "negative_"):
+        text[f"{name}prompt_embeds"] = torch.randn(count, 7, 24, generator=generator)
+        text[f"{name}pooled_prompt_embeds"] = torch.randn(count, 20, generator=generator)
+    text = {name: value for name, value in text.items() if negative or not name.startswith("negative")}
+    if negative:
+        options["true_cfg_scale"] = 3.0
+    generators = [torch.Generator().manual_seed(k) for k in range(count)]
+    known = {"height": 32, "width": 32, "generator": generators, "num_inference_steps": steps, "output_type": "latent"}
+    return pipe(**text, **known, **options).images.numpy()
+
+
+def fresh(pipe: Any, seed: int = 0) -> PuLIDFlux:
+    torch.manual_seed(seed)
+    former = IDFormer(**SMALL, output_dim=16, hidden_dim=16)
+    adapter = PuLIDFlux.for_transformer(pipe.transformer, former, dim_head=8, heads=2).eval()
+    for layer in adapter.pulid_ca:
+        nn.init.normal_(layer.to_out.weight, std=0.3)
+    adapter.attach(pipe)
+    return adapter
+
+
+anna, ben = someone(1), someone(2)
+
+
+def test_identity_acts_and_nothing_is_left(pipe) -> None:
+    before = run(pipe)
+    adapter = fresh(pipe)
+    shown = []
+    for person in (anna, ben):
+        with adapter.use(person):
+            shown.append(run(pipe))
+    assert min(distance(before, x) for x in shown) > 1e-3 and distance(*shown) > 1e-3
+    with pytest.raises(RuntimeError, match="inside"), adapter.use(anna):
+        raise RuntimeError("inside")
+    assert np.array_equal(run(pipe), before)
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks, pipe.transformer]
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
+    adapter.detach(pipe)
+    with pytest.raises(OptionError, match="serves no pipeline"), adapter.use(anna):
+        pass
+
+
+def test_an_untrained_adapter_changes_nothing(pipe) -> None:
+    adapter = PuLIDFlux.for_transformer(pipe.transformer, IDFormer(**SMALL, output_dim=16, hidden_dim=16), dim_head=8, heads=2)
+    adapter.attach(pipe)
+    before = run(pipe)
+    with adapter.use(anna):
+        assert np.array_equal(run(pipe), before)
+
+
+def test_steps_and_fractions(pipe) -> None:
+    adapter = fresh(pipe)
+    images = {}
+    for name, options in {
+        "all": {}, "fraction": {"start": 0.5}, "step": {"start_step": 2}, "end": {"end": 0.5}, "never": {"start_step": 4},
+        "off": {"scale": 0},
+    }.items():  # fmt: skip
+        with adapter.use(anna, **options):
+            images[name] = run(pipe)
+    assert np.array_equal(images["fraction"], images["step"]) and np.array_equal(images["never"], images["off"])
+    assert len({images[name].tobytes() for name in ("all", "step", "end", "never")}) == 4
+    with adapter.use(anna, start_step=2):  # two runs while it is open
+        assert np.array_equal(run(pipe), images["step"]) and np.array_equal(run(pipe), images["step"])
+    with pytest.raises(OptionError, match="fractions"), adapter.use(anna, start=1.5):
+        pass
+
+
+def test_the_negative_prompt_shows_nobody(pipe) -> None:
+    adapter = fresh(pipe)
+    seen = []
+    nobody = adapter.unconditional(anna.id_cond, anna.hidden)
+    tokens = adapter.encode(anna.id_cond, anna.hidden)
+    with torch.no_grad(), adapter.use(anna):
+        images = run(pipe, negative=True)
+    with torch.no_grad(), adapter.use_tokens(tokens, negative=nobody):
+        assert distance(run(pipe, negative=True), images) < 1e-5
+    with torch.no_grad(), adapter.use_tokens(tokens, negative=tokens):  # the same person on both sides is another image
+        assert distance(run(pipe, negative=True), images) > 1e-3
+    for first in (0, 2, 4):
+        with adapter.use(anna, timestep_to_start_cfg=first):
+            seen.append(run(pipe, negative=True))
+    assert np.array_equal(seen[0], images) and distance(seen[0], seen[1]) > 1e-4
+    with adapter.use(anna):
+        assert distance(run(pipe), seen[2]) < 1e-5  # never guided
+
+
+def test_batches_are_what_single_images_are(pipe) -> None:
+    adapter = fresh(pipe)
+    with adapter.use([anna, ben]):
+        both = run(pipe, count=2)
+    with adapter.use([anna, anna]):
+        twice = run(pipe, count=2)
+    assert distance(both[:1], twice[:1]) < 1e-5 and distance(both[1:], twice[1:]) > 1e-3
+    with pytest.raises(OptionError, match="do not fit"), adapter.use([anna, ben]):
+        run(pipe, count=3)
+
+
+def test_masks_limit_where_each_acts(pipe) -> None:
+    """Right after a block whose tokens get the identity, a token outside the mask is what it was."""
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    adapter = fresh(pipe)
+    with adapter.use(anna):
+        whole = run(pipe)
+    with adapter.use([(anna, torch.ones(8, 8))]):
+        assert distance(run(pipe), whole) < 1e-5
+    with adapter.use([(anna, left), (ben, 1 - left)]):
+        pair = run(pipe)
+    with adapter.use([(ben, 1 - left), (anna, left)]):
+        assert distance(run(pipe), pair) < 1e-5
+    with adapter.use([(anna, 1 - left), (ben, left)]):
+        assert distance(run(pipe), pair) > 1e-3
+    first, kept = pipe.transformer.transformer_blocks[0], []
+    for scale in (0.0, 1.0):
+        with adapter.use([(anna, left)], scale=scale):
+            hook = first.register_forward_hook(lambda block, args, output: kept.append(output[1].reshape(8, 8, -1)))
+            run(pipe, steps=1)
+            hook.remove()
+    assert torch.equal(kept[0][:, 4:], kept[1][:, 4:]) and not torch.equal(kept[0][:, :4], kept[1][:, :4])
+
+
+def test_image_to_image_and_references(pipe) -> None:
+    picture = FluxImg2ImgPipeline(
+        **{k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor")}
+    )
+    picture.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    before = run(picture, image=image, strength=0.75)
+    adapter = fresh(picture)
+    images = []
+    for options in ({}, {"start_step": 1}, {"start": 0.9}):
+        with adapter.use(anna, **options):
+            images.append(run(picture, image=image, strength=0.75))
+    assert distance(images[0], before) > 1e-3 and distance(images[1], images[0]) > 1e-4
+    assert np.array_equal(run(picture, image=image, strength=0.75), before)
+
+
+def test_reference_tokens_are_left_alone(golden, transformer, adapter) -> None:
+    """Kontext lays a reference's tokens behind those being made: they do not get the identity themselves."""
+    seen: list[Tensor] = []
+    first = transformer.transformer_blocks[0]
+    ids = torch.cat([torch.zeros(36, 3), torch.ones(10, 3)])
+    image = torch.cat([golden.input("flux.img", 1, 36, 16), torch.ones(1, 10, 16)], 1)
+    text = golden.input("flux.txt", 1, 8, 40), golden.input("flux.vec", 1, 24)
+    for scale in (0.0, 1.0):
+        with torch.no_grad(), adapter.use_tokens(golden.input("flux.id", 1, 32, 32), scale=scale):
+            hook = first.register_forward_hook(lambda block, args, output: seen.append(output[1]))
+            transformer(image, *text, torch.tensor([0.7]), ids, torch.zeros(8, 3), torch.tensor([3.5]))
+            hook.remove()
+    assert torch.equal(seen[0][:, 36:], seen[1][:, 36:]) and not torch.equal(seen[0][:, :36], seen[1][:, :36])
+
+
+def test_gradients_reach_the_adapter_through_checkpointed_blocks(pipe) -> None:
+    adapter = fresh(pipe).requires_grad_(True)
+    transformer = pipe.transformer.requires_grad_(False)
+    given = (torch.randn(1, 16, 16), torch.randn(1, 7, 24), torch.randn(1, 20), torch.tensor([0.5]))
+    grid = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), indexing="ij"), -1).reshape(16, 3)
+    gradients = []
+    for checkpointing in (False, True):
+        transformer.enable_gradient_checkpointing() if checkpointing else transformer.disable_gradient_checkpointing()
+        transformer.train(checkpointing)
+        adapter.zero_grad()
+        with adapter.use_tokens(adapter.encode(anna.id_cond, anna.hidden)):
+            out = transformer(*given, grid, torch.zeros(7, 3), torch.tensor([3.5]), return_dict=False)[0]
+            out.square().sum().backward()
+        gradients.append([p.grad.clone() for p in adapter.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(list(adapter.parameters()))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(p.grad is None for p in transformer.parameters())
+
+
+def test_caching_hooks_of_diffusers(pipe) -> None:
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    adapter = fresh(pipe)
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        current_timestep_callback=lambda: 500,
+        spatial_attention_timestep_skip_range=(0, 1000),
+    )
+    pipe.transformer.enable_cache(config)
+    without = run(pipe)
+    with adapter.use(anna):
+        assert distance(run(pipe), without) > 1e-3
+    pipe.transformer.disable_cache()
+
+
+def test_another_transformer_is_refused(pipe, adapter) -> None:
+    with pytest.raises(WeightsError, match="another transformer"):
+        adapter.attach(pipe)
+    with pytest.raises(OptionError, match="no FLUX transformer"):
+        fresh(pipe).attach(nn.Linear(1, 1))
