@@ -27,6 +27,7 @@ ROWS = (
     "sampling",
     "schedulers",
     "presets",
+    "memory",
     "loading",
     "studio",
     "training",

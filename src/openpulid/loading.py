@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from openpulid import memory
 from openpulid.errors import WeightsError
 from openpulid.identity.features import FeatureExtractor, Features
 from openpulid.identity.photos import PhotoFeatures
@@ -38,6 +39,8 @@ def load_pipeline(preset: Preset, device: torch.device) -> Any:
         raise WeightsError(f"{place} holds no pipeline; `pulid mini build` makes the miniature's.")
     try:
         with no_progress_bars():
+            if preset.family == "flux":
+                return _flux(place, preset, device)
             pipe = _pipeline(place, preset.unet and found(preset.unet), precision(preset))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -60,6 +63,7 @@ def load_features(preset: Preset, device: torch.device) -> Features:
         return FeatureExtractor.load(found(preset.finder), found(preset.recogniser), found(preset.vision), device)
     files = [found(place) for place in (preset.finder, preset.recogniser, preset.parser, preset.vision)]
     detector, recogniser, parser, tower = files  # all are looked for before the first is opened
+    device = torch.device("cpu") if memory.level(preset.memory).faces_on_cpu else device
     return PhotoFeatures.load(detector, recogniser, parser, tower, device, precision(preset))
 
 
@@ -77,6 +81,15 @@ def _pipeline(place: Path, unet: Path | str | None, dtype: torch.dtype) -> Any:
         pipe = StableDiffusionXLPipeline.from_pretrained(place, variant="fp16" if half else None, **options)
     if isinstance(unet, Path) and unet.is_file():
         pipe.unet.load_state_dict(read_tensors(unet))
+    return pipe
+
+
+def _flux(place: Path, preset: Preset, device: torch.device) -> Any:
+    """A FLUX pipeline from a folder, where its memory level wants it."""
+    from diffusers import FluxPipeline
+
+    pipe = FluxPipeline.from_pretrained(place, torch_dtype=precision(preset), local_files_only=True)
+    memory.place(pipe, preset.memory, device)
     return pipe
 
 
@@ -98,6 +111,7 @@ def found(place: Place) -> Path:
 
 
 def precision(preset: Preset) -> torch.dtype:
+    """What the preset's networks compute in."""
     return torch.bfloat16 if preset.half else torch.float32
 
 

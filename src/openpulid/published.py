@@ -62,13 +62,18 @@ WEIGHTS: dict[str, Weight] = {
         "ByteDance/SDXL-Lightning", "sdxl_lightning_4step_unet.safetensors", "CreativeML Open RAIL++-M", True, 5140
     ),
     "juggernaut": Weight("RunDiffusion/Juggernaut-XL-v9", "", "CreativeML Open RAIL-M", True, 6940),
+    "flux-dev": Weight("black-forest-labs/FLUX.1-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700),
+    "flux-krea": Weight("black-forest-labs/FLUX.1-Krea-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700),
+    "flux-schnell": Weight("black-forest-labs/FLUX.1-schnell", "", "Apache-2.0", True, 33_700),
     "dreamshaper": Weight("Lykon/dreamshaper-xl-lightning", "", "CreativeML Open RAIL++-M", True, 6940),
 }
 """By the short name that presets use. Sizes are what the hub shows, rounded."""
 
 
 def weight(name: str) -> Weight:
-    """The entry called `name`. Raises OptionError that lists what there is."""
+    """The entry called `name`, or any pipeline of the hub by OWNER/NAME. Raises OptionError that lists what there is."""
+    if name not in WEIGHTS and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return Weight(name, "", "its own; read its page", False, 0)
     if name not in WEIGHTS:
         raise OptionError(f"there are no weights called {name!r}; the known ones are {', '.join(WEIGHTS)}.")
     return WEIGHTS[name]
@@ -173,7 +178,7 @@ def _cached(entry: Weight) -> Path | None:
 
 
 def _downloaded(entry: Weight, folder: Path | None) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
     from torch.hub import download_url_to_file, get_dir
 
     if entry.repo.startswith("https://"):
@@ -185,7 +190,8 @@ def _downloaded(entry: Weight, folder: Path | None) -> Path:
         return Path(hf_hub_download(entry.repo, entry.file, local_dir=folder))
     place = folder / entry.repo.split("/")[-1] if folder else None
     # half precision is what one computes in, and half the bytes
-    patterns = ["*.json", "*.txt", "*.model", "*.fp16.safetensors"]
+    half = any(name.endswith(".fp16.safetensors") for name in list_repo_files(entry.repo))
+    patterns = ["*.json", "*.txt", "*.model", "*.fp16.safetensors" if half else "*/*.safetensors"]
     return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=place))
 
 

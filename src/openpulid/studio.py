@@ -30,6 +30,7 @@ from openpulid.identity.identity import Identity, fused
 from openpulid.images import open_picture
 from openpulid.loading import best_device, found, load_features, load_pipeline, precision
 from openpulid.methods.pulid.adapter import PuLID
+from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.regions import People
 from openpulid.presets import Preset
@@ -55,7 +56,7 @@ class Studio:
         preset: defaults of a generation.
     """
 
-    def __init__(self, pipe: Any, features: Features | None, adapter: PuLID | None, preset: Preset) -> None:
+    def __init__(self, pipe: Any, features: Features | None, adapter: PuLID | PuLIDFlux | None, preset: Preset) -> None:
         self.pipe, self.features, self.adapter, self.preset = pipe, features, adapter, preset
         if adapter is not None:
             adapter.attach(pipe)
@@ -139,6 +140,9 @@ class Studio:
         projection: Projection | None = None,
         num_zero: int | None = None,
         size: tuple[int, int] | None = None,
+        start_step: int | None = None,
+        true_cfg: float | None = None,
+        timestep_to_start_cfg: int | None = None,
         batch: int = 1,
     ) -> Result:
         """Images of a prompt, with or without somebody in them. What is None is the preset's.
@@ -151,6 +155,8 @@ class Studio:
             steps, guidance: of the sampler.
             scale, start, end, projection, num_zero: of the identity, see `PuLID.use`.
             size: width and height in pixels.
+            start_step, true_cfg, timestep_to_start_cfg: FLUX only: from which step the identity acts; guidance by the
+                negative prompt, and from which step.
             batch: images made at once. With 1, image k is bit for bit what the seed + k makes alone; more
                 may be faster, and equal up to rounding.
 
@@ -161,11 +167,12 @@ class Studio:
         """
         given: dict[str, Any] = {"steps": steps, "guidance": guidance, "scale": scale, "start": start, "end": end}
         given |= {"projection": projection, "num_zero": num_zero, "negative": negative, "size": size}
+        given |= {"start_step": start_step, "true_cfg": true_cfg, "timestep_to_start_cfg": timestep_to_start_cfg}
         chosen = replace(self.preset, **{name: value for name, value in given.items() if value is not None})
         if min(num_images, chosen.steps, batch) < 1 or seed < 0:
             raise OptionError("num_images, steps and batch are at least 1, and a seed is at least 0.")
         for text in (prompt, negative or ""):  # the preset's own negative words may be cut
-            check_prompt(self.pipe.tokenizer, text)
+            check_prompt(*_reader(self.pipe, chosen), text)
         seeds = [seed + k for k in range(num_images)]
         with self._showing(identity, chosen):
             images = [
@@ -182,22 +189,21 @@ class Studio:
             raise OptionError("this studio was made without an adapter; load a preset that has one.")
         if isinstance(identity, Identity) and self.features is not None:
             identity.require(self.features.models)
-        return self.adapter.use(
-            identity, chosen.scale, chosen.start, chosen.end, chosen.projection, chosen.num_zero, pipe=self.pipe
-        )
+        return self.adapter.use(identity, **chosen.identity_options(), pipe=self.pipe)
 
     def _run(self, prompt: str, seeds: Sequence[int], chosen: Preset) -> list[Image.Image]:
         count = len(seeds)
         width, height = chosen.size or (None, None)
+        options: dict[str, Any] = {"guidance_scale": chosen.guidance, "width": width, "height": height}
+        if chosen.family == "flux":
+            options |= {"true_cfg_scale": chosen.true_cfg, "max_sequence_length": chosen.text_tokens}
         images: list[Image.Image] = self.pipe(
             prompt=[prompt] * count,
             # none given: what the pipeline takes for no words at all
             negative_prompt=[chosen.negative] * count if chosen.negative else None,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=chosen.steps,
-            guidance_scale=chosen.guidance,
-            width=width,
-            height=height,
+            **options,
         ).images
         return images
 
@@ -206,12 +212,14 @@ def load(
     preset: str | os.PathLike[str] | Preset = "mini",
     device: str | torch.device | None = None,
     base: str | os.PathLike[str] | None = None,
+    memory: str | None = None,
 ) -> Studio:
     """A studio from a preset's name, a folder of weights, or a `Preset`. No network is asked.
 
     Args:
         device: where to compute; the accelerator if there is one, else the CPU.
-        base: another checkpoint than the preset's: a folder, a single file, or a name in the hub's cache.
+        base: another checkpoint than the preset's: a folder, a single file, or OWNER/NAME in the hub's cache.
+        memory: FLUX only, one of `memory.LEVELS`: full, 24gb, 16gb, 12gb.
 
     Raises:
         OptionError: no such preset.
@@ -221,12 +229,22 @@ def load(
         preset = presets.find(os.fspath(preset))
     if base is not None:
         preset = replace(preset, pipeline=os.fspath(base))
+    if memory is not None:
+        preset = replace(preset, memory=memory)
     device = torch.device(device) if device is not None else best_device()
-    adapter = PuLID.load(found(preset.adapter)).to(device, precision(preset))
+    kind = PuLIDFlux if preset.family == "flux" else PuLID
+    adapter = kind.load(found(preset.adapter)).to(device, precision(preset))
     return Studio(load_pipeline(preset, device), load_features(preset, device), adapter, preset)
 
 
-def check_prompt(tokenizer: Any, prompt: str) -> None:
+def _reader(pipe: Any, preset: Preset) -> tuple[Any, int]:
+    """The tokenizer that decides how long a prompt may be, and how long."""
+    if preset.family == "flux":
+        return pipe.tokenizer_2, preset.text_tokens
+    return pipe.tokenizer, pipe.tokenizer.model_max_length
+
+
+def check_prompt(tokenizer: Any, limit: int, prompt: str) -> None:
     """Refuses what a text encoder would silently drop: words it does not know, and all that is past its length.
 
     Raises:
@@ -239,7 +257,7 @@ def check_prompt(tokenizer: Any, prompt: str) -> None:
         near = {word: difflib.get_close_matches(word.lower(), known, 2, 0.6) for word in unknown}
         named = [f"{word!r}" + (f" (near: {', '.join(near[word])})" if near[word] else "") for word in unknown]
         raise PromptError(f"the model does not know {' and '.join(named)}; use its own words.", unknown)
-    length, limit = len(tokenizer(prompt, truncation=False).input_ids), tokenizer.model_max_length
+    length = len(tokenizer(prompt, truncation=False).input_ids)
     if length > limit:
         raise PromptError(f"the prompt has {length} tokens and the model reads {limit}; shorten it.")
 

@@ -64,7 +64,7 @@ class FakeStudio:
 @pytest.fixture
 def studio(monkeypatch: pytest.MonkeyPatch) -> FakeStudio:
     fake = FakeStudio()
-    monkeypatch.setattr(cli, "_studio", lambda preset, device, base=None: fake)
+    monkeypatch.setattr(cli, "_studio", lambda preset, device, base=None, memory=None: fake)
     return fake
 
 

@@ -11,6 +11,7 @@ import torch
 from openpulid.bench import identify, speed
 from openpulid.bench.training import RandomSDXL
 from openpulid.bench.turns import by_turns
+from openpulid.errors import OptionError
 from openpulid.identity.vision import VisionTower
 from openpulid.methods.pulid.encoders import IDFormer
 
@@ -31,11 +32,30 @@ def test_candidates_take_turns_and_the_first_round_does_not_count() -> None:
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_step_with_and_without(guided: bool) -> None:
     pipe = tiny.pipe()
-    base = RandomSDXL(pipe.unet, pipe.vae)
-    rows = speed.measure(base, speed.random_adapter(base, tokens=6), pixels=16, guided=guided, rounds=1)
+    it = speed.SDXLSubject(RandomSDXL(pipe.unet, pipe.vae), pixels=16, guided=guided)
+    before = it.step()
+    rows = speed.measure(it, rounds=1)
     assert [row.name for row in rows] == ["base", "pulid", "afresh"]
     assert rows[0].ratio == 1.0 and all(row.seconds > 0 for row in rows)
-    assert not base.unet._forward_pre_hooks
+    assert torch.equal(it.step(), before)
+    with it.opened():
+        assert not torch.allclose(it.step(), before)
+
+
+def test_a_step_of_flux() -> None:
+    small = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6), "joint_attention_dim": 8}
+    it = speed.FluxSubject(
+        torch.device("cpu"), torch.float32, pixels=64, depth=0.1, text_tokens=4, pooled_projection_dim=8, **small
+    )
+    assert (len(it.transformer.transformer_blocks), len(it.transformer.single_transformer_blocks)) == (2, 4)
+    before = it.step()
+    assert [row.name for row in speed.measure(it, rounds=1)] == ["base", "pulid", "afresh"]
+    with it.opened():
+        assert not torch.allclose(it.step(), before)
+    with pytest.raises(OptionError, match="only FLUX"):
+        speed.subject("sdxl", torch.device("cpu"), depth=0.5)
+    with pytest.raises(OptionError, match="without --guided"):
+        speed.subject("flux", torch.device("cpu"), guided=True)
 
 
 def test_knowing_a_person_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openpulid.apps import stores, workshop
-from openpulid.apps.common import AsJson, Device, Folder, folder, last_line, picture_file, save_picture, say, silent
+from openpulid.apps.common import AsJson, Device, Folder, folder, last_line, picture_file, save_picture, say, sides, silent
 from openpulid.errors import OptionError, PulidError
 
 if TYPE_CHECKING:
     from openpulid.identity.identity import Identity
     from openpulid.studio import Studio
 
-Preset = Annotated[str, typer.Option(help="The model: mini, mini-lightning, sdxl, sdxl-lightning, sdxl-v1, or a folder.")]
+Preset = Annotated[str, typer.Option(help="The model, see `pulid presets list`; or a folder.")]
 Base = Annotated[str | None, typer.Option(help="Another SDXL checkpoint for the preset: a folder or a single file.")]
 Face = Annotated[int | None, typer.Option(help="Which face of a picture with several, from 0; `--show` draws them all.")]
 Order = Annotated[str, typer.Option(help="How faces are counted: large-small, left-right, top-bottom, or the reverse.")]
@@ -36,7 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 REQUEST = (
     *("prompt", "id", "preset", "base", "negative", "steps", "guidance", "size"),
-    *("scale", "start", "end", "mask", "projection", "num_zero", "seed"),
+    *("scale", "start", "end", "mask", "projection", "num_zero", "seed", "start_step", "true_cfg"),
 )
 """What an image carries, and `--from` makes it again by."""
 
@@ -48,6 +48,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(stores.weights, name="weights")
+app.add_typer(stores.presets, name="presets")
 app.add_typer(workshop.world, name="world")
 app.add_typer(workshop.mini, name="mini")
 app.add_typer(workshop.bench, name="bench")
@@ -131,6 +132,9 @@ def generate(
     start: Annotated[float | None, typer.Option(min=0, max=1, help="Fraction of the steps where it begins.")] = None,
     end: Annotated[float | None, typer.Option(min=0, max=1, help="Fraction of the steps where it ends.")] = None,
     mask: Annotated[str | None, typer.Option(help="A picture, white where the identity may act.")] = None,
+    start_step: Annotated[int | None, typer.Option(min=0, help="FLUX: the step from which the identity acts.")] = None,
+    true_cfg: Annotated[float | None, typer.Option(min=1, help="FLUX: guidance by the negative prompt.")] = None,
+    memory: Annotated[str | None, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = None,
     source: Annotated[str | None, typer.Option("--from", help="An image of this command: make it again.")] = None,
     device: Device = None,
 ) -> None:
@@ -138,22 +142,23 @@ def generate(
     request: dict[str, Any] = {"prompt": prompt, "id": who, "preset": preset, "base": base, "negative": negative}
     request |= {"steps": steps, "guidance": guidance, "size": size, "scale": scale, "start": start, "end": end, "mask": mask}
     request |= {"projection": projection, "num_zero": num_zero, **_method(method), "seed": seed}
+    request |= {"start_step": start_step, "true_cfg": true_cfg}
     if source is not None:
         request, num = _request(source), 1
     if not request["prompt"]:
         raise OptionError("say what to show: pulid generate PROMPT, or --from IMAGE that this command has made.")
-    _generate(request, num, folder(out), device)
+    _generate(request, num, folder(out), device, memory)
 
 
-def _generate(request: dict[str, Any], num: int, out: Path, device: str | None) -> None:
+def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, memory: str | None) -> None:
     who, mask = request["id"], request["mask"]
     saved = _identity(who) if who and who.endswith(".safetensors") else None
     for name in (None if saved else who, mask):
         if name:
             _check_picture(name)
-    names = ("negative", "steps", "guidance", "scale", "start", "end", "projection", "num_zero")
-    options = {"size": _size(request["size"]), **{name: request[name] for name in names}}
-    studio = _studio(request["preset"], device, request["base"])
+    names = ("negative", "steps", "guidance", "scale", "start", "end", "projection", "num_zero", "start_step", "true_cfg")
+    options = {"size": sides(request["size"]), **{name: request[name] for name in names}}
+    studio = _studio(request["preset"], device, request["base"], memory)
     identity: Any = saved or (studio.identify(who) if who else None)
     if mask:
         from openpulid.images import open_picture
@@ -177,17 +182,6 @@ def _method(name: str | None) -> dict[str, Any]:
     return METHODS[name]
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    if not (match := re.fullmatch(r"(\d+)[x×](\d+)", text)) or min(sides := tuple(map(int, match.groups()))) < 8:
-        raise OptionError(f"{text!r} is no size; write WIDTHxHEIGHT, such as 832x1216.")
-    width, height = sides
-    if width % 8 or height % 8:
-        raise OptionError(f"{text}: width and height are multiples of 8, such as {width // 8 * 8}x{height // 8 * 8}.")
-    return width, height
-
-
 def _request(path: str) -> dict[str, Any]:
     """What an image of this command says of its making."""
     import json
@@ -204,10 +198,10 @@ def _request(path: str) -> dict[str, Any]:
     return {**dict.fromkeys(REQUEST), **request}
 
 
-def _studio(preset: str, device: str | None, base: str | None = None) -> Studio:
+def _studio(preset: str, device: str | None, base: str | None = None, memory: str | None = None) -> Studio:
     from openpulid.studio import load
 
-    return load(preset, device=device, base=base)
+    return load(preset, device=device, base=base, memory=memory)
 
 
 def _identity(path: str) -> Identity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,3 +89,15 @@ def say(text: str) -> None:
 
 def silent(text: str) -> None:
     """For those who asked for JSON alone."""
+
+
+def sides(text: str | None) -> tuple[int, int] | None:
+    """WIDTHxHEIGHT as two numbers."""
+    if text is None:
+        return None
+    if not (match := re.fullmatch(r"(\d+)[x×](\d+)", text)) or min(found := tuple(map(int, match.groups()))) < 8:
+        raise OptionError(f"{text!r} is no size; write WIDTHxHEIGHT, such as 832x1216.")
+    width, height = found
+    if width % 8 or height % 8:
+        raise OptionError(f"{text}: width and height are multiples of 8, such as {width // 8 * 8}x{height // 8 * 8}.")
+    return width, height

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from openpulid.apps.common import group
+from openpulid.apps.common import group, sides
 from openpulid.errors import OptionError, WeightsError
 
 weights = group("Published weights: list, get, verify. Only `get` asks a network.")
+presets = group("What can be generated with, and what it takes.")
 
 Name = Annotated[list[str], typer.Argument(help="Presets (sdxl, sdxl-v1 ...) or names from `pulid weights list`.")]
 Where = Annotated[Path | None, typer.Option("--folder", help="Where they lie; PULID_WEIGHTS and the hub's cache by default.")]
@@ -51,6 +52,56 @@ def verify(names: Name, folder: Where = None) -> None:
 
     for name in _needed(names):
         print(f"{name}: {check(name, folder)}")
+
+
+@presets.command("list")
+def list_presets() -> None:
+    """All presets, and whether what they need is on this machine."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from openpulid.presets import PRESETS
+    from openpulid.published import locate
+
+    table = Table("preset", "what it is", "steps", "guidance", "here")
+    for name, make in PRESETS.items():
+        preset, missing = make(), []
+        for weight in preset.published:
+            try:
+                locate(weight)
+            except WeightsError:
+                missing.append(weight)
+        here = "yes" if not missing else f"`pulid weights get {name}`"
+        said = (make.__doc__ or "").split("\n")[0].split(":")[0].rstrip(".")
+        table.add_row(name, said, str(preset.steps), f"{preset.guidance:g}", here)
+    Console().print(table)
+
+
+@presets.command()
+def memory(
+    preset: Annotated[str, typer.Argument(help="flux, flux-krea or flux-schnell.")] = "flux",
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; the preset's by default.")] = None,
+) -> None:
+    """What each memory level will take on the device, by phase and component: predicted from shapes and dtypes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from openpulid.memory import GIB, LEVELS, predicted
+    from openpulid.presets import find
+
+    chosen = find(preset)
+    if chosen.family != "flux":
+        raise OptionError(f"{preset} has one way of lying in memory; the levels are FLUX's.")
+    width, height = sides(size) or chosen.size or (1024, 1024)
+    table = Table("level", "phase", "GiB", "of which")
+    for name in LEVELS:
+        needs = predicted(name, width, height, chosen.text_tokens)
+        most = max(needs, key=lambda need: need.total)
+        for need in needs:
+            parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in need.parts.items() if size)
+            peak = " (peak)" if need is most else ""
+            table.add_row(name, need.phase, f"{need.total / GIB:.1f}{peak}", parts)
+    Console().print(table)
 
 
 def _needed(names: list[str]) -> list[str]:

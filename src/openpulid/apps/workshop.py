@@ -184,11 +184,12 @@ def bench_train(
 
 @bench.command()
 def speed(
-    base: Annotated[str, typer.Option(help="mini or sdxl, at full size.")] = "sdxl",
+    base: Annotated[str, typer.Option(help="mini, sdxl or flux, at full size.")] = "sdxl",
     random: Annotated[bool, typer.Option("--random", help="Random weights: a step costs the same with any.")] = False,
     size: Annotated[int, typer.Option(min=64, help="Width and height in pixels.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
-    guided: Annotated[bool, typer.Option("--guided", help="With guidance, as one batch.")] = False,
+    guided: Annotated[bool, typer.Option("--guided", help="SDXL: with guidance, as one batch.")] = False,
+    depth_scale: Annotated[float, typer.Option(min=0.01, max=1, help="FLUX: this share of its blocks.")] = 1.0,
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each candidate, by turns.")] = 5,
     device: Device = None,
     as_json: AsJson = False,
@@ -199,17 +200,14 @@ def speed(
     import torch
 
     from openpulid.bench import speed as bench_speed
-    from openpulid.bench.training import random_base
     from openpulid.loading import best_device
 
     _only_random(random)
     chosen = torch.device(device) if device else best_device()
-    made = random_base(base, chosen, torch.float32 if base == "mini" else torch.bfloat16)
-    adapter = bench_speed.random_adapter(made)
-    bar = None if as_json else counted
-    steps = bench_speed.measure(made, adapter, size, batch, guided, rounds=rounds, on_progress=bar)
-    facts = {"base": base, "size": size, "batch": batch, "guided": guided, "rounds": rounds, "device": str(chosen)}
-    last_line({**facts, "rows": [asdict(step) for step in steps]})
+    it = bench_speed.subject(base, chosen, size, batch, guided, depth_scale)
+    steps = bench_speed.measure(it, rounds, None if as_json else counted)
+    facts = {"base": base, "size": size, "batch": batch, "guided": guided, "depth_scale": depth_scale}
+    last_line({**facts, "rounds": rounds, "device": str(chosen), "rows": [asdict(step) for step in steps]})
 
 
 @bench.command("identify")

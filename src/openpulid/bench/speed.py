@@ -4,21 +4,28 @@ here, and with keys and values computed afresh in every step."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
 
-from openpulid.bench.training import RandomSDXL
+from openpulid.bench.training import RandomSDXL, random_base
 from openpulid.bench.turns import by_turns, peak, reset_peak, timed
+from openpulid.errors import OptionError
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDFormer
-from openpulid.methods.pulid.projection import Projection
+from openpulid.methods.pulid.flux import PuLIDFlux
+
+TOKENS = 32
+"""Of an identity: v1.1's and FLUX's."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Median seconds of one call of the U-Net, the ratio to the base's, peak memory in GiB."""
+    """Median seconds of one call of the network, the ratio to the base's, peak memory in GiB."""
 
     name: str
     seconds: float
@@ -26,74 +33,153 @@ class Step:
     memory: float | None
 
 
-def random_adapter(base: RandomSDXL, tokens: int = 32) -> PuLID:
-    """v1.1's identity layers for the base, and an encoder too small to count: its work is done before the first step."""
-    width = base.unet.config.cross_attention_dim
-    former = IDFormer(dim=64, depth=5, heads=1, num_queries=tokens, output_dim=width, width=16, vit_dim=16, hidden_dim=16)
-    adapter = PuLID.for_unet(base.unet, former).to(base.device, base.unet.dtype)
-    for layer in adapter.id_adapter_attn_layers.values():
-        torch.nn.init.normal_(layer.id_to_v.weight, std=0.02)  # type: ignore[union-attr,arg-type]
-    adapter.attach(base.pipe)
-    return adapter.requires_grad_(False)
+class Subject(Protocol):
+    """A base and an adapter on it."""
+
+    device: torch.device
+
+    def step(self) -> Tensor:
+        """One call of the network."""
+
+    def opened(self) -> AbstractContextManager[Any]:
+        """An identity in use."""
 
 
-@torch.inference_mode()
-def measure(
-    base: RandomSDXL,
-    adapter: PuLID,
-    pixels: int = 1024,
-    batch: int = 1,
-    guided: bool = False,
-    num_zero: int = 20,
-    projection: Projection = "ortho_v2",
-    rounds: int = 5,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[Step]:
-    """base, pulid and afresh by turns.
+class SDXLSubject:
+    """SDXL's U-Net with v1.1's identity layers, 32 tokens, 20 zeros, ortho v2.
 
     Args:
         guided: whether the batch is doubled for guidance.
     """
-    rows = batch * (1 + guided)
-    text = base.encode_text(["portrait"] * batch, pixels=pixels, guided=guided)
-    x = torch.randn(rows, *base.shape(pixels), device=base.device, dtype=base.unet.dtype)
-    t = torch.full((rows,), 500, device=base.device)
-    tokens, nobody = (_tokens(adapter, base) for _ in range(2))
+
+    def __init__(self, base: RandomSDXL, pixels: int = 1024, batch: int = 1, guided: bool = False) -> None:
+        self.base, self.device, self.guided = base, base.device, guided
+        like: dict[str, Any] = {"device": base.device, "dtype": base.unet.dtype}
+        width, rows = base.unet.config.cross_attention_dim, batch * (1 + guided)
+        self.adapter = PuLID.for_unet(base.unet, _small_former(width)).to(**like).requires_grad_(False)
+        for layer in self.adapter.id_adapter_attn_layers.values():
+            nn.init.normal_(layer.id_to_v.weight, std=0.02)  # type: ignore[union-attr,arg-type]
+        self.adapter.attach(base.pipe)
+        self.text = base.encode_text(["portrait"] * batch, pixels=pixels, guided=guided)
+        self.x, self.t = torch.randn(rows, *base.shape(pixels), **like), torch.full((rows,), 500, device=base.device)
+        self.tokens, self.nobody = (torch.randn(1, TOKENS, width, **like) for _ in range(2))
+
+    def step(self) -> Tensor:
+        return self.base.predict(self.x, self.t, self.text)
+
+    def opened(self) -> AbstractContextManager[Any]:
+        return self.adapter.use_tokens(self.tokens, 0.8, num_zero=20, negative=self.nobody, guided=self.guided)
+
+
+class FluxSubject:
+    """FLUX.1's transformer at full width with the identity after every 2nd double and every 4th single block.
+
+    Args:
+        depth: share of the 19 double and 38 single blocks that there are.
+        text_tokens: length of the prompt.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        pixels: int = 1024,
+        batch: int = 1,
+        depth: float = 1.0,
+        text_tokens: int = 128,
+        **sizes: Any,
+    ) -> None:
+        blocks = {"num_layers": max(1, round(19 * depth)), "num_single_layers": max(1, round(38 * depth))}
+        with _default(dtype), device:
+            self.transformer = FluxTransformer2DModel(**{**blocks, "guidance_embeds": True, **sizes})
+            self.adapter = PuLIDFlux.for_transformer(self.transformer, _small_former(2048))
+        self.transformer.eval().requires_grad_(False)
+        self.adapter.requires_grad_(False).attach(self.transformer)
+        for layer in self.adapter._layers():
+            nn.init.normal_(layer.to_out.weight, std=0.02)
+        self.device, side, config = device, pixels // 16, self.transformer.config
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        grid = torch.meshgrid(torch.zeros(1), torch.arange(side), torch.arange(side), indexing="ij")
+        self.call = {
+            "hidden_states": torch.randn(batch, side * side, config.in_channels, **like),
+            "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, **like),
+            "pooled_projections": torch.randn(batch, config.pooled_projection_dim, **like),
+            "timestep": torch.full((batch,), 0.5, **like),
+            "img_ids": torch.stack(grid, -1).reshape(-1, 3).to(device),
+            "txt_ids": torch.zeros(text_tokens, 3, device=device),
+            "guidance": torch.full((batch,), 4.0, device=device),
+        }
+        self.tokens = torch.randn(1, TOKENS, 2048, **like)
+
+    def step(self) -> Tensor:
+        return self.transformer(**self.call, return_dict=False)[0]
+
+    def opened(self) -> AbstractContextManager[Any]:
+        return self.adapter.use_tokens(self.tokens)
+
+
+def subject(
+    name: str, device: torch.device, pixels: int = 1024, batch: int = 1, guided: bool = False, depth: float = 1.0
+) -> Subject:
+    """ "mini", "sdxl" or "flux" at full size with random weights.
+
+    Raises:
+        OptionError: another name, or an option that it does not have.
+    """
+    if name == "flux":
+        if guided:
+            raise OptionError("FLUX takes a negative prompt in calls of its own; measure it without --guided.")
+        return FluxSubject(device, torch.bfloat16, pixels, batch, depth)
+    if depth != 1:
+        raise OptionError("only FLUX can be measured with fewer blocks.")
+    base = random_base(name, device, torch.float32 if name == "mini" else torch.bfloat16)
+    return SDXLSubject(base, pixels, batch, guided)
+
+
+@torch.inference_mode()
+def measure(it: Subject, rounds: int = 5, on_progress: Callable[[int, int], None] | None = None) -> list[Step]:
+    """base, pulid and afresh by turns."""
     memory: dict[str, float | None] = {}
-
-    def step() -> Tensor:
-        return base.predict(x, t, text)
-
-    def opened() -> object:
-        options = {"scale": 0.8, "num_zero": num_zero, "negative": nobody, "guided": guided, "projection": projection}
-        return adapter.use_tokens(tokens, **options)  # type: ignore[arg-type]
 
     def noted(name: str, run: Callable[[], float]) -> Callable[[], float]:
         def once() -> float:
-            reset_peak(base.device)
+            reset_peak(it.device)
             seconds = run()
-            memory[name] = peak(base.device)
+            memory[name] = peak(it.device)
             return seconds
 
         return once
 
     def pulid() -> float:
-        with opened():  # type: ignore[attr-defined]
-            return timed(step, base.device)
+        with it.opened():
+            return timed(it.step, it.device)
 
     def afresh() -> float:
         def whole() -> None:
-            with opened():  # type: ignore[attr-defined]
-                step()
+            with it.opened():
+                it.step()
 
-        return timed(whole, base.device)
+        return timed(whole, it.device)
 
-    runs = {"base": lambda: timed(step, base.device), "pulid": pulid, "afresh": afresh}
+    runs = {"base": lambda: timed(it.step, it.device), "pulid": pulid, "afresh": afresh}
     medians = by_turns({name: noted(name, run) for name, run in runs.items()}, rounds, on_progress)
     first = medians["base"]
     return [Step(name, round(s, 4), round(s / first, 4), memory[name]) for name, s in medians.items()]
 
 
-def _tokens(adapter: PuLID, base: RandomSDXL) -> Tensor:
-    config = adapter.id_adapter.config
-    return torch.randn(1, config["num_queries"], config["output_dim"], device=base.device, dtype=base.unet.dtype)
+def _small_former(width: int) -> IDFormer:
+    """An encoder too small to count: its work is done before the first step."""
+    return IDFormer(dim=64, depth=5, heads=1, num_queries=TOKENS, output_dim=width, width=16, vit_dim=16, hidden_dim=16)
+
+
+class _default:
+    """Modules made inside have this dtype: no float32 copy is ever there."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.before = dtype, torch.get_default_dtype()
+
+    def __enter__(self) -> None:
+        torch.set_default_dtype(self.dtype)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self.before)

@@ -140,7 +140,7 @@ def make(studio: Studio, batches: Iterable[Sequence[Request]], identities: Seque
         shown: AbstractContextManager[Any] = nullcontext()
         if identities and studio.adapter:
             people = [identities[request.person] for request in batch]
-            shown = studio.adapter.use(people, p.scale, p.start, p.end, p.projection, p.num_zero, pipe=studio.pipe)
+            shown = studio.adapter.use(people, **p.identity_options(), pipe=studio.pipe)
         with shown:
             prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
             made.append(sample(studio.pipe, prompts, seeds, steps=p.steps, guidance=p.guidance, batch=len(batch)))

@@ -1,0 +1,50 @@
+"""FLUX in less memory: what is predicted, and that every level still shows who it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from people import anna, ben
+from tiny_flux import fresh, run, tiny_pipe
+
+from openpulid.errors import OptionError
+from openpulid.memory import GIB, LEVELS, level, place, predicted
+
+
+def test_weights_are_counted_exactly() -> None:
+    steps = {need.phase: need.parts for need in predicted("full")}["steps"]
+    assert steps["transformer"] == 2 * 11_901_408_320  # FLUX.1-dev's parameters
+    assert steps["text encoders"] / GIB == pytest.approx(9.1, abs=0.2)
+    assert steps["adapter"] == 2 * 571_033_600
+    assert 30 < sum(steps.values()) / GIB < 40
+
+
+@pytest.mark.parametrize(("name", "limit"), [("24gb", 24), ("16gb", 16), ("12gb", 12)])
+def test_each_level_fits_its_name(name: str, limit: int) -> None:
+    for size in ((896, 1152), (1024, 1024)):
+        assert max(need.total for need in predicted(name, *size, text_tokens=512)) < 0.95 * limit * 1e9
+
+
+def test_less_is_less() -> None:
+    peaks = [max(need.total for need in predicted(name)) for name in LEVELS]
+    assert peaks == sorted(peaks, reverse=True)
+    small, large = (max(need.total for need in predicted("12gb", side, side)) for side in (512, 2048))
+    assert large > small
+    with pytest.raises(OptionError, match="24gb, 16gb, 12gb"):
+        level("8gb")
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_the_identity_acts_at_every_level(name: str) -> None:
+    pipe = tiny_pipe()
+    adapter = fresh(pipe)
+    plain = run(pipe)
+    place(pipe, name, torch.device("cpu"))
+    before = run(pipe)
+    assert abs(before - plain).max() < (0.5 if LEVELS[name].transformer == "fp8" else 1e-6) * abs(plain).max()
+    images = []
+    for person in (anna, ben):
+        with adapter.use(person):
+            images.append(run(pipe))
+    assert abs(images[0] - images[1]).max() > 1e-3 and abs(images[0] - before).max() > 1e-3
+    assert (run(pipe) == before).all()

@@ -1,0 +1,58 @@
+"""The studio on a tiny FLUX: the preset's options reach pipeline and adapter, and a seed is an image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from people import anna
+from tiny_flux import fresh, tiny_pipe
+
+from openpulid.errors import OptionError, PromptError
+from openpulid.presets import PRESETS, flux, flux_krea, flux_schnell
+from openpulid.studio import Studio
+
+
+@pytest.fixture(scope="module")
+def studio() -> Studio:
+    pipe = tiny_pipe()
+    preset = replace(flux(), steps=3, size=(32, 32), half=False, text_tokens=10)
+    return Studio(pipe, None, fresh(pipe), preset)
+
+
+def test_presets() -> None:
+    assert (flux().steps, flux().guidance, flux().text_tokens) == (20, 4.0, 128)
+    assert flux_krea().pipeline == "flux-krea" and flux_schnell().steps == 4
+    assert flux().identity_options() == {"scale": 1.0, "start": 0.0, "end": 1.0, "start_step": 0, "timestep_to_start_cfg": 1}
+    assert flux().published[0] == "flux-dev" and "pulid-flux-v0.9.1" in flux().published
+    assert all(PRESETS[name]().name == name for name in PRESETS)
+
+
+def test_a_seed_is_an_image(studio) -> None:
+    both = studio.generate("portrait of a person", anna, seed=4, num_images=2)
+    alone = studio.generate("portrait of a person", anna, seed=5)
+    assert both.images[0].size == (32, 32) and both.images[1].tobytes() == alone.images[0].tobytes()
+    together = studio.generate("portrait of a person", anna, seed=4, num_images=2, batch=2)
+    for one, other in zip(both.images, together.images, strict=True):
+        assert np.abs(np.array(one).astype(int) - np.array(other).astype(int)).max() <= 2
+
+
+def test_options_reach_the_image(studio) -> None:
+    def made(**options) -> bytes:
+        return studio.generate("portrait", anna, seed=1, **options).images[0].tobytes()
+
+    plain = made()
+    different = [made(scale=0.3), made(start_step=2), made(true_cfg=3.0, negative="a person"), made(guidance=1.0)]
+    late = made(true_cfg=3.0, negative="a person", timestep_to_start_cfg=2)
+    assert len({plain, late, *different}) == 6
+    assert made(start_step=3) == studio.generate("portrait", seed=1).images[0].tobytes() == made(scale=0.0)
+
+
+def test_what_the_text_encoder_would_drop_is_refused(studio) -> None:
+    with pytest.raises(PromptError, match="11 tokens and the model reads 10"):
+        studio.generate("a person " * 5)
+    with pytest.raises(PromptError, match="zebra"):
+        studio.generate("portrait of a zebra")
+    with pytest.raises(OptionError, match="at least 1"):
+        studio.generate("portrait", steps=0)
