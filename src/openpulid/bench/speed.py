@@ -99,7 +99,7 @@ class FluxSubject:
             nn.init.normal_(layer.to_out.weight, std=0.02)
         self.device, side, config = device, pixels // 16, self.transformer.config
         like: dict[str, Any] = {"device": device, "dtype": dtype}
-        grid = torch.meshgrid(torch.zeros(1), torch.arange(side), torch.arange(side), indexing="ij")
+        grid = torch.meshgrid(torch.zeros(1), *[torch.arange(float(side))] * 2, indexing="ij")
         self.call = {
             "hidden_states": torch.randn(batch, side * side, config.in_channels, **like),
             "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, **like),
