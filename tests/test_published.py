@@ -109,5 +109,6 @@ def test_into_a_folder_and_what_a_server_does_not_have(mirror: list[str], tmp_pa
 def test_presets_name_only_what_is_in_the_table() -> None:
     assert PRESETS["mini"]().published == ()
     assert PRESETS["sdxl"]().published == ("juggernaut", "pulid-v1.1", "detector", "arcface", "parsing", "eva")
-    assert PRESETS["sdxl-v1"]().published[:3] == ("sdxl", "lightning-4step", "pulid-v1")
+    assert PRESETS["sdxl-v1"]().published[:3] == ("sdxl-base", "lightning-4step", "pulid-v1")
+    assert not set(PRESETS) & set(published.WEIGHTS)  # `weights get NAME` says one thing only
     assert not published.WEIGHTS["arcface"].commercial and published.WEIGHTS["eva"].commercial

@@ -11,7 +11,7 @@ from tiny_flux import fresh, tiny_pipe
 
 from openpulid.errors import OptionError, PromptError
 from openpulid.presets import PRESETS, flux, flux_krea, flux_schnell
-from openpulid.studio import Studio
+from openpulid.studio import Studio, load
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def studio() -> Studio:
 
 def test_presets() -> None:
     assert (flux().steps, flux().guidance, flux().text_tokens) == (20, 4.0, 128)
-    assert flux_krea().pipeline == "flux-krea" and flux_schnell().steps == 4
-    assert flux().identity_options() == {"scale": 1.0, "start": 0.0, "end": 1.0, "start_step": 0, "timestep_to_start_cfg": 1}
+    assert flux_krea().pipeline == "flux-krea-base" and flux_schnell().steps == 4
+    assert flux().identity_options() == {"scale": 1.0, "start": 0.0, "end": 1.0, "start_step": None, "timestep_to_start_cfg": 1}
     assert flux().published[0] == "flux-dev" and "pulid-flux-v0.9.1" in flux().published
     assert all(PRESETS[name]().name == name for name in PRESETS)
 
@@ -43,9 +43,10 @@ def test_options_reach_the_image(studio) -> None:
         return studio.generate("portrait", anna, seed=1, **options).images[0].tobytes()
 
     plain = made()
-    different = [made(scale=0.3), made(start_step=2), made(true_cfg=3.0, negative="a person"), made(guidance=1.0)]
+    different = [made(scale=0.3), made(start=0.5), made(true_cfg=3.0, negative="a person"), made(guidance=1.0)]
     late = made(true_cfg=3.0, negative="a person", timestep_to_start_cfg=2)
     assert len({plain, late, *different}) == 6
+    assert made(start=0.5) == made(start_step=2)
     assert made(start_step=3) == studio.generate("portrait", seed=1).images[0].tobytes() == made(scale=0.0)
 
 
@@ -56,3 +57,10 @@ def test_what_the_text_encoder_would_drop_is_refused(studio) -> None:
         studio.generate("portrait of a zebra")
     with pytest.raises(OptionError, match="at least 1"):
         studio.generate("portrait", steps=0)
+
+
+def test_memory_levels_are_known_before_anything_is_opened() -> None:
+    with pytest.raises(OptionError, match="full, 24gb"):
+        load("flux", device="cpu", memory="8gb")
+    with pytest.raises(OptionError, match="FLUX's"):
+        load("mini", device="cpu", memory="12gb")

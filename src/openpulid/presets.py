@@ -132,7 +132,7 @@ def sdxl_lightning(base: Place = "dreamshaper") -> Preset:
     return replace(sdxl(base), name="sdxl-lightning", sampler="dpmpp_sde", steps=5, guidance=2.0)
 
 
-def sdxl_v1(base: Place = "sdxl", style: bool = False) -> Preset:
+def sdxl_v1(base: Place = "sdxl-base", style: bool = False) -> Preset:
     """PuLID v1 on SDXL-Lightning's U-Net: 4 steps, guidance 1.2. `style` leaves the prompt more room than the likeness."""
     return replace(
         sdxl(base),
@@ -163,17 +163,16 @@ def flux(base: Place = "flux-dev") -> Preset:
         num_zero=0,
         negative="",
         size=(896, 1152),
-        start_step=0,
         text_tokens=128,
     )
 
 
-def flux_krea(base: Place = "flux-krea") -> Preset:
+def flux_krea(base: Place = "flux-krea-base") -> Preset:
     """The same on FLUX.1-Krea-dev."""
     return replace(flux(base), name="flux-krea", guidance=4.5, steps=28)
 
 
-def flux_schnell(base: Place = "flux-schnell") -> Preset:
+def flux_schnell(base: Place = "flux-schnell-base") -> Preset:
     """The same on FLUX.1-schnell, in four steps; it was distilled without a guidance to choose."""
     return replace(flux(base), name="flux-schnell", guidance=0.0, steps=4, text_tokens=256)
 

@@ -57,14 +57,14 @@ WEIGHTS: dict[str, Weight] = {
     "arcface-loss": Weight(
         f"{_FACEXLIB}/v0.1.0/recognition_arcface_ir_se50.pth", "recognition_arcface_ir_se50.pth", "MIT", True, 175
     ),
-    "sdxl": Weight("stabilityai/stable-diffusion-xl-base-1.0", "", "CreativeML Open RAIL++-M", True, 6940),
+    "sdxl-base": Weight("stabilityai/stable-diffusion-xl-base-1.0", "", "CreativeML Open RAIL++-M", True, 6940),
     "lightning-4step": Weight(
         "ByteDance/SDXL-Lightning", "sdxl_lightning_4step_unet.safetensors", "CreativeML Open RAIL++-M", True, 5140
     ),
     "juggernaut": Weight("RunDiffusion/Juggernaut-XL-v9", "", "CreativeML Open RAIL-M", True, 6940),
     "flux-dev": Weight("black-forest-labs/FLUX.1-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700),
-    "flux-krea": Weight("black-forest-labs/FLUX.1-Krea-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700),
-    "flux-schnell": Weight("black-forest-labs/FLUX.1-schnell", "", "Apache-2.0", True, 33_700),
+    "flux-krea-base": Weight("black-forest-labs/FLUX.1-Krea-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700),
+    "flux-schnell-base": Weight("black-forest-labs/FLUX.1-schnell", "", "Apache-2.0", True, 33_700),
     "dreamshaper": Weight("Lykon/dreamshaper-xl-lightning", "", "CreativeML Open RAIL++-M", True, 6940),
 }
 """By the short name that presets use. Sizes are what the hub shows, rounded."""

@@ -29,6 +29,7 @@ from openpulid.identity.features import Features
 from openpulid.identity.identity import Identity, fused
 from openpulid.images import open_picture
 from openpulid.loading import best_device, found, load_features, load_pipeline, precision
+from openpulid.memory import level
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.methods.pulid.projection import Projection
@@ -230,6 +231,9 @@ def load(
     if base is not None:
         preset = replace(preset, pipeline=os.fspath(base))
     if memory is not None:
+        level(memory)
+        if preset.family != "flux":
+            raise OptionError(f"{preset.name} has one way of lying in memory; the levels are FLUX's.")
         preset = replace(preset, memory=memory)
     device = torch.device(device) if device is not None else best_device()
     kind = PuLIDFlux if preset.family == "flux" else PuLID

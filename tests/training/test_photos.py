@@ -150,7 +150,8 @@ def test_the_id_losss_crop_is_in_place_blue_first_and_differentiable() -> None:
     crop = arcface_crop(image, torch.zeros(1, 1, 200, 200), landmarks)
     torch.testing.assert_close(crop, 2 * image[:, :, 20:132, 30:142].flip(1) - 1, atol=1e-4, rtol=0)
     crop.square().sum().backward()
-    assert image.grad[:, :, 20:132, 30:142].abs().min() >= 0 and image.grad.abs().sum() > 0
+    inside = image.grad[:, :, 22:130, 32:140]
+    assert (inside != 0).all() and image.grad.abs().sum() < 1.1 * image.grad[:, :, 19:133, 29:143].abs().sum()
 
 
 def test_the_id_loss_sees_photographs(features) -> None:

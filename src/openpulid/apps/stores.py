@@ -111,7 +111,6 @@ def _needed(names: list[str]) -> list[str]:
 
     found: dict[str, None] = {}
     for name in names:
-        # a preset comes first: "sdxl" is more than its base
         if name in PRESETS:
             found |= dict.fromkeys(PRESETS[name]().published)
         elif name in WEIGHTS:

@@ -97,7 +97,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Continue what was begun, or begin again.")] = True,
     data: Annotated[Path | None, typer.Option(help="sdxl: a folder of pictures, a NAME.txt beside each.")] = None,
     held_out: Annotated[Path | None, typer.Option(help="sdxl: the same, of people who are not trained on.")] = None,
-    base: Annotated[str, typer.Option(help="sdxl: the checkpoint of the diffusion branch.")] = "sdxl",
+    base: Annotated[str, typer.Option(help="sdxl: the checkpoint of the diffusion branch.")] = "sdxl-base",
     fast: Annotated[list[str] | None, typer.Option(help="sdxl: of the lightning branch; several are taken by turns.")] = None,
 ) -> None:
     """Train an adapter by a named recipe."""

@@ -12,7 +12,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from openpulid.bench.training import RandomSDXL, random_base
+from openpulid.bench.training import RandomSDXL, default_dtype, random_base
 from openpulid.bench.turns import by_turns, peak, reset_peak, timed
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.adapter import PuLID
@@ -90,7 +90,7 @@ class FluxSubject:
         **sizes: Any,
     ) -> None:
         blocks = {"num_layers": max(1, round(19 * depth)), "num_single_layers": max(1, round(38 * depth))}
-        with _default(dtype), device:
+        with default_dtype(dtype), device:
             self.transformer = FluxTransformer2DModel(**{**blocks, "guidance_embeds": True, **sizes})
             self.adapter = PuLIDFlux.for_transformer(self.transformer, _small_former(2048))
         self.transformer.eval().requires_grad_(False)
@@ -170,16 +170,3 @@ def measure(it: Subject, rounds: int = 5, on_progress: Callable[[int, int], None
 def _small_former(width: int) -> IDFormer:
     """An encoder too small to count: its work is done before the first step."""
     return IDFormer(dim=64, depth=5, heads=1, num_queries=TOKENS, output_dim=width, width=16, vit_dim=16, hidden_dim=16)
-
-
-class _default:
-    """Modules made inside have this dtype: no float32 copy is ever there."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.before = dtype, torch.get_default_dtype()
-
-    def __enter__(self) -> None:
-        torch.set_default_dtype(self.dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self.before)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -98,14 +99,20 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.floa
     """
     if name not in ("mini", "sdxl"):
         raise OptionError(f"{name!r} cannot be made of random weights: mini or sdxl")
+    with default_dtype(dtype), device:
+        if name == "sdxl":
+            return RandomSDXL(UNet2DConditionModel(**SDXL_UNET), AutoencoderKL(**SDXL_VAE))
+        unet, vae = (json.loads((MINIATURE / "pipeline" / part / "config.json").read_text()) for part in ("unet", "vae"))
+        return RandomSDXL(UNet2DConditionModel.from_config(unet), PatchAutoencoderKL.from_config(vae))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside have this dtype: no float32 copy is ever there."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # so that no float32 copy is ever there
+    torch.set_default_dtype(dtype)
     try:
-        with device:
-            if name == "sdxl":
-                return RandomSDXL(UNet2DConditionModel(**SDXL_UNET), AutoencoderKL(**SDXL_VAE))
-            unet, vae = (json.loads((MINIATURE / "pipeline" / part / "config.json").read_text()) for part in ("unet", "vae"))
-            return RandomSDXL(UNet2DConditionModel.from_config(unet), PatchAutoencoderKL.from_config(vae))
+        yield
     finally:
         torch.set_default_dtype(before)
 
