@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -53,10 +54,10 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
         return images
 
     monkeypatch.setattr(evaluate, "load", lambda preset, device: SimpleNamespace(identify=to_images))
-    monkeypatch.setattr(evaluate, "models", lambda studio, weights: [("stage1", studio)])
+    monkeypatch.setattr(evaluate, "models", lambda studio, adapters: [(name, studio) for name in adapters])
     monkeypatch.setattr(evaluate, "make", make)
     monkeypatch.setattr(evaluate.Judges, "load", lambda: JUDGES)
-    table = evaluate.run(people=3, prompts=2)
+    table = evaluate.run(people=3, prompts=2, adapters={"stage1": Path("nowhere")})
     base, stage1 = table.rows["base"], table.rows["stage1"]
     assert stage1["face_sim"].mean == pytest.approx(1, abs=1e-4)
     assert stage1["rank1"].mean == 1 and base["rank1"].mean == pytest.approx(1 / 3)

@@ -29,6 +29,16 @@ def test_noise_schedule_is_diffusers(prediction):
     assert ours.times(torch.tensor([0.0, 0.5, 0.9999])).tolist() == [0, 500, 999]
 
 
+def test_late_times_are_as_dense_as_a_power_of_t():
+    schedule = NoiseSchedule(torch.linspace(0.999, 0.001, 1000))
+    uniform = (torch.arange(10_000) + 0.5) / 10_000
+    for power in (1.0, 2.0):
+        times = schedule.times(uniform, power)
+        assert times.min() >= 0 and times.max() == 999
+        below = (times < 500).double().mean().item()
+        assert below == pytest.approx(0.5 ** (1 + power), abs=2e-3)  # integral of (1 + p) t^p up to one half
+
+
 def test_other_predictions_are_refused():
     with pytest.raises(OptionError, match="sample"):
         NoiseSchedule(torch.tensor([0.9, 0.1]), "sample")

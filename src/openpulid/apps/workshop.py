@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.apps.common import AsJson, Device, counted, group, last_line, picture_file, save_picture
+from openpulid.apps.common import AsJson, Device, counted, group, last_line, picture_file, save_picture, say, silent
 from openpulid.errors import OptionError
 
 if TYPE_CHECKING:
@@ -82,6 +82,38 @@ def evaluate(
 
     bar = measure.silent if as_json else measure.progress
     table = measure.run(people, people_seed=people_seed, prompts=prompts, preset=preset, device=device, progress=bar)
+    if not as_json:
+        measure.show(table)
+    last_line(measure.as_json(table))
+
+
+@mini.command()
+def ablation(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write.")],
+    people: Annotated[int, typer.Option(min=1, help="Rows.")] = 6,
+    people_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+) -> None:
+    """People nobody trained on, each with the same prompt and seed through every stage of the training."""
+    from openpulid.mini import ablation as stages
+
+    save_picture(stages.picture(people, people_seed), picture_file(out))
+    print(out)
+
+
+@mini.command()
+def sweep(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The plot to write.")],
+    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 100,
+    people: Annotated[int, typer.Option(min=2, help="How many people nobody trained on.")] = 64,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train with other numbers of steps that carry gradient, and other weights of the alignment; plot identity and purity."""
+    from openpulid.mini import ablation as stages
+    from openpulid.mini import evaluate as measure
+
+    table = stages.sweep(steps, people, device=device, say=silent if as_json else say)
+    stages.plot(table, picture_file(out))
     if not as_json:
         measure.show(table)
     last_line(measure.as_json(table))

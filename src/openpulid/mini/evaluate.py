@@ -95,7 +95,7 @@ def run(
     people_seed: int = 0,
     prompts: int = 4,
     preset: str = "mini",
-    weights: Path = MINIATURE,
+    adapters: Mapping[str, Path] | None = None,
     device: str | None = None,
     progress: Progress = silent,
 ) -> Table:
@@ -105,7 +105,7 @@ def run(
         people: how many, from the first held-out person + `people_seed` on.
         prompts: images of each person and model.
         preset: "mini", or "mini-lightning" for the student's four steps.
-        weights: where the adapters are.
+        adapters: model -> file; by default those of `shipped`.
         device: where to compute; the best there is by default.
         progress: passes a model's batches on, and may show how far it is.
     """
@@ -115,19 +115,23 @@ def run(
     batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
     before = make(studio, progress(batches, "base"), None)
     rows = {"base": summarised(measure(judges, asked, portraits, before, before), asked)}
-    for model, other in models(studio, weights):
+    for model, other in models(studio, shipped() if adapters is None else adapters):
         after = make(other, progress(batches, model), identities)
         rows[model] = summarised(measure(judges, asked, portraits, after, before), asked)
     return Table(rows, people, prompts, people_seed)
 
 
-def models(studio: Studio, weights: Path = MINIATURE) -> Iterator[tuple[str, Studio]]:
-    """Each of `MODELS` whose weights are there, and the studio with that adapter in place of its own."""
-    for model in MODELS:
-        file = weights / f"pulid-{model}.safetensors"
-        if file.exists():
-            adapter = PuLID.load(file).to(studio.pipe.device)
-            yield model, Studio(studio.pipe, studio.features, adapter, studio.preset)
+def shipped(weights: Path = MINIATURE) -> dict[str, Path]:
+    """Each of `MODELS` whose adapter is among the weights, and its file."""
+    files = {model: weights / f"pulid-{model}.safetensors" for model in MODELS}
+    return {model: file for model, file in files.items() if file.exists()}
+
+
+def models(studio: Studio, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Studio]]:
+    """Each model's name, and the studio with its adapter in place of its own."""
+    for model, file in adapters.items():
+        adapter = PuLID.load(file).to(studio.pipe.device)
+        yield model, Studio(studio.pipe, studio.features, adapter, studio.preset)
 
 
 def make(studio: Studio, batches: Iterable[Sequence[Request]], identities: Sequence[Identity] | None) -> Tensor:

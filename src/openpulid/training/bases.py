@@ -42,9 +42,9 @@ class NoiseSchedule:
             raise OptionError(f"a base that predicts {prediction!r} cannot be trained on: epsilon or v_prediction")
         self.alphas, self.prediction = alphas.double(), prediction
 
-    def times(self, uniform: Tensor) -> Tensor:
-        """(B,) uniform numbers in [0, 1) -> (B,) int64 times of training."""
-        return (uniform * len(self.alphas)).long()
+    def times(self, uniform: Tensor, late: float = 0.0) -> Tensor:
+        """(B,) uniform numbers in [0, 1) -> (B,) int64 times of training, as dense as t to the power `late`."""
+        return (uniform.double() ** (1 / (1 + late)) * len(self.alphas)).long()
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t), each (B, 1, 1, 1) in float32 on the device of `like`."""

@@ -34,16 +34,17 @@ class Denoised:
     t: Tensor
 
 
-def diffusion_branch(base: Base, draw: Draw, latents: Tensor, text: Any) -> Denoised:
+def diffusion_branch(base: Base, draw: Draw, latents: Tensor, text: Any, late: float = 0.0) -> Denoised:
     """Noise of a drawn strength over real pictures, and the base's prediction: the ground of L_diff (PuLID,
     section 3.1).
 
     Args:
         latents: (B, c, h, w), the pictures, on the base's device.
         text: what `base.encode_text` gave for their prompts.
+        late: how much more often times of much noise are drawn (`NoiseSchedule.times`); 0 is the paper's even drawing.
     """
     noise = draw.randn(latents.shape, "noise").to(latents)
-    t = base.schedule.times(draw.rand(latents.shape[:1], "time")).to(latents.device)
+    t = base.schedule.times(draw.rand(latents.shape[:1], "time"), late).to(latents.device)
     x_t = base.schedule.noised(latents, noise, t)
     return Denoised(base.predict(x_t, t, text), base.schedule.target(latents, noise, t), x_t, t)
 

@@ -54,6 +54,7 @@ class Recipe:
     drop_identity: float = 0.1  # features zeroed, so that guidance has a "nobody": choice
     gamma: float | None = None  # min-SNR-gamma: choice
     inside: float = 1.0  # weight of the face over the rest: choice
+    late: float = 0.0  # density of the drawn times is t to this power; 0 is even: choice
 
     # the lightning branch (stages 2 and 3)
     begin: str | None = None  # the recipe whose adapter this one starts from

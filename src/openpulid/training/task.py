@@ -146,8 +146,8 @@ class PuLIDTask:
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """L_diff on held-out people with their own identity, with another's, and with none, same noise in all three;
-        with a lightning branch also `held_out_likeness`, the cosine of its pictures, and `held_out_faces`."""
+        """L_diff on held-out people with their own identity, with another's, and with none, same noise in all three,
+        at even times; with a lightning branch also `held_out_likeness`, the cosine of its pictures, and `held_out_faces`."""
         if self.held_out is None:
             return {}
         sums = dict.fromkeys(("own", "other", "none"), 0.0)
@@ -158,7 +158,7 @@ class PuLIDTask:
             for name, shown in people.items():
                 draw = Draw(self.recipe.seed, step)
                 with self._shown(self.base, shown):
-                    sums[name] += self._diffusion(draw, batch)[0].item() / HELD_OUT_BATCHES
+                    sums[name] += self._diffusion(draw, batch, late=0.0)[0].item() / HELD_OUT_BATCHES
         found = {f"held_out_{name}": value for name, value in sums.items()}
         if self.fast and self.recipe.id_loss != "none":
             draw = Draw(self.recipe.seed, 0)
@@ -176,7 +176,7 @@ class PuLIDTask:
 
     def _diffusion_losses(self, draw: Draw, batch: Batch, kept: Tensor) -> Iterator[Losses]:
         with self._shown(self.base, without(batch, ~kept)):
-            loss, step = self._diffusion(draw, batch)
+            loss, step = self._diffusion(draw, batch, self.recipe.late)
             losses = {"diffusion": loss}
             if self.recipe.id_loss == "naive":
                 count = self.recipe.fast_batch // draw.world
@@ -185,8 +185,8 @@ class PuLIDTask:
                 losses["id"] = self._unlike(draw, self.base, latents, batch.some(count), kept[few])
             yield losses
 
-    def _diffusion(self, draw: Draw, batch: Batch) -> tuple[Tensor, Denoised]:
-        step = diffusion_branch(self.base, draw, batch.latents, self.base.encode_text(batch.prompts))
+    def _diffusion(self, draw: Draw, batch: Batch, late: float) -> tuple[Tensor, Denoised]:
+        step = diffusion_branch(self.base, draw, batch.latents, self.base.encode_text(batch.prompts), late)
         return self.diffusion(step, batch.masks), step
 
     def _id_losses(self, draw: Draw, fast: Base, few: Batch) -> Iterator[Losses]:

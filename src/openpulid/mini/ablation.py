@@ -1,0 +1,97 @@
+"""The paper's ablation (PuLID, arXiv 2404.16022, section 4.4) on the miniature: a picture of every stage, and a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from openpulid.mini import adapter, evaluate
+from openpulid.mini.evaluate import Table
+from openpulid.mini.pictures import labelled, to_pictures
+from openpulid.presets import MINIATURE
+from openpulid.studio import load
+from openpulid.training.recipe import Recipe, find
+
+COLUMNS = {"base": "without", "stage1": "stage 1", "naive": "naive ID loss", "stage2": "stage 2", "stage3": "stage 3"}
+LAST = (1, 2, 3, 4)
+"""Steps of the lightning branch that carry gradient."""
+ALIGNMENT = ((0.0, 0.0), (0.6, 0.0), (0.0, 0.1), (0.6, 0.1), (2.4, 0.4))
+"""Weights of L_sem and L_layout; the fourth are the paper's."""
+
+
+def picture(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Image:
+    """Held-out people, a row each: the only picture given, then the same prompt and seed through every stage."""
+    asked, portraits = evaluate.requests(people, 1, people_seed), evaluate.references(people, people_seed)
+    studio = load("mini")
+    identities = [studio.identify([portrait]) for portrait in to_pictures(portraits)]
+    columns = {"given": portraits, COLUMNS["base"]: evaluate.make(studio, [asked], None)}
+    for model, other in evaluate.models(studio, evaluate.shipped()):
+        columns[COLUMNS[model]] = evaluate.make(other, [asked], identities)
+    pictures = [to_pictures(images) for images in columns.values()]
+    rows = [(asked[k].prompt, [column[k] for column in pictures]) for k in range(people)]
+    return labelled("One person in each row, who took no part in any training", list(columns), rows, side)
+
+
+def variants() -> dict[str, Recipe]:
+    """What the sweep trains: stage 2 with gradients through other numbers of steps, stage 3 with other weights."""
+    made = {f"k={last}": replace(find("mini_stage2"), last=last) for last in LAST}
+    stage3 = find("mini_stage3")
+    return made | {f"sem {a:g}, layout {b:g}": replace(stage3, semantic=a, layout=b) for a, b in ALIGNMENT}
+
+
+def sweep(
+    steps: int,
+    people: int,
+    *,
+    runs: Path = Path("runs/mini"),
+    weights: Path = MINIATURE,
+    device: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Table:
+    """Trains every variant so many steps from the adapter that its recipe begins with, and measures them all.
+
+    Args:
+        steps: of each; their rate rises and falls in them as in a whole training.
+        people: held-out ones, a prompt each.
+        runs: variants are kept below it, and one that is there is not trained again.
+        weights: of the miniature.
+    """
+    adapters: dict[str, Path] = {}
+    for name, recipe in variants().items():
+        folder = runs / "sweep" / name.replace(", ", "-").replace(" ", "")
+        file = folder / "adapter.safetensors"
+        begin = weights / f"pulid-{(recipe.begin or '').removeprefix('mini_')}.safetensors"
+        if not file.exists():
+            say(f"{name}: {steps} steps")
+            short = replace(recipe, warmup=max(1, steps // 20), ema=0.98)
+            adapter.train(short, folder, steps=steps, begin=begin, runs=runs, weights=weights, device=device)
+        adapters[name] = file
+    return evaluate.run(people, prompts=1, adapters=adapters, device=device)
+
+
+def plot(table: Table, path: Path) -> None:
+    """Identity against purity, up and right is better: the variants of k and of the weights as two curves."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, purity in zip(figure.subplots(1, 2), ("clip_i", "outside_face"), strict=True):
+        names = [name for name in table.rows if name != "base"]
+        for label, part in (("stage 2, gradients through the last k of 4 steps", "k"), ("stage 3, weights", "sem")):
+            _curve(axes, table.rows, [name for name in names if name.startswith(part)], purity, label)
+        if purity == "outside_face":
+            axes.invert_xaxis()
+        axes.set_xlabel("changed outside the face" if purity == "outside_face" else "CLIP-I with against without")
+        axes.set_ylabel("face similarity")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _curve(axes: object, rows: Mapping[str, Mapping[str, evaluate.Interval]], names: Sequence[str], x: str, label: str) -> None:
+    places = [(rows[name][x].mean, rows[name]["face_sim"].mean) for name in names]
+    axes.plot(*zip(*places, strict=True), marker="o", linewidth=1, label=label)  # type: ignore[attr-defined]
+    for name, place in zip(names, places, strict=True):
+        axes.annotate(name, place, textcoords="offset points", xytext=(4, 4), fontsize=7)  # type: ignore[attr-defined]
