@@ -1,5 +1,7 @@
 """Pictures on disk: resumed where a killed run stopped, labels in line with the scenes."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +48,13 @@ def test_a_second_build_only_opens(folder, data):
 def test_another_plan_is_refused(folder, data):
     with pytest.raises(ValueError, match="another plan"):
         build(folder, Plan(people=8, scenes=2, size=32))
+
+
+def test_a_plan_written_before_there_were_portraits_is_the_same(folder, data):
+    plan = json.loads((folder / "plan.json").read_text())
+    del plan["portraits"]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    assert len(build(folder, PLAN, workers=1, compiled=False)) == len(data)
 
 
 def test_an_unfinished_folder_is_named(tmp_path):

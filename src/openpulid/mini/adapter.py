@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from openpulid.errors import OptionError, TrainingError
 from openpulid.faces.detect import FaceFinder
@@ -32,11 +35,13 @@ from openpulid.training.data import Draw
 from openpulid.training.loop import Result, run
 from openpulid.training.precision import mixed
 from openpulid.training.recipe import Recipe
-from openpulid.training.task import Batch, PuLIDTask
+from openpulid.training.task import Batch, PuLIDTask, Source
 from openpulid.weights import load_module
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 from openpulid.world.dataset import WorldDataset
 
+SITTINGS = "world-portraits"
+"""The data set of many strangers in simple scenes."""
 SHEET_PROMPTS = ("portrait, photo, smiling, blue background", "portrait, pencil sketch, turned left")
 SHEET_PEOPLE = 6
 
@@ -50,6 +55,7 @@ class Portraits:
         batch: pictures per step, over all processes.
         device: where they are wanted.
         seen: whether the pictures themselves are wanted too, for an ID loss.
+        paired: features are of another picture of the same person.
     """
 
     def __init__(
@@ -62,9 +68,11 @@ class Portraits:
         batch: int,
         device: torch.device | str = "cpu",
         seen: bool = True,
+        paired: bool = False,
     ) -> None:
         self.data, self.latents, self.captions, self.features = data, latents, captions, features
         self.tokenizer, self.size, self.device, self.seen = tokenizer, batch, device, seen
+        self.of_person = rows_by_person(torch.from_numpy(np.array(data.people))) if paired else None
 
     @torch.no_grad()
     def batch(self, draw: Draw) -> Batch:
@@ -73,9 +81,39 @@ class Portraits:
         variants = draw.randint(self.captions.tokens.shape[1], rows.shape, "variants")
         tokens = self.captions.rows(rows, variants)
         prompts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        id_cond, hidden = self.features.rows(rows.numpy(), self.device)
+        shown = rows if self.of_person is None else mates(rows, self.of_person, draw)
+        id_cond, hidden = self.features.rows(shown.numpy(), self.device)
         pictures = faces_of(self.data, rows.numpy(), torch.device(self.device))[0] if self.seen else None
         return Batch(latents, faces, prompts, id_cond, hidden, pictures)
+
+
+class Mixture:
+    """One of several sources at each step, all equally often: a `training.task.Source`."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = sources
+
+    def batch(self, draw: Draw) -> Batch:
+        chosen = int(torch.randint(len(self.sources), (), generator=draw.generator("source")))  # one for all ranks
+        return self.sources[chosen].batch(draw)
+
+
+def rows_by_person(people: Tensor) -> list[Tensor]:
+    """For each row (N,), where `people` says whose it is: all rows of the same person, in order."""
+    order = people.argsort(stable=True)
+    groups = order.split(people.unique(return_counts=True)[1].tolist())
+    by_person = {int(people[group[0]]): group for group in groups}
+    return [by_person[person] for person in people.tolist()]
+
+
+def mates(rows: Tensor, of_person: Sequence[Tensor], draw: Draw) -> Tensor:
+    """(B,) rows -> as many, each another one of the same person; the row itself where a person has only one."""
+    steps = draw.rand(rows.shape, "mates")
+    found = []
+    for row, step in zip(rows.tolist(), steps.tolist(), strict=True):
+        others = of_person[row][of_person[row] != row]
+        found.append(int(others[int(step * len(others))]) if len(others) else row)
+    return torch.tensor(found)
 
 
 def fresh_adapter(pipe: Any, features: FeatureExtractor, recipe: Recipe) -> PuLID:
@@ -127,7 +165,9 @@ def train(
     if recipe.begin:
         adapter.load_state_dict(PuLID.load(begin or beginning(recipe.begin, folder, weights)).state_dict())
     more = _lightning(weights, chosen) if recipe.fast_batch else {}  # what is missing is said before minutes of reading
-    source, held_out = (_portraits(runs, name, pipe, features, recipe) for name in ("world", "world-held-out"))
+    names = ("world", SITTINGS, "world-held-out")
+    world, sittings, held_out = (_portraits(runs, name, pipe, features, recipe) for name in names)
+    source = Mixture([world, sittings])
     studio = Studio(pipe, features, adapter, preset)
     task = PuLIDTask(recipe, SDXLBase(pipe), adapter, source, held_out, lambda: sheet(studio), **more)
     result = run(task, recipe.schedule(), folder, minutes=minutes, device=chosen)
@@ -169,7 +209,8 @@ def _portraits(runs: Path, name: str, pipe: Any, extractor: FeatureExtractor, re
         latents = Latents.of(pipe.vae, data, runs / f"latents{suffix}")
         features = FaceFeatures.of(extractor, data, runs / f"features{suffix}")
     seen = recipe.id_loss != "none"
-    return Portraits(data, latents, captions, features, pipe.tokenizer, recipe.batch, extractor.device, seen)
+    tokenizer, device = pipe.tokenizer, extractor.device
+    return Portraits(data, latents, captions, features, tokenizer, recipe.batch, device, seen, recipe.paired)
 
 
 @torch.no_grad()

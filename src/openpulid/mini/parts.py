@@ -63,6 +63,7 @@ class Workshop:
     results: dict[str, Result] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
     held_out_plan: Plan = field(default_factory=lambda: Plan(people=256, scenes=8, held_out=True))
+    portrait_plan: Plan = field(default_factory=lambda: Plan(people=6144, scenes=2, seed=3, portraits=True))
 
     @cached_property
     def data(self) -> WorldDataset:
@@ -135,9 +136,10 @@ def world(shop: Workshop) -> dict[str, float]:
     """The pictures that everything else is trained and examined on."""
     shop.runs.mkdir(parents=True, exist_ok=True)
     made = {}
-    for name, plan in (("world", shop.plan), ("world-held-out", shop.held_out_plan)):
+    plans = {"world": shop.plan, "world-held-out": shop.held_out_plan, adapter.SITTINGS: shop.portrait_plan}
+    for name, plan in plans.items():
         made[name] = len(render_world(shop.runs / name, plan, device=str(shop.device), on_progress=progress(name)))
-    return {"pictures": made["world"], "held_out": made["world-held-out"]}
+    return {"pictures": made["world"], "held_out": made["world-held-out"], "portraits": made[adapter.SITTINGS]}
 
 
 def finder(shop: Workshop) -> dict[str, float]:

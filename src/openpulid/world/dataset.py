@@ -19,21 +19,32 @@ from openpulid.world.scene import ATTRIBUTES, Scene
 
 FAMILY = 4
 """People per family: they share the skin, and in training most of the face too."""
+SITTING = {"pose": "front", "light": "studio", "glasses": "none", "hat": "none", "beard": "none", "style": "photo"}
+"""What the scenes of `Plan.portraits` share."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Who is drawn how often. `held_out` takes people and colour combinations that no training sees."""
+    """Who is drawn how often.
+
+    Attributes:
+        held_out: people and colour combinations that no training sees.
+        portraits: strangers instead of families, before the camera in studio light with nothing on their heads: little moves
+            from one picture to the next but the person, which is what an adapter has to learn.
+    """
 
     people: int = 2560
     scenes: int = 12
     size: int = 96
     held_out: bool = False
     seed: int = 0
+    portraits: bool = False
 
     def person(self, index: int) -> Person:
         """Training families are a person and three siblings (one to sixteen features changed); held-out families are
         four unrelated faces with one skin, the hard case of verification."""
+        if self.portraits:
+            return Person.from_seed(self.seed * 100_000 + index)
         family, member = divmod(index, FAMILY)
         offset = HELD_OUT_PEOPLE if self.held_out else 0
         first = Person.from_seed(offset + self.seed * 100_000 + family * FAMILY)
@@ -50,7 +61,7 @@ class Plan:
         """Scene `k` of person `index`; held-out families share their hair too."""
         generator = torch.Generator().manual_seed((self.seed * 7 + self.held_out) * 10_000_019 + index * 1009 + k)
         if not self.held_out:
-            return Scene.sample(generator)
+            return Scene.sample(generator, **(SITTING if self.portraits else {}))
         family = torch.Generator().manual_seed(HELD_OUT_PEOPLE + index // FAMILY)
         hair = {name: _uniform(ATTRIBUTES[name], family) for name in ("hair_color", "hair_length")}
         return Scene.sample(generator, held_out=True, **hair)
@@ -138,11 +149,10 @@ def build(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    described = json.dumps(dataclasses.asdict(plan))
     plan_file = folder / "plan.json"
-    if plan_file.exists() and plan_file.read_text() != described:
+    if plan_file.exists() and Plan(**json.loads(plan_file.read_text())) != plan:
         raise ValueError(f"{folder} holds pictures of another plan; remove it or choose another folder")
-    plan_file.write_text(described)
+    plan_file.write_text(json.dumps(dataclasses.asdict(plan)))
     if (folder / "done.txt").exists():
         return WorldDataset.open(folder)
     WorldDataset(folder)  # creates the files before the workers open them
