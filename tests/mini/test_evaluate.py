@@ -14,6 +14,7 @@ from torch import Tensor
 from openpulid.bench.metrics import Faces, Interval
 from openpulid.mini import evaluate
 from openpulid.mini.evaluate import Table
+from openpulid.mini.judge import Judges
 from openpulid.mini.pictures import to_images
 from openpulid.world import ATTRIBUTES, VOCABULARY
 
@@ -24,7 +25,7 @@ def middle(images: Tensor) -> Faces:
     return Faces(torch.ones(len(images), dtype=torch.bool), images[:, :, 40:56, 40:56].flatten(1), masks)
 
 
-JUDGES = SimpleNamespace(
+JUDGES = Judges(
     faces=middle,
     embed_images=lambda images: images.mean(dim=(2, 3)),
     embed_texts=lambda prompts: torch.ones(len(prompts), 3),

@@ -91,15 +91,15 @@ def judge(
         same_person: face similarity to the person's portrait; other_person: to the others' portraits;
         changed_outside_face: mean absolute difference outside the face, between 0 and 1.
     """
-    known = faces(to_images(portraits)).embeddings
-    before, after = to_images(without), to_images(with_identity)
-    seen_before, seen = faces(before), faces(after)
-    count = len(after)
-    others = [metrics.face_sim(seen, other.expand(count, -1)).mean() for other in known[1:]]
+    known, before, after = (to_images(pictures) for pictures in (portraits, without, with_identity))
+    gallery, was, seen = faces(known), faces(before), faces(after)
+    everyone = torch.arange(len(portraits))[:, None].expand(-1, len(after))
+    compared = [metrics.Evidence(after, before, seen, was, who, known, gallery, prompts=()) for who in everyone]
+    likeness = torch.stack([metrics.FaceSim()(evidence).mean() for evidence in compared])
     return {
-        "same_person": round(metrics.face_sim(seen, known[:1].expand(count, -1)).mean().item(), 4),
-        "other_person": round(torch.stack(others).mean().item(), 4),
-        "changed_outside_face": round(metrics.outside_face(after, before, seen, seen_before).mean().item(), 4),
+        "same_person": round(likeness[0].item(), 4),
+        "other_person": round(likeness[1:].mean().item(), 4),
+        "changed_outside_face": round(metrics.OutsideFace()(compared[0]).mean().item(), 4),
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openpulid.bench import metrics
-from openpulid.bench.metrics import Interval
+from openpulid.bench.metrics import Evidence, Interval
 from openpulid.identity.identity import Identity
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.mini.judge import Judges
@@ -161,23 +161,20 @@ def measure(judges: Judges, asked: Sequence[Request], portraits: Tensor, images:
         before: (B, 3, H, W) of the base model at the same seeds.
 
     Returns:
-        column -> (B,); all of them better when larger, but for outside_face.
+        column -> (B,).
     """
-    person = torch.tensor([request.person for request in asked])
-    gallery = judges.faces(portraits).embeddings
-    columns: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
-    for start in range(0, len(asked), BATCH):
-        part = slice(start, start + BATCH)
-        now, then, who, some = images[part], before[part], person[part], asked[part]
-        seen, was = judges.faces(now), judges.faces(then)
-        columns["face_sim"].append(metrics.face_sim(seen, gallery[who]))
-        columns["rank1"].append(metrics.rank1(seen, gallery, who))
-        columns["clip_t"].append(metrics.clip_t(judges.embed_images, judges.embed_texts, now, [r.prompt for r in some]))
-        columns["clip_i"].append(metrics.clip_i(judges.embed_images, now, then))
-        columns["outside_face"].append(metrics.outside_face(now, then, seen, was))
-        columns["attributes"].append(metrics.attributes(judges.read, now, [r.wanted for r in some]))
-        columns["face_found"].append(metrics.face_found(seen))
-    return {name: torch.cat(values).cpu() for name, values in columns.items()}
+    evidence = Evidence(
+        images=images,
+        before=before,
+        seen=judges.faces(images),
+        was=judges.faces(before),
+        person=torch.tensor([request.person for request in asked]),
+        portraits=portraits,
+        gallery=judges.faces(portraits),
+        prompts=[request.prompt for request in asked],
+        wanted=[request.wanted for request in asked],
+    )
+    return {measure.name: measure(evidence).cpu() for measure in judges.measures()}
 
 
 def summarised(columns: Mapping[str, Tensor], asked: Sequence[Request]) -> dict[str, Interval]:

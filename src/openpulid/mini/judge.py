@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from openpulid.bench.metrics import EmbedImages, EmbedTexts, Faces, FindFaces, ReadAttributes
+from openpulid.bench import metrics
+from openpulid.bench.metrics import EmbedImages, EmbedTexts, Faces, FindFaces, Metric, ReadAttributes
 from openpulid.errors import WeightsError
 from openpulid.faces.detect import FaceFinder
 from openpulid.faces.embed import FaceEmbedder
@@ -50,6 +51,18 @@ class Judges:
     embed_images: EmbedImages
     embed_texts: EmbedTexts
     read: ReadAttributes
+
+    def measures(self) -> list[Metric]:
+        """All that can be told of an image here."""
+        return [
+            metrics.FaceSim(),
+            metrics.Rank1(),
+            metrics.ClipT(self.embed_images, self.embed_texts),
+            metrics.ClipI(self.embed_images),
+            metrics.OutsideFace(),
+            metrics.Attributes(self.read),
+            metrics.FaceFound(),
+        ]
 
     @classmethod
     def load(cls, folder: Path = MINIATURE) -> Judges:

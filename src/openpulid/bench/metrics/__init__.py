@@ -1,0 +1,44 @@
+"""What the benchmark measures: each measure a small class with its definition and source. Networks come in as plain
+callables; a measure gives one number per image.
+
+Shapes: B images, P people, D features; images are (B, 3, H, W) floats in [0, 1].
+"""
+
+from openpulid.bench.metrics.evidence import (
+    EmbedImages,
+    EmbedTexts,
+    Evidence,
+    Faces,
+    FindFaces,
+    Metric,
+    ReadAttributes,
+)
+from openpulid.bench.metrics.identity import FGIS, CopyPaste, FaceDiversity, FaceFound, FaceSim, Rank1
+from openpulid.bench.metrics.interval import Interval, bootstrap
+from openpulid.bench.metrics.purity import FID, Attributes, ClipI, ClipT, Dino, LpipsOutside, OutsideFace, attributes_seen
+
+__all__ = [
+    "FGIS",
+    "FID",
+    "Attributes",
+    "ClipI",
+    "ClipT",
+    "CopyPaste",
+    "Dino",
+    "EmbedImages",
+    "EmbedTexts",
+    "Evidence",
+    "FaceDiversity",
+    "FaceFound",
+    "FaceSim",
+    "Faces",
+    "FindFaces",
+    "Interval",
+    "LpipsOutside",
+    "Metric",
+    "OutsideFace",
+    "Rank1",
+    "ReadAttributes",
+    "attributes_seen",
+    "bootstrap",
+]
