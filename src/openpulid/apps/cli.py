@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.apps import stores, workshop
+from openpulid.apps import measures, stores, workshop
 from openpulid.apps.common import AsJson, Device, Folder, folder, last_line, picture_file, save_picture, say, sides, silent
 from openpulid.errors import OptionError, PulidError
 
@@ -51,7 +51,7 @@ app.add_typer(stores.weights, name="weights")
 app.add_typer(stores.presets, name="presets")
 app.add_typer(workshop.world, name="world")
 app.add_typer(workshop.mini, name="mini")
-app.add_typer(workshop.bench, name="bench")
+app.add_typer(measures.bench, name="bench")
 app.command()(workshop.train)
 
 

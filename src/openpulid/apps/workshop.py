@@ -1,4 +1,4 @@
-"""The commands of those who train and measure: world, mini, train, bench."""
+"""The commands of those who train: world, mini, train."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.apps.common import AsJson, Device, counted, group, last_line, picture_file, save_picture, say, silent
+from openpulid.apps.common import AsJson, Device, group, last_line, picture_file, save_picture, say, silent
 from openpulid.errors import OptionError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 world = group("Procedural people: pictures to start from.")
 mini = group("The miniature: train it from nothing, measure it.")
-bench = group("What things cost.")
 
 
 @world.command()
@@ -176,94 +175,3 @@ def _train_full(
     bases = [SDXLBase(load_pipeline(preset, chosen)) for preset in presets]
     faces = None if loss is None else photo_embedder(features.finder, arcface_ir_se50(loss, chosen))  # type: ignore[attr-defined]
     full.train(recipe, data, folder, base=bases[0], fast=bases[1:], features=features, faces=faces, **known)  # type: ignore[arg-type]
-
-
-@bench.command("train")
-def bench_train(
-    base: Annotated[str, typer.Option(help="mini or sdxl, at full size.")] = "mini",
-    random: Annotated[bool, typer.Option("--random", help="Random weights: a step costs the same with any.")] = False,
-    recipe: Annotated[str | None, typer.Option(help="BASE_stage3 by default.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pictures of the diffusion branch; the recipe's by default.")] = None,
-    fast_batch: Annotated[int | None, typer.Option(min=1, help="Pictures of each pair of the lightning branch.")] = None,
-    pixels: Annotated[int | None, typer.Option(help="Width of the lightning branch's pictures.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of each candidate, by turns.")] = 5,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time and memory of a training step, with gradients through the last 1 to 4 steps, kept or computed again."""
-    from dataclasses import asdict, replace
-
-    import torch
-
-    from openpulid.bench import training
-
-    _only_random(random)
-    from openpulid.loading import best_device
-    from openpulid.training.recipe import find
-
-    chosen = torch.device(device) if device else best_device()
-    known = find(recipe or f"{base}_stage3")
-    sizes: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "pixels": pixels}
-    known = replace(known, **{name: value for name, value in sizes.items() if value})
-    dtype = torch.float32 if base == "mini" else torch.bfloat16
-    task = training.random_task(known, training.random_base(base, chosen, dtype))
-    costs = training.measure(task, rounds=rounds, on_progress=None if as_json else counted)
-    facts = {"base": base, "recipe": known.name, "batch": known.batch, "fast_batch": known.fast_batch, "device": str(chosen)}
-    if not as_json:
-        training.show(costs)
-    last_line({**facts, "rows": [asdict(cost) for cost in costs]})
-
-
-@bench.command()
-def speed(
-    base: Annotated[str, typer.Option(help="mini, sdxl or flux, at full size.")] = "sdxl",
-    random: Annotated[bool, typer.Option("--random", help="Random weights: a step costs the same with any.")] = False,
-    size: Annotated[int, typer.Option(min=64, help="Width and height in pixels.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
-    guided: Annotated[bool, typer.Option("--guided", help="SDXL: with guidance, as one batch.")] = False,
-    depth_scale: Annotated[float, typer.Option(min=0.01, max=1, help="FLUX: this share of its blocks.")] = 1.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each candidate, by turns.")] = 5,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time and memory of one step: the base alone, with PuLID, and with PuLID computed afresh."""
-    from dataclasses import asdict
-
-    import torch
-
-    from openpulid.bench import speed as bench_speed
-    from openpulid.loading import best_device
-
-    _only_random(random)
-    chosen = torch.device(device) if device else best_device()
-    it = bench_speed.subject(base, chosen, size, batch, guided, depth_scale)
-    steps = bench_speed.measure(it, rounds, None if as_json else counted)
-    facts = {"base": base, "size": size, "batch": batch, "guided": guided, "depth_scale": depth_scale}
-    last_line({**facts, "rounds": rounds, "device": str(chosen), "rows": [asdict(step) for step in steps]})
-
-
-@bench.command("identify")
-def bench_identify(
-    random: Annotated[bool, typer.Option("--random", help="Random weights: a photo costs the same with any.")] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each stage, by turns.")] = 5,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time of knowing a person from a photo by stage, at full size: as built here, and as the reference does it."""
-    from dataclasses import asdict
-
-    import torch
-
-    from openpulid.bench import identify
-    from openpulid.loading import best_device
-
-    _only_random(random)
-    chosen = torch.device(device) if device else best_device()
-    stages = identify.measure(chosen, rounds=rounds, on_progress=None if as_json else counted)
-    ratio = round((stages[-1].here or 0) / (stages[-1].reference or 1), 3)
-    last_line({"device": str(chosen), "rounds": rounds, "ratio": ratio, "rows": [asdict(stage) for stage in stages]})
-
-
-def _only_random(random: bool) -> None:
-    if not random:
-        raise OptionError("a step costs the same with any weights; say --random, and none are looked for.")

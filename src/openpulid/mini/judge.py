@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from openpulid.mini.captions import token_ids
 from openpulid.mini.reader import AttributeReader
 from openpulid.presets import MINIATURE
 from openpulid.weights import load_module
+from openpulid.world import ATTRIBUTES
 
 
 class FaceJudge:
@@ -62,7 +64,16 @@ class Judges:
             metrics.OutsideFace(),
             metrics.Attributes(self.read),
             metrics.FaceFound(),
+            metrics.CopyPaste(),
         ]
+
+    def sets(self) -> list[metrics.FID]:
+        """FID of CLIP's image features: there is no Inception that knows these pictures."""
+        return [metrics.FID(self.embed_images)]
+
+    def wanted(self, named: Mapping[str, str]) -> dict[str, int]:
+        """What a scene asks for, as the reader's classes."""
+        return {name: ATTRIBUTES[name].index(value) for name, value in named.items()}
 
     @classmethod
     def load(cls, folder: Path = MINIATURE) -> Judges:

@@ -121,22 +121,31 @@ class FID:
     larger number: only equal counts compare.
 
     Args:
-        features: a network, images (B, 3, H, W) in [0, 1] -> (B, D); Inception's pool of 2048 is the published one's.
-        width: D.
+        features: images (B, 3, H, W) in [0, 1] -> (B, D); Inception's pool of 2048 is the published one's.
     """
 
     name: ClassVar[str] = "fid"
     higher: ClassVar[bool | None] = False
 
-    def __init__(self, features: nn.Module, width: int) -> None:
-        self.features, self.width = features, width
+    def __init__(self, features: EmbedImages) -> None:
+        self.features = features
 
     def __call__(self, evidence: Evidence) -> float:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        self.features.num_features = self.width  # type: ignore[assignment]
-        distance = FrechetInceptionDistance(feature=self.features, normalize=True)
+        distance = FrechetInceptionDistance(feature=_Features(self.features, evidence.before[:1]), normalize=True)
         distance.set_dtype(torch.float64)
         for images, real in ((evidence.before, True), (evidence.images, False)):
             distance.update(images, real=real)
         return float(distance.compute())
+
+
+class _Features(nn.Module):
+    """As torchmetrics wants them."""
+
+    def __init__(self, features: EmbedImages, example: Tensor) -> None:
+        super().__init__()
+        self.features, self.num_features = features, features(example).shape[-1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images)

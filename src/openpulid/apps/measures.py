@@ -1,0 +1,203 @@
+"""The commands of those who measure: bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from openpulid.apps.common import AsJson, Device, counted, group, last_line, say
+from openpulid.errors import OptionError
+
+if TYPE_CHECKING:
+    from openpulid.bench.cells import Folder, Sitter
+    from openpulid.bench.judging import Judges
+    from openpulid.bench.run import Contest
+    from openpulid.bench.suite import Suite
+
+bench = group("Methods side by side, and what things cost.")
+
+
+@bench.command("run")
+def run_suite(
+    suite: Annotated[str, typer.Argument(help="miniature, quick, pulid-paper, or a JSON file.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; what is there already is not made again.")],
+    methods: Annotated[
+        str, typer.Option(help="By commas; METHOD:FILE takes another adapter. The base is always there.")
+    ] = "pulid",
+    people: Annotated[Path | None, typer.Option(help="A folder of photographs, for a suite without people of its own.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="So many people; the suite's by default.")] = None,
+    workers: Annotated[str | None, typer.Option(help="Processes, or ray://HOST:PORT for a cluster.")] = None,
+    device: Device = None,
+) -> None:
+    """Make every image that is missing, measure all, and write the report."""
+    from openpulid.bench import judging, report
+    from openpulid.bench import run as running
+    from openpulid.bench.cells import Folder
+    from openpulid.bench.suite import find
+    from openpulid.bench.workers import over_ray
+
+    asked, names = find(suite), [name.strip() for name in methods.split(",") if name.strip()]
+    sitters, folder = _sitters(asked, people, count), Folder(out)
+    judges = _judges(asked)
+
+    def contest() -> Contest:
+        return _contest(asked, names, sitters, folder, device)
+
+    spread = over_ray(contest, workers) if workers else running.here(contest())
+    running.run(asked, [_label(name) for name in names], sitters, folder, spread, counted)
+    judging.judge(folder, judges)
+    for file in report.write(folder):
+        say(str(file))
+
+
+@bench.command("report")
+def report_run(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    as_json: AsJson = False,
+) -> None:
+    """The table as Markdown, JSON and one HTML page, from what a run has so far."""
+    from openpulid.bench import report, table
+    from openpulid.bench.cells import Folder
+
+    folder = Folder(run)
+    if not as_json:
+        for file in report.write(folder):
+            say(str(file))
+    last_line(table.as_json(folder))
+
+
+def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Sitter]:
+    from openpulid.bench import people
+    from openpulid.mini.sitters import sitters
+
+    if photos is not None:
+        return people.photographed(photos)[:count]
+    if not suite.people:
+        raise OptionError(f"the suite {suite.name} has no people of its own: name a folder of photographs with --people.")
+    return sitters(count or suite.people)
+
+
+def _judges(suite: Suite) -> Judges:
+    from openpulid.mini.judge import Judges as Miniature
+
+    if not suite.preset.startswith("mini"):
+        raise OptionError(f"{suite.name}: judges of full size are not built yet; the suites of the miniature have theirs.")
+    return Miniature.load()
+
+
+def _label(method: str) -> str:
+    """What a method is called in a run: its name, or its file's."""
+    name, _, file = method.partition(":")
+    return Path(file).stem if file else name
+
+
+def _contest(suite: Suite, names: list[str], sitters: list[Sitter], folder: Folder, device: str | None) -> Contest:
+    from openpulid.bench.cells import BASE
+    from openpulid.bench.run import Contest
+    from openpulid.methods.pulid.adapter import PuLID
+    from openpulid.studio import Studio, load
+
+    studio = load(suite.preset, device=device)
+    studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset)}
+    for name in names:
+        method, _, file = name.partition(":")
+        if method == BASE:
+            continue
+        if method != "pulid":
+            raise OptionError(f"there is no method {method!r} here yet; the known ones are base and pulid.")
+        adapter = PuLID.load(file).to(studio.pipe.device) if file else studio.adapter
+        studios[_label(name)] = Studio(studio.pipe, studio.features, adapter, studio.preset)
+    return Contest(suite, studios, {sitter.name: sitter for sitter in sitters}, folder)
+
+
+@bench.command("train")
+def bench_train(
+    base: Annotated[str, typer.Option(help="mini or sdxl, at full size.")] = "mini",
+    random: Annotated[bool, typer.Option("--random", help="Random weights: a step costs the same with any.")] = False,
+    recipe: Annotated[str | None, typer.Option(help="BASE_stage3 by default.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures of the diffusion branch; the recipe's by default.")] = None,
+    fast_batch: Annotated[int | None, typer.Option(min=1, help="Pictures of each pair of the lightning branch.")] = None,
+    pixels: Annotated[int | None, typer.Option(help="Width of the lightning branch's pictures.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each candidate, by turns.")] = 5,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory of a training step, with gradients through the last 1 to 4 steps, kept or computed again."""
+    from dataclasses import asdict, replace
+
+    import torch
+
+    from openpulid.bench import training
+
+    _only_random(random)
+    from openpulid.loading import best_device
+    from openpulid.training.recipe import find
+
+    chosen = torch.device(device) if device else best_device()
+    known = find(recipe or f"{base}_stage3")
+    sizes: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "pixels": pixels}
+    known = replace(known, **{name: value for name, value in sizes.items() if value})
+    dtype = torch.float32 if base == "mini" else torch.bfloat16
+    task = training.random_task(known, training.random_base(base, chosen, dtype))
+    costs = training.measure(task, rounds=rounds, on_progress=None if as_json else counted)
+    facts = {"base": base, "recipe": known.name, "batch": known.batch, "fast_batch": known.fast_batch, "device": str(chosen)}
+    if not as_json:
+        training.show(costs)
+    last_line({**facts, "rows": [asdict(cost) for cost in costs]})
+
+
+@bench.command()
+def speed(
+    base: Annotated[str, typer.Option(help="mini, sdxl or flux, at full size.")] = "sdxl",
+    random: Annotated[bool, typer.Option("--random", help="Random weights: a step costs the same with any.")] = False,
+    size: Annotated[int, typer.Option(min=64, help="Width and height in pixels.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    guided: Annotated[bool, typer.Option("--guided", help="SDXL: with guidance, as one batch.")] = False,
+    depth_scale: Annotated[float, typer.Option(min=0.01, max=1, help="FLUX: this share of its blocks.")] = 1.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each candidate, by turns.")] = 5,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory of one step: the base alone, with PuLID, and with PuLID computed afresh."""
+    from dataclasses import asdict
+
+    import torch
+
+    from openpulid.bench import speed as bench_speed
+    from openpulid.loading import best_device
+
+    _only_random(random)
+    chosen = torch.device(device) if device else best_device()
+    it = bench_speed.subject(base, chosen, size, batch, guided, depth_scale)
+    steps = bench_speed.measure(it, rounds, None if as_json else counted)
+    facts = {"base": base, "size": size, "batch": batch, "guided": guided, "depth_scale": depth_scale}
+    last_line({**facts, "rounds": rounds, "device": str(chosen), "rows": [asdict(step) for step in steps]})
+
+
+@bench.command("identify")
+def bench_identify(
+    random: Annotated[bool, typer.Option("--random", help="Random weights: a photo costs the same with any.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each stage, by turns.")] = 5,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time of knowing a person from a photo by stage, at full size: as built here, and as the reference does it."""
+    from dataclasses import asdict
+
+    import torch
+
+    from openpulid.bench import identify
+    from openpulid.loading import best_device
+
+    _only_random(random)
+    chosen = torch.device(device) if device else best_device()
+    stages = identify.measure(chosen, rounds=rounds, on_progress=None if as_json else counted)
+    ratio = round((stages[-1].here or 0) / (stages[-1].reference or 1), 3)
+    last_line({"device": str(chosen), "rounds": rounds, "ratio": ratio, "rows": [asdict(stage) for stage in stages]})
+
+
+def _only_random(random: bool) -> None:
+    if not random:
+        raise OptionError("a step costs the same with any weights; say --random, and none are looked for.")

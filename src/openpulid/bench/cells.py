@@ -1,0 +1,134 @@
+"""The cells of a benchmark's run, one image each, and how they lie in its folder.
+
+RUN/suite.json                      what was asked, of whom, of which methods
+RUN/people/NAME.png                 the picture that each identity is made from; NAME-other.png, another one
+RUN/cells/METHOD/NAME-P-S.json      prompt P, seed S: status, seconds, measures, where it was made
+RUN/cells/METHOD/NAME-P-S.png       the image
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from openpulid.bench.suite import Suite
+from openpulid.errors import OptionError
+
+BASE = "base"
+"""The base model without anybody: what every method is compared with."""
+
+
+@dataclass(frozen=True)
+class Sitter:
+    """A person: the picture given, and another one of them where there is one, which no method sees."""
+
+    name: str
+    portrait: Image.Image
+    other: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One image."""
+
+    method: str
+    person: str
+    prompt: int
+    seed: int
+
+    @property
+    def stem(self) -> str:
+        """Of its files, below RUN/cells."""
+        return f"{self.method}/{self.person}-{self.prompt}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """All seeds of one method, person and prompt: made together, so that an image does not depend on who makes the rest."""
+
+    cells: tuple[Cell, ...]
+
+
+class Folder:
+    """A run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, suite: Suite, methods: Sequence[str], sitters: Sequence[Sitter]) -> None:
+        """Writes down what is asked.
+
+        Raises:
+            OptionError: the folder holds a run of something else. More methods of the same suite and people are welcome.
+        """
+        facts = {"suite": suite.as_json(), "people": [sitter.name for sitter in sitters], "methods": list(methods)}
+        if (file := self.path / "suite.json").is_file():
+            known = json.loads(file.read_text("utf-8"))
+            if any(known[part] != facts[part] for part in ("suite", "people")):
+                raise OptionError(f"{self.path} holds another suite or other people; choose another folder with -o.")
+            facts["methods"] = [*known["methods"], *(name for name in methods if name not in known["methods"])]
+        for sitter in sitters:
+            for suffix, picture in (("", sitter.portrait), ("-other", sitter.other)):
+                if picture is not None:
+                    place = self.path / "people" / f"{sitter.name}{suffix}.png"
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    picture.save(place)
+        write(file, facts)
+
+    def facts(self) -> dict[str, Any]:
+        """What `begin` wrote.
+
+        Raises:
+            OptionError: this is no run's folder.
+        """
+        file = self.path / "suite.json"
+        if not file.is_file():
+            raise OptionError(f"{self.path} holds no run; `pulid bench run SUITE -o {self.path}` makes one.")
+        facts: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        return facts
+
+    def record(self, cell: Cell) -> dict[str, Any] | None:
+        """What is known of a cell; None before it was tried."""
+        file = self.path / "cells" / f"{cell.stem}.json"
+        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+
+    def keep(self, cell: Cell, record: dict[str, Any], image: Image.Image | None = None) -> None:
+        """Image first: a record says that its image is there."""
+        file = self.path / "cells" / f"{cell.stem}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if image is not None:
+            unfinished = file.with_suffix(f".{os.getpid()}.png")
+            image.save(unfinished)
+            os.replace(unfinished, self.image(cell))
+        write(file, record)
+
+    def image(self, cell: Cell) -> Path:
+        """Where its picture lies."""
+        return self.path / "cells" / f"{cell.stem}.png"
+
+    def done(self, cell: Cell) -> bool:
+        """Whether it was made; one that failed is tried again."""
+        record = self.record(cell)
+        return record is not None and record["status"] == "done" and self.image(cell).is_file()
+
+
+def chunks(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Iterator[Chunk]:
+    """All of them, methods by turns: what slows a machine for a while slows every method alike."""
+    for person in people:
+        for prompt in range(len(suite.prompts)):
+            for method in methods:
+                yield Chunk(tuple(Cell(method, person, prompt, seed) for seed in suite.seeds))
+
+
+def write(file: Path, facts: Any) -> None:
+    """JSON that appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    os.replace(unfinished, file)

@@ -1,0 +1,32 @@
+"""People of a benchmark from photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from openpulid.bench.cells import Sitter
+from openpulid.errors import OptionError
+from openpulid.images import open_picture
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".heic", ".avif"}
+
+
+def photographed(folder: Path) -> list[Sitter]:
+    """A person for each picture NAME.jpg in a folder, or for each folder NAME in it, whose first picture is the given one and
+    whose second no method sees.
+
+    Raises:
+        OptionError: no folder, or no picture in it.
+        PictureError: one that cannot be read.
+    """
+    if not folder.is_dir():
+        raise OptionError(f"{folder} is no folder; name one with a photograph, or a folder of photographs, of each person.")
+    found = []
+    for place in sorted(folder.iterdir()):
+        files = sorted(place.iterdir()) if place.is_dir() else [place]
+        pictures = [open_picture(file) for file in [f for f in files if f.suffix.lower() in SUFFIXES][:2]]
+        if pictures:
+            found.append(Sitter(place.stem.replace("/", "_"), pictures[0], pictures[1] if len(pictures) > 1 else None))
+    if not found:
+        raise OptionError(f"{folder} holds no photographs ({', '.join(sorted(SUFFIXES))}).")
+    return found

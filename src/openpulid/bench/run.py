@@ -1,0 +1,127 @@
+"""Making the images of a run: every method with the same people, prompts and seeds."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from openpulid.bench.cells import BASE, Cell, Chunk, Folder, Sitter, chunks
+from openpulid.bench.suite import Suite
+from openpulid.bench.turns import peak, reset_peak, wait
+from openpulid.errors import PulidError
+from openpulid.identity.identity import Identity
+from openpulid.presets import Preset
+from openpulid.studio import Studio
+
+LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+class Contest:
+    """Methods on one base model, and the people that they are shown.
+
+    Args:
+        suite: what is asked.
+        studios: method -> a studio with it; "base" has none and comes first.
+        sitters: the people, by name.
+        folder: where it all goes.
+    """
+
+    def __init__(self, suite: Suite, studios: Mapping[str, Studio], sitters: Mapping[str, Sitter], folder: Folder) -> None:
+        self.suite, self.studios, self.sitters, self.folder = suite, studios, sitters, folder
+        self._known: dict[tuple[str, str], tuple[Identity, float]] = {}
+
+    def make(self, chunk: Chunk) -> None:
+        """Images of a chunk and their records, unless all are there. What goes wrong is recorded."""
+        if all(self.folder.done(cell) for cell in chunk.cells):
+            return
+        first = chunk.cells[0]
+        studio = self.studios[first.method]
+        options = dict(self.suite.options)
+        facts = {"configuration": configuration(studio.preset, options), **surroundings(studio)}
+        try:
+            if studio.adapter is not None:
+                studio.adapter.attach(studio.pipe)  # of several on one pipeline the last one serves it
+            identity, knowing = self._identity(first, studio)
+            reset_peak(studio.pipe.device)
+            begun = time.perf_counter()
+            seeds = [cell.seed for cell in chunk.cells]
+            images = [studio.generate(self.suite.prompts[first.prompt].text, identity, seed=seed, **options) for seed in seeds]
+            wait(studio.pipe.device)
+            seconds = (time.perf_counter() - begun) / len(seeds)
+        except Exception as error:  # whatever it is: a benchmark that stops at one picture tells nothing
+            told = str(error) if isinstance(error, PulidError) else f"{type(error).__name__}: {error}"
+            for cell in chunk.cells:
+                self.folder.keep(cell, {"cell": asdict(cell), "status": "failed", "error": told, **facts})
+            return
+        facts |= {"seconds": round(seconds, 4), "identify_seconds": round(knowing, 4), "memory": peak(studio.pipe.device)}
+        for cell, result in zip(chunk.cells, images, strict=True):
+            self.folder.keep(cell, {"cell": asdict(cell), "status": "done", **facts}, result.images[0])
+
+    def _identity(self, cell: Cell, studio: Studio) -> tuple[Identity | None, float]:
+        """Who it is to this method, and the seconds it took to know; known once."""
+        if cell.method == BASE:
+            return None, 0.0
+        key = cell.method, cell.person
+        if key not in self._known:
+            begun = time.perf_counter()
+            identity = studio.identify(self.sitters[cell.person].portrait)
+            wait(studio.pipe.device)
+            self._known[key] = identity, time.perf_counter() - begun
+        return self._known[key]
+
+
+def configuration(preset: Preset, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image was made with."""
+    chosen = replace(preset, **options)
+    named = {"preset": preset.name, "steps": chosen.steps, "guidance": chosen.guidance, "size": chosen.size}
+    return {**named, **chosen.identity_options()}
+
+
+def surroundings(studio: Studio) -> dict[str, Any]:
+    """Where it was made."""
+    device = studio.pipe.device
+    hardware = platform.machine() if device.type == "cpu" else f"{device.type}, {platform.machine()}"
+    return {"versions": {name: version(name) for name in LIBRARIES}, "hardware": hardware}
+
+
+Spread = Callable[[Iterable[Chunk]], Iterable[Chunk]]
+"""Makes chunks, wherever, and gives each back when it is made."""
+
+
+class Progress(Protocol):
+    """How far a run is."""
+
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+def run(
+    suite: Suite,
+    methods: Sequence[str],
+    sitters: Sequence[Sitter],
+    folder: Folder,
+    spread: Spread,
+    on_progress: Progress | None = None,
+) -> None:
+    """Every image that is missing. The base model is always among the methods."""
+    everyone = [BASE, *(name for name in methods if name != BASE)]
+    folder.begin(suite, everyone, sitters)
+    wanted = list(chunks(suite, everyone, [sitter.name for sitter in sitters]))
+    missing = [chunk for chunk in wanted if not all(folder.done(cell) for cell in chunk.cells)]
+    for count, _ in enumerate(spread(missing), len(wanted) - len(missing) + 1):
+        if on_progress:
+            on_progress(count, len(wanted))
+
+
+def here(contest: Contest) -> Spread:
+    """In this process, one after the other."""
+
+    def spread(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
+        for chunk in chunks:
+            contest.make(chunk)
+            yield chunk
+
+    return spread

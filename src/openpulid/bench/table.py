@@ -1,0 +1,157 @@
+"""The table of a run: from the records of its cells to JSON and Markdown."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from openpulid.bench.cells import BASE, Cell, Folder
+from openpulid.bench.judging import LIKENESS, cells_of, counts
+from openpulid.bench.metrics import Interval, bootstrap
+
+ARROWS = {
+    "face_sim": "up", "rank1": "up", "fgis": "up", "face_div": "up", "copy_paste": "down", "clip_t": "up", "clip_i": "up",
+    "dino": "up", "outside_face": "down", "lpips_outside": "down", "attributes": "up", "face_found": "up", "fid": "down",
+    "seconds": "down",
+}  # fmt: skip
+"""The columns in their order, and which way is better."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method: its columns, and how many of its images there are and are not."""
+
+    method: str
+    columns: Mapping[str, Interval]
+    made: int
+    failed: int
+    ratio: float  # of its seconds to the base's
+    errors: Sequence[str]
+
+
+def rows(folder: Folder) -> list[Row]:
+    """Every method of a run, from the records of its cells."""
+    facts = folder.facts()
+    sets = json.loads(file.read_text("utf-8")) if (file := folder.path / "sets.json").is_file() else {}
+    records = {m: [(cell, folder.record(cell)) for cell in cells_of(facts, m)] for m in facts["methods"]}
+    base = _seconds(records[BASE])
+    made = []
+    for method, known in records.items():
+        columns = {name: _column(facts, known, name) for name in ARROWS}
+        columns |= {name: Interval(value, math.nan, math.nan) for name, value in sets.get(method, {}).items()}
+        good = [record for _, record in known if record and record["status"] == "done"]
+        errors = sorted({record["error"] for _, record in known if record and record["status"] == "failed"})
+        ratio = _seconds(known) / base if good and base else math.nan
+        told = {name: value for name, value in columns.items() if not math.isnan(value.mean)}
+        made.append(Row(method, told, len(good), len(known) - len(good), ratio, errors))
+    return made
+
+
+def _column(facts: Mapping[str, Any], known: Sequence[tuple[Cell, dict[str, Any] | None]], name: str) -> Interval:
+    values, people = [], []
+    for cell, record in known:
+        if record is None or record["status"] != "done" or not counts(facts, cell.prompt, name in LIKENESS):
+            continue
+        value = record["seconds"] if name == "seconds" else record.get("metrics", {}).get(name)
+        values.append(math.nan if value is None else value)
+        people.append(facts["people"].index(cell.person))
+    return bootstrap(torch.tensor(values), torch.tensor(people))
+
+
+def _seconds(known: Sequence[tuple[Cell, dict[str, Any] | None]]) -> float:
+    """The median of an image: a machine that was busy for a while does not move it."""
+    return statistics.median([r["seconds"] for _, r in known if r and r["status"] == "done"] or [math.nan])
+
+
+def as_json(folder: Folder) -> dict[str, Any]:
+    """The table for programs."""
+    suite = folder.facts()["suite"]
+    table = []
+    for row in rows(folder):
+        means = {name: round(value.mean, 5) for name, value in row.columns.items()}
+        ranges = {n: [round(i.low, 5), round(i.high, 5)] for n, i in row.columns.items() if not math.isnan(i.low)}
+        facts = {"method": row.method, "images": row.made, "failed": row.failed, "ratio": _finite(row.ratio)}
+        table.append({**facts, **means, "intervals": ranges})
+    return {"suite": suite["name"], "rows": table}
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
+
+
+Lines = tuple[list[str], list[list[str]]]
+"""Heads and rows of a table in words."""
+
+
+def told(folder: Folder) -> Lines:
+    """The table in words: a method in each row."""
+    table = rows(folder)
+    names = [name for name in ARROWS if any(name in row.columns for row in table)]
+    heads = ["method", "images", *(f"{name} {'↑' if ARROWS[name] == 'up' else '↓'}" for name in names), "time to base"]
+    lines = []
+    for row in table:
+        ratio = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
+        lines.append([row.method, str(row.made), *(_told(row.columns.get(name)) for name in names), ratio])
+    return heads, lines
+
+
+def missing(folder: Folder) -> list[str]:
+    """A sentence for each method that lacks images, with the reasons."""
+    return [
+        f"{row.method}: {row.failed} images are missing ({'; '.join(row.errors) or 'not made yet'})."
+        for row in rows(folder)
+        if row.failed
+    ]
+
+
+def published(folder: Folder) -> dict[str, Lines]:
+    """Source -> the numbers that others have published for this suite."""
+    found = {}
+    for source, methods in folder.facts()["suite"]["published"].items():
+        names = list(dict.fromkeys(name for values in methods.values() for name in values))
+        lines = [[method, *(str(values.get(name, "")) for name in names)] for method, values in methods.items()]
+        found[source] = (["method", *names], lines)
+    return found
+
+
+def summary(folder: Folder) -> str:
+    """How much was measured, and where."""
+    facts = folder.facts()
+    suite = facts["suite"]
+    known = [record for cell in cells_of(facts, BASE) if (record := folder.record(cell))]
+    where = f" On {known[0]['hardware']} with {_versions(known[0]['versions'])}." if known else ""
+    counted = f"{len(facts['people'])} people, {len(suite['prompts'])} prompts, {len(suite['seeds'])} seeds"
+    return f"{suite['about']} {counted}, preset {suite['preset']}; 95% intervals over people.{where}"
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def markdown(folder: Folder) -> str:
+    """The table, what is missing, and the published numbers beside it."""
+    parts = [f"# {folder.facts()['suite']['name']}", summary(folder), _markdown(told(folder)), *missing(folder)]
+    for source, lines in published(folder).items():
+        parts += [f"## Published: {source}", _markdown(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(lines: Lines) -> str:
+    heads, rows = lines
+    every = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in every)
+
+
+def _told(interval: Interval | None) -> str:
+    if interval is None:
+        return ""
+    digits = 3 if abs(interval.mean) < 10 else 1
+    if math.isnan(interval.low):
+        return f"{interval.mean:.{digits}f}"
+    return f"{interval.mean:.{digits}f} ± {(interval.high - interval.low) / 2:.{digits}f}"

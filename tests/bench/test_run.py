@@ -1,0 +1,122 @@
+"""A run of the shipped miniature: killed and resumed, failed and recorded, spread over workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from openpulid.bench import judging, report, run, table
+from openpulid.bench.cells import BASE, Cell, Folder, Sitter, chunks
+from openpulid.bench.run import Contest
+from openpulid.bench.suite import find
+from openpulid.errors import OptionError
+from openpulid.mini.judge import Judges
+from openpulid.mini.sitters import sitters
+from openpulid.studio import Studio, load
+
+SUITE = find("quick")
+PEOPLE = sitters(SUITE.people)
+METHODS = [BASE, "pulid"]
+
+
+def contest(folder: Folder, people: list[Sitter] = PEOPLE) -> Contest:
+    studio = load(SUITE.preset)
+    studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset), "pulid": studio}
+    return Contest(SUITE, studios, {sitter.name: sitter for sitter in people}, folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    folder = Folder(tmp_path_factory.mktemp("run"))
+    run.run(SUITE, METHODS, PEOPLE, folder, run.here(contest(folder)))
+    judging.judge(folder, Judges.load())
+    return folder
+
+
+def without_times(folder: Folder) -> list[dict[str, object]]:
+    rows = table.as_json(folder)["rows"]
+    for row in rows:
+        for name in ("seconds", "ratio"):
+            row.pop(name, None)
+        row["intervals"].pop("seconds", None)
+    return rows
+
+
+def test_every_cell_is_there_and_says_how_it_was_made(finished: Folder) -> None:
+    cells = [cell for chunk in chunks(SUITE, METHODS, [s.name for s in PEOPLE]) for cell in chunk.cells]
+    assert len(cells) == len(set(cells)) == 2 * 3 * 2 * 2
+    for cell in cells:
+        record = finished.record(cell)
+        assert record is not None and record["status"] == "done" and finished.image(cell).is_file()
+        assert record["configuration"]["steps"] == 4 and record["seconds"] > 0 and record["versions"]["torch"]
+    base, pulid = table.as_json(finished)["rows"]
+    assert (base["clip_i"], base["outside_face"], base["ratio"]) == (pytest.approx(1), 0, 1)
+    assert pulid["clip_i"] < 1 and pulid["outside_face"] > 0 and pulid["ratio"] > 0 and "fid" in pulid
+    assert pulid["images"] == 12 and pulid["failed"] == 0
+
+
+def test_methods_take_turns() -> None:
+    order = [chunk.cells[0].method for chunk in chunks(SUITE, METHODS, ["a", "b"])]
+    assert order == METHODS * 4
+
+
+def test_a_killed_run_ends_with_the_same_table(finished: Folder, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+
+    def kill(done: int, total: int) -> None:
+        if done == total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(SUITE, METHODS, PEOPLE, folder, run.here(contest(folder)), kill)
+    made = [folder.image(cell) for cell in judging.cells_of(folder.facts(), BASE) if folder.done(cell)]
+    assert 0 < len(made) < 6 * 2
+    before = made[0].stat().st_mtime_ns
+    run.run(SUITE, METHODS, PEOPLE, folder, run.here(contest(folder)))
+    judging.judge(folder, Judges.load())
+    assert made[0].stat().st_mtime_ns == before  # nothing is made twice
+    assert without_times(folder) == without_times(finished)
+
+
+def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
+    folder, people = Folder(tmp_path), [Sitter("nobody", Image.new("RGB", (96, 96), "gray")), PEOPLE[0]]
+    run.run(SUITE, METHODS, people, folder, run.here(contest(folder, people)))
+    judging.judge(folder, Judges.load())
+    seed = SUITE.seeds[0]
+    failed = folder.record(Cell("pulid", "nobody", 0, seed))
+    assert failed is not None and failed["status"] == "failed" and "no face was found" in failed["error"]
+    base, pulid = table.as_json(folder)["rows"]
+    assert (pulid["images"], pulid["failed"], base["failed"]) == (4, 4, 0)
+    assert "no face was found" in table.markdown(folder)
+
+
+def test_a_folder_keeps_to_its_suite(finished: Folder) -> None:
+    with pytest.raises(OptionError, match="another suite or other people"):
+        finished.begin(find("miniature"), METHODS, PEOPLE)
+    finished.begin(SUITE, [BASE, "pulid"], PEOPLE)  # the same again is welcome
+    with pytest.raises(OptionError, match="holds no run"):
+        Folder(finished.path / "people").facts()
+
+
+def test_the_report_is_one_page_that_can_be_mailed(finished: Folder) -> None:
+    pytest.importorskip("matplotlib")
+    names = {file.name for file in report.write(finished)}
+    assert names == {"report.md", "report.json", "report.html", "report.png"}
+    page = (finished.path / "report.html").read_text("utf-8")
+    assert page.count("data:image/png") == 1 + 3 * (1 + 2 * 2) and "src=\"http" not in page
+    assert json.loads((finished.path / "report.json").read_text())["suite"] == "quick"
+    text = table.markdown(finished)
+    assert "| pulid | 12 |" in text and "face_sim ↑" in text and "outside_face ↓" in text
+
+
+def test_two_workers_make_the_same_table(finished: Folder, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    from openpulid.bench.workers import over_ray
+
+    folder = Folder(tmp_path)
+    run.run(SUITE, METHODS, PEOPLE, folder, over_ray(lambda: contest(folder), "2"))
+    judging.judge(folder, Judges.load())
+    assert without_times(folder) == without_times(finished)

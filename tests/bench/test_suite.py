@@ -1,0 +1,39 @@
+"""Suites are data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from openpulid.bench.suite import find
+from openpulid.errors import OptionError
+from openpulid.world import ATTRIBUTES, VOCABULARY
+
+
+def test_the_papers_suite_is_the_papers() -> None:
+    suite = find("pulid-paper")
+    assert len(suite.prompts) == 21 and suite.likeness == [20] and len(suite.seeds) == 4
+    assert suite.prompts[20].text == "portrait, color, cinematic, in garden, soft light, detailed face"
+    assert suite.published["Unsplash-50 (PuLID, table 1)"]["pulid"] == {"face_sim": 0.659, "clip_t": 32.16, "clip_i": 0.84}
+
+
+@pytest.mark.parametrize("name", ["miniature", "quick"])
+def test_the_miniatures_prompts_are_words_it_knows(name: str) -> None:
+    for prompt in find(name).prompts:
+        assert set(prompt.text.replace(",", " , ").split()) <= set(VOCABULARY)
+        assert all(value in ATTRIBUTES[attribute] for attribute, value in prompt.wanted.items())
+
+
+def test_a_file_is_a_suite_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    facts = {"about": "Mine.", "preset": "mini", "people": 2, "seeds": [1], "prompts": [{"text": "portrait"}]}
+    file.write_text(json.dumps(facts))
+    assert find(str(file)).name == "mine"
+    for broken in ({**facts, "seeds": []}, {**facts, "likeness": [1]}, {**facts, "persons": 2}, {"about": "Mine."}):
+        file.write_text(json.dumps(broken))
+        with pytest.raises(OptionError, match="suite"):
+            find(str(file))
+    with pytest.raises(OptionError, match="miniature, pulid-paper, quick"):
+        find("everything")
