@@ -21,7 +21,9 @@ LIKENESS = ("face_sim", "rank1", "copy_paste", "fgis", "face_div", "values")
 class Judges(Protocol):
     """The networks of a benchmark, none of which a method uses."""
 
-    faces: FindFaces
+    @property
+    def faces(self) -> FindFaces:
+        """Finds and recognises them."""
 
     def measures(self) -> Sequence[Metric]:
         """All that can be told with the networks that are here."""

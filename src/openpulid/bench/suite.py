@@ -48,7 +48,7 @@ class Suite:
 
     def as_json(self) -> dict[str, Any]:
         """All of it, as it is written down in a run's folder."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(asdict(self)))
 
 
 def find(name: str) -> Suite:

@@ -60,8 +60,10 @@ class Plan:
     def scene(self, index: int, k: int) -> Scene:
         """Scene `k` of person `index`; held-out families share their hair too."""
         generator = torch.Generator().manual_seed((self.seed * 7 + self.held_out) * 10_000_019 + index * 1009 + k)
+        if self.portraits:
+            return Scene.sample(generator, held_out=False, **SITTING)
         if not self.held_out:
-            return Scene.sample(generator, **(SITTING if self.portraits else {}))
+            return Scene.sample(generator)
         family = torch.Generator().manual_seed(HELD_OUT_PEOPLE + index // FAMILY)
         hair = {name: _uniform(ATTRIBUTES[name], family) for name in ("hair_color", "hair_length")}
         return Scene.sample(generator, held_out=True, **hair)
