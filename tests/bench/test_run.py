@@ -106,7 +106,7 @@ def test_the_report_is_one_page_that_can_be_mailed(finished: Folder) -> None:
     names = {file.name for file in report.write(finished)}
     assert names == {"report.md", "report.json", "report.html", "report.png"}
     page = (finished.path / "report.html").read_text("utf-8")
-    assert page.count("data:image/png") == 1 + 3 * (1 + 2 * 2) and "src=\"http" not in page
+    assert page.count("data:image/png") == 1 + 3 * (1 + 2 * 2) and 'src="http' not in page
     assert json.loads((finished.path / "report.json").read_text())["suite"] == "quick"
     text = table.markdown(finished)
     assert "| pulid | 12 |" in text and "face_sim ↑" in text and "outside_face ↓" in text

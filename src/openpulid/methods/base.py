@@ -25,7 +25,7 @@ class Method(Protocol):
     def detach(self, pipe: Any = None) -> None: ...
 
 
-METHODS = {"pulid": "openpulid.methods.pulid.adapter:PuLID"}
+METHODS = {"faceid": "openpulid.methods.faceid:FaceID", "pulid": "openpulid.methods.pulid.adapter:PuLID"}
 """Name -> module:class. Nothing is imported before it is asked for."""
 
 

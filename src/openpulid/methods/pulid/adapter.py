@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from openpulid import published
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.pulid.attachment import MARK, Attachment, unet_of
+from openpulid.methods.attachment import MARK, Attachment, unet_of
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.methods.pulid.projection import PROJECTIONS, Projection

@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.pulid.attachment import MARK
+from openpulid.methods.attachment import MARK
 from openpulid.methods.pulid.dit import FluxInjection, KeyValue, PerceiverCrossAttention, injected_flux, places
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.regions import People, Person, people_by_prompt, stacked

@@ -1,0 +1,146 @@
+"""FaceID by diffusers' own processors: equal to diffusers' way, and nothing of it left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from openpulid.errors import OptionError, WeightsError
+from openpulid.identity.identity import Identity
+from openpulid.methods.base import Method, find
+from openpulid.methods.faceid import FaceID
+
+WIDTH, CROSS = 6, 64
+PROMPTS = ["portrait of a person", "film noir"]
+
+
+def published(unet: Any) -> dict[str, dict[str, Tensor]]:
+    """A small file in the published layout."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    projection = {"proj.0.weight": random(2 * WIDTH, WIDTH), "proj.0.bias": random(2 * WIDTH)}
+    projection |= {"proj.2.weight": random(4 * CROSS, 2 * WIDTH), "proj.2.bias": random(4 * CROSS)}
+    projection |= {"norm.weight": torch.ones(CROSS), "norm.bias": torch.zeros(CROSS)}
+    layers: dict[str, Tensor] = {}
+    for place, name in enumerate(unet.attn_processors):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        inner, cross = attention.to_q.out_features, attention.to_k.in_features
+        for linear, wide in (("q", inner), ("k", cross), ("v", cross), ("out", inner)):
+            layers[f"{place}.to_{linear}_lora.down.weight"] = random(2, wide)
+            layers[f"{place}.to_{linear}_lora.up.weight"] = random(inner, 2)
+        if name.endswith("attn2.processor"):
+            layers |= {f"{place}.to_{x}_ip.weight": random(inner, CROSS) for x in "kv"}
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+@pytest.fixture
+def pipe(tiny_pipeline: Any) -> Any:
+    return tiny_pipeline()
+
+
+def person(seed: int, photos: int = 1) -> Identity:
+    generator = torch.Generator().manual_seed(seed)
+    return Identity(5 * torch.randn(1, photos, WIDTH + 3, generator=generator), (torch.zeros(1, photos, 2),) * 5)
+
+
+def drawn(pipe: Any, prompts: list[str] = PROMPTS[:1], guidance: float = 3.0, **more: Any) -> Tensor:
+    generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
+    options = {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "latent", "generator": generators}
+    return pipe(prompts, **options, **more).images
+
+
+def test_it_is_what_diffusers_draws(pipe: Any) -> None:
+    parts, who = published(pipe.unet), person(1)
+    method = FaceID(parts)
+    method.attach(pipe)
+    with method.use(who, scale=0.7):
+        ours = drawn(pipe)
+    pipe.load_ip_adapter(published(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(0.7)
+    embedding = torch.nn.functional.normalize(who.id_cond[..., :WIDTH], dim=-1)
+    theirs = drawn(pipe, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(embedding), embedding])])
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_nothing_is_left_behind(pipe: Any) -> None:
+    before, names = drawn(pipe), [name for name, _ in pipe.unet.named_modules()]
+    processors = dict(pipe.unet.attn_processors)
+    method = FaceID(published(pipe.unet))
+    assert isinstance(method, Method)
+    method.attach(pipe)
+    assert torch.equal(drawn(pipe), before)
+    for _ in range(2):  # built, then set again
+        with method.use(person(1)):
+            assert not torch.allclose(drawn(pipe), before, atol=1e-3)
+        assert torch.equal(drawn(pipe), before)
+    method.detach(pipe)
+    assert pipe.unet.attn_processors == processors and pipe.unet.encoder_hid_proj is None
+    assert [name for name, _ in pipe.unet.named_modules()] == names and not getattr(pipe.unet, "peft_config", {})
+    with pytest.raises(OptionError, match="attach"), method.use(person(1)):
+        pass
+
+
+def test_raw_embeddings_are_normalised(pipe: Any) -> None:
+    method, who = FaceID(published(pipe.unet)), person(1)
+    method.attach(pipe)
+    larger = Identity(7 * who.id_cond, who.hidden)
+    with method.use(who):
+        once = drawn(pipe)
+    with method.use(larger):
+        assert torch.allclose(drawn(pipe), once, atol=1e-5)
+
+
+def test_batches_guidance_and_spans(pipe: Any) -> None:
+    method = FaceID(published(pipe.unet))
+    method.attach(pipe)
+    alone = []
+    for who, k in ((person(1), 0), (person(2), 1)):
+        with method.use(who):
+            generator = torch.Generator().manual_seed(k)
+            options = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent", "generator": generator}
+            alone.append(pipe(PROMPTS[k], **options).images)
+    with method.use([person(1), person(2)]):
+        assert torch.allclose(drawn(pipe, PROMPTS, guidance=1.0), torch.cat(alone), atol=1e-5)
+    with method.use(person(1, photos=3)):
+        assert drawn(pipe, PROMPTS).shape == torch.cat(alone).shape
+    before = drawn(pipe)
+    with method.use(person(1), scale=0):
+        assert torch.equal(drawn(pipe), before)
+    with method.use([person(1), person(2), person(3)]), pytest.raises(OptionError, match="3 identities for 2 images"):
+        drawn(pipe, PROMPTS)
+    with pytest.raises(OptionError, match="fractions"), method.use(person(1), start=2):
+        pass
+
+
+def test_the_users_lora_stays(pipe: Any) -> None:
+    """diffusers' own loading switches every other LoRA off."""
+    peft = pytest.importorskip("peft")
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style")
+    styled = drawn(pipe)
+    method = FaceID(published(pipe.unet))
+    method.attach(pipe)
+    with method.use(person(1)):
+        assert pipe.get_active_adapters() == ["style"]
+        drawn(pipe)
+    assert torch.equal(drawn(pipe), styled)
+
+
+def test_files_are_checked(pipe: Any, tmp_path: Any) -> None:
+    parts = published(pipe.unet)
+    flat = {f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()}
+    save_file(flat, tmp_path / "faceid.safetensors")
+    loaded = FaceID.load(tmp_path / "faceid.safetensors")
+    assert isinstance(loaded, FaceID) and loaded.width == WIDTH and len(loaded.lora) == 8 * len(pipe.unet.attn_processors)
+    torch.save(parts, tmp_path / "faceid.bin")  # as it is published
+    assert FaceID.load(tmp_path / "faceid.bin").lora.keys() == loaded.lora.keys()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="image_proj"):
+        FaceID.load(tmp_path / "other.safetensors")
+    assert find("faceid") is FaceID
