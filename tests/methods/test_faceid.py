@@ -7,53 +7,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from token_files import PROMPTS, WIDTH, drawn, person, published
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.methods.base import Method, find
 from openpulid.methods.faceid import FaceID
 
-WIDTH, CROSS = 6, 64
-PROMPTS = ["portrait of a person", "film noir"]
-
-
-def published(unet: Any) -> dict[str, dict[str, Tensor]]:
-    """A small file in the published layout."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-
-    projection = {"proj.0.weight": random(2 * WIDTH, WIDTH), "proj.0.bias": random(2 * WIDTH)}
-    projection |= {"proj.2.weight": random(4 * CROSS, 2 * WIDTH), "proj.2.bias": random(4 * CROSS)}
-    projection |= {"norm.weight": torch.ones(CROSS), "norm.bias": torch.zeros(CROSS)}
-    layers: dict[str, Tensor] = {}
-    for place, name in enumerate(unet.attn_processors):
-        attention = unet.get_submodule(name.removesuffix(".processor"))
-        inner, cross = attention.to_q.out_features, attention.to_k.in_features
-        for linear, wide in (("q", inner), ("k", cross), ("v", cross), ("out", inner)):
-            layers[f"{place}.to_{linear}_lora.down.weight"] = random(2, wide)
-            layers[f"{place}.to_{linear}_lora.up.weight"] = random(inner, 2)
-        if name.endswith("attn2.processor"):
-            layers |= {f"{place}.to_{x}_ip.weight": random(inner, CROSS) for x in "kv"}
-    return {"image_proj": projection, "ip_adapter": layers}
-
 
 @pytest.fixture
 def pipe(tiny_pipeline: Any) -> Any:
     return tiny_pipeline()
-
-
-def person(seed: int, photos: int = 1) -> Identity:
-    generator = torch.Generator().manual_seed(seed)
-    return Identity(5 * torch.randn(1, photos, WIDTH + 3, generator=generator), (torch.zeros(1, photos, 2),) * 5)
-
-
-def drawn(pipe: Any, prompts: list[str] = PROMPTS[:1], guidance: float = 3.0, **more: Any) -> Tensor:
-    generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
-    options = {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "latent", "generator": generators}
-    return pipe(prompts, **options, **more).images
 
 
 def test_it_is_what_diffusers_draws(pipe: Any) -> None:

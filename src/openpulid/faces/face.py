@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,14 @@ class Face:
     def width(self) -> float:
         """The width of the box in pixels."""
         return float(self.box[2] - self.box[0])
+
+    @property
+    def places(self) -> Tensor:
+        """(5, 2) landmarks from 0 to 1 across the picture's longer side, the picture in the middle of a square."""
+        height, width = self.image.shape[-2:]
+        side = max(height, width)
+        margin = torch.tensor([(side - width) / 2, (side - height) / 2]).to(self.landmarks)
+        return (self.landmarks + margin) / side
 
     @property
     def area(self) -> float:

@@ -100,7 +100,7 @@ class FeatureExtractor:
         tensors = (face.image, face.mask, face.landmarks)
         id_cond, hidden = self.features(*(x[None].to(self.device) for x in tensors))
         kept = tuple(x.float().cpu() for x in hidden)
-        return Identity(id_cond[:, None].float().cpu(), kept, self.models)
+        return Identity(id_cond[:, None].float().cpu(), kept, self.models, face.places[None, None].cpu())
 
     @torch.no_grad()
     def shown(self, face: Face) -> list[Tensor]:

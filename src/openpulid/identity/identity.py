@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -30,6 +30,8 @@ class Identity:
     Attributes:
         id_cond: (1, n, C) raw face embedding and normalised vision embedding, joined.
         hidden: five times (1, n * (1 + N), D), the tower's levels, each photo's class token first.
+        landmarks: (1, n, 5, 2), where eyes, nose and corners of the mouth are in each photo, from 0 to 1 across the longer
+            side of it, the photo in the middle of a square; None in files that were written before.
         models: name -> hash of the models that made the features.
         created: UTC time, ISO 8601.
     """
@@ -37,6 +39,7 @@ class Identity:
     id_cond: Tensor
     hidden: tuple[Tensor, ...]
     models: Mapping[str, str] = field(default_factory=dict)
+    landmarks: Tensor | None = None
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     def __post_init__(self) -> None:
@@ -53,12 +56,12 @@ class Identity:
 
     def zeros_like(self) -> Identity:
         """Nobody: the same shapes, all zero. What guidance compares with."""
-        return Identity(torch.zeros_like(self.id_cond), tuple(map(torch.zeros_like, self.hidden)), self.models)
+        return replace(self, id_cond=torch.zeros_like(self.id_cond), hidden=tuple(map(torch.zeros_like, self.hidden)))
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Identity:
         """The same features elsewhere or in another dtype."""
         moved = tuple(x.to(device, dtype) for x in self.hidden)
-        return Identity(self.id_cond.to(device, dtype), moved, self.models, self.created)
+        return replace(self, id_cond=self.id_cond.to(device, dtype), hidden=moved)
 
     def require(self, models: Mapping[str, str]) -> None:
         """Checks that these models made it.
@@ -77,6 +80,8 @@ class Identity:
         """Writes one safetensors file that only its owner can read (mode 0600). It appears whole or not at all."""
         path = Path(path)
         tensors = {"id_cond": self.id_cond, **{f"hidden.{i}": x for i, x in enumerate(self.hidden)}}
+        if self.landmarks is not None:
+            tensors["landmarks"] = self.landmarks
         metadata = {"format": FORMAT, "created": self.created, "models": json.dumps(dict(self.models))}
         data = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, metadata=metadata)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -113,7 +118,8 @@ class Identity:
         if facts.get("format") != FORMAT or "id_cond" not in tensors:
             raise IdentityError(f"{path} is not an identity file; `pulid identify PHOTO -o FILE` makes one.")
         hidden = tuple(tensors[name] for name in levels)
-        identity = cls(tensors["id_cond"], hidden, json.loads(facts["models"]), facts["created"])
+        known = {"landmarks": tensors.get("landmarks"), "created": facts["created"]}
+        identity = cls(tensors["id_cond"], hidden, json.loads(facts["models"]), **known)
         if models is not None:
             identity.require(models)
         return identity
@@ -155,7 +161,7 @@ def fused(identities: Sequence[Identity], fusion: str = "concat", weights: Seque
         return sum((s * value for s, value in zip(share, values, strict=True)), torch.zeros_like(values[0]))
 
     levels = zip(*(identity.hidden for identity in identities), strict=True)
-    return Identity(mean([i.id_cond for i in identities]), tuple(mean(level) for level in levels), first.models)
+    return replace(first, id_cond=mean([i.id_cond for i in identities]), hidden=tuple(mean(level) for level in levels))
 
 
 def blend(one: Identity, other: Identity, share: float = 0.5) -> Identity:
@@ -179,7 +185,7 @@ def _check_fusion(identities: Sequence[Identity], fusion: str, weights: Sequence
 
 
 def _scaled(identity: Identity, factor: Tensor) -> Identity:
-    return Identity(identity.id_cond * factor, identity.hidden, identity.models)
+    return replace(identity, id_cond=identity.id_cond * factor)
 
 
 def concat(identities: Sequence[Identity]) -> Identity:
@@ -188,8 +194,10 @@ def concat(identities: Sequence[Identity]) -> Identity:
     for other in identities[1:]:
         other.require(first.models)
     levels = zip(*(identity.hidden for identity in identities), strict=True)
-    return Identity(
-        torch.cat([identity.id_cond for identity in identities], dim=1),
-        tuple(torch.cat(level, dim=1) for level in levels),
-        first.models,
+    marks = [identity.landmarks for identity in identities if identity.landmarks is not None]
+    return replace(
+        first,
+        id_cond=torch.cat([identity.id_cond for identity in identities], dim=1),
+        hidden=tuple(torch.cat(level, dim=1) for level in levels),
+        landmarks=torch.cat(marks, dim=1) if len(marks) == len(identities) else None,
     )

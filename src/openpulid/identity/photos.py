@@ -91,4 +91,5 @@ class PhotoFeatures:
         crop, gray = self.shown(face)
         seen, hidden = self.tower(self.tower.prepare((gray if self.use_gray else crop)[None].to(parameter)))
         id_cond = torch.cat([self.recogniser(face), seen.float().cpu()], dim=1)
-        return Identity(id_cond[:, None], tuple(level.float().cpu() for level in hidden), self.models)
+        kept = tuple(level.float().cpu() for level in hidden)
+        return Identity(id_cond[:, None], kept, self.models, face.places[None, None].cpu())

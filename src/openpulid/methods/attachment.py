@@ -24,6 +24,11 @@ class Attachment:
         """The U-Net as it is now; a pipeline's may have been exchanged."""
         return getattr(self.target, "unet", self.target)
 
+    @property
+    def pixels(self) -> int:
+        """Of an image's side for each of its latents'."""
+        return int(getattr(self.target, "vae_scale_factor", 8))
+
     def guided(self) -> bool:
         """Whether the U-Net's batch holds negatives and positives. Asked during a call, not guessed from
         the batch size: a guidance scale of exactly 1 has no negative half."""

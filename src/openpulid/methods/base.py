@@ -25,7 +25,11 @@ class Method(Protocol):
     def detach(self, pipe: Any = None) -> None: ...
 
 
-METHODS = {"faceid": "openpulid.methods.faceid:FaceID", "pulid": "openpulid.methods.pulid.adapter:PuLID"}
+METHODS = {
+    "faceid": "openpulid.methods.faceid:FaceID",
+    "instantid": "openpulid.methods.instantid:InstantID",
+    "pulid": "openpulid.methods.pulid.adapter:PuLID",
+}
 """Name -> module:class. Nothing is imported before it is asked for."""
 
 

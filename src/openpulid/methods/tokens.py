@@ -9,8 +9,10 @@ Shapes: B batch of the U-Net, P prompts, n photos, D width of an embedding.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +25,15 @@ from openpulid.weights import read_tensors
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 """A published file: {"image_proj": {...}, "ip_adapter": {...}}."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the U-Net: (B, c, h, w), the time, and its other arguments by name."""
+
+    sample: Tensor
+    time: Any
+    named: Mapping[str, Any]
 
 
 class TokenMethod:
@@ -44,17 +55,22 @@ class TokenMethod:
         self._built: dict[int, tuple[dict[str, Any], nn.Module]] = {}
 
     @classmethod
-    def load(cls, path: Any) -> TokenMethod:
+    def load(cls, path: str | os.PathLike[str]) -> TokenMethod:
         """From a published file, safetensors or `.bin`.
 
         Raises:
             WeightsError: no such file, or another kind of adapter.
         """
+        return cls(cls.read(path))
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> Parts:
+        """A published file in its parts. Raises WeightsError where there is none."""
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in read_tensors(path).items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
-        return cls(parts)
+        return parts
 
     def embeddings(self, identity: Identity) -> Tensor:
         """(1, n, ...) for diffusers' projection layer."""
@@ -64,7 +80,7 @@ class TokenMethod:
         """Serves a StableDiffusionXL pipeline from now on; nothing in it changes before `use`.
 
         Raises:
-            OptionError: it has no U-Net, or cannot load an IP-Adapter.
+            OptionError: it has no U-Net, or is no pipeline.
         """
         unet_of(target)
         if not hasattr(target, "load_ip_adapter"):
@@ -109,52 +125,53 @@ class TokenMethod:
         strength = self.scale if scale is None else scale
         with ExitStack() as stack:
             for attachment in serving if strength and start < end else []:
-                unet = attachment.unet
-                embeddings = torch.cat([self.embeddings(identity) for identity in everyone]).to(unet.device, unet.dtype)
-                stack.enter_context(self._opened(attachment, embeddings, strength, (start, end)))
+                stack.enter_context(self._opened(attachment, everyone, strength, (start, end)))
             yield self
 
+    def tell(self, attachment: Attachment, people: Sequence[Identity], call: Call, strength: float) -> dict[str, Any]:
+        """What a call of the U-Net is told beside what the pipeline says.
+
+        Args:
+            strength: 0 where nobody is to be seen at this time.
+        """
+        embeddings = torch.cat([self.embeddings(identity) for identity in people])
+        shown = per_image(embeddings, len(call.sample), attachment.guided()).to(call.sample)
+        known = call.named.get("added_cond_kwargs") or {}
+        return {"added_cond_kwargs": {**known, "image_embeds": [shown]}}
+
     @contextmanager
-    def _opened(self, attachment: Attachment, embeddings: Tensor, scale: float, span: tuple[float, float]) -> Iterator[None]:
+    def _opened(
+        self, attachment: Attachment, people: Sequence[Identity], scale: float, span: tuple[float, float]
+    ) -> Iterator[None]:
         unet = attachment.unet
         with restored(attachment.target), ExitStack() as hooks:
-            processors, projection = self._processors(attachment.target)
+            processors = self._processors(attachment.target)
 
-            def tell(
-                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-                sample, time = (
-                    kwargs.get(name, args[k] if k < len(args) else None) for k, name in enumerate(("sample", "timestep"))
-                )
-                acting = span[0] <= attachment.progress(time) < span[1]
+            def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                first = dict(zip(("sample", "timestep"), args, strict=False)) | named
+                call = Call(first["sample"], first["timestep"], named)
+                strength = scale if span[0] <= attachment.progress(call.time) < span[1] else 0.0
                 for processor in processors.values():
                     if hasattr(processor, "scale"):
-                        processor.scale = [scale if acting else 0.0]
-                told = for_batch(embeddings, len(sample), attachment.guided())
-                self.told(projection, told)
-                known = kwargs.get("added_cond_kwargs") or {}
-                return args, kwargs | {"added_cond_kwargs": {**known, "image_embeds": [told]}}
+                        processor.scale = [strength]
+                return args, named | self.tell(attachment, people, call, strength)
 
-            hooks.callback(unet.register_forward_pre_hook(tell, with_kwargs=True).remove)
+            hooks.callback(unet.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for module, down, up in lora_layers(unet, self.lora):
                 hooks.callback(module.register_forward_hook(low_rank(down, up)).remove)
             yield
 
-    def told(self, projection: nn.Module, embeddings: Tensor) -> None:
-        """For methods whose projection must know more than the embeddings (B, n, ...) of a call."""
-
-    def _processors(self, pipe: Any) -> tuple[dict[str, Any], nn.Module]:
-        """The U-Net's attention processors and projection of this method, built by diffusers once and set again later."""
+    def _processors(self, pipe: Any) -> dict[str, Any]:
+        """The U-Net's attention processors with this method's, built by diffusers once and set again later."""
         unet = pipe.unet
         if id(unet) not in self._built:
             pipe.load_ip_adapter(self.parts, subfolder="", weight_name="", image_encoder_folder=None)
-            self._built[id(unet)] = dict(unet.attn_processors), unet.encoder_hid_proj
-            return self._built[id(unet)]
+            projection, unet.encoder_hid_proj = unet.encoder_hid_proj, None
+            self._built[id(unet)] = dict(unet.attn_processors), projection
         processors, projection = self._built[id(unet)]
-        unet.set_attn_processor(dict(processors))
-        unet.encoder_hid_proj = projection.to(unet.device, unet.dtype)
-        unet.config.encoder_hid_dim_type = "ip_image_proj"
-        return processors, projection
+        set_up(unet, processors, projection, "ip_image_proj")
+        unet.to(unet.device, unet.dtype)
+        return processors
 
 
 @contextmanager
@@ -166,24 +183,34 @@ def restored(pipe: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        unet.set_attn_processor(processors)
-        unet.encoder_hid_proj = projection
-        unet.config.encoder_hid_dim_type = kind
+        set_up(unet, processors, projection, kind)
         if hasattr(pipe, "feature_extractor"):
             pipe.register_modules(feature_extractor=extractor)
 
 
-def for_batch(embeddings: Tensor, batch: int, guided: bool) -> Tensor:
-    """(P, n, ...) -> (B, n, ...): equally many images of each prompt, in order; zeros for the negative half.
+def set_up(unet: Any, processors: Mapping[str, Any], projection: nn.Module | None, kind: str | None) -> None:
+    """The processors first: a Resampler has attention of its own, which the U-Net would count among its layers."""
+    unet.encoder_hid_proj = None
+    unet.set_attn_processor(dict(processors))
+    unet.encoder_hid_proj = projection
+    unet.config.encoder_hid_dim_type = kind
+
+
+def per_image(values: Tensor, batch: int, guided: bool, negative: Tensor | None = None) -> Tensor:
+    """(P, ...) -> (B, ...): equally many images of each prompt, in order; before them, in a guided batch, as many of
+    `negative`, or zeros.
 
     Raises:
         OptionError: the batch cannot be shared by so many prompts.
     """
     positive = batch // 2 if guided else batch
-    if positive % len(embeddings):
-        raise OptionError(f"{len(embeddings)} identities for {positive} images: give one, or one for each prompt.")
-    shown = embeddings.repeat_interleave(positive // len(embeddings), 0)
-    return torch.cat([torch.zeros_like(shown), shown]) if guided else shown
+    if positive % len(values):
+        raise OptionError(f"{len(values)} identities for {positive} images: give one, or one for each prompt.")
+    each = positive // len(values)
+    shown = values.repeat_interleave(each, 0)
+    if not guided:
+        return shown
+    return torch.cat([torch.zeros_like(shown) if negative is None else negative.repeat_interleave(each, 0), shown])
 
 
 def lora_layers(unet: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
