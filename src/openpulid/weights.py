@@ -84,8 +84,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     while isinstance(state, dict) and isinstance(inner := state.get("state_dict", state.get("model")), dict):
         state = inner
     if isinstance(state, dict):  # some files hold their parts as dictionaries of their own
-        parts = {name: part if isinstance(part, dict) else {"": part} for name, part in state.items()}
-        state = {".".join(filter(None, (name, inner))): x for name, part in parts.items() for inner, x in part.items()}
+        flat: dict[str, object] = {}
+        for name, part in state.items():
+            flat |= {f"{name}.{inner}": x for inner, x in part.items()} if isinstance(part, dict) else {str(name): part}
+        state = flat
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise WeightsError(f"{path} holds no plain dictionary of tensors.")
     return state

@@ -1,5 +1,6 @@
 """The weights that travel with the package: small enough, labelled, and as good as the report says."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,9 @@ def test_they_fit_into_a_repository_and_say_where_they_come_from():
     files = [path for path in MINIATURE.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 60 * 2**20
     assert max(path.stat().st_size for path in files) < 16e6
+    for path in MINIATURE.rglob("*.json"):  # no folder of the machine that made them
+        named = json.loads(path.read_text("utf-8"))
+        assert not isinstance(named, dict) or not str(named.get("_name_or_path", "")).startswith("/"), path
     for path in MINIATURE.rglob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             assert {"revision", "seed", "minutes"} <= set(file.metadata()), path

@@ -12,10 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from openpulid.bench.cells import BASE, Cell, Folder, write
-from openpulid.bench.metrics import FID, Evidence, Faces, FindFaces, Metric
-
-LIKENESS = ("face_sim", "rank1", "copy_paste", "fgis", "face_div", "values")
-"""Measures of whose face it is; a suite may name prompts for these alone."""
+from openpulid.bench.metrics import FID, LIKENESS, Evidence, Faces, FindFaces, Metric
 
 
 class Judges(Protocol):
@@ -36,10 +33,7 @@ class Judges(Protocol):
 
 
 def judge(folder: Folder, judges: Judges) -> None:
-    """Writes the measures of every image into its record, and those of whole methods into RUN/sets.json.
-
-    Methods whose measures are all there are left as they are.
-    """
+    """Writes the measures of every image into its record, and those of whole methods into RUN/sets.json."""
     facts = folder.facts()
     sets: dict[str, Any] = {}
     for method in facts["methods"]:

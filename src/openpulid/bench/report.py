@@ -56,7 +56,7 @@ def plot(folder: Folder) -> Image.Image | None:
         across, along = ([[i.mean - i.low], [i.high - i.mean]] for i in (x, y))
         axes.errorbar(x.mean, y.mean, xerr=across, yerr=along, marker="o", capsize=2)
         axes.annotate(row.method, (x.mean, y.mean), textcoords="offset points", xytext=(6, 6), fontsize=9)
-    if table.ARROWS[purity] == "down":
+    if not table.HIGHER[purity]:
         axes.invert_xaxis()
     axes.set_xlabel("changed outside the face" if purity == "outside_face" else "CLIP-I, with against without identity")
     axes.set_ylabel("face similarity")

@@ -12,15 +12,11 @@ from typing import Any
 import torch
 
 from openpulid.bench.cells import BASE, Cell, Folder
-from openpulid.bench.judging import LIKENESS, cells_of, counts
-from openpulid.bench.metrics import Interval, bootstrap
+from openpulid.bench.judging import cells_of, counts
+from openpulid.bench.metrics import COLUMNS, LIKENESS, Interval, bootstrap
 
-ARROWS = {
-    "face_sim": "up", "rank1": "up", "fgis": "up", "face_div": "up", "copy_paste": "down", "clip_t": "up", "clip_i": "up",
-    "dino": "up", "outside_face": "down", "lpips_outside": "down", "attributes": "up", "face_found": "up", "fid": "down",
-    "seconds": "down",
-}  # fmt: skip
-"""The columns in their order, and which way is better."""
+HIGHER = {**{measure.name: measure.higher for measure in COLUMNS}, "seconds": False}
+"""The columns in their order, and whether more is better."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ def rows(folder: Folder) -> list[Row]:
     base = _seconds(records[BASE])
     made = []
     for method, known in records.items():
-        columns = {name: _column(facts, known, name) for name in ARROWS}
+        columns = {name: _column(facts, known, name) for name in HIGHER}
         columns |= {name: Interval(value, math.nan, math.nan) for name, value in sets.get(method, {}).items()}
         good = [record for _, record in known if record and record["status"] == "done"]
         errors = sorted({record["error"] for _, record in known if record and record["status"] == "failed"})
@@ -92,8 +88,8 @@ Lines = tuple[list[str], list[list[str]]]
 def told(folder: Folder) -> Lines:
     """The table in words: a method in each row."""
     table = rows(folder)
-    names = [name for name in ARROWS if any(name in row.columns for row in table)]
-    heads = ["method", "images", *(f"{name} {'↑' if ARROWS[name] == 'up' else '↓'}" for name in names), "time to base"]
+    names = [name for name in HIGHER if any(name in row.columns for row in table)]
+    heads = ["method", "images", *(f"{name} {'↑' if HIGHER[name] else '↓'}" for name in names), "time to base"]
     lines = []
     for row in table:
         ratio = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}"

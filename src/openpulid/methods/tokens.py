@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class TokenMethod:
         self.parts = {part: dict(tensors) for part, tensors in parts.items()}
         self.lora = {name: self.parts["ip_adapter"].pop(name) for name in list(self.parts["ip_adapter"]) if "_lora." in name}
         self._attachments: list[Attachment] = []
-        self._built: dict[int, tuple[dict[str, Any], nn.Module]] = {}
+        self._built: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], nn.Module]] = WeakKeyDictionary()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenMethod:
@@ -92,7 +93,7 @@ class TokenMethod:
         """Serves this pipeline no longer; without an argument, none."""
         for attachment in [a for a in self._attachments if target is None or a.target is target]:
             self._attachments.remove(attachment)
-            self._built.pop(id(attachment.unet), None)
+            self._built.pop(attachment.unet, None)
 
     @contextmanager
     def use(
@@ -164,11 +165,11 @@ class TokenMethod:
     def _processors(self, pipe: Any) -> dict[str, Any]:
         """The U-Net's attention processors with this method's, built by diffusers once and set again later."""
         unet = pipe.unet
-        if id(unet) not in self._built:
+        if unet not in self._built:
             pipe.load_ip_adapter(self.parts, subfolder="", weight_name="", image_encoder_folder=None)
             projection, unet.encoder_hid_proj = unet.encoder_hid_proj, None
-            self._built[id(unet)] = dict(unet.attn_processors), projection
-        processors, projection = self._built[id(unet)]
+            self._built[unet] = dict(unet.attn_processors), projection
+        processors, projection = self._built[unet]
         set_up(unet, processors, projection, "ip_image_proj")
         unet.to(unet.device, unet.dtype)
         return processors

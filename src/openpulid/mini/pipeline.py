@@ -111,4 +111,6 @@ def sample(
 
 def save_folder(model: Any, folder: Path) -> None:
     """`save_pretrained` of a copy in float16, with shards small enough for a repository."""
-    deepcopy(model).to(torch.float16).save_pretrained(folder, max_shard_size=SHARD)
+    copy = deepcopy(model).to(torch.float16)
+    copy.register_to_config(_name_or_path="")  # a copy of a loaded model would say from which folder of this machine
+    copy.save_pretrained(folder, max_shard_size=SHARD)

@@ -51,7 +51,7 @@ class Recipe:
     num_zero: int = 0  # zero tokens while training: choice
 
     # the diffusion branch
-    paired: bool = False  # features of another picture of the same person instead of the picture itself: choice
+    paired: bool = False  # features of another picture of the same person (the miniature's data alone has one): choice
     drop_identity: float = 0.1  # features zeroed, so that guidance has a "nobody": choice
     gamma: float | None = None  # min-SNR-gamma: choice
     inside: float = 1.0  # weight of the face over the rest: choice

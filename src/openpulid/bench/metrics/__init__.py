@@ -17,7 +17,16 @@ from openpulid.bench.metrics.identity import FGIS, CopyPaste, FaceDiversity, Fac
 from openpulid.bench.metrics.interval import Interval, bootstrap
 from openpulid.bench.metrics.purity import FID, Attributes, ClipI, ClipT, Dino, LpipsOutside, OutsideFace, attributes_seen
 
+COLUMNS = (
+    FaceSim, Rank1, FGIS, FaceDiversity, CopyPaste, ClipT, ClipI, Dino, OutsideFace, LpipsOutside, Attributes, FaceFound, FID,
+)  # fmt: skip
+"""All of them, in the order of a report's columns."""
+LIKENESS = frozenset(measure.name for measure in (FaceSim, Rank1, FGIS, FaceDiversity, CopyPaste))
+"""Whose face it is; a suite may name prompts for these alone."""
+
 __all__ = [
+    "COLUMNS",
+    "LIKENESS",
     "FGIS",
     "FID",
     "Attributes",

@@ -68,7 +68,7 @@ class Metric(Protocol):
     """One number for each image; NaN where it cannot be told."""
 
     name: ClassVar[str]
-    higher: ClassVar[bool | None]  # whether more is better; None where neither is
+    higher: ClassVar[bool]  # whether more is better
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """(B,) in float32."""

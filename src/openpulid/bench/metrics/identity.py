@@ -15,7 +15,7 @@ class FaceFound:
     """1 where the finder sees a face, else 0: the detection rate."""
 
     name: ClassVar[str] = "face_found"
-    higher: ClassVar[bool | None] = True
+    higher: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> Tensor:
         return evidence.seen.found.float()
@@ -29,7 +29,7 @@ class FaceSim:
     """
 
     name: ClassVar[str] = "face_sim"
-    higher: ClassVar[bool | None] = True
+    higher: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> Tensor:
         seen = evidence.seen
@@ -44,7 +44,7 @@ class Rank1:
     """
 
     name: ClassVar[str] = "rank1"
-    higher: ClassVar[bool | None] = True
+    higher: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> Tensor:
         seen, gallery = evidence.seen, evidence.gallery
@@ -61,7 +61,7 @@ class CopyPaste:
     """
 
     name: ClassVar[str] = "copy_paste"
-    higher: ClassVar[bool | None] = False
+    higher: ClassVar[bool] = False
     eps: ClassVar[float] = 1e-3
 
     def __call__(self, evidence: Evidence) -> Tensor:
@@ -91,7 +91,7 @@ class FGIS:
     """
 
     name: ClassVar[str] = "fgis"
-    higher: ClassVar[bool | None] = True
+    higher: ClassVar[bool] = True
 
     def __init__(self, dino: EmbedImages, size: int = 224) -> None:
         self.dino, self.size = dino, size
@@ -115,7 +115,7 @@ class FaceDiversity:
     """
 
     name: ClassVar[str] = "face_div"
-    higher: ClassVar[bool | None] = True
+    higher: ClassVar[bool] = True
 
     def __init__(self, lpips: Distance, size: int = 128) -> None:
         self.lpips, self.size = lpips, size

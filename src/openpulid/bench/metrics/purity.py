@@ -18,7 +18,7 @@ class ClipT:
     """
 
     name: ClassVar[str] = "clip_t"
-    higher: ClassVar[bool | None] = True
+    higher: ClassVar[bool] = True
 
     def __init__(self, images: EmbedImages, texts: EmbedTexts) -> None:
         self.images, self.texts = images, texts
@@ -35,7 +35,7 @@ class ClipI:
     """
 
     name: ClassVar[str] = "clip_i"
-    higher: ClassVar[bool | None] = True
+    higher: ClassVar[bool] = True
 
     def __init__(self, images: EmbedImages) -> None:
         self.images = images
@@ -58,7 +58,7 @@ class OutsideFace:
     """
 
     name: ClassVar[str] = "outside_face"
-    higher: ClassVar[bool | None] = False
+    higher: ClassVar[bool] = False
 
     def __call__(self, evidence: Evidence) -> Tensor:
         outside = _outside(evidence)
@@ -71,7 +71,7 @@ class LpipsOutside:
     elsewhere."""
 
     name: ClassVar[str] = "lpips_outside"
-    higher: ClassVar[bool | None] = False
+    higher: ClassVar[bool] = False
 
     def __init__(self, lpips: Distance) -> None:
         self.lpips = lpips
@@ -95,7 +95,7 @@ class Attributes:
     """
 
     name: ClassVar[str] = "attributes"
-    higher: ClassVar[bool | None] = True
+    higher: ClassVar[bool] = True
 
     def __init__(self, read: ReadAttributes) -> None:
         self.read = read
@@ -125,7 +125,7 @@ class FID:
     """
 
     name: ClassVar[str] = "fid"
-    higher: ClassVar[bool | None] = False
+    higher: ClassVar[bool] = False
 
     def __init__(self, features: EmbedImages) -> None:
         self.features = features
