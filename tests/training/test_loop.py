@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,12 +69,14 @@ def test_runs_and_writes_its_folder(tmp_path):
     assert again.steps == 24 and again.metrics == result.metrics
 
 
-def test_kill_and_resume_is_bit_for_bit(tmp_path, start):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_kill_and_resume_is_bit_for_bit(tmp_path, start, optimizer):
+    schedule = replace(SHORT, optimizer=optimizer)
     undisturbed = Regression()
-    run(undisturbed, SHORT, tmp_path / "a")
+    run(undisturbed, schedule, tmp_path / "a")
     script = (
         "import sys\nfrom test_loop import Regression, SHORT, run\nfrom dataclasses import replace\n"
-        "run(Regression(kill_at=13), replace(SHORT, save_minutes=0.0), sys.argv[1])"
+        f"run(Regression(kill_at=13), replace(SHORT, save_minutes=0.0, optimizer={optimizer!r}), sys.argv[1])"
     )
     killed = start(script, tmp_path / "b")
     killed.wait(500)
@@ -81,7 +84,7 @@ def test_kill_and_resume_is_bit_for_bit(tmp_path, start):
     resumed = Regression()
     with torch.no_grad():
         resumed.net[0].weight.zero_()  # whatever it starts from, the checkpoint counts
-    run(resumed, SHORT, tmp_path / "b")
+    run(resumed, schedule, tmp_path / "b")
     assert sorted(resumed.seen) == list(range(13, 24))
     assert all(resumed.seen[s] == undisturbed.seen[s] for s in resumed.seen)
     for name, value in undisturbed.net.state_dict().items():

@@ -122,7 +122,7 @@ class BaseTask:
         latents: Latents,
         captions: Captions,
         examination: Examination | None = None,
-        batch: int = 48,
+        batch: int = 64,
         inside: float = 3.0,
         gamma: float = 5.0,
         compiled: bool = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,10 @@ class Captions:
             cache.parent.mkdir(parents=True, exist_ok=True)
             np.save(cache, tokens)
         return cls(tokens)
+
+    @classmethod
+    def joined(cls, several: Sequence[Captions]) -> Captions:
+        return cls(np.concatenate([some.tokens for some in several]))
 
     def rows(self, rows: Tensor, variants: Tensor) -> Tensor:
         """(B, L) int64 tokens: of picture rows[i] the sentence variants[i]."""

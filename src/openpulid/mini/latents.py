@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,10 @@ class Latents:
             np.save(folder / "faces.npy", latents.faces.numpy())
             (folder / "mark.txt").write_text(f"{mark} {len(data)}")
         return latents
+
+    @classmethod
+    def joined(cls, several: Sequence[Latents]) -> Latents:
+        return cls(torch.cat([some.pictures for some in several]), torch.cat([some.faces for some in several]))
 
     def rows(self, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Float32 latents (B, C, s, s) and faces (B, 1, s, s) of some rows."""

@@ -116,12 +116,14 @@ class Workshop:
         vae = self.folder(PatchAutoencoderKL, "pipeline", "vae")
         return vae.to(memory_format=torch.channels_last)
 
-    def captions(self) -> Captions:
-        return Captions.of(self.data, self.tokenizer(), self.runs / "captions.npy", on_progress=progress("sentences"))
+    def captions(self, name: str = "world") -> Captions:
+        file = self.runs / f"captions{name.removeprefix('world')}.npy"
+        return Captions.of(self._open(name), self.tokenizer(), file, on_progress=progress("sentences"))
 
-    def latents(self) -> Latents:
+    def latents(self, name: str = "world") -> Latents:
+        folder = self.runs / f"latents{name.removeprefix('world')}"
         with mixed(self.device):
-            return Latents.of(self.vae(), self.data, self.runs / "latents", on_progress=progress("latents"))
+            return Latents.of(self.vae(), self._open(name), folder, on_progress=progress("latents"))
 
     def examination(self, **options: Any) -> Images:
         """Of images: with the finder, when there is one already."""
@@ -253,12 +255,18 @@ def _likeness(shop: Workshop, vae: PatchAutoencoderKL, most: int = 512) -> dict[
 
 
 def base(shop: Workshop) -> dict[str, float]:
-    schedule = Schedule(steps=200_000, lr=1e-3, warmup=300, decay=0.3, ema=0.9995, seed=4, validate_every=3000)
+    schedule = Schedule(
+        steps=200_000, lr=3e-3, optimizer="muon", weight_decay=0.1, warmup=100, decay=0.4, ema=0.999, seed=4,
+        validate_every=1500,
+    )  # fmt: skip
     torch.manual_seed(schedule.seed)
-    shown, text, examination = shop.latents(), shop.words(), shop.examination()
+    names = ("world", adapter.SITTINGS)  # the second for more faces than the families of the first have
+    shown = Latents.joined([shop.latents(name) for name in names])
+    captions = Captions.joined([shop.captions(name) for name in names])
+    text, examination = shop.words(), shop.examination()
     channels, size = shown.pictures.shape[1], shown.pictures.shape[-1]
     unet = build_unet(channels, text.width, text.second.config.projection_dim, size=size)
-    task = BaseTask(unet, text, shown, shop.captions(), examination, compiled=can_compile(shop.device))
+    task = BaseTask(unet, text, shown, captions, examination, compiled=can_compile(shop.device))
     shop.train("base", task, schedule)
     folder = shop.weights / "pipeline"
     save_folder(unet, folder / "unet")

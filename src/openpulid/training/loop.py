@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, TrainingError
 from openpulid.training.data import Draw, generator_for
+from openpulid.training.muon import Muon
 from openpulid.training.precision import attention, mixed
 from openpulid.training.process import Ranks, signals_noted
 from openpulid.training.report import Report
@@ -115,8 +116,8 @@ class _Run:
         self.device = self.parameters[0].device
         self.ranks = Ranks(self.device)
         self.ranks.same([*self.parameters, *named_buffers(self.modules).values()])
-        self.lagging = _looks_late(self.device)
         self.optimizer = self._optimizer()
+        self.lagging = isinstance(self.optimizer, torch.optim.AdamW) and _looks_late(self.device)
         averaged = {**named_parameters(self.modules), **named_buffers(self.modules)}
         self.average = Average(averaged, self.schedule.ema)
         self.state = RunState(self.modules, self.optimizer, self.average)
@@ -212,7 +213,9 @@ class _Run:
 
     # -- parts --
 
-    def _optimizer(self) -> torch.optim.AdamW:
+    def _optimizer(self) -> torch.optim.Optimizer:
+        if self.schedule.optimizer == "muon":
+            return Muon(self.parameters, self.schedule.lr, self.schedule.weight_decay)
         matrices = [p for p in self.parameters if p.ndim > 1]
         others = [p for p in self.parameters if p.ndim <= 1]
         groups = [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+OptimizerKind = Literal["adamw", "muon"]
 
 WARM_STEPS = 10  # steps whose time says nothing: compilers, caches, allocators
 MEASURED_STEPS = 20  # steps after those, from which a first estimate is made
@@ -14,6 +17,7 @@ class Schedule:
 
     steps: int
     lr: float
+    optimizer: OptimizerKind = "adamw"
     warmup: int = 200  # steps of linear rise
     decay: float = 0.2  # last part of the steps: linear fall to zero ("warmup-stable-decay")
     weight_decay: float = 0.01  # on matrices and kernels only, not on biases and norms
