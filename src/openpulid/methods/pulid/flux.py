@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.attachment import MARK
-from openpulid.methods.pulid.dit import FluxInjection, KeyValue, PerceiverCrossAttention, injected_flux, places
+from openpulid.methods.pulid.dit import FluxInjection, Folded, PerceiverCrossAttention, injected_flux, places
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.regions import People, Person, people_by_prompt, stacked
 from openpulid.weights import read_tensors
@@ -217,12 +217,12 @@ class PuLIDFlux(nn.Module):
             yield
             return
         with ExitStack() as stack:
-            pairs: dict[tuple[str, int], KeyValue] | None = None
+            pairs: dict[tuple[str, int], Folded] | None = None
             for target in {id(_transformer(t)): t for t in targets}.values():
                 transformer = _transformer(target)
                 where = places(transformer, self.double_interval, self.single_interval)
                 layers = dict(zip(where, self._layers(), strict=True))
-                pairs = pairs or _keys_values(layers, positive())
+                pairs = pairs or _folded(layers, positive())
                 nothing = partial(_later, layers, nobody)
                 schedule = partial(_schedule, target)
                 injection = FluxInjection(layers, pairs, nothing, acts, scale, cfg_from, masks, schedule)
@@ -242,14 +242,14 @@ class PuLIDFlux(nn.Module):
         return torch.stack([torch.stack(row) for row in rows])
 
 
-def _keys_values(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Tensor) -> dict[tuple[str, int], KeyValue]:
-    """Tokens (P, J, N, kv_dim) -> of each layer keys and values (J, P, h, N, d)."""
-    pairs = {place: layer.keys_values(tokens) for place, layer in layers.items()}
-    return {place: (key.transpose(0, 1), value.transpose(0, 1)) for place, (key, value) in pairs.items()}
+def _folded(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Tensor) -> dict[tuple[str, int], Folded]:
+    """Tokens (P, J, N, kv_dim) -> of each layer what its image tokens are multiplied with, J first."""
+    pairs = {place: layer.fold(tokens) for place, layer in layers.items()}
+    return {place: (asked.transpose(0, 1), given.transpose(0, 1)) for place, (asked, given) in pairs.items()}
 
 
-def _later(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Callable[[], Tensor]) -> dict[Any, KeyValue]:
-    return _keys_values(layers, tokens())
+def _later(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Callable[[], Tensor]) -> dict[Any, Folded]:
+    return _folded(layers, tokens())
 
 
 def _schedule(target: Any) -> tuple[Any, int | None]:

@@ -1,15 +1,17 @@
 """How the identity's attention output joins the text's: plainly, or without what it would change in the
 text's direction.
 
-Shapes: B batch, h heads, L image positions, N identity tokens (zero tokens included), D = heads x width of one.
+Shapes: B batch, h heads, L image positions, N identity tokens, D = heads x width of one.
 """
 
 from __future__ import annotations
 
+from math import log
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 Projection = Literal["none", "ortho", "ortho_v2"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
@@ -18,11 +20,14 @@ LEADING_TOKENS = 5
 """The tokens whose share of the attention decides, in ortho_v2, how much of the projection stays."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, projection: Projection) -> tuple[Tensor, Tensor | None]:
-    """Attention to the identity, and for ortho_v2 the share of its leading tokens.
+def attend(query: Tensor, key: Tensor, value: Tensor, projection: Projection, zeros: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Attention to the identity and `zeros` tokens of zero, and for ortho_v2 the share of its leading tokens.
 
     The share m is the softmax of the *unscaled* products, averaged over the heads and summed over the first
     `LEADING_TOKENS` tokens, as published; the attention itself is scaled as usual.
+
+    Zero tokens have zero keys and values (the layers have no bias), so one of them stands for all, with log(zeros) added to
+    its product: the same softmax with a fraction of the columns.
 
     Args:
         query: (B, h, L, d). key, value: (B, h, N, d).
@@ -30,12 +35,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, projection: Projection) ->
     Returns:
         (B, h, L, d), and m (B, L, 1) or None.
     """
+    bias = None
+    if zeros:
+        key, value = (pad(x, (0, 0, 0, 1)) for x in (key, value))
+        bias = query.new_zeros(key.shape[-2])
+        bias[-1] = log(zeros)
+    attended = scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.expand(1, 1, 1, -1))
     if projection != "ortho_v2":
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value), None
+        return attended, None
     products = query @ key.transpose(-2, -1)  # (B, h, L, N)
-    attended = (products * query.shape[-1] ** -0.5).softmax(-1) @ value
-    share = products.softmax(-1)[..., :LEADING_TOKENS].sum(-1).mean(1)
-    return attended, share[..., None]
+    shares = (products if bias is None else products.add_(bias)).softmax(-1)
+    return attended, shares[..., :LEADING_TOKENS].sum(-1).mean(1)[..., None]
 
 
 def contribution(
@@ -49,7 +59,7 @@ def contribution(
 
     where p = (sum_l text * identity / sum_l text * text) * text, per channel, is the component of the identity's
     output along the text's over the image positions l (PuLID's released code; not in the paper). A region weighs the
-    positions in both sums and the result, so that nothing outside it is touched or counted.
+    positions in both sums and the result, so that nothing outside it is touched or counted. The sums are in float32.
 
     Args:
         text, identity: (B, L, D).
@@ -57,14 +67,20 @@ def contribution(
         region: (B, L, 1) in [0, 1]; None is everywhere.
 
     Returns:
-        (B, L, D), for ortho and ortho_v2 in float32.
+        (B, L, D), for float16 in float32.
     """
     if projection == "none":
         return identity if region is None else identity * region.to(identity)
-    text, identity = text.float(), identity.float()
-    weighted = text if region is None else text * region.float()
+    if text.dtype == torch.float16:  # products of large outputs would overflow before they are summed
+        text, identity = text.float(), identity.float()
+    weighted = text if region is None else text * region.to(text)
     tiny = torch.finfo(torch.float32).tiny
-    along = (weighted * identity).sum(-2, keepdim=True) / (weighted * text).sum(-2, keepdim=True).clamp_min(tiny)
-    keep = -1.0 if share is None else share.float() - 1.0
-    added = identity + keep * (along * text)
-    return added if region is None else added * region.float()
+    along = _summed(weighted, identity) / _summed(weighted, text).clamp_min(tiny)
+    keep = text.new_full((1, 1, 1), -1.0) if share is None else (share - 1).to(text)
+    added = torch.addcmul(identity, along.to(text) * text, keep)
+    return added if region is None else added * region.to(added)
+
+
+def _summed(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products over the positions, (B, 1, D) in float32."""
+    return (a * b).sum(-2, keepdim=True, dtype=torch.float32)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.projection import Projection, attend, contribution
@@ -158,11 +158,10 @@ class Injection:
     def _expand(
         self, x: Tensor, nobody: Tensor | None, rows: int, heads: int, device: torch.device, dtype: torch.dtype | None
     ) -> Tensor:
-        """(P, J, N, hidden) -> (J, B, h, N + zeros, d), the negative half first, as diffusers lays the batch."""
+        """(P, J, N, hidden) -> (J, B, h, N, d), the negative half first, as diffusers lays the batch."""
         x = x.to(device, dtype).repeat_interleave(rows // len(x), dim=0)
         if nobody is not None:
             x = torch.cat([nobody.to(x).expand(x.shape), x])
-        x = pad(x, (0, 0, 0, self.num_zero))  # no bias: a zero token has zero key and value
         return x.unflatten(-1, (heads, -1)).permute(1, 0, 3, 2, 4).contiguous()
 
     def _regions(self, rows: int, guided: bool, sample: Tensor) -> Callable[[int], Tensor | None]:
@@ -237,13 +236,13 @@ class IdentityAttention:
         projection = self.injection.projection
         added = None
         for person in range(len(keys)):
-            attended, share = attend(query, keys[person], values[person], projection)
+            attended, share = attend(query, keys[person], values[person], projection, self.injection.num_zero)
             identity = attended.transpose(1, 2).flatten(2)
             region = None if regions is None else regions[person]
             one = contribution(text, identity, projection, share, region)
             added = one if added is None else added + one
         assert added is not None, "an open identity has at least one person"
-        return (text + self.injection.scale * added).to(text.dtype)
+        return torch.add(text, added.to(text.dtype), alpha=self.injection.scale)
 
 
 @contextmanager
