@@ -56,3 +56,11 @@ def test_saving_halves_the_file_and_not_the_model(tmp_path):
     stored = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float16)
     assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 2.2 * stored.num_parameters()
     assert torch.equal(stored.conv_in.weight, before.half())
+
+
+def test_what_is_saved_names_no_folder_of_its_maker(tmp_path):
+    for name, model in {"unet": networks.small_unet(), "words": networks.small_words().second}.items():
+        save_folder(model, tmp_path / "here" / name)
+        again = type(model).from_pretrained(tmp_path / "here" / name)
+        save_folder(again, tmp_path / "there" / name)
+        assert "here" not in (tmp_path / "there" / name / "config.json").read_text()

@@ -14,7 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from openpulid.identity.vision import CLIP_MEAN, CLIP_STD
@@ -152,14 +159,14 @@ def loudened(text: Any, projection: nn.Linear, tokens: Tensor) -> None:
 
 
 @torch.no_grad()
-def embed_images(clip: CLIPModel, images: Tensor) -> Tensor:
+def embed_images(clip: CLIPModel | CLIPVisionModelWithProjection, images: Tensor) -> Tensor:
     """(B, 3, S, S) in [0, 1] -> (B, D) of length 1."""
     pooled = clip.vision_model(pixel_values=clip_pixels(images.to(clip.device))).pooler_output
     return normalize(clip.visual_projection(pooled).float(), dim=-1)
 
 
 @torch.no_grad()
-def embed_texts(clip: CLIPModel, tokens: Tensor) -> Tensor:
+def embed_texts(clip: CLIPModel | CLIPTextModelWithProjection, tokens: Tensor) -> Tensor:
     """(B, L) tokens -> (B, D) of length 1."""
     pooled = clip.text_model(input_ids=tokens.to(clip.device)).pooler_output
     return normalize(clip.text_projection(pooled).float(), dim=-1)

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPModel, PreTrainedTokenizerFast
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PreTrainedTokenizerFast
 
 from openpulid.bench import metrics
 from openpulid.bench.metrics import EmbedImages, EmbedTexts, Faces, FindFaces, Metric, ReadAttributes
@@ -87,12 +88,14 @@ class Judges:
             # the text model's own tokenizer: a prompt is read here as it was there
             words = PreTrainedTokenizerFast.from_pretrained(folder / "pipeline" / "tokenizer", local_files_only=True)
             with no_progress_bars():
-                network = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32, local_files_only=True)
+                known: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+                seeing = CLIPVisionModelWithProjection.from_pretrained(folder / "clip", **known).eval()
+                reading = CLIPTextModelWithProjection.from_pretrained(folder / "pipeline" / "text_encoder_2", **known).eval()
         except (OSError, ValueError) as error:
             raise WeightsError(f"{folder} holds no CLIP; `pulid mini build` makes it.") from error
         return cls(
             FaceJudge.load(folder),
-            partial(clip.embed_images, network.eval()),
-            lambda prompts: clip.embed_texts(network, token_ids(words, list(prompts))),
+            partial(clip.embed_images, seeing),
+            lambda prompts: clip.embed_texts(reading, token_ids(words, list(prompts))),
             reader,
         )

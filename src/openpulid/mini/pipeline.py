@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    ModelMixin,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
@@ -112,5 +118,6 @@ def sample(
 def save_folder(model: Any, folder: Path) -> None:
     """`save_pretrained` of a copy in float16, with shards small enough for a repository."""
     copy = deepcopy(model).to(torch.float16)
-    copy.register_to_config(_name_or_path="")  # a copy of a loaded model would say from which folder of this machine
+    if isinstance(copy, ModelMixin):  # a loaded model of diffusers would say from which folder of this machine it came
+        copy.register_to_config(_name_or_path="")
     copy.save_pretrained(folder, max_shard_size=SHARD)

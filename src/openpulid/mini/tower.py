@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
-from transformers import CLIPModel
+from transformers import CLIPTextModelWithProjection
 
 from openpulid.faces.align import TEMPLATE, similarity, warp
 from openpulid.faces.parse import gray_on_white
@@ -62,7 +62,7 @@ class TowerTask:
 
     Args:
         tower: from `build_tower`.
-        clip: frozen; its text tower says where a picture's sentence lies.
+        clip: its text tower, frozen, says where a picture's sentence lies.
         data, captions: training pictures and their sentences.
         held_out: pictures of others.
     """
@@ -70,7 +70,7 @@ class TowerTask:
     def __init__(
         self,
         tower: VisionTower,
-        clip: CLIPModel,
+        clip: CLIPTextModelWithProjection,
         data: WorldDataset,
         captions: Captions,
         held_out: WorldDataset | None = None,
