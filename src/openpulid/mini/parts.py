@@ -16,7 +16,12 @@ from diffusers import UNet2DConditionModel
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+)
 
 from openpulid.autoencoder import PatchAutoencoderKL
 from openpulid.errors import TrainingError, WeightsError
@@ -193,13 +198,16 @@ def clip(shop: Workshop) -> dict[str, float]:
 
 
 def _save_clip(shop: Workshop, network: Any, text: Any, tokenizer: Any, facts: Mapping[str, object]) -> None:
-    """CLIP whole, and its text tower and the smaller one as SDXL's two text encoders."""
+    """CLIP's picture tower, which the judge asks; its text tower and the smaller one as SDXL's two text encoders."""
+    seeing = CLIPVisionModelWithProjection(network.config.vision_config)
+    seeing.vision_model.load_state_dict(network.vision_model.state_dict())
+    seeing.visual_projection.load_state_dict(network.visual_projection.state_dict())
     first = CLIPTextModel(text.config)
     first.load_state_dict(text.text_model.state_dict())
     second = CLIPTextModelWithProjection(network.config.text_config)
     second.text_model.load_state_dict(network.text_model.state_dict())
     second.text_projection.load_state_dict(network.text_projection.state_dict())
-    for name, model in {"clip": network, "pipeline/text_encoder": first, "pipeline/text_encoder_2": second}.items():
+    for name, model in {"clip": seeing, "pipeline/text_encoder": first, "pipeline/text_encoder_2": second}.items():
         save_folder(model, shop.weights / name)
         stamp(shop.weights / name, facts)
     for name in ("tokenizer", "tokenizer_2"):
@@ -210,7 +218,7 @@ def vision(shop: Workshop) -> dict[str, float]:
     """The identity encoder's vision tower."""
     schedule = Schedule(steps=40_000, lr=1e-3, decay=0.4, ema=0.998, seed=6, validate_every=400)
     torch.manual_seed(schedule.seed)
-    network = shop.folder(CLIPModel, "clip")
+    network = shop.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
     task = TowerTask(build_tower(), network, shop.data, shop.captions(), shop.held_out)
     shop.train("vision", task, schedule)
     save_module(task.tower, shop.weights / "vision.safetensors", shop.facts("vision", schedule), torch.float16)
@@ -280,7 +288,9 @@ def base(shop: Workshop) -> dict[str, float]:
 def lightning(shop: Workshop, count: int = 4096, seeing: float = 0.6) -> dict[str, float]:
     """The student: `count` walks of the teacher first, then training for `seeing` of the minutes. On two cores the walks take
     nine minutes or so."""
-    schedule = Schedule(steps=60_000, lr=5e-4, warmup=100, decay=0.5, ema=0.998, seed=5, validate_every=2000)
+    schedule = Schedule(
+        steps=60_000, lr=1e-3, optimizer="muon", warmup=50, decay=0.5, ema=0.998, seed=5, validate_every=2000
+    )  # fmt: skip
     torch.manual_seed(schedule.seed)
     text = shop.words()
     teacher = shop.folder(UNet2DConditionModel, "pipeline", "unet").to(memory_format=torch.channels_last)

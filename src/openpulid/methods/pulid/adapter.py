@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from openpulid import published
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.attachment import MARK, Attachment, unet_of
+from openpulid.methods.attachment import Attachment, unet_of
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
+from openpulid.methods.pulid.identity_adapter import IdentityAdapter
 from openpulid.methods.pulid.projection import PROJECTIONS, Projection
-from openpulid.methods.pulid.regions import People, Person, people_by_prompt, stacked
+from openpulid.methods.pulid.regions import People, people_by_prompt, stacked
 from openpulid.methods.pulid.unet import (
     IdentityLayer,
     Injection,
@@ -29,16 +30,13 @@ from openpulid.methods.pulid.unet import (
     identity_layers,
     injected,
 )
-from openpulid.weights import read_metadata, read_tensors
+from openpulid.weights import read_metadata
 
 VARIANTS = ("v1", "v1.1", "flux-v0.9.0", "flux-v0.9.1")
 
 
-class PuLID(nn.Module):
+class PuLID(IdentityAdapter):
     """Identity encoder and identity attention; `state_dict` has the published names.
-
-    Nothing of an attached pipeline changes before `use` opens, and everything is as it was when it closes. What is in
-    use belongs to the open `use`, so several pipelines in several threads do not see each other.
 
     Args:
         encoder: `IDEncoder` (v1) or `IDFormer` (v1.1).
@@ -49,11 +47,12 @@ class PuLID(nn.Module):
         super().__init__()
         self.id_adapter = encoder
         self.id_adapter_attn_layers = layers
-        self._attachments: list[Attachment] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy (an average of the weights, say) serves no pipeline: it would copy the pipeline too
-        return {**self.__dict__, "_attachments": []}
+    network = staticmethod(unet_of)
+
+    @property
+    def encoder(self) -> IDEncoder | IDFormer:
+        return self.id_adapter
 
     # --- making, saving, loading
 
@@ -81,9 +80,7 @@ class PuLID(nn.Module):
         Raises:
             WeightsError: no such file, not an adapter, or names that are missing or too many; it lists them.
         """
-        if not Path(path).is_file():
-            raise WeightsError(f"{path} does not exist; name the adapter's file.")
-        state = {name: value.float() for name, value in read_tensors(path).items()}
+        state = cls.read(path)
         facts = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         former = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
         with init_empty_weights(include_buffers=False):  # what is read below need not be drawn before
@@ -125,37 +122,10 @@ class PuLID(nn.Module):
         with init_empty_weights(include_buffers=False):
             for prefix, place, *rest in sorted(keys, key=lambda key: int(key[1])):
                 layers[place] = IdentityLayer(*state[".".join([prefix, place, *rest])].shape)
-        adapter = cls(encoder, layers)
-        try:
-            adapter.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise WeightsError(f"these are not the weights of this adapter: {error}") from error
-        return adapter.eval()
+        return cls(encoder, layers).filled(state)
 
-    # --- which pipelines it serves
-
-    def attach(self, target: Any) -> None:
-        """Serves a StableDiffusionXL pipeline (or a bare U-Net) from now on. Another adapter on it is replaced.
-
-        Raises:
-            OptionError: it has no U-Net.
-            WeightsError: the adapter was made for a U-Net of another shape.
-        """
-        unet = unet_of(target)
-        self._check(unet)
-        self.detach(target)
-        self._attachments.append(Attachment(target))
-        setattr(unet, MARK, id(self))
-
-    def detach(self, target: Any = None) -> None:
-        """Serves this pipeline no longer; without an argument, none. A pipeline that was not attached is no error."""
-        for attachment in [a for a in self._attachments if target is None or a.target is target]:
-            self._attachments.remove(attachment)
-            if getattr(attachment.unet, MARK, None) == id(self):
-                delattr(attachment.unet, MARK)
-
-    def _check(self, unet: Any) -> None:
-        theirs = {place: (a.inner_dim, a.cross_attention_dim) for place, a in cross_attentions(unet).items()}
+    def check(self, network: Any) -> None:
+        theirs = {place: (a.inner_dim, a.cross_attention_dim) for place, a in cross_attentions(network).items()}
         ours = {
             place: tuple(cast(IdentityLayer, layer).id_to_k.weight.shape)
             for place, layer in self.id_adapter_attn_layers.items()
@@ -166,41 +136,6 @@ class PuLID(nn.Module):
                 f"this adapter was made for another U-Net: {len(ours)} layers with tokens of width {widths[0]}, "
                 f"this one has {len(theirs)} of width {widths[1]}; take the adapter of this base model."
             )
-
-    def _serving(self, target: Any) -> list[Attachment]:
-        """The attachments to open: one per U-Net, the latest; `target` alone when it is given."""
-        chosen = [a for a in self._attachments if target is None or a.target is target]
-        by_unet = {id(a.unet): a for a in chosen if getattr(a.unet, MARK, None) == id(self)}
-        if not by_unet:
-            raise OptionError("this adapter serves no pipeline (any more); call attach(pipe) first.")
-        return list(by_unet.values())
-
-    # --- tokens
-
-    def encode(self, id_cond: Tensor, hidden: Sequence[Tensor], mix: bool = False) -> Tensor:
-        """Features -> tokens, with gradient.
-
-        Args:
-            id_cond: (B, C) or (B, n, C) for n photos.
-            hidden: five times (B, n * (1 + N), D).
-            mix: v1 only, see `use`.
-
-        Returns:
-            (B, T, cross-attention width).
-        """
-        like = next(self.id_adapter.parameters())
-        if mix and not isinstance(self.id_adapter, IDEncoder):
-            raise OptionError("mix is an option of v1; the encoder of v1.1 reads all of every photo anyway.")
-        options = {"mix": True} if mix else {}
-        tokens: Tensor = self.id_adapter(id_cond.to(like), [x.to(like) for x in hidden], **options)
-        return tokens
-
-    def unconditional(self, id_cond: Tensor, hidden: Sequence[Tensor], mix: bool = False) -> Tensor:
-        """(1, T, width): the tokens of nobody, zeros of these shapes through the encoder; guidance's negative half."""
-        like = next(self.id_adapter.parameters())
-        options = {"mix": True} if mix else {}
-        tokens: Tensor = self.id_adapter.unconditional(id_cond.to(like), [x.to(like) for x in hidden], **options)
-        return tokens
 
     def keys_values(self, tokens: Tensor) -> dict[str, KeyValue]:
         """(..., T, width) -> per layer keys and values (..., T, hidden)."""
@@ -240,7 +175,7 @@ class PuLID(nn.Module):
 
         @torch.no_grad()
         def positive() -> dict[str, KeyValue]:
-            return self.keys_values(self._tokens(prompts, mix))
+            return self.keys_values(self.tokens(prompts, mix))
 
         @torch.no_grad()
         def negative() -> dict[str, KeyValue]:
@@ -302,7 +237,7 @@ class PuLID(nn.Module):
         """Opens keys and values (P, J, T, hidden) on every U-Net in question; nothing is computed where
         nothing would act."""
         _check_options(options)
-        attachments = self._serving(pipe)
+        attachments = [Attachment(target) for target in self.serving(pipe)]
         if options["scale"] == 0 or options["start"] >= options["end"]:
             yield
             return
@@ -319,18 +254,6 @@ class PuLID(nn.Module):
                 )
                 stack.enter_context(injected(attachment.unet, injection))
             yield
-
-    def _tokens(self, prompts: list[list[Person]], mix: bool) -> Tensor:
-        """(P, J, T, width): every identity encoded once; prompts with fewer people are filled up with zeros."""
-        known: dict[int, Tensor] = {}
-        for identity in {id(i): i for prompt in prompts for i, _ in prompt}.values():
-            known[id(identity)] = self.encode(identity.id_cond, identity.hidden, mix)[0]
-        if len({len(tokens) for tokens in known.values()}) > 1:
-            raise OptionError("identities used together must be made from the same number of photos each.")
-        nobody = torch.zeros_like(next(iter(known.values())))
-        most = max(map(len, prompts))
-        rows = [[known[id(i)] for i, _ in prompt] + [nobody] * (most - len(prompt)) for prompt in prompts]
-        return torch.stack([torch.stack(row) for row in rows])
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +13,14 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.attachment import MARK
 from openpulid.methods.pulid.dit import FluxInjection, Folded, PerceiverCrossAttention, injected_flux, places
 from openpulid.methods.pulid.encoders import IDFormer
-from openpulid.methods.pulid.regions import People, Person, people_by_prompt, stacked
-from openpulid.weights import read_tensors
+from openpulid.methods.pulid.identity_adapter import IdentityAdapter
+from openpulid.methods.pulid.regions import People, people_by_prompt, stacked
 
 
-class PuLIDFlux(nn.Module):
+class PuLIDFlux(IdentityAdapter):
     """Identity encoder and perceiver cross-attentions; `state_dict` has the published names (v0.9.0 and v0.9.1).
-
-    The same face as `PuLID`: nothing of an attached pipeline changes before `use` opens, and everything is as it was when it
-    closes.
 
     Args:
         encoder: an `IDFormer`.
@@ -38,10 +33,17 @@ class PuLIDFlux(nn.Module):
         self.pulid_encoder = encoder
         self.pulid_ca = layers
         self.double_interval, self.single_interval = double_interval, single_interval
-        self._targets: list[Any] = []
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_targets": []}  # a copy serves no pipeline
+    @property
+    def encoder(self) -> IDFormer:
+        return self.pulid_encoder
+
+    @staticmethod
+    def network(target: Any) -> Any:
+        transformer = getattr(target, "transformer", target)
+        if not hasattr(transformer, "single_transformer_blocks"):
+            raise OptionError(f"{type(target).__name__} has no FLUX transformer; attach to a FLUX pipeline or its transformer.")
+        return transformer
 
     @classmethod
     def for_transformer(cls, transformer: Any, encoder: IDFormer, **sizes: Any) -> PuLIDFlux:
@@ -65,9 +67,7 @@ class PuLIDFlux(nn.Module):
         Raises:
             WeightsError: no such file, or names that are missing or too many; it lists them.
         """
-        if not Path(path).is_file():
-            raise WeightsError(f"{path} does not exist; name the adapter's file.")
-        state = {name: value.float() for name, value in read_tensors(path).items()}
+        state = cls.read(path)
         with init_empty_weights(include_buffers=False):
             encoder = IDFormer()
         return cls.from_state_dict(state, encoder)
@@ -85,54 +85,16 @@ class PuLIDFlux(nn.Module):
             for k in range(count):
                 query, pair = state[f"pulid_ca.{k}.to_q.weight"], state[f"pulid_ca.{k}.to_kv.weight"]
                 layers.append(PerceiverCrossAttention(query.shape[1], dim_head, len(query) // dim_head, kv_dim=pair.shape[1]))
-        adapter = cls(encoder, layers)
-        try:
-            adapter.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise WeightsError(f"these are not the weights of this adapter: {error}") from error
-        return adapter.eval()
+        return cls(encoder, layers).filled(state)
 
-    # --- which pipelines it serves
-
-    def attach(self, target: Any) -> None:
-        """Serves a FLUX pipeline (or a bare transformer) from now on. Another adapter on it is replaced.
-
-        Raises:
-            OptionError: it has no FLUX transformer.
-            WeightsError: the adapter was made for a transformer of another shape.
-        """
-        transformer = _transformer(target)
-        expected = len(places(transformer, self.double_interval, self.single_interval))
+    def check(self, network: Any) -> None:
+        expected = len(places(network, self.double_interval, self.single_interval))
         widths = {layer.to_q.in_features for layer in self._layers()}
-        if expected != len(self.pulid_ca) or widths != {transformer.inner_dim}:
+        if expected != len(self.pulid_ca) or widths != {network.inner_dim}:
             raise WeightsError(
                 f"this adapter was made for another transformer: {len(self.pulid_ca)} layers of width {sorted(widths)}, "
-                f"this one wants {expected} of width {transformer.inner_dim}; take the adapter of this base model."
+                f"this one wants {expected} of width {network.inner_dim}; take the adapter of this base model."
             )
-        self.detach(target)
-        self._targets.append(target)
-        setattr(transformer, MARK, id(self))
-
-    def detach(self, target: Any = None) -> None:
-        """Serves this pipeline no longer; without an argument, none. A pipeline that was not attached is no error."""
-        for one in [t for t in self._targets if target is None or t is target]:
-            self._targets = [t for t in self._targets if t is not one]
-            if getattr(_transformer(one), MARK, None) == id(self):
-                delattr(_transformer(one), MARK)
-
-    # --- tokens
-
-    def encode(self, id_cond: Tensor, hidden: Any) -> Tensor:
-        """Features of one or several photos, (B, C) or (B, n, C) and five levels -> tokens (B, N, kv_dim), with gradient."""
-        like = next(self.pulid_encoder.parameters())
-        tokens: Tensor = self.pulid_encoder(id_cond.to(like), [x.to(like) for x in hidden])
-        return tokens
-
-    def unconditional(self, id_cond: Tensor, hidden: Any) -> Tensor:
-        """(1, N, kv_dim): the tokens of nobody, zeros of these shapes through the encoder."""
-        like = next(self.pulid_encoder.parameters())
-        tokens: Tensor = self.pulid_encoder.unconditional(id_cond.to(like), [x.to(like) for x in hidden])
-        return tokens
 
     # --- use
 
@@ -165,7 +127,7 @@ class PuLIDFlux(nn.Module):
 
         @torch.no_grad()
         def positive() -> Tensor:
-            return self._tokens(prompts)
+            return self.tokens(prompts)
 
         @torch.no_grad()
         def nobody() -> Tensor:
@@ -209,17 +171,14 @@ class PuLIDFlux(nn.Module):
         masks: Tensor | None,
         pipe: Any,
     ) -> Iterator[None]:
-        targets = [t for t in self._targets if pipe is None or t is pipe]
-        targets = [t for t in targets if getattr(_transformer(t), MARK, None) == id(self)]
-        if not targets:
-            raise OptionError("this adapter serves no pipeline (any more); call attach(pipe) first.")
+        targets = self.serving(pipe)
         if scale == 0:
             yield
             return
         with ExitStack() as stack:
             pairs: dict[tuple[str, int], Folded] | None = None
-            for target in {id(_transformer(t)): t for t in targets}.values():
-                transformer = _transformer(target)
+            for target in targets:
+                transformer = self.network(target)
                 where = places(transformer, self.double_interval, self.single_interval)
                 layers = dict(zip(where, self._layers(), strict=True))
                 pairs = pairs or _folded(layers, positive())
@@ -231,15 +190,6 @@ class PuLIDFlux(nn.Module):
 
     def _layers(self) -> list[PerceiverCrossAttention]:
         return list(self.pulid_ca)  # type: ignore[arg-type]
-
-    def _tokens(self, prompts: list[list[Person]]) -> Tensor:
-        """(P, J, N, kv_dim): every identity encoded once; prompts with fewer people are filled up with zeros."""
-        identities = {id(i): i for prompt in prompts for i, _ in prompt}
-        known = {key: self.encode(i.id_cond, i.hidden)[0] for key, i in identities.items()}
-        empty = torch.zeros_like(next(iter(known.values())))
-        most = max(map(len, prompts))
-        rows = [[known[id(i)] for i, _ in prompt] + [empty] * (most - len(prompt)) for prompt in prompts]
-        return torch.stack([torch.stack(row) for row in rows])
 
 
 def _folded(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Tensor) -> dict[tuple[str, int], Folded]:
@@ -273,11 +223,3 @@ def _acts(start: float, end: float, start_step: int | None) -> Callable[[int, in
         return (start_step is not None or start <= progress) and (progress < end or end >= 1)
 
     return decide
-
-
-def _transformer(target: Any) -> Any:
-    """The transformer of a FLUX pipeline, or the transformer itself. Raises OptionError when it is neither."""
-    transformer = getattr(target, "transformer", target)
-    if not hasattr(transformer, "single_transformer_blocks"):
-        raise OptionError(f"{type(target).__name__} has no FLUX transformer; attach to a FLUX pipeline or its transformer.")
-    return transformer
