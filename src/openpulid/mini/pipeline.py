@@ -116,8 +116,9 @@ def sample(
 
 
 def save_folder(model: Any, folder: Path) -> None:
-    """`save_pretrained` of a copy in float16, with shards small enough for a repository."""
-    copy = deepcopy(model).to(torch.float16)
+    """`save_pretrained` of a copy in bfloat16, with shards small enough for a repository: it packs a third of the bits away,
+    of float16 next to nothing."""
+    copy = deepcopy(model).to(torch.bfloat16)
     if isinstance(copy, ModelMixin):  # a loaded model of diffusers would say from which folder of this machine it came
         copy.register_to_config(_name_or_path="")
     copy.save_pretrained(folder, max_shard_size=SHARD)
