@@ -41,7 +41,7 @@ def studio():
 
 def test_they_fit_into_a_repository_and_say_where_they_come_from():
     files = [path for path in MINIATURE.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 60 * 2**20
+    assert sum(path.stat().st_size for path in files) < 60e6
     assert max(path.stat().st_size for path in files) < 16e6
     for path in MINIATURE.rglob("*.json"):  # no folder of the machine that made them
         named = json.loads(path.read_text("utf-8"))
