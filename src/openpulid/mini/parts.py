@@ -181,7 +181,9 @@ def recognisers(shop: Workshop) -> dict[str, float]:
 
 def clip(shop: Workshop) -> dict[str, float]:
     """CLIP and both text encoders of the pipeline; the picture tower, which only the judge asks, trains longer than they do."""
-    schedule = Schedule(steps=20_000, lr=1e-3, decay=0.4, ema=0.995, seed=3, validate_every=400)
+    schedule = Schedule(
+        steps=20_000, lr=3e-3, optimizer="muon", weight_decay=0.1, warmup=50, decay=0.6, ema=0.99, seed=3, validate_every=400
+    )  # fmt: skip
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer()
     captions = Captions.of(shop.data, tokenizer, shop.runs / "captions.npy", on_progress=progress("sentences"))
@@ -264,7 +266,7 @@ def _likeness(shop: Workshop, vae: PatchAutoencoderKL, most: int = 512) -> dict[
 
 def base(shop: Workshop) -> dict[str, float]:
     schedule = Schedule(
-        steps=200_000, lr=3e-3, optimizer="muon", weight_decay=0.1, warmup=100, decay=0.4, ema=0.999, seed=4,
+        steps=200_000, lr=3e-3, optimizer="muon", weight_decay=0.1, warmup=100, decay=0.6, ema=0.999, seed=4,
         validate_every=1500,
     )  # fmt: skip
     torch.manual_seed(schedule.seed)
