@@ -60,12 +60,12 @@ def test_loudened_towers_say_the_same_louder(captions):
 @pytest.mark.parametrize(
     ("one", "other"),
     [("calm", "sad"), ("calm", "furious"), ("smiling", "winking"), ("looking up", "looking down"),
-     ("with a beard", "with a moustache"), ("in red", "in blue")],
+     ("with a beard", "with a moustache"), ("red shirt", "green shirt")],
 )  # fmt: skip
 def test_a_u_net_hears_every_word(folder, one, other):
     """The first text encoders drowned what a face does in colours: .1 of the deviation, and no base learned expressions."""
     model = CLIPTextModel.from_pretrained(MINIATURE / "pipeline" / folder, torch_dtype=torch.float32).eval()
-    frame = "photo, portrait of a person, {}, soft light, red shirt, plain blue background, short brown hair"
+    frame = "photo, portrait of a person, {}, soft light, plain blue background, short brown hair"
     tokens = token_ids(tokenizer(), [frame.format(one), frame.format(other)])
     with torch.no_grad():
         hidden = model(input_ids=tokens, output_hidden_states=True).hidden_states[-2]

@@ -24,6 +24,8 @@ class Muon(torch.optim.Optimizer):
     then nothing teaches them any more. A Muon step has the same norm in every direction: common directions cannot run
     away, and rare ones (an eyelid beside a skin) are learned as fast. Kernels count as matrices, one row for each output.
 
+    `torch.optim.Muon` came with torch 2.9, takes no kernels and orthogonalises one matrix at a time.
+
     Args:
         parameters: those with two axes or more are matrices.
         lr: as for AdamW.
