@@ -27,7 +27,10 @@ class Method(Protocol):
 
 METHODS = {
     "faceid": "openpulid.methods.faceid:FaceID",
+    "faceid-plus": "openpulid.methods.faceid:FaceIDPlus",
     "instantid": "openpulid.methods.instantid:InstantID",
+    "ip-adapter": "openpulid.methods.ip_adapter:IPAdapter",
+    "photomaker": "openpulid.methods.photomaker.adapter:PhotoMaker",
     "pulid": "openpulid.methods.pulid.adapter:PuLID",
 }
 """Name -> module:class. Nothing is imported before it is asked for."""

@@ -77,6 +77,10 @@ class TokenMethod:
         """(1, n, ...) for diffusers' projection layer."""
         raise NotImplementedError
 
+    def nobody(self, identity: Identity) -> Tensor | None:
+        """What the negative half of a guided batch is told, as `embeddings`; zeros where it is None."""
+        return None
+
     def attach(self, target: Any) -> None:
         """Serves a StableDiffusionXL pipeline from now on; nothing in it changes before `use`.
 
@@ -136,7 +140,8 @@ class TokenMethod:
             strength: 0 where nobody is to be seen at this time.
         """
         embeddings = torch.cat([self.embeddings(identity) for identity in people])
-        shown = per_image(embeddings, len(call.sample), attachment.guided()).to(call.sample)
+        nobody = together([self.nobody(identity) for identity in people])
+        shown = per_image(embeddings, len(call.sample), attachment.guided(), nobody).to(call.sample)
         known = call.named.get("added_cond_kwargs") or {}
         return {"added_cond_kwargs": {**known, "image_embeds": [shown]}}
 
@@ -195,6 +200,12 @@ def set_up(unet: Any, processors: Mapping[str, Any], projection: nn.Module | Non
     unet.set_attn_processor(dict(processors))
     unet.encoder_hid_proj = projection
     unet.config.encoder_hid_dim_type = kind
+
+
+def together(several: Sequence[Tensor | None]) -> Tensor | None:
+    """One tensor of all, (P, ...); None where one of them is."""
+    present = [one for one in several if one is not None]
+    return torch.cat(present) if len(present) == len(several) else None
 
 
 def per_image(values: Tensor, batch: int, guided: bool, negative: Tensor | None = None) -> Tensor:

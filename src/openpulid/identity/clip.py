@@ -1,0 +1,101 @@
+"""What CLIP sees of somebody: for IP-Adapter, FaceID-PlusV2 and PhotoMaker, which read a picture tower's states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from openpulid.faces.align import similarity, warp
+from openpulid.faces.face import Face
+from openpulid.faces.photos import ARCFACE_CROP, ARCFACE_TEMPLATE
+from openpulid.identity.identity import Identity
+from openpulid.identity.vision import CLIP_MEAN, CLIP_STD
+
+View = Literal["picture", "face"]
+
+
+class FindsFaces(Protocol):
+    """What is asked for faces: any `identity.features.Features`."""
+
+    @property
+    def tried(self) -> str: ...
+
+    def find(self, image: Tensor) -> list[Face]: ...
+
+
+class Recognises(Protocol):
+    """A face to its raw embedding (1, R)."""
+
+    def __call__(self, face: Face) -> Tensor: ...
+
+
+class ClipFeatures:
+    """A picture tower's embedding and states of a photo, and its states of an empty one; an
+    `identity.features.Features`.
+
+    Args:
+        faces: finds them.
+        tower: transformers' CLIPVisionModelWithProjection.
+        view: "picture" shows the tower the whole photo, its middle square; "face" the aligned face alone.
+        layer: whose states are kept, as `hidden_states` counts them: the last but one, as IP-Adapter and FaceID read.
+        recogniser: its embedding comes before the tower's; None for methods that know no faces.
+        models: name -> fingerprint; written into every identity.
+    """
+
+    def __init__(
+        self,
+        faces: FindsFaces,
+        tower: Any,
+        view: View = "picture",
+        layer: int = -2,
+        recogniser: Recognises | None = None,
+        models: Mapping[str, str] | None = None,
+    ) -> None:
+        self.faces, self.tower, self.view, self.layer, self.recogniser = faces, tower, view, layer, recogniser
+        self.models = dict(models or {})
+
+    @property
+    def tried(self) -> str:
+        """What `find` does before it gives up, in words."""
+        return self.faces.tried
+
+    def find(self, image: Tensor) -> list[Face]:
+        """The faces in a picture (3, H, W) in [0, 1]."""
+        return self.faces.find(image)
+
+    def identities(self, faces: Sequence[Face]) -> list[Identity]:
+        """Each face as an identity of its own: `id_cond` (1, 1, R + E), `hidden` the states of the photo and of nothing."""
+        return [self._one(face) for face in faces]
+
+    @torch.no_grad()
+    def shown(self, face: Face) -> list[Tensor]:
+        """What the tower is shown, (3, S, S) in [0, 1]."""
+        size = self.tower.config.image_size
+        if self.view == "face":
+            template = (ARCFACE_TEMPLATE + 0.5) * size / ARCFACE_CROP
+            return [warp(face.image[None], similarity(face.landmarks[None], template), size)[0]]
+        return [middle_square(face.image, size)]
+
+    @torch.no_grad()
+    def _one(self, face: Face) -> Identity:
+        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        pixels = ((self.shown(face)[0].cpu() - mean) / std)[None].to(self.tower.device, self.tower.dtype)
+        # nothing is zero after normalisation, as diffusers shows it
+        seen = self.tower(torch.cat([pixels, torch.zeros_like(pixels)]), output_hidden_states=True)
+        states = seen.hidden_states[self.layer].float().cpu()
+        known = [self.recogniser(face).float().cpu()] if self.recogniser else []
+        id_cond = torch.cat([*known, seen.image_embeds[:1].float().cpu()], dim=1)
+        return Identity(id_cond[:, None], (states[:1], states[1:]), self.models, face.places[None, None].cpu())
+
+
+def middle_square(image: Tensor, size: int) -> Tensor:
+    """(3, H, W) -> (3, size, size): the shorter side fitted, the rest cut off evenly, as CLIP's processor does."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[None, :, top : top + side, left : left + side]
+    return interpolate(square, size=(size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)

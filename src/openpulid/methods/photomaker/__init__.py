@@ -1,0 +1,1 @@
+"""PhotoMaker: the word for a person becomes the person."""
