@@ -1,0 +1,175 @@
+"""PhotoMaker in a stock pipeline: the rewritten prompt, the low-rank change, and nothing of them left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from clip_files import FACE, Faces, config, embedding
+from token_files import CROSS, PROMPTS, WIDTH, drawn, person
+
+from openpulid.errors import OptionError, WeightsError
+from openpulid.identity.identity import Identity, fused
+from openpulid.methods.base import Method, find
+from openpulid.methods.photomaker.adapter import PhotoMaker, repeated
+from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
+
+LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
+
+
+def file(pipe: Any, version: int) -> dict[str, dict[str, torch.Tensor]]:
+    """A small file in the published layout, with a LoRA in diffusers' old names."""
+    torch.manual_seed(version)
+    width = pipe.unet.config.cross_attention_dim
+    small = config()
+    small.projection_dim = width // 2
+    encoder = PhotoMakerEncoder(small, width, *((WIDTH, 2) if version == 2 else ()))
+    attention = pipe.unet.get_submodule(LAYER)
+    inner = attention.to_q.in_features
+    lora = {f"unet.{LAYER}.processor.to_q_lora.down.weight": torch.randn(2, inner) / inner**0.5}
+    lora |= {f"unet.{LAYER}.processor.to_q_lora.up.weight": torch.randn(attention.to_q.out_features, 2)}
+    lora |= {f"unet.{LAYER}.processor.to_out_lora.down.weight": torch.randn(2, inner) / inner**0.5}
+    lora |= {f"unet.{LAYER}.processor.to_out_lora.up.weight": torch.randn(inner, 2)}
+    return {"id_encoder": encoder.state_dict(), "lora_weights": lora}
+
+
+@pytest.fixture
+def pipe(tiny_pipeline: Any) -> Any:
+    return tiny_pipeline()
+
+
+@pytest.fixture(params=[1, 2])
+def method(request: Any, pipe: Any, tmp_path: Any) -> PhotoMaker:
+    torch.save(file(pipe, request.param), tmp_path / "photomaker.bin")  # as it is published
+    made = PhotoMaker.load(tmp_path / "photomaker.bin")
+    made.attach(pipe)
+    return made
+
+
+def somebody(method: PhotoMaker) -> Identity:
+    return method.features(Faces(), embedding).identities([FACE])[0]
+
+
+def said(pipe: Any, prompt: str, count: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A prompt with the word "person" `count` times, as SDXL's two encoders say it: states, pooled, the word's place."""
+    longer = prompt.replace("person", " ".join(["person"] * count))
+    states, _, pooled, _ = pipe.encode_prompt(longer, do_classifier_free_guidance=False)
+    ids = pipe.tokenizer(prompt).input_ids
+    return states, pooled, ids.index(pipe.tokenizer.convert_tokens_to_ids("person"))
+
+
+@pytest.mark.parametrize("photos", [1, 2])
+def test_it_is_the_stock_pipeline_with_melted_words(pipe: Any, method: PhotoMaker, photos: int) -> None:
+    who = fused([somebody(method)] * photos)
+    method.lora = {}
+    with method.use(who, start=0.0):
+        ours = drawn(pipe)
+    encoder = method.encoder
+    faces = who.id_cond[0, :, :WIDTH] if encoder.face else None
+    with torch.no_grad():
+        tokens = encoder.people(who.hidden[0][0].unflatten(0, (photos, -1)), faces).flatten(0, 1)
+        assert tokens.shape == (photos * encoder.tokens_per_photo, CROSS)
+        states, pooled, place = said(pipe, PROMPTS[0], len(tokens))
+        where = slice(place, place + len(tokens))
+        states[0, where] = encoder.fuse_module(states[0, where], tokens)
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent", "generator": [generator]}
+    theirs = pipe(prompt_embeds=states, pooled_prompt_embeds=pooled, **negatives(pipe), **options).images
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def negatives(pipe: Any) -> dict[str, torch.Tensor]:
+    _, negative, _, pooled = pipe.encode_prompt(PROMPTS[0], do_classifier_free_guidance=True)
+    return {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": pooled}
+
+
+def test_the_low_rank_change_is_diffusers_own(pipe: Any, method: PhotoMaker) -> None:
+    pytest.importorskip("peft")
+    who = somebody(method)
+    with method.use(who, scale=0.5, start=0.99):  # the words stay: 0.99 is after the last step
+        ours = drawn(pipe)
+    tensors = file(pipe, 1 if not method.encoder.face else 2)["lora_weights"]
+    pipe.load_lora_weights(tensors, adapter_name="photomaker")
+    pipe.set_adapters("photomaker", 0.5)
+    assert torch.allclose(ours, drawn(pipe), atol=1e-5)
+
+
+def test_words_alone_until_it_starts(pipe: Any, method: PhotoMaker) -> None:
+    """Its known trap: the layout is the words' until `start`, pooled embedding included."""
+    method.lora = {}
+    before, seen = drawn(pipe), []
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args, named: seen.append(named), with_kwargs=True)
+    with method.use(fused([somebody(method)] * 2), start=0.5):  # of one token the pooled embedding stays
+        pipe.unet.register_forward_pre_hook(lambda module, args, named: seen.append(named), with_kwargs=True)
+        late = drawn(pipe)
+    hook.remove()
+    first, second = seen[1], seen[3]  # what the U-Net itself was told in each of two steps
+    assert not torch.equal(first["encoder_hidden_states"][1], second["encoder_hidden_states"][1])
+    assert not torch.equal(first["added_cond_kwargs"]["text_embeds"][1], second["added_cond_kwargs"]["text_embeds"][1])
+    assert torch.equal(first["encoder_hidden_states"][0], second["encoder_hidden_states"][0]), "the negative half is told nothing"
+    assert not torch.allclose(late, before, atol=1e-4)
+
+
+def test_nothing_is_left_behind(pipe: Any, method: PhotoMaker) -> None:
+    method.detach()
+    before, names = drawn(pipe), [name for name, _ in pipe.unet.named_modules()]
+    method.attach(pipe)
+    assert isinstance(method, Method) and torch.equal(drawn(pipe), before)
+    for _ in range(2):
+        with method.use(somebody(method)):
+            assert not torch.allclose(drawn(pipe), before, atol=1e-4)
+        assert torch.equal(drawn(pipe), before)
+    with method.use(somebody(method), scale=0):
+        assert torch.equal(drawn(pipe), before)
+    method.detach(pipe)
+    assert [name for name, _ in pipe.unet.named_modules()] == names and not getattr(pipe.unet, "peft_config", {})
+    for module in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    with pytest.raises(OptionError, match="attach"), method.use(somebody(method)):
+        pass
+
+
+def test_batches_and_guidance(pipe: Any, method: PhotoMaker) -> None:
+    """Two people in one batch are what each is alone; without guidance there is no negative half to skip."""
+    one = somebody(method)
+    other = Identity(one.id_cond.flip(-1), tuple(level.flip(-1) for level in one.hidden))
+    prompts = ["portrait of a person", "a person smiling"]
+    for guidance in (1.0, 3.0):
+        alone = []
+        for k, who in enumerate((one, other)):
+            with method.use(who, start=0.0):
+                options = {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "latent"}
+                alone.append(pipe(prompts[k], generator=[torch.Generator().manual_seed(k)], **options).images)
+        with method.use([one, other], start=0.0):
+            assert torch.allclose(drawn(pipe, prompts, guidance), torch.cat(alone), atol=1e-5)
+    with method.use([one, one, one]), pytest.raises(OptionError, match="3 identities for 2 images"):
+        drawn(pipe, prompts)
+
+
+def test_the_word_is_repeated_and_the_end_stays(pipe: Any) -> None:
+    words = pipe.tokenizer
+    person_id, end = words.convert_tokens_to_ids("person"), words.eos_token_id
+    ids = words(["portrait of a person", "film noir"], padding="max_length", return_tensors="pt").input_ids
+    again, places = repeated(ids, words, 3)
+    assert again.shape == ids.shape
+    assert places == [4, 1], "where nobody is named somebody is put in front"
+    assert again[0, 4:8].tolist() == [person_id] * 3 + [end] and (again[0] == person_id).sum() == 3
+    assert again[1, 1:5].tolist() == [person_id] * 3 + [words.convert_tokens_to_ids("film")]
+    full = torch.tensor([[words.bos_token_id, person_id, *[words.convert_tokens_to_ids("red")] * (ids.shape[1] - 3), end]])
+    assert repeated(full, words, 3)[0][0, -1] == end
+
+
+def test_what_does_not_fit_is_said(pipe: Any, method: PhotoMaker, tmp_path: Any) -> None:
+    with pytest.raises(OptionError, match="own picture tower"), method.use(person(1)):
+        pass
+    states, _, pooled, _ = pipe.encode_prompt(PROMPTS[0], do_classifier_free_guidance=False)
+    with method.use(somebody(method), start=0.0), pytest.raises(OptionError, match="give the pipeline words"):
+        pipe(prompt_embeds=states + 1, pooled_prompt_embeds=pooled, num_inference_steps=1, guidance_scale=1.0)
+    torch.save({"id_encoder": {"weight": torch.zeros(1)}, "lora_weights": {}}, tmp_path / "other.bin")
+    with pytest.raises(WeightsError, match="PhotoMaker"):
+        PhotoMaker.load(tmp_path / "other.bin")
+    if method.encoder.face:
+        with pytest.raises(OptionError, match="recogniser"):
+            method.features(Faces())
+    assert find("photomaker") is PhotoMaker
