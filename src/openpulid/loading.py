@@ -11,12 +11,17 @@ import torch
 
 from openpulid import memory
 from openpulid.errors import WeightsError
-from openpulid.identity.features import FeatureExtractor, Features
+from openpulid.faces.detect import FaceFinder
+from openpulid.faces.photos import ArcFace, PhotoFinder
+from openpulid.identity.clip import ClipFeatures, clip_tower
+from openpulid.identity.features import FeatureExtractor, Features, FoundFaces
 from openpulid.identity.photos import PhotoFeatures
-from openpulid.presets import Place, Preset
+from openpulid.methods.base import find
+from openpulid.methods.pulid.flux import PuLIDFlux
+from openpulid.presets import BESIDE, Place, Preset
 from openpulid.published import locate
 from openpulid.schedulers import KarrasScheduler
-from openpulid.weights import read_tensors
+from openpulid.weights import fingerprint, load_module, read_tensors
 
 
 def best_device() -> torch.device:
@@ -53,18 +58,53 @@ def load_pipeline(preset: Preset, device: torch.device) -> Any:
     return pipe.to(device)
 
 
-def load_features(preset: Preset, device: torch.device) -> Features:
-    """What reads faces for the preset: the miniature's networks, or with a parser those of photographs.
+def load_method(preset: Preset, device: torch.device) -> Any:
+    """The preset's method with its weights.
 
     Raises:
         WeightsError: something is missing or damaged.
     """
+    kind: Any = PuLIDFlux if preset.family == "flux" else find(preset.method)
+    for place in BESIDE.get(preset.method, ()) if isinstance(preset.adapter, str) else ():
+        found(place)  # what is missing is said at once
+    return kind.load(found(preset.adapter)).to(device, precision(preset))
+
+
+def load_features(preset: Preset, device: torch.device, method: Any = None) -> Features:
+    """What reads faces for the preset: the miniature's networks, or with a parser those of photographs; or, for methods that
+    read CLIP, a CLIP tower.
+
+    Args:
+        method: from `load_method`; needed where it brings its own tower.
+
+    Raises:
+        WeightsError: something is missing or damaged.
+    """
+    if preset.view:
+        return _clip_features(preset, device, method)
+    assert preset.recogniser is not None and preset.vision is not None
     if preset.parser is None:
         return FeatureExtractor.load(found(preset.finder), found(preset.recogniser), found(preset.vision), device)
     files = [found(place) for place in (preset.finder, preset.recogniser, preset.parser, preset.vision)]
     detector, recogniser, parser, tower = files  # all are looked for before the first is opened
     device = torch.device("cpu") if memory.level(preset.memory).faces_on_cpu else device
     return PhotoFeatures.load(detector, recogniser, parser, tower, device, precision(preset))
+
+
+def _clip_features(preset: Preset, device: torch.device, method: Any) -> Features:
+    """For methods that read a CLIP tower, or a recogniser alone; the miniature's finder finds its faces, too."""
+    named = {place: found(place) for place in (preset.finder, preset.recogniser, preset.vision) if place is not None}
+    small = preset.parser is None
+    finder = named[preset.finder]
+    faces: Any = FoundFaces(load_module(FaceFinder, finder, device)) if small else PhotoFinder.load(finder, device)
+    recogniser = ArcFace.load(named[preset.recogniser], device) if preset.recogniser and not small else None
+    models = {named[place].stem: fingerprint(named[place]) for place in (preset.recogniser, preset.vision) if place in named}
+    if preset.vision is None and preset.view != "none":
+        reader: ClipFeatures = method.features(faces, recogniser)
+        reader.models = models | {preset.method: fingerprint(found(preset.adapter))}
+        return reader
+    tower = clip_tower(read_tensors(named[preset.vision])).to(device, precision(preset)) if preset.vision else None
+    return ClipFeatures(faces, tower, "face" if preset.view == "face" else "picture", recogniser=recogniser, models=models)
 
 
 def _pipeline(place: Path, unet: Path | str | None, dtype: torch.dtype) -> Any:

@@ -42,13 +42,16 @@ class Preset:
         start_step, true_cfg, timestep_to_start_cfg, text_tokens: FLUX only: the step from which the identity acts (instead
             of `start`), guidance by a negative prompt and the step from which it counts, the longest prompt.
         no_face: what to do when a picture shows no face that it knows.
+        method: one of `methods.base.METHODS`; `adapter` is its file.
+        view: what a CLIP tower is shown for it, "picture", "face" or "none"; the tower is `vision`, or the method's own
+            where that is None. Empty where people are read as PuLID reads them.
     """
 
     name: str
     pipeline: Place
     finder: Place
-    recogniser: Place
-    vision: Place
+    recogniser: Place | None
+    vision: Place | None
     adapter: Place
     parser: Place | None = None
     unet: Place | None = None
@@ -71,10 +74,14 @@ class Preset:
     true_cfg: float = 1.0
     timestep_to_start_cfg: int = 1
     text_tokens: int = 512
+    method: str = "pulid"
+    view: Literal["", "picture", "face", "none"] = ""
 
     def identity_options(self) -> dict[str, Any]:
         """What this preset says to the adapter's `use`."""
-        shared = {"scale": self.scale, "start": self.start, "end": self.end}
+        shared: dict[str, Any] = {"scale": self.scale, "start": self.start, "end": self.end}
+        if self.method != "pulid":
+            return shared
         if self.family == "flux":
             return {**shared, "start_step": self.start_step, "timestep_to_start_cfg": self.timestep_to_start_cfg}
         return {**shared, "projection": self.projection, "num_zero": self.num_zero}
@@ -83,7 +90,8 @@ class Preset:
     def published(self) -> tuple[str, ...]:
         """The names of the published weights that it needs."""
         places = (self.pipeline, self.unet, self.adapter, self.finder, self.recogniser, self.parser, self.vision)
-        return tuple(place for place in places if isinstance(place, str) and place in WEIGHTS)
+        named = (*places, *BESIDE.get(self.method, ()))
+        return tuple(place for place in named if isinstance(place, str) and place in WEIGHTS)
 
 
 def mini(folder: Path = MINIATURE) -> Preset:
@@ -187,6 +195,51 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "flux-krea": flux_krea,
     "flux-schnell": flux_schnell,
 }
+
+
+RIVALS: dict[str, dict[str, Any]] = {
+    "faceid": {"adapter": "faceid", "recogniser": "buffalo-l", "vision": None, "view": "none", "scale": 0.8},
+    "faceid-plus": {"adapter": "faceid-plus", "recogniser": "buffalo-l", "vision": "clip-h", "view": "face", "scale": 0.8},
+    "instantid": {"adapter": "instantid", "scale": 0.8},
+    "ip-adapter": {"adapter": "ip-adapter-plus-face", "recogniser": None, "vision": "clip-h", "view": "face", "scale": 0.6},
+    "photomaker": {"adapter": "photomaker", "recogniser": None, "vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
+}
+"""What differs from PuLID on SDXL for each other method; figures are their authors'."""
+
+BESIDE = {"instantid": ("identitynet", "identitynet-config")}
+"""Published weights that a method's own file needs beside it."""
+
+OF_THE_MINIATURE: dict[str, dict[str, Any]] = {
+    "faceid": {"scale": 1.0},
+    "instantid": {"scale": 1.0},
+    "photomaker": {"vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
+}
+"""The same for the miniature, whose own networks read people for all of them but PhotoMaker."""
+
+
+def with_method(preset: Preset, method: str, adapter: Place | None = None) -> Preset:
+    """The preset with another method on the same base: its file, and what reads people for it.
+
+    Args:
+        adapter: another file of the method.
+
+    Raises:
+        OptionError: no such method, or a base that it does not serve.
+    """
+    if method == "pulid":
+        return replace(preset, adapter=adapter or preset.adapter)
+    if method not in RIVALS:
+        raise OptionError(f"there is no method {method!r}; the known ones are pulid, {', '.join(RIVALS)}.")
+    if preset.family != "sdxl":
+        raise OptionError(f"{method} is for SDXL and {preset.name} is FLUX; choose another preset, or PuLID.")
+    changes = {"name": f"{preset.name}, {method}", "method": method, "start": 0.0, "end": 1.0, **RIVALS[method]}
+    if isinstance(preset.adapter, Path):
+        if method not in OF_THE_MINIATURE:
+            raise OptionError(f"the miniature has no {method}; it has pulid, {', '.join(OF_THE_MINIATURE)}.")
+        known = ("recogniser", "vision", "view", "scale")
+        changes |= {name: getattr(preset, name) for name in known} | OF_THE_MINIATURE[method]
+        changes["adapter"] = preset.adapter.with_name(f"{method}.safetensors")
+    return replace(preset, **changes | ({"adapter": adapter} if adapter else {}))
 
 
 def find(name: str) -> Preset:

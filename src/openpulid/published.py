@@ -43,6 +43,9 @@ class Weight:
 
 _PULID = "Apache-2.0; learned with antelopev2, whose terms forbid commercial use"
 _INSIGHTFACE = "insightface model licence: non-commercial research only"
+_INSTANTID = "Apache-2.0; reads antelopev2, whose terms forbid commercial use"
+_PHOTOMAKER = "Apache-2.0; reads antelopev2, whose terms forbid commercial use"
+_FACEID = "research only, as insightface's models"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 
 WEIGHTS: dict[str, Weight] = {
@@ -65,6 +68,20 @@ WEIGHTS: dict[str, Weight] = {
     "flux-dev": Weight("black-forest-labs/FLUX.1-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700),
     "flux-krea-base": Weight("black-forest-labs/FLUX.1-Krea-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700),
     "flux-schnell-base": Weight("black-forest-labs/FLUX.1-schnell", "", "Apache-2.0", True, 33_700),
+    "clip-h": Weight("h94/IP-Adapter", "models/image_encoder/model.safetensors", "MIT", True, 2530),
+    "ip-adapter": Weight("h94/IP-Adapter", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "Apache-2.0", True, 700),
+    "ip-adapter-plus": Weight("h94/IP-Adapter", "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", "Apache-2.0", True, 850),
+    "ip-adapter-plus-face": Weight(
+        "h94/IP-Adapter", "sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors", "Apache-2.0", True, 850
+    ),
+    "buffalo-l": Weight("public-data/insightface", "models/buffalo_l/w600k_r50.onnx", _INSIGHTFACE, False, 174),
+    "faceid": Weight("h94/IP-Adapter-FaceID", "ip-adapter-faceid_sdxl.bin", _FACEID, False, 1070),
+    "faceid-plus": Weight("h94/IP-Adapter-FaceID", "ip-adapter-faceid-plusv2_sdxl.bin", _FACEID, False, 1490),
+    "instantid": Weight("InstantX/InstantID", "ip-adapter.bin", _INSTANTID, False, 1690),
+    "identitynet": Weight("InstantX/InstantID", "ControlNetModel/diffusion_pytorch_model.safetensors", _INSTANTID, False, 2500),
+    "identitynet-config": Weight("InstantX/InstantID", "ControlNetModel/config.json", _INSTANTID, False, 1),
+    "photomaker": Weight("TencentARC/PhotoMaker", "photomaker-v1.bin", "Apache-2.0", True, 930),
+    "photomaker-v2": Weight("TencentARC/PhotoMaker-V2", "photomaker-v2.bin", _PHOTOMAKER, False, 1800),
     "dreamshaper": Weight("Lykon/dreamshaper-xl-lightning", "", "CreativeML Open RAIL++-M", True, 6940),
 }
 """By the short name that presets use. Sizes are what the hub shows, rounded."""

@@ -28,10 +28,9 @@ from openpulid.faces.face import Face
 from openpulid.identity.features import Features
 from openpulid.identity.identity import Identity, fused
 from openpulid.images import open_picture
-from openpulid.loading import best_device, found, load_features, load_pipeline, precision
+from openpulid.loading import best_device, load_features, load_method, load_pipeline
 from openpulid.memory import level
-from openpulid.methods.pulid.adapter import PuLID
-from openpulid.methods.pulid.flux import PuLIDFlux
+from openpulid.methods.base import Method
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.regions import People
 from openpulid.presets import Preset
@@ -57,7 +56,7 @@ class Studio:
         preset: defaults of a generation.
     """
 
-    def __init__(self, pipe: Any, features: Features | None, adapter: PuLID | PuLIDFlux | None, preset: Preset) -> None:
+    def __init__(self, pipe: Any, features: Features | None, adapter: Method | None, preset: Preset) -> None:
         self.pipe, self.features, self.adapter, self.preset = pipe, features, adapter, preset
         if adapter is not None:
             adapter.attach(pipe)
@@ -190,6 +189,8 @@ class Studio:
             raise OptionError("this studio was made without an adapter; load a preset that has one.")
         if isinstance(identity, Identity) and self.features is not None:
             identity.require(self.features.models)
+        elif not isinstance(identity, Identity) and self.preset.method != "pulid":
+            raise OptionError(f"several people with masks in one image are PuLID's; {self.preset.method} shows one.")
         return self.adapter.use(identity, **chosen.identity_options(), pipe=self.pipe)
 
     def _run(self, prompt: str, seeds: Sequence[int], chosen: Preset) -> list[Image.Image]:
@@ -214,10 +215,12 @@ def load(
     device: str | torch.device | None = None,
     base: str | os.PathLike[str] | None = None,
     memory: str | None = None,
+    method: str | None = None,
 ) -> Studio:
     """A studio from a preset's name, a folder of weights, or a `Preset`. No network is asked.
 
     Args:
+        method: another than PuLID on the preset's base, see `methods.base.METHODS`.
         device: where to compute; the accelerator if there is one, else the CPU.
         base: another checkpoint than the preset's: a folder, a single file, or OWNER/NAME in the hub's cache.
         memory: FLUX only, one of `memory.LEVELS`: full, 24gb, 16gb, 12gb.
@@ -235,10 +238,11 @@ def load(
         if preset.family != "flux":
             raise OptionError(f"{preset.name} has one way of lying in memory; the levels are FLUX's.")
         preset = replace(preset, memory=memory)
+    if method is not None:
+        preset = presets.with_method(preset, method)
     device = torch.device(device) if device is not None else best_device()
-    kind = PuLIDFlux if preset.family == "flux" else PuLID
-    adapter = kind.load(found(preset.adapter)).to(device, precision(preset))
-    return Studio(load_pipeline(preset, device), load_features(preset, device), adapter, preset)
+    adapter = load_method(preset, device)
+    return Studio(load_pipeline(preset, device), load_features(preset, device, adapter), adapter, preset)
 
 
 def _reader(pipe: Any, preset: Preset) -> tuple[Any, int]:

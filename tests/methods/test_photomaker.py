@@ -107,7 +107,9 @@ def test_words_alone_until_it_starts(pipe: Any, method: PhotoMaker) -> None:
     first, second = seen[1], seen[3]  # what the U-Net itself was told in each of two steps
     assert not torch.equal(first["encoder_hidden_states"][1], second["encoder_hidden_states"][1])
     assert not torch.equal(first["added_cond_kwargs"]["text_embeds"][1], second["added_cond_kwargs"]["text_embeds"][1])
-    assert torch.equal(first["encoder_hidden_states"][0], second["encoder_hidden_states"][0]), "the negative half is told nothing"
+    assert torch.equal(first["encoder_hidden_states"][0], second["encoder_hidden_states"][0]), (
+        "the negative half is told nothing"
+    )
     assert not torch.allclose(late, before, atol=1e-4)
 
 

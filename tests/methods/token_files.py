@@ -13,25 +13,25 @@ WIDTH, CROSS = 6, 64
 PROMPTS = ["portrait of a person", "film noir"]
 
 
-def published(unet: Any) -> dict[str, dict[str, Tensor]]:
-    """A small file in the published layout."""
-    generator = torch.Generator().manual_seed(0)
+def published(unet: Any, width: int = WIDTH) -> dict[str, dict[str, Tensor]]:
+    """FaceID's file in the published layout, small: for a U-Net, and face embeddings of this width."""
+    generator, cross = torch.Generator().manual_seed(0), unet.config.cross_attention_dim
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
 
-    projection = {"proj.0.weight": random(2 * WIDTH, WIDTH), "proj.0.bias": random(2 * WIDTH)}
-    projection |= {"proj.2.weight": random(4 * CROSS, 2 * WIDTH), "proj.2.bias": random(4 * CROSS)}
-    projection |= {"norm.weight": torch.ones(CROSS), "norm.bias": torch.zeros(CROSS)}
+    projection = {"proj.0.weight": random(2 * width, width), "proj.0.bias": random(2 * width)}
+    projection |= {"proj.2.weight": random(4 * cross, 2 * width), "proj.2.bias": random(4 * cross)}
+    projection |= {"norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross)}
     layers: dict[str, Tensor] = {}
     for place, name in enumerate(unet.attn_processors):
         attention = unet.get_submodule(name.removesuffix(".processor"))
-        inner, cross = attention.to_q.out_features, attention.to_k.in_features
-        for linear, wide in (("q", inner), ("k", cross), ("v", cross), ("out", inner)):
+        inner, heard = attention.to_q.out_features, attention.to_k.in_features
+        for linear, wide in (("q", inner), ("k", heard), ("v", heard), ("out", inner)):
             layers[f"{place}.to_{linear}_lora.down.weight"] = random(2, wide)
             layers[f"{place}.to_{linear}_lora.up.weight"] = random(inner, 2)
         if name.endswith("attn2.processor"):
-            layers |= {f"{place}.to_{x}_ip.weight": random(inner, CROSS) for x in "kv"}
+            layers |= {f"{place}.to_{x}_ip.weight": random(inner, cross) for x in "kv"}
     return {"image_proj": projection, "ip_adapter": layers}
 
 

@@ -27,15 +27,15 @@ Base = Annotated[str | None, typer.Option(help="Another SDXL checkpoint for the 
 Face = Annotated[int | None, typer.Option(help="Which face of a picture with several, from 0; `--show` draws them all.")]
 Order = Annotated[str, typer.Option(help="How faces are counted: large-small, left-right, top-bottom, or the reverse.")]
 
-METHODS: dict[str, dict[str, Any]] = {
+WAYS: dict[str, dict[str, Any]] = {
     "fidelity": {"projection": "ortho_v2", "num_zero": 8},
     "style": {"projection": "ortho", "num_zero": 16},
     "neutral": {"projection": "none", "num_zero": 0},
 }
-"""Three ways of joining that users of PuLID know by name."""
+"""Three ways of joining that users of PuLID know by name, in place of a method's."""
 
 REQUEST = (
-    *("prompt", "id", "preset", "base", "negative", "steps", "guidance", "size"),
+    *("prompt", "id", "preset", "base", "method", "negative", "steps", "guidance", "size"),
     *("scale", "start", "end", "mask", "projection", "num_zero", "seed", "start_step", "true_cfg"),
 )
 """What an image carries, and `--from` makes it again by."""
@@ -95,6 +95,7 @@ def identify(
     fusion: Annotated[str, typer.Option(help="Of several pictures: concat, mean, norm_id or max_norm.")] = "concat",
     show: Annotated[Path | None, typer.Option(help="A picture to write: boxes, landmarks, and what is read.")] = None,
     preset: Preset = "mini",
+    method: Annotated[str | None, typer.Option(help="Another method than PuLID, which may read people differently.")] = None,
     device: Device = None,
 ) -> None:
     """Picture to identity: a file to use again and again. It is biometric data: only you can read it."""
@@ -103,7 +104,7 @@ def identify(
     for name in picture:
         _check_picture(name)
     shown = picture_file(show) if show else None
-    studio = _studio(preset, device)
+    studio = _studio(preset, device, method=_method(method)["method"])
     if shown:
         save_picture(studio.show(picture, face=face, order=order), shown)
     identity = studio.identify(picture, face=face, order=order, fusion=fusion)
@@ -126,7 +127,9 @@ def generate(
     negative: Annotated[str | None, typer.Option(help="What not to show; the preset's by default.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     scale: Annotated[float | None, typer.Option(min=0, help="How strongly the identity acts; 0 is not at all.")] = None,
-    method: Annotated[str | None, typer.Option(help="fidelity, style or neutral: projection and zeros at once.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="instantid, faceid, ... instead of PuLID; or PuLID's fidelity, style, neutral.")
+    ] = None,
     projection: Annotated[str | None, typer.Option(help="ortho_v2, ortho or none.")] = None,
     num_zero: Annotated[int | None, typer.Option(min=0, help="Zero tokens; more leave the prompt more room.")] = None,
     start: Annotated[float | None, typer.Option(min=0, max=1, help="Fraction of the steps where it begins.")] = None,
@@ -158,7 +161,7 @@ def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, 
             _check_picture(name)
     names = ("negative", "steps", "guidance", "scale", "start", "end", "projection", "num_zero", "start_step", "true_cfg")
     options = {"size": sides(request["size"]), **{name: request[name] for name in names}}
-    studio = _studio(request["preset"], device, request["base"], memory)
+    studio = _studio(request["preset"], device, request["base"], memory, request["method"])
     identity: Any = saved or (studio.identify(who) if who else None)
     if mask:
         from openpulid.images import open_picture
@@ -175,11 +178,14 @@ def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, 
 
 
 def _method(name: str | None) -> dict[str, Any]:
-    if name is None:
-        return {}
+    """What a name says: one of PuLID's ways, or another method."""
+    from openpulid.methods.base import METHODS
+
+    if name is None or name in WAYS:
+        return {"method": None, **WAYS.get(name or "", {})}
     if name not in METHODS:
-        raise OptionError(f"there is no method {name!r}; the known ones are {', '.join(METHODS)}.")
-    return METHODS[name]
+        raise OptionError(f"there is no method {name!r}; the known ones are {', '.join([*METHODS, *WAYS])}.")
+    return {"method": name}
 
 
 def _request(path: str) -> dict[str, Any]:
@@ -198,10 +204,12 @@ def _request(path: str) -> dict[str, Any]:
     return {**dict.fromkeys(REQUEST), **request}
 
 
-def _studio(preset: str, device: str | None, base: str | None = None, memory: str | None = None) -> Studio:
+def _studio(
+    preset: str, device: str | None, base: str | None = None, memory: str | None = None, method: str | None = None
+) -> Studio:
     from openpulid.studio import load
 
-    return load(preset, device=device, base=base, memory=memory)
+    return load(preset, device=device, base=base, memory=memory, method=method)
 
 
 def _identity(path: str) -> Identity:

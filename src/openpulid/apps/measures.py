@@ -96,7 +96,8 @@ def _label(method: str) -> str:
 def _contest(suite: Suite, names: list[str], sitters: list[Sitter], folder: Folder, device: str | None) -> Contest:
     from openpulid.bench.cells import BASE
     from openpulid.bench.run import Contest
-    from openpulid.methods.pulid.adapter import PuLID
+    from openpulid.loading import load_features, load_method
+    from openpulid.presets import with_method
     from openpulid.studio import Studio, load
 
     studio = load(suite.preset, device=device)
@@ -105,10 +106,10 @@ def _contest(suite: Suite, names: list[str], sitters: list[Sitter], folder: Fold
         method, _, file = name.partition(":")
         if method == BASE:
             continue
-        if method != "pulid":
-            raise OptionError(f"there is no method {method!r} here yet; the known ones are base and pulid.")
-        adapter = PuLID.load(file).to(studio.pipe.device) if file else studio.adapter
-        studios[_label(name)] = Studio(studio.pipe, studio.features, adapter, studio.preset)
+        preset = with_method(studio.preset, method, Path(file) if file else None)
+        adapter = load_method(preset, studio.pipe.device)
+        features = load_features(preset, studio.pipe.device, adapter) if preset.view else studio.features
+        studios[_label(name)] = Studio(studio.pipe, features, adapter, preset)
     return Contest(suite, studios, {sitter.name: sitter for sitter in sitters}, folder)
 
 

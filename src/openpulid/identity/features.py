@@ -39,7 +39,23 @@ class Features(Protocol):
         """What is read of a face, (3, S, S) in [0, 1] each: the aligned crop, and the face alone in gray."""
 
 
-class FeatureExtractor:
+class FoundFaces:
+    """What finds the miniature's faces: one in a picture, or none."""
+
+    def __init__(self, finder: FaceFinder) -> None:
+        self.finder = finder
+
+    @property
+    def tried(self) -> str:
+        """What `find` does before it gives up, in words."""
+        return f"one look at {SIZE} pixels"
+
+    def find(self, image: Tensor) -> list[Face]:
+        """The face in a picture (3, H, W) in [0, 1]; none, or one: the finder looks for no more."""
+        return [face for face in self.finder.find([image]) if face is not None]
+
+
+class FeatureExtractor(FoundFaces):
     """Finder, recogniser and vision tower, asked in this order.
 
     Args:
@@ -52,7 +68,8 @@ class FeatureExtractor:
     def __init__(
         self, finder: FaceFinder, recogniser: nn.Module, tower: VisionTower, models: Mapping[str, str] | None = None
     ) -> None:
-        self.finder, self.recogniser, self.tower = finder, recogniser, tower
+        super().__init__(finder)
+        self.recogniser, self.tower = recogniser, tower
         self.models = dict(models or {})
 
     @classmethod
@@ -80,15 +97,6 @@ class FeatureExtractor:
     def device(self) -> torch.device:
         """Where the networks are."""
         return next(self.tower.parameters()).device
-
-    @property
-    def tried(self) -> str:
-        """What `find` does before it gives up, in words."""
-        return f"one look at {SIZE} pixels"
-
-    def find(self, image: Tensor) -> list[Face]:
-        """The face in a picture (3, H, W) in [0, 1]; none, or one: the finder looks for no more."""
-        return [face for face in self.finder.find([image]) if face is not None]
 
     @torch.no_grad()
     def identities(self, faces: Sequence[Face]) -> list[Identity]:

@@ -34,6 +34,11 @@ class Attachment:
         the batch size: a guidance scale of exactly 1 has no negative half."""
         return bool(getattr(self.target, "do_classifier_free_guidance", False))  # before its first run it has none
 
+    def within(self, timestep: Any, span: tuple[float, float]) -> bool:
+        """Whether a timestep is in [start, end) of the schedule; to an end of 1 belong all that follow."""
+        begin, end = span
+        return begin <= self.progress(timestep) and (end >= 1 or self.progress(timestep) < end)
+
     def progress(self, timestep: Any) -> float:
         """The fraction of the schedule at which a timestep stands: step i of n is at i / n.
 

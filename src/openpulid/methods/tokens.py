@@ -73,6 +73,10 @@ class TokenMethod:
             parts.setdefault(part, {})[rest] = tensor
         return parts
 
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TokenMethod:
+        """The same: what is built from the file follows the U-Net that it is built for."""
+        return self
+
     def embeddings(self, identity: Identity) -> Tensor:
         """(1, n, ...) for diffusers' projection layer."""
         raise NotImplementedError
@@ -156,7 +160,7 @@ class TokenMethod:
             def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 first = dict(zip(("sample", "timestep"), args, strict=False)) | named
                 call = Call(first["sample"], first["timestep"], named)
-                strength = scale if span[0] <= attachment.progress(call.time) < span[1] else 0.0
+                strength = scale if attachment.within(call.time, span) else 0.0
                 for processor in processors.values():
                     if hasattr(processor, "scale"):
                         processor.scale = [strength]

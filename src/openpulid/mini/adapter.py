@@ -18,7 +18,7 @@ from openpulid.faces.detect import FaceFinder
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.recognise import RECOGNISERS
 from openpulid.identity.features import FeatureExtractor
-from openpulid.loading import best_device, load_pipeline
+from openpulid.loading import best_device, load_features, load_pipeline
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.mini.captions import Captions
@@ -159,7 +159,7 @@ def train(
     chosen = torch.device(device) if device else best_device()
     preset = mini_preset(weights)
     pipe = load_pipeline(preset, chosen)
-    features = FeatureExtractor.load(preset.finder, preset.recogniser, preset.vision, chosen)
+    features = cast(FeatureExtractor, load_features(preset, chosen))
     torch.manual_seed(recipe.seed)
     adapter = fresh_adapter(pipe, features, recipe).to(chosen)
     if recipe.begin:

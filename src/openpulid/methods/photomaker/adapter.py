@@ -65,6 +65,11 @@ class PhotoMaker:
             raise WeightsError(f"{path} has {', '.join(parts) or 'nothing'}; PhotoMaker's has id_encoder and lora_weights.")
         return cls(PhotoMakerEncoder.of(parts["id_encoder"]), parts["lora_weights"])
 
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> PhotoMaker:
+        """Moves the encoder; the low-rank part follows the U-Net."""
+        self.encoder.to(device, dtype)
+        return self
+
     def features(self, faces: FindsFaces, recogniser: Recognises | None = None) -> ClipFeatures:
         """What reads people for this file: its own picture tower, whole photos; version 2 the raw face embedding, too."""
         if self.encoder.face and recogniser is None:
@@ -168,11 +173,10 @@ class _Opened:
             known = output.hidden_states[layer][row], other.hidden_states[layer][row], other[0][row]
             self.said[index].append(Said(*known, place))
 
-    @torch.no_grad()
     def _tell(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The prompt with melted words, and its pooled embedding, where an image is asked for."""
         first = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | named
-        if not self.span[0] <= self.attachment.progress(first["timestep"]) < self.span[1]:
+        if not self.attachment.within(first["timestep"], self.span):
             return args, named
         states, added = first["encoder_hidden_states"].clone(), dict(named["added_cond_kwargs"])
         pooled = added["text_embeds"].clone()
@@ -197,7 +201,6 @@ class _Opened:
         raise OptionError("PhotoMaker rewrites the prompt; give the pipeline words while it is in use, no embeddings.")
 
 
-@torch.no_grad()
 def tokens_of(encoder: PhotoMakerEncoder, identity: Identity) -> Tensor:
     """(n * k, D): the tokens of all photos.
 

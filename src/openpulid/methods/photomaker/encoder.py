@@ -7,7 +7,7 @@ Entry names are the published files'; sizes come from the tensors. Shapes: n pho
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from torch.nn.functional import gelu
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.errors import WeightsError
+from openpulid.identity.clip import tower_config
 from openpulid.methods.pulid.encoders import PerceiverAttention
 
-HEAD = 64  # width of a head of CLIP's towers
 PERCEIVER_HEAD = 128
 
 
@@ -139,24 +139,11 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
 
 def _sizes(tensors: Mapping[str, Tensor]) -> tuple[CLIPVisionConfig, int, int, int]:
     """The tower's configuration, D, the width of the face embedding, and k."""
-    seen = "vision_model.embeddings"
-    patches, positions = tensors[f"{seen}.patch_embedding.weight"], tensors[f"{seen}.position_embedding.weight"]
-    width, patch = patches.shape[0], patches.shape[-1]
-    layers = len({name.split(".")[3] for name in tensors if name.startswith("vision_model.encoder.layers.")})
-    config: dict[str, Any] = {
-        "hidden_size": width,
-        "intermediate_size": tensors["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "num_hidden_layers": layers,
-        "num_attention_heads": max(1, width // HEAD),
-        "patch_size": patch,
-        "image_size": round((len(positions) - 1) ** 0.5) * patch,
-        "projection_dim": tensors["visual_projection.weight"].shape[0],
-    }
-    text = tensors["fuse_module.layer_norm.weight"].shape[0]
+    config, text = tower_config(tensors), tensors["fuse_module.layer_norm.weight"].shape[0]
     if (first := tensors.get("qformer_perceiver.token_proj.0.weight")) is None:
-        return CLIPVisionConfig(**config), text, 0, 1
+        return config, text, 0, 1
     last = tensors["qformer_perceiver.token_proj.2.weight"]
-    return CLIPVisionConfig(**config), text, first.shape[1], last.shape[0] // text
+    return config, text, first.shape[1], last.shape[0] // text
 
 
 def _feed_forward(dim: int) -> nn.Sequential:
