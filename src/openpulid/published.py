@@ -40,9 +40,16 @@ class Weight:
         """What messages call it."""
         return self.file or self.repo
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether its address is a page, on which the file is found."""
+        return self.repo.startswith("https://") and not self.repo.endswith(self.file)
+
 
 _PULID = "Apache-2.0; learned with antelopev2, whose terms forbid commercial use"
 _INSIGHTFACE = "insightface model licence: non-commercial research only"
+_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
+_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INSTANTID = "Apache-2.0; reads antelopev2, whose terms forbid commercial use"
 _PHOTOMAKER = "Apache-2.0; reads antelopev2, whose terms forbid commercial use"
 _FACEID = "research only, as insightface's models"
@@ -82,6 +89,19 @@ WEIGHTS: dict[str, Weight] = {
     "identitynet-config": Weight("InstantX/InstantID", "ControlNetModel/config.json", _INSTANTID, False, 1),
     "photomaker": Weight("TencentARC/PhotoMaker", "photomaker-v1.bin", "Apache-2.0", True, 930),
     "photomaker-v2": Weight("TencentARC/PhotoMaker-V2", "photomaker-v2.bin", _PHOTOMAKER, False, 1800),
+    "judge-recogniser": Weight(
+        "https://github.com/HuangYG123/CurricularFace",
+        "CurricularFace_Backbone.pth",
+        "MIT; trained on MS1M, for research",
+        False,
+        250,
+    ),
+    "judge-clip": Weight("openai/clip-vit-large-patch14", "", "MIT", True, 1710),
+    "judge-dino": Weight("timm/vit_small_patch16_224.dino", "model.safetensors", "Apache-2.0", True, 87),
+    "judge-lpips": Weight(
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "alexnet-owt-7be5be79.pth", "BSD-3-Clause", True, 233
+    ),
+    "judge-inception": Weight(f"{_FIDELITY}/{_INCEPTION}", _INCEPTION, "Apache-2.0", True, 91),
     "dreamshaper": Weight("Lykon/dreamshaper-xl-lightning", "", "CreativeML Open RAIL++-M", True, 6940),
 }
 """By the short name that presets use. Sizes are what the hub shows, rounded."""
@@ -108,7 +128,7 @@ def locate(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
     """
     entry = weight(name)
     for place in _folders(folder):
-        path = place / entry.name if entry.file else place / entry.repo.split("/")[-1]
+        path = place / entry.file if entry.file else place / entry.repo.split("/")[-1]
         if path.exists():
             return path
     if (cached := _cached(entry)) is not None:
@@ -136,6 +156,8 @@ def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[
     except WeightsError:
         entry = weight(name)
     forbids = "" if entry.commercial else "  (not for commercial use)"
+    if entry.by_hand:
+        raise WeightsError(f"{entry.file} is on no hub; get it from {entry.repo} and put it into a folder, {FOLDER_VARIABLE}.")
     say(f"{entry.name}, about {entry.megabytes} MB, licence: {entry.licence}{forbids}")
     try:
         return _downloaded(entry, None if folder is None else Path(folder))
@@ -191,7 +213,7 @@ def _cached(entry: Weight) -> Path | None:
         folder = Path(snapshot_download(entry.repo, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    return folder if (folder / "model_index.json").is_file() else None
+    return folder if any((folder / name).is_file() for name in ("model_index.json", "config.json")) else None
 
 
 def _downloaded(entry: Weight, folder: Path | None) -> Path:
@@ -208,7 +230,7 @@ def _downloaded(entry: Weight, folder: Path | None) -> Path:
     place = folder / entry.repo.split("/")[-1] if folder else None
     # half precision is what one computes in, and half the bytes
     half = any(name.endswith(".fp16.safetensors") for name in list_repo_files(entry.repo))
-    patterns = ["*.json", "*.txt", "*.model", "*.fp16.safetensors" if half else "*/*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.model", "*.fp16.safetensors" if half else "*/*.safetensors", "model.safetensors"]
     return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=place))
 
 

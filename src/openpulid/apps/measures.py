@@ -40,7 +40,7 @@ def run_suite(
 
     asked, names = find(suite), [name.strip() for name in methods.split(",") if name.strip()]
     sitters, folder = _sitters(asked, people, count), Folder(out)
-    judges = _judges(asked)
+    judges = _judges(asked, device)
 
     def contest() -> Contest:
         return _contest(asked, names, sitters, folder, device)
@@ -79,12 +79,18 @@ def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Sitte
     return sitters(count or suite.people)
 
 
-def _judges(suite: Suite) -> Judges:
-    from openpulid.mini.judge import Judges as Miniature
+def _judges(suite: Suite, device: str | None) -> Judges:
+    """The miniature's own for its suites, published networks for photographs."""
+    if suite.preset.startswith("mini"):
+        from openpulid.mini.judge import Judges as Miniature
 
-    if not suite.preset.startswith("mini"):
-        raise OptionError(f"{suite.name}: judges of full size are not built yet; the suites of the miniature have theirs.")
-    return Miniature.load()
+        return Miniature.load()
+    import torch
+
+    from openpulid.bench.photo_judges import PhotoJudges
+    from openpulid.loading import best_device
+
+    return PhotoJudges.load(torch.device(device) if device else best_device(), say)
 
 
 def _label(method: str) -> str:
