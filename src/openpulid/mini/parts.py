@@ -218,7 +218,9 @@ def _save_clip(shop: Workshop, network: Any, text: Any, tokenizer: Any, facts: M
 
 def vision(shop: Workshop) -> dict[str, float]:
     """The identity encoder's vision tower."""
-    schedule = Schedule(steps=40_000, lr=1e-3, decay=0.4, ema=0.998, seed=6, validate_every=400)
+    schedule = Schedule(
+        steps=40_000, lr=3e-3, optimizer="muon", weight_decay=0.1, warmup=50, decay=0.6, ema=0.99, seed=6, validate_every=400
+    )  # fmt: skip
     torch.manual_seed(schedule.seed)
     network = shop.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
     task = TowerTask(build_tower(), network, shop.data, shop.captions(), shop.held_out)
