@@ -211,7 +211,7 @@ BESIDE = {"instantid": ("identitynet", "identitynet-config")}
 
 OF_THE_MINIATURE: dict[str, dict[str, Any]] = {
     "faceid": {"scale": 1.0},
-    "instantid": {"scale": 1.0},
+    "instantid": {"scale": 1.0, "adapter": "instantid"},
     "photomaker": {"vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
 }
 """The same for the miniature, whose own networks read people for all of them but PhotoMaker."""
@@ -238,7 +238,7 @@ def with_method(preset: Preset, method: str, adapter: Place | None = None) -> Pr
             raise OptionError(f"the miniature has no {method}; it has pulid, {', '.join(OF_THE_MINIATURE)}.")
         known = ("recogniser", "vision", "view", "scale")
         changes |= {name: getattr(preset, name) for name in known} | OF_THE_MINIATURE[method]
-        changes["adapter"] = preset.adapter.with_name(f"{method}.safetensors")
+        changes["adapter"] = preset.adapter.with_name(OF_THE_MINIATURE[method].get("adapter", f"{method}.safetensors"))
     return replace(preset, **changes | ({"adapter": adapter} if adapter else {}))
 
 

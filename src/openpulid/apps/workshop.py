@@ -57,6 +57,7 @@ def words() -> None:
 @mini.command()
 def build(
     part: Annotated[list[str] | None, typer.Argument(help="Parts in order; all by default.")] = None,
+    method: Annotated[str | None, typer.Option(help="A rival instead: faceid, instantid or photomaker.")] = None,
     minutes: Annotated[float | None, typer.Option(help="For all of them together.")] = None,
     device: Device = None,
     resume: Annotated[bool, typer.Option("--resume/--fresh", help="Continue what was begun, or begin again.")] = True,
@@ -64,7 +65,8 @@ def build(
     """Train the miniature from nothing; a build that was stopped goes on where it was."""
     from openpulid.mini import build as builder
 
-    builder.build(part or None, minutes=minutes, device=device, fresh=not resume)
+    names = [*(part or []), *([method] if method else [])]
+    builder.build(names or None, minutes=minutes, device=device, fresh=not resume)
 
 
 @mini.command()

@@ -44,12 +44,12 @@ class InstantID(TokenMethod):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InstantID:
-        """From a folder with `ip-adapter.bin` (or .safetensors) and `ControlNetModel/`, as it is published.
+        """From a folder with `ip-adapter.bin` (or .safetensors) and `ControlNetModel/`, as it is published, or its adapter's file.
 
         Raises:
             WeightsError: one of them is missing or something else.
         """
-        folder = Path(path)
+        folder = Path(path).parent if Path(path).is_file() else Path(path)
         files = [file for file in (folder / "ip-adapter.safetensors", folder / "ip-adapter.bin") if file.is_file()]
         if not files or not (folder / "ControlNetModel").is_dir():
             raise WeightsError(f"{folder} holds no InstantID; it needs ip-adapter.bin and ControlNetModel/.")

@@ -155,7 +155,7 @@ class TokenMethod:
     ) -> Iterator[None]:
         unet = attachment.unet
         with restored(attachment.target), ExitStack() as hooks:
-            processors = self._processors(attachment.target)
+            processors = self._put_in(attachment.target)
 
             def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 first = dict(zip(("sample", "timestep"), args, strict=False)) | named
@@ -171,14 +171,19 @@ class TokenMethod:
                 hooks.callback(module.register_forward_hook(low_rank(down, up)).remove)
             yield
 
-    def _processors(self, pipe: Any) -> dict[str, Any]:
-        """The U-Net's attention processors with this method's, built by diffusers once and set again later."""
+    def built(self, pipe: Any) -> tuple[dict[str, Any], nn.Module]:
+        """The U-Net's attention processors with this method's, and the projection: built by diffusers once."""
         unet = pipe.unet
         if unet not in self._built:
-            pipe.load_ip_adapter(self.parts, subfolder="", weight_name="", image_encoder_folder=None)
-            projection, unet.encoder_hid_proj = unet.encoder_hid_proj, None
-            self._built[unet] = dict(unet.attn_processors), projection
-        processors, projection = self._built[unet]
+            with restored(pipe):
+                pipe.load_ip_adapter(self.parts, subfolder="", weight_name="", image_encoder_folder=None)
+                projection, unet.encoder_hid_proj = unet.encoder_hid_proj, None
+                self._built[unet] = dict(unet.attn_processors), projection
+        return self._built[unet]
+
+    def _put_in(self, pipe: Any) -> dict[str, Any]:
+        """Sets them into the U-Net."""
+        unet, (processors, projection) = pipe.unet, self.built(pipe)
         set_up(unet, processors, projection, "ip_image_proj")
         unet.to(unet.device, unet.dtype)
         return processors

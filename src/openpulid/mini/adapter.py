@@ -50,7 +50,7 @@ class Portraits:
     """Pictures, their sentences, and the features of the faces in them: a `training.task.Source`.
 
     Args:
-        data, latents, captions, features: the same pictures, row by row.
+        data, latents, captions, features: the same pictures, row by row; of features `rows` is asked, as `FaceFeatures` has it.
         tokenizer: turns tokens back into sentences.
         batch: pictures per step, over all processes.
         device: where they are wanted.
@@ -63,7 +63,7 @@ class Portraits:
         data: WorldDataset,
         latents: Latents,
         captions: Captions,
-        features: FaceFeatures,
+        features: Any,
         tokenizer: Any,
         batch: int,
         device: torch.device | str = "cpu",
@@ -84,7 +84,8 @@ class Portraits:
         shown = rows if self.of_person is None else mates(rows, self.of_person, draw)
         id_cond, hidden = self.features.rows(shown.numpy(), self.device)
         pictures = faces_of(self.data, rows.numpy(), torch.device(self.device))[0] if self.seen else None
-        return Batch(latents, faces, prompts, id_cond, hidden, pictures)
+        landmarks = torch.from_numpy(self.data.landmarks[rows.numpy()] / self.data.images.shape[-1])
+        return Batch(latents, faces, prompts, id_cond, hidden, pictures, landmarks)
 
 
 class Mixture:
@@ -207,10 +208,15 @@ def _portraits(runs: Path, name: str, pipe: Any, extractor: FeatureExtractor, re
     captions = Captions.of(data, pipe.tokenizer, runs / f"captions{suffix}.npy")
     with mixed(extractor.device):
         latents = Latents.of(pipe.vae, data, runs / f"latents{suffix}")
-        features = FaceFeatures.of(extractor, data, runs / f"features{suffix}")
+        features = features_of(extractor, data, runs)
     seen = recipe.id_loss != "none"
     tokenizer, device = pipe.tokenizer, extractor.device
     return Portraits(data, latents, captions, features, tokenizer, recipe.batch, device, seen, recipe.paired)
+
+
+def features_of(extractor: FeatureExtractor, data: WorldDataset, runs: Path) -> FaceFeatures:
+    """The features of a data set's faces, kept in `runs` beside it."""
+    return FaceFeatures.of(extractor, data, runs / f"features{data.folder.name.removeprefix('world')}")
 
 
 @torch.no_grad()

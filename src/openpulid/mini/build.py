@@ -21,7 +21,7 @@ import torch
 
 from openpulid.errors import OptionError
 from openpulid.loading import best_device
-from openpulid.mini import parts
+from openpulid.mini import contest, parts, rivals
 from openpulid.mini.parts import Workshop
 from openpulid.presets import MINIATURE
 from openpulid.training.checkpoint import revision
@@ -42,6 +42,10 @@ PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
     "stage3": (parts.stage("stage3"), 30),
 }
 """Each part and its minutes on two cores: less than five hours up to the first adapter, seventy minutes for the others."""
+RIVALS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
+    name: (contest.part(name), 20) for name in rivals.NAMES
+}
+"""What `--method` names: PuLID's rivals, with as many minutes as its first stage."""
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")
 
 
@@ -58,7 +62,7 @@ def build(
     """Trains the named parts, or all, in their order.
 
     Args:
-        names: of `PARTS`.
+        names: of `PARTS` or `RIVALS`; all of `PARTS` by default.
         minutes: for all of them together, shared as their usual minutes are; those by default. The world takes what it takes.
         device: where to compute; the best there is by default.
         fresh: begin again instead of continuing.
@@ -71,14 +75,15 @@ def build(
         OptionError: no such part.
         WeightsError: a part needs another one that has not been built.
     """
-    unknown = [name for name in names or () if name not in PARTS]
+    every = PARTS | RIVALS
+    unknown = [name for name in names or () if name not in every]
     if unknown:
-        raise OptionError(f"there is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}.")
-    chosen = [name for name in PARTS if not names or name in names]
-    usual = sum(PARTS[name][1] for name in chosen)
+        raise OptionError(f"there is no part {unknown[0]!r}; the parts are {', '.join(every)}.")
+    chosen = [name for name in every if (name in names if names else name in PARTS)]
+    usual = sum(every[name][1] for name in chosen)
     found = {}
     for name in chosen:
-        make, share = PARTS[name]
+        make, share = every[name]
         if fresh:
             shutil.rmtree(runs / name, ignore_errors=True)
         given = share if minutes is None else minutes * share / usual

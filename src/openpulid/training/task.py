@@ -43,24 +43,17 @@ class Batch(NamedTuple):
     id_cond: Tensor  # (B, C)
     hidden: Sequence[Tensor]  # five times (B, 1 + N, D)
     pictures: Tensor | None = None  # (B, 3, H, W) in [0, 1], for an ID loss
+    landmarks: Tensor | None = None  # (B, 5, 2) from 0 to 1 across the picture, for methods that are shown them
 
     def to(self, device: torch.device) -> Batch:
-        latents, masks, prompts, id_cond, hidden, pictures = self
-        return Batch(
-            latents.to(device),
-            None if masks is None else masks.to(device),
-            prompts,
-            id_cond.to(device),
-            [level.to(device) for level in hidden],
-            None if pictures is None else pictures.to(device),
-        )
+        moved: dict[str, Any] = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**moved, hidden=[level.to(device) for level in self.hidden])
 
     def some(self, count: int) -> Batch:
         """`count` of them at equal distances: those that the parts of several processes would give together."""
-        latents, masks, prompts, id_cond, hidden, pictures = self
-        rows = evenly(len(latents), count)
-        masks, pictures = (None if x is None else x[rows] for x in (masks, pictures))
-        return Batch(latents[rows], masks, prompts[rows], id_cond[rows], [level[rows] for level in hidden], pictures)
+        rows = evenly(len(self.latents), count)
+        kept: dict[str, Any] = {name: x[rows] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**kept, prompts=self.prompts[rows], hidden=[level[rows] for level in self.hidden])
 
 
 def evenly(length: int, count: int) -> slice:

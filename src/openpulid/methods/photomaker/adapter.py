@@ -7,15 +7,18 @@ the U-Net puts the melted words in the place of the plain ones. Shapes: B batch 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPVisionConfig
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip import ClipFeatures, FindsFaces, Recognises
@@ -23,6 +26,7 @@ from openpulid.identity.identity import Identity
 from openpulid.methods.attachment import Attachment, unet_of
 from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
 from openpulid.methods.tokens import TokenMethod, low_rank
+from openpulid.weights import read_metadata
 
 SUBJECTS = ("person", "man", "woman", "boy", "girl", "child", "lady", "guy")
 """The words that may become somebody, the first one found; where there is none, the first of these is put in front."""
@@ -55,7 +59,7 @@ class PhotoMaker:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PhotoMaker:
-        """From `photomaker-v1.bin` or `photomaker-v2.bin`.
+        """From `photomaker-v1.bin` or `photomaker-v2.bin`; of another tower a safetensors file says what it is (`tower`).
 
         Raises:
             WeightsError: no such file, or another kind of adapter.
@@ -63,7 +67,9 @@ class PhotoMaker:
         parts = TokenMethod.read(path)
         if set(parts) != {"id_encoder", "lora_weights"}:
             raise WeightsError(f"{path} has {', '.join(parts) or 'nothing'}; PhotoMaker's has id_encoder and lora_weights.")
-        return cls(PhotoMakerEncoder.of(parts["id_encoder"]), parts["lora_weights"])
+        said = read_metadata(path).get("tower") if Path(path).suffix == ".safetensors" else None
+        config = CLIPVisionConfig(**json.loads(said)) if said else None
+        return cls(PhotoMakerEncoder.of(parts["id_encoder"], config), parts["lora_weights"])
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> PhotoMaker:
         """Moves the encoder; the low-rank part follows the U-Net."""

@@ -107,14 +107,17 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
             self.qformer_perceiver = QFormerPerceiver(face, width, tokens, config.hidden_size)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> PhotoMakerEncoder:
+    def of(cls, tensors: Mapping[str, Tensor], config: CLIPVisionConfig | None = None) -> PhotoMakerEncoder:
         """From the published tensors, strictly.
+
+        Args:
+            config: of the picture tower; CLIP-L's with the tensors' sizes where it is None.
 
         Raises:
             WeightsError: names are missing, or there are others.
         """
         try:
-            model = cls(*_sizes(tensors))
+            model = cls(config or tower_config(tensors), *_sizes(tensors))
             model.load_state_dict(dict(tensors))
         except (KeyError, RuntimeError) as error:
             raise WeightsError(f"this is no id encoder of PhotoMaker: {error}") from error
@@ -137,13 +140,13 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
         return torch.cat([self.visual_projection(pooled), self.visual_projection_2(pooled)], -1)[:, None]
 
 
-def _sizes(tensors: Mapping[str, Tensor]) -> tuple[CLIPVisionConfig, int, int, int]:
-    """The tower's configuration, D, the width of the face embedding, and k."""
-    config, text = tower_config(tensors), tensors["fuse_module.layer_norm.weight"].shape[0]
+def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
+    """D, the width of the face embedding, and k."""
+    text = tensors["fuse_module.layer_norm.weight"].shape[0]
     if (first := tensors.get("qformer_perceiver.token_proj.0.weight")) is None:
-        return config, text, 0, 1
+        return text, 0, 1
     last = tensors["qformer_perceiver.token_proj.2.weight"]
-    return config, text, first.shape[1], last.shape[0] // text
+    return text, first.shape[1], last.shape[0] // text
 
 
 def _feed_forward(dim: int) -> nn.Sequential:

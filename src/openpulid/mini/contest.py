@@ -1,0 +1,81 @@
+"""The training of a rival on the miniature, from pictures to files: what `pulid mini build --method NAME` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import CLIPVisionModelWithProjection
+
+from openpulid.identity.clip import ClipFeatures
+from openpulid.identity.features import FoundFaces
+from openpulid.loading import load_features, load_pipeline
+from openpulid.mini import adapter as pulid
+from openpulid.mini.latents import Latents
+from openpulid.mini.parts import Workshop
+from openpulid.mini.rivals import RIVALS, ClassTokens, Rival, RivalTask
+from openpulid.presets import mini, with_method
+from openpulid.studio import Studio
+from openpulid.training.bases import SDXLBase
+from openpulid.training.precision import mixed
+from openpulid.training.recipe import find
+from openpulid.world.dataset import WorldDataset
+
+
+def part(name: str) -> Callable[[Workshop], dict[str, float]]:
+    """The part that trains a rival by the recipe of PuLID's first stage and writes it beside the other weights."""
+
+    def train(shop: Workshop) -> dict[str, float]:
+        recipe = replace(find("mini_stage1"), name=f"mini_{name}")
+        preset = mini(shop.weights)
+        pipe = load_pipeline(preset, shop.device)
+        features: Any = load_features(preset, shop.device)
+        torch.manual_seed(recipe.seed)
+        if name == "photomaker":
+            tower = shop.folder(CLIPVisionModelWithProjection, "clip")
+            rival = RIVALS[name](pipe, tower)
+            read: Callable[[WorldDataset], Any] = lambda data: ClassTokens.of(tower, data)  # noqa: E731
+        else:
+            rival = RIVALS[name](pipe, features.recogniser.config["dim"])
+            faces = features.recogniser.config["dim"]
+            read = lambda data: FaceAlone(pulid.features_of(features, data, shop.runs), faces)  # noqa: E731
+        sources = [_source(shop, data, read, pipe.tokenizer, recipe.batch) for data in ("world", pulid.SITTINGS)]
+        held_out = _source(shop, "world-held-out", read, pipe.tokenizer, recipe.batch)
+        unrun = type(pipe)(**pipe.components)  # a pipeline that never runs is never guided
+        sheet = _sheet(rival, pipe, features, name)
+        task = RivalTask(recipe, SDXLBase(unrun), rival, pulid.Mixture(sources), held_out, sheet)
+        shop.train(name, task, recipe.schedule())
+        rival.save(shop.weights / name, unrun)
+        return dict(task.validate())
+
+    return train
+
+
+class FaceAlone:
+    """Of the features of faces only the recogniser's, the first D: all that FaceID and InstantID read."""
+
+    def __init__(self, features: Any, width: int) -> None:
+        self.features, self.width = features, width
+
+    def rows(self, rows: Any, device: torch.device | str = "cpu") -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(B, D), and nothing."""
+        return torch.from_numpy(self.features.id_cond[rows, : self.width]).to(device), []
+
+
+def _source(shop: Workshop, name: str, read: Callable[[WorldDataset], Any], tokenizer: Any, batch: int) -> pulid.Portraits:
+    data = WorldDataset.open(shop.runs / name)
+    with mixed(shop.device):
+        latents: Latents = shop.latents(name)
+        features = read(data)
+    return pulid.Portraits(data, latents, shop.captions(name), features, tokenizer, batch, shop.device, False, True)
+
+
+def _sheet(rival: Rival, pipe: Any, features: Any, name: str) -> Callable[[], Image.Image]:
+    reader: Any = features
+    if name == "photomaker":
+        reader = ClipFeatures(FoundFaces(features.finder), rival.method.encoder, "picture", -1)
+    studio = Studio(pipe, reader, rival.method, with_method(mini(), name))
+    return lambda: pulid.sheet(studio)
