@@ -89,6 +89,9 @@ WEIGHTS: dict[str, Weight] = {
     "identitynet-config": Weight("InstantX/InstantID", "ControlNetModel/config.json", _INSTANTID, False, 1),
     "photomaker": Weight("TencentARC/PhotoMaker", "photomaker-v1.bin", "Apache-2.0", True, 930),
     "photomaker-v2": Weight("TencentARC/PhotoMaker-V2", "photomaker-v2.bin", _PHOTOMAKER, False, 1800),
+    "control-edges": Weight("diffusers/controlnet-canny-sdxl-1.0", "", "CreativeML Open RAIL++-M", True, 2500),
+    "control-depth": Weight("diffusers/controlnet-depth-sdxl-1.0", "", "CreativeML Open RAIL++-M", True, 2500),
+    "control-pose": Weight("xinsir/controlnet-openpose-sdxl-1.0", "", "Apache-2.0", True, 2500),
     "judge-recogniser": Weight(
         "https://github.com/HuangYG123/CurricularFace",
         "CurricularFace_Backbone.pth",
@@ -231,6 +234,7 @@ def _downloaded(entry: Weight, folder: Path | None) -> Path:
     # half precision is what one computes in, and half the bytes
     half = any(name.endswith(".fp16.safetensors") for name in list_repo_files(entry.repo))
     patterns = ["*.json", "*.txt", "*.model", "*.fp16.safetensors" if half else "*/*.safetensors", "model.safetensors"]
+    patterns += [] if half else ["diffusion_pytorch_model.safetensors"]  # a network alone
     return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=place))
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
 REQUEST = (
     *("prompt", "id", "preset", "base", "method", "negative", "steps", "guidance", "size"),
     *("scale", "start", "end", "mask", "projection", "num_zero", "seed", "start_step", "true_cfg"),
+    *("control", "control_picture", "control_scale"),
 )
 """What an image carries, and `--from` makes it again by."""
 
@@ -137,6 +139,11 @@ def generate(
     mask: Annotated[str | None, typer.Option(help="A picture, white where the identity may act.")] = None,
     start_step: Annotated[int | None, typer.Option(min=0, help="FLUX: the step from which the identity acts.")] = None,
     true_cfg: Annotated[float | None, typer.Option(min=1, help="FLUX: guidance by the negative prompt.")] = None,
+    control: Annotated[
+        str | None, typer.Option(help="A ControlNet beside: control-edges, control-depth, control-pose, or a folder.")
+    ] = None,
+    control_picture: Annotated[str | None, typer.Option(help="What it is shown; for edges any picture.")] = None,
+    control_scale: Annotated[float | None, typer.Option(min=0, help="How strongly it acts; 1 by default.")] = None,
     memory: Annotated[str | None, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = None,
     source: Annotated[str | None, typer.Option("--from", help="An image of this command: make it again.")] = None,
     device: Device = None,
@@ -146,6 +153,7 @@ def generate(
     request |= {"steps": steps, "guidance": guidance, "size": size, "scale": scale, "start": start, "end": end, "mask": mask}
     request |= {"projection": projection, "num_zero": num_zero, **_method(method), "seed": seed}
     request |= {"start_step": start_step, "true_cfg": true_cfg}
+    request |= {"control": control, "control_picture": control_picture, "control_scale": control_scale}
     if source is not None:
         request, num = _request(source), 1
     if not request["prompt"]:
@@ -156,7 +164,7 @@ def generate(
 def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, memory: str | None) -> None:
     who, mask = request["id"], request["mask"]
     saved = _identity(who) if who and who.endswith(".safetensors") else None
-    for name in (None if saved else who, mask):
+    for name in (None if saved else who, mask, request["control_picture"]):
         if name:
             _check_picture(name)
     names = ("negative", "steps", "guidance", "scale", "start", "end", "projection", "num_zero", "start_step", "true_cfg")
@@ -169,12 +177,32 @@ def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, 
         if identity is None:
             raise OptionError("a mask says where an identity acts; give one with --id.")
         identity = [(identity, open_picture(mask))]
-    result = studio.generate(request["prompt"], identity, seed=request["seed"], num_images=num, **options)
+    with _controlled(studio, request):
+        result = studio.generate(request["prompt"], identity, seed=request["seed"], num_images=num, **options)
     words = "-".join(re.findall(r"[a-z0-9]+", request["prompt"].lower()))[:48].strip("-") or "image"
     for image, seed in zip(result.images, result.seeds, strict=True):
         path = out / f"{words}-{seed}.png"
         save_picture(image, path, {**request, "seed": seed})
         print(path)
+
+
+def _controlled(studio: Studio, request: dict[str, Any]) -> AbstractContextManager[Any]:
+    """A ControlNet in use on the studio's pipeline, where the request names one."""
+    name, picture, scale = request["control"], request["control_picture"], request["control_scale"]
+    if name is None and picture is None:
+        return nullcontext()
+    if name is None or picture is None:
+        raise OptionError("a ControlNet and what it is shown go together: --control NAME --control-picture PICTURE.")
+    if studio.preset.family != "sdxl":
+        raise OptionError(f"{name} is for SDXL, and {studio.preset.name} is FLUX; leave --control out.")
+    from openpulid.images import open_picture
+    from openpulid.loading import found
+    from openpulid.methods.control import ControlNet, edges
+
+    shown = open_picture(picture)
+    control = ControlNet.load(found(name))
+    control.attach(studio.pipe)
+    return control.use(edges(shown) if name == "control-edges" else shown, scale=1.0 if scale is None else scale)
 
 
 def _method(name: str | None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ landmarks and reads the identity instead of the prompt."""
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.methods.attachment import Attachment
+from openpulid.methods.control import added, residuals
 from openpulid.methods.tokens import Call, Parts, TokenMethod, per_image
 
 COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
@@ -44,7 +45,7 @@ class InstantID(TokenMethod):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InstantID:
-        """From a folder with `ip-adapter.bin` (or .safetensors) and `ControlNetModel/`, as it is published, or its adapter's file.
+        """From a folder with `ip-adapter.bin` (or .safetensors) and `ControlNetModel/`, as it is published, or from the first.
 
         Raises:
             WeightsError: one of them is missing or something else.
@@ -75,24 +76,9 @@ class InstantID(TokenMethod):
         tokens = unet.encoder_hid_proj(told["added_cond_kwargs"]["image_embeds"])[0].flatten(1, 2)
         height, width = (side * attachment.pixels for side in call.sample.shape[-2:])
         drawings = torch.cat([landmarks_drawn(identity, (width, height)) for identity in people])
-        residuals = net(
-            call.sample,
-            call.time,
-            encoder_hidden_states=tokens,
-            controlnet_cond=per_image(drawings, len(call.sample), guided, negative=drawings).to(call.sample),
-            conditioning_scale=self.control_scale,
-            added_cond_kwargs={name: x for name, x in told["added_cond_kwargs"].items() if name != "image_embeds"},
-            return_dict=False,
-        )
-        return told | added(call.named, *residuals)
-
-
-def added(named: Mapping[str, Any], down: Sequence[Tensor], middle: Tensor) -> dict[str, Any]:
-    """The U-Net's arguments with these residuals beside those of a ControlNet that is there already."""
-    known, known_middle = named.get("down_block_additional_residuals"), named.get("mid_block_additional_residual")
-    if known is not None and known_middle is not None:
-        down, middle = [a + b for a, b in zip(known, down, strict=True)], middle + known_middle
-    return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
+        shown = per_image(drawings, len(call.sample), guided, negative=drawings)
+        found = residuals(net, call, tokens, shown, self.control_scale, told["added_cond_kwargs"])
+        return told | added(call.named, *found)
 
 
 def landmarks_drawn(identity: Identity, size: tuple[int, int]) -> Tensor:
