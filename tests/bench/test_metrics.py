@@ -54,6 +54,15 @@ def test_shuffled_people_are_nobody() -> None:
     assert metrics.Rank1()(other).mean() == 0 and metrics.FaceSim()(other).mean().abs() < 0.1
 
 
+def test_facial_values_are_compared_with_the_truth() -> None:
+    truth = torch.tensor([[0.5, 0.1], [0.9, 0.4]])
+    seen = faces([[0.5, 0.3], [0.8, 0.4], [0.0, 0.0]], [True, True, False])
+    it = evidence(images=torch.zeros(3, 3, 2, 2), seen=seen, person=torch.tensor([0, 1, 1]), truth=truth)
+    told = metrics.FacialValues(lambda embeddings: embeddings)(it)
+    assert told[:2].tolist() == pytest.approx([0.1, 0.05]) and told[2].isnan()
+    assert metrics.FacialValues(lambda embeddings: embeddings)(evidence()).isnan().all()
+
+
 def test_copy_paste_asks_which_picture_is_nearer() -> None:
     def at(*degrees: float) -> Faces:
         return faces([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])

@@ -28,6 +28,9 @@ class Judges(Protocol):
     def sets(self) -> Sequence[FID]:
         """Those that give one number for all images of a method."""
 
+    def truth(self, people: Sequence[str]) -> Tensor | None:
+        """(P, V): what is known exactly of the people of these names; None of photographs."""
+
     def wanted(self, named: Mapping[str, str]) -> Mapping[str, int]:
         """What a prompt of the suite asks for, as classes of the attribute reader."""
 
@@ -95,6 +98,7 @@ def gathered(folder: Folder, facts: Mapping[str, Any], cells: Sequence[Cell], ju
         prompts=[prompts[cell.prompt]["text"] for cell in cells],
         wanted=[judges.wanted(prompts[cell.prompt]["wanted"]) for cell in cells],
         others=second,
+        truth=judges.truth(facts["people"]),
     )
 
 

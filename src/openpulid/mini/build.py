@@ -31,6 +31,7 @@ PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
     "finder": (parts.finder, 8),
     "recognisers": (parts.recognisers, 40),
     "clip": (parts.clip, 18),
+    "values": (contest.values, 2),
     "vision": (parts.vision, 20),
     "reader": (parts.reader, 6),
     "autoencoder": (parts.autoencoder, 16),

@@ -1,4 +1,4 @@
-"""The training of a rival on the miniature, from pictures to files: what `pulid mini build --method NAME` does."""
+"""What the miniature's benchmark needs beside PuLID: rivals (`pulid mini build --method NAME`), a reader of faces' numbers."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
+from openpulid.faces.recognise import RECOGNISERS
 from openpulid.identity.clip import ClipFeatures
 from openpulid.identity.features import FoundFaces
 from openpulid.loading import load_features, load_pipeline
 from openpulid.mini import adapter as pulid
 from openpulid.mini.latents import Latents
 from openpulid.mini.parts import Workshop
+from openpulid.mini.progress import progress
 from openpulid.mini.rivals import RIVALS, ClassTokens, Rival, RivalTask
+from openpulid.mini.values import figures, fitted
 from openpulid.presets import mini, with_method
 from openpulid.studio import Studio
 from openpulid.training.bases import SDXLBase
+from openpulid.training.checkpoint import revision
 from openpulid.training.precision import mixed
 from openpulid.training.recipe import find
+from openpulid.weights import load_module, save_module
 from openpulid.world.dataset import WorldDataset
 
 
@@ -52,6 +57,14 @@ def part(name: str) -> Callable[[Workshop], dict[str, float]]:
         return dict(task.validate())
 
     return train
+
+
+def values(shop: Workshop) -> dict[str, float]:
+    """The judge's reader of facial values, from the judge as it is."""
+    judge = load_module(RECOGNISERS["judge"], shop.weights / "recogniser-judge.safetensors", shop.device)
+    reader = fitted(judge, shop.data, on_progress=progress("values"))
+    save_module(reader, shop.weights / "values.safetensors", {"revision": revision()})
+    return figures(reader, judge, shop.held_out)
 
 
 class FaceAlone:

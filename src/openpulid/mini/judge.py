@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from openpulid.loading import no_progress_bars
 from openpulid.mini import clip
 from openpulid.mini.captions import token_ids
 from openpulid.mini.reader import AttributeReader
+from openpulid.mini.values import ValueReader, truth
 from openpulid.presets import MINIATURE
 from openpulid.weights import load_module
 from openpulid.world import ATTRIBUTES
@@ -54,10 +55,13 @@ class Judges:
     embed_images: EmbedImages
     embed_texts: EmbedTexts
     read: ReadAttributes
+    values: ValueReader | None = None
 
     def measures(self) -> list[Metric]:
         """All that can be told of an image here."""
+        exact = [metrics.FacialValues(self.values)] if self.values else []
         return [
+            *exact,
             metrics.FaceSim(),
             metrics.Rank1(),
             metrics.ClipT(self.embed_images, self.embed_texts),
@@ -71,6 +75,10 @@ class Judges:
     def sets(self) -> list[metrics.FID]:
         """FID of CLIP's image features: there is no Inception that knows these pictures."""
         return [metrics.FID(self.embed_images)]
+
+    def truth(self, people: Sequence[str]) -> Tensor | None:
+        """(P, V) facial values of the people that `mini.sitters` draws."""
+        return truth(people) if all(name.isdigit() for name in people) else None
 
     def wanted(self, named: Mapping[str, str]) -> dict[str, int]:
         """What a scene asks for, as the reader's classes."""
@@ -98,4 +106,5 @@ class Judges:
             partial(clip.embed_images, seeing),
             lambda prompts: clip.embed_texts(reading, token_ids(words, list(prompts))),
             reader,
+            load_module(ValueReader, file) if (file := folder / "values.safetensors").exists() else None,
         )

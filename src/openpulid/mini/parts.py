@@ -10,10 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -41,6 +39,7 @@ from openpulid.mini.latents import Latents
 from openpulid.mini.lightning import STATIONS, LightningTask, Walks
 from openpulid.mini.negatives import photographs
 from openpulid.mini.pipeline import Words, assemble, build_unet, save_folder
+from openpulid.mini.progress import progress
 from openpulid.mini.reader import AttributeReader
 from openpulid.mini.text import tokenizer as build_tokenizer
 from openpulid.mini.tower import TowerTask, build_tower
@@ -338,15 +337,3 @@ def stamp(folder: Path, facts: Mapping[str, object]) -> None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             metadata = dict(file.metadata() or {})
         save_file(tensors, path, metadata=metadata | {key: str(value) for key, value in facts.items()})
-
-
-def progress(name: str) -> Any:
-    """A callable (done, total) that prints a line now and then."""
-    console, shown = Console(stderr=True), np.full(1, -1)
-
-    def show(done: int, total: int) -> None:
-        if done * 20 // total > shown[0]:
-            shown[0] = done * 20 // total
-            console.print(f"{name}  {done}/{total}", highlight=False)
-
-    return show

@@ -13,15 +13,16 @@ from openpulid.bench.metrics.evidence import (
     Metric,
     ReadAttributes,
 )
-from openpulid.bench.metrics.identity import FGIS, CopyPaste, FaceDiversity, FaceFound, FaceSim, Rank1
+from openpulid.bench.metrics.identity import FGIS, CopyPaste, FaceDiversity, FaceFound, FaceSim, FacialValues, Rank1
 from openpulid.bench.metrics.interval import Interval, bootstrap
 from openpulid.bench.metrics.purity import FID, Attributes, ClipI, ClipT, Dino, LpipsOutside, OutsideFace, attributes_seen
 
 COLUMNS = (
-    FaceSim, Rank1, FGIS, FaceDiversity, CopyPaste, ClipT, ClipI, Dino, OutsideFace, LpipsOutside, Attributes, FaceFound, FID,
+    FaceSim, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste, ClipT, ClipI, Dino, OutsideFace,
+    LpipsOutside, Attributes, FaceFound, FID,
 )  # fmt: skip
 """All of them, in the order of a report's columns."""
-LIKENESS = frozenset(measure.name for measure in (FaceSim, Rank1, FGIS, FaceDiversity, CopyPaste))
+LIKENESS = frozenset(measure.name for measure in (FaceSim, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste))
 """Whose face it is; a suite may name prompts for these alone."""
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "FaceFound",
     "FaceSim",
     "Faces",
+    "FacialValues",
     "FindFaces",
     "Interval",
     "LpipsOutside",

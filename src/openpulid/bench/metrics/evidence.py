@@ -50,6 +50,7 @@ class Evidence:
         prompts: B sentences.
         wanted: for each image, attribute -> class that the prompt asks for; where that is known.
         others: the faces of another picture of each image's person, B of them; where there is one.
+        truth: (P, V), what is known of the people exactly; of procedural ones their facial values.
     """
 
     images: Tensor
@@ -62,6 +63,7 @@ class Evidence:
     prompts: Sequence[str]
     wanted: Sequence[Mapping[str, int]] = field(default=())
     others: Faces | None = None
+    truth: Tensor | None = None
 
 
 class Metric(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -73,6 +74,31 @@ class CopyPaste:
         apart = _angle(other.embeddings, portrait).clamp(min=self.eps)
         pasted = (_angle(seen.embeddings, other.embeddings) - _angle(seen.embeddings, portrait)) / apart
         return torch.where(seen.found & other.found, pasted, nothing)
+
+
+class FacialValues:
+    """Mean absolute error of the person's own numbers, read back from the image: 0 is the very person.
+
+    This project's own, for people who are drawn from numbers: how wide the nose is, and so on, each from 0 to 1. A reader
+    makes errors too: those on pictures of the person themselves are the best that can be had, and saying the mean person
+    each time the worst. NaN where the image shows no face or nobody knows the numbers.
+
+    Args:
+        read: face embeddings (B, D) -> (B, V).
+    """
+
+    name: ClassVar[str] = "values"
+    higher: ClassVar[bool] = False
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        self.read = read
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        nothing = torch.full((len(evidence.images),), float("nan"))
+        if evidence.truth is None:
+            return nothing
+        error = (self.read(evidence.seen.embeddings) - evidence.truth[evidence.person]).abs().mean(-1)
+        return torch.where(evidence.seen.found, error, nothing)
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:
