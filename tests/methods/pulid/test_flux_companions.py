@@ -8,14 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import (
+    FirstBlockCacheConfig,
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxFillPipeline,
     FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxPipeline,
+    MagCacheConfig,
+    TaylorSeerCacheConfig,
 )
 from people import anna, ben, distance
 from tiny_flux import fresh, run, tiny_pipe
@@ -144,6 +148,45 @@ def test_kontext_shows_the_identity_in_what_is_made() -> None:
     before, after = seen
     assert before.shape[1] == 2 * 64
     assert torch.equal(before[:, 64:], after[:, 64:]) and not torch.equal(before[:, :64], after[:, :64])
+
+
+CACHES = {
+    "first block": FirstBlockCacheConfig(threshold=10.0),
+    "magnitudes": MagCacheConfig(threshold=10.0, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4),
+    "expansion": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, use_lite_mode=True),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_step_that_a_cache_skips_gets_the_identity_once(name: str) -> None:
+    """What the cache repeats has it already: a cache must not make the identity any less, or more, itself."""
+    pipe = tiny_pipe(num_single_layers=6)
+    adapter = fresh(pipe)
+    plain = run(pipe)
+    with adapter.use(anna):
+        exact = run(pipe)
+    pipe.transformer.enable_cache(CACHES[name])
+    cached = run(pipe)
+    with adapter.use(anna):
+        with_identity = run(pipe)
+        assert np.array_equal(run(pipe), with_identity)
+    assert distance(cached, plain) > 1e-3 and distance(with_identity, exact) < 2 * distance(cached, plain)
+    assert distance(with_identity, cached) > 0.5 * distance(exact, plain)
+    assert np.array_equal(run(pipe), cached)
+    pipe.transformer.disable_cache()
+    assert np.array_equal(run(pipe), plain)
+
+
+def test_a_skipped_step_ends_with_what_the_first_block_gave() -> None:
+    pipe = tiny_pipe(num_single_layers=6)
+    pipe.transformer.enable_cache(CACHES["first block"])
+    given: list[Tensor] = []
+    arrived: list[Tensor] = []
+    pipe.transformer.transformer_blocks[0].register_forward_hook(lambda block, args, output: given.append(output[1]))
+    pipe.transformer.norm_out.register_forward_pre_hook(lambda layer, args: arrived.append(args[0]))
+    with fresh(pipe).use(anna):
+        run(pipe)
+    assert [torch.equal(*pair) for pair in zip(given, arrived, strict=True)] == [False, True, True, True]
 
 
 def test_group_offloading() -> None:
