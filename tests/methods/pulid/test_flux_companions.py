@@ -5,6 +5,7 @@ afterwards all is as it was.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from people import anna, ben, distance
 from tiny_flux import fresh, run, tiny_pipe
 from torch import Tensor, nn
 
+from openpulid.errors import OptionError
 from openpulid.methods.pulid.flux import PuLIDFlux
 
 
@@ -217,3 +219,46 @@ def test_sequential_offloading() -> None:
     with adapter.use(anna):
         assert np.array_equal(run(pipe), expected)
     assert np.array_equal(run(pipe), before)
+
+
+# -- torch.compile: the tracer is what matters here, so nothing is generated --
+
+
+def compiled_as_eager(pipe: Any, compile: Callable[[Any], Any]) -> None:
+    """Before, in and after `use`, the images are the same as without the compiler."""
+    adapter = fresh(pipe)
+    before = run(pipe, steps=1)
+    with adapter.use(anna):
+        expected = run(pipe, steps=1)
+    compile(pipe.transformer)
+    for _ in range(2):
+        assert distance(run(pipe, steps=1), before) < 1e-5
+        with adapter.use(anna):
+            assert distance(run(pipe, steps=1), expected) < 1e-5
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    yield monkeypatch
+    torch.compiler.reset()
+
+
+def test_compiled_blocks(compiler) -> None:
+    """As many joined blocks as the compiler would not compile one by one (8)."""
+    pipe = tiny_pipe(num_layers=18, num_single_layers=1)
+    compiled_as_eager(pipe, lambda transformer: transformer.compile_repeated_blocks(backend="eager", fullgraph=True))
+
+
+def test_compiled_as_a_whole(compiler) -> None:
+    """Compiled code would not notice the identity: it is refused, unless the compiler was told to look."""
+    pipe = tiny_pipe()
+    whole = torch.compile(pipe.transformer, backend="eager")
+    adapter = fresh(pipe)
+    for transformer in (whole, pipe.transformer):
+        transformer.compile(backend="eager")
+        adapter.attach(transformer)
+        with pytest.raises(OptionError, match="compile_repeated_blocks"), adapter.use(anna, pipe=transformer):
+            pass
+        adapter.detach()
+    compiler.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
+    compiled_as_eager(tiny_pipe(), lambda transformer: transformer.compile(backend="eager"))

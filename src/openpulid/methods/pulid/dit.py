@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
-from openpulid.methods.pulid.unet import IN_USE
+from openpulid.methods.attachment import in_use
 
 Folded = tuple[Tensor, Tensor]  # (J, P, dim, h * N) and (J, P, h * N, dim): what P prompts with J people are read by
 
@@ -213,27 +213,24 @@ def injected_flux(transformer: Any, injection: FluxInjection) -> Iterator[None]:
     """The transformer with an identity in use; nothing of it is left afterwards, whatever happens inside.
 
     Raises:
-        OptionError: another identity is in use on it.
+        OptionError: another identity is in use on it, or it is compiled as a whole.
     """
-    if getattr(transformer, IN_USE, False):
-        raise OptionError(
-            "an identity is already in use on this pipeline; close it first, or give `use` all identities as one list."
-        )
     blocks: dict[str, Sequence[nn.Module]] = {
         "double": transformer.transformer_blocks,
         "single": transformer.single_transformer_blocks,
     }
+    # the hooks read Python values that change from call to call: compiled, every place would be compiled of its own
+    plain = torch.compiler.disable
     injection.cached = getattr(transformer, "is_cache_enabled", False)
     joined = [(place, blocks[place[0]][place[1]]) for place in injection.layers]
-    with ExitStack() as undo:
-        setattr(transformer, IN_USE, True)
-        undo.callback(delattr, transformer, IN_USE)
-        undo.callback(transformer.register_forward_pre_hook(injection.before, with_kwargs=True).remove)
-        undo.callback(transformer.register_forward_hook(injection.after).remove)
+    around = [transformer, *(block for _, block in joined if injection.cached)]
+    with in_use(transformer, around), ExitStack() as undo:
+        undo.callback(transformer.register_forward_pre_hook(plain(injection.before), with_kwargs=True).remove)
+        undo.callback(transformer.register_forward_hook(plain(injection.after)).remove)
         for place, block in joined:
-            undo.callback(block.register_forward_hook(injection.join(place)).remove)
+            undo.callback(block.register_forward_hook(plain(injection.join(place))).remove)
             if injection.cached:
-                undo.callback(first_part(block).register_forward_pre_hook(injection.begins).remove)
+                undo.callback(first_part(block).register_forward_pre_hook(plain(injection.begins)).remove)
         yield
 
 
