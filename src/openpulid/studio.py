@@ -219,7 +219,8 @@ def load(
 
     Args:
         device: where to compute; the accelerator if there is one, else the CPU.
-        base: another checkpoint than the preset's: a folder, a single file, or OWNER/NAME in the hub's cache.
+        base: another checkpoint than the preset's: a folder, a single file, or OWNER/NAME in the hub's cache; see
+            `presets.on_base`.
         memory: FLUX only, one of `memory.LEVELS`: full, 24gb, 16gb, 12gb.
 
     Raises:
@@ -229,7 +230,7 @@ def load(
     if not isinstance(preset, Preset):
         preset = presets.find(os.fspath(preset))
     if base is not None:
-        preset = replace(preset, pipeline=os.fspath(base))
+        preset = presets.on_base(preset, os.fspath(base))
     if memory is not None:
         level(memory)
         if preset.family != "flux":

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from openpulid.studio import Studio
 
 Preset = Annotated[str, typer.Option(help="The model, see `pulid presets list`; or a folder.")]
-Base = Annotated[str | None, typer.Option(help="Another SDXL checkpoint for the preset: a folder or a single file.")]
+Base = Annotated[str | None, typer.Option(help="Another checkpoint for the preset: a folder or a single file.")]
 Face = Annotated[int | None, typer.Option(help="Which face of a picture with several, from 0; `--show` draws them all.")]
 Order = Annotated[str, typer.Option(help="How faces are counted: large-small, left-right, top-bottom, or the reverse.")]
 
