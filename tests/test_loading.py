@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import copytree, rmtree
+from typing import Any
 
 import pytest
 import torch
@@ -108,4 +110,19 @@ def test_what_is_no_transformer(folder: Path, preset: Preset, tmp_path: Path) ->
     for name in ("less.safetensors", "shape.safetensors", "sdxl.safetensors", "cut.safetensors", "pickled.bin"):
         with pytest.raises(WeightsError, match=name) as error:
             load_pipeline(on_base(preset, tmp_path / name), CPU)
+        assert "\n" not in str(error.value)
+
+
+def test_a_pipeline_without_its_t5(folder: Path, preset: Preset, tmp_path: Path) -> None:
+    copytree(folder / "pipeline", tmp_path / "lost")
+    rmtree(tmp_path / "lost" / "text_encoder_2"), rmtree(tmp_path / "lost" / "tokenizer_2")
+    with pytest.raises(WeightsError, match="lost has no text_encoder_2 and no tokenizer_2; FLUX reads with CLIP and T5"):
+        load_pipeline(replace(preset, pipeline=tmp_path / "lost"), CPU)
+
+
+def test_a_base_of_the_other_family(folder: Path, preset: Preset, tmp_path: Path, tiny_pipeline: Any) -> None:
+    tiny_pipeline().save_pretrained(tmp_path / "sdxl")
+    for one, base in ((preset, tmp_path / "sdxl"), (replace(sdxl(), half=False), folder / "pipeline")):
+        with pytest.raises(WeightsError, match="cannot be loaded") as error:
+            load_pipeline(on_base(one, base), CPU)
         assert "\n" not in str(error.value)

@@ -83,6 +83,9 @@ def _flux(place: Path, preset: Preset, device: torch.device) -> Any:
     """A FLUX pipeline from a folder, with another transformer where one is named, where its memory level wants it."""
     from diffusers import FluxPipeline
 
+    readers = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    if missing := [name for name in readers if not (place / name).is_dir()]:
+        raise WeightsError(f"{place} has no {' and no '.join(missing)}; FLUX reads with CLIP and T5: get the whole pipeline.")
     options: dict[str, Any] = {"torch_dtype": precision(preset), "local_files_only": True}
     if preset.transformer is not None:
         options["transformer"] = _transformer(found(preset.transformer), place, options)

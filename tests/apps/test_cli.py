@@ -189,6 +189,8 @@ def test_mistakes_are_one_sentence(pulid, studio: FakeStudio, anna: Path, tmp_pa
         ("generate", "-o", tmp_path),  # no prompt
         ("generate", "portrait", "--size", "large", "-o", tmp_path),
         ("generate", "portrait", "--size", "100x101", "-o", tmp_path),
+        ("generate", "portrait", "--size", "1000x1000", "--preset", "flux", "-o", tmp_path),
+        ("presets", "memory", "flux", "--size", "1000x1000"),
         ("generate", "portrait", "--method", "magic", "-o", tmp_path),
         ("generate", "portrait", "--mask", anna, "-o", tmp_path),  # of nobody
         ("generate", "--from", anna, "-o", tmp_path),

@@ -151,13 +151,16 @@ def generate(
 
 
 def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, memory: str | None) -> None:
+    from openpulid.presets import find
+
     who, mask = request["id"], request["mask"]
     saved = _identity(who) if who and who.endswith(".safetensors") else None
     for name in (None if saved else who, mask):
         if name:
             _check_picture(name)
     names = ("negative", "steps", "guidance", "scale", "start", "end", "projection", "num_zero", "start_step", "true_cfg")
-    options = {"size": sides(request["size"]), **{name: request[name] for name in names}}
+    multiple = 16 if find(request["preset"]).family == "flux" else 8
+    options = {"size": sides(request["size"], multiple), **{name: request[name] for name in names}}
     studio = _studio(request["preset"], device, request["base"], memory)
     identity: Any = saved or (studio.identify(who) if who else None)
     if mask:

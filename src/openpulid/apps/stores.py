@@ -92,7 +92,7 @@ def memory(
     chosen = find(preset)
     if chosen.family != "flux":
         raise OptionError(f"{preset} has one way of lying in memory; the levels are FLUX's.")
-    width, height = sides(size) or chosen.size or (1024, 1024)
+    width, height = sides(size, 16) or chosen.size or (1024, 1024)
     table = Table("level", "phase", "GiB", "of which")
     for name in LEVELS:
         needs = predicted(name, width, height, chosen.text_tokens)

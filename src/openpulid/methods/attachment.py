@@ -68,8 +68,11 @@ def unet_of(target: Any) -> Any:
         OptionError: it is neither.
     """
     unet = getattr(target, "unet", target)
-    if not hasattr(unet, "attn_processors"):
-        raise OptionError(f"{type(target).__name__} has no U-Net; attach to a StableDiffusionXL pipeline or its U-Net.")
+    if not hasattr(unet, "attn_processors") or not hasattr(unet, "up_blocks"):
+        raise OptionError(
+            f"{type(target).__name__} has no U-Net; attach to a StableDiffusionXL pipeline or its U-Net, or take an adapter "
+            "for FLUX."
+        )
     return unet
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 from people import anna, ben, distance
+from people import fresh as fresh_sdxl
 from safetensors.torch import load_file
 from tiny_flux import SMALL, fresh, run, tiny_pipe
 from torch import Tensor, nn
@@ -317,3 +318,14 @@ def test_another_transformer_is_refused(pipe, adapter) -> None:
         adapter.attach(pipe)
     with pytest.raises(OptionError, match="no FLUX transformer"):
         fresh(pipe).attach(nn.Linear(1, 1))
+
+
+def test_an_adapter_of_the_other_family_is_refused(pipe, tiny_pipeline) -> None:
+    sdxl = tiny_pipeline()
+    ours, theirs = fresh(pipe), fresh_sdxl(sdxl)
+    for target in (sdxl, sdxl.unet):
+        with pytest.raises(OptionError, match=r"has no FLUX transformer; .* take an adapter for SDXL\.$"):
+            ours.attach(target)
+    for target in (pipe, pipe.transformer):
+        with pytest.raises(OptionError, match=r"has no U-Net; .* take an adapter for FLUX\.$"):
+            theirs.attach(target)
