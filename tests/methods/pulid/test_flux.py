@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -329,3 +330,24 @@ def test_an_adapter_of_the_other_family_is_refused(pipe, tiny_pipeline) -> None:
     for target in (pipe, pipe.transformer):
         with pytest.raises(OptionError, match=r"has no U-Net; .* take an adapter for FLUX\.$"):
             theirs.attach(target)
+
+
+def test_two_pipelines_in_two_threads_do_not_mix() -> None:
+    pairs = []
+    for person in (anna, ben):
+        pipe = tiny_pipe()
+        adapter = fresh(pipe)
+        with adapter.use(person, start_step=1, timestep_to_start_cfg=2):
+            pairs.append((pipe, adapter, person, run(pipe, negative=True)))
+
+    def often(pair: Any) -> bool:
+        pipe, adapter, person, expected = pair
+        for _ in range(3):
+            with adapter.use(person, start_step=1, timestep_to_start_cfg=2):
+                if not np.array_equal(run(pipe, negative=True), expected):
+                    return False
+        return True
+
+    assert not np.array_equal(pairs[0][-1], pairs[1][-1])
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(often, pairs))
