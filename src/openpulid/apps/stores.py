@@ -38,7 +38,7 @@ def list_weights(folder: Where = None) -> None:
 
 @weights.command()
 def get(names: Name, folder: Where = None) -> None:
-    """Download what is missing; what was cut off goes on where it was."""
+    """Download what is missing; a connection that breaks is taken up where it was."""
     from openpulid.published import get as download
 
     for name in _needed(names):
