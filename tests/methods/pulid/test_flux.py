@@ -332,6 +332,17 @@ def test_an_adapter_of_the_other_family_is_refused(pipe, tiny_pipeline) -> None:
             theirs.attach(target)
 
 
+@pytest.mark.parametrize("half", ["pipeline", "adapter"])
+def test_one_of_both_in_half_precision(pipe, half: str) -> None:
+    adapter = fresh(pipe)
+    with adapter.use(anna):
+        exact = run(pipe)
+    (pipe if half == "pipeline" else adapter).to(dtype=torch.bfloat16)
+    before = run(pipe)
+    with adapter.use(anna):
+        assert distance(run(pipe), exact) < 0.1 < distance(before, exact)
+
+
 def test_two_pipelines_in_two_threads_do_not_mix() -> None:
     pairs = []
     for person in (anna, ben):

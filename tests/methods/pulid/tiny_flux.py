@@ -64,12 +64,13 @@ def run(pipe: Any, negative: bool = False, count: int = 1, steps: int = 4, **opt
     for name in ("", "negative_"):
         text[f"{name}prompt_embeds"] = torch.randn(count, 7, 24, generator=generator)
         text[f"{name}pooled_prompt_embeds"] = torch.randn(count, 20, generator=generator)
-    text = {name: value for name, value in text.items() if negative or not name.startswith("negative")}
+    dtype = pipe.transformer.dtype if pipe.transformer.dtype.itemsize > 1 else torch.float32  # eight bits are only stored
+    text = {name: value.to(dtype) for name, value in text.items() if negative or not name.startswith("negative")}
     if negative:
         options["true_cfg_scale"] = 3.0
     generators = [torch.Generator().manual_seed(k) for k in range(count)]
     known = {"height": 32, "width": 32, "generator": generators, "num_inference_steps": steps, "output_type": "latent"}
-    return pipe(**text, **known, **options).images.numpy()
+    return pipe(**text, **known, **options).images.float().numpy()
 
 
 def fresh(pipe: Any, seed: int = 0) -> PuLIDFlux:
