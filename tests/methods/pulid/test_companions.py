@@ -246,7 +246,7 @@ def test_mix_gives_further_photos_all_their_tokens(tiny_pipeline) -> None:
         former.encode(two.id_cond, two.hidden, mix=True)
 
 
-def test_a_compiled_unet_is_refused_or_told_to_look(tiny_pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_unet_is_refused_or_told_to_look(tiny_pipeline) -> None:
     """Compiled code does not look for hooks: the identity would not be seen, or stay for ever."""
     pipe = tiny_pipeline()
     adapter, run = fresh(pipe), runner(pipe, num_inference_steps=1)
@@ -257,9 +257,9 @@ def test_a_compiled_unet_is_refused_or_told_to_look(tiny_pipeline, monkeypatch: 
     pipe.unet.compile(backend="eager")
     with pytest.raises(OptionError, match="skip_nnmodule_hook_guards"), adapter.use(anna):
         pass
-    monkeypatch.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
-    assert distance(run(), before) < 1e-5
-    with adapter.use(anna):
-        assert distance(run(), expected) < 1e-5
-    assert distance(run(), before) < 1e-5
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        assert distance(run(), before) < 1e-5
+        with adapter.use(anna):
+            assert distance(run(), expected) < 1e-5
+        assert distance(run(), before) < 1e-5
     torch.compiler.reset()

@@ -238,8 +238,8 @@ def compiled_as_eager(pipe: Any, compile: Callable[[Any], Any]) -> None:
 
 
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
-    yield monkeypatch
+def compiler() -> Any:
+    yield torch._dynamo.config
     torch.compiler.reset()
 
 
@@ -260,5 +260,5 @@ def test_compiled_as_a_whole(compiler) -> None:
         with pytest.raises(OptionError, match="compile_repeated_blocks"), adapter.use(anna, pipe=transformer):
             pass
         adapter.detach()
-    compiler.setattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False)
-    compiled_as_eager(tiny_pipe(), lambda transformer: transformer.compile(backend="eager"))
+    with compiler.patch(skip_nnmodule_hook_guards=False):
+        compiled_as_eager(tiny_pipe(), lambda transformer: transformer.compile(backend="eager"))
