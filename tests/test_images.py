@@ -8,6 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -36,8 +37,10 @@ def close(image: Image.Image, expected: Image.Image, tolerance: int = 12) -> boo
     return a.shape == b.shape and bool(np.abs(a - b).max() <= tolerance)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF"])
 def test_kinds(kind: str, tmp_path: Path) -> None:
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow has no {kind}")
     path = tmp_path / "a.picture"  # the content decides, not the name
     path.write_bytes(saved(picture(), kind))
     image = open_picture(path)
@@ -78,6 +81,24 @@ def test_sixteen_bit_is_scaled_not_clipped() -> None:
     image = open_picture(saved(Image.fromarray(values), "PNG"))
     assert image.getpixel((5, 0)) == (255, 255, 255)
     assert image.getpixel((5, 5)) == pytest.approx((128, 128, 128), abs=1)
+
+
+def test_sixteen_bit_colour() -> None:
+    values = np.zeros((*SIZE[::-1], 3), np.uint16)
+    values[:, :32] = (65535, 32768, 0)  # blue, green, red
+    image = open_picture(cv2.imencode(".png", values)[1].tobytes())
+    assert image.getpixel((5, 5)) == pytest.approx((0, 128, 255), abs=1) and image.getpixel((60, 5)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0])
+def test_floats_are_scaled_and_must_be_numbers(white: float) -> None:
+    values = np.full(SIZE[::-1], white / 2, np.float32)
+    values[0] = white
+    image = open_picture(saved(Image.fromarray(values), "TIFF"))
+    assert image.getpixel((5, 0)) == (255, 255, 255) and image.getpixel((5, 5)) == pytest.approx((128, 128, 128), abs=1)
+    values[1] = np.nan
+    with pytest.raises(PictureError, match="not numbers"):
+        open_picture(saved(Image.fromarray(values), "TIFF"))
 
 
 def test_orientation_is_applied() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import huggingface_hub.constants
+import huggingface_hub.hf_api
 import pytest
 
 from openpulid import published
@@ -21,29 +23,69 @@ COMMIT = "a" * 40
 
 
 class Mirror(BaseHTTPRequestHandler):
-    """As much of the hub as one file needs; counts what it was asked."""
+    """As much of the hub as a file and a pipeline need; counts what it was asked, and breaks off where it is told to."""
 
     asked: ClassVar[list[str]] = []
+    breaks: ClassVar[list[int]] = []  # after so many bytes of the next bodies
+    pipeline: ClassVar[dict[str, bytes]] = {
+        "model_index.json": b'{"_class_name": "Some", "unet": ["diffusers", "UNet"], "image_encoder": [null, null]}',
+        "unet/config.json": b"{}",
+        "unet/model.safetensors.index.json": json.dumps(
+            {"weight_map": {name: f"model-{name}-of-2.safetensors" for name in "12"}}
+        ).encode(),
+        "unet/model.fp16.safetensors": CONTENT,
+        "unet/model-1-of-2.safetensors": CONTENT * 2,
+        "unet/model-2-of-2.safetensors": CONTENT * 2,
+        "README.md": b"words",
+    }
 
     def do_HEAD(self) -> None:
-        self._answer(b"")
+        self._answer()
 
     def do_GET(self) -> None:
-        self._answer(CONTENT)
+        self._answer()
 
-    def _answer(self, body: bytes) -> None:
+    def _answer(self) -> None:
         self.asked.append(f"{self.command} {self.path}")
-        known = self.path == "/guozinan/PuLID/resolve/main/pulid_v1.1.safetensors"
-        self.send_response(200 if known else 404)
-        self.send_header("ETag", f'"{hashlib.sha256(CONTENT).hexdigest()}"')
+        owner_name, _, rest = self.path.removeprefix("/").partition("/resolve/")
+        name = rest.partition("/")[2]
+        if self.path.startswith("/api/models/"):
+            return self._send(json.dumps(self._api()).encode())
+        known = {
+            "guozinan/PuLID": {"pulid_v1.1.safetensors": CONTENT},
+            "stabilityai/stable-diffusion-xl-base-1.0": self.pipeline,
+        }
+        self._send(known.get(owner_name, {}).get(name))
+
+    def _api(self) -> object:
+        files = [{"type": "file", "path": p, "size": len(x), "oid": sha256(x)[:40]} for p, x in self.pipeline.items()]
+        return (
+            files
+            if "/tree/" in self.path
+            else {"id": "x/y", "sha": COMMIT, "siblings": [{"rfilename": p} for p in self.pipeline]}
+        )
+
+    def _send(self, body: bytes | None) -> None:
+        first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        part = (body or b"")[first:]
+        if first:
+            self.asked[-1] += f" from {first}"
+        self.send_response(404 if body is None else 206 if first else 200)
+        self.send_header("ETag", f'"{sha256(body or b"")}"')
         self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(CONTENT) if known else 0))
+        self.send_header("Content-Length", str(len(part)))
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(body or b'') - 1}/{len(body or b'')}")
         self.end_headers()
-        if known:
-            self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(part[: self.breaks.pop(0)] if self.breaks and len(part) > 1000 else part)
 
     def log_message(self, *words: object) -> None:
         pass
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @pytest.fixture
@@ -60,9 +102,10 @@ def mirror(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[str]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
     template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    Mirror.asked.clear()
+    Mirror.asked.clear(), Mirror.breaks.clear()
     yield Mirror.asked
     server.shutdown()
 
@@ -104,6 +147,47 @@ def test_into_a_folder_and_what_a_server_does_not_have(mirror: list[str], tmp_pa
     assert published.verify("pulid-v1.1", tmp_path / "mine") == "whole"
     with pytest.raises(WeightsError, match=r"pulid_v1\.bin could not be downloaded"):
         published.get("pulid-v1", say=lambda text: None)
+
+
+def test_a_broken_connection_is_taken_up_where_it_was(mirror: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    Mirror.breaks[:] = [50_000]
+    assert published.get("pulid-v1.1", say=lambda text: None).read_bytes() == CONTENT
+    assert mirror[-2:] == ["GET /guozinan/PuLID/resolve/main/pulid_v1.1.safetensors", f"{mirror[-2]} from 50000"]
+
+
+def test_offline_nothing_is_asked(mirror: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("pulid-v1.1", "sdxl-base"):
+        with pytest.raises(WeightsError, match=r"could not be downloaded .* files that are whole are kept"):
+            published.get(name, say=lambda text: None)
+    assert mirror == []
+
+
+def test_a_pipeline_comes_in_half_precision_where_there_is_one(mirror: list[str], cache: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    for folder in (None, tmp_path / "mine"):
+        path = published.get("sdxl-base", folder, say=said.append)
+        files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and ".cache" not in file.parts)
+        assert [name for name in files if "json" not in name] == ["unet/model.fp16.safetensors"] and len(files) == 4
+        assert published.locate("sdxl-base", folder) == path
+    assert "not for commercial use" not in said[0]
+    before = len(mirror)
+    assert published.get("sdxl-base") == published.locate("sdxl-base") and len(mirror) == before
+
+
+def test_half_a_pipeline_is_not_here(mirror: list[str], tmp_path: Path) -> None:
+    path = published.get("sdxl-base", tmp_path, say=lambda text: None)
+    weights = path / "unet" / "model.fp16.safetensors"
+    weights.rename(path / "unet" / "model-1-of-2.safetensors")
+    for change in (None, (path / "unet" / "config.json").unlink):
+        if change:
+            change()
+        with pytest.raises(WeightsError, match="is not on this machine"):
+            published.locate("sdxl-base", tmp_path)
+    assert published.get("sdxl-base", tmp_path, say=lambda text: None) == path and weights.is_file()
+    weights.unlink(), (path / "unet" / "model-2-of-2.safetensors").write_bytes(CONTENT)
+    assert published.locate("sdxl-base", tmp_path) == path
 
 
 def test_presets_name_only_what_is_in_the_table() -> None:

@@ -59,6 +59,19 @@ def test_what_the_text_encoder_would_drop_is_refused(studio) -> None:
         studio.generate("portrait", steps=0)
 
 
+def test_sizes_without_latents_are_refused(studio) -> None:
+    """Two latents to a token, two pixels to a latent here, eight in FLUX; the pipeline itself would make another size."""
+    for size, near in (((34, 32), "32x32"), ((32, 31), "32x32"), ((0, 32), "4x32")):
+        with pytest.raises(OptionError, match=rf"multiples of 4, such as {near}\.$"):
+            studio.generate("portrait", size=size)
+
+
+@pytest.mark.parametrize("options", [{"true_cfg": 3.0}, {"negative": "a person"}, {"true_cfg": 3.0, "negative": ""}])
+def test_true_guidance_and_a_negative_prompt_go_together(studio, options) -> None:
+    with pytest.raises(OptionError, match="give both, or neither"):
+        studio.generate("portrait", **options)
+
+
 def test_memory_levels_are_known_before_anything_is_opened() -> None:
     with pytest.raises(OptionError, match="full, 24gb"):
         load("flux", device="cpu", memory="8gb")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from openpulid import memory
 from openpulid.errors import WeightsError
@@ -35,21 +36,15 @@ def load_pipeline(preset: Preset, device: torch.device) -> Any:
     Raises:
         WeightsError: something is missing or damaged.
     """
-    from safetensors import SafetensorError
-
     import openpulid.autoencoder  # noqa: F401 (diffusers loads classes of modules that are already imported)
 
     place = found(preset.pipeline)
     if place.is_dir() and not (place / "model_index.json").is_file():
         raise WeightsError(f"{place} holds no pipeline; `pulid mini build` makes the miniature's.")
-    try:
-        with no_progress_bars():
-            if preset.family == "flux":
-                return _flux(place, preset, device)
-            pipe = _pipeline(place, preset.unet and found(preset.unet), precision(preset))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"{place} cannot be loaded ({reason}); copy or build it again.") from error
+    with no_progress_bars(), _said_of(place):
+        if preset.family == "flux":
+            return _flux(place, preset, device)
+        pipe = _pipeline(place, preset.unet and found(preset.unet), precision(preset))
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(precision(preset))  # text encoders come in the dtype that they are stored in
@@ -125,12 +120,52 @@ def _pipeline(place: Path, unet: Path | str | None, dtype: torch.dtype) -> Any:
 
 
 def _flux(place: Path, preset: Preset, device: torch.device) -> Any:
-    """A FLUX pipeline from a folder, where its memory level wants it."""
+    """A FLUX pipeline from a folder, with another transformer where one is named, where its memory level wants it."""
     from diffusers import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(place, torch_dtype=precision(preset), local_files_only=True)
+    readers = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    if missing := [name for name in readers if not (place / name).is_dir()]:
+        raise WeightsError(f"{place} has no {' and no '.join(missing)}; FLUX reads with CLIP and T5: get the whole pipeline.")
+    options: dict[str, Any] = {"torch_dtype": precision(preset), "local_files_only": True}
+    if preset.transformer is not None:
+        options["transformer"] = _transformer(found(preset.transformer), place, options)
+    pipe = FluxPipeline.from_pretrained(place, **options)
     memory.place(pipe, preset.memory, device)
     return pipe
+
+
+def _transformer(place: Path, pipeline: Path, options: Mapping[str, Any]) -> Any:
+    """FLUX's transformer alone: a folder, or a single file, safetensors or GGUF, of the sizes that the pipeline's has."""
+    from diffusers import FluxTransformer2DModel
+
+    with _said_of(place, "name a FLUX transformer of the preset's sizes"):
+        if place.is_dir():
+            return FluxTransformer2DModel.from_pretrained(place, **options)
+        known = {**options, "config": str(pipeline), "subfolder": "transformer"}
+        if place.suffix == ".gguf":
+            known["quantization_config"] = _gguf(options["torch_dtype"])
+        elif place.suffix != ".safetensors":
+            raise WeightsError(f"{place} is no transformer; name a .safetensors or .gguf file, or a folder.")
+        return FluxTransformer2DModel.from_single_file(str(place), **known)
+
+
+def _gguf(dtype: torch.dtype) -> Any:
+    from diffusers import GGUFQuantizationConfig
+    from diffusers.utils import is_gguf_available
+
+    if not is_gguf_available():
+        raise WeightsError("a GGUF file needs the package gguf; install it with `pip install gguf`.")
+    return GGUFQuantizationConfig(compute_dtype=dtype)
+
+
+@contextmanager
+def _said_of(place: Path, way_out: str = "copy or build it again") -> Iterator[None]:
+    """What a library says of damaged weights, as one sentence that names them."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, NotImplementedError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{place} cannot be loaded ({reason}); {way_out}.") from error
 
 
 def _scheduler(own: Any, preset: Preset) -> Any:

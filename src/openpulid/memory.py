@@ -56,7 +56,7 @@ def place(pipe: Any, name: str, device: torch.device) -> None:
     chosen = level(name)
     if chosen.tiled:
         pipe.vae.enable_tiling()
-    if chosen.transformer == "fp8":
+    if chosen.transformer == "fp8" and not getattr(pipe.transformer, "is_quantized", False):  # one that is small stays
         pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipe.transformer.dtype)
     if device.type == "cpu":
         return  # there is nowhere to go

@@ -32,7 +32,7 @@ class Preset:
     Attributes:
         pipeline: folder, single file, hub name or published name of a StableDiffusionXLPipeline.
         finder, recogniser, vision: what reads faces; with a `parser` they are those of photographs.
-        unet: a U-Net that replaces the pipeline's.
+        unet, transformer: a U-Net, in FLUX a transformer, that replaces the pipeline's.
         sampler: "dpmpp_2m" or "dpmpp_sde" on Karras sigmas, "dpm" for diffusers' multistep solver, or the pipeline's own.
         scheduler: settings of it that differ from the pipeline's.
         size: width and height in pixels; the base's own where it is None.
@@ -55,6 +55,7 @@ class Preset:
     adapter: Place
     parser: Place | None = None
     unet: Place | None = None
+    transformer: Place | None = None
     sampler: Literal["", "dpm", "dpmpp_2m", "dpmpp_sde"] = ""
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 20
@@ -240,6 +241,13 @@ def with_method(preset: Preset, method: str, adapter: Place | None = None) -> Pr
         changes |= {name: getattr(preset, name) for name in known} | OF_THE_MINIATURE[method]
         changes["adapter"] = preset.adapter.with_name(OF_THE_MINIATURE[method].get("adapter", f"{method}.safetensors"))
     return replace(preset, **changes | ({"adapter": adapter} if adapter else {}))
+
+
+def on_base(preset: Preset, base: Place) -> Preset:
+    """The preset on another base: a pipeline; for FLUX a single file or a folder of a transformer alone, too, to which the
+    preset's own pipeline gives the rest."""
+    alone = Path(base).is_file() or (Path(base) / "config.json").is_file()
+    return replace(preset, transformer=base) if preset.family == "flux" and alone else replace(preset, pipeline=base)
 
 
 def find(name: str) -> Preset:

@@ -5,6 +5,7 @@ Nothing here is asked of a network unless `get` is called: a missing file is an 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -132,7 +133,7 @@ def locate(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
     entry = weight(name)
     for place in _folders(folder):
         path = place / entry.file if entry.file else place / entry.repo.split("/")[-1]
-        if path.exists():
+        if path.is_file() if entry.file else _whole(path):
             return path
     if (cached := _cached(entry)) is not None:
         return cached
@@ -143,7 +144,7 @@ def locate(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
 
 
 def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[str], None] = print) -> Path:
-    """Where a weight lies, downloaded if it is nowhere yet. A download that was cut off goes on where it was.
+    """Where a weight lies, downloaded if it is nowhere yet. A connection that breaks is taken up where it was.
 
     The hub's own variables hold: HF_ENDPOINT for a mirror, HF_HUB_OFFLINE for none at all, HF_TOKEN for what needs one.
 
@@ -167,7 +168,7 @@ def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[
     except Exception as error:  # the hub's client, requests and the operating system each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"{entry.name} could not be downloaded ({reason}); run the same command again, it goes on where it was."
+            f"{entry.name} could not be downloaded ({reason}); run the same command again, files that are whole are kept."
         ) from error
 
 
@@ -202,21 +203,37 @@ def _folders(folder: str | os.PathLike[str] | None) -> Sequence[Path]:
 
 def _cached(entry: Weight) -> Path | None:
     """In the hub's cache."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
     from torch.hub import get_dir
 
     if entry.repo.startswith("https://"):
         path = Path(get_dir()) / "checkpoints" / entry.file
         return path if path.is_file() else None
-    if entry.file:
-        found = try_to_load_from_cache(entry.repo, entry.file)
-        return Path(found) if isinstance(found, str) else None
-    try:
-        folder = Path(snapshot_download(entry.repo, local_files_only=True))
-    except LocalEntryNotFoundError:
+    wanted = (entry.file,) if entry.file else ("model_index.json", "config.json")
+    found = next((x for name in wanted if isinstance(x := try_to_load_from_cache(entry.repo, name), str)), None)
+    if found is None:
         return None
-    return folder if any((folder / name).is_file() for name in ("model_index.json", "config.json")) else None
+    if entry.file:
+        return Path(found)
+    return Path(found).parent if _whole(Path(found).parent) else None
+
+
+def _whole(folder: Path) -> bool:
+    """Whether all of a pipeline is in a folder: every part that it names, and every shard of a part's weights; or of a network
+    alone. The hub's own check wants the files that nobody asked for, too."""
+    if not (folder / "model_index.json").is_file():
+        return (folder / "config.json").is_file() and _has_weights(folder)
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    parts = [folder / name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
+    return all(any(part.glob("*config.json")) for part in parts) and all(
+        _has_weights(config.parent) for config in folder.glob("*/config.json")
+    )
+
+
+def _has_weights(part: Path) -> bool:
+    here = {file.name for file in part.iterdir() if file.suffix in (".safetensors", ".bin")}
+    sharded = [set(json.loads(index.read_text("utf-8"))["weight_map"].values()) for index in part.glob("*.index*.json")]
+    return any("-of-" not in name for name in here) or any(shards <= here for shards in sharded)
 
 
 def _downloaded(entry: Weight, folder: Path | None) -> Path:

@@ -171,6 +171,7 @@ class Studio:
         chosen = replace(self.preset, **{name: value for name, value in given.items() if value is not None})
         if min(num_images, chosen.steps, batch) < 1 or seed < 0:
             raise OptionError("num_images, steps and batch are at least 1, and a seed is at least 0.")
+        check_options(self.pipe, chosen)
         for text in (prompt, negative or ""):  # the preset's own negative words may be cut
             check_prompt(*_reader(self.pipe, chosen), text)
         seeds = [seed + k for k in range(num_images)]
@@ -222,7 +223,8 @@ def load(
     Args:
         method: another than PuLID on the preset's base, see `methods.base.METHODS`.
         device: where to compute; the accelerator if there is one, else the CPU.
-        base: another checkpoint than the preset's: a folder, a single file, or OWNER/NAME in the hub's cache.
+        base: another checkpoint than the preset's: a folder, a single file, or OWNER/NAME in the hub's cache; see
+            `presets.on_base`.
         memory: FLUX only, one of `memory.LEVELS`: full, 24gb, 16gb, 12gb.
 
     Raises:
@@ -232,7 +234,7 @@ def load(
     if not isinstance(preset, Preset):
         preset = presets.find(os.fspath(preset))
     if base is not None:
-        preset = replace(preset, pipeline=os.fspath(base))
+        preset = presets.on_base(preset, os.fspath(base))
     if memory is not None:
         level(memory)
         if preset.family != "flux":
@@ -250,6 +252,22 @@ def _reader(pipe: Any, preset: Preset) -> tuple[Any, int]:
     if preset.family == "flux":
         return pipe.tokenizer_2, preset.text_tokens
     return pipe.tokenizer, pipe.tokenizer.model_max_length
+
+
+def check_options(pipe: Any, chosen: Preset) -> None:
+    """Refuses what a pipeline would silently change or leave out.
+
+    Raises:
+        OptionError: a size that it has no latents for; FLUX's true guidance without a negative prompt, or the reverse.
+    """
+    flux = chosen.family == "flux"
+    pixels = pipe.vae_scale_factor * (2 if flux else 1)  # FLUX's tokens are two latents wide
+    if chosen.size and any(side % pixels or side < pixels for side in chosen.size):
+        near = "x".join(str(max(round(side / pixels), 1) * pixels) for side in chosen.size)
+        width, height = chosen.size
+        raise OptionError(f"{width}x{height}: width and height are multiples of {pixels}, such as {near}.")
+    if flux and (chosen.true_cfg > 1) != bool(chosen.negative):
+        raise OptionError("on FLUX true_cfg above 1 guides away from what negative says; give both, or neither.")
 
 
 def check_prompt(tokenizer: Any, limit: int, prompt: str) -> None:

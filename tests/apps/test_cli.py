@@ -14,6 +14,8 @@ from PIL import Image
 from openpulid.apps import cli
 from openpulid.errors import FaceError, PromptError
 from openpulid.identity.identity import Identity
+from openpulid.presets import PRESETS
+from openpulid.published import WEIGHTS
 
 
 class Spoken(SimpleNamespace):
@@ -160,8 +162,24 @@ def test_weights_are_listed_and_missing_ones_named(pulid, tmp_path: Path, monkey
     listed = pulid("weights", "list", "--folder", tmp_path).out
     assert str(tmp_path / "parsing_bisenet.pth") in listed and "not commercial" in listed and "pulid_v1.bin" in listed
     assert pulid("weights", "verify", "parsing", "--folder", tmp_path).out.startswith("parsing: here, and there is nothing")
+    entries = [WEIGHTS[name] for name in PRESETS["flux"]().published[1:]]
+    for entry in entries:
+        (tmp_path / entry.name).write_bytes(b"weights")
+    (tmp_path / "FLUX.1-dev").mkdir()
+    (tmp_path / "FLUX.1-dev" / "model_index.json").write_text("{}")
+    got = pulid("weights", "get", "flux", "parsing", "--folder", tmp_path)  # what is here is not asked for
+    assert got.code == 0 and got.out.split() == [str(tmp_path / name) for name in ("FLUX.1-dev", *(e.name for e in entries))]
     missing = pulid("generate", "portrait", "--preset", "sdxl", "-o", tmp_path)
     assert plain(missing) and "`pulid weights get pulid-v1.1`" in missing.err
+
+
+def test_presets_are_listed_with_what_they_lack(pulid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    listed = pulid("presets", "list").out
+    assert all(name in listed for name in PRESETS) and "`pulid weights get sdxl-v1`" in listed
+    assert any("mini " in line and "yes" in line for line in listed.splitlines())
+    predicted = pulid("presets", "memory", "flux", "--size", "512x512").out
+    assert predicted.count("(peak)") == 4 and "text encoders" in predicted
 
 
 def test_mistakes_are_one_sentence(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
@@ -189,6 +207,9 @@ def test_mistakes_are_one_sentence(pulid, studio: FakeStudio, anna: Path, tmp_pa
         ("generate", "-o", tmp_path),  # no prompt
         ("generate", "portrait", "--size", "large", "-o", tmp_path),
         ("generate", "portrait", "--size", "100x101", "-o", tmp_path),
+        ("generate", "portrait", "--size", "1000x1000", "--preset", "flux", "-o", tmp_path),
+        ("presets", "memory", "flux", "--size", "1000x1000"),
+        ("presets", "memory", "sdxl"),
         ("generate", "portrait", "--method", "magic", "-o", tmp_path),
         ("generate", "portrait", "--mask", anna, "-o", tmp_path),  # of nobody
         ("generate", "--from", anna, "-o", tmp_path),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from openpulid.studio import Studio
 
 Preset = Annotated[str, typer.Option(help="The model, see `pulid presets list`; or a folder.")]
-Base = Annotated[str | None, typer.Option(help="Another SDXL checkpoint for the preset: a folder or a single file.")]
+Base = Annotated[str | None, typer.Option(help="Another checkpoint for the preset: a folder or a single file.")]
 Face = Annotated[int | None, typer.Option(help="Which face of a picture with several, from 0; `--show` draws them all.")]
 Order = Annotated[str, typer.Option(help="How faces are counted: large-small, left-right, top-bottom, or the reverse.")]
 
@@ -162,13 +162,16 @@ def generate(
 
 
 def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, memory: str | None) -> None:
+    from openpulid.presets import find
+
     who, mask = request["id"], request["mask"]
     saved = _identity(who) if who and who.endswith(".safetensors") else None
     for name in (None if saved else who, mask, request["control_picture"]):
         if name:
             _check_picture(name)
     names = ("negative", "steps", "guidance", "scale", "start", "end", "projection", "num_zero", "start_step", "true_cfg")
-    options = {"size": sides(request["size"]), **{name: request[name] for name in names}}
+    multiple = 16 if find(request["preset"]).family == "flux" else 8
+    options = {"size": sides(request["size"], multiple), **{name: request[name] for name in names}}
     studio = _studio(request["preset"], device, request["base"], memory, request["method"])
     identity: Any = saved or (studio.identify(who) if who else None)
     if mask:

@@ -91,13 +91,14 @@ def silent(text: str) -> None:
     """For those who asked for JSON alone."""
 
 
-def sides(text: str | None) -> tuple[int, int] | None:
-    """WIDTHxHEIGHT as two numbers."""
+def sides(text: str | None, multiple: int = 8) -> tuple[int, int] | None:
+    """WIDTHxHEIGHT as two numbers, each a multiple: of 16 for FLUX."""
     if text is None:
         return None
-    if not (match := re.fullmatch(r"(\d+)[x×](\d+)", text)) or min(found := tuple(map(int, match.groups()))) < 8:
+    if not (match := re.fullmatch(r"(\d+)[x×](\d+)", text)) or min(found := tuple(map(int, match.groups()))) < multiple:
         raise OptionError(f"{text!r} is no size; write WIDTHxHEIGHT, such as 832x1216.")
     width, height = found
-    if width % 8 or height % 8:
-        raise OptionError(f"{text}: width and height are multiples of 8, such as {width // 8 * 8}x{height // 8 * 8}.")
+    if width % multiple or height % multiple:
+        near = f"{width // multiple * multiple}x{height // multiple * multiple}"
+        raise OptionError(f"{text}: width and height are multiples of {multiple}, such as {near}.")
     return width, height

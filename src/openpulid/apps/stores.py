@@ -38,7 +38,7 @@ def list_weights(folder: Where = None) -> None:
 
 @weights.command()
 def get(names: Name, folder: Where = None) -> None:
-    """Download what is missing; what was cut off goes on where it was."""
+    """Download what is missing; a connection that breaks is taken up where it was."""
     from openpulid.published import get as download
 
     for name in _needed(names):
@@ -92,7 +92,7 @@ def memory(
     chosen = find(preset)
     if chosen.family != "flux":
         raise OptionError(f"{preset} has one way of lying in memory; the levels are FLUX's.")
-    width, height = sides(size) or chosen.size or (1024, 1024)
+    width, height = sides(size, 16) or chosen.size or (1024, 1024)
     table = Table("level", "phase", "GiB", "of which")
     for name in LEVELS:
         needs = predicted(name, width, height, chosen.text_tokens)

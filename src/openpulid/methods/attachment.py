@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from openpulid.errors import OptionError
 
 MARK = "_identity_method"
 """The U-Net's attribute that names the adapter serving it: attaching another replaces it."""
+
+IN_USE = "_identity_in_use"
+"""The network's attribute while somebody is: a second one would be added to the first without being asked."""
 
 
 @dataclass(eq=False)
@@ -67,6 +73,40 @@ def unet_of(target: Any) -> Any:
         OptionError: it is neither.
     """
     unet = getattr(target, "unet", target)
-    if not hasattr(unet, "attn_processors"):
-        raise OptionError(f"{type(target).__name__} has no U-Net; attach to a StableDiffusionXL pipeline or its U-Net.")
+    if not hasattr(unet, "attn_processors") or not hasattr(unet, "up_blocks"):
+        raise OptionError(
+            f"{type(target).__name__} has no U-Net; attach to a StableDiffusionXL pipeline or its U-Net, or take an adapter "
+            "for FLUX."
+        )
     return unet
+
+
+@contextmanager
+def in_use(network: Any, around: Iterable[nn.Module]) -> Iterator[None]:
+    """Marks a network while an identity joins it.
+
+    Args:
+        around: the modules that hold those which get hooks. Compiled code does not look again whether what it holds has
+            hooks: the identity would not be seen, or stay for ever.
+
+    Raises:
+        OptionError: another identity is in use on it, or one of `around` is compiled.
+    """
+    if getattr(network, IN_USE, False):
+        raise OptionError(
+            "an identity is already in use on this pipeline; close it first, or give `use` all identities as one list."
+        )
+    if any(map(_compiled, around)) and torch._dynamo.config.skip_nnmodule_hook_guards:
+        raise OptionError(
+            "this network is compiled, and compiled code would not notice an identity; set torch._dynamo.config."
+            "skip_nnmodule_hook_guards = False before its first run, or on FLUX call transformer.compile_repeated_blocks()."
+        )
+    setattr(network, IN_USE, True)
+    try:
+        yield
+    finally:
+        delattr(network, IN_USE)
+
+
+def _compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None

@@ -168,6 +168,8 @@ def mini_stage3() -> Recipe:
 
 
 def _mini_continued(name: str, begin: str) -> Recipe:
+    """Gradients go through the last three of four steps: a face's features are decided between t = 700 and 400, and the second
+    step begins at 749 (benchmarks/mini-build.md)."""
     return replace(
         mini_stage1(),
         name=name,
@@ -176,8 +178,11 @@ def _mini_continued(name: str, begin: str) -> Recipe:
         steps=6_000,
         id_prompt="portrait, color photo",
         align_prompts=MINI_ALIGN_PROMPTS,
-        fast_batch=12,
-        last=2,
+        fast_batch=16,
+        last=3,
+        warmup=30,
+        decay=0.5,
+        validate_every=200,
     )
 
 

@@ -199,15 +199,15 @@ def test_a_mask_of_ones_is_no_mask_and_half_is_half(pipe, adapter) -> None:
         np.testing.assert_allclose(half, run(pipe), atol=1e-4)
 
 
-def test_prompts_with_different_numbers_of_people(pipe, adapter) -> None:
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_prompts_with_different_numbers_of_people(pipe, adapter, guidance: float) -> None:
     left = torch.tensor([[1.0, 0.0]])
     two = [(anna, left), (ben, 1 - left)]
     with adapter.use([two, anna]):
-        together = run(pipe, ["portrait", "film"])
-    with adapter.use(two):
-        np.testing.assert_allclose(together[:1], run(pipe, "portrait"), atol=1e-4)
-    with adapter.use(anna):
-        np.testing.assert_allclose(together[1:], run(pipe, "film", seed=1), atol=1e-4)
+        together = run(pipe, ["portrait", "film"], count=2, guidance=guidance)
+    for k, (people, prompt) in enumerate(((two, "portrait"), (two, "portrait"), (anna, "film"), (anna, "film"))):
+        with adapter.use(people):
+            np.testing.assert_allclose(together[k : k + 1], run(pipe, prompt, seed=k, guidance=guidance), atol=1e-4)
 
 
 @pytest.mark.parametrize("bad", [[], [3], [[(anna, None), 3]], "anna", None])

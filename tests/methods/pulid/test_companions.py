@@ -6,6 +6,7 @@ Everywhere the same three promises: the identity acts, the companion goes on act
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,30 @@ def test_a_lora_of_diffusers_goes_on_acting(tiny_pipeline) -> None:
         pipe.unet.disable_adapters()
         without_style = run()
     assert distance(with_both, without_style) > 1e-4
+
+
+def test_a_lora_file_loaded_while_the_adapter_serves(tiny_pipeline, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    torch.manual_seed(1)
+    lora = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False)
+    other.unet.add_adapter(lora)
+    other.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(other.unet))
+    adapter, run = fresh(pipe), runner(pipe)
+    adapter.attach(pipe)
+    with adapter.use(anna):
+        alone = run()
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    with adapter.use(anna):
+        both = run()
+    other_adapter = fresh(other)
+    other_adapter.attach(other)
+    with other_adapter.use(anna):
+        assert np.array_equal(runner(other)(), both) and distance(both, alone) > 1e-4
+    pipe.unload_lora_weights()
+    with adapter.use(anna):
+        assert np.array_equal(run(), alone)
 
 
 def ip_adapter(unet: Any, seed: int = 1) -> dict[str, dict[str, torch.Tensor]]:
@@ -219,3 +244,22 @@ def test_mix_gives_further_photos_all_their_tokens(tiny_pipeline) -> None:
     )
     with pytest.raises(OptionError, match=r"v1\.1"):
         former.encode(two.id_cond, two.hidden, mix=True)
+
+
+def test_a_compiled_unet_is_refused_or_told_to_look(tiny_pipeline) -> None:
+    """Compiled code does not look for hooks: the identity would not be seen, or stay for ever."""
+    pipe = tiny_pipeline()
+    adapter, run = fresh(pipe), runner(pipe, num_inference_steps=1)
+    adapter.attach(pipe)
+    before = run()
+    with adapter.use(anna):
+        expected = run()
+    pipe.unet.compile(backend="eager")
+    with pytest.raises(OptionError, match="skip_nnmodule_hook_guards"), adapter.use(anna):
+        pass
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        assert distance(run(), before) < 1e-5
+        with adapter.use(anna):
+            assert distance(run(), expected) < 1e-5
+        assert distance(run(), before) < 1e-5
+    torch.compiler.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
 from people import anna, ben, distance
+from people import fresh as fresh_sdxl
 from safetensors.torch import load_file
 from tiny_flux import SMALL, fresh, run, tiny_pipe
 from torch import Tensor, nn
@@ -317,3 +319,46 @@ def test_another_transformer_is_refused(pipe, adapter) -> None:
         adapter.attach(pipe)
     with pytest.raises(OptionError, match="no FLUX transformer"):
         fresh(pipe).attach(nn.Linear(1, 1))
+
+
+def test_an_adapter_of_the_other_family_is_refused(pipe, tiny_pipeline) -> None:
+    sdxl = tiny_pipeline()
+    ours, theirs = fresh(pipe), fresh_sdxl(sdxl)
+    for target in (sdxl, sdxl.unet):
+        with pytest.raises(OptionError, match=r"has no FLUX transformer; .* take an adapter for SDXL\.$"):
+            ours.attach(target)
+    for target in (pipe, pipe.transformer):
+        with pytest.raises(OptionError, match=r"has no U-Net; .* take an adapter for FLUX\.$"):
+            theirs.attach(target)
+
+
+@pytest.mark.parametrize("half", ["pipeline", "adapter"])
+def test_one_of_both_in_half_precision(pipe, half: str) -> None:
+    adapter = fresh(pipe)
+    with adapter.use(anna):
+        exact = run(pipe)
+    (pipe if half == "pipeline" else adapter).to(dtype=torch.bfloat16)
+    before = run(pipe)
+    with adapter.use(anna):
+        assert distance(run(pipe), exact) < 0.1 < distance(before, exact)
+
+
+def test_two_pipelines_in_two_threads_do_not_mix() -> None:
+    pairs = []
+    for person in (anna, ben):
+        pipe = tiny_pipe()
+        adapter = fresh(pipe)
+        with adapter.use(person, start_step=1, timestep_to_start_cfg=2):
+            pairs.append((pipe, adapter, person, run(pipe, negative=True)))
+
+    def often(pair: Any) -> bool:
+        pipe, adapter, person, expected = pair
+        for _ in range(3):
+            with adapter.use(person, start_step=1, timestep_to_start_cfg=2):
+                if not np.array_equal(run(pipe, negative=True), expected):
+                    return False
+        return True
+
+    assert not np.array_equal(pairs[0][-1], pairs[1][-1])
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(often, pairs))

@@ -30,12 +30,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_pipe() -> FluxPipeline:
+def tiny_transformer(**sizes: int) -> FluxTransformer2DModel:
+    known = {"patch_size": 1, "in_channels": 16, "num_layers": 3, "num_single_layers": 5, "joint_attention_dim": 24}
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
+    return FluxTransformer2DModel(**{**known, **heads, "pooled_projection_dim": 20, "guidance_embeds": True, **sizes})
+
+
+def tiny_pipe(**sizes: int) -> FluxPipeline:
+    """A pipeline; sizes of its transformer that differ."""
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=3, num_single_layers=5, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=24, pooled_projection_dim=20, axes_dims_rope=(4, 6, 6), guidance_embeds=True,
-    )  # fmt: skip
+    transformer = tiny_transformer(**sizes)
     vae = AutoencoderKL(
         block_out_channels=(8, 8), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4, sample_size=32,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.1,
@@ -60,12 +64,13 @@ def run(pipe: Any, negative: bool = False, count: int = 1, steps: int = 4, **opt
     for name in ("", "negative_"):
         text[f"{name}prompt_embeds"] = torch.randn(count, 7, 24, generator=generator)
         text[f"{name}pooled_prompt_embeds"] = torch.randn(count, 20, generator=generator)
-    text = {name: value for name, value in text.items() if negative or not name.startswith("negative")}
+    dtype = pipe.transformer.dtype if pipe.transformer.dtype.itemsize > 1 else torch.float32  # eight bits are only stored
+    text = {name: value.to(dtype) for name, value in text.items() if negative or not name.startswith("negative")}
     if negative:
         options["true_cfg_scale"] = 3.0
     generators = [torch.Generator().manual_seed(k) for k in range(count)]
     known = {"height": 32, "width": 32, "generator": generators, "num_inference_steps": steps, "output_type": "latent"}
-    return pipe(**text, **known, **options).images.numpy()
+    return pipe(**text, **known, **options).images.float().numpy()
 
 
 def fresh(pipe: Any, seed: int = 0) -> PuLIDFlux:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
-from openpulid.methods.pulid.unet import IN_USE
+from openpulid.methods.attachment import in_use
 
 Folded = tuple[Tensor, Tensor]  # (J, P, dim, h * N) and (J, P, h * N, dim): what P prompts with J people are read by
 
@@ -113,6 +113,9 @@ class FluxInjection:
     schedule: Callable[[], tuple[Any, int | None]] = lambda: (None, None)  # an object of the run, and how many steps it has
     turn: Turn = field(default_factory=Turn)
     active: bool = False
+    cached: bool = False  # whether diffusers' caching may answer for a block
+    computed: bool = True  # whether the block that is being called did anything itself
+    unjoined: Any = None  # what the last joined block of this call gave, before the identity joined
     made: int | None = None  # image tokens that are being made; what follows them are references
     regions: Tensor | None = None  # (J, B, L, 1)
     _nobody: Mapping[tuple[str, int], Folded] | None = None
@@ -125,6 +128,7 @@ class FluxInjection:
         run, steps = self.schedule()
         self.turn.note(float(given["timestep"].flatten()[0]), run)
         self.active = self.acts(self.turn.step, steps)
+        self.computed, self.unjoined = not self.cached, None
         if not self.active:
             return
         ids = given["img_ids"][0] if given["img_ids"].ndim == 3 else given["img_ids"]
@@ -141,13 +145,25 @@ class FluxInjection:
             return None
         return self._positive if self.turn.step < self.cfg_from else None
 
+    def begins(self, part: Any, args: Any) -> None:
+        """Forward pre-hook of a block's first part: the block computes, no cache answers for it."""
+        self.computed = True
+
     def join(self, place: tuple[str, int]) -> Callable[..., Any]:
-        """The forward hook of one block."""
+        """The forward hook of one block.
+
+        A step that a cache skips (`enable_cache`) repeats what the blocks added in the last whole one, the identity too. The
+        first block may give all of it at once; the others then hand it on, and what had joined the first is taken back.
+        """
         layer = self.layers[place]
 
         def hook(block: Any, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
             if not self.active:
                 return None
+            computed, self.computed = self.computed, not self.cached
+            if not computed:
+                return self.unjoined
+            self.unjoined = output if self.cached else None
             text, image = output
             known = self._nobody if self.turn.negative and self._nobody is not None else self.folded
             return text, self._with_identity(image, layer, known[place])
@@ -197,22 +213,27 @@ def injected_flux(transformer: Any, injection: FluxInjection) -> Iterator[None]:
     """The transformer with an identity in use; nothing of it is left afterwards, whatever happens inside.
 
     Raises:
-        OptionError: another identity is in use on it.
+        OptionError: another identity is in use on it, or it is compiled as a whole.
     """
-    if getattr(transformer, IN_USE, False):
-        raise OptionError(
-            "an identity is already in use on this pipeline; close it first, or give `use` all identities as one list."
-        )
     blocks: dict[str, Sequence[nn.Module]] = {
         "double": transformer.transformer_blocks,
         "single": transformer.single_transformer_blocks,
     }
-    with ExitStack() as undo:
-        setattr(transformer, IN_USE, True)
-        undo.callback(delattr, transformer, IN_USE)
-        undo.callback(transformer.register_forward_pre_hook(injection.before, with_kwargs=True).remove)
-        undo.callback(transformer.register_forward_hook(injection.after).remove)
-        for kind, index in injection.layers:
-            hook = blocks[kind][index].register_forward_hook(injection.join((kind, index)))
-            undo.callback(hook.remove)
+    # the hooks read Python values that change from call to call: compiled, every place would be compiled of its own
+    plain = torch.compiler.disable
+    injection.cached = getattr(transformer, "is_cache_enabled", False)
+    joined = [(place, blocks[place[0]][place[1]]) for place in injection.layers]
+    around = [transformer, *(block for _, block in joined if injection.cached)]
+    with in_use(transformer, around), ExitStack() as undo:
+        undo.callback(transformer.register_forward_pre_hook(plain(injection.before), with_kwargs=True).remove)
+        undo.callback(transformer.register_forward_hook(plain(injection.after)).remove)
+        for place, block in joined:
+            undo.callback(block.register_forward_hook(plain(injection.join(place))).remove)
+            if injection.cached:
+                undo.callback(first_part(block).register_forward_pre_hook(plain(injection.begins)).remove)
         yield
+
+
+def first_part(block: nn.Module) -> nn.Module:
+    """What a block calls whenever it computes: its first norm."""
+    return next(block.children())

@@ -42,7 +42,10 @@ class PuLIDFlux(IdentityAdapter):
     def network(target: Any) -> Any:
         transformer = getattr(target, "transformer", target)
         if not hasattr(transformer, "single_transformer_blocks"):
-            raise OptionError(f"{type(target).__name__} has no FLUX transformer; attach to a FLUX pipeline or its transformer.")
+            raise OptionError(
+                f"{type(target).__name__} has no FLUX transformer; attach to a FLUX pipeline or its transformer, or take an "
+                "adapter for SDXL."
+            )
         return transformer
 
     @classmethod

@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
+from openpulid.methods.attachment import in_use
 from openpulid.methods.pulid.projection import Projection, attend, contribution
 
 KeyValue = tuple[Tensor, Tensor]
-
-IN_USE = "_identity_in_use"
-"""The U-Net's attribute while somebody is: a second one would be added to the first without being asked."""
 
 
 class IdentityLayer(nn.Module):
@@ -250,15 +248,9 @@ def injected(unet: nn.Module, injection: Injection) -> Iterator[None]:
     """The U-Net with an identity in use; nothing of it is left afterwards, whatever happens inside.
 
     Raises:
-        OptionError: another identity is in use on this U-Net.
+        OptionError: another identity is in use on this U-Net, or it is compiled.
     """
-    if getattr(unet, IN_USE, False):
-        raise OptionError(
-            "an identity is already in use on this pipeline; close it first, or give `use` all identities as one list."
-        )
-    with ExitStack() as undo:
-        setattr(unet, IN_USE, True)
-        undo.callback(delattr, unet, IN_USE)
+    with in_use(unet, around=unet.modules()), ExitStack() as undo:
         undo.callback(unet.register_forward_pre_hook(injection.before, with_kwargs=True).remove)
         for place, attention in cross_attentions(unet).items():
             for hook in IdentityAttention(place, attention.heads, injection).opened(attention):

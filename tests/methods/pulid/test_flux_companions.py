@@ -1,0 +1,264 @@
+"""The FLUX adapter beside what else diffusers offers: LoRA, ControlNet, IP-Adapter, inpainting, Fill, Kontext, caches,
+offloading, compilers. Everywhere the same three promises: the identity acts, the companion goes on acting, and
+afterwards all is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    FirstBlockCacheConfig,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxFillPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
+    FluxPipeline,
+    MagCacheConfig,
+    TaylorSeerCacheConfig,
+)
+from people import anna, ben, distance
+from tiny_flux import fresh, run, tiny_pipe
+from torch import Tensor, nn
+
+from openpulid.errors import OptionError
+from openpulid.methods.pulid.flux import PuLIDFlux
+
+
+def picture(seed: int = 3) -> Tensor:
+    return torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def left_half() -> Tensor:
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :16] = 1
+    return mask
+
+
+def within(pipe: FluxPipeline, kind: type, **parts: Any) -> Any:
+    """The pipeline's parts in a pipeline of another kind."""
+    own = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
+    other = kind(**own, **parts)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def promises(pipe: Any, **options: Any) -> PuLIDFlux:
+    """Anna and Ben differ, and what was before is bit for bit after."""
+    before = run(pipe, **options)
+    adapter = fresh(pipe)
+    shown = []
+    for person in (anna, ben):
+        with adapter.use(person):
+            shown.append(run(pipe, **options))
+    assert min(distance(before, image) for image in shown) > 1e-2 and distance(*shown) > 1e-2
+    assert np.array_equal(run(pipe, **options), before)
+    return adapter
+
+
+def test_a_lora_goes_on_acting() -> None:
+    from peft import LoraConfig
+
+    pipe = tiny_pipe()
+    plain = run(pipe)
+    torch.manual_seed(1)
+    lora = LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0", "proj_mlp"], init_lora_weights=False)
+    pipe.transformer.add_adapter(lora, "style")
+    assert distance(run(pipe), plain) > 1e-3
+    adapter = promises(pipe)
+    with adapter.use(anna):
+        both = run(pipe)
+        pipe.transformer.disable_adapters()
+        alone = run(pipe)
+    assert distance(both, alone) > 1e-3
+
+
+def test_a_controlnet_goes_on_acting() -> None:
+    base = tiny_pipe()
+    torch.manual_seed(1)
+    net = FluxControlNetModel.from_transformer(base.transformer, 2, 2, attention_head_dim=16, num_attention_heads=2)
+    for layer in (*net.controlnet_blocks, *net.controlnet_single_blocks, net.controlnet_x_embedder):
+        nn.init.normal_(layer.weight, std=0.3)
+    pipe = within(base, FluxControlNetPipeline, controlnet=net.eval())
+    adapter = promises(pipe, control_image=picture())
+    with adapter.use(anna):
+        images = [run(pipe, control_image=picture(), controlnet_conditioning_scale=scale) for scale in (0.0, 1.0)]
+    assert distance(*images) > 1e-3
+
+
+def test_an_ip_adapter_goes_on_acting() -> None:
+    pipe = tiny_pipe()
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape: int) -> Tensor:
+        return 0.5 * torch.randn(shape, generator=generator)
+
+    image = {
+        "proj.weight": noise(4 * 24, 12),
+        "proj.bias": noise(4 * 24),
+        "norm.weight": torch.ones(24),
+        "norm.bias": noise(24),
+    }
+    layers = {}
+    for block in range(len(pipe.transformer.transformer_blocks)):
+        for name in ("k", "v"):
+            layers |= {f"{block}.to_{name}_ip.weight": noise(32, 24), f"{block}.to_{name}_ip.bias": noise(32)}
+    weights = {"image_proj": image, "ip_adapter": layers}
+    pipe.load_ip_adapter(weights, weight_name="", image_encoder_pretrained_model_name_or_path=None)
+    options = {f"{side}ip_adapter_image_embeds": [noise(1, 1, 12)] for side in ("", "negative_")}
+    adapter = promises(pipe, **options)
+    with adapter.use(anna):
+        images = []
+        for scale in (0.0, 1.0):
+            pipe.set_ip_adapter_scale(scale)
+            images.append(run(pipe, **options))
+    assert distance(*images) > 1e-3
+
+
+def test_inpainting_leaves_the_rest() -> None:
+    pipe = within(tiny_pipe(), FluxInpaintPipeline)
+    options = {"image": picture(), "mask_image": left_half(), "strength": 0.75}
+    adapter = promises(pipe, **options)
+    before = run(pipe, **options).reshape(8, 8, -1)
+    with adapter.use(anna):
+        after = run(pipe, **options).reshape(8, 8, -1)
+    assert np.array_equal(before[:, 4:], after[:, 4:]) and distance(before[:, :4], after[:, :4]) > 1e-2
+
+
+def test_fill() -> None:
+    """The picture and its mask go in as further channels of each token."""
+    pipe = within(tiny_pipe(in_channels=16 + 16 + 16, out_channels=16), FluxFillPipeline)
+    promises(pipe, image=picture(), mask_image=left_half())
+
+
+def test_kontext_shows_the_identity_in_what_is_made() -> None:
+    """The reference's tokens follow: right after the first block they are what they were."""
+    pipe = within(tiny_pipe(), FluxKontextPipeline)
+    options = {"image": picture(), "_auto_resize": False, "max_area": 32 * 32}
+    adapter = promises(pipe, **options)
+    seen: list[Tensor] = []
+    for scale in (0.0, 1.0):
+        with adapter.use(anna, scale=scale):
+            hook = pipe.transformer.transformer_blocks[0].register_forward_hook(lambda block, args, out: seen.append(out[1]))
+            run(pipe, steps=1, **options)
+            hook.remove()
+    before, after = seen
+    assert before.shape[1] == 2 * 64
+    assert torch.equal(before[:, 64:], after[:, 64:]) and not torch.equal(before[:, :64], after[:, :64])
+
+
+CACHES = {
+    "first block": FirstBlockCacheConfig(threshold=10.0),
+    "magnitudes": MagCacheConfig(threshold=10.0, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4),
+    "expansion": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, use_lite_mode=True),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_step_that_a_cache_skips_gets_the_identity_once(name: str) -> None:
+    """What the cache repeats has it already: a cache must not make the identity any less, or more, itself."""
+    pipe = tiny_pipe(num_single_layers=6)
+    adapter = fresh(pipe)
+    plain = run(pipe)
+    with adapter.use(anna):
+        exact = run(pipe)
+    pipe.transformer.enable_cache(CACHES[name])
+    cached = run(pipe)
+    with adapter.use(anna):
+        with_identity = run(pipe)
+        assert np.array_equal(run(pipe), with_identity)
+    assert distance(cached, plain) > 1e-3 and distance(with_identity, exact) < 2 * distance(cached, plain)
+    assert distance(with_identity, cached) > 0.5 * distance(exact, plain)
+    assert np.array_equal(run(pipe), cached)
+    pipe.transformer.disable_cache()
+    assert np.array_equal(run(pipe), plain)
+
+
+def test_a_skipped_step_ends_with_what_the_first_block_gave() -> None:
+    pipe = tiny_pipe(num_single_layers=6)
+    pipe.transformer.enable_cache(CACHES["first block"])
+    given: list[Tensor] = []
+    arrived: list[Tensor] = []
+    pipe.transformer.transformer_blocks[0].register_forward_hook(lambda block, args, output: given.append(output[1]))
+    pipe.transformer.norm_out.register_forward_pre_hook(lambda layer, args: arrived.append(args[0]))
+    with fresh(pipe).use(anna):
+        run(pipe)
+    assert [torch.equal(*pair) for pair in zip(given, arrived, strict=True)] == [False, True, True, True]
+
+
+def test_group_offloading() -> None:
+    pipe = tiny_pipe()
+    adapter = fresh(pipe)
+    with adapter.use(anna):
+        expected = run(pipe)
+    cpu = torch.device("cpu")
+    blocks = {"offload_type": "block_level", "num_blocks_per_group": 2}
+    pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, **blocks)
+    assert np.array_equal(run(pipe), run(tiny_pipe()))
+    with adapter.use(anna):
+        assert np.array_equal(run(pipe), expected)
+
+
+def test_sequential_offloading() -> None:
+    """As `enable_sequential_cpu_offload` does, with the CPU for the device: between calls the weights are not there."""
+    from accelerate import cpu_offload
+
+    pipe = tiny_pipe()
+    adapter = fresh(pipe)
+    before = run(pipe)
+    with adapter.use(anna):
+        expected = run(pipe)
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in pipe.transformer.parameters())
+    adapter.attach(pipe)
+    with adapter.use(anna):
+        assert np.array_equal(run(pipe), expected)
+    assert np.array_equal(run(pipe), before)
+
+
+# -- torch.compile: the tracer is what matters here, so nothing is generated --
+
+
+def compiled_as_eager(pipe: Any, compile: Callable[[Any], Any]) -> None:
+    """Before, in and after `use`, the images are the same as without the compiler."""
+    adapter = fresh(pipe)
+    before = run(pipe, steps=1)
+    with adapter.use(anna):
+        expected = run(pipe, steps=1)
+    compile(pipe.transformer)
+    for _ in range(2):
+        assert distance(run(pipe, steps=1), before) < 1e-5
+        with adapter.use(anna):
+            assert distance(run(pipe, steps=1), expected) < 1e-5
+
+
+@pytest.fixture
+def compiler() -> Any:
+    yield torch._dynamo.config
+    torch.compiler.reset()
+
+
+def test_compiled_blocks(compiler) -> None:
+    """As many joined blocks as the compiler would not compile one by one (8)."""
+    pipe = tiny_pipe(num_layers=18, num_single_layers=1)
+    compiled_as_eager(pipe, lambda transformer: transformer.compile_repeated_blocks(backend="eager", fullgraph=True))
+
+
+def test_compiled_as_a_whole(compiler) -> None:
+    """Compiled code would not notice the identity: it is refused, unless the compiler was told to look."""
+    pipe = tiny_pipe()
+    whole = torch.compile(pipe.transformer, backend="eager")
+    adapter = fresh(pipe)
+    for transformer in (whole, pipe.transformer):
+        transformer.compile(backend="eager")
+        adapter.attach(transformer)
+        with pytest.raises(OptionError, match="compile_repeated_blocks"), adapter.use(anna, pipe=transformer):
+            pass
+        adapter.detach()
+    with compiler.patch(skip_nnmodule_hook_guards=False):
+        compiled_as_eager(tiny_pipe(), lambda transformer: transformer.compile(backend="eager"))
