@@ -66,7 +66,7 @@ class FakeStudio:
 @pytest.fixture
 def studio(monkeypatch: pytest.MonkeyPatch) -> FakeStudio:
     fake = FakeStudio()
-    monkeypatch.setattr(cli, "_studio", lambda preset, device, base=None, memory=None: fake)
+    monkeypatch.setattr(cli, "_studio", lambda preset, device, base=None, memory=None, method=None: fake)
     return fake
 
 
