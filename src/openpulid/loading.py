@@ -19,7 +19,7 @@ from openpulid.identity.features import FeatureExtractor, Features, FoundFaces
 from openpulid.identity.photos import PhotoFeatures
 from openpulid.methods.base import find
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.presets import BESIDE, Place, Preset
+from openpulid.presets import BESIDE, OF_THE_MINIATURE, Place, Preset
 from openpulid.published import locate
 from openpulid.schedulers import KarrasScheduler
 from openpulid.weights import fingerprint, load_module, read_tensors
@@ -62,6 +62,8 @@ def load_method(preset: Preset, device: torch.device) -> Any:
     kind: Any = PuLIDFlux if preset.family == "flux" else find(preset.method)
     for place in BESIDE.get(preset.method, ()) if isinstance(preset.adapter, str) else ():
         found(place)  # what is missing is said at once
+    if isinstance(preset.adapter, Path) and preset.method in OF_THE_MINIATURE and not preset.adapter.exists():
+        raise WeightsError(f"{preset.adapter} is not there; `pulid mini build --method {preset.method}` trains it.")
     return kind.load(found(preset.adapter)).to(device, precision(preset))
 
 

@@ -204,6 +204,7 @@ RIVALS: dict[str, dict[str, Any]] = {
     "instantid": {"adapter": "instantid", "scale": 0.8},
     "ip-adapter": {"adapter": "ip-adapter-plus-face", "recogniser": None, "vision": "clip-h", "view": "face", "scale": 0.6},
     "photomaker": {"adapter": "photomaker", "recogniser": None, "vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
+    "photomaker-v2": {"adapter": "photomaker-v2", "vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
 }
 """What differs from PuLID on SDXL for each other method; figures are their authors'."""
 

@@ -53,6 +53,20 @@ def test_faces_of_photographs(pictures: torch.Tensor) -> None:
     assert told["face_sim"][:2].tolist() == pytest.approx([1, 1]) and told["outside_face"].abs().max() == 0
 
 
+def test_curricular_face_is_the_published_layout(tmp_path: Path) -> None:
+    """facexlib's backbone, whose last norm has no weights of its own."""
+    from facexlib.recognition.arcface_arch import Backbone
+
+    torch.manual_seed(0)
+    network = Backbone(num_layers=100, drop_ratio=0.4, mode="ir")
+    network.output_layer[4] = nn.BatchNorm1d(512, affine=False)
+    torch.save(network.state_dict(), tmp_path / "CurricularFace_Backbone.pth")
+    loaded = photo_judges.curricular_face(tmp_path / "CurricularFace_Backbone.pth").eval()
+    crops = torch.rand(1, 3, 112, 112)
+    with torch.no_grad():
+        assert torch.equal(loaded(crops), network.eval()(crops)) and loaded(crops).shape == (1, 512)
+
+
 def test_dino_is_timms(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch16_224.dino", num_classes=0).eval()

@@ -56,6 +56,11 @@ def test_what_cannot_be_is_said() -> None:
         clip_tower({"weight": torch.zeros(1)})
 
 
+def test_a_rival_that_was_not_trained_says_how(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="pulid mini build --method faceid"):
+        load(with_method(mini(), "faceid", tmp_path / "faceid.safetensors"))
+
+
 def test_a_published_tower_is_rebuilt_from_its_tensors() -> None:
     own = tower()
     again = clip_tower({**own.state_dict(), "vision_model.embeddings.position_ids": torch.zeros(1, 5)})

@@ -130,6 +130,24 @@ def test_nothing_is_left_behind(pipe: Any, method: PhotoMaker) -> None:
         pass
 
 
+def test_what_was_said_for_one_run_is_not_kept_for_the_next(pipe: Any, method: PhotoMaker, monkeypatch: Any) -> None:
+    from openpulid.methods.photomaker import adapter
+
+    opened: list[Any] = []
+    begin = adapter._Opened.__init__
+
+    def noted(self: Any, *args: Any) -> None:
+        opened.append(self)
+        begin(self, *args)
+
+    monkeypatch.setattr(adapter._Opened, "__init__", noted)
+    with method.use(somebody(method), start=0.0):
+        first = drawn(pipe)
+        length = len(opened[0].said[0])
+        again = drawn(pipe)
+    assert torch.equal(first, again) and len(opened[0].said[0]) == length
+
+
 def test_batches_and_guidance(pipe: Any, method: PhotoMaker) -> None:
     """Two people in one batch are what each is alone; without guidance there is no negative half to skip."""
     one = somebody(method)

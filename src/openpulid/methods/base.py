@@ -31,6 +31,7 @@ METHODS = {
     "instantid": "openpulid.methods.instantid:InstantID",
     "ip-adapter": "openpulid.methods.ip_adapter:IPAdapter",
     "photomaker": "openpulid.methods.photomaker.adapter:PhotoMaker",
+    "photomaker-v2": "openpulid.methods.photomaker.adapter:PhotoMaker",
     "pulid": "openpulid.methods.pulid.adapter:PuLID",
 }
 """Name -> module:class. Nothing is imported before it is asked for."""

@@ -145,7 +145,7 @@ class _Opened:
         if len({len(tokens) for tokens in self.tokens}) > 1:
             raise OptionError("PhotoMaker shows several people in one batch only from as many photos each.")
         self.said: tuple[list[Said], list[Said]] = ([], [])
-        self.speaking = False
+        self.speaking = self.drawn = False
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -167,6 +167,8 @@ class _Opened:
         """What a text encoder was given, once more with the repeated word; kept beside what it said."""
         if self.speaking:
             return
+        if self.drawn:  # another run begins: what was said for the last one is not kept
+            self.said, self.drawn = ([], []), False
         ids = args[0] if args else named["input_ids"]
         again, places = repeated(ids, words, len(self.tokens[0]))
         self.speaking = True
@@ -182,6 +184,7 @@ class _Opened:
     def _tell(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The prompt with melted words, and its pooled embedding, where an image is asked for."""
         first = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | named
+        self.drawn = True
         if not self.attachment.within(first["timestep"], self.span):
             return args, named
         states, added = first["encoder_hidden_states"].clone(), dict(named["added_cond_kwargs"])
