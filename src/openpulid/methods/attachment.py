@@ -66,6 +66,28 @@ class Attachment:
         return 1 - now / getattr(config, "num_train_timesteps", 1000)
 
 
+class Serving:
+    """A method of U-Nets and the pipelines that it serves."""
+
+    def __init__(self) -> None:
+        self._attachments: list[Attachment] = []
+
+    def detach(self, target: Any = None) -> None:
+        """Serves this pipeline no longer; without an argument, none."""
+        self._attachments = [a for a in self._attachments if target is not None and a.target is not target]
+
+    def serving(self, pipe: Any = None) -> list[Attachment]:
+        """Those that are served, or this one of them.
+
+        Raises:
+            OptionError: it is none.
+        """
+        found = [a for a in self._attachments if pipe is None or a.target is pipe]
+        if not found:
+            raise OptionError(f"this {type(self).__name__} serves no pipeline (any more); call attach(pipe) first.")
+        return found
+
+
 def unet_of(target: Any) -> Any:
     """The U-Net of a pipeline, or the U-Net itself.
 

@@ -16,14 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.attachment import Attachment, unet_of
+from openpulid.methods.attachment import Attachment, Serving, unet_of
 from openpulid.methods.tokens import Call, per_image
 
 Picture = Image.Image | Tensor
 """RGB, or (3, H, W) in [0, 1]."""
 
 
-class ControlNet:
+class ControlNet(Serving):
     """A diffusers ControlNet for SDXL. diffusers' own ControlNet pipelines draw the same; this one needs no other pipeline, so
     it joins image to image, inpainting, and any other method.
 
@@ -32,8 +32,8 @@ class ControlNet:
     """
 
     def __init__(self, net: ControlNetModel) -> None:
+        super().__init__()
         self.net = net.eval().requires_grad_(False)
-        self._attachments: list[Attachment] = []
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ControlNet:
@@ -64,10 +64,6 @@ class ControlNet:
         self.detach(target)
         self._attachments.append(Attachment(target))
 
-    def detach(self, target: Any = None) -> None:
-        """Serves this pipeline no longer; without an argument, none."""
-        self._attachments = [a for a in self._attachments if target is not None and a.target is not target]
-
     @contextmanager
     def use(
         self, picture: Picture | Sequence[Picture], scale: float = 1.0, start: float = 0.0, end: float = 1.0, pipe: Any = None
@@ -84,9 +80,7 @@ class ControlNet:
             OptionError: nothing is attached, or an argument is outside its range.
         """
         shown = [picture] if isinstance(picture, (Image.Image, Tensor)) else list(picture)
-        serving = [a for a in self._attachments if pipe is None or a.target is pipe]
-        if not serving:
-            raise OptionError("this ControlNet serves no pipeline (any more); call attach(pipe) first.")
+        serving = self.serving(pipe)
         if not shown or not 0 <= start <= 1 or not 0 <= end <= 1:
             raise OptionError("give a picture, or one for each prompt; start and end are fractions of the schedule (0 to 1).")
         with ExitStack() as hooks:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
-from openpulid.methods.attachment import Attachment, unet_of
+from openpulid.methods.attachment import Attachment, Serving, unet_of
 from openpulid.weights import read_tensors
 
 Parts = Mapping[str, Mapping[str, Tensor]]
@@ -37,7 +37,7 @@ class Call:
     named: Mapping[str, Any]
 
 
-class TokenMethod:
+class TokenMethod(Serving):
     """A method whose file diffusers opens with `load_ip_adapter`; what it embeds is a subclass's.
 
     Args:
@@ -48,11 +48,11 @@ class TokenMethod:
     """What the authors use it with."""
 
     def __init__(self, parts: Parts) -> None:
+        super().__init__()
         if set(parts) != {"image_proj", "ip_adapter"} or not all(parts.values()):
             raise WeightsError(f"this file has {', '.join(parts) or 'nothing'}; such an adapter has image_proj and ip_adapter.")
         self.parts = {part: dict(tensors) for part, tensors in parts.items()}
         self.lora = {name: self.parts["ip_adapter"].pop(name) for name in list(self.parts["ip_adapter"]) if "_lora." in name}
-        self._attachments: list[Attachment] = []
         self._built: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], nn.Module]] = WeakKeyDictionary()
 
     @classmethod
@@ -99,9 +99,10 @@ class TokenMethod:
 
     def detach(self, target: Any = None) -> None:
         """Serves this pipeline no longer; without an argument, none."""
-        for attachment in [a for a in self._attachments if target is None or a.target is target]:
-            self._attachments.remove(attachment)
-            self._built.pop(attachment.unet, None)
+        for attachment in self._attachments:
+            if target is None or attachment.target is target:
+                self._built.pop(attachment.unet, None)
+        super().detach(target)
 
     @contextmanager
     def use(
@@ -128,9 +129,7 @@ class TokenMethod:
             raise OptionError(
                 "give an identity, or one for each prompt; start and end are fractions of the schedule, from 0 to 1."
             )
-        serving = [a for a in self._attachments if pipe is None or a.target is pipe]
-        if not serving:
-            raise OptionError("this method serves no pipeline (any more); call attach(pipe) first.")
+        serving = self.serving(pipe)
         strength = self.scale if scale is None else scale
         with ExitStack() as stack:
             for attachment in serving if strength and start < end else []:

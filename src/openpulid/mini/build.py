@@ -42,7 +42,7 @@ PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
     "stage2": (parts.stage("stage2"), 25),
     "stage3": (parts.stage("stage3"), 30),
 }
-"""Each part and its minutes on two cores: three and a half hours up to the first adapter, seventy minutes for the others."""
+"""Each part and its minutes on two cores: under three and a half hours to the first adapter, seventy minutes for the others."""
 RIVALS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
     name: (contest.part(name), 20) for name in rivals.NAMES
 }

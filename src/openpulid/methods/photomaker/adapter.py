@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip import ClipFeatures, FindsFaces, Recognises
 from openpulid.identity.identity import Identity
-from openpulid.methods.attachment import Attachment, unet_of
+from openpulid.methods.attachment import Attachment, Serving, unet_of
 from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
 from openpulid.methods.tokens import TokenMethod, low_rank
 from openpulid.weights import read_metadata
@@ -42,7 +42,7 @@ class Said:
     place: int
 
 
-class PhotoMaker:
+class PhotoMaker(Serving):
     """Its method protocol is `methods.base.Method`; identities are those of `features`.
 
     Args:
@@ -54,8 +54,8 @@ class PhotoMaker:
     """The authors let the words alone lay the picture out for this fraction of the steps."""
 
     def __init__(self, encoder: PhotoMakerEncoder, lora: Mapping[str, Tensor]) -> None:
+        super().__init__()
         self.encoder, self.lora = encoder, low_rank_pairs(lora)
-        self._attachments: list[Attachment] = []
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PhotoMaker:
@@ -94,10 +94,6 @@ class PhotoMaker:
         self.detach(target)
         self._attachments.append(Attachment(target))
 
-    def detach(self, target: Any = None) -> None:
-        """Serves this pipeline no longer; without an argument, none."""
-        self._attachments = [a for a in self._attachments if target is not None and a.target is not target]
-
     @contextmanager
     def use(
         self,
@@ -124,9 +120,7 @@ class PhotoMaker:
             raise OptionError(
                 "give an identity, or one for each prompt; start and end are fractions of the schedule, from 0 to 1."
             )
-        serving = [a for a in self._attachments if pipe is None or a.target is pipe]
-        if not serving:
-            raise OptionError("this method serves no pipeline (any more); call attach(pipe) first.")
+        serving = self.serving(pipe)
         with ExitStack() as stack:
             for attachment in serving if scale and span[0] < span[1] else []:
                 stack.enter_context(_Opened(self, attachment, everyone, scale, span).hooks())
