@@ -29,7 +29,9 @@ from openpulid.training.checkpoint import revision
 PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
     "world": (parts.world, 12),
     "finder": (parts.finder, 8),
-    "recognisers": (parts.recognisers, 40),
+    "recogniser-encoder": (parts.recogniser("encoder", 11), 12),
+    "recogniser-loss": (parts.recogniser("loss", 12), 16),
+    "recogniser-judge": (parts.recogniser("judge", 13), 12),
     "clip": (parts.clip, 8),
     "values": (contest.values, 2),
     "vision": (parts.vision, 10),

@@ -158,24 +158,26 @@ def finder(shop: Workshop) -> dict[str, float]:
     return {**finder_figures(network, shop.held_out), "refused": task.refused(shop.held_out, 512)}
 
 
-def recognisers(shop: Workshop) -> dict[str, float]:
-    """Three, one after another, each with its own seed and share of the time; ConvNeXt is the slowest to see."""
-    shares = {"encoder": 0.3, "loss": 0.4, "judge": 0.3}
-    examination = people.Examination.make(shop.held_out, shop.runs / "recognisers" / "moved.npy")
-    networks: dict[str, Any] = {}
-    found: dict[str, float] = {}
-    for seed, (name, kind) in enumerate(RECOGNISERS.items(), 11):
-        schedule = Schedule(steps=20_000, lr=2e-3, decay=0.4, ema=0.995, seed=seed, validate_every=400, weight_decay=0.05)
+def recogniser(name: str, seed: int) -> Callable[[Workshop], dict[str, float]]:
+    """The part that trains one of the three, each with another architecture and its own seed, and says what moves it."""
+
+    def train(shop: Workshop) -> dict[str, float]:
+        schedule = Schedule(
+            steps=20_000, lr=3e-3, optimizer="muon", weight_decay=0.1, warmup=50, decay=0.6, ema=0.995, seed=seed,
+            validate_every=800,
+        )  # fmt: skip
         torch.manual_seed(seed)
-        networks[name] = network = kind()
-        run_name = f"recognisers/{name}"
+        examination = people.Examination.make(shop.held_out, shop.runs / "moved.npy")
+        network: Any = RECOGNISERS[name]()
+        run_name = f"recogniser-{name}"
         task = people.RecogniserTask(network, shop.data, examination)
-        shop.train(run_name, task, schedule, shares[name])
+        shop.train(run_name, task, schedule)
         people.whitened(task)
-        save_module(network, shop.weights / f"recogniser-{name}.safetensors", shop.facts(run_name, schedule), torch.float16)
-        found |= {f"{name} {key}": value for key, value in examination.figures(network).items()}
-    (shop.runs / "recognisers" / "report.md").write_text(people.report(networks, examination))
-    return found
+        save_module(network, shop.weights / f"{run_name}.safetensors", shop.facts(run_name, schedule), torch.float16)
+        (shop.runs / run_name / "report.md").write_text(people.report({name: network}, examination))
+        return examination.figures(network)
+
+    return train
 
 
 def clip(shop: Workshop) -> dict[str, float]:
