@@ -104,6 +104,7 @@ def mini(folder: Path = MINIATURE) -> Preset:
         recogniser=folder / "recogniser-encoder.safetensors",
         vision=folder / "vision.safetensors",
         adapter=folder / "pulid-stage1.safetensors",
+        projection="none",  # as it was trained
         no_face="the preset mini knows only its own drawn people (`pulid world person` draws one), "
         "no photographs; those are for a preset of full size.",
     )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import torch
 
-from openpulid.mini.adapter import Mixture, mates, rows_by_person
+from openpulid.mini.adapter import CLEAR, Mixture, clear, mates, rows_by_person
 from openpulid.training.data import Draw
+from openpulid.world import ATTRIBUTES
 
 
 def test_a_mate_is_another_picture_of_the_same_person() -> None:
     people = torch.tensor([7, 7, 2, 7, 9, 2])
-    of_person = rows_by_person(people)
-    assert [rows.tolist() for rows in of_person] == [[0, 1, 3], [0, 1, 3], [2, 5], [0, 1, 3], [4], [2, 5]]
+    of_person = rows_by_person(people, torch.ones(6, dtype=torch.bool))
+    assert [rows.tolist() for rows in of_person] == [[1, 3], [0, 3], [5], [0, 1], [4], [2]]
     rows = torch.tensor([0, 1, 2, 3, 4, 5] * 50)
     found = mates(rows, of_person, Draw(0, 0))
     assert torch.equal(people[found], people[rows])
@@ -20,6 +24,22 @@ def test_a_mate_is_another_picture_of_the_same_person() -> None:
     assert set(found[rows == 0].tolist()) == {1, 3}  # any of them
     assert torch.equal(found, mates(rows, of_person, Draw(0, 0)))
     assert not torch.equal(found, mates(rows, of_person, Draw(0, 1)))
+
+
+def test_features_are_of_clear_pictures_where_there_are_some() -> None:
+    people = torch.tensor([7, 7, 7, 2, 2])
+    of_person = rows_by_person(people, torch.tensor([False, True, False, False, False]))
+    assert [rows.tolist() for rows in of_person] == [[1], [0, 2], [1], [4], [3]]
+
+
+def test_clear_pictures_show_the_whole_face() -> None:
+    front, left = ATTRIBUTES["pose"].index("front"), ATTRIBUTES["pose"].index("left")
+    seen = np.zeros((4, len(ATTRIBUTES)), dtype=np.int8)
+    seen[:] = [ATTRIBUTES[name].index(CLEAR[name]) if name in CLEAR else 1 for name in ATTRIBUTES]
+    assert (seen[:, list(ATTRIBUTES).index("pose")] == front).all()
+    seen[1, list(ATTRIBUTES).index("pose")] = left
+    seen[2, list(ATTRIBUTES).index("glasses")] = ATTRIBUTES["glasses"].index("sunglasses")
+    assert clear(SimpleNamespace(attributes=seen)).tolist() == [True, False, False, True]
 
 
 class Named:

@@ -17,7 +17,7 @@ from openpulid.training import recipe as recipes
 from openpulid.training.checkpoint import save_adapter
 from openpulid.training.data import Draw
 from openpulid.training.loop import run
-from openpulid.training.task import turned, without
+from openpulid.training.task import Batch, focus, turned, without
 
 
 def everything(pipe):
@@ -44,6 +44,20 @@ def test_gradients_reach_the_adapter_and_nothing_else(pipe):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     frozen = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
     assert all(p.grad is None and not p.requires_grad for m in frozen for p in m.parameters())
+
+
+def test_focus_weighs_what_is_around_the_landmarks():
+    masks = torch.zeros(2, 1, 16, 16)
+    masks[:, :, 2:14, 2:14] = 1
+    places = torch.tensor([[5.5, 6.5], [9.5, 6.5], [7.5, 8.5], [6.5, 11.5], [8.5, 11.5]]) / 16 + 0.5 / 16
+    shown = Batch(torch.zeros(2, 4, 16, 16), masks, ["a", "b"], torch.zeros(2, 3), [], landmarks=places.expand(2, 5, 2))
+    weights = focus(shown, 4.0)
+    assert weights[:, 0, 6:8, 5:7].min() > 3 and weights[0, 0, 2, 13].item() == pytest.approx(1.0, abs=1e-3)
+    assert weights.max() <= 4 and weights[:, :, :2].max() == 0  # outside of the face there are no features
+    eye = torch.exp(torch.tensor(-0.5 / (2 * 1.4**2)))  # eyes four positions apart, half a position away on both axes
+    assert weights[0, 0, 6, 5].item() == pytest.approx(1 + 3 * eye.item(), rel=1e-5)
+    assert focus(shown, 1.0) is masks and focus(shown._replace(landmarks=None), 4.0) is masks
+    assert focus(shown._replace(masks=None), 4.0) is None
 
 
 def test_checkpointed_blocks_find_the_identity_in_backward():

@@ -37,11 +37,14 @@ from openpulid.training.precision import mixed
 from openpulid.training.recipe import Recipe
 from openpulid.training.task import Batch, PuLIDTask, Source
 from openpulid.weights import load_module
-from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
+from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene, render
 from openpulid.world.dataset import WorldDataset
 
 SITTINGS = "world-portraits"
 """The data set of many strangers in simple scenes."""
+CLEAR = {"pose": "front", "glasses": "none", "style": "photo"}
+"""What a picture must be for features to be taken from it. In others half of a face cannot be seen, and an adapter that
+learns from them learns to trust features half."""
 SHEET_PROMPTS = ("portrait, photo, smiling, blue background", "portrait, pencil sketch, turned left")
 SHEET_PEOPLE = 6
 
@@ -55,7 +58,7 @@ class Portraits:
         batch: pictures per step, over all processes.
         device: where they are wanted.
         seen: whether the pictures themselves are wanted too, for an ID loss.
-        paired: features are of another picture of the same person.
+        paired: features are of another picture of the same person, a clear one.
     """
 
     def __init__(
@@ -72,7 +75,8 @@ class Portraits:
     ) -> None:
         self.data, self.latents, self.captions, self.features = data, latents, captions, features
         self.tokenizer, self.size, self.device, self.seen = tokenizer, batch, device, seen
-        self.of_person = rows_by_person(torch.from_numpy(np.array(data.people))) if paired else None
+        people = torch.from_numpy(np.array(data.people))
+        self.of_person = rows_by_person(people, torch.from_numpy(clear(data))) if paired else None
 
     @torch.no_grad()
     def batch(self, draw: Draw) -> Batch:
@@ -99,21 +103,36 @@ class Mixture:
         return self.sources[chosen].batch(draw)
 
 
-def rows_by_person(people: Tensor) -> list[Tensor]:
-    """For each row (N,), where `people` says whose it is: all rows of the same person, in order."""
+def clear(data: WorldDataset) -> np.ndarray:
+    """(N,) bool: pictures of the kind that somebody would give to show a person."""
+    columns = [np.asarray(data.attributes[:, list(ATTRIBUTES).index(name)]) for name in CLEAR]
+    wanted = [ATTRIBUTES[name].index(value) for name, value in CLEAR.items()]
+    return np.all([column == value for column, value in zip(columns, wanted, strict=True)], axis=0)
+
+
+def rows_by_person(people: Tensor, clear: Tensor) -> list[Tensor]:
+    """For each row (N,), where `people` says whose it is: the other rows of the same person, in order.
+
+    Only the `clear` (N,) ones, unless there are none; the row itself where a person has only one.
+    """
     order = people.argsort(stable=True)
     groups = order.split(people.unique(return_counts=True)[1].tolist())
     by_person = {int(people[group[0]]): group for group in groups}
-    return [by_person[person] for person in people.tolist()]
+    found = []
+    for row, person in enumerate(people.tolist()):
+        others = by_person[person][by_person[person] != row]
+        some = others[clear[others]]
+        found.append(some if len(some) else others if len(others) else torch.tensor([row]))
+    return found
 
 
 def mates(rows: Tensor, of_person: Sequence[Tensor], draw: Draw) -> Tensor:
-    """(B,) rows -> as many, each another one of the same person; the row itself where a person has only one."""
+    """(B,) rows -> as many, each one of those that `of_person` has for it."""
     steps = draw.rand(rows.shape, "mates")
     found = []
     for row, step in zip(rows.tolist(), steps.tolist(), strict=True):
-        others = of_person[row][of_person[row] != row]
-        found.append(int(others[int(step * len(others))]) if len(others) else row)
+        others = of_person[row]
+        found.append(int(others[int(step * len(others))]))
     return torch.tensor(found)
 
 

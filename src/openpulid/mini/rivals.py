@@ -34,7 +34,7 @@ from openpulid.training.branches import diffusion_branch
 from openpulid.training.data import Draw
 from openpulid.training.losses import DiffusionLoss
 from openpulid.training.recipe import Recipe
-from openpulid.training.task import HELD_OUT_BATCHES, Batch, Source, turned, without
+from openpulid.training.task import HELD_OUT_BATCHES, Batch, Source, focus, turned, without
 from openpulid.training.token_files import learned_layers, published_parts
 from openpulid.world.dataset import WorldDataset
 
@@ -238,7 +238,7 @@ class RivalTask:
         with self.rival.showing(people, self.base.pipe):
             text = self.base.encode_text(batch.prompts)  # in here: PhotoMaker listens
             step = diffusion_branch(self.base, draw, batch.latents, text, late)
-        return loss(step, batch.masks)
+        return loss(step, focus(batch, self.recipe.features))
 
 
 class ClassTokens:

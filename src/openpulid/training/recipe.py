@@ -55,6 +55,7 @@ class Recipe:
     drop_identity: float = 0.1  # features zeroed, so that guidance has a "nobody": choice
     gamma: float | None = None  # min-SNR-gamma: choice
     inside: float = 1.0  # weight of the face over the rest: choice
+    features: float = 1.0  # weight of what is around the landmarks over the rest of the face: choice
     late: float = 0.0  # density of the drawn times is t to this power; 0 is even: choice
 
     # the lightning branch (stages 2 and 3)
@@ -139,6 +140,7 @@ def mini_stage1() -> Recipe:
         base="mini",
         encoder_width=96,
         inside=3.0,
+        features=4.0,
         paired=True,
         late=1.0,
         batch=48,
