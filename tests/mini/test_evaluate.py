@@ -83,3 +83,13 @@ def test_the_table_shows_every_row(capsys: pytest.CaptureFixture[str], monkeypat
     evaluate.show(Table({"base": row, "stage1": row}, 8, 1, 0))
     out = capsys.readouterr().out
     assert "stage1" in out and "outside" in out and out.count("± 0.050") == 2 * 6 and out.count("0.250") == 2 * 6
+
+
+def test_adapters_are_the_shipped_ones_and_those_trained_here(tmp_path: Path) -> None:
+    weights, runs = tmp_path / "weights", tmp_path / "runs"
+    shipped, older = weights / "pulid-stage1.safetensors", runs / "stage1" / "adapter.safetensors"
+    own = runs / "stage2" / "adapter.safetensors"
+    for file in (shipped, older, own):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert evaluate.trained(weights, runs) == {"stage1": shipped, "stage2": own}

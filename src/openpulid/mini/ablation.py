@@ -28,7 +28,7 @@ def picture(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Ima
     studio = load("mini")
     identities = [studio.identify([portrait]) for portrait in to_pictures(portraits)]
     columns = {"given": portraits, COLUMNS["base"]: evaluate.make(studio, [asked], None)}
-    for model, other in evaluate.models(studio, evaluate.shipped()):
+    for model, other in evaluate.models(studio, evaluate.trained()):
         columns[COLUMNS[model]] = evaluate.make(other, [asked], identities)
     pictures = [to_pictures(images) for images in columns.values()]
     rows = [(asked[k].prompt, [column[k] for column in pictures]) for k in range(people)]
@@ -63,8 +63,8 @@ def sweep(
     for name, recipe in variants().items():
         folder = runs / "sweep" / name.replace(", ", "-").replace(" ", "")
         file = folder / "adapter.safetensors"
-        begin = weights / f"pulid-{(recipe.begin or '').removeprefix('mini_')}.safetensors"
         if not file.exists():
+            begin = adapter.beginning(recipe.begin or "", runs / "any", weights)
             say(f"{name}: {steps} steps")
             short = replace(recipe, warmup=max(1, steps // 20), ema=0.98)
             adapter.train(short, folder, steps=steps, begin=begin, runs=runs, weights=weights, device=device)

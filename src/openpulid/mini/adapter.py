@@ -57,7 +57,7 @@ class Portraits:
         tokenizer: turns tokens back into sentences.
         batch: pictures per step, over all processes.
         device: where they are wanted.
-        seen: whether the pictures themselves are wanted too, for an ID loss.
+        seen: whether the pictures that the features are of are wanted too, for an ID loss.
         paired: features are of another picture of the same person, a clear one.
     """
 
@@ -87,7 +87,7 @@ class Portraits:
         prompts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         shown = rows if self.of_person is None else mates(rows, self.of_person, draw)
         id_cond, hidden = self.features.rows(shown.numpy(), self.device)
-        pictures = faces_of(self.data, rows.numpy(), torch.device(self.device))[0] if self.seen else None
+        pictures = faces_of(self.data, shown.numpy(), torch.device(self.device))[0] if self.seen else None
         landmarks = torch.from_numpy(self.data.landmarks[rows.numpy()] / self.data.images.shape[-1])
         return Batch(latents, faces, prompts, id_cond, hidden, pictures, landmarks)
 

@@ -27,7 +27,7 @@ COLUMNS = ("face_sim", "rank1", "clip_t", "clip_i", "outside_face", "attributes"
 DIGITS = {"clip_t": 2}  # three elsewhere
 BATCH = 16
 MODELS = ("stage1", "naive", "stage2", "stage3")
-"""Adapters that there may be, each `pulid-MODEL.safetensors` among the weights."""
+"""Adapters that there may be; the first and the last are shipped."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def run(
         people: how many, from the first held-out person + `people_seed` on.
         prompts: images of each person and model.
         preset: "mini", or "mini-lightning" for the student's four steps.
-        adapters: model -> file; by default those of `shipped`.
+        adapters: model -> file; by default those of `trained`.
         device: where to compute; the best there is by default.
         progress: passes a model's batches on, and may show how far it is.
     """
@@ -115,16 +115,17 @@ def run(
     batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
     before = make(studio, progress(batches, "base"), None)
     rows = {"base": summarised(measure(judges, asked, portraits, before, before), asked)}
-    for model, other in models(studio, shipped() if adapters is None else adapters):
+    for model, other in models(studio, trained() if adapters is None else adapters):
         after = make(other, progress(batches, model), identities)
         rows[model] = summarised(measure(judges, asked, portraits, after, before), asked)
     return Table(rows, people, prompts, people_seed)
 
 
-def shipped(weights: Path = MINIATURE) -> dict[str, Path]:
-    """Each of `MODELS` whose adapter is among the weights, and its file."""
-    files = {model: weights / f"pulid-{model}.safetensors" for model in MODELS}
-    return {model: file for model, file in files.items() if file.exists()}
+def trained(weights: Path = MINIATURE, runs: Path = Path("runs/mini")) -> dict[str, Path]:
+    """Each of `MODELS` whose adapter is shipped among the weights, or has been trained in `runs`, and its file."""
+    places = {model: (weights / f"pulid-{model}.safetensors", runs / model / "adapter.safetensors") for model in MODELS}
+    there = {model: [file for file in files if file.exists()] for model, files in places.items()}
+    return {model: files[0] for model, files in there.items() if files}
 
 
 def models(studio: Studio, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Studio]]:
