@@ -202,7 +202,7 @@ class PuLIDTask:
     def _id_losses(self, draw: Draw, fast: Base, few: Batch) -> Iterator[Losses]:
         noise = self._noise(draw, fast, few, "id.noise")
         guided = self.walk.guidance != 1
-        text = self._text(fast, self.recipe.id_prompt, len(noise), guided)
+        text = self._text(fast, self._said(self.recipe.id_prompt, few), guided)
         with self._shown(fast, few, guided):
             walked = lightning_branch(fast, noise, text, self.walk)
             everyone = torch.ones(len(noise), dtype=torch.bool)
@@ -210,14 +210,15 @@ class PuLIDTask:
 
     def _alignment_losses(self, draw: Draw, fast: Base, few: Batch) -> Iterator[Losses]:
         noise = self._noise(draw, fast, few, "align.noise")
-        prompts = self.recipe.align_prompts
+        prompts = self.recipe.align_prompts or (None,)
         chosen = int(torch.randint(len(prompts), (), generator=draw.generator("align.prompt")))  # one for all ranks
-        text = self._text(fast, prompts[chosen], len(noise))
+        said = self._said(prompts[chosen], few)
+        text = self._text(fast, said)
         if self.recipe.align_one_step:
             step = int(torch.randint(self.walk.steps, (), generator=draw.generator("align.step")))
             spoken = text
             if self.walk.guidance != 1:
-                spoken = self._text(fast, prompts[chosen], len(noise), guided=True)
+                spoken = self._text(fast, said, guided=True)
             x, sigma = walked_until(fast, noise, spoken, self.walk, step)
             asked = partial(asked_at_step, fast, x, sigma, text)
         else:
@@ -253,8 +254,11 @@ class PuLIDTask:
     def _noise(self, draw: Draw, fast: Base, few: Batch, name: str) -> Tensor:
         return draw.randn((len(few.id_cond), *fast.shape(self.recipe.pixels)), name).to(fast.device)
 
-    def _text(self, fast: Base, prompt: str, count: int, guided: bool = False) -> Any:
-        return fast.encode_text([prompt] * count, pixels=self.recipe.pixels, guided=guided)
+    def _said(self, prompt: str | None, few: Batch) -> list[str]:
+        return list(few.prompts) if prompt is None else [prompt] * len(few.id_cond)
+
+    def _text(self, fast: Base, prompts: list[str], guided: bool = False) -> Any:
+        return fast.encode_text(prompts, pixels=self.recipe.pixels, guided=guided)
 
     def _shown(self, base: Base, people: Batch, guided: bool = False) -> AbstractContextManager[PuLID]:
         """The adapter with these people in use on a base."""
