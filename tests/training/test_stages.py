@@ -67,6 +67,22 @@ def test_the_path_without_identity_is_the_base_itself():
     assert last["semantic"].item() < 1e-5 and last["layout"].item() < 1e-5
 
 
+@pytest.mark.parametrize("change", [{}, {"align_one_step": True, "guidance": 2.0, "fast_steps": 6}])
+def test_without_prompts_of_its_own_a_stage_hears_those_of_the_pictures(change):
+    own = {**STAGE3, **change, "fast_batch": 4, "id_prompt": None, "align_prompts": ()}
+    said = {}
+    for name, figures in {"own": own, "one": {**own, "id_prompt": "portrait", "align_prompts": ("portrait",)}}.items():
+        task = tiny.task(**figures)
+        for layer in task.adapter.id_adapter_attn_layers.values():
+            torch.nn.init.constant_(layer.id_to_v.weight, 0.01)
+        said[name] = {key: value.item() for part in task.losses(Draw(0, 0)) for key, value in part.items()}
+        every = task.data.batch
+        task.data.batch = lambda draw, every=every: every(draw)._replace(prompts=["portrait"] * 4)
+        said[f"{name}, all alike"] = {k: v.item() for part in task.losses(Draw(0, 0)) for k, v in part.items()}
+    assert said["own"]["id"] != said["one"]["id"] and said["own"]["layout"] != said["one"]["layout"]
+    assert said["own, all alike"] == said["one, all alike"]
+
+
 @pytest.mark.parametrize("change", [{}, {"align_one_step": True}, {"align_one_step": True, "guidance": 2.0, "fast_steps": 6}])
 def test_training_leaves_the_base_as_it_was(pipe, tmp_path, change):
     modules = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
