@@ -60,7 +60,7 @@ def save_picture(image: Image.Image, path: Path, request: Mapping[str, Any] | No
     """Writes a picture; a PNG carries the request that made it under "openpulid", as JSON."""
     from PIL.PngImagePlugin import PngInfo
 
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"quality": 90}  # of what is not kept exactly
     if request is not None:
         extra["pnginfo"] = PngInfo()
         extra["pnginfo"].add_itxt("openpulid", json.dumps(request, ensure_ascii=False))
