@@ -27,7 +27,7 @@ COLUMNS = ("face_sim", "rank1", "clip_t", "clip_i", "outside_face", "attributes"
 DIGITS = {"clip_t": 2}  # three elsewhere
 BATCH = 16
 MODELS = ("stage1", "naive", "stage2", "stage3")
-"""Adapters that there may be; the first and the last are shipped."""
+"""Adapters that there may be, in the order of the table."""
 
 
 @dataclass(frozen=True)
