@@ -37,7 +37,7 @@ def test_requests_are_the_same_for_everybody() -> None:
     asked = evaluate.requests(people=3, prompts=2, people_seed=5)
     assert asked == evaluate.requests(3, 2, 5)
     assert asked[2:] == [  # people are numbered from the first, whatever comes before
-        evaluate.Request(r.person + 1, r.prompt, r.seed, r.wanted) for r in evaluate.requests(2, 2, 6)
+        evaluate.Request(r.person + 1, r.prompt, r.seed, r.scene) for r in evaluate.requests(2, 2, 6)
     ]
     assert [request.person for request in asked] == [0, 0, 1, 1, 2, 2]
     for request in asked:
@@ -65,6 +65,7 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
     assert base["clip_i"].mean == pytest.approx(1) and base["outside_face"].mean == 0
     assert stage1["outside_face"].mean == 0  # only the middle differs
     assert stage1["face_found"].mean == 1
+    assert list(table.rows) == ["base", "stage1", "truth"]
     assert evaluate.references(people=2).shape == (2, 3, 96, 96)
 
 

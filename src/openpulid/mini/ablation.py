@@ -78,7 +78,7 @@ def plot(table: Table, path: Path) -> None:
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, purity in zip(figure.subplots(1, 2), ("clip_i", "outside_face"), strict=True):
-        names = [name for name in table.rows if name != "base"]
+        names = [name for name in table.rows if name in variants()]
         for label, part in (("stage 2, gradients through the last k of 4 steps", "k"), ("stage 3, weights", "sem")):
             _curve(axes, table.rows, [name for name in names if name.startswith(part)], purity, label)
         if purity == "outside_face":

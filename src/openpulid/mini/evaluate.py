@@ -32,12 +32,17 @@ MODELS = ("stage1", "naive", "stage2", "stage3")
 
 @dataclass(frozen=True)
 class Request:
-    """One image that every model makes: whose, from which words and noise, and what must be seen in it."""
+    """One image that every model makes: whose, from which words and noise, and the scene that the words describe."""
 
     person: int
     prompt: str
     seed: int
-    wanted: Mapping[str, int]
+    scene: Scene
+
+    @property
+    def wanted(self) -> dict[str, int]:
+        """Attribute -> index of the value that must be seen."""
+        return {name: ATTRIBUTES[name].index(value) for name, value in self.scene.attributes().items()}
 
 
 @dataclass(frozen=True)
@@ -77,16 +82,26 @@ def requests(people: int, prompts: int, people_seed: int = 0) -> list[Request]:
         generator = torch.Generator().manual_seed(HELD_OUT_PEOPLE + people_seed + person)
         for _ in range(prompts):
             scene = Scene.sample(generator, held_out=True)
-            wanted = {name: ATTRIBUTES[name].index(value) for name, value in scene.attributes().items()}
             seed = int(torch.randint(2**31, (), generator=generator))
-            made.append(Request(person, scene.prompt(generator, keep=1.0), seed, wanted))
+            made.append(Request(person, scene.prompt(generator, keep=1.0), seed, scene))
     return made
 
 
 def references(people: int, people_seed: int = 0) -> Tensor:
     """(people, 3, 96, 96) neutral portraits: what identities are made from and faces compared with."""
-    known = [Person.from_seed(HELD_OUT_PEOPLE + people_seed + k) for k in range(people)]
-    return torch.cat([render([person], [Scene()]).image for person in known])
+    return torch.cat([_drawn(k, Scene(), people_seed) for k in range(people)])
+
+
+def truth(asked: Sequence[Request], people: int, people_seed: int = 0) -> tuple[Tensor, Tensor]:
+    """What a perfect method would give with and without an identity, each (B, 3, 96, 96): the world's own drawing of each
+    request's scene, with its person and with another of the table's."""
+    with_identity = [_drawn(r.person, r.scene, people_seed) for r in asked]
+    without = [_drawn((r.person + people // 2) % people, r.scene, people_seed) for r in asked]
+    return torch.cat(with_identity), torch.cat(without)
+
+
+def _drawn(person: int, scene: Scene, people_seed: int) -> Tensor:
+    return render([Person.from_seed(HELD_OUT_PEOPLE + people_seed + person)], [scene]).image
 
 
 def run(
@@ -99,7 +114,7 @@ def run(
     device: str | None = None,
     progress: Progress = silent,
 ) -> Table:
-    """Make every model's images and measure them.
+    """Make every model's images and measure them; the last row is that of `truth`.
 
     Args:
         people: how many, from the first held-out person + `people_seed` on.
@@ -118,6 +133,7 @@ def run(
     for model, other in models(studio, trained() if adapters is None else adapters):
         after = make(other, progress(batches, model), identities)
         rows[model] = summarised(measure(judges, asked, portraits, after, before), asked)
+    rows["truth"] = summarised(measure(judges, asked, portraits, *truth(asked, people, people_seed)), asked)
     return Table(rows, people, prompts, people_seed)
 
 

@@ -313,7 +313,7 @@ def lightning(shop: Workshop, count: int = 4096, seeing: float = 0.6) -> dict[st
 
 
 def stage(name: str) -> Callable[[Workshop], dict[str, float]]:
-    """The part that trains the adapter of the recipe mini_NAME and writes it, in half precision, beside the other weights."""
+    """The part that trains the adapter of the recipe mini_NAME and writes it beside the other weights, in bfloat16."""
 
     def train(shop: Workshop) -> dict[str, float]:
         recipe = find(f"mini_{name}")
@@ -321,7 +321,7 @@ def stage(name: str) -> Callable[[Workshop], dict[str, float]]:
             recipe, shop.runs / name, minutes=shop.minutes, device=shop.device, runs=shop.runs, weights=shop.weights
         )
         shop.results[name] = result
-        save_adapter(deepcopy(trained).half(), shop.weights / f"pulid-{name}.safetensors", recipe, result)
+        save_adapter(deepcopy(trained).bfloat16(), shop.weights / f"pulid-{name}.safetensors", recipe, result)
         return dict(result.metrics)
 
     return train

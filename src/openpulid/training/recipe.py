@@ -155,12 +155,14 @@ def _mini_continued(name: str, begin: str) -> Recipe:
 
     Prompts are the pictures' own sentences. An adapter that was asked for faces under one prompt alone had a likeness of .61
     there and of .28 under others: seventy layers may carry over from one sentence to the next, ten do not
-    (benchmarks/mini-ablation.md).
+    (benchmarks/mini-ablation.md). The diffusion branch, a third of a step's time, only has to keep what stage 1 taught: half
+    of its pictures.
     """
     return replace(
         mini_stage1(),
         name=name,
         begin=begin,
+        batch=24,
         lr=1e-3,
         steps=6_000,
         id_prompt=None,
