@@ -39,14 +39,14 @@ PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
     "autoencoder": (parts.autoencoder, 16),
     "base": (parts.base, 66),
     "lightning": (parts.lightning, 12),
-    "stage1": (parts.stage("stage1"), 20),
+    "stage1": (parts.stage("stage1"), 45),
     "naive": (parts.stage("naive"), 15),
     "stage2": (parts.stage("stage2"), 25),
-    "stage3": (parts.stage("stage3"), 30),
+    "stage3": (parts.stage("stage3"), 38),
 }
-"""Each part and its minutes on two cores: under three and a half hours to the first adapter, seventy minutes for the others."""
+"""Each part and its minutes on two cores: under four hours to the first adapter, eighty minutes for the others."""
 RIVALS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
-    name: (contest.part(name), 20) for name in rivals.NAMES
+    name: (contest.part(name), 45) for name in rivals.NAMES
 }
 """What `--method` names: PuLID's rivals, with as many minutes as its first stage."""
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")
