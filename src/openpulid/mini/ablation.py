@@ -18,8 +18,8 @@ from openpulid.training.recipe import Recipe, find
 COLUMNS = {"base": "without", "stage1": "stage 1", "naive": "naive ID loss", "stage2": "stage 2", "stage3": "stage 3"}
 LAST = (1, 2, 3, 4)
 """Steps of the lightning branch that carry gradient."""
-ALIGNMENT = ((0.0, 0.0), (0.6, 0.0), (0.0, 0.1), (0.6, 0.1), (2.4, 0.4))
-"""Weights of L_sem and L_layout; the fourth are the paper's."""
+ALIGNMENT = ((0.0, 0.0), (0.6, 0.1), (3.0, 0.0), (0.0, 0.5), (3.0, 0.5))
+"""Weights of L_sem and L_layout; the second are the paper's, the last the recipe's."""
 
 
 def picture(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Image:
