@@ -147,9 +147,10 @@ def mini_stage2() -> Recipe:
 def mini_stage3() -> Recipe:
     """PuLID: stage 2 and the alignment of the lightning branch with itself without an identity.
 
-    Five times the paper's weights, at its ratio: how it reduces its norms it does not say, and by the mean square a tenth of the ID
-    loss was left to pull. Times are drawn evenly: the ID loss is cheapest to please in the last step, at t = 250, with
-    patterns that no later layer asks about, and of late times alone L_diff saw one picture there (benchmarks/mini-ablation.md).
+    Five times the paper's weights, at its ratio: how it reduces its norms it does not say, and as a mean square they were
+    a tenth of the ID loss. Times are drawn evenly: the ID loss is cheapest to please in the last step, at t = 250, with
+    patterns that no later layer asks about, and of late times alone L_diff saw one picture there
+    (benchmarks/mini-ablation.md).
     """
     continued = _mini_continued("mini_stage3", begin="mini_stage2")
     return replace(continued, id_loss="accurate", semantic=3.0, layout=0.5, late=0.0)
