@@ -10,7 +10,7 @@ import torch
 
 from openpulid.bench import identify, speed
 from openpulid.bench.training import RandomSDXL
-from openpulid.bench.turns import by_turns
+from openpulid.bench.turns import by_turns, medians, ratios
 from openpulid.errors import OptionError
 from openpulid.identity.vision import VisionTower
 from openpulid.methods.pulid.encoders import IDFormer
@@ -25,8 +25,9 @@ def test_candidates_take_turns_and_the_first_round_does_not_count() -> None:
         return next(seconds[name])
 
     done: list[tuple[int, int]] = []
-    medians = by_turns({name: partial(run, name) for name in seconds}, 3, lambda *counts: done.append(counts))
-    assert medians == {"a": 2.0, "b": 5.0} and order == ["a", "b"] * 4 and done[-1] == (8, 8)
+    found = by_turns({name: partial(run, name) for name in seconds}, 3, lambda *counts: done.append(counts))
+    assert medians(found) == {"a": 2.0, "b": 5.0} and order == ["a", "b", "b", "a"] * 2 and done[-1] == (8, 8)
+    assert ratios(found) == {"a": 1.0, "b": 3.0}  # of 5, 4 / 3 and 3
 
 
 @pytest.mark.parametrize("guided", [False, True])

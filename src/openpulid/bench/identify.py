@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from openpulid.bench.turns import by_turns, timed
+from openpulid.bench.turns import by_turns, medians, timed
 from openpulid.identity.vision import VisionTower
 from openpulid.methods.pulid.encoders import IDFormer
 
@@ -70,7 +70,7 @@ def measure(
         "encode": encode(half),
         "encode, float32": encode(torch.float32),
     }
-    found = by_turns({name: partial(timed, stage, device) for name, stage in work.items()}, rounds, on_progress)
+    found = medians(by_turns({name: partial(timed, stage, device) for name, stage in work.items()}, rounds, on_progress))
     pairs = {name: (found[name], found.get(f"{name}, float32", found[name])) for name in ("detect", "recognise", "parse")}
     stages = [Stage(name, *pair) for name, pair in pairs.items()]
     stages.append(Stage("detect again", None, found["detect again"]))

@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from openpulid.bench.training import RandomSDXL, default_dtype, random_base
-from openpulid.bench.turns import by_turns, peak, reset_peak, timed
+from openpulid.bench.turns import by_turns, medians, peak, ratios, reset_peak, timed
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDFormer
@@ -162,9 +162,9 @@ def measure(it: Subject, rounds: int = 5, on_progress: Callable[[int, int], None
         return timed(whole, it.device)
 
     runs = {"base": lambda: timed(it.step, it.device), "pulid": pulid, "afresh": afresh}
-    medians = by_turns({name: noted(name, run) for name, run in runs.items()}, rounds, on_progress)
-    first = medians["base"]
-    return [Step(name, round(s, 4), round(s / first, 4), memory[name]) for name, s in medians.items()]
+    seconds = by_turns({name: noted(name, run) for name, run in runs.items()}, rounds, on_progress)
+    times, ratio = medians(seconds), ratios(seconds)
+    return [Step(name, round(times[name], 4), round(ratio[name], 4), memory[name]) for name in runs]
 
 
 def _small_former(width: int) -> IDFormer:

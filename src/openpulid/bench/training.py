@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from openpulid.autoencoder import PatchAutoencoderKL
-from openpulid.bench.turns import by_turns, peak, reset_peak, timed
+from openpulid.bench.turns import by_turns, medians, peak, ratios, reset_peak, timed
 from openpulid.errors import OptionError
 from openpulid.faces.align import TEMPLATE
 from openpulid.faces.embed import FaceEmbedder
@@ -177,9 +177,9 @@ def measure(
         return seconds
 
     names = {f"{last} {again}": (last, again) for last, again in candidates}
-    medians = by_turns({name: partial(run, name, *c) for name, c in names.items()}, rounds, on_progress)
-    first = next(iter(medians.values()))
-    return [Cost(*names[n], round(s, 4), round(s / first, 3), memory[n]) for n, s in medians.items()]
+    seconds = by_turns({name: partial(run, name, *c) for name, c in names.items()}, rounds, on_progress)
+    times, ratio = medians(seconds), ratios(seconds)
+    return [Cost(*names[n], round(times[n], 4), round(ratio[n], 3), memory[n]) for n in names]
 
 
 def show(costs: Sequence[Cost]) -> None:

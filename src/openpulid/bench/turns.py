@@ -1,4 +1,4 @@
-"""Measuring side by side: candidates by turns in one process, medians, and their ratios to the first."""
+"""Measuring side by side: candidates by turns in one process, medians, and ratios to the first."""
 
 from __future__ import annotations
 
@@ -11,24 +11,40 @@ from pathlib import Path
 
 import torch
 
+Seconds = Mapping[str, list[float]]
+
 
 def by_turns(
     candidates: Mapping[str, Callable[[], float]], rounds: int = 5, on_progress: Callable[[int, int], None] | None = None
-) -> dict[str, float]:
-    """Median seconds of each candidate over the rounds, after one of each that does not count.
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round, after a round that does not count; every round begins with another one.
 
     Args:
         candidates: run once when called, and say how many seconds of it count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
     for turn in range(rounds + 1):
-        for k, (name, candidate) in enumerate(candidates.items()):
-            spent = candidate()
+        for k in range(len(names)):
+            name = names[(turn + k) % len(names)]
+            spent = candidates[name]()
             if turn:
                 seconds[name].append(spent)
             if on_progress:
-                on_progress(turn * len(candidates) + k + 1, (rounds + 1) * len(candidates))
+                on_progress(turn * len(names) + k + 1, (rounds + 1) * len(names))
+    return seconds
+
+
+def medians(seconds: Seconds) -> dict[str, float]:
+    """Of each candidate."""
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def ratios(seconds: Seconds) -> dict[str, float]:
+    """Of each candidate to the first: the median of the rounds' own ratios, which a machine that is slower for a while
+    does not change."""
+    first = next(iter(seconds.values()))
+    return {name: statistics.median(a / b for a, b in zip(values, first, strict=True)) for name, values in seconds.items()}
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
