@@ -148,12 +148,9 @@ def mini_stage3() -> Recipe:
     """PuLID: stage 2 and the alignment of the lightning branch with itself without an identity.
 
     Five times the paper's weights, at its ratio: how it reduces its norms it does not say, and as a mean square they were
-    a tenth of the ID loss. Times are drawn evenly: the ID loss is cheapest to please in the last step, at t = 250, with
-    patterns that no later layer asks about, and of late times alone L_diff saw one picture there
-    (benchmarks/mini-ablation.md).
+    a tenth of the ID loss (benchmarks/mini-ablation.md).
     """
-    continued = _mini_continued("mini_stage3", begin="mini_stage2")
-    return replace(continued, id_loss="accurate", semantic=3.0, layout=0.5, late=0.0)
+    return replace(_mini_continued("mini_stage3", begin="mini_stage2"), id_loss="accurate", semantic=3.0, layout=0.5)
 
 
 def _mini_continued(name: str, begin: str) -> Recipe:
@@ -163,12 +160,14 @@ def _mini_continued(name: str, begin: str) -> Recipe:
     Prompts are the pictures' own sentences. An adapter that was asked for faces under one prompt alone had a likeness of .61
     there and of .28 under others: seventy layers may carry over from one sentence to the next, ten do not
     (benchmarks/mini-ablation.md). The diffusion branch, a third of a step's time, only has to keep what stage 1 taught: half
-    of its pictures.
+    of its pictures. Their times are drawn evenly, as in the paper: the ID loss is cheapest to please in the last step, at
+    t = 250, with patterns that no later layer asks about, and with stage 1's late times L_diff saw one picture there.
     """
     return replace(
         mini_stage1(),
         name=name,
         begin=begin,
+        late=0.0,
         batch=24,
         lr=1e-3,
         steps=6_000,
