@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openpulid.training.precision import multiplies_bf16
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose iterations bring singular values near 1 (Jordan et al. 2024, "Muon")."""
 ITERATIONS = 5
@@ -87,9 +89,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """(B, m, n) -> as many with the same singular vectors and singular values of about 1 (0.7 to 1.2), in bfloat16."""
+    """(B, m, n) -> as many with the same singular vectors and singular values of about 1 (0.7 to 1.2).
+
+    In bfloat16 where that pays.
+    """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices.float()
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
