@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from openpulid import loading
+from openpulid.presets import flux, mini, sdxl
 from openpulid.training import precision
 
 CPU = torch.device("cpu")
@@ -10,13 +12,17 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_a_processor_without_bfloat16_computes_in_float32(monkeypatch, native, expected):
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: native)
+    for module in (precision, loading):
+        monkeypatch.setattr(module, "multiplies_bf16", lambda device: native)
     with precision.mixed(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
     with precision.mixed(CPU, bf16=False):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert loading.precision(sdxl(), CPU) == expected
+    assert loading.precision(flux(), CPU) == torch.bfloat16  # 48 GB otherwise
+    assert loading.precision(mini(), CPU) == torch.float32
 
 
 def test_only_a_cpu_is_asked():
-    assert precision.multiplies_bf16(torch.device("meta"))
-    assert isinstance(precision.multiplies_bf16(CPU), bool)
+    assert loading.multiplies_bf16(torch.device("meta"))
+    assert isinstance(loading.multiplies_bf16(CPU), bool)

@@ -139,14 +139,14 @@ def bench_train(
     from openpulid.bench import training
 
     _only_random(random)
-    from openpulid.loading import best_device
+    from openpulid.loading import best_device, half
     from openpulid.training.recipe import find
 
     chosen = torch.device(device) if device else best_device()
     known = find(recipe or f"{base}_stage3")
     sizes: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "pixels": pixels}
     known = replace(known, **{name: value for name, value in sizes.items() if value})
-    dtype = torch.float32 if base == "mini" else torch.bfloat16
+    dtype = torch.float32 if base == "mini" else half(chosen)
     task = training.random_task(known, training.random_base(base, chosen, dtype))
     costs = training.measure(task, rounds=rounds, on_progress=None if as_json else counted)
     facts = {"base": base, "recipe": known.name, "batch": known.batch, "fast_batch": known.fast_batch, "device": str(chosen)}

@@ -18,6 +18,7 @@ from torch import nn
 
 from openpulid.bench.turns import by_turns, medians, timed
 from openpulid.identity.vision import VisionTower
+from openpulid.loading import half
 from openpulid.methods.pulid.encoders import IDFormer
 
 
@@ -33,7 +34,6 @@ class Stage:
 @torch.inference_mode()
 def measure(
     device: torch.device,
-    half: torch.dtype = torch.bfloat16,
     rounds: int = 5,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Stage]:
@@ -43,12 +43,13 @@ def measure(
     from facexlib.recognition.arcface_arch import Backbone
 
     torch.manual_seed(0)
+    quick = half(device)
     finder = _on(RetinaFace(network_name="mobile0.25", device=device), device)
     second = _on(RetinaFace(network_name="resnet50", device=device), device)
     arcface = _on(Backbone(num_layers=100, drop_ratio=0.6, mode="ir"), device)
     parser = _on(BiSeNet(num_class=19), device)
     tower, former = _on(VisionTower(), device), _on(IDFormer(), device)
-    towers = {torch.float32: (tower, former), half: (_on(VisionTower(), device, half), _on(IDFormer(), device, half))}
+    towers = {torch.float32: (tower, former), quick: (_on(VisionTower(), device, quick), _on(IDFormer(), device, quick))}
 
     def picture(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.rand(1, 3, size, size, device=device).to(dtype)
@@ -65,9 +66,9 @@ def measure(
         "detect again": lambda: second(picture(1024)),
         "recognise": lambda: arcface(picture(112)),
         "parse": lambda: parser(picture(512)),
-        "tower": look(half),
+        "tower": look(quick),
         "tower, float32": look(torch.float32),
-        "encode": encode(half),
+        "encode": encode(quick),
         "encode, float32": encode(torch.float32),
     }
     found = medians(by_turns({name: partial(timed, stage, device) for name, stage in work.items()}, rounds, on_progress))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from openpulid.bench.training import RandomSDXL, default_dtype, random_base
 from openpulid.bench.turns import by_turns, medians, peak, ratios, reset_peak, timed
 from openpulid.errors import OptionError
+from openpulid.loading import half
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
@@ -129,10 +130,10 @@ def subject(
     if name == "flux":
         if guided:
             raise OptionError("FLUX takes a negative prompt in calls of its own; measure it without --guided.")
-        return FluxSubject(device, torch.bfloat16, pixels, batch, depth)
+        return FluxSubject(device, half(device), pixels, batch, depth)
     if depth != 1:
         raise OptionError("only FLUX can be measured with fewer blocks.")
-    base = random_base(name, device, torch.float32 if name == "mini" else torch.bfloat16)
+    base = random_base(name, device, torch.float32 if name == "mini" else half(device))
     return SDXLSubject(base, pixels, batch, guided)
 
 

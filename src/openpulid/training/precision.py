@@ -10,6 +10,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from openpulid.loading import multiplies_bf16
+
 
 class _FloatAttention(TorchFunctionMode):
     """Attention in float32, whatever the precision around it; results in the precision of the queries."""
@@ -38,12 +40,6 @@ def attention(device: torch.device) -> Iterator[None]:
         return
     with _FloatAttention():
         yield
-
-
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is worth it there. A processor without instructions for it emulates them: a U-Net's step takes
-    seventeen times as long on one that knows AVX2 alone, convolutions eight times."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @contextmanager
