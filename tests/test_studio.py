@@ -39,7 +39,7 @@ def folder(tiny_pipeline, tmp_path_factory) -> Path:
     adapter = PuLID.for_unet(pipe.unet, IDEncoder(16, 64, vit_dim=8, hidden_dim=16))
     for layer in adapter.id_adapter_attn_layers.values():
         torch.nn.init.normal_(layer.id_to_v.weight)
-    adapter.save(folder / "pulid-stage1.safetensors")
+    adapter.save(folder / "pulid-stage3.safetensors")
     return folder
 
 

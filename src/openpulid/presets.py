@@ -103,7 +103,7 @@ def mini(folder: Path = MINIATURE) -> Preset:
         finder=folder / "finder.safetensors",
         recogniser=folder / "recogniser-encoder.safetensors",
         vision=folder / "vision.safetensors",
-        adapter=folder / "pulid-stage1.safetensors",
+        adapter=folder / "pulid-stage3.safetensors",
         projection="none",  # as it was trained
         no_face="the preset mini knows only its own drawn people (`pulid world person` draws one), "
         "no photographs; those are for a preset of full size.",
