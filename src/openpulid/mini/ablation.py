@@ -19,7 +19,7 @@ COLUMNS = {"base": "without", "stage1": "stage 1", "naive": "naive ID loss", "st
 LAST = (1, 2, 3, 4)
 """Steps of the lightning branch that carry gradient."""
 ALIGNMENT = ((0.0, 0.0), (0.6, 0.1), (3.0, 0.0), (0.0, 0.5), (3.0, 0.5))
-"""Weights of L_sem and L_layout; the second are the paper's and the recipe's."""
+"""Weights of L_sem and L_layout; the second are the paper's; the recipe has three times as much."""
 
 
 def picture(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Image:
