@@ -75,6 +75,7 @@ def evaluate(
     people_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts for each.")] = 4,
     preset: Annotated[str, typer.Option(help="mini, or mini-lightning for four steps.")] = "mini",
+    scale: Annotated[float, typer.Option(min=0, help="How strongly the identity acts; it is trained at 1.")] = 1.0,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +83,8 @@ def evaluate(
     from openpulid.mini import evaluate as measure
 
     bar = measure.silent if as_json else measure.progress
-    table = measure.run(people, people_seed=people_seed, prompts=prompts, preset=preset, device=device, progress=bar)
+    asked: dict[str, Any] = {"people_seed": people_seed, "prompts": prompts, "preset": preset, "scale": scale}
+    table = measure.run(people, **asked, device=device, progress=bar)
     if not as_json:
         measure.show(table)
     last_line(measure.as_json(table))

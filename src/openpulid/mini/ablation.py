@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from openpulid import presets
 from openpulid.mini import adapter, evaluate
 from openpulid.mini.evaluate import Table
 from openpulid.mini.pictures import labelled, to_pictures
@@ -16,6 +17,8 @@ from openpulid.studio import load
 from openpulid.training.recipe import Recipe, find
 
 COLUMNS = {"base": "without", "stage1": "stage 1", "naive": "naive ID loss", "stage2": "stage 2", "stage3": "stage 3"}
+PRESET = "mini-lightning"
+"""The later stages are trained through the student's four steps, and the paper measures on SDXL-Lightning."""
 LAST = (1, 2, 3, 4)
 """Steps of the lightning branch that carry gradient."""
 ALIGNMENT = ((0.0, 0.0), (0.6, 0.1), (3.0, 0.0), (0.0, 0.5), (3.0, 0.5))
@@ -25,7 +28,7 @@ ALIGNMENT = ((0.0, 0.0), (0.6, 0.1), (3.0, 0.0), (0.0, 0.5), (3.0, 0.5))
 def picture(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Image:
     """Held-out people, a row each: the only picture given, then the same prompt and seed through every stage."""
     asked, portraits = evaluate.requests(people, 1, people_seed), evaluate.references(people, people_seed)
-    studio = load("mini")
+    studio = load(replace(presets.find(PRESET), scale=1.0))
     identities = [studio.identify([portrait]) for portrait in to_pictures(portraits)]
     columns = {"given": portraits, COLUMNS["base"]: evaluate.make(studio, [asked], None)}
     for model, other in evaluate.models(studio, evaluate.trained()):
@@ -69,7 +72,7 @@ def sweep(
             short = replace(recipe, warmup=max(1, steps // 20), ema=0.98)
             adapter.train(short, folder, steps=steps, begin=begin, runs=runs, weights=weights, device=device)
         adapters[name] = file
-    return evaluate.run(people, prompts=1, adapters=adapters, device=device)
+    return evaluate.run(people, prompts=1, preset=PRESET, adapters=adapters, device=device)
 
 
 def plot(table: Table, path: Path) -> None:

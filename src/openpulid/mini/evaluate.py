@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from openpulid.methods.pulid.adapter import PuLID
 from openpulid.mini.judge import Judges
 from openpulid.mini.pictures import to_pictures
 from openpulid.mini.pipeline import sample
-from openpulid.presets import MINIATURE
+from openpulid.presets import MINIATURE, find
 from openpulid.studio import Studio, load
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene, render
 
@@ -110,6 +110,7 @@ def run(
     people_seed: int = 0,
     prompts: int = 4,
     preset: str = "mini",
+    scale: float = 1.0,
     adapters: Mapping[str, Path] | None = None,
     device: str | None = None,
     progress: Progress = silent,
@@ -120,12 +121,13 @@ def run(
         people: how many, from the first held-out person + `people_seed` on.
         prompts: images of each person and model.
         preset: "mini", or "mini-lightning" for the student's four steps.
+        scale: how strongly the identity acts. Not the preset's, which suits one adapter: as strongly as it was trained.
         adapters: model -> file; by default those of `trained`.
         device: where to compute; the best there is by default.
         progress: passes a model's batches on, and may show how far it is.
     """
     asked, portraits = requests(people, prompts, people_seed), references(people, people_seed)
-    studio, judges = load(preset, device=device), Judges.load()
+    studio, judges = load(replace(find(preset), scale=scale), device=device), Judges.load()
     identities = [studio.identify([portrait]) for portrait in to_pictures(portraits)]
     batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
     before = make(studio, progress(batches, "base"), None)
