@@ -104,6 +104,7 @@ def mini(folder: Path = MINIATURE) -> Preset:
         recogniser=folder / "recogniser-encoder.safetensors",
         vision=folder / "vision.safetensors",
         adapter=folder / "pulid-stage3.safetensors",
+        scale=0.7,  # guidance strengthens an identity that was learned without it
         projection="none",  # as it was trained
         no_face="the preset mini knows only its own drawn people (`pulid world person` draws one), "
         "no photographs; those are for a preset of full size.",
@@ -113,7 +114,9 @@ def mini(folder: Path = MINIATURE) -> Preset:
 def mini_lightning(folder: Path = MINIATURE) -> Preset:
     """The miniature's student: four steps without guidance."""
     single = {"timestep_spacing": "trailing", "solver_order": 1}  # single first-order steps, as it was taught
-    return replace(mini(folder), name="mini-lightning", unet=folder / "lightning", scheduler=single, steps=4, guidance=1.0)
+    return replace(
+        mini(folder), name="mini-lightning", unet=folder / "lightning", scheduler=single, steps=4, guidance=1.0, scale=1.0
+    )
 
 
 def sdxl(base: Place = "juggernaut") -> Preset:
