@@ -31,9 +31,11 @@ def best_device() -> torch.device:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is worth it there. A processor without instructions for it emulates them: a U-Net's step takes
-    seventeen times as long on one that knows AVX2 alone, convolutions eight times."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether bfloat16 is worth it there. A processor without instructions for it emulates them, which takes many times as long
+    as float32 (benchmarks/train-step.md); PyTorch without oneDNN, as on a Mac, has no fast products of it either."""
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def half(device: torch.device) -> torch.dtype:

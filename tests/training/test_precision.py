@@ -23,6 +23,13 @@ def test_a_processor_without_bfloat16_computes_in_float32(monkeypatch, native, e
     assert loading.precision(mini(), CPU) == torch.float32
 
 
-def test_only_a_cpu_is_asked():
+@pytest.mark.parametrize(("there", "says", "expected"), [(True, True, True), (True, False, False), (False, True, False)])
+def test_a_cpu_is_asked_through_onednn_where_there_is_one(monkeypatch, there, says, expected):
+    def supported() -> bool:
+        assert there, "without oneDNN there is nothing to ask"
+        return says
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported)
+    assert loading.multiplies_bf16(CPU) is expected
     assert loading.multiplies_bf16(torch.device("meta"))
-    assert isinstance(loading.multiplies_bf16(CPU), bool)

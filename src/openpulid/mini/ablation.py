@@ -8,7 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from openpulid import presets
 from openpulid.mini import adapter, evaluate
 from openpulid.mini.evaluate import Table
 from openpulid.mini.pictures import labelled, to_pictures
@@ -28,7 +27,7 @@ ALIGNMENT = ((0.0, 0.0), (0.6, 0.1), (3.0, 0.0), (0.0, 0.5), (3.0, 0.5))
 def picture(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Image:
     """Held-out people, a row each: the only picture given, then the same prompt and seed through every stage."""
     asked, portraits = evaluate.requests(people, 1, people_seed), evaluate.references(people, people_seed)
-    studio = load(replace(presets.find(PRESET), scale=1.0))
+    studio = load(PRESET)
     identities = [studio.identify([portrait]) for portrait in to_pictures(portraits)]
     columns = {"given": portraits, COLUMNS["base"]: evaluate.make(studio, [asked], None)}
     for model, other in evaluate.models(studio, evaluate.trained()):
