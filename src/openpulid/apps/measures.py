@@ -139,17 +139,18 @@ def bench_train(
     from openpulid.bench import training
 
     _only_random(random)
-    from openpulid.loading import best_device, half
+    from openpulid.loading import best_device
     from openpulid.training.recipe import find
 
     chosen = torch.device(device) if device else best_device()
     known = find(recipe or f"{base}_stage3")
     sizes: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "pixels": pixels}
     known = replace(known, **{name: value for name, value in sizes.items() if value})
-    dtype = torch.float32 if base == "mini" else half(chosen)
+    dtype = training.dtype_of(base, chosen)
     task = training.random_task(known, training.random_base(base, chosen, dtype))
     costs = training.measure(task, rounds=rounds, on_progress=None if as_json else counted)
     facts = {"base": base, "recipe": known.name, "batch": known.batch, "fast_batch": known.fast_batch, "device": str(chosen)}
+    facts["dtype"] = str(dtype)
     if not as_json:
         training.show(costs)
     last_line({**facts, "rows": [asdict(cost) for cost in costs]})
@@ -173,6 +174,7 @@ def speed(
     import torch
 
     from openpulid.bench import speed as bench_speed
+    from openpulid.bench.training import dtype_of
     from openpulid.loading import best_device
 
     _only_random(random)
@@ -180,6 +182,7 @@ def speed(
     it = bench_speed.subject(base, chosen, size, batch, guided, depth_scale)
     steps = bench_speed.measure(it, rounds, None if as_json else counted)
     facts = {"base": base, "size": size, "batch": batch, "guided": guided, "depth_scale": depth_scale}
+    facts["dtype"] = str(dtype_of(base, chosen))
     last_line({**facts, "rounds": rounds, "device": str(chosen), "rows": [asdict(step) for step in steps]})
 
 
@@ -196,13 +199,14 @@ def bench_identify(
     import torch
 
     from openpulid.bench import identify
-    from openpulid.loading import best_device
+    from openpulid.loading import best_device, half
 
     _only_random(random)
     chosen = torch.device(device) if device else best_device()
     stages = identify.measure(chosen, rounds=rounds, on_progress=None if as_json else counted)
     ratio = round((stages[-1].here or 0) / (stages[-1].reference or 1), 3)
-    last_line({"device": str(chosen), "rounds": rounds, "ratio": ratio, "rows": [asdict(stage) for stage in stages]})
+    facts = {"device": str(chosen), "dtype": str(half(chosen)), "rounds": rounds}
+    last_line({**facts, "ratio": ratio, "rows": [asdict(stage) for stage in stages]})
 
 
 def _only_random(random: bool) -> None:

@@ -12,10 +12,9 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from openpulid.bench.training import RandomSDXL, default_dtype, random_base
+from openpulid.bench.training import RandomSDXL, default_dtype, dtype_of, random_base
 from openpulid.bench.turns import by_turns, medians, peak, ratios, reset_peak, timed
 from openpulid.errors import OptionError
-from openpulid.loading import half
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
@@ -130,10 +129,10 @@ def subject(
     if name == "flux":
         if guided:
             raise OptionError("FLUX takes a negative prompt in calls of its own; measure it without --guided.")
-        return FluxSubject(device, half(device), pixels, batch, depth)
+        return FluxSubject(device, dtype_of(name, device), pixels, batch, depth)
     if depth != 1:
         raise OptionError("only FLUX can be measured with fewer blocks.")
-    base = random_base(name, device, torch.float32 if name == "mini" else half(device))
+    base = random_base(name, device, dtype_of(name, device))
     return SDXLSubject(base, pixels, batch, guided)
 
 

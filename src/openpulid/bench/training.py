@@ -20,6 +20,7 @@ from openpulid.faces.align import TEMPLATE
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
 from openpulid.faces.recognise import RECOGNISERS
+from openpulid.loading import half
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.presets import MINIATURE
@@ -89,6 +90,11 @@ class RandomSDXL(SDXLBase):
         ids = torch.tensor([[side, side, 0, 0, side, side]], **like).expand(rows, -1)
         embeds = torch.randn(rows, 77, self.unet.config.cross_attention_dim, **like)
         return Text(embeds, torch.randn(rows, self.pooled, **like), ids)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """What a base is measured in there, as it is used: the miniature in float32, the others in half where that pays."""
+    return torch.float32 if name == "mini" else half(device)
 
 
 def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> RandomSDXL:
