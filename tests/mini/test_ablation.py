@@ -25,7 +25,7 @@ def test_the_sweep_moves_one_thing_at_a_time() -> None:
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS}
-    table = Table({"base": row, **dict.fromkeys(ablation.variants(), row)}, 64, 1, 0)
+    table = Table({"base": row, **dict.fromkeys(ablation.variants(), row)}, 64, 1, 0, "mini-lightning", 1.0)
     ablation.plot(table, tmp_path / "sweep.png")
     assert Image.open(tmp_path / "sweep.png").size[0] > 1000
 

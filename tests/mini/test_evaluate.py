@@ -71,7 +71,7 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
 
 def test_json_has_the_columns_and_no_nan() -> None:
     row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS} | {"attributes": Interval(*[math.nan] * 3)}
-    line = json.dumps(evaluate.as_json(Table({"base": row, "stage1": row}, 64, 4, 0)), allow_nan=False)
+    line = json.dumps(evaluate.as_json(Table({"base": row, "stage1": row}, 64, 4, 0, "mini", 1.0)), allow_nan=False)
     rows = json.loads(line)["rows"]
     assert [r["model"] for r in rows] == ["base", "stage1"]
     assert rows[1]["face_sim"] == 0.5 and rows[1]["intervals"]["rank1"] == [0.4, 0.6]
@@ -81,7 +81,7 @@ def test_json_has_the_columns_and_no_nan() -> None:
 def test_the_table_shows_every_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     row = {name: Interval(0.25, 0.2, 0.3) for name in evaluate.COLUMNS}
-    evaluate.show(Table({"base": row, "stage1": row}, 8, 1, 0))
+    evaluate.show(Table({"base": row, "stage1": row}, 8, 1, 0, "mini", 1.0))
     out = capsys.readouterr().out
     assert "stage1" in out and "outside" in out and out.count("± 0.050") == 2 * 6 and out.count("0.250") == 2 * 6
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -20,6 +21,7 @@ PRESET = "mini-lightning"
 """The later stages are trained through the student's four steps, and the paper measures on SDXL-Lightning."""
 LAST = (1, 2, 3, 4)
 """Steps of the lightning branch that carry gradient."""
+PURITY = {"clip_i": "CLIP-I with against without the identity", "outside_face": "changed outside the face"}
 ALIGNMENT = ((0.0, 0.0), (0.6, 0.1), (3.0, 0.0), (0.0, 0.5), (3.0, 0.5))
 """Weights of L_sem and L_layout; the second are the paper's; the recipe has three times as much."""
 
@@ -75,25 +77,24 @@ def sweep(
 
 
 def plot(table: Table, path: Path) -> None:
-    """Identity against purity, up and right is better: the variants of k and of the weights as two curves."""
+    """Identity against purity, up and right is better: the numbers of steps above, the weights below, with 95% intervals."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, purity in zip(figure.subplots(1, 2), ("clip_i", "outside_face"), strict=True):
-        names = [name for name in table.rows if name in variants()]
-        for label, part in (("stage 2, gradients through the last k of 4 steps", "k"), ("stage 3, weights", "sem")):
-            _curve(axes, table.rows, [name for name in names if name.startswith(part)], purity, label)
-        if purity == "outside_face":
-            axes.invert_xaxis()
-        axes.set_xlabel("changed outside the face" if purity == "outside_face" else "CLIP-I with against without")
-        axes.set_ylabel("face similarity")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    titles = {"k": "stage 2, gradients through the last k of 4 steps", "sem": "stage 3, weights of the alignment"}
+    for row, (part, title) in zip(figure.subplots(2, 2), titles.items(), strict=True):
+        names = [name for name in variants() if name.startswith(part) and name in table.rows]
+        for axes, (purity, label) in zip(row, PURITY.items(), strict=True):
+            _cloud(axes, table.rows, names, purity)
+            axes.set(title=title, xlabel=label, ylabel="face similarity")
+            axes.grid(alpha=0.3)
+        row[1].invert_xaxis()
+    figure.savefig(path, dpi=100)
 
 
-def _curve(axes: object, rows: Mapping[str, Mapping[str, evaluate.Interval]], names: Sequence[str], x: str, label: str) -> None:
-    places = [(rows[name][x].mean, rows[name]["face_sim"].mean) for name in names]
-    axes.plot(*zip(*places, strict=True), marker="o", linewidth=1, label=label)  # type: ignore[attr-defined]
-    for name, place in zip(names, places, strict=True):
-        axes.annotate(name, place, textcoords="offset points", xytext=(4, 4), fontsize=7)  # type: ignore[attr-defined]
+def _cloud(axes: Any, rows: Mapping[str, Mapping[str, evaluate.Interval]], names: Sequence[str], purity: str) -> None:
+    for name in names:
+        x, y = rows[name][purity], rows[name]["face_sim"]
+        reach = {"xerr": [[x.mean - x.low], [x.high - x.mean]], "yerr": [[y.mean - y.low], [y.high - y.mean]]}
+        axes.errorbar(x.mean, y.mean, **reach, marker="o", markersize=7, elinewidth=0.6, label=name)
+    axes.legend(fontsize=8)

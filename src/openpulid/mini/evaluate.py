@@ -53,6 +53,8 @@ class Table:
     people: int
     prompts: int
     people_seed: int
+    preset: str
+    scale: float
 
 
 Batches = Sequence[Sequence[Request]]
@@ -136,7 +138,7 @@ def run(
         after = make(other, progress(batches, model), identities)
         rows[model] = summarised(measure(judges, asked, portraits, after, before), asked)
     rows["truth"] = summarised(measure(judges, asked, portraits, *truth(asked, people, people_seed)), asked)
-    return Table(rows, people, prompts, people_seed)
+    return Table(rows, people, prompts, people_seed, preset, scale)
 
 
 def trained(weights: Path = MINIATURE, runs: Path = Path("runs/mini")) -> dict[str, Path]:
@@ -209,7 +211,8 @@ def as_json(table: Table) -> dict[str, Any]:
         means = {name: _rounded(interval.mean, 5) for name, interval in columns.items()}
         ranges = {name: [_rounded(i.low, 5), _rounded(i.high, 5)] for name, i in columns.items()}
         rows.append({"model": model, **means, "intervals": ranges})
-    return {"rows": rows, "people": table.people, "prompts": table.prompts, "people_seed": table.people_seed}
+    how = {name: getattr(table, name) for name in ("people", "prompts", "people_seed", "preset", "scale")}
+    return {"rows": rows, **how}
 
 
 def show(table: Table) -> None:
