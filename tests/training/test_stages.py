@@ -130,6 +130,15 @@ def test_bases_take_turns():
     assert seen == ["first", "second", "first"]
 
 
+def test_a_recipe_that_walks_on_its_base_has_it_last_among_the_fast_ones():
+    made = tiny.task(**STAGE2)
+    fast, faces, second = made.fast, made.faces, tiny.base()
+    for walks, expected in ((False, fast), (True, [*fast, second])):
+        adapter = tiny.adapter(second)
+        task = PuLIDTask(tiny.recipe(**STAGE2, walk_base=walks), second, adapter, tiny.People(4), fast=fast, faces=faces)
+        assert task.fast == expected
+
+
 def test_what_a_recipe_needs_is_asked_for():
     with pytest.raises(OptionError, match="lightning branch"):
         tiny.task(semantic=0.6)

@@ -96,8 +96,8 @@ class PuLIDTask:
         data: batches to train on.
         held_out: batches of people who are not trained on; without it nothing is validated.
         picture: makes the contact sheet of a validation.
-        fast: frozen bases of the lightning branch, taken by turns (and by the ranks of a run): an adapter that learned on
-            several serves others too.
+        fast: frozen bases of the lightning branch, taken by turns (and by the ranks of a run), with `base` last where the
+            recipe says so: an adapter that learned on several serves others too.
         faces: sees faces for the ID loss, with a recogniser other than the encoder's.
 
     Raises:
@@ -117,7 +117,7 @@ class PuLIDTask:
     ) -> None:
         self.recipe, self.base, self.adapter = recipe, base, adapter
         self.data, self.held_out, self.picture = data, held_out, picture
-        self.fast, self.faces = list(fast), faces
+        self.fast, self.faces = [*fast, base] if fast and recipe.walk_base else list(fast), faces
         aligned = recipe.semantic > 0 or recipe.layout > 0
         if (recipe.id_loss == "accurate" or aligned) and not (fast and recipe.fast_batch):
             raise OptionError(f"{recipe.name} needs a lightning branch: give fast=[base, ...] and a fast_batch")
