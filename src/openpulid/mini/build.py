@@ -46,9 +46,9 @@ PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
 }
 """Each part and its minutes on two cores: under four hours to the first adapter, a hundred minutes for the others."""
 RIVALS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
-    name: (contest.part(name), 45) for name in rivals.NAMES
+    name: (contest.part(name), 90) for name in rivals.NAMES
 }
-"""What `--method` names: PuLID's rivals, with as many minutes as its first stage."""
+"""What `--method` names: PuLID's rivals, with the steps of its first stage and twice its minutes, if they need them."""
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")
 
 
