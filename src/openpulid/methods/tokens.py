@@ -183,8 +183,10 @@ class TokenMethod(Serving):
     def _put_in(self, pipe: Any) -> dict[str, Any]:
         """Sets them into the U-Net."""
         unet, (processors, projection) = pipe.unet, self.built(pipe)
+        for module in (projection, *processors.values()):  # they follow a U-Net that was moved since they were built
+            if isinstance(module, nn.Module):
+                module.to(unet.device, unet.dtype)
         set_up(unet, processors, projection, "ip_image_proj")
-        unet.to(unet.device, unet.dtype)
         return processors
 
 
