@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "openpulid"
 ROWS = (
     "errors",
     "images",
+    "pictures",
     "weights",
     "published",
     "faces",

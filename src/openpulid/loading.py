@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,14 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def hardware(device: torch.device) -> str:
+    """What computes there, in words: an accelerator's name, or a processor's kind and threads."""
+    if device.type == "cpu":
+        return f"cpu, {platform.machine()}, {torch.get_num_threads()} threads"
+    named = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(named(device)) if named else device.type
 
 
 def half(device: torch.device) -> torch.dtype:

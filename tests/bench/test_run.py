@@ -39,9 +39,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 def without_times(folder: Folder) -> list[dict[str, object]]:
     rows = table.as_json(folder)["rows"]
     for row in rows:
-        for name in ("seconds", "ratio"):
+        for name in ("ratio", *table.COSTS):
             row.pop(name, None)
-        row["intervals"].pop("seconds", None)
+            row["intervals"].pop(name, None)
     return rows
 
 
@@ -104,12 +104,38 @@ def test_a_folder_keeps_to_its_suite(finished: Folder) -> None:
 def test_the_report_is_one_page_that_can_be_mailed(finished: Folder) -> None:
     pytest.importorskip("matplotlib")
     names = {file.name for file in report.write(finished)}
-    assert names == {"report.md", "report.json", "report.html", "report.png"}
+    assert names == {"report.md", "report.json", "report.html", "report.png", "faces.jpg"}
+    assert Image.open(finished.path / "faces.jpg").width == 2 * 24 + 3 * (176 + 16) - 16  # given, base, pulid
     page = (finished.path / "report.html").read_text("utf-8")
     assert page.count("data:image/png") == 1 + 3 * (1 + 2 * 2) and 'src="http' not in page
     assert json.loads((finished.path / "report.json").read_text())["suite"] == "quick"
     text = table.markdown(finished)
     assert "| pulid | 12 |" in text and "face_sim ↑" in text and "outside_face ↓" in text
+    assert "seconds" not in text and "time to base" in text  # this is a processor
+
+
+def test_costs_are_what_the_records_say(finished: Folder, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.begin(SUITE, METHODS, PEOPLE)
+    for method, seconds, identify in ((BASE, 2.0, 0.0), ("pulid", 3.0, 0.5)):
+        for cell in judging.cells_of(folder.facts(), method):
+            known = {"seconds": seconds, "identify_seconds": identify, "memory": 1.5, "hardware": "an accelerator"}
+            folder.keep(cell, (finished.record(cell) or {}) | known, Image.open(finished.image(cell)))
+    _, pulid = table.as_json(folder)["rows"]
+    assert [pulid[name] for name in table.COSTS] == [3.0, round(4 / 3, 5), 3.5, 1.5] and pulid["ratio"] == 1.5
+    assert all(f"{name} " in table.markdown(folder) for name in table.COSTS)
+
+
+def test_methods_at_several_scales_are_one_curve() -> None:
+    from openpulid.apps.measures import _entry, _label
+
+    assert _entry("instantid:a/b.safetensors@0.5") == ("instantid", Path("a/b.safetensors"), 0.5)
+    assert _entry("faceid:my@home.bin") == ("faceid", Path("my@home.bin"), None)
+    assert [_label(name) for name in ("pulid", "pulid@0.50", "faceid:x/mine.bin")] == ["pulid", "pulid@0.5", "mine"]
+    with pytest.raises(OptionError, match="METHOD@SCALE"):
+        _entry("pulid@much")
+    rows = [table.Row(name, {}, 1, 0, 1.0, scale, ()) for name, scale in (("pulid", 0.7), ("other", 1.0), ("pulid@0.4", 0.4))]
+    assert [[row.method for row in curve] for curve in report._curves(rows)] == [["pulid@0.4", "pulid"], ["other"]]
 
 
 def test_two_workers_make_the_same_table(finished: Folder, tmp_path: Path) -> None:

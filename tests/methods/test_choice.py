@@ -94,6 +94,6 @@ def test_the_command_line_knows_methods(tmp_path: Path) -> None:
 
 
 def _picture(image: torch.Tensor) -> Any:
-    from openpulid.mini.pictures import to_pictures
+    from openpulid.pictures import to_pictures
 
     return to_pictures(image[None])[0]

@@ -15,7 +15,7 @@ from openpulid.bench.metrics import Faces, Interval
 from openpulid.mini import evaluate
 from openpulid.mini.evaluate import Table
 from openpulid.mini.judge import Judges
-from openpulid.mini.pictures import to_images
+from openpulid.pictures import to_images
 from openpulid.world import ATTRIBUTES, VOCABULARY
 
 

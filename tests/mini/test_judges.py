@@ -8,8 +8,8 @@ from PIL import Image
 from openpulid.errors import FaceError
 from openpulid.mini import evaluate
 from openpulid.mini.judge import Judges
-from openpulid.mini.pictures import to_images
 from openpulid.mini.showcase import portrait
+from openpulid.pictures import to_images
 from openpulid.studio import Studio, load
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE
 

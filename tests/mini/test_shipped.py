@@ -13,7 +13,7 @@ from openpulid.errors import FaceError, PromptError
 from openpulid.faces.detect import FaceFinder
 from openpulid.images import open_picture
 from openpulid.mini.autoencoder import there_and_back
-from openpulid.mini.pictures import to_images, to_pictures
+from openpulid.pictures import to_images, to_pictures
 from openpulid.presets import MINIATURE
 from openpulid.weights import load_module
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ def run_suite(
     suite: Annotated[str, typer.Argument(help="miniature, quick, pulid-paper, or a JSON file.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; what is there already is not made again.")],
     methods: Annotated[
-        str, typer.Option(help="By commas; METHOD:FILE takes another adapter. The base is always there.")
+        str, typer.Option(help="By commas; METHOD:FILE takes another adapter, METHOD@0.5 that scale. The base is always there.")
     ] = "pulid",
     people: Annotated[Path | None, typer.Option(help="A folder of photographs, for a suite without people of its own.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="So many people; the suite's by default.")] = None,
@@ -93,13 +94,24 @@ def _judges(suite: Suite, device: str | None) -> Judges:
     return PhotoJudges.load(torch.device(device) if device else best_device(), say)
 
 
-def _label(method: str) -> str:
-    """What a method is called in a run: its name, or its file's."""
-    name, _, file = method.partition(":")
-    return Path(file).stem if file else name
+def _entry(named: str) -> tuple[str, Path | None, float | None]:
+    """METHOD[:FILE][@SCALE] in its parts."""
+    parts = re.fullmatch(r"([^:@]+)(?::(.+?))?(?:@(\d*\.?\d+))?", named)
+    if parts is None:
+        raise OptionError(f"{named}: a method is METHOD, METHOD:FILE, METHOD@SCALE or METHOD:FILE@SCALE, as in pulid@0.5.")
+    method, file, scale = parts.groups()
+    return method, Path(file) if file else None, float(scale) if scale else None
+
+
+def _label(named: str) -> str:
+    """What a method is called in a run: its name, or its file's; with its scale, if one was asked for."""
+    method, file, scale = _entry(named)
+    return (file.stem if file else method) + (f"@{scale:g}" if scale is not None else "")
 
 
 def _contest(suite: Suite, names: list[str], sitters: list[Sitter], folder: Folder, device: str | None) -> Contest:
+    from dataclasses import replace
+
     from openpulid.bench.cells import BASE
     from openpulid.bench.run import Contest
     from openpulid.loading import load_features, load_method
@@ -109,10 +121,12 @@ def _contest(suite: Suite, names: list[str], sitters: list[Sitter], folder: Fold
     studio = load(suite.preset, device=device)
     studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset)}
     for name in names:
-        method, _, file = name.partition(":")
+        method, file, scale = _entry(name)
         if method == BASE:
             continue
-        preset = with_method(studio.preset, method, Path(file) if file else None)
+        preset = with_method(studio.preset, method, file)
+        if scale is not None:
+            preset = replace(preset, scale=scale)
         adapter = load_method(preset, studio.pipe.device)
         features = load_features(preset, studio.pipe.device, adapter) if preset.view else studio.features
         studios[_label(name)] = Studio(studio.pipe, features, adapter, preset)

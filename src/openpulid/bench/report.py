@@ -1,4 +1,4 @@
-"""What a person looks at: identity against purity, and one HTML page with every method's images side by side."""
+"""What a person looks at: identity against purity, a picture of faces, and one HTML page with all images side by side."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import base64
 import html
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from openpulid.bench import table
 from openpulid.bench.cells import Cell, Folder
+from openpulid.pictures import labelled
 
 PURITY = ("outside_face", "clip_i")
 """The first of these that was measured is the plot's other axis."""
-SHOWN_PEOPLE = 8
+SHOWN_PEOPLE = 8  # on the page; of the picture of faces the first six
 WIDEST = 900  # pixels of a picture on the page
 
 STYLE = """
@@ -28,7 +30,7 @@ th { font-weight: normal; color: #78766f; text-align: left } td, th { padding: .
 
 
 def write(folder: Folder) -> list[Path]:
-    """report.md, report.json, report.png and report.html in the run's folder."""
+    """report.md, report.json, report.png, report.html and faces.jpg in the run's folder."""
     made = {"report.md": table.markdown(folder), "report.json": json.dumps(table.as_json(folder), indent=1) + "\n"}
     drawn = plot(folder)
     made["report.html"] = page(folder, drawn)
@@ -36,7 +38,8 @@ def write(folder: Folder) -> list[Path]:
         (folder.path / name).write_text(text, "utf-8")
     if drawn is not None:
         drawn.save(folder.path / "report.png")
-    return [folder.path / name for name in (*made, *(["report.png"] if drawn is not None else []))]
+    faces(folder).save(folder.path / "faces.jpg", quality=90)
+    return [folder.path / name for name in (*made, *(["report.png"] if drawn is not None else []), "faces.jpg")]
 
 
 def plot(folder: Folder) -> Image.Image | None:
@@ -51,11 +54,14 @@ def plot(folder: Folder) -> Image.Image | None:
         return None
     figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=140)
     axes = figure.subplots()
-    for row in points:
-        x, y = row.columns[purity], row.columns["face_sim"]
-        across, along = ([[i.mean - i.low], [i.high - i.mean]] for i in (x, y))
-        axes.errorbar(x.mean, y.mean, xerr=across, yerr=along, marker="o", capsize=2)
-        axes.annotate(row.method, (x.mean, y.mean), textcoords="offset points", xytext=(6, 6), fontsize=9)
+    for curve in _curves(points):
+        places = [(row.columns[purity], row.columns["face_sim"]) for row in curve]
+        middles = [(x.mean, y.mean) for x, y in places]
+        drawn = axes.plot(*zip(*middles, strict=True), marker="o")[0]
+        for row, (x, y), middle in zip(curve, places, middles, strict=True):
+            across, along = ([[i.mean - i.low], [i.high - i.mean]] for i in (x, y))
+            axes.errorbar(*middle, xerr=across, yerr=along, color=drawn.get_color(), capsize=2, alpha=0.5)
+            axes.annotate(row.method, middle, textcoords="offset points", xytext=(6, 6), fontsize=8)
     if not table.HIGHER[purity]:
         axes.invert_xaxis()
     axes.set_xlabel("changed outside the face" if purity == "outside_face" else "CLIP-I, with against without identity")
@@ -65,6 +71,35 @@ def plot(folder: Folder) -> Image.Image | None:
     file = io.BytesIO()
     figure.savefig(file)
     return Image.open(file)
+
+
+def _curves(rows: Sequence[table.Row]) -> list[list[table.Row]]:
+    """The rows of each method together, METHOD and METHOD@SCALE, from the smallest scale on."""
+    curves: dict[str, list[table.Row]] = {}
+    for row in sorted(rows, key=lambda row: row.scale):
+        curves.setdefault(row.method.partition("@")[0], []).append(row)
+    return list(curves.values())
+
+
+def faces(folder: Folder, people: int = 6, side: int = 176) -> Image.Image:
+    """A person and a prompt in each row: the only picture given, then the same seed through every method at its own scale."""
+    facts = folder.facts()
+    suite, methods = facts["suite"], [name for name in facts["methods"] if "@" not in name]
+    rows = []
+    for number, person in enumerate(facts["people"][:people]):
+        prompt = number % len(suite["prompts"])
+        cells = [Cell(method, person, prompt, suite["seeds"][0]) for method in methods]
+        images = [Image.open(folder.image(c)) if folder.done(c) else Image.new("RGB", (8, 8), "gray") for c in cells]
+        given = Image.open(folder.path / "people" / f"{person}.png")
+        rows.append((suite["prompts"][prompt]["text"], [_square(picture) for picture in (given, *images)]))
+    return labelled(f"{suite['name']}: one person in each row", ["given", *methods], rows, side)
+
+
+def _square(picture: Image.Image) -> Image.Image:
+    """Its middle."""
+    side = min(picture.size)
+    left, top = ((length - side) // 2 for length in picture.size)
+    return picture.crop((left, top, left + side, top + side))
 
 
 def page(folder: Folder, drawn: Image.Image | None) -> str:

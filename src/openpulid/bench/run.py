@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -14,6 +13,7 @@ from openpulid.bench.suite import Suite
 from openpulid.bench.turns import peak, reset_peak, wait
 from openpulid.errors import PulidError
 from openpulid.identity.identity import Identity
+from openpulid.loading import hardware
 from openpulid.presets import Preset
 from openpulid.studio import Studio
 
@@ -83,9 +83,7 @@ def configuration(preset: Preset, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def surroundings(studio: Studio) -> dict[str, Any]:
     """Where it was made."""
-    device = studio.pipe.device
-    hardware = platform.machine() if device.type == "cpu" else f"{device.type}, {platform.machine()}"
-    return {"versions": {name: version(name) for name in LIBRARIES}, "hardware": hardware}
+    return {"versions": {name: version(name) for name in LIBRARIES}, "hardware": hardware(studio.pipe.device)}
 
 
 Spread = Callable[[Iterable[Chunk]], Iterable[Chunk]]

@@ -15,7 +15,10 @@ from openpulid.bench.cells import BASE, Cell, Folder
 from openpulid.bench.judging import cells_of, counts
 from openpulid.bench.metrics import COLUMNS, LIKENESS, Interval, bootstrap
 
-HIGHER = {**{measure.name: measure.higher for measure in COLUMNS}, "seconds": False}
+COSTS = {"seconds": False, "steps_per_second": True, "photo_to_image": False, "memory": False}
+"""Of an image: seconds; denoising steps in each, reading and decoding counted in; seconds with knowing the person first; GiB at
+most, with all methods of the run loaded."""
+HIGHER = {**{measure.name: measure.higher for measure in COLUMNS}, **COSTS}
 """The columns in their order, and whether more is better."""
 
 
@@ -28,6 +31,7 @@ class Row:
     made: int
     failed: int
     ratio: float  # of its seconds to the base's
+    scale: float  # that the identity was shown with
     errors: Sequence[str]
 
 
@@ -45,7 +49,8 @@ def rows(folder: Folder) -> list[Row]:
         errors = sorted({record["error"] for _, record in known if record and record["status"] == "failed"})
         ratio = _seconds(known) / base if good and base else math.nan
         told = {name: value for name, value in columns.items() if not math.isnan(value.mean)}
-        made.append(Row(method, told, len(good), len(known) - len(good), ratio, errors))
+        scale = good[0]["configuration"]["scale"] if good else math.nan
+        made.append(Row(method, told, len(good), len(known) - len(good), ratio, scale, errors))
     return made
 
 
@@ -54,10 +59,19 @@ def _column(facts: Mapping[str, Any], known: Sequence[tuple[Cell, dict[str, Any]
     for cell, record in known:
         if record is None or record["status"] != "done" or not counts(facts, cell.prompt, name in LIKENESS):
             continue
-        value = record["seconds"] if name == "seconds" else record.get("metrics", {}).get(name)
+        value = _cost(record, name) if name in COSTS else record.get("metrics", {}).get(name)
         values.append(math.nan if value is None else value)
         people.append(facts["people"].index(cell.person))
     return bootstrap(torch.tensor(values), torch.tensor(people))
+
+
+def _cost(record: Mapping[str, Any], name: str) -> float | None:
+    seconds: float = record["seconds"]
+    if name == "steps_per_second":
+        return record["configuration"]["steps"] / seconds
+    if name == "photo_to_image":
+        return record["identify_seconds"] + seconds
+    return seconds if name == "seconds" else record["memory"]
 
 
 def _seconds(known: Sequence[tuple[Cell, dict[str, Any] | None]]) -> float:
@@ -86,9 +100,10 @@ Lines = tuple[list[str], list[list[str]]]
 
 
 def told(folder: Folder) -> Lines:
-    """The table in words: a method in each row."""
-    table = rows(folder)
-    names = [name for name in HIGHER if any(name in row.columns for row in table)]
+    """The table in words: a method in each row. Times of a processor are told as ratios alone: it is somebody's own."""
+    table, first = rows(folder), _first(folder)
+    hidden = COSTS if first is None or first["hardware"].startswith("cpu") else ()
+    names = [name for name in HIGHER if name not in hidden and any(name in row.columns for row in table)]
     heads = ["method", "images", *(f"{name} {'↑' if HIGHER[name] else '↓'}" for name in names), "time to base"]
     lines = []
     for row in table:
@@ -120,10 +135,15 @@ def summary(folder: Folder) -> str:
     """How much was measured, and where."""
     facts = folder.facts()
     suite = facts["suite"]
-    known = [record for cell in cells_of(facts, BASE) if (record := folder.record(cell))]
-    where = f" On {known[0]['hardware']} with {_versions(known[0]['versions'])}." if known else ""
+    first = _first(folder)
+    where = f" On {first['hardware']} with {_versions(first['versions'])}." if first else ""
     counted = f"{len(facts['people'])} people, {len(suite['prompts'])} prompts, {len(suite['seeds'])} seeds"
     return f"{suite['about']} {counted}, preset {suite['preset']}; 95% intervals over people.{where}"
+
+
+def _first(folder: Folder) -> dict[str, Any] | None:
+    """The first record of the base there is."""
+    return next((record for cell in cells_of(folder.facts(), BASE) if (record := folder.record(cell))), None)
 
 
 def _versions(versions: Mapping[str, str]) -> str:

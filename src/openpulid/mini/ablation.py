@@ -11,7 +11,7 @@ from PIL import Image
 
 from openpulid.mini import adapter, evaluate
 from openpulid.mini.evaluate import Table
-from openpulid.mini.pictures import labelled, to_pictures
+from openpulid.pictures import labelled, to_pictures
 from openpulid.presets import MINIATURE
 from openpulid.studio import load
 from openpulid.training.recipe import Recipe, find

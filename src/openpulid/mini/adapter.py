@@ -24,8 +24,8 @@ from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.mini.captions import Captions
 from openpulid.mini.features import FaceFeatures
 from openpulid.mini.latents import Latents
-from openpulid.mini.pictures import checkered, to_pictures
 from openpulid.mini.recognisers import faces_of
+from openpulid.pictures import checkered, to_pictures
 from openpulid.presets import MINIATURE, mini_lightning
 from openpulid.presets import mini as mini_preset
 from openpulid.studio import Studio

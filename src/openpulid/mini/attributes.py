@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from openpulid.mini.augment import damaged
-from openpulid.mini.pictures import captioned, to_pictures
 from openpulid.mini.reader import AttributeReader
 from openpulid.mini.recognisers import faces_of
+from openpulid.pictures import captioned, to_pictures
 from openpulid.training.data import Draw, generator_for
 from openpulid.world import ATTRIBUTES
 from openpulid.world.dataset import WorldDataset

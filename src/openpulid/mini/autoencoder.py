@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openpulid.autoencoder import PatchAutoencoderKL
-from openpulid.mini.pictures import checkered, to_pictures
 from openpulid.mini.recognisers import faces_of
+from openpulid.pictures import checkered, to_pictures
 from openpulid.training.data import Draw
 from openpulid.world.dataset import WorldDataset
 

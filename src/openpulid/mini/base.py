@@ -21,9 +21,9 @@ from openpulid.faces.detect import FaceFinder
 from openpulid.mini.captions import Captions
 from openpulid.mini.evaluate import Request, requests
 from openpulid.mini.latents import Latents
-from openpulid.mini.pictures import checkered, to_pictures
 from openpulid.mini.pipeline import Words, assemble, predict, sample, scheduler
 from openpulid.mini.reader import AttributeReader
+from openpulid.pictures import checkered, to_pictures
 from openpulid.training.bases import NoiseSchedule
 from openpulid.training.branches import Denoised
 from openpulid.training.data import Draw

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from openpulid.errors import OptionError
-from openpulid.loading import best_device
+from openpulid.loading import best_device, hardware
 from openpulid.mini import contest, parts, rivals
 from openpulid.mini.parts import Workshop
 from openpulid.presets import MINIATURE
@@ -104,7 +104,8 @@ def append(report: Path, name: str, figures: Mapping[str, float], shop: Workshop
         f"- command: `pulid mini build {name} --minutes {shop.minutes:g}`",
         f"- revision: {revision()}",
         f"- trained: {trained or 'nothing'}",
-        f"- on: {hardware(shop.device)}; {', '.join(f'{library} {known(library)}' for library in LIBRARIES)}\n",
+        f"- on: {hardware(shop.device)}, Python {platform.python_version()}; "
+        f"{', '.join(f'{library} {known(library)}' for library in LIBRARIES)}\n",
         "| figure | held-out |\n|---|---|",
         *(f"| {key} | {value:.4g} |" for key, value in figures.items()),
     ]
@@ -113,13 +114,6 @@ def append(report: Path, name: str, figures: Mapping[str, float], shop: Workshop
     with report.open("a") as file:
         file.write(text)
     print(text, file=sys.stderr)
-
-
-def hardware(device: torch.device) -> str:
-    """What a run was measured on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}"
 
 
 def known(library: str) -> str:

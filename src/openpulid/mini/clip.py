@@ -28,8 +28,8 @@ from openpulid.identity.vision import CLIP_MEAN, CLIP_STD
 from openpulid.mini.attributes import AttributeHeads, attribute_loss
 from openpulid.mini.augment import damaged
 from openpulid.mini.captions import Captions, token_ids
-from openpulid.mini.pictures import captioned, to_pictures
 from openpulid.mini.recognisers import faces_of
+from openpulid.pictures import captioned, to_pictures
 from openpulid.training.data import Draw, generator_for
 from openpulid.world.dataset import WorldDataset
 

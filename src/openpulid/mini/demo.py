@@ -17,7 +17,7 @@ from PIL import Image
 from openpulid import studio as studios
 from openpulid.bench import metrics
 from openpulid.mini.judge import FaceJudge
-from openpulid.mini.pictures import labelled, to_images, to_pictures
+from openpulid.pictures import labelled, to_images, to_pictures
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 PROMPTS = (

@@ -17,8 +17,8 @@ from openpulid.bench.metrics import Evidence, Interval
 from openpulid.identity.identity import Identity
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.mini.judge import Judges
-from openpulid.mini.pictures import to_pictures
 from openpulid.mini.pipeline import sample
+from openpulid.pictures import to_pictures
 from openpulid.presets import MINIATURE, find
 from openpulid.studio import Studio, load
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene, render

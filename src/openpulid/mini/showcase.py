@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from openpulid.mini.pictures import checkered, to_pictures
+from openpulid.pictures import checkered, to_pictures
 from openpulid.world import Person, Scene, render
 
 SCENES = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from openpulid.bench.cells import Sitter
-from openpulid.mini.pictures import to_pictures
+from openpulid.pictures import to_pictures
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 

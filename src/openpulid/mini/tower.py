@@ -22,8 +22,8 @@ from openpulid.identity.vision import LEVELS, VisionTower
 from openpulid.mini.augment import after, damaged, moved, swollen
 from openpulid.mini.captions import Captions
 from openpulid.mini.clip import EMBEDDING, contrast, embed_texts
-from openpulid.mini.pictures import checkered, to_pictures
 from openpulid.mini.recognisers import FACIAL_COLUMNS, MarginHead, ValueHead, faces_of
+from openpulid.pictures import checkered, to_pictures
 from openpulid.training.data import Draw, generator_for
 from openpulid.world import Person, Scene, render
 from openpulid.world.dataset import WorldDataset
