@@ -21,10 +21,11 @@ SHOWN_PEOPLE = 8  # on the page; of the picture of faces the first six
 WIDEST = 900  # pixels of a picture on the page
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #202024; background: #faf9f6; margin: 2rem auto; max-width: 76rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #202024; background: #faf9f6; margin: 2rem auto; max-width: 84rem }
 body { padding: 0 1rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums } h2 { margin-top: 2.5rem }
 th { font-weight: normal; color: #78766f; text-align: left } td, th { padding: .25rem .6rem; vertical-align: top }
-.numbers td { border-top: 1px solid #dcd9d0; white-space: nowrap } .wide { overflow-x: auto }
+.numbers { font-size: 14px } .numbers td { border-top: 1px solid #dcd9d0 } .numbers td, .numbers th { white-space: nowrap }
+.wide { overflow-x: auto }
 .plot { max-width: 46rem; width: 100%; margin: 1.5rem 0 } .faces img { width: 8rem; display: block } .words { max-width: 14rem }
 """
 
@@ -52,7 +53,7 @@ def plot(folder: Folder) -> Image.Image | None:
     points = [row for row in rows if purity in row.columns and "face_sim" in row.columns]
     if not points:
         return None
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=140)
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=140, facecolor="#faf9f6")
     axes = figure.subplots()
     for curve in _curves(points):
         places = [(row.columns[purity], row.columns["face_sim"]) for row in curve]
@@ -66,6 +67,7 @@ def plot(folder: Folder) -> Image.Image | None:
         axes.invert_xaxis()
     axes.set_xlabel("changed outside the face" if purity == "outside_face" else "CLIP-I, with against without identity")
     axes.set_ylabel("face similarity")
+    axes.set_title("up and right is better", fontsize=9, color="gray")
     axes.margins(0.15)
     axes.grid(alpha=0.3)
     file = io.BytesIO()
