@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,7 @@ from typing import ClassVar
 import huggingface_hub.constants
 import huggingface_hub.hf_api
 import pytest
+import torch
 
 from openpulid import published
 from openpulid.errors import OptionError, WeightsError
@@ -140,6 +142,28 @@ def test_a_mirror_is_asked_once_and_never_again(mirror: list[str], cache: Path) 
     path.resolve().write_bytes(CONTENT[:-1] + b"!")
     with pytest.raises(WeightsError, match="is damaged"):
         published.verify("pulid-v1.1")
+
+
+def test_what_is_known_of_a_file_is_held_against_it(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, known in published.SHA256.items():
+        assert published.WEIGHTS[name].file and re.fullmatch("[0-9a-f]{64}", known)
+    (tmp_path / "pulid_v1.bin").write_bytes(CONTENT)
+    monkeypatch.setitem(published.SHA256, "pulid-v1", sha256(CONTENT))
+    assert published.verify("pulid-v1", tmp_path) == "whole"
+    monkeypatch.setitem(published.SHA256, "pulid-v1", sha256(b""))
+    with pytest.raises(WeightsError, match="is damaged"):
+        published.verify("pulid-v1", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "held"), [("parsing", published.SHA256["parsing"]), ("judge-lpips", "7be5be79")])
+def test_a_file_from_a_page_is_checked_as_it_comes(
+    name: str, held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str, str | None]] = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: asked.append(args))
+    published.get(name, tmp_path, say=lambda text: None)
+    entry = published.WEIGHTS[name]
+    assert asked == [(entry.repo, str(tmp_path / entry.file), held)]
 
 
 def test_into_a_folder_and_what_a_server_does_not_have(mirror: list[str], tmp_path: Path) -> None:

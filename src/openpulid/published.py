@@ -110,6 +110,23 @@ WEIGHTS: dict[str, Weight] = {
 }
 """By the short name that presets use. Sizes are what the hub shows, rounded."""
 
+SHA256 = {
+    "pulid-flux-v0.9.1": "92c41c3af322b02e58e1b32842e4601e08c8f16ec1fe80089dbe957df510f51d",
+    "detector": "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91",
+    "arcface": "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
+    "eva": "84c3a17a228c567a155259b2245b0b59072bf7da510260a0a02ec54de6d50b05",
+    "parsing": "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
+    "arcface-loss": "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
+    "clip-h": "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
+    "ip-adapter-plus": "3f5062b8400c94b7159665b21ba5c62acdcd7682262743d7f2aefedef00e6581",
+    "ip-adapter-plus-face": "677ad8860204f7d0bfba12d29e6c31ded9beefdf3e4bbd102518357d31a292c1",
+    "buffalo-l": "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",
+    "faceid": "f455fed24e207c878ec1e0466b34a969d37bab857c5faa4e8d259a0b4ff63d7e",
+    "instantid": "02b3618e36d803784166660520098089a81388e61a93ef8002aa79a5b1c546e1",
+    "identitynet": "c8127be9f174101ebdafee9964d856b49b634435cf6daa396d3f593cf0bbbb05",
+}
+"""Of single files, where several independent projects state the same. Of the others the hub itself says it at the download."""
+
 
 def weight(name: str) -> Weight:
     """The entry called `name`, or any pipeline of the hub by OWNER/NAME. Raises OptionError that lists what there is."""
@@ -164,7 +181,7 @@ def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[
         raise WeightsError(f"{entry.file} is on no hub; get it from {entry.repo} and put it into a folder, {FOLDER_VARIABLE}.")
     say(f"{entry.name}, about {entry.megabytes} MB, licence: {entry.licence}{forbids}")
     try:
-        return _downloaded(entry, None if folder is None else Path(folder))
+        return _downloaded(entry, None if folder is None else Path(folder), SHA256.get(name))
     except Exception as error:  # the hub's client, requests and the operating system each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
@@ -173,7 +190,7 @@ def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[
 
 
 def verify(name: str, folder: str | os.PathLike[str] | None = None) -> str:
-    """Reads a weight from end to end and compares its SHA-256 with what the hub says of it, where that is known.
+    """Reads a weight from end to end and compares its SHA-256 with `SHA256`, or with what the hub said at the download.
 
     Returns:
         "whole", or "here, and there is nothing to compare it with".
@@ -187,7 +204,7 @@ def verify(name: str, folder: str | os.PathLike[str] | None = None) -> str:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     known = 0
     for file in files:
-        expected = _hash_of(file)
+        expected = SHA256.get(name) or _hash_of(file)
         if expected is None:
             continue
         known += 1
@@ -236,14 +253,15 @@ def _has_weights(part: Path) -> bool:
     return any("-of-" not in name for name in here) or any(shards <= here for shards in sharded)
 
 
-def _downloaded(entry: Weight, folder: Path | None) -> Path:
+def _downloaded(entry: Weight, folder: Path | None, expected: str | None) -> Path:
     from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
     from torch.hub import download_url_to_file, get_dir
 
     if entry.repo.startswith("https://"):
         path = (folder or Path(get_dir()) / "checkpoints") / entry.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(entry.repo, str(path))
+        in_name = re.search(r"-([0-9a-f]{8,})\.pth$", entry.file)  # as PyTorch names its own
+        download_url_to_file(entry.repo, str(path), expected or (in_name[1] if in_name else None))
         return path
     if entry.file:
         return Path(hf_hub_download(entry.repo, entry.file, local_dir=folder))

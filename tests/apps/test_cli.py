@@ -161,7 +161,11 @@ def test_weights_are_listed_and_missing_ones_named(pulid, tmp_path: Path, monkey
     monkeypatch.setenv("COLUMNS", "300")
     listed = pulid("weights", "list", "--folder", tmp_path).out
     assert str(tmp_path / "parsing_bisenet.pth") in listed and "not commercial" in listed and "pulid_v1.bin" in listed
-    assert pulid("weights", "verify", "parsing", "--folder", tmp_path).out.startswith("parsing: here, and there is nothing")
+    assert "468e13ca13a9" in listed
+    (tmp_path / "pulid_v1.bin").write_bytes(b"weights")
+    assert pulid("weights", "verify", "pulid-v1", "--folder", tmp_path).out.startswith("pulid-v1: here, and there is nothing")
+    damaged = pulid("weights", "verify", "parsing", "--folder", tmp_path)
+    assert plain(damaged) and "is damaged" in damaged.err
     entries = [WEIGHTS[name] for name in PRESETS["flux"]().published[1:]]
     for entry in entries:
         (tmp_path / entry.name).write_bytes(b"weights")

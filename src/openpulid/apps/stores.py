@@ -23,16 +23,16 @@ def list_weights(folder: Where = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from openpulid.published import WEIGHTS, locate
+    from openpulid.published import SHA256, WEIGHTS, locate
 
-    table = Table("name", "file", "MB", "licence", "here")
+    table = Table("name", "file", "MB", "licence", "sha256", "here")
     for name, entry in WEIGHTS.items():
         try:
             here = str(locate(name, folder))
         except WeightsError:
             here = "-"
         licence = entry.licence if entry.commercial else f"{entry.licence} (not commercial)"
-        table.add_row(name, entry.name, str(entry.megabytes), licence, here)
+        table.add_row(name, entry.name, str(entry.megabytes), licence, SHA256.get(name, "-")[:12], here)
     Console().print(table)
 
 
@@ -47,7 +47,7 @@ def get(names: Name, folder: Where = None) -> None:
 
 @weights.command()
 def verify(names: Name, folder: Where = None) -> None:
-    """Read weights from end to end and compare them with what the hub says of them."""
+    """Read weights from end to end and compare them with what is known of them, or what the hub said at the download."""
     from openpulid.published import verify as check
 
     for name in _needed(names):
