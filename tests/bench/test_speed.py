@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from openpulid.bench import identify, speed
 from openpulid.bench.training import RandomSDXL
-from openpulid.bench.turns import by_turns, medians, ratios
+from openpulid.bench.turns import by_turns, medians, ratios, seconds_in
 from openpulid.errors import OptionError
 from openpulid.identity.vision import VisionTower
 from openpulid.methods.pulid.encoders import IDFormer
@@ -30,6 +31,19 @@ def test_candidates_take_turns_and_the_first_round_does_not_count() -> None:
     assert ratios(found) == {"a": 1.0, "b": 3.0}  # of 5, 4 / 3 and 3
 
 
+def test_seconds_in_a_method_are_noted_and_the_class_is_as_it_was() -> None:
+    class Slow:
+        def work(self, seconds: float) -> float:
+            time.sleep(seconds)
+            return seconds
+
+    plain = Slow.work
+    with pytest.raises(TypeError), seconds_in(Slow, "work") as noted:
+        assert Slow().work(0.02) == 0.02
+        Slow().work("long")
+    assert len(noted) == 2 and noted[0] >= 0.02 > noted[1] and Slow.work is plain
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_step_with_and_without(guided: bool) -> None:
     pipe = tiny.pipe()
@@ -38,6 +52,7 @@ def test_a_step_with_and_without(guided: bool) -> None:
     rows = speed.measure(it, rounds=1)
     assert [row.name for row in rows] == ["base", "pulid", "afresh"]
     assert rows[0].ratio == 1.0 and all(row.seconds > 0 for row in rows)
+    assert rows[1].within is not None and 1 < rows[1].within < 3 and rows[0].within is None
     assert torch.equal(it.step(), before)
     with it.opened():
         assert not torch.allclose(it.step(), before)
@@ -50,7 +65,8 @@ def test_a_step_of_flux() -> None:
     )
     assert (len(it.transformer.transformer_blocks), len(it.transformer.single_transformer_blocks)) == (2, 4)
     before = it.step()
-    assert [row.name for row in speed.measure(it, rounds=1)] == ["base", "pulid", "afresh"]
+    rows = speed.measure(it, rounds=1)
+    assert [row.name for row in rows] == ["base", "pulid", "afresh"] and rows[1].within is not None and 1 < rows[1].within < 3
     with it.opened():
         assert not torch.allclose(it.step(), before)
     with pytest.raises(OptionError, match="only FLUX"):
