@@ -12,15 +12,15 @@ import torch
 from safetensors import SafetensorError
 
 from openpulid import memory
-from openpulid.errors import WeightsError
+from openpulid.errors import OptionError, WeightsError
 from openpulid.faces.detect import FaceFinder
 from openpulid.faces.photos import ArcFace, PhotoFinder
 from openpulid.identity.clip import ClipFeatures, clip_tower
 from openpulid.identity.features import FeatureExtractor, Features, FoundFaces
 from openpulid.identity.photos import PhotoFeatures
-from openpulid.methods.base import find
+from openpulid.methods.base import METHODS, find
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.presets import BESIDE, OF_THE_MINIATURE, Place, Preset
+from openpulid.presets import BESIDE, OF_THE_MINIATURE, Place, Preset, with_method
 from openpulid.published import locate
 from openpulid.schedulers import KarrasScheduler
 from openpulid.weights import fingerprint, load_module, read_tensors
@@ -50,6 +50,31 @@ def hardware(device: torch.device) -> str:
 def half(device: torch.device) -> torch.dtype:
     """What networks of full size compute in there: bfloat16, or float32 where that does not pay."""
     return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+
+
+def missing(preset: Preset) -> list[str]:
+    """What a preset needs and this machine has not: names of published weights, and files. Nothing is opened."""
+    lacking = []
+    for name in preset.published:
+        try:
+            locate(name)
+        except WeightsError:
+            lacking.append(name)
+    places = (preset.pipeline, preset.unet, preset.adapter, preset.finder, preset.recogniser, preset.vision)
+    return lacking + [str(place) for place in places if isinstance(place, Path) and not place.exists()]
+
+
+def methods_here(preset: Preset) -> list[str]:
+    """The methods that can show a person on a preset's base, with all their files on this machine; PuLID first."""
+    found = []
+    for name in sorted(METHODS, key=lambda name: name != "pulid"):
+        try:
+            lacking = missing(with_method(preset, name))
+        except OptionError:  # it does not serve this base
+            continue
+        if not lacking:
+            found.append(name)
+    return found
 
 
 def load_pipeline(preset: Preset, device: torch.device) -> Any:

@@ -17,6 +17,7 @@ import typer
 
 from openpulid.apps import measures, stores, workshop
 from openpulid.apps.common import AsJson, Device, Folder, folder, last_line, picture_file, save_picture, say, sides, silent
+from openpulid.apps.web import web
 from openpulid.errors import OptionError, PulidError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ app.add_typer(workshop.world, name="world")
 app.add_typer(workshop.mini, name="mini")
 app.add_typer(measures.bench, name="bench")
 app.command()(workshop.train)
+app.command()(web)
 
 
 def main() -> None:

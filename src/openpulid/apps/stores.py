@@ -56,22 +56,17 @@ def verify(names: Name, folder: Where = None) -> None:
 
 @presets.command("list")
 def list_presets() -> None:
-    """All presets, and whether what they need is on this machine."""
+    """All presets, and whether what they need is on this machine, with the methods that are."""
     from rich.console import Console
     from rich.table import Table
 
+    from openpulid.loading import methods_here, missing
     from openpulid.presets import PRESETS
-    from openpulid.published import locate
 
     table = Table("preset", "what it is", "steps", "guidance", "here")
     for name, make in PRESETS.items():
-        preset, missing = make(), []
-        for weight in preset.published:
-            try:
-                locate(weight)
-            except WeightsError:
-                missing.append(weight)
-        here = "yes" if not missing else f"`pulid weights get {name}`"
+        preset = make()
+        here = f"`pulid weights get {name}`" if missing(preset) else f"yes: {', '.join(methods_here(preset))}"
         said = (make.__doc__ or "").split("\n")[0].split(":")[0].rstrip(".")
         table.add_row(name, said, str(preset.steps), f"{preset.guidance:g}", here)
     Console().print(table)

@@ -1,0 +1,286 @@
+"""The studio in the browser: photos and a sentence in, images out. It is served to this machine alone unless told otherwise."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from random import randrange
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from openpulid.apps.common import Device, save_picture, sides
+from openpulid.errors import OptionError, PulidError
+
+if TYPE_CHECKING:
+    from openpulid.identity.identity import Identity
+    from openpulid.studio import Studio
+
+HELP = """**Photos** of one person, sharp and from the front; several are read together. **Scale** is how strongly the person
+shows: more likeness against more of the prompt. **Seed**: image k has seed + k, and comes out the same each time.
+Photos stay on this machine and are deleted within the hour."""
+PHOTOS: dict[str, Any] = {
+    "columns": 3,
+    "height": 180,
+    "object_fit": "contain",
+    "fit_columns": False,
+    "file_types": ["image"],
+    "interactive": True,
+    "buttons": [],
+}
+KEEP: Any = ["download", "fullscreen"]
+"""What can be done with a picture of somebody: nothing that sends it anywhere."""
+KEPT = (600, 3600)
+"""Every so many seconds uploads older than so many are deleted."""
+
+
+class Desk:
+    """What the page works with: the studio of the preset and method that were asked for last, one at a time.
+
+    Args:
+        folder: images are put here for the browser to fetch.
+        device: where to compute.
+    """
+
+    def __init__(self, folder: Path, device: str | None = None) -> None:
+        self.folder, self.device = folder, device
+        self._asked: tuple[str, str] | None = None
+        self._studio: Studio | None = None
+
+    def studio(self, preset: str, method: str) -> Studio:
+        """Loaded when it is another than before; the former goes first, two would not fit everywhere."""
+        from openpulid.studio import load
+
+        if self._studio is None or self._asked != (preset, method):
+            self._studio = None
+            self._studio = load(preset, device=self.device, method=method)
+            self._asked = preset, method
+        return self._studio
+
+    def generate(
+        self,
+        photos: Sequence[tuple[str, str | None]] | None,
+        identity_file: str | None,
+        prompt: str,
+        preset: str,
+        method: str,
+        scale: float,
+        images: int,
+        seed: int,
+        alone: bool,
+        negative: str | None,
+        steps: int | None,
+        guidance: float | None,
+        size: str | None,
+        start: float,
+        end: float,
+    ) -> list[tuple[str, str]]:
+        """Images and what stands below each. `alone` makes every image without the person too, from the same noise."""
+        studio = self.studio(preset, method)
+        pictures = [path for path, _ in photos or ()]
+        who = self._who(studio, pictures, identity_file)
+        options: dict[str, Any] = {"steps": steps or None, "guidance": guidance, "negative": negative or None}
+        wide = (size or "").strip() or None
+        chosen = sides(wide, 16 if studio.preset.family == "flux" else 8)
+        named = ", ".join(Path(path).name for path in ([identity_file] if identity_file else pictures)) or None
+        request = {"prompt": prompt, "id": named, "preset": preset, "method": method, "size": wide, **options}
+        joined = {"scale": scale, "start": start, "end": end}
+        made = self._made(studio, prompt, who, {**options, **joined, "size": chosen}, images, seed, {**request, **joined})
+        if who is not None and alone:
+            plain = {**options, "size": chosen}
+            without = self._made(studio, prompt, None, plain, images, seed, {**request, "id": None})
+            made = [one for pair in zip(made, without, strict=True) for one in pair]
+        return made
+
+    def faces(
+        self, photos: Sequence[tuple[str, str | None]] | None, identity_file: str | None, preset: str, method: str
+    ) -> Any:
+        """A picture of what is read of the photos."""
+        if identity_file or not photos:
+            raise OptionError("give photos: what is read of them is shown; an identity file holds none.")
+        return self.studio(preset, method).show([path for path, _ in photos])
+
+    def _who(self, studio: Studio, photos: Sequence[str], identity_file: str | None) -> Identity | None:
+        from openpulid.identity.identity import Identity
+
+        if identity_file and photos:
+            raise OptionError("photos and an identity file are two people; take one of them away.")
+        if identity_file:
+            return Identity.load(identity_file)
+        return studio.identify(photos) if photos else None
+
+    def _made(
+        self,
+        studio: Studio,
+        prompt: str,
+        who: Identity | None,
+        options: dict[str, Any],
+        images: int,
+        seed: int,
+        request: dict[str, Any],
+    ) -> list[tuple[str, str]]:
+        if not (prompt or "").strip():
+            raise OptionError("say in the prompt what to show.")
+        result = studio.generate(prompt, who, seed=int(seed), num_images=int(images), **options)
+        place = Path(tempfile.mkdtemp(dir=self.folder))
+        words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:48].strip("-") or "image"
+        kept = []
+        for image, number in zip(result.images, result.seeds, strict=True):
+            file = place / f"{words}-{number}.png"
+            save_picture(image, file, {**request, "seed": number})
+            kept.append((str(file), f"seed {number}" + ("" if who is not None else ", nobody")))
+        return kept
+
+
+def presets_here() -> list[str]:
+    """The presets whose files are all on this machine."""
+    from openpulid.loading import missing
+    from openpulid.presets import PRESETS
+
+    return [name for name, make in PRESETS.items() if not missing(make())]
+
+
+def page(desk: Desk, preset: str) -> Any:
+    """The whole page, as Gradio's Blocks.
+
+    Args:
+        preset: chosen at first; one of `presets_here`.
+    """
+    import gradio as gr
+
+    def changed(name: str) -> tuple[Any, ...]:
+        from openpulid.loading import methods_here
+        from openpulid.presets import find
+
+        here = methods_here(find(name))
+        return gr.Dropdown(choices=here, value=here[0]), *_acts(name, here[0]), gr.Button(visible=name.startswith("mini"))
+
+    with gr.Blocks(title="openpulid", analytics_enabled=False, delete_cache=KEPT) as blocks:
+        gr.Markdown("# openpulid\nA person into any image, from one photo.")
+        with gr.Row():
+            with gr.Column(scale=2):
+                fields = _fields(preset)
+            with gr.Column(scale=3):
+                shown = gr.Gallery(label="Images", format="png", columns=2, object_fit="contain", height=640, buttons=KEEP)
+                seen = gr.Image(label="What is read of the photos", visible=False, format="png", buttons=KEEP)
+                gr.Markdown(HELP)
+        photos, file, chosen, method = (fields[name] for name in ("photos", "identity_file", "preset", "method"))
+        one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "desk"}  # one studio, one thing at a time
+        acts = [fields[name] for name in ("scale", "start", "end")]
+        chosen.input(changed, chosen, [method, *acts, fields["invent"]], api_name=False)
+        method.input(_acts, [chosen, method], acts, api_name=False)
+        fields["invent"].click(partial(_invented, desk.folder), None, photos, api_name="person")
+        look = fields["look"].click(_said(desk.faces), [photos, file, chosen, method], seen, api_name="faces", **one)
+        look.success(lambda: gr.Image(visible=True), None, seen, api_name=False)
+        wanted = [fields[name] for name in fields if name not in ("invent", "look", "make")]
+        fields["make"].click(_said(desk.generate), wanted, shown, api_name="generate", **one)
+    return blocks
+
+
+def _fields(preset: str) -> dict[str, Any]:
+    """What is asked, by the names of `Desk.generate` and in its order, and three buttons."""
+    import gradio as gr
+
+    from openpulid.loading import methods_here
+    from openpulid.presets import find
+
+    fields: dict[str, Any] = {}
+    fields["photos"] = gr.Gallery(label="Photos of one person", **PHOTOS)
+    with gr.Row():
+        fields["invent"] = gr.Button("Invent a person", visible=preset.startswith("mini"), size="sm")
+        fields["look"] = gr.Button("What is read of them?", size="sm")
+    with gr.Accordion("Or an identity file", open=False):
+        fields["identity_file"] = gr.File(label="Of pulid identify", file_types=[".safetensors"], height=140)
+    fields["prompt"] = gr.Textbox(label="Prompt", value="portrait, film noir, smiling", lines=2)
+    fields["make"] = gr.Button("Make", variant="primary")
+    with gr.Row():
+        fields["preset"] = gr.Dropdown(presets_here(), value=preset, label="Preset")
+        fields["method"] = gr.Dropdown(methods_here(find(preset)), value="pulid", label="Method")
+    fields["scale"] = gr.Slider(0, 2, value=_acts(preset, "pulid")[0], step=0.05, label="Scale")
+    with gr.Row():
+        fields["images"] = gr.Number(4, label="Images", precision=0, minimum=1, maximum=64)
+        fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
+    fields["alone"] = gr.Checkbox(False, label="each without the person too")
+    with gr.Accordion("More", open=False):
+        fields["negative"] = gr.Textbox(label="What not to show")
+        with gr.Row():
+            fields["steps"] = gr.Number(None, label="Steps (empty: the preset's)", precision=0, minimum=1)
+            fields["guidance"] = gr.Number(None, label="Guidance (empty: the preset's)", minimum=0)
+        fields["size"] = gr.Textbox(label="Size", placeholder="832x1216")
+        with gr.Row():
+            fields["start"] = gr.Slider(0, 1, value=0.0, step=0.05, label="The person acts from")
+            fields["end"] = gr.Slider(0, 1, value=1.0, step=0.05, label="to this share of the steps")
+    return fields
+
+
+def _acts(preset: str, method: str) -> tuple[float, float, float]:
+    """How strongly a method acts on a preset and between which shares of the steps, where nobody says."""
+    from openpulid.presets import find, with_method
+
+    known = with_method(find(preset), method)
+    return known.scale, known.start, known.end
+
+
+def _invented(folder: Path) -> list[str]:
+    """A picture of somebody whom nobody has trained on."""
+    from openpulid.mini.showcase import portrait
+    from openpulid.world import HELD_OUT_PEOPLE
+
+    number = HELD_OUT_PEOPLE + randrange(100_000)
+    file = folder / f"person-{number}.png"
+    save_picture(portrait(number), file)
+    return [str(file)]
+
+
+def _said(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with what a user can put right said on the page."""
+    from functools import wraps
+
+    import gradio as gr
+
+    @wraps(work)
+    def told(*args: Any) -> Any:
+        try:
+            return work(*args)
+        except PulidError as error:
+            raise gr.Error(str(error), duration=None, print_exception=False) from None
+
+    return told
+
+
+@contextmanager
+def opened(preset: str = "mini", device: str | None = None) -> Iterator[Any]:
+    """The page and a folder for its images, which is gone when this closes.
+
+    Raises:
+        OptionError: Gradio is not installed, or the preset is unknown, or its files are not here.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.") from None
+    if preset not in (here := presets_here()):
+        raise OptionError(f"{preset} is not on this machine; {', '.join(here)} are, and `pulid weights get {preset}` gets it.")
+    with tempfile.TemporaryDirectory(prefix="openpulid-") as folder:
+        yield page(Desk(Path(folder), device), preset)
+
+
+def web(
+    preset: Annotated[str, typer.Option(help="Chosen at first, see `pulid presets list`.")] = "mini",
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets everybody in who reaches this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where it listens.")] = 7860,
+    device: Device = None,
+) -> None:
+    """The studio in the browser, every preset and method whose files are on this machine."""
+    with opened(preset, device) as blocks:
+        import gradio as gr
+
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from another machine
+        try:
+            blocks.launch(server_name=host, server_port=port, share=False, theme=theme, max_file_size="50mb")
+        except OSError as error:
+            raise OptionError(f"port {port} cannot be had ({error}); choose another with --port.") from None

@@ -1,0 +1,117 @@
+"""The page in the browser: asked over HTTP as a browser asks, on the shipped miniature."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from openpulid.apps import web
+from openpulid.errors import OptionError
+from openpulid.loading import methods_here, missing
+from openpulid.mini.showcase import portrait
+from openpulid.presets import MINIATURE, OF_THE_MINIATURE, mini, sdxl
+from openpulid.published import FOLDER_VARIABLE
+
+gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
+SETTINGS: dict[str, Any] = {
+    "prompt": "portrait, photo, smiling", "preset": "mini-lightning", "method": "pulid", "scale": 1.0, "images": 2, "seed": 3,
+    "alone": True, "negative": "", "steps": None, "guidance": None, "size": "", "start": 0.0, "end": 1.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def anna(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("people") / "anna.png"
+    portrait(1_000_007).save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    from gradio_client import Client
+
+    with web.opened("mini") as blocks:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        _, url, _ = blocks.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True)
+        yield Client(url, verbose=False)
+        blocks.close()
+
+
+def as_gallery(file: Path) -> list[dict[str, Any]]:
+    from gradio_client import handle_file
+
+    return [{"image": handle_file(str(file)), "caption": None}]
+
+
+def test_photo_and_prompt_to_images_that_say_how_they_were_made(client: Any, anna: Path) -> None:
+    made = client.predict(photos=as_gallery(anna), identity_file=None, **SETTINGS, api_name="/generate")
+    assert [one["caption"] for one in made] == ["seed 3", "seed 3, nobody", "seed 4", "seed 4, nobody"]
+    images = [Image.open(one["image"]) for one in made]
+    assert len({image.tobytes() for image in images}) == 4
+    request = json.loads(images[2].info["openpulid"])
+    assert request["seed"] == 4 and request["id"] == "anna.png" and request["preset"] == "mini-lightning"
+    assert json.loads(images[1].info["openpulid"])["id"] is None
+
+
+def test_a_person_is_invented_and_read(client: Any) -> None:
+    (person,) = client.predict(api_name="/person")
+    assert Image.open(person["image"]).size == (96, 96)
+    seen = client.predict(as_gallery(Path(person["image"])), None, "mini", "pulid", api_name="/faces")
+    assert Image.open(seen).width > 96
+
+
+def test_what_can_be_put_right_is_said_on_the_page(client: Any, anna: Path) -> None:
+    with pytest.raises(Exception, match="does not know 'spaceship'"):
+        wrong = {**SETTINGS, "prompt": "portrait, spaceship"}
+        client.predict(photos=as_gallery(anna), identity_file=None, **wrong, api_name="/generate")
+    with pytest.raises(Exception, match="give photos"):
+        client.predict(None, None, "mini", "pulid", api_name="/faces")
+
+
+def test_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:
+    desk = web.Desk(tmp_path)
+    studio = desk.studio("mini-lightning", "pulid")
+    assert desk.studio("mini-lightning", "pulid") is studio
+    studio.identify([str(anna)]).save(tmp_path / "anna.safetensors")
+    known = {**SETTINGS, "images": 1, "alone": False}
+    known |= {"size": None, "negative": None}  # as a browser sends what is empty
+    (one,) = desk.generate(None, str(tmp_path / "anna.safetensors"), **known)
+    (other,) = desk.generate([(str(anna), None)], None, **known)
+    assert Image.open(one[0]).tobytes() == Image.open(other[0]).tobytes()
+    with pytest.raises(OptionError, match="two people"):
+        desk.generate([(str(anna), None)], str(tmp_path / "anna.safetensors"), **known)
+    with pytest.raises(OptionError, match="say in the prompt"):
+        desk.generate(None, None, **{**known, "prompt": " "})
+    assert desk.studio("mini", "pulid") is not studio
+
+
+def test_what_is_offered_is_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    assert {"mini", "mini-lightning"} <= set(web.presets_here())
+    files = {name: MINIATURE / OF_THE_MINIATURE[name].get("adapter", f"{name}.safetensors") for name in OF_THE_MINIATURE}
+    assert methods_here(mini()) == ["pulid", *(name for name in sorted(files) if files[name].exists())]
+    assert missing(mini()) == [] and missing(mini(tmp_path))[0] == str(tmp_path / "pipeline")
+    lacking = missing(sdxl())
+    (tmp_path / "pulid_v1.1.safetensors").write_bytes(b"weights")
+    assert set(lacking) - set(missing(sdxl())) <= {"pulid-v1.1"} and "pulid-v1.1" not in missing(sdxl())
+    with pytest.raises(OptionError, match="mini-lightning"), web.opened("sdxl-v1"):
+        pass
+
+
+def test_it_is_served_to_this_machine_alone_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert signature(web.web).parameters["host"].default == "127.0.0.1"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with web.opened("mini") as blocks:
+        assert blocks.analytics_enabled is False and blocks.delete_cache == web.KEPT
+        assert len(list(tmp_path.glob("openpulid-*"))) == 1
+    assert not list(tmp_path.glob("openpulid-*"))
