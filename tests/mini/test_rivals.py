@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import CLIPVisionModelWithProjection
 
 from openpulid.loading import load_pipeline
 from openpulid.methods.base import find
+from openpulid.mini.parts import stamp
 from openpulid.mini.rivals import NAMES, RIVALS, Rival, RivalTask
 from openpulid.presets import MINIATURE, mini
 from openpulid.training.bases import SDXLBase
@@ -72,10 +74,14 @@ def test_it_learns_and_is_saved_as_it_is(name: str, pipe: Any, tmp_path: Path) -
     assert all(torch.equal(value, base[key]) for key, value in pipe.unet.state_dict().items())
     assert set(task.validate()) == {"held_out_own", "held_out_other", "held_out_none"}
 
-    rival.save(tmp_path / name, pipe)
-    place = tmp_path / name if name == "instantid" else tmp_path / f"{name}.safetensors"
+    place = rival.save(tmp_path / name, pipe)
+    assert place == (tmp_path / name if name == "instantid" else tmp_path / f"{name}.safetensors")
+    stamp(place, {"revision": "abc", "minutes": 1})
     size = sum(file.stat().st_size for file in ([place] if place.is_file() else place.rglob("*.*")))
     assert size < 8e6, f"{name} takes {size / 1e6:.1f} million bytes"
+    for file in [place] if place.is_file() else place.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as written:
+            assert written.metadata()["revision"] == "abc"
     again: Any = find(name)
     loaded = again.load(place)
     loaded.attach(pipe)

@@ -13,6 +13,7 @@ from openpulid.errors import FaceError, PromptError
 from openpulid.faces.detect import FaceFinder
 from openpulid.images import open_picture
 from openpulid.mini.autoencoder import there_and_back
+from openpulid.mini.rivals import NAMES
 from openpulid.pictures import to_images, to_pictures
 from openpulid.presets import MINIATURE
 from openpulid.weights import load_module
@@ -41,7 +42,9 @@ def studio():
 
 def test_they_fit_into_a_repository_and_say_where_they_come_from():
     files = [path for path in MINIATURE.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 60e6
+    rivals = {name: [path for path in files if name in path.relative_to(MINIATURE).parts[0]] for name in NAMES}
+    assert all(sum(path.stat().st_size for path in rival) < 8e6 for rival in rivals.values())
+    assert sum(path.stat().st_size for path in files if not any(path in rival for rival in rivals.values())) < 60e6
     assert max(path.stat().st_size for path in files) < 16e6
     for path in MINIATURE.rglob("*.json"):  # no folder of the machine that made them
         named = json.loads(path.read_text("utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from openpulid.identity.features import FoundFaces
 from openpulid.loading import load_features, load_pipeline
 from openpulid.mini import adapter as pulid
 from openpulid.mini.latents import Latents
-from openpulid.mini.parts import Workshop
+from openpulid.mini.parts import Workshop, stamp
 from openpulid.mini.progress import progress
 from openpulid.mini.rivals import RIVALS, ClassTokens, Rival, RivalTask
 from openpulid.mini.values import figures, fitted
@@ -55,7 +56,7 @@ def part(name: str) -> Callable[[Workshop], dict[str, float]]:
         sheet = _sheet(rival, pipe, features, name)
         task = RivalTask(recipe, SDXLBase(unrun), rival, pulid.Mixture(sources), held_out, sheet)
         shop.train(name, task, recipe.schedule())
-        rival.save(shop.weights / name, unrun)
+        stamp(rival.save(shop.weights / name, unrun), shop.facts(name, recipe.schedule()))
         return dict(task.validate())
 
     return train
@@ -63,9 +64,11 @@ def part(name: str) -> Callable[[Workshop], dict[str, float]]:
 
 def values(shop: Workshop) -> dict[str, float]:
     """The judge's reader of facial values, from the judge as it is."""
+    begun = time.monotonic()
     judge = load_module(RECOGNISERS["judge"], shop.weights / "recogniser-judge.safetensors", shop.device)
     reader = fitted(judge, shop.data, on_progress=progress("values"))
-    save_module(reader, shop.weights / "values.safetensors", {"revision": revision()})
+    facts = {"revision": revision(), "seed": "none: solved, not trained", "minutes": round((time.monotonic() - begun) / 60, 1)}
+    save_module(reader, shop.weights / "values.safetensors", facts)
     return figures(reader, judge, shop.held_out)
 
 

@@ -332,9 +332,9 @@ def can_compile(device: torch.device) -> bool:
     return device.type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++"))
 
 
-def stamp(folder: Path, facts: Mapping[str, object]) -> None:
-    """Writes facts into the metadata of a saved model's safetensors files."""
-    for path in folder.glob("*.safetensors"):
+def stamp(place: Path, facts: Mapping[str, object]) -> None:
+    """Writes facts into the metadata of a safetensors file, or of all in a folder."""
+    for path in [place] if place.is_file() else place.rglob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             metadata = dict(file.metadata() or {})

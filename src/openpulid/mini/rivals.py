@@ -75,8 +75,8 @@ class Rival:
         """The method with these people in use."""
         return self.method.use(self.people(batch), scale=1.0, start=0.0, pipe=pipe)
 
-    def save(self, place: Path, pipe: Any) -> None:
-        """Writes the published layout in half precision."""
+    def save(self, place: Path, pipe: Any) -> Path:
+        """Writes the published layout in half precision; the file or folder that it made."""
         raise NotImplementedError
 
 
@@ -85,8 +85,8 @@ class TokenRival(Rival):
 
     method: TokenMethod
 
-    def save(self, place: Path, pipe: Any) -> None:
-        published_parts(self.method, pipe, place.with_suffix(".safetensors"))
+    def save(self, place: Path, pipe: Any) -> Path:
+        return published_parts(self.method, pipe, place.with_suffix(".safetensors"))
 
 
 class InstantRival(Rival):
@@ -94,12 +94,13 @@ class InstantRival(Rival):
 
     method: InstantID
 
-    def save(self, place: Path, pipe: Any) -> None:
+    def save(self, place: Path, pipe: Any) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         published_parts(self.method, pipe, place / "ip-adapter.safetensors")
         net = ControlNetModel.from_config(self.method.identity_net.config)
         net.load_state_dict(self.method.identity_net.state_dict())
         net.to(torch.bfloat16).save_pretrained(place / "ControlNetModel")
+        return place
 
 
 class PhotoRival(Rival):
@@ -112,7 +113,7 @@ class PhotoRival(Rival):
         rows = zip(batch.id_cond, batch.hidden[0], strict=True)
         return [Identity(row[None, None], (state[None], state[None])) for row, state in rows]
 
-    def save(self, place: Path, pipe: Any) -> None:
+    def save(self, place: Path, pipe: Any) -> Path:
         lora: dict[str, Tensor] = {}
         for name, (down, up) in self.method.lora.items():
             lora |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
@@ -121,7 +122,9 @@ class PhotoRival(Rival):
         config = self.method.encoder.config
         tower = json.dumps({name: getattr(config, name) for name in (*TOWER, "projection_dim")})
         kept = {name: x.cpu().contiguous() for name, x in flat.items()}
-        save_file(kept, place.with_suffix(".safetensors"), metadata={"tower": tower})
+        file = place.with_suffix(".safetensors")
+        save_file(kept, file, metadata={"tower": tower})
+        return file
 
 
 def faceid(pipe: Any, face: int) -> Rival:

@@ -32,8 +32,8 @@ def learned_layers(method: TokenMethod, pipe: Any) -> nn.Module:
     return nn.ModuleList([projection, *joined, nn.ParameterList(list(method.lora.values()))]).requires_grad_(True)
 
 
-def published_parts(method: TokenMethod, pipe: Any, path: Path) -> None:
-    """Writes what was learned under the published names, in half precision."""
+def published_parts(method: TokenMethod, pipe: Any, path: Path) -> Path:
+    """Writes what was learned under the published names, in half precision; returns the path."""
     processors, projection = method.built(pipe)
     (layer,) = cast(nn.ModuleList, projection.image_projection_layers)
     flat = {f"image_proj.{name}": x for name, x in published_projection(layer).items()}
@@ -43,6 +43,7 @@ def published_parts(method: TokenMethod, pipe: Any, path: Path) -> None:
                 flat[f"ip_adapter.{place}.to_{kind}_ip.weight"] = getattr(processor, f"to_{kind}_ip")[0].weight
     flat |= {f"ip_adapter.{name}": x for name, x in method.lora.items()}
     save_file({name: x.detach().half().cpu().contiguous() for name, x in flat.items()}, path)
+    return path
 
 
 def published_projection(layer: nn.Module) -> dict[str, Tensor]:
