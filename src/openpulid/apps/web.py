@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from random import randrange
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -123,10 +121,12 @@ class Desk:
         seed: int,
         request: dict[str, Any],
     ) -> list[tuple[str, str]]:
+        from tempfile import mkdtemp
+
         if not (prompt or "").strip():
             raise OptionError("say in the prompt what to show.")
         result = studio.generate(prompt, who, seed=int(seed), num_images=int(images), **options)
-        place = Path(tempfile.mkdtemp(dir=self.folder))
+        place = Path(mkdtemp(dir=self.folder))
         words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:48].strip("-") or "image"
         kept = []
         for image, number in zip(result.images, result.seeds, strict=True):
@@ -227,6 +227,8 @@ def _acts(preset: str, method: str) -> tuple[float, float, float]:
 
 def _invented(folder: Path) -> list[str]:
     """A picture of somebody whom nobody has trained on."""
+    from random import randrange
+
     from openpulid.mini.showcase import portrait
     from openpulid.world import HELD_OUT_PEOPLE
 
@@ -265,7 +267,9 @@ def opened(preset: str = "mini", device: str | None = None) -> Iterator[Any]:
         raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.") from None
     if preset not in (here := presets_here()):
         raise OptionError(f"{preset} is not on this machine; {', '.join(here)} are, and `pulid weights get {preset}` gets it.")
-    with tempfile.TemporaryDirectory(prefix="openpulid-") as folder:
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory(prefix="openpulid-") as folder:
         yield page(Desk(Path(folder), device), preset)
 
 
