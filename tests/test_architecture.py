@@ -106,6 +106,15 @@ def test_no_device_is_taken_for_granted(module: str) -> None:
         assert not any(name.split(":")[0] == "cuda" for name in names), f"{module}: line {node.lineno}"
 
 
+TYPER = """
+import typer
+app = typer.Typer()
+for name in ("demo", "more"):
+    app.command(name)(lambda: None)
+app(["--help"])
+"""
+
+
 def run(code: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "80"}
@@ -126,16 +135,17 @@ assert not heavy, heavy
 
 
 def test_help_is_light() -> None:
-    """No torch, and under 0.3 s of processor time: the best of several runs, since other work only adds."""
-    seconds = []
-    for _ in range(5):
+    """No torch, and little more processor time than its own library takes to say as much: the best of several runs each, by
+    turns, since other work only adds."""
+    seconds: dict[str, list[float]] = {HELP: [], TYPER: []}
+    for code in [HELP, TYPER] * 5:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = run(HELP)
+        done = run(code)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0, done.stderr
         assert "demo" in done.stdout
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 0.3, seconds
+        seconds[code].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds[HELP]) < 1.6 * min(seconds[TYPER]), seconds
 
 
 def test_importing_the_package_imports_nothing_else() -> None:
