@@ -60,7 +60,8 @@ def missing(preset: Preset) -> list[str]:
             locate(name)
         except WeightsError:
             lacking.append(name)
-    places = (preset.pipeline, preset.unet, preset.adapter, preset.finder, preset.recogniser, preset.vision)
+    networks = (preset.pipeline, preset.unet, preset.transformer, preset.adapter)
+    places = (*networks, preset.finder, preset.recogniser, preset.vision, preset.parser)
     return lacking + [str(place) for place in places if isinstance(place, Path) and not place.exists()]
 
 

@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs, so that help and mistakes answe
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openpulid.apps import measures, stores, workshop
-from openpulid.apps.common import AsJson, Device, Folder, folder, last_line, picture_file, save_picture, say, sides, silent
+from openpulid.apps.common import (
+    AsJson,
+    Device,
+    Folder,
+    folder,
+    image_name,
+    last_line,
+    picture_file,
+    save_picture,
+    say,
+    sides,
+    silent,
+)
 from openpulid.apps.web import web
 from openpulid.errors import OptionError, PulidError
 
@@ -184,9 +195,8 @@ def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, 
         identity = [(identity, open_picture(mask))]
     with _controlled(studio, request):
         result = studio.generate(request["prompt"], identity, seed=request["seed"], num_images=num, **options)
-    words = "-".join(re.findall(r"[a-z0-9]+", request["prompt"].lower()))[:48].strip("-") or "image"
     for image, seed in zip(result.images, result.seeds, strict=True):
-        path = out / f"{words}-{seed}.png"
+        path = out / image_name(request["prompt"], seed)
         save_picture(image, path, {**request, "seed": seed})
         print(path)
 

@@ -56,6 +56,12 @@ def picture_file(path: Path) -> Path:
     return path
 
 
+def image_name(prompt: str, seed: int) -> str:
+    """What an image's file is called: the prompt's first words and the seed."""
+    words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:48].strip("-") or "image"
+    return f"{words}-{seed}.png"
+
+
 def save_picture(image: Image.Image, path: Path, request: Mapping[str, Any] | None = None) -> None:
     """Writes a picture; a PNG carries the request that made it under "openpulid", as JSON."""
     from PIL.PngImagePlugin import PngInfo

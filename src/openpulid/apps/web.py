@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.apps.common import Device, save_picture, sides
+from openpulid.apps.common import Device, image_name, save_picture, sides
 from openpulid.errors import OptionError, PulidError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = """**Photos** of one person, sharp and from the front; several are read together. **Scale** is how strongly the person
 shows: more likeness against more of the prompt. **Seed**: image k has seed + k, and comes out the same each time.
-Photos stay on this machine and are deleted within the hour."""
+Uploads stay on the machine that serves this page and are deleted after an hour, images when it is stopped."""
 PHOTOS: dict[str, Any] = {
     "columns": 3,
     "height": 180,
@@ -127,10 +126,9 @@ class Desk:
             raise OptionError("say in the prompt what to show.")
         result = studio.generate(prompt, who, seed=int(seed), num_images=int(images), **options)
         place = Path(mkdtemp(dir=self.folder))
-        words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:48].strip("-") or "image"
         kept = []
         for image, number in zip(result.images, result.seeds, strict=True):
-            file = place / f"{words}-{number}.png"
+            file = place / image_name(prompt, number)
             save_picture(image, file, {**request, "seed": number})
             kept.append((str(file), f"seed {number}" + ("" if who is not None else ", nobody")))
         return kept
