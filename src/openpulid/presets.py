@@ -203,14 +203,16 @@ PRESETS: dict[str, Callable[[], Preset]] = {
 
 
 RIVALS: dict[str, dict[str, Any]] = {
-    "faceid": {"adapter": "faceid", "recogniser": "buffalo-l", "vision": None, "view": "none", "scale": 0.8},
-    "faceid-plus": {"adapter": "faceid-plus", "recogniser": "buffalo-l", "vision": "clip-h", "view": "face", "scale": 0.8},
-    "instantid": {"adapter": "instantid", "scale": 0.8},
-    "ip-adapter": {"adapter": "ip-adapter-plus-face", "recogniser": None, "vision": "clip-h", "view": "face", "scale": 0.6},
-    "photomaker": {"adapter": "photomaker", "recogniser": None, "vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
-    "photomaker-v2": {"adapter": "photomaker-v2", "vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
+    "faceid": {"recogniser": "buffalo-l", "vision": None, "view": "none", "scale": 1.0},
+    "faceid-plus": {"recogniser": "buffalo-l", "vision": "clip-h", "view": "face", "scale": 1.0},
+    "instantid": {"scale": 0.8},
+    "ip-adapter": {"recogniser": None, "vision": "clip-h", "view": "picture", "scale": 0.6},
+    "ip-adapter-plus": {"recogniser": None, "vision": "clip-h", "view": "picture", "scale": 0.6},
+    "ip-adapter-plus-face": {"recogniser": None, "vision": "clip-h", "view": "face", "scale": 0.6},
+    "photomaker": {"recogniser": None, "vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
+    "photomaker-v2": {"recogniser": "buffalo-l", "vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
 }
-"""What differs from PuLID on SDXL for each other method; figures are their authors'."""
+"""What differs from PuLID on SDXL for each other method, whose published weight has its name; figures are their authors'."""
 
 BESIDE = {"instantid": ("identitynet", "identitynet-config")}
 """Published weights that a method's own file needs beside it."""
@@ -238,7 +240,8 @@ def with_method(preset: Preset, method: str, adapter: Place | None = None) -> Pr
         raise OptionError(f"there is no method {method!r}; the known ones are pulid, {', '.join(RIVALS)}.")
     if preset.family != "sdxl":
         raise OptionError(f"{method} is for SDXL and {preset.name} is FLUX; choose another preset, or PuLID.")
-    changes = {"name": f"{preset.name}, {method}", "method": method, "start": 0.0, "end": 1.0, **RIVALS[method]}
+    named = {"name": f"{preset.name}, {method}", "method": method, "adapter": method}
+    changes = {**named, "start": 0.0, "end": 1.0, **RIVALS[method]}
     if isinstance(preset.adapter, Path):
         if method not in OF_THE_MINIATURE:
             raise OptionError(f"the miniature has no {method}; it has pulid, {', '.join(OF_THE_MINIATURE)}.")

@@ -40,6 +40,10 @@ def test_every_method_has_a_preset_and_its_weights_a_licence() -> None:
         assert preset.method == method and preset.adapter in WEIGHTS and preset.adapter in preset.published
         assert all(WEIGHTS[name].licence for name in preset.published)
         assert preset.identity_options().keys() == {"scale", "start", "end"}
+    read = {method: with_method(sdxl(), method).recogniser for method in RIVALS}
+    assert {method for method, name in read.items() if name == "buffalo-l"} == {"faceid", "faceid-plus", "photomaker-v2"}
+    views = {method: with_method(sdxl(), method).view for method in RIVALS if method.startswith("ip-adapter")}
+    assert views == {"ip-adapter": "picture", "ip-adapter-plus": "picture", "ip-adapter-plus-face": "face"}
     assert not WEIGHTS["faceid"].commercial and not WEIGHTS["instantid"].commercial and WEIGHTS["photomaker"].commercial
     assert {"identitynet", "identitynet-config"} <= set(with_method(sdxl(), "instantid").published)
     assert with_method(sdxl(), "pulid") == sdxl()

@@ -83,6 +83,38 @@ def test_batches_guidance_and_spans(pipe: Any) -> None:
         pass
 
 
+def test_outside_its_span_nothing_acts(pipe: Any) -> None:
+    """Its low-rank part neither; and what was built is kept when it is attached again."""
+    method = FaceID(published(pipe.unet))
+    method.attach(pipe)
+    before = drawn(pipe)
+    with method.use(person(1)):
+        whole, built = drawn(pipe), method.built(pipe)
+    method.attach(pipe)
+    with method.use(person(1), start=0.5):  # one of two steps
+        late = drawn(pipe)
+    assert not torch.allclose(late, whole, atol=1e-3) and not torch.allclose(late, before, atol=1e-3)
+    assert method.built(pipe) is built
+    with method.use(person(1), start=0.99):  # after the last
+        assert torch.equal(drawn(pipe), before)
+
+
+def test_offloaded_weights(pipe: Any) -> None:
+    """As `enable_sequential_cpu_offload` does, with the CPU for the device: between calls the weights are not there."""
+    from accelerate import cpu_offload
+
+    method = FaceID(published(pipe.unet))
+    method.attach(pipe)
+    with method.use(person(1)):
+        expected = drawn(pipe)
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    for _ in range(2):
+        with method.use(person(1)):
+            assert torch.allclose(drawn(pipe), expected, atol=1e-5)
+    with pytest.raises(OptionError, match="before enable_sequential_cpu_offload"):
+        FaceID(published(pipe.unet)).attach(pipe)
+
+
 def test_the_users_lora_stays(pipe: Any) -> None:
     """diffusers' own loading switches every other LoRA off."""
     peft = pytest.importorskip("peft")

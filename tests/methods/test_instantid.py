@@ -43,6 +43,7 @@ class Told(ControlNetModel):
 def test_it_is_what_the_stock_controlnet_pipeline_draws(pipe: Any, method: InstantID) -> None:
     who = person(1)
     method.attach(pipe)
+    method.control_scale = 0.8
     with method.use(who, scale=0.6):
         ours = drawn(pipe)
     net = Told.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False)
@@ -58,6 +59,18 @@ def test_it_is_what_the_stock_controlnet_pipeline_draws(pipe: Any, method: Insta
     options = {"ip_adapter_image_embeds": [both], "image": picture, "controlnet_conditioning_scale": 0.8}
     theirs = drawn(stock, **options)
     assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_scale_is_of_both(pipe: Any, method: InstantID) -> None:
+    method.attach(pipe)
+    with method.use(person(1), scale=0.6):
+        ours = drawn(pipe)
+    method.control_scale = 0.6
+    with method.use(person(1), scale=0.6):
+        assert torch.equal(drawn(pipe), ours)
+    method.control_scale = 0.0
+    with method.use(person(1), scale=0.6):
+        assert not torch.allclose(drawn(pipe), ours, atol=1e-3)
 
 
 def test_the_prompt_does_not_reach_identity_net(pipe: Any, method: InstantID) -> None:

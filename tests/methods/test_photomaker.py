@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from clip_files import FACE, Faces, config, embedding
+from diffusers import ControlNetModel
 from token_files import CROSS, PROMPTS, WIDTH, drawn, person
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity, fused
 from openpulid.methods.base import Method, find
+from openpulid.methods.control import ControlNet
 from openpulid.methods.photomaker.adapter import PhotoMaker, repeated
 from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
 
@@ -100,7 +102,7 @@ def test_words_alone_until_it_starts(pipe: Any, method: PhotoMaker) -> None:
     method.lora = {}
     before, seen = drawn(pipe), []
     hook = pipe.unet.register_forward_pre_hook(lambda module, args, named: seen.append(named), with_kwargs=True)
-    with method.use(fused([somebody(method)] * 2), start=0.5):  # of one token the pooled embedding stays
+    with method.use(fused([somebody(method)] * 2), start=0.4):  # of one token the pooled embedding stays
         pipe.unet.register_forward_pre_hook(lambda module, args, named: seen.append(named), with_kwargs=True)
         late = drawn(pipe)
     hook.remove()
@@ -109,6 +111,31 @@ def test_words_alone_until_it_starts(pipe: Any, method: PhotoMaker) -> None:
         assert torch.equal(first[0], second[0]), "the negative half is told nothing"
         assert not torch.equal(first[1], second[1])
     assert not torch.allclose(late, before, atol=1e-4)
+
+
+def test_the_step_at_its_start_is_the_words_own(pipe: Any, method: PhotoMaker) -> None:
+    """The authors begin after step int(start * n)."""
+    method.lora = {}
+    before = drawn(pipe)
+    with method.use(somebody(method), start=0.5):  # the second of two steps begins there
+        assert torch.equal(drawn(pipe), before)
+
+
+def test_a_controlnet_reads_the_melted_words(pipe: Any, method: PhotoMaker) -> None:
+    """Whichever of the two was opened first."""
+    method.lora = {}
+    net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
+    control, read, told = ControlNet(net), [], []
+    control.attach(pipe)
+    net.register_forward_pre_hook(lambda _, args, named: read.append(named["encoder_hidden_states"]), with_kwargs=True)
+    with control.use(torch.rand(3, 16, 16)), method.use(somebody(method), start=0.0):
+        pipe.unet.register_forward_pre_hook(
+            lambda _, args, named: told.append(named["encoder_hidden_states"]), with_kwargs=True
+        )
+        drawn(pipe)
+    plain = pipe.encode_prompt(PROMPTS[0])[0]
+    assert len(read) == len(told) == 2 and all(torch.equal(a, b) for a, b in zip(read, told, strict=True))
+    assert not torch.equal(read[0][1:], plain)
 
 
 def test_nothing_is_left_behind(pipe: Any, method: PhotoMaker) -> None:

@@ -72,6 +72,11 @@ class Serving:
     def __init__(self) -> None:
         self._attachments: list[Attachment] = []
 
+    def serve(self, target: Any) -> None:
+        """This pipeline, too. One that is served already keeps all that was built for it."""
+        if all(a.target is not target for a in self._attachments):
+            self._attachments.append(Attachment(target))
+
     def detach(self, target: Any = None) -> None:
         """Serves this pipeline no longer; without an argument, none."""
         self._attachments = [a for a in self._attachments if target is not None and a.target is not target]

@@ -30,6 +30,8 @@ METHODS = {
     "faceid-plus": "openpulid.methods.faceid:FaceIDPlus",
     "instantid": "openpulid.methods.instantid:InstantID",
     "ip-adapter": "openpulid.methods.ip_adapter:IPAdapter",
+    "ip-adapter-plus": "openpulid.methods.ip_adapter:IPAdapter",
+    "ip-adapter-plus-face": "openpulid.methods.ip_adapter:IPAdapter",
     "photomaker": "openpulid.methods.photomaker.adapter:PhotoMaker",
     "photomaker-v2": "openpulid.methods.photomaker.adapter:PhotoMaker",
     "pulid": "openpulid.methods.pulid.adapter:PuLID",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.attachment import Attachment, Serving, unet_of
-from openpulid.methods.tokens import Call, per_image
+from openpulid.methods.tokens import Call, beside, per_image
 
 Picture = Image.Image | Tensor
 """RGB, or (3, H, W) in [0, 1]."""
@@ -61,8 +61,7 @@ class ControlNet(Serving):
         theirs, ours = unet_of(target).config, self.net.config
         if (theirs.block_out_channels, theirs.cross_attention_dim) != (ours.block_out_channels, ours.cross_attention_dim):
             raise OptionError("this ControlNet was made for another kind of base; take one for SDXL.")
-        self.detach(target)
-        self._attachments.append(Attachment(target))
+        self.serve(target)
 
     @contextmanager
     def use(
@@ -97,8 +96,8 @@ class ControlNet(Serving):
             size = tuple(side * attachment.pixels for side in call.sample.shape[-2:])
             drawings = torch.stack([fitted(picture, (size[0], size[1])) for picture in pictures])
             shown = per_image(drawings, len(call.sample), attachment.guided(), negative=drawings)
-            net = self.net.to(attachment.unet.device, attachment.unet.dtype)
-            found = residuals(net, call, first["encoder_hidden_states"], shown, scale, named["added_cond_kwargs"])
+            beside([self.net], call.sample.device, attachment.unet.dtype)
+            found = residuals(self.net, call, first["encoder_hidden_states"], shown, scale, named["added_cond_kwargs"])
             return args, named | added(named, *found)
 
         return attachment.unet.register_forward_pre_hook(hook, with_kwargs=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,9 @@ from openpulid.methods.tokens import Call, TokenMethod, per_image
 class FaceID(TokenMethod):
     """IP-Adapter's decoupled cross-attention (arXiv 2308.06721, equation 5) with a face recogniser instead of CLIP.
 
-    The published file was trained on *normalised* embeddings of buffalo_l; PuLID's identities hold raw ones.
+    The published file was trained on *normalised* embeddings of buffalo_l; PuLID's identities hold raw ones. `scale` weighs the
+    tokens; the LoRA acts wholly within the span, as the authors fuse it.
     """
-
-    scale: ClassVar[float] = 0.8
 
     @property
     def width(self) -> int:

@@ -17,7 +17,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.methods.attachment import Attachment
 from openpulid.methods.control import added, residuals
-from openpulid.methods.tokens import Call, Parts, TokenMethod, per_image
+from openpulid.methods.tokens import Call, Parts, TokenMethod, beside, per_image
 
 COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
 """Of left eye, right eye, nose and the corners of the mouth, as InstantID was trained."""
@@ -34,6 +34,9 @@ class InstantID(TokenMethod):
     Args:
         parts: the adapter's file.
         identity_net: the published ControlNet.
+
+    Attributes:
+        control_scale: weight of IdentityNet's residuals; as of the tokens where it is None (the authors have .8 for both).
     """
 
     scale: ClassVar[float] = 0.8
@@ -41,7 +44,7 @@ class InstantID(TokenMethod):
     def __init__(self, parts: Parts, identity_net: ControlNetModel) -> None:
         super().__init__(parts)
         self.identity_net = identity_net.eval().requires_grad_(False)
-        self.control_scale = 0.8
+        self.control_scale: float | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InstantID:
@@ -69,15 +72,16 @@ class InstantID(TokenMethod):
     def tell(self, attachment: Attachment, people: Sequence[Identity], call: Call, strength: float) -> dict[str, Any]:
         """The embeddings, and what IdentityNet adds to the U-Net's skips and middle."""
         told = super().tell(attachment, people, call, strength)
-        if not strength or not self.control_scale:
+        if not strength or self.control_scale == 0:
             return told
         unet, guided = attachment.unet, attachment.guided()
-        net = self.identity_net.to(unet.device, unet.dtype)
+        beside([self.identity_net], call.sample.device, unet.dtype)
         tokens = unet.encoder_hid_proj(told["added_cond_kwargs"]["image_embeds"])[0].flatten(1, 2)
         height, width = (side * attachment.pixels for side in call.sample.shape[-2:])
         drawings = torch.cat([landmarks_drawn(identity, (width, height)) for identity in people])
         shown = per_image(drawings, len(call.sample), guided, negative=drawings)
-        found = residuals(net, call, tokens, shown, self.control_scale, told["added_cond_kwargs"])
+        weight = strength if self.control_scale is None else self.control_scale
+        found = residuals(self.identity_net, call, tokens, shown, weight, told["added_cond_kwargs"])
         return told | added(call.named, *found)
 
 

@@ -10,7 +10,7 @@ Shapes: B batch of the U-Net, P prompts, n photos, D width of an embedding.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -74,7 +74,8 @@ class TokenMethod(Serving):
         return parts
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TokenMethod:
-        """The same: what is built from the file follows the U-Net that it is built for."""
+        """Moves the low-rank part; what diffusers builds from the file follows the U-Net."""
+        self.lora = {name: x.to(device, dtype) for name, x in self.lora.items()}
         return self
 
     def embeddings(self, identity: Identity) -> Tensor:
@@ -89,13 +90,13 @@ class TokenMethod(Serving):
         """Serves a StableDiffusionXL pipeline from now on; nothing in it changes before `use`.
 
         Raises:
-            OptionError: it has no U-Net, or is no pipeline.
+            OptionError: it has no U-Net, is no pipeline, or has its weights elsewhere.
         """
         unet_of(target)
         if not hasattr(target, "load_ip_adapter"):
             raise OptionError(f"{type(target).__name__} is no pipeline; attach this method to a StableDiffusionXL pipeline.")
-        self.detach(target)
-        self._attachments.append(Attachment(target))
+        self.built(target)  # now, and not within the first image
+        self.serve(target)
 
     def detach(self, target: Any = None) -> None:
         """Serves this pipeline no longer; without an argument, none."""
@@ -153,13 +154,17 @@ class TokenMethod(Serving):
         self, attachment: Attachment, people: Sequence[Identity], scale: float, span: tuple[float, float]
     ) -> Iterator[None]:
         unet = attachment.unet
+        strength = 0.0
         with restored(attachment.target), ExitStack() as hooks:
-            processors = self._put_in(attachment.target)
+            processors, projection = self.built(attachment.target)
+            set_up(unet, processors, projection, "ip_image_proj")
 
             def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 first = dict(zip(("sample", "timestep"), args, strict=False)) | named
                 call = Call(first["sample"], first["timestep"], named)
+                nonlocal strength
                 strength = scale if attachment.within(call.time, span) else 0.0
+                beside([projection, *processors.values()], call.sample.device, unet.dtype)
                 for processor in processors.values():
                     if hasattr(processor, "scale"):
                         processor.scale = [strength]
@@ -167,27 +172,22 @@ class TokenMethod(Serving):
 
             hooks.callback(unet.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for module, down, up in lora_layers(unet, self.lora):
-                hooks.callback(module.register_forward_hook(low_rank(down, up)).remove)
+                hooks.callback(module.register_forward_hook(low_rank(down, up, lambda: strength != 0)).remove)
             yield
 
     def built(self, pipe: Any) -> tuple[dict[str, Any], nn.Module]:
         """The U-Net's attention processors with this method's, and the projection: built by diffusers once."""
         unet = pipe.unet
         if unet not in self._built:
+            if unet.device.type == "meta":
+                raise OptionError(
+                    "this pipeline is offloaded already; attach the method before enable_sequential_cpu_offload()."
+                )
             with restored(pipe):
                 pipe.load_ip_adapter(self.parts, subfolder="", weight_name="", image_encoder_folder=None)
                 projection, unet.encoder_hid_proj = unet.encoder_hid_proj, None
                 self._built[unet] = dict(unet.attn_processors), projection
         return self._built[unet]
-
-    def _put_in(self, pipe: Any) -> dict[str, Any]:
-        """Sets them into the U-Net."""
-        unet, (processors, projection) = pipe.unet, self.built(pipe)
-        for module in (projection, *processors.values()):  # they follow a U-Net that was moved since they were built
-            if isinstance(module, nn.Module):
-                module.to(unet.device, unet.dtype)
-        set_up(unet, processors, projection, "ip_image_proj")
-        return processors
 
 
 @contextmanager
@@ -210,6 +210,16 @@ def set_up(unet: Any, processors: Mapping[str, Any], projection: nn.Module | Non
     unet.set_attn_processor(dict(processors))
     unet.encoder_hid_proj = projection
     unet.config.encoder_hid_dim_type = kind
+
+
+def beside(modules: Iterable[Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Moves what is not there. Asked in a call, by what the U-Net is given: a U-Net that is offloaded lies elsewhere, or
+    nowhere, until it is called."""
+    for module in modules:
+        if isinstance(module, nn.Module):
+            first = next(module.parameters())
+            if (first.device, first.dtype) != (device, dtype):
+                module.to(device, dtype)
 
 
 def together(several: Sequence[Tensor | None]) -> Tensor | None:
@@ -248,15 +258,17 @@ def lora_layers(unet: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.M
         attention = unet.get_submodule(names[int(place)])
         linear = layer.removesuffix("_lora")
         module = attention.to_out[0] if linear == "to_out" else getattr(attention, linear)
-        like = next(module.parameters())
-        yield module, down.to(like), tensors[f"{place}.{layer}.up.weight"].to(like)
+        yield module, down, tensors[f"{place}.{layer}.up.weight"]
 
 
-def low_rank(down: Tensor, up: Tensor) -> Any:
-    """A forward hook that adds up(down(x)). A hook, not a LoRA of the pipeline's: loading one there would switch off the
-    user's own, and leave its layers behind."""
+def low_rank(down: Tensor, up: Tensor, acts: Callable[[], bool] = lambda: True) -> Any:
+    """A forward hook that adds up(down(x)) while it acts. A hook, not a LoRA of the pipeline's: loading one there would switch
+    off the user's own, and leave its layers behind."""
 
-    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + nn.functional.linear(nn.functional.linear(args[0], down), up)
+    def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not acts():
+            return None
+        x: Tensor = args[0]
+        return output + nn.functional.linear(nn.functional.linear(x, down.to(x)), up.to(x))
 
     return add

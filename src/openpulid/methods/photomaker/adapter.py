@@ -72,14 +72,15 @@ class PhotoMaker(Serving):
         return cls(PhotoMakerEncoder.of(parts["id_encoder"], config), parts["lora_weights"])
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> PhotoMaker:
-        """Moves the encoder; the low-rank part follows the U-Net."""
+        """Moves the encoder and the low-rank part."""
         self.encoder.to(device, dtype)
+        self.lora = {name: (down.to(device, dtype), up.to(device, dtype)) for name, (down, up) in self.lora.items()}
         return self
 
     def features(self, faces: FindsFaces, recogniser: Recognises | None = None) -> ClipFeatures:
         """What reads people for this file: its own picture tower, whole photos; version 2 the raw face embedding, too."""
         if self.encoder.face and recogniser is None:
-            raise OptionError("PhotoMaker v2 reads a face embedding; give its recogniser (antelopev2's).")
+            raise OptionError("PhotoMaker v2 reads a face embedding; give its recogniser (buffalo_l's).")
         return ClipFeatures(faces, self.encoder, "picture", -1, recogniser if self.encoder.face else None)
 
     def attach(self, target: Any) -> None:
@@ -91,8 +92,7 @@ class PhotoMaker(Serving):
         unet_of(target)
         if getattr(target, "text_encoder_2", None) is None:
             raise OptionError(f"{type(target).__name__} has no two text encoders; PhotoMaker rewrites what SDXL's say.")
-        self.detach(target)
-        self._attachments.append(Attachment(target))
+        self.serve(target)
 
     @contextmanager
     def use(
@@ -108,7 +108,8 @@ class PhotoMaker(Serving):
         Args:
             people: an identity, or one for each prompt.
             scale: of the low-rank change; at 0 nothing is changed at all.
-            start, end: fractions of the schedule between which the melted words are read, [start, end).
+            start, end: fractions of the schedule between which the melted words are read, (start, end), as the authors count;
+                from the first step where start is 0.
             pipe: only this one of the attached pipelines.
 
         Raises:
@@ -134,7 +135,7 @@ class _Opened:
         self, method: PhotoMaker, attachment: Attachment, people: Sequence[Identity], scale: float, span: tuple[float, float]
     ) -> None:
         self.attachment, self.scale, self.span, self.lora = attachment, scale, span, method.lora
-        self.encoder = method.encoder.to(attachment.unet.device)
+        self.encoder = method.encoder
         self.tokens = [tokens_of(self.encoder, identity) for identity in people]
         if len({len(tokens) for tokens in self.tokens}) > 1:
             raise OptionError("PhotoMaker shows several people in one batch only from as many photos each.")
@@ -150,10 +151,9 @@ class _Opened:
             ):
                 hooks.callback(encoder.register_forward_hook(partial(self._hear, index, words), with_kwargs=True).remove)
             for name, (down, up) in self.lora.items():
-                module = unet.get_submodule(name)
-                like = next(module.parameters())
-                hooks.callback(module.register_forward_hook(low_rank(down.to(like), self.scale * up.to(like))).remove)
-            hooks.callback(unet.register_forward_pre_hook(self._tell, with_kwargs=True).remove)
+                hooks.callback(unet.get_submodule(name).register_forward_hook(low_rank(down, self.scale * up)).remove)
+            # first of the hooks: a ControlNet beside it reads the melted words, too
+            hooks.callback(unet.register_forward_pre_hook(self._tell, with_kwargs=True, prepend=True).remove)
             yield
 
     @torch.no_grad()
@@ -179,7 +179,9 @@ class _Opened:
         """The prompt with melted words, and its pooled embedding, where an image is asked for."""
         first = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | named
         self.drawn = True
-        if not self.attachment.within(first["timestep"], self.span):
+        start, end = self.span
+        laid_out = not start or self.attachment.progress(first["timestep"]) > start  # the step at `start` is the words' own
+        if not laid_out or not self.attachment.within(first["timestep"], (0, end)):
             return args, named
         states, added = first["encoder_hidden_states"].clone(), dict(named["added_cond_kwargs"])
         pooled = added["text_embeds"].clone()
