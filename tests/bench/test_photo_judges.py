@@ -45,6 +45,7 @@ def test_faces_of_photographs(pictures: torch.Tensor) -> None:
     assert faces.found.tolist() == [True, True, False]
     assert faces.embeddings.shape == (3, 16) and faces.embeddings[2].abs().sum() == 0
     assert 0.05 < faces.masks[0].mean() < 0.9 and faces.masks[2].sum() == 0
+    assert PhotoFaces(PhotoFinder.load(DETECTOR), recogniser())(pictures[2:]).embeddings.shape == (1, 16)  # nobody at all
     judges = PhotoJudges(PhotoFaces(PhotoFinder.load(DETECTOR), recogniser()))
     same = metrics.Evidence(
         pictures, pictures, faces, faces, torch.tensor([0, 1, 1]), pictures[:2], faces.rows(torch.tensor([0, 1])), ["a"] * 3

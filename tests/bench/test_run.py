@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from openpulid.apps.cli import app
+from openpulid.apps.measures import _contest, _entry, _label, _presets
 from openpulid.bench import judging, report, run, table
-from openpulid.bench.cells import BASE, Cell, Folder, Sitter, chunks
+from openpulid.bench.cells import BASE, Cell, Chunk, Folder, Sitter, chunks
 from openpulid.bench.run import Contest
 from openpulid.bench.suite import find
 from openpulid.errors import OptionError
 from openpulid.mini.judge import Judges
 from openpulid.mini.sitters import sitters
-from openpulid.studio import Studio, load
 
 SUITE = find("quick")
-PEOPLE = sitters(SUITE.people)
-METHODS = [BASE, "pulid"]
+PEOPLE = sitters(SUITE.people, SUITE.first)
+PRESETS = _presets(SUITE, ["pulid"])
+METHODS = list(PRESETS)
 
 
 def contest(folder: Folder, people: list[Sitter] = PEOPLE) -> Contest:
-    studio = load(SUITE.preset)
-    studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset), "pulid": studio}
-    return Contest(SUITE, studios, {sitter.name: sitter for sitter in people}, folder)
+    return _contest(SUITE, PRESETS, people, folder, "cpu")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Folder:
     folder = Folder(tmp_path_factory.mktemp("run"))
-    run.run(SUITE, METHODS, PEOPLE, folder, run.here(contest(folder)))
+    run.run(SUITE, PRESETS, PEOPLE, folder, run.here(contest(folder)))
     judging.judge(folder, Judges.load())
     return folder
 
@@ -71,11 +75,11 @@ def test_a_killed_run_ends_with_the_same_table(finished: Folder, tmp_path: Path)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.run(SUITE, METHODS, PEOPLE, folder, run.here(contest(folder)), kill)
+        run.run(SUITE, PRESETS, PEOPLE, folder, run.here(contest(folder)), kill)
     made = [folder.image(cell) for cell in judging.cells_of(folder.facts(), BASE) if folder.done(cell)]
     assert 0 < len(made) < 6 * 2
     before = made[0].stat().st_mtime_ns
-    run.run(SUITE, METHODS, PEOPLE, folder, run.here(contest(folder)))
+    run.run(SUITE, PRESETS, PEOPLE, folder, run.here(contest(folder)))
     judging.judge(folder, Judges.load())
     assert made[0].stat().st_mtime_ns == before  # nothing is made twice
     assert without_times(folder) == without_times(finished)
@@ -83,7 +87,7 @@ def test_a_killed_run_ends_with_the_same_table(finished: Folder, tmp_path: Path)
 
 def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     folder, people = Folder(tmp_path), [Sitter("nobody", Image.new("RGB", (96, 96), "gray")), PEOPLE[0]]
-    run.run(SUITE, METHODS, people, folder, run.here(contest(folder, people)))
+    run.run(SUITE, PRESETS, people, folder, run.here(contest(folder, people)))
     judging.judge(folder, Judges.load())
     seed = SUITE.seeds[0]
     failed = folder.record(Cell("pulid", "nobody", 0, seed))
@@ -127,8 +131,6 @@ def test_costs_are_what_the_records_say(finished: Folder, tmp_path: Path) -> Non
 
 
 def test_methods_at_several_scales_are_one_curve() -> None:
-    from openpulid.apps.measures import _entry, _label
-
     assert _entry("instantid:a/b.safetensors@0.5") == ("instantid", Path("a/b.safetensors"), 0.5)
     assert _entry("faceid:my@home.bin") == ("faceid", Path("my@home.bin"), None)
     assert [_label(name) for name in ("pulid", "pulid@0.50", "faceid:x/mine.bin")] == ["pulid", "pulid@0.5", "mine"]
@@ -138,11 +140,58 @@ def test_methods_at_several_scales_are_one_curve() -> None:
     assert [[row.method for row in curve] for curve in report._curves(rows)] == [["pulid@0.4", "pulid"], ["other"]]
 
 
+def test_a_row_has_one_name() -> None:
+    with pytest.raises(OptionError, match="both be called mine"):
+        _presets(SUITE, ["pulid:a/mine.safetensors", "faceid:b/mine.safetensors"])
+    with pytest.raises(OptionError, match="both be called base"):
+        _presets(SUITE, ["pulid:base.safetensors"])
+
+
+def test_what_was_made_otherwise_is_made_again(finished: Folder, tmp_path: Path) -> None:
+    """Another file, another scale: an old image is no image of them."""
+    shutil.copytree(finished.path, tmp_path / "run")
+    folder, asked = Folder(tmp_path / "run"), []
+
+    def spread(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
+        asked.extend(chunks)
+        return ()
+
+    run.run(SUITE, PRESETS, PEOPLE, folder, spread)
+    assert asked == []
+    stage1 = PRESETS["pulid"].adapter.with_name("pulid-stage1.safetensors")
+    for other in (replace(PRESETS["pulid"], scale=0.5), replace(PRESETS["pulid"], adapter=stage1)):
+        asked.clear()
+        run.run(SUITE, {**PRESETS, "pulid": other}, PEOPLE, folder, spread)
+        assert {cell.method for chunk in asked for cell in chunk.cells} == {"pulid"} and len(asked) == 3 * 2
+    with pytest.raises(OptionError, match="another picture"):
+        folder.begin(SUITE, METHODS, [replace(sitter, portrait=PEOPLE[0].portrait) for sitter in PEOPLE])
+
+
+def test_the_command_and_methods_on_one_pipeline(finished: Folder, tmp_path: Path) -> None:
+    """FaceID beside it changes nothing of PuLID's images; the report measures what a stopped run left."""
+    asked = ["bench", "run", "quick", "--methods", "pulid,faceid", "--count", "1", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    folder, cells = Folder(tmp_path), {}
+    for method in (BASE, "pulid", "faceid"):
+        (cells[method], *_) = judging.cells_of(folder.facts(), method)
+        images = [folder.image(cell).read_bytes() for cell in judging.cells_of(folder.facts(), method)]
+        if method != "faceid":
+            assert images == [finished.image(cell).read_bytes() for cell in judging.cells_of(folder.facts(), method)]
+    _, pulid, faceid = table.as_json(folder)["rows"]
+    assert faceid["images"] == 4 and faceid["clip_i"] < 1 and faceid["face_sim"] != pulid["face_sim"]
+    record = folder.record(cells["faceid"]) or {}
+    folder.keep(cells["faceid"], {name: value for name, value in record.items() if name != "metrics"})
+    (tmp_path / "sets.json").unlink()
+    assert CliRunner().invoke(app, ["bench", "report", str(tmp_path)]).exit_code == 0
+    assert table.as_json(folder)["rows"][2] == faceid
+
+
 def test_two_workers_make_the_same_table(finished: Folder, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     from openpulid.bench.workers import over_ray
 
     folder = Folder(tmp_path)
-    run.run(SUITE, METHODS, PEOPLE, folder, over_ray(lambda: contest(folder), "2"))
+    run.run(SUITE, PRESETS, PEOPLE, folder, over_ray(lambda: contest(folder), "2"))
     judging.judge(folder, Judges.load())
     assert without_times(folder) == without_times(finished)

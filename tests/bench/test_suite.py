@@ -31,7 +31,8 @@ def test_a_file_is_a_suite_too(tmp_path: Path) -> None:
     facts = {"about": "Mine.", "preset": "mini", "people": 2, "seeds": [1], "prompts": [{"text": "portrait"}]}
     file.write_text(json.dumps(facts))
     assert find(str(file)).name == "mine"
-    for broken in ({**facts, "seeds": []}, {**facts, "likeness": [1]}, {**facts, "persons": 2}, {"about": "Mine."}):
+    wrong = ({"seeds": []}, {"likeness": [1]}, {"persons": 2}, {"options": {"batch": 2}}, {"prompts": None})
+    for broken in [{**facts, **change} for change in wrong]:
         file.write_text(json.dumps(broken))
         with pytest.raises(OptionError, match="suite"):
             find(str(file))

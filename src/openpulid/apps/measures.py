@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from openpulid.bench.judging import Judges
     from openpulid.bench.run import Contest
     from openpulid.bench.suite import Suite
+    from openpulid.presets import Preset
 
 bench = group("Methods side by side, and what things cost.")
 
@@ -39,15 +41,15 @@ def run_suite(
     from openpulid.bench.suite import find
     from openpulid.bench.workers import over_ray
 
-    asked, names = find(suite), [name.strip() for name in methods.split(",") if name.strip()]
-    sitters, folder = _sitters(asked, people, count), Folder(out)
-    judges = _judges(asked, device)
+    asked, folder = find(suite), Folder(out.resolve() if workers else out)
+    named = _presets(asked, [name.strip() for name in methods.split(",") if name.strip()])
+    sitters, judges = _sitters(asked, people, count), _judges(asked.preset, device)
 
     def contest() -> Contest:
-        return _contest(asked, names, sitters, folder, device)
+        return _contest(asked, named, sitters, folder, device)
 
     spread = over_ray(contest, workers) if workers else running.here(contest())
-    running.run(asked, [_label(name) for name in names], sitters, folder, spread, counted)
+    running.run(asked, named, sitters, folder, spread, counted)
     judging.judge(folder, judges)
     for file in report.write(folder):
         say(str(file))
@@ -58,11 +60,14 @@ def report_run(
     run: Annotated[Path, typer.Argument(help="The folder of a run.")],
     as_json: AsJson = False,
 ) -> None:
-    """The table as Markdown, JSON and one HTML page, from what a run has so far."""
-    from openpulid.bench import report, table
+    """The table as Markdown, JSON and one HTML page, from what a run has so far; what is not measured yet is measured."""
+    from openpulid.bench import judging, report, table
     from openpulid.bench.cells import Folder
 
     folder = Folder(run)
+    facts = folder.facts()
+    if any(judging.unmeasured(folder, facts, method) for method in facts["methods"]):
+        judging.judge(folder, _judges(facts["suite"]["preset"], None))
     if not as_json:
         for file in report.write(folder):
             say(str(file))
@@ -77,12 +82,12 @@ def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Sitte
         return people.photographed(photos)[:count]
     if not suite.people:
         raise OptionError(f"the suite {suite.name} has no people of its own: name a folder of photographs with --people.")
-    return sitters(count or suite.people)
+    return sitters(count or suite.people, suite.first)
 
 
-def _judges(suite: Suite, device: str | None) -> Judges:
-    """The miniature's own for its suites, published networks for photographs."""
-    if suite.preset.startswith("mini"):
+def _judges(preset: str, device: str | None) -> Judges:
+    """The miniature's own for its presets, published networks for photographs."""
+    if preset.startswith("mini"):
         from openpulid.mini.judge import Judges as Miniature
 
         return Miniature.load()
@@ -109,27 +114,39 @@ def _label(named: str) -> str:
     return (file.stem if file else method) + (f"@{scale:g}" if scale is not None else "")
 
 
-def _contest(suite: Suite, names: list[str], sitters: list[Sitter], folder: Folder, device: str | None) -> Contest:
+def _presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
+    """What each row of the table is called, and what it is made with; the base first."""
     from dataclasses import replace
 
     from openpulid.bench.cells import BASE
-    from openpulid.bench.run import Contest
-    from openpulid.loading import load_features, load_method
-    from openpulid.presets import with_method
-    from openpulid.studio import Studio, load
+    from openpulid.presets import find, with_method
 
-    studio = load(suite.preset, device=device)
-    studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset)}
+    presets = {BASE: find(suite.preset)}
     for name in names:
         method, file, scale = _entry(name)
         if method == BASE:
             continue
-        preset = with_method(studio.preset, method, file)
+        if (label := _label(name)) in presets:
+            raise OptionError(f"two methods would both be called {label}; rename one file, or name each method once.")
+        presets[label] = with_method(presets[BASE], method, file)
         if scale is not None:
-            preset = replace(preset, scale=scale)
-        adapter = load_method(preset, studio.pipe.device)
-        features = load_features(preset, studio.pipe.device, adapter) if preset.view else studio.features
-        studios[_label(name)] = Studio(studio.pipe, features, adapter, preset)
+            presets[label] = replace(presets[label], scale=scale)
+    return presets
+
+
+def _contest(suite: Suite, presets: Mapping[str, Preset], sitters: list[Sitter], folder: Folder, device: str | None) -> Contest:
+    from openpulid.bench.cells import BASE
+    from openpulid.bench.run import Contest
+    from openpulid.loading import load_features, load_method
+    from openpulid.studio import Studio, load
+
+    studio = load(suite.preset, device=device)
+    studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset)}
+    for label, preset in presets.items():
+        if label != BASE:
+            adapter = load_method(preset, studio.pipe.device)
+            features = load_features(preset, studio.pipe.device, adapter) if preset.view else studio.features
+            studios[label] = Studio(studio.pipe, features, adapter, preset)
     return Contest(suite, studios, {sitter.name: sitter for sitter in sitters}, folder)
 
 

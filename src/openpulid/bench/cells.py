@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from openpulid.bench.suite import Suite
 from openpulid.errors import OptionError
@@ -65,7 +65,8 @@ class Folder:
         """Writes down what is asked.
 
         Raises:
-            OptionError: the folder holds a run of something else. More methods of the same suite and people are welcome.
+            OptionError: the folder holds a run of something else, or of other pictures of the people. More methods of the same
+                suite and people are welcome.
         """
         facts = {"suite": suite.as_json(), "people": [sitter.name for sitter in sitters], "methods": list(methods)}
         if (file := self.path / "suite.json").is_file():
@@ -75,10 +76,14 @@ class Folder:
             facts["methods"] = [*known["methods"], *(name for name in methods if name not in known["methods"])]
         for sitter in sitters:
             for suffix, picture in (("", sitter.portrait), ("-other", sitter.other)):
-                if picture is not None:
-                    place = self.path / "people" / f"{sitter.name}{suffix}.png"
-                    place.parent.mkdir(parents=True, exist_ok=True)
+                if picture is None:
+                    continue
+                place = self.path / "people" / f"{sitter.name}{suffix}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if not place.is_file():
                     picture.save(place)
+                elif ImageChops.difference(Image.open(place).convert("RGB"), picture.convert("RGB")).getbbox():
+                    raise OptionError(f"{place} is another picture than the one given now; choose another folder with -o.")
         write(file, facts)
 
     def facts(self) -> dict[str, Any]:
@@ -112,10 +117,12 @@ class Folder:
         """Where its picture lies."""
         return self.path / "cells" / f"{cell.stem}.png"
 
-    def done(self, cell: Cell) -> bool:
-        """Whether it was made; one that failed is tried again."""
+    def done(self, cell: Cell, configuration: Mapping[str, Any] | None = None) -> bool:
+        """Whether it was made, with this configuration if one is given; one that failed is tried again."""
         record = self.record(cell)
-        return record is not None and record["status"] == "done" and self.image(cell).is_file()
+        if record is None or record["status"] != "done" or not self.image(cell).is_file():
+            return False
+        return configuration is None or record["configuration"] == configuration
 
 
 def chunks(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Iterator[Chunk]:

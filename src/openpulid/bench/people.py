@@ -16,7 +16,7 @@ def photographed(folder: Path) -> list[Sitter]:
     whose second no method sees.
 
     Raises:
-        OptionError: no folder, or no picture in it.
+        OptionError: no folder, no picture in it, or two people of one name.
         PictureError: one that cannot be read.
     """
     if not folder.is_dir():
@@ -26,7 +26,11 @@ def photographed(folder: Path) -> list[Sitter]:
         files = sorted(place.iterdir()) if place.is_dir() else [place]
         pictures = [open_picture(file) for file in [f for f in files if f.suffix.lower() in SUFFIXES][:2]]
         if pictures:
-            found.append(Sitter(place.stem.replace("/", "_"), pictures[0], pictures[1] if len(pictures) > 1 else None))
+            name = place.name if place.is_dir() else place.stem  # a folder may be called "Dr. Smith"
+            found.append(Sitter(name, pictures[0], pictures[1] if len(pictures) > 1 else None))
     if not found:
         raise OptionError(f"{folder} holds no photographs ({', '.join(sorted(SUFFIXES))}).")
+    names = [file for sitter in found for file in (sitter.name, f"{sitter.name}-other")]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise OptionError(f"{folder}: two people would be called {', '.join(twice)}; rename one of each.")
     return found

@@ -1,4 +1,5 @@
-"""The judges of photographs: published networks that no method uses. What is not on this machine is left out, and said."""
+"""The judges of photographs: published networks; no method uses the recogniser. What is not here is left out, and
+said."""
 
 from __future__ import annotations
 
@@ -35,6 +36,9 @@ class PhotoFaces:
 
     def __init__(self, finder: PhotoFinder, recogniser: nn.Module) -> None:
         self.finder, self.recogniser = finder, recogniser.eval().requires_grad_(False)
+        self.device = next(recogniser.parameters()).device
+        with torch.no_grad():
+            self.nobody = recogniser(torch.zeros(1, 3, ARCFACE_CROP, ARCFACE_CROP, device=self.device))[0].float().cpu() * 0
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
@@ -42,18 +46,16 @@ class PhotoFaces:
         faces: list[Face | None] = [next(iter(self.finder.find(image)), None) for image in images]
         found = torch.tensor([face is not None for face in faces])
         masks = torch.zeros(len(images), 1, *images.shape[2:])
-        embeddings: list[Tensor | None] = []
+        embeddings: list[Tensor] = []
         for row, face in enumerate(faces):
             if face is None:
-                embeddings.append(None)
+                embeddings.append(self.nobody)
                 continue
             left, top, right, bottom = face.box.round().int().tolist()
             masks[row, :, top:bottom, left:right] = 1
             crop = warp(images[row : row + 1], similarity(face.landmarks[None], ARCFACE_TEMPLATE + 0.5), ARCFACE_CROP)
-            device = next(self.recogniser.parameters()).device
-            embeddings.append(self.recogniser((2 * crop - 1).to(device))[0].float().cpu())
-        width = next((len(one) for one in embeddings if one is not None), 1)
-        return Faces(found, torch.stack([torch.zeros(width) if one is None else one for one in embeddings]), masks)
+            embeddings.append(self.recogniser((2 * crop - 1).to(self.device))[0].float().cpu())
+        return Faces(found, torch.stack(embeddings), masks)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -13,9 +14,10 @@ from openpulid.bench.suite import Suite
 from openpulid.bench.turns import peak, reset_peak, wait
 from openpulid.errors import PulidError
 from openpulid.identity.identity import Identity
-from openpulid.loading import hardware
+from openpulid.loading import found, hardware
 from openpulid.presets import Preset
 from openpulid.studio import Studio
+from openpulid.weights import fingerprint
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 
@@ -35,13 +37,11 @@ class Contest:
         self._known: dict[tuple[str, str], tuple[Identity, float]] = {}
 
     def make(self, chunk: Chunk) -> None:
-        """Images of a chunk and their records, unless all are there. What goes wrong is recorded."""
-        if all(self.folder.done(cell) for cell in chunk.cells):
-            return
+        """Images of a chunk and their records. What goes wrong is recorded."""
         first = chunk.cells[0]
         studio = self.studios[first.method]
         options = dict(self.suite.options)
-        facts = {"configuration": configuration(studio.preset, options), **surroundings(studio)}
+        facts = {"configuration": configuration(first.method, studio.preset, options), **surroundings(studio)}
         try:
             if studio.adapter is not None:
                 studio.adapter.attach(studio.pipe)  # of several on one pipeline the last one serves it
@@ -74,11 +74,17 @@ class Contest:
         return self._known[key]
 
 
-def configuration(preset: Preset, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What an image was made with."""
+def configuration(method: str, preset: Preset, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What an image is made with, as JSON gives it back: the method's file, too, by its fingerprint."""
     chosen = replace(preset, **options)
-    named = {"preset": preset.name, "steps": chosen.steps, "guidance": chosen.guidance, "size": chosen.size}
-    return {**named, **chosen.identity_options()}
+    said = {name: getattr(chosen, name) for name in ("steps", "guidance", "negative", "size", "sampler")}
+    said["preset"] = preset.name
+    if method != BASE:
+        place = found(preset.adapter)
+        files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]
+        said |= {**chosen.identity_options(), "adapter": [fingerprint(file) for file in files]}
+    known: dict[str, Any] = json.loads(json.dumps(said))
+    return known
 
 
 def surroundings(studio: Studio) -> dict[str, Any]:
@@ -98,17 +104,21 @@ class Progress(Protocol):
 
 def run(
     suite: Suite,
-    methods: Sequence[str],
+    presets: Mapping[str, Preset],
     sitters: Sequence[Sitter],
     folder: Folder,
     spread: Spread,
     on_progress: Progress | None = None,
 ) -> None:
-    """Every image that is missing. The base model is always among the methods."""
-    everyone = [BASE, *(name for name in methods if name != BASE)]
-    folder.begin(suite, everyone, sitters)
-    wanted = list(chunks(suite, everyone, [sitter.name for sitter in sitters]))
-    missing = [chunk for chunk in wanted if not all(folder.done(cell) for cell in chunk.cells)]
+    """Every image that is missing, or that was made otherwise than it would be now.
+
+    Args:
+        presets: method -> what it is used with; the base comes first.
+    """
+    folder.begin(suite, list(presets), sitters)
+    asked = {method: configuration(method, preset, suite.options) for method, preset in presets.items()}
+    wanted = list(chunks(suite, list(presets), [sitter.name for sitter in sitters]))
+    missing = [chunk for chunk in wanted if not all(folder.done(cell, asked[cell.method]) for cell in chunk.cells)]
     for count, _ in enumerate(spread(missing), len(wanted) - len(missing) + 1):
         if on_progress:
             on_progress(count, len(wanted))

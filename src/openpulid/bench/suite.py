@@ -12,6 +12,9 @@ from openpulid.errors import OptionError
 
 SUITES = Path(__file__).parent / "suites"
 
+OPTIONS = frozenset(("steps", "guidance", "negative", "size", "start", "end", "true_cfg", "timestep_to_start_cfg"))
+"""What a suite may choose for all methods alike."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -30,8 +33,9 @@ class Suite:
         preset: that every method is used with.
         prompts: each for every person.
         seeds: each for every prompt; the noise of a seed is the same for every method.
-        people: how many procedural ones, from the first held-out one on; 0 where photographs are to be given.
-        options: of a generation, in place of the preset's.
+        people: how many procedural ones; 0 where photographs are to be given.
+        first: the first of them, counted from the first held-out one.
+        options: of a generation, in place of the preset's: those of `OPTIONS`.
         likeness: prompts (by number) on which the likeness is measured; empty for all. The others tell of the rest.
         published: source -> method -> measure -> number, to stand beside what is measured.
     """
@@ -42,6 +46,7 @@ class Suite:
     prompts: Sequence[Prompt]
     seeds: Sequence[int]
     people: int = 0
+    first: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     likeness: Sequence[int] = ()
     published: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
@@ -71,4 +76,6 @@ def find(name: str) -> Suite:
         raise OptionError(f"{file} is no suite ({error}); {SUITES / 'quick.json'} is one.") from None
     if not prompts or not suite.seeds or not set(suite.likeness) <= set(range(len(prompts))):
         raise OptionError(f"{file}: a suite has prompts and seeds, and `likeness` counts its prompts from 0.")
+    if unknown := sorted(set(suite.options) - OPTIONS):
+        raise OptionError(f"{file}: a suite chooses no {', '.join(unknown)}; its options are {', '.join(sorted(OPTIONS))}.")
     return suite

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from openpulid.bench.cells import BASE, Cell, Folder
-from openpulid.bench.judging import cells_of, counts
+from openpulid.bench.judging import cells_of, counts, known_sets
 from openpulid.bench.metrics import COLUMNS, LIKENESS, Interval, bootstrap
 
 COSTS = {"seconds": False, "steps_per_second": True, "photo_to_image": False, "memory": False}
@@ -38,7 +37,7 @@ class Row:
 def rows(folder: Folder) -> list[Row]:
     """Every method of a run, from the records of its cells."""
     facts = folder.facts()
-    sets = json.loads(file.read_text("utf-8")) if (file := folder.path / "sets.json").is_file() else {}
+    sets = known_sets(folder)
     records = {m: [(cell, folder.record(cell)) for cell in cells_of(facts, m)] for m in facts["methods"]}
     base = _seconds(records[BASE])
     made = []
@@ -49,7 +48,7 @@ def rows(folder: Folder) -> list[Row]:
         errors = sorted({record["error"] for _, record in known if record and record["status"] == "failed"})
         ratio = _seconds(known) / base if good and base else math.nan
         told = {name: value for name, value in columns.items() if not math.isnan(value.mean)}
-        scale = good[0]["configuration"]["scale"] if good else math.nan
+        scale = good[0]["configuration"].get("scale", 0.0) if good else math.nan
         made.append(Row(method, told, len(good), len(known) - len(good), ratio, scale, errors))
     return made
 

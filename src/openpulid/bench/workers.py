@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,7 +46,8 @@ def over_ray(build: Callable[[], Contest], workers: str) -> Spread:
         try:
             resources = ray.cluster_resources()
             count = int(workers) if here else int(resources.get("GPU") or resources["CPU"])
-            options: dict[str, Any] = {"num_gpus": 1} if resources.get("GPU") else {"num_cpus": 1}
+            gpus = int(resources.get("GPU", 0))  # several workers share one, or the last would wait for ever
+            options: dict[str, Any] = {"num_gpus": 1 / math.ceil(count / gpus)} if gpus else {"num_cpus": 1}
             pool = ActorPool([ray.remote(Worker).options(**options).remote() for _ in range(count)])
             yield from pool.map_unordered(lambda actor, chunk: actor.make.remote(chunk), list(chunks))
         finally:

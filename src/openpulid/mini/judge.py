@@ -1,4 +1,5 @@
-"""The miniature's judges: finder, recogniser, CLIP and attribute reader that no adapter was trained with."""
+"""The miniature's judges: a recogniser and readers that no adapter was trained with; the finder, which all share; and CLIP,
+whose picture tower PhotoMaker reads with, and whose text tower is the base's second."""
 
 from __future__ import annotations
 

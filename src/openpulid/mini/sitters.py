@@ -9,7 +9,7 @@ from openpulid.pictures import to_pictures
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 
-def sitters(count: int, first: int = 0) -> list[Sitter]:
+def sitters(count: int, first: int) -> list[Sitter]:
     """Held-out people: a neutral portrait each, and a picture of theirs in a held-out scene."""
     found = []
     for number in range(HELD_OUT_PEOPLE + first, HELD_OUT_PEOPLE + first + count):

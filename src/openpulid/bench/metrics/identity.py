@@ -124,8 +124,9 @@ class FGIS:
 
     def __call__(self, evidence: Evidence) -> Tensor:
         shown = self.dino(face_crops(evidence.images, evidence.seen, self.size))
-        portraits = self.dino(face_crops(evidence.portraits, evidence.gallery, self.size))
-        similar = cosine(shown, portraits[evidence.person]).cpu()
+        people, place = evidence.person.unique(return_inverse=True)
+        portraits = self.dino(face_crops(evidence.portraits[people], evidence.gallery.rows(people), self.size))
+        similar = cosine(shown, portraits[place]).cpu()
         return torch.where(evidence.seen.found.cpu(), similar, torch.full_like(similar, float("nan")))
 
 

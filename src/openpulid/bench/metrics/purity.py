@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -115,10 +115,12 @@ def attributes_seen(scores: Mapping[str, Tensor], wanted: Sequence[Mapping[str, 
 
 
 class FID:
-    """Frechet distance (arXiv 1706.08500) between the images with and the images without identity: one number for all.
+    """Frechet distance (arXiv 1706.08500) between the images with and the images without identity: one number for all that
+    `update` was told.
 
     PuLID does not disclose its reference set; this is the definition used here, and reports say so. Few images give a
-    larger number: only equal counts compare.
+    larger number: only equal counts compare. The base makes the same image of a prompt and a seed for every person, so what is
+    compared with are as many different images as there are prompts and seeds.
 
     Args:
         features: images (B, 3, H, W) in [0, 1] -> (B, D); Inception's pool of 2048 is the published one's.
@@ -129,15 +131,23 @@ class FID:
 
     def __init__(self, features: EmbedImages) -> None:
         self.features = features
+        self._distance: Any = None
 
-    def __call__(self, evidence: Evidence) -> float:
+    def update(self, evidence: Evidence) -> None:
+        """Some images more."""
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        distance = FrechetInceptionDistance(feature=_Features(self.features, evidence.before[:1]), normalize=True)
-        distance.set_dtype(torch.float64)
+        if self._distance is None:
+            self._distance = FrechetInceptionDistance(feature=_Features(self.features, evidence.before[:1]), normalize=True)
+            self._distance.set_dtype(torch.float64)
         for images, real in ((evidence.before, True), (evidence.images, False)):
-            distance.update(images, real=real)
-        return float(distance.compute())
+            self._distance.update(images, real=real)
+
+    def compute(self) -> float:
+        """Of all so far; NaN of fewer than two."""
+        if self._distance is None or self._distance.real_features_num_samples < 2:
+            return float("nan")
+        return float(self._distance.compute())
 
 
 class _Features(nn.Module):
