@@ -72,7 +72,8 @@ def test_it_learns_and_is_saved_as_it_is(name: str, pipe: Any, tmp_path: Path) -
     assert told[-1] < told[0] * 0.995
     assert sum(float(x.grad.abs().sum()) > 0 for x in learned if x.grad is not None) > 0.8 * len(learned)
     assert all(torch.equal(value, base[key]) for key, value in pipe.unet.state_dict().items())
-    assert set(task.validate()) == {"held_out_own", "held_out_other", "held_out_none"}
+    nobody = set() if name == "photomaker" else {"held_out_none"}  # it never learned what nobody is
+    assert set(task.validate()) == {"held_out_own", "held_out_other"} | nobody
 
     place = rival.save(tmp_path / name, pipe)
     assert place == (tmp_path / name if name == "instantid" else tmp_path / f"{name}.safetensors")
@@ -92,10 +93,11 @@ def test_it_learns_and_is_saved_as_it_is(name: str, pipe: Any, tmp_path: Path) -
         assert torch.allclose(*seen, atol=0.05), "the tower is not the one that it was trained with"
     people = rival.people(task.data.batch(Draw(0, 0)))[0]
     images = []
-    for method in (rival.method, loaded):
-        with method.use(people, scale=1.0, start=0.0, pipe=pipe), torch.no_grad():
+    for method, scale in ((rival.method, 1.0), (loaded, 1.0), (loaded, 0.0)):
+        with method.use(people, scale=scale, start=0.0, pipe=pipe), torch.no_grad():
             generator = torch.Generator().manual_seed(0)
             known = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent", "generator": generator}
             images.append(pipe("portrait of a person, photo", **known).images)
-    assert torch.allclose(*images, atol=0.05), (images[0] - images[1]).abs().max()
+    lost, shown = (images[0] - images[1]).abs().max(), (images[0] - images[2]).abs().max()
+    assert lost < 0.05 and lost < shown / 5, (lost, shown)  # half precision is all that saving loses
     rival.method.detach(pipe)

@@ -15,11 +15,15 @@ from openpulid.images import open_picture
 from openpulid.mini.autoencoder import there_and_back
 from openpulid.mini.rivals import NAMES
 from openpulid.pictures import to_images, to_pictures
-from openpulid.presets import MINIATURE
+from openpulid.presets import MINIATURE, mini, with_method
 from openpulid.weights import load_module
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "photos"
+
+
+def method_file(name):
+    return with_method(mini(), name).adapter
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,17 @@ def test_they_fit_into_a_repository_and_say_where_they_come_from():
     for path in MINIATURE.rglob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             assert {"revision", "seed", "minutes"} <= set(file.metadata()), path
+
+
+@pytest.mark.parametrize("method", [name for name in NAMES if method_file(name).exists()])
+def test_every_rival_shows_somebody(method, studio):
+    """More than saving in half precision could change, and different people differently."""
+    rival = pulid.load("mini", device="cpu", method=method)
+    portraits = to_pictures(render([Person.from_seed(HELD_OUT_PEOPLE + k) for k in (1, 2)], [Scene(), Scene()]).image)
+    known = {"seed": 3, "steps": 5}
+    images = [rival.generate("portrait of a person, photo", who, **known) for who in (None, *map(rival.identify, portraits))]
+    base, first, second = (to_images(result.images) for result in images)
+    assert (first - base).abs().mean() > 0.01 and (first - second).abs().mean() > 0.005
 
 
 def test_the_finder_finds_its_people(finder, strangers):

@@ -1,7 +1,8 @@
-"""PuLID's rivals on the miniature: trained on the same pictures, with the budget of PuLID's first stage, each by its own loss.
+"""PuLID's rivals on the miniature: trained on the same pictures, with the budget of PuLID's first stage.
 
-All three authors train with L_diff alone; PhotoMaker counts the face alone in half of the steps (arXiv 2312.04461,
-section 4.1).
+All three authors train with L_diff alone. Here it has the weights and times of PuLID's first stage for all of them, so that
+what is compared are the methods; PhotoMaker, as its authors do, counts the face alone in half of the steps (arXiv 2312.04461,
+section 4.1) and always has somebody.
 """
 
 from __future__ import annotations
@@ -222,16 +223,18 @@ class RivalTask:
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """As PuLID's: L_diff on held-out people with their own identity, another's, none."""
+        """As PuLID's: L_diff on held-out people with their own identity, another's, none; PhotoMaker never learned what none
+        is. The landmarks that InstantID is told are the picture's own every time."""
         if self.held_out is None:
             return {}
-        sums = dict.fromkeys(("own", "other", "none"), 0.0)
+        sums = dict.fromkeys(("own", "other", *(() if self.rival.half_faces else ("none",))), 0.0)
         for step in range(HELD_OUT_BATCHES):
             batch = self.held_out.batch(Draw(self.recipe.seed, step)).to(self.base.device)
             nobody = without(batch, torch.ones(len(batch.latents), dtype=torch.bool))
-            for name, shown in (("own", batch), ("other", turned(batch)), ("none", nobody)):
+            people = {"own": batch, "other": turned(batch), "none": nobody}
+            for name in sums:
                 draw = Draw(self.recipe.seed, step)
-                sums[name] += self._loss(draw, batch, shown, 0.0, self.everywhere).item() / HELD_OUT_BATCHES
+                sums[name] += self._loss(draw, batch, people[name], 0.0, self.everywhere).item() / HELD_OUT_BATCHES
         return {f"held_out_{name}": value for name, value in sums.items()}
 
     def sheet(self) -> Image.Image | None:
