@@ -15,8 +15,10 @@ import huggingface_hub.constants
 import huggingface_hub.hf_api
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from openpulid import published
+from openpulid.apps import stores
 from openpulid.errors import OptionError, WeightsError
 from openpulid.presets import PRESETS
 
@@ -29,6 +31,7 @@ class Mirror(BaseHTTPRequestHandler):
 
     asked: ClassVar[list[str]] = []
     breaks: ClassVar[list[int]] = []  # after so many bytes of the next bodies
+    gated: ClassVar[str] = "black-forest-labs/FLUX.1-dev"
     pipeline: ClassVar[dict[str, bytes]] = {
         "model_index.json": b'{"_class_name": "Some", "unet": ["diffusers", "UNet"], "image_encoder": [null, null]}',
         "unet/config.json": b"{}",
@@ -38,6 +41,8 @@ class Mirror(BaseHTTPRequestHandler):
         "unet/model.fp16.safetensors": CONTENT,
         "unet/model-1-of-2.safetensors": CONTENT * 2,
         "unet/model-2-of-2.safetensors": CONTENT * 2,
+        "vae_decoder/config.json": b"{}",  # another program's part, as beside SDXL's base: it has no weights for this one
+        "vae_decoder/model.onnx": CONTENT,
         "README.md": b"words",
     }
 
@@ -56,6 +61,7 @@ class Mirror(BaseHTTPRequestHandler):
         known = {
             "guozinan/PuLID": {"pulid_v1.1.safetensors": CONTENT},
             "stabilityai/stable-diffusion-xl-base-1.0": self.pipeline,
+            "somebody/some.Pipeline-1": self.pipeline,
         }
         self._send(known.get(owner_name, {}).get(name))
 
@@ -72,7 +78,10 @@ class Mirror(BaseHTTPRequestHandler):
         part = (body or b"")[first:]
         if first:
             self.asked[-1] += f" from {first}"
-        self.send_response(404 if body is None else 206 if first else 200)
+        closed = self.path.startswith(f"/{self.gated}/")
+        self.send_response(403 if closed else 404 if body is None else 206 if first else 200)
+        if closed:
+            self.send_header("X-Error-Code", "GatedRepo")
         self.send_header("ETag", f'"{sha256(body or b"")}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(part)))
@@ -117,6 +126,37 @@ def test_what_is_missing_is_named_with_its_command(cache: Path) -> None:
         published.locate("pulid-v1")
     with pytest.raises(OptionError, match=r"pulid-v1, pulid-v1\.1"):
         published.locate("pulid-v2")
+
+
+FILES = ("./missing.safetensors", "../x", "~/x", "/none/x", "models/missing.safetensors", "models/missing.GGUF", "a/b/c")
+
+
+@pytest.mark.parametrize("name", [*FILES, "missing.ckpt", "owner/na--me"])
+def test_a_file_that_is_not_here_is_no_name_of_the_hub(name: str, cache: Path) -> None:
+    with pytest.raises(WeightsError, match=re.escape(f"{name} does not exist; name a file or a folder that is here")):
+        published.locate(name)
+
+
+def test_any_pipeline_of_the_hub_by_the_command_that_is_named(mirror: list[str], tmp_path: Path) -> None:
+    name = "somebody/some.Pipeline-1"
+    with pytest.raises(WeightsError, match=rf"^{name} is not on this machine; `pulid weights get {name}` downloads it, or put"):
+        published.locate(name)
+    assert mirror == []
+    done = CliRunner().invoke(stores.weights, ["get", name, "--folder", str(tmp_path)])
+    assert done.exit_code == 0 and done.output.split("\n")[0] == f"{name}, licence: its own; read its page"
+    assert published.locate(name, tmp_path) == tmp_path / "some.Pipeline-1"
+    for wrong, said in (("everything", "neither a preset"), ("models/none.safetensors", "does not exist")):
+        assert said in str(CliRunner().invoke(stores.weights, ["get", wrong]).exception)
+    own = tmp_path / "own.safetensors"
+    own.write_bytes(CONTENT)
+    with pytest.raises(WeightsError, match=r"own\.safetensors is no published weight"):
+        published.get(str(own))
+
+
+def test_a_licence_that_was_not_accepted(mirror: list[str]) -> None:
+    said = rf"accept its licence: do so at https://huggingface\.co/{Mirror.gated}, set HF_TOKEN .*, and run the same command"
+    with pytest.raises(WeightsError, match=said):
+        published.get("flux-dev", say=lambda text: None)
 
 
 def test_a_folder_comes_before_the_variable(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +233,7 @@ def test_a_pipeline_comes_in_half_precision_where_there_is_one(mirror: list[str]
     for folder in (None, tmp_path / "mine"):
         path = published.get("sdxl-base", folder, say=said.append)
         files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and ".cache" not in file.parts)
-        assert [name for name in files if "json" not in name] == ["unet/model.fp16.safetensors"] and len(files) == 4
+        assert [name for name in files if "json" not in name] == ["unet/model.fp16.safetensors"] and len(files) == 5
         assert published.locate("sdxl-base", folder) == path
     assert "not for commercial use" not in said[0]
     before = len(mirror)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from openpulid.errors import OptionError, WeightsError
 
 FOLDER_VARIABLE = "PULID_WEIGHTS"
 """The environment's variable that names a folder of weights; the hub's cache comes after it."""
+
+FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx")
+"""How files of weights end; what ends so is no name of the hub."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +30,25 @@ class Weight:
         repo: on the hub; or the address of the single file, where it is on no hub.
         file: its name in there; empty for a whole pipeline.
         licence: its short name; what it forbids stands beside it.
-        commercial: whether it may be used for money.
-        megabytes: about.
+        commercial: whether it may be used for money; None where that is not known here.
+        megabytes: about; None where that is not known here.
     """
 
     repo: str
     file: str
     licence: str
-    commercial: bool
-    megabytes: int
+    commercial: bool | None
+    megabytes: int | None
 
     @property
     def name(self) -> str:
         """What messages call it."""
         return self.file or self.repo
+
+    @property
+    def size(self) -> str:
+        """What follows its name in messages; nothing where it is not known."""
+        return f" (about {self.megabytes} MB)" if self.megabytes else ""
 
     @property
     def by_hand(self) -> bool:
@@ -52,7 +61,7 @@ _INSIGHTFACE = "insightface model licence: non-commercial research only"
 _FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INSTANTID = "Apache-2.0; reads antelopev2, whose terms forbid commercial use"
-_PHOTOMAKER = "Apache-2.0; reads antelopev2, whose terms forbid commercial use"
+_PHOTOMAKER = "Apache-2.0; reads buffalo_l, whose terms forbid commercial use"
 _FACEID = "research only, as insightface's models"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 
@@ -129,19 +138,28 @@ SHA256 = {
 
 
 def weight(name: str) -> Weight:
-    """The entry called `name`, or any pipeline of the hub by OWNER/NAME. Raises OptionError that lists what there is."""
-    if name not in WEIGHTS and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return Weight(name, "", "its own; read its page", False, 0)
-    if name not in WEIGHTS:
-        raise OptionError(f"there are no weights called {name!r}; the known ones are {', '.join(WEIGHTS)}.")
-    return WEIGHTS[name]
+    """The entry called `name`, or any pipeline of the hub by OWNER/NAME.
+
+    Raises:
+        OptionError: no such name; it lists what there is.
+        WeightsError: it names a file or a folder, and those are not for here.
+    """
+    if name in WEIGHTS:
+        return WEIGHTS[name]
+    if _on_hub(name):
+        return Weight(name, "", "its own; read its page", None, None)
+    if name.startswith((".", "~")) or len(Path(name).parts) > 1 or Path(name).suffix.lower() in FILES:
+        what = "is no published weight" if Path(name).exists() else "does not exist"
+        raise WeightsError(f"{name} {what}; name a file or a folder that is here, or a pipeline of the hub as OWNER/NAME.")
+    raise OptionError(f"there are no weights called {name!r}; the known ones are {', '.join(WEIGHTS)}.")
 
 
-def locate(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
+def locate(name: str, folder: str | os.PathLike[str] | None = None, weighted: bool = True) -> Path:
     """Where a weight lies on this machine; no network is asked.
 
     Args:
         folder: looked into first; then the folder that PULID_WEIGHTS names, then the hub's cache.
+        weighted: of a pipeline all its weights, too; False where the description of its parts is enough.
 
     Raises:
         OptionError: no such name.
@@ -150,12 +168,12 @@ def locate(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
     entry = weight(name)
     for place in _folders(folder):
         path = place / entry.file if entry.file else place / entry.repo.split("/")[-1]
-        if path.is_file() if entry.file else _whole(path):
+        if path.is_file() if entry.file else _whole(path, weighted):
             return path
-    if (cached := _cached(entry)) is not None:
+    if (cached := _cached(entry, weighted)) is not None:
         return cached
     raise WeightsError(
-        f"{entry.name} is not on this machine; `pulid weights get {name}` downloads about {entry.megabytes} MB, "
+        f"{entry.name} is not on this machine; `pulid weights get {name}` downloads it{entry.size}, "
         f"or put it into a folder and set {FOLDER_VARIABLE} to it."
     )
 
@@ -170,18 +188,25 @@ def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[
         say: told the licence before the first byte.
 
     Raises:
+        OptionError: no such name.
         WeightsError: it could not be had.
     """
-    try:
+    from huggingface_hub.errors import GatedRepoError
+
+    entry = weight(name)
+    with suppress(WeightsError):
         return locate(name, folder)
-    except WeightsError:
-        entry = weight(name)
-    forbids = "" if entry.commercial else "  (not for commercial use)"
+    forbids = "  (not for commercial use)" if entry.commercial is False else ""
     if entry.by_hand:
         raise WeightsError(f"{entry.file} is on no hub; get it from {entry.repo} and put it into a folder, {FOLDER_VARIABLE}.")
-    say(f"{entry.name}, about {entry.megabytes} MB, licence: {entry.licence}{forbids}")
+    say(f"{entry.name}{entry.size}, licence: {entry.licence}{forbids}")
     try:
         return _downloaded(entry, None if folder is None else Path(folder), SHA256.get(name))
+    except GatedRepoError as error:
+        raise WeightsError(
+            f"{entry.name} is for those who accept its licence: do so at https://huggingface.co/{entry.repo}, set HF_TOKEN (or "
+            "`hf auth login`), and run the same command again."
+        ) from error
     except Exception as error:  # the hub's client, requests and the operating system each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
@@ -218,7 +243,21 @@ def _folders(folder: str | os.PathLike[str] | None) -> Sequence[Path]:
     return [Path(place).expanduser() for place in (folder, named) if place]
 
 
-def _cached(entry: Weight) -> Path | None:
+def _on_hub(name: str) -> bool:
+    """Whether it is OWNER/NAME as the hub has them, and no file's name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if name.count("/") != 1 or Path(name).suffix.lower() in FILES:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _cached(entry: Weight, weighted: bool) -> Path | None:
     """In the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
     from torch.hub import get_dir
@@ -232,19 +271,19 @@ def _cached(entry: Weight) -> Path | None:
         return None
     if entry.file:
         return Path(found)
-    return Path(found).parent if _whole(Path(found).parent) else None
+    return Path(found).parent if _whole(Path(found).parent, weighted) else None
 
 
-def _whole(folder: Path) -> bool:
+def _whole(folder: Path, weighted: bool) -> bool:
     """Whether all of a pipeline is in a folder: every part that it names, and every shard of a part's weights; or of a network
-    alone. The hub's own check wants the files that nobody asked for, too."""
+    alone. The hub's own check wants the files that nobody asked for, too, and some folders hold other programs' parts."""
     if not (folder / "model_index.json").is_file():
         return (folder / "config.json").is_file() and _has_weights(folder)
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
     parts = [folder / name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
-    return all(any(part.glob("*config.json")) for part in parts) and all(
-        _has_weights(config.parent) for config in folder.glob("*/config.json")
-    )
+    networks = [part for part in parts if (part / "config.json").is_file()]
+    described = all(any(part.glob("*config.json")) for part in parts)
+    return described and (not weighted or all(map(_has_weights, networks)))
 
 
 def _has_weights(part: Path) -> bool:

@@ -13,7 +13,7 @@ from openpulid.errors import OptionError, WeightsError
 weights = group("Published weights: list, get, verify. Only `get` asks a network.")
 presets = group("What can be generated with, and what it takes.")
 
-Name = Annotated[list[str], typer.Argument(help="Presets (sdxl, sdxl-v1 ...) or names from `pulid weights list`.")]
+Name = Annotated[list[str], typer.Argument(help="Presets (sdxl, sdxl-v1 ...), names from `pulid weights list`, or OWNER/NAME.")]
 Where = Annotated[Path | None, typer.Option("--folder", help="Where they lie; PULID_WEIGHTS and the hub's cache by default.")]
 
 
@@ -102,14 +102,17 @@ def memory(
 def _needed(names: list[str]) -> list[str]:
     """Names of weights, a preset's standing for all of its own; each once."""
     from openpulid.presets import PRESETS
-    from openpulid.published import WEIGHTS
+    from openpulid.published import WEIGHTS, weight
 
     found: dict[str, None] = {}
     for name in names:
         if name in PRESETS:
             found |= dict.fromkeys(PRESETS[name]().published)
-        elif name in WEIGHTS:
-            found[name] = None
-        else:
-            raise OptionError(f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor one of {', '.join(WEIGHTS)}.")
+            continue
+        try:
+            weight(name)
+        except OptionError:
+            known = f"a preset ({', '.join(PRESETS)}) nor one of {', '.join(WEIGHTS)}"
+            raise OptionError(f"{name!r} is neither {known}, nor OWNER/NAME of a pipeline of the hub.") from None
+        found[name] = None
     return list(found)
