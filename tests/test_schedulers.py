@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from diffusers import StableDiffusionXLInpaintPipeline
+from PIL import Image
 
 from openpulid.errors import OptionError
 from openpulid.sampling import dpmpp_2m, dpmpp_sde
@@ -79,3 +83,37 @@ def test_noise_over_a_picture() -> None:
     picture, noise = torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 2.0)
     noisy = scheduler.add_noise(picture, noise, scheduler.timesteps[4:5].repeat(2))
     torch.testing.assert_close(noisy, 1 + 2 * scheduler.sigmas[4] * torch.ones(2, 1, 2, 2))
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("algorithm", ["dpmpp_2m", "dpmpp_sde"])
+def test_inpainting_restores_the_rest_at_the_level_of_each_step(tiny_pipeline: Any, algorithm: str, strength: float) -> None:
+    scheduler = KarrasScheduler(algorithm=algorithm)
+    pipe = StableDiffusionXLInpaintPipeline(**{**tiny_pipeline().components, "scheduler": scheduler})
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 16))
+    kept: list[torch.Tensor] = []
+
+    def note(pipe: Any, i: int, t: Any, state: dict[str, Any]) -> dict[str, Any]:
+        kept.append(state["latents"][..., 4:].clone())
+        return {}
+
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))[..., 4:]  # the request's first draw
+    options = {"num_inference_steps": 5, "strength": strength, "generator": torch.Generator().manual_seed(7)}
+    size = {"width": 16, "height": 16, "output_type": "latent"}
+    pipe("portrait", image=latents, mask_image=mask, callback_on_step_end=note, **options, **size)
+    picture, levels = latents[..., 4:], [*scheduler.levels[-len(kept) + 1 :], torch.tensor(0.0)]
+    assert len(kept) == (5 if strength == 1 else 3) * scheduler.order - (scheduler.order - 1)
+    for seen, level in zip(kept, levels, strict=True):
+        torch.testing.assert_close(seen, picture + level * noise)
+
+
+def test_a_run_from_a_picture_leaves_nothing_to_the_next() -> None:
+    """Not every pipeline says where it begins: ControlNet's does not."""
+    scheduler = KarrasScheduler()
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(4)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(walk(scheduler, noise, 5), walk(KarrasScheduler(), noise, 5))

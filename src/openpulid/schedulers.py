@@ -44,6 +44,7 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
         self.order = 2 if algorithm == "dpmpp_sde" else 1
         self.timesteps: Tensor = torch.arange(num_train_timesteps - 1, -1, -1)
         self.begin_index: int | None = None
+        self.step_index: int | None = None
         self.set_timesteps(25)
 
     @property
@@ -64,7 +65,7 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
         self.levels = levels
         distance = levels.log()[:, None] - self.trained.log()
         self.timesteps = distance.abs().argmin(1).to(device)
-        self.step_index: int | None = None
+        self.begin_index = self.step_index = None  # a run that begins later says so itself
         self._before: Tensor | None = None
         self._first: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -96,9 +97,16 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=further) if return_dict else (further,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """(B, ...) pictures with the noise of the run's `timesteps` (B,) over them."""
-        known = self.timesteps.tolist()
-        at = [self.begin_index if self.begin_index is not None else known.index(int(t)) for t in timesteps]
+        """(B, ...) pictures with the noise of the run's `timesteps` (B,) over them.
+
+        A pipeline that begins from a picture asks for the level at which it begins; one that inpaints asks again after each
+        step, for the level of the next. Then the run's count tells which that is: small levels share their trained time.
+        """
+        if self.begin_index is None:
+            known = self.timesteps.tolist()
+            at = [known.index(int(t)) for t in timesteps]
+        else:
+            at = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
         sigma = self.levels[at].to(original_samples).view(-1, *[1] * (original_samples.ndim - 1))
         return original_samples + sigma * noise
 
