@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from openpulid.errors import PictureError
 from openpulid.images import open_picture
 
 SIZE = (64, 32)
+HEIC = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic"  # the first box of a telephone's picture
 
 
 def picture(mode: str = "RGB") -> Image.Image:
@@ -121,6 +123,25 @@ def test_a_pil_image_and_an_open_file() -> None:
     original = picture()
     open_picture(original).putpixel((0, 0), (0, 0, 0))
     assert original.getpixel((0, 0)) == (200, 30, 40)
+
+
+def test_a_telephones_picture_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    with pytest.raises(PictureError, match=r"a\.heic: is HEIC, .* `pip install pillow-heif`") as caught:
+        open_picture(HEIC, name="a.heic")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_telephones_picture() -> None:
+    heif = pytest.importorskip("pillow_heif")
+    file = io.BytesIO()
+    heif.from_pillow(picture()).save(file)
+    image = open_picture(file.getvalue())
+    assert (image.mode, image.size) == ("RGB", SIZE) and close(image, picture(), 40)
+    with pytest.raises(PictureError) as caught:
+        open_picture(HEIC)
+    assert "pip install" not in str(caught.value)
 
 
 def png_that_claims(width: int, height: int) -> bytes:

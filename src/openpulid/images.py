@@ -8,6 +8,8 @@ scaled to 8, colour brought to RGB (CMYK, palette, gray), alpha laid over white.
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
+from importlib import import_module
 from io import BytesIO
 from os import PathLike
 from pathlib import Path
@@ -24,6 +26,9 @@ MIN_SIDE = 16
 
 # Photographs only. Pillow also opens programs (EPS runs Ghostscript) and formats without a mark (TGA).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF", "JPEG2000")
+
+# What a HEIF file's first box says it is: telephones' HEIC, and the plain form.
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 Source = str | PathLike[str] | bytes | BinaryIO | Image.Image
 
@@ -51,7 +56,7 @@ def open_picture(
         try:
             image = Image.open(BytesIO(data), formats=_known_formats())
         except UnidentifiedImageError:
-            raise PictureError(label, "is not a picture of a known kind (JPEG, PNG, WebP ...)") from None
+            raise PictureError(label, _unknown(data)) from None
         except Image.DecompressionBombError:
             raise PictureError(label, f"has more than {max_pixels / 1e6:.0f} million pixels") from None
         except Exception as error:  # a hostile header may raise anything
@@ -67,9 +72,19 @@ def _label(source: Source) -> str:
 
 
 def _known_formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow can decode (AVIF and HEIF are not everywhere)."""
+    """Those of `FORMATS` that this Pillow can decode: AVIF is not everywhere, and HEIF comes with a package of its own."""
     Image.init()
+    if "HEIF" not in Image.OPEN:
+        with suppress(ImportError):
+            import_module("pillow_heif").register_heif_opener()
     return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _unknown(data: bytes) -> str:
+    """Why nothing opens these bytes."""
+    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in Image.OPEN:
+        return "is HEIC, which needs a package of its own; install it with `pip install pillow-heif`, or save it as JPEG"
+    return "is not a picture of a known kind (JPEG, PNG, WebP ...)"
 
 
 def _read(source: str | PathLike[str] | bytes | BinaryIO, label: str, max_bytes: int) -> bytes:
