@@ -1,23 +1,30 @@
-"""A FLUX transformer alone for a base: a single file, a folder, GGUF; the preset's pipeline gives the rest, at every level."""
+"""From names to what computes. A FLUX transformer alone for a base: a single file, a folder, GGUF; the preset's pipeline gives
+the rest, at every level. A single file of SDXL; what is said of files that do not fit; precisions."""
 
 from __future__ import annotations
 
+import re
+import socket
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree, rmtree
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from people import anna
 from safetensors.torch import load_file, save_file
 from tiny_flux import fresh, run, tiny_pipe, tiny_transformer
 
+from openpulid import loading
 from openpulid.errors import WeightsError
-from openpulid.loading import load_pipeline
+from openpulid.loading import found, half, load_features, load_pipeline, multiplies_bf16
 from openpulid.memory import LEVELS
-from openpulid.presets import Preset, flux, on_base, sdxl
+from openpulid.presets import Preset, flux, mini, on_base, sdxl
+from openpulid.published import FOLDER_VARIABLE
 
 CPU = torch.device("cpu")
 
@@ -126,3 +133,150 @@ def test_a_base_of_the_other_family(folder: Path, preset: Preset, tmp_path: Path
         with pytest.raises(WeightsError, match="cannot be loaded") as error:
             load_pipeline(on_base(one, base), CPU)
         assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine without a network and without weights, but for those in this folder."""
+
+    def refused(*words: Any) -> None:
+        raise AssertionError("a network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "weights"))
+    return tmp_path / "weights"
+
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+UNET = {
+    r"^time_embedding.linear_(\d)": lambda m: f"time_embed.{2 * int(m[1]) - 2}",
+    r"^add_embedding.linear_(\d)": lambda m: f"label_emb.0.{2 * int(m[1]) - 2}",
+    r"^conv_in": "input_blocks.0.0",
+    r"^conv_norm_out": "out.0",
+    r"^conv_out": "out.2",
+    r"(?<=resnets.\d.)\w+": lambda m: RESNET[m[0]],
+    r"^mid_block.(resnets|attentions).(\d)": lambda m: f"middle_block.{1 if m[1] == 'attentions' else 2 * int(m[2])}",
+    r"^down_blocks.(\d).downsamplers.0.conv": lambda m: f"input_blocks.{2 * int(m[1]) + 2}.0.op",
+    r"^up_blocks.(\d).upsamplers.0": lambda m: f"output_blocks.{2 * int(m[1]) + 1}.2",
+    r"^down_blocks.(\d).(\w+).(\d)": lambda m: f"input_blocks.{2 * int(m[1]) + 1 + int(m[3])}.{int(m[2] == 'attentions')}",
+    r"^up_blocks.(\d).(\w+).(\d)": lambda m: f"output_blocks.{2 * int(m[1]) + int(m[3])}.{int(m[2] == 'attentions')}",
+}
+VAE = {
+    r"down_blocks.(\d)": r"down.\1",
+    r"up_blocks.(\d)": lambda m: f"up.{1 - int(m[1])}",
+    r"(down|up)samplers.0": r"\1sample",
+    r"mid_block.resnets.(\d)": lambda m: f"mid.block_{int(m[1]) + 1}",
+    r"resnets": "block",
+    r"conv_shortcut": "nin_shortcut",
+    r"conv_norm_out": "norm_out",
+    r"mid_block.attentions.0": "mid.attn_1",
+    r"group_norm": "norm",
+    r"to_([qkv])": r"\1",
+    r"to_out.0": "proj_out",
+}
+"""diffusers' names -> the original ones, of networks with two levels and one layer in each."""
+
+
+def single_file(pipe: Any, path: Path, text: bool = True) -> Path:
+    """A pipeline's networks in one file under their original names; for both text encoders the second one's weights, where
+    the first versions of Stable Diffusion had theirs."""
+    tensors = {f"cond_stage_model.transformer.{name}": x for name, x in pipe.text_encoder_2.state_dict().items() if text}
+    for prefix, part, names in (("model.diffusion_model.", pipe.unet, UNET), ("first_stage_model.", pipe.vae, VAE)):
+        for name, x in part.state_dict().items():
+            for pattern, original in names.items():
+                name = re.sub(pattern, original, name)
+            tensors[prefix + name] = x[..., None, None] if ".attn_1." in name and x.ndim == 2 else x
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path)
+    return path
+
+
+def test_a_single_file_asks_no_network(alone: Path, tmp_path: Path, tiny_pipeline: Any) -> None:
+    other = tiny_pipeline(seed=7)
+    preset = on_base(replace(sdxl(), half=False), single_file(other, tmp_path / "other.safetensors"))
+    with pytest.raises(WeightsError, match=r"^[^ ]*other\.safetensors is a single file, .* `pulid weights get sdxl-base`"):
+        load_pipeline(preset, CPU)
+    tiny_pipeline().save_pretrained(alone / "Juggernaut-XL-v9")
+    for weights in alone.rglob("*.safetensors"):
+        weights.unlink()  # the description is enough
+    pipe = load_pipeline(preset, CPU)
+    for part in ("unet", "vae", "text_encoder_2"):
+        expected = getattr(other, part).state_dict()
+        assert all(torch.equal(x, expected[name]) for name, x in getattr(pipe, part).state_dict().items())
+    with torch.no_grad():
+        assert bool(pipe("portrait", num_inference_steps=1, output_type="pt").images.isfinite().all())
+
+
+def test_what_does_not_fit_is_one_sentence(alone: Path, tmp_path: Path, tiny_pipeline: Any) -> None:
+    tiny = tiny_pipeline()
+    tiny.save_pretrained(alone / "stable-diffusion-xl-base-1.0")
+    preset = replace(sdxl("sdxl-base"), half=False)
+    save_file({"conv_in.weight": torch.ones(3)}, tmp_path / "unet.safetensors")
+    with pytest.raises(WeightsError, match=r"unet\.safetensors holds no U-Net of this base, .*: Missing key") as error:
+        load_pipeline(replace(preset, unet=tmp_path / "unet.safetensors"), CPU)
+    assert "\n" not in str(error.value) and "size mismatch for conv_in" in str(error.value) and len(str(error.value)) < 1000
+    text = alone / "stable-diffusion-xl-base-1.0" / "text_encoder" / "model.safetensors"
+    weights = load_file(text)
+    save_file({name: x[:-1] for name, x in weights.items()}, text, {"format": "pt"})
+    with pytest.raises(WeightsError, match="cannot be loaded") as error:
+        load_pipeline(preset, CPU)
+    assert "\n" not in str(error.value)
+    base = single_file(tiny, tmp_path / "other.safetensors", text=False)
+    with pytest.raises(WeightsError, match=r"other\.safetensors cannot be loaded .*CLIPTextModel") as error:
+        load_pipeline(on_base(preset, base), CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_a_published_name_is_no_folder_that_lies_about(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "instantid").mkdir()
+    with pytest.raises(WeightsError, match="`pulid weights get instantid`"):
+        found("instantid")
+    alone.mkdir(), (alone / "ip-adapter.bin").write_bytes(b"weights")
+    assert found("instantid") == alone / "ip-adapter.bin"
+    assert found("./instantid") == Path("instantid")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_without_bfloat16_computes_in_float16(
+    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    gpu = torch.device("cuda", 0)
+    assert multiplies_bf16(gpu) is native and half(gpu) is expected and loading.precision(sdxl(), gpu) is expected
+    assert loading.precision(mini(), gpu) is torch.float32 and loading.precision(flux(), gpu) is torch.bfloat16
+
+
+def test_sdxl_in_float16_is_decoded_in_float32(tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "half", lambda device: torch.float16)
+    tiny_pipeline().save_pretrained(tmp_path)
+    pipe = load_pipeline(sdxl(tmp_path), CPU)
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float16}
+    seen: list[torch.dtype] = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda decoder, given: seen.append(given[0].dtype))
+    images = pipe("portrait", num_inference_steps=2, output_type="pt").images
+    assert seen == [torch.float32] and bool(images.isfinite().all())
+
+
+@pytest.mark.parametrize(("level", "expected"), [("full", torch.bfloat16), ("16gb", torch.float32)])
+def test_faces_are_read_as_their_own_device_computes(
+    level: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLUX in bfloat16 on an accelerator, and beside it a processor that has no bfloat16."""
+    monkeypatch.setattr(loading, "multiplies_bf16", lambda device: device.type != "cpu")
+    monkeypatch.setattr(loading.PhotoFeatures, "load", lambda *given: given)
+    files = {name: Path(name) for name in ("finder", "recogniser", "parser", "vision")}
+    device, dtype = load_features(replace(flux(), memory=level, **files), torch.device("meta"))[-2:]
+    assert dtype is expected and device.type == ("meta" if level == "full" else "cpu")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from openpulid.errors import WeightsError
-from openpulid.weights import load_module, read_metadata, save_module, sha256
+from openpulid.weights import fill, load_module, read_metadata, save_module, sha256
 
 
 class Small(nn.Module):
@@ -61,6 +61,17 @@ def test_weights_of_another_version_are_refused(tmp_path):
     path = save_module(Small(), tmp_path / "small.safetensors")
     with pytest.raises(WeightsError, match="another version"):
         load_module(Wider, path)
+
+
+def test_what_does_not_fit_is_named_in_one_line(tmp_path):
+    state = {f"layer.{n}": torch.zeros(1) for n in range(1000)} | {"layer.weight": torch.zeros(1, 3)}
+    with pytest.raises(
+        WeightsError, match=r'^not these: Missing key.*"layer.bias".*; Unexpected key.* \.\.\.; size mismatch'
+    ) as error:
+        fill(Small(), state, "not these")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    module = Small()
+    fill(module, Other().state_dict(), "not these")
 
 
 def test_sha256(tmp_path):

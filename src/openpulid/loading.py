@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from openpulid import memory
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError, PulidError, WeightsError
 from openpulid.faces.detect import FaceFinder
 from openpulid.faces.photos import ArcFace, PhotoFinder
 from openpulid.identity.clip import ClipFeatures, clip_tower
@@ -20,10 +20,10 @@ from openpulid.identity.features import FeatureExtractor, Features, FoundFaces
 from openpulid.identity.photos import PhotoFeatures
 from openpulid.methods.base import METHODS, find
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.presets import BESIDE, OF_THE_MINIATURE, Place, Preset, with_method
-from openpulid.published import locate
+from openpulid.presets import BESIDE, OF_THE_MINIATURE, PRESETS, Place, Preset, with_method
+from openpulid.published import WEIGHTS, locate
 from openpulid.schedulers import KarrasScheduler
-from openpulid.weights import fingerprint, load_module, read_tensors
+from openpulid.weights import fill, fingerprint, load_module, read_tensors
 
 
 def best_device() -> torch.device:
@@ -33,7 +33,11 @@ def best_device() -> torch.device:
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is worth it there. A processor without instructions for it emulates them, which takes many times as long
-    as float32 (benchmarks/train-step.md); PyTorch without oneDNN, as on a Mac, has no fast products of it either."""
+    as float32 (benchmarks/train-step.md); PyTorch without oneDNN, as on a Mac, has no fast products of it either. NVIDIA's GPUs
+    before Ampere (T4, V100) emulate them, too."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return True
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -48,8 +52,11 @@ def hardware(device: torch.device) -> str:
 
 
 def half(device: torch.device) -> torch.dtype:
-    """What networks of full size compute in there: bfloat16, or float32 where that does not pay."""
-    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    """What networks of full size compute in there: bfloat16; where that does not pay, float32 on a processor and float16 on a
+    GPU, where diffusers itself decodes SDXL's pictures in float32."""
+    if multiplies_bf16(device):
+        return torch.bfloat16
+    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def missing(preset: Preset) -> list[str]:
@@ -89,13 +96,15 @@ def load_pipeline(preset: Preset, device: torch.device) -> Any:
     place = found(preset.pipeline)
     if place.is_dir() and not (place / "model_index.json").is_file():
         raise WeightsError(f"{place} holds no pipeline; `pulid mini build` makes the miniature's.")
+    dtype, flux = precision(preset, device), preset.family == "flux"
     with no_progress_bars(), _said_of(place):
-        if preset.family == "flux":
-            return _flux(place, preset, device)
-        pipe = _pipeline(place, preset.unet and found(preset.unet), precision(preset, device))
+        pipe = _flux(place, preset, dtype) if flux else _pipeline(place, preset.unet and found(preset.unet), dtype)
+    if flux:
+        memory.place(pipe, preset.memory, device)
+        return pipe
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
-            part.to(precision(preset, device))  # text encoders come in the dtype that they are stored in
+            part.to(dtype)  # text encoders come in the dtype that they are stored in
     pipe.scheduler = _scheduler(pipe.scheduler, preset)
     pipe.set_progress_bar_config(disable=not preset.half)  # the miniature is done before a bar is read
     return pipe.to(device)
@@ -133,7 +142,8 @@ def load_features(preset: Preset, device: torch.device, method: Any = None) -> F
     files = [found(place) for place in (preset.finder, preset.recogniser, preset.parser, preset.vision)]
     detector, recogniser, parser, tower = files  # all are looked for before the first is opened
     device = torch.device("cpu") if memory.level(preset.memory).faces_on_cpu else device
-    return PhotoFeatures.load(detector, recogniser, parser, tower, device, precision(preset, device))
+    # not FLUX's precision: a face costs little, also on a processor that has no bfloat16
+    return PhotoFeatures.load(detector, recogniser, parser, tower, device, half(device) if preset.half else torch.float32)
 
 
 def _clip_features(preset: Preset, device: torch.device, method: Any) -> Features:
@@ -160,28 +170,39 @@ def _pipeline(place: Path, unet: Path | str | None, dtype: torch.dtype) -> Any:
     if isinstance(unet, Path) and unet.is_dir():
         options["unet"] = UNet2DConditionModel.from_pretrained(unet, torch_dtype=dtype, local_files_only=True)
     if place.is_file():
-        pipe = StableDiffusionXLPipeline.from_single_file(place, **options)
+        pipe = StableDiffusionXLPipeline.from_single_file(place, config=str(_layout(place)), **options)
     else:
         stored = "fp16" if next(place.glob("unet/*.fp16.safetensors"), None) else None
         pipe = StableDiffusionXLPipeline.from_pretrained(place, variant=stored, **options)
     if isinstance(unet, Path) and unet.is_file():
-        pipe.unet.load_state_dict(read_tensors(unet))
+        fill(pipe.unet, read_tensors(unet), f"{unet} holds no U-Net of this base, name one of SDXL")
     return pipe
 
 
-def _flux(place: Path, preset: Preset, device: torch.device) -> Any:
-    """A FLUX pipeline from a folder, with another transformer where one is named, where its memory level wants it."""
+def _layout(file: Path) -> Path:
+    """A pipeline of SDXL that is here: a single file has the weights, but neither its parts' sizes nor their vocabulary, for
+    which diffusers would ask the hub."""
+    bases = [preset.pipeline for preset in (make() for make in PRESETS.values()) if preset.family == "sdxl"]
+    for name in ["sdxl-base", *(base for base in bases if isinstance(base, str))]:
+        with suppress(WeightsError):
+            return locate(name, weighted=False)
+    raise WeightsError(
+        f"{file} is a single file, which needs the sizes and the vocabulary of a pipeline of SDXL, and none is on this "
+        f"machine; `pulid weights get sdxl-base` downloads one{WEIGHTS['sdxl-base'].size}."
+    )
+
+
+def _flux(place: Path, preset: Preset, dtype: torch.dtype) -> Any:
+    """A FLUX pipeline from a folder, with another transformer where one is named."""
     from diffusers import FluxPipeline
 
     readers = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     if missing := [name for name in readers if not (place / name).is_dir()]:
         raise WeightsError(f"{place} has no {' and no '.join(missing)}; FLUX reads with CLIP and T5: get the whole pipeline.")
-    options: dict[str, Any] = {"torch_dtype": precision(preset, device), "local_files_only": True}
+    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
     if preset.transformer is not None:
         options["transformer"] = _transformer(found(preset.transformer), place, options)
-    pipe = FluxPipeline.from_pretrained(place, **options)
-    memory.place(pipe, preset.memory, device)
-    return pipe
+    return FluxPipeline.from_pretrained(place, **options)
 
 
 def _transformer(place: Path, pipeline: Path, options: Mapping[str, Any]) -> Any:
@@ -211,9 +232,13 @@ def _gguf(dtype: torch.dtype) -> Any:
 @contextmanager
 def _said_of(place: Path, way_out: str = "copy or build it again") -> Iterator[None]:
     """What a library says of damaged weights, as one sentence that names them."""
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
     try:
         yield
-    except (OSError, ValueError, LookupError, NotImplementedError, SafetensorError) as error:
+    except PulidError:  # says it already
+        raise
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{place} cannot be loaded ({reason}); {way_out}.") from error
 
@@ -229,8 +254,9 @@ def _scheduler(own: Any, preset: Preset) -> Any:
 
 
 def found(place: Place) -> Path:
-    """A path as it is; a name of a published weight, or of a pipeline in the hub's cache, as the path that it lies at."""
-    if isinstance(place, Path) or Path(place).exists():
+    """A path as it is; a name of a published weight, or of a pipeline in the hub's cache, as the path that it lies at. A folder
+    that happens to have a published name is `./NAME`."""
+    if isinstance(place, Path) or (place not in WEIGHTS and Path(place).exists()):
         return Path(place)
     return locate(place)
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from textwrap import shorten
 from typing import TypeVar
 
 import torch
@@ -63,6 +64,23 @@ def load_module(cls: type[M], path: str | os.PathLike[str], device: str | torch.
     except RuntimeError as error:
         raise WeightsError(f"{path} was written for another version of {cls.__name__}; build it again.") from error
     return module.to(device).eval().requires_grad_(False)
+
+
+def fill(module: nn.Module, state: Mapping[str, torch.Tensor], wrong: str, assign: bool = False) -> None:
+    """Gives a module these weights, all of them and no others.
+
+    Args:
+        wrong: how the message begins where they do not fit.
+        assign: the tensors themselves instead of their values.
+
+    Raises:
+        WeightsError: a name is missing or too many, or a shape differs; the first of them are named, in one line.
+    """
+    try:
+        module.load_state_dict(state, assign=assign)
+    except RuntimeError as error:  # names the class, then a line for each kind of misfit: of a wrong file hundreds of names
+        found = [shorten(line, 200, placeholder=" ...") for line in str(error).splitlines()[1:4]]
+        raise WeightsError(f"{wrong}: {'; '.join(found)}") from error
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

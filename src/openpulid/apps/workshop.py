@@ -162,7 +162,7 @@ def _train_full(
     import torch
 
     from openpulid.faces.photos import arcface_ir_se50, photo_embedder
-    from openpulid.loading import best_device, found, load_features, load_pipeline
+    from openpulid.loading import best_device, found, load_features, load_pipeline, multiplies_bf16
     from openpulid.presets import sdxl, sdxl_v1
     from openpulid.training import full
     from openpulid.training.bases import SDXLBase
@@ -176,6 +176,7 @@ def _train_full(
         _ = [found(place) for place in preset.published if place != preset.adapter]
     loss = found("arcface-loss") if recipe.id_loss != "none" else None
     features = load_features(presets[0], chosen)
-    bases = [SDXLBase(load_pipeline(preset, chosen)) for preset in presets]
+    half = multiplies_bf16(chosen)  # a GPU without bfloat16 trains in float32, where it has the memory: float16 overflows
+    bases = [SDXLBase(load_pipeline(replace(preset, half=half), chosen)) for preset in presets]
     faces = None if loss is None else photo_embedder(features.finder, arcface_ir_se50(loss, chosen))  # type: ignore[attr-defined]
     full.train(recipe, data, folder, base=bases[0], fast=bases[1:], features=features, faces=faces, **known)  # type: ignore[arg-type]

@@ -24,6 +24,7 @@ from PIL import Image
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
+from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.schedulers import KarrasScheduler
 
 Runs = Callable[..., np.ndarray]
@@ -220,6 +221,14 @@ def test_v1_at_full_size_from_its_bin(golden, tmp_path) -> None:
     assert {name: list(value.shape) for name, value in adapter.state_dict().items()} == kept
     with pytest.raises(WeightsError, match="Unexpected key"):
         PuLID.from_state_dict({**state, "id_adapter.extra": torch.zeros(1)}, _empty(IDEncoder))
+
+
+def test_what_a_file_for_flux_lacks_is_named(golden) -> None:
+    state = {name: torch.zeros(1).expand(shape) for name, shape in golden.manifest["pulid_flux"].items()}
+    for lost in ("pulid_ca.3.to_q.weight", "pulid_ca.0.to_kv.weight"):
+        with pytest.raises(WeightsError, match=rf'name its own file: Missing key\(s\) in state_dict: "{lost}"\.$') as error:
+            PuLIDFlux.from_state_dict({name: x for name, x in state.items() if name != lost}, _empty(IDFormer))
+        assert "\n" not in str(error.value)
 
 
 def _empty(cls: Any) -> Any:

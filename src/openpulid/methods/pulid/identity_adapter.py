@@ -14,7 +14,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.attachment import MARK
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.regions import Person
-from openpulid.weights import read_tensors
+from openpulid.weights import fill, read_tensors
 
 Adapter = TypeVar("Adapter", bound="IdentityAdapter")
 
@@ -60,12 +60,9 @@ class IdentityAdapter(nn.Module):
         """With these weights instead of its own, in eval mode.
 
         Raises:
-            WeightsError: a name is missing or too many, or a shape differs; it lists them.
+            WeightsError: a name is missing or too many, or a shape differs; it names the first of them.
         """
-        try:
-            self.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise WeightsError(f"these are not the weights of this adapter: {error}") from error
+        fill(self, state, "these are not the weights of this adapter, name its own file", assign=True)
         return self.eval()
 
     # --- which pipelines it serves
