@@ -8,7 +8,7 @@ from people import anna, ben
 from tiny_flux import fresh, run, tiny_pipe
 
 from openpulid.errors import OptionError
-from openpulid.memory import GIB, LEVELS, level, place, predicted
+from openpulid.memory import GIB, LEVELS, _stream, _weights, level, place, predicted
 
 
 def test_weights_are_counted_exactly() -> None:
@@ -32,6 +32,37 @@ def test_less_is_less() -> None:
     assert large > small
     with pytest.raises(OptionError, match="24gb, 16gb, 12gb"):
         level("8gb")
+
+
+def test_what_streams_is_counted_as_it_streams() -> None:
+    """One block computes while the next one comes; the autoencoder does not stream, so it is there in every phase."""
+    weights = _weights()
+    phases = {need.phase: need.parts for need in predicted("12gb")}
+    assert phases["steps"]["transformer"] == 2 * weights["block"] + weights["around"]
+    assert {parts["autoencoder"] for parts in phases.values()} == {weights["vae"]}
+
+
+def test_streamed_block_by_block_it_is_the_same() -> None:
+    """As on an accelerator, but for its streams, with the CPU at both ends."""
+    pipe, cpu = tiny_pipe(), torch.device("cpu")
+    adapter = fresh(pipe)
+    words = {"prompt": "portrait of a person", "height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 10}
+
+    def image() -> bytes:
+        return pipe(**words, generator=torch.Generator().manual_seed(0)).images[0].tobytes()
+
+    before = image()
+    with adapter.use(anna):
+        shown = image()
+    _stream(pipe, cpu)
+    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
+    groups = [block._diffusers_hook.get_hook("group_offloading").group.modules for block in blocks]
+    assert groups == [[block] for block in blocks]
+    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
+        assert any(hasattr(part, "_diffusers_hook") for part in encoder.modules())
+    with adapter.use(anna):
+        assert image() == shown != before
+    assert image() == before
 
 
 @pytest.mark.parametrize("name", LEVELS)

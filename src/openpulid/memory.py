@@ -19,7 +19,7 @@ class Level:
 
     Attributes:
         transformer: "resident" in bfloat16; "fp8" stored in eight bits and computed in bfloat16 layer by layer; "streamed"
-            from the host's memory, a few blocks at a time.
+            from the host's memory, block by block.
         offloaded: text encoders, transformer and autoencoder are on the device by turns.
         faces_on_cpu: what reads faces stays on the host.
         tiled: the autoencoder decodes in tiles.
@@ -41,7 +41,7 @@ LEVELS: dict[str, Level] = {
 likeness in fine features; streaming costs time and nothing else."""
 
 STREAMED_BLOCKS = 2
-"""Blocks of the transformer on the device at a time, per group; while one group computes the next one comes."""
+"""Blocks of the transformer on the device at a time: while one computes the next one comes. diffusers streams one by one."""
 
 
 def level(name: str) -> Level:
@@ -72,8 +72,7 @@ def _stream(pipe: Any, device: torch.device) -> None:
     from diffusers.hooks import apply_group_offloading
 
     known = {"onload_device": device, "offload_device": torch.device("cpu"), "use_stream": device.type in ("cuda", "xpu")}
-    blocks = {"offload_type": "block_level", "num_blocks_per_group": STREAMED_BLOCKS}
-    pipe.transformer.enable_group_offload(**known, **blocks)
+    pipe.transformer.enable_group_offload(**known, offload_type="block_level", num_blocks_per_group=1)
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         apply_group_offloading(encoder, **known, offload_type="leaf_level")
     pipe.vae.to(device)
@@ -101,8 +100,8 @@ def predicted(name: str, width: int = 896, height: int = 1152, text_tokens: int 
     faces = 0 if chosen.faces_on_cpu else sizes["faces"]
     if chosen.transformer == "fp8":
         sizes["transformer"] //= 2
-    elif chosen.transformer == "streamed":  # two groups, of the largest blocks
-        sizes["transformer"] = 2 * STREAMED_BLOCKS * sizes["block"] + sizes["around"]
+    elif chosen.transformer == "streamed":
+        sizes["transformer"] = STREAMED_BLOCKS * sizes["block"] + sizes["around"]
         sizes["text"] //= 24  # a layer at a time
     image = (width // 16) * (height // 16)
     # a single block: hidden, residual, normalised, queries, keys, values, the four-fold feed-forward twice, both joined
@@ -110,6 +109,8 @@ def predicted(name: str, width: int = 896, height: int = 1152, text_tokens: int 
     area = min(width * height, 512 * 512) if chosen.tiled else width * height
     decode = area * (256 + 2 * 128) * 2  # the last level of the decoder: in, between, out
     always = {"adapter": sizes["adapter"], "faces": faces}
+    if chosen.transformer == "streamed":
+        always["autoencoder"] = sizes["vae"]  # small beside what streaming spares: it stays
     phases = {
         "text": {"text encoders": sizes["text"], "activations": text_tokens * 4096 * 2 * 8},
         "steps": {"transformer": sizes["transformer"], "activations": alive},

@@ -142,6 +142,14 @@ def test_where_a_run_stands() -> None:
     assert (turn.step, turn.negative) == (0, False)
 
 
+def test_steps_of_the_same_time_are_told_apart_by_the_schedulers_count() -> None:
+    turn, seen = Turn(), []
+    for time, place in ((1.0, None), (1.0, None), (1.0, 1), (1.0, 1), (0.9, 2), (0.9, 3)):
+        turn.note(time, "run", place)
+        seen.append((turn.step, turn.negative))
+    assert seen == [(0, False), (0, True), (1, False), (1, True), (2, False), (3, False)]
+
+
 # -- on a tiny pipeline --
 
 
@@ -191,6 +199,28 @@ def test_steps_and_fractions(pipe) -> None:
         assert np.array_equal(run(pipe), images["step"]) and np.array_equal(run(pipe), images["step"])
     with pytest.raises(OptionError, match="fractions"), adapter.use(anna, start=1.5):
         pass
+
+
+def test_steps_whose_time_is_rounded_to_the_same(pipe) -> None:
+    """A steep schedule in bfloat16, as large pictures have it: every step counts, and none is taken for a negative call."""
+    pipe.to(torch.bfloat16)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=5.0, max_shift=5.0)
+    adapter, times = fresh(pipe), []
+    note = pipe.transformer.register_forward_pre_hook(lambda *call: times.append(float(call[-1]["timestep"])), with_kwargs=True)
+    plain = run(pipe, steps=8)
+    note.remove()
+    assert len(set(times)) < len(times) == 8
+    with adapter.use(anna):
+        shown = run(pipe, steps=8)
+    tokens = adapter.encode(anna.id_cond, anna.hidden).detach()
+    with adapter.use_tokens(tokens, negative=tokens):  # whichever call is the negative one shows anna, too
+        assert distance(run(pipe, steps=8), shown) < 1e-3
+    with adapter.use(anna, start_step=7):  # the last
+        assert distance(run(pipe, steps=8), plain) > 1e-2
+    with adapter.use(anna, start_step=4):
+        late = run(pipe, steps=8)
+    with adapter.use(anna, start=0.5):
+        assert np.array_equal(run(pipe, steps=8), late)
 
 
 def test_the_negative_prompt_shows_nobody(pipe) -> None:

@@ -73,17 +73,21 @@ class Turn:
     calls: int = 0
     _time: float | None = None
     _schedule: Any = None
+    _place: int | None = None
 
-    def note(self, time: float, schedule: Any = None) -> None:
-        """One more call at a time that falls from 1 to 0. A rising time, or a new schedule, begins a new run; a second call
-        at the same time is that of the negative prompt."""
+    def note(self, time: float, schedule: Any = None, place: int | None = None) -> None:
+        """One more call at a time that falls from 1 to 0, and the scheduler's own count of its steps where there is one.
+
+        A rising time, or a new schedule, begins a new run; a second call in the same step is that of the negative prompt. A
+        pipeline in half precision rounds the time, so that two steps may have the same: then the scheduler's count tells.
+        """
         if self._time is None or time > self._time or schedule is not self._schedule:
             self.step, self.calls = 0, 0
-        elif time < self._time:
+        elif time < self._time or place != self._place:
             self.step, self.calls = self.step + 1, 0
         else:
             self.calls += 1
-        self._time, self._schedule = time, schedule
+        self._time, self._schedule, self._place = time, schedule, place
 
     @property
     def negative(self) -> bool:
@@ -110,7 +114,8 @@ class FluxInjection:
     scale: float = 1.0
     cfg_from: int = 0
     masks: Tensor | None = None
-    schedule: Callable[[], tuple[Any, int | None]] = lambda: (None, None)  # an object of the run, and how many steps it has
+    # an object of the run, how many steps it has, and the scheduler's own count of them
+    schedule: Callable[[], tuple[Any, int | None, int | None]] = lambda: (None, None, None)
     turn: Turn = field(default_factory=Turn)
     active: bool = False
     cached: bool = False  # whether diffusers' caching may answer for a block
@@ -125,8 +130,8 @@ class FluxInjection:
         """Forward pre-hook of the transformer: finds out what this call is."""
         names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        run, steps = self.schedule()
-        self.turn.note(float(given["timestep"].flatten()[0]), run)
+        run, steps, place = self.schedule()
+        self.turn.note(float(given["timestep"].flatten()[0]), run, place)
         self.active = self.acts(self.turn.step, steps)
         self.computed, self.unjoined = not self.cached, None
         if not self.active:

@@ -80,13 +80,15 @@ class PuLIDFlux(IdentityAdapter):
         """An adapter with these weights under their published names; the layers' sizes are the tensors'.
 
         Raises:
-            WeightsError: a name is missing or too many, or a shape differs; it lists them.
+            WeightsError: a name is missing or too many, or a shape differs; it names the first of them.
         """
-        count = len([name for name in state if name.endswith(".to_kv.weight") and name.startswith("pulid_ca.")])
+        count = len({name.split(".")[1] for name in state if name.startswith("pulid_ca.")})
         layers = nn.ModuleList()
         with init_empty_weights(include_buffers=False):
+            usual = PerceiverCrossAttention()  # in place of what is missing, which `filled` then names
             for k in range(count):
-                query, pair = state[f"pulid_ca.{k}.to_q.weight"], state[f"pulid_ca.{k}.to_kv.weight"]
+                query = state.get(f"pulid_ca.{k}.to_q.weight", usual.to_q.weight)
+                pair = state.get(f"pulid_ca.{k}.to_kv.weight", usual.to_kv.weight)
                 layers.append(PerceiverCrossAttention(query.shape[1], dim_head, len(query) // dim_head, kv_dim=pair.shape[1]))
         return cls(encoder, layers).filled(state)
 
@@ -205,11 +207,13 @@ def _later(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Ca
     return _folded(layers, tokens())
 
 
-def _schedule(target: Any) -> tuple[Any, int | None]:
-    """What a pipeline's run can be known by, and how many steps it takes; it may begin inside its scheduler's."""
+def _schedule(target: Any) -> tuple[Any, int | None, int | None]:
+    """What a pipeline's run can be known by, how many steps it takes (it may begin inside its scheduler's), and the scheduler's
+    count of them, which is None before its first."""
     scheduler = getattr(target, "scheduler", None)
     steps = getattr(scheduler, "timesteps", None)
-    return steps, None if steps is None else len(steps) - (getattr(scheduler, "begin_index", None) or 0)
+    count = None if steps is None else len(steps) - (getattr(scheduler, "begin_index", None) or 0)
+    return steps, count, getattr(scheduler, "step_index", None)
 
 
 def _acts(start: float, end: float, start_step: int | None) -> Callable[[int, int | None], bool]:
