@@ -82,14 +82,23 @@ def test_fusions() -> None:
     torch.testing.assert_close(blend(one, two, 0.25).id_cond, weighed.id_cond)
 
 
+def photo(seed: int, length: float) -> Identity:
+    """A raw face embedding of a length, and beside it the tower's of length 1."""
+    face, seen = (x / x.norm() for x in someone(seed).id_cond.split((100, 38), dim=-1))
+    return Identity(torch.cat([length * face, seen], -1), someone(seed).hidden, MODELS)
+
+
 def test_a_sharp_photo_and_a_dull_one() -> None:
-    sharp, dull = someone(0), someone(1)
-    sharp = Identity(10 * sharp.id_cond / sharp.id_cond.norm(), sharp.hidden, MODELS)
-    dull = Identity(2 * dull.id_cond / dull.id_cond.norm(), dull.hidden, MODELS)
+    sharp, dull = photo(0, 10), photo(1, 2)
     assert fused([dull, sharp], "max_norm") is sharp
     assert fused([dull, sharp], "max_norm", [6, 1]) is dull
-    alike = fused([sharp, dull], "norm_id").id_cond
-    torch.testing.assert_close(alike, (6 * sharp.id_cond / 10 + 6 * dull.id_cond / 2) / 2)
+    mostly = fused([sharp, dull], "norm_id")
+    torch.testing.assert_close(mostly.id_cond, (10 * sharp.id_cond + 2 * dull.id_cond) / 12)
+    torch.testing.assert_close(mostly.hidden[4], (10 * sharp.hidden[4] + 2 * dull.hidden[4]) / 12)
+    weighed = fused([sharp, dull], "norm_id", [1, 5])
+    torch.testing.assert_close(weighed.id_cond, fused([sharp, dull], "mean").id_cond)
+    one_look = fused([photo(0, 10), photo(0, 2)], "norm_id")  # what both saw alike is as it was
+    assert float(one_look.id_cond[..., 100:].norm()) == pytest.approx(1)
 
 
 def test_what_cannot_be_fused() -> None:

@@ -133,9 +133,9 @@ def fused(identities: Sequence[Identity], fusion: str = "concat", weights: Seque
 
     - concat: the encoders read all photos; one identity with as many.
     - mean: of the features, weighted.
-    - norm_id: the same after every photo's embedding is brought to their mean length. How long a face recogniser's raw
-      embedding is says how clear the photo is; so a sharp one does not drown the others.
-    - max_norm: the one with the longest embedding, weighted: the clearest.
+    - norm_id: the same, each photo also weighted by how long its raw embedding by the face recogniser is, which says how
+      clear the photo is.
+    - max_norm: the one whose embedding is the longest, weighted: the clearest.
 
     Args:
         identities: made by the same models; for all but concat of as many photos each.
@@ -150,11 +150,10 @@ def fused(identities: Sequence[Identity], fusion: str = "concat", weights: Seque
         return concat(identities)
     first = identities[0]
     share = torch.tensor(list(weights) if weights else [1.0] * len(identities), dtype=first.id_cond.dtype)
-    length = torch.stack([identity.id_cond.norm(dim=-1).mean() for identity in identities])
+    if fusion != "mean":
+        share = share * torch.stack([_clarity(identity) for identity in identities])
     if fusion == "max_norm":
-        return identities[int((length * share).argmax())]
-    if fusion == "norm_id":
-        identities = [_scaled(identity, length.mean() / own) for identity, own in zip(identities, length, strict=True)]
+        return identities[int(share.argmax())]
     share = share / share.sum()
 
     def mean(values: Sequence[Tensor]) -> Tensor:
@@ -184,8 +183,10 @@ def _check_fusion(identities: Sequence[Identity], fusion: str, weights: Sequence
         other.require(identities[0].models)
 
 
-def _scaled(identity: Identity, factor: Tensor) -> Identity:
-    return replace(identity, id_cond=identity.id_cond * factor)
+def _clarity(identity: Identity) -> Tensor:
+    """The length of the recogniser's embedding: of the two that are joined, PuLID's tower's has the length 1. Of methods with a
+    CLIP tower, whose embedding has any length, it is both's."""
+    return (identity.id_cond.square().sum(-1) - 1).clamp(min=1e-6).sqrt().mean()
 
 
 def concat(identities: Sequence[Identity]) -> Identity:
