@@ -37,7 +37,13 @@ class Attachment:
 
     def guided(self) -> bool:
         """Whether the U-Net's batch holds negatives and positives. Asked during a call, not guessed from
-        the batch size: a guidance scale of exactly 1 has no negative half."""
+        the batch size: a guidance scale of exactly 1 has no negative half.
+
+        Raises:
+            OptionError: perturbed attention guidance adds a third part to the batch.
+        """
+        if getattr(self.target, "do_perturbed_attention_guidance", False):
+            raise OptionError("an identity cannot join perturbed attention guidance; load the pipeline again, without it.")
         return bool(getattr(self.target, "do_classifier_free_guidance", False))  # before its first run it has none
 
     def within(self, timestep: Any, span: tuple[float, float]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPAGPipeline
 from people import STEPS, anna, ben, distance, fresh, run, someone
 from torch import nn
 
@@ -28,6 +29,11 @@ def adapter(pipe) -> PuLID:
     adapter = fresh(pipe)
     adapter.attach(pipe)
     return adapter
+
+
+def hooked(pipe: Any) -> list[str]:
+    """Where an identity would join."""
+    return [name for name, part in pipe.unet.named_modules() if part._forward_hooks or part._forward_pre_hooks]
 
 
 def test_it_has_the_face_of_a_method(adapter) -> None:
@@ -77,9 +83,11 @@ def test_outside_use_the_pipeline_is_what_it_was(pipe, adapter, guidance: float)
 
 @pytest.mark.parametrize("options", [{"scale": 0}, {"start": 0.5, "end": 0.5}])
 def test_what_does_not_act_costs_nothing(pipe, adapter, options: dict[str, float]) -> None:
-    before = dict(pipe.unet.attn_processors)
+    with adapter.use(anna):
+        assert hooked(pipe)
     with adapter.use(anna, **options):
-        assert pipe.unet.attn_processors == before
+        assert not hooked(pipe)
+    assert not hooked(pipe)
 
 
 def test_keys_and_values_are_computed_once(pipe, adapter) -> None:
@@ -160,6 +168,18 @@ def test_people_must_fit_the_batch(pipe, adapter) -> None:
     with adapter.use([anna, ben]), pytest.raises(OptionError, match="2 identities do not fit 3 images"):
         run(pipe, ["portrait", "film", "noir"])
     run(pipe)
+
+
+def test_a_batch_of_three_parts_is_refused(pipe, adapter) -> None:
+    """Perturbed attention guidance asks for [negative, positive, perturbed]: two halves would be the wrong rows."""
+    parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
+    perturbed = StableDiffusionXLPAGPipeline(**parts, pag_applied_layers=["mid"], add_watermarker=False)
+    perturbed.set_progress_bar_config(disable=True)
+    adapter.attach(perturbed)
+    with adapter.use(anna):
+        run(perturbed, ["portrait"] * 2, guidance=3.0, pag_scale=0.0)
+        with pytest.raises(OptionError, match="perturbed attention guidance"):
+            run(perturbed, ["portrait"] * 2, guidance=3.0, pag_scale=3.0)
 
 
 def test_masks_limit_where_each_acts(pipe, adapter) -> None:
