@@ -19,8 +19,8 @@ from openpulid.identity.identity import Identity
 from openpulid.identity.vision import VisionTower
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDEncoder
-from openpulid.presets import mini, mini_lightning
-from openpulid.studio import Result, Studio
+from openpulid.presets import flux, mini, mini_lightning, options_of, with_method, with_options
+from openpulid.studio import Result, Studio, reader
 from openpulid.weights import save_module
 
 
@@ -73,7 +73,7 @@ def test_identity_changes_the_image(studio, anna) -> None:
     assert without.shape == (16, 16, 3) and np.abs(without - someone).max() > 3
     [nobody] = pixels(studio.generate("portrait, film noir", seed=3, identity=anna, scale=0))
     assert np.array_equal(nobody, without)
-    assert not any("Identity" in type(p).__name__ for p in studio.pipe.unet.attn_processors.values())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in studio.pipe.unet.modules())
 
 
 def test_the_seed_is_the_image(studio, anna) -> None:
@@ -120,6 +120,30 @@ def test_numbers_outside_their_range(studio, anna, options) -> None:
         studio.generate("portrait", anna, **options)
 
 
+@pytest.mark.parametrize("name", ["start_step", "true_cfg", "timestep_to_start_cfg", "text_tokens"])
+def test_what_would_change_nothing_is_refused(studio, anna, name: str) -> None:
+    with pytest.raises(OptionError, match=rf"nothing would change by {name}; leave that out\.$"):
+        studio.generate("portrait", anna, **{name: 2})
+
+
+def test_what_acts_is_each_methods_own() -> None:
+    shared = {"steps", "guidance", "negative", "size", "scale", "start", "end"}
+    assert options_of(mini()).keys() - shared == {"projection", "num_zero"}
+    assert options_of(with_method(mini(), "faceid")).keys() == shared
+    theirs = {"true_cfg", "text_tokens", "start_step", "timestep_to_start_cfg"}
+    assert options_of(flux()).keys() - shared == theirs
+    with pytest.raises(OptionError, match="with mini, faceid nothing would change by projection and num_zero; leave"):
+        with_options(with_method(mini(), "faceid"), projection="none", num_zero=0, scale=0.5)
+
+
+def test_a_result_says_what_it_was_made_with(studio, anna) -> None:
+    result = studio.generate("portrait", anna, steps=2, num_zero=3)
+    assert result.preset == replace(studio.preset, steps=2, num_zero=3)
+    assert pixels(Studio(studio.pipe, None, studio.adapter, result.preset).generate("portrait", anna))[0].tolist() == (
+        pixels(result)[0].tolist()
+    )
+
+
 def test_identify_from_files(studio, anna, tmp_path) -> None:
     picture(0).save(tmp_path / "anna.png")
     again = studio.identify(tmp_path / "anna.png")
@@ -145,8 +169,16 @@ def test_a_picture_without_a_face_it_knows(folder, tmp_path) -> None:
 
 def test_an_identity_of_other_models_is_refused(studio, anna) -> None:
     foreign = Identity(anna.id_cond, anna.hidden, {**anna.models, "vision": "0" * 64})
-    with pytest.raises(IdentityError, match="another vision"):
-        studio.generate("portrait", foreign)
+    mask = torch.ones(2, 2)
+    for people in (
+        foreign,
+        [(foreign, mask)],
+        [(anna, mask), (foreign, 1 - mask)],
+        [foreign],
+        [[(anna, mask), (foreign, mask)]],
+    ):
+        with pytest.raises(IdentityError, match="another vision"):
+            studio.generate("portrait", people)
 
 
 def test_the_students_preset(folder) -> None:
@@ -168,6 +200,13 @@ def test_what_cannot_be_loaded(folder, tmp_path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(WeightsError, match="cannot be loaded"):
         load(replace(mini(folder), pipeline=tmp_path))
+
+
+def test_faces_are_read_without_the_rest(folder, anna, tmp_path) -> None:
+    alone = reader(replace(mini(folder), pipeline=tmp_path / "none", adapter=tmp_path / "none.safetensors"), "cpu")
+    assert alone.features.models == anna.models
+    with pytest.raises(OptionError, match="only reads faces; load a preset"):
+        alone.generate("portrait")
 
 
 def test_without_its_parts(studio, anna) -> None:

@@ -44,8 +44,9 @@ def test_options_reach_the_image(studio) -> None:
 
     plain = made()
     different = [made(scale=0.3), made(start=0.5), made(true_cfg=3.0, negative="a person"), made(guidance=1.0)]
+    different.append(made(text_tokens=5))  # what is not there is padding, which is seen, too
     late = made(true_cfg=3.0, negative="a person", timestep_to_start_cfg=2)
-    assert len({plain, late, *different}) == 6
+    assert len({plain, late, *different}) == 7
     assert made(start=0.5) == made(start_step=2)
     assert made(start_step=3) == studio.generate("portrait", seed=1).images[0].tobytes() == made(scale=0.0)
 
@@ -53,6 +54,10 @@ def test_options_reach_the_image(studio) -> None:
 def test_what_the_text_encoder_would_drop_is_refused(studio) -> None:
     with pytest.raises(PromptError, match="11 tokens and the model reads 10"):
         studio.generate("a person " * 5)
+    studio.generate("a person " * 5, steps=1, text_tokens=11)
+    for tokens in (0, 513):
+        with pytest.raises(OptionError, match="from 1 to 512"):
+            studio.generate("a person", text_tokens=tokens)
     with pytest.raises(PromptError, match="zebra"):
         studio.generate("portrait of a zebra")
     with pytest.raises(OptionError, match="at least 1"):
@@ -70,6 +75,12 @@ def test_sizes_without_latents_are_refused(studio) -> None:
 def test_true_guidance_and_a_negative_prompt_go_together(studio, options) -> None:
     with pytest.raises(OptionError, match="give both, or neither"):
         studio.generate("portrait", **options)
+
+
+@pytest.mark.parametrize("options", [{"projection": "ortho"}, {"num_zero": 0}])
+def test_what_would_change_nothing_is_refused(studio, options) -> None:
+    with pytest.raises(OptionError, match="with flux nothing would change by"):
+        studio.generate("portrait", anna, **options)
 
 
 def test_memory_levels_are_known_before_anything_is_opened() -> None:

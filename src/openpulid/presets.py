@@ -258,6 +258,24 @@ def on_base(preset: Preset, base: Place) -> Preset:
     return replace(preset, transformer=base) if preset.family == "flux" and alone else replace(preset, pipeline=base)
 
 
+def options_of(preset: Preset) -> dict[str, Any]:
+    """Those options of `Studio.generate` that act with a preset, and its values of them."""
+    names = ("steps", "guidance", "negative", "size", *(("true_cfg", "text_tokens") if preset.family == "flux" else ()))
+    return {name: getattr(preset, name) for name in names} | preset.identity_options()
+
+
+def with_options(preset: Preset, **given: Any) -> Preset:
+    """The preset with what is given in place of its own; None is the preset's.
+
+    Raises:
+        OptionError: an option that would change nothing with it.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if idle := [name for name in chosen if name not in options_of(preset)]:
+        raise OptionError(f"with {preset.name} nothing would change by {' and '.join(idle)}; leave that out.")
+    return replace(preset, **chosen)
+
+
 def find(name: str) -> Preset:
     """A preset by its name, or a folder that is laid out as the miniature's weights are.
 

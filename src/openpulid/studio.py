@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from openpulid.errors import FaceError, OptionError, PromptError
 from openpulid.faces.choose import chosen, ordered
 from openpulid.faces.draw import drawn
 from openpulid.faces.face import Face
+from openpulid.faces.photos import pack
 from openpulid.identity.features import Features
 from openpulid.identity.identity import Identity, fused
 from openpulid.images import open_picture
@@ -32,25 +34,29 @@ from openpulid.loading import best_device, load_features, load_method, load_pipe
 from openpulid.memory import level
 from openpulid.methods.base import Method
 from openpulid.methods.pulid.projection import Projection
-from openpulid.methods.pulid.regions import People
+from openpulid.methods.pulid.regions import People, people_by_prompt
 from openpulid.presets import Preset
 
-Picture = str | os.PathLike[str] | Image.Image
+Place = str | os.PathLike[str]
+Picture = Place | Image.Image
+Named = Place | Preset
+"""A preset, or its name, or a folder of weights."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Images and the seeds that make each of them again, alone."""
+    """Images, the seeds that make each of them again, alone, and the preset with all options as they were."""
 
     images: list[Image.Image]
     seeds: list[int]
+    preset: Preset
 
 
 class Studio:
     """A base model, what reads faces for it, and an adapter, ready to use.
 
     Args:
-        pipe: a StableDiffusionXLPipeline.
+        pipe: a StableDiffusionXLPipeline or FluxPipeline; None where only faces are read.
         features: picture -> identity; None where only the prompt is used.
         adapter: attached to `pipe` here; None where only the prompt is used.
         preset: defaults of a generation.
@@ -143,6 +149,7 @@ class Studio:
         start_step: int | None = None,
         true_cfg: float | None = None,
         timestep_to_start_cfg: int | None = None,
+        text_tokens: int | None = None,
         batch: int = 1,
     ) -> Result:
         """Images of a prompt, with or without somebody in them. What is None is the preset's.
@@ -157,18 +164,21 @@ class Studio:
             size: width and height in pixels.
             start_step, true_cfg, timestep_to_start_cfg: FLUX only: from which step the identity acts; guidance by the
                 negative prompt, and from which step.
+            text_tokens: FLUX only: how long a prompt may be, up to 512 of T5's tokens.
             batch: images made at once. With 1, image k is bit for bit what the seed + k makes alone; more
                 may be faster, and equal up to rounding.
 
         Raises:
             PromptError: words that the model does not know, or too many.
             IdentityError: an identity that other models made.
-            OptionError: a number outside its range.
+            OptionError: a number outside its range, or an option that would change nothing with this preset.
         """
+        if self.pipe is None:
+            raise OptionError("this studio only reads faces; load a preset to make images.")
         given: dict[str, Any] = {"steps": steps, "guidance": guidance, "scale": scale, "start": start, "end": end}
         given |= {"projection": projection, "num_zero": num_zero, "negative": negative, "size": size}
         given |= {"start_step": start_step, "true_cfg": true_cfg, "timestep_to_start_cfg": timestep_to_start_cfg}
-        chosen = replace(self.preset, **{name: value for name, value in given.items() if value is not None})
+        chosen = presets.with_options(self.preset, **given, text_tokens=text_tokens)
         if min(num_images, chosen.steps, batch) < 1 or seed < 0:
             raise OptionError("num_images, steps and batch are at least 1, and a seed is at least 0.")
         check_options(self.pipe, chosen)
@@ -181,17 +191,18 @@ class Studio:
                 for first in range(0, num_images, batch)
                 for image in self._run(prompt, seeds[first : first + batch], chosen)
             ]
-        return Result(images, seeds)
+        return Result(images, seeds, chosen)
 
     def _showing(self, identity: People | None, chosen: Preset) -> Any:
         if identity is None:
             return nullcontext()
         if self.adapter is None:
             raise OptionError("this studio was made without an adapter; load a preset that has one.")
-        if isinstance(identity, Identity) and self.features is not None:
-            identity.require(self.features.models)
-        elif not isinstance(identity, Identity) and self.preset.method != "pulid":
+        if not isinstance(identity, Identity) and self.preset.method != "pulid":
             raise OptionError(f"several people with masks in one image are PuLID's; {self.preset.method} shows one.")
+        for person, _ in chain(*people_by_prompt(identity)):
+            if self.features is not None:
+                person.require(self.features.models)
         return self.adapter.use(identity, **chosen.identity_options(), pipe=self.pipe)
 
     def _run(self, prompt: str, seeds: Sequence[int], chosen: Preset) -> list[Image.Image]:
@@ -212,15 +223,18 @@ class Studio:
 
 
 def load(
-    preset: str | os.PathLike[str] | Preset = "mini",
+    preset: Named = "mini",
     device: str | torch.device | None = None,
-    base: str | os.PathLike[str] | None = None,
+    base: Place | None = None,
     memory: str | None = None,
     method: str | None = None,
+    faces: Place | None = None,
 ) -> Studio:
     """A studio from a preset's name, a folder of weights, or a `Preset`. No network is asked.
 
     Args:
+        faces: folder of another insightface pack, whose detector and recogniser read photographs; the adapter must have
+            learned with that recogniser.
         method: another than PuLID on the preset's base, see `methods.base.METHODS`.
         device: where to compute; the accelerator if there is one, else the CPU.
         base: another checkpoint than the preset's: a folder, a single file, or OWNER/NAME in the hub's cache; see
@@ -231,6 +245,30 @@ def load(
         OptionError: no such preset.
         WeightsError: weights that are missing or damaged.
     """
+    preset = resolved(preset, base, memory, method, faces)
+    chosen = torch.device(device) if device is not None else best_device()
+    adapter = load_method(preset, chosen)
+    return Studio(load_pipeline(preset, chosen), load_features(preset, chosen, adapter), adapter, preset)
+
+
+def reader(
+    preset: Named = "mini", device: str | torch.device | None = None, method: str | None = None, faces: Place | None = None
+) -> Studio:
+    """As `load`, a studio that reads faces and makes no images: only what reads is opened, and need be there."""
+    preset = resolved(preset, method=method, faces=faces)
+    chosen = torch.device(device) if device is not None else best_device()
+    own_tower = preset.vision is None and preset.view not in ("", "none")
+    return Studio(None, load_features(preset, chosen, load_method(preset, chosen) if own_tower else None), None, preset)
+
+
+def resolved(
+    preset: Named,
+    base: Place | None = None,
+    memory: str | None = None,
+    method: str | None = None,
+    faces: Place | None = None,
+) -> Preset:
+    """The preset that `load` loads, from its arguments. Raises OptionError as it does; nothing large is opened."""
     if not isinstance(preset, Preset):
         preset = presets.find(os.fspath(preset))
     if base is not None:
@@ -240,11 +278,15 @@ def load(
         if preset.family != "flux":
             raise OptionError(f"{preset.name} has one way of lying in memory; the levels are FLUX's.")
         preset = replace(preset, memory=memory)
-    if method is not None:
-        preset = presets.with_method(preset, method)
-    device = torch.device(device) if device is not None else best_device()
-    adapter = load_method(preset, device)
-    return Studio(load_pipeline(preset, device), load_features(preset, device, adapter), adapter, preset)
+    preset = preset if method is None else presets.with_method(preset, method)
+    if faces is not None:
+        if preset.parser is None:
+            raise OptionError(
+                f"{preset.name} reads its own drawn people; a pack is for photographs, with a preset of full size."
+            )
+        detector, recogniser = pack(faces)
+        preset = replace(preset, finder=detector, recogniser=preset.recogniser and recogniser)
+    return preset
 
 
 def _reader(pipe: Any, preset: Preset) -> tuple[Any, int]:
@@ -258,7 +300,8 @@ def check_options(pipe: Any, chosen: Preset) -> None:
     """Refuses what a pipeline would silently change or leave out.
 
     Raises:
-        OptionError: a size that it has no latents for; FLUX's true guidance without a negative prompt, or the reverse.
+        OptionError: a size that it has no latents for; FLUX's true guidance without a negative prompt, or the reverse; more
+            words than T5 reads.
     """
     flux = chosen.family == "flux"
     pixels = pipe.vae_scale_factor * (2 if flux else 1)  # FLUX's tokens are two latents wide
@@ -268,6 +311,8 @@ def check_options(pipe: Any, chosen: Preset) -> None:
         raise OptionError(f"{width}x{height}: width and height are multiples of {pixels}, such as {near}.")
     if flux and (chosen.true_cfg > 1) != bool(chosen.negative):
         raise OptionError("on FLUX true_cfg above 1 guides away from what negative says; give both, or neither.")
+    if flux and not 1 <= chosen.text_tokens <= 512:
+        raise OptionError(f"text_tokens is how many tokens T5 reads, from 1 to 512; it is {chosen.text_tokens}.")
 
 
 def check_prompt(tokenizer: Any, limit: int, prompt: str) -> None:

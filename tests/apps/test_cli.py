@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
+from openpulid import __version__
 from openpulid.apps import cli
+from openpulid.apps.common import save_picture
 from openpulid.errors import FaceError, PromptError
 from openpulid.identity.identity import Identity
-from openpulid.presets import PRESETS
+from openpulid.presets import MINIATURE, PRESETS, Preset, mini, mini_lightning, options_of
 from openpulid.published import WEIGHTS
+from openpulid.studio import Result
 
 
 class Spoken(SimpleNamespace):
@@ -43,6 +48,11 @@ class FakeStudio:
 
     def __init__(self) -> None:
         self.asked: list[dict] = []
+        self.preset = mini()
+
+    def loaded(self, preset: Preset, device: str | None) -> FakeStudio:
+        self.preset = preset
+        return self
 
     def identify(self, pictures: str | list[str], **options) -> Identity:
         self.chosen = options
@@ -54,19 +64,19 @@ class FakeStudio:
     def show(self, pictures: list[str], **options) -> Image.Image:
         return Image.new("RGB", (64, 16 * len(pictures)))
 
-    def generate(self, prompt: str, identity: Identity | None = None, **options) -> SimpleNamespace:
+    def generate(self, prompt: str, identity: Identity | None = None, **options) -> Result:
         if "zebra" in prompt:
             raise PromptError("the miniature does not know the word zebra.", ["zebra"])
-        self.asked.append({"prompt": prompt, "identity": identity, **options})
-        count = options["num_images"]
-        images = [Image.new("RGB", (32, 32), (k, 0, 0)) for k in range(count)]
-        return SimpleNamespace(images=images, seeds=[options["seed"] + k for k in range(count)])
+        self.asked.append({"prompt": prompt, "identity": identity, **options, **options_of(self.preset)})
+        images = [Image.new("RGB", self.preset.size or (32, 32), (k, 0, 0)) for k in range(options["num_images"])]
+        return Result(images, [options["seed"] + k for k in range(len(images))], self.preset)
 
 
 @pytest.fixture
 def studio(monkeypatch: pytest.MonkeyPatch) -> FakeStudio:
     fake = FakeStudio()
-    monkeypatch.setattr(cli, "_studio", lambda preset, device, base=None, memory=None, method=None: fake)
+    monkeypatch.setattr(cli, "_studio", fake.loaded)
+    monkeypatch.setattr(cli, "_reader", lambda preset, device, method, faces: fake)
     return fake
 
 
@@ -120,7 +130,7 @@ def test_generate_writes_images_with_their_request(pulid, studio: FakeStudio, an
     asked = studio.asked[0]
     assert asked["identity"].photos == 1
     assert (asked["seed"], asked["num_images"], asked["steps"], asked["scale"]) == (7, 2, 5, 0.5)
-    assert asked["guidance"] is None  # the preset's own
+    assert asked["guidance"] == mini().guidance
     request = json.loads(Image.open(out / "portrait-film-noir-8.png").text["openpulid"])
     assert request["prompt"] == "Portrait, film noir!"
     assert (request["seed"], request["steps"], request["id"]) == (8, 5, str(anna))
@@ -154,6 +164,102 @@ def test_every_option_counts_and_an_image_is_made_again(pulid, studio: FakeStudi
     assert again.code == 0 and [p.name for p in (tmp_path / "b").iterdir()] == ["portrait-4.png"]
     for name in ("prompt", "seed", "projection", "num_zero", "size", "start", "end", "negative", "guidance"):
         assert studio.asked[1][name] == (4 if name == "seed" else asked[name])
+
+
+def test_what_is_said_goes_before_what_a_way_brings(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
+    assert pulid("generate", "portrait", "--id", anna, "--method", "style", "--num-zero", 4, "-o", tmp_path).code == 0
+    assert (studio.asked[0]["projection"], studio.asked[0]["num_zero"]) == ("ortho", 4)
+
+
+def test_what_flux_alone_has(pulid, studio: FakeStudio, tmp_path: Path) -> None:
+    guided = ("--true-cfg", 3, "--negative", "blurry", "--start-cfg", 2, "--start-step", 4, "--text-tokens", 300)
+    flux = ("--preset", "flux", "--memory", "16gb")
+    made = pulid("generate", "portrait", *flux, *guided, "-o", tmp_path)
+    assert made.code == 0, made.err
+    known = {"true_cfg": 3, "timestep_to_start_cfg": 2, "start_step": 4, "text_tokens": 300, "negative": "blurry"}
+    assert known.items() <= studio.asked[0].items()
+    request = json.loads(Image.open(tmp_path / "portrait-0.png").info["openpulid"])
+    assert {**known, "memory": "16gb", "size": "896x1152", "projection": None}.items() <= request.items()
+    for level in ("16gb", "12gb"):
+        other = () if level == "16gb" else ("--memory", level)
+        assert pulid("generate", "--from", tmp_path / "portrait-0.png", *other, "-o", tmp_path / "again").code == 0
+        assert known.items() <= studio.asked[-1].items() and studio.preset.memory == level
+    style = pulid("generate", "portrait", "--preset", "flux", "--method", "style", "-o", tmp_path)
+    assert plain(style) and "--start-step says it" in style.err
+
+
+def test_an_image_is_made_again_after_the_defaults_have_changed(
+    pulid, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulid("world", "person", "--seed", 1_000_007, "-o", anna)
+    long = "photo, " * 60  # a preset's own may be, and is cut
+    monkeypatch.setitem(PRESETS, "mini-lightning", lambda: replace(mini_lightning(), negative=long, guidance=1.5))
+    first = pulid("generate", "portrait, photo", "--id", anna, "--preset", "mini-lightning", "--seed", 2, "-o", tmp_path)
+    assert first.code == 0, first.err
+    image = Image.open(tmp_path / "portrait-photo-2.png")
+    request = json.loads(image.info["openpulid"])
+    used = {"steps": 4, "guidance": 1.5, "scale": 1.0, "start": 0.0, "end": 1.0, "projection": "none", "num_zero": 0}
+    assert {**used, "negative": long, "size": "96x96", "version": __version__}.items() <= request.items()
+    changed = {"steps": 2, "guidance": 2.0, "scale": 0.3, "end": 0.5, "projection": "ortho", "negative": "photo"}
+    monkeypatch.setitem(PRESETS, "mini-lightning", lambda: replace(mini_lightning(), **changed))
+    again = pulid("generate", "--from", tmp_path / "portrait-photo-2.png", "-o", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert Image.open(tmp_path / "again" / "portrait-photo-2.png").tobytes() == image.tobytes()
+
+
+def test_images_of_older_versions_are_made_again(pulid, studio: FakeStudio, tmp_path: Path) -> None:
+    older = {"prompt": "portrait", "id": None, "preset": "flux", "seed": 3, "steps": 5, "projection": "ortho", "num_zero": 16}
+    save_picture(Image.new("RGB", (32, 32)), tmp_path / "older.png", older)  # two of them did nothing on FLUX
+    assert pulid("generate", "--from", tmp_path / "older.png", "-o", tmp_path).code == 0
+    asked = studio.asked[0]
+    assert (asked["steps"], asked["seed"], asked["guidance"]) == (5, 3, PRESETS["flux"]().guidance)
+
+
+def test_faces_are_read_without_a_base_model(pulid, anna: Path, tmp_path: Path) -> None:
+    """Of the miniature only what reads faces, and a pipeline that cannot be loaded."""
+    pulid("world", "person", "--seed", 1_000_007, "-o", anna)
+    (tmp_path / "mine" / "pipeline").mkdir(parents=True)
+    (tmp_path / "mine" / "pipeline" / "model_index.json").write_text("{}")
+    for name in ("finder", "recogniser-encoder", "vision"):
+        (tmp_path / "mine" / f"{name}.safetensors").symlink_to(MINIATURE / f"{name}.safetensors")
+    for words in (("--preset", tmp_path / "mine"), ()):
+        done = pulid("identify", anna, "-o", tmp_path / f"{len(words)}.safetensors", *words)
+        assert done.code == 0, done.err
+    known, usual = (Identity.load(tmp_path / f"{k}.safetensors") for k in (2, 0))
+    assert torch.equal(known.id_cond, usual.id_cond)
+
+
+def test_all_faces_are_listed(pulid, anna: Path) -> None:
+    pulid("world", "person", "--seed", 1_000_007, "-o", anna)
+    done = pulid("identify", anna, "--face", "all")
+    assert done.code == 0 and re.fullmatch(rf"{anna}: face 0 at \d+,\d+ to \d+,\d+, score [01]\.\d\d\n", done.out), done.err
+    assert list(anna.parent.glob("*.safetensors")) == []
+
+
+def test_an_identity_of_other_models_is_refused_behind_a_mask(pulid, anna: Path, tmp_path: Path) -> None:
+    other = Identity(torch.ones(1, 1, 4), tuple(torch.ones(1, 3, 2) for _ in range(5)), {"tower": "abc"})
+    other.save(tmp_path / "other.safetensors")
+    for mask in ((), ("--mask", anna)):
+        words = ("--id", tmp_path / "other.safetensors", *mask, "--preset", "mini-lightning", "-o", tmp_path)
+        refused = pulid("generate", "portrait, photo", *words)
+        assert plain(refused) and "make it again from the photo" in refused.err
+
+
+def test_too_little_memory_is_one_sentence(pulid, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def much(amount: int) -> None:
+        torch.empty(amount, dtype=torch.uint8)
+
+    def on_an_accelerator(amount: int) -> None:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {amount} bytes.")
+
+    for work in (much, on_an_accelerator):
+        monkeypatch.setattr(cli, "_generate", lambda *_, work=work: work(2**50))
+        spoken = pulid("generate", "portrait", "-o", tmp_path)
+        assert plain(spoken) and "--memory 12gb" in spoken.err
+    monkeypatch.setattr(cli, "_generate", lambda *_: much(-1))
+    monkeypatch.setattr(sys, "argv", ["pulid", "generate", "portrait", "-o", str(tmp_path)])
+    with pytest.raises(RuntimeError, match="negative dimension"):  # a fault keeps its traceback
+        cli.main()
 
 
 def test_weights_are_listed_and_missing_ones_named(pulid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +304,8 @@ def test_mistakes_are_one_sentence(pulid, studio: FakeStudio, anna: Path, tmp_pa
         ("identify", tmp_path / "none.png", "-o", out),
         ("identify", tmp_path, "-o", out),
         ("identify", anna, "-o", tmp_path / "x.txt"),
+        ("identify", anna),
+        ("identify", anna, "-o", out, "--face", "left"),
         ("generate", "portrait, a zebra", "--id", anna, "-o", tmp_path),
         ("generate", "portrait", "--id", broken, "-o", tmp_path),
         ("generate", "portrait", "--id", text, "-o", tmp_path),
@@ -217,11 +325,29 @@ def test_mistakes_are_one_sentence(pulid, studio: FakeStudio, anna: Path, tmp_pa
         ("generate", "portrait", "--method", "magic", "-o", tmp_path),
         ("generate", "portrait", "--mask", anna, "-o", tmp_path),  # of nobody
         ("generate", "--from", anna, "-o", tmp_path),
+        ("generate", "portrait", "--start-step", 4, "-o", tmp_path),  # FLUX's
+        ("generate", "portrait", "--true-cfg", 3, "--negative", "red", "-o", tmp_path),
+        ("generate", "portrait", "--start-cfg", 3, "-o", tmp_path),
+        ("generate", "portrait", "--text-tokens", 256, "-o", tmp_path),
+        ("generate", "portrait", "--preset", "flux", "--num-zero", 3, "-o", tmp_path),  # SDXL's
+        ("generate", "portrait", "--preset", "flux", "--projection", "ortho", "-o", tmp_path),
+        ("generate", "portrait", "--preset", "flux", "--method", "style", "-o", tmp_path),
+        ("generate", "portrait", "--preset", "sdxl", "--method", "instantid", "--num-zero", 3, "-o", tmp_path),  # PuLID's
+        ("generate", "portrait", "--control-scale", 0.5, "-o", tmp_path),  # of nothing
         ("weights", "get", "everything"),
         ("generate", "portrait", "--device", "meta:7x"),
     ):
         spoken = pulid(*words)
         assert plain(spoken), (words, spoken)
+
+
+def test_an_image_is_made_again_as_it_was_and_not_otherwise(pulid, studio: FakeStudio, tmp_path: Path) -> None:
+    assert pulid("generate", "portrait", "-o", tmp_path).code == 0
+    again = ("generate", "--from", tmp_path / "portrait-0.png", "-o", tmp_path)
+    assert pulid(*again, "--device", "cpu").code == 0
+    for others in (("a person",), ("--steps", 5), ("--num", 2), ("--scale", 0.8, "--seed", 0)):
+        spoken = pulid(*again, *others)
+        assert plain(spoken) and others[0].replace("a person", "prompt") in spoken.err
 
 
 def test_no_command_and_bad_options_show_the_usage(pulid) -> None:

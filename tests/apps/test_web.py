@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from openpulid import __version__
 from openpulid.apps import web
 from openpulid.errors import OptionError
 from openpulid.loading import methods_here, missing
@@ -59,6 +60,8 @@ def test_photo_and_prompt_to_images_that_say_how_they_were_made(client: Any, ann
     assert len({image.tobytes() for image in images}) == 4
     request = json.loads(images[2].info["openpulid"])
     assert request["seed"] == 4 and request["id"] == "anna.png" and request["preset"] == "mini-lightning"
+    used = {"steps": 4, "guidance": 1.0, "scale": 1.0, "projection": "none", "size": "96x96", "version": __version__}
+    assert used.items() <= request.items()  # the preset's own figures, too
     assert json.loads(images[1].info["openpulid"])["id"] is None
 
 

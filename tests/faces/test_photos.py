@@ -15,7 +15,7 @@ from torch import Tensor
 from openpulid.errors import WeightsError
 from openpulid.faces.choose import ordered
 from openpulid.faces.face import Face
-from openpulid.faces.photos import CROP, TEMPLATE, ArcFace, FaceParser, PhotoFinder, aligned_photo, pixels, providers
+from openpulid.faces.photos import CROP, TEMPLATE, ArcFace, FaceParser, PhotoFinder, aligned_photo, pack, pixels, providers
 from openpulid.images import open_picture
 
 
@@ -140,6 +140,17 @@ def test_files_that_are_missing_or_of_another_kind(tmp_path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "parsing.pth")
     with pytest.raises(WeightsError, match="Missing key"):
         FaceParser.load(tmp_path / "parsing.pth")
+
+
+@needs_detector
+def test_a_pack_is_any_folder_of_the_library(tmp_path) -> None:
+    (tmp_path / "a.onnx").symlink_to(DETECTOR)
+    with pytest.raises(WeightsError, match="no pack of insightface"):
+        pack(tmp_path)
+    recogniser_file(tmp_path / "b.onnx")
+    assert pack(tmp_path) == (tmp_path / "a.onnx", tmp_path / "b.onnx")
+    with pytest.raises(WeightsError, match="no pack of insightface"):
+        pack(tmp_path / "nowhere")
 
 
 def test_a_devices_provider() -> None:

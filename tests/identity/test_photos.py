@@ -11,8 +11,8 @@ from facexlib.parsing.bisenet import BiSeNet
 from photo_networks import DETECTOR, GROUP, needs_detector, recogniser_file
 from PIL import Image
 
-from openpulid.errors import FaceError
-from openpulid.faces.choose import chosen
+from openpulid.errors import FaceError, OptionError
+from openpulid.faces.choose import chosen, listed
 from openpulid.faces.face import Face
 from openpulid.faces.photos import ArcFace, FaceParser, PhotoFinder
 from openpulid.identity.photos import PhotoFeatures
@@ -20,7 +20,7 @@ from openpulid.identity.vision import VisionTower
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.presets import sdxl
-from openpulid.studio import Studio
+from openpulid.studio import Studio, resolved
 
 pytestmark = needs_detector
 
@@ -99,6 +99,24 @@ def test_from_a_photo_to_an_image(studio, caplog) -> None:
     assert studio.identify([GROUP, GROUP], face=0, fusion="mean").photos == 1
     images = [studio.generate("portrait", who, seed=3).images[0] for who in (None, anna, ben)]
     assert images[0].size == (16, 16) and len({image.tobytes() for image in images}) == 3
+
+
+def test_every_face_is_listed(studio) -> None:
+    ((label, found),) = studio.faces(GROUP)
+    lines = listed(found, "left-right", label)
+    assert [line.split(" at ")[0] for line in lines] == [f"{GROUP}: face {k}" for k in range(6)]
+    lefts = [int(line.split(" at ")[1].split(",")[0]) for line in lines]
+    assert lefts == sorted(lefts)
+
+
+def test_another_pack_reads_photographs(tmp_path) -> None:
+    (tmp_path / "a.onnx").symlink_to(DETECTOR)
+    recogniser_file(tmp_path / "b.onnx")
+    chosen = resolved(sdxl(), faces=tmp_path)
+    assert (chosen.finder, chosen.recogniser) == (tmp_path / "a.onnx", tmp_path / "b.onnx")
+    assert "arcface" not in chosen.published and "detector" not in chosen.published
+    with pytest.raises(OptionError, match="reads its own drawn people"):
+        resolved("mini", faces=tmp_path)
 
 
 def test_no_face_says_what_was_tried(studio, tmp_path) -> None:

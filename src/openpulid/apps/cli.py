@@ -22,7 +22,9 @@ from openpulid.apps.common import (
     folder,
     image_name,
     last_line,
+    memory_told,
     picture_file,
+    request_of,
     save_picture,
     say,
     sides,
@@ -32,12 +34,14 @@ from openpulid.apps.web import web
 from openpulid.errors import OptionError, PulidError
 
 if TYPE_CHECKING:
+    from openpulid import presets
     from openpulid.identity.identity import Identity
     from openpulid.studio import Studio
 
 Preset = Annotated[str, typer.Option(help="The model, see `pulid presets list`; or a folder.")]
 Base = Annotated[str | None, typer.Option(help="Another checkpoint for the preset: a folder or a single file.")]
-Face = Annotated[int | None, typer.Option(help="Which face of a picture with several, from 0; `--show` draws them all.")]
+Face = Annotated[str | None, typer.Option(help="Which face of a picture with several, from 0; `all` lists them.")]
+Faces = Annotated[Path | None, typer.Option(help="Folder of another insightface pack; the adapter must have learned with it.")]
 Order = Annotated[str, typer.Option(help="How faces are counted: large-small, left-right, top-bottom, or the reverse.")]
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -47,12 +51,20 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """Three ways of joining that users of PuLID know by name, in place of a method's."""
 
+OPTIONS = (
+    *("negative", "steps", "guidance", "scale", "start", "end", "projection", "num_zero"),
+    *("start_step", "true_cfg", "timestep_to_start_cfg", "text_tokens"),
+)
+"""What `Studio.generate` has by the same name."""
+
 REQUEST = (
-    *("prompt", "id", "preset", "base", "method", "negative", "steps", "guidance", "size"),
-    *("scale", "start", "end", "mask", "projection", "num_zero", "seed", "start_step", "true_cfg"),
-    *("control", "control_picture", "control_scale"),
+    *("prompt", "id", "preset", "base", "method", "size", "mask", "seed", "memory", "faces"),
+    *("control", "control_picture", "control_scale", *OPTIONS),
 )
 """What an image carries, and `--from` makes it again by."""
+
+AGAIN = ("source", "out", "device", "memory")
+"""What may be said beside an image that is made again."""
 
 app = typer.Typer(
     name="pulid",
@@ -77,7 +89,8 @@ def main() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.simplefilter("ignore", FutureWarning)
     try:
-        app()
+        with memory_told():
+            app()
     except PulidError as error:
         print(f"pulid: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
@@ -104,25 +117,32 @@ def demo(
 @app.command()
 def identify(
     picture: Annotated[list[str], typer.Argument(help="One or several pictures of one person.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The identity file to write (.safetensors).")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The identity file to write (.safetensors).")] = None,
     face: Face = None,
     order: Order = "large-small",
     fusion: Annotated[str, typer.Option(help="Of several pictures: concat, mean, norm_id or max_norm.")] = "concat",
     show: Annotated[Path | None, typer.Option(help="A picture to write: boxes, landmarks, and what is read.")] = None,
     preset: Preset = "mini",
     method: Annotated[str | None, typer.Option(help="Another method than PuLID, which may read people differently.")] = None,
+    faces: Faces = None,
     device: Device = None,
 ) -> None:
     """Picture to identity: a file to use again and again. It is biometric data: only you can read it."""
-    if out.suffix != ".safetensors":
-        raise OptionError(f"{out}: an identity file ends with .safetensors, such as {out.stem}.safetensors.")
+    listed, number = face == "all", _number(face)
+    if not listed and (out is None or out.suffix != ".safetensors"):
+        raise OptionError(f"-o names the identity file, such as {out.stem if out else 'anna'}.safetensors.")
     for name in picture:
         _check_picture(name)
     shown = picture_file(show) if show else None
-    studio = _studio(preset, device, method=_method(method)["method"])
+    studio = _reader(preset, device, _method(method)["method"], faces)
     if shown:
-        save_picture(studio.show(picture, face=face, order=order), shown)
-    identity = studio.identify(picture, face=face, order=order, fusion=fusion)
+        save_picture(studio.show(picture, face=number, order=order), shown)
+    if listed or out is None:
+        from openpulid.faces.choose import listed as lines
+
+        print(*(line for label, found in studio.faces(picture) for line in lines(found, order, label)), sep="\n")
+        return
+    identity = studio.identify(picture, face=number, order=order, fusion=fusion)
     folder(out.parent)
     identity.save(out)
     print(out)
@@ -130,6 +150,7 @@ def identify(
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None,
     who: Annotated[str | None, typer.Option("--id", help="Identity file or picture of the person.")] = None,
     preset: Preset = "mini",
@@ -152,40 +173,49 @@ def generate(
     mask: Annotated[str | None, typer.Option(help="A picture, white where the identity may act.")] = None,
     start_step: Annotated[int | None, typer.Option(min=0, help="FLUX: the step from which the identity acts.")] = None,
     true_cfg: Annotated[float | None, typer.Option(min=1, help="FLUX: guidance by the negative prompt.")] = None,
+    start_cfg: Annotated[int | None, typer.Option(min=0, help="FLUX: the step from which that guidance counts.")] = None,
+    text_tokens: Annotated[int | None, typer.Option(min=1, max=512, help="FLUX: how long a prompt may be.")] = None,
     control: Annotated[
         str | None, typer.Option(help="A ControlNet beside: control-edges, control-depth, control-pose, or a folder.")
     ] = None,
     control_picture: Annotated[str | None, typer.Option(help="What it is shown; for edges any picture.")] = None,
     control_scale: Annotated[float | None, typer.Option(min=0, help="How strongly it acts; 1 by default.")] = None,
     memory: Annotated[str | None, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = None,
-    source: Annotated[str | None, typer.Option("--from", help="An image of this command: make it again.")] = None,
+    faces: Faces = None,
+    source: Annotated[str | None, typer.Option("--from", help="An image of this command: make it again, as it was.")] = None,
     device: Device = None,
 ) -> None:
     """Prompt and identity to images, as PNG with the full request inside."""
-    request: dict[str, Any] = {"prompt": prompt, "id": who, "preset": preset, "base": base, "negative": negative}
-    request |= {"steps": steps, "guidance": guidance, "size": size, "scale": scale, "start": start, "end": end, "mask": mask}
-    request |= {"projection": projection, "num_zero": num_zero, **_method(method), "seed": seed}
-    request |= {"start_step": start_step, "true_cfg": true_cfg}
-    request |= {"control": control, "control_picture": control_picture, "control_scale": control_scale}
     if source is not None:
-        request, num = _request(source), 1
+        _alone(ctx)
+        request, num = _request(source, memory), 1
+    else:
+        request = {"prompt": prompt, "id": who, "preset": preset, "base": base, "size": size, "mask": mask, "seed": seed}
+        request |= {"negative": negative, "steps": steps, "guidance": guidance, "scale": scale, "start": start, "end": end}
+        request |= {"start_step": start_step, "true_cfg": true_cfg, "timestep_to_start_cfg": start_cfg}
+        strength = 1.0 if control and control_scale is None else control_scale
+        request |= {"control": control, "control_picture": control_picture, "control_scale": strength}
+        request |= {"text_tokens": text_tokens, "memory": memory, **_method(method, preset)}
+        request |= {"faces": str(faces) if faces else None}
+        said = {"projection": projection, "num_zero": num_zero}  # goes before what a way brings with it
+        request |= {name: value for name, value in said.items() if value is not None or name not in request}
     if not request["prompt"]:
         raise OptionError("say what to show: pulid generate PROMPT, or --from IMAGE that this command has made.")
-    _generate(request, num, folder(out), device, memory)
+    _generate(request, num, folder(out), device, negative)
 
 
-def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, memory: str | None) -> None:
-    from openpulid.presets import find
+def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, negative: str | None) -> None:
+    """`negative` is what the user says; an image's own may be a preset's, which may be longer than the model reads."""
+    from openpulid.presets import with_options
 
     who, mask = request["id"], request["mask"]
     saved = _identity(who) if who and who.endswith(".safetensors") else None
     for name in (None if saved else who, mask, request["control_picture"]):
         if name:
             _check_picture(name)
-    names = ("negative", "steps", "guidance", "scale", "start", "end", "projection", "num_zero", "start_step", "true_cfg")
-    multiple = 16 if find(request["preset"]).family == "flux" else 8
-    options = {"size": sides(request["size"], multiple), **{name: request[name] for name in names}}
-    studio = _studio(request["preset"], device, request["base"], memory, request["method"])
+    preset = _preset(request)
+    size = sides(request["size"], 16 if preset.family == "flux" else 8)
+    studio = _studio(with_options(preset, size=size, **{name: request[name] for name in OPTIONS}), device)
     identity: Any = saved or (studio.identify(who) if who else None)
     if mask:
         from openpulid.images import open_picture
@@ -194,17 +224,17 @@ def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, 
             raise OptionError("a mask says where an identity acts; give one with --id.")
         identity = [(identity, open_picture(mask))]
     with _controlled(studio, request):
-        result = studio.generate(request["prompt"], identity, seed=request["seed"], num_images=num, **options)
+        result = studio.generate(request["prompt"], identity, seed=request["seed"], num_images=num, negative=negative)
     for image, seed in zip(result.images, result.seeds, strict=True):
         path = out / image_name(request["prompt"], seed)
-        save_picture(image, path, {**request, "seed": seed})
+        save_picture(image, path, request_of(request, result, image, seed))
         print(path)
 
 
 def _controlled(studio: Studio, request: dict[str, Any]) -> AbstractContextManager[Any]:
     """A ControlNet in use on the studio's pipeline, where the request names one."""
     name, picture, scale = request["control"], request["control_picture"], request["control_scale"]
-    if name is None and picture is None:
+    if name is None and picture is None and scale is None:
         return nullcontext()
     if name is None or picture is None:
         raise OptionError("a ControlNet and what it is shown go together: --control NAME --control-picture PICTURE.")
@@ -220,10 +250,13 @@ def _controlled(studio: Studio, request: dict[str, Any]) -> AbstractContextManag
     return control.use(edges(shown) if name == "control-edges" else shown, scale=1.0 if scale is None else scale)
 
 
-def _method(name: str | None) -> dict[str, Any]:
+def _method(name: str | None, preset: str = "") -> dict[str, Any]:
     """What a name says: one of PuLID's ways, or another method."""
     from openpulid.methods.base import METHODS
+    from openpulid.presets import find
 
+    if name in WAYS and preset and find(preset).family == "flux":
+        raise OptionError(f"{name} is one of PuLID's ways on SDXL; on {preset} --start-step says it: 4, or for styles 0 or 1.")
     if name is None or name in WAYS:
         return {"method": None, **WAYS.get(name or "", {})}
     if name not in METHODS:
@@ -231,28 +264,58 @@ def _method(name: str | None) -> dict[str, Any]:
     return {"method": name}
 
 
-def _request(path: str) -> dict[str, Any]:
-    """What an image of this command says of its making."""
+def _alone(ctx: typer.Context) -> None:
+    """An image that is made again is made as it was: options beside it would be left out in silence."""
+    given = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    if others := [parameter.opts[0] for parameter in ctx.command.params if parameter.name in given - set(AGAIN)]:
+        raise OptionError(f"--from makes an image as it was made; leave {', '.join(others)} out, or --from.")
+
+
+def _request(path: str, memory: str | None) -> dict[str, Any]:
+    """What an image of this command says of its making; `memory` goes before what it says of that."""
     import json
 
     from PIL import Image
+
+    from openpulid.presets import options_of
 
     _check_picture(path)
     with Image.open(path) as image:
         found = image.info.get("openpulid")
     try:
-        request = json.loads(found or "")
+        request = {**dict.fromkeys(REQUEST), **json.loads(found or "")}
     except json.JSONDecodeError:
         raise OptionError(f"{path} does not say how it was made; only images of `pulid generate` do.") from None
-    return {**dict.fromkeys(REQUEST), **request}
+    request["memory"] = memory or request["memory"]
+    acting = options_of(_preset(request))  # older images carry options that did not act, too
+    return request | {name: None for name in OPTIONS if name not in acting}
 
 
-def _studio(
-    preset: str, device: str | None, base: str | None = None, memory: str | None = None, method: str | None = None
-) -> Studio:
+def _preset(request: dict[str, Any]) -> presets.Preset:
+    from openpulid.studio import resolved
+
+    return resolved(*(request[name] for name in ("preset", "base", "memory", "method", "faces")))
+
+
+def _studio(preset: presets.Preset, device: str | None) -> Studio:
     from openpulid.studio import load
 
-    return load(preset, device=device, base=base, memory=memory, method=method)
+    return load(preset, device)
+
+
+def _reader(preset: str, device: str | None, method: str | None, faces: Path | None) -> Studio:
+    from openpulid.studio import reader
+
+    return reader(preset, device, method, faces)
+
+
+def _number(face: str | None) -> int | None:
+    """Which face was asked for; None where nobody said, or all are to be listed."""
+    if face is None or face == "all":
+        return None
+    if not face.isdigit():
+        raise OptionError(f"--face {face}: say which, counted from 0, or all.")
+    return int(face)
 
 
 def _identity(path: str) -> Identity:

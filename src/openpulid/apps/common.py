@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openpulid import __version__
 from openpulid.errors import OptionError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from openpulid.studio import Result
 
 
 def known_device(name: str | None) -> str | None:
@@ -62,6 +66,15 @@ def image_name(prompt: str, seed: int) -> str:
     return f"{words}-{seed}.png"
 
 
+def request_of(request: Mapping[str, Any], result: Result, image: Image.Image, seed: int) -> dict[str, Any]:
+    """A request with all that one of its images was made with, for `save_picture`: a preset's defaults may change."""
+    from openpulid.presets import options_of
+
+    preset = result.preset
+    made = {**options_of(preset), "size": "{}x{}".format(*image.size), "seed": seed, "version": __version__}
+    return {**request, **made, "memory": preset.memory if preset.family == "flux" else None}
+
+
 def save_picture(image: Image.Image, path: Path, request: Mapping[str, Any] | None = None) -> None:
     """Writes a picture; a PNG carries the request that made it under "openpulid", as JSON."""
     from PIL.PngImagePlugin import PngInfo
@@ -74,6 +87,19 @@ def save_picture(image: Image.Image, path: Path, request: Mapping[str, Any] | No
         image.save(path, **extra)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written ({error.strerror or error}).") from None
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """A device whose memory does not suffice, in one sentence."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own class of it is one, but not every device raises that
+        if not any(said in str(error) for said in ("out of memory", "can't allocate memory")):
+            raise
+        raise OptionError(
+            "the device has too little memory for this; take a smaller --size, for FLUX --memory 12gb, or another --device."
+        ) from None
 
 
 def counted(done: int, total: int) -> None:

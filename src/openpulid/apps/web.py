@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.apps.common import Device, image_name, save_picture, sides
+from openpulid.apps.common import Device, image_name, memory_told, request_of, save_picture, sides
 from openpulid.errors import OptionError, PulidError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Desk:
         kept = []
         for image, number in zip(result.images, result.seeds, strict=True):
             file = place / image_name(prompt, number)
-            save_picture(image, file, {**request, "seed": number})
+            save_picture(image, file, request_of(request, result, image, number))
             kept.append((str(file), f"seed {number}" + ("" if who is not None else ", nobody")))
         return kept
 
@@ -245,7 +245,8 @@ def _said(work: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(work)
     def told(*args: Any) -> Any:
         try:
-            return work(*args)
+            with memory_told():
+                return work(*args)
         except PulidError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from None
 

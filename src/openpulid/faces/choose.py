@@ -55,6 +55,15 @@ def chosen(faces: Sequence[Face], index: int | None = None, order: str = "large-
     return line[place]
 
 
+def listed(faces: Sequence[Face], order: str = "large-small", label: str = "picture") -> list[str]:
+    """The faces of one picture in words, a line for each, by the number that `chosen` takes. Raises as `ordered`."""
+    lines = []
+    for place, face in enumerate(ordered(faces, order)):
+        x1, y1, x2, y2 = (round(value) for value in face.box.tolist())
+        lines.append(f"{label}: face {place} at {x1},{y1} to {x2},{y2}, score {face.score:.2f}")
+    return lines
+
+
 def count(faces: Sequence[Face]) -> str:
     """How many, in words."""
     return f"{len(faces)} face{'s' * (len(faces) != 1)}"

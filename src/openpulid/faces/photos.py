@@ -212,6 +212,30 @@ def onnx_model(file: str | os.PathLike[str], device: str | torch.device, wanted:
     Raises:
         WeightsError: no such file, or another kind of model.
     """
+    model = _opened(file, device)
+    if not hasattr(model, wanted):
+        raise WeightsError(f"{file} is a model of another kind ({type(model).__name__}); take the one that the pack names.")
+    return model
+
+
+def pack(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The detector's and the recogniser's file in the folder of an insightface pack, whatever they are called.
+
+    Raises:
+        WeightsError: it has not both.
+    """
+    kinds: dict[str, Path] = {}
+    for file in sorted(Path(folder).glob("*.onnx")):
+        model = _opened(file, "cpu")
+        kinds |= {kind: file for kind in ("detect", "get_feat") if hasattr(model, kind) and kind not in kinds}
+    if len(kinds) < 2:
+        raise WeightsError(
+            f"{folder} is no pack of insightface; such a folder has a detector and a recogniser, as .onnx files."
+        )
+    return kinds["detect"], kinds["get_feat"]
+
+
+def _opened(file: str | os.PathLike[str], device: str | torch.device) -> Any:
     import onnxruntime
     from insightface.model_zoo import get_model
 
@@ -222,8 +246,6 @@ def onnx_model(file: str | os.PathLike[str], device: str | torch.device, wanted:
         model = get_model(os.fspath(file), providers=providers(device, onnxruntime.get_available_providers()))
     except Exception as error:  # protobuf, onnxruntime and insightface each have their own
         raise WeightsError(f"{file} cannot be opened ({str(error).splitlines()[0]}); get it again.") from error
-    if not hasattr(model, wanted):
-        raise WeightsError(f"{file} is a model of another kind ({type(model).__name__}); take the one that the pack names.")
     return model
 
 
