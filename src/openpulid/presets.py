@@ -91,7 +91,7 @@ class Preset:
     def published(self) -> tuple[str, ...]:
         """The names of the published weights that it needs."""
         places = (self.pipeline, self.unet, self.adapter, self.finder, self.recogniser, self.parser, self.vision)
-        named = (*places, *BESIDE.get(self.method, ()))
+        named = (*places, *(BESIDE.get(self.method, ()) if isinstance(self.adapter, str) else ()))
         return tuple(place for place in named if isinstance(place, str) and place in WEIGHTS)
 
 
