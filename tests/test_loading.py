@@ -259,6 +259,15 @@ def test_a_gpu_without_bfloat16_computes_in_float16(
     assert loading.precision(mini(), gpu) is torch.float32 and loading.precision(flux(), gpu) is torch.bfloat16
 
 
+def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    assert loading.best_device() == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert loading.best_device() == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert loading.best_device() == torch.device("cpu")
+
+
 def test_sdxl_in_float16_is_decoded_in_float32(tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "half", lambda device: torch.float16)
     tiny_pipeline().save_pretrained(tmp_path)

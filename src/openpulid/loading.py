@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,8 +28,12 @@ from openpulid.weights import fill, fingerprint, load_module, read_tensors
 
 
 def best_device() -> torch.device:
-    """The accelerator, where there is one that works."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    """The accelerator, where there is one that works; of several that this process was started for (`torchrun`)."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return torch.device("cpu")
+    place = os.environ.get("LOCAL_RANK")
+    return torch.device(found.type, int(place)) if place else found
 
 
 def multiplies_bf16(device: torch.device) -> bool:

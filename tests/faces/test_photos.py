@@ -158,3 +158,4 @@ def test_a_devices_provider() -> None:
     assert providers("cpu", known) == ["CPUExecutionProvider"]
     assert providers(torch.device("mps"), known) == ["CoreMLExecutionProvider", "CPUExecutionProvider"]
     assert providers("mps", ["CPUExecutionProvider"]) == ["CPUExecutionProvider"]
+    assert providers("cuda:1", ["CUDAExecutionProvider"])[0] == ("CUDAExecutionProvider", {"device_id": 1})

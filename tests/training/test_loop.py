@@ -182,6 +182,10 @@ def test_other_runs_and_wrong_numbers_are_refused(tmp_path):
     run(Regression(), Schedule(steps=3, lr=1e-2), tmp_path)
     with pytest.raises(TrainingError, match="seed 0, not 1"):
         run(Regression(), Schedule(steps=3, lr=1e-2, seed=1), tmp_path)
+    named = Schedule(steps=3, lr=1e-2, name="stage1")
+    run(Regression(), named, tmp_path / "named")
+    with pytest.raises(TrainingError, match="a run of stage1, not of stage2"):
+        run(Regression(), replace(named, name="stage2"), tmp_path / "named")
     other = Regression()
     other.net[0] = nn.Linear(4, 9)
     with pytest.raises(TrainingError, match="another model"):

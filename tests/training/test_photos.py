@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +132,35 @@ def test_all_three_stages(folder, base, features, tmp_path) -> None:
         assert {"held_out_own", "held_out_none"} <= set(result.metrics)
         assert set(load_file(begin)) == set(adapter.state_dict())
     assert all(torch.equal(value, frozen[name]) for name, value in base.unet.state_dict().items())
+
+
+def test_sdxl_is_told_the_size_that_pictures_have(folder, base, features, tmp_path) -> None:
+    """Stages 2 and 3 learn from 768 pixels on a base of 1024."""
+    base.unet.register_to_config(sample_size=2 * PIXELS // base.pipe.vae_scale_factor)
+    told = []
+    hook = base.unet.register_forward_pre_hook(
+        lambda module, args, named: told.append(named["added_cond_kwargs"]["time_ids"]), with_kwargs=True
+    )
+    train(replace(find("sdxl_stage1"), steps=1, **SMALL), folder, tmp_path, base=base, features=features)
+    hook.remove()
+    assert told and all(row == [PIXELS, PIXELS, 0, 0, PIXELS, PIXELS] for row in told[0].tolist())
+
+
+def test_what_changes_in_the_folder_stops_nothing(folder, base, features, tmp_path, caplog) -> None:
+    """A sentence in another encoding, a picture that cannot be read any more; an index that was torn is said."""
+    copy, index = tmp_path / "photos", tmp_path / "faces.json"
+    shutil.copytree(folder, copy)
+    opened(copy, base, features, index)
+    written = index.stat().st_mtime_ns
+    (copy / "lecun.txt").write_bytes("Porträt".encode("latin-1"))
+    photos = opened(copy, base, features, index)
+    assert index.stat().st_mtime_ns == written  # nothing was new
+    (copy / "hinton.jpeg").write_bytes(b"no picture any more")
+    prompts = photos.batch(Draw(0, 0)).prompts
+    assert sorted(prompts) == ["Portr\ufffdt", "Portr\ufffdt", "a person"] and "takes its place" in caplog.text
+    index.write_text("{")
+    with pytest.raises(TrainingError, match=r"faces\.json is damaged; delete it"):
+        opened(copy, base, features, index)
 
 
 def test_what_is_missing_is_said(folder, base, features, tmp_path) -> None:

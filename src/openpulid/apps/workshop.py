@@ -76,6 +76,9 @@ def evaluate(
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts for each.")] = 4,
     preset: Annotated[str, typer.Option(help="mini, or mini-lightning for four steps.")] = "mini",
     scale: Annotated[float, typer.Option(min=0, help="How strongly the identity acts; it is trained at 1.")] = 1.0,
+    adapter: Annotated[
+        list[Path] | None, typer.Option(help="A file to measure in place of those that are here; several.")
+    ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -84,7 +87,8 @@ def evaluate(
 
     bar = measure.silent if as_json else measure.progress
     asked: dict[str, Any] = {"people_seed": people_seed, "prompts": prompts, "preset": preset, "scale": scale}
-    table = measure.run(people, **asked, device=device, progress=bar)
+    chosen = {str(file): file for file in adapter} if adapter else None
+    table = measure.run(people, **asked, adapters=chosen, device=device, progress=bar)
     if not as_json:
         measure.show(table)
     last_line(measure.as_json(table))
@@ -134,11 +138,17 @@ def train(
     held_out: Annotated[Path | None, typer.Option(help="sdxl: the same, of people who are not trained on.")] = None,
     base: Annotated[str, typer.Option(help="sdxl: the checkpoint of the diffusion branch.")] = "sdxl-base",
     fast: Annotated[list[str] | None, typer.Option(help="sdxl: of the lightning branch; several are taken by turns.")] = None,
+    faces: Annotated[Path | None, typer.Option(help="sdxl: folder of another insightface pack to learn with.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures of a step, over all processes.")] = None,
+    fast_batch: Annotated[int | None, typer.Option(min=1, help="Of them in the lightning branch.")] = None,
 ) -> None:
     """Train an adapter by a named recipe."""
+    from dataclasses import replace
+
     from openpulid.training.recipe import find
 
     chosen = find(recipe)
+    chosen = replace(chosen, batch=batch or chosen.batch, fast_batch=fast_batch or chosen.fast_batch)
     folder = out or Path("runs") / recipe
     shorten: dict[str, Any] = {"steps": steps, "minutes": minutes, "begin": begin}
     if chosen.base == "mini":
@@ -150,11 +160,19 @@ def train(
         raise OptionError(f"{recipe} learns from photographs: name a folder with --data, each NAME.jpg with a NAME.txt.")
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
-    _train_full(chosen, data, folder, held_out=held_out, base=base, fast=fast, device=device, **shorten)
+    _train_full(chosen, data, folder, held_out=held_out, base=base, fast=fast, faces=faces, device=device, **shorten)
 
 
 def _train_full(
-    recipe: Recipe, data: Path, folder: Path, *, base: str, fast: list[str] | None, device: str | None, **known: Any
+    recipe: Recipe,
+    data: Path,
+    folder: Path,
+    *,
+    base: str,
+    fast: list[str] | None,
+    faces: Path | None,
+    device: str | None,
+    **known: Any,
 ) -> None:
     """Looks for everything before anything large is opened."""
     from dataclasses import replace
@@ -164,12 +182,13 @@ def _train_full(
     from openpulid.faces.photos import arcface_ir_se50, photo_embedder
     from openpulid.loading import best_device, found, load_features, load_pipeline, multiplies_bf16
     from openpulid.presets import sdxl, sdxl_v1
+    from openpulid.studio import resolved
     from openpulid.training import full
     from openpulid.training.bases import SDXLBase
 
     chosen = torch.device(device) if device else best_device()
     lightning = sdxl_v1()
-    presets = [replace(sdxl(base), sampler="")]
+    presets = [replace(resolved(sdxl(base), faces=faces), sampler="")]
     if recipe.fast_batch:
         presets += [replace(lightning, pipeline=name, unet=None, sampler="") for name in fast or []] or [lightning]
     for preset in presets:
@@ -178,5 +197,5 @@ def _train_full(
     features = load_features(presets[0], chosen)
     half = multiplies_bf16(chosen)  # a GPU without bfloat16 trains in float32, where it has the memory: float16 overflows
     bases = [SDXLBase(load_pipeline(replace(preset, half=half), chosen)) for preset in presets]
-    faces = None if loss is None else photo_embedder(features.finder, arcface_ir_se50(loss, chosen))  # type: ignore[attr-defined]
-    full.train(recipe, data, folder, base=bases[0], fast=bases[1:], features=features, faces=faces, **known)  # type: ignore[arg-type]
+    judge = None if loss is None else photo_embedder(features.finder, arcface_ir_se50(loss, chosen))  # type: ignore[attr-defined]
+    full.train(recipe, data, folder, base=bases[0], fast=bases[1:], features=features, faces=judge, **known)  # type: ignore[arg-type]

@@ -26,6 +26,8 @@ from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.presets import MINIATURE
 from openpulid.training.bases import Base, SDXLBase, Text
 from openpulid.training.data import Draw
+from openpulid.training.loop import parts
+from openpulid.training.precision import attention
 from openpulid.training.recipe import Recipe
 from openpulid.training.task import Batch, PuLIDTask
 
@@ -126,13 +128,13 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 class RandomPeople:
     """A `training.task.Source` of noise."""
 
-    def __init__(self, base: Base, adapter: PuLID, size: int, tokens: int) -> None:
-        self.base, self.size, self.tokens = base, size, tokens
+    def __init__(self, base: Base, adapter: PuLID, size: int, tokens: int, pixels: int | None) -> None:
+        self.base, self.size, self.tokens, self.pixels = base, size, tokens, pixels
         config = adapter.id_adapter.config
         self.width, self.hidden = config["width"], config["vit_dim"]
 
     def batch(self, draw: Draw) -> Batch:
-        latents = draw.randn((self.size, *self.base.shape()), "latents")
+        latents = draw.randn((self.size, *self.base.shape(self.pixels)), "latents")
         hidden = [draw.randn((self.size, self.tokens, self.hidden), f"hidden.{k}") for k in range(5)]
         pictures = draw.rand((self.size, 3, 128, 128), "pictures")
         return Batch(latents, None, ["portrait"] * self.size, draw.randn((self.size, self.width), "id"), hidden, pictures)
@@ -157,7 +159,7 @@ def random_task(recipe: Recipe, base: Base) -> PuLIDTask:
     if recipe.base == "mini":  # its recogniser and tower are smaller, too
         sizes |= {"width": 192, "vit_dim": 96, "hidden_dim": recipe.encoder_width}
     adapter = PuLID.for_unet(unet, encoder(**sizes)).to(base.device, torch.float32)
-    people = RandomPeople(base, adapter, recipe.batch, 65 if recipe.base == "mini" else 577)
+    people = RandomPeople(base, adapter, recipe.batch, 65 if recipe.base == "mini" else 577, recipe.pixels)
     return PuLIDTask(recipe, base, adapter, people, fast=[base], faces=random_faces(base.device))
 
 
@@ -204,8 +206,10 @@ def show(costs: Sequence[Cost]) -> None:
 
 
 def _step(task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
+    device = task.base.device
     optimizer.zero_grad(set_to_none=True)
-    for part in task.losses(Draw(0, 0)):
-        torch.stack(list(part.values())).sum().backward()
+    for part in parts(task, Draw(0, 0), device, task.recipe.bf16):
+        with attention(device):
+            torch.stack(list(part.values())).sum().backward()
     nn.utils.clip_grad_norm_(task.adapter.parameters(), 1.0)
     optimizer.step()

@@ -249,8 +249,10 @@ def _opened(file: str | os.PathLike[str], device: str | torch.device) -> Any:
     return model
 
 
-def providers(device: str | torch.device, available: Sequence[str]) -> list[str]:
-    """onnxruntime's names for a device of PyTorch's, the CPU always last."""
+def providers(device: str | torch.device, available: Sequence[str]) -> list[str | tuple[str, dict[str, int]]]:
+    """onnxruntime's names for a device of PyTorch's, with its number if it has one; the CPU always last."""
+    device = torch.device(device)
     wanted = {"cuda": ("CUDAExecutionProvider", "ROCMExecutionProvider"), "mps": ("CoreMLExecutionProvider",)}
-    first = [name for name in wanted.get(torch.device(device).type, ()) if name in available]
-    return [*first[:1], "CPUExecutionProvider"]
+    first = [name for name in wanted.get(device.type, ()) if name in available]
+    numbered = [(name, {"device_id": device.index}) if device.index else name for name in first[:1]]
+    return [*numbered, "CPUExecutionProvider"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from openpulid.pictures import labelled, to_pictures
 from openpulid.presets import MINIATURE
 from openpulid.studio import load
 from openpulid.training.recipe import Recipe, find
+from openpulid.weights import read_metadata
 
 COLUMNS = {"base": "without", "stage1": "stage 1", "naive": "naive ID loss", "stage2": "stage 2", "stage3": "stage 3"}
 PRESET = "mini-lightning"
@@ -60,18 +62,18 @@ def sweep(
     Args:
         steps: of each; their rate rises and falls in them as in a whole training.
         people: held-out ones, a prompt each.
-        runs: variants are kept below it, and one that is there is not trained again.
+        runs: variants are kept below it, and one that is there by the same recipe is not trained again.
         weights: of the miniature.
     """
     adapters: dict[str, Path] = {}
     for name, recipe in variants().items():
         folder = runs / "sweep" / name.replace(", ", "-").replace(" ", "")
         file = folder / "adapter.safetensors"
-        if not file.exists():
+        short = replace(recipe, warmup=max(1, steps // 20), ema=0.98, steps=min(steps, recipe.steps))
+        if not file.exists() or json.loads(read_metadata(file)["recipe"]) != json.loads(json.dumps(asdict(short))):
             begin = adapter.beginning(recipe.begin or "", runs / "any", weights)
             say(f"{name}: {steps} steps")
-            short = replace(recipe, warmup=max(1, steps // 20), ema=0.98)
-            adapter.train(short, folder, steps=steps, begin=begin, runs=runs, weights=weights, device=device)
+            adapter.train(short, folder, begin=begin, runs=runs, weights=weights, device=device, fresh=file.exists())
         adapters[name] = file
     return evaluate.run(people, prompts=1, preset=PRESET, adapters=adapters, device=device)
 

@@ -34,6 +34,7 @@ from openpulid.training.checkpoint import save_adapter
 from openpulid.training.data import Draw
 from openpulid.training.loop import Result, run
 from openpulid.training.precision import mixed
+from openpulid.training.process import Ranks
 from openpulid.training.recipe import Recipe
 from openpulid.training.task import Batch, PuLIDTask, Source
 from openpulid.weights import load_module
@@ -191,7 +192,8 @@ def train(
     studio = Studio(pipe, features, adapter, preset)
     task = PuLIDTask(recipe, SDXLBase(pipe), adapter, source, held_out, lambda: sheet(studio), **more)
     result = run(task, recipe.schedule(), folder, minutes=minutes, device=chosen)
-    save_adapter(adapter, folder / "adapter.safetensors", recipe, result)
+    if Ranks(chosen).rank == 0:
+        save_adapter(adapter, folder / "adapter.safetensors", recipe, result)
     return adapter, result
 
 

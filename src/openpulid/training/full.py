@@ -19,6 +19,7 @@ from openpulid.training.checkpoint import save_adapter
 from openpulid.training.data import Draw
 from openpulid.training.loop import Result, run
 from openpulid.training.photos import INDEX, Photographs
+from openpulid.training.process import Ranks
 from openpulid.training.recipe import Recipe
 from openpulid.training.task import PuLIDTask
 
@@ -68,13 +69,16 @@ def train(
     }
     source = Photographs.open(data, folder / INDEX, **known)
     others = Photographs.open(held_out, folder / f"held-out-{INDEX}", **known) if held_out else None
+    if recipe.checkpoint:
+        base.unet.enable_gradient_checkpointing()
     torch.manual_seed(recipe.seed)
     adapter = fresh_adapter(recipe, base, source, encoder or {})
     if begin is not None:
         adapter.load_state_dict(PuLID.load(begin).state_dict())
     task = PuLIDTask(recipe, base, adapter, source, others, fast=fast, faces=faces)
     result = run(task, recipe.schedule(), folder, minutes=minutes, device=base.device)
-    save_adapter(adapter, folder / "adapter.safetensors", recipe, result)
+    if Ranks(base.device).rank == 0:
+        save_adapter(adapter, folder / "adapter.safetensors", recipe, result)
     return adapter, result
 
 

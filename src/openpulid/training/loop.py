@@ -97,6 +97,19 @@ def run(
     return _Run(task, modules, schedule, Path(folder), minutes).finish()
 
 
+def parts(task: Task, draw: Draw, device: torch.device, bf16: bool) -> Iterator[Losses]:
+    """A step's losses, part by part, in training's precision. A part's backward pass belongs into `precision.attention`."""
+    with mixed(device, bf16):
+        made = task.losses(draw)
+    left = iter([made]) if isinstance(made, Mapping) else made
+    while True:
+        with mixed(device, bf16):
+            part = next(left, None)
+        if part is None:
+            return
+        yield {name: value.float() for name, value in part.items()}
+
+
 @dataclass
 class _Run:
     task: Task
@@ -127,6 +140,8 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / CHECKPOINT).exists():
             self._resume()
+        if self.ranks.agree(self.step) != self.step:
+            raise TrainingError(f"{self.folder} is not the folder of the first process: all need the same, with its checkpoint")
         self.looked_at = self.step
         self.begun = self.saved_at = time.monotonic()
 
@@ -163,9 +178,9 @@ class _Run:
             if due:
                 self._validate()
                 self._mode(training=True)
-            if received:
+            if self.ranks.any(bool(received)):
                 self._save(last=True)
-                self._stop(received[0])
+                self._stop(received[0] if received else signal.SIGTERM)
             if time.monotonic() - self.saved_at >= self.schedule.save_minutes * 60:
                 self._save()
 
@@ -201,15 +216,7 @@ class _Run:
     def _losses(self, draw: Draw) -> Iterator[Losses]:
         # dropout and whatever else uses torch's own generator also depends on the step alone
         torch.manual_seed(generator_for(draw.seed, draw.step, "global", draw.rank).initial_seed())
-        with self._autocast():
-            made = self.task.losses(draw)
-        parts = iter([made]) if isinstance(made, Mapping) else made
-        while True:
-            with self._autocast():
-                part = next(parts, None)
-            if part is None:
-                return
-            yield {name: value.float() for name, value in part.items()}
+        yield from parts(self.task, draw, self.device, self.schedule.bf16)
 
     # -- parts --
 
@@ -295,6 +302,11 @@ class _Run:
                 f"{path} was begun with seed {facts['schedule']['seed']}, not {self.schedule.seed}: "
                 "use that seed or another folder"
             )
+        known = facts["schedule"].get("name", self.schedule.name)
+        if known != self.schedule.name:
+            raise TrainingError(
+                f"{path} is a run of {known}, not of {self.schedule.name}: choose another folder, or begin again with --fresh"
+            )
         self.step, self.before = facts["step"], facts["seconds"]
         if self.minutes and self.minutes == facts["minutes"]:
             self.total = min(facts["total"], self.schedule.steps)
@@ -308,7 +320,8 @@ class _Run:
             return
         record: dict[str, Tensor] = {}
         draw = Draw(self.schedule.seed, step, self.ranks.rank, self.ranks.world, record)
-        losses = {name: value for part in self._losses(draw) for name, value in part.items()}
+        with torch.no_grad():  # all parts are kept at once, which no step does
+            losses = {name: value.detach() for part in self._losses(draw) for name, value in part.items()}
         path = self.folder / f"not-finite-step-{step}-rank-{self.ranks.rank}.safetensors"
         values = {name: value.item() for name, value in losses.items()}
         tensors = {**{f"batch.{n}": t.clone() for n, t in record.items()}, **self.state.weight_tensors()}

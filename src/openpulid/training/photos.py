@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from openpulid.identity.photos import PhotoFeatures
 from openpulid.images import open_picture
 from openpulid.training.bases import SDXLBase
 from openpulid.training.data import Draw
+from openpulid.training.process import Ranks
+from openpulid.training.state import write_text
 from openpulid.training.task import Batch
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tiff"}
 INDEX = "faces.json"
+SAVE_SECONDS = 300
 
 
 class Photographs:
@@ -72,21 +76,15 @@ class Photographs:
         """The pictures of a folder that have a sentence and show a face; `index` remembers where the faces are.
 
         Raises:
-            TrainingError: there is none.
+            TrainingError: there is none, or the index is damaged.
         """
         names = sorted(
             str(path.relative_to(folder))
             for path in folder.rglob("*")
             if path.suffix.lower() in SUFFIXES and path.with_suffix(".txt").is_file()
         )
-        known: dict[str, list[float] | None] = json.loads(index.read_text("utf-8")) if index.is_file() else {}
-        for done, name in enumerate(names, 1):
-            if name not in known:
-                known[name] = _where(folder / name, features)
-            if on_progress:
-                on_progress(done, len(names))
-        index.parent.mkdir(parents=True, exist_ok=True)
-        index.write_text(json.dumps(known), "utf-8")
+        with Ranks(base.device).one_by_one():
+            known = _indexed(folder, names, index, features, on_progress)
         found = {name: place for name in names if (place := known[name])}
         if not found:
             raise TrainingError(
@@ -102,8 +100,7 @@ class Photographs:
     @torch.no_grad()
     def batch(self, draw: Draw) -> Batch:
         """The rank's part of the global batch; always the same square of a picture, the one nearest around its face."""
-        rows = draw.indices(len(self), self.size).tolist()
-        squares, faces = zip(*(self._square(row) for row in rows), strict=True)
+        rows, squares, faces = zip(*map(self._readable, draw.indices(len(self), self.size).tolist()), strict=True)
         pictures = torch.stack(squares).to(self.base.device)
         latents = self.base.encode(pictures)
         identities = self.features.identities(faces)
@@ -117,7 +114,19 @@ class Photographs:
         )
 
     def _sentence(self, row: int) -> str:
-        return (self.folder / self.names[row]).with_suffix(".txt").read_text("utf-8").strip()
+        file = (self.folder / self.names[row]).with_suffix(".txt")
+        return file.read_text("utf-8", errors="replace").strip()  # one odd letter of a million files stops no training
+
+    def _readable(self, row: int) -> tuple[int, Tensor, Face]:
+        """A row's square and face, or the next row's that can be read: files change, and a resumed run would meet the same
+        one again."""
+        for later in range(len(self)):
+            place = (row + later) % len(self)
+            try:
+                return place, *self._square(place)
+            except PictureError as error:
+                logger.warning("%s; the next picture takes its place", error)
+        raise TrainingError(f"{self.folder}: no picture can be read any more.")
 
     def _square(self, row: int) -> tuple[Tensor, Face]:
         """(3, pixels, pixels) in [0, 1], and the face in it."""
@@ -131,6 +140,32 @@ class Photographs:
         scale = self.pixels / side
         placed = torch.from_numpy((box.reshape(2, 2) - corner) * scale).flatten().float()
         return square, Face(square, placed, torch.from_numpy((five - corner) * scale).float(), 1.0)
+
+
+def _indexed(
+    folder: Path,
+    names: Sequence[str],
+    index: Path,
+    features: PhotoFeatures,
+    on_progress: Callable[[int, int], None] | None,
+) -> dict[str, list[float] | None]:
+    """Where the face of each picture is; found once, and written down from time to time: a large folder takes hours."""
+    try:
+        known: dict[str, list[float] | None] = json.loads(index.read_text("utf-8")) if index.is_file() else {}
+    except json.JSONDecodeError:
+        raise TrainingError(f"{index} is damaged; delete it, and the faces are looked for again.") from None
+    index.parent.mkdir(parents=True, exist_ok=True)
+    written = time.monotonic()
+    unknown = len([name for name in names if name not in known])
+    for done, name in enumerate(names, 1):
+        if name not in known:
+            known[name] = _where(folder / name, features)
+        if on_progress:
+            on_progress(done, len(names))
+        if unknown and (done == len(names) or time.monotonic() - written > SAVE_SECONDS):
+            write_text(index, json.dumps(known))
+            written = time.monotonic()
+    return known
 
 
 def _where(path: Path, features: PhotoFeatures) -> list[float] | None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import cast
 
 import torch
 from accelerate import PartialState
@@ -46,9 +47,19 @@ class Ranks:
             parameter.grad = grad.copy_(mean.view(grad.shape))
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on one rank, known to all at the same step."""
+        if self.world == 1:
+            return flag
+        return bool(reduce(torch.tensor([float(flag)], device=self.device), reduction="sum") > 0)
+
     def wait(self) -> None:
         if self.world > 1:
             self._state.wait_for_everyone()
+
+    def one_by_one(self) -> AbstractContextManager[None]:
+        """The first rank alone does what is inside, then the others, who find it done."""
+        return cast(AbstractContextManager[None], self._state.main_process_first())
 
 
 @contextmanager

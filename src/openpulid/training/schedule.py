@@ -17,6 +17,7 @@ class Schedule:
 
     steps: int
     lr: float
+    name: str = ""  # of the recipe: a folder keeps to it
     optimizer: OptimizerKind = "adamw"
     warmup: int = 200  # steps of linear rise
     decay: float = 0.2  # last part of the steps: linear fall to zero ("warmup-stable-decay")

@@ -196,7 +196,9 @@ class PuLIDTask:
             yield losses
 
     def _diffusion(self, draw: Draw, batch: Batch, late: float) -> tuple[Tensor, Denoised]:
-        step = diffusion_branch(self.base, draw, batch.latents, self.base.encode_text(batch.prompts), late)
+        # SDXL is told the size that these pictures have, which is not always its own
+        pixels = batch.latents.shape[-1] * self.base.pipe.vae_scale_factor
+        step = diffusion_branch(self.base, draw, batch.latents, self.base.encode_text(batch.prompts, pixels=pixels), late)
         return self.diffusion(step, focus(batch, self.recipe.features)), step
 
     def _id_losses(self, draw: Draw, fast: Base, few: Batch) -> Iterator[Losses]:

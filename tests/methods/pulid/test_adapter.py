@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -360,6 +361,19 @@ def test_guided_tokens_need_negatives(pipe, adapter) -> None:
         image = run(pipe, guidance=3.0)
     with adapter.use(anna):
         assert np.array_equal(run(pipe, guidance=3.0), image)
+
+
+def test_nobody_learns_after_calls_without_gradient(pipe, adapter) -> None:
+    """A guided walk whose first steps carry none."""
+    tokens = adapter.encode(anna.id_cond, anna.hidden).detach()
+    nobody = adapter.unconditional(anna.id_cond, anna.hidden).detach().requires_grad_()
+    known = {"text_embeds": torch.ones(2, 32), "time_ids": torch.ones(2, 6)}
+    call = partial(pipe.unet, torch.ones(2, 4, 8, 8), 500, torch.ones(2, 5, 64), added_cond_kwargs=known)
+    with adapter.use_tokens(tokens, negative=nobody, guided=True, pipe=pipe):
+        with torch.no_grad():
+            call()
+        call().sample.square().mean().backward()
+    assert nobody.grad is not None and nobody.grad.abs().sum() > 0
 
 
 def test_save_and_load(pipe, adapter, tmp_path) -> None:

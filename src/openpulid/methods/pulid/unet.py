@@ -108,7 +108,6 @@ class Injection:
     end: float = 1.0
     calls: dict[int, Call] = field(default_factory=dict)
     _expanded: dict[Any, Call] = field(default_factory=dict)
-    _nobody: Mapping[str, KeyValue] | None = None
 
     def before(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the U-Net: prepares this call. Outside [start, end) there is nothing to prepare."""
@@ -141,12 +140,11 @@ class Injection:
         if rows * (1 + guided) != len(sample) or rows % prompts:
             half = " in each half of the guided batch" if guided else ""
             raise OptionError(f"{prompts} identities do not fit {rows} images{half}; give one identity, or one per prompt.")
-        if guided and self._nobody is None:
-            self._nobody = self.negative()
+        nobodies = self.negative() if guided else None
         heads = {place: attention.heads for place, attention in cross_attentions(unet).items()}
         expanded = {}
         for place, pair in self.keys_values.items():
-            nobody = self._nobody[place] if guided and self._nobody else (None, None)
+            nobody = nobodies[place] if nobodies else (None, None)
             key, value = (
                 self._expand(x, no, rows, heads[place], sample.device, dtype) for x, no in zip(pair, nobody, strict=True)
             )
