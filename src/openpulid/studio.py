@@ -173,8 +173,6 @@ class Studio:
             IdentityError: an identity that other models made.
             OptionError: a number outside its range, or an option that would change nothing with this preset.
         """
-        if self.pipe is None:
-            raise OptionError("this studio only reads faces; load a preset to make images.")
         given: dict[str, Any] = {"steps": steps, "guidance": guidance, "scale": scale, "start": start, "end": end}
         given |= {"projection": projection, "num_zero": num_zero, "negative": negative, "size": size}
         given |= {"start_step": start_step, "true_cfg": true_cfg, "timestep_to_start_cfg": timestep_to_start_cfg}
@@ -185,12 +183,9 @@ class Studio:
         for text in (prompt, negative or ""):  # the preset's own negative words may be cut
             check_prompt(*_reader(self.pipe, chosen), text)
         seeds = [seed + k for k in range(num_images)]
+        parts = [seeds[first : first + batch] for first in range(0, num_images, batch)]
         with self._showing(identity, chosen):
-            images = [
-                image
-                for first in range(0, num_images, batch)
-                for image in self._run(prompt, seeds[first : first + batch], chosen)
-            ]
+            images = [image for part in parts for image in self._run(prompt, part, chosen)]
         return Result(images, seeds, chosen)
 
     def _showing(self, identity: People | None, chosen: Preset) -> Any:
@@ -303,6 +298,8 @@ def check_options(pipe: Any, chosen: Preset) -> None:
         OptionError: a size that it has no latents for; FLUX's true guidance without a negative prompt, or the reverse; more
             words than T5 reads.
     """
+    if pipe is None:
+        raise OptionError("this studio only reads faces; load a preset to make images.")
     flux = chosen.family == "flux"
     pixels = pipe.vae_scale_factor * (2 if flux else 1)  # FLUX's tokens are two latents wide
     if chosen.size and any(side % pixels or side < pixels for side in chosen.size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from openpulid.faces.photos import (
 )
 from openpulid.identity.photos import PhotoFeatures
 from openpulid.identity.vision import VisionTower
+from openpulid.training import photos as photos_of
 from openpulid.training.bases import SDXLBase
 from openpulid.training.data import Draw
 from openpulid.training.full import train
@@ -84,6 +86,17 @@ def test_pictures_with_a_sentence_and_a_face_count(folder, base, features, tmp_p
     assert json.loads((tmp_path / "faces.json").read_text())["wall.png"] is None
     features_of_nobody = PhotoFeatures(None, None, None, features.tower)  # found once: nobody is asked again
     assert opened(folder, base, features_of_nobody, tmp_path / "faces.json").names == photos.names
+
+
+def test_other_processes_wait_for_the_index(folder, base, features, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(photos_of, "WATCH_SECONDS", 0.05)
+    names = ["hinton.jpeg", "more/astronaut.png"]
+    with ThreadPoolExecutor(1) as waiting:
+        seen = waiting.submit(photos_of._awaited, names, tmp_path / "faces.json")
+        with pytest.raises(TimeoutError):
+            seen.result(0.3)
+        found = opened(folder, base, features, tmp_path / "faces.json")
+        assert set(found.names) <= set(seen.result(30))
 
 
 def test_a_batch(folder, base, features, tmp_path) -> None:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tiff"}
 INDEX = "faces.json"
-SAVE_SECONDS = 300
+SAVE_SECONDS, WATCH_SECONDS = 300, 10
 
 
 class Photographs:
@@ -83,8 +83,10 @@ class Photographs:
             for path in folder.rglob("*")
             if path.suffix.lower() in SUFFIXES and path.with_suffix(".txt").is_file()
         )
-        with Ranks(base.device).one_by_one():
+        if Ranks(base.device).rank == 0:
             known = _indexed(folder, names, index, features, on_progress)
+        else:
+            known = _awaited(names, index)
         found = {name: place for name in names if (place := known[name])}
         if not found:
             raise TrainingError(
@@ -150,10 +152,7 @@ def _indexed(
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, list[float] | None]:
     """Where the face of each picture is; found once, and written down from time to time: a large folder takes hours."""
-    try:
-        known: dict[str, list[float] | None] = json.loads(index.read_text("utf-8")) if index.is_file() else {}
-    except json.JSONDecodeError:
-        raise TrainingError(f"{index} is damaged; delete it, and the faces are looked for again.") from None
+    known = _read(index)
     index.parent.mkdir(parents=True, exist_ok=True)
     written = time.monotonic()
     unknown = len([name for name in names if name not in known])
@@ -165,6 +164,21 @@ def _indexed(
         if unknown and (done == len(names) or time.monotonic() - written > SAVE_SECONDS):
             write_text(index, json.dumps(known))
             written = time.monotonic()
+    return known
+
+
+def _awaited(names: Sequence[str], index: Path) -> dict[str, list[float] | None]:
+    """What the first process finds. The file is watched: those who wait for hours at a barrier are taken for dead."""
+    while not set(names) <= set(known := _read(index)):
+        time.sleep(WATCH_SECONDS)
+    return known
+
+
+def _read(index: Path) -> dict[str, list[float] | None]:
+    try:
+        known: dict[str, list[float] | None] = json.loads(index.read_text("utf-8")) if index.is_file() else {}
+    except json.JSONDecodeError:
+        raise TrainingError(f"{index} is damaged; delete it, and the faces are looked for again.") from None
     return known
 
 

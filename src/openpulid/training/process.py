@@ -6,8 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import cast
+from contextlib import contextmanager
 
 import torch
 from accelerate import PartialState
@@ -56,10 +55,6 @@ class Ranks:
     def wait(self) -> None:
         if self.world > 1:
             self._state.wait_for_everyone()
-
-    def one_by_one(self) -> AbstractContextManager[None]:
-        """The first rank alone does what is inside, then the others, who find it done."""
-        return cast(AbstractContextManager[None], self._state.main_process_first())
 
 
 @contextmanager
