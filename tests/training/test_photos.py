@@ -72,6 +72,8 @@ def folder(tmp_path_factory) -> Path:
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "broken.txt").write_text("a person")
     Image.open(GROUP).save(folder / "without-a-sentence.jpg")
+    Image.fromarray(skimage.data.astronaut()).resize((200, 200)).save(folder / "small.png")
+    (folder / "small.txt").write_text("a person")
     return folder
 
 
@@ -82,8 +84,9 @@ def opened(folder: Path, base: SDXLBase, features: PhotoFeatures, index: Path, b
 def test_pictures_with_a_sentence_and_a_face_count(folder, base, features, tmp_path, caplog) -> None:
     photos = opened(folder, base, features, tmp_path / "faces.json")
     assert photos.names == ["hinton.jpeg", "lecun.jpg", "more/astronaut.png"]
-    assert "2 of 5 pictures are left out" in caplog.text and "broken.png" in caplog.text
-    assert json.loads((tmp_path / "faces.json").read_text())["wall.png"] is None
+    assert "3 of 6 pictures are left out, they show no face of 64 pixels" in caplog.text and "broken.png" in caplog.text
+    index = json.loads((tmp_path / "faces.json").read_text())
+    assert index["wall.png"] is None and len(index["small.png"]) == 14
     features_of_nobody = PhotoFeatures(None, None, None, features.tower)  # found once: nobody is asked again
     assert opened(folder, base, features_of_nobody, tmp_path / "faces.json").names == photos.names
 

@@ -167,6 +167,17 @@ def test_a_checkpoint_of_full_size_is_what_every_loader_opens(golden, name, publ
     assert {k: list(v.shape) for k, v in adapter.state_dict().items()} == golden.manifest[published]
 
 
+def test_a_step_in_parts_is_the_step(tmp_path):
+    schedule = replace(tiny.recipe().schedule(), steps=4, validate_every=100, log_every=1)
+    one = run(tiny.task(**STAGE3), schedule, tmp_path / "one").metrics
+    two = run(tiny.task(**STAGE3, accumulate=2), replace(schedule, accumulate=2), tmp_path / "two").metrics
+    whole, parts = (losses_of(tmp_path / name) for name in ("one", "two"))
+    assert len(whole) == 4 and all(parts[step] == pytest.approx(whole[step], rel=1e-4, abs=1e-6) for step in whole)
+    same = ("held_out_own", "held_out_none", "held_out_likeness", "held_out_faces")  # another is the next one of the part
+    assert {name: two[name] for name in same} == pytest.approx({name: one[name] for name in same}, rel=1e-4)
+    assert two["held_out_other"] != two["held_out_own"]
+
+
 WORKER = """
 import sys, tiny, torch
 from dataclasses import replace

@@ -105,11 +105,12 @@ def test_kill_and_resume_gives_the_same_losses(tmp_path):
     assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
 
 
-def test_nan_stops_with_the_batch_saved(tmp_path):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_nan_stops_with_the_batch_saved(tmp_path, parts):
     task = tiny.task()
     task.data.latents[:] = float("nan")
     with pytest.raises(TrainingError, match="not finite at step 0"):
-        run(task, schedule(), tmp_path)
+        run(task, schedule(accumulate=parts), tmp_path)
     with safe_open(tmp_path / "not-finite-step-0-rank-0.safetensors", framework="pt") as file:
         names = set(file.keys())
         assert {"batch.latents", "batch.id_cond", "batch.noise", "batch.time", "batch.drop"} <= names

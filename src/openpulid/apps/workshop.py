@@ -141,6 +141,7 @@ def train(
     faces: Annotated[Path | None, typer.Option(help="sdxl: folder of another insightface pack to learn with.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures of a step, over all processes.")] = None,
     fast_batch: Annotated[int | None, typer.Option(min=1, help="Of them in the lightning branch.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Parts of a step, made one by one for less memory.")] = None,
 ) -> None:
     """Train an adapter by a named recipe."""
     from dataclasses import replace
@@ -148,7 +149,8 @@ def train(
     from openpulid.training.recipe import find
 
     chosen = find(recipe)
-    chosen = replace(chosen, batch=batch or chosen.batch, fast_batch=fast_batch or chosen.fast_batch)
+    given: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "accumulate": accumulate}
+    chosen = replace(chosen, **{name: number for name, number in given.items() if number})
     folder = out or Path("runs") / recipe
     shorten: dict[str, Any] = {"steps": steps, "minutes": minutes, "begin": begin}
     if chosen.base == "mini":

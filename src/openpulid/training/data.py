@@ -57,7 +57,7 @@ class Draw:
         is the global batch size; raises OptionError when the ranks cannot share it evenly.
         """
         if batch % self.world:
-            raise OptionError(f"a batch of {batch} cannot be shared by {self.world} processes: choose a multiple")
+            raise OptionError(f"a batch of {batch} cannot be shared by {self.world} processes or parts: choose a multiple")
         if n < 1:
             raise OptionError("there is no training data: the data set is empty")
         first, last = self.step * batch, (self.step + 1) * batch
@@ -98,3 +98,15 @@ class Draw:
         size = (shape[0] * self.world, *shape[1:])
         self.samples = max(self.samples, size[0])
         return self.note(name, self.mine(draw(size, generator=self.generator(name))))
+
+
+def shares(seed: int, step: int, rank: int, world: int, parts: int, keep: bool = False) -> list[Draw]:
+    """A rank's draws of a step that is made in several parts, one after the other: together they draw what one would have
+    drawn. `keep` records it."""
+    return [Draw(seed, step, rank * parts + part, world * parts, {} if keep else None) for part in range(parts)]
+
+
+def recorded(draws: Sequence[Draw]) -> dict[str, Tensor]:
+    """What draws that keep their record drew and noted, joined along the first axis."""
+    known = [draw.record or {} for draw in draws]
+    return {name: torch.cat([torch.atleast_1d(record[name]) for record in known]) for name in known[0]}

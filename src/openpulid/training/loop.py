@@ -11,7 +11,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from os import PathLike
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, TrainingError
-from openpulid.training.data import Draw, generator_for
+from openpulid.training.data import Draw, generator_for, recorded, shares
 from openpulid.training.muon import Muon
 from openpulid.training.precision import attention, mixed
 from openpulid.training.process import Ranks, signals_noted
@@ -33,7 +32,6 @@ from openpulid.training.state import Average, RunState, named_buffers, named_par
 
 CHECKPOINT = "run.safetensors"
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with a one-kernel AdamW
-
 
 Losses = Mapping[str, Tensor]
 
@@ -185,18 +183,18 @@ class _Run:
                 self._save()
 
     def _step(self) -> Draw:
-        draw = Draw(self.schedule.seed, self.step, self.ranks.rank, self.ranks.world)
         lr = self.schedule.lr * self.schedule.factor(self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        losses: dict[str, Tensor] = {}
-        for part in self._losses(draw):
-            with attention(self.device):  # blocks that are run again meanwhile
-                torch.stack(list(part.values())).sum().backward()
-            losses |= {name: value.detach() for name, value in part.items()}
-        known = {**losses, **draw.figures}
-        values = self.ranks.mean(torch.stack([v.float() for v in known.values()]), self.parameters)
+        known: dict[str, Tensor] = {}
+        for draw in self._draws(self.step):
+            for part in self._losses(draw):
+                with attention(self.device):  # blocks that are run again meanwhile
+                    (torch.stack(list(part.values())).sum() / self.schedule.accumulate).backward()
+                self._gather(known, part)
+            self._gather(known, draw.figures)
+        values = self.ranks.mean(torch.stack(list(known.values())), self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
         finite = torch.isfinite(values).all() & torch.isfinite(norm)
         self.bad = torch.maximum(self.bad, (~finite).float())
@@ -212,6 +210,14 @@ class _Run:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
         return draw
+
+    def _draws(self, step: int, keep: bool = False) -> list[Draw]:
+        return shares(self.schedule.seed, step, self.ranks.rank, self.ranks.world, self.schedule.accumulate, keep)
+
+    def _gather(self, known: dict[str, Tensor], part: Losses) -> None:
+        """Adds a part's share to the step's means."""
+        for name, value in part.items():
+            known[name] = known.get(name, 0.0) + value.detach().float() / self.schedule.accumulate
 
     def _losses(self, draw: Draw) -> Iterator[Losses]:
         # dropout and whatever else uses torch's own generator also depends on the step alone
@@ -233,9 +239,6 @@ class _Run:
             [g for g in groups if g["params"]], lr=self.schedule.lr, betas=self.schedule.betas,
             fused=self.device.type in FUSED or None,
         )  # fmt: skip
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return mixed(self.device, self.schedule.bf16)
 
     def _mode(self, *, training: bool) -> None:
         for module in self.modules.values():
@@ -267,7 +270,7 @@ class _Run:
     def _validate(self) -> None:
         if self.ranks.rank == 0:
             self._mode(training=False)
-            with self.average.in_place(), self._autocast():
+            with self.average.in_place(), mixed(self.device, self.schedule.bf16):
                 metrics, sheet = self.task.validate(), self.task.sheet()
             try:
                 self.report.metrics(self.step, self.seconds, metrics, sheet)
@@ -298,10 +301,8 @@ class _Run:
         path = self.folder / CHECKPOINT
         facts = self.state.load(path)
         if facts["schedule"]["seed"] != self.schedule.seed:
-            raise TrainingError(
-                f"{path} was begun with seed {facts['schedule']['seed']}, not {self.schedule.seed}: "
-                "use that seed or another folder"
-            )
+            begun = facts["schedule"]["seed"]
+            raise TrainingError(f"{path} was begun with seed {begun}, not {self.schedule.seed}: take that, or another folder")
         known = facts["schedule"].get("name", self.schedule.name)
         if known != self.schedule.name:
             raise TrainingError(
@@ -318,18 +319,19 @@ class _Run:
         self.good.zero_()
         if not bad:
             return
-        record: dict[str, Tensor] = {}
-        draw = Draw(self.schedule.seed, step, self.ranks.rank, self.ranks.world, record)
-        with torch.no_grad():  # all parts are kept at once, which no step does
-            losses = {name: value.detach() for part in self._losses(draw) for name, value in part.items()}
+        losses: dict[str, Tensor] = {}
+        draws = self._draws(step, keep=True)
+        with torch.no_grad():
+            for part in (part for draw in draws for part in self._losses(draw)):
+                self._gather(losses, part)
         path = self.folder / f"not-finite-step-{step}-rank-{self.ranks.rank}.safetensors"
         values = {name: value.item() for name, value in losses.items()}
-        tensors = {**{f"batch.{n}": t.clone() for n, t in record.items()}, **self.state.weight_tensors()}
+        tensors = {**{f"batch.{n}": t for n, t in recorded(draws).items()}, **self.state.weight_tensors()}
         write_tensors(path, tensors, {"losses": str(values), "step": step, "schedule": asdict(self.schedule)})
         words = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise TrainingError(
-            f"the loss or its gradient is not finite at step {step} ({words}): weights, draw and batch "
-            f"are in {path}, the last checkpoint is intact; try a lower learning rate or bf16=False"
+            f"the loss or its gradient is not finite at step {step} ({words}): weights, draw and batch are in {path}, "
+            "the last checkpoint is intact; try a lower learning rate or bf16=False"
         )
 
     def _stop(self, number: int) -> None:
@@ -342,7 +344,6 @@ class _Run:
 
 
 def _looks_late(device: torch.device) -> bool:
-    """Whether losses are looked at only now and then: waiting for each would leave an accelerator idle. Until
-    then a bad one does no harm, because a fused update can be told on the device to do nothing
-    (`found_inf`)."""
+    """Whether losses are looked at only now and then: waiting for each would leave an accelerator idle. Until then a bad
+    one does no harm: a fused update can be told on the device to do nothing (`found_inf`)."""
     return device.type in FUSED and device.type != "cpu"

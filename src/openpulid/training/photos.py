@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tiff"}
 INDEX = "faces.json"
 SAVE_SECONDS, WATCH_SECONDS = 300, 10
+LEAST_FACE = 64
+"""Pixels of a face that is worth learning: the recogniser reads it at 112, the tower at 336."""
 
 
 class Photographs:
@@ -73,7 +75,7 @@ class Photographs:
         seen: bool = True,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Photographs:
-        """The pictures of a folder that have a sentence and show a face; `index` remembers where the faces are.
+        """The pictures of a folder that have a sentence and show a face of `LEAST_FACE` pixels; `index` remembers where.
 
         Raises:
             TrainingError: there is none, or the index is damaged.
@@ -87,13 +89,15 @@ class Photographs:
             known = _indexed(folder, names, index, features, on_progress)
         else:
             known = _awaited(names, index)
-        found = {name: place for name in names if (place := known[name])}
+        found = {name: place for name in names if (place := known[name]) and _width(place) >= LEAST_FACE}
         if not found:
             raise TrainingError(
-                f"{folder}: none of {len(names)} pictures with a sentence shows a face; put NAME.txt beside NAME.jpg."
+                f"{folder}: none of {len(names)} pictures with a sentence shows a face of {LEAST_FACE} pixels; put NAME.txt "
+                "beside NAME.jpg."
             )
-        if len(found) < len(names):
-            logger.warning("%s: %d of %d pictures are left out, they show no face", folder, len(names) - len(found), len(names))
+        if left := len(names) - len(found):
+            said = "%s: %d of %d pictures are left out, they show no face of %d pixels"
+            logger.warning(said, folder, left, len(names), LEAST_FACE)
         return cls(folder, list(found), np.array(list(found.values()), np.float32), base, features, batch, pixels, seen)
 
     def __len__(self) -> int:
@@ -191,6 +195,11 @@ def _where(path: Path, features: PhotoFeatures) -> list[float] | None:
         return None
     faces = features.find(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
     return [round(v, 2) for v in (*faces[0].box.tolist(), *faces[0].landmarks.flatten().tolist())] if faces else None
+
+
+def _width(place: Sequence[float]) -> float:
+    """The shorter side of a face's box."""
+    return min(place[2] - place[0], place[3] - place[1])
 
 
 def _masks(faces: Sequence[Face], pixels: int, side: int) -> Tensor:

@@ -78,6 +78,7 @@ class Recipe:
 
     # the optimizer: all choices
     batch: int = 32  # over all processes
+    accumulate: int = 1  # parts in which each process makes its share of a step, one after the other
     steps: int = 100_000
     optimizer: OptimizerKind = "adamw"
     lr: float = 1e-4
@@ -100,6 +101,7 @@ class Recipe:
             decay=self.decay,
             weight_decay=self.weight_decay,
             ema=self.ema,
+            accumulate=self.accumulate,
             seed=self.seed,
             bf16=self.bf16,
             validate_every=self.validate_every,

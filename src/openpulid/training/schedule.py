@@ -25,6 +25,7 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.99)
     ema: float = 0.999
     clip: float = 1.0  # largest gradient norm
+    accumulate: int = 1  # parts of a step's batch that are made one after the other, for less memory
     seed: int = 0
     validate_every: int = 500
     log_every: int = 20

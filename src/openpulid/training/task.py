@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import product
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,7 +26,7 @@ from openpulid.training.branches import (
     lightning_branch,
     walked_until,
 )
-from openpulid.training.data import Draw
+from openpulid.training.data import Draw, shares
 from openpulid.training.loop import Losses
 from openpulid.training.losses import DiffusionLoss, IDLoss, LayoutAlignment, SemanticAlignment
 from openpulid.training.recipe import Recipe
@@ -53,7 +54,7 @@ class Batch(NamedTuple):
         """`count` of them at equal distances: those that the parts of several processes would give together."""
         rows = evenly(len(self.latents), count)
         kept: dict[str, Any] = {name: x[rows] for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(**kept, prompts=self.prompts[rows], hidden=[level[rows] for level in self.hidden])
+        return self._replace(**kept, prompts=[self.prompts[k] for k in rows], hidden=[level[rows] for level in self.hidden])
 
 
 def focus(batch: Batch, features: float) -> Tensor | None:
@@ -73,10 +74,11 @@ def focus(batch: Batch, features: float) -> Tensor | None:
     return batch.masks * (1.0 + (features - 1.0) * near.to(batch.masks))
 
 
-def evenly(length: int, count: int) -> slice:
-    """`count` rows of `length` at equal distances from the first on."""
-    apart = max(1, length // max(1, count))
-    return slice(0, apart * count, apart)
+def evenly(length: int, count: int) -> list[int]:
+    """`count` rows of `length` at equal distances from the first on, or all; the same rows whether found in the whole or in
+    each of its equal parts."""
+    count = min(count, length)
+    return [k * length // count for k in range(count)]
 
 
 class Source(Protocol):
@@ -146,7 +148,7 @@ class PuLIDTask:
         if not self.fast:
             return
         if self.recipe.fast_batch % draw.world:
-            raise OptionError(f"a fast_batch of {self.recipe.fast_batch} cannot be shared by {draw.world} processes")
+            raise OptionError(f"a fast_batch of {self.recipe.fast_batch} cannot be shared by {draw.world} processes or parts")
         fast = self.fast[(draw.step + draw.rank) % len(self.fast)]
         few = batch.some(self.recipe.fast_batch // draw.world)
         if self.recipe.id_loss == "accurate":
@@ -161,23 +163,31 @@ class PuLIDTask:
         if self.held_out is None:
             return {}
         sums = dict.fromkeys(("own", "other", "none"), 0.0)
-        for step in range(HELD_OUT_BATCHES):
-            batch = self.held_out.batch(Draw(self.recipe.seed, step)).to(self.base.device)
+        parts = self._parts()
+        for step, part in product(range(HELD_OUT_BATCHES), range(parts)):
+            batch = self.held_out.batch(Draw(self.recipe.seed, step, part, parts)).to(self.base.device)
             everyone = torch.ones(len(batch.latents), dtype=torch.bool)
             people = {"own": batch, "other": turned(batch), "none": without(batch, everyone)}
             for name, shown in people.items():
-                draw = Draw(self.recipe.seed, step)
                 with self._shown(self.base, shown):
-                    sums[name] += self._diffusion(draw, batch, late=0.0)[0].item() / HELD_OUT_BATCHES
+                    loss, _ = self._diffusion(Draw(self.recipe.seed, step, part, parts), batch, late=0.0)
+                sums[name] += loss.item() / HELD_OUT_BATCHES / parts
         found = {f"held_out_{name}": value for name, value in sums.items()}
         if self.fast and self.recipe.id_loss != "none":
-            draw = Draw(self.recipe.seed, 0)
-            few = self.held_out.batch(draw).some(self.recipe.fast_batch).to(self.base.device)
-            (part,) = self._id_losses(draw, self.fast[0], few)
-            faces = draw.figures["faces"].item()
-            lost = part["id"].item() / self.recipe.id_weight
+            faces = lost = 0.0
+            for draw in shares(self.recipe.seed, 0, 0, 1, parts):
+                few = self.held_out.batch(draw).some(self.recipe.fast_batch // parts).to(self.base.device)
+                (losses,) = self._id_losses(draw, self.fast[0], few)
+                faces += draw.figures["faces"].item() / parts
+                lost += losses["id"].item() / self.recipe.id_weight / parts
             found |= {"held_out_likeness": 1 - lost / max(faces, 1e-6), "held_out_faces": faces}
         return found
+
+    def _parts(self) -> int:
+        """In how many parts a held-out batch is read: as a step's, with two people in each at least, for another's identity."""
+        batch, fast = self.recipe.batch, self.recipe.fast_batch
+        fit = (n for n in range(self.recipe.accumulate, 1, -1) if not (batch % n or fast % n) and batch // n > 1)
+        return next(fit, 1)
 
     def sheet(self) -> Image.Image | None:
         return None if self.picture is None else self.picture()
