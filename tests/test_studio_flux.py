@@ -10,7 +10,7 @@ from people import anna
 from tiny_flux import fresh, tiny_pipe
 
 from openpulid.errors import OptionError, PromptError
-from openpulid.presets import PRESETS, flux, flux_krea, flux_schnell
+from openpulid.presets import PRESETS, flux, flux_krea, flux_schnell, with_options
 from openpulid.studio import Studio, load
 
 
@@ -24,6 +24,8 @@ def studio() -> Studio:
 def test_presets() -> None:
     assert (flux().steps, flux().guidance, flux().text_tokens) == (20, 4.0, 128)
     assert flux_krea().pipeline == "flux-krea-base" and flux_schnell().steps == 4
+    with pytest.raises(OptionError, match="with flux-schnell nothing would change by guidance"):
+        with_options(flux_schnell(), guidance=3.0)
     assert flux().identity_options() == {"scale": 1.0, "start": 0.0, "end": 1.0, "start_step": None, "timestep_to_start_cfg": 1}
     assert flux().published[0] == "flux-dev" and "pulid-flux-v0.9.1" in flux().published
     assert all(PRESETS[name]().name == name for name in PRESETS)

@@ -108,7 +108,7 @@ def predicted(name: str, width: int = 896, height: int = 1152, text_tokens: int 
     alive = (image + text_tokens) * 3072 * 2 * (6 + 8 + 5)
     area = min(width * height, 512 * 512) if chosen.tiled else width * height
     decode = area * (256 + 2 * 128) * 2  # the last level of the decoder: in, between, out
-    always = {"adapter": sizes["adapter"], "faces": faces}
+    always = {"adapter": sizes["adapter"], "identity": sizes["identity"], "faces": faces}
     if chosen.transformer == "streamed":
         always["autoencoder"] = sizes["vae"]  # small beside what streaming spares: it stays
     phases = {
@@ -135,13 +135,16 @@ def _weights() -> dict[str, int]:
     clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True)
-        adapter = PuLIDFlux.for_transformer(transformer, IDFormer())
+        former = IDFormer()
+        adapter = PuLIDFlux.for_transformer(transformer, former)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
         text = _bytes(T5EncoderModel(t5)) + _bytes(CLIPTextModel(clip))
         faces = _bytes(VisionTower()) + 60 * 10**6  # and detector, parsing
+        tokens = torch.empty(1, 32, former.config["output_dim"])
+        folded = [part for layer in adapter._layers() for part in layer.fold(tokens)]
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     whole = _bytes(transformer)
     return {
@@ -151,6 +154,7 @@ def _weights() -> dict[str, int]:
         "text": text,
         "vae": _bytes(vae),
         "adapter": _bytes(adapter),
+        "identity": 2 * sum(part.numel() for part in folded),
         "faces": faces,
     }
 

@@ -260,7 +260,9 @@ def on_base(preset: Preset, base: Place) -> Preset:
 
 def options_of(preset: Preset) -> dict[str, Any]:
     """Those options of `Studio.generate` that act with a preset, and its values of them."""
-    names = ("steps", "guidance", "negative", "size", *(("true_cfg", "text_tokens") if preset.family == "flux" else ()))
+    names = ["steps", "negative", "size", *(("true_cfg", "text_tokens") if preset.family == "flux" else ())]
+    if preset.family != "flux" or preset.guidance:  # schnell reads none
+        names.append("guidance")
     return {name: getattr(preset, name) for name in names} | preset.identity_options()
 
 

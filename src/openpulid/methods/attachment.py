@@ -103,9 +103,14 @@ def unet_of(target: Any) -> Any:
     """The U-Net of a pipeline, or the U-Net itself.
 
     Raises:
-        OptionError: it is neither.
+        OptionError: it is neither, or has rows in its batch that no identity is made for.
     """
     unet = getattr(target, "unet", target)
+    if "InstructPix2Pix" in type(target).__name__:
+        raise OptionError(
+            f"{type(target).__name__} has three rows for each image, which an identity cannot join; change pictures with "
+            "image-to-image or inpainting instead."
+        )
     if not hasattr(unet, "attn_processors") or not hasattr(unet, "up_blocks"):
         raise OptionError(
             f"{type(target).__name__} has no U-Net; attach to a StableDiffusionXL pipeline or its U-Net, or take an adapter "

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPAGPipeline
+from diffusers import StableDiffusionXLInstructPix2PixPipeline, StableDiffusionXLPAGPipeline
 from people import STEPS, anna, ben, distance, fresh, run, someone
 from torch import nn
 
@@ -181,6 +181,9 @@ def test_a_batch_of_three_parts_is_refused(pipe, adapter) -> None:
         run(perturbed, ["portrait"] * 2, guidance=3.0, pag_scale=0.0)
         with pytest.raises(OptionError, match="perturbed attention guidance"):
             run(perturbed, ["portrait"] * 2, guidance=3.0, pag_scale=3.0)
+    asked = StableDiffusionXLInstructPix2PixPipeline(**parts, add_watermarker=False)
+    with pytest.raises(OptionError, match="InstructPix2PixPipeline has three rows for each image"):
+        adapter.attach(asked)
 
 
 def test_masks_limit_where_each_acts(pipe, adapter) -> None:
