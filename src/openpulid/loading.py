@@ -108,7 +108,7 @@ def load_pipeline(preset: Preset, device: torch.device) -> Any:
         memory.place(pipe, preset.memory, device)
         return pipe
     for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
+        if isinstance(part, torch.nn.Module) and part.dtype != dtype:  # diffusers warns of every cast
             part.to(dtype)  # text encoders come in the dtype that they are stored in
     pipe.scheduler = _scheduler(pipe.scheduler, preset)
     pipe.set_progress_bar_config(disable=not preset.half)  # the miniature is done before a bar is read

@@ -224,6 +224,7 @@ def load(
     memory: str | None = None,
     method: str | None = None,
     faces: Place | None = None,
+    adapter: Place | None = None,
 ) -> Studio:
     """A studio from a preset's name, a folder of weights, or a `Preset`. No network is asked.
 
@@ -231,6 +232,7 @@ def load(
         faces: folder of another insightface pack, whose detector and recogniser read photographs; the adapter must have
             learned with that recogniser.
         method: another than PuLID on the preset's base, see `methods.base.METHODS`.
+        adapter: another file of the method, such as one that `pulid train` has written.
         device: where to compute; the accelerator if there is one, else the CPU.
         base: another checkpoint than the preset's: a folder, a single file, or OWNER/NAME in the hub's cache; see
             `presets.on_base`.
@@ -240,10 +242,10 @@ def load(
         OptionError: no such preset.
         WeightsError: weights that are missing or damaged.
     """
-    preset = resolved(preset, base, memory, method, faces)
+    preset = resolved(preset, base, memory, method, faces, adapter)
     chosen = torch.device(device) if device is not None else best_device()
-    adapter = load_method(preset, chosen)
-    return Studio(load_pipeline(preset, chosen), load_features(preset, chosen, adapter), adapter, preset)
+    shows = load_method(preset, chosen)
+    return Studio(load_pipeline(preset, chosen), load_features(preset, chosen, shows), shows, preset)
 
 
 def reader(
@@ -262,6 +264,7 @@ def resolved(
     memory: str | None = None,
     method: str | None = None,
     faces: Place | None = None,
+    adapter: Place | None = None,
 ) -> Preset:
     """The preset that `load` loads, from its arguments. Raises OptionError as it does; nothing large is opened."""
     if not isinstance(preset, Preset):
@@ -273,7 +276,10 @@ def resolved(
         if preset.family != "flux":
             raise OptionError(f"{preset.name} has one way of lying in memory; the levels are FLUX's.")
         preset = replace(preset, memory=memory)
-    preset = preset if method is None else presets.with_method(preset, method)
+    if adapter is not None and not Path(adapter).exists():
+        raise OptionError(f"{os.fspath(adapter)} is not there; name the file of an adapter, or leave it out.")
+    if method is not None or adapter is not None:
+        preset = presets.with_method(preset, method or preset.method, None if adapter is None else Path(adapter))
     if faces is not None:
         if preset.parser is None:
             raise OptionError(

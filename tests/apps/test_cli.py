@@ -229,6 +229,21 @@ def test_faces_are_read_without_a_base_model(pulid, anna: Path, tmp_path: Path) 
     assert torch.equal(known.id_cond, usual.id_cond)
 
 
+def test_an_adapter_of_ones_own(pulid, anna: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pulid("world", "person", "--seed", 1_000_007, "-o", anna)
+    words = ("generate", "portrait, photo", "--id", anna, "--preset", "mini-lightning", "--steps", 1, "-o")
+    own = ("--adapter", MINIATURE / "pulid-stage1.safetensors")
+    for name, more in (("usual", ()), ("own", own)):
+        done = pulid(*words, tmp_path / name, *more)
+        assert done.code == 0, done.err
+    again = pulid("generate", "--from", tmp_path / "own" / "portrait-photo-0.png", "-o", tmp_path / "again")
+    assert again.code == 0, again.err
+    usual, own, again = (Image.open(tmp_path / name / "portrait-photo-0.png").tobytes() for name in ("usual", "own", "again"))
+    assert own == again != usual and not caplog.records
+    missing = pulid(*words, tmp_path, "--adapter", tmp_path / "none.safetensors")
+    assert plain(missing) and "none.safetensors is not there" in missing.err
+
+
 def test_all_faces_are_listed(pulid, anna: Path) -> None:
     pulid("world", "person", "--seed", 1_000_007, "-o", anna)
     done = pulid("identify", anna, "--face", "all")

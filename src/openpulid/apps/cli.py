@@ -58,7 +58,7 @@ OPTIONS = (
 """What `Studio.generate` has by the same name."""
 
 REQUEST = (
-    *("prompt", "id", "preset", "base", "method", "size", "mask", "seed", "memory", "faces"),
+    *("prompt", "id", "preset", "base", "method", "size", "mask", "seed", "memory", "faces", "adapter"),
     *("control", "control_picture", "control_scale", *OPTIONS),
 )
 """What an image carries, and `--from` makes it again by."""
@@ -182,6 +182,7 @@ def generate(
     control_scale: Annotated[float | None, typer.Option(min=0, help="How strongly it acts; 1 by default.")] = None,
     memory: Annotated[str | None, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = None,
     faces: Faces = None,
+    adapter: Annotated[Path | None, typer.Option(help="Another file of the method, such as one of your training.")] = None,
     source: Annotated[str | None, typer.Option("--from", help="An image of this command: make it again, as it was.")] = None,
     device: Device = None,
 ) -> None:
@@ -196,7 +197,7 @@ def generate(
         strength = 1.0 if control and control_scale is None else control_scale
         request |= {"control": control, "control_picture": control_picture, "control_scale": strength}
         request |= {"text_tokens": text_tokens, "memory": memory, **_method(method, preset)}
-        request |= {"faces": str(faces) if faces else None}
+        request |= {"faces": str(faces) if faces else None, "adapter": str(adapter) if adapter else None}
         said = {"projection": projection, "num_zero": num_zero}  # goes before what a way brings with it
         request |= {name: value for name, value in said.items() if value is not None or name not in request}
     if not request["prompt"]:
@@ -294,7 +295,7 @@ def _request(path: str, memory: str | None) -> dict[str, Any]:
 def _preset(request: dict[str, Any]) -> presets.Preset:
     from openpulid.studio import resolved
 
-    return resolved(*(request[name] for name in ("preset", "base", "memory", "method", "faces")))
+    return resolved(*(request[name] for name in ("preset", "base", "memory", "method", "faces", "adapter")))
 
 
 def _studio(preset: presets.Preset, device: str | None) -> Studio:
