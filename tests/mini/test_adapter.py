@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from openpulid.mini.adapter import CLEAR, Mixture, clear, mates, rows_by_person
+from openpulid.mini import adapter
+from openpulid.mini.adapter import CLEAR, Mixture, Portraits, clear, mates, rows_by_person, worn
 from openpulid.training.data import Draw
 from openpulid.world import ATTRIBUTES
 
@@ -40,6 +41,45 @@ def test_clear_pictures_show_the_whole_face() -> None:
     seen[1, list(ATTRIBUTES).index("pose")] = left
     seen[2, list(ATTRIBUTES).index("glasses")] = ATTRIBUTES["glasses"].index("sunglasses")
     assert clear(SimpleNamespace(attributes=seen)).tolist() == [True, False, False, True]
+
+
+def test_who_should_wear_glasses_is_not_wanted_without(monkeypatch) -> None:
+    """An ID loss that wants a clear face takes off what the sentence asks for."""
+    none = {name: kinds.index("none") for name, kinds in ATTRIBUTES.items() if "none" in kinds}
+    seen = np.zeros((6, len(ATTRIBUTES)), dtype=np.int8)
+    seen[:] = [none.get(name, ATTRIBUTES[name].index(CLEAR[name]) if name in CLEAR else 1) for name in ATTRIBUTES]
+    seen[0, list(ATTRIBUTES).index("glasses")] = ATTRIBUTES["glasses"].index("sunglasses")
+    seen[3, list(ATTRIBUTES).index("beard")] = ATTRIBUTES["beard"].index("beard")
+    data = WorldPictures(seen)
+    assert worn(data).tolist() == [True, False, False, True, False, False]
+    asked: list[np.ndarray] = []
+    monkeypatch.setattr(adapter, "faces_of", lambda data, rows, device: (asked.append(rows), (torch.zeros(len(rows)),))[1])
+    portraits = Portraits(data, data, data, data, data, batch=6, paired=True)  # type: ignore[arg-type]
+    portraits.batch(Draw(0, 0))
+    rows, read = data.asked
+    assert (read != rows).all()  # features are of another picture
+    hidden = np.isin(rows, [0, 3])
+    assert (asked[0][hidden] == rows[hidden]).all() and (asked[0][~hidden] == read[~hidden]).all()
+
+
+class WorldPictures:
+    """Six pictures of two people, and all that is asked of them."""
+
+    def __init__(self, attributes: np.ndarray) -> None:
+        self.attributes, self.people = attributes, np.array([0, 0, 0, 1, 1, 1])
+        self.landmarks, self.images = np.zeros((6, 5, 2)), np.zeros((6, 3, 8, 8))
+        self.tokens, self.asked = torch.zeros(6, 1, 4, dtype=torch.long), []
+
+    def __len__(self) -> int:
+        return 6
+
+    def rows(self, rows, other):
+        """Of latents first, of features last."""
+        self.asked = [*self.asked[:1], np.asarray(rows)]
+        return torch.zeros(len(rows)), torch.zeros(len(rows))
+
+    def batch_decode(self, tokens, skip_special_tokens):
+        return [""] * len(tokens)
 
 
 class Named:

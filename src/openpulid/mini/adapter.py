@@ -46,6 +46,9 @@ SITTINGS = "world-portraits"
 CLEAR = {"pose": "front", "glasses": "none", "style": "photo"}
 """What a picture must be for features to be taken from it. In others half of a face cannot be seen, and an adapter that
 learns from them learns to trust features half."""
+WORN = ("glasses", "beard")
+"""What hides part of a face because a sentence asks for it. An ID loss that wants the face without takes it off: glasses
+from half of the images that should have shown some (benchmarks/mini-ablation.md)."""
 SHEET_PROMPTS = ("portrait, photo, smiling, blue background", "portrait, pencil sketch, turned left")
 SHEET_PEOPLE = 6
 
@@ -58,7 +61,8 @@ class Portraits:
         tokenizer: turns tokens back into sentences.
         batch: pictures per step, over all processes.
         device: where they are wanted.
-        seen: whether the pictures that the features are of are wanted too, for an ID loss.
+        seen: whether the pictures that an ID loss wants are wanted too: those that the features are of, or, of somebody who
+            wears what hides the face, the picture itself.
         paired: features are of another picture of the same person, a clear one.
     """
 
@@ -78,6 +82,7 @@ class Portraits:
         self.tokenizer, self.size, self.device, self.seen = tokenizer, batch, device, seen
         people = torch.from_numpy(np.array(data.people))
         self.of_person = rows_by_person(people, torch.from_numpy(clear(data))) if paired else None
+        self.hidden = torch.from_numpy(worn(data))
 
     @torch.no_grad()
     def batch(self, draw: Draw) -> Batch:
@@ -88,7 +93,8 @@ class Portraits:
         prompts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         shown = rows if self.of_person is None else mates(rows, self.of_person, draw)
         id_cond, hidden = self.features.rows(shown.numpy(), self.device)
-        pictures = faces_of(self.data, shown.numpy(), torch.device(self.device))[0] if self.seen else None
+        wanted = torch.where(self.hidden[rows], rows, shown)
+        pictures = faces_of(self.data, wanted.numpy(), torch.device(self.device))[0] if self.seen else None
         landmarks = torch.from_numpy(self.data.landmarks[rows.numpy()] / self.data.images.shape[-1])
         return Batch(latents, faces, prompts, id_cond, hidden, pictures, landmarks)
 
@@ -109,6 +115,12 @@ def clear(data: WorldDataset) -> np.ndarray:
     columns = [np.asarray(data.attributes[:, list(ATTRIBUTES).index(name)]) for name in CLEAR]
     wanted = [ATTRIBUTES[name].index(value) for name, value in CLEAR.items()]
     return np.all([column == value for column, value in zip(columns, wanted, strict=True)], axis=0)
+
+
+def worn(data: WorldDataset) -> np.ndarray:
+    """(N,) bool: pictures of somebody who wears something of `WORN`."""
+    columns = [np.asarray(data.attributes[:, list(ATTRIBUTES).index(name)]) for name in WORN]
+    return np.any([column != ATTRIBUTES[name].index("none") for column, name in zip(columns, WORN, strict=True)], axis=0)
 
 
 def rows_by_person(people: Tensor, clear: Tensor) -> list[Tensor]:

@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     prompts: Sequence[str]
     id_cond: Tensor  # (B, C)
     hidden: Sequence[Tensor]  # five times (B, 1 + N, D)
-    pictures: Tensor | None = None  # (B, 3, H, W) in [0, 1], those that the features are of, for an ID loss
+    pictures: Tensor | None = None  # (B, 3, H, W) in [0, 1], of whom an ID loss wants to see
     landmarks: Tensor | None = None  # (B, 5, 2) from 0 to 1 across the picture, for methods that are shown them
 
     def to(self, device: torch.device) -> Batch:
