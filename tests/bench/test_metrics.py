@@ -181,6 +181,7 @@ def test_attributes_counts_only_what_is_asked() -> None:
     got = metrics.Attributes(lambda images: scores)(it)
     assert got[:2].tolist() == [0.5, 1.0]
     assert got[2].isnan()
+    assert metrics.Attributes(lambda images: scores).each(it) == [{"hat": True, "pose": False}, {"pose": True}, {}]
 
 
 def test_fid_is_the_distance_of_two_gaussians() -> None:

@@ -118,6 +118,21 @@ def test_the_report_is_one_page_that_can_be_mailed(finished: Folder) -> None:
     assert "seconds" not in text and "time to base" in text  # this is a processor
 
 
+def test_what_prompts_ask_for_is_told_by_attribute(finished: Folder) -> None:
+    heads, lines = table.asked(finished) or ([], [])
+    assert heads == ["asked for", *METHODS] and f"## {table.ASKED}" in table.markdown(finished)
+    asked = [prompt.wanted for prompt in SUITE.prompts]
+    assert [line[0].replace(" ", "_") for line in lines] == sorted({name for wanted in asked for name in wanted})
+    style = []
+    for cell in judging.cells_of(finished.facts(), "pulid"):
+        record = finished.record(cell) or {}
+        assert set(record["asked"]) == set(asked[cell.prompt])
+        assert record["metrics"]["attributes"] == pytest.approx(sum(record["asked"].values()) / len(record["asked"]), abs=1e-5)
+        style.append(record["asked"]["style"])
+    told = {line[0]: dict(zip(heads, line, strict=True)) for line in lines}
+    assert told["style"]["pulid"] == f"{sum(style) / len(style):.3f}"
+
+
 def test_costs_are_what_the_records_say(finished: Folder, tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.begin(SUITE, METHODS, PEOPLE)

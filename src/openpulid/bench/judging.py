@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from openpulid.bench.cells import BASE, Cell, Folder, write
-from openpulid.bench.metrics import FID, LIKENESS, Evidence, Faces, FindFaces, Metric
+from openpulid.bench.metrics import FID, LIKENESS, Attributes, Evidence, Faces, FindFaces, Metric
 
 LARGEST = 1024  # pixels of a portrait's longer side, as the judges see it
 
@@ -86,11 +86,14 @@ def _judge(
         if not part:
             continue
         evidence = gathered(folder, facts, part, person, sitting, judges)
-        values = {m.name: m(evidence) for m in judges.measures() if (m.name in LIKENESS) == likeness}
+        measures = [m for m in judges.measures() if (m.name in LIKENESS) == likeness]
+        values = {m.name: m(evidence) for m in measures}
+        asked = next((m.each(evidence) for m in measures if isinstance(m, Attributes)), None)
         for row, cell in enumerate(part):
             record = folder.record(cell) or {}
             told = {name: _number(column[row]) for name, column in values.items()}
-            folder.keep(cell, record | {"metrics": record.get("metrics", {}) | told})
+            seen = {} if asked is None else {"asked": asked[row]}
+            folder.keep(cell, {**record, **seen, "metrics": record.get("metrics", {}) | told})
         if not likeness and method != BASE:
             for one in whole:
                 one.update(evidence)

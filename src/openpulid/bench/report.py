@@ -112,6 +112,8 @@ def page(folder: Folder, drawn: Image.Image | None) -> str:
     parts += [f"<p>{html.escape(sentence)}</p>" for sentence in table.missing(folder)]
     if drawn is not None:
         parts.append(f'<img class="plot" alt="identity against purity" src="{_data(drawn)}">')
+    if attributes := table.asked(folder):
+        parts += [f"<h2>{table.ASKED}</h2>", _table(attributes)]
     for source, lines in table.published(folder).items():
         parts += [f"<h2>Published: {html.escape(source)}</h2>", _table(lines)]
     parts += [_person(folder, person) for person in facts["people"][:SHOWN_PEOPLE]]

@@ -94,6 +94,8 @@ def _finite(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
 
 
+ASKED = "Share of the images that show what their prompt asks for"
+
 Lines = tuple[list[str], list[list[str]]]
 """Heads and rows of a table in words."""
 
@@ -109,6 +111,22 @@ def told(folder: Folder) -> Lines:
         ratio = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
         lines.append([row.method, str(row.made), *(_told(row.columns.get(name)) for name in names), ratio])
     return heads, lines
+
+
+def asked(folder: Folder) -> Lines | None:
+    """What prompts ask for and is seen, an attribute in each row: which of them it is that an identity disturbs. None where
+    nobody read them."""
+    facts = folder.facts()
+    seen: dict[str, dict[str, list[bool]]] = {}
+    for method in facts["methods"]:
+        for cell in cells_of(facts, method):
+            for name, told in (folder.record(cell) or {}).get("asked", {}).items():
+                seen.setdefault(name, {}).setdefault(method, []).append(told)
+    lines = [
+        [name.replace("_", " "), *(f"{statistics.mean(known[m]):.3f}" if m in known else "" for m in facts["methods"])]
+        for name, known in sorted(seen.items())
+    ]
+    return (["asked for", *facts["methods"]], lines) if lines else None
 
 
 def missing(folder: Folder) -> list[str]:
@@ -152,6 +170,8 @@ def _versions(versions: Mapping[str, str]) -> str:
 def markdown(folder: Folder) -> str:
     """The table, what is missing, and the published numbers beside it."""
     parts = [f"# {folder.facts()['suite']['name']}", summary(folder), _markdown(told(folder)), *missing(folder)]
+    if attributes := asked(folder):
+        parts += [f"## {ASKED}", _markdown(attributes)]
     for source, lines in published(folder).items():
         parts += [f"## Published: {source}", _markdown(lines)]
     return "\n\n".join(parts) + "\n"

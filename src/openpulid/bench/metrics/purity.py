@@ -101,17 +101,25 @@ class Attributes:
         self.read = read
 
     def __call__(self, evidence: Evidence) -> Tensor:
-        return attributes_seen(self.read(evidence.images), evidence.wanted or [{}] * len(evidence.images))
+        return _shares(self.each(evidence))
+
+    def each(self, evidence: Evidence) -> list[dict[str, bool]]:
+        """Of each image and each attribute that is asked for, whether it is seen."""
+        return _each(self.read(evidence.images), evidence.wanted or [{}] * len(evidence.images))
 
 
 def attributes_seen(scores: Mapping[str, Tensor], wanted: Sequence[Mapping[str, int]]) -> Tensor:
     """(B,), of attribute: (B, classes) scores and what each image should show: `Attributes` without its reader."""
+    return _shares(_each(scores, wanted))
+
+
+def _each(scores: Mapping[str, Tensor], wanted: Sequence[Mapping[str, int]]) -> list[dict[str, bool]]:
     seen = {name: values.argmax(dim=-1).tolist() for name, values in scores.items()}
-    shares = [
-        sum(seen[name][k] == value for name, value in asked.items()) / len(asked) if asked else float("nan")
-        for k, asked in enumerate(wanted)
-    ]
-    return torch.tensor(shares)
+    return [{name: seen[name][k] == value for name, value in asked.items()} for k, asked in enumerate(wanted)]
+
+
+def _shares(each: Sequence[Mapping[str, bool]]) -> Tensor:
+    return torch.tensor([sum(one.values()) / len(one) if one else float("nan") for one in each])
 
 
 class FID:
