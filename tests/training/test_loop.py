@@ -135,6 +135,21 @@ def test_minutes_shorten_the_run_and_the_tail_still_happens(tmp_path, monkeypatc
     assert again.steps == result.steps
 
 
+def test_a_machine_that_was_busy_at_first_does_not_shorten_the_run(tmp_path, monkeypatch):
+    clock = [0.0]  # four times as slow for 35 steps, in which the first estimate is made
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    task = Regression()
+    losses = task.losses
+
+    def timed(draw):
+        clock[0] += 0.4 if draw.step < 35 else 0.1
+        return losses(draw)
+
+    task.losses = timed
+    result = run(task, Schedule(steps=100_000, lr=1e-2, validate_every=1000), tmp_path, minutes=0.5)
+    assert result.steps in range(190, 200) and result.seconds == pytest.approx(30, abs=0.5)
+
+
 def test_a_bad_loss_stops_with_its_batch(tmp_path):
     task = Regression(bad_at=17)
     with pytest.raises(TrainingError, match=r"step 17.*square nan"):

@@ -77,8 +77,8 @@ def run(
 ) -> Result:
     """Trains `task` in `folder`, or continues the run that is there; returns when it is finished.
 
-    `minutes` shortens the run: the number of steps that fit is estimated from the measured speed (again at
-    every validation until the decay begins) and kept in the checkpoint, so that the decay takes place.
+    `minutes` shortens the run: the number of steps that fit is estimated from the measured speed (again at every
+    validation, and when the decay would begin) and kept in the checkpoint, so that the decay takes place.
     `device` moves the modules; without it they stay where they are. Under `accelerate launch` or `torchrun`
     gradients are averaged over the processes, which must have been given the same task.
 
@@ -171,7 +171,7 @@ class _Run:
                 self._look()
                 self._log(draw, pace)
             due = self.step % self.schedule.validate_every == 0 and self.step < self.total
-            if self.minutes and (due or pace.first_estimate):
+            if self.minutes and (due or pace.first_estimate or self.schedule.ends_plateau(self.step, self.total)):
                 self._fit(pace, self.minutes)
             if due:
                 self._validate()

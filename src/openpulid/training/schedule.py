@@ -40,6 +40,10 @@ class Schedule:
     def in_tail(self, step: int, total: int) -> bool:
         return step >= total * (1.0 - self.decay)
 
+    def ends_plateau(self, step: int, total: int) -> bool:
+        """Whether the tail begins with the next step: the last moment to ask how many are left."""
+        return self.in_tail(step + 1, total) and not self.in_tail(step, total)
+
 
 class Pace:
     """How fast the steps of this process are, validations and checkpoints included."""
