@@ -150,6 +150,26 @@ def test_a_machine_that_was_busy_at_first_does_not_shorten_the_run(tmp_path, mon
     assert result.steps in range(190, 200) and result.seconds == pytest.approx(30, abs=0.5)
 
 
+def test_a_validation_just_before_the_decay_does_not_end_the_run(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    task = Regression()
+    losses, validate = task.losses, task.validate
+
+    def timed(draw):
+        clock[0] += 0.1
+        return losses(draw)
+
+    def slow():
+        clock[0] += 5.0
+        return validate()
+
+    task.losses, task.validate = timed, slow
+    # 300 steps fit at first, and the decay would begin at 240: one step after the validation
+    result = run(task, Schedule(steps=100_000, lr=1e-2, validate_every=238), tmp_path, minutes=0.5)
+    assert result.steps in range(295, 303)
+
+
 def test_a_bad_loss_stops_with_its_batch(tmp_path):
     task = Regression(bad_at=17)
     with pytest.raises(TrainingError, match=r"step 17.*square nan"):

@@ -27,7 +27,7 @@ from openpulid.training.muon import Muon
 from openpulid.training.precision import attention, mixed
 from openpulid.training.process import Ranks, signals_noted
 from openpulid.training.report import Report
-from openpulid.training.schedule import Pace, Schedule
+from openpulid.training.schedule import MEASURED_STEPS, Pace, Schedule
 from openpulid.training.state import Average, RunState, named_buffers, named_parameters, write_tensors
 
 CHECKPOINT = "run.safetensors"
@@ -251,7 +251,7 @@ class _Run:
 
     def _fit(self, pace: Pace, minutes: float) -> None:
         """How many steps the minutes allow, until the tail has begun: then the end is settled."""
-        if not pace.measured or self.schedule.in_tail(self.step, self.total):
+        if pace.measured < MEASURED_STEPS or self.schedule.in_tail(self.step, self.total):
             return
         left = ceil((minutes * 60 - self.seconds) / pace.seconds_per_step)
         self.total = self.ranks.agree(min(self.schedule.steps, self.step + max(left, 1)))

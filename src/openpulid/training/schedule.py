@@ -8,7 +8,7 @@ from typing import Literal
 OptimizerKind = Literal["adamw", "muon"]
 
 WARM_STEPS = 10  # steps whose time says nothing: compilers, caches, allocators
-MEASURED_STEPS = 20  # steps after those, from which a first estimate is made
+MEASURED_STEPS = 20  # the fewest from which an estimate is made: one with a validation in it would end the run
 
 
 @dataclass(frozen=True)
