@@ -170,6 +170,26 @@ def test_a_validation_just_before_the_decay_does_not_end_the_run(tmp_path, monke
     assert result.steps in range(295, 303)
 
 
+def test_steps_that_fit_are_told_from_steps_and_validations_apart(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    task = Regression()
+    losses, validate = task.losses, task.validate
+
+    def timed(draw):
+        clock[0] += 0.1
+        return losses(draw)
+
+    def slow():
+        clock[0] += 3.0
+        return validate()
+
+    task.losses, task.validate = timed, slow
+    # (60 - 3) / (0.1 + 3 / 100) steps fit; the decay begins some thirty steps after a validation, which those are not slow for
+    result = run(task, Schedule(steps=100_000, lr=1e-2, validate_every=100, decay=0.5), tmp_path, minutes=1)
+    assert result.steps in range(435, 450) and result.seconds == pytest.approx(60, abs=1.5)
+
+
 def test_a_bad_loss_stops_with_its_batch(tmp_path):
     task = Regression(bad_at=17)
     with pytest.raises(TrainingError, match=r"step 17.*square nan"):

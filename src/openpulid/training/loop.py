@@ -12,7 +12,6 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from math import ceil
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
@@ -176,6 +175,7 @@ class _Run:
             if due:
                 self._validate()
                 self._mode(training=True)
+                pace.aside(self.seconds - pace.now)
             if self.ranks.any(bool(received)):
                 self._save(last=True)
                 self._stop(received[0] if received else signal.SIGTERM)
@@ -253,8 +253,8 @@ class _Run:
         """How many steps the minutes allow, until the tail has begun: then the end is settled."""
         if pace.measured < MEASURED_STEPS or self.schedule.in_tail(self.step, self.total):
             return
-        left = ceil((minutes * 60 - self.seconds) / pace.seconds_per_step)
-        self.total = self.ranks.agree(min(self.schedule.steps, self.step + max(left, 1)))
+        left = pace.fitting(minutes * 60 - self.seconds, self.schedule.validate_every)
+        self.total = self.ranks.agree(min(self.schedule.steps, self.step + left))
         if not pace.first_estimate:
             pace.restart()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 OptimizerKind = Literal["adamw", "muon"]
 
 WARM_STEPS = 10  # steps whose time says nothing: compilers, caches, allocators
-MEASURED_STEPS = 20  # the fewest from which an estimate is made: one with a validation in it would end the run
+MEASURED_STEPS = 20  # the fewest from which an estimate is made
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,14 @@ class Schedule:
 
 
 class Pace:
-    """How fast the steps of this process are, validations and checkpoints included."""
+    """How fast the steps of this process are, checkpoints included, and how long a validation takes."""
 
     def __init__(self, step: int) -> None:
         self.origin = step + WARM_STEPS, 0.0  # where measuring began: step, seconds
         self.estimate_at = step + WARM_STEPS + MEASURED_STEPS
         self.step, self.now = step, 0.0
         self.last: tuple[int, float] | None = None
+        self.validation = 0.0  # seconds of the last one
 
     def note(self, step: int, seconds: float) -> None:
         """After every step."""
@@ -62,6 +64,13 @@ class Pace:
         if self.last is None:
             self.last = step, seconds
 
+    def aside(self, seconds: float) -> None:
+        """After a validation that took so long: few steps with one among them would look slow."""
+        self.validation = seconds
+        self.origin = self.origin[0], self.origin[1] + seconds
+        if self.last is not None:
+            self.last = self.last[0], self.last[1] + seconds
+
     @property
     def first_estimate(self) -> bool:
         return self.step == self.estimate_at
@@ -70,10 +79,10 @@ class Pace:
     def measured(self) -> int:
         return max(0, self.step - self.origin[0])
 
-    @property
-    def seconds_per_step(self) -> float:
-        """Since measuring began."""
-        return max(1e-6, (self.now - self.origin[1]) / self.measured)
+    def fitting(self, seconds: float, validate_every: int) -> int:
+        """How many steps fit into the seconds that are left, with a validation after every so many and at the end."""
+        each = max(1e-6, (self.now - self.origin[1]) / self.measured) + self.validation / validate_every
+        return max(1, ceil((seconds - self.validation) / each))
 
     def restart(self) -> None:
         """Measuring begins anew: other programs come and go."""
