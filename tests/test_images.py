@@ -12,10 +12,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from openpulid.errors import PictureError
-from openpulid.images import open_picture
+from openpulid.images import open_picture, shrunk
 
 SIZE = (64, 32)
 HEIC = struct.pack(">I", 24) + b"ftypheic" + bytes(4) + b"mif1heic"  # the first box of a telephone's picture
@@ -109,6 +109,35 @@ def test_orientation_is_applied() -> None:
     image = open_picture(saved(picture(), "JPEG", exif=exif, quality=95))
     assert image.size == SIZE[::-1]
     assert image.getpixel((16, 8))[0] > 150 and image.getpixel((16, 56))[2] > 150
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_every_orientation(value: int) -> None:
+    original = picture()
+    original.paste("green", (0, 0, 20, 12))  # no turn of it looks like another
+    exif = Image.Exif()
+    exif[0x0112] = value
+    data = saved(original, "PNG", exif=exif)
+    image, expected = open_picture(data), ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert image.size == expected.size and image.tobytes() == expected.tobytes()
+    assert open_picture(image).tobytes() == image.tobytes()  # never turned twice
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"dpi": (72, 72)}), ("PNG", {}), ("WEBP", {"lossless": True})])
+def test_broken_exif_is_no_broken_picture(kind: str, options: dict[str, object]) -> None:
+    data = saved(picture(), kind, exif=b"Exif\0\0" + bytes(8), **options)
+    assert close(open_picture(data), picture())
+
+
+def test_a_large_picture_is_averaged() -> None:
+    stripes = np.zeros((1000, 4000, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = shrunk(Image.fromarray(stripes), 1000)
+    assert small.size == (1000, 250)
+    assert np.abs(np.asarray(small, dtype=int)[:, 20:-20] - 127).max() < 8  # every fourth column would be white, or black
+    assert shrunk(Image.new("RGB", (40_000, 16)), 1024).size == (1024, 1)
+    as_it_is = picture()
+    assert shrunk(as_it_is, SIZE[0]) is as_it_is
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF"])

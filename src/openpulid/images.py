@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from openpulid.errors import PictureError
 
@@ -29,6 +29,20 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF", "
 
 # What a HEIF file's first box says it is: telephones' HEIC, and the plain form.
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+# What makes a picture upright, by its orientation in EXIF; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Where Pillow keeps what it reads the orientation from.
+NOTES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 Source = str | PathLike[str] | bytes | BinaryIO | Image.Image
 
@@ -63,6 +77,15 @@ def open_picture(
             raise PictureError(label, f"is damaged or cut short ({_first_line(error)})") from None
         with image:
             return _decode(image, label, max_pixels)
+
+
+def shrunk(image: Image.Image, longest: int) -> Image.Image:
+    """The picture with a longer side of at most `longest` pixels, averaged, not sampled; a smaller one as it is."""
+    share = longest / max(image.size)
+    if share >= 1:
+        return image
+    width, height = (max(round(side * share), 1) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _label(source: Source) -> str:
@@ -126,11 +149,25 @@ def _decode(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
     try:
         image.seek(0)  # animations and multi-page files: the first frame
         image.load()  # the whole file: a truncated one fails here, never as a half picture
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(_upright(image))
     except MemoryError:
         raise PictureError(label, "needs more memory than there is") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
         raise PictureError(label, f"is damaged or cut short ({_first_line(error)})") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, which is then taken off; EXIF that nobody can read says nothing, the pixels are good."""
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a hostile one may raise anything
+        return image
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    for note in NOTES:
+        upright.info.pop(note, None)  # whoever opens the picture again would turn it again
+    return upright
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

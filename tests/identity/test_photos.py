@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 from facexlib.parsing.bisenet import BiSeNet
 from photo_networks import DETECTOR, GROUP, needs_detector, recogniser_file
@@ -82,6 +83,17 @@ def test_what_the_tower_sees_is_gray_on_white(features, group) -> None:
     assert not torch.allclose(colour.identities([face])[0].id_cond, features.identities([face])[0].id_cond)
 
 
+def test_a_large_file_of_a_photo_is_read_as_a_small_one(studio) -> None:
+    photo = Image.fromarray(skimage.data.astronaut())
+    large = photo.resize((3072, 3072), Image.Resampling.LANCZOS)
+    (_, (small, *_)), (_, (other, *_)) = studio.faces([photo, large])
+    assert small.image.shape == (3, 512, 512) and other.image.shape == (3, 1024, 1024)
+    assert (other.landmarks / 2 - small.landmarks).abs().max() < 4
+    assert np.abs(np.array(other.corners) / 6 - small.corners).max() < 6
+    one, two = (studio.features.recogniser(face) for face in (small, other))
+    assert torch.cosine_similarity(one, two) > 0.95
+
+
 def test_shapes_and_models(features, group) -> None:
     identity = features.identities([chosen(features.find(group), 0)])[0]
     assert identity.id_cond.shape == (1, 1, 12 + 4) and [x.shape for x in identity.hidden] == [(1, 17, 8)] * 5
@@ -130,6 +142,6 @@ def test_no_face_says_what_was_tried(studio, tmp_path) -> None:
 
 def test_a_picture_of_what_was_found(studio) -> None:
     sheet = studio.show(GROUP, face=2, order="left-right")
-    assert sheet.height == 512 and sheet.width == round(512 * 1280 / 886) + 2 * 512
+    assert sheet.height == 512 and sheet.width == round(512 * 1024 / 709) + 2 * 512  # 1280 x 886, shrunk
     green = (np.abs(np.array(sheet).astype(int) - (0, 200, 83)) < 60).all(-1)  # resampled
     assert green.sum() > 100

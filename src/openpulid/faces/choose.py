@@ -48,7 +48,7 @@ def chosen(faces: Sequence[Face], index: int | None = None, order: str = "large-
     if not 0 <= place < len(line):
         raise FaceError(f"{label}: shows {count(line)}, so there is no face {place}; they are counted from 0, {order}.")
     if index is None and len(line) > 1:
-        x1, y1, x2, y2 = (round(value) for value in line[0].box.tolist())
+        x1, y1, x2, y2 = line[0].corners
         logger.warning(
             "%s: shows %s; the one at %d,%d to %d,%d was taken (face 0, %s)", label, count(line), x1, y1, x2, y2, order
         )
@@ -59,7 +59,7 @@ def listed(faces: Sequence[Face], order: str = "large-small", label: str = "pict
     """The faces of one picture in words, a line for each, by the number that `chosen` takes. Raises as `ordered`."""
     lines = []
     for place, face in enumerate(ordered(faces, order)):
-        x1, y1, x2, y2 = (round(value) for value in face.box.tolist())
+        x1, y1, x2, y2 = face.corners
         lines.append(f"{label}: face {place} at {x1},{y1} to {x2},{y2}, score {face.score:.2f}")
     return lines
 

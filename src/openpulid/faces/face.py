@@ -19,6 +19,7 @@ class Face:
         score: how sure the finder is, 0 to 1.
         mask: (1, H, W) float 0 or 1, the face's own pixels: skin, brows, eyes, nose, mouth; not hair, not glasses. None
             from a finder that gives boxes and landmarks alone.
+        scale: how many pixels of the photo as it was given one of `image` is; a large photo is shrunk before it is read.
     """
 
     image: Tensor
@@ -26,6 +27,12 @@ class Face:
     landmarks: Tensor
     score: float
     mask: Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def corners(self) -> list[int]:
+        """x1, y1, x2, y2 of the box in whole pixels of the photo as it was given: what messages say."""
+        return [round(value * self.scale) for value in self.box.tolist()]
 
     @property
     def width(self) -> float:

@@ -22,6 +22,10 @@ from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
 from openpulid.weights import read_tensors
 
+LONGEST = 1024
+"""Pixels of a photograph's longer side when it is read, at most (PuLID, released code): a recogniser's crop of 112 pixels takes
+single ones of a larger photograph, not what lies between them."""
+
 SIZES = (640, 512, 384, 256)
 """Widths of the square that a picture is fitted into, tried in this order: a large face is found in a small one."""
 

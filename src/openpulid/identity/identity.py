@@ -25,7 +25,7 @@ FORMAT = "openpulid.identity/1"
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """One person. n photos, C width of the joined embeddings, N patches and D width of the vision tower.
+    """One person. n photos that are read, C width of the joined embeddings, N patches and D width of the vision tower.
 
     Attributes:
         id_cond: (1, n, C) raw face embedding and normalised vision embedding, joined.
@@ -34,6 +34,7 @@ class Identity:
             side of it, the photo in the middle of a square; None in files that were written before.
         models: name -> hash of the models that made the features.
         created: UTC time, ISO 8601.
+        made_from: how many photos it was made from, also where only their mean is left; n by default.
     """
 
     id_cond: Tensor
@@ -41,17 +42,20 @@ class Identity:
     models: Mapping[str, str] = field(default_factory=dict)
     landmarks: Tensor | None = None
     created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    made_from: int = 0
 
     def __post_init__(self) -> None:
         if self.id_cond.ndim != 3 or len(self.id_cond) != 1 or any(x.ndim != 3 or len(x) != 1 for x in self.hidden):
             raise IdentityError("an identity holds one person: id_cond (1, photos, C) and hidden levels (1, tokens, D).")
+        if not self.made_from:
+            object.__setattr__(self, "made_from", self.photos)  # frozen for everybody else
 
     def __repr__(self) -> str:
-        return f"Identity({self.photos} photo{'s' * (self.photos != 1)}, made by {', '.join(self.models) or 'unknown'})"
+        return f"Identity({self.made_from} photo{'s' * (self.made_from != 1)}, made by {', '.join(self.models) or 'unknown'})"
 
     @property
     def photos(self) -> int:
-        """How many photos it was made from."""
+        """How many photos the features are of: of a mean, one."""
         return self.id_cond.shape[1]
 
     def zeros_like(self) -> Identity:
@@ -82,8 +86,8 @@ class Identity:
         tensors = {"id_cond": self.id_cond, **{f"hidden.{i}": x for i, x in enumerate(self.hidden)}}
         if self.landmarks is not None:
             tensors["landmarks"] = self.landmarks
-        metadata = {"format": FORMAT, "created": self.created, "models": json.dumps(dict(self.models))}
-        data = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, metadata=metadata)
+        facts = {"created": self.created, "photos": str(self.made_from), "models": json.dumps(dict(self.models))}
+        data = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, metadata={"format": FORMAT, **facts})
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             # the mode is set as the file is made: at no moment can others read it
@@ -117,9 +121,14 @@ class Identity:
         levels = [name for name in sorted(tensors) if name.startswith("hidden.")]
         if facts.get("format") != FORMAT or "id_cond" not in tensors:
             raise IdentityError(f"{path} is not an identity file; `pulid identify PHOTO -o FILE` makes one.")
-        hidden = tuple(tensors[name] for name in levels)
-        known = {"landmarks": tensors.get("landmarks"), "created": facts["created"]}
-        identity = cls(tensors["id_cond"], hidden, json.loads(facts["models"]), **known)
+        identity = cls(
+            tensors["id_cond"],
+            tuple(tensors[name] for name in levels),
+            models=json.loads(facts["models"]),
+            landmarks=tensors.get("landmarks"),
+            created=facts["created"],
+            made_from=int(facts.get("photos", 0)),  # files that were written before do not say
+        )
         if models is not None:
             identity.require(models)
         return identity
@@ -160,7 +169,8 @@ def fused(identities: Sequence[Identity], fusion: str = "concat", weights: Seque
         return sum((s * value for s, value in zip(share, values, strict=True)), torch.zeros_like(values[0]))
 
     levels = zip(*(identity.hidden for identity in identities), strict=True)
-    return replace(first, id_cond=mean([i.id_cond for i in identities]), hidden=tuple(mean(level) for level in levels))
+    id_cond, hidden = mean([i.id_cond for i in identities]), tuple(mean(level) for level in levels)
+    return replace(first, id_cond=id_cond, hidden=hidden, made_from=sum(i.made_from for i in identities))
 
 
 def blend(one: Identity, other: Identity, share: float = 0.5) -> Identity:
@@ -201,4 +211,5 @@ def concat(identities: Sequence[Identity]) -> Identity:
         id_cond=torch.cat([identity.id_cond for identity in identities], dim=1),
         hidden=tuple(torch.cat(level, dim=1) for level in levels),
         landmarks=torch.cat(marks, dim=1) if len(marks) == len(identities) else None,
+        made_from=sum(identity.made_from for identity in identities),
     )

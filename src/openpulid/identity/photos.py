@@ -24,7 +24,7 @@ class PhotoFeatures:
         finder, recogniser, parser, tower: see their classes.
         models: name -> fingerprint; written into every identity.
         use_gray: the tower sees the face in gray on white, as the published adapters learned it; False leaves its colour
-            and everything around it.
+            and everything around it, and is written into identities beside the models: the two are not mixed.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class PhotoFeatures:
     ) -> None:
         self.finder, self.recogniser, self.parser, self.tower = finder, recogniser, parser, tower
         self.models, self.use_gray = dict(models or {}), use_gray
+        if not use_gray:
+            self.models["use_gray"] = "False"
 
     @classmethod
     def load(
@@ -48,11 +50,13 @@ class PhotoFeatures:
         tower: str | os.PathLike[str],
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        use_gray: bool = True,
     ) -> PhotoFeatures:
         """From the published files.
 
         Args:
             device, dtype: of tower and parsing; detector and recogniser take the device's provider where there is one.
+            use_gray: as for the class.
 
         Raises:
             WeightsError: one is missing or damaged.
@@ -64,6 +68,7 @@ class PhotoFeatures:
             VisionTower.from_published(tower).to(device, dtype),
             # a better detector does not change what a face's features mean
             {Path(file).stem: weights.fingerprint(file) for file in (recogniser, tower)},
+            use_gray,
         )
 
     @property
@@ -89,7 +94,8 @@ class PhotoFeatures:
     def _one(self, face: Face) -> Identity:
         parameter = next(self.tower.parameters())
         crop, gray = self.shown(face)
-        seen, hidden = self.tower(self.tower.prepare((gray if self.use_gray else crop)[None].to(parameter)))
+        pixels = self.tower.prepare((gray if self.use_gray else crop)[None].to(parameter.device))
+        seen, hidden = self.tower(pixels.to(parameter.dtype))  # cast when it is fitted: a CPU has no bicubic in bfloat16
         id_cond = torch.cat([self.recogniser(face), seen.float().cpu()], dim=1)
         kept = tuple(level.float().cpu() for level in hidden)
         return Identity(id_cond[:, None], kept, self.models, face.places[None, None].cpu())

@@ -16,8 +16,10 @@ from torch.nn.functional import interpolate
 
 from openpulid.errors import PictureError, TrainingError
 from openpulid.faces.face import Face
+from openpulid.faces.photos import LONGEST
 from openpulid.identity.photos import PhotoFeatures
-from openpulid.images import open_picture
+from openpulid.images import open_picture, shrunk
+from openpulid.pictures import to_images
 from openpulid.training.bases import SDXLBase
 from openpulid.training.data import Draw
 from openpulid.training.process import Ranks
@@ -142,7 +144,7 @@ class Photographs:
         centre = (box[:2] + box[2:]) / 2
         corner = np.clip(centre - side / 2, 0, np.array(image.size) - side).round().astype(int)
         crop = image.crop((*corner, *(corner + side))).resize((self.pixels, self.pixels), Image.Resampling.LANCZOS)
-        square = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 255
+        square = to_images([crop])[0]
         scale = self.pixels / side
         placed = torch.from_numpy((box.reshape(2, 2) - corner) * scale).flatten().float()
         return square, Face(square, placed, torch.from_numpy((five - corner) * scale).float(), 1.0)
@@ -193,8 +195,11 @@ def _where(path: Path, features: PhotoFeatures) -> list[float] | None:
     except PictureError as error:
         logger.warning("%s", error)
         return None
-    faces = features.find(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255)
-    return [round(v, 2) for v in (*faces[0].box.tolist(), *faces[0].landmarks.flatten().tolist())] if faces else None
+    small = shrunk(image, LONGEST)  # as a photo is read when somebody is shown
+    faces, scale = features.find(to_images([small])[0]), max(image.size) / max(small.size)
+    if not faces:
+        return None
+    return [round(v * scale, 2) for v in (*faces[0].box.tolist(), *faces[0].landmarks.flatten().tolist())]
 
 
 def _width(place: Sequence[float]) -> float:

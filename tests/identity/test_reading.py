@@ -1,0 +1,94 @@
+"""What becomes of a photograph before and after its face is found, without a detector: at 1024 pixels, in bfloat16, in
+colour."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from facexlib.parsing.bisenet import BiSeNet
+from photo_networks import recogniser_file
+from PIL import Image
+
+from openpulid.errors import FaceError, IdentityError
+from openpulid.faces.choose import listed
+from openpulid.faces.detect import FaceFinder
+from openpulid.faces.face import Face
+from openpulid.faces.photos import TEMPLATE, ArcFace, FaceParser, PhotoFinder, aligned_photo
+from openpulid.identity.clip import ClipFeatures
+from openpulid.identity.features import FoundFaces
+from openpulid.identity.identity import Identity
+from openpulid.identity.photos import PhotoFeatures
+from openpulid.identity.vision import VisionTower
+from openpulid.presets import mini, sdxl
+from openpulid.studio import Studio
+
+MODELS = {"glintr100": "a", "EVA02": "b"}
+
+
+def tower() -> VisionTower:
+    torch.manual_seed(0)
+    return VisionTower(img_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2, num_classes=12, ref_grid=None).eval()
+
+
+@pytest.fixture
+def finder() -> FaceFinder:
+    """Takes every picture for a face, all of it."""
+    network = FaceFinder((8, 8, 8)).eval().requires_grad_(False)
+    network.score[-1].weight.zero_(), network.score[-1].bias.fill_(100)
+    network.parts.weight.zero_(), network.parts.bias.zero_()
+    network.parts.bias[4:8] = 100
+    return network
+
+
+def test_a_large_photograph_is_shrunk_before_it_is_read(finder) -> None:
+    features = ClipFeatures(FoundFaces(finder), None)
+    for preset, shape in ((sdxl(), (3, 1024, 768)), (mini(), (3, 1600, 1200))):  # the miniature's pictures are no photographs
+        ((_, (face,)),) = Studio(None, features, None, preset).faces(Image.new("RGB", (1200, 1600)))
+        assert face.image.shape == shape
+        assert listed([face]) == ["picture: face 0 at 0,0 to 1200,1600, score 1.00"]
+    small = np.random.default_rng(0).integers(0, 256, (600, 1024, 3), dtype=np.uint8)
+    ((_, (face,)),) = Studio(None, features, None, sdxl()).faces(Image.fromarray(small))
+    assert torch.equal((face.image * 255).round().byte(), torch.from_numpy(small).permute(2, 0, 1))
+
+
+def test_a_message_has_the_size_that_was_given(finder) -> None:
+    finder.score[-1].bias.fill_(-100)
+    studio = Studio(None, ClipFeatures(FoundFaces(finder), None), None, sdxl())
+    with pytest.raises(FaceError, match="no face was found in its 1200 x 1600 pixels"):
+        studio.faces(Image.new("RGB", (1200, 1600)))
+
+
+@torch.no_grad()
+def test_a_tower_in_bfloat16_reads_on_every_processor(tmp_path: Path) -> None:
+    image = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
+    face = Face(image, torch.tensor([0.0, 0, 1, 1]), torch.tensor(TEMPLATE) - torch.tensor([30.0, 200.0]), 1.0)
+    whole = tower()
+    expected, levels = whole(whole.prepare(aligned_photo(face)))
+    recogniser = ArcFace.load(recogniser_file(tmp_path / "glintr100.onnx", dim=12))
+    parser = FaceParser(BiSeNet(num_class=19))
+    features = PhotoFeatures(None, recogniser, parser, whole.to(torch.bfloat16), MODELS, use_gray=False)
+    (identity,) = features.identities([face])
+    assert identity.id_cond.shape == (1, 1, 12 + 12) and identity.models == features.models
+    for ours, theirs in zip((identity.id_cond[0, :, 12:], *identity.hidden), (expected, *levels), strict=True):
+        assert ours.dtype == torch.float32 and (ours - theirs).norm() < 0.1 * theirs.norm()
+
+
+def test_colour_and_gray_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recogniser_file(tmp_path / "glintr100.onnx")
+    (tmp_path / "EVA02.pt").write_bytes(b"a tower")
+    torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
+    monkeypatch.setattr(PhotoFinder, "load", lambda file, device: None)  # not here
+    monkeypatch.setattr(VisionTower, "from_published", lambda file: tower())  # the published one has 300 million numbers
+    files = [tmp_path / name for name in ("detector.onnx", "glintr100.onnx", "parsing.pth", "EVA02.pt")]
+    gray, colour = PhotoFeatures.load(*files), PhotoFeatures.load(*files, use_gray=False)
+    assert gray.use_gray and not colour.use_gray
+    assert set(gray.models) == {"glintr100", "EVA02"}  # identities that were made before go on to fit
+    one, other = (Identity(torch.zeros(1, 1, 24), (), features.models) for features in (gray, colour))
+    for identity, features in ((one, colour), (other, gray)):
+        with pytest.raises(IdentityError, match="another use_gray"):
+            identity.require(features.models)
+    other.require(colour.models)
