@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from people import anna, ben
-from tiny_flux import fresh, run, tiny_pipe
+from tiny_flux import fresh, run, tiny_pipe, tiny_transformer
+from torch import nn
 
 from openpulid.errors import OptionError
-from openpulid.memory import GIB, LEVELS, _stream, _weights, level, place, predicted
+from openpulid.memory import GIB, LEVELS, _stream, _weights, level, place, predicted, store_in_eight_bits, stored
 
 
 def test_weights_are_counted_exactly() -> None:
@@ -24,6 +25,54 @@ def test_weights_are_counted_exactly() -> None:
 def test_each_level_fits_its_name(name: str, limit: int) -> None:
     for size in ((896, 1152), (1024, 1024)):
         assert max(need.total for need in predicted(name, *size, text_tokens=512)) < 0.95 * limit * 1e9
+
+
+def test_eight_bits_are_counted_as_they_are_stored() -> None:
+    """The modulation is stored so, too, though diffusers calls it a norm; the last layers are not."""
+    transformer = tiny_pipe().transformer.bfloat16()
+    with torch.device("meta"):
+        counted = tiny_transformer().bfloat16()
+    for one in (transformer, counted):
+        store_in_eight_bits(one)
+    assert stored(counted) == sum(value.numel() * value.element_size() for value in transformer.state_dict().values())
+    for name, value in transformer.named_parameters():
+        kept = name.startswith(("norm_out.", "proj_out.")) or (value.ndim == 1 and not name.endswith("bias"))
+        assert value.element_size() == 1 + kept, name
+    weights = _weights()
+    assert 0.5 < weights["eight bits"] / weights["transformer"] < 0.505
+    assert {need.phase: need.parts for need in predicted("16gb")}["steps"]["transformer"] == weights["eight bits"]
+
+
+def test_a_lora_stays_as_it_is_beside_eight_bits() -> None:
+    from peft import LoraConfig
+
+    pipe = tiny_pipe()
+    torch.manual_seed(1)
+    lora = LoraConfig(r=2, target_modules=["to_q", "norm1.linear"], init_lora_weights=False)
+    pipe.transformer.add_adapter(lora, "style")
+    plain = run(pipe)
+    place(pipe, "24gb", torch.device("cpu"))
+    sizes = {
+        ("lora_" in name, part.weight.element_size())
+        for name, part in pipe.transformer.transformer_blocks.named_modules()
+        if isinstance(part, nn.Linear)
+    }
+    assert sizes == {(True, 4), (False, 1)}
+    assert abs(run(pipe) - plain).max() < 0.5 * abs(plain).max()
+
+
+def test_decoding_is_in_tiles_of_the_size_that_is_predicted() -> None:
+    """The autoencoder's own tile is as large as the pictures it was trained on."""
+    pipe, sizes = tiny_pipe(), []
+    place(pipe, "16gb", torch.device("cpu"))
+    vae = pipe.vae  # two pixels on a side for each of its latents, where FLUX's has eight
+    assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (512, 256)
+    vae.decoder.register_forward_pre_hook(lambda decoder, args: sizes.append(tuple(args[0].shape[-2:])))
+    with torch.no_grad():
+        vae.decode(torch.zeros(1, 4, 257, 4))
+    assert sizes == [(256, 4), (65, 4)]
+    decoded = [{need.phase: need.parts for need in predicted("16gb", side, side)}["decode"] for side in (512, 1024)]
+    assert decoded[0] == decoded[1]
 
 
 def test_less_is_less() -> None:

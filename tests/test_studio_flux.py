@@ -10,6 +10,7 @@ from people import anna
 from tiny_flux import fresh, tiny_pipe
 
 from openpulid.errors import OptionError, PromptError
+from openpulid.identity.identity import Identity
 from openpulid.presets import PRESETS, flux, flux_krea, flux_schnell, with_options
 from openpulid.studio import Studio, load
 
@@ -51,6 +52,23 @@ def test_options_reach_the_image(studio) -> None:
     assert len({plain, late, *different}) == 7
     assert made(start=0.5) == made(start_step=2)
     assert made(start_step=3) == studio.generate("portrait", seed=1).images[0].tobytes() == made(scale=0.0)
+
+
+def test_guidance_begins_where_it_does_with_somebody(studio) -> None:
+    """Where nobody is shown, too: without an identity, at a scale of 0, and before the identity acts."""
+
+    def made(person: Identity | None = anna, **options) -> bytes:
+        known = {"true_cfg": 3.0, "negative": "a person", "seed": 1}
+        return studio.generate("portrait", person, **known, **options).images[0].tobytes()
+
+    plain, images = studio.generate("portrait", seed=1).images[0].tobytes(), set()
+    for first in (0, 2, 3):
+        nobody = made(None, timestep_to_start_cfg=first)
+        assert nobody == made(scale=0.0, timestep_to_start_cfg=first) == made(start_step=3, timestep_to_start_cfg=first)
+        assert (nobody == plain) == (first == 3)  # of three steps
+        images.add(nobody)
+    assert len(images) == 3
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in studio.pipe.transformer.modules())
 
 
 def test_what_the_text_encoder_would_drop_is_refused(studio) -> None:

@@ -37,8 +37,16 @@ LEVELS: dict[str, Level] = {
     "16gb": Level("fp8", offloaded=True, faces_on_cpu=True, tiled=True),
     "12gb": Level("streamed", offloaded=True, faces_on_cpu=True, tiled=True),
 }
-"""All of them use what diffusers has: layerwise casting, model offload, group offload with streams. Eight bits cost a little
-likeness in fine features; streaming costs time and nothing else."""
+"""All of them use what diffusers has: layerwise casting, model offload, group offload with streams. What eight bits cost in
+likeness has not been measured; streaming costs time and nothing else."""
+
+KEPT = ("^norm_out$", "^proj_out$", "lora_")
+"""Names of what stays as it is where the transformer is stored in eight bits: the last layers, and every LoRA. Norms do anyway,
+since only matrices are cast. diffusers' own rule passes over whatever is called a norm, and so over the modulation inside: more
+than a quarter of the transformer."""
+
+TILE = 512
+"""Pixels on a side of a tile. Of itself FLUX's autoencoder takes 1024, which is the whole picture."""
 
 STREAMED_BLOCKS = 2
 """Blocks of the transformer on the device at a time: while one computes the next one comes. diffusers streams one by one."""
@@ -56,8 +64,9 @@ def place(pipe: Any, name: str, device: torch.device) -> None:
     chosen = level(name)
     if chosen.tiled:
         pipe.vae.enable_tiling()
+        pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = TILE, TILE // pipe.vae_scale_factor
     if chosen.transformer == "fp8" and not getattr(pipe.transformer, "is_quantized", False):  # one that is small stays
-        pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=pipe.transformer.dtype)
+        store_in_eight_bits(pipe.transformer)
     if device.type == "cpu":
         return  # there is nowhere to go
     if chosen.transformer == "streamed":
@@ -66,6 +75,13 @@ def place(pipe: Any, name: str, device: torch.device) -> None:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
+
+
+def store_in_eight_bits(transformer: Any) -> None:
+    """Its matrices, but for those in `KEPT`: each is computed in the dtype that it has now, and small before and after."""
+    from diffusers.hooks import apply_layerwise_casting
+
+    apply_layerwise_casting(transformer, torch.float8_e4m3fn, transformer.dtype, skip_modules_pattern=KEPT)
 
 
 def _stream(pipe: Any, device: torch.device) -> None:
@@ -99,14 +115,14 @@ def predicted(name: str, width: int = 896, height: int = 1152, text_tokens: int 
     sizes = _weights()
     faces = 0 if chosen.faces_on_cpu else sizes["faces"]
     if chosen.transformer == "fp8":
-        sizes["transformer"] //= 2
+        sizes["transformer"] = sizes["eight bits"]
     elif chosen.transformer == "streamed":
         sizes["transformer"] = STREAMED_BLOCKS * sizes["block"] + sizes["around"]
         sizes["text"] //= 24  # a layer at a time
     image = (width // 16) * (height // 16)
     # a single block: hidden, residual, normalised, queries, keys, values, the four-fold feed-forward twice, both joined
     alive = (image + text_tokens) * 3072 * 2 * (6 + 8 + 5)
-    area = min(width * height, 512 * 512) if chosen.tiled else width * height
+    area = min(width, TILE) * min(height, TILE) if chosen.tiled else width * height
     decode = area * (256 + 2 * 128) * 2  # the last level of the decoder: in, between, out
     always = {"adapter": sizes["adapter"], "identity": sizes["identity"], "faces": faces}
     if chosen.transformer == "streamed":
@@ -123,7 +139,7 @@ def predicted(name: str, width: int = 896, height: int = 1152, text_tokens: int 
 
 
 def _weights() -> dict[str, int]:
-    """Bytes in bfloat16 of FLUX.1's parts and PuLID's, counted on the meta device."""
+    """Bytes in bfloat16 of FLUX.1's parts and PuLID's, and of the transformer in eight bits, counted on the meta device."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -134,30 +150,33 @@ def _weights() -> dict[str, int]:
     t5 = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
     clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel(guidance_embeds=True)
+        transformer = FluxTransformer2DModel(guidance_embeds=True).bfloat16()
         former = IDFormer()
-        adapter = PuLIDFlux.for_transformer(transformer, former)
+        adapter = PuLIDFlux.for_transformer(transformer, former).bfloat16()
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
-        text = _bytes(T5EncoderModel(t5)) + _bytes(CLIPTextModel(clip))
-        faces = _bytes(VisionTower()) + 60 * 10**6  # and detector, parsing
-        tokens = torch.empty(1, 32, former.config["output_dim"])
+        ).bfloat16()  # fmt: skip
+        text = stored(T5EncoderModel(t5).bfloat16()) + stored(CLIPTextModel(clip).bfloat16())
+        faces = stored(VisionTower().bfloat16()) + 60 * 10**6  # and detector, parsing
+        tokens = torch.empty(1, 32, former.config["output_dim"], dtype=torch.bfloat16)
         folded = [part for layer in adapter._layers() for part in layer.fold(tokens)]
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    whole = _bytes(transformer)
+    blocks = [stored(block) for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
+    whole = stored(transformer)
+    store_in_eight_bits(transformer)
     return {
         "transformer": whole,
-        "block": max(map(_bytes, blocks)),
-        "around": whole - sum(map(_bytes, blocks)),
+        "eight bits": stored(transformer),
+        "block": max(blocks),
+        "around": whole - sum(blocks),
         "text": text,
-        "vae": _bytes(vae),
-        "adapter": _bytes(adapter),
-        "identity": 2 * sum(part.numel() for part in folded),
+        "vae": stored(vae),
+        "adapter": stored(adapter),
+        "identity": sum(part.nbytes for part in folded),
         "faces": faces,
     }
 
 
-def _bytes(module: nn.Module) -> int:
-    return 2 * sum(parameter.numel() for parameter in module.parameters())
+def stored(module: nn.Module) -> int:
+    """Bytes of a module's weights, as they are now."""
+    return sum(parameter.nbytes for parameter in module.parameters())

@@ -11,13 +11,11 @@ import difflib
 import os
 import re
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -26,15 +24,17 @@ from openpulid.errors import FaceError, OptionError, PromptError
 from openpulid.faces.choose import chosen, ordered
 from openpulid.faces.draw import drawn
 from openpulid.faces.face import Face
-from openpulid.faces.photos import pack
+from openpulid.faces.photos import LONGEST, pack
 from openpulid.identity.features import Features
 from openpulid.identity.identity import Identity, fused
-from openpulid.images import open_picture
+from openpulid.images import open_picture, shrunk
 from openpulid.loading import best_device, load_features, load_method, load_pipeline
 from openpulid.memory import level
 from openpulid.methods.base import Method
+from openpulid.methods.pulid.flux import guided_from
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.regions import People, people_by_prompt
+from openpulid.pictures import to_images
 from openpulid.presets import Preset
 
 Place = str | os.PathLike[str]
@@ -121,7 +121,10 @@ class Studio:
         opened = [(open_picture(photo), _label(photo)) for photo in photos]  # a bad file is known before any is read
         found = []
         for image, label in opened:
-            found.append((label, self.features.find(_tensor(image))))
+            # photographs alone: the miniature's finder fits pictures itself
+            seen = image if self.preset.parser is None else shrunk(image, LONGEST)
+            scale = max(image.size) / max(seen.size)
+            found.append((label, [replace(face, scale=scale) for face in self.features.find(to_images([seen])[0])]))
             if not found[-1][1]:
                 way_out = self.preset.no_face or "take a picture in which one face is large and seen from the front."
                 width, height = image.size
@@ -189,8 +192,10 @@ class Studio:
         return Result(images, seeds, chosen)
 
     def _showing(self, identity: People | None, chosen: Preset) -> Any:
+        if chosen.true_cfg <= 1:  # nothing is guided so, and nothing waits for its step
+            chosen = replace(chosen, timestep_to_start_cfg=0)
         if identity is None:
-            return nullcontext()
+            return guided_from(self.pipe, chosen.timestep_to_start_cfg)
         if self.adapter is None:
             raise OptionError("this studio was made without an adapter; load a preset that has one.")
         if not isinstance(identity, Identity) and self.preset.method != "pulid":
@@ -340,8 +345,3 @@ def _label(picture: Picture) -> str:
     if isinstance(picture, Image.Image):
         return str(getattr(picture, "filename", "") or "picture")
     return str(Path(picture))
-
-
-def _tensor(image: Image.Image) -> torch.Tensor:
-    """(3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

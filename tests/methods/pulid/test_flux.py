@@ -10,14 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from people import anna, ben, distance
 from people import fresh as fresh_sdxl
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_flux import SMALL, fresh, run, tiny_pipe
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
+from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.dit import PerceiverCrossAttention, Turn, places
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
@@ -242,15 +249,19 @@ def test_the_negative_prompt_shows_nobody(pipe) -> None:
         assert distance(run(pipe), seen[2]) < 1e-5  # never guided
 
 
-def test_batches_are_what_single_images_are(pipe) -> None:
+@pytest.mark.parametrize("negative", [False, True])
+def test_batches_are_what_single_images_are(pipe, negative: bool) -> None:
+    """Beside a negative prompt, too, which shows the same nobody to each."""
     adapter = fresh(pipe)
     with adapter.use([anna, ben]):
-        both = run(pipe, count=2)
-    with adapter.use([anna, anna]):
-        twice = run(pipe, count=2)
-    assert distance(both[:1], twice[:1]) < 1e-5 and distance(both[1:], twice[1:]) > 1e-3
+        both = run(pipe, count=2, negative=negative)
+    for own, one in enumerate((anna, ben)):
+        with adapter.use([one, one]):
+            twice = run(pipe, count=2, negative=negative)
+        apart = [distance(*pair) for pair in zip(both, twice, strict=True)]
+        assert apart[own] < 1e-5 and apart[1 - own] > 1e-3
     with pytest.raises(OptionError, match="do not fit"), adapter.use([anna, ben]):
-        run(pipe, count=3)
+        run(pipe, count=3, negative=negative)
 
 
 def test_masks_limit_where_each_acts(pipe) -> None:
@@ -275,6 +286,50 @@ def test_masks_limit_where_each_acts(pipe) -> None:
             run(pipe, steps=1)
             hook.remove()
     assert torch.equal(kept[0][:, 4:], kept[1][:, 4:]) and not torch.equal(kept[0][:, :4], kept[1][:, :4])
+
+
+def test_the_negative_prompt_shows_nobody_where_somebody_is(pipe) -> None:
+    """In all the regions together: right after the first block a token outside them is what it was."""
+    left, top = torch.zeros(8, 8), torch.zeros(8, 8)
+    left[:, :4], top[:4] = 1, 1
+    adapter, first = fresh(pipe), pipe.transformer.transformer_blocks[0]
+
+    def negative(people: Any, scale: float = 1.0) -> Tensor:
+        kept: list[Tensor] = []
+        with adapter.use(people, scale=scale):
+            hook = first.register_forward_hook(lambda block, args, output: kept.append(output[1].reshape(8, 8, -1)))
+            run(pipe, negative=True, steps=1)
+            hook.remove()
+        assert len(kept) == 2
+        return kept[1]
+
+    nobody, before = negative(anna), negative(anna, scale=0.0)
+    torch.testing.assert_close(negative([(anna, left), (ben, 1 - left)]), nobody)
+    above = negative([(anna, left * top), (ben, (1 - left) * top)])
+    torch.testing.assert_close(above[:4], nobody[:4])
+    assert torch.equal(above[4:], before[4:]) and not torch.equal(nobody[4:], before[4:])
+
+
+def test_masks_on_a_wide_picture_beside_references(golden, transformer, adapter) -> None:
+    """4 x 9 tokens are made; a reference of 6 x 2, as Kontext lays it behind them, has rows that these do not have."""
+    mask = torch.zeros(8, 18)
+    mask[:4, :8] = 1
+    inside = torch.zeros(4, 9, dtype=torch.bool)
+    inside[:2, :4] = True
+    made = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(9.0))
+    reference = torch.cartesian_prod(torch.ones(1), torch.arange(6.0), torch.arange(2.0))
+    image = torch.cat([golden.input("flux.img", 1, 36, 16), torch.ones(1, 12, 16)], 1)
+    text = golden.input("flux.txt", 1, 8, 40), golden.input("flux.vec", 1, 24)
+    seen: list[Tensor] = []
+    first = transformer.transformer_blocks[0]
+    for scale in (0.0, 1.0):
+        with torch.no_grad(), adapter.use([(anna, mask)], scale=scale):
+            hook = first.register_forward_hook(lambda block, args, output: seen.append(output[1][0]))
+            ids = torch.cat([made, reference]), torch.zeros(8, 3)
+            transformer(image, *text, torch.tensor([0.7]), *ids, torch.tensor([3.5]))
+            hook.remove()
+    changed = (seen[0] != seen[1]).any(-1)
+    assert torch.equal(changed, torch.cat([inside.flatten(), torch.zeros(12, dtype=torch.bool)]))
 
 
 def test_image_to_image_and_references(pipe) -> None:
@@ -308,24 +363,49 @@ def test_reference_tokens_are_left_alone(golden, transformer, adapter) -> None:
     assert torch.equal(seen[0][:, 36:], seen[1][:, 36:]) and not torch.equal(seen[0][:, :36], seen[1][:, :36])
 
 
+def inputs() -> tuple[Tensor, ...]:
+    """A call of the tiny transformer, 4 x 4 tokens."""
+    given = (torch.randn(1, 16, 16), torch.randn(1, 7, 24), torch.randn(1, 20), torch.tensor([0.5]))
+    grid = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+    return *given, grid, torch.zeros(7, 3), torch.tensor([3.5])
+
+
 def test_gradients_reach_the_adapter_through_checkpointed_blocks(pipe) -> None:
     adapter = fresh(pipe).requires_grad_(True)
     transformer = pipe.transformer.requires_grad_(False)
-    given = (torch.randn(1, 16, 16), torch.randn(1, 7, 24), torch.randn(1, 20), torch.tensor([0.5]))
-    grid = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(4.0), torch.arange(4.0), indexing="ij"), -1).reshape(16, 3)
-    gradients = []
+    given, gradients = inputs(), []
     for checkpointing in (False, True):
         transformer.enable_gradient_checkpointing() if checkpointing else transformer.disable_gradient_checkpointing()
         transformer.train(checkpointing)
         adapter.zero_grad()
         with adapter.use_tokens(adapter.encode(anna.id_cond, anna.hidden)):
-            out = transformer(*given, grid, torch.zeros(7, 3), torch.tensor([3.5]), return_dict=False)[0]
+            out = transformer(*given, return_dict=False)[0]
             out.square().sum().backward()
         gradients.append([p.grad.clone() for p in adapter.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(list(adapter.parameters()))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
     assert all(p.grad is None for p in transformer.parameters())
+
+
+def test_a_negative_call_beside_checkpointed_blocks_is_refused(pipe) -> None:
+    """Called once more for the gradient, the blocks of the positive call would show nobody."""
+    adapter, given = fresh(pipe), inputs()
+    tokens = adapter.encode(anna.id_cond, anna.hidden)
+
+    def calls(*graded: bool) -> None:
+        with adapter.use_tokens(tokens, negative=tokens):
+            for gradient in graded:
+                with torch.set_grad_enabled(gradient):
+                    pipe.transformer(*given)
+
+    pipe.transformer.enable_gradient_checkpointing()
+    for graded in ((True, True), (True, False), (False, True)):
+        with pytest.raises(OptionError, match="negative prompt cannot be combined with gradient checkpointing"):
+            calls(*graded)
+    calls(False, False), calls(True)
+    pipe.transformer.disable_gradient_checkpointing()
+    calls(True, True)
 
 
 def test_caching_hooks_of_diffusers(pipe) -> None:
@@ -349,6 +429,22 @@ def test_another_transformer_is_refused(pipe, adapter) -> None:
         adapter.attach(pipe)
     with pytest.raises(OptionError, match="no FLUX transformer"):
         fresh(pipe).attach(nn.Linear(1, 1))
+    sizes = {"in_channels": 16, "num_layers": 3, "num_single_layers": 5, "attention_head_dim": 16, "num_attention_heads": 2}
+    own = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    chroma = ChromaTransformer2DModel(**sizes, **own, joint_attention_dim=24, axes_dims_rope=(4, 6, 6))
+    with pytest.raises(OptionError, match=r"ChromaTransformer2DModel is not FLUX\.1's transformer: Chroma and others"):
+        fresh(pipe).attach(chroma)
+
+
+def test_the_variant_names_the_file(pipe, tmp_path) -> None:
+    """Published files have one size only: what is smaller is found by its name, and refused by its shapes."""
+    former = IDFormer(**SMALL, output_dim=16, hidden_dim=16)
+    adapter = PuLIDFlux.for_transformer(pipe.transformer, former, dim_head=128, heads=1)
+    save_file(adapter.state_dict(), tmp_path / "pulid_flux_v0.9.0.safetensors")
+    with pytest.raises(WeightsError, match="size mismatch"):
+        PuLID.from_pretrained(tmp_path, variant="flux-v0.9.0")
+    with pytest.raises(WeightsError, match=r"pulid_flux_v0\.9\.1\.safetensors does not exist"):
+        PuLID.from_pretrained(tmp_path, variant="flux-v0.9.1")
 
 
 def test_an_adapter_of_the_other_family_is_refused(pipe, tiny_pipeline) -> None:

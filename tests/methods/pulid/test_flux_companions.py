@@ -22,6 +22,7 @@ from diffusers import (
     MagCacheConfig,
     TaylorSeerCacheConfig,
 )
+from diffusers.hooks import HookRegistry, apply_first_block_cache, apply_mag_cache, apply_taylorseer_cache
 from people import anna, ben, distance
 from tiny_flux import fresh, run, tiny_pipe
 from torch import Tensor, nn
@@ -157,17 +158,24 @@ CACHES = {
     "magnitudes": MagCacheConfig(threshold=10.0, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4),
     "expansion": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, use_lite_mode=True),
 }
+FUNCTIONS = {"first block": apply_first_block_cache, "magnitudes": apply_mag_cache, "expansion": apply_taylorseer_cache}
 
 
+@pytest.mark.parametrize("by_function", [False, True])
 @pytest.mark.parametrize("name", CACHES)
-def test_a_step_that_a_cache_skips_gets_the_identity_once(name: str) -> None:
+def test_a_step_that_a_cache_skips_gets_the_identity_once(name: str, by_function: bool) -> None:
     """What the cache repeats has it already: a cache must not make the identity any less, or more, itself."""
     pipe = tiny_pipe(num_single_layers=6)
     adapter = fresh(pipe)
     plain = run(pipe)
     with adapter.use(anna):
         exact = run(pipe)
-    pipe.transformer.enable_cache(CACHES[name])
+    if by_function:
+        FUNCTIONS[name](pipe.transformer, CACHES[name])
+        HookRegistry.check_if_exists_or_initialize(pipe.transformer).invalidate_child_registries_cache()  # it has run before
+    else:
+        pipe.transformer.enable_cache(CACHES[name])
+    assert pipe.transformer.is_cache_enabled != by_function
     cached = run(pipe)
     with adapter.use(anna):
         with_identity = run(pipe)
@@ -175,8 +183,9 @@ def test_a_step_that_a_cache_skips_gets_the_identity_once(name: str) -> None:
     assert distance(cached, plain) > 1e-3 and distance(with_identity, exact) < 2 * distance(cached, plain)
     assert distance(with_identity, cached) > 0.5 * distance(exact, plain)
     assert np.array_equal(run(pipe), cached)
-    pipe.transformer.disable_cache()
-    assert np.array_equal(run(pipe), plain)
+    if not by_function:
+        pipe.transformer.disable_cache()
+        assert np.array_equal(run(pipe), plain)
 
 
 def test_a_skipped_step_ends_with_what_the_first_block_gave() -> None:

@@ -22,6 +22,10 @@ from openpulid.methods.attachment import in_use
 
 Folded = tuple[Tensor, Tensor]  # (J, P, dim, h * N) and (J, P, h * N, dim): what P prompts with J people are read by
 
+CACHES = ("fbc_", "mag_cache_", "sea_cache_", "taylorseer_cache")
+"""How those hooks of diffusers are called that may answer in a whole block's place; applied by a function of their own, as
+`apply_first_block_cache`, they do not show in `is_cache_enabled`."""
+
 
 class PerceiverCrossAttention(nn.Module):
     """Image tokens read identity tokens; published names (PuLID for FLUX).
@@ -120,6 +124,7 @@ class FluxInjection:
     active: bool = False
     cached: bool = False  # whether diffusers' caching may answer for a block
     computed: bool = True  # whether the block that is being called did anything itself
+    recomputed: bool = False  # whether the blocks of some call are called once more, for its gradient
     unjoined: Any = None  # what the last joined block of this call gave, before the identity joined
     made: int | None = None  # image tokens that are being made; what follows them are references
     regions: Tensor | None = None  # (J, B, L, 1)
@@ -136,12 +141,22 @@ class FluxInjection:
         self.computed, self.unjoined = not self.cached, None
         if not self.active:
             return
+        self._refuse_recomputing(transformer)
         ids = given["img_ids"][0] if given["img_ids"].ndim == 3 else given["img_ids"]
         own = ids[:, 0] == 0
         self.made = None if bool(own.all()) else int(own.sum())
         self.regions = self._regions(ids[own], len(given["hidden_states"]))
         if self.turn.negative and self._nobody is None:
             self._nobody = self.negative()
+
+    def _refuse_recomputing(self, transformer: Any) -> None:
+        """A block that is called once more is read by what the last call was: a positive one's, after a negative, by nobody."""
+        self.recomputed |= torch.is_grad_enabled() and getattr(transformer, "is_gradient_checkpointing", False)
+        if self.turn.negative and self.recomputed:
+            raise OptionError(
+                "a negative prompt cannot be combined with gradient checkpointing; leave it out, or call "
+                "transformer.disable_gradient_checkpointing()."
+            )
 
     def after(self, transformer: Any, args: Any, output: Any) -> Any:
         """Forward hook of the transformer: before true guidance begins, negative is positive, so that nothing is guided."""
@@ -157,8 +172,8 @@ class FluxInjection:
     def join(self, place: tuple[str, int]) -> Callable[..., Any]:
         """The forward hook of one block.
 
-        A step that a cache skips (`enable_cache`) repeats what the blocks added in the last whole one, the identity too. The
-        first block may give all of it at once; the others then hand it on, and what had joined the first is taken back.
+        A step that a cache skips repeats what the blocks added in the last whole one, the identity too. The first block may
+        give all of it at once; the others then hand it on, and what had joined the first is taken back.
         """
         layer = self.layers[place]
 
@@ -226,8 +241,8 @@ def injected_flux(transformer: Any, injection: FluxInjection) -> Iterator[None]:
     }
     # the hooks read Python values that change from call to call: compiled, every place would be compiled of its own
     plain = torch.compiler.disable
-    injection.cached = getattr(transformer, "is_cache_enabled", False)
     joined = [(place, blocks[place[0]][place[1]]) for place in injection.layers]
+    injection.cached = getattr(transformer, "is_cache_enabled", False) or any(_cached(block) for _, block in joined)
     around = [transformer, *(block for _, block in joined if injection.cached)]
     with in_use(transformer, around), ExitStack() as undo:
         undo.callback(transformer.register_forward_pre_hook(plain(injection.before), with_kwargs=True).remove)
@@ -237,6 +252,11 @@ def injected_flux(transformer: Any, injection: FluxInjection) -> Iterator[None]:
             if injection.cached:
                 undo.callback(first_part(block).register_forward_pre_hook(plain(injection.begins)).remove)
         yield
+
+
+def _cached(block: nn.Module) -> bool:
+    registry = getattr(block, "_diffusers_hook", None)
+    return registry is not None and any(name.startswith(CACHES) for name in registry.hooks)
 
 
 def first_part(block: nn.Module) -> nn.Module:

@@ -40,11 +40,19 @@ class PuLIDFlux(IdentityAdapter):
 
     @staticmethod
     def network(target: Any) -> Any:
+        from diffusers import FluxTransformer2DModel
+
         transformer = getattr(target, "transformer", target)
         if not hasattr(transformer, "single_transformer_blocks"):
             raise OptionError(
                 f"{type(target).__name__} has no FLUX transformer; attach to a FLUX pipeline or its transformer, or take an "
                 "adapter for SDXL."
+            )
+        # where it is compiled, or wrapped for training, it lies further inside
+        if not any(isinstance(part, FluxTransformer2DModel) for part in transformer.modules()):
+            raise OptionError(
+                f"{type(transformer).__name__} is not FLUX.1's transformer: Chroma and others with blocks of the same name are "
+                "other models; attach to FLUX.1 or a finetune of it."
             )
         return transformer
 
@@ -118,10 +126,10 @@ class PuLIDFlux(IdentityAdapter):
 
         Args:
             people: as `PuLID.use` takes them; masks lie over the picture that is being made.
-            scale: weight of the identity; 0 costs nothing.
+            scale: weight of the identity; 0 shows nobody and costs nothing.
             start, end: fractions of the schedule between which it acts, [start, end).
             start_step: the step from which it acts, instead of `start`: 4 for likeness in photographs, 0 or 1 for styles.
-            timestep_to_start_cfg: the step from which a negative prompt counts.
+            timestep_to_start_cfg: the step from which a negative prompt counts, whatever the scale.
             pipe: only this one of the attached pipelines.
 
         Raises:
@@ -177,12 +185,12 @@ class PuLIDFlux(IdentityAdapter):
         pipe: Any,
     ) -> Iterator[None]:
         targets = self.serving(pipe)
-        if scale == 0:
-            yield
-            return
         with ExitStack() as stack:
             pairs: dict[tuple[str, int], Folded] | None = None
             for target in targets:
+                if scale == 0:
+                    stack.enter_context(guided_from(target, cfg_from))
+                    continue
                 transformer = self.network(target)
                 where = places(transformer, self.double_interval, self.single_interval)
                 layers = dict(zip(where, self._layers(), strict=True))
@@ -195,6 +203,21 @@ class PuLIDFlux(IdentityAdapter):
 
     def _layers(self) -> list[PerceiverCrossAttention]:
         return list(self.pulid_ca)  # type: ignore[arg-type]
+
+
+@contextmanager
+def guided_from(target: Any, step: int) -> Iterator[None]:
+    """Nobody is shown, and a negative prompt counts from a step on, as it does beside an identity.
+
+    Args:
+        target: a FLUX pipeline or its transformer; with a step of 0 nothing of it changes.
+    """
+    if step <= 0:
+        yield
+        return
+    injection = FluxInjection({}, {}, dict, lambda step, steps: False, cfg_from=step, schedule=partial(_schedule, target))
+    with injected_flux(PuLIDFlux.network(target), injection):
+        yield
 
 
 def _folded(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Tensor) -> dict[tuple[str, int], Folded]:
