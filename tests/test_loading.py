@@ -15,6 +15,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from people import anna
 from safetensors.torch import load_file, save_file
 from tiny_flux import fresh, run, tiny_pipe, tiny_transformer
@@ -23,7 +24,7 @@ from openpulid import loading
 from openpulid.errors import WeightsError
 from openpulid.loading import found, half, load_features, load_pipeline, multiplies_bf16
 from openpulid.memory import LEVELS
-from openpulid.presets import Preset, flux, mini, on_base, sdxl
+from openpulid.presets import MINIATURE, Preset, flux, mini, mini_lightning, on_base, sdxl, sdxl_v1
 from openpulid.published import FOLDER_VARIABLE
 
 CPU = torch.device("cpu")
@@ -52,6 +53,19 @@ def test_what_a_base_is(folder: Path, preset: Preset) -> None:
     for whole in (folder / "pipeline", "owner/name"):
         assert on_base(preset, whole) == replace(preset, pipeline=whole)
     assert on_base(sdxl(), folder / "other.safetensors").pipeline == folder / "other.safetensors"
+    own = replace(preset, transformer=folder / "third")
+    assert on_base(own, folder / "pipeline").transformer is None
+
+
+def test_the_chosen_base_is_there_and_not_the_presets_unet() -> None:
+    chosen = on_base(sdxl_v1(), "owner/name")
+    assert "lightning-4step" in sdxl_v1().published and "lightning-4step" not in chosen.published
+    assert (chosen.pipeline, chosen.steps, chosen.sampler) == ("owner/name", 4, "dpm")
+    pipe = load_pipeline(on_base(mini_lightning(), str(MINIATURE / "pipeline")), CPU)
+    folders = (MINIATURE / "pipeline" / "unet", MINIATURE / "lightning")
+    base, student = (UNet2DConditionModel.from_pretrained(x, torch_dtype=torch.float32).state_dict() for x in folders)
+    assert all(torch.equal(value, base[name]) for name, value in pipe.unet.state_dict().items())
+    assert any(not torch.equal(value, base[name]) for name, value in student.items())
 
 
 @pytest.mark.parametrize("level", LEVELS)

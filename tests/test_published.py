@@ -222,10 +222,12 @@ def test_a_broken_connection_is_taken_up_where_it_was(mirror: list[str], monkeyp
 
 def test_offline_nothing_is_asked(mirror: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    for name in ("pulid-v1.1", "sdxl-base"):
+    elsewhere: list[tuple[object, ...]] = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: elsewhere.append(args))
+    for name in ("pulid-v1.1", "sdxl-base", "parsing", "judge-lpips"):
         with pytest.raises(WeightsError, match=r"could not be downloaded .* files that are whole are kept"):
             published.get(name, say=lambda text: None)
-    assert mirror == []
+    assert mirror == elsewhere == []
 
 
 def test_a_pipeline_comes_in_half_precision_where_there_is_one(mirror: list[str], cache: Path, tmp_path: Path) -> None:

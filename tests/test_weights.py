@@ -1,11 +1,14 @@
 import hashlib
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from openpulid.errors import WeightsError
-from openpulid.weights import fill, load_module, read_metadata, save_module, sha256
+from openpulid.methods.pulid.adapter import PuLID
+from openpulid.weights import fill, load_module, read_metadata, read_tensors, save_module, sha256
 
 
 class Small(nn.Module):
@@ -72,6 +75,28 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path):
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
     module = Small()
     fill(module, Other().state_dict(), "not these")
+
+
+class Hostile:
+    """What a pickle may hold: who loads it makes a folder."""
+
+    def __init__(self, made: Path):
+        self.made = made
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.made),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_pickle_does_nothing(tmp_path, zipped):
+    file, made = tmp_path / "pulid_v1.bin", tmp_path / "made"
+    torch.save({"layer": torch.ones(1), "more": Hostile(made)}, file, _use_new_zipfile_serialization=zipped)
+    for read in (read_tensors, PuLID.load):
+        with pytest.raises(WeightsError, match=r"pulid_v1\.bin is damaged or holds more than weights") as error:
+            read(file)
+        assert "\n" not in str(error.value) and not made.exists()
+    torch.load(file, weights_only=False)
+    assert made.is_dir()  # what it would have done
 
 
 def test_sha256(tmp_path):

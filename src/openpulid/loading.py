@@ -124,7 +124,8 @@ def load_method(preset: Preset, device: torch.device) -> Any:
     kind: Any = PuLIDFlux if preset.family == "flux" else find(preset.method)
     for place in BESIDE.get(preset.method, ()) if isinstance(preset.adapter, str) else ():
         found(place)  # what is missing is said at once
-    if isinstance(preset.adapter, Path) and preset.method in OF_THE_MINIATURE and not preset.adapter.exists():
+    own = preset.parser is None and preset.method in OF_THE_MINIATURE
+    if own and isinstance(preset.adapter, Path) and not preset.adapter.exists():
         raise WeightsError(f"{preset.adapter} is not there; `pulid mini build --method {preset.method}` trains it.")
     return kind.load(found(preset.adapter)).to(device, precision(preset, device))
 

@@ -20,7 +20,7 @@ Place = Path | str
 NEGATIVE = (
     "flaws in the eyes, flaws in the face, flaws, lowres, non-HDRi, low quality, worst quality, artifacts noise, text, "
     "watermark, glitch, deformed, mutated, ugly, disfigured, hands, low resolution, partially rendered objects, "
-    "deformed or partially rendered eyes, deformed eyeballs, cross-eyed, blurry"
+    "deformed or partially rendered eyes, deformed, deformed eyeballs, cross-eyed, blurry"
 )
 """What the published demo of SDXL does not want to see."""
 
@@ -242,20 +242,21 @@ def with_method(preset: Preset, method: str, adapter: Place | None = None) -> Pr
         raise OptionError(f"{method} is for SDXL and {preset.name} is FLUX; choose another preset, or PuLID.")
     named = {"name": f"{preset.name}, {method}", "method": method, "adapter": method}
     changes = {**named, "start": 0.0, "end": 1.0, **RIVALS[method]}
-    if isinstance(preset.adapter, Path):
+    if preset.parser is None and isinstance(preset.finder, Path):  # the miniature; its adapter may be somebody's own
         if method not in OF_THE_MINIATURE:
             raise OptionError(f"the miniature has no {method}; it has pulid, {', '.join(OF_THE_MINIATURE)}.")
         known = ("recogniser", "vision", "view", "scale")
         changes |= {name: getattr(preset, name) for name in known} | OF_THE_MINIATURE[method]
-        changes["adapter"] = preset.adapter.with_name(OF_THE_MINIATURE[method].get("adapter", f"{method}.safetensors"))
+        changes["adapter"] = preset.finder.with_name(OF_THE_MINIATURE[method].get("adapter", f"{method}.safetensors"))
     return replace(preset, **changes | ({"adapter": adapter} if adapter else {}))
 
 
 def on_base(preset: Preset, base: Place) -> Preset:
-    """The preset on another base: a pipeline; for FLUX a single file or a folder of a transformer alone, too, to which the
-    preset's own pipeline gives the rest."""
-    alone = Path(base).is_file() or (Path(base) / "config.json").is_file()
-    return replace(preset, transformer=base) if preset.family == "flux" and alone else replace(preset, pipeline=base)
+    """The preset on another base: a pipeline, whose own network is taken and not the one that the preset brings; for FLUX a
+    single file or a folder of a transformer alone, too, to which the preset's own pipeline gives the rest."""
+    if preset.family == "flux" and (Path(base).is_file() or (Path(base) / "config.json").is_file()):
+        return replace(preset, transformer=base)
+    return replace(preset, pipeline=base, unet=None, transformer=None)
 
 
 def options_of(preset: Preset) -> dict[str, Any]:

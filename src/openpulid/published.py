@@ -179,9 +179,11 @@ def locate(name: str, folder: str | os.PathLike[str] | None = None, weighted: bo
 
 
 def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[str], None] = print) -> Path:
-    """Where a weight lies, downloaded if it is nowhere yet. A connection that breaks is taken up where it was.
+    """Where a weight lies, downloaded if it is nowhere yet. From the hub a connection that breaks is taken up where it was; a
+    file that is on no hub begins again.
 
-    The hub's own variables hold: HF_ENDPOINT for a mirror, HF_HUB_OFFLINE for none at all, HF_TOKEN for what needs one.
+    The hub's own variables hold: HF_ENDPOINT for a mirror of it, HF_TOKEN for what needs one, and HF_HUB_OFFLINE for no
+    network at all.
 
     Args:
         folder: where to put it; the hub's cache by default.
@@ -293,10 +295,13 @@ def _has_weights(part: Path) -> bool:
 
 
 def _downloaded(entry: Weight, folder: Path | None, expected: str | None) -> Path:
-    from huggingface_hub import hf_hub_download, list_repo_files, snapshot_download
+    from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
     from torch.hub import download_url_to_file, get_dir
 
     if entry.repo.startswith("https://"):
+        if constants.HF_HUB_OFFLINE:  # who forbids the hub means every network
+            raise OfflineModeIsEnabled(f"Cannot reach {entry.repo}: offline mode is enabled by HF_HUB_OFFLINE")
         path = (folder or Path(get_dir()) / "checkpoints") / entry.file
         path.parent.mkdir(parents=True, exist_ok=True)
         in_name = re.search(r"-([0-9a-f]{8,})\.pth$", entry.file)  # as PyTorch names its own

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.apps import measures, stores, workshop
+from openpulid.apps import again, measures, stores, workshop
 from openpulid.apps.common import (
     AsJson,
+    Base,
     Device,
+    Faces,
     Folder,
     folder,
     image_name,
@@ -39,9 +41,7 @@ if TYPE_CHECKING:
     from openpulid.studio import Studio
 
 Preset = Annotated[str, typer.Option(help="The model, see `pulid presets list`; or a folder.")]
-Base = Annotated[str | None, typer.Option(help="Another checkpoint for the preset: a folder or a single file.")]
 Face = Annotated[str | None, typer.Option(help="Which face of a picture with several, from 0; `all` lists them.")]
-Faces = Annotated[Path | None, typer.Option(help="Folder of another insightface pack; the adapter must have learned with it.")]
 Order = Annotated[str, typer.Option(help="How faces are counted: large-small, left-right, top-bottom, or the reverse.")]
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -59,7 +59,7 @@ OPTIONS = (
 
 REQUEST = (
     *("prompt", "id", "preset", "base", "method", "size", "mask", "seed", "memory", "faces", "adapter"),
-    *("control", "control_picture", "control_scale", *OPTIONS),
+    *("control", "control_picture", "control_scale", "fingerprints", *OPTIONS),
 )
 """What an image carries, and `--from` makes it again by."""
 
@@ -215,6 +215,7 @@ def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, 
         if name:
             _check_picture(name)
     preset = _preset(request)
+    request = {**request, "fingerprints": again.fingerprints(request)}
     size = sides(request["size"], 16 if preset.family == "flux" else 8)
     studio = _studio(with_options(preset, size=size, **{name: request[name] for name in OPTIONS}), device)
     identity: Any = saved or (studio.identify(who) if who else None)
@@ -274,19 +275,11 @@ def _alone(ctx: typer.Context) -> None:
 
 def _request(path: str, memory: str | None) -> dict[str, Any]:
     """What an image of this command says of its making; `memory` goes before what it says of that."""
-    import json
-
-    from PIL import Image
-
     from openpulid.presets import options_of
 
     _check_picture(path)
-    with Image.open(path) as image:
-        found = image.info.get("openpulid")
-    try:
-        request = {**dict.fromkeys(REQUEST), **json.loads(found or "")}
-    except json.JSONDecodeError:
-        raise OptionError(f"{path} does not say how it was made; only images of `pulid generate` do.") from None
+    request = {**dict.fromkeys(REQUEST), **again.said(path)}
+    again.check_files(path, request)
     request["memory"] = memory or request["memory"]
     acting = options_of(_preset(request))  # older images carry options that did not act, too
     return request | {name: None for name in OPTIONS if name not in acting}

@@ -35,6 +35,8 @@ def known_device(name: str | None) -> str | None:
 
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Where the results go; made when missing.")]
 Device = Annotated[str | None, typer.Option(callback=known_device, help="Where to compute, such as cpu; the best by default.")]
+Base = Annotated[str | None, typer.Option(help="Another checkpoint for the preset: a folder or a single file.")]
+Faces = Annotated[Path | None, typer.Option(help="Folder of another insightface pack; the adapter must have learned with it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Nothing but the last line, as JSON.")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.base import METHODS, Method, find
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
+from openpulid.methods.pulid.unet import IdentityLayer
 
 
 @pytest.fixture
@@ -284,6 +286,9 @@ def test_an_adapter_of_another_base_is_refused(pipe) -> None:
     narrow = PuLID(IDEncoder(12, 32, vit_dim=8, hidden_dim=16), nn.ModuleDict())
     with pytest.raises(WeightsError, match="0 layers"):
         narrow.attach(pipe)
+    other = nn.ModuleDict({"1": IdentityLayer(8, 64)})
+    with pytest.raises(WeightsError, match="made for another U-Net: 1 layers"):
+        PuLID(IDEncoder(12, 64, vit_dim=8, hidden_dim=16), other).attach(pipe)
     with pytest.raises(OptionError, match="no U-Net"):
         narrow.attach(object())
 
@@ -397,6 +402,33 @@ def test_save_and_load(pipe, adapter, tmp_path) -> None:
     del state["id_adapter.body.0.bias"]
     with pytest.raises(WeightsError, match=r"id_adapter\.body\.0\.bias"):
         PuLID.from_state_dict(state, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
+
+
+def test_layers_that_a_file_lacks_are_named(pipe, adapter) -> None:
+    lost = ("id_adapter_attn_layers.3.", "id_adapter_attn_layers.11.")
+    state = {name: value for name, value in adapter.state_dict().items() if not name.startswith(lost)}
+    less = PuLID.from_state_dict(state, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
+    total = len(adapter.id_adapter_attn_layers)
+    with pytest.raises(WeightsError, match=rf"lacks 2 of {total} layers \(id_adapter_attn_layers 3, 11\); get its file again"):
+        less.attach(pipe)
+
+
+@pytest.mark.parametrize("more", ["x.id_to_k.weight", "id_adapter_attn_layers.x.id_to_k.weight", "extra.1.id_to_k.weight"])
+def test_names_that_are_no_layers(adapter, more: str) -> None:
+    for value in (torch.ones(2, 2), torch.ones(2)):
+        with pytest.raises(WeightsError, match=rf'Unexpected key\(s\) in state_dict: "{re.escape(more)}"') as error:
+            PuLID.from_state_dict({**adapter.state_dict(), more: value}, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["k", "v"])
+def test_half_a_layer_and_one_of_another_shape(adapter, part: str) -> None:
+    name = f"id_adapter_attn_layers.3.id_to_{part}.weight"
+    state = adapter.state_dict()
+    del state[name]
+    for wrong, said in ((state, "Missing key"), ({**state, name: torch.ones(3)}, "size mismatch")):
+        with pytest.raises(WeightsError, match=rf"{said}.*{re.escape(name)}"):
+            PuLID.from_state_dict(wrong, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
 
 
 def test_names_are_the_published_ones(golden, adapter) -> None:

@@ -20,11 +20,13 @@ from diffusers import (
 )
 from people import anna, ben, distance, fresh, someone
 from PIL import Image
+from torch import nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.pulid.adapter import PuLID
+from openpulid.methods.pulid.adapter import PLACES, PuLID
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
+from openpulid.methods.pulid.unet import IdentityLayer
 from openpulid.schedulers import KarrasScheduler
 
 Runs = Callable[..., np.ndarray]
@@ -190,18 +192,20 @@ def test_the_second_step_of_a_second_order_sampler_is_in_the_schedule(tiny_pipel
     assert len({image.tobytes() for image in images.values()}) == 3
 
 
-def test_published_files_by_their_variants(tiny_pipeline, tmp_path) -> None:
-    unet = tiny_pipeline().unet
+def test_published_files_by_their_variants(tmp_path) -> None:
     small = {"width": 12, "vit_dim": 8, "hidden_dim": 16}
     former = IDFormer(dim=16, depth=5, dim_head=8, heads=2, output_dim=64, ff_mult=1, **small)
-    for encoder, name in ((IDEncoder(context_dim=64, **small), "v1"), (former, "v1.1")):
-        adapter = PuLID.for_unet(unet, encoder)
-        if name == "v1.1":
-            adapter.save(tmp_path / "pulid_v1.1.safetensors")
-        else:  # a .bin of this project's sizes cannot say them: published sizes are taken, and it does not fit
-            torch.save(adapter.state_dict(), tmp_path / "pulid_v1.bin")
+    layers = nn.ModuleDict({place: IdentityLayer(8, 64) for place in PLACES})
+    PuLID(former, layers).save(tmp_path / "pulid_v1.1.safetensors")
+    # a .bin of this project's sizes cannot say them: published sizes are taken, and it does not fit
+    torch.save(PuLID(IDEncoder(context_dim=64, **small), layers).state_dict(), tmp_path / "pulid_v1.bin")
     loaded = PuLID.from_pretrained(tmp_path)
     assert isinstance(loaded.id_adapter, IDFormer) and loaded.id_adapter.config["dim"] == 16
+    less = PuLID(former, nn.ModuleDict({place: IdentityLayer(8, 64) for place in PLACES if place != "71"}))
+    file = less.save(tmp_path / "less" / "pulid_v1.1.safetensors")
+    assert len(PuLID.load(file).id_adapter_attn_layers) == 69
+    with pytest.raises(WeightsError, match=r"safetensors lacks 1 of 70 layers \(id_adapter_attn_layers 71\); get its file"):
+        PuLID.from_pretrained(file.parent)
     with pytest.raises(WeightsError, match="size mismatch"):
         PuLID.from_pretrained(tmp_path, variant="v1")
     with pytest.raises(OptionError, match=r"v1, v1\.1, flux-v0"):
@@ -215,6 +219,9 @@ def test_published_files_by_their_variants(tiny_pipeline, tmp_path) -> None:
 def test_v1_at_full_size_from_its_bin(golden, tmp_path) -> None:
     """The published names and shapes, in half precision as published files often are; strictly."""
     names = golden.manifest["pulid_v1"]
+    for variant in ("pulid_v1", "pulid_v1.1"):
+        served = {name.split(".")[1] for name in golden.manifest[variant] if name.startswith("id_adapter_attn_layers")}
+        assert sorted(served, key=int) == PLACES
     kept = {name: shape for name, shape in names.items() if not name.startswith("id_adapter_attn_layers") or ".1." in name}
     state = {name: torch.zeros(1, dtype=torch.float16).expand(shape) for name, shape in kept.items()}
     adapter = PuLID.from_state_dict(state, _empty(IDEncoder))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, cast
 
 import torch
@@ -33,6 +35,8 @@ from openpulid.methods.pulid.unet import (
 from openpulid.weights import read_metadata
 
 VARIANTS = ("v1", "v1.1", "flux-v0.9.0", "flux-v0.9.1")
+PLACES = [str(place) for place in range(1, 140, 2)]
+"""The published keys of SDXL's cross-attentions; a published adapter has a layer for each of them."""
 
 
 class PuLID(IdentityAdapter):
@@ -98,17 +102,23 @@ class PuLID(IdentityAdapter):
 
         Raises:
             OptionError: another variant.
-            WeightsError: it could not be had, or is not what it says.
+            WeightsError: it could not be had, or is not what it says, or not all of it.
         """
         if variant not in VARIANTS:
             raise OptionError(f"there is no variant {variant!r} of PuLID; the published ones are {', '.join(VARIANTS)}.")
         entry = published.weight(f"pulid-{variant}")
-        load = PuLIDFlux.load if variant.startswith("flux") else cls.load
         if Path(repo_or_folder).is_dir():
-            return load(Path(repo_or_folder) / entry.file)
-        if os.fspath(repo_or_folder) != entry.repo:
+            path = Path(repo_or_folder) / entry.file
+        elif os.fspath(repo_or_folder) == entry.repo:
+            path = published.get(f"pulid-{variant}")
+        else:
             raise WeightsError(f"{repo_or_folder} is no folder; the published adapters are in {entry.repo}.")
-        return load(published.get(f"pulid-{variant}"))
+        if variant.startswith("flux"):
+            return PuLIDFlux.load(path)
+        adapter = cls.load(path)
+        if lost := set(PLACES) - set(adapter.id_adapter_attn_layers.keys()):
+            raise _lacking(str(path), lost, len(PLACES))
+        return adapter
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], encoder: IDEncoder | IDFormer) -> PuLID:
@@ -117,12 +127,12 @@ class PuLID(IdentityAdapter):
         Raises:
             WeightsError: a name is missing or too many, or a shape differs; it lists them.
         """
-        keys = [name.split(".") for name in state if name.endswith(".id_to_k.weight")]
+        known = {place: tensor.shape for name, tensor in state.items() if (place := _place(name)) and tensor.ndim == 2}
         layers = nn.ModuleDict()
         with init_empty_weights(include_buffers=False):
-            for prefix, place, *rest in sorted(keys, key=lambda key: int(key[1])):
-                layers[place] = IdentityLayer(*state[".".join([prefix, place, *rest])].shape)
-        return cls(encoder, layers).filled(state)
+            for place in sorted(known, key=int):
+                layers[place] = IdentityLayer(*known[place])
+        return cls(encoder, layers).filled(state)  # which names what is no layer
 
     def check(self, network: Any) -> None:
         theirs = {place: (a.inner_dim, a.cross_attention_dim) for place, a in cross_attentions(network).items()}
@@ -130,6 +140,8 @@ class PuLID(IdentityAdapter):
             place: tuple(cast(IdentityLayer, layer).id_to_k.weight.shape)
             for place, layer in self.id_adapter_attn_layers.items()
         }
+        if ours and ours.items() < theirs.items():
+            raise _lacking("this adapter", theirs.keys() - ours.keys(), len(theirs))
         if theirs != ours:
             widths = [" and ".join(map(str, sorted({cross for _, cross in x.values()}))) for x in (ours, theirs)]
             raise WeightsError(
@@ -254,6 +266,21 @@ class PuLID(IdentityAdapter):
                 )
                 stack.enter_context(injected(attachment.unet, injection))
             yield
+
+
+def _place(name: str) -> str:
+    """The layer that a tensor of this name is of; empty where it is of none."""
+    found = re.fullmatch(r"id_adapter_attn_layers\.([0-9]{1,6})\.id_to_[kv]\.weight", name)
+    return found[1] if found else ""
+
+
+def _lacking(adapter: str, lost: Collection[str], total: int) -> WeightsError:
+    """What is said of a file that is whole but for some layers."""
+    named = shorten(", ".join(sorted(lost, key=int)), 200, placeholder=" ...")
+    return WeightsError(
+        f"{adapter} lacks {len(lost)} of {total} layers (id_adapter_attn_layers {named}); "
+        "get its file again, or take the adapter of this base model."
+    )
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
