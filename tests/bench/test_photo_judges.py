@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import lpips
@@ -101,6 +102,12 @@ def test_lpips_is_the_librarys(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="AlexNet"):
         torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
         photo_judges.lpips_judge(tmp_path / "other.pth", CPU)
+
+
+def test_what_lpips_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(WeightsError, match="pip install lpips"):
+        photo_judges.lpips_judge(tmp_path / "alexnet.pth", CPU)
 
 
 def test_clip_is_transformers(tmp_path: Path) -> None:

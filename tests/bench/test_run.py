@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from openpulid.apps import measures
 from openpulid.apps.cli import app
-from openpulid.apps.measures import _contest, _entry, _label, _presets
+from openpulid.apps.measures import _contest, _entry, _label, _only_complete, _presets
 from openpulid.bench import judging, report, run, table
 from openpulid.bench.cells import BASE, Cell, Chunk, Folder, Sitter, chunks
+from openpulid.bench.metrics import FID
 from openpulid.bench.run import Contest
 from openpulid.bench.suite import find
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, WeightsError
 from openpulid.mini.judge import Judges
 from openpulid.mini.sitters import sitters
+from openpulid.published import FOLDER_VARIABLE
 
 SUITE = find("quick")
 PEOPLE = sitters(SUITE.people, SUITE.first)
@@ -85,6 +91,28 @@ def test_a_killed_run_ends_with_the_same_table(finished: Folder, tmp_path: Path)
     assert without_times(folder) == without_times(finished)
 
 
+def test_judging_that_is_stopped_ends_with_the_same(finished: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(finished.path, tmp_path / "run")
+    folder, judges = Folder(tmp_path / "run"), Judges.load()
+    facts, names = folder.facts(), [measure.name for measure in judges.measures()]
+    for cell in [cell for method in METHODS for cell in judging.cells_of(facts, method)]:
+        record = folder.record(cell) or {}
+        folder.keep(cell, {name: told for name, told in record.items() if name not in ("metrics", "asked")})
+
+    def stop(measure: FID) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FID, "compute", stop)
+        judging.judge(folder, judges)
+    assert judging.known_sets(folder) == {BASE: {}}  # what was known of pulid was of images before these
+    assert not judging.unmeasured(folder, facts, "pulid", names) and judging.unmeasured(folder, facts, "pulid", names, ["fid"])
+    judging.judge(folder, judges)
+    assert judging.known_sets(folder) == judging.known_sets(finished)
+    (folder.path / "sets.json").write_text(json.dumps({BASE: {}, "pulid": {"fid": None}}))  # it cannot be told
+    assert not judging.unmeasured(folder, facts, "pulid", names, ["fid"]) and "fid" not in table.markdown(folder)
+
+
 def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     folder, people = Folder(tmp_path), [Sitter("nobody", Image.new("RGB", (96, 96), "gray")), PEOPLE[0]]
     run.run(SUITE, PRESETS, people, folder, run.here(contest(folder, people)))
@@ -100,6 +128,7 @@ def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
 def test_a_folder_keeps_to_its_suite(finished: Folder) -> None:
     with pytest.raises(OptionError, match="another suite or other people"):
         finished.begin(find("miniature"), METHODS, PEOPLE)
+    finished.begin(replace(SUITE, published={"a paper": {}}), METHODS, PEOPLE)  # more numbers beside it
     finished.begin(SUITE, [BASE, "pulid"], PEOPLE)  # the same again is welcome
     with pytest.raises(OptionError, match="holds no run"):
         Folder(finished.path / "people").facts()
@@ -116,21 +145,56 @@ def test_the_report_is_one_page_that_can_be_mailed(finished: Folder) -> None:
     text = table.markdown(finished)
     assert "| pulid | 12 |" in text and "face_sim ↑" in text and "outside_face ↓" in text
     assert "seconds" not in text and "time to base" in text  # this is a processor
+    assert "fid is the Frechet distance" in page and "by features of CLIP" in text
+
+
+def test_large_pictures_are_small_on_the_page(finished: Folder, tmp_path: Path) -> None:
+    folder, name = Folder(tmp_path), PEOPLE[0].name
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8))
+    folder.begin(SUITE, METHODS, [Sitter(name, noise)])
+    for cell in [Cell(method, name, prompt, SUITE.seeds[0]) for method in METHODS for prompt in range(2)]:
+        folder.keep(cell, finished.record(cell) or {}, noise)
+    page = report.page(folder, None)
+    assert page.count("data:image/jpeg") == 1 + 2 * 2 and "image/png" not in page and len(page) < 500_000
+
+
+def test_a_report_without_judges_says_so(
+    finished: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*known: object) -> Judges:
+        raise WeightsError("no finder.")
+
+    shutil.copytree(finished.path, tmp_path / "run")
+    monkeypatch.setattr(measures, "_judges", missing)
+    measures.report_run(tmp_path / "run", as_json=True)
+    told = capsys.readouterr()
+    assert json.loads(told.out) == table.as_json(finished) and not told.err
+    measures.report_run(tmp_path / "run")
+    assert "nothing more is measured: no finder." in capsys.readouterr().err
 
 
 def test_what_prompts_ask_for_is_told_by_attribute(finished: Folder) -> None:
     heads, lines = table.asked(finished) or ([], [])
-    assert heads == ["asked for", *METHODS] and f"## {table.ASKED}" in table.markdown(finished)
+    assert heads == ["asked for", "images", *METHODS] and f"## {table.ASKED}" in table.markdown(finished)
     asked = [prompt.wanted for prompt in SUITE.prompts]
-    assert [line[0].replace(" ", "_") for line in lines] == sorted({name for wanted in asked for name in wanted})
-    style = []
+    pairs = sorted({pair for wanted in asked for pair in wanted.items()})
+    assert [line[0] for line in lines] == [f"{name}: {value}".replace("_", " ") for name, value in pairs]
+    photos = []
     for cell in judging.cells_of(finished.facts(), "pulid"):
         record = finished.record(cell) or {}
         assert set(record["asked"]) == set(asked[cell.prompt])
         assert record["metrics"]["attributes"] == pytest.approx(sum(record["asked"].values()) / len(record["asked"]), abs=1e-5)
-        style.append(record["asked"]["style"])
+        photos += [record["asked"]["style"]] if asked[cell.prompt]["style"] == "photo" else []
     told = {line[0]: dict(zip(heads, line, strict=True)) for line in lines}
-    assert told["style"]["pulid"] == f"{sum(style) / len(style):.3f}"
+    assert told["style: photo"]["pulid"] == f"{sum(photos) / len(photos):.3f}"
+    assert told["style: photo"]["images"] == str(len(photos))
+    names = ["attributes"]
+    assert not judging.unmeasured(finished, finished.facts(), "pulid", names)
+    cell = judging.cells_of(finished.facts(), "pulid")[0]
+    known = finished.record(cell) or {}
+    finished.keep(cell, {name: told for name, told in known.items() if name != "asked"}, Image.open(finished.image(cell)))
+    assert judging.unmeasured(finished, finished.facts(), "pulid", names)  # one of a run that was judged before the table
+    finished.keep(cell, known, Image.open(finished.image(cell)))
 
 
 def test_costs_are_what_the_records_say(finished: Folder, tmp_path: Path) -> None:
@@ -143,6 +207,30 @@ def test_costs_are_what_the_records_say(finished: Folder, tmp_path: Path) -> Non
     _, pulid = table.as_json(folder)["rows"]
     assert [pulid[name] for name in table.COSTS] == [3.0, round(4 / 3, 5), 3.5, 1.5] and pulid["ratio"] == 1.5
     assert all(f"{name} " in table.markdown(folder) for name in table.COSTS)
+
+
+def test_times_of_other_starts_and_machines_do_not_compare(finished: Folder, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.begin(SUITE, METHODS, PEOPLE)
+    plain, (first, *rest) = (judging.cells_of(folder.facts(), method) for method in METHODS)
+
+    def keep(cell: Cell, seconds: float, start: str, hardware: str = "cpu") -> None:
+        folder.keep(cell, (finished.record(cell) or {}) | {"seconds": seconds, "start": start, "hardware": hardware})
+
+    def ratio() -> float | None:
+        told: float | None = table.as_json(folder)["rows"][1]["ratio"]
+        return told
+
+    for cell in plain:
+        keep(cell, 2.0, "first")
+    for cell in (first, *rest):
+        keep(cell, 3.0, "first")
+    assert ratio() == 1.5
+    for cell in rest:  # as of a run that was stopped, or of a method that joined later
+        keep(cell, 9.0, "second")
+    assert ratio() == 1.5
+    keep(first, 3.0, "first", "another cpu")
+    assert ratio() is None and [line[-1] for line in table.told(folder)[1]] == ["1.00", ""]
 
 
 def test_methods_at_several_scales_are_one_curve() -> None:
@@ -160,6 +248,28 @@ def test_a_row_has_one_name() -> None:
         _presets(SUITE, ["pulid:a/mine.safetensors", "faceid:b/mine.safetensors"])
     with pytest.raises(OptionError, match="both be called base"):
         _presets(SUITE, ["pulid:base.safetensors"])
+
+
+def test_what_is_missing_is_said_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "run"
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torchmetrics", None)
+        for command in (partial(measures.run_suite, "quick", place), partial(measures.report_run, place)):
+            with pytest.raises(OptionError, match=r"needs torchmetrics: pip install 'openpulid\[bench\]'"):
+                command()
+    with pytest.raises(OptionError, match=r"typo\.bin is not there"):
+        measures.run_suite("quick", place, methods="pulid,faceid:typo.bin")
+    lost = {**PRESETS, "lost": replace(PRESETS["pulid"], adapter=tmp_path / "none.safetensors")}
+    with pytest.raises(WeightsError, match=r"none\.safetensors is not there; `pulid mini build`"):
+        _only_complete(lost)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(WeightsError, match=r"`pulid weights get sdxl-base .*instantid identitynet"):
+        _only_complete(_presets(find("pulid-paper"), ["instantid"]))
+    with pytest.raises(OSError):
+        run.run(SUITE, lost, PEOPLE, Folder(place), lambda chunks: chunks)
+    assert not place.exists()
 
 
 def test_what_was_made_otherwise_is_made_again(finished: Folder, tmp_path: Path) -> None:
@@ -193,13 +303,16 @@ def test_the_command_and_methods_on_one_pipeline(finished: Folder, tmp_path: Pat
         images = [folder.image(cell).read_bytes() for cell in judging.cells_of(folder.facts(), method)]
         if method != "faceid":
             assert images == [finished.image(cell).read_bytes() for cell in judging.cells_of(folder.facts(), method)]
-    _, pulid, faceid = table.as_json(folder)["rows"]
+    rows = table.as_json(folder)["rows"]
+    _, pulid, faceid = rows
+    starts = {(folder.record(cell) or {})["start"] for method in cells for cell in judging.cells_of(folder.facts(), method)}
+    assert len(starts) == 1 and None not in starts
     assert faceid["images"] == 4 and faceid["clip_i"] < 1 and faceid["face_sim"] != pulid["face_sim"]
     record = folder.record(cells["faceid"]) or {}
     folder.keep(cells["faceid"], {name: value for name, value in record.items() if name != "metrics"})
     (tmp_path / "sets.json").unlink()
     assert CliRunner().invoke(app, ["bench", "report", str(tmp_path)]).exit_code == 0
-    assert table.as_json(folder)["rows"][2] == faceid
+    assert table.as_json(folder)["rows"] == rows
 
 
 def test_two_workers_make_the_same_table(finished: Folder, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ import torch
 
 from openpulid.bench import identify, speed
 from openpulid.bench.training import RandomSDXL
-from openpulid.bench.turns import by_turns, medians, ratios, seconds_in
+from openpulid.bench.turns import by_turns, medians, peak, ratios, reset_peak, seconds_in, wait
 from openpulid.errors import OptionError
 from openpulid.identity.vision import VisionTower
 from openpulid.methods.pulid.encoders import IDFormer
@@ -44,13 +45,32 @@ def test_seconds_in_a_method_are_noted_and_the_class_is_as_it_was() -> None:
     assert len(noted) == 2 and noted[0] >= 0.02 > noted[1] and Slow.work is plain
 
 
+def test_of_several_accelerators_the_one_that_computes_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+
+    def most(device: torch.device) -> int:
+        asked.append(device)
+        return 3 * 2**30
+
+    library = SimpleNamespace(reset_peak_memory_stats=asked.append, max_memory_allocated=most)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: library)
+    monkeypatch.setattr(torch.accelerator, "synchronize", asked.append)
+    second = torch.device("cuda", 1)
+    wait(second)
+    reset_peak(second)
+    assert peak(second) == 3 and asked == [second] * 3
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())  # as Apple's
+    reset_peak(second)
+    assert peak(second) is None
+
+
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_step_with_and_without(guided: bool) -> None:
     pipe = tiny.pipe()
     it = speed.SDXLSubject(RandomSDXL(pipe.unet, pipe.vae), pixels=16, guided=guided)
     before = it.step()
     rows = speed.measure(it, rounds=1)
-    assert [row.name for row in rows] == ["base", "pulid", "afresh"]
+    assert [row.name for row in rows] == ["base", "pulid", "afresh", *(["two passes"] if guided else [])]
     assert rows[0].ratio == 1.0 and all(row.seconds > 0 for row in rows)
     assert rows[1].within is not None and 1 < rows[1].within < 3 and rows[0].within is None
     assert torch.equal(it.step(), before)
@@ -69,8 +89,16 @@ def test_a_step_of_flux() -> None:
     assert [row.name for row in rows] == ["base", "pulid", "afresh"] and rows[1].within is not None and 1 < rows[1].within < 3
     with it.opened():
         assert not torch.allclose(it.step(), before)
-    with pytest.raises(OptionError, match="only FLUX"):
-        speed.subject("sdxl", torch.device("cpu"), depth=0.5)
+    for options in ({"depth": 0.5}, {"level": "16gb"}):
+        with pytest.raises(OptionError, match="only FLUX"):
+            speed.subject("sdxl", torch.device("cpu"), **options)
+    with pytest.raises(OptionError, match="no memory level"):
+        speed.subject("flux", torch.device("cpu"), level="8gb")
+    eight = speed.FluxSubject(
+        torch.device("cpu"), torch.float32, pixels=64, depth=0.1, text_tokens=4, level="16gb", pooled_projection_dim=8, **small
+    )
+    assert eight.transformer.transformer_blocks[0].ff.net[2].weight.dtype == torch.float8_e4m3fn
+    assert [row.name for row in speed.measure(eight, rounds=1)] == ["base", "pulid", "afresh"]
     with pytest.raises(OptionError, match="without --guided"):
         speed.subject("flux", torch.device("cpu"), guided=True)
 

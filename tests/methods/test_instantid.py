@@ -99,12 +99,30 @@ def test_nothing_is_left_behind(pipe: Any, method: InstantID) -> None:
     assert pipe.unet.encoder_hid_proj is None and not pipe.unet._forward_pre_hooks
 
 
-def test_batches_and_no_guidance(pipe: Any, method: InstantID) -> None:
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_batches(pipe: Any, method: InstantID, guidance: float) -> None:
+    """Two people in one batch are what each is alone: with guidance each half is told of both."""
     method.attach(pipe)
+    alone = []
+    for k in range(2):
+        with method.use(person(k + 1)):
+            options = {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "latent"}
+            alone.append(pipe(PROMPTS[k], generator=torch.Generator().manual_seed(k), **options).images)
     with method.use([person(1), person(2)]):
-        both = drawn(pipe, PROMPTS, guidance=1.0)
-    with method.use(person(1)):
-        assert torch.allclose(drawn(pipe, PROMPTS[:1], guidance=1.0), both[:1], atol=1e-5)
+        assert torch.allclose(drawn(pipe, PROMPTS, guidance), torch.cat(alone), atol=1e-4)
+
+
+def test_several_photos_are_averaged(pipe: Any, method: InstantID) -> None:
+    who = person(1, photos=3)
+    marks = None if who.landmarks is None else who.landmarks[:, :1]  # the first photo's are drawn
+    method.attach(pipe)
+    told = []
+    for features in (who.id_cond.mean(1, keepdim=True), who.id_cond[:, :1]):
+        with method.use(Identity(features, (torch.zeros(1, 1, 2),) * 5, landmarks=marks)):
+            told.append(drawn(pipe))
+    with method.use(who):
+        ours = drawn(pipe)
+    assert torch.allclose(ours, told[0], atol=1e-5) and not torch.allclose(ours, told[1], atol=1e-3)
 
 
 def test_landmarks_are_drawn_where_they_are() -> None:

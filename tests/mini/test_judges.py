@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from PIL import Image
 
+from openpulid.bench.metrics import Evidence
 from openpulid.errors import FaceError
 from openpulid.mini import evaluate
 from openpulid.mini.judge import Judges
@@ -35,6 +37,21 @@ def test_judges_answer_in_the_measures_shapes() -> None:
     assert judges.embed_images(images).shape == judges.embed_texts(["portrait", "photo"]).shape
     read = judges.read(images)
     assert {name: scores.shape[1] for name, scores in read.items()} == {n: len(c) for n, c in ATTRIBUTES.items()}
+
+
+def test_pictures_without_a_face_are_measured() -> None:
+    judges, people = Judges.load(), [HELD_OUT_PEOPLE, HELD_OUT_PEOPLE + 1]
+    gray = to_images([Image.new("RGB", (96, 96), "gray")] * 2)
+    portraits = to_images([portrait(number) for number in people])
+    nobody, gallery = judges.faces(gray), judges.faces(portraits)
+    assert not nobody.found.any() and nobody.embeddings.shape == gallery.embeddings.shape
+    who, prompts = torch.tensor([0, 1]), ["portrait", "photo"]
+    wanted, truth = [judges.wanted({"pose": "front"})] * 2, judges.truth([str(number) for number in people])
+    it = Evidence(gray, gray, nobody, nobody, who, portraits, gallery, prompts, wanted, others=gallery, truth=truth)
+    told = {measure.name: measure(it) for measure in judges.measures()}
+    assert all(values.shape == (2,) for values in told.values())
+    assert told["face_sim"].tolist() == told["rank1"].tolist() == told["face_found"].tolist() == [0, 0]
+    assert told["values"].isnan().all() and told["copy_paste"].isnan().all()
 
 
 def test_a_real_photograph_is_refused(studio: Studio) -> None:

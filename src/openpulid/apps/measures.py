@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.apps.common import AsJson, Device, counted, group, last_line, say
-from openpulid.errors import OptionError
+from openpulid.apps.common import AsJson, Device, counted, group, last_line, say, silent
+from openpulid.errors import OptionError, WeightsError
 
 if TYPE_CHECKING:
     from openpulid.bench.cells import Folder, Sitter
@@ -35,6 +35,9 @@ def run_suite(
     device: Device = None,
 ) -> None:
     """Make every image that is missing, measure all, and write the report."""
+    _only_with_extra()
+    from datetime import datetime, timezone
+
     from openpulid.bench import judging, report
     from openpulid.bench import run as running
     from openpulid.bench.cells import Folder
@@ -43,10 +46,12 @@ def run_suite(
 
     asked, folder = find(suite), Folder(out.resolve() if workers else out)
     named = _presets(asked, [name.strip() for name in methods.split(",") if name.strip()])
+    _only_complete(named)
     sitters, judges = _sitters(asked, people, count), _judges(asked.preset, device)
+    start = datetime.now(timezone.utc).isoformat()
 
     def contest() -> Contest:
-        return _contest(asked, named, sitters, folder, device)
+        return _contest(asked, named, sitters, folder, device, start)
 
     spread = over_ray(contest, workers) if workers else running.here(contest())
     running.run(asked, named, sitters, folder, spread, counted)
@@ -61,17 +66,47 @@ def report_run(
     as_json: AsJson = False,
 ) -> None:
     """The table as Markdown, JSON and one HTML page, from what a run has so far; what is not measured yet is measured."""
+    _only_with_extra()
     from openpulid.bench import judging, report, table
     from openpulid.bench.cells import Folder
 
-    folder = Folder(run)
-    facts = folder.facts()
-    if any(judging.unmeasured(folder, facts, method) for method in facts["methods"]):
-        judging.judge(folder, _judges(facts["suite"]["preset"], None))
+    folder, tell = Folder(run), silent if as_json else say
+    preset = folder.facts()["suite"]["preset"]
+    try:
+        judges = _judges(preset, None, tell)
+    except WeightsError as error:
+        tell(f"nothing more is measured: {error}")
+    else:
+        judging.judge(folder, judges)
     if not as_json:
         for file in report.write(folder):
             say(str(file))
     last_line(table.as_json(folder))
+
+
+def _only_with_extra() -> None:
+    """Found out before the first image, and not by the report after the last."""
+    from importlib.util import find_spec
+
+    if lacking := [name for name in ("torchmetrics", "matplotlib") if find_spec(name) is None]:
+        raise OptionError(f"the benchmark needs {' and '.join(lacking)}: pip install 'openpulid[bench]'.")
+
+
+def _only_complete(presets: Mapping[str, Preset]) -> None:
+    """Found out before anything is loaded, here or by a worker, and before anything is written."""
+    from openpulid.loading import missing
+    from openpulid.published import WEIGHTS
+
+    lacking = {name: preset for preset in presets.values() for name in missing(preset)}
+    if published := " ".join(name for name in lacking if name in WEIGHTS):
+        raise WeightsError(
+            f"weights of these methods are not on this machine; `pulid weights get {published}` downloads them, or put "
+            "them into a folder and set PULID_WEIGHTS to it."
+        )
+    if lacking:
+        name, preset = next(iter(lacking.items()))
+        rival = f" --method {preset.method}" if name == str(preset.adapter) and preset.method != "pulid" else ""
+        raise WeightsError(f"{name} is not there; `pulid mini build{rival}` makes it.")
 
 
 def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Sitter]:
@@ -85,7 +120,7 @@ def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Sitte
     return sitters(count or suite.people, suite.first)
 
 
-def _judges(preset: str, device: str | None) -> Judges:
+def _judges(preset: str, device: str | None, tell: Callable[[str], None] = say) -> Judges:
     """The miniature's own for its presets, published networks for photographs."""
     if preset.startswith("mini"):
         from openpulid.mini.judge import Judges as Miniature
@@ -96,7 +131,7 @@ def _judges(preset: str, device: str | None) -> Judges:
     from openpulid.bench.photo_judges import PhotoJudges
     from openpulid.loading import best_device
 
-    return PhotoJudges.load(torch.device(device) if device else best_device(), say)
+    return PhotoJudges.load(torch.device(device) if device else best_device(), tell)
 
 
 def _entry(named: str) -> tuple[str, Path | None, float | None]:
@@ -131,10 +166,20 @@ def _presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
         presets[label] = with_method(presets[BASE], method, file)
         if scale is not None:
             presets[label] = replace(presets[label], scale=scale)
+    for _, file, _ in map(_entry, names):
+        if file is not None and not file.exists():
+            raise OptionError(f"{file} is not there; after METHOD: stands a file of that method.")
     return presets
 
 
-def _contest(suite: Suite, presets: Mapping[str, Preset], sitters: list[Sitter], folder: Folder, device: str | None) -> Contest:
+def _contest(
+    suite: Suite,
+    presets: Mapping[str, Preset],
+    sitters: list[Sitter],
+    folder: Folder,
+    device: str | None,
+    start: str | None = None,
+) -> Contest:
     from openpulid.bench.cells import BASE
     from openpulid.bench.run import Contest
     from openpulid.loading import load_features, load_method
@@ -147,7 +192,7 @@ def _contest(suite: Suite, presets: Mapping[str, Preset], sitters: list[Sitter],
             adapter = load_method(preset, studio.pipe.device)
             features = load_features(preset, studio.pipe.device, adapter) if preset.view else studio.features
             studios[label] = Studio(studio.pipe, features, adapter, preset)
-    return Contest(suite, studios, {sitter.name: sitter for sitter in sitters}, folder)
+    return Contest(suite, studios, {sitter.name: sitter for sitter in sitters}, folder, start)
 
 
 @bench.command("train")
@@ -193,13 +238,14 @@ def speed(
     random: Annotated[bool, typer.Option("--random", help="Random weights: a step costs the same with any.")] = False,
     size: Annotated[int, typer.Option(min=64, help="Width and height in pixels.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
-    guided: Annotated[bool, typer.Option("--guided", help="SDXL: with guidance, as one batch.")] = False,
+    guided: Annotated[bool, typer.Option("--guided", help="SDXL: with guidance, as one batch and in two passes.")] = False,
     depth_scale: Annotated[float, typer.Option(min=0.01, max=1, help="FLUX: this share of its blocks.")] = 1.0,
+    memory: Annotated[str, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = "full",
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each candidate, by turns.")] = 5,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time and memory of one step: the base alone, with PuLID, and with PuLID computed afresh."""
+    """Time and memory of one step: the base alone, with PuLID, with PuLID computed afresh, and guided in two passes."""
     from dataclasses import asdict
 
     import torch
@@ -210,9 +256,9 @@ def speed(
 
     _only_random(random)
     chosen = torch.device(device) if device else best_device()
-    it = bench_speed.subject(base, chosen, size, batch, guided, depth_scale)
+    it = bench_speed.subject(base, chosen, size, batch, guided, depth_scale, memory)
     steps = bench_speed.measure(it, rounds, None if as_json else counted)
-    facts = {"base": base, "size": size, "batch": batch, "guided": guided, "depth_scale": depth_scale}
+    facts = {"base": base, "size": size, "batch": batch, "guided": guided, "depth_scale": depth_scale, "level": memory}
     facts["dtype"] = str(dtype_of(base, chosen))
     last_line({**facts, "rounds": rounds, "device": str(chosen), "rows": [asdict(step) for step in steps]})
 

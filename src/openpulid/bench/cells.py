@@ -2,7 +2,7 @@
 
 RUN/suite.json                      what was asked, of whom, of which methods
 RUN/people/NAME.png                 the picture that each identity is made from; NAME-other.png, another one
-RUN/cells/METHOD/NAME-P-S.json      prompt P, seed S: status, seconds, measures, where it was made
+RUN/cells/METHOD/NAME-P-S.json      prompt P, seed S: status, seconds, measures, where it was made and in which start
 RUN/cells/METHOD/NAME-P-S.png       the image
 """
 
@@ -71,7 +71,8 @@ class Folder:
         facts = {"suite": suite.as_json(), "people": [sitter.name for sitter in sitters], "methods": list(methods)}
         if (file := self.path / "suite.json").is_file():
             known = json.loads(file.read_text("utf-8"))
-            if any(known[part] != facts[part] for part in ("suite", "people")):
+            was, now = ({**one, "published": None} for one in (known["suite"], suite.as_json()))  # those make no image
+            if was != now or known["people"] != facts["people"]:
                 raise OptionError(f"{self.path} holds another suite or other people; choose another folder with -o.")
             facts["methods"] = [*known["methods"], *(name for name in methods if name not in known["methods"])]
         for sitter in sitters:

@@ -62,18 +62,21 @@ class Sitting:
 def judge(folder: Folder, judges: Judges) -> None:
     """Writes the measures of every image into its record, and those of whole methods into RUN/sets.json. A method that is
     measured already is left as it is."""
-    facts, sets = folder.facts(), known_sets(folder)
+    facts, sets, file = folder.facts(), known_sets(folder), folder.path / "sets.json"
+    names = [measure.name for measure in judges.measures()]
     sitting: Sitting | None = None
     for method in facts["methods"]:
-        if not unmeasured(folder, facts, method, [measure.name for measure in judges.measures()]):
+        if not unmeasured(folder, facts, method, names, [one.name for one in judges.sets()]):
             continue
+        if sets.pop(method, None):  # of the images before: a run that is stopped now must not leave them
+            write(file, sets)
         sitting = sitting or Sitting.of(folder, facts, judges)
         whole = judges.sets()
         for person in range(len(facts["people"])):  # one by one: all images of a large run fit no memory
             _judge(folder, facts, method, person, sitting, judges, whole)
         values = {one.name: one.compute() for one in whole} if method != BASE else {}
-        sets[method] = {name: round(value, 4) for name, value in values.items() if not math.isnan(value)}
-    write(folder.path / "sets.json", sets)
+        sets[method] = {name: None if math.isnan(value) else round(value, 4) for name, value in values.items()}
+        write(file, sets)
 
 
 def _judge(
@@ -99,13 +102,17 @@ def _judge(
                 one.update(evidence)
 
 
-def unmeasured(folder: Folder, facts: Mapping[str, Any], method: str, names: Sequence[str] = ()) -> bool:
-    """Whether an image of a method lacks one of these measures, or all."""
+def unmeasured(folder: Folder, facts: Mapping[str, Any], method: str, names: Sequence[str], sets: Sequence[str] = ()) -> bool:
+    """Whether an image of a method lacks one of these measures, or what was seen of each attribute; or all its images together
+    lack one of `sets`, which the base has none of."""
+    if method != BASE and not set(sets) <= set(known_sets(folder).get(method, {})):
+        return True
     for cell in cells_of(facts, method):
         if comparable(folder, cell):
-            told = (folder.record(cell) or {}).get("metrics", {})
-            asked = [name for name in names if counts(facts, cell.prompt, name in LIKENESS)]
-            if not told or not set(asked) <= set(told):
+            record = folder.record(cell) or {}
+            told = record.get("metrics", {})
+            expected = {name for name in names if counts(facts, cell.prompt, name in LIKENESS)}
+            if not expected <= set(told) or (Attributes.name in expected and "asked" not in record):
                 return True
     return False
 
@@ -115,8 +122,8 @@ def comparable(folder: Folder, cell: Cell) -> bool:
     return folder.done(cell) and folder.done(Cell(BASE, cell.person, cell.prompt, cell.seed))
 
 
-def known_sets(folder: Folder) -> dict[str, dict[str, float]]:
-    """Method -> the measures of all its images together, so far."""
+def known_sets(folder: Folder) -> dict[str, dict[str, float | None]]:
+    """Method -> the measures of all its images together, so far; None where it was tried and cannot be told."""
     file = folder.path / "sets.json"
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 

@@ -180,8 +180,15 @@ def dino_judge(file: Path, device: torch.device) -> EmbedImages:
 
 
 def lpips_judge(file: Path, device: torch.device) -> Distance:
-    """LPIPS (arXiv 1801.03924) on AlexNet; its own weights come with the library `lpips`, AlexNet's are the file."""
-    import lpips
+    """LPIPS (arXiv 1801.03924) on AlexNet; its own weights come with the library `lpips`, AlexNet's are the file.
+
+    Raises:
+        WeightsError: lpips is not installed, or another network's file.
+    """
+    try:
+        import lpips
+    except ModuleNotFoundError as error:
+        raise WeightsError("the library lpips has half of the network; `pip install lpips`") from error
 
     model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     tensors = {name: x for name, x in read_tensors(file).items() if name.startswith("features.")}

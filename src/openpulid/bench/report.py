@@ -18,7 +18,7 @@ from openpulid.pictures import labelled
 PURITY = ("outside_face", "clip_i")
 """The first of these that was measured is the plot's other axis."""
 SHOWN_PEOPLE = 8  # on the page; of the picture of faces the first six
-WIDEST = 900  # pixels of a picture on the page
+WIDEST = 256  # pixels of a person's picture on the page, which shows it at half of that
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #202024; background: #faf9f6; margin: 2rem auto; max-width: 84rem }
@@ -109,7 +109,7 @@ def page(folder: Folder, drawn: Image.Image | None) -> str:
     facts = folder.facts()
     name = html.escape(facts["suite"]["name"])
     parts = [f"<h1>{name}</h1>", f"<p>{html.escape(table.summary(folder))}</p>", _table(table.told(folder))]
-    parts += [f"<p>{html.escape(sentence)}</p>" for sentence in table.missing(folder)]
+    parts += [f"<p>{html.escape(sentence)}</p>" for sentence in (*table.remarks(folder), *table.missing(folder))]
     if drawn is not None:
         parts.append(f'<img class="plot" alt="identity against purity" src="{_data(drawn)}">')
     if attributes := table.asked(folder):
@@ -138,7 +138,7 @@ def _person(folder: Folder, person: str) -> str:
         cells = [Cell(method, person, number, suite["seeds"][0]) for method in methods]
         rows.append(f'<tr><td class="words">{html.escape(prompt["text"])}</td>{"".join(_image(folder, c) for c in cells)}</tr>')
     portrait = Image.open(folder.path / "people" / f"{person}.png")
-    given = f'<p><img style="width: 8rem" alt="the picture given" src="{_data(portrait)}"> the only picture given</p>'
+    given = f'<p><img style="width: 8rem" alt="the picture given" src="{_shown(portrait)}"> the only picture given</p>'
     table_of = f'<div class="wide"><table class="faces"><tr>{heads}</tr>{"".join(rows)}</table></div>'
     return f"<h2>{html.escape(person)}</h2>{given}{table_of}"
 
@@ -146,13 +146,20 @@ def _person(folder: Folder, person: str) -> str:
 def _image(folder: Folder, cell: Cell) -> str:
     if not folder.done(cell):
         return "<td>missing</td>"
-    return f'<td><img alt="{html.escape(cell.method)}" src="{_data(Image.open(folder.image(cell)))}"></td>'
+    return f'<td><img alt="{html.escape(cell.method)}" src="{_shown(Image.open(folder.image(cell)))}"></td>'
 
 
-def _data(picture: Image.Image) -> str:
+def _shown(picture: Image.Image) -> str:
     """As text; large pictures smaller, a page must load."""
+    if max(picture.size) <= WIDEST:
+        return _data(picture)
     picture = picture.convert("RGB")
     picture.thumbnail((WIDEST, WIDEST))
+    return _data(picture, "jpeg", quality=85)
+
+
+def _data(picture: Image.Image, kind: str = "png", **options: int) -> str:
+    """As text, of its own size."""
     file = io.BytesIO()
-    picture.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    picture.convert("RGB").save(file, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -30,10 +30,18 @@ class Contest:
         studios: method -> a studio with it; "base" has none and comes first.
         sitters: the people, by name.
         folder: where it all goes.
+        start: what all workers of one start of a run call it; times of different starts are not compared.
     """
 
-    def __init__(self, suite: Suite, studios: Mapping[str, Studio], sitters: Mapping[str, Sitter], folder: Folder) -> None:
-        self.suite, self.studios, self.sitters, self.folder = suite, studios, sitters, folder
+    def __init__(
+        self,
+        suite: Suite,
+        studios: Mapping[str, Studio],
+        sitters: Mapping[str, Sitter],
+        folder: Folder,
+        start: str | None = None,
+    ) -> None:
+        self.suite, self.studios, self.sitters, self.folder, self.start = suite, studios, sitters, folder, start
         self._known: dict[tuple[str, str], tuple[Identity, float]] = {}
 
     def make(self, chunk: Chunk) -> None:
@@ -41,7 +49,8 @@ class Contest:
         first = chunk.cells[0]
         studio = self.studios[first.method]
         options = dict(self.suite.options)
-        facts = {"configuration": configuration(first.method, studio.preset, options), **surroundings(studio)}
+        made = configuration(first.method, studio.preset, options)
+        facts: dict[str, Any] = {"configuration": made, "start": self.start, **surroundings(studio)}
         try:
             if studio.adapter is not None:
                 studio.adapter.attach(studio.pipe)  # of several on one pipeline the last one serves it
@@ -115,8 +124,8 @@ def run(
     Args:
         presets: method -> what it is used with; the base comes first.
     """
-    folder.begin(suite, list(presets), sitters)
     asked = {method: configuration(method, preset, suite.options) for method, preset in presets.items()}
+    folder.begin(suite, list(presets), sitters)  # after that: a row whose file is missing is not written down
     wanted = list(chunks(suite, list(presets), [sitter.name for sitter in sitters]))
     missing = [chunk for chunk in wanted if not all(folder.done(cell, asked[cell.method]) for cell in chunk.cells)]
     for count, _ in enumerate(spread(missing), len(wanted) - len(missing) + 1):

@@ -10,9 +10,11 @@ from statistics import median
 from typing import Any, Protocol
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from openpulid import memory
 from openpulid.bench.training import RandomSDXL, default_dtype, dtype_of, random_base
 from openpulid.bench.turns import by_turns, medians, peak, ratios, reset_peak, seconds_in, timed
 from openpulid.errors import OptionError
@@ -21,6 +23,7 @@ from openpulid.methods.pulid.dit import FluxInjection
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.methods.pulid.unet import IdentityAttention
+from openpulid.training.bases import Text
 
 TOKENS = 32
 """Of an identity: v1.1's and FLUX's."""
@@ -50,10 +53,12 @@ class Subject(Protocol):
 
     Attributes:
         joins: the class and its method in which the identity joins.
+        apart: a guided step in two calls, as PuLID's original code makes it; None without guidance.
     """
 
     device: torch.device
     joins: tuple[type, str]
+    apart: Callable[[], object] | None
 
     def step(self) -> Tensor:
         """One call of the network."""
@@ -82,12 +87,20 @@ class SDXLSubject:
         self.text = base.encode_text(["portrait"] * batch, pixels=pixels, guided=guided)
         self.x, self.t = torch.randn(rows, *base.shape(pixels), **like), torch.full((rows,), 500, device=base.device)
         self.tokens, self.nobody = (torch.randn(1, TOKENS, width, **like) for _ in range(2))
+        self.apart: Callable[[], object] | None = self._apart if guided else None
 
     def step(self) -> Tensor:
         return self.base.predict(self.x, self.t, self.text)
 
     def opened(self) -> AbstractContextManager[Any]:
         return self.adapter.use_tokens(self.tokens, 0.8, num_zero=20, negative=self.nobody, guided=self.guided)
+
+    def _apart(self) -> None:
+        half = len(self.x) // 2
+        for rows, tokens in ((slice(half, None), self.tokens), (slice(half), self.nobody)):
+            ids = None if self.text.time_ids is None else self.text.time_ids[rows]
+            with self.adapter.use_tokens(tokens, 0.8, num_zero=20):
+                self.base.predict(self.x[rows], self.t[rows], Text(self.text.embeds[rows], self.text.pooled[rows], ids))
 
 
 class FluxSubject:
@@ -96,9 +109,12 @@ class FluxSubject:
     Args:
         depth: share of the 19 double and 38 single blocks that there are.
         text_tokens: length of the prompt.
+        level: of `memory.LEVELS`. The peak is that of the steps; "full" has text encoders and autoencoder beside it, which are
+            not here.
     """
 
     joins: tuple[type, str] = (FluxInjection, "_with_identity")
+    apart: Callable[[], object] | None = None  # it always makes two calls
 
     def __init__(
         self,
@@ -108,13 +124,15 @@ class FluxSubject:
         batch: int = 1,
         depth: float = 1.0,
         text_tokens: int = 128,
+        level: str = "full",
         **sizes: Any,
     ) -> None:
         blocks = {"num_layers": max(1, round(19 * depth)), "num_single_layers": max(1, round(38 * depth))}
-        with default_dtype(dtype), device:
+        with default_dtype(dtype), device if level == "full" else torch.device("cpu"):
             self.transformer = FluxTransformer2DModel(**{**blocks, "guidance_embeds": True, **sizes})
-            self.adapter = PuLIDFlux.for_transformer(self.transformer, _small_former(2048))
+            self.adapter = PuLIDFlux.for_transformer(self.transformer, _small_former(2048)).to(device)
         self.transformer.eval().requires_grad_(False)
+        self.pipe = None if level == "full" else _placed(self.transformer, level, device)
         self.adapter.requires_grad_(False).attach(self.transformer)
         for layer in self.adapter._layers():
             nn.init.normal_(layer.to_out.weight, std=0.02)
@@ -140,34 +158,41 @@ class FluxSubject:
 
 
 def subject(
-    name: str, device: torch.device, pixels: int = 1024, batch: int = 1, guided: bool = False, depth: float = 1.0
+    name: str,
+    device: torch.device,
+    pixels: int = 1024,
+    batch: int = 1,
+    guided: bool = False,
+    depth: float = 1.0,
+    level: str = "full",
 ) -> Subject:
     """ "mini", "sdxl" or "flux" at full size with random weights.
 
     Raises:
         OptionError: another name, or an option that it does not have.
     """
+    memory.level(level)
     if name == "flux":
         if guided:
             raise OptionError("FLUX takes a negative prompt in calls of its own; measure it without --guided.")
-        return FluxSubject(device, dtype_of(name, device), pixels, batch, depth)
-    if depth != 1:
-        raise OptionError("only FLUX can be measured with fewer blocks.")
+        return FluxSubject(device, dtype_of(name, device), pixels, batch, depth, level=level)
+    if depth != 1 or level != "full":
+        raise OptionError("only FLUX can be measured with fewer blocks or at another memory level.")
     base = random_base(name, device, dtype_of(name, device))
     return SDXLSubject(base, pixels, batch, guided)
 
 
 @torch.inference_mode()
 def measure(it: Subject, rounds: int = 5, on_progress: Callable[[int, int], None] | None = None) -> list[Step]:
-    """base, pulid and afresh by turns."""
-    memory: dict[str, float | None] = {}
+    """base, pulid and afresh by turns; with guidance also pulid in two passes."""
+    peaks: dict[str, float | None] = {}
     within: list[float] = []
 
     def noted(name: str, run: Callable[[], float]) -> Callable[[], float]:
         def once() -> float:
             reset_peak(it.device)
             seconds = run()
-            memory[name] = peak(it.device)
+            peaks[name] = peak(it.device)
             return seconds
 
         return once
@@ -185,11 +210,24 @@ def measure(it: Subject, rounds: int = 5, on_progress: Callable[[int, int], None
 
         return timed(whole, it.device)
 
-    runs = {"base": lambda: timed(it.step, it.device), "pulid": pulid, "afresh": afresh}
+    runs: dict[str, Callable[[], float]] = {"base": lambda: timed(it.step, it.device), "pulid": pulid, "afresh": afresh}
+    if (apart := it.apart) is not None:
+        runs["two passes"] = lambda: timed(apart, it.device)
     seconds = by_turns({name: noted(name, run) for name, run in runs.items()}, rounds, on_progress)
     times, ratio = medians(seconds), ratios(seconds)
     inner = {"pulid": round(median(within[1:]), 4)} if it.device.type == "cpu" else {}
-    return [Step(name, round(times[name], 4), round(ratio[name], 4), memory[name], inner.get(name)) for name in runs]
+    return [Step(name, round(times[name], 4), round(ratio[name], 4), peaks[name], inner.get(name)) for name in runs]
+
+
+def _placed(transformer: FluxTransformer2DModel, level: str, device: torch.device) -> FluxPipeline:
+    """A pipeline around it by a level of memory; its other parts are too small to count."""
+    clip = CLIPTextConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    t5 = T5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = FluxPipeline(scheduler, vae, CLIPTextModel(clip), None, T5EncoderModel(t5), None, transformer)
+    memory.place(pipe, level, device)
+    return pipe
 
 
 def _small_former(width: int) -> IDFormer:

@@ -12,13 +12,16 @@ import torch
 
 from openpulid.bench.cells import BASE, Cell, Folder
 from openpulid.bench.judging import cells_of, counts, known_sets
-from openpulid.bench.metrics import COLUMNS, LIKENESS, Interval, bootstrap
+from openpulid.bench.metrics import COLUMNS, FID, LIKENESS, Interval, bootstrap
 
 COSTS = {"seconds": False, "steps_per_second": True, "photo_to_image": False, "memory": False}
 """Of an image: seconds; denoising steps in each, reading and decoding counted in; seconds with knowing the person first; GiB at
 most, with all methods of the run loaded."""
 HIGHER = {**{measure.name: measure.higher for measure in COLUMNS}, **COSTS}
 """The columns in their order, and whether more is better."""
+
+Known = Sequence[tuple[Cell, dict[str, Any] | None]]
+"""All cells of a method, in the order of every method, with what is known of each."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +42,21 @@ def rows(folder: Folder) -> list[Row]:
     facts = folder.facts()
     sets = known_sets(folder)
     records = {m: [(cell, folder.record(cell)) for cell in cells_of(facts, m)] for m in facts["methods"]}
-    base = _seconds(records[BASE])
     made = []
     for method, known in records.items():
         columns = {name: _column(facts, known, name) for name in HIGHER}
-        columns |= {name: Interval(value, math.nan, math.nan) for name, value in sets.get(method, {}).items()}
+        whole = {name: value for name, value in sets.get(method, {}).items() if value is not None}
+        columns |= {name: Interval(value, math.nan, math.nan) for name, value in whole.items()}
         good = [record for _, record in known if record and record["status"] == "done"]
         errors = sorted({record["error"] for _, record in known if record and record["status"] == "failed"})
-        ratio = _seconds(known) / base if good and base else math.nan
+        ratio = _ratio(known, records[BASE])
         told = {name: value for name, value in columns.items() if not math.isnan(value.mean)}
         scale = good[0]["configuration"].get("scale", 0.0) if good else math.nan
         made.append(Row(method, told, len(good), len(known) - len(good), ratio, scale, errors))
     return made
 
 
-def _column(facts: Mapping[str, Any], known: Sequence[tuple[Cell, dict[str, Any] | None]], name: str) -> Interval:
+def _column(facts: Mapping[str, Any], known: Known, name: str) -> Interval:
     values, people = [], []
     for cell, record in known:
         if record is None or record["status"] != "done" or not counts(facts, cell.prompt, name in LIKENESS):
@@ -73,9 +76,21 @@ def _cost(record: Mapping[str, Any], name: str) -> float | None:
     return seconds if name == "seconds" else record["memory"]
 
 
-def _seconds(known: Sequence[tuple[Cell, dict[str, Any] | None]]) -> float:
-    """The median of an image: a machine that was busy for a while does not move it."""
-    return statistics.median([r["seconds"] for _, r in known if r and r["status"] == "done"] or [math.nan])
+def _ratio(known: Known, base: Known) -> float:
+    """Of the seconds of an image to the base's, over those images whose base was made in the same start of the run on the same
+    hardware; NaN where there are none. Medians: a machine that was busy for a while does not move them."""
+    pairs = [
+        (mine["seconds"], plain["seconds"])
+        for (_, mine), (_, plain) in zip(known, base, strict=True)
+        if mine and plain and mine["status"] == plain["status"] == "done" and _made_in(mine) == _made_in(plain)
+    ]
+    own, others = ([pair[side] for pair in pairs] for side in (0, 1))
+    return statistics.median(own) / statistics.median(others) if pairs else math.nan
+
+
+def _made_in(record: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The start of the run, which records written before do not name, and the hardware."""
+    return record.get("start"), record["hardware"]
 
 
 def as_json(folder: Folder) -> dict[str, Any]:
@@ -114,19 +129,36 @@ def told(folder: Folder) -> Lines:
 
 
 def asked(folder: Folder) -> Lines | None:
-    """What prompts ask for and is seen, an attribute in each row: which of them it is that an identity disturbs. None where
-    nobody read them."""
+    """What prompts ask for and is seen, a value of an attribute in each row, and how many images of each method were asked
+    for it: which of them it is that an identity disturbs. None where nobody read them."""
     facts = folder.facts()
-    seen: dict[str, dict[str, list[bool]]] = {}
-    for method in facts["methods"]:
+    methods, prompts = facts["methods"], facts["suite"]["prompts"]
+    seen: dict[tuple[str, str], dict[str, list[bool]]] = {}
+    for method in methods:
         for cell in cells_of(facts, method):
             for name, told in (folder.record(cell) or {}).get("asked", {}).items():
-                seen.setdefault(name, {}).setdefault(method, []).append(told)
+                value = prompts[cell.prompt]["wanted"][name]
+                seen.setdefault((name, value), {}).setdefault(method, []).append(told)
     lines = [
-        [name.replace("_", " "), *(f"{statistics.mean(known[m]):.3f}" if m in known else "" for m in facts["methods"])]
-        for name, known in sorted(seen.items())
+        [
+            f"{name}: {value}".replace("_", " "),
+            str(max(map(len, known.values()))),
+            *(f"{statistics.mean(known[method]):.3f}" if method in known else "" for method in methods),
+        ]
+        for (name, value), known in sorted(seen.items())
     ]
-    return (["asked for", *facts["methods"]], lines) if lines else None
+    return (["asked for", "images", *methods], lines) if lines else None
+
+
+def remarks(folder: Folder) -> list[str]:
+    """A sentence for a column whose name alone would mislead."""
+    if all(values.get(FID.name) is None for values in known_sets(folder).values()):
+        return []
+    features = "CLIP" if folder.facts()["suite"]["preset"].startswith("mini") else "Inception"
+    return [
+        f"fid is the Frechet distance between the images with the person and those without, by features of {features}; "
+        "PuLID's published one is against images that are not disclosed, so it is another measure."
+    ]
 
 
 def missing(folder: Folder) -> list[str]:
@@ -169,7 +201,8 @@ def _versions(versions: Mapping[str, str]) -> str:
 
 def markdown(folder: Folder) -> str:
     """The table, what is missing, and the published numbers beside it."""
-    parts = [f"# {folder.facts()['suite']['name']}", summary(folder), _markdown(told(folder)), *missing(folder)]
+    parts = [f"# {folder.facts()['suite']['name']}", summary(folder), _markdown(told(folder))]
+    parts += [*remarks(folder), *missing(folder)]
     if attributes := asked(folder):
         parts += [f"## {ASKED}", _markdown(attributes)]
     for source, lines in published(folder).items():

@@ -80,13 +80,15 @@ def seconds_in(owner: type, method: str) -> Iterator[list[float]]:
 def wait(device: torch.device) -> None:
     """Until an accelerator has done what it was asked for."""
     if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
+        torch.accelerator.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:
     """From here on `peak` counts."""
     if device.type != "cpu":
-        torch.get_device_module(device).reset_peak_memory_stats()
+        reset = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)
+        if reset is not None:  # Apple's counts none
+            reset(device)
         return
     with suppress(OSError):  # Linux: the process's own high-water mark
         Path("/proc/self/clear_refs").write_text("5")
@@ -98,7 +100,8 @@ def peak(device: torch.device) -> float | None:
     On a CPU it is the process's high-water mark, which freed but kept blocks blur: trust it on an accelerator only.
     """
     if device.type != "cpu":
-        return round(torch.get_device_module(device).max_memory_allocated() / 2**30, 2)
+        most = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return None if most is None else round(most(device) / 2**30, 2)
     try:
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:

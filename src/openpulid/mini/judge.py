@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class FaceJudge:
 
     def __init__(self, finder: FaceFinder, recogniser: VGGRecogniser) -> None:
         self.embed = FaceEmbedder(finder.find, recogniser)
+        self.width: int = cast(Any, recogniser).config["dim"]
 
     @classmethod
     def load(cls, folder: Path = MINIATURE) -> FaceJudge:
@@ -45,6 +46,8 @@ class FaceJudge:
     def __call__(self, images: Tensor) -> Faces:
         """(B, 3, H, W) in [0, 1] -> Faces; embeddings of images without a face are zero."""
         seen = self.embed(images)
+        if not seen.found.any():  # the recogniser was not asked, and its width is not known there
+            return Faces(seen.found, seen.embeddings.new_zeros(len(images), self.width), seen.masks)
         return Faces(seen.found, seen.embeddings, seen.masks)
 
 
