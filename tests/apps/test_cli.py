@@ -12,15 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from openpulid import __version__
-from openpulid.apps import cli
+from openpulid.apps import cli, stores
 from openpulid.apps.common import save_picture
 from openpulid.errors import FaceError, PromptError
 from openpulid.identity.identity import Identity
 from openpulid.presets import MINIATURE, PRESETS, Preset, mini, mini_lightning, options_of
 from openpulid.published import WEIGHTS
 from openpulid.studio import Result
+from openpulid.weights import sha256
 
 
 class Spoken(SimpleNamespace):
@@ -207,12 +209,61 @@ def test_an_image_is_made_again_after_the_defaults_have_changed(
     assert Image.open(tmp_path / "again" / "portrait-photo-2.png").tobytes() == image.tobytes()
 
 
-def test_images_of_older_versions_are_made_again(pulid, studio: FakeStudio, tmp_path: Path) -> None:
-    older = {"prompt": "portrait", "id": None, "preset": "flux", "seed": 3, "steps": 5, "projection": "ortho", "num_zero": 16}
-    save_picture(Image.new("RGB", (32, 32)), tmp_path / "older.png", older)  # two of them did nothing on FLUX
+def test_images_of_older_versions_are_made_again(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
+    """They have no fingerprints, and on FLUX options that did nothing."""
+    older = {"prompt": "portrait", "id": str(anna), "preset": "flux", "seed": 3, "steps": 5}
+    idle = {"projection": "ortho", "num_zero": 16}
+    save_picture(Image.new("RGB", (32, 32)), tmp_path / "older.png", {**older, **idle})
     assert pulid("generate", "--from", tmp_path / "older.png", "-o", tmp_path).code == 0
     asked = studio.asked[0]
     assert (asked["steps"], asked["seed"], asked["guidance"]) == (5, 3, PRESETS["flux"]().guidance)
+    assert asked["identity"].photos == 1
+
+
+def test_an_image_is_made_again_of_the_same_files_or_not_at_all(
+    pulid, studio: FakeStudio, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (96, 96), 255).save("mask.png")
+    made = pulid("generate", "portrait", "--id", "anna.png", "--mask", "mask.png", "-o", "out")
+    assert made.code == 0, made.err
+    text = Image.open("out/portrait-0.png").info["openpulid"]
+    request = json.loads(text)
+    assert (request["id"], request["mask"]) == ("anna.png", "mask.png") and str(tmp_path) not in text
+    assert request["fingerprints"] == {"id": sha256("anna.png"), "mask": sha256("mask.png")}
+    again = ("generate", "--from", "out/portrait-0.png", "-o", "again")
+    for name, said in (("anna.png", "may hold somebody else now"), ("mask.png", "would make another image")):
+        before = Path(name).read_bytes()
+        Image.new("RGB", (96, 96), "red").save(name)
+        refused = pulid(*again)
+        assert plain(refused) and f"{name} has changed since out/portrait-0.png was made" in refused.err and said in refused.err
+        Path(name).write_bytes(before)
+    assert pulid(*again).code == 0 and len(studio.asked) == 2
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    gone = pulid("generate", "--from", "../out/portrait-0.png", "-o", ".")
+    assert plain(gone) and "was made with anna.png, which is not here" in gone.err
+
+
+def test_what_an_image_was_made_with_and_is_not_here(pulid, studio: FakeStudio, tmp_path: Path) -> None:
+    known = {"prompt": "portrait", "preset": "mini", "seed": 0}
+    missing = ({"id": "anna.jpg, face.jpg"}, {"id": "x" * 300}, {"adapter": "none.bin"})  # as the page says photos; and others
+    for number, more in enumerate((*missing, {"base": "none.ckpt", "fingerprints": {"base": "a"}})):
+        image = tmp_path / f"{number}.png"
+        save_picture(Image.new("RGB", (32, 32)), image, {**known, **more})
+        refused = pulid("generate", "--from", image, "-o", tmp_path)
+        assert plain(refused) and f"was made with {next(iter(more.values()))}, which is not here" in refused.err
+    save_picture(Image.new("RGB", (32, 32)), tmp_path / "hub.png", {**known, "base": "owner/name"})
+    assert pulid("generate", "--from", tmp_path / "hub.png", "-o", tmp_path).code == 0
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "null", '"portrait"', "{}", '{"prompt": "portrait", "seed": 0}', "no JSON"])
+def test_an_image_that_does_not_say_how_it_was_made(pulid, tmp_path: Path, text: str) -> None:
+    told = PngInfo()
+    told.add_itxt("openpulid", text)
+    Image.new("RGB", (32, 32)).save(tmp_path / "other.png", pnginfo=told)
+    refused = pulid("generate", "--from", tmp_path / "other.png", "-o", tmp_path)
+    assert plain(refused) and "does not say how it was made" in refused.err
 
 
 def test_faces_are_read_without_a_base_model(pulid, anna: Path, tmp_path: Path) -> None:
@@ -241,6 +292,18 @@ def test_an_adapter_of_ones_own(pulid, anna: Path, tmp_path: Path, caplog: pytes
     usual, own, again = (Image.open(tmp_path / name / "portrait-photo-0.png").tobytes() for name in ("usual", "own", "again"))
     assert own == again != usual and not caplog.records
     missing = pulid(*words, tmp_path, "--adapter", tmp_path / "none.safetensors")
+    assert plain(missing) and "none.safetensors is not there" in missing.err
+
+
+def test_adapters_are_measured_by_their_files(pulid, tmp_path: Path) -> None:
+    files = [MINIATURE / f"pulid-{stage}.safetensors" for stage in ("stage1", "stage3")]
+    words = ("mini", "evaluate", "--people", 2, "--prompts", 1, "--preset", "mini-lightning", "--json")
+    done = pulid(*words, "--adapter", files[0], "--adapter", files[1])
+    table = json.loads(done.out)
+    base, first, third, truth = table["rows"]
+    assert [row["model"] for row in table["rows"]] == ["base", *map(str, files), "truth"]
+    assert base["outside_face"] == 0 < first["outside_face"] != third["outside_face"] and truth["face_sim"] > base["face_sim"]
+    missing = pulid(*words, "--adapter", tmp_path / "none.safetensors")
     assert plain(missing) and "none.safetensors is not there" in missing.err
 
 
@@ -296,6 +359,8 @@ def test_weights_are_listed_and_missing_ones_named(pulid, tmp_path: Path, monkey
     assert got.code == 0 and got.out.split() == [str(tmp_path / name) for name in ("FLUX.1-dev", *(e.name for e in entries))]
     missing = pulid("generate", "portrait", "--preset", "sdxl", "-o", tmp_path)
     assert plain(missing) and "`pulid weights get pulid-v1.1`" in missing.err
+    assert {"instantid", "identitynet", "identitynet-config", "arcface", "detector"} <= set(stores._of_method("instantid"))
+    assert stores._of_method("arcface") == ["arcface"] and "juggernaut" not in stores._of_method("photomaker")
 
 
 def test_presets_are_listed_with_what_they_lack(pulid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

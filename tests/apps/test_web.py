@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from openpulid.apps import web
 from openpulid.errors import OptionError
 from openpulid.loading import methods_here, missing
 from openpulid.mini.showcase import portrait
-from openpulid.presets import MINIATURE, OF_THE_MINIATURE, mini, sdxl
+from openpulid.presets import MINIATURE, OF_THE_MINIATURE, RIVALS, mini, mini_lightning, sdxl, with_method
 from openpulid.published import FOLDER_VARIABLE
 
 gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
@@ -95,6 +96,25 @@ def test_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:
     with pytest.raises(OptionError, match="say in the prompt"):
         desk.generate(None, None, **{**known, "prompt": " "})
     assert desk.studio("mini", "pulid") is not studio
+
+
+def test_the_first_preset_is_as_the_command_says_and_no_other(tmp_path: Path, anna: Path) -> None:
+    own = Path(copyfile(MINIATURE / "pulid-stage1.safetensors", tmp_path / "adapter.safetensors"))
+    desk = web.Desk(tmp_path, preset="mini-lightning", adapter=own)
+    assert desk.resolved("mini-lightning").adapter == own
+    assert {"pulid", "faceid"} <= set(methods_here(desk.resolved("mini-lightning")))
+    assert methods_here(desk.resolved("mini-lightning")) == methods_here(mini_lightning())
+    full = web.Desk(tmp_path, preset="sdxl", adapter=own).resolved("sdxl")
+    assert full.adapter == own and all(with_method(full, name) == with_method(sdxl(), name) for name in RIVALS)
+    assert desk.resolved("mini").adapter == mini().adapter
+    assert desk.resolved("mini-lightning", "faceid").adapter == MINIATURE / "faceid.safetensors"
+    known = {**SETTINGS, "images": 1, "alone": False}
+    (one,) = desk.generate([(str(anna), None)], None, **known)
+    (plain,) = web.Desk(tmp_path).generate([(str(anna), None)], None, **known)
+    assert Image.open(one[0]).tobytes() != Image.open(plain[0]).tobytes()
+    assert json.loads(Image.open(one[0]).info["openpulid"])["adapter"] == str(own)
+    with pytest.raises(OptionError, match="levels are FLUX's"), web.opened("mini", memory="12gb"):
+        pass
 
 
 def test_what_is_offered_is_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from openpulid.errors import OptionError, WeightsError
 weights = group("Published weights: list, get, verify. Only `get` asks a network.")
 presets = group("What can be generated with, and what it takes.")
 
-Name = Annotated[list[str], typer.Argument(help="Presets (sdxl, sdxl-v1 ...), names from `pulid weights list`, or OWNER/NAME.")]
+Name = Annotated[list[str], typer.Argument(help="Presets (sdxl ...), methods, names from `pulid weights list`, or OWNER/NAME.")]
 Where = Annotated[Path | None, typer.Option("--folder", help="Where they lie; PULID_WEIGHTS and the hub's cache by default.")]
 
 
@@ -38,10 +38,10 @@ def list_weights(folder: Where = None) -> None:
 
 @weights.command()
 def get(names: Name, folder: Where = None) -> None:
-    """Download what is missing; a connection that breaks is taken up where it was."""
+    """Download what is missing; from the hub a connection that breaks is taken up where it was."""
     from openpulid.published import get as download
 
-    for name in _needed(names):
+    for name in _needed([part for given in names for part in _of_method(given)]):
         print(download(name, folder))
 
 
@@ -97,6 +97,16 @@ def memory(
             peak = " (peak)" if need is most else ""
             table.add_row(name, need.phase, f"{need.total / GIB:.1f}{peak}", parts)
     Console().print(table)
+
+
+def _of_method(name: str) -> list[str]:
+    """Of a method all that it needs beside a base; another name as it is."""
+    from openpulid.presets import RIVALS, sdxl, with_method
+
+    if name not in RIVALS:
+        return [name]
+    chosen = with_method(sdxl(), name)
+    return [place for place in chosen.published if place != chosen.pipeline]
 
 
 def _needed(names: list[str]) -> list[str]:

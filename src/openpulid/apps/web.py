@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.apps.common import Device, image_name, memory_told, request_of, save_picture, sides
+from openpulid.apps.common import Base, Device, Faces, image_name, memory_told, request_of, save_picture, sides
 from openpulid.errors import OptionError, PulidError
 
 if TYPE_CHECKING:
     from openpulid.identity.identity import Identity
+    from openpulid.presets import Preset
     from openpulid.studio import Studio
 
 HELP = """**Photos** of one person, sharp and from the front; several are read together. **Scale** is how strongly the person
@@ -41,12 +42,15 @@ class Desk:
     Args:
         folder: images are put here for the browser to fetch.
         device: where to compute.
+        preset: the one chosen at first.
+        given: what `studio.resolved` shall change in that one: base, memory, faces, adapter; None changes nothing.
     """
 
-    def __init__(self, folder: Path, device: str | None = None) -> None:
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, device: str | None = None, preset: str = "mini", **given: Any) -> None:
+        self.folder, self.device, self.preset, self.given = folder, device, preset, given
         self._asked: tuple[str, str] | None = None
         self._studio: Studio | None = None
+        self._resolved: dict[tuple[str, str], Preset] = {}
 
     def studio(self, preset: str, method: str) -> Studio:
         """Loaded when it is another than before; the former goes first, two would not fit everywhere."""
@@ -54,9 +58,21 @@ class Desk:
 
         if self._studio is None or self._asked != (preset, method):
             self._studio = None
-            self._studio = load(preset, device=self.device, method=method)
+            self._studio = load(self.resolved(preset, method), device=self.device)
             self._asked = preset, method
         return self._studio
+
+    def resolved(self, preset: str, method: str = "pulid") -> Preset:
+        """A preset with a method on it; an adapter that was given is PuLID's."""
+        from openpulid.studio import resolved
+
+        if (preset, method) not in self._resolved:  # an insightface pack is opened to see what is in it
+            self._resolved[preset, method] = resolved(preset, method=method, **self._given(preset, method))
+        return self._resolved[preset, method]
+
+    def _given(self, preset: str, method: str) -> dict[str, Any]:
+        given = self.given if preset == self.preset else {}
+        return {name: value for name, value in given.items() if name != "adapter" or method == "pulid"}
 
     def generate(
         self,
@@ -84,7 +100,8 @@ class Desk:
         wide = (size or "").strip() or None
         chosen = sides(wide, 16 if studio.preset.family == "flux" else 8)
         named = ", ".join(Path(path).name for path in ([identity_file] if identity_file else pictures)) or None
-        request = {"prompt": prompt, "id": named, "preset": preset, "method": method, "size": wide, **options}
+        given = {name: str(value) for name, value in self._given(preset, method).items() if value is not None}
+        request = {"prompt": prompt, "id": named, "preset": preset, "method": method, "size": wide, **given, **options}
         joined = {"scale": scale, "start": start, "end": end}
         made = self._made(studio, prompt, who, {**options, **joined, "size": chosen}, images, seed, {**request, **joined})
         if who is not None and alone:
@@ -142,26 +159,21 @@ def presets_here() -> list[str]:
     return [name for name, make in PRESETS.items() if not missing(make())]
 
 
-def page(desk: Desk, preset: str) -> Any:
-    """The whole page, as Gradio's Blocks.
-
-    Args:
-        preset: chosen at first; one of `presets_here`.
-    """
+def page(desk: Desk) -> Any:
+    """The whole page, as Gradio's Blocks."""
     import gradio as gr
 
     def changed(name: str) -> tuple[Any, ...]:
         from openpulid.loading import methods_here
-        from openpulid.presets import find
 
-        here = methods_here(find(name))
-        return gr.Dropdown(choices=here, value=here[0]), *_acts(name, here[0]), gr.Button(visible=name.startswith("mini"))
+        here = methods_here(desk.resolved(name))
+        return gr.Dropdown(choices=here, value=here[0]), *_acts(desk, name, here[0]), gr.Button(visible=name.startswith("mini"))
 
     with gr.Blocks(title="openpulid", analytics_enabled=False, delete_cache=KEPT) as blocks:
         gr.Markdown("# openpulid\nA person into any image, from one photo.")
         with gr.Row():
             with gr.Column(scale=2):
-                fields = _fields(preset)
+                fields = _fields(desk)
             with gr.Column(scale=3):
                 shown = gr.Gallery(label="Images", format="png", columns=2, object_fit="contain", height=640, buttons=KEEP)
                 seen = gr.Image(label="What is read of the photos", visible=False, format="png", buttons=KEEP)
@@ -170,7 +182,7 @@ def page(desk: Desk, preset: str) -> Any:
         one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "desk"}  # one studio, one thing at a time
         acts = [fields[name] for name in ("scale", "start", "end")]
         chosen.input(changed, chosen, [method, *acts, fields["invent"]], api_name=False)
-        method.input(_acts, [chosen, method], acts, api_name=False)
+        method.input(partial(_acts, desk), [chosen, method], acts, api_name=False)
         fields["invent"].click(partial(_invented, desk.folder), None, photos, api_name="person")
         look = fields["look"].click(_said(desk.faces), [photos, file, chosen, method], seen, api_name="faces", **one)
         look.success(lambda: gr.Image(visible=True), None, seen, api_name=False)
@@ -179,13 +191,13 @@ def page(desk: Desk, preset: str) -> Any:
     return blocks
 
 
-def _fields(preset: str) -> dict[str, Any]:
+def _fields(desk: Desk) -> dict[str, Any]:
     """What is asked, by the names of `Desk.generate` and in its order, and three buttons."""
     import gradio as gr
 
     from openpulid.loading import methods_here
-    from openpulid.presets import find
 
+    preset = desk.preset
     fields: dict[str, Any] = {}
     fields["photos"] = gr.Gallery(label="Photos of one person", **PHOTOS)
     with gr.Row():
@@ -196,9 +208,9 @@ def _fields(preset: str) -> dict[str, Any]:
     fields["prompt"] = gr.Textbox(label="Prompt", value="portrait, film noir, smiling", lines=2)
     fields["make"] = gr.Button("Make", variant="primary")
     with gr.Row():
-        fields["preset"] = gr.Dropdown(presets_here(), value=preset, label="Preset")
-        fields["method"] = gr.Dropdown(methods_here(find(preset)), value="pulid", label="Method")
-    fields["scale"] = gr.Slider(0, 2, value=_acts(preset, "pulid")[0], step=0.05, label="Scale")
+        fields["preset"] = gr.Dropdown(list(dict.fromkeys([preset, *presets_here()])), value=preset, label="Preset")
+        fields["method"] = gr.Dropdown(methods_here(desk.resolved(preset)), value="pulid", label="Method")
+    fields["scale"] = gr.Slider(0, 2, value=_acts(desk, preset, "pulid")[0], step=0.05, label="Scale")
     with gr.Row():
         fields["images"] = gr.Number(4, label="Images", precision=0, minimum=1, maximum=64)
         fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
@@ -215,11 +227,9 @@ def _fields(preset: str) -> dict[str, Any]:
     return fields
 
 
-def _acts(preset: str, method: str) -> tuple[float, float, float]:
+def _acts(desk: Desk, preset: str, method: str) -> tuple[float, float, float]:
     """How strongly a method acts on a preset and between which shares of the steps, where nobody says."""
-    from openpulid.presets import find, with_method
-
-    known = with_method(find(preset), method)
+    known = desk.resolved(preset, method)
     return known.scale, known.start, known.end
 
 
@@ -254,32 +264,52 @@ def _said(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def opened(preset: str = "mini", device: str | None = None) -> Iterator[Any]:
+def opened(preset: str = "mini", device: str | None = None, **given: Any) -> Iterator[Any]:
     """The page and a folder for its images, which is gone when this closes.
 
+    Args:
+        given: as `Desk` has it.
+
     Raises:
-        OptionError: Gradio is not installed, or the preset is unknown, or its files are not here.
+        OptionError: Gradio is not installed, or the preset is unknown or cannot be had so, or its files are not here.
+        WeightsError: the base is not.
     """
     try:
         import gradio  # noqa: F401
     except ImportError:
         raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.") from None
-    if preset not in (here := presets_here()):
-        raise OptionError(f"{preset} is not on this machine; {', '.join(here)} are, and `pulid weights get {preset}` gets it.")
     from tempfile import TemporaryDirectory
 
+    from openpulid.loading import found, missing
+
     with TemporaryDirectory(prefix="openpulid-") as folder:
-        yield page(Desk(Path(folder), device), preset)
+        desk = Desk(Path(folder), device, preset, **given)
+        chosen = desk.resolved(preset)
+        if lacking := missing(chosen):
+            here = ", ".join(presets_here())
+            lacks = f"{preset} is not on this machine, it lacks {', '.join(lacking)}"
+            raise OptionError(f"{lacks}; {here} are, and `pulid weights get {preset}` gets it.")
+        for base in (chosen.pipeline, chosen.transformer):
+            if base is not None:
+                found(base)  # one that was given is said to be missing before the page opens
+        yield page(desk)
 
 
 def web(
     preset: Annotated[str, typer.Option(help="Chosen at first, see `pulid presets list`.")] = "mini",
+    base: Base = None,
+    memory: Annotated[str | None, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = None,
+    faces: Faces = None,
+    adapter: Annotated[Path | None, typer.Option(help="Another file of PuLID, such as one of your training.")] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets everybody in who reaches this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where it listens.")] = 7860,
     device: Device = None,
 ) -> None:
-    """The studio in the browser, every preset and method whose files are on this machine."""
-    with opened(preset, device) as blocks:
+    """The studio in the browser, every preset and method whose files are on this machine.
+
+    What is said of base, memory, faces and adapter is for the preset chosen at first.
+    """
+    with opened(preset, device, base=base, memory=memory, faces=faces, adapter=adapter) as blocks:
         import gradio as gr
 
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # none from another machine

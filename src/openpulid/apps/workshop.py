@@ -87,6 +87,9 @@ def evaluate(
 
     bar = measure.silent if as_json else measure.progress
     asked: dict[str, Any] = {"people_seed": people_seed, "prompts": prompts, "preset": preset, "scale": scale}
+    for file in adapter or ():  # said before minutes of images
+        if not file.is_file():
+            raise OptionError(f"{file} is not there; name the file of an adapter.")
     chosen = {str(file): file for file in adapter} if adapter else None
     table = measure.run(people, **asked, adapters=chosen, device=device, progress=bar)
     if not as_json:

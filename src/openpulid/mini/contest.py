@@ -84,7 +84,7 @@ class FaceAlone:
 
 
 def _source(shop: Workshop, name: str, read: Callable[[WorldDataset], Any], tokenizer: Any, batch: int) -> pulid.Portraits:
-    data = WorldDataset.open(shop.runs / name)
+    data = shop.open(name)
     with mixed(shop.device):
         latents: Latents = shop.latents(name)
         features = read(data)

@@ -71,13 +71,14 @@ class Workshop:
 
     @cached_property
     def data(self) -> WorldDataset:
-        return self._open("world")
+        return self.open("world")
 
     @cached_property
     def held_out(self) -> WorldDataset:
-        return self._open("world-held-out")
+        return self.open("world-held-out")
 
-    def _open(self, name: str) -> WorldDataset:
+    def open(self, name: str) -> WorldDataset:
+        """One of the world's data sets; TrainingError when it is not there."""
         try:
             return WorldDataset.open(self.runs / name)
         except FileNotFoundError as error:
@@ -122,12 +123,12 @@ class Workshop:
 
     def captions(self, name: str = "world") -> Captions:
         file = self.runs / f"captions{name.removeprefix('world')}.npy"
-        return Captions.of(self._open(name), self.tokenizer(), file, on_progress=progress("sentences"))
+        return Captions.of(self.open(name), self.tokenizer(), file, on_progress=progress("sentences"))
 
     def latents(self, name: str = "world") -> Latents:
         folder = self.runs / f"latents{name.removeprefix('world')}"
         with mixed(self.device):
-            return Latents.of(self.vae(), self._open(name), folder, on_progress=progress("latents"))
+            return Latents.of(self.vae(), self.open(name), folder, on_progress=progress("latents"))
 
     def examination(self, **options: Any) -> Images:
         """Of images: with the finder, when there is one already."""
