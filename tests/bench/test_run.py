@@ -175,6 +175,7 @@ def test_a_report_without_judges_says_so(
 
 def test_what_prompts_ask_for_is_told_by_attribute(finished: Folder) -> None:
     heads, lines = table.asked(finished) or ([], [])
+    assert f"<details><summary>{table.ASKED}" in report.page(finished, None)
     assert heads == ["asked for", "images", *METHODS] and f"## {table.ASKED}" in table.markdown(finished)
     asked = [prompt.wanted for prompt in SUITE.prompts]
     pairs = sorted({pair for wanted in asked for pair in wanted.items()})

@@ -25,7 +25,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #202024; background: #faf9f6
 body { padding: 0 1rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums } h2 { margin-top: 2.5rem }
 th { font-weight: normal; color: #78766f; text-align: left } td, th { padding: .25rem .6rem; vertical-align: top }
 .numbers { font-size: 14px } .numbers td { border-top: 1px solid #dcd9d0 } .numbers td, .numbers th { white-space: nowrap }
-.wide { overflow-x: auto }
+.wide { overflow-x: auto } summary { font-size: 1.2em; margin: 1rem 0; cursor: pointer }
 .plot { max-width: 46rem; width: 100%; margin: 1.5rem 0 } .faces img { width: 8rem; display: block } .words { max-width: 14rem }
 """
 
@@ -113,7 +113,7 @@ def page(folder: Folder, drawn: Image.Image | None) -> str:
     if drawn is not None:
         parts.append(f'<img class="plot" alt="identity against purity" src="{_data(drawn)}">')
     if attributes := table.asked(folder):
-        parts += [f"<h2>{table.ASKED}</h2>", _table(attributes)]
+        parts.append(f"<details><summary>{table.ASKED}</summary>{_table(attributes)}</details>")  # long: the images come first
     for source, lines in table.published(folder).items():
         parts += [f"<h2>Published: {html.escape(source)}</h2>", _table(lines)]
     parts += [_person(folder, person) for person in facts["people"][:SHOWN_PEOPLE]]
