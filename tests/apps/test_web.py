@@ -11,6 +11,8 @@ from shutil import copyfile
 from typing import Any
 
 import pytest
+import torch
+from diffusers import ControlNetModel
 from PIL import Image
 
 from openpulid import __version__
@@ -19,12 +21,13 @@ from openpulid.errors import OptionError
 from openpulid.loading import methods_here, missing
 from openpulid.mini.showcase import portrait
 from openpulid.presets import MINIATURE, OF_THE_MINIATURE, RIVALS, mini, mini_lightning, sdxl, with_method
-from openpulid.published import FOLDER_VARIABLE
+from openpulid.published import FOLDER_VARIABLE, WEIGHTS
 
 gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
 SETTINGS: dict[str, Any] = {
     "prompt": "portrait, photo, smiling", "preset": "mini-lightning", "method": "pulid", "scale": 1.0, "images": 2, "seed": 3,
     "alone": True, "negative": "", "steps": None, "guidance": None, "size": "", "start": 0.0, "end": 1.0,
+    "control": None, "control_picture": None, "control_scale": 1.0,
 }  # fmt: skip
 
 
@@ -96,6 +99,29 @@ def test_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:
     with pytest.raises(OptionError, match="say in the prompt"):
         desk.generate(None, None, **{**known, "prompt": " "})
     assert desk.studio("mini", "pulid") is not studio
+
+
+def test_a_controlnet_beside_the_person(tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = web.Desk(tmp_path)
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(desk.studio("mini-lightning", "pulid").pipe.unet)
+    for zero in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.normal_(zero.weight, std=0.05)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert web.controls_here() == []
+    net.save_pretrained(tmp_path / WEIGHTS["control-pose"].repo.split("/")[-1])
+    assert web.controls_here() == ["control-pose"]
+    known = {**SETTINGS, "images": 1, "alone": False}
+    beside = {"control": "control-pose", "control_picture": str(anna), "control_scale": 0.5}
+    (plain,) = desk.generate([(str(anna), None)], None, **known)
+    (one,) = desk.generate([(str(anna), None)], None, **{**known, **beside})
+    (again,) = desk.generate([(str(anna), None)], None, **known)
+    assert Image.open(one[0]).tobytes() != Image.open(plain[0]).tobytes() == Image.open(again[0]).tobytes()
+    said = json.loads(Image.open(one[0]).info["openpulid"])
+    assert {**beside, "control_picture": "anna.png"}.items() <= said.items()
+    with pytest.raises(OptionError, match="go together"):
+        desk.generate([(str(anna), None)], None, **{**known, "control_picture": str(anna)})
 
 
 def test_the_first_preset_is_as_the_command_says_and_no_other(tmp_path: Path, anna: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +20,7 @@ from openpulid.apps.common import (
     Device,
     Faces,
     Folder,
+    controlled,
     folder,
     image_name,
     last_line,
@@ -225,31 +225,12 @@ def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, 
         if identity is None:
             raise OptionError("a mask says where an identity acts; give one with --id.")
         identity = [(identity, open_picture(mask))]
-    with _controlled(studio, request):
+    with controlled(studio, *(request[name] for name in ("control", "control_picture", "control_scale"))):
         result = studio.generate(request["prompt"], identity, seed=request["seed"], num_images=num, negative=negative)
     for image, seed in zip(result.images, result.seeds, strict=True):
         path = out / image_name(request["prompt"], seed)
         save_picture(image, path, request_of(request, result, image, seed))
         print(path)
-
-
-def _controlled(studio: Studio, request: dict[str, Any]) -> AbstractContextManager[Any]:
-    """A ControlNet in use on the studio's pipeline, where the request names one."""
-    name, picture, scale = request["control"], request["control_picture"], request["control_scale"]
-    if name is None and picture is None and scale is None:
-        return nullcontext()
-    if name is None or picture is None:
-        raise OptionError("a ControlNet and what it is shown go together: --control NAME --control-picture PICTURE.")
-    if studio.preset.family != "sdxl":
-        raise OptionError(f"{name} is for SDXL, and {studio.preset.name} is FLUX; leave --control out.")
-    from openpulid.images import open_picture
-    from openpulid.loading import found
-    from openpulid.methods.control import ControlNet, edges
-
-    shown = open_picture(picture)
-    control = ControlNet.load(found(name))
-    control.attach(studio.pipe)
-    return control.use(edges(shown) if name == "control-edges" else shown, scale=1.0 if scale is None else scale)
 
 
 def _method(name: str | None, preset: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ from openpulid.errors import OptionError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from openpulid.studio import Result
+    from openpulid.studio import Result, Studio
 
 
 def known_device(name: str | None) -> str | None:
@@ -89,6 +89,29 @@ def save_picture(image: Image.Image, path: Path, request: Mapping[str, Any] | No
         image.save(path, **extra)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written ({error.strerror or error}).") from None
+
+
+def controlled(studio: Studio, name: str | None, picture: str | None, scale: float | None) -> AbstractContextManager[Any]:
+    """A ControlNet in use on a studio's pipeline, where one is named.
+
+    Args:
+        name: of published weights, or a folder. picture: what it is shown; edges are drawn of any.
+        scale: 1 by default.
+    """
+    if name is None and picture is None and scale is None:
+        return nullcontext()
+    if name is None or picture is None:
+        raise OptionError("a ControlNet and what it is shown go together; give both, --control NAME --control-picture PICTURE.")
+    if studio.preset.family != "sdxl":
+        raise OptionError(f"{name} is for SDXL, and {studio.preset.name} is FLUX; leave --control out.")
+    from openpulid.images import open_picture
+    from openpulid.loading import found
+    from openpulid.methods.control import ControlNet, edges
+
+    shown = open_picture(picture)
+    control = ControlNet.load(found(name))
+    control.attach(studio.pipe)
+    return control.use(edges(shown) if name == "control-edges" else shown, scale=1.0 if scale is None else scale)
 
 
 @contextmanager

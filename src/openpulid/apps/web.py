@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.apps.common import Base, Device, Faces, image_name, memory_told, request_of, save_picture, sides
+from openpulid.apps.common import Base, Device, Faces, controlled, image_name, memory_told, request_of, save_picture, sides
 from openpulid.errors import OptionError, PulidError
 
 if TYPE_CHECKING:
@@ -91,6 +91,9 @@ class Desk:
         size: str | None,
         start: float,
         end: float,
+        control: str | None = None,
+        control_picture: str | None = None,
+        control_scale: float = 1.0,
     ) -> list[tuple[str, str]]:
         """Images and what stands below each. `alone` makes every image without the person too, from the same noise."""
         studio = self.studio(preset, method)
@@ -103,11 +106,16 @@ class Desk:
         given = {name: str(value) for name, value in self._given(preset, method).items() if value is not None}
         request = {"prompt": prompt, "id": named, "preset": preset, "method": method, "size": wide, **given, **options}
         joined = {"scale": scale, "start": start, "end": end}
-        made = self._made(studio, prompt, who, {**options, **joined, "size": chosen}, images, seed, {**request, **joined})
-        if who is not None and alone:
-            plain = {**options, "size": chosen}
-            without = self._made(studio, prompt, None, plain, images, seed, {**request, "id": None})
-            made = [one for pair in zip(made, without, strict=True) for one in pair]
+        beside = (control, control_picture, control_scale) if control or control_picture else (None, None, None)
+        if control:
+            shown = control_picture and Path(control_picture).name
+            request |= {"control": control, "control_picture": shown, "control_scale": control_scale}
+        with controlled(studio, *beside):
+            made = self._made(studio, prompt, who, {**options, **joined, "size": chosen}, images, seed, {**request, **joined})
+            if who is not None and alone:
+                plain = {**options, "size": chosen}
+                without = self._made(studio, prompt, None, plain, images, seed, {**request, "id": None})
+                made = [one for pair in zip(made, without, strict=True) for one in pair]
         return made
 
     def faces(
@@ -157,6 +165,20 @@ def presets_here() -> list[str]:
     from openpulid.presets import PRESETS
 
     return [name for name, make in PRESETS.items() if not missing(make())]
+
+
+def controls_here() -> list[str]:
+    """The published ControlNets that are on this machine."""
+    from openpulid.errors import WeightsError
+    from openpulid.published import WEIGHTS, locate
+
+    found = []
+    for name in WEIGHTS:
+        if name.startswith("control-"):
+            with suppress(WeightsError):
+                locate(name)
+                found.append(name)
+    return found
 
 
 def page(desk: Desk) -> Any:
@@ -224,6 +246,11 @@ def _fields(desk: Desk) -> dict[str, Any]:
         with gr.Row():
             fields["start"] = gr.Slider(0, 1, value=0.0, step=0.05, label="The person acts from")
             fields["end"] = gr.Slider(0, 1, value=1.0, step=0.05, label="to this share of the steps")
+    here = controls_here()
+    with gr.Accordion("ControlNet: what else the image keeps to", open=False, visible=bool(here)):
+        fields["control"] = gr.Dropdown(here, value=None, label="ControlNet, of SDXL")
+        fields["control_picture"] = gr.Image(type="filepath", label="What it is shown; for edges any picture", height=180)
+        fields["control_scale"] = gr.Slider(0, 2, value=1.0, step=0.05, label="How strongly it acts")
     return fields
 
 
