@@ -27,7 +27,7 @@ gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_
 SETTINGS: dict[str, Any] = {
     "prompt": "portrait, photo, smiling", "preset": "mini-lightning", "method": "pulid", "scale": 1.0, "images": 2, "seed": 3,
     "alone": True, "negative": "", "steps": None, "guidance": None, "size": "", "start": 0.0, "end": 1.0,
-    "control": None, "control_picture": None, "control_scale": 1.0,
+    "control": "", "control_picture": None, "control_scale": 1.0,
 }  # fmt: skip
 
 

@@ -106,7 +106,7 @@ class Desk:
         given = {name: str(value) for name, value in self._given(preset, method).items() if value is not None}
         request = {"prompt": prompt, "id": named, "preset": preset, "method": method, "size": wide, **given, **options}
         joined = {"scale": scale, "start": start, "end": end}
-        beside = (control, control_picture, control_scale) if control or control_picture else (None, None, None)
+        beside = (control or None, control_picture, control_scale) if control or control_picture else (None, None, None)
         if control:
             shown = control_picture and Path(control_picture).name
             request |= {"control": control, "control_picture": shown, "control_scale": control_scale}
@@ -248,7 +248,7 @@ def _fields(desk: Desk) -> dict[str, Any]:
             fields["end"] = gr.Slider(0, 1, value=1.0, step=0.05, label="to this share of the steps")
     here = controls_here()
     with gr.Accordion("ControlNet: what else the image keeps to", open=False, visible=bool(here)):
-        fields["control"] = gr.Dropdown(here, value=None, label="ControlNet, of SDXL")
+        fields["control"] = gr.Dropdown([("none", ""), *here], value="", label="ControlNet, of SDXL")
         fields["control_picture"] = gr.Image(type="filepath", label="What it is shown; for edges any picture", height=180)
         fields["control_scale"] = gr.Slider(0, 2, value=1.0, step=0.05, label="How strongly it acts")
     return fields
