@@ -150,7 +150,8 @@ def test_a_machine_that_was_busy_at_first_does_not_shorten_the_run(tmp_path, mon
     assert result.steps in range(190, 200) and result.seconds == pytest.approx(30, abs=0.5)
 
 
-def test_a_validation_just_before_the_decay_does_not_end_the_run(tmp_path, monkeypatch):
+def slow_validations(monkeypatch, seconds):
+    """A task whose steps take 0.1 s, and its validations so long."""
     clock = [0.0]
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     task = Regression()
@@ -161,30 +162,22 @@ def test_a_validation_just_before_the_decay_does_not_end_the_run(tmp_path, monke
         return losses(draw)
 
     def slow():
-        clock[0] += 5.0
+        clock[0] += seconds
         return validate()
 
     task.losses, task.validate = timed, slow
+    return task
+
+
+def test_a_validation_just_before_the_decay_does_not_end_the_run(tmp_path, monkeypatch):
+    task = slow_validations(monkeypatch, 5.0)
     # 300 steps fit at first, and the decay would begin at 240: one step after the validation
     result = run(task, Schedule(steps=100_000, lr=1e-2, validate_every=238), tmp_path, minutes=0.5)
     assert result.steps in range(295, 303)
 
 
 def test_steps_that_fit_are_told_from_steps_and_validations_apart(tmp_path, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    task = Regression()
-    losses, validate = task.losses, task.validate
-
-    def timed(draw):
-        clock[0] += 0.1
-        return losses(draw)
-
-    def slow():
-        clock[0] += 3.0
-        return validate()
-
-    task.losses, task.validate = timed, slow
+    task = slow_validations(monkeypatch, 3.0)
     # (60 - 3) / (0.1 + 3 / 100) steps fit; the decay begins some thirty steps after a validation, which those are not slow for
     result = run(task, Schedule(steps=100_000, lr=1e-2, validate_every=100, decay=0.5), tmp_path, minutes=1)
     assert result.steps in range(435, 450) and result.seconds == pytest.approx(60, abs=1.5)
