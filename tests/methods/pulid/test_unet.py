@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention
 
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDEncoder
+from openpulid.methods.pulid.projection import zeros_bias
 from openpulid.methods.pulid.unet import Call, IdentityAttention, IdentityLayer, Injection, grid, identity_layers
 
 MODES = {"none": "none", "v1": "ortho", "v2": "ortho_v2"}
@@ -25,7 +26,7 @@ def test_one_layer_is_the_reference(golden, mode: str, zeros: int) -> None:
     pair = tuple(x[:, None] for x in layer(golden.input("attn.id", 2, 10, 32)))  # (P, J, N, hidden)
     injection = Injection({"1": pair}, dict, lambda: False, lambda t: 0.0, None, 0.8, MODES[mode], zeros)
     expanded = tuple(injection._expand(x, None, 2, 4, torch.device("cpu"), None) for x in pair)
-    injection.calls[2] = Call(True, {"1": expanded})
+    injection.calls[2] = Call(True, {"1": expanded}, zeros_bias(expanded[0], zeros))
     assert len(list(IdentityAttention("1", attention.heads, injection).opened(attention))) == 2
     out = attention(golden.input("attn.hidden", 2, 36, 64), golden.input("attn.text", 2, 7, 32))
     assert golden.error(f"id_attention.ortho_{mode}.zeros_{zeros}", out) < 1e-4

@@ -20,8 +20,24 @@ LEADING_TOKENS = 5
 """The tokens whose share of the attention decides, in ortho_v2, how much of the projection stays."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, projection: Projection, zeros: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Attention to the identity and `zeros` tokens of zero, and for ortho_v2 the share of its leading tokens.
+def with_zeros(x: Tensor, zeros: int) -> Tensor:
+    """Keys or values (..., N, d) with one row of zero for all zero tokens, if there are any."""
+    return pad(x, (0, 0, 0, 1)) if zeros else x
+
+
+def zeros_bias(key: Tensor, zeros: int) -> Tensor | None:
+    """What makes the last of N keys stand for so many, (N,); None if there is none."""
+    if not zeros:
+        return None
+    bias = key.new_zeros(key.shape[-2])
+    bias[-1] = log(zeros)
+    return bias
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, projection: Projection, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention to the identity and its zero tokens, and for ortho_v2 the share of its leading tokens.
 
     The share m is the softmax of the *unscaled* products, averaged over the heads and summed over the first
     `LEADING_TOKENS` tokens, as published; the attention itself is scaled as usual.
@@ -30,22 +46,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, projection: Projection, ze
     its product: the same softmax with a fraction of the columns.
 
     Args:
-        query: (B, h, L, d). key, value: (B, h, N, d).
+        query: (B, h, L, d). key, value: (B, h, N, d), see `with_zeros`.
+        bias: added to the products, (N,), see `zeros_bias`.
 
     Returns:
         (B, h, L, d), and m (B, L, 1) or None.
     """
-    bias = None
-    if zeros:
-        key, value = (pad(x, (0, 0, 0, 1)) for x in (key, value))
-        bias = query.new_zeros(key.shape[-2])
-        bias[-1] = log(zeros)
     attended = scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.expand(1, 1, 1, -1))
     if projection != "ortho_v2":
         return attended, None
     products = query @ key.transpose(-2, -1)  # (B, h, L, N)
     shares = (products if bias is None else products.add_(bias)).softmax(-1)
-    return attended, shares[..., :LEADING_TOKENS].sum(-1).mean(1)[..., None]
+    return attended, shares[..., :LEADING_TOKENS].sum((1, -1))[..., None] / query.shape[1]
 
 
 def contribution(

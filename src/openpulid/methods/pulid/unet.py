@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
 from openpulid.methods.attachment import in_use
-from openpulid.methods.pulid.projection import Projection, attend, contribution
+from openpulid.methods.pulid.projection import Projection, attend, contribution, with_zeros, zeros_bias
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -79,7 +79,8 @@ class Call:
     during backward (gradient checkpointing) finds what its forward had."""
 
     active: bool
-    keys_values: Mapping[str, KeyValue] = field(default_factory=dict)  # place -> (J, B, h, N, d) twice
+    keys_values: Mapping[str, KeyValue] = field(default_factory=dict)  # place -> (J, B, h, N, d) twice, zeros among them
+    bias: Tensor | None = None  # (N,), of the zeros
     regions: Callable[[int], Tensor | None] = lambda positions: None  # L -> (J, B, L, 1)
 
 
@@ -149,16 +150,16 @@ class Injection:
                 self._expand(x, no, rows, heads[place], sample.device, dtype) for x, no in zip(pair, nobody, strict=True)
             )
             expanded[place] = key, value
-        return Call(True, expanded, self._regions(rows, guided, sample))
+        return Call(True, expanded, zeros_bias(key, self.num_zero), self._regions(rows, guided, sample))
 
     def _expand(
         self, x: Tensor, nobody: Tensor | None, rows: int, heads: int, device: torch.device, dtype: torch.dtype | None
     ) -> Tensor:
-        """(P, J, N, hidden) -> (J, B, h, N, d), the negative half first, as diffusers lays the batch."""
+        """(P, J, N, hidden) -> (J, B, h, N, d), the negative half first, as diffusers lays the batch; zero tokens last."""
         x = x.to(device, dtype).repeat_interleave(rows // len(x), dim=0)
         if nobody is not None:
             x = torch.cat([nobody.to(x).expand(x.shape), x])
-        return x.unflatten(-1, (heads, -1)).permute(1, 0, 3, 2, 4).contiguous()
+        return with_zeros(x.unflatten(-1, (heads, -1)).permute(1, 0, 3, 2, 4).contiguous(), self.num_zero)
 
     def _regions(self, rows: int, guided: bool, sample: Tensor) -> Callable[[int], Tensor | None]:
         if self.masks is None:
@@ -228,11 +229,12 @@ class IdentityAttention:
         """Queries (B, L, D) and the text's output (B, L, D) -> the output with every identity's added."""
         query = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         keys, values = (x.to(query.dtype) for x in call.keys_values[self.place])
+        bias = None if call.bias is None else call.bias.to(query.dtype)
         regions = call.regions(query.shape[2])
         projection = self.injection.projection
         added = None
         for person in range(len(keys)):
-            attended, share = attend(query, keys[person], values[person], projection, self.injection.num_zero)
+            attended, share = attend(query, keys[person], values[person], projection, bias)
             identity = attended.transpose(1, 2).flatten(2)
             region = None if regions is None else regions[person]
             one = contribution(text, identity, projection, share, region)
