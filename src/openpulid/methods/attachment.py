@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,13 +63,25 @@ class Attachment:
         if steps is not None:
             places = (torch.as_tensor(steps).float().cpu() == now).nonzero().flatten().tolist()
             if places:
-                begin = getattr(scheduler, "begin_index", None) or 0
+                begin = getattr(scheduler, "begin_index", None)
+                if begin is None:  # DDIM and others keep none
+                    begin = self._left_out(steps)
                 index = getattr(scheduler, "step_index", None)
                 # schedulers of second order visit a timestep twice; their own count tells which time this is
                 place = index if index in places else places[0]
                 return max((place or 0) - begin, 0) / max(len(steps) - begin, 1)
         config = getattr(scheduler, "config", None)
         return 1 - now / getattr(config, "num_train_timesteps", 1000)
+
+    def _left_out(self, steps: Sequence[Any]) -> int:
+        """How many of a scheduler's steps lie before those that the pipeline takes; `denoising_end` leaves out some behind."""
+        taken = getattr(self.target, "num_timesteps", None)  # before its first run it has none
+        if taken is None:
+            return 0
+        share = getattr(self.target, "denoising_end", None)
+        total = self.target.scheduler.config.num_train_timesteps
+        behind = sum(t < round(total - share * total) for t in steps) if share and 0 < share < 1 else 0
+        return max(len(steps) - int(taken) - behind, 0)
 
 
 class Serving:
@@ -147,4 +159,6 @@ def in_use(network: Any, around: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+    forward = vars(module).get("forward")  # compiled by hand, it lies on the module itself
+    ways = hasattr(module, "_orig_mod"), module._compiled_call_impl is not None, hasattr(forward, "_torchdynamo_orig_callable")
+    return any(ways)

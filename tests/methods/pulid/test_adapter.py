@@ -15,7 +15,8 @@ from diffusers import StableDiffusionXLInstructPix2PixPipeline, StableDiffusionX
 from people import STEPS, anna, ben, distance, fresh, run, someone
 from torch import nn
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import IdentityError, OptionError, WeightsError
+from openpulid.identity.identity import Identity
 from openpulid.methods.base import METHODS, Method, find
 from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
@@ -82,6 +83,14 @@ def test_outside_use_the_pipeline_is_what_it_was(pipe, adapter, guidance: float)
     assert set(vars(pipe.unet)) < state and np.array_equal(run(pipe, guidance=guidance), before)
     with pytest.raises(OptionError, match="attach"), adapter.use(anna):
         pass
+
+
+def test_an_identity_of_other_sizes_is_refused(pipe, adapter) -> None:
+    other = Identity(torch.zeros(1, 1, 20), anna.hidden, {})
+    shallow = Identity(anna.id_cond, (), {})
+    for identity, said in ((other, "this identity has 20 and 8, 8, 8, 8, 8"), (shallow, "has 12 and none")):
+        with pytest.raises(IdentityError, match=said), adapter.use(identity):
+            pass
 
 
 @pytest.mark.parametrize("options", [{"scale": 0}, {"start": 0.5, "end": 0.5}])
@@ -179,7 +188,7 @@ def test_a_batch_of_three_parts_is_refused(pipe, adapter) -> None:
     perturbed = StableDiffusionXLPAGPipeline(**parts, pag_applied_layers=["mid"], add_watermarker=False)
     perturbed.set_progress_bar_config(disable=True)
     adapter.attach(perturbed)
-    with adapter.use(anna):
+    with adapter.use(anna, pipe=perturbed):
         run(perturbed, ["portrait"] * 2, guidance=3.0, pag_scale=0.0)
         with pytest.raises(OptionError, match="perturbed attention guidance"):
             run(perturbed, ["portrait"] * 2, guidance=3.0, pag_scale=3.0)

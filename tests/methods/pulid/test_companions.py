@@ -14,6 +14,8 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
@@ -68,6 +70,59 @@ def promises(pipe: Any, run: Runs) -> None:
 def test_image_to_image(tiny_pipeline) -> None:
     pipe = StableDiffusionXLImg2ImgPipeline(**tiny_pipeline().components)
     promises(pipe, runner(pipe, image=picture(), strength=0.8))
+
+
+def test_pipelines_that_share_a_unet(tiny_pipeline) -> None:
+    """Each is asked for its own guidance: the one that runs is named, or is the only one."""
+    pipe = tiny_pipeline()
+    other = StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=False)
+    alone = fresh(pipe)
+    alone.attach(pipe)
+    run, again = runner(pipe), runner(other, image=picture(), strength=0.7)
+    with alone.use(anna):
+        expected = run()
+    alone.detach(pipe)
+    adapter = fresh(pipe)
+    for one in (pipe, other):  # the second has no guidance before it has run
+        adapter.attach(one)
+    with pytest.raises(OptionError, match="share one network; say which one runs"), adapter.use(anna):
+        pass
+    with adapter.use(anna, pipe=pipe):
+        assert np.array_equal(run(), expected)
+    adapter.detach(pipe)
+    with adapter.use(anna):
+        image = again()
+    with adapter.use(anna, pipe=other):
+        assert np.array_equal(again(), image)
+    adapter.detach(other)
+    adapter.attach(pipe.unet)
+    with adapter.use(anna, guided=True):
+        assert np.array_equal(run(), expected)
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, KarrasScheduler])
+def test_shares_of_an_image_to_image_run_are_of_its_own_steps(tiny_pipeline, kind: type) -> None:
+    """With half the strength the last half of the steps are taken; DDIM keeps no count of where they begin."""
+    pipe = tiny_pipeline()
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=False)
+    run = runner(pipe, image=picture(), strength=0.5, num_inference_steps=8)
+    adapter, acted = fresh(pipe), []
+    adapter.attach(pipe)
+    run()  # the pipeline has run before, with what is asked of it now or not
+    runner(pipe, image=picture(), strength=1.0, num_inference_steps=3)()
+    for span in ({"end": 0.5}, {"start": 0.5}):
+        steps: list[bool] = []
+        with adapter.use(anna, **span):
+            (before,) = pipe.unet._forward_pre_hooks.values()
+            injection = before.__self__
+            hook = pipe.unet.register_forward_hook(
+                lambda *call, injection=injection, steps=steps: steps.append(injection.calls[len(call[1][0])].active)
+            )
+            run()
+            hook.remove()
+        acted.append(steps)
+    assert acted == [[True, True, False, False], [False, False, True, True]]
 
 
 def test_inpainting_leaves_the_rest(tiny_pipeline) -> None:
@@ -270,6 +325,10 @@ def test_a_compiled_unet_is_refused_or_told_to_look(tiny_pipeline) -> None:
     before = run()
     with adapter.use(anna):
         expected = run()
+    pipe.unet.forward = torch.compile(pipe.unet.forward, backend="eager")
+    with pytest.raises(OptionError, match="skip_nnmodule_hook_guards"), adapter.use(anna):
+        pass
+    del pipe.unet.forward
     pipe.unet.compile(backend="eager")
     with pytest.raises(OptionError, match="skip_nnmodule_hook_guards"), adapter.use(anna):
         pass

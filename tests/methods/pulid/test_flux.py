@@ -264,6 +264,22 @@ def test_batches_are_what_single_images_are(pipe, negative: bool) -> None:
         run(pipe, count=3, negative=negative)
 
 
+@pytest.mark.parametrize("negative", [False, True])
+def test_several_images_of_each_prompt_follow_one_another(pipe, negative: bool) -> None:
+    """Two people with masks in the images of the first prompt, one in those of the second."""
+    left = torch.zeros(8, 8)
+    left[:, :4] = 1
+    adapter, pair = fresh(pipe), [(anna, left), (ben, 1 - left)]
+    with adapter.use([pair, [(anna, None)]]):
+        four = run(pipe, count=4, negative=negative)
+    for people, own in (([pair, pair], slice(0, 2)), ([[(anna, None)]] * 2, slice(2, 4))):
+        with adapter.use(people):
+            same = run(pipe, count=4, negative=negative)
+        apart = [distance(*both) for both in zip(four, same, strict=True)]
+        others = set(range(4)) - set(range(*own.indices(4)))
+        assert max(apart[own]) < 1e-5 and min(apart[k] for k in others) > 1e-3
+
+
 def test_masks_limit_where_each_acts(pipe) -> None:
     """Right after a block whose tokens get the identity, a token outside the mask is what it was."""
     left = torch.zeros(8, 8)

@@ -45,12 +45,16 @@ class PuLID(IdentityAdapter):
     Args:
         encoder: `IDEncoder` (v1) or `IDFormer` (v1.1).
         layers: one `IdentityLayer` per cross-attention, by published key ("1", "3", ...).
+
+    Attributes:
+        models: name -> fingerprint of what read faces while it learned, where its file says; published ones do not.
     """
 
     def __init__(self, encoder: IDEncoder | IDFormer, layers: nn.ModuleDict) -> None:
         super().__init__()
         self.id_adapter = encoder
         self.id_adapter_attn_layers = layers
+        self.models: dict[str, str] = {}
 
     network = staticmethod(unet_of)
 
@@ -89,7 +93,22 @@ class PuLID(IdentityAdapter):
         former = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
         with init_empty_weights(include_buffers=False):  # what is read below need not be drawn before
             encoder = ENCODERS[facts.get("encoder", former)](**json.loads(facts.get("config", "{}")))
-        return cls.from_state_dict(state, encoder)
+        adapter = cls.from_state_dict(state, encoder)
+        adapter.models = json.loads(facts.get("models", "{}"))
+        return adapter
+
+    def require(self, models: Mapping[str, str]) -> None:
+        """That faces are read by what this adapter learned with, so that it shows whom they show.
+
+        Raises:
+            OptionError: they are not.
+        """
+        differing = sorted(name for name in {*models, *self.models} if models.get(name) != self.models.get(name))
+        if self.models and differing:
+            raise OptionError(
+                f"this adapter learned with {' and '.join(sorted(self.models))}, and faces would be read by another "
+                f"{' and another '.join(differing)}; name the pack that it learned with (--faces), or another adapter."
+            )
 
     @classmethod
     def from_pretrained(
@@ -166,6 +185,7 @@ class PuLID(IdentityAdapter):
         num_zero: int = 20,
         mix: bool = False,
         pipe: Any = None,
+        guided: bool | None = None,
     ) -> Iterator[PuLID]:
         """The attached pipelines show an identity while this is open.
 
@@ -177,10 +197,12 @@ class PuLID(IdentityAdapter):
             projection: "none", "ortho" or "ortho_v2", see `projection.contribution`.
             num_zero: zero tokens beside the identity's; more of them weaken it.
             mix: v1 only: further photos of an identity give all their tokens, not only those of their embeddings.
-            pipe: only this one of the attached pipelines.
+            pipe: only this one of the attached pipelines; of several that share a U-Net, the one that runs.
+            guided: whether the batch holds negatives and positives; None asks the pipeline, and a bare U-Net has none.
 
         Raises:
             OptionError: an argument outside its range, nothing attached, or another identity is still in use.
+            IdentityError: an identity of other sizes than the encoder reads.
         """
         prompts = people_by_prompt(people)
         first = prompts[0][0][0]
@@ -194,7 +216,7 @@ class PuLID(IdentityAdapter):
             return self.keys_values(self.unconditional(first.id_cond, first.hidden, mix)[:, None])
 
         options = {"scale": scale, "start": start, "end": end, "projection": projection, "num_zero": num_zero}
-        with self._opened(positive, negative, options, pipe, masks=stacked(prompts)):
+        with self._opened(positive, negative, options, pipe, masks=stacked(prompts), guided=guided):
             yield self
 
     @contextmanager

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import IdentityError, OptionError, WeightsError
 from openpulid.methods.attachment import MARK
-from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
+from openpulid.methods.pulid.encoders import LEVELS, IDEncoder, IDFormer
 from openpulid.methods.pulid.regions import Person
 from openpulid.weights import fill, read_tensors
 
@@ -84,20 +84,25 @@ class IdentityAdapter(nn.Module):
         """Serves this pipeline no longer; without an argument, none. A pipeline that was not attached is no error."""
         for one in [t for t in self._targets if target is None or t is target]:
             self._targets = [t for t in self._targets if t is not one]
-            if getattr(self.network(one), MARK, None) == id(self):
-                delattr(self.network(one), MARK)
+            network = self.network(one)
+            shared = any(self.network(t) is network for t in self._targets)
+            if not shared and getattr(network, MARK, None) == id(self):
+                delattr(network, MARK)
 
     def serving(self, target: Any = None) -> list[Any]:
-        """The targets to open: one for each network, the latest; `target` alone when it is given.
+        """The targets to open: all that are attached; `target` alone when it is given.
 
         Raises:
-            OptionError: nothing is attached (any more).
+            OptionError: nothing is attached (any more), or two pipelines of one network, of which one must be named: whether a
+                batch is guided, and where a schedule stands, only the pipeline that runs knows.
         """
         chosen = [t for t in self._targets if target is None or t is target]
         chosen = [t for t in chosen if getattr(self.network(t), MARK, None) == id(self)]
         if not chosen:
             raise OptionError("this adapter serves no pipeline (any more); call attach(pipe) first.")
-        return list({id(self.network(t)): t for t in chosen}.values())
+        if len({id(self.network(t)) for t in chosen}) < len(chosen):
+            raise OptionError("several attached pipelines share one network; say which one runs: use(..., pipe=pipe).")
+        return chosen
 
     # --- tokens
 
@@ -111,13 +116,27 @@ class IdentityAdapter(nn.Module):
 
         Returns:
             (B, T, width).
+
+        Raises:
+            IdentityError: the features are of other sizes than the encoder reads.
         """
         if mix and not isinstance(self.encoder, IDEncoder):
             raise OptionError("mix is an option of v1; the encoder of v1.1 reads all of every photo anyway.")
+        self._require(id_cond, hidden)
         like = next(self.encoder.parameters())
         options = {"mix": True} if mix else {}
         tokens: Tensor = self.encoder(id_cond.to(like), [x.to(like) for x in hidden], **options)
         return tokens
+
+    def _require(self, id_cond: Tensor, hidden: Sequence[Tensor]) -> None:
+        """Raises IdentityError for features of other models than the encoder reads, as far as their shapes tell."""
+        read = self.encoder.config["width"], [self.encoder.config["vit_dim"]] * LEVELS
+        given = id_cond.shape[-1], [level.shape[-1] for level in hidden]
+        if given != read:
+            raise IdentityError(
+                f"this adapter reads {read[0]} numbers and {LEVELS} levels of {read[1][0]} of a face, and this identity has "
+                f"{given[0]} and {', '.join(map(str, given[1])) or 'none'}; make it again with this adapter's preset."
+            )
 
     def unconditional(self, id_cond: Tensor, hidden: Sequence[Tensor], mix: bool = False) -> Tensor:
         """(1, T, width): the tokens of nobody, zeros of these shapes through the encoder; guidance's negative half."""

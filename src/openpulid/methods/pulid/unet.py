@@ -164,7 +164,8 @@ class Injection:
     def _regions(self, rows: int, guided: bool, sample: Tensor) -> Callable[[int], Tensor | None]:
         if self.masks is None:
             return lambda positions: None
-        masks = self.masks.to(sample.device).repeat_interleave(rows // len(self.masks), dim=0)
+        # on the processor, where every size is known to how many pixels it averages; not every device has that
+        masks = self.masks.cpu().repeat_interleave(rows // len(self.masks), dim=0)
         masks = torch.cat([masks] * (1 + guided)).float()  # (B, J, H, W)
         height, width = sample.shape[-2:]
         known: dict[int, Tensor] = {}
@@ -174,7 +175,7 @@ class Injection:
                 with torch.no_grad():
                     # every position gets the mean of its own area: nothing leaks over an edge that lies between two
                     small = interpolate(masks, grid(height, width, positions), mode="area")
-                    known[positions] = small.flatten(2).transpose(0, 1)[..., None]
+                    known[positions] = small.flatten(2).transpose(0, 1)[..., None].to(sample.device)
             return known[positions]
 
         return at
