@@ -3,6 +3,7 @@ what goes wrong."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,16 @@ def test_the_seed_is_the_image(studio, anna) -> None:
     assert np.abs(together[0] - together[1]).max() > 3
 
 
+def test_threads_that_share_a_studio_do_not_mix(studio, anna) -> None:
+    """Nobody in one thread and Anna in the other, each with a guidance of its own."""
+    asked = [{"identity": anna, "guidance": 1.0}, {"identity": None, "guidance": 3.0}] * 2
+    alone = [pixels(studio.generate("portrait", seed=2, steps=12, **one)) for one in asked]
+    with ThreadPoolExecutor(4) as threads:
+        made = list(threads.map(lambda one: pixels(studio.generate("portrait", seed=2, steps=12, **one)), asked))
+    assert all(np.array_equal(a, b) for a, b in zip(alone, made, strict=True))
+    assert not np.array_equal(alone[0], alone[1])
+
+
 def test_options_reach_the_sampler(studio, anna) -> None:
     def image(**options: object) -> np.ndarray:
         return pixels(studio.generate("portrait", anna, seed=1, **options))[0]
@@ -163,8 +174,10 @@ def test_a_picture_without_a_face_it_knows(folder, tmp_path) -> None:
     with pytest.raises(
         FaceError,
         match=r"photo\.jpg: no face was found in its 96 x 96 pixels \(one look at 96 pixels\); the preset mini knows only",
-    ):
+    ) as said:
         studio.identify(tmp_path / "photo.jpg")
+    error = said.value
+    assert (error.source, error.size, error.tried) == (str(tmp_path / "photo.jpg"), (96, 96), "one look at 96 pixels")
 
 
 def test_an_identity_of_other_models_is_refused(studio, anna) -> None:

@@ -25,7 +25,12 @@ class PictureError(PulidError):
 
 
 class FaceError(PulidError):
-    """No usable face in a picture. The message says what was tried and what to do instead."""
+    """No usable face in a picture. The message says what was tried and what to do instead; where a detector found none, so do
+    `source`, the picture, its `size` in pixels, and `tried`."""
+
+    def __init__(self, message: str, source: str = "", size: tuple[int, int] | None = None, tried: str = "") -> None:
+        super().__init__(message)
+        self.source, self.size, self.tried = source, size, tried
 
 
 class IdentityError(PulidError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -53,7 +54,7 @@ class Result:
 
 
 class Studio:
-    """A base model, what reads faces for it, and an adapter, ready to use.
+    """A base model, what reads faces for it, and an adapter, ready to use; threads that share it make images in turn.
 
     Args:
         pipe: a StableDiffusionXLPipeline or FluxPipeline; None where only faces are read.
@@ -64,6 +65,7 @@ class Studio:
 
     def __init__(self, pipe: Any, features: Features | None, adapter: Method | None, preset: Preset) -> None:
         self.pipe, self.features, self.adapter, self.preset = pipe, features, adapter, preset
+        self._making = threading.Lock()  # an identity in use, and a pipeline's own guidance, are the network's for that while
         if adapter is not None:
             adapter.attach(pipe)
 
@@ -127,10 +129,9 @@ class Studio:
             found.append((label, [replace(face, scale=scale) for face in self.features.find(to_images([seen])[0])]))
             if not found[-1][1]:
                 way_out = self.preset.no_face or "take a picture in which one face is large and seen from the front."
-                width, height = image.size
-                raise FaceError(
-                    f"{label}: no face was found in its {width} x {height} pixels ({self.features.tried}); {way_out}"
-                )
+                tried, (width, height) = self.features.tried, image.size
+                said = f"{label}: no face was found in its {width} x {height} pixels ({tried}); {way_out}"
+                raise FaceError(said, label, image.size, tried)
         return found
 
     def generate(
@@ -183,12 +184,13 @@ class Studio:
         if min(num_images, chosen.steps, batch) < 1 or seed < 0:
             raise OptionError("num_images, steps and batch are at least 1, and a seed is at least 0.")
         check_options(self.pipe, chosen)
-        for text in (prompt, negative or ""):  # the preset's own negative words may be cut
-            check_prompt(*_reader(self.pipe, chosen), text)
         seeds = [seed + k for k in range(num_images)]
         parts = [seeds[first : first + batch] for first in range(0, num_images, batch)]
-        with self._showing(identity, chosen):
-            images = [image for part in parts for image in self._run(prompt, part, chosen)]
+        with self._making:
+            for text in (prompt, negative or ""):  # the preset's own negative words may be cut
+                check_prompt(*_reader(self.pipe, chosen), text)
+            with self._showing(identity, chosen):
+                images = [image for part in parts for image in self._run(prompt, part, chosen)]
         return Result(images, seeds, chosen)
 
     def _showing(self, identity: People | None, chosen: Preset) -> Any:
