@@ -274,11 +274,12 @@ def test_a_gpu_without_bfloat16_computes_in_float16(
 
 
 def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert loading.best_device() == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert loading.best_device() == torch.device("cuda", 3)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert loading.best_device() == torch.device("cpu")
 
 

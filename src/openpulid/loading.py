@@ -20,6 +20,7 @@ from openpulid.identity.clip import ClipFeatures, clip_tower
 from openpulid.identity.features import FeatureExtractor, Features, FoundFaces
 from openpulid.identity.photos import PhotoFeatures
 from openpulid.methods.base import METHODS, find
+from openpulid.methods.pulid.adapter import PuLID
 from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.presets import BESIDE, OF_THE_MINIATURE, PRESETS, Place, Preset, with_method
 from openpulid.published import WEIGHTS, locate
@@ -29,7 +30,7 @@ from openpulid.weights import fill, fingerprint, load_module, read_tensors
 
 def best_device() -> torch.device:
     """The accelerator, where there is one that works; of several that this process was started for (`torchrun`)."""
-    found = torch.accelerator.current_accelerator(check_available=True)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found is None:
         return torch.device("cpu")
     place = os.environ.get("LOCAL_RANK")
@@ -135,9 +136,10 @@ def load_features(preset: Preset, device: torch.device, method: Any = None) -> F
     read CLIP, a CLIP tower.
 
     Args:
-        method: from `load_method`; needed where it brings its own tower.
+        method: from `load_method`; needed where it brings its own tower, or remembers what it learned with.
 
     Raises:
+        OptionError: the method learned with others.
         WeightsError: something is missing or damaged.
     """
     if preset.view:
@@ -149,7 +151,11 @@ def load_features(preset: Preset, device: torch.device, method: Any = None) -> F
     detector, recogniser, parser, tower = files  # all are looked for before the first is opened
     device = torch.device("cpu") if memory.level(preset.memory).faces_on_cpu else device
     # not FLUX's precision: a face costs little, also on a processor that has no bfloat16
-    return PhotoFeatures.load(detector, recogniser, parser, tower, device, half(device) if preset.half else torch.float32)
+    dtype = half(device) if preset.half else torch.float32
+    features = PhotoFeatures.load(detector, recogniser, parser, tower, device, dtype)
+    if isinstance(method, PuLID):
+        method.require(features.models)
+    return features
 
 
 def _clip_features(preset: Preset, device: torch.device, method: Any) -> Features:

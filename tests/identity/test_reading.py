@@ -3,7 +3,10 @@ colour."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ from facexlib.parsing.bisenet import BiSeNet
 from photo_networks import recogniser_file
 from PIL import Image
 
-from openpulid.errors import FaceError, IdentityError
+from openpulid.errors import FaceError, IdentityError, OptionError
 from openpulid.faces.choose import listed
 from openpulid.faces.detect import FaceFinder
 from openpulid.faces.face import Face
@@ -23,8 +26,12 @@ from openpulid.identity.features import FoundFaces
 from openpulid.identity.identity import Identity
 from openpulid.identity.photos import PhotoFeatures
 from openpulid.identity.vision import VisionTower
+from openpulid.loading import load_features
+from openpulid.methods.pulid.adapter import PuLID
+from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.presets import mini, sdxl
 from openpulid.studio import Studio
+from openpulid.weights import fingerprint
 
 MODELS = {"glintr100": "a", "EVA02": "b"}
 
@@ -75,6 +82,44 @@ def test_a_tower_in_bfloat16_reads_on_every_processor(tmp_path: Path) -> None:
     assert identity.id_cond.shape == (1, 1, 12 + 12) and identity.models == features.models
     for ours, theirs in zip((identity.id_cond[0, :, 12:], *identity.hidden), (expected, *levels), strict=True):
         assert ours.dtype == torch.float32 and (ours - theirs).norm() < 0.1 * theirs.norm()
+
+
+@torch.no_grad()
+def test_everything_is_read_of_the_face_that_was_chosen(tmp_path: Path) -> None:
+    """Of two faces in one picture, recogniser and tower see the same one."""
+    image = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
+    shifts = torch.tensor([[30.0, 200.0], [-150.0, -80.0]])
+    two = [Face(image, torch.tensor([0.0, 0, 1, 1]), torch.tensor(TEMPLATE) * 0.5 - shift * 0.5, 1.0) for shift in shifts]
+    recogniser = ArcFace.load(recogniser_file(tmp_path / "glintr100.onnx", dim=12))
+    whole = tower()
+    features = PhotoFeatures(None, recogniser, FaceParser(BiSeNet(num_class=19)), whole, MODELS, use_gray=False)
+    for face, identity in zip(two, features.identities(two), strict=True):
+        seen, levels = whole(whole.prepare(aligned_photo(face)))
+        torch.testing.assert_close(identity.id_cond[0], torch.cat([recogniser(face), seen], dim=1))
+        torch.testing.assert_close(list(identity.hidden), list(levels))
+    one, other = (identity.id_cond[0] for identity in features.identities(two))
+    assert (one - other)[:, :12].abs().max() > 0.01 and (one - other)[:, 12:].abs().max() > 1e-4
+
+
+def test_an_adapter_is_used_with_what_it_learned_with(
+    tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of a training remembers that; a published one does not say."""
+    recogniser_file(tmp_path / "glintr100.onnx")
+    (tmp_path / "EVA02.pt").write_bytes(b"a tower")
+    torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
+    monkeypatch.setattr(PhotoFinder, "load", lambda file, device: None)
+    monkeypatch.setattr(VisionTower, "from_published", lambda file: tower())
+    names = {"finder": "scrfd.onnx", "recogniser": "glintr100.onnx", "parser": "parsing.pth", "vision": "EVA02.pt"}
+    preset = replace(sdxl(), **{role: tmp_path / name for role, name in names.items()})
+    made = PuLID.for_unet(tiny_pipeline().unet, IDEncoder(24, 64, vit_dim=32, hidden_dim=16))
+    read = {name: fingerprint(tmp_path / file) for name, file in (("glintr100", "glintr100.onnx"), ("EVA02", "EVA02.pt"))}
+    for known in ({}, read):
+        adapter = PuLID.load(made.save(tmp_path / "adapter.safetensors", {"models": json.dumps(known)}))
+        assert load_features(preset, torch.device("cpu"), adapter).models == read
+    adapter = PuLID.load(made.save(tmp_path / "adapter.safetensors", {"models": json.dumps({**read, "EVA02": "0"})}))
+    with pytest.raises(OptionError, match="faces would be read by another EVA02; name the pack"):
+        load_features(preset, torch.device("cpu"), adapter)
 
 
 def test_colour_and_gray_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

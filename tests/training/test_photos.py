@@ -31,6 +31,7 @@ from openpulid.faces.photos import (
 )
 from openpulid.identity.photos import PhotoFeatures
 from openpulid.identity.vision import VisionTower
+from openpulid.methods.pulid.adapter import PuLID
 from openpulid.training import photos as photos_of
 from openpulid.training.bases import SDXLBase
 from openpulid.training.data import Draw
@@ -40,6 +41,7 @@ from openpulid.training.recipe import find
 
 pytestmark = needs_detector
 PIXELS = 64
+MODELS = {"glintr100": "a", "EVA02": "b"}
 SMALL = {"encoder_width": 16, "batch": 2, "warmup": 1, "validate_every": 100, "fast_batch": 1, "pixels": PIXELS, "bf16": False}
 
 
@@ -48,7 +50,7 @@ def features(tmp_path_factory) -> PhotoFeatures:
     torch.manual_seed(0)
     tower = VisionTower(img_size=32, patch_size=8, embed_dim=8, depth=5, num_heads=2, num_classes=4, ref_grid=None).eval()
     recogniser = ArcFace.load(recogniser_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12))
-    return PhotoFeatures(PhotoFinder.load(DETECTOR), recogniser, FaceParser(BiSeNet(num_class=19)), tower)
+    return PhotoFeatures(PhotoFinder.load(DETECTOR), recogniser, FaceParser(BiSeNet(num_class=19)), tower, MODELS)
 
 
 @pytest.fixture
@@ -148,6 +150,10 @@ def test_all_three_stages(folder, base, features, tmp_path) -> None:
         assert {"held_out_own", "held_out_none"} <= set(result.metrics)
         assert set(load_file(begin)) == set(adapter.state_dict())
     assert all(torch.equal(value, frozen[name]) for name, value in base.unet.state_dict().items())
+    assert PuLID.load(begin).models == MODELS
+    other = PhotoFeatures(None, None, None, features.tower, {**MODELS, "glintr100": "another file"})
+    with pytest.raises(OptionError, match="learned with EVA02 and glintr100, and faces would be read by another glintr100"):
+        train(find("sdxl_stage2"), folder, tmp_path / "other", base=base, features=other, begin=begin)
 
 
 def test_sdxl_is_told_the_size_that_pictures_have(folder, base, features, tmp_path) -> None:

@@ -157,6 +157,10 @@ def test_the_recipes_of_full_size_run(name, tmp_path):
     expected = {"sdxl_stage1": {"diffusion"}, "sdxl_stage2": {"diffusion", "id", "faces"}}
     stage = name.removesuffix("_v11")
     assert set(result.losses) == expected.get(stage, {"diffusion", "id", "faces", "semantic", "layout"})
+    if (
+        full.fast_batch
+    ):  # the alignment is over all steps, as in the paper, and the ID loss reaches those that decide who is seen
+        assert task.walk.last == task.walk.steps == 4
 
 
 @pytest.mark.parametrize("name, published", [("sdxl_stage3", "pulid_v1"), ("sdxl_stage3_v11", "pulid_v1.1")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,11 +54,15 @@ def train(
         encoder: sizes of the identity encoder that differ from the published ones.
 
     Raises:
-        OptionError: the recipe continues an adapter and none is named; or it lacks what its losses need.
+        OptionError: the recipe continues an adapter and none is named, or one that learned with other features; or it lacks
+            what its losses need.
         TrainingError: no picture with a sentence and a face.
     """
     if recipe.begin and begin is None:
         raise OptionError(f"{recipe.name} continues {recipe.begin}: name its adapter with --begin.")
+    begun = None if begin is None else PuLID.load(begin)
+    if begun is not None:
+        begun.require(features.models)
     recipe = replace(recipe, steps=min(steps or recipe.steps, recipe.steps))
     pixels = recipe.pixels or base.unet.config.sample_size * base.pipe.vae_scale_factor
     known: dict[str, Any] = {
@@ -73,12 +78,13 @@ def train(
         base.unet.enable_gradient_checkpointing()
     torch.manual_seed(recipe.seed)
     adapter = fresh_adapter(recipe, base, source, encoder or {})
-    if begin is not None:
-        adapter.load_state_dict(PuLID.load(begin).state_dict())
+    if begun is not None:
+        adapter.load_state_dict(begun.state_dict())
     task = PuLIDTask(recipe, base, adapter, source, others, fast=fast, faces=faces)
     result = run(task, recipe.schedule(), folder, minutes=minutes, device=base.device)
     if Ranks(base.device).rank == 0:
-        save_adapter(adapter, folder / "adapter.safetensors", recipe, result)
+        facts = {"models": json.dumps(features.models)}
+        save_adapter(adapter, folder / "adapter.safetensors", recipe, result, facts)
     return adapter, result
 
 
