@@ -15,7 +15,18 @@ from torch import Tensor
 from openpulid.errors import WeightsError
 from openpulid.faces.choose import ordered
 from openpulid.faces.face import Face
-from openpulid.faces.photos import CROP, TEMPLATE, ArcFace, FaceParser, PhotoFinder, aligned_photo, pack, pixels, providers
+from openpulid.faces.photos import (
+    BORDER,
+    CROP,
+    TEMPLATE,
+    ArcFace,
+    FaceParser,
+    PhotoFinder,
+    aligned_photo,
+    pack,
+    pixels,
+    providers,
+)
 from openpulid.images import open_picture
 
 
@@ -149,12 +160,33 @@ def test_a_pack_is_any_folder_of_the_library(tmp_path) -> None:
         pack(tmp_path)
     recogniser_file(tmp_path / "b.onnx")
     assert pack(tmp_path) == (tmp_path / "a.onnx", tmp_path / "b.onnx")
+    (tmp_path / "unpacked").mkdir()
+    (tmp_path / "unpacked" / "antelopev2").symlink_to(tmp_path)  # as its archive unpacks: a folder in a folder
+    assert pack(tmp_path / "unpacked") == tuple(tmp_path / "unpacked" / "antelopev2" / f"{name}.onnx" for name in "ab")
     with pytest.raises(WeightsError, match="no pack of insightface"):
         pack(tmp_path / "nowhere")
 
 
+def test_smaller_and_smaller_then_with_a_border_until_a_face_is_found() -> None:
+    looked: list[tuple[int, int]] = []
+
+    class Blind:
+        """Finds one face at its last chance."""
+
+        def detect(self, picture: np.ndarray, input_size: tuple[int, int], det_thresh: float) -> tuple[np.ndarray, np.ndarray]:
+            looked.append((input_size[0], picture.shape[0]))
+            found = int(len(looked) == 8)
+            return np.full((found, 5), 60.0, np.float32), np.full((found, 5, 2), 60.0, np.float32)
+
+    (face,) = PhotoFinder(Blind()).find(torch.zeros(3, 200, 100))
+    margin = round(BORDER * 200)
+    assert looked == [(size, height) for height in (200, 200 + 2 * margin) for size in (640, 512, 384, 256)]
+    assert face.landmarks.eq(60.5 - margin).all()  # in the picture's own pixels
+
+
 def test_a_devices_provider() -> None:
     known = ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
+    assert providers("cuda", ["MIGraphXExecutionProvider", "CPUExecutionProvider"])[0] == "MIGraphXExecutionProvider"  # AMD
     assert providers("cpu", known) == ["CPUExecutionProvider"]
     assert providers(torch.device("mps"), known) == ["CoreMLExecutionProvider", "CPUExecutionProvider"]
     assert providers("mps", ["CPUExecutionProvider"]) == ["CPUExecutionProvider"]

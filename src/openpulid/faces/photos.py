@@ -223,13 +223,14 @@ def onnx_model(file: str | os.PathLike[str], device: str | torch.device, wanted:
 
 
 def pack(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The detector's and the recogniser's file in the folder of an insightface pack, whatever they are called.
+    """The detector's and the recogniser's file in the folder of an insightface pack, whatever they are called; or in the one
+    folder within, since antelopev2's archive unpacks so.
 
     Raises:
         WeightsError: it has not both.
     """
     kinds: dict[str, Path] = {}
-    for file in sorted(Path(folder).glob("*.onnx")):
+    for file in sorted(Path(folder).glob("*.onnx")) or sorted(Path(folder).glob("*/*.onnx")):
         model = _opened(file, "cpu")
         kinds |= {kind: file for kind in ("detect", "get_feat") if hasattr(model, kind) and kind not in kinds}
     if len(kinds) < 2:
@@ -256,7 +257,10 @@ def _opened(file: str | os.PathLike[str], device: str | torch.device) -> Any:
 def providers(device: str | torch.device, available: Sequence[str]) -> list[str | tuple[str, dict[str, int]]]:
     """onnxruntime's names for a device of PyTorch's, with its number if it has one; the CPU always last."""
     device = torch.device(device)
-    wanted = {"cuda": ("CUDAExecutionProvider", "ROCMExecutionProvider"), "mps": ("CoreMLExecutionProvider",)}
+    wanted = {
+        "cuda": ("CUDAExecutionProvider", "MIGraphXExecutionProvider", "ROCMExecutionProvider"),
+        "mps": ("CoreMLExecutionProvider",),
+    }
     first = [name for name in wanted.get(device.type, ()) if name in available]
     numbered = [(name, {"device_id": device.index}) if device.index else name for name in first[:1]]
     return [*numbered, "CPUExecutionProvider"]
