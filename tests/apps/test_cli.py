@@ -146,6 +146,31 @@ def test_generate_without_and_with_a_saved_identity(pulid, studio: FakeStudio, a
     assert studio.asked[1]["identity"] is None
 
 
+def test_which_face_of_a_picture_an_image_shows(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
+    made = pulid("generate", "portrait", "--id", anna, "--face", 1, "--order", "left-right", "-o", tmp_path)
+    assert made.code == 0 and studio.chosen == {"face": 1, "order": "left-right"}
+    studio.chosen = None
+    assert pulid("generate", "--from", tmp_path / "portrait-0.png", "-o", tmp_path / "again").code == 0
+    assert studio.chosen == {"face": 1, "order": "left-right"}
+    pulid("identify", anna, "-o", tmp_path / "anna.safetensors")
+    for who in (("--id", tmp_path / "anna.safetensors"), ()):
+        refused = pulid("generate", "portrait", *who, "--face", 1, "-o", tmp_path)
+        assert plain(refused) and "--face chooses in a picture" in refused.err
+
+
+def test_options_by_the_names_that_other_programs_give_them(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
+    Image.new("L", (96, 96), 255).save(tmp_path / "mask.png")
+    names = ("--id_scale", 0.5, "--start_at", 0.1, "--end-at", 0.9, "--attn_mask", tmp_path / "mask.png", "--num_zero", 3)
+    faces = ("--input_faces_index", 1, "--input_faces_order", "left-right")
+    assert pulid("generate", "portrait", "--id", anna, *names, *faces, "-o", tmp_path).code == 0
+    asked = studio.asked[0]
+    assert {"scale": 0.5, "start": 0.1, "end": 0.9, "num_zero": 3}.items() <= asked.items() and len(asked["identity"]) == 1
+    assert studio.chosen == {"face": 1, "order": "left-right"}
+    flux = ("--timestep_to_start_cfg", 2, "--max_sequence_length", 256, "--true_cfg", 2, "--negative", "red")
+    assert pulid("generate", "portrait", "--id", anna, "--preset", "flux", *flux, "--weight", 0.7, "-o", tmp_path).code == 0
+    assert {"scale": 0.7, "timestep_to_start_cfg": 2, "text_tokens": 256}.items() <= studio.asked[1].items()
+
+
 def test_which_face_and_how_photos_join(pulid, studio: FakeStudio, anna: Path, tmp_path: Path) -> None:
     options = ("--face", 1, "--order", "left-right", "--fusion", "mean", "--show", tmp_path / "seen" / "faces.png")
     assert pulid("identify", anna, anna, "-o", tmp_path / "a.safetensors", *options).code == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from inspect import signature
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -17,7 +16,8 @@ from PIL import Image
 
 from openpulid import __version__
 from openpulid.apps import web
-from openpulid.errors import OptionError
+from openpulid.apps.desk import Desk, controls_here, presets_here
+from openpulid.errors import FaceError, OptionError
 from openpulid.loading import methods_here, missing
 from openpulid.mini.showcase import portrait
 from openpulid.presets import MINIATURE, OF_THE_MINIATURE, RIVALS, mini, mini_lightning, sdxl, with_method
@@ -25,6 +25,7 @@ from openpulid.published import FOLDER_VARIABLE, WEIGHTS
 
 gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
 SETTINGS: dict[str, Any] = {
+    "face": None,
     "prompt": "portrait, photo, smiling", "preset": "mini-lightning", "method": "pulid", "scale": 1.0, "images": 2, "seed": 3,
     "alone": True, "negative": "", "steps": None, "guidance": None, "size": "", "start": 0.0, "end": 1.0,
     "control": "", "control_picture": None, "control_scale": 1.0,
@@ -72,7 +73,7 @@ def test_photo_and_prompt_to_images_that_say_how_they_were_made(client: Any, ann
 def test_a_person_is_invented_and_read(client: Any) -> None:
     (person,) = client.predict(api_name="/person")
     assert Image.open(person["image"]).size == (96, 96)
-    seen = client.predict(as_gallery(Path(person["image"])), None, "mini", "pulid", api_name="/faces")
+    seen = client.predict(as_gallery(Path(person["image"])), None, None, "mini", "pulid", api_name="/faces")
     assert Image.open(seen).width > 96
 
 
@@ -81,11 +82,11 @@ def test_what_can_be_put_right_is_said_on_the_page(client: Any, anna: Path) -> N
         wrong = {**SETTINGS, "prompt": "portrait, spaceship"}
         client.predict(photos=as_gallery(anna), identity_file=None, **wrong, api_name="/generate")
     with pytest.raises(Exception, match="give photos"):
-        client.predict(None, None, "mini", "pulid", api_name="/faces")
+        client.predict(None, None, None, "mini", "pulid", api_name="/faces")
 
 
 def test_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:
-    desk = web.Desk(tmp_path)
+    desk = Desk(tmp_path)
     studio = desk.studio("mini-lightning", "pulid")
     assert desk.studio("mini-lightning", "pulid") is studio
     studio.identify([str(anna)]).save(tmp_path / "anna.safetensors")
@@ -96,22 +97,25 @@ def test_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:
     assert Image.open(one[0]).tobytes() == Image.open(other[0]).tobytes()
     with pytest.raises(OptionError, match="two people"):
         desk.generate([(str(anna), None)], str(tmp_path / "anna.safetensors"), **known)
+    for given in ([(str(anna), None)], None), (None, str(tmp_path / "anna.safetensors")):
+        with pytest.raises((FaceError, OptionError), match=r"no face 1|has its face already"):
+            desk.generate(*given, **{**known, "face": 1})
     with pytest.raises(OptionError, match="say in the prompt"):
         desk.generate(None, None, **{**known, "prompt": " "})
     assert desk.studio("mini", "pulid") is not studio
 
 
 def test_a_controlnet_beside_the_person(tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = web.Desk(tmp_path)
+    desk = Desk(tmp_path)
     torch.manual_seed(0)
     net = ControlNetModel.from_unet(desk.studio("mini-lightning", "pulid").pipe.unet)
     for zero in (*net.controlnet_down_blocks, net.controlnet_mid_block):
         torch.nn.init.normal_(zero.weight, std=0.05)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert web.controls_here() == []
+    assert controls_here() == []
     net.save_pretrained(tmp_path / WEIGHTS["control-pose"].repo.split("/")[-1])
-    assert web.controls_here() == ["control-pose"]
+    assert controls_here() == ["control-pose"]
     known = {**SETTINGS, "images": 1, "alone": False}
     beside = {"control": "control-pose", "control_picture": str(anna), "control_scale": 0.5}
     (plain,) = desk.generate([(str(anna), None)], None, **known)
@@ -126,17 +130,17 @@ def test_a_controlnet_beside_the_person(tmp_path: Path, anna: Path, monkeypatch:
 
 def test_the_first_preset_is_as_the_command_says_and_no_other(tmp_path: Path, anna: Path) -> None:
     own = Path(copyfile(MINIATURE / "pulid-stage1.safetensors", tmp_path / "adapter.safetensors"))
-    desk = web.Desk(tmp_path, preset="mini-lightning", adapter=own)
+    desk = Desk(tmp_path, preset="mini-lightning", adapter=own)
     assert desk.resolved("mini-lightning").adapter == own
     assert {"pulid", "faceid"} <= set(methods_here(desk.resolved("mini-lightning")))
     assert methods_here(desk.resolved("mini-lightning")) == methods_here(mini_lightning())
-    full = web.Desk(tmp_path, preset="sdxl", adapter=own).resolved("sdxl")
+    full = Desk(tmp_path, preset="sdxl", adapter=own).resolved("sdxl")
     assert full.adapter == own and all(with_method(full, name) == with_method(sdxl(), name) for name in RIVALS)
     assert desk.resolved("mini").adapter == mini().adapter
     assert desk.resolved("mini-lightning", "faceid").adapter == MINIATURE / "faceid.safetensors"
     known = {**SETTINGS, "images": 1, "alone": False}
     (one,) = desk.generate([(str(anna), None)], None, **known)
-    (plain,) = web.Desk(tmp_path).generate([(str(anna), None)], None, **known)
+    (plain,) = Desk(tmp_path).generate([(str(anna), None)], None, **known)
     assert Image.open(one[0]).tobytes() != Image.open(plain[0]).tobytes()
     assert json.loads(Image.open(one[0]).info["openpulid"])["adapter"] == str(own)
     with pytest.raises(OptionError, match="levels are FLUX's"), web.opened("mini", memory="12gb"):
@@ -146,7 +150,7 @@ def test_the_first_preset_is_as_the_command_says_and_no_other(tmp_path: Path, an
 def test_what_is_offered_is_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    assert {"mini", "mini-lightning"} <= set(web.presets_here())
+    assert {"mini", "mini-lightning"} <= set(presets_here())
     files = {name: MINIATURE / OF_THE_MINIATURE[name].get("adapter", f"{name}.safetensors") for name in OF_THE_MINIATURE}
     assert methods_here(mini()) == ["pulid", *(name for name in sorted(files) if files[name].exists())]
     assert missing(mini()) == [] and missing(mini(tmp_path))[0] == str(tmp_path / "pipeline")
@@ -158,7 +162,10 @@ def test_what_is_offered_is_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_it_is_served_to_this_machine_alone_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert signature(web.web).parameters["host"].default == "127.0.0.1"
+    served: dict[str, Any] = {}
+    monkeypatch.setattr("gradio.Blocks.launch", lambda blocks, **options: served.update(options))
+    web.web()
+    assert served["server_name"] == "127.0.0.1" and served["share"] is False
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with web.opened("mini") as blocks:
         assert blocks.analytics_enabled is False and blocks.delete_cache == web.KEPT

@@ -58,7 +58,7 @@ OPTIONS = (
 """What `Studio.generate` has by the same name."""
 
 REQUEST = (
-    *("prompt", "id", "preset", "base", "method", "size", "mask", "seed", "memory", "faces", "adapter"),
+    *("prompt", "id", "face", "order", "preset", "base", "method", "size", "mask", "seed", "memory", "faces", "adapter"),
     *("control", "control_picture", "control_scale", "fingerprints", *OPTIONS),
 )
 """What an image carries, and `--from` makes it again by."""
@@ -66,8 +66,29 @@ REQUEST = (
 AGAIN = ("source", "out", "device", "memory")
 """What may be said beside an image that is made again."""
 
+KNOWN_AS = {
+    "id-scale": "scale",
+    "weight": "scale",
+    "start-at": "start",
+    "end-at": "end",
+    "attn-mask": "mask",
+    "timestep-to-start-cfg": "start-cfg",
+    "max-sequence-length": "text-tokens",
+    "input-faces-index": "face",
+    "input-faces-order": "order",
+}
+"""Options by the names that they have in PuLID's own programs and in ComfyUI's nodes."""
+
+
+def known_as(name: str) -> str:
+    """The name of an option here, from another program's; underscores are as good as dashes."""
+    name = name.replace("_", "-")
+    return KNOWN_AS.get(name, name)
+
+
 app = typer.Typer(
     name="pulid",
+    context_settings={"token_normalize_func": known_as},
     help="Put a person into any image a diffusion model can make, from one photo.",
     no_args_is_help=True,
     add_completion=False,
@@ -153,6 +174,8 @@ def generate(
     ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What to show.")] = None,
     who: Annotated[str | None, typer.Option("--id", help="Identity file or picture of the person.")] = None,
+    face: Annotated[int | None, typer.Option(min=0, help="Which face of a picture with several, from 0.")] = None,
+    order: Order = "large-small",
     preset: Preset = "mini",
     base: Base = None,
     out: Folder = Path("."),
@@ -192,6 +215,7 @@ def generate(
         request, num = _request(source, memory), 1
     else:
         request = {"prompt": prompt, "id": who, "preset": preset, "base": base, "size": size, "mask": mask, "seed": seed}
+        request |= {"face": face, "order": order if who else None}
         request |= {"negative": negative, "steps": steps, "guidance": guidance, "scale": scale, "start": start, "end": end}
         request |= {"start_step": start_step, "true_cfg": true_cfg, "timestep_to_start_cfg": start_cfg}
         strength = 1.0 if control and control_scale is None else control_scale
@@ -211,6 +235,8 @@ def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, 
 
     who, mask = request["id"], request["mask"]
     saved = _identity(who) if who and who.endswith(".safetensors") else None
+    if request["face"] is not None and (saved or not who):
+        raise OptionError("--face chooses in a picture, and an identity file has chosen already; give a picture with --id.")
     for name in (None if saved else who, mask, request["control_picture"]):
         if name:
             _check_picture(name)
@@ -218,7 +244,8 @@ def _generate(request: dict[str, Any], num: int, out: Path, device: str | None, 
     request = {**request, "fingerprints": again.fingerprints(request)}
     size = sides(request["size"], 16 if preset.family == "flux" else 8)
     studio = _studio(with_options(preset, size=size, **{name: request[name] for name in OPTIONS}), device)
-    identity: Any = saved or (studio.identify(who) if who else None)
+    which = {"face": request["face"], "order": request["order"] or "large-small"}  # older images do not say
+    identity: Any = saved or (studio.identify(who, **which) if who else None)
     if mask:
         from openpulid.images import open_picture
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from openpulid.apps.common import Base, Device, Faces, controlled, image_name, memory_told, request_of, save_picture, sides
+from openpulid.apps.common import Base, Device, Faces, memory_told, save_picture
+from openpulid.apps.desk import Desk, controls_here, presets_here
 from openpulid.errors import OptionError, PulidError
-
-if TYPE_CHECKING:
-    from openpulid.identity.identity import Identity
-    from openpulid.presets import Preset
-    from openpulid.studio import Studio
 
 HELP = """**Photos** of one person, sharp and from the front; several are read together. **Scale** is how strongly the person
 shows: more likeness against more of the prompt. **Seed**: image k has seed + k, and comes out the same each time.
@@ -34,151 +30,6 @@ KEEP: Any = ["download", "fullscreen"]
 """What can be done with a picture of somebody: nothing that sends it anywhere."""
 KEPT = (600, 3600)
 """Every so many seconds uploads older than so many are deleted."""
-
-
-class Desk:
-    """What the page works with: the studio of the preset and method that were asked for last, one at a time.
-
-    Args:
-        folder: images are put here for the browser to fetch.
-        device: where to compute.
-        preset: the one chosen at first.
-        given: what `studio.resolved` shall change in that one: base, memory, faces, adapter; None changes nothing.
-    """
-
-    def __init__(self, folder: Path, device: str | None = None, preset: str = "mini", **given: Any) -> None:
-        self.folder, self.device, self.preset, self.given = folder, device, preset, given
-        self._asked: tuple[str, str] | None = None
-        self._studio: Studio | None = None
-        self._resolved: dict[tuple[str, str], Preset] = {}
-
-    def studio(self, preset: str, method: str) -> Studio:
-        """Loaded when it is another than before; the former goes first, two would not fit everywhere."""
-        from openpulid.studio import load
-
-        if self._studio is None or self._asked != (preset, method):
-            self._studio = None
-            self._studio = load(self.resolved(preset, method), device=self.device)
-            self._asked = preset, method
-        return self._studio
-
-    def resolved(self, preset: str, method: str = "pulid") -> Preset:
-        """A preset with a method on it; an adapter that was given is PuLID's."""
-        from openpulid.studio import resolved
-
-        if (preset, method) not in self._resolved:  # an insightface pack is opened to see what is in it
-            self._resolved[preset, method] = resolved(preset, method=method, **self._given(preset, method))
-        return self._resolved[preset, method]
-
-    def _given(self, preset: str, method: str) -> dict[str, Any]:
-        given = self.given if preset == self.preset else {}
-        return {name: value for name, value in given.items() if name != "adapter" or method == "pulid"}
-
-    def generate(
-        self,
-        photos: Sequence[tuple[str, str | None]] | None,
-        identity_file: str | None,
-        prompt: str,
-        preset: str,
-        method: str,
-        scale: float,
-        images: int,
-        seed: int,
-        alone: bool,
-        negative: str | None,
-        steps: int | None,
-        guidance: float | None,
-        size: str | None,
-        start: float,
-        end: float,
-        control: str | None = None,
-        control_picture: str | None = None,
-        control_scale: float = 1.0,
-    ) -> list[tuple[str, str]]:
-        """Images and what stands below each. `alone` makes every image without the person too, from the same noise."""
-        studio = self.studio(preset, method)
-        pictures = [path for path, _ in photos or ()]
-        who = self._who(studio, pictures, identity_file)
-        options: dict[str, Any] = {"steps": steps or None, "guidance": guidance, "negative": negative or None}
-        wide = (size or "").strip() or None
-        chosen = sides(wide, 16 if studio.preset.family == "flux" else 8)
-        named = ", ".join(Path(path).name for path in ([identity_file] if identity_file else pictures)) or None
-        given = {name: str(value) for name, value in self._given(preset, method).items() if value is not None}
-        request = {"prompt": prompt, "id": named, "preset": preset, "method": method, "size": wide, **given, **options}
-        joined = {"scale": scale, "start": start, "end": end}
-        beside = (control or None, control_picture, control_scale) if control or control_picture else (None, None, None)
-        if control:
-            shown = control_picture and Path(control_picture).name
-            request |= {"control": control, "control_picture": shown, "control_scale": control_scale}
-        with controlled(studio, *beside):
-            made = self._made(studio, prompt, who, {**options, **joined, "size": chosen}, images, seed, {**request, **joined})
-            if who is not None and alone:
-                plain = {**options, "size": chosen}
-                without = self._made(studio, prompt, None, plain, images, seed, {**request, "id": None})
-                made = [one for pair in zip(made, without, strict=True) for one in pair]
-        return made
-
-    def faces(
-        self, photos: Sequence[tuple[str, str | None]] | None, identity_file: str | None, preset: str, method: str
-    ) -> Any:
-        """A picture of what is read of the photos."""
-        if identity_file or not photos:
-            raise OptionError("give photos: what is read of them is shown; an identity file holds none.")
-        return self.studio(preset, method).show([path for path, _ in photos])
-
-    def _who(self, studio: Studio, photos: Sequence[str], identity_file: str | None) -> Identity | None:
-        from openpulid.identity.identity import Identity
-
-        if identity_file and photos:
-            raise OptionError("photos and an identity file are two people; take one of them away.")
-        if identity_file:
-            return Identity.load(identity_file)
-        return studio.identify(photos) if photos else None
-
-    def _made(
-        self,
-        studio: Studio,
-        prompt: str,
-        who: Identity | None,
-        options: dict[str, Any],
-        images: int,
-        seed: int,
-        request: dict[str, Any],
-    ) -> list[tuple[str, str]]:
-        from tempfile import mkdtemp
-
-        if not (prompt or "").strip():
-            raise OptionError("say in the prompt what to show.")
-        result = studio.generate(prompt, who, seed=int(seed), num_images=int(images), **options)
-        place = Path(mkdtemp(dir=self.folder))
-        kept = []
-        for image, number in zip(result.images, result.seeds, strict=True):
-            file = place / image_name(prompt, number)
-            save_picture(image, file, request_of(request, result, image, number))
-            kept.append((str(file), f"seed {number}" + ("" if who is not None else ", nobody")))
-        return kept
-
-
-def presets_here() -> list[str]:
-    """The presets whose files are all on this machine."""
-    from openpulid.loading import missing
-    from openpulid.presets import PRESETS
-
-    return [name for name, make in PRESETS.items() if not missing(make())]
-
-
-def controls_here() -> list[str]:
-    """The published ControlNets that are on this machine."""
-    from openpulid.errors import WeightsError
-    from openpulid.published import WEIGHTS, locate
-
-    found = []
-    for name in WEIGHTS:
-        if name.startswith("control-"):
-            with suppress(WeightsError):
-                locate(name)
-                found.append(name)
-    return found
 
 
 def page(desk: Desk) -> Any:
@@ -206,7 +57,8 @@ def page(desk: Desk) -> Any:
         chosen.input(changed, chosen, [method, *acts, fields["invent"]], api_name=False)
         method.input(partial(_acts, desk), [chosen, method], acts, api_name=False)
         fields["invent"].click(partial(_invented, desk.folder), None, photos, api_name="person")
-        look = fields["look"].click(_said(desk.faces), [photos, file, chosen, method], seen, api_name="faces", **one)
+        asked = [photos, file, fields["face"], chosen, method]
+        look = fields["look"].click(_said(desk.faces), asked, seen, api_name="faces", **one)
         look.success(lambda: gr.Image(visible=True), None, seen, api_name=False)
         wanted = [fields[name] for name in fields if name not in ("invent", "look", "make")]
         fields["make"].click(_said(desk.generate), wanted, shown, api_name="generate", **one)
@@ -225,8 +77,11 @@ def _fields(desk: Desk) -> dict[str, Any]:
     with gr.Row():
         fields["invent"] = gr.Button("Invent a person", visible=preset.startswith("mini"), size="sm")
         fields["look"] = gr.Button("What is read of them?", size="sm")
-    with gr.Accordion("Or an identity file", open=False):
-        fields["identity_file"] = gr.File(label="Of pulid identify", file_types=[".safetensors"], height=140)
+    with gr.Accordion("An identity file, or which face", open=False):
+        fields["identity_file"] = gr.File(label="Of pulid identify, instead of photos", file_types=[".safetensors"], height=140)
+        fields["face"] = gr.Number(
+            None, label="Of photos with several faces: which, large to small from 0", precision=0, minimum=0
+        )
     fields["prompt"] = gr.Textbox(label="Prompt", value="portrait, film noir, smiling", lines=2)
     fields["make"] = gr.Button("Make", variant="primary")
     with gr.Row():
