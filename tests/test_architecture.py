@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,10 +101,43 @@ def test_small_functions_and_files(module: str) -> None:
 def test_no_device_is_taken_for_granted(module: str) -> None:
     """A device is an argument; its *type* may be asked for, but no tensor is sent to a device by name."""
     tree = ast.parse(MODULES[module].read_text("utf-8"))
-    for node in ast.walk(tree):
-        values = [*node.args, *(k.value for k in node.keywords)] if isinstance(node, ast.Call) else []
-        names = [v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
-        assert not any(name.split(":")[0] == "cuda" for name in names), f"{module}: line {node.lineno}"
+    named = [value.lineno for node in ast.walk(tree) for value in _handed_on(node) if _cuda(value)]
+    assert not named, f"{module}: lines {named}"
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call) and _called(node) == "cuda"], module
+
+
+@pytest.mark.parametrize(
+    "line", ['x.to("cuda:1")', 'f(device="cuda")', "x.cuda()", 'self.device = "cuda"', 'def f(device="cuda"): ...']
+)
+def test_a_device_by_name_is_seen_wherever_it_stands(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "fixed.py").write_text(line)
+    monkeypatch.setitem(MODULES, "fixed", tmp_path / "fixed.py")
+    with pytest.raises(AssertionError, match="fixed"):
+        test_no_device_is_taken_for_granted("fixed")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_noise_is_drawn_on_the_processor(module: str) -> None:
+    """A generator of another device draws other numbers, so that no two kinds of device would agree on an image."""
+    calls = [node for node in ast.walk(ast.parse(MODULES[module].read_text("utf-8"))) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if _called(call) == "Generator" and (call.args or call.keywords)], module
+
+
+def _handed_on(node: ast.AST) -> list[Any]:
+    """The values that a call, an assignment or a default gives to a name."""
+    if isinstance(node, ast.Call):
+        return [*node.args, *(keyword.value for keyword in node.keywords)]
+    if isinstance(node, ast.arguments):
+        return [*node.defaults, *node.kw_defaults]
+    return [node.value] if isinstance(node, (ast.Assign, ast.AnnAssign)) else []
+
+
+def _cuda(value: Any) -> bool:
+    return isinstance(value, ast.Constant) and isinstance(value.value, str) and value.value.split(":")[0] == "cuda"
+
+
+def _called(call: ast.Call) -> str:
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
 TYPER = """
