@@ -59,7 +59,7 @@ def as_gallery(file: Path) -> list[dict[str, Any]]:
 
 
 def test_photo_and_prompt_to_images_that_say_how_they_were_made(client: Any, anna: Path) -> None:
-    made = client.predict(photos=as_gallery(anna), identity_file=None, **SETTINGS, api_name="/generate")
+    made = client.predict(photos=as_gallery(anna), identity_file=None, **{**SETTINGS, "face": 0}, api_name="/generate")
     assert [one["caption"] for one in made] == ["seed 3", "seed 3, nobody", "seed 4", "seed 4, nobody"]
     images = [Image.open(one["image"]) for one in made]
     assert len({image.tobytes() for image in images}) == 4
@@ -67,7 +67,9 @@ def test_photo_and_prompt_to_images_that_say_how_they_were_made(client: Any, ann
     assert request["seed"] == 4 and request["id"] == "anna.png" and request["preset"] == "mini-lightning"
     used = {"steps": 4, "guidance": 1.0, "scale": 1.0, "projection": "none", "size": "96x96", "version": __version__}
     assert used.items() <= request.items()  # the preset's own figures, too
-    assert json.loads(images[1].info["openpulid"])["id"] is None
+    assert request["face"] == 0
+    nobody = json.loads(images[1].info["openpulid"])
+    assert nobody["id"] is None and nobody["face"] is None  # what `--from` makes again
 
 
 def test_a_person_is_invented_and_read(client: Any) -> None:

@@ -85,15 +85,8 @@ class Desk:
         chosen = sides(wide, 16 if studio.preset.family == "flux" else 8)
         named = ", ".join(Path(path).name for path in ([identity_file] if identity_file else pictures)) or None
         given = {name: str(value) for name, value in self._given(preset, method).items() if value is not None}
-        request: dict[str, Any] = {
-            "prompt": prompt,
-            "id": named,
-            "face": face,
-            "preset": preset,
-            "method": method,
-            "size": wide,
-        }
-        request |= {**given, **options}
+        request: dict[str, Any] = {"prompt": prompt, "id": named, "face": face, "preset": preset, "method": method}
+        request |= {"size": wide, **given, **options}
         joined = {"scale": scale, "start": start, "end": end}
         beside = (control or None, control_picture, control_scale) if control or control_picture else (None, None, None)
         if control:
@@ -103,7 +96,7 @@ class Desk:
             made = self._made(studio, prompt, who, {**options, **joined, "size": chosen}, images, seed, {**request, **joined})
             if who is not None and alone:
                 plain = {**options, "size": chosen}
-                without = self._made(studio, prompt, None, plain, images, seed, {**request, "id": None})
+                without = self._made(studio, prompt, None, plain, images, seed, {**request, "id": None, "face": None})
                 made = [one for pair in zip(made, without, strict=True) for one in pair]
         return made
 
