@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLInpaintPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image, ImageDraw
-from token_files import PROMPTS, drawn
+from token_files import PROMPTS, controlnet, drawn
 from typer.testing import CliRunner
 
 from openpulid.apps.cli import app
@@ -23,14 +28,6 @@ from openpulid.presets import MINIATURE
 PICTURE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
-def net(unet: Any) -> ControlNetModel:
-    torch.manual_seed(3)
-    made = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False)
-    for block in (*made.controlnet_down_blocks, made.controlnet_mid_block):
-        torch.nn.init.normal_(block.weight, std=0.3)
-    return made
-
-
 @pytest.fixture
 def pipe(tiny_pipeline: Any) -> Any:
     return tiny_pipeline()
@@ -38,13 +35,13 @@ def pipe(tiny_pipeline: Any) -> Any:
 
 @pytest.fixture
 def control(pipe: Any) -> ControlNet:
-    made = ControlNet(net(pipe.unet))
+    made = ControlNet(controlnet(pipe.unet))
     made.attach(pipe)
     return made
 
 
 def stock(pipe: Any, **options: Any) -> torch.Tensor:
-    theirs = StableDiffusionXLControlNetPipeline.from_pipe(pipe, controlnet=net(pipe.unet))
+    theirs = StableDiffusionXLControlNetPipeline.from_pipe(pipe, controlnet=controlnet(pipe.unet))
     theirs.set_progress_bar_config(disable=True)
     return drawn(theirs, image=PICTURE[None].repeat(options.pop("count", 1), 1, 1, 1), **options)
 
@@ -56,6 +53,25 @@ def test_it_is_what_diffusers_draws(pipe: Any, control: ControlNet, guidance: fl
     assert torch.allclose(ours, stock(pipe, guidance=guidance, controlnet_conditioning_scale=0.7), atol=1e-5)
     theirs = stock(pipe, prompts=PROMPTS, guidance=guidance, controlnet_conditioning_scale=0.7, count=2)
     assert torch.allclose(both, theirs, atol=1e-5)
+
+
+def test_a_unet_for_inpainting_is_given_more_than_the_control_net(pipe: Any, control: ControlNet) -> None:
+    """Nine channels: the latents, which alone it reads, the mask, and what is kept."""
+    seen: list[torch.Size] = []
+    control.net.conv_in.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape))
+    torch.manual_seed(0)
+    wide = UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9)
+    parts = {**pipe.components, "unet": wide}
+    inpaint = StableDiffusionXLInpaintPipeline(**parts, requires_aesthetics_score=False)
+    inpaint.set_progress_bar_config(disable=True)
+    other = ControlNet(control.net)
+    other.attach(inpaint)
+    picture, mask = Image.new("RGB", (16, 16), "gray"), Image.new("L", (16, 16), 255)
+    given = {"image": picture, "mask_image": mask, "height": 16, "width": 16, "strength": 1.0}
+    before = drawn(inpaint, **given)
+    with other.use(PICTURE):
+        assert not torch.allclose(drawn(inpaint, **given), before, atol=1e-3)
+    assert seen and {shape[1] for shape in seen} == {4}
 
 
 def test_together_with_pulid(pipe: Any, control: ControlNet) -> None:
@@ -102,7 +118,7 @@ def test_what_does_not_fit_is_said(pipe: Any, tmp_path: Path) -> None:
         ControlNet(other).attach(pipe)
     with pytest.raises(WeightsError, match="no ControlNet"):
         ControlNet.load(tmp_path)
-    fits = ControlNet(net(pipe.unet))
+    fits = ControlNet(controlnet(pipe.unet))
     fits.attach(pipe)
     with pytest.raises(OptionError, match="0 to 1"), fits.use(PICTURE, start=2):
         pass

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from safetensors.torch import save_file
-from token_files import PROMPTS, WIDTH, drawn, person, published
+from token_files import PROMPTS, WIDTH, controlnet, drawn, person, published, resampler
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.methods.base import Method, find
 from openpulid.methods.faceid import FaceID
+from openpulid.methods.instantid import InstantID
 
 
 @pytest.fixture
@@ -49,6 +51,25 @@ def test_nothing_is_left_behind(pipe: Any) -> None:
     assert [name for name, _ in pipe.unet.named_modules()] == names and not getattr(pipe.unet, "peft_config", {})
     with pytest.raises(OptionError, match="attach"), method.use(person(1)):
         pass
+
+
+def test_two_at_once_are_refused(pipe: Any) -> None:
+    """Two pipelines of one U-Net, two people one within the other, two methods that exchange its processors."""
+    method, another = FaceID(published(pipe.unet)), InstantID(resampler(pipe.unet), controlnet(pipe.unet))
+    method.attach(pipe)
+    another.attach(pipe)
+    with method.use(person(1)):
+        alone = drawn(pipe)
+        for second in (method, another):
+            with pytest.raises(OptionError, match="already in use"), second.use(person(2)):
+                pass
+        assert torch.equal(drawn(pipe), alone)
+    other = StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=False)
+    method.attach(other)
+    with pytest.raises(OptionError, match="share one network; say which one runs"), method.use(person(1)):
+        pass
+    with method.use(person(1), pipe=pipe):
+        assert torch.equal(drawn(pipe), alone)
 
 
 def test_raw_embeddings_are_normalised(pipe: Any) -> None:

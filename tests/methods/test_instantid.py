@@ -7,20 +7,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
-from token_files import PROMPTS, WIDTH, drawn, person, resampler
+from token_files import PROMPTS, WIDTH, controlnet, drawn, person, resampler
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.methods.base import Method, find
 from openpulid.methods.instantid import InstantID, landmarks_drawn
-
-
-def identity_net(unet: Any) -> ControlNetModel:
-    torch.manual_seed(3)
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False)
-    for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):
-        torch.nn.init.normal_(block.weight, std=0.3)
-    return net
 
 
 @pytest.fixture
@@ -30,7 +22,7 @@ def pipe(tiny_pipeline: Any) -> Any:
 
 @pytest.fixture
 def method(pipe: Any) -> InstantID:
-    return InstantID(resampler(pipe.unet), identity_net(pipe.unet))
+    return InstantID(resampler(pipe.unet), controlnet(pipe.unet))
 
 
 class Told(ControlNetModel):
@@ -151,3 +143,8 @@ def test_the_published_folder(pipe: Any, method: InstantID, tmp_path: Any) -> No
         ours = drawn(pipe)
     with method.use(person(1)):
         assert torch.equal(drawn(pipe), ours)
+    twice = {part: {name: 2 * x for name, x in tensors.items()} for part, tensors in parts.items()}
+    torch.save(twice, tmp_path / "finetuned.bin")  # a file that is named is the one that is read
+    named = InstantID.load(tmp_path / "finetuned.bin")
+    for name, x in named.parts["image_proj"].items():
+        assert torch.equal(x, 2 * loaded.parts["image_proj"][name])

@@ -205,6 +205,18 @@ def test_the_word_is_repeated_and_the_end_stays(pipe: Any) -> None:
     assert repeated(full, words, 3)[0][0, -1] == end
 
 
+def test_a_person_who_is_named_too_late_is_said(pipe: Any, method: PhotoMaker) -> None:
+    """Twelve places: the word's repetitions would push the end out. What is not to be seen may name somebody late."""
+    late = " ".join(["red"] * 9) + " person"
+    who = fused([somebody(method)] * 2)
+    with method.use(who, start=0.0):
+        with pytest.raises(OptionError, match="stands too late in the prompt"):
+            drawn(pipe, [late])
+        drawn(pipe, negative_prompt=[late])
+    with method.use(somebody(method)), pytest.raises(OptionError, match="already in use"), method.use(who):
+        pass
+
+
 def test_what_does_not_fit_is_said(pipe: Any, method: PhotoMaker, tmp_path: Any) -> None:
     with pytest.raises(OptionError, match="own picture tower"), method.use(person(1)):
         pass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import ControlNetModel
 from torch import Tensor
 
 from openpulid.identity.identity import Identity
@@ -59,6 +60,15 @@ def resampler(unet: Any, tokens: int = 3) -> dict[str, dict[str, Tensor]]:
             attention = unet.get_submodule(name.removesuffix(".processor"))
             layers |= {f"{place}.to_{x}_ip.weight": random(attention.to_q.out_features, CROSS) for x in "kv"}
     return {"image_proj": names, "ip_adapter": layers}
+
+
+def controlnet(unet: Any) -> ControlNetModel:
+    """Of a U-Net's shape, whose residuals are plain to see."""
+    torch.manual_seed(3)
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False)
+    for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.normal_(block.weight, std=0.3)
+    return net
 
 
 def person(seed: int, photos: int = 1) -> Identity:

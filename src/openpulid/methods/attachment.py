@@ -103,12 +103,23 @@ class Serving:
         """Those that are served, or this one of them.
 
         Raises:
-            OptionError: it is none.
+            OptionError: it is none, or there are two of one U-Net, of which one must be named.
         """
         found = [a for a in self._attachments if pipe is None or a.target is pipe]
         if not found:
             raise OptionError(f"this {type(self).__name__} serves no pipeline (any more); call attach(pipe) first.")
+        one_of_each([a.unet for a in found])
         return found
+
+
+def one_of_each(networks: Sequence[Any]) -> None:
+    """Whether a batch is guided, and where a schedule stands, only the pipeline that runs knows.
+
+    Raises:
+        OptionError: two pipelines share a network.
+    """
+    if len({id(network) for network in networks}) < len(networks):
+        raise OptionError("several attached pipelines share one network; say which one runs: use(..., pipe=pipe).")
 
 
 def unet_of(target: Any) -> Any:
@@ -132,17 +143,18 @@ def unet_of(target: Any) -> Any:
 
 
 @contextmanager
-def in_use(network: Any, around: Iterable[nn.Module]) -> Iterator[None]:
+def in_use(network: Any, around: Iterable[nn.Module] = (), mark: str = IN_USE) -> Iterator[None]:
     """Marks a network while an identity joins it.
 
     Args:
+        mark: of those that cannot join at once.
         around: the modules that hold those which get hooks. Compiled code does not look again whether what it holds has
             hooks: the identity would not be seen, or stay for ever.
 
     Raises:
         OptionError: another identity is in use on it, or one of `around` is compiled.
     """
-    if getattr(network, IN_USE, False):
+    if getattr(network, mark, False):
         raise OptionError(
             "an identity is already in use on this pipeline; close it first, or give `use` all identities as one list."
         )
@@ -151,11 +163,11 @@ def in_use(network: Any, around: Iterable[nn.Module]) -> Iterator[None]:
             "this network is compiled, and compiled code would not notice an identity; set torch._dynamo.config."
             "skip_nnmodule_hook_guards = False before its first run, or on FLUX call transformer.compile_repeated_blocks()."
         )
-    setattr(network, IN_USE, True)
+    setattr(network, mark, True)
     try:
         yield
     finally:
-        delattr(network, IN_USE)
+        delattr(network, mark)
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -113,11 +113,12 @@ def residuals(
         drawings: (B, 3, H, W) in [0, 1], what it is shown.
         conditions: the U-Net's own `added_cond_kwargs`.
     """
+    sample = call.sample[:, : net.config.in_channels]  # a U-Net for inpainting is also given the mask and what is kept
     found: tuple[Sequence[Tensor], Tensor] = net(
-        call.sample,
+        sample,
         call.time,
         encoder_hidden_states=tokens,
-        controlnet_cond=drawings.to(call.sample),
+        controlnet_cond=drawings.to(sample),
         conditioning_scale=scale,
         added_cond_kwargs={name: x for name, x in conditions.items() if name != "image_embeds"},
         return_dict=False,

@@ -48,13 +48,15 @@ class InstantID(TokenMethod):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InstantID:
-        """From a folder with `ip-adapter.bin` (or .safetensors) and `ControlNetModel/`, as it is published, or from the first.
+        """From a folder with `ip-adapter.bin` (or .safetensors) and `ControlNetModel/`, as it is published, or from a file
+        beside the latter.
 
         Raises:
             WeightsError: one of them is missing or something else.
         """
         folder = Path(path).parent if Path(path).is_file() else Path(path)
-        files = [file for file in (folder / "ip-adapter.safetensors", folder / "ip-adapter.bin") if file.is_file()]
+        places = (Path(path), folder / "ip-adapter.safetensors", folder / "ip-adapter.bin")
+        files = [file for file in places if file.is_file()]
         if not files or not (folder / "ControlNetModel").is_dir():
             raise WeightsError(f"{folder} holds no InstantID; it needs ip-adapter.bin and ControlNetModel/.")
         net = ControlNetModel.from_pretrained(folder / "ControlNetModel", local_files_only=True)

@@ -21,11 +21,15 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
-from openpulid.methods.attachment import Attachment, Serving, unet_of
+from openpulid.methods.attachment import Attachment, Serving, in_use, unet_of
 from openpulid.weights import read_tensors
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 """A published file: {"image_proj": {...}, "ip_adapter": {...}}."""
+
+
+PROCESSORS = "_token_method_in_use"
+"""The mark of those that exchange the U-Net's processors: of two, the first would not be seen."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class TokenMethod(Serving):
             pipe: only this one of the attached pipelines.
 
         Raises:
-            OptionError: nothing is attached, or an argument is outside its range.
+            OptionError: nothing is attached, an argument is outside its range, or another such method is in use.
         """
         everyone = [people] if isinstance(people, Identity) else list(people)
         if not everyone or not 0 <= start <= 1 or not 0 <= end <= 1:
@@ -155,7 +159,7 @@ class TokenMethod(Serving):
     ) -> Iterator[None]:
         unet = attachment.unet
         strength = 0.0
-        with restored(attachment.target), ExitStack() as hooks:
+        with in_use(unet, mark=PROCESSORS), restored(attachment.target), ExitStack() as hooks:
             processors, projection = self.built(attachment.target)
             set_up(unet, processors, projection, "ip_image_proj")
 

@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip import ClipFeatures, FindsFaces, Recognises
 from openpulid.identity.identity import Identity
-from openpulid.methods.attachment import Attachment, Serving, unet_of
+from openpulid.methods.attachment import Attachment, Serving, in_use, unet_of
 from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
 from openpulid.methods.tokens import TokenMethod, low_rank
 from openpulid.weights import read_metadata
@@ -145,7 +145,7 @@ class _Opened:
     @contextmanager
     def hooks(self) -> Iterator[None]:
         pipe, unet = self.attachment.target, self.attachment.unet
-        with ExitStack() as hooks:
+        with in_use(unet, mark="_photomaker_in_use"), ExitStack() as hooks:
             for index, (encoder, words) in enumerate(
                 ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2))
             ):
@@ -201,6 +201,11 @@ class _Opened:
             if torch.equal(torch.cat([first.plain, second.plain], -1).to(plain), plain):
                 states = torch.cat([first.repeated, second.repeated], -1).to(tokens)
                 place = slice(second.place, second.place + len(tokens))
+                if place.stop >= len(states):  # the last place is the end's
+                    raise OptionError(
+                        f"PhotoMaker says the word for the person {len(tokens)} times, once for each token of the photos, and "
+                        "it stands too late in the prompt for that; name the person earlier, or take fewer photos."
+                    )
                 states[place] = self.encoder.fuse_module(states[place], tokens)
                 return states.to(plain), second.pooled.to(plain)
         raise OptionError("PhotoMaker rewrites the prompt; give the pipeline words while it is in use, no embeddings.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.errors import IdentityError, OptionError, WeightsError
-from openpulid.methods.attachment import MARK
+from openpulid.methods.attachment import MARK, one_of_each
 from openpulid.methods.pulid.encoders import LEVELS, IDEncoder, IDFormer
 from openpulid.methods.pulid.regions import Person
 from openpulid.weights import fill, read_tensors
@@ -93,15 +93,13 @@ class IdentityAdapter(nn.Module):
         """The targets to open: all that are attached; `target` alone when it is given.
 
         Raises:
-            OptionError: nothing is attached (any more), or two pipelines of one network, of which one must be named: whether a
-                batch is guided, and where a schedule stands, only the pipeline that runs knows.
+            OptionError: nothing is attached (any more), or two pipelines of one network, of which one must be named.
         """
         chosen = [t for t in self._targets if target is None or t is target]
         chosen = [t for t in chosen if getattr(self.network(t), MARK, None) == id(self)]
         if not chosen:
             raise OptionError("this adapter serves no pipeline (any more); call attach(pipe) first.")
-        if len({id(self.network(t)) for t in chosen}) < len(chosen):
-            raise OptionError("several attached pipelines share one network; say which one runs: use(..., pipe=pipe).")
+        one_of_each([self.network(t) for t in chosen])
         return chosen
 
     # --- tokens
