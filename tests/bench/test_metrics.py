@@ -212,5 +212,10 @@ def test_bootstrap_interval_is_about_two_standard_errors() -> None:
     assert metrics.bootstrap(values, torch.arange(400)) == got
 
 
+def test_of_one_person_nothing_is_sure() -> None:
+    got = metrics.bootstrap(torch.tensor([0.25, 0.75, float("nan")]), torch.tensor([3, 3, 4]))
+    assert got.mean == 0.5 and math.isnan(got.low) and math.isnan(got.high)
+
+
 def test_bootstrap_of_nothing_is_nan() -> None:
     assert math.isnan(metrics.bootstrap(torch.tensor([float("nan")]), torch.tensor([0])).mean)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from openpulid.apps import measures
 from openpulid.apps.cli import app
 from openpulid.apps.measures import _contest, _entry, _label, _only_complete, _presets
 from openpulid.bench import judging, report, run, table
-from openpulid.bench.cells import BASE, Cell, Chunk, Folder, Sitter, chunks
+from openpulid.bench.cells import BASE, Cell, Folder, Sitter, chunks
 from openpulid.bench.metrics import FID
 from openpulid.bench.run import Contest
 from openpulid.bench.suite import find
@@ -148,6 +147,23 @@ def test_the_report_is_one_page_that_can_be_mailed(finished: Folder) -> None:
     assert "fid is the Frechet distance" in page and "by features of CLIP" in text
 
 
+def test_a_report_of_one_person_tells_no_interval(finished: Folder, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = Folder(tmp_path)
+    folder.begin(SUITE, METHODS, PEOPLE[:1])
+    for cell in [cell for method in METHODS for cell in judging.cells_of(folder.facts(), method)]:
+        folder.keep(cell, finished.record(cell) or {}, Image.open(finished.image(cell)))
+    assert "report.png" in {file.name for file in report.write(folder)}
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    rows = json.loads((tmp_path / "report.json").read_text("utf-8"), parse_constant=refuse)["rows"]
+    assert all(row["intervals"] == {} for row in rows) and rows[1]["clip_i"] < 1
+    text = table.markdown(folder)
+    assert "±" not in text and "nan" not in text
+
+
 def test_large_pictures_are_small_on_the_page(finished: Folder, tmp_path: Path) -> None:
     folder, name = Folder(tmp_path), PEOPLE[0].name
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8))
@@ -271,26 +287,6 @@ def test_what_is_missing_is_said_before_anything_is_made(tmp_path: Path, monkeyp
     with pytest.raises(OSError):
         run.run(SUITE, lost, PEOPLE, Folder(place), lambda chunks: chunks)
     assert not place.exists()
-
-
-def test_what_was_made_otherwise_is_made_again(finished: Folder, tmp_path: Path) -> None:
-    """Another file, another scale: an old image is no image of them."""
-    shutil.copytree(finished.path, tmp_path / "run")
-    folder, asked = Folder(tmp_path / "run"), []
-
-    def spread(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
-        asked.extend(chunks)
-        return ()
-
-    run.run(SUITE, PRESETS, PEOPLE, folder, spread)
-    assert asked == []
-    stage1 = PRESETS["pulid"].adapter.with_name("pulid-stage1.safetensors")
-    for other in (replace(PRESETS["pulid"], scale=0.5), replace(PRESETS["pulid"], adapter=stage1)):
-        asked.clear()
-        run.run(SUITE, {**PRESETS, "pulid": other}, PEOPLE, folder, spread)
-        assert {cell.method for chunk in asked for cell in chunk.cells} == {"pulid"} and len(asked) == 3 * 2
-    with pytest.raises(OptionError, match="another picture"):
-        folder.begin(SUITE, METHODS, [replace(sitter, portrait=PEOPLE[0].portrait) for sitter in PEOPLE])
 
 
 def test_the_command_and_methods_on_one_pipeline(finished: Folder, tmp_path: Path) -> None:

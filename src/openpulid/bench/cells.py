@@ -23,6 +23,9 @@ from openpulid.errors import OptionError
 BASE = "base"
 """The base model without anybody: what every method is compared with."""
 
+WEIGHTS = "weights"
+"""Where a record's configuration says which weights an image was made with."""
+
 
 @dataclass(frozen=True)
 class Sitter:
@@ -82,7 +85,7 @@ class Folder:
                 place = self.path / "people" / f"{sitter.name}{suffix}.png"
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if not place.is_file():
-                    picture.save(place)
+                    save(place, picture)
                 elif ImageChops.difference(Image.open(place).convert("RGB"), picture.convert("RGB")).getbbox():
                     raise OptionError(f"{place} is another picture than the one given now; choose another folder with -o.")
         write(file, facts)
@@ -109,9 +112,7 @@ class Folder:
         file = self.path / "cells" / f"{cell.stem}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         if image is not None:
-            unfinished = file.with_suffix(f".{os.getpid()}.png")
-            image.save(unfinished)
-            os.replace(unfinished, self.image(cell))
+            save(self.image(cell), image)
         write(file, record)
 
     def image(self, cell: Cell) -> Path:
@@ -119,11 +120,16 @@ class Folder:
         return self.path / "cells" / f"{cell.stem}.png"
 
     def done(self, cell: Cell, configuration: Mapping[str, Any] | None = None) -> bool:
-        """Whether it was made, with this configuration if one is given; one that failed is tried again."""
+        """Whether it was made, with this configuration if one is given; one that failed is tried again. Records of older runs
+        do not say which weights the base and the readers of faces had; there the rest of the configuration decides."""
         record = self.record(cell)
         if record is None or record["status"] != "done" or not self.image(cell).is_file():
             return False
-        return configuration is None or record["configuration"] == configuration
+        if configuration is None:
+            return True
+        made: dict[str, Any] = record["configuration"]
+        asked = {name: value for name, value in configuration.items() if name != WEIGHTS or name in made}
+        return made == asked
 
 
 def chunks(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Iterator[Chunk]:
@@ -132,6 +138,13 @@ def chunks(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Itera
         for prompt in range(len(suite.prompts)):
             for method in methods:
                 yield Chunk(tuple(Cell(method, person, prompt, seed) for seed in suite.seeds))
+
+
+def save(file: Path, image: Image.Image) -> None:
+    """A PNG that appears whole or not at all."""
+    unfinished = file.with_name(f".{file.stem}.{os.getpid()}.png")
+    image.save(unfinished)
+    os.replace(unfinished, file)
 
 
 def write(file: Path, facts: Any) -> None:

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
-from openpulid.bench.cells import BASE, Cell, Chunk, Folder, Sitter, chunks
+from openpulid.bench.cells import BASE, WEIGHTS, Cell, Chunk, Folder, Sitter, chunks
 from openpulid.bench.suite import Suite
 from openpulid.bench.turns import peak, reset_peak, wait
 from openpulid.errors import PulidError
@@ -20,6 +21,8 @@ from openpulid.studio import Studio
 from openpulid.weights import fingerprint
 
 LIBRARIES = ("torch", "diffusers", "transformers")
+OF_THE_BASE, OF_METHODS = ("pipeline", "unet", "transformer"), ("finder", "recogniser", "parser", "vision")
+STORED = (".safetensors", ".bin", ".ckpt")
 
 
 class Contest:
@@ -42,6 +45,8 @@ class Contest:
         start: str | None = None,
     ) -> None:
         self.suite, self.studios, self.sitters, self.folder, self.start = suite, studios, sitters, folder, start
+        # of the files as they were loaded: one that is replaced later changes no image of this contest
+        self._made = {name: configuration(name, studio.preset, suite.options) for name, studio in studios.items()}
         self._known: dict[tuple[str, str], tuple[Identity, float]] = {}
 
     def make(self, chunk: Chunk) -> None:
@@ -49,8 +54,7 @@ class Contest:
         first = chunk.cells[0]
         studio = self.studios[first.method]
         options = dict(self.suite.options)
-        made = configuration(first.method, studio.preset, options)
-        facts: dict[str, Any] = {"configuration": made, "start": self.start, **surroundings(studio)}
+        facts: dict[str, Any] = {"configuration": self._made[first.method], "start": self.start, **surroundings(studio)}
         try:
             if studio.adapter is not None:
                 studio.adapter.attach(studio.pipe)  # of several on one pipeline the last one serves it
@@ -84,16 +88,38 @@ class Contest:
 
 
 def configuration(method: str, preset: Preset, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What an image is made with, as JSON gives it back: the method's file, too, by its fingerprint."""
+    """What an image is made with, as JSON gives it back: weights by the fingerprints of their files.
+
+    Raises:
+        OSError, WeightsError: a file of weights is not there.
+    """
     chosen = replace(preset, **options)
     said = {name: getattr(chosen, name) for name in ("steps", "guidance", "negative", "size", "sampler")}
     said["preset"] = preset.name
+    # every place is told, an empty one too: its absence from a record means an older run
+    places = OF_THE_BASE if method == BASE else (*OF_THE_BASE, *OF_METHODS)
+    said[WEIGHTS] = {name: stored(found(place)) if (place := getattr(preset, name)) else [] for name in places}
     if method != BASE:
         place = found(preset.adapter)
         files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]
         said |= {**chosen.identity_options(), "adapter": [fingerprint(file) for file in files]}
+        said[WEIGHTS]["adapter"] = stored(place)
+        if preset.method == "instantid" and place.is_file() and (net := place.parent / "ControlNetModel").is_dir():
+            said[WEIGHTS]["adapter"] += stored(net)  # beside the file; a folder has it inside
     known: dict[str, Any] = json.loads(json.dumps(said))
     return known
+
+
+def stored(place: Path) -> list[str]:
+    """Fingerprints of a file of weights, or of all in a folder and in those in it, as a pipeline's parts lie.
+
+    Raises:
+        OSError: it is not there.
+    """
+    if not place.is_dir():
+        return [fingerprint(place)]
+    files = sorted([*place.glob("*"), *place.glob("*/*")])  # unlike **, it follows a part that is a link
+    return [fingerprint(file) for file in files if file.suffix in STORED and file.is_file()]
 
 
 def surroundings(studio: Studio) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def show(table: Table) -> None:
 def _cell(name: str, interval: Interval) -> str:
     digits = DIGITS.get(name, 3)
     half = (interval.high - interval.low) / 2
-    return f"{interval.mean:.{digits}f}\n± {half:.{digits}f}"
+    return f"{interval.mean:.{digits}f}" + ("" if math.isnan(half) else f"\n± {half:.{digits}f}")
 
 
 def _rounded(value: float, digits: int) -> float | None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the range that it would fall into in 95 of 100 repetitions with other people."""
+    """A mean and the range that it would fall into in 95 of 100 repetitions with other people; `low` and `high` are NaN where
+    that cannot be told."""
 
     mean: float
     low: float
@@ -27,13 +28,15 @@ def bootstrap(values: Tensor, groups: Tensor, *, resamples: int = 2000, seed: in
         groups: (B,) whose image it is.
 
     Returns:
-        the mean over people of their own means; NaN throughout where no value is left.
+        the mean over people of their own means; its range is NaN for fewer than two people, all is where no value is left.
     """
     kept = ~values.isnan()
     means = [values[kept & (groups == group)].double().mean() for group in groups[kept].unique()]
     if not means:
         return Interval(float("nan"), float("nan"), float("nan"))
     people = torch.stack(means)
+    if len(people) < 2:  # every draw would be the same person, and the mean look certain
+        return Interval(people.mean().item(), float("nan"), float("nan"))
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(people), (resamples, len(people)), generator=generator)
     low, high = people[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
