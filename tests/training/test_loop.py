@@ -226,6 +226,35 @@ def test_signals_save_and_stop(tmp_path, number, error):
         assert json.loads(file.metadata()["facts"])["step"] == 7
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_a_signal_in_the_last_step_costs_no_validation(tmp_path, monkeypatch, told):
+    class Stopped(Regression):
+        def losses(self, draw):
+            if draw.step == SHORT.steps - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().losses(draw)
+
+    if not told:  # as checkpoints were before they told it
+        save = state.RunState.save
+
+        def older(self, path, facts):
+            save(self, path, {name: fact for name, fact in facts.items() if name != "validated"})
+
+        monkeypatch.setattr(state.RunState, "save", older)
+    with pytest.raises(SystemExit):
+        run(Stopped(), SHORT, tmp_path)
+    with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
+        assert json.loads(file.metadata()["facts"])["step"] == 24
+    for _ in range(2):  # the second time there is nothing more to do
+        resumed = Regression()
+        result = run(resumed, SHORT, tmp_path)
+        history = json.loads((tmp_path / "history.json").read_text())
+        assert [r["step"] for r in history if "metrics" in r] == ([10, 20, 24] if told else [10, 20])
+        assert result.steps == 24 and not resumed.seen
+    if told:
+        assert result.metrics == {"weight": pytest.approx(resumed.net[0].weight.norm().item())}
+
+
 def test_other_runs_and_wrong_numbers_are_refused(tmp_path):
     run(Regression(), Schedule(steps=3, lr=1e-2), tmp_path)
     with pytest.raises(TrainingError, match="seed 0, not 1"):

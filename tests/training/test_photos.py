@@ -13,6 +13,7 @@ import pytest
 import skimage.data
 import tiny
 import torch
+from diffusers import UNet2DConditionModel
 from facexlib.parsing.bisenet import BiSeNet
 from facexlib.recognition.arcface_arch import Backbone
 from photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recogniser_file
@@ -35,7 +36,7 @@ from openpulid.methods.pulid.adapter import PuLID
 from openpulid.training import photos as photos_of
 from openpulid.training.bases import SDXLBase
 from openpulid.training.data import Draw
-from openpulid.training.full import train
+from openpulid.training.full import fresh_adapter, train
 from openpulid.training.photos import Photographs
 from openpulid.training.recipe import find
 
@@ -183,6 +184,34 @@ def test_what_changes_in_the_folder_stops_nothing(folder, base, features, tmp_pa
     index.write_text("{")
     with pytest.raises(TrainingError, match=r"faces\.json is damaged; delete it"):
         opened(copy, base, features, index)
+
+
+def test_a_run_begins_where_a_photograph_was_damaged(folder, base, features, tmp_path) -> None:
+    """Whichever of them: the adapter's widths are those of the features, and any photograph has these."""
+    copy, recipe = tmp_path / "photos", replace(find("sdxl_stage1"), **SMALL)
+    shutil.copytree(folder, copy)
+    photos = opened(copy, base, features, tmp_path / "faces.json")
+    wanted = fresh_adapter(recipe, base, photos, {})
+    for name in photos.names:
+        (copy / name).write_bytes(b"no picture any more")
+        made = fresh_adapter(recipe, base, photos, {})
+        assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in wanted.state_dict().items()}
+        shutil.copy(folder / name, copy / name)
+
+
+def test_an_adapter_that_a_recipe_cannot_continue_is_said_before_faces_are_looked_for(folder, base, features, tmp_path) -> None:
+    begin, out = tmp_path / "v1.safetensors", tmp_path / "run"
+    tiny.adapter(base).save(begin)
+    known = {"data": folder, "folder": out, "features": features, "begin": begin}
+    with pytest.raises(OptionError, match=r"trains an IDFormer and .* holds an IDEncoder; name an adapter with that encoder"):
+        train(find("sdxl_stage2_v11"), base=base, **known)
+    narrow = tiny.base()
+    narrow.unet = UNet2DConditionModel.from_config({**narrow.unet.config, "cross_attention_dim": 16})
+    with pytest.raises(WeightsError, match="another U-Net"):
+        train(find("sdxl_stage2"), base=narrow, **known)
+    assert not out.exists()
+    with pytest.raises(WeightsError, match=r"v1\.safetensors has other sizes than sdxl_stage2 makes, name another adapter: "):
+        train(replace(find("sdxl_stage2"), **SMALL), base=base, **known)
 
 
 def test_what_is_missing_is_said(folder, base, features, tmp_path) -> None:

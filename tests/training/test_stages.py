@@ -187,12 +187,19 @@ import sys, tiny, torch
 from dataclasses import replace
 from openpulid.training.loop import run
 torch.set_num_threads(1)
-changes = dict(id_loss="accurate", fast_batch=2, last=2, semantic=0.6, layout=0.1)
-run(tiny.task(**changes), replace(tiny.recipe().schedule(), steps=4, validate_every=100, log_every=1), sys.argv[1])
+task = tiny.task(id_loss="accurate", fast_batch=2, last=2, semantic=0.6, layout=0.1)
+for name in ("data", "held_out"):
+    def counted(draw, name=name, every=getattr(task, name).batch):
+        batch = every(draw)
+        with open(f"{sys.argv[1]}.{name}", "a") as file:
+            print(len(batch.latents), file=file)
+        return batch
+    getattr(task, name).batch = counted
+run(task, replace(tiny.recipe().schedule(), steps=4, validate_every=100, log_every=1), sys.argv[1])
 """
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path, start):
+def test_two_processes_give_the_losses_of_one_and_validate_in_their_shares(tmp_path, start):
     changes = {"id_loss": "accurate", "fast_batch": 2, "last": 2, "semantic": 0.6, "layout": 0.1}
     schedule = replace(tiny.recipe().schedule(), steps=4, validate_every=100, log_every=1)
     run(tiny.task(**changes), schedule, tmp_path / "one")
@@ -205,6 +212,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path, start):
         assert worker.returncode == 0, errors
     one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
     assert len(one) == 4 and all(two[step] == pytest.approx(one[step], rel=1e-4, abs=1e-6) for step in one)
+    # one process validates alone, and has memory for what it reads in a step
+    trained, validated = ({int(n) for n in (tmp_path / f"two.{name}").read_text().split()} for name in ("data", "held_out"))
+    assert trained == validated == {2}
 
 
 def losses_of(folder):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -11,8 +13,10 @@ import tiny
 import torch
 from safetensors import safe_open
 
+import openpulid
 from openpulid.errors import TrainingError
 from openpulid.methods.pulid.adapter import PuLID
+from openpulid.training import checkpoint
 from openpulid.training import recipe as recipes
 from openpulid.training.checkpoint import save_adapter
 from openpulid.training.data import Draw
@@ -163,6 +167,24 @@ def test_checkpoint_has_published_names_and_a_story(tmp_path):
     again = PuLID.load(path)
     for name, tensor in task.adapter.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_a_package_inside_somebodys_repository_does_not_take_its_commit(tmp_path, monkeypatch):
+    installed = tmp_path / ".venv" / "checkpoint.py"
+    installed.parent.mkdir()
+    shutil.copy(checkpoint.__file__, installed)
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "theirs"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(checkpoint, "__file__", str(installed))
+    assert checkpoint.revision() == f"openpulid {openpulid.__version__}"
+    subprocess.run([*git, "add", "-f", str(installed)], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert checkpoint.revision() == commit
+    installed.write_text("")
+    assert checkpoint.revision() == f"{commit}+changes"
 
 
 def test_recipes_are_found_by_name():

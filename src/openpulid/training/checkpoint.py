@@ -44,6 +44,8 @@ def revision() -> str:
     version."""
     folder = Path(__file__).parent
     try:
+        # an environment may lie inside somebody's repository, whose commits say nothing about this package
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
         commit = _git(folder, "rev-parse", "HEAD")
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".")
     except (OSError, subprocess.CalledProcessError):

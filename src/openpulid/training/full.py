@@ -23,6 +23,7 @@ from openpulid.training.photos import INDEX, Photographs
 from openpulid.training.process import Ranks
 from openpulid.training.recipe import Recipe
 from openpulid.training.task import PuLIDTask
+from openpulid.weights import fill
 
 
 def train(
@@ -54,15 +55,14 @@ def train(
         encoder: sizes of the identity encoder that differ from the published ones.
 
     Raises:
-        OptionError: the recipe continues an adapter and none is named, or one that learned with other features; or it lacks
-            what its losses need.
+        OptionError: the recipe continues an adapter and none is named, or one with another encoder, or one that learned with
+            other features; or it lacks what its losses need.
+        WeightsError: the named adapter is none, or of another U-Net or other sizes.
         TrainingError: no picture with a sentence and a face.
     """
     if recipe.begin and begin is None:
         raise OptionError(f"{recipe.name} continues {recipe.begin}: name its adapter with --begin.")
-    begun = None if begin is None else PuLID.load(begin)
-    if begun is not None:
-        begun.require(features.models)
+    begun = None if begin is None else _begun(recipe, begin, base, features)
     recipe = replace(recipe, steps=min(steps or recipe.steps, recipe.steps))
     pixels = recipe.pixels or base.unet.config.sample_size * base.pipe.vae_scale_factor
     known: dict[str, Any] = {
@@ -79,7 +79,7 @@ def train(
     torch.manual_seed(recipe.seed)
     adapter = fresh_adapter(recipe, base, source, encoder or {})
     if begun is not None:
-        adapter.load_state_dict(begun.state_dict())
+        fill(adapter, begun.state_dict(), f"{begin} has other sizes than {recipe.name} makes, name another adapter")
     task = PuLIDTask(recipe, base, adapter, source, others, fast=fast, faces=faces)
     result = run(task, recipe.schedule(), folder, minutes=minutes, device=base.device)
     if Ranks(base.device).rank == 0:
@@ -88,11 +88,24 @@ def train(
     return adapter, result
 
 
+def _begun(recipe: Recipe, begin: Path, base: SDXLBase, features: PhotoFeatures) -> PuLID:
+    """The adapter that a recipe continues. What does not fit is said here, before hours of looking for faces."""
+    begun = PuLID.load(begin)
+    begun.require(features.models)
+    if (known := type(begun.encoder).__name__) != recipe.encoder:
+        raise OptionError(
+            f"{recipe.name} trains an {recipe.encoder} and {begin} holds an {known}; name an adapter with that encoder, or the "
+            "recipe's other version, with or without _v11."
+        )
+    begun.check(base.unet)
+    return begun
+
+
 def fresh_adapter(recipe: Recipe, base: SDXLBase, source: Photographs, sizes: dict[str, Any]) -> PuLID:
     """An untrained adapter of the recipe's encoder; the widths that it reads are those of the source's features."""
-    seen = Photographs(
-        source.folder, source.names[:1], source.faces[:1], source.base, source.features, 1, source.pixels, False
-    ).batch(Draw(recipe.seed, 0))
+    # one picture is enough, but all are named: where one cannot be read any more, the next takes its place
+    known = (source.folder, source.names, source.faces, source.base, source.features)
+    seen = Photographs(*known, batch=1, pixels=source.pixels, seen=False).batch(Draw(recipe.seed, 0))
     tokens = base.unet.config.cross_attention_dim
     read = {"width": seen.id_cond.shape[-1], "vit_dim": seen.hidden[0].shape[-1], "hidden_dim": recipe.encoder_width}
     if recipe.encoder == "IDEncoder":

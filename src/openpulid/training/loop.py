@@ -115,6 +115,7 @@ class _Run:
     folder: Path
     minutes: float | None
     step: int = 0  # finished steps
+    validated: int = 0  # the step of the last validation
     before: float = 0.0  # seconds of training before this process
     sums: dict[str, Tensor] = field(default_factory=dict)  # of the losses since the last report
     counts: dict[str, int] = field(default_factory=dict)
@@ -128,8 +129,7 @@ class _Run:
         self.ranks.same([*self.parameters, *named_buffers(self.modules).values()])
         self.optimizer = self._optimizer()
         self.lagging = isinstance(self.optimizer, torch.optim.AdamW) and _looks_late(self.device)
-        averaged = {**named_parameters(self.modules), **named_buffers(self.modules)}
-        self.average = Average(averaged, self.schedule.ema)
+        self.average = Average({**named_parameters(self.modules), **named_buffers(self.modules)}, self.schedule.ema)
         self.state = RunState(self.modules, self.optimizer, self.average)
         self.total = self.schedule.steps
         self.bad = torch.zeros((), device=self.device)
@@ -146,13 +146,11 @@ class _Run:
 
     def finish(self) -> Result:
         """Every step that is left, then the averaged weights into the modules."""
-        with (
-            Report(self.folder, self.step, self.total, silent=self.ranks.rank > 0) as report,
-            signals_noted() as received,
-        ):
+        with Report(self.folder, self.step, self.total, silent=self.ranks.rank > 0) as report, signals_noted() as received:
             self.report = report
-            if self.step < self.total:
-                self._train(received)
+            unfinished = self.step < self.total or self.validated != self.step  # a signal may have come in the last step
+            self._train(received)
+            if unfinished:
                 self._validate()
                 self._save(last=True)
             self.average.apply()
@@ -268,6 +266,7 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self) -> None:
+        self.validated = self.step
         if self.ranks.rank == 0:
             self._mode(training=False)
             with self.average.in_place(), mixed(self.device, self.schedule.bf16):
@@ -286,8 +285,8 @@ class _Run:
         if self.ranks.rank:
             return
         facts = {
-            "step": self.step, "total": self.total, "seconds": self.seconds, "minutes": self.minutes,
-            "schedule": asdict(self.schedule),
+            "step": self.step, "total": self.total, "validated": self.validated, "seconds": self.seconds,
+            "minutes": self.minutes, "schedule": asdict(self.schedule),
         }  # fmt: skip
         try:
             self.state.save(self.folder / CHECKPOINT, facts)
@@ -309,6 +308,7 @@ class _Run:
                 f"{path} is a run of {known}, not of {self.schedule.name}: choose another folder, or begin again with --fresh"
             )
         self.step, self.before = facts["step"], facts["seconds"]
+        self.validated = facts.get("validated", self.step)  # older checkpoints do not say
         if self.minutes and self.minutes == facts["minutes"]:
             self.total = min(facts["total"], self.schedule.steps)
 

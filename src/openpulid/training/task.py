@@ -29,6 +29,7 @@ from openpulid.training.branches import (
 from openpulid.training.data import Draw, shares
 from openpulid.training.loop import Losses
 from openpulid.training.losses import DiffusionLoss, IDLoss, LayoutAlignment, SemanticAlignment
+from openpulid.training.process import Ranks
 from openpulid.training.recipe import Recipe
 
 HELD_OUT_BATCHES = 4
@@ -184,9 +185,11 @@ class PuLIDTask:
         return found
 
     def _parts(self) -> int:
-        """In how many parts a held-out batch is read: as a step's, with two people in each at least, for another's identity."""
+        """In how many parts a held-out batch is read: as a step's by all processes, because one alone validates and has memory
+        for a share; with two people in each at least, for another's identity."""
         batch, fast = self.recipe.batch, self.recipe.fast_batch
-        fit = (n for n in range(self.recipe.accumulate, 1, -1) if not (batch % n or fast % n) and batch // n > 1)
+        most = self.recipe.accumulate * Ranks(self.base.device).world
+        fit = (n for n in range(most, 1, -1) if not (batch % n or fast % n) and batch // n > 1)
         return next(fit, 1)
 
     def sheet(self) -> Image.Image | None:
