@@ -73,8 +73,7 @@ class Identity:
         Raises:
             IdentityError: others did, so the numbers mean something else.
         """
-        differing = sorted(name for name in {*models, *self.models} if models.get(name) != self.models.get(name))
-        if differing:
+        if differing := others(self.models, models):
             raise IdentityError(
                 f"this identity was made by another {' and another '.join(differing)} than this preset uses; "
                 "make it again from the photo with this preset."
@@ -132,6 +131,11 @@ class Identity:
         if models is not None:
             identity.require(models)
         return identity
+
+
+def others(known: Mapping[str, str], models: Mapping[str, str]) -> list[str]:
+    """The names of models whose fingerprints differ, or that only one side has."""
+    return sorted(name for name in {*known, *models} if known.get(name) != models.get(name))
 
 
 FUSIONS = ("concat", "mean", "norm_id", "max_norm")

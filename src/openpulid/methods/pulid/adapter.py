@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from openpulid import published
 from openpulid.errors import OptionError, WeightsError
+from openpulid.identity.identity import others
 from openpulid.methods.attachment import Attachment, unet_of
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
@@ -103,8 +104,7 @@ class PuLID(IdentityAdapter):
         Raises:
             OptionError: they are not.
         """
-        differing = sorted(name for name in {*models, *self.models} if models.get(name) != self.models.get(name))
-        if self.models and differing:
+        if self.models and (differing := others(self.models, models)):
             raise OptionError(
                 f"this adapter learned with {' and '.join(sorted(self.models))}, and faces would be read by another "
                 f"{' and another '.join(differing)}; name the pack that it learned with (--faces), or another adapter."

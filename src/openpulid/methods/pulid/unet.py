@@ -164,7 +164,7 @@ class Injection:
     def _regions(self, rows: int, guided: bool, sample: Tensor) -> Callable[[int], Tensor | None]:
         if self.masks is None:
             return lambda positions: None
-        # on the processor, where every size is known to how many pixels it averages; not every device has that
+        # shrunk on the processor: not every device averages to sizes that do not divide the mask's
         masks = self.masks.cpu().repeat_interleave(rows // len(self.masks), dim=0)
         masks = torch.cat([masks] * (1 + guided)).float()  # (B, J, H, W)
         height, width = sample.shape[-2:]
