@@ -59,7 +59,8 @@ def as_gallery(file: Path) -> list[dict[str, Any]]:
 
 
 def test_photo_and_prompt_to_images_that_say_how_they_were_made(client: Any, anna: Path) -> None:
-    made = client.predict(photos=as_gallery(anna), identity_file=None, **{**SETTINGS, "face": 0}, api_name="/generate")
+    asked = {**SETTINGS, "face": 0, "steps": 0, "guidance": 0}  # as the page sends what nobody has changed
+    made = client.predict(photos=as_gallery(anna), identity_file=None, **asked, api_name="/generate")
     assert [one["caption"] for one in made] == ["seed 3", "seed 3, nobody", "seed 4", "seed 4, nobody"]
     images = [Image.open(one["image"]) for one in made]
     assert len({image.tobytes() for image in images}) == 4
@@ -67,9 +68,7 @@ def test_photo_and_prompt_to_images_that_say_how_they_were_made(client: Any, ann
     assert request["seed"] == 4 and request["id"] == "anna.png" and request["preset"] == "mini-lightning"
     used = {"steps": 4, "guidance": 1.0, "scale": 1.0, "projection": "none", "size": "96x96", "version": __version__}
     assert used.items() <= request.items()  # the preset's own figures, too
-    assert request["face"] == 0
-    nobody = json.loads(images[1].info["openpulid"])
-    assert nobody["id"] is None and nobody["face"] is None  # what `--from` makes again
+    assert json.loads(images[1].info["openpulid"])["id"] is None
 
 
 def test_a_person_is_invented_and_read(client: Any) -> None:
@@ -77,6 +76,13 @@ def test_a_person_is_invented_and_read(client: Any) -> None:
     assert Image.open(person["image"]).size == (96, 96)
     seen = client.predict(as_gallery(Path(person["image"])), None, None, "mini", "pulid", api_name="/faces")
     assert Image.open(seen).width > 96
+
+
+def test_no_number_is_empty() -> None:
+    """Gradio shows an empty one as 0, which must then be what it means: the preset's own."""
+    with web.opened("mini") as blocks:
+        numbers = [block for block in blocks.blocks.values() if isinstance(block, gradio.Number)]
+    assert len(numbers) == 5 and not [number.label for number in numbers if number.value is None]
 
 
 def test_what_can_be_put_right_is_said_on_the_page(client: Any, anna: Path) -> None:

@@ -80,12 +80,12 @@ class Desk:
         studio = self.studio(preset, method)
         pictures = [path for path, _ in photos or ()]
         who = self._who(studio, pictures, identity_file, face)
-        options: dict[str, Any] = {"steps": steps or None, "guidance": guidance, "negative": negative or None}
+        options: dict[str, Any] = {"steps": steps or None, "guidance": guidance or None, "negative": negative or None}
         wide = (size or "").strip() or None
         chosen = sides(wide, 16 if studio.preset.family == "flux" else 8)
         named = ", ".join(Path(path).name for path in ([identity_file] if identity_file else pictures)) or None
         given = {name: str(value) for name, value in self._given(preset, method).items() if value is not None}
-        request: dict[str, Any] = {"prompt": prompt, "id": named, "face": face, "preset": preset, "method": method}
+        request: dict[str, Any] = {"prompt": prompt, "id": named, "face": face or None, "preset": preset, "method": method}
         request |= {"size": wide, **given, **options}
         joined = {"scale": scale, "start": start, "end": end}
         beside = (control or None, control_picture, control_scale) if control or control_picture else (None, None, None)
@@ -118,8 +118,8 @@ class Desk:
 
         if identity_file and photos:
             raise OptionError("photos and an identity file are two people; take one of them away.")
-        if identity_file and face is not None:
-            raise OptionError("an identity file has its face already; leave the number of a face empty.")
+        if identity_file and face:
+            raise OptionError("an identity file has its face already; leave the number of a face at 0.")
         if identity_file:
             return Identity.load(identity_file)
         return studio.identify(photos, face=face) if photos else None

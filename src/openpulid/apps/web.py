@@ -66,7 +66,8 @@ def page(desk: Desk) -> Any:
 
 
 def _fields(desk: Desk) -> dict[str, Any]:
-    """What is asked, by the names of `Desk.generate` and in its order, and three buttons."""
+    """What is asked, by the names of `Desk.generate` and in its order, and three buttons. No number is empty: Gradio
+    shows 0 for that, so 0 has to mean it."""
     import gradio as gr
 
     from openpulid.loading import methods_here
@@ -79,9 +80,7 @@ def _fields(desk: Desk) -> dict[str, Any]:
         fields["look"] = gr.Button("What is read of them?", size="sm")
     with gr.Accordion("An identity file, or which face", open=False):
         fields["identity_file"] = gr.File(label="Of pulid identify, instead of photos", file_types=[".safetensors"], height=140)
-        fields["face"] = gr.Number(
-            None, label="Of photos with several faces: which, large to small from 0", precision=0, minimum=0
-        )
+        fields["face"] = gr.Number(0, label="Which face of photos with several (0: the largest)", precision=0, minimum=0)
     fields["prompt"] = gr.Textbox(label="Prompt", value="portrait, film noir, smiling", lines=2)
     fields["make"] = gr.Button("Make", variant="primary")
     with gr.Row():
@@ -95,8 +94,8 @@ def _fields(desk: Desk) -> dict[str, Any]:
     with gr.Accordion("More", open=False):
         fields["negative"] = gr.Textbox(label="What not to show")
         with gr.Row():
-            fields["steps"] = gr.Number(None, label="Steps (empty: the preset's)", precision=0, minimum=1)
-            fields["guidance"] = gr.Number(None, label="Guidance (empty: the preset's)", minimum=0)
+            fields["steps"] = gr.Number(0, label="Steps (0: the preset's)", precision=0, minimum=0)
+            fields["guidance"] = gr.Number(0, label="Guidance (0: the preset's)", minimum=0)
         fields["size"] = gr.Textbox(label="Size", placeholder="832x1216")
         with gr.Row():
             fields["start"] = gr.Slider(0, 1, value=0.0, step=0.05, label="The person acts from")
