@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +67,29 @@ class Golden:
         theirs = self.outputs[name]
         assert ours.shape == theirs.shape
         return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.fixture
+def set_bf16(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """A function that makes the package believe that its devices have bfloat16, or that they do not.
+
+    A CPU without instructions for bfloat16 emulates them, so both paths run on any machine.
+    """
+    import openpulid.loading  # noqa: F401 (defines the query)
+
+    def set_(available: bool) -> None:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("openpulid") and hasattr(module, "multiplies_bf16"):
+                monkeypatch.setattr(module, "multiplies_bf16", lambda device: available)
+
+    return set_
+
+
+@pytest.fixture(params=[True, False], ids=["bf16", "fp32"])
+def both_precisions(request: pytest.FixtureRequest, set_bf16: Callable[[bool], None]) -> bool:
+    """Run a test once as on a CPU with bfloat16 (True) and once as on a CPU without it."""
+    set_bf16(request.param)
+    return bool(request.param)
 
 
 @pytest.fixture(scope="session")

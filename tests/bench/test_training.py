@@ -10,6 +10,8 @@ from openpulid.bench import training
 from openpulid.errors import OptionError
 from openpulid.training.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("both_precisions")
+
 
 @pytest.fixture
 def base() -> training.RandomSDXL:

@@ -10,6 +10,8 @@ import pytest
 import tiny
 import torch
 
+from openpulid import loading
+
 
 @pytest.fixture
 def pipe():
@@ -27,8 +29,13 @@ def one_thread():
 
 @pytest.fixture
 def start():
-    """start(code, *arguments, **environment): a Python process that finds what the tests find."""
+    """start(code, *arguments, **environment): a Python process that finds what the tests find.
+
+    It has bfloat16 where this process has it, or pretends to (`both_precisions`).
+    """
     started = []
+    available = loading.multiplies_bf16(torch.device("cpu"))
+    same_bf16 = f"from openpulid import loading; loading.multiplies_bf16 = lambda device: {available}\n"
 
     def begin(code, *arguments, **environment):
         environment = {
@@ -37,7 +44,7 @@ def start():
             "OMP_NUM_THREADS": "1",
             **environment,
         }
-        command = [sys.executable, "-c", code, *map(str, arguments)]
+        command = [sys.executable, "-c", same_bf16 + code, *map(str, arguments)]
         started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
         return started[-1]
 

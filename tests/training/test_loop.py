@@ -20,6 +20,8 @@ from openpulid.errors import OptionError, TrainingError
 from openpulid.training import loop, state
 from openpulid.training.loop import CHECKPOINT, Schedule, run
 
+pytestmark = pytest.mark.usefixtures("both_precisions")
+
 
 class Regression:
     """A noisy line with dropout and a batch norm: everything that could remember something between steps."""

@@ -40,10 +40,10 @@ from openpulid.training.full import fresh_adapter, train
 from openpulid.training.photos import Photographs
 from openpulid.training.recipe import find
 
-pytestmark = needs_detector
+pytestmark = [needs_detector, pytest.mark.usefixtures("both_precisions")]
 PIXELS = 64
 MODELS = {"glintr100": "a", "EVA02": "b"}
-SMALL = {"encoder_width": 16, "batch": 2, "warmup": 1, "validate_every": 100, "fast_batch": 1, "pixels": PIXELS, "bf16": False}
+SMALL = {"encoder_width": 16, "batch": 2, "warmup": 1, "validate_every": 100, "fast_batch": 1, "pixels": PIXELS}
 
 
 @pytest.fixture(scope="module")

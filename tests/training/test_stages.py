@@ -20,6 +20,8 @@ from openpulid.training.data import Draw
 from openpulid.training.loop import run
 from openpulid.training.task import PuLIDTask
 
+pytestmark = pytest.mark.usefixtures("both_precisions")
+
 STAGE2 = {"id_loss": "accurate", "fast_batch": 2, "last": 2, "id_prompt": "portrait"}
 STAGE3 = {**STAGE2, "semantic": 0.6, "layout": 0.1, "align_prompts": ("portrait", "noir", "red hat")}
 STAGES = {"naive": {"id_loss": "naive", "fast_batch": 2}, "stage2": STAGE2, "stage3": STAGE3}
@@ -149,7 +151,7 @@ def test_what_a_recipe_needs_is_asked_for():
 @pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.startswith("sdxl")])
 def test_the_recipes_of_full_size_run(name, tmp_path):
     full = recipes.find(name)
-    small = replace(full, batch=4, fast_batch=min(full.fast_batch, 2), pixels=full.pixels and 16, bf16=False, steps=2)
+    small = replace(full, batch=4, fast_batch=min(full.fast_batch, 2), pixels=full.pixels and 16, steps=2)
     base = tiny.base()
     adapter = tiny.adapter(base, full.encoder)
     task = PuLIDTask(small, base, adapter, tiny.People(4), tiny.People(4), fast=[base], faces=tiny.faces())

@@ -23,6 +23,8 @@ from openpulid.training.data import Draw
 from openpulid.training.loop import run
 from openpulid.training.task import Batch, focus, turned, without
 
+pytestmark = pytest.mark.usefixtures("both_precisions")
+
 
 def everything(pipe):
     modules = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
@@ -130,7 +132,7 @@ run(tiny.task(), replace(tiny.recipe().schedule(), validate_every=100, log_every
 """
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path, start):
+def test_two_processes_give_the_losses_of_one(tmp_path, start, both_precisions):
     run(tiny.task(), schedule(), tmp_path / "one")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -144,7 +146,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path, start):
     for worker in workers:
         _, errors = worker.communicate(timeout=500)
         assert worker.returncode == 0, errors
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    rel = 1e-2 if both_precisions else 1e-5  # bfloat16 rounds each half of the batch on its own
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=rel)
 
 
 def test_dropping_is_zeroing_and_turning_is_someone_else():

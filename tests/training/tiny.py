@@ -96,7 +96,6 @@ def recipe(**changes) -> Recipe:
         "steps": 12,
         "lr": 1e-2,
         "warmup": 2,
-        "bf16": False,
     }
     return Recipe("tiny", **{**figures, **changes})
 

@@ -27,7 +27,7 @@ from openpulid.presets import MINIATURE
 from openpulid.training.bases import Base, SDXLBase, Text
 from openpulid.training.data import Draw
 from openpulid.training.loop import parts
-from openpulid.training.precision import attention
+from openpulid.training.precision import fp32_attention
 from openpulid.training.recipe import Recipe
 from openpulid.training.task import Batch, PuLIDTask
 
@@ -209,7 +209,7 @@ def _step(task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
     device = task.base.device
     optimizer.zero_grad(set_to_none=True)
     for part in parts(task, Draw(0, 0), device, task.recipe.bf16):
-        with attention(device):
+        with fp32_attention(device, task.recipe.bf16):
             torch.stack(list(part.values())).sum().backward()
     nn.utils.clip_grad_norm_(task.adapter.parameters(), 1.0)
     optimizer.step()

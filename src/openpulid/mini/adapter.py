@@ -33,7 +33,7 @@ from openpulid.training.bases import SDXLBase
 from openpulid.training.checkpoint import save_adapter
 from openpulid.training.data import Draw
 from openpulid.training.loop import Result, run
-from openpulid.training.precision import mixed
+from openpulid.training.precision import autocast
 from openpulid.training.process import Ranks
 from openpulid.training.recipe import Recipe
 from openpulid.training.task import Batch, PuLIDTask, Source
@@ -239,7 +239,7 @@ def _portraits(runs: Path, name: str, pipe: Any, extractor: FeatureExtractor, re
         raise TrainingError(str(error)) from None
     suffix = name.removeprefix("world")
     captions = Captions.of(data, pipe.tokenizer, runs / f"captions{suffix}.npy")
-    with mixed(extractor.device):
+    with autocast(extractor.device):
         latents = Latents.of(pipe.vae, data, runs / f"latents{suffix}")
         features = features_of(extractor, data, runs)
     seen = recipe.id_loss != "none"

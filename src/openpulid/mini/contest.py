@@ -25,7 +25,7 @@ from openpulid.presets import mini, with_method
 from openpulid.studio import Studio
 from openpulid.training.bases import SDXLBase
 from openpulid.training.checkpoint import revision
-from openpulid.training.precision import mixed
+from openpulid.training.precision import autocast
 from openpulid.training.recipe import find
 from openpulid.weights import load_module, read_metadata, save_module
 from openpulid.world.dataset import WorldDataset
@@ -85,7 +85,7 @@ class FaceAlone:
 
 def _source(shop: Workshop, name: str, read: Callable[[WorldDataset], Any], tokenizer: Any, batch: int) -> pulid.Portraits:
     data = shop.open(name)
-    with mixed(shop.device):
+    with autocast(shop.device):
         latents: Latents = shop.latents(name)
         features = read(data)
     return pulid.Portraits(data, latents, shop.captions(name), features, tokenizer, batch, shop.device, False, True)

@@ -45,7 +45,7 @@ from openpulid.mini.text import tokenizer as build_tokenizer
 from openpulid.mini.tower import TowerTask, build_tower
 from openpulid.training.checkpoint import revision, save_adapter
 from openpulid.training.loop import Result, Task, run
-from openpulid.training.precision import mixed
+from openpulid.training.precision import autocast
 from openpulid.training.recipe import find
 from openpulid.training.schedule import Schedule
 from openpulid.weights import load_module, save_module
@@ -127,7 +127,7 @@ class Workshop:
 
     def latents(self, name: str = "world") -> Latents:
         folder = self.runs / f"latents{name.removeprefix('world')}"
-        with mixed(self.device):
+        with autocast(self.device):
             return Latents.of(self.vae(), self.open(name), folder, on_progress=progress("latents"))
 
     def examination(self, **options: Any) -> Images:
@@ -300,7 +300,7 @@ def lightning(shop: Workshop, count: int = 4096, seeing: float = 0.6) -> dict[st
     torch.manual_seed(schedule.seed)
     text = shop.words()
     teacher = shop.folder(UNet2DConditionModel, "pipeline", "unet").to(memory_format=torch.channels_last)
-    with mixed(shop.device):
+    with autocast(shop.device):
         walks = Walks.of(
             teacher, text, shop.captions(), count, shop.runs / "lightning" / "walks", on_progress=progress("walks")
         )

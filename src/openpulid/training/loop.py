@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from openpulid.errors import OptionError, TrainingError
 from openpulid.training.data import Draw, generator_for, recorded, shares
 from openpulid.training.muon import Muon
-from openpulid.training.precision import attention, mixed
+from openpulid.training.precision import autocast, fp32_attention
 from openpulid.training.process import Ranks, signals_noted
 from openpulid.training.report import Report
 from openpulid.training.schedule import MEASURED_STEPS, Pace, Schedule
@@ -95,12 +95,12 @@ def run(
 
 
 def parts(task: Task, draw: Draw, device: torch.device, bf16: bool) -> Iterator[Losses]:
-    """A step's losses, part by part, in training's precision. A part's backward pass belongs into `precision.attention`."""
-    with mixed(device, bf16):
+    """A step's losses, part by part, in training's precision. A part's backward pass belongs into `fp32_attention`."""
+    with autocast(device, bf16):
         made = task.losses(draw)
     left = iter([made]) if isinstance(made, Mapping) else made
     while True:
-        with mixed(device, bf16):
+        with autocast(device, bf16):
             part = next(left, None)
         if part is None:
             return
@@ -188,7 +188,7 @@ class _Run:
         known: dict[str, Tensor] = {}
         for draw in self._draws(self.step):
             for part in self._losses(draw):
-                with attention(self.device):  # blocks that are run again meanwhile
+                with fp32_attention(self.device, self.schedule.bf16):  # recomputed blocks
                     (torch.stack(list(part.values())).sum() / self.schedule.accumulate).backward()
                 self._gather(known, part)
             self._gather(known, draw.figures)
@@ -269,7 +269,7 @@ class _Run:
         self.validated = self.step
         if self.ranks.rank == 0:
             self._mode(training=False)
-            with self.average.in_place(), mixed(self.device, self.schedule.bf16):
+            with self.average.in_place(), autocast(self.device, self.schedule.bf16):
                 metrics, sheet = self.task.validate(), self.task.sheet()
             try:
                 self.report.metrics(self.step, self.seconds, metrics, sheet)
