@@ -75,7 +75,7 @@ def set_bf16(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     A CPU without instructions for bfloat16 emulates them, so both paths run on any machine.
     """
-    import openpulid.loading  # noqa: F401 (defines the query)
+    import openpulid.pipelines.factory  # noqa: F401 (defines the query)
 
     def set_(available: bool) -> None:
         for name, module in list(sys.modules.items()):

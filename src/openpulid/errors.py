@@ -6,6 +6,13 @@ is *not* one of these is a fault of the program and keeps its traceback.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
 from collections.abc import Iterable
 from os import PathLike
 
@@ -55,3 +62,16 @@ class OptionError(PulidError):
 
 class TrainingError(PulidError):
     """A training that cannot go on: a non-finite loss, a checkpoint of another run, missing data."""
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """A device whose memory does not suffice, in one sentence."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's own class of it is one, but not every device raises that
+        if not any(said in str(error) for said in ("out of memory", "can't allocate memory")):
+            raise
+        raise OptionError(
+            "the device has too little memory for this; take a smaller --size, for FLUX --memory 12gb, or another --device."
+        ) from None

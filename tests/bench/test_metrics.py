@@ -11,7 +11,7 @@ from torch import Tensor
 
 from openpulid.bench import metrics
 from openpulid.bench.metrics import Evidence, Faces
-from openpulid.bench.metrics.evidence import face_crops
+from openpulid.bench.metrics.inputs import face_crops
 
 
 def faces(embeddings: list[list[float]], found: list[bool] | None = None, size: int = 2) -> Faces:

@@ -13,25 +13,27 @@ import pytest
 import skimage.data
 import torch
 from facexlib.parsing.bisenet import BiSeNet
-from photo_networks import recogniser_file
 from PIL import Image
 
 from openpulid.errors import FaceError, IdentityError, OptionError
-from openpulid.faces.choose import listed
-from openpulid.faces.detect import FaceFinder
+from openpulid.faces.arcface import ArcFace
+from openpulid.faces.bisenet import TEMPLATE, FaceParser, aligned_photo
 from openpulid.faces.face import Face
-from openpulid.faces.photos import TEMPLATE, ArcFace, FaceParser, PhotoFinder, aligned_photo
-from openpulid.identity.clip import ClipFeatures
-from openpulid.identity.features import FoundFaces
+from openpulid.faces.mini_detector import FaceFinder
+from openpulid.faces.scrfd import PhotoFinder
+from openpulid.faces.select import listed
+from openpulid.identity.clip_extractor import ClipFeatures
+from openpulid.identity.eva_clip import VisionTower
+from openpulid.identity.extractor import FoundFaces
 from openpulid.identity.identity import Identity
-from openpulid.identity.photos import PhotoFeatures
-from openpulid.identity.vision import VisionTower
-from openpulid.loading import load_features
-from openpulid.methods.pulid.adapter import PuLID
+from openpulid.identity.photo_extractor import PhotoFeatures
+from openpulid.io.checkpoints import fingerprint
 from openpulid.methods.pulid.encoders import IDEncoder
-from openpulid.presets import mini, sdxl
-from openpulid.studio import Studio
-from openpulid.weights import fingerprint
+from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.pipelines.factory import load_features
+from openpulid.pipelines.presets import mini, sdxl
+from openpulid.pipelines.studio import Studio
+from tests.support.photo_networks import recogniser_file
 
 MODELS = {"glintr100": "a", "EVA02": "b"}
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from clip_files import FACE, Faces, config, embedding
 from diffusers import ControlNetModel
-from token_files import CROSS, PROMPTS, WIDTH, drawn, person
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity, fused
-from openpulid.methods.base import Method, find
-from openpulid.methods.control import ControlNet
+from openpulid.methods.controlnet import ControlNet
 from openpulid.methods.photomaker.adapter import PhotoMaker, repeated
 from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
+from openpulid.methods.registry import Method, find
+from tests.support.clip_files import FACE, Faces, config, embedding
+from tests.support.token_files import CROSS, PROMPTS, WIDTH, drawn, person
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
 

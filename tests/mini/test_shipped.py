@@ -8,15 +8,15 @@ import torch
 from safetensors import safe_open
 
 import openpulid as pulid
-from openpulid.autoencoder import PatchAutoencoderKL
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import FaceError, PromptError
-from openpulid.faces.detect import FaceFinder
-from openpulid.images import open_picture
-from openpulid.mini.autoencoder import there_and_back
-from openpulid.mini.rivals import NAMES
-from openpulid.pictures import to_images, to_pictures
-from openpulid.presets import MINIATURE, mini, with_method
-from openpulid.weights import load_module
+from openpulid.faces.mini_detector import FaceFinder
+from openpulid.io.checkpoints import load_module
+from openpulid.io.image_grid import to_images, to_pictures
+from openpulid.io.images import open_picture
+from openpulid.mini.train.autoencoder import there_and_back
+from openpulid.mini.train.baselines import NAMES
+from openpulid.pipelines.presets import MINIATURE, mini, with_method
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "photos"

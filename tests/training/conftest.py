@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
 
-from openpulid import loading
+from openpulid import device
+from tests.support import tiny_sdxl as tiny
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def start():
     It has bfloat16 where this process has it, or pretends to (`both_precisions`).
     """
     started = []
-    available = loading.multiplies_bf16(torch.device("cpu"))
-    same_bf16 = f"from openpulid import loading; loading.multiplies_bf16 = lambda device: {available}\n"
+    available = device.multiplies_bf16(torch.device("cpu"))
+    same_bf16 = f"from openpulid import device; device.multiplies_bf16 = lambda device: {available}\n"
 
     def begin(code, *arguments, **environment):
         environment = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from openpulid import loading
-from openpulid.presets import flux, mini, sdxl
+from openpulid.pipelines import factory as loading
+from openpulid.pipelines.presets import flux, mini, sdxl
 from openpulid.training import precision
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from openpulid.bench import table
-from openpulid.bench.cells import Cell, Folder
-from openpulid.pictures import labelled
+from openpulid.bench.run_dir import Cell, Folder
+from openpulid.io.image_grid import labelled
 
 PURITY = ("outside_face", "clip_i")
 """The first of these that was measured is the plot's other axis."""

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from openpulid.bench.cells import BASE, Cell, Folder
-from openpulid.bench.judging import cells_of, counts, known_sets
 from openpulid.bench.metrics import COLUMNS, FID, LIKENESS, Interval, bootstrap
+from openpulid.bench.run_dir import BASE, Cell, Folder
+from openpulid.bench.score import cells_of, counts, known_sets
 
 COSTS = {"seconds": False, "steps_per_second": True, "photo_to_image": False, "memory": False}
 """Of an image: seconds; denoising steps in each, reading and decoding counted in; seconds with knowing the person first; GiB at

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from openpulid.faces.align import aligned
 from openpulid.faces.face import Face
-from openpulid.faces.recognise import CROP
+from openpulid.faces.mini_recognition import CROP
 
 Find = Callable[[Tensor], Sequence[Face | None]]  # (B, 3, H, W) in [0, 1] -> a face or None for each
 Crop = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, masks (B, 1, H, W), landmarks (B, 5, 2) -> crops

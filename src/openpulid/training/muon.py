@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openpulid.loading import multiplies_bf16
+from openpulid.device import multiplies_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose iterations bring singular values near 1 (Jordan et al. 2024, "Muon")."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from openpulid.loading import multiplies_bf16
+from openpulid.device import multiplies_bf16
 
 
 @contextmanager

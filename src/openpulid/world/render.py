@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openpulid.world import paint
-from openpulid.world.head import (
+from openpulid.world.head import (  # fmt: skip
     CRANIUM,
     DEPTH,
     Measures,
@@ -23,11 +23,11 @@ from openpulid.world.head import (
     lerp,
     measures,
     surface_z,
-)  # fmt: skip
+)
 from openpulid.world.paint import bell, blend, inside, rgb
 from openpulid.world.person import PARAMETERS, Person
 from openpulid.world.scene import Scene
-from openpulid.world.stage import Stage, set_stage
+from openpulid.world.scene_tensors import Stage, set_stage
 from openpulid.world.style import apply_style, ink_lines
 
 PARTS = ("background", "face", "eyewear", "hair", "hat", "ears", "neck", "clothes")

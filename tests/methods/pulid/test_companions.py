@@ -20,16 +20,16 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
 )
-from people import anna, ben, distance, fresh, someone
 from PIL import Image
 from torch import nn
 
+from openpulid.diffusion.schedulers import KarrasScheduler
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.pulid.adapter import PLACES, PuLID
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.unet import IdentityLayer
-from openpulid.schedulers import KarrasScheduler
+from openpulid.methods.pulid.sdxl import PLACES, PuLID
+from openpulid.methods.pulid.sdxl_attention import IdentityLayer
+from tests.support.people import anna, ben, distance, fresh, someone
 
 Runs = Callable[..., np.ndarray]
 

@@ -17,17 +17,17 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from people import anna, ben, distance
-from people import fresh as fresh_sdxl
 from safetensors.torch import load_file, save_file
-from tiny_flux import SMALL, fresh, run, tiny_pipe
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.pulid.adapter import PuLID
-from openpulid.methods.pulid.dit import PerceiverCrossAttention, Turn, places
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
+from openpulid.methods.pulid.flux_attention import PerceiverCrossAttention, Turn, places
+from openpulid.methods.pulid.sdxl import PuLID
+from tests.support.people import anna, ben, distance
+from tests.support.people import fresh as fresh_sdxl
+from tests.support.tiny_flux import SMALL, fresh, run, tiny_pipe
 
 
 @torch.no_grad()

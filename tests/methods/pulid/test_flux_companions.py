@@ -23,12 +23,12 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import HookRegistry, apply_first_block_cache, apply_mag_cache, apply_taylorseer_cache
-from people import anna, ben, distance
-from tiny_flux import fresh, run, tiny_pipe
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.flux import PuLIDFlux
+from tests.support.people import anna, ben, distance
+from tests.support.tiny_flux import fresh, run, tiny_pipe
 
 
 def picture(seed: int = 3) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openpulid.bench.metrics.evidence import Distance, EmbedImages, Evidence, cosine, face_crops
+from openpulid.bench.metrics.inputs import Distance, EmbedImages, Evidence, cosine, face_crops
 
 
 class FaceFound:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.clip import ClipFeatures, FindsFaces, Recognises
+from openpulid.identity.clip_extractor import ClipFeatures, FindsFaces, Recognises
 from openpulid.identity.identity import Identity
-from openpulid.methods.attachment import Attachment, Serving, in_use, unet_of
+from openpulid.io.checkpoints import read_metadata
+from openpulid.methods.hooks import Attachment, Serving, in_use, unet_of
+from openpulid.methods.ip_adapter.base import TokenMethod, low_rank
 from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
-from openpulid.methods.tokens import TokenMethod, low_rank
-from openpulid.weights import read_metadata
 
 SUBJECTS = ("person", "man", "woman", "boy", "girl", "child", "lady", "guy")
 """The words that may become somebody, the first one found; where there is none, the first of these is put in front."""

@@ -15,7 +15,7 @@ from torch.nn.functional import gelu
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.errors import WeightsError
-from openpulid.identity.clip import tower_config
+from openpulid.identity.clip_extractor import tower_config
 from openpulid.methods.pulid.encoders import PerceiverAttention
 
 PERCEIVER_HEAD = 128

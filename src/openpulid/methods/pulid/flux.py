@@ -13,10 +13,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.pulid.dit import FluxInjection, Folded, PerceiverCrossAttention, injected_flux, places
+from openpulid.methods.pulid.base import IdentityAdapter
 from openpulid.methods.pulid.encoders import IDFormer
-from openpulid.methods.pulid.identity_adapter import IdentityAdapter
-from openpulid.methods.pulid.regions import People, people_by_prompt, stacked
+from openpulid.methods.pulid.flux_attention import FluxInjection, Folded, PerceiverCrossAttention, injected_flux, places
+from openpulid.methods.pulid.masks import People, people_by_prompt, stacked
 
 
 class PuLIDFlux(IdentityAdapter):
