@@ -17,7 +17,7 @@ def best_device() -> torch.device:
     return torch.device(found.type, int(place)) if place else found
 
 
-def multiplies_bf16(device: torch.device) -> bool:
+def supports_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is worth it there. A processor without instructions for it emulates them, which takes many times as long
     as float32 (benchmarks/train-step.md); PyTorch without oneDNN, as on a Mac, has no fast products of it either. NVIDIA's GPUs
     before Ampere (T4, V100) emulate them, too."""
@@ -26,10 +26,12 @@ def multiplies_bf16(device: torch.device) -> bool:
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return True
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
-def hardware(device: torch.device) -> str:
+def hardware_name(device: torch.device) -> str:
     """What computes there, in words: an accelerator's name, or a processor's kind and threads."""
     if device.type == "cpu":
         return f"cpu, {platform.machine()}, {torch.get_num_threads()} threads"
@@ -37,9 +39,9 @@ def hardware(device: torch.device) -> str:
     return str(named(device)) if named else device.type
 
 
-def half(device: torch.device) -> torch.dtype:
+def compute_dtype(device: torch.device) -> torch.dtype:
     """What networks of full size compute in there: bfloat16; where that does not pay, float32 on a processor and float16 on a
     GPU, where diffusers itself decodes SDXL's pictures in float32."""
-    if multiplies_bf16(device):
+    if supports_bf16(device):
         return torch.bfloat16
     return torch.float32 if device.type == "cpu" else torch.float16

@@ -14,28 +14,32 @@ from safetensors.torch import load_file, save_file
 
 from openpulid.bench import generate as run
 from openpulid.bench import score as judging
-from openpulid.bench.run_dir import BASE, WEIGHTS, Chunk, Folder
-from openpulid.bench.suite import find
+from openpulid.bench.run_dir import BASE, WEIGHTS, Job, RunDir
+from openpulid.bench.suite import find_suite
 from openpulid.cli.bench import _contest, _presets
 from openpulid.errors import OptionError
-from openpulid.mini.evaluation.subjects import sitters
+from openpulid.mini.evaluation.subjects import synthetic_subjects
 from openpulid.pipelines.presets import Preset
 
-SUITE = find("quick")
-PEOPLE = sitters(1, SUITE.first)
+SUITE = find_suite("quick")
+PEOPLE = synthetic_subjects(1, SUITE.first)
 PRESETS = _presets(SUITE, ["pulid"])
 METHODS = list(PRESETS)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    folder = Folder(tmp_path_factory.mktemp("run"))
-    run.run(SUITE, PRESETS, PEOPLE, folder, run.here(_contest(SUITE, PRESETS, PEOPLE, folder, "cpu")))
+def made(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    folder = RunDir(tmp_path_factory.mktemp("run"))
+    run.run(
+        SUITE, PRESETS, PEOPLE, folder, run.here(_contest(SUITE, PRESETS, PEOPLE, folder, "cpu"))
+    )
     return folder
 
 
-def test_a_portrait_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, folder = io.BytesIO(), Folder(tmp_path)
+def test_a_portrait_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, folder = io.BytesIO(), RunDir(tmp_path)
     PEOPLE[0].portrait.save(whole, "png")
 
     def stopped(picture: Image.Image, place: Path) -> None:
@@ -83,12 +87,12 @@ def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
             assert before != run.configuration("instantid", own, SUITE.options), (adapter, part)
 
 
-def test_what_was_made_otherwise_is_made_again(made: Folder, tmp_path: Path) -> None:
+def test_what_was_made_otherwise_is_made_again(made: RunDir, tmp_path: Path) -> None:
     """Another file, another scale: an old image is no image of them."""
     shutil.copytree(made.path, tmp_path / "run")
-    folder, asked = Folder(tmp_path / "run"), []
+    folder, asked = RunDir(tmp_path / "run"), []
 
-    def spread(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
+    def spread(chunks: Iterable[Job]) -> Iterable[Job]:
         asked.extend(chunks)
         return ()
 
@@ -98,7 +102,9 @@ def test_what_was_made_otherwise_is_made_again(made: Folder, tmp_path: Path) -> 
     for other in (replace(PRESETS["pulid"], scale=0.5), replace(PRESETS["pulid"], adapter=stage1)):
         asked.clear()
         run.run(SUITE, {**PRESETS, "pulid": other}, PEOPLE, folder, spread)
-        assert {cell.method for chunk in asked for cell in chunk.cells} == {"pulid"} and len(asked) == 2
+        assert {cell.method for chunk in asked for cell in chunk.cells} == {"pulid"} and len(
+            asked
+        ) == 2
 
     def again(**changes: Path | None) -> set[str]:
         asked.clear()
@@ -108,17 +114,28 @@ def test_what_was_made_otherwise_is_made_again(made: Folder, tmp_path: Path) -> 
 
     copies = copied(tmp_path, PRESETS[BASE])
     assert again(**copies) == set()  # the same weights elsewhere
-    for part, methods in {"pipeline": set(METHODS), "unet": set(METHODS), "recogniser": {"pulid"}, "vision": {"pulid"}}.items():
+    for part, methods in {
+        "pipeline": set(METHODS),
+        "unet": set(METHODS),
+        "recogniser": {"pulid"},
+        "vision": {"pulid"},
+    }.items():
         undo = changed(copies[part])
         assert again(**copies) == methods, part
         undo()
     assert again(unet=None) == set(METHODS) and again() == set()
     changed(copies["unet"])
     for method in METHODS:
-        for cell in judging.cells_of(folder.facts(), method):  # as an older version wrote it
+        for cell in judging.sample_keys(folder.facts(), method):  # as an older version wrote it
             record = folder.record(cell) or {}
-            known = {name: value for name, value in record["configuration"].items() if name != WEIGHTS}
+            known = {
+                name: value for name, value in record["configuration"].items() if name != WEIGHTS
+            }
             folder.keep(cell, {**record, "configuration": known})
     assert again(**copies) == set()
     with pytest.raises(OptionError, match="another picture"):
-        folder.begin(SUITE, METHODS, [replace(PEOPLE[0], portrait=sitters(2, SUITE.first)[1].portrait)])
+        folder.begin(
+            SUITE,
+            METHODS,
+            [replace(PEOPLE[0], portrait=synthetic_subjects(2, SUITE.first)[1].portrait)],
+        )

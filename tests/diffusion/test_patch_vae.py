@@ -17,7 +17,9 @@ def pictures():
 @pytest.fixture(scope="module")
 def vae(pictures):
     torch.manual_seed(0)
-    vae = PatchAutoencoderKL(block_out_channels=(8, 8, 16, 16), latent_channels=12, norm_num_groups=4, sample_size=48)
+    vae = PatchAutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), latent_channels=12, norm_num_groups=4, sample_size=48
+    )
     vae.start_from(pictures)
     return vae.eval()
 
@@ -39,7 +41,12 @@ def test_it_starts_as_the_principal_components(vae, pictures):
 def test_training_reaches_network_and_projection(vae, pictures):
     distribution = vae.encode(pictures).latent_dist
     vae.decode(distribution.mode()).sample.square().mean().backward()
-    for parameter in (vae.patch_in.weight, vae.patch_out.weight, vae.encoder.conv_out.weight, vae.decoder.conv_out.weight):
+    for parameter in (
+        vae.patch_in.weight,
+        vae.patch_out.weight,
+        vae.encoder.conv_out.weight,
+        vae.decoder.conv_out.weight,
+    ):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0
     vae.zero_grad()
 
@@ -51,4 +58,6 @@ def test_pipelines_see_a_factor_of_eight_and_files_come_back(vae, pictures, tmp_
     again = PatchAutoencoderKL.from_pretrained(tmp_path)
     assert not caplog.records
     with torch.no_grad():
-        assert torch.equal(again.encode(pictures).latent_dist.mode(), vae.encode(pictures).latent_dist.mode())
+        assert torch.equal(
+            again.encode(pictures).latent_dist.mode(), vae.encode(pictures).latent_dist.mode()
+        )

@@ -24,7 +24,9 @@ def gaussian(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("steps", [4, 5, 25])
 def test_karras_sigmas_are_the_reference(golden, steps: int) -> None:
-    torch.testing.assert_close(schedule(steps), torch.tensor(golden.manifest["sdxl_karras_sigmas"][str(steps)]))
+    torch.testing.assert_close(
+        schedule(steps), torch.tensor(golden.manifest["sdxl_karras_sigmas"][str(steps)])
+    )
 
 
 @pytest.mark.parametrize("steps", [4, 25])
@@ -74,6 +76,10 @@ def test_gradients_flow(sampler: str) -> None:
     def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return weight * gaussian(x, sigma)
 
-    sample = dpmpp_2m(denoise, x, sigmas) if sampler == "2m" else dpmpp_sde(denoise, x, sigmas, lambda: torch.zeros_like(x))
+    sample = (
+        dpmpp_2m(denoise, x, sigmas)
+        if sampler == "2m"
+        else dpmpp_sde(denoise, x, sigmas, lambda: torch.zeros_like(x))
+    )
     sample.sum().backward()
     assert weight.grad is not None and weight.grad.isfinite() and weight.grad != 0

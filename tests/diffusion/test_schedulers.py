@@ -19,7 +19,9 @@ def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return x / (1 + sigma**2) * 0.9 + 0.05 * torch.sin(3 * x)
 
 
-def walk(scheduler: KarrasScheduler, noise: torch.Tensor, steps: int, generator=None) -> torch.Tensor:
+def walk(
+    scheduler: KarrasScheduler, noise: torch.Tensor, steps: int, generator=None
+) -> torch.Tensor:
     """What a pipeline does, with a network that knows the denoiser."""
     scheduler.set_timesteps(steps)
     x = noise * scheduler.init_noise_sigma
@@ -42,13 +44,22 @@ def test_2m_is_the_sampler(steps: int, prediction: str) -> None:
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = KarrasScheduler(prediction_type=prediction)
     made = walk(scheduler, noise, steps)
-    torch.testing.assert_close(made, dpmpp_2m(denoise, noise * scheduler.sigmas[0], scheduler.sigmas), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(walk(scheduler, noise, steps), made)  # nothing is left of the run before
+    torch.testing.assert_close(
+        made, dpmpp_2m(denoise, noise * scheduler.sigmas[0], scheduler.sigmas), atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        walk(scheduler, noise, steps), made
+    )  # nothing is left of the run before
 
 
 def test_2m_is_the_reference(golden) -> None:
     scheduler = KarrasScheduler()
-    assert golden.error("sampler.dpmpp_2m.25", walk(scheduler, golden.input("sampler.x", 1, 4, 8, 8), 25)) < 1e-4
+    assert (
+        golden.error(
+            "sampler.dpmpp_2m.25", walk(scheduler, golden.input("sampler.x", 1, 4, 8, 8), 25)
+        )
+        < 1e-4
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -58,11 +69,19 @@ def test_sde_is_the_sampler_and_noise_is_the_requests(steps: int) -> None:
     made = walk(scheduler, noise, steps, torch.Generator().manual_seed(7))
     own = torch.Generator().manual_seed(7)
     expected = dpmpp_sde(
-        denoise, noise * scheduler.sigmas[0], scheduler.sigmas, lambda: torch.randn(noise.shape, generator=own)
+        denoise,
+        noise * scheduler.sigmas[0],
+        scheduler.sigmas,
+        lambda: torch.randn(noise.shape, generator=own),
     )
     torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
     assert len(scheduler.timesteps) == 2 * steps - 1
-    two = walk(scheduler, noise.expand(2, -1, -1, -1), steps, [torch.Generator().manual_seed(s) for s in (7, 8)])
+    two = walk(
+        scheduler,
+        noise.expand(2, -1, -1, -1),
+        steps,
+        [torch.Generator().manual_seed(s) for s in (7, 8)],
+    )
     torch.testing.assert_close(two[:1], made)
     assert steps == 1 or not torch.allclose(two[1:], made)
 
@@ -87,9 +106,13 @@ def test_noise_over_a_picture() -> None:
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("algorithm", ["dpmpp_2m", "dpmpp_sde"])
-def test_inpainting_restores_the_rest_at_the_level_of_each_step(tiny_pipeline: Any, algorithm: str, strength: float) -> None:
+def test_inpainting_restores_the_rest_at_the_level_of_each_step(
+    tiny_pipeline: Any, algorithm: str, strength: float
+) -> None:
     scheduler = KarrasScheduler(algorithm=algorithm)
-    pipe = StableDiffusionXLInpaintPipeline(**{**tiny_pipeline().components, "scheduler": scheduler})
+    pipe = StableDiffusionXLInpaintPipeline(
+        **{**tiny_pipeline().components, "scheduler": scheduler}
+    )
     pipe.set_progress_bar_config(disable=True)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     mask = Image.new("L", (16, 16))
@@ -100,8 +123,14 @@ def test_inpainting_restores_the_rest_at_the_level_of_each_step(tiny_pipeline: A
         kept.append(state["latents"][..., 4:].clone())
         return {}
 
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))[..., 4:]  # the request's first draw
-    options = {"num_inference_steps": 5, "strength": strength, "generator": torch.Generator().manual_seed(7)}
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))[
+        ..., 4:
+    ]  # the request's first draw
+    options = {
+        "num_inference_steps": 5,
+        "strength": strength,
+        "generator": torch.Generator().manual_seed(7),
+    }
     size = {"width": 16, "height": 16, "output_type": "latent"}
     pipe("portrait", image=latents, mask_image=mask, callback_on_step_end=note, **options, **size)
     picture, levels = latents[..., 4:], [*scheduler.levels[-len(kept) + 1 :], torch.tensor(0.0)]

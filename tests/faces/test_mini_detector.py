@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import FACE, FaceFinder, Finding, _boxes, _centres
+from openpulid.faces.mini_detector import FACE, MiniDetection, MiniFaceDetector, _boxes, _centres
 
 
-class KnownFinder(FaceFinder):
+class KnownFinder(MiniFaceDetector):
     """Finds the bright square of a dark picture, in closed form: what `find` does with a finding is what is tested."""
 
     def forward(self, images):
@@ -17,13 +17,13 @@ class KnownFinder(FaceFinder):
         axis = torch.arange(96) + 0.5
         centre = torch.stack([(mass.sum(1) * axis).sum(-1), (mass.sum(2) * axis).sum(-1)], -1)
         score = torch.where(bright.sum((1, 2, 3)) > 0, 3.0, -3.0)
-        return Finding(score, _boxes(parts), centre[:, None].expand(-1, 5, 2), parts)
+        return MiniDetection(score, _boxes(parts), centre[:, None].expand(-1, 5, 2), parts)
 
 
 @pytest.fixture(scope="module")
 def finder():
     torch.manual_seed(0)
-    return FaceFinder().eval()
+    return MiniFaceDetector().eval()
 
 
 def test_shapes(finder):
@@ -57,7 +57,9 @@ def test_the_box_lies_around_the_face_and_ignores_specks():
     assert _boxes(parts).tolist() == [[30, 20, 70, 50], [0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize(("height", "width"), [(96, 96), (192, 192), (192, 96), (120, 300), (33, 57)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(96, 96), (192, 192), (192, 96), (120, 300), (33, 57)]
+)
 def test_a_picture_of_any_size_keeps_its_own_pixels(height, width):
     image = torch.zeros(3, height, width)
     x1, y1, x2, y2 = width // 3, height // 3, width * 2 // 3, height * 2 // 3
@@ -67,11 +69,15 @@ def test_a_picture_of_any_size_keeps_its_own_pixels(height, width):
     face = found[0]
     assert isinstance(face, Face) and face.image is image
     side = max(height, width) / 96
-    assert torch.allclose(face.box, torch.tensor([x1, y1, x2, y2], dtype=torch.float32), atol=1.6 * max(side, 1))
+    assert torch.allclose(
+        face.box, torch.tensor([x1, y1, x2, y2], dtype=torch.float32), atol=1.6 * max(side, 1)
+    )
     middle = torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2])
     assert torch.allclose(face.landmarks, middle.expand(5, 2), atol=max(side, 1))
     assert face.mask.shape == (1, height, width)
-    overlap = (face.mask * (image[:1] > 0)).sum() / torch.maximum(face.mask, (image[:1] > 0).float()).sum()
+    overlap = (face.mask * (image[:1] > 0)).sum() / torch.maximum(
+        face.mask, (image[:1] > 0).float()
+    ).sum()
     assert overlap > 0.8
     assert face.score == pytest.approx(0.9526, abs=1e-3)
     assert face.area == pytest.approx((x2 - x1) * (y2 - y1), rel=0.35)

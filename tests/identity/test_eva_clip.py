@@ -6,15 +6,22 @@ import pytest
 import torch
 
 from openpulid.errors import WeightsError
-from openpulid.identity.eva_clip import VisionTower
+from openpulid.identity.eva_clip import VisionEncoder
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "num_classes": 10, "ref_grid": None}
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 24,
+    "num_heads": 3,
+    "num_classes": 10,
+    "ref_grid": None,
+}
 
 
 @torch.no_grad()
 def test_levels_and_embedding() -> None:
     torch.manual_seed(0)
-    tower = VisionTower(**SMALL, depth=6).eval()
+    tower = VisionEncoder(**SMALL, depth=6).eval()
     assert tower.levels == [1, 2, 3, 4, 5]
     pixels = tower.prepare(torch.rand(2, 3, 50, 40))
     assert pixels.shape == (2, 3, 32, 32)
@@ -29,33 +36,41 @@ def test_levels_and_embedding() -> None:
     torch.testing.assert_close(hidden[2], seen[0])
 
 
-@pytest.mark.parametrize(("depth", "levels"), [(24, [4, 8, 12, 16, 20]), (10, [2, 4, 5, 7, 9]), (5, [1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    ("depth", "levels"), [(24, [4, 8, 12, 16, 20]), (10, [2, 4, 5, 7, 9]), (5, [1, 2, 3, 4, 5])]
+)
 def test_levels_by_depth(depth: int, levels: list[int]) -> None:
     with torch.device("meta"):
-        assert VisionTower(**SMALL, depth=depth).levels == levels
+        assert VisionEncoder(**SMALL, depth=depth).levels == levels
         for wrong in ([1, 2, 3, 4, depth + 1], [1, 2, 3, 4], [2, 1, 3, 4, 5]):
             with pytest.raises(ValueError, match="levels"):
-                VisionTower(**SMALL, depth=depth, levels=wrong)
+                VisionEncoder(**SMALL, depth=depth, levels=wrong)
 
 
 def test_full_size_by_default() -> None:
     with torch.device("meta"):
-        tower = VisionTower()
+        tower = VisionEncoder()
     assert sum(x.numel() for x in tower.parameters()) == pytest.approx(304e6, rel=0.01)
 
 
 def test_prepared_as_clip_prepares() -> None:
-    tower = VisionTower(**SMALL, depth=6)
+    tower = VisionEncoder(**SMALL, depth=6)
     gray = tower.prepare(torch.full((1, 3, 32, 32), 0.5))
-    torch.testing.assert_close(gray[0, :, 0, 0], torch.tensor([0.0689, 0.1614, 0.3318]), atol=2e-3, rtol=0)
+    torch.testing.assert_close(
+        gray[0, :, 0, 0], torch.tensor([0.0689, 0.1614, 0.3318]), atol=2e-3, rtol=0
+    )
 
 
 @torch.no_grad()
 def test_the_published_tower_is_the_reference(golden, tmp_path) -> None:
     names = golden.manifest["eva02_clip_l_14_336_visual"]
-    state = {name: golden.weight(name, shape) for name, shape in names.items() if "rope" not in name}
-    torch.save({"text.some.weight": torch.ones(2), **state}, tmp_path / "EVA02_CLIP_L_336_psz14_s6B.pt")
-    tower = VisionTower.from_published(tmp_path / "EVA02_CLIP_L_336_psz14_s6B.pt")
+    state = {
+        name: golden.weight(name, shape) for name, shape in names.items() if "rope" not in name
+    }
+    torch.save(
+        {"text.some.weight": torch.ones(2), **state}, tmp_path / "EVA02_CLIP_L_336_psz14_s6B.pt"
+    )
+    tower = VisionEncoder.from_published(tmp_path / "EVA02_CLIP_L_336_psz14_s6B.pt")
     image = golden.input("eva.image", 1, 3, 336, 336)
     embedding, hidden = tower(image)
     raw = tower.visual(image)
@@ -66,8 +81,10 @@ def test_the_published_tower_is_the_reference(golden, tmp_path) -> None:
 
 
 def test_a_tower_takes_all_of_a_state_or_nothing(golden) -> None:
-    tower = VisionTower(**SMALL, depth=5)
+    tower = VisionEncoder(**SMALL, depth=5)
     with pytest.raises(WeightsError, match=r"Missing key.*cls_token"):
-        tower.take({"visual.pos_embed": torch.zeros(1, 17, 24), "visual.norm.weight": torch.zeros(24)})
+        tower.take(
+            {"visual.pos_embed": torch.zeros(1, 17, 24), "visual.norm.weight": torch.zeros(24)}
+        )
     with pytest.raises(WeightsError, match="does not exist"):
-        VisionTower.from_published("nowhere.pt")
+        VisionEncoder.from_published("nowhere.pt")

@@ -9,24 +9,30 @@ import torch
 
 from openpulid.faces.align import TEMPLATE
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import FaceFinder
-from openpulid.faces.mini_recognition import ResNetRecogniser
-from openpulid.identity.eva_clip import VisionTower
-from openpulid.identity.extractor import FeatureExtractor
-from openpulid.identity.identity import concat
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.mini_recognition import ResNetRecognition
+from openpulid.identity.eva_clip import VisionEncoder
+from openpulid.identity.extractor import MiniExtractor
+from openpulid.identity.identity import concat_identities
 from openpulid.io.checkpoints import save_module
 
 
 @pytest.fixture(scope="module")
 def networks() -> Sequence[torch.nn.Module]:
     torch.manual_seed(0)
-    tower = VisionTower(img_size=32, patch_size=8, embed_dim=24, depth=5, num_heads=3, num_classes=10, ref_grid=None)
-    return FaceFinder((8, 8, 8)).eval(), ResNetRecogniser(8, (8, 8, 8), (1, 1, 1), dim=12).eval(), tower.eval()
+    tower = VisionEncoder(
+        img_size=32, patch_size=8, embed_dim=24, depth=5, num_heads=3, num_classes=10, ref_grid=None
+    )
+    return (
+        MiniFaceDetector((8, 8, 8)).eval(),
+        ResNetRecognition(8, (8, 8, 8), (1, 1, 1), dim=12).eval(),
+        tower.eval(),
+    )
 
 
 @pytest.fixture(scope="module")
-def extractor(networks) -> FeatureExtractor:
-    return FeatureExtractor(*networks, models={"recogniser": "a", "vision": "b"})
+def extractor(networks) -> MiniExtractor:
+    return MiniExtractor(*networks, models={"recogniser": "a", "vision": "b"})
 
 
 def face(image: torch.Tensor) -> Face:
@@ -39,9 +45,15 @@ def face(image: torch.Tensor) -> Face:
 
 def test_one_photo_and_several(extractor) -> None:
     generator = torch.Generator().manual_seed(0)
-    faces = [face(torch.rand(3, 96, 96, generator=generator)), face(torch.rand(3, 60, 60, generator=generator))]
-    anna = concat(extractor.identities(faces))
-    assert anna.id_cond.shape == (1, 2, 12 + 10) and [x.shape for x in anna.hidden] == [(1, 2 * 17, 24)] * 5
+    faces = [
+        face(torch.rand(3, 96, 96, generator=generator)),
+        face(torch.rand(3, 60, 60, generator=generator)),
+    ]
+    anna = concat_identities(extractor.identities(faces))
+    assert (
+        anna.id_cond.shape == (1, 2, 12 + 10)
+        and [x.shape for x in anna.hidden] == [(1, 2 * 17, 24)] * 5
+    )
     assert anna.models == {"recogniser": "a", "vision": "b"} and not anna.id_cond.requires_grad
     alone = extractor.identities(faces[1:])[0]
     torch.testing.assert_close(alone.id_cond[:, 0], anna.id_cond[:, 1])
@@ -59,11 +71,18 @@ def test_only_the_face_counts(extractor) -> None:
 
 
 def test_batches_with_gradient(extractor) -> None:
-    faces = [face(torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(k))) for k in range(3)]
+    faces = [
+        face(torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(k))) for k in range(3)
+    ]
     images = torch.stack([f.image for f in faces]).requires_grad_()
-    masks, landmarks = torch.stack([f.mask for f in faces]), torch.stack([f.landmarks for f in faces])
+    masks, landmarks = (
+        torch.stack([f.mask for f in faces]),
+        torch.stack([f.landmarks for f in faces]),
+    )
     id_cond, hidden = extractor.features(images, masks, landmarks)
-    torch.testing.assert_close(id_cond[1:2, None], extractor.identities(faces[1:2])[0].id_cond, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        id_cond[1:2, None], extractor.identities(faces[1:2])[0].id_cond, atol=1e-5, rtol=1e-4
+    )
     assert [x.shape for x in hidden] == [(3, 17, 24)] * 5
     id_cond.sum().backward()
     assert images.grad.abs().sum() > 0
@@ -76,10 +95,13 @@ def test_no_face(extractor) -> None:
 
 
 def test_loaded_from_files(networks, tmp_path) -> None:
-    paths = [save_module(net, tmp_path / f"{name}.safetensors") for net, name in zip(networks, "frv", strict=True)]
-    loaded = FeatureExtractor.load(*paths)
+    paths = [
+        save_module(net, tmp_path / f"{name}.safetensors")
+        for net, name in zip(networks, "frv", strict=True)
+    ]
+    loaded = MiniExtractor.load(*paths)
     assert set(loaded.models) == {"r", "v"} and all(len(x) == 64 for x in loaded.models.values())
     assert loaded.device == torch.device("cpu")
     one = face(torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0)))
-    expected = FeatureExtractor(*networks).identities([one])[0]
+    expected = MiniExtractor(*networks).identities([one])[0]
     torch.testing.assert_close(loaded.identities([one])[0].id_cond, expected.id_cond)

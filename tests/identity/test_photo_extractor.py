@@ -12,29 +12,35 @@ from facexlib.parsing.bisenet import BiSeNet
 from PIL import Image
 
 from openpulid.errors import FaceError, OptionError
-from openpulid.faces.arcface import ArcFace
+from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import FaceParser
 from openpulid.faces.face import Face
-from openpulid.faces.scrfd import PhotoFinder
-from openpulid.faces.select import chosen, listed
-from openpulid.identity.eva_clip import VisionTower
-from openpulid.identity.photo_extractor import PhotoFeatures
+from openpulid.faces.scrfd import SCRFDDetector
+from openpulid.faces.select import describe_faces, select_face
+from openpulid.identity.eva_clip import VisionEncoder
+from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import sdxl
-from openpulid.pipelines.studio import Studio, resolved
+from openpulid.pipelines.studio import Studio, resolve_preset
 from tests.support.photo_networks import DETECTOR, GROUP, needs_detector, recogniser_file
 
 pytestmark = needs_detector
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory) -> PhotoFeatures:
+def features(tmp_path_factory) -> PhotoExtractor:
     torch.manual_seed(0)
-    tower = VisionTower(img_size=32, patch_size=8, embed_dim=8, depth=5, num_heads=2, num_classes=4, ref_grid=None).eval()
-    recogniser = ArcFace.load(recogniser_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12))
+    tower = VisionEncoder(
+        img_size=32, patch_size=8, embed_dim=8, depth=5, num_heads=2, num_classes=4, ref_grid=None
+    ).eval()
+    recogniser = ArcFaceRecognition.load(
+        recogniser_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12)
+    )
     parser = FaceParser(BiSeNet(num_class=19))
-    return PhotoFeatures(PhotoFinder.load(DETECTOR), recogniser, parser, tower, {"glintr100": "a", "EVA02": "b"})
+    return PhotoExtractor(
+        SCRFDDetector.load(DETECTOR), recogniser, parser, tower, {"glintr100": "a", "EVA02": "b"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,16 @@ def studio(features, tiny_pipeline) -> Studio:
     pipe = tiny_pipeline()
     torch.manual_seed(0)
     former = IDFormer(
-        dim=32, depth=5, dim_head=16, heads=2, num_queries=4, output_dim=64, ff_mult=2, width=16, vit_dim=8, hidden_dim=16
+        dim=32,
+        depth=5,
+        dim_head=16,
+        heads=2,
+        num_queries=4,
+        output_dim=64,
+        ff_mult=2,
+        width=16,
+        vit_dim=8,
+        hidden_dim=16,
     )
     adapter = PuLID.for_unet(pipe.unet, former)
     for layer in adapter.id_adapter_attn_layers.values():
@@ -60,29 +75,37 @@ def studio(features, tiny_pipeline) -> Studio:
 def test_all_features_are_of_the_chosen_face(features, group) -> None:
     faces = features.find(group)
     for order, index in (("large-small", None), ("left-right", 0), ("left-right", 5)):
-        face = chosen(faces, index, order)
+        face = select_face(faces, index, order)
         x1, y1, x2, y2 = (int(v) for v in face.box)
         alone = torch.full_like(group, 0.5)
         around = (slice(None), slice(max(0, y1 - 120), y2 + 120), slice(max(0, x1 - 110), x2 + 110))
         alone[around] = group[around]
         whole = features.identities([face])[0]
         part = features.identities([Face(alone, face.box, face.landmarks, face.score)])[0]
-        assert torch.equal(whole.id_cond[..., :12], part.id_cond[..., :12])  # the recogniser's crop is of this face alone
-    one, other = (features.identities([chosen(faces, k, "left-right")])[0] for k in (0, 5))
-    for first, second in zip((one.id_cond, *one.hidden), (other.id_cond, *other.hidden), strict=True):
+        assert torch.equal(
+            whole.id_cond[..., :12], part.id_cond[..., :12]
+        )  # the recogniser's crop is of this face alone
+    one, other = (features.identities([select_face(faces, k, "left-right")])[0] for k in (0, 5))
+    for first, second in zip(
+        (one.id_cond, *one.hidden), (other.id_cond, *other.hidden), strict=True
+    ):
         assert not torch.allclose(first, second, atol=1e-3)
 
 
 def test_what_the_tower_sees_is_gray_on_white(features, group) -> None:
-    face = chosen(features.find(group), 0)
+    face = select_face(features.find(group), 0)
     crop, gray = features.shown(face)
     kept = features.parser(crop[None])[0, 0].bool()
     assert 0 < kept.float().mean() < 1
     assert (gray[:, ~kept] == 1).all() and torch.equal(gray[0], gray[2])
     expected = 0.299 * crop[0] + 0.587 * crop[1] + 0.114 * crop[2]
     torch.testing.assert_close(gray[0][kept], expected[kept])
-    colour = PhotoFeatures(features.finder, features.recogniser, features.parser, features.tower, use_gray=False)
-    assert not torch.allclose(colour.identities([face])[0].id_cond, features.identities([face])[0].id_cond)
+    colour = PhotoExtractor(
+        features.finder, features.recogniser, features.parser, features.tower, use_gray=False
+    )
+    assert not torch.allclose(
+        colour.identities([face])[0].id_cond, features.identities([face])[0].id_cond
+    )
 
 
 def test_a_large_file_of_a_photo_is_read_as_a_small_one(studio) -> None:
@@ -97,8 +120,11 @@ def test_a_large_file_of_a_photo_is_read_as_a_small_one(studio) -> None:
 
 
 def test_shapes_and_models(features, group) -> None:
-    identity = features.identities([chosen(features.find(group), 0)])[0]
-    assert identity.id_cond.shape == (1, 1, 12 + 4) and [x.shape for x in identity.hidden] == [(1, 17, 8)] * 5
+    identity = features.identities([select_face(features.find(group), 0)])[0]
+    assert (
+        identity.id_cond.shape == (1, 1, 12 + 4)
+        and [x.shape for x in identity.hidden] == [(1, 17, 8)] * 5
+    )
     assert identity.models == {"glintr100": "a", "EVA02": "b"}
     torch.testing.assert_close(identity.id_cond[0, 0, 12:].norm(), torch.tensor(1.0))
 
@@ -117,7 +143,7 @@ def test_from_a_photo_to_an_image(studio, caplog) -> None:
 
 def test_every_face_is_listed(studio) -> None:
     ((label, found),) = studio.faces(GROUP)
-    lines = listed(found, "left-right", label)
+    lines = describe_faces(found, "left-right", label)
     assert [line.split(" at ")[0] for line in lines] == [f"{GROUP}: face {k}" for k in range(6)]
     lefts = [int(line.split(" at ")[1].split(",")[0]) for line in lines]
     assert lefts == sorted(lefts)
@@ -126,11 +152,11 @@ def test_every_face_is_listed(studio) -> None:
 def test_another_pack_reads_photographs(tmp_path) -> None:
     (tmp_path / "a.onnx").symlink_to(DETECTOR)
     recogniser_file(tmp_path / "b.onnx")
-    chosen = resolved(sdxl(), faces=tmp_path)
+    chosen = resolve_preset(sdxl(), faces=tmp_path)
     assert (chosen.finder, chosen.recogniser) == (tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert "arcface" not in chosen.published and "detector" not in chosen.published
     with pytest.raises(OptionError, match="reads its own drawn people"):
-        resolved("mini", faces=tmp_path)
+        resolve_preset("mini", faces=tmp_path)
 
 
 def test_no_face_says_what_was_tried(studio, tmp_path) -> None:
@@ -144,6 +170,8 @@ def test_no_face_says_what_was_tried(studio, tmp_path) -> None:
 
 def test_a_picture_of_what_was_found(studio) -> None:
     sheet = studio.show(GROUP, face=2, order="left-right")
-    assert sheet.height == 512 and sheet.width == round(512 * 1024 / 709) + 2 * 512  # 1280 x 886, shrunk
+    assert (
+        sheet.height == 512 and sheet.width == round(512 * 1024 / 709) + 2 * 512
+    )  # 1280 x 886, shrunk
     green = (np.abs(np.array(sheet).astype(int) - (0, 200, 83)) < 60).all(-1)  # resampled
     assert green.sum() > 100

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from openpulid.errors import WeightsError
-from openpulid.io.checkpoints import fill, load_module, read_metadata, read_tensors, save_module, sha256
+from openpulid.io.checkpoints import (
+    load_module,
+    load_state,
+    read_metadata,
+    read_tensors,
+    save_module,
+    sha256,
+)
 from openpulid.methods.pulid.sdxl import PuLID
 
 
@@ -25,10 +32,14 @@ class Other(Small):
 
 def test_a_module_comes_back_from_the_file_alone(tmp_path):
     module = Small(5)
-    path = save_module(module, tmp_path / "deep" / "small.safetensors", {"seed": 3, "revision": "abc"})
+    path = save_module(
+        module, tmp_path / "deep" / "small.safetensors", {"seed": 3, "revision": "abc"}
+    )
     again = load_module(Small, path)
     assert again.layer.weight.shape == (2, 5)
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items()
+    )
     facts = read_metadata(path)
     assert (facts["seed"], facts["revision"], facts["class"]) == ("3", "abc", "Small")
     assert [file.name for file in path.parent.iterdir()] == ["small.safetensors"]
@@ -67,14 +78,17 @@ def test_weights_of_another_version_are_refused(tmp_path):
 
 
 def test_what_does_not_fit_is_named_in_one_line(tmp_path):
-    state = {f"layer.{n}": torch.zeros(1) for n in range(1000)} | {"layer.weight": torch.zeros(1, 3)}
+    state = {f"layer.{n}": torch.zeros(1) for n in range(1000)} | {
+        "layer.weight": torch.zeros(1, 3)
+    }
     with pytest.raises(
-        WeightsError, match=r'^not these: Missing key.*"layer.bias".*; Unexpected key.* \.\.\.; size mismatch'
+        WeightsError,
+        match=r'^not these: Missing key.*"layer.bias".*; Unexpected key.* \.\.\.; size mismatch',
     ) as error:
-        fill(Small(), state, "not these")
+        load_state(Small(), state, "not these")
     assert "\n" not in str(error.value) and len(str(error.value)) < 700
     module = Small()
-    fill(module, Other().state_dict(), "not these")
+    load_state(module, Other().state_dict(), "not these")
 
 
 class Hostile:
@@ -90,9 +104,13 @@ class Hostile:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_hostile_pickle_does_nothing(tmp_path, zipped):
     file, made = tmp_path / "pulid_v1.bin", tmp_path / "made"
-    torch.save({"layer": torch.ones(1), "more": Hostile(made)}, file, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"layer": torch.ones(1), "more": Hostile(made)}, file, _use_new_zipfile_serialization=zipped
+    )
     for read in (read_tensors, PuLID.load):
-        with pytest.raises(WeightsError, match=r"pulid_v1\.bin is damaged or holds more than weights") as error:
+        with pytest.raises(
+            WeightsError, match=r"pulid_v1\.bin is damaged or holds more than weights"
+        ) as error:
             read(file)
         assert "\n" not in str(error.value) and not made.exists()
     torch.load(file, weights_only=False)

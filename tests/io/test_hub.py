@@ -66,7 +66,10 @@ class Mirror(BaseHTTPRequestHandler):
         self._send(known.get(owner_name, {}).get(name))
 
     def _api(self) -> object:
-        files = [{"type": "file", "path": p, "size": len(x), "oid": sha256(x)[:40]} for p, x in self.pipeline.items()]
+        files = [
+            {"type": "file", "path": p, "size": len(x), "oid": sha256(x)[:40]}
+            for p, x in self.pipeline.items()
+        ]
         return (
             files
             if "/tree/" in self.path
@@ -86,10 +89,14 @@ class Mirror(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(part)))
         if first:
-            self.send_header("Content-Range", f"bytes {first}-{len(body or b'') - 1}/{len(body or b'')}")
+            self.send_header(
+                "Content-Range", f"bytes {first}-{len(body or b'') - 1}/{len(body or b'')}"
+            )
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(part[: self.breaks.pop(0)] if self.breaks and len(part) > 1000 else part)
+            self.wfile.write(
+                part[: self.breaks.pop(0)] if self.breaks and len(part) > 1000 else part
+            )
 
     def log_message(self, *words: object) -> None:
         pass
@@ -122,44 +129,70 @@ def mirror(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[str]]:
 
 
 def test_what_is_missing_is_named_with_its_command(cache: Path) -> None:
-    with pytest.raises(WeightsError, match=r"pulid_v1\.bin is not on this machine; `pulid weights get pulid-v1`"):
+    with pytest.raises(
+        WeightsError, match=r"pulid_v1\.bin is not on this machine; `pulid weights get pulid-v1`"
+    ):
         published.locate("pulid-v1")
     with pytest.raises(OptionError, match=r"pulid-v1, pulid-v1\.1"):
         published.locate("pulid-v2")
 
 
-FILES = ("./missing.safetensors", "../x", "~/x", "/none/x", "models/missing.safetensors", "models/missing.GGUF", "a/b/c")
+FILES = (
+    "./missing.safetensors",
+    "../x",
+    "~/x",
+    "/none/x",
+    "models/missing.safetensors",
+    "models/missing.GGUF",
+    "a/b/c",
+)
 
 
 @pytest.mark.parametrize("name", [*FILES, "missing.ckpt", "owner/na--me"])
 def test_a_file_that_is_not_here_is_no_name_of_the_hub(name: str, cache: Path) -> None:
-    with pytest.raises(WeightsError, match=re.escape(f"{name} does not exist; name a file or a folder that is here")):
+    with pytest.raises(
+        WeightsError,
+        match=re.escape(f"{name} does not exist; name a file or a folder that is here"),
+    ):
         published.locate(name)
 
 
-def test_any_pipeline_of_the_hub_by_the_command_that_is_named(mirror: list[str], tmp_path: Path) -> None:
+def test_any_pipeline_of_the_hub_by_the_command_that_is_named(
+    mirror: list[str], tmp_path: Path
+) -> None:
     name = "somebody/some.Pipeline-1"
-    with pytest.raises(WeightsError, match=rf"^{name} is not on this machine; `pulid weights get {name}` downloads it, or put"):
+    with pytest.raises(
+        WeightsError,
+        match=rf"^{name} is not on this machine; `pulid weights get {name}` downloads it, or put",
+    ):
         published.locate(name)
     assert mirror == []
     done = CliRunner().invoke(stores.weights, ["get", name, "--folder", str(tmp_path)])
-    assert done.exit_code == 0 and done.output.split("\n")[0] == f"{name}, licence: its own; read its page"
+    assert (
+        done.exit_code == 0
+        and done.output.split("\n")[0] == f"{name}, licence: its own; read its page"
+    )
     assert published.locate(name, tmp_path) == tmp_path / "some.Pipeline-1"
-    for wrong, said in (("everything", "neither a preset"), ("models/none.safetensors", "does not exist")):
+    for wrong, said in (
+        ("everything", "neither a preset"),
+        ("models/none.safetensors", "does not exist"),
+    ):
         assert said in str(CliRunner().invoke(stores.weights, ["get", wrong]).exception)
     own = tmp_path / "own.safetensors"
     own.write_bytes(CONTENT)
     with pytest.raises(WeightsError, match=r"own\.safetensors is no published weight"):
-        published.get(str(own))
+        published.download(str(own))
 
 
 def test_a_licence_that_was_not_accepted(mirror: list[str]) -> None:
     said = rf"accept its licence: do so at https://huggingface\.co/{Mirror.gated}, set HF_TOKEN .*, and run the same command"
     with pytest.raises(WeightsError, match=said):
-        published.get("flux-dev", say=lambda text: None)
+        published.download("flux-dev", say=lambda text: None)
 
 
-def test_a_folder_comes_before_the_variable(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_comes_before_the_variable(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "pulid_v1.bin").write_bytes(b"x")
@@ -170,54 +203,66 @@ def test_a_folder_comes_before_the_variable(cache: Path, tmp_path: Path, monkeyp
 
 def test_a_mirror_is_asked_once_and_never_again(mirror: list[str], cache: Path) -> None:
     said: list[str] = []
-    path = published.get("pulid-v1.1", say=said.append)
+    path = published.download("pulid-v1.1", say=said.append)
     assert path.read_bytes() == CONTENT and path.is_relative_to(cache)
     assert "forbid commercial use" in said[0] and "not for commercial use" in said[0]
-    assert published.verify("pulid-v1.1") == "whole"
+    assert published.verify_weights("pulid-v1.1") == "whole"
     before = len(mirror)
     assert before >= 2
-    assert published.get("pulid-v1.1") == published.locate("pulid-v1.1") == path
+    assert published.download("pulid-v1.1") == published.locate("pulid-v1.1") == path
     assert len(mirror) == before  # no network for what is here
     path.resolve().chmod(0o644)
     path.resolve().write_bytes(CONTENT[:-1] + b"!")
     with pytest.raises(WeightsError, match="is damaged"):
-        published.verify("pulid-v1.1")
+        published.verify_weights("pulid-v1.1")
 
 
-def test_what_is_known_of_a_file_is_held_against_it(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_of_a_file_is_held_against_it(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, known in published.SHA256.items():
         assert published.WEIGHTS[name].file and re.fullmatch("[0-9a-f]{64}", known)
     (tmp_path / "pulid_v1.bin").write_bytes(CONTENT)
     monkeypatch.setitem(published.SHA256, "pulid-v1", sha256(CONTENT))
-    assert published.verify("pulid-v1", tmp_path) == "whole"
+    assert published.verify_weights("pulid-v1", tmp_path) == "whole"
     monkeypatch.setitem(published.SHA256, "pulid-v1", sha256(b""))
     with pytest.raises(WeightsError, match="is damaged"):
-        published.verify("pulid-v1", tmp_path)
+        published.verify_weights("pulid-v1", tmp_path)
 
 
-@pytest.mark.parametrize(("name", "held"), [("parsing", published.SHA256["parsing"]), ("judge-lpips", "7be5be79")])
+@pytest.mark.parametrize(
+    ("name", "held"), [("parsing", published.SHA256["parsing"]), ("judge-lpips", "7be5be79")]
+)
 def test_a_file_from_a_page_is_checked_as_it_comes(
     name: str, held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str, str | None]] = []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: asked.append(args))
-    published.get(name, tmp_path, say=lambda text: None)
+    published.download(name, tmp_path, say=lambda text: None)
     entry = published.WEIGHTS[name]
     assert asked == [(entry.repo, str(tmp_path / entry.file), held)]
 
 
 def test_into_a_folder_and_what_a_server_does_not_have(mirror: list[str], tmp_path: Path) -> None:
-    assert published.get("pulid-v1.1", tmp_path / "mine", say=lambda text: None).parent == tmp_path / "mine"
-    assert published.verify("pulid-v1.1", tmp_path / "mine") == "whole"
+    assert (
+        published.download("pulid-v1.1", tmp_path / "mine", say=lambda text: None).parent
+        == tmp_path / "mine"
+    )
+    assert published.verify_weights("pulid-v1.1", tmp_path / "mine") == "whole"
     with pytest.raises(WeightsError, match=r"pulid_v1\.bin could not be downloaded"):
-        published.get("pulid-v1", say=lambda text: None)
+        published.download("pulid-v1", say=lambda text: None)
 
 
-def test_a_broken_connection_is_taken_up_where_it_was(mirror: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_connection_is_taken_up_where_it_was(
+    mirror: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     Mirror.breaks[:] = [50_000]
-    assert published.get("pulid-v1.1", say=lambda text: None).read_bytes() == CONTENT
-    assert mirror[-2:] == ["GET /guozinan/PuLID/resolve/main/pulid_v1.1.safetensors", f"{mirror[-2]} from 50000"]
+    assert published.download("pulid-v1.1", say=lambda text: None).read_bytes() == CONTENT
+    assert mirror[-2:] == [
+        "GET /guozinan/PuLID/resolve/main/pulid_v1.1.safetensors",
+        f"{mirror[-2]} from 50000",
+    ]
 
 
 def test_offline_nothing_is_asked(mirror: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,25 +270,37 @@ def test_offline_nothing_is_asked(mirror: list[str], monkeypatch: pytest.MonkeyP
     elsewhere: list[tuple[object, ...]] = []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: elsewhere.append(args))
     for name in ("pulid-v1.1", "sdxl-base", "parsing", "judge-lpips"):
-        with pytest.raises(WeightsError, match=r"could not be downloaded .* files that are whole are kept"):
-            published.get(name, say=lambda text: None)
+        with pytest.raises(
+            WeightsError, match=r"could not be downloaded .* files that are whole are kept"
+        ):
+            published.download(name, say=lambda text: None)
     assert mirror == elsewhere == []
 
 
-def test_a_pipeline_comes_in_half_precision_where_there_is_one(mirror: list[str], cache: Path, tmp_path: Path) -> None:
+def test_a_pipeline_comes_in_half_precision_where_there_is_one(
+    mirror: list[str], cache: Path, tmp_path: Path
+) -> None:
     said: list[str] = []
     for folder in (None, tmp_path / "mine"):
-        path = published.get("sdxl-base", folder, say=said.append)
-        files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file() and ".cache" not in file.parts)
-        assert [name for name in files if "json" not in name] == ["unet/model.fp16.safetensors"] and len(files) == 5
+        path = published.download("sdxl-base", folder, say=said.append)
+        files = sorted(
+            str(file.relative_to(path))
+            for file in path.rglob("*")
+            if file.is_file() and ".cache" not in file.parts
+        )
+        assert [name for name in files if "json" not in name] == [
+            "unet/model.fp16.safetensors"
+        ] and len(files) == 5
         assert published.locate("sdxl-base", folder) == path
     assert "not for commercial use" not in said[0]
     before = len(mirror)
-    assert published.get("sdxl-base") == published.locate("sdxl-base") and len(mirror) == before
+    assert (
+        published.download("sdxl-base") == published.locate("sdxl-base") and len(mirror) == before
+    )
 
 
 def test_half_a_pipeline_is_not_here(mirror: list[str], tmp_path: Path) -> None:
-    path = published.get("sdxl-base", tmp_path, say=lambda text: None)
+    path = published.download("sdxl-base", tmp_path, say=lambda text: None)
     weights = path / "unet" / "model.fp16.safetensors"
     weights.rename(path / "unet" / "model-1-of-2.safetensors")
     for change in (None, (path / "unet" / "config.json").unlink):
@@ -251,14 +308,24 @@ def test_half_a_pipeline_is_not_here(mirror: list[str], tmp_path: Path) -> None:
             change()
         with pytest.raises(WeightsError, match="is not on this machine"):
             published.locate("sdxl-base", tmp_path)
-    assert published.get("sdxl-base", tmp_path, say=lambda text: None) == path and weights.is_file()
+    assert (
+        published.download("sdxl-base", tmp_path, say=lambda text: None) == path
+        and weights.is_file()
+    )
     weights.unlink(), (path / "unet" / "model-2-of-2.safetensors").write_bytes(CONTENT)
     assert published.locate("sdxl-base", tmp_path) == path
 
 
 def test_presets_name_only_what_is_in_the_table() -> None:
     assert PRESETS["mini"]().published == ()
-    assert PRESETS["sdxl"]().published == ("juggernaut", "pulid-v1.1", "detector", "arcface", "parsing", "eva")
+    assert PRESETS["sdxl"]().published == (
+        "juggernaut",
+        "pulid-v1.1",
+        "detector",
+        "arcface",
+        "parsing",
+        "eva",
+    )
     assert PRESETS["sdxl-v1"]().published[:3] == ("sdxl-base", "lightning-4step", "pulid-v1")
     assert not set(PRESETS) & set(published.WEIGHTS)  # `weights get NAME` says one thing only
     assert not published.WEIGHTS["arcface"].commercial and published.WEIGHTS["eva"].commercial

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from openpulid.cli.main import app
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
-from openpulid.methods.controlnet import ControlNet, edges
+from openpulid.methods.controlnet import ControlNet, canny_edges
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import MINIATURE
@@ -50,12 +50,18 @@ def stock(pipe: Any, **options: Any) -> torch.Tensor:
 def test_it_is_what_diffusers_draws(pipe: Any, control: ControlNet, guidance: float) -> None:
     with control.use(PICTURE, scale=0.7):
         ours, both = drawn(pipe, guidance=guidance), drawn(pipe, PROMPTS, guidance=guidance)
-    assert torch.allclose(ours, stock(pipe, guidance=guidance, controlnet_conditioning_scale=0.7), atol=1e-5)
-    theirs = stock(pipe, prompts=PROMPTS, guidance=guidance, controlnet_conditioning_scale=0.7, count=2)
+    assert torch.allclose(
+        ours, stock(pipe, guidance=guidance, controlnet_conditioning_scale=0.7), atol=1e-5
+    )
+    theirs = stock(
+        pipe, prompts=PROMPTS, guidance=guidance, controlnet_conditioning_scale=0.7, count=2
+    )
     assert torch.allclose(both, theirs, atol=1e-5)
 
 
-def test_a_unet_for_inpainting_is_given_more_than_the_control_net(pipe: Any, control: ControlNet) -> None:
+def test_a_unet_for_inpainting_is_given_more_than_the_control_net(
+    pipe: Any, control: ControlNet
+) -> None:
     """Nine channels: the latents, which alone it reads, the mask, and what is kept."""
     seen: list[torch.Size] = []
     control.net.conv_in.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape))
@@ -104,7 +110,9 @@ def test_spans_and_nothing_left_behind(pipe: Any, control: ControlNet) -> None:
         half = drawn(pipe)
     with control.use(PICTURE):
         whole = drawn(pipe)
-    assert not torch.allclose(half, whole, atol=1e-4) and not torch.allclose(half, before, atol=1e-4)
+    assert not torch.allclose(half, whole, atol=1e-4) and not torch.allclose(
+        half, before, atol=1e-4
+    )
     assert torch.equal(drawn(pipe), before) and not pipe.unet._forward_pre_hooks
     control.detach(pipe)
     with pytest.raises(OptionError, match="attach"), control.use(PICTURE):
@@ -133,7 +141,7 @@ def test_edges_are_drawn_and_followed(tmp_path: Path) -> None:
 
     page = Image.new("RGB", (96, 96), "black")
     ImageDraw.Draw(page).rectangle([20, 20, 70, 70], fill="white")
-    found = edges(page)
+    found = canny_edges(page)
     assert (
         found.mode == "RGB"
         and max(found.getpixel((x, 40)) for x in (18, 19, 20, 21)) == (255, 255, 255)
@@ -147,12 +155,23 @@ def test_edges_are_drawn_and_followed(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path / "net")
     asked = ["generate", "portrait, photo", "--steps", "2"]
     plain, shown = tmp_path / "plain", tmp_path / "shown"
-    more = ["--control", str(tmp_path / "net"), "--control-picture", str(tmp_path / "page.png"), "-o", str(shown)]
+    more = [
+        "--control",
+        str(tmp_path / "net"),
+        "--control-picture",
+        str(tmp_path / "page.png"),
+        "-o",
+        str(shown),
+    ]
     for arguments in ([*asked, "-o", str(plain)], [*asked, *more]):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.exception
     pictures = [next(folder.glob("*.png")) for folder in (plain, shown)]
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
-    result = CliRunner().invoke(app, ["generate", "--from", str(pictures[1]), "-o", str(tmp_path / "again")])
+    result = CliRunner().invoke(
+        app, ["generate", "--from", str(pictures[1]), "-o", str(tmp_path / "again")]
+    )
     again = next((tmp_path / "again").glob("*.png"))
-    assert result.exit_code == 0 and Image.open(again).tobytes() == Image.open(pictures[1]).tobytes()
+    assert (
+        result.exit_code == 0 and Image.open(again).tobytes() == Image.open(pictures[1]).tobytes()
+    )

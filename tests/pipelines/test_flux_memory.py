@@ -7,13 +7,23 @@ import torch
 from torch import nn
 
 from openpulid.errors import OptionError
-from openpulid.pipelines.flux_memory import GIB, LEVELS, _stream, _weights, level, place, predicted, store_in_eight_bits, stored
+from openpulid.pipelines.flux_memory import (
+    GIB,
+    LEVELS,
+    _stream,
+    _weights,
+    find_level,
+    place,
+    predict_memory,
+    store_in_eight_bits,
+    stored,
+)
 from tests.support.people import anna, ben
 from tests.support.tiny_flux import fresh, run, tiny_pipe, tiny_transformer
 
 
 def test_weights_are_counted_exactly() -> None:
-    steps = {need.phase: need.parts for need in predicted("full")}["steps"]
+    steps = {need.phase: need.parts for need in predict_memory("full")}["steps"]
     assert steps["transformer"] == 2 * 11_901_408_320  # FLUX.1-dev's parameters
     assert steps["text encoders"] / GIB == pytest.approx(9.1, abs=0.2)
     assert steps["adapter"] == 2 * 571_033_600
@@ -25,7 +35,10 @@ def test_weights_are_counted_exactly() -> None:
 @pytest.mark.parametrize(("name", "limit"), [("24gb", 24), ("16gb", 16), ("12gb", 12)])
 def test_each_level_fits_its_name(name: str, limit: int) -> None:
     for size in ((896, 1152), (1024, 1024)):
-        assert max(need.total for need in predicted(name, *size, text_tokens=512)) < 0.95 * limit * 1e9
+        assert (
+            max(need.total for need in predict_memory(name, *size, text_tokens=512))
+            < 0.95 * limit * 1e9
+        )
 
 
 def test_eight_bits_are_counted_as_they_are_stored() -> None:
@@ -35,13 +48,19 @@ def test_eight_bits_are_counted_as_they_are_stored() -> None:
         counted = tiny_transformer().bfloat16()
     for one in (transformer, counted):
         store_in_eight_bits(one)
-    assert stored(counted) == sum(value.numel() * value.element_size() for value in transformer.state_dict().values())
+    assert stored(counted) == sum(
+        value.numel() * value.element_size() for value in transformer.state_dict().values()
+    )
     for name, value in transformer.named_parameters():
-        kept = name.startswith(("norm_out.", "proj_out.")) or (value.ndim == 1 and not name.endswith("bias"))
+        kept = name.startswith(("norm_out.", "proj_out.")) or (
+            value.ndim == 1 and not name.endswith("bias")
+        )
         assert value.element_size() == 1 + kept, name
     weights = _weights()
     assert 0.5 < weights["eight bits"] / weights["transformer"] < 0.505
-    assert {need.phase: need.parts for need in predicted("16gb")}["steps"]["transformer"] == weights["eight bits"]
+    assert {need.phase: need.parts for need in predict_memory("16gb")}["steps"][
+        "transformer"
+    ] == weights["eight bits"]
 
 
 def test_a_lora_stays_as_it_is_beside_eight_bits() -> None:
@@ -68,27 +87,34 @@ def test_decoding_is_in_tiles_of_the_size_that_is_predicted() -> None:
     place(pipe, "16gb", torch.device("cpu"))
     vae = pipe.vae  # two pixels on a side for each of its latents, where FLUX's has eight
     assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (512, 256)
-    vae.decoder.register_forward_pre_hook(lambda decoder, args: sizes.append(tuple(args[0].shape[-2:])))
+    vae.decoder.register_forward_pre_hook(
+        lambda decoder, args: sizes.append(tuple(args[0].shape[-2:]))
+    )
     with torch.no_grad():
         vae.decode(torch.zeros(1, 4, 257, 4))
     assert sizes == [(256, 4), (65, 4)]
-    decoded = [{need.phase: need.parts for need in predicted("16gb", side, side)}["decode"] for side in (512, 1024)]
+    decoded = [
+        {need.phase: need.parts for need in predict_memory("16gb", side, side)}["decode"]
+        for side in (512, 1024)
+    ]
     assert decoded[0] == decoded[1]
 
 
 def test_less_is_less() -> None:
-    peaks = [max(need.total for need in predicted(name)) for name in LEVELS]
+    peaks = [max(need.total for need in predict_memory(name)) for name in LEVELS]
     assert peaks == sorted(peaks, reverse=True)
-    small, large = (max(need.total for need in predicted("12gb", side, side)) for side in (512, 2048))
+    small, large = (
+        max(need.total for need in predict_memory("12gb", side, side)) for side in (512, 2048)
+    )
     assert large > small
     with pytest.raises(OptionError, match="24gb, 16gb, 12gb"):
-        level("8gb")
+        find_level("8gb")
 
 
 def test_what_streams_is_counted_as_it_streams() -> None:
     """One block computes while the next one comes; the autoencoder does not stream, so it is there in every phase."""
     weights = _weights()
-    phases = {need.phase: need.parts for need in predicted("12gb")}
+    phases = {need.phase: need.parts for need in predict_memory("12gb")}
     assert phases["steps"]["transformer"] == 2 * weights["block"] + weights["around"]
     assert {parts["autoencoder"] for parts in phases.values()} == {weights["vae"]}
 
@@ -97,7 +123,13 @@ def test_streamed_block_by_block_it_is_the_same() -> None:
     """As on an accelerator, but for its streams, with the CPU at both ends."""
     pipe, cpu = tiny_pipe(), torch.device("cpu")
     adapter = fresh(pipe)
-    words = {"prompt": "portrait of a person", "height": 32, "width": 32, "num_inference_steps": 2, "max_sequence_length": 10}
+    words = {
+        "prompt": "portrait of a person",
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 2,
+        "max_sequence_length": 10,
+    }
 
     def image() -> bytes:
         return pipe(**words, generator=torch.Generator().manual_seed(0)).images[0].tobytes()
@@ -123,7 +155,10 @@ def test_the_identity_acts_at_every_level(name: str) -> None:
     plain = run(pipe)
     place(pipe, name, torch.device("cpu"))
     before = run(pipe)
-    assert abs(before - plain).max() < (0.5 if LEVELS[name].transformer == "fp8" else 1e-6) * abs(plain).max()
+    assert (
+        abs(before - plain).max()
+        < (0.5 if LEVELS[name].transformer == "fp8" else 1e-6) * abs(plain).max()
+    )
     images = []
     for person in (anna, ben):
         with adapter.use(person):

@@ -13,16 +13,30 @@ import torch
 from PIL import Image
 
 from openpulid import load
-from openpulid.errors import FaceError, IdentityError, OptionError, PictureError, PromptError, WeightsError
-from openpulid.faces.mini_detector import FaceFinder
-from openpulid.faces.mini_recognition import ResNetRecogniser
-from openpulid.identity.eva_clip import VisionTower
+from openpulid.errors import (
+    FaceError,
+    IdentityError,
+    ImageError,
+    OptionError,
+    PromptError,
+    WeightsError,
+)
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.mini_recognition import ResNetRecognition
+from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import save_module
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.pipelines.presets import flux, mini, mini_lightning, options_of, with_method, with_options
-from openpulid.pipelines.studio import Result, Studio, reader
+from openpulid.pipelines.presets import (
+    flux,
+    mini,
+    mini_lightning,
+    options_of,
+    with_method,
+    with_options,
+)
+from openpulid.pipelines.studio import GenerationResult, Studio, load_reader
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +47,15 @@ def folder(tiny_pipeline, tmp_path_factory) -> Path:
     pipe.save_pretrained(folder / "pipeline")
     tiny_pipeline(1).unet.save_pretrained(folder / "lightning")
     torch.manual_seed(0)
-    tower = VisionTower(img_size=32, patch_size=8, embed_dim=8, depth=5, num_heads=2, num_classes=4, ref_grid=None)
-    save_module(FaceFinder((8, 8, 8)), folder / "finder.safetensors")
-    save_module(ResNetRecogniser(8, (8, 8, 8), (1, 1, 1), dim=12), folder / "recogniser-encoder.safetensors")
-    save_module(tower, folder / "vision.safetensors")
+    tower = VisionEncoder(
+        img_size=32, patch_size=8, embed_dim=8, depth=5, num_heads=2, num_classes=4, ref_grid=None
+    )
+    save_module(MiniFaceDetector((8, 8, 8)), folder / "detector.safetensors")
+    save_module(
+        ResNetRecognition(8, (8, 8, 8), (1, 1, 1), dim=12),
+        folder / "recognition-encoder.safetensors",
+    )
+    save_module(tower, folder / "vision-encoder.safetensors")
     adapter = PuLID.for_unet(pipe.unet, IDEncoder(16, 64, vit_dim=8, hidden_dim=16))
     for layer in adapter.id_adapter_attn_layers.values():
         torch.nn.init.normal_(layer.id_to_v.weight)
@@ -61,10 +80,12 @@ def anna(studio) -> Identity:
 
 
 def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (96, 96, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    )
 
 
-def pixels(result: Result) -> list[np.ndarray]:
+def pixels(result: GenerationResult) -> list[np.ndarray]:
     return [np.asarray(image).astype(int) for image in result.images]
 
 
@@ -74,7 +95,9 @@ def test_identity_changes_the_image(studio, anna) -> None:
     assert without.shape == (16, 16, 3) and np.abs(without - someone).max() > 3
     [nobody] = pixels(studio.generate("portrait, film noir", seed=3, identity=anna, scale=0))
     assert np.array_equal(nobody, without)
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in studio.pipe.unet.modules())
+    assert not any(
+        part._forward_hooks or part._forward_pre_hooks for part in studio.pipe.unet.modules()
+    )
 
 
 def test_the_seed_is_the_image(studio, anna) -> None:
@@ -92,7 +115,11 @@ def test_threads_that_share_a_studio_do_not_mix(studio, anna) -> None:
     asked = [{"identity": anna, "guidance": 1.0}, {"identity": None, "guidance": 3.0}] * 2
     alone = [pixels(studio.generate("portrait", seed=2, steps=12, **one)) for one in asked]
     with ThreadPoolExecutor(4) as threads:
-        made = list(threads.map(lambda one: pixels(studio.generate("portrait", seed=2, steps=12, **one)), asked))
+        made = list(
+            threads.map(
+                lambda one: pixels(studio.generate("portrait", seed=2, steps=12, **one)), asked
+            )
+        )
     assert all(np.array_equal(a, b) for a, b in zip(alone, made, strict=True))
     assert not np.array_equal(alone[0], alone[1])
 
@@ -114,7 +141,9 @@ def test_options_reach_the_sampler(studio, anna) -> None:
 
 
 def test_words_it_does_not_know(studio) -> None:
-    with pytest.raises(PromptError, match=r"'Portait' \(near: portrait\) and 'zebra'; use its own words") as error:
+    with pytest.raises(
+        PromptError, match=r"'Portait' \(near: portrait\) and 'zebra'; use its own words"
+    ) as error:
         studio.generate("Portait of a zebra, red hat")
     assert error.value.words == ("Portait", "zebra")
     with pytest.raises(PromptError, match=r"does not know '!'; use"):
@@ -125,7 +154,10 @@ def test_words_it_does_not_know(studio) -> None:
         studio.generate("red " * 20)
 
 
-@pytest.mark.parametrize("options", [{"num_images": 0}, {"steps": 0}, {"seed": -1}, {"batch": 0}, {"num_zero": -1}, {"end": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{"num_images": 0}, {"steps": 0}, {"seed": -1}, {"batch": 0}, {"num_zero": -1}, {"end": 2}],
+)
 def test_numbers_outside_their_range(studio, anna, options) -> None:
     with pytest.raises(OptionError):
         studio.generate("portrait", anna, **options)
@@ -143,16 +175,19 @@ def test_what_acts_is_each_methods_own() -> None:
     assert options_of(with_method(mini(), "faceid")).keys() == shared
     theirs = {"true_cfg", "text_tokens", "start_step", "timestep_to_start_cfg"}
     assert options_of(flux()).keys() - shared == theirs
-    with pytest.raises(OptionError, match="with mini, faceid nothing would change by projection and num_zero; leave"):
+    with pytest.raises(
+        OptionError,
+        match="with mini, faceid nothing would change by projection and num_zero; leave",
+    ):
         with_options(with_method(mini(), "faceid"), projection="none", num_zero=0, scale=0.5)
 
 
 def test_a_result_says_what_it_was_made_with(studio, anna) -> None:
     result = studio.generate("portrait", anna, steps=2, num_zero=3)
     assert result.preset == replace(studio.preset, steps=2, num_zero=3)
-    assert pixels(Studio(studio.pipe, None, studio.adapter, result.preset).generate("portrait", anna))[0].tolist() == (
-        pixels(result)[0].tolist()
-    )
+    assert pixels(
+        Studio(studio.pipe, None, studio.adapter, result.preset).generate("portrait", anna)
+    )[0].tolist() == (pixels(result)[0].tolist())
 
 
 def test_identify_from_files(studio, anna, tmp_path) -> None:
@@ -160,7 +195,7 @@ def test_identify_from_files(studio, anna, tmp_path) -> None:
     again = studio.identify(tmp_path / "anna.png")
     assert torch.equal(again.id_cond, anna.id_cond) and again.models == anna.models
     assert studio.identify([str(tmp_path / "anna.png"), picture(1)]).photos == 2
-    with pytest.raises(PictureError, match=r"nobody\.png"):
+    with pytest.raises(ImageError, match=r"nobody\.png"):
         studio.identify(tmp_path / "nobody.png")
     with pytest.raises(OptionError, match="at least one"):
         studio.identify([])
@@ -177,7 +212,11 @@ def test_a_picture_without_a_face_it_knows(folder, tmp_path) -> None:
     ) as said:
         studio.identify(tmp_path / "photo.jpg")
     error = said.value
-    assert (error.source, error.size, error.tried) == (str(tmp_path / "photo.jpg"), (96, 96), "one look at 96 pixels")
+    assert (error.source, error.size, error.tried) == (
+        str(tmp_path / "photo.jpg"),
+        (96, 96),
+        "one look at 96 pixels",
+    )
 
 
 def test_an_identity_of_other_models_is_refused(studio, anna) -> None:
@@ -216,7 +255,10 @@ def test_what_cannot_be_loaded(folder, tmp_path) -> None:
 
 
 def test_faces_are_read_without_the_rest(folder, anna, tmp_path) -> None:
-    alone = reader(replace(mini(folder), pipeline=tmp_path / "none", adapter=tmp_path / "none.safetensors"), "cpu")
+    alone = load_reader(
+        replace(mini(folder), pipeline=tmp_path / "none", adapter=tmp_path / "none.safetensors"),
+        "cpu",
+    )
     assert alone.features.models == anna.models
     with pytest.raises(OptionError, match="only reads faces; load a preset"):
         alone.generate("portrait")

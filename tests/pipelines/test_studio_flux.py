@@ -27,7 +27,13 @@ def test_presets() -> None:
     assert flux_krea().pipeline == "flux-krea-base" and flux_schnell().steps == 4
     with pytest.raises(OptionError, match="with flux-schnell nothing would change by guidance"):
         with_options(flux_schnell(), guidance=3.0)
-    assert flux().identity_options() == {"scale": 1.0, "start": 0.0, "end": 1.0, "start_step": None, "timestep_to_start_cfg": 1}
+    assert flux().identity_options() == {
+        "scale": 1.0,
+        "start": 0.0,
+        "end": 1.0,
+        "start_step": None,
+        "timestep_to_start_cfg": 1,
+    }
     assert flux().published[0] == "flux-dev" and "pulid-flux-v0.9.1" in flux().published
     assert all(PRESETS[name]().name == name for name in PRESETS)
 
@@ -46,12 +52,21 @@ def test_options_reach_the_image(studio) -> None:
         return studio.generate("portrait", anna, seed=1, **options).images[0].tobytes()
 
     plain = made()
-    different = [made(scale=0.3), made(start=0.5), made(true_cfg=3.0, negative="a person"), made(guidance=1.0)]
+    different = [
+        made(scale=0.3),
+        made(start=0.5),
+        made(true_cfg=3.0, negative="a person"),
+        made(guidance=1.0),
+    ]
     different.append(made(text_tokens=5))  # what is not there is padding, which is seen, too
     late = made(true_cfg=3.0, negative="a person", timestep_to_start_cfg=2)
     assert len({plain, late, *different}) == 7
     assert made(start=0.5) == made(start_step=2)
-    assert made(start_step=3) == studio.generate("portrait", seed=1).images[0].tobytes() == made(scale=0.0)
+    assert (
+        made(start_step=3)
+        == studio.generate("portrait", seed=1).images[0].tobytes()
+        == made(scale=0.0)
+    )
 
 
 def test_guidance_begins_where_it_does_with_somebody(studio) -> None:
@@ -64,11 +79,17 @@ def test_guidance_begins_where_it_does_with_somebody(studio) -> None:
     plain, images = studio.generate("portrait", seed=1).images[0].tobytes(), set()
     for first in (0, 2, 3):
         nobody = made(None, timestep_to_start_cfg=first)
-        assert nobody == made(scale=0.0, timestep_to_start_cfg=first) == made(start_step=3, timestep_to_start_cfg=first)
+        assert (
+            nobody
+            == made(scale=0.0, timestep_to_start_cfg=first)
+            == made(start_step=3, timestep_to_start_cfg=first)
+        )
         assert (nobody == plain) == (first == 3)  # of three steps
         images.add(nobody)
     assert len(images) == 3
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in studio.pipe.transformer.modules())
+    assert not any(
+        part._forward_hooks or part._forward_pre_hooks for part in studio.pipe.transformer.modules()
+    )
 
 
 def test_what_the_text_encoder_would_drop_is_refused(studio) -> None:
@@ -91,7 +112,9 @@ def test_sizes_without_latents_are_refused(studio) -> None:
             studio.generate("portrait", size=size)
 
 
-@pytest.mark.parametrize("options", [{"true_cfg": 3.0}, {"negative": "a person"}, {"true_cfg": 3.0, "negative": ""}])
+@pytest.mark.parametrize(
+    "options", [{"true_cfg": 3.0}, {"negative": "a person"}, {"true_cfg": 3.0, "negative": ""}]
+)
 def test_true_guidance_and_a_negative_prompt_go_together(studio, options) -> None:
     with pytest.raises(OptionError, match="give both, or neither"):
         studio.generate("portrait", **options)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.faces.face import Face
-from openpulid.identity.clip_extractor import ClipFeatures
+from openpulid.identity.clip_extractor import ClipExtractor
 from tests.support.token_files import CROSS, WIDTH
 
 SEEN = 64  # width of the tower, and of its embedding
@@ -47,8 +47,8 @@ def embedding(face: Face) -> Tensor:
     return 5 * torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(9))
 
 
-def features(**options: Any) -> ClipFeatures:
-    return ClipFeatures(Faces(), tower(), models={"tower": "a"}, **options)
+def features(**options: Any) -> ClipExtractor:
+    return ClipExtractor(Faces(), tower(), models={"tower": "a"}, **options)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -80,16 +80,28 @@ def perceiver(prefix: str = "") -> dict[str, Tensor]:
     for depth in range(4):  # diffusers builds no other
         layer = f"layers.{depth}"
         for norm in ("0.norm1", "0.norm2", "1.0"):
-            named |= {f"{layer}.{norm}.weight": torch.ones(SEEN), f"{layer}.{norm}.bias": torch.zeros(SEEN)}
-        named |= {f"{layer}.0.to_q.weight": random(64, SEEN), f"{layer}.0.to_kv.weight": random(128, SEEN)}
+            named |= {
+                f"{layer}.{norm}.weight": torch.ones(SEEN),
+                f"{layer}.{norm}.bias": torch.zeros(SEEN),
+            }
+        named |= {
+            f"{layer}.0.to_q.weight": random(64, SEEN),
+            f"{layer}.0.to_kv.weight": random(128, SEEN),
+        }
         named |= {f"{layer}.0.to_out.weight": random(SEEN, 64)}
-        named |= {f"{layer}.1.1.weight": random(4 * SEEN, SEEN), f"{layer}.1.3.weight": random(SEEN, 4 * SEEN)}
+        named |= {
+            f"{layer}.1.1.weight": random(4 * SEEN, SEEN),
+            f"{layer}.1.3.weight": random(SEEN, 4 * SEEN),
+        }
     return {prefix + name: tensor for name, tensor in named.items()}
 
 
 def plus(unet: Any, tokens: int = 3) -> dict[str, dict[str, Tensor]]:
     """ip-adapter-plus_sdxl_vit-h.safetensors, small."""
-    return {"image_proj": {"latents": random(1, tokens, SEEN), **perceiver()}, "ip_adapter": layers(unet)}
+    return {
+        "image_proj": {"latents": random(1, tokens, SEEN), **perceiver()},
+        "ip_adapter": layers(unet),
+    }
 
 
 def faceid_plus(unet: Any) -> dict[str, dict[str, Tensor]]:

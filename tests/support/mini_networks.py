@@ -8,18 +8,23 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.mini.data.captions import Captions, token_ids
-from openpulid.mini.models.pipeline import Words, build_unet
+from openpulid.mini.models.pipeline import TextEncoders, build_unet
 from openpulid.mini.models.tokenizer import tokenizer
 from openpulid.mini.train.clip import text_config
 
-PROMPTS = ["portrait, photo, smiling", "pencil sketch, a person, long hair", "portrait, poster, sad", "photo, a person"]
+PROMPTS = [
+    "portrait, photo, smiling",
+    "pencil sketch, a person, long hair",
+    "portrait, poster, sad",
+    "photo, a person",
+]
 CHANNELS = 4
 
 
-def small_words() -> Words:
+def small_words() -> TextEncoders:
     torch.manual_seed(1)
     first = CLIPTextModel(text_config(tokenizer(), 32, layers=2))
-    return Words(first, CLIPTextModelWithProjection(text_config(tokenizer(), 32, layers=2)))
+    return TextEncoders(first, CLIPTextModelWithProjection(text_config(tokenizer(), 32, layers=2)))
 
 
 def small_unet(seed: int = 2):
@@ -29,7 +34,9 @@ def small_unet(seed: int = 2):
 
 def small_vae() -> PatchAutoencoderKL:
     torch.manual_seed(3)
-    return PatchAutoencoderKL(block_out_channels=(8, 8, 8, 8), latent_channels=CHANNELS, norm_num_groups=4).eval()
+    return PatchAutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), latent_channels=CHANNELS, norm_num_groups=4
+    ).eval()
 
 
 def small_captions() -> Captions:

@@ -24,7 +24,9 @@ def someone(seed: int, photos: int = 1) -> Identity:
 def fresh(pipe: Any, seed: int = 0, encoder: nn.Module | None = None) -> PuLID:
     """An adapter whose effect is plain to see."""
     torch.manual_seed(seed)
-    adapter = PuLID.for_unet(pipe.unet, encoder or IDEncoder(12, 64, vit_dim=8, hidden_dim=16)).eval()
+    adapter = PuLID.for_unet(
+        pipe.unet, encoder or IDEncoder(12, 64, vit_dim=8, hidden_dim=16)
+    ).eval()
     for layer in adapter.id_adapter_attn_layers.values():
         nn.init.normal_(layer.id_to_k.weight, std=0.5)
         nn.init.normal_(layer.id_to_v.weight, std=0.5)
@@ -32,7 +34,12 @@ def fresh(pipe: Any, seed: int = 0, encoder: nn.Module | None = None) -> PuLID:
 
 
 def run(
-    pipe: Any, prompt: Any = "portrait", seed: int = 0, count: int = 1, guidance: float = 1.0, **options: Any
+    pipe: Any,
+    prompt: Any = "portrait",
+    seed: int = 0,
+    count: int = 1,
+    guidance: float = 1.0,
+    **options: Any,
 ) -> np.ndarray:
     prompts = [prompt] if isinstance(prompt, str) else prompt
     total = len(prompts) * count

@@ -6,18 +6,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
 
-SMALL = {"dim": 16, "depth": 5, "dim_head": 8, "heads": 2, "num_queries": 6, "ff_mult": 1, "width": 12, "vit_dim": 8}
+SMALL = {
+    "dim": 16,
+    "depth": 5,
+    "dim_head": 8,
+    "heads": 2,
+    "num_queries": 6,
+    "ff_mult": 1,
+    "width": 12,
+    "vit_dim": 8,
+}
 WORDS = ["<unk>", "</s>", "portrait", "of", "a", "person"]
 
 
@@ -26,14 +46,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words.pre_tokenizer = Whitespace()
     words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="</s>", model_max_length=12
+        tokenizer_object=words,
+        unk_token="<unk>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=12,
     )
 
 
 def tiny_transformer(**sizes: int) -> FluxTransformer2DModel:
-    known = {"patch_size": 1, "in_channels": 16, "num_layers": 3, "num_single_layers": 5, "joint_attention_dim": 24}
+    known = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 3,
+        "num_single_layers": 5,
+        "joint_attention_dim": 24,
+    }
     heads = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
-    return FluxTransformer2DModel(**{**known, **heads, "pooled_projection_dim": 20, "guidance_embeds": True, **sizes})
+    return FluxTransformer2DModel(
+        **{**known, **heads, "pooled_projection_dim": 20, "guidance_embeds": True, **sizes}
+    )
 
 
 def tiny_pipe(**sizes: int) -> FluxPipeline:
@@ -58,18 +90,32 @@ def tiny_pipe(**sizes: int) -> FluxPipeline:
     return pipe
 
 
-def run(pipe: Any, negative: bool = False, count: int = 1, steps: int = 4, **options: Any) -> np.ndarray:
+def run(
+    pipe: Any, negative: bool = False, count: int = 1, steps: int = 4, **options: Any
+) -> np.ndarray:
     generator = torch.Generator().manual_seed(1)
     text = {}
     for name in ("", "negative_"):
         text[f"{name}prompt_embeds"] = torch.randn(count, 7, 24, generator=generator)
         text[f"{name}pooled_prompt_embeds"] = torch.randn(count, 20, generator=generator)
-    dtype = pipe.transformer.dtype if pipe.transformer.dtype.itemsize > 1 else torch.float32  # eight bits are only stored
-    text = {name: value.to(dtype) for name, value in text.items() if negative or not name.startswith("negative")}
+    dtype = (
+        pipe.transformer.dtype if pipe.transformer.dtype.itemsize > 1 else torch.float32
+    )  # eight bits are only stored
+    text = {
+        name: value.to(dtype)
+        for name, value in text.items()
+        if negative or not name.startswith("negative")
+    }
     if negative:
         options["true_cfg_scale"] = 3.0
     generators = [torch.Generator().manual_seed(k) for k in range(count)]
-    known = {"height": 32, "width": 32, "generator": generators, "num_inference_steps": steps, "output_type": "latent"}
+    known = {
+        "height": 32,
+        "width": 32,
+        "generator": generators,
+        "num_inference_steps": steps,
+        "output_type": "latent",
+    }
     return pipe(**text, **known, **options).images.float().numpy()
 
 

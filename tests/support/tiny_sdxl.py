@@ -9,15 +9,20 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+)
 
 from openpulid.faces.align import TEMPLATE
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
-from openpulid.faces.mini_recognition import ResNetRecogniser
+from openpulid.faces.mini_recognition import ResNetRecognition
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.training.pulid.models import SDXLBase
+from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.pulid.task import Batch, PuLIDTask
 
@@ -29,9 +34,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<s>", "</s>", *WORDS])}
     words = Tokenizer(WordLevel(vocabulary, unk_token="</s>"))
     words.pre_tokenizer = Whitespace()
-    words.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    words.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=64
+        tokenizer_object=words,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=64,
     )
 
 
@@ -73,7 +84,9 @@ class People:
         generator = torch.Generator().manual_seed(5)
         self.size = batch
         self.id_cond = torch.randn(PEOPLE, ID, generator=generator)
-        self.hidden = [torch.randn(PEOPLE, 1 + PATCHES, WIDTH, generator=generator) for _ in range(5)]
+        self.hidden = [
+            torch.randn(PEOPLE, 1 + PATCHES, WIDTH, generator=generator) for _ in range(5)
+        ]
         self.latents = self.id_cond[:, :4, None, None].expand(-1, -1, 8, 8) + 0.1 * torch.randn(
             PEOPLE, 4, 8, 8, generator=generator
         )
@@ -100,18 +113,26 @@ def recipe(**changes) -> Recipe:
     return Recipe("tiny", **{**figures, **changes})
 
 
-def base(pipe=None) -> SDXLBase:
-    return SDXLBase(pipe or globals()["pipe"]())
+def base(pipe=None) -> SDXLModel:
+    return SDXLModel(pipe or globals()["pipe"]())
 
 
 def encoder(kind: str = "IDEncoder") -> IDEncoder | IDFormer:
     if kind == "IDEncoder":
         return IDEncoder(width=ID, context_dim=32, num_token=2, vit_dim=WIDTH, hidden_dim=16)
-    sizes = {"dim": 16, "depth": 5, "dim_head": 8, "heads": 2, "num_id_token": 2, "num_queries": 4, "ff_mult": 1}
+    sizes = {
+        "dim": 16,
+        "depth": 5,
+        "dim_head": 8,
+        "heads": 2,
+        "num_id_token": 2,
+        "num_queries": 4,
+        "ff_mult": 1,
+    }
     return IDFormer(output_dim=32, width=ID, vit_dim=WIDTH, hidden_dim=16, **sizes)
 
 
-def adapter(base: SDXLBase, kind: str = "IDEncoder") -> PuLID:
+def adapter(base: SDXLModel, kind: str = "IDEncoder") -> PuLID:
     """Attached, and not fresh: values of zero would let nothing through."""
     torch.manual_seed(1)
     made = PuLID.for_unet(base.unet, encoder(kind))
@@ -124,7 +145,7 @@ def adapter(base: SDXLBase, kind: str = "IDEncoder") -> PuLID:
 def faces() -> FaceEmbedder:
     """Everywhere a face, in the middle; a small random recogniser."""
     torch.manual_seed(2)
-    recogniser = ResNetRecogniser(stem=4, widths=(8, 8, 8), depths=(1, 1, 1), dim=6)
+    recogniser = ResNetRecognition(stem=4, widths=(8, 8, 8), depths=(1, 1, 1), dim=6)
 
     def find(images):
         side = images.shape[-1]

@@ -34,8 +34,10 @@ def start():
     It has bfloat16 where this process has it, or pretends to (`both_precisions`).
     """
     started = []
-    available = device.multiplies_bf16(torch.device("cpu"))
-    same_bf16 = f"from openpulid import device; device.multiplies_bf16 = lambda device: {available}\n"
+    available = device.supports_bf16(torch.device("cpu"))
+    same_bf16 = (
+        f"from openpulid import device; device.multiplies_bf16 = lambda device: {available}\n"
+    )
 
     def begin(code, *arguments, **environment):
         environment = {
@@ -45,7 +47,9 @@ def start():
             **environment,
         }
         command = [sys.executable, "-c", same_bf16 + code, *map(str, arguments)]
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        )
         return started[-1]
 
     yield begin

@@ -43,7 +43,9 @@ def test_checkpointed_attention_is_recomputed_in_the_same_precision(both_precisi
     assert torch.equal(plain, checkpointed)
 
 
-@pytest.mark.parametrize(("there", "says", "expected"), [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize(
+    ("there", "says", "expected"), [(True, True, True), (True, False, False), (False, True, False)]
+)
 def test_a_cpu_is_asked_through_onednn_where_there_is_one(monkeypatch, there, says, expected):
     def supported() -> bool:
         assert there, "without oneDNN there is nothing to ask"

@@ -11,22 +11,25 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from openpulid.bench.perf.timing import peak, reset_peak, wait
-from openpulid.bench.run_dir import BASE, WEIGHTS, Cell, Chunk, Folder, Sitter, chunks
+from openpulid.bench.run_dir import BASE, WEIGHTS, Job, RunDir, SampleKey, Subject, chunks
 from openpulid.bench.suite import Suite
-from openpulid.device import hardware
+from openpulid.device import hardware_name
 from openpulid.errors import PulidError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import fingerprint
-from openpulid.pipelines.factory import found
+from openpulid.pipelines.factory import resolve_path
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.studio import Studio
 
 LIBRARIES = ("torch", "diffusers", "transformers")
-OF_THE_BASE, OF_METHODS = ("pipeline", "unet", "transformer"), ("finder", "recogniser", "parser", "vision")
+OF_THE_BASE, OF_METHODS = (
+    ("pipeline", "unet", "transformer"),
+    ("finder", "recogniser", "parser", "vision"),
+)
 STORED = (".safetensors", ".bin", ".ckpt")
 
 
-class Contest:
+class Worker:
     """Methods on one base model, and the people that they are shown.
 
     Args:
@@ -41,41 +44,73 @@ class Contest:
         self,
         suite: Suite,
         studios: Mapping[str, Studio],
-        sitters: Mapping[str, Sitter],
-        folder: Folder,
+        sitters: Mapping[str, Subject],
+        folder: RunDir,
         start: str | None = None,
     ) -> None:
-        self.suite, self.studios, self.sitters, self.folder, self.start = suite, studios, sitters, folder, start
+        self.suite, self.studios, self.sitters, self.folder, self.start = (
+            suite,
+            studios,
+            sitters,
+            folder,
+            start,
+        )
         # of the files as they were loaded: one that is replaced later changes no image of this contest
-        self._made = {name: configuration(name, studio.preset, suite.options) for name, studio in studios.items()}
+        self._made = {
+            name: configuration(name, studio.preset, suite.options)
+            for name, studio in studios.items()
+        }
         self._known: dict[tuple[str, str], tuple[Identity, float]] = {}
 
-    def make(self, chunk: Chunk) -> None:
+    def make(self, chunk: Job) -> None:
         """Images of a chunk and their records. What goes wrong is recorded."""
         first = chunk.cells[0]
         studio = self.studios[first.method]
         options = dict(self.suite.options)
-        facts: dict[str, Any] = {"configuration": self._made[first.method], "start": self.start, **surroundings(studio)}
+        facts: dict[str, Any] = {
+            "configuration": self._made[first.method],
+            "start": self.start,
+            **surroundings(studio),
+        }
         try:
             if studio.adapter is not None:
-                studio.adapter.attach(studio.pipe)  # of several on one pipeline the last one serves it
+                studio.adapter.attach(
+                    studio.pipe
+                )  # of several on one pipeline the last one serves it
             identity, knowing = self._identity(first, studio)
             reset_peak(studio.pipe.device)
             begun = time.perf_counter()
             seeds = [cell.seed for cell in chunk.cells]
-            images = [studio.generate(self.suite.prompts[first.prompt].text, identity, seed=seed, **options) for seed in seeds]
+            images = [
+                studio.generate(
+                    self.suite.prompts[first.prompt].text, identity, seed=seed, **options
+                )
+                for seed in seeds
+            ]
             wait(studio.pipe.device)
             seconds = (time.perf_counter() - begun) / len(seeds)
-        except Exception as error:  # whatever it is: a benchmark that stops at one picture tells nothing
-            told = str(error) if isinstance(error, PulidError) else f"{type(error).__name__}: {error}"
+        except (
+            Exception
+        ) as error:  # whatever it is: a benchmark that stops at one picture tells nothing
+            told = (
+                str(error) if isinstance(error, PulidError) else f"{type(error).__name__}: {error}"
+            )
             for cell in chunk.cells:
-                self.folder.keep(cell, {"cell": asdict(cell), "status": "failed", "error": told, **facts})
+                self.folder.keep(
+                    cell, {"cell": asdict(cell), "status": "failed", "error": told, **facts}
+                )
             return
-        facts |= {"seconds": round(seconds, 4), "identify_seconds": round(knowing, 4), "memory": peak(studio.pipe.device)}
+        facts |= {
+            "seconds": round(seconds, 4),
+            "identify_seconds": round(knowing, 4),
+            "memory": peak(studio.pipe.device),
+        }
         for cell, result in zip(chunk.cells, images, strict=True):
-            self.folder.keep(cell, {"cell": asdict(cell), "status": "done", **facts}, result.images[0])
+            self.folder.keep(
+                cell, {"cell": asdict(cell), "status": "done", **facts}, result.images[0]
+            )
 
-    def _identity(self, cell: Cell, studio: Studio) -> tuple[Identity | None, float]:
+    def _identity(self, cell: SampleKey, studio: Studio) -> tuple[Identity | None, float]:
         """Who it is to this method, and the seconds it took to know; known once."""
         if cell.method == BASE:
             return None, 0.0
@@ -95,17 +130,26 @@ def configuration(method: str, preset: Preset, options: Mapping[str, Any]) -> di
         OSError, WeightsError: a file of weights is not there.
     """
     chosen = replace(preset, **options)
-    said = {name: getattr(chosen, name) for name in ("steps", "guidance", "negative", "size", "sampler")}
+    said = {
+        name: getattr(chosen, name) for name in ("steps", "guidance", "negative", "size", "sampler")
+    }
     said["preset"] = preset.name
     # every place is told, an empty one too: its absence from a record means an older run
     places = OF_THE_BASE if method == BASE else (*OF_THE_BASE, *OF_METHODS)
-    said[WEIGHTS] = {name: stored(found(place)) if (place := getattr(preset, name)) else [] for name in places}
+    said[WEIGHTS] = {
+        name: stored(resolve_path(place)) if (place := getattr(preset, name)) else []
+        for name in places
+    }
     if method != BASE:
-        place = found(preset.adapter)
+        place = resolve_path(preset.adapter)
         files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]
         said |= {**chosen.identity_options(), "adapter": [fingerprint(file) for file in files]}
         said[WEIGHTS]["adapter"] = stored(place)
-        if preset.method == "instantid" and place.is_file() and (net := place.parent / "ControlNetModel").is_dir():
+        if (
+            preset.method == "instantid"
+            and place.is_file()
+            and (net := place.parent / "ControlNetModel").is_dir()
+        ):
             said[WEIGHTS]["adapter"] += stored(net)  # beside the file; a folder has it inside
     known: dict[str, Any] = json.loads(json.dumps(said))
     return known
@@ -119,16 +163,21 @@ def stored(place: Path) -> list[str]:
     """
     if not place.is_dir():
         return [fingerprint(place)]
-    files = sorted([*place.glob("*"), *place.glob("*/*")])  # unlike **, it follows a part that is a link
+    files = sorted(
+        [*place.glob("*"), *place.glob("*/*")]
+    )  # unlike **, it follows a part that is a link
     return [fingerprint(file) for file in files if file.suffix in STORED and file.is_file()]
 
 
 def surroundings(studio: Studio) -> dict[str, Any]:
     """Where it was made."""
-    return {"versions": {name: version(name) for name in LIBRARIES}, "hardware": hardware(studio.pipe.device)}
+    return {
+        "versions": {name: version(name) for name in LIBRARIES},
+        "hardware": hardware_name(studio.pipe.device),
+    }
 
 
-Spread = Callable[[Iterable[Chunk]], Iterable[Chunk]]
+Executor = Callable[[Iterable[Job]], Iterable[Job]]
 """Makes chunks, wherever, and gives each back when it is made."""
 
 
@@ -141,9 +190,9 @@ class Progress(Protocol):
 def run(
     suite: Suite,
     presets: Mapping[str, Preset],
-    sitters: Sequence[Sitter],
-    folder: Folder,
-    spread: Spread,
+    sitters: Sequence[Subject],
+    folder: RunDir,
+    spread: Executor,
     on_progress: Progress | None = None,
 ) -> None:
     """Every image that is missing, or that was made otherwise than it would be now.
@@ -151,19 +200,27 @@ def run(
     Args:
         presets: method -> what it is used with; the base comes first.
     """
-    asked = {method: configuration(method, preset, suite.options) for method, preset in presets.items()}
-    folder.begin(suite, list(presets), sitters)  # after that: a row whose file is missing is not written down
+    asked = {
+        method: configuration(method, preset, suite.options) for method, preset in presets.items()
+    }
+    folder.begin(
+        suite, list(presets), sitters
+    )  # after that: a row whose file is missing is not written down
     wanted = list(chunks(suite, list(presets), [sitter.name for sitter in sitters]))
-    missing = [chunk for chunk in wanted if not all(folder.done(cell, asked[cell.method]) for cell in chunk.cells)]
+    missing = [
+        chunk
+        for chunk in wanted
+        if not all(folder.done(cell, asked[cell.method]) for cell in chunk.cells)
+    ]
     for count, _ in enumerate(spread(missing), len(wanted) - len(missing) + 1):
         if on_progress:
             on_progress(count, len(wanted))
 
 
-def here(contest: Contest) -> Spread:
+def here(contest: Worker) -> Executor:
     """In this process, one after the other."""
 
-    def spread(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
+    def spread(chunks: Iterable[Job]) -> Iterable[Job]:
         for chunk in chunks:
             contest.make(chunk)
             yield chunk

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from openpulid.bench.generate import Contest, Spread
-from openpulid.bench.run_dir import Chunk
+from openpulid.bench.generate import Executor, Worker
+from openpulid.bench.run_dir import Job
 from openpulid.errors import OptionError
 
 
-def over_ray(build: Callable[[], Contest], workers: str) -> Spread:
+def ray_executor(build: Callable[[], Worker], workers: str) -> Executor:
     """Chunks over actors that each hold their own models.
 
     Args:
@@ -33,23 +33,34 @@ def over_ray(build: Callable[[], Contest], workers: str) -> Spread:
         def __init__(self) -> None:
             self.contest = build()
 
-        def make(self, chunk: Chunk) -> Chunk:
+        def make(self, chunk: Job) -> Job:
             self.contest.make(chunk)
             return chunk
 
-    def spread(chunks: Iterable[Chunk]) -> Iterable[Chunk]:
+    def spread(chunks: Iterable[Job]) -> Iterable[Job]:
         here = workers.isdigit()
         if here:
-            ray.init(num_cpus=int(workers), include_dashboard=False, log_to_driver=False, logging_level="error")
+            ray.init(
+                num_cpus=int(workers),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+            )
         else:
             ray.init(workers)
         try:
             resources = ray.cluster_resources()
             count = int(workers) if here else int(resources.get("GPU") or resources["CPU"])
-            gpus = int(resources.get("GPU", 0))  # several workers share one, or the last would wait for ever
-            options: dict[str, Any] = {"num_gpus": 1 / math.ceil(count / gpus)} if gpus else {"num_cpus": 1}
+            gpus = int(
+                resources.get("GPU", 0)
+            )  # several workers share one, or the last would wait for ever
+            options: dict[str, Any] = (
+                {"num_gpus": 1 / math.ceil(count / gpus)} if gpus else {"num_cpus": 1}
+            )
             pool = ActorPool([ray.remote(Worker).options(**options).remote() for _ in range(count)])
-            yield from pool.map_unordered(lambda actor, chunk: actor.make.remote(chunk), list(chunks))
+            yield from pool.map_unordered(
+                lambda actor, chunk: actor.make.remote(chunk), list(chunks)
+            )
         finally:
             ray.shutdown()
 

@@ -28,7 +28,7 @@ WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
-class Sitter:
+class Subject:
     """A person: the picture given, and another one of them where there is one, which no method sees."""
 
     name: str
@@ -37,7 +37,7 @@ class Sitter:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SampleKey:
     """One image."""
 
     method: str
@@ -52,32 +52,43 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Job:
     """All seeds of one method, person and prompt: made together, so that an image does not depend on who makes the rest."""
 
-    cells: tuple[Cell, ...]
+    cells: tuple[SampleKey, ...]
 
 
-class Folder:
+class RunDir:
     """A run on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(self, suite: Suite, methods: Sequence[str], sitters: Sequence[Sitter]) -> None:
+    def begin(self, suite: Suite, methods: Sequence[str], sitters: Sequence[Subject]) -> None:
         """Writes down what is asked.
 
         Raises:
             OptionError: the folder holds a run of something else, or of other pictures of the people. More methods of the same
                 suite and people are welcome.
         """
-        facts = {"suite": suite.as_json(), "people": [sitter.name for sitter in sitters], "methods": list(methods)}
+        facts = {
+            "suite": suite.as_json(),
+            "people": [sitter.name for sitter in sitters],
+            "methods": list(methods),
+        }
         if (file := self.path / "suite.json").is_file():
             known = json.loads(file.read_text("utf-8"))
-            was, now = ({**one, "published": None} for one in (known["suite"], suite.as_json()))  # those make no image
+            was, now = (
+                {**one, "published": None} for one in (known["suite"], suite.as_json())
+            )  # those make no image
             if was != now or known["people"] != facts["people"]:
-                raise OptionError(f"{self.path} holds another suite or other people; choose another folder with -o.")
-            facts["methods"] = [*known["methods"], *(name for name in methods if name not in known["methods"])]
+                raise OptionError(
+                    f"{self.path} holds another suite or other people; choose another folder with -o."
+                )
+            facts["methods"] = [
+                *known["methods"],
+                *(name for name in methods if name not in known["methods"]),
+            ]
         for sitter in sitters:
             for suffix, picture in (("", sitter.portrait), ("-other", sitter.other)):
                 if picture is None:
@@ -86,8 +97,12 @@ class Folder:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if not place.is_file():
                     save(place, picture)
-                elif ImageChops.difference(Image.open(place).convert("RGB"), picture.convert("RGB")).getbbox():
-                    raise OptionError(f"{place} is another picture than the one given now; choose another folder with -o.")
+                elif ImageChops.difference(
+                    Image.open(place).convert("RGB"), picture.convert("RGB")
+                ).getbbox():
+                    raise OptionError(
+                        f"{place} is another picture than the one given now; choose another folder with -o."
+                    )
         write(file, facts)
 
     def facts(self) -> dict[str, Any]:
@@ -98,16 +113,20 @@ class Folder:
         """
         file = self.path / "suite.json"
         if not file.is_file():
-            raise OptionError(f"{self.path} holds no run; `pulid bench run SUITE -o {self.path}` makes one.")
+            raise OptionError(
+                f"{self.path} holds no run; `pulid bench run SUITE -o {self.path}` makes one."
+            )
         facts: dict[str, Any] = json.loads(file.read_text("utf-8"))
         return facts
 
-    def record(self, cell: Cell) -> dict[str, Any] | None:
+    def record(self, cell: SampleKey) -> dict[str, Any] | None:
         """What is known of a cell; None before it was tried."""
         file = self.path / "cells" / f"{cell.stem}.json"
         return json.loads(file.read_text("utf-8")) if file.is_file() else None
 
-    def keep(self, cell: Cell, record: dict[str, Any], image: Image.Image | None = None) -> None:
+    def keep(
+        self, cell: SampleKey, record: dict[str, Any], image: Image.Image | None = None
+    ) -> None:
         """Image first: a record says that its image is there."""
         file = self.path / "cells" / f"{cell.stem}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +134,11 @@ class Folder:
             save(self.image(cell), image)
         write(file, record)
 
-    def image(self, cell: Cell) -> Path:
+    def image(self, cell: SampleKey) -> Path:
         """Where its picture lies."""
         return self.path / "cells" / f"{cell.stem}.png"
 
-    def done(self, cell: Cell, configuration: Mapping[str, Any] | None = None) -> bool:
+    def done(self, cell: SampleKey, configuration: Mapping[str, Any] | None = None) -> bool:
         """Whether it was made, with this configuration if one is given; one that failed is tried again. Records of older runs
         do not say which weights the base and the readers of faces had; there the rest of the configuration decides."""
         record = self.record(cell)
@@ -128,16 +147,18 @@ class Folder:
         if configuration is None:
             return True
         made: dict[str, Any] = record["configuration"]
-        asked = {name: value for name, value in configuration.items() if name != WEIGHTS or name in made}
+        asked = {
+            name: value for name, value in configuration.items() if name != WEIGHTS or name in made
+        }
         return made == asked
 
 
-def chunks(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Iterator[Chunk]:
+def chunks(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Iterator[Job]:
     """All of them, methods by turns: what slows a machine for a while slows every method alike."""
     for person in people:
         for prompt in range(len(suite.prompts)):
             for method in methods:
-                yield Chunk(tuple(Cell(method, person, prompt, seed) for seed in suite.seeds))
+                yield Job(tuple(SampleKey(method, person, prompt, seed) for seed in suite.seeds))
 
 
 def save(file: Path, image: Image.Image) -> None:

@@ -14,13 +14,21 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from openpulid.bench.metrics import FID, LIKENESS, Attributes, Evidence, Faces, FindFaces, Metric
-from openpulid.bench.run_dir import BASE, Cell, Folder, write
+from openpulid.bench.metrics import (
+    FID,
+    LIKENESS,
+    Attributes,
+    Faces,
+    FindFaces,
+    Metric,
+    MetricInputs,
+)
+from openpulid.bench.run_dir import BASE, RunDir, SampleKey, write
 
 LARGEST = 1024  # pixels of a portrait's longer side, as the judges see it
 
 
-class Judges(Protocol):
+class Scorers(Protocol):
     """The networks of a benchmark; the recogniser of faces is one that no method uses."""
 
     @property
@@ -41,7 +49,7 @@ class Judges(Protocol):
 
 
 @dataclass(frozen=True)
-class Sitting:
+class References:
     """All people of a run as the judges see them, (P, ...); `others` are their second pictures, where all have one."""
 
     portraits: Tensor
@@ -50,7 +58,7 @@ class Sitting:
     truth: Tensor | None
 
     @classmethod
-    def of(cls, folder: Folder, facts: Mapping[str, Any], judges: Judges) -> Sitting:
+    def of(cls, folder: RunDir, facts: Mapping[str, Any], judges: Scorers) -> References:
         """Read from the run's folder."""
         people = [folder.path / "people" / f"{name}.png" for name in facts["people"]]
         others = [file.with_name(f"{file.stem}-other.png") for file in people]
@@ -59,31 +67,47 @@ class Sitting:
         return cls(portraits, judges.faces(portraits), second, judges.truth(facts["people"]))
 
 
-def judge(folder: Folder, judges: Judges) -> None:
+def score_run(folder: RunDir, judges: Scorers) -> None:
     """Writes the measures of every image into its record, and those of whole methods into RUN/sets.json. A method that is
     measured already is left as it is."""
     facts, sets, file = folder.facts(), known_sets(folder), folder.path / "sets.json"
     names = [measure.name for measure in judges.measures()]
-    sitting: Sitting | None = None
+    sitting: References | None = None
     for method in facts["methods"]:
         if not unmeasured(folder, facts, method, names, [one.name for one in judges.sets()]):
             continue
-        if sets.pop(method, None):  # of the images before: a run that is stopped now must not leave them
+        if sets.pop(
+            method, None
+        ):  # of the images before: a run that is stopped now must not leave them
             write(file, sets)
-        sitting = sitting or Sitting.of(folder, facts, judges)
+        sitting = sitting or References.of(folder, facts, judges)
         whole = judges.sets()
-        for person in range(len(facts["people"])):  # one by one: all images of a large run fit no memory
+        for person in range(
+            len(facts["people"])
+        ):  # one by one: all images of a large run fit no memory
             _judge(folder, facts, method, person, sitting, judges, whole)
         values = {one.name: one.compute() for one in whole} if method != BASE else {}
-        sets[method] = {name: None if math.isnan(value) else round(value, 4) for name, value in values.items()}
+        sets[method] = {
+            name: None if math.isnan(value) else round(value, 4) for name, value in values.items()
+        }
         write(file, sets)
 
 
 def _judge(
-    folder: Folder, facts: Mapping[str, Any], method: str, person: int, sitting: Sitting, judges: Judges, whole: Sequence[FID]
+    folder: RunDir,
+    facts: Mapping[str, Any],
+    method: str,
+    person: int,
+    sitting: References,
+    judges: Scorers,
+    whole: Sequence[FID],
 ) -> None:
     """One person's images of one method."""
-    made = [cell for cell in cells_of(facts, method) if cell.person == facts["people"][person] and comparable(folder, cell)]
+    made = [
+        cell
+        for cell in sample_keys(facts, method)
+        if cell.person == facts["people"][person] and comparable(folder, cell)
+    ]
     for likeness in (True, False):
         part = [cell for cell in made if counts(facts, cell.prompt, likeness)]
         if not part:
@@ -102,12 +126,18 @@ def _judge(
                 one.update(evidence)
 
 
-def unmeasured(folder: Folder, facts: Mapping[str, Any], method: str, names: Sequence[str], sets: Sequence[str] = ()) -> bool:
+def unmeasured(
+    folder: RunDir,
+    facts: Mapping[str, Any],
+    method: str,
+    names: Sequence[str],
+    sets: Sequence[str] = (),
+) -> bool:
     """Whether an image of a method lacks one of these measures, or what was seen of each attribute; or all its images together
     lack one of `sets`, which the base has none of."""
     if method != BASE and not set(sets) <= set(known_sets(folder).get(method, {})):
         return True
-    for cell in cells_of(facts, method):
+    for cell in sample_keys(facts, method):
         if comparable(folder, cell):
             record = folder.record(cell) or {}
             told = record.get("metrics", {})
@@ -117,12 +147,12 @@ def unmeasured(folder: Folder, facts: Mapping[str, Any], method: str, names: Seq
     return False
 
 
-def comparable(folder: Folder, cell: Cell) -> bool:
+def comparable(folder: RunDir, cell: SampleKey) -> bool:
     """Whether an image is there, and the base's of the same prompt and noise."""
-    return folder.done(cell) and folder.done(Cell(BASE, cell.person, cell.prompt, cell.seed))
+    return folder.done(cell) and folder.done(SampleKey(BASE, cell.person, cell.prompt, cell.seed))
 
 
-def known_sets(folder: Folder) -> dict[str, dict[str, float | None]]:
+def known_sets(folder: RunDir) -> dict[str, dict[str, float | None]]:
     """Method -> the measures of all its images together, so far; None where it was tried and cannot be told."""
     file = folder.path / "sets.json"
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
@@ -134,11 +164,11 @@ def counts(facts: Mapping[str, Any], prompt: int, likeness: bool) -> bool:
     return not named or (prompt in named) == likeness
 
 
-def cells_of(facts: Mapping[str, Any], method: str) -> list[Cell]:
+def sample_keys(facts: Mapping[str, Any], method: str) -> list[SampleKey]:
     """All of a method."""
     suite = facts["suite"]
     return [
-        Cell(method, person, prompt, seed)
+        SampleKey(method, person, prompt, seed)
         for person in facts["people"]
         for prompt in range(len(suite["prompts"]))
         for seed in suite["seeds"]
@@ -146,14 +176,21 @@ def cells_of(facts: Mapping[str, Any], method: str) -> list[Cell]:
 
 
 def gathered(
-    folder: Folder, facts: Mapping[str, Any], cells: Sequence[Cell], person: int, sitting: Sitting, judges: Judges
-) -> Evidence:
+    folder: RunDir,
+    facts: Mapping[str, Any],
+    cells: Sequence[SampleKey],
+    person: int,
+    sitting: References,
+    judges: Scorers,
+) -> MetricInputs:
     """What the measures look at, read from the run's folder."""
     prompts = facts["suite"]["prompts"]
     images = opened([folder.image(cell) for cell in cells])
-    before = opened([folder.image(Cell(BASE, cell.person, cell.prompt, cell.seed)) for cell in cells])
+    before = opened(
+        [folder.image(SampleKey(BASE, cell.person, cell.prompt, cell.seed)) for cell in cells]
+    )
     rows = torch.full((len(cells),), person)
-    return Evidence(
+    return MetricInputs(
         images=images,
         before=before,
         seen=judges.faces(images),
@@ -184,7 +221,12 @@ def fitted(files: Sequence[Path]) -> Tensor:
 
 
 def _tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).float() / 255
+    return (
+        torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+        .permute(0, 3, 1, 2)
+        .float()
+        / 255
+    )
 
 
 def _number(value: Tensor) -> float | None:

@@ -16,10 +16,10 @@ from openpulid.bench import metrics
 from openpulid.bench.metrics import FID, EmbedImages, EmbedTexts, Faces, Metric
 from openpulid.bench.metrics.inputs import Distance
 from openpulid.errors import WeightsError
-from openpulid.faces.align import similarity, warp
+from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE
 from openpulid.faces.face import Face
-from openpulid.faces.scrfd import PhotoFinder
+from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.io.checkpoints import read_tensors
 from openpulid.io.hub import locate
@@ -35,11 +35,16 @@ class PhotoFaces:
         recogniser: (B, 3, 112, 112) in [-1, 1] -> (B, D).
     """
 
-    def __init__(self, finder: PhotoFinder, recogniser: nn.Module) -> None:
+    def __init__(self, finder: SCRFDDetector, recogniser: nn.Module) -> None:
         self.finder, self.recogniser = finder, recogniser.eval().requires_grad_(False)
         self.device = next(recogniser.parameters()).device
         with torch.no_grad():
-            self.nobody = recogniser(torch.zeros(1, 3, ARCFACE_CROP, ARCFACE_CROP, device=self.device))[0].float().cpu() * 0
+            self.nobody = (
+                recogniser(torch.zeros(1, 3, ARCFACE_CROP, ARCFACE_CROP, device=self.device))[0]
+                .float()
+                .cpu()
+                * 0
+            )
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
@@ -54,14 +59,18 @@ class PhotoFaces:
                 continue
             left, top, right, bottom = face.box.round().int().tolist()
             masks[row, :, top:bottom, left:right] = 1
-            crop = warp(images[row : row + 1], similarity(face.landmarks[None], ARCFACE_TEMPLATE + 0.5), ARCFACE_CROP)
+            crop = warp_images(
+                images[row : row + 1],
+                similarity_transform(face.landmarks[None], ARCFACE_TEMPLATE + 0.5),
+                ARCFACE_CROP,
+            )
             embeddings.append(self.recogniser((2 * crop - 1).to(self.device))[0].float().cpu())
         return Faces(found, torch.stack(embeddings), masks)
 
 
 @dataclass(frozen=True)
-class PhotoJudges:
-    """`bench.judging.Judges` of photographs; what is None is not measured.
+class PhotoScorers:
+    """`bench.judging.Scorers` of photographs; what is None is not measured.
 
     Attributes:
         faces: finds and recognises.
@@ -84,7 +93,10 @@ class PhotoJudges:
             metrics.FaceSim(), metrics.Rank1(), metrics.CopyPaste(), metrics.OutsideFace(), metrics.FaceFound()
         ]  # fmt: skip
         if self.embed_images and self.embed_texts:
-            found += [metrics.ClipT(self.embed_images, self.embed_texts), metrics.ClipI(self.embed_images)]
+            found += [
+                metrics.ClipT(self.embed_images, self.embed_texts),
+                metrics.ClipI(self.embed_images),
+            ]
         if self.dino:
             found += [metrics.Dino(self.dino), metrics.FGIS(self.dino)]
         if self.lpips:
@@ -103,7 +115,7 @@ class PhotoJudges:
         return {}
 
     @classmethod
-    def load(cls, device: torch.device, say: Callable[[str], None] = print) -> PhotoJudges:
+    def load(cls, device: torch.device, say: Callable[[str], None] = print) -> PhotoScorers:
         """Those whose weights are on this machine; no network is asked.
 
         Args:
@@ -112,7 +124,10 @@ class PhotoJudges:
         Raises:
             WeightsError: the detector or the recogniser is missing: nothing can be told of faces.
         """
-        faces = PhotoFaces(PhotoFinder.load(locate("detector"), device), curricular_face(locate("judge-recogniser")).to(device))
+        faces = PhotoFaces(
+            SCRFDDetector.load(locate("detector"), device),
+            curricular_face(locate("judge-recogniser")).to(device),
+        )
         makers: dict[str, Callable[[], Sequence[Any]]] = {
             "CLIP-T and CLIP-I": lambda: clip_judge(locate("judge-clip"), device),
             "DINO and FGIS": lambda: [dino_judge(locate("judge-dino"), device)],
@@ -126,7 +141,9 @@ class PhotoJudges:
             except WeightsError as error:
                 say(f"not measured: {what} ({error})")
         clip = made.get("CLIP-T and CLIP-I", (None, None))
-        rest = (made.get(what, (None,))[0] for what in ("DINO and FGIS", "LPIPS and Face Div", "FID"))
+        rest = (
+            made.get(what, (None,))[0] for what in ("DINO and FGIS", "LPIPS and Face Div", "FID")
+        )
         return cls(faces, *clip, *rest)
 
 
@@ -159,7 +176,9 @@ def clip_judge(folder: Path, device: torch.device) -> tuple[EmbedImages, EmbedTe
 
     @torch.no_grad()
     def texts(prompts: Sequence[str]) -> Tensor:
-        tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(device)
+        tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(
+            device
+        )
         return model.text_projection(model.text_model(**tokens).pooler_output).float().cpu()
 
     def seen(pixels: Tensor) -> Tensor:
@@ -173,7 +192,9 @@ def dino_judge(file: Path, device: torch.device) -> EmbedImages:
     import timm
 
     try:
-        model = timm.create_model("vit_small_patch16_224.dino", num_classes=0, dynamic_img_size=True)
+        model = timm.create_model(
+            "vit_small_patch16_224.dino", num_classes=0, dynamic_img_size=True
+        )
         model.load_state_dict(read_tensors(file))
     except RuntimeError as error:
         raise WeightsError(f"{file} is not DINO's ViT-S/16: {error}") from error
@@ -189,12 +210,17 @@ def lpips_judge(file: Path, device: torch.device) -> Distance:
     try:
         import lpips
     except ModuleNotFoundError as error:
-        raise WeightsError("the library lpips has half of the network; `pip install lpips`") from error
+        raise WeightsError(
+            "the library lpips has half of the network; `pip install lpips`"
+        ) from error
 
     model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     tensors = {name: x for name, x in read_tensors(file).items() if name.startswith("features.")}
     slices: dict[str, Tensor] = {}
-    for name, _ in model.net.named_parameters():  # slices of AlexNet's features, which keep their numbers
+    for (
+        name,
+        _,
+    ) in model.net.named_parameters():  # slices of AlexNet's features, which keep their numbers
         slices[name] = tensors.get(f"features.{name.split('.', 1)[1]}", torch.empty(0))
     try:
         model.net.load_state_dict(slices)
@@ -205,7 +231,9 @@ def lpips_judge(file: Path, device: torch.device) -> Distance:
     @torch.no_grad()
     def distance(a: Tensor, b: Tensor) -> Tensor:
         pairs = zip(a.split(8), b.split(8), strict=True)
-        return torch.cat([model(x.to(device), y.to(device), normalize=True).flatten().cpu() for x, y in pairs])
+        return torch.cat(
+            [model(x.to(device), y.to(device), normalize=True).flatten().cpu() for x, y in pairs]
+        )
 
     return distance
 
@@ -221,7 +249,9 @@ def inception_judge(file: Path, device: torch.device) -> EmbedImages:
     try:
         model = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file)).to(device)
     except ModuleNotFoundError as error:
-        raise WeightsError("torch-fidelity has the network; `pip install torch-fidelity`") from error
+        raise WeightsError(
+            "torch-fidelity has the network; `pip install torch-fidelity`"
+        ) from error
 
     @torch.no_grad()
     def features(images: Tensor) -> Tensor:
@@ -232,7 +262,11 @@ def inception_judge(file: Path, device: torch.device) -> EmbedImages:
 
 
 def each(
-    network: Callable[[Tensor], Tensor], size: int, mean: Sequence[float], std: Sequence[float], device: torch.device
+    network: Callable[[Tensor], Tensor],
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
 ) -> EmbedImages:
     """A network as a judge asks it: (B, 3, H, W) in [0, 1], eight at a time, fitted to size x size and normalised -> (B, D)."""
 
@@ -240,7 +274,11 @@ def each(
     def embed(images: Tensor) -> Tensor:
         seen = []
         for part in images.split(8):
-            fitted = interpolate(part.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 1).to(device)
+            fitted = (
+                interpolate(part.float(), (size, size), mode="bicubic", antialias=True)
+                .clamp(0, 1)
+                .to(device)
+            )
             shift, scale = (fitted.new_tensor(values)[:, None, None] for values in (mean, std))
             seen.append(network((fitted - shift) / scale).float().cpu())
         return torch.cat(seen)

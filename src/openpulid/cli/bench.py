@@ -13,9 +13,9 @@ from openpulid.cli.options import AsJson, Device, counted, group, last_line, say
 from openpulid.errors import OptionError, WeightsError
 
 if TYPE_CHECKING:
-    from openpulid.bench.generate import Contest
-    from openpulid.bench.run_dir import Folder, Sitter
-    from openpulid.bench.score import Judges
+    from openpulid.bench.generate import Worker
+    from openpulid.bench.run_dir import RunDir, Subject
+    from openpulid.bench.score import Scorers
     from openpulid.bench.suite import Suite
     from openpulid.pipelines.presets import Preset
 
@@ -25,13 +25,28 @@ bench = group("Methods side by side, and what things cost.")
 @bench.command("run")
 def run_suite(
     suite: Annotated[str, typer.Argument(help="miniature, quick, pulid-paper, or a JSON file.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder; what is there already is not made again.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="The run's folder; what is there already is not made again."
+        ),
+    ],
     methods: Annotated[
-        str, typer.Option(help="By commas; METHOD:FILE takes another adapter, METHOD@0.5 that scale. The base is always there.")
+        str,
+        typer.Option(
+            help="By commas; METHOD:FILE takes another adapter, METHOD@0.5 that scale. The base is always there."
+        ),
     ] = "pulid",
-    people: Annotated[Path | None, typer.Option(help="A folder of photographs, for a suite without people of its own.")] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="So many people; the suite's by default.")] = None,
-    workers: Annotated[str | None, typer.Option(help="Processes, or ray://HOST:PORT for a cluster.")] = None,
+    people: Annotated[
+        Path | None,
+        typer.Option(help="A folder of photographs, for a suite without people of its own."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="So many people; the suite's by default.")
+    ] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="Processes, or ray://HOST:PORT for a cluster.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Make every image that is missing, measure all, and write the report."""
@@ -41,22 +56,22 @@ def run_suite(
     from openpulid.bench import generate as running
     from openpulid.bench import report
     from openpulid.bench import score as judging
-    from openpulid.bench.ray_backend import over_ray
-    from openpulid.bench.run_dir import Folder
-    from openpulid.bench.suite import find
+    from openpulid.bench.ray_backend import ray_executor
+    from openpulid.bench.run_dir import RunDir
+    from openpulid.bench.suite import find_suite
 
-    asked, folder = find(suite), Folder(out.resolve() if workers else out)
+    asked, folder = find_suite(suite), RunDir(out.resolve() if workers else out)
     named = _presets(asked, [name.strip() for name in methods.split(",") if name.strip()])
     _only_complete(named)
     sitters, judges = _sitters(asked, people, count), _judges(asked.preset, device)
     start = datetime.now(timezone.utc).isoformat()
 
-    def contest() -> Contest:
+    def contest() -> Worker:
         return _contest(asked, named, sitters, folder, device, start)
 
-    spread = over_ray(contest, workers) if workers else running.here(contest())
+    spread = ray_executor(contest, workers) if workers else running.here(contest())
     running.run(asked, named, sitters, folder, spread, counted)
-    judging.judge(folder, judges)
+    judging.score_run(folder, judges)
     for file in report.write(folder):
         say(str(file))
 
@@ -70,16 +85,16 @@ def report_run(
     _only_with_extra()
     from openpulid.bench import report, table
     from openpulid.bench import score as judging
-    from openpulid.bench.run_dir import Folder
+    from openpulid.bench.run_dir import RunDir
 
-    folder, tell = Folder(run), silent if as_json else say
+    folder, tell = RunDir(run), silent if as_json else say
     preset = folder.facts()["suite"]["preset"]
     try:
         judges = _judges(preset, None, tell)
     except WeightsError as error:
         tell(f"nothing more is measured: {error}")
     else:
-        judging.judge(folder, judges)
+        judging.score_run(folder, judges)
     if not as_json:
         for file in report.write(folder):
             say(str(file))
@@ -91,15 +106,17 @@ def _only_with_extra() -> None:
     from importlib.util import find_spec
 
     if lacking := [name for name in ("torchmetrics", "matplotlib") if find_spec(name) is None]:
-        raise OptionError(f"the benchmark needs {' and '.join(lacking)}: pip install 'openpulid[bench]'.")
+        raise OptionError(
+            f"the benchmark needs {' and '.join(lacking)}: pip install 'openpulid[bench]'."
+        )
 
 
 def _only_complete(presets: Mapping[str, Preset]) -> None:
     """Found out before anything is loaded, here or by a worker, and before anything is written."""
     from openpulid.io.hub import WEIGHTS
-    from openpulid.pipelines.factory import missing
+    from openpulid.pipelines.factory import missing_weights
 
-    lacking = {name: preset for preset in presets.values() for name in missing(preset)}
+    lacking = {name: preset for preset in presets.values() for name in missing_weights(preset)}
     if published := " ".join(name for name in lacking if name in WEIGHTS):
         raise WeightsError(
             f"weights of these methods are not on this machine; `pulid weights get {published}` downloads them, or put "
@@ -107,40 +124,48 @@ def _only_complete(presets: Mapping[str, Preset]) -> None:
         )
     if lacking:
         name, preset = next(iter(lacking.items()))
-        rival = f" --method {preset.method}" if name == str(preset.adapter) and preset.method != "pulid" else ""
+        rival = (
+            f" --method {preset.method}"
+            if name == str(preset.adapter) and preset.method != "pulid"
+            else ""
+        )
         raise WeightsError(f"{name} is not there; `pulid mini build{rival}` makes it.")
 
 
-def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Sitter]:
+def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Subject]:
     from openpulid.bench import subjects as people
-    from openpulid.mini.evaluation.subjects import sitters
+    from openpulid.mini.evaluation.subjects import synthetic_subjects
 
     if photos is not None:
-        return people.photographed(photos)[:count]
+        return people.photo_subjects(photos)[:count]
     if not suite.people:
-        raise OptionError(f"the suite {suite.name} has no people of its own: name a folder of photographs with --people.")
-    return sitters(count or suite.people, suite.first)
+        raise OptionError(
+            f"the suite {suite.name} has no people of its own: name a folder of photographs with --people."
+        )
+    return synthetic_subjects(count or suite.people, suite.first)
 
 
-def _judges(preset: str, device: str | None, tell: Callable[[str], None] = say) -> Judges:
+def _judges(preset: str, device: str | None, tell: Callable[[str], None] = say) -> Scorers:
     """The miniature's own for its presets, published networks for photographs."""
     if preset.startswith("mini"):
-        from openpulid.mini.evaluation.scorers import Judges as Miniature
+        from openpulid.mini.evaluation.scorers import MiniScorers as Miniature
 
         return Miniature.load()
     import torch
 
-    from openpulid.bench.scorers import PhotoJudges
+    from openpulid.bench.scorers import PhotoScorers
     from openpulid.device import best_device
 
-    return PhotoJudges.load(torch.device(device) if device else best_device(), tell)
+    return PhotoScorers.load(torch.device(device) if device else best_device(), tell)
 
 
 def _entry(named: str) -> tuple[str, Path | None, float | None]:
     """METHOD[:FILE][@SCALE] in its parts."""
     parts = re.fullmatch(r"([^:@]+)(?::(.+?))?(?:@(\d*\.?\d+))?", named)
     if parts is None:
-        raise OptionError(f"{named}: a method is METHOD, METHOD:FILE, METHOD@SCALE or METHOD:FILE@SCALE, as in pulid@0.5.")
+        raise OptionError(
+            f"{named}: a method is METHOD, METHOD:FILE, METHOD@SCALE or METHOD:FILE@SCALE, as in pulid@0.5."
+        )
     method, file, scale = parts.groups()
     return method, Path(file) if file else None, float(scale) if scale else None
 
@@ -156,15 +181,17 @@ def _presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
     from dataclasses import replace
 
     from openpulid.bench.run_dir import BASE
-    from openpulid.pipelines.presets import find, with_method
+    from openpulid.pipelines.presets import find_preset, with_method
 
-    presets = {BASE: find(suite.preset)}
+    presets = {BASE: find_preset(suite.preset)}
     for name in names:
         method, file, scale = _entry(name)
         if method == BASE:
             continue
         if (label := _label(name)) in presets:
-            raise OptionError(f"two methods would both be called {label}; rename one file, or name each method once.")
+            raise OptionError(
+                f"two methods would both be called {label}; rename one file, or name each method once."
+            )
         presets[label] = with_method(presets[BASE], method, file)
         if scale is not None:
             presets[label] = replace(presets[label], scale=scale)
@@ -177,34 +204,47 @@ def _presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
 def _contest(
     suite: Suite,
     presets: Mapping[str, Preset],
-    sitters: list[Sitter],
-    folder: Folder,
+    sitters: list[Subject],
+    folder: RunDir,
     device: str | None,
     start: str | None = None,
-) -> Contest:
-    from openpulid.bench.generate import Contest
+) -> Worker:
+    from openpulid.bench.generate import Worker
     from openpulid.bench.run_dir import BASE
-    from openpulid.pipelines.factory import load_features, load_method
+    from openpulid.pipelines.factory import load_adapter, load_extractor
     from openpulid.pipelines.studio import Studio, load
 
     studio = load(suite.preset, device=device)
     studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset)}
     for label, preset in presets.items():
         if label != BASE:
-            adapter = load_method(preset, studio.pipe.device)
-            features = load_features(preset, studio.pipe.device, adapter) if preset.view else studio.features
+            adapter = load_adapter(preset, studio.pipe.device)
+            features = (
+                load_extractor(preset, studio.pipe.device, adapter)
+                if preset.view
+                else studio.features
+            )
             studios[label] = Studio(studio.pipe, features, adapter, preset)
-    return Contest(suite, studios, {sitter.name: sitter for sitter in sitters}, folder, start)
+    return Worker(suite, studios, {sitter.name: sitter for sitter in sitters}, folder, start)
 
 
 @bench.command("train")
 def bench_train(
     base: Annotated[str, typer.Option(help="mini or sdxl, at full size.")] = "mini",
-    random: Annotated[bool, typer.Option("--random", help="Random weights: a step costs the same with any.")] = False,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights: a step costs the same with any.")
+    ] = False,
     recipe: Annotated[str | None, typer.Option(help="BASE_stage3 by default.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pictures of the diffusion branch; the recipe's by default.")] = None,
-    fast_batch: Annotated[int | None, typer.Option(min=1, help="Pictures of each pair of the lightning branch.")] = None,
-    pixels: Annotated[int | None, typer.Option(help="Width of the lightning branch's pictures.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pictures of the diffusion branch; the recipe's by default."),
+    ] = None,
+    fast_batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures of each pair of the lightning branch.")
+    ] = None,
+    pixels: Annotated[
+        int | None, typer.Option(help="Width of the lightning branch's pictures.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each candidate, by turns.")] = 5,
     device: Device = None,
     as_json: AsJson = False,
@@ -218,16 +258,22 @@ def bench_train(
 
     _only_random(random)
     from openpulid.device import best_device
-    from openpulid.training.pulid.recipes import find
+    from openpulid.training.pulid.recipes import find_recipe
 
     chosen = torch.device(device) if device else best_device()
-    known = find(recipe or f"{base}_stage3")
+    known = find_recipe(recipe or f"{base}_stage3")
     sizes: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "pixels": pixels}
     known = replace(known, **{name: value for name, value in sizes.items() if value})
     dtype = training.dtype_of(base, chosen)
     task = training.random_task(known, training.random_base(base, chosen, dtype))
     costs = training.measure(task, rounds=rounds, on_progress=None if as_json else counted)
-    facts = {"base": base, "recipe": known.name, "batch": known.batch, "fast_batch": known.fast_batch, "device": str(chosen)}
+    facts = {
+        "base": base,
+        "recipe": known.name,
+        "batch": known.batch,
+        "fast_batch": known.fast_batch,
+        "device": str(chosen),
+    }
     facts["dtype"] = str(dtype)
     if not as_json:
         training.show(costs)
@@ -237,11 +283,17 @@ def bench_train(
 @bench.command()
 def speed(
     base: Annotated[str, typer.Option(help="mini, sdxl or flux, at full size.")] = "sdxl",
-    random: Annotated[bool, typer.Option("--random", help="Random weights: a step costs the same with any.")] = False,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights: a step costs the same with any.")
+    ] = False,
     size: Annotated[int, typer.Option(min=64, help="Width and height in pixels.")] = 1024,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
-    guided: Annotated[bool, typer.Option("--guided", help="SDXL: with guidance, as one batch and in two passes.")] = False,
-    depth_scale: Annotated[float, typer.Option(min=0.01, max=1, help="FLUX: this share of its blocks.")] = 1.0,
+    guided: Annotated[
+        bool, typer.Option("--guided", help="SDXL: with guidance, as one batch and in two passes.")
+    ] = False,
+    depth_scale: Annotated[
+        float, typer.Option(min=0.01, max=1, help="FLUX: this share of its blocks.")
+    ] = 1.0,
     memory: Annotated[str, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = "full",
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each candidate, by turns.")] = 5,
     device: Device = None,
@@ -258,16 +310,27 @@ def speed(
 
     _only_random(random)
     chosen = torch.device(device) if device else best_device()
-    it = bench_speed.subject(base, chosen, size, batch, guided, depth_scale, memory)
+    it = bench_speed.speed_target(base, chosen, size, batch, guided, depth_scale, memory)
     steps = bench_speed.measure(it, rounds, None if as_json else counted)
-    facts = {"base": base, "size": size, "batch": batch, "guided": guided, "depth_scale": depth_scale, "level": memory}
+    facts = {
+        "base": base,
+        "size": size,
+        "batch": batch,
+        "guided": guided,
+        "depth_scale": depth_scale,
+        "level": memory,
+    }
     facts["dtype"] = str(dtype_of(base, chosen))
-    last_line({**facts, "rounds": rounds, "device": str(chosen), "rows": [asdict(step) for step in steps]})
+    last_line(
+        {**facts, "rounds": rounds, "device": str(chosen), "rows": [asdict(step) for step in steps]}
+    )
 
 
 @bench.command("identify")
 def bench_identify(
-    random: Annotated[bool, typer.Option("--random", help="Random weights: a photo costs the same with any.")] = False,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights: a photo costs the same with any.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Calls of each stage, by turns.")] = 5,
     device: Device = None,
     as_json: AsJson = False,
@@ -278,16 +341,18 @@ def bench_identify(
     import torch
 
     from openpulid.bench.perf import face_analysis as identify
-    from openpulid.device import best_device, half
+    from openpulid.device import best_device, compute_dtype
 
     _only_random(random)
     chosen = torch.device(device) if device else best_device()
     stages = identify.measure(chosen, rounds=rounds, on_progress=None if as_json else counted)
     ratio = round((stages[-1].here or 0) / (stages[-1].reference or 1), 3)
-    facts = {"device": str(chosen), "dtype": str(half(chosen)), "rounds": rounds}
+    facts = {"device": str(chosen), "dtype": str(compute_dtype(chosen)), "rounds": rounds}
     last_line({**facts, "ratio": ratio, "rows": [asdict(stage) for stage in stages]})
 
 
 def _only_random(random: bool) -> None:
     if not random:
-        raise OptionError("a step costs the same with any weights; say --random, and none are looked for.")
+        raise OptionError(
+            "a step costs the same with any weights; say --random, and none are looked for."
+        )

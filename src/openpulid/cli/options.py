@@ -24,14 +24,26 @@ def known_device(name: str | None) -> str | None:
         try:
             torch.empty(1, device=name)
         except (RuntimeError, AssertionError, NotImplementedError):
-            raise OptionError(f"there is no device {name!r} here; without --device the best is taken.") from None
+            raise OptionError(
+                f"there is no device {name!r} here; without --device the best is taken."
+            ) from None
     return name
 
 
-Folder = Annotated[Path, typer.Option("--out", "-o", help="Where the results go; made when missing.")]
-Device = Annotated[str | None, typer.Option(callback=known_device, help="Where to compute, such as cpu; the best by default.")]
-Base = Annotated[str | None, typer.Option(help="Another checkpoint for the preset: a folder or a single file.")]
-Faces = Annotated[Path | None, typer.Option(help="Folder of another insightface pack; the adapter must have learned with it.")]
+Folder = Annotated[
+    Path, typer.Option("--out", "-o", help="Where the results go; made when missing.")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(callback=known_device, help="Where to compute, such as cpu; the best by default."),
+]
+Base = Annotated[
+    str | None, typer.Option(help="Another checkpoint for the preset: a folder or a single file.")
+]
+Faces = Annotated[
+    Path | None,
+    typer.Option(help="Folder of another insightface pack; the adapter must have learned with it."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Nothing but the last line, as JSON.")]
 
 
@@ -45,7 +57,9 @@ def folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OptionError(f"{path}: cannot be used as a folder ({error.strerror}); choose another with -o.") from None
+        raise OptionError(
+            f"{path}: cannot be used as a folder ({error.strerror}); choose another with -o."
+        ) from None
     return path
 
 

@@ -21,7 +21,9 @@ class NoiseSchedule:
 
     def __init__(self, alphas: Tensor, prediction: str = "epsilon") -> None:
         if prediction not in ("epsilon", "v_prediction"):
-            raise OptionError(f"a base that predicts {prediction!r} cannot be trained on: epsilon or v_prediction")
+            raise OptionError(
+                f"a base that predicts {prediction!r} cannot be trained on: epsilon or v_prediction"
+            )
         self.alphas, self.prediction = alphas.double(), prediction
 
     def times(self, uniform: Tensor, late: float = 0.0) -> Tensor:
@@ -61,12 +63,16 @@ class NoiseSchedule:
         times = (torch.arange(steps, 0, -1) * (len(self.alphas) / steps)).round().long() - 1
         return torch.cat([self._sigmas()[times], torch.zeros(1)])
 
-    def denoised(self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+    def denoised(
+        self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor
+    ) -> Tensor:
         """The picture a base sees in x at noise level sigma (B,), through its `predict(x_t, t)`; (B, c, h, w)."""
         sigma = sigma.view(-1, *[1] * (x.ndim - 1))
         signal = (1 + sigma.square()).rsqrt()
         x_t = signal * x
-        return self._picture(predict(x_t, self.time(sigma.flatten()).to(x.device)), x_t, signal, signal * sigma)
+        return self._picture(
+            predict(x_t, self.time(sigma.flatten()).to(x.device)), x_t, signal, signal * sigma
+        )
 
     def time(self, sigma: Tensor) -> Tensor:
         """(B,) noise levels -> (B,) times of training in float32, between two of them where need be."""

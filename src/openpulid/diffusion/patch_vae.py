@@ -75,7 +75,9 @@ class PatchAutoencoderKL(AutoencoderKL):
         and weak ones are not lost under the first noise.
         """
         patch, channels = self.patch_in.stride[0], self.config.latent_channels
-        patches = pixel_unshuffle(pictures.double(), patch).permute(0, 2, 3, 1).flatten(0, 2)  # (N, 3 * patch * patch)
+        patches = (
+            pixel_unshuffle(pictures.double(), patch).permute(0, 2, 3, 1).flatten(0, 2)
+        )  # (N, 3 * patch * patch)
         # around a mean that a transposed convolution's bias can say: one number per colour
         color = patches.mean(0).reshape(3, patch * patch).mean(1)
         mean = color.repeat_interleave(patch * patch)

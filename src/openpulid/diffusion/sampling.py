@@ -65,7 +65,9 @@ def dpmpp_2m(denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
     return x
 
 
-def dpmpp_2m_step(x: Tensor, denoised: Tensor, before: Tensor | None, sigmas: Tensor, i: int) -> Tensor:
+def dpmpp_2m_step(
+    x: Tensor, denoised: Tensor, before: Tensor | None, sigmas: Tensor, i: int
+) -> Tensor:
     """From sigmas[i] to sigmas[i + 1]; `before` is what was denoised at sigmas[i - 1]."""
     sigma, following = sigmas[i], sigmas[i + 1]
     estimate = denoised
@@ -111,7 +113,13 @@ def dpmpp_sde(
 
 
 def dpmpp_sde_middle(
-    x: Tensor, denoised: Tensor, sigma: Tensor, following: Tensor, near: Tensor, eta: float = 1.0, middle: float = 0.5
+    x: Tensor,
+    denoised: Tensor,
+    sigma: Tensor,
+    following: Tensor,
+    near: Tensor,
+    eta: float = 1.0,
+    middle: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
     """The point between two steps, and its noise level."""
     between = sigma ** (1 - middle) * following**middle
@@ -131,12 +139,17 @@ def dpmpp_sde_step(
     """From sigma to the following one, after what was denoised there and in between."""
     between = sigma ** (1 - middle) * following**middle
     # both jumps see one Brownian motion: the longer one's noise is that of its two parts
-    parts = ((sigma - between) / (sigma - following)).sqrt(), ((between - following) / (sigma - following)).sqrt()
+    parts = (
+        ((sigma - between) / (sigma - following)).sqrt(),
+        ((between - following) / (sigma - following)).sqrt(),
+    )
     whole = parts[0].to(x) * noises[0] + parts[1].to(x) * noises[1]
     return _jump(x, torch.lerp(denoised, second, 1 / (2 * middle)), sigma, following, whole, eta)
 
 
-def _jump(x: Tensor, estimate: Tensor, sigma: Tensor, to: Tensor, noise: Tensor, eta: float) -> Tensor:
+def _jump(
+    x: Tensor, estimate: Tensor, sigma: Tensor, to: Tensor, noise: Tensor, eta: float
+) -> Tensor:
     """An ancestral step: deterministic to less noise than wanted, then noise up to `to`."""
     up = torch.minimum(to, eta * (to**2 * (sigma**2 - to**2) / sigma**2).sqrt())
     down = (to**2 - up**2).clamp_min(0).sqrt()

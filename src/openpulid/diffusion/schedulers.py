@@ -10,7 +10,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from openpulid.diffusion.sampling import dpmpp_2m_step, dpmpp_sde_middle, dpmpp_sde_step, karras_sigmas, sdxl_sigmas
+from openpulid.diffusion.sampling import (
+    dpmpp_2m_step,
+    dpmpp_sde_middle,
+    dpmpp_sde_step,
+    karras_sigmas,
+    sdxl_sigmas,
+)
 from openpulid.errors import OptionError
 
 ALGORITHMS = ("dpmpp_2m", "dpmpp_sde")
@@ -39,7 +45,9 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
         rho: float = 7.0,
     ) -> None:
         if algorithm not in ALGORITHMS or prediction_type not in ("epsilon", "v_prediction"):
-            raise OptionError(f"{algorithm} with {prediction_type}: the algorithms are {', '.join(ALGORITHMS)}.")
+            raise OptionError(
+                f"{algorithm} with {prediction_type}: the algorithms are {', '.join(ALGORITHMS)}."
+            )
         self.trained = sdxl_sigmas(num_train_timesteps, beta_start, beta_end)
         self.order = 2 if algorithm == "dpmpp_sde" else 1
         self.timesteps: Tensor = torch.arange(num_train_timesteps - 1, -1, -1)
@@ -52,7 +60,9 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
         """What a pipeline multiplies its first noise with."""
         return self.levels[0]
 
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
         """Noise levels of so many steps, and the trained time nearest to each."""
         self.num_inference_steps = num_inference_steps
         low, high = float(self.trained[0]), float(self.trained[-1])
@@ -80,7 +90,12 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
         return sample / float((self.levels[self.step_index] ** 2 + 1).sqrt())
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, return_dict: bool = True
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
         """One call of the U-Net further.
 

@@ -9,30 +9,38 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.errors import WeightsError
-from openpulid.faces.align import similarity, warp
+from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
 from openpulid.faces.insightface_pack import onnx_model, pixels
-from openpulid.faces.scrfd import PhotoFinder
+from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.io.checkpoints import read_tensors
 
 ARCFACE_CROP = 112
 
 
 ARCFACE_TEMPLATE = torch.tensor(
-    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+    [
+        [38.2946, 51.6963],
+        [73.5318, 51.5014],
+        [56.0252, 71.7366],
+        [41.5493, 92.3655],
+        [70.7299, 92.2041],
+    ]
 )
 """Where insightface puts the five landmarks in a crop of 112 pixels."""
 
 
-class ArcFace:
+class ArcFaceRecognition:
     """The recogniser of an insightface pack (arXiv 1801.07698): a face's raw embedding, not normalised."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
     @classmethod
-    def load(cls, file: str | os.PathLike[str], device: str | torch.device = "cpu") -> ArcFace:
+    def load(
+        cls, file: str | os.PathLike[str], device: str | torch.device = "cpu"
+    ) -> ArcFaceRecognition:
         """From an ONNX file. Raises WeightsError when it is missing or no recogniser."""
         return cls(onnx_model(file, device, "get_feat"))
 
@@ -55,11 +63,11 @@ def arcface_crop(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
     Returns:
         (B, 3, 112, 112) in [-1, 1], blue first.
     """
-    matrix = similarity(landmarks, ARCFACE_TEMPLATE.to(landmarks) + 0.5)
-    return 2 * warp(images, matrix, ARCFACE_CROP).flip(1) - 1
+    matrix = similarity_transform(landmarks, ARCFACE_TEMPLATE.to(landmarks) + 0.5)
+    return 2 * warp_images(images, matrix, ARCFACE_CROP).flip(1) - 1
 
 
-def photo_embedder(finder: PhotoFinder, recogniser: nn.Module) -> FaceEmbedder:
+def photo_embedder(finder: SCRFDDetector, recogniser: nn.Module) -> FaceEmbedder:
     """What the ID loss at full size sees: the largest face of each picture, through a recogniser that is not the encoder's."""
 
     def find(images: Tensor) -> list[Face | None]:

@@ -64,10 +64,12 @@ class FaceParser:
         return (~torch.isin(labels, torch.tensor(NOT_FACE, device=crop.device))).float()
 
 
-def aligned_photo(face: Face) -> Tensor:
+def align_photo(face: Face) -> Tensor:
     """(1, 3, 512, 512) float in [0, 1]: the face in FFHQ's frame, as facexlib cuts it out."""
     import cv2
 
-    matrix = cv2.estimateAffinePartial2D((face.landmarks - 0.5).numpy(), np.array(TEMPLATE), method=cv2.LMEDS)[0]
+    matrix = cv2.estimateAffinePartial2D(
+        (face.landmarks - 0.5).numpy(), np.array(TEMPLATE), method=cv2.LMEDS
+    )[0]
     crop = cv2.warpAffine(pixels(face.image), matrix, (CROP, CROP), borderValue=GROUND)
     return torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255

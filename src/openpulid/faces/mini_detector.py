@@ -22,7 +22,7 @@ FACE = 1
 
 
 @dataclass(frozen=True)
-class Finding:
+class MiniDetection:
     """What the network says about a batch of 96 x 96 pictures, in pixels of these.
 
     Attributes:
@@ -44,10 +44,14 @@ class Finding:
 
 
 def _layers(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+    )
 
 
-class FaceFinder(nn.Module):
+class MiniFaceDetector(nn.Module):
     """A U-Net (Ronneberger et al. 2015) with three readings: a parsing map, heat maps whose centres of mass are the
     landmarks (integral regression, Sun et al. 2018), and a score from its deepest level."""
 
@@ -65,7 +69,7 @@ class FaceFinder(nn.Module):
         self.points = nn.Conv2d(widths[1], 5, 3, 1, 1)
         self.score = nn.Sequential(nn.Linear(2 * widths[-1], 64), nn.ReLU(), nn.Linear(64, 1))
 
-    def forward(self, images: Tensor) -> Finding:
+    def forward(self, images: Tensor) -> MiniDetection:
         """(B, 3, 96, 96) in [0, 1] -> Finding."""
         x = self.stem(nn.functional.pixel_unshuffle(2 * images - 1, 2))
         kept = []
@@ -80,7 +84,7 @@ class FaceFinder(nn.Module):
             if level == 1:
                 points = self.points(x)
         parts = nn.functional.pixel_shuffle(self.parts(x), 2).float()
-        return Finding(score.float()[:, 0], _boxes(parts), _centres(points.float()), parts)
+        return MiniDetection(score.float()[:, 0], _boxes(parts), _centres(points.float()), parts)
 
     @torch.no_grad()
     def find(self, images: Tensor | Sequence[Tensor], threshold: float = 0.5) -> list[Face | None]:
@@ -111,10 +115,14 @@ def _squared(image: Tensor) -> Tensor:
     side = max(height, width)
     left, top = (side - width) // 2, (side - height) // 2
     square = pad(image[None], (left, side - width - left, top, side - height - top), value=0.5)
-    return interpolate(square, (SIZE, SIZE), mode="bilinear", antialias=True) if side != SIZE else square
+    return (
+        interpolate(square, (SIZE, SIZE), mode="bilinear", antialias=True)
+        if side != SIZE
+        else square
+    )
 
 
-def _face(image: Tensor, finding: Finding, index: int, score: float) -> Face | None:
+def _face(image: Tensor, finding: MiniDetection, index: int, score: float) -> Face | None:
     """Picture `index` of the batch, back from 96 x 96 to the pixels of `image`."""
     height, width = image.shape[-2:]
     side = max(height, width)

@@ -18,7 +18,9 @@ CROP = 64
 
 def convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
     """3x3 convolution and batch normalisation."""
-    return nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False), nn.BatchNorm2d(channels_out))
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False), nn.BatchNorm2d(channels_out)
+    )
 
 
 class _Head(nn.Sequential):
@@ -50,14 +52,16 @@ class _Residual(nn.Module):
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or channels_in != channels:
             self.shortcut = nn.Sequential(
-                nn.AvgPool2d(stride), nn.Conv2d(channels_in, channels, 1, bias=False), nn.BatchNorm2d(channels)
+                nn.AvgPool2d(stride),
+                nn.Conv2d(channels_in, channels, 1, bias=False),
+                nn.BatchNorm2d(channels),
             )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + self.shortcut(x)
 
 
-class ResNetRecogniser(nn.Module):
+class ResNetRecognition(nn.Module):
     """Residual network; the identity encoder's. forward: (B, 3, 64, 64) -> (B, dim)."""
 
     config: dict[str, Any]
@@ -92,15 +96,19 @@ class _ConvNeXtBlock(nn.Module):
         self.depthwise = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=channels)
         self.norm = nn.LayerNorm(channels)
         self.perceptron = nn.Sequential(
-            nn.Linear(channels, expansion * channels), nn.ReLU(), nn.Linear(expansion * channels, channels)
+            nn.Linear(channels, expansion * channels),
+            nn.ReLU(),
+            nn.Linear(expansion * channels, channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.depthwise(x).permute(0, 2, 3, 1)  # pixels before channels: the perceptron is a plain matrix product
+        y = self.depthwise(x).permute(
+            0, 2, 3, 1
+        )  # pixels before channels: the perceptron is a plain matrix product
         return x + self.perceptron(self.norm(y)).permute(0, 3, 1, 2)
 
 
-class ConvNeXtRecogniser(nn.Module):
+class ConvNeXtRecognition(nn.Module):
     """Patches of 4x4 pixels and ConvNeXt blocks; the ID loss's. forward: (B, 3, 64, 64) -> (B, dim)."""
 
     config: dict[str, Any]
@@ -113,7 +121,12 @@ class ConvNeXtRecogniser(nn.Module):
         dim: int = 128,
     ) -> None:
         super().__init__()
-        self.config = {"widths": list(widths), "depths": list(depths), "kernels": list(kernels), "dim": dim}
+        self.config = {
+            "widths": list(widths),
+            "depths": list(depths),
+            "kernels": list(kernels),
+            "dim": dim,
+        }
         # Patches that do not overlap lose what lies across their borders, and an iris is two pixels wide.
         self.stem = nn.Sequential(nn.PixelUnshuffle(4), convolution(48, widths[0]))
         layers: list[nn.Module] = []
@@ -128,12 +141,17 @@ class ConvNeXtRecogniser(nn.Module):
         return self.head(self.blocks(self.stem(2 * crops - 1))).float()
 
 
-class VGGRecogniser(nn.Module):
+class VGGRecognition(nn.Module):
     """Plain convolutions and maximum pooling (Parkhi et al. 2015); the judge's. forward: (B, 3, 64, 64) -> (B, dim)."""
 
     config: dict[str, Any]
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 96, 128), depths: Sequence[int] = (1, 3, 3, 2), dim: int = 128) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int] = (32, 64, 96, 128),
+        depths: Sequence[int] = (1, 3, 3, 2),
+        dim: int = 128,
+    ) -> None:
         super().__init__()
         self.config = {"widths": list(widths), "depths": list(depths), "dim": dim}
         layers: list[nn.Module] = []
@@ -152,11 +170,11 @@ class VGGRecogniser(nn.Module):
         return self.head(self.layers(2 * crops - 1)).float()
 
 
-Recogniser = ResNetRecogniser | ConvNeXtRecogniser | VGGRecogniser
+Recognition = ResNetRecognition | ConvNeXtRecognition | VGGRecognition
 
-RECOGNISERS: dict[str, type[Recogniser]] = {
-    "encoder": ResNetRecogniser,
-    "loss": ConvNeXtRecogniser,
-    "judge": VGGRecogniser,
+RECOGNITION_MODELS: dict[str, type[Recognition]] = {
+    "encoder": ResNetRecognition,
+    "loss": ConvNeXtRecognition,
+    "scorer": VGGRecognition,
 }
 """Who uses which: the identity encoder, the ID loss, the judge of the benchmark."""

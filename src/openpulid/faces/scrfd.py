@@ -28,7 +28,7 @@ BORDER = 0.5
 """Width of the gray border, over the picture's longer side, in the last attempt: a crop as tight as the face needs air."""
 
 
-class PhotoFinder:
+class SCRFDDetector:
     """SCRFD (arXiv 2105.04714), the detector of insightface's packs.
 
     Args:
@@ -41,7 +41,9 @@ class PhotoFinder:
         self.model, self.sizes, self.threshold = model, tuple(sizes), threshold
 
     @classmethod
-    def load(cls, file: str | os.PathLike[str], device: str | torch.device = "cpu", **options: Any) -> PhotoFinder:
+    def load(
+        cls, file: str | os.PathLike[str], device: str | torch.device = "cpu", **options: Any
+    ) -> SCRFDDetector:
         """From an ONNX file. Raises WeightsError when it is missing or no detector."""
         return cls(onnx_model(file, device, "detect"), **options)
 
@@ -64,15 +66,23 @@ class PhotoFinder:
                 return faces
         margin = round(BORDER * max(image.shape[1:]))
         around = pad(image, (margin,) * 4, value=0.5)
-        return next((faces for size in self.sizes if (faces := self._at(image, around, size, margin))), [])
+        return next(
+            (faces for size in self.sizes if (faces := self._at(image, around, size, margin))), []
+        )
 
     def _at(self, image: Tensor, shown: Tensor, size: int, margin: int) -> list[Face]:
         """Faces of `shown`, which is `image` with a margin, in pixels of `image`."""
-        boxes, points = self.model.detect(pixels(shown)[..., ::-1], input_size=(size, size), det_thresh=self.threshold)
+        boxes, points = self.model.detect(
+            pixels(shown)[..., ::-1], input_size=(size, size), det_thresh=self.threshold
+        )
         height, width = image.shape[1:]
         faces = []
-        for box, five in zip(torch.from_numpy(boxes).float(), torch.from_numpy(points).float(), strict=True):
+        for box, five in zip(
+            torch.from_numpy(boxes).float(), torch.from_numpy(points).float(), strict=True
+        ):
             corners = box[:4] + 0.5 - margin
-            corners = torch.minimum(corners.clamp(min=0), torch.tensor([width, height, width, height]))
+            corners = torch.minimum(
+                corners.clamp(min=0), torch.tensor([width, height, width, height])
+            )
             faces.append(Face(image, corners, five + 0.5 - margin, float(box[4])))
         return sorted(faces, key=lambda face: -face.area)

@@ -21,18 +21,25 @@ ORDERS: dict[str, Callable[[Face], float]] = {
 """What faces can be counted by; an index means nothing without one of these."""
 
 
-def ordered(faces: Sequence[Face], order: str = "large-small") -> list[Face]:
+def sort_faces(faces: Sequence[Face], order: str = "large-small") -> list[Face]:
     """The faces of one picture in a named order.
 
     Raises:
         OptionError: there is no such order.
     """
     if order not in ORDERS:
-        raise OptionError(f"faces are not counted by {order!r}; the known orders are {', '.join(ORDERS)}.")
+        raise OptionError(
+            f"faces are not counted by {order!r}; the known orders are {', '.join(ORDERS)}."
+        )
     return sorted(faces, key=ORDERS[order])
 
 
-def chosen(faces: Sequence[Face], index: int | None = None, order: str = "large-small", label: str = "picture") -> Face:
+def select_face(
+    faces: Sequence[Face],
+    index: int | None = None,
+    order: str = "large-small",
+    label: str = "picture",
+) -> Face:
     """One face of a picture's, which must have some.
 
     Args:
@@ -43,22 +50,33 @@ def chosen(faces: Sequence[Face], index: int | None = None, order: str = "large-
         FaceError: the picture does not show so many.
         OptionError: there is no such order.
     """
-    line = ordered(faces, order)
+    line = sort_faces(faces, order)
     place = index or 0
     if not 0 <= place < len(line):
-        raise FaceError(f"{label}: shows {count(line)}, so there is no face {place}; they are counted from 0, {order}.")
+        raise FaceError(
+            f"{label}: shows {count(line)}, so there is no face {place}; they are counted from 0, {order}."
+        )
     if index is None and len(line) > 1:
         x1, y1, x2, y2 = line[0].corners
         logger.warning(
-            "%s: shows %s; the one at %d,%d to %d,%d was taken (face 0, %s)", label, count(line), x1, y1, x2, y2, order
+            "%s: shows %s; the one at %d,%d to %d,%d was taken (face 0, %s)",
+            label,
+            count(line),
+            x1,
+            y1,
+            x2,
+            y2,
+            order,
         )
     return line[place]
 
 
-def listed(faces: Sequence[Face], order: str = "large-small", label: str = "picture") -> list[str]:
+def describe_faces(
+    faces: Sequence[Face], order: str = "large-small", label: str = "picture"
+) -> list[str]:
     """The faces of one picture in words, a line for each, by the number that `chosen` takes. Raises as `ordered`."""
     lines = []
-    for place, face in enumerate(ordered(faces, order)):
+    for place, face in enumerate(sort_faces(faces, order)):
         x1, y1, x2, y2 = face.corners
         lines.append(f"{label}: face {place} at {x1},{y1} to {x2},{y2}, score {face.score:.2f}")
     return lines

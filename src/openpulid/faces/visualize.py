@@ -14,7 +14,7 @@ HEIGHT = 512
 CHOSEN, OTHER = "#00c853", "#ff9100"
 
 
-def drawn(faces: Sequence[Face], chosen: Face, read: Sequence[Tensor]) -> Image.Image:
+def draw_faces(faces: Sequence[Face], chosen: Face, read: Sequence[Tensor]) -> Image.Image:
     """One row: the picture with every face's box and number in the order given, the chosen one green; then `read`.
 
     Args:
@@ -29,7 +29,13 @@ def drawn(faces: Sequence[Face], chosen: Face, read: Sequence[Tensor]) -> Image.
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=thick)
         size = max(12, max(picture.size) // 32)
         pen.rectangle((x1, y1 - size, x1 + size * len(str(number)), y1), fill=colour)
-        pen.text((x1 + size * len(str(number)) / 2, y1 - size / 2), str(number), fill="black", font_size=size, anchor="mm")
+        pen.text(
+            (x1 + size * len(str(number)) / 2, y1 - size / 2),
+            str(number),
+            fill="black",
+            font_size=size,
+            anchor="mm",
+        )
         for x, y in face.landmarks.tolist():
             pen.ellipse((x - thick, y - thick, x + thick, y + thick), fill=colour)
     row = [ImageOps.contain(image, (4 * HEIGHT, HEIGHT)) for image in (picture, *map(_pil, read))]
@@ -42,5 +48,7 @@ def drawn(faces: Sequence[Face], chosen: Face, read: Sequence[Tensor]) -> Image.
 
 
 def _pil(image: Tensor) -> Image.Image:
-    values = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    values = (
+        (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    )
     return Image.fromarray(np.ascontiguousarray(values))

@@ -11,7 +11,7 @@ from torch.nn.functional import interpolate
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.errors import WeightsError
-from openpulid.faces.align import similarity, warp
+from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE
 from openpulid.faces.face import Face
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
@@ -20,8 +20,8 @@ from openpulid.identity.identity import Identity
 View = Literal["picture", "face"]
 
 
-class FindsFaces(Protocol):
-    """What is asked for faces: any `identity.features.Features`."""
+class FaceDetector(Protocol):
+    """What is asked for faces: any `identity.features.IdentityExtractor`."""
 
     @property
     def tried(self) -> str: ...
@@ -29,15 +29,15 @@ class FindsFaces(Protocol):
     def find(self, image: Tensor) -> list[Face]: ...
 
 
-class Recognises(Protocol):
+class FaceRecognition(Protocol):
     """A face to its raw embedding (1, R)."""
 
     def __call__(self, face: Face) -> Tensor: ...
 
 
-class ClipFeatures:
+class ClipExtractor:
     """A picture tower's embedding and states of a photo, and its states of an empty one; an
-    `identity.features.Features`.
+    `identity.features.IdentityExtractor`.
 
     Args:
         faces: finds them.
@@ -50,14 +50,20 @@ class ClipFeatures:
 
     def __init__(
         self,
-        faces: FindsFaces,
+        faces: FaceDetector,
         tower: Any,
         view: View = "picture",
         layer: int = -2,
-        recogniser: Recognises | None = None,
+        recogniser: FaceRecognition | None = None,
         models: Mapping[str, str] | None = None,
     ) -> None:
-        self.faces, self.tower, self.view, self.layer, self.recogniser = faces, tower, view, layer, recogniser
+        self.faces, self.tower, self.view, self.layer, self.recogniser = (
+            faces,
+            tower,
+            view,
+            layer,
+            recogniser,
+        )
         self.models = dict(models or {})
 
     @property
@@ -81,8 +87,12 @@ class ClipFeatures:
         size = self.tower.config.image_size
         if self.view == "face":
             template = (ARCFACE_TEMPLATE + 0.5) * size / ARCFACE_CROP
-            return [warp(face.image[None], similarity(face.landmarks[None], template), size)[0]]
-        return [middle_square(face.image, size)]
+            return [
+                warp_images(
+                    face.image[None], similarity_transform(face.landmarks[None], template), size
+                )[0]
+            ]
+        return [center_square(face.image, size)]
 
     @torch.no_grad()
     def _one(self, face: Face) -> Identity:
@@ -91,31 +101,44 @@ class ClipFeatures:
         if self.tower is not None:
             seen, states = self._seen(face)
             known.append(seen)
-        return Identity(torch.cat(known, 1)[:, None], states, self.models, face.places[None, None].cpu())
+        return Identity(
+            torch.cat(known, 1)[:, None], states, self.models, face.places[None, None].cpu()
+        )
 
     def _seen(self, face: Face) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """The embedding (1, E), and the states (1, 1 + N, D) of the photo and of nothing."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        pixels = ((self.shown(face)[0].cpu() - mean) / std)[None].to(self.tower.device, self.tower.dtype)
+        pixels = ((self.shown(face)[0].cpu() - mean) / std)[None].to(
+            self.tower.device, self.tower.dtype
+        )
         # nothing is zero after normalisation, as diffusers shows it
         seen = self.tower(torch.cat([pixels, torch.zeros_like(pixels)]), output_hidden_states=True)
         states = seen.hidden_states[self.layer].float().cpu()
         return seen.image_embeds[:1].float().cpu(), (states[:1], states[1:])
 
 
-def tower_config(tensors: Mapping[str, Tensor]) -> CLIPVisionConfig:
+def clip_config(tensors: Mapping[str, Tensor]) -> CLIPVisionConfig:
     """The sizes of a CLIP picture tower, from its tensors; heads and activation are those of OpenAI's and LAION's towers.
 
     Raises:
         KeyError: these are another network's.
     """
     seen = "vision_model.embeddings"
-    patches, positions = tensors[f"{seen}.patch_embedding.weight"], tensors[f"{seen}.position_embedding.weight"]
+    patches, positions = (
+        tensors[f"{seen}.patch_embedding.weight"],
+        tensors[f"{seen}.position_embedding.weight"],
+    )
     width, patch = patches.shape[0], patches.shape[-1]
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=tensors["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=len({name.split(".")[3] for name in tensors if name.startswith("vision_model.encoder.layers.")}),
+        num_hidden_layers=len(
+            {
+                name.split(".")[3]
+                for name in tensors
+                if name.startswith("vision_model.encoder.layers.")
+            }
+        ),
         num_attention_heads=16 if width >= 1024 else max(1, width // 64),
         patch_size=patch,
         image_size=round((len(positions) - 1) ** 0.5) * patch,
@@ -124,22 +147,24 @@ def tower_config(tensors: Mapping[str, Tensor]) -> CLIPVisionConfig:
     )
 
 
-def clip_tower(tensors: Mapping[str, Tensor]) -> CLIPVisionModelWithProjection:
+def load_clip_encoder(tensors: Mapping[str, Tensor]) -> CLIPVisionModelWithProjection:
     """A published picture tower, strictly.
 
     Raises:
         WeightsError: names are missing, or there are others.
     """
-    kept = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}  # old files count their positions
+    kept = {
+        name: x for name, x in tensors.items() if not name.endswith("position_ids")
+    }  # old files count their positions
     try:
-        tower = CLIPVisionModelWithProjection(tower_config(kept))
+        tower = CLIPVisionModelWithProjection(clip_config(kept))
         tower.load_state_dict(kept)
     except (KeyError, RuntimeError) as error:
         raise WeightsError(f"this is no CLIP picture tower: {error}") from error
     return tower.eval().requires_grad_(False)
 
 
-def middle_square(image: Tensor, size: int) -> Tensor:
+def center_square(image: Tensor, size: int) -> Tensor:
     """(3, H, W) -> (3, size, size): the shorter side fitted, the rest cut off evenly, as CLIP's processor does."""
     height, width = image.shape[-2:]
     side = min(height, width)

@@ -20,7 +20,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LEVELS = 5
 
 
-class VisionTower(nn.Module):
+class VisionEncoder(nn.Module):
     """EVA02-CLIP's image tower; the defaults are EVA02-CLIP-L-14-336 (arXiv 2303.15389).
 
     Args:
@@ -45,9 +45,19 @@ class VisionTower(nn.Module):
         ref_grid: int | None = 16,
     ) -> None:
         super().__init__()
-        levels = [-(-depth * i // (LEVELS + 1)) for i in range(1, LEVELS + 1)] if levels is None else list(levels)
-        if len(levels) != LEVELS or levels != sorted(set(levels)) or not 1 <= levels[0] <= levels[-1] <= depth:
-            raise ValueError(f"levels are {LEVELS} different blocks from 1 to {depth}, in order; not {levels}")
+        levels = (
+            [-(-depth * i // (LEVELS + 1)) for i in range(1, LEVELS + 1)]
+            if levels is None
+            else list(levels)
+        )
+        if (
+            len(levels) != LEVELS
+            or levels != sorted(set(levels))
+            or not 1 <= levels[0] <= levels[-1] <= depth
+        ):
+            raise ValueError(
+                f"levels are {LEVELS} different blocks from 1 to {depth}, in order; not {levels}"
+            )
         self.config: dict[str, Any] = {
             "img_size": img_size,
             "patch_size": patch_size,
@@ -77,13 +87,15 @@ class VisionTower(nn.Module):
         )
 
     @classmethod
-    def from_published(cls, file: str | os.PathLike[str]) -> VisionTower:
+    def from_published(cls, file: str | os.PathLike[str]) -> VisionEncoder:
         """EVA02-CLIP-L-14-336 from its published file, `EVA02_CLIP_L_336_psz14_s6B.pt` or the same as safetensors; float32.
 
         Raises:
             WeightsError: no such file, or the names or shapes in it are another tower's.
         """
-        with init_empty_weights(include_buffers=False):  # 304 million numbers that are not worth drawing
+        with init_empty_weights(
+            include_buffers=False
+        ):  # 304 million numbers that are not worth drawing
             tower = cls()
         tower.take(read_tensors(file), os.fspath(file))
         return tower.eval().requires_grad_(False)
@@ -94,9 +106,13 @@ class VisionTower(nn.Module):
         Raises:
             WeightsError: a name is missing or too many, or a shape differs; it lists them.
         """
-        theirs = {name: value.float() for name, value in state.items() if name.startswith("visual.")}
+        theirs = {
+            name: value.float() for name, value in state.items() if name.startswith("visual.")
+        }
         try:
-            self.visual.load_state_dict(checkpoint_filter_fn(theirs, self.visual), strict=True, assign=True)
+            self.visual.load_state_dict(
+                checkpoint_filter_fn(theirs, self.visual), strict=True, assign=True
+            )
         except RuntimeError as error:
             raise WeightsError(f"{label} is not this tower: {error}") from error
 
@@ -119,7 +135,10 @@ class VisionTower(nn.Module):
             (B, E) of length 1, and five times (B, 1 + N, D), the class token first.
         """
         last, levels = self.visual.forward_intermediates(
-            pixels, indices=[level - 1 for level in self.levels], return_prefix_tokens=True, output_fmt="NLC"
+            pixels,
+            indices=[level - 1 for level in self.levels],
+            return_prefix_tokens=True,
+            output_fmt="NLC",
         )
         hidden = [torch.cat([prefix, patches], dim=1) for patches, prefix in levels]
         return normalize(self.visual.forward_head(last).float(), dim=-1), hidden

@@ -10,18 +10,18 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from openpulid.faces.align import TEMPLATE, blanked, similarity, warp
+from openpulid.faces.align import TEMPLATE, mask_background, similarity_transform, warp_images
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import SIZE, FaceFinder
-from openpulid.faces.mini_recognition import CROP, ResNetRecogniser
+from openpulid.faces.mini_detector import SIZE, MiniFaceDetector
+from openpulid.faces.mini_recognition import CROP, ResNetRecognition
 from openpulid.faces.preprocess import gray_on_white
-from openpulid.identity.eva_clip import VisionTower
+from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
 from openpulid.io import checkpoints as weights
 
 
-class Features(Protocol):
-    """What a studio needs to know people by: the miniature's `FeatureExtractor`, or `photos.PhotoFeatures`."""
+class IdentityExtractor(Protocol):
+    """What a studio needs to know people by: the miniature's `MiniExtractor`, or `photos.PhotoExtractor`."""
 
     models: dict[str, str]
 
@@ -39,10 +39,10 @@ class Features(Protocol):
         """What is read of a face, (3, S, S) in [0, 1] each: the aligned crop, and the face alone in gray."""
 
 
-class FoundFaces:
+class DetectedFaces:
     """What finds the miniature's faces: one in a picture, or none."""
 
-    def __init__(self, finder: FaceFinder) -> None:
+    def __init__(self, finder: MiniFaceDetector) -> None:
         self.finder = finder
 
     @property
@@ -55,7 +55,7 @@ class FoundFaces:
         return [face for face in self.finder.find([image]) if face is not None]
 
 
-class FeatureExtractor(FoundFaces):
+class MiniExtractor(DetectedFaces):
     """Finder, recogniser and vision tower, asked in this order.
 
     Args:
@@ -66,7 +66,11 @@ class FeatureExtractor(FoundFaces):
     """
 
     def __init__(
-        self, finder: FaceFinder, recogniser: nn.Module, tower: VisionTower, models: Mapping[str, str] | None = None
+        self,
+        finder: MiniFaceDetector,
+        recogniser: nn.Module,
+        tower: VisionEncoder,
+        models: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(finder)
         self.recogniser, self.tower = recogniser, tower
@@ -79,16 +83,16 @@ class FeatureExtractor(FoundFaces):
         recogniser: str | os.PathLike[str],
         tower: str | os.PathLike[str],
         device: str | torch.device = "cpu",
-    ) -> FeatureExtractor:
+    ) -> MiniExtractor:
         """From three files of `weights.save_module`; their hashes are what an identity is checked against.
 
         Raises:
             WeightsError: one is missing or damaged.
         """
         return cls(
-            weights.load_module(FaceFinder, finder, device),
-            weights.load_module(ResNetRecogniser, recogniser, device),
-            weights.load_module(VisionTower, tower, device),
+            weights.load_module(MiniFaceDetector, finder, device),
+            weights.load_module(ResNetRecognition, recogniser, device),
+            weights.load_module(VisionEncoder, tower, device),
             # the finder may be bettered without changing what a face's features mean
             {Path(path).stem: weights.fingerprint(path) for path in (recogniser, tower)},
         )
@@ -108,16 +112,22 @@ class FeatureExtractor(FoundFaces):
         tensors = (face.image, face.mask, face.landmarks)
         id_cond, hidden = self.features(*(x[None].to(self.device) for x in tensors))
         kept = tuple(x.float().cpu() for x in hidden)
-        return Identity(id_cond[:, None].float().cpu(), kept, self.models, face.places[None, None].cpu())
+        return Identity(
+            id_cond[:, None].float().cpu(), kept, self.models, face.places[None, None].cpu()
+        )
 
     @torch.no_grad()
     def shown(self, face: Face) -> list[Tensor]:
         """What is read of a face, (3, S, S) in [0, 1] each: the aligned crop, and the face alone in gray."""
         assert face.mask is not None, "this finder's faces have masks"
-        crop, kept = self._crops(face.image[None], face.mask[None], face.landmarks[None], self.tower.img_size)
+        crop, kept = self._crops(
+            face.image[None], face.mask[None], face.landmarks[None], self.tower.img_size
+        )
         return [crop[0], gray_on_white(crop, kept)[0]]
 
-    def features(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def features(
+        self, images: Tensor, masks: Tensor, landmarks: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
         """Many faces at once, as training wants them; differentiable in the images.
 
         Args:
@@ -128,12 +138,18 @@ class FeatureExtractor(FoundFaces):
         Returns:
             id_cond (B, C): the raw face embedding, then the tower's; and five hidden levels (B, 1 + N, D).
         """
-        embedding = self.recogniser(blanked(*self._crops(images, masks, landmarks, CROP)))
+        embedding = self.recogniser(mask_background(*self._crops(images, masks, landmarks, CROP)))
         crops, kept = self._crops(images, masks, landmarks, self.tower.img_size)
         seen, hidden = self.tower(self.tower.prepare(gray_on_white(crops, kept)))
         return torch.cat([embedding, seen.to(embedding)], dim=1), hidden
 
-    def _crops(self, images: Tensor, masks: Tensor, landmarks: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def _crops(
+        self, images: Tensor, masks: Tensor, landmarks: Tensor, size: int
+    ) -> tuple[Tensor, Tensor]:
         """(B, 3, size, size) pictures and (B, 1, size, size) masks with the landmarks in the template's place."""
-        both = warp(torch.cat([images, masks.to(images)], 1), similarity(landmarks, TEMPLATE * size), size)
+        both = warp_images(
+            torch.cat([images, masks.to(images)], 1),
+            similarity_transform(landmarks, TEMPLATE * size),
+            size,
+        )
         return both[:, :3], both[:, 3:]

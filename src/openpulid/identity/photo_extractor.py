@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openpulid.faces.arcface import ArcFace
-from openpulid.faces.bisenet import FaceParser, aligned_photo
+from openpulid.faces.arcface import ArcFaceRecognition
+from openpulid.faces.bisenet import FaceParser, align_photo
 from openpulid.faces.face import Face
 from openpulid.faces.preprocess import gray_on_white
-from openpulid.faces.scrfd import PhotoFinder
-from openpulid.identity.eva_clip import VisionTower
+from openpulid.faces.scrfd import SCRFDDetector
+from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
 from openpulid.io import checkpoints as weights
 
 
-class PhotoFeatures:
+class PhotoExtractor:
     """Detector, recogniser, parsing and vision tower of the published adapters; every feature comes from the same face.
 
     Args:
@@ -31,10 +31,10 @@ class PhotoFeatures:
 
     def __init__(
         self,
-        finder: PhotoFinder,
-        recogniser: ArcFace,
+        finder: SCRFDDetector,
+        recogniser: ArcFaceRecognition,
         parser: FaceParser,
-        tower: VisionTower,
+        tower: VisionEncoder,
         models: Mapping[str, str] | None = None,
         use_gray: bool = True,
     ) -> None:
@@ -53,7 +53,7 @@ class PhotoFeatures:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         use_gray: bool = True,
-    ) -> PhotoFeatures:
+    ) -> PhotoExtractor:
         """From the published files.
 
         Args:
@@ -64,10 +64,10 @@ class PhotoFeatures:
             WeightsError: one is missing or damaged.
         """
         return cls(
-            PhotoFinder.load(detector, device),
-            ArcFace.load(recogniser, device),
+            SCRFDDetector.load(detector, device),
+            ArcFaceRecognition.load(recogniser, device),
             FaceParser.load(parser, device),
-            VisionTower.from_published(tower).to(device, dtype),
+            VisionEncoder.from_published(tower).to(device, dtype),
             # a better detector does not change what a face's features mean
             {Path(file).stem: weights.fingerprint(file) for file in (recogniser, tower)},
             use_gray,
@@ -89,7 +89,7 @@ class PhotoFeatures:
     @torch.no_grad()
     def shown(self, face: Face) -> list[Tensor]:
         """What is read of a face, (3, 512, 512) in [0, 1] each: the aligned crop, and the face alone in gray."""
-        crop = aligned_photo(face)
+        crop = align_photo(face)
         return [crop[0], gray_on_white(crop, self.parser(crop).to(crop))[0]]
 
     @torch.no_grad()
@@ -97,7 +97,9 @@ class PhotoFeatures:
         parameter = next(self.tower.parameters())
         crop, gray = self.shown(face)
         pixels = self.tower.prepare((gray if self.use_gray else crop)[None].to(parameter.device))
-        seen, hidden = self.tower(pixels.to(parameter.dtype))  # cast when it is fitted: a CPU has no bicubic in bfloat16
+        seen, hidden = self.tower(
+            pixels.to(parameter.dtype)
+        )  # cast when it is fitted: a CPU has no bicubic in bfloat16
         id_cond = torch.cat([self.recogniser(face), seen.float().cpu()], dim=1)
         kept = tuple(level.float().cpu() for level in hidden)
         return Identity(id_cond[:, None], kept, self.models, face.places[None, None].cpu())

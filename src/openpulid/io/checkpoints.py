@@ -46,7 +46,9 @@ def save_module(
     return path
 
 
-def load_module(cls: type[M], path: str | os.PathLike[str], device: str | torch.device = "cpu") -> M:
+def load_module(
+    cls: type[M], path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> M:
     """Rebuilds what `save_module` wrote: float32, in eval mode, without gradients.
 
     Raises:
@@ -55,18 +57,24 @@ def load_module(cls: type[M], path: str | os.PathLike[str], device: str | torch.
     facts = read_metadata(path)
     if facts.get("class") != cls.__name__ or "config" not in facts:
         kind = facts.get("class", "something else")
-        raise WeightsError(f"{path} holds {kind}, not {cls.__name__}; name the file that `pulid mini build` wrote for it.")
+        raise WeightsError(
+            f"{path} holds {kind}, not {cls.__name__}; name the file that `pulid mini build` wrote for it."
+        )
     module = cls(**json.loads(facts["config"]))
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise WeightsError(f"{path} was written for another version of {cls.__name__}; build it again.") from error
+        raise WeightsError(
+            f"{path} was written for another version of {cls.__name__}; build it again."
+        ) from error
     return module.to(device).eval().requires_grad_(False)
 
 
-def fill(module: nn.Module, state: Mapping[str, torch.Tensor], wrong: str, assign: bool = False) -> None:
+def load_state(
+    module: nn.Module, state: Mapping[str, torch.Tensor], wrong: str, assign: bool = False
+) -> None:
     """Gives a module these weights, all of them and no others.
 
     Args:
@@ -91,22 +99,34 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"{path} does not exist; `pulid weights list` says what is needed and how to get it.")
+        raise WeightsError(
+            f"{path} does not exist; `pulid weights list` says what is needed and how to get it."
+        )
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged or holds more than weights; get it again.") from error
-    while isinstance(state, dict) and isinstance(inner := state.get("state_dict", state.get("model")), dict):
+        raise WeightsError(
+            f"{path} is damaged or holds more than weights; get it again."
+        ) from error
+    while isinstance(state, dict) and isinstance(
+        inner := state.get("state_dict", state.get("model")), dict
+    ):
         state = inner
     if isinstance(state, dict):  # some files hold their parts as dictionaries of their own
         flat: dict[str, object] = {}
         for name, part in state.items():
-            flat |= {f"{name}.{inner}": x for inner, x in part.items()} if isinstance(part, dict) else {str(name): part}
+            flat |= (
+                {f"{name}.{inner}": x for inner, x in part.items()}
+                if isinstance(part, dict)
+                else {str(name): part}
+            )
         state = flat
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    ):
         raise WeightsError(f"{path} holds no plain dictionary of tensors.")
     return state
 
@@ -132,12 +152,16 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         WeightsError: no such file, or not a safetensors file.
     """
     if not Path(path).is_file():
-        raise WeightsError(f"{path} does not exist; `pulid mini build` makes the miniature's weights.")
+        raise WeightsError(
+            f"{path} does not exist; `pulid mini build` makes the miniature's weights."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except SafetensorError as error:
-        raise WeightsError(f"{path} is not a whole safetensors file; copy or build it again.") from error
+        raise WeightsError(
+            f"{path} is not a whole safetensors file; copy or build it again."
+        ) from error
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -68,39 +68,89 @@ _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 WEIGHTS: dict[str, Weight] = {
     "pulid-v1": Weight("guozinan/PuLID", "pulid_v1.bin", _PULID, False, 790),
     "pulid-v1.1": Weight("guozinan/PuLID", "pulid_v1.1.safetensors", _PULID, False, 980),
-    "pulid-flux-v0.9.0": Weight("guozinan/PuLID", "pulid_flux_v0.9.0.safetensors", _PULID, False, 1140),
-    "pulid-flux-v0.9.1": Weight("guozinan/PuLID", "pulid_flux_v0.9.1.safetensors", _PULID, False, 1140),
+    "pulid-flux-v0.9.0": Weight(
+        "guozinan/PuLID", "pulid_flux_v0.9.0.safetensors", _PULID, False, 1140
+    ),
+    "pulid-flux-v0.9.1": Weight(
+        "guozinan/PuLID", "pulid_flux_v0.9.1.safetensors", _PULID, False, 1140
+    ),
     "detector": Weight("DIAMONIK7777/antelopev2", "scrfd_10g_bnkps.onnx", _INSIGHTFACE, False, 17),
     "arcface": Weight("DIAMONIK7777/antelopev2", "glintr100.onnx", _INSIGHTFACE, False, 261),
     "eva": Weight("QuanSun/EVA-CLIP", "EVA02_CLIP_L_336_psz14_s6B.pt", "MIT", True, 856),
-    "parsing": Weight(f"{_FACEXLIB}/v0.2.0/parsing_bisenet.pth", "parsing_bisenet.pth", "MIT", True, 53),
-    "arcface-loss": Weight(
-        f"{_FACEXLIB}/v0.1.0/recognition_arcface_ir_se50.pth", "recognition_arcface_ir_se50.pth", "MIT", True, 175
+    "parsing": Weight(
+        f"{_FACEXLIB}/v0.2.0/parsing_bisenet.pth", "parsing_bisenet.pth", "MIT", True, 53
     ),
-    "sdxl-base": Weight("stabilityai/stable-diffusion-xl-base-1.0", "", "CreativeML Open RAIL++-M", True, 6940),
+    "arcface-loss": Weight(
+        f"{_FACEXLIB}/v0.1.0/recognition_arcface_ir_se50.pth",
+        "recognition_arcface_ir_se50.pth",
+        "MIT",
+        True,
+        175,
+    ),
+    "sdxl-base": Weight(
+        "stabilityai/stable-diffusion-xl-base-1.0", "", "CreativeML Open RAIL++-M", True, 6940
+    ),
     "lightning-4step": Weight(
-        "ByteDance/SDXL-Lightning", "sdxl_lightning_4step_unet.safetensors", "CreativeML Open RAIL++-M", True, 5140
+        "ByteDance/SDXL-Lightning",
+        "sdxl_lightning_4step_unet.safetensors",
+        "CreativeML Open RAIL++-M",
+        True,
+        5140,
     ),
     "juggernaut": Weight("RunDiffusion/Juggernaut-XL-v9", "", "CreativeML Open RAIL-M", True, 6940),
-    "flux-dev": Weight("black-forest-labs/FLUX.1-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700),
-    "flux-krea-base": Weight("black-forest-labs/FLUX.1-Krea-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700),
+    "flux-dev": Weight(
+        "black-forest-labs/FLUX.1-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700
+    ),
+    "flux-krea-base": Weight(
+        "black-forest-labs/FLUX.1-Krea-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700
+    ),
     "flux-schnell-base": Weight("black-forest-labs/FLUX.1-schnell", "", "Apache-2.0", True, 33_700),
     "clip-h": Weight("h94/IP-Adapter", "models/image_encoder/model.safetensors", "MIT", True, 2530),
-    "ip-adapter": Weight("h94/IP-Adapter", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "Apache-2.0", True, 700),
-    "ip-adapter-plus": Weight("h94/IP-Adapter", "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors", "Apache-2.0", True, 850),
-    "ip-adapter-plus-face": Weight(
-        "h94/IP-Adapter", "sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors", "Apache-2.0", True, 850
+    "ip-adapter": Weight(
+        "h94/IP-Adapter", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "Apache-2.0", True, 700
     ),
-    "buffalo-l": Weight("public-data/insightface", "models/buffalo_l/w600k_r50.onnx", _INSIGHTFACE, False, 174),
+    "ip-adapter-plus": Weight(
+        "h94/IP-Adapter",
+        "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors",
+        "Apache-2.0",
+        True,
+        850,
+    ),
+    "ip-adapter-plus-face": Weight(
+        "h94/IP-Adapter",
+        "sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors",
+        "Apache-2.0",
+        True,
+        850,
+    ),
+    "buffalo-l": Weight(
+        "public-data/insightface", "models/buffalo_l/w600k_r50.onnx", _INSIGHTFACE, False, 174
+    ),
     "faceid": Weight("h94/IP-Adapter-FaceID", "ip-adapter-faceid_sdxl.bin", _FACEID, False, 1070),
-    "faceid-plus": Weight("h94/IP-Adapter-FaceID", "ip-adapter-faceid-plusv2_sdxl.bin", _FACEID, False, 1490),
+    "faceid-plus": Weight(
+        "h94/IP-Adapter-FaceID", "ip-adapter-faceid-plusv2_sdxl.bin", _FACEID, False, 1490
+    ),
     "instantid": Weight("InstantX/InstantID", "ip-adapter.bin", _INSTANTID, False, 1690),
-    "identitynet": Weight("InstantX/InstantID", "ControlNetModel/diffusion_pytorch_model.safetensors", _INSTANTID, False, 2500),
-    "identitynet-config": Weight("InstantX/InstantID", "ControlNetModel/config.json", _INSTANTID, False, 1),
+    "identitynet": Weight(
+        "InstantX/InstantID",
+        "ControlNetModel/diffusion_pytorch_model.safetensors",
+        _INSTANTID,
+        False,
+        2500,
+    ),
+    "identitynet-config": Weight(
+        "InstantX/InstantID", "ControlNetModel/config.json", _INSTANTID, False, 1
+    ),
     "photomaker": Weight("TencentARC/PhotoMaker", "photomaker-v1.bin", "Apache-2.0", True, 930),
-    "photomaker-v2": Weight("TencentARC/PhotoMaker-V2", "photomaker-v2.bin", _PHOTOMAKER, False, 1800),
-    "control-edges": Weight("diffusers/controlnet-canny-sdxl-1.0", "", "CreativeML Open RAIL++-M", True, 2500),
-    "control-depth": Weight("diffusers/controlnet-depth-sdxl-1.0", "", "CreativeML Open RAIL++-M", True, 2500),
+    "photomaker-v2": Weight(
+        "TencentARC/PhotoMaker-V2", "photomaker-v2.bin", _PHOTOMAKER, False, 1800
+    ),
+    "control-edges": Weight(
+        "diffusers/controlnet-canny-sdxl-1.0", "", "CreativeML Open RAIL++-M", True, 2500
+    ),
+    "control-depth": Weight(
+        "diffusers/controlnet-depth-sdxl-1.0", "", "CreativeML Open RAIL++-M", True, 2500
+    ),
     "control-pose": Weight("xinsir/controlnet-openpose-sdxl-1.0", "", "Apache-2.0", True, 2500),
     "judge-recogniser": Weight(
         "https://github.com/HuangYG123/CurricularFace",
@@ -110,12 +160,20 @@ WEIGHTS: dict[str, Weight] = {
         250,
     ),
     "judge-clip": Weight("openai/clip-vit-large-patch14", "", "MIT", True, 1710),
-    "judge-dino": Weight("timm/vit_small_patch16_224.dino", "model.safetensors", "Apache-2.0", True, 87),
+    "judge-dino": Weight(
+        "timm/vit_small_patch16_224.dino", "model.safetensors", "Apache-2.0", True, 87
+    ),
     "judge-lpips": Weight(
-        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "alexnet-owt-7be5be79.pth", "BSD-3-Clause", True, 233
+        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+        "alexnet-owt-7be5be79.pth",
+        "BSD-3-Clause",
+        True,
+        233,
     ),
     "judge-inception": Weight(f"{_FIDELITY}/{_INCEPTION}", _INCEPTION, "Apache-2.0", True, 91),
-    "dreamshaper": Weight("Lykon/dreamshaper-xl-lightning", "", "CreativeML Open RAIL++-M", True, 6940),
+    "dreamshaper": Weight(
+        "Lykon/dreamshaper-xl-lightning", "", "CreativeML Open RAIL++-M", True, 6940
+    ),
 }
 """By the short name that presets use. Sizes are what the hub shows, rounded."""
 
@@ -137,7 +195,7 @@ SHA256 = {
 """Of single files, where several independent projects state the same. Of the others the hub itself says it at the download."""
 
 
-def weight(name: str) -> Weight:
+def find_weight(name: str) -> Weight:
     """The entry called `name`, or any pipeline of the hub by OWNER/NAME.
 
     Raises:
@@ -148,10 +206,18 @@ def weight(name: str) -> Weight:
         return WEIGHTS[name]
     if _on_hub(name):
         return Weight(name, "", "its own; read its page", None, None)
-    if name.startswith((".", "~")) or len(Path(name).parts) > 1 or Path(name).suffix.lower() in FILES:
+    if (
+        name.startswith((".", "~"))
+        or len(Path(name).parts) > 1
+        or Path(name).suffix.lower() in FILES
+    ):
         what = "is no published weight" if Path(name).exists() else "does not exist"
-        raise WeightsError(f"{name} {what}; name a file or a folder that is here, or a pipeline of the hub as OWNER/NAME.")
-    raise OptionError(f"there are no weights called {name!r}; the known ones are {', '.join(WEIGHTS)}.")
+        raise WeightsError(
+            f"{name} {what}; name a file or a folder that is here, or a pipeline of the hub as OWNER/NAME."
+        )
+    raise OptionError(
+        f"there are no weights called {name!r}; the known ones are {', '.join(WEIGHTS)}."
+    )
 
 
 def locate(name: str, folder: str | os.PathLike[str] | None = None, weighted: bool = True) -> Path:
@@ -165,7 +231,7 @@ def locate(name: str, folder: str | os.PathLike[str] | None = None, weighted: bo
         OptionError: no such name.
         WeightsError: it is not here; the message says how to get it.
     """
-    entry = weight(name)
+    entry = find_weight(name)
     for place in _folders(folder):
         path = place / entry.file if entry.file else place / entry.repo.split("/")[-1]
         if path.is_file() if entry.file else _whole(path, weighted):
@@ -178,7 +244,9 @@ def locate(name: str, folder: str | os.PathLike[str] | None = None, weighted: bo
     )
 
 
-def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[str], None] = print) -> Path:
+def download(
+    name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[str], None] = print
+) -> Path:
     """Where a weight lies, downloaded if it is nowhere yet. From the hub a connection that breaks is taken up where it was; a
     file that is on no hub begins again.
 
@@ -195,12 +263,14 @@ def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[
     """
     from huggingface_hub.errors import GatedRepoError
 
-    entry = weight(name)
+    entry = find_weight(name)
     with suppress(WeightsError):
         return locate(name, folder)
     forbids = "  (not for commercial use)" if entry.commercial is False else ""
     if entry.by_hand:
-        raise WeightsError(f"{entry.file} is on no hub; get it from {entry.repo} and put it into a folder, {FOLDER_VARIABLE}.")
+        raise WeightsError(
+            f"{entry.file} is on no hub; get it from {entry.repo} and put it into a folder, {FOLDER_VARIABLE}."
+        )
     say(f"{entry.name}{entry.size}, licence: {entry.licence}{forbids}")
     try:
         return _downloaded(entry, None if folder is None else Path(folder), SHA256.get(name))
@@ -209,14 +279,16 @@ def get(name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[
             f"{entry.name} is for those who accept its licence: do so at https://huggingface.co/{entry.repo}, set HF_TOKEN (or "
             "`hf auth login`), and run the same command again."
         ) from error
-    except Exception as error:  # the hub's client, requests and the operating system each have their own
+    except (
+        Exception
+    ) as error:  # the hub's client, requests and the operating system each have their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
             f"{entry.name} could not be downloaded ({reason}); run the same command again, files that are whole are kept."
         ) from error
 
 
-def verify(name: str, folder: str | os.PathLike[str] | None = None) -> str:
+def verify_weights(name: str, folder: str | os.PathLike[str] | None = None) -> str:
     """Reads a weight from end to end and compares its SHA-256 with `SHA256`, or with what the hub said at the download.
 
     Returns:
@@ -236,7 +308,9 @@ def verify(name: str, folder: str | os.PathLike[str] | None = None) -> str:
             continue
         known += 1
         if sha256(file) != expected:
-            raise WeightsError(f"{file} is damaged: its SHA-256 is not {expected}; delete it and get it again.")
+            raise WeightsError(
+                f"{file} is damaged: its SHA-256 is not {expected}; delete it and get it again."
+            )
     return "whole" if known else "here, and there is nothing to compare it with"
 
 
@@ -268,7 +342,10 @@ def _cached(entry: Weight, weighted: bool) -> Path | None:
         path = Path(get_dir()) / "checkpoints" / entry.file
         return path if path.is_file() else None
     wanted = (entry.file,) if entry.file else ("model_index.json", "config.json")
-    found = next((x for name in wanted if isinstance(x := try_to_load_from_cache(entry.repo, name), str)), None)
+    found = next(
+        (x for name in wanted if isinstance(x := try_to_load_from_cache(entry.repo, name), str)),
+        None,
+    )
     if found is None:
         return None
     if entry.file:
@@ -282,7 +359,11 @@ def _whole(folder: Path, weighted: bool) -> bool:
     if not (folder / "model_index.json").is_file():
         return (folder / "config.json").is_file() and _has_weights(folder)
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    parts = [folder / name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None]
+    parts = [
+        folder / name
+        for name, kind in index.items()
+        if isinstance(kind, list) and kind[0] is not None
+    ]
     networks = [part for part in parts if (part / "config.json").is_file()]
     described = all(any(part.glob("*config.json")) for part in parts)
     return described and (not weighted or all(map(_has_weights, networks)))
@@ -290,7 +371,10 @@ def _whole(folder: Path, weighted: bool) -> bool:
 
 def _has_weights(part: Path) -> bool:
     here = {file.name for file in part.iterdir() if file.suffix in (".safetensors", ".bin")}
-    sharded = [set(json.loads(index.read_text("utf-8"))["weight_map"].values()) for index in part.glob("*.index*.json")]
+    sharded = [
+        set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        for index in part.glob("*.index*.json")
+    ]
     return any("-of-" not in name for name in here) or any(shards <= here for shards in sharded)
 
 
@@ -301,7 +385,9 @@ def _downloaded(entry: Weight, folder: Path | None, expected: str | None) -> Pat
 
     if entry.repo.startswith("https://"):
         if constants.HF_HUB_OFFLINE:  # who forbids the hub means every network
-            raise OfflineModeIsEnabled(f"Cannot reach {entry.repo}: offline mode is enabled by HF_HUB_OFFLINE")
+            raise OfflineModeIsEnabled(
+                f"Cannot reach {entry.repo}: offline mode is enabled by HF_HUB_OFFLINE"
+            )
         path = (folder or Path(get_dir()) / "checkpoints") / entry.file
         path.parent.mkdir(parents=True, exist_ok=True)
         in_name = re.search(r"-([0-9a-f]{8,})\.pth$", entry.file)  # as PyTorch names its own
@@ -312,7 +398,13 @@ def _downloaded(entry: Weight, folder: Path | None, expected: str | None) -> Pat
     place = folder / entry.repo.split("/")[-1] if folder else None
     # half precision is what one computes in, and half the bytes
     half = any(name.endswith(".fp16.safetensors") for name in list_repo_files(entry.repo))
-    patterns = ["*.json", "*.txt", "*.model", "*.fp16.safetensors" if half else "*/*.safetensors", "model.safetensors"]
+    patterns = [
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.fp16.safetensors" if half else "*/*.safetensors",
+        "model.safetensors",
+    ]
     patterns += [] if half else ["diffusion_pytorch_model.safetensors"]  # a network alone
     return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=place))
 
@@ -324,7 +416,9 @@ def _hash_of(file: Path) -> str | None:
         target = file.resolve().name
         return target if re.fullmatch(r"[0-9a-f]{64}", target) else None
     for above in file.parents:
-        notes = above / ".cache" / "huggingface" / "download" / f"{file.relative_to(above)}.metadata"
+        notes = (
+            above / ".cache" / "huggingface" / "download" / f"{file.relative_to(above)}.metadata"
+        )
         if notes.is_file():
             lines = notes.read_text("utf-8").splitlines()
             return lines[1] if len(lines) > 1 and re.fullmatch(r"[0-9a-f]{64}", lines[1]) else None

@@ -1,4 +1,4 @@
-"""Opening pictures that somebody else made: the good ones end as RGB, the others as one `PictureError`.
+"""Opening pictures that somebody else made: the good ones end as RGB, the others as one `ImageError`.
 
 Limits are checked before any pixel is decoded, so a small file cannot ask for much memory. What happens, in
 order: bytes counted, header read, pixels counted, first frame decoded in full, orientation applied, 16 bit
@@ -18,7 +18,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from openpulid.errors import PictureError
+from openpulid.errors import ImageError
 
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000
@@ -47,8 +47,12 @@ NOTES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 Source = str | PathLike[str] | bytes | BinaryIO | Image.Image
 
 
-def open_picture(
-    source: Source, *, name: str | None = None, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS
+def open_image(
+    source: Source,
+    *,
+    name: str | None = None,
+    max_bytes: int = MAX_BYTES,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
     """Open a picture as RGB, upright, 8 bit.
 
@@ -70,16 +74,18 @@ def open_picture(
         try:
             image = Image.open(BytesIO(data), formats=_known_formats())
         except UnidentifiedImageError:
-            raise PictureError(label, _unknown(data)) from None
+            raise ImageError(label, _unknown(data)) from None
         except Image.DecompressionBombError:
-            raise PictureError(label, f"has more than {max_pixels / 1e6:.0f} million pixels") from None
+            raise ImageError(
+                label, f"has more than {max_pixels / 1e6:.0f} million pixels"
+            ) from None
         except Exception as error:  # a hostile header may raise anything
-            raise PictureError(label, f"is damaged or cut short ({_first_line(error)})") from None
+            raise ImageError(label, f"is damaged or cut short ({_first_line(error)})") from None
         with image:
             return _decode(image, label, max_pixels)
 
 
-def shrunk(image: Image.Image, longest: int) -> Image.Image:
+def limit_size(image: Image.Image, longest: int) -> Image.Image:
     """The picture with a longer side of at most `longest` pixels, averaged, not sampled; a smaller one as it is."""
     share = longest / max(image.size)
     if share >= 1:
@@ -118,24 +124,24 @@ def _read(source: str | PathLike[str] | bytes | BinaryIO, label: str, max_bytes:
         elif isinstance(source, (str, PathLike)):
             path = Path(source)
             if path.is_dir():
-                raise PictureError(label, "is a folder, not a picture")
+                raise ImageError(label, "is a folder, not a picture")
             if path.exists() and not path.is_file():
-                raise PictureError(label, "is not a regular file")
+                raise ImageError(label, "is not a regular file")
             with path.open("rb") as file:
                 data = file.read(max_bytes + 1)
         else:
             data = source.read(max_bytes + 1)
     except FileNotFoundError:
-        raise PictureError(label, "does not exist") from None
+        raise ImageError(label, "does not exist") from None
     except (OSError, ValueError) as error:
-        if isinstance(error, PictureError):
+        if isinstance(error, ImageError):
             raise
         reason = getattr(error, "strerror", None) or _first_line(error)
-        raise PictureError(label, f"cannot be read ({reason})") from None
+        raise ImageError(label, f"cannot be read ({reason})") from None
     if not data:
-        raise PictureError(label, "is empty")
+        raise ImageError(label, "is empty")
     if len(data) > max_bytes:
-        raise PictureError(label, f"is larger than {max_bytes / 2**20:.0f} MB")
+        raise ImageError(label, f"is larger than {max_bytes / 2**20:.0f} MB")
     return data
 
 
@@ -143,17 +149,17 @@ def _decode(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         limit = f"{max_pixels / 1e6:.0f} million pixels"
-        raise PictureError(label, f"has {width} x {height} pixels, more than the limit of {limit}")
+        raise ImageError(label, f"has {width} x {height} pixels, more than the limit of {limit}")
     if min(width, height) < MIN_SIDE:
-        raise PictureError(label, f"has {width} x {height} pixels, too few to show a face")
+        raise ImageError(label, f"has {width} x {height} pixels, too few to show a face")
     try:
         image.seek(0)  # animations and multi-page files: the first frame
         image.load()  # the whole file: a truncated one fails here, never as a half picture
         return _to_rgb(_upright(image))
     except MemoryError:
-        raise PictureError(label, "needs more memory than there is") from None
+        raise ImageError(label, "needs more memory than there is") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
-        raise PictureError(label, f"is damaged or cut short ({_first_line(error)})") from None
+        raise ImageError(label, f"is damaged or cut short ({_first_line(error)})") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:

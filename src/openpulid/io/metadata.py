@@ -29,7 +29,7 @@ def fingerprints(request: Mapping[str, Any]) -> dict[str, str]:
     return {name: fingerprint(file) for name, file in named.items() if os.path.isfile(file)}
 
 
-def said(image: str) -> dict[str, Any]:
+def read_request(image: str) -> dict[str, Any]:
     """The request that an image carries.
 
     Raises:
@@ -44,11 +44,13 @@ def said(image: str) -> dict[str, Any]:
     except ValueError:
         request = None
     if not isinstance(request, dict) or not {"prompt", "preset", "seed"} <= request.keys():
-        raise OptionError(f"{image} does not say how it was made; only images of `pulid generate` do.")
+        raise OptionError(
+            f"{image} does not say how it was made; only images of `pulid generate` do."
+        )
     return request
 
 
-def check_files(image: str, request: Mapping[str, Any]) -> None:
+def verify_inputs(image: str, request: Mapping[str, Any]) -> None:
     """That what an image was made with is here, and nothing else in its place. Older images carry no fingerprints.
 
     Raises:
@@ -58,7 +60,11 @@ def check_files(image: str, request: Mapping[str, Any]) -> None:
     for name in FILES:
         file = request[name]
         # a base may be a name of the hub, and a method's adapter a folder
-        if file and name not in now and (name in before or (name != "base" and not os.path.exists(file))):
+        if (
+            file
+            and name not in now
+            and (name in before or (name != "base" and not os.path.exists(file)))
+        ):
             raise OptionError(
                 f"{image} was made with {file}, which is not here; names are kept as they were typed, by `pulid web` without a "
                 "folder, so run this where it lies."
@@ -76,7 +82,7 @@ def image_name(prompt: str, seed: int) -> str:
     return f"{words}-{seed}.png"
 
 
-def save_picture(image: Image.Image, path: Path, request: Mapping[str, Any] | None = None) -> None:
+def save_image(image: Image.Image, path: Path, request: Mapping[str, Any] | None = None) -> None:
     """Writes a picture; a PNG carries the request that made it under "openpulid", as JSON."""
     from PIL.PngImagePlugin import PngInfo
 

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.hooks import Attachment, Serving, unet_of
-from openpulid.methods.ip_adapter.base import Call, beside, per_image
+from openpulid.methods.hooks import PipelineState, Serving, unet_of
+from openpulid.methods.ip_adapter.base import Call, move_to, per_image
 
 Picture = Image.Image | Tensor
 """RGB, or (3, H, W) in [0, 1]."""
@@ -45,7 +45,9 @@ class ControlNet(Serving):
         try:
             return cls(ControlNetModel.from_pretrained(path, local_files_only=True))
         except (OSError, ValueError) as error:
-            raise WeightsError(f"{path} holds no ControlNet of diffusers; name a folder with its config.json.") from error
+            raise WeightsError(
+                f"{path} holds no ControlNet of diffusers; name a folder with its config.json."
+            ) from error
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ControlNet:
         """The same there."""
@@ -59,13 +61,23 @@ class ControlNet(Serving):
             OptionError: it has no U-Net, or one of other widths.
         """
         theirs, ours = unet_of(target).config, self.net.config
-        if (theirs.block_out_channels, theirs.cross_attention_dim) != (ours.block_out_channels, ours.cross_attention_dim):
-            raise OptionError("this ControlNet was made for another kind of base; take one for SDXL.")
+        if (theirs.block_out_channels, theirs.cross_attention_dim) != (
+            ours.block_out_channels,
+            ours.cross_attention_dim,
+        ):
+            raise OptionError(
+                "this ControlNet was made for another kind of base; take one for SDXL."
+            )
         self.serve(target)
 
     @contextmanager
     def use(
-        self, picture: Picture | Sequence[Picture], scale: float = 1.0, start: float = 0.0, end: float = 1.0, pipe: Any = None
+        self,
+        picture: Picture | Sequence[Picture],
+        scale: float = 1.0,
+        start: float = 0.0,
+        end: float = 1.0,
+        pipe: Any = None,
     ) -> Iterator[ControlNet]:
         """The attached pipelines follow a picture while this is open.
 
@@ -81,30 +93,55 @@ class ControlNet(Serving):
         shown = [picture] if isinstance(picture, (Image.Image, Tensor)) else list(picture)
         serving = self.serving(pipe)
         if not shown or not 0 <= start <= 1 or not 0 <= end <= 1:
-            raise OptionError("give a picture, or one for each prompt; start and end are fractions of the schedule (0 to 1).")
+            raise OptionError(
+                "give a picture, or one for each prompt; start and end are fractions of the schedule (0 to 1)."
+            )
         with ExitStack() as hooks:
             for attachment in serving if scale and start < end else []:
                 hooks.callback(self._follow(attachment, shown, scale, (start, end)).remove)
             yield self
 
-    def _follow(self, attachment: Attachment, pictures: Sequence[Picture], scale: float, span: tuple[float, float]) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            first = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | named
+    def _follow(
+        self,
+        attachment: PipelineState,
+        pictures: Sequence[Picture],
+        scale: float,
+        span: tuple[float, float],
+    ) -> Any:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            first = (
+                dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
+                | named
+            )
             call = Call(first["sample"], first["timestep"], named)
             if not attachment.within(call.time, span):
                 return args, named
             size = tuple(side * attachment.pixels for side in call.sample.shape[-2:])
-            drawings = torch.stack([fitted(picture, (size[0], size[1])) for picture in pictures])
+            drawings = torch.stack([fit_image(picture, (size[0], size[1])) for picture in pictures])
             shown = per_image(drawings, len(call.sample), attachment.guided(), negative=drawings)
-            beside([self.net], call.sample.device, attachment.unet.dtype)
-            found = residuals(self.net, call, first["encoder_hidden_states"], shown, scale, named["added_cond_kwargs"])
-            return args, named | added(named, *found)
+            move_to([self.net], call.sample.device, attachment.unet.dtype)
+            found = residuals(
+                self.net,
+                call,
+                first["encoder_hidden_states"],
+                shown,
+                scale,
+                named["added_cond_kwargs"],
+            )
+            return args, named | add_residuals(named, *found)
 
         return attachment.unet.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def residuals(
-    net: ControlNetModel, call: Call, tokens: Tensor, drawings: Tensor, scale: float, conditions: Mapping[str, Any]
+    net: ControlNetModel,
+    call: Call,
+    tokens: Tensor,
+    drawings: Tensor,
+    scale: float,
+    conditions: Mapping[str, Any],
 ) -> tuple[Sequence[Tensor], Tensor]:
     """What a ControlNet adds to the U-Net's skips and middle in a call.
 
@@ -113,7 +150,9 @@ def residuals(
         drawings: (B, 3, H, W) in [0, 1], what it is shown.
         conditions: the U-Net's own `added_cond_kwargs`.
     """
-    sample = call.sample[:, : net.config.in_channels]  # a U-Net for inpainting is also given the mask and what is kept
+    sample = call.sample[
+        :, : net.config.in_channels
+    ]  # a U-Net for inpainting is also given the mask and what is kept
     found: tuple[Sequence[Tensor], Tensor] = net(
         sample,
         call.time,
@@ -126,24 +165,31 @@ def residuals(
     return found
 
 
-def added(named: Mapping[str, Any], down: Sequence[Tensor], middle: Tensor) -> dict[str, Any]:
+def add_residuals(
+    named: Mapping[str, Any], down: Sequence[Tensor], middle: Tensor
+) -> dict[str, Any]:
     """The U-Net's arguments with these residuals beside those of a ControlNet that is there already."""
-    known, known_middle = named.get("down_block_additional_residuals"), named.get("mid_block_additional_residual")
+    known, known_middle = (
+        named.get("down_block_additional_residuals"),
+        named.get("mid_block_additional_residual"),
+    )
     if known is not None and known_middle is not None:
         down, middle = [a + b for a, b in zip(known, down, strict=True)], middle + known_middle
     return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
 
 
-def fitted(picture: Picture, size: tuple[int, int]) -> Tensor:
+def fit_image(picture: Picture, size: tuple[int, int]) -> Tensor:
     """(3, H, W) in [0, 1] of this height and width."""
     height, width = size
     if isinstance(picture, Image.Image):
         pixels = np.array(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-    return nn.functional.interpolate(picture[None].float(), (height, width), mode="bilinear", antialias=True)[0]
+    return nn.functional.interpolate(
+        picture[None].float(), (height, width), mode="bilinear", antialias=True
+    )[0]
 
 
-def edges(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
+def canny_edges(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
     """The edges of a picture, white on black, as ControlNets for them were trained (Canny 1986, OpenCV's).
 
     Args:

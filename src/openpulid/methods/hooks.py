@@ -20,7 +20,7 @@ IN_USE = "_identity_in_use"
 
 
 @dataclass(eq=False)
-class Attachment:
+class PipelineState:
     """A diffusers pipeline, or a bare U-Net (then nothing is guided unless `use` says so)."""
 
     target: Any
@@ -43,8 +43,12 @@ class Attachment:
             OptionError: perturbed attention guidance adds a third part to the batch.
         """
         if getattr(self.target, "do_perturbed_attention_guidance", False):
-            raise OptionError("an identity cannot join perturbed attention guidance; load the pipeline again, without it.")
-        return bool(getattr(self.target, "do_classifier_free_guidance", False))  # before its first run it has none
+            raise OptionError(
+                "an identity cannot join perturbed attention guidance; load the pipeline again, without it."
+            )
+        return bool(
+            getattr(self.target, "do_classifier_free_guidance", False)
+        )  # before its first run it has none
 
     def within(self, timestep: Any, span: tuple[float, float]) -> bool:
         """Whether a timestep is in [start, end) of the schedule; to an end of 1 belong all that follow."""
@@ -80,7 +84,9 @@ class Attachment:
             return 0
         share = getattr(self.target, "denoising_end", None)
         total = self.target.scheduler.config.num_train_timesteps
-        behind = sum(t < round(total - share * total) for t in steps) if share and 0 < share < 1 else 0
+        behind = (
+            sum(t < round(total - share * total) for t in steps) if share and 0 < share < 1 else 0
+        )
         return max(len(steps) - int(taken) - behind, 0)
 
 
@@ -88,18 +94,20 @@ class Serving:
     """A method of U-Nets and the pipelines that it serves."""
 
     def __init__(self) -> None:
-        self._attachments: list[Attachment] = []
+        self._attachments: list[PipelineState] = []
 
     def serve(self, target: Any) -> None:
         """This pipeline, too. One that is served already keeps all that was built for it."""
         if all(a.target is not target for a in self._attachments):
-            self._attachments.append(Attachment(target))
+            self._attachments.append(PipelineState(target))
 
     def detach(self, target: Any = None) -> None:
         """Serves this pipeline no longer; without an argument, none."""
-        self._attachments = [a for a in self._attachments if target is not None and a.target is not target]
+        self._attachments = [
+            a for a in self._attachments if target is not None and a.target is not target
+        ]
 
-    def serving(self, pipe: Any = None) -> list[Attachment]:
+    def serving(self, pipe: Any = None) -> list[PipelineState]:
         """Those that are served, or this one of them.
 
         Raises:
@@ -107,7 +115,9 @@ class Serving:
         """
         found = [a for a in self._attachments if pipe is None or a.target is pipe]
         if not found:
-            raise OptionError(f"this {type(self).__name__} serves no pipeline (any more); call attach(pipe) first.")
+            raise OptionError(
+                f"this {type(self).__name__} serves no pipeline (any more); call attach(pipe) first."
+            )
         one_of_each([a.unet for a in found])
         return found
 
@@ -119,7 +129,9 @@ def one_of_each(networks: Sequence[Any]) -> None:
         OptionError: two pipelines share a network.
     """
     if len({id(network) for network in networks}) < len(networks):
-        raise OptionError("several attached pipelines share one network; say which one runs: use(..., pipe=pipe).")
+        raise OptionError(
+            "several attached pipelines share one network; say which one runs: use(..., pipe=pipe)."
+        )
 
 
 def unet_of(target: Any) -> Any:
@@ -143,7 +155,9 @@ def unet_of(target: Any) -> Any:
 
 
 @contextmanager
-def in_use(network: Any, around: Iterable[nn.Module] = (), mark: str = IN_USE) -> Iterator[None]:
+def exclusive_use(
+    network: Any, around: Iterable[nn.Module] = (), mark: str = IN_USE
+) -> Iterator[None]:
     """Marks a network while an identity joins it.
 
     Args:
@@ -172,5 +186,9 @@ def in_use(network: Any, around: Iterable[nn.Module] = (), mark: str = IN_USE) -
 
 def _compiled(module: nn.Module) -> bool:
     forward = vars(module).get("forward")  # compiled by hand, it lies on the module itself
-    ways = hasattr(module, "_orig_mod"), module._compiled_call_impl is not None, hasattr(forward, "_torchdynamo_orig_callable")
+    ways = (
+        hasattr(module, "_orig_mod"),
+        module._compiled_call_impl is not None,
+        hasattr(forward, "_torchdynamo_orig_callable"),
+    )
     return any(ways)

@@ -39,14 +39,16 @@ METHODS = {
 """Name -> module:class. Nothing is imported before it is asked for."""
 
 
-def find(name: str) -> type:
+def find_method(name: str) -> type:
     """The class of the method called `name`.
 
     Raises:
         OptionError: there is no such method.
     """
     if name not in METHODS:
-        raise OptionError(f"there is no method {name!r}; the known ones are {', '.join(sorted(METHODS))}.")
+        raise OptionError(
+            f"there is no method {name!r}; the known ones are {', '.join(sorted(METHODS))}."
+        )
     module, _, attribute = METHODS[name].partition(":")
     found: type = getattr(import_module(module), attribute)
     return found

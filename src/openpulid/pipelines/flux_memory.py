@@ -52,20 +52,27 @@ STREAMED_BLOCKS = 2
 """Blocks of the transformer on the device at a time: while one computes the next one comes. diffusers streams one by one."""
 
 
-def level(name: str) -> Level:
+def find_level(name: str) -> Level:
     """The level called `name`. Raises OptionError that lists what there is."""
     if name not in LEVELS:
-        raise OptionError(f"there is no memory level {name!r}; the known ones are {', '.join(LEVELS)}.")
+        raise OptionError(
+            f"there is no memory level {name!r}; the known ones are {', '.join(LEVELS)}."
+        )
     return LEVELS[name]
 
 
 def place(pipe: Any, name: str, device: torch.device) -> None:
     """Puts a FLUX pipeline on a device by a level; the base stays the one that was chosen."""
-    chosen = level(name)
+    chosen = find_level(name)
     if chosen.tiled:
         pipe.vae.enable_tiling()
-        pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = TILE, TILE // pipe.vae_scale_factor
-    if chosen.transformer == "fp8" and not getattr(pipe.transformer, "is_quantized", False):  # one that is small stays
+        pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = (
+            TILE,
+            TILE // pipe.vae_scale_factor,
+        )
+    if chosen.transformer == "fp8" and not getattr(
+        pipe.transformer, "is_quantized", False
+    ):  # one that is small stays
         store_in_eight_bits(pipe.transformer)
     if device.type == "cpu":
         return  # there is nowhere to go
@@ -81,14 +88,22 @@ def store_in_eight_bits(transformer: Any) -> None:
     """Its matrices, but for those in `KEPT`: each is computed in the dtype that it has now, and small before and after."""
     from diffusers.hooks import apply_layerwise_casting
 
-    apply_layerwise_casting(transformer, torch.float8_e4m3fn, transformer.dtype, skip_modules_pattern=KEPT)
+    apply_layerwise_casting(
+        transformer, torch.float8_e4m3fn, transformer.dtype, skip_modules_pattern=KEPT
+    )
 
 
 def _stream(pipe: Any, device: torch.device) -> None:
     from diffusers.hooks import apply_group_offloading
 
-    known = {"onload_device": device, "offload_device": torch.device("cpu"), "use_stream": device.type in ("cuda", "xpu")}
-    pipe.transformer.enable_group_offload(**known, offload_type="block_level", num_blocks_per_group=1)
+    known = {
+        "onload_device": device,
+        "offload_device": torch.device("cpu"),
+        "use_stream": device.type in ("cuda", "xpu"),
+    }
+    pipe.transformer.enable_group_offload(
+        **known, offload_type="block_level", num_blocks_per_group=1
+    )
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         apply_group_offloading(encoder, **known, offload_type="leaf_level")
     pipe.vae.to(device)
@@ -106,12 +121,14 @@ class Need:
         return sum(self.parts.values())
 
 
-def predicted(name: str, width: int = 896, height: int = 1152, text_tokens: int = 512) -> list[Need]:
+def predict_memory(
+    name: str, width: int = 896, height: int = 1152, text_tokens: int = 512
+) -> list[Need]:
     """What each phase takes on the device, from shapes and dtypes alone; the largest is the peak.
 
     Weights are counted exactly, activations by the largest tensors that are alive together: a prediction, not a measurement.
     """
-    chosen = level(name)
+    chosen = find_level(name)
     sizes = _weights()
     faces = 0 if chosen.faces_on_cpu else sizes["faces"]
     if chosen.transformer == "fp8":
@@ -134,8 +151,16 @@ def predicted(name: str, width: int = 896, height: int = 1152, text_tokens: int 
     }
     if chosen.offloaded:
         return [Need(phase, {**parts, **always}) for phase, parts in phases.items()]
-    weights = {"text encoders": sizes["text"], "transformer": sizes["transformer"], "autoencoder": sizes["vae"], **always}
-    return [Need(phase, {**weights, "activations": parts["activations"]}) for phase, parts in phases.items()]
+    weights = {
+        "text encoders": sizes["text"],
+        "transformer": sizes["transformer"],
+        "autoencoder": sizes["vae"],
+        **always,
+    }
+    return [
+        Need(phase, {**weights, "activations": parts["activations"]})
+        for phase, parts in phases.items()
+    ]
 
 
 def _weights() -> dict[str, int]:
@@ -143,12 +168,16 @@ def _weights() -> dict[str, int]:
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-    from openpulid.identity.eva_clip import VisionTower
+    from openpulid.identity.eva_clip import VisionEncoder
     from openpulid.methods.pulid.encoders import IDFormer
     from openpulid.methods.pulid.flux import PuLIDFlux
 
-    t5 = T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
-    clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    t5 = T5Config(
+        d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+    )
+    clip = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
     with torch.device("meta"):
         transformer = FluxTransformer2DModel(guidance_embeds=True).bfloat16()
         former = IDFormer()
@@ -158,10 +187,15 @@ def _weights() -> dict[str, int]:
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         ).bfloat16()  # fmt: skip
         text = stored(T5EncoderModel(t5).bfloat16()) + stored(CLIPTextModel(clip).bfloat16())
-        faces = stored(VisionTower().bfloat16()) + 330 * 10**6  # and detector, recogniser, parsing: their files' sizes
+        faces = (
+            stored(VisionEncoder().bfloat16()) + 330 * 10**6
+        )  # and detector, recogniser, parsing: their files' sizes
         tokens = torch.empty(1, 32, former.config["output_dim"], dtype=torch.bfloat16)
         folded = [part for layer in adapter._layers() for part in layer.fold(tokens)]
-    blocks = [stored(block) for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)]
+    blocks = [
+        stored(block)
+        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
+    ]
     whole = stored(transformer)
     store_in_eight_bits(transformer)
     return {
@@ -172,7 +206,8 @@ def _weights() -> dict[str, int]:
         "text": text,
         "vae": stored(vae),
         "adapter": stored(adapter),
-        "identity": 2 * sum(part.nbytes for part in folded),  # somebody's, and nobody's beside a negative prompt
+        "identity": 2
+        * sum(part.nbytes for part in folded),  # somebody's, and nobody's beside a negative prompt
         "faces": faces,
     }
 

@@ -84,14 +84,29 @@ class Preset:
         if self.method != "pulid":
             return shared
         if self.family == "flux":
-            return {**shared, "start_step": self.start_step, "timestep_to_start_cfg": self.timestep_to_start_cfg}
+            return {
+                **shared,
+                "start_step": self.start_step,
+                "timestep_to_start_cfg": self.timestep_to_start_cfg,
+            }
         return {**shared, "projection": self.projection, "num_zero": self.num_zero}
 
     @property
     def published(self) -> tuple[str, ...]:
         """The names of the published weights that it needs."""
-        places = (self.pipeline, self.unet, self.adapter, self.finder, self.recogniser, self.parser, self.vision)
-        named = (*places, *(BESIDE.get(self.method, ()) if isinstance(self.adapter, str) else ()))
+        places = (
+            self.pipeline,
+            self.unet,
+            self.adapter,
+            self.finder,
+            self.recogniser,
+            self.parser,
+            self.vision,
+        )
+        named = (
+            *places,
+            *(COMPANION_WEIGHTS.get(self.method, ()) if isinstance(self.adapter, str) else ()),
+        )
         return tuple(place for place in named if isinstance(place, str) and place in WEIGHTS)
 
 
@@ -100,9 +115,9 @@ def mini(folder: Path = MINIATURE) -> Preset:
     return Preset(
         name="mini",
         pipeline=folder / "pipeline",
-        finder=folder / "finder.safetensors",
-        recogniser=folder / "recogniser-encoder.safetensors",
-        vision=folder / "vision.safetensors",
+        finder=folder / "detector.safetensors",
+        recogniser=folder / "recognition-encoder.safetensors",
+        vision=folder / "vision-encoder.safetensors",
         adapter=folder / "pulid-stage3.safetensors",
         scale=0.7,  # guidance strengthens an identity that was learned without it
         projection="none",  # as it was trained
@@ -113,9 +128,18 @@ def mini(folder: Path = MINIATURE) -> Preset:
 
 def mini_lightning(folder: Path = MINIATURE) -> Preset:
     """The miniature's student: four steps without guidance."""
-    single = {"timestep_spacing": "trailing", "solver_order": 1}  # single first-order steps, as it was taught
+    single = {
+        "timestep_spacing": "trailing",
+        "solver_order": 1,
+    }  # single first-order steps, as it was taught
     return replace(
-        mini(folder), name="mini-lightning", unet=folder / "lightning", scheduler=single, steps=4, guidance=1.0, scale=1.0
+        mini(folder),
+        name="mini-lightning",
+        unet=folder / "lightning",
+        scheduler=single,
+        steps=4,
+        guidance=1.0,
+        scale=1.0,
     )
 
 
@@ -202,22 +226,34 @@ PRESETS: dict[str, Callable[[], Preset]] = {
 }
 
 
-RIVALS: dict[str, dict[str, Any]] = {
+BASELINES: dict[str, dict[str, Any]] = {
     "faceid": {"recogniser": "buffalo-l", "vision": None, "view": "none", "scale": 1.0},
     "faceid-plus": {"recogniser": "buffalo-l", "vision": "clip-h", "view": "face", "scale": 1.0},
     "instantid": {"scale": 0.8},
     "ip-adapter": {"recogniser": None, "vision": "clip-h", "view": "picture", "scale": 0.6},
     "ip-adapter-plus": {"recogniser": None, "vision": "clip-h", "view": "picture", "scale": 0.6},
     "ip-adapter-plus-face": {"recogniser": None, "vision": "clip-h", "view": "face", "scale": 0.6},
-    "photomaker": {"recogniser": None, "vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
-    "photomaker-v2": {"recogniser": "buffalo-l", "vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
+    "photomaker": {
+        "recogniser": None,
+        "vision": None,
+        "view": "picture",
+        "start": 0.2,
+        "scale": 1.0,
+    },
+    "photomaker-v2": {
+        "recogniser": "buffalo-l",
+        "vision": None,
+        "view": "picture",
+        "start": 0.2,
+        "scale": 1.0,
+    },
 }
 """What differs from PuLID on SDXL for each other method, whose published weight has its name; figures are their authors'."""
 
-BESIDE = {"instantid": ("identitynet", "identitynet-config")}
+COMPANION_WEIGHTS = {"instantid": ("identitynet", "identitynet-config")}
 """Published weights that a method's own file needs beside it."""
 
-OF_THE_MINIATURE: dict[str, dict[str, Any]] = {
+MINI_BASELINES: dict[str, dict[str, Any]] = {
     "faceid": {"scale": 1.0},
     "instantid": {"scale": 1.0, "adapter": "instantid"},
     "photomaker": {"vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
@@ -236,18 +272,28 @@ def with_method(preset: Preset, method: str, adapter: Place | None = None) -> Pr
     """
     if method == "pulid":
         return replace(preset, adapter=adapter or preset.adapter)
-    if method not in RIVALS:
-        raise OptionError(f"there is no method {method!r}; the known ones are pulid, {', '.join(RIVALS)}.")
+    if method not in BASELINES:
+        raise OptionError(
+            f"there is no method {method!r}; the known ones are pulid, {', '.join(BASELINES)}."
+        )
     if preset.family != "sdxl":
-        raise OptionError(f"{method} is for SDXL and {preset.name} is FLUX; choose another preset, or PuLID.")
+        raise OptionError(
+            f"{method} is for SDXL and {preset.name} is FLUX; choose another preset, or PuLID."
+        )
     named = {"name": f"{preset.name}, {method}", "method": method, "adapter": method}
-    changes = {**named, "start": 0.0, "end": 1.0, **RIVALS[method]}
-    if preset.parser is None and isinstance(preset.finder, Path):  # the miniature; its adapter may be somebody's own
-        if method not in OF_THE_MINIATURE:
-            raise OptionError(f"the miniature has no {method}; it has pulid, {', '.join(OF_THE_MINIATURE)}.")
+    changes = {**named, "start": 0.0, "end": 1.0, **BASELINES[method]}
+    if preset.parser is None and isinstance(
+        preset.finder, Path
+    ):  # the miniature; its adapter may be somebody's own
+        if method not in MINI_BASELINES:
+            raise OptionError(
+                f"the miniature has no {method}; it has pulid, {', '.join(MINI_BASELINES)}."
+            )
         known = ("recogniser", "vision", "view", "scale")
-        changes |= {name: getattr(preset, name) for name in known} | OF_THE_MINIATURE[method]
-        changes["adapter"] = preset.finder.with_name(OF_THE_MINIATURE[method].get("adapter", f"{method}.safetensors"))
+        changes |= {name: getattr(preset, name) for name in known} | MINI_BASELINES[method]
+        changes["adapter"] = preset.finder.with_name(
+            MINI_BASELINES[method].get("adapter", f"{method}.safetensors")
+        )
     return replace(preset, **changes | ({"adapter": adapter} if adapter else {}))
 
 
@@ -261,7 +307,12 @@ def on_base(preset: Preset, base: Place) -> Preset:
 
 def options_of(preset: Preset) -> dict[str, Any]:
     """Those options of `Studio.generate` that act with a preset, and its values of them."""
-    names = ["steps", "negative", "size", *(("true_cfg", "text_tokens") if preset.family == "flux" else ())]
+    names = [
+        "steps",
+        "negative",
+        "size",
+        *(("true_cfg", "text_tokens") if preset.family == "flux" else ()),
+    ]
     if preset.family != "flux" or preset.guidance:  # schnell reads none
         names.append("guidance")
     return {name: getattr(preset, name) for name in names} | preset.identity_options()
@@ -275,11 +326,13 @@ def with_options(preset: Preset, **given: Any) -> Preset:
     """
     chosen = {name: value for name, value in given.items() if value is not None}
     if idle := [name for name in chosen if name not in options_of(preset)]:
-        raise OptionError(f"with {preset.name} nothing would change by {' and '.join(idle)}; leave that out.")
+        raise OptionError(
+            f"with {preset.name} nothing would change by {' and '.join(idle)}; leave that out."
+        )
     return replace(preset, **chosen)
 
 
-def find(name: str) -> Preset:
+def find_preset(name: str) -> Preset:
     """A preset by its name, or a folder that is laid out as the miniature's weights are.
 
     Raises:

@@ -12,7 +12,7 @@ from openpulid.errors import OptionError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from openpulid.pipelines.studio import Result
+    from openpulid.pipelines.studio import GenerationResult
 
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     pass
 
 
-def sides(text: str | None, multiple: int = 8) -> tuple[int, int] | None:
+def parse_size(text: str | None, multiple: int = 8) -> tuple[int, int] | None:
     """WIDTHxHEIGHT as two numbers, each a multiple: of 16 for FLUX."""
     if text is None:
         return None
-    if not (match := re.fullmatch(r"(\d+)[x×](\d+)", text)) or min(found := tuple(map(int, match.groups()))) < multiple:
+    if (
+        not (match := re.fullmatch(r"(\d+)[x×](\d+)", text))
+        or min(found := tuple(map(int, match.groups()))) < multiple
+    ):
         raise OptionError(f"{text!r} is no size; write WIDTHxHEIGHT, such as 832x1216.")
     width, height = found
     if width % multiple or height % multiple:
@@ -33,10 +36,17 @@ def sides(text: str | None, multiple: int = 8) -> tuple[int, int] | None:
     return width, height
 
 
-def request_of(request: Mapping[str, Any], result: Result, image: Image.Image, seed: int) -> dict[str, Any]:
+def request_of(
+    request: Mapping[str, Any], result: GenerationResult, image: Image.Image, seed: int
+) -> dict[str, Any]:
     """A request with all that one of its images was made with, for `save_picture`: a preset's defaults may change."""
     from openpulid.pipelines.presets import options_of
 
     preset = result.preset
-    made = {**options_of(preset), "size": "{}x{}".format(*image.size), "seed": seed, "version": __version__}
+    made = {
+        **options_of(preset),
+        "size": "{}x{}".format(*image.size),
+        "seed": seed,
+        "version": __version__,
+    }
     return {**request, **made, "memory": preset.memory if preset.family == "flux" else None}

@@ -23,21 +23,21 @@ from PIL import Image
 from openpulid.device import best_device
 from openpulid.errors import FaceError, OptionError, PromptError
 from openpulid.faces.face import Face
-from openpulid.faces.insightface_pack import pack
+from openpulid.faces.insightface_pack import find_pack
 from openpulid.faces.scrfd import LONGEST
-from openpulid.faces.select import chosen, ordered
-from openpulid.faces.visualize import drawn
-from openpulid.identity.extractor import Features
-from openpulid.identity.identity import Identity, fused
-from openpulid.io.image_grid import to_images
-from openpulid.io.images import open_picture, shrunk
+from openpulid.faces.select import select_face, sort_faces
+from openpulid.faces.visualize import draw_faces
+from openpulid.identity.extractor import IdentityExtractor
+from openpulid.identity.identity import Identity, fuse_identities
+from openpulid.io.image_grid import to_tensor
+from openpulid.io.images import limit_size, open_image
 from openpulid.methods.pulid.flux import guided_from
-from openpulid.methods.pulid.masks import People, people_by_prompt
+from openpulid.methods.pulid.masks import People, normalize_people
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.registry import Method
 from openpulid.pipelines import presets
-from openpulid.pipelines.factory import load_features, load_method, load_pipeline
-from openpulid.pipelines.flux_memory import level
+from openpulid.pipelines.factory import load_adapter, load_extractor, load_pipeline
+from openpulid.pipelines.flux_memory import find_level
 from openpulid.pipelines.presets import Preset
 
 Place = str | os.PathLike[str]
@@ -47,7 +47,7 @@ Named = Place | Preset
 
 
 @dataclass(frozen=True)
-class Result:
+class GenerationResult:
     """Images, the seeds that make each of them again, alone, and the preset with all options as they were."""
 
     images: list[Image.Image]
@@ -65,9 +65,13 @@ class Studio:
         preset: defaults of a generation.
     """
 
-    def __init__(self, pipe: Any, features: Features | None, adapter: Method | None, preset: Preset) -> None:
+    def __init__(
+        self, pipe: Any, features: IdentityExtractor | None, adapter: Method | None, preset: Preset
+    ) -> None:
         self.pipe, self.features, self.adapter, self.preset = pipe, features, adapter, preset
-        self._making = threading.Lock()  # an identity in use, and a pipeline's own guidance, are the network's for that while
+        self._making = (
+            threading.Lock()
+        )  # an identity in use, and a pipeline's own guidance, are the network's for that while
         if adapter is not None:
             adapter.attach(pipe)
 
@@ -92,22 +96,28 @@ class Studio:
             FaceError: a picture without a face that this preset knows, or without so many.
         """
         found = self.faces(pictures)
-        picked = [chosen(faces, face, order, label) for label, faces in found]
+        picked = [select_face(faces, face, order, label) for label, faces in found]
         assert self.features is not None
-        return fused(self.features.identities(picked), fusion, weights)
+        return fuse_identities(self.features.identities(picked), fusion, weights)
 
     def show(
-        self, pictures: Picture | Sequence[Picture], *, face: int | None = None, order: str = "large-small"
+        self,
+        pictures: Picture | Sequence[Picture],
+        *,
+        face: int | None = None,
+        order: str = "large-small",
     ) -> Image.Image:
         """What `identify` sees in each picture, one below the other: every face with its number, and what is read of the
         chosen one. Raises as `identify`."""
         rows = []
         for label, faces in self.faces(pictures):
-            line = ordered(faces, order)
-            picked = chosen(line, face or 0, order, label)
+            line = sort_faces(faces, order)
+            picked = select_face(line, face or 0, order, label)
             assert self.features is not None
-            rows.append(drawn(line, picked, self.features.shown(picked)))
-        sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+            rows.append(draw_faces(line, picked, self.features.shown(picked)))
+        sheet = Image.new(
+            "RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white"
+        )
         top = 0
         for row in rows:
             sheet.paste(row, (0, top))
@@ -122,15 +132,28 @@ class Studio:
         photos: list[Any] = [pictures] if one else list(pictures)  # type: ignore[arg-type]
         if not photos:
             raise OptionError("an identity needs at least one picture.")
-        opened = [(open_picture(photo), _label(photo)) for photo in photos]  # a bad file is known before any is read
+        opened = [
+            (open_image(photo), _label(photo)) for photo in photos
+        ]  # a bad file is known before any is read
         found = []
         for image, label in opened:
             # photographs alone: the miniature's finder fits pictures itself
-            seen = image if self.preset.parser is None else shrunk(image, LONGEST)
+            seen = image if self.preset.parser is None else limit_size(image, LONGEST)
             scale = max(image.size) / max(seen.size)
-            found.append((label, [replace(face, scale=scale) for face in self.features.find(to_images([seen])[0])]))
+            found.append(
+                (
+                    label,
+                    [
+                        replace(face, scale=scale)
+                        for face in self.features.find(to_tensor([seen])[0])
+                    ],
+                )
+            )
             if not found[-1][1]:
-                way_out = self.preset.no_face or "take a picture in which one face is large and seen from the front."
+                way_out = (
+                    self.preset.no_face
+                    or "take a picture in which one face is large and seen from the front."
+                )
                 tried, (width, height) = self.features.tried, image.size
                 said = f"{label}: no face was found in its {width} x {height} pixels ({tried}); {way_out}"
                 raise FaceError(said, label, image.size, tried)
@@ -157,7 +180,7 @@ class Studio:
         timestep_to_start_cfg: int | None = None,
         text_tokens: int | None = None,
         batch: int = 1,
-    ) -> Result:
+    ) -> GenerationResult:
         """Images of a prompt, with or without somebody in them. What is None is the preset's.
 
         Args:
@@ -179,12 +202,29 @@ class Studio:
             IdentityError: an identity that other models made.
             OptionError: a number outside its range, or an option that would change nothing with this preset.
         """
-        given: dict[str, Any] = {"steps": steps, "guidance": guidance, "scale": scale, "start": start, "end": end}
-        given |= {"projection": projection, "num_zero": num_zero, "negative": negative, "size": size}
-        given |= {"start_step": start_step, "true_cfg": true_cfg, "timestep_to_start_cfg": timestep_to_start_cfg}
+        given: dict[str, Any] = {
+            "steps": steps,
+            "guidance": guidance,
+            "scale": scale,
+            "start": start,
+            "end": end,
+        }
+        given |= {
+            "projection": projection,
+            "num_zero": num_zero,
+            "negative": negative,
+            "size": size,
+        }
+        given |= {
+            "start_step": start_step,
+            "true_cfg": true_cfg,
+            "timestep_to_start_cfg": timestep_to_start_cfg,
+        }
         chosen = presets.with_options(self.preset, **given, text_tokens=text_tokens)
         if min(num_images, chosen.steps, batch) < 1 or seed < 0:
-            raise OptionError("num_images, steps and batch are at least 1, and a seed is at least 0.")
+            raise OptionError(
+                "num_images, steps and batch are at least 1, and a seed is at least 0."
+            )
         check_options(self.pipe, chosen)
         seeds = [seed + k for k in range(num_images)]
         parts = [seeds[first : first + batch] for first in range(0, num_images, batch)]
@@ -193,7 +233,7 @@ class Studio:
                 check_prompt(*_reader(self.pipe, chosen), text)
             with self._showing(identity, chosen):
                 images = [image for part in parts for image in self._run(prompt, part, chosen)]
-        return Result(images, seeds, chosen)
+        return GenerationResult(images, seeds, chosen)
 
     def _showing(self, identity: People | None, chosen: Preset) -> Any:
         if chosen.true_cfg <= 1:  # nothing is guided so, and nothing waits for its step
@@ -201,10 +241,14 @@ class Studio:
         if identity is None:
             return guided_from(self.pipe, chosen.timestep_to_start_cfg)
         if self.adapter is None:
-            raise OptionError("this studio was made without an adapter; load a preset that has one.")
+            raise OptionError(
+                "this studio was made without an adapter; load a preset that has one."
+            )
         if not isinstance(identity, Identity) and self.preset.method != "pulid":
-            raise OptionError(f"several people with masks in one image are PuLID's; {self.preset.method} shows one.")
-        for person, _ in chain(*people_by_prompt(identity)):
+            raise OptionError(
+                f"several people with masks in one image are PuLID's; {self.preset.method} shows one."
+            )
+        for person, _ in chain(*normalize_people(identity)):
             if self.features is not None:
                 person.require(self.features.models)
         return self.adapter.use(identity, **chosen.identity_options(), pipe=self.pipe)
@@ -212,9 +256,16 @@ class Studio:
     def _run(self, prompt: str, seeds: Sequence[int], chosen: Preset) -> list[Image.Image]:
         count = len(seeds)
         width, height = chosen.size or (None, None)
-        options: dict[str, Any] = {"guidance_scale": chosen.guidance, "width": width, "height": height}
+        options: dict[str, Any] = {
+            "guidance_scale": chosen.guidance,
+            "width": width,
+            "height": height,
+        }
         if chosen.family == "flux":
-            options |= {"true_cfg_scale": chosen.true_cfg, "max_sequence_length": chosen.text_tokens}
+            options |= {
+                "true_cfg_scale": chosen.true_cfg,
+                "max_sequence_length": chosen.text_tokens,
+            }
         images: list[Image.Image] = self.pipe(
             prompt=[prompt] * count,
             # none given: what the pipeline takes for no words at all
@@ -251,23 +302,33 @@ def load(
         OptionError: no such preset.
         WeightsError: weights that are missing or damaged.
     """
-    preset = resolved(preset, base, memory, method, faces, adapter)
+    preset = resolve_preset(preset, base, memory, method, faces, adapter)
     chosen = torch.device(device) if device is not None else best_device()
-    shows = load_method(preset, chosen)
-    return Studio(load_pipeline(preset, chosen), load_features(preset, chosen, shows), shows, preset)
+    shows = load_adapter(preset, chosen)
+    return Studio(
+        load_pipeline(preset, chosen), load_extractor(preset, chosen, shows), shows, preset
+    )
 
 
-def reader(
-    preset: Named = "mini", device: str | torch.device | None = None, method: str | None = None, faces: Place | None = None
+def load_reader(
+    preset: Named = "mini",
+    device: str | torch.device | None = None,
+    method: str | None = None,
+    faces: Place | None = None,
 ) -> Studio:
     """As `load`, a studio that reads faces and makes no images: only what reads is opened, and need be there."""
-    preset = resolved(preset, method=method, faces=faces)
+    preset = resolve_preset(preset, method=method, faces=faces)
     chosen = torch.device(device) if device is not None else best_device()
     own_tower = preset.vision is None and preset.view not in ("", "none")
-    return Studio(None, load_features(preset, chosen, load_method(preset, chosen) if own_tower else None), None, preset)
+    return Studio(
+        None,
+        load_extractor(preset, chosen, load_adapter(preset, chosen) if own_tower else None),
+        None,
+        preset,
+    )
 
 
-def resolved(
+def resolve_preset(
     preset: Named,
     base: Place | None = None,
     memory: str | None = None,
@@ -277,24 +338,30 @@ def resolved(
 ) -> Preset:
     """The preset that `load` loads, from its arguments. Raises OptionError as it does; nothing large is opened."""
     if not isinstance(preset, Preset):
-        preset = presets.find(os.fspath(preset))
+        preset = presets.find_preset(os.fspath(preset))
     if base is not None:
         preset = presets.on_base(preset, os.fspath(base))
     if memory is not None:
-        level(memory)
+        find_level(memory)
         if preset.family != "flux":
-            raise OptionError(f"{preset.name} has one way of lying in memory; the levels are FLUX's.")
+            raise OptionError(
+                f"{preset.name} has one way of lying in memory; the levels are FLUX's."
+            )
         preset = replace(preset, memory=memory)
     if adapter is not None and not Path(adapter).exists():
-        raise OptionError(f"{os.fspath(adapter)} is not there; name the file of an adapter, or leave it out.")
+        raise OptionError(
+            f"{os.fspath(adapter)} is not there; name the file of an adapter, or leave it out."
+        )
     if method is not None or adapter is not None:
-        preset = presets.with_method(preset, method or preset.method, None if adapter is None else Path(adapter))
+        preset = presets.with_method(
+            preset, method or preset.method, None if adapter is None else Path(adapter)
+        )
     if faces is not None:
         if preset.parser is None:
             raise OptionError(
                 f"{preset.name} reads its own drawn people; a pack is for photographs, with a preset of full size."
             )
-        detector, recogniser = pack(faces)
+        detector, recogniser = find_pack(faces)
         preset = replace(preset, finder=detector, recogniser=preset.recogniser and recogniser)
     return preset
 
@@ -320,11 +387,17 @@ def check_options(pipe: Any, chosen: Preset) -> None:
     if chosen.size and any(side % pixels or side < pixels for side in chosen.size):
         near = "x".join(str(max(round(side / pixels), 1) * pixels) for side in chosen.size)
         width, height = chosen.size
-        raise OptionError(f"{width}x{height}: width and height are multiples of {pixels}, such as {near}.")
+        raise OptionError(
+            f"{width}x{height}: width and height are multiples of {pixels}, such as {near}."
+        )
     if flux and (chosen.true_cfg > 1) != bool(chosen.negative):
-        raise OptionError("on FLUX true_cfg above 1 guides away from what negative says; give both, or neither.")
+        raise OptionError(
+            "on FLUX true_cfg above 1 guides away from what negative says; give both, or neither."
+        )
     if flux and not 1 <= chosen.text_tokens <= 512:
-        raise OptionError(f"text_tokens is how many tokens T5 reads, from 1 to 512; it is {chosen.text_tokens}.")
+        raise OptionError(
+            f"text_tokens is how many tokens T5 reads, from 1 to 512; it is {chosen.text_tokens}."
+        )
 
 
 def check_prompt(tokenizer: Any, limit: int, prompt: str) -> None:
@@ -334,15 +407,28 @@ def check_prompt(tokenizer: Any, limit: int, prompt: str) -> None:
         PromptError: names the words, with those that come near, or the length.
     """
     words = dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*|[^\w\s]", prompt))
-    unknown = [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
+    unknown = [
+        word
+        for word in words
+        if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
+    ]
     if unknown:
-        known = [token.removesuffix("</w>") for token in tokenizer.get_vocab() if re.match(r"\w", token)]
+        known = [
+            token.removesuffix("</w>") for token in tokenizer.get_vocab() if re.match(r"\w", token)
+        ]
         near = {word: difflib.get_close_matches(word.lower(), known, 2, 0.6) for word in unknown}
-        named = [f"{word!r}" + (f" (near: {', '.join(near[word])})" if near[word] else "") for word in unknown]
-        raise PromptError(f"the model does not know {' and '.join(named)}; use its own words.", unknown)
+        named = [
+            f"{word!r}" + (f" (near: {', '.join(near[word])})" if near[word] else "")
+            for word in unknown
+        ]
+        raise PromptError(
+            f"the model does not know {' and '.join(named)}; use its own words.", unknown
+        )
     length = len(tokenizer(prompt, truncation=False).input_ids)
     if length > limit:
-        raise PromptError(f"the prompt has {length} tokens and the model reads {limit}; shorten it.")
+        raise PromptError(
+            f"the prompt has {length} tokens and the model reads {limit}; shorten it."
+        )
 
 
 def _label(picture: Picture) -> str:

@@ -41,7 +41,7 @@ def _plain(name: str) -> str:
     return name.replace("_orig_mod.", "")  # torch.compile's wrapper leaves no trace in a checkpoint
 
 
-class Average:
+class EMA:
     """Exponential moving average of tensors; early on it forgets faster, so that the random start is soon
     gone."""
 
@@ -74,11 +74,13 @@ class Average:
                 torch._foreach_copy_(self._live, kept)
 
 
-class RunState:
+class TrainingState:
     """The tensors of a run under the names "weights.*", "average.*" and "optimizer.*", and how they go to one
     file."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, average: Average) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, average: EMA
+    ) -> None:
         self.parameters = named_parameters(modules)
         self.weights = {**self.parameters, **named_buffers(modules)}
         self.optimizer, self.average = optimizer, average
@@ -113,10 +115,16 @@ class RunState:
                 facts = json.loads(file.metadata()["facts"])
                 saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise TrainingError(f"{path} is no checkpoint of a run ({error}): remove it to begin anew") from None
+            raise TrainingError(
+                f"{path} is no checkpoint of a run ({error}): remove it to begin anew"
+            ) from None
         mine = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer.")}
         theirs = {n: t for n, t in saved.items() if not n.startswith("optimizer.")}
-        different = [n for n in sorted(mine.keys() | theirs.keys()) if not _same_shape(mine.get(n), theirs.get(n))]
+        different = [
+            n
+            for n in sorted(mine.keys() | theirs.keys())
+            if not _same_shape(mine.get(n), theirs.get(n))
+        ]
         if different:
             raise TrainingError(
                 f"{path} belongs to another model ({len(different)} entries differ, first {different[0]}): "
@@ -129,14 +137,26 @@ class RunState:
 
     def _load_moments(self, saved: Mapping[str, Tensor]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
-        index = {id(p): i for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])}
+        index = {
+            id(p): i
+            for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])
+        }
         for name, parameter in self.parameters.items():
-            values = {k: saved[f] for k in ("step", "exp_avg", "exp_avg_sq") if (f := f"optimizer.{name}.{k}") in saved}
-            if values:  # a fused update walks over memory: the moments need the strides of their parameter
+            values = {
+                k: saved[f]
+                for k in ("step", "exp_avg", "exp_avg_sq")
+                if (f := f"optimizer.{name}.{k}") in saved
+            }
+            if (
+                values
+            ):  # a fused update walks over memory: the moments need the strides of their parameter
                 state[index[id(parameter)]] = {
-                    k: torch.empty_like(parameter, dtype=v.dtype).copy_(v) if k != "step" else v for k, v in values.items()
+                    k: torch.empty_like(parameter, dtype=v.dtype).copy_(v) if k != "step" else v
+                    for k, v in values.items()
                 }
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.optimizer.load_state_dict(
+            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
 
 
 def _same_shape(a: Tensor | None, b: Tensor | None) -> bool:
@@ -155,7 +175,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         os.replace(beside, path)
     except (OSError, SafetensorError) as error:
         beside.unlink(missing_ok=True)
-        raise TrainingError(f"{path} could not be written ({error}): the last good one is kept; free some space") from None
+        raise TrainingError(
+            f"{path} could not be written ({error}): the last good one is kept; free some space"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ MEASURED_STEPS = 20  # the fewest from which an estimate is made
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainerConfig:
     """How long and how fast. The batch size is the task's."""
 
     steps: int
@@ -26,7 +26,9 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.99)
     ema: float = 0.999
     clip: float = 1.0  # largest gradient norm
-    accumulate: int = 1  # parts of a step's batch that are made one after the other, for less memory
+    accumulate: int = (
+        1  # parts of a step's batch that are made one after the other, for less memory
+    )
     seed: int = 0
     validate_every: int = 500
     log_every: int = 20
@@ -46,7 +48,7 @@ class Schedule:
         return self.in_tail(step + 1, total) and not self.in_tail(step, total)
 
 
-class Pace:
+class StepTimer:
     """How fast the steps of this process are, checkpoints included, and how long a validation takes."""
 
     def __init__(self, step: int) -> None:
@@ -81,7 +83,10 @@ class Pace:
 
     def fitting(self, seconds: float, validate_every: int) -> int:
         """How many steps fit into the seconds that are left, with a validation after every so many and at the end."""
-        each = max(1e-6, (self.now - self.origin[1]) / self.measured) + self.validation / validate_every
+        each = (
+            max(1e-6, (self.now - self.origin[1]) / self.measured)
+            + self.validation / validate_every
+        )
         return max(1, ceil((seconds - self.validation) / each))
 
     def restart(self) -> None:

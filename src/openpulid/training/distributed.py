@@ -14,13 +14,17 @@ from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 
 
-class Ranks:
+class DistributedContext:
     """The processes of one run, which alone may be one. Gradients are averaged by hand with accelerate,
     because hooks and processors inside a base model cannot be wrapped by DistributedDataParallel."""
 
     def __init__(self, device: torch.device) -> None:
         self._state = PartialState(cpu=device.type == "cpu")
-        self.device, self.rank, self.world = device, self._state.process_index, self._state.num_processes
+        self.device, self.rank, self.world = (
+            device,
+            self._state.process_index,
+            self._state.num_processes,
+        )
 
     @torch.no_grad()
     def same(self, tensors: Iterable[Tensor]) -> None:
@@ -31,7 +35,9 @@ class Ranks:
 
     def agree(self, number: int) -> int:
         """The first rank's number on every rank."""
-        return int(broadcast(torch.tensor([number], device=self.device))) if self.world > 1 else number
+        return (
+            int(broadcast(torch.tensor([number], device=self.device))) if self.world > 1 else number
+        )
 
     @torch.no_grad()
     def mean(self, values: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:

@@ -25,7 +25,7 @@ from openpulid.training.checkpointing import write_text
 LINE_EVERY = 30.0  # seconds between log lines where there is no terminal
 
 
-class Report:
+class TrainingLogger:
     """One run folder's history.json, losses.png, sheet-STEP.png and tensorboard/; silent on every rank but
     the first.
 
@@ -45,7 +45,7 @@ class Report:
         self._task = self._bar.add_task(folder.name, total=total, completed=step)
         self._board = None if silent else _tensorboard(folder / "tensorboard", step)
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> TrainingLogger:
         self._bar.start()
         return self
 
@@ -54,9 +54,13 @@ class Report:
         if self._board:
             self._board.close()
 
-    def losses(self, step: int, total: int, seconds: float, losses: Mapping[str, float], **more: float) -> None:
+    def losses(
+        self, step: int, total: int, seconds: float, losses: Mapping[str, float], **more: float
+    ) -> None:
         """The mean losses since the last call."""
-        self.history.append({"step": step, "seconds": round(seconds, 2), **more, "losses": dict(losses)})
+        self.history.append(
+            {"step": step, "seconds": round(seconds, 2), **more, "losses": dict(losses)}
+        )
         self._scalars("loss", step, losses)
         self._scalars("run", step, more)
         words = "  ".join(f"{k} {v:.4g}" for k, v in losses.items())
@@ -67,14 +71,19 @@ class Report:
         self._line_at = time.monotonic()
         self.say(f"{text}  step {step}/{total}  {seconds / 60:.1f} min")
 
-    def metrics(self, step: int, seconds: float, metrics: Mapping[str, float], sheet: Image.Image | None) -> None:
+    def metrics(
+        self, step: int, seconds: float, metrics: Mapping[str, float], sheet: Image.Image | None
+    ) -> None:
         """What a validation gave."""
         if self.silent:
             return
         self.history.append({"step": step, "seconds": round(seconds, 2), "metrics": dict(metrics)})
         self._scalars("validation", step, metrics)
         if metrics:
-            self.say(f"{self.folder.name}  step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            self.say(
+                f"{self.folder.name}  step {step}  "
+                + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            )
         if sheet is not None:
             sheet.save(self.folder / f"sheet-{step:07d}.png")
         self.write()
@@ -97,7 +106,11 @@ class Report:
     def _read(self, step: int) -> list[dict[str, Any]]:
         """The history up to `step`: what a killed run wrote after its last checkpoint will be made again."""
         file = self.folder / "history.json"
-        return [r for r in json.loads(file.read_text()) if r["step"] <= step] if step and file.exists() else []
+        return (
+            [r for r in json.loads(file.read_text()) if r["step"] <= step]
+            if step and file.exists()
+            else []
+        )
 
 
 def _tensorboard(folder: Path, step: int) -> Any:
@@ -120,7 +133,9 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     for record in history:
         for group in ("losses", "metrics"):
             for name, value in record.get(group, {}).items():
-                steps, values = curves.setdefault(name if group == "losses" else f"validation {name}", ([], []))
+                steps, values = curves.setdefault(
+                    name if group == "losses" else f"validation {name}", ([], [])
+                )
                 steps.append(record["step"])
                 values.append(value)
     if not curves:
@@ -128,7 +143,9 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     columns = min(3, len(curves))
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
-    for axes, (name, (steps, values)) in zip(figure.subplots(rows, columns, squeeze=False).flat, curves.items(), strict=False):
+    for axes, (name, (steps, values)) in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, curves.items(), strict=False
+    ):
         axes.plot(steps, values, linewidth=1, marker="." if len(steps) < 30 else "")
         axes.set_title(name, fontsize=9)
         axes.grid(alpha=0.3)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from openpulid.device import multiplies_bf16
+from openpulid.device import supports_bf16
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def autocast(device: torch.device, bf16: bool = True) -> Iterator[None]:
 
     Without `bf16`, and on devices where bfloat16 does not pay (`multiplies_bf16`), run in float32.
     """
-    if not (bf16 and multiplies_bf16(device)):
+    if not (bf16 and supports_bf16(device)):
         yield
         return
     with torch.autocast(device.type, torch.bfloat16), fp32_attention(device):
@@ -34,7 +34,7 @@ def fp32_attention(device: torch.device, bf16: bool = True) -> Iterator[None]:
     so blocks that gradient checkpointing recomputes take the same path as in their forward pass.
     Open this around the backward pass of everything that ran in `autocast`, with the same `bf16`.
     """
-    if device.type != "cpu" or not (bf16 and multiplies_bf16(device)):
+    if device.type != "cpu" or not (bf16 and supports_bf16(device)):
         yield
         return
     with sdpa_kernel(SDPBackend.MATH):

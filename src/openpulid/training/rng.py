@@ -25,7 +25,7 @@ def generator_for(*key: object) -> torch.Generator:
 
 
 @dataclass
-class Draw:
+class StepRNG:
     """The randomness of one step, seen by one rank.
 
     Shapes given to `randn`, `rand` and `randint` are the rank's own: the first axis is the rank's part of the
@@ -37,7 +37,9 @@ class Draw:
     step: int
     rank: int = 0
     world: int = 1
-    record: dict[str, Tensor] | None = field(default=None, repr=False)  # of what was drawn and noted
+    record: dict[str, Tensor] | None = field(
+        default=None, repr=False
+    )  # of what was drawn and noted
     figures: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     samples: int = field(default=0, init=False)  # global batch size, known after the first draw
     _calls: int = field(default=0, init=False, repr=False)
@@ -57,7 +59,9 @@ class Draw:
         is the global batch size; raises OptionError when the ranks cannot share it evenly.
         """
         if batch % self.world:
-            raise OptionError(f"a batch of {batch} cannot be shared by {self.world} processes or parts: choose a multiple")
+            raise OptionError(
+                f"a batch of {batch} cannot be shared by {self.world} processes or parts: choose a multiple"
+            )
         if n < 1:
             raise OptionError("there is no training data: the data set is empty")
         first, last = self.step * batch, (self.step + 1) * batch
@@ -79,7 +83,9 @@ class Draw:
 
     def randint(self, high: int, shape: Sequence[int], name: str | None = None) -> Tensor:
         """Uniform int64 numbers in [0, high), as `randn`."""
-        return self._draw(shape, name, lambda size, generator: torch.randint(high, size, generator=generator))
+        return self._draw(
+            shape, name, lambda size, generator: torch.randint(high, size, generator=generator)
+        )
 
     def mine(self, globally: Tensor) -> Tensor:
         """The rank's slice along the first axis of something made for the global batch."""
@@ -100,13 +106,20 @@ class Draw:
         return self.note(name, self.mine(draw(size, generator=self.generator(name))))
 
 
-def shares(seed: int, step: int, rank: int, world: int, parts: int, keep: bool = False) -> list[Draw]:
+def microbatch_rngs(
+    seed: int, step: int, rank: int, world: int, parts: int, keep: bool = False
+) -> list[StepRNG]:
     """A rank's draws of a step that is made in several parts, one after the other: together they draw what one would have
     drawn. `keep` records it."""
-    return [Draw(seed, step, rank * parts + part, world * parts, {} if keep else None) for part in range(parts)]
+    return [
+        StepRNG(seed, step, rank * parts + part, world * parts, {} if keep else None)
+        for part in range(parts)
+    ]
 
 
-def recorded(draws: Sequence[Draw]) -> dict[str, Tensor]:
+def recorded(draws: Sequence[StepRNG]) -> dict[str, Tensor]:
     """What draws that keep their record drew and noted, joined along the first axis."""
     known = [draw.record or {} for draw in draws]
-    return {name: torch.cat([torch.atleast_1d(record[name]) for record in known]) for name in known[0]}
+    return {
+        name: torch.cat([torch.atleast_1d(record[name]) for record in known]) for name in known[0]
+    }

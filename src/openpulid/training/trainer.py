@@ -21,13 +21,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, TrainingError
-from openpulid.training.checkpointing import Average, RunState, named_buffers, named_parameters, write_tensors
-from openpulid.training.config import MEASURED_STEPS, Pace, Schedule
-from openpulid.training.distributed import Ranks, signals_noted
-from openpulid.training.logger import Report
+from openpulid.training.checkpointing import (
+    EMA,
+    TrainingState,
+    named_buffers,
+    named_parameters,
+    write_tensors,
+)
+from openpulid.training.config import MEASURED_STEPS, StepTimer, TrainerConfig
+from openpulid.training.distributed import DistributedContext, signals_noted
+from openpulid.training.logger import TrainingLogger
 from openpulid.training.muon import Muon
 from openpulid.training.precision import autocast, fp32_attention
-from openpulid.training.rng import Draw, generator_for, recorded, shares
+from openpulid.training.rng import StepRNG, generator_for, microbatch_rngs, recorded
 
 CHECKPOINT = "run.safetensors"
 FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with a one-kernel AdamW
@@ -41,7 +47,7 @@ class Task(Protocol):
     def modules(self) -> Mapping[str, nn.Module]:
         """What trains: set to train(), optimised, averaged and checkpointed. The same keys in every run."""
 
-    def losses(self, draw: Draw) -> Losses | Iterator[Losses]:
+    def losses(self, draw: StepRNG) -> Losses | Iterator[Losses]:
         """Named scalars whose sum is minimised: means over the rank's part, all randomness from `draw`.
 
         As a generator they come in parts, and each part's backward pass is done before the next is asked for: the
@@ -56,7 +62,7 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainingResult:
     """What a finished run has to say. Its modules hold the averaged weights."""
 
     steps: int
@@ -68,12 +74,12 @@ class Result:
 
 def run(
     task: Task,
-    schedule: Schedule,
+    schedule: TrainerConfig,
     folder: str | PathLike[str],
     *,
     minutes: float | None = None,
     device: str | torch.device | None = None,
-) -> Result:
+) -> TrainingResult:
     """Trains `task` in `folder`, or continues the run that is there; returns when it is finished.
 
     `minutes` shortens the run: the number of steps that fit is estimated from the measured speed (again at every
@@ -86,7 +92,9 @@ def run(
     when the folder holds another run, or when the last checkpoint cannot be written.
     """
     if schedule.steps < 1 or (minutes is not None and minutes <= 0):
-        raise OptionError(f"{schedule.steps} steps in {minutes} minutes is no training: both must be positive")
+        raise OptionError(
+            f"{schedule.steps} steps in {minutes} minutes is no training: both must be positive"
+        )
     modules = task.modules()
     if device is not None:
         for module in modules.values():
@@ -94,7 +102,7 @@ def run(
     return _Run(task, modules, schedule, Path(folder), minutes).finish()
 
 
-def parts(task: Task, draw: Draw, device: torch.device, bf16: bool) -> Iterator[Losses]:
+def microlosses(task: Task, draw: StepRNG, device: torch.device, bf16: bool) -> Iterator[Losses]:
     """A step's losses, part by part, in training's precision. A part's backward pass belongs into `fp32_attention`."""
     with autocast(device, bf16):
         made = task.losses(draw)
@@ -111,7 +119,7 @@ def parts(task: Task, draw: Draw, device: torch.device, bf16: bool) -> Iterator[
 class _Run:
     task: Task
     modules: Mapping[str, nn.Module]
-    schedule: Schedule
+    schedule: TrainerConfig
     folder: Path
     minutes: float | None
     step: int = 0  # finished steps
@@ -123,32 +131,47 @@ class _Run:
     def __post_init__(self) -> None:
         self.parameters = list(named_parameters(self.modules).values())
         if not self.parameters:
-            raise OptionError("nothing to train: no parameter of the task's modules requires a gradient")
+            raise OptionError(
+                "nothing to train: no parameter of the task's modules requires a gradient"
+            )
         self.device = self.parameters[0].device
-        self.ranks = Ranks(self.device)
+        self.ranks = DistributedContext(self.device)
         self.ranks.same([*self.parameters, *named_buffers(self.modules).values()])
         self.optimizer = self._optimizer()
         self.lagging = isinstance(self.optimizer, torch.optim.AdamW) and _looks_late(self.device)
-        self.average = Average({**named_parameters(self.modules), **named_buffers(self.modules)}, self.schedule.ema)
-        self.state = RunState(self.modules, self.optimizer, self.average)
+        self.average = EMA(
+            {**named_parameters(self.modules), **named_buffers(self.modules)}, self.schedule.ema
+        )
+        self.state = TrainingState(self.modules, self.optimizer, self.average)
         self.total = self.schedule.steps
         self.bad = torch.zeros((), device=self.device)
-        self.good = torch.zeros((), device=self.device)  # steps since the last look without a bad loss
+        self.good = torch.zeros(
+            (), device=self.device
+        )  # steps since the last look without a bad loss
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / CHECKPOINT).exists():
             self._resume()
         if self.ranks.agree(self.step) != self.step:
-            raise TrainingError(f"{self.folder} is not the folder of the first process: all need the same, with its checkpoint")
+            raise TrainingError(
+                f"{self.folder} is not the folder of the first process: all need the same, with its checkpoint"
+            )
         self.looked_at = self.step
         self.begun = self.saved_at = time.monotonic()
 
     # -- the story --
 
-    def finish(self) -> Result:
+    def finish(self) -> TrainingResult:
         """Every step that is left, then the averaged weights into the modules."""
-        with Report(self.folder, self.step, self.total, silent=self.ranks.rank > 0) as report, signals_noted() as received:
+        with (
+            TrainingLogger(
+                self.folder, self.step, self.total, silent=self.ranks.rank > 0
+            ) as report,
+            signals_noted() as received,
+        ):
             self.report = report
-            unfinished = self.step < self.total or self.validated != self.step  # a signal may have come in the last step
+            unfinished = (
+                self.step < self.total or self.validated != self.step
+            )  # a signal may have come in the last step
             self._train(received)
             if unfinished:
                 self._validate()
@@ -160,7 +183,7 @@ class _Run:
 
     def _train(self, received: list[int]) -> None:
         self._mode(training=True)
-        pace = Pace(self.step)
+        pace = StepTimer(self.step)
         while self.step < self.total:
             draw = self._step()
             pace.note(self.step, self.seconds)
@@ -168,7 +191,9 @@ class _Run:
                 self._look()
                 self._log(draw, pace)
             due = self.step % self.schedule.validate_every == 0 and self.step < self.total
-            if self.minutes and (due or pace.first_estimate or self.schedule.ends_plateau(self.step, self.total)):
+            if self.minutes and (
+                due or pace.first_estimate or self.schedule.ends_plateau(self.step, self.total)
+            ):
                 self._fit(pace, self.minutes)
             if due:
                 self._validate()
@@ -180,7 +205,7 @@ class _Run:
             if time.monotonic() - self.saved_at >= self.schedule.save_minutes * 60:
                 self._save()
 
-    def _step(self) -> Draw:
+    def _step(self) -> StepRNG:
         lr = self.schedule.lr * self.schedule.factor(self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -209,18 +234,25 @@ class _Run:
             self.counts[name] = self.counts.get(name, 0) + 1
         return draw
 
-    def _draws(self, step: int, keep: bool = False) -> list[Draw]:
-        return shares(self.schedule.seed, step, self.ranks.rank, self.ranks.world, self.schedule.accumulate, keep)
+    def _draws(self, step: int, keep: bool = False) -> list[StepRNG]:
+        return microbatch_rngs(
+            self.schedule.seed,
+            step,
+            self.ranks.rank,
+            self.ranks.world,
+            self.schedule.accumulate,
+            keep,
+        )
 
     def _gather(self, known: dict[str, Tensor], part: Losses) -> None:
         """Adds a part's share to the step's means."""
         for name, value in part.items():
             known[name] = known.get(name, 0.0) + value.detach().float() / self.schedule.accumulate
 
-    def _losses(self, draw: Draw) -> Iterator[Losses]:
+    def _losses(self, draw: StepRNG) -> Iterator[Losses]:
         # dropout and whatever else uses torch's own generator also depends on the step alone
         torch.manual_seed(generator_for(draw.seed, draw.step, "global", draw.rank).initial_seed())
-        yield from parts(self.task, draw, self.device, self.schedule.bf16)
+        yield from microlosses(self.task, draw, self.device, self.schedule.bf16)
 
     # -- parts --
 
@@ -247,7 +279,7 @@ class _Run:
         """Of training, over all resumptions."""
         return self.before + time.monotonic() - self.begun
 
-    def _fit(self, pace: Pace, minutes: float) -> None:
+    def _fit(self, pace: StepTimer, minutes: float) -> None:
         """How many steps the minutes allow, until the tail has begun: then the end is settled."""
         if pace.measured < MEASURED_STEPS or self.schedule.in_tail(self.step, self.total):
             return
@@ -256,7 +288,7 @@ class _Run:
         if not pace.first_estimate:
             pace.restart()
 
-    def _log(self, draw: Draw, pace: Pace) -> None:
+    def _log(self, draw: StepRNG, pace: StepTimer) -> None:
         means = {name: float(self.sums[name]) / self.counts[name] for name in self.sums}
         self.sums, self.counts = {}, {}
         self.report.losses(
@@ -301,7 +333,9 @@ class _Run:
         facts = self.state.load(path)
         if facts["schedule"]["seed"] != self.schedule.seed:
             begun = facts["schedule"]["seed"]
-            raise TrainingError(f"{path} was begun with seed {begun}, not {self.schedule.seed}: take that, or another folder")
+            raise TrainingError(
+                f"{path} was begun with seed {begun}, not {self.schedule.seed}: take that, or another folder"
+            )
         known = facts["schedule"].get("name", self.schedule.name)
         if known != self.schedule.name:
             raise TrainingError(
@@ -326,8 +360,13 @@ class _Run:
                 self._gather(losses, part)
         path = self.folder / f"not-finite-step-{step}-rank-{self.ranks.rank}.safetensors"
         values = {name: value.item() for name, value in losses.items()}
-        tensors = {**{f"batch.{n}": t for n, t in recorded(draws).items()}, **self.state.weight_tensors()}
-        write_tensors(path, tensors, {"losses": str(values), "step": step, "schedule": asdict(self.schedule)})
+        tensors = {
+            **{f"batch.{n}": t for n, t in recorded(draws).items()},
+            **self.state.weight_tensors(),
+        }
+        write_tensors(
+            path, tensors, {"losses": str(values), "step": step, "schedule": asdict(self.schedule)}
+        )
         words = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise TrainingError(
             f"the loss or its gradient is not finite at step {step} ({words}): weights, draw and batch are in {path}, "
@@ -338,9 +377,13 @@ class _Run:
         self.report.say(f"stopped at step {self.step} and saved: the same command continues")
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    def _result(self) -> Result:
-        last = {key: r[key] for r in self.report.history for key in ("losses", "metrics") if key in r}
-        return Result(self.step, self.seconds, last.get("losses", {}), last.get("metrics", {}), self.folder)
+    def _result(self) -> TrainingResult:
+        last = {
+            key: r[key] for r in self.report.history for key in ("losses", "metrics") if key in r
+        }
+        return TrainingResult(
+            self.step, self.seconds, last.get("losses", {}), last.get("metrics", {}), self.folder
+        )
 
 
 def _looks_late(device: torch.device) -> bool:

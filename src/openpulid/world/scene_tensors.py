@@ -12,7 +12,13 @@ from openpulid.world.scene import ATTRIBUTES, Scene
 
 Lamp = tuple[tuple[float, float, float], tuple[float, float, float]]
 
-POSES = {"front": (0.0, 0.0), "left": (-0.46, 0.0), "right": (0.46, 0.0), "up": (0.0, -0.30), "down": (0.0, 0.28)}
+POSES = {
+    "front": (0.0, 0.0),
+    "left": (-0.46, 0.0),
+    "right": (0.46, 0.0),
+    "up": (0.0, -0.30),
+    "down": (0.0, 0.28),
+}
 """Yaw to the picture's right and pitch downwards, radians."""
 
 EXPRESSIONS = {
@@ -26,7 +32,9 @@ EXPRESSIONS = {
     "wink": (0.6, 0.0, 0.0, 1.05, 1.0, 0.0, 0.0, 0.13),
 }
 
-LIGHTS: dict[str, tuple[tuple[float, float, float], tuple[Lamp, ...], tuple[float, float, float]]] = {
+LIGHTS: dict[
+    str, tuple[tuple[float, float, float], tuple[Lamp, ...], tuple[float, float, float]]
+] = {
     # ambient on the person, lamps (direction, colour), tint of the background
     "studio": ((0.50, 0.50, 0.51), (((0.25, 0.45, 0.86), (0.56, 0.55, 0.54)),), (1.0, 1.0, 1.0)),
     "left": ((0.40, 0.40, 0.42), (((-0.86, 0.25, 0.44), (0.80, 0.79, 0.76)),), (0.92, 0.92, 0.93)),
@@ -55,7 +63,7 @@ HAIR = {
 
 
 @dataclass(frozen=True)
-class Stage:
+class SceneTensors:
     """Scene values as tensors: scalars (B, 1, 1), colours (B, 3, 1, 1), choices as dicts of 0/1 (B, 1, 1)."""
 
     yaw: Tensor
@@ -98,7 +106,10 @@ class Stage:
         """A vector in head coordinates in the picture's axes; zoom is left to the caller."""
         r = self.rotation
         x, y, z = vector
-        return tuple(r[:, i, 0, None, None] * x + r[:, i, 1, None, None] * y + r[:, i, 2, None, None] * z for i in range(3))
+        return tuple(
+            r[:, i, 0, None, None] * x + r[:, i, 1, None, None] * y + r[:, i, 2, None, None] * z
+            for i in range(3)
+        )
 
     def in_plane(self, origin: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Picture coordinates relative to the head's centre, rolled with the head."""
@@ -106,7 +117,7 @@ class Stage:
         return picture[0], picture[1]
 
 
-def set_stage(scenes: Sequence[Scene], device: torch.device) -> Stage:
+def scene_tensors(scenes: Sequence[Scene], device: torch.device) -> SceneTensors:
     """Tensors for a list of scenes."""
 
     def numbers(values: Sequence[float]) -> Tensor:
@@ -116,15 +127,31 @@ def set_stage(scenes: Sequence[Scene], device: torch.device) -> Stage:
         return torch.tensor(values, device=device, dtype=torch.float32)[:, :, None, None]
 
     def choice(name: str) -> dict[str, Tensor]:
-        return {kind: numbers([float(getattr(scene, name) == kind) for scene in scenes]) for kind in ATTRIBUTES[name]}
+        return {
+            kind: numbers([float(getattr(scene, name) == kind) for scene in scenes])
+            for kind in ATTRIBUTES[name]
+        }
 
-    j = torch.tensor([scene.jitter for scene in scenes], device=device, dtype=torch.float32).T[..., None, None]
+    j = torch.tensor([scene.jitter for scene in scenes], device=device, dtype=torch.float32).T[
+        ..., None, None
+    ]
     yaw = numbers([POSES[scene.pose][0] for scene in scenes]) + 0.10 * j[0]
     pitch = numbers([POSES[scene.pose][1] for scene in scenes]) + 0.06 * j[1]
-    faces = torch.tensor([EXPRESSIONS[scene.expression] for scene in scenes], device=device).T[..., None, None]
-    names = ("smile", "open", "teeth", "mouth_width", "eyes", "brow_raise", "brow_angle", "mouth_tilt")
+    faces = torch.tensor([EXPRESSIONS[scene.expression] for scene in scenes], device=device).T[
+        ..., None, None
+    ]
+    names = (
+        "smile",
+        "open",
+        "teeth",
+        "mouth_width",
+        "eyes",
+        "brow_raise",
+        "brow_angle",
+        "mouth_tilt",
+    )
     brightness = 1 + 0.07 * j[8][:, None]
-    return Stage(
+    return SceneTensors(
         yaw=yaw, pitch=pitch, roll=0.07 * j[2], zoom=1.14 + 0.05 * j[3], shift_x=0.05 * j[4],
         shift_y=0.075 + 0.035 * j[5],
         rotation=_rotation(yaw, pitch, 0.07 * j[2]),
@@ -158,7 +185,9 @@ def _lamps(scenes: Sequence[Scene], device: torch.device) -> tuple[tuple[Tensor,
 
 def _rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
     """(B, 3, 3) head axes to picture axes: roll after pitch after yaw."""
-    cy, sy, cp, sp, cr, sr = (f(angle[:, 0, 0]) for angle in (yaw, pitch, roll) for f in (torch.cos, torch.sin))
+    cy, sy, cp, sp, cr, sr = (
+        f(angle[:, 0, 0]) for angle in (yaw, pitch, roll) for f in (torch.cos, torch.sin)
+    )
     zero, one = torch.zeros_like(cy), torch.ones_like(cy)
 
     def matrix(*rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -20,9 +20,23 @@ def base() -> training.RandomSDXL:
 
 
 def test_every_candidate_is_measured_and_told(base) -> None:
-    recipe = Recipe("tiny", "mini", encoder_width=16, batch=2, fast_batch=1, id_loss="accurate", semantic=0.6, layout=0.1)
+    recipe = Recipe(
+        "tiny",
+        "mini",
+        encoder_width=16,
+        batch=2,
+        fast_batch=1,
+        id_loss="accurate",
+        semantic=0.6,
+        layout=0.1,
+    )
     costs = training.measure(training.random_task(recipe, base), lasts=(1, 2), rounds=1)
-    assert [(cost.last, cost.checkpoint) for cost in costs] == [(1, False), (1, True), (2, False), (2, True)]
+    assert [(cost.last, cost.checkpoint) for cost in costs] == [
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+    ]
     assert costs[0].ratio == 1.0 and all(cost.seconds > 0 for cost in costs)
 
 

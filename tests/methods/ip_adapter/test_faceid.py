@@ -13,8 +13,16 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.methods.ip_adapter.faceid import FaceID
 from openpulid.methods.ip_adapter.instantid import InstantID
-from openpulid.methods.registry import Method, find
-from tests.support.token_files import PROMPTS, WIDTH, controlnet, drawn, person, published, resampler
+from openpulid.methods.registry import Method, find_method
+from tests.support.token_files import (
+    PROMPTS,
+    WIDTH,
+    controlnet,
+    drawn,
+    person,
+    published,
+    resampler,
+)
 
 
 @pytest.fixture
@@ -28,10 +36,14 @@ def test_it_is_what_diffusers_draws(pipe: Any) -> None:
     method.attach(pipe)
     with method.use(who, scale=0.7):
         ours = drawn(pipe)
-    pipe.load_ip_adapter(published(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    pipe.load_ip_adapter(
+        published(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None
+    )
     pipe.set_ip_adapter_scale(0.7)
     embedding = torch.nn.functional.normalize(who.id_cond[..., :WIDTH], dim=-1)
-    theirs = drawn(pipe, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(embedding), embedding])])
+    theirs = drawn(
+        pipe, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(embedding), embedding])]
+    )
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -48,14 +60,19 @@ def test_nothing_is_left_behind(pipe: Any) -> None:
         assert torch.equal(drawn(pipe), before)
     method.detach(pipe)
     assert pipe.unet.attn_processors == processors and pipe.unet.encoder_hid_proj is None
-    assert [name for name, _ in pipe.unet.named_modules()] == names and not getattr(pipe.unet, "peft_config", {})
+    assert [name for name, _ in pipe.unet.named_modules()] == names and not getattr(
+        pipe.unet, "peft_config", {}
+    )
     with pytest.raises(OptionError, match="attach"), method.use(person(1)):
         pass
 
 
 def test_two_at_once_are_refused(pipe: Any) -> None:
     """Two pipelines of one U-Net, two people one within the other, two methods that exchange its processors."""
-    method, another = FaceID(published(pipe.unet)), InstantID(resampler(pipe.unet), controlnet(pipe.unet))
+    method, another = (
+        FaceID(published(pipe.unet)),
+        InstantID(resampler(pipe.unet), controlnet(pipe.unet)),
+    )
     method.attach(pipe)
     another.attach(pipe)
     with method.use(person(1)):
@@ -66,7 +83,10 @@ def test_two_at_once_are_refused(pipe: Any) -> None:
         assert torch.equal(drawn(pipe), alone)
     other = StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=False)
     method.attach(other)
-    with pytest.raises(OptionError, match="share one network; say which one runs"), method.use(person(1)):
+    with (
+        pytest.raises(OptionError, match="share one network; say which one runs"),
+        method.use(person(1)),
+    ):
         pass
     with method.use(person(1), pipe=pipe):
         assert torch.equal(drawn(pipe), alone)
@@ -89,7 +109,12 @@ def test_batches_guidance_and_spans(pipe: Any) -> None:
     for who, k in ((person(1), 0), (person(2), 1)):
         with method.use(who):
             generator = torch.Generator().manual_seed(k)
-            options = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "latent", "generator": generator}
+            options = {
+                "num_inference_steps": 2,
+                "guidance_scale": 1.0,
+                "output_type": "latent",
+                "generator": generator,
+            }
             alone.append(pipe(PROMPTS[k], **options).images)
     with method.use([person(1), person(2)]):
         assert torch.allclose(drawn(pipe, PROMPTS, guidance=1.0), torch.cat(alone), atol=1e-5)
@@ -98,7 +123,10 @@ def test_batches_guidance_and_spans(pipe: Any) -> None:
     before = drawn(pipe)
     with method.use(person(1), scale=0):
         assert torch.equal(drawn(pipe), before)
-    with method.use([person(1), person(2), person(3)]), pytest.raises(OptionError, match="3 identities for 2 images"):
+    with (
+        method.use([person(1), person(2), person(3)]),
+        pytest.raises(OptionError, match="3 identities for 2 images"),
+    ):
         drawn(pipe, PROMPTS)
     with pytest.raises(OptionError, match="fractions"), method.use(person(1), start=2):
         pass
@@ -114,7 +142,9 @@ def test_outside_its_span_nothing_acts(pipe: Any) -> None:
     method.attach(pipe)
     with method.use(person(1), start=0.5):  # one of two steps
         late = drawn(pipe)
-    assert not torch.allclose(late, whole, atol=1e-3) and not torch.allclose(late, before, atol=1e-3)
+    assert not torch.allclose(late, whole, atol=1e-3) and not torch.allclose(
+        late, before, atol=1e-3
+    )
     assert method.built(pipe) is built
     with method.use(person(1), start=0.99):  # after the last
         assert torch.equal(drawn(pipe), before)
@@ -139,7 +169,9 @@ def test_offloaded_weights(pipe: Any) -> None:
 def test_the_users_lora_stays(pipe: Any) -> None:
     """diffusers' own loading switches every other LoRA off."""
     peft = pytest.importorskip("peft")
-    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style")
+    pipe.unet.add_adapter(
+        peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style"
+    )
     styled = drawn(pipe)
     method = FaceID(published(pipe.unet))
     method.attach(pipe)
@@ -154,10 +186,14 @@ def test_files_are_checked(pipe: Any, tmp_path: Any) -> None:
     flat = {f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()}
     save_file(flat, tmp_path / "faceid.safetensors")
     loaded = FaceID.load(tmp_path / "faceid.safetensors")
-    assert isinstance(loaded, FaceID) and loaded.width == WIDTH and len(loaded.lora) == 8 * len(pipe.unet.attn_processors)
+    assert (
+        isinstance(loaded, FaceID)
+        and loaded.width == WIDTH
+        and len(loaded.lora) == 8 * len(pipe.unet.attn_processors)
+    )
     torch.save(parts, tmp_path / "faceid.bin")  # as it is published
     assert FaceID.load(tmp_path / "faceid.bin").lora.keys() == loaded.lora.keys()
     save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(WeightsError, match="image_proj"):
         FaceID.load(tmp_path / "other.safetensors")
-    assert find("faceid") is FaceID
+    assert find_method("faceid") is FaceID

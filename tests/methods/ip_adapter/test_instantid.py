@@ -11,7 +11,7 @@ from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.methods.ip_adapter.instantid import InstantID, landmarks_drawn
-from openpulid.methods.registry import Method, find
+from openpulid.methods.registry import Method, find_method
 from tests.support.token_files import PROMPTS, WIDTH, controlnet, drawn, person, resampler
 
 
@@ -28,7 +28,9 @@ def method(pipe: Any) -> InstantID:
 class Told(ControlNetModel):
     """How the stock pipeline is made to show IdentityNet the tokens: the prompt never reaches it."""
 
-    def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, *args: Any, **named: Any) -> Any:
+    def forward(
+        self, sample: Any, timestep: Any, encoder_hidden_states: Any, *args: Any, **named: Any
+    ) -> Any:
         return super().forward(sample, timestep, self.tokens, *args, **named)
 
 
@@ -38,17 +40,25 @@ def test_it_is_what_the_stock_controlnet_pipeline_draws(pipe: Any, method: Insta
     method.control_scale = 0.8
     with method.use(who, scale=0.6):
         ours = drawn(pipe)
-    net = Told.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False)
+    net = Told.from_unet(
+        pipe.unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False
+    )
     net.load_state_dict(method.identity_net.state_dict())
     stock = StableDiffusionXLControlNetPipeline.from_pipe(pipe, controlnet=net)
     stock.set_progress_bar_config(disable=True)
-    stock.load_ip_adapter(resampler(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    stock.load_ip_adapter(
+        resampler(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None
+    )
     stock.set_ip_adapter_scale(0.6)
     embedding = who.id_cond[:, :, None, :WIDTH]
     both = torch.cat([torch.zeros_like(embedding), embedding])
     net.tokens = stock.unet.encoder_hid_proj([both])[0].flatten(1, 2).detach()
     picture = landmarks_drawn(who, (16, 16))
-    options = {"ip_adapter_image_embeds": [both], "image": picture, "controlnet_conditioning_scale": 0.8}
+    options = {
+        "ip_adapter_image_embeds": [both],
+        "image": picture,
+        "controlnet_conditioning_scale": 0.8,
+    }
     theirs = drawn(stock, **options)
     assert torch.allclose(ours, theirs, atol=1e-5)
 
@@ -75,12 +85,14 @@ def test_the_prompt_does_not_reach_identity_net(pipe: Any, method: InstantID) ->
         with method.use(person(1)):
             drawn(pipe, [prompt])
     hook.remove()
-    assert len(asked) == 4 and asked[0].shape[1] == 3 and all(torch.equal(asked[0], x) for x in asked)
+    assert (
+        len(asked) == 4 and asked[0].shape[1] == 3 and all(torch.equal(asked[0], x) for x in asked)
+    )
 
 
 def test_nothing_is_left_behind(pipe: Any, method: InstantID) -> None:
     before = drawn(pipe)
-    assert isinstance(method, Method) and find("instantid") is InstantID
+    assert isinstance(method, Method) and find_method("instantid") is InstantID
     method.attach(pipe)
     with method.use(person(1)):
         after = drawn(pipe)
@@ -98,8 +110,14 @@ def test_batches(pipe: Any, method: InstantID, guidance: float) -> None:
     alone = []
     for k in range(2):
         with method.use(person(k + 1)):
-            options = {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "latent"}
-            alone.append(pipe(PROMPTS[k], generator=torch.Generator().manual_seed(k), **options).images)
+            options = {
+                "num_inference_steps": 2,
+                "guidance_scale": guidance,
+                "output_type": "latent",
+            }
+            alone.append(
+                pipe(PROMPTS[k], generator=torch.Generator().manual_seed(k), **options).images
+            )
     with method.use([person(1), person(2)]):
         assert torch.allclose(drawn(pipe, PROMPTS, guidance), torch.cat(alone), atol=1e-4)
 
@@ -122,7 +140,11 @@ def test_landmarks_are_drawn_where_they_are() -> None:
     who = Identity(torch.zeros(1, 1, WIDTH), (torch.zeros(1, 1, 2),) * 5, landmarks=marks)
     page = landmarks_drawn(who, (1024, 512))[0]  # the photo's square lies in the middle
     assert page.shape == (3, 512, 1024)
-    assert page[:, 205, 256 + 154].tolist() == [1, 0, 0] and page[:, 205, 256 + 358].tolist() == [0, 1, 0]
+    assert page[:, 205, 256 + 154].tolist() == [1, 0, 0] and page[:, 205, 256 + 358].tolist() == [
+        0,
+        1,
+        0,
+    ]
     assert page[:, 256, 512].tolist() == [0, 0, 1] and page[:, :, :200].max() == 0
     between = page[:, 230, 256 + 205]  # on the line from the left eye to the nose
     assert between.tolist() == pytest.approx([0.6, 0, 0], abs=0.01)

@@ -19,7 +19,7 @@ from openpulid.identity.identity import Identity
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import IdentityLayer
-from openpulid.methods.registry import METHODS, Method, find
+from openpulid.methods.registry import METHODS, Method, find_method
 from tests.support.people import STEPS, anna, ben, distance, fresh, run, someone
 
 
@@ -37,14 +37,18 @@ def adapter(pipe) -> PuLID:
 
 def hooked(pipe: Any) -> list[str]:
     """Where an identity would join."""
-    return [name for name, part in pipe.unet.named_modules() if part._forward_hooks or part._forward_pre_hooks]
+    return [
+        name
+        for name, part in pipe.unet.named_modules()
+        if part._forward_hooks or part._forward_pre_hooks
+    ]
 
 
 def test_it_has_the_face_of_a_method(adapter) -> None:
     assert isinstance(adapter, Method)
-    assert all(find(name) for name in METHODS) and find("pulid") is PuLID
+    assert all(find_method(name) for name in METHODS) and find_method("pulid") is PuLID
     with pytest.raises(OptionError, match="no method 'other'"):
-        find("other")
+        find_method("other")
 
 
 def test_identity_changes_the_image_and_people_differ(pipe, adapter) -> None:
@@ -88,7 +92,10 @@ def test_outside_use_the_pipeline_is_what_it_was(pipe, adapter, guidance: float)
 def test_an_identity_of_other_sizes_is_refused(pipe, adapter) -> None:
     other = Identity(torch.zeros(1, 1, 20), anna.hidden, {})
     shallow = Identity(anna.id_cond, (), {})
-    for identity, said in ((other, "this identity has 20 and 8, 8, 8, 8, 8"), (shallow, "has 12 and none")):
+    for identity, said in (
+        (other, "this identity has 20 and 8, 8, 8, 8, 8"),
+        (shallow, "has 12 and none"),
+    ):
         with pytest.raises(IdentityError, match=said), adapter.use(identity):
             pass
 
@@ -126,7 +133,9 @@ def test_start_and_end_split_the_schedule(pipe, adapter) -> None:
             (before,) = pipe.unet._forward_pre_hooks.values()
             injection = before.__self__
 
-            def note(pipe: Any, step: int, time: Any, kwargs: dict, injection=injection, steps=steps) -> dict:
+            def note(
+                pipe: Any, step: int, time: Any, kwargs: dict, injection=injection, steps=steps
+            ) -> dict:
                 steps.extend([step] * injection.calls[1].active)
                 return kwargs
 
@@ -177,15 +186,24 @@ def test_batches_are_what_single_images_are(pipe, adapter, guidance: float) -> N
 
 
 def test_people_must_fit_the_batch(pipe, adapter) -> None:
-    with adapter.use([anna, ben]), pytest.raises(OptionError, match="2 identities do not fit 3 images"):
+    with (
+        adapter.use([anna, ben]),
+        pytest.raises(OptionError, match="2 identities do not fit 3 images"),
+    ):
         run(pipe, ["portrait", "film", "noir"])
     run(pipe)
 
 
 def test_a_batch_of_three_parts_is_refused(pipe, adapter) -> None:
     """Perturbed attention guidance asks for [negative, positive, perturbed]: two halves would be the wrong rows."""
-    parts = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
-    perturbed = StableDiffusionXLPAGPipeline(**parts, pag_applied_layers=["mid"], add_watermarker=False)
+    parts = {
+        name: part
+        for name, part in pipe.components.items()
+        if name not in ("image_encoder", "feature_extractor")
+    }
+    perturbed = StableDiffusionXLPAGPipeline(
+        **parts, pag_applied_layers=["mid"], add_watermarker=False
+    )
     perturbed.set_progress_bar_config(disable=True)
     adapter.attach(perturbed)
     with adapter.use(anna, pipe=perturbed):
@@ -217,7 +235,9 @@ def test_masks_limit_where_each_acts(pipe, adapter) -> None:
             with adapter.use(people):
                 run(pipe)
     plain, only_anna, both, only_ben, as_picture = (x.reshape(4, 4, -1) for x in seen[::STEPS])
-    assert torch.equal(only_anna[:, 2:], plain[:, 2:]) and not torch.allclose(only_anna[:, :2], plain[:, :2])
+    assert torch.equal(only_anna[:, 2:], plain[:, 2:]) and not torch.allclose(
+        only_anna[:, :2], plain[:, :2]
+    )
     torch.testing.assert_close(both[:, :2], only_anna[:, :2])
     torch.testing.assert_close(both[:, 2:], only_ben[:, 2:])
     torch.testing.assert_close(as_picture, only_ben)
@@ -240,9 +260,13 @@ def test_prompts_with_different_numbers_of_people(pipe, adapter, guidance: float
     two = [(anna, left), (ben, 1 - left)]
     with adapter.use([two, anna]):
         together = run(pipe, ["portrait", "film"], count=2, guidance=guidance)
-    for k, (people, prompt) in enumerate(((two, "portrait"), (two, "portrait"), (anna, "film"), (anna, "film"))):
+    for k, (people, prompt) in enumerate(
+        ((two, "portrait"), (two, "portrait"), (anna, "film"), (anna, "film"))
+    ):
         with adapter.use(people):
-            np.testing.assert_allclose(together[k : k + 1], run(pipe, prompt, seed=k, guidance=guidance), atol=1e-4)
+            np.testing.assert_allclose(
+                together[k : k + 1], run(pipe, prompt, seed=k, guidance=guidance), atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("bad", [[], [3], [[(anna, None), 3]], "anna", None])
@@ -341,7 +365,9 @@ def test_one_adapter_serves_two_pipelines(tiny_pipeline) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_reach_the_adapter_through_several_steps(pipe, adapter, checkpointing: bool) -> None:
+def test_gradients_reach_the_adapter_through_several_steps(
+    pipe, adapter, checkpointing: bool
+) -> None:
     """Two calls of different batch sizes under one `use`, backward inside it: equal with and without checkpointing."""
     pipe.unet.requires_grad_(False)
     pipe.unet.train()
@@ -365,7 +391,10 @@ def test_gradients_reach_the_adapter_through_several_steps(pipe, adapter, checkp
 
 def test_part_of_the_schedule_and_checkpointing_are_refused(pipe, adapter) -> None:
     pipe.unet.enable_gradient_checkpointing()
-    with adapter.use_tokens(torch.ones(1, 10, 64), start=0.5), pytest.raises(OptionError, match="checkpointing"):
+    with (
+        adapter.use_tokens(torch.ones(1, 10, 64), start=0.5),
+        pytest.raises(OptionError, match="checkpointing"),
+    ):
         pipe.unet(torch.ones(1, 4, 8, 8), 500, torch.ones(1, 5, 64))
 
 
@@ -385,7 +414,9 @@ def test_nobody_learns_after_calls_without_gradient(pipe, adapter) -> None:
     tokens = adapter.encode(anna.id_cond, anna.hidden).detach()
     nobody = adapter.unconditional(anna.id_cond, anna.hidden).detach().requires_grad_()
     known = {"text_embeds": torch.ones(2, 32), "time_ids": torch.ones(2, 6)}
-    call = partial(pipe.unet, torch.ones(2, 4, 8, 8), 500, torch.ones(2, 5, 64), added_cond_kwargs=known)
+    call = partial(
+        pipe.unet, torch.ones(2, 4, 8, 8), 500, torch.ones(2, 5, 64), added_cond_kwargs=known
+    )
     with adapter.use_tokens(tokens, negative=nobody, guided=True, pipe=pipe):
         with torch.no_grad():
             call()
@@ -397,7 +428,9 @@ def test_save_and_load(pipe, adapter, tmp_path) -> None:
     path = adapter.save(tmp_path / "some" / "adapter.safetensors", {"seed": 3})
     again = PuLID.load(path)
     before, after = adapter.state_dict(), again.state_dict()
-    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+    assert list(before) == list(after) and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
     with adapter.use(anna):
         image = run(pipe)
     again.attach(pipe)
@@ -415,18 +448,30 @@ def test_save_and_load(pipe, adapter, tmp_path) -> None:
 
 def test_layers_that_a_file_lacks_are_named(pipe, adapter) -> None:
     lost = ("id_adapter_attn_layers.3.", "id_adapter_attn_layers.11.")
-    state = {name: value for name, value in adapter.state_dict().items() if not name.startswith(lost)}
+    state = {
+        name: value for name, value in adapter.state_dict().items() if not name.startswith(lost)
+    }
     less = PuLID.from_state_dict(state, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
     total = len(adapter.id_adapter_attn_layers)
-    with pytest.raises(WeightsError, match=rf"lacks 2 of {total} layers \(id_adapter_attn_layers 3, 11\); get its file again"):
+    with pytest.raises(
+        WeightsError,
+        match=rf"lacks 2 of {total} layers \(id_adapter_attn_layers 3, 11\); get its file again",
+    ):
         less.attach(pipe)
 
 
-@pytest.mark.parametrize("more", ["x.id_to_k.weight", "id_adapter_attn_layers.x.id_to_k.weight", "extra.1.id_to_k.weight"])
+@pytest.mark.parametrize(
+    "more",
+    ["x.id_to_k.weight", "id_adapter_attn_layers.x.id_to_k.weight", "extra.1.id_to_k.weight"],
+)
 def test_names_that_are_no_layers(adapter, more: str) -> None:
     for value in (torch.ones(2, 2), torch.ones(2)):
-        with pytest.raises(WeightsError, match=rf'Unexpected key\(s\) in state_dict: "{re.escape(more)}"') as error:
-            PuLID.from_state_dict({**adapter.state_dict(), more: value}, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
+        with pytest.raises(
+            WeightsError, match=rf'Unexpected key\(s\) in state_dict: "{re.escape(more)}"'
+        ) as error:
+            PuLID.from_state_dict(
+                {**adapter.state_dict(), more: value}, IDEncoder(12, 64, vit_dim=8, hidden_dim=16)
+            )
         assert "\n" not in str(error.value)
 
 
@@ -452,21 +497,36 @@ def test_a_copy_serves_no_pipeline(adapter) -> None:
 
 
 def test_the_resampling_encoder_and_several_photos(pipe) -> None:
-    encoder = IDFormer(dim=16, depth=5, dim_head=4, heads=4, num_queries=6, output_dim=64, width=12, vit_dim=8, hidden_dim=16)
+    encoder = IDFormer(
+        dim=16,
+        depth=5,
+        dim_head=4,
+        heads=4,
+        num_queries=6,
+        output_dim=64,
+        width=12,
+        vit_dim=8,
+        hidden_dim=16,
+    )
     adapter = fresh(pipe, encoder=encoder)
     adapter.attach(pipe)
     without = run(pipe, guidance=2.0)
     for person in (anna, someone(1, photos=3)):
         with adapter.use(person):
             assert distance(run(pipe, guidance=2.0), without) > 1e-4
-    with adapter.use([anna, someone(1, photos=3)]):  # the tokens are as many for one photo as for three
+    with adapter.use(
+        [anna, someone(1, photos=3)]
+    ):  # the tokens are as many for one photo as for three
         run(pipe, ["portrait", "film"])
 
 
 def test_v1_needs_equally_many_photos_together(pipe, adapter) -> None:
     with adapter.use(someone(1, photos=2)):
         run(pipe, guidance=2.0)
-    with pytest.raises(OptionError, match="number of photos"), adapter.use([anna, someone(1, photos=2)]):
+    with (
+        pytest.raises(OptionError, match="number of photos"),
+        adapter.use([anna, someone(1, photos=2)]),
+    ):
         pass
 
 

@@ -12,7 +12,14 @@ from diffusers.models.attention_processor import Attention
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.projection import zeros_bias
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.methods.pulid.sdxl_attention import Call, IdentityAttention, IdentityLayer, Injection, grid, identity_layers
+from openpulid.methods.pulid.sdxl_attention import (
+    Call,
+    IdentityAttention,
+    IdentityLayer,
+    Injection,
+    grid,
+    identity_layers,
+)
 
 MODES = {"none": "none", "v1": "ortho", "v2": "ortho_v2"}
 
@@ -21,10 +28,14 @@ MODES = {"none": "none", "v1": "ortho", "v2": "ortho_v2"}
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_one_layer_is_the_reference(golden, mode: str, zeros: int) -> None:
-    attention = golden.fill(Attention(query_dim=64, cross_attention_dim=32, heads=4, dim_head=16), "attn2.")
+    attention = golden.fill(
+        Attention(query_dim=64, cross_attention_dim=32, heads=4, dim_head=16), "attn2."
+    )
     layer = golden.fill(IdentityLayer(64, 32), "attn2.processor.")
     pair = tuple(x[:, None] for x in layer(golden.input("attn.id", 2, 10, 32)))  # (P, J, N, hidden)
-    injection = Injection({"1": pair}, dict, lambda: False, lambda t: 0.0, None, 0.8, MODES[mode], zeros)
+    injection = Injection(
+        {"1": pair}, dict, lambda: False, lambda t: 0.0, None, 0.8, MODES[mode], zeros
+    )
     expanded = tuple(injection._expand(x, None, 2, 4, torch.device("cpu"), None) for x in pair)
     injection.calls[2] = Call(True, {"1": expanded}, zeros_bias(expanded[0], zeros))
     assert len(list(IdentityAttention("1", attention.heads, injection).opened(attention))) == 2
@@ -66,7 +77,9 @@ def call(golden, unet: UNet2DConditionModel) -> torch.Tensor:
 def test_unet_is_the_reference(golden, unet, adapter, mode: str, zeros: int) -> None:
     before = call(golden, unet)
     assert golden.error("unet.base", before) < 1e-4
-    with adapter.use_tokens(golden.input("unet.id", 2, 10, 64), scale=0.8, projection=MODES[mode], num_zero=zeros):
+    with adapter.use_tokens(
+        golden.input("unet.id", 2, 10, 64), scale=0.8, projection=MODES[mode], num_zero=zeros
+    ):
         out = call(golden, unet)
     assert golden.error(f"unet.id.ortho_{mode}.zeros_{zeros}", out) < 1e-4
     assert torch.equal(call(golden, unet), before)
@@ -88,9 +101,14 @@ def test_order_is_the_published_one(golden, unet) -> None:
     }
     with torch.device("meta"):
         full = UNet2DConditionModel(**sdxl)
-        layers = {f"id_adapter_attn_layers.{k}": list(x.shape) for k, x in identity_layers(full).state_dict().items()}
+        layers = {
+            f"id_adapter_attn_layers.{k}": list(x.shape)
+            for k, x in identity_layers(full).state_dict().items()
+        }
     assert list(full.attn_processors) == golden.manifest["sdxl_processor_order"]
-    published = {k: v for k, v in golden.manifest["pulid_v1"].items() if not k.startswith("id_adapter.")}
+    published = {
+        k: v for k, v in golden.manifest["pulid_v1"].items() if not k.startswith("id_adapter.")
+    }
     assert layers == published
 
 

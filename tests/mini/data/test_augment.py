@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from openpulid.mini.data.augment import after, damaged, lowered, moved, noisy, quantised, recolored, softened, swollen
+from openpulid.mini.data.augment import (
+    after,
+    damaged,
+    lowered,
+    moved,
+    noisy,
+    quantised,
+    recolored,
+    softened,
+    swollen,
+)
 
 
 def seeded() -> torch.Generator:
@@ -19,7 +29,9 @@ def test_damage_keeps_shape_and_range_and_depends_on_the_generator_alone(harm):
 
 
 def test_blocks_of_one_colour_survive_quantisation():
-    images = torch.rand(4, 3, 8, 8, generator=seeded()).repeat_interleave(8, -1).repeat_interleave(8, -2)
+    images = (
+        torch.rand(4, 3, 8, 8, generator=seeded()).repeat_interleave(8, -1).repeat_interleave(8, -2)
+    )
     assert (quantised(images, seeded()) - images).abs().max() < 0.02
 
 
@@ -48,5 +60,8 @@ def test_similarities_turn_about_the_middle():
 
 def test_after_is_the_product():
     generator = seeded()
-    matrix, first = torch.rand(3, 2, 3, generator=generator), torch.rand(3, 3, 3, generator=generator)
+    matrix, first = (
+        torch.rand(3, 2, 3, generator=generator),
+        torch.rand(3, 3, 3, generator=generator),
+    )
     assert torch.allclose(after(matrix, first), matrix @ first, atol=1e-6)

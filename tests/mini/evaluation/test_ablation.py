@@ -16,7 +16,9 @@ def test_the_sweep_moves_one_thing_at_a_time() -> None:
     recipes = ablation.variants()
     steps = [recipe for name, recipe in recipes.items() if name.startswith("k=")]
     assert [recipe.last for recipe in steps] == [1, 2, 3, 4]
-    assert all((recipe.semantic, recipe.layout, recipe.begin) == (0, 0, "mini_stage1") for recipe in steps)
+    assert all(
+        (recipe.semantic, recipe.layout, recipe.begin) == (0, 0, "mini_stage1") for recipe in steps
+    )
     weights = [recipe for name, recipe in recipes.items() if name.startswith("sem")]
     assert (0.6, 0.1) in [(recipe.semantic, recipe.layout) for recipe in weights]  # the paper's
     assert {(recipe.last, recipe.begin) for recipe in weights} == {(weights[0].last, "mini_stage2")}
@@ -25,7 +27,9 @@ def test_the_sweep_moves_one_thing_at_a_time() -> None:
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS}
-    table = Table({"base": row, **dict.fromkeys(ablation.variants(), row)}, 64, 1, 0, "mini-lightning", 1.0)
+    table = Table(
+        {"base": row, **dict.fromkeys(ablation.variants(), row)}, 64, 1, 0, "mini-lightning", 1.0
+    )
     ablation.plot(table, tmp_path / "sweep.png")
     assert Image.open(tmp_path / "sweep.png").size[0] > 1000
 

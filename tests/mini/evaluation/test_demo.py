@@ -37,7 +37,9 @@ def test_figures_by_hand() -> None:
     figures = demo.judge(middle, portraits, without, with_identity)
     assert figures["same_person"] == 0.5  # one image shows the person, the other somebody else
     assert figures["other_person"] == 0.25  # of two others and two images, one pair is alike
-    assert figures["changed_outside_face"] == pytest.approx(0.2 / 3 / 2, abs=1e-4)  # one channel of one image
+    assert figures["changed_outside_face"] == pytest.approx(
+        0.2 / 3 / 2, abs=1e-4
+    )  # one channel of one image
 
 
 def test_prompts_are_words_that_the_miniature_knows() -> None:
@@ -58,20 +60,29 @@ class Studio:
         return SimpleNamespace(images=[flat((200, 100, 50))])
 
 
-def test_it_writes_a_picture_a_page_and_the_figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_it_writes_a_picture_a_page_and_the_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     studio = Studio()
     monkeypatch.setattr(demo.studios, "load", lambda preset, device: studio)
-    monkeypatch.setattr(demo.FaceJudge, "load", lambda: middle)
+    monkeypatch.setattr(demo.FaceScorer, "load", lambda: middle)
     said: list[str] = []
     outcome = demo.run(tmp_path, people_seed=3, say=said.append)
     # every prompt twice from the same noise
     assert len(studio.seeds) == 2 * len(demo.PROMPTS)
-    assert {seed for seed, given in studio.seeds if given} == {seed for seed, given in studio.seeds if not given}
+    assert {seed for seed, given in studio.seeds if given} == {
+        seed for seed, given in studio.seeds if not given
+    }
     width, height = Image.open(outcome.picture).size
     assert height > width > 3 * 280
     page = outcome.page.read_text("utf-8")
     assert page.count("data:image/png;base64,") == 3 * len(demo.PROMPTS)
     assert "http" not in page  # nothing is fetched
     assert json.loads((tmp_path / "demo.json").read_text()) == outcome.figures
-    assert set(outcome.figures) == {"same_person", "other_person", "changed_outside_face", "seconds"}
+    assert set(outcome.figures) == {
+        "same_person",
+        "other_person",
+        "changed_outside_face",
+        "seconds",
+    }
     assert "1000003" in said[0]

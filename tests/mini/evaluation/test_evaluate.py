@@ -12,24 +12,28 @@ import torch
 from torch import Tensor
 
 from openpulid.bench.metrics import Faces, Interval
-from openpulid.io.image_grid import to_images
+from openpulid.io.image_grid import to_tensor
 from openpulid.mini.evaluation import evaluate
 from openpulid.mini.evaluation.evaluate import Table
-from openpulid.mini.evaluation.scorers import Judges
+from openpulid.mini.evaluation.scorers import MiniScorers
 from openpulid.world import ATTRIBUTES, VOCABULARY
 
 
 def middle(images: Tensor) -> Faces:
     masks = torch.zeros(len(images), 1, *images.shape[2:])
     masks[:, :, 40:56, 40:56] = 1
-    return Faces(torch.ones(len(images), dtype=torch.bool), images[:, :, 40:56, 40:56].flatten(1), masks)
+    return Faces(
+        torch.ones(len(images), dtype=torch.bool), images[:, :, 40:56, 40:56].flatten(1), masks
+    )
 
 
-JUDGES = Judges(
+JUDGES = MiniScorers(
     faces=middle,
     embed_images=lambda images: images.mean(dim=(2, 3)),
     embed_texts=lambda prompts: torch.ones(len(prompts), 3),
-    read=lambda images: {name: torch.eye(len(v))[:1].expand(len(images), -1) for name, v in ATTRIBUTES.items()},
+    read=lambda images: {
+        name: torch.eye(len(v))[:1].expand(len(images), -1) for name, v in ATTRIBUTES.items()
+    },
 )
 
 
@@ -37,7 +41,8 @@ def test_requests_are_the_same_for_everybody() -> None:
     asked = evaluate.requests(people=3, prompts=2, people_seed=5)
     assert asked == evaluate.requests(3, 2, 5)
     assert asked[2:] == [  # people are numbered from the first, whatever comes before
-        evaluate.Request(r.person + 1, r.prompt, r.seed, r.scene) for r in evaluate.requests(2, 2, 6)
+        evaluate.EvalPrompt(r.person + 1, r.prompt, r.seed, r.scene)
+        for r in evaluate.requests(2, 2, 6)
     ]
     assert [request.person for request in asked] == [0, 0, 1, 1, 2, 2]
     for request in asked:
@@ -54,10 +59,14 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
                 image[:, 40:56, 40:56] = identities[request.person][0, :, 40:56, 40:56]
         return images
 
-    monkeypatch.setattr(evaluate, "load", lambda preset, device: SimpleNamespace(identify=to_images))
-    monkeypatch.setattr(evaluate, "models", lambda studio, adapters: [(name, studio) for name in adapters])
+    monkeypatch.setattr(
+        evaluate, "load", lambda preset, device: SimpleNamespace(identify=to_tensor)
+    )
+    monkeypatch.setattr(
+        evaluate, "models", lambda studio, adapters: [(name, studio) for name in adapters]
+    )
     monkeypatch.setattr(evaluate, "make", make)
-    monkeypatch.setattr(evaluate.Judges, "load", lambda: JUDGES)
+    monkeypatch.setattr(evaluate.Scorers, "load", lambda: JUDGES)
     table = evaluate.run(people=3, prompts=2, adapters={"stage1": Path("nowhere")})
     base, stage1 = table.rows["base"], table.rows["stage1"]
     assert stage1["face_sim"].mean == pytest.approx(1, abs=1e-4)
@@ -70,20 +79,32 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
 
 
 def test_json_has_the_columns_and_no_nan() -> None:
-    row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS} | {"attributes": Interval(*[math.nan] * 3)}
-    line = json.dumps(evaluate.as_json(Table({"base": row, "stage1": row}, 64, 4, 0, "mini", 1.0)), allow_nan=False)
+    row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS} | {
+        "attributes": Interval(*[math.nan] * 3)
+    }
+    line = json.dumps(
+        evaluate.as_json(Table({"base": row, "stage1": row}, 64, 4, 0, "mini", 1.0)),
+        allow_nan=False,
+    )
     rows = json.loads(line)["rows"]
     assert [r["model"] for r in rows] == ["base", "stage1"]
     assert rows[1]["face_sim"] == 0.5 and rows[1]["intervals"]["rank1"] == [0.4, 0.6]
     assert rows[0]["attributes"] is None
 
 
-def test_the_table_shows_every_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_shows_every_row(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     row = {name: Interval(0.25, 0.2, 0.3) for name in evaluate.COLUMNS}
     evaluate.show(Table({"base": row, "stage1": row}, 8, 1, 0, "mini", 1.0))
     out = capsys.readouterr().out
-    assert "stage1" in out and "outside" in out and out.count("± 0.050") == 2 * 6 and out.count("0.250") == 2 * 6
+    assert (
+        "stage1" in out
+        and "outside" in out
+        and out.count("± 0.050") == 2 * 6
+        and out.count("0.250") == 2 * 6
+    )
 
 
 def test_adapters_are_the_shipped_ones_and_those_trained_here(tmp_path: Path) -> None:

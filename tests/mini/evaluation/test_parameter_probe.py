@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from openpulid.mini.evaluation import parameter_probe as values
-from openpulid.mini.evaluation.parameter_probe import ValueReader, fitted, truth
+from openpulid.mini.evaluation.parameter_probe import ParameterProbe, fitted, truth
 from openpulid.mini.train.recognition import FACIAL_COLUMNS
 from openpulid.world import Person
 
@@ -18,7 +18,7 @@ def test_what_is_linear_is_found(monkeypatch) -> None:
     reader = fitted(torch.nn.Identity(), None)  # type: ignore[arg-type]
     assert (reader(7 * seen) - known).abs().mean() < 0.03  # the length of an embedding says nothing
     assert values.figures(reader, torch.nn.Identity(), None)["chance"] > 0.5  # type: ignore[arg-type]
-    assert isinstance(reader, ValueReader) and reader.config == {"dim": 12, "values": 5}
+    assert isinstance(reader, ParameterProbe) and reader.config == {"dim": 12, "values": 5}
 
 
 def test_the_truth_is_the_sitters() -> None:

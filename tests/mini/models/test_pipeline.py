@@ -14,15 +14,21 @@ from tests.support import mini_networks as networks
 
 @pytest.fixture(scope="module")
 def pipe():
-    return assemble(networks.small_unet(), networks.small_vae(), networks.small_words(), tokenizer())
+    return assemble(
+        networks.small_unet(), networks.small_vae(), networks.small_words(), tokenizer()
+    )
 
 
 def test_words_are_those_of_the_pipeline(pipe):
     text = networks.small_words()(token_ids(tokenizer(), networks.PROMPTS))
-    embeds, nothing, pooled, pooled_nothing = pipe.encode_prompt(networks.PROMPTS, device="cpu", num_images_per_prompt=1)
+    embeds, nothing, pooled, pooled_nothing = pipe.encode_prompt(
+        networks.PROMPTS, device="cpu", num_images_per_prompt=1
+    )
     assert torch.equal(text.embeds, embeds) and torch.equal(text.pooled, pooled)
     assert not nothing.any() and not pooled_nothing.any()
-    ids = pipe._get_add_time_ids((96, 96), (0, 0), (96, 96), torch.float32, text_encoder_projection_dim=128)
+    ids = pipe._get_add_time_ids(
+        (96, 96), (0, 0), (96, 96), torch.float32, text_encoder_projection_dim=128
+    )
     assert torch.equal(text.time_ids, ids.expand(4, -1))
 
 
@@ -54,12 +60,18 @@ def test_saving_halves_the_file_and_not_the_model(tmp_path):
     save_folder(unet, tmp_path)
     assert unet.dtype == torch.float32 and torch.equal(unet.conv_in.weight, before)
     stored = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 2.2 * stored.num_parameters()
+    assert (
+        sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+        < 2.2 * stored.num_parameters()
+    )
     assert torch.equal(stored.conv_in.weight, before.bfloat16())
 
 
 def test_what_is_saved_names_no_folder_of_its_maker(tmp_path):
-    for name, model in {"unet": networks.small_unet(), "words": networks.small_words().second}.items():
+    for name, model in {
+        "unet": networks.small_unet(),
+        "words": networks.small_words().second,
+    }.items():
         save_folder(model, tmp_path / "here" / name)
         again = type(model).from_pretrained(tmp_path / "here" / name)
         save_folder(again, tmp_path / "there" / name)

@@ -14,7 +14,12 @@ def test_every_word_is_one_token_and_others_are_unknown():
     words = tokenizer()
     assert len(words) == len(VOCABULARY) + 4
     ids = words("Portrait, purple elephant", add_special_tokens=False).input_ids
-    assert [words.convert_ids_to_tokens(i) for i in ids] == ["portrait", ",", "purple", "<|unknown|>"]
+    assert [words.convert_ids_to_tokens(i) for i in ids] == [
+        "portrait",
+        ",",
+        "purple",
+        "<|unknown|>",
+    ]
 
 
 def test_the_longest_sentence_fits():
@@ -47,4 +52,6 @@ def test_captions_are_made_once(tmp_path):
     again = Captions.of(Data(), tokenizer(), tmp_path / "captions.npy", variants=2)
     assert Data.asked == 3
     assert made.tokens.shape == (3, 2, LENGTH) and (made.tokens == again.tokens).all()
-    assert made.rows(torch.tensor([2, 0]), torch.tensor([1, 0])).tolist() == [*map(list, again.tokens[[2, 0], [1, 0]])]
+    assert made.rows(torch.tensor([2, 0]), torch.tensor([1, 0])).tolist() == [
+        *map(list, again.tokens[[2, 0], [1, 0]])
+    ]

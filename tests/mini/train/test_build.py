@@ -15,7 +15,11 @@ from tests.support import mini_networks as networks
 
 @pytest.fixture
 def folders(tmp_path):
-    return {"runs": tmp_path / "runs", "weights": tmp_path / "weights", "report": tmp_path / "report.md"}
+    return {
+        "runs": tmp_path / "runs",
+        "weights": tmp_path / "weights",
+        "report": tmp_path / "report.md",
+    }
 
 
 @pytest.fixture
@@ -27,7 +31,9 @@ def made(monkeypatch):
         return lambda shop: called.append((name, shop.minutes)) or {"figure": len(called) / 10}
 
     minutes = {"world": 1, "finder": 2, "base": 6}
-    monkeypatch.setattr(builder, "PARTS", {name: (part(name), value) for name, value in minutes.items()})
+    monkeypatch.setattr(
+        builder, "PARTS", {name: (part(name), value) for name, value in minutes.items()}
+    )
     return called
 
 
@@ -64,7 +70,7 @@ def test_figures_are_appended_to_the_report(made, folders):
 
 
 def test_a_part_that_comes_too_early_says_so(folders):
-    shop = parts.Workshop(folders["runs"], folders["weights"], torch.device("cpu"))
+    shop = parts.BuildContext(folders["runs"], folders["weights"], torch.device("cpu"))
     with pytest.raises(WeightsError, match="pulid mini build"):
         shop.words()
 

@@ -9,12 +9,17 @@ from torch.nn.functional import cosine_similarity
 from transformers import CLIPTextModel
 
 from openpulid.mini.data.captions import Captions, token_ids
-from openpulid.mini.models.attribute_classifier import AttributeReader
+from openpulid.mini.models.attribute_classifier import AttributeClassifier
 from openpulid.mini.models.tokenizer import tokenizer
-from openpulid.mini.train.attribute_classifier import ReaderTask, accuracy, attribute_loss, correct
+from openpulid.mini.train.attribute_classifier import (
+    AttributeClassifierTask,
+    accuracy,
+    attribute_loss,
+    correct,
+)
 from openpulid.mini.train.clip import ClipTask, build_clip, build_first_text, contrast, loudened
 from openpulid.pipelines.presets import MINIATURE
-from openpulid.training.rng import Draw
+from openpulid.training.rng import StepRNG
 from openpulid.world import ATTRIBUTES, Scene
 
 
@@ -35,8 +40,15 @@ def test_contrast_of_four_pictures_that_are_alike_is_a_guess():
 def test_clip_trains(small_world, captions):
     torch.manual_seed(0)
     words = tokenizer()
-    task = ClipTask(build_clip(words, width=32, layers=1), build_first_text(words, 32), words, small_world, captions, batch=6)
-    losses = task.losses(Draw(0, 0))
+    task = ClipTask(
+        build_clip(words, width=32, layers=1),
+        build_first_text(words, 32),
+        words,
+        small_world,
+        captions,
+        batch=6,
+    )
+    losses = task.losses(StepRNG(0, 0))
     assert set(losses) == {"clip", "text", "seen", "said", "said_first"}
     torch.stack(list(losses.values())).sum().backward()
     assert task.clip.visual_projection.weight.grad.abs().sum() > 0
@@ -64,7 +76,9 @@ def test_loudened_towers_say_the_same_louder(captions):
 )  # fmt: skip
 def test_a_u_net_hears_every_word(folder, one, other):
     """The first text encoders drowned what a face does in colours: .1 of the deviation, and no base learned expressions."""
-    model = CLIPTextModel.from_pretrained(MINIATURE / "pipeline" / folder, torch_dtype=torch.float32).eval()
+    model = CLIPTextModel.from_pretrained(
+        MINIATURE / "pipeline" / folder, torch_dtype=torch.float32
+    ).eval()
     frame = "photo, portrait of a person, {}, soft light, plain blue background, short brown hair"
     tokens = token_ids(tokenizer(), [frame.format(one), frame.format(other)])
     with torch.no_grad():
@@ -86,9 +100,11 @@ def test_what_cannot_be_seen_does_not_count():
 
 def test_the_reader_trains_and_takes_any_size(small_world):
     torch.manual_seed(0)
-    task = ReaderTask(AttributeReader(), small_world, batch=4)
-    loss = task.losses(Draw(0, 0))["attributes"]
+    task = AttributeClassifierTask(AttributeClassifier(), small_world, batch=4)
+    loss = task.losses(StepRNG(0, 0))["attributes"]
     loss.backward()
     assert torch.isfinite(loss)
     scores = task.reader.eval()(torch.rand(2, 3, 128, 112))
-    assert {name: tuple(value.shape) for name, value in scores.items()} == {n: (2, len(c)) for n, c in ATTRIBUTES.items()}
+    assert {name: tuple(value.shape) for name, value in scores.items()} == {
+        n: (2, len(c)) for n, c in ATTRIBUTES.items()
+    }

@@ -2,10 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-from openpulid.faces.mini_detector import FACE, FaceFinder, Finding
+from openpulid.faces.mini_detector import FACE, MiniDetection, MiniFaceDetector
 from openpulid.mini.data import negatives as made
-from openpulid.mini.train.detector import Examples, FinderTask, displaced, finder_losses, mirrored, strangers
-from openpulid.training.rng import Draw
+from openpulid.mini.train.detector import (
+    DetectorTask,
+    Examples,
+    displaced,
+    finder_losses,
+    mirrored,
+    strangers,
+)
+from openpulid.training.rng import StepRNG
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +23,14 @@ def photos():
 @pytest.fixture
 def task(small_world, photos):
     torch.manual_seed(0)
-    return FinderTask(FaceFinder((8, 8, 16, 16, 16)), small_world, small_world, photos, positives=6, negatives=6)
+    return DetectorTask(
+        MiniFaceDetector((8, 8, 16, 16, 16)),
+        small_world,
+        small_world,
+        photos,
+        positives=6,
+        negatives=6,
+    )
 
 
 def spots(seed: int = 0) -> Examples:
@@ -27,7 +41,12 @@ def spots(seed: int = 0) -> Examples:
     axis = torch.arange(96) + 0.5
     x, y = landmarks[..., 0, None, None], landmarks[..., 1, None, None]
     bright = (-((axis - x) ** 2 + (axis[:, None] - y) ** 2) / 4).exp().amax(1)
-    return Examples(bright[:, None].repeat(1, 3, 1, 1), torch.ones(6, dtype=torch.bool), landmarks, (bright > 0.3).float())
+    return Examples(
+        bright[:, None].repeat(1, 3, 1, 1),
+        torch.ones(6, dtype=torch.bool),
+        landmarks,
+        (bright > 0.3).float(),
+    )
 
 
 @pytest.mark.parametrize("change", [displaced, mirrored])
@@ -69,7 +88,7 @@ def test_photographs_come_from_the_installed_packages_and_some_are_kept_apart(ta
 
 
 def test_losses_are_repeatable_and_train_everything(task):
-    first, again = (task.losses(Draw(0, 3)) for _ in range(2))
+    first, again = (task.losses(StepRNG(0, 3)) for _ in range(2))
     assert set(first) == {"score", "landmarks", "parts"}
     assert all(torch.equal(first[name], again[name]) for name in first)
     sum(first.values()).backward()
@@ -79,8 +98,10 @@ def test_losses_are_repeatable_and_train_everything(task):
 def test_a_perfect_finding_has_no_loss():
     batch = spots()
     parts = torch.nn.functional.one_hot(batch.parts.long(), 8).permute(0, 3, 1, 2) * 100.0
-    finding = Finding(torch.full((6,), 50.0), torch.zeros(6, 4), batch.landmarks, parts)
-    losses = finder_losses(finding, Examples(batch.images, batch.real, batch.landmarks, batch.parts.long()))
+    finding = MiniDetection(torch.full((6,), 50.0), torch.zeros(6, 4), batch.landmarks, parts)
+    losses = finder_losses(
+        finding, Examples(batch.images, batch.real, batch.landmarks, batch.parts.long())
+    )
     assert all(loss < 1e-6 for loss in losses.values())
 
 
@@ -88,7 +109,7 @@ def test_it_learns(task):
     optimizer = torch.optim.AdamW(task.finder.parameters(), lr=5e-3)
     totals = []
     for step in range(15):
-        losses = task.losses(Draw(0, step))
+        losses = task.losses(StepRNG(0, step))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()

@@ -9,7 +9,7 @@ import torch
 
 from openpulid.mini.train import pulid as adapter
 from openpulid.mini.train.pulid import CLEAR, Mixture, Portraits, clear, mates, rows_by_person, worn
-from openpulid.training.rng import Draw
+from openpulid.training.rng import StepRNG
 from openpulid.world import ATTRIBUTES
 
 
@@ -18,13 +18,13 @@ def test_a_mate_is_another_picture_of_the_same_person() -> None:
     of_person = rows_by_person(people, torch.ones(6, dtype=torch.bool))
     assert [rows.tolist() for rows in of_person] == [[1, 3], [0, 3], [5], [0, 1], [4], [2]]
     rows = torch.tensor([0, 1, 2, 3, 4, 5] * 50)
-    found = mates(rows, of_person, Draw(0, 0))
+    found = mates(rows, of_person, StepRNG(0, 0))
     assert torch.equal(people[found], people[rows])
     alone = rows == 4
     assert (found[alone] == 4).all() and (found[~alone] != rows[~alone]).all()
     assert set(found[rows == 0].tolist()) == {1, 3}  # any of them
-    assert torch.equal(found, mates(rows, of_person, Draw(0, 0)))
-    assert not torch.equal(found, mates(rows, of_person, Draw(0, 1)))
+    assert torch.equal(found, mates(rows, of_person, StepRNG(0, 0)))
+    assert not torch.equal(found, mates(rows, of_person, StepRNG(0, 1)))
 
 
 def test_features_are_of_clear_pictures_where_there_are_some() -> None:
@@ -47,15 +47,22 @@ def test_who_should_wear_glasses_is_not_wanted_without(monkeypatch) -> None:
     """An ID loss that wants a clear face takes off what the sentence asks for."""
     none = {name: kinds.index("none") for name, kinds in ATTRIBUTES.items() if "none" in kinds}
     seen = np.zeros((6, len(ATTRIBUTES)), dtype=np.int8)
-    seen[:] = [none.get(name, ATTRIBUTES[name].index(CLEAR[name]) if name in CLEAR else 1) for name in ATTRIBUTES]
+    seen[:] = [
+        none.get(name, ATTRIBUTES[name].index(CLEAR[name]) if name in CLEAR else 1)
+        for name in ATTRIBUTES
+    ]
     seen[0, list(ATTRIBUTES).index("glasses")] = ATTRIBUTES["glasses"].index("sunglasses")
     seen[3, list(ATTRIBUTES).index("beard")] = ATTRIBUTES["beard"].index("beard")
     data = WorldPictures(seen)
     assert worn(data).tolist() == [True, False, False, True, False, False]
     asked: list[np.ndarray] = []
-    monkeypatch.setattr(adapter, "faces_of", lambda data, rows, device: (asked.append(rows), (torch.zeros(len(rows)),))[1])
+    monkeypatch.setattr(
+        adapter,
+        "faces_of",
+        lambda data, rows, device: (asked.append(rows), (torch.zeros(len(rows)),))[1],
+    )
     portraits = Portraits(data, data, data, data, data, batch=6, paired=True)  # type: ignore[arg-type]
-    portraits.batch(Draw(0, 0))
+    portraits.batch(StepRNG(0, 0))
     rows, read = data.asked
     assert (read != rows).all()  # features are of another picture
     hidden = np.isin(rows, [0, 3])
@@ -86,12 +93,12 @@ class Named:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def batch(self, draw: Draw) -> str:
+    def batch(self, draw: StepRNG) -> str:
         return self.name
 
 
 def test_a_mixture_takes_its_sources_equally_often_and_the_same_on_every_rank() -> None:
     mixture = Mixture([Named("world"), Named("portraits")])  # type: ignore[list-item]
-    taken = [mixture.batch(Draw(0, step)) for step in range(400)]
+    taken = [mixture.batch(StepRNG(0, step)) for step in range(400)]
     assert 160 < taken.count("world") < 240
-    assert taken == [mixture.batch(Draw(0, step, rank=1, world=2)) for step in range(400)]
+    assert taken == [mixture.batch(StepRNG(0, step, rank=1, world=2)) for step in range(400)]

@@ -18,8 +18,8 @@ from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid import export as checkpoint
 from openpulid.training.pulid import recipes
 from openpulid.training.pulid.export import save_adapter
-from openpulid.training.pulid.task import Batch, focus, turned, without
-from openpulid.training.rng import Draw
+from openpulid.training.pulid.task import Batch, drop_identity, loss_weight_map, swap_identities
+from openpulid.training.rng import StepRNG
 from openpulid.training.trainer import run
 from tests.support import tiny_sdxl as tiny
 
@@ -44,7 +44,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(pipe):
     task = tiny.task(pipe, drop_identity=0.0)
     for layer in task.adapter.id_adapter_attn_layers.values():  # a fresh adapter's values are zero
         torch.nn.init.normal_(layer.id_to_v.weight, std=0.1)
-    for part in task.losses(Draw(0, 0)):
+    for part in task.losses(StepRNG(0, 0)):
         part["diffusion"].backward()
     for name, parameter in task.adapter.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -55,15 +55,33 @@ def test_gradients_reach_the_adapter_and_nothing_else(pipe):
 def test_focus_weighs_what_is_around_the_landmarks():
     masks = torch.zeros(2, 1, 16, 16)
     masks[:, :, 2:14, 2:14] = 1
-    places = torch.tensor([[5.5, 6.5], [9.5, 6.5], [7.5, 8.5], [6.5, 11.5], [8.5, 11.5]]) / 16 + 0.5 / 16
-    shown = Batch(torch.zeros(2, 4, 16, 16), masks, ["a", "b"], torch.zeros(2, 3), [], landmarks=places.expand(2, 5, 2))
-    weights = focus(shown, 4.0)
-    assert weights[:, 0, 6:8, 5:7].min() > 3 and weights[0, 0, 2, 13].item() == pytest.approx(1.0, abs=1e-3)
-    assert weights.max() <= 4 and weights[:, :, :2].max() == 0  # outside of the face there are no features
-    eye = torch.exp(torch.tensor(-0.5 / (2 * 1.4**2)))  # eyes four positions apart, half a position away on both axes
+    places = (
+        torch.tensor([[5.5, 6.5], [9.5, 6.5], [7.5, 8.5], [6.5, 11.5], [8.5, 11.5]]) / 16 + 0.5 / 16
+    )
+    shown = Batch(
+        torch.zeros(2, 4, 16, 16),
+        masks,
+        ["a", "b"],
+        torch.zeros(2, 3),
+        [],
+        landmarks=places.expand(2, 5, 2),
+    )
+    weights = loss_weight_map(shown, 4.0)
+    assert weights[:, 0, 6:8, 5:7].min() > 3 and weights[0, 0, 2, 13].item() == pytest.approx(
+        1.0, abs=1e-3
+    )
+    assert (
+        weights.max() <= 4 and weights[:, :, :2].max() == 0
+    )  # outside of the face there are no features
+    eye = torch.exp(
+        torch.tensor(-0.5 / (2 * 1.4**2))
+    )  # eyes four positions apart, half a position away on both axes
     assert weights[0, 0, 6, 5].item() == pytest.approx(1 + 3 * eye.item(), rel=1e-5)
-    assert focus(shown, 1.0) is masks and focus(shown._replace(landmarks=None), 4.0) is masks
-    assert focus(shown._replace(masks=None), 4.0) is None
+    assert (
+        loss_weight_map(shown, 1.0) is masks
+        and loss_weight_map(shown._replace(landmarks=None), 4.0) is masks
+    )
+    assert loss_weight_map(shown._replace(masks=None), 4.0) is None
 
 
 def test_checkpointed_blocks_find_the_identity_in_backward():
@@ -75,7 +93,7 @@ def test_checkpointed_blocks_find_the_identity_in_backward():
             task.base.unet.train()
         for layer in task.adapter.id_adapter_attn_layers.values():
             torch.nn.init.constant_(layer.id_to_v.weight, 0.05)
-        for part in task.losses(Draw(0, 0)):
+        for part in task.losses(StepRNG(0, 0)):
             part["diffusion"].backward()
         grads.append([p.grad for p in task.adapter.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
@@ -86,7 +104,9 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(pipe, tmp_path):
     processors = dict(pipe.unet.attn_processors)
     task = tiny.task(pipe, batch=8)
     fresh = task.validate()
-    assert fresh["held_out_own"] == fresh["held_out_other"] == fresh["held_out_none"]  # values start at zero
+    assert (
+        fresh["held_out_own"] == fresh["held_out_other"] == fresh["held_out_none"]
+    )  # values start at zero
     trained = run(task, schedule(ema=0.9, lr=3e-2), tmp_path).metrics
     assert trained["held_out_own"] < 0.97 * fresh["held_out_own"]
     assert len({round(v, 9) for v in trained.values()}) == 3
@@ -119,7 +139,13 @@ def test_nan_stops_with_the_batch_saved(tmp_path, parts):
         run(task, schedule(accumulate=parts), tmp_path)
     with safe_open(tmp_path / "not-finite-step-0-rank-0.safetensors", framework="pt") as file:
         names = set(file.keys())
-        assert {"batch.latents", "batch.id_cond", "batch.noise", "batch.time", "batch.drop"} <= names
+        assert {
+            "batch.latents",
+            "batch.id_cond",
+            "batch.noise",
+            "batch.time",
+            "batch.drop",
+        } <= names
         assert file.get_tensor("batch.latents").shape == (4, 4, 8, 8)
 
 
@@ -142,7 +168,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path, start, both_precisions):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    workers = [start(WORKER, tmp_path / "two", RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)]
+    workers = [
+        start(WORKER, tmp_path / "two", RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)
+    ]
     for worker in workers:
         _, errors = worker.communicate(timeout=500)
         assert worker.returncode == 0, errors
@@ -151,22 +179,30 @@ def test_two_processes_give_the_losses_of_one(tmp_path, start, both_precisions):
 
 
 def test_dropping_is_zeroing_and_turning_is_someone_else():
-    batch = tiny.People().batch(Draw(0, 0))
-    half = without(batch, torch.tensor([True, False, True, False]))
+    batch = tiny.People().batch(StepRNG(0, 0))
+    half = drop_identity(batch, torch.tensor([True, False, True, False]))
     assert half.id_cond[0].abs().sum() == 0 and torch.equal(half.id_cond[1], batch.id_cond[1])
     assert all(level[2].abs().sum() == 0 and level[3].abs().sum() > 0 for level in half.hidden)
-    assert torch.equal(turned(batch).id_cond[1], batch.id_cond[0])
+    assert torch.equal(swap_identities(batch).id_cond[1], batch.id_cond[0])
 
 
 def test_checkpoint_has_published_names_and_a_story(tmp_path):
     task = tiny.task(steps=2)
     result = run(task, replace(schedule(), steps=2), tmp_path)
-    path = save_adapter(task.adapter, tmp_path / "adapter.safetensors", task.recipe, result, {"base": "tiny"})
+    path = save_adapter(
+        task.adapter, tmp_path / "adapter.safetensors", task.recipe, result, {"base": "tiny"}
+    )
     with safe_open(path, framework="pt") as file:
-        assert {"id_adapter_attn_layers.1.id_to_k.weight", "id_adapter.body.0.weight"} <= set(file.keys())
+        assert {"id_adapter_attn_layers.1.id_to_k.weight", "id_adapter.body.0.weight"} <= set(
+            file.keys()
+        )
         assert all(n.startswith(("id_adapter.", "id_adapter_attn_layers.")) for n in file.keys())  # noqa: SIM118
         facts = file.metadata()
-    assert json.loads(facts["recipe"])["name"] == "tiny" and facts["steps"] == "2" and facts["base"] == "tiny"
+    assert (
+        json.loads(facts["recipe"])["name"] == "tiny"
+        and facts["steps"] == "2"
+        and facts["base"] == "tiny"
+    )
     again = PuLID.load(path)
     for name, tensor in task.adapter.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
@@ -184,13 +220,15 @@ def test_a_package_inside_somebodys_repository_does_not_take_its_commit(tmp_path
     assert checkpoint.revision() == f"openpulid {openpulid.__version__}"
     subprocess.run([*git, "add", "-f", str(installed)], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     assert checkpoint.revision() == commit
     installed.write_text("")
     assert checkpoint.revision() == f"{commit}+changes"
 
 
 def test_recipes_are_found_by_name():
-    assert recipes.find("mini_stage1").name == "mini_stage1"
+    assert recipes.find_recipe("mini_stage1").name == "mini_stage1"
     with pytest.raises(ValueError, match="mini_stage1"):
-        recipes.find("stage9")
+        recipes.find_recipe("stage9")

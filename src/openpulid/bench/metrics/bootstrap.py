@@ -39,5 +39,10 @@ def bootstrap(values: Tensor, groups: Tensor, *, resamples: int = 2000, seed: in
         return Interval(people.mean().item(), float("nan"), float("nan"))
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(people), (resamples, len(people)), generator=generator)
-    low, high = people[drawn].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = (
+        people[drawn]
+        .mean(dim=1)
+        .quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+        .tolist()
+    )
     return Interval(people.mean().item(), low, high)

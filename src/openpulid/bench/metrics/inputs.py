@@ -34,11 +34,13 @@ FindFaces = Callable[[Tensor], Faces]  # images (B, 3, H, W) -> Faces
 EmbedImages = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, D)
 EmbedTexts = Callable[[Sequence[str]], Tensor]  # B prompts -> (B, D)
 Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of images (B, 3, H, W) -> (B,)
-ReadAttributes = Callable[[Tensor], Mapping[str, Tensor]]  # images -> attribute: (B, classes) scores
+ReadAttributes = Callable[
+    [Tensor], Mapping[str, Tensor]
+]  # images -> attribute: (B, classes) scores
 
 
 @dataclass(frozen=True)
-class Evidence:
+class MetricInputs:
     """B images of one method, each from a prompt, a seed and the picture of a person.
 
     Attributes:
@@ -72,7 +74,7 @@ class Metric(Protocol):
     name: ClassVar[str]
     higher: ClassVar[bool]  # whether more is better
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         """(B,) in float32."""
 
 
@@ -96,5 +98,7 @@ def face_crops(images: Tensor, faces: Faces, size: int) -> Tensor:
         side = max(tall, wide)
         above, before = (side - tall) // 2, (side - wide) // 2
         crop = F.pad(crop, (before, side - wide - before, above, side - tall - above), value=0.5)
-        crops.append(F.interpolate(crop, (size, size), mode="bilinear", antialias=True, align_corners=False))
+        crops.append(
+            F.interpolate(crop, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        )
     return torch.cat(crops)

@@ -8,7 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from openpulid.bench.metrics.inputs import Distance, EmbedImages, EmbedTexts, Evidence, ReadAttributes, cosine
+from openpulid.bench.metrics.inputs import (
+    Distance,
+    EmbedImages,
+    EmbedTexts,
+    MetricInputs,
+    ReadAttributes,
+    cosine,
+)
 
 
 class ClipT:
@@ -23,7 +30,7 @@ class ClipT:
     def __init__(self, images: EmbedImages, texts: EmbedTexts) -> None:
         self.images, self.texts = images, texts
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         return 100 * cosine(self.images(evidence.images), self.texts(evidence.prompts)).cpu()
 
 
@@ -40,7 +47,7 @@ class ClipI:
     def __init__(self, images: EmbedImages) -> None:
         self.images = images
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         return cosine(self.images(evidence.images), self.images(evidence.before)).cpu()
 
 
@@ -60,9 +67,11 @@ class OutsideFace:
     name: ClassVar[str] = "outside_face"
     higher: ClassVar[bool] = False
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         outside = _outside(evidence)
-        difference = (evidence.images.float() - evidence.before.float()).abs().mean(dim=1, keepdim=True)
+        difference = (
+            (evidence.images.float() - evidence.before.float()).abs().mean(dim=1, keepdim=True)
+        )
         return (difference * outside).sum(dim=(1, 2, 3)) / outside.sum(dim=(1, 2, 3)).clamp(min=1)
 
 
@@ -76,13 +85,15 @@ class LpipsOutside:
     def __init__(self, lpips: Distance) -> None:
         self.lpips = lpips
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         outside = _outside(evidence)
-        images, before = (x.float() * outside + 0.5 * (1 - outside) for x in (evidence.images, evidence.before))
+        images, before = (
+            x.float() * outside + 0.5 * (1 - outside) for x in (evidence.images, evidence.before)
+        )
         return self.lpips(images, before).cpu()
 
 
-def _outside(evidence: Evidence) -> Tensor:
+def _outside(evidence: MetricInputs) -> Tensor:
     """(B, 1, H, W): one where neither image has its face."""
     return 1 - torch.maximum(evidence.seen.masks, evidence.was.masks).float()
 
@@ -100,10 +111,10 @@ class Attributes:
     def __init__(self, read: ReadAttributes) -> None:
         self.read = read
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         return _shares(self.each(evidence))
 
-    def each(self, evidence: Evidence) -> list[dict[str, bool]]:
+    def each(self, evidence: MetricInputs) -> list[dict[str, bool]]:
         """Of each image and each attribute that is asked for, whether it is seen."""
         return _each(self.read(evidence.images), evidence.wanted or [{}] * len(evidence.images))
 
@@ -113,9 +124,14 @@ def attributes_seen(scores: Mapping[str, Tensor], wanted: Sequence[Mapping[str, 
     return _shares(_each(scores, wanted))
 
 
-def _each(scores: Mapping[str, Tensor], wanted: Sequence[Mapping[str, int]]) -> list[dict[str, bool]]:
+def _each(
+    scores: Mapping[str, Tensor], wanted: Sequence[Mapping[str, int]]
+) -> list[dict[str, bool]]:
     seen = {name: values.argmax(dim=-1).tolist() for name, values in scores.items()}
-    return [{name: seen[name][k] == value for name, value in asked.items()} for k, asked in enumerate(wanted)]
+    return [
+        {name: seen[name][k] == value for name, value in asked.items()}
+        for k, asked in enumerate(wanted)
+    ]
 
 
 def _shares(each: Sequence[Mapping[str, bool]]) -> Tensor:
@@ -141,12 +157,14 @@ class FID:
         self.features = features
         self._distance: Any = None
 
-    def update(self, evidence: Evidence) -> None:
+    def update(self, evidence: MetricInputs) -> None:
         """Some images more."""
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         if self._distance is None:
-            self._distance = FrechetInceptionDistance(feature=_Features(self.features, evidence.before[:1]), normalize=True)
+            self._distance = FrechetInceptionDistance(
+                feature=_Features(self.features, evidence.before[:1]), normalize=True
+            )
             self._distance.set_dtype(torch.float64)
         for images, real in ((evidence.before, True), (evidence.images, False)):
             self._distance.update(images, real=real)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from openpulid.bench.perf.timing import by_turns, medians, timed
-from openpulid.device import half
-from openpulid.identity.eva_clip import VisionTower
+from openpulid.bench.perf.timing import interleave, medians, timed
+from openpulid.device import compute_dtype
+from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.methods.pulid.encoders import IDFormer
 
 
@@ -43,12 +43,15 @@ def measure(
     from facexlib.recognition.arcface_arch import Backbone
 
     torch.manual_seed(0)
-    quick = half(device)
+    quick = compute_dtype(device)
     finder = _on(RetinaFace(network_name="resnet50", device=device), device)
     arcface = _on(Backbone(num_layers=100, drop_ratio=0.6, mode="ir"), device)
     parser = _on(BiSeNet(num_class=19), device)
-    tower, former = _on(VisionTower(), device), _on(IDFormer(), device)
-    towers = {torch.float32: (tower, former), quick: (_on(VisionTower(), device, quick), _on(IDFormer(), device, quick))}
+    tower, former = _on(VisionEncoder(), device), _on(IDFormer(), device)
+    towers = {
+        torch.float32: (tower, former),
+        quick: (_on(VisionEncoder(), device, quick), _on(IDFormer(), device, quick)),
+    }
 
     def picture(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.rand(1, 3, size, size, device=device).to(dtype)
@@ -70,12 +73,24 @@ def measure(
         "encode": encode(quick),
         "encode, float32": encode(torch.float32),
     }
-    found = medians(by_turns({name: partial(timed, stage, device) for name, stage in work.items()}, rounds, on_progress))
-    pairs = {name: (found[name], found.get(f"{name}, float32", found[name])) for name in ("detect", "recognise", "parse")}
+    found = medians(
+        interleave(
+            {name: partial(timed, stage, device) for name, stage in work.items()},
+            rounds,
+            on_progress,
+        )
+    )
+    pairs = {
+        name: (found[name], found.get(f"{name}, float32", found[name]))
+        for name in ("detect", "recognise", "parse")
+    }
     stages = [Stage(name, *pair) for name, pair in pairs.items()]
     stages.append(Stage("detect again", None, found["detect again"]))
     stages += [Stage(name, found[name], found[f"{name}, float32"]) for name in ("tower", "encode")]
-    return [*stages, Stage("sum", sum(s.here or 0 for s in stages), sum(s.reference or 0 for s in stages))]
+    return [
+        *stages,
+        Stage("sum", sum(s.here or 0 for s in stages), sum(s.reference or 0 for s in stages)),
+    ]
 
 
 def _on(module: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:

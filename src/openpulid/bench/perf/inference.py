@@ -10,11 +10,24 @@ from statistics import median
 from typing import Any, Protocol
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from openpulid.bench.perf.timing import by_turns, medians, peak, ratios, reset_peak, seconds_in, timed
+from openpulid.bench.perf.timing import (
+    interleave,
+    medians,
+    peak,
+    ratios,
+    reset_peak,
+    seconds_in,
+    timed,
+)
 from openpulid.bench.perf.training import RandomSDXL, default_dtype, dtype_of, random_base
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.encoders import IDFormer
@@ -23,7 +36,7 @@ from openpulid.methods.pulid.flux_attention import FluxInjection
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import IdentityAttention
 from openpulid.pipelines import flux_memory as memory
-from openpulid.training.pulid.models import Text
+from openpulid.training.pulid.models import TextConditioning
 
 TOKENS = 32
 """Of an identity: v1.1's and FLUX's."""
@@ -48,7 +61,7 @@ class Step:
     within: float | None = None
 
 
-class Subject(Protocol):
+class SpeedTarget(Protocol):
     """A base and an adapter on it.
 
     Attributes:
@@ -67,7 +80,7 @@ class Subject(Protocol):
         """An identity in use."""
 
 
-class SDXLSubject:
+class SDXLTarget:
     """SDXL's U-Net with v1.1's identity layers, 32 tokens, 20 zeros, ortho v2.
 
     Args:
@@ -76,16 +89,23 @@ class SDXLSubject:
 
     joins: tuple[type, str] = (IdentityAttention, "joined")
 
-    def __init__(self, base: RandomSDXL, pixels: int = 1024, batch: int = 1, guided: bool = False) -> None:
+    def __init__(
+        self, base: RandomSDXL, pixels: int = 1024, batch: int = 1, guided: bool = False
+    ) -> None:
         self.base, self.device, self.guided = base, base.device, guided
         like: dict[str, Any] = {"device": base.device, "dtype": base.unet.dtype}
         width, rows = base.unet.config.cross_attention_dim, batch * (1 + guided)
-        self.adapter = PuLID.for_unet(base.unet, _small_former(width)).to(**like).requires_grad_(False)
+        self.adapter = (
+            PuLID.for_unet(base.unet, _small_former(width)).to(**like).requires_grad_(False)
+        )
         for layer in self.adapter.id_adapter_attn_layers.values():
             nn.init.normal_(layer.id_to_v.weight, std=0.02)  # type: ignore[union-attr,arg-type]
         self.adapter.attach(base.pipe)
         self.text = base.encode_text(["portrait"] * batch, pixels=pixels, guided=guided)
-        self.x, self.t = torch.randn(rows, *base.shape(pixels), **like), torch.full((rows,), 500, device=base.device)
+        self.x, self.t = (
+            torch.randn(rows, *base.shape(pixels), **like),
+            torch.full((rows,), 500, device=base.device),
+        )
         self.tokens, self.nobody = (torch.randn(1, TOKENS, width, **like) for _ in range(2))
         self.apart: Callable[[], object] | None = self._apart if guided else None
 
@@ -93,17 +113,23 @@ class SDXLSubject:
         return self.base.predict(self.x, self.t, self.text)
 
     def opened(self) -> AbstractContextManager[Any]:
-        return self.adapter.use_tokens(self.tokens, 0.8, num_zero=20, negative=self.nobody, guided=self.guided)
+        return self.adapter.use_tokens(
+            self.tokens, 0.8, num_zero=20, negative=self.nobody, guided=self.guided
+        )
 
     def _apart(self) -> None:
         half = len(self.x) // 2
         for rows, tokens in ((slice(half, None), self.tokens), (slice(half), self.nobody)):
             ids = None if self.text.time_ids is None else self.text.time_ids[rows]
             with self.adapter.use_tokens(tokens, 0.8, num_zero=20):
-                self.base.predict(self.x[rows], self.t[rows], Text(self.text.embeds[rows], self.text.pooled[rows], ids))
+                self.base.predict(
+                    self.x[rows],
+                    self.t[rows],
+                    TextConditioning(self.text.embeds[rows], self.text.pooled[rows], ids),
+                )
 
 
-class FluxSubject:
+class FluxTarget:
     """FLUX.1's transformer at full width with the identity after every 2nd double and every 4th single block.
 
     Args:
@@ -127,10 +153,17 @@ class FluxSubject:
         level: str = "full",
         **sizes: Any,
     ) -> None:
-        blocks = {"num_layers": max(1, round(19 * depth)), "num_single_layers": max(1, round(38 * depth))}
+        blocks = {
+            "num_layers": max(1, round(19 * depth)),
+            "num_single_layers": max(1, round(38 * depth)),
+        }
         with default_dtype(dtype), device if level == "full" else torch.device("cpu"):
-            self.transformer = FluxTransformer2DModel(**{**blocks, "guidance_embeds": True, **sizes})
-            self.adapter = PuLIDFlux.for_transformer(self.transformer, _small_former(2048)).to(device)
+            self.transformer = FluxTransformer2DModel(
+                **{**blocks, "guidance_embeds": True, **sizes}
+            )
+            self.adapter = PuLIDFlux.for_transformer(self.transformer, _small_former(2048)).to(
+                device
+            )
         self.transformer.eval().requires_grad_(False)
         self.pipe = None if level == "full" else _placed(self.transformer, level, device)
         self.adapter.requires_grad_(False).attach(self.transformer)
@@ -141,7 +174,9 @@ class FluxSubject:
         grid = torch.meshgrid(torch.zeros(1), *[torch.arange(float(side))] * 2, indexing="ij")
         self.call = {
             "hidden_states": torch.randn(batch, side * side, config.in_channels, **like),
-            "encoder_hidden_states": torch.randn(batch, text_tokens, config.joint_attention_dim, **like),
+            "encoder_hidden_states": torch.randn(
+                batch, text_tokens, config.joint_attention_dim, **like
+            ),
             "pooled_projections": torch.randn(batch, config.pooled_projection_dim, **like),
             "timestep": torch.full((batch,), 0.5, **like),
             "img_ids": torch.stack(grid, -1).reshape(-1, 3).to(device),
@@ -157,7 +192,7 @@ class FluxSubject:
         return self.adapter.use_tokens(self.tokens)
 
 
-def subject(
+def speed_target(
     name: str,
     device: torch.device,
     pixels: int = 1024,
@@ -165,25 +200,29 @@ def subject(
     guided: bool = False,
     depth: float = 1.0,
     level: str = "full",
-) -> Subject:
+) -> SpeedTarget:
     """ "mini", "sdxl" or "flux" at full size with random weights.
 
     Raises:
         OptionError: another name, or an option that it does not have.
     """
-    memory.level(level)
+    memory.find_level(level)
     if name == "flux":
         if guided:
-            raise OptionError("FLUX takes a negative prompt in calls of its own; measure it without --guided.")
-        return FluxSubject(device, dtype_of(name, device), pixels, batch, depth, level=level)
+            raise OptionError(
+                "FLUX takes a negative prompt in calls of its own; measure it without --guided."
+            )
+        return FluxTarget(device, dtype_of(name, device), pixels, batch, depth, level=level)
     if depth != 1 or level != "full":
         raise OptionError("only FLUX can be measured with fewer blocks or at another memory level.")
     base = random_base(name, device, dtype_of(name, device))
-    return SDXLSubject(base, pixels, batch, guided)
+    return SDXLTarget(base, pixels, batch, guided)
 
 
 @torch.inference_mode()
-def measure(it: Subject, rounds: int = 5, on_progress: Callable[[int, int], None] | None = None) -> list[Step]:
+def measure(
+    it: SpeedTarget, rounds: int = 5, on_progress: Callable[[int, int], None] | None = None
+) -> list[Step]:
     """base, pulid and afresh by turns; with guidance also pulid in two passes."""
     peaks: dict[str, float | None] = {}
     within: list[float] = []
@@ -210,26 +249,48 @@ def measure(it: Subject, rounds: int = 5, on_progress: Callable[[int, int], None
 
         return timed(whole, it.device)
 
-    runs: dict[str, Callable[[], float]] = {"base": lambda: timed(it.step, it.device), "pulid": pulid, "afresh": afresh}
+    runs: dict[str, Callable[[], float]] = {
+        "base": lambda: timed(it.step, it.device),
+        "pulid": pulid,
+        "afresh": afresh,
+    }
     if (apart := it.apart) is not None:
         runs["two passes"] = lambda: timed(apart, it.device)
-    seconds = by_turns({name: noted(name, run) for name, run in runs.items()}, rounds, on_progress)
+    seconds = interleave(
+        {name: noted(name, run) for name, run in runs.items()}, rounds, on_progress
+    )
     times, ratio = medians(seconds), ratios(seconds)
     inner = {"pulid": round(median(within[1:]), 4)} if it.device.type == "cpu" else {}
-    return [Step(name, round(times[name], 4), round(ratio[name], 4), peaks[name], inner.get(name)) for name in runs]
+    return [
+        Step(name, round(times[name], 4), round(ratio[name], 4), peaks[name], inner.get(name))
+        for name in runs
+    ]
 
 
 def _placed(transformer: FluxTransformer2DModel, level: str, device: torch.device) -> FluxPipeline:
     """A pipeline around it by a level of memory; its other parts are too small to count."""
-    clip = CLIPTextConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    clip = CLIPTextConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
     t5 = T5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
     scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = FluxPipeline(scheduler, vae, CLIPTextModel(clip), None, T5EncoderModel(t5), None, transformer)
+    pipe = FluxPipeline(
+        scheduler, vae, CLIPTextModel(clip), None, T5EncoderModel(t5), None, transformer
+    )
     memory.place(pipe, level, device)
     return pipe
 
 
 def _small_former(width: int) -> IDFormer:
     """An encoder too small to count: its work is done before the first step."""
-    return IDFormer(dim=64, depth=5, heads=1, num_queries=TOKENS, output_dim=width, width=16, vit_dim=16, hidden_dim=16)
+    return IDFormer(
+        dim=64,
+        depth=5,
+        heads=1,
+        num_queries=TOKENS,
+        output_dim=width,
+        width=16,
+        vit_dim=16,
+        hidden_dim=16,
+    )

@@ -15,8 +15,10 @@ import torch
 Seconds = Mapping[str, list[float]]
 
 
-def by_turns(
-    candidates: Mapping[str, Callable[[], float]], rounds: int = 5, on_progress: Callable[[int, int], None] | None = None
+def interleave(
+    candidates: Mapping[str, Callable[[], float]],
+    rounds: int = 5,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each round, after a round that does not count; every round begins with another one.
 
@@ -45,7 +47,10 @@ def ratios(seconds: Seconds) -> dict[str, float]:
     """Of each candidate to the first: the median of the rounds' own ratios, which a machine that is slower for a while
     does not change."""
     first = next(iter(seconds.values()))
-    return {name: statistics.median(a / b for a, b in zip(values, first, strict=True)) for name, values in seconds.items()}
+    return {
+        name: statistics.median(a / b for a, b in zip(values, first, strict=True))
+        for name, values in seconds.items()
+    }
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

@@ -13,23 +13,23 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from openpulid.bench.perf.timing import by_turns, medians, peak, ratios, reset_peak, timed
-from openpulid.device import half
+from openpulid.bench.perf.timing import interleave, medians, peak, ratios, reset_peak, timed
+from openpulid.device import compute_dtype
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import OptionError
 from openpulid.faces.align import TEMPLATE
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
-from openpulid.faces.mini_recognition import RECOGNISERS
+from openpulid.faces.mini_recognition import RECOGNITION_MODELS
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.precision import fp32_attention
-from openpulid.training.pulid.models import Base, SDXLBase, Text
+from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.pulid.task import Batch, PuLIDTask
-from openpulid.training.rng import Draw
-from openpulid.training.trainer import parts
+from openpulid.training.rng import StepRNG
+from openpulid.training.trainer import microlosses
 
 SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
@@ -71,32 +71,39 @@ class Cost:
 
 
 class _Parts:
-    """What `SDXLBase` wants of a pipeline, without text encoders: what a step costs does not depend on them."""
+    """What `SDXLModel` wants of a pipeline, without text encoders: what a step costs does not depend on them."""
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
         self.unet, self.vae, self.text_encoder, self.text_encoder_2 = unet, vae, None, None
-        self.scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        self.scheduler = DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+        )
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-class RandomSDXL(SDXLBase):
+class RandomSDXL(SDXLModel):
     """A base of SDXL's architecture, and random sentences of 77 tokens."""
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
         super().__init__(_Parts(unet, vae))
-        self.pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        self.pooled = (
+            unet.config.projection_class_embeddings_input_dim
+            - 6 * unet.config.addition_time_embed_dim
+        )
 
-    def encode_text(self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False) -> Text:
+    def encode_text(
+        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
+    ) -> TextConditioning:
         rows, like = len(prompts) * (1 + guided), {"device": self.device, "dtype": self.unet.dtype}
         side = float(pixels or self.unet.config.sample_size * self.pipe.vae_scale_factor)
         ids = torch.tensor([[side, side, 0, 0, side, side]], **like).expand(rows, -1)
         embeds = torch.randn(rows, 77, self.unet.config.cross_attention_dim, **like)
-        return Text(embeds, torch.randn(rows, self.pooled, **like), ids)
+        return TextConditioning(embeds, torch.randn(rows, self.pooled, **like), ids)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
     """What a base is measured in there, as it is used: the miniature in float32, the others in half where that pays."""
-    return torch.float32 if name == "mini" else half(device)
+    return torch.float32 if name == "mini" else compute_dtype(device)
 
 
 def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> RandomSDXL:
@@ -110,8 +117,13 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.floa
     with default_dtype(dtype), device:
         if name == "sdxl":
             return RandomSDXL(UNet2DConditionModel(**SDXL_UNET), AutoencoderKL(**SDXL_VAE))
-        unet, vae = (json.loads((MINIATURE / "pipeline" / part / "config.json").read_text()) for part in ("unet", "vae"))
-        return RandomSDXL(UNet2DConditionModel.from_config(unet), PatchAutoencoderKL.from_config(vae))
+        unet, vae = (
+            json.loads((MINIATURE / "pipeline" / part / "config.json").read_text())
+            for part in ("unet", "vae")
+        )
+        return RandomSDXL(
+            UNet2DConditionModel.from_config(unet), PatchAutoencoderKL.from_config(vae)
+        )
 
 
 @contextmanager
@@ -128,16 +140,27 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 class RandomPeople:
     """A `training.task.Source` of noise."""
 
-    def __init__(self, base: Base, adapter: PuLID, size: int, tokens: int, pixels: int | None) -> None:
+    def __init__(
+        self, base: BaseModel, adapter: PuLID, size: int, tokens: int, pixels: int | None
+    ) -> None:
         self.base, self.size, self.tokens, self.pixels = base, size, tokens, pixels
         config = adapter.id_adapter.config
         self.width, self.hidden = config["width"], config["vit_dim"]
 
-    def batch(self, draw: Draw) -> Batch:
+    def batch(self, draw: StepRNG) -> Batch:
         latents = draw.randn((self.size, *self.base.shape(self.pixels)), "latents")
-        hidden = [draw.randn((self.size, self.tokens, self.hidden), f"hidden.{k}") for k in range(5)]
+        hidden = [
+            draw.randn((self.size, self.tokens, self.hidden), f"hidden.{k}") for k in range(5)
+        ]
         pictures = draw.rand((self.size, 3, 128, 128), "pictures")
-        return Batch(latents, None, ["portrait"] * self.size, draw.randn((self.size, self.width), "id"), hidden, pictures)
+        return Batch(
+            latents,
+            None,
+            ["portrait"] * self.size,
+            draw.randn((self.size, self.width), "id"),
+            hidden,
+            pictures,
+        )
 
 
 def random_faces(device: torch.device) -> FaceEmbedder:
@@ -148,18 +171,22 @@ def random_faces(device: torch.device) -> FaceEmbedder:
         box, mask = torch.tensor([0.0, 0.0, side, side]), torch.ones(1, side, side)
         return [Face(image, box, TEMPLATE * side, 1.0, mask) for image in images]
 
-    return FaceEmbedder(find, RECOGNISERS["encoder"]().to(device))
+    return FaceEmbedder(find, RECOGNITION_MODELS["encoder"]().to(device))
 
 
-def random_task(recipe: Recipe, base: Base) -> PuLIDTask:
+def random_task(recipe: Recipe, base: BaseModel) -> PuLIDTask:
     """The recipe on a base of random weights, which also walks the lightning branch."""
     unet = base.pipe.unet
     encoder = {"IDEncoder": IDEncoder, "IDFormer": IDFormer}[recipe.encoder]
-    sizes = {"context_dim" if encoder is IDEncoder else "output_dim": unet.config.cross_attention_dim}
+    sizes = {
+        "context_dim" if encoder is IDEncoder else "output_dim": unet.config.cross_attention_dim
+    }
     if recipe.base == "mini":  # its recogniser and tower are smaller, too
         sizes |= {"width": 192, "vit_dim": 96, "hidden_dim": recipe.encoder_width}
     adapter = PuLID.for_unet(unet, encoder(**sizes)).to(base.device, torch.float32)
-    people = RandomPeople(base, adapter, recipe.batch, 65 if recipe.base == "mini" else 577, recipe.pixels)
+    people = RandomPeople(
+        base, adapter, recipe.batch, 65 if recipe.base == "mini" else 577, recipe.pixels
+    )
     return PuLIDTask(recipe, base, adapter, people, fast=[base], faces=random_faces(base.device))
 
 
@@ -185,7 +212,9 @@ def measure(
         return seconds
 
     names = {f"{last} {again}": (last, again) for last, again in candidates}
-    seconds = by_turns({name: partial(run, name, *c) for name, c in names.items()}, rounds, on_progress)
+    seconds = interleave(
+        {name: partial(run, name, *c) for name, c in names.items()}, rounds, on_progress
+    )
     times, ratio = medians(seconds), ratios(seconds)
     return [Cost(*names[n], round(times[n], 4), round(ratio[n], 3), memory[n]) for n in names]
 
@@ -201,14 +230,20 @@ def show(costs: Sequence[Cost]) -> None:
         grid.add_column(name, justify="right")
     for c in costs:
         memory = "-" if c.memory is None else f"{c.memory:.2f}"
-        grid.add_row(str(c.last), "yes" if c.checkpoint else "no", f"{c.seconds:.2f}", f"{c.ratio:.2f}", memory)
+        grid.add_row(
+            str(c.last),
+            "yes" if c.checkpoint else "no",
+            f"{c.seconds:.2f}",
+            f"{c.ratio:.2f}",
+            memory,
+        )
     Console().print(grid)
 
 
 def _step(task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
     device = task.base.device
     optimizer.zero_grad(set_to_none=True)
-    for part in parts(task, Draw(0, 0), device, task.recipe.bf16):
+    for part in microlosses(task, StepRNG(0, 0), device, task.recipe.bf16):
         with fp32_attention(device, task.recipe.bf16):
             torch.stack(list(part.values())).sum().backward()
     nn.utils.clip_grad_norm_(task.adapter.parameters(), 1.0)

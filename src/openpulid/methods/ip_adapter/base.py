@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import read_tensors
-from openpulid.methods.hooks import Attachment, Serving, in_use, unet_of
+from openpulid.methods.hooks import PipelineState, Serving, exclusive_use, unet_of
 
 Parts = Mapping[str, Mapping[str, Tensor]]
 """A published file: {"image_proj": {...}, "ip_adapter": {...}}."""
@@ -41,7 +41,7 @@ class Call:
     named: Mapping[str, Any]
 
 
-class TokenMethod(Serving):
+class IPAdapterBase(Serving):
     """A method whose file diffusers opens with `load_ip_adapter`; what it embeds is a subclass's.
 
     Args:
@@ -54,13 +54,21 @@ class TokenMethod(Serving):
     def __init__(self, parts: Parts) -> None:
         super().__init__()
         if set(parts) != {"image_proj", "ip_adapter"} or not all(parts.values()):
-            raise WeightsError(f"this file has {', '.join(parts) or 'nothing'}; such an adapter has image_proj and ip_adapter.")
+            raise WeightsError(
+                f"this file has {', '.join(parts) or 'nothing'}; such an adapter has image_proj and ip_adapter."
+            )
         self.parts = {part: dict(tensors) for part, tensors in parts.items()}
-        self.lora = {name: self.parts["ip_adapter"].pop(name) for name in list(self.parts["ip_adapter"]) if "_lora." in name}
-        self._built: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], nn.Module]] = WeakKeyDictionary()
+        self.lora = {
+            name: self.parts["ip_adapter"].pop(name)
+            for name in list(self.parts["ip_adapter"])
+            if "_lora." in name
+        }
+        self._built: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], nn.Module]] = (
+            WeakKeyDictionary()
+        )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TokenMethod:
+    def load(cls, path: str | os.PathLike[str]) -> IPAdapterBase:
         """From a published file, safetensors or `.bin`.
 
         Raises:
@@ -77,7 +85,7 @@ class TokenMethod(Serving):
             parts.setdefault(part, {})[rest] = tensor
         return parts
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TokenMethod:
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> IPAdapterBase:
         """Moves the low-rank part; what diffusers builds from the file follows the U-Net."""
         self.lora = {name: x.to(device, dtype) for name, x in self.lora.items()}
         return self
@@ -98,7 +106,9 @@ class TokenMethod(Serving):
         """
         unet_of(target)
         if not hasattr(target, "load_ip_adapter"):
-            raise OptionError(f"{type(target).__name__} is no pipeline; attach this method to a StableDiffusionXL pipeline.")
+            raise OptionError(
+                f"{type(target).__name__} is no pipeline; attach this method to a StableDiffusionXL pipeline."
+            )
         self.built(target)  # now, and not within the first image
         self.serve(target)
 
@@ -117,7 +127,7 @@ class TokenMethod(Serving):
         start: float = 0.0,
         end: float = 1.0,
         pipe: Any = None,
-    ) -> Iterator[TokenMethod]:
+    ) -> Iterator[IPAdapterBase]:
         """The attached pipelines show an identity while this is open.
 
         Args:
@@ -141,34 +151,46 @@ class TokenMethod(Serving):
                 stack.enter_context(self._opened(attachment, everyone, strength, (start, end)))
             yield self
 
-    def tell(self, attachment: Attachment, people: Sequence[Identity], call: Call, strength: float) -> dict[str, Any]:
+    def tell(
+        self, attachment: PipelineState, people: Sequence[Identity], call: Call, strength: float
+    ) -> dict[str, Any]:
         """What a call of the U-Net is told beside what the pipeline says.
 
         Args:
             strength: 0 where nobody is to be seen at this time.
         """
         embeddings = torch.cat([self.embeddings(identity) for identity in people])
-        nobody = together([self.nobody(identity) for identity in people])
+        nobody = cat_or_none([self.nobody(identity) for identity in people])
         shown = per_image(embeddings, len(call.sample), attachment.guided(), nobody).to(call.sample)
         known = call.named.get("added_cond_kwargs") or {}
         return {"added_cond_kwargs": {**known, "image_embeds": [shown]}}
 
     @contextmanager
     def _opened(
-        self, attachment: Attachment, people: Sequence[Identity], scale: float, span: tuple[float, float]
+        self,
+        attachment: PipelineState,
+        people: Sequence[Identity],
+        scale: float,
+        span: tuple[float, float],
     ) -> Iterator[None]:
         unet = attachment.unet
         strength = 0.0
-        with in_use(unet, mark=PROCESSORS), restored(attachment.target), ExitStack() as hooks:
+        with (
+            exclusive_use(unet, mark=PROCESSORS),
+            restored(attachment.target),
+            ExitStack() as hooks,
+        ):
             processors, projection = self.built(attachment.target)
             set_up(unet, processors, projection, "ip_image_proj")
 
-            def hook(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            def hook(
+                module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
                 first = dict(zip(("sample", "timestep"), args, strict=False)) | named
                 call = Call(first["sample"], first["timestep"], named)
                 nonlocal strength
                 strength = scale if attachment.within(call.time, span) else 0.0
-                beside([projection, *processors.values()], call.sample.device, unet.dtype)
+                move_to([projection, *processors.values()], call.sample.device, unet.dtype)
                 for processor in processors.values():
                     if hasattr(processor, "scale"):
                         processor.scale = [strength]
@@ -176,7 +198,9 @@ class TokenMethod(Serving):
 
             hooks.callback(unet.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for module, down, up in lora_layers(unet, self.lora):
-                hooks.callback(module.register_forward_hook(low_rank(down, up, lambda: strength != 0)).remove)
+                hooks.callback(
+                    module.register_forward_hook(low_rank(down, up, lambda: strength != 0)).remove
+                )
             yield
 
     def built(self, pipe: Any) -> tuple[dict[str, Any], nn.Module]:
@@ -188,7 +212,9 @@ class TokenMethod(Serving):
                     "this pipeline is offloaded already; attach the method before enable_sequential_cpu_offload()."
                 )
             with restored(pipe):
-                pipe.load_ip_adapter(self.parts, subfolder="", weight_name="", image_encoder_folder=None)
+                pipe.load_ip_adapter(
+                    self.parts, subfolder="", weight_name="", image_encoder_folder=None
+                )
                 projection, unet.encoder_hid_proj = unet.encoder_hid_proj, None
                 self._built[unet] = dict(unet.attn_processors), projection
         return self._built[unet]
@@ -198,7 +224,11 @@ class TokenMethod(Serving):
 def restored(pipe: Any) -> Iterator[None]:
     """What `load_ip_adapter` changes is as it was when this closes: processors, projection, feature extractor."""
     unet = pipe.unet
-    processors, projection, kind = dict(unet.attn_processors), unet.encoder_hid_proj, unet.config.encoder_hid_dim_type
+    processors, projection, kind = (
+        dict(unet.attn_processors),
+        unet.encoder_hid_proj,
+        unet.config.encoder_hid_dim_type,
+    )
     extractor = getattr(pipe, "feature_extractor", None)
     try:
         yield
@@ -208,7 +238,9 @@ def restored(pipe: Any) -> Iterator[None]:
             pipe.register_modules(feature_extractor=extractor)
 
 
-def set_up(unet: Any, processors: Mapping[str, Any], projection: nn.Module | None, kind: str | None) -> None:
+def set_up(
+    unet: Any, processors: Mapping[str, Any], projection: nn.Module | None, kind: str | None
+) -> None:
     """The processors first: a Resampler has attention of its own, which the U-Net would count among its layers."""
     unet.encoder_hid_proj = None
     unet.set_attn_processor(dict(processors))
@@ -216,7 +248,7 @@ def set_up(unet: Any, processors: Mapping[str, Any], projection: nn.Module | Non
     unet.config.encoder_hid_dim_type = kind
 
 
-def beside(modules: Iterable[Any], device: torch.device, dtype: torch.dtype) -> None:
+def move_to(modules: Iterable[Any], device: torch.device, dtype: torch.dtype) -> None:
     """Moves what is not there. Asked in a call, by what the U-Net is given: a U-Net that is offloaded lies elsewhere, or
     nowhere, until it is called."""
     for module in modules:
@@ -226,7 +258,7 @@ def beside(modules: Iterable[Any], device: torch.device, dtype: torch.dtype) -> 
                 module.to(device, dtype)
 
 
-def together(several: Sequence[Tensor | None]) -> Tensor | None:
+def cat_or_none(several: Sequence[Tensor | None]) -> Tensor | None:
     """One tensor of all, (P, ...); None where one of them is."""
     present = [one for one in several if one is not None]
     return torch.cat(present) if len(present) == len(several) else None
@@ -241,15 +273,24 @@ def per_image(values: Tensor, batch: int, guided: bool, negative: Tensor | None 
     """
     positive = batch // 2 if guided else batch
     if positive % len(values):
-        raise OptionError(f"{len(values)} identities for {positive} images: give one, or one for each prompt.")
+        raise OptionError(
+            f"{len(values)} identities for {positive} images: give one, or one for each prompt."
+        )
     each = positive // len(values)
     shown = values.repeat_interleave(each, 0)
     if not guided:
         return shown
-    return torch.cat([torch.zeros_like(shown) if negative is None else negative.repeat_interleave(each, 0), shown])
+    return torch.cat(
+        [
+            torch.zeros_like(shown) if negative is None else negative.repeat_interleave(each, 0),
+            shown,
+        ]
+    )
 
 
-def lora_layers(unet: Any, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+def lora_layers(
+    unet: Any, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
     """The linear layers of a U-Net, each with its low-rank pair, of names such as "3.to_q_lora.down.weight".
 
     The number is the place among all attention processors.

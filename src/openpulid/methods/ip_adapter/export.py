@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openpulid.methods.ip_adapter.base import TokenMethod
+from openpulid.methods.ip_adapter.base import IPAdapterBase
 
 RESAMPLER = {
     ".ln0.": ".0.norm1.",
@@ -24,15 +24,17 @@ MLP = {"ff.net.0.proj.": "proj.0.", "ff.net.2.": "proj.2."}
 """diffusers' names -> the published ones."""
 
 
-def learned_layers(method: TokenMethod, pipe: Any) -> nn.Module:
+def trained_layers(method: IPAdapterBase, pipe: Any) -> nn.Module:
     """Projection, keys and values, and the LoRA: everything of the method that trains, with gradients on."""
     processors, projection = method.built(pipe)
     method.lora = {name: nn.Parameter(x.clone()) for name, x in method.lora.items()}
     joined = [processor for processor in processors.values() if isinstance(processor, nn.Module)]
-    return nn.ModuleList([projection, *joined, nn.ParameterList(list(method.lora.values()))]).requires_grad_(True)
+    return nn.ModuleList(
+        [projection, *joined, nn.ParameterList(list(method.lora.values()))]
+    ).requires_grad_(True)
 
 
-def published_parts(method: TokenMethod, pipe: Any, path: Path) -> Path:
+def published_parts(method: IPAdapterBase, pipe: Any, path: Path) -> Path:
     """Writes what was learned under the published names, in half precision; returns the path."""
     processors, projection = method.built(pipe)
     (layer,) = cast(nn.ModuleList, projection.image_projection_layers)
@@ -40,7 +42,9 @@ def published_parts(method: TokenMethod, pipe: Any, path: Path) -> Path:
     for place, processor in enumerate(processors.values()):
         if isinstance(processor, nn.Module):
             for kind in ("k", "v"):
-                flat[f"ip_adapter.{place}.to_{kind}_ip.weight"] = getattr(processor, f"to_{kind}_ip")[0].weight
+                flat[f"ip_adapter.{place}.to_{kind}_ip.weight"] = getattr(
+                    processor, f"to_{kind}_ip"
+                )[0].weight
     flat |= {f"ip_adapter.{name}": x for name, x in method.lora.items()}
     save_file({name: x.detach().half().cpu().contiguous() for name, x in flat.items()}, path)
     return path

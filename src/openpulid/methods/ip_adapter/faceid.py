@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from openpulid.identity.identity import Identity
-from openpulid.methods.hooks import Attachment
-from openpulid.methods.ip_adapter.base import Call, TokenMethod, per_image
+from openpulid.methods.hooks import PipelineState
+from openpulid.methods.ip_adapter.base import Call, IPAdapterBase, per_image
 from openpulid.methods.ip_adapter.ip_adapter import hidden
 
 
-class FaceID(TokenMethod):
+class FaceID(IPAdapterBase):
     """IP-Adapter's decoupled cross-attention (arXiv 2308.06721, equation 5) with a face recogniser instead of CLIP.
 
     The published file was trained on *normalised* embeddings of buffalo_l; PuLID's identities hold raw ones. `scale` weighs the
@@ -36,26 +36,38 @@ class FaceID(TokenMethod):
 class FaceIDPlus(FaceID):
     """FaceID-PlusV2: the face's tokens ask a perceiver over CLIP's hidden states of the face, and add what it answers.
 
-    Identities are `identity.clip.ClipFeatures`'s, with a recogniser.
+    Identities are `identity.clip.ClipExtractor`'s, with a recogniser.
     """
 
-    def tell(self, attachment: Attachment, people: Sequence[Identity], call: Call, strength: float) -> dict[str, Any]:
+    def tell(
+        self, attachment: PipelineState, people: Sequence[Identity], call: Call, strength: float
+    ) -> dict[str, Any]:
         """The states go to the projection layer itself, in the order of the batch: diffusers has no argument for them."""
-        seen, nothing = (torch.cat([hidden(identity, level) for identity in people]) for level in (0, 1))
+        seen, nothing = (
+            torch.cat([hidden(identity, level) for identity in people]) for level in (0, 1)
+        )
         layer = _perceiver(attachment.unet.encoder_hid_proj)
-        layer.clip_embeds = per_image(seen, len(call.sample), attachment.guided(), nothing).to(call.sample)
+        layer.clip_embeds = per_image(seen, len(call.sample), attachment.guided(), nothing).to(
+            call.sample
+        )
         layer.shortcut = True  # version 2: the face embedding stays, and the perceiver adds to it
         return super().tell(attachment, people, call, strength)
 
     @contextmanager
     def _opened(
-        self, attachment: Attachment, people: Sequence[Identity], scale: float, span: tuple[float, float]
+        self,
+        attachment: PipelineState,
+        people: Sequence[Identity],
+        scale: float,
+        span: tuple[float, float],
     ) -> Iterator[None]:
         try:
             with super()._opened(attachment, people, scale, span):
                 yield
         finally:
-            if attachment.unet in self._built:  # nobody's features stay in a layer that is kept for the next time
+            if (
+                attachment.unet in self._built
+            ):  # nobody's features stay in a layer that is kept for the next time
                 _perceiver(self._built[attachment.unet][1]).clip_embeds = None
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
-from openpulid.methods.controlnet import added, residuals
-from openpulid.methods.hooks import Attachment
-from openpulid.methods.ip_adapter.base import Call, Parts, TokenMethod, beside, per_image
+from openpulid.methods.controlnet import add_residuals, residuals
+from openpulid.methods.hooks import PipelineState
+from openpulid.methods.ip_adapter.base import Call, IPAdapterBase, Parts, move_to, per_image
 
 COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
 """Of left eye, right eye, nose and the corners of the mouth, as InstantID was trained."""
@@ -25,8 +25,8 @@ DIMMED = 0.6  # its lines to the nose are this bright
 NOSE = 2
 
 
-class InstantID(TokenMethod):
-    """The adapter's tokens as `TokenMethod` shows them, and IdentityNet's residuals in the same call of the U-Net.
+class InstantID(IPAdapterBase):
+    """The adapter's tokens as `IPAdapterBase` shows them, and IdentityNet's residuals in the same call of the U-Net.
 
     The published pipeline is a copy of diffusers' ControlNet pipeline. Here IdentityNet runs inside the hook that tells the
     U-Net the embeddings, so any SDXL pipeline shows it, ControlNet pipelines too.
@@ -58,7 +58,9 @@ class InstantID(TokenMethod):
         places = (Path(path), folder / "ip-adapter.safetensors", folder / "ip-adapter.bin")
         files = [file for file in places if file.is_file()]
         if not files or not (folder / "ControlNetModel").is_dir():
-            raise WeightsError(f"{folder} holds no InstantID; it needs ip-adapter.bin and ControlNetModel/.")
+            raise WeightsError(
+                f"{folder} holds no InstantID; it needs ip-adapter.bin and ControlNetModel/."
+            )
         net = ControlNetModel.from_pretrained(folder / "ControlNetModel", local_files_only=True)
         return cls(cls.read(files[0]), net)
 
@@ -71,20 +73,22 @@ class InstantID(TokenMethod):
         """(1, 1, 1, D): the *raw* embedding, the mean of several photos'."""
         return identity.id_cond[..., : self.width].mean(1)[:, None, None]
 
-    def tell(self, attachment: Attachment, people: Sequence[Identity], call: Call, strength: float) -> dict[str, Any]:
+    def tell(
+        self, attachment: PipelineState, people: Sequence[Identity], call: Call, strength: float
+    ) -> dict[str, Any]:
         """The embeddings, and what IdentityNet adds to the U-Net's skips and middle."""
         told = super().tell(attachment, people, call, strength)
         if not strength or self.control_scale == 0:
             return told
         unet, guided = attachment.unet, attachment.guided()
-        beside([self.identity_net], call.sample.device, unet.dtype)
+        move_to([self.identity_net], call.sample.device, unet.dtype)
         tokens = unet.encoder_hid_proj(told["added_cond_kwargs"]["image_embeds"])[0].flatten(1, 2)
         height, width = (side * attachment.pixels for side in call.sample.shape[-2:])
         drawings = torch.cat([landmarks_drawn(identity, (width, height)) for identity in people])
         shown = per_image(drawings, len(call.sample), guided, negative=drawings)
         weight = strength if self.control_scale is None else self.control_scale
         found = residuals(self.identity_net, call, tokens, shown, weight, told["added_cond_kwargs"])
-        return told | added(call.named, *found)
+        return told | add_residuals(call.named, *found)
 
 
 def landmarks_drawn(identity: Identity, size: tuple[int, int]) -> Tensor:
@@ -97,7 +101,9 @@ def landmarks_drawn(identity: Identity, size: tuple[int, int]) -> Tensor:
         OptionError: the identity has none.
     """
     if identity.landmarks is None:
-        raise OptionError("this identity has no landmarks, which InstantID needs; make it again from the photo.")
+        raise OptionError(
+            "this identity has no landmarks, which InstantID needs; make it again from the photo."
+        )
     width, height = size
     side = min(width, height)
     margin = torch.tensor([(width - side) / 2, (height - side) / 2])
@@ -112,4 +118,9 @@ def landmarks_drawn(identity: Identity, size: tuple[int, int]) -> Tensor:
     radius = max(1.0, 10 * side / 1024)
     for (x, y), color in zip(points, COLORS, strict=True):
         draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=color)
-    return torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8).view(1, height, width, 3).permute(0, 3, 1, 2) / 255
+    return (
+        torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8)
+        .view(1, height, width, 3)
+        .permute(0, 3, 1, 2)
+        / 255
+    )

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
-from openpulid.methods.ip_adapter.base import TokenMethod
+from openpulid.methods.ip_adapter.base import IPAdapterBase
 
 
-class IPAdapter(TokenMethod):
+class IPAdapter(IPAdapterBase):
     """Decoupled cross-attention (equation 5) to four tokens of CLIP's picture embedding, or, in a Plus file, to sixteen that a
     Resampler makes of its penultimate hidden states.
 
-    Identities are `identity.clip.ClipFeatures`'s: the picture tower is the one that the file was trained with.
+    Identities are `identity.clip.ClipExtractor`'s: the picture tower is the one that the file was trained with.
     """
 
     scale: ClassVar[float] = 0.6
@@ -28,7 +28,9 @@ class IPAdapter(TokenMethod):
     @property
     def width(self) -> int:
         """Of what the file reads: an embedding, or a hidden state."""
-        return int(self.parts["image_proj"]["proj_in.weight" if self.plus else "proj.weight"].shape[1])
+        return int(
+            self.parts["image_proj"]["proj_in.weight" if self.plus else "proj.weight"].shape[1]
+        )
 
     def embeddings(self, identity: Identity) -> Tensor:
         """(1, n, D), or of a Plus file (1, n, 1 + N, D)."""

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.errors import IdentityError, OptionError, WeightsError
-from openpulid.io.checkpoints import fill, read_tensors
+from openpulid.io.checkpoints import load_state, read_tensors
 from openpulid.methods.hooks import MARK, one_of_each
 from openpulid.methods.pulid.encoders import LEVELS, IDEncoder, IDFormer
 from openpulid.methods.pulid.masks import Person
 
-Adapter = TypeVar("Adapter", bound="IdentityAdapter")
+Adapter = TypeVar("Adapter", bound="PuLIDBase")
 
 
-class IdentityAdapter(nn.Module):
+class PuLIDBase(nn.Module):
     """Nothing of an attached pipeline changes before `use` opens, and everything is as it was when it closes. What is in
     use belongs to the open `use`, so several pipelines in several threads do not see each other."""
 
@@ -62,7 +62,9 @@ class IdentityAdapter(nn.Module):
         Raises:
             WeightsError: a name is missing or too many, or a shape differs; it names the first of them.
         """
-        fill(self, state, "these are not the weights of this adapter, name its own file", assign=True)
+        load_state(
+            self, state, "these are not the weights of this adapter, name its own file", assign=True
+        )
         return self.eval()
 
     # --- which pipelines it serves
@@ -98,7 +100,9 @@ class IdentityAdapter(nn.Module):
         chosen = [t for t in self._targets if target is None or t is target]
         chosen = [t for t in chosen if getattr(self.network(t), MARK, None) == id(self)]
         if not chosen:
-            raise OptionError("this adapter serves no pipeline (any more); call attach(pipe) first.")
+            raise OptionError(
+                "this adapter serves no pipeline (any more); call attach(pipe) first."
+            )
         one_of_each([self.network(t) for t in chosen])
         return chosen
 
@@ -119,7 +123,9 @@ class IdentityAdapter(nn.Module):
             IdentityError: the features are of other sizes than the encoder reads.
         """
         if mix and not isinstance(self.encoder, IDEncoder):
-            raise OptionError("mix is an option of v1; the encoder of v1.1 reads all of every photo anyway.")
+            raise OptionError(
+                "mix is an option of v1; the encoder of v1.1 reads all of every photo anyway."
+            )
         self._require(id_cond, hidden)
         like = next(self.encoder.parameters())
         options = {"mix": True} if mix else {}
@@ -140,7 +146,9 @@ class IdentityAdapter(nn.Module):
         """(1, T, width): the tokens of nobody, zeros of these shapes through the encoder; guidance's negative half."""
         like = next(self.encoder.parameters())
         options = {"mix": True} if mix else {}
-        tokens: Tensor = self.encoder.unconditional(id_cond.to(like), [x.to(like) for x in hidden], **options)
+        tokens: Tensor = self.encoder.unconditional(
+            id_cond.to(like), [x.to(like) for x in hidden], **options
+        )
         return tokens
 
     def tokens(self, prompts: Sequence[Sequence[Person]], mix: bool = False) -> Tensor:
@@ -149,8 +157,13 @@ class IdentityAdapter(nn.Module):
         for identity in {id(i): i for prompt in prompts for i, _ in prompt}.values():
             known[id(identity)] = self.encode(identity.id_cond, identity.hidden, mix)[0]
         if len({len(tokens) for tokens in known.values()}) > 1:
-            raise OptionError("identities used together must be made from the same number of photos each.")
+            raise OptionError(
+                "identities used together must be made from the same number of photos each."
+            )
         nobody = torch.zeros_like(next(iter(known.values())))
         most = max(map(len, prompts))
-        rows = [[known[id(i)] for i, _ in prompt] + [nobody] * (most - len(prompt)) for prompt in prompts]
+        rows = [
+            [known[id(i)] for i, _ in prompt] + [nobody] * (most - len(prompt))
+            for prompt in prompts
+        ]
         return torch.stack([torch.stack(row) for row in rows])

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
-from openpulid.methods.hooks import in_use
+from openpulid.methods.hooks import exclusive_use
 
-Folded = tuple[Tensor, Tensor]  # (J, P, dim, h * N) and (J, P, h * N, dim): what P prompts with J people are read by
+Folded = tuple[
+    Tensor, Tensor
+]  # (J, P, dim, h * N) and (J, P, h * N, dim): what P prompts with J people are read by
 
 CACHES = ("fbc_", "mag_cache_", "sea_cache_", "taylorseer_cache")
 """How those hooks of diffusers are called that may answer in a whole block's place; applied by a function of their own, as
@@ -36,7 +38,9 @@ class PerceiverCrossAttention(nn.Module):
         kv_dim: width of the identity tokens.
     """
 
-    def __init__(self, dim: int = 3072, dim_head: int = 128, heads: int = 16, kv_dim: int = 2048) -> None:
+    def __init__(
+        self, dim: int = 3072, dim_head: int = 128, heads: int = 16, kv_dim: int = 2048
+    ) -> None:
         super().__init__()
         inner = dim_head * heads
         self.heads = heads
@@ -53,10 +57,17 @@ class PerceiverCrossAttention(nn.Module):
         projection once, and the values with the output's, and an image token is multiplied with h * N columns and rows
         instead of h * d: the same sums in another order, at a quarter of the work.
         """
-        key, value = (x.unflatten(-1, (self.heads, -1)) for x in self.to_kv(self.norm1(tokens)).chunk(2, dim=-1))
+        key, value = (
+            x.unflatten(-1, (self.heads, -1))
+            for x in self.to_kv(self.norm1(tokens)).chunk(2, dim=-1)
+        )
         scale = key.shape[-1] ** -0.5
-        asked = torch.einsum("...nhd,hdc->...chn", key * scale, self.to_q.weight.unflatten(0, (self.heads, -1)))
-        given = torch.einsum("...nhd,chd->...hnc", value, self.to_out.weight.unflatten(1, (self.heads, -1)))
+        asked = torch.einsum(
+            "...nhd,hdc->...chn", key * scale, self.to_q.weight.unflatten(0, (self.heads, -1))
+        )
+        given = torch.einsum(
+            "...nhd,chd->...hnc", value, self.to_out.weight.unflatten(1, (self.heads, -1))
+        )
         return asked.flatten(-2), given.flatten(-3, -2)
 
     def attend(self, image: Tensor, asked: Tensor, given: Tensor) -> Tensor:
@@ -124,7 +135,9 @@ class FluxInjection:
     active: bool = False
     cached: bool = False  # whether diffusers' caching may answer for a block
     computed: bool = True  # whether the block that is being called did anything itself
-    recomputed: bool = False  # whether the blocks of some call are called once more, for its gradient
+    recomputed: bool = (
+        False  # whether the blocks of some call are called once more, for its gradient
+    )
     unjoined: Any = None  # what the last joined block of this call gave, before the identity joined
     made: int | None = None  # image tokens that are being made; what follows them are references
     regions: Tensor | None = None  # (J, B, L, 1)
@@ -133,7 +146,13 @@ class FluxInjection:
 
     def before(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the transformer: finds out what this call is."""
-        names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids")
+        names = (
+            "hidden_states",
+            "encoder_hidden_states",
+            "pooled_projections",
+            "timestep",
+            "img_ids",
+        )
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         run, steps, place = self.schedule()
         self.turn.note(float(given["timestep"].flatten()[0]), run, place)
@@ -151,7 +170,9 @@ class FluxInjection:
 
     def _refuse_recomputing(self, transformer: Any) -> None:
         """A block that is called once more is read by what the last call was: a positive one's, after a negative, by nobody."""
-        self.recomputed |= torch.is_grad_enabled() and getattr(transformer, "is_gradient_checkpointing", False)
+        self.recomputed |= torch.is_grad_enabled() and getattr(
+            transformer, "is_gradient_checkpointing", False
+        )
         if self.turn.negative and self.recomputed:
             raise OptionError(
                 "a negative prompt cannot be combined with gradient checkpointing; leave it out, or call "
@@ -177,7 +198,9 @@ class FluxInjection:
         """
         layer = self.layers[place]
 
-        def hook(block: Any, args: Any, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+        def hook(
+            block: Any, args: Any, output: tuple[Tensor, Tensor]
+        ) -> tuple[Tensor, Tensor] | None:
             if not self.active:
                 return None
             computed, self.computed = self.computed, not self.cached
@@ -198,7 +221,11 @@ class FluxInjection:
         for person in range(len(pair[0])):
             one = layer.attend(seen, *(self._rows(x[person], len(image)).to(seen) for x in pair))
             if self.regions is not None:  # nobody is in everybody's region
-                region = self.regions[person] if len(pair[0]) == len(self.regions) else self.regions.sum(0)
+                region = (
+                    self.regions[person]
+                    if len(pair[0]) == len(self.regions)
+                    else self.regions.sum(0)
+                )
                 one = one * region.to(one)
             added = one if added is None else added + one
         assert added is not None, "an open identity has at least one person"
@@ -209,7 +236,9 @@ class FluxInjection:
     def _rows(x: Tensor, batch: int) -> Tensor:
         """(P, ...) -> (B, ...): each prompt's images follow one another."""
         if batch % len(x):
-            raise OptionError(f"{len(x)} identities do not fit {batch} images; give one identity, or one per prompt.")
+            raise OptionError(
+                f"{len(x)} identities do not fit {batch} images; give one identity, or one per prompt."
+            )
         return x if len(x) == 1 else x.repeat_interleave(batch // len(x), dim=0)
 
     def _regions(self, ids: Tensor, batch: int) -> Tensor | None:
@@ -221,7 +250,9 @@ class FluxInjection:
         return self._rows(small, batch).flatten(2).transpose(0, 1)[..., None]
 
 
-def places(transformer: Any, double_interval: int = 2, single_interval: int = 4) -> list[tuple[str, int]]:
+def places(
+    transformer: Any, double_interval: int = 2, single_interval: int = 4
+) -> list[tuple[str, int]]:
     """The blocks that an identity joins after, in the order of the published `pulid_ca.K`."""
     doubles = range(0, len(transformer.transformer_blocks), double_interval)
     singles = range(0, len(transformer.single_transformer_blocks), single_interval)
@@ -242,15 +273,21 @@ def injected_flux(transformer: Any, injection: FluxInjection) -> Iterator[None]:
     # the hooks read Python values that change from call to call: compiled, every place would be compiled of its own
     plain = torch.compiler.disable
     joined = [(place, blocks[place[0]][place[1]]) for place in injection.layers]
-    injection.cached = getattr(transformer, "is_cache_enabled", False) or any(_cached(block) for _, block in joined)
+    injection.cached = getattr(transformer, "is_cache_enabled", False) or any(
+        _cached(block) for _, block in joined
+    )
     around = [transformer, *(block for _, block in joined if injection.cached)]
-    with in_use(transformer, around), ExitStack() as undo:
-        undo.callback(transformer.register_forward_pre_hook(plain(injection.before), with_kwargs=True).remove)
+    with exclusive_use(transformer, around), ExitStack() as undo:
+        undo.callback(
+            transformer.register_forward_pre_hook(plain(injection.before), with_kwargs=True).remove
+        )
         undo.callback(transformer.register_forward_hook(plain(injection.after)).remove)
         for place, block in joined:
             undo.callback(block.register_forward_hook(plain(injection.join(place))).remove)
             if injection.cached:
-                undo.callback(first_part(block).register_forward_pre_hook(plain(injection.begins)).remove)
+                undo.callback(
+                    first_part(block).register_forward_pre_hook(plain(injection.begins)).remove
+                )
         yield
 
 

@@ -19,7 +19,7 @@ Person = tuple[Identity, Mask]
 People = Identity | Sequence[Any]
 
 
-def people_by_prompt(people: People) -> list[list[Person]]:
+def normalize_people(people: People) -> list[list[Person]]:
     """One list of (identity, mask) per prompt.
 
     an identity                          -> it is in every image
@@ -33,7 +33,9 @@ def people_by_prompt(people: People) -> list[list[Person]]:
     if isinstance(people, Identity):
         return [[(people, None)]]
     if not isinstance(people, Sequence) or not people:
-        raise OptionError("give an identity, a list of (identity, mask), or a list with one identity per prompt.")
+        raise OptionError(
+            "give an identity, a list of (identity, mask), or a list with one identity per prompt."
+        )
     if all(_is_person(entry) for entry in people):
         return [list(people)]
     return [_one_prompt(entry) for entry in people]
@@ -48,7 +50,9 @@ def _one_prompt(entry: Any) -> list[Person]:
         return [(entry, None)]
     if isinstance(entry, list) and entry and all(_is_person(person) for person in entry):
         return entry
-    raise OptionError(f"{type(entry).__name__} is not an identity, nor a list of (identity, mask) pairs.")
+    raise OptionError(
+        f"{type(entry).__name__} is not an identity, nor a list of (identity, mask) pairs."
+    )
 
 
 def as_mask(mask: Mask) -> Tensor:
@@ -65,11 +69,13 @@ def as_mask(mask: Mask) -> Tensor:
     values = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
     values = values.reshape(values.shape[-2:]) if values[..., 0, 0].numel() == 1 else values
     if values.ndim != 2 or values.min() < 0 or values.max() > 1:
-        raise OptionError(f"a mask is one picture with values from 0 to 1; this one has the shape {tuple(mask.shape)}.")
+        raise OptionError(
+            f"a mask is one picture with values from 0 to 1; this one has the shape {tuple(mask.shape)}."
+        )
     return values
 
 
-def stacked(people: list[list[Person]]) -> Tensor | None:
+def stack_masks(people: list[list[Person]]) -> Tensor | None:
     """The masks as (P, J, H, W) at the largest height and width among them, or None where everybody is everywhere.
 
     A prompt with fewer people than another is filled up with empty regions.
@@ -81,7 +87,9 @@ def stacked(people: list[list[Person]]) -> Tensor | None:
     empty = torch.zeros(1, 1)
     rows = [prompt + [empty] * (most - len(prompt)) for prompt in masks]
     height, width = (max(mask.shape[axis] for row in rows for mask in row) for axis in (0, 1))
-    return torch.stack([torch.stack([_resized(mask, height, width) for mask in row]) for row in rows])
+    return torch.stack(
+        [torch.stack([_resized(mask, height, width) for mask in row]) for row in rows]
+    )
 
 
 def _resized(mask: Tensor, height: int, width: int) -> Tensor:

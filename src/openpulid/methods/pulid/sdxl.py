@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.identity import others
+from openpulid.identity.identity import mismatched_models
 from openpulid.io import hub as published
 from openpulid.io.checkpoints import read_metadata
-from openpulid.methods.hooks import Attachment, unet_of
-from openpulid.methods.pulid.base import IdentityAdapter
+from openpulid.methods.hooks import PipelineState, unet_of
+from openpulid.methods.pulid.base import PuLIDBase
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.masks import People, people_by_prompt, stacked
+from openpulid.methods.pulid.masks import People, normalize_people, stack_masks
 from openpulid.methods.pulid.projection import PROJECTIONS, Projection
 from openpulid.methods.pulid.sdxl_attention import (
     IdentityLayer,
@@ -40,7 +40,7 @@ PLACES = [str(place) for place in range(1, 140, 2)]
 """The published keys of SDXL's cross-attentions; a published adapter has a layer for each of them."""
 
 
-class PuLID(IdentityAdapter):
+class PuLID(PuLIDBase):
     """Identity encoder and identity attention; `state_dict` has the published names.
 
     Args:
@@ -70,11 +70,16 @@ class PuLID(IdentityAdapter):
         """A fresh adapter for a U-Net's layers: until it is trained it changes nothing (values start at zero)."""
         return cls(encoder, identity_layers(unet))
 
-    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None) -> Path:
+    def save(
+        self, path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None
+    ) -> Path:
         """Writes the published names, and what is needed to rebuild the encoder, as one safetensors file."""
         path = Path(path)
         facts = {key: str(value) for key, value in (metadata or {}).items()}
-        facts |= {"encoder": type(self.id_adapter).__name__, "config": json.dumps(self.id_adapter.config)}
+        facts |= {
+            "encoder": type(self.id_adapter).__name__,
+            "config": json.dumps(self.id_adapter.config),
+        }
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -92,8 +97,12 @@ class PuLID(IdentityAdapter):
         state = cls.read(path)
         facts = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         former = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
-        with init_empty_weights(include_buffers=False):  # what is read below need not be drawn before
-            encoder = ENCODERS[facts.get("encoder", former)](**json.loads(facts.get("config", "{}")))
+        with init_empty_weights(
+            include_buffers=False
+        ):  # what is read below need not be drawn before
+            encoder = ENCODERS[facts.get("encoder", former)](
+                **json.loads(facts.get("config", "{}"))
+            )
         adapter = cls.from_state_dict(state, encoder)
         adapter.models = json.loads(facts.get("models", "{}"))
         return adapter
@@ -104,7 +113,7 @@ class PuLID(IdentityAdapter):
         Raises:
             OptionError: they are not.
         """
-        if self.models and (differing := others(self.models, models)):
+        if self.models and (differing := mismatched_models(self.models, models)):
             raise OptionError(
                 f"this adapter learned with {' and '.join(sorted(self.models))}, and faces would be read by another "
                 f"{' and another '.join(differing)}; name the pack that it learned with (--faces), or another adapter."
@@ -124,14 +133,18 @@ class PuLID(IdentityAdapter):
             WeightsError: it could not be had, or is not what it says, or not all of it.
         """
         if variant not in VARIANTS:
-            raise OptionError(f"there is no variant {variant!r} of PuLID; the published ones are {', '.join(VARIANTS)}.")
-        entry = published.weight(f"pulid-{variant}")
+            raise OptionError(
+                f"there is no variant {variant!r} of PuLID; the published ones are {', '.join(VARIANTS)}."
+            )
+        entry = published.find_weight(f"pulid-{variant}")
         if Path(repo_or_folder).is_dir():
             path = Path(repo_or_folder) / entry.file
         elif os.fspath(repo_or_folder) == entry.repo:
-            path = published.get(f"pulid-{variant}")
+            path = published.download(f"pulid-{variant}")
         else:
-            raise WeightsError(f"{repo_or_folder} is no folder; the published adapters are in {entry.repo}.")
+            raise WeightsError(
+                f"{repo_or_folder} is no folder; the published adapters are in {entry.repo}."
+            )
         if variant.startswith("flux"):
             return PuLIDFlux.load(path)
         adapter = cls.load(path)
@@ -146,7 +159,11 @@ class PuLID(IdentityAdapter):
         Raises:
             WeightsError: a name is missing or too many, or a shape differs; it lists them.
         """
-        known = {place: tensor.shape for name, tensor in state.items() if (place := _place(name)) and tensor.ndim == 2}
+        known = {
+            place: tensor.shape
+            for name, tensor in state.items()
+            if (place := _place(name)) and tensor.ndim == 2
+        }
         layers = nn.ModuleDict()
         with init_empty_weights(include_buffers=False):
             for place in sorted(known, key=int):
@@ -154,7 +171,10 @@ class PuLID(IdentityAdapter):
         return cls(encoder, layers).filled(state)  # which names what is no layer
 
     def check(self, network: Any) -> None:
-        theirs = {place: (a.inner_dim, a.cross_attention_dim) for place, a in cross_attentions(network).items()}
+        theirs = {
+            place: (a.inner_dim, a.cross_attention_dim)
+            for place, a in cross_attentions(network).items()
+        }
         ours = {
             place: tuple(cast(IdentityLayer, layer).id_to_k.weight.shape)
             for place, layer in self.id_adapter_attn_layers.items()
@@ -162,7 +182,10 @@ class PuLID(IdentityAdapter):
         if ours and ours.items() < theirs.items():
             raise _lacking("this adapter", theirs.keys() - ours.keys(), len(theirs))
         if theirs != ours:
-            widths = [" and ".join(map(str, sorted({cross for _, cross in x.values()}))) for x in (ours, theirs)]
+            widths = [
+                " and ".join(map(str, sorted({cross for _, cross in x.values()})))
+                for x in (ours, theirs)
+            ]
             raise WeightsError(
                 f"this adapter was made for another U-Net: {len(ours)} layers with tokens of width {widths[0]}, "
                 f"this one has {len(theirs)} of width {widths[1]}; take the adapter of this base model."
@@ -204,7 +227,7 @@ class PuLID(IdentityAdapter):
             OptionError: an argument outside its range, nothing attached, or another identity is still in use.
             IdentityError: an identity of other sizes than the encoder reads.
         """
-        prompts = people_by_prompt(people)
+        prompts = normalize_people(people)
         first = prompts[0][0][0]
 
         @torch.no_grad()
@@ -215,8 +238,16 @@ class PuLID(IdentityAdapter):
         def negative() -> dict[str, KeyValue]:
             return self.keys_values(self.unconditional(first.id_cond, first.hidden, mix)[:, None])
 
-        options = {"scale": scale, "start": start, "end": end, "projection": projection, "num_zero": num_zero}
-        with self._opened(positive, negative, options, pipe, masks=stacked(prompts), guided=guided):
+        options = {
+            "scale": scale,
+            "start": start,
+            "end": end,
+            "projection": projection,
+            "num_zero": num_zero,
+        }
+        with self._opened(
+            positive, negative, options, pipe, masks=stack_masks(prompts), guided=guided
+        ):
             yield self
 
     @contextmanager
@@ -251,10 +282,18 @@ class PuLID(IdentityAdapter):
 
         def nobody() -> dict[str, KeyValue]:
             if negative is None:
-                raise OptionError("a guided batch needs negative tokens; give negative=adapter.unconditional(...).")
+                raise OptionError(
+                    "a guided batch needs negative tokens; give negative=adapter.unconditional(...)."
+                )
             return self.keys_values(negative[:, None])
 
-        options = {"scale": scale, "start": start, "end": end, "projection": projection, "num_zero": num_zero}
+        options = {
+            "scale": scale,
+            "start": start,
+            "end": end,
+            "projection": projection,
+            "num_zero": num_zero,
+        }
         with self._opened(positive, nobody, options, pipe, guided=guided):
             yield self
 
@@ -271,7 +310,7 @@ class PuLID(IdentityAdapter):
         """Opens keys and values (P, J, T, hidden) on every U-Net in question; nothing is computed where
         nothing would act."""
         _check_options(options)
-        attachments = [Attachment(target) for target in self.serving(pipe)]
+        attachments = [PipelineState(target) for target in self.serving(pipe)]
         if options["scale"] == 0 or options["start"] >= options["end"]:
             yield
             return
@@ -307,8 +346,12 @@ def _lacking(adapter: str, lost: Collection[str], total: int) -> WeightsError:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     if options["projection"] not in PROJECTIONS:
-        raise OptionError(f"projection is one of {', '.join(PROJECTIONS)}; it is {options['projection']!r}.")
+        raise OptionError(
+            f"projection is one of {', '.join(PROJECTIONS)}; it is {options['projection']!r}."
+        )
     if not 0 <= options["start"] <= 1 or not 0 <= options["end"] <= 1:
         raise OptionError("start and end are fractions of the schedule, from 0 to 1.")
     if not isinstance(options["num_zero"], int) or options["num_zero"] < 0:
-        raise OptionError(f"num_zero is a number of tokens, 0 or more; it is {options['num_zero']!r}.")
+        raise OptionError(
+            f"num_zero is a number of tokens, 0 or more; it is {options['num_zero']!r}."
+        )

@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
-from openpulid.methods.hooks import in_use
-from openpulid.methods.pulid.projection import Projection, attend, contribution, with_zeros, zeros_bias
+from openpulid.methods.hooks import exclusive_use
+from openpulid.methods.pulid.projection import (
+    Projection,
+    attend,
+    contribution,
+    with_zeros,
+    zeros_bias,
+)
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -67,7 +73,11 @@ def identity_layers(unet: nn.Module) -> nn.ModuleDict:
         text = getattr(attention.to_k, "weight", None)
         with torch.no_grad():
             nn.init.zeros_(layer.id_to_v.weight)
-            if text is not None and text.shape == layer.id_to_k.weight.shape and text.is_floating_point():
+            if (
+                text is not None
+                and text.shape == layer.id_to_k.weight.shape
+                and text.is_floating_point()
+            ):
                 layer.id_to_k.weight.copy_(text)
         layers[place] = layer
     return layers
@@ -79,7 +89,9 @@ class Call:
     during backward (gradient checkpointing) finds what its forward had."""
 
     active: bool
-    keys_values: Mapping[str, KeyValue] = field(default_factory=dict)  # place -> (J, B, h, N, d) twice, zeros among them
+    keys_values: Mapping[str, KeyValue] = field(
+        default_factory=dict
+    )  # place -> (J, B, h, N, d) twice, zeros among them
     bias: Tensor | None = None  # (N,), of the zeros
     regions: Callable[[int], Tensor | None] = lambda positions: None  # L -> (J, B, L, 1)
 
@@ -131,7 +143,9 @@ class Injection:
         if self.start <= 0 and self.end >= 1:
             return True
         if torch.is_grad_enabled() and getattr(unet, "is_gradient_checkpointing", False):
-            raise OptionError("start and end cannot be combined with gradient checkpointing; train over the whole schedule.")
+            raise OptionError(
+                "start and end cannot be combined with gradient checkpointing; train over the whole schedule."
+            )
         progress = self.progress(timestep) + 1e-6
         return self.start <= progress and (progress < self.end or self.end >= 1)
 
@@ -140,26 +154,39 @@ class Injection:
         rows = len(sample) // (1 + guided)
         if rows * (1 + guided) != len(sample) or rows % prompts:
             half = " in each half of the guided batch" if guided else ""
-            raise OptionError(f"{prompts} identities do not fit {rows} images{half}; give one identity, or one per prompt.")
+            raise OptionError(
+                f"{prompts} identities do not fit {rows} images{half}; give one identity, or one per prompt."
+            )
         nobodies = self.negative() if guided else None
         heads = {place: attention.heads for place, attention in cross_attentions(unet).items()}
         expanded = {}
         for place, pair in self.keys_values.items():
             nobody = nobodies[place] if nobodies else (None, None)
             key, value = (
-                self._expand(x, no, rows, heads[place], sample.device, dtype) for x, no in zip(pair, nobody, strict=True)
+                self._expand(x, no, rows, heads[place], sample.device, dtype)
+                for x, no in zip(pair, nobody, strict=True)
             )
             expanded[place] = key, value
-        return Call(True, expanded, zeros_bias(key, self.num_zero), self._regions(rows, guided, sample))
+        return Call(
+            True, expanded, zeros_bias(key, self.num_zero), self._regions(rows, guided, sample)
+        )
 
     def _expand(
-        self, x: Tensor, nobody: Tensor | None, rows: int, heads: int, device: torch.device, dtype: torch.dtype | None
+        self,
+        x: Tensor,
+        nobody: Tensor | None,
+        rows: int,
+        heads: int,
+        device: torch.device,
+        dtype: torch.dtype | None,
     ) -> Tensor:
         """(P, J, N, hidden) -> (J, B, h, N, d), the negative half first, as diffusers lays the batch; zero tokens last."""
         x = x.to(device, dtype).repeat_interleave(rows // len(x), dim=0)
         if nobody is not None:
             x = torch.cat([nobody.to(x).expand(x.shape), x])
-        return with_zeros(x.unflatten(-1, (heads, -1)).permute(1, 0, 3, 2, 4).contiguous(), self.num_zero)
+        return with_zeros(
+            x.unflatten(-1, (heads, -1)).permute(1, 0, 3, 2, 4).contiguous(), self.num_zero
+        )
 
     def _regions(self, rows: int, guided: bool, sample: Tensor) -> Callable[[int], Tensor | None]:
         if self.masks is None:
@@ -251,7 +278,7 @@ def injected(unet: nn.Module, injection: Injection) -> Iterator[None]:
     Raises:
         OptionError: another identity is in use on this U-Net, or it is compiled.
     """
-    with in_use(unet, around=unet.modules()), ExitStack() as undo:
+    with exclusive_use(unet, around=unet.modules()), ExitStack() as undo:
         undo.callback(unet.register_forward_pre_hook(injection.before, with_kwargs=True).remove)
         for place, attention in cross_attentions(unet).items():
             for hook in IdentityAttention(place, attention.heads, injection).opened(attention):

@@ -24,14 +24,22 @@ def chosen(batch: int, probability: float, generator: Generator, like: Tensor) -
     return (torch.rand(batch, generator=generator) < probability).to(like.device)
 
 
-def recolored(images: Tensor, generator: Generator, strength: float = 1.0, gray: float = 0.3) -> Tensor:
+def recolored(
+    images: Tensor, generator: Generator, strength: float = 1.0, gray: float = 0.3
+) -> Tensor:
     """Brightness, contrast, saturation, a colour cast, and gray with probability `gray`."""
     batch = len(images)
     luma = luminance(images)
     drop = chosen(batch, gray, generator, images)[:, None, None, None]
     saturation = uniform(batch, 1 - 0.6 * strength, 1 + 0.4 * strength, generator, images) * ~drop
     images = torch.lerp(luma.expand_as(images), images, saturation)
-    cast = 1 + 0.18 * strength * (2 * torch.rand(batch, 3, 1, 1, generator=generator).to(images.device) - 1) * ~drop
+    cast = (
+        1
+        + 0.18
+        * strength
+        * (2 * torch.rand(batch, 3, 1, 1, generator=generator).to(images.device) - 1)
+        * ~drop
+    )
     contrast = uniform(batch, 1 - 0.35 * strength, 1 + 0.35 * strength, generator, images)
     brightness = uniform(batch, -0.15 * strength, 0.15 * strength, generator, images)
     return ((images - 0.5) * contrast * cast + 0.5 + brightness).clamp(0, 1)
@@ -51,21 +59,31 @@ def lowered(images: Tensor, generator: Generator, smallest: float = 0.4) -> Tens
     """Down to a smaller size and up again: one size for the batch, so that it stays one resampling."""
     share = smallest + (1 - smallest) * torch.rand((), generator=generator).item()
     size = images.shape[-2:]
-    small = interpolate(images, [max(8, round(side * share)) for side in size], mode="bilinear", antialias=True)
+    small = interpolate(
+        images, [max(8, round(side * share)) for side in size], mode="bilinear", antialias=True
+    )
     return interpolate(small, size, mode="bicubic").clamp(0, 1)
 
 
 def quantised(images: Tensor, generator: Generator) -> Tensor:
     """What JPEG does to a picture: 8x8 blocks, cosine transform, coarser steps for higher frequencies."""
     k = torch.arange(8.0, device=images.device)
-    basis = torch.cos(math.pi / 8 * (k[None] + 0.5) * k[:, None]) / 2  # (frequency, pixel), orthonormal
+    basis = (
+        torch.cos(math.pi / 8 * (k[None] + 0.5) * k[:, None]) / 2
+    )  # (frequency, pixel), orthonormal
     basis[0] /= math.sqrt(2)
     blocks = images.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8))  # (B, C, h, 8, w, 8)
-    step = 0.02 + 0.10 * torch.rand(len(images), 1, 1, 1, 1, 1, generator=generator).to(images.device)
+    step = 0.02 + 0.10 * torch.rand(len(images), 1, 1, 1, 1, 1, generator=generator).to(
+        images.device
+    )
     step = step * (1 + 0.5 * (k[:, None, None] + k))
     spectrum = torch.einsum("bchiwj,fi,gj->bchfwg", blocks, basis, basis)
     spectrum = torch.round(spectrum / step) * step
-    return torch.einsum("bchfwg,fi,gj->bchiwj", spectrum, basis, basis).reshape(images.shape).clamp(0, 1)
+    return (
+        torch.einsum("bchfwg,fi,gj->bchiwj", spectrum, basis, basis)
+        .reshape(images.shape)
+        .clamp(0, 1)
+    )
 
 
 def noisy(images: Tensor, generator: Generator, most: float = 0.06) -> Tensor:
@@ -96,7 +114,9 @@ def swollen(masks: Tensor, generator: Generator, reach: int = 2) -> Tensor:
     return ((soft - level) * width + 0.5).clamp(0, 1)
 
 
-def moved(batch: int, size: int, generator: Generator, turn: float, grow: float, shift: float) -> Tensor:
+def moved(
+    batch: int, size: int, generator: Generator, turn: float, grow: float, shift: float
+) -> Tensor:
     """(batch, 3, 3) random similarities of a size x size picture about its centre.
 
     `turn` in radians, `grow` as a share of the size, `shift` as a share of the width: each the largest value.
@@ -106,7 +126,13 @@ def moved(batch: int, size: int, generator: Generator, turn: float, grow: float,
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     middle = size / 2
     matrix = torch.zeros(batch, 3, 3)
-    matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1], matrix[:, 2, 2] = cos, -sin, sin, cos, 1
+    matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1], matrix[:, 2, 2] = (
+        cos,
+        -sin,
+        sin,
+        cos,
+        1,
+    )
     matrix[:, 0, 2] = middle * (1 - cos + sin) + size * shift * x
     matrix[:, 1, 2] = middle * (1 - sin - cos) + size * shift * y
     return matrix

@@ -61,4 +61,6 @@ class Captions:
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> Tensor:
     """(B, L) int64 tokens, padded and cut to the tokenizer's length, as the pipeline makes them."""
-    return tokenizer(sentences, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        sentences, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids

@@ -10,7 +10,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from openpulid.identity.extractor import FeatureExtractor
+from openpulid.identity.extractor import MiniExtractor
 from openpulid.mini.data.latents import fingerprint
 from openpulid.mini.train.autoencoder import batches
 from openpulid.mini.train.recognition import faces_of
@@ -26,7 +26,7 @@ class FaceFeatures:
     @classmethod
     def of(
         cls,
-        extractor: FeatureExtractor,
+        extractor: MiniExtractor,
         data: WorldDataset,
         folder: Path,
         on_progress: Callable[[int, int], None] | None = None,
@@ -40,20 +40,32 @@ class FaceFeatures:
             (folder / "mark.txt").write_text(mark)
         return cls(np.load(folder / "id_cond.npy"), np.load(folder / "hidden.npy", mmap_mode="r"))
 
-    def rows(self, rows: np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, list[Tensor]]:
+    def rows(
+        self, rows: np.ndarray, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, list[Tensor]]:
         """id_cond (B, C) and five hidden levels (B, 1 + patches, D), float32, of some rows."""
         hidden = torch.from_numpy(self.hidden[rows]).to(device).float()
         return torch.from_numpy(self.id_cond[rows]).to(device), list(hidden.unbind(1))
 
 
 @torch.no_grad()
-def _read(extractor: FeatureExtractor, data: WorldDataset, folder: Path, on_progress: Callable[[int, int], None]) -> None:
+def _read(
+    extractor: MiniExtractor,
+    data: WorldDataset,
+    folder: Path,
+    on_progress: Callable[[int, int], None],
+) -> None:
     files: dict[str, np.ndarray] = {}
     for rows in batches(len(data), len(data)):
         id_cond, levels = extractor.features(*faces_of(data, rows, extractor.device))
-        read = {"id_cond": id_cond.float().cpu().numpy(), "hidden": torch.stack(levels, 1).half().cpu().numpy()}
+        read = {
+            "id_cond": id_cond.float().cpu().numpy(),
+            "hidden": torch.stack(levels, 1).half().cpu().numpy(),
+        }
         for name, values in read.items():
             if name not in files:
-                files[name] = open_memmap(folder / f"{name}.npy", "w+", values.dtype, (len(data), *values.shape[1:]))
+                files[name] = open_memmap(
+                    folder / f"{name}.npy", "w+", values.dtype, (len(data), *values.shape[1:])
+                )
             files[name][rows] = values
         on_progress(int(rows[-1]) + 1, len(data))

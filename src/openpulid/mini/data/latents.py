@@ -31,8 +31,17 @@ class Latents:
     ) -> Latents:
         """Encodes everything, or reads what lies in `folder` from an earlier run with the same autoencoder."""
         mark = f"{fingerprint(vae)} {vae.config.scaling_factor:.6f}"
-        if folder is not None and (folder / "mark.txt").exists() and (folder / "mark.txt").read_text() == f"{mark} {len(data)}":
-            return cls(*(torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("pictures", "faces")))
+        if (
+            folder is not None
+            and (folder / "mark.txt").exists()
+            and (folder / "mark.txt").read_text() == f"{mark} {len(data)}"
+        ):
+            return cls(
+                *(
+                    torch.from_numpy(np.load(folder / f"{name}.npy"))
+                    for name in ("pictures", "faces")
+                )
+            )
         latents = cls(*_encode(vae, data, on_progress or (lambda done, total: None)))
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +52,10 @@ class Latents:
 
     @classmethod
     def joined(cls, several: Sequence[Latents]) -> Latents:
-        return cls(torch.cat([some.pictures for some in several]), torch.cat([some.faces for some in several]))
+        return cls(
+            torch.cat([some.pictures for some in several]),
+            torch.cat([some.faces for some in several]),
+        )
 
     def rows(self, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Float32 latents (B, C, s, s) and faces (B, 1, s, s) of some rows."""
@@ -51,16 +63,22 @@ class Latents:
 
 
 @torch.no_grad()
-def _encode(vae: PatchAutoencoderKL, data: WorldDataset, on_progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
+def _encode(
+    vae: PatchAutoencoderKL, data: WorldDataset, on_progress: Callable[[int, int], None]
+) -> tuple[Tensor, Tensor]:
     pictures, faces = [], []
     for rows in batches(len(data), len(data)):
         images, masks, _ = faces_of(data, rows, vae.device)
         images = (2 * images - 1).contiguous(memory_format=torch.channels_last)
         latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
         pictures.append(latents.to("cpu", torch.float16, memory_format=torch.contiguous_format))
-        faces.append(avg_pool2d(masks, images.shape[-1] // latents.shape[-1]).to("cpu", torch.float16))
+        faces.append(
+            avg_pool2d(masks, images.shape[-1] // latents.shape[-1]).to("cpu", torch.float16)
+        )
         on_progress(int(rows[-1]) + 1, len(data))
-    with torch.autocast(vae.device.type, enabled=False):  # on a CPU it knows bfloat16 only, and these are float16
+    with torch.autocast(
+        vae.device.type, enabled=False
+    ):  # on a CPU it knows bfloat16 only, and these are float16
         return torch.cat(pictures), torch.cat(faces)
 
 

@@ -27,7 +27,12 @@ PEOPLE = {"astronaut": (224, 110, 90), "grace_hopper": (256, 190, 120), "camera"
 """Where real faces are in them: x, y and half a width in pixels. The hardest to refuse, so most crops hold one."""
 
 
-HEADLIKE = ((0, 0, 0.5, 0.65), (-0.22, -0.1, 0.08, 0.05), (0.22, -0.1, 0.08, 0.05), (0, 0.35, 0.2, 0.05))
+HEADLIKE = (
+    (0, 0, 0.5, 0.65),
+    (-0.22, -0.1, 0.08, 0.05),
+    (0.22, -0.1, 0.08, 0.05),
+    (0, 0.35, 0.2, 0.05),
+)
 """A head, two eyes and a mouth: middles and half-axes in a picture from -1 to 1."""
 
 
@@ -36,13 +41,19 @@ def photographs() -> dict[str, Tensor]:
     from matplotlib import cbook
     from skimage import data
 
-    arrays = {"grace_hopper": np.array(Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)))}
+    arrays = {
+        "grace_hopper": np.array(
+            Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+        )
+    }
     folder = Path(data.__file__).parent
     for name in PHOTOGRAPHS:
         # only what the wheel itself holds: the others would be downloaded
         if any((folder / f"{name}{suffix}").exists() for suffix in (".png", ".jpg")):
             arrays[name] = _rgb(getattr(data, name)())
-    for index, small in enumerate(data.lfw_subset()[:100]):  # 25 x 25 pixels, but a hundred real faces
+    for index, small in enumerate(
+        data.lfw_subset()[:100]
+    ):  # 25 x 25 pixels, but a hundred real faces
         arrays[f"face-{index}"] = _rgb((small * 255).astype(np.uint8))
     return {name: torch.from_numpy(array.copy()).permute(2, 0, 1) for name, array in arrays.items()}
 
@@ -66,7 +77,13 @@ def photograph(photos: Mapping[str, Tensor], size: int, generator: Generator) ->
     group = pick(4, generator)
     people = [name for name in names if name in PEOPLE]
     small = [name for name in names if name.startswith("face-")]
-    chosen = people if group < 2 else small if group == 2 else [name for name in names if name not in small]
+    chosen = (
+        people
+        if group < 2
+        else small
+        if group == 2
+        else [name for name in names if name not in small]
+    )
     name = chosen[pick(len(chosen), generator)]
     image = photos[name].float()[None] / 255
     height, width = image.shape[-2:]
@@ -79,7 +96,11 @@ def photograph(photos: Mapping[str, Tensor], size: int, generator: Generator) ->
     else:
         half = min(height, width) * between(0.1, 0.5, generator)
         x, y = between(half, width - half, generator), between(half, height - half, generator)
-    turn = between(-0.35, 0.35, generator) if pick(4, generator) else between(-math.pi, math.pi, generator)
+    turn = (
+        between(-0.35, 0.35, generator)
+        if pick(4, generator)
+        else between(-math.pi, math.pi, generator)
+    )
     mirror = 1 - 2 * pick(2, generator)
     stretch = math.exp(between(-0.2, 0.2, generator))
     axis = torch.linspace(-1, 1, size)
@@ -145,7 +166,9 @@ def shapes(size: int, generator: Generator) -> Tensor:
         inside = ((1 - u.abs() ** power - v.abs() ** power) * 8).clamp(0, 1)
         image = torch.lerp(image, gradient(size, generator), inside)
     if pick(3, generator) == 0:
-        wave = torch.sin(between(4, 40, generator) * (axis + between(-1, 1, generator) * axis[:, None]))
+        wave = torch.sin(
+            between(4, 40, generator) * (axis + between(-1, 1, generator) * axis[:, None])
+        )
         cover = (wave * 4).clamp(0, 1) * between(0.1, 1, generator)
         image = torch.lerp(image, torch.rand(3, 1, 1, generator=generator), cover)
     return image
@@ -156,7 +179,11 @@ def scrambled(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
     size = images.shape[-1]
     tiles = (3, 4, 6)[pick(3, generator)]
     side = size // tiles
-    cut = images[..., : side * tiles, : side * tiles].unflatten(-1, (tiles, side)).unflatten(-3, (tiles, side))
+    cut = (
+        images[..., : side * tiles, : side * tiles]
+        .unflatten(-1, (tiles, side))
+        .unflatten(-3, (tiles, side))
+    )
     cut = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, tiles², 3, side, side)
     order = torch.rand(cut.shape[:2], generator=generator).argsort(1).to(images.device)
     cut = cut[torch.arange(len(cut), device=images.device)[:, None], order]
@@ -169,7 +196,9 @@ def scrambled(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
 def emptied(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
     """World pictures whose person is gone: the background's mean colour, with some of its texture, in their place."""
     background = (parts == 0)[:, None].float()
-    mean = (images * background).sum((2, 3), keepdim=True) / background.sum((2, 3), keepdim=True).clamp(min=1)
+    mean = (images * background).sum((2, 3), keepdim=True) / background.sum(
+        (2, 3), keepdim=True
+    ).clamp(min=1)
     other = images.roll(images.shape[-1] // 2, -1)
     filled = torch.where(background.roll(images.shape[-1] // 2, -1) > 0, other, mean)
     return torch.where(background > 0, images, filled)
@@ -179,14 +208,18 @@ def faceless(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
     """World people without features: the face becomes its mean colour, shaded, or is turned upside down."""
     face = (parts == 1)[:, None].float()
     mean = (images * face).sum((2, 3), keepdim=True) / face.sum((2, 3), keepdim=True).clamp(min=1)
-    shade = interpolate(interpolate(images, scale_factor=1 / 16, mode="area"), images.shape[-2:], mode="bilinear")
+    shade = interpolate(
+        interpolate(images, scale_factor=1 / 16, mode="area"), images.shape[-2:], mode="bilinear"
+    )
     smooth = torch.lerp(mean.expand_as(images), shade, 0.5)
     reversed_ = images.flip(-2).roll(pick(17, generator) - 8, -2)
     replaced = smooth if pick(2, generator) else reversed_
     return torch.where((face > 0) | ((parts == 2)[:, None] & (face.sum() > 0)), replaced, images)
 
 
-def pasted(images: Tensor, parts: Tensor, photos: Mapping[str, Tensor], generator: Generator) -> Tensor:
+def pasted(
+    images: Tensor, parts: Tensor, photos: Mapping[str, Tensor], generator: Generator
+) -> Tensor:
     """World pictures with a real face where theirs was: neither hair nor background may decide."""
     size = images.shape[-1]
     real = torch.stack([photograph(photos, size, generator) for _ in images])

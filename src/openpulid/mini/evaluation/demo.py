@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from openpulid.bench import metrics
-from openpulid.io.image_grid import labelled, to_images, to_pictures
-from openpulid.mini.evaluation.scorers import FaceJudge
+from openpulid.io.image_grid import labeled_grid, to_pil, to_tensor
+from openpulid.mini.evaluation.scorers import FaceScorer
 from openpulid.pipelines import studio as studios
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
@@ -58,7 +58,9 @@ def run(
     """
     start = time.perf_counter()
     seed = HELD_OUT_PEOPLE + people_seed
-    say(f"Drawing person {seed}, whom no training has seen, and {OTHERS} others to compare with ...")
+    say(
+        f"Drawing person {seed}, whom no training has seen, and {OTHERS} others to compare with ..."
+    )
     portraits = _portraits([seed, *(HELD_OUT_PEOPLE + people_seed + 1 + k for k in range(OTHERS))])
     say("Loading the miniature ...")
     studio = studios.load("mini", device=device)
@@ -68,10 +70,12 @@ def run(
         say(f"{k + 1} of {len(PROMPTS)}: {prompt}")
         without += studio.generate(prompt, seed=SEED + k).images
         with_identity += studio.generate(prompt, identity=identity, seed=SEED + k).images
-    figures = judge(FaceJudge.load(), portraits, without, with_identity)
+    figures = judge(FaceScorer.load(), portraits, without, with_identity)
     figures["seconds"] = round(time.perf_counter() - start, 1)
     say("The face is {same_person:.2f} alike (others {other_person:.2f}).".format(**figures))
-    rows = [(prompt, (portraits[0], without[k], with_identity[k])) for k, prompt in enumerate(PROMPTS)]
+    rows = [
+        (prompt, (portraits[0], without[k], with_identity[k])) for k, prompt in enumerate(PROMPTS)
+    ]
     return _write(folder, rows, figures)
 
 
@@ -91,10 +95,13 @@ def judge(
         same_person: face similarity to the person's portrait; other_person: to the others' portraits;
         changed_outside_face: mean absolute difference outside the face, between 0 and 1.
     """
-    known, before, after = (to_images(pictures) for pictures in (portraits, without, with_identity))
+    known, before, after = (to_tensor(pictures) for pictures in (portraits, without, with_identity))
     gallery, was, seen = faces(known), faces(before), faces(after)
     everyone = torch.arange(len(portraits))[:, None].expand(-1, len(after))
-    compared = [metrics.Evidence(after, before, seen, was, who, known, gallery, prompts=()) for who in everyone]
+    compared = [
+        metrics.MetricInputs(after, before, seen, was, who, known, gallery, prompts=())
+        for who in everyone
+    ]
     likeness = torch.stack([metrics.FaceSim()(evidence).mean() for evidence in compared])
     return {
         "same_person": round(likeness[0].item(), 4),
@@ -105,7 +112,7 @@ def judge(
 
 def _portraits(seeds: Sequence[int]) -> list[Image.Image]:
     people = [Person.from_seed(seed) for seed in seeds]
-    return to_pictures(render(people, [Scene()] * len(people)).image)
+    return to_pil(render(people, [Scene()] * len(people)).image)
 
 
 Rows = Sequence[tuple[str, Sequence[Image.Image]]]
@@ -114,7 +121,7 @@ Rows = Sequence[tuple[str, Sequence[Image.Image]]]
 def _write(folder: Path, rows: Rows, figures: dict[str, float]) -> Outcome:
     title = "Somebody nobody trained on, from one picture"
     picture, page = folder / "demo.png", folder / "index.html"
-    labelled(title, COLUMNS, rows).save(picture)
+    labeled_grid(title, COLUMNS, rows).save(picture)
     page.write_text(_page(title, rows, figures), "utf-8")
     (folder / "demo.json").write_text(json.dumps(figures) + "\n", "utf-8")
     return Outcome(picture, page, figures)

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from openpulid.bench import metrics
-from openpulid.bench.metrics import Evidence, Interval
+from openpulid.bench.metrics import Interval, MetricInputs
 from openpulid.identity.identity import Identity
-from openpulid.io.image_grid import to_pictures
+from openpulid.io.image_grid import to_pil
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.mini.evaluation.scorers import Judges
+from openpulid.mini.evaluation.scorers import MiniScorers
 from openpulid.mini.models.pipeline import sample
-from openpulid.pipelines.presets import MINIATURE, find
+from openpulid.pipelines.presets import MINIATURE, find_preset
 from openpulid.pipelines.studio import Studio, load
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene, render
 
@@ -31,7 +31,7 @@ MODELS = ("stage1", "naive", "stage2", "stage3")
 
 
 @dataclass(frozen=True)
-class Request:
+class EvalPrompt:
     """One image that every model makes: whose, from which words and noise, and the scene that the words describe."""
 
     person: int
@@ -42,7 +42,9 @@ class Request:
     @property
     def wanted(self) -> dict[str, int]:
         """Attribute -> index of the value that must be seen."""
-        return {name: ATTRIBUTES[name].index(value) for name, value in self.scene.attributes().items()}
+        return {
+            name: ATTRIBUTES[name].index(value) for name, value in self.scene.attributes().items()
+        }
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,16 @@ class Table:
     scale: float
 
 
-Batches = Sequence[Sequence[Request]]
-Progress = Callable[[Batches, str], Iterable[Sequence[Request]]]
+Batches = Sequence[Sequence[EvalPrompt]]
+Progress = Callable[[Batches, str], Iterable[Sequence[EvalPrompt]]]
 
 
-def silent(batches: Batches, model: str) -> Iterable[Sequence[Request]]:
+def silent(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]]:
     """The batches, nothing shown."""
     return batches
 
 
-def progress(batches: Batches, model: str) -> Iterable[Sequence[Request]]:
+def progress(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]]:
     """The batches, with a bar on stderr."""
     from rich.console import Console
     from rich.progress import track
@@ -74,7 +76,7 @@ def progress(batches: Batches, model: str) -> Iterable[Sequence[Request]]:
     return track(batches, description=f"{model:>8}", console=Console(stderr=True))
 
 
-def requests(people: int, prompts: int, people_seed: int = 0) -> list[Request]:
+def requests(people: int, prompts: int, people_seed: int = 0) -> list[EvalPrompt]:
     """`prompts` images of each person; scenes from combinations held out of training, every attribute named.
 
     Prompt and noise belong to the person and the image's number: the same for every model and machine.
@@ -85,7 +87,7 @@ def requests(people: int, prompts: int, people_seed: int = 0) -> list[Request]:
         for _ in range(prompts):
             scene = Scene.sample(generator, held_out=True)
             seed = int(torch.randint(2**31, (), generator=generator))
-            made.append(Request(person, scene.prompt(generator, keep=1.0), seed, scene))
+            made.append(EvalPrompt(person, scene.prompt(generator, keep=1.0), seed, scene))
     return made
 
 
@@ -94,7 +96,7 @@ def references(people: int, people_seed: int = 0) -> Tensor:
     return torch.cat([_drawn(k, Scene(), people_seed) for k in range(people)])
 
 
-def truth(asked: Sequence[Request], people: int, people_seed: int = 0) -> tuple[Tensor, Tensor]:
+def truth(asked: Sequence[EvalPrompt], people: int, people_seed: int = 0) -> tuple[Tensor, Tensor]:
     """What a perfect method would give with and without an identity, each (B, 3, 96, 96): the world's own drawing of each
     request's scene, with its person and with another of the table's."""
     with_identity = [_drawn(r.person, r.scene, people_seed) for r in asked]
@@ -129,21 +131,29 @@ def run(
         progress: passes a model's batches on, and may show how far it is.
     """
     asked, portraits = requests(people, prompts, people_seed), references(people, people_seed)
-    studio, judges = load(replace(find(preset), scale=scale), device=device), Judges.load()
-    identities = [studio.identify([portrait]) for portrait in to_pictures(portraits)]
+    studio, judges = (
+        load(replace(find_preset(preset), scale=scale), device=device),
+        MiniScorers.load(),
+    )
+    identities = [studio.identify([portrait]) for portrait in to_pil(portraits)]
     batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
     before = make(studio, progress(batches, "base"), None)
     rows = {"base": summarised(measure(judges, asked, portraits, before, before), asked)}
     for model, other in models(studio, trained() if adapters is None else adapters):
         after = make(other, progress(batches, model), identities)
         rows[model] = summarised(measure(judges, asked, portraits, after, before), asked)
-    rows["truth"] = summarised(measure(judges, asked, portraits, *truth(asked, people, people_seed)), asked)
+    rows["truth"] = summarised(
+        measure(judges, asked, portraits, *truth(asked, people, people_seed)), asked
+    )
     return Table(rows, people, prompts, people_seed, preset, scale)
 
 
 def trained(weights: Path = MINIATURE, runs: Path = Path("runs/mini")) -> dict[str, Path]:
     """Each of `MODELS` whose adapter is shipped among the weights, or has been trained in `runs`, and its file."""
-    places = {model: (weights / f"pulid-{model}.safetensors", runs / model / "adapter.safetensors") for model in MODELS}
+    places = {
+        model: (weights / f"pulid-{model}.safetensors", runs / model / "adapter.safetensors")
+        for model in MODELS
+    }
     there = {model: [file for file in files if file.exists()] for model, files in places.items()}
     return {model: files[0] for model, files in there.items() if files}
 
@@ -155,7 +165,9 @@ def models(studio: Studio, adapters: Mapping[str, Path]) -> Iterator[tuple[str, 
         yield model, Studio(studio.pipe, studio.features, adapter, studio.preset)
 
 
-def make(studio: Studio, batches: Iterable[Sequence[Request]], identities: Sequence[Identity] | None) -> Tensor:
+def make(
+    studio: Studio, batches: Iterable[Sequence[EvalPrompt]], identities: Sequence[Identity] | None
+) -> Tensor:
     """One image for each request, (B, 3, H, W) in [0, 1]; without identities the base model's.
 
     Many at once, each with its own prompt, noise and person: what `Studio.generate` gives one by one, up to rounding.
@@ -168,12 +180,27 @@ def make(studio: Studio, batches: Iterable[Sequence[Request]], identities: Seque
             shown = studio.adapter.use(people, **p.identity_options(), pipe=studio.pipe)
         with shown:
             prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
-            made.append(sample(studio.pipe, prompts, seeds, steps=p.steps, guidance=p.guidance, batch=len(batch)))
+            made.append(
+                sample(
+                    studio.pipe,
+                    prompts,
+                    seeds,
+                    steps=p.steps,
+                    guidance=p.guidance,
+                    batch=len(batch),
+                )
+            )
     return torch.cat(made)
 
 
 @torch.no_grad()
-def measure(judges: Judges, asked: Sequence[Request], portraits: Tensor, images: Tensor, before: Tensor) -> dict[str, Tensor]:
+def measure(
+    judges: MiniScorers,
+    asked: Sequence[EvalPrompt],
+    portraits: Tensor,
+    images: Tensor,
+    before: Tensor,
+) -> dict[str, Tensor]:
     """Every column for every image of one model.
 
     Args:
@@ -184,7 +211,7 @@ def measure(judges: Judges, asked: Sequence[Request], portraits: Tensor, images:
     Returns:
         column -> (B,).
     """
-    evidence = Evidence(
+    evidence = MetricInputs(
         images=images,
         before=before,
         seen=judges.faces(images),
@@ -198,7 +225,7 @@ def measure(judges: Judges, asked: Sequence[Request], portraits: Tensor, images:
     return {measure.name: measure(evidence).cpu() for measure in judges.measures()}
 
 
-def summarised(columns: Mapping[str, Tensor], asked: Sequence[Request]) -> dict[str, Interval]:
+def summarised(columns: Mapping[str, Tensor], asked: Sequence[EvalPrompt]) -> dict[str, Interval]:
     """Means over people, with their intervals."""
     person = torch.tensor([request.person for request in asked])
     return {name: metrics.bootstrap(values, person) for name, values in columns.items()}
@@ -211,7 +238,10 @@ def as_json(table: Table) -> dict[str, Any]:
         means = {name: _rounded(interval.mean, 5) for name, interval in columns.items()}
         ranges = {name: [_rounded(i.low, 5), _rounded(i.high, 5)] for name, i in columns.items()}
         rows.append({"model": model, **means, "intervals": ranges})
-    how = {name: getattr(table, name) for name in ("people", "prompts", "people_seed", "preset", "scale")}
+    how = {
+        name: getattr(table, name)
+        for name in ("people", "prompts", "people_seed", "preset", "scale")
+    }
     return {"rows": rows, **how}
 
 

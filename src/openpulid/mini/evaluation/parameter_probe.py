@@ -19,7 +19,7 @@ RIDGE = 1e-2
 """Of the squares' sum, over the embeddings' own."""
 
 
-class ValueReader(nn.Module):
+class ParameterProbe(nn.Module):
     """(B, D) embeddings of the judge -> (B, V) facial values, about 0 to 1.
 
     Args:
@@ -39,22 +39,27 @@ class ValueReader(nn.Module):
 
 @torch.no_grad()
 def fitted(
-    judge: nn.Module, data: WorldDataset, most: int = 8192, on_progress: Callable[[int, int], None] | None = None
-) -> ValueReader:
+    judge: nn.Module,
+    data: WorldDataset,
+    most: int = 8192,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ParameterProbe:
     """Least squares with a small ridge on pictures of people that no benchmark shows."""
     seen, known = examples(judge, data, most, on_progress)
     joined = torch.cat([seen, torch.ones(len(seen), 1)], 1).double()
     square = joined.T @ joined
     square += RIDGE * square.diagonal().mean() * torch.eye(len(square))
     solved = torch.linalg.solve(square, joined.T @ known.double()).float()
-    reader = ValueReader(seen.shape[1], known.shape[1])
+    reader = ParameterProbe(seen.shape[1], known.shape[1])
     reader.linear.weight.copy_(solved[:-1].T)
     reader.linear.bias.copy_(solved[-1])
     return reader
 
 
 @torch.no_grad()
-def figures(reader: ValueReader, judge: nn.Module, data: WorldDataset, most: int = 1024) -> dict[str, float]:
+def figures(
+    reader: ParameterProbe, judge: nn.Module, data: WorldDataset, most: int = 1024
+) -> dict[str, float]:
     """Mean error on these people, and that of saying the mean person each time."""
     seen, known = examples(judge, data, most)
     return {
@@ -64,7 +69,10 @@ def figures(reader: ValueReader, judge: nn.Module, data: WorldDataset, most: int
 
 
 def examples(
-    judge: nn.Module, data: WorldDataset, most: int, on_progress: Callable[[int, int], None] | None = None
+    judge: nn.Module,
+    data: WorldDataset,
+    most: int,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings (N, D) and true facial values (N, V) of some pictures at even distances."""
     seen, known = [], []

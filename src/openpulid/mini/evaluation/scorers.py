@@ -11,36 +11,47 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection, PreTrainedTokenizerFast
+from transformers import (
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+)
 
 from openpulid.bench import metrics
-from openpulid.bench.metrics import EmbedImages, EmbedTexts, Faces, FindFaces, Metric, ReadAttributes
+from openpulid.bench.metrics import (
+    EmbedImages,
+    EmbedTexts,
+    Faces,
+    FindFaces,
+    Metric,
+    ReadAttributes,
+)
 from openpulid.errors import WeightsError
 from openpulid.faces.embed import FaceEmbedder
-from openpulid.faces.mini_detector import FaceFinder
-from openpulid.faces.mini_recognition import VGGRecogniser
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.mini_recognition import VGGRecognition
 from openpulid.io.checkpoints import load_module
 from openpulid.mini.data.captions import token_ids
-from openpulid.mini.evaluation.parameter_probe import ValueReader, truth
-from openpulid.mini.models.attribute_classifier import AttributeReader
+from openpulid.mini.evaluation.parameter_probe import ParameterProbe, truth
+from openpulid.mini.models.attribute_classifier import AttributeClassifier
 from openpulid.mini.train import clip
 from openpulid.pipelines.factory import no_progress_bars
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.world import ATTRIBUTES
 
 
-class FaceJudge:
+class FaceScorer:
     """Finds the face in each image and says whose it is: `bench.metrics.FindFaces` of the miniature."""
 
-    def __init__(self, finder: FaceFinder, recogniser: VGGRecogniser) -> None:
+    def __init__(self, finder: MiniFaceDetector, recogniser: VGGRecognition) -> None:
         self.embed = FaceEmbedder(finder.find, recogniser)
         self.width: int = cast(Any, recogniser).config["dim"]
 
     @classmethod
-    def load(cls, folder: Path = MINIATURE) -> FaceJudge:
+    def load(cls, folder: Path = MINIATURE) -> FaceScorer:
         """The judge of the miniature in `folder`."""
-        finder = load_module(FaceFinder, folder / "finder.safetensors")
-        return cls(finder, load_module(VGGRecogniser, folder / "recogniser-judge.safetensors"))
+        finder = load_module(MiniFaceDetector, folder / "detector.safetensors")
+        return cls(finder, load_module(VGGRecognition, folder / "recognition-scorer.safetensors"))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
@@ -52,14 +63,14 @@ class FaceJudge:
 
 
 @dataclass(frozen=True)
-class Judges:
+class MiniScorers:
     """All networks that the measures ask, as plain callables."""
 
     faces: FindFaces
     embed_images: EmbedImages
     embed_texts: EmbedTexts
     read: ReadAttributes
-    values: ValueReader | None = None
+    values: ParameterProbe | None = None
 
     def measures(self) -> list[Metric]:
         """All that can be told of an image here."""
@@ -89,26 +100,34 @@ class Judges:
         return {name: ATTRIBUTES[name].index(value) for name, value in named.items()}
 
     @classmethod
-    def load(cls, folder: Path = MINIATURE) -> Judges:
+    def load(cls, folder: Path = MINIATURE) -> MiniScorers:
         """The judges of the miniature in `folder`, on the CPU.
 
         Raises:
             WeightsError: one of them is missing or damaged.
         """
-        reader = load_module(AttributeReader, folder / "attributes.safetensors")
+        reader = load_module(AttributeClassifier, folder / "attribute-classifier.safetensors")
         try:
             # the text model's own tokenizer: a prompt is read here as it was there
-            words = PreTrainedTokenizerFast.from_pretrained(folder / "pipeline" / "tokenizer", local_files_only=True)
+            words = PreTrainedTokenizerFast.from_pretrained(
+                folder / "pipeline" / "tokenizer", local_files_only=True
+            )
             with no_progress_bars():
                 known: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
-                seeing = CLIPVisionModelWithProjection.from_pretrained(folder / "clip", **known).eval()
-                reading = CLIPTextModelWithProjection.from_pretrained(folder / "pipeline" / "text_encoder_2", **known).eval()
+                seeing = CLIPVisionModelWithProjection.from_pretrained(
+                    folder / "clip", **known
+                ).eval()
+                reading = CLIPTextModelWithProjection.from_pretrained(
+                    folder / "pipeline" / "text_encoder_2", **known
+                ).eval()
         except (OSError, ValueError) as error:
             raise WeightsError(f"{folder} holds no CLIP; `pulid mini build` makes it.") from error
         return cls(
-            FaceJudge.load(folder),
+            FaceScorer.load(folder),
             partial(clip.embed_images, seeing),
             lambda prompts: clip.embed_texts(reading, token_ids(words, list(prompts))),
             reader,
-            load_module(ValueReader, file) if (file := folder / "values.safetensors").exists() else None,
+            load_module(ParameterProbe, file)
+            if (file := folder / "parameter-probe.safetensors").exists()
+            else None,
         )

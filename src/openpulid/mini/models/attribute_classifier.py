@@ -13,7 +13,7 @@ from openpulid.faces.mini_recognition import convolution
 from openpulid.world import ATTRIBUTES
 
 
-class AttributeReader(nn.Module):
+class AttributeClassifier(nn.Module):
     """A small convolutional network with one linear head per attribute of a scene.
 
     Args:
@@ -26,11 +26,20 @@ class AttributeReader(nn.Module):
         self.config: dict[str, Any] = {"widths": list(widths), "size": size}
         layers: list[nn.Module] = [nn.PixelUnshuffle(2), convolution(12, widths[0]), nn.ReLU()]
         for before, width in pairwise(widths):
-            layers += [convolution(before, width, stride=2), nn.ReLU(), convolution(width, width), nn.ReLU()]
+            layers += [
+                convolution(before, width, stride=2),
+                nn.ReLU(),
+                convolution(width, width),
+                nn.ReLU(),
+            ]
         # where something is says what it is (a hat, a collar, a wink), so the map is flattened, not pooled
-        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 32, 1), nn.Flatten(), nn.ReLU(), nn.Dropout(0.1))
+        self.layers = nn.Sequential(
+            *layers, nn.Conv2d(widths[-1], 32, 1), nn.Flatten(), nn.ReLU(), nn.Dropout(0.1)
+        )
         features = 32 * (size >> len(widths)) ** 2
-        self.heads = nn.ModuleDict({name: nn.Linear(features, len(classes)) for name, classes in ATTRIBUTES.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(features, len(classes)) for name, classes in ATTRIBUTES.items()}
+        )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) in [0, 1] -> attribute name -> (B, classes) scores in the order of `ATTRIBUTES`."""

@@ -18,7 +18,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from openpulid.training.pulid.models import Text
+from openpulid.training.pulid.models import TextConditioning
 
 TIME_WIDTH = 32
 """Of the embedding of each of SDXL's six size conditions."""
@@ -26,7 +26,12 @@ SHARD = "12MB"
 
 
 def build_unet(
-    channels: int, text_width: int, pooled: int, widths: Sequence[int] = (64, 128, 160), layers: int = 1, size: int = 12
+    channels: int,
+    text_width: int,
+    pooled: int,
+    widths: Sequence[int] = (64, 128, 160),
+    layers: int = 1,
+    size: int = 12,
 ) -> UNet2DConditionModel:
     """SDXL's U-Net with random weights: attention on every level, heads of 32, `widths` from full resolution down."""
     levels = len(widths)
@@ -54,10 +59,12 @@ def scheduler() -> DPMSolverMultistepScheduler:
     )  # fmt: skip
 
 
-class Words(nn.Module):
+class TextEncoders(nn.Module):
     """Both text encoders, frozen: tokens to what the U-Net is told, exactly as the stock pipeline does it."""
 
-    def __init__(self, first: CLIPTextModel, second: CLIPTextModelWithProjection, size: int = 96) -> None:
+    def __init__(
+        self, first: CLIPTextModel, second: CLIPTextModelWithProjection, size: int = 96
+    ) -> None:
         super().__init__()
         self.first, self.second, self.size = first.eval(), second.eval(), size
         self.requires_grad_(False)
@@ -67,27 +74,39 @@ class Words(nn.Module):
         return self.first.config.hidden_size + self.second.config.hidden_size
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, kept: Tensor | None = None) -> Text:
+    def forward(self, tokens: Tensor, kept: Tensor | None = None) -> TextConditioning:
         """(B, L) tokens -> embeddings (B, L, D), pooled (B, P), time ids (B, 6); all zero where not `kept` (B,) bool."""
         one = self.first(tokens, output_hidden_states=True)
         two = self.second(tokens, output_hidden_states=True)
         embeds = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1).float()
         pooled = two.text_embeds.float()
         if kept is not None:
-            embeds, pooled = embeds * kept[:, None, None].to(embeds), pooled * kept[:, None].to(pooled)
-        ids = torch.tensor([self.size, self.size, 0, 0, self.size, self.size], device=tokens.device, dtype=torch.float32)
-        return Text(embeds, pooled, ids.expand(len(tokens), -1))
+            embeds, pooled = (
+                embeds * kept[:, None, None].to(embeds),
+                pooled * kept[:, None].to(pooled),
+            )
+        ids = torch.tensor(
+            [self.size, self.size, 0, 0, self.size, self.size],
+            device=tokens.device,
+            dtype=torch.float32,
+        )
+        return TextConditioning(embeds, pooled, ids.expand(len(tokens), -1))
 
 
-def predict(unet: Callable[..., Any], x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+def predict(unet: Callable[..., Any], x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
     """The U-Net's output (B, C, s, s) in float32 for x_t at times t (B,)."""
     added = {"text_embeds": text.pooled, "time_ids": text.time_ids}
     x_t = x_t.contiguous(memory_format=torch.channels_last)
-    return unet(x_t, t, encoder_hidden_states=text.embeds, added_cond_kwargs=added, return_dict=False)[0].float()
+    return unet(
+        x_t, t, encoder_hidden_states=text.embeds, added_cond_kwargs=added, return_dict=False
+    )[0].float()
 
 
 def assemble(
-    unet: UNet2DConditionModel, vae: AutoencoderKL, words: Words, tokenizer: PreTrainedTokenizerBase
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    words: TextEncoders,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> StableDiffusionXLPipeline:
     """The stock pipeline around these networks, silent."""
     pipe = StableDiffusionXLPipeline(
@@ -100,7 +119,13 @@ def assemble(
 
 @torch.no_grad()
 def sample(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 20, guidance: float = 3.0, batch: int = 32
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int = 20,
+    guidance: float = 3.0,
+    batch: int = 32,
 ) -> Tensor:
     """(B, 3, H, W) in [0, 1], each image from its own seed on the CPU."""
     made = []
@@ -119,6 +144,8 @@ def save_folder(model: Any, folder: Path) -> None:
     """`save_pretrained` of a copy in bfloat16, with shards small enough for a repository: it packs a third of the bits away,
     of float16 next to nothing."""
     copy = deepcopy(model).to(torch.bfloat16)
-    if isinstance(copy, ModelMixin):  # a loaded model of diffusers would say from which folder of this machine it came
+    if isinstance(
+        copy, ModelMixin
+    ):  # a loaded model of diffusers would say from which folder of this machine it came
         copy.register_to_config(_name_or_path="")
     copy.save_pretrained(folder, max_shard_size=SHARD)

@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from openpulid.io.image_grid import captioned, to_pictures
+from openpulid.io.image_grid import captioned_grid, to_pil
 from openpulid.mini.data.augment import damaged
-from openpulid.mini.models.attribute_classifier import AttributeReader
+from openpulid.mini.models.attribute_classifier import AttributeClassifier
 from openpulid.mini.train.recognition import faces_of
-from openpulid.training.rng import Draw, generator_for
+from openpulid.training.rng import StepRNG, generator_for
 from openpulid.world import ATTRIBUTES
 from openpulid.world.dataset import WorldDataset
 
@@ -24,18 +24,24 @@ class AttributeHeads(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(classes)) for name, classes in ATTRIBUTES.items()})
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(width, len(classes)) for name, classes in ATTRIBUTES.items()}
+        )
 
     def forward(self, seen: Tensor) -> dict[str, Tensor]:
         """(B, D) -> attribute name -> (B, classes)."""
         return {name: head(seen).float() for name, head in self.heads.items()}
 
 
-class ReaderTask:
-    """Trains an `AttributeReader`; a `training.loop.Task`."""
+class AttributeClassifierTask:
+    """Trains an `AttributeClassifier`; a `training.loop.Task`."""
 
     def __init__(
-        self, reader: AttributeReader, data: WorldDataset, held_out: WorldDataset | None = None, batch: int = 96
+        self,
+        reader: AttributeClassifier,
+        data: WorldDataset,
+        held_out: WorldDataset | None = None,
+        batch: int = 96,
     ) -> None:
         self.reader = reader.to(memory_format=torch.channels_last)
         self.data, self.held_out, self.batch = data, held_out, batch
@@ -43,7 +49,7 @@ class ReaderTask:
     def modules(self) -> Mapping[str, nn.Module]:
         return {"reader": self.reader}
 
-    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
+    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         rows = draw.indices(len(self.data), self.batch).numpy()
         device = next(self.reader.parameters()).device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -61,13 +67,15 @@ class ReaderTask:
 
 
 @torch.no_grad()
-def mistakes(reader: AttributeReader, data: WorldDataset, among: int = 256, most: int = 18) -> Image.Image:
+def mistakes(
+    reader: AttributeClassifier, data: WorldDataset, among: int = 256, most: int = 18
+) -> Image.Image:
     """Held-out pictures, first those that are read wrong, with what is there and what was read."""
     rows = np.linspace(0, len(data) - 1, min(among, len(data))).astype(np.int64)
     images, _, _ = faces_of(data, rows, next(reader.parameters()).device)
     read = {name: scores.argmax(-1).tolist() for name, scores in reader(images).items()}
     said = []
-    for row, picture in enumerate(to_pictures(images)):
+    for row, picture in enumerate(to_pil(images)):
         wanted = dict(zip(ATTRIBUTES, data.attributes[rows[row]].tolist(), strict=True))
         wrong = [
             f"{name}: {classes[wanted[name]]}, read {classes[read[name][row]]}"
@@ -76,7 +84,7 @@ def mistakes(reader: AttributeReader, data: WorldDataset, among: int = 256, most
         ]
         said.append((picture, "; ".join(wrong)))
     said.sort(key=lambda pair: -len(pair[1]))
-    return captioned(said[:most])
+    return captioned_grid(said[:most])
 
 
 def attribute_loss(scores: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
@@ -84,19 +92,28 @@ def attribute_loss(scores: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
     losses = []
     for column, name in enumerate(ATTRIBUTES):
         visible = (wanted[:, column] >= 0).sum().clamp(min=1)
-        losses.append(cross_entropy(scores[name], wanted[:, column], ignore_index=-1, reduction="sum") / visible)
+        losses.append(
+            cross_entropy(scores[name], wanted[:, column], ignore_index=-1, reduction="sum")
+            / visible
+        )
     return torch.stack(losses).mean()
 
 
 @torch.no_grad()
-def reader_figures(reader: AttributeReader, data: WorldDataset, most: int = 1024) -> dict[str, float]:
+def reader_figures(
+    reader: AttributeClassifier, data: WorldDataset, most: int = 1024
+) -> dict[str, float]:
     """How often each attribute is read right in pictures of held-out people; `mean` and `least` of them."""
     device = next(reader.parameters()).device
     rows = np.linspace(0, len(data) - 1, min(most, len(data))).astype(np.int64)
     right = []
     for part in np.array_split(rows, max(1, len(rows) // 64)):
         images, _, _ = faces_of(data, part, device)
-        right.append(correct(reader(images), torch.from_numpy(data.attributes[part].astype(np.int64)).to(device)))
+        right.append(
+            correct(
+                reader(images), torch.from_numpy(data.attributes[part].astype(np.int64)).to(device)
+            )
+        )
     read = accuracy(torch.cat(right))
     return {"mean": sum(read.values()) / len(read), "least": min(read.values()), **read}
 
@@ -109,4 +126,8 @@ def correct(scores: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
 
 def accuracy(right: Tensor) -> dict[str, float]:
     """(N, A) from `correct` -> the share per attribute that was seen at all."""
-    return {name: value for name, value in zip(ATTRIBUTES, right.nanmean(0).tolist(), strict=True) if value == value}
+    return {
+        name: value
+        for name, value in zip(ATTRIBUTES, right.nanmean(0).tolist(), strict=True)
+        if value == value
+    }

@@ -14,16 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
-from openpulid.io.image_grid import checkered, to_pictures
+from openpulid.io.image_grid import image_grid, to_pil
 from openpulid.mini.train.recognition import faces_of
-from openpulid.training.rng import Draw
+from openpulid.training.rng import StepRNG
 from openpulid.world.dataset import WorldDataset
 
 CHANNELS = 20
 """Of the latents. The best linear code of 16 gives 26.4 dB, of 20 27.4, of 32 30.0; with 4 eyes blur away."""
 
 
-def build_autoencoder(data: WorldDataset, channels: int = CHANNELS, size: int = 96, pictures: int = 2000) -> PatchAutoencoderKL:
+def build_autoencoder(
+    data: WorldDataset, channels: int = CHANNELS, size: int = 96, pictures: int = 2000
+) -> PatchAutoencoderKL:
     """An autoencoder that begins as the best linear code of some pictures of `data`."""
     vae = PatchAutoencoderKL(latent_channels=channels, sample_size=size)
     rows = np.linspace(0, len(data) - 1, min(pictures, len(data))).astype(np.int64)
@@ -59,7 +61,9 @@ class ReconstructionLoss(nn.Module):
         super().__init__()
         self.slopes, self.kl, self.smooth = slopes, kl, smooth
 
-    def forward(self, decoded: Tensor, images: Tensor, weight: Tensor, mean: Tensor, logvar: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, decoded: Tensor, images: Tensor, weight: Tensor, mean: Tensor, logvar: Tensor
+    ) -> dict[str, Tensor]:
         """Named scalars for (B, 3, S, S) pictures, (B, 1, S, S) weights and the latents' (B, C, s, s) distribution."""
         error = decoded.float() - images.float()
         right = (error[..., 1:] - error[..., :-1]) * weight[..., 1:]
@@ -81,7 +85,13 @@ class AutoencoderTask:
         batch: small, since many steps matter more than smooth ones.
     """
 
-    def __init__(self, vae: AutoencoderKL, data: WorldDataset, held_out: WorldDataset | None = None, batch: int = 8) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        data: WorldDataset,
+        held_out: WorldDataset | None = None,
+        batch: int = 8,
+    ) -> None:
         self.vae = vae.to(memory_format=torch.channels_last)
         self.data, self.held_out, self.batch = data, held_out, batch
         self.loss = ReconstructionLoss()
@@ -89,14 +99,16 @@ class AutoencoderTask:
     def modules(self) -> Mapping[str, nn.Module]:
         return {"vae": self.vae}
 
-    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
+    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         rows = draw.indices(len(self.data), self.batch).numpy()
         images, masks, landmarks = faces_of(self.data, rows, self.vae.device)
         images = (2 * images - 1).contiguous(memory_format=torch.channels_last)
         latents = self.vae.encode(images).latent_dist
         noise = draw.randn(latents.mean.shape, "latents").to(latents.mean)
         decoded = self.vae.decode(latents.mean + latents.std * noise).sample
-        return self.loss(decoded, images, importance(masks, landmarks), latents.mean, latents.logvar)
+        return self.loss(
+            decoded, images, importance(masks, landmarks), latents.mean, latents.logvar
+        )
 
     def validate(self) -> Mapping[str, float]:
         return figures(self.vae, self.held_out, most=512) if self.held_out else {}
@@ -106,8 +118,10 @@ class AutoencoderTask:
         data = self.held_out or self.data
         rows = np.linspace(0, len(data) - 1, 24).astype(np.int64)
         images, _, _ = faces_of(data, rows, self.vae.device)
-        before, after = to_pictures(images), to_pictures(there_and_back(self.vae, images))
-        return checkered([side[start : start + 8] for start in (0, 8, 16) for side in (before, after)], 192)
+        before, after = to_pil(images), to_pil(there_and_back(self.vae, images))
+        return image_grid(
+            [side[start : start + 8] for start in (0, 8, 16) for side in (before, after)], 192
+        )
 
 
 @torch.no_grad()
@@ -126,7 +140,9 @@ def figures(vae: AutoencoderKL, data: WorldDataset, most: int = 2048) -> dict[st
         error = (there_and_back(vae, images) - images).square().mean(1, keepdim=True)
         whole.append(error.mean((1, 2, 3)))
         inside.append((error * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3)).clamp(min=1))
-    psnr, face = (-10 * torch.cat(errors).clamp(min=1e-10).log10().mean() for errors in (whole, inside))
+    psnr, face = (
+        -10 * torch.cat(errors).clamp(min=1e-10).log10().mean() for errors in (whole, inside)
+    )
     return {"psnr": psnr.item(), "psnr_face": face.item()}
 
 

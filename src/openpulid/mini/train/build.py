@@ -19,21 +19,21 @@ from pathlib import Path
 
 import torch
 
-from openpulid.device import best_device, hardware
+from openpulid.device import best_device, hardware_name
 from openpulid.errors import OptionError
 from openpulid.mini.train import baseline_stages as contest
 from openpulid.mini.train import baselines as rivals
 from openpulid.mini.train import stages as parts
-from openpulid.mini.train.stages import Workshop
+from openpulid.mini.train.stages import BuildContext
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.pulid.export import revision
 
-PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
+PARTS: dict[str, tuple[Callable[[BuildContext], dict[str, float]], float]] = {
     "world": (parts.world, 12),
     "finder": (parts.finder, 8),
-    "recogniser-encoder": (parts.recogniser("encoder", 11), 12),
-    "recogniser-loss": (parts.recogniser("loss", 12), 16),
-    "recogniser-judge": (parts.recogniser("judge", 13), 12),
+    "recognition-encoder": (parts.recogniser("encoder", 11), 12),
+    "recognition-loss": (parts.recogniser("loss", 12), 16),
+    "recognition-scorer": (parts.recogniser("scorer", 13), 12),
     "clip": (parts.clip, 8),
     "values": (contest.values, 2),
     "vision": (parts.vision, 10),
@@ -47,7 +47,7 @@ PARTS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
     "stage3": (parts.stage("stage3"), 62),
 }
 """Each part and its minutes on two cores: under four hours to the first adapter, a hundred minutes for the others."""
-RIVALS: dict[str, tuple[Callable[[Workshop], dict[str, float]], float]] = {
+BASELINES: dict[str, tuple[Callable[[BuildContext], dict[str, float]], float]] = {
     name: (contest.part(name), 90) for name in rivals.NAMES
 }
 """What `--method` names: PuLID's rivals, with the steps of its first stage and twice its minutes, if they need them."""
@@ -67,7 +67,7 @@ def build(
     """Trains the named parts, or all, in their order.
 
     Args:
-        names: of `PARTS` or `RIVALS`; all of `PARTS` by default.
+        names: of `PARTS` or `BASELINES`; all of `PARTS` by default.
         minutes: for all of them together, shared as their usual minutes are; those by default. The world takes what it takes.
         device: where to compute; the best there is by default.
         fresh: begin again instead of continuing.
@@ -80,7 +80,7 @@ def build(
         OptionError: no such part.
         WeightsError: a part needs another one that has not been built.
     """
-    every = PARTS | RIVALS
+    every = PARTS | BASELINES
     unknown = [name for name in names or () if name not in every]
     if unknown:
         raise OptionError(f"there is no part {unknown[0]!r}; the parts are {', '.join(every)}.")
@@ -92,21 +92,23 @@ def build(
         if fresh:
             shutil.rmtree(runs / name, ignore_errors=True)
         given = share if minutes is None else minutes * share / usual
-        shop = Workshop(runs, weights, torch.device(device) if device else best_device(), given)
+        shop = BuildContext(runs, weights, torch.device(device) if device else best_device(), given)
         found[name] = make(shop)
         append(report, name, found[name], shop)
     return found
 
 
-def append(report: Path, name: str, figures: Mapping[str, float], shop: Workshop) -> None:
+def append(report: Path, name: str, figures: Mapping[str, float], shop: BuildContext) -> None:
     """One dated section: how the part was made, and its figures."""
-    trained = ", ".join(f"{key}: {r.steps} steps in {r.seconds / 60:.1f} min" for key, r in shop.results.items())
+    trained = ", ".join(
+        f"{key}: {r.steps} steps in {r.seconds / 60:.1f} min" for key, r in shop.results.items()
+    )
     lines = [
         f"\n## {name}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC\n",
         f"- command: `pulid mini build {name} --minutes {shop.minutes:g}`",
         f"- revision: {revision()}",
         f"- trained: {trained or 'nothing'}",
-        f"- on: {hardware(shop.device)}, Python {platform.python_version()}; "
+        f"- on: {hardware_name(shop.device)}, Python {platform.python_version()}; "
         f"{', '.join(f'{library} {known(library)}' for library in LIBRARIES)}\n",
         "| figure | held-out |\n|---|---|",
         *(f"| {key} | {value:.4g} |" for key, value in figures.items()),
@@ -128,7 +130,9 @@ def known(library: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("parts", nargs="*", help=f"in their order; all by default: {', '.join(PARTS)}")
+    parser.add_argument(
+        "parts", nargs="*", help=f"in their order; all by default: {', '.join(PARTS)}"
+    )
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--device")
     parser.add_argument("--fresh", action="store_true")

@@ -25,12 +25,12 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
-from openpulid.io.image_grid import captioned, to_pictures
+from openpulid.io.image_grid import captioned_grid, to_pil
 from openpulid.mini.data.augment import damaged
 from openpulid.mini.data.captions import Captions, token_ids
 from openpulid.mini.train.attribute_classifier import AttributeHeads, attribute_loss
 from openpulid.mini.train.recognition import faces_of
-from openpulid.training.rng import Draw, generator_for
+from openpulid.training.rng import StepRNG, generator_for
 from openpulid.world.dataset import WorldDataset
 
 EMBEDDING = 128
@@ -50,14 +50,18 @@ def text_config(tokenizer: Tokenizer, width: int, layers: int = 3) -> CLIPTextCo
     )  # fmt: skip
 
 
-def build_clip(tokenizer: Tokenizer, size: int = 96, patch: int = 12, width: int = 128, layers: int = 4) -> CLIPModel:
+def build_clip(
+    tokenizer: Tokenizer, size: int = 96, patch: int = 12, width: int = 128, layers: int = 4
+) -> CLIPModel:
     """CLIP for `size` px pictures with random weights."""
     vision = CLIPVisionConfig(
         image_size=size, patch_size=patch, hidden_size=width, intermediate_size=3 * width,
         num_hidden_layers=layers, num_attention_heads=width // 32, projection_dim=EMBEDDING, hidden_act="gelu",
     )  # fmt: skip
     text = text_config(tokenizer, width=128)
-    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBEDDING)
+    config = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBEDDING
+    )
     clip = CLIPModel(config)
     _speak_up(clip.text_model)
     return clip
@@ -102,12 +106,18 @@ class ClipTask:
         for tower in (clip.text_model, clip.text_projection, text):
             tower.requires_grad_(not locked)
         self.data, self.captions, self.held_out, self.batch = data, captions, held_out, batch
-        self.heads = nn.ModuleDict({name: AttributeHeads(EMBEDDING) for name in ("seen", "said", "said_first")})
+        self.heads = nn.ModuleDict(
+            {name: AttributeHeads(EMBEDDING) for name in ("seen", "said", "said_first")}
+        )
 
     def modules(self) -> Mapping[str, nn.Module]:
-        return {"clip": self.clip, **({} if self.locked else {"text": self.text}), "heads": self.heads}
+        return {
+            "clip": self.clip,
+            **({} if self.locked else {"text": self.text}),
+            "heads": self.heads,
+        }
 
-    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
+    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         """CLIP's loss for both text towers. Attributes are read out of the three embeddings, too: so the picture tower looks at
         small things, and the text towers say everything they were told, not only what tells 96 pictures apart."""
         rows = draw.indices(len(self.data), self.batch)
@@ -116,7 +126,9 @@ class ClipTask:
         with torch.no_grad(), torch.autocast(self.clip.device.type, enabled=False):
             images, _, _ = faces_of(self.data, rows.numpy(), self.clip.device)
             images = damaged(images, generator_for(draw.seed, draw.step, draw.rank))
-        attributes = torch.from_numpy(self.data.attributes[rows.numpy()].astype(np.int64)).to(self.clip.device)
+        attributes = torch.from_numpy(self.data.attributes[rows.numpy()].astype(np.int64)).to(
+            self.clip.device
+        )
         both = self.clip(input_ids=tokens, pixel_values=clip_pixels(images))
         scale = self.clip.logit_scale.clamp(max=4.6).exp()
         losses = {
@@ -131,7 +143,9 @@ class ClipTask:
         return losses
 
     def _read(self, head: str, embedding: Tensor, attributes: Tensor) -> Tensor:
-        return 0.5 * attribute_loss(self.heads[head](normalize(embedding.float(), dim=-1) * EMBEDDING**0.5), attributes)
+        return 0.5 * attribute_loss(
+            self.heads[head](normalize(embedding.float(), dim=-1) * EMBEDDING**0.5), attributes
+        )
 
     def validate(self) -> Mapping[str, float]:
         return figures(self.clip, self.text, self.tokenizer, self.held_out) if self.held_out else {}
@@ -143,7 +157,9 @@ class ClipTask:
 def contrast(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
     """CLIP's loss (Radford et al. 2021): each of B pictures (B, D) among the B sentences (B, D), and the reverse."""
     with torch.autocast(images.device.type, enabled=False):
-        logits = scale.float().to(images.device) * normalize(images.float()) @ normalize(texts.float()).T
+        logits = (
+            scale.float().to(images.device) * normalize(images.float()) @ normalize(texts.float()).T
+        )
         right = torch.arange(len(logits), device=logits.device)
         return (cross_entropy(logits, right) + cross_entropy(logits.T, right)) / 2
 
@@ -203,12 +219,17 @@ def figures(
     first text encoder."""
     generator = generator_for("clip figures")
     rows = torch.randperm(len(data), generator=generator)[: most // among * among]
-    tokens = token_ids(tokenizer, [data.prompt(row, generator) for row in rows.tolist()]).to(clip.device)
+    tokens = token_ids(tokenizer, [data.prompt(row, generator) for row in rows.tolist()]).to(
+        clip.device
+    )
     hits: dict[str, list[Tensor]] = {"top1": [], "top1_text": []}
     for part in range(0, len(rows), among):
         images, _, _ = faces_of(data, rows[part : part + among].numpy(), clip.device)
         said, seen = tokens[part : part + among], embed_images(clip, images)
-        for name, words in (("top1", embed_texts(clip, said)), ("top1_text", text(input_ids=said).text_embeds)):
+        for name, words in (
+            ("top1", embed_texts(clip, said)),
+            ("top1_text", text(input_ids=said).text_embeds),
+        ):
             best = (seen @ normalize(words.float(), dim=-1).T).argmax(1)
             hits[name].append((best == torch.arange(len(best), device=best.device)).float())
     return {name: torch.cat(values).mean().item() for name, values in hits.items()}
@@ -223,10 +244,13 @@ def chosen_sentences(
     rows = torch.randperm(len(data), generator=generator)[:among].tolist()
     sentences = [data.prompt(row, generator) for row in rows]
     images, _, _ = faces_of(data, np.array(rows), clip.device)
-    cosines = embed_images(clip, images) @ embed_texts(clip, token_ids(tokenizer, sentences).to(clip.device)).T
+    cosines = (
+        embed_images(clip, images)
+        @ embed_texts(clip, token_ids(tokenizer, sentences).to(clip.device)).T
+    )
     nearest = cosines.argmax(1).tolist()
     words = [
         sentences[best] if best == own else f"WRONG: {sentences[best]} | is: {sentences[own]}"
         for own, best in enumerate(nearest)
     ]
-    return captioned(list(zip(to_pictures(images[:shown]), words[:shown], strict=True)), side=220)
+    return captioned_grid(list(zip(to_pil(images[:shown]), words[:shown], strict=True)), side=220)

@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, grid_sample
 
-from openpulid.faces.align import warp
-from openpulid.faces.mini_detector import FACE, PARTS, SIZE, FaceFinder, Finding
+from openpulid.faces.align import warp_images
+from openpulid.faces.mini_detector import FACE, PARTS, SIZE, MiniDetection, MiniFaceDetector
 from openpulid.mini.data import negatives as made
 from openpulid.mini.data.augment import damaged, moved, recolored
-from openpulid.training.rng import Draw, generator_for
+from openpulid.training.rng import StepRNG, generator_for
 from openpulid.world.dataset import WorldDataset
 
 UNLABELLED = -100
@@ -37,8 +37,8 @@ class Examples:
     parts: Tensor
 
 
-class FinderTask:
-    """Trains a `FaceFinder`; a `training.loop.Task`.
+class DetectorTask:
+    """Trains a `MiniFaceDetector`; a `training.loop.Task`.
 
     Args:
         finder: the network.
@@ -49,7 +49,7 @@ class FinderTask:
 
     def __init__(
         self,
-        finder: FaceFinder,
+        finder: MiniFaceDetector,
         data: WorldDataset,
         held_out: WorldDataset | None,
         photos: Mapping[str, Tensor],
@@ -65,10 +65,12 @@ class FinderTask:
     def modules(self) -> Mapping[str, nn.Module]:
         return {"finder": self.finder}
 
-    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
+    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         rows = draw.indices(len(self.data), self.positives).numpy()
         draw.samples = self.positives + self.negatives
-        batch = self.examples(rows, self.negatives // draw.world, generator_for(draw.seed, draw.step, draw.rank))
+        batch = self.examples(
+            rows, self.negatives // draw.world, generator_for(draw.seed, draw.step, draw.rank)
+        )
         finding = self.finder(batch.images.contiguous(memory_format=torch.channels_last))
         return finder_losses(finding, batch)
 
@@ -85,7 +87,9 @@ class FinderTask:
             images, parts = torch.cat([images, strange]), torch.cat([parts, labels])
             landmarks = torch.cat([landmarks, torch.full((others, 5, 2), SIZE / 2)])
             order = torch.randperm(len(real), generator=generator)
-            batch = Examples(*(tensor[order].to(device) for tensor in (images, real, landmarks, parts)))
+            batch = Examples(
+                *(tensor[order].to(device) for tensor in (images, real, landmarks, parts))
+            )
             batch = mirrored(displaced(batch, generator), generator)
             images = damaged(recolored(batch.images, generator, gray=0.2), generator)
             return Examples(images, batch.real, batch.landmarks, batch.parts.long())
@@ -98,7 +102,10 @@ class FinderTask:
         """
         if self.held_out is None:
             return {}
-        return {**examination(self.finder, self.held_out), "refused": self.refused(self.held_out)}
+        return {
+            **detector_figures(self.finder, self.held_out),
+            "refused": self.refused(self.held_out),
+        }
 
     def refused(self, data: WorldDataset, count: int = 128) -> float:
         """The share of strangers that is refused; some of them are made from pictures of `data`."""
@@ -115,7 +122,9 @@ class FinderTask:
         batch = self.examples(rows, 20, generator_for("sheet"))
         finding = self.finder(batch.images)
         images = (batch.images * (0.6 + 0.4 * finding.face)).cpu()
-        for image, points, score in zip(images, finding.landmarks.cpu(), finding.score_logit.cpu(), strict=True):
+        for image, points, score in zip(
+            images, finding.landmarks.cpu(), finding.score_logit.cpu(), strict=True
+        ):
             color = torch.tensor([0.0, 1.0, 0.0] if score > 0 else [1.0, 0.0, 0.0])
             for x, y in points.clamp(1, SIZE - 2).long().tolist():
                 image[:, y - 1 : y + 1, x - 1 : x + 1] = color[:, None, None]
@@ -123,7 +132,7 @@ class FinderTask:
         return Image.fromarray((picture * 255).round().to(torch.uint8).numpy())
 
 
-def finder_losses(finding: Finding, batch: Examples) -> dict[str, Tensor]:
+def finder_losses(finding: MiniDetection, batch: Examples) -> dict[str, Tensor]:
     """Score, landmarks (pixels, of the real ones) and parts; the face counts four times as much as the rest."""
     real = batch.real.float()
     distance = (finding.landmarks - batch.landmarks).abs().mean((1, 2))
@@ -137,7 +146,11 @@ def finder_losses(finding: Finding, batch: Examples) -> dict[str, Tensor]:
 
 
 def strangers(
-    images: Tensor, parts: Tensor, photos: Mapping[str, Tensor], count: int, generator: torch.Generator
+    images: Tensor,
+    parts: Tensor,
+    photos: Mapping[str, Tensor],
+    count: int,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """(count, 3, 96, 96) pictures without a face of this world, and their parts (count, 96, 96) float.
 
@@ -170,13 +183,15 @@ def displaced(batch: Examples, generator: torch.Generator) -> Examples:
     color = torch.rand(len(matrix), 3, 1, 1, generator=generator)
     color[::2] = 0.5  # the bars that `find` adds
     inside = torch.ones_like(batch.images[:, :1])
-    warped = warp(torch.cat([batch.images, inside], 1), matrix[:, :2], SIZE)
+    warped = warp_images(torch.cat([batch.images, inside], 1), matrix[:, :2], SIZE)
     images = warped[:, :3] + (1 - warped[:, 3:]) * color.to(device)
     axis = torch.arange(SIZE, device=device) + 0.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     homogeneous = torch.stack([x, y, torch.ones_like(x)], -1)
     points = (homogeneous[None, :, :, None] * matrix[:, None, None, :2]).sum(-1)
-    parts = grid_sample(batch.parts[:, None], 2 * points / SIZE - 1, mode="nearest", align_corners=False)[:, 0]
+    parts = grid_sample(
+        batch.parts[:, None], 2 * points / SIZE - 1, mode="nearest", align_corners=False
+    )[:, 0]
     offset = batch.landmarks - matrix[:, None, :2, 2]
     inverse = torch.linalg.inv(matrix[:, :2, :2])
     landmarks = (offset[:, :, None] * inverse[:, None]).sum(-1)
@@ -190,11 +205,15 @@ def mirrored(batch: Examples, generator: torch.Generator) -> Examples:
     parts = torch.where(flip[:, None, None], batch.parts.flip(-1), batch.parts)
     swapped = batch.landmarks[:, [1, 0, 2, 4, 3]]
     swapped = torch.stack([SIZE - swapped[..., 0], swapped[..., 1]], -1)
-    return Examples(images, batch.real, torch.where(flip[:, None, None], swapped, batch.landmarks), parts)
+    return Examples(
+        images, batch.real, torch.where(flip[:, None, None], swapped, batch.landmarks), parts
+    )
 
 
 @torch.no_grad()
-def examination(finder: FaceFinder, data: WorldDataset, limit: int = 1024) -> dict[str, float]:
+def detector_figures(
+    finder: MiniFaceDetector, data: WorldDataset, limit: int = 1024
+) -> dict[str, float]:
     """Landmark error, IoU and how many are found, over up to `limit` undamaged pictures spread over the data."""
     device = next(finder.parameters()).device
     rows = np.unique(np.linspace(0, len(data) - 1, min(limit, len(data))).astype(int))

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.data.latents import fingerprint
-from openpulid.mini.models.pipeline import Words, predict, scheduler
-from openpulid.mini.train.unet import GUIDANCE, STEPS, Examination
-from openpulid.training.pulid.models import Text
-from openpulid.training.rng import Draw, generator_for
+from openpulid.mini.models.pipeline import TextEncoders, predict, scheduler
+from openpulid.mini.train.unet import GUIDANCE, STEPS, ImageEvaluator
+from openpulid.training.pulid.models import TextConditioning
+from openpulid.training.rng import StepRNG, generator_for
 
-STATIONS = 4
+STUDENT_TIMESTEPS = 4
 """Steps of the student."""
 
 
-class Walks:
+class TeacherTrajectories:
     """The teacher's walks: stations (N, 5, C, s, s) float16 from noise to picture, and the sentences' tokens (N, L) uint8."""
 
     def __init__(self, stations: np.ndarray, tokens: np.ndarray) -> None:
@@ -41,24 +41,27 @@ class Walks:
     def of(
         cls,
         unet: Any,
-        words: Words,
+        words: TextEncoders,
         captions: Captions,
         count: int,
         folder: Path,
         batch: int = 64,
         seed: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
-    ) -> Walks:
+    ) -> TeacherTrajectories:
         """`count` walks, or those still missing in `folder`, where they are kept; the same for the same teacher and seed."""
         folder.mkdir(parents=True, exist_ok=True)
         size, channels = unet.config.sample_size, unet.config.in_channels
-        shapes = {"stations": ((count, STATIONS + 1, channels, size, size), np.float16),
+        shapes = {"stations": ((count, STUDENT_TIMESTEPS + 1, channels, size, size), np.float16),
                   "tokens": ((count, captions.tokens.shape[-1]), np.uint8)}  # fmt: skip
         marks, mark = folder / "walked.json", [fingerprint(unet), count, seed]
         known = json.loads(marks.read_text()) if marks.exists() else {}
         first = known["walked"] if known.get("mark") == mark else 0
         mode = "r+" if first else "w+"
-        files = {name: open_memmap(folder / f"{name}.npy", mode, dtype, shape) for name, (shape, dtype) in shapes.items()}
+        files = {
+            name: open_memmap(folder / f"{name}.npy", mode, dtype, shape)
+            for name, (shape, dtype) in shapes.items()
+        }
         device = next(unet.parameters()).device
         for start in range(first, count, batch):
             rows = slice(start, min(start + batch, count))
@@ -81,26 +84,35 @@ class Walks:
 
 
 @torch.no_grad()
-def walk(unet: nn.Module, noise: Tensor, text: Text, nothing: Text, steps: int = STEPS, guidance: float = GUIDANCE) -> Tensor:
+def walk(
+    unet: nn.Module,
+    noise: Tensor,
+    text: TextConditioning,
+    nothing: TextConditioning,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+) -> Tensor:
     """The base's own way from noise (B, C, s, s) under guidance, as the preset samples: (B, 5, C, s, s) at the stations."""
     sampler = scheduler()
     sampler.set_timesteps(steps, device=noise.device)
-    both = Text(*(torch.cat(pair) for pair in zip(vars(nothing).values(), vars(text).values(), strict=True)))
+    both = TextConditioning(
+        *(torch.cat(pair) for pair in zip(vars(nothing).values(), vars(text).values(), strict=True))
+    )
     x, passed = noise, [noise]
     for index, t in enumerate(sampler.timesteps, 1):
         without, with_text = predict(unet, torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
         x = sampler.step(without + guidance * (with_text - without), t, x, return_dict=False)[0]
-        if index % (steps // STATIONS) == 0:
+        if index % (steps // STUDENT_TIMESTEPS) == 0:
             passed.append(x)
     return torch.stack(passed, 1)
 
 
-class Stations:
+class StudentSchedule:
     """The student's four times, and what it must predict to get from one to the next in one deterministic step."""
 
     def __init__(self) -> None:
         sampler = scheduler()
-        sampler.set_timesteps(STATIONS)
+        sampler.set_timesteps(STUDENT_TIMESTEPS)
         self.times = sampler.timesteps.long()  # (4,), falling
         known = NoiseSchedule(sampler.alphas_cumprod, sampler.config.prediction_type).alphas
         kept = torch.cat([known[self.times], torch.ones(1, dtype=known.dtype)])
@@ -120,7 +132,12 @@ class Stations:
         return torch.maximum(a**2, s**2).flatten()
 
     def _coefficients(self, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-        table = [self.signal[index], self.noise[index], self.signal[index + 1], self.noise[index + 1]]
+        table = [
+            self.signal[index],
+            self.noise[index],
+            self.signal[index + 1],
+            self.noise[index + 1],
+        ]
         return tuple(value.to(like).view(-1, 1, 1, 1) for value in table)
 
 
@@ -139,28 +156,30 @@ class LightningTask:
     def __init__(
         self,
         student: nn.Module,
-        words: Words,
-        walks: Walks,
-        examination: Examination | None = None,
+        words: TextEncoders,
+        walks: TeacherTrajectories,
+        examination: ImageEvaluator | None = None,
         batch: int = 48,
         compiled: bool = False,
     ) -> None:
         self.student = student.to(memory_format=torch.channels_last)
         self.network = torch.compile(student) if compiled else student
         self.words, self.walks, self.examination, self.batch = words, walks, examination, batch
-        self.stations = Stations()
+        self.stations = StudentSchedule()
 
     def modules(self) -> Mapping[str, nn.Module]:
         return {"unet": self.student}
 
-    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
+    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         device = next(self.student.parameters()).device
         rows = draw.indices(len(self.walks.tokens), self.batch)
-        index = draw.randint(STATIONS, rows.shape, "station")
+        index = draw.randint(STUDENT_TIMESTEPS, rows.shape, "station")
         passed = torch.from_numpy(self.walks.stations[rows.numpy()]).float()
         here, there = (passed[torch.arange(len(rows)), index + k].to(device) for k in (0, 1))
         tokens = torch.from_numpy(self.walks.tokens[rows.numpy()].astype(np.int64)).to(device)
-        predicted = predict(self.network, here, self.stations.times[index].to(device), self.words(tokens))
+        predicted = predict(
+            self.network, here, self.stations.times[index].to(device), self.words(tokens)
+        )
         error = (predicted - self.stations.target(here, there, index)).square().flatten(1).mean(1)
         return {"step": (error * self.stations.weight(index, error)).mean()}
 

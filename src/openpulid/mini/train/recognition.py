@@ -20,10 +20,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, normalize, smooth_l1_loss
 
-from openpulid.faces.align import TEMPLATE, aligned, blanked, similarity, warp
-from openpulid.faces.mini_recognition import CROP, Recogniser
+from openpulid.faces.align import (
+    TEMPLATE,
+    align_faces,
+    mask_background,
+    similarity_transform,
+    warp_images,
+)
+from openpulid.faces.mini_recognition import CROP, Recognition
 from openpulid.mini.data.augment import after, damaged, moved, recolored, swollen
-from openpulid.training.rng import Draw
+from openpulid.training.rng import StepRNG
 from openpulid.world import FACIAL, HELD_OUT_PEOPLE, PARAMETERS, PARTS, Person, Scene, render
 from openpulid.world.dataset import WorldDataset
 
@@ -40,7 +46,9 @@ class MarginHead(nn.Module):
     only to be the same for everybody. Over as many steps more the margin grows, since a full one pushes everything apart.
     """
 
-    def __init__(self, people: int, dim: int, scale: float = 32.0, margin: float = 0.35, ramp: int = 300) -> None:
+    def __init__(
+        self, people: int, dim: int, scale: float = 32.0, margin: float = 0.35, ramp: int = 300
+    ) -> None:
         super().__init__()
         self.centres = nn.Parameter(torch.randn(people, dim))
         self.scale, self.margin, self.ramp = scale, margin, ramp
@@ -73,7 +81,7 @@ class ValueHead(nn.Module):
 
 
 @dataclass
-class Examination:
+class RecognitionEvaluator:
     """Aligned pictures of people nobody trained on, made once and shared by the three recognisers.
 
     Attributes:
@@ -87,10 +95,15 @@ class Examination:
     moved: Tensor
 
     @classmethod
-    def make(cls, held_out: WorldDataset, cache: Path, people: int = 16, device: str = "cpu") -> Examination:
+    def make(
+        cls, held_out: WorldDataset, cache: Path, people: int = 16, device: str = "cpu"
+    ) -> RecognitionEvaluator:
         """Aligns the held-out pictures and renders the moved ones; these are kept in the file `cache` (.npy)."""
         rows = range(0, len(held_out), 256)
-        crops = [aligned_rows(held_out, np.arange(start, min(start + 256, len(held_out)))) for start in rows]
+        crops = [
+            aligned_rows(held_out, np.arange(start, min(start + 256, len(held_out))))
+            for start in rows
+        ]
         if cache.exists():
             moved_crops = torch.from_numpy(np.load(cache))
         else:
@@ -98,7 +111,9 @@ class Examination:
             cache.parent.mkdir(parents=True, exist_ok=True)
             np.save(cache, moved_crops.numpy())
         person_of, family_of = (np.array(column) for column in (held_out.people, held_out.families))
-        return cls(torch.cat(crops), torch.from_numpy(person_of), torch.from_numpy(family_of), moved_crops)
+        return cls(
+            torch.cat(crops), torch.from_numpy(person_of), torch.from_numpy(family_of), moved_crops
+        )
 
     @torch.no_grad()
     def figures(self, recogniser: nn.Module) -> dict[str, float]:
@@ -129,16 +144,18 @@ class Examination:
     @torch.no_grad()
     def sensitivity(self, recogniser: nn.Module) -> dict[str, float]:
         """Per facial value the cosine between 0.2 and 0.8, mean over the people."""
-        embedding = embedded(recogniser, self.moved.flatten(0, 2)).unflatten(0, self.moved.shape[:3])
+        embedding = embedded(recogniser, self.moved.flatten(0, 2)).unflatten(
+            0, self.moved.shape[:3]
+        )
         cosines = (embedding[:, :, 0] * embedding[:, :, 1]).sum(-1).mean(0)
         return dict(zip(FACIAL, cosines.tolist(), strict=True))
 
 
-class RecogniserTask:
+class RecognitionTask:
     """Trains one recogniser; a `training.loop.Task`.
 
     Args:
-        recogniser: one of `faces.recognise.RECOGNISERS`, built.
+        recogniser: one of `faces.recognise.RECOGNITION_MODELS`, built.
         data: pictures of the training people.
         examination: pictures of held-out people; None validates nothing.
         families, pictures: a batch is this many families times this many pictures of each.
@@ -151,9 +168,9 @@ class RecogniserTask:
 
     def __init__(
         self,
-        recogniser: Recogniser,
+        recogniser: Recognition,
         data: WorldDataset,
-        examination: Examination | None,
+        examination: RecognitionEvaluator | None,
         families: int = 16,
         pictures: int = 8,
         value_weight: float = 10.0,
@@ -163,7 +180,9 @@ class RecogniserTask:
         self.recogniser = recogniser.to(memory_format=torch.channels_last)
         self.data, self.examination = data, examination
         self.people = torch.from_numpy(np.array(data.people))
-        self.table = family_table(np.asarray(data.families))  # (families, pictures) rows of the data
+        self.table = family_table(
+            np.asarray(data.families)
+        )  # (families, pictures) rows of the data
         self.head = MarginHead(int(self.people.max()) + 1, dim)
         self.values = ValueHead(dim)
         self.families, self.pictures = families, min(pictures, self.table.shape[1])
@@ -172,19 +191,27 @@ class RecogniserTask:
     def modules(self) -> Mapping[str, nn.Module]:
         return {"recogniser": self.recogniser, "head": self.head, "values": self.values}
 
-    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
+    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         families = draw.indices(len(self.table), self.families, "families")
-        columns = draw.rand((len(families), self.table.shape[1]), "columns").argsort(1)[:, : self.pictures]
+        columns = draw.rand((len(families), self.table.shape[1]), "columns").argsort(1)[
+            :, : self.pictures
+        ]
         rows = torch.gather(self.table[families], 1, columns).flatten()
         draw.samples = self.families * self.pictures
         crops = self.crops(rows.numpy(), draw.generator("damage"))
         embedding = self.recogniser(crops.contiguous(memory_format=torch.channels_last))
         people = self.people[rows].to(crops.device)
-        values = torch.from_numpy(self.data.vectors[rows.numpy()][:, FACIAL_COLUMNS]).to(crops.device)
+        values = torch.from_numpy(self.data.vectors[rows.numpy()][:, FACIAL_COLUMNS]).to(
+            crops.device
+        )
         late = min(1.0, max(0.0, draw.step / 800 - 1))
         return {
-            "margin": (0.1 + 0.9 * late) * self.margin_weight * self.head(embedding, people, draw.step),
-            "values": (1.0 - 0.8 * late) * self.value_weight * smooth_l1_loss(self.values(embedding), values, beta=0.1),
+            "margin": (0.1 + 0.9 * late)
+            * self.margin_weight
+            * self.head(embedding, people, draw.step),
+            "values": (1.0 - 0.8 * late)
+            * self.value_weight
+            * smooth_l1_loss(self.values(embedding), values, beta=0.1),
         }
 
     def crops(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
@@ -194,24 +221,26 @@ class RecogniserTask:
             images, masks, landmarks = faces_of(self.data, rows, device)
             width = masks.amax((1, 2)).sum(-1)  # of the face, in pixels
             error = 0.012 * torch.randn(landmarks.shape, generator=generator).to(device)
-            matrix = similarity(landmarks + error * width[:, None, None], TEMPLATE * CROP)
+            matrix = similarity_transform(landmarks + error * width[:, None, None], TEMPLATE * CROP)
             jitter = moved(len(rows), CROP, generator, turn=0.08, grow=0.06, shift=0.02)
-            crops = warp(torch.cat([images, masks], 1), after(matrix, jitter), CROP)
+            crops = warp_images(torch.cat([images, masks], 1), after(matrix, jitter), CROP)
             faces = damaged(recolored(crops[:, :3], generator), generator)
-            return blanked(faces, swollen(crops[:, 3:], generator))
+            return mask_background(faces, swollen(crops[:, 3:], generator))
 
     def validate(self) -> Mapping[str, float]:
         return self.examination.figures(self.recogniser) if self.examination else {}
 
     def sheet(self) -> Image.Image | None:
         """What the recogniser learns from: two families, damaged as in training."""
-        crops = self.crops(self.table[:2, :12].flatten().numpy(), torch.Generator().manual_seed(0)).cpu()
+        crops = self.crops(
+            self.table[:2, :12].flatten().numpy(), torch.Generator().manual_seed(0)
+        ).cpu()
         picture = crops.unflatten(0, (2, -1)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
         return Image.fromarray((picture * 255).round().to(torch.uint8).numpy())
 
 
 @torch.no_grad()
-def whitened(task: RecogniserTask, most: int = 8192, levelled: float = 0.3, seed: int = 0) -> None:
+def whitened(task: RecognitionTask, most: int = 8192, levelled: float = 0.3, seed: int = 0) -> None:
     """Two changes of coordinates, folded into the recogniser's last layer, in place.
 
     What differs between pictures of one person is noise; measured in its units (within-class covariance normalisation,
@@ -223,10 +252,15 @@ def whitened(task: RecogniserTask, most: int = 8192, levelled: float = 0.3, seed
     rows = np.linspace(0, len(task.data) - 1, min(most, len(task.data))).astype(np.int64)
     rows = rows[torch.randperm(len(rows), generator=generator).numpy()]
     parts = np.array_split(rows, max(1, len(rows) // 256))
-    embedding = torch.cat([recogniser(task.crops(part, generator)).cpu() for part in parts]).double()
+    embedding = torch.cat(
+        [recogniser(task.crops(part, generator)).cpu() for part in parts]
+    ).double()
     people, place = task.people[rows].unique(return_inverse=True)
     counts = torch.bincount(place).double()
-    means = embedding.new_zeros(len(people), embedding.shape[1]).index_add_(0, place, embedding) / counts[:, None]
+    means = (
+        embedding.new_zeros(len(people), embedding.shape[1]).index_add_(0, place, embedding)
+        / counts[:, None]
+    )
     apart = embedding - means[place]
     within = apart.T @ apart / (counts - 1).sum().clamp(min=1)
     sphered = _power(within, -0.5, 0.02)
@@ -260,7 +294,9 @@ def family_table(families: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack([np.resize(group, longest) for group in groups]))
 
 
-def faces_of(data: WorldDataset, rows: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def faces_of(
+    data: WorldDataset, rows: np.ndarray, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Images (B, 3, S, S) and face masks (B, 1, S, S) float in [0, 1], and landmarks (B, 5, 2), of some rows."""
     images = torch.from_numpy(data.images[rows]).to(device).float() / 255
     masks = (torch.from_numpy(data.parts[rows]).to(device)[:, None] == FACE).float()
@@ -269,7 +305,11 @@ def faces_of(data: WorldDataset, rows: np.ndarray, device: torch.device) -> tupl
 
 def aligned_rows(data: WorldDataset, rows: np.ndarray) -> Tensor:
     """(B, 3, 64, 64) uint8 crops from the exact masks and landmarks."""
-    return (aligned(*faces_of(data, rows, torch.device("cpu")), CROP) * 255).round().to(torch.uint8)
+    return (
+        (align_faces(*faces_of(data, rows, torch.device("cpu")), CROP) * 255)
+        .round()
+        .to(torch.uint8)
+    )
 
 
 @torch.no_grad()
@@ -280,7 +320,12 @@ def moved_pictures(people: int, device: str = "cpu") -> Tensor:
         person = Person.from_seed(seed)
         variants = [person.replace(**{name: value}) for name in FACIAL for value in (0.2, 0.8)]
         made = render(variants, [Scene()] * len(variants), size=96, device=device)
-        crops.append((aligned(made.image, made.face, made.landmarks, CROP) * 255).round().to(torch.uint8).cpu())
+        crops.append(
+            (align_faces(made.image, made.face, made.landmarks, CROP) * 255)
+            .round()
+            .to(torch.uint8)
+            .cpu()
+        )
     return torch.stack(crops).unflatten(1, (len(FACIAL), 2))
 
 
@@ -303,14 +348,18 @@ def auc(positive: Tensor, negative: Tensor) -> float:
     return ((below + up_to).double().mean() / (2 * len(ordered))).item()
 
 
-def report(recognisers: Mapping[str, nn.Module], examination: Examination) -> str:
+def report(recognisers: Mapping[str, nn.Module], examination: RecognitionEvaluator) -> str:
     """Markdown: the figures of each recogniser, then the cosine after moving each facial value from 0.2 to 0.8."""
     figures = {name: examination.figures(network) for name, network in recognisers.items()}
     cosines = {name: examination.sensitivity(network) for name, network in recognisers.items()}
     head = f"| | {' | '.join(recognisers)} |\n|---{'|---' * len(recognisers)}|\n"
-    rows = [(key, [figures[name][key] for name in recognisers]) for key in next(iter(figures.values()))]
+    rows = [
+        (key, [figures[name][key] for name in recognisers]) for key in next(iter(figures.values()))
+    ]
     moves = [(value, [cosines[name][value] for name in recognisers]) for value in FACIAL]
-    return "\n".join(head + "".join(_row(key, values) for key, values in part) for part in (rows, moves))
+    return "\n".join(
+        head + "".join(_row(key, values) for key, values in part) for part in (rows, moves)
+    )
 
 
 def _row(key: str, values: list[float]) -> str:

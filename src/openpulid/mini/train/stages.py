@@ -23,51 +23,53 @@ from transformers import (
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import TrainingError, WeightsError
-from openpulid.faces.mini_detector import FaceFinder
-from openpulid.faces.mini_recognition import RECOGNISERS
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.mini_recognition import RECOGNITION_MODELS
 from openpulid.io.checkpoints import load_module, save_module
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.data.latents import Latents
 from openpulid.mini.data.negatives import photographs
-from openpulid.mini.models.attribute_classifier import AttributeReader
-from openpulid.mini.models.pipeline import Words, assemble, build_unet, save_folder
+from openpulid.mini.models.attribute_classifier import AttributeClassifier
+from openpulid.mini.models.pipeline import TextEncoders, assemble, build_unet, save_folder
 from openpulid.mini.models.tokenizer import tokenizer as build_tokenizer
 from openpulid.mini.train import autoencoder as pictures
 from openpulid.mini.train import clip as words
 from openpulid.mini.train import pulid as adapter
 from openpulid.mini.train import recognition as people
-from openpulid.mini.train.attribute_classifier import ReaderTask, reader_figures
-from openpulid.mini.train.detector import FinderTask
-from openpulid.mini.train.detector import examination as finder_figures
-from openpulid.mini.train.distill import STATIONS, LightningTask, Walks
+from openpulid.mini.train.attribute_classifier import AttributeClassifierTask, reader_figures
+from openpulid.mini.train.detector import DetectorTask
+from openpulid.mini.train.detector import detector_figures as finder_figures
+from openpulid.mini.train.distill import STUDENT_TIMESTEPS, LightningTask, TeacherTrajectories
 from openpulid.mini.train.progress import progress
 from openpulid.mini.train.unet import BaseTask
-from openpulid.mini.train.unet import Examination as Images
-from openpulid.mini.train.vision_encoder import TowerTask, build_tower
-from openpulid.training.config import Schedule
+from openpulid.mini.train.unet import ImageEvaluator as Images
+from openpulid.mini.train.vision_encoder import VisionEncoderTask, build_tower
+from openpulid.training.config import TrainerConfig
 from openpulid.training.precision import autocast
 from openpulid.training.pulid.export import revision, save_adapter
-from openpulid.training.pulid.recipes import find
-from openpulid.training.trainer import Result, Task, run
+from openpulid.training.pulid.recipes import find_recipe
+from openpulid.training.trainer import Task, TrainingResult, run
 from openpulid.world.dataset import Plan, WorldDataset
 from openpulid.world.dataset import build as render_world
 
-WISHES = 256
+NUM_EVAL_PROMPTS = 256
 """Images that the base and its student are examined on."""
 
 
 @dataclass
-class Workshop:
+class BuildContext:
     """Where things lie, how long a part may take, and what has been trained since it was opened."""
 
     runs: Path
     weights: Path
     device: torch.device
     minutes: float | None = None
-    results: dict[str, Result] = field(default_factory=dict)
+    results: dict[str, TrainingResult] = field(default_factory=dict)
     plan: Plan = field(default_factory=Plan)
     held_out_plan: Plan = field(default_factory=lambda: Plan(people=256, scenes=8, held_out=True))
-    portrait_plan: Plan = field(default_factory=lambda: Plan(people=6144, scenes=2, seed=3, portraits=True))
+    portrait_plan: Plan = field(
+        default_factory=lambda: Plan(people=6144, scenes=2, seed=3, portraits=True)
+    )
 
     @cached_property
     def data(self) -> WorldDataset:
@@ -84,13 +86,17 @@ class Workshop:
         except FileNotFoundError as error:
             raise TrainingError(str(error)) from None
 
-    def train(self, name: str, task: Task, schedule: Schedule, share: float = 1.0) -> Result:
+    def train(
+        self, name: str, task: Task, schedule: TrainerConfig, share: float = 1.0
+    ) -> TrainingResult:
         """Runs a task in its own folder, for its share of the part's minutes."""
         minutes = None if self.minutes is None else share * self.minutes
-        self.results[name] = run(task, schedule, self.runs / name, minutes=minutes, device=self.device)
+        self.results[name] = run(
+            task, schedule, self.runs / name, minutes=minutes, device=self.device
+        )
         return self.results[name]
 
-    def facts(self, name: str, schedule: Schedule) -> dict[str, object]:
+    def facts(self, name: str, schedule: TrainerConfig) -> dict[str, object]:
         """What is written beside weights."""
         result = self.results[name]
         return {
@@ -110,12 +116,16 @@ class Workshop:
         model = cls.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
         return model.to(self.device).eval().requires_grad_(False)
 
-    def words(self) -> Words:
+    def words(self) -> TextEncoders:
         first = self.folder(CLIPTextModel, "pipeline", "text_encoder")
-        return Words(first, self.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")).to(self.device)
+        return TextEncoders(
+            first, self.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
+        ).to(self.device)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        return PreTrainedTokenizerFast.from_pretrained(self.weights / "pipeline" / "tokenizer", local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(
+            self.weights / "pipeline" / "tokenizer", local_files_only=True
+        )
 
     def vae(self) -> PatchAutoencoderKL:
         vae = self.folder(PatchAutoencoderKL, "pipeline", "vae")
@@ -123,7 +133,9 @@ class Workshop:
 
     def captions(self, name: str = "world") -> Captions:
         file = self.runs / f"captions{name.removeprefix('world')}.npy"
-        return Captions.of(self.open(name), self.tokenizer(), file, on_progress=progress("sentences"))
+        return Captions.of(
+            self.open(name), self.tokenizer(), file, on_progress=progress("sentences")
+        )
 
     def latents(self, name: str = "world") -> Latents:
         folder = self.runs / f"latents{name.removeprefix('world')}"
@@ -132,63 +144,91 @@ class Workshop:
 
     def examination(self, **options: Any) -> Images:
         """Of images: with the finder, when there is one already."""
-        reader = load_module(AttributeReader, self.weights / "attributes.safetensors", self.device)
-        file = self.weights / "finder.safetensors"
-        finder = load_module(FaceFinder, file, self.device) if file.exists() else None
+        reader = load_module(
+            AttributeClassifier, self.weights / "attribute-classifier.safetensors", self.device
+        )
+        file = self.weights / "detector.safetensors"
+        finder = load_module(MiniFaceDetector, file, self.device) if file.exists() else None
         known = {"vae": self.vae(), "words": self.words(), "tokenizer": self.tokenizer()}
-        return Images.with_wishes(WISHES, **known, reader=reader, finder=finder, **options)
+        return Images.with_wishes(
+            NUM_EVAL_PROMPTS, **known, reader=reader, finder=finder, **options
+        )
 
 
-def world(shop: Workshop) -> dict[str, float]:
+def world(shop: BuildContext) -> dict[str, float]:
     """The pictures that everything else is trained and examined on."""
     shop.runs.mkdir(parents=True, exist_ok=True)
     made = {}
-    plans = {"world": shop.plan, "world-held-out": shop.held_out_plan, adapter.SITTINGS: shop.portrait_plan}
+    plans = {
+        "world": shop.plan,
+        "world-held-out": shop.held_out_plan,
+        adapter.PORTRAITS: shop.portrait_plan,
+    }
     for name, plan in plans.items():
-        made[name] = len(render_world(shop.runs / name, plan, device=str(shop.device), on_progress=progress(name)))
-    return {"pictures": made["world"], "held_out": made["world-held-out"], "portraits": made[adapter.SITTINGS]}
+        made[name] = len(
+            render_world(
+                shop.runs / name, plan, device=str(shop.device), on_progress=progress(name)
+            )
+        )
+    return {
+        "pictures": made["world"],
+        "held_out": made["world-held-out"],
+        "portraits": made[adapter.PORTRAITS],
+    }
 
 
-def finder(shop: Workshop) -> dict[str, float]:
-    schedule = Schedule(steps=20_000, lr=2e-3, decay=0.3, seed=1, validate_every=400)
+def finder(shop: BuildContext) -> dict[str, float]:
+    schedule = TrainerConfig(steps=20_000, lr=2e-3, decay=0.3, seed=1, validate_every=400)
     torch.manual_seed(schedule.seed)
-    network = FaceFinder()
-    task = FinderTask(network, shop.data, shop.held_out, photographs())
+    network = MiniFaceDetector()
+    task = DetectorTask(network, shop.data, shop.held_out, photographs())
     shop.train("finder", task, schedule)
-    save_module(network, shop.weights / "finder.safetensors", shop.facts("finder", schedule), torch.float16)
+    save_module(
+        network,
+        shop.weights / "detector.safetensors",
+        shop.facts("finder", schedule),
+        torch.float16,
+    )
     return {**finder_figures(network, shop.held_out), "refused": task.refused(shop.held_out, 512)}
 
 
-def recogniser(name: str, seed: int) -> Callable[[Workshop], dict[str, float]]:
+def recogniser(name: str, seed: int) -> Callable[[BuildContext], dict[str, float]]:
     """The part that trains one of the three, each with another architecture and its own seed, and says what moves it."""
 
-    def train(shop: Workshop) -> dict[str, float]:
-        schedule = Schedule(
+    def train(shop: BuildContext) -> dict[str, float]:
+        schedule = TrainerConfig(
             steps=20_000, lr=3e-3, optimizer="muon", weight_decay=0.1, warmup=50, decay=0.6, ema=0.995, seed=seed,
             validate_every=800,
         )  # fmt: skip
         torch.manual_seed(seed)
-        examination = people.Examination.make(shop.held_out, shop.runs / "moved.npy")
-        network: Any = RECOGNISERS[name]()
-        run_name = f"recogniser-{name}"
-        task = people.RecogniserTask(network, shop.data, examination)
+        examination = people.RecognitionEvaluator.make(shop.held_out, shop.runs / "moved.npy")
+        network: Any = RECOGNITION_MODELS[name]()
+        run_name = f"recognition-{name}"
+        task = people.RecognitionTask(network, shop.data, examination)
         shop.train(run_name, task, schedule)
         people.whitened(task)
-        save_module(network, shop.weights / f"{run_name}.safetensors", shop.facts(run_name, schedule), torch.float16)
+        save_module(
+            network,
+            shop.weights / f"{run_name}.safetensors",
+            shop.facts(run_name, schedule),
+            torch.float16,
+        )
         (shop.runs / run_name / "report.md").write_text(people.report({name: network}, examination))
         return examination.figures(network)
 
     return train
 
 
-def clip(shop: Workshop) -> dict[str, float]:
+def clip(shop: BuildContext) -> dict[str, float]:
     """CLIP and both text encoders of the pipeline; the picture tower, which only the judge asks, trains longer than they do."""
-    schedule = Schedule(
+    schedule = TrainerConfig(
         steps=20_000, lr=3e-3, optimizer="muon", weight_decay=0.1, warmup=50, decay=0.6, ema=0.99, seed=3, validate_every=400
     )  # fmt: skip
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer()
-    captions = Captions.of(shop.data, tokenizer, shop.runs / "captions.npy", on_progress=progress("sentences"))
+    captions = Captions.of(
+        shop.data, tokenizer, shop.runs / "captions.npy", on_progress=progress("sentences")
+    )
     network, text = words.build_clip(tokenizer), words.build_first_text(tokenizer)
     known = (network, text, tokenizer, shop.data, captions, shop.held_out)
     shop.train("clip", words.ClipTask(*known), schedule, 13 / 18)
@@ -201,7 +241,9 @@ def clip(shop: Workshop) -> dict[str, float]:
     return words.figures(network, text, tokenizer, shop.held_out, most=2048)
 
 
-def _save_clip(shop: Workshop, network: Any, text: Any, tokenizer: Any, facts: Mapping[str, object]) -> None:
+def _save_clip(
+    shop: BuildContext, network: Any, text: Any, tokenizer: Any, facts: Mapping[str, object]
+) -> None:
     """CLIP's picture tower, which the judge asks; its text tower and the smaller one as SDXL's two text encoders."""
     seeing = CLIPVisionModelWithProjection(network.config.vision_config)
     seeing.vision_model.load_state_dict(network.vision_model.state_dict())
@@ -211,38 +253,56 @@ def _save_clip(shop: Workshop, network: Any, text: Any, tokenizer: Any, facts: M
     second = CLIPTextModelWithProjection(network.config.text_config)
     second.text_model.load_state_dict(network.text_model.state_dict())
     second.text_projection.load_state_dict(network.text_projection.state_dict())
-    for name, model in {"clip": seeing, "pipeline/text_encoder": first, "pipeline/text_encoder_2": second}.items():
+    for name, model in {
+        "clip": seeing,
+        "pipeline/text_encoder": first,
+        "pipeline/text_encoder_2": second,
+    }.items():
         save_folder(model, shop.weights / name)
         stamp(shop.weights / name, facts)
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer.save_pretrained(shop.weights / "pipeline" / name)
 
 
-def vision(shop: Workshop) -> dict[str, float]:
+def vision(shop: BuildContext) -> dict[str, float]:
     """The identity encoder's vision tower."""
-    schedule = Schedule(
+    schedule = TrainerConfig(
         steps=40_000, lr=3e-3, optimizer="muon", weight_decay=0.1, warmup=50, decay=0.6, ema=0.99, seed=6, validate_every=400
     )  # fmt: skip
     torch.manual_seed(schedule.seed)
     network = shop.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
-    task = TowerTask(build_tower(), network, shop.data, shop.captions(), shop.held_out)
+    task = VisionEncoderTask(build_tower(), network, shop.data, shop.captions(), shop.held_out)
     shop.train("vision", task, schedule)
-    save_module(task.tower, shop.weights / "vision.safetensors", shop.facts("vision", schedule), torch.float16)
+    save_module(
+        task.tower,
+        shop.weights / "vision-encoder.safetensors",
+        shop.facts("vision", schedule),
+        torch.float16,
+    )
     return dict(task.validate())
 
 
-def reader(shop: Workshop) -> dict[str, float]:
+def reader(shop: BuildContext) -> dict[str, float]:
     """The attribute reader, the judge of prompts."""
-    schedule = Schedule(steps=20_000, lr=2e-3, decay=0.4, ema=0.995, seed=7, validate_every=400, weight_decay=0.05)
+    schedule = TrainerConfig(
+        steps=20_000, lr=2e-3, decay=0.4, ema=0.995, seed=7, validate_every=400, weight_decay=0.05
+    )
     torch.manual_seed(schedule.seed)
-    task = ReaderTask(AttributeReader(), shop.data, shop.held_out)
+    task = AttributeClassifierTask(AttributeClassifier(), shop.data, shop.held_out)
     shop.train("reader", task, schedule)
-    save_module(task.reader, shop.weights / "attributes.safetensors", shop.facts("reader", schedule), torch.float16)
+    save_module(
+        task.reader,
+        shop.weights / "attribute-classifier.safetensors",
+        shop.facts("reader", schedule),
+        torch.float16,
+    )
     return reader_figures(task.reader, shop.held_out, most=2048)
 
 
-def autoencoder(shop: Workshop) -> dict[str, float]:
-    schedule = Schedule(steps=40_000, lr=8e-4, decay=0.4, ema=0.998, seed=0, validate_every=1000)
+def autoencoder(shop: BuildContext) -> dict[str, float]:
+    schedule = TrainerConfig(
+        steps=40_000, lr=8e-4, decay=0.4, ema=0.998, seed=0, validate_every=1000
+    )
     torch.manual_seed(schedule.seed)
     vae = pictures.build_autoencoder(shop.data)
     shop.train("autoencoder", pictures.AutoencoderTask(vae, shop.data, shop.held_out), schedule)
@@ -252,29 +312,39 @@ def autoencoder(shop: Workshop) -> dict[str, float]:
     return {**pictures.figures(vae, shop.held_out), **_likeness(shop, vae)}
 
 
-def _likeness(shop: Workshop, vae: PatchAutoencoderKL, most: int = 512) -> dict[str, float]:
+def _likeness(shop: BuildContext, vae: PatchAutoencoderKL, most: int = 512) -> dict[str, float]:
     """The judge's cosine between pictures and what comes back; nothing before there is a judge."""
-    if not (shop.weights / "recogniser-judge.safetensors").exists():
+    if not (shop.weights / "recognition-scorer.safetensors").exists():
         return {}
     judge = people.embedded
-    network = load_module(RECOGNISERS["judge"], shop.weights / "recogniser-judge.safetensors", shop.device)
+    network = load_module(
+        RECOGNITION_MODELS["scorer"], shop.weights / "recognition-scorer.safetensors", shop.device
+    )
     before: list[torch.Tensor] = []
     after: list[torch.Tensor] = []
     for rows in pictures.batches(len(shop.held_out), most):
         images, masks, landmarks = people.faces_of(shop.held_out, rows, shop.device)
         for shown, kept in ((images, before), (pictures.there_and_back(vae, images), after)):
-            kept.append((people.aligned(shown, masks, landmarks, people.CROP) * 255).round().byte().cpu())
+            kept.append(
+                (people.align_faces(shown, masks, landmarks, people.CROP) * 255)
+                .round()
+                .byte()
+                .cpu()
+            )
     cosine = (judge(network, torch.cat(before)) * judge(network, torch.cat(after))).sum(-1)
     return {"judge": cosine.mean().item()}
 
 
-def base(shop: Workshop) -> dict[str, float]:
-    schedule = Schedule(
+def base(shop: BuildContext) -> dict[str, float]:
+    schedule = TrainerConfig(
         steps=200_000, lr=3e-3, optimizer="muon", weight_decay=0.1, warmup=100, decay=0.6, ema=0.999, seed=4,
         validate_every=1500,
     )  # fmt: skip
     torch.manual_seed(schedule.seed)
-    names = ("world", adapter.SITTINGS)  # the second for more faces than the families of the first have
+    names = (
+        "world",
+        adapter.PORTRAITS,
+    )  # the second for more faces than the families of the first have
     shown = Latents.joined([shop.latents(name) for name in names])
     captions = Captions.joined([shop.captions(name) for name in names])
     text, examination = shop.words(), shop.examination()
@@ -291,21 +361,28 @@ def base(shop: Workshop) -> dict[str, float]:
     return examination.figures(unet)
 
 
-def lightning(shop: Workshop, count: int = 4096, seeing: float = 0.6) -> dict[str, float]:
+def lightning(shop: BuildContext, count: int = 4096, seeing: float = 0.6) -> dict[str, float]:
     """The student: `count` walks of the teacher first, then training for `seeing` of the minutes. On two cores the walks take
     nine minutes or so."""
-    schedule = Schedule(
+    schedule = TrainerConfig(
         steps=60_000, lr=1e-3, optimizer="muon", warmup=50, decay=0.5, ema=0.998, seed=5, validate_every=2000
     )  # fmt: skip
     torch.manual_seed(schedule.seed)
     text = shop.words()
-    teacher = shop.folder(UNet2DConditionModel, "pipeline", "unet").to(memory_format=torch.channels_last)
+    teacher = shop.folder(UNet2DConditionModel, "pipeline", "unet").to(
+        memory_format=torch.channels_last
+    )
     with autocast(shop.device):
-        walks = Walks.of(
-            teacher, text, shop.captions(), count, shop.runs / "lightning" / "walks", on_progress=progress("walks")
+        walks = TeacherTrajectories.of(
+            teacher,
+            text,
+            shop.captions(),
+            count,
+            shop.runs / "lightning" / "walks",
+            on_progress=progress("walks"),
         )
     student = deepcopy(teacher).requires_grad_(True)
-    examination = shop.examination(steps=STATIONS, guidance=1.0, order=1)
+    examination = shop.examination(steps=STUDENT_TIMESTEPS, guidance=1.0, order=1)
     task = LightningTask(student, text, walks, examination, compiled=can_compile(shop.device))
     shop.train("lightning", task, schedule, seeing)
     save_folder(student, shop.weights / "lightning")
@@ -313,16 +390,23 @@ def lightning(shop: Workshop, count: int = 4096, seeing: float = 0.6) -> dict[st
     return examination.figures(student)
 
 
-def stage(name: str) -> Callable[[Workshop], dict[str, float]]:
+def stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
     """The part that trains the adapter of the recipe mini_NAME and writes it beside the other weights, in bfloat16."""
 
-    def train(shop: Workshop) -> dict[str, float]:
-        recipe = find(f"mini_{name}")
+    def train(shop: BuildContext) -> dict[str, float]:
+        recipe = find_recipe(f"mini_{name}")
         trained, result = adapter.train(
-            recipe, shop.runs / name, minutes=shop.minutes, device=shop.device, runs=shop.runs, weights=shop.weights
+            recipe,
+            shop.runs / name,
+            minutes=shop.minutes,
+            device=shop.device,
+            runs=shop.runs,
+            weights=shop.weights,
         )
         shop.results[name] = result
-        save_adapter(deepcopy(trained).bfloat16(), shop.weights / f"pulid-{name}.safetensors", recipe, result)
+        save_adapter(
+            deepcopy(trained).bfloat16(), shop.weights / f"pulid-{name}.safetensors", recipe, result
+        )
         return dict(result.metrics)
 
     return train
@@ -339,4 +423,6 @@ def stamp(place: Path, facts: Mapping[str, object]) -> None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             metadata = dict(file.metadata() or {})
-        save_file(tensors, path, metadata=metadata | {key: str(value) for key, value in facts.items()})
+        save_file(
+            tensors, path, metadata=metadata | {key: str(value) for key, value in facts.items()}
+        )

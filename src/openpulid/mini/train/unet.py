@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from openpulid.bench import metrics
 from openpulid.diffusion.noise_schedule import NoiseSchedule
-from openpulid.faces.mini_detector import FaceFinder
-from openpulid.io.image_grid import checkered, to_pictures
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.io.image_grid import image_grid, to_pil
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.data.latents import Latents
-from openpulid.mini.evaluation.evaluate import Request, requests
-from openpulid.mini.models.attribute_classifier import AttributeReader
-from openpulid.mini.models.pipeline import Words, assemble, predict, sample, scheduler
-from openpulid.training.pulid.branches import Denoised
+from openpulid.mini.evaluation.evaluate import EvalPrompt, requests
+from openpulid.mini.models.attribute_classifier import AttributeClassifier
+from openpulid.mini.models.pipeline import TextEncoders, assemble, predict, sample, scheduler
+from openpulid.training.pulid.branches import DiffusionStep
 from openpulid.training.pulid.losses import DiffusionLoss
-from openpulid.training.rng import Draw
+from openpulid.training.rng import StepRNG
 
 STEPS, GUIDANCE = 20, 3.0
 """Of the examination, and of the preset."""
@@ -38,7 +38,7 @@ DROPPED = 0.1
 
 
 @dataclass
-class Examination:
+class ImageEvaluator:
     """Makes images for sentences with held-out combinations and says how many of the wishes came true.
 
     Attributes:
@@ -49,24 +49,26 @@ class Examination:
     """
 
     vae: Any
-    words: Words
+    words: TextEncoders
     tokenizer: Any
-    reader: AttributeReader
-    finder: FaceFinder | None = None
-    asked: tuple[Request, ...] = ()
+    reader: AttributeClassifier
+    finder: MiniFaceDetector | None = None
+    asked: tuple[EvalPrompt, ...] = ()
     steps: int = STEPS
     guidance: float = GUIDANCE
     order: int = 2
 
     @classmethod
-    def with_wishes(cls, count: int, **parts: Any) -> Examination:
+    def with_wishes(cls, count: int, **parts: Any) -> ImageEvaluator:
         """`count` wishes, one for each held-out person (who is not in the sentence)."""
         return cls(**parts, asked=tuple(requests(count, 1)))
 
     def images(self, unet: Any, count: int | None = None) -> Tensor:
         """(B, 3, H, W) for the first `count` wishes."""
         pipe = assemble(unet, self.vae, self.words, self.tokenizer)
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, solver_order=self.order)
+        pipe.scheduler = type(pipe.scheduler).from_config(
+            pipe.scheduler.config, solver_order=self.order
+        )
         asked = self.asked[:count]
         prompts, seeds = [request.prompt for request in asked], [request.seed for request in asked]
         return sample(pipe, prompts, seeds, steps=self.steps, guidance=self.guidance)
@@ -84,8 +86,10 @@ class Examination:
         return found
 
     def sheet(self, unet: Any, count: int = 40) -> Image.Image:
-        pictures = to_pictures(self.images(unet, count))
-        return checkered([pictures[start : start + 8] for start in range(0, len(pictures), 8)], 144)
+        pictures = to_pil(self.images(unet, count))
+        return image_grid(
+            [pictures[start : start + 8] for start in range(0, len(pictures), 8)], 144
+        )
 
 
 def often_middle(uniform: Tensor) -> Tensor:
@@ -96,7 +100,9 @@ def often_middle(uniform: Tensor) -> Tensor:
     """
     rest = ((uniform - UNIFORM) / (1 - UNIFORM)).clamp(1e-4, 1 - 1e-4)
     normal = -0.8 + torch.special.ndtri(rest.double())
-    return torch.where(uniform < UNIFORM, uniform / UNIFORM, torch.sigmoid(normal).float()).clamp(max=1 - 1e-6)
+    return torch.where(uniform < UNIFORM, uniform / UNIFORM, torch.sigmoid(normal).float()).clamp(
+        max=1 - 1e-6
+    )
 
 
 class BaseTask:
@@ -118,10 +124,10 @@ class BaseTask:
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        words: Words,
+        words: TextEncoders,
         latents: Latents,
         captions: Captions,
-        examination: Examination | None = None,
+        examination: ImageEvaluator | None = None,
         batch: int = 64,
         inside: float = 3.0,
         gamma: float = 5.0,
@@ -132,7 +138,12 @@ class BaseTask:
             # plain matrix products: a tenth faster on a CPU than fused attention in float32, the loop's own remedy
             self.unet.set_attn_processor(AttnProcessor())
         self.network = torch.compile(self.unet) if compiled else self.unet
-        self.words, self.latents, self.captions, self.examination = words, latents, captions, examination
+        self.words, self.latents, self.captions, self.examination = (
+            words,
+            latents,
+            captions,
+            examination,
+        )
         self.batch, self.gamma = batch, gamma
         known = scheduler()
         self.schedule = NoiseSchedule(known.alphas_cumprod, known.config.prediction_type)
@@ -141,7 +152,7 @@ class BaseTask:
     def modules(self) -> Mapping[str, nn.Module]:
         return {"unet": self.unet}
 
-    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
+    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         device = next(self.unet.parameters()).device
         rows = draw.indices(len(self.latents.pictures), self.batch)
         clean, faces = self.latents.rows(rows, device)
@@ -153,7 +164,9 @@ class BaseTask:
         spread = (torch.arange(len(rows)) + draw.rand(rows.shape, "time")) / len(rows)
         t = self.schedule.times(often_middle(spread)).to(device)
         x_t = self.schedule.noised(clean, noise, t)
-        step = Denoised(predict(self.network, x_t, t, text), self.schedule.target(clean, noise, t), x_t, t)
+        step = DiffusionStep(
+            predict(self.network, x_t, t, text), self.schedule.target(clean, noise, t), x_t, t
+        )
         weight = (self.gamma / (self.schedule.snr(t) + 1)).clamp(max=1.0)
         return {"diffusion": (self.loss.per_sample(step, faces) * weight).mean()}
 

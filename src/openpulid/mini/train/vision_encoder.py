@@ -16,23 +16,29 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 from transformers import CLIPTextModelWithProjection
 
-from openpulid.faces.align import TEMPLATE, similarity, warp
+from openpulid.faces.align import TEMPLATE, similarity_transform, warp_images
 from openpulid.faces.preprocess import gray_on_white
-from openpulid.identity.eva_clip import LEVELS, VisionTower
-from openpulid.io.image_grid import checkered, to_pictures
+from openpulid.identity.eva_clip import LEVELS, VisionEncoder
+from openpulid.io.image_grid import image_grid, to_pil
 from openpulid.mini.data.augment import after, damaged, moved, swollen
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.train.clip import EMBEDDING, contrast, embed_texts
 from openpulid.mini.train.recognition import FACIAL_COLUMNS, MarginHead, ValueHead, faces_of
-from openpulid.training.rng import Draw, generator_for
+from openpulid.training.rng import StepRNG, generator_for
 from openpulid.world import Person, Scene, render
 from openpulid.world.dataset import WorldDataset
 
 
-def build_tower(size: int = 64, width: int = 96, depth: int = 10) -> VisionTower:
+def build_tower(size: int = 64, width: int = 96, depth: int = 10) -> VisionEncoder:
     """The vision tower of the miniature: EVA with heads of 32 and five hidden levels."""
-    return VisionTower(
-        img_size=size, patch_size=8, embed_dim=width, depth=depth, num_heads=width // 32, num_classes=64, ref_grid=None
+    return VisionEncoder(
+        img_size=size,
+        patch_size=8,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // 32,
+        num_classes=64,
+        ref_grid=None,
     )
 
 
@@ -45,20 +51,26 @@ class LevelHeads(nn.Module):
     def __init__(self, width: int, values: int, inner: int = 64) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(LEVELS))
-        self.patches = nn.ModuleList(nn.Sequential(nn.Linear(width, inner), nn.GELU()) for _ in range(LEVELS))
+        self.patches = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, inner), nn.GELU()) for _ in range(LEVELS)
+        )
         self.reads = nn.ModuleList(nn.Linear(width + inner, values) for _ in range(LEVELS))
 
     def forward(self, hidden: Sequence[Tensor]) -> list[Tensor]:
         """Five (B, 1 + N, D) -> five (B, values), about 0 to 1."""
         found = []
-        for level, norm, patches, read in zip(hidden, self.norms, self.patches, self.reads, strict=True):
+        for level, norm, patches, read in zip(
+            hidden, self.norms, self.patches, self.reads, strict=True
+        ):
             level = norm(level)
-            found.append(read(torch.cat([level[:, 0], patches(level[:, 1:]).mean(1)], 1)).float() + 0.5)
+            found.append(
+                read(torch.cat([level[:, 0], patches(level[:, 1:]).mean(1)], 1)).float() + 0.5
+            )
         return found
 
 
-class TowerTask:
-    """Trains a `VisionTower`; a `training.loop.Task`.
+class VisionEncoderTask:
+    """Trains a `VisionEncoder`; a `training.loop.Task`.
 
     Args:
         tower: from `build_tower`.
@@ -69,14 +81,18 @@ class TowerTask:
 
     def __init__(
         self,
-        tower: VisionTower,
+        tower: VisionEncoder,
         clip: CLIPTextModelWithProjection,
         data: WorldDataset,
         captions: Captions,
         held_out: WorldDataset | None = None,
         batch: int = 64,
     ) -> None:
-        values, width, out = len(FACIAL_COLUMNS), tower.config["embed_dim"], tower.config["num_classes"]
+        values, width, out = (
+            len(FACIAL_COLUMNS),
+            tower.config["embed_dim"],
+            tower.config["num_classes"],
+        )
         self.tower, self.clip = tower, clip
         self.data, self.captions, self.held_out = data, captions, held_out
         self.batch = batch
@@ -90,7 +106,7 @@ class TowerTask:
     def modules(self) -> Mapping[str, nn.Module]:
         return {"tower": self.tower, "heads": self.heads}
 
-    def losses(self, draw: Draw) -> Mapping[str, Tensor]:
+    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         rows = draw.indices(len(self.data), self.batch)
         variants = draw.randint(self.captions.tokens.shape[1], rows.shape, "variants")
         device = next(self.tower.parameters()).device
@@ -118,7 +134,9 @@ class TowerTask:
 
 
 @torch.no_grad()
-def as_read(tower: VisionTower, heads: nn.ModuleDict, data: WorldDataset, count: int = 8) -> Image.Image:
+def as_read(
+    tower: VisionEncoder, heads: nn.ModuleDict, data: WorldDataset, count: int = 8
+) -> Image.Image:
     """A row for each of some held-out people: the picture, what the tower sees of it, the person drawn from the values
     read out of the last hidden level (in the true skin), and the person as they are."""
     device = next(tower.parameters()).device
@@ -130,31 +148,42 @@ def as_read(tower: VisionTower, heads: nn.ModuleDict, data: WorldDataset, count:
     true = [Person.from_vector(vector) for vector in values.tolist()]
     values[:, FACIAL_COLUMNS] = heads["levels"](hidden)[-1].float().cpu().clamp(0, 1)
     read = [Person.from_vector(vector) for vector in values.tolist()]
-    drawn = [to_pictures(render(people, [Scene()] * count, size=96, device="cpu").image) for people in (read, true)]
-    shown = [to_pictures(images), to_pictures(crops), *drawn]
-    return checkered(list(zip(*shown, strict=True)), 144)
+    drawn = [
+        to_pil(render(people, [Scene()] * count, size=96, device="cpu").image)
+        for people in (read, true)
+    ]
+    shown = [to_pil(images), to_pil(crops), *drawn]
+    return image_grid(list(zip(*shown, strict=True)), 144)
 
 
 def tower_crops(
-    images: Tensor, masks: Tensor, landmarks: Tensor, size: int, generator: torch.Generator | None = None
+    images: Tensor,
+    masks: Tensor,
+    landmarks: Tensor,
+    size: int,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """(B, 3, size, size) gray faces on white, as `FeatureExtractor` shows them; moved and damaged with a generator.
+    """(B, 3, size, size) gray faces on white, as `MiniExtractor` shows them; moved and damaged with a generator.
 
     Args:
         images: (B, 3, H, W) in [0, 1]; masks (B, 1, H, W) one on the face; landmarks (B, 5, 2) pixels.
     """
-    matrix = similarity(landmarks, TEMPLATE * size)
+    matrix = similarity_transform(landmarks, TEMPLATE * size)
     if generator is None:
-        crops = warp(torch.cat([images, masks], 1), matrix, size)
+        crops = warp_images(torch.cat([images, masks], 1), matrix, size)
         return gray_on_white(crops[:, :3], crops[:, 3:])
     jitter = moved(len(images), size, generator, turn=0.06, grow=0.05, shift=0.02)
-    crops = warp(torch.cat([images, masks], 1), after(matrix, jitter), size)
+    crops = warp_images(torch.cat([images, masks], 1), after(matrix, jitter), size)
     light = 0.75 + 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
-    return gray_on_white(damaged((crops[:, :3] * light).clamp(0, 1), generator), swollen(crops[:, 3:], generator))
+    return gray_on_white(
+        damaged((crops[:, :3] * light).clamp(0, 1), generator), swollen(crops[:, 3:], generator)
+    )
 
 
 @torch.no_grad()
-def tower_figures(tower: VisionTower, heads: nn.ModuleDict, data: WorldDataset, most: int = 512) -> dict[str, float]:
+def tower_figures(
+    tower: VisionEncoder, heads: nn.ModuleDict, data: WorldDataset, most: int = 512
+) -> dict[str, float]:
     """Mean error of the facial values of people nobody trained on (chance is 0.25): `values` from the embedding, `level.K`
     from hidden level K."""
     device = next(tower.parameters()).device

@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from openpulid.diffusion.sampling import Sampler, euler
 from openpulid.errors import OptionError
-from openpulid.training.pulid.models import Attended, Base
-from openpulid.training.rng import Draw
+from openpulid.training.pulid.models import AttentionQK, BaseModel
+from openpulid.training.rng import StepRNG
 
 
 @dataclass(frozen=True)
-class Denoised:
+class DiffusionStep:
     """One step of the diffusion branch: what was predicted, what was wanted, from where. All (B, c, h, w), t
     (B,)."""
 
@@ -34,7 +34,9 @@ class Denoised:
     t: Tensor
 
 
-def diffusion_branch(base: Base, draw: Draw, latents: Tensor, text: Any, late: float = 0.0) -> Denoised:
+def diffusion_branch(
+    base: BaseModel, draw: StepRNG, latents: Tensor, text: Any, late: float = 0.0
+) -> DiffusionStep:
     """Noise of a drawn strength over real pictures, and the base's prediction: the ground of L_diff (PuLID,
     section 3.1).
 
@@ -46,11 +48,13 @@ def diffusion_branch(base: Base, draw: Draw, latents: Tensor, text: Any, late: f
     noise = draw.randn(latents.shape, "noise").to(latents)
     t = base.schedule.times(draw.rand(latents.shape[:1], "time"), late).to(latents.device)
     x_t = base.schedule.noised(latents, noise, t)
-    return Denoised(base.predict(x_t, t, text), base.schedule.target(latents, noise, t), x_t, t)
+    return DiffusionStep(
+        base.predict(x_t, t, text), base.schedule.target(latents, noise, t), x_t, t
+    )
 
 
 @dataclass(frozen=True)
-class Walk:
+class RolloutConfig:
     """How a branch comes from noise to a picture.
 
     Attributes:
@@ -69,18 +73,22 @@ class Walk:
 
     def __post_init__(self) -> None:
         if not 0 <= self.last <= self.steps:
-            raise OptionError(f"gradients through the last {self.last} of {self.steps} steps: choose 0 to {self.steps}")
+            raise OptionError(
+                f"gradients through the last {self.last} of {self.steps} steps: choose 0 to {self.steps}"
+            )
 
 
 @dataclass(frozen=True)
-class Walked:
+class Rollout:
     """What a walk gave: the picture's latents (B, c, h, w), and per watched step what each layer attended to."""
 
     latents: Tensor
-    attended: Sequence[Sequence[Attended]] = ()
+    attended: Sequence[Sequence[AttentionQK]] = ()
 
 
-def lightning_branch(base: Base, noise: Tensor, text: Any, walk: Walk, *, watch: bool = False) -> Walked:
+def lightning_branch(
+    base: BaseModel, noise: Tensor, text: Any, walk: RolloutConfig, *, watch: bool = False
+) -> Rollout:
     """From pure noise to a picture (PuLID, section 3.2), differentiable through the last steps.
 
     Args:
@@ -89,15 +97,17 @@ def lightning_branch(base: Base, noise: Tensor, text: Any, walk: Walk, *, watch:
         watch: keep the queries and keys of the steps that carry gradient (`walk.last`), also under `no_grad`.
     """
     if watch and walk.guidance != 1:
-        raise OptionError("queries are watched without guidance only: use asked_at_step for a guided base")
+        raise OptionError(
+            "queries are watched without guidance only: use asked_at_step for a guided base"
+        )
     sigmas = base.schedule.trailing(walk.steps)
     turn = sigmas[walk.steps - walk.last] if walk.last else torch.zeros(())
-    attended: list[Sequence[Attended]] = []
+    attended: list[Sequence[AttentionQK]] = []
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         late = bool(sigma[0] <= turn)
         with torch.set_grad_enabled(torch.is_grad_enabled() and late):
-            seen: list[Attended] = []
+            seen: list[AttentionQK] = []
 
             def predict(x_t: Tensor, t: Tensor) -> Tensor:
                 output, asked = _called(base, x_t, t, text, walk, watch and late)
@@ -109,11 +119,13 @@ def lightning_branch(base: Base, noise: Tensor, text: Any, walk: Walk, *, watch:
             attended.append(seen)
         return picture
 
-    start = noise * (1 + sigmas[0].square()).sqrt().to(noise)  # so that x_t of the first step is the noise itself
-    return Walked(walk.sampler(denoise, start, sigmas), attended)
+    start = noise * (1 + sigmas[0].square()).sqrt().to(
+        noise
+    )  # so that x_t of the first step is the noise itself
+    return Rollout(walk.sampler(denoise, start, sigmas), attended)
 
 
-def asked_at_step(base: Base, x: Tensor, sigma: Tensor, text: Any) -> list[Attended]:
+def queries_at_step(base: BaseModel, x: Tensor, sigma: Tensor, text: Any) -> list[AttentionQK]:
     """What every cross-attention layer asks in one prediction at x (B, c, h, w), of noise level sigma (B,); no guidance."""
     with base.watch() as seen:
         base.schedule.denoised(lambda x_t, t: base.predict(x_t, t, text), x, sigma)
@@ -121,22 +133,28 @@ def asked_at_step(base: Base, x: Tensor, sigma: Tensor, text: Any) -> list[Atten
 
 
 @torch.no_grad()
-def walked_until(base: Base, noise: Tensor, text: Any, walk: Walk, step: int) -> tuple[Tensor, Tensor]:
+def denoise_until(
+    base: BaseModel, noise: Tensor, text: Any, walk: RolloutConfig, step: int
+) -> tuple[Tensor, Tensor]:
     """x (B, c, h, w) and sigma (B,) before `step` (from 0) of a walk, without gradient."""
     sigmas = base.schedule.trailing(walk.steps)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return base.schedule.denoised(lambda x_t, t: _called(base, x_t, t, text, walk, False)[0], x, sigma)
+        return base.schedule.denoised(
+            lambda x_t, t: _called(base, x_t, t, text, walk, False)[0], x, sigma
+        )
 
     start = noise * (1 + sigmas[0].square()).sqrt().to(noise)
     x = walk.sampler(denoise, start, sigmas[: step + 1]) if step else start
     return x, sigmas[step].to(noise).expand(len(noise))
 
 
-def _called(base: Base, x_t: Tensor, t: Tensor, text: Any, walk: Walk, watch: bool) -> tuple[Tensor, list[Attended]]:
+def _called(
+    base: BaseModel, x_t: Tensor, t: Tensor, text: Any, walk: RolloutConfig, watch: bool
+) -> tuple[Tensor, list[AttentionQK]]:
     """One prediction, guided if the walk is, and what was attended to meanwhile."""
 
-    def call(x_t: Tensor, t: Tensor) -> tuple[Tensor, list[Attended]]:
+    def call(x_t: Tensor, t: Tensor) -> tuple[Tensor, list[AttentionQK]]:
         if walk.guidance != 1:
             nothing, wanted = base.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), text).chunk(2)
             return torch.lerp(nothing, wanted, walk.guidance), []
@@ -146,6 +164,6 @@ def _called(base: Base, x_t: Tensor, t: Tensor, text: Any, walk: Walk, watch: bo
             return base.predict(x_t, t, text), seen
 
     if walk.checkpoint and torch.is_grad_enabled():
-        made: tuple[Tensor, list[Attended]] = checkpoint(call, x_t, t, use_reentrant=False)
+        made: tuple[Tensor, list[AttentionQK]] = checkpoint(call, x_t, t, use_reentrant=False)
         return made
     return call(x_t, t)

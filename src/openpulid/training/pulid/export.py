@@ -12,14 +12,14 @@ from pathlib import Path
 from openpulid import __version__
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.trainer import Result
+from openpulid.training.trainer import TrainingResult
 
 
 def save_adapter(
     adapter: PuLID,
     path: str | PathLike[str],
     recipe: Recipe,
-    result: Result,
+    result: TrainingResult,
     facts: Mapping[str, object] | None = None,
 ) -> Path:
     """One safetensors file that every PuLID loader opens: `id_adapter.*`,
@@ -54,5 +54,7 @@ def revision() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True
+    )
     return done.stdout.strip()

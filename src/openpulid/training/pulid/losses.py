@@ -10,8 +10,8 @@ from torch.nn.functional import cosine_similarity
 
 from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.errors import OptionError
-from openpulid.training.pulid.branches import Denoised
-from openpulid.training.pulid.models import Attended
+from openpulid.training.pulid.branches import DiffusionStep
+from openpulid.training.pulid.models import AttentionQK
 
 
 class DiffusionLoss(nn.Module):
@@ -32,17 +32,21 @@ class DiffusionLoss(nn.Module):
         inside: weight of a position inside the mask, those outside weigh 1.
     """
 
-    def __init__(self, schedule: NoiseSchedule, gamma: float | None = None, inside: float = 1.0) -> None:
+    def __init__(
+        self, schedule: NoiseSchedule, gamma: float | None = None, inside: float = 1.0
+    ) -> None:
         super().__init__()
         if inside <= 0 or (gamma is not None and gamma <= 0):
-            raise OptionError(f"gamma {gamma} and inside {inside} are weights: choose positive numbers")
+            raise OptionError(
+                f"gamma {gamma} and inside {inside} are weights: choose positive numbers"
+            )
         self.schedule, self.gamma, self.inside = schedule, gamma, inside
 
-    def forward(self, step: Denoised, mask: Tensor | None = None) -> Tensor:
+    def forward(self, step: DiffusionStep, mask: Tensor | None = None) -> Tensor:
         """The mean over the batch, a scalar. `mask` (B, 1, h, w) is 1 inside, at the size of the latents."""
         return (self.per_sample(step, mask) * self.weight(step.t)).mean()
 
-    def per_sample(self, step: Denoised, mask: Tensor | None = None) -> Tensor:
+    def per_sample(self, step: DiffusionStep, mask: Tensor | None = None) -> Tensor:
         """Each picture's mean squared error, (B,), weighted over its positions but not over times."""
         error = (step.output.float() - step.target.float()).square()
         if mask is not None:
@@ -89,21 +93,21 @@ class SemanticAlignment(nn.Module):
     softmax is over the image positions.
     """
 
-    def forward(self, own: Sequence[Attended], target: Sequence[Attended]) -> Tensor:
+    def forward(self, own: Sequence[AttentionQK], target: Sequence[AttentionQK]) -> Tensor:
         """A scalar: the mean of `distance` over layers (and steps, when their lists are joined); the target carries
         no gradient."""
-        return _over_layers(own, target, answers)
+        return _over_layers(own, target, semantic_response)
 
 
 class LayoutAlignment(nn.Module):
     """L_layout = || Q_tid - Q_t ||_2 (PuLID, equation 5): every position asks with the identity what it asked without."""
 
-    def forward(self, own: Sequence[Attended], target: Sequence[Attended]) -> Tensor:
+    def forward(self, own: Sequence[AttentionQK], target: Sequence[AttentionQK]) -> Tensor:
         """A scalar, as `SemanticAlignment`."""
         return _over_layers(own, target, lambda seen: seen.query.float())
 
 
-def answers(seen: Attended) -> Tensor:
+def semantic_response(seen: AttentionQK) -> Tensor:
     """softmax(K Q^T / sqrt d) Q, (B, h, T, d) float32."""
     query, key = seen.query.float(), seen.key.float()
     return (key @ query.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1) @ query
@@ -119,9 +123,13 @@ def distance(own: Tensor, target: Tensor) -> Tensor:
     return (square + 1e-12).sqrt()  # a root has no gradient at exactly zero
 
 
-def _over_layers(own: Sequence[Attended], target: Sequence[Attended], what: Callable[[Attended], Tensor]) -> Tensor:
+def _over_layers(
+    own: Sequence[AttentionQK], target: Sequence[AttentionQK], what: Callable[[AttentionQK], Tensor]
+) -> Tensor:
     if not own or len(own) != len(target):
-        raise OptionError(f"{len(own)} layers with identity are compared with {len(target)} without")
+        raise OptionError(
+            f"{len(own)} layers with identity are compared with {len(target)} without"
+        )
     with torch.autocast(own[0].query.device.type, enabled=False):
         pairs = zip(own, target, strict=True)
         return torch.stack([distance(what(a), what(b).detach()).mean() for a, b in pairs]).mean()

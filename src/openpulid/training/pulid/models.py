@@ -19,7 +19,7 @@ from openpulid.methods.pulid.sdxl_attention import cross_attentions
 
 
 @dataclass(frozen=True)
-class Text:
+class TextConditioning:
     """What an SDXL-family base is told: token embeddings (B, T, D), pooled (B, P), size conditioning (B, 6)
     or None."""
 
@@ -29,14 +29,14 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Attended:
+class AttentionQK:
     """What one cross-attention layer asked and was offered: image queries (B, h, L, d), text keys (B, h, T, d)."""
 
     query: Tensor
     key: Tensor
 
 
-class Base(Protocol):
+class BaseModel(Protocol):
     """A frozen text-to-image model as training sees it."""
 
     schedule: NoiseSchedule
@@ -49,20 +49,22 @@ class Base(Protocol):
     def shape(self, pixels: int | None = None) -> tuple[int, int, int]:
         """(c, h, w) of the latents of a square picture; by default of the base's own size."""
 
-    def encode_text(self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False) -> Any:
+    def encode_text(
+        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
+    ) -> Any:
         """B prompts -> whatever `predict` takes; without gradient. Guided: 2 B, first those of no words."""
 
     def predict(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor:
         """(B, c, h, w) at times t (B,) -> the network's output (B, c, h, w) in float32, with gradient."""
 
-    def watch(self) -> AbstractContextManager[list[Attended]]:
+    def watch(self) -> AbstractContextManager[list[AttentionQK]]:
         """While open, every `predict` appends what its cross-attention layers see, with gradient."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, c, h, w) -> pictures (B, 3, H, W), about 0..1 and not clamped, with gradient."""
 
 
-class SDXLBase:
+class SDXLModel:
     """Any pipeline of diffusers' `StableDiffusionXLPipeline` family, of any size. Freezes its networks,
     changes nothing else."""
 
@@ -83,7 +85,9 @@ class SDXLBase:
         return self.unet.config.in_channels, side, side
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False) -> Text:
+    def encode_text(
+        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
+    ) -> TextConditioning:
         """`pixels` is what SDXL is told of the picture's size; by default its own."""
         embeds, nothing, pooled, none_pooled = self.pipe.encode_prompt(
             prompt=list(prompts),
@@ -94,10 +98,12 @@ class SDXLBase:
         if guided:
             embeds, pooled = torch.cat([nothing, embeds]), torch.cat([none_pooled, pooled])
         side = pixels or self.unet.config.sample_size * self.pipe.vae_scale_factor
-        time_ids = torch.tensor([[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=self.device)
-        return Text(embeds, pooled, time_ids.expand(len(embeds), -1))
+        time_ids = torch.tensor(
+            [[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=self.device
+        )
+        return TextConditioning(embeds, pooled, time_ids.expand(len(embeds), -1))
 
-    def predict(self, x_t: Tensor, t: Tensor, text: Text) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
         dtype = self.unet.dtype
         added = {"text_embeds": text.pooled.to(dtype), "time_ids": text.time_ids}
         output = self.unet(
@@ -110,8 +116,8 @@ class SDXLBase:
         return output[0].float()
 
     @contextmanager
-    def watch(self) -> Iterator[list[Attended]]:
-        seen: list[Attended] = []
+    def watch(self) -> Iterator[list[AttentionQK]]:
+        seen: list[AttentionQK] = []
         asked: dict[str, Tensor] = {}
 
         def query(place: str) -> Any:
@@ -119,8 +125,10 @@ class SDXLBase:
 
         def key(place: str, heads: int) -> Any:
             def note(layer: Any, args: Any, output: Tensor) -> None:
-                both = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (asked.pop(place), output))
-                seen.append(Attended(*both))
+                both = (
+                    x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (asked.pop(place), output)
+                )
+                seen.append(AttentionQK(*both))
 
             return note
 
@@ -136,7 +144,10 @@ class SDXLBase:
         config, parameter = self.vae.config, next(self.vae.parameters())
         latents = self.vae.encode((2 * pictures - 1).to(parameter)).latent_dist.mode().float()
         if getattr(config, "latents_mean", None) is not None:
-            mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+            mean, std = (
+                torch.tensor(v).view(1, -1, 1, 1).to(latents)
+                for v in (config.latents_mean, config.latents_std)
+            )
             latents = (latents - mean) / std
         return latents * config.scaling_factor
 
@@ -144,7 +155,10 @@ class SDXLBase:
         config = self.vae.config
         latents = latents / config.scaling_factor
         if getattr(config, "latents_mean", None) is not None:
-            mean, std = (torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (config.latents_mean, config.latents_std))
+            mean, std = (
+                torch.tensor(v).view(1, -1, 1, 1).to(latents)
+                for v in (config.latents_mean, config.latents_std)
+            )
             latents = latents * std + mean
         picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
         return picture.float() / 2 + 0.5

@@ -8,7 +8,7 @@ from typing import Literal
 
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.projection import Projection
-from openpulid.training.config import OptimizerKind, Schedule
+from openpulid.training.config import OptimizerKind, TrainerConfig
 
 IDLossKind = Literal["none", "naive", "accurate"]
 """Naive: on x_0 in one step from x_t. Accurate: on what the lightning branch ends with."""
@@ -69,7 +69,9 @@ class Recipe:
     fast_batch: int = 0  # pictures of each pair, over all processes
     fast_steps: int = 4
     last: int = 1  # of them, those that carry gradient
-    walk_base: bool = False  # the lightning branch walks on the base too, by turns with the fast ones: choice
+    walk_base: bool = (
+        False  # the lightning branch walks on the base too, by turns with the fast ones: choice
+    )
     guidance: float = 1.0
     sampler: str = "euler"  # the paper names none for training: choice
     checkpoint: bool = False  # activations are computed again in the backward pass: of the walk, at full size of the U-Net too
@@ -78,7 +80,9 @@ class Recipe:
 
     # the optimizer: all choices
     batch: int = 32  # over all processes
-    accumulate: int = 1  # parts in which each process makes its share of a step, one after the other
+    accumulate: int = (
+        1  # parts in which each process makes its share of a step, one after the other
+    )
     steps: int = 100_000
     optimizer: OptimizerKind = "adamw"
     lr: float = 1e-4
@@ -90,9 +94,9 @@ class Recipe:
     bf16: bool = True
     validate_every: int = 1000
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> TrainerConfig:
         """The loop's part of the recipe."""
-        return Schedule(
+        return TrainerConfig(
             steps=self.steps,
             lr=self.lr,
             name=self.name,
@@ -194,7 +198,9 @@ def sdxl_stage1() -> Recipe:
     1.5 million pictures and 8 A100 are disclosed; rate, batch and steps are those of IP-Adapter-FaceID on SDXL, the nearest
     system whose figures are public.
     """
-    return Recipe("sdxl_stage1", base="sdxl", batch=64, steps=100_000, lr=1e-4, warmup=1000, checkpoint=True)
+    return Recipe(
+        "sdxl_stage1", base="sdxl", batch=64, steps=100_000, lr=1e-4, warmup=1000, checkpoint=True
+    )
 
 
 def sdxl_stage2() -> Recipe:
@@ -234,8 +240,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
-def find(name: str) -> Recipe:
+def find_recipe(name: str) -> Recipe:
     """The recipe called `name`. Raises OptionError that lists what there is."""
     if name not in RECIPES:
-        raise OptionError(f"there is no recipe {name!r}; the known ones are {', '.join(sorted(RECIPES))}")
+        raise OptionError(
+            f"there is no recipe {name!r}; the known ones are {', '.join(sorted(RECIPES))}"
+        )
     return RECIPES[name]()

@@ -17,12 +17,24 @@ from openpulid.diffusion.sampling import SAMPLERS
 from openpulid.errors import OptionError
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.training.distributed import Ranks
-from openpulid.training.pulid.branches import Denoised, Walk, asked_at_step, diffusion_branch, lightning_branch, walked_until
-from openpulid.training.pulid.losses import DiffusionLoss, IDLoss, LayoutAlignment, SemanticAlignment
-from openpulid.training.pulid.models import Attended, Base
+from openpulid.training.distributed import DistributedContext
+from openpulid.training.pulid.branches import (
+    DiffusionStep,
+    RolloutConfig,
+    denoise_until,
+    diffusion_branch,
+    lightning_branch,
+    queries_at_step,
+)
+from openpulid.training.pulid.losses import (
+    DiffusionLoss,
+    IDLoss,
+    LayoutAlignment,
+    SemanticAlignment,
+)
+from openpulid.training.pulid.models import AttentionQK, BaseModel
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.rng import Draw, shares
+from openpulid.training.rng import StepRNG, microbatch_rngs
 from openpulid.training.trainer import Losses
 
 HELD_OUT_BATCHES = 4
@@ -38,20 +50,30 @@ class Batch(NamedTuple):
     id_cond: Tensor  # (B, C)
     hidden: Sequence[Tensor]  # five times (B, 1 + N, D)
     pictures: Tensor | None = None  # (B, 3, H, W) in [0, 1], of whom an ID loss wants to see
-    landmarks: Tensor | None = None  # (B, 5, 2) from 0 to 1 across the picture, for methods that are shown them
+    landmarks: Tensor | None = (
+        None  # (B, 5, 2) from 0 to 1 across the picture, for methods that are shown them
+    )
 
     def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {
+            name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)
+        }
         return self._replace(**moved, hidden=[level.to(device) for level in self.hidden])
 
     def some(self, count: int) -> Batch:
         """`count` of them at equal distances: those that the parts of several processes would give together."""
-        rows = evenly(len(self.latents), count)
-        kept: dict[str, Any] = {name: x[rows] for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return self._replace(**kept, prompts=[self.prompts[k] for k in rows], hidden=[level[rows] for level in self.hidden])
+        rows = evenly_spaced(len(self.latents), count)
+        kept: dict[str, Any] = {
+            name: x[rows] for name, x in self._asdict().items() if isinstance(x, Tensor)
+        }
+        return self._replace(
+            **kept,
+            prompts=[self.prompts[k] for k in rows],
+            hidden=[level[rows] for level in self.hidden],
+        )
 
 
-def focus(batch: Batch, features: float) -> Tensor | None:
+def loss_weight_map(batch: Batch, features: float) -> Tensor | None:
     """The masks (B, 1, h, w) with up to `features` times the weight around eyes, nose and corners of the mouth.
 
     A face's skin and outline are most of its area and nearly all of its loss; who it is, is in a few positions of the latents.
@@ -62,13 +84,19 @@ def focus(batch: Batch, features: float) -> Tensor | None:
     places = batch.landmarks.float()
     ys = (torch.arange(height, device=places.device) + 0.5) / height
     xs = (torch.arange(width, device=places.device) + 0.5) / width
-    apart = (places[:, 0] - places[:, 1]).norm(dim=-1).clamp(min=0.05)  # the eyes: from the side they seem closer
-    away = (xs[None, None, None] - places[..., 0, None, None]).square() + (ys[:, None] - places[..., 1, None, None]).square()
-    near = torch.exp(-away / (2 * (0.35 * apart[:, None, None, None]).square())).amax(1, keepdim=True)
+    apart = (
+        (places[:, 0] - places[:, 1]).norm(dim=-1).clamp(min=0.05)
+    )  # the eyes: from the side they seem closer
+    away = (xs[None, None, None] - places[..., 0, None, None]).square() + (
+        ys[:, None] - places[..., 1, None, None]
+    ).square()
+    near = torch.exp(-away / (2 * (0.35 * apart[:, None, None, None]).square())).amax(
+        1, keepdim=True
+    )
     return batch.masks * (1.0 + (features - 1.0) * near.to(batch.masks))
 
 
-def evenly(length: int, count: int) -> list[int]:
+def evenly_spaced(length: int, count: int) -> list[int]:
     """`count` rows of `length` at equal distances from the first on, or all; the same rows whether found in the whole or in
     each of its equal parts."""
     count = min(count, length)
@@ -78,7 +106,7 @@ def evenly(length: int, count: int) -> list[int]:
 class Source(Protocol):
     """Where batches come from. The batch size is the source's; everything random is drawn from `draw`."""
 
-    def batch(self, draw: Draw) -> Batch:
+    def batch(self, draw: StepRNG) -> Batch:
         """The rank's part of the global batch."""
 
 
@@ -103,12 +131,12 @@ class PuLIDTask:
     def __init__(
         self,
         recipe: Recipe,
-        base: Base,
+        base: BaseModel,
         adapter: PuLID,
         data: Source,
         held_out: Source | None = None,
         picture: Callable[[], Image.Image] | None = None,
-        fast: Sequence[Base] = (),
+        fast: Sequence[BaseModel] = (),
         faces: FaceEmbedder | None = None,
     ) -> None:
         self.recipe, self.base, self.adapter = recipe, base, adapter
@@ -116,12 +144,20 @@ class PuLIDTask:
         self.fast, self.faces = [*fast, base] if fast and recipe.walk_base else list(fast), faces
         aligned = recipe.semantic > 0 or recipe.layout > 0
         if (recipe.id_loss == "accurate" or aligned) and not (fast and recipe.fast_batch):
-            raise OptionError(f"{recipe.name} needs a lightning branch: give fast=[base, ...] and a fast_batch")
+            raise OptionError(
+                f"{recipe.name} needs a lightning branch: give fast=[base, ...] and a fast_batch"
+            )
         if recipe.id_loss != "none" and not (faces and recipe.fast_batch):
-            raise OptionError(f"{recipe.name} has an ID loss: give faces=FaceEmbedder(...) and a fast_batch")
+            raise OptionError(
+                f"{recipe.name} has an ID loss: give faces=FaceEmbedder(...) and a fast_batch"
+            )
         self.aligned = aligned
-        self.walk = Walk(
-            recipe.fast_steps, recipe.last, recipe.guidance, SAMPLERS[recipe.sampler], checkpoint=recipe.checkpoint
+        self.walk = RolloutConfig(
+            recipe.fast_steps,
+            recipe.last,
+            recipe.guidance,
+            SAMPLERS[recipe.sampler],
+            checkpoint=recipe.checkpoint,
         )
         self.diffusion = DiffusionLoss(base.schedule, recipe.gamma, recipe.inside)
         self.likeness, self.semantic, self.layout = IDLoss(), SemanticAlignment(), LayoutAlignment()
@@ -131,7 +167,7 @@ class PuLIDTask:
     def modules(self) -> Mapping[str, nn.Module]:
         return {"adapter": self.adapter}
 
-    def losses(self, draw: Draw) -> Iterator[Losses]:
+    def losses(self, draw: StepRNG) -> Iterator[Losses]:
         """{"diffusion"}, then {"id"}, then {"semantic", "layout"}, as far as the recipe has them; the figure `faces` is
         the share of pictures that count in the ID loss."""
         batch = self.data.batch(draw).to(self.base.device)
@@ -142,7 +178,9 @@ class PuLIDTask:
         if not self.fast:
             return
         if self.recipe.fast_batch % draw.world:
-            raise OptionError(f"a fast_batch of {self.recipe.fast_batch} cannot be shared by {draw.world} processes or parts")
+            raise OptionError(
+                f"a fast_batch of {self.recipe.fast_batch} cannot be shared by {draw.world} processes or parts"
+            )
         fast = self.fast[(draw.step + draw.rank) % len(self.fast)]
         few = batch.some(self.recipe.fast_batch // draw.world)
         if self.recipe.id_loss == "accurate":
@@ -159,18 +197,30 @@ class PuLIDTask:
         sums = dict.fromkeys(("own", "other", "none"), 0.0)
         parts = self._parts()
         for step, part in product(range(HELD_OUT_BATCHES), range(parts)):
-            batch = self.held_out.batch(Draw(self.recipe.seed, step, part, parts)).to(self.base.device)
+            batch = self.held_out.batch(StepRNG(self.recipe.seed, step, part, parts)).to(
+                self.base.device
+            )
             everyone = torch.ones(len(batch.latents), dtype=torch.bool)
-            people = {"own": batch, "other": turned(batch), "none": without(batch, everyone)}
+            people = {
+                "own": batch,
+                "other": swap_identities(batch),
+                "none": drop_identity(batch, everyone),
+            }
             for name, shown in people.items():
                 with self._shown(self.base, shown):
-                    loss, _ = self._diffusion(Draw(self.recipe.seed, step, part, parts), batch, late=0.0)
+                    loss, _ = self._diffusion(
+                        StepRNG(self.recipe.seed, step, part, parts), batch, late=0.0
+                    )
                 sums[name] += loss.item() / HELD_OUT_BATCHES / parts
         found = {f"held_out_{name}": value for name, value in sums.items()}
         if self.fast and self.recipe.id_loss != "none":
             faces = lost = 0.0
-            for draw in shares(self.recipe.seed, 0, 0, 1, parts):
-                few = self.held_out.batch(draw).some(self.recipe.fast_batch // parts).to(self.base.device)
+            for draw in microbatch_rngs(self.recipe.seed, 0, 0, 1, parts):
+                few = (
+                    self.held_out.batch(draw)
+                    .some(self.recipe.fast_batch // parts)
+                    .to(self.base.device)
+                )
                 (losses,) = self._id_losses(draw, self.fast[0], few)
                 faces += draw.figures["faces"].item() / parts
                 lost += losses["id"].item() / self.recipe.id_weight / parts
@@ -181,7 +231,7 @@ class PuLIDTask:
         """In how many parts a held-out batch is read: as a step's by all processes, because one alone validates and has memory
         for a share; with two people in each at least, for another's identity."""
         batch, fast = self.recipe.batch, self.recipe.fast_batch
-        most = self.recipe.accumulate * Ranks(self.base.device).world
+        most = self.recipe.accumulate * DistributedContext(self.base.device).world
         fit = (n for n in range(most, 1, -1) if not (batch % n or fast % n) and batch // n > 1)
         return next(fit, 1)
 
@@ -190,24 +240,30 @@ class PuLIDTask:
 
     # -- one branch each --
 
-    def _diffusion_losses(self, draw: Draw, batch: Batch, kept: Tensor) -> Iterator[Losses]:
-        with self._shown(self.base, without(batch, ~kept)):
+    def _diffusion_losses(self, draw: StepRNG, batch: Batch, kept: Tensor) -> Iterator[Losses]:
+        with self._shown(self.base, drop_identity(batch, ~kept)):
             loss, step = self._diffusion(draw, batch, self.recipe.late)
             losses = {"diffusion": loss}
             if self.recipe.id_loss == "naive":
                 count = self.recipe.fast_batch // draw.world
-                few = evenly(len(kept), count)
+                few = evenly_spaced(len(kept), count)
                 latents = self.base.schedule.x0(step.output[few], step.x_t[few], step.t[few])
                 losses["id"] = self._unlike(draw, self.base, latents, batch.some(count), kept[few])
             yield losses
 
-    def _diffusion(self, draw: Draw, batch: Batch, late: float) -> tuple[Tensor, Denoised]:
+    def _diffusion(self, draw: StepRNG, batch: Batch, late: float) -> tuple[Tensor, DiffusionStep]:
         # SDXL is told the size that these pictures have, which is not always its own
         pixels = batch.latents.shape[-1] * self.base.pipe.vae_scale_factor
-        step = diffusion_branch(self.base, draw, batch.latents, self.base.encode_text(batch.prompts, pixels=pixels), late)
-        return self.diffusion(step, focus(batch, self.recipe.features)), step
+        step = diffusion_branch(
+            self.base,
+            draw,
+            batch.latents,
+            self.base.encode_text(batch.prompts, pixels=pixels),
+            late,
+        )
+        return self.diffusion(step, loss_weight_map(batch, self.recipe.features)), step
 
-    def _id_losses(self, draw: Draw, fast: Base, few: Batch) -> Iterator[Losses]:
+    def _id_losses(self, draw: StepRNG, fast: BaseModel, few: Batch) -> Iterator[Losses]:
         noise = self._noise(draw, fast, few, "id.noise")
         guided = self.walk.guidance != 1
         text = self._text(fast, self._said(self.recipe.id_prompt, few), guided)
@@ -216,10 +272,12 @@ class PuLIDTask:
             everyone = torch.ones(len(noise), dtype=torch.bool)
             yield {"id": self._unlike(draw, fast, walked.latents, few, everyone)}
 
-    def _alignment_losses(self, draw: Draw, fast: Base, few: Batch) -> Iterator[Losses]:
+    def _alignment_losses(self, draw: StepRNG, fast: BaseModel, few: Batch) -> Iterator[Losses]:
         noise = self._noise(draw, fast, few, "align.noise")
         prompts = self.recipe.align_prompts or (None,)
-        chosen = int(torch.randint(len(prompts), (), generator=draw.generator("align.prompt")))  # one for all ranks
+        chosen = int(
+            torch.randint(len(prompts), (), generator=draw.generator("align.prompt"))
+        )  # one for all ranks
         said = self._said(prompts[chosen], few)
         text = self._text(fast, said)
         if self.recipe.align_one_step:
@@ -227,8 +285,8 @@ class PuLIDTask:
             spoken = text
             if self.walk.guidance != 1:
                 spoken = self._text(fast, said, guided=True)
-            x, sigma = walked_until(fast, noise, spoken, self.walk, step)
-            asked = partial(asked_at_step, fast, x, sigma, text)
+            x, sigma = denoise_until(fast, noise, spoken, self.walk, step)
+            asked = partial(queries_at_step, fast, x, sigma, text)
         else:
             asked = partial(self._asked_on_the_way, fast, noise, text)
         with torch.no_grad():
@@ -241,46 +299,58 @@ class PuLIDTask:
             }
             yield losses
 
-    def _asked_on_the_way(self, fast: Base, noise: Tensor, text: Any) -> list[Attended]:
+    def _asked_on_the_way(self, fast: BaseModel, noise: Tensor, text: Any) -> list[AttentionQK]:
         walked = lightning_branch(fast, noise, text, self.walk, watch=True)
         return [layer for step in walked.attended for layer in step]
 
     # -- parts --
 
-    def _unlike(self, draw: Draw, base: Base, latents: Tensor, few: Batch, counted: Tensor) -> Tensor:
+    def _unlike(
+        self, draw: StepRNG, base: BaseModel, latents: Tensor, few: Batch, counted: Tensor
+    ) -> Tensor:
         """The weighted ID loss of the pictures that these latents mean."""
         if self.faces is None or few.pictures is None:
-            raise OptionError("an ID loss needs the pictures of the batch, and somebody who sees faces in them")
+            raise OptionError(
+                "an ID loss needs the pictures of the batch, and somebody who sees faces in them"
+            )
         with torch.no_grad():
             wanted = self.faces(few.pictures)
-        decode = partial(checkpoint, base.decode, use_reentrant=False) if self.walk.checkpoint else base.decode
+        decode = (
+            partial(checkpoint, base.decode, use_reentrant=False)
+            if self.walk.checkpoint
+            else base.decode
+        )
         shown = self.faces(decode(latents))
         found = wanted.found & shown.found & counted.to(shown.found.device)
         draw.figure("faces", found.float().mean())
         return self.recipe.id_weight * self.likeness(wanted.embeddings, shown.embeddings, found)
 
-    def _noise(self, draw: Draw, fast: Base, few: Batch, name: str) -> Tensor:
+    def _noise(self, draw: StepRNG, fast: BaseModel, few: Batch, name: str) -> Tensor:
         return draw.randn((len(few.id_cond), *fast.shape(self.recipe.pixels)), name).to(fast.device)
 
     def _said(self, prompt: str | None, few: Batch) -> list[str]:
         return list(few.prompts) if prompt is None else [prompt] * len(few.id_cond)
 
-    def _text(self, fast: Base, prompts: list[str], guided: bool = False) -> Any:
+    def _text(self, fast: BaseModel, prompts: list[str], guided: bool = False) -> Any:
         return fast.encode_text(prompts, pixels=self.recipe.pixels, guided=guided)
 
-    def _shown(self, base: Base, people: Batch, guided: bool = False) -> AbstractContextManager[PuLID]:
+    def _shown(
+        self, base: BaseModel, people: Batch, guided: bool = False
+    ) -> AbstractContextManager[PuLID]:
         """The adapter with these people in use on a base."""
         return self.adapter.use_tokens(
             self.adapter.encode(people.id_cond, people.hidden),
             projection=self.recipe.projection,
             num_zero=self.recipe.num_zero,
-            negative=self.adapter.unconditional(people.id_cond[:1], [h[:1] for h in people.hidden]) if guided else None,
+            negative=self.adapter.unconditional(people.id_cond[:1], [h[:1] for h in people.hidden])
+            if guided
+            else None,
             guided=guided,
             pipe=base.pipe,
         )
 
 
-def without(batch: Batch, dropped: Tensor) -> Batch:
+def drop_identity(batch: Batch, dropped: Tensor) -> Batch:
     """The identity left out where `dropped` (B,): all features zero, as for the unconditional identity at
     inference."""
     kept = (~dropped).to(batch.id_cond)
@@ -288,6 +358,8 @@ def without(batch: Batch, dropped: Tensor) -> Batch:
     return batch._replace(id_cond=batch.id_cond * kept[:, None], hidden=hidden)
 
 
-def turned(batch: Batch) -> Batch:
+def swap_identities(batch: Batch) -> Batch:
     """Everyone's identity is the next one's."""
-    return batch._replace(id_cond=batch.id_cond.roll(1, 0), hidden=[level.roll(1, 0) for level in batch.hidden])
+    return batch._replace(
+        id_cond=batch.id_cond.roll(1, 0), hidden=[level.roll(1, 0) for level in batch.hidden]
+    )

@@ -12,18 +12,18 @@ import torch
 
 from openpulid.errors import OptionError
 from openpulid.faces.embed import FaceEmbedder
-from openpulid.identity.photo_extractor import PhotoFeatures
-from openpulid.io.checkpoints import fill
+from openpulid.identity.photo_extractor import PhotoExtractor
+from openpulid.io.checkpoints import load_state
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.training.distributed import Ranks
+from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.export import save_adapter
-from openpulid.training.pulid.models import SDXLBase
-from openpulid.training.pulid.photo_dataset import INDEX, Photographs
+from openpulid.training.pulid.models import SDXLModel
+from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.pulid.task import PuLIDTask
-from openpulid.training.rng import Draw
-from openpulid.training.trainer import Result, run
+from openpulid.training.rng import StepRNG
+from openpulid.training.trainer import TrainingResult, run
 
 
 def train(
@@ -31,16 +31,16 @@ def train(
     data: Path,
     folder: Path,
     *,
-    base: SDXLBase,
-    features: PhotoFeatures,
-    fast: Sequence[SDXLBase] = (),
+    base: SDXLModel,
+    features: PhotoExtractor,
+    fast: Sequence[SDXLModel] = (),
     faces: FaceEmbedder | None = None,
     held_out: Path | None = None,
     begin: Path | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     encoder: dict[str, Any] | None = None,
-) -> tuple[PuLID, Result]:
+) -> tuple[PuLID, TrainingResult]:
     """Trains an adapter on a folder of photographs, or continues; writes `adapter.safetensors` into `folder`.
 
     The frozen parts compute in the precision that they are in, the adapter in float32.
@@ -72,23 +72,29 @@ def train(
         "pixels": pixels,
         "seen": recipe.id_loss != "none",
     }
-    source = Photographs.open(data, folder / INDEX, **known)
-    others = Photographs.open(held_out, folder / f"held-out-{INDEX}", **known) if held_out else None
+    source = PhotoDataset.open(data, folder / INDEX, **known)
+    others = (
+        PhotoDataset.open(held_out, folder / f"held-out-{INDEX}", **known) if held_out else None
+    )
     if recipe.checkpoint:
         base.unet.enable_gradient_checkpointing()
     torch.manual_seed(recipe.seed)
     adapter = fresh_adapter(recipe, base, source, encoder or {})
     if begun is not None:
-        fill(adapter, begun.state_dict(), f"{begin} has other sizes than {recipe.name} makes, name another adapter")
+        load_state(
+            adapter,
+            begun.state_dict(),
+            f"{begin} has other sizes than {recipe.name} makes, name another adapter",
+        )
     task = PuLIDTask(recipe, base, adapter, source, others, fast=fast, faces=faces)
     result = run(task, recipe.schedule(), folder, minutes=minutes, device=base.device)
-    if Ranks(base.device).rank == 0:
+    if DistributedContext(base.device).rank == 0:
         facts = {"models": json.dumps(features.models)}
         save_adapter(adapter, folder / "adapter.safetensors", recipe, result, facts)
     return adapter, result
 
 
-def _begun(recipe: Recipe, begin: Path, base: SDXLBase, features: PhotoFeatures) -> PuLID:
+def _begun(recipe: Recipe, begin: Path, base: SDXLModel, features: PhotoExtractor) -> PuLID:
     """The adapter that a recipe continues. What does not fit is said here, before hours of looking for faces."""
     begun = PuLID.load(begin)
     begun.require(features.models)
@@ -101,13 +107,21 @@ def _begun(recipe: Recipe, begin: Path, base: SDXLBase, features: PhotoFeatures)
     return begun
 
 
-def fresh_adapter(recipe: Recipe, base: SDXLBase, source: Photographs, sizes: dict[str, Any]) -> PuLID:
+def fresh_adapter(
+    recipe: Recipe, base: SDXLModel, source: PhotoDataset, sizes: dict[str, Any]
+) -> PuLID:
     """An untrained adapter of the recipe's encoder; the widths that it reads are those of the source's features."""
     # one picture is enough, but all are named: where one cannot be read any more, the next takes its place
     known = (source.folder, source.names, source.faces, source.base, source.features)
-    seen = Photographs(*known, batch=1, pixels=source.pixels, seen=False).batch(Draw(recipe.seed, 0))
+    seen = PhotoDataset(*known, batch=1, pixels=source.pixels, seen=False).batch(
+        StepRNG(recipe.seed, 0)
+    )
     tokens = base.unet.config.cross_attention_dim
-    read = {"width": seen.id_cond.shape[-1], "vit_dim": seen.hidden[0].shape[-1], "hidden_dim": recipe.encoder_width}
+    read = {
+        "width": seen.id_cond.shape[-1],
+        "vit_dim": seen.hidden[0].shape[-1],
+        "hidden_dim": recipe.encoder_width,
+    }
     if recipe.encoder == "IDEncoder":
         encoder: IDEncoder | IDFormer = IDEncoder(**{"context_dim": tokens, **read, **sizes})
     else:
