@@ -14,6 +14,8 @@ import torch
 
 Seconds = Mapping[str, list[float]]
 
+CPU = torch.device("cpu")
+
 
 def interleave(
     candidates: Mapping[str, Callable[[], float]],
@@ -63,10 +65,15 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 @contextmanager
-def seconds_in(owner: type, method: str) -> Iterator[list[float]]:
-    """While open, seconds of every call of a class's method are noted; on a processor, where a call that returns is done."""
+def seconds_in(owner: type, method: str, device: torch.device = CPU) -> Iterator[list[float]]:
+    """While open, seconds of every call of a class's method are noted.
+
+    On a CPU a call that returns is done. On an accelerator events before and after each call tell its time there; the list
+    is complete when the block has been left.
+    """
     plain: Callable[..., Any] = getattr(owner, method)
     noted: list[float] = []
+    events: list[tuple[Any, Any]] = []
 
     def clocked(*args: Any, **named: Any) -> Any:
         begun = time.perf_counter()
@@ -75,11 +82,24 @@ def seconds_in(owner: type, method: str) -> Iterator[list[float]]:
         finally:
             noted.append(time.perf_counter() - begun)
 
-    setattr(owner, method, clocked)
+    def marked(*args: Any, **named: Any) -> Any:
+        library = torch.get_device_module(device)
+        pair = library.Event(enable_timing=True), library.Event(enable_timing=True)
+        pair[0].record()
+        try:
+            return plain(*args, **named)
+        finally:
+            pair[1].record()
+            events.append(pair)
+
+    setattr(owner, method, clocked if device.type == "cpu" else marked)
     try:
         yield noted
     finally:
         setattr(owner, method, plain)
+        if events:
+            wait(device)
+            noted.extend(begun.elapsed_time(ended) / 1000 for begun, ended in events)
 
 
 def wait(device: torch.device) -> None:

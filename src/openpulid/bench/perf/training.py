@@ -116,14 +116,15 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.floa
         raise OptionError(f"{name!r} cannot be made of random weights: mini or sdxl")
     with default_dtype(dtype), device:
         if name == "sdxl":
-            return RandomSDXL(UNet2DConditionModel(**SDXL_UNET), AutoencoderKL(**SDXL_VAE))
-        unet, vae = (
-            json.loads((MINIATURE / "pipeline" / part / "config.json").read_text())
-            for part in ("unet", "vae")
-        )
-        return RandomSDXL(
-            UNet2DConditionModel.from_config(unet), PatchAutoencoderKL.from_config(vae)
-        )
+            unet, vae = UNet2DConditionModel(**SDXL_UNET), AutoencoderKL(**SDXL_VAE)
+        else:
+            configs = [
+                json.loads((MINIATURE / "pipeline" / part / "config.json").read_text())
+                for part in ("unet", "vae")
+            ]
+            unet = UNet2DConditionModel.from_config(configs[0])
+            vae = PatchAutoencoderKL.from_config(configs[1])
+    return RandomSDXL(unet, vae)  # outside: a noise schedule is kept on the CPU
 
 
 @contextmanager
@@ -183,7 +184,8 @@ def random_task(recipe: Recipe, base: BaseModel) -> PuLIDTask:
     }
     if recipe.base == "mini":  # its recogniser and tower are smaller, too
         sizes |= {"width": 192, "vit_dim": 96, "hidden_dim": recipe.encoder_width}
-    adapter = PuLID.for_unet(unet, encoder(**sizes)).to(base.device, torch.float32)
+    with base.device:
+        adapter = PuLID.for_unet(unet, encoder(**sizes)).to(torch.float32)
     people = RandomPeople(
         base, adapter, recipe.batch, 65 if recipe.base == "mini" else 577, recipe.pixels
     )
@@ -207,7 +209,7 @@ def measure(
     def run(name: str, last: int, again: bool) -> float:
         task.walk = replace(task.walk, last=last, checkpoint=again)
         reset_peak(device)
-        seconds = timed(lambda: _step(task, optimizer), device)
+        seconds = timed(lambda: train_step(task, optimizer), device)
         memory[name] = peak(device)
         return seconds
 
@@ -240,7 +242,8 @@ def show(costs: Sequence[Cost]) -> None:
     Console().print(grid)
 
 
-def _step(task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
+def train_step(task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
+    """Make one whole step: every loss forward and backward, clip, update."""
     device = task.base.device
     optimizer.zero_grad(set_to_none=True)
     for part in microlosses(task, StepRNG(0, 0), device, task.recipe.bf16):
