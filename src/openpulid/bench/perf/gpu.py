@@ -49,8 +49,8 @@ def planned() -> list[PartRecord]:
     }
     step = {"target": "ratio of the step with an identity: 1.02 (SDXL), 1.005 (FLUX) at 1024 px"}
     return [
-        PartRecord("sdxl", "SDXL: one step, eager", 45, 8, reference=step),
-        PartRecord("flux", "FLUX: one step, eager", 60, 12, reference=step),
+        PartRecord("sdxl", "SDXL: one step, eager", 75, 8, reference=step),
+        PartRecord("flux", "FLUX: one step, eager", 75, 12, reference=step),
         PartRecord("train_sdxl", "sdxl_stage3: one training step", 90, 15, reference=paper),
         PartRecord("train_mini", "The miniature: training, eager", 45, 10),
         PartRecord("train_flux", "FLUX: one training step, stage 1", 45, 15),
