@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from openpulid.bench.perf import gpu
+from openpulid.bench.perf import gpu, timing
 from openpulid.bench.perf.gpu_report import PartRecord, Recorder, Report, page
 
 NAMES = [part.name for part in gpu.planned()]
@@ -116,7 +116,7 @@ def test_without_time_all_is_skipped_and_reported(tmp_path: Path) -> None:
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from openpulid.bench.perf import gpu
+from openpulid.bench.perf import gpu, timing
 from openpulid.bench.perf.gpu_report import DeviceLost
 from tests.bench.perf.test_gpu import machine, one_row
 
@@ -158,6 +158,32 @@ def test_a_worker_that_cannot_begin_is_not_started_for_ever(tmp_path: Path) -> N
     report = report_in(tmp_path, "sdxl", "flux")
     gpu.watch(report, lambda: subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]))
     assert {part["reason"] for part in saved(tmp_path)["parts"]} == {"the worker ended with 7"}
+
+
+def test_an_accelerator_is_timed_by_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 13.0, 20.0, 24.0])  # milliseconds
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.time: float | None = None
+
+        def record(self) -> None:
+            self.time = next(clock)
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.time - self.time
+
+    class Work:
+        def done(self) -> int:
+            return 1
+
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    plain, device = Work.done, torch.device("cuda", 0)
+    with timing.seconds_in(Work, "done", device) as seconds:
+        assert Work().done() + Work().done() == 2 and not seconds
+    assert seconds == [0.003, 0.004] and waited == [device] and Work.done is plain
 
 
 def test_a_cell_of_the_page_cannot_break_its_table() -> None:

@@ -24,7 +24,7 @@ UNITS = {
     "ms": "median milliseconds of one step (one call of the network, or a guided pair of calls)",
     "s": "median seconds of one training step, everything included but reading data",
     "ratio": "median over the rounds of the step's time to the first candidate's of the same round",
-    "within": "whole step to the same step without the time in which the identity is added",
+    "within": "whole step to the same step without the time (by CUDA events) of adding the identity",
     "peak_gib": "most GPU memory allocated by tensors during the step, weights included, GiB",
     "reserved_gib": "most GPU memory that PyTorch reserved, GiB",
     "images_per_s": "training images per second",
