@@ -155,7 +155,7 @@ def test_knowing_a_person_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     former = partial(
         IDFormer, dim=16, depth=5, dim_head=8, heads=2, output_dim=8, vit_dim=1024, hidden_dim=8
     )
-    monkeypatch.setattr(identify, "VisionTower", small)
+    monkeypatch.setattr(identify, "VisionEncoder", small)
     monkeypatch.setattr(identify, "IDFormer", former)
     rows = {row.name: row for row in identify.measure(torch.device("cpu"), rounds=1)}
     assert list(rows) == ["detect", "recognise", "parse", "detect again", "tower", "encode", "sum"]
