@@ -78,7 +78,7 @@ class DeviceBase(SDXLBase):
 
     def encode_text(self, prompts: Any, *, pixels: int | None = None, guided: bool = False) -> Text:
         """Return the text of captions: number = row * captions per image + variant."""
-        numbers = prompts if isinstance(prompts, Tensor) else torch.stack(list(prompts))
+        numbers = torch.stack(list(prompts))
         variants = self.data.tokens.shape[1]
         text = self.data.text(numbers // variants, numbers % variants)
         return for_guidance(text) if guided else text
@@ -113,7 +113,7 @@ class DevicePortraits:
         images, _, _ = self.world.rows(wanted)
         landmarks = self.world.landmarks[rows] / self.world.images.shape[-1]
         latents, faces = self.data.latents[rows].float(), self.data.faces[rows].float()
-        numbers: Any = rows * self.data.tokens.shape[1] + variants
+        numbers: Any = list((rows * self.data.tokens.shape[1] + variants).unbind())  # tensors in place of prompts
         return Batch(latents, faces, numbers, id_cond, [level.float() for level in hidden], images, landmarks)
 
 
