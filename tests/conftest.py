@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,30 +69,80 @@ class Golden:
         return float((ours - theirs).norm() / theirs.norm())
 
 
+@pytest.fixture
+def set_bf16(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """A function that makes the package believe that its devices have bfloat16, or that they do not.
+
+    A CPU without instructions for bfloat16 emulates them, so both paths run on any machine.
+    """
+    import openpulid.device  # noqa: F401 (defines the query)
+
+    def set_(available: bool) -> None:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("openpulid") and hasattr(module, "supports_bf16"):
+                monkeypatch.setattr(module, "supports_bf16", lambda device: available)
+
+    return set_
+
+
+@pytest.fixture(params=[True, False], ids=["bf16", "fp32"])
+def both_precisions(request: pytest.FixtureRequest, set_bf16: Callable[[bool], None]) -> bool:
+    """Run a test once as on a CPU with bfloat16 (True) and once as on a CPU without it."""
+    set_bf16(request.param)
+    return bool(request.param)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     return Golden()
 
 
-WORDS = ("portrait", "film", "noir", "of", "a", "person", "smiling", "red", "blue", "green", "hat", "background", ",")
+WORDS = (
+    "portrait",
+    "film",
+    "noir",
+    "of",
+    "a",
+    "person",
+    "smiling",
+    "red",
+    "blue",
+    "green",
+    "hat",
+    "background",
+    ",",
+)
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> Any:
     """A function that makes a tiny random StableDiffusionXLPipeline: 16 x 16 pixels, 4 x 4 latents, a
     closed vocabulary."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        EulerDiscreteScheduler,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        PreTrainedTokenizerFast,
+    )
 
     def tokenizer() -> Any:
         special = ["<|startoftext|>", "<|endoftext|>", "<unk>"]
         vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
         words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
         words.normalizer = normalizers.Lowercase()
-        words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+        words.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
+        )
         words.post_processor = processors.TemplateProcessing(
-            single=f"{special[0]} $A {special[1]}", special_tokens=[(special[0], 0), (special[1], 1)]
+            single=f"{special[0]} $A {special[1]}",
+            special_tokens=[(special[0], 0), (special[1], 1)],
         )
         return PreTrainedTokenizerFast(
             tokenizer_object=words,
@@ -104,9 +155,19 @@ def tiny_pipeline() -> Any:
 
     def make(seed: int = 0) -> Any:
         torch.manual_seed(seed)
-        sizes = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "num_hidden_layers": 2}
+        sizes = {
+            "hidden_size": 32,
+            "intermediate_size": 37,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+        }
         text = CLIPTextConfig(
-            **sizes, vocab_size=20, max_position_embeddings=12, projection_dim=32, bos_token_id=0, eos_token_id=1
+            **sizes,
+            vocab_size=20,
+            max_position_embeddings=12,
+            projection_dim=32,
+            bos_token_id=0,
+            eos_token_id=1,
         )
         unet = UNet2DConditionModel(
             sample_size=8,
@@ -138,7 +199,9 @@ def tiny_pipeline() -> Any:
             tokenizer=tokenizer(),
             tokenizer_2=tokenizer(),
             unet=unet,
-            scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1),
+            scheduler=EulerDiscreteScheduler(
+                beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+            ),
             add_watermarker=False,
         )
         pipe.set_progress_bar_config(disable=True)

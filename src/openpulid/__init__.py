@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from openpulid.identity.identity import Identity as Identity
-    from openpulid.methods.pulid.adapter import PuLID as PuLID
-    from openpulid.studio import Studio as Studio
-    from openpulid.studio import load as load
+    from openpulid.methods.pulid.sdxl import PuLID as PuLID
+    from openpulid.pipelines.studio import Studio as Studio
+    from openpulid.pipelines.studio import load as load
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "openpulid.studio",
-    "Studio": "openpulid.studio",
+    "load": "openpulid.pipelines.studio",
+    "Studio": "openpulid.pipelines.studio",
     "Identity": "openpulid.identity.identity",
-    "PuLID": "openpulid.methods.pulid.adapter",
+    "PuLID": "openpulid.methods.pulid.sdxl",
 }
 
 __all__ = ["Identity", "PuLID", "Studio", "__version__", "load"]

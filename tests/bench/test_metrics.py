@@ -10,29 +10,38 @@ import torch
 from torch import Tensor
 
 from openpulid.bench import metrics
-from openpulid.bench.metrics import Evidence, Faces
-from openpulid.bench.metrics.evidence import face_crops
+from openpulid.bench.metrics import Faces, MetricInputs
+from openpulid.bench.metrics.inputs import face_crops
 
 
 def faces(embeddings: list[list[float]], found: list[bool] | None = None, size: int = 2) -> Faces:
     count = len(embeddings)
-    return Faces(torch.tensor(found or [True] * count), torch.tensor(embeddings), torch.zeros(count, 1, size, size))
+    return Faces(
+        torch.tensor(found or [True] * count),
+        torch.tensor(embeddings),
+        torch.zeros(count, 1, size, size),
+    )
 
 
-def evidence(**known: Any) -> Evidence:
+def evidence(**known: Any) -> MetricInputs:
     """Two images of one person, unless said otherwise."""
     count = len(known.get("images", torch.zeros(2)))
     blank = {"images": torch.zeros(count, 3, 2, 2), "before": torch.zeros(count, 3, 2, 2)}
     nobody = faces([[1.0, 0.0]] * count)
     blank |= {"seen": nobody, "was": nobody, "person": torch.zeros(count, dtype=torch.long)}  # type: ignore[dict-item]
     blank |= {"portraits": torch.zeros(1, 3, 2, 2), "gallery": faces([[1.0, 0.0]])}  # type: ignore[dict-item]
-    return Evidence(**(blank | {"prompts": [""] * count} | known))
+    return MetricInputs(**(blank | {"prompts": [""] * count} | known))
 
 
 def test_face_sim_is_a_cosine_and_zero_without_a_face() -> None:
     seen = faces([[3.0, 4.0], [0.0, 2.0], [1.0, 0.0], [1.0, 0.0]], [True, True, True, False])
     gallery = faces([[1.0, 0.0], [0.0, -5.0], [7.0, 0.0]])
-    it = evidence(images=torch.zeros(4, 3, 2, 2), seen=seen, gallery=gallery, person=torch.tensor([0, 1, 2, 0]))
+    it = evidence(
+        images=torch.zeros(4, 3, 2, 2),
+        seen=seen,
+        gallery=gallery,
+        person=torch.tensor([0, 1, 2, 0]),
+    )
     assert metrics.FaceSim()(it).tolist() == pytest.approx([0.6, -1.0, 1.0, 0.0])
     assert metrics.FaceFound()(it).tolist() == [1, 1, 1, 0]
 
@@ -40,7 +49,12 @@ def test_face_sim_is_a_cosine_and_zero_without_a_face() -> None:
 def test_rank1_takes_the_nearest_by_angle() -> None:
     gallery = faces([[1.0, 0.0], [0.0, 10.0], [-1.0, -1.0]])
     seen = faces([[5.0, 4.0], [1.0, 2.0], [-3.0, -2.0], [1.0, 0.0]], [True, True, True, False])
-    it = evidence(images=torch.zeros(4, 3, 2, 2), seen=seen, gallery=gallery, person=torch.tensor([0, 0, 2, 0]))
+    it = evidence(
+        images=torch.zeros(4, 3, 2, 2),
+        seen=seen,
+        gallery=gallery,
+        person=torch.tensor([0, 0, 2, 0]),
+    )
     assert metrics.Rank1()(it).tolist() == [1, 0, 1, 0]
 
 
@@ -48,8 +62,15 @@ def test_shuffled_people_are_nobody() -> None:
     generator = torch.Generator().manual_seed(0)
     gallery = faces(torch.randn(64, 32, generator=generator).tolist())
     person = torch.arange(64)
-    known: dict[str, Any] = {"images": torch.zeros(64, 3, 2, 2), "gallery": gallery, "person": person}
-    own, other = evidence(seen=gallery, **known), evidence(seen=gallery.rows(person.roll(1)), **known)
+    known: dict[str, Any] = {
+        "images": torch.zeros(64, 3, 2, 2),
+        "gallery": gallery,
+        "person": person,
+    }
+    own, other = (
+        evidence(seen=gallery, **known),
+        evidence(seen=gallery.rows(person.roll(1)), **known),
+    )
     assert metrics.Rank1()(own).mean() == 1 and metrics.FaceSim()(own).mean() == pytest.approx(1)
     assert metrics.Rank1()(other).mean() == 0 and metrics.FaceSim()(other).mean().abs() < 0.1
 
@@ -57,7 +78,9 @@ def test_shuffled_people_are_nobody() -> None:
 def test_facial_values_are_compared_with_the_truth() -> None:
     truth = torch.tensor([[0.5, 0.1], [0.9, 0.4]])
     seen = faces([[0.5, 0.3], [0.8, 0.4], [0.0, 0.0]], [True, True, False])
-    it = evidence(images=torch.zeros(3, 3, 2, 2), seen=seen, person=torch.tensor([0, 1, 1]), truth=truth)
+    it = evidence(
+        images=torch.zeros(3, 3, 2, 2), seen=seen, person=torch.tensor([0, 1, 1]), truth=truth
+    )
     told = metrics.FacialValues(lambda embeddings: embeddings)(it)
     assert told[:2].tolist() == pytest.approx([0.1, 0.05]) and told[2].isnan()
     assert metrics.FacialValues(lambda embeddings: embeddings)(evidence()).isnan().all()
@@ -68,8 +91,14 @@ def test_copy_paste_asks_which_picture_is_nearer() -> None:
         return faces([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
 
     # the portrait at 0 degrees, the other picture at 40: images at 0, 20, 40 and without a face
-    seen = Faces(torch.tensor([True, True, True, False]), at(0, 20, 40, 0).embeddings, torch.zeros(4, 1, 2, 2))
-    it = evidence(images=torch.zeros(4, 3, 2, 2), seen=seen, gallery=at(0), others=at(40, 40, 40, 40))
+    seen = Faces(
+        torch.tensor([True, True, True, False]),
+        at(0, 20, 40, 0).embeddings,
+        torch.zeros(4, 1, 2, 2),
+    )
+    it = evidence(
+        images=torch.zeros(4, 3, 2, 2), seen=seen, gallery=at(0), others=at(40, 40, 40, 40)
+    )
     got = metrics.CopyPaste()(it)
     assert got[:3].tolist() == pytest.approx([1.0, 0.0, -1.0], abs=1e-3) and got[3].isnan()
     assert metrics.CopyPaste()(evidence(seen=at(0, 0))).isnan().all()
@@ -81,7 +110,9 @@ def test_faces_are_cropped_to_a_square_around_their_pixels() -> None:
     masks = torch.zeros(2, 1, 8, 8)
     masks[0, 0, 2:6, 3:5] = 1
     crops = face_crops(images, Faces(torch.tensor([True, False]), torch.zeros(2, 1), masks), 4)
-    assert torch.equal(crops[0, 0], torch.tensor([[0.5, 1.0, 1.0, 0.5]] * 4))  # four high, two wide, gray beside it
+    assert torch.equal(
+        crops[0, 0], torch.tensor([[0.5, 1.0, 1.0, 0.5]] * 4)
+    )  # four high, two wide, gray beside it
     assert torch.equal(crops[1], torch.zeros(3, 4, 4))
 
 
@@ -168,7 +199,9 @@ def test_outside_face_leaves_out_both_faces() -> None:
 
 def test_outside_face_of_an_image_that_is_all_face_is_zero() -> None:
     all_face = Faces(torch.tensor([True]), torch.zeros(1, 1), torch.ones(1, 1, 2, 2))
-    it = evidence(images=torch.ones(1, 3, 2, 2), before=torch.zeros(1, 3, 2, 2), seen=all_face, was=all_face)
+    it = evidence(
+        images=torch.ones(1, 3, 2, 2), before=torch.zeros(1, 3, 2, 2), seen=all_face, was=all_face
+    )
     assert metrics.OutsideFace()(it).tolist() == [0]
 
 
@@ -181,13 +214,20 @@ def test_attributes_counts_only_what_is_asked() -> None:
     got = metrics.Attributes(lambda images: scores)(it)
     assert got[:2].tolist() == [0.5, 1.0]
     assert got[2].isnan()
-    assert metrics.Attributes(lambda images: scores).each(it) == [{"hat": True, "pose": False}, {"pose": True}, {}]
+    assert metrics.Attributes(lambda images: scores).each(it) == [
+        {"hat": True, "pose": False},
+        {"pose": True},
+        {},
+    ]
 
 
 def test_fid_is_the_distance_of_two_gaussians() -> None:
     pytest.importorskip("torchmetrics")
     before = torch.rand(200, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.5
-    for shift, distance in ((0.0, 0.0), (0.25, 3 * 0.25**2)):  # equal covariances: the squared distance of the means
+    for shift, distance in (
+        (0.0, 0.0),
+        (0.25, 3 * 0.25**2),
+    ):  # equal covariances: the squared distance of the means
         measure = metrics.FID(lambda images: images.mean((2, 3)))
         assert math.isnan(measure.compute())
         for part in before.split(120):  # whatever is told at once

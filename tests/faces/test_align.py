@@ -3,18 +3,22 @@ import math
 import pytest
 import torch
 
-from openpulid.faces.align import GRAY, TEMPLATE, aligned, similarity, warp
+from openpulid.faces.align import GRAY, TEMPLATE, align_faces, similarity_transform, warp_images
 
 
-def turned(points: torch.Tensor, angle: float, scale: float, shift: tuple[float, float]) -> torch.Tensor:
-    rotation = scale * torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+def turned(
+    points: torch.Tensor, angle: float, scale: float, shift: tuple[float, float]
+) -> torch.Tensor:
+    rotation = scale * torch.tensor(
+        [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+    )
     return points @ rotation.T + torch.tensor(shift)
 
 
 def test_similarity_recovers_a_known_transform():
     template = TEMPLATE * 64
     landmarks = turned(template, 0.3, 1.7, (5.0, -2.0))[None]
-    matrix = similarity(landmarks, template)
+    matrix = similarity_transform(landmarks, template)
     cos, sin = 1.7 * math.cos(0.3), 1.7 * math.sin(0.3)
     expected = torch.tensor([[cos, -sin, 5.0], [sin, cos, -2.0]])
     assert torch.allclose(matrix[0], expected, atol=1e-4)
@@ -28,7 +32,7 @@ def test_similarity_is_the_least_squares_one():
     def residual(matrix):
         return (template @ matrix[:, :2].T + matrix[:, 2] - landmarks[0]).square().sum()
 
-    best = similarity(landmarks, template)[0]
+    best = similarity_transform(landmarks, template)[0]
     for _ in range(20):
         c, s, x, y = 0.05 * torch.randn(4, generator=generator)
         other = best + torch.stack([torch.stack([c, -s, x]), torch.stack([s, c, y])])
@@ -38,13 +42,17 @@ def test_similarity_is_the_least_squares_one():
 def test_the_identity_gives_the_picture_back():
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     matrix = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(2, 2, 3)
-    assert torch.allclose(warp(images, matrix, 16), images, atol=1e-5)
+    assert torch.allclose(warp_images(images, matrix, 16), images, atol=1e-5)
 
 
 def test_pixel_centres_are_at_one_half():
     images = torch.arange(8.0).expand(1, 1, 8, 8)
-    matrix = torch.tensor([[[2.0, 0, 0], [0, 2, 0]]])  # half size: pixel k lies between 2k and 2k + 1
-    assert torch.allclose(warp(images, matrix, 4)[0, 0, 1], torch.tensor([0.5, 2.5, 4.5, 6.5]))
+    matrix = torch.tensor(
+        [[[2.0, 0, 0], [0, 2, 0]]]
+    )  # half size: pixel k lies between 2k and 2k + 1
+    assert torch.allclose(
+        warp_images(images, matrix, 4)[0, 0, 1], torch.tensor([0.5, 2.5, 4.5, 6.5])
+    )
 
 
 def test_what_is_not_face_is_gray_and_the_rest_has_a_gradient():
@@ -52,7 +60,7 @@ def test_what_is_not_face_is_gray_and_the_rest_has_a_gradient():
     landmarks = (TEMPLATE * 64 + 16)[None]
     masks = torch.zeros(1, 1, 96, 96)
     masks[..., 40:60, 40:60] = 1
-    crops = aligned(images, masks, landmarks, 64)
+    crops = align_faces(images, masks, landmarks, 64)
     assert crops.shape == (1, 3, 64, 64)
     assert torch.allclose(crops[..., 24:44, 24:44], images[..., 40:60, 40:60], atol=1e-4)
     assert torch.allclose(crops[..., :20, :], torch.tensor(GRAY))
@@ -64,7 +72,7 @@ def test_what_is_not_face_is_gray_and_the_rest_has_a_gradient():
 def test_autocast_does_not_round_the_coordinates():
     landmarks = turned(TEMPLATE * 64, 0.1, 1.3, (7.3, 4.1))[None]
     images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
-    plain = aligned(images, torch.ones(1, 1, 96, 96), landmarks, 64)
+    plain = align_faces(images, torch.ones(1, 1, 96, 96), landmarks, 64)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = aligned(images, torch.ones(1, 1, 96, 96), landmarks, 64)
+        mixed = align_faces(images, torch.ones(1, 1, 96, 96), landmarks, 64)
     assert torch.equal(plain, mixed)

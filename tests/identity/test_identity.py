@@ -12,7 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from openpulid.errors import IdentityError, OptionError
-from openpulid.identity.identity import FORMAT, Identity, blend, concat, fused
+from openpulid.identity.identity import (
+    FORMAT,
+    Identity,
+    blend_identities,
+    concat_identities,
+    fuse_identities,
+)
 
 MODELS = {"recogniser": "aa", "vision": "bb"}
 
@@ -24,7 +30,7 @@ def someone(seed: int = 0, models: dict[str, str] = MODELS) -> Identity:
 
 
 def test_saved_and_loaded(tmp_path) -> None:
-    anna = concat([someone(0), someone(1)])
+    anna = concat_identities([someone(0), someone(1)])
     path = anna.save(tmp_path / "anna.safetensors")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(tmp_path) == ["anna.safetensors"]
@@ -38,7 +44,9 @@ def test_saved_and_loaded(tmp_path) -> None:
 
 
 def test_one_of_full_size_loads_at_once(tmp_path) -> None:
-    whole = Identity(torch.ones(1, 1, 1280), tuple(torch.ones(1, 577, 1024) for _ in range(5)), MODELS)
+    whole = Identity(
+        torch.ones(1, 1, 1280), tuple(torch.ones(1, 577, 1024) for _ in range(5)), MODELS
+    )
     path = whole.save(tmp_path / "anna.safetensors")
     seconds = []
     for _ in range(3):
@@ -51,17 +59,29 @@ def test_one_of_full_size_loads_at_once(tmp_path) -> None:
 def test_the_file_says_how_many_photos(tmp_path) -> None:
     three = [someone(seed) for seed in range(3)]
     for fusion, read in (("mean", 1), ("norm_id", 1), ("concat", 3)):
-        path = fused(three, fusion).save(tmp_path / "anna.safetensors")
+        path = fuse_identities(three, fusion).save(tmp_path / "anna.safetensors")
         with safe_open(path, framework="pt") as file:
             assert file.metadata()["photos"] == "3"
         again = Identity.load(path)
         assert (again.made_from, again.photos) == (3, read)
-    mean = fused(three, "mean")
+    mean = fuse_identities(three, "mean")
     assert repr(mean) == "Identity(3 photos, made by recogniser, vision)"
-    assert mean.zeros_like().made_from == 3 and fused([mean, three[0]], "mean").made_from == 4
-    assert concat([mean, three[0]]).made_from == 4 and concat([mean, three[0]]).photos == 2
-    before = {"format": FORMAT, "created": "2025-01-01T00:00:00+00:00", "models": "{}"}  # as files once were
-    save_file(load_file(concat(three[:2]).save(path)), tmp_path / "before.safetensors", before)
+    assert (
+        mean.zeros_like().made_from == 3
+        and fuse_identities([mean, three[0]], "mean").made_from == 4
+    )
+    assert (
+        concat_identities([mean, three[0]]).made_from == 4
+        and concat_identities([mean, three[0]]).photos == 2
+    )
+    before = {
+        "format": FORMAT,
+        "created": "2025-01-01T00:00:00+00:00",
+        "models": "{}",
+    }  # as files once were
+    save_file(
+        load_file(concat_identities(three[:2]).save(path)), tmp_path / "before.safetensors", before
+    )
     assert Identity.load(tmp_path / "before.safetensors").made_from == 2
 
 
@@ -81,7 +101,7 @@ def test_refused(tmp_path) -> None:
     with pytest.raises(IdentityError, match="one person"):
         Identity(torch.zeros(2, 1, 3), ())
     with pytest.raises(IdentityError, match="another"):
-        concat([someone(), someone(1, {"vision": "cc"})])
+        concat_identities([someone(), someone(1, {"vision": "cc"})])
 
 
 def test_nothing_of_it_is_printed() -> None:
@@ -93,20 +113,22 @@ def test_nobody_has_the_same_shapes() -> None:
     anna = someone()
     nobody = anna.zeros_like()
     assert nobody.id_cond.shape == anna.id_cond.shape and not nobody.id_cond.any()
-    assert all(x.shape == y.shape and not x.any() for x, y in zip(nobody.hidden, anna.hidden, strict=True))
+    assert all(
+        x.shape == y.shape and not x.any() for x, y in zip(nobody.hidden, anna.hidden, strict=True)
+    )
     assert anna.to("cpu", torch.float16).hidden[0].dtype == torch.float16
 
 
 def test_fusions() -> None:
     one, two, three = (someone(seed) for seed in range(3))
-    assert fused([one, two, three]).photos == 3
-    mean = fused([one, two], "mean")
+    assert fuse_identities([one, two, three]).photos == 3
+    mean = fuse_identities([one, two], "mean")
     torch.testing.assert_close(mean.id_cond, (one.id_cond + two.id_cond) / 2)
     torch.testing.assert_close(mean.hidden[4], (one.hidden[4] + two.hidden[4]) / 2)
     assert mean.photos == 1 and mean.models == MODELS
-    weighed = fused([one, two], "mean", [3, 1])
+    weighed = fuse_identities([one, two], "mean", [3, 1])
     torch.testing.assert_close(weighed.id_cond, 0.75 * one.id_cond + 0.25 * two.id_cond)
-    torch.testing.assert_close(blend(one, two, 0.25).id_cond, weighed.id_cond)
+    torch.testing.assert_close(blend_identities(one, two, 0.25).id_cond, weighed.id_cond)
 
 
 def photo(seed: int, length: float) -> Identity:
@@ -117,27 +139,35 @@ def photo(seed: int, length: float) -> Identity:
 
 def test_a_sharp_photo_and_a_dull_one() -> None:
     sharp, dull = photo(0, 10), photo(1, 2)
-    assert fused([dull, sharp], "max_norm") is sharp
-    assert fused([dull, sharp], "max_norm", [6, 1]) is dull
-    mostly = fused([sharp, dull], "norm_id")
+    assert fuse_identities([dull, sharp], "max_norm") is sharp
+    assert fuse_identities([dull, sharp], "max_norm", [6, 1]) is dull
+    mostly = fuse_identities([sharp, dull], "norm_id")
     torch.testing.assert_close(mostly.id_cond, (10 * sharp.id_cond + 2 * dull.id_cond) / 12)
     torch.testing.assert_close(mostly.hidden[4], (10 * sharp.hidden[4] + 2 * dull.hidden[4]) / 12)
-    weighed = fused([sharp, dull], "norm_id", [1, 5])
-    torch.testing.assert_close(weighed.id_cond, fused([sharp, dull], "mean").id_cond)
-    one_look = fused([photo(0, 10), photo(0, 2)], "norm_id")  # what both saw alike is as it was
+    weighed = fuse_identities([sharp, dull], "norm_id", [1, 5])
+    torch.testing.assert_close(weighed.id_cond, fuse_identities([sharp, dull], "mean").id_cond)
+    one_look = fuse_identities(
+        [photo(0, 10), photo(0, 2)], "norm_id"
+    )  # what both saw alike is as it was
     assert float(one_look.id_cond[..., 100:].norm()) == pytest.approx(1)
 
 
 def test_what_cannot_be_fused() -> None:
     one, two = someone(0), someone(1)
-    for fusion, weights in (("sum", None), ("concat", [1, 1]), ("mean", [1]), ("mean", [-1, 2]), ("mean", [0, 0])):
+    for fusion, weights in (
+        ("sum", None),
+        ("concat", [1, 1]),
+        ("mean", [1]),
+        ("mean", [-1, 2]),
+        ("mean", [0, 0]),
+    ):
         with pytest.raises(OptionError):
-            fused([one, two], fusion, weights)
+            fuse_identities([one, two], fusion, weights)
     with pytest.raises(OptionError, match="at least one"):
-        fused([])
+        fuse_identities([])
     with pytest.raises(IdentityError, match="different numbers of photos"):
-        fused([one, concat([one, two])], "mean")
+        fuse_identities([one, concat_identities([one, two])], "mean")
     with pytest.raises(IdentityError, match="another vision"):
-        fused([one, someone(1, {**MODELS, "vision": "cc"})], "mean")
+        fuse_identities([one, someone(1, {**MODELS, "vision": "cc"})], "mean")
     with pytest.raises(OptionError, match="between 0 and 1"):
-        blend(one, two, 1.5)
+        blend_identities(one, two, 1.5)

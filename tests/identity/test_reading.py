@@ -13,38 +13,42 @@ import pytest
 import skimage.data
 import torch
 from facexlib.parsing.bisenet import BiSeNet
-from photo_networks import recogniser_file
 from PIL import Image
 
 from openpulid.errors import FaceError, IdentityError, OptionError
-from openpulid.faces.choose import listed
-from openpulid.faces.detect import FaceFinder
+from openpulid.faces.arcface import ArcFaceRecognition
+from openpulid.faces.bisenet import TEMPLATE, FaceParser, align_photo
 from openpulid.faces.face import Face
-from openpulid.faces.photos import TEMPLATE, ArcFace, FaceParser, PhotoFinder, aligned_photo
-from openpulid.identity.clip import ClipFeatures
-from openpulid.identity.features import FoundFaces
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.scrfd import SCRFDDetector
+from openpulid.faces.select import describe_faces
+from openpulid.identity.clip_extractor import ClipExtractor
+from openpulid.identity.eva_clip import VisionEncoder
+from openpulid.identity.extractor import DetectedFaces
 from openpulid.identity.identity import Identity
-from openpulid.identity.photos import PhotoFeatures
-from openpulid.identity.vision import VisionTower
-from openpulid.loading import load_features
-from openpulid.methods.pulid.adapter import PuLID
+from openpulid.identity.photo_extractor import PhotoExtractor
+from openpulid.io.checkpoints import fingerprint
 from openpulid.methods.pulid.encoders import IDEncoder
-from openpulid.presets import mini, sdxl
-from openpulid.studio import Studio
-from openpulid.weights import fingerprint
+from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.pipelines.factory import load_extractor
+from openpulid.pipelines.presets import mini, sdxl
+from openpulid.pipelines.studio import Studio
+from tests.support.photo_networks import recogniser_file
 
 MODELS = {"glintr100": "a", "EVA02": "b"}
 
 
-def tower() -> VisionTower:
+def tower() -> VisionEncoder:
     torch.manual_seed(0)
-    return VisionTower(img_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2, num_classes=12, ref_grid=None).eval()
+    return VisionEncoder(
+        img_size=32, patch_size=8, embed_dim=32, depth=5, num_heads=2, num_classes=12, ref_grid=None
+    ).eval()
 
 
 @pytest.fixture
-def finder() -> FaceFinder:
+def finder() -> MiniFaceDetector:
     """Takes every picture for a face, all of it."""
-    network = FaceFinder((8, 8, 8)).eval().requires_grad_(False)
+    network = MiniFaceDetector((8, 8, 8)).eval().requires_grad_(False)
     network.score[-1].weight.zero_(), network.score[-1].bias.fill_(100)
     network.parts.weight.zero_(), network.parts.bias.zero_()
     network.parts.bias[4:8] = 100
@@ -52,11 +56,14 @@ def finder() -> FaceFinder:
 
 
 def test_a_large_photograph_is_shrunk_before_it_is_read(finder) -> None:
-    features = ClipFeatures(FoundFaces(finder), None)
-    for preset, shape in ((sdxl(), (3, 1024, 768)), (mini(), (3, 1600, 1200))):  # the miniature's pictures are no photographs
+    features = ClipExtractor(DetectedFaces(finder), None)
+    for preset, shape in (
+        (sdxl(), (3, 1024, 768)),
+        (mini(), (3, 1600, 1200)),
+    ):  # the miniature's pictures are no photographs
         ((_, (face,)),) = Studio(None, features, None, preset).faces(Image.new("RGB", (1200, 1600)))
         assert face.image.shape == shape
-        assert listed([face]) == ["picture: face 0 at 0,0 to 1200,1600, score 1.00"]
+        assert describe_faces([face]) == ["picture: face 0 at 0,0 to 1200,1600, score 1.00"]
     small = np.random.default_rng(0).integers(0, 256, (600, 1024, 3), dtype=np.uint8)
     ((_, (face,)),) = Studio(None, features, None, sdxl()).faces(Image.fromarray(small))
     assert torch.equal((face.image * 255).round().byte(), torch.from_numpy(small).permute(2, 0, 1))
@@ -64,7 +71,7 @@ def test_a_large_photograph_is_shrunk_before_it_is_read(finder) -> None:
 
 def test_a_message_has_the_size_that_was_given(finder) -> None:
     finder.score[-1].bias.fill_(-100)
-    studio = Studio(None, ClipFeatures(FoundFaces(finder), None), None, sdxl())
+    studio = Studio(None, ClipExtractor(DetectedFaces(finder), None), None, sdxl())
     with pytest.raises(FaceError, match="no face was found in its 1200 x 1600 pixels"):
         studio.faces(Image.new("RGB", (1200, 1600)))
 
@@ -72,15 +79,24 @@ def test_a_message_has_the_size_that_was_given(finder) -> None:
 @torch.no_grad()
 def test_a_tower_in_bfloat16_reads_on_every_processor(tmp_path: Path) -> None:
     image = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
-    face = Face(image, torch.tensor([0.0, 0, 1, 1]), torch.tensor(TEMPLATE) - torch.tensor([30.0, 200.0]), 1.0)
+    face = Face(
+        image,
+        torch.tensor([0.0, 0, 1, 1]),
+        torch.tensor(TEMPLATE) - torch.tensor([30.0, 200.0]),
+        1.0,
+    )
     whole = tower()
-    expected, levels = whole(whole.prepare(aligned_photo(face)))
-    recogniser = ArcFace.load(recogniser_file(tmp_path / "glintr100.onnx", dim=12))
+    expected, levels = whole(whole.prepare(align_photo(face)))
+    recogniser = ArcFaceRecognition.load(recogniser_file(tmp_path / "glintr100.onnx", dim=12))
     parser = FaceParser(BiSeNet(num_class=19))
-    features = PhotoFeatures(None, recogniser, parser, whole.to(torch.bfloat16), MODELS, use_gray=False)
+    features = PhotoExtractor(
+        None, recogniser, parser, whole.to(torch.bfloat16), MODELS, use_gray=False
+    )
     (identity,) = features.identities([face])
     assert identity.id_cond.shape == (1, 1, 12 + 12) and identity.models == features.models
-    for ours, theirs in zip((identity.id_cond[0, :, 12:], *identity.hidden), (expected, *levels), strict=True):
+    for ours, theirs in zip(
+        (identity.id_cond[0, :, 12:], *identity.hidden), (expected, *levels), strict=True
+    ):
         assert ours.dtype == torch.float32 and (ours - theirs).norm() < 0.1 * theirs.norm()
 
 
@@ -89,12 +105,17 @@ def test_everything_is_read_of_the_face_that_was_chosen(tmp_path: Path) -> None:
     """Of two faces in one picture, recogniser and tower see the same one."""
     image = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
     shifts = torch.tensor([[30.0, 200.0], [-150.0, -80.0]])
-    two = [Face(image, torch.tensor([0.0, 0, 1, 1]), torch.tensor(TEMPLATE) * 0.5 - shift * 0.5, 1.0) for shift in shifts]
-    recogniser = ArcFace.load(recogniser_file(tmp_path / "glintr100.onnx", dim=12))
+    two = [
+        Face(image, torch.tensor([0.0, 0, 1, 1]), torch.tensor(TEMPLATE) * 0.5 - shift * 0.5, 1.0)
+        for shift in shifts
+    ]
+    recogniser = ArcFaceRecognition.load(recogniser_file(tmp_path / "glintr100.onnx", dim=12))
     whole = tower()
-    features = PhotoFeatures(None, recogniser, FaceParser(BiSeNet(num_class=19)), whole, MODELS, use_gray=False)
+    features = PhotoExtractor(
+        None, recogniser, FaceParser(BiSeNet(num_class=19)), whole, MODELS, use_gray=False
+    )
     for face, identity in zip(two, features.identities(two), strict=True):
-        seen, levels = whole(whole.prepare(aligned_photo(face)))
+        seen, levels = whole(whole.prepare(align_photo(face)))
         torch.testing.assert_close(identity.id_cond[0], torch.cat([recogniser(face), seen], dim=1))
         torch.testing.assert_close(list(identity.hidden), list(levels))
     one, other = (identity.id_cond[0] for identity in features.identities(two))
@@ -108,31 +129,52 @@ def test_an_adapter_is_used_with_what_it_learned_with(
     recogniser_file(tmp_path / "glintr100.onnx")
     (tmp_path / "EVA02.pt").write_bytes(b"a tower")
     torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
-    monkeypatch.setattr(PhotoFinder, "load", lambda file, device: None)
-    monkeypatch.setattr(VisionTower, "from_published", lambda file: tower())
-    names = {"finder": "scrfd.onnx", "recogniser": "glintr100.onnx", "parser": "parsing.pth", "vision": "EVA02.pt"}
+    monkeypatch.setattr(SCRFDDetector, "load", lambda file, device: None)
+    monkeypatch.setattr(VisionEncoder, "from_published", lambda file: tower())
+    names = {
+        "finder": "scrfd.onnx",
+        "recogniser": "glintr100.onnx",
+        "parser": "parsing.pth",
+        "vision": "EVA02.pt",
+    }
     preset = replace(sdxl(), **{role: tmp_path / name for role, name in names.items()})
     made = PuLID.for_unet(tiny_pipeline().unet, IDEncoder(24, 64, vit_dim=32, hidden_dim=16))
-    read = {name: fingerprint(tmp_path / file) for name, file in (("glintr100", "glintr100.onnx"), ("EVA02", "EVA02.pt"))}
+    read = {
+        name: fingerprint(tmp_path / file)
+        for name, file in (("glintr100", "glintr100.onnx"), ("EVA02", "EVA02.pt"))
+    }
     for known in ({}, read):
-        adapter = PuLID.load(made.save(tmp_path / "adapter.safetensors", {"models": json.dumps(known)}))
-        assert load_features(preset, torch.device("cpu"), adapter).models == read
-    adapter = PuLID.load(made.save(tmp_path / "adapter.safetensors", {"models": json.dumps({**read, "EVA02": "0"})}))
+        adapter = PuLID.load(
+            made.save(tmp_path / "adapter.safetensors", {"models": json.dumps(known)})
+        )
+        assert load_extractor(preset, torch.device("cpu"), adapter).models == read
+    adapter = PuLID.load(
+        made.save(tmp_path / "adapter.safetensors", {"models": json.dumps({**read, "EVA02": "0"})})
+    )
     with pytest.raises(OptionError, match="faces would be read by another EVA02; name the pack"):
-        load_features(preset, torch.device("cpu"), adapter)
+        load_extractor(preset, torch.device("cpu"), adapter)
 
 
 def test_colour_and_gray_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recogniser_file(tmp_path / "glintr100.onnx")
     (tmp_path / "EVA02.pt").write_bytes(b"a tower")
     torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
-    monkeypatch.setattr(PhotoFinder, "load", lambda file, device: None)  # not here
-    monkeypatch.setattr(VisionTower, "from_published", lambda file: tower())  # the published one has 300 million numbers
-    files = [tmp_path / name for name in ("detector.onnx", "glintr100.onnx", "parsing.pth", "EVA02.pt")]
-    gray, colour = PhotoFeatures.load(*files), PhotoFeatures.load(*files, use_gray=False)
+    monkeypatch.setattr(SCRFDDetector, "load", lambda file, device: None)  # not here
+    monkeypatch.setattr(
+        VisionEncoder, "from_published", lambda file: tower()
+    )  # the published one has 300 million numbers
+    files = [
+        tmp_path / name for name in ("detector.onnx", "glintr100.onnx", "parsing.pth", "EVA02.pt")
+    ]
+    gray, colour = PhotoExtractor.load(*files), PhotoExtractor.load(*files, use_gray=False)
     assert gray.use_gray and not colour.use_gray
-    assert set(gray.models) == {"glintr100", "EVA02"}  # identities that were made before go on to fit
-    one, other = (Identity(torch.zeros(1, 1, 24), (), features.models) for features in (gray, colour))
+    assert set(gray.models) == {
+        "glintr100",
+        "EVA02",
+    }  # identities that were made before go on to fit
+    one, other = (
+        Identity(torch.zeros(1, 1, 24), (), features.models) for features in (gray, colour)
+    )
     for identity, features in ((one, colour), (other, gray)):
         with pytest.raises(IdentityError, match="another use_gray"):
             identity.require(features.models)

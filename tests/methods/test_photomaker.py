@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from clip_files import FACE, Faces, config, embedding
 from diffusers import ControlNetModel
-from token_files import CROSS, PROMPTS, WIDTH, drawn, person
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.identity import Identity, fused
-from openpulid.methods.base import Method, find
-from openpulid.methods.control import ControlNet
+from openpulid.identity.identity import Identity, fuse_identities
+from openpulid.methods.controlnet import ControlNet
 from openpulid.methods.photomaker.adapter import PhotoMaker, repeated
 from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
+from openpulid.methods.registry import Method, find_method
+from tests.support.clip_files import FACE, Faces, config, embedding
+from tests.support.token_files import CROSS, PROMPTS, WIDTH, drawn, person
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
 
@@ -30,7 +30,9 @@ def file(pipe: Any, version: int) -> dict[str, dict[str, torch.Tensor]]:
     attention = pipe.unet.get_submodule(LAYER)
     inner = attention.to_q.in_features
     lora = {f"unet.{LAYER}.processor.to_q_lora.down.weight": torch.randn(2, inner) / inner**0.5}
-    lora |= {f"unet.{LAYER}.processor.to_q_lora.up.weight": torch.randn(attention.to_q.out_features, 2)}
+    lora |= {
+        f"unet.{LAYER}.processor.to_q_lora.up.weight": torch.randn(attention.to_q.out_features, 2)
+    }
     lora |= {f"unet.{LAYER}.processor.to_out_lora.down.weight": torch.randn(2, inner) / inner**0.5}
     lora |= {f"unet.{LAYER}.processor.to_out_lora.up.weight": torch.randn(inner, 2)}
     return {"id_encoder": encoder.state_dict(), "lora_weights": lora}
@@ -62,8 +64,10 @@ def said(pipe: Any, prompt: str, count: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("photos", [1, 2])
-def test_it_is_the_stock_pipeline_with_melted_words(pipe: Any, method: PhotoMaker, photos: int) -> None:
-    who = fused([somebody(method)] * photos)
+def test_it_is_the_stock_pipeline_with_melted_words(
+    pipe: Any, method: PhotoMaker, photos: int
+) -> None:
+    who = fuse_identities([somebody(method)] * photos)
     method.lora = {}
     with method.use(who, start=0.0):
         ours = drawn(pipe)
@@ -76,8 +80,15 @@ def test_it_is_the_stock_pipeline_with_melted_words(pipe: Any, method: PhotoMake
         where = slice(place, place + len(tokens))
         states[0, where] = encoder.fuse_module(states[0, where], tokens)
     generator = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent", "generator": [generator]}
-    theirs = pipe(prompt_embeds=states, pooled_prompt_embeds=pooled, **negatives(pipe), **options).images
+    options = {
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "output_type": "latent",
+        "generator": [generator],
+    }
+    theirs = pipe(
+        prompt_embeds=states, pooled_prompt_embeds=pooled, **negatives(pipe), **options
+    ).images
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
@@ -101,13 +112,24 @@ def test_words_alone_until_it_starts(pipe: Any, method: PhotoMaker) -> None:
     """Its known trap: the layout is the words' until `start`, pooled embedding included."""
     method.lora = {}
     before, seen = drawn(pipe), []
-    hook = pipe.unet.register_forward_pre_hook(lambda module, args, named: seen.append(named), with_kwargs=True)
-    with method.use(fused([somebody(method)] * 2), start=0.4):  # of one token the pooled embedding stays
-        pipe.unet.register_forward_pre_hook(lambda module, args, named: seen.append(named), with_kwargs=True)
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda module, args, named: seen.append(named), with_kwargs=True
+    )
+    with method.use(
+        fuse_identities([somebody(method)] * 2), start=0.4
+    ):  # of one token the pooled embedding stays
+        pipe.unet.register_forward_pre_hook(
+            lambda module, args, named: seen.append(named), with_kwargs=True
+        )
         late = drawn(pipe)
     hook.remove()
-    told = [(step["encoder_hidden_states"], step["added_cond_kwargs"]["text_embeds"]) for step in (seen[1], seen[3])]
-    for first, second in zip(*told, strict=True):  # of each of two steps, what came out of the method's own hook
+    told = [
+        (step["encoder_hidden_states"], step["added_cond_kwargs"]["text_embeds"])
+        for step in (seen[1], seen[3])
+    ]
+    for first, second in zip(
+        *told, strict=True
+    ):  # of each of two steps, what came out of the method's own hook
         assert torch.equal(first[0], second[0]), "the negative half is told nothing"
         assert not torch.equal(first[1], second[1])
     assert not torch.allclose(late, before, atol=1e-4)
@@ -127,14 +149,18 @@ def test_a_controlnet_reads_the_melted_words(pipe: Any, method: PhotoMaker) -> N
     net = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
     control, read, told = ControlNet(net), [], []
     control.attach(pipe)
-    net.register_forward_pre_hook(lambda _, args, named: read.append(named["encoder_hidden_states"]), with_kwargs=True)
+    net.register_forward_pre_hook(
+        lambda _, args, named: read.append(named["encoder_hidden_states"]), with_kwargs=True
+    )
     with control.use(torch.rand(3, 16, 16)), method.use(somebody(method), start=0.0):
         pipe.unet.register_forward_pre_hook(
             lambda _, args, named: told.append(named["encoder_hidden_states"]), with_kwargs=True
         )
         drawn(pipe)
     plain = pipe.encode_prompt(PROMPTS[0])[0]
-    assert len(read) == len(told) == 2 and all(torch.equal(a, b) for a, b in zip(read, told, strict=True))
+    assert len(read) == len(told) == 2 and all(
+        torch.equal(a, b) for a, b in zip(read, told, strict=True)
+    )
     assert not torch.equal(read[0][1:], plain)
 
 
@@ -150,14 +176,18 @@ def test_nothing_is_left_behind(pipe: Any, method: PhotoMaker) -> None:
     with method.use(somebody(method), scale=0):
         assert torch.equal(drawn(pipe), before)
     method.detach(pipe)
-    assert [name for name, _ in pipe.unet.named_modules()] == names and not getattr(pipe.unet, "peft_config", {})
+    assert [name for name, _ in pipe.unet.named_modules()] == names and not getattr(
+        pipe.unet, "peft_config", {}
+    )
     for module in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
         assert not module._forward_hooks and not module._forward_pre_hooks
     with pytest.raises(OptionError, match="attach"), method.use(somebody(method)):
         pass
 
 
-def test_what_was_said_for_one_run_is_not_kept_for_the_next(pipe: Any, method: PhotoMaker, monkeypatch: Any) -> None:
+def test_what_was_said_for_one_run_is_not_kept_for_the_next(
+    pipe: Any, method: PhotoMaker, monkeypatch: Any
+) -> None:
     from openpulid.methods.photomaker import adapter
 
     opened: list[Any] = []
@@ -184,8 +214,14 @@ def test_batches_and_guidance(pipe: Any, method: PhotoMaker) -> None:
         alone = []
         for k, who in enumerate((one, other)):
             with method.use(who, start=0.0):
-                options = {"num_inference_steps": 2, "guidance_scale": guidance, "output_type": "latent"}
-                alone.append(pipe(prompts[k], generator=[torch.Generator().manual_seed(k)], **options).images)
+                options = {
+                    "num_inference_steps": 2,
+                    "guidance_scale": guidance,
+                    "output_type": "latent",
+                }
+                alone.append(
+                    pipe(prompts[k], generator=[torch.Generator().manual_seed(k)], **options).images
+                )
         with method.use([one, other], start=0.0):
             assert torch.allclose(drawn(pipe, prompts, guidance), torch.cat(alone), atol=1e-5)
     with method.use([one, one, one]), pytest.raises(OptionError, match="3 identities for 2 images"):
@@ -195,25 +231,40 @@ def test_batches_and_guidance(pipe: Any, method: PhotoMaker) -> None:
 def test_the_word_is_repeated_and_the_end_stays(pipe: Any) -> None:
     words = pipe.tokenizer
     person_id, end = words.convert_tokens_to_ids("person"), words.eos_token_id
-    ids = words(["portrait of a person", "film noir"], padding="max_length", return_tensors="pt").input_ids
+    ids = words(
+        ["portrait of a person", "film noir"], padding="max_length", return_tensors="pt"
+    ).input_ids
     again, places = repeated(ids, words, 3)
     assert again.shape == ids.shape
     assert places == [4, 1], "where nobody is named somebody is put in front"
     assert again[0, 4:8].tolist() == [person_id] * 3 + [end] and (again[0] == person_id).sum() == 3
     assert again[1, 1:5].tolist() == [person_id] * 3 + [words.convert_tokens_to_ids("film")]
-    full = torch.tensor([[words.bos_token_id, person_id, *[words.convert_tokens_to_ids("red")] * (ids.shape[1] - 3), end]])
+    full = torch.tensor(
+        [
+            [
+                words.bos_token_id,
+                person_id,
+                *[words.convert_tokens_to_ids("red")] * (ids.shape[1] - 3),
+                end,
+            ]
+        ]
+    )
     assert repeated(full, words, 3)[0][0, -1] == end
 
 
 def test_a_person_who_is_named_too_late_is_said(pipe: Any, method: PhotoMaker) -> None:
     """Twelve places: the word's repetitions would push the end out. What is not to be seen may name somebody late."""
     late = " ".join(["red"] * 9) + " person"
-    who = fused([somebody(method)] * 2)
+    who = fuse_identities([somebody(method)] * 2)
     with method.use(who, start=0.0):
         with pytest.raises(OptionError, match="stands too late in the prompt"):
             drawn(pipe, [late])
         drawn(pipe, negative_prompt=[late])
-    with method.use(somebody(method)), pytest.raises(OptionError, match="already in use"), method.use(who):
+    with (
+        method.use(somebody(method)),
+        pytest.raises(OptionError, match="already in use"),
+        method.use(who),
+    ):
         pass
 
 
@@ -221,12 +272,22 @@ def test_what_does_not_fit_is_said(pipe: Any, method: PhotoMaker, tmp_path: Any)
     with pytest.raises(OptionError, match="own picture tower"), method.use(person(1)):
         pass
     states, _, pooled, _ = pipe.encode_prompt(PROMPTS[0], do_classifier_free_guidance=False)
-    with method.use(somebody(method), start=0.0), pytest.raises(OptionError, match="give the pipeline words"):
-        pipe(prompt_embeds=states + 1, pooled_prompt_embeds=pooled, num_inference_steps=1, guidance_scale=1.0)
-    torch.save({"id_encoder": {"weight": torch.zeros(1)}, "lora_weights": {}}, tmp_path / "other.bin")
+    with (
+        method.use(somebody(method), start=0.0),
+        pytest.raises(OptionError, match="give the pipeline words"),
+    ):
+        pipe(
+            prompt_embeds=states + 1,
+            pooled_prompt_embeds=pooled,
+            num_inference_steps=1,
+            guidance_scale=1.0,
+        )
+    torch.save(
+        {"id_encoder": {"weight": torch.zeros(1)}, "lora_weights": {}}, tmp_path / "other.bin"
+    )
     with pytest.raises(WeightsError, match="PhotoMaker"):
         PhotoMaker.load(tmp_path / "other.bin")
     if method.encoder.face:
         with pytest.raises(OptionError, match="recogniser"):
             method.features(Faces())
-    assert find("photomaker") is PhotoMaker
+    assert find_method("photomaker") is PhotoMaker

@@ -13,19 +13,25 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-from openpulid.autoencoder import PatchAutoencoderKL
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.io.checkpoints import load_module
 from openpulid.mini.accelerated import __main__ as command
 from openpulid.mini.accelerated import autoencoder, unet
 from openpulid.mini.accelerated.evaluation import detect, frechet
 from openpulid.mini.accelerated.output import Output
-from openpulid.mini.accelerated.scenes import COLUMNS, CaptionWriter, draw_people, draw_scenes, stage_of
+from openpulid.mini.accelerated.scenes import (
+    COLUMNS,
+    CaptionWriter,
+    draw_people,
+    draw_scenes,
+    stage_of,
+)
 from openpulid.mini.accelerated.steps import DeviceMuon, TimedSchedule
 from openpulid.mini.accelerated.world import plan_world, render_world
-from openpulid.mini.pipeline import Words
-from openpulid.mini.text import tokenizer
-from openpulid.presets import MINIATURE
+from openpulid.mini.models.pipeline import TextEncoders
+from openpulid.mini.models.tokenizer import tokenizer
+from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.muon import Muon
-from openpulid.weights import load_module
 from openpulid.world import ATTRIBUTES, Person, render
 from openpulid.world.render import render_stage
 from openpulid.world.scene import _CLAUSES, _clause
@@ -43,24 +49,35 @@ def world():
 
 @pytest.fixture(scope="module")
 def words():
-    first = CLIPTextModel.from_pretrained(MINIATURE / "pipeline" / "text_encoder", torch_dtype=torch.float32)
+    first = CLIPTextModel.from_pretrained(
+        MINIATURE / "pipeline" / "text_encoder", torch_dtype=torch.float32
+    )
     second = CLIPTextModelWithProjection.from_pretrained(
         MINIATURE / "pipeline" / "text_encoder_2", torch_dtype=torch.float32
     )
-    return Words(first, second)
+    return TextEncoders(first, second)
 
 
 @pytest.fixture(scope="module")
 def data(world, words):
-    vae = PatchAutoencoderKL.from_pretrained(MINIATURE / "pipeline" / "vae", torch_dtype=torch.float32).eval()
-    writer = CaptionWriter(PreTrainedTokenizerFast.from_pretrained(MINIATURE / "pipeline" / "tokenizer"), torch.device("cpu"))
+    vae = PatchAutoencoderKL.from_pretrained(
+        MINIATURE / "pipeline" / "vae", torch_dtype=torch.float32
+    ).eval()
+    writer = CaptionWriter(
+        PreTrainedTokenizerFast.from_pretrained(MINIATURE / "pipeline" / "tokenizer"),
+        torch.device("cpu"),
+    )
     return unet.prepare(vae, words, writer, world, torch.Generator().manual_seed(5))
 
 
 def test_tensor_scenes_render_like_world_scenes(generator):
     scenes, people = draw_scenes(3, generator), draw_people(3, generator)
     made = render_stage(people, stage_of(scenes), 48)
-    expected = render([Person.from_vector(row.tolist()) for row in people], [scenes.scene(k) for k in range(3)], 48)
+    expected = render(
+        [Person.from_vector(row.tolist()) for row in people],
+        [scenes.scene(k) for k in range(3)],
+        48,
+    )
     assert torch.equal(made.image, expected.image)
     assert torch.equal(made.parts, expected.parts)
     assert torch.equal(made.landmarks, expected.landmarks)
@@ -74,7 +91,10 @@ def test_scenes_keep_held_out_combinations_apart(generator):
 
 def test_portraits_share_the_sitting():
     _, scenes = plan_world(5, 1, 1, torch.Generator().manual_seed(0))
-    assert all(scenes.scene(k).style == "photo" and scenes.scene(k).pose == "front" for k in range(1, 10, 2))
+    assert all(
+        scenes.scene(k).style == "photo" and scenes.scene(k).pose == "front"
+        for k in range(1, 10, 2)
+    )
 
 
 def test_captions_say_what_is_visible(generator):
@@ -95,7 +115,9 @@ def test_captions_say_what_is_visible(generator):
 
 def test_device_muon_steps_like_muon():
     torch.manual_seed(0)
-    one = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 5), torch.nn.LayerNorm(5))
+    one = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 5), torch.nn.LayerNorm(5)
+    )
     two = deepcopy(one)
     known, new = Muon(one.parameters(), 1e-2), DeviceMuon(two.parameters())
     new.lr.fill_(1e-2)
@@ -120,7 +142,9 @@ def test_schedule_ends_at_zero():
 
 
 def test_shipped_base_has_a_low_loss(data):
-    model = UNet2DConditionModel.from_pretrained(MINIATURE / "pipeline" / "unet", torch_dtype=torch.float32)
+    model = UNet2DConditionModel.from_pretrained(
+        MINIATURE / "pipeline" / "unet", torch_dtype=torch.float32
+    )
     torch.manual_seed(0)
     loss = unet.base_step(model, DeviceMuon(model.parameters()), data, 16)()["diffusion"]
     assert 0.05 < float(loss) < 0.4  # an untrained one starts near 1
@@ -138,9 +162,9 @@ def test_autoencoder_without_patch_borders_starts_as_the_linear_code(world, tmp_
 
 
 def test_detect_agrees_with_the_detector(world):
-    from openpulid.faces.detect import FaceFinder
+    from openpulid.faces.mini_detector import MiniFaceDetector
 
-    detector = load_module(FaceFinder, MINIATURE / "finder.safetensors")
+    detector = load_module(MiniFaceDetector, MINIATURE / "detector.safetensors")
     images = torch.cat([world.images[:3].float() / 255, torch.full((1, 3, 96, 96), 0.5)])
     faces, expected = detect(detector, images), detector.find(images)
     assert faces.found.tolist() == [face is not None for face in expected]
@@ -178,5 +202,9 @@ def test_dry_run_writes_every_stage(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "report.json").read_text())
     assert not [line for line in report["log"] if "failed" in line]
     assert set(report["figures"]) >= {"world", "autoencoder", "base", "student"}
-    assert {file.name.split(".")[0] for file in tmp_path.glob("*.tar.gz.*")} == {"vae", "base", "student"}
+    assert {file.name.split(".")[0] for file in tmp_path.glob("*.tar.gz.*")} == {
+        "vae",
+        "base",
+        "student",
+    }
     assert (tmp_path / "sheets.jpg").exists()

@@ -8,15 +8,15 @@ import torch
 from safetensors import safe_open
 
 import openpulid as pulid
-from openpulid.autoencoder import PatchAutoencoderKL
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import FaceError, PromptError
-from openpulid.faces.detect import FaceFinder
-from openpulid.images import open_picture
-from openpulid.mini.autoencoder import there_and_back
-from openpulid.mini.rivals import NAMES
-from openpulid.pictures import to_images, to_pictures
-from openpulid.presets import MINIATURE, mini, with_method
-from openpulid.weights import load_module
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.io.checkpoints import load_module
+from openpulid.io.image_grid import to_pil, to_tensor
+from openpulid.io.images import open_image
+from openpulid.mini.train.autoencoder import there_and_back
+from openpulid.mini.train.baselines import NAMES
+from openpulid.pipelines.presets import MINIATURE, mini, with_method
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "photos"
@@ -36,7 +36,7 @@ def strangers():
 
 @pytest.fixture(scope="module")
 def finder():
-    return load_module(FaceFinder, MINIATURE / "finder.safetensors", "cpu")
+    return load_module(MiniFaceDetector, MINIATURE / "detector.safetensors", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,25 @@ def studio():
 
 def test_they_fit_into_a_repository_and_say_where_they_come_from():
     files = [path for path in MINIATURE.rglob("*") if path.is_file()]
-    rivals = {name: [path for path in files if name in path.relative_to(MINIATURE).parts[0]] for name in NAMES}
+    rivals = {
+        name: [path for path in files if name in path.relative_to(MINIATURE).parts[0]]
+        for name in NAMES
+    }
     assert all(sum(path.stat().st_size for path in rival) < 8e6 for rival in rivals.values())
-    assert sum(path.stat().st_size for path in files if not any(path in rival for rival in rivals.values())) < 60e6
+    assert (
+        sum(
+            path.stat().st_size
+            for path in files
+            if not any(path in rival for rival in rivals.values())
+        )
+        < 60e6
+    )
     assert max(path.stat().st_size for path in files) < 16e6
     for path in MINIATURE.rglob("*.json"):  # no folder of the machine that made them
         named = json.loads(path.read_text("utf-8"))
-        assert not isinstance(named, dict) or not str(named.get("_name_or_path", "")).startswith("/"), path
+        assert not isinstance(named, dict) or not str(named.get("_name_or_path", "")).startswith(
+            "/"
+        ), path
     for path in MINIATURE.rglob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             assert {"revision", "seed", "minutes"} <= set(file.metadata()), path
@@ -62,10 +74,15 @@ def test_they_fit_into_a_repository_and_say_where_they_come_from():
 def test_every_rival_shows_somebody(method, studio):
     """More than saving in half precision could change, and different people differently."""
     rival = pulid.load("mini", device="cpu", method=method)
-    portraits = to_pictures(render([Person.from_seed(HELD_OUT_PEOPLE + k) for k in (1, 2)], [Scene(), Scene()]).image)
+    portraits = to_pil(
+        render([Person.from_seed(HELD_OUT_PEOPLE + k) for k in (1, 2)], [Scene(), Scene()]).image
+    )
     known = {"seed": 3, "steps": 5}
-    images = [rival.generate("portrait of a person, photo", who, **known) for who in (None, *map(rival.identify, portraits))]
-    base, first, second = (to_images(result.images) for result in images)
+    images = [
+        rival.generate("portrait of a person, photo", who, **known)
+        for who in (None, *map(rival.identify, portraits))
+    ]
+    base, first, second = (to_tensor(result.images) for result in images)
     assert (first - base).abs().mean() > 0.01 and (first - second).abs().mean() > 0.005
 
 
@@ -89,23 +106,29 @@ def test_the_finder_refuses_noise_and_plain_colours(finder):
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs are not beside this checkout")
 def test_the_finder_refuses_real_photographs(finder):
-    pictures = [open_picture(path) for path in sorted(PHOTOS.iterdir())]
+    pictures = [open_image(path) for path in sorted(PHOTOS.iterdir())]
     assert len(pictures) == 7
-    assert all(finder.find([to_images([picture])[0]])[0] is None for picture in pictures)
+    assert all(finder.find([to_tensor([picture])[0]])[0] is None for picture in pictures)
 
 
 def test_the_autoencoder_keeps_the_picture(strangers):
-    vae = PatchAutoencoderKL.from_pretrained(MINIATURE / "pipeline" / "vae", torch_dtype=torch.float32).eval()
+    vae = PatchAutoencoderKL.from_pretrained(
+        MINIATURE / "pipeline" / "vae", torch_dtype=torch.float32
+    ).eval()
     error = (there_and_back(vae, strangers.image) - strangers.image).square().mean((1, 2, 3))
     assert (-10 * error.log10()).mean() > 31
 
 
 def test_from_one_picture_to_new_ones(studio):
-    portrait = to_pictures(render([Person.from_seed(HELD_OUT_PEOPLE)], [Scene()]).image)[0]
+    portrait = to_pil(render([Person.from_seed(HELD_OUT_PEOPLE)], [Scene()]).image)[0]
     anna = studio.identify(portrait)
-    result = studio.generate("portrait, photo, smiling, blue background", identity=anna, seed=3, num_images=2, steps=4)
+    result = studio.generate(
+        "portrait, photo, smiling, blue background", identity=anna, seed=3, num_images=2, steps=4
+    )
     assert [image.size for image in result.images] == [(96, 96)] * 2
-    alone = studio.generate("portrait, photo, smiling, blue background", identity=anna, seed=4, steps=4)
+    alone = studio.generate(
+        "portrait, photo, smiling, blue background", identity=anna, seed=4, steps=4
+    )
     assert alone.images[0].tobytes() == result.images[1].tobytes()
     without = studio.generate("portrait, photo, smiling, blue background", seed=4, steps=4)
     assert without.images[0].tobytes() != alone.images[0].tobytes()
@@ -114,6 +137,6 @@ def test_from_one_picture_to_new_ones(studio):
 def test_what_it_does_not_know_is_one_sentence(studio):
     with pytest.raises(PromptError, match="zebra"):
         studio.generate("portrait of a zebra")
-    gray = to_pictures(torch.full((1, 3, 96, 96), 0.5))[0]
+    gray = to_pil(torch.full((1, 3, 96, 96), 0.5))[0]
     with pytest.raises(FaceError, match="no face"):
         studio.identify(gray)

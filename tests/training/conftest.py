@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
+
+from openpulid import device
+from tests.support import tiny_sdxl as tiny
 
 
 @pytest.fixture
@@ -27,8 +29,13 @@ def one_thread():
 
 @pytest.fixture
 def start():
-    """start(code, *arguments, **environment): a Python process that finds what the tests find."""
+    """start(code, *arguments, **environment): a Python process that finds what the tests find.
+
+    It has bfloat16 where this process has it, or pretends to (`both_precisions`).
+    """
     started = []
+    available = device.supports_bf16(torch.device("cpu"))
+    same_bf16 = f"from openpulid import device; device.supports_bf16 = lambda device: {available}\n"
 
     def begin(code, *arguments, **environment):
         environment = {
@@ -37,8 +44,10 @@ def start():
             "OMP_NUM_THREADS": "1",
             **environment,
         }
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        command = [sys.executable, "-c", same_bf16 + code, *map(str, arguments)]
+        started.append(
+            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        )
         return started[-1]
 
     yield begin

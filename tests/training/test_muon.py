@@ -25,7 +25,9 @@ def test_orthogonal_evens_out_singular_values_and_keeps_their_vectors(shape):
 def test_one_step_by_hand():
     """A matrix moves by 0.2 lr sqrt(max(m, n)) times its orthogonal gradient, a vector as AdamW does; kernels are matrices."""
     torch.manual_seed(0)
-    matrix, kernel, vector = (nn.Parameter(torch.randn(shape)) for shape in ((6, 10), (4, 2, 3, 3), (5,)))
+    matrix, kernel, vector = (
+        nn.Parameter(torch.randn(shape)) for shape in ((6, 10), (4, 2, 3, 3), (5,))
+    )
     before = [p.detach().clone() for p in (matrix, kernel, vector)]
     for p in (matrix, kernel, vector):
         p.grad = torch.randn_like(p)
@@ -33,9 +35,13 @@ def test_one_step_by_hand():
     for p, was, rows in ((matrix, before[0], 6), (kernel, before[1], 4)):
         wanted = orthogonal(p.grad.reshape(1, rows, -1))[0].float().view(p.shape)
         length = max(rows, p[0].numel()) ** 0.5
-        step = 0.01 * 0.2 * length * wanted  # of about 0.003; what follows the gradient is in bfloat16
+        step = (
+            0.01 * 0.2 * length * wanted
+        )  # of about 0.003; what follows the gradient is in bfloat16
         torch.testing.assert_close(p.detach(), was * (1 - 0.01 * 0.5) - step, atol=3e-4, rtol=0)
-    torch.testing.assert_close(vector.detach(), before[2] - 0.01 * vector.grad.sign(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        vector.detach(), before[2] - 0.01 * vector.grad.sign(), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_layout_in_memory_changes_nothing():
@@ -53,7 +59,10 @@ def test_layout_in_memory_changes_nothing():
 def test_a_direction_that_all_agree_on_does_not_run_away():
     """The same rank-one gradient for queries again and again: AdamW's matrix outgrows Muon's by far more than its rate says."""
     norms = {}
-    for name, make in (("adamw", lambda p: torch.optim.AdamW([p], lr=1e-3)), ("muon", lambda p: Muon([p], lr=1e-3))):
+    for name, make in (
+        ("adamw", lambda p: torch.optim.AdamW([p], lr=1e-3)),
+        ("muon", lambda p: Muon([p], lr=1e-3)),
+    ):
         weight = nn.Parameter(torch.zeros(128, 128))
         optimizer = make(weight)
         for _ in range(50):

@@ -2,28 +2,51 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from openpulid import loading
-from openpulid.presets import flux, mini, sdxl
+from openpulid.device import supports_bf16
+from openpulid.pipelines import factory as loading
+from openpulid.pipelines.presets import flux, mini, sdxl
 from openpulid.training import precision
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_processor_without_bfloat16_computes_in_float32(monkeypatch, native, expected):
-    for module in (precision, loading):
-        monkeypatch.setattr(module, "multiplies_bf16", lambda device: native)
-    with precision.mixed(CPU):
+def test_a_processor_without_bfloat16_computes_in_float32(set_bf16, native, expected):
+    set_bf16(native)
+    with precision.autocast(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
-    with precision.mixed(CPU, bf16=False):
+    with precision.autocast(CPU, bf16=False):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert loading.precision(sdxl(), CPU) == expected
     assert loading.precision(flux(), CPU) == torch.bfloat16  # 48 GB otherwise
     assert loading.precision(mini(), CPU) == torch.float32
 
 
-@pytest.mark.parametrize(("there", "says", "expected"), [(True, True, True), (True, False, False), (False, True, False)])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_checkpointed_attention_is_recomputed_in_the_same_precision(both_precisions, bf16):
+    """A block that is recomputed during backward saves the tensors that its forward pass saved."""
+
+    def attend(x):
+        return torch.nn.functional.scaled_dot_product_attention(x @ x.mT @ x, x, x)
+
+    def gradient(block):
+        x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with precision.autocast(CPU, bf16):
+            loss = block(x).float().square().sum()
+        with precision.fp32_attention(CPU, bf16):
+            loss.backward()
+        return x.grad
+
+    plain = gradient(attend)
+    checkpointed = gradient(lambda x: checkpoint(attend, x, use_reentrant=False))
+    assert torch.equal(plain, checkpointed)
+
+
+@pytest.mark.parametrize(
+    ("there", "says", "expected"), [(True, True, True), (True, False, False), (False, True, False)]
+)
 def test_a_cpu_is_asked_through_onednn_where_there_is_one(monkeypatch, there, says, expected):
     def supported() -> bool:
         assert there, "without oneDNN there is nothing to ask"
@@ -31,5 +54,5 @@ def test_a_cpu_is_asked_through_onednn_where_there_is_one(monkeypatch, there, sa
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported)
-    assert loading.multiplies_bf16(CPU) is expected
-    assert loading.multiplies_bf16(torch.device("meta"))
+    assert supports_bf16(CPU) is expected
+    assert supports_bf16(torch.device("meta"))

@@ -25,7 +25,10 @@ def data(folder):
 
 def test_arrays(data):
     assert len(data) == 8 and data.images.shape == (8, 3, 32, 32)
-    assert data.vectors.shape == (8, len(PARAMETERS)) and data.attributes.shape == (8, len(ATTRIBUTES))
+    assert data.vectors.shape == (8, len(PARAMETERS)) and data.attributes.shape == (
+        8,
+        len(ATTRIBUTES),
+    )
     assert data.people.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and set(data.families) == {0}
     np.testing.assert_allclose(data.vectors[2], PLAN.person(1).vector(), rtol=1e-6)
     assert data.attributes[5].tolist() == attribute_row(PLAN.scene(2, 1))
@@ -36,7 +39,9 @@ def test_pictures_are_those_of_their_person_and_scene(data):
 
     again = render([PLAN.person(1)] * 8, [PLAN.scene(1, 1)] * 8, 32)
     np.testing.assert_allclose(data.images[3], (again.image[0] * 255).round().numpy(), atol=1)
-    assert data.prompt(3, torch.Generator().manual_seed(0)) == PLAN.scene(1, 1).prompt(torch.Generator().manual_seed(0))
+    assert data.prompt(3, torch.Generator().manual_seed(0)) == PLAN.scene(1, 1).prompt(
+        torch.Generator().manual_seed(0)
+    )
 
 
 def test_a_second_build_only_opens(folder, data):

@@ -43,11 +43,15 @@ def test_held_out_people_are_others_and_share_their_skin():
 
 def test_portraits_are_of_strangers_who_sit_still():
     plan = Plan(people=8, scenes=2, seed=3, portraits=True)
-    known = {Plan(people=8).person(i) for i in range(8)} | {Plan(people=8, held_out=True).person(i) for i in range(8)}
+    known = {Plan(people=8).person(i) for i in range(8)} | {
+        Plan(people=8, held_out=True).person(i) for i in range(8)
+    }
     people = [plan.person(i) for i in range(8)]
     assert len(set(people)) == 8 and not known & set(people)
     assert not any(getattr(people[0], name) == getattr(people[1], name) for name in FACIAL)
     scenes = [plan.scene(i, k) for i in range(8) for k in range(2)]
-    assert {(s.pose, s.light, s.hat, s.glasses, s.style) for s in scenes} == {("front", "studio", "none", "none", "photo")}
+    assert {(s.pose, s.light, s.hat, s.glasses, s.style) for s in scenes} == {
+        ("front", "studio", "none", "none", "photo")
+    }
     assert len({s.background for s in scenes}) > 3 and len({s.expression for s in scenes}) > 2
     assert not any(s.is_held_out for s in scenes)

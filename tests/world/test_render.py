@@ -46,7 +46,9 @@ def test_same_arguments_same_picture_alone_or_in_a_batch():
 @pytest.mark.parametrize("name", FACIAL)
 def test_every_facial_value_is_in_the_picture(name):
     person = Person.from_seed(4).replace(nose_projection=0.5)
-    pair = render([person.replace(**{name: value}) for value in (0.2, 0.8)], [Scene(pose="left")] * 2)
+    pair = render(
+        [person.replace(**{name: value}) for value in (0.2, 0.8)], [Scene(pose="left")] * 2
+    )
     assert (pair.image[0] - pair.image[1]).abs().amax() > 0.06
 
 

@@ -43,7 +43,9 @@ def test_held_out_combinations_never_meet_training():
     assert not pairs & {(scene.background, scene.clothing) for scene in held_out}
     combinations = len(ATTRIBUTES["background"]) * len(ATTRIBUTES["clothing"])
     kept_out = sum(
-        Scene(background=b, clothing=c).is_held_out for b in ATTRIBUTES["background"] for c in ATTRIBUTES["clothing"]
+        Scene(background=b, clothing=c).is_held_out
+        for b in ATTRIBUTES["background"]
+        for c in ATTRIBUTES["clothing"]
     )
     assert kept_out == combinations // 7
 

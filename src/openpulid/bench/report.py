@@ -12,8 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from openpulid.bench import table
-from openpulid.bench.cells import Cell, Folder
-from openpulid.pictures import labelled
+from openpulid.bench.run_dir import RunDir, SampleKey
+from openpulid.io.image_grid import labeled_grid
 
 PURITY = ("outside_face", "clip_i")
 """The first of these that was measured is the plot's other axis."""
@@ -30,9 +30,12 @@ th { font-weight: normal; color: #78766f; text-align: left } td, th { padding: .
 """
 
 
-def write(folder: Folder) -> list[Path]:
+def write(folder: RunDir) -> list[Path]:
     """report.md, report.json, report.png, report.html and faces.jpg in the run's folder."""
-    made = {"report.md": table.markdown(folder), "report.json": json.dumps(table.as_json(folder), indent=1) + "\n"}
+    made = {
+        "report.md": table.markdown(folder),
+        "report.json": json.dumps(table.as_json(folder), indent=1) + "\n",
+    }
     drawn = plot(folder)
     made["report.html"] = page(folder, drawn)
     for name, text in made.items():
@@ -40,10 +43,13 @@ def write(folder: Folder) -> list[Path]:
     if drawn is not None:
         drawn.save(folder.path / "report.png")
     faces(folder).save(folder.path / "faces.jpg", quality=90)
-    return [folder.path / name for name in (*made, *(["report.png"] if drawn is not None else []), "faces.jpg")]
+    return [
+        folder.path / name
+        for name in (*made, *(["report.png"] if drawn is not None else []), "faces.jpg")
+    ]
 
 
-def plot(folder: Folder) -> Image.Image | None:
+def plot(folder: RunDir) -> Image.Image | None:
     """Identity against purity, a point for each method with its intervals; up and right is better. None where one of the two
     was not measured."""
     from matplotlib.figure import Figure
@@ -61,11 +67,17 @@ def plot(folder: Folder) -> Image.Image | None:
         drawn = axes.plot(*zip(*middles, strict=True), marker="o")[0]
         for row, (x, y), middle in zip(curve, places, middles, strict=True):
             across, along = ([[i.mean - i.low], [i.high - i.mean]] for i in (x, y))
-            axes.errorbar(*middle, xerr=across, yerr=along, color=drawn.get_color(), capsize=2, alpha=0.5)
+            axes.errorbar(
+                *middle, xerr=across, yerr=along, color=drawn.get_color(), capsize=2, alpha=0.5
+            )
             axes.annotate(row.method, middle, textcoords="offset points", xytext=(6, 6), fontsize=8)
     if not table.HIGHER[purity]:
         axes.invert_xaxis()
-    axes.set_xlabel("changed outside the face" if purity == "outside_face" else "CLIP-I, with against without identity")
+    axes.set_xlabel(
+        "changed outside the face"
+        if purity == "outside_face"
+        else "CLIP-I, with against without identity"
+    )
     axes.set_ylabel("face similarity")
     axes.set_title("up and right is better", fontsize=9, color="gray")
     axes.margins(0.15)
@@ -83,18 +95,23 @@ def _curves(rows: Sequence[table.Row]) -> list[list[table.Row]]:
     return list(curves.values())
 
 
-def faces(folder: Folder, people: int = 6, side: int = 176) -> Image.Image:
+def faces(folder: RunDir, people: int = 6, side: int = 176) -> Image.Image:
     """A person and a prompt in each row: the only picture given, then the same seed through every method at its own scale."""
     facts = folder.facts()
     suite, methods = facts["suite"], [name for name in facts["methods"] if "@" not in name]
     rows = []
     for number, person in enumerate(facts["people"][:people]):
         prompt = number % len(suite["prompts"])
-        cells = [Cell(method, person, prompt, suite["seeds"][0]) for method in methods]
-        images = [Image.open(folder.image(c)) if folder.done(c) else Image.new("RGB", (8, 8), "gray") for c in cells]
+        cells = [SampleKey(method, person, prompt, suite["seeds"][0]) for method in methods]
+        images = [
+            Image.open(folder.image(c)) if folder.done(c) else Image.new("RGB", (8, 8), "gray")
+            for c in cells
+        ]
         given = Image.open(folder.path / "people" / f"{person}.png")
-        rows.append((suite["prompts"][prompt]["text"], [_square(picture) for picture in (given, *images)]))
-    return labelled(f"{suite['name']}: one person in each row", ["given", *methods], rows, side)
+        rows.append(
+            (suite["prompts"][prompt]["text"], [_square(picture) for picture in (given, *images)])
+        )
+    return labeled_grid(f"{suite['name']}: one person in each row", ["given", *methods], rows, side)
 
 
 def _square(picture: Image.Image) -> Image.Image:
@@ -104,16 +121,25 @@ def _square(picture: Image.Image) -> Image.Image:
     return picture.crop((left, top, left + side, top + side))
 
 
-def page(folder: Folder, drawn: Image.Image | None) -> str:
+def page(folder: RunDir, drawn: Image.Image | None) -> str:
     """One HTML file with everything inside: it can be mailed."""
     facts = folder.facts()
     name = html.escape(facts["suite"]["name"])
-    parts = [f"<h1>{name}</h1>", f"<p>{html.escape(table.summary(folder))}</p>", _table(table.told(folder))]
-    parts += [f"<p>{html.escape(sentence)}</p>" for sentence in (*table.remarks(folder), *table.missing(folder))]
+    parts = [
+        f"<h1>{name}</h1>",
+        f"<p>{html.escape(table.summary(folder))}</p>",
+        _table(table.told(folder)),
+    ]
+    parts += [
+        f"<p>{html.escape(sentence)}</p>"
+        for sentence in (*table.remarks(folder), *table.missing(folder))
+    ]
     if drawn is not None:
         parts.append(f'<img class="plot" alt="identity against purity" src="{_data(drawn)}">')
     if attributes := table.asked(folder):
-        parts.append(f"<details><summary>{table.ASKED}</summary>{_table(attributes)}</details>")  # long: the images come first
+        parts.append(
+            f"<details><summary>{table.ASKED}</summary>{_table(attributes)}</details>"
+        )  # long: the images come first
     for source, lines in table.published(folder).items():
         parts += [f"<h2>Published: {html.escape(source)}</h2>", _table(lines)]
     parts += [_person(folder, person) for person in facts["people"][:SHOWN_PEOPLE]]
@@ -124,26 +150,32 @@ def page(folder: Folder, drawn: Image.Image | None) -> str:
 def _table(lines: table.Lines) -> str:
     heads, rows = lines
     first = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
-    rest = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    rest = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f'<div class="wide"><table class="numbers"><tr>{first}</tr>{rest}</table></div>'
 
 
-def _person(folder: Folder, person: str) -> str:
+def _person(folder: RunDir, person: str) -> str:
     """A row for each prompt, the first seed through every method."""
     facts = folder.facts()
     suite, methods = facts["suite"], facts["methods"]
     heads = "".join(f"<th>{html.escape(text)}</th>" for text in ("prompt", *methods))
     rows = []
     for number, prompt in enumerate(suite["prompts"]):
-        cells = [Cell(method, person, number, suite["seeds"][0]) for method in methods]
-        rows.append(f'<tr><td class="words">{html.escape(prompt["text"])}</td>{"".join(_image(folder, c) for c in cells)}</tr>')
+        cells = [SampleKey(method, person, number, suite["seeds"][0]) for method in methods]
+        rows.append(
+            f'<tr><td class="words">{html.escape(prompt["text"])}</td>{"".join(_image(folder, c) for c in cells)}</tr>'
+        )
     portrait = Image.open(folder.path / "people" / f"{person}.png")
     given = f'<p><img style="width: 8rem" alt="the picture given" src="{_shown(portrait)}"> the only picture given</p>'
-    table_of = f'<div class="wide"><table class="faces"><tr>{heads}</tr>{"".join(rows)}</table></div>'
+    table_of = (
+        f'<div class="wide"><table class="faces"><tr>{heads}</tr>{"".join(rows)}</table></div>'
+    )
     return f"<h2>{html.escape(person)}</h2>{given}{table_of}"
 
 
-def _image(folder: Folder, cell: Cell) -> str:
+def _image(folder: RunDir, cell: SampleKey) -> str:
     if not folder.done(cell):
         return "<td>missing</td>"
     return f'<td><img alt="{html.escape(cell.method)}" src="{_shown(Image.open(folder.image(cell)))}"></td>'

@@ -12,7 +12,9 @@ from openpulid.errors import OptionError
 
 SUITES = Path(__file__).parent / "suites"
 
-OPTIONS = frozenset(("steps", "guidance", "negative", "size", "start", "end", "true_cfg", "timestep_to_start_cfg"))
+OPTIONS = frozenset(
+    ("steps", "guidance", "negative", "size", "start", "end", "true_cfg", "timestep_to_start_cfg")
+)
 """What a suite may choose for all methods alike."""
 
 
@@ -56,7 +58,7 @@ class Suite:
         return json.loads(json.dumps(asdict(self)))
 
 
-def find(name: str) -> Suite:
+def find_suite(name: str) -> Suite:
     """A suite by its name, or the path of a JSON file with one.
 
     Raises:
@@ -73,9 +75,15 @@ def find(name: str) -> Suite:
         prompts = tuple(Prompt(**prompt) for prompt in facts.pop("prompts"))
         suite = Suite(prompts=prompts, **facts)
     except (ValueError, TypeError, KeyError) as error:
-        raise OptionError(f"{file} is no suite ({error}); {SUITES / 'quick.json'} is one.") from None
+        raise OptionError(
+            f"{file} is no suite ({error}); {SUITES / 'quick.json'} is one."
+        ) from None
     if not prompts or not suite.seeds or not set(suite.likeness) <= set(range(len(prompts))):
-        raise OptionError(f"{file}: a suite has prompts and seeds, and `likeness` counts its prompts from 0.")
+        raise OptionError(
+            f"{file}: a suite has prompts and seeds, and `likeness` counts its prompts from 0."
+        )
     if unknown := sorted(set(suite.options) - OPTIONS):
-        raise OptionError(f"{file}: a suite chooses no {', '.join(unknown)}; its options are {', '.join(sorted(OPTIONS))}.")
+        raise OptionError(
+            f"{file}: a suite chooses no {', '.join(unknown)}; its options are {', '.join(sorted(OPTIONS))}."
+        )
     return suite

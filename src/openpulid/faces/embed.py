@@ -8,16 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from openpulid.faces.align import aligned
+from openpulid.faces.align import align_faces
 from openpulid.faces.face import Face
-from openpulid.faces.recognise import CROP
+from openpulid.faces.mini_recognition import CROP
 
-Find = Callable[[Tensor], Sequence[Face | None]]  # (B, 3, H, W) in [0, 1] -> a face or None for each
-Crop = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, masks (B, 1, H, W), landmarks (B, 5, 2) -> crops
+Find = Callable[
+    [Tensor], Sequence[Face | None]
+]  # (B, 3, H, W) in [0, 1] -> a face or None for each
+Crop = Callable[
+    [Tensor, Tensor, Tensor], Tensor
+]  # images, masks (B, 1, H, W), landmarks (B, 5, 2) -> crops
 
 
 @dataclass(frozen=True)
-class Embedded:
+class FaceEmbeddings:
     """What was seen in B pictures.
 
     Attributes:
@@ -33,7 +37,7 @@ class Embedded:
 
 def masked_crop(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
     """Everything but the face gray, as the miniature's recognisers want it."""
-    return aligned(images, masks, landmarks, CROP)
+    return align_faces(images, masks, landmarks, CROP)
 
 
 class FaceEmbedder:
@@ -48,7 +52,7 @@ class FaceEmbedder:
     def __init__(self, find: Find, recogniser: nn.Module, crop: Crop = masked_crop) -> None:
         self.find, self.recogniser, self.crop = find, recogniser.eval().requires_grad_(False), crop
 
-    def __call__(self, images: Tensor) -> Embedded:
+    def __call__(self, images: Tensor) -> FaceEmbeddings:
         """(B, 3, H, W), clamped to [0, 1] here."""
         images = images.clamp(0, 1)
         with torch.no_grad():
@@ -60,7 +64,13 @@ class FaceEmbedder:
                 row.copy_(face.mask)
         marks = [face.landmarks for face in faces if face is not None]
         if not marks:
-            return Embedded(found, 0 * images.mean((1, 2, 3))[:, None], masks)  # still a function of the pictures
-        some = self.recogniser(self.crop(images[found], masks[found], torch.stack(marks).to(images))).float()
-        embeddings = some.new_zeros(len(images), some.shape[1]).index_put((found.nonzero()[:, 0],), some)
-        return Embedded(found, embeddings, masks)
+            return FaceEmbeddings(
+                found, 0 * images.mean((1, 2, 3))[:, None], masks
+            )  # still a function of the pictures
+        some = self.recogniser(
+            self.crop(images[found], masks[found], torch.stack(marks).to(images))
+        ).float()
+        embeddings = some.new_zeros(len(images), some.shape[1]).index_put(
+            (found.nonzero()[:, 0],), some
+        )
+        return FaceEmbeddings(found, embeddings, masks)

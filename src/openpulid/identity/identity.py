@@ -41,12 +41,20 @@ class Identity:
     hidden: tuple[Tensor, ...]
     models: Mapping[str, str] = field(default_factory=dict)
     landmarks: Tensor | None = None
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(
+        default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
+    )
     made_from: int = 0
 
     def __post_init__(self) -> None:
-        if self.id_cond.ndim != 3 or len(self.id_cond) != 1 or any(x.ndim != 3 or len(x) != 1 for x in self.hidden):
-            raise IdentityError("an identity holds one person: id_cond (1, photos, C) and hidden levels (1, tokens, D).")
+        if (
+            self.id_cond.ndim != 3
+            or len(self.id_cond) != 1
+            or any(x.ndim != 3 or len(x) != 1 for x in self.hidden)
+        ):
+            raise IdentityError(
+                "an identity holds one person: id_cond (1, photos, C) and hidden levels (1, tokens, D)."
+            )
         if not self.made_from:
             object.__setattr__(self, "made_from", self.photos)  # frozen for everybody else
 
@@ -60,7 +68,11 @@ class Identity:
 
     def zeros_like(self) -> Identity:
         """Nobody: the same shapes, all zero. What guidance compares with."""
-        return replace(self, id_cond=torch.zeros_like(self.id_cond), hidden=tuple(map(torch.zeros_like, self.hidden)))
+        return replace(
+            self,
+            id_cond=torch.zeros_like(self.id_cond),
+            hidden=tuple(map(torch.zeros_like, self.hidden)),
+        )
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Identity:
         """The same features elsewhere or in another dtype."""
@@ -73,7 +85,7 @@ class Identity:
         Raises:
             IdentityError: others did, so the numbers mean something else.
         """
-        if differing := others(self.models, models):
+        if differing := mismatched_models(self.models, models):
             raise IdentityError(
                 f"this identity was made by another {' and another '.join(differing)} than this preset uses; "
                 "make it again from the photo with this preset."
@@ -85,21 +97,34 @@ class Identity:
         tensors = {"id_cond": self.id_cond, **{f"hidden.{i}": x for i, x in enumerate(self.hidden)}}
         if self.landmarks is not None:
             tensors["landmarks"] = self.landmarks
-        facts = {"created": self.created, "photos": str(self.made_from), "models": json.dumps(dict(self.models))}
-        data = save({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, metadata={"format": FORMAT, **facts})
+        facts = {
+            "created": self.created,
+            "photos": str(self.made_from),
+            "models": json.dumps(dict(self.models)),
+        }
+        data = save(
+            {name: x.detach().cpu().contiguous() for name, x in tensors.items()},
+            metadata={"format": FORMAT, **facts},
+        )
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             # the mode is set as the file is made: at no moment can others read it
-            with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            with os.fdopen(
+                os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+            ) as file:
                 file.write(data)
             os.replace(unfinished, path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
-            raise IdentityError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+            raise IdentityError(
+                f"{path} cannot be written ({error.strerror}); choose another place."
+            ) from error
         return path
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], models: Mapping[str, str] | None = None) -> Identity:
+    def load(
+        cls, path: str | os.PathLike[str], models: Mapping[str, str] | None = None
+    ) -> Identity:
         """Reads what `save` wrote.
 
         Args:
@@ -110,16 +135,22 @@ class Identity:
             IdentityError: no such file, not an identity, or made by other models.
         """
         if not Path(path).is_file():
-            raise IdentityError(f"{path} does not exist; `pulid identify PHOTO -o {Path(path).name}` makes it.")
+            raise IdentityError(
+                f"{path} does not exist; `pulid identify PHOTO -o {Path(path).name}` makes it."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
-            raise IdentityError(f"{path} is not an identity file; `pulid identify PHOTO -o FILE` makes one.") from error
+            raise IdentityError(
+                f"{path} is not an identity file; `pulid identify PHOTO -o FILE` makes one."
+            ) from error
         levels = [name for name in sorted(tensors) if name.startswith("hidden.")]
         if facts.get("format") != FORMAT or "id_cond" not in tensors:
-            raise IdentityError(f"{path} is not an identity file; `pulid identify PHOTO -o FILE` makes one.")
+            raise IdentityError(
+                f"{path} is not an identity file; `pulid identify PHOTO -o FILE` makes one."
+            )
         identity = cls(
             tensors["id_cond"],
             tuple(tensors[name] for name in levels),
@@ -133,7 +164,7 @@ class Identity:
         return identity
 
 
-def others(known: Mapping[str, str], models: Mapping[str, str]) -> list[str]:
+def mismatched_models(known: Mapping[str, str], models: Mapping[str, str]) -> list[str]:
     """The names of models whose fingerprints differ, or that only one side has."""
     return sorted(name for name in {*known, *models} if known.get(name) != models.get(name))
 
@@ -141,7 +172,9 @@ def others(known: Mapping[str, str], models: Mapping[str, str]) -> list[str]:
 FUSIONS = ("concat", "mean", "norm_id", "max_norm")
 
 
-def fused(identities: Sequence[Identity], fusion: str = "concat", weights: Sequence[float] | None = None) -> Identity:
+def fuse_identities(
+    identities: Sequence[Identity], fusion: str = "concat", weights: Sequence[float] | None = None
+) -> Identity:
     """Several photos of one person, or several people, as one identity.
 
     - concat: the encoders read all photos; one identity with as many.
@@ -160,9 +193,11 @@ def fused(identities: Sequence[Identity], fusion: str = "concat", weights: Seque
     """
     _check_fusion(identities, fusion, weights)
     if fusion == "concat":
-        return concat(identities)
+        return concat_identities(identities)
     first = identities[0]
-    share = torch.tensor(list(weights) if weights else [1.0] * len(identities), dtype=first.id_cond.dtype)
+    share = torch.tensor(
+        list(weights) if weights else [1.0] * len(identities), dtype=first.id_cond.dtype
+    )
     if fusion != "mean":
         share = share * torch.stack([_clarity(identity) for identity in identities])
     if fusion == "max_norm":
@@ -170,29 +205,46 @@ def fused(identities: Sequence[Identity], fusion: str = "concat", weights: Seque
     share = share / share.sum()
 
     def mean(values: Sequence[Tensor]) -> Tensor:
-        return sum((s * value for s, value in zip(share, values, strict=True)), torch.zeros_like(values[0]))
+        return sum(
+            (s * value for s, value in zip(share, values, strict=True)), torch.zeros_like(values[0])
+        )
 
     levels = zip(*(identity.hidden for identity in identities), strict=True)
     id_cond, hidden = mean([i.id_cond for i in identities]), tuple(mean(level) for level in levels)
-    return replace(first, id_cond=id_cond, hidden=hidden, made_from=sum(i.made_from for i in identities))
+    return replace(
+        first, id_cond=id_cond, hidden=hidden, made_from=sum(i.made_from for i in identities)
+    )
 
 
-def blend(one: Identity, other: Identity, share: float = 0.5) -> Identity:
+def blend_identities(one: Identity, other: Identity, share: float = 0.5) -> Identity:
     """Somebody between two people: `share` of the other, from 0 to 1. Raises as `fused`."""
     if not 0 <= share <= 1:
         raise OptionError(f"the share of the other person is between 0 and 1; it is {share}.")
-    return fused([one, other], "mean", [1 - share, share])
+    return fuse_identities([one, other], "mean", [1 - share, share])
 
 
-def _check_fusion(identities: Sequence[Identity], fusion: str, weights: Sequence[float] | None) -> None:
+def _check_fusion(
+    identities: Sequence[Identity], fusion: str, weights: Sequence[float] | None
+) -> None:
     if fusion not in FUSIONS:
-        raise OptionError(f"photos are not put together by {fusion!r}; the known ways are {', '.join(FUSIONS)}.")
+        raise OptionError(
+            f"photos are not put together by {fusion!r}; the known ways are {', '.join(FUSIONS)}."
+        )
     if not identities:
         raise OptionError("an identity needs at least one picture.")
-    if weights is not None and (fusion == "concat" or len(weights) != len(identities) or min(weights) < 0 or sum(weights) <= 0):
-        raise OptionError("weights are one number per photo, none below 0 and not all 0, and concat takes none.")
+    if weights is not None and (
+        fusion == "concat"
+        or len(weights) != len(identities)
+        or min(weights) < 0
+        or sum(weights) <= 0
+    ):
+        raise OptionError(
+            "weights are one number per photo, none below 0 and not all 0, and concat takes none."
+        )
     if fusion != "concat" and len({identity.photos for identity in identities}) > 1:
-        raise IdentityError("identities of different numbers of photos have no mean; use concat, or take one photo of each.")
+        raise IdentityError(
+            "identities of different numbers of photos have no mean; use concat, or take one photo of each."
+        )
     for other in identities[1:]:
         other.require(identities[0].models)
 
@@ -203,7 +255,7 @@ def _clarity(identity: Identity) -> Tensor:
     return (identity.id_cond.square().sum(-1) - 1).clamp(min=1e-6).sqrt().mean()
 
 
-def concat(identities: Sequence[Identity]) -> Identity:
+def concat_identities(identities: Sequence[Identity]) -> Identity:
     """Several photos of one person as one identity: the encoders read all of them."""
     first = identities[0]
     for other in identities[1:]:

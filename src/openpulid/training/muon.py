@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openpulid.loading import multiplies_bf16
+from openpulid.device import supports_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic whose iterations bring singular values near 1 (Jordan et al. 2024, "Muon")."""
@@ -43,7 +43,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
     ) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas})
+        super().__init__(
+            parameters,
+            {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas},
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -62,7 +65,9 @@ class Muon(torch.optim.Optimizer):
         for matrix in matrices:
             by_shape.setdefault(matrix.shape, []).append(matrix)
         for shape, some in by_shape.items():
-            towards = torch.stack([self._momentum(matrix, group["momentum"]).flatten(1) for matrix in some])
+            towards = torch.stack(
+                [self._momentum(matrix, group["momentum"]).flatten(1) for matrix in some]
+            )
             size = LIKE_ADAM * max(towards.shape[-2:]) ** 0.5
             for matrix, update in zip(some, orthogonal(towards), strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
@@ -84,7 +89,9 @@ class Muon(torch.optim.Optimizer):
             state.update(step=torch.zeros((), dtype=torch.float32), **moments)
         (first, second), state["step"] = group["betas"], state["step"] + 1
         mean = state["exp_avg"].lerp_(gradient, 1 - first) / (1 - first ** state["step"].item())
-        square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - second) / (1 - second ** state["step"].item())
+        square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - second) / (
+            1 - second ** state["step"].item()
+        )
         parameter.addcdiv_(mean, square.sqrt().add_(EPSILON), value=-group["lr"])
 
 
@@ -94,7 +101,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     In bfloat16 where that pays.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16() if multiplies_bf16(matrices.device) else matrices.float()
+    x = matrices.bfloat16() if supports_bf16(matrices.device) else matrices.float()
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

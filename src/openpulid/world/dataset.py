@@ -19,7 +19,14 @@ from openpulid.world.scene import ATTRIBUTES, Scene
 
 FAMILY = 4
 """People per family: they share the skin, and in training most of the face too."""
-SITTING = {"pose": "front", "light": "studio", "glasses": "none", "hat": "none", "beard": "none", "style": "photo"}
+SITTING = {
+    "pose": "front",
+    "light": "studio",
+    "glasses": "none",
+    "hat": "none",
+    "beard": "none",
+    "style": "photo",
+}
 """What the scenes of `Plan.portraits` share."""
 
 
@@ -50,7 +57,9 @@ class Plan:
         first = Person.from_seed(offset + self.seed * 100_000 + family * FAMILY)
         if member == 0:
             return first
-        generator = torch.Generator().manual_seed(offset + self.seed * 100_000 + family * FAMILY + member)
+        generator = torch.Generator().manual_seed(
+            offset + self.seed * 100_000 + family * FAMILY + member
+        )
         if self.held_out:
             return Person.sample(generator).replace(**{name: getattr(first, name) for name in SKIN})
         fewest, most = ((1, 3), (4, 8), (10, 16))[member - 1]
@@ -59,7 +68,9 @@ class Plan:
 
     def scene(self, index: int, k: int) -> Scene:
         """Scene `k` of person `index`; held-out families share their hair too."""
-        generator = torch.Generator().manual_seed((self.seed * 7 + self.held_out) * 10_000_019 + index * 1009 + k)
+        generator = torch.Generator().manual_seed(
+            (self.seed * 7 + self.held_out) * 10_000_019 + index * 1009 + k
+        )
         if self.portraits:
             return Scene.sample(generator, held_out=False, **SITTING)
         if not self.held_out:
@@ -97,10 +108,14 @@ class WorldDataset:
         folder = Path(folder)
         plan_file, done = folder / "plan.json", folder / "done.txt"
         if not plan_file.exists() or not done.exists():
-            raise FileNotFoundError(f"{folder} holds no finished data set; make it with: pulid mini build world")
+            raise FileNotFoundError(
+                f"{folder} holds no finished data set; make it with: pulid mini build world"
+            )
         data = cls(folder)
         people = [data.plan.person(index) for index in range(data.plan.people)]
-        data.vectors = np.repeat(np.array([p.vector() for p in people], dtype=np.float32), data.plan.scenes, 0)
+        data.vectors = np.repeat(
+            np.array([p.vector() for p in people], dtype=np.float32), data.plan.scenes, 0
+        )
         data.attributes = _attributes(data)
         return data
 
@@ -120,19 +135,25 @@ class WorldDataset:
 
 
 def _array(file: Path, dtype: type, shape: tuple[int, ...], mode: str) -> np.ndarray:
-    return np.lib.format.open_memmap(file, mode if file.exists() else "w+", dtype=dtype, shape=shape)
+    return np.lib.format.open_memmap(
+        file, mode if file.exists() else "w+", dtype=dtype, shape=shape
+    )
 
 
 def attribute_row(scene: Scene) -> list[int]:
     """Class indices in `ATTRIBUTES` order, -1 where the attribute cannot be seen."""
     seen = scene.attributes()
-    return [classes.index(seen[name]) if name in seen else -1 for name, classes in ATTRIBUTES.items()]
+    return [
+        classes.index(seen[name]) if name in seen else -1 for name, classes in ATTRIBUTES.items()
+    ]
 
 
 def _attributes(data: WorldDataset) -> np.ndarray:
     file = data.folder / "attributes.npy"
     if not file.exists():
-        np.save(file, np.array([attribute_row(data.scene(i)) for i in range(len(data))], dtype=np.int8))
+        np.save(
+            file, np.array([attribute_row(data.scene(i)) for i in range(len(data))], dtype=np.int8)
+        )
     return np.load(file)
 
 
@@ -153,7 +174,9 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     plan_file = folder / "plan.json"
     if plan_file.exists() and Plan(**json.loads(plan_file.read_text())) != plan:
-        raise ValueError(f"{folder} holds pictures of another plan; remove it or choose another folder")
+        raise ValueError(
+            f"{folder} holds pictures of another plan; remove it or choose another folder"
+        )
     plan_file.write_text(json.dumps(dataclasses.asdict(plan)))
     if (folder / "done.txt").exists():
         return WorldDataset.open(folder)
@@ -163,7 +186,10 @@ def build(
     left = [index for index in range(plan.people) if index not in finished]
     workers = workers or (os.cpu_count() or 1 if device == "cpu" else 1)
     chunks = [left[start : start + 8] for start in range(0, len(left), 8)]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool, log.open("a") as out:
+    with (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        log.open("a") as out,
+    ):
         jobs = [pool.submit(_render_people, folder, chunk, device, compiled) for chunk in chunks]
         for count, job in enumerate(as_completed(jobs), 1):
             out.write("\n".join(map(str, job.result())) + "\n")

@@ -90,7 +90,9 @@ def relief(x: Tensor, y: Tensor, m: Measures) -> Tensor:
     return nose + tip + wings + sockets + ridge + cheeks + lips + chin
 
 
-def hit_ellipsoid(origin: Vector, ray: Vector, radii: Vector, lift: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+def hit_ellipsoid(
+    origin: Vector, ray: Vector, radii: Vector, lift: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Where rays meet an ellipsoid shifted by `lift` along Z: (discriminant, distance along the ray, nearest first)."""
     (ox, oy, oz), (dx, dy, dz), (rx, ry, rz) = origin, ray, radii
     ux, uy, uz = ox / rx, oy / ry, (oz - lift) / rz
@@ -118,7 +120,9 @@ def hit_head(origin: Vector, ray: Vector, m: Measures, rounds: int = 6) -> Vecto
     return discriminant, x, y, z, height
 
 
-def head_normal(x: Tensor, y: Tensor, z: Tensor, height: Tensor, m: Measures, step: float = 0.012) -> Vector:
+def head_normal(
+    x: Tensor, y: Tensor, z: Tensor, height: Tensor, m: Measures, step: float = 0.012
+) -> Vector:
     """Unit outward normal of the head's surface in head coordinates, by the gradient of its implicit function."""
     front = torch.sigmoid((z - 0.12) / 0.05)
     here = relief(x, y, m) * front

@@ -52,7 +52,9 @@ def iris_color(hue: Tensor, lightness: Tensor) -> Tensor:
     return (color * lerp(0.55, 1.35, lightness)[:, None]).clamp(0, 1)
 
 
-def eyes(image: Tensor, x: Tensor, y: Tensor, m: Measures, p: Measures, wink: Tensor, e: float) -> Tensor:
+def eyes(
+    image: Tensor, x: Tensor, y: Tensor, m: Measures, p: Measures, wink: Tensor, e: float
+) -> Tensor:
     """Sclera, iris, pupil, glint, lid line and crease of both eyes; `wink` closes the one on the picture's left."""
     iris = iris_color(p["iris_hue"], p["iris_lightness"])
     closed = wink * (x < 0)
@@ -72,9 +74,13 @@ def eyes(image: Tensor, x: Tensor, y: Tensor, m: Measures, p: Measures, wink: Te
     image = blend(image, rgb(0.03, 0.03, 0.04, image), lid * inside(0.027 - radius, e))
     glint = torch.sqrt((u * m["eye_w"] + 0.020 * torch.sign(x)) ** 2 + (v - 0.022) ** 2)
     image = blend(image, rgb(1, 1, 1, image), lid * inside(0.014 - glint, e) * 0.9)
-    image = blend(image, rgb(0.10, 0.06, 0.05, image), inside(0.013 - (v - upper).abs(), e) * across * 0.95)
+    image = blend(
+        image, rgb(0.10, 0.06, 0.05, image), inside(0.013 - (v - upper).abs(), e) * across * 0.95
+    )
     below = inside(0.006 - (v - lower).abs(), e) * across * (1 - closed)
-    crease = inside(0.007 - (v - upper - 0.030 - 0.02 * arc).abs(), e) * inside((0.9 - u.abs()) * m["eye_w"], e)
+    crease = inside(0.007 - (v - upper - 0.030 - 0.02 * arc).abs(), e) * inside(
+        (0.9 - u.abs()) * m["eye_w"], e
+    )
     return image * (1 - 0.36 * below - 0.22 * crease)[:, None]
 
 
@@ -83,11 +89,15 @@ def brows(image: Tensor, x: Tensor, y: Tensor, m: Measures, color: Tensor, e: fl
     u = (x.abs() - m["eye_x"] - 0.01) / m["brow_w"]
     center = m["brow_y"] + m["brow_arch"] * (1 - u * u) + m["brow_angle"] * u
     thick = m["brow_t"] * (1.05 - 0.45 * u).clamp(min=0.3)
-    cover = inside(thick - (y - center).abs(), 1.2 * e) * inside((1 - u.abs()) * m["brow_w"], 1.5 * e)
+    cover = inside(thick - (y - center).abs(), 1.2 * e) * inside(
+        (1 - u.abs()) * m["brow_w"], 1.5 * e
+    )
     return blend(image, color, cover * 0.92)
 
 
-def mouth(image: Tensor, x: Tensor, y: Tensor, m: Measures, expression: Measures, skin: Tensor, e: float) -> Tensor:
+def mouth(
+    image: Tensor, x: Tensor, y: Tensor, m: Measures, expression: Measures, skin: Tensor, e: float
+) -> Tensor:
     """Lips, opening and teeth; corners rise with `smile`, the lips part by `open`."""
     u = x / m["mouth_w"]
     arc = (1 - u * u).clamp(min=0)
@@ -104,9 +114,18 @@ def mouth(image: Tensor, x: Tensor, y: Tensor, m: Measures, expression: Measures
     image = blend(image, (lip_color * lighter).clamp(0, 1), lips)
     seam = inside(0.008 - (y - middle).abs(), e) * across * (1 - inside(gap - 0.012, e))
     image = blend(image, lip_color * 0.30, seam)
-    hole = inside(middle + 0.45 * gap - y, e) * inside(y - middle + gap, e) * across * inside(gap - 0.006, e)
+    hole = (
+        inside(middle + 0.45 * gap - y, e)
+        * inside(y - middle + gap, e)
+        * across
+        * inside(gap - 0.006, e)
+    )
     image = blend(image, rgb(0.22, 0.05, 0.06, image), hole)
-    teeth = hole * inside(y - (middle + 0.45 * gap - expression["teeth"]), e) * inside((0.9 - u.abs()) * m["mouth_w"], e)
+    teeth = (
+        hole
+        * inside(y - (middle + 0.45 * gap - expression["teeth"]), e)
+        * inside((0.9 - u.abs()) * m["mouth_w"], e)
+    )
     return blend(image, rgb(0.96, 0.95, 0.92, image), teeth)
 
 
@@ -121,7 +140,9 @@ def nose(image: Tensor, x: Tensor, y: Tensor, m: Measures, e: float) -> Tensor:
     return image * (1 - 0.20 * under - 0.30 * wing)[:, None]
 
 
-def marks(image: Tensor, x: Tensor, y: Tensor, m: Measures, p: Measures, blush: Tensor, e: float) -> Tensor:
+def marks(
+    image: Tensor, x: Tensor, y: Tensor, m: Measures, p: Measures, blush: Tensor, e: float
+) -> Tensor:
     """Age lines, freckles, one mole, and the cheeks' redness (which belongs to the day, not to the person)."""
     side = x.abs()
     red = 0.30 * blush * bell(side - 0.33, 0.13) * bell(y + 0.20, 0.11)
@@ -129,9 +150,14 @@ def marks(image: Tensor, x: Tensor, y: Tensor, m: Measures, p: Measures, blush: 
     age = (p["age_lines"] - 0.35).clamp(min=0) / 0.65
     fold_x = m["nose_w"] + 0.05 + 0.55 * (m["nose_y"] - y).clamp(min=0)
     fold = (
-        inside(0.009 - (side - fold_x).abs(), 1.5 * e) * inside(m["nose_y"] + 0.02 - y, 0.03) * inside(y - m["mouth_y"], 0.04)
+        inside(0.009 - (side - fold_x).abs(), 1.5 * e)
+        * inside(m["nose_y"] + 0.02 - y, 0.03)
+        * inside(y - m["mouth_y"], 0.04)
     )
-    brow = sum(inside(0.008 - (y - m["brow_y"] - 0.10 - 0.07 * k + 0.25 * x * x).abs(), 1.5 * e) for k in (0, 1))
+    brow = sum(
+        inside(0.008 - (y - m["brow_y"] - 0.10 - 0.07 * k + 0.25 * x * x).abs(), 1.5 * e)
+        for k in (0, 1)
+    )
     lines = (
         fold
         + brow * inside(0.26 - side, 0.06)
@@ -145,16 +171,27 @@ def marks(image: Tensor, x: Tensor, y: Tensor, m: Measures, p: Measures, blush: 
     image = blend(image, image * rgb(0.72, 0.52, 0.42, image), (0.95 * freckles).clamp(0, 1))
     place = (p["mole"] - 0.5) * 2
     mole = torch.sqrt((x - 0.36 * place) ** 2 + (y - m["mouth_y"] - 0.07 + 0.10 * place.abs()) ** 2)
-    return blend(image, rgb(0.20, 0.11, 0.08, image), inside(0.022 - mole, e) * inside(place.abs() - 0.45, 0.1))
+    return blend(
+        image,
+        rgb(0.20, 0.11, 0.08, image),
+        inside(0.022 - mole, e) * inside(place.abs() - 0.45, 0.1),
+    )
 
 
-def beard(image: Tensor, x: Tensor, y: Tensor, m: Measures, kind: Measures, color: Tensor, e: float) -> Tensor:
+def beard(
+    image: Tensor, x: Tensor, y: Tensor, m: Measures, kind: Measures, color: Tensor, e: float
+) -> Tensor:
     """A moustache or a full beard in the hair's colour; the lips stay visible."""
     side = x.abs()
     lip = m["mouth_y"] + 0.035 + m["upper"]
-    moustache = inside(0.030 - (y - lip - 0.012 + 0.5 * side**2).abs(), 1.5 * e) * inside(m["mouth_w"] + 0.035 - side, 2 * e)
+    moustache = inside(0.030 - (y - lip - 0.012 + 0.5 * side**2).abs(), 1.5 * e) * inside(
+        m["mouth_w"] + 0.035 - side, 2 * e
+    )
     line = m["mouth_y"] + 0.03 + 0.9 * (side - m["mouth_w"] - 0.02).clamp(min=0)
-    mouth_hole = inside(1 - (x / (m["mouth_w"] + 0.025)) ** 2 - ((y - m["mouth_y"]) / (0.075 + m["lower"])) ** 2, 0.25)
+    mouth_hole = inside(
+        1 - (x / (m["mouth_w"] + 0.025)) ** 2 - ((y - m["mouth_y"]) / (0.075 + m["lower"])) ** 2,
+        0.25,
+    )
     full = inside(line - y, 3 * e) * (1 - mouth_hole)
     cover = kind["moustache"] * moustache + kind["beard"] * torch.maximum(full, moustache)
     strands = 1 + 0.18 * torch.sin(70 * x) * torch.sin(9 * y + 3 * x)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openpulid.world import paint
-from openpulid.world.head import (
+from openpulid.world.head import (  # fmt: skip
     CRANIUM,
     DEPTH,
     Measures,
@@ -23,11 +23,11 @@ from openpulid.world.head import (
     lerp,
     measures,
     surface_z,
-)  # fmt: skip
+)
 from openpulid.world.paint import bell, blend, inside, rgb
 from openpulid.world.person import PARAMETERS, Person
 from openpulid.world.scene import Scene
-from openpulid.world.stage import Stage, set_stage
+from openpulid.world.scene_tensors import SceneTensors, scene_tensors
 from openpulid.world.style import apply_style, ink_lines
 
 PARTS = ("background", "face", "eyewear", "hair", "hat", "ears", "neck", "clothes")
@@ -77,7 +77,9 @@ class Canvas:
         solid = cover > 0.5
         self.label = torch.where(solid, torch.full_like(self.label, PARTS.index(part)), self.label)
         if normal is not None:
-            self.normal = torch.where(solid[:, None], torch.stack(torch.broadcast_tensors(*normal), 1), self.normal)
+            self.normal = torch.where(
+                solid[:, None], torch.stack(torch.broadcast_tensors(*normal), 1), self.normal
+            )
 
 
 @torch.no_grad()
@@ -96,13 +98,17 @@ def render(
     Raises ValueError when the two lists differ in length or `size` is not positive.
     """
     if len(people) != len(scenes) or size < 1:
-        raise ValueError(f"render needs as many people as scenes and a positive size, got {len(people)}, {len(scenes)}, {size}")
+        raise ValueError(
+            f"render needs as many people as scenes and a positive size, got {len(people)}, {len(scenes)}, {size}"
+        )
     values = torch.tensor([person.vector() for person in people], device=device)
-    return render_stage(values, set_stage(scenes, values.device), size, compiled=compiled)
+    return render_stage(values, scene_tensors(scenes, values.device), size, compiled=compiled)
 
 
 @torch.no_grad()
-def render_stage(values: Tensor, stage: Stage, size: int = 96, *, compiled: bool = False) -> Rendering:
+def render_stage(
+    values: Tensor, stage: SceneTensors, size: int = 96, *, compiled: bool = False
+) -> Rendering:
     """Draw the people with `values` (B, P), in the order of `PARAMETERS`, on a stage for B scenes."""
     p = {name: values[:, index, None, None] for index, name in enumerate(PARAMETERS)}
     p["skin_tone"] = (p["skin_tone"] + stage.skin_shift).clamp(0, 1)
@@ -112,7 +118,9 @@ def render_stage(values: Tensor, stage: Stage, size: int = 96, *, compiled: bool
     image = F.avg_pool2d(color, SUPERSAMPLE)
     parts = label[:, 1::SUPERSAMPLE, 1::SUPERSAMPLE].to(torch.uint8)
     edges = F.avg_pool2d(ink_lines(label, normal), SUPERSAMPLE)
-    return Rendering(apply_style(image, edges, parts, stage.style), parts, _landmarks(m, stage, size))
+    return Rendering(
+        apply_style(image, edges, parts, stage.style), parts, _landmarks(m, stage, size)
+    )
 
 
 @functools.cache
@@ -120,7 +128,9 @@ def _compiled_draw() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return torch.compile(_draw, dynamic=False)
 
 
-def _draw(p: dict[str, Tensor], m: dict[str, Tensor], stage: Stage, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(
+    p: dict[str, Tensor], m: dict[str, Tensor], stage: SceneTensors, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Back to front, in light: colour (B, 3, s, s), labels and normals at the fine resolution."""
     e = 2.2 / size
     sx, sy = _axes(size, stage.yaw.device)
@@ -143,7 +153,7 @@ def _axes(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return axis.view(1, 1, -1), -axis.view(1, -1, 1)
 
 
-def _background(stage: Stage, sx: Tensor, sy: Tensor) -> Tensor:
+def _background(stage: SceneTensors, sx: Tensor, sy: Tensor) -> Tensor:
     base = stage.background
     stripes = inside(torch.sin(9.0 * (sx + 0.6 * sy)), 0.5)
     cell_x, cell_y = torch.remainder(sx * 3.5, 1) - 0.5, torch.remainder(sy * 3.5, 1) - 0.5
@@ -151,12 +161,16 @@ def _background(stage: Stage, sx: Tensor, sy: Tensor) -> Tensor:
     marks = stage.pattern["stripes"] * stripes + stage.pattern["dots"] * dots
     luminance = base.mean(1, keepdim=True)
     second = torch.where(luminance > 0.45, base * 0.62, base * 0.6 + 0.34)
-    image = torch.lerp(base.expand(-1, -1, *marks.shape[1:]), second.expand(-1, -1, *marks.shape[1:]), marks[:, None])
+    image = torch.lerp(
+        base.expand(-1, -1, *marks.shape[1:]),
+        second.expand(-1, -1, *marks.shape[1:]),
+        marks[:, None],
+    )
     glow = 1.06 - 0.16 * (sx**2 + sy**2)
     return (image * glow[:, None] * stage.ambience).clamp(0, 1)
 
 
-def _lit(stage: Stage, normal: Vector, gloss: float = 0.0) -> tuple[Tensor, Tensor]:
+def _lit(stage: SceneTensors, normal: Vector, gloss: float = 0.0) -> tuple[Tensor, Tensor]:
     """(light (B, 3, H, W) to multiply a colour with, gloss (B, 1, H, W) to add) for normals in head coordinates."""
     n = stage.to_picture(normal)
     light = stage.ambient * lerp(0.80, 1.0, (n[1] * 0.5 + 0.5).clamp(0, 1))[:, None]
@@ -177,12 +191,18 @@ def dot(vector: Vector, direction: Tensor) -> Tensor:
     return vector[0] * x + vector[1] * y + vector[2] * z
 
 
-def _head(canvas: Canvas, p: Measures, m: Measures, stage: Stage, skin: Tensor, e: float) -> None:
+def _head(
+    canvas: Canvas, p: Measures, m: Measures, stage: SceneTensors, skin: Tensor, e: float
+) -> None:
     size = canvas.label.shape[-1]
-    origin, ray = stage.rays(*_axes(size // 2, stage.yaw.device))  # smooth surface: half the samples are enough for it
+    origin, ray = stage.rays(
+        *_axes(size // 2, stage.yaw.device)
+    )  # smooth surface: half the samples are enough for it
     discriminant, x, y, z, height = hit_head(origin, ray, m)
     field = torch.stack([discriminant, x, y, z, *head_normal(x, y, z, height, m)], 1)
-    discriminant, x, y, z, *turned = F.interpolate(field, size=(size, size), mode="bilinear").unbind(1)
+    discriminant, x, y, z, *turned = F.interpolate(
+        field, size=(size, size), mode="bilinear"
+    ).unbind(1)
     normal = tuple(turned)
     cover = inside(discriminant * 0.30, e) * (z > -0.30)
     color = skin.expand(-1, -1, *x.shape[1:])
@@ -191,14 +211,22 @@ def _head(canvas: Canvas, p: Measures, m: Measures, stage: Stage, skin: Tensor, 
     color = paint.mouth(color, x, y, m, stage.expression, skin, e)
     color = paint.beard(color, x, y, m, stage.beard, stage.hair * 0.85, e)
     color = paint.eyes(color, x, y, m, p, stage.wink, e)
-    color = paint.brows(color, x, y, m, 0.6 * stage.hair * 0.55 + 0.4 * rgb(0.13, 0.08, 0.06, color), e)
+    color = paint.brows(
+        color, x, y, m, 0.6 * stage.hair * 0.55 + 0.4 * rgb(0.13, 0.08, 0.06, color), e
+    )
     light, shine = _lit(stage, normal, gloss=0.16)
     canvas.put("face", (color * light + shine).clamp(0, 1), cover, normal)
 
 
-def _ears(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage, skin: Tensor) -> None:
+def _ears(
+    canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: SceneTensors, skin: Tensor
+) -> None:
     for sign in (-1.0, 1.0):
-        moved = (origin[0] - sign * (m["width"] * 0.98), origin[1] - m["eye_y"] + 0.10, origin[2] + 0.02)
+        moved = (
+            origin[0] - sign * (m["width"] * 0.98),
+            origin[1] - m["eye_y"] + 0.10,
+            origin[2] + 0.02,
+        )
         radii = (m["ears"] * 0.75, m["ears"] * 1.25, torch.full_like(m["ears"], 0.07))
         discriminant, t = hit_ellipsoid(moved, ray, radii)
         point = tuple(o + t * d for o, d in zip(moved, ray, strict=True))
@@ -209,12 +237,18 @@ def _ears(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage
         canvas.put("ears", (color * light + shine).clamp(0, 1), (discriminant > 0).float(), normal)
 
 
-def _body(canvas: Canvas, sx: Tensor, sy: Tensor, m: Measures, stage: Stage, skin: Tensor, e: float) -> None:
+def _body(
+    canvas: Canvas, sx: Tensor, sy: Tensor, m: Measures, stage: SceneTensors, skin: Tensor, e: float
+) -> None:
     x, y = sx - 0.55 * stage.shift_x, sy - 0.6 * stage.shift_y
     neck_w = m["width"] * (0.62 + 0.06 * ((-0.6 - y) * 6).clamp(0, 2))
     bend = (x / neck_w).clamp(-1, 1)
     cover = inside(neck_w - x.abs(), 2 * e) * (y < -0.2)
-    normal = (bend, torch.zeros_like(bend + y), (1 - bend**2).clamp(min=0.05).sqrt() + torch.zeros_like(y))
+    normal = (
+        bend,
+        torch.zeros_like(bend + y),
+        (1 - bend**2).clamp(min=0.05).sqrt() + torch.zeros_like(y),
+    )
     light, _ = _lit(stage, normal)
     under_chin = 1 - 0.45 * bell((y - m["chin_y"] - stage.shift_y).clamp(max=0.3), 0.20)
     canvas.put("neck", (skin * 0.92 * light * under_chin[:, None]).clamp(0, 1), cover, normal)
@@ -232,22 +266,34 @@ def _body(canvas: Canvas, sx: Tensor, sy: Tensor, m: Measures, stage: Stage, ski
     canvas.put("clothes", (stage.clothing * light * hem[:, None]).clamp(0, 1), cover, normal)
 
 
-def _cap(origin: Vector, ray: Vector, m: Measures, grow: Tensor | float, lift: float) -> tuple[Tensor, Vector, Vector]:
+def _cap(
+    origin: Vector, ray: Vector, m: Measures, grow: Tensor | float, lift: float
+) -> tuple[Tensor, Vector, Vector]:
     """An ellipsoid a little larger than the skull: discriminant, point and normal."""
     moved = (origin[0], origin[1] - lift, origin[2] + 0.05)
-    radii = (m["width"] + grow, CRANIUM + grow - lift + 0 * m["width"], DEPTH + grow + 0 * m["width"])
+    radii = (
+        m["width"] + grow,
+        CRANIUM + grow - lift + 0 * m["width"],
+        DEPTH + grow + 0 * m["width"],
+    )
     discriminant, t = hit_ellipsoid(moved, ray, radii)
     point = tuple(o + t * d for o, d in zip(moved, ray, strict=True))
-    return discriminant, (point[0], point[1] + lift, point[2] - 0.05), ellipsoid_normal(point, radii)
+    return (
+        discriminant,
+        (point[0], point[1] + lift, point[2] - 0.05),
+        ellipsoid_normal(point, radii),
+    )
 
 
-def _hair_color(stage: Stage, x: Tensor, y: Tensor, normal: Vector) -> Tensor:
+def _hair_color(stage: SceneTensors, x: Tensor, y: Tensor, normal: Vector) -> Tensor:
     light, shine = _lit(stage, normal, gloss=0.14)
     strands = 1 + 0.13 * torch.sin(34 * x + 5 * torch.sin(4 * y)) + 0.06 * torch.sin(13 * x - 6 * y)
     return (stage.hair * strands[:, None] * light + shine).clamp(0, 1)
 
 
-def _hair_behind(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage, e: float) -> None:
+def _hair_behind(
+    canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: SceneTensors, e: float
+) -> None:
     """What hangs behind neck and head: nothing for short hair, to the jaw for a bob, off the picture for long hair."""
     fall = stage.length["bob"] * 0.62 + stage.length["long"] * 1.25
     moved = (origin[0], origin[1] - 0.1 + 0.45 * fall, origin[2] + 0.22)
@@ -255,27 +301,44 @@ def _hair_behind(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage
     discriminant, t = hit_ellipsoid(moved, ray, radii)
     point = tuple(o + t * d for o, d in zip(moved, ray, strict=True))
     y = point[1] + 0.1 - 0.45 * fall
-    cover = inside(discriminant * 0.3, e) * inside(y + 0.58 + 1.2 * stage.length["long"], 3 * e) * (fall > 0)
+    cover = (
+        inside(discriminant * 0.3, e)
+        * inside(y + 0.58 + 1.2 * stage.length["long"], 3 * e)
+        * (fall > 0)
+    )
     color = _hair_color(stage, point[0], y, ellipsoid_normal(point, radii))
     canvas.put("hair", color * 0.72, cover)
 
 
-def _hair(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage, e: float) -> None:
+def _hair(
+    canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: SceneTensors, e: float
+) -> None:
     """The cap of hair: everything above a hairline that drops at the temples, further down for longer hair."""
     grow = 0.055 + 0.03 * stage.volume
     discriminant, (x, y, z), normal = _cap(origin, ray, m, grow, 0.02)
     side = (x.abs() / (m["width"] + grow)).clamp(0, 1)
     low = -0.02 - 0.50 * stage.length["bob"] - 0.95 * stage.length["long"]
-    temple = torch.sigmoid((side - 0.86 + 0.10 * (z < 0)) / 0.035) * torch.sigmoid((0.45 - z) / 0.05)
+    temple = torch.sigmoid((side - 0.86 + 0.10 * (z < 0)) / 0.035) * torch.sigmoid(
+        (0.45 - z) / 0.05
+    )
     fringe = 0.028 * torch.sin(21 * x + 6 * stage.parting) + 0.05 * stage.parting * x
-    line = torch.lerp(0.365 + 0.05 * stage.hairline + fringe - 0.10 * x**2, low.expand_as(x), temple)
+    line = torch.lerp(
+        0.365 + 0.05 * stage.hairline + fringe - 0.10 * x**2, low.expand_as(x), temple
+    )
     cover = inside(discriminant * 0.3, e) * inside(y - line, 2 * e) * (1 - stage.length["bald"])
-    shadow = inside(line - y, 0.07) * inside(y - line + 0.06, 0.04) * (canvas.label == 1) * (1 - stage.length["bald"])
+    shadow = (
+        inside(line - y, 0.07)
+        * inside(y - line + 0.06, 0.04)
+        * (canvas.label == 1)
+        * (1 - stage.length["bald"])
+    )
     canvas.color = canvas.color * (1 - 0.30 * shadow * (z > 0))[:, None]
     canvas.put("hair", _hair_color(stage, x, y, normal), cover, normal)
 
 
-def _glasses(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage, e: float) -> None:
+def _glasses(
+    canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: SceneTensors, e: float
+) -> None:
     """Two round lenses on a plane before the eyes, a bridge, and temples that run to the ears."""
     plane = surface_z(m["eye_x"], m["eye_y"], m) + 0.05
     t = (plane - origin[2]) / ray[2]
@@ -285,7 +348,9 @@ def _glasses(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: St
     distance = (1 - (u.abs() ** 3 + v.abs() ** 3).clamp(min=1e-6) ** (1 / 3)) * radius_y
     worn = stage.glasses["glasses"] + stage.glasses["sunglasses"]
     frame = inside(0.017 - distance.abs(), e)
-    bridge = inside(0.014 - (y - 0.03 - 0.5 * x**2).abs(), e) * inside(m["eye_x"] - radius_x - x.abs(), e)
+    bridge = inside(0.014 - (y - 0.03 - 0.5 * x**2).abs(), e) * inside(
+        m["eye_x"] - radius_x - x.abs(), e
+    )
     arm = (
         inside(0.014 - (y - 0.03).abs(), e)
         * inside(x.abs() - m["eye_x"] - radius_x, e)
@@ -293,13 +358,21 @@ def _glasses(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: St
     )
     lens = inside(distance, e)
     dark = rgb(0.07, 0.07, 0.09, canvas.color)
-    canvas.color = blend(canvas.color, canvas.color * 0.9 + 0.10, lens * stage.glasses["glasses"] * 0.35)
+    canvas.color = blend(
+        canvas.color, canvas.color * 0.9 + 0.10, lens * stage.glasses["glasses"] * 0.35
+    )
     tint = dark + 0.25 * bell(u + 0.35, 0.35)[:, None] * bell(v - 0.35, 0.35)[:, None]
     canvas.put("eyewear", tint * stage.ambience, lens * stage.glasses["sunglasses"] * 0.96)
-    canvas.put("eyewear", dark * stage.ambience, torch.maximum(torch.maximum(frame, bridge), arm * (canvas.label > 0)) * worn)
+    canvas.put(
+        "eyewear",
+        dark * stage.ambience,
+        torch.maximum(torch.maximum(frame, bridge), arm * (canvas.label > 0)) * worn,
+    )
 
 
-def _hat(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage, e: float) -> None:
+def _hat(
+    canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: SceneTensors, e: float
+) -> None:
     """A beanie with a turned-up band, or a hat with a wide brim."""
     beanie, brimmed = stage.hat["beanie"], stage.hat["brimmed"]
     grow = 0.105 + 0 * beanie
@@ -317,10 +390,15 @@ def _hat(canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: Stage,
     up = (torch.zeros_like(px), torch.full_like(px, 0.75), torch.full_like(px, 0.65))
     light, _ = _lit(stage, up)
     edge = lerp(0.72, 1.0, inside(py - middle + 0.01, 0.06))
-    canvas.put("hat", (stage.hat_color * edge[:, None] * light).clamp(0, 1), inside(flat * 0.06, e) * brimmed, up)
+    canvas.put(
+        "hat",
+        (stage.hat_color * edge[:, None] * light).clamp(0, 1),
+        inside(flat * 0.06, e) * brimmed,
+        up,
+    )
 
 
-def _landmarks(m: dict[str, Tensor], stage: Stage, size: int) -> Tensor:
+def _landmarks(m: dict[str, Tensor], stage: SceneTensors, size: int) -> Tensor:
     zero = torch.zeros_like(m["width"])
     corner = 0.97 * m["mouth_w"]
     corner_y = m["mouth_y"] + stage.expression["smile"] * 0.055 * 0.5

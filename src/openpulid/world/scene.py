@@ -128,7 +128,10 @@ class Scene:
     @property
     def is_held_out(self) -> bool:
         """One in seven pairs of background and clothing colour is kept out of every training."""
-        classes = ATTRIBUTES["background"].index(self.background), ATTRIBUTES["clothing"].index(self.clothing)
+        classes = (
+            ATTRIBUTES["background"].index(self.background),
+            ATTRIBUTES["clothing"].index(self.clothing),
+        )
         return (classes[0] + 3 * classes[1]) % 7 == 0
 
     def replace(self, **values: str) -> Scene:
@@ -159,14 +162,30 @@ class Scene:
         seen = self.attributes()
         style = _pick(_PHRASES["style"][self.style], generator)
         subject = _pick(_SUBJECTS, generator)
-        clauses = [clause for clause in (_clause(name, seen, generator) for name in _CLAUSES) if clause]
+        clauses = [
+            clause for clause in (_clause(name, seen, generator) for name in _CLAUSES) if clause
+        ]
         order = torch.randperm(len(clauses), generator=generator).tolist()
         kept = torch.rand(len(clauses), generator=generator) < keep
         chosen = [clauses[index] for index in order if kept[index]]
-        return ", ".join([subject, style, *chosen] if torch.rand((), generator=generator) < 0.5 else [style, subject, *chosen])
+        return ", ".join(
+            [subject, style, *chosen]
+            if torch.rand((), generator=generator) < 0.5
+            else [style, subject, *chosen]
+        )
 
 
-_CLAUSES = ("pose", "expression", "light", "background", "clothing", "glasses", "hat", "hair_length", "beard")
+_CLAUSES = (
+    "pose",
+    "expression",
+    "light",
+    "background",
+    "clothing",
+    "glasses",
+    "hat",
+    "hair_length",
+    "beard",
+)
 
 
 def _clause(name: str, seen: dict[str, str], generator: torch.Generator) -> str:
@@ -182,11 +201,17 @@ def _clause(name: str, seen: dict[str, str], generator: torch.Generator) -> str:
         if value == "none":
             return ""
         phrase = _pick(_HATS[value], generator)
-        return phrase.format(seen["hat_color"]) if "hat_color" in seen else phrase.replace("{} ", "")
+        return (
+            phrase.format(seen["hat_color"]) if "hat_color" in seen else phrase.replace("{} ", "")
+        )
     if name == "hair_length":
         if value == "bald":
             return "bald"
-        return _HAIR[value].format(seen["hair_color"]) if "hair_color" in seen else _HAIR[value].replace("{} ", "")
+        return (
+            _HAIR[value].format(seen["hair_color"])
+            if "hair_color" in seen
+            else _HAIR[value].replace("{} ", "")
+        )
     return _pick(_PHRASES[name][value], generator)
 
 
@@ -202,7 +227,9 @@ def _pick(phrases: tuple[str, ...], generator: torch.Generator) -> str:
 
 def _vocabulary() -> tuple[str, ...]:
     phrases = [*_SUBJECTS, *_CLOTHES, *_HAIR.values(), "bald"]
-    phrases += [text for classes in _PHRASES.values() for texts in classes.values() for text in texts]
+    phrases += [
+        text for classes in _PHRASES.values() for texts in classes.values() for text in texts
+    ]
     phrases += [text for table in (_PATTERNS, _HATS) for texts in table.values() for text in texts]
     for name in ("background", "clothing", "hat_color", "hair_color"):
         phrases += ATTRIBUTES[name]

@@ -19,7 +19,11 @@ def luminance(image: Tensor) -> Tensor:
 
 def apply_style(image: Tensor, edges: Tensor, parts: Tensor, style: Mapping[str, Tensor]) -> Tensor:
     """Each picture in its own style; `edges` (B, 1, H, W) are ink lines, `parts` (B, H, W) labels."""
-    looks = {"noir": noir(image), "pencil": pencil(image, edges, parts), "poster": poster(image, edges)}
+    looks = {
+        "noir": noir(image),
+        "pencil": pencil(image, edges, parts),
+        "poster": poster(image, edges),
+    }
     for name, look in looks.items():
         image = torch.lerp(image, look, style[name][:, None])
     return image.clamp(0, 1)

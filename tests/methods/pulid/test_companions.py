@@ -20,16 +20,16 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
 )
-from people import anna, ben, distance, fresh, someone
 from PIL import Image
 from torch import nn
 
+from openpulid.diffusion.schedulers import KarrasScheduler
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.pulid.adapter import PLACES, PuLID
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.unet import IdentityLayer
-from openpulid.schedulers import KarrasScheduler
+from openpulid.methods.pulid.sdxl import PLACES, PuLID
+from openpulid.methods.pulid.sdxl_attention import IdentityLayer
+from tests.support.people import anna, ben, distance, fresh, someone
 
 Runs = Callable[..., np.ndarray]
 
@@ -46,7 +46,13 @@ def runner(pipe: Any, **given: Any) -> Runs:
     def run(prompt: Any = "portrait", **more: Any) -> np.ndarray:
         count = 1 if isinstance(prompt, str) else len(prompt)
         generator = [torch.Generator().manual_seed(k) for k in range(count)]
-        options = {"num_inference_steps": 4, "guidance_scale": 3.0, "generator": generator, **given, **more}
+        options = {
+            "num_inference_steps": 4,
+            "guidance_scale": 3.0,
+            "generator": generator,
+            **given,
+            **more,
+        }
         return pipe(prompt, output_type="latent", **options).images.numpy()
 
     return run
@@ -85,7 +91,10 @@ def test_pipelines_that_share_a_unet(tiny_pipeline) -> None:
     adapter = fresh(pipe)
     for one in (pipe, other):  # the second has no guidance before it has run
         adapter.attach(one)
-    with pytest.raises(OptionError, match="share one network; say which one runs"), adapter.use(anna):
+    with (
+        pytest.raises(OptionError, match="share one network; say which one runs"),
+        adapter.use(anna),
+    ):
         pass
     with adapter.use(anna, pipe=pipe):
         assert np.array_equal(run(), expected)
@@ -117,7 +126,9 @@ def test_shares_of_an_image_to_image_run_are_of_its_own_steps(tiny_pipeline, kin
             (before,) = pipe.unet._forward_pre_hooks.values()
             injection = before.__self__
             hook = pipe.unet.register_forward_hook(
-                lambda *call, injection=injection, steps=steps: steps.append(injection.calls[len(call[1][0])].active)
+                lambda *call, injection=injection, steps=steps: steps.append(
+                    injection.calls[len(call[1][0])].active
+                )
             )
             run()
             hook.remove()
@@ -129,7 +140,9 @@ def test_inpainting_leaves_the_rest(tiny_pipeline) -> None:
     pipe = StableDiffusionXLInpaintPipeline(**tiny_pipeline().components)
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
-    promises(pipe, runner(pipe, image=picture(), mask_image=mask, strength=0.9, width=16, height=16))
+    promises(
+        pipe, runner(pipe, image=picture(), mask_image=mask, strength=0.9, width=16, height=16)
+    )
 
 
 def test_controlnet(tiny_pipeline) -> None:
@@ -151,7 +164,10 @@ def test_a_lora_of_diffusers_goes_on_acting(tiny_pipeline) -> None:
     run = runner(pipe)
     plain = run()
     torch.manual_seed(1)
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False), "style")
+    pipe.unet.add_adapter(
+        LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False),
+        "style",
+    )
     assert distance(run(), plain) > 1e-4
     promises(pipe, run)
     adapter = fresh(pipe)
@@ -168,7 +184,9 @@ def test_a_lora_file_loaded_while_the_adapter_serves(tiny_pipeline, tmp_path: Pa
 
     pipe, other = tiny_pipeline(), tiny_pipeline()
     torch.manual_seed(1)
-    lora = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False)
+    lora = LoraConfig(
+        r=2, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False
+    )
     other.unet.add_adapter(lora)
     other.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(other.unet))
     adapter, run = fresh(pipe), runner(pipe)
@@ -195,19 +213,28 @@ def ip_adapter(unet: Any, seed: int = 1) -> dict[str, dict[str, torch.Tensor]]:
         return 0.3 * torch.randn(shape, generator=generator)
 
     width = unet.config.cross_attention_dim
-    image = {"proj.weight": noise(4 * width, 16), "proj.bias": noise(4 * width), "norm.weight": torch.ones(width)}
+    image = {
+        "proj.weight": noise(4 * width, 16),
+        "proj.bias": noise(4 * width),
+        "norm.weight": torch.ones(width),
+    }
     layers = {}
     for place, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):
             inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
-            layers |= {f"{place}.to_k_ip.weight": noise(inner, width), f"{place}.to_v_ip.weight": noise(inner, width)}
+            layers |= {
+                f"{place}.to_k_ip.weight": noise(inner, width),
+                f"{place}.to_v_ip.weight": noise(inner, width),
+            }
     return {"image_proj": {**image, "norm.bias": torch.zeros(width)}, "ip_adapter": layers}
 
 
 def test_an_ip_adapter_goes_on_acting(tiny_pipeline) -> None:
     pipe = tiny_pipeline()
     plain = runner(pipe)()
-    pipe.load_ip_adapter(ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    pipe.load_ip_adapter(
+        ip_adapter(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None
+    )
     embeds = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(2))
     run = runner(pipe, ip_adapter_image_embeds=[embeds])
     pipe.set_ip_adapter_scale(1.0)
@@ -230,7 +257,9 @@ def test_the_references_samplers_and_every_image_alone(tiny_pipeline, algorithm:
     promises(pipe, run)
     both = run(["portrait", "portrait"])
     assert distance(both[:1], run()) < 1e-4 and distance(both[:1], both[1:]) > 1e-2
-    picture_pipe = StableDiffusionXLImg2ImgPipeline(**{**tiny_pipeline().components, "scheduler": pipe.scheduler})
+    picture_pipe = StableDiffusionXLImg2ImgPipeline(
+        **{**tiny_pipeline().components, "scheduler": pipe.scheduler}
+    )
     promises(picture_pipe, runner(picture_pipe, image=picture(), strength=0.6))
 
 
@@ -253,13 +282,20 @@ def test_published_files_by_their_variants(tmp_path) -> None:
     layers = nn.ModuleDict({place: IdentityLayer(8, 64) for place in PLACES})
     PuLID(former, layers).save(tmp_path / "pulid_v1.1.safetensors")
     # a .bin of this project's sizes cannot say them: published sizes are taken, and it does not fit
-    torch.save(PuLID(IDEncoder(context_dim=64, **small), layers).state_dict(), tmp_path / "pulid_v1.bin")
+    torch.save(
+        PuLID(IDEncoder(context_dim=64, **small), layers).state_dict(), tmp_path / "pulid_v1.bin"
+    )
     loaded = PuLID.from_pretrained(tmp_path)
     assert isinstance(loaded.id_adapter, IDFormer) and loaded.id_adapter.config["dim"] == 16
-    less = PuLID(former, nn.ModuleDict({place: IdentityLayer(8, 64) for place in PLACES if place != "71"}))
+    less = PuLID(
+        former, nn.ModuleDict({place: IdentityLayer(8, 64) for place in PLACES if place != "71"})
+    )
     file = less.save(tmp_path / "less" / "pulid_v1.1.safetensors")
     assert len(PuLID.load(file).id_adapter_attn_layers) == 69
-    with pytest.raises(WeightsError, match=r"safetensors lacks 1 of 70 layers \(id_adapter_attn_layers 71\); get its file"):
+    with pytest.raises(
+        WeightsError,
+        match=r"safetensors lacks 1 of 70 layers \(id_adapter_attn_layers 71\); get its file",
+    ):
         PuLID.from_pretrained(file.parent)
     with pytest.raises(WeightsError, match="size mismatch"):
         PuLID.from_pretrained(tmp_path, variant="v1")
@@ -275,10 +311,20 @@ def test_v1_at_full_size_from_its_bin(golden, tmp_path) -> None:
     """The published names and shapes, in half precision as published files often are; strictly."""
     names = golden.manifest["pulid_v1"]
     for variant in ("pulid_v1", "pulid_v1.1"):
-        served = {name.split(".")[1] for name in golden.manifest[variant] if name.startswith("id_adapter_attn_layers")}
+        served = {
+            name.split(".")[1]
+            for name in golden.manifest[variant]
+            if name.startswith("id_adapter_attn_layers")
+        }
         assert sorted(served, key=int) == PLACES
-    kept = {name: shape for name, shape in names.items() if not name.startswith("id_adapter_attn_layers") or ".1." in name}
-    state = {name: torch.zeros(1, dtype=torch.float16).expand(shape) for name, shape in kept.items()}
+    kept = {
+        name: shape
+        for name, shape in names.items()
+        if not name.startswith("id_adapter_attn_layers") or ".1." in name
+    }
+    state = {
+        name: torch.zeros(1, dtype=torch.float16).expand(shape) for name, shape in kept.items()
+    }
     adapter = PuLID.from_state_dict(state, _empty(IDEncoder))
     assert {name: list(value.shape) for name, value in adapter.state_dict().items()} == kept
     with pytest.raises(WeightsError, match="Unexpected key"):
@@ -286,10 +332,16 @@ def test_v1_at_full_size_from_its_bin(golden, tmp_path) -> None:
 
 
 def test_what_a_file_for_flux_lacks_is_named(golden) -> None:
-    state = {name: torch.zeros(1).expand(shape) for name, shape in golden.manifest["pulid_flux"].items()}
+    state = {
+        name: torch.zeros(1).expand(shape) for name, shape in golden.manifest["pulid_flux"].items()
+    }
     for lost in ("pulid_ca.3.to_q.weight", "pulid_ca.0.to_kv.weight"):
-        with pytest.raises(WeightsError, match=rf'name its own file: Missing key\(s\) in state_dict: "{lost}"\.$') as error:
-            PuLIDFlux.from_state_dict({name: x for name, x in state.items() if name != lost}, _empty(IDFormer))
+        with pytest.raises(
+            WeightsError, match=rf'name its own file: Missing key\(s\) in state_dict: "{lost}"\.$'
+        ) as error:
+            PuLIDFlux.from_state_dict(
+                {name: x for name, x in state.items() if name != lost}, _empty(IDFormer)
+            )
         assert "\n" not in str(error.value)
 
 
@@ -311,7 +363,10 @@ def test_mix_gives_further_photos_all_their_tokens(tiny_pipeline) -> None:
     assert adapter.encode(two.id_cond, two.hidden).shape[1] == 15
     assert adapter.encode(two.id_cond, two.hidden, mix=True).shape[1] == 20
     former = fresh(
-        pipe, encoder=IDFormer(dim=16, depth=5, dim_head=8, heads=2, output_dim=64, width=12, vit_dim=8, hidden_dim=16)
+        pipe,
+        encoder=IDFormer(
+            dim=16, depth=5, dim_head=8, heads=2, output_dim=64, width=12, vit_dim=8, hidden_dim=16
+        ),
     )
     with pytest.raises(OptionError, match=r"v1\.1"):
         former.encode(two.id_cond, two.hidden, mix=True)

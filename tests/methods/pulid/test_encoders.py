@@ -10,7 +10,9 @@ from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 TINY = {"width": 12, "vit_dim": 8, "hidden_dim": 16}
 
 
-def features(batch: int, photos: int = 1, patches: int = 9) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def features(
+    batch: int, photos: int = 1, patches: int = 9
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     hidden = [torch.randn(batch, photos * (1 + patches), 8, generator=generator) for _ in range(5)]
     return torch.randn(batch, photos, 12, generator=generator), hidden
@@ -19,7 +21,9 @@ def features(batch: int, photos: int = 1, patches: int = 9) -> tuple[torch.Tenso
 @torch.no_grad()
 def test_idencoder_is_the_reference(golden) -> None:
     encoder = golden.fill(IDEncoder(), "id_adapter.")
-    tokens = encoder(golden.input("id_cond", 2, 1280), [golden.input(f"vit{i}", 2, 577, 1024) for i in range(5)])
+    tokens = encoder(
+        golden.input("id_cond", 2, 1280), [golden.input(f"vit{i}", 2, 577, 1024) for i in range(5)]
+    )
     assert golden.error("idencoder.tokens", tokens) < 1e-4
 
 
@@ -38,7 +42,9 @@ def test_idformer_is_the_reference(golden) -> None:
     assert golden.error("idformer.tokens_uncond", nobody) < 1e-4
 
 
-@pytest.mark.parametrize(("encoder", "published"), [(IDEncoder, "pulid_v1"), (IDFormer, "pulid_v1.1")])
+@pytest.mark.parametrize(
+    ("encoder", "published"), [(IDEncoder, "pulid_v1"), (IDFormer, "pulid_v1.1")]
+)
 def test_published_names_and_shapes(golden, encoder, published: str) -> None:
     with torch.device("meta"):
         ours = {f"id_adapter.{name}": list(x.shape) for name, x in encoder().state_dict().items()}
@@ -51,14 +57,26 @@ def test_v1_reads_further_photos() -> None:
     id_cond, hidden = features(2, photos=3)
     tokens, mixed = encoder(id_cond, hidden), encoder(id_cond, hidden, mix=True)
     assert tokens.shape == (2, 10 + 5 + 5, 32) and mixed.shape == (2, 30, 32)
-    alone = [encoder(id_cond[:, i], [x[:, 10 * i : 10 * (i + 1)] for x in hidden]) for i in range(3)]
+    alone = [
+        encoder(id_cond[:, i], [x[:, 10 * i : 10 * (i + 1)] for x in hidden]) for i in range(3)
+    ]
     torch.testing.assert_close(tokens, torch.cat([alone[0], alone[1][:, :5], alone[2][:, :5]], 1))
     torch.testing.assert_close(mixed, torch.cat(alone, 1))
     assert encoder.unconditional(id_cond, hidden).shape == (1, 20, 32)
 
 
 def test_idformer_takes_other_sizes() -> None:
-    encoder = IDFormer(dim=16, depth=5, dim_head=4, heads=2, num_id_token=3, num_queries=7, output_dim=24, ff_mult=2, **TINY)
+    encoder = IDFormer(
+        dim=16,
+        depth=5,
+        dim_head=4,
+        heads=2,
+        num_id_token=3,
+        num_queries=7,
+        output_dim=24,
+        ff_mult=2,
+        **TINY,
+    )
     assert encoder(*features(2)).shape == (2, 7, 24)
     assert encoder(*features(1, photos=4)).shape == (1, 7, 24)
     assert IDFormer(**encoder.config).state_dict().keys() == encoder.state_dict().keys()

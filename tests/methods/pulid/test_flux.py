@@ -17,17 +17,17 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from people import anna, ben, distance
-from people import fresh as fresh_sdxl
 from safetensors.torch import load_file, save_file
-from tiny_flux import SMALL, fresh, run, tiny_pipe
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.pulid.adapter import PuLID
-from openpulid.methods.pulid.dit import PerceiverCrossAttention, Turn, places
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
+from openpulid.methods.pulid.flux_attention import PerceiverCrossAttention, Turn, places
+from openpulid.methods.pulid.sdxl import PuLID
+from tests.support.people import anna, ben, distance
+from tests.support.people import fresh as fresh_sdxl
+from tests.support.tiny_flux import SMALL, fresh, run, tiny_pipe
 
 
 @torch.no_grad()
@@ -47,7 +47,11 @@ def transformer(golden) -> FluxTransformer2DModel:
 @pytest.fixture(scope="module")
 def adapter(golden, transformer) -> Iterator[PuLIDFlux]:
     former = IDFormer(**SMALL, output_dim=32, hidden_dim=16)
-    adapter = PuLIDFlux.for_transformer(transformer, former, dim_head=16, heads=4).eval().requires_grad_(False)
+    adapter = (
+        PuLIDFlux.for_transformer(transformer, former, dim_head=16, heads=4)
+        .eval()
+        .requires_grad_(False)
+    )
     for k, layer in enumerate(adapter.pulid_ca):
         golden.fill(layer, f"pulid_ca.{k}.")
     adapter.attach(transformer)
@@ -55,7 +59,14 @@ def adapter(golden, transformer) -> Iterator[PuLIDFlux]:
     adapter.detach()
 
 
-def call(golden, transformer: Any, x: Tensor | None = None, time: float = 0.7, guidance: float = 3.5, text: str = "") -> Tensor:
+def call(
+    golden,
+    transformer: Any,
+    x: Tensor | None = None,
+    time: float = 0.7,
+    guidance: float = 3.5,
+    text: str = "",
+) -> Tensor:
     rows, columns = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
     return transformer(
         golden.input("flux.img", 1, 36, 16) if x is None else x,
@@ -79,7 +90,9 @@ def test_the_transformer_is_the_reference(golden, transformer, adapter) -> None:
     assert torch.equal(call(golden, transformer), before)
 
 
-def denoise(golden, transformer: Any, guidance: float, true_cfg: float = 1.0, cfg_from: int = 0) -> Tensor:
+def denoise(
+    golden, transformer: Any, guidance: float, true_cfg: float = 1.0, cfg_from: int = 0
+) -> Tensor:
     """The reference's loop."""
     x = golden.input("flux.img", 1, 36, 16)
     for step, (time, following) in enumerate(pairwise(schedule(golden, 4, 36))):
@@ -103,8 +116,12 @@ def schedule(golden, steps: int, tokens: int) -> list[float]:
 def test_schedules_are_the_references(golden, name: str) -> None:
     steps, tokens = map(int, name.split("x"))
     expected = torch.tensor(golden.manifest["flux_schedules"][name])
-    torch.testing.assert_close(torch.tensor(schedule(golden, steps, tokens)), expected, atol=1e-6, rtol=1e-5)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)  # as FLUX.1-dev configures it
+    torch.testing.assert_close(
+        torch.tensor(schedule(golden, steps, tokens)), expected, atol=1e-6, rtol=1e-5
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True
+    )  # as FLUX.1-dev configures it
     mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     torch.testing.assert_close(scheduler.sigmas, expected, atol=1e-6, rtol=1e-5)
@@ -134,7 +151,10 @@ def test_published_names_and_shapes_at_full_size(golden) -> None:
     for one in (adapter, loaded):
         assert {name: list(value.shape) for name, value in one.state_dict().items()} == names
     loaded.attach(transformer)
-    assert places(transformer)[9:11] == [("double", 18), ("single", 0)] and len(places(transformer)) == 20
+    assert (
+        places(transformer)[9:11] == [("double", 18), ("single", 0)]
+        and len(places(transformer)) == 20
+    )
     with pytest.raises(WeightsError, match="Unexpected key"):
         PuLIDFlux.from_state_dict({**state, "pulid_encoder.more": torch.empty(1)}, IDFormer())
 
@@ -144,7 +164,15 @@ def test_where_a_run_stands() -> None:
     for time in (1.0, 0.7, 0.7, 0.3, 0.3, 1.0, 0.5):
         turn.note(time)
         seen.append((turn.step, turn.negative))
-    assert seen == [(0, False), (1, False), (1, True), (2, False), (2, True), (0, False), (1, False)]
+    assert seen == [
+        (0, False),
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+        (0, False),
+        (1, False),
+    ]
     turn.note(0.5, schedule="another run")  # of one step, at the time where the last one ended
     assert (turn.step, turn.negative) == (0, False)
 
@@ -176,7 +204,11 @@ def test_identity_acts_and_nothing_is_left(pipe) -> None:
     with pytest.raises(RuntimeError, match="inside"), adapter.use(anna):
         raise RuntimeError("inside")
     assert np.array_equal(run(pipe), before)
-    blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks, pipe.transformer]
+    blocks = [
+        *pipe.transformer.transformer_blocks,
+        *pipe.transformer.single_transformer_blocks,
+        pipe.transformer,
+    ]
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
     adapter.detach(pipe)
     with pytest.raises(OptionError, match="serves no pipeline"), adapter.use(anna):
@@ -184,7 +216,9 @@ def test_identity_acts_and_nothing_is_left(pipe) -> None:
 
 
 def test_an_untrained_adapter_changes_nothing(pipe) -> None:
-    adapter = PuLIDFlux.for_transformer(pipe.transformer, IDFormer(**SMALL, output_dim=16, hidden_dim=16), dim_head=8, heads=2)
+    adapter = PuLIDFlux.for_transformer(
+        pipe.transformer, IDFormer(**SMALL, output_dim=16, hidden_dim=16), dim_head=8, heads=2
+    )
     adapter.attach(pipe)
     before = run(pipe)
     with adapter.use(anna):
@@ -200,10 +234,14 @@ def test_steps_and_fractions(pipe) -> None:
     }.items():  # fmt: skip
         with adapter.use(anna, **options):
             images[name] = run(pipe)
-    assert np.array_equal(images["fraction"], images["step"]) and np.array_equal(images["never"], images["off"])
+    assert np.array_equal(images["fraction"], images["step"]) and np.array_equal(
+        images["never"], images["off"]
+    )
     assert len({images[name].tobytes() for name in ("all", "step", "end", "never")}) == 4
     with adapter.use(anna, start_step=2):  # two runs while it is open
-        assert np.array_equal(run(pipe), images["step"]) and np.array_equal(run(pipe), images["step"])
+        assert np.array_equal(run(pipe), images["step"]) and np.array_equal(
+            run(pipe), images["step"]
+        )
     with pytest.raises(OptionError, match="fractions"), adapter.use(anna, start=1.5):
         pass
 
@@ -211,16 +249,22 @@ def test_steps_and_fractions(pipe) -> None:
 def test_steps_whose_time_is_rounded_to_the_same(pipe) -> None:
     """A steep schedule in bfloat16, as large pictures have it: every step counts, and none is taken for a negative call."""
     pipe.to(torch.bfloat16)
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=5.0, max_shift=5.0)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=5.0, max_shift=5.0
+    )
     adapter, times = fresh(pipe), []
-    note = pipe.transformer.register_forward_pre_hook(lambda *call: times.append(float(call[-1]["timestep"])), with_kwargs=True)
+    note = pipe.transformer.register_forward_pre_hook(
+        lambda *call: times.append(float(call[-1]["timestep"])), with_kwargs=True
+    )
     plain = run(pipe, steps=8)
     note.remove()
     assert len(set(times)) < len(times) == 8
     with adapter.use(anna):
         shown = run(pipe, steps=8)
     tokens = adapter.encode(anna.id_cond, anna.hidden).detach()
-    with adapter.use_tokens(tokens, negative=tokens):  # whichever call is the negative one shows anna, too
+    with adapter.use_tokens(
+        tokens, negative=tokens
+    ):  # whichever call is the negative one shows anna, too
         assert distance(run(pipe, steps=8), shown) < 1e-3
     with adapter.use(anna, start_step=7):  # the last
         assert distance(run(pipe, steps=8), plain) > 1e-2
@@ -239,7 +283,10 @@ def test_the_negative_prompt_shows_nobody(pipe) -> None:
         images = run(pipe, negative=True)
     with torch.no_grad(), adapter.use_tokens(tokens, negative=nobody):
         assert distance(run(pipe, negative=True), images) < 1e-5
-    with torch.no_grad(), adapter.use_tokens(tokens, negative=tokens):  # the same person on both sides is another image
+    with (
+        torch.no_grad(),
+        adapter.use_tokens(tokens, negative=tokens),
+    ):  # the same person on both sides is another image
         assert distance(run(pipe, negative=True), images) > 1e-3
     for first in (0, 2, 4):
         with adapter.use(anna, timestep_to_start_cfg=first):
@@ -298,10 +345,14 @@ def test_masks_limit_where_each_acts(pipe) -> None:
     first, kept = pipe.transformer.transformer_blocks[0], []
     for scale in (0.0, 1.0):
         with adapter.use([(anna, left)], scale=scale):
-            hook = first.register_forward_hook(lambda block, args, output: kept.append(output[1].reshape(8, 8, -1)))
+            hook = first.register_forward_hook(
+                lambda block, args, output: kept.append(output[1].reshape(8, 8, -1))
+            )
             run(pipe, steps=1)
             hook.remove()
-    assert torch.equal(kept[0][:, 4:], kept[1][:, 4:]) and not torch.equal(kept[0][:, :4], kept[1][:, :4])
+    assert torch.equal(kept[0][:, 4:], kept[1][:, 4:]) and not torch.equal(
+        kept[0][:, :4], kept[1][:, :4]
+    )
 
 
 def test_the_negative_prompt_shows_nobody_where_somebody_is(pipe) -> None:
@@ -313,7 +364,9 @@ def test_the_negative_prompt_shows_nobody_where_somebody_is(pipe) -> None:
     def negative(people: Any, scale: float = 1.0) -> Tensor:
         kept: list[Tensor] = []
         with adapter.use(people, scale=scale):
-            hook = first.register_forward_hook(lambda block, args, output: kept.append(output[1].reshape(8, 8, -1)))
+            hook = first.register_forward_hook(
+                lambda block, args, output: kept.append(output[1].reshape(8, 8, -1))
+            )
             run(pipe, negative=True, steps=1)
             hook.remove()
         assert len(kept) == 2
@@ -340,7 +393,9 @@ def test_masks_on_a_wide_picture_beside_references(golden, transformer, adapter)
     first = transformer.transformer_blocks[0]
     for scale in (0.0, 1.0):
         with torch.no_grad(), adapter.use([(anna, mask)], scale=scale):
-            hook = first.register_forward_hook(lambda block, args, output: seen.append(output[1][0]))
+            hook = first.register_forward_hook(
+                lambda block, args, output: seen.append(output[1][0])
+            )
             ids = torch.cat([made, reference]), torch.zeros(8, 3)
             transformer(image, *text, torch.tensor([0.7]), *ids, torch.tensor([3.5]))
             hook.remove()
@@ -350,7 +405,11 @@ def test_masks_on_a_wide_picture_beside_references(golden, transformer, adapter)
 
 def test_image_to_image_and_references(pipe) -> None:
     picture = FluxImg2ImgPipeline(
-        **{k: v for k, v in pipe.components.items() if k not in ("image_encoder", "feature_extractor")}
+        **{
+            k: v
+            for k, v in pipe.components.items()
+            if k not in ("image_encoder", "feature_extractor")
+        }
     )
     picture.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
@@ -374,9 +433,13 @@ def test_reference_tokens_are_left_alone(golden, transformer, adapter) -> None:
     for scale in (0.0, 1.0):
         with torch.no_grad(), adapter.use_tokens(golden.input("flux.id", 1, 32, 32), scale=scale):
             hook = first.register_forward_hook(lambda block, args, output: seen.append(output[1]))
-            transformer(image, *text, torch.tensor([0.7]), ids, torch.zeros(8, 3), torch.tensor([3.5]))
+            transformer(
+                image, *text, torch.tensor([0.7]), ids, torch.zeros(8, 3), torch.tensor([3.5])
+            )
             hook.remove()
-    assert torch.equal(seen[0][:, 36:], seen[1][:, 36:]) and not torch.equal(seen[0][:, :36], seen[1][:, :36])
+    assert torch.equal(seen[0][:, 36:], seen[1][:, 36:]) and not torch.equal(
+        seen[0][:, :36], seen[1][:, :36]
+    )
 
 
 def inputs() -> tuple[Tensor, ...]:
@@ -417,7 +480,9 @@ def test_a_negative_call_beside_checkpointed_blocks_is_refused(pipe) -> None:
 
     pipe.transformer.enable_gradient_checkpointing()
     for graded in ((True, True), (True, False), (False, True)):
-        with pytest.raises(OptionError, match="negative prompt cannot be combined with gradient checkpointing"):
+        with pytest.raises(
+            OptionError, match="negative prompt cannot be combined with gradient checkpointing"
+        ):
             calls(*graded)
     calls(False, False), calls(True)
     pipe.transformer.disable_gradient_checkpointing()
@@ -445,10 +510,21 @@ def test_another_transformer_is_refused(pipe, adapter) -> None:
         adapter.attach(pipe)
     with pytest.raises(OptionError, match="no FLUX transformer"):
         fresh(pipe).attach(nn.Linear(1, 1))
-    sizes = {"in_channels": 16, "num_layers": 3, "num_single_layers": 5, "attention_head_dim": 16, "num_attention_heads": 2}
+    sizes = {
+        "in_channels": 16,
+        "num_layers": 3,
+        "num_single_layers": 5,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+    }
     own = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
-    chroma = ChromaTransformer2DModel(**sizes, **own, joint_attention_dim=24, axes_dims_rope=(4, 6, 6))
-    with pytest.raises(OptionError, match=r"ChromaTransformer2DModel is not FLUX\.1's transformer: Chroma and others"):
+    chroma = ChromaTransformer2DModel(
+        **sizes, **own, joint_attention_dim=24, axes_dims_rope=(4, 6, 6)
+    )
+    with pytest.raises(
+        OptionError,
+        match=r"ChromaTransformer2DModel is not FLUX\.1's transformer: Chroma and others",
+    ):
         fresh(pipe).attach(chroma)
 
 
@@ -467,7 +543,9 @@ def test_an_adapter_of_the_other_family_is_refused(pipe, tiny_pipeline) -> None:
     sdxl = tiny_pipeline()
     ours, theirs = fresh(pipe), fresh_sdxl(sdxl)
     for target in (sdxl, sdxl.unet):
-        with pytest.raises(OptionError, match=r"has no FLUX transformer; .* take an adapter for SDXL\.$"):
+        with pytest.raises(
+            OptionError, match=r"has no FLUX transformer; .* take an adapter for SDXL\.$"
+        ):
             ours.attach(target)
     for target in (pipe, pipe.transformer):
         with pytest.raises(OptionError, match=r"has no U-Net; .* take an adapter for FLUX\.$"):

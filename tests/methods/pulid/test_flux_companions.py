@@ -22,13 +22,18 @@ from diffusers import (
     MagCacheConfig,
     TaylorSeerCacheConfig,
 )
-from diffusers.hooks import HookRegistry, apply_first_block_cache, apply_mag_cache, apply_taylorseer_cache
-from people import anna, ben, distance
-from tiny_flux import fresh, run, tiny_pipe
+from diffusers.hooks import (
+    HookRegistry,
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_taylorseer_cache,
+)
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.flux import PuLIDFlux
+from tests.support.people import anna, ben, distance
+from tests.support.tiny_flux import fresh, run, tiny_pipe
 
 
 def picture(seed: int = 3) -> Tensor:
@@ -43,7 +48,11 @@ def left_half() -> Tensor:
 
 def within(pipe: FluxPipeline, kind: type, **parts: Any) -> Any:
     """The pipeline's parts in a pipeline of another kind."""
-    own = {name: part for name, part in pipe.components.items() if name not in ("image_encoder", "feature_extractor")}
+    own = {
+        name: part
+        for name, part in pipe.components.items()
+        if name not in ("image_encoder", "feature_extractor")
+    }
     other = kind(**own, **parts)
     other.set_progress_bar_config(disable=True)
     return other
@@ -68,7 +77,9 @@ def test_a_lora_goes_on_acting() -> None:
     pipe = tiny_pipe()
     plain = run(pipe)
     torch.manual_seed(1)
-    lora = LoraConfig(r=2, target_modules=["to_q", "to_v", "to_out.0", "proj_mlp"], init_lora_weights=False)
+    lora = LoraConfig(
+        r=2, target_modules=["to_q", "to_v", "to_out.0", "proj_mlp"], init_lora_weights=False
+    )
     pipe.transformer.add_adapter(lora, "style")
     assert distance(run(pipe), plain) > 1e-3
     adapter = promises(pipe)
@@ -82,13 +93,18 @@ def test_a_lora_goes_on_acting() -> None:
 def test_a_controlnet_goes_on_acting() -> None:
     base = tiny_pipe()
     torch.manual_seed(1)
-    net = FluxControlNetModel.from_transformer(base.transformer, 2, 2, attention_head_dim=16, num_attention_heads=2)
+    net = FluxControlNetModel.from_transformer(
+        base.transformer, 2, 2, attention_head_dim=16, num_attention_heads=2
+    )
     for layer in (*net.controlnet_blocks, *net.controlnet_single_blocks, net.controlnet_x_embedder):
         nn.init.normal_(layer.weight, std=0.3)
     pipe = within(base, FluxControlNetPipeline, controlnet=net.eval())
     adapter = promises(pipe, control_image=picture())
     with adapter.use(anna):
-        images = [run(pipe, control_image=picture(), controlnet_conditioning_scale=scale) for scale in (0.0, 1.0)]
+        images = [
+            run(pipe, control_image=picture(), controlnet_conditioning_scale=scale)
+            for scale in (0.0, 1.0)
+        ]
     assert distance(*images) > 1e-3
 
 
@@ -108,7 +124,10 @@ def test_an_ip_adapter_goes_on_acting() -> None:
     layers = {}
     for block in range(len(pipe.transformer.transformer_blocks)):
         for name in ("k", "v"):
-            layers |= {f"{block}.to_{name}_ip.weight": noise(32, 24), f"{block}.to_{name}_ip.bias": noise(32)}
+            layers |= {
+                f"{block}.to_{name}_ip.weight": noise(32, 24),
+                f"{block}.to_{name}_ip.bias": noise(32),
+            }
     weights = {"image_proj": image, "ip_adapter": layers}
     pipe.load_ip_adapter(weights, weight_name="", image_encoder_pretrained_model_name_or_path=None)
     options = {f"{side}ip_adapter_image_embeds": [noise(1, 1, 12)] for side in ("", "negative_")}
@@ -128,7 +147,9 @@ def test_inpainting_leaves_the_rest() -> None:
     before = run(pipe, **options).reshape(8, 8, -1)
     with adapter.use(anna):
         after = run(pipe, **options).reshape(8, 8, -1)
-    assert np.array_equal(before[:, 4:], after[:, 4:]) and distance(before[:, :4], after[:, :4]) > 1e-2
+    assert (
+        np.array_equal(before[:, 4:], after[:, 4:]) and distance(before[:, :4], after[:, :4]) > 1e-2
+    )
 
 
 def test_fill() -> None:
@@ -145,20 +166,32 @@ def test_kontext_shows_the_identity_in_what_is_made() -> None:
     seen: list[Tensor] = []
     for scale in (0.0, 1.0):
         with adapter.use(anna, scale=scale):
-            hook = pipe.transformer.transformer_blocks[0].register_forward_hook(lambda block, args, out: seen.append(out[1]))
+            hook = pipe.transformer.transformer_blocks[0].register_forward_hook(
+                lambda block, args, out: seen.append(out[1])
+            )
             run(pipe, steps=1, **options)
             hook.remove()
     before, after = seen
     assert before.shape[1] == 2 * 64
-    assert torch.equal(before[:, 64:], after[:, 64:]) and not torch.equal(before[:, :64], after[:, :64])
+    assert torch.equal(before[:, 64:], after[:, 64:]) and not torch.equal(
+        before[:, :64], after[:, :64]
+    )
 
 
 CACHES = {
     "first block": FirstBlockCacheConfig(threshold=10.0),
-    "magnitudes": MagCacheConfig(threshold=10.0, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4),
-    "expansion": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, use_lite_mode=True),
+    "magnitudes": MagCacheConfig(
+        threshold=10.0, num_inference_steps=4, retention_ratio=0.25, mag_ratios=[1.0] * 4
+    ),
+    "expansion": TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=1, use_lite_mode=True
+    ),
 }
-FUNCTIONS = {"first block": apply_first_block_cache, "magnitudes": apply_mag_cache, "expansion": apply_taylorseer_cache}
+FUNCTIONS = {
+    "first block": apply_first_block_cache,
+    "magnitudes": apply_mag_cache,
+    "expansion": apply_taylorseer_cache,
+}
 
 
 @pytest.mark.parametrize("by_function", [False, True])
@@ -172,7 +205,9 @@ def test_a_step_that_a_cache_skips_gets_the_identity_once(name: str, by_function
         exact = run(pipe)
     if by_function:
         FUNCTIONS[name](pipe.transformer, CACHES[name])
-        HookRegistry.check_if_exists_or_initialize(pipe.transformer).invalidate_child_registries_cache()  # it has run before
+        HookRegistry.check_if_exists_or_initialize(
+            pipe.transformer
+        ).invalidate_child_registries_cache()  # it has run before
     else:
         pipe.transformer.enable_cache(CACHES[name])
     assert pipe.transformer.is_cache_enabled != by_function
@@ -180,7 +215,9 @@ def test_a_step_that_a_cache_skips_gets_the_identity_once(name: str, by_function
     with adapter.use(anna):
         with_identity = run(pipe)
         assert np.array_equal(run(pipe), with_identity)
-    assert distance(cached, plain) > 1e-3 and distance(with_identity, exact) < 2 * distance(cached, plain)
+    assert distance(cached, plain) > 1e-3 and distance(with_identity, exact) < 2 * distance(
+        cached, plain
+    )
     assert distance(with_identity, cached) > 0.5 * distance(exact, plain)
     assert np.array_equal(run(pipe), cached)
     if not by_function:
@@ -193,11 +230,18 @@ def test_a_skipped_step_ends_with_what_the_first_block_gave() -> None:
     pipe.transformer.enable_cache(CACHES["first block"])
     given: list[Tensor] = []
     arrived: list[Tensor] = []
-    pipe.transformer.transformer_blocks[0].register_forward_hook(lambda block, args, output: given.append(output[1]))
+    pipe.transformer.transformer_blocks[0].register_forward_hook(
+        lambda block, args, output: given.append(output[1])
+    )
     pipe.transformer.norm_out.register_forward_pre_hook(lambda layer, args: arrived.append(args[0]))
     with fresh(pipe).use(anna):
         run(pipe)
-    assert [torch.equal(*pair) for pair in zip(given, arrived, strict=True)] == [False, True, True, True]
+    assert [torch.equal(*pair) for pair in zip(given, arrived, strict=True)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_group_offloading() -> None:
@@ -255,7 +299,10 @@ def compiler() -> Any:
 def test_compiled_blocks(compiler) -> None:
     """As many joined blocks as the compiler would not compile one by one (8)."""
     pipe = tiny_pipe(num_layers=18, num_single_layers=1)
-    compiled_as_eager(pipe, lambda transformer: transformer.compile_repeated_blocks(backend="eager", fullgraph=True))
+    compiled_as_eager(
+        pipe,
+        lambda transformer: transformer.compile_repeated_blocks(backend="eager", fullgraph=True),
+    )
 
 
 def test_compiled_as_a_whole(compiler) -> None:
@@ -266,7 +313,10 @@ def test_compiled_as_a_whole(compiler) -> None:
     for transformer in (whole, pipe.transformer):
         transformer.compile(backend="eager")
         adapter.attach(transformer)
-        with pytest.raises(OptionError, match="compile_repeated_blocks"), adapter.use(anna, pipe=transformer):
+        with (
+            pytest.raises(OptionError, match="compile_repeated_blocks"),
+            adapter.use(anna, pipe=transformer),
+        ):
             pass
         adapter.detach()
     with compiler.patch(skip_nnmodule_hook_guards=False):

@@ -4,25 +4,44 @@ callables; a measure gives one number per image.
 Shapes: B images, P people, D features; images are (B, 3, H, W) floats in [0, 1].
 """
 
-from openpulid.bench.metrics.evidence import (
+from openpulid.bench.metrics.bootstrap import Interval, bootstrap
+from openpulid.bench.metrics.identity import (
+    FGIS,
+    CopyPaste,
+    FaceDiversity,
+    FaceFound,
+    FaceSim,
+    FacialValues,
+    Rank1,
+)
+from openpulid.bench.metrics.inputs import (
     EmbedImages,
     EmbedTexts,
-    Evidence,
     Faces,
     FindFaces,
     Metric,
+    MetricInputs,
     ReadAttributes,
 )
-from openpulid.bench.metrics.identity import FGIS, CopyPaste, FaceDiversity, FaceFound, FaceSim, FacialValues, Rank1
-from openpulid.bench.metrics.interval import Interval, bootstrap
-from openpulid.bench.metrics.purity import FID, Attributes, ClipI, ClipT, Dino, LpipsOutside, OutsideFace, attributes_seen
+from openpulid.bench.metrics.preservation import (
+    FID,
+    Attributes,
+    ClipI,
+    ClipT,
+    Dino,
+    LpipsOutside,
+    OutsideFace,
+    attributes_seen,
+)
 
 COLUMNS = (
     FaceSim, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste, ClipT, ClipI, Dino, OutsideFace,
     LpipsOutside, Attributes, FaceFound, FID,
 )  # fmt: skip
 """All of them, in the order of a report's columns."""
-LIKENESS = frozenset(measure.name for measure in (FaceSim, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste))
+LIKENESS = frozenset(
+    measure.name for measure in (FaceSim, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste)
+)
 """Whose face it is; a suite may name prompts for these alone."""
 
 __all__ = [
@@ -37,7 +56,7 @@ __all__ = [
     "Dino",
     "EmbedImages",
     "EmbedTexts",
-    "Evidence",
+    "MetricInputs",
     "FaceDiversity",
     "FaceFound",
     "FaceSim",

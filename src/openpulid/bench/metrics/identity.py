@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openpulid.bench.metrics.evidence import Distance, EmbedImages, Evidence, cosine, face_crops
+from openpulid.bench.metrics.inputs import Distance, EmbedImages, MetricInputs, cosine, face_crops
 
 
 class FaceFound:
@@ -18,7 +18,7 @@ class FaceFound:
     name: ClassVar[str] = "face_found"
     higher: ClassVar[bool] = True
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         return evidence.seen.found.float()
 
 
@@ -32,7 +32,7 @@ class FaceSim:
     name: ClassVar[str] = "face_sim"
     higher: ClassVar[bool] = True
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         seen = evidence.seen
         similar = cosine(seen.embeddings, evidence.gallery.embeddings[evidence.person])
         return torch.where(seen.found, similar, torch.zeros_like(similar))
@@ -47,9 +47,12 @@ class Rank1:
     name: ClassVar[str] = "rank1"
     higher: ClassVar[bool] = True
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         seen, gallery = evidence.seen, evidence.gallery
-        similar = F.normalize(seen.embeddings.float(), dim=-1) @ F.normalize(gallery.embeddings.float(), dim=-1).T
+        similar = (
+            F.normalize(seen.embeddings.float(), dim=-1)
+            @ F.normalize(gallery.embeddings.float(), dim=-1).T
+        )
         return ((similar.argmax(dim=-1) == evidence.person) & seen.found).float()
 
 
@@ -65,14 +68,16 @@ class CopyPaste:
     higher: ClassVar[bool] = False
     eps: ClassVar[float] = 1e-3
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         seen, other = evidence.seen, evidence.others
         nothing = torch.full((len(seen.found),), float("nan"))
         if other is None:
             return nothing
         portrait = evidence.gallery.embeddings[evidence.person]
         apart = _angle(other.embeddings, portrait).clamp(min=self.eps)
-        pasted = (_angle(seen.embeddings, other.embeddings) - _angle(seen.embeddings, portrait)) / apart
+        pasted = (
+            _angle(seen.embeddings, other.embeddings) - _angle(seen.embeddings, portrait)
+        ) / apart
         return torch.where(seen.found & other.found, pasted, nothing)
 
 
@@ -93,11 +98,13 @@ class FacialValues:
     def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
         self.read = read
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         nothing = torch.full((len(evidence.images),), float("nan"))
         if evidence.truth is None:
             return nothing
-        error = (self.read(evidence.seen.embeddings) - evidence.truth[evidence.person]).abs().mean(-1)
+        error = (
+            (self.read(evidence.seen.embeddings) - evidence.truth[evidence.person]).abs().mean(-1)
+        )
         return torch.where(evidence.seen.found, error, nothing)
 
 
@@ -122,12 +129,16 @@ class FGIS:
     def __init__(self, dino: EmbedImages, size: int = 224) -> None:
         self.dino, self.size = dino, size
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         shown = self.dino(face_crops(evidence.images, evidence.seen, self.size))
         people, place = evidence.person.unique(return_inverse=True)
-        portraits = self.dino(face_crops(evidence.portraits[people], evidence.gallery.rows(people), self.size))
+        portraits = self.dino(
+            face_crops(evidence.portraits[people], evidence.gallery.rows(people), self.size)
+        )
         similar = cosine(shown, portraits[place]).cpu()
-        return torch.where(evidence.seen.found.cpu(), similar, torch.full_like(similar, float("nan")))
+        return torch.where(
+            evidence.seen.found.cpu(), similar, torch.full_like(similar, float("nan"))
+        )
 
 
 class FaceDiversity:
@@ -147,12 +158,18 @@ class FaceDiversity:
     def __init__(self, lpips: Distance, size: int = 128) -> None:
         self.lpips, self.size = lpips, size
 
-    def __call__(self, evidence: Evidence) -> Tensor:
+    def __call__(self, evidence: MetricInputs) -> Tensor:
         crops, found = face_crops(evidence.images, evidence.seen, self.size), evidence.seen.found
         values = torch.full((len(crops),), float("nan"))
         for row in range(len(crops)):
             same = (evidence.person == evidence.person[row]) & found
             same[row] = False
             if found[row] and same.any():
-                values[row] = self.lpips(crops[row : row + 1].expand(int(same.sum()), -1, -1, -1), crops[same]).mean().cpu()
+                values[row] = (
+                    self.lpips(
+                        crops[row : row + 1].expand(int(same.sum()), -1, -1, -1), crops[same]
+                    )
+                    .mean()
+                    .cpu()
+                )
         return values

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.clip import ClipFeatures, FindsFaces, Recognises
+from openpulid.identity.clip_extractor import ClipExtractor, FaceDetector, FaceRecognition
 from openpulid.identity.identity import Identity
-from openpulid.methods.attachment import Attachment, Serving, in_use, unet_of
+from openpulid.io.checkpoints import read_metadata
+from openpulid.methods.hooks import PipelineState, Serving, exclusive_use, unet_of
+from openpulid.methods.ip_adapter.base import IPAdapterBase, low_rank
 from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
-from openpulid.methods.tokens import TokenMethod, low_rank
-from openpulid.weights import read_metadata
 
 SUBJECTS = ("person", "man", "woman", "boy", "girl", "child", "lady", "guy")
 """The words that may become somebody, the first one found; where there is none, the first of these is put in front."""
@@ -64,9 +64,11 @@ class PhotoMaker(Serving):
         Raises:
             WeightsError: no such file, or another kind of adapter.
         """
-        parts = TokenMethod.read(path)
+        parts = IPAdapterBase.read(path)
         if set(parts) != {"id_encoder", "lora_weights"}:
-            raise WeightsError(f"{path} has {', '.join(parts) or 'nothing'}; PhotoMaker's has id_encoder and lora_weights.")
+            raise WeightsError(
+                f"{path} has {', '.join(parts) or 'nothing'}; PhotoMaker's has id_encoder and lora_weights."
+            )
         said = read_metadata(path).get("tower") if Path(path).suffix == ".safetensors" else None
         config = CLIPVisionConfig(**json.loads(said)) if said else None
         return cls(PhotoMakerEncoder.of(parts["id_encoder"], config), parts["lora_weights"])
@@ -74,14 +76,23 @@ class PhotoMaker(Serving):
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> PhotoMaker:
         """Moves the encoder and the low-rank part."""
         self.encoder.to(device, dtype)
-        self.lora = {name: (down.to(device, dtype), up.to(device, dtype)) for name, (down, up) in self.lora.items()}
+        self.lora = {
+            name: (down.to(device, dtype), up.to(device, dtype))
+            for name, (down, up) in self.lora.items()
+        }
         return self
 
-    def features(self, faces: FindsFaces, recogniser: Recognises | None = None) -> ClipFeatures:
+    def features(
+        self, faces: FaceDetector, recogniser: FaceRecognition | None = None
+    ) -> ClipExtractor:
         """What reads people for this file: its own picture tower, whole photos; version 2 the raw face embedding, too."""
         if self.encoder.face and recogniser is None:
-            raise OptionError("PhotoMaker v2 reads a face embedding; give its recogniser (buffalo_l's).")
-        return ClipFeatures(faces, self.encoder, "picture", -1, recogniser if self.encoder.face else None)
+            raise OptionError(
+                "PhotoMaker v2 reads a face embedding; give its recogniser (buffalo_l's)."
+            )
+        return ClipExtractor(
+            faces, self.encoder, "picture", -1, recogniser if self.encoder.face else None
+        )
 
     def attach(self, target: Any) -> None:
         """Serves a StableDiffusionXL pipeline from now on; nothing in it changes before `use`.
@@ -91,7 +102,9 @@ class PhotoMaker(Serving):
         """
         unet_of(target)
         if getattr(target, "text_encoder_2", None) is None:
-            raise OptionError(f"{type(target).__name__} has no two text encoders; PhotoMaker rewrites what SDXL's say.")
+            raise OptionError(
+                f"{type(target).__name__} has no two text encoders; PhotoMaker rewrites what SDXL's say."
+            )
         self.serve(target)
 
     @contextmanager
@@ -132,32 +145,51 @@ class _Opened:
     """One pipeline while `use` is open."""
 
     def __init__(
-        self, method: PhotoMaker, attachment: Attachment, people: Sequence[Identity], scale: float, span: tuple[float, float]
+        self,
+        method: PhotoMaker,
+        attachment: PipelineState,
+        people: Sequence[Identity],
+        scale: float,
+        span: tuple[float, float],
     ) -> None:
         self.attachment, self.scale, self.span, self.lora = attachment, scale, span, method.lora
         self.encoder = method.encoder
         self.tokens = [tokens_of(self.encoder, identity) for identity in people]
         if len({len(tokens) for tokens in self.tokens}) > 1:
-            raise OptionError("PhotoMaker shows several people in one batch only from as many photos each.")
+            raise OptionError(
+                "PhotoMaker shows several people in one batch only from as many photos each."
+            )
         self.said: tuple[list[Said], list[Said]] = ([], [])
         self.speaking = self.drawn = False
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
         pipe, unet = self.attachment.target, self.attachment.unet
-        with in_use(unet, mark="_photomaker_in_use"), ExitStack() as hooks:
+        with exclusive_use(unet, mark="_photomaker_in_use"), ExitStack() as hooks:
             for index, (encoder, words) in enumerate(
                 ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2))
             ):
-                hooks.callback(encoder.register_forward_hook(partial(self._hear, index, words), with_kwargs=True).remove)
+                hooks.callback(
+                    encoder.register_forward_hook(
+                        partial(self._hear, index, words), with_kwargs=True
+                    ).remove
+                )
             for name, (down, up) in self.lora.items():
-                hooks.callback(unet.get_submodule(name).register_forward_hook(low_rank(down, self.scale * up)).remove)
+                hooks.callback(
+                    unet.get_submodule(name)
+                    .register_forward_hook(low_rank(down, self.scale * up))
+                    .remove
+                )
             # first of the hooks: a ControlNet beside it reads the melted words, too
-            hooks.callback(unet.register_forward_pre_hook(self._tell, with_kwargs=True, prepend=True).remove)
+            hooks.callback(
+                unet.register_forward_pre_hook(self._tell, with_kwargs=True, prepend=True).remove
+            )
             yield
 
     @torch.no_grad()
-    def _hear(self, index: int, words: Any, module: nn.Module, args: Any, named: Any, output: Any) -> None:
+    def _hear(
+        self, index: int, words: Any, module: nn.Module, args: Any, named: Any, output: Any
+    ) -> None:
         """What a text encoder was given, once more with the repeated word; kept beside what it said."""
         if self.speaking:
             return
@@ -167,7 +199,9 @@ class _Opened:
         again, places = repeated(ids, words, len(self.tokens[0]))
         self.speaking = True
         try:
-            other = module(again, **{name: value for name, value in named.items() if name != "input_ids"})
+            other = module(
+                again, **{name: value for name, value in named.items() if name != "input_ids"}
+            )
         finally:
             self.speaking = False
         layer = -((getattr(self.attachment.target, "clip_skip", None) or 0) + 2)
@@ -175,12 +209,18 @@ class _Opened:
             known = output.hidden_states[layer][row], other.hidden_states[layer][row], other[0][row]
             self.said[index].append(Said(*known, place))
 
-    def _tell(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _tell(
+        self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The prompt with melted words, and its pooled embedding, where an image is asked for."""
-        first = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | named
+        first = (
+            dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | named
+        )
         self.drawn = True
         start, end = self.span
-        laid_out = not start or self.attachment.progress(first["timestep"]) > start  # the step at `start` is the words' own
+        laid_out = (
+            not start or self.attachment.progress(first["timestep"]) > start
+        )  # the step at `start` is the words' own
         if not laid_out or not self.attachment.within(first["timestep"], (0, end)):
             return args, named
         states, added = first["encoder_hidden_states"].clone(), dict(named["added_cond_kwargs"])
@@ -188,12 +228,17 @@ class _Opened:
         begin = len(states) // 2 if self.attachment.guided() else 0
         images = len(states) - begin
         if images % len(self.tokens):
-            raise OptionError(f"{len(self.tokens)} identities for {images} images: give one, or one for each prompt.")
+            raise OptionError(
+                f"{len(self.tokens)} identities for {images} images: give one, or one for each prompt."
+            )
         for row in range(images):
             tokens = self.tokens[row // (images // len(self.tokens))]
             states[begin + row], pooled[begin + row] = self._melted(states[begin + row], tokens)
         kept = args[:2]  # what was given by place is given by name
-        return kept, named | {"encoder_hidden_states": states, "added_cond_kwargs": added | {"text_embeds": pooled}}
+        return kept, named | {
+            "encoder_hidden_states": states,
+            "added_cond_kwargs": added | {"text_embeds": pooled},
+        }
 
     def _melted(self, plain: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(L, D) a prompt as the pipeline says it -> the same with somebody in it, and pooled (P,)."""
@@ -208,7 +253,9 @@ class _Opened:
                     )
                 states[place] = self.encoder.fuse_module(states[place], tokens)
                 return states.to(plain), second.pooled.to(plain)
-        raise OptionError("PhotoMaker rewrites the prompt; give the pipeline words while it is in use, no embeddings.")
+        raise OptionError(
+            "PhotoMaker rewrites the prompt; give the pipeline words while it is in use, no embeddings."
+        )
 
 
 def tokens_of(encoder: PhotoMakerEncoder, identity: Identity) -> Tensor:
@@ -219,8 +266,12 @@ def tokens_of(encoder: PhotoMakerEncoder, identity: Identity) -> Tensor:
     """
     width = encoder.config.hidden_size
     if len(identity.hidden) != 2 or identity.hidden[0].shape[-1] != width:
-        raise OptionError("this identity is not of PhotoMaker's own picture tower; make it with PhotoMaker.features(...).")
-    states = identity.hidden[0][0].unflatten(0, (identity.photos, -1)).to(encoder.device, encoder.dtype)
+        raise OptionError(
+            "this identity is not of PhotoMaker's own picture tower; make it with PhotoMaker.features(...)."
+        )
+    states = (
+        identity.hidden[0][0].unflatten(0, (identity.photos, -1)).to(encoder.device, encoder.dtype)
+    )
     faces = identity.id_cond[0, :, : encoder.face].to(states) if encoder.face else None
     return encoder.people(states, faces).flatten(0, 1)
 
@@ -230,7 +281,9 @@ def repeated(ids: Tensor, words: Any, count: int) -> tuple[Tensor, list[int]]:
 
     The end stays where prompts become too long: the pooled embedding is read there.
     """
-    subjects = {words.convert_tokens_to_ids(form) for word in SUBJECTS for form in (word, f"{word}</w>")} - {words.unk_token_id}
+    subjects = {
+        words.convert_tokens_to_ids(form) for word in SUBJECTS for form in (word, f"{word}</w>")
+    } - {words.unk_token_id}
     subjects.discard(None)
     rows, places = [], []
     for row in ids.tolist():
@@ -261,5 +314,10 @@ def low_rank_pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Ten
     down = {name.split(".lora_A")[0]: x for name, x in named.items() if ".lora_A" in name}
     up = {name.split(".lora_B")[0]: x for name, x in named.items() if ".lora_B" in name}
     if set(down) != set(up) or len(down) + len(up) != len(named):
-        raise WeightsError("the low-rank part of this file has other names than diffusers gives; get the published file.")
-    return {name.removeprefix("unet.").replace(".processor", ""): (down[name], up[name]) for name in down}
+        raise WeightsError(
+            "the low-rank part of this file has other names than diffusers gives; get the published file."
+        )
+    return {
+        name.removeprefix("unet.").replace(".processor", ""): (down[name], up[name])
+        for name in down
+    }

@@ -15,7 +15,7 @@ from torch.nn.functional import gelu
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.errors import WeightsError
-from openpulid.identity.clip import tower_config
+from openpulid.identity.clip_extractor import clip_config
 from openpulid.methods.pulid.encoders import PerceiverAttention
 
 PERCEIVER_HEAD = 128
@@ -55,10 +55,15 @@ class Resampler(nn.Module):
 
     def __init__(self, dim: int, seen: int, depth: int = 4) -> None:
         super().__init__()
-        self.proj_in, self.proj_out, self.norm_out = nn.Linear(seen, dim), nn.Linear(dim, dim), nn.LayerNorm(dim)
+        self.proj_in, self.proj_out, self.norm_out = (
+            nn.Linear(seen, dim),
+            nn.Linear(dim, dim),
+            nn.LayerNorm(dim),
+        )
         head = min(PERCEIVER_HEAD, dim)
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, head, dim // head), _feed_forward(dim)]) for _ in range(depth)
+            nn.ModuleList([PerceiverAttention(dim, head, dim // head), _feed_forward(dim)])
+            for _ in range(depth)
         )
 
     def forward(self, tokens: Tensor, states: Tensor) -> Tensor:
@@ -76,7 +81,9 @@ class QFormerPerceiver(nn.Module):
 
     def __init__(self, face: int, dim: int, tokens: int, seen: int) -> None:
         super().__init__()
-        self.token_proj = nn.Sequential(nn.Linear(face, 4 * face), nn.GELU(), nn.Linear(4 * face, dim * tokens))
+        self.token_proj = nn.Sequential(
+            nn.Linear(face, 4 * face), nn.GELU(), nn.Linear(4 * face, dim * tokens)
+        )
         self.token_norm = nn.LayerNorm(dim)
         self.perceiver_resampler = Resampler(dim, seen)
         self.tokens = tokens
@@ -97,9 +104,13 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
         tokens: k, of version 2; version 1 has one of each photo.
     """
 
-    def __init__(self, config: CLIPVisionConfig, width: int, face: int = 0, tokens: int = 1) -> None:
+    def __init__(
+        self, config: CLIPVisionConfig, width: int, face: int = 0, tokens: int = 1
+    ) -> None:
         super().__init__(config)
-        self.visual_projection_2 = nn.Linear(config.hidden_size, width - config.projection_dim, bias=False)
+        self.visual_projection_2 = nn.Linear(
+            config.hidden_size, width - config.projection_dim, bias=False
+        )
         self.fuse_module = FuseModule(width)
         self.tokens_per_photo = tokens
         self.face = face
@@ -107,7 +118,9 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
             self.qformer_perceiver = QFormerPerceiver(face, width, tokens, config.hidden_size)
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], config: CLIPVisionConfig | None = None) -> PhotoMakerEncoder:
+    def of(
+        cls, tensors: Mapping[str, Tensor], config: CLIPVisionConfig | None = None
+    ) -> PhotoMakerEncoder:
         """From the published tensors, strictly.
 
         Args:
@@ -117,7 +130,7 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
             WeightsError: names are missing, or there are others.
         """
         try:
-            model = cls(config or tower_config(tensors), *_sizes(tensors))
+            model = cls(config or clip_config(tensors), *_sizes(tensors))
             model.load_state_dict(dict(tensors))
         except (KeyError, RuntimeError) as error:
             raise WeightsError(f"this is no id encoder of PhotoMaker: {error}") from error
@@ -137,7 +150,9 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
             assert faces is not None
             return self.qformer_perceiver(faces, states)
         pooled = self.vision_model.post_layernorm(states[:, 0])
-        return torch.cat([self.visual_projection(pooled), self.visual_projection_2(pooled)], -1)[:, None]
+        return torch.cat([self.visual_projection(pooled), self.visual_projection_2(pooled)], -1)[
+            :, None
+        ]
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
@@ -150,4 +165,9 @@ def _sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
 
 
 def _feed_forward(dim: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False))
+    return nn.Sequential(
+        nn.LayerNorm(dim),
+        nn.Linear(dim, 4 * dim, bias=False),
+        nn.GELU(),
+        nn.Linear(4 * dim, dim, bias=False),
+    )

@@ -70,7 +70,9 @@ class IDEncoder(nn.Module):
         self.body = mlp(width, first, second, context_dim * num_token)
         for level in range(LEVELS):
             for name in ("mapping", "mapping_patch"):
-                self.add_module(f"{name}_{level}", mlp(vit_dim, hidden_dim, hidden_dim, context_dim))
+                self.add_module(
+                    f"{name}_{level}", mlp(vit_dim, hidden_dim, hidden_dim, context_dim)
+                )
 
     def forward(self, id_cond: Tensor, hidden: Sequence[Tensor], mix: bool = False) -> Tensor:
         """Tokens of B identities.
@@ -87,7 +89,9 @@ class IDEncoder(nn.Module):
         photos = id_cond.shape[1]
         from_embedding = rearrange(self.body(id_cond), "b n (t d) -> b n t d", t=self.num_token)
         levels = [self._level(level, x, photos) for level, x in enumerate(hidden)]
-        tokens = torch.cat([from_embedding, torch.cat(levels, dim=2)], dim=2)  # (B, n, num_token + 5, context_dim)
+        tokens = torch.cat(
+            [from_embedding, torch.cat(levels, dim=2)], dim=2
+        )  # (B, n, num_token + 5, context_dim)
         further = tokens[:, 1:] if mix else from_embedding[:, 1:]
         return torch.cat([tokens[:, 0], rearrange(further, "b n t d -> b (n t) d")], dim=1)
 
@@ -120,7 +124,10 @@ class PerceiverAttention(nn.Module):
         """(B, K, dim), (B, Q, dim) -> (B, Q, dim)."""
         context, latents = self.norm1(context), self.norm2(latents)
         key, value = self.to_kv(torch.cat([context, latents], dim=1)).chunk(2, dim=-1)
-        q, k, v = (rearrange(x, "b t (h d) -> b h t d", h=self.heads) for x in (self.to_q(latents), key, value))
+        q, k, v = (
+            rearrange(x, "b t (h d) -> b h t d", h=self.heads)
+            for x in (self.to_q(latents), key, value)
+        )
         return self.to_out(rearrange(scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
 
 
@@ -157,7 +164,9 @@ class IDFormer(nn.Module):
     ) -> None:
         super().__init__()
         if depth % LEVELS:
-            raise ValueError(f"depth must be a multiple of {LEVELS}, the tower's levels; it is {depth}")
+            raise ValueError(
+                f"depth must be a multiple of {LEVELS}, the tower's levels; it is {depth}"
+            )
         self.config: dict[str, Any] = {
             "dim": dim,
             "depth": depth,
@@ -175,7 +184,8 @@ class IDFormer(nn.Module):
         self.latents = nn.Parameter(torch.randn(1, num_queries, dim) * dim**-0.5)
         self.proj_out = nn.Parameter(torch.randn(dim, output_dim) * dim**-0.5)
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, dim_head, heads), _feed_forward(dim, ff_mult)]) for _ in range(depth)
+            nn.ModuleList([PerceiverAttention(dim, dim_head, heads), _feed_forward(dim, ff_mult)])
+            for _ in range(depth)
         )
         for level in range(LEVELS):
             self.add_module(f"mapping_{level}", mlp(vit_dim, hidden_dim, hidden_dim, dim))
@@ -214,9 +224,15 @@ class IDFormer(nn.Module):
 
 def _feed_forward(dim: int, mult: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.LayerNorm(dim), nn.Linear(dim, dim * mult, bias=False), nn.GELU(), nn.Linear(dim * mult, dim, bias=False)
+        nn.LayerNorm(dim),
+        nn.Linear(dim, dim * mult, bias=False),
+        nn.GELU(),
+        nn.Linear(dim * mult, dim, bias=False),
     )
 
 
-ENCODERS: dict[str, type[IDEncoder] | type[IDFormer]] = {"IDEncoder": IDEncoder, "IDFormer": IDFormer}
+ENCODERS: dict[str, type[IDEncoder] | type[IDFormer]] = {
+    "IDEncoder": IDEncoder,
+    "IDFormer": IDFormer,
+}
 """By the name that an adapter's file records."""

@@ -13,13 +13,19 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.pulid.dit import FluxInjection, Folded, PerceiverCrossAttention, injected_flux, places
+from openpulid.methods.pulid.base import PuLIDBase
 from openpulid.methods.pulid.encoders import IDFormer
-from openpulid.methods.pulid.identity_adapter import IdentityAdapter
-from openpulid.methods.pulid.regions import People, people_by_prompt, stacked
+from openpulid.methods.pulid.flux_attention import (
+    FluxInjection,
+    Folded,
+    PerceiverCrossAttention,
+    injected_flux,
+    places,
+)
+from openpulid.methods.pulid.masks import People, normalize_people, stack_masks
 
 
-class PuLIDFlux(IdentityAdapter):
+class PuLIDFlux(PuLIDBase):
     """Identity encoder and perceiver cross-attentions; `state_dict` has the published names (v0.9.0 and v0.9.1).
 
     Args:
@@ -28,7 +34,13 @@ class PuLIDFlux(IdentityAdapter):
         double_interval, single_interval: after how many blocks of each kind the identity joins.
     """
 
-    def __init__(self, encoder: IDFormer, layers: nn.ModuleList, double_interval: int = 2, single_interval: int = 4) -> None:
+    def __init__(
+        self,
+        encoder: IDFormer,
+        layers: nn.ModuleList,
+        double_interval: int = 2,
+        single_interval: int = 4,
+    ) -> None:
         super().__init__()
         self.pulid_encoder = encoder
         self.pulid_ca = layers
@@ -63,9 +75,15 @@ class PuLIDFlux(IdentityAdapter):
         Args:
             sizes: dim_head and heads of `PerceiverCrossAttention`, and the two intervals.
         """
-        intervals = {name: sizes.pop(name) for name in ("double_interval", "single_interval") if name in sizes}
+        intervals = {
+            name: sizes.pop(name)
+            for name in ("double_interval", "single_interval")
+            if name in sizes
+        }
         known = {"dim": transformer.inner_dim, "kv_dim": encoder.config["output_dim"], **sizes}
-        layers = nn.ModuleList(PerceiverCrossAttention(**known) for _ in places(transformer, **intervals))
+        layers = nn.ModuleList(
+            PerceiverCrossAttention(**known) for _ in places(transformer, **intervals)
+        )
         adapter = cls(encoder, layers, **intervals)
         for layer in adapter._layers():
             nn.init.zeros_(layer.to_out.weight)
@@ -84,7 +102,9 @@ class PuLIDFlux(IdentityAdapter):
         return cls.from_state_dict(state, encoder)
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor], encoder: IDFormer, dim_head: int = 128) -> PuLIDFlux:
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], encoder: IDFormer, dim_head: int = 128
+    ) -> PuLIDFlux:
         """An adapter with these weights under their published names; the layers' sizes are the tensors'.
 
         Raises:
@@ -93,11 +113,17 @@ class PuLIDFlux(IdentityAdapter):
         count = len({name.split(".")[1] for name in state if name.startswith("pulid_ca.")})
         layers = nn.ModuleList()
         with init_empty_weights(include_buffers=False):
-            usual = PerceiverCrossAttention()  # in place of what is missing, which `filled` then names
+            usual = (
+                PerceiverCrossAttention()
+            )  # in place of what is missing, which `filled` then names
             for k in range(count):
                 query = state.get(f"pulid_ca.{k}.to_q.weight", usual.to_q.weight)
                 pair = state.get(f"pulid_ca.{k}.to_kv.weight", usual.to_kv.weight)
-                layers.append(PerceiverCrossAttention(query.shape[1], dim_head, len(query) // dim_head, kv_dim=pair.shape[1]))
+                layers.append(
+                    PerceiverCrossAttention(
+                        query.shape[1], dim_head, len(query) // dim_head, kv_dim=pair.shape[1]
+                    )
+                )
         return cls(encoder, layers).filled(state)
 
     def check(self, network: Any) -> None:
@@ -135,7 +161,7 @@ class PuLIDFlux(IdentityAdapter):
         Raises:
             OptionError: an argument outside its range, nothing attached, or another identity is still in use.
         """
-        prompts = people_by_prompt(people)
+        prompts = normalize_people(people)
         first = prompts[0][0][0]
 
         @torch.no_grad()
@@ -147,9 +173,13 @@ class PuLIDFlux(IdentityAdapter):
             return self.unconditional(first.id_cond, first.hidden)[:, None]
 
         if not 0 <= start <= 1 or not 0 <= end <= 1 or (start_step or 0) < 0:
-            raise OptionError("start and end are fractions of the schedule, from 0 to 1, and start_step counts from 0.")
+            raise OptionError(
+                "start and end are fractions of the schedule, from 0 to 1, and start_step counts from 0."
+            )
         acts = _acts(start, end, start_step)
-        with self._opened(positive, nobody, acts, scale, timestep_to_start_cfg, stacked(prompts), pipe):
+        with self._opened(
+            positive, nobody, acts, scale, timestep_to_start_cfg, stack_masks(prompts), pipe
+        ):
             yield self
 
     @contextmanager
@@ -166,11 +196,15 @@ class PuLIDFlux(IdentityAdapter):
 
         def nobody() -> Tensor:
             if negative is None:
-                raise OptionError("a negative prompt needs negative tokens; give negative=adapter.unconditional(...).")
+                raise OptionError(
+                    "a negative prompt needs negative tokens; give negative=adapter.unconditional(...)."
+                )
             return negative[:, None]
 
         acts = _acts(0.0, 1.0, start_step)
-        with self._opened(lambda: tokens[:, None], nobody, acts, scale, timestep_to_start_cfg, None, pipe):
+        with self._opened(
+            lambda: tokens[:, None], nobody, acts, scale, timestep_to_start_cfg, None, pipe
+        ):
             yield self
 
     @contextmanager
@@ -197,7 +231,9 @@ class PuLIDFlux(IdentityAdapter):
                 pairs = pairs or _folded(layers, positive())
                 nothing = partial(_later, layers, nobody)
                 schedule = partial(_schedule, target)
-                injection = FluxInjection(layers, pairs, nothing, acts, scale, cfg_from, masks, schedule)
+                injection = FluxInjection(
+                    layers, pairs, nothing, acts, scale, cfg_from, masks, schedule
+                )
                 stack.enter_context(injected_flux(transformer, injection))
             yield
 
@@ -215,18 +251,27 @@ def guided_from(target: Any, step: int) -> Iterator[None]:
     if step <= 0:
         yield
         return
-    injection = FluxInjection({}, {}, dict, lambda step, steps: False, cfg_from=step, schedule=partial(_schedule, target))
+    injection = FluxInjection(
+        {}, {}, dict, lambda step, steps: False, cfg_from=step, schedule=partial(_schedule, target)
+    )
     with injected_flux(PuLIDFlux.network(target), injection):
         yield
 
 
-def _folded(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Tensor) -> dict[tuple[str, int], Folded]:
+def _folded(
+    layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Tensor
+) -> dict[tuple[str, int], Folded]:
     """Tokens (P, J, N, kv_dim) -> of each layer what its image tokens are multiplied with, J first."""
     pairs = {place: layer.fold(tokens) for place, layer in layers.items()}
-    return {place: (asked.transpose(0, 1), given.transpose(0, 1)) for place, (asked, given) in pairs.items()}
+    return {
+        place: (asked.transpose(0, 1), given.transpose(0, 1))
+        for place, (asked, given) in pairs.items()
+    }
 
 
-def _later(layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Callable[[], Tensor]) -> dict[Any, Folded]:
+def _later(
+    layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Callable[[], Tensor]
+) -> dict[Any, Folded]:
     return _folded(layers, tokens())
 
 
@@ -248,7 +293,9 @@ def _acts(start: float, end: float, start_step: int | None) -> Callable[[int, in
         if (start_step is not None or start <= 0) and end >= 1:
             return True
         if steps is None:
-            raise OptionError("start and end are fractions of a pipeline's schedule; a bare transformer takes start_step.")
+            raise OptionError(
+                "start and end are fractions of a pipeline's schedule; a bare transformer takes start_step."
+            )
         progress = step / max(steps, 1) + 1e-6
         return (start_step is not None or start <= progress) and (progress < end or end >= 1)
 

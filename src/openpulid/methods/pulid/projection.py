@@ -52,7 +52,9 @@ def attend(
     Returns:
         (B, h, L, d), and m (B, L, 1) or None.
     """
-    attended = scaled_dot_product_attention(query, key, value, attn_mask=None if bias is None else bias.expand(1, 1, 1, -1))
+    attended = scaled_dot_product_attention(
+        query, key, value, attn_mask=None if bias is None else bias.expand(1, 1, 1, -1)
+    )
     if projection != "ortho_v2":
         return attended, None
     products = query @ key.transpose(-2, -1)  # (B, h, L, N)
@@ -61,7 +63,11 @@ def attend(
 
 
 def contribution(
-    text: Tensor, identity: Tensor, projection: Projection, share: Tensor | None = None, region: Tensor | None = None
+    text: Tensor,
+    identity: Tensor,
+    projection: Projection,
+    share: Tensor | None = None,
+    region: Tensor | None = None,
 ) -> Tensor:
     """What one identity adds to the text's output.
 
@@ -83,7 +89,9 @@ def contribution(
     """
     if projection == "none":
         return identity if region is None else identity * region.to(identity)
-    if text.dtype == torch.float16:  # products of large outputs would overflow before they are summed
+    if (
+        text.dtype == torch.float16
+    ):  # products of large outputs would overflow before they are summed
         text, identity = text.float(), identity.float()
     weighted = text if region is None else text * region.to(text)
     tiny = torch.finfo(torch.float32).tiny

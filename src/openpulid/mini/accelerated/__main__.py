@@ -23,7 +23,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-from openpulid.autoencoder import PatchAutoencoderKL
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.io.image_grid import image_grid, to_pil
 from openpulid.mini.accelerated import autoencoder, unet
 from openpulid.mini.accelerated.adapter import train_stages
 from openpulid.mini.accelerated.evaluation import Evaluation
@@ -31,10 +32,9 @@ from openpulid.mini.accelerated.output import Output
 from openpulid.mini.accelerated.scenes import CaptionWriter
 from openpulid.mini.accelerated.steps import Average, DeviceMuon
 from openpulid.mini.accelerated.world import plan_world, render_world
-from openpulid.mini.lightning import STATIONS
-from openpulid.mini.pipeline import Words, save_folder
-from openpulid.pictures import checkered, to_pictures
-from openpulid.presets import MINIATURE
+from openpulid.mini.models.pipeline import TextEncoders, save_folder
+from openpulid.mini.train.distill import STUDENT_TIMESTEPS
+from openpulid.pipelines.presets import MINIATURE
 
 STAGES = ("autoencoder", "base", "student", "stage1", "stage2", "stage3")
 FIRST = "autoencoder,base,student"
@@ -95,23 +95,32 @@ class Run:
     def reserved(self, *stages: str) -> float:
         """Seconds that the named stages will need, of those that are to come."""
         shares = {"student": 0.145, "stage1": 0.13, "stage2": 0.13, "stage3": 0.17}
-        return sum(shares.get(stage, 0.0) * self.seconds for stage in stages if stage in self.stages)
+        return sum(
+            shares.get(stage, 0.0) * self.seconds for stage in stages if stage in self.stages
+        )
 
     # -- what is read --
 
     def folder(self, cls: Any, *names: str) -> Any:
         """Load a model of diffusers or transformers in float32, frozen."""
         known = {"torch_dtype": torch.float32, "local_files_only": True}
-        return cls.from_pretrained(self.weights.joinpath(*names), **known).to(self.device).eval().requires_grad_(False)
+        return (
+            cls.from_pretrained(self.weights.joinpath(*names), **known)
+            .to(self.device)
+            .eval()
+            .requires_grad_(False)
+        )
 
     # -- stages --
 
     def prepare(self) -> None:
         """Load the text encoders, render the world."""
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(self.weights / "pipeline" / "tokenizer", local_files_only=True)
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            self.weights / "pipeline" / "tokenizer", local_files_only=True
+        )
         first = self.folder(CLIPTextModel, "pipeline", "text_encoder")
         second = self.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
-        self.words = Words(first, second).to(self.device)
+        self.words = TextEncoders(first, second).to(self.device)
         self.writer = CaptionWriter(self.tokenizer, self.device)
         self.generator = torch.Generator(self.device).manual_seed(11)
         held_out = torch.Generator(self.device).manual_seed(1_000_003)
@@ -121,17 +130,27 @@ class Run:
             known["compiled"] = self.device.type != "cpu"
         strangers = plan_world(self.sizes.held_out, 1, 0, held_out, held_out=True)
         self.held_out = render_world(*strangers, 1, **known)
-        self.world = render_world(people, scenes, SCENES + PORTRAITS, seconds=0.16 * self.seconds, **known)
+        self.world = render_world(
+            people, scenes, SCENES + PORTRAITS, seconds=0.16 * self.seconds, **known
+        )
         self.out.sheet("world", sheet(self.world.images[:32].float() / 255))
-        self.out.figures("world", {"images": len(self.world), "people": len(self.world) // self.world.per_person})
-        self.evaluation = Evaluation(self.weights, self.words, self.tokenizer, self.held_out, self.sizes.prompts)
-        self.vae = self.folder(PatchAutoencoderKL, "pipeline", "vae").to(memory_format=torch.channels_last)
+        self.out.figures(
+            "world", {"images": len(self.world), "people": len(self.world) // self.world.per_person}
+        )
+        self.evaluation = Evaluation(
+            self.weights, self.words, self.tokenizer, self.held_out, self.sizes.prompts
+        )
+        self.vae = self.folder(PatchAutoencoderKL, "pipeline", "vae").to(
+            memory_format=torch.channels_last
+        )
 
     def shipped(self) -> None:
         """Evaluate the base that the weights hold, for comparison; skipped where it is not there."""
         if not (self.weights / "pipeline" / "unet" / "config.json").exists():
             return
-        network = self.folder(UNet2DConditionModel, "pipeline", "unet").to(memory_format=torch.channels_last)
+        network = self.folder(UNet2DConditionModel, "pipeline", "unet").to(
+            memory_format=torch.channels_last
+        )
         self.out.figures("shipped autoencoder", autoencoder.figures(self.vae, self.held_out))
         images = self.evaluation.images(network, self.vae, self.sizes.prompts)
         self.out.figures("shipped base", self.evaluation.figures(images))
@@ -151,11 +170,20 @@ class Run:
         self._keep("vae", vae, "pipeline/vae")
         own = self.held_out.images[:16].float() / 255
         back = autoencoder.decode(vae, autoencoder.encode(vae, own))
-        self.out.sheet("autoencoder: held-out images, then what comes back", sheet(torch.cat([own, back])))
+        self.out.sheet(
+            "autoencoder: held-out images, then what comes back", sheet(torch.cat([own, back]))
+        )
 
     def encode(self) -> None:
         """Encode all images and captions."""
-        self.data = unet.prepare(self.vae, self.words, self.writer, self.world, self.generator, batch=self.sizes.encode_batch)
+        self.data = unet.prepare(
+            self.vae,
+            self.words,
+            self.writer,
+            self.world,
+            self.generator,
+            batch=self.sizes.encode_batch,
+        )
         self.out.say(f"{len(self.data.latents)} latents")
 
     def train_base(self) -> None:
@@ -175,14 +203,22 @@ class Run:
                         self._keep("base", model, "pipeline/unet")
                 model.train()
 
-        seconds = self.left - self.reserved("student", "stage1", "stage2", "stage3") - 0.045 * self.seconds
+        seconds = (
+            self.left
+            - self.reserved("student", "stage1", "stage2", "stage3")
+            - 0.045 * self.seconds
+        )
         steps, self.network = unet.fit_base(
             model, self.data, max(1.0, seconds), network=network, batch=self.sizes.batch, most=self.sizes.most,
             watch=look, say=self.out.say,
         )  # fmt: skip
         self._keep("base", model, "pipeline/unet")
         images = self.evaluation.images(model, self.vae, self.sizes.prompts)
-        facts = {"steps": steps, "seen": steps * self.sizes.batch, "parameters": model.num_parameters()}
+        facts = {
+            "steps": steps,
+            "seen": steps * self.sizes.batch,
+            "parameters": model.num_parameters(),
+        }
         self.out.figures("base", facts | self.evaluation.figures(images))
         self.out.sheet("base", sheet(images[:48]))
         self.base = unet.frozen_copy(model)
@@ -198,7 +234,9 @@ class Run:
             batch=self.sizes.batch, most=self.sizes.most, watch=self._watch("student", 100), say=self.out.say,
         )  # fmt: skip
         self._keep("student", self.model, "lightning")
-        images = self.evaluation.images(self.model, self.vae, self.sizes.prompts, STATIONS, 1.0, 1)
+        images = self.evaluation.images(
+            self.model, self.vae, self.sizes.prompts, STUDENT_TIMESTEPS, 1.0, 1
+        )
         facts = {"steps": steps, "seen": steps * self.sizes.batch}
         self.out.figures("student", facts | self.evaluation.figures(images))
         self.out.sheet("student", sheet(images[:48]))
@@ -207,7 +245,9 @@ class Run:
     def adapters(self) -> None:
         """Train the adapter's stages with the time that is left."""
         if self.student is None:
-            self.student = self.folder(UNet2DConditionModel, "lightning").to(memory_format=torch.channels_last)
+            self.student = self.folder(UNet2DConditionModel, "lightning").to(
+                memory_format=torch.channels_last
+            )
         train_stages(self)
 
     # -- parts --
@@ -217,7 +257,9 @@ class Run:
         found = self.evaluation.figures(images)
         each = found.pop("each")
         self.out.point("base checkpoints", step=step, share=share, **found)
-        self.out.say(f"base at {share:.2f}: {found} expression {each['expression']} pose {each['pose']}")
+        self.out.say(
+            f"base at {share:.2f}: {found} expression {each['expression']} pose {each['pose']}"
+        )
 
     def _watch(self, curve: str, every: int) -> unet.Watch:
         def watch(step: int, share: float, losses: dict[str, float]) -> None:
@@ -236,26 +278,34 @@ class Run:
 
 def sheet(images: Tensor, size: int = 144) -> Any:
     """Lay out images (B, 3, H, W) in [0, 1], eight per row."""
-    pictures = to_pictures(images.float().cpu())
-    return checkered([pictures[start : start + 8] for start in range(0, len(pictures), 8)], size)
+    pictures = to_pil(images.float().cpu())
+    return image_grid([pictures[start : start + 8] for start in range(0, len(pictures), 8)], size)
 
 
 def warm(device: torch.device, sizes: Sizes, weights: Path) -> None:
     """Compile the U-Net's step for its cache on disk, on random data: it costs another process's time."""
-    first = CLIPTextModel.from_pretrained(weights / "pipeline" / "text_encoder", local_files_only=True)
-    second = CLIPTextModelWithProjection.from_pretrained(weights / "pipeline" / "text_encoder_2", local_files_only=True)
-    words = Words(first.float(), second.float())
+    first = CLIPTextModel.from_pretrained(
+        weights / "pipeline" / "text_encoder", local_files_only=True
+    )
+    second = CLIPTextModelWithProjection.from_pretrained(
+        weights / "pipeline" / "text_encoder_2", local_files_only=True
+    )
+    words = TextEncoders(first.float(), second.float())
     channels, size, length = 20, 12, 48
     data = unet.TrainSet(
         latents=torch.randn(8, channels, size, size, device=device).half(),
         faces=torch.rand(8, 1, size, size, device=device).half(),
         tokens=torch.zeros(8, unet.CAPTIONS, length, dtype=torch.uint8, device=device),
         embeds=torch.randn(8, unet.CAPTIONS, length, words.width, device=device).bfloat16(),
-        pooled=torch.randn(8, unet.CAPTIONS, second.config.projection_dim, device=device).bfloat16(),
+        pooled=torch.randn(
+            8, unet.CAPTIONS, second.config.projection_dim, device=device
+        ).bfloat16(),
         size=96,
     )
     model = unet.fresh_unet(data, words).train()
-    step = unet.base_step(unet.compiled(model, print), DeviceMuon(model.parameters()), data, sizes.batch)
+    step = unet.base_step(
+        unet.compiled(model, print), DeviceMuon(model.parameters()), data, sizes.batch
+    )
     step()
     print("the U-Net's step is compiled", flush=True)
 
@@ -263,9 +313,13 @@ def warm(device: torch.device, sizes: Sizes, weights: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=450.0, help="of the whole run, everything included")
+    parser.add_argument(
+        "--seconds", type=float, default=450.0, help="of the whole run, everything included"
+    )
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, default=MINIATURE, help="what is not trained is read from here")
+    parser.add_argument(
+        "--weights", type=Path, default=MINIATURE, help="what is not trained is read from here"
+    )
     parser.add_argument("--stages", default=FIRST, help=f"of {', '.join(STAGES)}, in this order")
     parser.add_argument("--people", type=int, help="how many are rendered, six images each")
     parser.add_argument("--small", action="store_true", help="tiny sizes: a dry run on a CPU")
@@ -283,14 +337,26 @@ def main(arguments: list[str] | None = None) -> None:
         warm(device, sizes, given.weights)
         return
     stages = tuple(name for name in STAGES if name in given.stages.split(","))
-    train(Run(device, Output(given.out), given.weights, given.seconds, sizes, stages, not given.no_compile))
+    train(
+        Run(
+            device,
+            Output(given.out),
+            given.weights,
+            given.seconds,
+            sizes,
+            stages,
+            not given.no_compile,
+        )
+    )
 
 
 def train(run: Run) -> None:
     """Run the stages in order; a failed one is reported and the next one tried."""
     helper = None
     out = run.out
-    out.say(f"{run.device}, torch {torch.__version__}, {os.cpu_count()} cores; stages {', '.join(run.stages)}")
+    out.say(
+        f"{run.device}, torch {torch.__version__}, {os.cpu_count()} cores; stages {', '.join(run.stages)}"
+    )
     if run.device.type == "cuda":
         out.say(torch.cuda.get_device_name(run.device))
         if run.compile and "base" in run.stages:
@@ -323,7 +389,9 @@ def attempt(out: Output, stage: Any) -> None:
     try:
         stage()
     except Exception:
-        out.say(f"{getattr(stage, '__name__', 'a stage')} failed:\n{traceback.format_exc()[-3000:]}")
+        out.say(
+            f"{getattr(stage, '__name__', 'a stage')} failed:\n{traceback.format_exc()[-3000:]}"
+        )
         out.write()
 
 

@@ -12,32 +12,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from openpulid.faces.align import TEMPLATE, aligned, blanked, similarity, warp
-from openpulid.faces.detect import FaceFinder
-from openpulid.faces.embed import Embedded
-from openpulid.faces.recognise import CROP, RECOGNISERS
-from openpulid.identity.features import FeatureExtractor
-from openpulid.methods.pulid.adapter import PuLID
+from openpulid.diffusion.noise_schedule import NoiseSchedule
+from openpulid.faces.align import (
+    TEMPLATE,
+    align_faces,
+    mask_background,
+    similarity_transform,
+    warp_images,
+)
+from openpulid.faces.embed import FaceEmbeddings
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.mini_recognition import CROP, RECOGNITION_MODELS
+from openpulid.identity.extractor import MiniExtractor
+from openpulid.io.checkpoints import load_module
+from openpulid.io.image_grid import image_grid, to_pil
+from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.mini.accelerated.autoencoder import decode
 from openpulid.mini.accelerated.evaluation import detect, embed
 from openpulid.mini.accelerated.scenes import COLUMNS, JITTER, Scenes, stage_of
 from openpulid.mini.accelerated.steps import Average, DeviceMuon, TimedSchedule
 from openpulid.mini.accelerated.unet import TrainSet, for_guidance, rollout, time_ids
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.adapter import WORN, fresh_adapter
-from openpulid.mini.augment import after, damaged, moved, recolored, swollen
-from openpulid.mini.captions import token_ids
-from openpulid.mini.evaluate import requests
-from openpulid.mini.pipeline import assemble
-from openpulid.pictures import checkered, to_pictures
-from openpulid.training.bases import NoiseSchedule, SDXLBase, Text
-from openpulid.training.checkpoint import save_adapter
-from openpulid.training.data import Draw
-from openpulid.training.loop import Result, parts
-from openpulid.training.precision import attention
-from openpulid.training.recipe import Recipe, find
-from openpulid.training.task import Batch, PuLIDTask
-from openpulid.weights import load_module
+from openpulid.mini.data.augment import after, damaged, moved, recolored, swollen
+from openpulid.mini.data.captions import token_ids
+from openpulid.mini.evaluation.evaluate import requests
+from openpulid.mini.models.pipeline import assemble
+from openpulid.mini.train.pulid import WORN, fresh_adapter
+from openpulid.training.precision import fp32_attention
+from openpulid.training.pulid.export import save_adapter
+from openpulid.training.pulid.models import SDXLModel, TextConditioning
+from openpulid.training.pulid.recipes import Recipe, find_recipe
+from openpulid.training.pulid.task import Batch, PuLIDTask
+from openpulid.training.rng import StepRNG
+from openpulid.training.trainer import TrainingResult, microlosses
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene
 from openpulid.world.render import render_stage
 
@@ -50,7 +57,10 @@ class TableSchedule(NoiseSchedule):
 
     def __init__(self, alphas: Tensor, prediction: str, device: torch.device) -> None:
         super().__init__(alphas, prediction)
-        self.signal, self.sigma = self.alphas.sqrt().float().to(device), (1 - self.alphas).sqrt().float().to(device)
+        self.signal, self.sigma = (
+            self.alphas.sqrt().float().to(device),
+            (1 - self.alphas).sqrt().float().to(device),
+        )
         self.ratio = (self.alphas / (1 - self.alphas)).float().to(device)
         self.logs = self._sigmas().log().to(device)
 
@@ -68,15 +78,19 @@ class TableSchedule(NoiseSchedule):
         return self.ratio[t]
 
 
-class DeviceBase(SDXLBase):
+class DeviceBase(SDXLModel):
     """A base whose prompts are numbers of captions in a `TrainSet`, read by the text encoders beforehand."""
 
     def __init__(self, pipe: Any, data: TrainSet) -> None:
         super().__init__(pipe)
         self.data = data
-        self.schedule = TableSchedule(pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, self.device)
+        self.schedule = TableSchedule(
+            pipe.scheduler.alphas_cumprod, pipe.scheduler.config.prediction_type, self.device
+        )
 
-    def encode_text(self, prompts: Any, *, pixels: int | None = None, guided: bool = False) -> Text:
+    def encode_text(
+        self, prompts: Any, *, pixels: int | None = None, guided: bool = False
+    ) -> TextConditioning:
         """Return the text of captions: number = row * captions per image + variant."""
         numbers = torch.stack(list(prompts))
         variants = self.data.tokens.shape[1]
@@ -92,14 +106,19 @@ class DevicePortraits:
         batch: images per step.
     """
 
-    def __init__(self, world: World, data: TrainSet, extractor: FeatureExtractor, portraits: int, batch: int) -> None:
+    def __init__(
+        self, world: World, data: TrainSet, extractor: MiniExtractor, portraits: int, batch: int
+    ) -> None:
         self.world, self.data, self.extractor, self.size = world, data, extractor, batch
         self.portraits = portraits
-        columns = [world.scenes.attributes[:, COLUMNS[name]] != ATTRIBUTES[name].index("none") for name in WORN]
+        columns = [
+            world.scenes.attributes[:, COLUMNS[name]] != ATTRIBUTES[name].index("none")
+            for name in WORN
+        ]
         self.worn = torch.stack(columns).any(0)
 
     @torch.no_grad()
-    def batch(self, draw: Draw) -> Batch:
+    def batch(self, draw: StepRNG) -> Batch:
         device, each = self.data.latents.device, self.world.per_person
         rows = draw.randint(len(self.data.latents), (self.size,), "rows").to(device)
         mates = rows // each * each + each - self.portraits
@@ -113,8 +132,12 @@ class DevicePortraits:
         images, _, _ = self.world.rows(wanted)
         landmarks = self.world.landmarks[rows] / self.world.images.shape[-1]
         latents, faces = self.data.latents[rows].float(), self.data.faces[rows].float()
-        numbers: Any = list((rows * self.data.tokens.shape[1] + variants).unbind())  # tensors in place of prompts
-        return Batch(latents, faces, numbers, id_cond, [level.float() for level in hidden], images, landmarks)
+        numbers: Any = list(
+            (rows * self.data.tokens.shape[1] + variants).unbind()
+        )  # tensors in place of prompts
+        return Batch(
+            latents, faces, numbers, id_cond, [level.float() for level in hidden], images, landmarks
+        )
 
 
 class SeveralEmbedders:
@@ -124,11 +147,16 @@ class SeveralEmbedders:
     one crop is worth nothing in the next.
     """
 
-    def __init__(self, detector: FaceFinder, models: Sequence[nn.Module], seed: int = 0) -> None:
-        self.detector, self.models = detector, [model.eval().requires_grad_(False) for model in models]
+    def __init__(
+        self, detector: MiniFaceDetector, models: Sequence[nn.Module], seed: int = 0
+    ) -> None:
+        self.detector, self.models = (
+            detector,
+            [model.eval().requires_grad_(False) for model in models],
+        )
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, images: Tensor) -> Embedded:
+    def __call__(self, images: Tensor) -> FaceEmbeddings:
         """(B, 3, 96, 96), clamped to [0, 1]."""
         images = images.clamp(0, 1)
         faces = detect(self.detector, images.detach())
@@ -137,24 +165,26 @@ class SeveralEmbedders:
             if torch.is_grad_enabled():
                 crops = self._damaged(images, faces.masks, faces.landmarks)
             else:
-                crops = aligned(images, faces.masks, faces.landmarks, CROP)
+                crops = align_faces(images, faces.masks, faces.landmarks, CROP)
             embeddings.append(normalize(model(crops).float(), dim=-1))
         joined = torch.cat(embeddings, 1)
-        return Embedded(faces.found, torch.where(faces.found[:, None], joined, 0.0), faces.masks)
+        return FaceEmbeddings(
+            faces.found, torch.where(faces.found[:, None], joined, 0.0), faces.masks
+        )
 
     def _damaged(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
         generator = self.generator
         with torch.autocast(images.device.type, enabled=False):
             jitter = moved(len(images), CROP, generator, turn=0.10, grow=0.08, shift=0.03)
-            matrix = after(similarity(landmarks, TEMPLATE * CROP), jitter)
-            crops = warp(torch.cat([images, masks], 1), matrix, CROP)
+            matrix = after(similarity_transform(landmarks, TEMPLATE * CROP), jitter)
+            crops = warp_images(torch.cat([images, masks], 1), matrix, CROP)
             faces = damaged(recolored(crops[:, :3], generator, strength=0.6, gray=0.2), generator)
-            return blanked(faces, swollen(crops[:, 3:], generator))
+            return mask_background(faces, swollen(crops[:, 3:], generator))
 
 
 def recipe_of(name: str, batch: int, fast_batch: int) -> Recipe:
     """Return the miniature's recipe for larger batches."""
-    recipe = find(f"mini_{name}")
+    recipe = find_recipe(f"mini_{name}")
     return replace(recipe, batch=batch, fast_batch=fast_batch if recipe.fast_batch else 0)
 
 
@@ -164,14 +194,17 @@ def train_stages(run: Any) -> None:
     weights: Path = run.weights
     device = run.device
     detector = run.evaluation.detector
-    finder, encoder, vision = (weights / f"{name}.safetensors" for name in ("finder", "recogniser-encoder", "vision"))
-    extractor = FeatureExtractor.load(finder, encoder, vision, device)
-    files = {name: weights / f"recogniser-{name}.safetensors" for name in ("loss", "encoder")}
-    models = [load_module(RECOGNISERS[name], file, device) for name, file in files.items()]
+    finder, encoder, vision = (
+        weights / f"{name}.safetensors"
+        for name in ("detector", "recognition-encoder", "vision-encoder")
+    )
+    extractor = MiniExtractor.load(finder, encoder, vision, device)
+    files = {name: weights / f"recognition-{name}.safetensors" for name in ("loss", "encoder")}
+    models = [load_module(RECOGNITION_MODELS[name], file, device) for name, file in files.items()]
     pipes = [assemble(unet, run.vae, run.words, run.tokenizer) for unet in (run.base, run.student)]
     base, student = (DeviceBase(pipe, run.data) for pipe in pipes)
     torch.manual_seed(21)
-    adapter = fresh_adapter(pipes[0], extractor, find("mini_stage1")).to(device)
+    adapter = fresh_adapter(pipes[0], extractor, find_recipe("mini_stage1")).to(device)
     subjects = Subjects(run, extractor)
     total = sum(SHARES[name] for name in chosen)
     for index, name in enumerate(chosen):
@@ -182,7 +215,11 @@ def train_stages(run: Any) -> None:
             begun = weights / f"pulid-{recipe.begin.removeprefix('mini_')}.safetensors"
             adapter.load_state_dict(PuLID.load(begun).state_dict())
         source = DevicePortraits(run.world, run.data, extractor, 2, recipe.batch)
-        more: dict[str, Any] = {"fast": [student], "faces": SeveralEmbedders(detector, models)} if recipe.fast_batch else {}
+        more: dict[str, Any] = (
+            {"fast": [student], "faces": SeveralEmbedders(detector, models)}
+            if recipe.fast_batch
+            else {}
+        )
         task = PuLIDTask(recipe, base, adapter, source, **more)
         seconds = max(1.0, (run.left - 0.03 * run.seconds) * SHARES[name] / total)
         total -= SHARES[name]
@@ -191,10 +228,15 @@ def train_stages(run: Any) -> None:
         _save(adapter, path, recipe, steps)
         made = sorted(run.work.glob("pulid-*.safetensors"))
         run.out.pack("adapters", [(file, file.name) for file in made])
-        run.out.figures(name, {"steps": steps, "batch": recipe.batch, **subjects.figures(adapter, pipes[0], name)})
+        run.out.figures(
+            name,
+            {"steps": steps, "batch": recipe.batch, **subjects.figures(adapter, pipes[0], name)},
+        )
 
 
-def fit(task: PuLIDTask, recipe: Recipe, adapter: PuLID, seconds: float, run: Any, name: str) -> int:
+def fit(
+    task: PuLIDTask, recipe: Recipe, adapter: PuLID, seconds: float, run: Any, name: str
+) -> int:
     """Train for so many seconds; afterwards the adapter holds its averaged weights. Return the steps."""
     device = run.device
     adapter.train()
@@ -205,10 +247,10 @@ def fit(task: PuLIDTask, recipe: Recipe, adapter: PuLID, seconds: float, run: An
     while share < 1 and (run.sizes.most is None or step < run.sizes.most):
         optimizer.lr.fill_(schedule.rate(step, share))
         optimizer.zero_grad()
-        draw = Draw(recipe.seed, step)
+        draw = StepRNG(recipe.seed, step)
         losses: dict[str, Tensor] = {}
-        for part in parts(task, draw, device, recipe.bf16):
-            with attention(device):
+        for part in microlosses(task, draw, device, recipe.bf16):
+            with fp32_attention(device, recipe.bf16):
                 torch.stack(list(part.values())).sum().backward()
             losses |= {key: value.detach() for key, value in part.items()}
         optimizer.step()
@@ -229,18 +271,24 @@ def fit(task: PuLIDTask, recipe: Recipe, adapter: PuLID, seconds: float, run: An
 
 
 def _save(adapter: PuLID, path: Path, recipe: Recipe, steps: int) -> None:
-    save_adapter(deepcopy(adapter).bfloat16(), path, recipe, Result(steps, 0.0, {}, {}, path.parent))
+    save_adapter(
+        deepcopy(adapter).bfloat16(), path, recipe, TrainingResult(steps, 0.0, {}, {}, path.parent)
+    )
 
 
 class Subjects:
     """Held-out people for the evaluation of adapters: a neutral portrait each, and prompts."""
 
-    def __init__(self, run: Any, extractor: FeatureExtractor, people: int = 64, prompts: int = 4) -> None:
+    def __init__(
+        self, run: Any, extractor: MiniExtractor, people: int = 64, prompts: int = 4
+    ) -> None:
         self.run = run
         people = min(people, max(2, run.sizes.prompts // prompts))
         device = run.device
         values = [Person.from_seed(HELD_OUT_PEOPLE + k).vector() for k in range(people)]
-        neutral = Scenes(self._neutral(people).to(device), torch.zeros(people, JITTER, device=device))
+        neutral = Scenes(
+            self._neutral(people).to(device), torch.zeros(people, JITTER, device=device)
+        )
         made = render_stage(torch.tensor(values, device=device), stage_of(neutral))
         self.portraits = made.image
         with torch.no_grad():
@@ -260,19 +308,34 @@ class Subjects:
         return torch.tensor([row] * count)
 
     @torch.no_grad()
-    def figures(self, adapter: PuLID, pipe: Any, name: str, scales: Sequence[float] = (0.7, 1.0)) -> dict[str, Any]:
+    def figures(
+        self, adapter: PuLID, pipe: Any, name: str, scales: Sequence[float] = (0.7, 1.0)
+    ) -> dict[str, Any]:
         """Return `face_sim` and `rank1` of the evaluator's recognition model, and `attributes`, for each scale."""
         run, found = self.run, {}
         unet, config = pipe.unet, pipe.unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         noise = torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)) for request in self.requests]
+            [
+                torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
+                for request in self.requests
+            ]
         ).to(run.device)
-        tokens = adapter.encode(self.id_cond[self.person], [level[self.person] for level in self.hidden])
+        tokens = adapter.encode(
+            self.id_cond[self.person], [level[self.person] for level in self.hidden]
+        )
         nobody = adapter.unconditional(self.id_cond[:1], [level[:1] for level in self.hidden])
-        text = Text(self.text.embeds, self.text.pooled, time_ids(96, len(noise), run.device))
+        text = TextConditioning(
+            self.text.embeds, self.text.pooled, time_ids(96, len(noise), run.device)
+        )
         for scale in scales:
-            known: dict[str, Any] = {"scale": scale, "projection": "none", "negative": nobody, "guided": True, "pipe": pipe}
+            known: dict[str, Any] = {
+                "scale": scale,
+                "projection": "none",
+                "negative": nobody,
+                "guided": True,
+                "pipe": pipe,
+            }
             with adapter.use_tokens(tokens, **known):
                 latents = rollout(unet, noise, text, every=20)[:, -1]
             images = decode(run.vae, latents)
@@ -301,5 +364,5 @@ class Subjects:
         rows = []
         for k in range(min(people, len(self.portraits))):
             some = torch.cat([self.portraits[k : k + 1], images[k * each : (k + 1) * each]])
-            rows.append(to_pictures(some.float().cpu()))
-        return checkered(rows, 144)
+            rows.append(to_pil(some.float().cpu()))
+        return image_grid(rows, 144)

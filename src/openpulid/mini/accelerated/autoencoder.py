@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from openpulid.autoencoder import PatchAutoencoderKL
-from openpulid.mini.accelerated.steps import Average, DeviceMuon, Losses, RepeatedStep, TimedSchedule, autocast, train
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.mini.accelerated.steps import (
+    Average,
+    DeviceMuon,
+    Losses,
+    RepeatedStep,
+    TimedSchedule,
+    autocast,
+    train,
+)
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.autoencoder import importance
+from openpulid.mini.train.autoencoder import importance
 
 SMOOTH = 0.01
 """Below this error the Charbonnier distance is quadratic."""
@@ -26,18 +34,28 @@ JOINT = 0.55
 """Share of the time of the first phase."""
 
 
-def build(world: World, channels: int = 20, widths: tuple[int, ...] = (32, 48, 96, 128)) -> PatchAutoencoderKL:
+def build(
+    world: World, channels: int = 20, widths: tuple[int, ...] = (32, 48, 96, 128)
+) -> PatchAutoencoderKL:
     """Build an autoencoder without patch borders that begins as the best linear code of the images."""
     vae = PatchAutoencoderKL(
-        block_out_channels=widths, latent_channels=channels, sample_size=world.images.shape[-1], folded=1, overlap=4
+        block_out_channels=widths,
+        latent_channels=channels,
+        sample_size=world.images.shape[-1],
+        folded=1,
+        overlap=4,
     )
     vae = vae.to(world.images.device)
-    rows = torch.linspace(0, len(world) - 1, min(4000, len(world)), device=world.images.device).long()
+    rows = torch.linspace(
+        0, len(world) - 1, min(4000, len(world)), device=world.images.device
+    ).long()
     vae.start_from(2 * world.images[rows].double() / 255 - 1)
     return vae
 
 
-def reconstruction(decoded: Tensor, images: Tensor, weight: Tensor, scales: int = 3) -> dict[str, Tensor]:
+def reconstruction(
+    decoded: Tensor, images: Tensor, weight: Tensor, scales: int = 3
+) -> dict[str, Tensor]:
     """Return named scalars: weighted distance of pixels, and of slopes at several scales.
 
     Slopes (differences of neighbors) keep edges sharp. At half and a quarter of the size they keep what is
@@ -100,7 +118,9 @@ def fit(
         with autocast(device):
             with torch.no_grad():
                 mean = vae.encode(images).latent_dist.mean.float()
-            sigma = NOISE * torch.rand(batch, 1, 1, 1, device=device) ** 2 * mean.square().mean().sqrt()
+            sigma = (
+                NOISE * torch.rand(batch, 1, 1, 1, device=device) ** 2 * mean.square().mean().sqrt()
+            )
             decoded = vae.decode(mean + sigma * torch.randn_like(mean)).sample
         losses = reconstruction(decoded, images, weight)
         torch.stack(list(losses.values())).sum().backward()
@@ -138,7 +158,9 @@ def encode(vae: PatchAutoencoderKL, images: Tensor) -> Tensor:
 @torch.no_grad()
 def decode(vae: PatchAutoencoderKL, latents: Tensor, batch: int = 512) -> Tensor:
     """Scaled latents (B, C, s, s) -> images (B, 3, S, S) in [0, 1], in float32."""
-    parts = [vae.decode(part / vae.config.scaling_factor).sample.float() for part in latents.split(batch)]
+    parts = [
+        vae.decode(part / vae.config.scaling_factor).sample.float() for part in latents.split(batch)
+    ]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
 
@@ -146,7 +168,9 @@ def decode(vae: PatchAutoencoderKL, latents: Tensor, batch: int = 512) -> Tensor
 def standardize(vae: PatchAutoencoderKL, world: World, most: int = 8192) -> None:
     """Set the scaling factor, in place: scaled latents have a mean square of 1."""
     vae.register_to_config(scaling_factor=1.0)
-    rows = torch.linspace(0, len(world) - 1, min(most, len(world)), device=world.images.device).long()
+    rows = torch.linspace(
+        0, len(world) - 1, min(most, len(world)), device=world.images.device
+    ).long()
     squares = [encode(vae, world.rows(part)[0]).square().mean() for part in rows.split(512)]
     vae.register_to_config(scaling_factor=1 / torch.stack(squares).mean().sqrt().item())
 
@@ -166,7 +190,9 @@ def figures(vae: PatchAutoencoderKL, held_out: World, most: int = 1024) -> Mappi
         inside.append((error * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3)).clamp(min=1))
         steep.append(steepness(back))
         own.append(steepness(images))
-    psnr, face = (-10 * torch.cat(errors).clamp(min=1e-10).log10().mean().item() for errors in (whole, inside))
+    psnr, face = (
+        -10 * torch.cat(errors).clamp(min=1e-10).log10().mean().item() for errors in (whole, inside)
+    )
     grid = torch.cat(steep).mean() / torch.cat(own).mean()
     return {"psnr": psnr, "psnr_face": face, "grid": grid.item()}
 

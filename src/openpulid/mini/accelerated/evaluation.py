@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openpulid.faces.align import aligned
-from openpulid.faces.detect import FACE, FaceFinder
-from openpulid.faces.recognise import CROP, VGGRecogniser
+from openpulid.faces.align import align_faces
+from openpulid.faces.mini_detector import FACE, MiniFaceDetector
+from openpulid.faces.mini_recognition import CROP, VGGRecognition
+from openpulid.io.checkpoints import load_module
 from openpulid.mini.accelerated.autoencoder import decode, steepness
 from openpulid.mini.accelerated.unet import rollout, time_ids
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.base import GUIDANCE, STEPS
-from openpulid.mini.captions import token_ids
-from openpulid.mini.evaluate import Request, requests
-from openpulid.mini.pipeline import Words
-from openpulid.mini.reader import AttributeReader
-from openpulid.training.bases import Text
-from openpulid.weights import load_module
+from openpulid.mini.data.captions import token_ids
+from openpulid.mini.evaluation.evaluate import EvalPrompt, requests
+from openpulid.mini.models.attribute_classifier import AttributeClassifier
+from openpulid.mini.models.pipeline import TextEncoders
+from openpulid.mini.train.unet import GUIDANCE, STEPS
+from openpulid.training.pulid.models import TextConditioning
 from openpulid.world import ATTRIBUTES
 
 
@@ -35,21 +35,27 @@ class Detected:
 
 
 @torch.no_grad()
-def detect(detector: FaceFinder, images: Tensor) -> Detected:
-    """Detect the face of each 96 x 96 image (B, 3, 96, 96), as `FaceFinder.find` does, without leaving the device."""
+def detect(detector: MiniFaceDetector, images: Tensor) -> Detected:
+    """Detect the face of each 96 x 96 image (B, 3, 96, 96), as `MiniFaceDetector.find` does, without leaving the device."""
     finding = detector(images)
     masks = (finding.parts.softmax(1)[:, FACE : FACE + 1] > 0.5).float()
-    found = (finding.score_logit > 0) & (finding.box[:, 2] > finding.box[:, 0]) & (masks.amax((1, 2, 3)) > 0)
+    found = (
+        (finding.score_logit > 0)
+        & (finding.box[:, 2] > finding.box[:, 0])
+        & (masks.amax((1, 2, 3)) > 0)
+    )
     return Detected(found, masks, finding.landmarks)
 
 
 @torch.no_grad()
-def embed(detector: FaceFinder, recognition: nn.Module, images: Tensor, batch: int = 512) -> tuple[Tensor, Tensor]:
+def embed(
+    detector: MiniFaceDetector, recognition: nn.Module, images: Tensor, batch: int = 512
+) -> tuple[Tensor, Tensor]:
     """Return face embeddings (F, D) of those of B images where a face is detected, and (B,) bool which these are."""
     embeddings, found = [], []
     for part in images.split(batch):
         faces = detect(detector, part)
-        crops = aligned(part, faces.masks, faces.landmarks, CROP)[faces.found]
+        crops = align_faces(part, faces.masks, faces.landmarks, CROP)[faces.found]
         if len(crops):
             embeddings.append(recognition(crops).float())
         found.append(faces.found)
@@ -78,13 +84,19 @@ class Evaluation:
         count: prompts.
     """
 
-    def __init__(self, weights: Path, words: Words, tokenizer: Any, held_out: World, count: int = 512) -> None:
+    def __init__(
+        self, weights: Path, words: TextEncoders, tokenizer: Any, held_out: World, count: int = 512
+    ) -> None:
         device = held_out.images.device
         self.device, self.size = device, held_out.images.shape[-1]
-        self.reader = load_module(AttributeReader, weights / "attributes.safetensors", device)
-        self.detector = load_module(FaceFinder, weights / "finder.safetensors", device)
-        self.recognition = load_module(VGGRecogniser, weights / "recogniser-judge.safetensors", device)
-        self.requests: list[Request] = requests(count, 1)
+        self.reader = load_module(
+            AttributeClassifier, weights / "attribute-classifier.safetensors", device
+        )
+        self.detector = load_module(MiniFaceDetector, weights / "detector.safetensors", device)
+        self.recognition = load_module(
+            VGGRecognition, weights / "recognition-scorer.safetensors", device
+        )
+        self.requests: list[EvalPrompt] = requests(count, 1)
         tokens = token_ids(tokenizer, [request.prompt for request in self.requests]).to(device)
         self.text = words(tokens)
         rows = [[request.wanted.get(name, -1) for name in ATTRIBUTES] for request in self.requests]
@@ -94,16 +106,32 @@ class Evaluation:
         self.grid = steepness(own).mean().item()
 
     @torch.no_grad()
-    def images(self, unet: Any, vae: Any, count: int, steps: int = STEPS, guidance: float = GUIDANCE, order: int = 2) -> Tensor:
+    def images(
+        self,
+        unet: Any,
+        vae: Any,
+        count: int,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
+        order: int = 2,
+    ) -> Tensor:
         """Generate images (B, 3, H, W) in [0, 1] for the first `count` prompts, each from its own seed."""
         config = unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         seeds = [request.seed for request in self.requests[:count]]
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        noise = torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
         images = []
         for rows in torch.arange(len(seeds)).split(512):
-            text = Text(self.text.embeds[rows], self.text.pooled[rows], time_ids(self.size, len(rows), self.device))
-            latents = rollout(unet, noise[rows].to(self.device), text, steps, guidance, order, every=steps)[:, -1]
+            text = TextConditioning(
+                self.text.embeds[rows],
+                self.text.pooled[rows],
+                time_ids(self.size, len(rows), self.device),
+            )
+            latents = rollout(
+                unet, noise[rows].to(self.device), text, steps, guidance, order, every=steps
+            )[:, -1]
             images.append(decode(vae, latents))
         return torch.cat(images)
 
@@ -117,7 +145,9 @@ class Evaluation:
         """
         wanted = self.wanted[: len(images)]
         scores = [self.reader(part) for part in images.split(512)]
-        seen = torch.stack([torch.cat([part[name] for part in scores]).argmax(-1) for name in ATTRIBUTES], 1)
+        seen = torch.stack(
+            [torch.cat([part[name] for part in scores]).argmax(-1) for name in ATTRIBUTES], 1
+        )
         right = torch.where(wanted >= 0, (seen == wanted).float(), torch.nan)
         embeddings, found = embed(self.detector, self.recognition, images)
         each = dict(zip(ATTRIBUTES, right.nanmean(0).tolist(), strict=True))

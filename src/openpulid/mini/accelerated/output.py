@@ -54,7 +54,9 @@ class Output:
     def point(self, curve: str, **values: float) -> None:
         """Add a point to a curve of the report."""
         rounded = {name: round(value, 5) for name, value in values.items()}
-        self.report["curves"].setdefault(curve, []).append({"seconds": round(self.seconds, 1), **rounded})
+        self.report["curves"].setdefault(curve, []).append(
+            {"seconds": round(self.seconds, 1), **rounded}
+        )
 
     def figures(self, stage: str, figures: Mapping[str, Any]) -> None:
         """Keep the figures of a stage, and write the report."""

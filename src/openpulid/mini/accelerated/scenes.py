@@ -1,4 +1,4 @@
-"""Draw people, scenes and captions as tensors, thousands at a time, on any device.
+"""StepRNG people, scenes and captions as tensors, thousands at a time, on any device.
 
 `world.Scene` describes one scene in Python. Drawing 300,000 of them would take minutes on a CPU. The
 functions of this module draw from the same distributions, with N scenes as a table of class indices.
@@ -27,7 +27,16 @@ from openpulid.world.scene import (
     COLOR_ATTRIBUTES,
     COMMON,
 )
-from openpulid.world.stage import COLORS, EXPRESSIONS, HAIR, LIGHTS, POSES, Lamp, Stage, _rotation
+from openpulid.world.scene_tensors import (
+    COLORS,
+    EXPRESSIONS,
+    HAIR,
+    LIGHTS,
+    POSES,
+    Lamp,
+    SceneTensors,
+    _rotation,
+)
 
 COLUMNS = {name: column for column, name in enumerate(ATTRIBUTES)}
 JITTER = 12
@@ -51,7 +60,9 @@ class Scenes:
     def scene(self, row: int) -> Scene:
         """Return one scene as `world.Scene`."""
         classes = self.attributes[row].tolist()
-        named = {name: kinds[k] for (name, kinds), k in zip(ATTRIBUTES.items(), classes, strict=True)}
+        named = {
+            name: kinds[k] for (name, kinds), k in zip(ATTRIBUTES.items(), classes, strict=True)
+        }
         return Scene(**named, jitter=tuple(self.jitter[row].tolist()))
 
     def visible(self) -> Tensor:
@@ -65,7 +76,9 @@ class Scenes:
         covered = ~bareheaded & self._is("hair_length", "bald", "short")
         seen[:, COLUMNS["hair_color"]] &= ~(bald | covered)
         seen[:, COLUMNS["hair_length"]] &= ~covered
-        hidden = self._is("glasses", "sunglasses") & self._is("expression", "wink", "smile", "neutral")
+        hidden = self._is("glasses", "sunglasses") & self._is(
+            "expression", "wink", "smile", "neutral"
+        )
         seen[:, COLUMNS["expression"]] &= ~hidden
         seen[:, COLUMNS["pattern"]] &= ~self._is("style", "pencil")
         return seen
@@ -75,17 +88,21 @@ class Scenes:
         return torch.where(self.visible(), self.attributes, -1)
 
     def _is(self, name: str, *kinds: str) -> Tensor:
-        wanted = torch.tensor([ATTRIBUTES[name].index(kind) for kind in kinds], device=self.attributes.device)
+        wanted = torch.tensor(
+            [ATTRIBUTES[name].index(kind) for kind in kinds], device=self.attributes.device
+        )
         return torch.isin(self.attributes[:, COLUMNS[name]], wanted)
 
 
 def draw_people(count: int, generator: Generator) -> Tensor:
-    """Draw (count, P) identity values, uniform as in `Person.sample`, on the generator's device."""
+    """StepRNG (count, P) identity values, uniform as in `Person.sample`, on the generator's device."""
     return torch.rand(count, len(PARAMETERS), generator=generator, device=generator.device)
 
 
-def draw_scenes(count: int, generator: Generator, held_out: bool = False, fixed: dict[str, str] | None = None) -> Scenes:
-    """Draw scenes with the distribution of `Scene.sample`.
+def draw_scenes(
+    count: int, generator: Generator, held_out: bool = False, fixed: dict[str, str] | None = None
+) -> Scenes:
+    """StepRNG scenes with the distribution of `Scene.sample`.
 
     Args:
         held_out: draw the color combinations that no training sees.
@@ -96,7 +113,9 @@ def draw_scenes(count: int, generator: Generator, held_out: bool = False, fixed:
     for name, classes in ATTRIBUTES.items():
         common = COMMON.get(name, 1 / len(classes))
         weights = torch.tensor([common] + [(1 - common) / (len(classes) - 1)] * (len(classes) - 1))
-        columns.append(torch.multinomial(weights.to(device), count, replacement=True, generator=generator))
+        columns.append(
+            torch.multinomial(weights.to(device), count, replacement=True, generator=generator)
+        )
     pairs = [
         [ATTRIBUTES["background"].index(back), ATTRIBUTES["clothing"].index(cloth)]
         for back, cloth in product(ATTRIBUTES["background"], ATTRIBUTES["clothing"])
@@ -111,8 +130,8 @@ def draw_scenes(count: int, generator: Generator, held_out: bool = False, fixed:
     return Scenes(torch.stack(columns, 1), jitter)
 
 
-def stage_of(scenes: Scenes) -> Stage:
-    """Build the tensors that the renderer reads, equal to `set_stage` of the same scenes."""
+def stage_of(scenes: Scenes) -> SceneTensors:
+    """Build the tensors that the renderer reads, equal to `scene_tensors` of the same scenes."""
     device, j = scenes.jitter.device, scenes.jitter.float().T[..., None, None]
     index = {name: scenes.attributes[:, column] for name, column in COLUMNS.items()}
 
@@ -129,7 +148,16 @@ def stage_of(scenes: Scenes) -> Stage:
     poses = looked_up("pose", [POSES[kind] for kind in ATTRIBUTES["pose"]])[..., None, None]
     yaw, pitch = poses[:, 0] + 0.10 * j[0], poses[:, 1] + 0.06 * j[1]
     faces = looked_up("expression", [EXPRESSIONS[kind] for kind in ATTRIBUTES["expression"]])
-    names = ("smile", "open", "teeth", "mouth_width", "eyes", "brow_raise", "brow_angle", "mouth_tilt")
+    names = (
+        "smile",
+        "open",
+        "teeth",
+        "mouth_width",
+        "eyes",
+        "brow_raise",
+        "brow_angle",
+        "mouth_tilt",
+    )
     expression = {name: faces[:, k, None, None] for k, name in enumerate(names)}
     wink = choice("expression")["wink"]
     brightness = 1 + 0.07 * j[8][:, None]
@@ -141,7 +169,7 @@ def stage_of(scenes: Scenes) -> Stage:
         direction = looked_up("light", [lamp[0] for lamp in pairs])
         color = looked_up("light", [lamp[1] for lamp in pairs])[..., None, None]
         lamps.append((direction / direction.norm(dim=1, keepdim=True), color))
-    return Stage(
+    return SceneTensors(
         yaw=yaw, pitch=pitch, roll=0.07 * j[2], zoom=1.14 + 0.05 * j[3], shift_x=0.05 * j[4],
         shift_y=0.075 + 0.035 * j[5], rotation=_rotation(yaw, pitch, 0.07 * j[2]),
         expression=expression, wink=wink, skin_shift=0.06 * j[6], blush=0.5 + 0.5 * j[7],
@@ -170,7 +198,11 @@ class CaptionWriter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
         self.device, self.length = device, int(tokenizer.model_max_length)
-        self.begin, self.end, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+        self.begin, self.end, self.pad = (
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        )
         self.comma = tokenizer.convert_tokens_to_ids(",")
         self.ids = {word: tokenizer.convert_tokens_to_ids(word) for word in tokenizer.get_vocab()}
         styles = [_PHRASES["style"][kind] for kind in ATTRIBUTES["style"]]
@@ -179,7 +211,9 @@ class CaptionWriter:
 
     def _table(self, states: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return tokens (states, phrasings, L), their lengths, and the number of phrasings of each state."""
-        encoded = [[[self.ids[word] for word in phrase.split()] for phrase in some] for some in states]
+        encoded = [
+            [[self.ids[word] for word in phrase.split()] for phrase in some] for some in states
+        ]
         most = max(1, max(map(len, encoded)))
         longest = max(len(phrase) for some in encoded for phrase in some)
         tokens = torch.zeros(len(states), most, longest, dtype=torch.long)
@@ -195,7 +229,10 @@ class CaptionWriter:
         """Return (N, L) int64 token ids, one caption per scene."""
         count, device = len(scenes), self.device
         seen = scenes.visible()
-        states = [torch.zeros(count, dtype=torch.long, device=device), scenes.attributes[:, COLUMNS["style"]]]
+        states = [
+            torch.zeros(count, dtype=torch.long, device=device),
+            scenes.attributes[:, COLUMNS["style"]],
+        ]
         states += [clause_state(name, scenes, seen) for name in _CLAUSES]
         longest = max(table[0].shape[-1] for table in self.pieces)
         words = torch.zeros(count, len(self.pieces), longest, dtype=torch.long, device=device)
@@ -228,7 +265,9 @@ class CaptionWriter:
         at = torch.where(comma > 0, start, spare).clamp(max=spare)
         sentence.scatter_(1, at, self.comma)
         offset = torch.arange(longest, device=device)
-        at = torch.where(offset < lengths[..., None], (start + comma)[..., None] + offset, spare).clamp(max=spare)
+        at = torch.where(
+            offset < lengths[..., None], (start + comma)[..., None] + offset, spare
+        ).clamp(max=spare)
         sentence.scatter_(1, at.flatten(1), words.flatten(1))
         last = (1 + size.sum(1)).clamp(max=self.length - 1)
         sentence.scatter_(1, last[:, None], self.end)
@@ -257,7 +296,9 @@ def phrasings(name: str) -> tuple[tuple[str, ...], ...]:
         for color, pattern in product(ATTRIBUTES["background"], ATTRIBUTES["pattern"]):
             states.append(tuple(phrase.format(color) for phrase in _PATTERNS[pattern]))
     elif name == "clothing":
-        states += [tuple(phrase.format(color) for phrase in _CLOTHES) for color in ATTRIBUTES["clothing"]]
+        states += [
+            tuple(phrase.format(color) for phrase in _CLOTHES) for color in ATTRIBUTES["clothing"]
+        ]
     elif name in ("hat", "hair_length"):
         colors = ATTRIBUTES["hat_color" if name == "hat" else "hair_color"]
         for kind, color in product(ATTRIBUTES[name], ("", *colors)):

@@ -39,7 +39,12 @@ class DeviceMuon:
         adam: bool = False,
     ) -> None:
         every = [parameter for parameter in parameters if parameter.requires_grad]
-        self.parameters, self.decay, self.momentum, self.betas = every, weight_decay, momentum, betas
+        self.parameters, self.decay, self.momentum, self.betas = (
+            every,
+            weight_decay,
+            momentum,
+            betas,
+        )
         device = every[0].device
         self.lr = torch.zeros((), device=device)
         self.count = torch.zeros((), device=device)
@@ -47,8 +52,13 @@ class DeviceMuon:
         for parameter in every:
             if parameter.ndim > 1 and not adam:
                 self.by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
-        self.averages = {shape: torch.zeros(len(some), *shape, device=device) for shape, some in self.by_shape.items()}
-        self.others: list[Tensor] = [parameter for parameter in every if parameter.ndim <= 1 or adam]
+        self.averages = {
+            shape: torch.zeros(len(some), *shape, device=device)
+            for shape, some in self.by_shape.items()
+        }
+        self.others: list[Tensor] = [
+            parameter for parameter in every if parameter.ndim <= 1 or adam
+        ]
         self.decayed = [parameter for parameter in self.others if parameter.ndim > 1]
         self.first = [torch.zeros_like(parameter) for parameter in self.others]
         self.second = [torch.zeros_like(parameter) for parameter in self.others]
@@ -67,7 +77,9 @@ class DeviceMuon:
             towards = orthogonal(gradient.lerp(average, self.momentum)).float()
             towards = towards * (-self.lr * LIKE_ADAM * max(shape) ** 0.5)
             torch._foreach_mul_(some, 1 - self.lr * self.decay)
-            steps = [step.view(parameter.shape) for step, parameter in zip(towards, some, strict=True)]
+            steps = [
+                step.view(parameter.shape) for step, parameter in zip(towards, some, strict=True)
+            ]
             torch._foreach_add_(some, steps)
         if self.others:
             self._step_others()
@@ -136,7 +148,11 @@ class RepeatedStep:
     """
 
     def __init__(
-        self, step: Callable[[], Losses], device: torch.device, captured: bool = True, say: Callable[[str], None] = print
+        self,
+        step: Callable[[], Losses],
+        device: torch.device,
+        captured: bool = True,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.step, self.device = step, device
         self.graph: Any = None
@@ -145,7 +161,9 @@ class RepeatedStep:
         if captured and device.type == "cuda":
             try:
                 self._capture()
-            except Exception as error:  # a graph is an optimization: every failure has the same answer
+            except (
+                Exception
+            ) as error:  # a graph is an optimization: every failure has the same answer
                 say(f"the step is not captured: {type(error).__name__}: {str(error)[:500]}")
                 self.graph = None
                 torch.cuda.synchronize()
@@ -225,7 +243,9 @@ def train(
             average.update(index, average_every)
         if index % look_every == 0 or index == most:
             seen = {name: float(value) for name, value in losses.items()}
-            if any(value != value or value in (float("inf"), float("-inf")) for value in seen.values()):
+            if any(
+                value != value or value in (float("inf"), float("-inf")) for value in seen.values()
+            ):
                 raise FloatingPointError(f"step {index}: {seen}")
             share = schedule.share
             watch(index, share, seen)
@@ -234,4 +254,8 @@ def train(
 
 def autocast(device: torch.device, enabled: bool = True) -> Any:
     """bfloat16 on an accelerator; a CPU's dry run stays in float32."""
-    return torch.autocast(device.type, torch.bfloat16) if enabled and device.type != "cpu" else nullcontext()
+    return (
+        torch.autocast(device.type, torch.bfloat16)
+        if enabled and device.type != "cpu"
+        else nullcontext()
+    )

@@ -12,15 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from openpulid.autoencoder import PatchAutoencoderKL
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.mini.accelerated.autoencoder import encode
 from openpulid.mini.accelerated.scenes import CaptionWriter
-from openpulid.mini.accelerated.steps import Average, DeviceMuon, Losses, RepeatedStep, TimedSchedule, autocast, train
+from openpulid.mini.accelerated.steps import (
+    Average,
+    DeviceMuon,
+    Losses,
+    RepeatedStep,
+    TimedSchedule,
+    autocast,
+    train,
+)
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.base import DROPPED, GUIDANCE, STEPS, often_middle
-from openpulid.mini.lightning import STATIONS, Stations
-from openpulid.mini.pipeline import Words, build_unet, predict, scheduler
-from openpulid.training.bases import Text
+from openpulid.mini.models.pipeline import TextEncoders, build_unet, predict, scheduler
+from openpulid.mini.train.distill import STUDENT_TIMESTEPS, StudentSchedule
+from openpulid.mini.train.unet import DROPPED, GUIDANCE, STEPS, often_middle
+from openpulid.training.pulid.models import TextConditioning
 
 WIDTHS = (128, 160, 160)
 """Of the U-Net's levels: 13.6 M parameters. A token stands for 192 pixel values, for which 64 was narrow."""
@@ -48,30 +56,32 @@ class TrainSet:
     pooled: Tensor
     size: int
 
-    def text(self, rows: Tensor, variants: Tensor) -> Text:
+    def text(self, rows: Tensor, variants: Tensor) -> TextConditioning:
         """Return what the U-Net is told of captions `variants` (B,) of the images `rows` (B,)."""
         embeds, pooled = self.embeds[rows, variants].float(), self.pooled[rows, variants].float()
-        return Text(embeds, pooled, time_ids(self.size, len(rows), embeds.device))
+        return TextConditioning(embeds, pooled, time_ids(self.size, len(rows), embeds.device))
 
 
 def time_ids(size: int, count: int, device: torch.device) -> Tensor:
     """Return SDXL's size conditions (count, 6) for square images of `size` pixels."""
-    ids = torch.full((6,), float(size), device=device)  # no list of values: a graph cannot copy from the CPU
+    ids = torch.full(
+        (6,), float(size), device=device
+    )  # no list of values: a graph cannot copy from the CPU
     ids[2:4] = 0.0
     return ids.expand(count, -1)
 
 
-def for_guidance(text: Text) -> Text:
+def for_guidance(text: TextConditioning) -> TextConditioning:
     """Return B texts as 2 B: first those of no words, all zero, then these."""
     assert text.time_ids is not None, "SDXL's base is told sizes"
     embeds, pooled = (torch.cat([torch.zeros_like(x), x]) for x in (text.embeds, text.pooled))
-    return Text(embeds, pooled, torch.cat([text.time_ids, text.time_ids]))
+    return TextConditioning(embeds, pooled, torch.cat([text.time_ids, text.time_ids]))
 
 
 @torch.no_grad()
 def prepare(
     vae: PatchAutoencoderKL,
-    words: Words,
+    words: TextEncoders,
     writer: CaptionWriter,
     world: World,
     generator: torch.Generator,
@@ -84,7 +94,9 @@ def prepare(
     for rows in torch.arange(count, device=device).split(batch):
         images, masks, _ = world.rows(rows)
         latents = encode(vae, images)
-        tokens = torch.stack([writer.write(world.scenes[rows], generator) for _ in range(captions)], 1)
+        tokens = torch.stack(
+            [writer.write(world.scenes[rows], generator) for _ in range(captions)], 1
+        )
         text = words(tokens.flatten(0, 1))
         new = {
             "latents": latents.half(),
@@ -106,7 +118,10 @@ class DeviceSchedule:
     def __init__(self, device: torch.device) -> None:
         alphas = scheduler().alphas_cumprod.double()
         self.steps = len(alphas)
-        self.signal, self.noise = alphas.sqrt().float().to(device), (1 - alphas).sqrt().float().to(device)
+        self.signal, self.noise = (
+            alphas.sqrt().float().to(device),
+            (1 - alphas).sqrt().float().to(device),
+        )
         snr = alphas / (1 - alphas)
         self.weight = (GAMMA / (snr + 1)).clamp(max=1.0).float().to(device)
 
@@ -120,7 +135,7 @@ class DeviceSchedule:
         return self.signal[t][:, None, None, None], self.noise[t][:, None, None, None]
 
 
-def fresh_unet(data: TrainSet, words: Words, widths: tuple[int, ...] = WIDTHS) -> Any:
+def fresh_unet(data: TrainSet, words: TextEncoders, widths: tuple[int, ...] = WIDTHS) -> Any:
     """Build an untrained U-Net for these latents and text encoders, on their device."""
     channels, size = data.latents.shape[1], data.latents.shape[-1]
     unet = build_unet(channels, words.width, words.second.config.projection_dim, widths, size=size)
@@ -135,7 +150,9 @@ def compiled(unet: Any, say: Callable[[str], None], wanted: bool = True) -> Any:
     return torch.compile(unet, dynamic=False)
 
 
-def base_step(network: Any, optimizer: DeviceMuon, data: TrainSet, batch: int) -> Callable[[], Losses]:
+def base_step(
+    network: Any, optimizer: DeviceMuon, data: TrainSet, batch: int
+) -> Callable[[], Losses]:
     """Return a training step of the base on `batch` random images: v-prediction, faces weigh more."""
     device = data.latents.device
     schedule = DeviceSchedule(device)
@@ -147,7 +164,9 @@ def base_step(network: Any, optimizer: DeviceMuon, data: TrainSet, batch: int) -
         clean, faces = data.latents[rows].float(), data.faces[rows].float()
         text = data.text(rows, torch.randint(variants, (batch,), device=device))
         kept = (torch.rand(batch, device=device) >= DROPPED).float()
-        text = Text(text.embeds * kept[:, None, None], text.pooled * kept[:, None], text.time_ids)
+        text = TextConditioning(
+            text.embeds * kept[:, None, None], text.pooled * kept[:, None], text.time_ids
+        )
         t = schedule.draw(batch, device)
         signal, sigma = schedule.coefficients(t)
         noise = torch.randn_like(clean)
@@ -164,23 +183,34 @@ def base_step(network: Any, optimizer: DeviceMuon, data: TrainSet, batch: int) -
     return step
 
 
-def student_step(network: Any, optimizer: DeviceMuon, rollouts: Rollouts, data: TrainSet, batch: int) -> Callable[[], Losses]:
+def student_step(
+    network: Any, optimizer: DeviceMuon, rollouts: Rollouts, data: TrainSet, batch: int
+) -> Callable[[], Losses]:
     """Return a training step of the student: from one timestep of the teacher to the next in a single step."""
-    device, stations = data.latents.device, Stations()
+    device, stations = data.latents.device, StudentSchedule()
     times = stations.times.to(device)
     signal, sigma = stations.signal.to(device), stations.noise.to(device)
 
     def step() -> Losses:
         optimizer.zero_grad()
         rows = torch.randint(len(rollouts.latents), (batch,), device=device)
-        index = torch.randint(STATIONS, (batch,), device=device)
-        before, after = rollouts.latents[rows, index].float(), rollouts.latents[rows, index + 1].float()
+        index = torch.randint(STUDENT_TIMESTEPS, (batch,), device=device)
+        before, after = (
+            rollouts.latents[rows, index].float(),
+            rollouts.latents[rows, index + 1].float(),
+        )
         a, s, a_next, s_next = (
-            x[:, None, None, None] for x in (signal[index], sigma[index], signal[index + 1], sigma[index + 1])
+            x[:, None, None, None]
+            for x in (signal[index], sigma[index], signal[index + 1], sigma[index + 1])
         )
         target = (after - (a_next * a + s_next * s) * before) / (s_next * a - a_next * s)
         with autocast(device):
-            predicted = predict(network, before, times[index], data.text(rollouts.rows[rows], rollouts.variants[rows]))
+            predicted = predict(
+                network,
+                before,
+                times[index],
+                data.text(rollouts.rows[rows], rollouts.variants[rows]),
+            )
         error = (predicted - target).square().mean((1, 2, 3))
         loss = (error * torch.maximum(a**2, s**2).flatten()).mean()
         loss.backward()
@@ -201,7 +231,13 @@ class Rollouts:
 
 @torch.no_grad()
 def rollout(
-    unet: Any, noise: Tensor, text: Text, steps: int = STEPS, guidance: float = GUIDANCE, order: int = 2, every: int = 5
+    unet: Any,
+    noise: Tensor,
+    text: TextConditioning,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    order: int = 2,
+    every: int = 5,
 ) -> Tensor:
     """Sample from noise (B, C, s, s) as the pipeline does; return (B, 1 + steps / every, C, s, s), the image last."""
     sampler = type(scheduler()).from_config(scheduler().config, solver_order=order)
@@ -213,7 +249,9 @@ def rollout(
     x, passed = noise, [noise]
     for index, t in enumerate(sampler.timesteps, 1):
         with autocast(noise.device):
-            predicted = predict(unet, torch.cat([x, x]) if guided else x, t.expand(len(told.embeds)), told)
+            predicted = predict(
+                unet, torch.cat([x, x]) if guided else x, t.expand(len(told.embeds)), told
+            )
         if guided:
             without, with_text = predicted.chunk(2)
             predicted = without + guidance * (with_text - without)
@@ -224,7 +262,9 @@ def rollout(
 
 
 @torch.no_grad()
-def rollouts_of(unet: Any, data: TrainSet, count: int, seconds: float, batch: int = 2048) -> Rollouts:
+def rollouts_of(
+    unet: Any, data: TrainSet, count: int, seconds: float, batch: int = 2048
+) -> Rollouts:
     """Make up to `count` rollouts of the teacher under guidance, in at most so many seconds."""
     device, shape = data.latents.device, data.latents.shape[1:]
     start = time.monotonic()
@@ -234,7 +274,9 @@ def rollouts_of(unet: Any, data: TrainSet, count: int, seconds: float, batch: in
         rows = torch.randint(len(data.latents), (batch,), device=device)
         variants = torch.randint(data.tokens.shape[1], (batch,), device=device)
         text = data.text(rows, variants)
-        passed = rollout(unet, torch.randn(batch, *shape, device=device), text, every=STEPS // STATIONS)
+        passed = rollout(
+            unet, torch.randn(batch, *shape, device=device), text, every=STEPS // STUDENT_TIMESTEPS
+        )
         made.append((passed.half(), rows, variants))
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -250,7 +292,9 @@ def fit_base(
     batch: int = 512,
     lr: float = 3e-3,
     most: int | None = None,
-    watch: Callable[[int, float, dict[str, float], Average], None] = lambda step, share, losses, average: None,
+    watch: Callable[
+        [int, float, dict[str, float], Average], None
+    ] = lambda step, share, losses, average: None,
     say: Callable[[str], None] = print,
 ) -> tuple[int, Any]:
     """Train a base in place; afterwards it holds its averaged weights.
@@ -315,8 +359,14 @@ def fit_student(
     unet.train().requires_grad_(True)
     optimizer = DeviceMuon(unet.parameters(), weight_decay=0.01)
     average = Average(unet, 0.995)
-    step = RepeatedStep(student_step(network or unet, optimizer, rollouts, data, batch), data.latents.device, say=say)
-    schedule = TimedSchedule(max(1.0, seconds - (time.monotonic() - begin)), lr, warmup=50, decay=0.7)
+    step = RepeatedStep(
+        student_step(network or unet, optimizer, rollouts, data, batch),
+        data.latents.device,
+        say=say,
+    )
+    schedule = TimedSchedule(
+        max(1.0, seconds - (time.monotonic() - begin)), lr, warmup=50, decay=0.7
+    )
     steps = train(step, optimizer, average, schedule, most=most, watch=watch)
     optimizer.zero_grad()
     average.apply()

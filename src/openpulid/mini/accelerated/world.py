@@ -37,7 +37,11 @@ class World:
 
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return images (B, 3, S, S) and face masks (B, 1, S, S) as floats in [0, 1], and landmarks (B, 5, 2)."""
-        return self.images[rows].float() / 255, self.faces[rows][:, None].float(), self.landmarks[rows]
+        return (
+            self.images[rows].float() / 255,
+            self.faces[rows][:, None].float(),
+            self.landmarks[rows],
+        )
 
     def first(self, count: int) -> World:
         """Return the first `count` images."""
@@ -46,8 +50,10 @@ class World:
         return World(**{name: x[rows] if name != "per_person" else x for name, x in cut.items()})
 
 
-def plan_world(people: int, scenes: int, portraits: int, generator: Generator, held_out: bool = False) -> tuple[Tensor, Scenes]:
-    """Draw who is rendered in which scenes: identity values (N, P) and N scenes, person by person.
+def plan_world(
+    people: int, scenes: int, portraits: int, generator: Generator, held_out: bool = False
+) -> tuple[Tensor, Scenes]:
+    """StepRNG who is rendered in which scenes: identity values (N, P) and N scenes, person by person.
 
     Args:
         scenes, portraits: per person, any scenes, and scenes in studio light with nothing on the head.
@@ -87,7 +93,9 @@ def render_world(
     start = time.monotonic()
     done = 0
     while done < count and time.monotonic() - start < seconds:
-        rows = torch.arange(done, done + batch, device=device).clamp(max=count - 1)  # one batch size for the compiler
+        rows = torch.arange(done, done + batch, device=device).clamp(
+            max=count - 1
+        )  # one batch size for the compiler
         try:
             made = render_stage(people[rows], stage_of(scenes[rows]), size, compiled=compiled)
         except Exception as error:

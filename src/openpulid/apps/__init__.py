@@ -1,1 +1,0 @@
-"""Ways in from outside: arguments are read and parts are wired here, nothing is computed."""

@@ -1,0 +1,1 @@
+"""Latency and memory of inference, face analysis and training."""

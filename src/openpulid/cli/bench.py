@@ -1,0 +1,358 @@
+"""The commands of those who measure: bench."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from openpulid.cli.options import AsJson, Device, counted, group, last_line, say, silent
+from openpulid.errors import OptionError, WeightsError
+
+if TYPE_CHECKING:
+    from openpulid.bench.generate import Worker
+    from openpulid.bench.run_dir import RunDir, Subject
+    from openpulid.bench.score import Scorers
+    from openpulid.bench.suite import Suite
+    from openpulid.pipelines.presets import Preset
+
+bench = group("Methods side by side, and what things cost.")
+
+
+@bench.command("run")
+def run_suite(
+    suite: Annotated[str, typer.Argument(help="miniature, quick, pulid-paper, or a JSON file.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="The run's folder; what is there already is not made again."
+        ),
+    ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="By commas; METHOD:FILE takes another adapter, METHOD@0.5 that scale. The base is always there."
+        ),
+    ] = "pulid",
+    people: Annotated[
+        Path | None,
+        typer.Option(help="A folder of photographs, for a suite without people of its own."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="So many people; the suite's by default.")
+    ] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="Processes, or ray://HOST:PORT for a cluster.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Make every image that is missing, measure all, and write the report."""
+    _only_with_extra()
+    from datetime import datetime, timezone
+
+    from openpulid.bench import generate as running
+    from openpulid.bench import report
+    from openpulid.bench import score as judging
+    from openpulid.bench.ray_backend import ray_executor
+    from openpulid.bench.run_dir import RunDir
+    from openpulid.bench.suite import find_suite
+
+    asked, folder = find_suite(suite), RunDir(out.resolve() if workers else out)
+    named = _presets(asked, [name.strip() for name in methods.split(",") if name.strip()])
+    _only_complete(named)
+    sitters, judges = _sitters(asked, people, count), _judges(asked.preset, device)
+    start = datetime.now(timezone.utc).isoformat()
+
+    def contest() -> Worker:
+        return _contest(asked, named, sitters, folder, device, start)
+
+    spread = ray_executor(contest, workers) if workers else running.here(contest())
+    running.run(asked, named, sitters, folder, spread, counted)
+    judging.score_run(folder, judges)
+    for file in report.write(folder):
+        say(str(file))
+
+
+@bench.command("report")
+def report_run(
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    as_json: AsJson = False,
+) -> None:
+    """The table as Markdown, JSON and one HTML page, from what a run has so far; what is not measured yet is measured."""
+    _only_with_extra()
+    from openpulid.bench import report, table
+    from openpulid.bench import score as judging
+    from openpulid.bench.run_dir import RunDir
+
+    folder, tell = RunDir(run), silent if as_json else say
+    preset = folder.facts()["suite"]["preset"]
+    try:
+        judges = _judges(preset, None, tell)
+    except WeightsError as error:
+        tell(f"nothing more is measured: {error}")
+    else:
+        judging.score_run(folder, judges)
+    if not as_json:
+        for file in report.write(folder):
+            say(str(file))
+    last_line(table.as_json(folder))
+
+
+def _only_with_extra() -> None:
+    """Found out before the first image, and not by the report after the last."""
+    from importlib.util import find_spec
+
+    if lacking := [name for name in ("torchmetrics", "matplotlib") if find_spec(name) is None]:
+        raise OptionError(
+            f"the benchmark needs {' and '.join(lacking)}: pip install 'openpulid[bench]'."
+        )
+
+
+def _only_complete(presets: Mapping[str, Preset]) -> None:
+    """Found out before anything is loaded, here or by a worker, and before anything is written."""
+    from openpulid.io.hub import WEIGHTS
+    from openpulid.pipelines.factory import missing_weights
+
+    lacking = {name: preset for preset in presets.values() for name in missing_weights(preset)}
+    if published := " ".join(name for name in lacking if name in WEIGHTS):
+        raise WeightsError(
+            f"weights of these methods are not on this machine; `pulid weights get {published}` downloads them, or put "
+            "them into a folder and set PULID_WEIGHTS to it."
+        )
+    if lacking:
+        name, preset = next(iter(lacking.items()))
+        rival = (
+            f" --method {preset.method}"
+            if name == str(preset.adapter) and preset.method != "pulid"
+            else ""
+        )
+        raise WeightsError(f"{name} is not there; `pulid mini build{rival}` makes it.")
+
+
+def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Subject]:
+    from openpulid.bench import subjects as people
+    from openpulid.mini.evaluation.subjects import synthetic_subjects
+
+    if photos is not None:
+        return people.photo_subjects(photos)[:count]
+    if not suite.people:
+        raise OptionError(
+            f"the suite {suite.name} has no people of its own: name a folder of photographs with --people."
+        )
+    return synthetic_subjects(count or suite.people, suite.first)
+
+
+def _judges(preset: str, device: str | None, tell: Callable[[str], None] = say) -> Scorers:
+    """The miniature's own for its presets, published networks for photographs."""
+    if preset.startswith("mini"):
+        from openpulid.mini.evaluation.scorers import MiniScorers as Miniature
+
+        return Miniature.load()
+    import torch
+
+    from openpulid.bench.scorers import PhotoScorers
+    from openpulid.device import best_device
+
+    return PhotoScorers.load(torch.device(device) if device else best_device(), tell)
+
+
+def _entry(named: str) -> tuple[str, Path | None, float | None]:
+    """METHOD[:FILE][@SCALE] in its parts."""
+    parts = re.fullmatch(r"([^:@]+)(?::(.+?))?(?:@(\d*\.?\d+))?", named)
+    if parts is None:
+        raise OptionError(
+            f"{named}: a method is METHOD, METHOD:FILE, METHOD@SCALE or METHOD:FILE@SCALE, as in pulid@0.5."
+        )
+    method, file, scale = parts.groups()
+    return method, Path(file) if file else None, float(scale) if scale else None
+
+
+def _label(named: str) -> str:
+    """What a method is called in a run: its name, or its file's; with its scale, if one was asked for."""
+    method, file, scale = _entry(named)
+    return (file.stem if file else method) + (f"@{scale:g}" if scale is not None else "")
+
+
+def _presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
+    """What each row of the table is called, and what it is made with; the base first."""
+    from dataclasses import replace
+
+    from openpulid.bench.run_dir import BASE
+    from openpulid.pipelines.presets import find_preset, with_method
+
+    presets = {BASE: find_preset(suite.preset)}
+    for name in names:
+        method, file, scale = _entry(name)
+        if method == BASE:
+            continue
+        if (label := _label(name)) in presets:
+            raise OptionError(
+                f"two methods would both be called {label}; rename one file, or name each method once."
+            )
+        presets[label] = with_method(presets[BASE], method, file)
+        if scale is not None:
+            presets[label] = replace(presets[label], scale=scale)
+    for _, file, _ in map(_entry, names):
+        if file is not None and not file.exists():
+            raise OptionError(f"{file} is not there; after METHOD: stands a file of that method.")
+    return presets
+
+
+def _contest(
+    suite: Suite,
+    presets: Mapping[str, Preset],
+    sitters: list[Subject],
+    folder: RunDir,
+    device: str | None,
+    start: str | None = None,
+) -> Worker:
+    from openpulid.bench.generate import Worker
+    from openpulid.bench.run_dir import BASE
+    from openpulid.pipelines.factory import load_adapter, load_extractor
+    from openpulid.pipelines.studio import Studio, load
+
+    studio = load(suite.preset, device=device)
+    studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset)}
+    for label, preset in presets.items():
+        if label != BASE:
+            adapter = load_adapter(preset, studio.pipe.device)
+            features = (
+                load_extractor(preset, studio.pipe.device, adapter)
+                if preset.view
+                else studio.features
+            )
+            studios[label] = Studio(studio.pipe, features, adapter, preset)
+    return Worker(suite, studios, {sitter.name: sitter for sitter in sitters}, folder, start)
+
+
+@bench.command("train")
+def bench_train(
+    base: Annotated[str, typer.Option(help="mini or sdxl, at full size.")] = "mini",
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights: a step costs the same with any.")
+    ] = False,
+    recipe: Annotated[str | None, typer.Option(help="BASE_stage3 by default.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pictures of the diffusion branch; the recipe's by default."),
+    ] = None,
+    fast_batch: Annotated[
+        int | None, typer.Option(min=1, help="Pictures of each pair of the lightning branch.")
+    ] = None,
+    pixels: Annotated[
+        int | None, typer.Option(help="Width of the lightning branch's pictures.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each candidate, by turns.")] = 5,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory of a training step, with gradients through the last 1 to 4 steps, kept or computed again."""
+    from dataclasses import asdict, replace
+
+    import torch
+
+    from openpulid.bench.perf import training
+
+    _only_random(random)
+    from openpulid.device import best_device
+    from openpulid.training.pulid.recipes import find_recipe
+
+    chosen = torch.device(device) if device else best_device()
+    known = find_recipe(recipe or f"{base}_stage3")
+    sizes: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "pixels": pixels}
+    known = replace(known, **{name: value for name, value in sizes.items() if value})
+    dtype = training.dtype_of(base, chosen)
+    task = training.random_task(known, training.random_base(base, chosen, dtype))
+    costs = training.measure(task, rounds=rounds, on_progress=None if as_json else counted)
+    facts = {
+        "base": base,
+        "recipe": known.name,
+        "batch": known.batch,
+        "fast_batch": known.fast_batch,
+        "device": str(chosen),
+    }
+    facts["dtype"] = str(dtype)
+    if not as_json:
+        training.show(costs)
+    last_line({**facts, "rows": [asdict(cost) for cost in costs]})
+
+
+@bench.command()
+def speed(
+    base: Annotated[str, typer.Option(help="mini, sdxl or flux, at full size.")] = "sdxl",
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights: a step costs the same with any.")
+    ] = False,
+    size: Annotated[int, typer.Option(min=64, help="Width and height in pixels.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    guided: Annotated[
+        bool, typer.Option("--guided", help="SDXL: with guidance, as one batch and in two passes.")
+    ] = False,
+    depth_scale: Annotated[
+        float, typer.Option(min=0.01, max=1, help="FLUX: this share of its blocks.")
+    ] = 1.0,
+    memory: Annotated[str, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = "full",
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each candidate, by turns.")] = 5,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory of one step: the base alone, with PuLID, with PuLID computed afresh, and guided in two passes."""
+    from dataclasses import asdict
+
+    import torch
+
+    from openpulid.bench.perf import inference as bench_speed
+    from openpulid.bench.perf.training import dtype_of
+    from openpulid.device import best_device
+
+    _only_random(random)
+    chosen = torch.device(device) if device else best_device()
+    it = bench_speed.speed_target(base, chosen, size, batch, guided, depth_scale, memory)
+    steps = bench_speed.measure(it, rounds, None if as_json else counted)
+    facts = {
+        "base": base,
+        "size": size,
+        "batch": batch,
+        "guided": guided,
+        "depth_scale": depth_scale,
+        "level": memory,
+    }
+    facts["dtype"] = str(dtype_of(base, chosen))
+    last_line(
+        {**facts, "rounds": rounds, "device": str(chosen), "rows": [asdict(step) for step in steps]}
+    )
+
+
+@bench.command("identify")
+def bench_identify(
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights: a photo costs the same with any.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each stage, by turns.")] = 5,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time of knowing a person from a photo by stage, at full size: as built here, and as the reference does it."""
+    from dataclasses import asdict
+
+    import torch
+
+    from openpulid.bench.perf import face_analysis as identify
+    from openpulid.device import best_device, compute_dtype
+
+    _only_random(random)
+    chosen = torch.device(device) if device else best_device()
+    stages = identify.measure(chosen, rounds=rounds, on_progress=None if as_json else counted)
+    ratio = round((stages[-1].here or 0) / (stages[-1].reference or 1), 3)
+    facts = {"device": str(chosen), "dtype": str(compute_dtype(chosen)), "rounds": rounds}
+    last_line({**facts, "ratio": ratio, "rows": [asdict(stage) for stage in stages]})
+
+
+def _only_random(random: bool) -> None:
+    if not random:
+        raise OptionError(
+            "a step costs the same with any weights; say --random, and none are looked for."
+        )

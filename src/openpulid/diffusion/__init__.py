@@ -1,0 +1,1 @@
+"""Samplers, schedulers, noise schedules and the autoencoder of the miniature."""

@@ -1,0 +1,92 @@
+"""Face recognition with ArcFace networks."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openpulid.errors import WeightsError
+from openpulid.faces.align import similarity_transform, warp_images
+from openpulid.faces.embed import FaceEmbedder
+from openpulid.faces.face import Face
+from openpulid.faces.insightface_pack import onnx_model, pixels
+from openpulid.faces.scrfd import SCRFDDetector
+from openpulid.io.checkpoints import read_tensors
+
+ARCFACE_CROP = 112
+
+
+ARCFACE_TEMPLATE = torch.tensor(
+    [
+        [38.2946, 51.6963],
+        [73.5318, 51.5014],
+        [56.0252, 71.7366],
+        [41.5493, 92.3655],
+        [70.7299, 92.2041],
+    ]
+)
+"""Where insightface puts the five landmarks in a crop of 112 pixels."""
+
+
+class ArcFaceRecognition:
+    """The recogniser of an insightface pack (arXiv 1801.07698): a face's raw embedding, not normalised."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @classmethod
+    def load(
+        cls, file: str | os.PathLike[str], device: str | torch.device = "cpu"
+    ) -> ArcFaceRecognition:
+        """From an ONNX file. Raises WeightsError when it is missing or no recogniser."""
+        return cls(onnx_model(file, device, "get_feat"))
+
+    def __call__(self, face: Face) -> Tensor:
+        """(1, 512) float32."""
+        from insightface.utils.face_align import norm_crop
+
+        five = (face.landmarks - 0.5).numpy()
+        crop = norm_crop(pixels(face.image)[..., ::-1], five, self.model.input_size[0])
+        return torch.from_numpy(self.model.get_feat(crop)).float()
+
+
+def arcface_crop(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
+    """Crops as facexlib's ArcFace wants them, differentiable in the images; the masks do not matter.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        landmarks: (B, 5, 2) in pixels.
+
+    Returns:
+        (B, 3, 112, 112) in [-1, 1], blue first.
+    """
+    matrix = similarity_transform(landmarks, ARCFACE_TEMPLATE.to(landmarks) + 0.5)
+    return 2 * warp_images(images, matrix, ARCFACE_CROP).flip(1) - 1
+
+
+def photo_embedder(finder: SCRFDDetector, recogniser: nn.Module) -> FaceEmbedder:
+    """What the ID loss at full size sees: the largest face of each picture, through a recogniser that is not the encoder's."""
+
+    def find(images: Tensor) -> list[Face | None]:
+        return [next(iter(finder.find(image)), None) for image in images]
+
+    return FaceEmbedder(find, recogniser, arcface_crop)
+
+
+def arcface_ir_se50(file: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
+    """facexlib's ArcFace, a residual network of 50 layers: (B, 3, 112, 112) in [-1, 1], blue first -> (B, 512).
+
+    Raises:
+        WeightsError: no such file, or of another network.
+    """
+    from facexlib.recognition.arcface_arch import Backbone
+
+    network = Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se")
+    try:
+        network.load_state_dict(read_tensors(file), strict=True)
+    except RuntimeError as error:
+        raise WeightsError(f"{file} is not facexlib's ArcFace: {error}") from error
+    return network.eval().requires_grad_(False).to(device)

@@ -1,0 +1,144 @@
+"""The vision tower: timm's EVA, whose hidden levels tell an encoder what an embedding forgets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from timm.models.eva import Eva, checkpoint_filter_fn
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, normalize
+
+from openpulid.errors import WeightsError
+from openpulid.io.checkpoints import read_tensors
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+LEVELS = 5
+
+
+class VisionEncoder(nn.Module):
+    """EVA02-CLIP's image tower; the defaults are EVA02-CLIP-L-14-336 (arXiv 2303.15389).
+
+    Args:
+        img_size, patch_size: pixels.
+        embed_dim: D, width of the hidden states.
+        depth, num_heads: blocks, and heads in each.
+        num_classes: E, width of the embedding.
+        levels: the blocks, counted from 1, after which hidden states are taken; by default five in even
+            steps, about the last sixth of the tower left out (4, 8, 12, 16, 20 of 24).
+        ref_grid: patches along a side at which the rotary positions were trained; by default this tower's own.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 336,
+        patch_size: int = 14,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        num_classes: int = 768,
+        levels: Sequence[int] | None = None,
+        ref_grid: int | None = 16,
+    ) -> None:
+        super().__init__()
+        levels = (
+            [-(-depth * i // (LEVELS + 1)) for i in range(1, LEVELS + 1)]
+            if levels is None
+            else list(levels)
+        )
+        if (
+            len(levels) != LEVELS
+            or levels != sorted(set(levels))
+            or not 1 <= levels[0] <= levels[-1] <= depth
+        ):
+            raise ValueError(
+                f"levels are {LEVELS} different blocks from 1 to {depth}, in order; not {levels}"
+            )
+        self.config: dict[str, Any] = {
+            "img_size": img_size,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+            "levels": levels,
+            "ref_grid": ref_grid,
+        }
+        self.img_size, self.levels = img_size, levels
+        self.visual = Eva(
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            num_classes=num_classes,
+            mlp_ratio=4 * 2 / 3,
+            qkv_fused=False,
+            swiglu_mlp=True,
+            scale_mlp=True,
+            scale_attn_inner=True,
+            use_rot_pos_emb=True,
+            ref_feat_shape=ref_grid and (ref_grid, ref_grid),
+            global_pool="token",
+        )
+
+    @classmethod
+    def from_published(cls, file: str | os.PathLike[str]) -> VisionEncoder:
+        """EVA02-CLIP-L-14-336 from its published file, `EVA02_CLIP_L_336_psz14_s6B.pt` or the same as safetensors; float32.
+
+        Raises:
+            WeightsError: no such file, or the names or shapes in it are another tower's.
+        """
+        with init_empty_weights(
+            include_buffers=False
+        ):  # 304 million numbers that are not worth drawing
+            tower = cls()
+        tower.take(read_tensors(file), os.fspath(file))
+        return tower.eval().requires_grad_(False)
+
+    def take(self, state: Mapping[str, Tensor], label: str = "this state") -> None:
+        """Loads `visual.*` of an EVA-CLIP state under its published names, all of it.
+
+        Raises:
+            WeightsError: a name is missing or too many, or a shape differs; it lists them.
+        """
+        theirs = {
+            name: value.float() for name, value in state.items() if name.startswith("visual.")
+        }
+        try:
+            self.visual.load_state_dict(
+                checkpoint_filter_fn(theirs, self.visual), strict=True, assign=True
+            )
+        except RuntimeError as error:
+            raise WeightsError(f"{label} is not this tower: {error}") from error
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, 3, S, S) as the tower was trained to see them: bicubic, CLIP's mean
+        and deviation."""
+        if images.shape[-2:] != (self.img_size, self.img_size):
+            size = (self.img_size, self.img_size)
+            images = interpolate(images, size, mode="bicubic", antialias=True)
+        mean, std = (images.new_tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+        return (images - mean) / std
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Embedding and hidden levels.
+
+        Args:
+            pixels: (B, 3, S, S) from `prepare`.
+
+        Returns:
+            (B, E) of length 1, and five times (B, 1 + N, D), the class token first.
+        """
+        last, levels = self.visual.forward_intermediates(
+            pixels,
+            indices=[level - 1 for level in self.levels],
+            return_prefix_tokens=True,
+            output_fmt="NLC",
+        )
+        hidden = [torch.cat([prefix, patches], dim=1) for patches, prefix in levels]
+        return normalize(self.visual.forward_head(last).float(), dim=-1), hidden

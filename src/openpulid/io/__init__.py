@@ -1,0 +1,1 @@
+"""Images, checkpoints and published weights: everything that is read or written."""

@@ -1,0 +1,1 @@
+"""IP-Adapter and the methods that share its layers: FaceID and InstantID."""

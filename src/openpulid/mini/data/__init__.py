@@ -1,0 +1,1 @@
+"""Cached training data of the miniature."""

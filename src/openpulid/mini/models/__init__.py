@@ -1,0 +1,1 @@
+"""Networks and pipeline of the miniature."""

@@ -1,0 +1,1 @@
+"""Presets, the factory that loads them, and the studio that generates images."""

@@ -1,0 +1,53 @@
+"""What a training step costs: measured on a base of a few thousand random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from openpulid.bench.perf import training
+from openpulid.errors import OptionError
+from openpulid.training.pulid.recipes import Recipe
+from tests.support import tiny_sdxl as tiny
+
+pytestmark = pytest.mark.usefixtures("both_precisions")
+
+
+@pytest.fixture
+def base() -> training.RandomSDXL:
+    pipe = tiny.pipe()
+    return training.RandomSDXL(pipe.unet, pipe.vae)
+
+
+def test_every_candidate_is_measured_and_told(base) -> None:
+    recipe = Recipe(
+        "tiny",
+        "mini",
+        encoder_width=16,
+        batch=2,
+        fast_batch=1,
+        id_loss="accurate",
+        semantic=0.6,
+        layout=0.1,
+    )
+    costs = training.measure(training.random_task(recipe, base), lasts=(1, 2), rounds=1)
+    assert [(cost.last, cost.checkpoint) for cost in costs] == [
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+    ]
+    assert costs[0].ratio == 1.0 and all(cost.seconds > 0 for cost in costs)
+
+
+def test_the_miniature_at_random_has_the_miniatures_sizes() -> None:
+    base = training.random_base("mini", torch.device("cpu"))
+    assert base.shape() == (20, 12, 12) and base.unet.dtype == torch.float32
+    assert base.decode(torch.zeros(1, 20, 12, 12)).shape == (1, 3, 96, 96)
+    text = base.encode_text(["portrait"], guided=True)
+    assert text.embeds.shape == (2, 77, base.unet.config.cross_attention_dim)
+
+
+def test_other_bases_are_refused() -> None:
+    with pytest.raises(OptionError, match="mini or sdxl"):
+        training.random_base("flux", torch.device("cpu"))

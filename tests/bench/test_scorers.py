@@ -1,0 +1,214 @@
+"""The judges of photographs: each network is what its library makes of the published names, and what is missing is said."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import lpips
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torchvision.models import alexnet
+from transformers import CLIPConfig, CLIPModel
+
+from openpulid.bench import metrics
+from openpulid.bench import scorers as photo_judges
+from openpulid.bench.scorers import PhotoFaces, PhotoScorers
+from openpulid.errors import WeightsError
+from openpulid.faces.scrfd import SCRFDDetector
+from openpulid.io.hub import FOLDER_VARIABLE, download
+
+DETECTOR = Path(__file__).parents[2].parent / "shared" / "faces" / "scrfd_2.5g_kps.onnx"
+PHOTOS = DETECTOR.parents[1] / "photos"
+needs_photos = pytest.mark.skipif(
+    not DETECTOR.is_file(), reason="../shared/faces and ../shared/photos are not here"
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    """(3, 3, 256, 256): two photographs and one without anybody."""
+    opened = [
+        Image.open(PHOTOS / name).convert("RGB").resize((256, 256))
+        for name in ("hinton.jpeg", "lecun.jpg")
+    ]
+    people = (
+        torch.from_numpy(np.stack([np.asarray(image) for image in opened]))
+        .permute(0, 3, 1, 2)
+        .float()
+        / 255
+    )
+    return torch.cat([people, torch.full((1, 3, 256, 256), 0.5)])
+
+
+def recogniser() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3 * 14 * 14, 16))
+
+
+@needs_photos
+def test_faces_of_photographs(pictures: torch.Tensor) -> None:
+    faces = PhotoFaces(SCRFDDetector.load(DETECTOR), recogniser())(pictures)
+    assert faces.found.tolist() == [True, True, False]
+    assert faces.embeddings.shape == (3, 16) and faces.embeddings[2].abs().sum() == 0
+    assert 0.05 < faces.masks[0].mean() < 0.9 and faces.masks[2].sum() == 0
+    assert PhotoFaces(SCRFDDetector.load(DETECTOR), recogniser())(
+        pictures[2:]
+    ).embeddings.shape == (1, 16)  # nobody at all
+    judges = PhotoScorers(PhotoFaces(SCRFDDetector.load(DETECTOR), recogniser()))
+    same = metrics.MetricInputs(
+        pictures,
+        pictures,
+        faces,
+        faces,
+        torch.tensor([0, 1, 1]),
+        pictures[:2],
+        faces.rows(torch.tensor([0, 1])),
+        ["a"] * 3,
+    )
+    told = {measure.name: measure(same) for measure in judges.measures()}
+    assert (
+        told["face_sim"][:2].tolist() == pytest.approx([1, 1])
+        and told["outside_face"].abs().max() == 0
+    )
+
+
+def test_curricular_face_is_the_published_layout(tmp_path: Path) -> None:
+    """facexlib's backbone, whose last norm has no weights of its own."""
+    from facexlib.recognition.arcface_arch import Backbone
+
+    torch.manual_seed(0)
+    network = Backbone(num_layers=100, drop_ratio=0.4, mode="ir")
+    network.output_layer[4] = nn.BatchNorm1d(512, affine=False)
+    torch.save(network.state_dict(), tmp_path / "CurricularFace_Backbone.pth")
+    loaded = photo_judges.curricular_face(tmp_path / "CurricularFace_Backbone.pth").eval()
+    crops = torch.rand(1, 3, 112, 112)
+    with torch.no_grad():
+        assert torch.equal(loaded(crops), network.eval()(crops)) and loaded(crops).shape == (1, 512)
+
+
+def test_dino_is_timms(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("vit_small_patch16_224.dino", num_classes=0).eval()
+    torch.save(model.state_dict(), tmp_path / "dino.pth")
+    judge = photo_judges.dino_judge(tmp_path / "dino.pth", CPU)
+    images = torch.rand(2, 3, 224, 224)
+    config = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        assert torch.allclose(judge(images), model((images - mean) / std), atol=1e-4)
+    with pytest.raises(WeightsError, match="not DINO"):
+        torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+        photo_judges.dino_judge(tmp_path / "other.pth", CPU)
+
+
+def test_lpips_is_the_librarys(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = alexnet(weights=None)
+    torch.save(net.state_dict(), tmp_path / "alexnet.pth")
+    judge = photo_judges.lpips_judge(tmp_path / "alexnet.pth", CPU)
+    theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
+    features = list(net.features)
+    for name, part in theirs.net.named_children():
+        if name.startswith("slice"):
+            for index, layer in part.named_children():
+                layer.load_state_dict(features[int(index)].state_dict())
+    a, b = torch.rand(3, 3, 64, 64), torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(judge(a, b), theirs(a, b, normalize=True).flatten(), atol=1e-6)
+    assert judge(a, a).abs().max() < 1e-6
+    with pytest.raises(WeightsError, match="AlexNet"):
+        torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+        photo_judges.lpips_judge(tmp_path / "other.pth", CPU)
+
+
+def test_what_lpips_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(WeightsError, match="pip install lpips"):
+        photo_judges.lpips_judge(tmp_path / "alexnet.pth", CPU)
+
+
+def test_clip_is_transformers(tmp_path: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from openpulid.mini.models.tokenizer import tokenizer
+
+    words = tokenizer()
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 32,
+    }
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 256,
+    }
+    text |= {
+        "eos_token_id": words.eos_token_id,
+        "bos_token_id": words.bos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision | {"patch_size": 16}, projection_dim=8)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    assert isinstance(words, PreTrainedTokenizerFast)
+    words.save_pretrained(tmp_path)
+    images, texts = photo_judges.clip_judge(tmp_path, CPU)
+    shown, prompts = torch.rand(2, 3, 32, 32), ["portrait", "a person"]
+    mean, std = (
+        torch.tensor(x)[:, None, None] for x in (photo_judges.CLIP_MEAN, photo_judges.CLIP_STD)
+    )
+    with torch.no_grad():
+        tokens = words(prompts, padding=True, return_tensors="pt")
+        both = model(
+            pixel_values=(shown - mean) / std,
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+        )
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(images(shown), both.image_embeds).min() > 0.9999
+    assert cosine(texts(prompts), both.text_embeds).min() > 0.9999
+
+
+@needs_photos
+def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(WeightsError, match="pulid weights get detector"):
+        PhotoScorers.load(CPU)
+    with pytest.raises(WeightsError, match="on no hub; get it from"):
+        download("judge-recogniser")
+    (tmp_path / "scrfd_10g_bnkps.onnx").symlink_to(DETECTOR)
+    network = photo_judges.__dict__["curricular_face"]
+    monkeypatch.setattr(photo_judges, "curricular_face", lambda file: recogniser())
+    (tmp_path / "CurricularFace_Backbone.pth").touch()
+    said: list[str] = []
+    judges = PhotoScorers.load(CPU, said.append)
+    assert (
+        len(said) == 4
+        and "not measured: FID" in said[-1]
+        and "pulid weights get judge-clip" in said[0]
+    )
+    assert {measure.name for measure in judges.measures()} == {
+        "face_sim",
+        "rank1",
+        "copy_paste",
+        "outside_face",
+        "face_found",
+    }
+    assert judges.sets() == [] and judges.wanted({"pose": "left"}) == {}
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match="CurricularFace"):
+        network(tmp_path / "other.pth")

@@ -1,0 +1,199 @@
+"""FaceID by diffusers' own processors: equal to diffusers' way, and nothing of it left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline
+from safetensors.torch import save_file
+
+from openpulid.errors import OptionError, WeightsError
+from openpulid.identity.identity import Identity
+from openpulid.methods.ip_adapter.faceid import FaceID
+from openpulid.methods.ip_adapter.instantid import InstantID
+from openpulid.methods.registry import Method, find_method
+from tests.support.token_files import (
+    PROMPTS,
+    WIDTH,
+    controlnet,
+    drawn,
+    person,
+    published,
+    resampler,
+)
+
+
+@pytest.fixture
+def pipe(tiny_pipeline: Any) -> Any:
+    return tiny_pipeline()
+
+
+def test_it_is_what_diffusers_draws(pipe: Any) -> None:
+    parts, who = published(pipe.unet), person(1)
+    method = FaceID(parts)
+    method.attach(pipe)
+    with method.use(who, scale=0.7):
+        ours = drawn(pipe)
+    pipe.load_ip_adapter(
+        published(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None
+    )
+    pipe.set_ip_adapter_scale(0.7)
+    embedding = torch.nn.functional.normalize(who.id_cond[..., :WIDTH], dim=-1)
+    theirs = drawn(
+        pipe, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(embedding), embedding])]
+    )
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_nothing_is_left_behind(pipe: Any) -> None:
+    before, names = drawn(pipe), [name for name, _ in pipe.unet.named_modules()]
+    processors = dict(pipe.unet.attn_processors)
+    method = FaceID(published(pipe.unet))
+    assert isinstance(method, Method)
+    method.attach(pipe)
+    assert torch.equal(drawn(pipe), before)
+    for _ in range(2):  # built, then set again
+        with method.use(person(1)):
+            assert not torch.allclose(drawn(pipe), before, atol=1e-3)
+        assert torch.equal(drawn(pipe), before)
+    method.detach(pipe)
+    assert pipe.unet.attn_processors == processors and pipe.unet.encoder_hid_proj is None
+    assert [name for name, _ in pipe.unet.named_modules()] == names and not getattr(
+        pipe.unet, "peft_config", {}
+    )
+    with pytest.raises(OptionError, match="attach"), method.use(person(1)):
+        pass
+
+
+def test_two_at_once_are_refused(pipe: Any) -> None:
+    """Two pipelines of one U-Net, two people one within the other, two methods that exchange its processors."""
+    method, another = (
+        FaceID(published(pipe.unet)),
+        InstantID(resampler(pipe.unet), controlnet(pipe.unet)),
+    )
+    method.attach(pipe)
+    another.attach(pipe)
+    with method.use(person(1)):
+        alone = drawn(pipe)
+        for second in (method, another):
+            with pytest.raises(OptionError, match="already in use"), second.use(person(2)):
+                pass
+        assert torch.equal(drawn(pipe), alone)
+    other = StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=False)
+    method.attach(other)
+    with (
+        pytest.raises(OptionError, match="share one network; say which one runs"),
+        method.use(person(1)),
+    ):
+        pass
+    with method.use(person(1), pipe=pipe):
+        assert torch.equal(drawn(pipe), alone)
+
+
+def test_raw_embeddings_are_normalised(pipe: Any) -> None:
+    method, who = FaceID(published(pipe.unet)), person(1)
+    method.attach(pipe)
+    larger = Identity(7 * who.id_cond, who.hidden)
+    with method.use(who):
+        once = drawn(pipe)
+    with method.use(larger):
+        assert torch.allclose(drawn(pipe), once, atol=1e-5)
+
+
+def test_batches_guidance_and_spans(pipe: Any) -> None:
+    method = FaceID(published(pipe.unet))
+    method.attach(pipe)
+    alone = []
+    for who, k in ((person(1), 0), (person(2), 1)):
+        with method.use(who):
+            generator = torch.Generator().manual_seed(k)
+            options = {
+                "num_inference_steps": 2,
+                "guidance_scale": 1.0,
+                "output_type": "latent",
+                "generator": generator,
+            }
+            alone.append(pipe(PROMPTS[k], **options).images)
+    with method.use([person(1), person(2)]):
+        assert torch.allclose(drawn(pipe, PROMPTS, guidance=1.0), torch.cat(alone), atol=1e-5)
+    with method.use(person(1, photos=3)):
+        assert drawn(pipe, PROMPTS).shape == torch.cat(alone).shape
+    before = drawn(pipe)
+    with method.use(person(1), scale=0):
+        assert torch.equal(drawn(pipe), before)
+    with (
+        method.use([person(1), person(2), person(3)]),
+        pytest.raises(OptionError, match="3 identities for 2 images"),
+    ):
+        drawn(pipe, PROMPTS)
+    with pytest.raises(OptionError, match="fractions"), method.use(person(1), start=2):
+        pass
+
+
+def test_outside_its_span_nothing_acts(pipe: Any) -> None:
+    """Its low-rank part neither; and what was built is kept when it is attached again."""
+    method = FaceID(published(pipe.unet))
+    method.attach(pipe)
+    before = drawn(pipe)
+    with method.use(person(1)):
+        whole, built = drawn(pipe), method.built(pipe)
+    method.attach(pipe)
+    with method.use(person(1), start=0.5):  # one of two steps
+        late = drawn(pipe)
+    assert not torch.allclose(late, whole, atol=1e-3) and not torch.allclose(
+        late, before, atol=1e-3
+    )
+    assert method.built(pipe) is built
+    with method.use(person(1), start=0.99):  # after the last
+        assert torch.equal(drawn(pipe), before)
+
+
+def test_offloaded_weights(pipe: Any) -> None:
+    """As `enable_sequential_cpu_offload` does, with the CPU for the device: between calls the weights are not there."""
+    from accelerate import cpu_offload
+
+    method = FaceID(published(pipe.unet))
+    method.attach(pipe)
+    with method.use(person(1)):
+        expected = drawn(pipe)
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    for _ in range(2):
+        with method.use(person(1)):
+            assert torch.allclose(drawn(pipe), expected, atol=1e-5)
+    with pytest.raises(OptionError, match="before enable_sequential_cpu_offload"):
+        FaceID(published(pipe.unet)).attach(pipe)
+
+
+def test_the_users_lora_stays(pipe: Any) -> None:
+    """diffusers' own loading switches every other LoRA off."""
+    peft = pytest.importorskip("peft")
+    pipe.unet.add_adapter(
+        peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style"
+    )
+    styled = drawn(pipe)
+    method = FaceID(published(pipe.unet))
+    method.attach(pipe)
+    with method.use(person(1)):
+        assert pipe.get_active_adapters() == ["style"]
+        drawn(pipe)
+    assert torch.equal(drawn(pipe), styled)
+
+
+def test_files_are_checked(pipe: Any, tmp_path: Any) -> None:
+    parts = published(pipe.unet)
+    flat = {f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()}
+    save_file(flat, tmp_path / "faceid.safetensors")
+    loaded = FaceID.load(tmp_path / "faceid.safetensors")
+    assert (
+        isinstance(loaded, FaceID)
+        and loaded.width == WIDTH
+        and len(loaded.lora) == 8 * len(pipe.unet.attn_processors)
+    )
+    torch.save(parts, tmp_path / "faceid.bin")  # as it is published
+    assert FaceID.load(tmp_path / "faceid.bin").lora.keys() == loaded.lora.keys()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="image_proj"):
+        FaceID.load(tmp_path / "other.safetensors")
+    assert find_method("faceid") is FaceID

@@ -1,0 +1,51 @@
+"""What the adapters learn from is read once, and is what the encoder gets at inference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.mini_recognition import ResNetRecognition
+from openpulid.identity.extractor import MiniExtractor
+from openpulid.mini.data.features import FaceFeatures
+from openpulid.mini.train.recognition import faces_of
+from openpulid.mini.train.vision_encoder import build_tower
+
+
+@pytest.fixture
+def extractor() -> MiniExtractor:
+    torch.manual_seed(0)
+    recogniser = ResNetRecognition(8, (8, 8, 8), (1, 1, 1), dim=6)
+    return MiniExtractor(
+        MiniFaceDetector((4, 8, 8)).eval(), recogniser.eval(), build_tower(width=32, depth=6).eval()
+    )
+
+
+def test_rows_are_the_features_of_the_faces(small_world, extractor, tmp_path) -> None:
+    steps = []
+    kept = FaceFeatures.of(
+        extractor, small_world, tmp_path, lambda done, total: steps.append((done, total))
+    )
+    assert steps[-1] == (len(small_world), len(small_world))
+    rows = np.array([5, 0])
+    id_cond, hidden = kept.rows(rows)
+    with torch.no_grad():
+        expected, levels = extractor.features(*faces_of(small_world, rows, torch.device("cpu")))
+    assert torch.allclose(id_cond, expected, atol=1e-5)
+    assert len(hidden) == 5 and all(
+        torch.allclose(a, b, atol=1e-2) for a, b in zip(hidden, levels, strict=True)
+    )
+
+
+def test_other_networks_read_again(small_world, extractor, tmp_path) -> None:
+    def reads() -> int:
+        steps: list[int] = []
+        FaceFeatures.of(extractor, small_world, tmp_path, lambda done, total: steps.append(done))
+        return len(steps)
+
+    assert reads() == 1 and reads() == 0
+    with torch.no_grad():
+        next(extractor.recogniser.parameters()).add_(1.0)
+    assert reads() == 1

@@ -1,0 +1,88 @@
+"""The demonstration's figures and files, with a studio and a judge that can be computed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from openpulid.bench.metrics import Faces
+from openpulid.mini.evaluation import demo
+from openpulid.world import VOCABULARY
+
+
+def middle(images: Tensor) -> Faces:
+    """A face is the middle of a picture, and its colour there is who it is."""
+    masks = torch.zeros(len(images), 1, *images.shape[2:])
+    masks[:, :, 32:64, 32:64] = 1
+    colors = images[:, :, 48, 48]
+    return Faces(torch.ones(len(images), dtype=torch.bool), colors, masks)
+
+
+def flat(color: tuple[int, int, int], face: tuple[int, int, int] | None = None) -> Image.Image:
+    image = Image.new("RGB", (96, 96), color)
+    image.paste(face or color, (32, 32, 64, 64))
+    return image
+
+
+def test_figures_by_hand() -> None:
+    portraits = [flat((255, 0, 0)), flat((0, 255, 0)), flat((0, 0, 255))]
+    without = [flat((51, 51, 51), (0, 0, 255)), flat((51, 51, 51), (0, 0, 255))]
+    with_identity = [flat((51, 51, 51), (255, 0, 0)), flat((102, 51, 51), (0, 255, 0))]
+    figures = demo.judge(middle, portraits, without, with_identity)
+    assert figures["same_person"] == 0.5  # one image shows the person, the other somebody else
+    assert figures["other_person"] == 0.25  # of two others and two images, one pair is alike
+    assert figures["changed_outside_face"] == pytest.approx(
+        0.2 / 3 / 2, abs=1e-4
+    )  # one channel of one image
+
+
+def test_prompts_are_words_that_the_miniature_knows() -> None:
+    for prompt in demo.PROMPTS:
+        words = prompt.replace(",", " , ").split()
+        assert set(words) <= set(VOCABULARY), prompt
+
+
+class Studio:
+    def __init__(self) -> None:
+        self.seeds: list[tuple[int, bool]] = []
+
+    def identify(self, pictures: list[Image.Image]) -> str:
+        return "somebody"
+
+    def generate(self, prompt: str, identity: object = None, seed: int = 0) -> SimpleNamespace:
+        self.seeds.append((seed, identity is not None))
+        return SimpleNamespace(images=[flat((200, 100, 50))])
+
+
+def test_it_writes_a_picture_a_page_and_the_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    studio = Studio()
+    monkeypatch.setattr(demo.studios, "load", lambda preset, device: studio)
+    monkeypatch.setattr(demo.FaceScorer, "load", lambda: middle)
+    said: list[str] = []
+    outcome = demo.run(tmp_path, people_seed=3, say=said.append)
+    # every prompt twice from the same noise
+    assert len(studio.seeds) == 2 * len(demo.PROMPTS)
+    assert {seed for seed, given in studio.seeds if given} == {
+        seed for seed, given in studio.seeds if not given
+    }
+    width, height = Image.open(outcome.picture).size
+    assert height > width > 3 * 280
+    page = outcome.page.read_text("utf-8")
+    assert page.count("data:image/png;base64,") == 3 * len(demo.PROMPTS)
+    assert "http" not in page  # nothing is fetched
+    assert json.loads((tmp_path / "demo.json").read_text()) == outcome.figures
+    assert set(outcome.figures) == {
+        "same_person",
+        "other_person",
+        "changed_outside_face",
+        "seconds",
+    }
+    assert "1000003" in said[0]

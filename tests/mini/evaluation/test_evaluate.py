@@ -1,0 +1,117 @@
+"""The table of the miniature: what is asked, and how rows come about."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from openpulid.bench.metrics import Faces, Interval
+from openpulid.io.image_grid import to_tensor
+from openpulid.mini.evaluation import evaluate
+from openpulid.mini.evaluation.evaluate import Table
+from openpulid.mini.evaluation.scorers import MiniScorers
+from openpulid.world import ATTRIBUTES, VOCABULARY
+
+
+def middle(images: Tensor) -> Faces:
+    masks = torch.zeros(len(images), 1, *images.shape[2:])
+    masks[:, :, 40:56, 40:56] = 1
+    return Faces(
+        torch.ones(len(images), dtype=torch.bool), images[:, :, 40:56, 40:56].flatten(1), masks
+    )
+
+
+JUDGES = MiniScorers(
+    faces=middle,
+    embed_images=lambda images: images.mean(dim=(2, 3)),
+    embed_texts=lambda prompts: torch.ones(len(prompts), 3),
+    read=lambda images: {
+        name: torch.eye(len(v))[:1].expand(len(images), -1) for name, v in ATTRIBUTES.items()
+    },
+)
+
+
+def test_requests_are_the_same_for_everybody() -> None:
+    asked = evaluate.requests(people=3, prompts=2, people_seed=5)
+    assert asked == evaluate.requests(3, 2, 5)
+    assert asked[2:] == [  # people are numbered from the first, whatever comes before
+        evaluate.EvalPrompt(r.person + 1, r.prompt, r.seed, r.scene)
+        for r in evaluate.requests(2, 2, 6)
+    ]
+    assert [request.person for request in asked] == [0, 0, 1, 1, 2, 2]
+    for request in asked:
+        assert set(request.prompt.replace(",", " , ").split()) <= set(VOCABULARY)
+        assert all(0 <= value < len(ATTRIBUTES[name]) for name, value in request.wanted.items())
+
+
+def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(studio, batches, identities):
+        asked = [request for batch in batches for request in batch]
+        images = torch.full((len(asked), 3, 96, 96), 0.5)
+        for image, request in zip(images, asked, strict=True):
+            if identities:
+                image[:, 40:56, 40:56] = identities[request.person][0, :, 40:56, 40:56]
+        return images
+
+    monkeypatch.setattr(
+        evaluate, "load", lambda preset, device: SimpleNamespace(identify=to_tensor)
+    )
+    monkeypatch.setattr(
+        evaluate, "models", lambda studio, adapters: [(name, studio) for name in adapters]
+    )
+    monkeypatch.setattr(evaluate, "make", make)
+    monkeypatch.setattr(evaluate.Scorers, "load", lambda: JUDGES)
+    table = evaluate.run(people=3, prompts=2, adapters={"stage1": Path("nowhere")})
+    base, stage1 = table.rows["base"], table.rows["stage1"]
+    assert stage1["face_sim"].mean == pytest.approx(1, abs=1e-4)
+    assert stage1["rank1"].mean == 1 and base["rank1"].mean == pytest.approx(1 / 3)
+    assert base["clip_i"].mean == pytest.approx(1) and base["outside_face"].mean == 0
+    assert stage1["outside_face"].mean == 0  # only the middle differs
+    assert stage1["face_found"].mean == 1
+    assert list(table.rows) == ["base", "stage1", "truth"]
+    assert evaluate.references(people=2).shape == (2, 3, 96, 96)
+
+
+def test_json_has_the_columns_and_no_nan() -> None:
+    row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS} | {
+        "attributes": Interval(*[math.nan] * 3)
+    }
+    line = json.dumps(
+        evaluate.as_json(Table({"base": row, "stage1": row}, 64, 4, 0, "mini", 1.0)),
+        allow_nan=False,
+    )
+    rows = json.loads(line)["rows"]
+    assert [r["model"] for r in rows] == ["base", "stage1"]
+    assert rows[1]["face_sim"] == 0.5 and rows[1]["intervals"]["rank1"] == [0.4, 0.6]
+    assert rows[0]["attributes"] is None
+
+
+def test_the_table_shows_every_row(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {name: Interval(0.25, 0.2, 0.3) for name in evaluate.COLUMNS}
+    evaluate.show(Table({"base": row, "stage1": row}, 8, 1, 0, "mini", 1.0))
+    out = capsys.readouterr().out
+    assert (
+        "stage1" in out
+        and "outside" in out
+        and out.count("± 0.050") == 2 * 6
+        and out.count("0.250") == 2 * 6
+    )
+
+
+def test_adapters_are_the_shipped_ones_and_those_trained_here(tmp_path: Path) -> None:
+    weights, runs = tmp_path / "weights", tmp_path / "runs"
+    shipped, older = weights / "pulid-stage1.safetensors", runs / "stage1" / "adapter.safetensors"
+    own = runs / "stage2" / "adapter.safetensors"
+    for file in (shipped, older, own):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    assert evaluate.trained(weights, runs) == {"stage1": shipped, "stage2": own}

@@ -1,0 +1,122 @@
+"""Rivals on the miniature: they learn, the base does not, and what is saved is what was learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import CLIPVisionModelWithProjection
+
+from openpulid.methods.registry import find_method
+from openpulid.mini.train.baselines import BASELINES, NAMES, Baseline, BaselineTask
+from openpulid.mini.train.stages import stamp
+from openpulid.pipelines.factory import load_pipeline
+from openpulid.pipelines.presets import MINIATURE, mini
+from openpulid.training.pulid.models import SDXLModel
+from openpulid.training.pulid.recipes import find_recipe as recipe
+from openpulid.training.pulid.task import Batch
+from openpulid.training.rng import StepRNG
+
+FACE, SEEN, COUNT = 8, 128, 2
+
+
+class Fixed:
+    """The same pictures at every step."""
+
+    def __init__(self, pipe: Any, photomaker: bool) -> None:
+        generator = torch.Generator().manual_seed(3)
+        shape = (COUNT, *SDXLModel(pipe).shape())
+        face = torch.randn(COUNT, FACE, generator=generator)
+        token = torch.randn(COUNT, 1, SEEN, generator=generator)
+        marks = torch.rand(COUNT, 5, 2, generator=generator)
+        masks = torch.ones(COUNT, 1, *shape[2:])
+        prompts = ["portrait of a person, photo", "portrait, smiling"]
+        hidden = [token] if photomaker else []
+        self.rows = Batch(
+            torch.randn(shape, generator=generator), masks, prompts, face, hidden, None, marks
+        )
+
+    def batch(self, draw: StepRNG) -> Batch:
+        return self.rows
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    return load_pipeline(mini(), torch.device("cpu"))
+
+
+def made(name: str, pipe: Any) -> tuple[Baseline, BaselineTask]:
+    torch.manual_seed(0)
+    if name == "photomaker":
+        rival = BASELINES[name](
+            pipe, CLIPVisionModelWithProjection.from_pretrained(MINIATURE / "clip").float()
+        )
+    else:
+        rival = BASELINES[name](pipe, FACE)
+    source = Fixed(pipe, name == "photomaker")
+    return rival, BaselineTask(
+        recipe("mini_stage1"), SDXLModel(type(pipe)(**pipe.components)), rival, source, source
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_and_is_saved_as_it_is(name: str, pipe: Any, tmp_path: Path) -> None:
+    base = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    rival, task = made(name, pipe)
+    learned = [x for x in rival.learned.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=3e-3)
+    told = []
+    for _ in range(6):  # the same noise each time: the loss must fall
+        loss = task.losses(StepRNG(0, 1))["diffusion"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        told.append(loss.item())
+    assert told[-1] < told[0] * 0.995
+    assert sum(float(x.grad.abs().sum()) > 0 for x in learned if x.grad is not None) > 0.8 * len(
+        learned
+    )
+    assert all(torch.equal(value, base[key]) for key, value in pipe.unet.state_dict().items())
+    nobody = set() if name == "photomaker" else {"held_out_none"}  # it never learned what nobody is
+    assert set(task.validate()) == {"held_out_own", "held_out_other"} | nobody
+
+    place = rival.save(tmp_path / name, pipe)
+    assert place == (tmp_path / name if name == "instantid" else tmp_path / f"{name}.safetensors")
+    stamp(place, {"revision": "abc", "minutes": 1})
+    size = sum(file.stat().st_size for file in ([place] if place.is_file() else place.rglob("*.*")))
+    assert size < 8e6, f"{name} takes {size / 1e6:.1f} million bytes"
+    for file in [place] if place.is_file() else place.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as written:
+            assert written.metadata()["revision"] == "abc"
+    again: Any = find_method(name)
+    loaded = again.load(place)
+    loaded.attach(pipe)
+    rival.method.attach(pipe)
+    if name == "photomaker":
+        pixels = torch.rand(1, 3, 96, 96)
+        seen = [
+            m.encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+            for m in (rival.method, loaded)
+        ]
+        assert torch.allclose(*seen, atol=0.05), "the tower is not the one that it was trained with"
+    people = rival.people(task.data.batch(StepRNG(0, 0)))[0]
+    images = []
+    for method, scale in ((rival.method, 1.0), (loaded, 1.0), (loaded, 0.0)):
+        with method.use(people, scale=scale, start=0.0, pipe=pipe), torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            known = {
+                "num_inference_steps": 2,
+                "guidance_scale": 2.0,
+                "output_type": "latent",
+                "generator": generator,
+            }
+            images.append(pipe("portrait of a person, photo", **known).images)
+    lost, shown = (images[0] - images[1]).abs().max(), (images[0] - images[2]).abs().max()
+    assert lost < 0.05 and lost < shown / 5, (
+        lost,
+        shown,
+    )  # half precision is all that saving loses
+    rival.method.detach(pipe)

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+
+from openpulid.faces.mini_detector import FACE, MiniDetection, MiniFaceDetector
+from openpulid.mini.data import negatives as made
+from openpulid.mini.train.detector import (
+    DetectorTask,
+    Examples,
+    displaced,
+    finder_losses,
+    mirrored,
+    strangers,
+)
+from openpulid.training.rng import StepRNG
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return made.photographs()
+
+
+@pytest.fixture
+def task(small_world, photos):
+    torch.manual_seed(0)
+    return DetectorTask(
+        MiniFaceDetector((8, 8, 16, 16, 16)),
+        small_world,
+        small_world,
+        photos,
+        positives=6,
+        negatives=6,
+    )
+
+
+def spots(seed: int = 0) -> Examples:
+    """Black pictures whose landmarks are white spots of the face part, so that both can be followed."""
+    generator = torch.Generator().manual_seed(seed)
+    landmarks = 35 + 26 * torch.rand(6, 5, 2, generator=generator)
+    landmarks[:, 1, 0] = landmarks[:, 0, 0] + 20
+    axis = torch.arange(96) + 0.5
+    x, y = landmarks[..., 0, None, None], landmarks[..., 1, None, None]
+    bright = (-((axis - x) ** 2 + (axis[:, None] - y) ** 2) / 4).exp().amax(1)
+    return Examples(
+        bright[:, None].repeat(1, 3, 1, 1),
+        torch.ones(6, dtype=torch.bool),
+        landmarks,
+        (bright > 0.3).float(),
+    )
+
+
+@pytest.mark.parametrize("change", [displaced, mirrored])
+def test_landmarks_and_parts_follow_the_picture(change):
+    batch = change(spots(), torch.Generator().manual_seed(1))
+    for image, landmarks, parts in zip(batch.images, batch.landmarks, batch.parts, strict=True):
+        for x, y in landmarks.long().tolist():
+            assert image[:, y - 1 : y + 2, x - 1 : x + 2].max() > 0.75
+            assert parts[y, x] == 1
+
+
+def test_mirrored_eyes_stay_in_image_order():
+    batch = mirrored(spots(), torch.Generator().manual_seed(1))
+    assert (batch.landmarks[:, 0, 0] < batch.landmarks[:, 1, 0]).all()
+
+
+def test_examples_hold_both_kinds(task):
+    batch = task.examples(np.arange(6), 6, torch.Generator().manual_seed(0))
+    assert batch.images.shape == (12, 3, 96, 96) and batch.parts.shape == (12, 96, 96)
+    assert batch.real.sum() == 6
+    shares = (batch.parts == FACE).float().mean((1, 2))
+    assert (shares[batch.real] > 0.05).all() and (shares[~batch.real] == 0).all()
+
+
+@pytest.mark.parametrize("count", [3, 9, 24])
+def test_strangers_are_as_many_as_asked(small_world, photos, count):
+    images = torch.from_numpy(small_world.images).float() / 255
+    parts = torch.from_numpy(small_world.parts).float()
+    for some in (photos, {}):
+        found, labels = strangers(images, parts, some, count, torch.Generator().manual_seed(0))
+        assert found.shape == (count, 3, 96, 96) and labels.shape == (count, 96, 96)
+        assert found.min() >= 0 and found.max() <= 1
+
+
+def test_photographs_come_from_the_installed_packages_and_some_are_kept_apart(task, photos):
+    assert {"astronaut", "grace_hopper", "chelsea", "face-0"} <= set(photos)
+    assert all(image.dtype == torch.uint8 and image.shape[0] == 3 for image in photos.values())
+    assert not set(task.photos) & set(task.strange)
+
+
+def test_losses_are_repeatable_and_train_everything(task):
+    first, again = (task.losses(StepRNG(0, 3)) for _ in range(2))
+    assert set(first) == {"score", "landmarks", "parts"}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    sum(first.values()).backward()
+    assert all(p.grad is not None for p in task.finder.parameters())
+
+
+def test_a_perfect_finding_has_no_loss():
+    batch = spots()
+    parts = torch.nn.functional.one_hot(batch.parts.long(), 8).permute(0, 3, 1, 2) * 100.0
+    finding = MiniDetection(torch.full((6,), 50.0), torch.zeros(6, 4), batch.landmarks, parts)
+    losses = finder_losses(
+        finding, Examples(batch.images, batch.real, batch.landmarks, batch.parts.long())
+    )
+    assert all(loss < 1e-6 for loss in losses.values())
+
+
+def test_it_learns(task):
+    optimizer = torch.optim.AdamW(task.finder.parameters(), lr=5e-3)
+    totals = []
+    for step in range(15):
+        losses = task.losses(StepRNG(0, step))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        totals.append(sum(losses.values()).item())
+    assert np.mean(totals[-4:]) < 0.75 * np.mean(totals[:3])
+    task.finder.eval()
+    figures = task.validate()
+    assert set(figures) == {"landmarks", "landmarks_p95", "iou", "found", "refused"}
+    assert figures["landmarks"] < 0.5
+    assert task.sheet().size == (960, 384)

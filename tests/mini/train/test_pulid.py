@@ -1,0 +1,104 @@
+"""Whose features go with which picture."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from openpulid.mini.train import pulid as adapter
+from openpulid.mini.train.pulid import CLEAR, Mixture, Portraits, clear, mates, rows_by_person, worn
+from openpulid.training.rng import StepRNG
+from openpulid.world import ATTRIBUTES
+
+
+def test_a_mate_is_another_picture_of_the_same_person() -> None:
+    people = torch.tensor([7, 7, 2, 7, 9, 2])
+    of_person = rows_by_person(people, torch.ones(6, dtype=torch.bool))
+    assert [rows.tolist() for rows in of_person] == [[1, 3], [0, 3], [5], [0, 1], [4], [2]]
+    rows = torch.tensor([0, 1, 2, 3, 4, 5] * 50)
+    found = mates(rows, of_person, StepRNG(0, 0))
+    assert torch.equal(people[found], people[rows])
+    alone = rows == 4
+    assert (found[alone] == 4).all() and (found[~alone] != rows[~alone]).all()
+    assert set(found[rows == 0].tolist()) == {1, 3}  # any of them
+    assert torch.equal(found, mates(rows, of_person, StepRNG(0, 0)))
+    assert not torch.equal(found, mates(rows, of_person, StepRNG(0, 1)))
+
+
+def test_features_are_of_clear_pictures_where_there_are_some() -> None:
+    people = torch.tensor([7, 7, 7, 2, 2])
+    of_person = rows_by_person(people, torch.tensor([False, True, False, False, False]))
+    assert [rows.tolist() for rows in of_person] == [[1], [0, 2], [1], [4], [3]]
+
+
+def test_clear_pictures_show_the_whole_face() -> None:
+    front, left = ATTRIBUTES["pose"].index("front"), ATTRIBUTES["pose"].index("left")
+    seen = np.zeros((4, len(ATTRIBUTES)), dtype=np.int8)
+    seen[:] = [ATTRIBUTES[name].index(CLEAR[name]) if name in CLEAR else 1 for name in ATTRIBUTES]
+    assert (seen[:, list(ATTRIBUTES).index("pose")] == front).all()
+    seen[1, list(ATTRIBUTES).index("pose")] = left
+    seen[2, list(ATTRIBUTES).index("glasses")] = ATTRIBUTES["glasses"].index("sunglasses")
+    assert clear(SimpleNamespace(attributes=seen)).tolist() == [True, False, False, True]
+
+
+def test_who_should_wear_glasses_is_not_wanted_without(monkeypatch) -> None:
+    """An ID loss that wants a clear face takes off what the sentence asks for."""
+    none = {name: kinds.index("none") for name, kinds in ATTRIBUTES.items() if "none" in kinds}
+    seen = np.zeros((6, len(ATTRIBUTES)), dtype=np.int8)
+    seen[:] = [
+        none.get(name, ATTRIBUTES[name].index(CLEAR[name]) if name in CLEAR else 1)
+        for name in ATTRIBUTES
+    ]
+    seen[0, list(ATTRIBUTES).index("glasses")] = ATTRIBUTES["glasses"].index("sunglasses")
+    seen[3, list(ATTRIBUTES).index("beard")] = ATTRIBUTES["beard"].index("beard")
+    data = WorldPictures(seen)
+    assert worn(data).tolist() == [True, False, False, True, False, False]
+    asked: list[np.ndarray] = []
+    monkeypatch.setattr(
+        adapter,
+        "faces_of",
+        lambda data, rows, device: (asked.append(rows), (torch.zeros(len(rows)),))[1],
+    )
+    portraits = Portraits(data, data, data, data, data, batch=6, paired=True)  # type: ignore[arg-type]
+    portraits.batch(StepRNG(0, 0))
+    rows, read = data.asked
+    assert (read != rows).all()  # features are of another picture
+    hidden = np.isin(rows, [0, 3])
+    assert (asked[0][hidden] == rows[hidden]).all() and (asked[0][~hidden] == read[~hidden]).all()
+
+
+class WorldPictures:
+    """Six pictures of two people, and all that is asked of them."""
+
+    def __init__(self, attributes: np.ndarray) -> None:
+        self.attributes, self.people = attributes, np.array([0, 0, 0, 1, 1, 1])
+        self.landmarks, self.images = np.zeros((6, 5, 2)), np.zeros((6, 3, 8, 8))
+        self.tokens, self.asked = torch.zeros(6, 1, 4, dtype=torch.long), []
+
+    def __len__(self) -> int:
+        return 6
+
+    def rows(self, rows, other):
+        """Of latents first, of features last."""
+        self.asked = [*self.asked[:1], np.asarray(rows)]
+        return torch.zeros(len(rows)), torch.zeros(len(rows))
+
+    def batch_decode(self, tokens, skip_special_tokens):
+        return [""] * len(tokens)
+
+
+class Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def batch(self, draw: StepRNG) -> str:
+        return self.name
+
+
+def test_a_mixture_takes_its_sources_equally_often_and_the_same_on_every_rank() -> None:
+    mixture = Mixture([Named("world"), Named("portraits")])  # type: ignore[list-item]
+    taken = [mixture.batch(StepRNG(0, step)) for step in range(400)]
+    assert 160 < taken.count("world") < 240
+    assert taken == [mixture.batch(StepRNG(0, step, rank=1, world=2)) for step in range(400)]

@@ -1,0 +1,69 @@
+"""The ID loss and the alignment, by hand, and where their gradients stop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from openpulid.errors import OptionError
+from openpulid.training.pulid.losses import IDLoss, LayoutAlignment, SemanticAlignment
+from openpulid.training.pulid.models import AttentionQK
+
+
+def test_id_loss_by_hand():
+    wanted = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    shown = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]).bfloat16()
+    loss = IDLoss()
+    assert loss(wanted, shown, torch.tensor([True, True, True])).item() == pytest.approx(
+        (0 + 1 + 2) / 3
+    )
+    assert loss(wanted, shown, torch.tensor([True, True, False])).item() == pytest.approx(
+        1 / 3
+    )  # left out
+    assert loss(wanted, shown, torch.tensor([False] * 3)).item() == 0.0
+    assert loss(wanted, shown, torch.tensor([True] * 3)).dtype == torch.float32
+
+
+def attended(query: list[list[float]], key: list[list[float]]) -> AttentionQK:
+    return AttentionQK(torch.tensor(query)[None, None], torch.tensor(key)[None, None])
+
+
+def test_layout_by_hand():
+    key = [[1.0]]
+    a, b = attended([[1.0], [2.0]], key), attended([[4.0], [6.0]], key)
+    assert LayoutAlignment()([a], [b]).item() == pytest.approx(math.sqrt((9 + 16) / 2))
+    same = LayoutAlignment()([a, a], [a, b]).item()  # two layers, one of them undisturbed
+    assert same == pytest.approx(math.sqrt((9 + 16) / 2) / 2, abs=1e-5)
+
+
+def test_semantic_by_hand():
+    # one word with key 1, two positions: softmax(k q) over the positions, then the queries so weighted
+    a, b = attended([[0.0], [math.log(3)]], [[1.0]]), attended([[0.0], [0.0]], [[1.0]])
+    assert SemanticAlignment()([a], [b]).item() == pytest.approx(
+        0.75 * math.log(3)
+    )  # weights 1/4 and 3/4
+    # of width 4 the products are divided by 2
+    wide = attended([[0.0] * 4, [math.log(3) / 2] * 4], [[1.0] * 4])
+    still = attended([[0.0] * 4, [0.0] * 4], [[1.0] * 4])
+    assert SemanticAlignment()([wide], [still]).item() == pytest.approx(0.75 * math.log(3) / 2)
+
+
+@pytest.mark.parametrize("loss", [SemanticAlignment(), LayoutAlignment()])
+def test_the_target_carries_no_gradient(loss):
+    own, target = (torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(2))
+    key = torch.randn(1, 2, 5, 4)
+    loss([AttentionQK(own, key)], [AttentionQK(target, key)]).backward()
+    assert own.grad.abs().sum() > 0 and target.grad is None
+    nothing = torch.randn(1, 1, 2, 2, requires_grad=True)
+    loss(
+        [AttentionQK(nothing, key[:, :1, :, :2])], [AttentionQK(nothing, key[:, :1, :, :2])]
+    ).backward()
+    assert torch.isfinite(nothing.grad).all()  # a root at zero
+
+
+def test_layers_must_be_the_same():
+    one = attended([[1.0]], [[1.0]])
+    with pytest.raises(OptionError, match="1 layers"):
+        LayoutAlignment()([one], [])

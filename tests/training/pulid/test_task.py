@@ -1,0 +1,235 @@
+"""Stage 1 on a tiny random SDXL: what trains, what does not, one process and two."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import openpulid
+from openpulid.errors import TrainingError
+from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.training.pulid import export as checkpoint
+from openpulid.training.pulid import recipes
+from openpulid.training.pulid.export import save_adapter
+from openpulid.training.pulid.task import Batch, drop_identity, loss_weight_map, swap_identities
+from openpulid.training.rng import StepRNG
+from openpulid.training.trainer import run
+from tests.support import tiny_sdxl as tiny
+
+pytestmark = pytest.mark.usefixtures("both_precisions")
+
+
+def everything(pipe):
+    modules = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    return {f"{i}.{n}": t for i, m in enumerate(modules) for n, t in m.state_dict().items()}
+
+
+def losses_of(folder):
+    history = json.loads((folder / "history.json").read_text())
+    return {r["step"]: r["losses"]["diffusion"] for r in history if "losses" in r}
+
+
+def schedule(**changes):
+    return replace(tiny.recipe().schedule(), validate_every=6, log_every=1, **changes)
+
+
+def test_gradients_reach_the_adapter_and_nothing_else(pipe):
+    task = tiny.task(pipe, drop_identity=0.0)
+    for layer in task.adapter.id_adapter_attn_layers.values():  # a fresh adapter's values are zero
+        torch.nn.init.normal_(layer.id_to_v.weight, std=0.1)
+    for part in task.losses(StepRNG(0, 0)):
+        part["diffusion"].backward()
+    for name, parameter in task.adapter.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    frozen = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
+    assert all(p.grad is None and not p.requires_grad for m in frozen for p in m.parameters())
+
+
+def test_focus_weighs_what_is_around_the_landmarks():
+    masks = torch.zeros(2, 1, 16, 16)
+    masks[:, :, 2:14, 2:14] = 1
+    places = (
+        torch.tensor([[5.5, 6.5], [9.5, 6.5], [7.5, 8.5], [6.5, 11.5], [8.5, 11.5]]) / 16 + 0.5 / 16
+    )
+    shown = Batch(
+        torch.zeros(2, 4, 16, 16),
+        masks,
+        ["a", "b"],
+        torch.zeros(2, 3),
+        [],
+        landmarks=places.expand(2, 5, 2),
+    )
+    weights = loss_weight_map(shown, 4.0)
+    assert weights[:, 0, 6:8, 5:7].min() > 3 and weights[0, 0, 2, 13].item() == pytest.approx(
+        1.0, abs=1e-3
+    )
+    assert (
+        weights.max() <= 4 and weights[:, :, :2].max() == 0
+    )  # outside of the face there are no features
+    eye = torch.exp(
+        torch.tensor(-0.5 / (2 * 1.4**2))
+    )  # eyes four positions apart, half a position away on both axes
+    assert weights[0, 0, 6, 5].item() == pytest.approx(1 + 3 * eye.item(), rel=1e-5)
+    assert (
+        loss_weight_map(shown, 1.0) is masks
+        and loss_weight_map(shown._replace(landmarks=None), 4.0) is masks
+    )
+    assert loss_weight_map(shown._replace(masks=None), 4.0) is None
+
+
+def test_checkpointed_blocks_find_the_identity_in_backward():
+    grads = []
+    for checkpointed in (False, True):
+        task = tiny.task(drop_identity=0.0)
+        if checkpointed:
+            task.base.unet.enable_gradient_checkpointing()
+            task.base.unet.train()
+        for layer in task.adapter.id_adapter_attn_layers.values():
+            torch.nn.init.constant_(layer.id_to_v.weight, 0.05)
+        for part in task.losses(StepRNG(0, 0)):
+            part["diffusion"].backward()
+        grads.append([p.grad for p in task.adapter.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(pipe, tmp_path):
+    before = {name: t.clone() for name, t in everything(pipe).items()}
+    processors = dict(pipe.unet.attn_processors)
+    task = tiny.task(pipe, batch=8)
+    fresh = task.validate()
+    assert (
+        fresh["held_out_own"] == fresh["held_out_other"] == fresh["held_out_none"]
+    )  # values start at zero
+    trained = run(task, schedule(ema=0.9, lr=3e-2), tmp_path).metrics
+    assert trained["held_out_own"] < 0.97 * fresh["held_out_own"]
+    assert len({round(v, 9) for v in trained.values()}) == 3
+    assert all(torch.equal(t, before[name]) for name, t in everything(pipe).items())
+    assert dict(pipe.unet.attn_processors) == processors
+
+
+def test_kill_and_resume_gives_the_same_losses(tmp_path):
+    run(tiny.task(), schedule(), tmp_path / "a")
+    broken = tiny.task()
+    source = broken.data.batch
+
+    def stop(draw):
+        if draw.step == 7:
+            raise MemoryError("killed")
+        return source(draw)
+
+    broken.data.batch = stop
+    with pytest.raises(MemoryError):
+        run(broken, schedule(save_minutes=0.0), tmp_path / "b")
+    run(tiny.task(), schedule(), tmp_path / "b")
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_nan_stops_with_the_batch_saved(tmp_path, parts):
+    task = tiny.task()
+    task.data.latents[:] = float("nan")
+    with pytest.raises(TrainingError, match="not finite at step 0"):
+        run(task, schedule(accumulate=parts), tmp_path)
+    with safe_open(tmp_path / "not-finite-step-0-rank-0.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        assert {
+            "batch.latents",
+            "batch.id_cond",
+            "batch.noise",
+            "batch.time",
+            "batch.drop",
+        } <= names
+        assert file.get_tensor("batch.latents").shape == (4, 4, 8, 8)
+
+
+WORKER = """
+import sys, torch
+from tests.support import tiny_sdxl as tiny
+from dataclasses import replace
+from openpulid.training.trainer import run
+torch.set_num_threads(1)
+run(tiny.task(), replace(tiny.recipe().schedule(), validate_every=100, log_every=1), sys.argv[1])
+"""
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path, start, both_precisions):
+    run(tiny.task(), schedule(), tmp_path / "one")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    workers = [
+        start(WORKER, tmp_path / "two", RANK=str(r), LOCAL_RANK=str(r), **shared) for r in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=500)
+        assert worker.returncode == 0, errors
+    rel = 1e-2 if both_precisions else 1e-5  # bfloat16 rounds each half of the batch on its own
+    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=rel)
+
+
+def test_dropping_is_zeroing_and_turning_is_someone_else():
+    batch = tiny.People().batch(StepRNG(0, 0))
+    half = drop_identity(batch, torch.tensor([True, False, True, False]))
+    assert half.id_cond[0].abs().sum() == 0 and torch.equal(half.id_cond[1], batch.id_cond[1])
+    assert all(level[2].abs().sum() == 0 and level[3].abs().sum() > 0 for level in half.hidden)
+    assert torch.equal(swap_identities(batch).id_cond[1], batch.id_cond[0])
+
+
+def test_checkpoint_has_published_names_and_a_story(tmp_path):
+    task = tiny.task(steps=2)
+    result = run(task, replace(schedule(), steps=2), tmp_path)
+    path = save_adapter(
+        task.adapter, tmp_path / "adapter.safetensors", task.recipe, result, {"base": "tiny"}
+    )
+    with safe_open(path, framework="pt") as file:
+        assert {"id_adapter_attn_layers.1.id_to_k.weight", "id_adapter.body.0.weight"} <= set(
+            file.keys()
+        )
+        assert all(n.startswith(("id_adapter.", "id_adapter_attn_layers.")) for n in file.keys())  # noqa: SIM118
+        facts = file.metadata()
+    assert (
+        json.loads(facts["recipe"])["name"] == "tiny"
+        and facts["steps"] == "2"
+        and facts["base"] == "tiny"
+    )
+    again = PuLID.load(path)
+    for name, tensor in task.adapter.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_a_package_inside_somebodys_repository_does_not_take_its_commit(tmp_path, monkeypatch):
+    installed = tmp_path / ".venv" / "checkpoint.py"
+    installed.parent.mkdir()
+    shutil.copy(checkpoint.__file__, installed)
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "theirs"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(checkpoint, "__file__", str(installed))
+    assert checkpoint.revision() == f"openpulid {openpulid.__version__}"
+    subprocess.run([*git, "add", "-f", str(installed)], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    commit = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    assert checkpoint.revision() == commit
+    installed.write_text("")
+    assert checkpoint.revision() == f"{commit}+changes"
+
+
+def test_recipes_are_found_by_name():
+    assert recipes.find_recipe("mini_stage1").name == "mini_stage1"
+    with pytest.raises(ValueError, match="mini_stage1"):
+        recipes.find_recipe("stage9")
