@@ -46,7 +46,7 @@ SCENES, PORTRAITS = 4, 2
 class Sizes:
     """How much of everything."""
 
-    people: int = 60_000
+    people: int = 75_000
     held_out: int = 1024
     render_batch: int = 256
     encode_batch: int = 1024
