@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (pipelines look for ModelMixin in a component's module)
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 FOLDED = 2
 """Levels of the pyramid that are a pixel-unshuffle: convolutions at full resolution cost a CPU most and give least."""
@@ -23,8 +23,10 @@ class PatchAutoencoderKL(AutoencoderKL):
     its time on what is not linear. Everything else, the stock pipelines included, sees an `AutoencoderKL` of factor 8.
 
     Args:
-        block_out_channels: four widths, as the pipelines count levels; the first two are not used.
+        block_out_channels: four widths, as the pipelines count levels; the first `folded` are not used.
         latent_channels, norm_num_groups, sample_size, scaling_factor: as in `AutoencoderKL`.
+        folded: levels that are a pixel-unshuffle. With 1 the last convolutions run at half of the full resolution.
+        overlap: pixels by which a patch of the projection reaches into each neighbor. With 0 the borders of patches show.
     """
 
     @register_to_config
@@ -36,9 +38,11 @@ class PatchAutoencoderKL(AutoencoderKL):
         sample_size: int = 96,
         scaling_factor: float = 1.0,
         force_upcast: bool = False,
+        folded: int = FOLDED,
+        overlap: int = 0,
     ) -> None:
-        widths = tuple(block_out_channels[FOLDED:])
-        fold, patch = 2**FOLDED, 2 ** (len(block_out_channels) - 1)
+        widths = tuple(block_out_channels[folded:])
+        fold, patch = 2**folded, 2 ** (len(block_out_channels) - 1)
         super().__init__(
             in_channels=3 * fold**2, out_channels=3 * fold**2, block_out_channels=widths, layers_per_block=1,
             down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
@@ -48,11 +52,15 @@ class PatchAutoencoderKL(AutoencoderKL):
         # the parent has registered what it was given; files and pipelines must read what this class was given
         own = {"block_out_channels": tuple(block_out_channels), "latent_channels": latent_channels,
                "norm_num_groups": norm_num_groups, "sample_size": sample_size, "scaling_factor": scaling_factor,
-               "force_upcast": force_upcast}  # fmt: skip
+               "force_upcast": force_upcast, "folded": folded, "overlap": overlap}  # fmt: skip
         self._internal_dict = FrozenDict(own)
         self.fold = fold
-        self.patch_in = nn.Conv2d(3, latent_channels, patch, stride=patch)
-        self.patch_out = nn.ConvTranspose2d(latent_channels, 3, patch, stride=patch)
+        self.patch_in = nn.Conv2d(
+            3, latent_channels, patch + 2 * overlap, stride=patch, padding=overlap
+        )
+        self.patch_out = nn.ConvTranspose2d(
+            latent_channels, 3, patch + 2 * overlap, stride=patch, padding=overlap
+        )
         for last in (self.encoder.conv_out, self.decoder.conv_out):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -86,6 +94,7 @@ class PatchAutoencoderKL(AutoencoderKL):
         scale = scale / scale.square().mean().sqrt()  # of the latents: mean square 1
         shrink = scale / variance[-channels:].sqrt()
         kernel = basis.T.reshape(channels, 3, patch, patch)
+        kernel = pad(kernel, [self.config.overlap] * 4)
         self.patch_in.weight.copy_(kernel * shrink[:, None, None, None])
         _bias(self.patch_in).copy_(-(basis.T @ mean) * shrink)
         self.patch_out.weight.copy_(kernel / shrink[:, None, None, None])

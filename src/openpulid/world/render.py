@@ -102,8 +102,15 @@ def render(
             f"render needs as many people as scenes and a positive size, got {len(people)}, {len(scenes)}, {size}"
         )
     values = torch.tensor([person.vector() for person in people], device=device)
+    return render_stage(values, scene_tensors(scenes, values.device), size, compiled=compiled)
+
+
+@torch.no_grad()
+def render_stage(
+    values: Tensor, stage: SceneTensors, size: int = 96, *, compiled: bool = False
+) -> Rendering:
+    """Draw the people with `values` (B, P), in the order of `PARAMETERS`, on a stage for B scenes."""
     p = {name: values[:, index, None, None] for index, name in enumerate(PARAMETERS)}
-    stage = scene_tensors(scenes, values.device)
     p["skin_tone"] = (p["skin_tone"] + stage.skin_shift).clamp(0, 1)
     m = measures(p, stage.expression)
     draw = _compiled_draw() if compiled else _draw

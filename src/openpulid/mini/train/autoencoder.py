@@ -42,7 +42,7 @@ def importance(masks: Tensor, landmarks: Tensor, face: float = 2.0, feature: flo
     """
     size = masks.shape[-1]
     axis = torch.arange(size, device=masks.device) + 0.5
-    points = landmarks[:, [0, 1, 3, 4]]
+    points = torch.cat([landmarks[:, :2], landmarks[:, 3:]], 1)
     x, y = (axis - points[..., :1]) ** 2, (axis - points[..., 1:]) ** 2  # (B, 4, S)
     reach = 2 * (0.05 * size) ** 2
     near = torch.exp(-(x[:, :, None] + y[..., None]) / reach).amax(1, keepdim=True)

@@ -1,0 +1,399 @@
+"""Train the miniature on one accelerator, from rendering to adapters, in a given number of seconds.
+
+    python -m openpulid.mini.accelerated --device cuda --seconds 450 -o OUT
+
+Every stage writes its results to OUT at once. A stage that fails is reported, and the stages after it use
+the weights that the package has, so that one error does not cost the whole run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.io.image_grid import image_grid, to_pil
+from openpulid.mini.accelerated import autoencoder, unet
+from openpulid.mini.accelerated.adapter import train_stages
+from openpulid.mini.accelerated.evaluation import Evaluation
+from openpulid.mini.accelerated.output import Output
+from openpulid.mini.accelerated.scenes import CaptionWriter
+from openpulid.mini.accelerated.steps import Average, DeviceMuon
+from openpulid.mini.accelerated.world import plan_world, render_world
+from openpulid.mini.models.pipeline import TextEncoders, save_folder
+from openpulid.mini.train.distill import STUDENT_TIMESTEPS
+from openpulid.pipelines.presets import MINIATURE
+
+STAGES = ("autoencoder", "base", "student", "stage1", "stage2", "stage3")
+FIRST = "autoencoder,base,student"
+SCENES, PORTRAITS = 4, 2
+"""Images per person: in any scene, and in studio light with nothing on the head."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    people: int = 75_000
+    held_out: int = 1024
+    render_batch: int = 256
+    encode_batch: int = 1024
+    autoencoder_batch: int = 64
+    batch: int = 512
+    rollouts: int = 32_768
+    prompts: int = 512
+    adapter_batch: int = 192
+    fast_batch: int = 64
+    most: int | None = None  # steps of each training
+
+
+SMALL = Sizes(
+    people=8, held_out=8, render_batch=16, encode_batch=16, autoencoder_batch=4, batch=4, rollouts=4, prompts=4,
+    adapter_batch=4, fast_batch=2, most=2,
+)  # fmt: skip
+"""A dry run through the same code on a CPU."""
+
+
+@dataclass
+class Run:
+    """What the stages share.
+
+    Attributes:
+        weights: the miniature that stages read what they do not train from.
+        seconds: of the whole run; shares: of them, per stage.
+    """
+
+    device: torch.device
+    out: Output
+    weights: Path
+    seconds: float
+    sizes: Sizes
+    stages: tuple[str, ...]
+    compile: bool = True
+    work: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="miniature-")))
+    network: Any = None
+    base: Any = None
+    student: Any = None
+    vae: Any = None
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.out.seconds
+
+    def reserved(self, *stages: str) -> float:
+        """Seconds that the named stages will need, of those that are to come."""
+        shares = {"student": 0.145, "stage1": 0.13, "stage2": 0.13, "stage3": 0.17}
+        return sum(
+            shares.get(stage, 0.0) * self.seconds for stage in stages if stage in self.stages
+        )
+
+    # -- what is read --
+
+    def folder(self, cls: Any, *names: str) -> Any:
+        """Load a model of diffusers or transformers in float32, frozen."""
+        known = {"torch_dtype": torch.float32, "local_files_only": True}
+        return (
+            cls.from_pretrained(self.weights.joinpath(*names), **known)
+            .to(self.device)
+            .eval()
+            .requires_grad_(False)
+        )
+
+    # -- stages --
+
+    def prepare(self) -> None:
+        """Load the text encoders, render the world."""
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            self.weights / "pipeline" / "tokenizer", local_files_only=True
+        )
+        first = self.folder(CLIPTextModel, "pipeline", "text_encoder")
+        second = self.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
+        self.words = TextEncoders(first, second).to(self.device)
+        self.writer = CaptionWriter(self.tokenizer, self.device)
+        self.generator = torch.Generator(self.device).manual_seed(11)
+        held_out = torch.Generator(self.device).manual_seed(1_000_003)
+        people, scenes = plan_world(self.sizes.people, SCENES, PORTRAITS, self.generator)
+        known: dict[str, Any] = {"batch": self.sizes.render_batch, "say": self.out.say}
+        if self.compile:
+            known["compiled"] = self.device.type != "cpu"
+        strangers = plan_world(self.sizes.held_out, 1, 0, held_out, held_out=True)
+        self.held_out = render_world(*strangers, 1, **known)
+        self.world = render_world(
+            people, scenes, SCENES + PORTRAITS, seconds=0.16 * self.seconds, **known
+        )
+        self.out.sheet("world", sheet(self.world.images[:32].float() / 255))
+        self.out.figures(
+            "world", {"images": len(self.world), "people": len(self.world) // self.world.per_person}
+        )
+        self.evaluation = Evaluation(
+            self.weights, self.words, self.tokenizer, self.held_out, self.sizes.prompts
+        )
+        self.vae = self.folder(PatchAutoencoderKL, "pipeline", "vae").to(
+            memory_format=torch.channels_last
+        )
+
+    def shipped(self) -> None:
+        """Evaluate the base that the weights hold, for comparison; skipped where it is not there."""
+        if not (self.weights / "pipeline" / "unet" / "config.json").exists():
+            return
+        network = self.folder(UNet2DConditionModel, "pipeline", "unet").to(
+            memory_format=torch.channels_last
+        )
+        self.out.figures("shipped autoencoder", autoencoder.figures(self.vae, self.held_out))
+        images = self.evaluation.images(network, self.vae, self.sizes.prompts)
+        self.out.figures("shipped base", self.evaluation.figures(images))
+        self.base = network
+
+    def autoencoder(self) -> None:
+        """Train the autoencoder from nothing."""
+        vae = autoencoder.build(self.world)
+        steps = autoencoder.fit(
+            vae, self.world, 0.12 * self.seconds, batch=self.sizes.autoencoder_batch, most=self.sizes.most,
+            watch=self._watch("autoencoder", 500), say=self.out.say,
+        )  # fmt: skip
+        autoencoder.standardize(vae, self.world)
+        figures = {"steps": steps, "images": steps * self.sizes.autoencoder_batch}
+        self.out.figures("autoencoder", figures | dict(autoencoder.figures(vae, self.held_out)))
+        self.vae = vae
+        self._keep("vae", vae, "pipeline/vae")
+        own = self.held_out.images[:16].float() / 255
+        back = autoencoder.decode(vae, autoencoder.encode(vae, own))
+        self.out.sheet(
+            "autoencoder: held-out images, then what comes back", sheet(torch.cat([own, back]))
+        )
+
+    def encode(self) -> None:
+        """Encode all images and captions."""
+        self.data = unet.prepare(
+            self.vae,
+            self.words,
+            self.writer,
+            self.world,
+            self.generator,
+            batch=self.sizes.encode_batch,
+        )
+        self.out.say(f"{len(self.data.latents)} latents")
+
+    def train_base(self) -> None:
+        """Train the base from nothing."""
+        model = unet.fresh_unet(self.data, self.words)
+        network = unet.compiled(model, self.out.say, self.compile)
+        marks = [0.25, 0.5, 0.7, 0.85]
+
+        def look(step: int, share: float, losses: dict[str, float], average: Average) -> None:
+            self._watch("base", 100)(step, share, losses)
+            if marks and share >= marks[0]:
+                mark = marks.pop(0)
+                with average.in_place():
+                    model.eval()
+                    self._checkpoint(model, step, share)
+                    if mark == 0.7:  # for the case that nothing comes after it
+                        self._keep("base", model, "pipeline/unet")
+                model.train()
+
+        seconds = (
+            self.left
+            - self.reserved("student", "stage1", "stage2", "stage3")
+            - 0.045 * self.seconds
+        )
+        steps, self.network = unet.fit_base(
+            model, self.data, max(1.0, seconds), network=network, batch=self.sizes.batch, most=self.sizes.most,
+            watch=look, say=self.out.say,
+        )  # fmt: skip
+        self._keep("base", model, "pipeline/unet")
+        images = self.evaluation.images(model, self.vae, self.sizes.prompts)
+        facts = {
+            "steps": steps,
+            "seen": steps * self.sizes.batch,
+            "parameters": model.num_parameters(),
+        }
+        self.out.figures("base", facts | self.evaluation.figures(images))
+        self.out.sheet("base", sheet(images[:48]))
+        self.base = unet.frozen_copy(model)
+        self.model = model
+
+    def train_student(self) -> None:
+        """Train the student from the base."""
+        if not hasattr(self, "model"):
+            self.model, self.network = unet.frozen_copy(self.base), None
+        rest = self.reserved("stage1", "stage2", "stage3") + 0.02 * self.seconds
+        steps = unet.fit_student(
+            self.model, self.data, max(1.0, self.left - rest), network=self.network, count=self.sizes.rollouts,
+            batch=self.sizes.batch, most=self.sizes.most, watch=self._watch("student", 100), say=self.out.say,
+        )  # fmt: skip
+        self._keep("student", self.model, "lightning")
+        images = self.evaluation.images(
+            self.model, self.vae, self.sizes.prompts, STUDENT_TIMESTEPS, 1.0, 1
+        )
+        facts = {"steps": steps, "seen": steps * self.sizes.batch}
+        self.out.figures("student", facts | self.evaluation.figures(images))
+        self.out.sheet("student", sheet(images[:48]))
+        self.student = unet.frozen_copy(self.model)
+
+    def adapters(self) -> None:
+        """Train the adapter's stages with the time that is left."""
+        if self.student is None:
+            self.student = self.folder(UNet2DConditionModel, "lightning").to(
+                memory_format=torch.channels_last
+            )
+        train_stages(self)
+
+    # -- parts --
+
+    def _checkpoint(self, model: Any, step: int, share: float) -> None:
+        images = self.evaluation.images(model, self.vae, min(256, self.sizes.prompts))
+        found = self.evaluation.figures(images)
+        each = found.pop("each")
+        self.out.point("base checkpoints", step=step, share=share, **found)
+        self.out.say(
+            f"base at {share:.2f}: {found} expression {each['expression']} pose {each['pose']}"
+        )
+
+    def _watch(self, curve: str, every: int) -> unet.Watch:
+        def watch(step: int, share: float, losses: dict[str, float]) -> None:
+            if step % every == 0 or step <= 20:
+                self.out.point(curve, step=step, share=share, **losses)
+                self.out.say(f"{curve} {step} ({share:.2f}): {losses}")
+
+        return watch
+
+    def _keep(self, name: str, model: Any, place: str) -> None:
+        """Write a model's folder, in bfloat16, and its archive."""
+        save_folder(model, self.work / place)
+        self.out.pack(name, [(self.work / place, place)])
+        self.out.write()
+
+
+def sheet(images: Tensor, size: int = 144) -> Any:
+    """Lay out images (B, 3, H, W) in [0, 1], eight per row."""
+    pictures = to_pil(images.float().cpu())
+    return image_grid([pictures[start : start + 8] for start in range(0, len(pictures), 8)], size)
+
+
+def warm(device: torch.device, sizes: Sizes, weights: Path) -> None:
+    """Compile the U-Net's step for its cache on disk, on random data: it costs another process's time."""
+    first = CLIPTextModel.from_pretrained(
+        weights / "pipeline" / "text_encoder", local_files_only=True
+    )
+    second = CLIPTextModelWithProjection.from_pretrained(
+        weights / "pipeline" / "text_encoder_2", local_files_only=True
+    )
+    words = TextEncoders(first.float(), second.float())
+    channels, size, length = 20, 12, 48
+    data = unet.TrainSet(
+        latents=torch.randn(8, channels, size, size, device=device).half(),
+        faces=torch.rand(8, 1, size, size, device=device).half(),
+        tokens=torch.zeros(8, unet.CAPTIONS, length, dtype=torch.uint8, device=device),
+        embeds=torch.randn(8, unet.CAPTIONS, length, words.width, device=device).bfloat16(),
+        pooled=torch.randn(
+            8, unet.CAPTIONS, second.config.projection_dim, device=device
+        ).bfloat16(),
+        size=96,
+    )
+    model = unet.fresh_unet(data, words).train()
+    step = unet.base_step(
+        unet.compiled(model, print), DeviceMuon(model.parameters()), data, sizes.batch
+    )
+    step()
+    print("the U-Net's step is compiled", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--seconds", type=float, default=450.0, help="of the whole run, everything included"
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument(
+        "--weights", type=Path, default=MINIATURE, help="what is not trained is read from here"
+    )
+    parser.add_argument("--stages", default=FIRST, help=f"of {', '.join(STAGES)}, in this order")
+    parser.add_argument("--people", type=int, help="how many are rendered, six images each")
+    parser.add_argument("--small", action="store_true", help="tiny sizes: a dry run on a CPU")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--warm", action="store_true", help="only compile the U-Net, for the cache")
+    given = parser.parse_args(arguments)
+    sizes = SMALL if given.small else Sizes()
+    if given.people:
+        sizes = Sizes(**{**vars(sizes), "people": given.people})
+    device = torch.device(given.device)
+    torch.manual_seed(5)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    if given.warm:
+        warm(device, sizes, given.weights)
+        return
+    stages = tuple(name for name in STAGES if name in given.stages.split(","))
+    train(
+        Run(
+            device,
+            Output(given.out),
+            given.weights,
+            given.seconds,
+            sizes,
+            stages,
+            not given.no_compile,
+        )
+    )
+
+
+def train(run: Run) -> None:
+    """Run the stages in order; a failed one is reported and the next one tried."""
+    helper = None
+    out = run.out
+    out.say(
+        f"{run.device}, torch {torch.__version__}, {os.cpu_count()} cores; stages {', '.join(run.stages)}"
+    )
+    if run.device.type == "cuda":
+        out.say(torch.cuda.get_device_name(run.device))
+        if run.compile and "base" in run.stages:
+            command = [sys.executable, "-m", "openpulid.mini.accelerated", "--warm", "--device", str(run.device),
+                       "--weights", str(run.weights), "-o", str(run.work / "warm")]  # fmt: skip
+            helper = subprocess.Popen(command, stdout=sys.stderr, preexec_fn=lambda: os.nice(5))
+    try:
+        run.prepare()
+        attempt(out, run.shipped)
+        if "autoencoder" in run.stages:
+            attempt(out, run.autoencoder)
+        run.encode()
+        if "base" in run.stages:
+            attempt(out, run.train_base)
+        if "student" in run.stages:
+            attempt(out, run.train_student)
+        if any(name.startswith("stage") for name in run.stages) and run.left > 0.08 * run.seconds:
+            attempt(out, run.adapters)
+    finally:
+        if helper is not None and helper.poll() is None:
+            helper.kill()
+        if run.device.type == "cuda":
+            out.say(f"largest memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        out.say("done")
+        out.write()
+
+
+def attempt(out: Output, stage: Any) -> None:
+    """Run a stage; report an error instead of raising it."""
+    try:
+        stage()
+    except Exception:
+        out.say(
+            f"{getattr(stage, '__name__', 'a stage')} failed:\n{traceback.format_exc()[-3000:]}"
+        )
+        out.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""StepRNG people, scenes and captions as tensors, thousands at a time, on any device.
+
+`world.Scene` describes one scene in Python. Drawing 300,000 of them would take minutes on a CPU. The
+functions of this module draw from the same distributions, with N scenes as a table of class indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+import torch
+from torch import Generator, Tensor
+from transformers import PreTrainedTokenizerBase
+
+from openpulid.world import ATTRIBUTES, PARAMETERS, Scene
+from openpulid.world.scene import (
+    _CLAUSES,
+    _CLOTHES,
+    _HAIR,
+    _HATS,
+    _PATTERNS,
+    _PHRASES,
+    _SUBJECTS,
+    COLOR_ATTRIBUTES,
+    COMMON,
+)
+from openpulid.world.scene_tensors import (
+    COLORS,
+    EXPRESSIONS,
+    HAIR,
+    LIGHTS,
+    POSES,
+    Lamp,
+    SceneTensors,
+    _rotation,
+)
+
+COLUMNS = {name: column for column, name in enumerate(ATTRIBUTES)}
+JITTER = 12
+KEEP = 0.85
+"""Probability that a caption mentions a visible attribute."""
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """N scenes: attributes (N, A) int64 class indices in `ATTRIBUTES` order, jitter (N, 12) in [-1, 1]."""
+
+    attributes: Tensor
+    jitter: Tensor
+
+    def __len__(self) -> int:
+        return len(self.attributes)
+
+    def __getitem__(self, rows: Tensor | slice) -> Scenes:
+        return Scenes(self.attributes[rows], self.jitter[rows])
+
+    def scene(self, row: int) -> Scene:
+        """Return one scene as `world.Scene`."""
+        classes = self.attributes[row].tolist()
+        named = {
+            name: kinds[k] for (name, kinds), k in zip(ATTRIBUTES.items(), classes, strict=True)
+        }
+        return Scene(**named, jitter=tuple(self.jitter[row].tolist()))
+
+    def visible(self) -> Tensor:
+        """Return (N, A) bool: the attributes that can be seen, as `Scene.attributes` decides it."""
+        seen = torch.ones_like(self.attributes, dtype=torch.bool)
+        colorless = self._is("style", "noir", "pencil")
+        for name in COLOR_ATTRIBUTES:
+            seen[:, COLUMNS[name]] &= ~colorless
+        bareheaded, bald = self._is("hat", "none"), self._is("hair_length", "bald")
+        seen[:, COLUMNS["hat_color"]] &= ~bareheaded
+        covered = ~bareheaded & self._is("hair_length", "bald", "short")
+        seen[:, COLUMNS["hair_color"]] &= ~(bald | covered)
+        seen[:, COLUMNS["hair_length"]] &= ~covered
+        hidden = self._is("glasses", "sunglasses") & self._is(
+            "expression", "wink", "smile", "neutral"
+        )
+        seen[:, COLUMNS["expression"]] &= ~hidden
+        seen[:, COLUMNS["pattern"]] &= ~self._is("style", "pencil")
+        return seen
+
+    def wanted(self) -> Tensor:
+        """Return (N, A) int64: the class of each attribute, -1 where it cannot be seen."""
+        return torch.where(self.visible(), self.attributes, -1)
+
+    def _is(self, name: str, *kinds: str) -> Tensor:
+        wanted = torch.tensor(
+            [ATTRIBUTES[name].index(kind) for kind in kinds], device=self.attributes.device
+        )
+        return torch.isin(self.attributes[:, COLUMNS[name]], wanted)
+
+
+def draw_people(count: int, generator: Generator) -> Tensor:
+    """StepRNG (count, P) identity values, uniform as in `Person.sample`, on the generator's device."""
+    return torch.rand(count, len(PARAMETERS), generator=generator, device=generator.device)
+
+
+def draw_scenes(
+    count: int, generator: Generator, held_out: bool = False, fixed: dict[str, str] | None = None
+) -> Scenes:
+    """StepRNG scenes with the distribution of `Scene.sample`.
+
+    Args:
+        held_out: draw the color combinations that no training sees.
+        fixed: attribute -> class for all of them.
+    """
+    device = generator.device
+    columns = []
+    for name, classes in ATTRIBUTES.items():
+        common = COMMON.get(name, 1 / len(classes))
+        weights = torch.tensor([common] + [(1 - common) / (len(classes) - 1)] * (len(classes) - 1))
+        columns.append(
+            torch.multinomial(weights.to(device), count, replacement=True, generator=generator)
+        )
+    pairs = [
+        [ATTRIBUTES["background"].index(back), ATTRIBUTES["clothing"].index(cloth)]
+        for back, cloth in product(ATTRIBUTES["background"], ATTRIBUTES["clothing"])
+        if Scene(background=back, clothing=cloth).is_held_out == held_out
+    ]
+    table = torch.tensor(pairs, device=device)
+    both = table[torch.randint(len(table), (count,), generator=generator, device=device)]
+    columns[COLUMNS["background"]], columns[COLUMNS["clothing"]] = both.unbind(1)
+    for name, kind in (fixed or {}).items():
+        columns[COLUMNS[name]] = torch.full_like(columns[0], ATTRIBUTES[name].index(kind))
+    jitter = 2 * torch.rand(count, JITTER, generator=generator, device=device) - 1
+    return Scenes(torch.stack(columns, 1), jitter)
+
+
+def stage_of(scenes: Scenes) -> SceneTensors:
+    """Build the tensors that the renderer reads, equal to `scene_tensors` of the same scenes."""
+    device, j = scenes.jitter.device, scenes.jitter.float().T[..., None, None]
+    index = {name: scenes.attributes[:, column] for name, column in COLUMNS.items()}
+
+    def looked_up(name: str, table: Sequence[Sequence[float]]) -> Tensor:
+        return torch.tensor(table, dtype=torch.float32, device=device)[index[name]]
+
+    def colors(name: str, table: dict[str, tuple[float, float, float]]) -> Tensor:
+        return looked_up(name, [table[kind] for kind in ATTRIBUTES[name]])[..., None, None]
+
+    def choice(name: str) -> dict[str, Tensor]:
+        kinds = enumerate(ATTRIBUTES[name])
+        return {kind: (index[name] == k).float()[:, None, None] for k, kind in kinds}
+
+    poses = looked_up("pose", [POSES[kind] for kind in ATTRIBUTES["pose"]])[..., None, None]
+    yaw, pitch = poses[:, 0] + 0.10 * j[0], poses[:, 1] + 0.06 * j[1]
+    faces = looked_up("expression", [EXPRESSIONS[kind] for kind in ATTRIBUTES["expression"]])
+    names = (
+        "smile",
+        "open",
+        "teeth",
+        "mouth_width",
+        "eyes",
+        "brow_raise",
+        "brow_angle",
+        "mouth_tilt",
+    )
+    expression = {name: faces[:, k, None, None] for k, name in enumerate(names)}
+    wink = choice("expression")["wink"]
+    brightness = 1 + 0.07 * j[8][:, None]
+    lights = [LIGHTS[kind] for kind in ATTRIBUTES["light"]]
+    dark: Lamp = ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0))
+    lamps = []
+    for k in range(2):
+        pairs = [[*light[1], dark][k] for light in lights]
+        direction = looked_up("light", [lamp[0] for lamp in pairs])
+        color = looked_up("light", [lamp[1] for lamp in pairs])[..., None, None]
+        lamps.append((direction / direction.norm(dim=1, keepdim=True), color))
+    return SceneTensors(
+        yaw=yaw, pitch=pitch, roll=0.07 * j[2], zoom=1.14 + 0.05 * j[3], shift_x=0.05 * j[4],
+        shift_y=0.075 + 0.035 * j[5], rotation=_rotation(yaw, pitch, 0.07 * j[2]),
+        expression=expression, wink=wink, skin_shift=0.06 * j[6], blush=0.5 + 0.5 * j[7],
+        ambient=looked_up("light", [light[0] for light in lights])[..., None, None] * brightness,
+        ambience=looked_up("light", [light[2] for light in lights])[..., None, None],
+        lamps=tuple(lamps),
+        background=colors("background", COLORS), clothing=colors("clothing", COLORS),
+        hat_color=colors("hat_color", COLORS), hair=colors("hair_color", HAIR) * (1 + 0.10 * j[9][:, None]),
+        volume=j[10], hairline=j[11], parting=j[9],
+        pattern=choice("pattern"), glasses=choice("glasses"), hat=choice("hat"),
+        length=choice("hair_length"), beard=choice("beard"), style=choice("style"),
+    )  # fmt: skip
+
+
+# -- captions --
+
+State = tuple[int, ...]
+
+
+class CaptionWriter:
+    """Writes captions as token ids, distributed as `Scene.prompt` writes them.
+
+    A caption is a subject, a style and one clause per visible attribute, separated by commas. Every clause
+    has a finite number of states (classes and whether a color can be seen), each with a few phrasings.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        self.device, self.length = device, int(tokenizer.model_max_length)
+        self.begin, self.end, self.pad = (
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+            tokenizer.pad_token_id,
+        )
+        self.comma = tokenizer.convert_tokens_to_ids(",")
+        self.ids = {word: tokenizer.convert_tokens_to_ids(word) for word in tokenizer.get_vocab()}
+        styles = [_PHRASES["style"][kind] for kind in ATTRIBUTES["style"]]
+        self.pieces = [self._table([_SUBJECTS]), self._table(styles)]
+        self.pieces += [self._table(phrasings(name)) for name in _CLAUSES]
+
+    def _table(self, states: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens (states, phrasings, L), their lengths, and the number of phrasings of each state."""
+        encoded = [
+            [[self.ids[word] for word in phrase.split()] for phrase in some] for some in states
+        ]
+        most = max(1, max(map(len, encoded)))
+        longest = max(len(phrase) for some in encoded for phrase in some)
+        tokens = torch.zeros(len(states), most, longest, dtype=torch.long)
+        lengths = torch.zeros(len(states), most, dtype=torch.long)
+        for state, some in enumerate(encoded):
+            for k, phrase in enumerate(some):
+                tokens[state, k, : len(phrase)] = torch.tensor(phrase)
+                lengths[state, k] = len(phrase)
+        counts = torch.tensor([len(some) for some in encoded])
+        return tokens.to(self.device), lengths.to(self.device), counts.to(self.device)
+
+    def write(self, scenes: Scenes, generator: Generator, keep: float = KEEP) -> Tensor:
+        """Return (N, L) int64 token ids, one caption per scene."""
+        count, device = len(scenes), self.device
+        seen = scenes.visible()
+        states = [
+            torch.zeros(count, dtype=torch.long, device=device),
+            scenes.attributes[:, COLUMNS["style"]],
+        ]
+        states += [clause_state(name, scenes, seen) for name in _CLAUSES]
+        longest = max(table[0].shape[-1] for table in self.pieces)
+        words = torch.zeros(count, len(self.pieces), longest, dtype=torch.long, device=device)
+        lengths = torch.zeros(count, len(self.pieces), dtype=torch.long, device=device)
+        for k, ((tokens, sizes, counts), state) in enumerate(zip(self.pieces, states, strict=True)):
+            uniform = torch.rand(count, generator=generator, device=device)
+            phrasing = (uniform * counts[state]).long().clamp(max=tokens.shape[1] - 1)
+            words[:, k, : tokens.shape[-1]] = tokens[state, phrasing]
+            lengths[:, k] = torch.where(counts[state] > 0, sizes[state, phrasing], 0)
+
+        # each clause is kept or dropped; subject and style come first, in either order, then the clauses
+        uniform = torch.rand(lengths.shape, generator=generator, device=device)
+        lengths[:, 2:] *= uniform[:, 2:] < keep
+        order = torch.rand(lengths.shape, generator=generator, device=device)
+        order[:, 2:] += 1
+        order = order.argsort(1)
+        words = words.gather(1, order[..., None].expand_as(words))
+        lengths = lengths.gather(1, order)
+
+        # a comma before every piece but the first, then all pieces one after the other
+        present = lengths > 0
+        first = present & (present.cumsum(1) == 1)
+        comma = (present & ~first).long()
+        size = lengths + comma
+        start = 1 + size.cumsum(1) - size
+        sentence = torch.full((count, self.length + 1), self.pad, dtype=torch.long, device=device)
+        sentence[:, 0] = self.begin
+        spare = self.length  # what is not written goes to a column that is cut off
+
+        at = torch.where(comma > 0, start, spare).clamp(max=spare)
+        sentence.scatter_(1, at, self.comma)
+        offset = torch.arange(longest, device=device)
+        at = torch.where(
+            offset < lengths[..., None], (start + comma)[..., None] + offset, spare
+        ).clamp(max=spare)
+        sentence.scatter_(1, at.flatten(1), words.flatten(1))
+        last = (1 + size.sum(1)).clamp(max=self.length - 1)
+        sentence.scatter_(1, last[:, None], self.end)
+        return sentence[:, : self.length]
+
+
+def clause_state(name: str, scenes: Scenes, seen: Tensor) -> Tensor:
+    """Return (N,) the state of a clause, as an index into `phrasings(name)`; 0 where there is nothing to say."""
+    value = scenes.attributes[:, COLUMNS[name]]
+    state = value + 1
+    if name == "background":
+        pattern = scenes.attributes[:, COLUMNS["pattern"]]
+        state = 1 + value * len(ATTRIBUTES["pattern"]) + pattern
+    if name in ("hat", "hair_length"):
+        color = "hat_color" if name == "hat" else "hair_color"
+        shade = torch.where(seen[:, COLUMNS[color]], scenes.attributes[:, COLUMNS[color]] + 1, 0)
+        state = 1 + value * (len(ATTRIBUTES[color]) + 1) + shade
+    return torch.where(seen[:, COLUMNS[name]], state, 0)
+
+
+@lru_cache
+def phrasings(name: str) -> tuple[tuple[str, ...], ...]:
+    """Return all states of a clause, each with its phrasings; the first state says nothing."""
+    states: list[tuple[str, ...]] = [()]
+    if name == "background":
+        for color, pattern in product(ATTRIBUTES["background"], ATTRIBUTES["pattern"]):
+            states.append(tuple(phrase.format(color) for phrase in _PATTERNS[pattern]))
+    elif name == "clothing":
+        states += [
+            tuple(phrase.format(color) for phrase in _CLOTHES) for color in ATTRIBUTES["clothing"]
+        ]
+    elif name in ("hat", "hair_length"):
+        colors = ATTRIBUTES["hat_color" if name == "hat" else "hair_color"]
+        for kind, color in product(ATTRIBUTES[name], ("", *colors)):
+            states.append(tuple(_colored(phrase, color) for phrase in _worn(name, kind)))
+    else:
+        states += [_PHRASES[name][kind] for kind in ATTRIBUTES[name]]
+    return tuple(states)
+
+
+def _worn(name: str, kind: str) -> tuple[str, ...]:
+    if name == "hat":
+        return () if kind == "none" else _HATS[kind]
+    return ("bald",) if kind == "bald" else (_HAIR[kind],)
+
+
+def _colored(phrase: str, color: str) -> str:
+    return phrase.format(color) if color else phrase.replace("{} ", "")

@@ -1,0 +1,210 @@
+"""The accelerated training: the same world, losses and steps as the ordinary one, and a dry run from end to end."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from copy import deepcopy
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.io.checkpoints import load_module
+from openpulid.mini.accelerated import __main__ as command
+from openpulid.mini.accelerated import autoencoder, unet
+from openpulid.mini.accelerated.evaluation import detect, frechet
+from openpulid.mini.accelerated.output import Output
+from openpulid.mini.accelerated.scenes import (
+    COLUMNS,
+    CaptionWriter,
+    draw_people,
+    draw_scenes,
+    stage_of,
+)
+from openpulid.mini.accelerated.steps import DeviceMuon, TimedSchedule
+from openpulid.mini.accelerated.world import plan_world, render_world
+from openpulid.mini.models.pipeline import TextEncoders
+from openpulid.mini.models.tokenizer import tokenizer
+from openpulid.pipelines.presets import MINIATURE
+from openpulid.training.muon import Muon
+from openpulid.world import ATTRIBUTES, Person, render
+from openpulid.world.render import render_stage
+from openpulid.world.scene import _CLAUSES, _clause
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return render_world(*plan_world(2, 1, 1, torch.Generator().manual_seed(4)), 2, batch=4)
+
+
+@pytest.fixture(scope="module")
+def words():
+    first = CLIPTextModel.from_pretrained(
+        MINIATURE / "pipeline" / "text_encoder", torch_dtype=torch.float32
+    )
+    second = CLIPTextModelWithProjection.from_pretrained(
+        MINIATURE / "pipeline" / "text_encoder_2", torch_dtype=torch.float32
+    )
+    return TextEncoders(first, second)
+
+
+@pytest.fixture(scope="module")
+def data(world, words):
+    vae = PatchAutoencoderKL.from_pretrained(
+        MINIATURE / "pipeline" / "vae", torch_dtype=torch.float32
+    ).eval()
+    writer = CaptionWriter(
+        PreTrainedTokenizerFast.from_pretrained(MINIATURE / "pipeline" / "tokenizer"),
+        torch.device("cpu"),
+    )
+    return unet.prepare(vae, words, writer, world, torch.Generator().manual_seed(5))
+
+
+def test_tensor_scenes_render_like_world_scenes(generator):
+    scenes, people = draw_scenes(3, generator), draw_people(3, generator)
+    made = render_stage(people, stage_of(scenes), 48)
+    expected = render(
+        [Person.from_vector(row.tolist()) for row in people],
+        [scenes.scene(k) for k in range(3)],
+        48,
+    )
+    assert torch.equal(made.image, expected.image)
+    assert torch.equal(made.parts, expected.parts)
+    assert torch.equal(made.landmarks, expected.landmarks)
+
+
+def test_scenes_keep_held_out_combinations_apart(generator):
+    for held_out in (True, False):
+        scenes = draw_scenes(50, generator, held_out)
+        assert all(scenes.scene(k).is_held_out == held_out for k in range(50))
+
+
+def test_portraits_share_the_sitting():
+    _, scenes = plan_world(5, 1, 1, torch.Generator().manual_seed(0))
+    assert all(
+        scenes.scene(k).style == "photo" and scenes.scene(k).pose == "front"
+        for k in range(1, 10, 2)
+    )
+
+
+def test_captions_say_what_is_visible(generator):
+    scenes, words = draw_scenes(40, generator), tokenizer()
+    tokens = CaptionWriter(words, torch.device("cpu")).write(scenes, generator, keep=1.0)
+    for row in range(40):
+        scene = scenes.scene(row)
+        seen = scene.attributes()
+        assert {name for name in ATTRIBUTES if scenes.visible()[row, COLUMNS[name]]} == set(seen)
+        allowed = [{_clause(name, seen, generator) for _ in range(30)} - {""} for name in _CLAUSES]
+        text = words.decode(tokens[row], skip_special_tokens=True).replace(" ,", ",")
+        clauses = text.split(", ")[2:]
+        assert len(clauses) == sum(map(bool, allowed)), text
+        assert all(clause in set().union(*allowed) for clause in clauses), text
+        again = words([text], padding="max_length", return_tensors="pt").input_ids[0]
+        assert torch.equal(tokens[row], again)
+
+
+def test_device_muon_steps_like_muon():
+    torch.manual_seed(0)
+    one = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 5), torch.nn.LayerNorm(5)
+    )
+    two = deepcopy(one)
+    known, new = Muon(one.parameters(), 1e-2), DeviceMuon(two.parameters())
+    new.lr.fill_(1e-2)
+    for _ in range(3):
+        images = torch.randn(6, 3, 4, 4)
+        for network in (one, two):
+            network.zero_grad()
+            network(images).square().sum().backward()
+        torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
+        known.step()
+        new.step()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=3e-4, rtol=1e-2)  # both iterate in bfloat16
+
+
+def test_schedule_ends_at_zero():
+    schedule = TimedSchedule(10, lr=2.0, warmup=10, decay=0.5)
+    assert schedule.rate(0, 0.0) == pytest.approx(0.2)
+    assert schedule.rate(100, 0.5) == 2.0
+    assert schedule.rate(100, 0.75) == 1.0
+    assert schedule.rate(100, 1.0) == 0.0
+
+
+def test_shipped_base_has_a_low_loss(data):
+    model = UNet2DConditionModel.from_pretrained(
+        MINIATURE / "pipeline" / "unet", torch_dtype=torch.float32
+    )
+    torch.manual_seed(0)
+    loss = unet.base_step(model, DeviceMuon(model.parameters()), data, 16)()["diffusion"]
+    assert 0.05 < float(loss) < 0.4  # an untrained one starts near 1
+
+
+def test_autoencoder_without_patch_borders_starts_as_the_linear_code(world, tmp_path):
+    vae = autoencoder.build(world, channels=20)
+    autoencoder.standardize(vae, world)
+    before = autoencoder.figures(vae, world)
+    assert before["psnr"] > 24
+    vae.save_pretrained(tmp_path)
+    again = PatchAutoencoderKL.from_pretrained(tmp_path).eval()
+    assert (again.config.folded, again.config.overlap) == (1, 4)
+    assert autoencoder.figures(again, world)["psnr"] == pytest.approx(before["psnr"], abs=1e-4)
+
+
+def test_detect_agrees_with_the_detector(world):
+    from openpulid.faces.mini_detector import MiniFaceDetector
+
+    detector = load_module(MiniFaceDetector, MINIATURE / "detector.safetensors")
+    images = torch.cat([world.images[:3].float() / 255, torch.full((1, 3, 96, 96), 0.5)])
+    faces, expected = detect(detector, images), detector.find(images)
+    assert faces.found.tolist() == [face is not None for face in expected]
+    assert torch.equal(faces.masks[0], expected[0].mask)
+    torch.testing.assert_close(faces.landmarks[0], expected[0].landmarks)
+
+
+def test_frechet_distance_of_two_normal_distributions():
+    torch.manual_seed(0)
+    one, two = torch.randn(20000, 4), 2 * torch.randn(20000, 4) + 1
+    assert frechet(one, two) == pytest.approx(8.0, rel=0.05)  # 4 of the means, 4 of the deviations
+    assert frechet(one, one) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_archives_come_in_pieces(tmp_path):
+    file = tmp_path / "noise.bin"
+    file.write_bytes(np.random.default_rng(0).bytes(17 * 2**20))
+    out = Output(tmp_path / "out")
+    out.pack("noise", [(file, "a/noise.bin")])
+    pieces = sorted((tmp_path / "out").glob("noise.tar.gz.*"))
+    assert len(pieces) == 2 and all(piece.stat().st_size <= 15 * 2**20 for piece in pieces)
+    whole = BytesIO(b"".join(piece.read_bytes() for piece in pieces))
+    with tarfile.open(fileobj=whole) as archive:
+        assert archive.extractfile("a/noise.bin").read() == file.read_bytes()
+
+
+def test_dry_run_writes_every_stage(tmp_path, monkeypatch):
+    tiny = command.Sizes(
+        people=2, held_out=4, render_batch=4, encode_batch=12, autoencoder_batch=2, batch=2, rollouts=2, prompts=2,
+        adapter_batch=2, fast_batch=2, most=1,
+    )  # fmt: skip
+    monkeypatch.setattr(command, "SMALL", tiny)
+    monkeypatch.setattr(command.Run, "shipped", lambda run: None)
+    command.main(["--device", "cpu", "--small", "--seconds", "20", "-o", str(tmp_path)])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not [line for line in report["log"] if "failed" in line]
+    assert set(report["figures"]) >= {"world", "autoencoder", "base", "student"}
+    assert {file.name.split(".")[0] for file in tmp_path.glob("*.tar.gz.*")} == {
+        "vae",
+        "base",
+        "student",
+    }
+    assert (tmp_path / "sheets.jpg").exists()
