@@ -309,7 +309,7 @@ def fit_base(
     """
     unet.train().requires_grad_(True)
     begin = time.monotonic()
-    network = network or unet
+    network = unet if network is None else network
     optimizer = DeviceMuon(unet.parameters(), weight_decay=0.1)
     average = Average(unet, 0.997)
     try:
