@@ -360,7 +360,7 @@ def fit_student(
     optimizer = DeviceMuon(unet.parameters(), weight_decay=0.01)
     average = Average(unet, 0.995)
     step = RepeatedStep(
-        student_step(network or unet, optimizer, rollouts, data, batch),
+        student_step(unet if network is None else network, optimizer, rollouts, data, batch),
         data.latents.device,
         say=say,
     )
