@@ -97,7 +97,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def site_pages() -> dict[str, Path]:
     """Return the file behind every page that is not generated, by its address on the site."""
-    pages = {path.relative_to(ROOT / "docs").as_posix(): path for path in (ROOT / "docs").rglob("*.*")}
+    pages = {
+        path.relative_to(ROOT / "docs").as_posix(): path for path in (ROOT / "docs").rglob("*.*")
+    }
     pages |= {uri: ROOT / name for uri, name in REPOSITORY_PAGES.items()}
     for path in sorted((ROOT / "benchmarks").rglob("*.*")):
         pages[f"benchmarks/{path.relative_to(ROOT / 'benchmarks').as_posix()}"] = path
@@ -155,7 +157,16 @@ def command_section(name: str, command: Any) -> list[str]:
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [p for p in command.params if p.param_type_name == "option" and not p.hidden]
     usage = [name, *(argument_usage(argument) for argument in arguments)]
-    lines = [f"## {name}", "", clean(command.help), "", "```", " ".join(usage) + " [OPTIONS]", "```", ""]
+    lines = [
+        f"## {name}",
+        "",
+        clean(command.help),
+        "",
+        "```",
+        " ".join(usage) + " [OPTIONS]",
+        "```",
+        "",
+    ]
     if arguments or options:
         lines += ["| | | default |", "|---|---|---|"]
     for argument in arguments:
@@ -177,7 +188,12 @@ def default(parameter: Any) -> str:
     value = parameter.default
     if parameter.required:
         return "required"
-    if value is None or callable(value) or value in ((), [], "") or "Sentinel" in type(value).__name__:
+    if (
+        value is None
+        or callable(value)
+        or value in ((), [], "")
+        or "Sentinel" in type(value).__name__
+    ):
         return ""
     if isinstance(value, bool):
         if parameter.secondary_opts:

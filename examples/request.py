@@ -34,8 +34,14 @@ def main(out: Path) -> None:
     request = GenerationRequest.model_validate_json(path.read_text("utf-8"))
 
     studio = pulid.load("mini-lightning")
-    for k, image in enumerate(studio.generate(request).images):
+    result = studio.generate(request)
+    for k, image in enumerate(result.images):
         image.save(out / f"request-{k}.png")
+
+    # Each image has a resolved request: all defaults are filled in, and it regenerates that image.
+    last = result.requests[-1]
+    print(last.seed, last.num_inference_steps, last.identity.start)
+    assert studio.generate(last).images[0].tobytes() == result.images[-1].tobytes()
 
     # Invalid values are rejected, with the name of the field.
     try:

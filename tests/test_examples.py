@@ -49,7 +49,10 @@ def test_request_runs_from_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     request = json.loads((tmp_path / "request.json").read_text("utf-8"))
     assert request["seed"] == 7
     assert request["identity"]["scale"] == 0.8
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["request-0.png", "request-1.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
+        "request-0.png",
+        "request-1.png",
+    ]
     assert "num_inference_steps must be at least 1" in capsys.readouterr().out
 
 
@@ -86,7 +89,9 @@ def test_notebook_runs(tmp_path: Path) -> None:
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment["IPYTHONDIR"] = str(tmp_path)
-    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": EXAMPLES}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": EXAMPLES}}
+    )
     client.execute(env=environment)
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
