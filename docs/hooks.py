@@ -76,6 +76,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = repository_path(page.file.src_uri)
     if source is None:
         return markdown
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation", "toc"]
     pages = {path: uri for uri, path in site_pages().items()}
     here = PurePosixPath(page.file.src_uri).parent
 
@@ -143,13 +145,13 @@ def cli_reference() -> str:
 
 
 def commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
-    """Yield every command below `command` with its full name, in alphabetical order."""
+    """Yield every command below `command` with its full name; groups come last."""
     subcommands = getattr(command, "commands", None)
     if subcommands is None:
         yield name, command
         return
-    for subname, subcommand in sorted(subcommands.items()):
-        yield from commands(f"{name} {subname}", subcommand)
+    for subname in sorted(subcommands, key=lambda key: (hasattr(subcommands[key], "commands"), key)):
+        yield from commands(f"{name} {subname}", subcommands[subname])
 
 
 def command_section(name: str, command: Any) -> list[str]:
@@ -168,7 +170,7 @@ def command_section(name: str, command: Any) -> list[str]:
         "",
     ]
     if arguments or options:
-        lines += ["| | | default |", "|---|---|---|"]
+        lines += ["| parameter | meaning | default |", "|---|---|---|"]
     for argument in arguments:
         lines.append(f"| `{argument.name.upper()}` | {cell(argument.help)} | {default(argument)} |")
     for option in options:

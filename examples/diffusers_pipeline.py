@@ -17,7 +17,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 import openpulid as pulid
-import openpulid.diffusion.patch_vae  # noqa: F401 (the class of the miniature's autoencoder)
+import openpulid.diffusion.patch_vae
 from openpulid.pipelines.presets import MINIATURE
 
 ANNA = Path(__file__).with_name("anna.png")
