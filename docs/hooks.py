@@ -150,7 +150,9 @@ def commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
     if subcommands is None:
         yield name, command
         return
-    for subname in sorted(subcommands, key=lambda key: (hasattr(subcommands[key], "commands"), key)):
+    for subname in sorted(
+        subcommands, key=lambda key: (hasattr(subcommands[key], "commands"), key)
+    ):
         yield from commands(f"{name} {subname}", subcommands[subname])
 
 
