@@ -1,15 +1,17 @@
-# make demo      a person nobody trained on, from one picture into several new ones (pictures in demo/)
-# make test      the tests
-# make quality   lint, format, types
-# make lock      resolve requirements.lock afresh (needs uv; the oldest Python decides, so that one file serves all)
+# make demo      generate the demo images with the miniature, into demo/
+# make test      run the tests (10-15 min on 2 cores)
+# make quality   lint, format check, types
+# make docs      build the documentation site into site/
+# make lock      resolve requirements.lock for the oldest supported Python (needs uv)
+# make clean     remove the virtual environment and generated files
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# A copy of the lock that was installed: a changed lock installs again, anything else never does.
+# A copy of the installed lock file: pip runs again only when requirements.lock has changed.
 STAMP  := $(VENV)/installed.lock
 
-.PHONY: demo test quality lock clean
+.PHONY: demo test quality docs lock clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): requirements.lock
@@ -33,9 +35,12 @@ quality: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
+
 lock:
 	uv pip compile pyproject.toml --extra dev --python-version 3.10 --python-platform x86_64-manylinux_2_28 \
 	  --only-binary :all: --no-annotate --no-header --quiet -o requirements.lock
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from openpulid.pipelines.studio import Studio as Studio
     from openpulid.pipelines.studio import load as load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "load": "openpulid.pipelines.studio",
