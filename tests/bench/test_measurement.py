@@ -10,9 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from openpulid.bench.measurement import describe_measurement
+from openpulid.bench.measurement import append_measurement, describe_measurement
 from openpulid.bench.perf import face_analysis
 from openpulid.cli.main import app
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def test_measurement_describes_itself() -> None:
@@ -39,3 +41,25 @@ def test_command_writes_its_measurement(tmp_path: Path, monkeypatch: pytest.Monk
     assert measurement.figures["rows"][0]["name"] == "total"
     assert measurement.configuration["rounds"] == 5
     assert json.loads(result.stdout.splitlines()[-1])["ratio"] == 0.25
+
+
+def test_measurements_are_added_to_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "build.json"
+    for name in ("first", "second"):
+        measurement = describe_measurement({}, {"x": 1}, torch.device("cpu"), command="pulid")
+        append_measurement(path, name, measurement)
+    measurements = json.loads(path.read_text())["measurements"]
+    assert [measurement["name"] for measurement in measurements] == ["first", "second"]
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.json")), ids=lambda path: path.stem)
+def test_published_measurements_are_self_describing(path: Path) -> None:
+    data = json.loads(path.read_text("utf-8"))
+    assert data["about"] and data["measurements"]
+    assert path.with_suffix(".md").is_file()
+    for measurement in data["measurements"]:
+        if "source" in measurement:  # values from a paper
+            continue
+        assert {"name", "date", "command", "hardware", "versions", "configuration", "figures"} <= (
+            set(measurement)
+        )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import sys
@@ -53,6 +54,15 @@ def write_measurement(
 ) -> None:
     """Write a measurement of this process into a JSON file."""
     write_json(path, describe_measurement(configuration, figures, device))
+
+
+def append_measurement(path: Path, name: str, measurement: Mapping[str, Any]) -> None:
+    """Add a named measurement to a JSON file with a list of them; create the file if needed."""
+    data: dict[str, Any] = {"measurements": []}
+    if path.is_file():
+        data = json.loads(path.read_text("utf-8"))
+    data["measurements"].append({"name": name, **measurement})
+    write_json(path, data)
 
 
 def library_versions() -> dict[str, str]:
