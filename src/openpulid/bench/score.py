@@ -242,5 +242,5 @@ def _to_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 
 def _to_number(value: float, digits: int = 5) -> float | None:
-    """Round a number for JSON, which has no NaN."""
+    """Return a rounded number; None for NaN, which JSON does not have."""
     return None if math.isnan(value) else round(value, digits)

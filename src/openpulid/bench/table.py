@@ -68,7 +68,7 @@ class TextTable:
 
 
 def build_row(run: Run, method: str) -> Row:
-    """Aggregate the records of a method."""
+    """Compute the results of a method from its records."""
     keys = run.keys(method)
     records = [record for key in keys if (record := run.records.get(key))]
     done = [record for record in records if record.is_done]

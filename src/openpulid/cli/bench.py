@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +16,6 @@ from openpulid.errors import OptionError, WeightsError
 if TYPE_CHECKING:
     import torch
 
-    from openpulid.bench.generate import Worker
     from openpulid.bench.run_dir import Subject
     from openpulid.bench.score import Scorers
     from openpulid.bench.suite import Suite
@@ -64,31 +62,25 @@ def run_suite(
 ) -> None:
     """Generate all missing images, compute their metrics and write the report."""
     _check_libraries()
-    from openpulid.bench.generate import Worker, generate_run, local_executor
-    from openpulid.bench.methods import check_weights, load_studios, select_presets
-    from openpulid.bench.ray_backend import ray_executor
-    from openpulid.bench.report import write_report
-    from openpulid.bench.run_dir import RunDir
-    from openpulid.bench.score import score_run
+    from openpulid.bench.methods import check_weights, select_presets
+    from openpulid.bench.run import run_benchmark
     from openpulid.bench.suite import load_suite
 
     loaded_suite = load_suite(suite)
-    run_dir = RunDir(out.resolve() if workers else out)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     presets = select_presets(loaded_suite, names)
     check_weights(presets)
-    subjects = _load_subjects(loaded_suite, people, count)
-    scorers = _load_scorers(loaded_suite, device)
-    start = datetime.now(timezone.utc).isoformat()
-
-    def build_worker() -> Worker:
-        studios = load_studios(loaded_suite, presets, device)
-        return Worker(loaded_suite, studios, subjects, run_dir, start)
-
-    executor = ray_executor(build_worker, workers) if workers else local_executor(build_worker())
-    generate_run(loaded_suite, presets, subjects, run_dir, executor, counted)
-    score_run(run_dir, scorers)
-    for path in write_report(run_dir.load()):
+    paths = run_benchmark(
+        loaded_suite,
+        presets,
+        _load_subjects(loaded_suite, people, count),
+        _load_scorers(loaded_suite, device),
+        out,
+        workers=workers,
+        device=device,
+        on_progress=counted,
+    )
+    for path in paths:
         say(str(path))
 
 
@@ -98,24 +90,19 @@ def report_run(
 ) -> None:
     """Write the report of a run as Markdown, JSON and HTML; compute missing metrics first."""
     _check_libraries()
-    from openpulid.bench.report import write_report
+    from openpulid.bench.run import update_report
     from openpulid.bench.run_dir import RunDir
-    from openpulid.bench.score import score_run
-    from openpulid.bench.table import ResultTable
 
     tell = silent if as_json else say
-    run_dir = RunDir(run)
+    scorers = None
     try:
-        scorers = _load_scorers(run_dir.load().suite, None, tell)
+        scorers = _load_scorers(RunDir(run).load().suite, None, tell)
     except WeightsError as error:
         tell(f"no further metrics are computed: {error}")
-    else:
-        score_run(run_dir, scorers)
-    scored = run_dir.load()
-    if not as_json:
-        for path in write_report(scored):
-            say(str(path))
-    last_line(ResultTable(scored).to_json())
+    table, paths = update_report(run, scorers, write_files=not as_json)
+    for path in paths:
+        say(str(path))
+    last_line(table)
 
 
 @bench.command("train")
@@ -183,8 +170,7 @@ def measure_inference(
     as_json: AsJson = False,
 ) -> None:
     """Measure one denoising step: base, PuLID, and PuLID with keys and values recomputed."""
-    from openpulid.bench.perf import inference
-    from openpulid.bench.perf.training import dtype_of
+    from openpulid.bench.perf import inference, training
 
     torch_device = _select_device(device)
     target = inference.speed_target(base, torch_device, size, batch, guided, depth_scale, memory)
@@ -197,7 +183,7 @@ def measure_inference(
         "depth_scale": depth_scale,
         "memory": memory,
         "device": str(torch_device),
-        "dtype": str(dtype_of(base, torch_device)),
+        "dtype": str(training.dtype_of(base, torch_device)),
         "rounds": rounds,
     }
     _write_figures(out, configuration, {"rows": [asdict(step) for step in steps]}, torch_device)
@@ -238,7 +224,7 @@ def _write_figures(
 
 
 def _check_libraries() -> None:
-    """Fail before the first image is generated, not when the report is written."""
+    """Check the extra's libraries before the first image is generated."""
     missing = [name for name in ("torchmetrics", "matplotlib") if find_spec(name) is None]
     if missing:
         raise OptionError(
