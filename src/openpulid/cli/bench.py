@@ -114,7 +114,8 @@ def measure_training(
         typer.Option(min=1, help="Batch of the diffusion branch; the recipe's by default."),
     ] = None,
     fast_batch: Annotated[
-        int | None, typer.Option(min=1, help="Pairs of images of the lightning branch.")
+        int | None,
+        typer.Option(min=1, help="Batch of the lightning branch; the recipe's by default."),
     ] = None,
     pixels: Annotated[
         int | None, typer.Option(help="Width of the lightning branch's images.")
