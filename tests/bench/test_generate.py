@@ -1,4 +1,4 @@
-"""A run of the shipped miniature: killed and resumed, failed and recorded, spread over workers."""
+"""Tests of a run of the shipped miniature: resuming, failures, scoring, reports and workers."""
 
 from __future__ import annotations
 
@@ -14,426 +14,392 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from openpulid.bench import generate as run
-from openpulid.bench import report, table
-from openpulid.bench import score as judging
-from openpulid.bench.generate import Worker
+from openpulid.bench import report
+from openpulid.bench.generate import Worker, generate_run, local_executor
+from openpulid.bench.methods import MethodSpec, check_weights, load_studios, select_presets
 from openpulid.bench.metrics import FID
-from openpulid.bench.run_dir import BASE, RunDir, SampleKey, Subject, chunks
-from openpulid.bench.suite import find_suite
-from openpulid.cli import bench as measures
-from openpulid.cli.bench import _contest, _entry, _label, _only_complete, _presets
+from openpulid.bench.run_dir import BASE, Record, RunDir, SampleKey, Subject, iterate_jobs
+from openpulid.bench.score import needs_scoring, score_run
+from openpulid.bench.suite import load_suite
+from openpulid.bench.table import ATTRIBUTES_TITLE, COSTS, ResultTable, Row
+from openpulid.cli import bench as commands
 from openpulid.cli.main import app
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.mini.evaluation.scorers import MiniScorers
 from openpulid.mini.evaluation.subjects import synthetic_subjects
 
-SUITE = find_suite("quick")
-PEOPLE = synthetic_subjects(SUITE.people, SUITE.first)
-PRESETS = _presets(SUITE, ["pulid"])
+SUITE = load_suite("quick")
+SUBJECTS = synthetic_subjects(SUITE.num_people, SUITE.first_person)
+PRESETS = select_presets(SUITE, ["pulid"])
 METHODS = list(PRESETS)
 
 
-def contest(folder: RunDir, people: list[Subject] = PEOPLE) -> Worker:
-    return _contest(SUITE, PRESETS, people, folder, "cpu")
+def build_worker(run_dir: RunDir, subjects: list[Subject] = SUBJECTS) -> Worker:
+    return Worker(SUITE, load_studios(SUITE, PRESETS, "cpu"), subjects, run_dir)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    folder = RunDir(tmp_path_factory.mktemp("run"))
-    run.run(SUITE, PRESETS, PEOPLE, folder, run.here(contest(folder)))
-    judging.score_run(folder, MiniScorers.load())
-    return folder
+    run_dir = RunDir(tmp_path_factory.mktemp("run"))
+    generate_run(SUITE, PRESETS, SUBJECTS, run_dir, local_executor(build_worker(run_dir)))
+    score_run(run_dir, MiniScorers.load())
+    return run_dir
 
 
-def without_times(folder: RunDir) -> list[dict[str, object]]:
-    rows = table.as_json(folder)["rows"]
+def load_rows(run_dir: RunDir) -> list[dict[str, object]]:
+    return ResultTable(run_dir.load()).to_json()["rows"]
+
+
+def load_rows_without_times(run_dir: RunDir) -> list[dict[str, object]]:
+    rows = load_rows(run_dir)
     for row in rows:
-        for name in ("ratio", *table.COSTS):
+        for name in ("ratio", *COSTS):
             row.pop(name, None)
             row["intervals"].pop(name, None)
     return rows
 
 
-def test_every_cell_is_there_and_says_how_it_was_made(finished: RunDir) -> None:
-    cells = [
-        cell for chunk in chunks(SUITE, METHODS, [s.name for s in PEOPLE]) for cell in chunk.cells
-    ]
-    assert len(cells) == len(set(cells)) == 2 * 3 * 2 * 2
-    for cell in cells:
-        record = finished.record(cell)
-        assert record is not None and record["status"] == "done" and finished.image(cell).is_file()
-        assert (
-            record["configuration"]["steps"] == 4
-            and record["seconds"] > 0
-            and record["versions"]["torch"]
-        )
-    base, pulid = table.as_json(finished)["rows"]
+def load_markdown(run_dir: RunDir) -> str:
+    return ResultTable(run_dir.load()).to_markdown()
+
+
+def read_record(run_dir: RunDir, key: SampleKey) -> Record:
+    record = run_dir.read_record(key)
+    assert record is not None
+    return record
+
+
+def copy_run(finished: RunDir, path: Path) -> RunDir:
+    shutil.copytree(finished.path, path / "run")
+    return RunDir(path / "run")
+
+
+def test_every_image_has_a_complete_record(finished: RunDir) -> None:
+    people = [subject.name for subject in SUBJECTS]
+    keys = [key for job in iterate_jobs(SUITE, METHODS, people) for key in job.keys]
+    assert len(keys) == len(set(keys)) == 2 * 3 * 2 * 2
+    for key in keys:
+        record = read_record(finished, key)
+        assert record.is_done and finished.image_path(key).is_file()
+        assert record.configuration["steps"] == 4 and record.versions["torch"]
+        assert record.seconds is not None and record.seconds > 0
+        assert Record.from_json(record.to_json()) == record
+    base, pulid = load_rows(finished)
     assert (base["clip_i"], base["outside_face"], base["ratio"]) == (pytest.approx(1), 0, 1)
-    assert (
-        pulid["clip_i"] < 1 and pulid["outside_face"] > 0 and pulid["ratio"] > 0 and "fid" in pulid
-    )
-    assert pulid["images"] == 12 and pulid["failed"] == 0
+    assert pulid["clip_i"] < 1 and pulid["outside_face"] > 0 and pulid["ratio"] > 0
+    assert "fid" in pulid and pulid["images"] == 12 and pulid["failed"] == 0
 
 
-def test_methods_take_turns() -> None:
-    order = [chunk.cells[0].method for chunk in chunks(SUITE, METHODS, ["a", "b"])]
+def test_methods_are_interleaved() -> None:
+    order = [job.keys[0].method for job in iterate_jobs(SUITE, METHODS, ["a", "b"])]
     assert order == METHODS * 4
 
 
-def test_a_killed_run_ends_with_the_same_table(finished: RunDir, tmp_path: Path) -> None:
-    folder = RunDir(tmp_path)
+def test_killed_run_ends_with_the_same_table(finished: RunDir, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
 
     def kill(done: int, total: int) -> None:
         if done == total // 2:
             raise KeyboardInterrupt
 
+    executor = local_executor(build_worker(run_dir))
     with pytest.raises(KeyboardInterrupt):
-        run.run(SUITE, PRESETS, PEOPLE, folder, run.here(contest(folder)), kill)
-    made = [
-        folder.image(cell)
-        for cell in judging.sample_keys(folder.facts(), BASE)
-        if folder.done(cell)
-    ]
-    assert 0 < len(made) < 6 * 2
-    before = made[0].stat().st_mtime_ns
-    run.run(SUITE, PRESETS, PEOPLE, folder, run.here(contest(folder)))
-    judging.score_run(folder, MiniScorers.load())
-    assert made[0].stat().st_mtime_ns == before  # nothing is made twice
-    assert without_times(folder) == without_times(finished)
+        generate_run(SUITE, PRESETS, SUBJECTS, run_dir, executor, kill)
+    run = run_dir.load()
+    images = [run.images[key] for key in run.keys(BASE) if key in run.images]
+    assert 0 < len(images) < 6 * 2
+    modified = images[0].stat().st_mtime_ns
+    generate_run(SUITE, PRESETS, SUBJECTS, run_dir, executor)
+    score_run(run_dir, MiniScorers.load())
+    assert images[0].stat().st_mtime_ns == modified  # no image is generated twice
+    assert load_rows_without_times(run_dir) == load_rows_without_times(finished)
 
 
-def test_judging_that_is_stopped_ends_with_the_same(
+def test_stopped_scoring_ends_with_the_same_metrics(
     finished: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(finished.path, tmp_path / "run")
-    folder, judges = RunDir(tmp_path / "run"), MiniScorers.load()
-    facts, names = folder.facts(), [measure.name for measure in judges.measures()]
-    for cell in [cell for method in METHODS for cell in judging.sample_keys(facts, method)]:
-        record = folder.record(cell) or {}
-        folder.keep(
-            cell, {name: told for name, told in record.items() if name not in ("metrics", "asked")}
-        )
+    run_dir, scorers = copy_run(finished, tmp_path), MiniScorers.load()
+    for record in run_dir.load().records.values():
+        run_dir.write_record(replace(record, metrics={}, attributes=None))
 
-    def stop(measure: FID) -> float:
+    def stop(metric: FID) -> float:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(FID, "compute", stop)
-        judging.score_run(folder, judges)
-    assert judging.known_sets(folder) == {
-        BASE: {}
-    }  # what was known of pulid was of images before these
-    assert not judging.unmeasured(folder, facts, "pulid", names) and judging.unmeasured(
-        folder, facts, "pulid", names, ["fid"]
-    )
-    judging.score_run(folder, judges)
-    assert judging.known_sets(folder) == judging.known_sets(finished)
-    (folder.path / "sets.json").write_text(
-        json.dumps({BASE: {}, "pulid": {"fid": None}})
-    )  # it cannot be told
-    assert not judging.unmeasured(
-        folder, facts, "pulid", names, ["fid"]
-    ) and "fid" not in table.markdown(folder)
+        score_run(run_dir, scorers)
+    # the stored FID of pulid was that of earlier images
+    assert run_dir.read_method_metrics() == {BASE: {}}
+    run = run_dir.load()
+    assert all(run.records[key].metrics for key in run.keys("pulid"))
+    assert needs_scoring(run, "pulid", scorers)
+    score_run(run_dir, scorers)
+    assert run_dir.read_method_metrics() == finished.read_method_metrics()
+    assert not needs_scoring(run_dir.load(), "pulid", scorers)
 
 
-def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
-    folder, people = (
-        RunDir(tmp_path),
-        [Subject("nobody", Image.new("RGB", (96, 96), "gray")), PEOPLE[0]],
-    )
-    run.run(SUITE, PRESETS, people, folder, run.here(contest(folder, people)))
-    judging.score_run(folder, MiniScorers.load())
-    seed = SUITE.seeds[0]
-    failed = folder.record(SampleKey("pulid", "nobody", 0, seed))
-    assert (
-        failed is not None
-        and failed["status"] == "failed"
-        and "no face was found" in failed["error"]
-    )
-    base, pulid = table.as_json(folder)["rows"]
+def test_undefined_fid_is_not_computed_again(finished: RunDir, tmp_path: Path) -> None:
+    run_dir = copy_run(finished, tmp_path)
+    run_dir.write_method_metrics({BASE: {}, "pulid": {"fid": None}})
+    assert not needs_scoring(run_dir.load(), "pulid", MiniScorers.load())
+    assert "fid" not in load_markdown(run_dir)
+
+
+def test_failures_are_recorded_and_the_run_continues(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    subjects = [Subject("nobody", Image.new("RGB", (96, 96), "gray")), SUBJECTS[0]]
+    executor = local_executor(build_worker(run_dir, subjects))
+    generate_run(SUITE, PRESETS, subjects, run_dir, executor)
+    score_run(run_dir, MiniScorers.load())
+    failed = read_record(run_dir, SampleKey("pulid", "nobody", 0, SUITE.seeds[0]))
+    assert failed.status == "failed" and "no face was found" in (failed.error or "")
+    base, pulid = load_rows(run_dir)
     assert (pulid["images"], pulid["failed"], base["failed"]) == (4, 4, 0)
-    assert "no face was found" in table.markdown(folder)
+    assert "no face was found" in load_markdown(run_dir)
 
 
-def test_a_folder_keeps_to_its_suite(finished: RunDir) -> None:
+def test_run_directory_accepts_only_its_own_suite(finished: RunDir) -> None:
     with pytest.raises(OptionError, match="another suite or other people"):
-        finished.begin(find_suite("miniature"), METHODS, PEOPLE)
-    finished.begin(
-        replace(SUITE, published={"a paper": {}}), METHODS, PEOPLE
-    )  # more numbers beside it
-    finished.begin(SUITE, [BASE, "pulid"], PEOPLE)  # the same again is welcome
-    with pytest.raises(OptionError, match="holds no run"):
-        RunDir(finished.path / "people").facts()
+        finished.create(load_suite("miniature"), METHODS, SUBJECTS)
+    # published values may change, and the same suite may be run again
+    finished.create(replace(SUITE, published={"a paper": {}}), METHODS, SUBJECTS)
+    finished.create(SUITE, [BASE, "pulid"], SUBJECTS)
+    with pytest.raises(OptionError, match="contains no run"):
+        RunDir(finished.path / "people").load()
 
 
-def test_the_report_is_one_page_that_can_be_mailed(finished: RunDir) -> None:
+def test_report_is_one_self_contained_page(finished: RunDir) -> None:
     pytest.importorskip("matplotlib")
-    names = {file.name for file in report.write(finished)}
+    names = {path.name for path in report.write_report(finished.load())}
     assert names == {"report.md", "report.json", "report.html", "report.png", "faces.jpg"}
-    assert (
-        Image.open(finished.path / "faces.jpg").width == 2 * 24 + 3 * (176 + 16) - 16
-    )  # given, base, pulid
+    # reference, base, pulid
+    assert Image.open(finished.path / "faces.jpg").width == 2 * 24 + 3 * (176 + 16) - 16
     page = (finished.path / "report.html").read_text("utf-8")
     assert page.count("data:image/png") == 1 + 3 * (1 + 2 * 2) and 'src="http' not in page
     assert json.loads((finished.path / "report.json").read_text())["suite"] == "quick"
-    text = table.markdown(finished)
+    text = load_markdown(finished)
     assert "| pulid | 12 |" in text and "face_sim ↑" in text and "outside_face ↓" in text
-    assert "seconds" not in text and "time to base" in text  # this is a processor
-    assert "fid is the Frechet distance" in page and "by features of CLIP" in text
+    assert "seconds" not in text and "time to base" in text  # measured on a CPU
+    assert "fid is the Frechet distance" in page and "CLIP features" in text
 
 
-def test_a_report_of_one_person_tells_no_interval(finished: RunDir, tmp_path: Path) -> None:
+def test_report_of_one_person_has_no_intervals(finished: RunDir, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    folder = RunDir(tmp_path)
-    folder.begin(SUITE, METHODS, PEOPLE[:1])
-    for cell in [
-        cell for method in METHODS for cell in judging.sample_keys(folder.facts(), method)
-    ]:
-        folder.keep(cell, finished.record(cell) or {}, Image.open(finished.image(cell)))
-    assert "report.png" in {file.name for file in report.write(folder)}
+    run_dir = RunDir(tmp_path)
+    run_dir.create(SUITE, METHODS, SUBJECTS[:1])
+    for key in [key for method in METHODS for key in run_dir.load().keys(method)]:
+        image = Image.open(finished.image_path(key))
+        run_dir.write_record(read_record(finished, key), image)
+    assert "report.png" in {path.name for path in report.write_report(run_dir.load())}
 
     def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not valid JSON")
 
     rows = json.loads((tmp_path / "report.json").read_text("utf-8"), parse_constant=refuse)["rows"]
     assert all(row["intervals"] == {} for row in rows) and rows[1]["clip_i"] < 1
-    text = table.markdown(folder)
+    text = load_markdown(run_dir)
     assert "±" not in text and "nan" not in text
 
 
-def test_large_pictures_are_small_on_the_page(finished: RunDir, tmp_path: Path) -> None:
-    folder, name = RunDir(tmp_path), PEOPLE[0].name
-    noise = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
-    )
-    folder.begin(SUITE, METHODS, [Subject(name, noise)])
-    for cell in [
-        SampleKey(method, name, prompt, SUITE.seeds[0]) for method in METHODS for prompt in range(2)
-    ]:
-        folder.keep(cell, finished.record(cell) or {}, noise)
-    page = report.page(folder, None)
-    assert (
-        page.count("data:image/jpeg") == 1 + 2 * 2
-        and "image/png" not in page
-        and len(page) < 500_000
-    )
+def test_large_images_are_shrunk_on_the_page(finished: RunDir, tmp_path: Path) -> None:
+    run_dir, name = RunDir(tmp_path), SUBJECTS[0].name
+    pixels = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+    noise = Image.fromarray(pixels)
+    run_dir.create(SUITE, METHODS, [Subject(name, noise)])
+    for method in METHODS:
+        for prompt in range(2):
+            key = SampleKey(method, name, prompt, SUITE.seeds[0])
+            run_dir.write_record(read_record(finished, key), noise)
+    page = report.format_page(ResultTable(run_dir.load()), None)
+    assert page.count("data:image/jpeg") == 1 + 2 * 2
+    assert "image/png" not in page and len(page) < 500_000
 
 
-def test_a_report_without_judges_says_so(
+def test_report_works_without_metric_models(
     finished: RunDir,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def missing(*known: object) -> MiniScorers:
-        raise WeightsError("no finder.")
+    def raise_missing(*_: object) -> MiniScorers:
+        raise WeightsError("no detector.")
 
-    shutil.copytree(finished.path, tmp_path / "run")
-    monkeypatch.setattr(measures, "_judges", missing)
-    measures.report_run(tmp_path / "run", as_json=True)
-    told = capsys.readouterr()
-    assert json.loads(told.out) == table.as_json(finished) and not told.err
-    measures.report_run(tmp_path / "run")
-    assert "nothing more is measured: no finder." in capsys.readouterr().err
+    run_dir = copy_run(finished, tmp_path)
+    monkeypatch.setattr(commands, "_load_scorers", raise_missing)
+    commands.report_run(run_dir.path, as_json=True)
+    output = capsys.readouterr()
+    assert json.loads(output.out) == ResultTable(finished.load()).to_json() and not output.err
+    commands.report_run(run_dir.path)
+    assert "no further metrics are computed: no detector." in capsys.readouterr().err
 
 
-def test_what_prompts_ask_for_is_told_by_attribute(finished: RunDir) -> None:
-    heads, lines = table.asked(finished) or ([], [])
-    assert f"<details><summary>{table.ASKED}" in report.page(finished, None)
-    assert heads == ["asked for", "images", *METHODS] and f"## {table.ASKED}" in table.markdown(
-        finished
-    )
-    asked = [prompt.wanted for prompt in SUITE.prompts]
-    pairs = sorted({pair for wanted in asked for pair in wanted.items()})
-    assert [line[0] for line in lines] == [
-        f"{name}: {value}".replace("_", " ") for name, value in pairs
-    ]
+def test_attribute_table_has_a_row_per_requested_value(finished: RunDir) -> None:
+    table = ResultTable(finished.load())
+    attributes = table.attributes()
+    assert attributes is not None
+    assert f"<details><summary>{ATTRIBUTES_TITLE}" in report.format_page(table, None)
+    assert attributes.header == ["attribute", "images", *METHODS]
+    assert f"## {ATTRIBUTES_TITLE}" in table.to_markdown()
+    requested = [prompt.attributes for prompt in SUITE.prompts]
+    pairs = sorted({pair for attributes in requested for pair in attributes.items()})
+    titles = [f"{name}: {value}".replace("_", " ") for name, value in pairs]
+    assert [row[0] for row in attributes.rows] == titles
     photos = []
-    for cell in judging.sample_keys(finished.facts(), "pulid"):
-        record = finished.record(cell) or {}
-        assert set(record["asked"]) == set(asked[cell.prompt])
-        assert record["metrics"]["attributes"] == pytest.approx(
-            sum(record["asked"].values()) / len(record["asked"]), abs=1e-5
+    for key in table.run.keys("pulid"):
+        record = read_record(finished, key)
+        assert record.attributes is not None and set(record.attributes) == set(
+            requested[key.prompt]
         )
-        photos += [record["asked"]["style"]] if asked[cell.prompt]["style"] == "photo" else []
-    told = {line[0]: dict(zip(heads, line, strict=True)) for line in lines}
-    assert told["style: photo"]["pulid"] == f"{sum(photos) / len(photos):.3f}"
-    assert told["style: photo"]["images"] == str(len(photos))
-    names = ["attributes"]
-    assert not judging.unmeasured(finished, finished.facts(), "pulid", names)
-    cell = judging.sample_keys(finished.facts(), "pulid")[0]
-    known = finished.record(cell) or {}
-    finished.keep(
-        cell,
-        {name: told for name, told in known.items() if name != "asked"},
-        Image.open(finished.image(cell)),
-    )
-    assert judging.unmeasured(
-        finished, finished.facts(), "pulid", names
-    )  # one of a run that was judged before the table
-    finished.keep(cell, known, Image.open(finished.image(cell)))
+        share = sum(record.attributes.values()) / len(record.attributes)
+        assert record.metrics["attributes"] == pytest.approx(share, abs=1e-5)
+        if requested[key.prompt]["style"] == "photo":
+            photos.append(record.attributes["style"])
+    rows = {row[0]: dict(zip(attributes.header, row, strict=True)) for row in attributes.rows}
+    assert rows["style: photo"]["pulid"] == f"{sum(photos) / len(photos):.3f}"
+    assert rows["style: photo"]["images"] == str(len(photos))
 
 
-def test_costs_are_what_the_records_say(finished: RunDir, tmp_path: Path) -> None:
-    folder = RunDir(tmp_path)
-    folder.begin(SUITE, METHODS, PEOPLE)
-    for method, seconds, identify in ((BASE, 2.0, 0.0), ("pulid", 3.0, 0.5)):
-        for cell in judging.sample_keys(folder.facts(), method):
-            known = {
-                "seconds": seconds,
-                "identify_seconds": identify,
-                "memory": 1.5,
-                "hardware": "an accelerator",
-            }
-            folder.keep(
-                cell, (finished.record(cell) or {}) | known, Image.open(finished.image(cell))
+def test_unchecked_attributes_need_scoring(finished: RunDir, tmp_path: Path) -> None:
+    run_dir, scorers = copy_run(finished, tmp_path), MiniScorers.load()
+    assert not needs_scoring(run_dir.load(), "pulid", scorers)
+    record = read_record(run_dir, run_dir.load().keys("pulid")[0])
+    run_dir.write_record(replace(record, attributes=None))
+    assert needs_scoring(run_dir.load(), "pulid", scorers)
+
+
+def test_costs_are_those_of_the_records(finished: RunDir, tmp_path: Path) -> None:
+    run_dir = copy_run(finished, tmp_path)
+    for key, record in finished.load().records.items():
+        seconds, identify = (2.0, 0.0) if key.method == BASE else (3.0, 0.5)
+        run_dir.write_record(
+            replace(
+                record,
+                seconds=seconds,
+                identify_seconds=identify,
+                memory=1.5,
+                hardware="an accelerator",
             )
-    _, pulid = table.as_json(folder)["rows"]
-    assert [pulid[name] for name in table.COSTS] == [3.0, round(4 / 3, 5), 3.5, 1.5] and pulid[
-        "ratio"
-    ] == 1.5
-    assert all(f"{name} " in table.markdown(folder) for name in table.COSTS)
+        )
+    _, pulid = load_rows(run_dir)
+    assert [pulid[name] for name in COSTS] == [3.0, round(4 / 3, 5), 3.5, 1.5]
+    assert pulid["ratio"] == 1.5
+    assert all(f"{name} " in load_markdown(run_dir) for name in COSTS)
 
 
-def test_times_of_other_starts_and_machines_do_not_compare(
+def test_times_of_other_starts_and_machines_are_not_compared(
     finished: RunDir, tmp_path: Path
 ) -> None:
-    folder = RunDir(tmp_path)
-    folder.begin(SUITE, METHODS, PEOPLE)
-    plain, (first, *rest) = (judging.sample_keys(folder.facts(), method) for method in METHODS)
+    run_dir = RunDir(tmp_path)
+    run_dir.create(SUITE, METHODS, SUBJECTS)
+    base_keys, (first, *rest) = (run_dir.load().keys(method) for method in METHODS)
 
-    def keep(cell: SampleKey, seconds: float, start: str, hardware: str = "cpu") -> None:
-        folder.keep(
-            cell,
-            (finished.record(cell) or {})
-            | {"seconds": seconds, "start": start, "hardware": hardware},
-        )
+    def write(key: SampleKey, seconds: float, start: str, hardware: str = "cpu") -> None:
+        record = read_record(finished, key)
+        run_dir.write_record(replace(record, seconds=seconds, start=start, hardware=hardware))
 
-    def ratio() -> float | None:
-        told: float | None = table.as_json(folder)["rows"][1]["ratio"]
-        return told
-
-    for cell in plain:
-        keep(cell, 2.0, "first")
-    for cell in (first, *rest):
-        keep(cell, 3.0, "first")
-    assert ratio() == 1.5
-    for cell in rest:  # as of a run that was stopped, or of a method that joined later
-        keep(cell, 9.0, "second")
-    assert ratio() == 1.5
-    keep(first, 3.0, "first", "another cpu")
-    assert ratio() is None and [line[-1] for line in table.told(folder)[1]] == ["1.00", ""]
+    for key in base_keys:
+        write(key, 2.0, "first")
+    for key in (first, *rest):
+        write(key, 3.0, "first")
+    assert load_rows(run_dir)[1]["ratio"] == 1.5
+    for key in rest:  # as of a run that was stopped, or of a method that was added later
+        write(key, 9.0, "second")
+    assert load_rows(run_dir)[1]["ratio"] == 1.5
+    write(first, 3.0, "first", "another cpu")
+    assert load_rows(run_dir)[1]["ratio"] is None
+    overview = ResultTable(run_dir.load()).overview()
+    assert [row[-1] for row in overview.rows] == ["1.00", ""]
 
 
-def test_methods_at_several_scales_are_one_curve() -> None:
-    assert _entry("instantid:a/b.safetensors@0.5") == ("instantid", Path("a/b.safetensors"), 0.5)
-    assert _entry("faceid:my@home.bin") == ("faceid", Path("my@home.bin"), None)
-    assert [_label(name) for name in ("pulid", "pulid@0.50", "faceid:x/mine.bin")] == [
-        "pulid",
-        "pulid@0.5",
-        "mine",
-    ]
+def test_method_specs_are_parsed_and_labeled() -> None:
+    assert MethodSpec.parse("instantid:a/b.safetensors@0.5") == MethodSpec(
+        "instantid", Path("a/b.safetensors"), 0.5
+    )
+    assert MethodSpec.parse("faceid:my@home.bin") == MethodSpec("faceid", Path("my@home.bin"))
+    labels = [MethodSpec.parse(text).label for text in ("pulid", "pulid@0.50", "faceid:x/mine.bin")]
+    assert labels == ["pulid", "pulid@0.5", "mine"]
     with pytest.raises(OptionError, match="METHOD@SCALE"):
-        _entry("pulid@much")
+        MethodSpec.parse("pulid@much")
+
+
+def test_scales_of_a_method_form_one_curve() -> None:
     rows = [
-        table.Row(name, {}, 1, 0, 1.0, scale, ())
+        Row(name, {}, scale=scale)
         for name, scale in (("pulid", 0.7), ("other", 1.0), ("pulid@0.4", 0.4))
     ]
-    assert [[row.method for row in curve] for curve in report._curves(rows)] == [
-        ["pulid@0.4", "pulid"],
-        ["other"],
-    ]
+    curves = [[row.method for row in curve] for curve in report.group_curves(rows)]
+    assert curves == [["pulid@0.4", "pulid"], ["other"]]
 
 
-def test_a_row_has_one_name() -> None:
+def test_labels_are_unique() -> None:
     with pytest.raises(OptionError, match="both be called mine"):
-        _presets(SUITE, ["pulid:a/mine.safetensors", "faceid:b/mine.safetensors"])
+        select_presets(SUITE, ["pulid:a/mine.safetensors", "faceid:b/mine.safetensors"])
     with pytest.raises(OptionError, match="both be called base"):
-        _presets(SUITE, ["pulid:base.safetensors"])
+        select_presets(SUITE, ["pulid:base.safetensors"])
 
 
-def test_what_is_missing_is_said_before_anything_is_made(
+def test_missing_requirements_are_reported_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "run"
+    path = tmp_path / "run"
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torchmetrics", None)
         for command in (
-            partial(measures.run_suite, "quick", place),
-            partial(measures.report_run, place),
+            partial(commands.run_suite, "quick", path),
+            partial(commands.report_run, path),
         ):
             with pytest.raises(
                 OptionError, match=r"needs torchmetrics: pip install 'openpulid\[bench\]'"
             ):
                 command()
-    with pytest.raises(OptionError, match=r"typo\.bin is not there"):
-        measures.run_suite("quick", place, methods="pulid,faceid:typo.bin")
+    with pytest.raises(OptionError, match=r"typo\.bin does not exist"):
+        commands.run_suite("quick", path, methods="pulid,faceid:typo.bin")
     lost = {**PRESETS, "lost": replace(PRESETS["pulid"], adapter=tmp_path / "none.safetensors")}
-    with pytest.raises(WeightsError, match=r"none\.safetensors is not there; `pulid mini build`"):
-        _only_complete(lost)
+    with pytest.raises(
+        WeightsError, match=r"none\.safetensors does not exist; .*`pulid mini build`"
+    ):
+        check_weights(lost)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(WeightsError, match=r"`pulid weights get sdxl-base .*instantid identitynet"):
-        _only_complete(_presets(find_suite("pulid-paper"), ["instantid"]))
+        check_weights(select_presets(load_suite("pulid-paper"), ["instantid"]))
     with pytest.raises(OSError):
-        run.run(SUITE, lost, PEOPLE, RunDir(place), lambda chunks: chunks)
-    assert not place.exists()
+        generate_run(SUITE, lost, SUBJECTS, RunDir(path), lambda jobs: jobs)
+    assert not path.exists()
 
 
-def test_the_command_and_methods_on_one_pipeline(finished: RunDir, tmp_path: Path) -> None:
-    """FaceID beside it changes nothing of PuLID's images; the report measures what a stopped run left."""
-    asked = [
-        "bench",
-        "run",
-        "quick",
-        "--methods",
-        "pulid,faceid",
-        "--count",
-        "1",
-        "-o",
-        str(tmp_path),
-    ]
-    result = CliRunner().invoke(app, asked)
+def test_second_method_on_the_pipeline_does_not_change_the_first(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    """Runs the command with FaceID as well; the report computes metrics that a stopped run lacks."""
+    arguments = ["quick", "--methods", "pulid,faceid", "--count", "1", "-o", str(tmp_path)]
+    result = CliRunner().invoke(app, ["bench", "run", *arguments])
     assert result.exit_code == 0, result.output
-    folder, cells = RunDir(tmp_path), {}
-    for method in (BASE, "pulid", "faceid"):
-        (cells[method], *_) = judging.sample_keys(folder.facts(), method)
-        images = [
-            folder.image(cell).read_bytes() for cell in judging.sample_keys(folder.facts(), method)
-        ]
-        if method != "faceid":
-            assert images == [
-                finished.image(cell).read_bytes()
-                for cell in judging.sample_keys(folder.facts(), method)
-            ]
-    rows = table.as_json(folder)["rows"]
+    run_dir = RunDir(tmp_path)
+    run = run_dir.load()
+    for method in METHODS:
+        for key in run.keys(method):
+            assert run.images[key].read_bytes() == finished.image_path(key).read_bytes()
+    rows = load_rows(run_dir)
     _, pulid, faceid = rows
-    starts = {
-        (folder.record(cell) or {})["start"]
-        for method in cells
-        for cell in judging.sample_keys(folder.facts(), method)
-    }
+    starts = {record.start for record in run.records.values()}
     assert len(starts) == 1 and None not in starts
-    assert (
-        faceid["images"] == 4 and faceid["clip_i"] < 1 and faceid["face_sim"] != pulid["face_sim"]
-    )
-    record = folder.record(cells["faceid"]) or {}
-    folder.keep(
-        cells["faceid"], {name: value for name, value in record.items() if name != "metrics"}
-    )
-    (tmp_path / "sets.json").unlink()
+    assert faceid["images"] == 4 and faceid["clip_i"] < 1
+    assert faceid["face_sim"] != pulid["face_sim"]
+    run_dir.write_record(replace(run.records[run.keys("faceid")[0]], metrics={}))
+    (tmp_path / "method_metrics.json").unlink()
     assert CliRunner().invoke(app, ["bench", "report", str(tmp_path)]).exit_code == 0
-    assert table.as_json(folder)["rows"] == rows
+    assert load_rows(run_dir) == rows
 
 
-def test_two_workers_make_the_same_table(finished: RunDir, tmp_path: Path) -> None:
+def test_two_workers_give_the_same_table(finished: RunDir, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     from openpulid.bench.ray_backend import ray_executor
 
-    folder = RunDir(tmp_path)
-    run.run(SUITE, PRESETS, PEOPLE, folder, ray_executor(lambda: contest(folder), "2"))
-    judging.score_run(folder, MiniScorers.load())
-    assert without_times(folder) == without_times(finished)
+    run_dir = RunDir(tmp_path)
+    executor = ray_executor(lambda: build_worker(run_dir), "2")
+    generate_run(SUITE, PRESETS, SUBJECTS, run_dir, executor)
+    score_run(run_dir, MiniScorers.load())
+    assert load_rows_without_times(run_dir) == load_rows_without_times(finished)

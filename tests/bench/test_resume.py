@@ -1,4 +1,4 @@
-"""What a start of a run finds of the one before: images that are made again, files that were not finished."""
+"""Tests of restarted runs: images with another configuration, and files that were not finished."""
 
 from __future__ import annotations
 
@@ -7,135 +7,131 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from openpulid.bench import generate as run
-from openpulid.bench import score as judging
-from openpulid.bench.run_dir import BASE, WEIGHTS, Job, RunDir
-from openpulid.bench.suite import find_suite
-from openpulid.cli.bench import _contest, _presets
+from openpulid.bench.configuration import describe_configuration
+from openpulid.bench.generate import Worker, generate_run, local_executor
+from openpulid.bench.methods import load_studios, select_presets
+from openpulid.bench.run_dir import BASE, Job, RunDir
+from openpulid.bench.suite import load_suite
 from openpulid.errors import OptionError
 from openpulid.mini.evaluation.subjects import synthetic_subjects
 from openpulid.pipelines.presets import Preset
 
-SUITE = find_suite("quick")
-PEOPLE = synthetic_subjects(1, SUITE.first)
-PRESETS = _presets(SUITE, ["pulid"])
+SUITE = load_suite("quick")
+SUBJECTS = synthetic_subjects(1, SUITE.first_person)
+PRESETS = select_presets(SUITE, ["pulid"])
 METHODS = list(PRESETS)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    folder = RunDir(tmp_path_factory.mktemp("run"))
-    run.run(
-        SUITE, PRESETS, PEOPLE, folder, run.here(_contest(SUITE, PRESETS, PEOPLE, folder, "cpu"))
-    )
-    return folder
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run_dir = RunDir(tmp_path_factory.mktemp("run"))
+    worker = Worker(SUITE, load_studios(SUITE, PRESETS, "cpu"), SUBJECTS, run_dir)
+    generate_run(SUITE, PRESETS, SUBJECTS, run_dir, local_executor(worker))
+    return run_dir
 
 
-def test_a_portrait_is_written_whole_or_not_at_all(
+def test_interrupted_portrait_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, folder = io.BytesIO(), RunDir(tmp_path)
-    PEOPLE[0].portrait.save(whole, "png")
+    buffer, run_dir = io.BytesIO(), RunDir(tmp_path)
+    SUBJECTS[0].portrait.save(buffer, "png")
 
-    def stopped(picture: Image.Image, place: Path) -> None:
-        Path(place).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    def save_half(image: Image.Image, path: Path) -> None:
+        Path(path).write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Image.Image, "save", stopped)
-        folder.begin(SUITE, METHODS, PEOPLE)
-    folder.begin(SUITE, METHODS, PEOPLE)
-    kept = Image.open(tmp_path / "people" / f"{PEOPLE[0].name}.png").convert("RGB")
-    assert kept.tobytes() == PEOPLE[0].portrait.convert("RGB").tobytes()
+        patch.setattr(Image.Image, "save", save_half)
+        run_dir.create(SUITE, METHODS, SUBJECTS)
+    run_dir.create(SUITE, METHODS, SUBJECTS)
+    portrait = Image.open(tmp_path / "people" / f"{SUBJECTS[0].name}.png").convert("RGB")
+    assert portrait.tobytes() == SUBJECTS[0].portrait.convert("RGB").tobytes()
 
 
-def copied(place: Path, preset: Preset) -> dict[str, Path]:
-    """What a preset names of these, copied."""
+def copy_parts(folder: Path, preset: Preset) -> dict[str, Path]:
+    """Copy some of a preset's weights; return the copies by the names of the preset's fields."""
     copies = {}
     for part in ("pipeline", "unet", "recogniser", "vision"):
-        original, copies[part] = Path(getattr(preset, part)), place / part
+        original, copies[part] = Path(getattr(preset, part)), folder / part
         (shutil.copytree if original.is_dir() else shutil.copy)(original, copies[part])
     return copies
 
 
-def changed(place: Path) -> Callable[[], object]:
-    """Changes one tensor of a file, or of the last one in a folder; what is returned undoes it."""
-    file = sorted(place.rglob("*.safetensors"))[-1] if place.is_dir() else place
-    before, tensors = file.read_bytes(), load_file(file)
+def change_tensor(path: Path) -> Callable[[], object]:
+    """Change one tensor of a file, or of the last file in a folder; return a function to undo it."""
+    file = sorted(path.rglob("*.safetensors"))[-1] if path.is_dir() else path
+    original, tensors = file.read_bytes(), load_file(file)
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     save_file(tensors | {name: tensors[name] + 1}, file)
-    return lambda: file.write_bytes(before)
+    return lambda: file.write_bytes(original)
 
 
-def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
-    """Also one that is no safetensors, and what lies beside a method's file."""
-    instantid = _presets(SUITE, ["instantid"])["instantid"]
+def test_configuration_covers_every_file_of_a_method(tmp_path: Path) -> None:
+    """Also files that are not safetensors, and the folder next to a method's file."""
+    instantid = select_presets(SUITE, ["instantid"])["instantid"]
     shutil.copytree(instantid.adapter, tmp_path / "instantid")
     weights = tmp_path / "instantid" / "ip-adapter.safetensors"
     file = weights.rename(weights.with_suffix(".bin"))
     for adapter in (file.parent, file):
-        own = replace(instantid, adapter=adapter)
+        preset = replace(instantid, adapter=adapter)
         for part in (file, file.parent / "ControlNetModel" / "diffusion_pytorch_model.safetensors"):
-            before = run.configuration("instantid", own, SUITE.options)
-            assert before == run.configuration("instantid", own, SUITE.options)
+            original = describe_configuration("instantid", preset, SUITE.options)
+            assert original == describe_configuration("instantid", preset, SUITE.options)
             part.write_bytes(part.read_bytes() + b" ")
-            assert before != run.configuration("instantid", own, SUITE.options), (adapter, part)
+            assert original != describe_configuration("instantid", preset, SUITE.options), part
 
 
-def test_what_was_made_otherwise_is_made_again(made: RunDir, tmp_path: Path) -> None:
-    """Another file, another scale: an old image is no image of them."""
-    shutil.copytree(made.path, tmp_path / "run")
-    folder, asked = RunDir(tmp_path / "run"), []
+def test_changed_configuration_is_generated_again(finished: RunDir, tmp_path: Path) -> None:
+    """An image of another file or scale is not reused."""
+    shutil.copytree(finished.path, tmp_path / "run")
+    run_dir = RunDir(tmp_path / "run")
+    jobs: list[Job] = []
 
-    def spread(chunks: Iterable[Job]) -> Iterable[Job]:
-        asked.extend(chunks)
+    def collect(missing: Iterable[Job]) -> Iterable[Job]:
+        jobs.extend(missing)
         return ()
 
-    run.run(SUITE, PRESETS, PEOPLE, folder, spread)
-    assert asked == []
+    generate_run(SUITE, PRESETS, SUBJECTS, run_dir, collect)
+    assert jobs == []
     stage1 = PRESETS["pulid"].adapter.with_name("pulid-stage1.safetensors")
-    for other in (replace(PRESETS["pulid"], scale=0.5), replace(PRESETS["pulid"], adapter=stage1)):
-        asked.clear()
-        run.run(SUITE, {**PRESETS, "pulid": other}, PEOPLE, folder, spread)
-        assert {cell.method for chunk in asked for cell in chunk.cells} == {"pulid"} and len(
-            asked
-        ) == 2
+    for changed in (
+        replace(PRESETS["pulid"], scale=0.5),
+        replace(PRESETS["pulid"], adapter=stage1),
+    ):
+        jobs.clear()
+        generate_run(SUITE, {**PRESETS, "pulid": changed}, SUBJECTS, run_dir, collect)
+        assert {key.method for job in jobs for key in job.keys} == {"pulid"} and len(jobs) == 2
 
-    def again(**changes: Path | None) -> set[str]:
-        asked.clear()
+    def missing_methods(**changes: Path | None) -> set[str]:
+        jobs.clear()
         presets = {method: replace(preset, **changes) for method, preset in PRESETS.items()}
-        run.run(SUITE, presets, PEOPLE, folder, spread)
-        return {cell.method for chunk in asked for cell in chunk.cells}
+        generate_run(SUITE, presets, SUBJECTS, run_dir, collect)
+        return {key.method for job in jobs for key in job.keys}
 
-    copies = copied(tmp_path, PRESETS[BASE])
-    assert again(**copies) == set()  # the same weights elsewhere
+    copies: dict[str, Any] = copy_parts(tmp_path, PRESETS[BASE])
+    assert missing_methods(**copies) == set()  # the same weights at another path
     for part, methods in {
         "pipeline": set(METHODS),
         "unet": set(METHODS),
         "recogniser": {"pulid"},
         "vision": {"pulid"},
     }.items():
-        undo = changed(copies[part])
-        assert again(**copies) == methods, part
+        undo = change_tensor(copies[part])
+        assert missing_methods(**copies) == methods, part
         undo()
-    assert again(unet=None) == set(METHODS) and again() == set()
-    changed(copies["unet"])
-    for method in METHODS:
-        for cell in judging.sample_keys(folder.facts(), method):  # as an older version wrote it
-            record = folder.record(cell) or {}
-            known = {
-                name: value for name, value in record["configuration"].items() if name != WEIGHTS
-            }
-            folder.keep(cell, {**record, "configuration": known})
-    assert again(**copies) == set()
-    with pytest.raises(OptionError, match="another picture"):
-        folder.begin(
-            SUITE,
-            METHODS,
-            [replace(PEOPLE[0], portrait=synthetic_subjects(2, SUITE.first)[1].portrait)],
+    assert missing_methods(unet=None) == set(METHODS) and missing_methods() == set()
+
+
+def test_changed_portrait_is_rejected(finished: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(finished.path, tmp_path / "run")
+    second = synthetic_subjects(2, SUITE.first_person)[1]
+    with pytest.raises(OptionError, match="differs from the image"):
+        RunDir(tmp_path / "run").create(
+            SUITE, METHODS, [replace(SUBJECTS[0], portrait=second.portrait)]
         )

@@ -1,4 +1,4 @@
-"""The judges of photographs: each network is what its library makes of the published names, and what is missing is said."""
+"""Tests of the metric models for photos against the libraries that define them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchvision.models import alexnet
 from transformers import CLIPConfig, CLIPModel
 
 from openpulid.bench import metrics
-from openpulid.bench import scorers as photo_judges
+from openpulid.bench import scorers as photo_scorers
 from openpulid.bench.scorers import PhotoFaces, PhotoScorers
 from openpulid.errors import WeightsError
 from openpulid.faces.scrfd import SCRFDDetector
@@ -25,20 +25,20 @@ from openpulid.io.hub import FOLDER_VARIABLE, download
 DETECTOR = Path(__file__).parents[2].parent / "shared" / "faces" / "scrfd_2.5g_kps.onnx"
 PHOTOS = DETECTOR.parents[1] / "photos"
 needs_photos = pytest.mark.skipif(
-    not DETECTOR.is_file(), reason="../shared/faces and ../shared/photos are not here"
+    not DETECTOR.is_file(), reason="../shared/faces and ../shared/photos do not exist"
 )
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def pictures() -> torch.Tensor:
-    """(3, 3, 256, 256): two photographs and one without anybody."""
-    opened = [
+def images() -> torch.Tensor:
+    """(3, 3, 256, 256): two photos of people and a gray image."""
+    photos = [
         Image.open(PHOTOS / name).convert("RGB").resize((256, 256))
         for name in ("hinton.jpeg", "lecun.jpg")
     ]
     people = (
-        torch.from_numpy(np.stack([np.asarray(image) for image in opened]))
+        torch.from_numpy(np.stack([np.asarray(image) for image in photos]))
         .permute(0, 3, 1, 2)
         .float()
         / 255
@@ -46,39 +46,39 @@ def pictures() -> torch.Tensor:
     return torch.cat([people, torch.full((1, 3, 256, 256), 0.5)])
 
 
-def recogniser() -> nn.Module:
+def build_recognition() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3 * 14 * 14, 16))
 
 
 @needs_photos
-def test_faces_of_photographs(pictures: torch.Tensor) -> None:
-    faces = PhotoFaces(SCRFDDetector.load(DETECTOR), recogniser())(pictures)
-    assert faces.found.tolist() == [True, True, False]
+def test_faces_of_photos_are_detected_and_embedded(images: torch.Tensor) -> None:
+    faces = PhotoFaces(SCRFDDetector.load(DETECTOR), build_recognition())(images)
+    assert faces.has_face.tolist() == [True, True, False]
     assert faces.embeddings.shape == (3, 16) and faces.embeddings[2].abs().sum() == 0
     assert 0.05 < faces.masks[0].mean() < 0.9 and faces.masks[2].sum() == 0
-    assert PhotoFaces(SCRFDDetector.load(DETECTOR), recogniser())(
-        pictures[2:]
-    ).embeddings.shape == (1, 16)  # nobody at all
-    judges = PhotoScorers(PhotoFaces(SCRFDDetector.load(DETECTOR), recogniser()))
+    assert PhotoFaces(SCRFDDetector.load(DETECTOR), build_recognition())(
+        images[2:]
+    ).embeddings.shape == (1, 16)
+    scorers = PhotoScorers(PhotoFaces(SCRFDDetector.load(DETECTOR), build_recognition()))
     same = metrics.MetricInputs(
-        pictures,
-        pictures,
+        images,
+        images,
         faces,
         faces,
         torch.tensor([0, 1, 1]),
-        pictures[:2],
-        faces.rows(torch.tensor([0, 1])),
+        images[:2],
+        faces.select(torch.tensor([0, 1])),
         ["a"] * 3,
     )
-    told = {measure.name: measure(same) for measure in judges.measures()}
+    values = {metric.name: metric(same) for metric in scorers.metrics()}
     assert (
-        told["face_sim"][:2].tolist() == pytest.approx([1, 1])
-        and told["outside_face"].abs().max() == 0
+        values["face_sim"][:2].tolist() == pytest.approx([1, 1])
+        and values["outside_face"].abs().max() == 0
     )
 
 
-def test_curricular_face_is_the_published_layout(tmp_path: Path) -> None:
+def test_curricular_face_has_the_published_layout(tmp_path: Path) -> None:
     """facexlib's backbone, whose last norm has no weights of its own."""
     from facexlib.recognition.arcface_arch import Backbone
 
@@ -86,32 +86,32 @@ def test_curricular_face_is_the_published_layout(tmp_path: Path) -> None:
     network = Backbone(num_layers=100, drop_ratio=0.4, mode="ir")
     network.output_layer[4] = nn.BatchNorm1d(512, affine=False)
     torch.save(network.state_dict(), tmp_path / "CurricularFace_Backbone.pth")
-    loaded = photo_judges.curricular_face(tmp_path / "CurricularFace_Backbone.pth").eval()
+    loaded = photo_scorers.load_curricular_face(tmp_path / "CurricularFace_Backbone.pth").eval()
     crops = torch.rand(1, 3, 112, 112)
     with torch.no_grad():
         assert torch.equal(loaded(crops), network.eval()(crops)) and loaded(crops).shape == (1, 512)
 
 
-def test_dino_is_timms(tmp_path: Path) -> None:
+def test_dino_matches_timm(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_small_patch16_224.dino", num_classes=0).eval()
     torch.save(model.state_dict(), tmp_path / "dino.pth")
-    judge = photo_judges.dino_judge(tmp_path / "dino.pth", CPU)
+    embed = photo_scorers.load_dino(tmp_path / "dino.pth", CPU)
     images = torch.rand(2, 3, 224, 224)
     config = timm.data.resolve_model_data_config(model)
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     with torch.no_grad():
-        assert torch.allclose(judge(images), model((images - mean) / std), atol=1e-4)
+        assert torch.allclose(embed(images), model((images - mean) / std), atol=1e-4)
     with pytest.raises(WeightsError, match="not DINO"):
         torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-        photo_judges.dino_judge(tmp_path / "other.pth", CPU)
+        photo_scorers.load_dino(tmp_path / "other.pth", CPU)
 
 
-def test_lpips_is_the_librarys(tmp_path: Path) -> None:
+def test_lpips_matches_the_library(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = alexnet(weights=None)
     torch.save(net.state_dict(), tmp_path / "alexnet.pth")
-    judge = photo_judges.lpips_judge(tmp_path / "alexnet.pth", CPU)
+    embed = photo_scorers.load_lpips(tmp_path / "alexnet.pth", CPU)
     theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     features = list(net.features)
     for name, part in theirs.net.named_children():
@@ -120,20 +120,20 @@ def test_lpips_is_the_librarys(tmp_path: Path) -> None:
                 layer.load_state_dict(features[int(index)].state_dict())
     a, b = torch.rand(3, 3, 64, 64), torch.rand(3, 3, 64, 64)
     with torch.no_grad():
-        assert torch.allclose(judge(a, b), theirs(a, b, normalize=True).flatten(), atol=1e-6)
-    assert judge(a, a).abs().max() < 1e-6
+        assert torch.allclose(embed(a, b), theirs(a, b, normalize=True).flatten(), atol=1e-6)
+    assert embed(a, a).abs().max() < 1e-6
     with pytest.raises(WeightsError, match="AlexNet"):
         torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-        photo_judges.lpips_judge(tmp_path / "other.pth", CPU)
+        photo_scorers.load_lpips(tmp_path / "other.pth", CPU)
 
 
-def test_what_lpips_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_lpips_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(WeightsError, match="pip install lpips"):
-        photo_judges.lpips_judge(tmp_path / "alexnet.pth", CPU)
+        photo_scorers.load_lpips(tmp_path / "alexnet.pth", CPU)
 
 
-def test_clip_is_transformers(tmp_path: Path) -> None:
+def test_clip_matches_transformers(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from openpulid.mini.models.tokenizer import tokenizer
@@ -165,10 +165,10 @@ def test_clip_is_transformers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert isinstance(words, PreTrainedTokenizerFast)
     words.save_pretrained(tmp_path)
-    images, texts = photo_judges.clip_judge(tmp_path, CPU)
+    images, texts = photo_scorers.load_clip(tmp_path, CPU)
     shown, prompts = torch.rand(2, 3, 32, 32), ["portrait", "a person"]
     mean, std = (
-        torch.tensor(x)[:, None, None] for x in (photo_judges.CLIP_MEAN, photo_judges.CLIP_STD)
+        torch.tensor(x)[:, None, None] for x in (photo_scorers.CLIP_MEAN, photo_scorers.CLIP_STD)
     )
     with torch.no_grad():
         tokens = words(prompts, padding=True, return_tensors="pt")
@@ -183,7 +183,7 @@ def test_clip_is_transformers(tmp_path: Path) -> None:
 
 
 @needs_photos
-def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_models_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(WeightsError, match="pulid weights get detector"):
@@ -191,24 +191,24 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(WeightsError, match="on no hub; get it from"):
         download("judge-recogniser")
     (tmp_path / "scrfd_10g_bnkps.onnx").symlink_to(DETECTOR)
-    network = photo_judges.__dict__["curricular_face"]
-    monkeypatch.setattr(photo_judges, "curricular_face", lambda file: recogniser())
+    network = photo_scorers.__dict__["load_curricular_face"]
+    monkeypatch.setattr(photo_scorers, "load_curricular_face", lambda file: build_recognition())
     (tmp_path / "CurricularFace_Backbone.pth").touch()
-    said: list[str] = []
-    judges = PhotoScorers.load(CPU, said.append)
+    messages: list[str] = []
+    scorers = PhotoScorers.load(CPU, messages.append)
     assert (
-        len(said) == 4
-        and "not measured: FID" in said[-1]
-        and "pulid weights get judge-clip" in said[0]
+        len(messages) == 4
+        and "not measured: FID" in messages[-1]
+        and "pulid weights get judge-clip" in messages[0]
     )
-    assert {measure.name for measure in judges.measures()} == {
+    assert {metric.name for metric in scorers.metrics()} == {
         "face_sim",
         "rank1",
         "copy_paste",
         "outside_face",
         "face_found",
     }
-    assert judges.sets() == [] and judges.wanted({"pose": "left"}) == {}
+    assert scorers.method_metrics() == [] and scorers.attribute_classes({"pose": "left"}) == {}
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(WeightsError, match="CurricularFace"):
         network(tmp_path / "other.pth")

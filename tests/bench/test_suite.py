@@ -1,4 +1,4 @@
-"""Suites are data."""
+"""Tests of benchmark suites."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from openpulid.bench.suite import find_suite
+from openpulid.bench.suite import load_suite
 from openpulid.errors import OptionError
 from openpulid.world import ATTRIBUTES, VOCABULARY
 
 
-def test_the_papers_suite_is_the_papers() -> None:
-    suite = find_suite("pulid-paper")
-    assert len(suite.prompts) == 21 and suite.likeness == [20] and len(suite.seeds) == 4
+def test_paper_suite_has_published_prompts_and_values() -> None:
+    suite = load_suite("pulid-paper")
+    assert len(suite.prompts) == 21 and suite.identity_prompts == [20] and len(suite.seeds) == 4
     assert (
         suite.prompts[20].text == "portrait, color, cinematic, in garden, soft light, detailed face"
     )
@@ -23,39 +23,62 @@ def test_the_papers_suite_is_the_papers() -> None:
         "clip_t": 32.16,
         "clip_i": 0.84,
     }
-    said = suite.published["the authors' discussion"]
+    discussion = suite.published["the authors' discussion"]
     speeds = {"photomaker": 8.69, "faceid": 6.08, "instantid": 4.66, "pulid": 5.85}
-    assert {method: values["steps_per_second"] for method, values in said.items()} == speeds
+    assert {name: values["steps_per_second"] for name, values in discussion.items()} == speeds
 
 
 @pytest.mark.parametrize("name", ["miniature", "quick"])
-def test_the_miniatures_prompts_are_words_it_knows(name: str) -> None:
-    for prompt in find_suite(name).prompts:
+def test_miniature_suites_use_known_vocabulary_and_attributes(name: str) -> None:
+    for prompt in load_suite(name).prompts:
         assert set(prompt.text.replace(",", " , ").split()) <= set(VOCABULARY)
-        assert all(value in ATTRIBUTES[attribute] for attribute, value in prompt.wanted.items())
+        assert all(value in ATTRIBUTES[attribute] for attribute, value in prompt.attributes.items())
 
 
-def test_a_file_is_a_suite_too(tmp_path: Path) -> None:
-    file = tmp_path / "mine.json"
-    facts = {
+def test_suite_is_loaded_from_json_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    data = {
         "about": "Mine.",
         "preset": "mini",
-        "people": 2,
+        "num_people": 2,
         "seeds": [1],
         "prompts": [{"text": "portrait"}],
     }
-    file.write_text(json.dumps(facts))
-    assert find_suite(str(file)).name == "mine"
-    wrong = (
+    path.write_text(json.dumps(data))
+    assert load_suite(str(path)).name == "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
         {"seeds": []},
-        {"likeness": [1]},
+        {"identity_prompts": [1]},
         {"persons": 2},
         {"options": {"batch": 2}},
         {"prompts": None},
-    )
-    for broken in [{**facts, **change} for change in wrong]:
-        file.write_text(json.dumps(broken))
-        with pytest.raises(OptionError, match="suite"):
-            find_suite(str(file))
+    ],
+)
+def test_invalid_suite_is_rejected(tmp_path: Path, change: dict[str, object]) -> None:
+    path = tmp_path / "mine.json"
+    data = {"about": "Mine.", "preset": "mini", "seeds": [1], "prompts": [{"text": "portrait"}]}
+    path.write_text(json.dumps({**data, **change}))
+    with pytest.raises(OptionError, match="suite"):
+        load_suite(str(path))
+
+
+def test_unknown_suite_error_lists_suites() -> None:
     with pytest.raises(OptionError, match="miniature, pulid-paper, quick"):
-        find_suite("everything")
+        load_suite("everything")
+
+
+def test_suite_survives_json_round_trip() -> None:
+    suite = load_suite("quick")
+    assert type(suite).from_json(suite.to_json()).to_json() == suite.to_json()
+
+
+def test_identity_prompts_split_the_metrics() -> None:
+    paper = load_suite("pulid-paper")
+    assert paper.is_scored(20, identity=True) and not paper.is_scored(20, identity=False)
+    assert paper.is_scored(0, identity=False) and not paper.is_scored(0, identity=True)
+    quick = load_suite("quick")
+    assert quick.is_scored(0, identity=True) and quick.is_scored(0, identity=False)

@@ -1,1 +1,1 @@
-"""The benchmark: measures that know no method and no model."""
+"""The benchmark: methods compared on the same subjects, prompts and seeds."""

@@ -1,228 +1,173 @@
-"""Making the images of a run: every method with the same people, prompts and seeds."""
+"""Generate the images of a run: every method with the same subjects, prompts and seeds."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Protocol
 
+from PIL import Image
+
+from openpulid.bench.configuration import describe_configuration
 from openpulid.bench.perf.timing import peak, reset_peak, wait
-from openpulid.bench.run_dir import BASE, WEIGHTS, Job, RunDir, SampleKey, Subject, chunks
+from openpulid.bench.run_dir import BASE, Job, Record, RunDir, SampleKey, Subject, iterate_jobs
 from openpulid.bench.suite import Suite
 from openpulid.device import hardware_name
 from openpulid.errors import PulidError
 from openpulid.identity.identity import Identity
-from openpulid.io.checkpoints import fingerprint
-from openpulid.pipelines.factory import resolve_path
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.studio import Studio
 
 LIBRARIES = ("torch", "diffusers", "transformers")
-OF_THE_BASE, OF_METHODS = (
-    ("pipeline", "unet", "transformer"),
-    ("finder", "recogniser", "parser", "vision"),
-)
-STORED = (".safetensors", ".bin", ".ckpt")
 
 
 class Worker:
-    """Methods on one base model, and the people that they are shown.
+    """Generates jobs with several methods on one base model.
 
     Args:
-        suite: what is asked.
-        studios: method -> a studio with it; "base" has none and comes first.
-        sitters: the people, by name.
-        folder: where it all goes.
-        start: what all workers of one start of a run call it; times of different starts are not compared.
+        suite: the suite.
+        studios: method -> studio; the base's has no adapter and comes first.
+        subjects: the subjects.
+        run_dir: where images and records are written.
+        start: the same for all workers of one start of the command.
     """
 
     def __init__(
         self,
         suite: Suite,
         studios: Mapping[str, Studio],
-        sitters: Mapping[str, Subject],
-        folder: RunDir,
+        subjects: Sequence[Subject],
+        run_dir: RunDir,
         start: str | None = None,
     ) -> None:
-        self.suite, self.studios, self.sitters, self.folder, self.start = (
-            suite,
-            studios,
-            sitters,
-            folder,
-            start,
-        )
-        # of the files as they were loaded: one that is replaced later changes no image of this contest
-        self._made = {
-            name: configuration(name, studio.preset, suite.options)
+        self.suite = suite
+        self.studios = studios
+        self.subjects = {subject.name: subject for subject in subjects}
+        self.run_dir = run_dir
+        self.start = start
+        # hash the files as they were loaded: replacing one later does not change the images
+        self._configurations = {
+            name: describe_configuration(name, studio.preset, suite.options)
             for name, studio in studios.items()
         }
-        self._known: dict[tuple[str, str], tuple[Identity, float]] = {}
+        self._identities: dict[tuple[str, str], tuple[Identity, float]] = {}
 
-    def make(self, chunk: Job) -> None:
-        """Images of a chunk and their records. What goes wrong is recorded."""
-        first = chunk.cells[0]
-        studio = self.studios[first.method]
-        options = dict(self.suite.options)
-        facts: dict[str, Any] = {
-            "configuration": self._made[first.method],
-            "start": self.start,
-            **surroundings(studio),
-        }
+    def generate(self, job: Job) -> None:
+        """Generate the images of a job and write their records; record failures as well."""
         try:
-            if studio.adapter is not None:
-                studio.adapter.attach(
-                    studio.pipe
-                )  # of several on one pipeline the last one serves it
-            identity, knowing = self._identity(first, studio)
-            reset_peak(studio.pipe.device)
-            begun = time.perf_counter()
-            seeds = [cell.seed for cell in chunk.cells]
-            images = [
-                studio.generate(
-                    self.suite.prompts[first.prompt].text, identity, seed=seed, **options
-                )
-                for seed in seeds
-            ]
-            wait(studio.pipe.device)
-            seconds = (time.perf_counter() - begun) / len(seeds)
-        except (
-            Exception
-        ) as error:  # whatever it is: a benchmark that stops at one picture tells nothing
-            told = (
-                str(error) if isinstance(error, PulidError) else f"{type(error).__name__}: {error}"
-            )
-            for cell in chunk.cells:
-                self.folder.keep(
-                    cell, {"cell": asdict(cell), "status": "failed", "error": told, **facts}
-                )
+            images, costs = self._generate_images(job)
+        except Exception as error:  # any failure is a result; the other images are still needed
+            message = str(error)
+            if not isinstance(error, PulidError):
+                message = f"{type(error).__name__}: {message}"
+            for key in job.keys:
+                record = Record(key, "failed", error=message, **self._describe(key.method))
+                self.run_dir.write_record(record)
             return
-        facts |= {
-            "seconds": round(seconds, 4),
-            "identify_seconds": round(knowing, 4),
-            "memory": peak(studio.pipe.device),
-        }
-        for cell, result in zip(chunk.cells, images, strict=True):
-            self.folder.keep(
-                cell, {"cell": asdict(cell), "status": "done", **facts}, result.images[0]
+        for key, image in zip(job.keys, images, strict=True):
+            self.run_dir.write_record(
+                Record(key, "done", **costs, **self._describe(key.method)), image
             )
 
-    def _identity(self, cell: SampleKey, studio: Studio) -> tuple[Identity | None, float]:
-        """Who it is to this method, and the seconds it took to know; known once."""
-        if cell.method == BASE:
+    def _generate_images(self, job: Job) -> tuple[list[Image.Image], dict[str, Any]]:
+        """Return the images of a job with their time and memory, as fields of `Record`."""
+        first = job.keys[0]
+        studio = self.studios[first.method]
+        device = studio.pipe.device
+        if studio.adapter is not None:
+            studio.adapter.attach(studio.pipe)  # the methods share a pipeline; the last one is used
+        identity, identify_seconds = self._identify(first, studio)
+
+        reset_peak(device)
+        start = time.perf_counter()
+        prompt = self.suite.prompts[first.prompt].text
+        images = []
+        for key in job.keys:
+            result = studio.generate(prompt, identity, seed=key.seed, **self.suite.options)
+            images.append(result.images[0])
+        wait(device)
+        seconds = (time.perf_counter() - start) / len(job.keys)
+        costs = {
+            "seconds": round(seconds, 4),
+            "identify_seconds": round(identify_seconds, 4),
+            "memory": peak(device),
+        }
+        return images, costs
+
+    def _identify(self, key: SampleKey, studio: Studio) -> tuple[Identity | None, float]:
+        """Extract the identity of a subject once per method; return it with the seconds taken."""
+        if key.method == BASE:
             return None, 0.0
-        key = cell.method, cell.person
-        if key not in self._known:
-            begun = time.perf_counter()
-            identity = studio.identify(self.sitters[cell.person].portrait)
+        cache_key = (key.method, key.person)
+        if cache_key not in self._identities:
+            start = time.perf_counter()
+            identity = studio.identify(self.subjects[key.person].portrait)
             wait(studio.pipe.device)
-            self._known[key] = identity, time.perf_counter() - begun
-        return self._known[key]
+            self._identities[cache_key] = identity, time.perf_counter() - start
+        return self._identities[cache_key]
 
-
-def configuration(method: str, preset: Preset, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What an image is made with, as JSON gives it back: weights by the fingerprints of their files.
-
-    Raises:
-        OSError, WeightsError: a file of weights is not there.
-    """
-    chosen = replace(preset, **options)
-    said = {
-        name: getattr(chosen, name) for name in ("steps", "guidance", "negative", "size", "sampler")
-    }
-    said["preset"] = preset.name
-    # every place is told, an empty one too: its absence from a record means an older run
-    places = OF_THE_BASE if method == BASE else (*OF_THE_BASE, *OF_METHODS)
-    said[WEIGHTS] = {
-        name: stored(resolve_path(place)) if (place := getattr(preset, name)) else []
-        for name in places
-    }
-    if method != BASE:
-        place = resolve_path(preset.adapter)
-        files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]
-        said |= {**chosen.identity_options(), "adapter": [fingerprint(file) for file in files]}
-        said[WEIGHTS]["adapter"] = stored(place)
-        if (
-            preset.method == "instantid"
-            and place.is_file()
-            and (net := place.parent / "ControlNetModel").is_dir()
-        ):
-            said[WEIGHTS]["adapter"] += stored(net)  # beside the file; a folder has it inside
-    known: dict[str, Any] = json.loads(json.dumps(said))
-    return known
-
-
-def stored(place: Path) -> list[str]:
-    """Fingerprints of a file of weights, or of all in a folder and in those in it, as a pipeline's parts lie.
-
-    Raises:
-        OSError: it is not there.
-    """
-    if not place.is_dir():
-        return [fingerprint(place)]
-    files = sorted(
-        [*place.glob("*"), *place.glob("*/*")]
-    )  # unlike **, it follows a part that is a link
-    return [fingerprint(file) for file in files if file.suffix in STORED and file.is_file()]
-
-
-def surroundings(studio: Studio) -> dict[str, Any]:
-    """Where it was made."""
-    return {
-        "versions": {name: version(name) for name in LIBRARIES},
-        "hardware": hardware_name(studio.pipe.device),
-    }
+    def _describe(self, method: str) -> dict[str, Any]:
+        return {
+            "configuration": self._configurations[method],
+            "hardware": hardware_name(self.studios[method].pipe.device),
+            "versions": {name: version(name) for name in LIBRARIES},
+            "start": self.start,
+        }
 
 
 Executor = Callable[[Iterable[Job]], Iterable[Job]]
-"""Makes chunks, wherever, and gives each back when it is made."""
+"""Runs jobs, in any process, and yields each job when it is complete."""
 
 
 class Progress(Protocol):
-    """How far a run is."""
+    """Reports the progress of a run."""
 
-    def __call__(self, done: int, total: int) -> None: ...
+    def __call__(self, done: int, total: int) -> None:
+        """Report that `done` of `total` jobs are complete."""
 
 
-def run(
+def generate_run(
     suite: Suite,
     presets: Mapping[str, Preset],
-    sitters: Sequence[Subject],
-    folder: RunDir,
-    spread: Executor,
+    subjects: Sequence[Subject],
+    run_dir: RunDir,
+    executor: Executor,
     on_progress: Progress | None = None,
 ) -> None:
-    """Every image that is missing, or that was made otherwise than it would be now.
+    """Generate every image that is missing or was generated with another configuration.
 
     Args:
-        presets: method -> what it is used with; the base comes first.
+        suite: the suite.
+        presets: method -> preset, the base first.
+        subjects: the subjects.
+        run_dir: where images and records are written.
+        executor: runs the jobs.
+        on_progress: called after each job.
     """
-    asked = {
-        method: configuration(method, preset, suite.options) for method, preset in presets.items()
+    configurations = {
+        method: describe_configuration(method, preset, suite.options)
+        for method, preset in presets.items()
     }
-    folder.begin(
-        suite, list(presets), sitters
-    )  # after that: a row whose file is missing is not written down
-    wanted = list(chunks(suite, list(presets), [sitter.name for sitter in sitters]))
+    # create the directory after that: a method whose file is missing is not added to the run
+    run_dir.create(suite, list(presets), subjects)
+    jobs = list(iterate_jobs(suite, list(presets), [subject.name for subject in subjects]))
     missing = [
-        chunk
-        for chunk in wanted
-        if not all(folder.done(cell, asked[cell.method]) for cell in chunk.cells)
+        job
+        for job in jobs
+        if not all(run_dir.is_done(key, configurations[key.method]) for key in job.keys)
     ]
-    for count, _ in enumerate(spread(missing), len(wanted) - len(missing) + 1):
+    for done, _ in enumerate(executor(missing), len(jobs) - len(missing) + 1):
         if on_progress:
-            on_progress(count, len(wanted))
+            on_progress(done, len(jobs))
 
 
-def here(contest: Worker) -> Executor:
-    """In this process, one after the other."""
+def local_executor(worker: Worker) -> Executor:
+    """Return an executor that runs jobs one after the other in this process."""
 
-    def spread(chunks: Iterable[Job]) -> Iterable[Job]:
-        for chunk in chunks:
-            contest.make(chunk)
-            yield chunk
+    def execute(jobs: Iterable[Job]) -> Iterable[Job]:
+        for job in jobs:
+            worker.generate(job)
+            yield job
 
-    return spread
+    return execute

@@ -1,4 +1,4 @@
-"""A run's chunks over several processes or machines, by Ray (extra "cluster")."""
+"""Run jobs in several processes or on several machines with Ray (extra "cluster")."""
 
 from __future__ import annotations
 
@@ -11,35 +11,36 @@ from openpulid.bench.run_dir import Job
 from openpulid.errors import OptionError
 
 
-def ray_executor(build: Callable[[], Worker], workers: str) -> Executor:
-    """Chunks over actors that each hold their own models.
+def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
+    """Return an executor that distributes jobs over actors with their own models.
 
     Args:
-        build: makes a worker's contest; called once in each. The run's folder must be the same for all.
-        workers: how many on this machine, or ray://HOST:PORT, a cluster, with an actor for each of its devices.
+        build_worker: called once in each actor. All actors must see the same run directory.
+        workers: number of local processes, or ray://HOST:PORT for a cluster with one actor per
+            device.
 
     Raises:
-        OptionError: Ray is not installed, or `workers` is neither.
+        OptionError: Ray is not installed, or `workers` has another form.
     """
     try:
         import ray
         from ray.util import ActorPool
     except ImportError:
         raise OptionError("--workers needs Ray: pip install 'openpulid[cluster]'.") from None
-    if not (workers.startswith("ray://") or (workers.isdigit() and int(workers))):
-        raise OptionError(f"--workers {workers}: say how many, or ray://HOST:PORT.")
+    is_local = workers.isdigit() and int(workers) > 0
+    if not is_local and not workers.startswith("ray://"):
+        raise OptionError(f"--workers {workers}: expected a number or ray://HOST:PORT.")
 
-    class Worker:
+    class WorkerActor:
         def __init__(self) -> None:
-            self.contest = build()
+            self.worker = build_worker()
 
-        def make(self, chunk: Job) -> Job:
-            self.contest.make(chunk)
-            return chunk
+        def generate(self, job: Job) -> Job:
+            self.worker.generate(job)
+            return job
 
-    def spread(chunks: Iterable[Job]) -> Iterable[Job]:
-        here = workers.isdigit()
-        if here:
+    def execute(jobs: Iterable[Job]) -> Iterable[Job]:
+        if is_local:
             ray.init(
                 num_cpus=int(workers),
                 include_dashboard=False,
@@ -50,18 +51,15 @@ def ray_executor(build: Callable[[], Worker], workers: str) -> Executor:
             ray.init(workers)
         try:
             resources = ray.cluster_resources()
-            count = int(workers) if here else int(resources.get("GPU") or resources["CPU"])
-            gpus = int(
-                resources.get("GPU", 0)
-            )  # several workers share one, or the last would wait for ever
-            options: dict[str, Any] = (
-                {"num_gpus": 1 / math.ceil(count / gpus)} if gpus else {"num_cpus": 1}
-            )
-            pool = ActorPool([ray.remote(Worker).options(**options).remote() for _ in range(count)])
-            yield from pool.map_unordered(
-                lambda actor, chunk: actor.make.remote(chunk), list(chunks)
-            )
+            num_gpus = int(resources.get("GPU", 0))
+            num_actors = int(workers) if is_local else num_gpus or int(resources["CPU"])
+            options: dict[str, Any] = {"num_cpus": 1}
+            if num_gpus:  # actors share GPUs; otherwise Ray would never schedule the last ones
+                options = {"num_gpus": 1 / math.ceil(num_actors / num_gpus)}
+            actor = ray.remote(WorkerActor).options(**options)
+            pool = ActorPool([actor.remote() for _ in range(num_actors)])
+            yield from pool.map_unordered(lambda actor, job: actor.generate.remote(job), list(jobs))
         finally:
             ray.shutdown()
 
-    return spread
+    return execute

@@ -1,4 +1,4 @@
-"""What a person looks at: identity against purity, a picture of faces, and one HTML page with all images side by side."""
+"""The report of a run: a plot of identity against preservation, sample images, an HTML page."""
 
 from __future__ import annotations
 
@@ -6,78 +6,99 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from openpulid.bench import table
-from openpulid.bench.run_dir import RunDir, SampleKey
+from openpulid.bench.run_dir import Run, SampleKey
+from openpulid.bench.table import ATTRIBUTES_TITLE, HIGHER_IS_BETTER, ResultTable, Row, TextTable
 from openpulid.io.image_grid import labeled_grid
 
-PURITY = ("outside_face", "clip_i")
-"""The first of these that was measured is the plot's other axis."""
-SHOWN_PEOPLE = 8  # on the page; of the picture of faces the first six
-WIDEST = 256  # pixels of a person's picture on the page, which shows it at half of that
+PRESERVATION_LABELS: Mapping[str, str] = {
+    "outside_face": "change outside the face",
+    "clip_i": "CLIP-I, with and without identity",
+}
+"""Metrics of the plot's horizontal axis; the first one that was measured is used."""
+
+PAGE_PEOPLE = 8  # number of subjects on the page
+GRID_PEOPLE = 6  # number of subjects in faces.jpg
+MAX_IMAGE_SIDE = 256  # pixels of an image on the page, which is displayed at half this size
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #202024; background: #faf9f6; margin: 2rem auto; max-width: 84rem }
-body { padding: 0 1rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums } h2 { margin-top: 2.5rem }
-th { font-weight: normal; color: #78766f; text-align: left } td, th { padding: .25rem .6rem; vertical-align: top }
-.numbers { font-size: 14px } .numbers td { border-top: 1px solid #dcd9d0 } .numbers td, .numbers th { white-space: nowrap }
+body { font: 16px/1.5 system-ui, sans-serif; color: #202024; background: #faf9f6; }
+body { margin: 2rem auto; max-width: 84rem; padding: 0 1rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums } h2 { margin-top: 2.5rem }
+th { font-weight: normal; color: #78766f; text-align: left }
+td, th { padding: .25rem .6rem; vertical-align: top }
+.numbers { font-size: 14px } .numbers td { border-top: 1px solid #dcd9d0 }
+.numbers td, .numbers th { white-space: nowrap }
 .wide { overflow-x: auto } summary { font-size: 1.2em; margin: 1rem 0; cursor: pointer }
-.plot { max-width: 46rem; width: 100%; margin: 1.5rem 0 } .faces img { width: 8rem; display: block } .words { max-width: 14rem }
+.plot { max-width: 46rem; width: 100%; margin: 1.5rem 0 }
+.faces img { width: 8rem; display: block } .prompt { max-width: 14rem }
 """
 
 
-def write(folder: RunDir) -> list[Path]:
-    """report.md, report.json, report.png, report.html and faces.jpg in the run's folder."""
-    made = {
-        "report.md": table.markdown(folder),
-        "report.json": json.dumps(table.as_json(folder), indent=1) + "\n",
+def write_report(run: Run) -> list[Path]:
+    """Write report.md, report.json, report.html, report.png and faces.jpg into the run directory.
+
+    Returns:
+        The paths of the files. There is no report.png without the metrics of the plot.
+    """
+    table = ResultTable(run)
+    plot = draw_plot(table.rows)
+    texts = {
+        "report.md": table.to_markdown(),
+        "report.json": json.dumps(table.to_json(), indent=1) + "\n",
+        "report.html": format_page(table, plot),
     }
-    drawn = plot(folder)
-    made["report.html"] = page(folder, drawn)
-    for name, text in made.items():
-        (folder.path / name).write_text(text, "utf-8")
-    if drawn is not None:
-        drawn.save(folder.path / "report.png")
-    faces(folder).save(folder.path / "faces.jpg", quality=90)
-    return [
-        folder.path / name
-        for name in (*made, *(["report.png"] if drawn is not None else []), "faces.jpg")
-    ]
+    for name, text in texts.items():
+        (run.path / name).write_text(text, "utf-8")
+    names = list(texts)
+    if plot is not None:
+        plot.save(run.path / "report.png")
+        names.append("report.png")
+    draw_faces(run).save(run.path / "faces.jpg", quality=90)
+    names.append("faces.jpg")
+    return [run.path / name for name in names]
 
 
-def plot(folder: RunDir) -> Image.Image | None:
-    """Identity against purity, a point for each method with its intervals; up and right is better. None where one of the two
-    was not measured."""
+def draw_plot(rows: Sequence[Row]) -> Image.Image | None:
+    """Plot identity against preservation, one point per method with its intervals.
+
+    Returns:
+        The plot; None if one of the two was not measured.
+    """
     from matplotlib.figure import Figure
 
-    rows = table.rows(folder)
-    purity = next((name for name in PURITY if any(name in row.columns for row in rows)), "")
-    points = [row for row in rows if purity in row.columns and "face_sim" in row.columns]
+    metric = next((name for name in PRESERVATION_LABELS if _is_measured(rows, name)), "")
+    points = [row for row in rows if metric in row.columns and "face_sim" in row.columns]
     if not points:
         return None
     figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=140, facecolor="#faf9f6")
     axes = figure.subplots()
-    for curve in _curves(points):
-        places = [(row.columns[purity], row.columns["face_sim"]) for row in curve]
-        middles = [(x.mean, y.mean) for x, y in places]
-        drawn = axes.plot(*zip(*middles, strict=True), marker="o")[0]
-        for row, (x, y), middle in zip(curve, places, middles, strict=True):
-            across, along = ([[i.mean - i.low], [i.high - i.mean]] for i in (x, y))
-            axes.errorbar(
-                *middle, xerr=across, yerr=along, color=drawn.get_color(), capsize=2, alpha=0.5
+    for curve in group_curves(points):
+        x = [row.columns[metric] for row in curve]
+        y = [row.columns["face_sim"] for row in curve]
+        line = axes.plot([i.mean for i in x], [i.mean for i in y], marker="o")[0]
+        axes.errorbar(
+            [i.mean for i in x],
+            [i.mean for i in y],
+            xerr=[[i.mean - i.low for i in x], [i.high - i.mean for i in x]],
+            yerr=[[i.mean - i.low for i in y], [i.high - i.mean for i in y]],
+            color=line.get_color(),
+            linestyle="none",
+            capsize=2,
+            alpha=0.5,
+        )
+        for row in curve:
+            position = (row.columns[metric].mean, row.columns["face_sim"].mean)
+            axes.annotate(
+                row.method, position, textcoords="offset points", xytext=(6, 6), fontsize=8
             )
-            axes.annotate(row.method, middle, textcoords="offset points", xytext=(6, 6), fontsize=8)
-    if not table.HIGHER[purity]:
+    if not HIGHER_IS_BETTER[metric]:
         axes.invert_xaxis()
-    axes.set_xlabel(
-        "changed outside the face"
-        if purity == "outside_face"
-        else "CLIP-I, with against without identity"
-    )
+    axes.set_xlabel(PRESERVATION_LABELS[metric])
     axes.set_ylabel("face similarity")
     axes.set_title("up and right is better", fontsize=9, color="gray")
     axes.margins(0.15)
@@ -87,111 +108,115 @@ def plot(folder: RunDir) -> Image.Image | None:
     return Image.open(file)
 
 
-def _curves(rows: Sequence[table.Row]) -> list[list[table.Row]]:
-    """The rows of each method together, METHOD and METHOD@SCALE, from the smallest scale on."""
-    curves: dict[str, list[table.Row]] = {}
+def _is_measured(rows: Sequence[Row], name: str) -> bool:
+    return any(name in row.columns for row in rows)
+
+
+def group_curves(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group the rows METHOD and METHOD@SCALE of each method, by increasing scale."""
+    curves: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.scale):
         curves.setdefault(row.method.partition("@")[0], []).append(row)
     return list(curves.values())
 
 
-def faces(folder: RunDir, people: int = 6, side: int = 176) -> Image.Image:
-    """A person and a prompt in each row: the only picture given, then the same seed through every method at its own scale."""
-    facts = folder.facts()
-    suite, methods = facts["suite"], [name for name in facts["methods"] if "@" not in name]
+def draw_faces(run: Run, side: int = 176) -> Image.Image:
+    """Draw one subject per row: its reference image and the image of every method.
+
+    All methods of a row have the same prompt and seed; methods at an extra scale are left out.
+    """
+    suite = run.suite
+    methods = [name for name in run.methods if "@" not in name]
     rows = []
-    for number, person in enumerate(facts["people"][:people]):
-        prompt = number % len(suite["prompts"])
-        cells = [SampleKey(method, person, prompt, suite["seeds"][0]) for method in methods]
-        images = [
-            Image.open(folder.image(c)) if folder.done(c) else Image.new("RGB", (8, 8), "gray")
-            for c in cells
-        ]
-        given = Image.open(folder.path / "people" / f"{person}.png")
-        rows.append(
-            (suite["prompts"][prompt]["text"], [_square(picture) for picture in (given, *images)])
-        )
-    return labeled_grid(f"{suite['name']}: one person in each row", ["given", *methods], rows, side)
+    for index, person in enumerate(run.people[:GRID_PEOPLE]):
+        prompt = index % len(suite.prompts)
+        images: list[Image.Image] = [Image.open(run.portrait(person))]
+        for method in methods:
+            path = run.images.get(SampleKey(method, person, prompt, suite.seeds[0]))
+            images.append(Image.open(path) if path else Image.new("RGB", (8, 8), "gray"))
+        rows.append((suite.prompts[prompt].text, [_crop_square(image) for image in images]))
+    title = f"{suite.name}: one subject per row"
+    return labeled_grid(title, ["reference", *methods], rows, side)
 
 
-def _square(picture: Image.Image) -> Image.Image:
-    """Its middle."""
-    side = min(picture.size)
-    left, top = ((length - side) // 2 for length in picture.size)
-    return picture.crop((left, top, left + side, top + side))
+def _crop_square(image: Image.Image) -> Image.Image:
+    """Crop the center square."""
+    side = min(image.size)
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
-def page(folder: RunDir, drawn: Image.Image | None) -> str:
-    """One HTML file with everything inside: it can be mailed."""
-    facts = folder.facts()
-    name = html.escape(facts["suite"]["name"])
+def format_page(table: ResultTable, plot: Image.Image | None) -> str:
+    """Format one HTML page with all images embedded."""
+    run = table.run
+    name = html.escape(run.suite.name)
     parts = [
+        '<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">',
+        f"<title>{name}</title><style>{STYLE}</style>",
         f"<h1>{name}</h1>",
-        f"<p>{html.escape(table.summary(folder))}</p>",
-        _table(table.told(folder)),
+        f"<p>{html.escape(table.summary())}</p>",
+        _format_table(table.overview()),
     ]
-    parts += [
-        f"<p>{html.escape(sentence)}</p>"
-        for sentence in (*table.remarks(folder), *table.missing(folder))
-    ]
-    if drawn is not None:
-        parts.append(f'<img class="plot" alt="identity against purity" src="{_data(drawn)}">')
-    if attributes := table.asked(folder):
+    parts += [f"<p>{html.escape(note)}</p>" for note in table.notes()]
+    if plot is not None:
         parts.append(
-            f"<details><summary>{table.ASKED}</summary>{_table(attributes)}</details>"
-        )  # long: the images come first
-    for source, lines in table.published(folder).items():
-        parts += [f"<h2>Published: {html.escape(source)}</h2>", _table(lines)]
-    parts += [_person(folder, person) for person in facts["people"][:SHOWN_PEOPLE]]
-    head = f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>'
-    return head + "\n" + "\n".join(parts) + "</html>\n"
-
-
-def _table(lines: table.Lines) -> str:
-    heads, rows = lines
-    first = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
-    rest = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<div class="wide"><table class="numbers"><tr>{first}</tr>{rest}</table></div>'
-
-
-def _person(folder: RunDir, person: str) -> str:
-    """A row for each prompt, the first seed through every method."""
-    facts = folder.facts()
-    suite, methods = facts["suite"], facts["methods"]
-    heads = "".join(f"<th>{html.escape(text)}</th>" for text in ("prompt", *methods))
-    rows = []
-    for number, prompt in enumerate(suite["prompts"]):
-        cells = [SampleKey(method, person, number, suite["seeds"][0]) for method in methods]
-        rows.append(
-            f'<tr><td class="words">{html.escape(prompt["text"])}</td>{"".join(_image(folder, c) for c in cells)}</tr>'
+            f'<img class="plot" alt="identity against preservation" src="{_data_url(plot)}">'
         )
-    portrait = Image.open(folder.path / "people" / f"{person}.png")
-    given = f'<p><img style="width: 8rem" alt="the picture given" src="{_shown(portrait)}"> the only picture given</p>'
-    table_of = (
-        f'<div class="wide"><table class="faces"><tr>{heads}</tr>{"".join(rows)}</table></div>'
+    if attributes := table.attributes():  # a long table; collapsed, so that the images come first
+        parts.append(
+            f"<details><summary>{ATTRIBUTES_TITLE}</summary>{_format_table(attributes)}</details>"
+        )
+    for source, published in table.published().items():
+        parts += [f"<h2>Published: {html.escape(source)}</h2>", _format_table(published)]
+    parts += [_format_person(run, person) for person in run.people[:PAGE_PEOPLE]]
+    return "\n".join(parts) + "</html>\n"
+
+
+def _format_table(table: TextTable) -> str:
+    header = "".join(f"<th>{html.escape(title)}</th>" for title in table.header)
+    rows = [f"<tr>{header}</tr>"]
+    for row in table.rows:
+        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+    return f'<div class="wide"><table class="numbers">{"".join(rows)}</table></div>'
+
+
+def _format_person(run: Run, person: str) -> str:
+    """Format the images of a subject: one row per prompt, first seed, one column per method."""
+    header = "".join(f"<th>{html.escape(title)}</th>" for title in ("prompt", *run.methods))
+    rows = [f"<tr>{header}</tr>"]
+    for index, prompt in enumerate(run.suite.prompts):
+        cells = [f'<td class="prompt">{html.escape(prompt.text)}</td>']
+        for method in run.methods:
+            key = SampleKey(method, person, index, run.suite.seeds[0])
+            cells.append(_format_image(run, key))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    portrait = _embed(Image.open(run.portrait(person)))
+    return (
+        f"<h2>{html.escape(person)}</h2>"
+        f'<p><img style="width: 8rem" alt="reference image" src="{portrait}"> reference image</p>'
+        f'<div class="wide"><table class="faces">{"".join(rows)}</table></div>'
     )
-    return f"<h2>{html.escape(person)}</h2>{given}{table_of}"
 
 
-def _image(folder: RunDir, cell: SampleKey) -> str:
-    if not folder.done(cell):
+def _format_image(run: Run, key: SampleKey) -> str:
+    path = run.images.get(key)
+    if path is None:
         return "<td>missing</td>"
-    return f'<td><img alt="{html.escape(cell.method)}" src="{_shown(Image.open(folder.image(cell)))}"></td>'
+    source = _embed(Image.open(path))
+    return f'<td><img alt="{html.escape(key.method)}" src="{source}"></td>'
 
 
-def _shown(picture: Image.Image) -> str:
-    """As text; large pictures smaller, a page must load."""
-    if max(picture.size) <= WIDEST:
-        return _data(picture)
-    picture = picture.convert("RGB")
-    picture.thumbnail((WIDEST, WIDEST))
-    return _data(picture, "jpeg", quality=85)
+def _embed(image: Image.Image) -> str:
+    """Return an image as a data URL; large images are shrunk, to keep the page small."""
+    if max(image.size) <= MAX_IMAGE_SIDE:
+        return _data_url(image)
+    image = image.convert("RGB")
+    image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
+    return _data_url(image, "jpeg", quality=85)
 
 
-def _data(picture: Image.Image, kind: str = "png", **options: int) -> str:
-    """As text, of its own size."""
+def _data_url(image: Image.Image, kind: str = "png", **options: int) -> str:
     file = io.BytesIO()
-    picture.convert("RGB").save(file, kind, **options)
+    image.convert("RGB").save(file, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,35 +1,42 @@
-"""The cells of a benchmark's run, one image each, and how they lie in its folder.
+"""The run directory of a benchmark, and its contents as typed objects.
 
-RUN/suite.json                      what was asked, of whom, of which methods
-RUN/people/NAME.png                 the picture that each identity is made from; NAME-other.png, another one
-RUN/cells/METHOD/NAME-P-S.json      prompt P, seed S: status, seconds, measures, where it was made and in which start
-RUN/cells/METHOD/NAME-P-S.png       the image
+RUN/suite.json                        the suite, its subjects and methods
+RUN/people/NAME.png                   reference image of a subject; NAME-other.png: a second image
+RUN/samples/METHOD/NAME-P-S.json      record of prompt P and seed S: status, metrics, provenance
+RUN/samples/METHOD/NAME-P-S.png       its image
+RUN/method_metrics.json               metrics of all images of a method together
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image, ImageChops
 
+from openpulid.bench.files import save_png, write_json
 from openpulid.bench.suite import Suite
 from openpulid.errors import OptionError
 
 BASE = "base"
-"""The base model without anybody: what every method is compared with."""
+"""The base model without an identity, which every method is compared with."""
 
-WEIGHTS = "weights"
-"""Where a record's configuration says which weights an image was made with."""
+MethodMetrics = Mapping[str, "float | None"]
+"""Metric name -> value for all images of a method; None where it is undefined."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A person: the picture given, and another one of them where there is one, which no method sees."""
+    """A person of the benchmark.
+
+    Attributes:
+        name: unique within the run.
+        portrait: the reference image.
+        other: a second image of the person that no method sees, or None.
+    """
 
     name: str
     portrait: Image.Image
@@ -38,7 +45,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class SampleKey:
-    """One image."""
+    """Identifies one image of a run.
+
+    Attributes:
+        method: name of the method.
+        person: name of the subject.
+        prompt: index of the prompt.
+        seed: seed of the noise.
+    """
 
     method: str
     person: str
@@ -47,130 +61,241 @@ class SampleKey:
 
     @property
     def stem(self) -> str:
-        """Of its files, below RUN/cells."""
+        """The path of its files below RUN/samples, without suffix."""
         return f"{self.method}/{self.person}-{self.prompt}-{self.seed}"
+
+    def with_method(self, method: str) -> SampleKey:
+        """Return the key of the same subject, prompt and seed for another method."""
+        return SampleKey(method, self.person, self.prompt, self.seed)
 
 
 @dataclass(frozen=True)
 class Job:
-    """All seeds of one method, person and prompt: made together, so that an image does not depend on who makes the rest."""
+    """All seeds of one method, subject and prompt.
 
-    cells: tuple[SampleKey, ...]
+    They are generated together, so that an image does not depend on how jobs are distributed.
+    """
+
+    keys: tuple[SampleKey, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """How an image was generated, and its metrics.
+
+    Attributes:
+        sample: the image.
+        status: "done", or "failed" with an `error`.
+        configuration: options and hashes of weights; the image is generated again if they change.
+        hardware: name of the device.
+        versions: library -> version.
+        start: identifies the start of the command; times of different starts are not compared.
+        seconds: generation time of one image, mean over the seeds of its job.
+        identify_seconds: time to extract the identity.
+        memory: peak GiB with all methods of the run loaded; None if unknown.
+        error: why the image is missing.
+        metrics: metric name -> value; None where it is undefined.
+        attributes: requested attribute -> whether the image shows it; None before it is checked.
+    """
+
+    sample: SampleKey
+    status: Literal["done", "failed"]
+    configuration: Mapping[str, Any]
+    hardware: str
+    versions: Mapping[str, str]
+    start: str | None = None
+    seconds: float | None = None
+    identify_seconds: float | None = None
+    memory: float | None = None
+    error: str | None = None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    attributes: Mapping[str, bool] | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Record:
+        """Build a record from the data of its file."""
+        return cls(**{**data, "sample": SampleKey(**data["sample"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON data."""
+        return asdict(self)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the image was generated."""
+        return self.status == "done"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The contents of a run directory, read once.
+
+    Attributes:
+        path: the run directory.
+        suite: the suite of the run.
+        people: names of the subjects.
+        methods: names of the methods, the base first.
+        records: of all images that were tried.
+        images: the images that exist.
+        method_metrics: method -> metrics of all its images together.
+    """
+
+    path: Path
+    suite: Suite
+    people: Sequence[str]
+    methods: Sequence[str]
+    records: Mapping[SampleKey, Record]
+    images: Mapping[SampleKey, Path]
+    method_metrics: Mapping[str, MethodMetrics]
+
+    def keys(self, method: str) -> list[SampleKey]:
+        """Return all images of a method, in the same order for every method."""
+        return [
+            SampleKey(method, person, prompt, seed)
+            for person in self.people
+            for prompt in range(len(self.suite.prompts))
+            for seed in self.suite.seeds
+        ]
+
+    def is_comparable(self, key: SampleKey) -> bool:
+        """Return whether an image and the base's image of the same prompt and seed exist."""
+        return key in self.images and key.with_method(BASE) in self.images
+
+    def portrait(self, person: str) -> Path:
+        """Return the path of a subject's reference image."""
+        return _portrait_path(self.path, person)
+
+    def second_image(self, person: str) -> Path:
+        """Return the path of a subject's second image, which may not exist."""
+        return _portrait_path(self.path, f"{person}-other")
 
 
 class RunDir:
-    """A run on disk."""
+    """A run directory: creates it, writes records and loads everything as a `Run`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def begin(self, suite: Suite, methods: Sequence[str], sitters: Sequence[Subject]) -> None:
-        """Writes down what is asked.
+    def create(self, suite: Suite, methods: Sequence[str], subjects: Sequence[Subject]) -> None:
+        """Write the suite and the subjects, or add methods to an existing run.
 
         Raises:
-            OptionError: the folder holds a run of something else, or of other pictures of the people. More methods of the same
-                suite and people are welcome.
+            OptionError: the directory contains a run of another suite or of other subjects.
         """
-        facts = {
-            "suite": suite.as_json(),
-            "people": [sitter.name for sitter in sitters],
-            "methods": list(methods),
-        }
-        if (file := self.path / "suite.json").is_file():
-            known = json.loads(file.read_text("utf-8"))
-            was, now = (
-                {**one, "published": None} for one in (known["suite"], suite.as_json())
-            )  # those make no image
-            if was != now or known["people"] != facts["people"]:
+        path = self.path / "suite.json"
+        people = [subject.name for subject in subjects]
+        all_methods = list(methods)
+        if path.is_file():
+            existing = json.loads(path.read_text("utf-8"))
+            # published values do not change any image
+            stored = {**existing["suite"], "published": None}
+            current = {**suite.to_json(), "published": None}
+            if stored != current or existing["people"] != people:
                 raise OptionError(
-                    f"{self.path} holds another suite or other people; choose another folder with -o."
+                    f"{self.path} contains another suite or other people; "
+                    "choose another directory with -o."
                 )
-            facts["methods"] = [
-                *known["methods"],
-                *(name for name in methods if name not in known["methods"]),
-            ]
-        for sitter in sitters:
-            for suffix, picture in (("", sitter.portrait), ("-other", sitter.other)):
-                if picture is None:
-                    continue
-                place = self.path / "people" / f"{sitter.name}{suffix}.png"
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if not place.is_file():
-                    save(place, picture)
-                elif ImageChops.difference(
-                    Image.open(place).convert("RGB"), picture.convert("RGB")
-                ).getbbox():
-                    raise OptionError(
-                        f"{place} is another picture than the one given now; choose another folder with -o."
-                    )
-        write(file, facts)
+            new_methods = [name for name in methods if name not in existing["methods"]]
+            all_methods = existing["methods"] + new_methods
+        for subject in subjects:
+            self._write_portrait(subject.name, subject.portrait)
+            if subject.other is not None:
+                self._write_portrait(f"{subject.name}-other", subject.other)
+        write_json(path, {"suite": suite.to_json(), "people": people, "methods": all_methods})
 
-    def facts(self) -> dict[str, Any]:
-        """What `begin` wrote.
+    def _write_portrait(self, name: str, image: Image.Image) -> None:
+        path = _portrait_path(self.path, name)
+        if not path.is_file():
+            save_png(path, image)
+            return
+        with Image.open(path) as stored:
+            difference = ImageChops.difference(stored.convert("RGB"), image.convert("RGB"))
+        if difference.getbbox():
+            raise OptionError(
+                f"{path} differs from the image given now; choose another directory with -o."
+            )
+
+    def load(self) -> Run:
+        """Read the whole run.
 
         Raises:
-            OptionError: this is no run's folder.
+            OptionError: the directory contains no run.
         """
-        file = self.path / "suite.json"
-        if not file.is_file():
+        path = self.path / "suite.json"
+        if not path.is_file():
             raise OptionError(
-                f"{self.path} holds no run; `pulid bench run SUITE -o {self.path}` makes one."
+                f"{self.path} contains no run; create one with "
+                f"`pulid bench run SUITE -o {self.path}`."
             )
-        facts: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        return facts
+        data = json.loads(path.read_text("utf-8"))
+        suite = Suite.from_json(data["suite"])
+        run = Run(self.path, suite, data["people"], data["methods"], {}, {}, {})
+        records: dict[SampleKey, Record] = {}
+        images: dict[SampleKey, Path] = {}
+        for key in (key for method in run.methods for key in run.keys(method)):
+            record = self.read_record(key)
+            if record is None:
+                continue
+            records[key] = record
+            if record.is_done and self.image_path(key).is_file():
+                images[key] = self.image_path(key)
+        return Run(
+            self.path, suite, run.people, run.methods, records, images, self.read_method_metrics()
+        )
 
-    def record(self, cell: SampleKey) -> dict[str, Any] | None:
-        """What is known of a cell; None before it was tried."""
-        file = self.path / "cells" / f"{cell.stem}.json"
-        return json.loads(file.read_text("utf-8")) if file.is_file() else None
+    def read_record(self, key: SampleKey) -> Record | None:
+        """Read the record of an image; None before it was tried."""
+        path = self._record_path(key)
+        if not path.is_file():
+            return None
+        return Record.from_json(json.loads(path.read_text("utf-8")))
 
-    def keep(
-        self, cell: SampleKey, record: dict[str, Any], image: Image.Image | None = None
-    ) -> None:
-        """Image first: a record says that its image is there."""
-        file = self.path / "cells" / f"{cell.stem}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
+    def write_record(self, record: Record, image: Image.Image | None = None) -> None:
+        """Write a record, after its image: a record states that the image exists."""
         if image is not None:
-            save(self.image(cell), image)
-        write(file, record)
+            save_png(self.image_path(record.sample), image)
+        write_json(self._record_path(record.sample), record.to_json())
 
-    def image(self, cell: SampleKey) -> Path:
-        """Where its picture lies."""
-        return self.path / "cells" / f"{cell.stem}.png"
+    def image_path(self, key: SampleKey) -> Path:
+        """Return the path of an image."""
+        return self.path / "samples" / f"{key.stem}.png"
 
-    def done(self, cell: SampleKey, configuration: Mapping[str, Any] | None = None) -> bool:
-        """Whether it was made, with this configuration if one is given; one that failed is tried again. Records of older runs
-        do not say which weights the base and the readers of faces had; there the rest of the configuration decides."""
-        record = self.record(cell)
-        if record is None or record["status"] != "done" or not self.image(cell).is_file():
-            return False
-        if configuration is None:
-            return True
-        made: dict[str, Any] = record["configuration"]
-        asked = {
-            name: value for name, value in configuration.items() if name != WEIGHTS or name in made
-        }
-        return made == asked
+    def _record_path(self, key: SampleKey) -> Path:
+        return self.path / "samples" / f"{key.stem}.json"
+
+    def is_done(self, key: SampleKey, configuration: Mapping[str, Any]) -> bool:
+        """Return whether an image exists and was generated with this configuration."""
+        record = self.read_record(key)
+        return (
+            record is not None
+            and record.is_done
+            and record.configuration == configuration
+            and self.image_path(key).is_file()
+        )
+
+    def read_method_metrics(self) -> dict[str, MethodMetrics]:
+        """Read the metrics of whole methods that have been computed so far."""
+        path = self.path / "method_metrics.json"
+        if not path.is_file():
+            return {}
+        metrics: dict[str, MethodMetrics] = json.loads(path.read_text("utf-8"))
+        return metrics
+
+    def write_method_metrics(self, metrics: Mapping[str, MethodMetrics]) -> None:
+        """Write the metrics of whole methods."""
+        write_json(self.path / "method_metrics.json", metrics)
 
 
-def chunks(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Iterator[Job]:
-    """All of them, methods by turns: what slows a machine for a while slows every method alike."""
+def iterate_jobs(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Iterator[Job]:
+    """Yield all jobs of a run, methods interleaved.
+
+    A machine that is slow for a while then slows down every method alike.
+    """
     for person in people:
         for prompt in range(len(suite.prompts)):
             for method in methods:
                 yield Job(tuple(SampleKey(method, person, prompt, seed) for seed in suite.seeds))
 
 
-def save(file: Path, image: Image.Image) -> None:
-    """A PNG that appears whole or not at all."""
-    unfinished = file.with_name(f".{file.stem}.{os.getpid()}.png")
-    image.save(unfinished)
-    os.replace(unfinished, file)
-
-
-def write(file: Path, facts: Any) -> None:
-    """JSON that appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
-    os.replace(unfinished, file)
+def _portrait_path(directory: Path, name: str) -> Path:
+    return directory / "people" / f"{name}.png"

@@ -1,13 +1,12 @@
-"""Measuring the images of a run."""
+"""Compute the metrics of a run."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,219 +15,232 @@ from torch import Tensor
 
 from openpulid.bench.metrics import (
     FID,
-    LIKENESS,
+    IDENTITY_METRICS,
     Attributes,
+    DetectFaces,
     Faces,
-    FindFaces,
     Metric,
     MetricInputs,
 )
-from openpulid.bench.run_dir import BASE, RunDir, SampleKey, write
+from openpulid.bench.run_dir import BASE, MethodMetrics, Run, RunDir, SampleKey
 
-LARGEST = 1024  # pixels of a portrait's longer side, as the judges see it
+MAX_SIDE = 1024
+"""Reference images are scaled down to this many pixels for the metrics."""
 
 
 class Scorers(Protocol):
-    """The networks of a benchmark; the recogniser of faces is one that no method uses."""
+    """The metric models of a benchmark; no method uses their face recognition model."""
 
     @property
-    def faces(self) -> FindFaces:
-        """Finds and recognises them."""
+    def faces(self) -> DetectFaces:
+        """The face detector and face recognition model."""
 
-    def measures(self) -> Sequence[Metric]:
-        """All that can be told with the networks that are here."""
+    def metrics(self) -> Sequence[Metric]:
+        """Return all metrics whose models are installed."""
 
-    def sets(self) -> Sequence[FID]:
-        """Those that give one number for all images of a method, each time anew."""
+    def method_metrics(self) -> Sequence[FID]:
+        """Return new, empty metrics that give one number for all images of a method."""
 
-    def truth(self, people: Sequence[str]) -> Tensor | None:
-        """(P, V): what is known exactly of the people of these names; None of photographs."""
+    def facial_values(self, people: Sequence[str]) -> Tensor | None:
+        """Return the true facial parameters (P, V) of the subjects; None for photos."""
 
-    def wanted(self, named: Mapping[str, str]) -> Mapping[str, int]:
-        """What a prompt of the suite asks for, as classes of the attribute reader."""
+    def attribute_classes(self, attributes: Mapping[str, str]) -> Mapping[str, int]:
+        """Convert requested attributes to class indices of the attribute classifier."""
 
 
 @dataclass(frozen=True)
 class References:
-    """All people of a run as the judges see them, (P, ...); `others` are their second pictures, where all have one."""
+    """The subjects of a run as the metric models see them.
 
-    portraits: Tensor
-    gallery: Faces
-    others: Faces | None
-    truth: Tensor | None
+    Attributes:
+        images: (P, 3, H, W), the reference images.
+        faces: their faces.
+        second_faces: faces of the second images; None unless every subject has one.
+        facial_values: (P, V), the true facial parameters; None for photos.
+    """
 
-    @classmethod
-    def of(cls, folder: RunDir, facts: Mapping[str, Any], judges: Scorers) -> References:
-        """Read from the run's folder."""
-        people = [folder.path / "people" / f"{name}.png" for name in facts["people"]]
-        others = [file.with_name(f"{file.stem}-other.png") for file in people]
-        portraits = fitted(people)
-        second = judges.faces(fitted(others)) if all(file.is_file() for file in others) else None
-        return cls(portraits, judges.faces(portraits), second, judges.truth(facts["people"]))
+    images: Tensor
+    faces: Faces
+    second_faces: Faces | None
+    facial_values: Tensor | None
 
 
-def score_run(folder: RunDir, judges: Scorers) -> None:
-    """Writes the measures of every image into its record, and those of whole methods into RUN/sets.json. A method that is
-    measured already is left as it is."""
-    facts, sets, file = folder.facts(), known_sets(folder), folder.path / "sets.json"
-    names = [measure.name for measure in judges.measures()]
-    sitting: References | None = None
-    for method in facts["methods"]:
-        if not unmeasured(folder, facts, method, names, [one.name for one in judges.sets()]):
+def load_references(run: Run, scorers: Scorers) -> References:
+    """Load the images of all subjects of a run and detect their faces."""
+    images = load_portraits([run.portrait(person) for person in run.people])
+    second_paths = [run.second_image(person) for person in run.people]
+    second_faces = None
+    if all(path.is_file() for path in second_paths):
+        second_faces = scorers.faces(load_portraits(second_paths))
+    return References(
+        images, scorers.faces(images), second_faces, scorers.facial_values(run.people)
+    )
+
+
+def score_run(run_dir: RunDir, scorers: Scorers) -> None:
+    """Write the metrics of every image into its record, and those of whole methods.
+
+    Methods that are already scored are skipped.
+    """
+    run = run_dir.load()
+    method_metrics = dict(run.method_metrics)
+    references: References | None = None
+    for method in run.methods:
+        if not needs_scoring(run, method, scorers):
             continue
-        if sets.pop(
-            method, None
-        ):  # of the images before: a run that is stopped now must not leave them
-            write(file, sets)
-        sitting = sitting or References.of(folder, facts, judges)
-        whole = judges.sets()
-        for person in range(
-            len(facts["people"])
-        ):  # one by one: all images of a large run fit no memory
-            _judge(folder, facts, method, person, sitting, judges, whole)
-        values = {one.name: one.compute() for one in whole} if method != BASE else {}
-        sets[method] = {
-            name: None if math.isnan(value) else round(value, 4) for name, value in values.items()
-        }
-        write(file, sets)
+        # values of earlier images must not survive if scoring is stopped now
+        if method_metrics.pop(method, None):
+            run_dir.write_method_metrics(method_metrics)
+        references = references or load_references(run, scorers)
+        method_metrics[method] = MethodScorer(run_dir, run, method, scorers, references).score()
+        run_dir.write_method_metrics(method_metrics)
 
 
-def _judge(
-    folder: RunDir,
-    facts: Mapping[str, Any],
-    method: str,
-    person: int,
-    sitting: References,
-    judges: Scorers,
-    whole: Sequence[FID],
-) -> None:
-    """One person's images of one method."""
-    made = [
-        cell
-        for cell in sample_keys(facts, method)
-        if cell.person == facts["people"][person] and comparable(folder, cell)
-    ]
-    for likeness in (True, False):
-        part = [cell for cell in made if counts(facts, cell.prompt, likeness)]
-        if not part:
-            continue
-        evidence = gathered(folder, facts, part, person, sitting, judges)
-        measures = [m for m in judges.measures() if (m.name in LIKENESS) == likeness]
-        values = {m.name: m(evidence) for m in measures}
-        asked = next((m.each(evidence) for m in measures if isinstance(m, Attributes)), None)
-        for row, cell in enumerate(part):
-            record = folder.record(cell) or {}
-            told = {name: _number(column[row]) for name, column in values.items()}
-            seen = {} if asked is None else {"asked": asked[row]}
-            folder.keep(cell, {**record, **seen, "metrics": record.get("metrics", {}) | told})
-        if not likeness and method != BASE:
-            for one in whole:
-                one.update(evidence)
+def needs_scoring(run: Run, method: str, scorers: Scorers) -> bool:
+    """Return whether a metric of a method or of one of its images is missing."""
+    if method != BASE:
+        stored = run.method_metrics.get(method, {})
+        if any(metric.name not in stored for metric in scorers.method_metrics()):
+            return True
+    names = [metric.name for metric in scorers.metrics()]
+    return any(_is_unscored(run, key, names) for key in run.keys(method) if run.is_comparable(key))
 
 
-def unmeasured(
-    folder: RunDir,
-    facts: Mapping[str, Any],
-    method: str,
-    names: Sequence[str],
-    sets: Sequence[str] = (),
-) -> bool:
-    """Whether an image of a method lacks one of these measures, or what was seen of each attribute; or all its images together
-    lack one of `sets`, which the base has none of."""
-    if method != BASE and not set(sets) <= set(known_sets(folder).get(method, {})):
+def _is_unscored(run: Run, key: SampleKey, names: Sequence[str]) -> bool:
+    record = run.records[key]
+    expected = {
+        name for name in names if run.suite.is_scored(key.prompt, identity=name in IDENTITY_METRICS)
+    }
+    if Attributes.name in expected and record.attributes is None:
         return True
-    for cell in sample_keys(facts, method):
-        if comparable(folder, cell):
-            record = folder.record(cell) or {}
-            told = record.get("metrics", {})
-            expected = {name for name in names if counts(facts, cell.prompt, name in LIKENESS)}
-            if not expected <= set(told) or (Attributes.name in expected and "asked" not in record):
-                return True
-    return False
+    return not expected <= set(record.metrics)
 
 
-def comparable(folder: RunDir, cell: SampleKey) -> bool:
-    """Whether an image is there, and the base's of the same prompt and noise."""
-    return folder.done(cell) and folder.done(SampleKey(BASE, cell.person, cell.prompt, cell.seed))
+class MethodScorer:
+    """Computes the metrics of one method.
+
+    Args:
+        run_dir: where the records are written.
+        run: the run.
+        method: name of the method.
+        scorers: the metric models.
+        references: the subjects.
+    """
+
+    def __init__(
+        self, run_dir: RunDir, run: Run, method: str, scorers: Scorers, references: References
+    ) -> None:
+        self.run_dir = run_dir
+        self.run = run
+        self.method = method
+        self.scorers = scorers
+        self.references = references
+        # the base has none: it would be compared with itself
+        self.method_metrics = scorers.method_metrics() if method != BASE else ()
+
+    def score(self) -> MethodMetrics:
+        """Write the metrics of all images; return those of the whole method."""
+        # one subject after the other: all images of a large run do not fit into memory
+        for person in self.run.people:
+            self._score_person(person)
+        return {metric.name: _to_number(metric.compute(), 4) for metric in self.method_metrics}
+
+    def _score_person(self, person: str) -> None:
+        keys = [
+            key
+            for key in self.run.keys(self.method)
+            if key.person == person and self.run.is_comparable(key)
+        ]
+        if not self.run.suite.identity_prompts:
+            self._score_images(keys, self.scorers.metrics(), self.method_metrics)
+            return
+        suite = self.run.suite
+        self._score_images(
+            [key for key in keys if suite.is_scored(key.prompt, identity=True)],
+            [metric for metric in self.scorers.metrics() if metric.name in IDENTITY_METRICS],
+            (),
+        )
+        self._score_images(
+            [key for key in keys if suite.is_scored(key.prompt, identity=False)],
+            [metric for metric in self.scorers.metrics() if metric.name not in IDENTITY_METRICS],
+            self.method_metrics,
+        )
+
+    def _score_images(
+        self, keys: Sequence[SampleKey], metrics: Sequence[Metric], method_metrics: Sequence[FID]
+    ) -> None:
+        """Compute metrics of images of one subject and write them into the records."""
+        if not keys:
+            return
+        inputs = self._load_inputs(keys)
+        columns = {metric.name: metric(inputs) for metric in metrics}
+        attributes: Sequence[Mapping[str, bool] | None] = [None] * len(keys)
+        for metric in metrics:
+            if isinstance(metric, Attributes):
+                attributes = metric.check(inputs)
+        for row, key in enumerate(keys):
+            record = self.run.records[key]
+            values = {name: _to_number(column[row].item()) for name, column in columns.items()}
+            scored = replace(
+                record,
+                metrics={**record.metrics, **values},
+                attributes=record.attributes if attributes[row] is None else attributes[row],
+            )
+            self.run_dir.write_record(scored)
+        for method_metric in method_metrics:
+            method_metric.update(inputs)
+
+    def _load_inputs(self, keys: Sequence[SampleKey]) -> MetricInputs:
+        images = load_images([self.run.images[key] for key in keys])
+        base_images = load_images([self.run.images[key.with_method(BASE)] for key in keys])
+        subject = self.run.people.index(keys[0].person)
+        subjects = torch.full((len(keys),), subject)
+        second_faces = self.references.second_faces
+        prompts = [self.run.suite.prompts[key.prompt] for key in keys]
+        return MetricInputs(
+            images=images,
+            base_images=base_images,
+            faces=self.scorers.faces(images),
+            base_faces=self.scorers.faces(base_images),
+            subjects=subjects,
+            reference_images=self.references.images,
+            reference_faces=self.references.faces,
+            prompts=[prompt.text for prompt in prompts],
+            requested=[self.scorers.attribute_classes(prompt.attributes) for prompt in prompts],
+            second_faces=second_faces.select(subjects) if second_faces else None,
+            facial_values=self.references.facial_values,
+        )
 
 
-def known_sets(folder: RunDir) -> dict[str, dict[str, float | None]]:
-    """Method -> the measures of all its images together, so far; None where it was tried and cannot be told."""
-    file = folder.path / "sets.json"
-    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+def load_images(paths: Sequence[Path]) -> Tensor:
+    """Load images of the same size, (B, 3, H, W) in [0, 1]."""
+    return _to_tensor([_open_rgb(path) for path in paths])
 
 
-def counts(facts: Mapping[str, Any], prompt: int, likeness: bool) -> bool:
-    """Whether a prompt's images count for the likeness, or for the rest."""
-    named = facts["suite"]["likeness"]
-    return not named or (prompt in named) == likeness
+def load_portraits(paths: Sequence[Path]) -> Tensor:
+    """Load images of any size, (B, 3, H, W) in [0, 1].
+
+    If the sizes differ or exceed `MAX_SIDE`, each image is scaled without distortion and centered
+    on a white square.
+    """
+    images = [_open_rgb(path) for path in paths]
+    longest_side = max(max(image.size) for image in images)
+    if longest_side > MAX_SIDE or len({image.size for image in images}) > 1:
+        side = min(longest_side, MAX_SIDE)
+        images = [ImageOps.pad(image, (side, side), color="white") for image in images]
+    return _to_tensor(images)
 
 
-def sample_keys(facts: Mapping[str, Any], method: str) -> list[SampleKey]:
-    """All of a method."""
-    suite = facts["suite"]
-    return [
-        SampleKey(method, person, prompt, seed)
-        for person in facts["people"]
-        for prompt in range(len(suite["prompts"]))
-        for seed in suite["seeds"]
-    ]
+def _open_rgb(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
-def gathered(
-    folder: RunDir,
-    facts: Mapping[str, Any],
-    cells: Sequence[SampleKey],
-    person: int,
-    sitting: References,
-    judges: Scorers,
-) -> MetricInputs:
-    """What the measures look at, read from the run's folder."""
-    prompts = facts["suite"]["prompts"]
-    images = opened([folder.image(cell) for cell in cells])
-    before = opened(
-        [folder.image(SampleKey(BASE, cell.person, cell.prompt, cell.seed)) for cell in cells]
-    )
-    rows = torch.full((len(cells),), person)
-    return MetricInputs(
-        images=images,
-        before=before,
-        seen=judges.faces(images),
-        was=judges.faces(before),
-        person=rows,
-        portraits=sitting.portraits,
-        gallery=sitting.gallery,
-        prompts=[prompts[cell.prompt]["text"] for cell in cells],
-        wanted=[judges.wanted(prompts[cell.prompt]["wanted"]) for cell in cells],
-        others=sitting.others.rows(rows) if sitting.others else None,
-        truth=sitting.truth,
-    )
+def _to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return pixels.permute(0, 3, 1, 2).float() / 255
 
 
-def opened(files: Sequence[Path]) -> Tensor:
-    """(B, 3, H, W) in [0, 1], of pictures of one size."""
-    return _tensor([Image.open(file).convert("RGB") for file in files])
-
-
-def fitted(files: Sequence[Path]) -> Tensor:
-    """The same of pictures of any sizes: if they differ, or are large, each in the middle of a white square, undistorted."""
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    longest = max(max(picture.size) for picture in pictures)
-    if longest > LARGEST or len({picture.size for picture in pictures}) > 1:
-        side = min(longest, LARGEST)
-        pictures = [ImageOps.pad(picture, (side, side), color="white") for picture in pictures]
-    return _tensor(pictures)
-
-
-def _tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    return (
-        torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
-        .permute(0, 3, 1, 2)
-        .float()
-        / 255
-    )
-
-
-def _number(value: Tensor) -> float | None:
-    """JSON has no NaN."""
-    return None if value.isnan() else round(value.item(), 5)
+def _to_number(value: float, digits: int = 5) -> float | None:
+    """Return a rounded number; None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else round(value, digits)

@@ -1,12 +1,11 @@
-"""The judges of photographs: published networks; no method uses the recogniser. What is not here is left out, and
-said."""
+"""Metric models for photos: published networks, whose face recognition model no method uses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,60 +23,67 @@ from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.io.checkpoints import read_tensors
 from openpulid.io.hub import locate
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which DINO learned with
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+BATCH_SIZE = 8
+
+Model = TypeVar("Model")
 
 
 class PhotoFaces:
-    """The largest face of each image and whose it is: `bench.metrics.FindFaces`. Its mask is the detector's box.
+    """Detects and embeds the largest face of each image: `bench.metrics.DetectFaces`.
+
+    The mask of a face is its bounding box.
 
     Args:
-        finder: finds faces in (3, H, W).
-        recogniser: (B, 3, 112, 112) in [-1, 1] -> (B, D).
+        detector: detects faces in (3, H, W).
+        recognition: face recognition model, (B, 3, 112, 112) in [-1, 1] -> (B, D).
     """
 
-    def __init__(self, finder: SCRFDDetector, recogniser: nn.Module) -> None:
-        self.finder, self.recogniser = finder, recogniser.eval().requires_grad_(False)
-        self.device = next(recogniser.parameters()).device
+    def __init__(self, detector: SCRFDDetector, recognition: nn.Module) -> None:
+        self.detector = detector
+        self.recognition = recognition.eval().requires_grad_(False)
+        self.device = next(recognition.parameters()).device
+        blank = torch.zeros(1, 3, ARCFACE_CROP, ARCFACE_CROP, device=self.device)
         with torch.no_grad():
-            self.nobody = (
-                recogniser(torch.zeros(1, 3, ARCFACE_CROP, ARCFACE_CROP, device=self.device))[0]
-                .float()
-                .cpu()
-                * 0
-            )
+            self.no_face = torch.zeros_like(recognition(blank)[0].float().cpu())
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
-        """(B, 3, H, W) in [0, 1] -> Faces; embeddings of images without a face are zero."""
-        faces: list[Face | None] = [next(iter(self.finder.find(image)), None) for image in images]
-        found = torch.tensor([face is not None for face in faces])
+        """Detect and embed the faces of images (B, 3, H, W) in [0, 1].
+
+        Embeddings of images without a face are zero.
+        """
+        faces: list[Face | None] = [next(iter(self.detector.find(image)), None) for image in images]
         masks = torch.zeros(len(images), 1, *images.shape[2:])
         embeddings: list[Tensor] = []
         for row, face in enumerate(faces):
             if face is None:
-                embeddings.append(self.nobody)
+                embeddings.append(self.no_face)
                 continue
             left, top, right, bottom = face.box.round().int().tolist()
             masks[row, :, top:bottom, left:right] = 1
-            crop = warp_images(
-                images[row : row + 1],
-                similarity_transform(face.landmarks[None], ARCFACE_TEMPLATE + 0.5),
-                ARCFACE_CROP,
-            )
-            embeddings.append(self.recogniser((2 * crop - 1).to(self.device))[0].float().cpu())
-        return Faces(found, torch.stack(embeddings), masks)
+            embeddings.append(self._embed(images[row : row + 1], face))
+        has_face = torch.tensor([face is not None for face in faces])
+        return Faces(has_face, torch.stack(embeddings), masks)
+
+    def _embed(self, image: Tensor, face: Face) -> Tensor:
+        transform = similarity_transform(face.landmarks[None], ARCFACE_TEMPLATE + 0.5)
+        crop = warp_images(image, transform, ARCFACE_CROP)
+        return self.recognition((2 * crop - 1).to(self.device))[0].float().cpu()
 
 
 @dataclass(frozen=True)
 class PhotoScorers:
-    """`bench.judging.Scorers` of photographs; what is None is not measured.
+    """`bench.score.Scorers` for photos; metrics whose model is None are left out.
 
     Attributes:
-        faces: finds and recognises.
-        embed_images, embed_texts: CLIP's.
-        dino: DINO ViT-S/16's.
-        lpips: AlexNet's.
-        inception: features for the FID.
+        faces: face detector and face recognition model.
+        embed_images: CLIP's vision encoder.
+        embed_texts: CLIP's text encoder.
+        dino: DINO ViT-S/16.
+        lpips: LPIPS on AlexNet.
+        inception: Inception features for the FID.
     """
 
     faces: PhotoFaces
@@ -87,159 +93,177 @@ class PhotoScorers:
     lpips: Distance | None = None
     inception: EmbedImages | None = None
 
-    def measures(self) -> list[Metric]:
-        """All that can be told with the networks that are here."""
-        found: list[Metric] = [
-            metrics.FaceSim(), metrics.Rank1(), metrics.CopyPaste(), metrics.OutsideFace(), metrics.FaceFound()
-        ]  # fmt: skip
+    def metrics(self) -> list[Metric]:
+        """Return all metrics whose models are installed."""
+        available: list[Metric] = [
+            metrics.FaceSim(),
+            metrics.Rank1(),
+            metrics.CopyPaste(),
+            metrics.OutsideFace(),
+            metrics.FaceFound(),
+        ]
         if self.embed_images and self.embed_texts:
-            found += [
-                metrics.ClipT(self.embed_images, self.embed_texts),
-                metrics.ClipI(self.embed_images),
-            ]
+            available.append(metrics.ClipT(self.embed_images, self.embed_texts))
+            available.append(metrics.ClipI(self.embed_images))
         if self.dino:
-            found += [metrics.Dino(self.dino), metrics.FGIS(self.dino)]
+            available.append(metrics.Dino(self.dino))
+            available.append(metrics.FGIS(self.dino))
         if self.lpips:
-            found += [metrics.LpipsOutside(self.lpips), metrics.FaceDiversity(self.lpips)]
-        return found
+            available.append(metrics.LpipsOutside(self.lpips))
+            available.append(metrics.FaceDiversity(self.lpips))
+        return available
 
-    def sets(self) -> list[FID]:
-        """FID of Inception's features."""
+    def method_metrics(self) -> list[FID]:
+        """Return a new FID on Inception features."""
         return [metrics.FID(self.inception)] if self.inception else []
 
-    def truth(self, people: Sequence[str]) -> None:
-        """Nobody knows the numbers of a photographed face."""
+    def facial_values(self, people: Sequence[str]) -> None:
+        """Return None: photos have no true facial parameters."""
 
-    def wanted(self, named: Mapping[str, str]) -> dict[str, int]:
-        """Nothing: there is no reader of what photographs show."""
+    def attribute_classes(self, attributes: Mapping[str, str]) -> dict[str, int]:
+        """Return nothing: there is no attribute classifier for photos."""
         return {}
 
     @classmethod
     def load(cls, device: torch.device, say: Callable[[str], None] = print) -> PhotoScorers:
-        """Those whose weights are on this machine; no network is asked.
+        """Load the models whose weights are installed; nothing is downloaded.
 
         Args:
-            say: told what is missing, and what is not measured for it.
+            device: where to run them.
+            say: receives a message for each model that is missing.
 
         Raises:
-            WeightsError: the detector or the recogniser is missing: nothing can be told of faces.
+            WeightsError: the face detector or the face recognition model is missing, without
+                which no identity can be measured.
         """
         faces = PhotoFaces(
             SCRFDDetector.load(locate("detector"), device),
-            curricular_face(locate("judge-recogniser")).to(device),
+            load_curricular_face(locate("judge-recogniser")).to(device),
         )
-        makers: dict[str, Callable[[], Sequence[Any]]] = {
-            "CLIP-T and CLIP-I": lambda: clip_judge(locate("judge-clip"), device),
-            "DINO and FGIS": lambda: [dino_judge(locate("judge-dino"), device)],
-            "LPIPS and Face Div": lambda: [lpips_judge(locate("judge-lpips"), device)],
-            "FID": lambda: [inception_judge(locate("judge-inception"), device)],
-        }
-        made: dict[str, Sequence[Any]] = {}
-        for what, make in makers.items():
+
+        def load_optional(columns: str, load: Callable[[], Model]) -> Model | None:
             try:
-                made[what] = make()
+                return load()
             except WeightsError as error:
-                say(f"not measured: {what} ({error})")
-        clip = made.get("CLIP-T and CLIP-I", (None, None))
-        rest = (
-            made.get(what, (None,))[0] for what in ("DINO and FGIS", "LPIPS and Face Div", "FID")
+                say(f"not measured: {columns} ({error})")
+                return None
+
+        clip = load_optional("CLIP-T and CLIP-I", lambda: load_clip(locate("judge-clip"), device))
+        dino = load_optional("DINO and FGIS", lambda: load_dino(locate("judge-dino"), device))
+        lpips = load_optional(
+            "LPIPS and Face Div", lambda: load_lpips(locate("judge-lpips"), device)
         )
-        return cls(faces, *clip, *rest)
+        inception = load_optional("FID", lambda: load_inception(locate("judge-inception"), device))
+        embed_images, embed_texts = clip or (None, None)
+        return cls(faces, embed_images, embed_texts, dino, lpips, inception)
 
 
-def curricular_face(file: Path) -> nn.Module:
-    """CurricularFace (arXiv 2004.00288), a residual network of 100 layers: (B, 3, 112, 112) in [-1, 1] -> (B, 512).
+def load_curricular_face(path: Path) -> nn.Module:
+    """Load CurricularFace (arXiv 2004.00288), a residual network of 100 layers.
+
+    Returns:
+        (B, 3, 112, 112) in [-1, 1] -> (B, 512).
 
     Raises:
-        WeightsError: another network's file.
+        WeightsError: the file belongs to another network.
     """
     from facexlib.recognition.arcface_arch import Backbone
 
     network = Backbone(num_layers=100, drop_ratio=0.4, mode="ir")
     network.output_layer[4] = nn.BatchNorm1d(512, affine=False)
     try:
-        network.load_state_dict(read_tensors(file))
+        network.load_state_dict(read_tensors(path))
     except RuntimeError as error:
-        raise WeightsError(f"{file} is not CurricularFace's backbone: {error}") from error
+        raise WeightsError(f"{path} is not CurricularFace's backbone: {error}") from error
     return network
 
 
-def clip_judge(folder: Path, device: torch.device) -> tuple[EmbedImages, EmbedTexts]:
-    """CLIP ViT-L/14 of transformers, for pictures and for prompts."""
+def load_clip(folder: Path, device: torch.device) -> tuple[EmbedImages, EmbedTexts]:
+    """Load CLIP ViT-L/14 in transformers format.
+
+    Returns:
+        The functions that embed images and prompts.
+
+    Raises:
+        WeightsError: the folder contains no CLIP.
+    """
     from transformers import AutoTokenizer, CLIPModel
 
     try:
         model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder} holds no CLIP; get it again.") from error
+        raise WeightsError(f"{folder} contains no CLIP; download it again.") from error
 
     @torch.no_grad()
-    def texts(prompts: Sequence[str]) -> Tensor:
-        tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(
-            device
-        )
-        return model.text_projection(model.text_model(**tokens).pooler_output).float().cpu()
+    def embed_texts(prompts: Sequence[str]) -> Tensor:
+        tokens = tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        hidden = model.text_model(**tokens.to(device)).pooler_output
+        return model.text_projection(hidden).float().cpu()
 
-    def seen(pixels: Tensor) -> Tensor:
+    def embed_pixels(pixels: Tensor) -> Tensor:
         return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
 
-    return each(seen, model.config.vision_config.image_size, CLIP_MEAN, CLIP_STD, device), texts
+    size = model.config.vision_config.image_size
+    return image_embedder(embed_pixels, size, CLIP_MEAN, CLIP_STD, device), embed_texts
 
 
-def dino_judge(file: Path, device: torch.device) -> EmbedImages:
-    """DINO ViT-S/16 (arXiv 2104.14294) of timm: the class token."""
+def load_dino(path: Path, device: torch.device) -> EmbedImages:
+    """Load DINO ViT-S/16 (arXiv 2104.14294) into timm's model; it embeds by the class token.
+
+    Raises:
+        WeightsError: the file belongs to another network.
+    """
     import timm
 
     try:
         model = timm.create_model(
             "vit_small_patch16_224.dino", num_classes=0, dynamic_img_size=True
         )
-        model.load_state_dict(read_tensors(file))
+        model.load_state_dict(read_tensors(path))
     except RuntimeError as error:
-        raise WeightsError(f"{file} is not DINO's ViT-S/16: {error}") from error
-    return each(model.eval().to(device), 224, MEAN, STD, device)
+        raise WeightsError(f"{path} is not DINO's ViT-S/16: {error}") from error
+    return image_embedder(model.eval().to(device), 224, IMAGENET_MEAN, IMAGENET_STD, device)
 
 
-def lpips_judge(file: Path, device: torch.device) -> Distance:
-    """LPIPS (arXiv 1801.03924) on AlexNet; its own weights come with the library `lpips`, AlexNet's are the file.
+def load_lpips(path: Path, device: torch.device) -> Distance:
+    """Load LPIPS (arXiv 1801.03924) on AlexNet.
+
+    Its own weights are part of the library `lpips`; the file has AlexNet's.
 
     Raises:
-        WeightsError: lpips is not installed, or another network's file.
+        WeightsError: lpips is not installed, or the file belongs to another network.
     """
     try:
         import lpips
     except ModuleNotFoundError as error:
-        raise WeightsError(
-            "the library lpips has half of the network; `pip install lpips`"
-        ) from error
+        raise WeightsError("part of LPIPS is in the library lpips; `pip install lpips`") from error
 
     model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    tensors = {name: x for name, x in read_tensors(file).items() if name.startswith("features.")}
-    slices: dict[str, Tensor] = {}
-    for (
-        name,
-        _,
-    ) in model.net.named_parameters():  # slices of AlexNet's features, which keep their numbers
-        slices[name] = tensors.get(f"features.{name.split('.', 1)[1]}", torch.empty(0))
+    tensors = read_tensors(path)
+    # lpips splits AlexNet's features into slices, whose layers keep their indices
+    state: dict[str, Tensor] = {}
+    for name, _ in model.net.named_parameters():
+        layer = name.split(".", 1)[1]
+        state[name] = tensors.get(f"features.{layer}", torch.empty(0))
     try:
-        model.net.load_state_dict(slices)
+        model.net.load_state_dict(state)
     except RuntimeError as error:
-        raise WeightsError(f"{file} is not torchvision's AlexNet: {error}") from error
+        raise WeightsError(f"{path} is not torchvision's AlexNet: {error}") from error
     model = model.eval().to(device)
 
     @torch.no_grad()
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        pairs = zip(a.split(8), b.split(8), strict=True)
-        return torch.cat(
-            [model(x.to(device), y.to(device), normalize=True).flatten().cpu() for x, y in pairs]
-        )
+        distances = []
+        for x, y in zip(a.split(BATCH_SIZE), b.split(BATCH_SIZE), strict=True):
+            distances.append(model(x.to(device), y.to(device), normalize=True).flatten().cpu())
+        return torch.cat(distances)
 
     return distance
 
 
-def inception_judge(file: Path, device: torch.device) -> EmbedImages:
-    """The Inception of the first FID (arXiv 1706.08500), its pool of 2048, through torchmetrics and torch-fidelity.
+def load_inception(path: Path, device: torch.device) -> EmbedImages:
+    """Load the Inception network of the original FID (arXiv 1706.08500): pooling layer of 2048.
 
     Raises:
         WeightsError: torch-fidelity is not installed.
@@ -247,40 +271,49 @@ def inception_judge(file: Path, device: torch.device) -> EmbedImages:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     try:
-        model = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(file)).to(device)
+        model = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(device)
     except ModuleNotFoundError as error:
         raise WeightsError(
-            "torch-fidelity has the network; `pip install torch-fidelity`"
+            "the network is in torch-fidelity; `pip install torch-fidelity`"
         ) from error
 
     @torch.no_grad()
-    def features(images: Tensor) -> Tensor:
-        parts = ((part * 255).round().clamp(0, 255).byte().to(device) for part in images.split(8))
-        return torch.cat([model(part).cpu() for part in parts])
+    def embed(images: Tensor) -> Tensor:
+        features = []
+        for batch in images.split(BATCH_SIZE):
+            pixels = (batch * 255).round().clamp(0, 255).byte()
+            features.append(model(pixels.to(device)).cpu())
+        return torch.cat(features)
 
-    return features
+    return embed
 
 
-def each(
+def image_embedder(
     network: Callable[[Tensor], Tensor],
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
     device: torch.device,
 ) -> EmbedImages:
-    """A network as a judge asks it: (B, 3, H, W) in [0, 1], eight at a time, fitted to size x size and normalised -> (B, D)."""
+    """Return a function that resizes, normalizes and embeds images in small batches.
+
+    Args:
+        network: (B, 3, size, size), normalized -> (B, D).
+        size: input size of the network in pixels.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
+        device: device of the network.
+    """
 
     @torch.no_grad()
     def embed(images: Tensor) -> Tensor:
-        seen = []
-        for part in images.split(8):
-            fitted = (
-                interpolate(part.float(), (size, size), mode="bicubic", antialias=True)
-                .clamp(0, 1)
-                .to(device)
-            )
-            shift, scale = (fitted.new_tensor(values)[:, None, None] for values in (mean, std))
-            seen.append(network((fitted - shift) / scale).float().cpu())
-        return torch.cat(seen)
+        embeddings = []
+        for batch in images.split(BATCH_SIZE):
+            resized = interpolate(batch.float(), (size, size), mode="bicubic", antialias=True)
+            pixels = resized.clamp(0, 1).to(device)
+            shift = pixels.new_tensor(mean)[:, None, None]
+            scale = pixels.new_tensor(std)[:, None, None]
+            embeddings.append(network((pixels - shift) / scale).float().cpu())
+        return torch.cat(embeddings)
 
     return embed

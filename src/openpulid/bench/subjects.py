@@ -1,7 +1,8 @@
-"""People of a benchmark from photographs."""
+"""Benchmark subjects from photos."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from openpulid.bench.run_dir import Subject
@@ -11,34 +12,42 @@ from openpulid.io.images import open_image
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".heic", ".avif"}
 
 
-def photo_subjects(folder: Path) -> list[Subject]:
-    """A person for each picture NAME.jpg in a folder, or for each folder NAME in it, whose first picture is the given one and
-    whose second no method sees.
+def load_photo_subjects(folder: Path) -> list[Subject]:
+    """Load one subject per image file or per subfolder.
+
+    An image NAME.jpg is the reference image of NAME. Of a subfolder NAME, the first image is the
+    reference image and the second one is never passed to a method.
 
     Raises:
-        OptionError: no folder, no picture in it, or two people of one name.
-        PictureError: one that cannot be read.
+        OptionError: the folder is missing or has no images, or two subjects have the same name.
+        PictureError: an image cannot be read.
     """
     if not folder.is_dir():
         raise OptionError(
-            f"{folder} is no folder; name one with a photograph, or a folder of photographs, of each person."
+            f"{folder} is not a folder; name a folder with one photo, or one folder of photos, "
+            "per person."
         )
-    found = []
-    for place in sorted(folder.iterdir()):
-        files = sorted(place.iterdir()) if place.is_dir() else [place]
-        pictures = [
-            open_image(file) for file in [f for f in files if f.suffix.lower() in SUFFIXES][:2]
-        ]
-        if pictures:
-            name = (
-                place.name if place.is_dir() else place.stem
-            )  # a folder may be called "Dr. Smith"
-            found.append(Subject(name, pictures[0], pictures[1] if len(pictures) > 1 else None))
-    if not found:
-        raise OptionError(f"{folder} holds no photographs ({', '.join(sorted(SUFFIXES))}).")
-    names = [file for sitter in found for file in (sitter.name, f"{sitter.name}-other")]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    subjects = []
+    for path in sorted(folder.iterdir()):
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        photos = [file for file in files if file.suffix.lower() in SUFFIXES][:2]
+        if not photos:
+            continue
+        images = [open_image(photo) for photo in photos]
+        name = path.name if path.is_dir() else path.stem  # a folder may be called "Dr. Smith"
+        subjects.append(Subject(name, images[0], images[1] if len(images) > 1 else None))
+    if not subjects:
+        raise OptionError(f"{folder} contains no photos ({', '.join(sorted(SUFFIXES))}).")
+    _check_names(subjects, folder)
+    return subjects
+
+
+def _check_names(subjects: list[Subject], folder: Path) -> None:
+    """Raise an error if two files of a run directory would have the same name."""
+    file_names = Counter(
+        name for subject in subjects for name in (subject.name, f"{subject.name}-other")
+    )
+    if duplicates := sorted(name for name, count in file_names.items() if count > 1):
         raise OptionError(
-            f"{folder}: two people would be called {', '.join(twice)}; rename one of each."
+            f"{folder}: two people would be called {', '.join(duplicates)}; rename one of each."
         )
-    return found

@@ -1,4 +1,4 @@
-"""What a benchmark asks of every method: a suite is data, one JSON file."""
+"""Benchmark suites: subjects, prompts and seeds, described by a JSON file."""
 
 from __future__ import annotations
 
@@ -15,31 +15,38 @@ SUITES = Path(__file__).parent / "suites"
 OPTIONS = frozenset(
     ("steps", "guidance", "negative", "size", "start", "end", "true_cfg", "timestep_to_start_cfg")
 )
-"""What a suite may choose for all methods alike."""
+"""Generation options that a suite may set for all methods."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A sentence, and what must be seen in the image where that can be read: attribute -> class."""
+    """A prompt and the attributes that its image should show.
+
+    Attributes:
+        text: the prompt.
+        attributes: attribute name -> class, for example "glasses" -> "sunglasses"; empty where no
+            classifier can check them.
+    """
 
     text: str
-    wanted: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """People x prompts x seeds.
+    """Subjects x prompts x seeds.
 
     Attributes:
-        about: one sentence.
-        preset: that every method is used with.
-        prompts: each for every person.
-        seeds: each for every prompt; the noise of a seed is the same for every method.
-        people: how many procedural ones; 0 where photographs are to be given.
-        first: the first of them, counted from the first held-out one.
-        options: of a generation, in place of the preset's: those of `OPTIONS`.
-        likeness: prompts (by number) on which the likeness is measured; empty for all. The others tell of the rest.
-        published: source -> method -> measure -> number, to stand beside what is measured.
+        about: description in one sentence.
+        preset: the preset of every method.
+        prompts: generated for every subject.
+        seeds: generated for every prompt; the noise of a seed is the same for every method.
+        num_people: number of synthetic subjects; 0 if the subjects are photos.
+        first_person: index of the first synthetic subject among the held-out people.
+        options: generation options that replace the preset's, out of `OPTIONS`.
+        identity_prompts: indices of the prompts on which identity is measured. The remaining
+            prompts are used for all other metrics. Empty: every prompt is used for everything.
+        published: source -> method -> metric -> value, shown next to the measured values.
     """
 
     name: str
@@ -47,43 +54,67 @@ class Suite:
     preset: str
     prompts: Sequence[Prompt]
     seeds: Sequence[int]
-    people: int = 0
-    first: int = 0
+    num_people: int = 0
+    first_person: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
-    likeness: Sequence[int] = ()
+    identity_prompts: Sequence[int] = ()
     published: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """All of it, as it is written down in a run's folder."""
-        return json.loads(json.dumps(asdict(self)))
+    @property
+    def uses_miniature(self) -> bool:
+        """Whether the suite runs on the miniature, whose metric models are shipped."""
+        return self.preset.startswith("mini")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Suite:
+        """Build a suite from the data of a JSON file."""
+        fields = dict(data)
+        prompts = tuple(Prompt(**prompt) for prompt in fields.pop("prompts"))
+        return cls(prompts=prompts, **fields)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON data."""
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
+
+    def is_scored(self, prompt: int, *, identity: bool) -> bool:
+        """Return whether a prompt counts for the metrics of identity, or for the others."""
+        if not self.identity_prompts:
+            return True
+        return (prompt in self.identity_prompts) == identity
 
 
-def find_suite(name: str) -> Suite:
-    """A suite by its name, or the path of a JSON file with one.
+def load_suite(name: str) -> Suite:
+    """Load a suite by its name or from a JSON file.
 
     Raises:
-        OptionError: neither, or a file that is no suite.
+        OptionError: there is no such suite, or the file is invalid.
     """
-    file = SUITES / f"{name}.json"
-    if not file.is_file():
-        file = Path(name)
-    if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in SUITES.glob("*.json")))
-        raise OptionError(f"there is no suite {name!r}; name one of {known}, or a JSON file.")
+    path = SUITES / f"{name}.json"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in SUITES.glob("*.json")))
+        raise OptionError(f"there is no suite {name!r}; choose from {names}, or pass a JSON file.")
     try:
-        facts = {"name": file.stem, **json.loads(file.read_text("utf-8"))}
-        prompts = tuple(Prompt(**prompt) for prompt in facts.pop("prompts"))
-        suite = Suite(prompts=prompts, **facts)
+        suite = Suite.from_json({"name": path.stem, **json.loads(path.read_text("utf-8"))})
     except (ValueError, TypeError, KeyError) as error:
         raise OptionError(
-            f"{file} is no suite ({error}); {SUITES / 'quick.json'} is one."
+            f"{path} is not a valid suite ({error}); see {SUITES / 'quick.json'} for an example."
         ) from None
-    if not prompts or not suite.seeds or not set(suite.likeness) <= set(range(len(prompts))):
+    _validate(suite, path)
+    return suite
+
+
+def _validate(suite: Suite, path: Path) -> None:
+    if not suite.prompts or not suite.seeds:
+        raise OptionError(f"{path}: a suite needs at least one prompt and one seed.")
+    if not set(suite.identity_prompts) <= set(range(len(suite.prompts))):
         raise OptionError(
-            f"{file}: a suite has prompts and seeds, and `likeness` counts its prompts from 0."
+            f"{path}: identity_prompts of a suite are indices of its prompts, starting at 0."
         )
     if unknown := sorted(set(suite.options) - OPTIONS):
         raise OptionError(
-            f"{file}: a suite chooses no {', '.join(unknown)}; its options are {', '.join(sorted(OPTIONS))}."
+            f"{path}: a suite cannot set {', '.join(unknown)}; "
+            f"its options are {', '.join(sorted(OPTIONS))}."
         )
-    return suite

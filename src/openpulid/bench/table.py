@@ -1,4 +1,4 @@
-"""The table of a run: from the records of its cells to JSON and Markdown."""
+"""The result table of a run, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -10,256 +10,264 @@ from typing import Any
 
 import torch
 
-from openpulid.bench.metrics import COLUMNS, FID, LIKENESS, Interval, bootstrap
-from openpulid.bench.run_dir import BASE, RunDir, SampleKey
-from openpulid.bench.score import counts, known_sets, sample_keys
+from openpulid.bench.metrics import COLUMNS, FID, IDENTITY_METRICS, Interval, bootstrap
+from openpulid.bench.run_dir import BASE, Record, Run, SampleKey
 
 COSTS = {"seconds": False, "steps_per_second": True, "photo_to_image": False, "memory": False}
-"""Of an image: seconds; denoising steps in each, reading and decoding counted in; seconds with knowing the person first; GiB at
-most, with all methods of the run loaded."""
-HIGHER = {**{measure.name: measure.higher for measure in COLUMNS}, **COSTS}
-"""The columns in their order, and whether more is better."""
+"""Cost of an image -> whether more is better.
 
-Known = Sequence[tuple[SampleKey, dict[str, Any] | None]]
-"""All cells of a method, in the order of every method, with what is known of each."""
+seconds; denoising steps per second, text encoding and decoding included; seconds including the
+extraction of the identity; peak GiB with all methods of the run loaded.
+"""
+
+HIGHER_IS_BETTER = {**{metric.name: metric.higher_is_better for metric in COLUMNS}, **COSTS}
+"""All columns in their order, and whether more is better."""
+
+ATTRIBUTES_TITLE = "Share of images that show a requested attribute"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method: its columns, and how many of its images there are and are not."""
+    """The results of one method.
+
+    Attributes:
+        method: its name.
+        columns: column -> mean over subjects, with interval.
+        num_images: number of images.
+        num_missing: number of images that failed or were not tried.
+        time_ratio: generation time relative to the base; NaN if unknown.
+        scale: identity scale; NaN without images.
+        errors: reasons of the failures.
+    """
 
     method: str
     columns: Mapping[str, Interval]
-    made: int
-    failed: int
-    ratio: float  # of its seconds to the base's
-    scale: float  # that the identity was shown with
-    errors: Sequence[str]
+    num_images: int = 0
+    num_missing: int = 0
+    time_ratio: float = math.nan
+    scale: float = math.nan
+    errors: Sequence[str] = ()
 
 
-def rows(folder: RunDir) -> list[Row]:
-    """Every method of a run, from the records of its cells."""
-    facts = folder.facts()
-    sets = known_sets(folder)
-    records = {
-        m: [(cell, folder.record(cell)) for cell in sample_keys(facts, m)] for m in facts["methods"]
-    }
-    made = []
-    for method, known in records.items():
-        columns = {name: _column(facts, known, name) for name in HIGHER}
-        whole = {name: value for name, value in sets.get(method, {}).items() if value is not None}
-        columns |= {name: Interval(value, math.nan, math.nan) for name, value in whole.items()}
-        good = [record for _, record in known if record and record["status"] == "done"]
-        errors = sorted(
-            {record["error"] for _, record in known if record and record["status"] == "failed"}
-        )
-        ratio = _ratio(known, records[BASE])
-        told = {name: value for name, value in columns.items() if not math.isnan(value.mean)}
-        scale = good[0]["configuration"].get("scale", 0.0) if good else math.nan
-        made.append(Row(method, told, len(good), len(known) - len(good), ratio, scale, errors))
-    return made
+@dataclass(frozen=True)
+class TextTable:
+    """A table as text.
+
+    Attributes:
+        header: titles of the columns.
+        rows: cells of each row.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def to_markdown(self) -> str:
+        """Format the table as Markdown."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _column(facts: Mapping[str, Any], known: Known, name: str) -> Interval:
-    values, people = [], []
-    for cell, record in known:
-        if (
-            record is None
-            or record["status"] != "done"
-            or not counts(facts, cell.prompt, name in LIKENESS)
-        ):
-            continue
-        value = _cost(record, name) if name in COSTS else record.get("metrics", {}).get(name)
-        values.append(math.nan if value is None else value)
-        people.append(facts["people"].index(cell.person))
-    return bootstrap(torch.tensor(values), torch.tensor(people))
+def build_row(run: Run, method: str) -> Row:
+    """Compute the results of a method from its records."""
+    keys = run.keys(method)
+    records = [record for key in keys if (record := run.records.get(key))]
+    done = [record for record in records if record.is_done]
+    columns = {name: _aggregate(run, done, name) for name in HIGHER_IS_BETTER}
+    for name, value in run.method_metrics.get(method, {}).items():
+        if value is not None:
+            columns[name] = Interval(value)
+    return Row(
+        method,
+        {name: column for name, column in columns.items() if not math.isnan(column.mean)},
+        num_images=len(done),
+        num_missing=len(keys) - len(done),
+        time_ratio=_time_ratio(run, keys),
+        scale=done[0].configuration.get("scale", 0.0) if done else math.nan,
+        errors=sorted({record.error for record in records if record.error}),
+    )
 
 
-def _cost(record: Mapping[str, Any], name: str) -> float | None:
-    seconds: float = record["seconds"]
+def _aggregate(run: Run, records: Sequence[Record], name: str) -> Interval:
+    """Compute the mean of a metric or cost over the subjects."""
+    values = []
+    subjects = []
+    for record in records:
+        if run.suite.is_scored(record.sample.prompt, identity=name in IDENTITY_METRICS):
+            value = _cost(record, name) if name in COSTS else record.metrics.get(name)
+            values.append(math.nan if value is None else value)
+            subjects.append(run.people.index(record.sample.person))
+    return bootstrap(torch.tensor(values), torch.tensor(subjects))
+
+
+def _cost(record: Record, name: str) -> float | None:
+    assert record.seconds is not None, "an image that was generated has a time"
+    if name == "seconds":
+        return record.seconds
     if name == "steps_per_second":
-        return record["configuration"]["steps"] / seconds
+        steps: int = record.configuration["steps"]
+        return steps / record.seconds
     if name == "photo_to_image":
-        return record["identify_seconds"] + seconds
-    return seconds if name == "seconds" else record["memory"]
+        return (record.identify_seconds or 0) + record.seconds
+    return record.memory
 
 
-def _ratio(known: Known, base: Known) -> float:
-    """Of the seconds of an image to the base's, over those images whose base was made in the same start of the run on the same
-    hardware; NaN where there are none. Medians: a machine that was busy for a while does not move them."""
-    pairs = [
-        (mine["seconds"], plain["seconds"])
-        for (_, mine), (_, plain) in zip(known, base, strict=True)
-        if mine
-        and plain
-        and mine["status"] == plain["status"] == "done"
-        and _made_in(mine) == _made_in(plain)
-    ]
-    own, others = ([pair[side] for pair in pairs] for side in (0, 1))
-    return statistics.median(own) / statistics.median(others) if pairs else math.nan
+def _time_ratio(run: Run, keys: Sequence[SampleKey]) -> float:
+    """Compute the ratio of a method's median seconds to the base's.
+
+    Only images whose base image was generated in the same start of the command on the same
+    hardware count. Medians are not affected by a machine that is busy for a while.
+    """
+    seconds = []
+    base_seconds = []
+    for key in keys:
+        record = run.records.get(key)
+        base = run.records.get(key.with_method(BASE))
+        if record is None or base is None or record.seconds is None or base.seconds is None:
+            continue
+        if (record.start, record.hardware) == (base.start, base.hardware):
+            seconds.append(record.seconds)
+            base_seconds.append(base.seconds)
+    if not seconds:
+        return math.nan
+    return statistics.median(seconds) / statistics.median(base_seconds)
 
 
-def _made_in(record: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The start of the run, which records written before do not name, and the hardware."""
-    return record.get("start"), record["hardware"]
+class ResultTable:
+    """The results of a run.
 
+    Args:
+        run: the run, whose records are aggregated once.
+    """
 
-def as_json(folder: RunDir) -> dict[str, Any]:
-    """The table for programs."""
-    suite = folder.facts()["suite"]
-    table = []
-    for row in rows(folder):
-        means = {name: round(value.mean, 5) for name, value in row.columns.items()}
-        ranges = {
-            n: [round(i.low, 5), round(i.high, 5)]
-            for n, i in row.columns.items()
-            if not math.isnan(i.low)
-        }
-        facts = {
-            "method": row.method,
-            "images": row.made,
-            "failed": row.failed,
-            "ratio": _finite(row.ratio),
-        }
-        table.append({**facts, **means, "intervals": ranges})
-    return {"suite": suite["name"], "rows": table}
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.rows = [build_row(run, method) for method in run.methods]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as JSON data."""
+        rows = []
+        for row in self.rows:
+            means = {name: round(column.mean, 5) for name, column in row.columns.items()}
+            intervals = {
+                name: [round(column.low, 5), round(column.high, 5)]
+                for name, column in row.columns.items()
+                if not math.isnan(column.low)
+            }
+            rows.append(
+                {
+                    "method": row.method,
+                    "images": row.num_images,
+                    "failed": row.num_missing,
+                    "ratio": None if math.isnan(row.time_ratio) else round(row.time_ratio, 4),
+                    **means,
+                    "intervals": intervals,
+                }
+            )
+        return {"suite": self.run.suite.name, "rows": rows}
 
-def _finite(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 4)
+    def overview(self) -> TextTable:
+        """Return the table as text, one row per method.
 
+        Times on a CPU are shown as ratios only: they say little about other machines.
+        """
+        base = self._first_base_record()
+        is_cpu = base is None or base.hardware.startswith("cpu")
+        names = [
+            name
+            for name in HIGHER_IS_BETTER
+            if any(name in row.columns for row in self.rows) and not (is_cpu and name in COSTS)
+        ]
+        titles = [f"{name} {'↑' if HIGHER_IS_BETTER[name] else '↓'}" for name in names]
+        rows = []
+        for row in self.rows:
+            cells = [_format_interval(row.columns.get(name)) for name in names]
+            ratio = "" if math.isnan(row.time_ratio) else f"{row.time_ratio:.2f}"
+            rows.append([row.method, str(row.num_images), *cells, ratio])
+        return TextTable(["method", "images", *titles, "time to base"], rows)
 
-ASKED = "Share of the images that show what their prompt asks for"
+    def attributes(self) -> TextTable | None:
+        """Return, for each requested attribute value, the share of images that show it.
 
-Lines = tuple[list[str], list[list[str]]]
-"""Heads and rows of a table in words."""
+        None if no attributes were checked.
+        """
+        checks: dict[tuple[str, str], dict[str, list[bool]]] = {}
+        for key, record in self.run.records.items():
+            requested = self.run.suite.prompts[key.prompt].attributes
+            for name, is_shown in (record.attributes or {}).items():
+                by_method = checks.setdefault((name, requested[name]), {})
+                by_method.setdefault(key.method, []).append(is_shown)
+        if not checks:
+            return None
+        rows = []
+        for (name, value), by_method in sorted(checks.items()):
+            shares = [
+                f"{statistics.mean(by_method[method]):.3f}" if method in by_method else ""
+                for method in self.run.methods
+            ]
+            num_images = max(len(values) for values in by_method.values())
+            rows.append([f"{name}: {value}".replace("_", " "), str(num_images), *shares])
+        return TextTable(["attribute", "images", *self.run.methods], rows)
 
+    def published(self) -> dict[str, TextTable]:
+        """Return source -> published values for the suite."""
+        tables = {}
+        for source, methods in self.run.suite.published.items():
+            names = list(dict.fromkeys(name for values in methods.values() for name in values))
+            rows = []
+            for method, values in methods.items():
+                rows.append([method, *(str(values.get(name, "")) for name in names)])
+            tables[source] = TextTable(["method", *names], rows)
+        return tables
 
-def told(folder: RunDir) -> Lines:
-    """The table in words: a method in each row. Times of a processor are told as ratios alone: it is somebody's own."""
-    table, first = rows(folder), _first(folder)
-    hidden = COSTS if first is None or first["hardware"].startswith("cpu") else ()
-    names = [
-        name for name in HIGHER if name not in hidden and any(name in row.columns for row in table)
-    ]
-    heads = [
-        "method",
-        "images",
-        *(f"{name} {'↑' if HIGHER[name] else '↓'}" for name in names),
-        "time to base",
-    ]
-    lines = []
-    for row in table:
-        ratio = "" if math.isnan(row.ratio) else f"{row.ratio:.2f}"
-        lines.append(
-            [row.method, str(row.made), *(_told(row.columns.get(name)) for name in names), ratio]
+    def summary(self) -> str:
+        """Describe in one paragraph what was measured, and where."""
+        suite = self.run.suite
+        text = (
+            f"{suite.about} {len(self.run.people)} people, {len(suite.prompts)} prompts, "
+            f"{len(suite.seeds)} seeds, preset {suite.preset}; 95% intervals over people."
         )
-    return heads, lines
+        if base := self._first_base_record():
+            versions = ", ".join(f"{name} {number}" for name, number in base.versions.items())
+            text += f" On {base.hardware} with {versions}."
+        return text
+
+    def notes(self) -> list[str]:
+        """Return notes on columns that could be misread, and on missing images."""
+        notes = []
+        fids = [values.get(FID.name) for values in self.run.method_metrics.values()]
+        if any(value is not None for value in fids):
+            features = "CLIP" if self.run.suite.uses_miniature else "Inception"
+            notes.append(
+                "fid is the Frechet distance between the images with and without the identity, on "
+                f"{features} features. PuLID's published FID uses an undisclosed set of reference "
+                "images and cannot be compared with it."
+            )
+        for row in self.rows:
+            if row.num_missing:
+                reasons = "; ".join(row.errors) or "not generated yet"
+                notes.append(f"{row.method}: {row.num_missing} images are missing ({reasons}).")
+        return notes
+
+    def to_markdown(self) -> str:
+        """Format all tables and notes as Markdown."""
+        parts = [f"# {self.run.suite.name}", self.summary(), self.overview().to_markdown()]
+        parts += self.notes()
+        if attributes := self.attributes():
+            parts += [f"## {ATTRIBUTES_TITLE}", attributes.to_markdown()]
+        for source, table in self.published().items():
+            parts += [f"## Published: {source}", table.to_markdown()]
+        return "\n\n".join(parts) + "\n"
+
+    def _first_base_record(self) -> Record | None:
+        records = (self.run.records.get(key) for key in self.run.keys(BASE))
+        return next((record for record in records if record), None)
 
 
-def asked(folder: RunDir) -> Lines | None:
-    """What prompts ask for and is seen, a value of an attribute in each row, and how many images of each method were asked
-    for it: which of them it is that an identity disturbs. None where nobody read them."""
-    facts = folder.facts()
-    methods, prompts = facts["methods"], facts["suite"]["prompts"]
-    seen: dict[tuple[str, str], dict[str, list[bool]]] = {}
-    for method in methods:
-        for cell in sample_keys(facts, method):
-            for name, told in (folder.record(cell) or {}).get("asked", {}).items():
-                value = prompts[cell.prompt]["wanted"][name]
-                seen.setdefault((name, value), {}).setdefault(method, []).append(told)
-    lines = [
-        [
-            f"{name}: {value}".replace("_", " "),
-            str(max(map(len, known.values()))),
-            *(
-                f"{statistics.mean(known[method]):.3f}" if method in known else ""
-                for method in methods
-            ),
-        ]
-        for (name, value), known in sorted(seen.items())
-    ]
-    return (["asked for", "images", *methods], lines) if lines else None
-
-
-def remarks(folder: RunDir) -> list[str]:
-    """A sentence for a column whose name alone would mislead."""
-    if all(values.get(FID.name) is None for values in known_sets(folder).values()):
-        return []
-    features = "CLIP" if folder.facts()["suite"]["preset"].startswith("mini") else "Inception"
-    return [
-        f"fid is the Frechet distance between the images with the person and those without, by features of {features}; "
-        "PuLID's published one is against images that are not disclosed, so it is another measure."
-    ]
-
-
-def missing(folder: RunDir) -> list[str]:
-    """A sentence for each method that lacks images, with the reasons."""
-    return [
-        f"{row.method}: {row.failed} images are missing ({'; '.join(row.errors) or 'not made yet'})."
-        for row in rows(folder)
-        if row.failed
-    ]
-
-
-def published(folder: RunDir) -> dict[str, Lines]:
-    """Source -> the numbers that others have published for this suite."""
-    found = {}
-    for source, methods in folder.facts()["suite"]["published"].items():
-        names = list(dict.fromkeys(name for values in methods.values() for name in values))
-        lines = [
-            [method, *(str(values.get(name, "")) for name in names)]
-            for method, values in methods.items()
-        ]
-        found[source] = (["method", *names], lines)
-    return found
-
-
-def summary(folder: RunDir) -> str:
-    """How much was measured, and where."""
-    facts = folder.facts()
-    suite = facts["suite"]
-    first = _first(folder)
-    where = f" On {first['hardware']} with {_versions(first['versions'])}." if first else ""
-    counted = f"{len(facts['people'])} people, {len(suite['prompts'])} prompts, {len(suite['seeds'])} seeds"
-    return (
-        f"{suite['about']} {counted}, preset {suite['preset']}; 95% intervals over people.{where}"
-    )
-
-
-def _first(folder: RunDir) -> dict[str, Any] | None:
-    """The first record of the base there is."""
-    return next(
-        (record for cell in sample_keys(folder.facts(), BASE) if (record := folder.record(cell))),
-        None,
-    )
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in versions.items())
-
-
-def markdown(folder: RunDir) -> str:
-    """The table, what is missing, and the published numbers beside it."""
-    parts = [f"# {folder.facts()['suite']['name']}", summary(folder), _markdown(told(folder))]
-    parts += [*remarks(folder), *missing(folder)]
-    if attributes := asked(folder):
-        parts += [f"## {ASKED}", _markdown(attributes)]
-    for source, lines in published(folder).items():
-        parts += [f"## Published: {source}", _markdown(lines)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown(lines: Lines) -> str:
-    heads, rows = lines
-    every = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in every)
-
-
-def _told(interval: Interval | None) -> str:
+def _format_interval(interval: Interval | None) -> str:
     if interval is None:
         return ""
     digits = 3 if abs(interval.mean) < 10 else 1
+    text = f"{interval.mean:.{digits}f}"
     if math.isnan(interval.low):
-        return f"{interval.mean:.{digits}f}"
-    return f"{interval.mean:.{digits}f} ± {(interval.high - interval.low) / 2:.{digits}f}"
+        return text
+    return f"{text} ± {(interval.high - interval.low) / 2:.{digits}f}"

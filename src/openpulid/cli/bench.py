@@ -1,9 +1,10 @@
-"""The commands of those who measure: bench."""
+"""The `pulid bench` commands."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +14,25 @@ from openpulid.cli.options import AsJson, Device, counted, group, last_line, say
 from openpulid.errors import OptionError, WeightsError
 
 if TYPE_CHECKING:
-    from openpulid.bench.generate import Worker
-    from openpulid.bench.run_dir import RunDir, Subject
+    import torch
+
+    from openpulid.bench.run_dir import Subject
     from openpulid.bench.score import Scorers
     from openpulid.bench.suite import Suite
-    from openpulid.pipelines.presets import Preset
 
-bench = group("Methods side by side, and what things cost.")
+bench = group("Compare methods, and measure time and memory.")
+
+Rounds = Annotated[
+    int, typer.Option(min=1, help="Number of rounds; candidates are interleaved in each.")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="JSON file for the figures with command, date, revision, hardware and versions.",
+    ),
+]
 
 
 @bench.command("run")
@@ -27,332 +40,226 @@ def run_suite(
     suite: Annotated[str, typer.Argument(help="miniature, quick, pulid-paper, or a JSON file.")],
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", "-o", help="The run's folder; what is there already is not made again."
-        ),
+        typer.Option("--out", "-o", help="Run directory; existing images are not generated again."),
     ],
     methods: Annotated[
         str,
         typer.Option(
-            help="By commas; METHOD:FILE takes another adapter, METHOD@0.5 that scale. The base is always there."
+            help="Comma-separated methods. METHOD:FILE uses another adapter file, METHOD@0.5 "
+            "another scale. The base is always included."
         ),
     ] = "pulid",
     people: Annotated[
-        Path | None,
-        typer.Option(help="A folder of photographs, for a suite without people of its own."),
+        Path | None, typer.Option(help="Folder of photos, for a suite without its own people.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="So many people; the suite's by default.")
+        int | None, typer.Option(min=1, help="Number of people; the suite's by default.")
     ] = None,
     workers: Annotated[
-        str | None, typer.Option(help="Processes, or ray://HOST:PORT for a cluster.")
+        str | None, typer.Option(help="Number of processes, or ray://HOST:PORT for a cluster.")
     ] = None,
     device: Device = None,
 ) -> None:
-    """Make every image that is missing, measure all, and write the report."""
-    _only_with_extra()
-    from datetime import datetime, timezone
+    """Generate all missing images, compute their metrics and write the report."""
+    _check_libraries()
+    from openpulid.bench.methods import check_weights, select_presets
+    from openpulid.bench.run import run_benchmark
+    from openpulid.bench.suite import load_suite
 
-    from openpulid.bench import generate as running
-    from openpulid.bench import report
-    from openpulid.bench import score as judging
-    from openpulid.bench.ray_backend import ray_executor
-    from openpulid.bench.run_dir import RunDir
-    from openpulid.bench.suite import find_suite
-
-    asked, folder = find_suite(suite), RunDir(out.resolve() if workers else out)
-    named = _presets(asked, [name.strip() for name in methods.split(",") if name.strip()])
-    _only_complete(named)
-    sitters, judges = _sitters(asked, people, count), _judges(asked.preset, device)
-    start = datetime.now(timezone.utc).isoformat()
-
-    def contest() -> Worker:
-        return _contest(asked, named, sitters, folder, device, start)
-
-    spread = ray_executor(contest, workers) if workers else running.here(contest())
-    running.run(asked, named, sitters, folder, spread, counted)
-    judging.score_run(folder, judges)
-    for file in report.write(folder):
-        say(str(file))
+    loaded_suite = load_suite(suite)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    presets = select_presets(loaded_suite, names)
+    check_weights(presets)
+    paths = run_benchmark(
+        loaded_suite,
+        presets,
+        _load_subjects(loaded_suite, people, count),
+        _load_scorers(loaded_suite, device),
+        out,
+        workers=workers,
+        device=device,
+        on_progress=counted,
+    )
+    for path in paths:
+        say(str(path))
 
 
 @bench.command("report")
 def report_run(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
-    as_json: AsJson = False,
+    run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: AsJson = False
 ) -> None:
-    """The table as Markdown, JSON and one HTML page, from what a run has so far; what is not measured yet is measured."""
-    _only_with_extra()
-    from openpulid.bench import report, table
-    from openpulid.bench import score as judging
+    """Write the report of a run as Markdown, JSON and HTML; compute missing metrics first."""
+    _check_libraries()
+    from openpulid.bench.run import update_report
     from openpulid.bench.run_dir import RunDir
 
-    folder, tell = RunDir(run), silent if as_json else say
-    preset = folder.facts()["suite"]["preset"]
+    tell = silent if as_json else say
+    scorers = None
     try:
-        judges = _judges(preset, None, tell)
+        scorers = _load_scorers(RunDir(run).load().suite, None, tell)
     except WeightsError as error:
-        tell(f"nothing more is measured: {error}")
-    else:
-        judging.score_run(folder, judges)
-    if not as_json:
-        for file in report.write(folder):
-            say(str(file))
-    last_line(table.as_json(folder))
-
-
-def _only_with_extra() -> None:
-    """Found out before the first image, and not by the report after the last."""
-    from importlib.util import find_spec
-
-    if lacking := [name for name in ("torchmetrics", "matplotlib") if find_spec(name) is None]:
-        raise OptionError(
-            f"the benchmark needs {' and '.join(lacking)}: pip install 'openpulid[bench]'."
-        )
-
-
-def _only_complete(presets: Mapping[str, Preset]) -> None:
-    """Found out before anything is loaded, here or by a worker, and before anything is written."""
-    from openpulid.io.hub import WEIGHTS
-    from openpulid.pipelines.factory import missing_weights
-
-    lacking = {name: preset for preset in presets.values() for name in missing_weights(preset)}
-    if published := " ".join(name for name in lacking if name in WEIGHTS):
-        raise WeightsError(
-            f"weights of these methods are not on this machine; `pulid weights get {published}` downloads them, or put "
-            "them into a folder and set PULID_WEIGHTS to it."
-        )
-    if lacking:
-        name, preset = next(iter(lacking.items()))
-        rival = (
-            f" --method {preset.method}"
-            if name == str(preset.adapter) and preset.method != "pulid"
-            else ""
-        )
-        raise WeightsError(f"{name} is not there; `pulid mini build{rival}` makes it.")
-
-
-def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Subject]:
-    from openpulid.bench import subjects as people
-    from openpulid.mini.evaluation.subjects import synthetic_subjects
-
-    if photos is not None:
-        return people.photo_subjects(photos)[:count]
-    if not suite.people:
-        raise OptionError(
-            f"the suite {suite.name} has no people of its own: name a folder of photographs with --people."
-        )
-    return synthetic_subjects(count or suite.people, suite.first)
-
-
-def _judges(preset: str, device: str | None, tell: Callable[[str], None] = say) -> Scorers:
-    """The miniature's own for its presets, published networks for photographs."""
-    if preset.startswith("mini"):
-        from openpulid.mini.evaluation.scorers import MiniScorers as Miniature
-
-        return Miniature.load()
-    import torch
-
-    from openpulid.bench.scorers import PhotoScorers
-    from openpulid.device import best_device
-
-    return PhotoScorers.load(torch.device(device) if device else best_device(), tell)
-
-
-def _entry(named: str) -> tuple[str, Path | None, float | None]:
-    """METHOD[:FILE][@SCALE] in its parts."""
-    parts = re.fullmatch(r"([^:@]+)(?::(.+?))?(?:@(\d*\.?\d+))?", named)
-    if parts is None:
-        raise OptionError(
-            f"{named}: a method is METHOD, METHOD:FILE, METHOD@SCALE or METHOD:FILE@SCALE, as in pulid@0.5."
-        )
-    method, file, scale = parts.groups()
-    return method, Path(file) if file else None, float(scale) if scale else None
-
-
-def _label(named: str) -> str:
-    """What a method is called in a run: its name, or its file's; with its scale, if one was asked for."""
-    method, file, scale = _entry(named)
-    return (file.stem if file else method) + (f"@{scale:g}" if scale is not None else "")
-
-
-def _presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
-    """What each row of the table is called, and what it is made with; the base first."""
-    from dataclasses import replace
-
-    from openpulid.bench.run_dir import BASE
-    from openpulid.pipelines.presets import find_preset, with_method
-
-    presets = {BASE: find_preset(suite.preset)}
-    for name in names:
-        method, file, scale = _entry(name)
-        if method == BASE:
-            continue
-        if (label := _label(name)) in presets:
-            raise OptionError(
-                f"two methods would both be called {label}; rename one file, or name each method once."
-            )
-        presets[label] = with_method(presets[BASE], method, file)
-        if scale is not None:
-            presets[label] = replace(presets[label], scale=scale)
-    for _, file, _ in map(_entry, names):
-        if file is not None and not file.exists():
-            raise OptionError(f"{file} is not there; after METHOD: stands a file of that method.")
-    return presets
-
-
-def _contest(
-    suite: Suite,
-    presets: Mapping[str, Preset],
-    sitters: list[Subject],
-    folder: RunDir,
-    device: str | None,
-    start: str | None = None,
-) -> Worker:
-    from openpulid.bench.generate import Worker
-    from openpulid.bench.run_dir import BASE
-    from openpulid.pipelines.factory import load_adapter, load_extractor
-    from openpulid.pipelines.studio import Studio, load
-
-    studio = load(suite.preset, device=device)
-    studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset)}
-    for label, preset in presets.items():
-        if label != BASE:
-            adapter = load_adapter(preset, studio.pipe.device)
-            features = (
-                load_extractor(preset, studio.pipe.device, adapter)
-                if preset.view
-                else studio.features
-            )
-            studios[label] = Studio(studio.pipe, features, adapter, preset)
-    return Worker(suite, studios, {sitter.name: sitter for sitter in sitters}, folder, start)
+        tell(f"no further metrics are computed: {error}")
+    table, paths = update_report(run, scorers, write_files=not as_json)
+    for path in paths:
+        say(str(path))
+    last_line(table)
 
 
 @bench.command("train")
-def bench_train(
-    base: Annotated[str, typer.Option(help="mini or sdxl, at full size.")] = "mini",
-    random: Annotated[
-        bool, typer.Option("--random", help="Random weights: a step costs the same with any.")
-    ] = False,
-    recipe: Annotated[str | None, typer.Option(help="BASE_stage3 by default.")] = None,
+def measure_training(
+    base: Annotated[str, typer.Option(help="mini or sdxl; full size, random weights.")] = "mini",
+    recipe: Annotated[str | None, typer.Option(help="Recipe; BASE_stage3 by default.")] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Pictures of the diffusion branch; the recipe's by default."),
+        typer.Option(min=1, help="Batch of the diffusion branch; the recipe's by default."),
     ] = None,
     fast_batch: Annotated[
-        int | None, typer.Option(min=1, help="Pictures of each pair of the lightning branch.")
+        int | None,
+        typer.Option(min=1, help="Batch of the lightning branch; the recipe's by default."),
     ] = None,
     pixels: Annotated[
-        int | None, typer.Option(help="Width of the lightning branch's pictures.")
+        int | None, typer.Option(help="Width of the lightning branch's images.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of each candidate, by turns.")] = 5,
+    rounds: Rounds = 5,
+    out: Output = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time and memory of a training step, with gradients through the last 1 to 4 steps, kept or computed again."""
-    from dataclasses import asdict, replace
-
-    import torch
-
+    """Measure a training step: gradients through 1 to 4 steps, with and without checkpointing."""
     from openpulid.bench.perf import training
-
-    _only_random(random)
-    from openpulid.device import best_device
     from openpulid.training.pulid.recipes import find_recipe
 
-    chosen = torch.device(device) if device else best_device()
-    known = find_recipe(recipe or f"{base}_stage3")
+    torch_device = _select_device(device)
     sizes: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "pixels": pixels}
-    known = replace(known, **{name: value for name, value in sizes.items() if value})
-    dtype = training.dtype_of(base, chosen)
-    task = training.random_task(known, training.random_base(base, chosen, dtype))
+    changes = {name: value for name, value in sizes.items() if value}
+    selected = replace(find_recipe(recipe or f"{base}_stage3"), **changes)
+    dtype = training.dtype_of(base, torch_device)
+    task = training.random_task(selected, training.random_base(base, torch_device, dtype))
     costs = training.measure(task, rounds=rounds, on_progress=None if as_json else counted)
-    facts = {
+    configuration = {
         "base": base,
-        "recipe": known.name,
-        "batch": known.batch,
-        "fast_batch": known.fast_batch,
-        "device": str(chosen),
+        "recipe": selected.name,
+        "batch": selected.batch,
+        "fast_batch": selected.fast_batch,
+        "device": str(torch_device),
+        "dtype": str(dtype),
+        "rounds": rounds,
     }
-    facts["dtype"] = str(dtype)
     if not as_json:
-        training.show(costs)
-    last_line({**facts, "rows": [asdict(cost) for cost in costs]})
+        training.print_costs(costs)
+    _write_figures(out, configuration, {"rows": [asdict(cost) for cost in costs]}, torch_device)
 
 
-@bench.command()
-def speed(
-    base: Annotated[str, typer.Option(help="mini, sdxl or flux, at full size.")] = "sdxl",
-    random: Annotated[
-        bool, typer.Option("--random", help="Random weights: a step costs the same with any.")
-    ] = False,
+@bench.command("speed")
+def measure_inference(
+    base: Annotated[
+        str, typer.Option(help="mini, sdxl or flux; full size, random weights.")
+    ] = "sdxl",
     size: Annotated[int, typer.Option(min=64, help="Width and height in pixels.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
     guided: Annotated[
-        bool, typer.Option("--guided", help="SDXL: with guidance, as one batch and in two passes.")
+        bool,
+        typer.Option("--guided", help="SDXL: with guidance, as one batch and in two passes."),
     ] = False,
     depth_scale: Annotated[
-        float, typer.Option(min=0.01, max=1, help="FLUX: this share of its blocks.")
+        float, typer.Option(min=0.01, max=1, help="FLUX: share of the blocks.")
     ] = 1.0,
     memory: Annotated[str, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = "full",
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each candidate, by turns.")] = 5,
+    rounds: Rounds = 5,
+    out: Output = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time and memory of one step: the base alone, with PuLID, with PuLID computed afresh, and guided in two passes."""
-    from dataclasses import asdict
+    """Measure one denoising step: base, PuLID, and PuLID with keys and values recomputed."""
+    from openpulid.bench.perf import inference, training
 
-    import torch
-
-    from openpulid.bench.perf import inference as bench_speed
-    from openpulid.bench.perf.training import dtype_of
-    from openpulid.device import best_device
-
-    _only_random(random)
-    chosen = torch.device(device) if device else best_device()
-    it = bench_speed.speed_target(base, chosen, size, batch, guided, depth_scale, memory)
-    steps = bench_speed.measure(it, rounds, None if as_json else counted)
-    facts = {
+    torch_device = _select_device(device)
+    target = inference.speed_target(base, torch_device, size, batch, guided, depth_scale, memory)
+    steps = inference.measure(target, rounds, None if as_json else counted)
+    configuration = {
         "base": base,
         "size": size,
         "batch": batch,
         "guided": guided,
         "depth_scale": depth_scale,
-        "level": memory,
+        "memory": memory,
+        "device": str(torch_device),
+        "dtype": str(training.dtype_of(base, torch_device)),
+        "rounds": rounds,
     }
-    facts["dtype"] = str(dtype_of(base, chosen))
-    last_line(
-        {**facts, "rounds": rounds, "device": str(chosen), "rows": [asdict(step) for step in steps]}
-    )
+    _write_figures(out, configuration, {"rows": [asdict(step) for step in steps]}, torch_device)
 
 
 @bench.command("identify")
-def bench_identify(
-    random: Annotated[
-        bool, typer.Option("--random", help="Random weights: a photo costs the same with any.")
-    ] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each stage, by turns.")] = 5,
-    device: Device = None,
-    as_json: AsJson = False,
+def measure_face_analysis(
+    rounds: Rounds = 5, out: Output = None, device: Device = None, as_json: AsJson = False
 ) -> None:
-    """Time of knowing a person from a photo by stage, at full size: as built here, and as the reference does it."""
-    from dataclasses import asdict
+    """Measure the extraction of an identity by stage, here and in the reference implementation."""
+    from openpulid.bench.perf import face_analysis
+    from openpulid.device import compute_dtype
 
+    torch_device = _select_device(device)
+    stages = face_analysis.measure(torch_device, rounds, None if as_json else counted)
+    total = stages[-1]
+    ratio = round((total.seconds or 0) / (total.reference or 1), 3)
+    configuration = {
+        "device": str(torch_device),
+        "dtype": str(compute_dtype(torch_device)),
+        "rounds": rounds,
+    }
+    figures = {"ratio": ratio, "rows": [asdict(stage) for stage in stages]}
+    _write_figures(out, configuration, figures, torch_device)
+
+
+def _write_figures(
+    out: Path | None,
+    configuration: Mapping[str, Any],
+    figures: Mapping[str, Any],
+    device: torch.device,
+) -> None:
+    if out is not None:
+        from openpulid.bench.measurement import write_measurement
+
+        write_measurement(out, configuration, figures, device)
+    last_line({**configuration, **figures})
+
+
+def _check_libraries() -> None:
+    """Check the extra's libraries before the first image is generated."""
+    missing = [name for name in ("torchmetrics", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise OptionError(
+            f"the benchmark needs {' and '.join(missing)}: pip install 'openpulid[bench]'."
+        )
+
+
+def _select_device(name: str | None) -> torch.device:
     import torch
 
-    from openpulid.bench.perf import face_analysis as identify
-    from openpulid.device import best_device, compute_dtype
+    from openpulid.device import best_device
 
-    _only_random(random)
-    chosen = torch.device(device) if device else best_device()
-    stages = identify.measure(chosen, rounds=rounds, on_progress=None if as_json else counted)
-    ratio = round((stages[-1].here or 0) / (stages[-1].reference or 1), 3)
-    facts = {"device": str(chosen), "dtype": str(compute_dtype(chosen)), "rounds": rounds}
-    last_line({**facts, "ratio": ratio, "rows": [asdict(stage) for stage in stages]})
+    return torch.device(name) if name else best_device()
 
 
-def _only_random(random: bool) -> None:
-    if not random:
+def _load_subjects(suite: Suite, photos: Path | None, count: int | None) -> list[Subject]:
+    from openpulid.bench.subjects import load_photo_subjects
+    from openpulid.mini.evaluation.subjects import synthetic_subjects
+
+    if photos is not None:
+        return load_photo_subjects(photos)[:count]
+    if not suite.num_people:
         raise OptionError(
-            "a step costs the same with any weights; say --random, and none are looked for."
+            f"suite {suite.name} has no people of its own; pass a folder of photos with --people."
         )
+    return synthetic_subjects(count or suite.num_people, suite.first_person)
+
+
+def _load_scorers(suite: Suite, device: str | None, tell: Callable[[str], None] = say) -> Scorers:
+    """Load the miniature's own metric models, or published ones for photos."""
+    if suite.uses_miniature:
+        from openpulid.mini.evaluation.scorers import MiniScorers
+
+        return MiniScorers.load()
+    from openpulid.bench.scorers import PhotoScorers
+
+    return PhotoScorers.load(_select_device(device), tell)

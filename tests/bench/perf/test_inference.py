@@ -1,23 +1,24 @@
-"""What an identity costs: measured on networks of a few thousand weights."""
+"""Tests of the inference and face analysis benchmarks, on networks of a few thousand weights."""
 
 from __future__ import annotations
 
 import time
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from openpulid.bench.perf import face_analysis as identify
-from openpulid.bench.perf import inference as speed
+from openpulid.bench.perf import face_analysis, inference
 from openpulid.bench.perf.timing import (
     interleave,
     medians,
     peak,
     ratios,
     reset_peak,
-    seconds_in,
+    time_hooks,
     wait,
 )
 from openpulid.bench.perf.training import RandomSDXL
@@ -26,8 +27,23 @@ from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.methods.pulid.encoders import IDFormer
 from tests.support import tiny_sdxl as tiny
 
+CPU = torch.device("cpu")
+TINY_FLUX = {
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "axes_dims_rope": (4, 6, 6),
+    "joint_attention_dim": 8,
+    "pooled_projection_dim": 8,
+}
 
-def test_candidates_take_turns_and_the_first_round_does_not_count() -> None:
+
+def flux_target(level: str = "full") -> inference.FluxTarget:
+    return inference.FluxTarget(
+        CPU, torch.float32, pixels=64, depth=0.1, text_tokens=4, level=level, **TINY_FLUX
+    )
+
+
+def test_candidates_are_interleaved_and_first_round_is_not_counted() -> None:
     order: list[str] = []
     seconds = {"a": iter([99.0, 1.0, 3.0, 2.0]), "b": iter([99.0, 5.0, 4.0, 6.0])}
 
@@ -35,130 +51,147 @@ def test_candidates_take_turns_and_the_first_round_does_not_count() -> None:
         order.append(name)
         return next(seconds[name])
 
-    done: list[tuple[int, int]] = []
-    found = interleave(
-        {name: partial(run, name) for name in seconds}, 3, lambda *counts: done.append(counts)
+    progress: list[tuple[int, int]] = []
+    measured = interleave(
+        {name: partial(run, name) for name in seconds}, 3, lambda *counts: progress.append(counts)
     )
-    assert (
-        medians(found) == {"a": 2.0, "b": 5.0}
-        and order == ["a", "b", "b", "a"] * 2
-        and done[-1] == (8, 8)
-    )
-    assert ratios(found) == {"a": 1.0, "b": 3.0}  # of 5, 4 / 3 and 3
+    assert medians(measured) == {"a": 2.0, "b": 5.0}
+    assert order == ["a", "b", "b", "a"] * 2 and progress[-1] == (8, 8)
+    assert ratios(measured) == {"a": 1.0, "b": 3.0}  # of 5, 4 / 3 and 3
 
 
-def test_seconds_in_a_method_are_noted_and_the_class_is_as_it_was() -> None:
-    class Slow:
-        def work(self, seconds: float) -> float:
-            time.sleep(seconds)
-            return seconds
+@pytest.mark.parametrize("pre", [False, True])
+def test_time_of_hooks_is_measured_without_the_module(pre: bool) -> None:
+    class SlowModule(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.1)
+            return x
 
-    plain = Slow.work
-    with pytest.raises(TypeError), seconds_in(Slow, "work") as noted:
-        assert Slow().work(0.02) == 0.02
-        Slow().work("long")
-    assert len(noted) == 2 and noted[0] >= 0.02 > noted[1] and Slow.work is plain
+    def slow_hook(*_: Any) -> None:
+        time.sleep(0.02)
+
+    module = SlowModule()
+    if pre:
+        module.register_forward_pre_hook(slow_hook)
+    else:
+        module.register_forward_hook(slow_hook)
+    with time_hooks([module], CPU, pre=pre) as seconds:
+        module(torch.zeros(1))
+        module(torch.zeros(1))
+    assert len(seconds) == 2 and all(0.02 <= value < 0.09 for value in seconds)
+    assert len(module._forward_hooks) + len(module._forward_pre_hooks) == 1
 
 
-def test_of_several_accelerators_the_one_that_computes_is_asked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[torch.device] = []
+def test_memory_of_the_right_accelerator_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[torch.device] = []
 
-    def most(device: torch.device) -> int:
-        asked.append(device)
+    def max_memory_allocated(device: torch.device) -> int:
+        devices.append(device)
         return 3 * 2**30
 
-    library = SimpleNamespace(reset_peak_memory_stats=asked.append, max_memory_allocated=most)
+    library = SimpleNamespace(
+        reset_peak_memory_stats=devices.append, max_memory_allocated=max_memory_allocated
+    )
     monkeypatch.setattr(torch, "get_device_module", lambda device: library)
-    monkeypatch.setattr(torch.accelerator, "synchronize", asked.append)
-    second = torch.device("cuda", 1)
-    wait(second)
-    reset_peak(second)
-    assert peak(second) == 3 and asked == [second] * 3
-    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())  # as Apple's
-    reset_peak(second)
-    assert peak(second) is None
+    monkeypatch.setattr(torch.accelerator, "synchronize", devices.append)
+    second_gpu = torch.device("cuda", 1)
+    wait(second_gpu)
+    reset_peak(second_gpu)
+    assert peak(second_gpu) == 3 and devices == [second_gpu] * 3
+    # Apple's GPUs have no counters
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    reset_peak(second_gpu)
+    assert peak(second_gpu) is None
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_step_with_and_without(guided: bool) -> None:
+def test_sdxl_step_is_measured_with_and_without_identity(guided: bool) -> None:
     pipe = tiny.pipe()
-    it = speed.SDXLTarget(RandomSDXL(pipe.unet, pipe.vae), pixels=16, guided=guided)
-    before = it.step()
-    rows = speed.measure(it, rounds=1)
-    assert [row.name for row in rows] == [
+    target = inference.SDXLTarget(RandomSDXL(pipe.unet, pipe.vae), pixels=16, guided=guided)
+    output = target.step()
+    base, pulid, *more = inference.measure(target, rounds=1)
+    assert [row.name for row in (base, pulid, *more)] == [
         "base",
         "pulid",
-        "afresh",
+        "recomputed",
         *(["two passes"] if guided else []),
     ]
-    assert rows[0].ratio == 1.0 and all(row.seconds > 0 for row in rows)
-    assert rows[1].within is not None and 1 < rows[1].within < 3 and rows[0].within is None
-    assert torch.equal(it.step(), before)
-    with it.opened():
-        assert not torch.allclose(it.step(), before)
+    assert base.ratio == 1.0 and all(row.seconds > 0 for row in (base, pulid, *more))
+    assert pulid.within is not None and 1 < pulid.within < 3 and base.within is None
+    assert torch.equal(target.step(), output)
+    with target.use_identity():
+        assert not torch.allclose(target.step(), output)
 
 
-def test_a_step_of_flux() -> None:
-    small = {
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "axes_dims_rope": (4, 6, 6),
-        "joint_attention_dim": 8,
-    }
-    it = speed.FluxTarget(
-        torch.device("cpu"),
-        torch.float32,
-        pixels=64,
-        depth=0.1,
-        text_tokens=4,
-        pooled_projection_dim=8,
-        **small,
-    )
-    assert (
-        len(it.transformer.transformer_blocks),
-        len(it.transformer.single_transformer_blocks),
-    ) == (2, 4)
-    before = it.step()
-    rows = speed.measure(it, rounds=1)
-    assert (
-        [row.name for row in rows] == ["base", "pulid", "afresh"]
-        and rows[1].within is not None
-        and 1 < rows[1].within < 3
-    )
-    with it.opened():
-        assert not torch.allclose(it.step(), before)
+def test_identity_work_is_timed_in_every_layer() -> None:
+    pipe = tiny.pipe()
+    target = inference.SDXLTarget(RandomSDXL(pipe.unet, pipe.vae), pixels=16)
+    with target.use_identity(), target.time_identity() as seconds:
+        target.step()
+    assert len(seconds) == len(target.adapter.id_adapter_attn_layers)
+    flux = flux_target()
+    with flux.use_identity(), flux.time_identity() as seconds:
+        flux.step()
+    assert len(seconds) == len(list(flux.adapter._layers())) == 2
+
+
+def test_flux_step_is_measured_with_and_without_identity() -> None:
+    target = flux_target()
+    assert len(target.transformer.transformer_blocks) == 2
+    assert len(target.transformer.single_transformer_blocks) == 4
+    base, pulid, recomputed = inference.measure(target, rounds=1)
+    assert [row.name for row in (base, pulid, recomputed)] == ["base", "pulid", "recomputed"]
+    assert pulid.within is not None and 1 < pulid.within < 3
+    output = target.step()
+    target.step()  # the timesteps alternate
+    with target.use_identity():
+        assert not torch.allclose(target.step(), output)
+
+
+def test_consecutive_flux_steps_have_different_timesteps() -> None:
+    """A second call at the same timestep would be taken for the negative prompt's."""
+    target = flux_target()
+    first = target.step()
+    assert not torch.equal(target.step(), first) and torch.equal(target.step(), first)
+
+
+def test_flux_step_is_measured_at_a_memory_level() -> None:
+    target = flux_target(level="16gb")
+    weight = target.transformer.transformer_blocks[0].ff.net[2].weight
+    assert weight.dtype == torch.float8_e4m3fn
+    names = [row.name for row in inference.measure(target, rounds=1, primed=True)]
+    assert names == ["base", "pulid", "recomputed"]
+
+
+def test_unsupported_options_are_rejected() -> None:
     for options in ({"depth": 0.5}, {"level": "16gb"}):
-        with pytest.raises(OptionError, match="only FLUX"):
-            speed.speed_target("sdxl", torch.device("cpu"), **options)
+        with pytest.raises(OptionError, match="only available for flux"):
+            inference.speed_target("sdxl", CPU, **options)
     with pytest.raises(OptionError, match="no memory level"):
-        speed.speed_target("flux", torch.device("cpu"), level="8gb")
-    eight = speed.FluxTarget(
-        torch.device("cpu"),
-        torch.float32,
-        pixels=64,
-        depth=0.1,
-        text_tokens=4,
-        level="16gb",
-        pooled_projection_dim=8,
-        **small,
-    )
-    assert eight.transformer.transformer_blocks[0].ff.net[2].weight.dtype == torch.float8_e4m3fn
-    assert [row.name for row in speed.measure(eight, rounds=1)] == ["base", "pulid", "afresh"]
-    with pytest.raises(OptionError, match="without --guided"):
-        speed.speed_target("flux", torch.device("cpu"), guided=True)
+        inference.speed_target("flux", CPU, level="8gb")
+    with pytest.raises(OptionError, match="--guided is not available for flux"):
+        inference.speed_target("flux", CPU, guided=True)
 
 
-def test_knowing_a_person_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = partial(VisionEncoder, embed_dim=16, depth=5, num_heads=2, num_classes=4)
-    former = partial(
+def test_face_analysis_is_measured_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_vision = partial(VisionEncoder, embed_dim=16, depth=5, num_heads=2, num_classes=4)
+    tiny_former = partial(
         IDFormer, dim=16, depth=5, dim_head=8, heads=2, output_dim=8, vit_dim=1024, hidden_dim=8
     )
-    monkeypatch.setattr(identify, "VisionEncoder", small)
-    monkeypatch.setattr(identify, "IDFormer", former)
-    rows = {row.name: row for row in identify.measure(torch.device("cpu"), rounds=1)}
-    assert list(rows) == ["detect", "recognise", "parse", "detect again", "tower", "encode", "sum"]
-    assert rows["detect again"].here is None and rows["detect"].here == rows["detect"].reference
-    assert rows["sum"].here == pytest.approx(sum(row.here or 0 for row in list(rows.values())[:-1]))
-    assert rows["sum"].reference > rows["sum"].here
+    monkeypatch.setattr(face_analysis, "VisionEncoder", tiny_vision)
+    monkeypatch.setattr(face_analysis, "IDFormer", tiny_former)
+    stages = {stage.name: stage for stage in face_analysis.measure(CPU, rounds=1)}
+    assert list(stages) == [
+        "detection",
+        "recognition",
+        "parsing",
+        "second detection",
+        "vision encoder",
+        "identity encoder",
+        "total",
+    ]
+    assert stages["second detection"].seconds is None
+    assert stages["detection"].seconds == stages["detection"].reference
+    total = stages.pop("total")
+    assert total.seconds == pytest.approx(sum(stage.seconds or 0 for stage in stages.values()))
+    assert total.reference > total.seconds

@@ -1,4 +1,4 @@
-"""What a training step costs: measured on a base of a few thousand random weights."""
+"""Tests of the training benchmark, on a base of a few thousand random weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def base() -> training.RandomSDXL:
     return training.RandomSDXL(pipe.unet, pipe.vae)
 
 
-def test_every_candidate_is_measured_and_told(base) -> None:
+def test_every_candidate_is_measured(base) -> None:
     recipe = Recipe(
         "tiny",
         "mini",
@@ -30,8 +30,8 @@ def test_every_candidate_is_measured_and_told(base) -> None:
         semantic=0.6,
         layout=0.1,
     )
-    costs = training.measure(training.random_task(recipe, base), lasts=(1, 2), rounds=1)
-    assert [(cost.last, cost.checkpoint) for cost in costs] == [
+    costs = training.measure(training.random_task(recipe, base), grad_steps=(1, 2), rounds=1)
+    assert [(cost.grad_steps, cost.checkpointing) for cost in costs] == [
         (1, False),
         (1, True),
         (2, False),
@@ -40,7 +40,7 @@ def test_every_candidate_is_measured_and_told(base) -> None:
     assert costs[0].ratio == 1.0 and all(cost.seconds > 0 for cost in costs)
 
 
-def test_the_miniature_at_random_has_the_miniatures_sizes() -> None:
+def test_random_miniature_has_the_miniatures_sizes() -> None:
     base = training.random_base("mini", torch.device("cpu"))
     assert base.shape() == (20, 12, 12) and base.unet.dtype == torch.float32
     assert base.decode(torch.zeros(1, 20, 12, 12)).shape == (1, 3, 96, 96)
@@ -48,6 +48,6 @@ def test_the_miniature_at_random_has_the_miniatures_sizes() -> None:
     assert text.embeds.shape == (2, 77, base.unet.config.cross_attention_dim)
 
 
-def test_other_bases_are_refused() -> None:
+def test_unknown_base_is_rejected() -> None:
     with pytest.raises(OptionError, match="mini or sdxl"):
         training.random_base("flux", torch.device("cpu"))

@@ -66,7 +66,7 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
         evaluate, "models", lambda studio, adapters: [(name, studio) for name in adapters]
     )
     monkeypatch.setattr(evaluate, "make", make)
-    monkeypatch.setattr(evaluate.Scorers, "load", lambda: JUDGES)
+    monkeypatch.setattr(evaluate.MiniScorers, "load", lambda: JUDGES)
     table = evaluate.run(people=3, prompts=2, adapters={"stage1": Path("nowhere")})
     base, stage1 = table.rows["base"], table.rows["stage1"]
     assert stage1["face_sim"].mean == pytest.approx(1, abs=1e-4)

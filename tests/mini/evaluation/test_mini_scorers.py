@@ -38,7 +38,7 @@ def test_judges_answer_in_the_measures_shapes() -> None:
         to_tensor([portrait(HELD_OUT_PEOPLE + k) for k in range(2)]),
     )
     faces = judges.faces(images)
-    assert faces.found.tolist() == [True, True] and faces.masks.shape == (2, 1, 96, 96)
+    assert faces.has_face.tolist() == [True, True] and faces.masks.shape == (2, 1, 96, 96)
     assert judges.embed_images(images).shape == judges.embed_texts(["portrait", "photo"]).shape
     read = judges.read(images)
     assert {name: scores.shape[1] for name, scores in read.items()} == {
@@ -51,11 +51,11 @@ def test_pictures_without_a_face_are_measured() -> None:
     gray = to_tensor([Image.new("RGB", (96, 96), "gray")] * 2)
     portraits = to_tensor([portrait(number) for number in people])
     nobody, gallery = judges.faces(gray), judges.faces(portraits)
-    assert not nobody.found.any() and nobody.embeddings.shape == gallery.embeddings.shape
+    assert not nobody.has_face.any() and nobody.embeddings.shape == gallery.embeddings.shape
     who, prompts = torch.tensor([0, 1]), ["portrait", "photo"]
     wanted, truth = (
-        [judges.wanted({"pose": "front"})] * 2,
-        judges.truth([str(number) for number in people]),
+        [judges.attribute_classes({"pose": "front"})] * 2,
+        judges.facial_values([str(number) for number in people]),
     )
     it = MetricInputs(
         gray,
@@ -67,10 +67,10 @@ def test_pictures_without_a_face_are_measured() -> None:
         gallery,
         prompts,
         wanted,
-        others=gallery,
-        truth=truth,
+        second_faces=gallery,
+        facial_values=truth,
     )
-    told = {measure.name: measure(it) for measure in judges.measures()}
+    told = {measure.name: measure(it) for measure in judges.metrics()}
     assert all(values.shape == (2,) for values in told.values())
     assert (
         told["face_sim"].tolist() == told["rank1"].tolist() == told["face_found"].tolist() == [0, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,7 +20,7 @@ def folders(tmp_path):
     return {
         "runs": tmp_path / "runs",
         "weights": tmp_path / "weights",
-        "report": tmp_path / "report.md",
+        "report": tmp_path / "report.json",
     }
 
 
@@ -64,9 +66,10 @@ def test_fresh_forgets_what_was_begun(made, folders):
 def test_figures_are_appended_to_the_report(made, folders):
     for _ in range(2):
         builder.build(["finder"], minutes=3, device="cpu", **folders)
-    text = folders["report"].read_text()
-    assert text.count("## finder, ") == 2
-    assert "pulid mini build finder --minutes 3" in text and "| figure | 0.1 |" in text
+    measurements = json.loads(folders["report"].read_text())["measurements"]
+    assert [measurement["name"] for measurement in measurements] == ["finder"] * 2
+    assert measurements[0]["command"] == "pulid mini build finder --minutes 3"
+    assert measurements[0]["figures"] == {"figure": 0.1}
 
 
 def test_a_part_that_comes_too_early_says_so(folders):

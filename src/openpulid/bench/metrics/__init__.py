@@ -1,7 +1,9 @@
-"""What the benchmark measures: each measure a small class with its definition and source. Networks come in as plain
-callables; a measure gives one number per image.
+"""The benchmark's metrics.
 
-Shapes: B images, P people, D features; images are (B, 3, H, W) floats in [0, 1].
+Each metric is a small class with its definition and source. Networks are passed in as plain
+callables; a metric computes one number per image.
+
+Shapes: B images, P subjects, D features; images are (B, 3, H, W) floats in [0, 1].
 """
 
 from openpulid.bench.metrics.bootstrap import Interval, bootstrap
@@ -15,13 +17,13 @@ from openpulid.bench.metrics.identity import (
     Rank1,
 )
 from openpulid.bench.metrics.inputs import (
+    ClassifyAttributes,
+    DetectFaces,
     EmbedImages,
     EmbedTexts,
     Faces,
-    FindFaces,
     Metric,
     MetricInputs,
-    ReadAttributes,
 )
 from openpulid.bench.metrics.preservation import (
     FID,
@@ -31,22 +33,23 @@ from openpulid.bench.metrics.preservation import (
     Dino,
     LpipsOutside,
     OutsideFace,
-    attributes_seen,
+    attribute_accuracy,
 )
 
 COLUMNS = (
     FaceSim, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste, ClipT, ClipI, Dino, OutsideFace,
     LpipsOutside, Attributes, FaceFound, FID,
 )  # fmt: skip
-"""All of them, in the order of a report's columns."""
-LIKENESS = frozenset(
-    measure.name for measure in (FaceSim, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste)
+"""All metrics in the order of a report's columns."""
+
+IDENTITY_METRICS = frozenset(
+    metric.name for metric in (FaceSim, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste)
 )
-"""Whose face it is; a suite may name prompts for these alone."""
+"""Names of the metrics of identity; a suite may name prompts for these alone."""
 
 __all__ = [
     "COLUMNS",
-    "LIKENESS",
+    "IDENTITY_METRICS",
     "FGIS",
     "FID",
     "Attributes",
@@ -62,13 +65,13 @@ __all__ = [
     "FaceSim",
     "Faces",
     "FacialValues",
-    "FindFaces",
+    "DetectFaces",
     "Interval",
     "LpipsOutside",
     "Metric",
     "OutsideFace",
     "Rank1",
-    "ReadAttributes",
-    "attributes_seen",
+    "ClassifyAttributes",
+    "attribute_accuracy",
     "bootstrap",
 ]

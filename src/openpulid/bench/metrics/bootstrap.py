@@ -1,7 +1,8 @@
-"""How sure a mean is."""
+"""Confidence intervals of means."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,39 +11,46 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the range that it would fall into in 95 of 100 repetitions with other people; `low` and `high` are NaN where
-    that cannot be told."""
+    """A mean with its 95% confidence interval.
+
+    Attributes:
+        mean: mean over subjects.
+        low: lower end of the interval, NaN if it cannot be estimated.
+        high: upper end of the interval, NaN if it cannot be estimated.
+    """
 
     mean: float
-    low: float
-    high: float
+    low: float = math.nan
+    high: float = math.nan
 
 
 def bootstrap(values: Tensor, groups: Tensor, *, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Mean with a 95% percentile bootstrap interval over people (Efron 1979; cluster bootstrap).
+    """Compute a mean with a 95% percentile bootstrap interval over subjects.
 
-    Images of one person are alike, so people, not images, are drawn again; every person weighs the same.
+    Cluster bootstrap (Efron 1979): images of one subject are correlated, so subjects are
+    resampled, not images. Every subject has the same weight.
 
     Args:
-        values: (B,) one number per image; NaN is left out.
-        groups: (B,) whose image it is.
+        values: (B,) one number per image; NaN is ignored.
+        groups: (B,) the subject of each image.
+        resamples: number of bootstrap samples.
+        seed: seed of the resampling.
 
     Returns:
-        the mean over people of their own means; its range is NaN for fewer than two people, all is where no value is left.
+        The mean over subjects of their own means. The interval is NaN with fewer than two
+        subjects; everything is NaN without any value.
     """
-    kept = ~values.isnan()
-    means = [values[kept & (groups == group)].double().mean() for group in groups[kept].unique()]
+    valid = ~values.isnan()
+    means = [values[valid & (groups == group)].double().mean() for group in groups[valid].unique()]
     if not means:
-        return Interval(float("nan"), float("nan"), float("nan"))
-    people = torch.stack(means)
-    if len(people) < 2:  # every draw would be the same person, and the mean look certain
-        return Interval(people.mean().item(), float("nan"), float("nan"))
+        return Interval(math.nan)
+    subject_means = torch.stack(means)
+    mean = subject_means.mean().item()
+    if len(means) < 2:  # every resample would be the same subject and the mean look certain
+        return Interval(mean)
+
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(people), (resamples, len(people)), generator=generator)
-    low, high = (
-        people[drawn]
-        .mean(dim=1)
-        .quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-        .tolist()
-    )
-    return Interval(people.mean().item(), low, high)
+    draws = torch.randint(len(means), (resamples, len(means)), generator=generator)
+    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = subject_means[draws].mean(dim=1).quantile(quantiles).tolist()
+    return Interval(mean, low, high)

@@ -1,4 +1,4 @@
-"""Whether it is the person."""
+"""Metrics of identity: whether the image shows the subject."""
 
 from __future__ import annotations
 
@@ -9,167 +9,174 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openpulid.bench.metrics.inputs import Distance, EmbedImages, MetricInputs, cosine, face_crops
+from openpulid.bench.metrics.inputs import Distance, EmbedImages, MetricInputs, cosine, crop_faces
 
 
 class FaceFound:
-    """1 where the finder sees a face, else 0: the detection rate."""
+    """Face detection rate: 1 if the detector finds a face, else 0."""
 
     name: ClassVar[str] = "face_found"
-    higher: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = True
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        return evidence.seen.found.float()
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        return inputs.faces.has_face.float()
 
 
 class FaceSim:
-    """Cosine of face embeddings, image against portrait, by a recogniser that no method was trained with.
+    """Cosine similarity of the face embeddings of image and reference image.
 
-    PuLID's "Face Sim" (arXiv 2404.16022, section 4.1). An image without a face counts as 0: leaving it out would reward a
+    PuLID's "Face Sim" (arXiv 2404.16022, section 4.1). The face recognition model is one that no
+    method was trained with. An image without a face counts as 0: ignoring it would reward a
     method for destroying faces.
     """
 
     name: ClassVar[str] = "face_sim"
-    higher: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = True
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        seen = evidence.seen
-        similar = cosine(seen.embeddings, evidence.gallery.embeddings[evidence.person])
-        return torch.where(seen.found, similar, torch.zeros_like(similar))
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        references = inputs.reference_faces.embeddings[inputs.subjects]
+        similarity = cosine(inputs.faces.embeddings, references)
+        return torch.where(inputs.faces.has_face, similarity, torch.zeros_like(similarity))
 
 
 class Rank1:
-    """Whether the right one of all people is the nearest: closed-set identification at rank 1.
+    """Closed-set identification at rank 1: whether the subject is the nearest of all subjects.
 
     Phillips et al., "The FERET evaluation methodology" (2000). An image without a face is a miss.
     """
 
     name: ClassVar[str] = "rank1"
-    higher: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = True
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        seen, gallery = evidence.seen, evidence.gallery
-        similar = (
-            F.normalize(seen.embeddings.float(), dim=-1)
-            @ F.normalize(gallery.embeddings.float(), dim=-1).T
-        )
-        return ((similar.argmax(dim=-1) == evidence.person) & seen.found).float()
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        embeddings = F.normalize(inputs.faces.embeddings.float(), dim=-1)
+        references = F.normalize(inputs.reference_faces.embeddings.float(), dim=-1)
+        nearest = (embeddings @ references.T).argmax(dim=-1)
+        return ((nearest == inputs.subjects) & inputs.faces.has_face).float()
 
 
 class CopyPaste:
-    """(angle(image, other) - angle(image, portrait)) / max(angle(other, portrait), eps): whether the portrait is repeated.
+    """Whether the reference image is copied instead of the identity.
 
-    Copy-Paste of MultiID-Bench (arXiv 2510.14975), between the angles of face embeddings; -1 to 1. Likeness to the
-    portrait alone rewards pasting it: this compares with likeness to another picture of the same person. NaN where there
-    is no such picture, or no face.
+    (angle(image, second) - angle(image, reference)) / max(angle(second, reference), eps), between
+    the angles of face embeddings, in [-1, 1]. This is Copy-Paste of MultiID-Bench (arXiv
+    2510.14975). Similarity to the reference image alone rewards pasting it; this metric compares
+    it with the similarity to a second image of the same subject. NaN without a second image or
+    without a face.
     """
 
     name: ClassVar[str] = "copy_paste"
-    higher: ClassVar[bool] = False
+    higher_is_better: ClassVar[bool] = False
     eps: ClassVar[float] = 1e-3
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        seen, other = evidence.seen, evidence.others
-        nothing = torch.full((len(seen.found),), float("nan"))
-        if other is None:
-            return nothing
-        portrait = evidence.gallery.embeddings[evidence.person]
-        apart = _angle(other.embeddings, portrait).clamp(min=self.eps)
-        pasted = (
-            _angle(seen.embeddings, other.embeddings) - _angle(seen.embeddings, portrait)
-        ) / apart
-        return torch.where(seen.found & other.found, pasted, nothing)
-
-
-class FacialValues:
-    """Mean absolute error of the person's own numbers, read back from the image: 0 is the very person.
-
-    This project's own, for people who are drawn from numbers: how wide the nose is, and so on, each from 0 to 1. A reader
-    makes errors too: those on pictures of the person themselves are the best that can be had, and saying the mean person
-    each time the worst. NaN where the image shows no face or nobody knows the numbers.
-
-    Args:
-        read: face embeddings (B, D) -> (B, V).
-    """
-
-    name: ClassVar[str] = "values"
-    higher: ClassVar[bool] = False
-
-    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
-        self.read = read
-
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        nothing = torch.full((len(evidence.images),), float("nan"))
-        if evidence.truth is None:
-            return nothing
-        error = (
-            (self.read(evidence.seen.embeddings) - evidence.truth[evidence.person]).abs().mean(-1)
-        )
-        return torch.where(evidence.seen.found, error, nothing)
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        faces = inputs.faces
+        second = inputs.second_faces
+        undefined = torch.full((len(faces.has_face),), float("nan"))
+        if second is None:
+            return undefined
+        references = inputs.reference_faces.embeddings[inputs.subjects]
+        spread = _angle(second.embeddings, references).clamp(min=self.eps)
+        to_second = _angle(faces.embeddings, second.embeddings)
+        to_reference = _angle(faces.embeddings, references)
+        values = (to_second - to_reference) / spread
+        return torch.where(faces.has_face & second.has_face, values, undefined)
 
 
 def _angle(a: Tensor, b: Tensor) -> Tensor:
     return cosine(a, b).clamp(-1, 1).arccos()
 
 
-class FGIS:
-    """Cosine of DINO embeddings of the facial regions of image and portrait.
+class FacialValues:
+    """Mean absolute error of the subject's facial parameters, predicted from the image.
 
-    Fine-Grained Identity Similarity of ConsistentID (arXiv 2404.16771, section 4.1); its DINO is ViT-S/16. NaN where the
-    image shows no face.
+    This project's own metric for synthetic people, whose faces are rendered from parameters in
+    [0, 1], such as the width of the nose. 0 means the same face. The predictor has an error of its
+    own: its error on images of the true subject is the lower bound, the error of always predicting
+    the mean face is the upper one. NaN if the image shows no face or the parameters are unknown.
+
+    Args:
+        predict: face embeddings (B, D) -> facial parameters (B, V).
+    """
+
+    name: ClassVar[str] = "values"
+    higher_is_better: ClassVar[bool] = False
+
+    def __init__(self, predict: Callable[[Tensor], Tensor]) -> None:
+        self.predict = predict
+
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        undefined = torch.full((len(inputs.images),), float("nan"))
+        if inputs.facial_values is None:
+            return undefined
+        predicted = self.predict(inputs.faces.embeddings)
+        error = (predicted - inputs.facial_values[inputs.subjects]).abs().mean(-1)
+        return torch.where(inputs.faces.has_face, error, undefined)
+
+
+class FGIS:
+    """Cosine similarity of the DINO embeddings of the facial regions of image and reference image.
+
+    Fine-Grained Identity Similarity of ConsistentID (arXiv 2404.16771, section 4.1), whose DINO
+    is ViT-S/16. NaN where the image shows no face.
 
     Args:
         dino: face crops (B, 3, size, size) in [0, 1] -> (B, D).
-        size: of the crops.
+        size: side of the crops in pixels.
     """
 
     name: ClassVar[str] = "fgis"
-    higher: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = True
 
     def __init__(self, dino: EmbedImages, size: int = 224) -> None:
-        self.dino, self.size = dino, size
+        self.dino = dino
+        self.size = size
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        shown = self.dino(face_crops(evidence.images, evidence.seen, self.size))
-        people, place = evidence.person.unique(return_inverse=True)
-        portraits = self.dino(
-            face_crops(evidence.portraits[people], evidence.gallery.rows(people), self.size)
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        embeddings = self.dino(crop_faces(inputs.images, inputs.faces, self.size))
+        subjects, indices = inputs.subjects.unique(return_inverse=True)
+        reference_crops = crop_faces(
+            inputs.reference_images[subjects], inputs.reference_faces.select(subjects), self.size
         )
-        similar = cosine(shown, portraits[place]).cpu()
-        return torch.where(
-            evidence.seen.found.cpu(), similar, torch.full_like(similar, float("nan"))
-        )
+        similarity = cosine(embeddings, self.dino(reference_crops)[indices]).cpu()
+        undefined = torch.full_like(similarity, float("nan"))
+        return torch.where(inputs.faces.has_face.cpu(), similarity, undefined)
 
 
 class FaceDiversity:
-    """Mean LPIPS distance of an image's face to the other faces of the same person: "Face Div" of PhotoMaker.
+    """Mean LPIPS distance of an image's face to the subject's other faces.
 
-    PhotoMaker (arXiv 2312.04461, section 4.1) averages over pairs; so does the mean of these numbers over a person's images.
-    NaN where the person has no second image with a face.
+    "Face Div" of PhotoMaker (arXiv 2312.04461, section 4.1), which averages over pairs, as the
+    mean of these numbers over a subject's images does. NaN where the subject has no second image
+    with a face.
 
     Args:
         lpips: two batches of crops (B, 3, size, size) in [0, 1] -> (B,).
-        size: of the crops.
+        size: side of the crops in pixels.
     """
 
     name: ClassVar[str] = "face_div"
-    higher: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = True
 
     def __init__(self, lpips: Distance, size: int = 128) -> None:
-        self.lpips, self.size = lpips, size
+        self.lpips = lpips
+        self.size = size
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        crops, found = face_crops(evidence.images, evidence.seen, self.size), evidence.seen.found
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        has_face = inputs.faces.has_face
+        crops = crop_faces(inputs.images, inputs.faces, self.size)
         values = torch.full((len(crops),), float("nan"))
         for row in range(len(crops)):
-            same = (evidence.person == evidence.person[row]) & found
-            same[row] = False
-            if found[row] and same.any():
-                values[row] = (
-                    self.lpips(
-                        crops[row : row + 1].expand(int(same.sum()), -1, -1, -1), crops[same]
-                    )
-                    .mean()
-                    .cpu()
-                )
+            same_subject = (inputs.subjects == inputs.subjects[row]) & has_face
+            same_subject[row] = False
+            if has_face[row] and same_subject.any():
+                crop = crops[row : row + 1].expand(int(same_subject.sum()), -1, -1, -1)
+                values[row] = self.lpips(crop, crops[same_subject]).mean().cpu()
         return values

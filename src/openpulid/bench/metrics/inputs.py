@@ -1,4 +1,4 @@
-"""What the measures look at: one method's images and all that they are compared with."""
+"""Inputs of the metrics: the images of one method and everything they are compared with."""
 
 from __future__ import annotations
 
@@ -13,91 +13,120 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Faces:
-    """What a face finder and a recogniser see in a batch of images.
+    """The face detections and embeddings of a batch of images.
 
     Attributes:
-        found: (B,) bool, whether there is a face.
-        embeddings: (B, D) of the recogniser; rows without a face hold anything.
-        masks: (B, 1, H, W) one on the face's own pixels, zero everywhere where there is no face.
+        has_face: (B,) bool, whether the image shows a face.
+        embeddings: (B, D) face embeddings; rows without a face are undefined.
+        masks: (B, 1, H, W), one on the pixels of the face, zero elsewhere.
     """
 
-    found: Tensor
+    has_face: Tensor
     embeddings: Tensor
     masks: Tensor
 
-    def rows(self, rows: Tensor) -> Faces:
-        """Those of some images."""
-        return Faces(self.found[rows], self.embeddings[rows], self.masks[rows])
+    def select(self, rows: Tensor) -> Faces:
+        """Return the faces of the images with these indices."""
+        return Faces(self.has_face[rows], self.embeddings[rows], self.masks[rows])
 
 
-FindFaces = Callable[[Tensor], Faces]  # images (B, 3, H, W) -> Faces
-EmbedImages = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B, D)
-EmbedTexts = Callable[[Sequence[str]], Tensor]  # B prompts -> (B, D)
-Distance = Callable[[Tensor, Tensor], Tensor]  # two batches of images (B, 3, H, W) -> (B,)
-ReadAttributes = Callable[
-    [Tensor], Mapping[str, Tensor]
-]  # images -> attribute: (B, classes) scores
+DetectFaces = Callable[[Tensor], Faces]
+"""Images (B, 3, H, W) -> Faces."""
+
+EmbedImages = Callable[[Tensor], Tensor]
+"""Images (B, 3, H, W) -> embeddings (B, D)."""
+
+EmbedTexts = Callable[[Sequence[str]], Tensor]
+"""B prompts -> embeddings (B, D)."""
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Two batches of images (B, 3, H, W) -> distances (B,)."""
+
+ClassifyAttributes = Callable[[Tensor], Mapping[str, Tensor]]
+"""Images (B, 3, H, W) -> attribute name -> class scores (B, C)."""
 
 
 @dataclass(frozen=True)
 class MetricInputs:
-    """B images of one method, each from a prompt, a seed and the picture of a person.
+    """B images of one method, each generated from a prompt, a seed and a reference image.
 
     Attributes:
         images: (B, 3, H, W) in [0, 1].
-        before: (B, 3, H, W), the base model's from the same prompt and noise.
-        seen, was: the faces of both.
-        person: (B,) whose identity it is, a row of the gallery.
-        portraits: (P, 3, h, w), the picture that each person's identity was made from; gallery: its faces.
-        prompts: B sentences.
-        wanted: for each image, attribute -> class that the prompt asks for; where that is known.
-        others: the faces of another picture of each image's person, B of them; where there is one.
-        truth: (P, V), what is known of the people exactly; of procedural ones their facial values.
+        base_images: (B, 3, H, W), the base model's images for the same prompts and seeds.
+        faces: the faces of `images`.
+        base_faces: the faces of `base_images`.
+        subjects: (B,) index of each image's subject among the P subjects.
+        reference_images: (P, 3, h, w), the image that each identity was extracted from.
+        reference_faces: the faces of `reference_images`.
+        prompts: the B prompts.
+        requested: for each image, attribute name -> class index that its prompt asks for.
+        second_faces: the faces of another image of each image's subject (B rows), which no
+            method has seen; None if there are no such images.
+        facial_values: (P, V), the true facial parameters of the subjects; None for photos.
     """
 
     images: Tensor
-    before: Tensor
-    seen: Faces
-    was: Faces
-    person: Tensor
-    portraits: Tensor
-    gallery: Faces
+    base_images: Tensor
+    faces: Faces
+    base_faces: Faces
+    subjects: Tensor
+    reference_images: Tensor
+    reference_faces: Faces
     prompts: Sequence[str]
-    wanted: Sequence[Mapping[str, int]] = field(default=())
-    others: Faces | None = None
-    truth: Tensor | None = None
+    requested: Sequence[Mapping[str, int]] = field(default=())
+    second_faces: Faces | None = None
+    facial_values: Tensor | None = None
 
 
 class Metric(Protocol):
-    """One number for each image; NaN where it cannot be told."""
+    """One number per image; NaN where the metric is undefined.
+
+    Attributes:
+        name: the column's name.
+        higher_is_better: the direction of the metric.
+    """
 
     name: ClassVar[str]
-    higher: ClassVar[bool]  # whether more is better
+    higher_is_better: ClassVar[bool]
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        """(B,) in float32."""
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric, (B,) in float32."""
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """(..., D) and (..., D) -> (...) in [-1, 1], in float32."""
+    """Compute cosine similarities in float32, (..., D) and (..., D) -> (...)."""
     return F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
-def face_crops(images: Tensor, faces: Faces, size: int) -> Tensor:
-    """(B, 3, size, size): the square around each face's pixels; the whole image where there is no face."""
+def crop_faces(images: Tensor, faces: Faces, size: int) -> Tensor:
+    """Crop the square around each face; use the whole image where there is no face.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        faces: their faces.
+        size: side of the crops in pixels.
+
+    Returns:
+        (B, 3, size, size), padded with gray.
+    """
     height, width = images.shape[-2:]
     crops = []
     for image, mask in zip(images.float(), faces.masks, strict=True):
-        places = mask[0].nonzero()
-        if len(places):
-            (top, left), (bottom, right) = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
+        pixels = mask[0].nonzero()
+        if len(pixels):
+            top, left = pixels.amin(0).tolist()
+            bottom, right = (pixels.amax(0) + 1).tolist()
         else:
             top, left, bottom, right = 0, 0, height, width
         crop = image[None, :, top:bottom, left:right]
-        tall, wide = crop.shape[-2:]
-        side = max(tall, wide)
-        above, before = (side - tall) // 2, (side - wide) // 2
-        crop = F.pad(crop, (before, side - wide - before, above, side - tall - above), value=0.5)
+        crop_height, crop_width = crop.shape[-2:]
+        side = max(crop_height, crop_width)
+        pad_top = (side - crop_height) // 2
+        pad_left = (side - crop_width) // 2
+        padding = (
+            pad_left, side - crop_width - pad_left, pad_top, side - crop_height - pad_top
+        )  # fmt: skip
+        crop = F.pad(crop, padding, value=0.5)
         crops.append(
             F.interpolate(crop, (size, size), mode="bilinear", antialias=True, align_corners=False)
         )

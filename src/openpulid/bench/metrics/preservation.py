@@ -1,4 +1,4 @@
-"""Whether the prompt is followed, and nothing but the person has changed."""
+"""Metrics of preservation: whether the prompt is followed and only the identity has changed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.bench.metrics.inputs import (
+    ClassifyAttributes,
     Distance,
     EmbedImages,
     EmbedTexts,
     MetricInputs,
-    ReadAttributes,
     cosine,
 )
 
@@ -21,167 +21,199 @@ from openpulid.bench.metrics.inputs import (
 class ClipT:
     """How well an image follows its prompt: 100 x cosine of CLIP image and text features.
 
-    CLIPScore (Hessel et al. 2021) without its factor 2.5 and clipping, as PuLID's "CLIP-T" reports it.
+    CLIPScore (Hessel et al. 2021) without its factor 2.5 and clipping, as PuLID's "CLIP-T".
     """
 
     name: ClassVar[str] = "clip_t"
-    higher: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = True
 
-    def __init__(self, images: EmbedImages, texts: EmbedTexts) -> None:
-        self.images, self.texts = images, texts
+    def __init__(self, embed_images: EmbedImages, embed_texts: EmbedTexts) -> None:
+        self.embed_images = embed_images
+        self.embed_texts = embed_texts
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        return 100 * cosine(self.images(evidence.images), self.texts(evidence.prompts)).cpu()
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        images = self.embed_images(inputs.images)
+        return 100 * cosine(images, self.embed_texts(inputs.prompts)).cpu()
 
 
 class ClipI:
-    """How little the identity changed the picture: cosine of CLIP features, with against without identity.
+    """Cosine of the CLIP features of the images with and without the identity.
 
-    PuLID's "CLIP-I" (arXiv 2404.16022, section 4.1): both images from the same prompt and the same noise. 1 where nothing
-    changed.
+    PuLID's "CLIP-I" (arXiv 2404.16022, section 4.1): both images are generated from the same
+    prompt and noise. 1 if nothing changed.
     """
 
     name: ClassVar[str] = "clip_i"
-    higher: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = True
 
-    def __init__(self, images: EmbedImages) -> None:
-        self.images = images
+    def __init__(self, embed_images: EmbedImages) -> None:
+        self.embed_images = embed_images
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        return cosine(self.images(evidence.images), self.images(evidence.before)).cpu()
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        images = self.embed_images(inputs.images)
+        return cosine(images, self.embed_images(inputs.base_images)).cpu()
 
 
 class Dino(ClipI):
-    """The same by DINO (arXiv 2104.14294), which sees composition and texture rather than what words would say."""
+    """Cosine of the DINO features (arXiv 2104.14294) with and without the identity.
+
+    DINO is sensitive to composition and texture, CLIP to what a caption would say.
+    """
 
     name: ClassVar[str] = "dino"
 
 
 class OutsideFace:
-    """Mean absolute difference, with against without identity, over the pixels outside both images' faces.
+    """Mean absolute difference with and without the identity, outside the faces of both images.
 
-    This project's own measure of what CLIP-I only suggests: the identity belongs in the face, so all that moves elsewhere
-    is a disturbance. Pixels of either face are left out, so a face may change its outline. In [0, 1].
+    This project's own, direct version of what CLIP-I measures indirectly: the identity belongs in
+    the face, so any change elsewhere is a disturbance. The pixels of both faces are excluded, so
+    a face may change its outline. In [0, 1].
     """
 
     name: ClassVar[str] = "outside_face"
-    higher: ClassVar[bool] = False
+    higher_is_better: ClassVar[bool] = False
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        outside = _outside(evidence)
-        difference = (
-            (evidence.images.float() - evidence.before.float()).abs().mean(dim=1, keepdim=True)
-        )
-        return (difference * outside).sum(dim=(1, 2, 3)) / outside.sum(dim=(1, 2, 3)).clamp(min=1)
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        outside = _outside_mask(inputs)
+        difference = (inputs.images.float() - inputs.base_images.float()).abs()
+        difference = difference.mean(dim=1, keepdim=True) * outside
+        return difference.sum(dim=(1, 2, 3)) / outside.sum(dim=(1, 2, 3)).clamp(min=1)
 
 
 class LpipsOutside:
-    """LPIPS (arXiv 1801.03924) of with against without identity, both faces covered with gray: what an eye sees move
-    elsewhere."""
+    """LPIPS (arXiv 1801.03924) with and without the identity, the faces covered with gray.
+
+    The perceptual version of `OutsideFace`.
+    """
 
     name: ClassVar[str] = "lpips_outside"
-    higher: ClassVar[bool] = False
+    higher_is_better: ClassVar[bool] = False
 
     def __init__(self, lpips: Distance) -> None:
         self.lpips = lpips
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        outside = _outside(evidence)
-        images, before = (
-            x.float() * outside + 0.5 * (1 - outside) for x in (evidence.images, evidence.before)
-        )
-        return self.lpips(images, before).cpu()
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        outside = _outside_mask(inputs)
+        gray = 0.5 * (1 - outside)
+        images = inputs.images.float() * outside + gray
+        base_images = inputs.base_images.float() * outside + gray
+        return self.lpips(images, base_images).cpu()
 
 
-def _outside(evidence: MetricInputs) -> Tensor:
-    """(B, 1, H, W): one where neither image has its face."""
-    return 1 - torch.maximum(evidence.seen.masks, evidence.was.masks).float()
+def _outside_mask(inputs: MetricInputs) -> Tensor:
+    """Return (B, 1, H, W), one where neither image shows its face."""
+    return 1 - torch.maximum(inputs.faces.masks, inputs.base_faces.masks).float()
 
 
 class Attributes:
-    """Share of what the prompt asks for that an attribute reader sees in the image.
+    """Share of the requested attributes that a classifier finds in the image.
 
-    Attribute accuracy as in compositional text-to-image benchmarks (GenEval, Ghosh et al. 2023), with a classifier for
-    each attribute in place of an object detector. Attributes not asked for do not count; NaN where nothing is asked.
+    Attribute accuracy as in compositional text-to-image benchmarks (GenEval, Ghosh et al. 2023),
+    with a classifier per attribute instead of an object detector. Attributes that the prompt does
+    not mention are ignored; NaN if it mentions none.
+
+    Args:
+        classify: images (B, 3, H, W) -> attribute name -> class scores (B, C).
     """
 
     name: ClassVar[str] = "attributes"
-    higher: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = True
 
-    def __init__(self, read: ReadAttributes) -> None:
-        self.read = read
+    def __init__(self, classify: ClassifyAttributes) -> None:
+        self.classify = classify
 
-    def __call__(self, evidence: MetricInputs) -> Tensor:
-        return _shares(self.each(evidence))
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        return _accuracies(self.check(inputs))
 
-    def each(self, evidence: MetricInputs) -> list[dict[str, bool]]:
-        """Of each image and each attribute that is asked for, whether it is seen."""
-        return _each(self.read(evidence.images), evidence.wanted or [{}] * len(evidence.images))
-
-
-def attributes_seen(scores: Mapping[str, Tensor], wanted: Sequence[Mapping[str, int]]) -> Tensor:
-    """(B,), of attribute: (B, classes) scores and what each image should show: `Attributes` without its reader."""
-    return _shares(_each(scores, wanted))
+    def check(self, inputs: MetricInputs) -> list[dict[str, bool]]:
+        """Return, for each image and requested attribute, whether the image shows it."""
+        requested = inputs.requested or [{}] * len(inputs.images)
+        return _check_attributes(self.classify(inputs.images), requested)
 
 
-def _each(
-    scores: Mapping[str, Tensor], wanted: Sequence[Mapping[str, int]]
+def attribute_accuracy(
+    scores: Mapping[str, Tensor], requested: Sequence[Mapping[str, int]]
+) -> Tensor:
+    """Compute the share of requested attributes that are predicted.
+
+    Args:
+        scores: attribute name -> class scores (B, C).
+        requested: for each image, attribute name -> class index.
+
+    Returns:
+        (B,), NaN where nothing is requested.
+    """
+    return _accuracies(_check_attributes(scores, requested))
+
+
+def _check_attributes(
+    scores: Mapping[str, Tensor], requested: Sequence[Mapping[str, int]]
 ) -> list[dict[str, bool]]:
-    seen = {name: values.argmax(dim=-1).tolist() for name, values in scores.items()}
+    predicted = {name: values.argmax(dim=-1).tolist() for name, values in scores.items()}
     return [
-        {name: seen[name][k] == value for name, value in asked.items()}
-        for k, asked in enumerate(wanted)
+        {name: predicted[name][row] == value for name, value in attributes.items()}
+        for row, attributes in enumerate(requested)
     ]
 
 
-def _shares(each: Sequence[Mapping[str, bool]]) -> Tensor:
-    return torch.tensor([sum(one.values()) / len(one) if one else float("nan") for one in each])
+def _accuracies(checks: Sequence[Mapping[str, bool]]) -> Tensor:
+    return torch.tensor(
+        [sum(check.values()) / len(check) if check else float("nan") for check in checks]
+    )
 
 
 class FID:
-    """Frechet distance (arXiv 1706.08500) between the images with and the images without identity: one number for all that
-    `update` was told.
+    """Frechet distance (arXiv 1706.08500) between the images with and without the identity.
 
-    PuLID does not disclose its reference set; this is the definition used here, and reports say so. Few images give a
-    larger number: only equal counts compare. The base makes the same image of a prompt and a seed for every person, so what is
-    compared with are as many different images as there are prompts and seeds.
+    One number for all images passed to `update`. PuLID does not disclose its reference set; the
+    reports state that this definition is another one. Few images give a larger number, so only
+    equal counts compare. The base model generates the same image of a prompt and seed for every
+    subject: the number of distinct base images is prompts x seeds.
 
     Args:
-        features: images (B, 3, H, W) in [0, 1] -> (B, D); Inception's pool of 2048 is the published one's.
+        features: images (B, 3, H, W) in [0, 1] -> (B, D); the published FID uses the
+            2048-dimensional pooling layer of Inception.
     """
 
     name: ClassVar[str] = "fid"
-    higher: ClassVar[bool] = False
+    higher_is_better: ClassVar[bool] = False
 
     def __init__(self, features: EmbedImages) -> None:
         self.features = features
         self._distance: Any = None
 
-    def update(self, evidence: MetricInputs) -> None:
-        """Some images more."""
+    def update(self, inputs: MetricInputs) -> None:
+        """Add a batch of images."""
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         if self._distance is None:
             self._distance = FrechetInceptionDistance(
-                feature=_Features(self.features, evidence.before[:1]), normalize=True
+                feature=_FeatureModule(self.features, inputs.base_images[:1]), normalize=True
             )
             self._distance.set_dtype(torch.float64)
-        for images, real in ((evidence.before, True), (evidence.images, False)):
-            self._distance.update(images, real=real)
+        self._distance.update(inputs.base_images, real=True)
+        self._distance.update(inputs.images, real=False)
 
     def compute(self) -> float:
-        """Of all so far; NaN of fewer than two."""
+        """Compute the distance over all batches; NaN with fewer than two images."""
         if self._distance is None or self._distance.real_features_num_samples < 2:
             return float("nan")
         return float(self._distance.compute())
 
 
-class _Features(nn.Module):
-    """As torchmetrics wants them."""
+class _FeatureModule(nn.Module):
+    """A feature function in the form that torchmetrics expects."""
 
     def __init__(self, features: EmbedImages, example: Tensor) -> None:
         super().__init__()
-        self.features, self.num_features = features, features(example).shape[-1]
+        self.features = features
+        self.num_features = features(example).shape[-1]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images)

@@ -1,9 +1,9 @@
-"""What knowing a person costs, with random weights of full size: seconds per photo by stage, as built here and as the
-reference does it.
+"""Cost of extracting an identity from a photo, by stage, at full size with random weights.
 
-The reference looks for the face twice, with SCRFD and with RetinaFace at 1024 pixels, and keeps its tower in float32. Neither
-antelopev2's detector nor its recogniser can be had with random weights: facexlib's RetinaFace at 320 pixels (a tenth of its
-work at 1024, 13 GFLOP, as much as SCRFD-10GF takes at 640) and its 100-layer ArcFace stand in for them, in both columns alike.
+The reference implementation detects the face twice, with SCRFD and with RetinaFace at 1024 pixels,
+and runs its vision encoder in float32. antelopev2's detector and face recognition model cannot be
+built with random weights. facexlib's RetinaFace at 320 pixels (13 GFLOP, a tenth of its work at
+1024 and as much as SCRFD-10GF at 640) and its 100-layer ArcFace replace them in both columns.
 """
 
 from __future__ import annotations
@@ -24,10 +24,16 @@ from openpulid.methods.pulid.encoders import IDFormer
 
 @dataclass(frozen=True)
 class Stage:
-    """Median seconds per photo of one stage; None where a column does not have it."""
+    """Median time of one stage.
+
+    Attributes:
+        name: the stage.
+        seconds: seconds per photo; None if the stage does not exist here.
+        reference: seconds per photo as the reference implementation does it.
+    """
 
     name: str
-    here: float | None
+    seconds: float | None
     reference: float | None
 
 
@@ -37,61 +43,64 @@ def measure(
     rounds: int = 5,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Stage]:
-    """Every stage by turns in one process; the last line is the sum."""
+    """Measure every stage, interleaved in one process; the last row is the total."""
+    seconds = medians(
+        interleave(
+            {name: partial(timed, run, device) for name, run in build_stages(device).items()},
+            rounds,
+            on_progress,
+        )
+    )
+    stages = [
+        Stage(name, seconds[name], seconds[name])
+        for name in ("detection", "recognition", "parsing")
+    ]
+    stages.append(Stage("second detection", None, seconds["second detection"]))
+    for name in ("vision encoder", "identity encoder"):
+        stages.append(Stage(name, seconds[name], seconds[f"{name}, float32"]))
+    total = sum(stage.seconds or 0 for stage in stages)
+    reference_total = sum(stage.reference or 0 for stage in stages)
+    return [*stages, Stage("total", total, reference_total)]
+
+
+def build_stages(device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Build the networks; map the name of each stage to a function that runs it once."""
     from facexlib.detection.retinaface import RetinaFace
     from facexlib.parsing.bisenet import BiSeNet
     from facexlib.recognition.arcface_arch import Backbone
 
     torch.manual_seed(0)
-    quick = compute_dtype(device)
-    finder = _on(RetinaFace(network_name="resnet50", device=device), device)
-    arcface = _on(Backbone(num_layers=100, drop_ratio=0.6, mode="ir"), device)
-    parser = _on(BiSeNet(num_class=19), device)
-    tower, former = _on(VisionEncoder(), device), _on(IDFormer(), device)
-    towers = {
-        torch.float32: (tower, former),
-        quick: (_on(VisionEncoder(), device, quick), _on(IDFormer(), device, quick)),
-    }
+    detector = _prepare(RetinaFace(network_name="resnet50", device=device), device)
+    recognition = _prepare(Backbone(num_layers=100, drop_ratio=0.6, mode="ir"), device)
+    parser = _prepare(BiSeNet(num_class=19), device)
 
-    def picture(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def random_image(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.rand(1, 3, size, size, device=device).to(dtype)
 
-    def look(dtype: torch.dtype) -> Callable[[], Any]:
-        return lambda: towers[dtype][0](picture(336, dtype))
+    def encode_image(dtype: torch.dtype) -> Callable[[], Any]:
+        network = _prepare(VisionEncoder(), device, dtype)
+        return lambda: network(random_image(336, dtype))
 
-    def encode(dtype: torch.dtype) -> Callable[[], Any]:
+    def encode_identity(dtype: torch.dtype) -> Callable[[], Any]:
+        network = _prepare(IDFormer(), device, dtype)
+        embedding = torch.randn(1, 1280, device=device).to(dtype)
         features = [torch.randn(1, 577, 1024, device=device).to(dtype) for _ in range(5)]
-        return lambda: towers[dtype][1](torch.randn(1, 1280, device=device).to(dtype), features)
+        return lambda: network(embedding, features)
 
-    work: dict[str, Callable[[], Any]] = {
-        "detect": lambda: finder(picture(320)),
-        "detect again": lambda: finder(picture(1024)),
-        "recognise": lambda: arcface(picture(112)),
-        "parse": lambda: parser(picture(512)),
-        "tower": look(quick),
-        "tower, float32": look(torch.float32),
-        "encode": encode(quick),
-        "encode, float32": encode(torch.float32),
+    dtype = compute_dtype(device)
+    return {
+        "detection": lambda: detector(random_image(320)),
+        "second detection": lambda: detector(random_image(1024)),
+        "recognition": lambda: recognition(random_image(112)),
+        "parsing": lambda: parser(random_image(512)),
+        "vision encoder": encode_image(dtype),
+        "vision encoder, float32": encode_image(torch.float32),
+        "identity encoder": encode_identity(dtype),
+        "identity encoder, float32": encode_identity(torch.float32),
     }
-    found = medians(
-        interleave(
-            {name: partial(timed, stage, device) for name, stage in work.items()},
-            rounds,
-            on_progress,
-        )
-    )
-    pairs = {
-        name: (found[name], found.get(f"{name}, float32", found[name]))
-        for name in ("detect", "recognise", "parse")
-    }
-    stages = [Stage(name, *pair) for name, pair in pairs.items()]
-    stages.append(Stage("detect again", None, found["detect again"]))
-    stages += [Stage(name, found[name], found[f"{name}, float32"]) for name in ("tower", "encode")]
-    return [
-        *stages,
-        Stage("sum", sum(s.here or 0 for s in stages), sum(s.reference or 0 for s in stages)),
-    ]
 
 
-def _on(module: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+def _prepare(
+    module: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     return module.to(device, dtype).eval()

@@ -1,5 +1,8 @@
-"""What an identity costs at inference, with random weights of full size: a step of the base alone, with PuLID as built
-here, and with keys and values computed afresh in every step."""
+"""Cost of an identity at inference, at full size with random weights.
+
+One step of the base alone is compared with a step with PuLID, and with a step that computes the
+identity's keys and values again.
+"""
 
 from __future__ import annotations
 
@@ -25,33 +28,35 @@ from openpulid.bench.perf.timing import (
     peak,
     ratios,
     reset_peak,
-    seconds_in,
+    time_hooks,
     timed,
 )
 from openpulid.bench.perf.training import RandomSDXL, default_dtype, dtype_of, random_base
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.flux_attention import FluxInjection
+from openpulid.methods.pulid.flux_attention import places
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.methods.pulid.sdxl_attention import IdentityAttention
-from openpulid.pipelines import flux_memory as memory
+from openpulid.methods.pulid.sdxl_attention import cross_attentions
+from openpulid.pipelines import flux_memory
 from openpulid.training.pulid.models import TextConditioning
 
-TOKENS = 32
-"""Of an identity: v1.1's and FLUX's."""
+NUM_TOKENS = 32
+"""Identity tokens of PuLID v1.1 and of PuLID for FLUX."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the network.
+    """Cost of one call of the network.
 
     Attributes:
-        seconds: median of the rounds; ratio: to the base's, median of the rounds' own.
-        memory: peak, GiB.
-        within: the whole step to what is left of it without the seconds in which the identity joins: both from the same
-            call, so that a machine that is slower for a while does not move it. What joining does to the caches of the
-            rest is not in it.
+        name: the candidate.
+        seconds: median of the rounds.
+        ratio: to the base's seconds, median of the ratios of the rounds.
+        memory: peak GiB, or None.
+        within: whole step / (whole step without the identity's own work), or None. Both times are
+            from the same call, so a machine that is slow for a while does not change it. The
+            effect of the identity's work on the caches of the rest is not included.
     """
 
     name: str
@@ -62,85 +67,105 @@ class Step:
 
 
 class SpeedTarget(Protocol):
-    """A base and an adapter on it.
+    """A base model and an adapter on it.
 
     Attributes:
-        joins: the class and its method in which the identity joins.
-        apart: a guided step in two calls, as PuLID's original code makes it; None without guidance.
+        device: where it runs.
+        apart: runs a guided step in two calls, as PuLID's original code does; None without
+            guidance.
     """
 
     device: torch.device
-    joins: tuple[type, str]
     apart: Callable[[], object] | None
 
     def step(self) -> Tensor:
-        """One call of the network."""
+        """Call the network once."""
 
-    def opened(self) -> AbstractContextManager[Any]:
-        """An identity in use."""
+    def use_identity(self) -> AbstractContextManager[Any]:
+        """Open a context in which an identity is in use."""
+
+    def time_identity(self) -> AbstractContextManager[list[float]]:
+        """Open a context that measures the seconds of the identity's own work."""
 
 
 class SDXLTarget:
-    """SDXL's U-Net with v1.1's identity layers, 32 tokens, 20 zeros, ortho v2.
+    """SDXL's U-Net with PuLID v1.1: 32 tokens, 20 zero tokens, ortho_v2.
 
     Args:
-        guided: whether the batch is doubled for guidance.
+        base: the base model.
+        pixels: width and height of the image.
+        batch: number of images.
+        guided: double the batch for classifier-free guidance.
     """
-
-    joins: tuple[type, str] = (IdentityAttention, "joined")
 
     def __init__(
         self, base: RandomSDXL, pixels: int = 1024, batch: int = 1, guided: bool = False
     ) -> None:
-        self.base, self.device, self.guided = base, base.device, guided
+        self.base = base
+        self.device = base.device
+        self.guided = guided
         like: dict[str, Any] = {"device": base.device, "dtype": base.unet.dtype}
-        width, rows = base.unet.config.cross_attention_dim, batch * (1 + guided)
+        width = base.unet.config.cross_attention_dim
         with base.device:
-            adapter = PuLID.for_unet(base.unet, _small_former(width))
+            adapter = PuLID.for_unet(base.unet, _tiny_encoder(width))
         self.adapter = adapter.to(**like).requires_grad_(False)
         for layer in self.adapter.id_adapter_attn_layers.values():
             nn.init.normal_(layer.id_to_v.weight, std=0.02)  # type: ignore[union-attr,arg-type]
         self.adapter.attach(base.pipe)
+        rows = batch * (1 + guided)
         self.text = base.encode_text(["portrait"] * batch, pixels=pixels, guided=guided)
-        self.x, self.t = (
-            torch.randn(rows, *base.shape(pixels), **like),
-            torch.full((rows,), 500, device=base.device),
-        )
-        self.tokens, self.nobody = (torch.randn(1, TOKENS, width, **like) for _ in range(2))
-        self.apart: Callable[[], object] | None = self._apart if guided else None
+        self.x = torch.randn(rows, *base.shape(pixels), **like)
+        self.t = torch.full((rows,), 500, device=base.device)
+        self.tokens = torch.randn(1, NUM_TOKENS, width, **like)
+        self.unconditional = torch.randn(1, NUM_TOKENS, width, **like)
+        self.apart: Callable[[], object] | None = self._step_in_two_calls if guided else None
 
     def step(self) -> Tensor:
+        """Call the U-Net once."""
         return self.base.predict(self.x, self.t, self.text)
 
-    def opened(self) -> AbstractContextManager[Any]:
+    def use_identity(self) -> AbstractContextManager[Any]:
+        """Open a context in which an identity is in use."""
         return self.adapter.use_tokens(
-            self.tokens, 0.8, num_zero=20, negative=self.nobody, guided=self.guided
+            self.tokens, 0.8, num_zero=20, negative=self.unconditional, guided=self.guided
         )
 
-    def _apart(self) -> None:
+    def time_identity(self) -> AbstractContextManager[list[float]]:
+        """Open a context that measures the seconds of identity attention."""
+        # the adapter adds the identity in a pre-hook of each output projection
+        projections = [layer.to_out[0] for layer in cross_attentions(self.base.unet).values()]
+        return time_hooks(projections, self.device, pre=True)
+
+    def _step_in_two_calls(self) -> None:
         half = len(self.x) // 2
-        for rows, tokens in ((slice(half, None), self.tokens), (slice(half), self.nobody)):
+        conditional = slice(half, None)
+        unconditional = slice(half)
+        for rows, tokens in (
+            (conditional, self.tokens),
+            (unconditional, self.unconditional),
+        ):
             ids = None if self.text.time_ids is None else self.text.time_ids[rows]
+            text = TextConditioning(self.text.embeds[rows], self.text.pooled[rows], ids)
             with self.adapter.use_tokens(tokens, 0.8, num_zero=20):
-                self.base.predict(
-                    self.x[rows],
-                    self.t[rows],
-                    TextConditioning(self.text.embeds[rows], self.text.pooled[rows], ids),
-                )
+                self.base.predict(self.x[rows], self.t[rows], text)
 
 
 class FluxTarget:
-    """FLUX.1's transformer at full width with the identity after every 2nd double and every 4th single block.
+    """FLUX.1's transformer at full width with PuLID after every 2nd double and 4th single block.
 
     Args:
-        depth: share of the 19 double and 38 single blocks that there are.
+        device: where it runs.
+        dtype: of weights and activations.
+        pixels: width and height of the image.
+        batch: number of images.
+        depth: share of the 19 double and 38 single blocks that is built.
         text_tokens: length of the prompt.
-        level: of `memory.LEVELS`. The peak is that of the steps; "full" has text encoders and autoencoder beside it, which are
-            not here.
+        level: one of `flux_memory.LEVELS`. The peak memory is that of the steps: "full" also keeps
+            text encoders and autoencoder on the device, which are not built here.
+        sizes: options of the transformer that replace FLUX's.
     """
 
-    joins: tuple[type, str] = (FluxInjection, "_with_identity")
-    apart: Callable[[], object] | None = None  # it always makes two calls
+    apart: Callable[[], object] | None = None  # FLUX always guides in two calls
 
     def __init__(
         self,
@@ -153,24 +178,25 @@ class FluxTarget:
         level: str = "full",
         **sizes: Any,
     ) -> None:
-        blocks = {
+        self.device = device
+        options = {
             "num_layers": max(1, round(19 * depth)),
             "num_single_layers": max(1, round(38 * depth)),
+            "guidance_embeds": True,
+            **sizes,
         }
         with default_dtype(dtype), device if level == "full" else torch.device("cpu"):
-            self.transformer = FluxTransformer2DModel(
-                **{**blocks, "guidance_embeds": True, **sizes}
-            )
-            self.adapter = PuLIDFlux.for_transformer(self.transformer, _small_former(2048)).to(
-                device
-            )
+            self.transformer = FluxTransformer2DModel(**options)
+            adapter = PuLIDFlux.for_transformer(self.transformer, _tiny_encoder(2048))
+        self.adapter = adapter.to(device).requires_grad_(False)
         self.transformer.eval().requires_grad_(False)
-        self.pipe = None if level == "full" else _placed(self.transformer, level, device)
-        self.adapter.requires_grad_(False).attach(self.transformer)
+        self.pipe = None if level == "full" else _place(self.transformer, level, device)
+        self.adapter.attach(self.transformer)
         for layer in self.adapter._layers():
             nn.init.normal_(layer.to_out.weight, std=0.02)
-        self.device, side, config = device, pixels // 16, self.transformer.config
+        config = self.transformer.config
         like: dict[str, Any] = {"device": device, "dtype": dtype}
+        side = pixels // 16
         grid = torch.meshgrid(torch.zeros(1), *[torch.arange(float(side))] * 2, indexing="ij")
         self.call: dict[str, Any] = {
             "hidden_states": torch.randn(batch, side * side, config.in_channels, **like),
@@ -183,19 +209,33 @@ class FluxTarget:
             "guidance": torch.full((batch,), 4.0, device=device),
         }
         self.timesteps = [torch.full((batch,), time, **like) for time in (0.6, 0.5)]
-        self.tokens = torch.randn(1, TOKENS, 2048, **like)
+        self.tokens = torch.randn(1, NUM_TOKENS, 2048, **like)
 
     def step(self) -> Tensor:
-        """One call of the network, at another time than the one before: at the same it would be the negative prompt's."""
+        """Call the transformer once, at another timestep than the last call.
+
+        A second call at the same timestep would be that of the negative prompt.
+        """
         self.timesteps.reverse()
         return self.predict()
 
     def predict(self) -> Tensor:
-        """One call at the time of the last step."""
+        """Call the transformer at the timestep of the last step."""
         return self.transformer(**self.call, timestep=self.timesteps[0], return_dict=False)[0]
 
-    def opened(self) -> AbstractContextManager[Any]:
+    def use_identity(self) -> AbstractContextManager[Any]:
+        """Open a context in which an identity is in use."""
         return self.adapter.use_tokens(self.tokens)
+
+    def time_identity(self) -> AbstractContextManager[list[float]]:
+        """Open a context that measures the seconds of identity attention."""
+        blocks = {
+            "double": self.transformer.transformer_blocks,
+            "single": self.transformer.single_transformer_blocks,
+        }
+        # the adapter adds the identity in a forward hook of each of these blocks
+        hooked = [blocks[kind][index] for kind, index in places(self.transformer)]
+        return time_hooks(hooked, self.device)
 
 
 def speed_target(
@@ -207,87 +247,108 @@ def speed_target(
     depth: float = 1.0,
     level: str = "full",
 ) -> SpeedTarget:
-    """ "mini", "sdxl" or "flux" at full size with random weights.
+    """Build "mini", "sdxl" or "flux" at full size with random weights.
+
+    Args:
+        name: the base model.
+        device: where it runs.
+        pixels: width and height of the image.
+        batch: number of images.
+        guided: use classifier-free guidance; SDXL and the miniature only.
+        depth: share of FLUX's blocks.
+        level: memory level; FLUX only.
 
     Raises:
-        OptionError: another name, or an option that it does not have.
+        OptionError: an unknown name, or an option that the base does not have.
     """
-    memory.find_level(level)
+    flux_memory.find_level(level)
+    dtype = dtype_of(name, device)
     if name == "flux":
         if guided:
             raise OptionError(
-                "FLUX takes a negative prompt in calls of its own; measure it without --guided."
+                "--guided is not available for flux, which calls the network separately for a "
+                "negative prompt."
             )
-        return FluxTarget(device, dtype_of(name, device), pixels, batch, depth, level=level)
+        return FluxTarget(device, dtype, pixels, batch, depth, level=level)
     if depth != 1 or level != "full":
-        raise OptionError("only FLUX can be measured with fewer blocks or at another memory level.")
-    base = random_base(name, device, dtype_of(name, device))
-    return SDXLTarget(base, pixels, batch, guided)
+        raise OptionError("--depth-scale and --memory are only available for flux.")
+    return SDXLTarget(random_base(name, device, dtype), pixels, batch, guided)
 
 
 @torch.inference_mode()
 def measure(
-    it: SpeedTarget,
+    target: SpeedTarget,
     rounds: int = 5,
     on_progress: Callable[[int, int], None] | None = None,
     primed: bool = False,
 ) -> list[Step]:
-    """base, pulid and afresh by turns; with guidance also pulid in two passes.
+    """Measure base, pulid and recomputed, interleaved; with guidance also pulid in two passes.
 
     Args:
-        primed: measure pulid's second step in a use: the first one lays out keys and values for the steps that follow,
-            which is nothing on a CPU, but hundreds of small kernels on a GPU.
+        target: what is measured.
+        rounds: number of rounds.
+        on_progress: called after each run with the number of runs done and in total.
+        primed: measure pulid's second step with an identity. The first one expands keys and values
+            for the following steps: negligible on a CPU, hundreds of small kernels on a GPU.
     """
+    device = target.device
     peaks: dict[str, float | None] = {}
     within: list[float] = []
 
-    def noted(name: str, run: Callable[[], float]) -> Callable[[], float]:
-        def once() -> float:
-            reset_peak(it.device)
+    def with_peak(name: str, run: Callable[[], float]) -> Callable[[], float]:
+        def run_with_peak() -> float:
+            reset_peak(device)
             seconds = run()
-            peaks[name] = peak(it.device)
+            peaks[name] = peak(device)
             return seconds
 
-        return once
+        return run_with_peak
 
-    def pulid() -> float:
-        with it.opened():
+    def run_pulid() -> float:
+        with target.use_identity():
             if primed:
-                it.step()
-            # an accelerator's events take time themselves, so they get a step of their own
-            plain = 0.0 if it.device.type == "cpu" else timed(it.step, it.device)
-            with seconds_in(*it.joins, it.device) as joining:
-                whole = timed(it.step, it.device)
-        within.append(whole / (whole - sum(joining)))
-        return plain or whole
+                target.step()
+            # an accelerator's events take time themselves, so the timed step has none of them
+            untimed = None if device.type == "cpu" else timed(target.step, device)
+            with target.time_identity() as identity_seconds:
+                seconds = timed(target.step, device)
+        within.append(seconds / (seconds - sum(identity_seconds)))
+        return seconds if untimed is None else untimed
 
-    def afresh() -> float:
-        def whole() -> None:
-            with it.opened():
-                it.step()
+    def run_recomputed() -> float:
+        def step() -> None:
+            with target.use_identity():
+                target.step()
 
-        return timed(whole, it.device)
+        return timed(step, device)
 
-    runs: dict[str, Callable[[], float]] = {
-        "base": lambda: timed(it.step, it.device),
-        "pulid": pulid,
-        "afresh": afresh,
+    candidates: dict[str, Callable[[], float]] = {
+        "base": lambda: timed(target.step, device),
+        "pulid": run_pulid,
+        "recomputed": run_recomputed,
     }
-    if (apart := it.apart) is not None:
-        runs["two passes"] = lambda: timed(apart, it.device)
+    if (step_in_two_calls := target.apart) is not None:
+        candidates["two passes"] = lambda: timed(step_in_two_calls, device)
     seconds = interleave(
-        {name: noted(name, run) for name, run in runs.items()}, rounds, on_progress
+        {name: with_peak(name, run) for name, run in candidates.items()}, rounds, on_progress
     )
-    times, ratio = medians(seconds), ratios(seconds)
-    inner = {"pulid": round(median(within[1:]), 4)}
+    times = medians(seconds)
+    ratio = ratios(seconds)
+    within_median = round(median(within[1:]), 4)
     return [
-        Step(name, round(times[name], 5), round(ratio[name], 4), peaks[name], inner.get(name))
-        for name in runs
+        Step(
+            name,
+            round(times[name], 5),
+            round(ratio[name], 4),
+            peaks[name],
+            within_median if name == "pulid" else None,
+        )
+        for name in candidates
     ]
 
 
-def _placed(transformer: FluxTransformer2DModel, level: str, device: torch.device) -> FluxPipeline:
-    """A pipeline around it by a level of memory; its other parts are too small to count."""
+def _place(transformer: FluxTransformer2DModel, level: str, device: torch.device) -> FluxPipeline:
+    """Build a pipeline around a transformer and apply a memory level; its other parts are tiny."""
     clip = CLIPTextConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
@@ -297,17 +358,17 @@ def _placed(transformer: FluxTransformer2DModel, level: str, device: torch.devic
     pipe = FluxPipeline(
         scheduler, vae, CLIPTextModel(clip), None, T5EncoderModel(t5), None, transformer
     )
-    memory.place(pipe, level, device)
+    flux_memory.place(pipe, level, device)
     return pipe
 
 
-def _small_former(width: int) -> IDFormer:
-    """An encoder too small to count: its work is done before the first step."""
+def _tiny_encoder(width: int) -> IDFormer:
+    """Build an encoder of negligible size: it has finished before the first step."""
     return IDFormer(
         dim=64,
         depth=5,
         heads=1,
-        num_queries=TOKENS,
+        num_queries=NUM_TOKENS,
         output_dim=width,
         width=16,
         vit_dim=16,

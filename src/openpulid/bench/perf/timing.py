@@ -1,20 +1,20 @@
-"""Measuring side by side: candidates by turns in one process, medians, and ratios to the first."""
+"""Timing of alternatives side by side: interleaved rounds, medians, ratios and peak memory."""
 
 from __future__ import annotations
 
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 Seconds = Mapping[str, list[float]]
-
-CPU = torch.device("cpu")
+"""Candidate -> its seconds in each round."""
 
 
 def interleave(
@@ -22,32 +22,43 @@ def interleave(
     rounds: int = 5,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round, after a round that does not count; every round begins with another one.
+    """Run all candidates in every round and return their seconds.
+
+    There is one more round, the first, which is not counted. Every round starts with another
+    candidate.
 
     Args:
-        candidates: run once when called, and say how many seconds of it count.
+        candidates: each runs once per call and returns the seconds that count.
+        rounds: number of rounds.
+        on_progress: called after each run with the number of runs done and in total.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names = list(candidates)
-    for turn in range(rounds + 1):
-        for k in range(len(names)):
-            name = names[(turn + k) % len(names)]
-            spent = candidates[name]()
-            if turn:
-                seconds[name].append(spent)
+    total = (rounds + 1) * len(names)
+    done = 0
+    for round_index in range(rounds + 1):
+        for offset in range(len(names)):
+            name = names[(round_index + offset) % len(names)]
+            elapsed = candidates[name]()
+            if round_index > 0:
+                seconds[name].append(elapsed)
+            done += 1
             if on_progress:
-                on_progress(turn * len(names) + k + 1, (rounds + 1) * len(names))
+                on_progress(done, total)
     return seconds
 
 
 def medians(seconds: Seconds) -> dict[str, float]:
-    """Of each candidate."""
+    """Compute the median seconds of each candidate."""
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def ratios(seconds: Seconds) -> dict[str, float]:
-    """Of each candidate to the first: the median of the rounds' own ratios, which a machine that is slower for a while
-    does not change."""
+    """Compute the ratio of each candidate to the first.
+
+    This is the median of the ratios of the rounds: a machine that is slow for a while does not
+    change it.
+    """
     first = next(iter(seconds.values()))
     return {
         name: statistics.median(a / b for a, b in zip(values, first, strict=True))
@@ -56,63 +67,63 @@ def ratios(seconds: Seconds) -> dict[str, float]:
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of `work`, with everything done that it has asked of the device."""
+    """Run `work` and return its seconds, including everything that it queued on the device."""
     wait(device)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     work()
     wait(device)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 @contextmanager
-def seconds_in(owner: type, method: str, device: torch.device = CPU) -> Iterator[list[float]]:
-    """While open, seconds of every call of a class's method are noted.
+def time_hooks(
+    modules: Iterable[nn.Module], device: torch.device, *, pre: bool = False
+) -> Iterator[list[float]]:
+    """Time the forward hooks that modules have: one hook before them and one after them.
 
-    On a CPU a call that returns is done. On an accelerator events before and after each call tell its time there; the list
-    is complete when the block has been left.
+    Args:
+        modules: modules whose hooks are timed.
+        device: on a CPU a call that returns is complete; on an accelerator, events measure the
+            time.
+        pre: time the forward pre-hooks instead.
+
+    Yields:
+        A list that contains the seconds of every call, complete when the context is left.
     """
-    plain: Callable[..., Any] = getattr(owner, method)
-    noted: list[float] = []
-    events: list[tuple[Any, Any]] = []
+    seconds: list[float] = []
+    marks: list[Any] = []
 
-    def clocked(*args: Any, **named: Any) -> Any:
-        begun = time.perf_counter()
-        try:
-            return plain(*args, **named)
-        finally:
-            noted.append(time.perf_counter() - begun)
+    def mark(*_: Any) -> None:
+        if device.type == "cpu":
+            marks.append(time.perf_counter())
+            return
+        event = torch.get_device_module(device).Event(enable_timing=True)
+        event.record()
+        marks.append(event)
 
-    def marked(*args: Any, **named: Any) -> Any:
-        library = torch.get_device_module(device)
-        pair = library.Event(enable_timing=True), library.Event(enable_timing=True)
-        pair[0].record()
-        try:
-            return plain(*args, **named)
-        finally:
-            pair[1].record()
-            events.append(pair)
-
-    setattr(owner, method, clocked if device.type == "cpu" else marked)
-    try:
-        yield noted
-    finally:
-        setattr(owner, method, plain)
-        if events:
-            wait(device)
-            noted.extend(begun.elapsed_time(ended) / 1000 for begun, ended in events)
+    with ExitStack() as hooks:
+        for module in modules:
+            register = module.register_forward_pre_hook if pre else module.register_forward_hook
+            hooks.callback(register(mark, prepend=True).remove)
+            hooks.callback(register(mark).remove)
+        yield seconds
+    wait(device)
+    for start, end in zip(marks[::2], marks[1::2], strict=True):
+        is_time = isinstance(start, float)
+        seconds.append(end - start if is_time else start.elapsed_time(end) / 1000)
 
 
 def wait(device: torch.device) -> None:
-    """Until an accelerator has done what it was asked for."""
+    """Wait until an accelerator has finished everything that was queued."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:
-    """From here on `peak` counts."""
+    """Start a new measurement of `peak`."""
     if device.type != "cpu":
         reset = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)
-        if reset is not None:  # Apple's counts none
+        if reset is not None:  # Apple's GPUs have no such counter
             reset(device)
         return
     with suppress(OSError):  # Linux: the process's own high-water mark
@@ -120,15 +131,20 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak(device: torch.device) -> float | None:
-    """GiB at most since `reset_peak`; None where nobody knows.
+    """Return the peak memory in GiB since `reset_peak`; None if it is unknown.
 
-    On a CPU it is the process's high-water mark, which freed but kept blocks blur: trust it on an accelerator only.
+    On a CPU this is the high-water mark of the process, which includes blocks that the allocator
+    has freed but not returned. Only the figure of an accelerator is reliable.
     """
     if device.type != "cpu":
-        most = getattr(torch.get_device_module(device), "max_memory_allocated", None)
-        return None if most is None else round(most(device) / 2**30, 2)
+        max_memory_allocated = getattr(
+            torch.get_device_module(device), "max_memory_allocated", None
+        )
+        if max_memory_allocated is None:
+            return None
+        return round(max_memory_allocated(device) / 2**30, 2)
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         return None
-    return round(int(found[1]) / 2**20, 2) if found else None
+    return round(int(match[1]) / 2**20, 2) if match else None

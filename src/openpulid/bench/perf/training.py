@@ -1,4 +1,8 @@
-"""What a step of PuLID's training costs: time and memory for gradients through the last k steps, with random weights."""
+"""Cost of a step of PuLID's training with random weights.
+
+Time and memory are measured for gradients through the last k steps of the few-step rollout, with
+and without gradient checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import nn
 
+from openpulid.bench.perf.random_data import RandomPeople, random_faces
 from openpulid.bench.perf.timing import interleave, medians, peak, ratios, reset_peak, timed
 from openpulid.device import compute_dtype
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import OptionError
-from openpulid.faces.align import TEMPLATE
-from openpulid.faces.embed import FaceEmbedder
-from openpulid.faces.face import Face
-from openpulid.faces.mini_recognition import RECOGNITION_MODELS
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.precision import fp32_attention
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import Batch, PuLIDTask
+from openpulid.training.pulid.task import PuLIDTask
 from openpulid.training.rng import StepRNG
 from openpulid.training.trainer import microlosses
 
@@ -44,7 +46,8 @@ SDXL_UNET: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-"""The published figures of SDXL's U-Net, and below of its autoencoder."""
+"""Configuration of SDXL's U-Net."""
+
 SDXL_VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -54,27 +57,39 @@ SDXL_VAE: dict[str, Any] = {
     "sample_size": 1024,
     "scaling_factor": 0.13025,
 }
+"""Configuration of SDXL's autoencoder."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one candidate: median seconds of a step, their ratio to the first candidate's, peak memory in GiB or None.
+    """Cost of a training step.
 
-    On a CPU the memory is the process's high-water mark, which freed but kept blocks blur: trust it on an accelerator only.
+    Attributes:
+        grad_steps: number of rollout steps through which gradients flow.
+        checkpointing: whether activations are recomputed in the backward pass.
+        seconds: median of the rounds.
+        ratio: to the first candidate, median of the ratios of the rounds.
+        memory: peak GiB, or None. Only the figure of an accelerator is reliable, see `peak`.
     """
 
-    last: int
-    checkpoint: bool
+    grad_steps: int
+    checkpointing: bool
     seconds: float
     ratio: float
     memory: float | None
 
 
-class _Parts:
-    """What `SDXLModel` wants of a pipeline, without text encoders: what a step costs does not depend on them."""
+class _PipelineParts:
+    """The parts of a pipeline that `SDXLModel` uses.
+
+    There are no text encoders: they do not affect the cost of a step.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-        self.unet, self.vae, self.text_encoder, self.text_encoder_2 = unet, vae, None, None
+        self.unet = unet
+        self.vae = vae
+        self.text_encoder = None
+        self.text_encoder_2 = None
         self.scheduler = DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
         )
@@ -82,172 +97,157 @@ class _Parts:
 
 
 class RandomSDXL(SDXLModel):
-    """A base of SDXL's architecture, and random sentences of 77 tokens."""
+    """A base model of SDXL's architecture with random prompt embeddings of 77 tokens."""
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-        super().__init__(_Parts(unet, vae))
-        self.pooled = (
-            unet.config.projection_class_embeddings_input_dim
-            - 6 * unet.config.addition_time_embed_dim
+        super().__init__(_PipelineParts(unet, vae))
+        config = unet.config
+        self.pooled_width = (
+            config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         )
 
     def encode_text(
         self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
     ) -> TextConditioning:
-        rows, like = len(prompts) * (1 + guided), {"device": self.device, "dtype": self.unet.dtype}
+        """Return random embeddings, twice as many if guided."""
+        rows = len(prompts) * (1 + guided)
+        like: dict[str, Any] = {"device": self.device, "dtype": self.unet.dtype}
         side = float(pixels or self.unet.config.sample_size * self.pipe.vae_scale_factor)
         ids = torch.tensor([[side, side, 0, 0, side, side]], **like).expand(rows, -1)
         embeds = torch.randn(rows, 77, self.unet.config.cross_attention_dim, **like)
-        return TextConditioning(embeds, torch.randn(rows, self.pooled, **like), ids)
+        return TextConditioning(embeds, torch.randn(rows, self.pooled_width, **like), ids)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """What a base is measured in there, as it is used: the miniature in float32, the others in half where that pays."""
+    """Return the dtype in which a base model is used: the miniature in float32."""
     return torch.float32 if name == "mini" else compute_dtype(device)
 
 
 def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> RandomSDXL:
-    """ "mini" or "sdxl" at their full size with random weights, made where and as they are wanted.
+    """Build "mini" or "sdxl" at full size with random weights.
+
+    Args:
+        name: the base model.
+        device: where it is built.
+        dtype: of its weights.
 
     Raises:
-        OptionError: another name.
+        OptionError: an unknown name.
     """
     if name not in ("mini", "sdxl"):
-        raise OptionError(f"{name!r} cannot be made of random weights: mini or sdxl")
+        raise OptionError(f"base {name!r} is not available with random weights; use mini or sdxl.")
     with default_dtype(dtype), device:
         if name == "sdxl":
-            unet, vae = UNet2DConditionModel(**SDXL_UNET), AutoencoderKL(**SDXL_VAE)
+            unet = UNet2DConditionModel(**SDXL_UNET)
+            vae = AutoencoderKL(**SDXL_VAE)
         else:
-            configs = [
-                json.loads((MINIATURE / "pipeline" / part / "config.json").read_text())
-                for part in ("unet", "vae")
-            ]
-            unet = UNet2DConditionModel.from_config(configs[0])
-            vae = PatchAutoencoderKL.from_config(configs[1])
-    return RandomSDXL(unet, vae)  # outside: a noise schedule is kept on the CPU
+            unet = UNet2DConditionModel.from_config(_read_config("unet"))
+            vae = PatchAutoencoderKL.from_config(_read_config("vae"))
+    return RandomSDXL(unet, vae)  # not on the device: its noise schedule stays on the CPU
+
+
+def _read_config(part: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((MINIATURE / "pipeline" / part / "config.json").read_text())
+    return config
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Modules made inside have this dtype: no float32 copy is ever there."""
-    before = torch.get_default_dtype()
+    """Build modules in this dtype, without an intermediate float32 copy."""
+    previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
-
-
-class RandomPeople:
-    """A `training.task.Source` of noise."""
-
-    def __init__(
-        self, base: BaseModel, adapter: PuLID, size: int, tokens: int, pixels: int | None
-    ) -> None:
-        self.base, self.size, self.tokens, self.pixels = base, size, tokens, pixels
-        config = adapter.id_adapter.config
-        self.width, self.hidden = config["width"], config["vit_dim"]
-
-    def batch(self, draw: StepRNG) -> Batch:
-        latents = draw.randn((self.size, *self.base.shape(self.pixels)), "latents")
-        hidden = [
-            draw.randn((self.size, self.tokens, self.hidden), f"hidden.{k}") for k in range(5)
-        ]
-        pictures = draw.rand((self.size, 3, 128, 128), "pictures")
-        return Batch(
-            latents,
-            None,
-            ["portrait"] * self.size,
-            draw.randn((self.size, self.width), "id"),
-            hidden,
-            pictures,
-        )
-
-
-def random_faces(device: torch.device) -> FaceEmbedder:
-    """A face in the middle of every picture, and a recogniser of random weights."""
-
-    def find(images: Tensor) -> list[Face | None]:
-        side = images.shape[-1]
-        box, mask = torch.tensor([0.0, 0.0, side, side]), torch.ones(1, side, side)
-        return [Face(image, box, TEMPLATE * side, 1.0, mask) for image in images]
-
-    return FaceEmbedder(find, RECOGNITION_MODELS["encoder"]().to(device))
+        torch.set_default_dtype(previous)
 
 
 def random_task(recipe: Recipe, base: BaseModel) -> PuLIDTask:
-    """The recipe on a base of random weights, which also walks the lightning branch."""
+    """Build the training task of a recipe on a base model with random weights.
+
+    The base is also the few-step model of the lightning branch.
+    """
     unet = base.pipe.unet
-    encoder = {"IDEncoder": IDEncoder, "IDFormer": IDFormer}[recipe.encoder]
-    sizes = {
-        "context_dim" if encoder is IDEncoder else "output_dim": unet.config.cross_attention_dim
-    }
-    if recipe.base == "mini":  # its recogniser and tower are smaller, too
-        sizes |= {"width": 192, "vit_dim": 96, "hidden_dim": recipe.encoder_width}
+    width = unet.config.cross_attention_dim
+    is_mini = recipe.base == "mini"
+    sizes: dict[str, int] = {}
+    if is_mini:  # its face recognition model and vision encoder are smaller
+        sizes = {"width": 192, "vit_dim": 96, "hidden_dim": recipe.encoder_width}
     with base.device:
-        adapter = PuLID.for_unet(unet, encoder(**sizes)).to(torch.float32)
-    people = RandomPeople(
-        base, adapter, recipe.batch, 65 if recipe.base == "mini" else 577, recipe.pixels
-    )
+        encoder: nn.Module
+        if recipe.encoder == "IDEncoder":
+            encoder = IDEncoder(context_dim=width, **sizes)
+        else:
+            encoder = IDFormer(output_dim=width, **sizes)
+        adapter = PuLID.for_unet(unet, encoder).to(torch.float32)
+    people = RandomPeople(base, adapter, recipe.batch, 65 if is_mini else 577, recipe.pixels)
     return PuLIDTask(recipe, base, adapter, people, fast=[base], faces=random_faces(base.device))
 
 
 def measure(
     task: PuLIDTask,
-    lasts: Iterable[int] = (1, 2, 3, 4),
-    checkpoints: Iterable[bool] = (False, True),
+    grad_steps: Iterable[int] = (1, 2, 3, 4),
+    checkpointing: Iterable[bool] = (False, True),
     rounds: int = 5,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Cost]:
-    """Whole steps of every candidate by turns in one process, after one of each that does not count."""
-    chosen = list(checkpoints)
-    candidates = [(last, again) for last in lasts for again in chosen]
-    optimizer = torch.optim.AdamW(task.adapter.parameters(), lr=1e-5)
-    memory: dict[str, float | None] = {}
-    device = task.base.device
+    """Measure whole training steps of every combination, interleaved in one process.
 
-    def run(name: str, last: int, again: bool) -> float:
-        task.walk = replace(task.walk, last=last, checkpoint=again)
+    Args:
+        task: the training task.
+        grad_steps: numbers of rollout steps through which gradients flow.
+        checkpointing: whether to recompute activations in the backward pass.
+        rounds: number of rounds.
+        on_progress: called after each step with the number of steps done and in total.
+    """
+    device = task.base.device
+    optimizer = torch.optim.AdamW(task.adapter.parameters(), lr=1e-5)
+    peaks: dict[str, float | None] = {}
+
+    def run(name: str, last: int, checkpoint: bool) -> float:
+        task.walk = replace(task.walk, last=last, checkpoint=checkpoint)
         reset_peak(device)
         seconds = timed(lambda: train_step(task, optimizer), device)
-        memory[name] = peak(device)
+        peaks[name] = peak(device)
         return seconds
 
-    names = {f"{last} {again}": (last, again) for last, again in candidates}
-    seconds = interleave(
-        {name: partial(run, name, *c) for name, c in names.items()}, rounds, on_progress
-    )
-    times, ratio = medians(seconds), ratios(seconds)
-    return [Cost(*names[n], round(times[n], 4), round(ratio[n], 3), memory[n]) for n in names]
+    combinations = {f"{k} {flag}": (k, flag) for k, flag in product(grad_steps, checkpointing)}
+    runs = {name: partial(run, name, k, flag) for name, (k, flag) in combinations.items()}
+    seconds = interleave(runs, rounds, on_progress)
+    times = medians(seconds)
+    ratio = ratios(seconds)
+    return [
+        Cost(*combinations[name], round(times[name], 4), round(ratio[name], 3), peaks[name])
+        for name in combinations
+    ]
 
 
-def show(costs: Sequence[Cost]) -> None:
-    """The table for people, on the terminal."""
+def train_step(task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
+    """Run one whole step: every loss forward and backward, gradient clipping, update."""
+    device = task.base.device
+    optimizer.zero_grad(set_to_none=True)
+    for losses in microlosses(task, StepRNG(0, 0), device, task.recipe.bf16):
+        with fp32_attention(device, task.recipe.bf16):
+            torch.stack(list(losses.values())).sum().backward()
+    nn.utils.clip_grad_norm_(task.adapter.parameters(), 1.0)
+    optimizer.step()
+
+
+def print_costs(costs: Sequence[Cost]) -> None:
+    """Print the costs as a table on the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    grid = Table(box=box.SIMPLE, pad_edge=False)
-    for name in ("gradients through the last", "computed again", "seconds", "ratio", "GiB at most"):
-        grid.add_column(name, justify="right")
-    for c in costs:
-        memory = "-" if c.memory is None else f"{c.memory:.2f}"
-        grid.add_row(
-            str(c.last),
-            "yes" if c.checkpoint else "no",
-            f"{c.seconds:.2f}",
-            f"{c.ratio:.2f}",
-            memory,
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for title in ("gradient steps", "checkpointing", "seconds", "ratio", "peak GiB"):
+        table.add_column(title, justify="right")
+    for cost in costs:
+        table.add_row(
+            str(cost.grad_steps),
+            "yes" if cost.checkpointing else "no",
+            f"{cost.seconds:.2f}",
+            f"{cost.ratio:.2f}",
+            "-" if cost.memory is None else f"{cost.memory:.2f}",
         )
-    Console().print(grid)
-
-
-def train_step(task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
-    """Make one whole step: every loss forward and backward, clip, update."""
-    device = task.base.device
-    optimizer.zero_grad(set_to_none=True)
-    for part in microlosses(task, StepRNG(0, 0), device, task.recipe.bf16):
-        with fp32_attention(device, task.recipe.bf16):
-            torch.stack(list(part.values())).sum().backward()
-    nn.utils.clip_grad_norm_(task.adapter.parameters(), 1.0)
-    optimizer.step()
+    Console().print(table)

@@ -80,7 +80,7 @@ def run(
 
 
 def judge(
-    faces: metrics.FindFaces,
+    faces: metrics.DetectFaces,
     portraits: Sequence[Image.Image],
     without: Sequence[Image.Image],
     with_identity: Sequence[Image.Image],

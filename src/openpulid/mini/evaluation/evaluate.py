@@ -213,16 +213,16 @@ def measure(
     """
     evidence = MetricInputs(
         images=images,
-        before=before,
-        seen=judges.faces(images),
-        was=judges.faces(before),
-        person=torch.tensor([request.person for request in asked]),
-        portraits=portraits,
-        gallery=judges.faces(portraits),
+        base_images=before,
+        faces=judges.faces(images),
+        base_faces=judges.faces(before),
+        subjects=torch.tensor([request.person for request in asked]),
+        reference_images=portraits,
+        reference_faces=judges.faces(portraits),
         prompts=[request.prompt for request in asked],
-        wanted=[request.wanted for request in asked],
+        requested=[request.wanted for request in asked],
     )
-    return {measure.name: measure(evidence).cpu() for measure in judges.measures()}
+    return {measure.name: measure(evidence).cpu() for measure in judges.metrics()}
 
 
 def summarised(columns: Mapping[str, Tensor], asked: Sequence[EvalPrompt]) -> dict[str, Interval]:

@@ -19,12 +19,13 @@ from transformers import (
 
 from openpulid.bench import metrics
 from openpulid.bench.metrics import (
+    FID,
+    ClassifyAttributes,
+    DetectFaces,
     EmbedImages,
     EmbedTexts,
     Faces,
-    FindFaces,
     Metric,
-    ReadAttributes,
 )
 from openpulid.errors import WeightsError
 from openpulid.faces.embed import FaceEmbedder
@@ -41,7 +42,7 @@ from openpulid.world import ATTRIBUTES
 
 
 class FaceScorer:
-    """Finds the face in each image and says whose it is: `bench.metrics.FindFaces` of the miniature."""
+    """Finds the face in each image and says whose it is: `bench.metrics.DetectFaces` of the miniature."""
 
     def __init__(self, finder: MiniFaceDetector, recogniser: VGGRecognition) -> None:
         self.embed = FaceEmbedder(finder.find, recogniser)
@@ -66,13 +67,13 @@ class FaceScorer:
 class MiniScorers:
     """All networks that the measures ask, as plain callables."""
 
-    faces: FindFaces
+    faces: DetectFaces
     embed_images: EmbedImages
     embed_texts: EmbedTexts
-    read: ReadAttributes
+    read: ClassifyAttributes
     values: ParameterProbe | None = None
 
-    def measures(self) -> list[Metric]:
+    def metrics(self) -> list[Metric]:
         """All that can be told of an image here."""
         exact = [metrics.FacialValues(self.values)] if self.values else []
         return [
@@ -87,17 +88,17 @@ class MiniScorers:
             metrics.CopyPaste(),
         ]
 
-    def sets(self) -> list[metrics.FID]:
+    def method_metrics(self) -> list[FID]:
         """FID of CLIP's image features: there is no Inception that knows these pictures."""
         return [metrics.FID(self.embed_images)]
 
-    def truth(self, people: Sequence[str]) -> Tensor | None:
+    def facial_values(self, people: Sequence[str]) -> Tensor | None:
         """(P, V) facial values of the people that `mini.sitters` draws."""
         return truth(people) if all(name.isdigit() for name in people) else None
 
-    def wanted(self, named: Mapping[str, str]) -> dict[str, int]:
+    def attribute_classes(self, attributes: Mapping[str, str]) -> dict[str, int]:
         """What a scene asks for, as the reader's classes."""
-        return {name: ATTRIBUTES[name].index(value) for name, value in named.items()}
+        return {name: ATTRIBUTES[name].index(value) for name, value in attributes.items()}
 
     @classmethod
     def load(cls, folder: Path = MINIATURE) -> MiniScorers:

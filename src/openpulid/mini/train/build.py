@@ -3,30 +3,28 @@
     python -m openpulid.mini.train.build clip --minutes 10
 
 A part that was stopped goes on where it was; one that is finished is only written and measured again. What each gave is
-appended to `benchmarks/mini-build.md`.
+appended to `benchmarks/mini-build.json`.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
+import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from openpulid.device import best_device, hardware_name
+from openpulid.bench.measurement import append_measurement, describe_measurement
+from openpulid.device import best_device
 from openpulid.errors import OptionError
 from openpulid.mini.train import baseline_stages as contest
 from openpulid.mini.train import baselines as rivals
 from openpulid.mini.train import stages as parts
 from openpulid.mini.train.stages import BuildContext
 from openpulid.pipelines.presets import MINIATURE
-from openpulid.training.pulid.export import revision
 
 PARTS: dict[str, tuple[Callable[[BuildContext], dict[str, float]], float]] = {
     "world": (parts.world, 12),
@@ -51,7 +49,6 @@ BASELINES: dict[str, tuple[Callable[[BuildContext], dict[str, float]], float]] =
     name: (contest.part(name), 90) for name in rivals.NAMES
 }
 """What `--method` names: PuLID's rivals, with the steps of its first stage and twice its minutes, if they need them."""
-LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")
 
 
 def build(
@@ -62,7 +59,7 @@ def build(
     *,
     runs: Path = Path("runs/mini"),
     weights: Path = MINIATURE,
-    report: Path = Path("benchmarks/mini-build.md"),
+    report: Path = Path("benchmarks/mini-build.json"),
 ) -> dict[str, dict[str, float]]:
     """Trains the named parts, or all, in their order.
 
@@ -99,33 +96,19 @@ def build(
 
 
 def append(report: Path, name: str, figures: Mapping[str, float], shop: BuildContext) -> None:
-    """One dated section: how the part was made, and its figures."""
-    trained = ", ".join(
-        f"{key}: {r.steps} steps in {r.seconds / 60:.1f} min" for key, r in shop.results.items()
+    """Add the figures of a part to a JSON file of measurements, and print them."""
+    trained = {
+        key: {"steps": result.steps, "minutes": round(result.seconds / 60, 1)}
+        for key, result in shop.results.items()
+    }
+    measurement = describe_measurement(
+        {"minutes": shop.minutes, "trained": trained},
+        dict(figures),
+        shop.device,
+        command=f"pulid mini build {name} --minutes {shop.minutes:g}",
     )
-    lines = [
-        f"\n## {name}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC\n",
-        f"- command: `pulid mini build {name} --minutes {shop.minutes:g}`",
-        f"- revision: {revision()}",
-        f"- trained: {trained or 'nothing'}",
-        f"- on: {hardware_name(shop.device)}, Python {platform.python_version()}; "
-        f"{', '.join(f'{library} {known(library)}' for library in LIBRARIES)}\n",
-        "| figure | held-out |\n|---|---|",
-        *(f"| {key} | {value:.4g} |" for key, value in figures.items()),
-    ]
-    text = "\n".join(lines) + "\n"
-    report.parent.mkdir(parents=True, exist_ok=True)
-    with report.open("a") as file:
-        file.write(text)
-    print(text, file=sys.stderr)
-
-
-def known(library: str) -> str:
-    """Its version."""
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return "unknown"
+    append_measurement(report, name, measurement)
+    print(json.dumps({"name": name, **measurement}, indent=1), file=sys.stderr)
 
 
 def main() -> None:

@@ -79,7 +79,9 @@ class ImageEvaluator:
         device = next(self.reader.parameters()).device
         images = self.images(unet, count).to(device)
         wanted = [request.wanted for request in self.asked[:count]]
-        found = {"attributes": metrics.attributes_seen(self.reader(images), wanted).mean().item()}
+        found = {
+            "attributes": metrics.attribute_accuracy(self.reader(images), wanted).mean().item()
+        }
         if self.finder is not None:
             faces = self.finder.find(images)
             found["face_found"] = sum(face is not None for face in faces) / len(faces)

@@ -1,0 +1,78 @@
+"""The configuration of a method: options and hashes of all weights that affect its images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from openpulid.bench.run_dir import BASE
+from openpulid.io.checkpoints import fingerprint
+from openpulid.pipelines.factory import resolve_path
+from openpulid.pipelines.presets import Preset
+
+OPTIONS = ("steps", "guidance", "negative", "size", "sampler")
+BASE_PARTS = ("pipeline", "unet", "transformer")
+METHOD_PARTS = ("finder", "recogniser", "parser", "vision")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt")
+
+
+def describe_configuration(
+    method: str, preset: Preset, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Describe everything that determines the images of a method, as JSON data.
+
+    Two equal descriptions give the same images. Weights are described by the hashes of their
+    files, so a copy of a file is the same and another file of the same name is not.
+
+    Args:
+        method: name of the method; `BASE` uses neither face models nor an adapter.
+        preset: the preset of the method.
+        options: generation options that replace the preset's.
+
+    Raises:
+        OSError, WeightsError: a file of weights is missing.
+    """
+    preset = replace(preset, **options)
+    configuration: dict[str, Any] = {name: getattr(preset, name) for name in OPTIONS}
+    configuration["preset"] = preset.name
+    weights = {name: _hash_part(preset, name) for name in BASE_PARTS}
+    if method != BASE:
+        weights |= {name: _hash_part(preset, name) for name in METHOD_PARTS}
+        weights["adapter"] = _hash_adapter(preset)
+        configuration |= preset.identity_options()
+    configuration["weights"] = weights
+    data: dict[str, Any] = json.loads(json.dumps(configuration))
+    return data
+
+
+def _hash_part(preset: Preset, name: str) -> list[str]:
+    location = getattr(preset, name)
+    return hash_weights(resolve_path(location)) if location else []
+
+
+def _hash_adapter(preset: Preset) -> list[str]:
+    path = resolve_path(preset.adapter)
+    hashes = hash_weights(path)
+    controlnet = path.parent / "ControlNetModel"
+    # InstantID's file needs the network next to it; a folder of InstantID contains it
+    if preset.method == "instantid" and path.is_file() and controlnet.is_dir():
+        hashes += hash_weights(controlnet)
+    return hashes
+
+
+def hash_weights(path: Path) -> list[str]:
+    """Hash a file of weights, or all weights in a folder and its subfolders.
+
+    Raises:
+        OSError: the path does not exist.
+    """
+    if not path.is_dir():
+        return [fingerprint(path)]
+    # unlike "**", these patterns follow a subfolder that is a symbolic link
+    files = sorted([*path.glob("*"), *path.glob("*/*")])
+    return [
+        fingerprint(file) for file in files if file.suffix in WEIGHT_SUFFIXES and file.is_file()
+    ]

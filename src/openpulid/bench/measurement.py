@@ -1,0 +1,76 @@
+"""Measurements as self-describing JSON files: command, date, revision, hardware, versions, figures.
+
+`benchmarks/` has one such file per measured claim.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openpulid.bench.files import write_json
+from openpulid.device import hardware_name
+from openpulid.training.pulid.export import revision
+
+LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")
+
+
+def describe_measurement(
+    configuration: Mapping[str, Any],
+    figures: Any,
+    device: torch.device,
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Describe a measurement completely, as JSON data.
+
+    Args:
+        configuration: the settings of what was measured.
+        figures: the measured values.
+        device: where it was measured.
+        command: the command that repeats it; that of this process by default.
+    """
+    return {
+        "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "revision": revision(),
+        "hardware": hardware_name(device),
+        "versions": library_versions(),
+        "configuration": dict(configuration),
+        "figures": figures,
+    }
+
+
+def write_measurement(
+    path: Path, configuration: Mapping[str, Any], figures: Any, device: torch.device
+) -> None:
+    """Write a measurement of this process into a JSON file."""
+    write_json(path, describe_measurement(configuration, figures, device))
+
+
+def append_measurement(path: Path, name: str, measurement: Mapping[str, Any]) -> None:
+    """Add a named measurement to a JSON file with a list of them; create the file if needed."""
+    data: dict[str, Any] = {"measurements": []}
+    if path.is_file():
+        data = json.loads(path.read_text("utf-8"))
+    data["measurements"].append({"name": name, **measurement})
+    write_json(path, data)
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that affect measurements."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

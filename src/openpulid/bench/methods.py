@@ -1,0 +1,124 @@
+"""The methods of a run, as named on the command line: METHOD[:FILE][@SCALE]."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from openpulid.bench.run_dir import BASE
+from openpulid.bench.suite import Suite
+from openpulid.errors import OptionError, WeightsError
+from openpulid.io.hub import WEIGHTS
+from openpulid.pipelines.factory import load_adapter, load_extractor, missing_weights
+from openpulid.pipelines.presets import Preset, find_preset, with_method
+from openpulid.pipelines.studio import Studio, load
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method with its file and scale.
+
+    Attributes:
+        method: name of the method.
+        file: an adapter file that replaces the preset's, or None.
+        scale: an identity scale that replaces the preset's, or None.
+    """
+
+    method: str
+    file: Path | None = None
+    scale: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> MethodSpec:
+        """Parse METHOD[:FILE][@SCALE].
+
+        Raises:
+            OptionError: the text has another form.
+        """
+        match = re.fullmatch(r"([^:@]+)(?::(.+?))?(?:@(\d*\.?\d+))?", text)
+        if match is None:
+            raise OptionError(
+                f"{text}: expected METHOD, METHOD:FILE, METHOD@SCALE or METHOD:FILE@SCALE, "
+                "for example pulid@0.5."
+            )
+        method, file, scale = match.groups()
+        return cls(method, Path(file) if file else None, float(scale) if scale else None)
+
+    @property
+    def label(self) -> str:
+        """The name of the method's row: the method or the file, and the scale if one is given."""
+        name = self.file.stem if self.file else self.method
+        return name if self.scale is None else f"{name}@{self.scale:g}"
+
+
+def select_presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
+    """Map the label of each method to its preset, the base first.
+
+    Args:
+        suite: the suite, whose preset all methods use.
+        names: methods in the form METHOD[:FILE][@SCALE].
+
+    Raises:
+        OptionError: a method or file does not exist, or two methods have the same label.
+    """
+    presets = {BASE: find_preset(suite.preset)}
+    specs = [spec for spec in map(MethodSpec.parse, names) if spec.method != BASE]
+    for spec in specs:
+        if spec.label in presets:
+            raise OptionError(
+                f"two methods would both be called {spec.label}; rename one file, or name each "
+                "method once."
+            )
+        preset = with_method(presets[BASE], spec.method, spec.file)
+        presets[spec.label] = preset if spec.scale is None else replace(preset, scale=spec.scale)
+    for spec in specs:
+        if spec.file is not None and not spec.file.exists():
+            raise OptionError(f"{spec.file} does not exist; METHOD:FILE needs an adapter file.")
+    return presets
+
+
+def check_weights(presets: Mapping[str, Preset]) -> None:
+    """Check that the weights of all methods are installed, before anything is loaded or written.
+
+    Raises:
+        WeightsError: weights are missing; the message names the command that gets them.
+    """
+    missing = {name: preset for preset in presets.values() for name in missing_weights(preset)}
+    if downloads := " ".join(name for name in missing if name in WEIGHTS):
+        raise WeightsError(
+            f"weights of these methods are not installed; download them with `pulid weights get "
+            f"{downloads}`, or put them into a folder and set PULID_WEIGHTS to it."
+        )
+    if missing:
+        path, preset = next(iter(missing.items()))
+        is_baseline = path == str(preset.adapter) and preset.method != "pulid"
+        option = f" --method {preset.method}" if is_baseline else ""
+        raise WeightsError(f"{path} does not exist; create it with `pulid mini build{option}`.")
+
+
+def load_studios(
+    suite: Suite, presets: Mapping[str, Preset], device: str | None
+) -> dict[str, Studio]:
+    """Load the base model once, and a studio for each method on it.
+
+    Args:
+        suite: the suite, whose preset names the base model.
+        presets: label -> preset, as `select_presets` returns them.
+        device: device name, or None for the best one.
+
+    Returns:
+        Label -> studio; the base's has no adapter.
+    """
+    studio = load(suite.preset, device=device)
+    studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset)}
+    for label, preset in presets.items():
+        if label == BASE:
+            continue
+        adapter = load_adapter(preset, studio.pipe.device)
+        extractor = studio.features
+        if preset.view:
+            extractor = load_extractor(preset, studio.pipe.device, adapter)
+        studios[label] = Studio(studio.pipe, extractor, adapter, preset)
+    return studios

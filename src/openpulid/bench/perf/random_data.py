@@ -1,0 +1,60 @@
+"""Random training data: batches of noise, and a face in every image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openpulid.faces.align import TEMPLATE
+from openpulid.faces.embed import FaceEmbedder
+from openpulid.faces.face import Face
+from openpulid.faces.mini_recognition import RECOGNITION_MODELS
+from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.training.pulid.models import BaseModel
+from openpulid.training.pulid.task import Batch
+from openpulid.training.rng import StepRNG
+
+
+class RandomPeople:
+    """A `training.pulid.task.Source` of noise.
+
+    Args:
+        base: the base model.
+        adapter: the adapter, whose encoder gives the widths of the features.
+        size: batch size.
+        tokens: number of tokens of the vision encoder.
+        pixels: width and height of the images.
+    """
+
+    def __init__(
+        self, base: BaseModel, adapter: PuLID, size: int, tokens: int, pixels: int | None
+    ) -> None:
+        self.base = base
+        self.size = size
+        self.tokens = tokens
+        self.pixels = pixels
+        self.width = adapter.id_adapter.config["width"]
+        self.hidden_width = adapter.id_adapter.config["vit_dim"]
+
+    def batch(self, draw: StepRNG) -> Batch:
+        """Draw a batch of random latents, features and images."""
+        latents = draw.randn((self.size, *self.base.shape(self.pixels)), "latents")
+        hidden = [
+            draw.randn((self.size, self.tokens, self.hidden_width), f"hidden.{level}")
+            for level in range(5)
+        ]
+        images = draw.rand((self.size, 3, 128, 128), "pictures")
+        embeddings = draw.randn((self.size, self.width), "id")
+        return Batch(latents, None, ["portrait"] * self.size, embeddings, hidden, images)
+
+
+def random_faces(device: torch.device) -> FaceEmbedder:
+    """Return an embedder that sees a face in every image, with random recognition weights."""
+
+    def detect(images: Tensor) -> list[Face | None]:
+        side = images.shape[-1]
+        box = torch.tensor([0.0, 0.0, side, side])
+        mask = torch.ones(1, side, side)
+        return [Face(image, box, TEMPLATE * side, 1.0, mask) for image in images]
+
+    return FaceEmbedder(detect, RECOGNITION_MODELS["encoder"]().to(device))
