@@ -64,13 +64,15 @@ def test_a_unet_for_inpainting_is_given_more_than_the_control_net(
 ) -> None:
     """Nine channels: the latents, which alone it reads, the mask, and what is kept."""
     seen: list[torch.Size] = []
-    control.net.conv_in.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape))
+    control.model.conv_in.register_forward_pre_hook(
+        lambda layer, given: seen.append(given[0].shape)
+    )
     torch.manual_seed(0)
     wide = UNet2DConditionModel.from_config(pipe.unet.config, in_channels=9)
     parts = {**pipe.components, "unet": wide}
     inpaint = StableDiffusionXLInpaintPipeline(**parts, requires_aesthetics_score=False)
     inpaint.set_progress_bar_config(disable=True)
-    other = ControlNet(control.net)
+    other = ControlNet(control.model)
     other.attach(inpaint)
     picture, mask = Image.new("RGB", (16, 16), "gray"), Image.new("L", (16, 16), 255)
     given = {"image": picture, "mask_image": mask, "height": 16, "width": 16, "strength": 1.0}
@@ -122,9 +124,9 @@ def test_spans_and_nothing_left_behind(pipe: Any, control: ControlNet) -> None:
 def test_what_does_not_fit_is_said(pipe: Any, tmp_path: Path) -> None:
     other = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
     other.register_to_config(cross_attention_dim=768)
-    with pytest.raises(OptionError, match="another kind of base"):
+    with pytest.raises(OptionError, match="another base model"):
         ControlNet(other).attach(pipe)
-    with pytest.raises(WeightsError, match="no ControlNet"):
+    with pytest.raises(WeightsError, match="no diffusers ControlNet"):
         ControlNet.load(tmp_path)
     fits = ControlNet(controlnet(pipe.unet))
     fits.attach(pipe)

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
+from openpulid.methods.adapter import Adapter
 from openpulid.methods.ip_adapter.faceid import FaceID
 from openpulid.methods.ip_adapter.instantid import InstantID
-from openpulid.methods.registry import Method, find_method
+from openpulid.methods.registry import find_method
 from tests.support.token_files import (
     PROMPTS,
     WIDTH,
@@ -51,7 +52,7 @@ def test_nothing_is_left_behind(pipe: Any) -> None:
     before, names = drawn(pipe), [name for name, _ in pipe.unet.named_modules()]
     processors = dict(pipe.unet.attn_processors)
     method = FaceID(published(pipe.unet))
-    assert isinstance(method, Method)
+    assert isinstance(method, Adapter)
     method.attach(pipe)
     assert torch.equal(drawn(pipe), before)
     for _ in range(2):  # built, then set again
@@ -84,7 +85,7 @@ def test_two_at_once_are_refused(pipe: Any) -> None:
     other = StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=False)
     method.attach(other)
     with (
-        pytest.raises(OptionError, match="share one network; say which one runs"),
+        pytest.raises(OptionError, match="share one network; name the one that runs"),
         method.use(person(1)),
     ):
         pass
@@ -125,7 +126,7 @@ def test_batches_guidance_and_spans(pipe: Any) -> None:
         assert torch.equal(drawn(pipe), before)
     with (
         method.use([person(1), person(2), person(3)]),
-        pytest.raises(OptionError, match="3 identities for 2 images"),
+        pytest.raises(OptionError, match="3 identities do not fit 2 images"),
     ):
         drawn(pipe, PROMPTS)
     with pytest.raises(OptionError, match="fractions"), method.use(person(1), start=2):
@@ -138,14 +139,14 @@ def test_outside_its_span_nothing_acts(pipe: Any) -> None:
     method.attach(pipe)
     before = drawn(pipe)
     with method.use(person(1)):
-        whole, built = drawn(pipe), method.built(pipe)
+        whole, built = drawn(pipe), method.layers_for(pipe)
     method.attach(pipe)
     with method.use(person(1), start=0.5):  # one of two steps
         late = drawn(pipe)
     assert not torch.allclose(late, whole, atol=1e-3) and not torch.allclose(
         late, before, atol=1e-3
     )
-    assert method.built(pipe) is built
+    assert method.layers_for(pipe) is built
     with method.use(person(1), start=0.99):  # after the last
         assert torch.equal(drawn(pipe), before)
 

@@ -10,8 +10,9 @@ from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
-from openpulid.methods.ip_adapter.instantid import InstantID, landmarks_drawn
-from openpulid.methods.registry import Method, find_method
+from openpulid.methods.adapter import Adapter
+from openpulid.methods.ip_adapter.instantid import InstantID, draw_landmarks
+from openpulid.methods.registry import find_method
 from tests.support.token_files import PROMPTS, WIDTH, controlnet, drawn, person, resampler
 
 
@@ -53,7 +54,7 @@ def test_it_is_what_the_stock_controlnet_pipeline_draws(pipe: Any, method: Insta
     embedding = who.id_cond[:, :, None, :WIDTH]
     both = torch.cat([torch.zeros_like(embedding), embedding])
     net.tokens = stock.unet.encoder_hid_proj([both])[0].flatten(1, 2).detach()
-    picture = landmarks_drawn(who, (16, 16))
+    picture = draw_landmarks(who, (16, 16))
     options = {
         "ip_adapter_image_embeds": [both],
         "image": picture,
@@ -92,7 +93,7 @@ def test_the_prompt_does_not_reach_identity_net(pipe: Any, method: InstantID) ->
 
 def test_nothing_is_left_behind(pipe: Any, method: InstantID) -> None:
     before = drawn(pipe)
-    assert isinstance(method, Method) and find_method("instantid") is InstantID
+    assert isinstance(method, Adapter) and find_method("instantid") is InstantID
     method.attach(pipe)
     with method.use(person(1)):
         after = drawn(pipe)
@@ -138,7 +139,7 @@ def test_several_photos_are_averaged(pipe: Any, method: InstantID) -> None:
 def test_landmarks_are_drawn_where_they_are() -> None:
     marks = torch.tensor([[[[0.3, 0.4], [0.7, 0.4], [0.5, 0.5], [0.35, 0.7], [0.65, 0.7]]]])
     who = Identity(torch.zeros(1, 1, WIDTH), (torch.zeros(1, 1, 2),) * 5, landmarks=marks)
-    page = landmarks_drawn(who, (1024, 512))[0]  # the photo's square lies in the middle
+    page = draw_landmarks(who, (1024, 512))[0]  # the photo's square lies in the middle
     assert page.shape == (3, 512, 1024)
     assert page[:, 205, 256 + 154].tolist() == [1, 0, 0] and page[:, 205, 256 + 358].tolist() == [
         0,
@@ -149,7 +150,7 @@ def test_landmarks_are_drawn_where_they_are() -> None:
     between = page[:, 230, 256 + 205]  # on the line from the left eye to the nose
     assert between.tolist() == pytest.approx([0.6, 0, 0], abs=0.01)
     with pytest.raises(OptionError, match="landmarks"):
-        landmarks_drawn(Identity(torch.zeros(1, 1, WIDTH), (torch.zeros(1, 1, 2),) * 5), (64, 64))
+        draw_landmarks(Identity(torch.zeros(1, 1, WIDTH), (torch.zeros(1, 1, 2),) * 5), (64, 64))
 
 
 def test_the_published_folder(pipe: Any, method: InstantID, tmp_path: Any) -> None:

@@ -9,9 +9,10 @@ import torch
 
 from openpulid.errors import OptionError
 from openpulid.identity.identity import fuse_identities
+from openpulid.methods.adapter import Adapter
 from openpulid.methods.ip_adapter.faceid import FaceIDPlus
 from openpulid.methods.ip_adapter.ip_adapter import IPAdapter
-from openpulid.methods.registry import Method, find_method
+from openpulid.methods.registry import find_method
 from tests.support.clip_files import FACE, SEEN, embedding, faceid_plus, features, plain, plus
 from tests.support.token_files import PROMPTS, WIDTH, drawn, person
 
@@ -60,7 +61,7 @@ def test_faceid_plus_is_what_diffusers_draws(pipe: Any) -> None:
     with method.use(who, scale=0.7):
         alone, both = drawn(pipe), drawn(pipe, PROMPTS)
         unguided = drawn(pipe, guidance=1.0)
-    layer = method._built[pipe.unet][1].image_projection_layers[0]
+    layer = method.layers_for(pipe).image_projection
     assert layer.clip_embeds is None, "somebody's features were left in a layer"
     face = torch.nn.functional.normalize(who.id_cond[..., :WIDTH], dim=-1)
     pipe.load_ip_adapter(
@@ -90,7 +91,7 @@ def test_faceid_plus_is_what_diffusers_draws(pipe: Any) -> None:
 def test_nothing_is_left_behind(pipe: Any, kind: Any, file: Any) -> None:
     before, names = drawn(pipe), [name for name, _ in pipe.unet.named_modules()]
     method = kind(file(pipe.unet))
-    assert isinstance(method, Method)
+    assert isinstance(method, Adapter)
     method.attach(pipe)
     who = features(recogniser=embedding if kind is FaceIDPlus else None).identities([FACE])[0]
     for _ in range(2):
@@ -108,7 +109,10 @@ def test_several_photos_and_people(pipe: Any) -> None:
     method.attach(pipe)
     with method.use(fuse_identities([one, one])):
         assert drawn(pipe, PROMPTS).shape[0] == 2
-    with method.use([one, one]), pytest.raises(OptionError, match="2 identities for 1 images"):
+    with (
+        method.use([one, one]),
+        pytest.raises(OptionError, match="2 identities do not fit 1 images"),
+    ):
         drawn(pipe)
 
 
@@ -117,14 +121,12 @@ def test_an_identity_of_another_reader_is_refused(pipe: Any) -> None:
     method.attach(pipe)
     with (
         method.use(person(1)),
-        pytest.raises(
-            OptionError, match="reads 64 numbers of a picture tower and the identity has 9"
-        ),
+        pytest.raises(OptionError, match="reads CLIP features of width 64, the identity has 9"),
     ):
         drawn(pipe)
     method = IPAdapter(plus(pipe.unet))
     method.attach(pipe)
-    with method.use(person(1)), pytest.raises(OptionError, match="own reader of pictures"):
+    with method.use(person(1)), pytest.raises(OptionError, match="no CLIP image features"):
         drawn(pipe)
     assert find_method("ip-adapter") is IPAdapter and find_method("faceid-plus") is FaceIDPlus
 

@@ -27,7 +27,7 @@ from openpulid.diffusion.schedulers import KarrasScheduler
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.sdxl import PLACES, PuLID
+from openpulid.methods.pulid.sdxl import LAYER_KEYS, PuLID
 from openpulid.methods.pulid.sdxl_attention import IdentityLayer
 from tests.support.people import anna, ben, distance, fresh, someone
 
@@ -92,7 +92,7 @@ def test_pipelines_that_share_a_unet(tiny_pipeline) -> None:
     for one in (pipe, other):  # the second has no guidance before it has run
         adapter.attach(one)
     with (
-        pytest.raises(OptionError, match="share one network; say which one runs"),
+        pytest.raises(OptionError, match="share one network; name the one that runs"),
         adapter.use(anna),
     ):
         pass
@@ -127,7 +127,7 @@ def test_shares_of_an_image_to_image_run_are_of_its_own_steps(tiny_pipeline, kin
             injection = before.__self__
             hook = pipe.unet.register_forward_hook(
                 lambda *call, injection=injection, steps=steps: steps.append(
-                    injection.calls[len(call[1][0])].active
+                    injection.calls[len(call[1][0])].is_active
                 )
             )
             run()
@@ -279,7 +279,7 @@ def test_the_second_step_of_a_second_order_sampler_is_in_the_schedule(tiny_pipel
 def test_published_files_by_their_variants(tmp_path) -> None:
     small = {"width": 12, "vit_dim": 8, "hidden_dim": 16}
     former = IDFormer(dim=16, depth=5, dim_head=8, heads=2, output_dim=64, ff_mult=1, **small)
-    layers = nn.ModuleDict({place: IdentityLayer(8, 64) for place in PLACES})
+    layers = nn.ModuleDict({place: IdentityLayer(8, 64) for place in LAYER_KEYS})
     PuLID(former, layers).save(tmp_path / "pulid_v1.1.safetensors")
     # a .bin of this project's sizes cannot say them: published sizes are taken, and it does not fit
     torch.save(
@@ -288,13 +288,14 @@ def test_published_files_by_their_variants(tmp_path) -> None:
     loaded = PuLID.from_pretrained(tmp_path)
     assert isinstance(loaded.id_adapter, IDFormer) and loaded.id_adapter.config["dim"] == 16
     less = PuLID(
-        former, nn.ModuleDict({place: IdentityLayer(8, 64) for place in PLACES if place != "71"})
+        former,
+        nn.ModuleDict({place: IdentityLayer(8, 64) for place in LAYER_KEYS if place != "71"}),
     )
     file = less.save(tmp_path / "less" / "pulid_v1.1.safetensors")
     assert len(PuLID.load(file).id_adapter_attn_layers) == 69
     with pytest.raises(
         WeightsError,
-        match=r"safetensors lacks 1 of 70 layers \(id_adapter_attn_layers 71\); get its file",
+        match=r"safetensors lacks 1 of 70 layers \(id_adapter_attn_layers 71\); download its file",
     ):
         PuLID.from_pretrained(file.parent)
     with pytest.raises(WeightsError, match="size mismatch"):
@@ -316,7 +317,7 @@ def test_v1_at_full_size_from_its_bin(golden, tmp_path) -> None:
             for name in golden.manifest[variant]
             if name.startswith("id_adapter_attn_layers")
         }
-        assert sorted(served, key=int) == PLACES
+        assert sorted(served, key=int) == LAYER_KEYS
     kept = {
         name: shape
         for name, shape in names.items()

@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
+from openpulid.methods.hooks import StepTracker
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.flux_attention import PerceiverCrossAttention, Turn, places
+from openpulid.methods.pulid.flux_attention import PerceiverCrossAttention, identity_blocks
 from openpulid.methods.pulid.sdxl import PuLID
 from tests.support.people import anna, ben, distance
 from tests.support.people import fresh as fresh_sdxl
@@ -152,18 +153,18 @@ def test_published_names_and_shapes_at_full_size(golden) -> None:
         assert {name: list(value.shape) for name, value in one.state_dict().items()} == names
     loaded.attach(transformer)
     assert (
-        places(transformer)[9:11] == [("double", 18), ("single", 0)]
-        and len(places(transformer)) == 20
+        identity_blocks(transformer)[9:11] == [("double", 18), ("single", 0)]
+        and len(identity_blocks(transformer)) == 20
     )
     with pytest.raises(WeightsError, match="Unexpected key"):
         PuLIDFlux.from_state_dict({**state, "pulid_encoder.more": torch.empty(1)}, IDFormer())
 
 
 def test_where_a_run_stands() -> None:
-    turn, seen = Turn(), []
+    tracker, seen = StepTracker(), []
     for time in (1.0, 0.7, 0.7, 0.3, 0.3, 1.0, 0.5):
-        turn.note(time)
-        seen.append((turn.step, turn.negative))
+        tracker.update(time)
+        seen.append((tracker.step, tracker.is_negative))
     assert seen == [
         (0, False),
         (1, False),
@@ -173,15 +174,17 @@ def test_where_a_run_stands() -> None:
         (0, False),
         (1, False),
     ]
-    turn.note(0.5, schedule="another run")  # of one step, at the time where the last one ended
-    assert (turn.step, turn.negative) == (0, False)
+    tracker.update(
+        0.5, timesteps="another run"
+    )  # of one step, at the time where the last one ended
+    assert (tracker.step, tracker.is_negative) == (0, False)
 
 
 def test_steps_of_the_same_time_are_told_apart_by_the_schedulers_count() -> None:
-    turn, seen = Turn(), []
+    tracker, seen = StepTracker(), []
     for time, place in ((1.0, None), (1.0, None), (1.0, 1), (1.0, 1), (0.9, 2), (0.9, 3)):
-        turn.note(time, "run", place)
-        seen.append((turn.step, turn.negative))
+        tracker.update(time, "run", place)
+        seen.append((tracker.step, tracker.is_negative))
     assert seen == [(0, False), (0, True), (1, False), (1, True), (2, False), (3, False)]
 
 
@@ -211,7 +214,7 @@ def test_identity_acts_and_nothing_is_left(pipe) -> None:
     ]
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
     adapter.detach(pipe)
-    with pytest.raises(OptionError, match="serves no pipeline"), adapter.use(anna):
+    with pytest.raises(OptionError, match="is not attached to this pipeline"), adapter.use(anna):
         pass
 
 
@@ -523,7 +526,7 @@ def test_another_transformer_is_refused(pipe, adapter) -> None:
     )
     with pytest.raises(
         OptionError,
-        match=r"ChromaTransformer2DModel is not FLUX\.1's transformer: Chroma and others",
+        match=r"ChromaTransformer2DModel is not FLUX\.1's transformer: Chroma and other models",
     ):
         fresh(pipe).attach(chroma)
 
@@ -544,11 +547,11 @@ def test_an_adapter_of_the_other_family_is_refused(pipe, tiny_pipeline) -> None:
     ours, theirs = fresh(pipe), fresh_sdxl(sdxl)
     for target in (sdxl, sdxl.unet):
         with pytest.raises(
-            OptionError, match=r"has no FLUX transformer; .* take an adapter for SDXL\.$"
+            OptionError, match=r"has no FLUX transformer; .* use an adapter for SDXL\.$"
         ):
             ours.attach(target)
     for target in (pipe, pipe.transformer):
-        with pytest.raises(OptionError, match=r"has no U-Net; .* take an adapter for FLUX\.$"):
+        with pytest.raises(OptionError, match=r"has no U-Net; .* use an adapter for FLUX\.$"):
             theirs.attach(target)
 
 

@@ -16,10 +16,11 @@ from torch import nn
 
 from openpulid.errors import IdentityError, OptionError, WeightsError
 from openpulid.identity.identity import Identity
+from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import IdentityLayer
-from openpulid.methods.registry import METHODS, Method, find_method
+from openpulid.methods.registry import METHODS, find_method
 from tests.support.people import STEPS, anna, ben, distance, fresh, run, someone
 
 
@@ -45,7 +46,7 @@ def hooked(pipe: Any) -> list[str]:
 
 
 def test_it_has_the_face_of_a_method(adapter) -> None:
-    assert isinstance(adapter, Method)
+    assert isinstance(adapter, Adapter)
     assert all(find_method(name) for name in METHODS) and find_method("pulid") is PuLID
     with pytest.raises(OptionError, match="no method 'other'"):
         find_method("other")
@@ -136,7 +137,7 @@ def test_start_and_end_split_the_schedule(pipe, adapter) -> None:
             def note(
                 pipe: Any, step: int, time: Any, kwargs: dict, injection=injection, steps=steps
             ) -> dict:
-                steps.extend([step] * injection.calls[1].active)
+                steps.extend([step] * injection.calls[1].is_active)
                 return kwargs
 
             run(pipe, callback_on_step_end=note)
@@ -211,7 +212,7 @@ def test_a_batch_of_three_parts_is_refused(pipe, adapter) -> None:
         with pytest.raises(OptionError, match="perturbed attention guidance"):
             run(perturbed, ["portrait"] * 2, guidance=3.0, pag_scale=3.0)
     asked = StableDiffusionXLInstructPix2PixPipeline(**parts, add_watermarker=False)
-    with pytest.raises(OptionError, match="InstructPix2PixPipeline has three rows for each image"):
+    with pytest.raises(OptionError, match="InstructPix2PixPipeline has three rows per image"):
         adapter.attach(asked)
 
 
@@ -320,7 +321,7 @@ def test_an_adapter_of_another_base_is_refused(pipe) -> None:
     with pytest.raises(WeightsError, match="0 layers"):
         narrow.attach(pipe)
     other = nn.ModuleDict({"1": IdentityLayer(8, 64)})
-    with pytest.raises(WeightsError, match="made for another U-Net: 1 layers"):
+    with pytest.raises(WeightsError, match="trained for another U-Net: it has 1 layers"):
         PuLID(IDEncoder(12, 64, vit_dim=8, hidden_dim=16), other).attach(pipe)
     with pytest.raises(OptionError, match="no U-Net"):
         narrow.attach(object())
@@ -455,7 +456,7 @@ def test_layers_that_a_file_lacks_are_named(pipe, adapter) -> None:
     total = len(adapter.id_adapter_attn_layers)
     with pytest.raises(
         WeightsError,
-        match=rf"lacks 2 of {total} layers \(id_adapter_attn_layers 3, 11\); get its file again",
+        match=rf"lacks 2 of {total} layers \(id_adapter_attn_layers 3, 11\); download its file again",
     ):
         less.attach(pipe)
 
@@ -524,7 +525,7 @@ def test_v1_needs_equally_many_photos_together(pipe, adapter) -> None:
     with adapter.use(someone(1, photos=2)):
         run(pipe, guidance=2.0)
     with (
-        pytest.raises(OptionError, match="number of photos"),
+        pytest.raises(OptionError, match="number of reference images"),
         adapter.use([anna, someone(1, photos=2)]),
     ):
         pass

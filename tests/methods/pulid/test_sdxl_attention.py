@@ -9,16 +9,18 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+from openpulid.methods.hooks import SchedulePosition
 from openpulid.methods.pulid.encoders import IDEncoder
-from openpulid.methods.pulid.projection import zeros_bias
+from openpulid.methods.pulid.projection import zero_token_bias
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import (
-    Call,
     IdentityAttention,
     IdentityLayer,
-    Injection,
-    grid,
-    identity_layers,
+    IdentityOptions,
+    SDXLCall,
+    SDXLInjection,
+    create_identity_layers,
+    grid_size,
 )
 
 MODES = {"none": "none", "v1": "ortho", "v2": "ortho_v2"}
@@ -33,12 +35,14 @@ def test_one_layer_is_the_reference(golden, mode: str, zeros: int) -> None:
     )
     layer = golden.fill(IdentityLayer(64, 32), "attn2.processor.")
     pair = tuple(x[:, None] for x in layer(golden.input("attn.id", 2, 10, 32)))  # (P, J, N, hidden)
-    injection = Injection(
-        {"1": pair}, dict, lambda: False, lambda t: 0.0, None, 0.8, MODES[mode], zeros
+    options = IdentityOptions(0.8, projection=MODES[mode], num_zero=zeros)
+    injection = SDXLInjection(
+        {"1": pair}, dict, lambda: False, lambda timestep: SchedulePosition(0.0), options
     )
-    expanded = tuple(injection._expand(x, None, 2, 4, torch.device("cpu"), None) for x in pair)
-    injection.calls[2] = Call(True, {"1": expanded}, zeros_bias(expanded[0], zeros))
-    assert len(list(IdentityAttention("1", attention.heads, injection).opened(attention))) == 2
+    expanded = tuple(injection.expand(x, None, 2, 4, torch.device("cpu"), None) for x in pair)
+    injection.calls[2] = SDXLCall(True, {"1": expanded}, zero_token_bias(expanded[0], zeros))
+    handles = list(IdentityAttention("1", attention.heads, injection).register(attention))
+    assert len(handles) == 2
     out = attention(golden.input("attn.hidden", 2, 36, 64), golden.input("attn.text", 2, 7, 32))
     assert golden.error(f"id_attention.ortho_{mode}.zeros_{zeros}", out) < 1e-4
 
@@ -103,7 +107,7 @@ def test_order_is_the_published_one(golden, unet) -> None:
         full = UNet2DConditionModel(**sdxl)
         layers = {
             f"id_adapter_attn_layers.{k}": list(x.shape)
-            for k, x in identity_layers(full).state_dict().items()
+            for k, x in create_identity_layers(full).state_dict().items()
         }
     assert list(full.attn_processors) == golden.manifest["sdxl_processor_order"]
     published = {
@@ -113,5 +117,5 @@ def test_order_is_the_published_one(golden, unet) -> None:
 
 
 def test_grid_rounds_up() -> None:
-    assert grid(12, 12, 36) == (6, 6)
-    assert grid(13, 21, 4 * 6) == (4, 6)
+    assert grid_size(12, 12, 36) == (6, 6)
+    assert grid_size(13, 21, 4 * 6) == (4, 6)

@@ -32,7 +32,7 @@ from openpulid.bench.perf.training import RandomSDXL, default_dtype, dtype_of, r
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.flux_attention import FluxInjection
+from openpulid.methods.pulid.flux_attention import FluxIdentity
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import IdentityAttention
 from openpulid.pipelines import flux_memory as memory
@@ -87,7 +87,7 @@ class SDXLTarget:
         guided: whether the batch is doubled for guidance.
     """
 
-    joins: tuple[type, str] = (IdentityAttention, "joined")
+    joins: tuple[type, str] = (IdentityAttention, "add_identity")
 
     def __init__(
         self, base: RandomSDXL, pixels: int = 1024, batch: int = 1, guided: bool = False
@@ -139,7 +139,7 @@ class FluxTarget:
             not here.
     """
 
-    joins: tuple[type, str] = (FluxInjection, "_with_identity")
+    joins: tuple[type, str] = (FluxIdentity, "add_to")
     apart: Callable[[], object] | None = None  # it always makes two calls
 
     def __init__(
@@ -167,7 +167,7 @@ class FluxTarget:
         self.transformer.eval().requires_grad_(False)
         self.pipe = None if level == "full" else _placed(self.transformer, level, device)
         self.adapter.requires_grad_(False).attach(self.transformer)
-        for layer in self.adapter._layers():
+        for layer in self.adapter.layers:
             nn.init.normal_(layer.to_out.weight, std=0.02)
         self.device, side, config = device, pixels // 16, self.transformer.config
         like: dict[str, Any] = {"device": device, "dtype": dtype}

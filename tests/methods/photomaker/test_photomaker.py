@@ -10,10 +10,13 @@ from diffusers import ControlNetModel
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity, fuse_identities
+from openpulid.methods.adapter import Adapter
 from openpulid.methods.controlnet import ControlNet
-from openpulid.methods.photomaker.adapter import PhotoMaker, repeated
-from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
-from openpulid.methods.registry import Method, find_method
+from openpulid.methods.photomaker import prompt_fusion
+from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
+from openpulid.methods.photomaker.photomaker import PhotoMaker
+from openpulid.methods.photomaker.prompt_fusion import repeat_class_word
+from openpulid.methods.registry import find_method
 from tests.support.clip_files import FACE, Faces, config, embedding
 from tests.support.token_files import CROSS, PROMPTS, WIDTH, drawn, person
 
@@ -52,7 +55,7 @@ def method(request: Any, pipe: Any, tmp_path: Any) -> PhotoMaker:
 
 
 def somebody(method: PhotoMaker) -> Identity:
-    return method.features(Faces(), embedding).identities([FACE])[0]
+    return method.create_extractor(Faces(), embedding).identities([FACE])[0]
 
 
 def said(pipe: Any, prompt: str, count: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -72,10 +75,10 @@ def test_it_is_the_stock_pipeline_with_melted_words(
     with method.use(who, start=0.0):
         ours = drawn(pipe)
     encoder = method.encoder
-    faces = who.id_cond[0, :, :WIDTH] if encoder.face else None
+    faces = who.id_cond[0, :, :WIDTH] if encoder.face_dim else None
     with torch.no_grad():
-        tokens = encoder.people(who.hidden[0][0].unflatten(0, (photos, -1)), faces).flatten(0, 1)
-        assert tokens.shape == (photos * encoder.tokens_per_photo, CROSS)
+        tokens = encoder.encode(who.hidden[0][0].unflatten(0, (photos, -1)), faces).flatten(0, 1)
+        assert tokens.shape == (photos * encoder.tokens_per_image, CROSS)
         states, pooled, place = said(pipe, PROMPTS[0], len(tokens))
         where = slice(place, place + len(tokens))
         states[0, where] = encoder.fuse_module(states[0, where], tokens)
@@ -102,7 +105,7 @@ def test_the_low_rank_change_is_diffusers_own(pipe: Any, method: PhotoMaker) -> 
     who = somebody(method)
     with method.use(who, scale=0.5, start=0.99):  # the words stay: 0.99 is after the last step
         ours = drawn(pipe)
-    tensors = file(pipe, 1 if not method.encoder.face else 2)["lora_weights"]
+    tensors = file(pipe, 1 if not method.encoder.face_dim else 2)["lora_weights"]
     pipe.load_lora_weights(tensors, adapter_name="photomaker")
     pipe.set_adapters("photomaker", 0.5)
     assert torch.allclose(ours, drawn(pipe), atol=1e-5)
@@ -168,7 +171,7 @@ def test_nothing_is_left_behind(pipe: Any, method: PhotoMaker) -> None:
     method.detach()
     before, names = drawn(pipe), [name for name, _ in pipe.unet.named_modules()]
     method.attach(pipe)
-    assert isinstance(method, Method) and torch.equal(drawn(pipe), before)
+    assert isinstance(method, Adapter) and torch.equal(drawn(pipe), before)
     for _ in range(2):
         with method.use(somebody(method)):
             assert not torch.allclose(drawn(pipe), before, atol=1e-4)
@@ -188,21 +191,19 @@ def test_nothing_is_left_behind(pipe: Any, method: PhotoMaker) -> None:
 def test_what_was_said_for_one_run_is_not_kept_for_the_next(
     pipe: Any, method: PhotoMaker, monkeypatch: Any
 ) -> None:
-    from openpulid.methods.photomaker import adapter
-
     opened: list[Any] = []
-    begin = adapter._Opened.__init__
+    begin = prompt_fusion.PromptFusion.__init__
 
     def noted(self: Any, *args: Any) -> None:
         opened.append(self)
         begin(self, *args)
 
-    monkeypatch.setattr(adapter._Opened, "__init__", noted)
+    monkeypatch.setattr(prompt_fusion.PromptFusion, "__init__", noted)
     with method.use(somebody(method), start=0.0):
         first = drawn(pipe)
-        length = len(opened[0].said[0])
+        length = len(opened[0].prompts[0])
         again = drawn(pipe)
-    assert torch.equal(first, again) and len(opened[0].said[0]) == length
+    assert torch.equal(first, again) and len(opened[0].prompts[0]) == length
 
 
 def test_batches_and_guidance(pipe: Any, method: PhotoMaker) -> None:
@@ -224,7 +225,10 @@ def test_batches_and_guidance(pipe: Any, method: PhotoMaker) -> None:
                 )
         with method.use([one, other], start=0.0):
             assert torch.allclose(drawn(pipe, prompts, guidance), torch.cat(alone), atol=1e-5)
-    with method.use([one, one, one]), pytest.raises(OptionError, match="3 identities for 2 images"):
+    with (
+        method.use([one, one, one]),
+        pytest.raises(OptionError, match="3 identities do not fit 2 images"),
+    ):
         drawn(pipe, prompts)
 
 
@@ -234,7 +238,7 @@ def test_the_word_is_repeated_and_the_end_stays(pipe: Any) -> None:
     ids = words(
         ["portrait of a person", "film noir"], padding="max_length", return_tensors="pt"
     ).input_ids
-    again, places = repeated(ids, words, 3)
+    again, places = repeat_class_word(ids, words, 3)
     assert again.shape == ids.shape
     assert places == [4, 1], "where nobody is named somebody is put in front"
     assert again[0, 4:8].tolist() == [person_id] * 3 + [end] and (again[0] == person_id).sum() == 3
@@ -249,7 +253,7 @@ def test_the_word_is_repeated_and_the_end_stays(pipe: Any) -> None:
             ]
         ]
     )
-    assert repeated(full, words, 3)[0][0, -1] == end
+    assert repeat_class_word(full, words, 3)[0][0, -1] == end
 
 
 def test_a_person_who_is_named_too_late_is_said(pipe: Any, method: PhotoMaker) -> None:
@@ -257,7 +261,7 @@ def test_a_person_who_is_named_too_late_is_said(pipe: Any, method: PhotoMaker) -
     late = " ".join(["red"] * 9) + " person"
     who = fuse_identities([somebody(method)] * 2)
     with method.use(who, start=0.0):
-        with pytest.raises(OptionError, match="stands too late in the prompt"):
+        with pytest.raises(OptionError, match="too late in the prompt"):
             drawn(pipe, [late])
         drawn(pipe, negative_prompt=[late])
     with (
@@ -269,12 +273,12 @@ def test_a_person_who_is_named_too_late_is_said(pipe: Any, method: PhotoMaker) -
 
 
 def test_what_does_not_fit_is_said(pipe: Any, method: PhotoMaker, tmp_path: Any) -> None:
-    with pytest.raises(OptionError, match="own picture tower"), method.use(person(1)):
+    with pytest.raises(OptionError, match="PhotoMaker's vision encoder"), method.use(person(1)):
         pass
     states, _, pooled, _ = pipe.encode_prompt(PROMPTS[0], do_classifier_free_guidance=False)
     with (
         method.use(somebody(method), start=0.0),
-        pytest.raises(OptionError, match="give the pipeline words"),
+        pytest.raises(OptionError, match="pass prompts instead of prompt embeddings"),
     ):
         pipe(
             prompt_embeds=states + 1,
@@ -287,7 +291,7 @@ def test_what_does_not_fit_is_said(pipe: Any, method: PhotoMaker, tmp_path: Any)
     )
     with pytest.raises(WeightsError, match="PhotoMaker"):
         PhotoMaker.load(tmp_path / "other.bin")
-    if method.encoder.face:
-        with pytest.raises(OptionError, match="recogniser"):
-            method.features(Faces())
+    if method.encoder.face_dim:
+        with pytest.raises(OptionError, match="face recognition model"):
+            method.create_extractor(Faces())
     assert find_method("photomaker") is PhotoMaker
