@@ -3,15 +3,17 @@
 How to add a method:
 
 1. Create a folder `methods/NAME/` with the modules that the other folders have: one module per
-   variant, named after it (`sdxl.py`, `faceid.py`), `base.py` for what variants share,
-   `encoders.py` for networks, and one module for the hooks inside the network.
-2. Subclass `Adapter`. Implement `load` and `check`, and `use` as a context manager: compute what does
+   variant, named after it (`sdxl.py`, `faceid.py`); `base.py` for what variants share;
+   `encoders.py` for networks; one module for what is hooked into the base model.
+2. Subclass `Adapter`. Implement `load`, `check` and, as a context manager, `use`: compute what does
    not change between steps, then call `activate` with a function that registers the hooks of one
-   pipeline. Keep all state in objects that are created there.
-3. Set `slot` to what the method changes in the network, so that two of them cannot be active at once.
-4. Add the class to `registry.METHODS`, and its published files to `openpulid.io.hub`.
-5. Test it on the tiny pipelines of `tests/support`: the identity changes the image, an equal run of
-   diffusers or of the reference gives the same numbers, and nothing is left after `use` closes.
+   pipeline. Keep all state in objects that this function creates.
+3. Set `slot` to what the method changes in the network, so that two methods that would disturb each
+   other cannot be active at once.
+4. Add the class to `registry.METHODS`, its published files to `openpulid.io.hub`, and its default
+   options to `openpulid.pipelines.presets`.
+5. Test it on the tiny pipelines of `tests/support`: an identity changes the image, diffusers' own
+   implementation or the reference gives the same numbers, and nothing is left after `use` closes.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ _ACTIVE_ATTR = "_openpulid_active_"
 class Adapter:
     """A method that shows an identity, or anything else, with a diffusers pipeline.
 
-    `attach` names the pipelines that the method serves and changes nothing in them. `use` is a context
-    manager: the method is active while it is open. Afterwards the pipeline gives bit for bit what it
-    gave before. `detach` forgets the pipeline. What is active belongs to the open `use`, so several
-    pipelines in several threads do not affect each other.
+    `attach` names the pipelines that the method serves and changes nothing in them. `use` is a
+    context manager: the method is active while it is open. Afterwards the pipeline gives bit for
+    bit what it gave before. `detach` forgets the pipeline. What is active belongs to the open
+    `use`, so several pipelines in several threads do not affect each other.
 
     Attributes:
-        slot: the part of the network that the method changes. Two methods with the same slot cannot be
-            active on one network at once; without a slot any number can.
+        slot: the part of the network that the method changes. Two methods with the same slot
+            cannot be active on one network at once; without a slot any number can.
         replaces: whether attaching an adapter to a network replaces the one attached before.
     """
 
@@ -69,7 +71,7 @@ class Adapter:
         raise NotImplementedError
 
     def use(self, people: Any, /, *args: Any, **options: Any) -> AbstractContextManager[Any]:
-        """Activate the method on the attached pipelines while the context is open.
+        """Apply the method to the attached pipelines while the context is open.
 
         Methods share these options: `scale`, `start` and `end` as fractions of the schedule, and
         `pipe` to name one of the attached pipelines.
@@ -155,8 +157,8 @@ def exclusive_use(network: Any, slot: str, hooked: Iterable[nn.Module] = ()) -> 
     Args:
         network: a U-Net or transformer.
         slot: see `Adapter.slot`.
-        hooked: modules that contain hooked modules. Compiled code does not check again whether a module
-            has hooks: an identity would have no effect, or would remain after `use` closes.
+        hooked: modules that contain hooked modules. Compiled code does not check again whether a
+            module has hooks: an identity would have no effect, or would remain after `use` closes.
 
     Raises:
         OptionError: The slot is occupied, or one of `hooked` is compiled.

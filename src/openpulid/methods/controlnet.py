@@ -90,10 +90,11 @@ class ControlNet(Adapter):
         """Make the attached pipelines follow a control image while the context is open.
 
         Args:
-            image: of the kind that the ControlNet was trained on (`canny_edges` creates one), or one
-                per prompt.
+            image: of the kind that the ControlNet was trained on (`canny_edges` creates one), or
+                one per prompt.
             scale: weight of the residuals.
-            start, end: fractions of the schedule in which they are added, [start, end).
+            start: fraction of the schedule at which they begin to act.
+            end: fraction of the schedule at which they stop acting; 1 includes the last step.
             pipe: one of the attached pipelines; all of them by default.
 
         Raises:
@@ -212,7 +213,8 @@ def canny_edges(image: Image.Image, low: int = 100, high: int = 200) -> Image.Im
 
     Args:
         image: any image.
-        low, high: thresholds of the gradient, 0 to 255 and above.
+        low: lower threshold of the gradient, 0 to 255 and above.
+        high: upper threshold.
     """
     import cv2
 

@@ -1,4 +1,4 @@
-"""What hooks read from the pipeline that they serve: schedule position, guidance, arguments of a call."""
+"""What hooks read from a pipeline: schedule position, guidance, arguments of a call."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class SchedulePosition:
 
 @dataclass(frozen=True)
 class Span:
-    """Part of the schedule in which a method is active: [start, end), up to the last step if end is 1.
+    """Part of the schedule in which a method is active, [start, end).
+
+    An end of 1 includes the last step.
 
     Attributes:
         start, end: fractions of the schedule.
@@ -89,8 +91,8 @@ class Span:
 class PipelineState:
     """State of one attached diffusers pipeline: network, guidance and schedule.
 
-    A bare U-Net or transformer is its own network. It has no schedule and no guidance, unless
-    `use` is told that its batch is guided.
+    A bare U-Net or transformer is its own network. It has no schedule, and no guidance unless
+    `use(..., guided=True)` declares it.
     """
 
     target: Any
@@ -127,7 +129,7 @@ class PipelineState:
         return bool(getattr(self.target, "do_classifier_free_guidance", False))
 
     def position(self, timestep: Any) -> SchedulePosition:
-        """Look up a timestep of the U-Net in the schedule.
+        """Determine the position of a timestep of the U-Net in the schedule.
 
         The fraction counts the steps that the run takes: image-to-image starts inside its
         scheduler's steps. Without a scheduler, or with a timestep that it does not have, the
@@ -190,7 +192,7 @@ class StepTracker:
         self._index: int | None = None
 
     def before_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the transformer: count this call."""
+        """Count this call (forward pre-hook of the transformer)."""
         time = float(flux_arguments(args, kwargs)["timestep"].flatten()[0])
         scheduler = getattr(self.state.target, "scheduler", None) if self.state else None
         timesteps = getattr(scheduler, "timesteps", None)
@@ -261,7 +263,7 @@ class UNetCall:
 
 
 def flux_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a call of the FLUX transformer."""
+    """Return the arguments of a call of the FLUX transformer by name."""
     names = (
         "hidden_states",
         "encoder_hidden_states",
@@ -296,7 +298,7 @@ def find_unet(target: Any) -> Any:
 def expand_per_image(
     values: Tensor, batch_size: int, is_guided: bool, negative: Tensor | None = None
 ) -> Tensor:
-    """Expand one value per prompt to the batch of the U-Net.
+    """Repeat one value per prompt for the batch of the U-Net.
 
     Args:
         values: (P, ...), one per prompt; each prompt has the same number of images, in order.

@@ -67,7 +67,7 @@ def parse_lora(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]
         Name of the layer -> down (rank, in) and up (out, rank).
 
     Raises:
-        WeightsError: The names are none of these.
+        WeightsError: The file uses other names.
     """
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 

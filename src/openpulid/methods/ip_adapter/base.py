@@ -126,11 +126,13 @@ class IPAdapterBase(Adapter):
         Args:
             people: an identity, or one per prompt.
             scale: weight of the image tokens; the authors' by default.
-            start, end: fractions of the schedule in which they act, [start, end).
+            start: fraction of the schedule at which they begin to act.
+            end: fraction of the schedule at which they stop acting; 1 includes the last step.
             pipe: one of the attached pipelines; all of them by default.
 
         Raises:
-            OptionError: Nothing is attached, an argument is out of range, or another identity is in use.
+            OptionError: Nothing is attached, an argument is out of range, or another identity is
+                in use.
         """
         identities = [people] if isinstance(people, Identity) else list(people)
         if not identities:
@@ -166,7 +168,7 @@ class IPAdapterBase(Adapter):
     def _open(
         self, state: PipelineState, people: Sequence[Identity], scale: float, span: Span
     ) -> Iterator[None]:
-        """Install the layers in one pipeline and pass the embeddings in every call."""
+        """Put the layers into one pipeline and pass the embeddings in every call."""
         unet = state.network
         current_scale = 0.0
         with exclusive_use(unet, self.slot), restore_layers(state.target), ExitStack() as hooks:
@@ -209,6 +211,6 @@ def read_parts(path: str | os.PathLike[str]) -> AdapterFile:
 
 
 def cat_or_none(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    """Concatenate tensors to (P, ...); None if one of them is None."""
+    """Join tensors to (P, ...), or return None if one is missing."""
     present = [tensor for tensor in tensors if tensor is not None]
     return torch.cat(present) if len(present) == len(tensors) else None

@@ -1,4 +1,4 @@
-"""IP-Adapter-FaceID (h94/IP-Adapter-FaceID): tokens of a face embedding, and a LoRA in the same file."""
+"""IP-Adapter-FaceID (h94/IP-Adapter-FaceID): tokens of a face embedding, and a LoRA."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from openpulid.methods.ip_adapter.ip_adapter import clip_states
 class FaceID(IPAdapterBase):
     """IP-Adapter's decoupled cross-attention (arXiv 2308.06721, equation 5) to a face embedding.
 
-    The published file was trained on *normalized* embeddings of buffalo_l; identities hold raw ones.
-    `scale` weighs the tokens. The LoRA has full weight within the span, as the authors fuse it.
+    The published file was trained on *normalized* embeddings of buffalo_l; identities hold raw
+    ones. `scale` weighs the tokens. The LoRA has full weight within the span, as the authors fuse
+    it.
     """
 
     @property

@@ -34,15 +34,16 @@ class InstantID(IPAdapterBase):
     """IP-Adapter tokens and IdentityNet's residuals in the same call of the U-Net.
 
     The published pipeline is a copy of diffusers' ControlNet pipeline. Here IdentityNet runs inside
-    the hook that passes the embeddings, so every SDXL pipeline works, ControlNet pipelines included.
+    the hook that passes the embeddings, so every SDXL pipeline works, ControlNet pipelines
+    included.
 
     Args:
         parts: the adapter's file.
         identity_net: the published ControlNet.
 
     Attributes:
-        control_scale: weight of IdentityNet's residuals; None for that of the tokens. The authors use
-            0.8 for both.
+        control_scale: weight of IdentityNet's residuals; None for that of the tokens. The authors
+            use 0.8 for both.
     """
 
     scale: ClassVar[float] = 0.8

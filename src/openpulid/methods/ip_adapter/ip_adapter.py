@@ -20,8 +20,8 @@ class IPAdapter(IPAdapterBase):
     A plain file has four tokens of CLIP's image embedding. A Plus file has sixteen that a Resampler
     computes from CLIP's penultimate hidden states.
 
-    Identities come from `identity.clip_extractor.ClipExtractor` with the vision encoder that the file
-    was trained with.
+    Identities come from `identity.clip_extractor.ClipExtractor` with the vision encoder that the
+    file was trained with.
     """
 
     scale: ClassVar[float] = 0.6
@@ -38,13 +38,13 @@ class IPAdapter(IPAdapterBase):
         return int(self.parts["image_proj"][weight].shape[1])
 
     def embeddings(self, identity: Identity) -> Tensor:
-        """Return CLIP's embeddings (1, n, D), or for a Plus file its hidden states (1, n, 1 + N, D)."""
+        """Return CLIP's embeddings (1, n, D), or hidden states (1, n, 1 + N, D) for a Plus file."""
         if self.plus:
             return self._check_width(clip_states(identity, 0))
         return self._check_width(identity.id_cond)
 
     def unconditional_embeddings(self, identity: Identity) -> Tensor | None:
-        """Return CLIP's states of an empty image for a Plus file; a plain one was trained with zeros."""
+        """Return CLIP's states of an empty image for a Plus file; None for a plain one."""
         return self._check_width(clip_states(identity, 1)) if self.plus else None
 
     def _check_width(self, features: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Attention processors and image projection that diffusers builds from an IP-Adapter file.
 
-`load_ip_adapter` puts both into the U-Net. Here they are built once, kept outside, and installed only
-while an identity is in use.
+`load_ip_adapter` puts both into the U-Net. Here they are built once, kept outside, and installed
+only while an identity is in use.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def install_layers(
 ) -> None:
     """Put processors and projection into a U-Net.
 
-    The processors come first: a Resampler has attention of its own, which the U-Net would count among
-    its layers.
+    The processors come first: a Resampler has attention of its own, which the U-Net would count
+    among its layers.
     """
     unet.encoder_hid_proj = None
     unet.set_attn_processor(dict(processors))

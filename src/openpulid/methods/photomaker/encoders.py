@@ -57,7 +57,9 @@ class FuseModule(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Tokens attend to the states of a vision encoder (Perceiver resampler, Flamingo, section 3.1.1).
+    """Tokens attend to the states of a vision encoder.
+
+    Perceiver resampler (Flamingo, section 3.1.1).
 
     Args:
         dim: width of the tokens.

@@ -1,7 +1,8 @@
 """PhotoMaker v1 and v2 (arXiv 2312.04461) in any SDXL pipeline.
 
 The class word of the prompt ("a photo of a *person*") is repeated once per identity token, and each
-repetition is fused with one token. `prompt_fusion` does that with hooks; the pipeline is not modified.
+repetition is fused with one token. `prompt_fusion` does that with hooks; the pipeline is not
+modified.
 """
 
 from __future__ import annotations
@@ -126,8 +127,10 @@ class PhotoMaker(Adapter):
         Args:
             people: an identity, or one per prompt.
             scale: weight of the low-rank change; 0 disables the method.
-            start, end: fractions of the schedule in which the fused prompt is used. The interval is
-                (start, end), as the authors count, or from the first step if start is 0.
+            start: fraction of the schedule after which the fused prompt is used. The step that
+                begins at `start` still has the plain prompt, as the authors count, unless start
+                is 0.
+            end: fraction of the schedule at which it stops; 1 includes the last step.
             pipe: one of the attached pipelines; all of them by default.
 
         Raises:

@@ -1,7 +1,7 @@
 """Hooks that replace the prompt by one whose class word is fused with identity tokens.
 
-Hooks on the text encoders encode each prompt a second time with the class word repeated. A hook on the
-U-Net replaces the prompt by the fused one.
+Hooks on the text encoders encode each prompt a second time with the class word repeated. A hook on
+the U-Net replaces the prompt by the fused one.
 
 Shapes: B batch of the U-Net, L tokens of a prompt, D its width, T identity tokens.
 """
@@ -28,7 +28,7 @@ from openpulid.methods.hooks import (
 from openpulid.methods.lora import low_rank_hook
 
 CLASS_WORDS = ("person", "man", "woman", "boy", "girl", "child", "lady", "guy")
-"""Words that can be fused. The first of them in a prompt is used; without one, "person" is inserted."""
+"""Words that can be fused. The first one in a prompt is used; without one, "person" is inserted."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class PromptFusion:
     def _capture_prompt(
         self, index: int, tokenizer: Any, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        """Forward hook of a text encoder: encode its input again with the class word repeated."""
+        """Encode a text encoder's input again with the class word repeated (forward hook)."""
         if self._reentrant:
             return
         if self._unet_called:  # a new run begins: forget the prompts of the last one
@@ -135,7 +135,7 @@ class PromptFusion:
     def _swap_prompt(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> HookResult:
-        """Forward pre-hook of the U-Net: replace the prompt and its pooled embedding."""
+        """Replace the prompt and its pooled embedding (forward pre-hook of the U-Net)."""
         self._unet_called = True
         call = UNetCall.parse(args, kwargs)
         if not self._is_active(call):
@@ -186,7 +186,7 @@ class PromptFusion:
             words = slice(second.index, second.index + len(tokens))
             if words.stop >= len(states):  # the last position is that of the end token
                 raise OptionError(
-                    f"PhotoMaker repeats the class word {len(tokens)} times, once per identity token, "
+                    f"PhotoMaker repeats the class word {len(tokens)} times, once per token, "
                     "which does not fit because the word is too late in the prompt; "
                     "move it forward or use fewer reference images."
                 )
@@ -199,7 +199,7 @@ class PromptFusion:
 
 
 def repeat_class_word(input_ids: Tensor, tokenizer: Any, count: int) -> tuple[Tensor, list[int]]:
-    """Repeat the class word of each prompt, or insert "person" in front of a prompt without one.
+    """Repeat the class word of each prompt, or insert "person" before a prompt without one.
 
     The end token stays when a prompt becomes too long: the pooled embedding is read there.
 

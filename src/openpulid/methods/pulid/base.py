@@ -51,7 +51,8 @@ class PuLIDBase(Adapter, nn.Module):
         """Replace all weights, and switch to eval mode.
 
         Raises:
-            WeightsError: A name is missing or unexpected, or a shape differs; the message has the first.
+            WeightsError: A name is missing or unexpected, or a shape differs; the message has the
+                first.
         """
         load_state(
             self, state, "these are not the weights of this adapter, name its own file", assign=True

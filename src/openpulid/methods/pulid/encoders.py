@@ -1,11 +1,11 @@
 """The two identity encoders: face embedding and five levels of a vision encoder -> tokens.
 
-`IDEncoder` is that of v1 (PuLID, section 3.1), `IDFormer` that of v1.1 and of FLUX. Parameter names and
-default sizes are those of the published checkpoints. Every size is an argument, because the miniature
-uses others.
+`IDEncoder` is that of v1 (PuLID, section 3.1), `IDFormer` that of v1.1 and of FLUX. Parameter
+names and default sizes are those of the published checkpoints. Every size is an argument, because
+the miniature uses smaller ones.
 
-Shapes: B identities, n reference images each, C width of face embedding + pooled vision embedding, N
-patches, D width of the vision encoder, T identity tokens.
+Shapes: B identities, n reference images each, C width of face embedding + pooled vision embedding,
+N patches, D width of the vision encoder, T identity tokens.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
-        """Attend from latents (B, Q, dim) to a context (B, K, dim); returns (B, Q, dim)."""
+        """Update latents (B, Q, dim) by a context (B, K, dim); returns (B, Q, dim)."""
         context = self.norm1(context)
         latents = self.norm2(latents)
         key, value = self.to_kv(torch.cat([context, latents], dim=1)).chunk(2, dim=-1)
@@ -149,8 +149,8 @@ class PerceiverAttention(nn.Module):
 class IDFormer(nn.Module):
     """The encoder of v1.1 and FLUX.
 
-    Latents attend to the tokens of the embedding and to the levels of the vision encoder in order, two
-    layers per level.
+    Latents attend to the tokens of the embedding and to the levels of the vision encoder in order,
+    two layers per level.
 
     Args:
         dim: width of the latents.

@@ -65,7 +65,7 @@ class PuLIDFlux(PuLIDBase):
 
     @classmethod
     def for_transformer(cls, transformer: Any, encoder: IDFormer, **sizes: Any) -> PuLIDFlux:
-        """Create an untrained adapter for a transformer. Its outputs are zero, so it changes nothing.
+        """Create an untrained adapter for a transformer; its outputs are zero.
 
         Args:
             transformer: of FLUX.1.
@@ -140,9 +140,9 @@ class PuLIDFlux(PuLIDBase):
         widths = {layer.to_q.in_features for layer in self.layers}
         if num_blocks != len(self.layers) or widths != {transformer.inner_dim}:
             raise WeightsError(
-                f"this adapter was trained for another transformer: it has {len(self.layers)} layers of "
-                f"width {sorted(widths)}, this transformer needs {num_blocks} of width "
-                f"{transformer.inner_dim}; use the adapter for this base model."
+                "this adapter was trained for another transformer: it has "
+                f"{len(self.layers)} layers of width {sorted(widths)}, this transformer needs "
+                f"{num_blocks} of width {transformer.inner_dim}; use the adapter for this base model."
             )
 
     def _blocks(self, transformer: Any) -> list[BlockKey]:
@@ -166,14 +166,16 @@ class PuLIDFlux(PuLIDBase):
         Args:
             people: see `PuLID.use`; masks refer to the generated image.
             scale: weight of the identity; 0 disables it at no cost.
-            start, end: fractions of the schedule in which it acts, [start, end).
-            start_step: first step in which it acts, instead of `start`: 4 for fidelity in photos, 0 or 1
-                for styles.
+            start: fraction of the schedule at which it begins to act.
+            end: fraction of the schedule at which it stops acting; 1 includes the last step.
+            start_step: first step in which it acts, instead of `start`: 4 for fidelity in photos,
+                0 or 1 for styles.
             timestep_to_start_cfg: first step in which a negative prompt counts, for any scale.
             pipe: one of the attached pipelines; all of them by default.
 
         Raises:
-            OptionError: An argument is out of range, nothing is attached, or another identity is in use.
+            OptionError: An argument is out of range, nothing is attached, or another identity is
+                in use.
             IdentityError: The identity has other sizes than the encoder reads.
         """
         prompts = normalize_people(people)
@@ -205,9 +207,13 @@ class PuLIDFlux(PuLIDBase):
         """Use tokens with gradient.
 
         Args:
-            tokens: (B, N, kv_dim), one per image of the batch, or one per group of consecutive images.
-            scale, start_step, timestep_to_start_cfg, pipe: see `use`.
+            tokens: (B, N, kv_dim), one per image of the batch, or one per group of consecutive
+                images.
+            scale: see `use`, as the following.
+            start_step: see `use`.
             negative: (1, N, kv_dim) for calls of a negative prompt.
+            timestep_to_start_cfg: see `use`.
+            pipe: see `use`.
 
         Raises:
             OptionError: See `use`; or there is a negative prompt and `negative` is missing.
@@ -277,15 +283,15 @@ def find_transformer(target: Any) -> Any:
     # a compiled or wrapped transformer contains it
     if not any(isinstance(part, FluxTransformer2DModel) for part in transformer.modules()):
         raise OptionError(
-            f"{type(transformer).__name__} is not FLUX.1's transformer: Chroma and other models have "
-            "blocks with the same names; attach to FLUX.1 or a finetune of it."
+            f"{type(transformer).__name__} is not FLUX.1's transformer: Chroma and other models "
+            "have blocks with the same names; attach to FLUX.1 or a finetune of it."
         )
     return transformer
 
 
 @contextmanager
 def delay_guidance(target: Any, start_step: int) -> Iterator[None]:
-    """Ignore a negative prompt before a step, without an identity.
+    """Disable true guidance before a step, without an identity.
 
     Args:
         target: a FLUX pipeline or its transformer.
@@ -302,7 +308,7 @@ def delay_guidance(target: Any, start_step: int) -> Iterator[None]:
 def _precompute(
     layers: Mapping[BlockKey, PerceiverCrossAttention], tokens: Tensor
 ) -> dict[BlockKey, ProjectedKV]:
-    """Precompute keys and values of tokens (P, J, N, kv_dim) for each block, people first."""
+    """Compute the keys and values of tokens (P, J, N, kv_dim) for each block, people first."""
     projected = {}
     for key, layer in layers.items():
         q_proj, v_proj = layer.precompute_kv(tokens)

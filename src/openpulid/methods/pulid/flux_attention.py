@@ -1,13 +1,13 @@
 """Identity attention inside diffusers' FLUX transformer: a cross-attention after every few blocks.
 
-Forward hooks on the blocks, which return (text, image), add its output to the image tokens. No `forward`
-is replaced, so LoRA, ControlNet, quantized layers, caching, offloading and gradient checkpointing still
-work.
+Forward hooks on the blocks, which return (text, image), add its output to the image tokens. No
+`forward` is replaced, so LoRA, ControlNet, quantized layers, caching, offloading and gradient
+checkpointing still work.
 
 The state of one call of the transformer is a `FluxCall`, created in the transformer's pre-hook.
 
-Shapes: B batch, P prompts, J people, N identity tokens, L image tokens (generated, then references), h
-heads of width d.
+Shapes: B batch, P prompts, J people, N identity tokens, L image tokens (generated, then
+references), h heads of width d.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ProjectedKV = tuple[Tensor, Tensor]
 """q_proj (J, P, dim, h * N) and v_proj (J, P, h * N, dim), see `PerceiverCrossAttention`."""
 
 CACHE_HOOKS = ("fbc_", "mag_cache_", "sea_cache_", "taylorseer_cache")
-"""Names of diffusers' hooks that may replace the computation of a whole block. Applied by a function,
-such as `apply_first_block_cache`, they do not show in `is_cache_enabled`."""
+"""Names of diffusers' hooks that may replace the computation of a block. Applied by a function, such
+as `apply_first_block_cache`, they do not show in `is_cache_enabled`."""
 
 
 class PerceiverCrossAttention(nn.Module):
@@ -62,9 +62,9 @@ class PerceiverCrossAttention(nn.Module):
         """Compute everything that does not change from step to step.
 
         An identity has fewer tokens (32) than a head has channels (128). So the keys are multiplied
-        with the projection of the queries once, and the values with that of the output. An image token
-        is then multiplied with h * N columns and rows instead of h * d: the same sums in another order,
-        with a quarter of the work.
+        with the projection of the queries once, and the values with that of the output. An image
+        token is then multiplied with h * N columns and rows instead of h * d: the same sums in
+        another order, with a quarter of the work.
 
         Args:
             tokens: (..., N, kv_dim).
@@ -83,12 +83,12 @@ class PerceiverCrossAttention(nn.Module):
         return q_proj.flatten(-2), v_proj.flatten(-3, -2)
 
     def attend(self, image: Tensor, q_proj: Tensor, v_proj: Tensor) -> Tensor:
-        """Attend from image tokens (B, L, dim), with the result of `precompute_kv` for B or 1."""
+        """Compute the attention of image tokens (B, L, dim) to the result of `precompute_kv`."""
         scores = (self.norm2(image) @ q_proj).unflatten(-1, (self.heads, -1))
         return scores.softmax(-1).flatten(-2) @ v_proj
 
     def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
-        """Attend from image tokens (B, L, dim) to tokens (B, N, kv_dim); returns (B, L, dim)."""
+        """Compute the attention of image tokens (B, L, dim) to identity tokens (B, N, kv_dim)."""
         return self.attend(image, *self.precompute_kv(tokens))
 
 
@@ -109,13 +109,10 @@ class BlockCacheGuard:
         self.block_ran = False
         self.pre_identity_output: Any = None
 
-    def is_answered_by_cache(self, output: Any) -> bool:
-        """Return whether a cache returned the output of a block; remember the output otherwise."""
-        if not self.block_ran:
-            return True
+    def record(self, output: Any) -> None:
+        """Store the output of a block that ran, and wait for the next block."""
         self.block_ran = False
         self.pre_identity_output = output
-        return False
 
 
 @dataclass(frozen=True)
@@ -126,8 +123,8 @@ class FluxCall:
         is_active: whether the identity acts in this call.
         projected: block -> keys and values: of the identity, or of no identity in the call of a
             negative prompt.
-        num_generated_tokens: image tokens that are generated; tokens after them are references. None
-            if there are no references.
+        num_generated_tokens: image tokens that are generated; tokens after them are references.
+            None if there are no references.
         regions: (J, B, L, 1) in [0, 1]; None for everywhere.
         cache: None without block caching.
     """
@@ -159,7 +156,7 @@ class FluxIdentity:
     _negative_projected: Mapping[BlockKey, ProjectedKV] | None = None
 
     def keys_values(self, is_negative: bool) -> Mapping[BlockKey, ProjectedKV]:
-        """Return the keys and values of a call. The negative ones are computed when first needed."""
+        """Return the keys and values of a call; compute the negative ones when first needed."""
         if not is_negative:
             return self.projected
         if self._negative_projected is None:
@@ -229,11 +226,13 @@ class FluxInjection:
     def before_call(
         self, has_cache: bool, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Forward pre-hook of the transformer: create the state of this call.
+        """Create the state of this call (forward pre-hook of the transformer).
 
         Args:
             has_cache: whether diffusers' caching may answer for a block.
-            transformer, args, kwargs: of the hook.
+            transformer: that is called.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
         """
         if not self.span.contains(self.tracker.position):
             self.call = FluxCall(is_active=False)
@@ -269,19 +268,21 @@ class FluxInjection:
             )
 
     def before_block_part(self, module: Any, args: Any) -> None:
-        """Forward pre-hook of a block's first part: the block runs, no cache answers for it."""
+        """Record that a block runs (forward pre-hook of its first part)."""
         if self.call.cache is not None:
             self.call.cache.block_ran = True
 
     def after_block(
         self, key: BlockKey, block: Any, args: Any, output: tuple[Tensor, Tensor]
     ) -> Any:
-        """Forward hook of a block: add the identity to its image tokens."""
+        """Add the identity to the image tokens of a block (forward hook)."""
         call = self.call
         if not call.is_active:
             return None
-        if call.cache is not None and call.cache.is_answered_by_cache(output):
-            return call.cache.pre_identity_output
+        if call.cache is not None:
+            if not call.cache.block_ran:
+                return call.cache.pre_identity_output
+            call.cache.record(output)
         text, image = output
         return text, self.identity.add_to(image, key, call)
 
@@ -300,7 +301,7 @@ class GuidanceDelay:
     _positive_output: Any = None
 
     def after_call(self, transformer: Any, args: Any, output: Any) -> Any:
-        """Forward hook of the transformer."""
+        """Replace the output of a negative call before the first guided step (forward hook)."""
         is_delayed = self.tracker.step < self.start_step
         if not self.tracker.is_negative:
             self._positive_output = output if is_delayed else None
@@ -309,7 +310,7 @@ class GuidanceDelay:
 
 
 def repeat_prompts(x: Tensor, batch_size: int) -> Tensor:
-    """Expand (P, ...) to (B, ...): the images of each prompt follow one another. P = 1 is broadcast."""
+    """Repeat (P, ...) to (B, ...), the images of each prompt in sequence. P = 1 is broadcast."""
     if batch_size % len(x):
         raise identity_count_error(len(x), batch_size)
     return x if len(x) == 1 else x.repeat_interleave(batch_size // len(x), dim=0)
@@ -334,7 +335,7 @@ def inject_flux(
     cfg_start_step: int = 0,
     injection: FluxInjection | None = None,
 ) -> Iterator[None]:
-    """Hook an identity into a transformer; nothing remains afterwards, also after an error.
+    """Register the hooks of an identity on a transformer, and remove them on exit.
 
     Args:
         transformer: of FLUX.1.
@@ -349,7 +350,7 @@ def inject_flux(
     # the hooks read Python values that change from call to call: compiled, each would be recompiled
     uncompiled = torch.compiler.disable
     delay = GuidanceDelay(tracker, cfg_start_step)
-    blocks = _hooked_blocks(transformer, injection.identity.layers if injection else ())
+    blocks = _select_blocks(transformer, injection.identity.layers if injection else ())
     has_cache = getattr(transformer, "is_cache_enabled", False)
     has_cache = has_cache or any(_has_cache_hook(block) for _, block in blocks)
     hooked = [transformer]
@@ -372,12 +373,12 @@ def inject_flux(
                 first_part = next(
                     block.children()
                 )  # the first norm: it runs whenever the block does
-                before = uncompiled(injection.before_block_part)
-                hooks.callback(first_part.register_forward_pre_hook(before).remove)
+                pre_hook = uncompiled(injection.before_block_part)
+                hooks.callback(first_part.register_forward_pre_hook(pre_hook).remove)
         yield
 
 
-def _hooked_blocks(
+def _select_blocks(
     transformer: Any, keys: Mapping[BlockKey, Any] | Sequence[BlockKey]
 ) -> list[tuple[BlockKey, nn.Module]]:
     """Return the blocks of these keys."""

@@ -51,7 +51,8 @@ def _people_of_prompt(entry: Any) -> list[Person]:
     if isinstance(entry, list) and entry and all(_is_person(person) for person in entry):
         return entry
     raise OptionError(
-        f"expected an identity or a list of (identity, mask) per prompt, got {type(entry).__name__}."
+        "expected an identity or a list of (identity, mask) per prompt, "
+        f"got {type(entry).__name__}."
     )
 
 

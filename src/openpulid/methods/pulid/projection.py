@@ -1,6 +1,6 @@
-"""How the output of identity attention joins that of the text.
+"""How the output of identity attention is added to that of the text.
 
-It is added as it is, or without the part that lies along the text's output.
+Either unchanged, or without its component along the text's output.
 
 Shapes: B batch, h heads, L image positions, N identity tokens, d width of a head, D = h * d.
 """
@@ -22,7 +22,7 @@ LEADING_TOKENS = 5
 
 
 def append_zero_row(x: Tensor, num_zero: int) -> Tensor:
-    """Append one row of zeros to keys or values (..., N, d); it stands for all zero tokens."""
+    """Add one row of zeros to keys or values (..., N, d), which represents all zero tokens."""
     return pad(x, (0, 0, 0, 1)) if num_zero else x
 
 
@@ -41,7 +41,7 @@ def zero_token_bias(key: Tensor, num_zero: int) -> Tensor | None:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, projection: Projection, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend to the identity and its zero tokens.
+    """Compute the attention to the identity and its zero tokens.
 
     For ortho_v2, also compute the share m of the leading tokens: the softmax of the *unscaled*
     products, averaged over the heads and summed over the first `LEADING_TOKENS` tokens, as in the
@@ -52,7 +52,8 @@ def attend(
 
     Args:
         query: (B, h, L, d).
-        key, value: (B, h, N, d), see `append_zero_row`.
+        key: (B, h, N, d), see `append_zero_row`.
+        value: (B, h, N, d).
         projection: see `compute_contribution`.
         bias: (N,), added to the products, see `zero_token_bias`.
 
@@ -82,13 +83,14 @@ def compute_contribution(
     ortho:    identity - p
     ortho_v2: identity + (m - 1) * p
 
-    where p = (sum_l text * identity / sum_l text * text) * text, per channel, is the component of the
-    identity's output along the text's over the image positions l (PuLID's released code; not in the
-    paper). A region weighs the positions in both sums and the result, so that nothing outside it is
-    changed or counted. The sums are in float32.
+    where p = (sum_l text * identity / sum_l text * text) * text, per channel, is the component of
+    the identity's output along the text's over the image positions l (PuLID's released code; not
+    in the paper). A region weighs the positions in both sums and the result, so that nothing
+    outside it is changed or counted. The sums are in float32.
 
     Args:
-        text, identity: (B, L, D).
+        text: (B, L, D), output of the text's attention.
+        identity: (B, L, D), output of the identity's attention.
         projection: one of the above.
         share: m (B, L, 1), for ortho_v2 only.
         region: (B, L, 1) in [0, 1]; None for all positions.

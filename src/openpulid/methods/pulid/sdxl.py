@@ -1,4 +1,4 @@
-"""PuLID for SDXL: train, save and load the adapter, attach it to a pipeline, use it in a generation."""
+"""PuLID for SDXL: save and load the adapter, attach it to a pipeline, use it in a generation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class PuLID(PuLIDBase):
         layers: one `IdentityLayer` per cross-attention, by published key ("1", "3", ...).
 
     Attributes:
-        models: name -> hash of the face models used in training. Published files do not record them.
+        models: name -> hash of the face models used in training. Published files do not record
+            them.
     """
 
     def __init__(self, encoder: IDEncoder | IDFormer, layers: nn.ModuleDict) -> None:
@@ -183,9 +184,9 @@ class PuLID(PuLIDBase):
         mismatched = mismatched_models(self.models, models) if self.models else []
         if mismatched:
             raise OptionError(
-                f"this adapter was trained with {' and '.join(sorted(self.models))}, but the current "
-                f"{' and '.join(mismatched)} differs; pass the insightface pack used in training "
-                "(--faces), or another adapter."
+                f"this adapter was trained with {' and '.join(sorted(self.models))}, but the "
+                f"current {' and '.join(mismatched)} differs; pass the insightface pack "
+                "used in training (--faces), or another adapter."
             )
 
     def check(self, target: Any) -> None:
@@ -208,9 +209,9 @@ class PuLID(PuLIDBase):
             raise _missing_layers_error("this adapter", missing, len(unet_shapes))
         if unet_shapes != shapes:
             raise WeightsError(
-                f"this adapter was trained for another U-Net: it has {len(shapes)} layers with tokens "
-                f"of width {_token_widths(shapes)}, this U-Net has {len(unet_shapes)} of width "
-                f"{_token_widths(unet_shapes)}; use the adapter for this base model."
+                f"this adapter was trained for another U-Net: it has {len(shapes)} layers with "
+                f"tokens of width {_token_widths(shapes)}, this U-Net has {len(unet_shapes)} of "
+                f"width {_token_widths(unet_shapes)}; use the adapter for this base model."
             )
 
     # --- use
@@ -238,18 +239,21 @@ class PuLID(PuLIDBase):
             people: an identity; a list of (identity, mask) for several in one image, masks of any
                 size, soft or hard; or a list with one of these per prompt.
             scale: weight of the identity; 0 disables it at no cost.
-            start, end: fractions of the schedule in which it acts, [start, end).
+            start: fraction of the schedule at which it begins to act.
+            end: fraction of the schedule at which it stops acting; 1 includes the last step.
             projection: "none", "ortho" or "ortho_v2", see `projection.compute_contribution`.
-            num_zero: number of zero tokens next to the identity's; more of them weaken the identity.
-            mix: v1 only: further reference images of an identity add all their tokens, not only those
-                of their embeddings.
+            num_zero: number of zero tokens next to the identity's; more of them weaken the
+                identity.
+            mix: v1 only: further reference images of an identity add all their tokens, not only
+                those of their embeddings.
             pipe: one of the attached pipelines; all of them by default. Required if several of them
                 share a U-Net.
             guided: whether the batch holds a negative and a positive half. By default the pipeline
                 tells; a bare U-Net is not guided.
 
         Raises:
-            OptionError: An argument is out of range, nothing is attached, or another identity is in use.
+            OptionError: An argument is out of range, nothing is attached, or another identity is
+                in use.
             IdentityError: The identity has other sizes than the encoder reads.
         """
         prompts = normalize_people(people)
@@ -288,9 +292,16 @@ class PuLID(PuLIDBase):
         consumes their graph (or several with `retain_graph=True`).
 
         Args:
-            tokens: (B, T, width), one per image of the batch, or one per group of consecutive images.
-            scale, start, end, projection, num_zero, pipe, guided: see `use`.
+            tokens: (B, T, width), one per image of the batch, or one per group of consecutive
+                images.
+            scale: see `use`, as the following.
+            start: see `use`.
+            end: see `use`.
+            projection: see `use`.
+            num_zero: see `use`.
             negative: (1, T, width) for the negative half of a guided batch.
+            guided: see `use`.
+            pipe: see `use`.
 
         Raises:
             OptionError: See `use`; or the batch is guided and `negative` is missing.
@@ -302,7 +313,8 @@ class PuLID(PuLIDBase):
         def negative_keys_values() -> KeysValues:
             if negative is None:
                 raise OptionError(
-                    "a guided batch needs negative tokens; pass negative=adapter.unconditional(...)."
+                    "a guided batch needs negative tokens; "
+                    "pass negative=adapter.unconditional(...)."
                 )
             return self.keys_values(negative[:, None])
 
@@ -320,7 +332,7 @@ class PuLID(PuLIDBase):
         guided: bool | None,
         pipe: Any,
     ) -> Iterator[None]:
-        """Inject keys and values (P, J, T, D) into each U-Net; compute nothing if nothing would act."""
+        """Inject keys and values (P, J, T, D) into each U-Net; compute none if none would act."""
         states = self.select_pipelines(pipe)
         if options.scale == 0 or options.span.is_empty:
             yield

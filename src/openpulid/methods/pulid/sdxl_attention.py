@@ -1,10 +1,10 @@
 """Identity attention inside any SDXL-family U-Net of diffusers.
 
-Every cross-attention layer gets a second attention with the same queries and the identity's own keys
-and values. Its output is added to that of the text before the output projection.
+Every cross-attention layer gets a second attention with the same queries and the identity's own
+keys and values. Its output is added to that of the text before the output projection.
 
-Shapes: P prompts with an identity, J people in each, B batch of the U-Net, h heads, N tokens, d width
-of a head, D = h * d, L image positions.
+Shapes: P prompts with an identity, J people in each, B batch of the U-Net, h heads, N tokens, d
+width of a head, D = h * d, L image positions.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class IdentityLayer(nn.Module):
 def cross_attentions(unet: Any) -> dict[str, Any]:
     """Return the U-Net's cross-attention layers by their published key.
 
-    The key is the layer's index in `unet.attn_processors`, where self- and cross-attention alternate:
-    "1", "3", ...
+    The key is the layer's index in `unet.attn_processors`, where self- and cross-attention
+    alternate: "1", "3", ...
     """
     layers = {}
     for index, name in enumerate(unet.attn_processors):
@@ -73,7 +73,8 @@ def cross_attentions(unet: Any) -> dict[str, Any]:
 def create_identity_layers(unet: nn.Module) -> nn.ModuleDict:
     """Create new layers for every cross-attention of a U-Net.
 
-    Keys start as the text's (as in IP-Adapter) and values at zero: an untrained adapter changes nothing.
+    Keys start as the text's (as in IP-Adapter) and values at zero: an untrained adapter changes
+    nothing.
     """
     layers = nn.ModuleDict()
     for key, attention in cross_attentions(unet).items():
@@ -139,13 +140,14 @@ class SDXLInjection:
 
     Attributes:
         keys_values: layer key -> keys and values (P, J, N, D).
-        negative: computes the same (1, 1, N, D) for no identity, called when guidance first needs it.
+        negative: computes the same (1, 1, N, D) for no identity, called when guidance first needs
+            it.
         is_guided: returns whether the first half of the batch is the negative one.
         position: timestep -> position in the schedule.
         options: how the identity acts.
         masks: (P, J, H, W) in [0, 1]; None for everywhere.
-        calls: state of the last call by batch size. A block that runs again during backward (gradient
-            checkpointing) finds the state of its forward.
+        calls: state of the last call by batch size. A block that runs again during backward
+            (gradient checkpointing) finds the state of its forward.
     """
 
     keys_values: Mapping[str, KeyValue]
@@ -158,7 +160,7 @@ class SDXLInjection:
     _prepared: dict[Any, SDXLCall] = field(default_factory=dict)
 
     def before_call(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the U-Net: prepare this call."""
+        """Prepare this call (forward pre-hook of the U-Net)."""
         call = UNetCall.parse(args, kwargs)
         sample = call.sample
         batch_size = len(sample)
@@ -189,7 +191,7 @@ class SDXLInjection:
     def _prepare(
         self, unet: Any, sample: Tensor, is_guided: bool, dtype: torch.dtype | None
     ) -> SDXLCall:
-        """Expand keys, values and masks to the batch of a call."""
+        """Repeat keys, values and masks for the batch of a call."""
         num_prompts = len(next(iter(self.keys_values.values()))[0])
         num_images = len(sample) // (1 + is_guided)
         if num_images * (1 + is_guided) != len(sample) or num_images % num_prompts:
@@ -215,7 +217,7 @@ class SDXLInjection:
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> Tensor:
-        """Expand keys or values to the batch.
+        """Repeat keys or values for the batch.
 
         The negative half comes first, as in diffusers. Zero tokens come last.
 
@@ -224,7 +226,8 @@ class SDXLInjection:
             negative: (1, 1, N, D), or None without guidance.
             num_images: of the positive half.
             num_heads: h.
-            device, dtype: of the result.
+            device: of the result.
+            dtype: of the result; None keeps it.
 
         Returns:
             (J, B, h, N, d).
@@ -278,8 +281,8 @@ class IdentityAttention:
     """Identity attention in one cross-attention layer.
 
     Two hooks: one captures the queries that the layer's processor computes, the other adds the
-    identity's output to the input of the output projection. The processor itself is not replaced, so
-    whatever it does (LoRA, IP-Adapter, another attention kernel) still works.
+    identity's output to the input of the output projection. The processor itself is not replaced,
+    so whatever it does (LoRA, IP-Adapter, another attention kernel) still works.
 
     Attributes:
         key: the layer's published key.
@@ -340,7 +343,7 @@ class IdentityAttention:
 
 @contextmanager
 def inject_sdxl(state: PipelineState, slot: str, injection: SDXLInjection) -> Iterator[None]:
-    """Hook an identity into a U-Net; nothing remains afterwards, also after an error.
+    """Register the hooks of an identity on a U-Net, and remove them on exit.
 
     Args:
         state: of the pipeline.
