@@ -1,4 +1,4 @@
-"""Small files in the published layouts of token methods, people of random features, and short runs of a tiny pipeline."""
+"""Small files in the published formats, random identities, and short runs of a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMPTS = ["portrait of a person", "film noir"]
 
 
 def published(unet: Any, width: int = WIDTH) -> dict[str, dict[str, Tensor]]:
-    """FaceID's file in the published layout, small: for a U-Net, and face embeddings of this width."""
+    """Create a small FaceID file for a U-Net and face embeddings of this width."""
     generator, cross = torch.Generator().manual_seed(0), unet.config.cross_attention_dim
 
     def random(*shape: int) -> Tensor:
@@ -37,7 +37,7 @@ def published(unet: Any, width: int = WIDTH) -> dict[str, dict[str, Tensor]]:
 
 
 def resampler(unet: Any, tokens: int = 3) -> dict[str, dict[str, Tensor]]:
-    """A small file in the layout of InstantID's adapter, a Resampler."""
+    """Create a small file in the format of InstantID's adapter, a Resampler."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -79,7 +79,7 @@ def resampler(unet: Any, tokens: int = 3) -> dict[str, dict[str, Tensor]]:
 
 
 def controlnet(unet: Any) -> ControlNetModel:
-    """Of a U-Net's shape, whose residuals are plain to see."""
+    """Create a ControlNet for a U-Net, with a visible effect."""
     torch.manual_seed(3)
     net = ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False
@@ -96,7 +96,7 @@ def person(seed: int, photos: int = 1) -> Identity:
     return Identity(features, (torch.zeros(1, photos, 2),) * 5, landmarks=marks)
 
 
-def drawn(
+def generate(
     pipe: Any, prompts: list[str] = PROMPTS[:1], guidance: float = 3.0, **more: Any
 ) -> Tensor:
     generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""Identity attention in one layer and in a U-Net: the reference's outputs on seeded weights."""
+"""Identity attention in one layer and in a U-Net: parity with the reference on seeded weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODES = {"none": "none", "v1": "ortho", "v2": "ortho_v2"}
 @pytest.mark.parametrize("zeros", [0, 8, 20])
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_one_layer_is_the_reference(golden, mode: str, zeros: int) -> None:
+def test_layer_matches_reference(golden, mode: str, zeros: int) -> None:
     attention = golden.fill(
         Attention(query_dim=64, cross_attention_dim=32, heads=4, dim_head=16), "attn2."
     )
@@ -54,11 +54,11 @@ def unet(golden) -> Iterator[UNet2DConditionModel]:
 
 @pytest.fixture(scope="module")
 def adapter(golden, unet) -> PuLID:
-    """Its layers carry the seeded weights of the processors that the reference puts at the same places."""
+    """Create an adapter with the seeded weights of the reference's attention processors."""
     adapter = PuLID.for_unet(unet, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
     order = golden.manifest["tiny_sdxl_unet_processor_order"]
-    for place, layer in adapter.id_adapter_attn_layers.items():
-        golden.fill(layer, order[int(place)] + ".")
+    for index, layer in adapter.id_adapter_attn_layers.items():
+        golden.fill(layer, order[int(index)] + ".")
     adapter.attach(unet)
     return adapter
 
@@ -78,18 +78,18 @@ def call(golden, unet: UNet2DConditionModel) -> torch.Tensor:
 
 @pytest.mark.parametrize(("mode", "zeros"), [("none", 0), ("v1", 16), ("v2", 8), ("v2", 20)])
 @torch.no_grad()
-def test_unet_is_the_reference(golden, unet, adapter, mode: str, zeros: int) -> None:
-    before = call(golden, unet)
-    assert golden.error("unet.base", before) < 1e-4
+def test_unet_matches_reference(golden, unet, adapter, mode: str, zeros: int) -> None:
+    baseline = call(golden, unet)
+    assert golden.error("unet.base", baseline) < 1e-4
     with adapter.use_tokens(
         golden.input("unet.id", 2, 10, 64), scale=0.8, projection=MODES[mode], num_zero=zeros
     ):
         out = call(golden, unet)
     assert golden.error(f"unet.id.ortho_{mode}.zeros_{zeros}", out) < 1e-4
-    assert torch.equal(call(golden, unet), before)
+    assert torch.equal(call(golden, unet), baseline)
 
 
-def test_order_is_the_published_one(golden, unet) -> None:
+def test_layer_order_is_published_one(golden, unet) -> None:
     assert list(unet.attn_processors) == golden.manifest["tiny_sdxl_unet_processor_order"]
     sdxl = {
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -116,6 +116,6 @@ def test_order_is_the_published_one(golden, unet) -> None:
     assert layers == published
 
 
-def test_grid_rounds_up() -> None:
+def test_grid_size_rounds_up() -> None:
     assert grid_size(12, 12, 36) == (6, 6)
     assert grid_size(13, 21, 4 * 6) == (4, 6)

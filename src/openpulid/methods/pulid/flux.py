@@ -142,7 +142,8 @@ class PuLIDFlux(PuLIDBase):
             raise WeightsError(
                 "this adapter was trained for another transformer: it has "
                 f"{len(self.layers)} layers of width {sorted(widths)}, this transformer needs "
-                f"{num_blocks} of width {transformer.inner_dim}; use the adapter for this base model."
+                f"{num_blocks} of width {transformer.inner_dim}; "
+                "use the adapter for this base model."
             )
 
     def _blocks(self, transformer: Any) -> list[BlockKey]:

@@ -33,8 +33,8 @@ ProjectedKV = tuple[Tensor, Tensor]
 """q_proj (J, P, dim, h * N) and v_proj (J, P, h * N, dim), see `PerceiverCrossAttention`."""
 
 CACHE_HOOKS = ("fbc_", "mag_cache_", "sea_cache_", "taylorseer_cache")
-"""Names of diffusers' hooks that may replace the computation of a block. Applied by a function, such
-as `apply_first_block_cache`, they do not show in `is_cache_enabled`."""
+"""Names of diffusers' hooks that may replace the computation of a block. Applied by a function,
+such as `apply_first_block_cache`, they do not show in `is_cache_enabled`."""
 
 
 class PerceiverCrossAttention(nn.Module):
