@@ -57,12 +57,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def layers(unet: Any) -> dict[str, Tensor]:
     """Create keys and values for every cross-attention."""
-    found: dict[str, Tensor] = {}
-    for place, name in enumerate(unet.attn_processors):
+    result: dict[str, Tensor] = {}
+    for index, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):
             inner = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
-            found |= {f"{place}.to_{x}_ip.weight": random(inner, CROSS, seed=place) for x in "kv"}
-    return found
+            result |= {f"{index}.to_{x}_ip.weight": random(inner, CROSS, seed=index) for x in "kv"}
+    return result
 
 
 def plain(unet: Any) -> dict[str, dict[str, Tensor]]:
@@ -109,11 +109,11 @@ def faceid_plus(unet: Any) -> dict[str, dict[str, Tensor]]:
     projection = {"proj.0.weight": random(2 * WIDTH, WIDTH), "proj.0.bias": random(2 * WIDTH)}
     projection |= {"proj.2.weight": random(4 * SEEN, 2 * WIDTH), "proj.2.bias": random(4 * SEEN)}
     projection |= {"norm.weight": torch.ones(SEEN), "norm.bias": torch.zeros(SEEN)}
-    known = layers(unet)
-    for place, name in enumerate(unet.attn_processors):
+    defaults = layers(unet)
+    for index, name in enumerate(unet.attn_processors):
         attention = unet.get_submodule(name.removesuffix(".processor"))
         inner, cross = attention.to_q.out_features, attention.to_k.in_features
         for linear, wide in (("q", inner), ("k", cross), ("v", cross), ("out", inner)):
-            known[f"{place}.to_{linear}_lora.down.weight"] = random(2, wide)
-            known[f"{place}.to_{linear}_lora.up.weight"] = random(inner, 2)
-    return {"image_proj": projection | perceiver("perceiver_resampler."), "ip_adapter": known}
+            defaults[f"{index}.to_{linear}_lora.down.weight"] = random(2, wide)
+            defaults[f"{index}.to_{linear}_lora.up.weight"] = random(inner, 2)
+    return {"image_proj": projection | perceiver("perceiver_resampler."), "ip_adapter": defaults}

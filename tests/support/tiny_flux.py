@@ -55,7 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_transformer(**sizes: int) -> FluxTransformer2DModel:
-    known = {
+    defaults = {
         "patch_size": 1,
         "in_channels": 16,
         "num_layers": 3,
@@ -64,7 +64,7 @@ def tiny_transformer(**sizes: int) -> FluxTransformer2DModel:
     }
     heads = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
     return FluxTransformer2DModel(
-        **{**known, **heads, "pooled_projection_dim": 20, "guidance_embeds": True, **sizes}
+        **{**defaults, **heads, "pooled_projection_dim": 20, "guidance_embeds": True, **sizes}
     )
 
 
@@ -111,14 +111,14 @@ def run(
     if negative:
         options["true_cfg_scale"] = 3.0
     generators = [torch.Generator().manual_seed(k) for k in range(count)]
-    known = {
+    defaults = {
         "height": 32,
         "width": 32,
         "generator": generators,
         "num_inference_steps": steps,
         "output_type": "latent",
     }
-    return pipe(**text, **known, **options).images.float().numpy()
+    return pipe(**text, **defaults, **options).images.float().numpy()
 
 
 def fresh(pipe: Any, seed: int = 0) -> PuLIDFlux:

@@ -25,14 +25,14 @@ def published(unet: Any, width: int = WIDTH) -> dict[str, dict[str, Tensor]]:
     projection |= {"proj.2.weight": random(4 * cross, 2 * width), "proj.2.bias": random(4 * cross)}
     projection |= {"norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross)}
     layers: dict[str, Tensor] = {}
-    for place, name in enumerate(unet.attn_processors):
+    for index, name in enumerate(unet.attn_processors):
         attention = unet.get_submodule(name.removesuffix(".processor"))
         inner, heard = attention.to_q.out_features, attention.to_k.in_features
         for linear, wide in (("q", inner), ("k", heard), ("v", heard), ("out", inner)):
-            layers[f"{place}.to_{linear}_lora.down.weight"] = random(2, wide)
-            layers[f"{place}.to_{linear}_lora.up.weight"] = random(inner, 2)
+            layers[f"{index}.to_{linear}_lora.down.weight"] = random(2, wide)
+            layers[f"{index}.to_{linear}_lora.up.weight"] = random(inner, 2)
         if name.endswith("attn2.processor"):
-            layers |= {f"{place}.to_{x}_ip.weight": random(inner, cross) for x in "kv"}
+            layers |= {f"{index}.to_{x}_ip.weight": random(inner, cross) for x in "kv"}
     return {"image_proj": projection, "ip_adapter": layers}
 
 
@@ -68,11 +68,11 @@ def resampler(unet: Any, tokens: int = 3) -> dict[str, dict[str, Tensor]]:
             f"{layer}.1.3.weight": random(inner, 4 * inner),
         }
     layers: dict[str, Tensor] = {}
-    for place, name in enumerate(unet.attn_processors):
+    for index, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):
             attention = unet.get_submodule(name.removesuffix(".processor"))
             layers |= {
-                f"{place}.to_{x}_ip.weight": random(attention.to_q.out_features, CROSS)
+                f"{index}.to_{x}_ip.weight": random(attention.to_q.out_features, CROSS)
                 for x in "kv"
             }
     return {"image_proj": names, "ip_adapter": layers}
