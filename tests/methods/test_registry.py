@@ -1,4 +1,4 @@
-"""Choosing a method: presets, what reads people for it, the studio and the command line."""
+"""Selecting a method: presets, identity extractors, the studio and the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.token_files import published
 
 @pytest.fixture(scope="module")
 def faceid(tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    """The miniature with an untrained FaceID."""
+    """Load the miniature with an untrained FaceID."""
     pipe = load("mini").pipe
     file = tmp_path_factory.mktemp("faceid") / "faceid.safetensors"
     parts = published(pipe.unet, width=128)
@@ -36,7 +36,7 @@ def faceid(tmp_path_factory: pytest.TempPathFactory) -> Studio:
     return load(with_method(mini(), "faceid", file))
 
 
-def test_every_method_has_a_preset_and_its_weights_a_licence() -> None:
+def test_every_method_has_preset_and_licensed_weights() -> None:
     assert set(BASELINES) == set(METHODS) - {"pulid"}
     for method in BASELINES:
         preset = with_method(sdxl(), method)
@@ -72,7 +72,7 @@ def test_every_method_has_a_preset_and_its_weights_a_licence() -> None:
     assert with_method(sdxl(), "pulid") == sdxl()
 
 
-def test_what_cannot_be_is_said() -> None:
+def test_unsupported_methods_raise() -> None:
     with pytest.raises(OptionError, match="no method 'dreambooth'"):
         with_method(sdxl(), "dreambooth")
     with pytest.raises(OptionError, match="instantid is for SDXL and flux is FLUX"):
@@ -83,45 +83,45 @@ def test_what_cannot_be_is_said() -> None:
         load_clip_encoder({"weight": torch.zeros(1)})
 
 
-def test_a_rival_that_was_not_trained_says_how(tmp_path: Path) -> None:
+def test_untrained_baseline_error_names_build_command(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="pulid mini build --method faceid"):
         load(with_method(mini(), "faceid", tmp_path / "faceid.safetensors"))
 
 
-def test_a_published_tower_is_rebuilt_from_its_tensors() -> None:
-    own = tower()
+def test_clip_encoder_is_rebuilt_from_tensors() -> None:
+    index = tower()
     again = load_clip_encoder(
-        {**own.state_dict(), "vision_model.embeddings.position_ids": torch.zeros(1, 5)}
+        {**index.state_dict(), "vision_model.embeddings.position_ids": torch.zeros(1, 5)}
     )
     assert again.config.hidden_size == config().hidden_size and again.config.image_size == 8
     pixels = torch.rand(1, 3, 8, 8)
-    again.config.hidden_act = own.config.hidden_act
-    assert torch.equal(again(pixels).image_embeds, own(pixels).image_embeds)
+    again.config.hidden_act = index.config.hidden_act
+    assert torch.equal(again(pixels).image_embeds, index(pixels).image_embeds)
 
 
-def test_the_studio_shows_a_person_by_another_method(faceid: Studio) -> None:
+def test_studio_generates_with_another_method(faceid: Studio) -> None:
     assert isinstance(faceid.adapter, FaceID)
     portrait = render([Person.from_seed(3)], [Scene()]).image[0]
-    who = faceid.identify(_picture(portrait))
+    identity = faceid.identify(_picture(portrait))
     options: dict[str, Any] = {"seed": 1, "steps": 2}
     without = faceid.generate("portrait, photo", **options).images[0]
-    shown = faceid.generate("portrait, photo", who, **options).images[0]
-    assert shown.tobytes() != without.tobytes()
+    images = faceid.generate("portrait, photo", identity, **options).images[0]
+    assert images.tobytes() != without.tobytes()
     with pytest.raises(OptionError, match="masks in one image are PuLID's"):
-        faceid.generate("portrait, photo", [(who, None)], **options)
+        faceid.generate("portrait, photo", [(identity, None)], **options)
 
 
-def test_the_command_line_knows_methods(tmp_path: Path) -> None:
+def test_cli_selects_methods(tmp_path: Path) -> None:
     picture = tmp_path / "person.png"
     _picture(render([Person.from_seed(3)], [Scene()]).image[0]).save(picture)
-    asked = ["generate", "portrait, photo", "--id", str(picture), "-o", str(tmp_path)]
-    for method, said in (
+    calls = ["generate", "portrait, photo", "--id", str(picture), "-o", str(tmp_path)]
+    for method, message in (
         ("dreambooth", "no method 'dreambooth'"),
         ("ip-adapter", "the miniature has no ip-adapter"),
     ):
-        result = CliRunner().invoke(app, [*asked, "--method", method])
-        assert isinstance(result.exception, OptionError) and said in str(result.exception)
-    result = CliRunner().invoke(app, [*asked, "--method", "style", "--steps", "2"])
+        result = CliRunner().invoke(app, [*calls, "--method", method])
+        assert isinstance(result.exception, OptionError) and message in str(result.exception)
+    result = CliRunner().invoke(app, [*calls, "--method", "style", "--steps", "2"])
     assert result.exit_code == 0, result.output
 
 

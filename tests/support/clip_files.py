@@ -1,4 +1,4 @@
-"""Small picture towers and people as they see them, for the methods that read CLIP."""
+"""Small CLIP vision encoders and identities for the methods that read CLIP features."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FACE = Face(
 
 
 class Faces:
-    """Knows one face, wherever it is asked."""
+    """A face detector that returns the same face for every image."""
 
     tried = "one look"
 
@@ -43,7 +43,7 @@ def tower() -> Any:
 
 
 def embedding(face: Face) -> Tensor:
-    """(1, WIDTH), a raw face embedding."""
+    """Return a raw face embedding (1, WIDTH)."""
     return 5 * torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(9))
 
 
@@ -56,24 +56,24 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def layers(unet: Any) -> dict[str, Tensor]:
-    """Keys and values of every cross-attention."""
-    found: dict[str, Tensor] = {}
-    for place, name in enumerate(unet.attn_processors):
+    """Create keys and values for every cross-attention."""
+    result: dict[str, Tensor] = {}
+    for index, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):
             inner = unet.get_submodule(name.removesuffix(".processor")).to_q.out_features
-            found |= {f"{place}.to_{x}_ip.weight": random(inner, CROSS, seed=place) for x in "kv"}
-    return found
+            result |= {f"{index}.to_{x}_ip.weight": random(inner, CROSS, seed=index) for x in "kv"}
+    return result
 
 
 def plain(unet: Any) -> dict[str, dict[str, Tensor]]:
-    """ip-adapter_sdxl.safetensors, small."""
+    """Create a small ip-adapter_sdxl.safetensors."""
     projection = {"proj.weight": random(4 * CROSS, SEEN), "proj.bias": random(4 * CROSS)}
     projection |= {"norm.weight": torch.ones(CROSS), "norm.bias": torch.zeros(CROSS)}
     return {"image_proj": projection, "ip_adapter": layers(unet)}
 
 
 def perceiver(prefix: str = "") -> dict[str, Tensor]:
-    """The layers of a Resampler, or of FaceID-PlusV2's perceiver."""
+    """Create the layers of a Resampler, or of FaceID-PlusV2's perceiver."""
     named = {"proj_in.weight": random(SEEN, SEEN), "proj_in.bias": random(SEEN)}
     named |= {"proj_out.weight": random(CROSS, SEEN), "proj_out.bias": random(CROSS)}
     named |= {"norm_out.weight": torch.ones(CROSS), "norm_out.bias": torch.zeros(CROSS)}
@@ -97,7 +97,7 @@ def perceiver(prefix: str = "") -> dict[str, Tensor]:
 
 
 def plus(unet: Any, tokens: int = 3) -> dict[str, dict[str, Tensor]]:
-    """ip-adapter-plus_sdxl_vit-h.safetensors, small."""
+    """Create a small ip-adapter-plus_sdxl_vit-h.safetensors."""
     return {
         "image_proj": {"latents": random(1, tokens, SEEN), **perceiver()},
         "ip_adapter": layers(unet),
@@ -105,15 +105,15 @@ def plus(unet: Any, tokens: int = 3) -> dict[str, dict[str, Tensor]]:
 
 
 def faceid_plus(unet: Any) -> dict[str, dict[str, Tensor]]:
-    """ip-adapter-faceid-plusv2_sdxl.bin, small."""
+    """Create a small ip-adapter-faceid-plusv2_sdxl.bin."""
     projection = {"proj.0.weight": random(2 * WIDTH, WIDTH), "proj.0.bias": random(2 * WIDTH)}
     projection |= {"proj.2.weight": random(4 * SEEN, 2 * WIDTH), "proj.2.bias": random(4 * SEEN)}
     projection |= {"norm.weight": torch.ones(SEEN), "norm.bias": torch.zeros(SEEN)}
-    known = layers(unet)
-    for place, name in enumerate(unet.attn_processors):
+    defaults = layers(unet)
+    for index, name in enumerate(unet.attn_processors):
         attention = unet.get_submodule(name.removesuffix(".processor"))
         inner, cross = attention.to_q.out_features, attention.to_k.in_features
         for linear, wide in (("q", inner), ("k", cross), ("v", cross), ("out", inner)):
-            known[f"{place}.to_{linear}_lora.down.weight"] = random(2, wide)
-            known[f"{place}.to_{linear}_lora.up.weight"] = random(inner, 2)
-    return {"image_proj": projection | perceiver("perceiver_resampler."), "ip_adapter": known}
+            defaults[f"{index}.to_{linear}_lora.down.weight"] = random(2, wide)
+            defaults[f"{index}.to_{linear}_lora.up.weight"] = random(inner, 2)
+    return {"image_proj": projection | perceiver("perceiver_resampler."), "ip_adapter": defaults}

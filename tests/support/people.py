@@ -1,4 +1,4 @@
-"""People of random features, an adapter whose effect is plain to see, and a short run of a tiny pipeline."""
+"""Random identities, an adapter with a visible effect, and a short run of a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def someone(seed: int, photos: int = 1) -> Identity:
 
 
 def fresh(pipe: Any, seed: int = 0, encoder: nn.Module | None = None) -> PuLID:
-    """An adapter whose effect is plain to see."""
+    """Create an adapter with a visible effect."""
     torch.manual_seed(seed)
     adapter = PuLID.for_unet(
         pipe.unet, encoder or IDEncoder(12, 64, vit_dim=8, hidden_dim=16)

@@ -1,4 +1,4 @@
-"""A FluxPipeline of a few thousand random weights, an adapter for it whose effect is plain to see, and a short run."""
+"""A tiny random FluxPipeline, an adapter with a visible effect, and a short run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_transformer(**sizes: int) -> FluxTransformer2DModel:
-    known = {
+    defaults = {
         "patch_size": 1,
         "in_channels": 16,
         "num_layers": 3,
@@ -64,27 +64,29 @@ def tiny_transformer(**sizes: int) -> FluxTransformer2DModel:
     }
     heads = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
     return FluxTransformer2DModel(
-        **{**known, **heads, "pooled_projection_dim": 20, "guidance_embeds": True, **sizes}
+        **{**defaults, **heads, "pooled_projection_dim": 20, "guidance_embeds": True, **sizes}
     )
 
 
 def tiny_pipe(**sizes: int) -> FluxPipeline:
-    """A pipeline; sizes of its transformer that differ."""
+    """Create a pipeline; `sizes` override those of its transformer."""
     torch.manual_seed(0)
     transformer = tiny_transformer(**sizes)
     vae = AutoencoderKL(
-        block_out_channels=(8, 8), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, shift_factor=0.1,
+        block_out_channels=(8, 8), in_channels=3, out_channels=3, latent_channels=4,
+        norm_num_groups=4, sample_size=32, shift_factor=0.1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         scaling_factor=1.0, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     clip = CLIPTextConfig(
-        vocab_size=20, hidden_size=20, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=12, bos_token_id=0, eos_token_id=1,
+        vocab_size=20, hidden_size=20, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=12, bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     t5 = T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae, CLIPTextModel(clip).eval(), tokenizer(),
-        T5EncoderModel(t5).eval(), tokenizer(), transformer.eval(),
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae,
+        CLIPTextModel(clip).eval(), tokenizer(), T5EncoderModel(t5).eval(), tokenizer(),
+        transformer.eval(),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -109,14 +111,14 @@ def run(
     if negative:
         options["true_cfg_scale"] = 3.0
     generators = [torch.Generator().manual_seed(k) for k in range(count)]
-    known = {
+    defaults = {
         "height": 32,
         "width": 32,
         "generator": generators,
         "num_inference_steps": steps,
         "output_type": "latent",
     }
-    return pipe(**text, **known, **options).images.float().numpy()
+    return pipe(**text, **defaults, **options).images.float().numpy()
 
 
 def fresh(pipe: Any, seed: int = 0) -> PuLIDFlux:

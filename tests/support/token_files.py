@@ -1,4 +1,4 @@
-"""Small files in the published layouts of token methods, people of random features, and short runs of a tiny pipeline."""
+"""Small files in the published formats, random identities, and short runs of a tiny pipeline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROMPTS = ["portrait of a person", "film noir"]
 
 
 def published(unet: Any, width: int = WIDTH) -> dict[str, dict[str, Tensor]]:
-    """FaceID's file in the published layout, small: for a U-Net, and face embeddings of this width."""
+    """Create a small FaceID file for a U-Net and face embeddings of this width."""
     generator, cross = torch.Generator().manual_seed(0), unet.config.cross_attention_dim
 
     def random(*shape: int) -> Tensor:
@@ -25,19 +25,19 @@ def published(unet: Any, width: int = WIDTH) -> dict[str, dict[str, Tensor]]:
     projection |= {"proj.2.weight": random(4 * cross, 2 * width), "proj.2.bias": random(4 * cross)}
     projection |= {"norm.weight": torch.ones(cross), "norm.bias": torch.zeros(cross)}
     layers: dict[str, Tensor] = {}
-    for place, name in enumerate(unet.attn_processors):
+    for index, name in enumerate(unet.attn_processors):
         attention = unet.get_submodule(name.removesuffix(".processor"))
         inner, heard = attention.to_q.out_features, attention.to_k.in_features
         for linear, wide in (("q", inner), ("k", heard), ("v", heard), ("out", inner)):
-            layers[f"{place}.to_{linear}_lora.down.weight"] = random(2, wide)
-            layers[f"{place}.to_{linear}_lora.up.weight"] = random(inner, 2)
+            layers[f"{index}.to_{linear}_lora.down.weight"] = random(2, wide)
+            layers[f"{index}.to_{linear}_lora.up.weight"] = random(inner, 2)
         if name.endswith("attn2.processor"):
-            layers |= {f"{place}.to_{x}_ip.weight": random(inner, cross) for x in "kv"}
+            layers |= {f"{index}.to_{x}_ip.weight": random(inner, cross) for x in "kv"}
     return {"image_proj": projection, "ip_adapter": layers}
 
 
 def resampler(unet: Any, tokens: int = 3) -> dict[str, dict[str, Tensor]]:
-    """A small file in the layout of InstantID's adapter, a Resampler."""
+    """Create a small file in the format of InstantID's adapter, a Resampler."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -68,18 +68,18 @@ def resampler(unet: Any, tokens: int = 3) -> dict[str, dict[str, Tensor]]:
             f"{layer}.1.3.weight": random(inner, 4 * inner),
         }
     layers: dict[str, Tensor] = {}
-    for place, name in enumerate(unet.attn_processors):
+    for index, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):
             attention = unet.get_submodule(name.removesuffix(".processor"))
             layers |= {
-                f"{place}.to_{x}_ip.weight": random(attention.to_q.out_features, CROSS)
+                f"{index}.to_{x}_ip.weight": random(attention.to_q.out_features, CROSS)
                 for x in "kv"
             }
     return {"image_proj": names, "ip_adapter": layers}
 
 
 def controlnet(unet: Any) -> ControlNetModel:
-    """Of a U-Net's shape, whose residuals are plain to see."""
+    """Create a ControlNet for a U-Net, with a visible effect."""
     torch.manual_seed(3)
     net = ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False
@@ -96,7 +96,7 @@ def person(seed: int, photos: int = 1) -> Identity:
     return Identity(features, (torch.zeros(1, photos, 2),) * 5, landmarks=marks)
 
 
-def drawn(
+def generate(
     pipe: Any, prompts: list[str] = PROMPTS[:1], guidance: float = 3.0, **more: Any
 ) -> Tensor:
     generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]

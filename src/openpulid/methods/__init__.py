@@ -1,1 +1,1 @@
-"""Identity -> a base model that shows it."""
+"""Methods that show an identity with a base model."""

@@ -1,201 +1,222 @@
-"""ControlNet (arXiv 2302.05543) in any SDXL pipeline: a copy of the U-Net's encoder that is shown a picture of what to keep,
-and whose residuals are added to the U-Net's own. Pose, depth, edges, alone or together with whoever shows an identity.
+"""ControlNet (arXiv 2302.05543) in any SDXL pipeline.
+
+A copy of the U-Net's encoder reads a control image, such as a pose, a depth map or edges, and its
+residuals are added to the U-Net's own. It works alone or together with any method that shows an
+identity.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import ControlNetModel
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.hooks import PipelineState, Serving, unet_of
-from openpulid.methods.ip_adapter.base import Call, move_to, per_image
+from openpulid.methods.adapter import Adapter
+from openpulid.methods.hooks import (
+    HookResult,
+    PipelineState,
+    Span,
+    UNetCall,
+    expand_per_image,
+    find_unet,
+    move_to,
+)
 
-Picture = Image.Image | Tensor
+ControlImage = Image.Image | Tensor
 """RGB, or (3, H, W) in [0, 1]."""
 
 
-class ControlNet(Serving):
-    """A diffusers ControlNet for SDXL. diffusers' own ControlNet pipelines draw the same; this one needs no other pipeline, so
-    it joins image to image, inpainting, and any other method.
+class ControlNet(Adapter):
+    """A diffusers ControlNet for SDXL.
+
+    The images equal those of diffusers' ControlNet pipelines. No other pipeline is needed, so it
+    also works with image-to-image, inpainting and every other method.
 
     Args:
-        net: the ControlNet.
+        model: the ControlNet.
     """
 
-    def __init__(self, net: ControlNetModel) -> None:
+    def __init__(self, model: ControlNetModel) -> None:
         super().__init__()
-        self.net = net.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ControlNet:
-        """From a folder as diffusers saves it.
+        """Load a folder in diffusers' format.
 
         Raises:
-            WeightsError: there is none.
+            WeightsError: The folder contains no ControlNet.
         """
         try:
             return cls(ControlNetModel.from_pretrained(path, local_files_only=True))
         except (OSError, ValueError) as error:
             raise WeightsError(
-                f"{path} holds no ControlNet of diffusers; name a folder with its config.json."
+                f"{path} contains no diffusers ControlNet; pass a folder with its config.json."
             ) from error
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ControlNet:
-        """The same there."""
-        self.net.to(device, dtype)
+        """Move the ControlNet to a device and dtype."""
+        self.model.to(device, dtype)
         return self
 
-    def attach(self, target: Any) -> None:
-        """Serves a StableDiffusionXL pipeline from now on; nothing in it changes before `use`.
-
-        Raises:
-            OptionError: it has no U-Net, or one of other widths.
-        """
-        theirs, ours = unet_of(target).config, self.net.config
-        if (theirs.block_out_channels, theirs.cross_attention_dim) != (
-            ours.block_out_channels,
-            ours.cross_attention_dim,
-        ):
+    def check(self, target: Any) -> None:
+        """Raise OptionError if a pipeline has no U-Net, or one of other widths."""
+        unet_config = find_unet(target).config
+        config = self.model.config
+        unet_widths = (unet_config.block_out_channels, unet_config.cross_attention_dim)
+        if unet_widths != (config.block_out_channels, config.cross_attention_dim):
             raise OptionError(
-                "this ControlNet was made for another kind of base; take one for SDXL."
+                "this ControlNet was trained for another base model; use one for SDXL."
             )
-        self.serve(target)
 
     @contextmanager
     def use(
         self,
-        picture: Picture | Sequence[Picture],
+        image: ControlImage | Sequence[ControlImage],
         scale: float = 1.0,
         start: float = 0.0,
         end: float = 1.0,
         pipe: Any = None,
     ) -> Iterator[ControlNet]:
-        """The attached pipelines follow a picture while this is open.
+        """Make the attached pipelines follow a control image while the context is open.
 
         Args:
-            picture: of the kind that the net has learned (`edges` draws one), or one for each prompt.
+            image: of the kind that the ControlNet was trained on (`canny_edges` creates one), or
+                one per prompt.
             scale: weight of the residuals.
-            start, end: fractions of the schedule between which they act, [start, end).
-            pipe: only this one of the attached pipelines.
+            start: fraction of the schedule at which they begin to act.
+            end: fraction of the schedule at which they stop acting; 1 includes the last step.
+            pipe: one of the attached pipelines; all of them by default.
 
         Raises:
-            OptionError: nothing is attached, or an argument is outside its range.
+            OptionError: Nothing is attached, or an argument is out of range.
         """
-        shown = [picture] if isinstance(picture, (Image.Image, Tensor)) else list(picture)
-        serving = self.serving(pipe)
-        if not shown or not 0 <= start <= 1 or not 0 <= end <= 1:
-            raise OptionError(
-                "give a picture, or one for each prompt; start and end are fractions of the schedule (0 to 1)."
-            )
-        with ExitStack() as hooks:
-            for attachment in serving if scale and start < end else []:
-                hooks.callback(self._follow(attachment, shown, scale, (start, end)).remove)
+        images = [image] if isinstance(image, (Image.Image, Tensor)) else list(image)
+        if not images:
+            raise OptionError("pass a control image, or one per prompt.")
+        span = Span(start, end)
+        states = self.select_pipelines(pipe)
+        if not scale or span.is_empty:
+            yield self
+            return
+        with self.activate(states, lambda state: self._hook(state, images, scale, span)):
             yield self
 
-    def _follow(
-        self,
-        attachment: PipelineState,
-        pictures: Sequence[Picture],
-        scale: float,
-        span: tuple[float, float],
-    ) -> Any:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            first = (
-                dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))
-                | named
+    @contextmanager
+    def _hook(
+        self, state: PipelineState, images: Sequence[ControlImage], scale: float, span: Span
+    ) -> Iterator[None]:
+        """Add the residuals in every call of a pipeline's U-Net."""
+
+        def add_control(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
+            call = UNetCall.parse(args, kwargs)
+            if not span.contains(state.position(call.timestep)):
+                return args, kwargs
+            height, width = (side * state.pixels_per_latent for side in call.sample.shape[-2:])
+            control = torch.stack([fit_image(image, (height, width)) for image in images])
+            batch = expand_per_image(control, len(call.sample), state.is_guided(), negative=control)
+            move_to([self.model], call.sample.device, state.network.dtype)
+            residuals = compute_residuals(
+                self.model, call, call.text, batch, scale, kwargs["added_cond_kwargs"]
             )
-            call = Call(first["sample"], first["timestep"], named)
-            if not attachment.within(call.time, span):
-                return args, named
-            size = tuple(side * attachment.pixels for side in call.sample.shape[-2:])
-            drawings = torch.stack([fit_image(picture, (size[0], size[1])) for picture in pictures])
-            shown = per_image(drawings, len(call.sample), attachment.guided(), negative=drawings)
-            move_to([self.net], call.sample.device, attachment.unet.dtype)
-            found = residuals(
-                self.net,
-                call,
-                first["encoder_hidden_states"],
-                shown,
-                scale,
-                named["added_cond_kwargs"],
-            )
-            return args, named | add_residuals(named, *found)
+            return args, kwargs | add_residuals(kwargs, *residuals)
 
-        return attachment.unet.register_forward_pre_hook(hook, with_kwargs=True)
+        handle = state.network.register_forward_pre_hook(add_control, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
-def residuals(
-    net: ControlNetModel,
-    call: Call,
+def compute_residuals(
+    model: ControlNetModel,
+    call: UNetCall,
     tokens: Tensor,
-    drawings: Tensor,
+    control: Tensor,
     scale: float,
     conditions: Mapping[str, Any],
 ) -> tuple[Sequence[Tensor], Tensor]:
-    """What a ControlNet adds to the U-Net's skips and middle in a call.
+    """Run a ControlNet in a call of the U-Net.
 
     Args:
-        tokens: (B, T, D), what it reads: the prompt, or somebody.
-        drawings: (B, 3, H, W) in [0, 1], what it is shown.
-        conditions: the U-Net's own `added_cond_kwargs`.
+        model: the ControlNet.
+        call: of the U-Net.
+        tokens: (B, T, D), what its cross-attention reads: the prompt or an identity.
+        control: (B, 3, H, W) in [0, 1], the control images.
+        scale: weight of the residuals.
+        conditions: the U-Net's `added_cond_kwargs`.
+
+    Returns:
+        Residuals of the skip connections and of the middle block.
     """
-    sample = call.sample[
-        :, : net.config.in_channels
-    ]  # a U-Net for inpainting is also given the mask and what is kept
-    found: tuple[Sequence[Tensor], Tensor] = net(
+    # a U-Net for inpainting also gets the mask and the masked image as channels
+    sample = call.sample[:, : model.config.in_channels]
+    residuals: tuple[Sequence[Tensor], Tensor] = model(
         sample,
-        call.time,
+        call.timestep,
         encoder_hidden_states=tokens,
-        controlnet_cond=drawings.to(sample),
+        controlnet_cond=control.to(sample),
         conditioning_scale=scale,
         added_cond_kwargs={name: x for name, x in conditions.items() if name != "image_embeds"},
         return_dict=False,
     )
-    return found
+    return residuals
 
 
 def add_residuals(
-    named: Mapping[str, Any], down: Sequence[Tensor], middle: Tensor
+    kwargs: Mapping[str, Any], down: Sequence[Tensor], middle: Tensor
 ) -> dict[str, Any]:
-    """The U-Net's arguments with these residuals beside those of a ControlNet that is there already."""
-    known, known_middle = (
-        named.get("down_block_additional_residuals"),
-        named.get("mid_block_additional_residual"),
-    )
-    if known is not None and known_middle is not None:
-        down, middle = [a + b for a, b in zip(known, down, strict=True)], middle + known_middle
+    """Add residuals to those that another ControlNet has put into the U-Net's arguments.
+
+    Returns:
+        The arguments that change.
+    """
+    previous_down = kwargs.get("down_block_additional_residuals")
+    previous_middle = kwargs.get("mid_block_additional_residual")
+    if previous_down is not None and previous_middle is not None:
+        down = [a + b for a, b in zip(previous_down, down, strict=True)]
+        middle = previous_middle + middle
     return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
 
 
-def fit_image(picture: Picture, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) in [0, 1] of this height and width."""
-    height, width = size
-    if isinstance(picture, Image.Image):
-        pixels = np.array(picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
-    return nn.functional.interpolate(
-        picture[None].float(), (height, width), mode="bilinear", antialias=True
-    )[0]
-
-
-def canny_edges(picture: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
-    """The edges of a picture, white on black, as ControlNets for them were trained (Canny 1986, OpenCV's).
+def fit_image(image: ControlImage, size: tuple[int, int]) -> Tensor:
+    """Resize a control image.
 
     Args:
-        low, high: thresholds of the gradient, 0 to 255 and more.
+        image: RGB or (3, H, W) in [0, 1].
+        size: height and width in pixels.
+
+    Returns:
+        (3, height, width) in [0, 1].
+    """
+    height, width = size
+    if isinstance(image, Image.Image):
+        pixels = np.array(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    resized = interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)
+    return resized[0]
+
+
+def canny_edges(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
+    """Draw the edges of an image, white on black, as ControlNets for edges were trained.
+
+    Canny 1986, in OpenCV's implementation.
+
+    Args:
+        image: any image.
+        low: lower threshold of the gradient, 0 to 255 and above.
+        high: upper threshold.
     """
     import cv2
 
-    found = cv2.Canny(np.array(picture.convert("RGB")), low, high)
-    return Image.fromarray(found).convert("RGB")
+    edges = cv2.Canny(np.array(image.convert("RGB")), low, high)
+    return Image.fromarray(edges).convert("RGB")

@@ -1,194 +1,344 @@
-"""What an adapter knows of a pipeline that it serves: its U-Net, its guidance, and how far its schedule has come."""
+"""What hooks read from a pipeline: schedule position, guidance, arguments of a call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openpulid.errors import OptionError
 
-MARK = "_identity_method"
-"""The U-Net's attribute that names the adapter serving it: attaching another replaces it."""
+HookResult = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments, as a forward pre-hook returns them."""
 
-IN_USE = "_identity_in_use"
-"""The network's attribute while somebody is: a second one would be added to the first without being asked."""
+EPSILON = 1e-6
+"""Tolerance of a schedule position: step 3 of 9 must not fall short of a start of 1 / 3."""
+
+
+@dataclass(frozen=True)
+class SchedulePosition:
+    """Position of one call of the network in the sampling schedule.
+
+    Attributes:
+        fraction: completed part of the run; step i of n is at i / n. None if n is unknown.
+        step: index of the step in the run. None if it is unknown.
+    """
+
+    fraction: float | None
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Part of the schedule in which a method is active, [start, end).
+
+    An end of 1 includes the last step.
+
+    Attributes:
+        start, end: fractions of the schedule.
+        start_step: first active step.
+
+    Raises:
+        OptionError: A value is out of range.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= 1 or not 0 <= self.end <= 1:
+            raise OptionError(
+                "start and end must be fractions of the schedule, from 0 to 1; "
+                f"got start={self.start}, end={self.end}."
+            )
+        if self.start_step < 0:
+            raise OptionError(f"start_step must be 0 or more; got {self.start_step}.")
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step is active."""
+        return self.start >= self.end
+
+    @property
+    def covers_schedule(self) -> bool:
+        """Whether the fractions exclude no step; then the position does not matter."""
+        return self.start <= 0 and self.end >= 1
+
+    def contains(self, position: SchedulePosition) -> bool:
+        """Return whether the method is active at a position.
+
+        Raises:
+            OptionError: The span needs a fraction, and the position has none.
+        """
+        if position.step is not None and position.step < self.start_step:
+            return False
+        if self.covers_schedule:
+            return True
+        if position.fraction is None:
+            raise OptionError(
+                "start and end are fractions of a pipeline's schedule; "
+                "use start_step with a bare transformer."
+            )
+        fraction = position.fraction + EPSILON
+        return self.start <= fraction and (fraction < self.end or self.end >= 1)
 
 
 @dataclass(eq=False)
 class PipelineState:
-    """A diffusers pipeline, or a bare U-Net (then nothing is guided unless `use` says so)."""
+    """State of one attached diffusers pipeline: network, guidance and schedule.
+
+    A bare U-Net or transformer is its own network. It has no schedule, and no guidance unless
+    `use(..., guided=True)` declares it.
+    """
 
     target: Any
 
     @property
-    def unet(self) -> Any:
-        """The U-Net as it is now; a pipeline's may have been exchanged."""
-        return getattr(self.target, "unet", self.target)
+    def network(self) -> Any:
+        """The current U-Net or transformer. A pipeline's network may be exchanged at any time."""
+        for name in ("unet", "transformer"):
+            network = getattr(self.target, name, None)
+            if network is not None:
+                return network
+        return self.target
 
     @property
-    def pixels(self) -> int:
-        """Of an image's side for each of its latents'."""
+    def pixels_per_latent(self) -> int:
+        """Side of an image in pixels over the side of its latents."""
         return int(getattr(self.target, "vae_scale_factor", 8))
 
-    def guided(self) -> bool:
-        """Whether the U-Net's batch holds negatives and positives. Asked during a call, not guessed from
-        the batch size: a guidance scale of exactly 1 has no negative half.
+    def is_guided(self) -> bool:
+        """Return whether the U-Net's batch holds a negative and a positive half.
+
+        Read during a call instead of guessed from the batch size: a guidance scale of exactly 1 has
+        no negative half.
 
         Raises:
-            OptionError: perturbed attention guidance adds a third part to the batch.
+            OptionError: Perturbed attention guidance adds a third part to the batch.
         """
         if getattr(self.target, "do_perturbed_attention_guidance", False):
             raise OptionError(
-                "an identity cannot join perturbed attention guidance; load the pipeline again, without it."
+                "identities do not support perturbed attention guidance; "
+                "load the pipeline without it."
             )
-        return bool(
-            getattr(self.target, "do_classifier_free_guidance", False)
-        )  # before its first run it has none
+        # the property is missing before the first run
+        return bool(getattr(self.target, "do_classifier_free_guidance", False))
 
-    def within(self, timestep: Any, span: tuple[float, float]) -> bool:
-        """Whether a timestep is in [start, end) of the schedule; to an end of 1 belong all that follow."""
-        begin, end = span
-        return begin <= self.progress(timestep) and (end >= 1 or self.progress(timestep) < end)
+    def position(self, timestep: Any) -> SchedulePosition:
+        """Determine the position of a timestep of the U-Net in the schedule.
 
-    def progress(self, timestep: Any) -> float:
-        """The fraction of the schedule at which a timestep stands: step i of n is at i / n.
-
-        An image-to-image run begins inside its scheduler's steps; the fraction is of the steps it takes.
-        Where there is no scheduler, or it does not know the timestep, the fraction is of the noise: 1 - t / T.
+        The fraction counts the steps that the run takes: image-to-image starts inside its
+        scheduler's steps. Without a scheduler, or with a timestep that it does not have, the
+        fraction is that of the noise, 1 - t / T.
         """
         scheduler = getattr(self.target, "scheduler", None)
-        now = float(torch.as_tensor(timestep).flatten()[0])
-        steps = getattr(scheduler, "timesteps", None)
-        if steps is not None:
-            places = (torch.as_tensor(steps).float().cpu() == now).nonzero().flatten().tolist()
-            if places:
-                begin = getattr(scheduler, "begin_index", None)
-                if begin is None:  # DDIM and others keep none
-                    begin = self._left_out(steps)
-                index = getattr(scheduler, "step_index", None)
-                # schedulers of second order visit a timestep twice; their own count tells which time this is
-                place = index if index in places else places[0]
-                return max((place or 0) - begin, 0) / max(len(steps) - begin, 1)
-        config = getattr(scheduler, "config", None)
-        return 1 - now / getattr(config, "num_train_timesteps", 1000)
+        value = float(torch.as_tensor(timestep).flatten()[0])
+        timesteps = getattr(scheduler, "timesteps", None)
+        indices: list[int] = []
+        if timesteps is not None:
+            matches = torch.as_tensor(timesteps).float().cpu() == value
+            indices = matches.nonzero().flatten().tolist()
+        if not indices:
+            config = getattr(scheduler, "config", None)
+            return SchedulePosition(1 - value / getattr(config, "num_train_timesteps", 1000))
+        assert timesteps is not None
+        first = getattr(scheduler, "begin_index", None)
+        if first is None:  # DDIM and others have none
+            first = self._num_skipped_steps(timesteps)
+        # second-order schedulers visit a timestep twice: their own index tells which visit this is
+        current = getattr(scheduler, "step_index", None)
+        index = current if current in indices else indices[0]
+        step = max((index or 0) - first, 0)
+        return SchedulePosition(step / max(len(timesteps) - first, 1), step)
 
-    def _left_out(self, steps: Sequence[Any]) -> int:
-        """How many of a scheduler's steps lie before those that the pipeline takes; `denoising_end` leaves out some behind."""
-        taken = getattr(self.target, "num_timesteps", None)  # before its first run it has none
-        if taken is None:
-            return 0
-        share = getattr(self.target, "denoising_end", None)
-        total = self.target.scheduler.config.num_train_timesteps
-        behind = (
-            sum(t < round(total - share * total) for t in steps) if share and 0 < share < 1 else 0
-        )
-        return max(len(steps) - int(taken) - behind, 0)
+    def _num_skipped_steps(self, timesteps: Sequence[Any]) -> int:
+        """Count the steps of the scheduler before the first that the pipeline takes.
 
-
-class Serving:
-    """A method of U-Nets and the pipelines that it serves."""
-
-    def __init__(self) -> None:
-        self._attachments: list[PipelineState] = []
-
-    def serve(self, target: Any) -> None:
-        """This pipeline, too. One that is served already keeps all that was built for it."""
-        if all(a.target is not target for a in self._attachments):
-            self._attachments.append(PipelineState(target))
-
-    def detach(self, target: Any = None) -> None:
-        """Serves this pipeline no longer; without an argument, none."""
-        self._attachments = [
-            a for a in self._attachments if target is not None and a.target is not target
-        ]
-
-    def serving(self, pipe: Any = None) -> list[PipelineState]:
-        """Those that are served, or this one of them.
-
-        Raises:
-            OptionError: it is none, or there are two of one U-Net, of which one must be named.
+        `denoising_end` skips steps at the end, which do not count.
         """
-        found = [a for a in self._attachments if pipe is None or a.target is pipe]
-        if not found:
-            raise OptionError(
-                f"this {type(self).__name__} serves no pipeline (any more); call attach(pipe) first."
-            )
-        one_of_each([a.unet for a in found])
-        return found
+        num_taken = getattr(self.target, "num_timesteps", None)  # missing before the first run
+        if num_taken is None:
+            return 0
+        denoising_end = getattr(self.target, "denoising_end", None)
+        num_after = 0
+        if denoising_end and 0 < denoising_end < 1:
+            num_train = self.target.scheduler.config.num_train_timesteps
+            cutoff = round(num_train - denoising_end * num_train)
+            num_after = sum(t < cutoff for t in timesteps)
+        return max(len(timesteps) - int(num_taken) - num_after, 0)
 
 
-def one_of_each(networks: Sequence[Any]) -> None:
-    """Whether a batch is guided, and where a schedule stands, only the pipeline that runs knows.
+class StepTracker:
+    """Counts the steps of a run by the calls of a transformer.
+
+    A FLUX pipeline rounds the time that it passes to half precision, and it calls the transformer
+    again in the same step for a negative prompt. So the step cannot be looked up by the time.
+
+    Args:
+        state: the pipeline whose schedule is read; None for a bare transformer.
+    """
+
+    def __init__(self, state: PipelineState | None = None) -> None:
+        self.state = state
+        self.step = -1
+        self.calls_in_step = 0
+        self.num_steps: int | None = None
+        self._time: float | None = None
+        self._timesteps: Any = None
+        self._index: int | None = None
+
+    def before_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count this call (forward pre-hook of the transformer)."""
+        time = float(flux_arguments(args, kwargs)["timestep"].flatten()[0])
+        scheduler = getattr(self.state.target, "scheduler", None) if self.state else None
+        timesteps = getattr(scheduler, "timesteps", None)
+        self.num_steps = None
+        if timesteps is not None:
+            # image-to-image starts inside its scheduler's steps
+            self.num_steps = len(timesteps) - (getattr(scheduler, "begin_index", None) or 0)
+        self.update(time, timesteps, getattr(scheduler, "step_index", None))
+
+    def update(self, time: float, timesteps: Any = None, index: int | None = None) -> None:
+        """Count one call.
+
+        A rising time or a new schedule begins a new run. A second call in the same step is that of
+        the negative prompt. Two steps may have the same rounded time: then the scheduler's index
+        tells them apart.
+
+        Args:
+            time: falls from 1 to 0 in a run.
+            timesteps: the scheduler's; another object is another run.
+            index: the scheduler's own count of its steps, None before the first.
+        """
+        if self._time is None or time > self._time or timesteps is not self._timesteps:
+            self.step = 0
+            self.calls_in_step = 0
+        elif time < self._time or index != self._index:
+            self.step += 1
+            self.calls_in_step = 0
+        else:
+            self.calls_in_step += 1
+        self._time = time
+        self._timesteps = timesteps
+        self._index = index
+
+    @property
+    def is_negative(self) -> bool:
+        """Whether this is the call of the negative prompt."""
+        return self.calls_in_step % 2 == 1
+
+    @property
+    def position(self) -> SchedulePosition:
+        """Position of this call; without a scheduler only its step is known."""
+        fraction = None if self.num_steps is None else self.step / max(self.num_steps, 1)
+        return SchedulePosition(fraction, self.step)
+
+
+@dataclass(frozen=True)
+class UNetCall:
+    """Arguments of one call of the U-Net.
+
+    Attributes:
+        sample: (B, c, h, w).
+        timestep: of the scheduler.
+        text: (B, T, D), `encoder_hidden_states`.
+        kwargs: the keyword arguments as they were passed.
+    """
+
+    sample: Tensor
+    timestep: Any
+    text: Tensor
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> UNetCall:
+        """Read the arguments from what a forward pre-hook receives."""
+        names = ("sample", "timestep", "encoder_hidden_states")
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        return cls(named["sample"], named["timestep"], named["encoder_hidden_states"], kwargs)
+
+
+def flux_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of the FLUX transformer by name."""
+    names = (
+        "hidden_states",
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "img_ids",
+    )
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def find_unet(target: Any) -> Any:
+    """Return the U-Net of a pipeline, or the target itself if it is one.
 
     Raises:
-        OptionError: two pipelines share a network.
+        OptionError: The target has no U-Net, or its batch has rows that identities do not support.
     """
-    if len({id(network) for network in networks}) < len(networks):
+    kind = type(target).__name__
+    if "InstructPix2Pix" in kind:
         raise OptionError(
-            "several attached pipelines share one network; say which one runs: use(..., pipe=pipe)."
+            f"{kind} has three rows per image, which identities do not support; "
+            "use image-to-image or inpainting instead."
         )
-
-
-def unet_of(target: Any) -> Any:
-    """The U-Net of a pipeline, or the U-Net itself.
-
-    Raises:
-        OptionError: it is neither, or has rows in its batch that no identity is made for.
-    """
     unet = getattr(target, "unet", target)
-    if "InstructPix2Pix" in type(target).__name__:
-        raise OptionError(
-            f"{type(target).__name__} has three rows for each image, which an identity cannot join; change pictures with "
-            "image-to-image or inpainting instead."
-        )
     if not hasattr(unet, "attn_processors") or not hasattr(unet, "up_blocks"):
         raise OptionError(
-            f"{type(target).__name__} has no U-Net; attach to a StableDiffusionXL pipeline or its U-Net, or take an adapter "
-            "for FLUX."
+            f"{kind} has no U-Net; attach to a StableDiffusionXL pipeline or its U-Net, "
+            "or use an adapter for FLUX."
         )
     return unet
 
 
-@contextmanager
-def exclusive_use(
-    network: Any, around: Iterable[nn.Module] = (), mark: str = IN_USE
-) -> Iterator[None]:
-    """Marks a network while an identity joins it.
+def expand_per_image(
+    values: Tensor, batch_size: int, is_guided: bool, negative: Tensor | None = None
+) -> Tensor:
+    """Repeat one value per prompt for the batch of the U-Net.
 
     Args:
-        mark: of those that cannot join at once.
-        around: the modules that hold those which get hooks. Compiled code does not look again whether what it holds has
-            hooks: the identity would not be seen, or stay for ever.
+        values: (P, ...), one per prompt; each prompt has the same number of images, in order.
+        batch_size: B.
+        is_guided: whether a negative half precedes the positive one.
+        negative: (P, ...) of the negative half; zeros by default.
+
+    Returns:
+        (B, ...).
 
     Raises:
-        OptionError: another identity is in use on it, or one of `around` is compiled.
+        OptionError: The images cannot be divided among the prompts.
     """
-    if getattr(network, mark, False):
-        raise OptionError(
-            "an identity is already in use on this pipeline; close it first, or give `use` all identities as one list."
-        )
-    if any(map(_compiled, around)) and torch._dynamo.config.skip_nnmodule_hook_guards:
-        raise OptionError(
-            "this network is compiled, and compiled code would not notice an identity; set torch._dynamo.config."
-            "skip_nnmodule_hook_guards = False before its first run, or on FLUX call transformer.compile_repeated_blocks()."
-        )
-    setattr(network, mark, True)
-    try:
-        yield
-    finally:
-        delattr(network, mark)
+    num_images = batch_size // 2 if is_guided else batch_size
+    if num_images % len(values):
+        raise identity_count_error(len(values), num_images)
+    repeats = num_images // len(values)
+    positive = values.repeat_interleave(repeats, 0)
+    if not is_guided:
+        return positive
+    if negative is None:
+        return torch.cat([torch.zeros_like(positive), positive])
+    return torch.cat([negative.repeat_interleave(repeats, 0), positive])
 
 
-def _compiled(module: nn.Module) -> bool:
-    forward = vars(module).get("forward")  # compiled by hand, it lies on the module itself
-    ways = (
-        hasattr(module, "_orig_mod"),
-        module._compiled_call_impl is not None,
-        hasattr(forward, "_torchdynamo_orig_callable"),
+def identity_count_error(num_identities: int, num_images: int) -> OptionError:
+    """Create the error for identities that cannot be divided among the images of a batch."""
+    return OptionError(
+        f"{num_identities} identities do not fit {num_images} images; "
+        "pass one identity, or one per prompt."
     )
-    return any(ways)
+
+
+def move_to(modules: Iterable[Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Move modules to the U-Net's device and dtype.
+
+    Done in each call, because an offloaded U-Net has no device before it runs.
+    """
+    for module in modules:
+        if isinstance(module, nn.Module):
+            parameter = next(module.parameters())
+            if (parameter.device, parameter.dtype) != (device, dtype):
+                module.to(device, dtype)

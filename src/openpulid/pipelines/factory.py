@@ -175,7 +175,7 @@ def _clip_features(preset: Preset, device: torch.device, method: Any) -> Identit
         if place in named
     }
     if preset.vision is None and preset.view != "none":
-        reader: ClipExtractor = method.features(faces, recogniser)
+        reader: ClipExtractor = method.create_extractor(faces, recogniser)
         reader.models = models | {preset.method: fingerprint(resolve_path(preset.adapter))}
         return reader
     tower = (

@@ -191,7 +191,7 @@ def _weights() -> dict[str, int]:
             stored(VisionEncoder().bfloat16()) + 330 * 10**6
         )  # and detector, recogniser, parsing: their files' sizes
         tokens = torch.empty(1, 32, former.config["output_dim"], dtype=torch.bfloat16)
-        folded = [part for layer in adapter._layers() for part in layer.fold(tokens)]
+        folded = [part for layer in adapter.layers for part in layer.precompute_kv(tokens)]
     blocks = [
         stored(block)
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)

@@ -31,10 +31,10 @@ from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity, fuse_identities
 from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import limit_size, open_image
-from openpulid.methods.pulid.flux import guided_from
+from openpulid.methods.adapter import Adapter
+from openpulid.methods.pulid.flux import delay_guidance
 from openpulid.methods.pulid.masks import People, normalize_people
 from openpulid.methods.pulid.projection import Projection
-from openpulid.methods.registry import Method
 from openpulid.pipelines import presets
 from openpulid.pipelines.factory import load_adapter, load_extractor, load_pipeline
 from openpulid.pipelines.flux_memory import find_level
@@ -66,7 +66,7 @@ class Studio:
     """
 
     def __init__(
-        self, pipe: Any, features: IdentityExtractor | None, adapter: Method | None, preset: Preset
+        self, pipe: Any, features: IdentityExtractor | None, adapter: Adapter | None, preset: Preset
     ) -> None:
         self.pipe, self.features, self.adapter, self.preset = pipe, features, adapter, preset
         self._making = (
@@ -239,7 +239,7 @@ class Studio:
         if chosen.true_cfg <= 1:  # nothing is guided so, and nothing waits for its step
             chosen = replace(chosen, timestep_to_start_cfg=0)
         if identity is None:
-            return guided_from(self.pipe, chosen.timestep_to_start_cfg)
+            return delay_guidance(self.pipe, chosen.timestep_to_start_cfg)
         if self.adapter is None:
             raise OptionError(
                 "this studio was made without an adapter; load a preset that has one."

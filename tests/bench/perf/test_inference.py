@@ -132,7 +132,7 @@ def test_identity_work_is_timed_in_every_layer() -> None:
     flux = flux_target()
     with flux.use_identity(), flux.time_identity() as seconds:
         flux.step()
-    assert len(seconds) == len(list(flux.adapter._layers())) == 2
+    assert len(seconds) == len(list(flux.adapter.layers)) == 2
 
 
 def test_flux_step_is_measured_with_and_without_identity() -> None:

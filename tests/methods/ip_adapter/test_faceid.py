@@ -1,4 +1,4 @@
-"""FaceID by diffusers' own processors: equal to diffusers' way, and nothing of it left behind."""
+"""FaceID: equal to diffusers, and fully removed afterwards."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from safetensors.torch import save_file
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
+from openpulid.methods.adapter import Adapter
 from openpulid.methods.ip_adapter.faceid import FaceID
 from openpulid.methods.ip_adapter.instantid import InstantID
-from openpulid.methods.registry import Method, find_method
+from openpulid.methods.registry import find_method
 from tests.support.token_files import (
     PROMPTS,
     WIDTH,
     controlnet,
-    drawn,
+    generate,
     person,
     published,
     resampler,
@@ -30,34 +31,34 @@ def pipe(tiny_pipeline: Any) -> Any:
     return tiny_pipeline()
 
 
-def test_it_is_what_diffusers_draws(pipe: Any) -> None:
-    parts, who = published(pipe.unet), person(1)
+def test_matches_diffusers_ip_adapter(pipe: Any) -> None:
+    parts, identity = published(pipe.unet), person(1)
     method = FaceID(parts)
     method.attach(pipe)
-    with method.use(who, scale=0.7):
-        ours = drawn(pipe)
+    with method.use(identity, scale=0.7):
+        ours = generate(pipe)
     pipe.load_ip_adapter(
         published(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None
     )
     pipe.set_ip_adapter_scale(0.7)
-    embedding = torch.nn.functional.normalize(who.id_cond[..., :WIDTH], dim=-1)
-    theirs = drawn(
+    embedding = torch.nn.functional.normalize(identity.id_cond[..., :WIDTH], dim=-1)
+    theirs = generate(
         pipe, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(embedding), embedding])]
     )
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_nothing_is_left_behind(pipe: Any) -> None:
-    before, names = drawn(pipe), [name for name, _ in pipe.unet.named_modules()]
+def test_pipeline_is_restored(pipe: Any) -> None:
+    baseline, names = generate(pipe), [name for name, _ in pipe.unet.named_modules()]
     processors = dict(pipe.unet.attn_processors)
     method = FaceID(published(pipe.unet))
-    assert isinstance(method, Method)
+    assert isinstance(method, Adapter)
     method.attach(pipe)
-    assert torch.equal(drawn(pipe), before)
-    for _ in range(2):  # built, then set again
+    assert torch.equal(generate(pipe), baseline)
+    for _ in range(2):  # layers are built, then installed again
         with method.use(person(1)):
-            assert not torch.allclose(drawn(pipe), before, atol=1e-3)
-        assert torch.equal(drawn(pipe), before)
+            assert not torch.allclose(generate(pipe), baseline, atol=1e-3)
+        assert torch.equal(generate(pipe), baseline)
     method.detach(pipe)
     assert pipe.unet.attn_processors == processors and pipe.unet.encoder_hid_proj is None
     assert [name for name, _ in pipe.unet.named_modules()] == names and not getattr(
@@ -67,8 +68,8 @@ def test_nothing_is_left_behind(pipe: Any) -> None:
         pass
 
 
-def test_two_at_once_are_refused(pipe: Any) -> None:
-    """Two pipelines of one U-Net, two people one within the other, two methods that exchange its processors."""
+def test_second_method_in_same_slot_raises(pipe: Any) -> None:
+    """Nested identities, another method of the same slot, and two pipelines with one U-Net."""
     method, another = (
         FaceID(published(pipe.unet)),
         InstantID(resampler(pipe.unet), controlnet(pipe.unet)),
@@ -76,38 +77,40 @@ def test_two_at_once_are_refused(pipe: Any) -> None:
     method.attach(pipe)
     another.attach(pipe)
     with method.use(person(1)):
-        alone = drawn(pipe)
+        alone = generate(pipe)
         for second in (method, another):
             with pytest.raises(OptionError, match="already in use"), second.use(person(2)):
                 pass
-        assert torch.equal(drawn(pipe), alone)
-    other = StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=False)
-    method.attach(other)
+        assert torch.equal(generate(pipe), alone)
+    image_to_image = StableDiffusionXLImg2ImgPipeline(
+        **pipe.components, requires_aesthetics_score=False
+    )
+    method.attach(image_to_image)
     with (
-        pytest.raises(OptionError, match="share one network; say which one runs"),
+        pytest.raises(OptionError, match="share one network; name the one that runs"),
         method.use(person(1)),
     ):
         pass
     with method.use(person(1), pipe=pipe):
-        assert torch.equal(drawn(pipe), alone)
+        assert torch.equal(generate(pipe), alone)
 
 
-def test_raw_embeddings_are_normalised(pipe: Any) -> None:
-    method, who = FaceID(published(pipe.unet)), person(1)
+def test_raw_embeddings_are_normalized(pipe: Any) -> None:
+    method, identity = FaceID(published(pipe.unet)), person(1)
     method.attach(pipe)
-    larger = Identity(7 * who.id_cond, who.hidden)
-    with method.use(who):
-        once = drawn(pipe)
+    larger = Identity(7 * identity.id_cond, identity.hidden)
+    with method.use(identity):
+        once = generate(pipe)
     with method.use(larger):
-        assert torch.allclose(drawn(pipe), once, atol=1e-5)
+        assert torch.allclose(generate(pipe), once, atol=1e-5)
 
 
 def test_batches_guidance_and_spans(pipe: Any) -> None:
     method = FaceID(published(pipe.unet))
     method.attach(pipe)
     alone = []
-    for who, k in ((person(1), 0), (person(2), 1)):
-        with method.use(who):
+    for identity, k in ((person(1), 0), (person(2), 1)):
+        with method.use(identity):
             generator = torch.Generator().manual_seed(k)
             options = {
                 "num_inference_steps": 2,
@@ -117,71 +120,71 @@ def test_batches_guidance_and_spans(pipe: Any) -> None:
             }
             alone.append(pipe(PROMPTS[k], **options).images)
     with method.use([person(1), person(2)]):
-        assert torch.allclose(drawn(pipe, PROMPTS, guidance=1.0), torch.cat(alone), atol=1e-5)
+        assert torch.allclose(generate(pipe, PROMPTS, guidance=1.0), torch.cat(alone), atol=1e-5)
     with method.use(person(1, photos=3)):
-        assert drawn(pipe, PROMPTS).shape == torch.cat(alone).shape
-    before = drawn(pipe)
+        assert generate(pipe, PROMPTS).shape == torch.cat(alone).shape
+    baseline = generate(pipe)
     with method.use(person(1), scale=0):
-        assert torch.equal(drawn(pipe), before)
+        assert torch.equal(generate(pipe), baseline)
     with (
         method.use([person(1), person(2), person(3)]),
-        pytest.raises(OptionError, match="3 identities for 2 images"),
+        pytest.raises(OptionError, match="3 identities do not fit 2 images"),
     ):
-        drawn(pipe, PROMPTS)
+        generate(pipe, PROMPTS)
     with pytest.raises(OptionError, match="fractions"), method.use(person(1), start=2):
         pass
 
 
-def test_outside_its_span_nothing_acts(pipe: Any) -> None:
-    """Its low-rank part neither; and what was built is kept when it is attached again."""
+def test_nothing_acts_outside_span(pipe: Any) -> None:
+    """The LoRA does not act either; and the layers are reused after attaching again."""
     method = FaceID(published(pipe.unet))
     method.attach(pipe)
-    before = drawn(pipe)
+    baseline = generate(pipe)
     with method.use(person(1)):
-        whole, built = drawn(pipe), method.built(pipe)
+        full, built = generate(pipe), method.layers_for(pipe)
     method.attach(pipe)
     with method.use(person(1), start=0.5):  # one of two steps
-        late = drawn(pipe)
-    assert not torch.allclose(late, whole, atol=1e-3) and not torch.allclose(
-        late, before, atol=1e-3
+        late = generate(pipe)
+    assert not torch.allclose(late, full, atol=1e-3) and not torch.allclose(
+        late, baseline, atol=1e-3
     )
-    assert method.built(pipe) is built
+    assert method.layers_for(pipe) is built
     with method.use(person(1), start=0.99):  # after the last
-        assert torch.equal(drawn(pipe), before)
+        assert torch.equal(generate(pipe), baseline)
 
 
-def test_offloaded_weights(pipe: Any) -> None:
-    """As `enable_sequential_cpu_offload` does, with the CPU for the device: between calls the weights are not there."""
+def test_works_with_sequential_offloading(pipe: Any) -> None:
+    """Weights are on the meta device between calls, as with `enable_sequential_cpu_offload`."""
     from accelerate import cpu_offload
 
     method = FaceID(published(pipe.unet))
     method.attach(pipe)
     with method.use(person(1)):
-        expected = drawn(pipe)
+        expected = generate(pipe)
     cpu_offload(pipe.unet, torch.device("cpu"))
     for _ in range(2):
         with method.use(person(1)):
-            assert torch.allclose(drawn(pipe), expected, atol=1e-5)
+            assert torch.allclose(generate(pipe), expected, atol=1e-5)
     with pytest.raises(OptionError, match="before enable_sequential_cpu_offload"):
         FaceID(published(pipe.unet)).attach(pipe)
 
 
-def test_the_users_lora_stays(pipe: Any) -> None:
-    """diffusers' own loading switches every other LoRA off."""
+def test_user_lora_stays_active(pipe: Any) -> None:
+    """diffusers' own loading would deactivate every other LoRA."""
     peft = pytest.importorskip("peft")
     pipe.unet.add_adapter(
         peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="style"
     )
-    styled = drawn(pipe)
+    styled = generate(pipe)
     method = FaceID(published(pipe.unet))
     method.attach(pipe)
     with method.use(person(1)):
         assert pipe.get_active_adapters() == ["style"]
-        drawn(pipe)
-    assert torch.equal(drawn(pipe), styled)
+        generate(pipe)
+    assert torch.equal(generate(pipe), styled)
 
 
-def test_files_are_checked(pipe: Any, tmp_path: Any) -> None:
+def test_file_formats_load_and_other_files_raise(pipe: Any, tmp_path: Any) -> None:
     parts = published(pipe.unet)
     flat = {f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()}
     save_file(flat, tmp_path / "faceid.safetensors")

@@ -1,4 +1,4 @@
-"""IP-Adapter and FaceID-PlusV2 by diffusers' own processors: equal to diffusers' way, and nothing of them left behind."""
+"""IP-Adapter and FaceID-PlusV2: equal to diffusers, and fully removed afterwards."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 
 from openpulid.errors import OptionError
 from openpulid.identity.identity import fuse_identities
+from openpulid.methods.adapter import Adapter
 from openpulid.methods.ip_adapter.faceid import FaceIDPlus
 from openpulid.methods.ip_adapter.ip_adapter import IPAdapter
-from openpulid.methods.registry import Method, find_method
+from openpulid.methods.registry import find_method
 from tests.support.clip_files import FACE, SEEN, embedding, faceid_plus, features, plain, plus
-from tests.support.token_files import PROMPTS, WIDTH, drawn, person
+from tests.support.token_files import PROMPTS, WIDTH, generate, person
 
 
 @pytest.fixture
@@ -24,45 +25,45 @@ def pipe(tiny_pipeline: Any) -> Any:
 def theirs(pipe: Any, parts: Any, embeds: torch.Tensor, scale: float, **more: Any) -> torch.Tensor:
     pipe.load_ip_adapter(parts, subfolder="", weight_name="", image_encoder_folder=None)
     pipe.set_ip_adapter_scale(scale)
-    return drawn(pipe, ip_adapter_image_embeds=[embeds], **more)
+    return generate(pipe, ip_adapter_image_embeds=[embeds], **more)
 
 
 @pytest.mark.parametrize("file", [plain, plus])
-def test_it_is_what_diffusers_draws(pipe: Any, file: Any) -> None:
-    who, method = features().identities([FACE])[0], IPAdapter(file(pipe.unet))
+def test_matches_diffusers_ip_adapter(pipe: Any, file: Any) -> None:
+    identity, method = features().identities([FACE])[0], IPAdapter(file(pipe.unet))
     method.attach(pipe)
-    with method.use(who, scale=0.7):
-        ours = drawn(pipe)
+    with method.use(identity, scale=0.7):
+        ours = generate(pipe)
     if method.plus:
-        embeds = torch.stack([who.hidden[1], who.hidden[0]])
+        embeds = torch.stack([identity.hidden[1], identity.hidden[0]])
     else:
-        embeds = torch.cat([torch.zeros_like(who.id_cond), who.id_cond])
+        embeds = torch.cat([torch.zeros_like(identity.id_cond), identity.id_cond])
     assert torch.allclose(ours, theirs(pipe, file(pipe.unet), embeds, 0.7), atol=1e-5)
 
 
-def test_what_the_tower_is_told_is_what_diffusers_tells_it(pipe: Any) -> None:
-    """Nothing is a picture of zeros after normalisation, not a black one."""
+def test_unconditional_states_match_diffusers(pipe: Any) -> None:
+    """The empty image is zero after normalization, not black."""
     reader = features()
-    who = reader.identities([FACE])[0]
+    identity = reader.identities([FACE])[0]
     pipe.register_modules(image_encoder=reader.tower)
     pixels = torch.rand(1, 3, 8, 8)
-    _, nothing = pipe.encode_image(pixels, "cpu", 1, output_hidden_states=True)
-    assert torch.allclose(who.hidden[1], nothing, atol=1e-6)
-    assert who.id_cond.shape == (1, 1, SEEN) and who.hidden[0].shape == (1, 5, SEEN)
+    _, negative = pipe.encode_image(pixels, "cpu", 1, output_hidden_states=True)
+    assert torch.allclose(identity.hidden[1], negative, atol=1e-6)
+    assert identity.id_cond.shape == (1, 1, SEEN) and identity.hidden[0].shape == (1, 5, SEEN)
 
 
-def test_faceid_plus_is_what_diffusers_draws(pipe: Any) -> None:
-    """Its known trap: CLIP's states go to the layer itself, for guidance stacked and for several images repeated."""
+def test_faceid_plus_matches_diffusers(pipe: Any) -> None:
+    """CLIP's states are set in the layer, stacked for guidance and repeated for several images."""
     reader = features(view="face", recogniser=embedding)
-    who, method = reader.identities([FACE])[0], FaceIDPlus(faceid_plus(pipe.unet))
-    assert who.id_cond.shape == (1, 1, WIDTH + SEEN)
+    identity, method = reader.identities([FACE])[0], FaceIDPlus(faceid_plus(pipe.unet))
+    assert identity.id_cond.shape == (1, 1, WIDTH + SEEN)
     method.attach(pipe)
-    with method.use(who, scale=0.7):
-        alone, both = drawn(pipe), drawn(pipe, PROMPTS)
-        unguided = drawn(pipe, guidance=1.0)
-    layer = method._built[pipe.unet][1].image_projection_layers[0]
+    with method.use(identity, scale=0.7):
+        alone, both = generate(pipe), generate(pipe, PROMPTS)
+        unguided = generate(pipe, guidance=1.0)
+    layer = method.layers_for(pipe).image_projection
     assert layer.clip_embeds is None, "somebody's features were left in a layer"
-    face = torch.nn.functional.normalize(who.id_cond[..., :WIDTH], dim=-1)
+    face = torch.nn.functional.normalize(identity.id_cond[..., :WIDTH], dim=-1)
     pipe.load_ip_adapter(
         faceid_plus(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None
     )
@@ -74,67 +75,68 @@ def test_faceid_plus_is_what_diffusers_draws(pipe: Any) -> None:
         (PROMPTS[:1], unguided, 1.0),
     ):
         count = len(prompts)
-        seen, nothing = (level[None].repeat_interleave(count, 0) for level in who.hidden)
-        layer.clip_embeds = torch.cat([nothing, seen]) if guidance > 1 else seen
+        captured, negative = (level[None].repeat_interleave(count, 0) for level in identity.hidden)
+        layer.clip_embeds = torch.cat([negative, captured]) if guidance > 1 else captured
         embeds = torch.cat([torch.zeros_like(face), face]) if guidance > 1 else face
         pipe.set_ip_adapter_scale(0.7)
-        told = [embeds.repeat_interleave(count, 0)] if guidance == 1 else [embeds]
+        outputs = [embeds.repeat_interleave(count, 0)] if guidance == 1 else [embeds]
         assert torch.allclose(
-            ours, drawn(pipe, prompts, guidance, ip_adapter_image_embeds=told), atol=1e-5
+            ours, generate(pipe, prompts, guidance, ip_adapter_image_embeds=outputs), atol=1e-5
         )
 
 
 @pytest.mark.parametrize(
     ("kind", "file"), [(IPAdapter, plain), (IPAdapter, plus), (FaceIDPlus, faceid_plus)]
 )
-def test_nothing_is_left_behind(pipe: Any, kind: Any, file: Any) -> None:
-    before, names = drawn(pipe), [name for name, _ in pipe.unet.named_modules()]
+def test_pipeline_is_restored(pipe: Any, kind: Any, file: Any) -> None:
+    baseline, names = generate(pipe), [name for name, _ in pipe.unet.named_modules()]
     method = kind(file(pipe.unet))
-    assert isinstance(method, Method)
+    assert isinstance(method, Adapter)
     method.attach(pipe)
-    who = features(recogniser=embedding if kind is FaceIDPlus else None).identities([FACE])[0]
+    identity = features(recogniser=embedding if kind is FaceIDPlus else None).identities([FACE])[0]
     for _ in range(2):
-        with method.use(who):
-            assert not torch.allclose(drawn(pipe), before, atol=1e-3)
-        assert torch.equal(drawn(pipe), before)
+        with method.use(identity):
+            assert not torch.allclose(generate(pipe), baseline, atol=1e-3)
+        assert torch.equal(generate(pipe), baseline)
     method.detach(pipe)
     assert pipe.unet.encoder_hid_proj is None and not getattr(pipe.unet, "peft_config", {})
     assert [name for name, _ in pipe.unet.named_modules()] == names
 
 
-def test_several_photos_and_people(pipe: Any) -> None:
+def test_several_reference_images_and_identities(pipe: Any) -> None:
     one = features().identities([FACE])[0]
     method = IPAdapter(plus(pipe.unet))
     method.attach(pipe)
     with method.use(fuse_identities([one, one])):
-        assert drawn(pipe, PROMPTS).shape[0] == 2
-    with method.use([one, one]), pytest.raises(OptionError, match="2 identities for 1 images"):
-        drawn(pipe)
+        assert generate(pipe, PROMPTS).shape[0] == 2
+    with (
+        method.use([one, one]),
+        pytest.raises(OptionError, match="2 identities do not fit 1 images"),
+    ):
+        generate(pipe)
 
 
-def test_an_identity_of_another_reader_is_refused(pipe: Any) -> None:
+def test_identity_of_another_extractor_raises(pipe: Any) -> None:
     method = IPAdapter(plain(pipe.unet))
     method.attach(pipe)
     with (
         method.use(person(1)),
-        pytest.raises(
-            OptionError, match="reads 64 numbers of a picture tower and the identity has 9"
-        ),
+        pytest.raises(OptionError, match="reads CLIP features of width 64, the identity has 9"),
     ):
-        drawn(pipe)
+        generate(pipe)
     method = IPAdapter(plus(pipe.unet))
     method.attach(pipe)
-    with method.use(person(1)), pytest.raises(OptionError, match="own reader of pictures"):
-        drawn(pipe)
+    with method.use(person(1)), pytest.raises(OptionError, match="no CLIP image features"):
+        generate(pipe)
     assert find_method("ip-adapter") is IPAdapter and find_method("faceid-plus") is FaceIDPlus
 
 
-def test_views_of_a_photo() -> None:
-    """The whole photo's middle square, or the face where insightface puts it."""
-    whole, face = features().shown(FACE)[0], features(view="face").shown(FACE)[0]
-    assert whole.shape == face.shape == (3, 8, 8)
+def test_extractor_crops_center_or_face() -> None:
+    """The crop is the center square of the image, or the face aligned as by insightface."""
+    full, face = features().shown(FACE)[0], features(view="face").shown(FACE)[0]
+    assert full.shape == face.shape == (3, 8, 8)
     middle = torch.nn.functional.interpolate(
         FACE.image[None, :, 2:22], size=(8, 8), mode="bicubic", antialias=True
     )
-    assert torch.allclose(whole, middle[0].clamp(0, 1), atol=1e-6)
-    assert not torch.allclose(whole, face, atol=0.05)
+    assert torch.allclose(full, middle[0].clamp(0, 1), atol=1e-6)
+    assert not torch.allclose(full, face, atol=0.05)

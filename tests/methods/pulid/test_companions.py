@@ -1,6 +1,7 @@
-"""The adapter beside what else diffusers offers: other pipelines of SDXL, ControlNet, LoRA, IP-Adapter, other schedulers.
+"""PuLID for SDXL together with other features of diffusers.
 
-Everywhere the same three promises: the identity acts, the companion goes on acting, and afterwards all is as it was.
+Other SDXL pipelines, ControlNet, LoRA, IP-Adapter and other schedulers. In each case the identity
+acts, the other feature stays active, and the pipeline is restored.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from openpulid.diffusion.schedulers import KarrasScheduler
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.sdxl import PLACES, PuLID
+from openpulid.methods.pulid.sdxl import LAYER_KEYS, PuLID
 from openpulid.methods.pulid.sdxl_attention import IdentityLayer
 from tests.support.people import anna, ben, distance, fresh, someone
 
@@ -39,8 +40,8 @@ def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(values.astype(np.uint8))
 
 
-def runner(pipe: Any, **given: Any) -> Runs:
-    """A pipeline with its own arguments filled in."""
+def runner(pipe: Any, **defaults: Any) -> Runs:
+    """Return a function that runs a pipeline with default arguments."""
     pipe.set_progress_bar_config(disable=True)
 
     def run(prompt: Any = "portrait", **more: Any) -> np.ndarray:
@@ -50,7 +51,7 @@ def runner(pipe: Any, **given: Any) -> Runs:
             "num_inference_steps": 4,
             "guidance_scale": 3.0,
             "generator": generator,
-            **given,
+            **defaults,
             **more,
         }
         return pipe(prompt, output_type="latent", **options).images.numpy()
@@ -58,41 +59,41 @@ def runner(pipe: Any, **given: Any) -> Runs:
     return run
 
 
-def promises(pipe: Any, run: Runs) -> None:
-    """Anna and Ben differ, and what was before is bit for bit after."""
+def check_identity(pipe: Any, run: Runs) -> None:
+    """Check that two identities differ, and that the pipeline is restored bit for bit."""
     adapter = fresh(pipe)
-    before = run()
+    baseline = run()
     adapter.attach(pipe)
-    shown = []
+    images = []
     for person in (anna, ben):
         with adapter.use(person, num_zero=2):
-            shown.append(run())
-    assert min(distance(before, image) for image in shown) > 1e-3 and distance(*shown) > 1e-3
-    assert np.array_equal(run(), before)
+            images.append(run())
+    assert min(distance(baseline, image) for image in images) > 1e-3 and distance(*images) > 1e-3
+    assert np.array_equal(run(), baseline)
     adapter.detach(pipe)
-    assert np.array_equal(run(), before)
+    assert np.array_equal(run(), baseline)
 
 
 def test_image_to_image(tiny_pipeline) -> None:
     pipe = StableDiffusionXLImg2ImgPipeline(**tiny_pipeline().components)
-    promises(pipe, runner(pipe, image=picture(), strength=0.8))
+    check_identity(pipe, runner(pipe, image=picture(), strength=0.8))
 
 
-def test_pipelines_that_share_a_unet(tiny_pipeline) -> None:
-    """Each is asked for its own guidance: the one that runs is named, or is the only one."""
+def test_pipelines_sharing_a_unet_must_be_named(tiny_pipeline) -> None:
+    """Guidance is read from the pipeline that runs, so it must be named or be the only one."""
     pipe = tiny_pipeline()
-    other = StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=False)
+    second = StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=False)
     alone = fresh(pipe)
     alone.attach(pipe)
-    run, again = runner(pipe), runner(other, image=picture(), strength=0.7)
+    run, again = runner(pipe), runner(second, image=picture(), strength=0.7)
     with alone.use(anna):
         expected = run()
     alone.detach(pipe)
     adapter = fresh(pipe)
-    for one in (pipe, other):  # the second has no guidance before it has run
+    for one in (pipe, second):  # the second has no guidance before it has run
         adapter.attach(one)
     with (
-        pytest.raises(OptionError, match="share one network; say which one runs"),
+        pytest.raises(OptionError, match="share one network; name the one that runs"),
         adapter.use(anna),
     ):
         pass
@@ -101,33 +102,33 @@ def test_pipelines_that_share_a_unet(tiny_pipeline) -> None:
     adapter.detach(pipe)
     with adapter.use(anna):
         image = again()
-    with adapter.use(anna, pipe=other):
+    with adapter.use(anna, pipe=second):
         assert np.array_equal(again(), image)
-    adapter.detach(other)
+    adapter.detach(second)
     adapter.attach(pipe.unet)
     with adapter.use(anna, guided=True):
         assert np.array_equal(run(), expected)
 
 
 @pytest.mark.parametrize("kind", [DDIMScheduler, EulerDiscreteScheduler, KarrasScheduler])
-def test_shares_of_an_image_to_image_run_are_of_its_own_steps(tiny_pipeline, kind: type) -> None:
-    """With half the strength the last half of the steps are taken; DDIM keeps no count of where they begin."""
+def test_image_to_image_fractions_count_its_own_steps(tiny_pipeline, kind: type) -> None:
+    """With strength 0.5 the last half of the steps run; DDIM has no index of the first."""
     pipe = tiny_pipeline()
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     pipe = StableDiffusionXLImg2ImgPipeline(**pipe.components, requires_aesthetics_score=False)
     run = runner(pipe, image=picture(), strength=0.5, num_inference_steps=8)
     adapter, acted = fresh(pipe), []
     adapter.attach(pipe)
-    run()  # the pipeline has run before, with what is asked of it now or not
+    run()  # previous runs, with the same options and with others, must not matter
     runner(pipe, image=picture(), strength=1.0, num_inference_steps=3)()
     for span in ({"end": 0.5}, {"start": 0.5}):
         steps: list[bool] = []
         with adapter.use(anna, **span):
-            (before,) = pipe.unet._forward_pre_hooks.values()
-            injection = before.__self__
+            (baseline,) = pipe.unet._forward_pre_hooks.values()
+            injection = baseline.__self__
             hook = pipe.unet.register_forward_hook(
                 lambda *call, injection=injection, steps=steps: steps.append(
-                    injection.calls[len(call[1][0])].active
+                    injection.calls[len(call[1][0])].is_active
                 )
             )
             run()
@@ -136,16 +137,16 @@ def test_shares_of_an_image_to_image_run_are_of_its_own_steps(tiny_pipeline, kin
     assert acted == [[True, True, False, False], [False, False, True, True]]
 
 
-def test_inpainting_leaves_the_rest(tiny_pipeline) -> None:
+def test_inpainting(tiny_pipeline) -> None:
     pipe = StableDiffusionXLInpaintPipeline(**tiny_pipeline().components)
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
-    promises(
+    check_identity(
         pipe, runner(pipe, image=picture(), mask_image=mask, strength=0.9, width=16, height=16)
     )
 
 
-def test_controlnet(tiny_pipeline) -> None:
+def test_controlnet_stays_active(tiny_pipeline) -> None:
     base = tiny_pipeline()
     torch.manual_seed(1)
     net = ControlNetModel.from_unet(base.unet, conditioning_embedding_out_channels=(16, 32))
@@ -153,11 +154,11 @@ def test_controlnet(tiny_pipeline) -> None:
         torch.nn.init.normal_(layer.weight, std=0.2)
     pipe = StableDiffusionXLControlNetPipeline(**base.components, controlnet=net)
     run = runner(pipe, image=picture())
-    promises(pipe, run)
+    check_identity(pipe, run)
     assert distance(run(), run(controlnet_conditioning_scale=0.0)) > 1e-4
 
 
-def test_a_lora_of_diffusers_goes_on_acting(tiny_pipeline) -> None:
+def test_lora_stays_active(tiny_pipeline) -> None:
     from peft import LoraConfig
 
     pipe = tiny_pipeline()
@@ -169,7 +170,7 @@ def test_a_lora_of_diffusers_goes_on_acting(tiny_pipeline) -> None:
         "style",
     )
     assert distance(run(), plain) > 1e-4
-    promises(pipe, run)
+    check_identity(pipe, run)
     adapter = fresh(pipe)
     adapter.attach(pipe)
     with adapter.use(anna):
@@ -179,16 +180,16 @@ def test_a_lora_of_diffusers_goes_on_acting(tiny_pipeline) -> None:
     assert distance(with_both, without_style) > 1e-4
 
 
-def test_a_lora_file_loaded_while_the_adapter_serves(tiny_pipeline, tmp_path: Path) -> None:
+def test_lora_file_loaded_after_attach(tiny_pipeline, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model_state_dict
 
-    pipe, other = tiny_pipeline(), tiny_pipeline()
+    pipe, second = tiny_pipeline(), tiny_pipeline()
     torch.manual_seed(1)
     lora = LoraConfig(
         r=2, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False
     )
-    other.unet.add_adapter(lora)
-    other.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(other.unet))
+    second.unet.add_adapter(lora)
+    second.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(second.unet))
     adapter, run = fresh(pipe), runner(pipe)
     adapter.attach(pipe)
     with adapter.use(anna):
@@ -196,17 +197,17 @@ def test_a_lora_file_loaded_while_the_adapter_serves(tiny_pipeline, tmp_path: Pa
     pipe.load_lora_weights(tmp_path, adapter_name="style")
     with adapter.use(anna):
         both = run()
-    other_adapter = fresh(other)
-    other_adapter.attach(other)
+    other_adapter = fresh(second)
+    other_adapter.attach(second)
     with other_adapter.use(anna):
-        assert np.array_equal(runner(other)(), both) and distance(both, alone) > 1e-4
+        assert np.array_equal(runner(second)(), both) and distance(both, alone) > 1e-4
     pipe.unload_lora_weights()
     with adapter.use(anna):
         assert np.array_equal(run(), alone)
 
 
 def ip_adapter(unet: Any, seed: int = 1) -> dict[str, dict[str, torch.Tensor]]:
-    """An IP-Adapter of random weights in its published layout: four tokens of an embedding of 16."""
+    """Create random IP-Adapter weights in the published format: four tokens, embedding width 16."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -219,17 +220,17 @@ def ip_adapter(unet: Any, seed: int = 1) -> dict[str, dict[str, torch.Tensor]]:
         "norm.weight": torch.ones(width),
     }
     layers = {}
-    for place, name in enumerate(unet.attn_processors):
+    for index, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):
             inner = unet.get_submodule(name.removesuffix(".processor")).inner_dim
             layers |= {
-                f"{place}.to_k_ip.weight": noise(inner, width),
-                f"{place}.to_v_ip.weight": noise(inner, width),
+                f"{index}.to_k_ip.weight": noise(inner, width),
+                f"{index}.to_v_ip.weight": noise(inner, width),
             }
     return {"image_proj": {**image, "norm.bias": torch.zeros(width)}, "ip_adapter": layers}
 
 
-def test_an_ip_adapter_goes_on_acting(tiny_pipeline) -> None:
+def test_ip_adapter_stays_active(tiny_pipeline) -> None:
     pipe = tiny_pipeline()
     plain = runner(pipe)()
     pipe.load_ip_adapter(
@@ -239,7 +240,7 @@ def test_an_ip_adapter_goes_on_acting(tiny_pipeline) -> None:
     run = runner(pipe, ip_adapter_image_embeds=[embeds])
     pipe.set_ip_adapter_scale(1.0)
     assert distance(run(), plain) > 1e-4
-    promises(pipe, run)
+    check_identity(pipe, run)
     adapter = fresh(pipe)
     adapter.attach(pipe)
     with adapter.use(anna):
@@ -250,21 +251,21 @@ def test_an_ip_adapter_goes_on_acting(tiny_pipeline) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["dpmpp_2m", "dpmpp_sde"])
-def test_the_references_samplers_and_every_image_alone(tiny_pipeline, algorithm: str) -> None:
+def test_karras_samplers_and_independent_images(tiny_pipeline, algorithm: str) -> None:
     pipe = tiny_pipeline()
     pipe.scheduler = KarrasScheduler(algorithm=algorithm)
     run = runner(pipe)
-    promises(pipe, run)
+    check_identity(pipe, run)
     both = run(["portrait", "portrait"])
     assert distance(both[:1], run()) < 1e-4 and distance(both[:1], both[1:]) > 1e-2
     picture_pipe = StableDiffusionXLImg2ImgPipeline(
         **{**tiny_pipeline().components, "scheduler": pipe.scheduler}
     )
-    promises(picture_pipe, runner(picture_pipe, image=picture(), strength=0.6))
+    check_identity(picture_pipe, runner(picture_pipe, image=picture(), strength=0.6))
 
 
-def test_the_second_step_of_a_second_order_sampler_is_in_the_schedule(tiny_pipeline) -> None:
-    """Start and end are fractions of the run, whatever a sampler asks for in between."""
+def test_second_order_sampler_splits_by_fraction(tiny_pipeline) -> None:
+    """start and end are fractions of the run, also if a sampler calls the U-Net in between."""
     pipe = tiny_pipeline()
     pipe.scheduler = KarrasScheduler(algorithm="dpmpp_sde")
     adapter, run = fresh(pipe), runner(pipe)
@@ -276,25 +277,26 @@ def test_the_second_step_of_a_second_order_sampler_is_in_the_schedule(tiny_pipel
     assert len({image.tobytes() for image in images.values()}) == 3
 
 
-def test_published_files_by_their_variants(tmp_path) -> None:
+def test_published_variants_load(tmp_path) -> None:
     small = {"width": 12, "vit_dim": 8, "hidden_dim": 16}
     former = IDFormer(dim=16, depth=5, dim_head=8, heads=2, output_dim=64, ff_mult=1, **small)
-    layers = nn.ModuleDict({place: IdentityLayer(8, 64) for place in PLACES})
+    layers = nn.ModuleDict({index: IdentityLayer(8, 64) for index in LAYER_KEYS})
     PuLID(former, layers).save(tmp_path / "pulid_v1.1.safetensors")
-    # a .bin of this project's sizes cannot say them: published sizes are taken, and it does not fit
+    # a .bin file has no configuration: the published sizes are assumed, which do not fit
     torch.save(
         PuLID(IDEncoder(context_dim=64, **small), layers).state_dict(), tmp_path / "pulid_v1.bin"
     )
     loaded = PuLID.from_pretrained(tmp_path)
     assert isinstance(loaded.id_adapter, IDFormer) and loaded.id_adapter.config["dim"] == 16
     less = PuLID(
-        former, nn.ModuleDict({place: IdentityLayer(8, 64) for place in PLACES if place != "71"})
+        former,
+        nn.ModuleDict({index: IdentityLayer(8, 64) for index in LAYER_KEYS if index != "71"}),
     )
     file = less.save(tmp_path / "less" / "pulid_v1.1.safetensors")
     assert len(PuLID.load(file).id_adapter_attn_layers) == 69
     with pytest.raises(
         WeightsError,
-        match=r"safetensors lacks 1 of 70 layers \(id_adapter_attn_layers 71\); get its file",
+        match=r"safetensors lacks 1 of 70 layers \(id_adapter_attn_layers 71\); download its file",
     ):
         PuLID.from_pretrained(file.parent)
     with pytest.raises(WeightsError, match="size mismatch"):
@@ -307,8 +309,8 @@ def test_published_files_by_their_variants(tmp_path) -> None:
         PuLID.from_pretrained("somebody/else")
 
 
-def test_v1_at_full_size_from_its_bin(golden, tmp_path) -> None:
-    """The published names and shapes, in half precision as published files often are; strictly."""
+def test_published_names_at_full_size(golden, tmp_path) -> None:
+    """Published names and shapes load strictly, in half precision as in published files."""
     names = golden.manifest["pulid_v1"]
     for variant in ("pulid_v1", "pulid_v1.1"):
         served = {
@@ -316,22 +318,22 @@ def test_v1_at_full_size_from_its_bin(golden, tmp_path) -> None:
             for name in golden.manifest[variant]
             if name.startswith("id_adapter_attn_layers")
         }
-        assert sorted(served, key=int) == PLACES
-    kept = {
+        assert sorted(served, key=int) == LAYER_KEYS
+    captured = {
         name: shape
         for name, shape in names.items()
         if not name.startswith("id_adapter_attn_layers") or ".1." in name
     }
     state = {
-        name: torch.zeros(1, dtype=torch.float16).expand(shape) for name, shape in kept.items()
+        name: torch.zeros(1, dtype=torch.float16).expand(shape) for name, shape in captured.items()
     }
     adapter = PuLID.from_state_dict(state, _empty(IDEncoder))
-    assert {name: list(value.shape) for name, value in adapter.state_dict().items()} == kept
+    assert {name: list(value.shape) for name, value in adapter.state_dict().items()} == captured
     with pytest.raises(WeightsError, match="Unexpected key"):
         PuLID.from_state_dict({**state, "id_adapter.extra": torch.zeros(1)}, _empty(IDEncoder))
 
 
-def test_what_a_file_for_flux_lacks_is_named(golden) -> None:
+def test_missing_flux_weights_are_named(golden) -> None:
     state = {
         name: torch.zeros(1).expand(shape) for name, shape in golden.manifest["pulid_flux"].items()
     }
@@ -350,7 +352,7 @@ def _empty(cls: Any) -> Any:
         return cls()
 
 
-def test_mix_gives_further_photos_all_their_tokens(tiny_pipeline) -> None:
+def test_mix_adds_all_tokens_of_further_images(tiny_pipeline) -> None:
     pipe = tiny_pipeline()
     adapter, run = fresh(pipe), runner(pipe)
     adapter.attach(pipe)
@@ -372,12 +374,12 @@ def test_mix_gives_further_photos_all_their_tokens(tiny_pipeline) -> None:
         former.encode(two.id_cond, two.hidden, mix=True)
 
 
-def test_a_compiled_unet_is_refused_or_told_to_look(tiny_pipeline) -> None:
-    """Compiled code does not look for hooks: the identity would not be seen, or stay for ever."""
+def test_compiled_unet_is_refused_without_hook_guards(tiny_pipeline) -> None:
+    """Compiled code ignores changes of hooks, unless dynamo's hook guards are enabled."""
     pipe = tiny_pipeline()
     adapter, run = fresh(pipe), runner(pipe, num_inference_steps=1)
     adapter.attach(pipe)
-    before = run()
+    baseline = run()
     with adapter.use(anna):
         expected = run()
     pipe.unet.forward = torch.compile(pipe.unet.forward, backend="eager")
@@ -388,8 +390,8 @@ def test_a_compiled_unet_is_refused_or_told_to_look(tiny_pipeline) -> None:
     with pytest.raises(OptionError, match="skip_nnmodule_hook_guards"), adapter.use(anna):
         pass
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-        assert distance(run(), before) < 1e-5
+        assert distance(run(), baseline) < 1e-5
         with adapter.use(anna):
             assert distance(run(), expected) < 1e-5
-        assert distance(run(), before) < 1e-5
+        assert distance(run(), baseline) < 1e-5
     torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Both encoders: the reference's outputs on seeded weights, several photos, and every size as an argument."""
+"""Both encoders: parity with the reference on seeded weights, several images, other sizes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def features(
 
 
 @torch.no_grad()
-def test_idencoder_is_the_reference(golden) -> None:
+def test_idencoder_matches_reference(golden) -> None:
     encoder = golden.fill(IDEncoder(), "id_adapter.")
     tokens = encoder(
         golden.input("id_cond", 2, 1280), [golden.input(f"vit{i}", 2, 577, 1024) for i in range(5)]
@@ -28,7 +28,7 @@ def test_idencoder_is_the_reference(golden) -> None:
 
 
 @torch.no_grad()
-def test_idformer_is_the_reference(golden) -> None:
+def test_idformer_matches_reference(golden) -> None:
     encoder = golden.fill(IDFormer(), "id_adapter.")
     hidden = [golden.input(f"vit{i}", 2, 577, 1024) for i in range(5)]
     id_cond = golden.input("id_cond", 2, 1280)
@@ -37,9 +37,9 @@ def test_idformer_is_the_reference(golden) -> None:
     three = [golden.input(f"multi.vit{i}", 1, 1731, 1024) for i in range(5)]
     tokens = encoder(golden.input("multi.id_cond", 1, 3, 1280), three)
     assert golden.error("idformer.tokens_three_images", tokens) < 1e-4
-    # nobody is one photo of zeros, from however many photos the identity was made
-    nobody = encoder.unconditional(golden.input("multi.id_cond", 1, 3, 1280), three)
-    assert golden.error("idformer.tokens_uncond", nobody) < 1e-4
+    # the unconditional tokens are those of one image of zeros, for any number of images
+    unconditional = encoder.unconditional(golden.input("multi.id_cond", 1, 3, 1280), three)
+    assert golden.error("idformer.tokens_uncond", unconditional) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_published_names_and_shapes(golden, encoder, published: str) -> None:
     assert ours == theirs
 
 
-def test_v1_reads_further_photos() -> None:
+def test_idencoder_reads_further_images() -> None:
     encoder = IDEncoder(context_dim=32, **TINY)
     id_cond, hidden = features(2, photos=3)
     tokens, mixed = encoder(id_cond, hidden), encoder(id_cond, hidden, mix=True)
@@ -65,7 +65,7 @@ def test_v1_reads_further_photos() -> None:
     assert encoder.unconditional(id_cond, hidden).shape == (1, 20, 32)
 
 
-def test_idformer_takes_other_sizes() -> None:
+def test_idformer_sizes_are_configurable() -> None:
     encoder = IDFormer(
         dim=16,
         depth=5,

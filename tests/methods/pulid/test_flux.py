@@ -1,4 +1,4 @@
-"""PuLID on FLUX: the reference's outputs on seeded weights, and what `use` promises on a tiny real pipeline."""
+"""PuLID for FLUX: parity with the reference on seeded weights, and every guarantee of `use`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.flux_attention import PerceiverCrossAttention, Turn, places
+from openpulid.methods.pulid.flux_attention import PerceiverCrossAttention, identity_blocks
 from openpulid.methods.pulid.sdxl import PuLID
 from tests.support.people import anna, ben, distance
 from tests.support.people import fresh as fresh_sdxl
@@ -31,7 +31,7 @@ from tests.support.tiny_flux import SMALL, fresh, run, tiny_pipe
 
 
 @torch.no_grad()
-def test_one_attention_is_the_reference(golden) -> None:
+def test_attention_matches_reference(golden) -> None:
     layer = golden.fill(PerceiverCrossAttention(), "pulid_ca.0.")
     out = layer(golden.input("ca.id", 1, 32, 2048), golden.input("ca.latents", 1, 48, 3072))
     assert golden.error("perceiver_ca.out", out) < 1e-4
@@ -81,31 +81,31 @@ def call(
 
 
 @torch.no_grad()
-def test_the_transformer_is_the_reference(golden, transformer, adapter) -> None:
-    before = call(golden, transformer)
-    assert golden.error("flux.base", before) < 1e-4
+def test_transformer_matches_reference(golden, transformer, adapter) -> None:
+    baseline = call(golden, transformer)
+    assert golden.error("flux.base", baseline) < 1e-4
     for weight in (1.0, 0.6):
         with adapter.use_tokens(golden.input("flux.id", 1, 32, 32), scale=weight):
             assert golden.error(f"flux.id_weight_{weight}", call(golden, transformer)) < 1e-4
-    assert torch.equal(call(golden, transformer), before)
+    assert torch.equal(call(golden, transformer), baseline)
 
 
 def denoise(
     golden, transformer: Any, guidance: float, true_cfg: float = 1.0, cfg_from: int = 0
 ) -> Tensor:
-    """The reference's loop."""
+    """Run the reference's denoising loop."""
     x = golden.input("flux.img", 1, 36, 16)
     for step, (time, following) in enumerate(pairwise(schedule(golden, 4, 36))):
         predicted = call(golden, transformer, x, time, guidance)
         if true_cfg != 1 and step >= cfg_from:
-            nothing = call(golden, transformer, x, time, guidance, "neg_")
-            predicted = nothing + true_cfg * (predicted - nothing)
+            negative = call(golden, transformer, x, time, guidance, "neg_")
+            predicted = negative + true_cfg * (predicted - negative)
         x = x + (following - time) * predicted
     return x
 
 
 def schedule(golden, steps: int, tokens: int) -> list[float]:
-    """FLUX.1-dev's: evenly spaced, shifted by how many tokens an image has."""
+    """Return FLUX.1-dev's schedule: evenly spaced, shifted by the number of image tokens."""
     mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
     even = torch.linspace(1, 0, steps + 1)
     shifted = np.exp(mu) / (np.exp(mu) + (1 / even - 1))
@@ -113,7 +113,7 @@ def schedule(golden, steps: int, tokens: int) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ["4x256", "20x4096", "28x2304"])
-def test_schedules_are_the_references(golden, name: str) -> None:
+def test_schedules_match_reference(golden, name: str) -> None:
     steps, tokens = map(int, name.split("x"))
     expected = torch.tensor(golden.manifest["flux_schedules"][name])
     torch.testing.assert_close(
@@ -128,15 +128,18 @@ def test_schedules_are_the_references(golden, name: str) -> None:
 
 
 @torch.no_grad()
-def test_both_loops_are_the_reference(golden, transformer, adapter) -> None:
-    tokens, nobody = golden.input("flux.id", 1, 32, 32), golden.input("flux.uncond", 1, 32, 32)
+def test_denoising_loops_match_reference(golden, transformer, adapter) -> None:
+    tokens, unconditional = (
+        golden.input("flux.id", 1, 32, 32),
+        golden.input("flux.uncond", 1, 32, 32),
+    )
     with adapter.use_tokens(tokens, start_step=1):
         assert golden.error("flux.denoise_start1", denoise(golden, transformer, 4.0)) < 1e-4
-    with adapter.use_tokens(tokens, scale=0.9, negative=nobody):
+    with adapter.use_tokens(tokens, scale=0.9, negative=unconditional):
         out = denoise(golden, transformer, 1.0, true_cfg=3.0, cfg_from=1)
     assert golden.error("flux.denoise_true_cfg", out) < 1e-4
-    # a pipeline guides from the first step on: the adapter takes the guidance away where it is not wanted
-    with adapter.use_tokens(tokens, scale=0.9, negative=nobody, timestep_to_start_cfg=1):
+    # a pipeline guides from the first step: the adapter disables guidance before the start
+    with adapter.use_tokens(tokens, scale=0.9, negative=unconditional, timestep_to_start_cfg=1):
         again = denoise(golden, transformer, 1.0, true_cfg=3.0, cfg_from=0)
     torch.testing.assert_close(again, out, atol=1e-5, rtol=1e-4)
 
@@ -152,37 +155,11 @@ def test_published_names_and_shapes_at_full_size(golden) -> None:
         assert {name: list(value.shape) for name, value in one.state_dict().items()} == names
     loaded.attach(transformer)
     assert (
-        places(transformer)[9:11] == [("double", 18), ("single", 0)]
-        and len(places(transformer)) == 20
+        identity_blocks(transformer)[9:11] == [("double", 18), ("single", 0)]
+        and len(identity_blocks(transformer)) == 20
     )
     with pytest.raises(WeightsError, match="Unexpected key"):
         PuLIDFlux.from_state_dict({**state, "pulid_encoder.more": torch.empty(1)}, IDFormer())
-
-
-def test_where_a_run_stands() -> None:
-    turn, seen = Turn(), []
-    for time in (1.0, 0.7, 0.7, 0.3, 0.3, 1.0, 0.5):
-        turn.note(time)
-        seen.append((turn.step, turn.negative))
-    assert seen == [
-        (0, False),
-        (1, False),
-        (1, True),
-        (2, False),
-        (2, True),
-        (0, False),
-        (1, False),
-    ]
-    turn.note(0.5, schedule="another run")  # of one step, at the time where the last one ended
-    assert (turn.step, turn.negative) == (0, False)
-
-
-def test_steps_of_the_same_time_are_told_apart_by_the_schedulers_count() -> None:
-    turn, seen = Turn(), []
-    for time, place in ((1.0, None), (1.0, None), (1.0, 1), (1.0, 1), (0.9, 2), (0.9, 3)):
-        turn.note(time, "run", place)
-        seen.append((turn.step, turn.negative))
-    assert seen == [(0, False), (0, True), (1, False), (1, True), (2, False), (3, False)]
 
 
 # -- on a tiny pipeline --
@@ -193,17 +170,17 @@ def pipe() -> FluxPipeline:
     return tiny_pipe()
 
 
-def test_identity_acts_and_nothing_is_left(pipe) -> None:
-    before = run(pipe)
+def test_identity_acts_and_pipeline_is_restored(pipe) -> None:
+    baseline = run(pipe)
     adapter = fresh(pipe)
-    shown = []
+    images = []
     for person in (anna, ben):
         with adapter.use(person):
-            shown.append(run(pipe))
-    assert min(distance(before, x) for x in shown) > 1e-3 and distance(*shown) > 1e-3
+            images.append(run(pipe))
+    assert min(distance(baseline, x) for x in images) > 1e-3 and distance(*images) > 1e-3
     with pytest.raises(RuntimeError, match="inside"), adapter.use(anna):
         raise RuntimeError("inside")
-    assert np.array_equal(run(pipe), before)
+    assert np.array_equal(run(pipe), baseline)
     blocks = [
         *pipe.transformer.transformer_blocks,
         *pipe.transformer.single_transformer_blocks,
@@ -211,27 +188,32 @@ def test_identity_acts_and_nothing_is_left(pipe) -> None:
     ]
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
     adapter.detach(pipe)
-    with pytest.raises(OptionError, match="serves no pipeline"), adapter.use(anna):
+    with pytest.raises(OptionError, match="is not attached to this pipeline"), adapter.use(anna):
         pass
 
 
-def test_an_untrained_adapter_changes_nothing(pipe) -> None:
+def test_untrained_adapter_changes_nothing(pipe) -> None:
     adapter = PuLIDFlux.for_transformer(
         pipe.transformer, IDFormer(**SMALL, output_dim=16, hidden_dim=16), dim_head=8, heads=2
     )
     adapter.attach(pipe)
-    before = run(pipe)
+    baseline = run(pipe)
     with adapter.use(anna):
-        assert np.array_equal(run(pipe), before)
+        assert np.array_equal(run(pipe), baseline)
 
 
-def test_steps_and_fractions(pipe) -> None:
+def test_start_step_and_fractions_agree(pipe) -> None:
     adapter = fresh(pipe)
     images = {}
-    for name, options in {
-        "all": {}, "fraction": {"start": 0.5}, "step": {"start_step": 2}, "end": {"end": 0.5}, "never": {"start_step": 4},
+    variants = {
+        "all": {},
+        "fraction": {"start": 0.5},
+        "step": {"start_step": 2},
+        "end": {"end": 0.5},
+        "never": {"start_step": 4},
         "off": {"scale": 0},
-    }.items():  # fmt: skip
+    }
+    for name, options in variants.items():
         with adapter.use(anna, **options):
             images[name] = run(pipe)
     assert np.array_equal(images["fraction"], images["step"]) and np.array_equal(
@@ -246,8 +228,8 @@ def test_steps_and_fractions(pipe) -> None:
         pass
 
 
-def test_steps_whose_time_is_rounded_to_the_same(pipe) -> None:
-    """A steep schedule in bfloat16, as large pictures have it: every step counts, and none is taken for a negative call."""
+def test_steps_with_equal_rounded_time_are_counted(pipe) -> None:
+    """A steep bfloat16 schedule, as of large images: no step is mistaken for a negative call."""
     pipe.to(torch.bfloat16)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=5.0, max_shift=5.0
@@ -260,12 +242,10 @@ def test_steps_whose_time_is_rounded_to_the_same(pipe) -> None:
     note.remove()
     assert len(set(times)) < len(times) == 8
     with adapter.use(anna):
-        shown = run(pipe, steps=8)
+        images = run(pipe, steps=8)
     tokens = adapter.encode(anna.id_cond, anna.hidden).detach()
-    with adapter.use_tokens(
-        tokens, negative=tokens
-    ):  # whichever call is the negative one shows anna, too
-        assert distance(run(pipe, steps=8), shown) < 1e-3
+    with adapter.use_tokens(tokens, negative=tokens):  # both calls have the same tokens
+        assert distance(run(pipe, steps=8), images) < 1e-3
     with adapter.use(anna, start_step=7):  # the last
         assert distance(run(pipe, steps=8), plain) > 1e-2
     with adapter.use(anna, start_step=4):
@@ -274,132 +254,132 @@ def test_steps_whose_time_is_rounded_to_the_same(pipe) -> None:
         assert np.array_equal(run(pipe, steps=8), late)
 
 
-def test_the_negative_prompt_shows_nobody(pipe) -> None:
+def test_negative_prompt_has_unconditional_tokens(pipe) -> None:
     adapter = fresh(pipe)
-    seen = []
-    nobody = adapter.unconditional(anna.id_cond, anna.hidden)
+    captured = []
+    unconditional = adapter.unconditional(anna.id_cond, anna.hidden)
     tokens = adapter.encode(anna.id_cond, anna.hidden)
     with torch.no_grad(), adapter.use(anna):
         images = run(pipe, negative=True)
-    with torch.no_grad(), adapter.use_tokens(tokens, negative=nobody):
+    with torch.no_grad(), adapter.use_tokens(tokens, negative=unconditional):
         assert distance(run(pipe, negative=True), images) < 1e-5
     with (
         torch.no_grad(),
         adapter.use_tokens(tokens, negative=tokens),
-    ):  # the same person on both sides is another image
+    ):  # the same identity on both sides gives another image
         assert distance(run(pipe, negative=True), images) > 1e-3
     for first in (0, 2, 4):
         with adapter.use(anna, timestep_to_start_cfg=first):
-            seen.append(run(pipe, negative=True))
-    assert np.array_equal(seen[0], images) and distance(seen[0], seen[1]) > 1e-4
+            captured.append(run(pipe, negative=True))
+    assert np.array_equal(captured[0], images) and distance(captured[0], captured[1]) > 1e-4
     with adapter.use(anna):
-        assert distance(run(pipe), seen[2]) < 1e-5  # never guided
+        assert distance(run(pipe), captured[2]) < 1e-5
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_batches_are_what_single_images_are(pipe, negative: bool) -> None:
-    """Beside a negative prompt, too, which shows the same nobody to each."""
+def test_batches_match_single_images(pipe, negative: bool) -> None:
+    """Also with a negative prompt, whose unconditional tokens are shared by all images."""
     adapter = fresh(pipe)
     with adapter.use([anna, ben]):
         both = run(pipe, count=2, negative=negative)
-    for own, one in enumerate((anna, ben)):
+    for index, one in enumerate((anna, ben)):
         with adapter.use([one, one]):
             twice = run(pipe, count=2, negative=negative)
         apart = [distance(*pair) for pair in zip(both, twice, strict=True)]
-        assert apart[own] < 1e-5 and apart[1 - own] > 1e-3
+        assert apart[index] < 1e-5 and apart[1 - index] > 1e-3
     with pytest.raises(OptionError, match="do not fit"), adapter.use([anna, ben]):
         run(pipe, count=3, negative=negative)
 
 
 @pytest.mark.parametrize("negative", [False, True])
-def test_several_images_of_each_prompt_follow_one_another(pipe, negative: bool) -> None:
-    """Two people with masks in the images of the first prompt, one in those of the second."""
+def test_images_of_one_prompt_are_consecutive(pipe, negative: bool) -> None:
+    """The first prompt has two people with masks, the second has one."""
     left = torch.zeros(8, 8)
     left[:, :4] = 1
     adapter, pair = fresh(pipe), [(anna, left), (ben, 1 - left)]
     with adapter.use([pair, [(anna, None)]]):
         four = run(pipe, count=4, negative=negative)
-    for people, own in (([pair, pair], slice(0, 2)), ([[(anna, None)]] * 2, slice(2, 4))):
+    for people, rows in (([pair, pair], slice(0, 2)), ([[(anna, None)]] * 2, slice(2, 4))):
         with adapter.use(people):
             same = run(pipe, count=4, negative=negative)
         apart = [distance(*both) for both in zip(four, same, strict=True)]
-        others = set(range(4)) - set(range(*own.indices(4)))
-        assert max(apart[own]) < 1e-5 and min(apart[k] for k in others) > 1e-3
+        remaining = set(range(4)) - set(range(*rows.indices(4)))
+        assert max(apart[rows]) < 1e-5 and min(apart[k] for k in remaining) > 1e-3
 
 
-def test_masks_limit_where_each_acts(pipe) -> None:
-    """Right after a block whose tokens get the identity, a token outside the mask is what it was."""
+def test_masks_limit_identities_to_regions(pipe) -> None:
+    """After a hooked block, tokens outside the mask are unchanged."""
     left = torch.zeros(8, 8)
     left[:, :4] = 1
     adapter = fresh(pipe)
     with adapter.use(anna):
-        whole = run(pipe)
+        full = run(pipe)
     with adapter.use([(anna, torch.ones(8, 8))]):
-        assert distance(run(pipe), whole) < 1e-5
+        assert distance(run(pipe), full) < 1e-5
     with adapter.use([(anna, left), (ben, 1 - left)]):
         pair = run(pipe)
     with adapter.use([(ben, 1 - left), (anna, left)]):
         assert distance(run(pipe), pair) < 1e-5
     with adapter.use([(anna, 1 - left), (ben, left)]):
         assert distance(run(pipe), pair) > 1e-3
-    first, kept = pipe.transformer.transformer_blocks[0], []
+    first, captured = pipe.transformer.transformer_blocks[0], []
     for scale in (0.0, 1.0):
         with adapter.use([(anna, left)], scale=scale):
             hook = first.register_forward_hook(
-                lambda block, args, output: kept.append(output[1].reshape(8, 8, -1))
+                lambda block, args, output: captured.append(output[1].reshape(8, 8, -1))
             )
             run(pipe, steps=1)
             hook.remove()
-    assert torch.equal(kept[0][:, 4:], kept[1][:, 4:]) and not torch.equal(
-        kept[0][:, :4], kept[1][:, :4]
+    assert torch.equal(captured[0][:, 4:], captured[1][:, 4:]) and not torch.equal(
+        captured[0][:, :4], captured[1][:, :4]
     )
 
 
-def test_the_negative_prompt_shows_nobody_where_somebody_is(pipe) -> None:
-    """In all the regions together: right after the first block a token outside them is what it was."""
+def test_unconditional_tokens_act_in_all_regions(pipe) -> None:
+    """After the first block, tokens outside all masks are unchanged in the negative call."""
     left, top = torch.zeros(8, 8), torch.zeros(8, 8)
     left[:, :4], top[:4] = 1, 1
     adapter, first = fresh(pipe), pipe.transformer.transformer_blocks[0]
 
     def negative(people: Any, scale: float = 1.0) -> Tensor:
-        kept: list[Tensor] = []
+        captured: list[Tensor] = []
         with adapter.use(people, scale=scale):
             hook = first.register_forward_hook(
-                lambda block, args, output: kept.append(output[1].reshape(8, 8, -1))
+                lambda block, args, output: captured.append(output[1].reshape(8, 8, -1))
             )
             run(pipe, negative=True, steps=1)
             hook.remove()
-        assert len(kept) == 2
-        return kept[1]
+        assert len(captured) == 2
+        return captured[1]
 
-    nobody, before = negative(anna), negative(anna, scale=0.0)
-    torch.testing.assert_close(negative([(anna, left), (ben, 1 - left)]), nobody)
+    unconditional, baseline = negative(anna), negative(anna, scale=0.0)
+    torch.testing.assert_close(negative([(anna, left), (ben, 1 - left)]), unconditional)
     above = negative([(anna, left * top), (ben, (1 - left) * top)])
-    torch.testing.assert_close(above[:4], nobody[:4])
-    assert torch.equal(above[4:], before[4:]) and not torch.equal(nobody[4:], before[4:])
+    torch.testing.assert_close(above[:4], unconditional[:4])
+    assert torch.equal(above[4:], baseline[4:]) and not torch.equal(unconditional[4:], baseline[4:])
 
 
-def test_masks_on_a_wide_picture_beside_references(golden, transformer, adapter) -> None:
-    """4 x 9 tokens are made; a reference of 6 x 2, as Kontext lays it behind them, has rows that these do not have."""
+def test_masks_fit_wide_image_with_reference_tokens(golden, transformer, adapter) -> None:
+    """4 x 9 generated tokens, followed by a reference of 6 x 2 with more rows, as in Kontext."""
     mask = torch.zeros(8, 18)
     mask[:4, :8] = 1
     inside = torch.zeros(4, 9, dtype=torch.bool)
     inside[:2, :4] = True
-    made = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(9.0))
+    generated = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(9.0))
     reference = torch.cartesian_prod(torch.ones(1), torch.arange(6.0), torch.arange(2.0))
     image = torch.cat([golden.input("flux.img", 1, 36, 16), torch.ones(1, 12, 16)], 1)
     text = golden.input("flux.txt", 1, 8, 40), golden.input("flux.vec", 1, 24)
-    seen: list[Tensor] = []
+    captured: list[Tensor] = []
     first = transformer.transformer_blocks[0]
     for scale in (0.0, 1.0):
         with torch.no_grad(), adapter.use([(anna, mask)], scale=scale):
             hook = first.register_forward_hook(
-                lambda block, args, output: seen.append(output[1][0])
+                lambda block, args, output: captured.append(output[1][0])
             )
-            ids = torch.cat([made, reference]), torch.zeros(8, 3)
+            ids = torch.cat([generated, reference]), torch.zeros(8, 3)
             transformer(image, *text, torch.tensor([0.7]), *ids, torch.tensor([3.5]))
             hook.remove()
-    changed = (seen[0] != seen[1]).any(-1)
+    changed = (captured[0] != captured[1]).any(-1)
     assert torch.equal(changed, torch.cat([inside.flatten(), torch.zeros(12, dtype=torch.bool)]))
 
 
@@ -413,70 +393,80 @@ def test_image_to_image_and_references(pipe) -> None:
     )
     picture.set_progress_bar_config(disable=True)
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    before = run(picture, image=image, strength=0.75)
+    baseline = run(picture, image=image, strength=0.75)
     adapter = fresh(picture)
     images = []
     for options in ({}, {"start_step": 1}, {"start": 0.9}):
         with adapter.use(anna, **options):
             images.append(run(picture, image=image, strength=0.75))
-    assert distance(images[0], before) > 1e-3 and distance(images[1], images[0]) > 1e-4
-    assert np.array_equal(run(picture, image=image, strength=0.75), before)
+    assert distance(images[0], baseline) > 1e-3 and distance(images[1], images[0]) > 1e-4
+    assert np.array_equal(run(picture, image=image, strength=0.75), baseline)
 
 
-def test_reference_tokens_are_left_alone(golden, transformer, adapter) -> None:
-    """Kontext lays a reference's tokens behind those being made: they do not get the identity themselves."""
-    seen: list[Tensor] = []
+def test_reference_tokens_are_unchanged(golden, transformer, adapter) -> None:
+    """Reference tokens follow the generated ones, as in Kontext, and get no identity."""
+    captured: list[Tensor] = []
     first = transformer.transformer_blocks[0]
     ids = torch.cat([torch.zeros(36, 3), torch.ones(10, 3)])
     image = torch.cat([golden.input("flux.img", 1, 36, 16), torch.ones(1, 10, 16)], 1)
     text = golden.input("flux.txt", 1, 8, 40), golden.input("flux.vec", 1, 24)
     for scale in (0.0, 1.0):
         with torch.no_grad(), adapter.use_tokens(golden.input("flux.id", 1, 32, 32), scale=scale):
-            hook = first.register_forward_hook(lambda block, args, output: seen.append(output[1]))
+            hook = first.register_forward_hook(
+                lambda block, args, output: captured.append(output[1])
+            )
             transformer(
                 image, *text, torch.tensor([0.7]), ids, torch.zeros(8, 3), torch.tensor([3.5])
             )
             hook.remove()
-    assert torch.equal(seen[0][:, 36:], seen[1][:, 36:]) and not torch.equal(
-        seen[0][:, :36], seen[1][:, :36]
+    assert torch.equal(captured[0][:, 36:], captured[1][:, 36:]) and not torch.equal(
+        captured[0][:, :36], captured[1][:, :36]
     )
 
 
 def inputs() -> tuple[Tensor, ...]:
-    """A call of the tiny transformer, 4 x 4 tokens."""
-    given = (torch.randn(1, 16, 16), torch.randn(1, 7, 24), torch.randn(1, 20), torch.tensor([0.5]))
+    """Return the arguments of a call of the tiny transformer, 4 x 4 tokens."""
+    inputs = (
+        torch.randn(1, 16, 16),
+        torch.randn(1, 7, 24),
+        torch.randn(1, 20),
+        torch.tensor([0.5]),
+    )
     grid = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
-    return *given, grid, torch.zeros(7, 3), torch.tensor([3.5])
+    return *inputs, grid, torch.zeros(7, 3), torch.tensor([3.5])
 
 
 def test_gradients_reach_the_adapter_through_checkpointed_blocks(pipe) -> None:
     adapter = fresh(pipe).requires_grad_(True)
     transformer = pipe.transformer.requires_grad_(False)
-    given, gradients = inputs(), []
+    arguments, gradients = inputs(), []
     for checkpointing in (False, True):
-        transformer.enable_gradient_checkpointing() if checkpointing else transformer.disable_gradient_checkpointing()
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        else:
+            transformer.disable_gradient_checkpointing()
         transformer.train(checkpointing)
         adapter.zero_grad()
         with adapter.use_tokens(adapter.encode(anna.id_cond, anna.hidden)):
-            out = transformer(*given, return_dict=False)[0]
+            out = transformer(*arguments, return_dict=False)[0]
             out.square().sum().backward()
         gradients.append([p.grad.clone() for p in adapter.parameters() if p.grad is not None])
     assert len(gradients[0]) == len(list(adapter.parameters()))
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+    for one, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, second)
     assert all(p.grad is None for p in transformer.parameters())
 
 
-def test_a_negative_call_beside_checkpointed_blocks_is_refused(pipe) -> None:
-    """Called once more for the gradient, the blocks of the positive call would show nobody."""
-    adapter, given = fresh(pipe), inputs()
+def test_negative_call_with_gradient_checkpointing_raises(pipe) -> None:
+    """Blocks of the positive call, recomputed for backward, would use the negative tokens."""
+    adapter, arguments = fresh(pipe), inputs()
     tokens = adapter.encode(anna.id_cond, anna.hidden)
 
     def calls(*graded: bool) -> None:
         with adapter.use_tokens(tokens, negative=tokens):
             for gradient in graded:
                 with torch.set_grad_enabled(gradient):
-                    pipe.transformer(*given)
+                    pipe.transformer(*arguments)
 
     pipe.transformer.enable_gradient_checkpointing()
     for graded in ((True, True), (True, False), (False, True)):
@@ -489,7 +479,7 @@ def test_a_negative_call_beside_checkpointed_blocks_is_refused(pipe) -> None:
     calls(True, True)
 
 
-def test_caching_hooks_of_diffusers(pipe) -> None:
+def test_pyramid_attention_broadcast(pipe) -> None:
     from diffusers import PyramidAttentionBroadcastConfig
 
     adapter = fresh(pipe)
@@ -505,7 +495,7 @@ def test_caching_hooks_of_diffusers(pipe) -> None:
     pipe.transformer.disable_cache()
 
 
-def test_another_transformer_is_refused(pipe, adapter) -> None:
+def test_other_transformers_raise(pipe, adapter) -> None:
     with pytest.raises(WeightsError, match="another transformer"):
         adapter.attach(pipe)
     with pytest.raises(OptionError, match="no FLUX transformer"):
@@ -517,19 +507,23 @@ def test_another_transformer_is_refused(pipe, adapter) -> None:
         "attention_head_dim": 16,
         "num_attention_heads": 2,
     }
-    own = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    approximator = {
+        "approximator_num_channels": 8,
+        "approximator_hidden_dim": 16,
+        "approximator_layers": 1,
+    }
     chroma = ChromaTransformer2DModel(
-        **sizes, **own, joint_attention_dim=24, axes_dims_rope=(4, 6, 6)
+        **sizes, **approximator, joint_attention_dim=24, axes_dims_rope=(4, 6, 6)
     )
     with pytest.raises(
         OptionError,
-        match=r"ChromaTransformer2DModel is not FLUX\.1's transformer: Chroma and others",
+        match=r"ChromaTransformer2DModel is not FLUX\.1's transformer: Chroma and other models",
     ):
         fresh(pipe).attach(chroma)
 
 
-def test_the_variant_names_the_file(pipe, tmp_path) -> None:
-    """Published files have one size only: what is smaller is found by its name, and refused by its shapes."""
+def test_variant_selects_file(pipe, tmp_path) -> None:
+    """A smaller adapter is located by the published name, and rejected by its shapes."""
     former = IDFormer(**SMALL, output_dim=16, hidden_dim=16)
     adapter = PuLIDFlux.for_transformer(pipe.transformer, former, dim_head=128, heads=1)
     save_file(adapter.state_dict(), tmp_path / "pulid_flux_v0.9.0.safetensors")
@@ -539,28 +533,28 @@ def test_the_variant_names_the_file(pipe, tmp_path) -> None:
         PuLID.from_pretrained(tmp_path, variant="flux-v0.9.1")
 
 
-def test_an_adapter_of_the_other_family_is_refused(pipe, tiny_pipeline) -> None:
+def test_adapter_of_other_family_raises(pipe, tiny_pipeline) -> None:
     sdxl = tiny_pipeline()
     ours, theirs = fresh(pipe), fresh_sdxl(sdxl)
     for target in (sdxl, sdxl.unet):
         with pytest.raises(
-            OptionError, match=r"has no FLUX transformer; .* take an adapter for SDXL\.$"
+            OptionError, match=r"has no FLUX transformer; .* use an adapter for SDXL\.$"
         ):
             ours.attach(target)
     for target in (pipe, pipe.transformer):
-        with pytest.raises(OptionError, match=r"has no U-Net; .* take an adapter for FLUX\.$"):
+        with pytest.raises(OptionError, match=r"has no U-Net; .* use an adapter for FLUX\.$"):
             theirs.attach(target)
 
 
 @pytest.mark.parametrize("half", ["pipeline", "adapter"])
-def test_one_of_both_in_half_precision(pipe, half: str) -> None:
+def test_pipeline_or_adapter_in_bf16(pipe, half: str) -> None:
     adapter = fresh(pipe)
     with adapter.use(anna):
         exact = run(pipe)
     (pipe if half == "pipeline" else adapter).to(dtype=torch.bfloat16)
-    before = run(pipe)
+    baseline = run(pipe)
     with adapter.use(anna):
-        assert distance(run(pipe), exact) < 0.1 < distance(before, exact)
+        assert distance(run(pipe), exact) < 0.1 < distance(baseline, exact)
 
 
 def test_two_pipelines_in_two_threads_do_not_mix() -> None:

@@ -1,6 +1,7 @@
-"""The FLUX adapter beside what else diffusers offers: LoRA, ControlNet, IP-Adapter, inpainting, Fill, Kontext, caches,
-offloading, compilers. Everywhere the same three promises: the identity acts, the companion goes on acting, and
-afterwards all is as it was.
+"""PuLID for FLUX together with other features of diffusers.
+
+LoRA, ControlNet, IP-Adapter, inpainting, Fill, Kontext, caching, offloading and compilation. In
+each case the identity acts, the other feature stays active, and the pipeline is restored.
 """
 
 from __future__ import annotations
@@ -47,31 +48,31 @@ def left_half() -> Tensor:
 
 
 def within(pipe: FluxPipeline, kind: type, **parts: Any) -> Any:
-    """The pipeline's parts in a pipeline of another kind."""
-    own = {
+    """Create a pipeline of another kind from the components."""
+    index = {
         name: part
         for name, part in pipe.components.items()
         if name not in ("image_encoder", "feature_extractor")
     }
-    other = kind(**own, **parts)
-    other.set_progress_bar_config(disable=True)
-    return other
+    second = kind(**index, **parts)
+    second.set_progress_bar_config(disable=True)
+    return second
 
 
-def promises(pipe: Any, **options: Any) -> PuLIDFlux:
-    """Anna and Ben differ, and what was before is bit for bit after."""
-    before = run(pipe, **options)
+def check_identity(pipe: Any, **options: Any) -> PuLIDFlux:
+    """Check that two identities differ, and that the pipeline is restored bit for bit."""
+    baseline = run(pipe, **options)
     adapter = fresh(pipe)
-    shown = []
+    images = []
     for person in (anna, ben):
         with adapter.use(person):
-            shown.append(run(pipe, **options))
-    assert min(distance(before, image) for image in shown) > 1e-2 and distance(*shown) > 1e-2
-    assert np.array_equal(run(pipe, **options), before)
+            images.append(run(pipe, **options))
+    assert min(distance(baseline, image) for image in images) > 1e-2 and distance(*images) > 1e-2
+    assert np.array_equal(run(pipe, **options), baseline)
     return adapter
 
 
-def test_a_lora_goes_on_acting() -> None:
+def test_lora_stays_active() -> None:
     from peft import LoraConfig
 
     pipe = tiny_pipe()
@@ -82,7 +83,7 @@ def test_a_lora_goes_on_acting() -> None:
     )
     pipe.transformer.add_adapter(lora, "style")
     assert distance(run(pipe), plain) > 1e-3
-    adapter = promises(pipe)
+    adapter = check_identity(pipe)
     with adapter.use(anna):
         both = run(pipe)
         pipe.transformer.disable_adapters()
@@ -90,7 +91,7 @@ def test_a_lora_goes_on_acting() -> None:
     assert distance(both, alone) > 1e-3
 
 
-def test_a_controlnet_goes_on_acting() -> None:
+def test_controlnet_stays_active() -> None:
     base = tiny_pipe()
     torch.manual_seed(1)
     net = FluxControlNetModel.from_transformer(
@@ -99,7 +100,7 @@ def test_a_controlnet_goes_on_acting() -> None:
     for layer in (*net.controlnet_blocks, *net.controlnet_single_blocks, net.controlnet_x_embedder):
         nn.init.normal_(layer.weight, std=0.3)
     pipe = within(base, FluxControlNetPipeline, controlnet=net.eval())
-    adapter = promises(pipe, control_image=picture())
+    adapter = check_identity(pipe, control_image=picture())
     with adapter.use(anna):
         images = [
             run(pipe, control_image=picture(), controlnet_conditioning_scale=scale)
@@ -108,7 +109,7 @@ def test_a_controlnet_goes_on_acting() -> None:
     assert distance(*images) > 1e-3
 
 
-def test_an_ip_adapter_goes_on_acting() -> None:
+def test_ip_adapter_stays_active() -> None:
     pipe = tiny_pipe()
     generator = torch.Generator().manual_seed(1)
 
@@ -131,7 +132,7 @@ def test_an_ip_adapter_goes_on_acting() -> None:
     weights = {"image_proj": image, "ip_adapter": layers}
     pipe.load_ip_adapter(weights, weight_name="", image_encoder_pretrained_model_name_or_path=None)
     options = {f"{side}ip_adapter_image_embeds": [noise(1, 1, 12)] for side in ("", "negative_")}
-    adapter = promises(pipe, **options)
+    adapter = check_identity(pipe, **options)
     with adapter.use(anna):
         images = []
         for scale in (0.0, 1.0):
@@ -140,41 +141,42 @@ def test_an_ip_adapter_goes_on_acting() -> None:
     assert distance(*images) > 1e-3
 
 
-def test_inpainting_leaves_the_rest() -> None:
+def test_inpainting_keeps_unmasked_area() -> None:
     pipe = within(tiny_pipe(), FluxInpaintPipeline)
     options = {"image": picture(), "mask_image": left_half(), "strength": 0.75}
-    adapter = promises(pipe, **options)
-    before = run(pipe, **options).reshape(8, 8, -1)
+    adapter = check_identity(pipe, **options)
+    baseline = run(pipe, **options).reshape(8, 8, -1)
     with adapter.use(anna):
-        after = run(pipe, **options).reshape(8, 8, -1)
+        changed = run(pipe, **options).reshape(8, 8, -1)
     assert (
-        np.array_equal(before[:, 4:], after[:, 4:]) and distance(before[:, :4], after[:, :4]) > 1e-2
+        np.array_equal(baseline[:, 4:], changed[:, 4:])
+        and distance(baseline[:, :4], changed[:, :4]) > 1e-2
     )
 
 
-def test_fill() -> None:
-    """The picture and its mask go in as further channels of each token."""
+def test_fill_pipeline() -> None:
+    """The image and its mask are additional channels of each token."""
     pipe = within(tiny_pipe(in_channels=16 + 16 + 16, out_channels=16), FluxFillPipeline)
-    promises(pipe, image=picture(), mask_image=left_half())
+    check_identity(pipe, image=picture(), mask_image=left_half())
 
 
-def test_kontext_shows_the_identity_in_what_is_made() -> None:
-    """The reference's tokens follow: right after the first block they are what they were."""
+def test_kontext_changes_only_generated_tokens() -> None:
+    """Tokens of the reference image are unchanged after the first block."""
     pipe = within(tiny_pipe(), FluxKontextPipeline)
     options = {"image": picture(), "_auto_resize": False, "max_area": 32 * 32}
-    adapter = promises(pipe, **options)
-    seen: list[Tensor] = []
+    adapter = check_identity(pipe, **options)
+    captured: list[Tensor] = []
     for scale in (0.0, 1.0):
         with adapter.use(anna, scale=scale):
             hook = pipe.transformer.transformer_blocks[0].register_forward_hook(
-                lambda block, args, out: seen.append(out[1])
+                lambda block, args, out: captured.append(out[1])
             )
             run(pipe, steps=1, **options)
             hook.remove()
-    before, after = seen
-    assert before.shape[1] == 2 * 64
-    assert torch.equal(before[:, 64:], after[:, 64:]) and not torch.equal(
-        before[:, :64], after[:, :64]
+    baseline, changed = captured
+    assert baseline.shape[1] == 2 * 64
+    assert torch.equal(baseline[:, 64:], changed[:, 64:]) and not torch.equal(
+        baseline[:, :64], changed[:, :64]
     )
 
 
@@ -196,8 +198,8 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("by_function", [False, True])
 @pytest.mark.parametrize("name", CACHES)
-def test_a_step_that_a_cache_skips_gets_the_identity_once(name: str, by_function: bool) -> None:
-    """What the cache repeats has it already: a cache must not make the identity any less, or more, itself."""
+def test_cached_step_has_identity_once(name: str, by_function: bool) -> None:
+    """A cached step repeats a full one, identity included: caching must not weaken or double it."""
     pipe = tiny_pipe(num_single_layers=6)
     adapter = fresh(pipe)
     plain = run(pipe)
@@ -225,18 +227,18 @@ def test_a_step_that_a_cache_skips_gets_the_identity_once(name: str, by_function
         assert np.array_equal(run(pipe), plain)
 
 
-def test_a_skipped_step_ends_with_what_the_first_block_gave() -> None:
+def test_cached_step_ends_with_output_of_first_block() -> None:
     pipe = tiny_pipe(num_single_layers=6)
     pipe.transformer.enable_cache(CACHES["first block"])
-    given: list[Tensor] = []
+    inputs: list[Tensor] = []
     arrived: list[Tensor] = []
     pipe.transformer.transformer_blocks[0].register_forward_hook(
-        lambda block, args, output: given.append(output[1])
+        lambda block, args, output: inputs.append(output[1])
     )
     pipe.transformer.norm_out.register_forward_pre_hook(lambda layer, args: arrived.append(args[0]))
     with fresh(pipe).use(anna):
         run(pipe)
-    assert [torch.equal(*pair) for pair in zip(given, arrived, strict=True)] == [
+    assert [torch.equal(*pair) for pair in zip(inputs, arrived, strict=True)] == [
         False,
         True,
         True,
@@ -258,12 +260,12 @@ def test_group_offloading() -> None:
 
 
 def test_sequential_offloading() -> None:
-    """As `enable_sequential_cpu_offload` does, with the CPU for the device: between calls the weights are not there."""
+    """Weights are on the meta device between calls, as with `enable_sequential_cpu_offload`."""
     from accelerate import cpu_offload
 
     pipe = tiny_pipe()
     adapter = fresh(pipe)
-    before = run(pipe)
+    baseline = run(pipe)
     with adapter.use(anna):
         expected = run(pipe)
     cpu_offload(pipe.transformer, torch.device("cpu"))
@@ -271,21 +273,21 @@ def test_sequential_offloading() -> None:
     adapter.attach(pipe)
     with adapter.use(anna):
         assert np.array_equal(run(pipe), expected)
-    assert np.array_equal(run(pipe), before)
+    assert np.array_equal(run(pipe), baseline)
 
 
 # -- torch.compile: the tracer is what matters here, so nothing is generated --
 
 
-def compiled_as_eager(pipe: Any, compile: Callable[[Any], Any]) -> None:
-    """Before, in and after `use`, the images are the same as without the compiler."""
+def check_compiled_images(pipe: Any, compile: Callable[[Any], Any]) -> None:
+    """Check that compiled images equal eager ones before, in and after `use`."""
     adapter = fresh(pipe)
-    before = run(pipe, steps=1)
+    baseline = run(pipe, steps=1)
     with adapter.use(anna):
         expected = run(pipe, steps=1)
     compile(pipe.transformer)
     for _ in range(2):
-        assert distance(run(pipe, steps=1), before) < 1e-5
+        assert distance(run(pipe, steps=1), baseline) < 1e-5
         with adapter.use(anna):
             assert distance(run(pipe, steps=1), expected) < 1e-5
 
@@ -297,20 +299,20 @@ def compiler() -> Any:
 
 
 def test_compiled_blocks(compiler) -> None:
-    """As many joined blocks as the compiler would not compile one by one (8)."""
+    """Has more hooked blocks than the compiler's limit of recompilations (8)."""
     pipe = tiny_pipe(num_layers=18, num_single_layers=1)
-    compiled_as_eager(
+    check_compiled_images(
         pipe,
         lambda transformer: transformer.compile_repeated_blocks(backend="eager", fullgraph=True),
     )
 
 
-def test_compiled_as_a_whole(compiler) -> None:
-    """Compiled code would not notice the identity: it is refused, unless the compiler was told to look."""
+def test_compiled_transformer_is_refused_without_hook_guards(compiler) -> None:
+    """Compiled code ignores new hooks, unless dynamo's hook guards are enabled."""
     pipe = tiny_pipe()
-    whole = torch.compile(pipe.transformer, backend="eager")
+    full = torch.compile(pipe.transformer, backend="eager")
     adapter = fresh(pipe)
-    for transformer in (whole, pipe.transformer):
+    for transformer in (full, pipe.transformer):
         transformer.compile(backend="eager")
         adapter.attach(transformer)
         with (
@@ -320,4 +322,4 @@ def test_compiled_as_a_whole(compiler) -> None:
             pass
         adapter.detach()
     with compiler.patch(skip_nnmodule_hook_guards=False):
-        compiled_as_eager(tiny_pipe(), lambda transformer: transformer.compile(backend="eager"))
+        check_compiled_images(tiny_pipe(), lambda transformer: transformer.compile(backend="eager"))

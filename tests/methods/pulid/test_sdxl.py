@@ -1,4 +1,4 @@
-"""The adapter on tiny real pipelines: what `use` promises, each with a test that the reference's faults would fail."""
+"""PuLID on tiny SDXL pipelines: every guarantee of `use`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch import nn
 
 from openpulid.errors import IdentityError, OptionError, WeightsError
 from openpulid.identity.identity import Identity
+from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import IdentityLayer
-from openpulid.methods.registry import METHODS, Method, find_method
+from openpulid.methods.registry import METHODS, find_method
 from tests.support.people import STEPS, anna, ben, distance, fresh, run, someone
 
 
@@ -35,8 +36,8 @@ def adapter(pipe) -> PuLID:
     return adapter
 
 
-def hooked(pipe: Any) -> list[str]:
-    """Where an identity would join."""
+def hooked_modules(pipe: Any) -> list[str]:
+    """Return the names of all modules with hooks."""
     return [
         name
         for name, part in pipe.unet.named_modules()
@@ -44,14 +45,14 @@ def hooked(pipe: Any) -> list[str]:
     ]
 
 
-def test_it_has_the_face_of_a_method(adapter) -> None:
-    assert isinstance(adapter, Method)
+def test_pulid_is_a_registered_adapter(adapter) -> None:
+    assert isinstance(adapter, Adapter)
     assert all(find_method(name) for name in METHODS) and find_method("pulid") is PuLID
     with pytest.raises(OptionError, match="no method 'other'"):
         find_method("other")
 
 
-def test_identity_changes_the_image_and_people_differ(pipe, adapter) -> None:
+def test_identities_change_image_and_differ(pipe, adapter) -> None:
     without = run(pipe)
     images = []
     for person in (anna, ben):
@@ -61,7 +62,7 @@ def test_identity_changes_the_image_and_people_differ(pipe, adapter) -> None:
     assert distance(*images) > 1e-3
 
 
-def test_an_untrained_adapter_changes_nothing(pipe) -> None:
+def test_untrained_adapter_changes_nothing(pipe) -> None:
     adapter = PuLID.for_unet(pipe.unet, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
     adapter.attach(pipe)
     without = run(pipe)
@@ -70,8 +71,8 @@ def test_an_untrained_adapter_changes_nothing(pipe) -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_outside_use_the_pipeline_is_what_it_was(pipe, adapter, guidance: float) -> None:
-    before, names, hooks = (
+def test_pipeline_is_restored_outside_use(pipe, adapter, guidance: float) -> None:
+    baseline, names, hooks = (
         run(pipe, guidance=guidance),
         dict(pipe.unet.attn_processors),
         len(pipe.unet._forward_pre_hooks),
@@ -80,33 +81,33 @@ def test_outside_use_the_pipeline_is_what_it_was(pipe, adapter, guidance: float)
         run(pipe, guidance=guidance)
     with pytest.raises(RuntimeError, match="inside"), adapter.use(anna):
         raise RuntimeError("inside")
-    assert np.array_equal(run(pipe, guidance=guidance), before)
+    assert np.array_equal(run(pipe, guidance=guidance), baseline)
     assert pipe.unet.attn_processors == names and len(pipe.unet._forward_pre_hooks) == hooks
     state = set(vars(pipe.unet))
     adapter.detach(pipe)
-    assert set(vars(pipe.unet)) < state and np.array_equal(run(pipe, guidance=guidance), before)
+    assert set(vars(pipe.unet)) < state and np.array_equal(run(pipe, guidance=guidance), baseline)
     with pytest.raises(OptionError, match="attach"), adapter.use(anna):
         pass
 
 
-def test_an_identity_of_other_sizes_is_refused(pipe, adapter) -> None:
-    other = Identity(torch.zeros(1, 1, 20), anna.hidden, {})
+def test_identity_of_other_sizes_raises(pipe, adapter) -> None:
+    second = Identity(torch.zeros(1, 1, 20), anna.hidden, {})
     shallow = Identity(anna.id_cond, (), {})
-    for identity, said in (
-        (other, "this identity has 20 and 8, 8, 8, 8, 8"),
+    for identity, message in (
+        (second, "this identity has 20 and 8, 8, 8, 8, 8"),
         (shallow, "has 12 and none"),
     ):
-        with pytest.raises(IdentityError, match=said), adapter.use(identity):
+        with pytest.raises(IdentityError, match=message), adapter.use(identity):
             pass
 
 
 @pytest.mark.parametrize("options", [{"scale": 0}, {"start": 0.5, "end": 0.5}])
-def test_what_does_not_act_costs_nothing(pipe, adapter, options: dict[str, float]) -> None:
+def test_inactive_identity_registers_no_hooks(pipe, adapter, options: dict[str, float]) -> None:
     with adapter.use(anna):
-        assert hooked(pipe)
+        assert hooked_modules(pipe)
     with adapter.use(anna, **options):
-        assert not hooked(pipe)
-    assert not hooked(pipe)
+        assert not hooked_modules(pipe)
+    assert not hooked_modules(pipe)
 
 
 def test_keys_and_values_are_computed_once(pipe, adapter) -> None:
@@ -119,24 +120,24 @@ def test_keys_and_values_are_computed_once(pipe, adapter) -> None:
         run(pipe, count=2)
         assert len(calls) == 1
         run(pipe, guidance=4.0)
-        assert len(calls) == 2  # nobody's, when guidance first asks
+        assert len(calls) == 2  # the unconditional ones, computed when guidance first needs them
         run(pipe, guidance=4.0)
         assert len(calls) == 2
 
 
 def test_start_and_end_split_the_schedule(pipe, adapter) -> None:
-    """Identity in [0, 1/3) is step 0 alone; the parts of a schedule neither overlap nor leave a gap."""
+    """[0, 1/3) is step 0 alone; consecutive spans neither overlap nor leave a gap."""
     acted: list[list[int]] = []
     for start, end in ((0.0, 1 / 3), (1 / 3, 1.0), (0.0, 1.0), (0.9, 1.0)):
         steps: list[int] = []
         with adapter.use(anna, start=start, end=end):
-            (before,) = pipe.unet._forward_pre_hooks.values()
-            injection = before.__self__
+            (baseline,) = pipe.unet._forward_pre_hooks.values()
+            injection = baseline.__self__
 
             def note(
                 pipe: Any, step: int, time: Any, kwargs: dict, injection=injection, steps=steps
             ) -> dict:
-                steps.extend([step] * injection.calls[1].active)
+                steps.extend([step] * injection.calls[1].is_active)
                 return kwargs
 
             run(pipe, callback_on_step_end=note)
@@ -144,7 +145,7 @@ def test_start_and_end_split_the_schedule(pipe, adapter) -> None:
     assert acted == [[0], [1, 2], [0, 1, 2], []]
 
 
-def test_start_is_exact_in_images(pipe, adapter) -> None:
+def test_start_and_end_are_exact_in_images(pipe, adapter) -> None:
     without = run(pipe)
     with adapter.use(anna, start=0.99):
         assert np.array_equal(run(pipe), without)
@@ -154,8 +155,8 @@ def test_start_is_exact_in_images(pipe, adapter) -> None:
         assert distance(early, without) > 1e-4 and distance(early, run(pipe)) > 1e-4
 
 
-def test_guidance_compares_with_nobody(pipe, adapter) -> None:
-    """One batch for both halves; each is what it would be alone: at scale 1 nothing is guided and nothing merged."""
+def test_negative_half_has_unconditional_tokens(pipe, adapter) -> None:
+    """Each half of a guided batch equals a batch of its own."""
     calls: list[tuple[Any, ...]] = []
     with adapter.use(anna):
         hook = pipe.unet.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
@@ -164,8 +165,8 @@ def test_guidance_compares_with_nobody(pipe, adapter) -> None:
     _, (latents, time), kwargs, (together,) = calls[0]
     added = kwargs["added_cond_kwargs"]
     tokens = adapter.encode(anna.id_cond, anna.hidden)
-    nobody = adapter.unconditional(anna.id_cond, anna.hidden)
-    for half, one in enumerate((nobody, tokens)):
+    unconditional = adapter.unconditional(anna.id_cond, anna.hidden)
+    for half, one in enumerate((unconditional, tokens)):
         part = slice(half, half + 1)
         text = kwargs["encoder_hidden_states"][part]
         conditions = {name: x[part] for name, x in added.items()}
@@ -175,7 +176,7 @@ def test_guidance_compares_with_nobody(pipe, adapter) -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_batches_are_what_single_images_are(pipe, adapter, guidance: float) -> None:
+def test_batches_match_single_images(pipe, adapter, guidance: float) -> None:
     prompts, people = ["portrait", "film noir"], [anna, ben]
     with adapter.use(people):
         together = run(pipe, prompts, count=2, guidance=guidance)
@@ -185,7 +186,7 @@ def test_batches_are_what_single_images_are(pipe, adapter, guidance: float) -> N
         np.testing.assert_allclose(together[k : k + 1], alone, atol=1e-4)
 
 
-def test_people_must_fit_the_batch(pipe, adapter) -> None:
+def test_identities_must_fit_batch(pipe, adapter) -> None:
     with (
         adapter.use([anna, ben]),
         pytest.raises(OptionError, match="2 identities do not fit 3 images"),
@@ -194,8 +195,8 @@ def test_people_must_fit_the_batch(pipe, adapter) -> None:
     run(pipe)
 
 
-def test_a_batch_of_three_parts_is_refused(pipe, adapter) -> None:
-    """Perturbed attention guidance asks for [negative, positive, perturbed]: two halves would be the wrong rows."""
+def test_batches_of_three_parts_raise(pipe, adapter) -> None:
+    """Perturbed attention guidance has rows [negative, positive, perturbed], not two halves."""
     parts = {
         name: part
         for name, part in pipe.components.items()
@@ -210,18 +211,18 @@ def test_a_batch_of_three_parts_is_refused(pipe, adapter) -> None:
         run(perturbed, ["portrait"] * 2, guidance=3.0, pag_scale=0.0)
         with pytest.raises(OptionError, match="perturbed attention guidance"):
             run(perturbed, ["portrait"] * 2, guidance=3.0, pag_scale=3.0)
-    asked = StableDiffusionXLInstructPix2PixPipeline(**parts, add_watermarker=False)
-    with pytest.raises(OptionError, match="InstructPix2PixPipeline has three rows for each image"):
-        adapter.attach(asked)
+    calls = StableDiffusionXLInstructPix2PixPipeline(**parts, add_watermarker=False)
+    with pytest.raises(OptionError, match="InstructPix2PixPipeline has three rows per image"):
+        adapter.attach(calls)
 
 
-def test_masks_limit_where_each_acts(pipe, adapter) -> None:
-    """In the first cross-attention of a step the other half of the picture stays bit for bit the same."""
+def test_masks_limit_identities_to_regions(pipe, adapter) -> None:
+    """In the first cross-attention the other half of the image stays bit for bit the same."""
     left = torch.zeros(64, 32)
     left[:, :16] = 1
     layer = pipe.unet.get_submodule("down_blocks.1.attentions.0.transformer_blocks.0.attn2")
-    seen: list[torch.Tensor] = []
-    layer.register_forward_hook(lambda m, a, out: seen.append(out))
+    captured: list[torch.Tensor] = []
+    layer.register_forward_hook(lambda m, a, out: captured.append(out))
     for people in (
         None,
         [(anna, left)],
@@ -234,7 +235,7 @@ def test_masks_limit_where_each_acts(pipe, adapter) -> None:
         else:
             with adapter.use(people):
                 run(pipe)
-    plain, only_anna, both, only_ben, as_picture = (x.reshape(4, 4, -1) for x in seen[::STEPS])
+    plain, only_anna, both, only_ben, as_picture = (x.reshape(4, 4, -1) for x in captured[::STEPS])
     assert torch.equal(only_anna[:, 2:], plain[:, 2:]) and not torch.allclose(
         only_anna[:, :2], plain[:, :2]
     )
@@ -243,7 +244,7 @@ def test_masks_limit_where_each_acts(pipe, adapter) -> None:
     torch.testing.assert_close(as_picture, only_ben)
 
 
-def test_a_mask_of_ones_is_no_mask_and_half_is_half(pipe, adapter) -> None:
+def test_mask_values_scale_identity(pipe, adapter) -> None:
     with adapter.use(anna, projection="none"):
         everywhere = run(pipe, guidance=3.0)
     with adapter.use([(anna, torch.ones(1, 5, 7))], projection="none"):
@@ -270,7 +271,7 @@ def test_prompts_with_different_numbers_of_people(pipe, adapter, guidance: float
 
 
 @pytest.mark.parametrize("bad", [[], [3], [[(anna, None), 3]], "anna", None])
-def test_people_that_are_none(adapter, bad: Any) -> None:
+def test_invalid_people_raise(adapter, bad: Any) -> None:
     with pytest.raises(OptionError), adapter.use(bad):
         pass
 
@@ -279,35 +280,35 @@ def test_people_that_are_none(adapter, bad: Any) -> None:
     "options",
     [{"projection": "ortho_v3"}, {"num_zero": -1}, {"num_zero": 1.5}, {"start": -0.1}, {"end": 2}],
 )
-def test_options_outside_their_range(adapter, options: dict[str, Any]) -> None:
+def test_options_out_of_range_raise(adapter, options: dict[str, Any]) -> None:
     with pytest.raises(OptionError), adapter.use(anna, **options):
         pass
 
 
-def test_masks_outside_their_range(adapter) -> None:
+def test_masks_out_of_range_raise(adapter) -> None:
     for mask in (torch.full((2, 2), 1.5), torch.zeros(3, 2, 2)):
         with pytest.raises(OptionError, match="mask"), adapter.use([(anna, mask)]):
             pass
 
 
-def test_attaching_twice_replaces(pipe, adapter) -> None:
+def test_attaching_another_adapter_replaces(pipe, adapter) -> None:
     with adapter.use(anna):
         once = run(pipe)
     adapter.attach(pipe)
     with adapter.use(anna):
         assert np.array_equal(run(pipe), once)
-    other = fresh(pipe, seed=5)
-    other.attach(pipe)
+    second = fresh(pipe, seed=5)
+    second.attach(pipe)
     with pytest.raises(OptionError, match="attach"), adapter.use(anna):
         pass
-    with other.use(anna):
+    with second.use(anna):
         assert distance(run(pipe), once) > 1e-4
-    adapter.detach(pipe)  # its own mark is gone already: the other keeps serving
-    with other.use(anna):
+    adapter.detach(pipe)  # it was replaced already: the other adapter stays attached
+    with second.use(anna):
         run(pipe)
 
 
-def test_opening_twice_is_refused(pipe, adapter) -> None:
+def test_nested_use_raises(pipe, adapter) -> None:
     with adapter.use(anna):
         once = run(pipe)
         with pytest.raises(OptionError, match="already in use"), adapter.use(ben):
@@ -315,13 +316,13 @@ def test_opening_twice_is_refused(pipe, adapter) -> None:
         assert np.array_equal(run(pipe), once)
 
 
-def test_an_adapter_of_another_base_is_refused(pipe) -> None:
+def test_adapter_for_another_base_raises(pipe) -> None:
     narrow = PuLID(IDEncoder(12, 32, vit_dim=8, hidden_dim=16), nn.ModuleDict())
     with pytest.raises(WeightsError, match="0 layers"):
         narrow.attach(pipe)
-    other = nn.ModuleDict({"1": IdentityLayer(8, 64)})
-    with pytest.raises(WeightsError, match="made for another U-Net: 1 layers"):
-        PuLID(IDEncoder(12, 64, vit_dim=8, hidden_dim=16), other).attach(pipe)
+    second = nn.ModuleDict({"1": IdentityLayer(8, 64)})
+    with pytest.raises(WeightsError, match="trained for another U-Net: it has 1 layers"):
+        PuLID(IDEncoder(12, 64, vit_dim=8, hidden_dim=16), second).attach(pipe)
     with pytest.raises(OptionError, match="no U-Net"):
         narrow.attach(object())
 
@@ -368,7 +369,7 @@ def test_one_adapter_serves_two_pipelines(tiny_pipeline) -> None:
 def test_gradients_reach_the_adapter_through_several_steps(
     pipe, adapter, checkpointing: bool
 ) -> None:
-    """Two calls of different batch sizes under one `use`, backward inside it: equal with and without checkpointing."""
+    """Two batch sizes in one `use`, with backward inside: equal with and without checkpointing."""
     pipe.unet.requires_grad_(False)
     pipe.unet.train()
     if checkpointing:
@@ -389,7 +390,7 @@ def test_gradients_reach_the_adapter_through_several_steps(
     assert total == pytest.approx(36.2604, rel=1e-3)
 
 
-def test_part_of_the_schedule_and_checkpointing_are_refused(pipe, adapter) -> None:
+def test_span_with_gradient_checkpointing_raises(pipe, adapter) -> None:
     pipe.unet.enable_gradient_checkpointing()
     with (
         adapter.use_tokens(torch.ones(1, 10, 64), start=0.5),
@@ -402,34 +403,34 @@ def test_guided_tokens_need_negatives(pipe, adapter) -> None:
     tokens = adapter.encode(anna.id_cond, anna.hidden).detach()
     with adapter.use_tokens(tokens), pytest.raises(OptionError, match="negative"):
         run(pipe, guidance=3.0)
-    nobody = adapter.unconditional(anna.id_cond, anna.hidden).detach()
-    with adapter.use_tokens(tokens, scale=0.8, num_zero=20, negative=nobody):
+    unconditional = adapter.unconditional(anna.id_cond, anna.hidden).detach()
+    with adapter.use_tokens(tokens, scale=0.8, num_zero=20, negative=unconditional):
         image = run(pipe, guidance=3.0)
     with adapter.use(anna):
         assert np.array_equal(run(pipe, guidance=3.0), image)
 
 
-def test_nobody_learns_after_calls_without_gradient(pipe, adapter) -> None:
-    """A guided walk whose first steps carry none."""
+def test_negative_tokens_get_gradient_after_calls_without(pipe, adapter) -> None:
+    """As in a guided rollout whose first steps run without gradient."""
     tokens = adapter.encode(anna.id_cond, anna.hidden).detach()
-    nobody = adapter.unconditional(anna.id_cond, anna.hidden).detach().requires_grad_()
-    known = {"text_embeds": torch.ones(2, 32), "time_ids": torch.ones(2, 6)}
+    unconditional = adapter.unconditional(anna.id_cond, anna.hidden).detach().requires_grad_()
+    defaults = {"text_embeds": torch.ones(2, 32), "time_ids": torch.ones(2, 6)}
     call = partial(
-        pipe.unet, torch.ones(2, 4, 8, 8), 500, torch.ones(2, 5, 64), added_cond_kwargs=known
+        pipe.unet, torch.ones(2, 4, 8, 8), 500, torch.ones(2, 5, 64), added_cond_kwargs=defaults
     )
-    with adapter.use_tokens(tokens, negative=nobody, guided=True, pipe=pipe):
+    with adapter.use_tokens(tokens, negative=unconditional, guided=True, pipe=pipe):
         with torch.no_grad():
             call()
         call().sample.square().mean().backward()
-    assert nobody.grad is not None and nobody.grad.abs().sum() > 0
+    assert unconditional.grad is not None and unconditional.grad.abs().sum() > 0
 
 
 def test_save_and_load(pipe, adapter, tmp_path) -> None:
     path = adapter.save(tmp_path / "some" / "adapter.safetensors", {"seed": 3})
     again = PuLID.load(path)
-    before, after = adapter.state_dict(), again.state_dict()
-    assert list(before) == list(after) and all(
-        torch.equal(before[name], after[name]) for name in before
+    baseline, changed = adapter.state_dict(), again.state_dict()
+    assert list(baseline) == list(changed) and all(
+        torch.equal(baseline[name], changed[name]) for name in baseline
     )
     with adapter.use(anna):
         image = run(pipe)
@@ -446,7 +447,7 @@ def test_save_and_load(pipe, adapter, tmp_path) -> None:
         PuLID.from_state_dict(state, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
 
 
-def test_layers_that_a_file_lacks_are_named(pipe, adapter) -> None:
+def test_missing_layers_are_named(pipe, adapter) -> None:
     lost = ("id_adapter_attn_layers.3.", "id_adapter_attn_layers.11.")
     state = {
         name: value for name, value in adapter.state_dict().items() if not name.startswith(lost)
@@ -455,7 +456,7 @@ def test_layers_that_a_file_lacks_are_named(pipe, adapter) -> None:
     total = len(adapter.id_adapter_attn_layers)
     with pytest.raises(
         WeightsError,
-        match=rf"lacks 2 of {total} layers \(id_adapter_attn_layers 3, 11\); get its file again",
+        match=rf"lacks 2 of {total} layers \(id_adapter_attn_layers 3, 11\); download its file",
     ):
         less.attach(pipe)
 
@@ -464,7 +465,7 @@ def test_layers_that_a_file_lacks_are_named(pipe, adapter) -> None:
     "more",
     ["x.id_to_k.weight", "id_adapter_attn_layers.x.id_to_k.weight", "extra.1.id_to_k.weight"],
 )
-def test_names_that_are_no_layers(adapter, more: str) -> None:
+def test_unexpected_names_raise(adapter, more: str) -> None:
     for value in (torch.ones(2, 2), torch.ones(2)):
         with pytest.raises(
             WeightsError, match=rf'Unexpected key\(s\) in state_dict: "{re.escape(more)}"'
@@ -476,27 +477,30 @@ def test_names_that_are_no_layers(adapter, more: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["k", "v"])
-def test_half_a_layer_and_one_of_another_shape(adapter, part: str) -> None:
+def test_incomplete_or_misshaped_layer_raises(adapter, part: str) -> None:
     name = f"id_adapter_attn_layers.3.id_to_{part}.weight"
     state = adapter.state_dict()
     del state[name]
-    for wrong, said in ((state, "Missing key"), ({**state, name: torch.ones(3)}, "size mismatch")):
-        with pytest.raises(WeightsError, match=rf"{said}.*{re.escape(name)}"):
+    for wrong, message in (
+        (state, "Missing key"),
+        ({**state, name: torch.ones(3)}, "size mismatch"),
+    ):
+        with pytest.raises(WeightsError, match=rf"{message}.*{re.escape(name)}"):
             PuLID.from_state_dict(wrong, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
 
 
-def test_names_are_the_published_ones(golden, adapter) -> None:
+def test_parameter_names_are_published_ones(golden, adapter) -> None:
     published = set(golden.manifest["pulid_v1"])
     assert {name for name in adapter.state_dict() if name not in published} == set()
 
 
-def test_a_copy_serves_no_pipeline(adapter) -> None:
+def test_copy_is_not_attached(adapter) -> None:
     twin = copy.deepcopy(adapter)
     with pytest.raises(OptionError, match="attach"), twin.use(anna):
         pass
 
 
-def test_the_resampling_encoder_and_several_photos(pipe) -> None:
+def test_idformer_with_several_images(pipe) -> None:
     encoder = IDFormer(
         dim=16,
         depth=5,
@@ -516,15 +520,15 @@ def test_the_resampling_encoder_and_several_photos(pipe) -> None:
             assert distance(run(pipe, guidance=2.0), without) > 1e-4
     with adapter.use(
         [anna, someone(1, photos=3)]
-    ):  # the tokens are as many for one photo as for three
+    ):  # the number of tokens does not depend on the number of images
         run(pipe, ["portrait", "film"])
 
 
-def test_v1_needs_equally_many_photos_together(pipe, adapter) -> None:
+def test_v1_needs_equal_number_of_images_per_identity(pipe, adapter) -> None:
     with adapter.use(someone(1, photos=2)):
         run(pipe, guidance=2.0)
     with (
-        pytest.raises(OptionError, match="number of photos"),
+        pytest.raises(OptionError, match="number of reference images"),
         adapter.use([anna, someone(1, photos=2)]),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Identity attention in one layer and in a U-Net: the reference's outputs on seeded weights."""
+"""Identity attention in one layer and in a U-Net: parity with the reference on seeded weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
+from openpulid.methods.hooks import SchedulePosition
 from openpulid.methods.pulid.encoders import IDEncoder
-from openpulid.methods.pulid.projection import zeros_bias
+from openpulid.methods.pulid.projection import zero_token_bias
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import (
-    Call,
     IdentityAttention,
     IdentityLayer,
-    Injection,
-    grid,
-    identity_layers,
+    IdentityOptions,
+    SDXLCall,
+    SDXLInjection,
+    create_identity_layers,
+    grid_size,
 )
 
 MODES = {"none": "none", "v1": "ortho", "v2": "ortho_v2"}
@@ -27,18 +29,20 @@ MODES = {"none": "none", "v1": "ortho", "v2": "ortho_v2"}
 @pytest.mark.parametrize("zeros", [0, 8, 20])
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_one_layer_is_the_reference(golden, mode: str, zeros: int) -> None:
+def test_layer_matches_reference(golden, mode: str, zeros: int) -> None:
     attention = golden.fill(
         Attention(query_dim=64, cross_attention_dim=32, heads=4, dim_head=16), "attn2."
     )
     layer = golden.fill(IdentityLayer(64, 32), "attn2.processor.")
     pair = tuple(x[:, None] for x in layer(golden.input("attn.id", 2, 10, 32)))  # (P, J, N, hidden)
-    injection = Injection(
-        {"1": pair}, dict, lambda: False, lambda t: 0.0, None, 0.8, MODES[mode], zeros
+    options = IdentityOptions(0.8, projection=MODES[mode], num_zero=zeros)
+    injection = SDXLInjection(
+        {"1": pair}, dict, lambda: False, lambda timestep: SchedulePosition(0.0), options
     )
-    expanded = tuple(injection._expand(x, None, 2, 4, torch.device("cpu"), None) for x in pair)
-    injection.calls[2] = Call(True, {"1": expanded}, zeros_bias(expanded[0], zeros))
-    assert len(list(IdentityAttention("1", attention.heads, injection).opened(attention))) == 2
+    expanded = tuple(injection.expand(x, None, 2, 4, torch.device("cpu"), None) for x in pair)
+    injection.calls[2] = SDXLCall(True, {"1": expanded}, zero_token_bias(expanded[0], zeros))
+    handles = list(IdentityAttention("1", attention.heads, injection).register(attention))
+    assert len(handles) == 2
     out = attention(golden.input("attn.hidden", 2, 36, 64), golden.input("attn.text", 2, 7, 32))
     assert golden.error(f"id_attention.ortho_{mode}.zeros_{zeros}", out) < 1e-4
 
@@ -50,11 +54,11 @@ def unet(golden) -> Iterator[UNet2DConditionModel]:
 
 @pytest.fixture(scope="module")
 def adapter(golden, unet) -> PuLID:
-    """Its layers carry the seeded weights of the processors that the reference puts at the same places."""
+    """Create an adapter with the seeded weights of the reference's attention processors."""
     adapter = PuLID.for_unet(unet, IDEncoder(12, 64, vit_dim=8, hidden_dim=16))
     order = golden.manifest["tiny_sdxl_unet_processor_order"]
-    for place, layer in adapter.id_adapter_attn_layers.items():
-        golden.fill(layer, order[int(place)] + ".")
+    for index, layer in adapter.id_adapter_attn_layers.items():
+        golden.fill(layer, order[int(index)] + ".")
     adapter.attach(unet)
     return adapter
 
@@ -74,18 +78,18 @@ def call(golden, unet: UNet2DConditionModel) -> torch.Tensor:
 
 @pytest.mark.parametrize(("mode", "zeros"), [("none", 0), ("v1", 16), ("v2", 8), ("v2", 20)])
 @torch.no_grad()
-def test_unet_is_the_reference(golden, unet, adapter, mode: str, zeros: int) -> None:
-    before = call(golden, unet)
-    assert golden.error("unet.base", before) < 1e-4
+def test_unet_matches_reference(golden, unet, adapter, mode: str, zeros: int) -> None:
+    baseline = call(golden, unet)
+    assert golden.error("unet.base", baseline) < 1e-4
     with adapter.use_tokens(
         golden.input("unet.id", 2, 10, 64), scale=0.8, projection=MODES[mode], num_zero=zeros
     ):
         out = call(golden, unet)
     assert golden.error(f"unet.id.ortho_{mode}.zeros_{zeros}", out) < 1e-4
-    assert torch.equal(call(golden, unet), before)
+    assert torch.equal(call(golden, unet), baseline)
 
 
-def test_order_is_the_published_one(golden, unet) -> None:
+def test_layer_order_is_published_one(golden, unet) -> None:
     assert list(unet.attn_processors) == golden.manifest["tiny_sdxl_unet_processor_order"]
     sdxl = {
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -103,7 +107,7 @@ def test_order_is_the_published_one(golden, unet) -> None:
         full = UNet2DConditionModel(**sdxl)
         layers = {
             f"id_adapter_attn_layers.{k}": list(x.shape)
-            for k, x in identity_layers(full).state_dict().items()
+            for k, x in create_identity_layers(full).state_dict().items()
         }
     assert list(full.attn_processors) == golden.manifest["sdxl_processor_order"]
     published = {
@@ -112,6 +116,6 @@ def test_order_is_the_published_one(golden, unet) -> None:
     assert layers == published
 
 
-def test_grid_rounds_up() -> None:
-    assert grid(12, 12, 36) == (6, 6)
-    assert grid(13, 21, 4 * 6) == (4, 6)
+def test_grid_size_rounds_up() -> None:
+    assert grid_size(12, 12, 36) == (6, 6)
+    assert grid_size(13, 21, 4 * 6) == (4, 6)

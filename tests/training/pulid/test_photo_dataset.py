@@ -183,7 +183,7 @@ def test_all_three_stages(folder, base, features, tmp_path) -> None:
     )
     with pytest.raises(
         OptionError,
-        match="learned with EVA02 and glintr100, and faces would be read by another glintr100",
+        match="trained with EVA02 and glintr100, but the current glintr100 differs",
     ):
         train(
             find_recipe("sdxl_stage2"),

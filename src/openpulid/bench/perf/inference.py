@@ -192,7 +192,7 @@ class FluxTarget:
         self.transformer.eval().requires_grad_(False)
         self.pipe = None if level == "full" else _place(self.transformer, level, device)
         self.adapter.attach(self.transformer)
-        for layer in self.adapter._layers():
+        for layer in self.adapter.layers:
             nn.init.normal_(layer.to_out.weight, std=0.02)
         config = self.transformer.config
         like: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -1,4 +1,4 @@
-"""IP-Adapter-FaceID (h94/IP-Adapter-FaceID): four tokens from a normalised face embedding, and a LoRA in the same file."""
+"""IP-Adapter-FaceID (h94/IP-Adapter-FaceID): tokens of a face embedding, and a LoRA."""
 
 from __future__ import annotations
 
@@ -11,66 +11,59 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from openpulid.identity.identity import Identity
-from openpulid.methods.hooks import PipelineState
-from openpulid.methods.ip_adapter.base import Call, IPAdapterBase, per_image
-from openpulid.methods.ip_adapter.ip_adapter import hidden
+from openpulid.methods.hooks import PipelineState, Span, UNetCall, expand_per_image
+from openpulid.methods.ip_adapter.base import IPAdapterBase
+from openpulid.methods.ip_adapter.ip_adapter import clip_states
 
 
 class FaceID(IPAdapterBase):
-    """IP-Adapter's decoupled cross-attention (arXiv 2308.06721, equation 5) with a face recogniser instead of CLIP.
+    """IP-Adapter's decoupled cross-attention (arXiv 2308.06721, equation 5) to a face embedding.
 
-    The published file was trained on *normalised* embeddings of buffalo_l; PuLID's identities hold raw ones. `scale` weighs the
-    tokens; the LoRA acts wholly within the span, as the authors fuse it.
+    The published file was trained on *normalized* embeddings of buffalo_l; identities hold raw
+    ones. `scale` weighs the tokens. The LoRA has full weight within the span, as the authors fuse
+    it.
     """
 
     @property
     def width(self) -> int:
-        """D, of the face embedding that it was trained on."""
+        """D of the face embedding that the file was trained on."""
         return int(self.parts["image_proj"]["proj.0.weight"].shape[1])
 
     def embeddings(self, identity: Identity) -> Tensor:
-        """(1, n, D): each photo's face embedding, of length 1."""
+        """Return the face embedding of each reference image, of length 1, (1, n, D)."""
         return normalize(identity.id_cond[..., : self.width].float(), dim=-1)
 
 
 class FaceIDPlus(FaceID):
-    """FaceID-PlusV2: the face's tokens ask a perceiver over CLIP's hidden states of the face, and add what it answers.
+    """FaceID-PlusV2: a perceiver over CLIP's hidden states of the face adds to the face's tokens.
 
-    Identities are `identity.clip.ClipExtractor`'s, with a recogniser.
+    Identities come from `identity.clip_extractor.ClipExtractor` with a face recognition model.
     """
 
-    def tell(
-        self, attachment: PipelineState, people: Sequence[Identity], call: Call, strength: float
+    def unet_kwargs(
+        self, state: PipelineState, people: Sequence[Identity], call: UNetCall, scale: float
     ) -> dict[str, Any]:
-        """The states go to the projection layer itself, in the order of the batch: diffusers has no argument for them."""
-        seen, nothing = (
-            torch.cat([hidden(identity, level) for identity in people]) for level in (0, 1)
-        )
-        layer = _perceiver(attachment.unet.encoder_hid_proj)
-        layer.clip_embeds = per_image(seen, len(call.sample), attachment.guided(), nothing).to(
-            call.sample
-        )
-        layer.shortcut = True  # version 2: the face embedding stays, and the perceiver adds to it
-        return super().tell(attachment, people, call, strength)
+        """Return the arguments of the U-Net, and set CLIP's states in the projection layer.
+
+        diffusers has no argument for the states. They are set in the order of the batch.
+        """
+        states = torch.cat([clip_states(identity, 0) for identity in people])
+        negative = torch.cat([clip_states(identity, 1) for identity in people])
+        batch = expand_per_image(states, len(call.sample), state.is_guided(), negative)
+        layer = self.layers_for(state.target).image_projection
+        layer.clip_embeds = batch.to(call.sample)
+        layer.shortcut = True  # version 2: the perceiver's output is added to the face embedding
+        return super().unet_kwargs(state, people, call, scale)
 
     @contextmanager
-    def _opened(
-        self,
-        attachment: PipelineState,
-        people: Sequence[Identity],
-        scale: float,
-        span: tuple[float, float],
+    def _open(
+        self, state: PipelineState, people: Sequence[Identity], scale: float, span: Span
     ) -> Iterator[None]:
         try:
-            with super()._opened(attachment, people, scale, span):
+            with super()._open(state, people, scale, span):
                 yield
         finally:
-            if (
-                attachment.unet in self._built
-            ):  # nobody's features stay in a layer that is kept for the next time
-                _perceiver(self._built[attachment.unet][1]).clip_embeds = None
-
-
-def _perceiver(projection: Any) -> Any:
-    """diffusers' layer that makes the tokens of the one file that is loaded."""
-    return projection.image_projection_layers[0]
+            # the layer is reused: it must not keep the features of an identity
+            layers = self._layers.get(state.network)
+            if layers is not None:
+                layers.image_projection.clip_embeds = None

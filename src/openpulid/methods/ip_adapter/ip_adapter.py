@@ -1,4 +1,7 @@
-"""IP-Adapter (arXiv 2308.06721): tokens of a picture as CLIP sees it. Plain, Plus, and Plus-Face: Plus shown a face."""
+"""IP-Adapter (arXiv 2308.06721): image tokens from CLIP features.
+
+Three published variants: plain, Plus, and Plus-Face, which is a Plus file trained on face crops.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,13 @@ from openpulid.methods.ip_adapter.base import IPAdapterBase
 
 
 class IPAdapter(IPAdapterBase):
-    """Decoupled cross-attention (equation 5) to four tokens of CLIP's picture embedding, or, in a Plus file, to sixteen that a
-    Resampler makes of its penultimate hidden states.
+    """Decoupled cross-attention (equation 5) to image tokens.
 
-    Identities are `identity.clip.ClipExtractor`'s: the picture tower is the one that the file was trained with.
+    A plain file has four tokens of CLIP's image embedding. A Plus file has sixteen that a Resampler
+    computes from CLIP's penultimate hidden states.
+
+    Identities come from `identity.clip_extractor.ClipExtractor` with the vision encoder that the
+    file was trained with.
     """
 
     scale: ClassVar[float] = 0.6
@@ -27,37 +33,46 @@ class IPAdapter(IPAdapterBase):
 
     @property
     def width(self) -> int:
-        """Of what the file reads: an embedding, or a hidden state."""
-        return int(
-            self.parts["image_proj"]["proj_in.weight" if self.plus else "proj.weight"].shape[1]
-        )
+        """D of the embedding or hidden state that the file reads."""
+        weight = "proj_in.weight" if self.plus else "proj.weight"
+        return int(self.parts["image_proj"][weight].shape[1])
 
     def embeddings(self, identity: Identity) -> Tensor:
-        """(1, n, D), or of a Plus file (1, n, 1 + N, D)."""
-        return self._fitting(hidden(identity, 0) if self.plus else identity.id_cond)
+        """Return CLIP's embeddings (1, n, D), or hidden states (1, n, 1 + N, D) for a Plus file."""
+        if self.plus:
+            return self._check_width(clip_states(identity, 0))
+        return self._check_width(identity.id_cond)
 
-    def nobody(self, identity: Identity) -> Tensor | None:
-        """A Plus file learned what CLIP sees in an empty picture; a plain one learned zeros."""
-        return self._fitting(hidden(identity, 1)) if self.plus else None
+    def unconditional_embeddings(self, identity: Identity) -> Tensor | None:
+        """Return CLIP's states of an empty image for a Plus file; None for a plain one."""
+        return self._check_width(clip_states(identity, 1)) if self.plus else None
 
-    def _fitting(self, seen: Tensor) -> Tensor:
-        if seen.shape[-1] != self.width:
+    def _check_width(self, features: Tensor) -> Tensor:
+        if features.shape[-1] != self.width:
             raise OptionError(
-                f"this IP-Adapter reads {self.width} numbers of a picture tower and the identity has {seen.shape[-1]}; "
-                "make the identity with the tower that the file was trained with."
+                f"this IP-Adapter reads CLIP features of width {self.width}, the identity has "
+                f"{features.shape[-1]}; create the identity with the vision encoder "
+                "that the file was trained with."
             )
-        return seen
+        return features
 
 
-def hidden(identity: Identity, level: int) -> Tensor:
-    """(1, n, 1 + N, D): a level of an identity by photo.
+def clip_states(identity: Identity, index: int) -> Tensor:
+    """Return CLIP's hidden states by reference image.
+
+    Args:
+        identity: of a `ClipExtractor`.
+        index: 0 for the reference images, 1 for an empty image.
+
+    Returns:
+        (1, n, 1 + N, D).
 
     Raises:
-        OptionError: the identity has none such, as PuLID's has not.
+        OptionError: The identity has no CLIP features, such as one created for PuLID.
     """
     if len(identity.hidden) != 2:
         raise OptionError(
-            "this identity holds no CLIP states of a picture and of none; make it with this method's own reader of pictures."
+            "this identity has no CLIP image features; "
+            "create it again with `pulid identify --method ip-adapter`."
         )
-    states = identity.hidden[level]
-    return states.unflatten(1, (identity.photos, -1))
+    return identity.hidden[index].unflatten(1, (identity.photos, -1))

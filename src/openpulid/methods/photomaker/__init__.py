@@ -1,1 +1,1 @@
-"""PhotoMaker: the word for a person becomes the person."""
+"""PhotoMaker (arXiv 2312.04461): the class word of the prompt is fused with identity tokens."""

@@ -1,1 +1,1 @@
-"""PuLID (arXiv 2404.16022): an identity encoder and a second cross-attention beside the text's."""
+"""PuLID (arXiv 2404.16022): an identity encoder and an identity attention next to the text's."""

@@ -1,9 +1,11 @@
-"""The two identity encoders: face embedding and five levels of a vision tower -> tokens.
+"""The two identity encoders: face embedding and five levels of a vision encoder -> tokens.
 
-`IDEncoder` is v1's (PuLID, section 3.1), `IDFormer` is that of v1.1 and of FLUX. Entry names are the published
-checkpoints', default sizes are theirs too; every size is an argument because the miniature uses others.
+`IDEncoder` is that of v1 (PuLID, section 3.1), `IDFormer` that of v1.1 and of FLUX. Parameter
+names and default sizes are those of the published checkpoints. Every size is an argument, because
+the miniature uses smaller ones.
 
-Shapes: B identities, n photos each, C face embedding + pooled vision embedding, N patches, D width of the tower.
+Shapes: B identities, n reference images each, C width of face embedding + pooled vision embedding,
+N patches, D width of the vision encoder, T identity tokens.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 LEVELS = 5
-"""How many hidden levels of the vision tower enter: from fine to abstract."""
+"""Number of hidden levels of the vision encoder that are read, from fine to abstract."""
 
 
 def mlp(width_in: int, first: int, second: int, width_out: int) -> nn.Sequential:
-    """Three linear layers with LayerNorm and LeakyReLU between."""
+    """Build three linear layers with LayerNorm and LeakyReLU in between."""
     return nn.Sequential(
         nn.Linear(width_in, first),
         nn.LayerNorm(first),
@@ -33,19 +35,19 @@ def mlp(width_in: int, first: int, second: int, width_out: int) -> nn.Sequential
     )
 
 
-def one_axis_per_photo(id_cond: Tensor) -> Tensor:
-    """(B, C) or (B, n, C) -> (B, n, C)."""
+def add_image_axis(id_cond: Tensor) -> Tensor:
+    """Expand (B, C) to (B, 1, C); (B, n, C) stays."""
     return id_cond[:, None] if id_cond.ndim == 2 else id_cond
 
 
 class IDEncoder(nn.Module):
-    """v1's encoder: `num_token` tokens from the embeddings, one more from each level of the tower.
+    """The encoder of v1: `num_token` tokens of the embeddings, and one of each level.
 
     Args:
-        width: C, length of `id_cond`.
+        width: C, width of `id_cond`.
         context_dim: width of the tokens, the U-Net's cross-attention width.
-        num_token: tokens made from `id_cond`.
-        vit_dim: D, width of the tower's hidden levels.
+        num_token: number of tokens from `id_cond`.
+        vit_dim: D, width of the vision encoder's hidden levels.
         hidden_dim: upper limit of the width inside the MLPs.
     """
 
@@ -66,8 +68,10 @@ class IDEncoder(nn.Module):
             "hidden_dim": hidden_dim,
         }
         self.num_token = num_token
-        first, second = (min(context_dim * num_token // part, hidden_dim) for part in (4, 2))
-        self.body = mlp(width, first, second, context_dim * num_token)
+        token_dim = context_dim * num_token
+        first = min(token_dim // 4, hidden_dim)
+        second = min(token_dim // 2, hidden_dim)
+        self.body = mlp(width, first, second, token_dim)
         for level in range(LEVELS):
             for name in ("mapping", "mapping_patch"):
                 self.add_module(
@@ -75,40 +79,51 @@ class IDEncoder(nn.Module):
                 )
 
     def forward(self, id_cond: Tensor, hidden: Sequence[Tensor], mix: bool = False) -> Tensor:
-        """Tokens of B identities.
+        """Compute the tokens of B identities.
 
         Args:
-            id_cond: (B, C), or (B, n, C) for several photos.
-            hidden: five times (B, n * (1 + N), D), each photo's class token first.
-            mix: further photos give all their tokens, not only the `num_token` of their embeddings.
+            id_cond: (B, C), or (B, n, C) for several reference images.
+            hidden: five times (B, n * (1 + N), D), the class token of each image first.
+            mix: further images add all their tokens, not only the `num_token` of their embeddings.
 
         Returns:
-            (B, num_token + 5, context_dim) for one photo; the tokens of further photos follow.
+            (B, num_token + 5, context_dim) for one image; the tokens of further images follow.
         """
-        id_cond = one_axis_per_photo(id_cond)
-        photos = id_cond.shape[1]
+        id_cond = add_image_axis(id_cond)
+        num_images = id_cond.shape[1]
         from_embedding = rearrange(self.body(id_cond), "b n (t d) -> b n t d", t=self.num_token)
-        levels = [self._level(level, x, photos) for level, x in enumerate(hidden)]
-        tokens = torch.cat(
-            [from_embedding, torch.cat(levels, dim=2)], dim=2
-        )  # (B, n, num_token + 5, context_dim)
+        levels = [self._encode_level(level, x, num_images) for level, x in enumerate(hidden)]
+        # (B, n, num_token + 5, context_dim)
+        tokens = torch.cat([from_embedding, torch.cat(levels, dim=2)], dim=2)
         further = tokens[:, 1:] if mix else from_embedding[:, 1:]
         return torch.cat([tokens[:, 0], rearrange(further, "b n t d -> b (n t) d")], dim=1)
 
-    def _level(self, level: int, x: Tensor, photos: int) -> Tensor:
-        """(B, n * (1 + N), D) -> (B, n, 1, context_dim): the class token's MLP plus the mean of the patches' MLP."""
-        x = rearrange(x, "b (n t) d -> b n t d", n=photos)
-        whole = self.get_submodule(f"mapping_{level}")(x[:, :, :1])
+    def _encode_level(self, level: int, x: Tensor, num_images: int) -> Tensor:
+        """Add the MLP of the class token and the mean of the patches' MLP.
+
+        Args:
+            level: index of the level.
+            x: (B, n * (1 + N), D).
+            num_images: n.
+
+        Returns:
+            (B, n, 1, context_dim).
+        """
+        x = rearrange(x, "b (n t) d -> b n t d", n=num_images)
+        class_token = self.get_submodule(f"mapping_{level}")(x[:, :, :1])
         patches = self.get_submodule(f"mapping_patch_{level}")(x[:, :, 1:])
-        return whole + patches.mean(dim=2, keepdim=True)
+        return class_token + patches.mean(dim=2, keepdim=True)
 
     def unconditional(self, id_cond: Tensor, hidden: Sequence[Tensor], mix: bool = False) -> Tensor:
-        """Tokens of nobody, (1, T, context_dim), as many as the first of these identities has: zeros, encoded."""
+        """Encode zeros of the first identity's shapes to (1, T, context_dim)."""
         return self(torch.zeros_like(id_cond[:1]), [torch.zeros_like(x[:1]) for x in hidden], mix)
 
 
 class PerceiverAttention(nn.Module):
-    """Cross-attention of latents to a context *and to themselves* (Perceiver resampler, Flamingo, section 3.1.1)."""
+    """Cross-attention of latents to a context *and to themselves*.
+
+    Perceiver resampler (Flamingo, section 3.1.1).
+    """
 
     def __init__(self, dim: int, dim_head: int, heads: int) -> None:
         super().__init__()
@@ -121,30 +136,32 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
-        """(B, K, dim), (B, Q, dim) -> (B, Q, dim)."""
-        context, latents = self.norm1(context), self.norm2(latents)
+        """Update latents (B, Q, dim) by a context (B, K, dim); returns (B, Q, dim)."""
+        context = self.norm1(context)
+        latents = self.norm2(latents)
         key, value = self.to_kv(torch.cat([context, latents], dim=1)).chunk(2, dim=-1)
-        q, k, v = (
-            rearrange(x, "b t (h d) -> b h t d", h=self.heads)
-            for x in (self.to_q(latents), key, value)
-        )
+        q = rearrange(self.to_q(latents), "b t (h d) -> b h t d", h=self.heads)
+        k = rearrange(key, "b t (h d) -> b h t d", h=self.heads)
+        v = rearrange(value, "b t (h d) -> b h t d", h=self.heads)
         return self.to_out(rearrange(scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
 
 
 class IDFormer(nn.Module):
-    """The encoder of v1.1 and FLUX: latents read the embedding's tokens and, two layers each, the tower's
-    levels in order.
+    """The encoder of v1.1 and FLUX.
+
+    Latents attend to the tokens of the embedding and to the levels of the vision encoder in order,
+    two layers per level.
 
     Args:
         dim: width of the latents.
-        depth: layers, a multiple of five.
+        depth: number of layers, a multiple of five.
         dim_head, heads: of each attention.
-        num_id_token: tokens made from `id_cond` of each photo.
-        num_queries: learned latents, the tokens that come out.
+        num_id_token: number of tokens from `id_cond` of each reference image.
+        num_queries: number of learned latents, which are the output tokens.
         output_dim: width of the tokens.
-        ff_mult: width of the feed-forward layers over `dim`.
-        width: C, length of `id_cond`.
-        vit_dim: D, width of the tower's hidden levels.
+        ff_mult: width of the feed-forward layers relative to `dim`.
+        width: C, width of `id_cond`.
+        vit_dim: D, width of the vision encoder's hidden levels.
         hidden_dim: width inside the MLPs.
     """
 
@@ -165,7 +182,7 @@ class IDFormer(nn.Module):
         super().__init__()
         if depth % LEVELS:
             raise ValueError(
-                f"depth must be a multiple of {LEVELS}, the tower's levels; it is {depth}"
+                f"depth must be a multiple of {LEVELS}, the number of levels; got {depth}."
             )
         self.config: dict[str, Any] = {
             "dim": dim,
@@ -180,7 +197,8 @@ class IDFormer(nn.Module):
             "vit_dim": vit_dim,
             "hidden_dim": hidden_dim,
         }
-        self.num_id_token, self.num_queries = num_id_token, num_queries
+        self.num_id_token = num_id_token
+        self.num_queries = num_queries
         self.latents = nn.Parameter(torch.randn(1, num_queries, dim) * dim**-0.5)
         self.proj_out = nn.Parameter(torch.randn(dim, output_dim) * dim**-0.5)
         self.layers = nn.ModuleList(
@@ -192,16 +210,16 @@ class IDFormer(nn.Module):
         self.id_embedding_mapping = mlp(width, hidden_dim, hidden_dim, dim * num_id_token)
 
     def forward(self, id_cond: Tensor, hidden: Sequence[Tensor]) -> Tensor:
-        """Tokens of B identities, as many for several photos as for one.
+        """Compute the tokens of B identities; their number does not depend on n.
 
         Args:
-            id_cond: (B, C), or (B, n, C) for several photos.
+            id_cond: (B, C), or (B, n, C) for several reference images.
             hidden: five times (B, n * (1 + N), D).
 
         Returns:
             (B, num_queries, output_dim).
         """
-        identity = self.id_embedding_mapping(one_axis_per_photo(id_cond))
+        identity = self.id_embedding_mapping(add_image_axis(id_cond))
         identity = rearrange(identity, "b n (t d) -> b (n t) d", t=self.num_id_token)
         latents = torch.cat([self.latents.expand(len(identity), -1, -1), identity], dim=1)
         per_level = len(self.layers) // LEVELS
@@ -209,17 +227,18 @@ class IDFormer(nn.Module):
             attention, feed_forward = cast(nn.ModuleList, layer)
             if index % per_level == 0:
                 level = index // per_level
-                seen = self.get_submodule(f"mapping_{level}")(hidden[level])
-                context = torch.cat([identity, seen], dim=1)
+                vision = self.get_submodule(f"mapping_{level}")(hidden[level])
+                context = torch.cat([identity, vision], dim=1)
             latents = attention(context, latents) + latents
             latents = feed_forward(latents) + latents
         return latents[:, : self.num_queries] @ self.proj_out
 
     def unconditional(self, id_cond: Tensor, hidden: Sequence[Tensor]) -> Tensor:
-        """Tokens of nobody, (1, num_queries, output_dim): one photo of zeros, encoded."""
-        photos = one_axis_per_photo(id_cond).shape[1]
-        nobody = id_cond.new_zeros(1, id_cond.shape[-1])
-        return self(nobody, [torch.zeros_like(x[:1, : x.shape[1] // photos]) for x in hidden])
+        """Encode one reference image of zeros to (1, num_queries, output_dim)."""
+        num_images = add_image_axis(id_cond).shape[1]
+        embedding = id_cond.new_zeros(1, id_cond.shape[-1])
+        levels = [torch.zeros_like(x[:1, : x.shape[1] // num_images]) for x in hidden]
+        return self(embedding, levels)
 
 
 def _feed_forward(dim: int, mult: int) -> nn.Sequential:
@@ -235,4 +254,4 @@ ENCODERS: dict[str, type[IDEncoder] | type[IDFormer]] = {
     "IDEncoder": IDEncoder,
     "IDFormer": IDFormer,
 }
-"""By the name that an adapter's file records."""
+"""By the name that the file of an adapter records."""

@@ -1,11 +1,10 @@
-"""PuLID on FLUX: the adapter that is loaded, attached to a pipeline, and opened around a generation."""
+"""PuLID for FLUX: load the adapter, attach it to a pipeline, use it in a generation."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,25 +12,30 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
+from openpulid.methods.hooks import PipelineState, Span, StepTracker
 from openpulid.methods.pulid.base import PuLIDBase
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux_attention import (
+    BlockKey,
+    FluxIdentity,
     FluxInjection,
-    Folded,
     PerceiverCrossAttention,
-    injected_flux,
-    places,
+    ProjectedKV,
+    identity_blocks,
+    inject_flux,
 )
 from openpulid.methods.pulid.masks import People, normalize_people, stack_masks
 
 
 class PuLIDFlux(PuLIDBase):
-    """Identity encoder and perceiver cross-attentions; `state_dict` has the published names (v0.9.0 and v0.9.1).
+    """Identity encoder and perceiver cross-attentions.
+
+    `state_dict` has the published names (v0.9.0 and v0.9.1).
 
     Args:
         encoder: an `IDFormer`.
-        layers: as many as there are blocks to join after; 20 in FLUX.
-        double_interval, single_interval: after how many blocks of each kind the identity joins.
+        layers: one per hooked block; 20 in FLUX.
+        double_interval, single_interval: identity attention follows every n-th block of each kind.
     """
 
     def __init__(
@@ -44,57 +48,54 @@ class PuLIDFlux(PuLIDBase):
         super().__init__()
         self.pulid_encoder = encoder
         self.pulid_ca = layers
-        self.double_interval, self.single_interval = double_interval, single_interval
+        self.double_interval = double_interval
+        self.single_interval = single_interval
 
     @property
     def encoder(self) -> IDFormer:
+        """Identity features -> tokens."""
         return self.pulid_encoder
 
-    @staticmethod
-    def network(target: Any) -> Any:
-        from diffusers import FluxTransformer2DModel
+    @property
+    def layers(self) -> list[PerceiverCrossAttention]:
+        """The cross-attentions in the order of the hooked blocks."""
+        return list(self.pulid_ca)  # type: ignore[arg-type]
 
-        transformer = getattr(target, "transformer", target)
-        if not hasattr(transformer, "single_transformer_blocks"):
-            raise OptionError(
-                f"{type(target).__name__} has no FLUX transformer; attach to a FLUX pipeline or its transformer, or take an "
-                "adapter for SDXL."
-            )
-        # where it is compiled, or wrapped for training, it lies further inside
-        if not any(isinstance(part, FluxTransformer2DModel) for part in transformer.modules()):
-            raise OptionError(
-                f"{type(transformer).__name__} is not FLUX.1's transformer: Chroma and others with blocks of the same name are "
-                "other models; attach to FLUX.1 or a finetune of it."
-            )
-        return transformer
+    # --- create, load
 
     @classmethod
     def for_transformer(cls, transformer: Any, encoder: IDFormer, **sizes: Any) -> PuLIDFlux:
-        """A fresh adapter for a transformer's blocks: until it is trained it changes nothing (outputs start at zero).
+        """Create an untrained adapter for a transformer; its outputs are zero.
 
         Args:
+            transformer: of FLUX.1.
+            encoder: an `IDFormer`.
             sizes: dim_head and heads of `PerceiverCrossAttention`, and the two intervals.
         """
-        intervals = {
-            name: sizes.pop(name)
-            for name in ("double_interval", "single_interval")
-            if name in sizes
-        }
-        known = {"dim": transformer.inner_dim, "kv_dim": encoder.config["output_dim"], **sizes}
-        layers = nn.ModuleList(
-            PerceiverCrossAttention(**known) for _ in places(transformer, **intervals)
-        )
+        intervals = {}
+        for name in ("double_interval", "single_interval"):
+            if name in sizes:
+                intervals[name] = sizes.pop(name)
+        layers = nn.ModuleList()
+        for _ in identity_blocks(transformer, **intervals):
+            layer = PerceiverCrossAttention(
+                transformer.inner_dim, kv_dim=encoder.config["output_dim"], **sizes
+            )
+            layers.append(layer)
         adapter = cls(encoder, layers, **intervals)
-        for layer in adapter._layers():
+        for layer in adapter.layers:
             nn.init.zeros_(layer.to_out.weight)
         return adapter
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PuLIDFlux:
-        """Reads a published file: float32, in eval mode.
+        """Load a published file.
+
+        Returns:
+            The adapter in float32, in eval mode.
 
         Raises:
-            WeightsError: no such file, or names that are missing or too many; it lists them.
+            WeightsError: The file does not exist, or names are missing or unexpected.
         """
         state = cls.read(path)
         with init_empty_weights(include_buffers=False):
@@ -105,35 +106,48 @@ class PuLIDFlux(PuLIDBase):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], encoder: IDFormer, dim_head: int = 128
     ) -> PuLIDFlux:
-        """An adapter with these weights under their published names; the layers' sizes are the tensors'.
+        """Create an adapter from weights under their published names.
+
+        The sizes of the layers are those of the tensors.
 
         Raises:
-            WeightsError: a name is missing or too many, or a shape differs; it names the first of them.
+            WeightsError: A name is missing or unexpected, or a shape differs.
         """
-        count = len({name.split(".")[1] for name in state if name.startswith("pulid_ca.")})
+        num_layers = len({name.split(".")[1] for name in state if name.startswith("pulid_ca.")})
         layers = nn.ModuleList()
         with init_empty_weights(include_buffers=False):
-            usual = (
-                PerceiverCrossAttention()
-            )  # in place of what is missing, which `filled` then names
-            for k in range(count):
-                query = state.get(f"pulid_ca.{k}.to_q.weight", usual.to_q.weight)
-                pair = state.get(f"pulid_ca.{k}.to_kv.weight", usual.to_kv.weight)
-                layers.append(
-                    PerceiverCrossAttention(
-                        query.shape[1], dim_head, len(query) // dim_head, kv_dim=pair.shape[1]
-                    )
+            # replaces missing tensors here; `load_weights` reports them
+            default = PerceiverCrossAttention()
+            for k in range(num_layers):
+                to_q = state.get(f"pulid_ca.{k}.to_q.weight", default.to_q.weight)
+                to_kv = state.get(f"pulid_ca.{k}.to_kv.weight", default.to_kv.weight)
+                heads = len(to_q) // dim_head
+                layer = PerceiverCrossAttention(
+                    to_q.shape[1], dim_head, heads, kv_dim=to_kv.shape[1]
                 )
-        return cls(encoder, layers).filled(state)
+                layers.append(layer)
+        return cls(encoder, layers).load_weights(state)
 
-    def check(self, network: Any) -> None:
-        expected = len(places(network, self.double_interval, self.single_interval))
-        widths = {layer.to_q.in_features for layer in self._layers()}
-        if expected != len(self.pulid_ca) or widths != {network.inner_dim}:
+    def check(self, target: Any) -> None:
+        """Raise an error if the adapter does not fit a pipeline or transformer.
+
+        Raises:
+            OptionError: The target has no FLUX transformer.
+            WeightsError: The adapter was trained for another transformer.
+        """
+        transformer = find_transformer(target)
+        num_blocks = len(self._blocks(transformer))
+        widths = {layer.to_q.in_features for layer in self.layers}
+        if num_blocks != len(self.layers) or widths != {transformer.inner_dim}:
             raise WeightsError(
-                f"this adapter was made for another transformer: {len(self.pulid_ca)} layers of width {sorted(widths)}, "
-                f"this one wants {expected} of width {network.inner_dim}; take the adapter of this base model."
+                "this adapter was trained for another transformer: it has "
+                f"{len(self.layers)} layers of width {sorted(widths)}, this transformer needs "
+                f"{num_blocks} of width {transformer.inner_dim}; "
+                "use the adapter for this base model."
             )
+
+    def _blocks(self, transformer: Any) -> list[BlockKey]:
+        return identity_blocks(transformer, self.double_interval, self.single_interval)
 
     # --- use
 
@@ -148,38 +162,37 @@ class PuLIDFlux(PuLIDBase):
         timestep_to_start_cfg: int = 0,
         pipe: Any = None,
     ) -> Iterator[PuLIDFlux]:
-        """The attached pipelines show an identity while this is open.
+        """Show an identity with the attached pipelines while the context is open.
 
         Args:
-            people: as `PuLID.use` takes them; masks lie over the picture that is being made.
-            scale: weight of the identity; 0 shows nobody and costs nothing.
-            start, end: fractions of the schedule between which it acts, [start, end).
-            start_step: the step from which it acts, instead of `start`: 4 for likeness in photographs, 0 or 1 for styles.
-            timestep_to_start_cfg: the step from which a negative prompt counts, whatever the scale.
-            pipe: only this one of the attached pipelines.
+            people: see `PuLID.use`; masks refer to the generated image.
+            scale: weight of the identity; 0 disables it at no cost.
+            start: fraction of the schedule at which it begins to act.
+            end: fraction of the schedule at which it stops acting; 1 includes the last step.
+            start_step: first step in which it acts, instead of `start`: 4 for fidelity in photos,
+                0 or 1 for styles.
+            timestep_to_start_cfg: first step in which a negative prompt counts, for any scale.
+            pipe: one of the attached pipelines; all of them by default.
 
         Raises:
-            OptionError: an argument outside its range, nothing attached, or another identity is still in use.
+            OptionError: An argument is out of range, nothing is attached, or another identity is
+                in use.
+            IdentityError: The identity has other sizes than the encoder reads.
         """
         prompts = normalize_people(people)
-        first = prompts[0][0][0]
+        first_identity, _ = prompts[0][0]
 
         @torch.no_grad()
         def positive() -> Tensor:
-            return self.tokens(prompts)
+            return self.encode_people(prompts)
 
         @torch.no_grad()
-        def nobody() -> Tensor:
-            return self.unconditional(first.id_cond, first.hidden)[:, None]
+        def negative() -> Tensor:
+            return self.unconditional(first_identity.id_cond, first_identity.hidden)[:, None]
 
-        if not 0 <= start <= 1 or not 0 <= end <= 1 or (start_step or 0) < 0:
-            raise OptionError(
-                "start and end are fractions of the schedule, from 0 to 1, and start_step counts from 0."
-            )
-        acts = _acts(start, end, start_step)
-        with self._opened(
-            positive, nobody, acts, scale, timestep_to_start_cfg, stack_masks(prompts), pipe
-        ):
+        span = Span(start, end) if start_step is None else Span(0.0, end, start_step)
+        masks = stack_masks(prompts)
+        with self._open(positive, negative, scale, span, timestep_to_start_cfg, masks, pipe):
             yield self
 
     @contextmanager
@@ -192,111 +205,113 @@ class PuLIDFlux(PuLIDBase):
         timestep_to_start_cfg: int = 0,
         pipe: Any = None,
     ) -> Iterator[PuLIDFlux]:
-        """As `use`, from tokens (B, N, kv_dim) and with gradient; `negative` (1, N, kv_dim) for calls of a negative prompt."""
+        """Use tokens with gradient.
 
-        def nobody() -> Tensor:
+        Args:
+            tokens: (B, N, kv_dim), one per image of the batch, or one per group of consecutive
+                images.
+            scale: see `use`, as the following.
+            start_step: see `use`.
+            negative: (1, N, kv_dim) for calls of a negative prompt.
+            timestep_to_start_cfg: see `use`.
+            pipe: see `use`.
+
+        Raises:
+            OptionError: See `use`; or there is a negative prompt and `negative` is missing.
+        """
+
+        def negative_tokens() -> Tensor:
             if negative is None:
                 raise OptionError(
-                    "a negative prompt needs negative tokens; give negative=adapter.unconditional(...)."
+                    "a negative prompt needs negative tokens; "
+                    "pass negative=adapter.unconditional(...)."
                 )
             return negative[:, None]
 
-        acts = _acts(0.0, 1.0, start_step)
-        with self._opened(
-            lambda: tokens[:, None], nobody, acts, scale, timestep_to_start_cfg, None, pipe
+        span = Span(start_step=start_step)
+        with self._open(
+            lambda: tokens[:, None], negative_tokens, scale, span, timestep_to_start_cfg, None, pipe
         ):
             yield self
 
     @contextmanager
-    def _opened(
+    def _open(
         self,
         positive: Callable[[], Tensor],
-        nobody: Callable[[], Tensor],
-        acts: Callable[[int, int | None], bool],
+        negative: Callable[[], Tensor],
         scale: float,
-        cfg_from: int,
+        span: Span,
+        cfg_start_step: int,
         masks: Tensor | None,
         pipe: Any,
     ) -> Iterator[None]:
-        targets = self.serving(pipe)
-        with ExitStack() as stack:
-            pairs: dict[tuple[str, int], Folded] | None = None
-            for target in targets:
-                if scale == 0:
-                    stack.enter_context(guided_from(target, cfg_from))
-                    continue
-                transformer = self.network(target)
-                where = places(transformer, self.double_interval, self.single_interval)
-                layers = dict(zip(where, self._layers(), strict=True))
-                pairs = pairs or _folded(layers, positive())
-                nothing = partial(_later, layers, nobody)
-                schedule = partial(_schedule, target)
-                injection = FluxInjection(
-                    layers, pairs, nothing, acts, scale, cfg_from, masks, schedule
-                )
-                stack.enter_context(injected_flux(transformer, injection))
+        """Inject tokens (P, J, N, kv_dim) into each transformer."""
+        states = self.select_pipelines(pipe)
+        if scale == 0:
+            with self.activate(states, lambda state: delay_guidance(state.target, cfg_start_step)):
+                yield
+            return
+        blocks = self._blocks(states[0].network)
+        layers = dict(zip(blocks, self.layers, strict=True))
+        projected = _precompute(layers, positive())
+
+        def inject(state: PipelineState) -> AbstractContextManager[None]:
+            identity = FluxIdentity(
+                layers, projected, lambda: _precompute(layers, negative()), scale, masks
+            )
+            tracker = StepTracker(state)
+            injection = FluxInjection(identity, tracker, span)
+            return inject_flux(state.network, self.slot, tracker, cfg_start_step, injection)
+
+        with self.activate(states, inject):
             yield
 
-    def _layers(self) -> list[PerceiverCrossAttention]:
-        return list(self.pulid_ca)  # type: ignore[arg-type]
+
+def find_transformer(target: Any) -> Any:
+    """Return the FLUX.1 transformer of a pipeline, or the target itself if it is one.
+
+    Raises:
+        OptionError: The target has no transformer, or one of another model.
+    """
+    from diffusers import FluxTransformer2DModel
+
+    transformer = getattr(target, "transformer", target)
+    if not hasattr(transformer, "single_transformer_blocks"):
+        raise OptionError(
+            f"{type(target).__name__} has no FLUX transformer; attach to a FLUX pipeline or its "
+            "transformer, or use an adapter for SDXL."
+        )
+    # a compiled or wrapped transformer contains it
+    if not any(isinstance(part, FluxTransformer2DModel) for part in transformer.modules()):
+        raise OptionError(
+            f"{type(transformer).__name__} is not FLUX.1's transformer: Chroma and other models "
+            "have blocks with the same names; attach to FLUX.1 or a finetune of it."
+        )
+    return transformer
 
 
 @contextmanager
-def guided_from(target: Any, step: int) -> Iterator[None]:
-    """Nobody is shown, and a negative prompt counts from a step on, as it does beside an identity.
+def delay_guidance(target: Any, start_step: int) -> Iterator[None]:
+    """Disable true guidance before a step, without an identity.
 
     Args:
-        target: a FLUX pipeline or its transformer; with a step of 0 nothing of it changes.
+        target: a FLUX pipeline or its transformer.
+        start_step: first step with true guidance; with 0 nothing changes.
     """
-    if step <= 0:
+    if start_step <= 0:
         yield
         return
-    injection = FluxInjection(
-        {}, {}, dict, lambda step, steps: False, cfg_from=step, schedule=partial(_schedule, target)
-    )
-    with injected_flux(PuLIDFlux.network(target), injection):
+    tracker = StepTracker(PipelineState(target))
+    with inject_flux(find_transformer(target), PuLIDFlux.slot, tracker, start_step):
         yield
 
 
-def _folded(
-    layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Tensor
-) -> dict[tuple[str, int], Folded]:
-    """Tokens (P, J, N, kv_dim) -> of each layer what its image tokens are multiplied with, J first."""
-    pairs = {place: layer.fold(tokens) for place, layer in layers.items()}
-    return {
-        place: (asked.transpose(0, 1), given.transpose(0, 1))
-        for place, (asked, given) in pairs.items()
-    }
-
-
-def _later(
-    layers: Mapping[tuple[str, int], PerceiverCrossAttention], tokens: Callable[[], Tensor]
-) -> dict[Any, Folded]:
-    return _folded(layers, tokens())
-
-
-def _schedule(target: Any) -> tuple[Any, int | None, int | None]:
-    """What a pipeline's run can be known by, how many steps it takes (it may begin inside its scheduler's), and the scheduler's
-    count of them, which is None before its first."""
-    scheduler = getattr(target, "scheduler", None)
-    steps = getattr(scheduler, "timesteps", None)
-    count = None if steps is None else len(steps) - (getattr(scheduler, "begin_index", None) or 0)
-    return steps, count, getattr(scheduler, "step_index", None)
-
-
-def _acts(start: float, end: float, start_step: int | None) -> Callable[[int, int | None], bool]:
-    """Whether the identity acts in step i of n; a bare transformer does not know n, and there a fraction says nothing."""
-
-    def decide(step: int, steps: int | None) -> bool:
-        if start_step is not None and step < start_step:
-            return False
-        if (start_step is not None or start <= 0) and end >= 1:
-            return True
-        if steps is None:
-            raise OptionError(
-                "start and end are fractions of a pipeline's schedule; a bare transformer takes start_step."
-            )
-        progress = step / max(steps, 1) + 1e-6
-        return (start_step is not None or start <= progress) and (progress < end or end >= 1)
-
-    return decide
+def _precompute(
+    layers: Mapping[BlockKey, PerceiverCrossAttention], tokens: Tensor
+) -> dict[BlockKey, ProjectedKV]:
+    """Compute the keys and values of tokens (P, J, N, kv_dim) for each block, people first."""
+    projected = {}
+    for key, layer in layers.items():
+        q_proj, v_proj = layer.precompute_kv(tokens)
+        projected[key] = (q_proj.transpose(0, 1), v_proj.transpose(0, 1))
+    return projected

@@ -1,9 +1,13 @@
-"""Identity attention inside diffusers' FLUX transformer: a cross-attention of the image tokens after every few blocks.
+"""Identity attention inside diffusers' FLUX transformer: a cross-attention after every few blocks.
 
-Forward hooks on the blocks, which return (text, image), add it to the image's tokens; no `forward` is replaced, so LoRA,
-ControlNet, quantised layers, caching, offloading and gradient checkpointing go on as they were.
+Forward hooks on the blocks, which return (text, image), add its output to the image tokens. No
+`forward` is replaced, so LoRA, ControlNet, quantized layers, caching, offloading and gradient
+checkpointing still work.
 
-Shapes: B batch, P prompts, J people, N identity tokens, L image tokens (those being made, then references), h heads of width d.
+The state of one call of the transformer is a `FluxCall`, created in the transformer's pre-hook.
+
+Shapes: B batch, P prompts, J people, N identity tokens, L image tokens (generated, then
+references), h heads of width d.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +23,22 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
-from openpulid.methods.hooks import exclusive_use
+from openpulid.methods.adapter import exclusive_use
+from openpulid.methods.hooks import Span, StepTracker, flux_arguments, identity_count_error
 
-Folded = tuple[
-    Tensor, Tensor
-]  # (J, P, dim, h * N) and (J, P, h * N, dim): what P prompts with J people are read by
+BlockKey = tuple[str, int]
+"""("double" | "single", index)."""
 
-CACHES = ("fbc_", "mag_cache_", "sea_cache_", "taylorseer_cache")
-"""How those hooks of diffusers are called that may answer in a whole block's place; applied by a function of their own, as
-`apply_first_block_cache`, they do not show in `is_cache_enabled`."""
+ProjectedKV = tuple[Tensor, Tensor]
+"""q_proj (J, P, dim, h * N) and v_proj (J, P, h * N, dim), see `PerceiverCrossAttention`."""
+
+CACHE_HOOKS = ("fbc_", "mag_cache_", "sea_cache_", "taylorseer_cache")
+"""Names of diffusers' hooks that may replace the computation of a block. Applied by a function,
+such as `apply_first_block_cache`, they do not show in `is_cache_enabled`."""
 
 
 class PerceiverCrossAttention(nn.Module):
-    """Image tokens read identity tokens; published names (PuLID for FLUX).
+    """Cross-attention of image tokens to identity tokens; published names (PuLID for FLUX).
 
     Args:
         dim: width of the image tokens.
@@ -50,252 +58,338 @@ class PerceiverCrossAttention(nn.Module):
         self.to_kv = nn.Linear(kv_dim, inner * 2, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def fold(self, tokens: Tensor) -> Folded:
-        """(..., N, kv_dim) -> (..., dim, h * N) and (..., h * N, dim): all that does not change from step to step.
+    def precompute_kv(self, tokens: Tensor) -> ProjectedKV:
+        """Compute everything that does not change from step to step.
 
-        An identity has fewer tokens (32) than a head has channels (128). So the keys are multiplied with the queries'
-        projection once, and the values with the output's, and an image token is multiplied with h * N columns and rows
-        instead of h * d: the same sums in another order, at a quarter of the work.
+        An identity has fewer tokens (32) than a head has channels (128). So the keys are multiplied
+        with the projection of the queries once, and the values with that of the output. An image
+        token is then multiplied with h * N columns and rows instead of h * d: the same sums in
+        another order, with a quarter of the work.
+
+        Args:
+            tokens: (..., N, kv_dim).
+
+        Returns:
+            q_proj (..., dim, h * N) and v_proj (..., h * N, dim).
         """
-        key, value = (
-            x.unflatten(-1, (self.heads, -1))
-            for x in self.to_kv(self.norm1(tokens)).chunk(2, dim=-1)
-        )
+        key, value = self.to_kv(self.norm1(tokens)).chunk(2, dim=-1)
+        key = key.unflatten(-1, (self.heads, -1))
+        value = value.unflatten(-1, (self.heads, -1))
         scale = key.shape[-1] ** -0.5
-        asked = torch.einsum(
-            "...nhd,hdc->...chn", key * scale, self.to_q.weight.unflatten(0, (self.heads, -1))
-        )
-        given = torch.einsum(
-            "...nhd,chd->...hnc", value, self.to_out.weight.unflatten(1, (self.heads, -1))
-        )
-        return asked.flatten(-2), given.flatten(-3, -2)
+        q_weight = self.to_q.weight.unflatten(0, (self.heads, -1))
+        out_weight = self.to_out.weight.unflatten(1, (self.heads, -1))
+        q_proj = torch.einsum("...nhd,hdc->...chn", key * scale, q_weight)
+        v_proj = torch.einsum("...nhd,chd->...hnc", value, out_weight)
+        return q_proj.flatten(-2), v_proj.flatten(-3, -2)
 
-    def attend(self, image: Tensor, asked: Tensor, given: Tensor) -> Tensor:
-        """(B, L, dim) and what `fold` gives, (B or 1, ...) -> (B, L, dim)."""
-        shares = (self.norm2(image) @ asked).unflatten(-1, (self.heads, -1)).softmax(-1)
-        return shares.flatten(-2) @ given
+    def attend(self, image: Tensor, q_proj: Tensor, v_proj: Tensor) -> Tensor:
+        """Compute the attention of image tokens (B, L, dim) to the result of `precompute_kv`."""
+        scores = (self.norm2(image) @ q_proj).unflatten(-1, (self.heads, -1))
+        return scores.softmax(-1).flatten(-2) @ v_proj
 
     def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
-        """(B, N, kv_dim), (B, L, dim) -> (B, L, dim)."""
-        return self.attend(image, *self.fold(tokens))
+        """Compute the attention of image tokens (B, L, dim) to identity tokens (B, N, kv_dim)."""
+        return self.attend(image, *self.precompute_kv(tokens))
+
+
+class BlockCacheGuard:
+    """Tells in one call which blocks run and which are answered by diffusers' block caching.
+
+    A step that a cache skips repeats what the blocks added in the last full step, the identity
+    included. The first block may return all of it at once; the other blocks then pass it on. The
+    identity that was added after the first block must then not be added again.
+
+    Attributes:
+        block_ran: whether the block that is being called computed anything itself.
+        pre_identity_output: output of the last hooked block of this call, before the identity was
+            added.
+    """
+
+    def __init__(self) -> None:
+        self.block_ran = False
+        self.pre_identity_output: Any = None
+
+    def record(self, output: Any) -> None:
+        """Store the output of a block that ran, and wait for the next block."""
+        self.block_ran = False
+        self.pre_identity_output = output
+
+
+@dataclass(frozen=True)
+class FluxCall:
+    """State of one call of the transformer.
+
+    Attributes:
+        is_active: whether the identity acts in this call.
+        projected: block -> keys and values: of the identity, or of no identity in the call of a
+            negative prompt.
+        num_generated_tokens: image tokens that are generated; tokens after them are references.
+            None if there are no references.
+        regions: (J, B, L, 1) in [0, 1]; None for everywhere.
+        cache: None without block caching.
+    """
+
+    is_active: bool
+    projected: Mapping[BlockKey, ProjectedKV] = field(default_factory=dict)
+    num_generated_tokens: int | None = None
+    regions: Tensor | None = None
+    cache: BlockCacheGuard | None = None
 
 
 @dataclass
-class Turn:
-    """Where a run of the transformer stands: which step this call belongs to, and whether it is the negative one."""
+class FluxIdentity:
+    """An identity prepared for the blocks of one transformer.
 
-    step: int = -1
-    calls: int = 0
-    _time: float | None = None
-    _schedule: Any = None
-    _place: int | None = None
+    Attributes:
+        layers: block -> cross-attention.
+        projected: block -> keys and values.
+        negative: computes the same for no identity, P = J = 1.
+        scale: weight of the identity.
+        masks: (P, J, H, W) in [0, 1]; None for everywhere.
+    """
 
-    def note(self, time: float, schedule: Any = None, place: int | None = None) -> None:
-        """One more call at a time that falls from 1 to 0, and the scheduler's own count of its steps where there is one.
+    layers: Mapping[BlockKey, PerceiverCrossAttention]
+    projected: Mapping[BlockKey, ProjectedKV]
+    negative: Callable[[], Mapping[BlockKey, ProjectedKV]]
+    scale: float = 1.0
+    masks: Tensor | None = None
+    _negative_projected: Mapping[BlockKey, ProjectedKV] | None = None
 
-        A rising time, or a new schedule, begins a new run; a second call in the same step is that of the negative prompt. A
-        pipeline in half precision rounds the time, so that two steps may have the same: then the scheduler's count tells.
+    def keys_values(self, is_negative: bool) -> Mapping[BlockKey, ProjectedKV]:
+        """Return the keys and values of a call; compute the negative ones when first needed."""
+        if not is_negative:
+            return self.projected
+        if self._negative_projected is None:
+            self._negative_projected = self.negative()
+        return self._negative_projected
+
+    def resize_masks(self, image_ids: Tensor, batch_size: int) -> Tensor | None:
+        """Resize the masks to the grid of latent tokens.
+
+        Args:
+            image_ids: (L, 3), rows and columns of the generated tokens.
+            batch_size: B.
+
+        Returns:
+            (J, B, L, 1), or None without masks.
         """
-        if self._time is None or time > self._time or schedule is not self._schedule:
-            self.step, self.calls = 0, 0
-        elif time < self._time or place != self._place:
-            self.step, self.calls = self.step + 1, 0
-        else:
-            self.calls += 1
-        self._time, self._schedule, self._place = time, schedule, place
+        if self.masks is None:
+            return None
+        height = int(image_ids[:, 1].max()) + 1
+        width = int(image_ids[:, 2].max()) + 1
+        masks = interpolate(self.masks.float(), (height, width), mode="area")  # (P, J, h, w)
+        return repeat_prompts(masks, batch_size).flatten(2).transpose(0, 1)[..., None]
 
-    @property
-    def negative(self) -> bool:
-        return self.calls % 2 == 1
+    def add_to(self, image: Tensor, block: BlockKey, call: FluxCall) -> Tensor:
+        """Add the identity to the image tokens (B, L, dim) after a block."""
+        layer = self.layers[block]
+        q_projs, v_projs = call.projected[block]
+        generated = image[:, : call.num_generated_tokens]
+        weight = layer.to_q.weight
+        query = generated.to(weight.device, weight.dtype)
+        total = None
+        for person, (q_proj, v_proj) in enumerate(zip(q_projs, v_projs, strict=True)):
+            q_proj = repeat_prompts(q_proj, len(image)).to(query)
+            v_proj = repeat_prompts(v_proj, len(image)).to(query)
+            added = layer.attend(query, q_proj, v_proj)
+            if call.regions is not None:
+                # without identity, J = 1: it acts in the regions of all people
+                has_own_region = len(q_projs) == len(call.regions)
+                region = call.regions[person] if has_own_region else call.regions.sum(0)
+                added = added * region.to(added)
+            total = added if total is None else total + added
+        assert total is not None, "there is at least one identity"
+        generated = generated + (self.scale * total).to(generated)
+        if call.num_generated_tokens is None:
+            return generated
+        return torch.cat([generated, image[:, call.num_generated_tokens :]], dim=1)
 
 
 @dataclass
 class FluxInjection:
-    """One opened identity on one transformer: everything that is active lives here and goes with it.
+    """One identity in use on one transformer.
 
     Attributes:
-        layers: the cross-attentions by block, ("double" | "single", index).
-        folded: of each, what its image tokens are multiplied with.
-        negative: computes the same for nobody, P = J = 1, when a negative prompt first asks for it.
-        acts: whether the identity acts in step i of n (n is None for a bare transformer).
-        cfg_from: the first step of true guidance; before it the negative call gives what the positive one gave.
-        masks: (P, J, H, W) in [0, 1], or None: everywhere.
+        identity: prepared for its blocks.
+        tracker: counts the steps.
+        span: of the schedule in which the identity acts.
+        call: state of the last call. Blocks that run again during backward (gradient checkpointing)
+            read it.
     """
 
-    layers: Mapping[tuple[str, int], PerceiverCrossAttention]
-    folded: Mapping[tuple[str, int], Folded]
-    negative: Callable[[], Mapping[tuple[str, int], Folded]]
-    acts: Callable[[int, int | None], bool]
-    scale: float = 1.0
-    cfg_from: int = 0
-    masks: Tensor | None = None
-    # an object of the run, how many steps it has, and the scheduler's own count of them
-    schedule: Callable[[], tuple[Any, int | None, int | None]] = lambda: (None, None, None)
-    turn: Turn = field(default_factory=Turn)
-    active: bool = False
-    cached: bool = False  # whether diffusers' caching may answer for a block
-    computed: bool = True  # whether the block that is being called did anything itself
-    recomputed: bool = (
-        False  # whether the blocks of some call are called once more, for its gradient
-    )
-    unjoined: Any = None  # what the last joined block of this call gave, before the identity joined
-    made: int | None = None  # image tokens that are being made; what follows them are references
-    regions: Tensor | None = None  # (J, B, L, 1)
-    _nobody: Mapping[tuple[str, int], Folded] | None = None
-    _positive: Any = None
+    identity: FluxIdentity
+    tracker: StepTracker
+    span: Span
+    call: FluxCall = FluxCall(is_active=False)
+    _has_recomputed_call: bool = False
 
-    def before(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the transformer: finds out what this call is."""
-        names = (
-            "hidden_states",
-            "encoder_hidden_states",
-            "pooled_projections",
-            "timestep",
-            "img_ids",
-        )
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        run, steps, place = self.schedule()
-        self.turn.note(float(given["timestep"].flatten()[0]), run, place)
-        self.active = self.acts(self.turn.step, steps)
-        self.computed, self.unjoined = not self.cached, None
-        if not self.active:
-            return
-        self._refuse_recomputing(transformer)
-        ids = given["img_ids"][0] if given["img_ids"].ndim == 3 else given["img_ids"]
-        own = ids[:, 0] == 0
-        self.made = None if bool(own.all()) else int(own.sum())
-        self.regions = self._regions(ids[own], len(given["hidden_states"]))
-        if self.turn.negative and self._nobody is None:
-            self._nobody = self.negative()
+    def before_call(
+        self, has_cache: bool, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Create the state of this call (forward pre-hook of the transformer).
 
-    def _refuse_recomputing(self, transformer: Any) -> None:
-        """A block that is called once more is read by what the last call was: a positive one's, after a negative, by nobody."""
-        self.recomputed |= torch.is_grad_enabled() and getattr(
-            transformer, "is_gradient_checkpointing", False
-        )
-        if self.turn.negative and self.recomputed:
-            raise OptionError(
-                "a negative prompt cannot be combined with gradient checkpointing; leave it out, or call "
-                "transformer.disable_gradient_checkpointing()."
-            )
-
-    def after(self, transformer: Any, args: Any, output: Any) -> Any:
-        """Forward hook of the transformer: before true guidance begins, negative is positive, so that nothing is guided."""
-        if not self.turn.negative:
-            self._positive = output if self.turn.step < self.cfg_from else None
-            return None
-        return self._positive if self.turn.step < self.cfg_from else None
-
-    def begins(self, part: Any, args: Any) -> None:
-        """Forward pre-hook of a block's first part: the block computes, no cache answers for it."""
-        self.computed = True
-
-    def join(self, place: tuple[str, int]) -> Callable[..., Any]:
-        """The forward hook of one block.
-
-        A step that a cache skips repeats what the blocks added in the last whole one, the identity too. The first block may
-        give all of it at once; the others then hand it on, and what had joined the first is taken back.
+        Args:
+            has_cache: whether diffusers' caching may answer for a block.
+            transformer: that is called.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
         """
-        layer = self.layers[place]
+        if not self.span.contains(self.tracker.position):
+            self.call = FluxCall(is_active=False)
+            return
+        self._check_checkpointing(transformer)
+        named = flux_arguments(args, kwargs)
+        image_ids = named["img_ids"]
+        if image_ids.ndim == 3:
+            image_ids = image_ids[0]
+        is_generated = image_ids[:, 0] == 0  # references, as of Kontext, have another first id
+        all_generated = bool(is_generated.all())
+        self.call = FluxCall(
+            is_active=True,
+            projected=self.identity.keys_values(self.tracker.is_negative),
+            num_generated_tokens=None if all_generated else int(is_generated.sum()),
+            regions=self.identity.resize_masks(
+                image_ids[is_generated], len(named["hidden_states"])
+            ),
+            cache=BlockCacheGuard() if has_cache else None,
+        )
 
-        def hook(
-            block: Any, args: Any, output: tuple[Tensor, Tensor]
-        ) -> tuple[Tensor, Tensor] | None:
-            if not self.active:
-                return None
-            computed, self.computed = self.computed, not self.cached
-            if not computed:
-                return self.unjoined
-            self.unjoined = output if self.cached else None
-            text, image = output
-            known = self._nobody if self.turn.negative and self._nobody is not None else self.folded
-            return text, self._with_identity(image, layer, known[place])
+    def _check_checkpointing(self, transformer: Any) -> None:
+        """Raise OptionError for a negative call while blocks may run again during backward.
 
-        return hook
-
-    def _with_identity(self, image: Tensor, layer: PerceiverCrossAttention, pair: Folded) -> Tensor:
-        made = image if self.made is None else image[:, : self.made]
-        parameter = layer.to_q.weight
-        seen = made.to(parameter.device, parameter.dtype)
-        added = None
-        for person in range(len(pair[0])):
-            one = layer.attend(seen, *(self._rows(x[person], len(image)).to(seen) for x in pair))
-            if self.regions is not None:  # nobody is in everybody's region
-                region = (
-                    self.regions[person]
-                    if len(pair[0]) == len(self.regions)
-                    else self.regions.sum(0)
-                )
-                one = one * region.to(one)
-            added = one if added is None else added + one
-        assert added is not None, "an open identity has at least one person"
-        made = made + (self.scale * added).to(made)
-        return made if self.made is None else torch.cat([made, image[:, self.made :]], dim=1)
-
-    @staticmethod
-    def _rows(x: Tensor, batch: int) -> Tensor:
-        """(P, ...) -> (B, ...): each prompt's images follow one another."""
-        if batch % len(x):
+        They read the state of the last call: after a negative one, that without identity.
+        """
+        if torch.is_grad_enabled() and getattr(transformer, "is_gradient_checkpointing", False):
+            self._has_recomputed_call = True
+        if self.tracker.is_negative and self._has_recomputed_call:
             raise OptionError(
-                f"{len(x)} identities do not fit {batch} images; give one identity, or one per prompt."
+                "a negative prompt cannot be combined with gradient checkpointing; leave it out, "
+                "or call transformer.disable_gradient_checkpointing()."
             )
-        return x if len(x) == 1 else x.repeat_interleave(batch // len(x), dim=0)
 
-    def _regions(self, ids: Tensor, batch: int) -> Tensor | None:
-        """Each person's region on the grid of latent tokens, (J, B, L, 1)."""
-        if self.masks is None:
+    def before_block_part(self, module: Any, args: Any) -> None:
+        """Record that a block runs (forward pre-hook of its first part)."""
+        if self.call.cache is not None:
+            self.call.cache.block_ran = True
+
+    def after_block(
+        self, key: BlockKey, block: Any, args: Any, output: tuple[Tensor, Tensor]
+    ) -> Any:
+        """Add the identity to the image tokens of a block (forward hook)."""
+        call = self.call
+        if not call.is_active:
             return None
-        height, width = (int(ids[:, axis].max()) + 1 for axis in (1, 2))
-        small = interpolate(self.masks.float(), (height, width), mode="area")  # (P, J, h, w)
-        return self._rows(small, batch).flatten(2).transpose(0, 1)[..., None]
+        if call.cache is not None:
+            if not call.cache.block_ran:
+                return call.cache.pre_identity_output
+            call.cache.record(output)
+        text, image = output
+        return text, self.identity.add_to(image, key, call)
 
 
-def places(
+@dataclass
+class GuidanceDelay:
+    """Disables true guidance before a step, by returning the positive output for the negative call.
+
+    Attributes:
+        tracker: counts the steps.
+        start_step: first guided step.
+    """
+
+    tracker: StepTracker
+    start_step: int = 0
+    _positive_output: Any = None
+
+    def after_call(self, transformer: Any, args: Any, output: Any) -> Any:
+        """Replace the output of a negative call before the first guided step (forward hook)."""
+        is_delayed = self.tracker.step < self.start_step
+        if not self.tracker.is_negative:
+            self._positive_output = output if is_delayed else None
+            return None
+        return self._positive_output if is_delayed else None
+
+
+def repeat_prompts(x: Tensor, batch_size: int) -> Tensor:
+    """Repeat (P, ...) to (B, ...), the images of each prompt in sequence. P = 1 is broadcast."""
+    if batch_size % len(x):
+        raise identity_count_error(len(x), batch_size)
+    return x if len(x) == 1 else x.repeat_interleave(batch_size // len(x), dim=0)
+
+
+def identity_blocks(
     transformer: Any, double_interval: int = 2, single_interval: int = 4
-) -> list[tuple[str, int]]:
-    """The blocks that an identity joins after, in the order of the published `pulid_ca.K`."""
-    doubles = range(0, len(transformer.transformer_blocks), double_interval)
-    singles = range(0, len(transformer.single_transformer_blocks), single_interval)
-    return [*(("double", i) for i in doubles), *(("single", i) for i in singles)]
+) -> list[BlockKey]:
+    """List the blocks that are followed by identity attention, in the order of `pulid_ca.K`."""
+    num_double = len(transformer.transformer_blocks)
+    num_single = len(transformer.single_transformer_blocks)
+    double: list[BlockKey] = [("double", i) for i in range(0, num_double, double_interval)]
+    single: list[BlockKey] = [("single", i) for i in range(0, num_single, single_interval)]
+    return double + single
 
 
 @contextmanager
-def injected_flux(transformer: Any, injection: FluxInjection) -> Iterator[None]:
-    """The transformer with an identity in use; nothing of it is left afterwards, whatever happens inside.
+def inject_flux(
+    transformer: Any,
+    slot: str,
+    tracker: StepTracker,
+    cfg_start_step: int = 0,
+    injection: FluxInjection | None = None,
+) -> Iterator[None]:
+    """Register the hooks of an identity on a transformer, and remove them on exit.
+
+    Args:
+        transformer: of FLUX.1.
+        slot: see `Adapter.slot`.
+        tracker: counts the steps.
+        cfg_start_step: first step with true guidance.
+        injection: the identity; None to only delay guidance.
 
     Raises:
-        OptionError: another identity is in use on it, or it is compiled as a whole.
+        OptionError: Another identity is in use on the transformer, or it is compiled as a whole.
     """
-    blocks: dict[str, Sequence[nn.Module]] = {
-        "double": transformer.transformer_blocks,
-        "single": transformer.single_transformer_blocks,
-    }
-    # the hooks read Python values that change from call to call: compiled, every place would be compiled of its own
-    plain = torch.compiler.disable
-    joined = [(place, blocks[place[0]][place[1]]) for place in injection.layers]
-    injection.cached = getattr(transformer, "is_cache_enabled", False) or any(
-        _cached(block) for _, block in joined
-    )
-    around = [transformer, *(block for _, block in joined if injection.cached)]
-    with exclusive_use(transformer, around), ExitStack() as undo:
-        undo.callback(
-            transformer.register_forward_pre_hook(plain(injection.before), with_kwargs=True).remove
-        )
-        undo.callback(transformer.register_forward_hook(plain(injection.after)).remove)
-        for place, block in joined:
-            undo.callback(block.register_forward_hook(plain(injection.join(place))).remove)
-            if injection.cached:
-                undo.callback(
-                    first_part(block).register_forward_pre_hook(plain(injection.begins)).remove
-                )
+    # the hooks read Python values that change from call to call: compiled, each would be recompiled
+    uncompiled = torch.compiler.disable
+    delay = GuidanceDelay(tracker, cfg_start_step)
+    blocks = _select_blocks(transformer, injection.identity.layers if injection else ())
+    has_cache = getattr(transformer, "is_cache_enabled", False)
+    has_cache = has_cache or any(_has_cache_hook(block) for _, block in blocks)
+    hooked = [transformer]
+    if has_cache:
+        hooked += [block for _, block in blocks]
+    with exclusive_use(transformer, slot, hooked), ExitStack() as hooks:
+        pre_hooks: list[Any] = [tracker.before_call]
+        if injection is not None:
+            pre_hooks.append(partial(injection.before_call, has_cache))
+        for hook in pre_hooks:
+            handle = transformer.register_forward_pre_hook(uncompiled(hook), with_kwargs=True)
+            hooks.callback(handle.remove)
+        handle = transformer.register_forward_hook(uncompiled(delay.after_call))
+        hooks.callback(handle.remove)
+        for key, block in blocks:
+            assert injection is not None
+            after_block = uncompiled(partial(injection.after_block, key))
+            hooks.callback(block.register_forward_hook(after_block).remove)
+            if has_cache:
+                first_part = next(
+                    block.children()
+                )  # the first norm: it runs whenever the block does
+                pre_hook = uncompiled(injection.before_block_part)
+                hooks.callback(first_part.register_forward_pre_hook(pre_hook).remove)
         yield
 
 
-def _cached(block: nn.Module) -> bool:
+def _select_blocks(
+    transformer: Any, keys: Mapping[BlockKey, Any] | Sequence[BlockKey]
+) -> list[tuple[BlockKey, nn.Module]]:
+    """Return the blocks of these keys."""
+    blocks: dict[str, Any] = {
+        "double": transformer.transformer_blocks,
+        "single": transformer.single_transformer_blocks,
+    }
+    return [((kind, index), blocks[kind][index]) for kind, index in keys]
+
+
+def _has_cache_hook(block: nn.Module) -> bool:
+    """Return whether one of diffusers' hooks may replace the computation of a block."""
     registry = getattr(block, "_diffusers_hook", None)
-    return registry is not None and any(name.startswith(CACHES) for name in registry.hooks)
-
-
-def first_part(block: nn.Module) -> nn.Module:
-    """What a block calls whenever it computes: its first norm."""
-    return next(block.children())
+    return registry is not None and any(name.startswith(CACHE_HOOKS) for name in registry.hooks)

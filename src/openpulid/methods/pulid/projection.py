@@ -1,7 +1,8 @@
-"""How the identity's attention output joins the text's: plainly, or without what it would change in the
-text's direction.
+"""How the output of identity attention is added to that of the text.
 
-Shapes: B batch, h heads, L image positions, N identity tokens, D = heads x width of one.
+Either unchanged, or without its component along the text's output.
+
+Shapes: B batch, h heads, L image positions, N identity tokens, d width of a head, D = h * d.
 """
 
 from __future__ import annotations
@@ -17,90 +18,99 @@ Projection = Literal["none", "ortho", "ortho_v2"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
 LEADING_TOKENS = 5
-"""The tokens whose share of the attention decides, in ortho_v2, how much of the projection stays."""
+"""In ortho_v2, the attention to these tokens decides how much of the projection remains."""
 
 
-def with_zeros(x: Tensor, zeros: int) -> Tensor:
-    """Keys or values (..., N, d) with one row of zero for all zero tokens, if there are any."""
-    return pad(x, (0, 0, 0, 1)) if zeros else x
+def append_zero_row(x: Tensor, num_zero: int) -> Tensor:
+    """Add one row of zeros to keys or values (..., N, d), which represents all zero tokens."""
+    return pad(x, (0, 0, 0, 1)) if num_zero else x
 
 
-def zeros_bias(key: Tensor, zeros: int) -> Tensor | None:
-    """What makes the last of N keys stand for so many, (N,); None if there is none."""
-    if not zeros:
+def zero_token_bias(key: Tensor, num_zero: int) -> Tensor | None:
+    """Return the bias (N,) that makes the last of N keys count as `num_zero` keys.
+
+    None without zero tokens.
+    """
+    if not num_zero:
         return None
     bias = key.new_zeros(key.shape[-2])
-    bias[-1] = log(zeros)
+    bias[-1] = log(num_zero)
     return bias
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, projection: Projection, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention to the identity and its zero tokens, and for ortho_v2 the share of its leading tokens.
+    """Compute the attention to the identity and its zero tokens.
 
-    The share m is the softmax of the *unscaled* products, averaged over the heads and summed over the first
-    `LEADING_TOKENS` tokens, as published; the attention itself is scaled as usual.
+    For ortho_v2, also compute the share m of the leading tokens: the softmax of the *unscaled*
+    products, averaged over the heads and summed over the first `LEADING_TOKENS` tokens, as in the
+    published code. The attention itself is scaled as usual.
 
-    Zero tokens have zero keys and values (the layers have no bias), so one of them stands for all, with log(zeros) added to
-    its product: the same softmax with a fraction of the columns.
+    Zero tokens have zero keys and values (the layers have no bias). So one of them represents all,
+    with log(num_zero) added to its product: the same softmax with a fraction of the columns.
 
     Args:
-        query: (B, h, L, d). key, value: (B, h, N, d), see `with_zeros`.
-        bias: added to the products, (N,), see `zeros_bias`.
+        query: (B, h, L, d).
+        key: (B, h, N, d), see `append_zero_row`.
+        value: (B, h, N, d).
+        projection: see `compute_contribution`.
+        bias: (N,), added to the products, see `zero_token_bias`.
 
     Returns:
-        (B, h, L, d), and m (B, L, 1) or None.
+        The output (B, h, L, d), and m (B, L, 1) or None.
     """
-    attended = scaled_dot_product_attention(
-        query, key, value, attn_mask=None if bias is None else bias.expand(1, 1, 1, -1)
-    )
+    mask = None if bias is None else bias.expand(1, 1, 1, -1)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=mask)
     if projection != "ortho_v2":
-        return attended, None
+        return output, None
     products = query @ key.transpose(-2, -1)  # (B, h, L, N)
-    shares = (products if bias is None else products.add_(bias)).softmax(-1)
-    return attended, shares[..., :LEADING_TOKENS].sum((1, -1))[..., None] / query.shape[1]
+    weights = (products if bias is None else products.add_(bias)).softmax(-1)
+    num_heads = query.shape[1]
+    return output, weights[..., :LEADING_TOKENS].sum((1, -1))[..., None] / num_heads
 
 
-def contribution(
+def compute_contribution(
     text: Tensor,
     identity: Tensor,
     projection: Projection,
     share: Tensor | None = None,
     region: Tensor | None = None,
 ) -> Tensor:
-    """What one identity adds to the text's output.
+    """Compute what one identity adds to the output of the text's attention.
 
     none:     identity
     ortho:    identity - p
     ortho_v2: identity + (m - 1) * p
 
-    where p = (sum_l text * identity / sum_l text * text) * text, per channel, is the component of the identity's
-    output along the text's over the image positions l (PuLID's released code; not in the paper). A region weighs the
-    positions in both sums and the result, so that nothing outside it is touched or counted. The sums are in float32.
+    where p = (sum_l text * identity / sum_l text * text) * text, per channel, is the component of
+    the identity's output along the text's over the image positions l (PuLID's released code; not
+    in the paper). A region weighs the positions in both sums and the result, so that nothing
+    outside it is changed or counted. The sums are in float32.
 
     Args:
-        text, identity: (B, L, D).
-        share: m, (B, L, 1); for ortho_v2 only.
-        region: (B, L, 1) in [0, 1]; None is everywhere.
+        text: (B, L, D), output of the text's attention.
+        identity: (B, L, D), output of the identity's attention.
+        projection: one of the above.
+        share: m (B, L, 1), for ortho_v2 only.
+        region: (B, L, 1) in [0, 1]; None for all positions.
 
     Returns:
-        (B, L, D), for float16 in float32.
+        (B, L, D), in float32 if the text is in float16.
     """
     if projection == "none":
         return identity if region is None else identity * region.to(identity)
-    if (
-        text.dtype == torch.float16
-    ):  # products of large outputs would overflow before they are summed
-        text, identity = text.float(), identity.float()
+    if text.dtype == torch.float16:  # products of large outputs would overflow before the sum
+        text = text.float()
+        identity = identity.float()
     weighted = text if region is None else text * region.to(text)
     tiny = torch.finfo(torch.float32).tiny
-    along = _summed(weighted, identity) / _summed(weighted, text).clamp_min(tiny)
-    keep = text.new_full((1, 1, 1), -1.0) if share is None else (share - 1).to(text)
-    added = torch.addcmul(identity, along.to(text) * text, keep)
+    along = _sum_products(weighted, identity) / _sum_products(weighted, text).clamp_min(tiny)
+    factor = text.new_full((1, 1, 1), -1.0) if share is None else (share - 1).to(text)
+    added = torch.addcmul(identity, along.to(text) * text, factor)
     return added if region is None else added * region.to(added)
 
 
-def _summed(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of products over the positions, (B, 1, D) in float32."""
+def _sum_products(a: Tensor, b: Tensor) -> Tensor:
+    """Sum the products over the positions, to (B, 1, D) in float32."""
     return (a * b).sum(-2, keepdim=True, dtype=torch.float32)

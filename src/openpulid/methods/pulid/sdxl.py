@@ -1,4 +1,4 @@
-"""PuLID on SDXL: the adapter that is trained, saved, attached to a pipeline, and opened around a generation."""
+"""PuLID for SDXL: save and load the adapter, attach it to a pipeline, use it in a generation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, cast
@@ -18,26 +18,29 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import mismatched_models
-from openpulid.io import hub as published
+from openpulid.io import hub
 from openpulid.io.checkpoints import read_metadata
-from openpulid.methods.hooks import PipelineState, unet_of
+from openpulid.methods.hooks import PipelineState, Span, find_unet
 from openpulid.methods.pulid.base import PuLIDBase
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.methods.pulid.masks import People, normalize_people, stack_masks
-from openpulid.methods.pulid.projection import PROJECTIONS, Projection
+from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.sdxl_attention import (
     IdentityLayer,
-    Injection,
+    IdentityOptions,
     KeyValue,
+    SDXLInjection,
+    create_identity_layers,
     cross_attentions,
-    identity_layers,
-    injected,
+    inject_sdxl,
 )
 
 VARIANTS = ("v1", "v1.1", "flux-v0.9.0", "flux-v0.9.1")
-PLACES = [str(place) for place in range(1, 140, 2)]
-"""The published keys of SDXL's cross-attentions; a published adapter has a layer for each of them."""
+LAYER_KEYS = [str(index) for index in range(1, 140, 2)]
+"""Published keys of SDXL's cross-attentions. A published adapter has a layer for each of them."""
+
+KeysValues = dict[str, KeyValue]
 
 
 class PuLID(PuLIDBase):
@@ -48,7 +51,8 @@ class PuLID(PuLIDBase):
         layers: one `IdentityLayer` per cross-attention, by published key ("1", "3", ...).
 
     Attributes:
-        models: name -> fingerprint of what read faces while it learned, where its file says; published ones do not.
+        models: name -> hash of the face models used in training. Published files do not record
+            them.
     """
 
     def __init__(self, encoder: IDEncoder | IDFormer, layers: nn.ModuleDict) -> None:
@@ -57,145 +61,164 @@ class PuLID(PuLIDBase):
         self.id_adapter_attn_layers = layers
         self.models: dict[str, str] = {}
 
-    network = staticmethod(unet_of)
-
     @property
     def encoder(self) -> IDEncoder | IDFormer:
+        """Identity features -> tokens."""
         return self.id_adapter
 
-    # --- making, saving, loading
+    # --- create, save, load
 
     @classmethod
     def for_unet(cls, unet: nn.Module, encoder: IDEncoder | IDFormer) -> PuLID:
-        """A fresh adapter for a U-Net's layers: until it is trained it changes nothing (values start at zero)."""
-        return cls(encoder, identity_layers(unet))
+        """Create an untrained adapter for a U-Net. Its values are zero, so it changes nothing."""
+        return cls(encoder, create_identity_layers(unet))
 
     def save(
         self, path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None
     ) -> Path:
-        """Writes the published names, and what is needed to rebuild the encoder, as one safetensors file."""
+        """Write one safetensors file with the published names and the encoder's configuration.
+
+        Args:
+            path: of the file; its folder is created.
+            metadata: additional entries of the file's header.
+
+        Returns:
+            The path.
+        """
         path = Path(path)
-        facts = {key: str(value) for key, value in (metadata or {}).items()}
-        facts |= {
-            "encoder": type(self.id_adapter).__name__,
-            "config": json.dumps(self.id_adapter.config),
-        }
+        header = {key: str(value) for key, value in (metadata or {}).items()}
+        header["encoder"] = type(self.id_adapter).__name__
+        header["config"] = json.dumps(self.id_adapter.config)
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, unfinished, metadata=facts)
-        os.replace(unfinished, path)
+        partial_path = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, partial_path, metadata=header)
+        os.replace(partial_path, path)
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PuLID:
-        """Reads what `save` wrote, or a published file, v1's `.bin` or v1.1's safetensors: float32, in eval mode.
+        """Load a file written by `save`, or a published one (v1's `.bin`, v1.1's safetensors).
+
+        Returns:
+            The adapter in float32, in eval mode.
 
         Raises:
-            WeightsError: no such file, not an adapter, or names that are missing or too many; it lists them.
+            WeightsError: The file does not exist or is not an adapter, or names are missing or
+                unexpected; the message has the first of them.
         """
         state = cls.read(path)
-        facts = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
-        former = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
-        with init_empty_weights(
-            include_buffers=False
-        ):  # what is read below need not be drawn before
-            encoder = ENCODERS[facts.get("encoder", former)](
-                **json.loads(facts.get("config", "{}"))
-            )
+        metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+        default_encoder = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
+        encoder_class = ENCODERS[metadata.get("encoder", default_encoder)]
+        with init_empty_weights(include_buffers=False):  # the weights are loaded below
+            encoder = encoder_class(**json.loads(metadata.get("config", "{}")))
         adapter = cls.from_state_dict(state, encoder)
-        adapter.models = json.loads(facts.get("models", "{}"))
+        adapter.models = json.loads(metadata.get("models", "{}"))
         return adapter
-
-    def require(self, models: Mapping[str, str]) -> None:
-        """That faces are read by what this adapter learned with, so that it shows whom they show.
-
-        Raises:
-            OptionError: they are not.
-        """
-        if self.models and (differing := mismatched_models(self.models, models)):
-            raise OptionError(
-                f"this adapter learned with {' and '.join(sorted(self.models))}, and faces would be read by another "
-                f"{' and another '.join(differing)}; name the pack that it learned with (--faces), or another adapter."
-            )
 
     @classmethod
     def from_pretrained(
         cls, repo_or_folder: str | os.PathLike[str] = "guozinan/PuLID", variant: str = "v1.1"
     ) -> PuLID | PuLIDFlux:
-        """The published adapter: from a folder that holds its file, or from the hub, downloaded where it is not here yet.
+        """Load a published adapter from a folder or from the Hugging Face hub.
 
         Args:
-            variant: "v1" or "v1.1" for SDXL; "flux-v0.9.0" or "flux-v0.9.1", which give a `PuLIDFlux`.
+            repo_or_folder: a folder that contains the file, or the hub's repository, from which the
+                file is downloaded unless it is cached.
+            variant: "v1" or "v1.1" for SDXL; "flux-v0.9.0" or "flux-v0.9.1" for a `PuLIDFlux`.
 
         Raises:
-            OptionError: another variant.
-            WeightsError: it could not be had, or is not what it says, or not all of it.
+            OptionError: There is no such variant.
+            WeightsError: The file is not available, damaged or incomplete.
         """
         if variant not in VARIANTS:
             raise OptionError(
-                f"there is no variant {variant!r} of PuLID; the published ones are {', '.join(VARIANTS)}."
+                f"no variant {variant!r} of PuLID; choose one of {', '.join(VARIANTS)}."
             )
-        entry = published.find_weight(f"pulid-{variant}")
+        entry = hub.find_weight(f"pulid-{variant}")
         if Path(repo_or_folder).is_dir():
             path = Path(repo_or_folder) / entry.file
         elif os.fspath(repo_or_folder) == entry.repo:
-            path = published.download(f"pulid-{variant}")
+            path = hub.download(f"pulid-{variant}")
         else:
             raise WeightsError(
-                f"{repo_or_folder} is no folder; the published adapters are in {entry.repo}."
+                f"{repo_or_folder} is not a folder; the published adapters are in {entry.repo}."
             )
         if variant.startswith("flux"):
             return PuLIDFlux.load(path)
         adapter = cls.load(path)
-        if lost := set(PLACES) - set(adapter.id_adapter_attn_layers.keys()):
-            raise _lacking(str(path), lost, len(PLACES))
+        missing = set(LAYER_KEYS) - set(adapter.id_adapter_attn_layers.keys())
+        if missing:
+            raise _missing_layers_error(str(path), missing, len(LAYER_KEYS))
         return adapter
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor], encoder: IDEncoder | IDFormer) -> PuLID:
-        """An adapter with these weights under their published names; the layers' sizes are the tensors'.
+        """Create an adapter from weights under their published names.
+
+        The sizes of the layers are those of the tensors.
 
         Raises:
-            WeightsError: a name is missing or too many, or a shape differs; it lists them.
+            WeightsError: A name is missing or unexpected, or a shape differs.
         """
-        known = {
-            place: tensor.shape
-            for name, tensor in state.items()
-            if (place := _place(name)) and tensor.ndim == 2
-        }
+        shapes = {}
+        for name, tensor in state.items():
+            key = _layer_key(name)
+            if key and tensor.ndim == 2:
+                shapes[key] = tensor.shape
         layers = nn.ModuleDict()
         with init_empty_weights(include_buffers=False):
-            for place in sorted(known, key=int):
-                layers[place] = IdentityLayer(*known[place])
-        return cls(encoder, layers).filled(state)  # which names what is no layer
+            for key in sorted(shapes, key=int):
+                layers[key] = IdentityLayer(*shapes[key])
+        return cls(encoder, layers).load_weights(state)
 
-    def check(self, network: Any) -> None:
-        theirs = {
-            place: (a.inner_dim, a.cross_attention_dim)
-            for place, a in cross_attentions(network).items()
-        }
-        ours = {
-            place: tuple(cast(IdentityLayer, layer).id_to_k.weight.shape)
-            for place, layer in self.id_adapter_attn_layers.items()
-        }
-        if ours and ours.items() < theirs.items():
-            raise _lacking("this adapter", theirs.keys() - ours.keys(), len(theirs))
-        if theirs != ours:
-            widths = [
-                " and ".join(map(str, sorted({cross for _, cross in x.values()})))
-                for x in (ours, theirs)
-            ]
-            raise WeightsError(
-                f"this adapter was made for another U-Net: {len(ours)} layers with tokens of width {widths[0]}, "
-                f"this one has {len(theirs)} of width {widths[1]}; take the adapter of this base model."
+    # --- compatibility
+
+    def require(self, models: Mapping[str, str]) -> None:
+        """Raise OptionError if the face models differ from the ones used in training.
+
+        Args:
+            models: name -> hash of the models that analyze the reference images.
+        """
+        mismatched = mismatched_models(self.models, models) if self.models else []
+        if mismatched:
+            raise OptionError(
+                f"this adapter was trained with {' and '.join(sorted(self.models))}, but the "
+                f"current {' and '.join(mismatched)} differs; pass the insightface pack "
+                "used in training (--faces), or another adapter."
             )
 
-    def keys_values(self, tokens: Tensor) -> dict[str, KeyValue]:
-        """(..., T, width) -> per layer keys and values (..., T, hidden)."""
-        return {place: layer(tokens) for place, layer in self.id_adapter_attn_layers.items()}
+    def check(self, target: Any) -> None:
+        """Raise an error if the adapter does not fit a pipeline or U-Net.
+
+        Raises:
+            OptionError: The target has no U-Net.
+            WeightsError: The adapter was trained for another U-Net, or lacks layers.
+        """
+        unet_shapes = {
+            key: (layer.inner_dim, layer.cross_attention_dim)
+            for key, layer in cross_attentions(find_unet(target)).items()
+        }
+        shapes = {
+            key: tuple(cast(IdentityLayer, layer).id_to_k.weight.shape)
+            for key, layer in self.id_adapter_attn_layers.items()
+        }
+        if shapes and shapes.items() < unet_shapes.items():
+            missing = unet_shapes.keys() - shapes.keys()
+            raise _missing_layers_error("this adapter", missing, len(unet_shapes))
+        if unet_shapes != shapes:
+            raise WeightsError(
+                f"this adapter was trained for another U-Net: it has {len(shapes)} layers with "
+                f"tokens of width {_token_widths(shapes)}, this U-Net has {len(unet_shapes)} of "
+                f"width {_token_widths(unet_shapes)}; use the adapter for this base model."
+            )
 
     # --- use
+
+    def keys_values(self, tokens: Tensor) -> KeysValues:
+        """Compute each layer's keys and values (..., T, D) of tokens (..., T, width)."""
+        return {key: layer(tokens) for key, layer in self.id_adapter_attn_layers.items()}
 
     @contextmanager
     def use(
@@ -210,44 +233,44 @@ class PuLID(PuLIDBase):
         pipe: Any = None,
         guided: bool | None = None,
     ) -> Iterator[PuLID]:
-        """The attached pipelines show an identity while this is open.
+        """Show an identity with the attached pipelines while the context is open.
 
         Args:
-            people: an identity; a list of (identity, mask) for several in one image, masks of any size,
-                soft or hard; or a list with one of these per prompt.
-            scale: weight of the identity; 0 costs nothing.
-            start, end: fractions of the schedule between which it acts, [start, end).
-            projection: "none", "ortho" or "ortho_v2", see `projection.contribution`.
-            num_zero: zero tokens beside the identity's; more of them weaken it.
-            mix: v1 only: further photos of an identity give all their tokens, not only those of their embeddings.
-            pipe: only this one of the attached pipelines; of several that share a U-Net, the one that runs.
-            guided: whether the batch holds negatives and positives; None asks the pipeline, and a bare U-Net has none.
+            people: an identity; a list of (identity, mask) for several in one image, masks of any
+                size, soft or hard; or a list with one of these per prompt.
+            scale: weight of the identity; 0 disables it at no cost.
+            start: fraction of the schedule at which it begins to act.
+            end: fraction of the schedule at which it stops acting; 1 includes the last step.
+            projection: "none", "ortho" or "ortho_v2", see `projection.compute_contribution`.
+            num_zero: number of zero tokens next to the identity's; more of them weaken the
+                identity.
+            mix: v1 only: further reference images of an identity add all their tokens, not only
+                those of their embeddings.
+            pipe: one of the attached pipelines; all of them by default. Required if several of them
+                share a U-Net.
+            guided: whether the batch holds a negative and a positive half. By default the pipeline
+                tells; a bare U-Net is not guided.
 
         Raises:
-            OptionError: an argument outside its range, nothing attached, or another identity is still in use.
-            IdentityError: an identity of other sizes than the encoder reads.
+            OptionError: An argument is out of range, nothing is attached, or another identity is
+                in use.
+            IdentityError: The identity has other sizes than the encoder reads.
         """
         prompts = normalize_people(people)
-        first = prompts[0][0][0]
+        first_identity, _ = prompts[0][0]
 
         @torch.no_grad()
-        def positive() -> dict[str, KeyValue]:
-            return self.keys_values(self.tokens(prompts, mix))
+        def positive() -> KeysValues:
+            return self.keys_values(self.encode_people(prompts, mix))
 
         @torch.no_grad()
-        def negative() -> dict[str, KeyValue]:
-            return self.keys_values(self.unconditional(first.id_cond, first.hidden, mix)[:, None])
+        def negative() -> KeysValues:
+            tokens = self.unconditional(first_identity.id_cond, first_identity.hidden, mix)
+            return self.keys_values(tokens[:, None])
 
-        options = {
-            "scale": scale,
-            "start": start,
-            "end": end,
-            "projection": projection,
-            "num_zero": num_zero,
-        }
-        with self._opened(
-            positive, negative, options, pipe, masks=stack_masks(prompts), guided=guided
-        ):
+        options = IdentityOptions(scale, Span(start, end), projection, num_zero)
+        masks = stack_masks(prompts)
+        with self._open(positive, negative, options, masks, guided, pipe):
             yield self
 
     @contextmanager
@@ -263,95 +286,85 @@ class PuLID(PuLIDBase):
         guided: bool | None = None,
         pipe: Any = None,
     ) -> Iterator[PuLID]:
-        """As `use`, from tokens and with gradient: what training opens around forward *and* backward.
+        """Use tokens with gradient: training opens this around forward *and* backward.
 
-        Keys and values are computed once here and shared by all calls of the U-Net, so their graph is
-        walked by one backward (or by several with `retain_graph=True`).
+        Keys and values are computed once and shared by all calls of the U-Net, so one backward
+        consumes their graph (or several with `retain_graph=True`).
 
         Args:
-            tokens: (B, T, width), one per image of the batch (or one for equally many images each, in order).
+            tokens: (B, T, width), one per image of the batch, or one per group of consecutive
+                images.
+            scale: see `use`, as the following.
+            start: see `use`.
+            end: see `use`.
+            projection: see `use`.
+            num_zero: see `use`.
             negative: (1, T, width) for the negative half of a guided batch.
-            guided: whether the batch holds negatives and positives; None asks the pipeline, and a bare U-Net has none.
+            guided: see `use`.
+            pipe: see `use`.
 
         Raises:
-            OptionError: see `use`; or the batch is guided and `negative` is missing.
+            OptionError: See `use`; or the batch is guided and `negative` is missing.
         """
 
-        def positive() -> dict[str, KeyValue]:
+        def positive() -> KeysValues:
             return self.keys_values(tokens[:, None])
 
-        def nobody() -> dict[str, KeyValue]:
+        def negative_keys_values() -> KeysValues:
             if negative is None:
                 raise OptionError(
-                    "a guided batch needs negative tokens; give negative=adapter.unconditional(...)."
+                    "a guided batch needs negative tokens; "
+                    "pass negative=adapter.unconditional(...)."
                 )
             return self.keys_values(negative[:, None])
 
-        options = {
-            "scale": scale,
-            "start": start,
-            "end": end,
-            "projection": projection,
-            "num_zero": num_zero,
-        }
-        with self._opened(positive, nobody, options, pipe, guided=guided):
+        options = IdentityOptions(scale, Span(start, end), projection, num_zero)
+        with self._open(positive, negative_keys_values, options, None, guided, pipe):
             yield self
 
     @contextmanager
-    def _opened(
+    def _open(
         self,
-        positive: Callable[[], dict[str, KeyValue]],
-        negative: Callable[[], dict[str, KeyValue]],
-        options: dict[str, Any],
+        positive: Callable[[], KeysValues],
+        negative: Callable[[], KeysValues],
+        options: IdentityOptions,
+        masks: Tensor | None,
+        guided: bool | None,
         pipe: Any,
-        masks: Tensor | None = None,
-        guided: bool | None = None,
     ) -> Iterator[None]:
-        """Opens keys and values (P, J, T, hidden) on every U-Net in question; nothing is computed where
-        nothing would act."""
-        _check_options(options)
-        attachments = [PipelineState(target) for target in self.serving(pipe)]
-        if options["scale"] == 0 or options["start"] >= options["end"]:
+        """Inject keys and values (P, J, T, D) into each U-Net; compute none if none would act."""
+        states = self.select_pipelines(pipe)
+        if options.scale == 0 or options.span.is_empty:
             yield
             return
         keys_values = positive()
-        with ExitStack() as stack:
-            for attachment in attachments:
-                injection = Injection(
-                    keys_values,
-                    negative=negative,
-                    guided=attachment.guided if guided is None else lambda: bool(guided),
-                    progress=attachment.progress,
-                    masks=masks,
-                    **options,
-                )
-                stack.enter_context(injected(attachment.unet, injection))
+
+        def inject(state: PipelineState) -> AbstractContextManager[None]:
+            is_guided = state.is_guided if guided is None else lambda: bool(guided)
+            injection = SDXLInjection(
+                keys_values, negative, is_guided, state.position, options, masks
+            )
+            return inject_sdxl(state, self.slot, injection)
+
+        with self.activate(states, inject):
             yield
 
 
-def _place(name: str) -> str:
-    """The layer that a tensor of this name is of; empty where it is of none."""
-    found = re.fullmatch(r"id_adapter_attn_layers\.([0-9]{1,6})\.id_to_[kv]\.weight", name)
-    return found[1] if found else ""
+def _layer_key(name: str) -> str:
+    """Return the key of the layer that a tensor belongs to; empty if it belongs to none."""
+    match = re.fullmatch(r"id_adapter_attn_layers\.([0-9]{1,6})\.id_to_[kv]\.weight", name)
+    return match[1] if match else ""
 
 
-def _lacking(adapter: str, lost: Collection[str], total: int) -> WeightsError:
-    """What is said of a file that is whole but for some layers."""
-    named = shorten(", ".join(sorted(lost, key=int)), 200, placeholder=" ...")
+def _token_widths(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Format the widths of the tokens that layers read."""
+    return " and ".join(map(str, sorted({shape[1] for shape in shapes.values()})))
+
+
+def _missing_layers_error(adapter: str, missing: Collection[str], total: int) -> WeightsError:
+    """Create the error for a file that is complete but for some layers."""
+    keys = shorten(", ".join(sorted(missing, key=int)), 200, placeholder=" ...")
     return WeightsError(
-        f"{adapter} lacks {len(lost)} of {total} layers (id_adapter_attn_layers {named}); "
-        "get its file again, or take the adapter of this base model."
+        f"{adapter} lacks {len(missing)} of {total} layers (id_adapter_attn_layers {keys}); "
+        "download its file again, or use the adapter for this base model."
     )
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    if options["projection"] not in PROJECTIONS:
-        raise OptionError(
-            f"projection is one of {', '.join(PROJECTIONS)}; it is {options['projection']!r}."
-        )
-    if not 0 <= options["start"] <= 1 or not 0 <= options["end"] <= 1:
-        raise OptionError("start and end are fractions of the schedule, from 0 to 1.")
-    if not isinstance(options["num_zero"], int) or options["num_zero"] < 0:
-        raise OptionError(
-            f"num_zero is a number of tokens, 0 or more; it is {options['num_zero']!r}."
-        )

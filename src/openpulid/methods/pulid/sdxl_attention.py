@@ -1,10 +1,10 @@
 """Identity attention inside any SDXL-family U-Net of diffusers.
 
-Every cross-attention layer gets a second attention with the same queries and the identity's own keys and values; its
-output is added to the text's before the output projection.
+Every cross-attention layer gets a second attention with the same queries and the identity's own
+keys and values. Its output is added to that of the text before the output projection.
 
-Shapes: P prompts with an identity, J people in each, B batch of the U-Net, h heads, N tokens, d width of a
-head, L positions.
+Shapes: P prompts with an identity, J people in each, B batch of the U-Net, h heads, N tokens, d
+width of a head, D = h * d, L image positions.
 """
 
 from __future__ import annotations
@@ -19,13 +19,21 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
-from openpulid.methods.hooks import exclusive_use
+from openpulid.methods.adapter import exclusive_use
+from openpulid.methods.hooks import (
+    PipelineState,
+    SchedulePosition,
+    Span,
+    UNetCall,
+    identity_count_error,
+)
 from openpulid.methods.pulid.projection import (
+    PROJECTIONS,
     Projection,
+    append_zero_row,
     attend,
-    contribution,
-    with_zeros,
-    zeros_bias,
+    compute_contribution,
+    zero_token_bias,
 )
 
 KeyValue = tuple[Tensor, Tensor]
@@ -45,242 +53,312 @@ class IdentityLayer(nn.Module):
         self.id_to_v = nn.Linear(cross_attention_dim, hidden_size, bias=False)
 
     def forward(self, tokens: Tensor) -> KeyValue:
-        """(..., N, cross_attention_dim) -> keys and values (..., N, hidden_size)."""
+        """Map tokens (..., N, cross_attention_dim) to keys and values (..., N, hidden_size)."""
         return self.id_to_k(tokens), self.id_to_v(tokens)
 
 
 def cross_attentions(unet: Any) -> dict[str, Any]:
-    """The U-Net's cross-attention layers by their published key.
+    """Return the U-Net's cross-attention layers by their published key.
 
-    The key is the layer's place in `unet.attn_processors`, where self- and cross-attention alternate: "1", "3", ...
+    The key is the layer's index in `unet.attn_processors`, where self- and cross-attention
+    alternate: "1", "3", ...
     """
-    places = {name: str(index) for index, name in enumerate(unet.attn_processors)}
-    return {
-        place: unet.get_submodule(name.removesuffix(".processor"))
-        for name, place in places.items()
-        if name.endswith("attn2.processor")
-    }
-
-
-def identity_layers(unet: nn.Module) -> nn.ModuleDict:
-    """Fresh layers for every cross-attention of a U-Net.
-
-    Keys start as the text's (IP-Adapter does so too) and values at zero: an untrained adapter changes nothing.
-    """
-    layers = nn.ModuleDict()
-    for place, attention in cross_attentions(unet).items():
-        layer = IdentityLayer(attention.inner_dim, attention.cross_attention_dim)
-        text = getattr(attention.to_k, "weight", None)
-        with torch.no_grad():
-            nn.init.zeros_(layer.id_to_v.weight)
-            if (
-                text is not None
-                and text.shape == layer.id_to_k.weight.shape
-                and text.is_floating_point()
-            ):
-                layer.id_to_k.weight.copy_(text)
-        layers[place] = layer
+    layers = {}
+    for index, name in enumerate(unet.attn_processors):
+        if name.endswith("attn2.processor"):
+            layers[str(index)] = unet.get_submodule(name.removesuffix(".processor"))
     return layers
 
 
-@dataclass
-class Call:
-    """What one call of the U-Net needs, expanded to its batch. Kept by batch size, so that a block that is run again
-    during backward (gradient checkpointing) finds what its forward had."""
+def create_identity_layers(unet: nn.Module) -> nn.ModuleDict:
+    """Create new layers for every cross-attention of a U-Net.
 
-    active: bool
-    keys_values: Mapping[str, KeyValue] = field(
-        default_factory=dict
-    )  # place -> (J, B, h, N, d) twice, zeros among them
-    bias: Tensor | None = None  # (N,), of the zeros
-    regions: Callable[[int], Tensor | None] = lambda positions: None  # L -> (J, B, L, 1)
+    Keys start as the text's (as in IP-Adapter) and values at zero: an untrained adapter changes
+    nothing.
+    """
+    layers = nn.ModuleDict()
+    for key, attention in cross_attentions(unet).items():
+        layer = IdentityLayer(attention.inner_dim, attention.cross_attention_dim)
+        weight = getattr(attention.to_k, "weight", None)
+        with torch.no_grad():
+            nn.init.zeros_(layer.id_to_v.weight)
+            if weight is not None and _is_copyable(weight, layer.id_to_k.weight):
+                layer.id_to_k.weight.copy_(weight)
+        layers[key] = layer
+    return layers
 
 
-@dataclass
-class Injection:
-    """One opened identity on one U-Net: everything that is active lives here and goes with it.
+def _is_copyable(source: Tensor, target: Tensor) -> bool:
+    """Return whether weights can be copied; quantized ones have another shape or type."""
+    return source.shape == target.shape and source.is_floating_point()
+
+
+@dataclass(frozen=True)
+class IdentityOptions:
+    """How an identity acts in the U-Net; see `PuLID.use`.
+
+    Raises:
+        OptionError: A value is out of range.
+    """
+
+    scale: float = 1.0
+    span: Span = field(default_factory=Span)
+    projection: Projection = "ortho_v2"
+    num_zero: int = 0
+
+    def __post_init__(self) -> None:
+        if self.projection not in PROJECTIONS:
+            raise OptionError(
+                f"projection must be one of {', '.join(PROJECTIONS)}; got {self.projection!r}."
+            )
+        if not isinstance(self.num_zero, int) or self.num_zero < 0:
+            raise OptionError(
+                f"num_zero must be an integer number of tokens, 0 or more; got {self.num_zero!r}."
+            )
+
+
+@dataclass(frozen=True)
+class SDXLCall:
+    """State of one call of the U-Net, created in its pre-hook and expanded to its batch.
 
     Attributes:
-        keys_values: per layer (P, J, N, hidden) twice.
-        negative: computes the same for nobody, (1, 1, N, hidden), when classifier-free guidance first asks for it.
-        guided: says whether the batch's first half is the negative one.
-        progress: the fraction of the schedule that the call at a timestep stands at.
-        masks: (P, J, H, W) in [0, 1], or None: everywhere.
-        start, end: the identity acts while start <= progress < end (at 1.0: to the last step).
+        is_active: whether the identity acts in this call.
+        keys_values: layer key -> keys and values (J, B, h, N, d), zero tokens included.
+        bias: (N,), of the zero tokens.
+        regions: number of positions L -> (J, B, L, 1) in [0, 1], or None for all positions.
+    """
+
+    is_active: bool
+    keys_values: Mapping[str, KeyValue] = field(default_factory=dict)
+    bias: Tensor | None = None
+    regions: Callable[[int], Tensor | None] = lambda num_positions: None
+
+
+@dataclass
+class SDXLInjection:
+    """One identity in use on one U-Net.
+
+    Attributes:
+        keys_values: layer key -> keys and values (P, J, N, D).
+        negative: computes the same (1, 1, N, D) for no identity, called when guidance first needs
+            it.
+        is_guided: returns whether the first half of the batch is the negative one.
+        position: timestep -> position in the schedule.
+        options: how the identity acts.
+        masks: (P, J, H, W) in [0, 1]; None for everywhere.
+        calls: state of the last call by batch size. A block that runs again during backward
+            (gradient checkpointing) finds the state of its forward.
     """
 
     keys_values: Mapping[str, KeyValue]
     negative: Callable[[], Mapping[str, KeyValue]]
-    guided: Callable[[], bool]
-    progress: Callable[[Any], float]
+    is_guided: Callable[[], bool]
+    position: Callable[[Any], SchedulePosition]
+    options: IdentityOptions
     masks: Tensor | None = None
-    scale: float = 1.0
-    projection: Projection = "ortho_v2"
-    num_zero: int = 0
-    start: float = 0.0
-    end: float = 1.0
-    calls: dict[int, Call] = field(default_factory=dict)
-    _expanded: dict[Any, Call] = field(default_factory=dict)
+    calls: dict[int, SDXLCall] = field(default_factory=dict)
+    _prepared: dict[Any, SDXLCall] = field(default_factory=dict)
 
-    def before(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the U-Net: prepares this call. Outside [start, end) there is nothing to prepare."""
-        sample = args[0] if args else kwargs["sample"]
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        batch = len(sample)
-        if not self._due(unet, timestep):
-            self.calls[batch] = Call(active=False)
+    def before_call(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Prepare this call (forward pre-hook of the U-Net)."""
+        call = UNetCall.parse(args, kwargs)
+        sample = call.sample
+        batch_size = len(sample)
+        if not self._is_active(unet, call.timestep):
+            self.calls[batch_size] = SDXLCall(is_active=False)
             return
-        guided = self.guided()
+        is_guided = self.is_guided()
         # under autocast the layers' products already have their dtype
         dtype = None if torch.is_autocast_enabled(sample.device.type) else sample.dtype
-        # a walk's first calls may run without gradient, and what they prepare has none
-        made_for = (batch, guided, sample.device, dtype, sample.shape[-2:], torch.is_grad_enabled())
-        if made_for not in self._expanded:
-            self._expanded[made_for] = self._prepare(unet, sample, guided, dtype)
-        self.calls[batch] = self._expanded[made_for]
+        # the first calls of a rollout may run without gradient: what they prepare has none
+        has_gradient = torch.is_grad_enabled()
+        key = (batch_size, is_guided, sample.device, dtype, sample.shape[-2:], has_gradient)
+        if key not in self._prepared:
+            self._prepared[key] = self._prepare(unet, sample, is_guided, dtype)
+        self.calls[batch_size] = self._prepared[key]
 
-    def _due(self, unet: Any, timestep: Any) -> bool:
-        if self.start <= 0 and self.end >= 1:
+    def _is_active(self, unet: Any, timestep: Any) -> bool:
+        """Return whether the identity acts at a timestep."""
+        if self.options.span.covers_schedule:
             return True
         if torch.is_grad_enabled() and getattr(unet, "is_gradient_checkpointing", False):
             raise OptionError(
-                "start and end cannot be combined with gradient checkpointing; train over the whole schedule."
+                "start and end cannot be combined with gradient checkpointing; "
+                "train on the whole schedule."
             )
-        progress = self.progress(timestep) + 1e-6
-        return self.start <= progress and (progress < self.end or self.end >= 1)
+        return self.options.span.contains(self.position(timestep))
 
-    def _prepare(self, unet: Any, sample: Tensor, guided: bool, dtype: torch.dtype | None) -> Call:
-        prompts = len(next(iter(self.keys_values.values()))[0])
-        rows = len(sample) // (1 + guided)
-        if rows * (1 + guided) != len(sample) or rows % prompts:
-            half = " in each half of the guided batch" if guided else ""
-            raise OptionError(
-                f"{prompts} identities do not fit {rows} images{half}; give one identity, or one per prompt."
-            )
-        nobodies = self.negative() if guided else None
-        heads = {place: attention.heads for place, attention in cross_attentions(unet).items()}
+    def _prepare(
+        self, unet: Any, sample: Tensor, is_guided: bool, dtype: torch.dtype | None
+    ) -> SDXLCall:
+        """Repeat keys, values and masks for the batch of a call."""
+        num_prompts = len(next(iter(self.keys_values.values()))[0])
+        num_images = len(sample) // (1 + is_guided)
+        if num_images * (1 + is_guided) != len(sample) or num_images % num_prompts:
+            raise identity_count_error(num_prompts, num_images)
+        negative = self.negative() if is_guided else None
+        heads = {key: attention.heads for key, attention in cross_attentions(unet).items()}
         expanded = {}
-        for place, pair in self.keys_values.items():
-            nobody = nobodies[place] if nobodies else (None, None)
-            key, value = (
-                self._expand(x, no, rows, heads[place], sample.device, dtype)
-                for x, no in zip(pair, nobody, strict=True)
-            )
-            expanded[place] = key, value
-        return Call(
-            True, expanded, zeros_bias(key, self.num_zero), self._regions(rows, guided, sample)
-        )
+        for key, (positive_k, positive_v) in self.keys_values.items():
+            negative_k, negative_v = negative[key] if negative is not None else (None, None)
+            expand_options = (num_images, heads[key], sample.device, dtype)
+            k = self.expand(positive_k, negative_k, *expand_options)
+            v = self.expand(positive_v, negative_v, *expand_options)
+            expanded[key] = (k, v)
+        bias = zero_token_bias(next(iter(expanded.values()))[0], self.options.num_zero)
+        return SDXLCall(True, expanded, bias, self._regions(num_images, is_guided, sample))
 
-    def _expand(
+    def expand(
         self,
         x: Tensor,
-        nobody: Tensor | None,
-        rows: int,
-        heads: int,
+        negative: Tensor | None,
+        num_images: int,
+        num_heads: int,
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> Tensor:
-        """(P, J, N, hidden) -> (J, B, h, N, d), the negative half first, as diffusers lays the batch; zero tokens last."""
-        x = x.to(device, dtype).repeat_interleave(rows // len(x), dim=0)
-        if nobody is not None:
-            x = torch.cat([nobody.to(x).expand(x.shape), x])
-        return with_zeros(
-            x.unflatten(-1, (heads, -1)).permute(1, 0, 3, 2, 4).contiguous(), self.num_zero
-        )
+        """Repeat keys or values for the batch.
 
-    def _regions(self, rows: int, guided: bool, sample: Tensor) -> Callable[[int], Tensor | None]:
+        The negative half comes first, as in diffusers. Zero tokens come last.
+
+        Args:
+            x: (P, J, N, D).
+            negative: (1, 1, N, D), or None without guidance.
+            num_images: of the positive half.
+            num_heads: h.
+            device: of the result.
+            dtype: of the result; None keeps it.
+
+        Returns:
+            (J, B, h, N, d).
+        """
+        x = x.to(device, dtype).repeat_interleave(num_images // len(x), dim=0)
+        if negative is not None:
+            x = torch.cat([negative.to(x).expand(x.shape), x])
+        heads = x.unflatten(-1, (num_heads, -1)).permute(1, 0, 3, 2, 4).contiguous()
+        return append_zero_row(heads, self.options.num_zero)
+
+    def _regions(
+        self, num_images: int, is_guided: bool, sample: Tensor
+    ) -> Callable[[int], Tensor | None]:
+        """Return a function from a number of positions L to the masks (J, B, L, 1)."""
         if self.masks is None:
-            return lambda positions: None
-        # shrunk on the processor: not every device averages to sizes that do not divide the mask's
-        masks = self.masks.cpu().repeat_interleave(rows // len(self.masks), dim=0)
-        masks = torch.cat([masks] * (1 + guided)).float()  # (B, J, H, W)
+            return lambda num_positions: None
+        # resized on the CPU: not every device averages to sizes that do not divide the mask's
+        masks = self.masks.cpu().repeat_interleave(num_images // len(self.masks), dim=0)
+        masks = torch.cat([masks] * (1 + is_guided)).float()  # (B, J, H, W)
         height, width = sample.shape[-2:]
-        known: dict[int, Tensor] = {}
+        cache: dict[int, Tensor] = {}
 
-        def at(positions: int) -> Tensor:
-            if positions not in known:
-                with torch.no_grad():
-                    # every position gets the mean of its own area: nothing leaks over an edge that lies between two
-                    small = interpolate(masks, grid(height, width, positions), mode="area")
-                    known[positions] = small.flatten(2).transpose(0, 1)[..., None].to(sample.device)
-            return known[positions]
+        @torch.no_grad()
+        def regions(num_positions: int) -> Tensor:
+            if num_positions not in cache:
+                # each position gets the mean of its own area, so no position sees across an edge
+                size = grid_size(height, width, num_positions)
+                resized = interpolate(masks, size, mode="area")
+                cache[num_positions] = (
+                    resized.flatten(2).transpose(0, 1)[..., None].to(sample.device)
+                )
+            return cache[num_positions]
 
-        return at
+        return regions
 
 
-def grid(height: int, width: int, positions: int) -> tuple[int, int]:
-    """The height and width at which a U-Net of this latent size has so many positions; each level halves,
-    rounded up."""
-    while height * width > positions:
-        height, width = (height + 1) // 2, (width + 1) // 2
-    assert height * width == positions, "the U-Net halves its latents at every level"
+def grid_size(height: int, width: int, num_positions: int) -> tuple[int, int]:
+    """Return the height and width at which a U-Net has this number of positions.
+
+    Each level halves the latents' size, rounded up.
+    """
+    while height * width > num_positions:
+        height = (height + 1) // 2
+        width = (width + 1) // 2
+    assert height * width == num_positions, "the U-Net halves its latents at every level"
     return height, width
 
 
 @dataclass
 class IdentityAttention:
-    """The identity's part of one cross-attention layer, between its two linear layers.
+    """Identity attention in one cross-attention layer.
 
-    Two hooks: one keeps the queries that the layer's processor computes, the other adds the identity's output to what is on
-    its way into the output projection. The processor itself is left alone, so whatever it does (LoRA, IP-Adapter and its
-    scales, another attention kernel) it goes on doing.
+    Two hooks: one captures the queries that the layer's processor computes, the other adds the
+    identity's output to the input of the output projection. The processor itself is not replaced,
+    so whatever it does (LoRA, IP-Adapter, another attention kernel) still works.
 
-    Args:
-        place: the layer's published key.
-        heads: of the layer.
-        injection: what is in use.
+    Attributes:
+        key: the layer's published key.
+        num_heads: of the layer.
+        injection: the identity in use.
+        query: (B, L, D) between the two hooks of a call.
     """
 
-    place: str
-    heads: int
-    injection: Injection
+    key: str
+    num_heads: int
+    injection: SDXLInjection
     query: Tensor | None = None
 
-    def opened(self, attention: Any) -> Iterator[Any]:
-        """Both hooks on a layer; each has a `remove`."""
-        yield attention.to_q.register_forward_hook(self._keep)
-        yield attention.to_out[0].register_forward_pre_hook(self._join)
+    def register(self, attention: Any) -> Iterator[Any]:
+        """Register both hooks on a layer and return their handles."""
+        yield attention.to_q.register_forward_hook(self._capture_query)
+        yield attention.to_out[0].register_forward_pre_hook(self._before_output)
 
-    def _keep(self, layer: Any, args: Any, query: Tensor) -> None:
+    def _capture_query(self, layer: Any, args: Any, query: Tensor) -> None:
         self.query = query
 
-    def _join(self, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        text, query = args[0], self.query
-        self.query = None  # not kept longer than a processor does
+    def _before_output(self, layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        text = args[0]
+        query = self.query
+        self.query = None  # do not keep it longer than a processor does
         call = self.injection.calls[len(text)]
-        if not call.active:
+        if not call.is_active:
             return None
-        assert query is not None, "a processor computes its queries through the layer's to_q"
-        return (self.joined(query, text, call), *args[1:])
+        assert query is not None, "a processor computes its queries with the layer's to_q"
+        return (self.add_identity(query, text, call), *args[1:])
 
-    def joined(self, query: Tensor, text: Tensor, call: Call) -> Tensor:
-        """Queries (B, L, D) and the text's output (B, L, D) -> the output with every identity's added."""
-        query = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        keys, values = (x.to(query.dtype) for x in call.keys_values[self.place])
+    def add_identity(self, query: Tensor, text: Tensor, call: SDXLCall) -> Tensor:
+        """Add every identity's output to that of the text.
+
+        Args:
+            query: (B, L, D).
+            text: output of the text's attention, (B, L, D).
+            call: state of the call.
+
+        Returns:
+            (B, L, D).
+        """
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        keys, values = (x.to(query.dtype) for x in call.keys_values[self.key])
         bias = None if call.bias is None else call.bias.to(query.dtype)
         regions = call.regions(query.shape[2])
-        projection = self.injection.projection
-        added = None
+        options = self.injection.options
+        total = None
         for person in range(len(keys)):
-            attended, share = attend(query, keys[person], values[person], projection, bias)
-            identity = attended.transpose(1, 2).flatten(2)
+            output, share = attend(query, keys[person], values[person], options.projection, bias)
+            identity = output.transpose(1, 2).flatten(2)
             region = None if regions is None else regions[person]
-            one = contribution(text, identity, projection, share, region)
-            added = one if added is None else added + one
-        assert added is not None, "an open identity has at least one person"
-        return torch.add(text, added.to(text.dtype), alpha=self.injection.scale)
+            added = compute_contribution(text, identity, options.projection, share, region)
+            total = added if total is None else total + added
+        assert total is not None, "there is at least one identity"
+        return torch.add(text, total.to(text.dtype), alpha=options.scale)
 
 
 @contextmanager
-def injected(unet: nn.Module, injection: Injection) -> Iterator[None]:
-    """The U-Net with an identity in use; nothing of it is left afterwards, whatever happens inside.
+def inject_sdxl(state: PipelineState, slot: str, injection: SDXLInjection) -> Iterator[None]:
+    """Register the hooks of an identity on a U-Net, and remove them on exit.
+
+    Args:
+        state: of the pipeline.
+        slot: see `Adapter.slot`.
+        injection: the identity.
 
     Raises:
-        OptionError: another identity is in use on this U-Net, or it is compiled.
+        OptionError: Another identity is in use on this U-Net, or it is compiled.
     """
-    with exclusive_use(unet, around=unet.modules()), ExitStack() as undo:
-        undo.callback(unet.register_forward_pre_hook(injection.before, with_kwargs=True).remove)
-        for place, attention in cross_attentions(unet).items():
-            for hook in IdentityAttention(place, attention.heads, injection).opened(attention):
-                undo.callback(hook.remove)
+    unet = state.network
+    with exclusive_use(unet, slot, hooked=unet.modules()), ExitStack() as hooks:
+        handle = unet.register_forward_pre_hook(injection.before_call, with_kwargs=True)
+        hooks.callback(handle.remove)
+        for key, layer in cross_attentions(unet).items():
+            attention = IdentityAttention(key, layer.heads, injection)
+            for handle in attention.register(layer):
+                hooks.callback(handle.remove)
         yield

@@ -23,11 +23,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.identity.identity import Identity
 from openpulid.methods.ip_adapter.base import IPAdapterBase
-from openpulid.methods.ip_adapter.export import published_parts, trained_layers
+from openpulid.methods.ip_adapter.export import export_adapter, trainable_layers
 from openpulid.methods.ip_adapter.faceid import FaceID
 from openpulid.methods.ip_adapter.instantid import InstantID
-from openpulid.methods.photomaker.adapter import PhotoMaker
-from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
+from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
+from openpulid.methods.photomaker.photomaker import PhotoMaker
 from openpulid.mini.train.autoencoder import batches
 from openpulid.mini.train.clip import clip_pixels
 from openpulid.mini.train.recognition import faces_of
@@ -95,7 +95,7 @@ class IPAdapterBaseline(Baseline):
     method: IPAdapterBase
 
     def save(self, place: Path, pipe: Any) -> Path:
-        return published_parts(self.method, pipe, place.with_suffix(".safetensors"))
+        return export_adapter(self.method, pipe, place.with_suffix(".safetensors"))
 
 
 class InstantIDBaseline(Baseline):
@@ -105,7 +105,7 @@ class InstantIDBaseline(Baseline):
 
     def save(self, place: Path, pipe: Any) -> Path:
         place.mkdir(parents=True, exist_ok=True)
-        published_parts(self.method, pipe, place / "ip-adapter.safetensors")
+        export_adapter(self.method, pipe, place / "ip-adapter.safetensors")
         net = ControlNetModel.from_config(self.method.identity_net.config)
         net.load_state_dict(self.method.identity_net.state_dict())
         net.to(torch.bfloat16).save_pretrained(place / "ControlNetModel")
@@ -160,7 +160,7 @@ def faceid(pipe: Any, face: int) -> Baseline:
             layers[f"{place}.to_{q}_lora.down.weight"] = random(RANK, module.in_features)
             layers[f"{place}.to_{q}_lora.up.weight"] = torch.zeros(module.out_features, RANK)
     method = FaceID({"image_proj": projection, "ip_adapter": layers | keys_and_values(unet)})
-    return IPAdapterBaseline(method, trained_layers(method, pipe))
+    return IPAdapterBaseline(method, trainable_layers(method, pipe))
 
 
 def instantid(pipe: Any, face: int) -> Baseline:
@@ -190,7 +190,7 @@ def instantid(pipe: Any, face: int) -> Baseline:
     net.load_state_dict(copied.state_dict(), strict=False)
     method = InstantID({"image_proj": names, "ip_adapter": keys_and_values(unet)}, net)
     net.requires_grad_(True)
-    learned = nn.ModuleList([trained_layers(method, pipe), net])
+    learned = nn.ModuleList([trainable_layers(method, pipe), net])
     return InstantIDBaseline(method, learned)
 
 

@@ -1,0 +1,85 @@
+"""Low-rank layers as forward hooks.
+
+Hooks instead of a LoRA of the pipeline: loading one there would deactivate the user's own LoRA, and
+unloading would leave its layers behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from openpulid.errors import WeightsError
+
+
+def low_rank_hook(down: Tensor, up: Tensor, is_active: Callable[[], bool] = lambda: True) -> Any:
+    """Create a forward hook that adds up(down(x)) to the output of a linear layer.
+
+    Args:
+        down: (rank, in).
+        up: (out, rank).
+        is_active: read in each call.
+    """
+
+    def add_low_rank(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if not is_active():
+            return None
+        x: Tensor = args[0]
+        return output + linear(linear(x, down.to(x)), up.to(x))
+
+    return add_low_rank
+
+
+def find_lora_layers(
+    unet: Any, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+    """Find the linear layers of a U-Net that an IP-Adapter file changes.
+
+    Args:
+        unet: a U-Net.
+        tensors: by names such as "3.to_q_lora.down.weight"; the number is the index among all
+            attention processors.
+
+    Yields:
+        The layer and its matrices, down (rank, in) and up (out, rank).
+    """
+    names = [name.removesuffix(".processor") for name in unet.attn_processors]
+    for name, down in tensors.items():
+        index, layer, side, _ = name.split(".")
+        if side != "down":
+            continue
+        attention = unet.get_submodule(names[int(index)])
+        attribute = layer.removesuffix("_lora")
+        module = attention.to_out[0] if attribute == "to_out" else getattr(attention, attribute)
+        yield module, down, tensors[f"{index}.{layer}.up.weight"]
+
+
+def parse_lora(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Group the tensors of a LoRA file by layer.
+
+    Args:
+        tensors: by any of the names that diffusers and peft use.
+
+    Returns:
+        Name of the layer -> down (rank, in) and up (out, rank).
+
+    Raises:
+        WeightsError: The file uses other names.
+    """
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    converted: dict[str, Tensor] = convert_unet_state_dict_to_peft(dict(tensors))
+    down = {name.split(".lora_A")[0]: x for name, x in converted.items() if ".lora_A" in name}
+    up = {name.split(".lora_B")[0]: x for name, x in converted.items() if ".lora_B" in name}
+    if set(down) != set(up) or len(down) + len(up) != len(converted):
+        raise WeightsError(
+            "the LoRA in this file does not use diffusers' names; download the published file."
+        )
+    pairs = {}
+    for name, matrix in down.items():
+        layer = name.removeprefix("unet.").replace(".processor", "")
+        pairs[layer] = (matrix, up[name])
+    return pairs

@@ -1,0 +1,246 @@
+"""Hooks that replace the prompt by one whose class word is fused with identity tokens.
+
+Hooks on the text encoders encode each prompt a second time with the class word repeated. A hook on
+the U-Net replaces the prompt by the fused one.
+
+Shapes: B batch of the U-Net, L tokens of a prompt, D its width, T identity tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openpulid.errors import OptionError
+from openpulid.methods.hooks import (
+    HookResult,
+    PipelineState,
+    Span,
+    UNetCall,
+    identity_count_error,
+)
+from openpulid.methods.lora import low_rank_hook
+
+CLASS_WORDS = ("person", "man", "woman", "boy", "girl", "child", "lady", "guy")
+"""Words that can be fused. The first one in a prompt is used; without one, "person" is inserted."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt encoded by one text encoder.
+
+    Attributes:
+        plain: states (L, D') of the prompt as it is.
+        repeated: states (L, D') with the class word repeated.
+        pooled: (P,) of the latter.
+        index: first position of the class word.
+    """
+
+    plain: Tensor
+    repeated: Tensor
+    pooled: Tensor
+    index: int
+
+
+class PromptFusion:
+    """State of one pipeline while an identity is in use.
+
+    Args:
+        state: of the pipeline.
+        fuse_module: fuses a word's embedding (T, D) with tokens (T, D).
+        tokens: (T, D) per identity, one identity per prompt or one for all.
+        span: of the schedule in which the fused prompt is used, without the step at its start.
+
+    Raises:
+        OptionError: The identities have different numbers of reference images.
+    """
+
+    def __init__(
+        self, state: PipelineState, fuse_module: nn.Module, tokens: Sequence[Tensor], span: Span
+    ) -> None:
+        if len({len(identity) for identity in tokens}) > 1:
+            raise OptionError(
+                "PhotoMaker needs the same number of reference images for each identity of a batch."
+            )
+        self.state = state
+        self.fuse_module = fuse_module
+        self.tokens = tokens
+        self.span = span
+        self.prompts: tuple[list[EncodedPrompt], list[EncodedPrompt]] = ([], [])
+        self._reentrant = False  # the second call of a text encoder, by its own hook
+        self._unet_called = False
+
+    @contextmanager
+    def register(self, lora: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> Iterator[None]:
+        """Register all hooks while the context is open.
+
+        Args:
+            lora: name of a layer of the U-Net -> its low-rank matrices.
+            scale: their weight.
+        """
+        pipe = self.state.target
+        unet = self.state.network
+        encoders = ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2))
+        with ExitStack() as hooks:
+            for index, (encoder, tokenizer) in enumerate(encoders):
+                capture = partial(self._capture_prompt, index, tokenizer)
+                handle = encoder.register_forward_hook(capture, with_kwargs=True)
+                hooks.callback(handle.remove)
+            for name, (down, up) in lora.items():
+                low_rank = low_rank_hook(down, scale * up)
+                handle = unet.get_submodule(name).register_forward_hook(low_rank)
+                hooks.callback(handle.remove)
+            # before other hooks: a ControlNet must read the fused prompt
+            handle = unet.register_forward_pre_hook(
+                self._swap_prompt, with_kwargs=True, prepend=True
+            )
+            hooks.callback(handle.remove)
+            yield
+
+    @torch.no_grad()
+    def _capture_prompt(
+        self, index: int, tokenizer: Any, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        """Encode a text encoder's input again with the class word repeated (forward hook)."""
+        if self._reentrant:
+            return
+        if self._unet_called:  # a new run begins: forget the prompts of the last one
+            self.prompts = ([], [])
+            self._unet_called = False
+        input_ids = args[0] if args else kwargs["input_ids"]
+        repeated_ids, positions = repeat_class_word(input_ids, tokenizer, len(self.tokens[0]))
+        options = {name: value for name, value in kwargs.items() if name != "input_ids"}
+        self._reentrant = True
+        try:
+            repeated = module(repeated_ids, **options)
+        finally:
+            self._reentrant = False
+        layer = -((getattr(self.state.target, "clip_skip", None) or 0) + 2)
+        for row, position in enumerate(positions):
+            self.prompts[index].append(
+                EncodedPrompt(
+                    output.hidden_states[layer][row],
+                    repeated.hidden_states[layer][row],
+                    repeated[0][row],
+                    position,
+                )
+            )
+
+    def _swap_prompt(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> HookResult:
+        """Replace the prompt and its pooled embedding (forward pre-hook of the U-Net)."""
+        self._unet_called = True
+        call = UNetCall.parse(args, kwargs)
+        if not self._is_active(call):
+            return args, kwargs
+        states = call.text.clone()
+        conditions = dict(kwargs["added_cond_kwargs"])
+        pooled = conditions["text_embeds"].clone()
+
+        # the negative half keeps its prompt
+        first = len(states) // 2 if self.state.is_guided() else 0
+        num_images = len(states) - first
+        if num_images % len(self.tokens):
+            raise identity_count_error(len(self.tokens), num_images)
+        images_per_identity = num_images // len(self.tokens)
+        for image in range(num_images):
+            tokens = self.tokens[image // images_per_identity]
+            row = first + image
+            states[row], pooled[row] = self._fuse(states[row], tokens)
+
+        # sample and timestep stay positional; what was positional after them is passed by name
+        conditions["text_embeds"] = pooled
+        return args[:2], kwargs | {
+            "encoder_hidden_states": states,
+            "added_cond_kwargs": conditions,
+        }
+
+    def _is_active(self, call: UNetCall) -> bool:
+        """Return whether the fused prompt is used; the step at `start` still has the plain one."""
+        position = self.state.position(call.timestep)
+        assert position.fraction is not None
+        if self.span.start and position.fraction <= self.span.start:
+            return False
+        return Span(0.0, self.span.end).contains(position)
+
+    def _fuse(self, plain: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Fuse one prompt (L, D) with tokens (T, D).
+
+        Returns:
+            The fused prompt (L, D) and its pooled embedding (P,).
+
+        Raises:
+            OptionError: The prompt was passed as embeddings, or its class word is too late.
+        """
+        for first, second in zip(*self.prompts, strict=True):
+            if not torch.equal(torch.cat([first.plain, second.plain], -1).to(plain), plain):
+                continue
+            states = torch.cat([first.repeated, second.repeated], -1).to(tokens)
+            words = slice(second.index, second.index + len(tokens))
+            if words.stop >= len(states):  # the last position is that of the end token
+                raise OptionError(
+                    f"PhotoMaker repeats the class word {len(tokens)} times, once per token, "
+                    "which does not fit because the word is too late in the prompt; "
+                    "move it forward or use fewer reference images."
+                )
+            states[words] = self.fuse_module(states[words], tokens)
+            return states.to(plain), second.pooled.to(plain)
+        raise OptionError(
+            "PhotoMaker changes the text of the prompt; "
+            "pass prompts instead of prompt embeddings while it is in use."
+        )
+
+
+def repeat_class_word(input_ids: Tensor, tokenizer: Any, count: int) -> tuple[Tensor, list[int]]:
+    """Repeat the class word of each prompt, or insert "person" before a prompt without one.
+
+    The end token stays when a prompt becomes too long: the pooled embedding is read there.
+
+    Args:
+        input_ids: (P, L).
+        tokenizer: that encoded the prompts.
+        count: of the word.
+
+    Returns:
+        (P, L), and the first position of the word in each prompt.
+    """
+    class_ids = _class_word_ids(tokenizer)
+    rows = []
+    positions = []
+    for row in input_ids.tolist():
+        matches = [index for index, token in enumerate(row) if token in class_ids]
+        if matches:
+            position = matches[0]
+            token = row[position]
+            tail = row[position + 1 :]
+        else:
+            position = 1  # after the start token
+            token = _first_token(tokenizer, CLASS_WORDS[0])
+            tail = row[position:]
+        repeated = (row[:position] + [token] * count + tail)[: len(row)]
+        if tokenizer.eos_token_id not in repeated[position + count :]:
+            repeated[-1] = tokenizer.eos_token_id
+        rows.append(repeated)
+        positions.append(position)
+    return torch.tensor(rows, device=input_ids.device), positions
+
+
+def _class_word_ids(tokenizer: Any) -> set[int]:
+    """Return the tokens of the class words, also in CLIP's form at the end of a word."""
+    ids = set()
+    for word in CLASS_WORDS:
+        for form in (word, f"{word}</w>"):
+            ids.add(tokenizer.convert_tokens_to_ids(form))
+    return ids - {tokenizer.unk_token_id, None}
+
+
+def _first_token(tokenizer: Any, word: str) -> int:
+    ids: list[int] = tokenizer([word], add_special_tokens=False).input_ids[0]
+    return ids[0]

@@ -1,0 +1,77 @@
+"""Schedule positions, spans and the step tracker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from openpulid.errors import OptionError
+from openpulid.methods.hooks import PipelineState, SchedulePosition, Span, StepTracker
+
+
+def test_step_tracker_counts_steps_and_negative_calls() -> None:
+    tracker, positions = StepTracker(), []
+    for time in (1.0, 0.7, 0.7, 0.3, 0.3, 1.0, 0.5):
+        tracker.update(time)
+        positions.append((tracker.step, tracker.is_negative))
+    assert positions == [
+        (0, False),
+        (1, False),
+        (1, True),
+        (2, False),
+        (2, True),
+        (0, False),
+        (1, False),
+    ]
+    tracker.update(
+        0.5, timesteps="another run"
+    )  # one step, at the time at which the last run ended
+    assert (tracker.step, tracker.is_negative) == (0, False)
+
+
+def test_scheduler_index_distinguishes_steps_of_equal_time() -> None:
+    tracker, positions = StepTracker(), []
+    for time, index in ((1.0, None), (1.0, None), (1.0, 1), (1.0, 1), (0.9, 2), (0.9, 3)):
+        tracker.update(time, "run", index)
+        positions.append((tracker.step, tracker.is_negative))
+    assert positions == [(0, False), (0, True), (1, False), (1, True), (2, False), (3, False)]
+
+
+def test_bare_transformer_has_no_fraction() -> None:
+    tracker = StepTracker()
+    tracker.update(1.0)
+    assert tracker.position == SchedulePosition(None, 0)
+    assert Span(start_step=0).contains(tracker.position)
+    assert not Span(start_step=1).contains(tracker.position)
+    with pytest.raises(OptionError, match="use start_step with a bare transformer"):
+        Span(0.5).contains(tracker.position)
+
+
+@pytest.mark.parametrize("num_steps", [3, 9, 10, 28])
+def test_spans_split_every_schedule_without_gap(num_steps: int) -> None:
+    """Rounding must not move a step at the boundary into both spans or none."""
+    for boundary in range(num_steps + 1):
+        fraction = boundary / num_steps
+        for step in range(num_steps):
+            position = SchedulePosition(step / num_steps, step)
+            assert Span(0.0, fraction).contains(position) == (step < boundary)
+            assert Span(fraction, 1.0).contains(position) == (step >= boundary)
+
+
+@pytest.mark.parametrize("options", [{"start": -0.1}, {"end": 1.5}, {"start_step": -1}])
+def test_span_out_of_range_raises(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="start"):
+        Span(**options)
+
+
+def test_pipeline_state_reads_current_network(tiny_pipeline: Any) -> None:
+    """A pipeline's network may be exchanged; a bare network is its own."""
+    pipe, second = tiny_pipeline(0), tiny_pipeline(1)
+    state = PipelineState(pipe)
+    assert state.network is pipe.unet
+    pipe.unet = second.unet
+    assert state.network is second.unet
+    assert PipelineState(second.unet).network is second.unet
+    assert not PipelineState(second.unet).is_guided()
+    assert PipelineState(second.unet).position(999).fraction == pytest.approx(0.001)
