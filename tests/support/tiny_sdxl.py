@@ -22,9 +22,10 @@ from openpulid.faces.face import Face
 from openpulid.faces.mini_recognition import ResNetRecognition
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import Batch, PuLIDTask
+from openpulid.training.pulid.task import PuLIDTask
 
 PEOPLE, ID, PATCHES, WIDTH = 24, 12, 4, 8
 WORDS = ["portrait", "of", "a", "person", "noir", "red", "hat"]
@@ -90,22 +91,22 @@ class People:
         self.latents = self.id_cond[:, :4, None, None].expand(-1, -1, 8, 8) + 0.1 * torch.randn(
             PEOPLE, 4, 8, 8, generator=generator
         )
-        self.pictures = torch.rand(PEOPLE, 3, 16, 16, generator=generator)
+        self.images = torch.rand(PEOPLE, 3, 16, 16, generator=generator)
         self.masks = torch.zeros(PEOPLE, 1, 8, 8)
         self.masks[..., 2:6, 2:6] = 1
 
-    def batch(self, draw) -> Batch:
-        i = draw.indices(PEOPLE, self.size)
+    def batch(self, rng) -> Batch:
+        i = rng.indices(PEOPLE, self.size)
         prompts = [("portrait of a person", "noir red hat")[k % 2] for k in i.tolist()]
         features = self.id_cond[i], [h[i] for h in self.hidden]
-        return Batch(self.latents[i], self.masks[i], prompts, *features, self.pictures[i])
+        return Batch(self.latents[i], self.masks[i], prompts, *features, self.images[i])
 
 
 def recipe(**changes) -> Recipe:
     figures = {
         "base": "tiny",
-        "gamma": 5.0,
-        "inside": 3.0,
+        "min_snr_gamma": 5.0,
+        "face_loss_weight": 3.0,
         "steps": 12,
         "lr": 1e-2,
         "warmup": 2,
@@ -159,6 +160,10 @@ def task(pipe=None, batch: int = 4, **changes) -> PuLIDTask:
     """Stage 1, or what `changes` make of it; then the lightning branch walks on the same base."""
     one = base(pipe)
     torch.manual_seed(1)
-    made = adapter(one) if changes.get("fast_batch") else PuLID.for_unet(one.unet, encoder())
-    more = {"fast": [one], "faces": faces()} if changes.get("fast_batch") else {}
+    made = adapter(one) if changes.get("few_step_batch") else PuLID.for_unet(one.unet, encoder())
+    more = (
+        {"few_step_models": [one], "face_embedder": faces()}
+        if changes.get("few_step_batch")
+        else {}
+    )
     return PuLIDTask(recipe(**changes), one, made, People(batch), held_out=People(batch), **more)

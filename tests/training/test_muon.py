@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from openpulid.training.muon import Muon, orthogonal
+from openpulid.training.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16), (2, 16, 16)])
@@ -14,7 +14,7 @@ def test_orthogonal_evens_out_singular_values_and_keeps_their_vectors(shape):
     generator = torch.Generator().manual_seed(0)
     u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     values = torch.logspace(0, -1, u.shape[-1]).expand(shape[0], -1)
-    made = orthogonal(u @ torch.diag_embed(values) @ vh).float()
+    made = orthogonalize(u @ torch.diag_embed(values) @ vh).float()
     assert made.shape == shape
     inside = u.mT @ made @ vh.mT  # diagonal, with all entries about 1
     made_values = inside.diagonal(dim1=-2, dim2=-1)
@@ -33,7 +33,7 @@ def test_one_step_by_hand():
         p.grad = torch.randn_like(p)
     Muon([matrix, kernel, vector], lr=0.01, weight_decay=0.5).step()
     for p, was, rows in ((matrix, before[0], 6), (kernel, before[1], 4)):
-        wanted = orthogonal(p.grad.reshape(1, rows, -1))[0].float().view(p.shape)
+        wanted = orthogonalize(p.grad.reshape(1, rows, -1))[0].float().view(p.shape)
         length = max(rows, p[0].numel()) ** 0.5
         step = (
             0.01 * 0.2 * length * wanted

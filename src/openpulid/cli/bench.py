@@ -239,7 +239,7 @@ def bench_train(
         int | None,
         typer.Option(min=1, help="Pictures of the diffusion branch; the recipe's by default."),
     ] = None,
-    fast_batch: Annotated[
+    few_step_batch: Annotated[
         int | None, typer.Option(min=1, help="Pictures of each pair of the lightning branch.")
     ] = None,
     pixels: Annotated[
@@ -262,7 +262,7 @@ def bench_train(
 
     chosen = torch.device(device) if device else best_device()
     known = find_recipe(recipe or f"{base}_stage3")
-    sizes: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "pixels": pixels}
+    sizes: dict[str, Any] = {"batch": batch, "few_step_batch": few_step_batch, "pixels": pixels}
     known = replace(known, **{name: value for name, value in sizes.items() if value})
     dtype = training.dtype_of(base, chosen)
     task = training.random_task(known, training.random_base(base, chosen, dtype))
@@ -271,7 +271,7 @@ def bench_train(
         "base": base,
         "recipe": known.name,
         "batch": known.batch,
-        "fast_batch": known.fast_batch,
+        "few_step_batch": known.few_step_batch,
         "device": str(chosen),
     }
     facts["dtype"] = str(dtype)

@@ -44,6 +44,11 @@ class ArcFaceRecognition:
         """From an ONNX file. Raises WeightsError when it is missing or no recogniser."""
         return cls(onnx_model(file, device, "get_feat"))
 
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings; 512 in the published packs."""
+        return int(self.model.output_shape[-1])
+
     def __call__(self, face: Face) -> Tensor:
         """(1, 512) float32."""
         from insightface.utils.face_align import norm_crop

@@ -15,9 +15,9 @@ from openpulid.mini.train.baselines import BASELINES, NAMES, Baseline, BaselineT
 from openpulid.mini.train.stages import stamp
 from openpulid.pipelines.factory import load_pipeline
 from openpulid.pipelines.presets import MINIATURE, mini
+from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import find_recipe as recipe
-from openpulid.training.pulid.task import Batch
 from openpulid.training.rng import StepRNG
 
 FACE, SEEN, COUNT = 8, 128, 2
@@ -28,7 +28,7 @@ class Fixed:
 
     def __init__(self, pipe: Any, photomaker: bool) -> None:
         generator = torch.Generator().manual_seed(3)
-        shape = (COUNT, *SDXLModel(pipe).shape())
+        shape = (COUNT, *SDXLModel(pipe).latent_shape())
         face = torch.randn(COUNT, FACE, generator=generator)
         token = torch.randn(COUNT, 1, SEEN, generator=generator)
         marks = torch.rand(COUNT, 5, 2, generator=generator)

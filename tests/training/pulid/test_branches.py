@@ -104,13 +104,15 @@ def test_diffusion_loss_by_hand():
     mask = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2).expand(2, -1, -1, -1)
     assert DiffusionLoss(schedule)(denoised([0, 1])).item() == 5.0  # (1 + 9) / 2
     assert (
-        DiffusionLoss(schedule, inside=3.0)(denoised([0, 1]), mask).item() == 3.0
+        DiffusionLoss(schedule, face_weight=3.0)(denoised([0, 1]), mask).item() == 3.0
     )  # (3 * 1 + 1 * 9) / 4
     # min(4, 2) / 4 = 0.5 and min(1, 2) / 1 = 1
-    assert DiffusionLoss(schedule, gamma=2.0)(denoised([0, 1])).item() == pytest.approx(5 * 0.75)
+    assert DiffusionLoss(schedule, min_snr_gamma=2.0)(denoised([0, 1])).item() == pytest.approx(
+        5 * 0.75
+    )
     v = NoiseSchedule(torch.tensor([0.8, 0.5, 0.0]), "v_prediction")  # 2 / 5 and 1 / 2
-    assert DiffusionLoss(v, gamma=2.0)(denoised([0, 1])).item() == pytest.approx(5 * 0.45)
-    assert DiffusionLoss(v, gamma=2.0)(denoised([2, 2])).item() == 0.0
-    assert torch.isfinite(DiffusionLoss(schedule, gamma=2.0)(denoised([2, 2])))
+    assert DiffusionLoss(v, min_snr_gamma=2.0)(denoised([0, 1])).item() == pytest.approx(5 * 0.45)
+    assert DiffusionLoss(v, min_snr_gamma=2.0)(denoised([2, 2])).item() == 0.0
+    assert torch.isfinite(DiffusionLoss(schedule, min_snr_gamma=2.0)(denoised([2, 2])))
     with pytest.raises(OptionError, match="positive"):
-        DiffusionLoss(schedule, inside=0.0)
+        DiffusionLoss(schedule, face_weight=0.0)

@@ -85,14 +85,18 @@ def test_only_the_last_steps_carry_gradient(base, noise, last):
     adapter = tiny.adapter(base)
     tokens = adapter.encode(torch.ones(2, tiny.ID), [torch.ones(2, 5, tiny.WIDTH)] * 5)
     with adapter.use_tokens(tokens, guided=False):
-        walked = lightning_branch(
-            base, noise, base.encode_text(["noir"] * 2), RolloutConfig(4, last), watch=True
+        rollout = lightning_branch(
+            base,
+            noise,
+            base.encode_text(["noir"] * 2),
+            RolloutConfig(4, last),
+            capture_attention=True,
         )
     assert [grad for grad, _ in calls] == [False] * (4 - last) + [True] * last
-    assert walked.latents.requires_grad == (last > 0)
+    assert rollout.latents.requires_grad == (last > 0)
     layers = len(adapter.id_adapter_attn_layers)
-    assert [len(step) for step in walked.attended] == [layers] * last
-    assert all(layer.query.requires_grad for step in walked.attended for layer in step[1:])
+    assert [len(step) for step in rollout.attention] == [layers] * last
+    assert all(layer.query.requires_grad for step in rollout.attention for layer in step[1:])
 
 
 def test_a_checkpointed_walk_gives_the_same_gradients(base, noise):
@@ -102,15 +106,17 @@ def test_a_checkpointed_walk_gives_the_same_gradients(base, noise):
         adapter = tiny.adapter(base)
         tokens = adapter.encode(torch.ones(2, tiny.ID), [torch.ones(2, 5, tiny.WIDTH)] * 5)
         with adapter.use_tokens(tokens, guided=False):  # open until the backward pass is done
-            walked = lightning_branch(
+            rollout = lightning_branch(
                 base,
                 noise,
                 base.encode_text(["noir"] * 2),
-                RolloutConfig(3, 2, checkpoint=again),
-                watch=True,
+                RolloutConfig(3, 2, gradient_checkpointing=again),
+                capture_attention=True,
             )
-            queries = sum(layer.query.square().mean() for step in walked.attended for layer in step)
-            (walked.latents.square().mean() + queries).backward()
+            queries = sum(
+                layer.query.square().mean() for step in rollout.attention for layer in step
+            )
+            (rollout.latents.square().mean() + queries).backward()
         assert len(calls) == (5 if again else 3)
         gradients.append([p.grad for p in adapter.parameters()])
         adapter.detach()
@@ -119,7 +125,7 @@ def test_a_checkpointed_walk_gives_the_same_gradients(base, noise):
 
 
 def test_one_step_of_a_long_guided_walk(base, noise):
-    walk = RolloutConfig(30, 2, guidance=3.0)
+    walk = RolloutConfig(30, 2, guidance_scale=3.0)
     text, guided = (base.encode_text(["noir"] * 2, guided=g) for g in (False, True))
     x, sigma = denoise_until(base, noise, guided, walk, 5)
     assert not x.requires_grad and torch.equal(sigma, base.schedule.trailing(30)[5].expand(2))
@@ -127,8 +133,8 @@ def test_one_step_of_a_long_guided_walk(base, noise):
     with torch.no_grad():
         assert torch.equal(
             queries_at_step(base, start, base.schedule.trailing(30)[:1].expand(2), text)[0].query,
-            lightning_branch(base, noise, text, RolloutConfig(30, 30), watch=True)
-            .attended[0][0]
+            lightning_branch(base, noise, text, RolloutConfig(30, 30), capture_attention=True)
+            .attention[0][0]
             .query,
         )
 
@@ -136,11 +142,11 @@ def test_one_step_of_a_long_guided_walk(base, noise):
 def test_impossible_walks_are_refused(base, noise):
     with pytest.raises(OptionError, match="0 to 4"):
         RolloutConfig(4, 5)
-    with pytest.raises(OptionError, match="asked_at_step"):
+    with pytest.raises(OptionError, match="queries_at_step"):
         lightning_branch(
             base,
             noise,
             base.encode_text(["noir"], guided=True),
-            RolloutConfig(guidance=2.0),
-            watch=True,
+            RolloutConfig(guidance_scale=2.0),
+            capture_attention=True,
         )

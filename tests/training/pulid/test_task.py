@@ -17,8 +17,13 @@ from openpulid.errors import TrainingError
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid import export as checkpoint
 from openpulid.training.pulid import recipes
+from openpulid.training.pulid.batch import (
+    Batch,
+    drop_identity,
+    loss_weight_map,
+    swap_identities,
+)
 from openpulid.training.pulid.export import save_adapter
-from openpulid.training.pulid.task import Batch, drop_identity, loss_weight_map, swap_identities
 from openpulid.training.rng import StepRNG
 from openpulid.training.trainer import run
 from tests.support import tiny_sdxl as tiny
@@ -36,16 +41,19 @@ def losses_of(folder):
     return {r["step"]: r["losses"]["diffusion"] for r in history if "losses" in r}
 
 
+def backward_diffusion(losses, metrics=None):
+    losses["diffusion"].backward()
+
+
 def schedule(**changes):
-    return replace(tiny.recipe().schedule(), validate_every=6, log_every=1, **changes)
+    return replace(tiny.recipe().trainer_config(), validate_every=6, log_every=1, **changes)
 
 
 def test_gradients_reach_the_adapter_and_nothing_else(pipe):
     task = tiny.task(pipe, drop_identity=0.0)
     for layer in task.adapter.id_adapter_attn_layers.values():  # a fresh adapter's values are zero
         torch.nn.init.normal_(layer.id_to_v.weight, std=0.1)
-    for part in task.losses(StepRNG(0, 0)):
-        part["diffusion"].backward()
+    task.backward_losses(StepRNG(0, 0), backward_diffusion)
     for name, parameter in task.adapter.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     frozen = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
@@ -93,8 +101,7 @@ def test_checkpointed_blocks_find_the_identity_in_backward():
             task.base.unet.train()
         for layer in task.adapter.id_adapter_attn_layers.values():
             torch.nn.init.constant_(layer.id_to_v.weight, 0.05)
-        for part in task.losses(StepRNG(0, 0)):
-            part["diffusion"].backward()
+        task.backward_losses(StepRNG(0, 0), backward_diffusion)
         grads.append([p.grad for p in task.adapter.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
 
@@ -119,10 +126,10 @@ def test_kill_and_resume_gives_the_same_losses(tmp_path):
     broken = tiny.task()
     source = broken.data.batch
 
-    def stop(draw):
-        if draw.step == 7:
+    def stop(rng):
+        if rng.step == 7:
             raise MemoryError("killed")
-        return source(draw)
+        return source(rng)
 
     broken.data.batch = stop
     with pytest.raises(MemoryError):
@@ -155,7 +162,7 @@ from tests.support import tiny_sdxl as tiny
 from dataclasses import replace
 from openpulid.training.trainer import run
 torch.set_num_threads(1)
-run(tiny.task(), replace(tiny.recipe().schedule(), validate_every=100, log_every=1), sys.argv[1])
+run(tiny.task(), replace(tiny.recipe().trainer_config(), validate_every=100, log_every=1), sys.argv[1])
 """
 
 

@@ -103,7 +103,7 @@ class SDXLTarget:
         self.adapter.attach(base.pipe)
         self.text = base.encode_text(["portrait"] * batch, pixels=pixels, guided=guided)
         self.x, self.t = (
-            torch.randn(rows, *base.shape(pixels), **like),
+            torch.randn(rows, *base.latent_shape(pixels), **like),
             torch.full((rows,), 500, device=base.device),
         )
         self.tokens, self.nobody = (torch.randn(1, TOKENS, width, **like) for _ in range(2))

@@ -24,12 +24,13 @@ from openpulid.faces.mini_recognition import RECOGNITION_MODELS
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import MINIATURE
-from openpulid.training.precision import fp32_attention
+from openpulid.training.precision import autocast, backward
+from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import Batch, PuLIDTask
+from openpulid.training.pulid.task import PuLIDTask
 from openpulid.training.rng import StepRNG
-from openpulid.training.trainer import microlosses
+from openpulid.training.trainer import Losses, sum_losses
 
 SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
@@ -138,7 +139,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 class RandomPeople:
-    """A `training.task.Source` of noise."""
+    """A `BatchSource` of noise."""
 
     def __init__(
         self, base: BaseModel, adapter: PuLID, size: int, tokens: int, pixels: int | None
@@ -147,17 +148,15 @@ class RandomPeople:
         config = adapter.id_adapter.config
         self.width, self.hidden = config["width"], config["vit_dim"]
 
-    def batch(self, draw: StepRNG) -> Batch:
-        latents = draw.randn((self.size, *self.base.shape(self.pixels)), "latents")
-        hidden = [
-            draw.randn((self.size, self.tokens, self.hidden), f"hidden.{k}") for k in range(5)
-        ]
-        pictures = draw.rand((self.size, 3, 128, 128), "pictures")
+    def batch(self, rng: StepRNG) -> Batch:
+        latents = rng.randn((self.size, *self.base.latent_shape(self.pixels)), "latents")
+        hidden = [rng.randn((self.size, self.tokens, self.hidden), f"hidden.{k}") for k in range(5)]
+        pictures = rng.rand((self.size, 3, 128, 128), "pictures")
         return Batch(
             latents,
             None,
             ["portrait"] * self.size,
-            draw.randn((self.size, self.width), "id"),
+            rng.randn((self.size, self.width), "id"),
             hidden,
             pictures,
         )
@@ -187,7 +186,14 @@ def random_task(recipe: Recipe, base: BaseModel) -> PuLIDTask:
     people = RandomPeople(
         base, adapter, recipe.batch, 65 if recipe.base == "mini" else 577, recipe.pixels
     )
-    return PuLIDTask(recipe, base, adapter, people, fast=[base], faces=random_faces(base.device))
+    return PuLIDTask(
+        recipe,
+        base,
+        adapter,
+        people,
+        few_step_models=[base],
+        face_embedder=random_faces(base.device),
+    )
 
 
 def measure(
@@ -205,9 +211,10 @@ def measure(
     device = task.base.device
 
     def run(name: str, last: int, again: bool) -> float:
-        task.walk = replace(task.walk, last=last, checkpoint=again)
+        rollout = replace(task.rollout, grad_steps=last, gradient_checkpointing=again)
+        candidate = task.with_rollout(rollout)
         reset_peak(device)
-        seconds = timed(lambda: _step(task, optimizer), device)
+        seconds = timed(lambda: _step(candidate, optimizer), device)
         memory[name] = peak(device)
         return seconds
 
@@ -243,8 +250,11 @@ def show(costs: Sequence[Cost]) -> None:
 def _step(task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
     device = task.base.device
     optimizer.zero_grad(set_to_none=True)
-    for part in microlosses(task, StepRNG(0, 0), device, task.recipe.bf16):
-        with fp32_attention(device, task.recipe.bf16):
-            torch.stack(list(part.values())).sum().backward()
+
+    def backward_losses(losses: Losses, metrics: Losses | None = None) -> None:
+        backward(sum_losses(losses))
+
+    with autocast(device, task.recipe.bf16):
+        task.backward_losses(StepRNG(0, 0), backward_losses)
     nn.utils.clip_grad_norm_(task.adapter.parameters(), 1.0)
     optimizer.step()

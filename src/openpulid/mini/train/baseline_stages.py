@@ -17,9 +17,11 @@ from openpulid.identity.extractor import DetectedFaces
 from openpulid.io.checkpoints import load_module, read_metadata, save_module
 from openpulid.mini.data.latents import Latents
 from openpulid.mini.evaluation.parameter_probe import figures, fitted
-from openpulid.mini.train import pulid
 from openpulid.mini.train.baselines import BASELINES, Baseline, BaselineTask, ClassTokens
+from openpulid.mini.train.portraits import Mixture, Portraits, load_features
 from openpulid.mini.train.progress import progress
+from openpulid.mini.train.pulid import PORTRAITS
+from openpulid.mini.train.sheet import draw_sheet
 from openpulid.mini.train.stages import BuildContext, stamp
 from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.presets import mini, with_method
@@ -49,19 +51,16 @@ def part(name: str) -> Callable[[BuildContext], dict[str, float]]:
         else:
             rival = BASELINES[name](pipe, features.recogniser.config["dim"])
             faces = features.recogniser.config["dim"]
-            read = lambda data: FaceAlone(pulid.features_of(features, data, shop.runs), faces)  # noqa: E731
+            read = lambda data: FaceAlone(load_features(features, data, shop.runs), faces)  # noqa: E731
         sources = [
-            _source(shop, data, read, pipe.tokenizer, recipe.batch)
-            for data in ("world", pulid.PORTRAITS)
+            _source(shop, data, read, pipe.tokenizer, recipe.batch) for data in ("world", PORTRAITS)
         ]
         held_out = _source(shop, "world-held-out", read, pipe.tokenizer, recipe.batch)
         unrun = type(pipe)(**pipe.components)  # a pipeline that never runs is never guided
         sheet = _sheet(rival, pipe, features, name)
-        task = BaselineTask(
-            recipe, SDXLModel(unrun), rival, pulid.Mixture(sources), held_out, sheet
-        )
-        shop.train(name, task, recipe.schedule())
-        stamp(rival.save(shop.weights / name, unrun), shop.facts(name, recipe.schedule()))
+        task = BaselineTask(recipe, SDXLModel(unrun), rival, Mixture(sources), held_out, sheet)
+        shop.train(name, task, recipe.trainer_config())
+        stamp(rival.save(shop.weights / name, unrun), shop.facts(name, recipe.trainer_config()))
         return dict(task.validate())
 
     return train
@@ -98,12 +97,12 @@ class FaceAlone:
 
 def _source(
     shop: BuildContext, name: str, read: Callable[[WorldDataset], Any], tokenizer: Any, batch: int
-) -> pulid.Portraits:
+) -> Portraits:
     data = shop.open(name)
     with autocast(shop.device):
         latents: Latents = shop.latents(name)
         features = read(data)
-    return pulid.Portraits(
+    return Portraits(
         data, latents, shop.captions(name), features, tokenizer, batch, shop.device, False, True
     )
 
@@ -113,4 +112,4 @@ def _sheet(rival: Baseline, pipe: Any, features: Any, name: str) -> Callable[[],
     if name == "photomaker":
         reader = ClipExtractor(DetectedFaces(features.finder), rival.method.encoder, "picture", -1)
     studio = Studio(pipe, reader, rival.method, with_method(mini(), name))
-    return lambda: pulid.sheet(studio)
+    return lambda: draw_sheet(studio)

@@ -31,18 +31,18 @@ from openpulid.methods.photomaker.encoder import PhotoMakerEncoder
 from openpulid.mini.train.autoencoder import batches
 from openpulid.mini.train.clip import clip_pixels
 from openpulid.mini.train.recognition import faces_of
-from openpulid.training.pulid.branches import diffusion_branch
-from openpulid.training.pulid.losses import DiffusionLoss
-from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import (
-    HELD_OUT_BATCHES,
+from openpulid.training.pulid.batch import (
     Batch,
-    Source,
+    BatchSource,
     drop_identity,
     loss_weight_map,
     swap_identities,
 )
+from openpulid.training.pulid.branches import diffusion_branch
+from openpulid.training.pulid.losses import DiffusionLoss
+from openpulid.training.pulid.models import SDXLModel
+from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.task import HELD_OUT_BATCHES
 from openpulid.training.rng import StepRNG
 from openpulid.world.dataset import WorldDataset
 
@@ -235,14 +235,15 @@ class BaselineTask:
         recipe: Recipe,
         base: SDXLModel,
         rival: Baseline,
-        data: Source,
-        held_out: Source | None = None,
+        data: BatchSource,
+        held_out: BatchSource | None = None,
         picture: Callable[[], Image.Image] | None = None,
     ) -> None:
         self.recipe, self.base, self.rival = recipe, base, rival
         self.data, self.held_out, self.picture = data, held_out, picture
         self.everywhere, self.inside = (
-            DiffusionLoss(base.schedule, recipe.gamma, w) for w in (recipe.inside, 1e3)
+            DiffusionLoss(base.schedule, recipe.min_snr_gamma, w)
+            for w in (recipe.face_loss_weight, 1e3)
         )
         rival.method.attach(base.pipe)
 
@@ -258,7 +259,7 @@ class BaselineTask:
             loss = self.inside if torch.rand((), generator=draw.generator("inside")) < 0.5 else loss
         return {
             "diffusion": self._loss(
-                draw, batch, drop_identity(batch, dropped), self.recipe.late, loss
+                draw, batch, drop_identity(batch, dropped), self.recipe.timestep_bias, loss
             )
         }
 
@@ -290,7 +291,7 @@ class BaselineTask:
         with self.rival.showing(people, self.base.pipe):
             text = self.base.encode_text(batch.prompts)  # in here: PhotoMaker listens
             step = diffusion_branch(self.base, draw, batch.latents, text, late)
-        return loss(step, loss_weight_map(batch, self.recipe.features))
+        return loss(step, loss_weight_map(batch, self.recipe.landmark_loss_weight))
 
 
 class ClassTokens:
