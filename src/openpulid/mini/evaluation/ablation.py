@@ -61,7 +61,8 @@ def variants() -> dict[str, Recipe]:
     made = {f"k={last}": replace(find_recipe("mini_stage2"), grad_steps=last) for last in LAST}
     stage3 = find_recipe("mini_stage3")
     return made | {
-        f"sem {a:g}, layout {b:g}": replace(stage3, semantic_weight=a, layout_weight=b) for a, b in ALIGNMENT
+        f"sem {a:g}, layout {b:g}": replace(stage3, semantic_weight=a, layout_weight=b)
+        for a, b in ALIGNMENT
     }
 
 
