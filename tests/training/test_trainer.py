@@ -1,5 +1,4 @@
-"""The loop: exact resume after a kill, running average, schedule, budget, bad losses, full disks, several
-processes."""
+"""The trainer: exact resume, average, learning rate, time budget, failures, signals."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("both_precisions")
 
 
 class Regression:
-    """A noisy line with dropout and a batch norm: everything that could remember something between steps."""
+    """A noisy line with dropout and batch norm: everything that could have state between steps."""
 
     def __init__(self, batch: int = 8, kill_at: int = -1, bad_at: int = -1) -> None:
         torch.manual_seed(0)
@@ -61,7 +60,7 @@ class Regression:
 SHORT = TrainerConfig(steps=24, lr=1e-2, warmup=4, validate_every=10, log_every=4, ema=0.9)
 
 
-def test_runs_and_writes_its_folder(tmp_path):
+def test_run_writes_its_directory(tmp_path):
     task = Regression()
     result = run(task, SHORT, tmp_path / "line")
     assert result.steps == 24 and result.losses["square"] < 4 and set(result.metrics) == {"weight"}
@@ -77,25 +76,28 @@ def test_runs_and_writes_its_folder(tmp_path):
     assert [r["step"] for r in history if "losses" in r] == [4, 8, 12, 16, 20, 24]
     assert all(r["steps_per_second"] > 0 for r in history if "losses" in r and r["step"] > 4)
     assert [r["step"] for r in history if "metrics" in r] == [10, 20, 24]
-    again = run(Regression(), SHORT, tmp_path / "line")  # finished: nothing more to do
+    again = run(Regression(), SHORT, tmp_path / "line")  # already finished
     assert again.steps == 24 and again.metrics == result.metrics
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_kill_and_resume_is_bit_for_bit(tmp_path, start, optimizer):
+def test_killed_run_resumes_bit_for_bit(tmp_path, start, optimizer):
     schedule = replace(SHORT, optimizer=optimizer)
     undisturbed = Regression()
     run(undisturbed, schedule, tmp_path / "a")
     script = (
-        "import sys\nfrom tests.training.test_trainer import Regression, SHORT, run\nfrom dataclasses import replace\n"
-        f"run(Regression(kill_at=13), replace(SHORT, save_minutes=0.0, optimizer={optimizer!r}), sys.argv[1])"
+        "import sys\n"
+        "from dataclasses import replace\n"
+        "from tests.training.test_trainer import Regression, SHORT, run\n"
+        f"config = replace(SHORT, save_minutes=0.0, optimizer={optimizer!r})\n"
+        "run(Regression(kill_at=13), config, sys.argv[1])"
     )
     killed = start(script, tmp_path / "b")
     killed.wait(500)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.read()
     resumed = Regression()
     with torch.no_grad():
-        resumed.net[0].weight.zero_()  # whatever it starts from, the checkpoint counts
+        resumed.net[0].weight.zero_()  # the checkpoint replaces it
     run(resumed, schedule, tmp_path / "b")
     assert sorted(resumed.seen) == list(range(13, 24))
     assert all(resumed.seen[s] == undisturbed.seen[s] for s in resumed.seen)
@@ -103,7 +105,7 @@ def test_kill_and_resume_is_bit_for_bit(tmp_path, start, optimizer):
         assert torch.equal(value, resumed.net.state_dict()[name]), name
 
 
-def test_average_is_what_validation_sees_and_what_remains(tmp_path):
+def test_validation_and_result_use_the_average(tmp_path):
     task, trace = Regression(), []
     seen = task.validate
     task.validate = lambda: (trace.append(task.net[3].weight.clone()), seen())[1]
@@ -121,7 +123,7 @@ def test_average_is_what_validation_sees_and_what_remains(tmp_path):
     assert torch.equal(task.net[3].weight, trace[2])
 
 
-def test_schedule_warms_up_holds_and_decays():
+def test_learning_rate_warms_up_holds_and_decays():
     schedule = TrainerConfig(steps=100, lr=1.0, warmup=10, decay=0.2)
     factors = [schedule.lr_factor(s, 100) for s in range(100)]
     assert (
@@ -134,7 +136,7 @@ def test_schedule_warms_up_holds_and_decays():
 
 
 @pytest.mark.parametrize(("slower", "steps"), [(1.0, range(298, 303)), (2.0, range(170, 220))])
-def test_minutes_shorten_the_run_and_the_tail_still_happens(tmp_path, monkeypatch, slower, steps):
+def test_time_budget_shortens_the_run_and_completes_the_decay(tmp_path, monkeypatch, slower, steps):
     clock = [0.0]  # a step takes 0.1 s, from step 100 on `slower` times as long
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     task = Regression()
@@ -150,11 +152,11 @@ def test_minutes_shorten_the_run_and_the_tail_still_happens(tmp_path, monkeypatc
     assert result.steps in steps and result.seconds < 33
     rates = [r["lr"] for r in json.loads((tmp_path / "history.json").read_text()) if "lr" in r]
     assert rates[-1] < 0.05 * max(rates)
-    again = run(Regression(), schedule, tmp_path, minutes=0.5)  # the end was settled
+    again = run(Regression(), schedule, tmp_path, minutes=0.5)  # the planned end is kept
     assert again.steps == result.steps
 
 
-def test_a_machine_that_was_busy_at_first_does_not_shorten_the_run(tmp_path, monkeypatch):
+def test_slow_first_steps_do_not_shorten_the_run(tmp_path, monkeypatch):
     clock = [0.0]  # four times as slow for 35 steps, in which the first estimate is made
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     task = Regression()
@@ -190,7 +192,7 @@ def slow_validations(monkeypatch, seconds):
     return task
 
 
-def test_a_validation_just_before_the_decay_does_not_end_the_run(tmp_path, monkeypatch):
+def test_validation_before_the_decay_does_not_end_the_run(tmp_path, monkeypatch):
     task = slow_validations(monkeypatch, 5.0)
     # 300 steps fit at first, and the decay would begin at 240: one step after the validation
     result = run(
@@ -199,9 +201,9 @@ def test_a_validation_just_before_the_decay_does_not_end_the_run(tmp_path, monke
     assert result.steps in range(295, 303)
 
 
-def test_steps_that_fit_are_told_from_steps_and_validations_apart(tmp_path, monkeypatch):
+def test_estimate_separates_steps_and_validations(tmp_path, monkeypatch):
     task = slow_validations(monkeypatch, 3.0)
-    # (60 - 3) / (0.1 + 3 / 100) steps fit; the decay begins some thirty steps after a validation, which those are not slow for
+    # (60 - 3) / (0.1 + 3 / 100) steps fit; validations must not count as slow steps
     result = run(
         task,
         TrainerConfig(steps=100_000, lr=1e-2, validate_every=100, decay=0.5),
@@ -211,7 +213,7 @@ def test_steps_that_fit_are_told_from_steps_and_validations_apart(tmp_path, monk
     assert result.steps in range(435, 450) and result.seconds == pytest.approx(60, abs=1.5)
 
 
-def test_a_bad_loss_stops_with_its_batch(tmp_path):
+def test_non_finite_loss_stops_and_saves_its_batch(tmp_path):
     task = Regression(bad_at=17)
     with pytest.raises(TrainingError, match=r"step 17.*square nan"):
         run(task, SHORT, tmp_path)
@@ -225,7 +227,7 @@ def test_a_bad_loss_stops_with_its_batch(tmp_path):
     assert run(fixed, SHORT, tmp_path).steps == 24
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_full_disk_preserves_the_last_checkpoint(tmp_path, monkeypatch):
     run(Regression(), TrainerConfig(steps=5, lr=1e-2), tmp_path)
     good = (tmp_path / CHECKPOINT).read_bytes()
 
@@ -243,7 +245,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
 )
-def test_signals_save_and_stop(tmp_path, number, error):
+def test_signal_saves_and_stops(tmp_path, number, error):
     class Stopped(Regression):
         def losses(self, rng):
             if rng.step == 6:
@@ -269,7 +271,7 @@ def test_signal_in_the_last_step_keeps_the_validation(tmp_path):
         run(Stopped(), SHORT, tmp_path)
     with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
         assert json.loads(file.metadata()["facts"])["progress"]["step"] == 24
-    for _ in range(2):  # the second time there is nothing more to do
+    for _ in range(2):  # the second run is already finished
         resumed = Regression()
         result = run(resumed, SHORT, tmp_path)
         history = json.loads((tmp_path / "history.json").read_text())
@@ -278,7 +280,7 @@ def test_signal_in_the_last_step_keeps_the_validation(tmp_path):
     assert result.metrics == {"weight": pytest.approx(resumed.net[0].weight.norm().item())}
 
 
-def test_other_runs_and_wrong_numbers_are_refused(tmp_path):
+def test_other_runs_and_invalid_settings_raise(tmp_path):
     run(Regression(), TrainerConfig(steps=3, lr=1e-2), tmp_path)
     with pytest.raises(TrainingError, match="seed 0, not 1"):
         run(Regression(), TrainerConfig(steps=3, lr=1e-2, seed=1), tmp_path)
@@ -297,8 +299,8 @@ def test_other_runs_and_wrong_numbers_are_refused(tmp_path):
         run(Regression(), TrainerConfig(steps=0, lr=1e-2), tmp_path)
 
 
-def test_bad_steps_change_nothing_where_the_loop_looks_late(tmp_path, monkeypatch):
-    """On an accelerator the loss is looked at every few steps; until then the optimizer must skip."""
+def test_deferred_finite_check_skips_bad_updates(tmp_path, monkeypatch):
+    """On an accelerator the check is read every few steps; until then updates are skipped."""
     task = Regression(bad_at=17)
     monkeypatch.setattr(finite_check, "can_defer", lambda device: True)
     schedule = TrainerConfig(

@@ -45,7 +45,7 @@ class FiniteCheck:
         if self.is_deferred:
             self.optimizer.found_inf = self._failed  # type: ignore[attr-defined]
 
-    def failed_step(self) -> int | None:
+    def first_bad_step(self) -> int | None:
         """Return the first step (from 0) that was not finite, or None. Waits for the device."""
         if not self._failed.item():
             return None

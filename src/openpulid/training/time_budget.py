@@ -54,7 +54,7 @@ class StepTimer:
         return self.step == self.first_estimate_step
 
     @property
-    def measured_steps(self) -> int:
+    def num_measured_steps(self) -> int:
         """Number of steps since the measurement started."""
         return max(0, self.step - self._start_step)
 
@@ -63,7 +63,7 @@ class StepTimer:
 
         A validation runs after every `validate_every` steps and at the end.
         """
-        step_seconds = (self.seconds - self._start_seconds) / self.measured_steps
+        step_seconds = (self.seconds - self._start_seconds) / self.num_measured_steps
         step_seconds = max(1e-6, step_seconds) + self.validation_seconds / validate_every
         return max(1, ceil((seconds - self.validation_seconds) / step_seconds))
 
@@ -108,7 +108,7 @@ class TimeBudget:
 
         Once the decay has begun, and before enough steps are measured, this is the current `total`.
         """
-        is_measured = timer.measured_steps >= MIN_MEASURED_STEPS
+        is_measured = timer.num_measured_steps >= MIN_MEASURED_STEPS
         if self.minutes is None or not is_measured or self.config.is_decaying(timer.step, total):
             return total
         seconds_left = self.minutes * 60 - timer.seconds

@@ -349,7 +349,7 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Stop if a loss or gradient was not finite, with everything saved to reproduce it."""
-        step = self.finite.failed_step()
+        step = self.finite.first_bad_step()
         if step is None:
             return
         rngs = self._microbatches(step, record=True)

@@ -64,7 +64,7 @@ def made(name: str, pipe: Any) -> tuple[Baseline, BaselineTask]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_learns_and_is_saved_as_it_is(name: str, pipe: Any, tmp_path: Path) -> None:
+def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Path) -> None:
     base = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     baseline, task = made(name, pipe)
     learned = [x for x in baseline.trained.parameters() if x.requires_grad]

@@ -1,4 +1,4 @@
-"""Whose features go with which picture."""
+"""Which features belong to which image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from openpulid.training.rng import StepRNG
 from openpulid.world import ATTRIBUTES
 
 
-def test_a_mate_is_another_picture_of_the_same_person() -> None:
+def test_other_view_is_another_image_of_the_same_person() -> None:
     people = torch.tensor([7, 7, 2, 7, 9, 2])
     of_person = list_other_views(people, torch.ones(6, dtype=torch.bool))
     assert [rows.tolist() for rows in of_person] == [[1, 3], [0, 3], [5], [0, 1], [4], [2]]
@@ -35,13 +35,13 @@ def test_a_mate_is_another_picture_of_the_same_person() -> None:
     assert not torch.equal(found, sample_other_views(rows, of_person, StepRNG(0, 1)))
 
 
-def test_features_are_of_clear_pictures_where_there_are_some() -> None:
+def test_features_come_from_frontal_images_if_there_are_some() -> None:
     people = torch.tensor([7, 7, 7, 2, 2])
     of_person = list_other_views(people, torch.tensor([False, True, False, False, False]))
     assert [rows.tolist() for rows in of_person] == [[1], [0, 2], [1], [4], [3]]
 
 
-def test_clear_pictures_show_the_whole_face() -> None:
+def test_frontal_images_show_the_whole_face() -> None:
     front, left = ATTRIBUTES["pose"].index("front"), ATTRIBUTES["pose"].index("left")
     seen = np.zeros((4, len(ATTRIBUTES)), dtype=np.int8)
     seen[:] = [
@@ -54,8 +54,8 @@ def test_clear_pictures_show_the_whole_face() -> None:
     assert find_frontal(SimpleNamespace(attributes=seen)).tolist() == [True, False, False, True]
 
 
-def test_who_should_wear_glasses_is_not_wanted_without(monkeypatch) -> None:
-    """An ID loss that wants a clear face takes off what the sentence asks for."""
+def test_id_loss_references_show_the_requested_occluder(monkeypatch) -> None:
+    """An ID loss against an uncovered face removes what the caption asks for."""
     none = {name: kinds.index("none") for name, kinds in ATTRIBUTES.items() if "none" in kinds}
     seen = np.zeros((6, len(ATTRIBUTES)), dtype=np.int8)
     seen[:] = [
@@ -75,7 +75,7 @@ def test_who_should_wear_glasses_is_not_wanted_without(monkeypatch) -> None:
         "faces_of",
         lambda data, rows, device: (asked.append(rows), (torch.zeros(len(rows)),))[1],
     )
-    portraits = Portraits(data, data, data, data, data, batch_size=6, paired=True)  # type: ignore[arg-type]
+    portraits = Portraits(data, data, data, data, data, batch_size=6, paired=True)
     portraits.batch(StepRNG(0, 0))
     rows, read = data.asked
     assert (read != rows).all()  # features are of another picture
@@ -84,7 +84,7 @@ def test_who_should_wear_glasses_is_not_wanted_without(monkeypatch) -> None:
 
 
 class WorldPictures:
-    """Six pictures of two people, and all that is asked of them."""
+    """Six images of two people, and everything that `Portraits` reads of them."""
 
     def __init__(self, attributes: np.ndarray) -> None:
         self.attributes, self.people = attributes, np.array([0, 0, 0, 1, 1, 1])
@@ -95,7 +95,7 @@ class WorldPictures:
         return 6
 
     def rows(self, rows, other):
-        """Of latents first, of features last."""
+        """Rows of latents in the first call, of features in the last."""
         self.asked = [*self.asked[:1], np.asarray(rows)]
         return torch.zeros(len(rows)), torch.zeros(len(rows))
 
@@ -111,7 +111,7 @@ class Named:
         return self.name
 
 
-def test_a_mixture_takes_its_sources_equally_often_and_the_same_on_every_rank() -> None:
+def test_mixture_uses_sources_equally_and_the_same_on_every_rank() -> None:
     mixture = Mixture([Named("world"), Named("portraits")])  # type: ignore[list-item]
     taken = [mixture.batch(StepRNG(0, step)) for step in range(400)]
     assert 160 < taken.count("world") < 240

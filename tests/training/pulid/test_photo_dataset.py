@@ -1,4 +1,4 @@
-"""Training on a folder of photographs, at the size of a test: which pictures count, what a batch holds, all three stages."""
+"""Training on a folder of photos at test size: selection of images, batches, all three stages."""
 
 from __future__ import annotations
 
@@ -100,9 +100,7 @@ def opened(
     return PhotoDataset.open(folder, index, base, features, batch, PIXELS)
 
 
-def test_pictures_with_a_sentence_and_a_face_count(
-    folder, base, features, tmp_path, caplog
-) -> None:
+def test_images_with_caption_and_face_are_used(folder, base, features, tmp_path, caplog) -> None:
     photos = opened(folder, base, features, tmp_path / "faces.json")
     assert photos.names == ["hinton.jpeg", "lecun.jpg", "more/astronaut.png"]
     assert (
@@ -128,7 +126,7 @@ def test_other_processes_wait_for_the_index(folder, base, features, tmp_path, mo
         assert set(found.names) <= set(seen.result(30))
 
 
-def test_a_batch(folder, base, features, tmp_path) -> None:
+def test_batch_contents(folder, base, features, tmp_path) -> None:
     photos = opened(folder, base, features, tmp_path / "faces.json")
     batch = photos.batch(StepRNG(0, 0))
     side = PIXELS // base.pipe.vae_scale_factor
@@ -143,7 +141,7 @@ def test_a_batch(folder, base, features, tmp_path) -> None:
     assert [p for part in two for p in part] == list(batch.prompts)
 
 
-def test_the_face_is_in_its_square(folder, base, features, tmp_path) -> None:
+def test_face_is_inside_its_crop(folder, base, features, tmp_path) -> None:
     photos = opened(folder, base, features, tmp_path / "faces.json")
     for row in range(len(photos)):
         square, face = photos._crop(row)
@@ -152,8 +150,8 @@ def test_the_face_is_in_its_square(folder, base, features, tmp_path) -> None:
         assert face.landmarks[0, 0] < face.landmarks[1, 0]
 
 
-def test_the_base_sees_what_it_decodes(base) -> None:
-    """Encoding undoes decoding's scale: what differs is the autoencoder, and a random one has no inverse."""
+def test_encode_undoes_the_scale_of_decode(base) -> None:
+    """Compare without the VAE's networks, because a random VAE has no inverse."""
     pictures = torch.rand(1, 3, PIXELS, PIXELS)
     raw = base.vae.encode(2 * pictures - 1).latent_dist.mode()
     torch.testing.assert_close(base.encode(pictures), raw * base.vae.config.scaling_factor)
@@ -197,8 +195,8 @@ def test_all_three_stages(folder, base, features, tmp_path) -> None:
         )
 
 
-def test_sdxl_is_told_the_size_that_pictures_have(folder, base, features, tmp_path) -> None:
-    """Stages 2 and 3 learn from 768 pixels on a base of 1024."""
+def test_size_conditioning_is_that_of_the_images(folder, base, features, tmp_path) -> None:
+    """Stages 2 and 3 train with 768 pixels on a base of 1024."""
     base.unet.register_to_config(sample_size=2 * PIXELS // base.pipe.vae_scale_factor)
     told = []
     hook = base.unet.register_forward_pre_hook(
@@ -211,8 +209,8 @@ def test_sdxl_is_told_the_size_that_pictures_have(folder, base, features, tmp_pa
     assert told and all(row == [PIXELS, PIXELS, 0, 0, PIXELS, PIXELS] for row in told[0].tolist())
 
 
-def test_what_changes_in_the_folder_stops_nothing(folder, base, features, tmp_path, caplog) -> None:
-    """A sentence in another encoding, a picture that cannot be read any more; an index that was torn is said."""
+def test_changed_files_do_not_stop_the_training(folder, base, features, tmp_path, caplog) -> None:
+    """A caption in another encoding, an unreadable image, and a damaged index."""
     copy, index = tmp_path / "photos", tmp_path / "faces.json"
     shutil.copytree(folder, copy)
     opened(copy, base, features, index)
@@ -272,7 +270,7 @@ def test_incompatible_adapter_fails_before_indexing(folder, base, features, tmp_
     assert not out.exists()
 
 
-def test_what_is_missing_is_said(folder, base, features, tmp_path) -> None:
+def test_missing_parts_raise(folder, base, features, tmp_path) -> None:
     with pytest.raises(OptionError, match="sdxl_stage2 continues sdxl_stage1"):
         models = TrainingModels(base, features)
         train_on_photos(find_recipe("sdxl_stage2"), models, folder, tmp_path)
@@ -284,7 +282,7 @@ def test_what_is_missing_is_said(folder, base, features, tmp_path) -> None:
         arcface_ir_se50(tmp_path / "arcface.pth")
 
 
-def test_the_id_losss_crop_is_in_place_blue_first_and_differentiable() -> None:
+def test_id_loss_crop_is_aligned_bgr_and_differentiable() -> None:
     image = torch.rand(1, 3, 200, 200, generator=torch.Generator().manual_seed(0)).requires_grad_(
         True
     )
@@ -298,7 +296,7 @@ def test_the_id_losss_crop_is_in_place_blue_first_and_differentiable() -> None:
     ].abs().sum()
 
 
-def test_the_id_loss_sees_photographs(features) -> None:
+def test_id_loss_embeds_faces_of_photos(features) -> None:
     torch.manual_seed(0)
     embedder = photo_embedder(
         features.finder, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()

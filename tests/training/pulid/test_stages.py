@@ -1,4 +1,4 @@
-"""Naive, stage 2 and stage 3 on a tiny random SDXL: what reaches the adapter, and what is left alone."""
+"""Naive, stage 2 and stage 3 on a tiny random SDXL: which parameters each loss reaches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def compute_losses(task, step: int = 0):
 
 
 def gradients(task, names, step: int = 0):
-    """Of the named losses alone, by parameter."""
+    """Gradients of the named losses alone, by parameter."""
     for parameter in task.adapter.parameters():
         parameter.grad = None
 
@@ -63,7 +63,7 @@ def gradients(task, names, step: int = 0):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_loss_reaches_all_of_the_adapter_and_nothing_else(pipe, stage):
+def test_every_loss_reaches_the_whole_adapter_and_nothing_else(pipe, stage):
     task = tiny.task(pipe, **STAGES[stage])
     for name in NAMES[stage]:
         found = gradients(task, [name])
@@ -81,7 +81,7 @@ def test_every_loss_reaches_all_of_the_adapter_and_nothing_else(pipe, stage):
 
 
 @pytest.mark.parametrize("stage", ["naive", "stage2"])
-def test_the_id_loss_comes_through_the_decoder(stage):
+def test_id_loss_passes_through_the_decoder(stage):
     task = tiny.task(**STAGES[stage])
     assert any(
         grad is not None and grad.abs().sum() > 0 for grad in gradients(task, ["id"]).values()
@@ -91,8 +91,8 @@ def test_the_id_loss_comes_through_the_decoder(stage):
     assert all(grad is None for grad in gradients(task, ["id"]).values())
 
 
-def test_the_path_without_identity_is_the_base_itself():
-    """Its queries do not depend on the adapter: with values of zero both paths are one."""
+def test_path_without_identity_is_the_base():
+    """The target does not depend on the adapter: with zero values both paths are equal."""
     task = tiny.task(**STAGE3)
     for layer in task.adapter.id_adapter_attn_layers.values():
         torch.nn.init.zeros_(layer.id_to_v.weight)
@@ -103,7 +103,7 @@ def test_the_path_without_identity_is_the_base_itself():
 @pytest.mark.parametrize(
     "change", [{}, {"align_one_step": True, "guidance_scale": 2.0, "rollout_steps": 6}]
 )
-def test_without_prompts_of_its_own_a_stage_hears_those_of_the_pictures(change):
+def test_stage_without_prompts_uses_the_captions(change):
     own = {**STAGE3, **change, "few_step_batch": 4, "id_prompt": None, "align_prompts": ()}
     said = {}
     for name, figures in {
@@ -129,7 +129,7 @@ def test_without_prompts_of_its_own_a_stage_hears_those_of_the_pictures(change):
         {"align_one_step": True, "guidance_scale": 2.0, "rollout_steps": 6},
     ],
 )
-def test_training_leaves_the_base_as_it_was(pipe, tmp_path, change):
+def test_training_does_not_change_the_base(pipe, tmp_path, change):
     modules = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
     before = [t.clone() for m in modules for t in m.state_dict().values()]
     processors = dict(pipe.unet.attn_processors)
@@ -157,7 +157,7 @@ def test_checkpointing_gives_the_same_gradients():
         assert torch.allclose(plain[name], again[name], rtol=1e-4, atol=1e-8), name
 
 
-def test_pictures_without_a_face_are_left_out_and_counted():
+def test_images_without_a_face_are_ignored_and_counted():
     task = tiny.task(**STAGE2)
     find = task.face_embedder.find
     task.face_embedder.find = lambda images: [
@@ -170,7 +170,7 @@ def test_pictures_without_a_face_are_left_out_and_counted():
     assert all(grad is None or grad.abs().sum() == 0 for grad in found.values())
 
 
-def test_bases_take_turns():
+def test_few_step_models_are_used_in_round_robin_order():
     task, seen = tiny.task(**STAGE2), []
     first, second = task.few_step_models[0], tiny.base()
     task.adapter.attach(second.pipe)
@@ -183,7 +183,7 @@ def test_bases_take_turns():
     assert seen == ["first", "second", "first"]
 
 
-def test_a_recipe_that_walks_on_its_base_has_it_last_among_the_fast_ones():
+def test_rollout_on_base_appends_the_base():
     made = tiny.task(**STAGE2)
     fast, faces, second = made.few_step_models, made.face_embedder, tiny.base()
     for walks, expected in ((False, fast), (True, [*fast, second])):
@@ -199,7 +199,7 @@ def test_a_recipe_that_walks_on_its_base_has_it_last_among_the_fast_ones():
         assert task.few_step_models == expected
 
 
-def test_what_a_recipe_needs_is_asked_for():
+def test_recipe_without_its_parts_raises():
     with pytest.raises(OptionError, match="lightning branch"):
         tiny.task(semantic_weight=0.6)
     with pytest.raises(OptionError, match="face_embedder"):
@@ -207,7 +207,7 @@ def test_what_a_recipe_needs_is_asked_for():
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.RECIPES if name.startswith("sdxl")])
-def test_the_recipes_of_full_size_run(name, tmp_path):
+def test_full_size_recipes_run(name, tmp_path):
     full = recipes.find_recipe(name)
     small = replace(
         full,
@@ -233,21 +233,21 @@ def test_the_recipes_of_full_size_run(name, tmp_path):
     assert set(result.losses) == expected.get(
         stage, {"diffusion", "id", "faces", "semantic", "layout"}
     )
-    if full.few_step_batch:  # the alignment is over all steps, as in the paper, and the ID loss reaches those that decide who is seen
+    if full.few_step_batch:  # the alignment covers all steps, as in the paper
         assert task.rollout.grad_steps == task.rollout.steps == 4
 
 
 @pytest.mark.parametrize(
     "name, published", [("sdxl_stage3", "pulid_v1"), ("sdxl_stage3_v11", "pulid_v1.1")]
 )
-def test_a_checkpoint_of_full_size_is_what_every_loader_opens(golden, name, published):
+def test_full_size_adapter_has_the_published_tensors(golden, name, published):
     encoder = {"IDEncoder": IDEncoder, "IDFormer": IDFormer}[recipes.find_recipe(name).encoder]
     with torch.device("meta"):
         adapter = PuLID.for_unet(UNet2DConditionModel(**SDXL_UNET), encoder())
     assert {k: list(v.shape) for k, v in adapter.state_dict().items()} == golden.manifest[published]
 
 
-def test_a_step_in_parts_is_the_step(tmp_path, both_precisions):
+def test_accumulated_step_matches_a_whole_step(tmp_path, both_precisions):
     schedule = replace(tiny.recipe().trainer_config(), steps=4, validate_every=100, log_every=1)
     one = run(tiny.task(**STAGE3), schedule, tmp_path / "one").metrics
     two = run(
@@ -276,7 +276,8 @@ from tests.support import tiny_sdxl as tiny
 from dataclasses import replace
 from openpulid.training.trainer import run
 torch.set_num_threads(1)
-task = tiny.task(id_loss="accurate", few_step_batch=2, grad_steps=2, semantic_weight=0.6, layout_weight=0.1)
+weights = {"semantic_weight": 0.6, "layout_weight": 0.1}
+task = tiny.task(id_loss="accurate", few_step_batch=2, grad_steps=2, **weights)
 for name in ("data", "held_out"):
     def counted(rng, name=name, every=getattr(task, name).batch):
         batch = every(rng)
@@ -284,13 +285,12 @@ for name in ("data", "held_out"):
             print(len(batch.latents), file=file)
         return batch
     getattr(task, name).batch = counted
-run(task, replace(tiny.recipe().trainer_config(), steps=4, validate_every=100, log_every=1), sys.argv[1])
+config = replace(tiny.recipe().trainer_config(), steps=4, validate_every=100, log_every=1)
+run(task, config, sys.argv[1])
 """
 
 
-def test_two_processes_give_the_losses_of_one_and_validate_in_their_shares(
-    tmp_path, start, both_precisions
-):
+def test_two_processes_match_one_and_validate_in_parts(tmp_path, start, both_precisions):
     changes = {
         "id_loss": "accurate",
         "few_step_batch": 2,

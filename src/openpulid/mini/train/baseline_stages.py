@@ -31,8 +31,8 @@ from openpulid.training.pulid.recipes import find_recipe
 def part(name: str) -> Callable[[BuildContext], dict[str, float]]:
     """Return the stage that trains a baseline and writes it next to the other weights.
 
-    It uses the recipe of PuLID's first stage and as many steps as that took, or fewer if the time
-    budget is short.
+    It uses the recipe of PuLID's first stage and its number of steps, or fewer if the time budget is
+    short.
     """
 
     def train(context: BuildContext) -> dict[str, float]:

@@ -122,7 +122,7 @@ def find_init_adapter(recipe: str, run_dir: Path, weights: Path = MINIATURE) -> 
         weights: the models of the miniature.
 
     Raises:
-        TrainingError: there is none.
+        TrainingError: no such adapter exists.
     """
     stage = recipe.removeprefix("mini_")
     candidates = [
