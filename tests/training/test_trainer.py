@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from openpulid.errors import OptionError, TrainingError
@@ -311,3 +312,32 @@ def test_deferred_finite_check_skips_bad_updates(tmp_path, monkeypatch):
     with safe_open(tmp_path / "not-finite-step-17-rank-0.safetensors", framework="pt") as file:
         assert torch.isfinite(file.get_tensor("weights.net.0.weight")).all()
     assert max(task.seen) > 17
+
+
+class TwoPasses(Regression):
+    """The same task with a backward pass for each loss, and a metric."""
+
+    def backward_losses(self, rng, backward):
+        losses = self.losses(rng)
+        square = losses["square"]
+        backward({"square": square}, {"double": 2 * square.detach()})
+        backward({"norm": losses["norm"]})
+
+
+def test_several_backward_passes_match_a_single_one(tmp_path):
+    single = Regression()
+    separate = TwoPasses()
+    expected = run(single, SHORT, tmp_path / "single")
+    result = run(separate, SHORT, tmp_path / "separate")
+    assert result.losses["double"] == pytest.approx(2 * result.losses["square"])
+    for name, value in expected.losses.items():
+        assert result.losses[name] == pytest.approx(value, rel=1e-4)
+    torch.testing.assert_close(separate.net[0].weight, single.net[0].weight, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoint_of_another_version_raises(tmp_path):
+    run(Regression(), TrainerConfig(steps=3, lr=1e-2), tmp_path)
+    tensors = load_file(tmp_path / CHECKPOINT)
+    checkpointing.write_tensors(tmp_path / CHECKPOINT, tensors, {"step": 3})
+    with pytest.raises(TrainingError, match="another version"):
+        run(Regression(), TrainerConfig(steps=3, lr=1e-2), tmp_path)

@@ -191,6 +191,9 @@ class Trainer:
             )
         self.finite = FiniteCheck(self.optimizer, self.device, self.progress.step)
         self.means = RunningMeans()
+        self.logger = TrainingLogger(
+            folder, self.progress.step, self.progress.total, silent=self.ranks.rank > 0
+        )
         self._seconds_before = self.progress.seconds
         self._started_at = time.monotonic()
         self.checkpointer.start_interval(self.seconds)
@@ -203,12 +206,7 @@ class Trainer:
     def fit(self) -> TrainingResult:
         """Run all remaining steps, then put the averaged weights into the modules."""
         progress = self.progress
-        with (
-            TrainingLogger(
-                self.folder, progress.step, progress.total, silent=self.ranks.rank > 0
-            ) as self.logger,
-            catch_signals() as signals,
-        ):
+        with self.logger, catch_signals() as signals:
             # a signal in the last step stops a run before its last validation
             is_finished = progress.step == progress.validated_step >= progress.total
             self._train(signals)
