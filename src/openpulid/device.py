@@ -20,7 +20,8 @@ def best_device() -> torch.device:
 def supports_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is worth it there. A processor without instructions for it emulates them, which takes many times as long
     as float32 (benchmarks/train-step.md); PyTorch without oneDNN, as on a Mac, has no fast products of it either. NVIDIA's GPUs
-    before Ampere (T4, V100) emulate them, too."""
+    before Ampere (T4, V100) emulate them, too.
+    """
     if device.type == "cuda":
         with torch.cuda.device(device):
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -41,7 +42,8 @@ def hardware_name(device: torch.device) -> str:
 
 def compute_dtype(device: torch.device) -> torch.dtype:
     """What networks of full size compute in there: bfloat16; where that does not pay, float32 on a processor and float16 on a
-    GPU, where diffusers itself decodes SDXL's pictures in float32."""
+    GPU, where diffusers itself decodes SDXL's pictures in float32.
+    """
     if supports_bf16(device):
         return torch.bfloat16
     return torch.float32 if device.type == "cpu" else torch.float16

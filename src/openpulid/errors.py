@@ -33,7 +33,8 @@ class ImageError(PulidError):
 
 class FaceError(PulidError):
     """No usable face in a picture. The message says what was tried and what to do instead; where a detector found none, so do
-    `source`, the picture, its `size` in pixels, and `tried`."""
+    `source`, the picture, its `size` in pixels, and `tried`.
+    """
 
     def __init__(
         self, message: str, source: str = "", size: tuple[int, int] | None = None, tried: str = ""

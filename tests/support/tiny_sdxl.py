@@ -1,5 +1,4 @@
-"""A StableDiffusionXLPipeline of a few thousand random weights, an adapter for it, and people who are
-noise."""
+"""A StableDiffusionXLPipeline of a few thousand random weights, an adapter, and random people."""
 
 from __future__ import annotations
 
@@ -22,9 +21,10 @@ from openpulid.faces.face import Face
 from openpulid.faces.mini_recognition import ResNetRecognition
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import Batch, PuLIDTask
+from openpulid.training.pulid.task import PuLIDTask
 
 PEOPLE, ID, PATCHES, WIDTH = 24, 12, 4, 8
 WORDS = ["portrait", "of", "a", "person", "noir", "red", "hat"]
@@ -48,24 +48,47 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def text_config() -> CLIPTextConfig:
     return CLIPTextConfig(
-        vocab_size=len(WORDS) + 2, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, projection_dim=16, bos_token_id=0, eos_token_id=1,
-    )  # fmt: skip
+        vocab_size=len(WORDS) + 2,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        projection_dim=16,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
 
 
 def pipe(prediction: str = "epsilon") -> StableDiffusionXLPipeline:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=8,
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(2, 4),
-        transformer_layers_per_block=(1, 1), cross_attention_dim=32, use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
-    )  # fmt: skip
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        norm_num_groups=8,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        transformer_layers_per_block=(1, 1),
+        cross_attention_dim=32,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+    )
     vae = AutoencoderKL(
-        block_out_channels=(8, 8), in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
-    )  # fmt: skip
+        block_out_channels=(8, 8),
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=16,
+    )
     return StableDiffusionXLPipeline(
         vae=vae,
         unet=unet,
@@ -78,7 +101,7 @@ def pipe(prediction: str = "epsilon") -> StableDiffusionXLPipeline:
 
 
 class People:
-    """Latents that depend on who is in them, so that there is something to learn."""
+    """Latents that depend on the identity, so that there is something to learn."""
 
     def __init__(self, batch: int = 4) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -90,22 +113,22 @@ class People:
         self.latents = self.id_cond[:, :4, None, None].expand(-1, -1, 8, 8) + 0.1 * torch.randn(
             PEOPLE, 4, 8, 8, generator=generator
         )
-        self.pictures = torch.rand(PEOPLE, 3, 16, 16, generator=generator)
+        self.images = torch.rand(PEOPLE, 3, 16, 16, generator=generator)
         self.masks = torch.zeros(PEOPLE, 1, 8, 8)
         self.masks[..., 2:6, 2:6] = 1
 
-    def batch(self, draw) -> Batch:
-        i = draw.indices(PEOPLE, self.size)
+    def batch(self, rng) -> Batch:
+        i = rng.indices(PEOPLE, self.size)
         prompts = [("portrait of a person", "noir red hat")[k % 2] for k in i.tolist()]
         features = self.id_cond[i], [h[i] for h in self.hidden]
-        return Batch(self.latents[i], self.masks[i], prompts, *features, self.pictures[i])
+        return Batch(self.latents[i], self.masks[i], prompts, *features, self.images[i])
 
 
 def recipe(**changes) -> Recipe:
     figures = {
         "base": "tiny",
-        "gamma": 5.0,
-        "inside": 3.0,
+        "min_snr_gamma": 5.0,
+        "face_loss_weight": 3.0,
         "steps": 12,
         "lr": 1e-2,
         "warmup": 2,
@@ -133,7 +156,7 @@ def encoder(kind: str = "IDEncoder") -> IDEncoder | IDFormer:
 
 
 def adapter(base: SDXLModel, kind: str = "IDEncoder") -> PuLID:
-    """Attached, and not fresh: values of zero would let nothing through."""
+    """An attached adapter with random values; untrained values of zero have no effect."""
     torch.manual_seed(1)
     made = PuLID.for_unet(base.unet, encoder(kind))
     for layer in made.id_adapter_attn_layers.values():
@@ -143,7 +166,7 @@ def adapter(base: SDXLModel, kind: str = "IDEncoder") -> PuLID:
 
 
 def faces() -> FaceEmbedder:
-    """Everywhere a face, in the middle; a small random recogniser."""
+    """A face in every image, and a small random recognition model."""
     torch.manual_seed(2)
     recogniser = ResNetRecognition(stem=4, widths=(8, 8, 8), depths=(1, 1, 1), dim=6)
 
@@ -156,9 +179,13 @@ def faces() -> FaceEmbedder:
 
 
 def task(pipe=None, batch: int = 4, **changes) -> PuLIDTask:
-    """Stage 1, or what `changes` make of it; then the lightning branch walks on the same base."""
+    """Stage 1, or a later stage by `changes`, with rollouts on the same base."""
     one = base(pipe)
     torch.manual_seed(1)
-    made = adapter(one) if changes.get("fast_batch") else PuLID.for_unet(one.unet, encoder())
-    more = {"fast": [one], "faces": faces()} if changes.get("fast_batch") else {}
+    made = adapter(one) if changes.get("few_step_batch") else PuLID.for_unet(one.unet, encoder())
+    more = (
+        {"few_step_models": [one], "face_embedder": faces()}
+        if changes.get("few_step_batch")
+        else {}
+    )
     return PuLIDTask(recipe(**changes), one, made, People(batch), held_out=People(batch), **more)

@@ -1,4 +1,4 @@
-"""What the tests of training share: a tiny random SDXL, one thread, and further processes."""
+"""Fixtures of the training tests: a tiny random SDXL, a single thread, further processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pipe():
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Sums over several threads are added up in any order; bit for bit needs one."""
+    """Use one thread: several threads add up sums in varying order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -29,9 +29,9 @@ def one_thread():
 
 @pytest.fixture
 def start():
-    """start(code, *arguments, **environment): a Python process that finds what the tests find.
+    """Return start(code, *arguments, **environment), which starts a Python process.
 
-    It has bfloat16 where this process has it, or pretends to (`both_precisions`).
+    It has the import path of the tests, and bfloat16 if this process has it (`both_precisions`).
     """
     started = []
     available = device.supports_bf16(torch.device("cpu"))

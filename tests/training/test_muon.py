@@ -1,4 +1,4 @@
-"""Muon: what its steps look like, and that it keeps attention from collapsing where AdamW does not."""
+"""Muon: its steps, and that common directions do not run away as with AdamW."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from openpulid.training.muon import Muon, orthogonal
+from openpulid.training.muon import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16), (2, 16, 16)])
-def test_orthogonal_evens_out_singular_values_and_keeps_their_vectors(shape):
+def test_orthogonalize_evens_singular_values_and_preserves_vectors(shape):
     generator = torch.Generator().manual_seed(0)
     u, _, vh = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
     values = torch.logspace(0, -1, u.shape[-1]).expand(shape[0], -1)
-    made = orthogonal(u @ torch.diag_embed(values) @ vh).float()
+    made = orthogonalize(u @ torch.diag_embed(values) @ vh).float()
     assert made.shape == shape
     inside = u.mT @ made @ vh.mT  # diagonal, with all entries about 1
     made_values = inside.diagonal(dim1=-2, dim2=-1)
@@ -22,8 +22,11 @@ def test_orthogonal_evens_out_singular_values_and_keeps_their_vectors(shape):
     assert (inside - torch.diag_embed(made_values)).abs().max() < 0.1
 
 
-def test_one_step_by_hand():
-    """A matrix moves by 0.2 lr sqrt(max(m, n)) times its orthogonal gradient, a vector as AdamW does; kernels are matrices."""
+def test_one_step_matches_the_formulas():
+    """A matrix or kernel moves by 0.2 lr sqrt(max(m, n)) times its orthogonalized gradient.
+
+    A vector moves as with AdamW.
+    """
     torch.manual_seed(0)
     matrix, kernel, vector = (
         nn.Parameter(torch.randn(shape)) for shape in ((6, 10), (4, 2, 3, 3), (5,))
@@ -33,7 +36,7 @@ def test_one_step_by_hand():
         p.grad = torch.randn_like(p)
     Muon([matrix, kernel, vector], lr=0.01, weight_decay=0.5).step()
     for p, was, rows in ((matrix, before[0], 6), (kernel, before[1], 4)):
-        wanted = orthogonal(p.grad.reshape(1, rows, -1))[0].float().view(p.shape)
+        wanted = orthogonalize(p.grad.reshape(1, rows, -1))[0].float().view(p.shape)
         length = max(rows, p[0].numel()) ** 0.5
         step = (
             0.01 * 0.2 * length * wanted
@@ -44,7 +47,7 @@ def test_one_step_by_hand():
     )
 
 
-def test_layout_in_memory_changes_nothing():
+def test_memory_layout_does_not_change_the_step():
     torch.manual_seed(0)
     weight, gradient = torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
     moved = []
@@ -56,8 +59,8 @@ def test_layout_in_memory_changes_nothing():
     torch.testing.assert_close(*moved)
 
 
-def test_a_direction_that_all_agree_on_does_not_run_away():
-    """The same rank-one gradient for queries again and again: AdamW's matrix outgrows Muon's by far more than its rate says."""
+def test_common_direction_does_not_run_away():
+    """With a constant rank-one gradient AdamW's matrix grows far more than Muon's."""
     norms = {}
     for name, make in (
         ("adamw", lambda p: torch.optim.AdamW([p], lr=1e-3)),

@@ -1,4 +1,4 @@
-"""The precision of a step follows what the processor can do."""
+"""The precision of a step depends on the device."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_processor_without_bfloat16_computes_in_float32(set_bf16, native, expected):
+def test_device_without_bfloat16_computes_in_float32(set_bf16, native, expected):
     set_bf16(native)
     with precision.autocast(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
@@ -34,9 +34,7 @@ def test_checkpointed_attention_is_recomputed_in_the_same_precision(both_precisi
     def gradient(block):
         x = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
         with precision.autocast(CPU, bf16):
-            loss = block(x).float().square().sum()
-        with precision.fp32_attention(CPU, bf16):
-            loss.backward()
+            precision.backward(block(x).float().square().sum())
         return x.grad
 
     plain = gradient(attend)
@@ -47,9 +45,9 @@ def test_checkpointed_attention_is_recomputed_in_the_same_precision(both_precisi
 @pytest.mark.parametrize(
     ("there", "says", "expected"), [(True, True, True), (True, False, False), (False, True, False)]
 )
-def test_a_cpu_is_asked_through_onednn_where_there_is_one(monkeypatch, there, says, expected):
+def test_bfloat16_support_of_a_cpu_comes_from_onednn(monkeypatch, there, says, expected):
     def supported() -> bool:
-        assert there, "without oneDNN there is nothing to ask"
+        assert there, "must not be called without oneDNN"
         return says
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)

@@ -1,4 +1,4 @@
-"""Draw: a pure function of seed, step and name; ranks share one global batch."""
+"""Random numbers depend on seed, step and name alone; ranks share one global batch."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from openpulid.errors import OptionError
 from openpulid.training.rng import StepRNG
 
 
-def test_same_key_same_numbers():
+def test_same_key_gives_same_numbers():
     assert torch.equal(StepRNG(1, 5).randn((3, 2)), StepRNG(1, 5).randn((3, 2)))
     assert not torch.equal(StepRNG(1, 5).randn((3, 2)), StepRNG(1, 6).randn((3, 2)))
     assert not torch.equal(StepRNG(1, 5).randn((3, 2)), StepRNG(2, 5).randn((3, 2)))
@@ -34,19 +34,18 @@ def test_ranks_share_the_global_batch():
         assert torch.equal(one, four)
 
 
-def test_an_epoch_is_a_permutation():
+def test_epoch_is_a_permutation():
     seen = torch.cat([StepRNG(0, step).indices(10, 4) for step in range(5)])
     assert sorted(seen[:10].tolist()) == list(range(10)) == sorted(seen[10:].tolist())
     assert StepRNG(0, 0).indices(3, 8).bincount().tolist() != [8, 0, 0]
 
 
-def test_record_keeps_what_was_drawn():
-    draw = StepRNG(0, 0, record={})
+def test_recorded_draws_match():
+    draw = StepRNG(0, 0, recorded={})
     x, i = draw.randn((2,), "noise"), draw.indices(5, 2)
-    assert torch.equal(draw.record["noise"], x) and torch.equal(draw.record["data.indices"], i)
-    assert draw.samples == 2
+    assert torch.equal(draw.recorded["noise"], x) and torch.equal(draw.recorded["data.indices"], i)
 
 
-def test_uneven_batch_is_refused():
+def test_uneven_batch_raises():
     with pytest.raises(OptionError, match="cannot be shared"):
         StepRNG(0, 0, 0, 3).indices(10, 8)

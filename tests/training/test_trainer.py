@@ -1,5 +1,4 @@
-"""The loop: exact resume after a kill, running average, schedule, budget, bad losses, full disks, several
-processes."""
+"""The trainer: exact resume, average, learning rate, time budget, failures, signals."""
 
 from __future__ import annotations
 
@@ -14,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from openpulid.errors import OptionError, TrainingError
-from openpulid.training import checkpointing as state
+from openpulid.training import checkpointing, finite_check
 from openpulid.training import trainer as loop
 from openpulid.training.trainer import CHECKPOINT, TrainerConfig, run
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("both_precisions")
 
 
 class Regression:
-    """A noisy line with dropout and a batch norm: everything that could remember something between steps."""
+    """A noisy line with dropout and batch norm: everything that could have state between steps."""
 
     def __init__(self, batch: int = 8, kill_at: int = -1, bad_at: int = -1) -> None:
         torch.manual_seed(0)
@@ -38,16 +38,16 @@ class Regression:
     def modules(self):
         return {"net": self.net}
 
-    def losses(self, draw):
-        if draw.step == self.kill_at:
+    def losses(self, rng):
+        if rng.step == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         generator = torch.Generator().manual_seed(1)
         data = torch.randn(100, 4, generator=generator)
-        x = data[draw.indices(100, self.batch)]
-        x = draw.note("x", x + 0.1 * draw.randn(x.shape))
+        x = data[rng.indices(100, self.batch)]
+        x = rng.record("x", x + 0.1 * rng.randn(x.shape))
         loss = (self.net(x) - x.sum(1, keepdim=True)).float().square().mean()
-        loss = loss * float("nan") if draw.step == self.bad_at else loss
-        self.seen[draw.step] = loss.item()
+        loss = loss * float("nan") if rng.step == self.bad_at else loss
+        self.seen[rng.step] = loss.item()
         return {"square": loss, "norm": 1e-3 * self.net[0].weight.float().square().mean()}
 
     def validate(self):
@@ -61,7 +61,7 @@ class Regression:
 SHORT = TrainerConfig(steps=24, lr=1e-2, warmup=4, validate_every=10, log_every=4, ema=0.9)
 
 
-def test_runs_and_writes_its_folder(tmp_path):
+def test_run_writes_its_directory(tmp_path):
     task = Regression()
     result = run(task, SHORT, tmp_path / "line")
     assert result.steps == 24 and result.losses["square"] < 4 and set(result.metrics) == {"weight"}
@@ -75,26 +75,30 @@ def test_runs_and_writes_its_folder(tmp_path):
     } <= names
     history = json.loads((tmp_path / "line" / "history.json").read_text())
     assert [r["step"] for r in history if "losses" in r] == [4, 8, 12, 16, 20, 24]
+    assert all(r["steps_per_second"] > 0 for r in history if "losses" in r and r["step"] > 4)
     assert [r["step"] for r in history if "metrics" in r] == [10, 20, 24]
-    again = run(Regression(), SHORT, tmp_path / "line")  # finished: nothing more to do
+    again = run(Regression(), SHORT, tmp_path / "line")  # already finished
     assert again.steps == 24 and again.metrics == result.metrics
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_kill_and_resume_is_bit_for_bit(tmp_path, start, optimizer):
+def test_killed_run_resumes_bit_for_bit(tmp_path, start, optimizer):
     schedule = replace(SHORT, optimizer=optimizer)
     undisturbed = Regression()
     run(undisturbed, schedule, tmp_path / "a")
     script = (
-        "import sys\nfrom tests.training.test_trainer import Regression, SHORT, run\nfrom dataclasses import replace\n"
-        f"run(Regression(kill_at=13), replace(SHORT, save_minutes=0.0, optimizer={optimizer!r}), sys.argv[1])"
+        "import sys\n"
+        "from dataclasses import replace\n"
+        "from tests.training.test_trainer import Regression, SHORT, run\n"
+        f"config = replace(SHORT, save_minutes=0.0, optimizer={optimizer!r})\n"
+        "run(Regression(kill_at=13), config, sys.argv[1])"
     )
     killed = start(script, tmp_path / "b")
     killed.wait(500)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.read()
     resumed = Regression()
     with torch.no_grad():
-        resumed.net[0].weight.zero_()  # whatever it starts from, the checkpoint counts
+        resumed.net[0].weight.zero_()  # the checkpoint replaces it
     run(resumed, schedule, tmp_path / "b")
     assert sorted(resumed.seen) == list(range(13, 24))
     assert all(resumed.seen[s] == undisturbed.seen[s] for s in resumed.seen)
@@ -102,7 +106,7 @@ def test_kill_and_resume_is_bit_for_bit(tmp_path, start, optimizer):
         assert torch.equal(value, resumed.net.state_dict()[name]), name
 
 
-def test_average_is_what_validation_sees_and_what_remains(tmp_path):
+def test_validation_and_result_use_the_average(tmp_path):
     task, trace = Regression(), []
     seen = task.validate
     task.validate = lambda: (trace.append(task.net[3].weight.clone()), seen())[1]
@@ -111,9 +115,7 @@ def test_average_is_what_validation_sees_and_what_remains(tmp_path):
     )
     weights = [task.net[3].weight.detach().clone()]
     losses = task.losses
-    task.losses = lambda draw: (weights.append(task.net[3].weight.detach().clone()), losses(draw))[
-        1
-    ]
+    task.losses = lambda rng: (weights.append(task.net[3].weight.detach().clone()), losses(rng))[1]
     run(task, schedule, tmp_path)
     average = weights[1]  # the start; decay of update k is min(ema, (1 + k) / (10 + k))
     average = average.lerp(weights[2], 1 - 0.1)
@@ -122,28 +124,28 @@ def test_average_is_what_validation_sees_and_what_remains(tmp_path):
     assert torch.equal(task.net[3].weight, trace[2])
 
 
-def test_schedule_warms_up_holds_and_decays():
+def test_learning_rate_warms_up_holds_and_decays():
     schedule = TrainerConfig(steps=100, lr=1.0, warmup=10, decay=0.2)
-    factors = [schedule.factor(s, 100) for s in range(100)]
+    factors = [schedule.lr_factor(s, 100) for s in range(100)]
     assert (
         factors[0] == 0.1
         and factors[9:81] == [1.0] * 72
         and factors[90] == 0.5
         and factors[99] == 0.05
     )
-    assert not schedule.in_tail(79, 100) and schedule.in_tail(80, 100)
+    assert not schedule.is_decaying(79, 100) and schedule.is_decaying(80, 100)
 
 
 @pytest.mark.parametrize(("slower", "steps"), [(1.0, range(298, 303)), (2.0, range(170, 220))])
-def test_minutes_shorten_the_run_and_the_tail_still_happens(tmp_path, monkeypatch, slower, steps):
+def test_time_budget_shortens_the_run_and_completes_the_decay(tmp_path, monkeypatch, slower, steps):
     clock = [0.0]  # a step takes 0.1 s, from step 100 on `slower` times as long
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     task = Regression()
     losses = task.losses
 
-    def timed(draw):
-        clock[0] += 0.1 * (slower if draw.step >= 100 else 1.0)
-        return losses(draw)
+    def timed(rng):
+        clock[0] += 0.1 * (slower if rng.step >= 100 else 1.0)
+        return losses(rng)
 
     task.losses = timed
     schedule = TrainerConfig(steps=100_000, lr=1e-2, validate_every=40)
@@ -151,19 +153,19 @@ def test_minutes_shorten_the_run_and_the_tail_still_happens(tmp_path, monkeypatc
     assert result.steps in steps and result.seconds < 33
     rates = [r["lr"] for r in json.loads((tmp_path / "history.json").read_text()) if "lr" in r]
     assert rates[-1] < 0.05 * max(rates)
-    again = run(Regression(), schedule, tmp_path, minutes=0.5)  # the end was settled
+    again = run(Regression(), schedule, tmp_path, minutes=0.5)  # the planned end is kept
     assert again.steps == result.steps
 
 
-def test_a_machine_that_was_busy_at_first_does_not_shorten_the_run(tmp_path, monkeypatch):
+def test_slow_first_steps_do_not_shorten_the_run(tmp_path, monkeypatch):
     clock = [0.0]  # four times as slow for 35 steps, in which the first estimate is made
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     task = Regression()
     losses = task.losses
 
-    def timed(draw):
-        clock[0] += 0.4 if draw.step < 35 else 0.1
-        return losses(draw)
+    def timed(rng):
+        clock[0] += 0.4 if rng.step < 35 else 0.1
+        return losses(rng)
 
     task.losses = timed
     result = run(
@@ -179,9 +181,9 @@ def slow_validations(monkeypatch, seconds):
     task = Regression()
     losses, validate = task.losses, task.validate
 
-    def timed(draw):
+    def timed(rng):
         clock[0] += 0.1
-        return losses(draw)
+        return losses(rng)
 
     def slow():
         clock[0] += seconds
@@ -191,7 +193,7 @@ def slow_validations(monkeypatch, seconds):
     return task
 
 
-def test_a_validation_just_before_the_decay_does_not_end_the_run(tmp_path, monkeypatch):
+def test_validation_before_the_decay_does_not_end_the_run(tmp_path, monkeypatch):
     task = slow_validations(monkeypatch, 5.0)
     # 300 steps fit at first, and the decay would begin at 240: one step after the validation
     result = run(
@@ -200,9 +202,9 @@ def test_a_validation_just_before_the_decay_does_not_end_the_run(tmp_path, monke
     assert result.steps in range(295, 303)
 
 
-def test_steps_that_fit_are_told_from_steps_and_validations_apart(tmp_path, monkeypatch):
+def test_estimate_separates_steps_and_validations(tmp_path, monkeypatch):
     task = slow_validations(monkeypatch, 3.0)
-    # (60 - 3) / (0.1 + 3 / 100) steps fit; the decay begins some thirty steps after a validation, which those are not slow for
+    # (60 - 3) / (0.1 + 3 / 100) steps fit; validations must not count as slow steps
     result = run(
         task,
         TrainerConfig(steps=100_000, lr=1e-2, validate_every=100, decay=0.5),
@@ -212,7 +214,7 @@ def test_steps_that_fit_are_told_from_steps_and_validations_apart(tmp_path, monk
     assert result.steps in range(435, 450) and result.seconds == pytest.approx(60, abs=1.5)
 
 
-def test_a_bad_loss_stops_with_its_batch(tmp_path):
+def test_non_finite_loss_stops_and_saves_its_batch(tmp_path):
     task = Regression(bad_at=17)
     with pytest.raises(TrainingError, match=r"step 17.*square nan"):
         run(task, SHORT, tmp_path)
@@ -226,7 +228,7 @@ def test_a_bad_loss_stops_with_its_batch(tmp_path):
     assert run(fixed, SHORT, tmp_path).steps == 24
 
 
-def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_full_disk_preserves_the_last_checkpoint(tmp_path, monkeypatch):
     run(Regression(), TrainerConfig(steps=5, lr=1e-2), tmp_path)
     good = (tmp_path / CHECKPOINT).read_bytes()
 
@@ -234,7 +236,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(checkpointing, "save_file", full)
     with pytest.raises(TrainingError, match="No space left"):
         run(Regression(), TrainerConfig(steps=10, lr=1e-2, save_minutes=0.0), tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == good
@@ -244,53 +246,42 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
 )
-def test_signals_save_and_stop(tmp_path, number, error):
+def test_signal_saves_and_stops(tmp_path, number, error):
     class Stopped(Regression):
-        def losses(self, draw):
-            if draw.step == 6:
+        def losses(self, rng):
+            if rng.step == 6:
                 os.kill(os.getpid(), number)
-            return super().losses(draw)
+            return super().losses(rng)
 
     before = signal.getsignal(number)
     with pytest.raises(error):
         run(Stopped(), SHORT, tmp_path)
     assert signal.getsignal(number) is before
     with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
-        assert json.loads(file.metadata()["facts"])["step"] == 7
+        assert json.loads(file.metadata()["facts"])["progress"]["step"] == 7
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_signal_in_the_last_step_costs_no_validation(tmp_path, monkeypatch, told):
+def test_signal_in_the_last_step_keeps_the_validation(tmp_path):
     class Stopped(Regression):
-        def losses(self, draw):
-            if draw.step == SHORT.steps - 1:
+        def losses(self, rng):
+            if rng.step == SHORT.steps - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return super().losses(draw)
+            return super().losses(rng)
 
-    if not told:  # as checkpoints were before they told it
-        save = state.TrainingState.save
-
-        def older(self, path, facts):
-            save(self, path, {name: fact for name, fact in facts.items() if name != "validated"})
-
-        monkeypatch.setattr(state.TrainingState, "save", older)
     with pytest.raises(SystemExit):
         run(Stopped(), SHORT, tmp_path)
     with safe_open(tmp_path / CHECKPOINT, framework="pt") as file:
-        assert json.loads(file.metadata()["facts"])["step"] == 24
-    for _ in range(2):  # the second time there is nothing more to do
+        assert json.loads(file.metadata()["facts"])["progress"]["step"] == 24
+    for _ in range(2):  # the second run is already finished
         resumed = Regression()
         result = run(resumed, SHORT, tmp_path)
         history = json.loads((tmp_path / "history.json").read_text())
-        assert [r["step"] for r in history if "metrics" in r] == (
-            [10, 20, 24] if told else [10, 20]
-        )
+        assert [r["step"] for r in history if "metrics" in r] == [10, 20, 24]
         assert result.steps == 24 and not resumed.seen
-    if told:
-        assert result.metrics == {"weight": pytest.approx(resumed.net[0].weight.norm().item())}
+    assert result.metrics == {"weight": pytest.approx(resumed.net[0].weight.norm().item())}
 
 
-def test_other_runs_and_wrong_numbers_are_refused(tmp_path):
+def test_other_runs_and_invalid_settings_raise(tmp_path):
     run(Regression(), TrainerConfig(steps=3, lr=1e-2), tmp_path)
     with pytest.raises(TrainingError, match="seed 0, not 1"):
         run(Regression(), TrainerConfig(steps=3, lr=1e-2, seed=1), tmp_path)
@@ -303,16 +294,16 @@ def test_other_runs_and_wrong_numbers_are_refused(tmp_path):
     with pytest.raises(TrainingError, match="another model"):
         run(other, TrainerConfig(steps=3, lr=1e-2), tmp_path)
     (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
-    with pytest.raises(TrainingError, match="no checkpoint"):
+    with pytest.raises(TrainingError, match="not a checkpoint"):
         run(Regression(), TrainerConfig(steps=3, lr=1e-2), tmp_path)
-    with pytest.raises(OptionError, match="positive"):
+    with pytest.raises(OptionError, match="must be positive"):
         run(Regression(), TrainerConfig(steps=0, lr=1e-2), tmp_path)
 
 
-def test_bad_steps_change_nothing_where_the_loop_looks_late(tmp_path, monkeypatch):
-    """On an accelerator the loss is looked at every few steps; until then the optimizer must skip."""
+def test_deferred_finite_check_skips_bad_updates(tmp_path, monkeypatch):
+    """On an accelerator the check is read every few steps; until then updates are skipped."""
     task = Regression(bad_at=17)
-    monkeypatch.setattr(loop, "_looks_late", lambda device: True)
+    monkeypatch.setattr(finite_check, "can_defer", lambda device: True)
     schedule = TrainerConfig(
         steps=24, lr=1e-2, warmup=4, log_every=24, validate_every=100, bf16=False
     )
@@ -321,3 +312,32 @@ def test_bad_steps_change_nothing_where_the_loop_looks_late(tmp_path, monkeypatc
     with safe_open(tmp_path / "not-finite-step-17-rank-0.safetensors", framework="pt") as file:
         assert torch.isfinite(file.get_tensor("weights.net.0.weight")).all()
     assert max(task.seen) > 17
+
+
+class TwoPasses(Regression):
+    """The same task with a backward pass for each loss, and a metric."""
+
+    def backward_losses(self, rng, backward):
+        losses = self.losses(rng)
+        square = losses["square"]
+        backward({"square": square}, {"double": 2 * square.detach()})
+        backward({"norm": losses["norm"]})
+
+
+def test_several_backward_passes_match_a_single_one(tmp_path):
+    single = Regression()
+    separate = TwoPasses()
+    expected = run(single, SHORT, tmp_path / "single")
+    result = run(separate, SHORT, tmp_path / "separate")
+    assert result.losses["double"] == pytest.approx(2 * result.losses["square"])
+    for name, value in expected.losses.items():
+        assert result.losses[name] == pytest.approx(value, rel=1e-4)
+    torch.testing.assert_close(separate.net[0].weight, single.net[0].weight, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpoint_of_another_version_raises(tmp_path):
+    run(Regression(), TrainerConfig(steps=3, lr=1e-2), tmp_path)
+    tensors = load_file(tmp_path / CHECKPOINT)
+    checkpointing.write_tensors(tmp_path / CHECKPOINT, tensors, {"step": 3})
+    with pytest.raises(TrainingError, match="another version"):
+        run(Regression(), TrainerConfig(steps=3, lr=1e-2), tmp_path)

@@ -113,7 +113,7 @@ def measure_training(
         int | None,
         typer.Option(min=1, help="Batch of the diffusion branch; the recipe's by default."),
     ] = None,
-    fast_batch: Annotated[
+    few_step_batch: Annotated[
         int | None,
         typer.Option(min=1, help="Batch of the lightning branch; the recipe's by default."),
     ] = None,
@@ -130,7 +130,7 @@ def measure_training(
     from openpulid.training.pulid.recipes import find_recipe
 
     torch_device = _select_device(device)
-    sizes: dict[str, Any] = {"batch": batch, "fast_batch": fast_batch, "pixels": pixels}
+    sizes: dict[str, Any] = {"batch": batch, "few_step_batch": few_step_batch, "pixels": pixels}
     changes = {name: value for name, value in sizes.items() if value}
     selected = replace(find_recipe(recipe or f"{base}_stage3"), **changes)
     dtype = training.dtype_of(base, torch_device)
@@ -140,7 +140,7 @@ def measure_training(
         "base": base,
         "recipe": selected.name,
         "batch": selected.batch,
-        "fast_batch": selected.fast_batch,
+        "few_step_batch": selected.few_step_batch,
         "device": str(torch_device),
         "dtype": str(dtype),
         "rounds": rounds,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openpulid.cli import bench as measures
-from openpulid.cli import train as workshop
 from openpulid.cli import weights as stores
+from openpulid.cli.mini import mini
 from openpulid.cli.options import (
     AsJson,
     Base,
@@ -28,7 +28,9 @@ from openpulid.cli.options import (
     say,
     silent,
 )
+from openpulid.cli.train import train
 from openpulid.cli.web import web
+from openpulid.cli.world import world
 from openpulid.errors import OptionError, PulidError, explain_out_of_memory
 from openpulid.io import metadata as again
 from openpulid.io.metadata import image_name, save_image
@@ -117,10 +119,10 @@ app = typer.Typer(
 )
 app.add_typer(stores.weights, name="weights")
 app.add_typer(stores.presets, name="presets")
-app.add_typer(workshop.world, name="world")
-app.add_typer(workshop.mini, name="mini")
+app.add_typer(world, name="world")
+app.add_typer(mini, name="mini")
 app.add_typer(measures.bench, name="bench")
-app.command()(workshop.train)
+app.command()(train)
 app.command()(web)
 
 

@@ -44,6 +44,11 @@ class ArcFaceRecognition:
         """From an ONNX file. Raises WeightsError when it is missing or no recogniser."""
         return cls(onnx_model(file, device, "get_feat"))
 
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings; 512 in the published packs."""
+        return int(self.model.output_shape[-1])
+
     def __call__(self, face: Face) -> Tensor:
         """(1, 512) float32."""
         from insightface.utils.face_align import norm_crop
@@ -77,7 +82,7 @@ def photo_embedder(finder: SCRFDDetector, recogniser: nn.Module) -> FaceEmbedder
 
 
 def arcface_ir_se50(file: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
-    """facexlib's ArcFace, a residual network of 50 layers: (B, 3, 112, 112) in [-1, 1], blue first -> (B, 512).
+    """Facexlib's ArcFace, a residual network of 50 layers: (B, 3, 112, 112) in [-1, 1], blue first -> (B, 512).
 
     Raises:
         WeightsError: no such file, or of another network.

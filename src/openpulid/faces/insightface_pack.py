@@ -83,7 +83,7 @@ def _opened(file: str | os.PathLike[str], device: str | torch.device) -> Any:
 def providers(
     device: str | torch.device, available: Sequence[str]
 ) -> list[str | tuple[str, dict[str, int]]]:
-    """onnxruntime's names for a device of PyTorch's, with its number if it has one; the CPU always last."""
+    """Onnxruntime's names for a device of PyTorch's, with its number if it has one; the CPU always last."""
     device = torch.device(device)
     wanted = {
         "cuda": ("CUDAExecutionProvider", "MIGraphXExecutionProvider", "ROCMExecutionProvider"),

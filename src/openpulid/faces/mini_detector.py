@@ -53,7 +53,8 @@ def _layers(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
 
 class MiniFaceDetector(nn.Module):
     """A U-Net (Ronneberger et al. 2015) with three readings: a parsing map, heat maps whose centres of mass are the
-    landmarks (integral regression, Sun et al. 2018), and a score from its deepest level."""
+    landmarks (integral regression, Sun et al. 2018), and a score from its deepest level.
+    """
 
     config: dict[str, Any]
 

@@ -118,7 +118,8 @@ class VisionEncoder(nn.Module):
 
     def prepare(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 3, S, S) as the tower was trained to see them: bicubic, CLIP's mean
-        and deviation."""
+        and deviation.
+        """
         if images.shape[-2:] != (self.img_size, self.img_size):
             size = (self.img_size, self.img_size)
             images = interpolate(images, size, mode="bicubic", antialias=True)

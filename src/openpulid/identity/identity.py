@@ -251,7 +251,8 @@ def _check_fusion(
 
 def _clarity(identity: Identity) -> Tensor:
     """The length of the recogniser's embedding: of the two that are joined, PuLID's tower's has the length 1. Of methods with a
-    CLIP tower, whose embedding has any length, it is both's."""
+    CLIP tower, whose embedding has any length, it is both's.
+    """
     return (identity.id_cond.square().sum(-1) - 1).clamp(min=1e-6).sqrt().mean()
 
 

@@ -133,7 +133,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 def fingerprint(path: str | os.PathLike[str], whole: int = 64 << 20, parts: int = 64) -> str:
     """What tells one file of weights from another: its SHA-256, of a file above `whole` bytes that of its length and of so
-    many parts of it, since reading gigabytes at every start would cost more than the check is worth."""
+    many parts of it, since reading gigabytes at every start would cost more than the check is worth.
+    """
     size = os.path.getsize(path)
     if size <= whole:
         return sha256(path)

@@ -355,7 +355,8 @@ def _cached(entry: Weight, weighted: bool) -> Path | None:
 
 def _whole(folder: Path, weighted: bool) -> bool:
     """Whether all of a pipeline is in a folder: every part that it names, and every shard of a part's weights; or of a network
-    alone. The hub's own check wants the files that nobody asked for, too, and some folders hold other programs' parts."""
+    alone. The hub's own check wants the files that nobody asked for, too, and some folders hold other programs' parts.
+    """
     if not (folder / "model_index.json").is_file():
         return (folder / "config.json").is_file() and _has_weights(folder)
     index = json.loads((folder / "model_index.json").read_text("utf-8"))
@@ -411,7 +412,8 @@ def _downloaded(entry: Weight, folder: Path | None, expected: str | None) -> Pat
 
 def _hash_of(file: Path) -> str | None:
     """The SHA-256 that the hub promises: in its cache the name of the file behind the link, in a folder what stands in the
-    download's own notes."""
+    download's own notes.
+    """
     if file.is_symlink():
         target = file.resolve().name
         return target if re.fullmatch(r"[0-9a-f]{64}", target) else None

@@ -221,7 +221,8 @@ def _pipeline(place: Path, unet: Path | str | None, dtype: torch.dtype) -> Any:
 
 def _layout(file: Path) -> Path:
     """A pipeline of SDXL that is here: a single file has the weights, but neither its parts' sizes nor their vocabulary, for
-    which diffusers would ask the hub."""
+    which diffusers would ask the hub.
+    """
     bases = [
         preset.pipeline
         for preset in (make() for make in PRESETS.values())
@@ -314,7 +315,8 @@ def _scheduler(own: Any, preset: Preset) -> Any:
 
 def resolve_path(place: Place) -> Path:
     """A path as it is; a name of a published weight, or of a pipeline in the hub's cache, as the path that it lies at. A folder
-    that happens to have a published name is `./NAME`."""
+    that happens to have a published name is `./NAME`.
+    """
     if isinstance(place, Path) or (place not in WEIGHTS and Path(place).exists()):
         return Path(place)
     return locate(place)

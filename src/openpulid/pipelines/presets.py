@@ -187,7 +187,8 @@ def sdxl_v1(base: Place = "sdxl-base", style: bool = False) -> Preset:
 
 def flux(base: Place = "flux-dev") -> Preset:
     """PuLID for FLUX v0.9.1 on FLUX.1-dev: 20 steps, guidance 4. The identity acts from step 0; 4 leaves photographs more
-    freedom of composition."""
+    freedom of composition.
+    """
     return replace(
         sdxl(base),
         name="flux",
@@ -299,7 +300,8 @@ def with_method(preset: Preset, method: str, adapter: Place | None = None) -> Pr
 
 def on_base(preset: Preset, base: Place) -> Preset:
     """The preset on another base: a pipeline, whose own network is taken and not the one that the preset brings; for FLUX a
-    single file or a folder of a transformer alone, too, to which the preset's own pipeline gives the rest."""
+    single file or a folder of a transformer alone, too, to which the preset's own pipeline gives the rest.
+    """
     if preset.family == "flux" and (Path(base).is_file() or (Path(base) / "config.json").is_file()):
         return replace(preset, transformer=base)
     return replace(preset, pipeline=base, unet=None, transformer=None)

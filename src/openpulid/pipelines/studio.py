@@ -108,7 +108,8 @@ class Studio:
         order: str = "large-small",
     ) -> Image.Image:
         """What `identify` sees in each picture, one below the other: every face with its number, and what is read of the
-        chosen one. Raises as `identify`."""
+        chosen one. Raises as `identify`.
+        """
         rows = []
         for label, faces in self.faces(pictures):
             line = sort_faces(faces, order)

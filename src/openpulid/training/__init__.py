@@ -1,1 +1,1 @@
-"""Training: a loop that knows no loss, losses that know no base, a base behind three functions."""
+"""Training: a loop that is independent of losses, models and data, and PuLID's training."""

@@ -1,5 +1,4 @@
-"""What a training run must remember: weights, their running average, the optimizer's moments, and where it
-stands."""
+"""Checkpoints of a training run: weights, their moving average, the optimizer, and the progress."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,177 +15,290 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openpulid.errors import TrainingError
+from openpulid.training.config import TrainerConfig
+
+CHECKPOINT = "run.safetensors"
 
 
-def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """What trains, as {"module.name": parameter}; a parameter that is shared appears once."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
+def trainable_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Collect the trainable parameters as {"module.name": parameter}, shared ones once."""
+    by_id: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, module in modules.items():
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                found.setdefault(id(parameter), (_plain(f"{prefix}.{name}"), parameter))
-    return dict(found.values())
+                by_id.setdefault(id(parameter), (_plain_name(f"{prefix}.{name}"), parameter))
+    return dict(by_id.values())
 
 
-def named_buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The buffers that belong to a module's state (running statistics)."""
-    found: dict[int, tuple[str, Tensor]] = {}
+def state_buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Collect the buffers of the modules' state, such as running statistics."""
+    by_id: dict[int, tuple[str, Tensor]] = {}
     for prefix, module in modules.items():
         for name, value in module.state_dict(keep_vars=True).items():
             if not isinstance(value, nn.Parameter):
-                found.setdefault(id(value), (_plain(f"{prefix}.{name}"), value))
-    return dict(found.values())
+                by_id.setdefault(id(value), (_plain_name(f"{prefix}.{name}"), value))
+    return dict(by_id.values())
 
 
-def _plain(name: str) -> str:
-    return name.replace("_orig_mod.", "")  # torch.compile's wrapper leaves no trace in a checkpoint
+def _plain_name(name: str) -> str:
+    return name.replace("_orig_mod.", "")  # torch.compile's wrapper is not part of a checkpoint
 
 
 class EMA:
-    """Exponential moving average of tensors; early on it forgets faster, so that the random start is soon
-    gone."""
+    """Exponential moving average of tensors.
+
+    The decay is lower in the first steps, so that the random start is soon forgotten.
+
+    Args:
+        tensors: name -> tensor to average; tensors that are not floating point are ignored.
+        decay: weight of the previous average.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
         self.live = {name: t for name, t in tensors.items() if t.is_floating_point()}
         self.mean = {name: t.detach().clone() for name, t in self.live.items()}
-        self._live, self._mean = list(self.live.values()), list(self.mean.values())
+        self._live = list(self.live.values())
+        self._mean = list(self.mean.values())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """After optimizer step number `step` (from 0)."""
+        """Update the average after optimizer step number `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._mean, self._live, 1.0 - decay)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """The average becomes the weights, for good."""
+        """Replace the weights by their average."""
         torch._foreach_copy_(self._live, self._mean)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The average is in the modules inside the block; the weights are back, bit for bit, after it."""
-        kept = [t.detach().clone() for t in self._live]
+    def swap_in(self) -> Iterator[None]:
+        """Put the average into the modules inside the block, and restore the weights after it."""
+        weights = [t.detach().clone() for t in self._live]
         self.apply()
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self._live, kept)
+                torch._foreach_copy_(self._live, weights)
 
 
 class TrainingState:
-    """The tensors of a run under the names "weights.*", "average.*" and "optimizer.*", and how they go to one
-    file."""
+    """All tensors of a run, under the names "weights.*", "average.*" and "optimizer.*"."""
 
     def __init__(
         self, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, average: EMA
     ) -> None:
-        self.parameters = named_parameters(modules)
-        self.weights = {**self.parameters, **named_buffers(modules)}
-        self.optimizer, self.average = optimizer, average
+        self.parameters = trainable_parameters(modules)
+        self.weights = {**self.parameters, **state_buffers(modules)}
+        self.optimizer = optimizer
+        self.average = average
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that is saved, on the device where it lies."""
-        moments = {
-            f"optimizer.{name}.{key}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        return {
-            **self.weight_tensors(),
-            **{f"average.{n}": t for n, t in self.average.mean.items()},
-            **moments,
-        }
+        """Collect everything that a checkpoint stores, on its current device."""
+        tensors = self.weight_tensors()
+        tensors |= {f"average.{name}": t for name, t in self.average.mean.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors
 
     def weight_tensors(self) -> dict[str, Tensor]:
+        """Collect the weights and buffers alone."""
         return {f"weights.{name}": t.detach() for name, t in self.weights.items()}
 
-    def save(self, path: Path, facts: Mapping[str, object]) -> None:
-        """Replaces `path` in one move. Raises TrainingError and leaves the old file when it cannot be
-        written."""
-        write_tensors(path, self.tensors(), facts)
+    def save(self, path: Path, metadata: Mapping[str, object]) -> None:
+        """Write a checkpoint, replacing `path` atomically.
+
+        Raises:
+            TrainingError: it cannot be written; the previous file stays.
+        """
+        write_tensors(path, self.tensors(), metadata)
 
     @torch.no_grad()
     def load(self, path: Path) -> dict:
-        """Puts everything back and returns the facts. Raises TrainingError when the file is of another
-        training."""
+        """Restore all tensors from a checkpoint and return its metadata.
+
+        Raises:
+            TrainingError: the file is not a checkpoint, or one of another model.
+        """
         try:
             with safe_open(path, framework="pt") as file:
-                facts = json.loads(file.metadata()["facts"])
+                metadata = json.loads(file.metadata()["facts"])
                 saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise TrainingError(
-                f"{path} is no checkpoint of a run ({error}): remove it to begin anew"
+                f"{path} is not a checkpoint of a training run ({error}): delete it to start again."
             ) from None
-        mine = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer.")}
-        theirs = {n: t for n, t in saved.items() if not n.startswith("optimizer.")}
-        different = [
-            n
-            for n in sorted(mine.keys() | theirs.keys())
-            if not _same_shape(mine.get(n), theirs.get(n))
+        live = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer.")}
+        stored = {n: t for n, t in saved.items() if not n.startswith("optimizer.")}
+        mismatches = [
+            name
+            for name in sorted(live.keys() | stored.keys())
+            if not _same_shape(live.get(name), stored.get(name))
         ]
-        if different:
+        if mismatches:
             raise TrainingError(
-                f"{path} belongs to another model ({len(different)} entries differ, first {different[0]}): "
-                "choose another folder or remove it to begin anew"
+                f"{path} belongs to another model ({len(mismatches)} tensors differ, the first is "
+                f"{mismatches[0]}): choose another run directory, or delete it to start again."
             )
-        for name, tensor in mine.items():
-            tensor.copy_(theirs[name])
+        for name, tensor in live.items():
+            tensor.copy_(stored[name])
         self._load_moments(saved)
-        return facts
+        return metadata
 
     def _load_moments(self, saved: Mapping[str, Tensor]) -> None:
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        index = {id(parameter): i for i, parameter in enumerate(trained)}
         state: dict[int, dict[str, Tensor]] = {}
-        index = {
-            id(p): i
-            for i, p in enumerate(p for g in self.optimizer.param_groups for p in g["params"])
-        }
         for name, parameter in self.parameters.items():
-            values = {
-                k: saved[f]
-                for k in ("step", "exp_avg", "exp_avg_sq")
-                if (f := f"optimizer.{name}.{k}") in saved
-            }
-            if (
-                values
-            ):  # a fused update walks over memory: the moments need the strides of their parameter
-                state[index[id(parameter)]] = {
-                    k: torch.empty_like(parameter, dtype=v.dtype).copy_(v) if k != "step" else v
-                    for k, v in values.items()
-                }
-        self.optimizer.load_state_dict(
-            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
+            moments: dict[str, Tensor] = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = saved.get(f"optimizer.{name}.{key}")
+                if value is None:
+                    continue
+                if key != "step":
+                    # a fused update needs moments with the strides of their parameter
+                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                moments[key] = value
+            if moments:
+                state[index[id(parameter)]] = moments
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def _same_shape(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> None:
-    """A safetensors file with `facts` as JSON in its metadata, written beside and renamed: whole, or not at
-    all."""
-    beside = path.with_name(f".{path.name}.part")
+@dataclass
+class Progress:
+    """How far a run has come; stored in every checkpoint.
+
+    Attributes:
+        total: planned number of steps.
+        step: number of finished steps.
+        validated_step: step of the last validation.
+        seconds: training time up to the checkpoint, over all processes of the run.
+    """
+
+    total: int
+    step: int = 0
+    validated_step: int = 0
+    seconds: float = 0.0
+
+
+class Checkpointer:
+    """Saves and resumes a run.
+
+    Args:
+        path: the checkpoint.
+        state: the run's tensors.
+        config: of the run; a checkpoint of another recipe or seed is rejected.
+        minutes: the run's time budget, which belongs to the planned number of steps.
+    """
+
+    def __init__(
+        self, path: Path, state: TrainingState, config: TrainerConfig, minutes: float | None
+    ) -> None:
+        self.path = path
+        self.state = state
+        self.config = config
+        self.minutes = minutes
+        self._saved_at = 0.0
+
+    def is_due(self, seconds: float) -> bool:
+        """Return whether the last save is long enough ago, in seconds of training."""
+        return seconds - self._saved_at >= self.config.save_minutes * 60
+
+    def start_interval(self, seconds: float) -> None:
+        """Count the time until the next save from here, in seconds of training."""
+        self._saved_at = seconds
+
+    def save(self, progress: Progress) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            TrainingError: it cannot be written; the previous checkpoint stays.
+        """
+        metadata = {
+            "progress": asdict(progress),
+            "minutes": self.minutes,
+            "config": asdict(self.config),
+        }
+        self.state.save(self.path, metadata)
+
+    def resume(self) -> Progress:
+        """Restore the run's tensors and return its progress; without a checkpoint, start at step 0.
+
+        Raises:
+            TrainingError: the checkpoint is damaged or belongs to another run.
+        """
+        if not self.path.exists():
+            return Progress(total=self.config.steps)
+        metadata = self.state.load(self.path)
+        try:
+            progress = Progress(**metadata["progress"])
+            seed = metadata["config"]["seed"]
+            name = metadata["config"]["name"]
+            minutes = metadata["minutes"]
+        except (KeyError, TypeError):
+            raise TrainingError(
+                f"{self.path} was written by another version: choose another run directory, or "
+                "start again with --fresh."
+            ) from None
+        if seed != self.config.seed:
+            raise TrainingError(
+                f"{self.path} was started with seed {seed}, not {self.config.seed}: use that seed, "
+                "or another run directory."
+            )
+        if name != self.config.name:
+            raise TrainingError(
+                f"{self.path} is a run of {name}, not of {self.config.name}: choose another run "
+                "directory, or start again with --fresh."
+            )
+        # the planned end stays only while the time budget stays
+        keeps_end = self.minutes is not None and self.minutes == minutes
+        progress.total = min(progress.total, self.config.steps) if keeps_end else self.config.steps
+        return progress
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]
+) -> None:
+    """Write a safetensors file atomically, with `metadata` as JSON in its header.
+
+    Raises:
+        TrainingError: the file cannot be written; an existing one stays.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
         plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(plain, beside, metadata={"facts": json.dumps(facts)})
-        with open(beside, "rb") as file:
+        save_file(plain, temporary, metadata={"facts": json.dumps(metadata)})
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise TrainingError(
-            f"{path} could not be written ({error}): the last good one is kept; free some space"
+            f"{path} could not be written ({error}): free some disk space. The previous file is "
+            "intact."
         ) from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_tensors`, for a small text file."""
-    beside = path.with_name(f".{path.name}.part")
+    """Write a small text file atomically.
+
+    Raises:
+        TrainingError: the file cannot be written; an existing one stays.
+    """
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        beside.write_text(text)
-        os.replace(beside, path)
+        temporary.write_text(text)
+        os.replace(temporary, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise TrainingError(f"{path} could not be written ({error}): free some space") from None
+        temporary.unlink(missing_ok=True)
+        raise TrainingError(
+            f"{path} could not be written ({error}): free some disk space."
+        ) from None

@@ -1,5 +1,4 @@
-"""What a training run shares with its surroundings: signals from outside, and the other processes of the same
-run."""
+"""Processes of one training run, and signals from outside."""
 
 from __future__ import annotations
 
@@ -15,70 +14,84 @@ from torch import Tensor, nn
 
 
 class DistributedContext:
-    """The processes of one run, which alone may be one. Gradients are averaged by hand with accelerate,
-    because hooks and processors inside a base model cannot be wrapped by DistributedDataParallel."""
+    """The processes of one run; also works for a single process.
+
+    Gradients are averaged explicitly with accelerate: DistributedDataParallel cannot wrap the hooks
+    and attention processors that an adapter adds inside a base model.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._state = PartialState(cpu=device.type == "cpu")
-        self.device, self.rank, self.world = (
-            device,
-            self._state.process_index,
-            self._state.num_processes,
-        )
+        self.device = device
+        self.rank: int = self._state.process_index
+        self.world_size: int = self._state.num_processes
 
     @torch.no_grad()
-    def same(self, tensors: Iterable[Tensor]) -> None:
-        """The first rank's values, in place, on every rank."""
-        if self.world > 1:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the first rank's values into the tensors of every rank, in place."""
+        if self.world_size > 1:
             for tensor in tensors:
                 tensor.copy_(broadcast(tensor.detach().contiguous()))
 
-    def agree(self, number: int) -> int:
-        """The first rank's number on every rank."""
-        return (
-            int(broadcast(torch.tensor([number], device=self.device))) if self.world > 1 else number
-        )
+    def broadcast_int(self, number: int) -> int:
+        """Return the first rank's number on every rank."""
+        if self.world_size == 1:
+            return number
+        return int(broadcast(torch.tensor([number], device=self.device)))
 
     @torch.no_grad()
-    def mean(self, values: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """`values` and the parameters' gradients averaged in one message; what a rank did not use counts as
-        zero."""
-        if self.world == 1:
+    def average(self, values: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Average values and gradients over all ranks in one message.
+
+        Args:
+            values: (N,) numbers of this rank.
+            parameters: their gradients are averaged in place; a missing gradient counts as zero.
+
+        Returns:
+            (N,) means over all ranks.
+        """
+        if self.world_size == 1:
             return values
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = reduce(torch.cat([values, *(g.flatten() for g in grads)]), reduction="mean")
-        values, *means = flat.split([len(values), *(g.numel() for g in grads)])
+        message = torch.cat([values, *(grad.flatten() for grad in grads)])
+        message = reduce(message, reduction="mean")
+        values, *means = message.split([len(values), *(grad.numel() for grad in grads)])
         for parameter, grad, mean in zip(parameters, grads, means, strict=True):
             parameter.grad = grad.copy_(mean.view(grad.shape))
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true on one rank, known to all at the same step."""
-        if self.world == 1:
+        """Return whether the flag is true on at least one rank."""
+        if self.world_size == 1:
             return flag
         return bool(reduce(torch.tensor([float(flag)], device=self.device), reduction="sum") > 0)
 
-    def wait(self) -> None:
-        if self.world > 1:
+    def barrier(self) -> None:
+        """Wait until every rank arrives here."""
+        if self.world_size > 1:
             self._state.wait_for_everyone()
 
 
 @contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """SIGTERM and the first Ctrl-C only leave a note, so that no step is torn apart; the second Ctrl-C works
-    as ever."""
+def catch_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and the first Ctrl-C instead of interrupting the current step.
+
+    A second Ctrl-C interrupts as usual. Outside the main thread nothing is collected.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
 
-    def note(number: int, _frame: object) -> None:
+    def collect(number: int, _frame: object) -> None:
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.signal(number, collect) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

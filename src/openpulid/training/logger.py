@@ -1,5 +1,4 @@
-"""What a person sees of a training run: progress bar or log lines, history.json, loss curves, sheets,
-TensorBoard."""
+"""Progress bar, log lines, history.json, loss curves, sample sheets and TensorBoard of a run."""
 
 from __future__ import annotations
 
@@ -22,28 +21,40 @@ from rich.progress import (
 
 from openpulid.training.checkpointing import write_text
 
-LINE_EVERY = 30.0  # seconds between log lines where there is no terminal
+LINE_SECONDS = 30.0  # between log lines without a terminal
 
 
 class TrainingLogger:
-    """One run folder's history.json, losses.png, sheet-STEP.png and tensorboard/; silent on every rank but
-    the first.
+    """Writes history.json, losses.png, sheet-STEP.png and tensorboard/ of one run directory.
 
-    history.json is a list of records: {"step", "seconds", "lr", "samples_per_second", "losses": {...}} and
-    {"step", "seconds", "metrics": {...}}; seconds are those of training, over all resumptions.
+    history.json is a list of records: {"step", "seconds", "lr", "steps_per_second", "losses":
+    {...}} and {"step", "seconds", "metrics": {...}}. Seconds are training time over all
+    resumptions.
+
+    Args:
+        folder: the run directory.
+        step: number of finished steps.
+        total: planned number of steps.
+        silent: write and print nothing; for every rank but the first.
     """
 
     def __init__(self, folder: Path, step: int, total: int, *, silent: bool = False) -> None:
-        self.folder, self.silent = folder, silent
-        self.history: list[dict[str, Any]] = self._read(step)
+        self.folder = folder
+        self.silent = silent
+        self.history: list[dict[str, Any]] = self._read_history(step)
         self.console = Console(quiet=silent, stderr=True)
         self._line_at = 0.0
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), console=self.console, disable=silent or not self.console.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=silent or not self.console.is_terminal,
+        )
         self._task = self._bar.add_task(folder.name, total=total, completed=step)
-        self._board = None if silent else _tensorboard(folder / "tensorboard", step)
+        self._board = None if silent else _open_tensorboard(folder / "tensorboard", step)
 
     def __enter__(self) -> TrainingLogger:
         self._bar.start()
@@ -54,67 +65,66 @@ class TrainingLogger:
         if self._board:
             self._board.close()
 
-    def losses(
+    def log_losses(
         self, step: int, total: int, seconds: float, losses: Mapping[str, float], **more: float
     ) -> None:
-        """The mean losses since the last call."""
-        self.history.append(
-            {"step": step, "seconds": round(seconds, 2), **more, "losses": dict(losses)}
-        )
-        self._scalars("loss", step, losses)
-        self._scalars("run", step, more)
-        words = "  ".join(f"{k} {v:.4g}" for k, v in losses.items())
-        text = f"{self.folder.name}  {words}  {more.get('samples_per_second', 0):.0f}/s"
+        """Log the mean losses since the last call; `more` are further numbers of the run."""
+        record = {"step": step, "seconds": round(seconds, 2), **more, "losses": dict(losses)}
+        self.history.append(record)
+        self._log_scalars("loss", step, losses)
+        self._log_scalars("run", step, more)
+        summary = _format_values(losses)
+        text = f"{self.folder.name}  {summary}  {more.get('steps_per_second', 0):.3g} steps/s"
         self._bar.update(self._task, completed=step, total=total, description=text)
-        if not self._bar.disable or time.monotonic() - self._line_at < LINE_EVERY:
+        if not self._bar.disable or time.monotonic() - self._line_at < LINE_SECONDS:
             return
         self._line_at = time.monotonic()
-        self.say(f"{text}  step {step}/{total}  {seconds / 60:.1f} min")
+        self.print(f"{text}  step {step}/{total}  {seconds / 60:.1f} min")
 
-    def metrics(
+    def log_metrics(
         self, step: int, seconds: float, metrics: Mapping[str, float], sheet: Image.Image | None
     ) -> None:
-        """What a validation gave."""
+        """Log the results of a validation."""
         if self.silent:
             return
         self.history.append({"step": step, "seconds": round(seconds, 2), "metrics": dict(metrics)})
-        self._scalars("validation", step, metrics)
+        self._log_scalars("validation", step, metrics)
         if metrics:
-            self.say(
-                f"{self.folder.name}  step {step}  "
-                + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
-            )
+            self.print(f"{self.folder.name}  step {step}  {_format_values(metrics)}")
         if sheet is not None:
             sheet.save(self.folder / f"sheet-{step:07d}.png")
         self.write()
 
     def write(self) -> None:
-        """history.json and losses.png."""
+        """Write history.json and losses.png."""
         if not self.silent:
             lines = ",\n".join(json.dumps(record) for record in self.history)
             write_text(self.folder / "history.json", f"[\n{lines}\n]\n")
             draw_curves(self.history, self.folder / "losses.png")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
+        """Print a line above the progress bar."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
-    def _scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
+    def _log_scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(f"{group}/{name}", value, step)
 
-    def _read(self, step: int) -> list[dict[str, Any]]:
-        """The history up to `step`: what a killed run wrote after its last checkpoint will be made again."""
+    def _read_history(self, step: int) -> list[dict[str, Any]]:
+        """Read the history up to `step`; a resumed run repeats what follows its last checkpoint."""
         file = self.folder / "history.json"
-        return (
-            [r for r in json.loads(file.read_text()) if r["step"] <= step]
-            if step and file.exists()
-            else []
-        )
+        if not step or not file.exists():
+            return []
+        return [record for record in json.loads(file.read_text()) if record["step"] <= step]
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
-    """A writer, or None where tensorboard is not installed (it belongs to the extra "train")."""
+def _format_values(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _open_tensorboard(folder: Path, step: int) -> Any:
+    """Open a TensorBoard writer; None without the package (extra "train")."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -123,8 +133,12 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 
 def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """One panel per loss and per metric over the steps; nothing where matplotlib is not installed (extra
-    "train")."""
+    """Plot every loss and metric over the steps; does nothing without matplotlib (extra "train").
+
+    Args:
+        history: records of `TrainingLogger`.
+        path: the image to write.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,8 +1,8 @@
-"""Every random number of a training step, as a function of (seed, step, name) alone.
+"""Random numbers of a training step, as a pure function of (seed, step, name).
 
-Nothing is remembered between steps, so a run that is killed and resumed draws what an undisturbed one would
-have drawn, and several processes together draw what one process alone draws: everything is drawn for the
-*global* batch and each rank keeps its slice.
+No generator state is kept between steps. A run that is killed and resumed therefore draws the same
+numbers as an undisturbed run. All draws are for the *global* batch and each rank keeps its slice,
+so several processes together draw what a single process draws.
 """
 
 from __future__ import annotations
@@ -18,108 +18,126 @@ from openpulid.errors import OptionError
 
 
 def generator_for(*key: object) -> torch.Generator:
-    """A CPU generator that depends on the key (seed, step, name, ...) and on nothing else."""
+    """Create a CPU generator that depends on the key (seed, step, name, ...) alone."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=4).digest()
-    # torch's CPU generator (MT19937) keeps 32 bits of its seed
+    # torch's CPU generator (MT19937) uses 32 bits of its seed
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 @dataclass
 class StepRNG:
-    """The randomness of one step, seen by one rank.
+    """Random numbers of one step, as one rank sees them.
 
-    Shapes given to `randn`, `rand` and `randint` are the rank's own: the first axis is the rank's part of the
-    batch. Unnamed draws of one step are numbered in the order of the calls and therefore independent of each
-    other; a named one does not depend on the order. Two draws with the same name give the same numbers.
+    Shapes passed to `randn`, `rand` and `randint` are the rank's own: the first axis is the rank's
+    part of the batch. Unnamed draws are numbered in call order and independent of each other. A
+    named draw does not depend on the call order, and the same name gives the same numbers.
+
+    Attributes:
+        seed: of the run.
+        step: index of the step, from 0.
+        rank: index of this process, or of this micro-batch of a process.
+        world_size: number of slices of the global batch.
+        recorded: collects every draw by name, for the report of a loss that is not finite; None
+            records nothing.
     """
 
     seed: int
     step: int
     rank: int = 0
-    world: int = 1
-    record: dict[str, Tensor] | None = field(
-        default=None, repr=False
-    )  # of what was drawn and noted
-    figures: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    samples: int = field(default=0, init=False)  # global batch size, known after the first draw
+    world_size: int = 1
+    recorded: dict[str, Tensor] | None = field(default=None, repr=False)
     _calls: int = field(default=0, init=False, repr=False)
 
-    def figure(self, name: str, value: Tensor) -> None:
-        """Something to be shown beside the losses, that nothing is trained on: a scalar, averaged as they are."""
-        self.figures[name] = value.detach().float()
-
     def generator(self, name: str = "") -> torch.Generator:
-        """A fresh CPU generator, the same on every rank. Draw for the global batch and take `mine` of it."""
+        """Create a CPU generator that is the same on every rank.
+
+        Draw for the global batch and take the `local_slice` of it.
+        """
         return generator_for(self.seed, self.step, name)
 
     def indices(self, n: int, batch: int, name: str = "data") -> Tensor:
-        """The rank's (batch / world,) int64 part of this step's global batch out of `n` samples.
+        """Sample the rank's part of this step's global batch, without replacement in each epoch.
 
-        Epoch after epoch a new permutation of all n: nothing comes twice before everything came once. `batch`
-        is the global batch size; raises OptionError when the ranks cannot share it evenly.
+        Every epoch is a new permutation of all samples.
+
+        Args:
+            n: number of samples in the dataset.
+            batch: global batch size.
+            name: of the permutation.
+
+        Returns:
+            (batch / world_size,) int64.
+
+        Raises:
+            OptionError: the ranks cannot share the batch evenly, or the dataset is empty.
         """
-        if batch % self.world:
+        if batch % self.world_size:
             raise OptionError(
-                f"a batch of {batch} cannot be shared by {self.world} processes or parts: choose a multiple"
+                f"a batch of {batch} cannot be shared by {self.world_size} processes or "
+                f"micro-batches: choose a multiple of {self.world_size}."
             )
         if n < 1:
-            raise OptionError("there is no training data: the data set is empty")
-        first, last = self.step * batch, (self.step + 1) * batch
+            raise OptionError("the dataset is empty: add training data.")
+        start = self.step * batch
+        stop = start + batch
         parts = []
-        for epoch in range(first // n, (last - 1) // n + 1):
+        for epoch in range(start // n, (stop - 1) // n + 1):
             order = torch.randperm(n, generator=generator_for(self.seed, name, "epoch", epoch))
-            parts.append(order[max(first - epoch * n, 0) : last - epoch * n])
-        self.samples = max(self.samples, batch)
-        return self.note(f"{name}.indices", self.mine(torch.cat(parts)))
+            parts.append(order[max(start - epoch * n, 0) : stop - epoch * n])
+        return self.record(f"{name}.indices", self.local_slice(torch.cat(parts)))
 
     def randn(self, shape: Sequence[int], name: str | None = None) -> Tensor:
-        """Standard normal float32 numbers on the CPU, the rank's slice of what is drawn for the global
-        batch."""
+        """Draw the rank's slice of standard normal float32 numbers, on the CPU."""
         return self._draw(shape, name, torch.randn)
 
     def rand(self, shape: Sequence[int], name: str | None = None) -> Tensor:
-        """Uniform float32 numbers in [0, 1), as `randn`."""
+        """Draw the rank's slice of uniform float32 numbers in [0, 1), on the CPU."""
         return self._draw(shape, name, torch.rand)
 
     def randint(self, high: int, shape: Sequence[int], name: str | None = None) -> Tensor:
-        """Uniform int64 numbers in [0, high), as `randn`."""
+        """Draw the rank's slice of uniform int64 numbers in [0, high), on the CPU."""
         return self._draw(
             shape, name, lambda size, generator: torch.randint(high, size, generator=generator)
         )
 
-    def mine(self, globally: Tensor) -> Tensor:
-        """The rank's slice along the first axis of something made for the global batch."""
-        part = len(globally) // self.world
-        return globally[self.rank * part : (self.rank + 1) * part]
+    def local_slice(self, batch: Tensor) -> Tensor:
+        """Return the rank's part of the first axis of a global batch."""
+        size = len(batch) // self.world_size
+        return batch[self.rank * size : (self.rank + 1) * size]
 
-    def note(self, name: str, value: Tensor) -> Tensor:
-        """Returns `value`, and keeps it for the file that is written when this step's loss is not finite."""
-        if self.record is not None:
-            self.record[name] = value.detach()
+    def record(self, name: str, value: Tensor) -> Tensor:
+        """Return `value`, and keep it for the report of a loss that is not finite."""
+        if self.recorded is not None:
+            self.recorded[name] = value.detach()
         return value
 
     def _draw(self, shape: Sequence[int], name: str | None, draw: Callable[..., Tensor]) -> Tensor:
         if name is None:
-            name, self._calls = f"draw-{self._calls}", self._calls + 1
-        size = (shape[0] * self.world, *shape[1:])
-        self.samples = max(self.samples, size[0])
-        return self.note(name, self.mine(draw(size, generator=self.generator(name))))
+            name = f"draw-{self._calls}"
+            self._calls += 1
+        global_shape = (shape[0] * self.world_size, *shape[1:])
+        return self.record(
+            name, self.local_slice(draw(global_shape, generator=self.generator(name)))
+        )
 
 
 def microbatch_rngs(
-    seed: int, step: int, rank: int, world: int, parts: int, keep: bool = False
+    seed: int, step: int, rank: int, world_size: int, count: int, record: bool = False
 ) -> list[StepRNG]:
-    """A rank's draws of a step that is made in several parts, one after the other: together they draw what one would have
-    drawn. `keep` records it."""
+    """Create the random numbers of a rank's `count` micro-batches of one step.
+
+    Together the micro-batches draw what one undivided step draws. `record` keeps every draw.
+    """
     return [
-        StepRNG(seed, step, rank * parts + part, world * parts, {} if keep else None)
-        for part in range(parts)
+        StepRNG(seed, step, rank * count + part, world_size * count, {} if record else None)
+        for part in range(count)
     ]
 
 
-def recorded(draws: Sequence[StepRNG]) -> dict[str, Tensor]:
-    """What draws that keep their record drew and noted, joined along the first axis."""
-    known = [draw.record or {} for draw in draws]
+def merge_records(rngs: Sequence[StepRNG]) -> dict[str, Tensor]:
+    """Join the recorded draws of micro-batches along the first axis."""
+    records = [rng.recorded or {} for rng in rngs]
     return {
-        name: torch.cat([torch.atleast_1d(record[name]) for record in known]) for name in known[0]
+        name: torch.cat([torch.atleast_1d(record[name]) for record in records])
+        for name in records[0]
     }

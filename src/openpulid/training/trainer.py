@@ -1,8 +1,8 @@
-"""The one training loop. It knows no loss, no model and no data: a `Task` has them, and the loop makes steps.
+"""The training loop. It knows no loss, no model and no data: those belong to a `Task`.
 
-    result = run(task, Schedule(steps=20_000, lr=3e-4), "runs/mini/finder", minutes=20)
+    result = run(task, TrainerConfig(steps=20_000, lr=3e-4), "runs/detector", minutes=20)
 
-A run that is killed at any moment and started again with the same arguments continues from its last
+A run can be killed at any moment. Started again with the same arguments it continues from its last
 checkpoint and gives, step for step, the losses of an undisturbed run.
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -22,48 +22,87 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, TrainingError
 from openpulid.training.checkpointing import (
+    CHECKPOINT,
     EMA,
+    Checkpointer,
     TrainingState,
-    named_buffers,
-    named_parameters,
+    state_buffers,
+    trainable_parameters,
     write_tensors,
 )
-from openpulid.training.config import MEASURED_STEPS, StepTimer, TrainerConfig
-from openpulid.training.distributed import DistributedContext, signals_noted
+from openpulid.training.config import TrainerConfig
+from openpulid.training.distributed import DistributedContext, catch_signals
+from openpulid.training.finite_check import FiniteCheck
 from openpulid.training.logger import TrainingLogger
-from openpulid.training.muon import Muon
-from openpulid.training.precision import autocast, fp32_attention
-from openpulid.training.rng import StepRNG, generator_for, microbatch_rngs, recorded
-
-CHECKPOINT = "run.safetensors"
-FUSED = ("cpu", "cuda", "mps", "xpu")  # devices with a one-kernel AdamW
+from openpulid.training.optimizer import build_optimizer, set_lr
+from openpulid.training.precision import autocast, backward
+from openpulid.training.rng import StepRNG, generator_for, merge_records, microbatch_rngs
+from openpulid.training.time_budget import StepTimer, TimeBudget
 
 Losses = Mapping[str, Tensor]
+"""Scalars by name."""
 
 
 class Task(Protocol):
-    """What is trained, on what, and how one sees that it works."""
+    """What is trained, on which data, and how its quality is measured."""
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """What trains: set to train(), optimised, averaged and checkpointed. The same keys in every run."""
+        """Return the modules to optimize and checkpoint, under the same keys in every run."""
 
-    def losses(self, draw: StepRNG) -> Losses | Iterator[Losses]:
-        """Named scalars whose sum is minimised: means over the rank's part, all randomness from `draw`.
+    def losses(self, rng: StepRNG) -> Losses:
+        """Compute the named losses of a step; their sum is minimized.
 
-        As a generator they come in parts, and each part's backward pass is done before the next is asked for: the
-        activations of one are gone by then, and what is open around a `yield` is open during backward.
+        Losses are means over the rank's part of the batch. All random numbers come from `rng`.
         """
 
     def validate(self) -> Mapping[str, float]:
-        """Figures on held-out data; called without gradient, averaged weights in place, modules in eval()."""
+        """Measure the task on held-out data.
+
+        Called without gradients, with averaged weights and all modules in eval mode.
+        """
 
     def sheet(self) -> Image.Image | None:
-        """A picture a person can judge, under the same conditions as `validate`; or None."""
+        """Draw sample images under the conditions of `validate`; None draws none."""
+
+
+class Backward(Protocol):
+    """Runs the backward pass of some losses of a step."""
+
+    def __call__(self, losses: Losses, metrics: Losses | None = None) -> None:
+        """Accumulate the gradient of the sum of `losses`; `metrics` are only logged with them."""
+
+
+@runtime_checkable
+class MultiPassTask(Protocol):
+    """A task whose step has several backward passes, so that one graph is in memory at a time.
+
+    The task calls `backward` itself, inside whatever context the backward pass needs.
+    """
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Return the modules, as `Task.modules`."""
+
+    def backward_losses(self, rng: StepRNG, backward: Backward) -> None:
+        """Compute the losses of a step part by part, and pass each part to `backward`."""
+
+    def validate(self) -> Mapping[str, float]:
+        """Measure the task on held-out data, as `Task.validate`."""
+
+    def sheet(self) -> Image.Image | None:
+        """Draw sample images, as `Task.sheet`."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished run has to say. Its modules hold the averaged weights."""
+    """Summary of a finished run, whose modules hold the averaged weights.
+
+    Attributes:
+        steps: number of steps.
+        seconds: training time over all resumptions.
+        losses: last logged means.
+        metrics: of the last validation.
+        folder: the run directory.
+    """
 
     steps: int
     seconds: float
@@ -73,320 +112,297 @@ class TrainingResult:
 
 
 def run(
-    task: Task,
-    schedule: TrainerConfig,
+    task: Task | MultiPassTask,
+    config: TrainerConfig,
     folder: str | PathLike[str],
     *,
     minutes: float | None = None,
     device: str | torch.device | None = None,
 ) -> TrainingResult:
-    """Trains `task` in `folder`, or continues the run that is there; returns when it is finished.
+    """Train a task in a run directory, or continue the run in it.
 
-    `minutes` shortens the run: the number of steps that fit is estimated from the measured speed (again at every
-    validation, and when the decay would begin) and kept in the checkpoint, so that the decay takes place.
-    `device` moves the modules; without it they stay where they are. Under `accelerate launch` or `torchrun`
-    gradients are averaged over the processes, which must have been given the same task.
+    Under `accelerate launch` or `torchrun`, gradients are averaged over the processes. All
+    processes need the same task.
 
-    On SIGTERM and Ctrl-C the step is finished and saved, then SystemExit or KeyboardInterrupt is raised.
-    Raises TrainingError when a loss is not finite (weights, draw and batch of that step lie in the folder),
-    when the folder holds another run, or when the last checkpoint cannot be written.
+    On SIGTERM and Ctrl-C the current step is finished and saved. Then SystemExit or
+    KeyboardInterrupt is raised.
+
+    Args:
+        task: what to train.
+        config: length and learning rate.
+        folder: the run directory.
+        minutes: time budget. The number of steps that fit is estimated from the measured speed
+            (again at every validation, and before the decay begins) and stored in the checkpoint,
+            so that the learning rate always decays to zero.
+        device: where to move the modules; None leaves them where they are.
+
+    Raises:
+        OptionError: steps or minutes are not positive, or nothing is trainable.
+        TrainingError: a loss is not finite (weights, random numbers and batch of that step are in
+            the run directory), the directory holds another run, or the last checkpoint cannot be
+            written.
     """
-    if schedule.steps < 1 or (minutes is not None and minutes <= 0):
+    if config.steps < 1 or (minutes is not None and minutes <= 0):
         raise OptionError(
-            f"{schedule.steps} steps in {minutes} minutes is no training: both must be positive"
+            f"steps and minutes must be positive, got {config.steps} steps and {minutes} minutes."
         )
     modules = task.modules()
     if device is not None:
         for module in modules.values():
             module.to(device)
-    return _Run(task, modules, schedule, Path(folder), minutes).finish()
+    return Trainer(task, modules, config, Path(folder), minutes).fit()
 
 
-def microlosses(task: Task, draw: StepRNG, device: torch.device, bf16: bool) -> Iterator[Losses]:
-    """A step's losses, part by part, in training's precision. A part's backward pass belongs into `fp32_attention`."""
-    with autocast(device, bf16):
-        made = task.losses(draw)
-    left = iter([made]) if isinstance(made, Mapping) else made
-    while True:
-        with autocast(device, bf16):
-            part = next(left, None)
-        if part is None:
-            return
-        yield {name: value.float() for name, value in part.items()}
+class Trainer:
+    """Trains one task: optimizer steps, validation, checkpoints. See `run`."""
 
-
-@dataclass
-class _Run:
-    task: Task
-    modules: Mapping[str, nn.Module]
-    schedule: TrainerConfig
-    folder: Path
-    minutes: float | None
-    step: int = 0  # finished steps
-    validated: int = 0  # the step of the last validation
-    before: float = 0.0  # seconds of training before this process
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of the losses since the last report
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.parameters = list(named_parameters(self.modules).values())
+    def __init__(
+        self,
+        task: Task | MultiPassTask,
+        modules: Mapping[str, nn.Module],
+        config: TrainerConfig,
+        folder: Path,
+        minutes: float | None,
+    ) -> None:
+        self.task = task
+        self.modules = modules
+        self.config = config
+        self.folder = folder
+        tensors = trainable_parameters(modules)
+        self.parameters = list(tensors.values())
         if not self.parameters:
-            raise OptionError(
-                "nothing to train: no parameter of the task's modules requires a gradient"
-            )
+            raise OptionError("nothing to train: no parameter of the task requires a gradient.")
         self.device = self.parameters[0].device
         self.ranks = DistributedContext(self.device)
-        self.ranks.same([*self.parameters, *named_buffers(self.modules).values()])
-        self.optimizer = self._optimizer()
-        self.lagging = isinstance(self.optimizer, torch.optim.AdamW) and _looks_late(self.device)
-        self.average = EMA(
-            {**named_parameters(self.modules), **named_buffers(self.modules)}, self.schedule.ema
-        )
-        self.state = TrainingState(self.modules, self.optimizer, self.average)
-        self.total = self.schedule.steps
-        self.bad = torch.zeros((), device=self.device)
-        self.good = torch.zeros(
-            (), device=self.device
-        )  # steps since the last look without a bad loss
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / CHECKPOINT).exists():
-            self._resume()
-        if self.ranks.agree(self.step) != self.step:
+        buffers = state_buffers(modules)
+        self.ranks.broadcast_([*self.parameters, *buffers.values()])
+        self.optimizer = build_optimizer(self.parameters, config)
+        self.average = EMA({**tensors, **buffers}, config.ema)
+        self.state = TrainingState(modules, self.optimizer, self.average)
+        self.budget = TimeBudget(config, minutes)
+        self.checkpointer = Checkpointer(folder / CHECKPOINT, self.state, config, minutes)
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.progress = self.checkpointer.resume()
+        if self.ranks.broadcast_int(self.progress.step) != self.progress.step:
             raise TrainingError(
-                f"{self.folder} is not the folder of the first process: all need the same, with its checkpoint"
+                f"{folder} is at another step than the first process's run directory: start all "
+                "processes with the same run directory."
             )
-        self.looked_at = self.step
-        self.begun = self.saved_at = time.monotonic()
+        self.finite = FiniteCheck(self.optimizer, self.device, self.progress.step)
+        self.means = RunningMeans()
+        self.logger = TrainingLogger(
+            folder, self.progress.step, self.progress.total, silent=self.ranks.rank > 0
+        )
+        self._seconds_before = self.progress.seconds
+        self._started_at = time.monotonic()
+        self.checkpointer.start_interval(self.seconds)
 
-    # -- the story --
+    @property
+    def seconds(self) -> float:
+        """Training time in seconds, over all resumptions."""
+        return self._seconds_before + time.monotonic() - self._started_at
 
-    def finish(self) -> TrainingResult:
-        """Every step that is left, then the averaged weights into the modules."""
-        with (
-            TrainingLogger(
-                self.folder, self.step, self.total, silent=self.ranks.rank > 0
-            ) as report,
-            signals_noted() as received,
-        ):
-            self.report = report
-            unfinished = (
-                self.step < self.total or self.validated != self.step
-            )  # a signal may have come in the last step
-            self._train(received)
-            if unfinished:
+    def fit(self) -> TrainingResult:
+        """Run all remaining steps, then put the averaged weights into the modules."""
+        progress = self.progress
+        with self.logger, catch_signals() as signals:
+            # a signal in the last step stops a run before its last validation
+            is_finished = progress.step == progress.validated_step >= progress.total
+            self._train(signals)
+            if not is_finished:
                 self._validate()
-                self._save(last=True)
+                self._save(is_last=True)
             self.average.apply()
             for module in self.modules.values():
                 module.eval()
             return self._result()
 
-    def _train(self, received: list[int]) -> None:
-        self._mode(training=True)
-        pace = StepTimer(self.step)
-        while self.step < self.total:
-            draw = self._step()
-            pace.note(self.step, self.seconds)
-            if self.step % self.schedule.log_every == 0 or self.step == self.total:
-                self._look()
-                self._log(draw, pace)
-            due = self.step % self.schedule.validate_every == 0 and self.step < self.total
-            if self.minutes and (
-                due or pace.first_estimate or self.schedule.ends_plateau(self.step, self.total)
-            ):
-                self._fit(pace, self.minutes)
-            if due:
+    def _train(self, signals: list[int]) -> None:
+        """Run steps until the planned end or a signal."""
+        progress = self.progress
+        config = self.config
+        timer = StepTimer(progress.step)
+        self._set_training_mode(True)
+        while progress.step < progress.total:
+            self._step()
+            timer.update(progress.step, self.seconds)
+            if progress.step % config.log_every == 0 or progress.step == progress.total:
+                self._check_finite()
+                self._log(timer)
+            is_validation_due = (
+                progress.step % config.validate_every == 0 and progress.step < progress.total
+            )
+            if self.budget.is_due(timer, progress.total):
+                total = self.budget.estimate_total(timer, progress.total)
+                progress.total = self.ranks.broadcast_int(total)
+            if is_validation_due:
                 self._validate()
-                self._mode(training=True)
-                pace.aside(self.seconds - pace.now)
-            if self.ranks.any(bool(received)):
-                self._save(last=True)
-                self._stop(received[0] if received else signal.SIGTERM)
-            if time.monotonic() - self.saved_at >= self.schedule.save_minutes * 60:
+                self._set_training_mode(True)
+                timer.exclude_validation(self.seconds - timer.seconds)
+            if self.ranks.any(bool(signals)):
+                self._save(is_last=True)
+                self._stop(signals[0] if signals else signal.SIGTERM)
+            if self.checkpointer.is_due(self.seconds):
                 self._save()
 
-    def _step(self) -> StepRNG:
-        lr = self.schedule.lr * self.schedule.factor(self.step, self.total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def _step(self) -> None:
+        """Run one optimizer step."""
+        progress = self.progress
+        set_lr(
+            self.optimizer, self.config.lr * self.config.lr_factor(progress.step, progress.total)
+        )
         self.optimizer.zero_grad(set_to_none=True)
-        known: dict[str, Tensor] = {}
-        for draw in self._draws(self.step):
-            for part in self._losses(draw):
-                with fp32_attention(self.device, self.schedule.bf16):  # recomputed blocks
-                    (torch.stack(list(part.values())).sum() / self.schedule.accumulate).backward()
-                self._gather(known, part)
-            self._gather(known, draw.figures)
-        values = self.ranks.mean(torch.stack(list(known.values())), self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip)
-        finite = torch.isfinite(values).all() & torch.isfinite(norm)
-        self.bad = torch.maximum(self.bad, (~finite).float())
-        self.good += 1 - self.bad
-        if self.lagging:
-            self.optimizer.found_inf = self.bad  # type: ignore[attr-defined]
-        elif self.bad.item():
-            self._look()
+        losses = self._compute_losses(self._microbatches(progress.step), backward)
+        values = self.ranks.average(torch.stack(list(losses.values())), self.parameters)
+        gradient_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.finite.update(values, gradient_norm)
+        if not self.finite.is_deferred:
+            self._check_finite()
         self.optimizer.step()
-        self.average.update(self.step)
-        self.step += 1
-        for name, value in zip(known, values, strict=True):
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
-        return draw
+        self.average.update(progress.step)
+        progress.step += 1
+        self.means.add(dict(zip(losses, values, strict=True)))
 
-    def _draws(self, step: int, keep: bool = False) -> list[StepRNG]:
+    def _microbatches(self, step: int, record: bool = False) -> list[StepRNG]:
+        """Return the random numbers of each micro-batch of a step."""
         return microbatch_rngs(
-            self.schedule.seed,
+            self.config.seed,
             step,
             self.ranks.rank,
-            self.ranks.world,
-            self.schedule.accumulate,
-            keep,
+            self.ranks.world_size,
+            self.config.accumulate,
+            record,
         )
 
-    def _gather(self, known: dict[str, Tensor], part: Losses) -> None:
-        """Adds a part's share to the step's means."""
-        for name, value in part.items():
-            known[name] = known.get(name, 0.0) + value.detach().float() / self.schedule.accumulate
+    def _compute_losses(
+        self, rngs: list[StepRNG], backward_pass: Callable[[Tensor], None]
+    ) -> dict[str, Tensor]:
+        """Compute the losses of a step and call `backward_pass` for each part of them.
 
-    def _losses(self, draw: StepRNG) -> Iterator[Losses]:
-        # dropout and whatever else uses torch's own generator also depends on the step alone
-        torch.manual_seed(generator_for(draw.seed, draw.step, "global", draw.rank).initial_seed())
-        yield from microlosses(self.task, draw, self.device, self.schedule.bf16)
+        Returns:
+            Losses and metrics by name: detached means over the micro-batches.
+        """
+        totals: dict[str, Tensor] = {}
 
-    # -- parts --
+        def collect(losses: Losses, metrics: Losses | None = None) -> None:
+            backward_pass(sum_losses(losses) / len(rngs))
+            for name, value in {**losses, **(metrics or {})}.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().float() / len(rngs)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        if self.schedule.optimizer == "muon":
-            return Muon(self.parameters, self.schedule.lr, self.schedule.weight_decay)
-        matrices = [p for p in self.parameters if p.ndim > 1]
-        others = [p for p in self.parameters if p.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.schedule.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.schedule.lr, betas=self.schedule.betas,
-            fused=self.device.type in FUSED or None,
-        )  # fmt: skip
+        for rng in rngs:
+            # dropout and other users of torch's global generator also depend on the step alone
+            seed = generator_for(rng.seed, rng.step, "global", rng.rank).initial_seed()
+            torch.manual_seed(seed)
+            with autocast(self.device, self.config.bf16):
+                if isinstance(self.task, MultiPassTask):
+                    self.task.backward_losses(rng, collect)
+                else:
+                    collect(self.task.losses(rng))
+        return totals
 
-    def _mode(self, *, training: bool) -> None:
+    def _set_training_mode(self, is_training: bool) -> None:
         for module in self.modules.values():
-            module.train(training)
+            module.train(is_training)
 
-    @property
-    def seconds(self) -> float:
-        """Of training, over all resumptions."""
-        return self.before + time.monotonic() - self.begun
-
-    def _fit(self, pace: StepTimer, minutes: float) -> None:
-        """How many steps the minutes allow, until the tail has begun: then the end is settled."""
-        if pace.measured < MEASURED_STEPS or self.schedule.in_tail(self.step, self.total):
-            return
-        left = pace.fitting(minutes * 60 - self.seconds, self.schedule.validate_every)
-        self.total = self.ranks.agree(min(self.schedule.steps, self.step + left))
-        if not pace.first_estimate:
-            pace.restart()
-
-    def _log(self, draw: StepRNG, pace: StepTimer) -> None:
-        means = {name: float(self.sums[name]) / self.counts[name] for name in self.sums}
-        self.sums, self.counts = {}, {}
-        self.report.losses(
-            self.step, self.total, self.seconds, means,
-            lr=self.optimizer.param_groups[0]["lr"], samples_per_second=round(draw.samples * pace.speed(), 1),
-        )  # fmt: skip
+    def _log(self, timer: StepTimer) -> None:
+        self.logger.log_losses(
+            self.progress.step,
+            self.progress.total,
+            self.seconds,
+            self.means.pop(),
+            lr=self.optimizer.param_groups[0]["lr"],
+            steps_per_second=round(timer.steps_per_second(), 3),
+        )
 
     @torch.no_grad()
     def _validate(self) -> None:
-        self.validated = self.step
+        """Validate on the first rank, with averaged weights."""
+        self.progress.validated_step = self.progress.step
         if self.ranks.rank == 0:
-            self._mode(training=False)
-            with self.average.in_place(), autocast(self.device, self.schedule.bf16):
-                metrics, sheet = self.task.validate(), self.task.sheet()
+            self._set_training_mode(False)
+            with self.average.swap_in(), autocast(self.device, self.config.bf16):
+                metrics = self.task.validate()
+                sheet = self.task.sheet()
             try:
-                self.report.metrics(self.step, self.seconds, metrics, sheet)
-            except (OSError, TrainingError) as error:  # a full disk: the checkpoint is what counts
-                self.report.say(f"{error}; training goes on")
-        self.ranks.wait()
+                self.logger.log_metrics(self.progress.step, self.seconds, metrics, sheet)
+            except (OSError, TrainingError) as error:  # a full disk must not end the run
+                self.logger.print(f"{error} Training continues.")
+        self.ranks.barrier()
 
-    # -- checkpoints and bad ends --
-
-    def _save(self, *, last: bool = False) -> None:
-        self._look()
-        self.saved_at = time.monotonic()
-        if self.ranks.rank:
+    def _save(self, *, is_last: bool = False) -> None:
+        """Write a checkpoint. Only a failure of the last one ends the run."""
+        self._check_finite()
+        self.checkpointer.start_interval(self.seconds)
+        if self.ranks.rank > 0:
             return
-        facts = {
-            "step": self.step, "total": self.total, "validated": self.validated, "seconds": self.seconds,
-            "minutes": self.minutes, "schedule": asdict(self.schedule),
-        }  # fmt: skip
+        self.progress.seconds = self.seconds
         try:
-            self.state.save(self.folder / CHECKPOINT, facts)
-            self.report.write()
+            self.checkpointer.save(self.progress)
+            self.logger.write()
         except (OSError, TrainingError) as error:
-            if last:
+            if is_last:
                 raise
-            self.report.say(f"{error}; training goes on")
+            self.logger.print(f"{error} Training continues.")
 
-    def _resume(self) -> None:
-        path = self.folder / CHECKPOINT
-        facts = self.state.load(path)
-        if facts["schedule"]["seed"] != self.schedule.seed:
-            begun = facts["schedule"]["seed"]
-            raise TrainingError(
-                f"{path} was begun with seed {begun}, not {self.schedule.seed}: take that, or another folder"
-            )
-        known = facts["schedule"].get("name", self.schedule.name)
-        if known != self.schedule.name:
-            raise TrainingError(
-                f"{path} is a run of {known}, not of {self.schedule.name}: choose another folder, or begin again with --fresh"
-            )
-        self.step, self.before = facts["step"], facts["seconds"]
-        self.validated = facts.get("validated", self.step)  # older checkpoints do not say
-        if self.minutes and self.minutes == facts["minutes"]:
-            self.total = min(facts["total"], self.schedule.steps)
-
-    def _look(self) -> None:
-        """Stops with everything saved that is needed to see why, if a loss was not finite of late."""
-        bad, step = bool(self.bad), self.looked_at + int(self.good)
-        self.looked_at = self.step
-        self.good.zero_()
-        if not bad:
+    def _check_finite(self) -> None:
+        """Stop if a loss or gradient was not finite, with everything saved to reproduce it."""
+        step = self.finite.first_bad_step()
+        if step is None:
             return
-        losses: dict[str, Tensor] = {}
-        draws = self._draws(step, keep=True)
+        rngs = self._microbatches(step, record=True)
         with torch.no_grad():
-            for part in (part for draw in draws for part in self._losses(draw)):
-                self._gather(losses, part)
+            totals = self._compute_losses(rngs, lambda loss: None)
+        losses = {name: value.item() for name, value in totals.items()}
         path = self.folder / f"not-finite-step-{step}-rank-{self.ranks.rank}.safetensors"
-        values = {name: value.item() for name, value in losses.items()}
-        tensors = {
-            **{f"batch.{n}": t for n, t in recorded(draws).items()},
-            **self.state.weight_tensors(),
-        }
-        write_tensors(
-            path, tensors, {"losses": str(values), "step": step, "schedule": asdict(self.schedule)}
-        )
-        words = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        tensors = {f"batch.{name}": value for name, value in merge_records(rngs).items()}
+        tensors |= self.state.weight_tensors()
+        metadata = {"losses": str(losses), "step": step, "config": asdict(self.config)}
+        write_tensors(path, tensors, metadata)
+        summary = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         raise TrainingError(
-            f"the loss or its gradient is not finite at step {step} ({words}): weights, draw and batch are in {path}, "
-            "the last checkpoint is intact; try a lower learning rate or bf16=False"
+            f"the loss or its gradient is not finite at step {step} ({summary}): try a lower "
+            f"learning rate or bf16=False. Weights, random numbers and batch are in {path}; the "
+            "last checkpoint is intact."
         )
 
     def _stop(self, number: int) -> None:
-        self.report.say(f"stopped at step {self.step} and saved: the same command continues")
+        """Raise the exception that belongs to a signal."""
+        self.logger.print(
+            f"stopped and saved at step {self.progress.step}: run the same command to continue."
+        )
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def _result(self) -> TrainingResult:
-        last = {
-            key: r[key] for r in self.report.history for key in ("losses", "metrics") if key in r
-        }
-        return TrainingResult(
-            self.step, self.seconds, last.get("losses", {}), last.get("metrics", {}), self.folder
-        )
+        losses: Mapping[str, float] = {}
+        metrics: Mapping[str, float] = {}
+        for record in self.logger.history:
+            losses = record.get("losses", losses)
+            metrics = record.get("metrics", metrics)
+        return TrainingResult(self.progress.step, self.seconds, losses, metrics, self.folder)
 
 
-def _looks_late(device: torch.device) -> bool:
-    """Whether losses are looked at only now and then: waiting for each would leave an accelerator idle. Until then a bad
-    one does no harm: a fused update can be told on the device to do nothing (`found_inf`)."""
-    return device.type in FUSED and device.type != "cpu"
+class RunningMeans:
+    """Means of named scalars since the last report, added up on their device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Losses) -> None:
+        """Add the values of one step."""
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self) -> dict[str, float]:
+        """Return the means and start again."""
+        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+
+def sum_losses(losses: Losses) -> Tensor:
+    """Add up named losses in float32."""
+    return torch.stack([value.float() for value in losses.values()]).sum()

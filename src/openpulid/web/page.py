@@ -83,7 +83,8 @@ def page(desk: WebSession) -> Any:
 
 def _fields(desk: WebSession) -> dict[str, Any]:
     """What is asked, by the names of `Desk.generate` and in its order, and three buttons. No number is empty: Gradio
-    shows 0 for that, so 0 has to mean it."""
+    shows 0 for that, so 0 has to mean it.
+    """
     import gradio as gr
 
     from openpulid.pipelines.factory import installed_methods

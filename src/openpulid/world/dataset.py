@@ -49,7 +49,8 @@ class Plan:
 
     def person(self, index: int) -> Person:
         """Training families are a person and three siblings (one to sixteen features changed); held-out families are
-        four unrelated faces with one skin, the hard case of verification."""
+        four unrelated faces with one skin, the hard case of verification.
+        """
         if self.portraits:
             return Person.from_seed(self.seed * 100_000 + index)
         family, member = divmod(index, FAMILY)

@@ -106,7 +106,8 @@ def hit_ellipsoid(
 
 def hit_head(origin: Vector, ray: Vector, m: Measures, rounds: int = 6) -> Vector:
     """Where rays meet the head: (discriminant, X, Y, Z, relief). A fixed point: each round solves the ellipsoid again
-    with the half-width and the relief of the point found last, and contracts where the relief is not too steep."""
+    with the half-width and the relief of the point found last, and contracts where the relief is not too steep.
+    """
     (ox, oy, oz), (dx, dy, dz) = origin, ray
     x, y, height = ox, oy, torch.zeros_like(ox)
     for turn in range(rounds):

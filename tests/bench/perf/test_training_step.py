@@ -25,10 +25,10 @@ def test_every_candidate_is_measured(base) -> None:
         "mini",
         encoder_width=16,
         batch=2,
-        fast_batch=1,
+        few_step_batch=1,
         id_loss="accurate",
-        semantic=0.6,
-        layout=0.1,
+        semantic_weight=0.6,
+        layout_weight=0.1,
     )
     costs = training.measure(training.random_task(recipe, base), grad_steps=(1, 2), rounds=1)
     assert [(cost.grad_steps, cost.checkpointing) for cost in costs] == [
@@ -42,7 +42,7 @@ def test_every_candidate_is_measured(base) -> None:
 
 def test_random_miniature_has_the_miniatures_sizes() -> None:
     base = training.random_base("mini", torch.device("cpu"))
-    assert base.shape() == (20, 12, 12) and base.unet.dtype == torch.float32
+    assert base.latent_shape() == (20, 12, 12) and base.unet.dtype == torch.float32
     assert base.decode(torch.zeros(1, 20, 12, 12)).shape == (1, 3, 96, 96)
     text = base.encode_text(["portrait"], guided=True)
     assert text.embeds.shape == (2, 77, base.unet.config.cross_attention_dim)

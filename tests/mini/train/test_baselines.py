@@ -1,4 +1,4 @@
-"""Rivals on the miniature: they learn, the base does not, and what is saved is what was learned."""
+"""Baselines on the miniature: they train, the base stays frozen, and saving keeps the result."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from safetensors import safe_open
 from transformers import CLIPVisionModelWithProjection
 
 from openpulid.methods.registry import find_method
-from openpulid.mini.train.baselines import BASELINES, NAMES, Baseline, BaselineTask
+from openpulid.mini.train.baseline_task import BaselineTask
+from openpulid.mini.train.baselines import BASELINES, NAMES, Baseline
 from openpulid.mini.train.stages import stamp
 from openpulid.pipelines.factory import load_pipeline
 from openpulid.pipelines.presets import MINIATURE, mini
+from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import find_recipe as recipe
-from openpulid.training.pulid.task import Batch
 from openpulid.training.rng import StepRNG
 
 FACE, SEEN, COUNT = 8, 128, 2
@@ -28,7 +29,7 @@ class Fixed:
 
     def __init__(self, pipe: Any, photomaker: bool) -> None:
         generator = torch.Generator().manual_seed(3)
-        shape = (COUNT, *SDXLModel(pipe).shape())
+        shape = (COUNT, *SDXLModel(pipe).latent_shape())
         face = torch.randn(COUNT, FACE, generator=generator)
         token = torch.randn(COUNT, 1, SEEN, generator=generator)
         marks = torch.rand(COUNT, 5, 2, generator=generator)
@@ -51,22 +52,22 @@ def pipe() -> Any:
 def made(name: str, pipe: Any) -> tuple[Baseline, BaselineTask]:
     torch.manual_seed(0)
     if name == "photomaker":
-        rival = BASELINES[name](
+        baseline = BASELINES[name](
             pipe, CLIPVisionModelWithProjection.from_pretrained(MINIATURE / "clip").float()
         )
     else:
-        rival = BASELINES[name](pipe, FACE)
+        baseline = BASELINES[name](pipe, FACE)
     source = Fixed(pipe, name == "photomaker")
-    return rival, BaselineTask(
-        recipe("mini_stage1"), SDXLModel(type(pipe)(**pipe.components)), rival, source, source
+    return baseline, BaselineTask(
+        recipe("mini_stage1"), SDXLModel(type(pipe)(**pipe.components)), baseline, source, source
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_learns_and_is_saved_as_it_is(name: str, pipe: Any, tmp_path: Path) -> None:
+def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Path) -> None:
     base = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
-    rival, task = made(name, pipe)
-    learned = [x for x in rival.learned.parameters() if x.requires_grad]
+    baseline, task = made(name, pipe)
+    learned = [x for x in baseline.trained.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=3e-3)
     told = []
     for _ in range(6):  # the same noise each time: the loss must fall
@@ -83,7 +84,7 @@ def test_it_learns_and_is_saved_as_it_is(name: str, pipe: Any, tmp_path: Path) -
     nobody = set() if name == "photomaker" else {"held_out_none"}  # it never learned what nobody is
     assert set(task.validate()) == {"held_out_own", "held_out_other"} | nobody
 
-    place = rival.save(tmp_path / name, pipe)
+    place = baseline.save(tmp_path / name, pipe)
     assert place == (tmp_path / name if name == "instantid" else tmp_path / f"{name}.safetensors")
     stamp(place, {"revision": "abc", "minutes": 1})
     size = sum(file.stat().st_size for file in ([place] if place.is_file() else place.rglob("*.*")))
@@ -94,17 +95,17 @@ def test_it_learns_and_is_saved_as_it_is(name: str, pipe: Any, tmp_path: Path) -
     again: Any = find_method(name)
     loaded = again.load(place)
     loaded.attach(pipe)
-    rival.method.attach(pipe)
+    baseline.method.attach(pipe)
     if name == "photomaker":
         pixels = torch.rand(1, 3, 96, 96)
         seen = [
             m.encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
-            for m in (rival.method, loaded)
+            for m in (baseline.method, loaded)
         ]
         assert torch.allclose(*seen, atol=0.05), "the tower is not the one that it was trained with"
-    people = rival.people(task.data.batch(StepRNG(0, 0)))[0]
+    people = baseline.identities(task.data.batch(StepRNG(0, 0)))[0]
     images = []
-    for method, scale in ((rival.method, 1.0), (loaded, 1.0), (loaded, 0.0)):
+    for method, scale in ((baseline.method, 1.0), (loaded, 1.0), (loaded, 0.0)):
         with method.use(people, scale=scale, start=0.0, pipe=pipe), torch.no_grad():
             generator = torch.Generator().manual_seed(0)
             known = {
@@ -119,4 +120,4 @@ def test_it_learns_and_is_saved_as_it_is(name: str, pipe: Any, tmp_path: Path) -
         lost,
         shown,
     )  # half precision is all that saving loses
-    rival.method.detach(pipe)
+    baseline.method.detach(pipe)

@@ -1,4 +1,4 @@
-"""Whose features go with which picture."""
+"""Which features belong to which image."""
 
 from __future__ import annotations
 
@@ -7,61 +7,75 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from openpulid.mini.train import pulid as adapter
-from openpulid.mini.train.pulid import CLEAR, Mixture, Portraits, clear, mates, rows_by_person, worn
+from openpulid.mini.train import portraits as portraits_module
+from openpulid.mini.train.portraits import (
+    FRONTAL_ATTRIBUTES,
+    Mixture,
+    Portraits,
+    find_frontal,
+    find_occluded,
+    list_other_views,
+    sample_other_views,
+)
 from openpulid.training.rng import StepRNG
 from openpulid.world import ATTRIBUTES
 
 
-def test_a_mate_is_another_picture_of_the_same_person() -> None:
+def test_other_view_is_another_image_of_the_same_person() -> None:
     people = torch.tensor([7, 7, 2, 7, 9, 2])
-    of_person = rows_by_person(people, torch.ones(6, dtype=torch.bool))
+    of_person = list_other_views(people, torch.ones(6, dtype=torch.bool))
     assert [rows.tolist() for rows in of_person] == [[1, 3], [0, 3], [5], [0, 1], [4], [2]]
     rows = torch.tensor([0, 1, 2, 3, 4, 5] * 50)
-    found = mates(rows, of_person, StepRNG(0, 0))
+    found = sample_other_views(rows, of_person, StepRNG(0, 0))
     assert torch.equal(people[found], people[rows])
     alone = rows == 4
     assert (found[alone] == 4).all() and (found[~alone] != rows[~alone]).all()
     assert set(found[rows == 0].tolist()) == {1, 3}  # any of them
-    assert torch.equal(found, mates(rows, of_person, StepRNG(0, 0)))
-    assert not torch.equal(found, mates(rows, of_person, StepRNG(0, 1)))
+    assert torch.equal(found, sample_other_views(rows, of_person, StepRNG(0, 0)))
+    assert not torch.equal(found, sample_other_views(rows, of_person, StepRNG(0, 1)))
 
 
-def test_features_are_of_clear_pictures_where_there_are_some() -> None:
+def test_features_come_from_frontal_images_if_there_are_some() -> None:
     people = torch.tensor([7, 7, 7, 2, 2])
-    of_person = rows_by_person(people, torch.tensor([False, True, False, False, False]))
+    of_person = list_other_views(people, torch.tensor([False, True, False, False, False]))
     assert [rows.tolist() for rows in of_person] == [[1], [0, 2], [1], [4], [3]]
 
 
-def test_clear_pictures_show_the_whole_face() -> None:
+def test_frontal_images_show_the_whole_face() -> None:
     front, left = ATTRIBUTES["pose"].index("front"), ATTRIBUTES["pose"].index("left")
     seen = np.zeros((4, len(ATTRIBUTES)), dtype=np.int8)
-    seen[:] = [ATTRIBUTES[name].index(CLEAR[name]) if name in CLEAR else 1 for name in ATTRIBUTES]
+    seen[:] = [
+        ATTRIBUTES[name].index(FRONTAL_ATTRIBUTES[name]) if name in FRONTAL_ATTRIBUTES else 1
+        for name in ATTRIBUTES
+    ]
     assert (seen[:, list(ATTRIBUTES).index("pose")] == front).all()
     seen[1, list(ATTRIBUTES).index("pose")] = left
     seen[2, list(ATTRIBUTES).index("glasses")] = ATTRIBUTES["glasses"].index("sunglasses")
-    assert clear(SimpleNamespace(attributes=seen)).tolist() == [True, False, False, True]
+    assert find_frontal(SimpleNamespace(attributes=seen)).tolist() == [True, False, False, True]
 
 
-def test_who_should_wear_glasses_is_not_wanted_without(monkeypatch) -> None:
-    """An ID loss that wants a clear face takes off what the sentence asks for."""
+def test_id_loss_references_show_the_requested_occluder(monkeypatch) -> None:
+    """An ID loss against an uncovered face removes what the caption asks for."""
     none = {name: kinds.index("none") for name, kinds in ATTRIBUTES.items() if "none" in kinds}
     seen = np.zeros((6, len(ATTRIBUTES)), dtype=np.int8)
     seen[:] = [
-        none.get(name, ATTRIBUTES[name].index(CLEAR[name]) if name in CLEAR else 1)
+        none.get(
+            name,
+            ATTRIBUTES[name].index(FRONTAL_ATTRIBUTES[name]) if name in FRONTAL_ATTRIBUTES else 1,
+        )
         for name in ATTRIBUTES
     ]
     seen[0, list(ATTRIBUTES).index("glasses")] = ATTRIBUTES["glasses"].index("sunglasses")
     seen[3, list(ATTRIBUTES).index("beard")] = ATTRIBUTES["beard"].index("beard")
     data = WorldPictures(seen)
-    assert worn(data).tolist() == [True, False, False, True, False, False]
+    assert find_occluded(data).tolist() == [True, False, False, True, False, False]
     asked: list[np.ndarray] = []
     monkeypatch.setattr(
-        adapter,
+        portraits_module,
         "faces_of",
         lambda data, rows, device: (asked.append(rows), (torch.zeros(len(rows)),))[1],
     )
-    portraits = Portraits(data, data, data, data, data, batch=6, paired=True)  # type: ignore[arg-type]
+    portraits = Portraits(data, data, data, data, data, batch_size=6, paired=True)
     portraits.batch(StepRNG(0, 0))
     rows, read = data.asked
     assert (read != rows).all()  # features are of another picture
@@ -70,7 +84,7 @@ def test_who_should_wear_glasses_is_not_wanted_without(monkeypatch) -> None:
 
 
 class WorldPictures:
-    """Six pictures of two people, and all that is asked of them."""
+    """Six images of two people, and everything that `Portraits` reads of them."""
 
     def __init__(self, attributes: np.ndarray) -> None:
         self.attributes, self.people = attributes, np.array([0, 0, 0, 1, 1, 1])
@@ -81,7 +95,7 @@ class WorldPictures:
         return 6
 
     def rows(self, rows, other):
-        """Of latents first, of features last."""
+        """Rows of latents in the first call, of features in the last."""
         self.asked = [*self.asked[:1], np.asarray(rows)]
         return torch.zeros(len(rows)), torch.zeros(len(rows))
 
@@ -93,12 +107,12 @@ class Named:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def batch(self, draw: StepRNG) -> str:
+    def batch(self, rng: StepRNG) -> str:
         return self.name
 
 
-def test_a_mixture_takes_its_sources_equally_often_and_the_same_on_every_rank() -> None:
+def test_mixture_uses_sources_equally_and_the_same_on_every_rank() -> None:
     mixture = Mixture([Named("world"), Named("portraits")])  # type: ignore[list-item]
     taken = [mixture.batch(StepRNG(0, step)) for step in range(400)]
     assert 160 < taken.count("world") < 240
-    assert taken == [mixture.batch(StepRNG(0, step, rank=1, world=2)) for step in range(400)]
+    assert taken == [mixture.batch(StepRNG(0, step, rank=1, world_size=2)) for step in range(400)]

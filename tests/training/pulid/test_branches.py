@@ -1,4 +1,4 @@
-"""The base behind three functions: against diffusers' own formulas, and hand-computed losses."""
+"""Base models against diffusers, and losses against hand-computed values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support import tiny_sdxl as tiny
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_noise_schedule_is_diffusers(prediction):
+def test_noise_schedule_matches_diffusers(prediction):
     theirs = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction)
     ours = NoiseSchedule(theirs.alphas_cumprod, prediction)
     generator = torch.Generator().manual_seed(0)
@@ -30,7 +30,7 @@ def test_noise_schedule_is_diffusers(prediction):
     assert ours.times(torch.tensor([0.0, 0.5, 0.9999])).tolist() == [0, 500, 999]
 
 
-def test_late_times_are_as_dense_as_a_power_of_t():
+def test_timestep_bias_gives_density_of_a_power_of_t():
     schedule = NoiseSchedule(torch.linspace(0.999, 0.001, 1000))
     uniform = (torch.arange(10_000) + 0.5) / 10_000
     for power in (1.0, 2.0):
@@ -42,12 +42,12 @@ def test_late_times_are_as_dense_as_a_power_of_t():
         )  # integral of (1 + p) t^p up to one half
 
 
-def test_other_predictions_are_refused():
+def test_unsupported_prediction_type_raises():
     with pytest.raises(OptionError, match="sample"):
         NoiseSchedule(torch.tensor([0.9, 0.1]), "sample")
 
 
-def test_sdxl_predicts_what_the_pipeline_predicts(pipe):
+def test_sdxl_model_predicts_like_its_pipeline(pipe):
     base = SDXLModel(pipe)
     text = base.encode_text(["portrait of a person", "noir"])
     embeds, _, pooled, _ = pipe.encode_prompt(
@@ -66,7 +66,7 @@ def test_sdxl_predicts_what_the_pipeline_predicts(pipe):
     assert torch.equal(output, pipe.unet(x, t, **named)[0])
 
 
-def test_decode_passes_gradient_and_is_the_pipelines(pipe):
+def test_decode_passes_gradient_and_matches_the_pipeline(pipe):
     base = SDXLModel(pipe)
     latents = torch.randn(
         1, 4, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True
@@ -82,7 +82,7 @@ def test_decode_passes_gradient_and_is_the_pipelines(pipe):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_branch_is_a_function_of_the_draw(prediction):
+def test_diffusion_branch_depends_on_the_rng_alone(prediction):
     base = SDXLModel(tiny.pipe(prediction))
     latents = tiny.People().latents[:2]
     text = base.encode_text(["noir", "hat"])
@@ -99,18 +99,20 @@ def denoised(t):
     return DiffusionStep(output.bfloat16(), target, output, torch.tensor(t))
 
 
-def test_diffusion_loss_by_hand():
+def test_diffusion_loss_matches_the_formula():
     schedule = NoiseSchedule(torch.tensor([0.8, 0.5, 0.0]))  # SNR 4, 1, 0
     mask = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2).expand(2, -1, -1, -1)
     assert DiffusionLoss(schedule)(denoised([0, 1])).item() == 5.0  # (1 + 9) / 2
     assert (
-        DiffusionLoss(schedule, inside=3.0)(denoised([0, 1]), mask).item() == 3.0
+        DiffusionLoss(schedule, face_weight=3.0)(denoised([0, 1]), mask).item() == 3.0
     )  # (3 * 1 + 1 * 9) / 4
     # min(4, 2) / 4 = 0.5 and min(1, 2) / 1 = 1
-    assert DiffusionLoss(schedule, gamma=2.0)(denoised([0, 1])).item() == pytest.approx(5 * 0.75)
+    assert DiffusionLoss(schedule, min_snr_gamma=2.0)(denoised([0, 1])).item() == pytest.approx(
+        5 * 0.75
+    )
     v = NoiseSchedule(torch.tensor([0.8, 0.5, 0.0]), "v_prediction")  # 2 / 5 and 1 / 2
-    assert DiffusionLoss(v, gamma=2.0)(denoised([0, 1])).item() == pytest.approx(5 * 0.45)
-    assert DiffusionLoss(v, gamma=2.0)(denoised([2, 2])).item() == 0.0
-    assert torch.isfinite(DiffusionLoss(schedule, gamma=2.0)(denoised([2, 2])))
+    assert DiffusionLoss(v, min_snr_gamma=2.0)(denoised([0, 1])).item() == pytest.approx(5 * 0.45)
+    assert DiffusionLoss(v, min_snr_gamma=2.0)(denoised([2, 2])).item() == 0.0
+    assert torch.isfinite(DiffusionLoss(schedule, min_snr_gamma=2.0)(denoised([2, 2])))
     with pytest.raises(OptionError, match="positive"):
-        DiffusionLoss(schedule, inside=0.0)
+        DiffusionLoss(schedule, face_weight=0.0)

@@ -1,4 +1,4 @@
-"""The ID loss and the alignment, by hand, and where their gradients stop."""
+"""ID loss and alignment against hand-computed values, and where their gradients stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from openpulid.training.pulid.losses import IDLoss, LayoutAlignment, SemanticAli
 from openpulid.training.pulid.models import AttentionQK
 
 
-def test_id_loss_by_hand():
+def test_id_loss_matches_the_formula():
     wanted = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     shown = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]).bfloat16()
     loss = IDLoss()
@@ -30,7 +30,7 @@ def attended(query: list[list[float]], key: list[list[float]]) -> AttentionQK:
     return AttentionQK(torch.tensor(query)[None, None], torch.tensor(key)[None, None])
 
 
-def test_layout_by_hand():
+def test_layout_alignment_matches_the_formula():
     key = [[1.0]]
     a, b = attended([[1.0], [2.0]], key), attended([[4.0], [6.0]], key)
     assert LayoutAlignment()([a], [b]).item() == pytest.approx(math.sqrt((9 + 16) / 2))
@@ -38,8 +38,8 @@ def test_layout_by_hand():
     assert same == pytest.approx(math.sqrt((9 + 16) / 2) / 2, abs=1e-5)
 
 
-def test_semantic_by_hand():
-    # one word with key 1, two positions: softmax(k q) over the positions, then the queries so weighted
+def test_semantic_alignment_matches_the_formula():
+    # one token with key 1, two positions: softmax(k q) over positions weighs the queries
     a, b = attended([[0.0], [math.log(3)]], [[1.0]]), attended([[0.0], [0.0]], [[1.0]])
     assert SemanticAlignment()([a], [b]).item() == pytest.approx(
         0.75 * math.log(3)
@@ -51,7 +51,7 @@ def test_semantic_by_hand():
 
 
 @pytest.mark.parametrize("loss", [SemanticAlignment(), LayoutAlignment()])
-def test_the_target_carries_no_gradient(loss):
+def test_target_carries_no_gradient(loss):
     own, target = (torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(2))
     key = torch.randn(1, 2, 5, 4)
     loss([AttentionQK(own, key)], [AttentionQK(target, key)]).backward()
@@ -63,7 +63,7 @@ def test_the_target_carries_no_gradient(loss):
     assert torch.isfinite(nothing.grad).all()  # a root at zero
 
 
-def test_layers_must_be_the_same():
+def test_different_layers_raise():
     one = attended([[1.0]], [[1.0]])
     with pytest.raises(OptionError, match="1 layers"):
         LayoutAlignment()([one], [])

@@ -1,4 +1,4 @@
-"""Training on a folder of photographs, at the size of a test: which pictures count, what a batch holds, all three stages."""
+"""Training on a folder of photos at test size: selection of images, batches, all three stages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from openpulid.training.pulid import photo_dataset as photos_of
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.photo_dataset import PhotoDataset
 from openpulid.training.pulid.recipes import find_recipe
-from openpulid.training.pulid.train_sdxl import fresh_adapter, train
+from openpulid.training.pulid.train import build_adapter
+from openpulid.training.pulid.train_sdxl import TrainingModels, _feature_widths, train_on_photos
 from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl as tiny
 from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recogniser_file
@@ -48,7 +49,7 @@ SMALL = {
     "batch": 2,
     "warmup": 1,
     "validate_every": 100,
-    "fast_batch": 1,
+    "few_step_batch": 1,
     "pixels": PIXELS,
 }
 
@@ -99,13 +100,11 @@ def opened(
     return PhotoDataset.open(folder, index, base, features, batch, PIXELS)
 
 
-def test_pictures_with_a_sentence_and_a_face_count(
-    folder, base, features, tmp_path, caplog
-) -> None:
+def test_images_with_caption_and_face_are_used(folder, base, features, tmp_path, caplog) -> None:
     photos = opened(folder, base, features, tmp_path / "faces.json")
     assert photos.names == ["hinton.jpeg", "lecun.jpg", "more/astronaut.png"]
     assert (
-        "3 of 6 pictures are left out, they show no face of 64 pixels" in caplog.text
+        "skipping 3 of 6 images without a face of at least 64 pixels" in caplog.text
         and "broken.png" in caplog.text
     )
     index = json.loads((tmp_path / "faces.json").read_text())
@@ -117,42 +116,42 @@ def test_pictures_with_a_sentence_and_a_face_count(
 
 
 def test_other_processes_wait_for_the_index(folder, base, features, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(photos_of, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(photos_of, "POLL_SECONDS", 0.05)
     names = ["hinton.jpeg", "more/astronaut.png"]
     with ThreadPoolExecutor(1) as waiting:
-        seen = waiting.submit(photos_of._awaited, names, tmp_path / "faces.json")
+        seen = waiting.submit(photos_of._wait_for_index, names, tmp_path / "faces.json")
         with pytest.raises(TimeoutError):
             seen.result(0.3)
         found = opened(folder, base, features, tmp_path / "faces.json")
         assert set(found.names) <= set(seen.result(30))
 
 
-def test_a_batch(folder, base, features, tmp_path) -> None:
+def test_batch_contents(folder, base, features, tmp_path) -> None:
     photos = opened(folder, base, features, tmp_path / "faces.json")
     batch = photos.batch(StepRNG(0, 0))
     side = PIXELS // base.pipe.vae_scale_factor
     assert batch.latents.shape == (3, 4, side, side) and batch.masks.shape == (3, 1, side, side)
     assert batch.id_cond.shape == (3, 16) and [x.shape for x in batch.hidden] == [(3, 17, 8)] * 5
     assert sorted(batch.prompts) == ["a person", "portrait of a person", "portrait of a person"]
-    assert batch.pictures.shape == (3, 3, PIXELS, PIXELS) and 0.02 < batch.masks.mean() < 0.6
-    torch.testing.assert_close(batch.latents, base.encode(batch.pictures))
+    assert batch.images.shape == (3, 3, PIXELS, PIXELS) and 0.02 < batch.masks.mean() < 0.6
+    torch.testing.assert_close(batch.latents, base.encode(batch.images))
     again = photos.batch(StepRNG(0, 0))
     assert torch.equal(batch.latents, again.latents) and torch.equal(batch.id_cond, again.id_cond)
     two = [photos.batch(StepRNG(0, 0, rank, 3)).prompts for rank in range(3)]
     assert [p for part in two for p in part] == list(batch.prompts)
 
 
-def test_the_face_is_in_its_square(folder, base, features, tmp_path) -> None:
+def test_face_is_inside_its_crop(folder, base, features, tmp_path) -> None:
     photos = opened(folder, base, features, tmp_path / "faces.json")
     for row in range(len(photos)):
-        square, face = photos._square(row)
+        square, face = photos._crop(row)
         assert square.shape == (3, PIXELS, PIXELS)
         assert ((face.landmarks >= 0) & (face.landmarks <= PIXELS)).all()
         assert face.landmarks[0, 0] < face.landmarks[1, 0]
 
 
-def test_the_base_sees_what_it_decodes(base) -> None:
-    """Encoding undoes decoding's scale: what differs is the autoencoder, and a random one has no inverse."""
+def test_encode_undoes_the_scale_of_decode(base) -> None:
+    """Compare without the VAE's networks, because a random VAE has no inverse."""
     pictures = torch.rand(1, 3, PIXELS, PIXELS)
     raw = base.vae.encode(2 * pictures - 1).latent_dist.mode()
     torch.testing.assert_close(base.encode(pictures), raw * base.vae.config.scaling_factor)
@@ -168,9 +167,11 @@ def test_all_three_stages(folder, base, features, tmp_path) -> None:
     for stage in (1, 2, 3):
         recipe = replace(find_recipe(f"sdxl_stage{stage}"), steps=2, **SMALL)
         out = tmp_path / str(stage)
-        known = {"fast": [base], "faces": faces} if stage > 1 else {}
-        adapter, result = train(
-            recipe, folder, out, base=base, features=features, begin=begin, held_out=folder, **known
+        models = TrainingModels(base, features)
+        if stage > 1:
+            models = TrainingModels(base, features, [base], faces)
+        adapter, result = train_on_photos(
+            recipe, models, folder, out, init_adapter=begin, held_out=folder
         )
         begin = out / "adapter.safetensors"
         assert result.steps == 2 and np.isfinite(list(result.losses.values())).all()
@@ -179,43 +180,37 @@ def test_all_three_stages(folder, base, features, tmp_path) -> None:
     assert all(torch.equal(value, frozen[name]) for name, value in base.unet.state_dict().items())
     assert PuLID.load(begin).models == MODELS
     other = PhotoExtractor(
-        None, None, None, features.tower, {**MODELS, "glintr100": "another file"}
+        None, features.recogniser, None, features.tower, {**MODELS, "glintr100": "another file"}
     )
     with pytest.raises(
         OptionError,
         match="trained with EVA02 and glintr100, but the current glintr100 differs",
     ):
-        train(
+        train_on_photos(
             find_recipe("sdxl_stage2"),
+            TrainingModels(base, other),
             folder,
             tmp_path / "other",
-            base=base,
-            features=other,
-            begin=begin,
+            init_adapter=begin,
         )
 
 
-def test_sdxl_is_told_the_size_that_pictures_have(folder, base, features, tmp_path) -> None:
-    """Stages 2 and 3 learn from 768 pixels on a base of 1024."""
+def test_size_conditioning_is_that_of_the_images(folder, base, features, tmp_path) -> None:
+    """Stages 2 and 3 train with 768 pixels on a base of 1024."""
     base.unet.register_to_config(sample_size=2 * PIXELS // base.pipe.vae_scale_factor)
     told = []
     hook = base.unet.register_forward_pre_hook(
         lambda module, args, named: told.append(named["added_cond_kwargs"]["time_ids"]),
         with_kwargs=True,
     )
-    train(
-        replace(find_recipe("sdxl_stage1"), steps=1, **SMALL),
-        folder,
-        tmp_path,
-        base=base,
-        features=features,
-    )
+    recipe = replace(find_recipe("sdxl_stage1"), steps=1, **SMALL)
+    train_on_photos(recipe, TrainingModels(base, features), folder, tmp_path)
     hook.remove()
     assert told and all(row == [PIXELS, PIXELS, 0, 0, PIXELS, PIXELS] for row in told[0].tolist())
 
 
-def test_what_changes_in_the_folder_stops_nothing(folder, base, features, tmp_path, caplog) -> None:
-    """A sentence in another encoding, a picture that cannot be read any more; an index that was torn is said."""
+def test_changed_files_do_not_stop_the_training(folder, base, features, tmp_path, caplog) -> None:
+    """A caption in another encoding, an unreadable image, and a damaged index."""
     copy, index = tmp_path / "photos", tmp_path / "faces.json"
     shutil.copytree(folder, copy)
     opened(copy, base, features, index)
@@ -227,65 +222,67 @@ def test_what_changes_in_the_folder_stops_nothing(folder, base, features, tmp_pa
     prompts = photos.batch(StepRNG(0, 0)).prompts
     assert (
         sorted(prompts) == ["Portr\ufffdt", "Portr\ufffdt", "a person"]
-        and "takes its place" in caplog.text
+        and "using the next image instead" in caplog.text
     )
     index.write_text("{")
-    with pytest.raises(TrainingError, match=r"faces\.json is damaged; delete it"):
+    with pytest.raises(TrainingError, match=r"faces\.json is damaged: delete it"):
         opened(copy, base, features, index)
 
 
-def test_a_run_begins_where_a_photograph_was_damaged(folder, base, features, tmp_path) -> None:
-    """Whichever of them: the adapter's widths are those of the features, and any photograph has these."""
-    copy, recipe = tmp_path / "photos", replace(find_recipe("sdxl_stage1"), **SMALL)
+def test_adapter_widths_are_those_of_the_features_whichever_photo_is_damaged(
+    folder, base, features, tmp_path
+) -> None:
+    copy = tmp_path / "photos"
+    recipe = replace(find_recipe("sdxl_stage1"), **SMALL)
+    adapter = build_adapter(recipe, base, _feature_widths(features))
     shutil.copytree(folder, copy)
     photos = opened(copy, base, features, tmp_path / "faces.json")
-    wanted = fresh_adapter(recipe, base, photos, {})
     for name in photos.names:
-        (copy / name).write_bytes(b"no picture any more")
-        made = fresh_adapter(recipe, base, photos, {})
-        assert {k: v.shape for k, v in made.state_dict().items()} == {
-            k: v.shape for k, v in wanted.state_dict().items()
-        }
+        (copy / name).write_bytes(b"not an image any more")
+        batch = photos.batch(StepRNG(0, 0))
+        assert adapter.encoder.config["width"] == batch.id_cond.shape[-1]
+        assert {level.shape[-1] for level in batch.hidden} == {adapter.encoder.config["vit_dim"]}
         shutil.copy(folder / name, copy / name)
 
 
-def test_an_adapter_that_a_recipe_cannot_continue_is_said_before_faces_are_looked_for(
-    folder, base, features, tmp_path
-) -> None:
+def test_incompatible_adapter_fails_before_indexing(folder, base, features, tmp_path) -> None:
     begin, out = tmp_path / "v1.safetensors", tmp_path / "run"
     tiny.adapter(base).save(begin)
-    known = {"data": folder, "folder": out, "features": features, "begin": begin}
+    options = {"data": folder, "run_dir": out, "init_adapter": begin}
+    models = TrainingModels(base, features)
     with pytest.raises(
         OptionError,
-        match=r"trains an IDFormer and .* holds an IDEncoder; name an adapter with that encoder",
+        match=r"trains an IDFormer, but .* has an IDEncoder: choose an adapter with that encoder",
     ):
-        train(find_recipe("sdxl_stage2_v11"), base=base, **known)
+        train_on_photos(find_recipe("sdxl_stage2_v11"), models, **options)
     narrow = tiny.base()
     narrow.unet = UNet2DConditionModel.from_config(
         {**narrow.unet.config, "cross_attention_dim": 16}
     )
     with pytest.raises(WeightsError, match="another U-Net"):
-        train(find_recipe("sdxl_stage2"), base=narrow, **known)
-    assert not out.exists()
+        narrow_models = TrainingModels(narrow, features)
+        train_on_photos(find_recipe("sdxl_stage2"), narrow_models, **options)
     with pytest.raises(
         WeightsError,
-        match=r"v1\.safetensors has other sizes than sdxl_stage2 makes, name another adapter: ",
+        match=r"v1\.safetensors does not have the sizes of sdxl_stage2, choose another adapter: ",
     ):
-        train(replace(find_recipe("sdxl_stage2"), **SMALL), base=base, **known)
+        train_on_photos(replace(find_recipe("sdxl_stage2"), **SMALL), models, **options)
+    assert not out.exists()
 
 
-def test_what_is_missing_is_said(folder, base, features, tmp_path) -> None:
+def test_missing_parts_raise(folder, base, features, tmp_path) -> None:
     with pytest.raises(OptionError, match="sdxl_stage2 continues sdxl_stage1"):
-        train(find_recipe("sdxl_stage2"), folder, tmp_path, base=base, features=features)
+        models = TrainingModels(base, features)
+        train_on_photos(find_recipe("sdxl_stage2"), models, folder, tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TrainingError, match="none of 0 pictures"):
+    with pytest.raises(TrainingError, match="none of 0 images"):
         opened(tmp_path / "empty", base, features, tmp_path / "faces.json")
     torch.save({"a": torch.ones(1)}, tmp_path / "arcface.pth")
     with pytest.raises(WeightsError, match="not facexlib's ArcFace"):
         arcface_ir_se50(tmp_path / "arcface.pth")
 
 
-def test_the_id_losss_crop_is_in_place_blue_first_and_differentiable() -> None:
+def test_id_loss_crop_is_aligned_bgr_and_differentiable() -> None:
     image = torch.rand(1, 3, 200, 200, generator=torch.Generator().manual_seed(0)).requires_grad_(
         True
     )
@@ -299,7 +296,7 @@ def test_the_id_losss_crop_is_in_place_blue_first_and_differentiable() -> None:
     ].abs().sum()
 
 
-def test_the_id_loss_sees_photographs(features) -> None:
+def test_id_loss_embeds_faces_of_photos(features) -> None:
     torch.manual_seed(0)
     embedder = photo_embedder(
         features.finder, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()

@@ -1,4 +1,4 @@
-"""Stage 1 on a tiny random SDXL: what trains, what does not, one process and two."""
+"""Stage 1 on a tiny random SDXL: which parameters train, with one process and two."""
 
 from __future__ import annotations
 
@@ -17,8 +17,13 @@ from openpulid.errors import TrainingError
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid import export as checkpoint
 from openpulid.training.pulid import recipes
+from openpulid.training.pulid.batch import (
+    Batch,
+    drop_identity,
+    loss_weight_map,
+    swap_identities,
+)
 from openpulid.training.pulid.export import save_adapter
-from openpulid.training.pulid.task import Batch, drop_identity, loss_weight_map, swap_identities
 from openpulid.training.rng import StepRNG
 from openpulid.training.trainer import run
 from tests.support import tiny_sdxl as tiny
@@ -36,23 +41,26 @@ def losses_of(folder):
     return {r["step"]: r["losses"]["diffusion"] for r in history if "losses" in r}
 
 
+def backward_diffusion(losses, metrics=None):
+    losses["diffusion"].backward()
+
+
 def schedule(**changes):
-    return replace(tiny.recipe().schedule(), validate_every=6, log_every=1, **changes)
+    return replace(tiny.recipe().trainer_config(), validate_every=6, log_every=1, **changes)
 
 
 def test_gradients_reach_the_adapter_and_nothing_else(pipe):
     task = tiny.task(pipe, drop_identity=0.0)
     for layer in task.adapter.id_adapter_attn_layers.values():  # a fresh adapter's values are zero
         torch.nn.init.normal_(layer.id_to_v.weight, std=0.1)
-    for part in task.losses(StepRNG(0, 0)):
-        part["diffusion"].backward()
+    task.backward_losses(StepRNG(0, 0), backward_diffusion)
     for name, parameter in task.adapter.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     frozen = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
     assert all(p.grad is None and not p.requires_grad for m in frozen for p in m.parameters())
 
 
-def test_focus_weighs_what_is_around_the_landmarks():
+def test_loss_weight_map_emphasizes_landmarks():
     masks = torch.zeros(2, 1, 16, 16)
     masks[:, :, 2:14, 2:14] = 1
     places = (
@@ -84,7 +92,7 @@ def test_focus_weighs_what_is_around_the_landmarks():
     assert loss_weight_map(shown._replace(masks=None), 4.0) is None
 
 
-def test_checkpointed_blocks_find_the_identity_in_backward():
+def test_recomputed_blocks_use_the_identity_in_backward():
     grads = []
     for checkpointed in (False, True):
         task = tiny.task(drop_identity=0.0)
@@ -93,13 +101,12 @@ def test_checkpointed_blocks_find_the_identity_in_backward():
             task.base.unet.train()
         for layer in task.adapter.id_adapter_attn_layers.values():
             torch.nn.init.constant_(layer.id_to_v.weight, 0.05)
-        for part in task.losses(StepRNG(0, 0)):
-            part["diffusion"].backward()
+        task.backward_losses(StepRNG(0, 0), backward_diffusion)
         grads.append([p.grad for p in task.adapter.parameters()])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
 
 
-def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(pipe, tmp_path):
+def test_training_lowers_the_loss_and_does_not_change_the_base(pipe, tmp_path):
     before = {name: t.clone() for name, t in everything(pipe).items()}
     processors = dict(pipe.unet.attn_processors)
     task = tiny.task(pipe, batch=8)
@@ -114,15 +121,15 @@ def test_training_lowers_the_loss_and_leaves_the_base_as_it_was(pipe, tmp_path):
     assert dict(pipe.unet.attn_processors) == processors
 
 
-def test_kill_and_resume_gives_the_same_losses(tmp_path):
+def test_killed_run_resumes_with_the_same_losses(tmp_path):
     run(tiny.task(), schedule(), tmp_path / "a")
     broken = tiny.task()
     source = broken.data.batch
 
-    def stop(draw):
-        if draw.step == 7:
+    def stop(rng):
+        if rng.step == 7:
             raise MemoryError("killed")
-        return source(draw)
+        return source(rng)
 
     broken.data.batch = stop
     with pytest.raises(MemoryError):
@@ -132,7 +139,7 @@ def test_kill_and_resume_gives_the_same_losses(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_nan_stops_with_the_batch_saved(tmp_path, parts):
+def test_nan_stops_and_saves_the_batch(tmp_path, parts):
     task = tiny.task()
     task.data.latents[:] = float("nan")
     with pytest.raises(TrainingError, match="not finite at step 0"):
@@ -155,11 +162,12 @@ from tests.support import tiny_sdxl as tiny
 from dataclasses import replace
 from openpulid.training.trainer import run
 torch.set_num_threads(1)
-run(tiny.task(), replace(tiny.recipe().schedule(), validate_every=100, log_every=1), sys.argv[1])
+config = replace(tiny.recipe().trainer_config(), validate_every=100, log_every=1)
+run(tiny.task(), config, sys.argv[1])
 """
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path, start, both_precisions):
+def test_two_processes_match_one(tmp_path, start, both_precisions):
     run(tiny.task(), schedule(), tmp_path / "one")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -179,7 +187,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, start, both_precisions):
     assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=rel)
 
 
-def test_dropping_is_zeroing_and_turning_is_someone_else():
+def test_drop_identity_zeroes_and_swap_shifts_features():
     batch = tiny.People().batch(StepRNG(0, 0))
     half = drop_identity(batch, torch.tensor([True, False, True, False]))
     assert half.id_cond[0].abs().sum() == 0 and torch.equal(half.id_cond[1], batch.id_cond[1])
@@ -187,17 +195,16 @@ def test_dropping_is_zeroing_and_turning_is_someone_else():
     assert torch.equal(swap_identities(batch).id_cond[1], batch.id_cond[0])
 
 
-def test_checkpoint_has_published_names_and_a_story(tmp_path):
+def test_adapter_file_has_published_names_and_metadata(tmp_path):
     task = tiny.task(steps=2)
     result = run(task, replace(schedule(), steps=2), tmp_path)
     path = save_adapter(
         task.adapter, tmp_path / "adapter.safetensors", task.recipe, result, {"base": "tiny"}
     )
     with safe_open(path, framework="pt") as file:
-        assert {"id_adapter_attn_layers.1.id_to_k.weight", "id_adapter.body.0.weight"} <= set(
-            file.keys()
-        )
-        assert all(n.startswith(("id_adapter.", "id_adapter_attn_layers.")) for n in file.keys())  # noqa: SIM118
+        names = set(file.keys())
+        assert {"id_adapter_attn_layers.1.id_to_k.weight", "id_adapter.body.0.weight"} <= names
+        assert all(n.startswith(("id_adapter.", "id_adapter_attn_layers.")) for n in names)
         facts = file.metadata()
     assert (
         json.loads(facts["recipe"])["name"] == "tiny"
@@ -209,7 +216,7 @@ def test_checkpoint_has_published_names_and_a_story(tmp_path):
         assert torch.equal(tensor, again.state_dict()[name])
 
 
-def test_a_package_inside_somebodys_repository_does_not_take_its_commit(tmp_path, monkeypatch):
+def test_revision_ignores_a_surrounding_repository(tmp_path, monkeypatch):
     installed = tmp_path / ".venv" / "checkpoint.py"
     installed.parent.mkdir()
     shutil.copy(checkpoint.__file__, installed)
@@ -229,7 +236,7 @@ def test_a_package_inside_somebodys_repository_does_not_take_its_commit(tmp_path
     assert checkpoint.revision() == f"{commit}+changes"
 
 
-def test_recipes_are_found_by_name():
+def test_find_recipe_by_name():
     assert recipes.find_recipe("mini_stage1").name == "mini_stage1"
     with pytest.raises(ValueError, match="mini_stage1"):
         recipes.find_recipe("stage9")

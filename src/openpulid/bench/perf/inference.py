@@ -114,7 +114,7 @@ class SDXLTarget:
         self.adapter.attach(base.pipe)
         rows = batch * (1 + guided)
         self.text = base.encode_text(["portrait"] * batch, pixels=pixels, guided=guided)
-        self.x = torch.randn(rows, *base.shape(pixels), **like)
+        self.x = torch.randn(rows, *base.latent_shape(pixels), **like)
         self.t = torch.full((rows,), 500, device=base.device)
         self.tokens = torch.randn(1, NUM_TOKENS, width, **like)
         self.unconditional = torch.randn(1, NUM_TOKENS, width, **like)

@@ -26,12 +26,12 @@ from openpulid.errors import OptionError
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import MINIATURE
-from openpulid.training.precision import fp32_attention
+from openpulid.training.precision import autocast, backward
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.pulid.task import PuLIDTask
 from openpulid.training.rng import StepRNG
-from openpulid.training.trainer import microlosses
+from openpulid.training.trainer import Losses, sum_losses
 
 SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
@@ -181,7 +181,7 @@ def random_task(recipe: Recipe, base: BaseModel) -> PuLIDTask:
             encoder = IDFormer(output_dim=width, **sizes)
         adapter = PuLID.for_unet(unet, encoder).to(torch.float32)
     people = RandomPeople(base, adapter, recipe.batch, 65 if is_mini else 577, recipe.pixels)
-    return PuLIDTask(recipe, base, adapter, people, fast=[base], faces=random_faces(base.device))
+    return PuLIDTask(recipe, base, adapter, people, few_step_models=[base], face_embedder=random_faces(base.device))
 
 
 def measure(
@@ -204,10 +204,11 @@ def measure(
     optimizer = torch.optim.AdamW(task.adapter.parameters(), lr=1e-5)
     peaks: dict[str, float | None] = {}
 
-    def run(name: str, last: int, checkpoint: bool) -> float:
-        task.walk = replace(task.walk, last=last, checkpoint=checkpoint)
+    def run(name: str, grad_steps: int, checkpoint: bool) -> float:
+        rollout = replace(task.rollout, grad_steps=grad_steps, gradient_checkpointing=checkpoint)
+        candidate = task.with_rollout(rollout)
         reset_peak(device)
-        seconds = timed(lambda: train_step(task, optimizer), device)
+        seconds = timed(lambda: train_step(candidate, optimizer), device)
         peaks[name] = peak(device)
         return seconds
 
@@ -226,9 +227,12 @@ def train_step(task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
     """Run one whole step: every loss forward and backward, gradient clipping, update."""
     device = task.base.device
     optimizer.zero_grad(set_to_none=True)
-    for losses in microlosses(task, StepRNG(0, 0), device, task.recipe.bf16):
-        with fp32_attention(device, task.recipe.bf16):
-            torch.stack(list(losses.values())).sum().backward()
+
+    def backward_losses(losses: Losses, metrics: Losses | None = None) -> None:
+        backward(sum_losses(losses))
+
+    with autocast(device, task.recipe.bf16):
+        task.backward_losses(StepRNG(0, 0), backward_losses)
     nn.utils.clip_grad_norm_(task.adapter.parameters(), 1.0)
     optimizer.step()
 

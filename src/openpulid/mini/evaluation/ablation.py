@@ -58,10 +58,11 @@ def picture(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Ima
 
 def variants() -> dict[str, Recipe]:
     """What the sweep trains: stage 2 with gradients through other numbers of steps, stage 3 with other weights."""
-    made = {f"k={last}": replace(find_recipe("mini_stage2"), last=last) for last in LAST}
+    made = {f"k={last}": replace(find_recipe("mini_stage2"), grad_steps=last) for last in LAST}
     stage3 = find_recipe("mini_stage3")
     return made | {
-        f"sem {a:g}, layout {b:g}": replace(stage3, semantic=a, layout=b) for a, b in ALIGNMENT
+        f"sem {a:g}, layout {b:g}": replace(stage3, semantic_weight=a, layout_weight=b)
+        for a, b in ALIGNMENT
     }
 
 
@@ -92,12 +93,12 @@ def sweep(
         if not file.exists() or json.loads(read_metadata(file)["recipe"]) != json.loads(
             json.dumps(asdict(short))
         ):
-            begin = adapter.beginning(recipe.begin or "", runs / "any", weights)
+            begin = adapter.find_init_adapter(recipe.init_from or "", runs / "any", weights)
             say(f"{name}: {steps} steps")
             adapter.train(
                 short,
                 folder,
-                begin=begin,
+                init_adapter=begin,
                 runs=runs,
                 weights=weights,
                 device=device,

@@ -98,7 +98,8 @@ def references(people: int, people_seed: int = 0) -> Tensor:
 
 def truth(asked: Sequence[EvalPrompt], people: int, people_seed: int = 0) -> tuple[Tensor, Tensor]:
     """What a perfect method would give with and without an identity, each (B, 3, 96, 96): the world's own drawing of each
-    request's scene, with its person and with another of the table's."""
+    request's scene, with its person and with another of the table's.
+    """
     with_identity = [_drawn(r.person, r.scene, people_seed) for r in asked]
     without = [_drawn((r.person + people // 2) % people, r.scene, people_seed) for r in asked]
     return torch.cat(with_identity), torch.cat(without)

@@ -1,5 +1,6 @@
 """The miniature's judges: a recogniser and readers that no adapter was trained with; the finder, which all share; and CLIP,
-whose picture tower PhotoMaker reads with, and whose text tower is the base's second."""
+whose picture tower PhotoMaker reads with, and whose text tower is the base's second.
+"""
 
 from __future__ import annotations
 

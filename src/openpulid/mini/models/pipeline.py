@@ -142,7 +142,8 @@ def sample(
 
 def save_folder(model: Any, folder: Path) -> None:
     """`save_pretrained` of a copy in bfloat16, with shards small enough for a repository: it packs a third of the bits away,
-    of float16 next to nothing."""
+    of float16 next to nothing.
+    """
     copy = deepcopy(model).to(torch.bfloat16)
     if isinstance(
         copy, ModelMixin

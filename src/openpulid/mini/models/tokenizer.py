@@ -17,7 +17,8 @@ BEGIN, END, PAD, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|pad|>", "<|unk
 
 def tokenizer(words: Sequence[str] = VOCABULARY, length: int = LENGTH) -> PreTrainedTokenizerFast:
     """One token per word or comma. A `CLIPTokenizer` would spell unknown words out; this one shows that it does not know
-    them, so that a prompt can be refused instead of misunderstood."""
+    them, so that a prompt can be refused instead of misunderstood.
+    """
     tokens = {token: index for index, token in enumerate([BEGIN, END, PAD, UNKNOWN, *words])}
     backend = Tokenizer(WordLevel(tokens, unk_token=UNKNOWN))
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])

@@ -1,116 +1,89 @@
-"""What the miniature's benchmark needs beside PuLID: rivals (`pulid mini build --method NAME`), a reader of faces' numbers."""
+"""Build stages of the miniature's benchmark: baselines, and the probe of face parameters."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 from openpulid.faces.mini_recognition import RECOGNITION_MODELS
-from openpulid.identity.clip_extractor import ClipExtractor
-from openpulid.identity.extractor import DetectedFaces
 from openpulid.io.checkpoints import load_module, read_metadata, save_module
-from openpulid.mini.data.latents import Latents
 from openpulid.mini.evaluation.parameter_probe import figures, fitted
-from openpulid.mini.train import pulid
-from openpulid.mini.train.baselines import BASELINES, Baseline, BaselineTask, ClassTokens
+from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
+from openpulid.mini.train.baseline_task import BaselineTask
+from openpulid.mini.train.baselines import BASELINES
+from openpulid.mini.train.portraits import Mixture, Portraits
 from openpulid.mini.train.progress import progress
+from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.mini.train.stages import BuildContext, stamp
 from openpulid.pipelines.factory import load_extractor, load_pipeline
-from openpulid.pipelines.presets import mini, with_method
-from openpulid.pipelines.studio import Studio
-from openpulid.training.precision import autocast
+from openpulid.pipelines.presets import mini
 from openpulid.training.pulid.export import revision
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import find_recipe
-from openpulid.world.dataset import WorldDataset
 
 
 def part(name: str) -> Callable[[BuildContext], dict[str, float]]:
-    """The part that trains a rival by the recipe of PuLID's first stage, for as many steps as that had, and writes it beside
-    the other weights. Fewer where the minutes do not suffice."""
+    """Return the stage that trains a baseline and writes it next to the other weights.
 
-    def train(shop: BuildContext) -> dict[str, float]:
-        known = read_metadata(shop.weights / "pulid-stage1.safetensors")
-        recipe = replace(find_recipe("mini_stage1"), name=f"mini_{name}", steps=int(known["steps"]))
-        preset = mini(shop.weights)
-        pipe = load_pipeline(preset, shop.device)
-        features: Any = load_extractor(preset, shop.device)
-        torch.manual_seed(recipe.seed)
-        if name == "photomaker":
-            tower = shop.folder(CLIPVisionModelWithProjection, "clip")
-            rival = BASELINES[name](pipe, tower)
-            read: Callable[[WorldDataset], Any] = lambda data: ClassTokens.of(tower, data)  # noqa: E731
-        else:
-            rival = BASELINES[name](pipe, features.recogniser.config["dim"])
-            faces = features.recogniser.config["dim"]
-            read = lambda data: FaceAlone(pulid.features_of(features, data, shop.runs), faces)  # noqa: E731
-        sources = [
-            _source(shop, data, read, pipe.tokenizer, recipe.batch)
-            for data in ("world", pulid.PORTRAITS)
-        ]
-        held_out = _source(shop, "world-held-out", read, pipe.tokenizer, recipe.batch)
-        unrun = type(pipe)(**pipe.components)  # a pipeline that never runs is never guided
-        sheet = _sheet(rival, pipe, features, name)
-        task = BaselineTask(
-            recipe, SDXLModel(unrun), rival, pulid.Mixture(sources), held_out, sheet
+    It uses the recipe of PuLID's first stage and its number of steps, or fewer if the time budget is
+    short.
+    """
+
+    def train(context: BuildContext) -> dict[str, float]:
+        stage1 = read_metadata(context.weights / "pulid-stage1.safetensors")
+        recipe = replace(
+            find_recipe("mini_stage1"), name=f"mini_{name}", steps=int(stage1["steps"])
         )
-        shop.train(name, task, recipe.schedule())
-        stamp(rival.save(shop.weights / name, unrun), shop.facts(name, recipe.schedule()))
+        preset = mini(context.weights)
+        pipe = load_pipeline(preset, context.device)
+        extractor: Any = load_extractor(preset, context.device)
+        torch.manual_seed(recipe.seed)
+        clip = None
+        if name == "photomaker":
+            clip = context.folder(CLIPVisionModelWithProjection, "clip")
+            baseline = BASELINES[name](pipe, clip)
+        else:
+            baseline = BASELINES[name](pipe, extractor.recogniser.config["dim"])
+
+        def open_source(dataset: str) -> Portraits:
+            return open_baseline_data(
+                context,
+                dataset,
+                partial(load_rows, context, extractor, clip),
+                pipe.tokenizer,
+                recipe.batch,
+            )
+
+        data = Mixture([open_source("world"), open_source(PORTRAITS)])
+        held_out = open_source("world-held-out")
+        idle_pipe = type(pipe)(**pipe.components)  # a pipeline that never runs is never guided
+        sheet = make_sheet_function(baseline, pipe, extractor, name)
+        task = BaselineTask(recipe, SDXLModel(idle_pipe), baseline, data, held_out, sheet)
+        config = recipe.trainer_config()
+        context.train(name, task, config)
+        path = baseline.save(context.weights / name, idle_pipe)
+        stamp(path, context.facts(name, config))
         return dict(task.validate())
 
     return train
 
 
-def values(shop: BuildContext) -> dict[str, float]:
-    """The judge's reader of facial values, from the judge as it is."""
-    begun = time.monotonic()
-    judge = load_module(
-        RECOGNITION_MODELS["scorer"], shop.weights / "recognition-scorer.safetensors", shop.device
-    )
-    reader = fitted(judge, shop.data, on_progress=progress("values"))
-    facts = {
+def values(context: BuildContext) -> dict[str, float]:
+    """Fit the probe that reads face parameters from the scorer's embeddings."""
+    started_at = time.monotonic()
+    file = context.weights / "recognition-scorer.safetensors"
+    scorer = load_module(RECOGNITION_MODELS["scorer"], file, context.device)
+    probe = fitted(scorer, context.data, on_progress=progress("values"))
+    metadata = {
         "revision": revision(),
         "seed": "none: solved, not trained",
-        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "minutes": round((time.monotonic() - started_at) / 60, 1),
     }
-    save_module(reader, shop.weights / "parameter-probe.safetensors", facts)
-    return figures(reader, judge, shop.held_out)
-
-
-class FaceAlone:
-    """Of the features of faces only the recogniser's, the first D: all that FaceID and InstantID read."""
-
-    def __init__(self, features: Any, width: int) -> None:
-        self.features, self.width = features, width
-
-    def rows(
-        self, rows: Any, device: torch.device | str = "cpu"
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """(B, D), and nothing."""
-        return torch.from_numpy(self.features.id_cond[rows, : self.width]).to(device), []
-
-
-def _source(
-    shop: BuildContext, name: str, read: Callable[[WorldDataset], Any], tokenizer: Any, batch: int
-) -> pulid.Portraits:
-    data = shop.open(name)
-    with autocast(shop.device):
-        latents: Latents = shop.latents(name)
-        features = read(data)
-    return pulid.Portraits(
-        data, latents, shop.captions(name), features, tokenizer, batch, shop.device, False, True
-    )
-
-
-def _sheet(rival: Baseline, pipe: Any, features: Any, name: str) -> Callable[[], Image.Image]:
-    reader: Any = features
-    if name == "photomaker":
-        reader = ClipExtractor(DetectedFaces(features.finder), rival.method.encoder, "picture", -1)
-    studio = Studio(pipe, reader, rival.method, with_method(mini(), name))
-    return lambda: pulid.sheet(studio)
+    save_module(probe, context.weights / "parameter-probe.safetensors", metadata)
+    return figures(probe, scorer, context.held_out)

@@ -1,8 +1,9 @@
-"""PuLID's rivals on the miniature: trained on the same pictures, with the budget of PuLID's first stage.
+"""Training of the baselines on the miniature: same images and same budget as PuLID's first stage.
 
-All three authors train with L_diff alone. Here it has the weights and times of PuLID's first stage for all of them, so that
-what is compared are the methods; PhotoMaker, as its authors do, counts the face alone in half of the steps (arXiv 2312.04461,
-section 4.1) and always has somebody.
+The authors of all three methods train with L_diff alone. Here all of them use the loss weights and
+timesteps of PuLID's first stage, so that only the methods differ. As its authors do, PhotoMaker
+restricts the loss to the face in half of the steps (arXiv 2312.04461, section 4.1), and never drops
+the identity.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import ControlNetModel
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -28,101 +27,98 @@ from openpulid.methods.ip_adapter.faceid import FaceID
 from openpulid.methods.ip_adapter.instantid import InstantID
 from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
 from openpulid.methods.photomaker.photomaker import PhotoMaker
-from openpulid.mini.train.autoencoder import batches
-from openpulid.mini.train.clip import clip_pixels
-from openpulid.mini.train.recognition import faces_of
-from openpulid.training.pulid.branches import diffusion_branch
-from openpulid.training.pulid.losses import DiffusionLoss
-from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import (
-    HELD_OUT_BATCHES,
+from openpulid.training.pulid.batch import (
     Batch,
-    Source,
-    drop_identity,
-    loss_weight_map,
-    swap_identities,
 )
-from openpulid.training.rng import StepRNG
-from openpulid.world.dataset import WorldDataset
 
-TOKENS, RANK = 4, 8
-RESAMPLED = 4  # tokens of InstantID's Resampler, a quarter of the published sixteen
-HEAD = 64  # width of its head, the only one that diffusers builds
-TOWER = (
+TOKENS = 4  # of IP-Adapter-FaceID
+RANK = 8  # of the LoRAs
+RESAMPLER_TOKENS = 4  # of InstantID's Resampler, a quarter of the published sixteen
+HEAD_WIDTH = 64  # of the Resampler's attention heads, the only width that diffusers builds
+VISION_CONFIG = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("patch_size", "image_size", "hidden_act"),
 )
-"""What a CLIP picture tower is told by."""
-CLASSES = 64  # of PhotoMaker's first projection; the second has the rest of the text's width
+"""Constructor arguments of a CLIP vision encoder."""
+PROJECTION_WIDTH = 64
+"""Of PhotoMaker's first projection; the second fills the remaining width of the text embeddings."""
 
 
 class Baseline:
-    """A method under training.
+    """A method in training.
 
     Attributes:
         method: attached by `BaselineTask`.
-        learned: everything that trains.
-        half_faces: whether half of the steps count the face alone.
+        trained: all modules that train.
+        needs_identity: whether the method cannot run without an identity. Then identities are never
+            dropped, and half of the steps restrict the loss to the face.
     """
 
-    half_faces = False
+    needs_identity = False
 
-    def __init__(self, method: Any, learned: nn.Module) -> None:
-        self.method, self.learned = method, learned
+    def __init__(self, method: Any, trained: nn.Module) -> None:
+        self.method = method
+        self.trained = trained
 
-    def people(self, batch: Batch) -> list[Identity]:
-        """The batch as the method reads people."""
-        marks = batch.landmarks
-        assert marks is not None
+    def identities(self, batch: Batch) -> list[Identity]:
+        """Return the identities of a batch in the method's format."""
+        assert batch.landmarks is not None
         return [
-            Identity(row[None, None], (), landmarks=mark[None, None])
-            for row, mark in zip(batch.id_cond, marks, strict=True)
+            Identity(id_cond[None, None], (), landmarks=landmarks[None, None])
+            for id_cond, landmarks in zip(batch.id_cond, batch.landmarks, strict=True)
         ]
 
-    def showing(self, batch: Batch, pipe: Any) -> AbstractContextManager[Any]:
-        """The method with these people in use."""
-        return self.method.use(self.people(batch), scale=1.0, start=0.0, pipe=pipe)
+    def use(self, batch: Batch, pipe: Any) -> AbstractContextManager[Any]:
+        """Open the method with the identities of a batch."""
+        return self.method.use(self.identities(batch), scale=1.0, start=0.0, pipe=pipe)
 
-    def save(self, place: Path, pipe: Any) -> Path:
-        """Writes the published layout in half precision; the file or folder that it made."""
+    def save(self, path: Path, pipe: Any) -> Path:
+        """Save the method in its published layout, in half precision.
+
+        Returns:
+            The file or folder; a file's suffix is added to `path`.
+        """
         raise NotImplementedError
 
 
 class IPAdapterBaseline(Baseline):
-    """FaceID."""
+    """IP-Adapter-FaceID: a single file."""
 
     method: IPAdapterBase
 
-    def save(self, place: Path, pipe: Any) -> Path:
-        return export_adapter(self.method, pipe, place.with_suffix(".safetensors"))
+    def save(self, path: Path, pipe: Any) -> Path:
+        """Save the projection, keys and values, and the LoRA."""
+        return export_adapter(self.method, pipe, path.with_suffix(".safetensors"))
 
 
 class InstantIDBaseline(Baseline):
-    """InstantID: a folder, with IdentityNet beside the adapter."""
+    """InstantID: a folder with the adapter and IdentityNet."""
 
     method: InstantID
 
-    def save(self, place: Path, pipe: Any) -> Path:
-        place.mkdir(parents=True, exist_ok=True)
-        export_adapter(self.method, pipe, place / "ip-adapter.safetensors")
+    def save(self, path: Path, pipe: Any) -> Path:
+        """Save the adapter and IdentityNet."""
+        path.mkdir(parents=True, exist_ok=True)
+        export_adapter(self.method, pipe, path / "ip-adapter.safetensors")
         net = ControlNetModel.from_config(self.method.identity_net.config)
         net.load_state_dict(self.method.identity_net.state_dict())
-        net.to(torch.bfloat16).save_pretrained(place / "ControlNetModel")
-        return place
+        net.to(torch.bfloat16).save_pretrained(path / "ControlNetModel")
+        return path
 
 
 class PhotoMakerBaseline(Baseline):
-    """PhotoMaker v1: the class token of CLIP's last states is all that it reads of a photo."""
+    """PhotoMaker v1: conditioned on the class token of CLIP's last hidden state alone."""
 
-    half_faces = True
+    needs_identity = True
     method: PhotoMaker
 
-    def people(self, batch: Batch) -> list[Identity]:
+    def identities(self, batch: Batch) -> list[Identity]:
+        """Return identities whose features are class tokens."""
         rows = zip(batch.id_cond, batch.hidden[0], strict=True)
         return [Identity(row[None, None], (state[None], state[None])) for row, state in rows]
 
-    def save(self, place: Path, pipe: Any) -> Path:
+    def save(self, path: Path, pipe: Any) -> Path:
+        """Save the encoder and the LoRA, with the size of the vision encoder in the metadata."""
         lora: dict[str, Tensor] = {}
         for name, (down, up) in self.method.lora.items():
             lora |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
@@ -133,23 +129,30 @@ class PhotoMakerBaseline(Baseline):
             for name, x in tensors.items()
         }
         config = self.method.encoder.config
-        tower = json.dumps({name: getattr(config, name) for name in (*TOWER, "projection_dim")})
-        kept = {name: x.cpu().contiguous() for name, x in flat.items()}
-        file = place.with_suffix(".safetensors")
-        save_file(kept, file, metadata={"tower": tower})
+        names = (*VISION_CONFIG, "projection_dim")
+        vision_config = json.dumps({name: getattr(config, name) for name in names})
+        tensors = {name: x.cpu().contiguous() for name, x in flat.items()}
+        file = path.with_suffix(".safetensors")
+        save_file(tensors, file, metadata={"tower": vision_config})
         return file
 
 
 def faceid(pipe: Any, face: int) -> Baseline:
-    """IP-Adapter-FaceID: a small MLP, keys and values that begin at zero, and a LoRA of all attention."""
-    unet, cross = pipe.unet, pipe.unet.config.cross_attention_dim
+    """Create IP-Adapter-FaceID: a small MLP, zero-initialized values, a LoRA of all attention.
+
+    Args:
+        pipe: the miniature's pipeline.
+        face: width of the face embedding.
+    """
+    unet = pipe.unet
+    cross = unet.config.cross_attention_dim
     projection = (
         linear("proj.0", 2 * face, face)
         | linear("proj.2", TOKENS * cross, 2 * face)
         | norm("norm", cross)
     )
     layers: dict[str, Tensor] = {}
-    for place, name in enumerate(unet.attn_processors):
+    for index, name in enumerate(unet.attn_processors):
         attention = unet.get_submodule(name.removesuffix(".processor"))
         for q, module in (
             ("q", attention.to_q),
@@ -157,59 +160,72 @@ def faceid(pipe: Any, face: int) -> Baseline:
             ("v", attention.to_v),
             ("out", attention.to_out[0]),
         ):
-            layers[f"{place}.to_{q}_lora.down.weight"] = random(RANK, module.in_features)
-            layers[f"{place}.to_{q}_lora.up.weight"] = torch.zeros(module.out_features, RANK)
+            layers[f"{index}.to_{q}_lora.down.weight"] = random(RANK, module.in_features)
+            layers[f"{index}.to_{q}_lora.up.weight"] = torch.zeros(module.out_features, RANK)
     method = FaceID({"image_proj": projection, "ip_adapter": layers | keys_and_values(unet)})
     return IPAdapterBaseline(method, trainable_layers(method, pipe))
 
 
 def instantid(pipe: Any, face: int) -> Baseline:
-    """InstantID: a Resampler of four layers, and IdentityNet, the U-Net's encoder once more; its middle has no attention, or
-    the whole would not fit into eight megabytes."""
-    unet, cross = pipe.unet, pipe.unet.config.cross_attention_dim
-    names = {"latents": random(1, RESAMPLED, HEAD), **linear("proj_in", HEAD, face)}
-    names |= linear("proj_out", cross, HEAD) | norm("norm_out", cross)
+    """Create InstantID: a Resampler of four layers, and IdentityNet, a copy of the U-Net's encoder.
+
+    IdentityNet's middle block has no attention, so that all weights fit into eight megabytes.
+
+    Args:
+        pipe: the miniature's pipeline.
+        face: width of the face embedding.
+    """
+    unet = pipe.unet
+    cross = unet.config.cross_attention_dim
+    names = {
+        "latents": random(1, RESAMPLER_TOKENS, HEAD_WIDTH),
+        **linear("proj_in", HEAD_WIDTH, face),
+    }
+    names |= linear("proj_out", cross, HEAD_WIDTH) | norm("norm_out", cross)
     for depth in range(4):
         layer = f"layers.{depth}"
         names |= (
-            norm(f"{layer}.0.norm1", HEAD)
-            | norm(f"{layer}.0.norm2", HEAD)
-            | norm(f"{layer}.1.0", HEAD)
+            norm(f"{layer}.0.norm1", HEAD_WIDTH)
+            | norm(f"{layer}.0.norm2", HEAD_WIDTH)
+            | norm(f"{layer}.1.0", HEAD_WIDTH)
         )
         names |= {
-            f"{layer}.0.to_q.weight": random(HEAD, HEAD),
-            f"{layer}.0.to_kv.weight": random(2 * HEAD, HEAD),
+            f"{layer}.0.to_q.weight": random(HEAD_WIDTH, HEAD_WIDTH),
+            f"{layer}.0.to_kv.weight": random(2 * HEAD_WIDTH, HEAD_WIDTH),
+            f"{layer}.0.to_out.weight": random(HEAD_WIDTH, HEAD_WIDTH),
+            f"{layer}.1.1.weight": random(4 * HEAD_WIDTH, HEAD_WIDTH),
+            f"{layer}.1.3.weight": random(HEAD_WIDTH, 4 * HEAD_WIDTH),
         }
-        names |= {f"{layer}.0.to_out.weight": random(HEAD, HEAD)}
-        names |= {
-            f"{layer}.1.1.weight": random(4 * HEAD, HEAD),
-            f"{layer}.1.3.weight": random(HEAD, 4 * HEAD),
-        }
-    copied = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16, 32))
-    net = ControlNetModel.from_config({**copied.config, "mid_block_type": "UNetMidBlock2D"})
-    net.load_state_dict(copied.state_dict(), strict=False)
+    encoder = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16, 32))
+    net = ControlNetModel.from_config({**encoder.config, "mid_block_type": "UNetMidBlock2D"})
+    net.load_state_dict(encoder.state_dict(), strict=False)
     method = InstantID({"image_proj": names, "ip_adapter": keys_and_values(unet)}, net)
     net.requires_grad_(True)
-    learned = nn.ModuleList([trainable_layers(method, pipe), net])
-    return InstantIDBaseline(method, learned)
+    trained = nn.ModuleList([trainable_layers(method, pipe), net])
+    return InstantIDBaseline(method, trained)
 
 
-def photomaker(pipe: Any, tower: CLIPVisionModelWithProjection) -> Baseline:
-    """PhotoMaker v1 on the miniature's CLIP, whose tower stays as it is."""
+def photomaker(pipe: Any, clip: CLIPVisionModelWithProjection) -> Baseline:
+    """Create PhotoMaker v1 on the miniature's CLIP, whose vision encoder stays frozen.
+
+    Args:
+        pipe: the miniature's pipeline.
+        clip: the vision encoder.
+    """
     width = pipe.unet.config.cross_attention_dim
-    known = {name: getattr(tower.config, name) for name in TOWER}
-    config = CLIPVisionConfig(**known, projection_dim=CLASSES)
+    sizes = {name: getattr(clip.config, name) for name in VISION_CONFIG}
+    config = CLIPVisionConfig(**sizes, projection_dim=PROJECTION_WIDTH)
     encoder = PhotoMakerEncoder(config, width)
-    encoder.vision_model.load_state_dict(tower.vision_model.state_dict())
+    encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
     encoder.requires_grad_(True).vision_model.requires_grad_(False)
     lora: dict[str, Tensor] = {}
     for name in pipe.unet.attn_processors:
-        place = name.removesuffix(".processor")
-        attention = pipe.unet.get_submodule(place)
+        layer = name.removesuffix(".processor")
+        attention = pipe.unet.get_submodule(layer)
         for q in ("to_q", "to_k", "to_v", "to_out.0"):
             module = attention.get_submodule(q)
-            lora[f"unet.{place}.{q}.lora_A.weight"] = random(RANK, module.in_features)
-            lora[f"unet.{place}.{q}.lora_B.weight"] = torch.zeros(module.out_features, RANK)
+            lora[f"unet.{layer}.{q}.lora_A.weight"] = random(RANK, module.in_features)
+            lora[f"unet.{layer}.{q}.lora_B.weight"] = torch.zeros(module.out_features, RANK)
     method = PhotoMaker(encoder, lora)
     method.lora = {
         name: (nn.Parameter(down), nn.Parameter(up)) for name, (down, up) in method.lora.items()
@@ -221,131 +237,32 @@ def photomaker(pipe: Any, tower: CLIPVisionModelWithProjection) -> Baseline:
     return PhotoMakerBaseline(method, trained)
 
 
-class BaselineTask:
-    """Trains what a rival learns by L_diff; a `training.loop.Task`.
-
-    Args:
-        recipe: PuLID's first stage: batch, times, weight of the face, share of pictures without their person.
-        base: of a pipeline that is never run, so that nothing of it is guided.
-        picture: makes the contact sheet.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        base: SDXLModel,
-        rival: Baseline,
-        data: Source,
-        held_out: Source | None = None,
-        picture: Callable[[], Image.Image] | None = None,
-    ) -> None:
-        self.recipe, self.base, self.rival = recipe, base, rival
-        self.data, self.held_out, self.picture = data, held_out, picture
-        self.everywhere, self.inside = (
-            DiffusionLoss(base.schedule, recipe.gamma, w) for w in (recipe.inside, 1e3)
-        )
-        rival.method.attach(base.pipe)
-
-    def modules(self) -> Mapping[str, nn.Module]:
-        return {"rival": self.rival.learned}
-
-    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
-        batch = self.data.batch(draw).to(self.base.device)
-        dropped = draw.rand(batch.latents.shape[:1], "drop") < self.recipe.drop_identity
-        loss = self.everywhere
-        if self.rival.half_faces:  # a person melted into a word cannot be left out of it
-            dropped = torch.zeros_like(dropped)
-            loss = self.inside if torch.rand((), generator=draw.generator("inside")) < 0.5 else loss
-        return {
-            "diffusion": self._loss(
-                draw, batch, drop_identity(batch, dropped), self.recipe.late, loss
-            )
-        }
-
-    @torch.no_grad()
-    def validate(self) -> Mapping[str, float]:
-        """As PuLID's: L_diff on held-out people with their own identity, another's, none; PhotoMaker never learned what none
-        is. The landmarks that InstantID is told are the picture's own every time."""
-        if self.held_out is None:
-            return {}
-        sums = dict.fromkeys(("own", "other", *(() if self.rival.half_faces else ("none",))), 0.0)
-        for step in range(HELD_OUT_BATCHES):
-            batch = self.held_out.batch(StepRNG(self.recipe.seed, step)).to(self.base.device)
-            nobody = drop_identity(batch, torch.ones(len(batch.latents), dtype=torch.bool))
-            people = {"own": batch, "other": swap_identities(batch), "none": nobody}
-            for name in sums:
-                draw = StepRNG(self.recipe.seed, step)
-                sums[name] += (
-                    self._loss(draw, batch, people[name], 0.0, self.everywhere).item()
-                    / HELD_OUT_BATCHES
-                )
-        return {f"held_out_{name}": value for name, value in sums.items()}
-
-    def sheet(self) -> Image.Image | None:
-        return self.picture() if self.picture else None
-
-    def _loss(
-        self, draw: StepRNG, batch: Batch, people: Batch, late: float, loss: DiffusionLoss
-    ) -> Tensor:
-        with self.rival.showing(people, self.base.pipe):
-            text = self.base.encode_text(batch.prompts)  # in here: PhotoMaker listens
-            step = diffusion_branch(self.base, draw, batch.latents, text, late)
-        return loss(step, loss_weight_map(batch, self.recipe.features))
-
-
-class ClassTokens:
-    """What PhotoMaker reads of pictures: the tower's last class token; rows as `FaceFeatures` gives them."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, tower: CLIPVisionModelWithProjection, data: WorldDataset) -> ClassTokens:
-        seen = []
-        for rows in batches(len(data), len(data)):
-            pixels = clip_pixels(faces_of(data, rows, tower.device)[0])
-            seen.append(
-                tower(pixel_values=pixels, output_hidden_states=True)
-                .hidden_states[-1][:, 0]
-                .half()
-                .cpu()
-            )
-        return cls(torch.cat(seen))
-
-    def rows(
-        self, rows: np.ndarray, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Nothing (B, 1), and (B, 1, S)."""
-        tokens = self.tokens[torch.from_numpy(rows)].float().to(device)
-        return tokens[:, :1] * 0 + 1, [tokens[:, None]]
-
-
 def random(*shape: int) -> Tensor:
+    """Draw an untrained weight, scaled by its fan-in."""
     return torch.randn(shape) / shape[-1] ** 0.5
 
 
 def linear(name: str, out: int, into: int) -> dict[str, Tensor]:
+    """Create the untrained tensors of a linear layer."""
     return {f"{name}.weight": random(out, into), f"{name}.bias": torch.zeros(out)}
 
 
 def norm(name: str, width: int) -> dict[str, Tensor]:
+    """Create the tensors of a layer norm."""
     return {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
 
 
 def keys_and_values(unet: Any) -> dict[str, Tensor]:
-    """Of every cross-attention; values from zero, so that nothing is disturbed at first."""
-    found: dict[str, Tensor] = {}
-    for place, name in enumerate(unet.attn_processors):
+    """Create keys and zero values for every cross-attention, so that the output is unchanged."""
+    tensors: dict[str, Tensor] = {}
+    for index, name in enumerate(unet.attn_processors):
         if name.endswith("attn2.processor"):
             attention = unet.get_submodule(name.removesuffix(".processor"))
-            found[f"{place}.to_k_ip.weight"] = random(
-                attention.to_k.out_features, attention.to_k.in_features
-            )
-            found[f"{place}.to_v_ip.weight"] = torch.zeros(
-                attention.to_v.out_features, attention.to_v.in_features
-            )
-    return found
+            key = attention.to_k
+            value = attention.to_v
+            tensors[f"{index}.to_k_ip.weight"] = random(key.out_features, key.in_features)
+            tensors[f"{index}.to_v_ip.weight"] = torch.zeros(value.out_features, value.in_features)
+    return tensors
 
 
 BASELINES: Mapping[str, Callable[..., Baseline]] = {

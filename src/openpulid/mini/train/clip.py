@@ -119,7 +119,8 @@ class ClipTask:
 
     def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         """CLIP's loss for both text towers. Attributes are read out of the three embeddings, too: so the picture tower looks at
-        small things, and the text towers say everything they were told, not only what tells 96 pictures apart."""
+        small things, and the text towers say everything they were told, not only what tells 96 pictures apart.
+        """
         rows = draw.indices(len(self.data), self.batch)
         variants = draw.randint(self.captions.tokens.shape[1], rows.shape, "variants")
         tokens = self.captions.rows(rows, variants).to(self.clip.device)
@@ -216,7 +217,8 @@ def figures(
     among: int = 64,
 ) -> dict[str, float]:
     """On people nobody trained on, how often a picture's own sentence is found among 64: `top1` by CLIP, `top1_text` by the
-    first text encoder."""
+    first text encoder.
+    """
     generator = generator_for("clip figures")
     rows = torch.randperm(len(data), generator=generator)[: most // among * among]
     tokens = token_ids(tokenizer, [data.prompt(row, generator) for row in rows.tolist()]).to(

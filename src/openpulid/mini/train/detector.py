@@ -67,9 +67,8 @@ class DetectorTask:
 
     def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         rows = draw.indices(len(self.data), self.positives).numpy()
-        draw.samples = self.positives + self.negatives
         batch = self.examples(
-            rows, self.negatives // draw.world, generator_for(draw.seed, draw.step, draw.rank)
+            rows, self.negatives // draw.world_size, generator_for(draw.seed, draw.step, draw.rank)
         )
         finding = self.finder(batch.images.contiguous(memory_format=torch.channels_last))
         return finder_losses(finding, batch)

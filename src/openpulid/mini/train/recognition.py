@@ -197,7 +197,6 @@ class RecognitionTask:
             :, : self.pictures
         ]
         rows = torch.gather(self.table[families], 1, columns).flatten()
-        draw.samples = self.families * self.pictures
         crops = self.crops(rows.numpy(), draw.generator("damage"))
         embedding = self.recogniser(crops.contiguous(memory_format=torch.channels_last))
         people = self.people[rows].to(crops.device)

@@ -363,7 +363,8 @@ def base(shop: BuildContext) -> dict[str, float]:
 
 def lightning(shop: BuildContext, count: int = 4096, seeing: float = 0.6) -> dict[str, float]:
     """The student: `count` walks of the teacher first, then training for `seeing` of the minutes. On two cores the walks take
-    nine minutes or so."""
+    nine minutes or so.
+    """
     schedule = TrainerConfig(
         steps=60_000, lr=1e-3, optimizer="muon", warmup=50, decay=0.5, ema=0.998, seed=5, validate_every=2000
     )  # fmt: skip

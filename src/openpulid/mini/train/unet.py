@@ -149,7 +149,7 @@ class BaseTask:
         self.batch, self.gamma = batch, gamma
         known = scheduler()
         self.schedule = NoiseSchedule(known.alphas_cumprod, known.config.prediction_type)
-        self.loss = DiffusionLoss(self.schedule, inside=inside)
+        self.loss = DiffusionLoss(self.schedule, face_weight=inside)
 
     def modules(self) -> Mapping[str, nn.Module]:
         return {"unet": self.unet}

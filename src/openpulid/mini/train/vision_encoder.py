@@ -138,7 +138,8 @@ def as_read(
     tower: VisionEncoder, heads: nn.ModuleDict, data: WorldDataset, count: int = 8
 ) -> Image.Image:
     """A row for each of some held-out people: the picture, what the tower sees of it, the person drawn from the values
-    read out of the last hidden level (in the true skin), and the person as they are."""
+    read out of the last hidden level (in the true skin), and the person as they are.
+    """
     device = next(tower.parameters()).device
     rows = np.linspace(0, len(data) - 1, count).astype(np.int64)
     images, masks, landmarks = faces_of(data, rows, device)
@@ -185,7 +186,8 @@ def tower_figures(
     tower: VisionEncoder, heads: nn.ModuleDict, data: WorldDataset, most: int = 512
 ) -> dict[str, float]:
     """Mean error of the facial values of people nobody trained on (chance is 0.25): `values` from the embedding, `level.K`
-    from hidden level K."""
+    from hidden level K.
+    """
     device = next(tower.parameters()).device
     rows = np.linspace(0, len(data) - 1, min(most, len(data))).astype(np.int64)
     errors = []

@@ -1,1 +1,1 @@
-"""Training of PuLID."""
+"""Training of PuLID: recipes, branches, losses, and the entry points."""

@@ -1,8 +1,10 @@
-"""The paths through a base model that a loss can be put on.
+"""Paths through a base model that a loss can be computed on.
 
-- `diffusion_branch`: a real picture, noise over it, one prediction (PuLID, arXiv 2404.16022, section 3.1).
-- `lightning_branch`: a picture made from pure noise in a few steps, with gradients through the last ones (section 3.2).
-- `asked_at_step`: what the cross-attention asks at a single step of such a path, for the form without acceleration.
+- `diffusion_branch`: one prediction from a noised training image (PuLID, arXiv 2404.16022, section
+  3.1).
+- `lightning_branch`: an image generated from pure noise in a few steps, with gradients through the
+  last steps (section 3.2).
+- `queries_at_step`: cross-attention queries at a single step, for the variant without acceleration.
 
 Shapes: B batch, c x h x w latents.
 """
@@ -25,8 +27,14 @@ from openpulid.training.rng import StepRNG
 
 @dataclass(frozen=True)
 class DiffusionStep:
-    """One step of the diffusion branch: what was predicted, what was wanted, from where. All (B, c, h, w), t
-    (B,)."""
+    """One step of the diffusion branch.
+
+    Attributes:
+        output: (B, c, h, w) prediction of the base.
+        target: (B, c, h, w) what it should predict.
+        x_t: (B, c, h, w) noised latents.
+        t: (B,) timesteps.
+    """
 
     output: Tensor
     target: Tensor
@@ -35,135 +43,186 @@ class DiffusionStep:
 
 
 def diffusion_branch(
-    base: BaseModel, draw: StepRNG, latents: Tensor, text: Any, late: float = 0.0
+    base: BaseModel, rng: StepRNG, latents: Tensor, text: Any, timestep_bias: float = 0.0
 ) -> DiffusionStep:
-    """Noise of a drawn strength over real pictures, and the base's prediction: the ground of L_diff (PuLID,
-    section 3.1).
+    """Predict from noised training images, the basis of L_diff (PuLID, section 3.1).
 
     Args:
-        latents: (B, c, h, w), the pictures, on the base's device.
-        text: what `base.encode_text` gave for their prompts.
-        late: how much more often times of much noise are drawn (`NoiseSchedule.times`); 0 is the paper's even drawing.
+        base: the base model.
+        rng: draws noise and timesteps.
+        latents: (B, c, h, w) of the images, on the base's device.
+        text: result of `base.encode_text` for their captions.
+        timestep_bias: timesteps are drawn with density t ** bias; 0 is uniform, as in the paper.
     """
-    noise = draw.randn(latents.shape, "noise").to(latents)
-    t = base.schedule.times(draw.rand(latents.shape[:1], "time"), late).to(latents.device)
+    noise = rng.randn(latents.shape, "noise").to(latents)
+    uniform = rng.rand(latents.shape[:1], "time")
+    t = base.schedule.times(uniform, timestep_bias).to(latents.device)
     x_t = base.schedule.noised(latents, noise, t)
-    return DiffusionStep(
-        base.predict(x_t, t, text), base.schedule.target(latents, noise, t), x_t, t
-    )
+    target = base.schedule.target(latents, noise, t)
+    return DiffusionStep(base.predict(x_t, t, text), target, x_t, t)
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How a branch comes from noise to a picture.
+    """Settings of a few-step rollout from noise to an image.
 
     Attributes:
-        steps: in trailing spacing; 4 is what a lightning model was distilled for.
-        last: how many of them, at the end, carry gradient.
-        guidance: 1 is without (a lightning model needs none); otherwise the text must be encoded `guided`.
-        sampler: one of `sampling`, given its other arguments.
-        checkpoint: forget a step's activations and compute them again in the backward pass: less memory, more time.
+        steps: number of steps, in trailing spacing; lightning models are distilled for 4.
+        grad_steps: number of final steps that carry gradients.
+        guidance_scale: 1 is without guidance, as for lightning models; otherwise the text must be
+            encoded with `guided=True`.
+        sampler: one of `diffusion.sampling`, with its other arguments bound.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
     """
 
     steps: int = 4
-    last: int = 1
-    guidance: float = 1.0
+    grad_steps: int = 1
+    guidance_scale: float = 1.0
     sampler: Sampler = euler
-    checkpoint: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.last <= self.steps:
+        if not 0 <= self.grad_steps <= self.steps:
             raise OptionError(
-                f"gradients through the last {self.last} of {self.steps} steps: choose 0 to {self.steps}"
+                f"grad_steps is {self.grad_steps}, but the rollout has {self.steps} steps: "
+                f"choose 0 to {self.steps}."
             )
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether predictions use classifier-free guidance."""
+        return self.guidance_scale != 1
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a walk gave: the picture's latents (B, c, h, w), and per watched step what each layer attended to."""
+    """Result of a rollout.
+
+    Attributes:
+        latents: (B, c, h, w) of the image.
+        attention: for each captured step, queries and keys of every cross-attention layer.
+    """
 
     latents: Tensor
-    attended: Sequence[Sequence[AttentionQK]] = ()
+    attention: Sequence[Sequence[AttentionQK]] = ()
 
 
 def lightning_branch(
-    base: BaseModel, noise: Tensor, text: Any, walk: RolloutConfig, *, watch: bool = False
+    base: BaseModel,
+    noise: Tensor,
+    text: Any,
+    config: RolloutConfig,
+    *,
+    capture_attention: bool = False,
 ) -> Rollout:
-    """From pure noise to a picture (PuLID, section 3.2), differentiable through the last steps.
+    """Generate images from pure noise, differentiable through the last steps (PuLID, section 3.2).
 
     Args:
+        base: a few-step model, or any base.
         noise: (B, c, h, w), standard normal.
-        text: `base.encode_text` of B prompts, guided if the walk is.
-        watch: keep the queries and keys of the steps that carry gradient (`walk.last`), also under `no_grad`.
+        text: result of `base.encode_text` for B prompts, guided if the rollout is.
+        config: of the rollout.
+        capture_attention: return queries and keys of the last `grad_steps` steps, also under
+            `no_grad`.
+
+    Raises:
+        OptionError: attention of a guided rollout was requested.
     """
-    if watch and walk.guidance != 1:
+    if capture_attention and config.is_guided:
         raise OptionError(
-            "queries are watched without guidance only: use asked_at_step for a guided base"
+            "attention of a guided rollout cannot be captured: use queries_at_step instead."
         )
-    sigmas = base.schedule.trailing(walk.steps)
-    turn = sigmas[walk.steps - walk.last] if walk.last else torch.zeros(())
-    attended: list[Sequence[AttentionQK]] = []
+    sigmas = base.schedule.trailing(config.steps)
+    if config.grad_steps:
+        first_grad_sigma = sigmas[config.steps - config.grad_steps]
+    else:
+        first_grad_sigma = torch.zeros(())
+    attention: list[Sequence[AttentionQK]] = []
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        late = bool(sigma[0] <= turn)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and late):
-            seen: list[AttentionQK] = []
+        has_grad = bool(sigma[0] <= first_grad_sigma)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and has_grad):
+            layers: list[AttentionQK] = []
 
             def predict(x_t: Tensor, t: Tensor) -> Tensor:
-                output, asked = _called(base, x_t, t, text, walk, watch and late)
-                seen.extend(asked)
+                output, captured = _predict(
+                    base, x_t, t, text, config, capture_attention and has_grad
+                )
+                layers.extend(captured)
                 return output
 
-            picture = base.schedule.denoised(predict, x, sigma)
-        if watch and late:
-            attended.append(seen)
-        return picture
+            denoised = base.schedule.denoised(predict, x, sigma)
+        if capture_attention and has_grad:
+            attention.append(layers)
+        return denoised
 
-    start = noise * (1 + sigmas[0].square()).sqrt().to(
-        noise
-    )  # so that x_t of the first step is the noise itself
-    return Rollout(walk.sampler(denoise, start, sigmas), attended)
+    return Rollout(config.sampler(denoise, _scale_noise(noise, sigmas), sigmas), attention)
 
 
 def queries_at_step(base: BaseModel, x: Tensor, sigma: Tensor, text: Any) -> list[AttentionQK]:
-    """What every cross-attention layer asks in one prediction at x (B, c, h, w), of noise level sigma (B,); no guidance."""
-    with base.watch() as seen:
+    """Capture queries and keys of every cross-attention layer in one unguided prediction.
+
+    Args:
+        base: the model.
+        x: (B, c, h, w) sample, as the samplers scale it.
+        sigma: (B,) its noise level.
+        text: result of `base.encode_text` for B prompts.
+    """
+    with base.capture_attention() as attention:
         base.schedule.denoised(lambda x_t, t: base.predict(x_t, t, text), x, sigma)
-    return seen
+    return attention
 
 
 @torch.no_grad()
 def denoise_until(
-    base: BaseModel, noise: Tensor, text: Any, walk: RolloutConfig, step: int
+    base: BaseModel, noise: Tensor, text: Any, config: RolloutConfig, step: int
 ) -> tuple[Tensor, Tensor]:
-    """x (B, c, h, w) and sigma (B,) before `step` (from 0) of a walk, without gradient."""
-    sigmas = base.schedule.trailing(walk.steps)
+    """Run a rollout up to `step` (from 0), without gradients.
+
+    Returns:
+        The sample (B, c, h, w) before that step, and its noise level (B,).
+    """
+    sigmas = base.schedule.trailing(config.steps)
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        output, _ = _predict(base, x_t, t, text, config, False)
+        return output
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return base.schedule.denoised(
-            lambda x_t, t: _called(base, x_t, t, text, walk, False)[0], x, sigma
-        )
+        return base.schedule.denoised(predict, x, sigma)
 
-    start = noise * (1 + sigmas[0].square()).sqrt().to(noise)
-    x = walk.sampler(denoise, start, sigmas[: step + 1]) if step else start
+    x = _scale_noise(noise, sigmas)
+    if step:
+        x = config.sampler(denoise, x, sigmas[: step + 1])
     return x, sigmas[step].to(noise).expand(len(noise))
 
 
-def _called(
-    base: BaseModel, x_t: Tensor, t: Tensor, text: Any, walk: RolloutConfig, watch: bool
+def _scale_noise(noise: Tensor, sigmas: Tensor) -> Tensor:
+    """Scale noise for the sampler so that x_t of the first step is the noise itself."""
+    return noise * (1 + sigmas[0].square()).sqrt().to(noise)
+
+
+def _predict(
+    base: BaseModel,
+    x_t: Tensor,
+    t: Tensor,
+    text: Any,
+    config: RolloutConfig,
+    capture_attention: bool,
 ) -> tuple[Tensor, list[AttentionQK]]:
-    """One prediction, guided if the walk is, and what was attended to meanwhile."""
+    """Run one prediction of a rollout; return it and the captured attention."""
 
     def call(x_t: Tensor, t: Tensor) -> tuple[Tensor, list[AttentionQK]]:
-        if walk.guidance != 1:
-            nothing, wanted = base.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), text).chunk(2)
-            return torch.lerp(nothing, wanted, walk.guidance), []
-        if not watch:
+        if config.is_guided:
+            both = base.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), text)
+            unconditional, conditional = both.chunk(2)
+            return torch.lerp(unconditional, conditional, config.guidance_scale), []
+        if not capture_attention:
             return base.predict(x_t, t, text), []
-        with base.watch() as seen:
-            return base.predict(x_t, t, text), seen
+        with base.capture_attention() as attention:
+            return base.predict(x_t, t, text), attention
 
-    if walk.checkpoint and torch.is_grad_enabled():
-        made: tuple[Tensor, list[AttentionQK]] = checkpoint(call, x_t, t, use_reentrant=False)
-        return made
+    if config.gradient_checkpointing and torch.is_grad_enabled():
+        result: tuple[Tensor, list[AttentionQK]] = checkpoint(call, x_t, t, use_reentrant=False)
+        return result
     return call(x_t, t)

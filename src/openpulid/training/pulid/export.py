@@ -1,4 +1,4 @@
-"""The adapter alone, under its published names, with the story of its training in the file's metadata."""
+"""Adapter files: the published names, with the settings of their training in the metadata."""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ def save_adapter(
     path: str | PathLike[str],
     recipe: Recipe,
     result: TrainingResult,
-    facts: Mapping[str, object] | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> Path:
-    """One safetensors file that every PuLID loader opens: `id_adapter.*`,
-    `id_adapter_attn_layers.N.id_to_{k,v}.weight`.
+    """Save an adapter as one safetensors file that every PuLID loader opens.
 
-    The metadata tells recipe (all figures, as JSON), revision of the code, seed, steps, minutes and last
-    metrics, and whatever `facts` adds.
+    Tensors are named `id_adapter.*` and `id_adapter_attn_layers.N.id_to_{k,v}.weight`. The metadata
+    holds the recipe (all settings, as JSON), the revision of the code, seed, steps, minutes and the
+    last validation metrics.
+
+    Args:
+        adapter: the trained adapter.
+        path: the file to write.
+        recipe: of the training.
+        result: of the training.
+        metadata: further entries.
     """
-    story = {
+    facts = {
         "recipe": json.dumps(asdict(recipe)),
         "revision": revision(),
         "seed": recipe.seed,
@@ -36,15 +43,17 @@ def save_adapter(
         "minutes": round(result.seconds / 60, 1),
         "metrics": json.dumps(dict(result.metrics)),
     }
-    return adapter.save(path, {**story, **(facts or {})})
+    return adapter.save(path, {**facts, **(metadata or {})})
 
 
 def revision() -> str:
-    """The commit the package runs from, with "+changes" when files differ from it; an installed package's
-    version."""
+    """Return the commit of the running code, or the version of an installed package.
+
+    "+changes" is appended if files differ from the commit.
+    """
     folder = Path(__file__).parent
     try:
-        # an environment may lie inside somebody's repository, whose commits say nothing about this package
+        # a virtual environment may be inside another project's repository
         _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
         commit = _git(folder, "rev-parse", "HEAD")
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".")
@@ -54,7 +63,7 @@ def revision() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True
     )
-    return done.stdout.strip()
+    return process.stdout.strip()

@@ -1,4 +1,4 @@
-"""The losses, one class each: equation in the docstring, float32 inside, no logging, no base model."""
+"""The losses, one class each, computed in float32."""
 
 from __future__ import annotations
 
@@ -15,121 +15,141 @@ from openpulid.training.pulid.models import AttentionQK
 
 
 class DiffusionLoss(nn.Module):
-    """L_diff = E || eps - eps_theta(x_t, t, C) ||^2 (PuLID, arXiv 2404.16022, equation 1), with the base's
-    own target.
+    """L_diff = E || eps - eps_theta(x_t, t, C) ||^2 (PuLID, arXiv 2404.16022, equation 1).
 
-    Two options that the paper does not mention, both off by default:
+    The target is the base's own. Two options that the paper does not mention are off by default:
 
-    - min-SNR-gamma (arXiv 2303.09556): the loss at t is weighted so that it counts like min(SNR_t, gamma) on
-    x_0, which is
-      min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v. Few times dominate no longer.
-    - `inside`: positions inside a mask weigh so many times those outside; each picture's weights are divided
-    by their mean.
+    - min-SNR-gamma (arXiv 2303.09556): the loss at t is weighted so that it counts like
+      min(SNR_t, gamma) on x_0. The weight is min(SNR, gamma) / SNR for epsilon and
+      min(SNR, gamma) / (SNR + 1) for v. Then a few timesteps do not dominate.
+    - `face_weight`: positions inside a mask weigh more than those outside. The weights of each
+      image are divided by their mean.
 
     Args:
-        schedule: the base's.
-        gamma: of min-SNR, usually 5; None weighs all times alike.
-        inside: weight of a position inside the mask, those outside weigh 1.
+        schedule: of the base model.
+        min_snr_gamma: usually 5; None weighs all timesteps alike.
+        face_weight: of a position inside the mask; positions outside weigh 1.
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, gamma: float | None = None, inside: float = 1.0
+        self,
+        schedule: NoiseSchedule,
+        min_snr_gamma: float | None = None,
+        face_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        if inside <= 0 or (gamma is not None and gamma <= 0):
+        if face_weight <= 0 or (min_snr_gamma is not None and min_snr_gamma <= 0):
             raise OptionError(
-                f"gamma {gamma} and inside {inside} are weights: choose positive numbers"
+                f"min_snr_gamma ({min_snr_gamma}) and face_weight ({face_weight}) must be positive."
             )
-        self.schedule, self.gamma, self.inside = schedule, gamma, inside
+        self.schedule = schedule
+        self.min_snr_gamma = min_snr_gamma
+        self.face_weight = face_weight
 
     def forward(self, step: DiffusionStep, mask: Tensor | None = None) -> Tensor:
-        """The mean over the batch, a scalar. `mask` (B, 1, h, w) is 1 inside, at the size of the latents."""
-        return (self.per_sample(step, mask) * self.weight(step.t)).mean()
+        """Compute the mean over the batch, a scalar.
+
+        Args:
+            step: prediction and target.
+            mask: (B, 1, h, w), 1 inside the face, at the size of the latents.
+        """
+        return (self.per_sample(step, mask) * self.timestep_weight(step.t)).mean()
 
     def per_sample(self, step: DiffusionStep, mask: Tensor | None = None) -> Tensor:
-        """Each picture's mean squared error, (B,), weighted over its positions but not over times."""
+        """Compute the mean squared error of each image, (B,), without timestep weights."""
         error = (step.output.float() - step.target.float()).square()
         if mask is not None:
-            weight = 1.0 + (self.inside - 1.0) * mask.to(error)
+            weight = 1.0 + (self.face_weight - 1.0) * mask.to(error)
             error = error * (weight / weight.mean(dim=(1, 2, 3), keepdim=True))
         return error.flatten(1).mean(1)
 
-    def weight(self, t: Tensor) -> Tensor:
-        """(B,) by the time alone."""
-        if self.gamma is None:
+    def timestep_weight(self, t: Tensor) -> Tensor:
+        """Compute the min-SNR weights (B,) of timesteps (B,)."""
+        if self.min_snr_gamma is None:
             return torch.ones(len(t), device=t.device)
         snr = self.schedule.snr(t)
-        counted = snr.clamp(max=self.gamma)
+        clipped_snr = snr.clamp(max=self.min_snr_gamma)
         if self.schedule.prediction == "epsilon":
-            return counted / snr.clamp(min=torch.finfo(torch.float32).tiny)
-        return counted / (snr + 1.0)
+            return clipped_snr / snr.clamp(min=torch.finfo(torch.float32).tiny)
+        return clipped_snr / (snr + 1.0)
 
 
 class IDLoss(nn.Module):
-    """L_id = 1 - cos(phi(C_id), phi(x_0)) (PuLID, equation 3), phi a face recogniser other than the encoder's.
+    """L_id = 1 - cos(phi(C_id), phi(x_0)) (PuLID, equation 3).
 
-    x_0 is the decoded picture: of the lightning branch ("accurate"), or of one step from x_t ("naive", the ablation).
-    Pictures without a face, on either side, are left out.
+    phi is a face recognition model other than the encoder's. x_0 is the decoded image of the
+    lightning branch ("accurate"), or of one step from x_t ("naive", the ablation). Images without a
+    detected face are left out.
     """
 
-    def forward(self, wanted: Tensor, shown: Tensor, found: Tensor) -> Tensor:
-        """A scalar: the sum over the pictures with a face, divided by B.
+    def forward(self, target: Tensor, embeddings: Tensor, has_face: Tensor) -> Tensor:
+        """Compute the sum over the images with a face, divided by B.
 
-        Not by the number of faces: so every face weighs the same however many were found beside it, and the mean over
-        the processes of a run is what one process would have computed.
+        Dividing by B instead of the number of faces weighs every face alike, and the mean over the
+        processes of a run is what a single process computes.
 
         Args:
-            wanted, shown: (B, D) embeddings of who should be seen and who is.
-            found: (B,) bool, a face on both sides.
+            target: (B, D) embeddings of the reference images.
+            embeddings: (B, D) embeddings of the generated images.
+            has_face: (B,) bool, whether both images show a face.
         """
-        distance = 1 - cosine_similarity(wanted.float(), shown.float(), dim=-1)
-        return torch.where(found, distance, torch.zeros_like(distance)).mean()
+        distance = 1 - cosine_similarity(target.float(), embeddings.float(), dim=-1)
+        return torch.where(has_face, distance, torch.zeros_like(distance)).mean()
 
 
 class SemanticAlignment(nn.Module):
-    """L_sem = || softmax(K Q_tid^T / sqrt d) Q_tid - softmax(K Q_t^T / sqrt d) Q_t ||_2 (PuLID, equation 4).
+    """L_sem = || softmax(K Q_tid^T / sqrt d) Q_tid - softmax(K Q_t^T / sqrt d) Q_t ||_2.
 
-    For each word, the image queries that answer to it must be the same with the identity as without. Per head; the
-    softmax is over the image positions.
+    PuLID, equation 4. For each text token, the image queries that respond to it must be the same
+    with the identity as without. Computed per head; the softmax is over the image positions.
     """
 
-    def forward(self, own: Sequence[AttentionQK], target: Sequence[AttentionQK]) -> Tensor:
-        """A scalar: the mean of `distance` over layers (and steps, when their lists are joined); the target carries
-        no gradient."""
-        return _over_layers(own, target, semantic_response)
+    def forward(self, attention: Sequence[AttentionQK], target: Sequence[AttentionQK]) -> Tensor:
+        """Compute the mean of `rms_distance` over layers (and steps, if their lists are joined).
+
+        The target carries no gradient.
+        """
+        return _mean_over_layers(attention, target, semantic_response)
 
 
 class LayoutAlignment(nn.Module):
-    """L_layout = || Q_tid - Q_t ||_2 (PuLID, equation 5): every position asks with the identity what it asked without."""
+    """L_layout = || Q_tid - Q_t ||_2 (PuLID, equation 5): queries with and without identity."""
 
-    def forward(self, own: Sequence[AttentionQK], target: Sequence[AttentionQK]) -> Tensor:
-        """A scalar, as `SemanticAlignment`."""
-        return _over_layers(own, target, lambda seen: seen.query.float())
+    def forward(self, attention: Sequence[AttentionQK], target: Sequence[AttentionQK]) -> Tensor:
+        """Compute the mean of `rms_distance` over layers, as `SemanticAlignment`."""
+        return _mean_over_layers(attention, target, lambda layer: layer.query.float())
 
 
-def semantic_response(seen: AttentionQK) -> Tensor:
-    """softmax(K Q^T / sqrt d) Q, (B, h, T, d) float32."""
-    query, key = seen.query.float(), seen.key.float()
+def semantic_response(layer: AttentionQK) -> Tensor:
+    """Compute softmax(K Q^T / sqrt d) Q, (B, heads, T, d) in float32."""
+    query = layer.query.float()
+    key = layer.key.float()
     return (key @ query.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1) @ query
 
 
-def distance(own: Tensor, target: Tensor) -> Tensor:
-    """|| own - target ||_2 of each sample, (B,), divided by the square root of the number of entries.
+def rms_distance(x: Tensor, target: Tensor) -> Tensor:
+    """Compute || x - target ||_2 of each sample, (B,), over the root of its number of entries.
 
-    The paper leaves open how the norm is reduced; so reduced it does not depend on a layer's size, and layers of any
-    scale pull with the same force.
+    The paper does not say how the norm is reduced. This reduction does not depend on a layer's
+    size, so layers of all resolutions have the same influence.
     """
-    square = (own - target).square().flatten(1).mean(1)
-    return (square + 1e-12).sqrt()  # a root has no gradient at exactly zero
+    square = (x - target).square().flatten(1).mean(1)
+    return (square + 1e-12).sqrt()  # the root has no gradient at exactly zero
 
 
-def _over_layers(
-    own: Sequence[AttentionQK], target: Sequence[AttentionQK], what: Callable[[AttentionQK], Tensor]
+def _mean_over_layers(
+    attention: Sequence[AttentionQK],
+    target: Sequence[AttentionQK],
+    feature: Callable[[AttentionQK], Tensor],
 ) -> Tensor:
-    if not own or len(own) != len(target):
+    if not attention or len(attention) != len(target):
         raise OptionError(
-            f"{len(own)} layers with identity are compared with {len(target)} without"
+            f"cannot align {len(attention)} layers with identity to {len(target)} layers without: "
+            "capture the same layers in both."
         )
-    with torch.autocast(own[0].query.device.type, enabled=False):
-        pairs = zip(own, target, strict=True)
-        return torch.stack([distance(what(a), what(b).detach()).mean() for a, b in pairs]).mean()
+    distances = []
+    with torch.autocast(attention[0].query.device.type, enabled=False):
+        for layer, target_layer in zip(attention, target, strict=True):
+            distance = rms_distance(feature(layer), feature(target_layer).detach())
+            distances.append(distance.mean())
+        return torch.stack(distances).mean()

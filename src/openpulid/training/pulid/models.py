@@ -1,7 +1,7 @@
-"""A base model as training sees it: it can read prompts, predict, and decode.
+"""Base models as training uses them: encode prompts, predict, decode.
 
-Whatever else differs between SDXL, FLUX and their small siblings stays behind `Base`. Shapes: B batch, c x h x w latents,
-T tokens of width D.
+Everything that differs between SDXL, FLUX and their small variants is behind `BaseModel`.
+Shapes: B batch, c x h x w latents, L image positions, T tokens of width D, H x W images.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from openpulid.methods.pulid.sdxl_attention import cross_attentions
 
 @dataclass(frozen=True)
 class TextConditioning:
-    """What an SDXL-family base is told: token embeddings (B, T, D), pooled (B, P), size conditioning (B, 6)
-    or None."""
+    """Conditioning of an SDXL-family base.
+
+    Attributes:
+        embeds: (B, T, D) token embeddings.
+        pooled: (B, P) pooled embedding.
+        time_ids: (B, 6) size conditioning, or None.
+    """
 
     embeds: Tensor
     pooled: Tensor
@@ -30,46 +35,61 @@ class TextConditioning:
 
 @dataclass(frozen=True)
 class AttentionQK:
-    """What one cross-attention layer asked and was offered: image queries (B, h, L, d), text keys (B, h, T, d)."""
+    """Queries and keys of one cross-attention layer.
+
+    Attributes:
+        query: (B, heads, L, d) of the image positions.
+        key: (B, heads, T, d) of the text tokens.
+    """
 
     query: Tensor
     key: Tensor
 
 
 class BaseModel(Protocol):
-    """A frozen text-to-image model as training sees it."""
+    """A frozen text-to-image model as training uses it."""
 
     schedule: NoiseSchedule
-    pipe: Any  # what an adapter is attached to
+    pipe: Any  # an adapter is attached to it
 
     @property
     def device(self) -> torch.device:
-        """Where latents are expected."""
+        """The device of latents."""
 
-    def shape(self, pixels: int | None = None) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of a square picture; by default of the base's own size."""
+    def latent_shape(self, pixels: int | None = None) -> tuple[int, int, int]:
+        """Return (c, h, w) of a square image's latents; by default of the base's own size."""
 
     def encode_text(
         self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
     ) -> Any:
-        """B prompts -> whatever `predict` takes; without gradient. Guided: 2 B, first those of no words."""
+        """Encode B prompts for `predict`, without gradient.
+
+        Args:
+            prompts: B strings.
+            pixels: width of the images; by default the base's own.
+            guided: return 2 B rows, first those of the empty prompt.
+        """
 
     def predict(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor:
-        """(B, c, h, w) at times t (B,) -> the network's output (B, c, h, w) in float32, with gradient."""
+        """Run the network on (B, c, h, w) at timesteps (B,); returns float32, with gradient."""
 
-    def watch(self) -> AbstractContextManager[list[AttentionQK]]:
-        """While open, every `predict` appends what its cross-attention layers see, with gradient."""
+    def capture_attention(self) -> AbstractContextManager[list[AttentionQK]]:
+        """Collect queries and keys of every cross-attention layer in `predict`, with gradient."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, c, h, w) -> pictures (B, 3, H, W), about 0..1 and not clamped, with gradient."""
+        """Decode (B, c, h, w) to images (B, 3, H, W), about 0..1 and not clamped, with gradient."""
 
 
 class SDXLModel:
-    """Any pipeline of diffusers' `StableDiffusionXLPipeline` family, of any size. Freezes its networks,
-    changes nothing else."""
+    """A `BaseModel` of diffusers' `StableDiffusionXLPipeline` family, of any size.
+
+    Freezes the pipeline's networks and changes nothing else.
+    """
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe, self.unet, self.vae = pipe, pipe.unet, pipe.vae
+        self.pipe = pipe
+        self.unet = pipe.unet
+        self.vae = pipe.vae
         for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
@@ -78,9 +98,16 @@ class SDXLModel:
 
     @property
     def device(self) -> torch.device:
+        """The device of the U-Net."""
         return self.unet.device
 
-    def shape(self, pixels: int | None = None) -> tuple[int, int, int]:
+    @property
+    def pixels(self) -> int:
+        """Width of the base's own images."""
+        return self.unet.config.sample_size * self.pipe.vae_scale_factor
+
+    def latent_shape(self, pixels: int | None = None) -> tuple[int, int, int]:
+        """Return (c, h, w) of a square image's latents; by default of the base's own size."""
         side = pixels // self.pipe.vae_scale_factor if pixels else self.unet.config.sample_size
         return self.unet.config.in_channels, side, side
 
@@ -88,22 +115,24 @@ class SDXLModel:
     def encode_text(
         self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
     ) -> TextConditioning:
-        """`pixels` is what SDXL is told of the picture's size; by default its own."""
-        embeds, nothing, pooled, none_pooled = self.pipe.encode_prompt(
+        """Encode B prompts, without gradient; `pixels` is SDXL's size conditioning."""
+        embeds, empty_embeds, pooled, empty_pooled = self.pipe.encode_prompt(
             prompt=list(prompts),
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
         )
         if guided:
-            embeds, pooled = torch.cat([nothing, embeds]), torch.cat([none_pooled, pooled])
-        side = pixels or self.unet.config.sample_size * self.pipe.vae_scale_factor
+            embeds = torch.cat([empty_embeds, embeds])
+            pooled = torch.cat([empty_pooled, pooled])
+        side = pixels or self.pixels
         time_ids = torch.tensor(
             [[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=self.device
         )
         return TextConditioning(embeds, pooled, time_ids.expand(len(embeds), -1))
 
     def predict(self, x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
+        """Run the U-Net on (B, c, h, w) at timesteps (B,); returns float32, with gradient."""
         dtype = self.unet.dtype
         added = {"text_embeds": text.pooled.to(dtype), "time_ids": text.time_ids}
         output = self.unet(
@@ -116,49 +145,56 @@ class SDXLModel:
         return output[0].float()
 
     @contextmanager
-    def watch(self) -> Iterator[list[AttentionQK]]:
-        seen: list[AttentionQK] = []
-        asked: dict[str, Tensor] = {}
+    def capture_attention(self) -> Iterator[list[AttentionQK]]:
+        """Collect queries and keys of every cross-attention layer while open, in call order."""
+        attention: list[AttentionQK] = []
+        queries: dict[str, Tensor] = {}
 
-        def query(place: str) -> Any:
-            return lambda layer, args, output: asked.__setitem__(place, output)
+        def store_query(name: str) -> Any:
+            return lambda layer, args, output: queries.__setitem__(name, output)
 
-        def key(place: str, heads: int) -> Any:
-            def note(layer: Any, args: Any, output: Tensor) -> None:
-                both = (
-                    x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (asked.pop(place), output)
-                )
-                seen.append(AttentionQK(*both))
+        def store_pair(name: str, heads: int) -> Any:
+            def hook(layer: Any, args: Any, key: Tensor) -> None:
+                query = queries.pop(name).unflatten(-1, (heads, -1)).transpose(1, 2)
+                key = key.unflatten(-1, (heads, -1)).transpose(1, 2)
+                attention.append(AttentionQK(query, key))
 
-            return note
+            return hook
 
-        with ExitStack() as undo:
-            for place, layer in cross_attentions(self.unet).items():
-                undo.callback(layer.to_q.register_forward_hook(query(place)).remove)
-                undo.callback(layer.to_k.register_forward_hook(key(place, layer.heads)).remove)
-            yield seen
+        with ExitStack() as stack:
+            for name, layer in cross_attentions(self.unet).items():
+                query_hook = layer.to_q.register_forward_hook(store_query(name))
+                key_hook = layer.to_k.register_forward_hook(store_pair(name, layer.heads))
+                stack.callback(query_hook.remove)
+                stack.callback(key_hook.remove)
+            yield attention
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] -> latents (B, c, h, w) in float32."""
-        config, parameter = self.vae.config, next(self.vae.parameters())
-        latents = self.vae.encode((2 * pictures - 1).to(parameter)).latent_dist.mode().float()
-        if getattr(config, "latents_mean", None) is not None:
-            mean, std = (
-                torch.tensor(v).view(1, -1, 1, 1).to(latents)
-                for v in (config.latents_mean, config.latents_std)
-            )
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [0, 1] to latents (B, c, h, w) in float32."""
+        parameter = next(self.vae.parameters())
+        latents = self.vae.encode((2 * images - 1).to(parameter)).latent_dist.mode().float()
+        statistics = self._latent_statistics(latents)
+        if statistics is not None:
+            mean, std = statistics
             latents = (latents - mean) / std
-        return latents * config.scaling_factor
+        return latents * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        latents = latents / config.scaling_factor
-        if getattr(config, "latents_mean", None) is not None:
-            mean, std = (
-                torch.tensor(v).view(1, -1, 1, 1).to(latents)
-                for v in (config.latents_mean, config.latents_std)
-            )
+        """Decode (B, c, h, w) to images (B, 3, H, W), about 0..1 and not clamped, with gradient."""
+        latents = latents / self.vae.config.scaling_factor
+        statistics = self._latent_statistics(latents)
+        if statistics is not None:
+            mean, std = statistics
             latents = latents * std + mean
-        picture = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return picture.float() / 2 + 0.5
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return images.float() / 2 + 0.5
+
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and standard deviation of each channel, (1, c, 1, 1), if the VAE has them."""
+        config = self.vae.config
+        if getattr(config, "latents_mean", None) is None:
+            return None
+        mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1).to(latents)
+        std = torch.tensor(config.latents_std).view(1, -1, 1, 1).to(latents)
+        return mean, std

@@ -1,4 +1,4 @@
-"""What is trained, by name: one flat dataclass, and a plain function per variant."""
+"""Training recipes by name: one flat dataclass, and one function per variant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from openpulid.methods.pulid.projection import Projection
 from openpulid.training.config import OptimizerKind, TrainerConfig
 
 IDLossKind = Literal["none", "naive", "accurate"]
-"""Naive: on x_0 in one step from x_t. Accurate: on what the lightning branch ends with."""
+"""Naive: on x_0 predicted in one step from x_t. Accurate: on the images of the lightning branch."""
 
 ID_PROMPT = "portrait, color, cinematic"
 ALIGN_PROMPTS = (
@@ -19,70 +19,75 @@ ALIGN_PROMPTS = (
     "portrait, anime artwork",
     "portrait, comic art, graphic novel art",
     "portrait, digital artwork, illustrative, painterly, matte painting",
-    "portrait, magnificent, celestial, ethereal, painterly, epic, majestic, magical, fantasy art, cover art, dreamy",
-    "portrait, vibrant, professional, sleek, modern, minimalist, graphic, line art, vector graphics",
-    "portrait, cyberpunk, vaporwave, neon, vibes, vibrant, stunningly beautiful, crisp, detailed, sleek, ultramodern, "
-    "magenta highlights, dark purple shadows, high contrast, cinematic, ultra detailed, intricate, professional",
+    "portrait, magnificent, celestial, ethereal, painterly, epic, majestic, magical, fantasy art, "
+    "cover art, dreamy",
+    "portrait, vibrant, professional, sleek, modern, minimalist, graphic, line art, "
+    "vector graphics",
+    "portrait, cyberpunk, vaporwave, neon, vibes, vibrant, stunningly beautiful, crisp, detailed, "
+    "sleek, ultramodern, magenta highlights, dark purple shadows, high contrast, cinematic, "
+    "ultra detailed, intricate, professional",
     "portrait, energetic brushwork, bold colors, abstract forms, expressive, emotional",
-    "portrait, film noir style, monochrome, high contrast, dramatic shadows, 1940s style, mysterious, cinematic",
+    "portrait, film noir style, monochrome, high contrast, dramatic shadows, 1940s style, "
+    "mysterious, cinematic",
     "portrait, papercut, mixed media, textured paper, overlapping, asymmetrical, abstract, vibrant",
     "portrait, paper mache representation, 3D, sculptural, textured, handmade, vibrant, fun",
-    "portrait, vaporwave style, retro aesthetic, cyberpunk, vibrant, neon colors, vintage 80s and 90s style, highly detailed",
+    "portrait, vaporwave style, retro aesthetic, cyberpunk, vibrant, neon colors, "
+    "vintage 80s and 90s style, highly detailed",
     "portrait, watercolor painting, vibrant, beautiful, painterly, detailed, textural, artistic",
     "portrait, impressionist painting, loose brushwork, vibrant color, light and shadow play",
-    "portrait, expressionist, raw, emotional, dynamic, distortion for emotional effect, vibrant, use of unusual colors, "
-    "detailed",
+    "portrait, expressionist, raw, emotional, dynamic, distortion for emotional effect, vibrant, "
+    "use of unusual colors, detailed",
 )
-"""The prompts of the ID loss and of the alignment (PuLID, appendix)."""
+"""Prompts of the ID loss and of the alignment losses (PuLID, appendix)."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Figures of one training. What the paper (arXiv 2404.16022) does not disclose is a choice, and marked
-    so."""
+    """Settings of one training.
+
+    "Choice" marks what the paper (PuLID, arXiv 2404.16022) does not disclose.
+    """
 
     name: str
     base: str  # "mini" or "sdxl"
 
     # the adapter
-    encoder: str = "IDEncoder"  # v1; "IDFormer" is v1.1
+    encoder: str = "IDEncoder"  # of v1; "IDFormer" is that of v1.1
     encoder_width: int = 1024  # hidden width of the encoder's MLPs; published 1024
-    projection: Projection = "none"  # while training: choice; at inference ortho_v2
-    num_zero: int = 0  # zero tokens while training: choice
+    projection: Projection = "none"  # in training: choice; at inference ortho_v2
+    num_zero: int = 0  # zero tokens in training: choice
 
     # the diffusion branch
-    paired: bool = False  # features of another picture of the same person (the miniature's data alone has one): choice
-    drop_identity: float = 0.1  # features zeroed, so that guidance has a "nobody": choice
-    gamma: float | None = None  # min-SNR-gamma: choice
-    inside: float = 1.0  # weight of the face over the rest: choice
-    features: float = 1.0  # times what the face has above 1, around the landmarks: with inside 3, 4 makes 9 of 3: choice
-    late: float = 0.0  # density of the drawn times is t to this power; 0 is even: choice
+    paired: bool = False  # features of another image of the same person; miniature only: choice
+    drop_identity: float = (
+        0.1  # probability of zero features, for the unconditional identity: choice
+    )
+    min_snr_gamma: float | None = None  # choice
+    face_loss_weight: float = 1.0  # of the face; the rest of the image weighs 1: choice
+    landmark_loss_weight: float = 1.0  # factor on a face weight above 1, around landmarks: choice
+    timestep_bias: float = 0.0  # timesteps are drawn with density t ** bias; 0 is uniform: choice
 
     # the lightning branch (stages 2 and 3)
-    begin: str | None = None  # the recipe whose adapter this one starts from
+    init_from: str | None = None  # the recipe whose adapter this one continues
     id_loss: IDLossKind = "none"
     id_weight: float = 1.0
-    semantic: float = 0.0  # weight of L_sem, lambda_align-sem
-    layout: float = 0.0  # weight of L_layout
-    id_prompt: str | None = ID_PROMPT  # None: each picture's own sentence
-    align_prompts: tuple[str, ...] = ALIGN_PROMPTS  # none: each picture's own sentence
-    fast_batch: int = 0  # pictures of each pair, over all processes
-    fast_steps: int = 4
-    last: int = 1  # of them, those that carry gradient
-    walk_base: bool = (
-        False  # the lightning branch walks on the base too, by turns with the fast ones: choice
-    )
-    guidance: float = 1.0
-    sampler: str = "euler"  # the paper names none for training: choice
-    checkpoint: bool = False  # activations are computed again in the backward pass: of the walk, at full size of the U-Net too
-    align_one_step: bool = False  # queries of one random step instead of all that carry gradient
-    pixels: int | None = None  # width of the lightning branch's pictures; None is the base's own
+    semantic_weight: float = 0.0  # of L_sem, lambda_align-sem
+    layout_weight: float = 0.0  # of L_layout, lambda_align-layout
+    id_prompt: str | None = ID_PROMPT  # None: the caption of each image
+    align_prompts: tuple[str, ...] = ALIGN_PROMPTS  # empty: the caption of each image
+    few_step_batch: int = 0  # images of the ID loss and of the alignment, over all processes
+    rollout_steps: int = 4
+    grad_steps: int = 1  # final steps of the rollout that carry gradients
+    rollout_on_base: bool = False  # also on the base, alternating with the few-step models: choice
+    guidance_scale: float = 1.0
+    sampler: str = "euler"  # choice
+    gradient_checkpointing: bool = False  # in the rollout, and in the U-Net at full size
+    align_one_step: bool = False  # align one random step instead of all that carry gradients
+    pixels: int | None = None  # width of the rollout's images; None is the base's own width
 
     # the optimizer: all choices
     batch: int = 32  # over all processes
-    accumulate: int = (
-        1  # parts in which each process makes its share of a step, one after the other
-    )
+    accumulate: int = 1  # micro-batches per step and process
     steps: int = 100_000
     optimizer: OptimizerKind = "adamw"
     lr: float = 1e-4
@@ -94,8 +99,13 @@ class Recipe:
     bf16: bool = True
     validate_every: int = 1000
 
-    def schedule(self) -> TrainerConfig:
-        """The loop's part of the recipe."""
+    @property
+    def has_alignment(self) -> bool:
+        """Whether the recipe has an alignment loss."""
+        return self.semantic_weight > 0 or self.layout_weight > 0
+
+    def trainer_config(self) -> TrainerConfig:
+        """Return the trainer's part of the recipe."""
         return TrainerConfig(
             steps=self.steps,
             lr=self.lr,
@@ -113,24 +123,27 @@ class Recipe:
 
 
 def mini_stage1() -> Recipe:
-    """The paper's stage 1, L_diff alone, on the miniature.
+    """Return the paper's stage 1 (L_diff alone) for the miniature.
 
-    The rate is higher and the batch larger than at full size because the adapter is three orders smaller, and the optimizer
-    is the one that its base was trained with: under AdamW the keys grew until every position asked one token. A face is
-    a third of the picture and the only part that says who it is, hence its weight. No min-SNR: with the v-prediction
-    it would forget high noise, where the shape of a face is decided; and times of high noise are drawn more often.
-
-    Features are of another picture of the person. Those of the picture itself tell its light, pose and expression too, which
-    move more of the picture than who it is: an adapter of 137,000 pictures had learned nothing else (benchmarks/mini-build.md).
+    - Learning rate and batch are higher than at full size, because the adapter is three orders of
+      magnitude smaller. The optimizer is the one of its base: under AdamW the keys grew until every
+      position attended to a single token.
+    - The face gets more weight, because it covers a third of the image and carries all identity.
+    - No min-SNR: with v-prediction it would neglect high noise, where the shape of a face is
+      decided. Timesteps of high noise are drawn more often instead.
+    - Features come from another image of the same person. Features of the training image itself
+      also describe its light, pose and expression, which change more of the image than the identity
+      does. An adapter trained that way on 137,000 images had learned nothing else
+      (benchmarks/mini-build.md).
     """
     return Recipe(
         "mini_stage1",
         base="mini",
         encoder_width=96,
-        inside=3.0,
-        features=4.0,
+        face_loss_weight=3.0,
+        landmark_loss_weight=4.0,
         paired=True,
-        late=1.0,
+        timestep_bias=1.0,
         batch=48,
         steps=12_000,
         optimizer="muon",
@@ -143,49 +156,60 @@ def mini_stage1() -> Recipe:
 
 
 def mini_naive() -> Recipe:
-    """The ablation: the ID loss on x_0 predicted in one step from x_t, on top of L_diff."""
-    return replace(_mini_continued("mini_naive", begin="mini_stage1"), id_loss="naive")
+    """Return the ablation: L_diff and the ID loss on x_0 predicted in one step from x_t."""
+    return replace(_continue_mini("mini_naive", init_from="mini_stage1"), id_loss="naive")
 
 
 def mini_stage2() -> Recipe:
-    """The most identity: L_diff and the ID loss at the end of the lightning branch."""
-    return replace(_mini_continued("mini_stage2", begin="mini_stage1"), id_loss="accurate")
+    """Return stage 2: L_diff and the ID loss on images of the lightning branch."""
+    return replace(_continue_mini("mini_stage2", init_from="mini_stage1"), id_loss="accurate")
 
 
 def mini_stage3() -> Recipe:
-    """PuLID: stage 2 and the alignment of the lightning branch with itself without an identity.
+    """Return stage 3: stage 2 with alignment to the lightning branch without an identity.
 
-    Three times the paper's weights, at its ratio: how it reduces its norms it does not say, and at the weights themselves
-    stage 3 kept no more of the picture than stage 2 at a scale of the same likeness (benchmarks/mini-ablation.md). Every
-    other walk is on the base: a stage 3 that only walked on the student kept three fifths of stage 2's likeness on the base at
-    the same four times.
+    The weights are three times the paper's, at its ratio. The paper does not say how it reduces its
+    norms, and with its own weights stage 3 preserved no more of the image than stage 2 at a scale
+    of the same identity similarity (benchmarks/mini-ablation.md). Every second rollout is on the
+    base: a stage 3 with rollouts on the student alone kept three fifths of stage 2's similarity on
+    the base at the same four timesteps.
     """
-    begun = _mini_continued("mini_stage3", begin="mini_stage2")
-    return replace(begun, id_loss="accurate", semantic=1.8, layout=0.3, walk_base=True)
+    recipe = _continue_mini("mini_stage3", init_from="mini_stage2")
+    return replace(
+        recipe,
+        id_loss="accurate",
+        semantic_weight=1.8,
+        layout_weight=0.3,
+        rollout_on_base=True,
+    )
 
 
-def _mini_continued(name: str, begin: str) -> Recipe:
-    """Gradients go through the last three of four steps: a face's features are decided between t = 700 and 400, and the second
-    step begins at 749 (benchmarks/mini-build.md).
+def _continue_mini(name: str, init_from: str) -> Recipe:
+    """Return the common settings of the miniature's later stages.
 
-    Prompts are the pictures' own sentences. An adapter that was asked for faces under one prompt alone had a likeness of .61
-    there and of .28 under others: seventy layers may carry over from one sentence to the next, ten do not
-    (benchmarks/mini-ablation.md). The diffusion branch, a third of a step's time, only has to keep what stage 1 taught: half
-    of its pictures. Their times are drawn evenly, as in the paper: the ID loss is cheapest to please in the last step, at
-    t = 250, with patterns that no later layer asks about, and with stage 1's late times L_diff saw one picture there.
+    - Gradients flow through the last three of four steps. The features of a face are decided
+      between t = 700 and 400, and the second step begins at 749 (benchmarks/mini-build.md).
+    - The prompts are the captions of the images. An adapter trained with a single face prompt
+      reached a similarity of .61 with it and .28 with other prompts: seventy layers may generalize
+      from one prompt to the next, ten do not (benchmarks/mini-ablation.md).
+    - The diffusion branch takes a third of a step's time and only preserves what stage 1 learned,
+      so half of its images suffice.
+    - Timesteps are uniform, as in the paper. The ID loss is easiest to satisfy in the last step, at
+      t = 250, with patterns that no later layer corrects, and the bias of stage 1 leaves L_diff a
+      single image there.
     """
     return replace(
         mini_stage1(),
         name=name,
-        begin=begin,
-        late=0.0,
+        init_from=init_from,
+        timestep_bias=0.0,
         batch=24,
         lr=1e-3,
         steps=6_000,
         id_prompt=None,
         align_prompts=(),
-        fast_batch=16,
-        last=3,
+        few_step_batch=16,
+        grad_steps=3,
         warmup=30,
         decay=0.5,
         validate_every=200,
@@ -193,57 +217,89 @@ def _mini_continued(name: str, begin: str) -> Recipe:
 
 
 def sdxl_stage1() -> Recipe:
-    """The paper's stage 1 at full size.
+    """Return the paper's stage 1 at full size.
 
-    1.5 million pictures and 8 A100 are disclosed; rate, batch and steps are those of IP-Adapter-FaceID on SDXL, the nearest
-    system whose figures are public.
+    The paper discloses 1.5 million images and 8 A100. Learning rate, batch and steps are those of
+    IP-Adapter-FaceID on SDXL, the nearest system with public settings.
     """
     return Recipe(
-        "sdxl_stage1", base="sdxl", batch=64, steps=100_000, lr=1e-4, warmup=1000, checkpoint=True
+        "sdxl_stage1",
+        base="sdxl",
+        batch=64,
+        steps=100_000,
+        lr=1e-4,
+        warmup=1000,
+        gradient_checkpointing=True,
     )
 
 
 def sdxl_stage2() -> Recipe:
-    """The paper's stage 2: 768 pixels, four steps, less than 30,000 iterations. Gradients go through all four, the dearest of
-    its published forms (3.3 seconds for the last step's 2.6): that one begins at t = 249, and who is seen is decided before
-    (`_mini_continued`)."""
+    """Return the paper's stage 2: 768 pixels, four steps, fewer than 30,000 iterations.
+
+    Gradients flow through all four steps, the most expensive of the published variants (3.3
+    seconds, against 2.6 for the last step alone). The last step begins at t = 249, and the identity
+    is decided earlier (`_continue_mini`).
+    """
     return replace(
         sdxl_stage1(),
         name="sdxl_stage2",
-        begin="sdxl_stage1",
+        init_from="sdxl_stage1",
         batch=32,
         steps=30_000,
         lr=1e-5,
         id_loss="accurate",
-        fast_batch=8,
-        last=4,
+        few_step_batch=8,
+        grad_steps=4,
         pixels=768,
     )
 
 
 def sdxl_stage3() -> Recipe:
-    """The paper's stage 3: weights 1.0 for L_id, 0.6 for L_sem, 0.1 for L_layout, over all layers and all four steps."""
-    return replace(sdxl_stage2(), name="sdxl_stage3", begin="sdxl_stage2", semantic=0.6, layout=0.1)
+    """Return the paper's stage 3: weights 1.0, 0.6 and 0.1 of L_id, L_sem and L_layout.
+
+    The alignment covers all layers and all four steps.
+    """
+    return replace(
+        sdxl_stage2(),
+        name="sdxl_stage3",
+        init_from="sdxl_stage2",
+        semantic_weight=0.6,
+        layout_weight=0.1,
+    )
 
 
-def v11(recipe: Recipe) -> Recipe:
-    """The same with the encoder of v1.1, `IDFormer`."""
-    begin = recipe.begin and f"{recipe.begin}_v11"
-    return replace(recipe, name=f"{recipe.name}_v11", begin=begin, encoder="IDFormer")
+def with_v11_encoder(recipe: Recipe) -> Recipe:
+    """Return the recipe with the encoder of v1.1, `IDFormer`."""
+    init_from = recipe.init_from and f"{recipe.init_from}_v11"
+    return replace(recipe, name=f"{recipe.name}_v11", init_from=init_from, encoder="IDFormer")
 
 
-_NAMED = (mini_stage1, mini_naive, mini_stage2, mini_stage3, sdxl_stage1, sdxl_stage2, sdxl_stage3)
+def _make_v11(variant: Callable[[], Recipe]) -> Callable[[], Recipe]:
+    return lambda: with_v11_encoder(variant())
+
+
+_VARIANTS = (
+    mini_stage1,
+    mini_naive,
+    mini_stage2,
+    mini_stage3,
+    sdxl_stage1,
+    sdxl_stage2,
+    sdxl_stage3,
+)
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    **{f.__name__: f for f in _NAMED},
-    **{f"{f.__name__}_v11": lambda f=f: v11(f()) for f in _NAMED},  # type: ignore[misc]
+    **{variant.__name__: variant for variant in _VARIANTS},
+    **{f"{variant.__name__}_v11": _make_v11(variant) for variant in _VARIANTS},
 }
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe called `name`. Raises OptionError that lists what there is."""
+    """Return the recipe called `name`.
+
+    Raises:
+        OptionError: there is no such recipe; the message lists all.
+    """
     if name not in RECIPES:
-        raise OptionError(
-            f"there is no recipe {name!r}; the known ones are {', '.join(sorted(RECIPES))}"
-        )
+        raise OptionError(f"unknown recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}.")
     return RECIPES[name]()

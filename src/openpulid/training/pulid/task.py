@@ -1,12 +1,13 @@
-"""PuLID's training as a `Task` of the loop: an adapter, the bases it is attached to, and a source of batches."""
+"""PuLID's training task: an adapter, the base models it is attached to, and a source of batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -18,6 +19,14 @@ from openpulid.errors import OptionError
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.distributed import DistributedContext
+from openpulid.training.pulid.batch import (
+    Batch,
+    BatchSource,
+    drop_identity,
+    evenly_spaced,
+    loss_weight_map,
+    swap_identities,
+)
 from openpulid.training.pulid.branches import (
     DiffusionStep,
     RolloutConfig,
@@ -35,97 +44,32 @@ from openpulid.training.pulid.losses import (
 from openpulid.training.pulid.models import AttentionQK, BaseModel
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.rng import StepRNG, microbatch_rngs
-from openpulid.training.trainer import Losses
+from openpulid.training.trainer import Backward
 
 HELD_OUT_BATCHES = 4
 
 
-class Batch(NamedTuple):
-    """B pictures and who is in them. Features are of the face cropped from the picture itself (PuLID, section
-    3.2)."""
-
-    latents: Tensor  # (B, c, h, w) as the base wants them
-    masks: Tensor | None  # (B, 1, h, w), 1 inside the face
-    prompts: Sequence[str]
-    id_cond: Tensor  # (B, C)
-    hidden: Sequence[Tensor]  # five times (B, 1 + N, D)
-    pictures: Tensor | None = None  # (B, 3, H, W) in [0, 1], of whom an ID loss wants to see
-    landmarks: Tensor | None = (
-        None  # (B, 5, 2) from 0 to 1 across the picture, for methods that are shown them
-    )
-
-    def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {
-            name: x.to(device) for name, x in self._asdict().items() if isinstance(x, Tensor)
-        }
-        return self._replace(**moved, hidden=[level.to(device) for level in self.hidden])
-
-    def some(self, count: int) -> Batch:
-        """`count` of them at equal distances: those that the parts of several processes would give together."""
-        rows = evenly_spaced(len(self.latents), count)
-        kept: dict[str, Any] = {
-            name: x[rows] for name, x in self._asdict().items() if isinstance(x, Tensor)
-        }
-        return self._replace(
-            **kept,
-            prompts=[self.prompts[k] for k in rows],
-            hidden=[level[rows] for level in self.hidden],
-        )
-
-
-def loss_weight_map(batch: Batch, features: float) -> Tensor | None:
-    """The masks (B, 1, h, w) with up to `features` times the weight around eyes, nose and corners of the mouth.
-
-    A face's skin and outline are most of its area and nearly all of its loss; who it is, is in a few positions of the latents.
-    """
-    if batch.masks is None or batch.landmarks is None or features == 1.0:
-        return batch.masks
-    height, width = batch.masks.shape[-2:]
-    places = batch.landmarks.float()
-    ys = (torch.arange(height, device=places.device) + 0.5) / height
-    xs = (torch.arange(width, device=places.device) + 0.5) / width
-    apart = (
-        (places[:, 0] - places[:, 1]).norm(dim=-1).clamp(min=0.05)
-    )  # the eyes: from the side they seem closer
-    away = (xs[None, None, None] - places[..., 0, None, None]).square() + (
-        ys[:, None] - places[..., 1, None, None]
-    ).square()
-    near = torch.exp(-away / (2 * (0.35 * apart[:, None, None, None]).square())).amax(
-        1, keepdim=True
-    )
-    return batch.masks * (1.0 + (features - 1.0) * near.to(batch.masks))
-
-
-def evenly_spaced(length: int, count: int) -> list[int]:
-    """`count` rows of `length` at equal distances from the first on, or all; the same rows whether found in the whole or in
-    each of its equal parts."""
-    count = min(count, length)
-    return [k * length // count for k in range(count)]
-
-
-class Source(Protocol):
-    """Where batches come from. The batch size is the source's; everything random is drawn from `draw`."""
-
-    def batch(self, draw: StepRNG) -> Batch:
-        """The rank's part of the global batch."""
-
-
 class PuLIDTask:
-    """The adapter alone trains (PuLID, section 3): on L_diff, and in the later stages on what the lightning branch shows.
+    """Trains the adapter alone (PuLID, section 3): L_diff, and the losses of the lightning branch.
+
+    A `trainer.MultiPassTask`: each loss has its own backward pass, inside the block in which the
+    adapter uses the identities.
 
     Args:
-        recipe: what to do; its weights and rates.
-        base: frozen; of the diffusion branch.
-        adapter: in float32, on the base's device; it is attached to every base here.
+        recipe: losses, weights and rates.
+        base: frozen model of the diffusion branch.
+        adapter: in float32, on the base's device; it is attached to every model.
         data: batches to train on.
-        held_out: batches of people who are not trained on; without it nothing is validated.
-        picture: makes the contact sheet of a validation.
-        fast: frozen bases of the lightning branch, taken by turns (and by the ranks of a run), with `base` last where the
-            recipe says so: an adapter that learned on several serves others too.
-        faces: sees faces for the ID loss, with a recogniser other than the encoder's.
+        held_out: batches of people who are not in the training data; None validates nothing.
+        make_sheet: draws the sample sheet of a validation.
+        few_step_models: frozen models of the lightning branch. Steps and ranks take them in
+            round-robin order, so that the adapter works on all of them. `base` is the last of them
+            if the recipe sets `rollout_on_base`.
+        face_embedder: embeds faces for the ID loss, with another recognition model than the
+            encoder's.
 
     Raises:
-        OptionError: the recipe asks for a lightning branch or an ID loss and what they need is not given.
+        OptionError: the recipe needs a lightning branch or an ID loss and its parts are missing.
     """
 
     def __init__(
@@ -133,233 +77,309 @@ class PuLIDTask:
         recipe: Recipe,
         base: BaseModel,
         adapter: PuLID,
-        data: Source,
-        held_out: Source | None = None,
-        picture: Callable[[], Image.Image] | None = None,
-        fast: Sequence[BaseModel] = (),
-        faces: FaceEmbedder | None = None,
+        data: BatchSource,
+        *,
+        held_out: BatchSource | None = None,
+        make_sheet: Callable[[], Image.Image] | None = None,
+        few_step_models: Sequence[BaseModel] = (),
+        face_embedder: FaceEmbedder | None = None,
     ) -> None:
-        self.recipe, self.base, self.adapter = recipe, base, adapter
-        self.data, self.held_out, self.picture = data, held_out, picture
-        self.fast, self.faces = [*fast, base] if fast and recipe.walk_base else list(fast), faces
-        aligned = recipe.semantic > 0 or recipe.layout > 0
-        if (recipe.id_loss == "accurate" or aligned) and not (fast and recipe.fast_batch):
+        needs_rollout = recipe.id_loss == "accurate" or recipe.has_alignment
+        if needs_rollout and not (few_step_models and recipe.few_step_batch):
             raise OptionError(
-                f"{recipe.name} needs a lightning branch: give fast=[base, ...] and a fast_batch"
+                f"{recipe.name} needs a lightning branch: pass few_step_models and set "
+                "few_step_batch."
             )
-        if recipe.id_loss != "none" and not (faces and recipe.fast_batch):
+        if recipe.id_loss != "none" and not (face_embedder and recipe.few_step_batch):
             raise OptionError(
-                f"{recipe.name} has an ID loss: give faces=FaceEmbedder(...) and a fast_batch"
+                f"{recipe.name} has an ID loss: pass face_embedder and set few_step_batch."
             )
-        self.aligned = aligned
-        self.walk = RolloutConfig(
-            recipe.fast_steps,
-            recipe.last,
-            recipe.guidance,
+        self.recipe = recipe
+        self.base = base
+        self.adapter = adapter
+        self.data = data
+        self.held_out = held_out
+        self.make_sheet = make_sheet
+        self.few_step_models = list(few_step_models)
+        if few_step_models and recipe.rollout_on_base:
+            self.few_step_models.append(base)
+        self.face_embedder = face_embedder
+        self.rollout = RolloutConfig(
+            recipe.rollout_steps,
+            recipe.grad_steps,
+            recipe.guidance_scale,
             SAMPLERS[recipe.sampler],
-            checkpoint=recipe.checkpoint,
+            gradient_checkpointing=recipe.gradient_checkpointing,
         )
-        self.diffusion = DiffusionLoss(base.schedule, recipe.gamma, recipe.inside)
-        self.likeness, self.semantic, self.layout = IDLoss(), SemanticAlignment(), LayoutAlignment()
-        for pipe in {id(one.pipe): one.pipe for one in (base, *self.fast)}.values():
+        self.diffusion_loss = DiffusionLoss(
+            base.schedule, recipe.min_snr_gamma, recipe.face_loss_weight
+        )
+        self.id_loss = IDLoss()
+        self.semantic_loss = SemanticAlignment()
+        self.layout_loss = LayoutAlignment()
+        for pipe in {id(m.pipe): m.pipe for m in (base, *self.few_step_models)}.values():
             adapter.attach(pipe)
 
+    def with_rollout(self, rollout: RolloutConfig) -> PuLIDTask:
+        """Return the same task, sharing adapter and models, with another rollout."""
+        task = copy.copy(self)
+        task.rollout = rollout
+        return task
+
     def modules(self) -> Mapping[str, nn.Module]:
+        """Return the adapter, the only module that trains."""
         return {"adapter": self.adapter}
 
-    def losses(self, draw: StepRNG) -> Iterator[Losses]:
-        """{"diffusion"}, then {"id"}, then {"semantic", "layout"}, as far as the recipe has them; the figure `faces` is
-        the share of pictures that count in the ID loss."""
-        batch = self.data.batch(draw).to(self.base.device)
-        draw.note("latents", batch.latents)
-        draw.note("id_cond", batch.id_cond)
-        kept = draw.rand(batch.latents.shape[:1], "drop") >= self.recipe.drop_identity
-        yield from self._diffusion_losses(draw, batch, kept)
-        if not self.fast:
+    def backward_losses(self, rng: StepRNG, backward: Backward) -> None:
+        """Compute "diffusion", "id", and "semantic" with "layout", each with its own backward pass.
+
+        The metric "faces" is the fraction of images that count in the ID loss.
+        """
+        batch = self.data.batch(rng).to(self.base.device)
+        rng.record("latents", batch.latents)
+        rng.record("id_cond", batch.id_cond)
+        self._backward_diffusion(rng, batch, backward)
+        if not self.few_step_models:
             return
-        if self.recipe.fast_batch % draw.world:
+        count, remainder = divmod(self.recipe.few_step_batch, rng.world_size)
+        if remainder:
             raise OptionError(
-                f"a fast_batch of {self.recipe.fast_batch} cannot be shared by {draw.world} processes or parts"
+                f"a few_step_batch of {self.recipe.few_step_batch} cannot be shared by "
+                f"{rng.world_size} processes or micro-batches: choose a multiple of "
+                f"{rng.world_size}."
             )
-        fast = self.fast[(draw.step + draw.rank) % len(self.fast)]
-        few = batch.some(self.recipe.fast_batch // draw.world)
+        model = self.few_step_models[(rng.step + rng.rank) % len(self.few_step_models)]
+        subset = batch.subset(count)
         if self.recipe.id_loss == "accurate":
-            yield from self._id_losses(draw, fast, few)
-        if self.aligned:
-            yield from self._alignment_losses(draw, fast, few)
+            self._backward_id(rng, model, subset, backward)
+        if self.recipe.has_alignment:
+            self._backward_alignment(rng, model, subset, backward)
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
-        """L_diff on held-out people with their own identity, with another's, and with none, same noise in all three,
-        at even times; with a lightning branch also `held_out_likeness`, the cosine of its pictures, and `held_out_faces`."""
+        """Measure the losses on held-out people.
+
+        Returns:
+            `held_out_own`, `held_out_other`, `held_out_none`: L_diff with the image's own identity,
+            another one and none, from the same noise at uniform timesteps. With a lightning branch
+            and an ID loss also `held_out_face_sim`, the mean cosine of face embeddings, and
+            `held_out_faces`, the fraction of images with a face.
+        """
         if self.held_out is None:
             return {}
-        sums = dict.fromkeys(("own", "other", "none"), 0.0)
-        parts = self._parts()
-        for step, part in product(range(HELD_OUT_BATCHES), range(parts)):
-            batch = self.held_out.batch(StepRNG(self.recipe.seed, step, part, parts)).to(
-                self.base.device
-            )
-            everyone = torch.ones(len(batch.latents), dtype=torch.bool)
-            people = {
-                "own": batch,
-                "other": swap_identities(batch),
-                "none": drop_identity(batch, everyone),
-            }
-            for name, shown in people.items():
-                with self._shown(self.base, shown):
-                    loss, _ = self._diffusion(
-                        StepRNG(self.recipe.seed, step, part, parts), batch, late=0.0
-                    )
-                sums[name] += loss.item() / HELD_OUT_BATCHES / parts
-        found = {f"held_out_{name}": value for name, value in sums.items()}
-        if self.fast and self.recipe.id_loss != "none":
-            faces = lost = 0.0
-            for draw in microbatch_rngs(self.recipe.seed, 0, 0, 1, parts):
-                few = (
-                    self.held_out.batch(draw)
-                    .some(self.recipe.fast_batch // parts)
-                    .to(self.base.device)
-                )
-                (losses,) = self._id_losses(draw, self.fast[0], few)
-                faces += draw.figures["faces"].item() / parts
-                lost += losses["id"].item() / self.recipe.id_weight / parts
-            found |= {"held_out_likeness": 1 - lost / max(faces, 1e-6), "held_out_faces": faces}
-        return found
-
-    def _parts(self) -> int:
-        """In how many parts a held-out batch is read: as a step's by all processes, because one alone validates and has memory
-        for a share; with two people in each at least, for another's identity."""
-        batch, fast = self.recipe.batch, self.recipe.fast_batch
-        most = self.recipe.accumulate * DistributedContext(self.base.device).world
-        fit = (n for n in range(most, 1, -1) if not (batch % n or fast % n) and batch // n > 1)
-        return next(fit, 1)
+        metrics = self._validate_diffusion(self.held_out)
+        if self.few_step_models and self.recipe.id_loss != "none":
+            metrics |= self._validate_id(self.held_out)
+        return metrics
 
     def sheet(self) -> Image.Image | None:
-        return None if self.picture is None else self.picture()
+        """Draw the sample sheet, if there is a function for it."""
+        return None if self.make_sheet is None else self.make_sheet()
 
-    # -- one branch each --
+    # -- one backward pass each --
 
-    def _diffusion_losses(self, draw: StepRNG, batch: Batch, kept: Tensor) -> Iterator[Losses]:
-        with self._shown(self.base, drop_identity(batch, ~kept)):
-            loss, step = self._diffusion(draw, batch, self.recipe.late)
+    def _backward_diffusion(self, rng: StepRNG, batch: Batch, backward: Backward) -> None:
+        dropped = rng.rand(batch.latents.shape[:1], "drop") < self.recipe.drop_identity
+        with self._use_identities(self.base, drop_identity(batch, dropped)):
+            loss, step = self._diffusion(rng, batch, self.recipe.timestep_bias)
             losses = {"diffusion": loss}
+            metrics = {}
             if self.recipe.id_loss == "naive":
-                count = self.recipe.fast_batch // draw.world
-                few = evenly_spaced(len(kept), count)
-                latents = self.base.schedule.x0(step.output[few], step.x_t[few], step.t[few])
-                losses["id"] = self._unlike(draw, self.base, latents, batch.some(count), kept[few])
-            yield losses
+                rows = evenly_spaced(len(dropped), self.recipe.few_step_batch // rng.world_size)
+                latents = self.base.schedule.x0(step.output[rows], step.x_t[rows], step.t[rows])
+                losses["id"], metrics["faces"] = self._id_loss(
+                    self.base, latents, batch.subset(len(rows)), ~dropped[rows]
+                )
+            backward(losses, metrics)
 
-    def _diffusion(self, draw: StepRNG, batch: Batch, late: float) -> tuple[Tensor, DiffusionStep]:
-        # SDXL is told the size that these pictures have, which is not always its own
-        pixels = batch.latents.shape[-1] * self.base.pipe.vae_scale_factor
-        step = diffusion_branch(
-            self.base,
-            draw,
-            batch.latents,
-            self.base.encode_text(batch.prompts, pixels=pixels),
-            late,
-        )
-        return self.diffusion(step, loss_weight_map(batch, self.recipe.features)), step
+    def _backward_id(
+        self, rng: StepRNG, model: BaseModel, batch: Batch, backward: Backward
+    ) -> None:
+        with self._use_identities(model, batch, self.rollout.is_guided):
+            loss, face_fraction = self._rollout_id_loss(rng, model, batch)
+            backward({"id": loss}, {"faces": face_fraction})
 
-    def _id_losses(self, draw: StepRNG, fast: BaseModel, few: Batch) -> Iterator[Losses]:
-        noise = self._noise(draw, fast, few, "id.noise")
-        guided = self.walk.guidance != 1
-        text = self._text(fast, self._said(self.recipe.id_prompt, few), guided)
-        with self._shown(fast, few, guided):
-            walked = lightning_branch(fast, noise, text, self.walk)
-            everyone = torch.ones(len(noise), dtype=torch.bool)
-            yield {"id": self._unlike(draw, fast, walked.latents, few, everyone)}
-
-    def _alignment_losses(self, draw: StepRNG, fast: BaseModel, few: Batch) -> Iterator[Losses]:
-        noise = self._noise(draw, fast, few, "align.noise")
-        prompts = self.recipe.align_prompts or (None,)
-        chosen = int(
-            torch.randint(len(prompts), (), generator=draw.generator("align.prompt"))
-        )  # one for all ranks
-        said = self._said(prompts[chosen], few)
-        text = self._text(fast, said)
-        if self.recipe.align_one_step:
-            step = int(torch.randint(self.walk.steps, (), generator=draw.generator("align.step")))
-            spoken = text
-            if self.walk.guidance != 1:
-                spoken = self._text(fast, said, guided=True)
-            x, sigma = denoise_until(fast, noise, spoken, self.walk, step)
-            asked = partial(queries_at_step, fast, x, sigma, text)
-        else:
-            asked = partial(self._asked_on_the_way, fast, noise, text)
+    def _backward_alignment(
+        self, rng: StepRNG, model: BaseModel, batch: Batch, backward: Backward
+    ) -> None:
+        capture = self._attention_capture(rng, model, batch)
         with torch.no_grad():
-            target = asked()
-        with self._shown(fast, few):
-            own = asked()
-            losses = {
-                "semantic": self.recipe.semantic * self.semantic(own, target),
-                "layout": self.recipe.layout * self.layout(own, target),
-            }
-            yield losses
+            target = capture()
+        with self._use_identities(model, batch):
+            attention = capture()
+            semantic = self.semantic_loss(attention, target)
+            layout = self.layout_loss(attention, target)
+            backward(
+                {
+                    "semantic": self.recipe.semantic_weight * semantic,
+                    "layout": self.recipe.layout_weight * layout,
+                }
+            )
 
-    def _asked_on_the_way(self, fast: BaseModel, noise: Tensor, text: Any) -> list[AttentionQK]:
-        walked = lightning_branch(fast, noise, text, self.walk, watch=True)
-        return [layer for step in walked.attended for layer in step]
+    # -- losses --
 
-    # -- parts --
+    def _diffusion(
+        self, rng: StepRNG, batch: Batch, timestep_bias: float
+    ) -> tuple[Tensor, DiffusionStep]:
+        """Compute L_diff of a batch; also return the step behind it."""
+        # the size conditioning is that of these images, which can differ from the base's own size
+        pixels = batch.latents.shape[-1] * self.base.pipe.vae_scale_factor
+        text = self.base.encode_text(batch.prompts, pixels=pixels)
+        step = diffusion_branch(self.base, rng, batch.latents, text, timestep_bias)
+        weights = loss_weight_map(batch, self.recipe.landmark_loss_weight)
+        return self.diffusion_loss(step, weights), step
 
-    def _unlike(
-        self, draw: StepRNG, base: BaseModel, latents: Tensor, few: Batch, counted: Tensor
-    ) -> Tensor:
-        """The weighted ID loss of the pictures that these latents mean."""
-        if self.faces is None or few.pictures is None:
+    def _rollout_id_loss(
+        self, rng: StepRNG, model: BaseModel, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the ID loss of generated images; also return the fraction with a face."""
+        noise = self._noise(rng, model, batch, "id.noise")
+        prompts = self._prompts(self.recipe.id_prompt, batch)
+        text = self._encode_text(model, prompts, self.rollout.is_guided)
+        rollout = lightning_branch(model, noise, text, self.rollout)
+        return self._id_loss(
+            model, rollout.latents, batch, torch.ones(len(noise), dtype=torch.bool)
+        )
+
+    def _id_loss(
+        self, model: BaseModel, latents: Tensor, batch: Batch, has_identity: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the weighted ID loss of latents.
+
+        Args:
+            model: decodes the latents.
+            latents: (B, c, h, w).
+            batch: whose images are the references.
+            has_identity: (B,) bool, the samples that count.
+
+        Returns:
+            The loss, and the fraction of samples that count and show a face.
+        """
+        if self.face_embedder is None or batch.images is None:
             raise OptionError(
-                "an ID loss needs the pictures of the batch, and somebody who sees faces in them"
+                "an ID loss needs the images of the batch and a face_embedder: use a dataset that "
+                "returns images."
             )
         with torch.no_grad():
-            wanted = self.faces(few.pictures)
-        decode = (
-            partial(checkpoint, base.decode, use_reentrant=False)
-            if self.walk.checkpoint
-            else base.decode
-        )
-        shown = self.faces(decode(latents))
-        found = wanted.found & shown.found & counted.to(shown.found.device)
-        draw.figure("faces", found.float().mean())
-        return self.recipe.id_weight * self.likeness(wanted.embeddings, shown.embeddings, found)
+            target = self.face_embedder(batch.images)
+        if self.rollout.gradient_checkpointing:
+            images = checkpoint(model.decode, latents, use_reentrant=False)
+        else:
+            images = model.decode(latents)
+        faces = self.face_embedder(images)
+        has_face = target.found & faces.found & has_identity.to(faces.found.device)
+        loss = self.id_loss(target.embeddings, faces.embeddings, has_face)
+        return self.recipe.id_weight * loss, has_face.float().mean()
 
-    def _noise(self, draw: StepRNG, fast: BaseModel, few: Batch, name: str) -> Tensor:
-        return draw.randn((len(few.id_cond), *fast.shape(self.recipe.pixels)), name).to(fast.device)
+    def _attention_capture(
+        self, rng: StepRNG, model: BaseModel, batch: Batch
+    ) -> Callable[[], list[AttentionQK]]:
+        """Return a function that captures the attention to align, always from the same noise."""
+        noise = self._noise(rng, model, batch, "align.noise")
+        prompts = self._prompts(self._align_prompt(rng), batch)
+        text = self._encode_text(model, prompts)
+        if not self.recipe.align_one_step:
+            return partial(self._rollout_attention, model, noise, text)
+        step = int(torch.randint(self.rollout.steps, (), generator=rng.generator("align.step")))
+        rollout_text = text
+        if self.rollout.is_guided:
+            rollout_text = self._encode_text(model, prompts, guided=True)
+        x, sigma = denoise_until(model, noise, rollout_text, self.rollout, step)
+        return partial(queries_at_step, model, x, sigma, text)
 
-    def _said(self, prompt: str | None, few: Batch) -> list[str]:
-        return list(few.prompts) if prompt is None else [prompt] * len(few.id_cond)
+    def _rollout_attention(self, model: BaseModel, noise: Tensor, text: Any) -> list[AttentionQK]:
+        """Capture the attention of all steps that carry gradients, in one list."""
+        rollout = lightning_branch(model, noise, text, self.rollout, capture_attention=True)
+        return [layer for step in rollout.attention for layer in step]
 
-    def _text(self, fast: BaseModel, prompts: list[str], guided: bool = False) -> Any:
-        return fast.encode_text(prompts, pixels=self.recipe.pixels, guided=guided)
+    # -- inputs --
 
-    def _shown(
-        self, base: BaseModel, people: Batch, guided: bool = False
+    def _noise(self, rng: StepRNG, model: BaseModel, batch: Batch, name: str) -> Tensor:
+        shape = (len(batch.id_cond), *model.latent_shape(self.recipe.pixels))
+        return rng.randn(shape, name).to(model.device)
+
+    def _align_prompt(self, rng: StepRNG) -> str | None:
+        """Choose the alignment prompt of a step, the same on all ranks; None for the captions."""
+        prompts = self.recipe.align_prompts
+        if not prompts:
+            return None
+        return prompts[
+            int(torch.randint(len(prompts), (), generator=rng.generator("align.prompt")))
+        ]
+
+    def _prompts(self, prompt: str | None, batch: Batch) -> list[str]:
+        """Return one prompt for each sample: `prompt`, or the caption of each."""
+        return list(batch.prompts) if prompt is None else [prompt] * len(batch.id_cond)
+
+    def _encode_text(self, model: BaseModel, prompts: list[str], guided: bool = False) -> Any:
+        return model.encode_text(prompts, pixels=self.recipe.pixels, guided=guided)
+
+    def _use_identities(
+        self, model: BaseModel, batch: Batch, guided: bool = False
     ) -> AbstractContextManager[PuLID]:
-        """The adapter with these people in use on a base."""
+        """Open the adapter with the identities of a batch on a model."""
+        negative = None
+        if guided:
+            hidden = [level[:1] for level in batch.hidden]
+            negative = self.adapter.unconditional(batch.id_cond[:1], hidden)
         return self.adapter.use_tokens(
-            self.adapter.encode(people.id_cond, people.hidden),
+            self.adapter.encode(batch.id_cond, batch.hidden),
             projection=self.recipe.projection,
             num_zero=self.recipe.num_zero,
-            negative=self.adapter.unconditional(people.id_cond[:1], [h[:1] for h in people.hidden])
-            if guided
-            else None,
+            negative=negative,
             guided=guided,
-            pipe=base.pipe,
+            pipe=model.pipe,
         )
 
+    # -- validation --
 
-def drop_identity(batch: Batch, dropped: Tensor) -> Batch:
-    """The identity left out where `dropped` (B,): all features zero, as for the unconditional identity at
-    inference."""
-    kept = (~dropped).to(batch.id_cond)
-    hidden = [level * kept[:, None, None].to(level) for level in batch.hidden]
-    return batch._replace(id_cond=batch.id_cond * kept[:, None], hidden=hidden)
+    def _validate_diffusion(self, data: BatchSource) -> dict[str, float]:
+        seed = self.recipe.seed
+        sums = dict.fromkeys(("own", "other", "none"), 0.0)
+        parts = self._validation_parts()
+        for step, part in product(range(HELD_OUT_BATCHES), range(parts)):
+            batch = data.batch(StepRNG(seed, step, part, parts)).to(self.base.device)
+            all_rows = torch.ones(len(batch.latents), dtype=torch.bool)
+            conditions = {
+                "own": batch,
+                "other": swap_identities(batch),
+                "none": drop_identity(batch, all_rows),
+            }
+            for name, identities in conditions.items():
+                rng = StepRNG(seed, step, part, parts)
+                with self._use_identities(self.base, identities):
+                    loss, _ = self._diffusion(rng, batch, timestep_bias=0.0)
+                sums[name] += loss.item() / HELD_OUT_BATCHES / parts
+        return {f"held_out_{name}": value for name, value in sums.items()}
 
+    def _validate_id(self, data: BatchSource) -> dict[str, float]:
+        model = self.few_step_models[0]
+        parts = self._validation_parts()
+        face_fraction = 0.0
+        distance = 0.0
+        for rng in microbatch_rngs(self.recipe.seed, 0, 0, 1, parts):
+            subset = data.batch(rng).subset(self.recipe.few_step_batch // parts)
+            subset = subset.to(self.base.device)
+            with self._use_identities(model, subset, self.rollout.is_guided):
+                loss, fraction = self._rollout_id_loss(rng, model, subset)
+            face_fraction += fraction.item() / parts
+            distance += loss.item() / self.recipe.id_weight / parts
+        return {
+            "held_out_face_sim": 1 - distance / max(face_fraction, 1e-6),
+            "held_out_faces": face_fraction,
+        }
 
-def swap_identities(batch: Batch) -> Batch:
-    """Everyone's identity is the next one's."""
-    return batch._replace(
-        id_cond=batch.id_cond.roll(1, 0), hidden=[level.roll(1, 0) for level in batch.hidden]
-    )
+    def _validation_parts(self) -> int:
+        """Return in how many parts a held-out batch is processed.
+
+        One process validates alone and has memory for its share of a step. Each part has at least
+        two people, so that identities can be swapped.
+        """
+        batch = self.recipe.batch
+        few_step_batch = self.recipe.few_step_batch
+        most = self.recipe.accumulate * DistributedContext(self.base.device).world_size
+        for parts in range(most, 1, -1):
+            divides = batch % parts == 0 and few_step_batch % parts == 0
+            if divides and batch // parts > 1:
+                return parts
+        return 1

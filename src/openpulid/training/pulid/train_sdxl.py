@@ -1,129 +1,159 @@
-"""PuLID's training at full size: photographs, any number of SDXL bases, and the published names in what comes out."""
+"""PuLID training at full size: photos, and any number of SDXL checkpoints."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from openpulid.errors import OptionError
+from openpulid.device import supports_bf16
+from openpulid.faces.arcface import arcface_ir_se50, photo_embedder
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.identity.photo_extractor import PhotoExtractor
-from openpulid.io.checkpoints import load_state
-from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.training.distributed import DistributedContext
-from openpulid.training.pulid.export import save_adapter
+from openpulid.pipelines.factory import load_extractor, load_pipeline, resolve_path
+from openpulid.pipelines.presets import sdxl, sdxl_v1
+from openpulid.pipelines.studio import resolve_preset
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import PuLIDTask
-from openpulid.training.rng import StepRNG
-from openpulid.training.trainer import TrainingResult, run
+from openpulid.training.pulid.train import build_adapter, train_adapter
+from openpulid.training.trainer import TrainingResult
+
+ID_LOSS_WEIGHTS = "arcface-loss"
 
 
-def train(
+@dataclass(frozen=True)
+class TrainingModels:
+    """All frozen models of a training at full size.
+
+    Attributes:
+        base: model of the diffusion branch.
+        extractor: extracts the identities.
+        few_step_models: models of the lightning branch, used in round-robin order.
+        face_embedder: embeds faces for the ID loss.
+    """
+
+    base: SDXLModel
+    extractor: PhotoExtractor
+    few_step_models: Sequence[SDXLModel] = ()
+    face_embedder: FaceEmbedder | None = None
+
+
+def load_models(
     recipe: Recipe,
-    data: Path,
-    folder: Path,
+    device: torch.device,
     *,
-    base: SDXLModel,
-    features: PhotoExtractor,
-    fast: Sequence[SDXLModel] = (),
-    faces: FaceEmbedder | None = None,
-    held_out: Path | None = None,
-    begin: Path | None = None,
-    steps: int | None = None,
-    minutes: float | None = None,
-    encoder: dict[str, Any] | None = None,
-) -> tuple[PuLID, TrainingResult]:
-    """Trains an adapter on a folder of photographs, or continues; writes `adapter.safetensors` into `folder`.
+    base: str = "sdxl-base",
+    few_step_models: Sequence[str] = (),
+    faces: Path | None = None,
+) -> TrainingModels:
+    """Load the models that a recipe needs, from local files.
 
-    The frozen parts compute in the precision that they are in, the adapter in float32.
+    All files are located before the first is opened.
 
     Args:
-        data: pictures with a sentence beside each, `NAME.jpg` and `NAME.txt`.
-        base: of the diffusion branch; fast: those of the lightning branch, taken by turns and by ranks.
-        features: reads the faces; faces: sees them for the ID loss, with another recogniser.
-        held_out: pictures of people who are not trained on.
-        begin: the adapter that the recipe continues.
-        steps, minutes: shorten it.
-        encoder: sizes of the identity encoder that differ from the published ones.
+        recipe: a recipe without lightning branch or ID loss needs fewer models.
+        device: of all models.
+        base: checkpoint of the diffusion branch.
+        few_step_models: checkpoints of the lightning branch; SDXL-Lightning by default.
+        faces: folder of another insightface pack.
 
     Raises:
-        OptionError: the recipe continues an adapter and none is named, or one with another encoder, or one that learned with
-            other features; or it lacks what its losses need.
-        WeightsError: the named adapter is none, or of another U-Net or other sizes.
-        TrainingError: no picture with a sentence and a face.
+        WeightsError: a file is missing or damaged.
     """
-    if recipe.begin and begin is None:
-        raise OptionError(f"{recipe.name} continues {recipe.begin}: name its adapter with --begin.")
-    begun = None if begin is None else _begun(recipe, begin, base, features)
-    recipe = replace(recipe, steps=min(steps or recipe.steps, recipe.steps))
-    pixels = recipe.pixels or base.unet.config.sample_size * base.pipe.vae_scale_factor
-    known: dict[str, Any] = {
-        "base": base,
-        "features": features,
-        "batch": recipe.batch,
-        "pixels": pixels,
-        "seen": recipe.id_loss != "none",
-    }
-    source = PhotoDataset.open(data, folder / INDEX, **known)
-    others = (
-        PhotoDataset.open(held_out, folder / f"held-out-{INDEX}", **known) if held_out else None
+    presets = [replace(resolve_preset(sdxl(base), faces=faces), sampler="")]
+    if recipe.few_step_batch:
+        lightning = sdxl_v1()
+        presets += [
+            replace(lightning, pipeline=name, unet=None, sampler="") for name in few_step_models
+        ] or [lightning]
+    for preset in presets:
+        for name in preset.published:
+            if name != preset.adapter:
+                resolve_path(name)
+    id_loss_file = resolve_path(ID_LOSS_WEIGHTS) if recipe.id_loss != "none" else None
+
+    extractor = cast(PhotoExtractor, load_extractor(presets[0], device))
+    # float16 overflows in training, so a GPU without bfloat16 trains in float32
+    half = supports_bf16(device)
+    models = [SDXLModel(load_pipeline(replace(preset, half=half), device)) for preset in presets]
+    embedder = None
+    if id_loss_file is not None:
+        embedder = photo_embedder(extractor.finder, arcface_ir_se50(id_loss_file, device))
+    return TrainingModels(models[0], extractor, models[1:], embedder)
+
+
+def train_on_photos(
+    recipe: Recipe,
+    models: TrainingModels,
+    data: Path,
+    run_dir: Path,
+    *,
+    held_out: Path | None = None,
+    init_adapter: Path | None = None,
+    minutes: float | None = None,
+    encoder_config: Mapping[str, Any] | None = None,
+) -> tuple[PuLID, TrainingResult]:
+    """Train an adapter on a folder of photos, or continue its run.
+
+    Writes `adapter.safetensors` into the run directory.
+
+    Args:
+        recipe: what to train.
+        models: the frozen models.
+        data: images with captions, `NAME.jpg` and `NAME.txt`.
+        run_dir: the run directory.
+        held_out: images of people who are not in the training data.
+        init_adapter: the adapter that the recipe continues.
+        minutes: time budget.
+        encoder_config: sizes of the identity encoder that differ from the published ones.
+
+    Raises:
+        OptionError: see `build_adapter` and `train_adapter`.
+        WeightsError: `init_adapter` does not fit; raised before faces are detected.
+        TrainingError: no image has a caption and a face, or the run cannot continue.
+    """
+    extractor = models.extractor
+    adapter = build_adapter(
+        recipe,
+        models.base,
+        {**_feature_widths(extractor), **(encoder_config or {})},
+        init_adapter=init_adapter,
+        extractor_models=extractor.models,
     )
-    if recipe.checkpoint:
-        base.unet.enable_gradient_checkpointing()
-    torch.manual_seed(recipe.seed)
-    adapter = fresh_adapter(recipe, base, source, encoder or {})
-    if begun is not None:
-        load_state(
-            adapter,
-            begun.state_dict(),
-            f"{begin} has other sizes than {recipe.name} makes, name another adapter",
+    pixels = recipe.pixels or models.base.pixels
+    with_images = recipe.id_loss != "none"
+
+    def open_dataset(folder: Path, index: str) -> PhotoDataset:
+        return PhotoDataset.open(
+            folder, run_dir / index, models.base, extractor, recipe.batch, pixels, with_images
         )
-    task = PuLIDTask(recipe, base, adapter, source, others, fast=fast, faces=faces)
-    result = run(task, recipe.schedule(), folder, minutes=minutes, device=base.device)
-    if DistributedContext(base.device).rank == 0:
-        facts = {"models": json.dumps(features.models)}
-        save_adapter(adapter, folder / "adapter.safetensors", recipe, result, facts)
+
+    dataset = open_dataset(data, INDEX)
+    result = train_adapter(
+        recipe,
+        models.base,
+        adapter,
+        dataset,
+        run_dir,
+        few_step_models=models.few_step_models,
+        face_embedder=models.face_embedder,
+        held_out=open_dataset(held_out, f"held-out-{INDEX}") if held_out else None,
+        minutes=minutes,
+        metadata={"models": json.dumps(extractor.models)},
+    )
     return adapter, result
 
 
-def _begun(recipe: Recipe, begin: Path, base: SDXLModel, features: PhotoExtractor) -> PuLID:
-    """The adapter that a recipe continues. What does not fit is said here, before hours of looking for faces."""
-    begun = PuLID.load(begin)
-    begun.require(features.models)
-    if (known := type(begun.encoder).__name__) != recipe.encoder:
-        raise OptionError(
-            f"{recipe.name} trains an {recipe.encoder} and {begin} holds an {known}; name an adapter with that encoder, or the "
-            "recipe's other version, with or without _v11."
-        )
-    begun.check(base.unet)
-    return begun
-
-
-def fresh_adapter(
-    recipe: Recipe, base: SDXLModel, source: PhotoDataset, sizes: dict[str, Any]
-) -> PuLID:
-    """An untrained adapter of the recipe's encoder; the widths that it reads are those of the source's features."""
-    # one picture is enough, but all are named: where one cannot be read any more, the next takes its place
-    known = (source.folder, source.names, source.faces, source.base, source.features)
-    seen = PhotoDataset(*known, batch=1, pixels=source.pixels, seen=False).batch(
-        StepRNG(recipe.seed, 0)
-    )
-    tokens = base.unet.config.cross_attention_dim
-    read = {
-        "width": seen.id_cond.shape[-1],
-        "vit_dim": seen.hidden[0].shape[-1],
-        "hidden_dim": recipe.encoder_width,
+def _feature_widths(extractor: PhotoExtractor) -> dict[str, int]:
+    """Return the encoder's input widths, from the sizes of the extractor's networks."""
+    vision = extractor.tower.config
+    return {
+        "width": extractor.recogniser.dim + vision["num_classes"],
+        "vit_dim": vision["embed_dim"],
     }
-    if recipe.encoder == "IDEncoder":
-        encoder: IDEncoder | IDFormer = IDEncoder(**{"context_dim": tokens, **read, **sizes})
-    else:
-        encoder = IDFormer(**{"output_dim": tokens, **read, **sizes})
-    return PuLID.for_unet(base.unet, encoder).to(base.device, torch.float32)

@@ -1,0 +1,111 @@
+"""`pulid mini`: train and evaluate the miniature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openpulid.cli.options import AsJson, Device, group, last_line, picture_file, say, silent
+from openpulid.errors import OptionError
+from openpulid.io.metadata import save_image
+
+mini = group("The miniature: train it from scratch, evaluate it.")
+
+HeldOutPeople = Annotated[int, typer.Option(min=2, help="Number of held-out people.")]
+FirstPerson = Annotated[int, typer.Option(min=0, help="The first held-out person.")]
+
+
+@mini.command()
+def build(
+    part: Annotated[
+        list[str] | None, typer.Argument(help="Parts to build, in order (default: all).")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="Train a baseline instead: faceid, instantid or photomaker."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time budget in minutes for all parts together.")
+    ] = None,
+    device: Device = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume/--fresh", help="Continue an interrupted build, or start again."),
+    ] = True,
+) -> None:
+    """Train the miniature from scratch, or continue an interrupted build."""
+    from openpulid.mini.train import build as builder
+
+    names = [*(part or []), *([method] if method else [])]
+    builder.build(names or None, minutes=minutes, device=device, fresh=not resume)
+
+
+@mini.command()
+def evaluate(
+    people: HeldOutPeople = 64,
+    people_seed: FirstPerson = 0,
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts per person.")] = 4,
+    preset: Annotated[str, typer.Option(help="mini, or mini-lightning for four steps.")] = "mini",
+    scale: Annotated[
+        float, typer.Option(min=0, help="Identity scale; adapters are trained at 1.")
+    ] = 1.0,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="Evaluate this adapter file instead of the installed ones; repeatable."),
+    ] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate the miniature on held-out people and prompts."""
+    from openpulid.mini.evaluation import evaluate as evaluation
+
+    for file in adapter or ():
+        if not file.is_file():
+            raise OptionError(f"{file} does not exist: pass the file of an adapter.")
+    table = evaluation.run(
+        people,
+        people_seed=people_seed,
+        prompts=prompts,
+        preset=preset,
+        scale=scale,
+        adapters={str(file): file for file in adapter} if adapter else None,
+        device=device,
+        progress=evaluation.silent if as_json else evaluation.progress,
+    )
+    if not as_json:
+        evaluation.show(table)
+    last_line(evaluation.as_json(table))
+
+
+@mini.command()
+def ablation(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Image file to write.")],
+    people: Annotated[int, typer.Option(min=1, help="Number of held-out people (rows).")] = 6,
+    people_seed: FirstPerson = 0,
+) -> None:
+    """Draw held-out people with the same prompt and seed at every stage of the training."""
+    from openpulid.mini.evaluation import ablation as stages
+
+    save_image(stages.picture(people, people_seed), picture_file(out))
+    print(out)
+
+
+@mini.command()
+def sweep(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Plot file to write.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 100,
+    people: HeldOutPeople = 64,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train with other numbers of gradient steps and other alignment weights; plot the results."""
+    from openpulid.mini.evaluation import ablation as stages
+    from openpulid.mini.evaluation import evaluate as evaluation
+
+    table = stages.sweep(steps, people, device=device, say=silent if as_json else say)
+    stages.plot(table, picture_file(out))
+    if not as_json:
+        evaluation.show(table)
+    last_line(evaluation.as_json(table))

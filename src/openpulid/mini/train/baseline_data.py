@@ -1,0 +1,121 @@
+"""Training data and sample sheets of the baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+
+from openpulid.identity.clip_extractor import ClipExtractor
+from openpulid.identity.extractor import DetectedFaces
+from openpulid.mini.data.latents import Latents
+from openpulid.mini.train.autoencoder import batches
+from openpulid.mini.train.baselines import Baseline
+from openpulid.mini.train.clip import clip_pixels
+from openpulid.mini.train.portraits import Portraits, load_features
+from openpulid.mini.train.recognition import faces_of
+from openpulid.mini.train.sheet import draw_sheet
+from openpulid.mini.train.stages import BuildContext
+from openpulid.pipelines.presets import mini, with_method
+from openpulid.pipelines.studio import Studio
+from openpulid.training.precision import autocast
+from openpulid.world.dataset import WorldDataset
+
+
+class FaceEmbeddingRows:
+    """The face embeddings alone of cached features: all that FaceID and InstantID use."""
+
+    def __init__(self, features: Any, width: int) -> None:
+        self.features = features
+        self.width = width
+
+    def rows(self, rows: Any, device: torch.device | str = "cpu") -> tuple[Tensor, list[Tensor]]:
+        """Return (B, D) embeddings, and no hidden states."""
+        return torch.from_numpy(self.features.id_cond[rows, : self.width]).to(device), []
+
+
+class ClassTokens:
+    """PhotoMaker's features: class tokens of CLIP's last hidden state, by row."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, clip: CLIPVisionModelWithProjection, data: WorldDataset) -> ClassTokens:
+        """Compute the class tokens of all images of a dataset."""
+        tokens = []
+        for rows in batches(len(data), len(data)):
+            pixels = clip_pixels(faces_of(data, rows, clip.device)[0])
+            states = clip(pixel_values=pixels, output_hidden_states=True).hidden_states
+            tokens.append(states[-1][:, 0].half().cpu())
+        return cls(torch.cat(tokens))
+
+    def rows(
+        self, rows: np.ndarray, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return ones (B, 1) in place of face embeddings, and the tokens (B, 1, S)."""
+        tokens = self.tokens[torch.from_numpy(rows)].float().to(device)
+        return tokens[:, :1] * 0 + 1, [tokens[:, None]]
+
+
+def load_rows(
+    context: BuildContext,
+    extractor: Any,
+    clip: CLIPVisionModelWithProjection | None,
+    data: WorldDataset,
+) -> ClassTokens | FaceEmbeddingRows:
+    """Load a baseline's features of a dataset: class tokens of `clip`, or face embeddings."""
+    if clip is not None:
+        return ClassTokens.of(clip, data)
+    features = load_features(extractor, data, context.runs)
+    return FaceEmbeddingRows(features, extractor.recogniser.config["dim"])
+
+
+def open_baseline_data(
+    context: BuildContext,
+    name: str,
+    load_rows: Callable[[WorldDataset], Any],
+    tokenizer: Any,
+    batch_size: int,
+) -> Portraits:
+    """Open one dataset of the synthetic world with a baseline's features, of paired images.
+
+    Args:
+        context: where the dataset is.
+        name: of the dataset.
+        load_rows: returns the features of the dataset, with a method `rows`.
+        tokenizer: of the captions.
+        batch_size: images per step, over all processes.
+    """
+    data = context.open(name)
+    with autocast(context.device):
+        latents: Latents = context.latents(name)
+        features = load_rows(data)
+    return Portraits(
+        data,
+        latents,
+        context.captions(name),
+        features,
+        tokenizer,
+        batch_size,
+        context.device,
+        with_images=False,
+        paired=True,
+    )
+
+
+def make_sheet_function(
+    baseline: Baseline, pipe: Any, extractor: Any, name: str
+) -> Callable[[], Image.Image]:
+    """Return a function that draws the sample sheet of a baseline."""
+    if name == "photomaker":
+        faces = DetectedFaces(extractor.finder)
+        extractor = ClipExtractor(faces, baseline.method.encoder, "picture", -1)
+    studio = Studio(pipe, extractor, baseline.method, with_method(mini(), name))
+    return lambda: draw_sheet(studio)

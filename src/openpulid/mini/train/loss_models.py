@@ -1,0 +1,27 @@
+"""Frozen models that the later stages of the miniature's training need for their losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from openpulid.faces.embed import FaceEmbedder
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.mini_recognition import RECOGNITION_MODELS
+from openpulid.io.checkpoints import load_module
+from openpulid.pipelines.factory import load_pipeline
+from openpulid.pipelines.presets import mini, mini_lightning
+from openpulid.training.pulid.models import SDXLModel
+
+
+def load_student(weights: Path, device: torch.device) -> SDXLModel:
+    """Load the few-step student, the model of the lightning branch."""
+    return SDXLModel(load_pipeline(mini_lightning(weights), device))
+
+
+def load_face_embedder(weights: Path, device: torch.device) -> FaceEmbedder:
+    """Load the face embedder of the ID loss, with a recognition model of its own."""
+    detector = load_module(MiniFaceDetector, mini(weights).finder, device)
+    file = weights / "recognition-loss.safetensors"
+    return FaceEmbedder(detector.find, load_module(RECOGNITION_MODELS["loss"], file, device))

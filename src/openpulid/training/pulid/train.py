@@ -1,0 +1,153 @@
+"""Training of a PuLID adapter on any SDXL-family base and any source of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from openpulid.errors import OptionError
+from openpulid.faces.embed import FaceEmbedder
+from openpulid.io.checkpoints import load_state
+from openpulid.methods.pulid.encoders import ENCODERS
+from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.training.distributed import DistributedContext
+from openpulid.training.pulid.batch import BatchSource
+from openpulid.training.pulid.export import save_adapter
+from openpulid.training.pulid.models import SDXLModel
+from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.task import PuLIDTask
+from openpulid.training.trainer import TrainingResult, run
+
+ADAPTER_FILE = "adapter.safetensors"
+"""The trained adapter in its run directory."""
+
+
+def build_adapter(
+    recipe: Recipe,
+    model: SDXLModel,
+    encoder_config: Mapping[str, Any],
+    *,
+    init_adapter: Path | None = None,
+    extractor_models: Mapping[str, str] | None = None,
+) -> PuLID:
+    """Create the adapter to train, in float32 on the model's device.
+
+    Args:
+        recipe: names the encoder, and seeds the weights of a new adapter.
+        model: the base model.
+        encoder_config: constructor arguments of the encoder: input widths of the extracted
+            features, and sizes that differ from the published ones.
+        init_adapter: the adapter that the recipe continues; None starts from random weights.
+        extractor_models: name -> fingerprint of the models that extract identities.
+
+    Raises:
+        OptionError: the recipe continues an adapter and none is given, or that adapter has another
+            encoder or was trained with other extractor models.
+        WeightsError: `init_adapter` is not an adapter, or one of another U-Net or with other sizes.
+    """
+    check_init_adapter(recipe, init_adapter)
+    state = None
+    if init_adapter is not None:
+        state = _load_init_adapter(recipe, init_adapter, model, extractor_models or {})
+    sizes = {
+        "hidden_dim": recipe.encoder_width,
+        _TOKEN_WIDTH[recipe.encoder]: model.unet.config.cross_attention_dim,
+        **encoder_config,
+    }
+    torch.manual_seed(recipe.seed)
+    encoder = ENCODERS[recipe.encoder](**sizes)
+    adapter = PuLID.for_unet(model.unet, encoder).to(model.device, torch.float32)
+    if state is not None:
+        load_state(
+            adapter,
+            state,
+            f"{init_adapter} does not have the sizes of {recipe.name}, choose another adapter",
+        )
+    return adapter
+
+
+def check_init_adapter(recipe: Recipe, init_adapter: Path | None) -> None:
+    """Raise OptionError if a recipe continues an adapter and none is given."""
+    if recipe.init_from is not None and init_adapter is None:
+        raise OptionError(
+            f"{recipe.name} continues {recipe.init_from}: pass its adapter with --begin."
+        )
+
+
+_TOKEN_WIDTH = {"IDEncoder": "context_dim", "IDFormer": "output_dim"}
+"""The encoders' argument for the width of their tokens."""
+
+
+def _load_init_adapter(
+    recipe: Recipe, path: Path, model: SDXLModel, extractor_models: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """Load the weights that a recipe continues, and check that they fit."""
+    adapter = PuLID.load(path)
+    adapter.require(extractor_models)
+    encoder = type(adapter.encoder).__name__
+    if encoder != recipe.encoder:
+        raise OptionError(
+            f"{recipe.name} trains an {recipe.encoder}, but {path} has an {encoder}: choose an "
+            "adapter with that encoder, or the recipe's other version, with or without _v11."
+        )
+    adapter.check(model.unet)
+    return adapter.state_dict()
+
+
+def train_adapter(
+    recipe: Recipe,
+    model: SDXLModel,
+    adapter: PuLID,
+    dataset: BatchSource,
+    run_dir: Path,
+    *,
+    few_step_models: Sequence[SDXLModel] = (),
+    face_embedder: FaceEmbedder | None = None,
+    held_out: BatchSource | None = None,
+    make_sheet: Callable[[], Image.Image] | None = None,
+    minutes: float | None = None,
+    metadata: Mapping[str, object] | None = None,
+) -> TrainingResult:
+    """Train an adapter, or continue its run.
+
+    Writes `adapter.safetensors` into the run directory. Frozen models compute in the precision they
+    are loaded in, the adapter in float32.
+
+    Args:
+        recipe: what to train.
+        model: base model of the diffusion branch.
+        adapter: from `build_adapter`.
+        dataset: batches to train on.
+        run_dir: the run directory.
+        few_step_models: models of the lightning branch, used in round-robin order.
+        face_embedder: embeds faces for the ID loss, with another recognition model than the
+            encoder's.
+        held_out: batches of people who are not in the training data.
+        make_sheet: draws the sample sheet of a validation.
+        minutes: time budget.
+        metadata: further entries for the adapter's file.
+
+    Raises:
+        OptionError: the recipe's losses need parts that are missing.
+        TrainingError: see `trainer.run`.
+    """
+    if recipe.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    task = PuLIDTask(
+        recipe,
+        model,
+        adapter,
+        dataset,
+        held_out=held_out,
+        make_sheet=make_sheet,
+        few_step_models=few_step_models,
+        face_embedder=face_embedder,
+    )
+    result = run(task, recipe.trainer_config(), run_dir, minutes=minutes, device=model.device)
+    if DistributedContext(model.device).rank == 0:
+        save_adapter(adapter, run_dir / ADAPTER_FILE, recipe, result, metadata)
+    return result

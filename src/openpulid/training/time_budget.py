@@ -1,0 +1,118 @@
+"""Speed of a run, and the number of steps that fit into a time budget."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from openpulid.training.config import TrainerConfig
+
+WARMUP_STEPS = 10  # not measured: compilers, caches and allocators distort them
+MIN_MEASURED_STEPS = 20  # fewest steps for an estimate
+
+
+class StepTimer:
+    """Measures steps per second (checkpoints included) and the duration of a validation.
+
+    Args:
+        step: number of steps finished when this process started.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.seconds = 0.0
+        self.validation_seconds = 0.0  # duration of the last validation
+        self.first_estimate_step = step + WARMUP_STEPS + MIN_MEASURED_STEPS
+        self._start_step = step + WARMUP_STEPS
+        self._start_seconds = 0.0
+        self._last_report: tuple[int, float] | None = None
+
+    def update(self, step: int, seconds: float) -> None:
+        """Record the time after a step.
+
+        Args:
+            step: number of finished steps.
+            seconds: training time of the run.
+        """
+        self.step = step
+        self.seconds = seconds
+        if step == self._start_step:
+            self._start_seconds = seconds
+        if self._last_report is None:
+            self._last_report = step, seconds
+
+    def exclude_validation(self, seconds: float) -> None:
+        """Remove a validation of this duration from the measured step time."""
+        self.validation_seconds = seconds
+        self._start_seconds += seconds
+        if self._last_report is not None:
+            step, reported_at = self._last_report
+            self._last_report = step, reported_at + seconds
+
+    @property
+    def is_first_estimate(self) -> bool:
+        """Whether the first estimate is due at this step."""
+        return self.step == self.first_estimate_step
+
+    @property
+    def num_measured_steps(self) -> int:
+        """Number of steps since the measurement started."""
+        return max(0, self.step - self._start_step)
+
+    def steps_within(self, seconds: float, validate_every: int) -> int:
+        """Estimate how many steps fit into the remaining seconds.
+
+        A validation runs after every `validate_every` steps and at the end.
+        """
+        step_seconds = (self.seconds - self._start_seconds) / self.num_measured_steps
+        step_seconds = max(1e-6, step_seconds) + self.validation_seconds / validate_every
+        return max(1, ceil((seconds - self.validation_seconds) / step_seconds))
+
+    def restart(self) -> None:
+        """Start a new measurement, because the load of the machine changes over time."""
+        self._start_step = self.step
+        self._start_seconds = self.seconds
+
+    def steps_per_second(self) -> float:
+        """Return the speed since the last call."""
+        step, seconds = self._last_report or (self.step, self.seconds)
+        self._last_report = self.step, self.seconds
+        if self.seconds <= seconds:
+            return 0.0
+        return (self.step - step) / (self.seconds - seconds)
+
+
+class TimeBudget:
+    """Shortens a run so that it ends, decay included, within a number of minutes.
+
+    Args:
+        config: of the run.
+        minutes: training time over all resumptions; None does not limit it.
+    """
+
+    def __init__(self, config: TrainerConfig, minutes: float | None) -> None:
+        self.config = config
+        self.minutes = minutes
+
+    def is_due(self, timer: StepTimer, total: int) -> bool:
+        """Return whether the number of steps should be estimated now.
+
+        That is after the first measured steps, with every validation, and right before the decay.
+        """
+        if self.minutes is None:
+            return False
+        validates = timer.step % self.config.validate_every == 0 and timer.step < total
+        return validates or timer.is_first_estimate or self.config.ends_plateau(timer.step, total)
+
+    def estimate_total(self, timer: StepTimer, total: int) -> int:
+        """Return the number of steps of the whole run that fits into the budget.
+
+        Once the decay has begun, and before enough steps are measured, this is the current `total`.
+        """
+        is_measured = timer.num_measured_steps >= MIN_MEASURED_STEPS
+        if self.minutes is None or not is_measured or self.config.is_decaying(timer.step, total):
+            return total
+        seconds_left = self.minutes * 60 - timer.seconds
+        steps_left = timer.steps_within(seconds_left, self.config.validate_every)
+        if not timer.is_first_estimate:
+            timer.restart()
+        return min(self.config.steps, timer.step + steps_left)
