@@ -83,7 +83,7 @@ def test_the_published_tower_is_the_reference(golden, tmp_path) -> None:
 def test_a_tower_takes_all_of_a_state_or_nothing(golden) -> None:
     tower = VisionEncoder(**SMALL, depth=5)
     with pytest.raises(WeightsError, match=r"Missing key.*cls_token"):
-        tower.take(
+        tower.load_published(
             {"visual.pos_embed": torch.zeros(1, 17, 24), "visual.norm.weight": torch.zeros(24)}
         )
     with pytest.raises(WeightsError, match="does not exist"):

@@ -52,7 +52,7 @@ def method(request: Any, pipe: Any, tmp_path: Any) -> PhotoMaker:
 
 
 def somebody(method: PhotoMaker) -> Identity:
-    return method.features(Faces(), embedding).identities([FACE])[0]
+    return method.features(Faces(), embedding).extract([FACE])[0]
 
 
 def said(pipe: Any, prompt: str, count: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -288,6 +288,6 @@ def test_what_does_not_fit_is_said(pipe: Any, method: PhotoMaker, tmp_path: Any)
     with pytest.raises(WeightsError, match="PhotoMaker"):
         PhotoMaker.load(tmp_path / "other.bin")
     if method.encoder.face:
-        with pytest.raises(OptionError, match="recogniser"):
+        with pytest.raises(OptionError, match="face recognition model"):
             method.features(Faces())
     assert find_method("photomaker") is PhotoMaker

@@ -29,7 +29,7 @@ def theirs(pipe: Any, parts: Any, embeds: torch.Tensor, scale: float, **more: An
 
 @pytest.mark.parametrize("file", [plain, plus])
 def test_it_is_what_diffusers_draws(pipe: Any, file: Any) -> None:
-    who, method = features().identities([FACE])[0], IPAdapter(file(pipe.unet))
+    who, method = features().extract([FACE])[0], IPAdapter(file(pipe.unet))
     method.attach(pipe)
     with method.use(who, scale=0.7):
         ours = drawn(pipe)
@@ -43,8 +43,8 @@ def test_it_is_what_diffusers_draws(pipe: Any, file: Any) -> None:
 def test_what_the_tower_is_told_is_what_diffusers_tells_it(pipe: Any) -> None:
     """Nothing is a picture of zeros after normalisation, not a black one."""
     reader = features()
-    who = reader.identities([FACE])[0]
-    pipe.register_modules(image_encoder=reader.tower)
+    who = reader.extract([FACE])[0]
+    pipe.register_modules(image_encoder=reader.vision_encoder)
     pixels = torch.rand(1, 3, 8, 8)
     _, nothing = pipe.encode_image(pixels, "cpu", 1, output_hidden_states=True)
     assert torch.allclose(who.hidden[1], nothing, atol=1e-6)
@@ -53,8 +53,8 @@ def test_what_the_tower_is_told_is_what_diffusers_tells_it(pipe: Any) -> None:
 
 def test_faceid_plus_is_what_diffusers_draws(pipe: Any) -> None:
     """Its known trap: CLIP's states go to the layer itself, for guidance stacked and for several images repeated."""
-    reader = features(view="face", recogniser=embedding)
-    who, method = reader.identities([FACE])[0], FaceIDPlus(faceid_plus(pipe.unet))
+    reader = features(clip_input="face", recognition=embedding)
+    who, method = reader.extract([FACE])[0], FaceIDPlus(faceid_plus(pipe.unet))
     assert who.id_cond.shape == (1, 1, WIDTH + SEEN)
     method.attach(pipe)
     with method.use(who, scale=0.7):
@@ -92,7 +92,7 @@ def test_nothing_is_left_behind(pipe: Any, kind: Any, file: Any) -> None:
     method = kind(file(pipe.unet))
     assert isinstance(method, Method)
     method.attach(pipe)
-    who = features(recogniser=embedding if kind is FaceIDPlus else None).identities([FACE])[0]
+    who = features(recognition=embedding if kind is FaceIDPlus else None).extract([FACE])[0]
     for _ in range(2):
         with method.use(who):
             assert not torch.allclose(drawn(pipe), before, atol=1e-3)
@@ -103,7 +103,7 @@ def test_nothing_is_left_behind(pipe: Any, kind: Any, file: Any) -> None:
 
 
 def test_several_photos_and_people(pipe: Any) -> None:
-    one = features().identities([FACE])[0]
+    one = features().extract([FACE])[0]
     method = IPAdapter(plus(pipe.unet))
     method.attach(pipe)
     with method.use(fuse_identities([one, one])):
@@ -131,7 +131,7 @@ def test_an_identity_of_another_reader_is_refused(pipe: Any) -> None:
 
 def test_views_of_a_photo() -> None:
     """The whole photo's middle square, or the face where insightface puts it."""
-    whole, face = features().shown(FACE)[0], features(view="face").shown(FACE)[0]
+    whole, face = features().debug_crops(FACE)[0], features(clip_input="face").debug_crops(FACE)[0]
     assert whole.shape == face.shape == (3, 8, 8)
     middle = torch.nn.functional.interpolate(
         FACE.image[None, :, 2:22], size=(8, 8), mode="bicubic", antialias=True

@@ -111,7 +111,7 @@ def test_pictures_with_a_sentence_and_a_face_count(
     index = json.loads((tmp_path / "faces.json").read_text())
     assert index["wall.png"] is None and len(index["small.png"]) == 14
     features_of_nobody = PhotoExtractor(
-        None, None, None, features.tower
+        None, None, None, features.vision_encoder
     )  # found once: nobody is asked again
     assert opened(folder, base, features_of_nobody, tmp_path / "faces.json").names == photos.names
 
@@ -161,7 +161,7 @@ def test_the_base_sees_what_it_decodes(base) -> None:
 def test_all_three_stages(folder, base, features, tmp_path) -> None:
     torch.manual_seed(0)
     faces = photo_embedder(
-        features.finder, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
+        features.detector, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
     )
     frozen = {name: value.clone() for name, value in base.unet.state_dict().items()}
     begin = None
@@ -179,7 +179,7 @@ def test_all_three_stages(folder, base, features, tmp_path) -> None:
     assert all(torch.equal(value, frozen[name]) for name, value in base.unet.state_dict().items())
     assert PuLID.load(begin).models == MODELS
     other = PhotoExtractor(
-        None, None, None, features.tower, {**MODELS, "glintr100": "another file"}
+        None, None, None, features.vision_encoder, {**MODELS, "glintr100": "another file"}
     )
     with pytest.raises(
         OptionError,
@@ -302,7 +302,7 @@ def test_the_id_losss_crop_is_in_place_blue_first_and_differentiable() -> None:
 def test_the_id_loss_sees_photographs(features) -> None:
     torch.manual_seed(0)
     embedder = photo_embedder(
-        features.finder, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
+        features.detector, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
     )
     photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
     pictures = torch.stack([photo, torch.full_like(photo, 0.5)]).requires_grad_(True)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.clip_extractor import ClipExtractor, FaceDetector, FaceRecognition
+from openpulid.identity.clip_extractor import ClipExtractor, FaceRecognition
+from openpulid.identity.detection import FaceDetection
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import read_metadata
 from openpulid.methods.hooks import PipelineState, Serving, exclusive_use, unet_of
@@ -83,16 +84,25 @@ class PhotoMaker(Serving):
         return self
 
     def features(
-        self, faces: FaceDetector, recogniser: FaceRecognition | None = None
+        self,
+        detection: FaceDetection,
+        recognition: FaceRecognition | None = None,
+        models: Mapping[str, str] | None = None,
     ) -> ClipExtractor:
-        """What reads people for this file: its own picture tower, whole photos; version 2 the raw face embedding, too."""
-        if self.encoder.face and recogniser is None:
-            raise OptionError(
-                "PhotoMaker v2 reads a face embedding; give its recogniser (buffalo_l's)."
-            )
-        return ClipExtractor(
-            faces, self.encoder, "picture", -1, recogniser if self.encoder.face else None
-        )
+        """Return the extractor for this file, with its own vision encoder on whole images.
+
+        Args:
+            detection: face detection.
+            recognition: face recognition model; version 2 needs buffalo_l's.
+            models: name -> hash of the models; written into every identity.
+
+        Raises:
+            OptionError: version 2 without a recognition model.
+        """
+        if self.encoder.face and recognition is None:
+            raise OptionError("PhotoMaker v2 needs a face recognition model (buffalo_l's).")
+        embedder = recognition if self.encoder.face else None
+        return ClipExtractor(detection, self.encoder, "image", -1, embedder, models)
 
     def attach(self, target: Any) -> None:
         """Serves a StableDiffusionXL pipeline from now on; nothing in it changes before `use`.

@@ -130,7 +130,7 @@ class PhotoDataset:
         )
         pictures = torch.stack(squares).to(self.base.device)
         latents = self.base.encode(pictures)
-        identities = self.features.identities(faces)
+        identities = self.features.extract(faces)
         return Batch(
             latents=latents,
             masks=_masks(faces, self.pixels, latents.shape[-1]).to(latents.device),
@@ -226,7 +226,10 @@ def _where(path: Path, features: PhotoExtractor) -> list[float] | None:
         logger.warning("%s", error)
         return None
     small = limit_size(image, LONGEST)  # as a photo is read when somebody is shown
-    faces, scale = features.find(to_tensor([small])[0]), max(image.size) / max(small.size)
+    faces, scale = (
+        features.detection.detect(to_tensor([small])[0]),
+        max(image.size) / max(small.size),
+    )
     if not faces:
         return None
     return [
