@@ -371,7 +371,7 @@ def test_what_is_missing_is_said_before_anything_is_made(
                 command()
     with pytest.raises(OptionError, match=r"typo\.bin is not there"):
         measures.run_suite("quick", place, methods="pulid,faceid:typo.bin")
-    lost = {**PRESETS, "lost": replace(PRESETS["pulid"], adapter=tmp_path / "none.safetensors")}
+    lost = {**PRESETS, "lost": PRESETS["pulid"].with_models(adapter=tmp_path / "none.safetensors")}
     with pytest.raises(WeightsError, match=r"none\.safetensors is not there; `pulid mini build`"):
         _only_complete(lost)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

@@ -57,8 +57,8 @@ def test_a_portrait_is_written_whole_or_not_at_all(
 def copied(place: Path, preset: Preset) -> dict[str, Path]:
     """What a preset names of these, copied."""
     copies = {}
-    for part in ("pipeline", "unet", "recogniser", "vision"):
-        original, copies[part] = Path(getattr(preset, part)), place / part
+    for part in ("pipeline", "unet", "recognition", "vision_encoder"):
+        original, copies[part] = Path(getattr(preset.models, part)), place / part
         (shutil.copytree if original.is_dir() else shutil.copy)(original, copies[part])
     return copies
 
@@ -75,11 +75,11 @@ def changed(place: Path) -> Callable[[], object]:
 def test_every_file_of_a_folder_counts(tmp_path: Path) -> None:
     """Also one that is no safetensors, and what lies beside a method's file."""
     instantid = _presets(SUITE, ["instantid"])["instantid"]
-    shutil.copytree(instantid.adapter, tmp_path / "instantid")
+    shutil.copytree(instantid.models.adapter, tmp_path / "instantid")
     weights = tmp_path / "instantid" / "ip-adapter.safetensors"
     file = weights.rename(weights.with_suffix(".bin"))
     for adapter in (file.parent, file):
-        own = replace(instantid, adapter=adapter)
+        own = instantid.with_models(adapter=adapter)
         for part in (file, file.parent / "ControlNetModel" / "diffusion_pytorch_model.safetensors"):
             before = run.configuration("instantid", own, SUITE.options)
             assert before == run.configuration("instantid", own, SUITE.options)
@@ -98,8 +98,11 @@ def test_what_was_made_otherwise_is_made_again(made: RunDir, tmp_path: Path) -> 
 
     run.run(SUITE, PRESETS, PEOPLE, folder, spread)
     assert asked == []
-    stage1 = PRESETS["pulid"].adapter.with_name("pulid-stage1.safetensors")
-    for other in (replace(PRESETS["pulid"], scale=0.5), replace(PRESETS["pulid"], adapter=stage1)):
+    stage1 = PRESETS["pulid"].models.adapter.with_name("pulid-stage1.safetensors")
+    for other in (
+        PRESETS["pulid"].with_defaults(scale=0.5),
+        PRESETS["pulid"].with_models(adapter=stage1),
+    ):
         asked.clear()
         run.run(SUITE, {**PRESETS, "pulid": other}, PEOPLE, folder, spread)
         assert {cell.method for chunk in asked for cell in chunk.cells} == {"pulid"} and len(
@@ -108,7 +111,7 @@ def test_what_was_made_otherwise_is_made_again(made: RunDir, tmp_path: Path) -> 
 
     def again(**changes: Path | None) -> set[str]:
         asked.clear()
-        presets = {method: replace(preset, **changes) for method, preset in PRESETS.items()}
+        presets = {method: preset.with_models(**changes) for method, preset in PRESETS.items()}
         run.run(SUITE, presets, PEOPLE, folder, spread)
         return {cell.method for chunk in asked for cell in chunk.cells}
 
@@ -117,8 +120,8 @@ def test_what_was_made_otherwise_is_made_again(made: RunDir, tmp_path: Path) -> 
     for part, methods in {
         "pipeline": set(METHODS),
         "unet": set(METHODS),
-        "recogniser": {"pulid"},
-        "vision": {"pulid"},
+        "recognition": {"pulid"},
+        "vision_encoder": {"pulid"},
     }.items():
         undo = changed(copies[part])
         assert again(**copies) == methods, part

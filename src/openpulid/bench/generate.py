@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,14 +17,14 @@ from openpulid.device import hardware_name
 from openpulid.errors import PulidError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import fingerprint
-from openpulid.pipelines.factory import resolve_path
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.studio import Studio
+from openpulid.pipelines.weights import resolve_path
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 OF_THE_BASE, OF_METHODS = (
     ("pipeline", "unet", "transformer"),
-    ("finder", "recogniser", "parser", "vision"),
+    ("detector", "recognition", "face_parsing", "vision_encoder"),
 )
 STORED = (".safetensors", ".bin", ".ckpt")
 
@@ -73,10 +73,8 @@ class Worker:
             **surroundings(studio),
         }
         try:
-            if studio.adapter is not None:
-                studio.adapter.attach(
-                    studio.pipe
-                )  # of several on one pipeline the last one serves it
+            # of several adapters on one pipeline the last attached one serves it
+            studio.adapter.attach(studio.pipe)
             identity, knowing = self._identity(first, studio)
             reset_peak(studio.pipe.device)
             begun = time.perf_counter()
@@ -129,24 +127,31 @@ def configuration(method: str, preset: Preset, options: Mapping[str, Any]) -> di
     Raises:
         OSError, WeightsError: a file of weights is not there.
     """
-    chosen = replace(preset, **options)
-    said = {
-        name: getattr(chosen, name) for name in ("steps", "guidance", "negative", "size", "sampler")
+    defaults = preset.with_defaults(**options).defaults
+    said: dict[str, Any] = {
+        "preset": preset.name,
+        "sampler": preset.models.sampler,
+        "steps": defaults.num_inference_steps,
+        "guidance": defaults.guidance_scale,
+        "negative": defaults.negative_prompt,
+        "size": [defaults.width, defaults.height],
     }
-    said["preset"] = preset.name
     # every place is told, an empty one too: its absence from a record means an older run
     places = OF_THE_BASE if method == BASE else (*OF_THE_BASE, *OF_METHODS)
     said[WEIGHTS] = {
-        name: stored(resolve_path(place)) if (place := getattr(preset, name)) else []
+        name: stored(resolve_path(place)) if (place := getattr(preset.models, name)) else []
         for name in places
     }
     if method != BASE:
-        place = resolve_path(preset.adapter)
+        place = resolve_path(preset.models.adapter)
         files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]
-        said |= {**chosen.identity_options(), "adapter": [fingerprint(file) for file in files]}
+        said |= {
+            **defaults.identity.model_dump(exclude_none=True),
+            "adapter": [fingerprint(file) for file in files],
+        }
         said[WEIGHTS]["adapter"] = stored(place)
         if (
-            preset.method == "instantid"
+            preset.models.method == "instantid"
             and place.is_file()
             and (net := place.parent / "ControlNetModel").is_dir()
         ):

@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from openpulid.errors import OptionError
+from openpulid.pipelines.request import GenerationOptions
 
 SUITES = Path(__file__).parent / "suites"
-
-OPTIONS = frozenset(
-    ("steps", "guidance", "negative", "size", "start", "end", "true_cfg", "timestep_to_start_cfg")
-)
-"""What a suite may choose for all methods alike."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,8 @@ class Suite:
         seeds: each for every prompt; the noise of a seed is the same for every method.
         people: how many procedural ones; 0 where photographs are to be given.
         first: the first of them, counted from the first held-out one.
-        options: of a generation, in place of the preset's: those of `OPTIONS`.
+        options: of a generation, in place of the preset's: fields of `GenerationOptions` and of
+            `IdentityOptions`.
         likeness: prompts (by number) on which the likeness is measured; empty for all. The others tell of the rest.
         published: source -> method -> measure -> number, to stand beside what is measured.
     """
@@ -82,8 +79,8 @@ def find_suite(name: str) -> Suite:
         raise OptionError(
             f"{file}: a suite has prompts and seeds, and `likeness` counts its prompts from 0."
         )
-    if unknown := sorted(set(suite.options) - OPTIONS):
-        raise OptionError(
-            f"{file}: a suite chooses no {', '.join(unknown)}; its options are {', '.join(sorted(OPTIONS))}."
-        )
+    try:
+        GenerationOptions.from_options(**suite.options)
+    except OptionError as error:
+        raise OptionError(f"{file}: options of the suite: {error}") from None
     return suite

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.cli.options import AsJson, Device, counted, group, last_line, say, silent
+from openpulid.cli.options import (
+    AsJson,
+    Device,
+    command_group,
+    print_json,
+    print_nothing,
+    print_progress,
+    print_status,
+)
 from openpulid.errors import OptionError, WeightsError
 
 if TYPE_CHECKING:
@@ -19,7 +27,7 @@ if TYPE_CHECKING:
     from openpulid.bench.suite import Suite
     from openpulid.pipelines.presets import Preset
 
-bench = group("Methods side by side, and what things cost.")
+bench = command_group("Methods side by side, and what things cost.")
 
 
 @bench.command("run")
@@ -70,10 +78,10 @@ def run_suite(
         return _contest(asked, named, sitters, folder, device, start)
 
     spread = ray_executor(contest, workers) if workers else running.here(contest())
-    running.run(asked, named, sitters, folder, spread, counted)
+    running.run(asked, named, sitters, folder, spread, print_progress)
     judging.score_run(folder, judges)
     for file in report.write(folder):
-        say(str(file))
+        print_status(str(file))
 
 
 @bench.command("report")
@@ -87,7 +95,7 @@ def report_run(
     from openpulid.bench import score as judging
     from openpulid.bench.run_dir import RunDir
 
-    folder, tell = RunDir(run), silent if as_json else say
+    folder, tell = RunDir(run), print_nothing if as_json else print_status
     preset = folder.facts()["suite"]["preset"]
     try:
         judges = _judges(preset, None, tell)
@@ -97,8 +105,8 @@ def report_run(
         judging.score_run(folder, judges)
     if not as_json:
         for file in report.write(folder):
-            say(str(file))
-    last_line(table.as_json(folder))
+            print_status(str(file))
+    print_json(table.as_json(folder))
 
 
 def _only_with_extra() -> None:
@@ -114,7 +122,7 @@ def _only_with_extra() -> None:
 def _only_complete(presets: Mapping[str, Preset]) -> None:
     """Found out before anything is loaded, here or by a worker, and before anything is written."""
     from openpulid.io.hub import WEIGHTS
-    from openpulid.pipelines.factory import missing_weights
+    from openpulid.pipelines.weights import missing_weights
 
     lacking = {name: preset for preset in presets.values() for name in missing_weights(preset)}
     if published := " ".join(name for name in lacking if name in WEIGHTS):
@@ -125,8 +133,8 @@ def _only_complete(presets: Mapping[str, Preset]) -> None:
     if lacking:
         name, preset = next(iter(lacking.items()))
         rival = (
-            f" --method {preset.method}"
-            if name == str(preset.adapter) and preset.method != "pulid"
+            f" --method {preset.models.method}"
+            if name == str(preset.models.adapter) and preset.models.method != "pulid"
             else ""
         )
         raise WeightsError(f"{name} is not there; `pulid mini build{rival}` makes it.")
@@ -145,7 +153,7 @@ def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Subje
     return synthetic_subjects(count or suite.people, suite.first)
 
 
-def _judges(preset: str, device: str | None, tell: Callable[[str], None] = say) -> Scorers:
+def _judges(preset: str, device: str | None, tell: Callable[[str], None] = print_status) -> Scorers:
     """The miniature's own for its presets, published networks for photographs."""
     if preset.startswith("mini"):
         from openpulid.mini.evaluation.scorers import MiniScorers as Miniature
@@ -178,8 +186,6 @@ def _label(named: str) -> str:
 
 def _presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
     """What each row of the table is called, and what it is made with; the base first."""
-    from dataclasses import replace
-
     from openpulid.bench.run_dir import BASE
     from openpulid.pipelines.presets import find_preset, with_method
 
@@ -194,7 +200,7 @@ def _presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
             )
         presets[label] = with_method(presets[BASE], method, file)
         if scale is not None:
-            presets[label] = replace(presets[label], scale=scale)
+            presets[label] = presets[label].with_defaults(scale=scale)
     for _, file, _ in map(_entry, names):
         if file is not None and not file.exists():
             raise OptionError(f"{file} is not there; after METHOD: stands a file of that method.")
@@ -215,16 +221,14 @@ def _contest(
     from openpulid.pipelines.studio import Studio, load
 
     studio = load(suite.preset, device=device)
-    studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset)}
+    studios = {BASE: studio}  # its adapter is not used without an identity
     for label, preset in presets.items():
         if label != BASE:
             adapter = load_adapter(preset, studio.pipe.device)
-            features = (
-                load_extractor(preset, studio.pipe.device, adapter)
-                if preset.view
-                else studio.features
-            )
-            studios[label] = Studio(studio.pipe, features, adapter, preset)
+            extractor = studio.extractor
+            if preset.models.extractor == "clip":
+                extractor = load_extractor(preset, studio.pipe.device, adapter)
+            studios[label] = Studio(studio.pipe, adapter, extractor, preset)
     return Worker(suite, studios, {sitter.name: sitter for sitter in sitters}, folder, start)
 
 
@@ -266,7 +270,7 @@ def bench_train(
     known = replace(known, **{name: value for name, value in sizes.items() if value})
     dtype = training.dtype_of(base, chosen)
     task = training.random_task(known, training.random_base(base, chosen, dtype))
-    costs = training.measure(task, rounds=rounds, on_progress=None if as_json else counted)
+    costs = training.measure(task, rounds=rounds, on_progress=None if as_json else print_progress)
     facts = {
         "base": base,
         "recipe": known.name,
@@ -277,7 +281,7 @@ def bench_train(
     facts["dtype"] = str(dtype)
     if not as_json:
         training.show(costs)
-    last_line({**facts, "rows": [asdict(cost) for cost in costs]})
+    print_json({**facts, "rows": [asdict(cost) for cost in costs]})
 
 
 @bench.command()
@@ -311,7 +315,7 @@ def speed(
     _only_random(random)
     chosen = torch.device(device) if device else best_device()
     it = bench_speed.speed_target(base, chosen, size, batch, guided, depth_scale, memory)
-    steps = bench_speed.measure(it, rounds, None if as_json else counted)
+    steps = bench_speed.measure(it, rounds, None if as_json else print_progress)
     facts = {
         "base": base,
         "size": size,
@@ -321,7 +325,7 @@ def speed(
         "level": memory,
     }
     facts["dtype"] = str(dtype_of(base, chosen))
-    last_line(
+    print_json(
         {**facts, "rounds": rounds, "device": str(chosen), "rows": [asdict(step) for step in steps]}
     )
 
@@ -345,10 +349,12 @@ def bench_identify(
 
     _only_random(random)
     chosen = torch.device(device) if device else best_device()
-    stages = identify.measure(chosen, rounds=rounds, on_progress=None if as_json else counted)
+    stages = identify.measure(
+        chosen, rounds=rounds, on_progress=None if as_json else print_progress
+    )
     ratio = round((stages[-1].here or 0) / (stages[-1].reference or 1), 3)
     facts = {"device": str(chosen), "dtype": str(compute_dtype(chosen)), "rounds": rounds}
-    last_line({**facts, "ratio": ratio, "rows": [asdict(stage) for stage in stages]})
+    print_json({**facts, "ratio": ratio, "rows": [asdict(stage) for stage in stages]})
 
 
 def _only_random(random: bool) -> None:

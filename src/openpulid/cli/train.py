@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from openpulid.cli.options import AsJson, Device, group, last_line, picture_file, say, silent
+from openpulid.cli.options import (
+    AsJson,
+    Device,
+    check_image_path,
+    command_group,
+    print_json,
+    print_nothing,
+    print_status,
+)
 from openpulid.errors import OptionError
 from openpulid.io.metadata import save_image
 
 if TYPE_CHECKING:
     from openpulid.training.pulid.recipes import Recipe
 
-world = group("Procedural people: pictures to start from.")
-mini = group("The miniature: train it from nothing, measure it.")
+world = command_group("Procedural people: pictures to start from.")
+mini = command_group("The miniature: train it from nothing, measure it.")
 
 
 @world.command()
@@ -30,7 +38,7 @@ def person(
     """One picture of one procedural person: something to start from."""
     from openpulid.world.gallery import portrait
 
-    save_image(portrait(seed, size), picture_file(out))
+    save_image(portrait(seed, size), check_image_path(out))
     print(out)
 
 
@@ -43,7 +51,7 @@ def sheet(
     """Eight people in eight scenes: one person along each row."""
     from openpulid.world.gallery import people_sheet
 
-    save_image(people_sheet(seed, size), picture_file(out))
+    save_image(people_sheet(seed, size), check_image_path(out))
     print(out)
 
 
@@ -111,7 +119,7 @@ def evaluate(
     table = measure.run(people, **asked, adapters=chosen, device=device, progress=bar)
     if not as_json:
         measure.show(table)
-    last_line(measure.as_json(table))
+    print_json(measure.as_json(table))
 
 
 @mini.command()
@@ -123,7 +131,7 @@ def ablation(
     """People nobody trained on, each with the same prompt and seed through every stage of the training."""
     from openpulid.mini.evaluation import ablation as stages
 
-    save_image(stages.picture(people, people_seed), picture_file(out))
+    save_image(stages.picture(people, people_seed), check_image_path(out))
     print(out)
 
 
@@ -139,11 +147,13 @@ def sweep(
     from openpulid.mini.evaluation import ablation as stages
     from openpulid.mini.evaluation import evaluate as measure
 
-    table = stages.sweep(steps, people, device=device, say=silent if as_json else say)
-    stages.plot(table, picture_file(out))
+    table = stages.sweep(
+        steps, people, device=device, say=print_nothing if as_json else print_status
+    )
+    stages.plot(table, check_image_path(out))
     if not as_json:
         measure.show(table)
-    last_line(measure.as_json(table))
+    print_json(measure.as_json(table))
 
 
 def train(
@@ -236,41 +246,45 @@ def _train_full(
     **known: Any,
 ) -> None:
     """Looks for everything before anything large is opened."""
-    from dataclasses import replace
-
     import torch
 
     from openpulid.device import best_device, supports_bf16
     from openpulid.faces.arcface import arcface_ir_se50, photo_embedder
-    from openpulid.pipelines.factory import load_extractor, load_pipeline, resolve_path
+    from openpulid.identity.photo_extractor import PhotoExtractor
+    from openpulid.pipelines.factory import load_extractor, load_pipeline, resolve_preset
     from openpulid.pipelines.presets import sdxl, sdxl_v1
-    from openpulid.pipelines.studio import resolve_preset
+    from openpulid.pipelines.weights import resolve_path
     from openpulid.training.pulid import train_sdxl as full
     from openpulid.training.pulid.models import SDXLModel
 
     chosen = torch.device(device) if device else best_device()
     lightning = sdxl_v1()
-    presets = [replace(resolve_preset(sdxl(base), faces=faces), sampler="")]
+    presets = [resolve_preset(sdxl(base), face_pack=faces).with_models(sampler=None)]
     if recipe.fast_batch:
         presets += [
-            replace(lightning, pipeline=name, unet=None, sampler="") for name in fast or []
+            lightning.with_models(pipeline=name, unet=None, sampler=None) for name in fast or []
         ] or [lightning]
     for preset in presets:
-        _ = [resolve_path(place) for place in preset.published if place != preset.adapter]
+        _ = [resolve_path(place) for place in preset.published if place != preset.models.adapter]
     loss = resolve_path("arcface-loss") if recipe.id_loss != "none" else None
-    features = load_extractor(presets[0], chosen)
+    features = cast(PhotoExtractor, load_extractor(presets[0], chosen))
     half = supports_bf16(
         chosen
     )  # a GPU without bfloat16 trains in float32, where it has the memory: float16 overflows
-    bases = [SDXLModel(load_pipeline(replace(preset, half=half), chosen)) for preset in presets]
-    judge = None if loss is None else photo_embedder(features.finder, arcface_ir_se50(loss, chosen))  # type: ignore[attr-defined]
+    bases = [
+        SDXLModel(load_pipeline(preset.with_models(use_half_precision=half), chosen))
+        for preset in presets
+    ]
+    judge = (
+        None if loss is None else photo_embedder(features.detector, arcface_ir_se50(loss, chosen))
+    )
     full.train(
         recipe,
         data,
         folder,
         base=bases[0],
         fast=bases[1:],
-        features=features,  # type: ignore[arg-type]
+        features=features,
         faces=judge,
         **known,
     )

@@ -278,7 +278,7 @@ def _placed(transformer: FluxTransformer2DModel, level: str, device: torch.devic
     pipe = FluxPipeline(
         scheduler, vae, CLIPTextModel(clip), None, T5EncoderModel(t5), None, transformer
     )
-    memory.place(pipe, level, device)
+    memory.place_pipeline(pipe, level, device)
     return pipe
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from openpulid.faces.mini_recognition import RECOGNITION_MODELS
 from openpulid.identity.clip_extractor import ClipExtractor
-from openpulid.identity.extractor import DetectedFaces
+from openpulid.identity.detection import MiniFaceDetection
 from openpulid.io.checkpoints import load_module, read_metadata, save_module
 from openpulid.mini.data.latents import Latents
 from openpulid.mini.evaluation.parameter_probe import figures, fitted
@@ -47,8 +47,8 @@ def part(name: str) -> Callable[[BuildContext], dict[str, float]]:
             rival = BASELINES[name](pipe, tower)
             read: Callable[[WorldDataset], Any] = lambda data: ClassTokens.of(tower, data)  # noqa: E731
         else:
-            rival = BASELINES[name](pipe, features.recogniser.config["dim"])
-            faces = features.recogniser.config["dim"]
+            rival = BASELINES[name](pipe, features.recognition.config["dim"])
+            faces = features.recognition.config["dim"]
             read = lambda data: FaceAlone(pulid.features_of(features, data, shop.runs), faces)  # noqa: E731
         sources = [
             _source(shop, data, read, pipe.tokenizer, recipe.batch)
@@ -111,6 +111,7 @@ def _source(
 def _sheet(rival: Baseline, pipe: Any, features: Any, name: str) -> Callable[[], Image.Image]:
     reader: Any = features
     if name == "photomaker":
-        reader = ClipExtractor(DetectedFaces(features.finder), rival.method.encoder, "picture", -1)
-    studio = Studio(pipe, reader, rival.method, with_method(mini(), name))
+        detection = MiniFaceDetection(features.detector)
+        reader = ClipExtractor(detection, rival.method.encoder, "image", -1)
+    studio = Studio(pipe, rival.method, reader, with_method(mini(), name))
     return lambda: pulid.sheet(studio)

@@ -166,11 +166,14 @@ def mates(rows: Tensor, of_person: Sequence[Tensor], draw: StepRNG) -> Tensor:
 def fresh_adapter(pipe: Any, features: MiniExtractor, recipe: Recipe) -> PuLID:
     """An untrained adapter for the pipeline's U-Net; widths are those of its text and of the features."""
     unet = pipe.unet
-    face, seen = cast(Any, features.recogniser).config["dim"], features.tower.config["num_classes"]
+    face, seen = (
+        cast(Any, features.recognition).config["dim"],
+        features.vision_encoder.config["num_classes"],
+    )
     width, tokens = recipe.encoder_width, unet.config.cross_attention_dim
     known: dict[str, Any] = {
         "width": face + seen,
-        "vit_dim": features.tower.config["embed_dim"],
+        "vit_dim": features.vision_encoder.config["embed_dim"],
         "hidden_dim": width,
     }
     if recipe.encoder == "IDEncoder":
@@ -228,7 +231,7 @@ def train(
     names = ("world", PORTRAITS, "world-held-out")
     world, sittings, held_out = (_portraits(runs, name, pipe, features, recipe) for name in names)
     source = Mixture([world, sittings])
-    studio = Studio(pipe, features, adapter, preset)
+    studio = Studio(pipe, adapter, features, preset)
     task = PuLIDTask(
         recipe, SDXLModel(pipe), adapter, source, held_out, lambda: sheet(studio), **more
     )
@@ -257,7 +260,7 @@ def beginning(name: str, folder: Path, weights: Path = MINIATURE) -> Path:
 
 def _lightning(weights: Path, device: torch.device) -> dict[str, Any]:
     """What the later stages need beside the base: the student, and a recogniser that is not the encoder's."""
-    finder = load_module(MiniFaceDetector, mini_preset(weights).finder, device)
+    finder = load_module(MiniFaceDetector, mini_preset(weights).models.detector, device)
     recogniser = load_module(
         RECOGNITION_MODELS["loss"], weights / "recognition-loss.safetensors", device
     )
