@@ -132,7 +132,9 @@ def test_what_does_not_fit_is_said(pipe: Any, tmp_path: Path) -> None:
         pass
     asked = ["generate", "portrait, photo", "--control", str(tmp_path)]
     result = CliRunner().invoke(app, asked)
-    assert isinstance(result.exception, OptionError) and "go together" in str(result.exception)
+    assert isinstance(result.exception, OptionError) and "--control-image is missing" in str(
+        result.exception
+    )
 
 
 def test_edges_are_drawn_and_followed(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_edges_are_drawn_and_followed(tmp_path: Path) -> None:
     more = [
         "--control",
         str(tmp_path / "net"),
-        "--control-picture",
+        "--control-image",
         str(tmp_path / "page.png"),
         "-o",
         str(shown),
