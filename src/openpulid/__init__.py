@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from openpulid.identity.identity import Identity as Identity
     from openpulid.methods.pulid.sdxl import PuLID as PuLID
     from openpulid.pipelines.factory import load_extractor as load_extractor
-    from openpulid.pipelines.factory import resolve_preset as resolve_preset
     from openpulid.pipelines.request import Control as Control
     from openpulid.pipelines.request import GenerationRequest as GenerationRequest
     from openpulid.pipelines.request import IdentityOptions as IdentityOptions
     from openpulid.pipelines.request import ModelSelection as ModelSelection
     from openpulid.pipelines.request import Person as Person
+    from openpulid.pipelines.selection import resolve_preset as resolve_preset
     from openpulid.pipelines.studio import Studio as Studio
     from openpulid.pipelines.studio import load as load
 
@@ -34,7 +34,7 @@ _MODULES = {
     "Studio": "openpulid.pipelines.studio",
     "load": "openpulid.pipelines.studio",
     "load_extractor": "openpulid.pipelines.factory",
-    "resolve_preset": "openpulid.pipelines.factory",
+    "resolve_preset": "openpulid.pipelines.selection",
 }
 
 __all__ = [

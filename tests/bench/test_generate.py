@@ -348,9 +348,9 @@ def test_methods_at_several_scales_are_one_curve() -> None:
 
 
 def test_a_row_has_one_name() -> None:
-    with pytest.raises(OptionError, match="both be called mine"):
+    with pytest.raises(OptionError, match="are named mine"):
         _presets(SUITE, ["pulid:a/mine.safetensors", "faceid:b/mine.safetensors"])
-    with pytest.raises(OptionError, match="both be called base"):
+    with pytest.raises(OptionError, match="are named base"):
         _presets(SUITE, ["pulid:base.safetensors"])
 
 

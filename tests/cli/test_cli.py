@@ -14,7 +14,7 @@ from openpulid.pipelines.presets import MINIATURE, PRESETS
 from tests.cli.conftest import FakeStudio, Run
 
 
-def test_a_person_is_the_same_picture_every_time(pulid: Run, tmp_path: Path) -> None:
+def test_person_is_reproducible(pulid: Run, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         assert (
             pulid("world", "person", "--seed", 1_000_007, "-o", tmp_path / "new" / name).code == 0
@@ -29,12 +29,12 @@ def test_sheet_has_eight_rows_and_columns(pulid: Run, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "s.png").size == (8 * 34 - 2, 8 * 34 - 2)
 
 
-def test_words_are_the_vocabulary(pulid: Run) -> None:
+def test_words_lists_the_vocabulary(pulid: Run) -> None:
     done = pulid("world", "words")
     assert "hat: none, beanie, brimmed" in done.out and " portrait " in done.out
 
 
-def test_adapters_are_measured_by_their_files(pulid: Run, tmp_path: Path) -> None:
+def test_evaluate_compares_adapter_files(pulid: Run, tmp_path: Path) -> None:
     files = [MINIATURE / f"pulid-{stage}.safetensors" for stage in ("stage1", "stage3")]
     words = (
         "mini",
@@ -56,7 +56,7 @@ def test_adapters_are_measured_by_their_files(pulid: Run, tmp_path: Path) -> Non
         and truth["face_sim"] > base["face_sim"]
     )
     missing = pulid(*words, "--adapter", tmp_path / "none.safetensors")
-    assert missing.is_one_sentence and "none.safetensors is not there" in missing.err
+    assert missing.is_one_sentence and "none.safetensors does not exist" in missing.err
 
 
 def test_weights_are_listed_and_missing_ones_named(
@@ -97,7 +97,7 @@ def test_weights_are_listed_and_missing_ones_named(
     assert "juggernaut" not in weights.method_weights("photomaker")
 
 
-def test_presets_are_listed_with_what_they_lack(
+def test_presets_are_listed_with_missing_weights(
     pulid: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -108,7 +108,7 @@ def test_presets_are_listed_with_what_they_lack(
     assert predicted.count("(peak)") == 4 and "text encoders" in predicted
 
 
-def test_mistakes_are_one_sentence(
+def test_user_errors_are_one_sentence(
     pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
 ) -> None:
     photo, broken, text = (
@@ -174,7 +174,7 @@ def test_mistakes_are_one_sentence(
         assert done.is_one_sentence, (words, done)
 
 
-def test_no_command_and_bad_options_show_the_usage(pulid: Run) -> None:
+def test_bad_usage_shows_the_usage(pulid: Run) -> None:
     assert "Usage" in pulid().out
     assert pulid("generate", "x", "--num", "0").code == 2
     assert pulid("generate", "x", "--seed", "-1").code == 2

@@ -1,4 +1,4 @@
-"""From a face to features: everything comes from one face, nothing else in the picture matters, gradients flow."""
+"""The miniature's extractor: features of the face alone, with gradients."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def face(image: torch.Tensor) -> Face:
     return Face(image, box, TEMPLATE * torch.tensor([width, height]), 0.9, mask)
 
 
-def test_one_photo_and_several(extractor) -> None:
+def test_one_image_and_several(extractor) -> None:
     generator = torch.Generator().manual_seed(0)
     faces = [
         face(torch.rand(3, 96, 96, generator=generator)),
@@ -60,7 +60,7 @@ def test_one_photo_and_several(extractor) -> None:
     torch.testing.assert_close(alone.hidden[0], anna.hidden[0][:, 17:])
 
 
-def test_only_the_face_counts(extractor) -> None:
+def test_only_the_face_determines_the_features(extractor) -> None:
     generator = torch.Generator().manual_seed(0)
     one = face(torch.rand(3, 96, 96, generator=generator))
     other = torch.where(one.mask.bool(), one.image, torch.rand(3, 96, 96, generator=generator))
@@ -70,7 +70,7 @@ def test_only_the_face_counts(extractor) -> None:
     assert not torch.allclose(first.id_cond, inside.id_cond, atol=1e-3)
 
 
-def test_batches_with_gradient(extractor) -> None:
+def test_batches_are_differentiable(extractor) -> None:
     faces = [
         face(torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(k))) for k in range(3)
     ]
@@ -88,7 +88,7 @@ def test_batches_with_gradient(extractor) -> None:
     assert images.grad.abs().sum() > 0
 
 
-def test_no_face(extractor) -> None:
+def test_no_face_is_an_empty_list(extractor) -> None:
     with torch.no_grad():
         extractor.detector.score[-1].bias.fill_(-100)
     assert extractor.detection.detect(torch.rand(3, 30, 40)) == []

@@ -1,4 +1,4 @@
-"""Identity files: what goes in comes out, only the owner can read it, and foreign ones are refused."""
+"""Identity files: saved and loaded, private, and refused for other models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_saved_and_loaded(tmp_path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_one_of_full_size_loads_at_once(tmp_path) -> None:
+def test_full_size_identity_loads_fast(tmp_path) -> None:
     whole = Identity(
         torch.ones(1, 1, 1280), tuple(torch.ones(1, 577, 1024) for _ in range(5)), MODELS
     )
@@ -55,7 +55,7 @@ def test_one_of_full_size_loads_at_once(tmp_path) -> None:
     assert min(seconds) < 0.05
 
 
-def test_the_file_says_how_many_photos(tmp_path) -> None:
+def test_file_stores_the_number_of_images(tmp_path) -> None:
     three = [someone(seed) for seed in range(3)]
     for fusion, read in (("mean", 1), ("norm_id", 1), ("concat", 3)):
         path = fuse_identities(three, fusion).save(tmp_path / "anna.safetensors")
@@ -75,7 +75,7 @@ def test_the_file_says_how_many_photos(tmp_path) -> None:
     )
 
 
-def test_refused(tmp_path) -> None:
+def test_unsuitable_files_are_refused(tmp_path) -> None:
     path = someone().save(tmp_path / "anna.safetensors")
     with pytest.raises(IdentityError, match=r"other models \(vision\)"):
         Identity.load(path, {**MODELS, "vision": "cc"})
@@ -94,12 +94,12 @@ def test_refused(tmp_path) -> None:
         concat_identities([someone(), someone(1, {"vision": "cc"})])
 
 
-def test_nothing_of_it_is_printed() -> None:
+def test_repr_contains_no_features() -> None:
     anna = someone()
     assert repr(anna) == "Identity(1 image, models: recognition, vision)"
 
 
-def test_nobody_has_the_same_shapes() -> None:
+def test_unconditional_identity_has_the_same_shapes() -> None:
     anna = someone()
     nobody = anna.zeros_like()
     assert nobody.id_cond.shape == anna.id_cond.shape and not nobody.id_cond.any()
@@ -122,12 +122,12 @@ def test_fusions() -> None:
 
 
 def photo(seed: int, length: float) -> Identity:
-    """A raw face embedding of a length, and beside it the tower's of length 1."""
+    """Build an identity whose raw face embedding has a given norm."""
     face, seen = (x / x.norm() for x in someone(seed).id_cond.split((100, 38), dim=-1))
     return Identity(torch.cat([length * face, seen], -1), someone(seed).hidden, MODELS)
 
 
-def test_a_sharp_photo_and_a_dull_one() -> None:
+def test_clear_images_weigh_more() -> None:
     sharp, dull = photo(0, 10), photo(1, 2)
     assert fuse_identities([dull, sharp], "max_norm") is sharp
     assert fuse_identities([dull, sharp], "max_norm", [6, 1]) is dull
@@ -142,7 +142,7 @@ def test_a_sharp_photo_and_a_dull_one() -> None:
     assert float(one_look.id_cond[..., 100:].norm()) == pytest.approx(1)
 
 
-def test_what_cannot_be_fused() -> None:
+def test_incompatible_identities_are_not_fused() -> None:
     one, two = someone(0), someone(1)
     for fusion, weights in (
         ("sum", None),

@@ -1,4 +1,4 @@
-"""A photograph's way into a tiny SDXL: one face for all features, gray on white, several photos, and out again."""
+"""From a photo to an image of a tiny SDXL: detection, selection, features, generation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.pipelines.factory import resolve_preset
 from openpulid.pipelines.presets import sdxl
+from openpulid.pipelines.selection import resolve_preset
 from openpulid.pipelines.studio import Studio
 from tests.support.photo_networks import DETECTOR, GROUP, needs_detector, recogniser_file
 
@@ -74,7 +74,7 @@ def studio(features, tiny_pipeline) -> Studio:
     return Studio(pipe, adapter.eval(), features, preset)
 
 
-def test_all_features_are_of_the_chosen_face(features, group) -> None:
+def test_all_features_are_of_the_selected_face(features, group) -> None:
     faces = features.detection.detect(group)
     for order, index in (("large-small", None), ("left-right", 0), ("left-right", 5)):
         face = select_face(faces, index, order)
@@ -94,7 +94,7 @@ def test_all_features_are_of_the_chosen_face(features, group) -> None:
         assert not torch.allclose(first, second, atol=1e-3)
 
 
-def test_what_the_tower_sees_is_gray_on_white(features, group) -> None:
+def test_vision_encoder_receives_gray_on_white(features, group) -> None:
     face = select_face(features.detection.detect(group), 0)
     crop, gray = features.debug_crops(face)
     kept = features.face_parsing(crop[None])[0, 0].bool()
@@ -114,7 +114,7 @@ def test_what_the_tower_sees_is_gray_on_white(features, group) -> None:
     )
 
 
-def test_a_large_file_of_a_photo_is_read_as_a_small_one(studio) -> None:
+def test_large_and_small_copies_of_a_photo_agree(studio) -> None:
     photo = Image.fromarray(skimage.data.astronaut())
     large = photo.resize((3072, 3072), Image.Resampling.LANCZOS)
     small, other = (image.faces[0] for image in studio.detect([photo, large]).images)
@@ -135,7 +135,7 @@ def test_shapes_and_models(features, group) -> None:
     torch.testing.assert_close(identity.id_cond[0, 0, 12:].norm(), torch.tensor(1.0))
 
 
-def test_from_a_photo_to_an_image(studio, caplog) -> None:
+def test_photo_to_image(studio, caplog) -> None:
     anna = studio.identify(GROUP)
     assert "shows 6 faces" in caplog.text
     caplog.clear()
@@ -147,14 +147,14 @@ def test_from_a_photo_to_an_image(studio, caplog) -> None:
     assert images[0].size == (16, 16) and len({image.tobytes() for image in images}) == 3
 
 
-def test_every_face_is_listed(studio) -> None:
+def test_all_faces_are_described_in_order(studio) -> None:
     lines = studio.detect(GROUP).describe("left-right")
     assert [line.split(" at ")[0] for line in lines] == [f"{GROUP}: face {k}" for k in range(6)]
     lefts = [int(line.split(" at ")[1].split(",")[0]) for line in lines]
     assert lefts == sorted(lefts)
 
 
-def test_another_pack_reads_photographs(tmp_path) -> None:
+def test_another_face_pack_replaces_the_face_models(tmp_path) -> None:
     (tmp_path / "a.onnx").symlink_to(DETECTOR)
     recogniser_file(tmp_path / "b.onnx")
     chosen = resolve_preset(sdxl(), face_pack=tmp_path)
@@ -167,7 +167,7 @@ def test_another_pack_reads_photographs(tmp_path) -> None:
         resolve_preset("mini", face_pack=tmp_path)
 
 
-def test_no_face_says_what_was_tried(studio, tmp_path) -> None:
+def test_missing_face_reports_what_was_tried(studio, tmp_path) -> None:
     Image.new("RGB", (300, 200), "gray").save(tmp_path / "wall.png")
     message = r"wall\.png: no face detected in its 300 x 200 pixels \(sizes 640, 512, 384, 256 and a copy with a border\)"
     with pytest.raises(FaceError, match=message):
@@ -176,7 +176,7 @@ def test_no_face_says_what_was_tried(studio, tmp_path) -> None:
         studio.identify(GROUP, face_index=6)
 
 
-def test_a_picture_of_what_was_found(studio) -> None:
+def test_detected_faces_are_drawn(studio) -> None:
     sheet = studio.detect(GROUP).draw(2, "left-right")
     assert (
         sheet.height == 512 and sheet.width == round(512 * 1024 / 709) + 2 * 512

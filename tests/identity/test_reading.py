@@ -1,5 +1,4 @@
-"""What becomes of a photograph before and after its face is found, without a detector: at 1024 pixels, in bfloat16, in
-colour."""
+"""Photos before and after face detection: size, precision, color, models of an adapter."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def tower() -> VisionEncoder:
 
 @pytest.fixture
 def finder() -> MiniFaceDetector:
-    """Takes every picture for a face, all of it."""
+    """Build a detector that detects a face in every image."""
     network = MiniFaceDetector((8, 8, 8)).eval().requires_grad_(False)
     network.score[-1].weight.zero_(), network.score[-1].bias.fill_(100)
     network.parts.weight.zero_(), network.parts.bias.zero_()
@@ -54,13 +53,13 @@ def finder() -> MiniFaceDetector:
 
 
 def detection(finder: MiniFaceDetector, longest: int) -> MiniFaceDetection:
-    """The same detector with the image size of photos."""
-    found = MiniFaceDetection(finder)
-    found.max_image_size = longest
-    return found
+    """Build a face detection that reduces images as for photos."""
+    face_detection = MiniFaceDetection(finder)
+    face_detection.max_image_size = longest
+    return face_detection
 
 
-def test_a_large_photograph_is_shrunk_before_it_is_read(finder) -> None:
+def test_large_photos_are_reduced_before_detection(finder) -> None:
     photos = ClipExtractor(detection(finder, longest=LONGEST), None)
     miniature = ClipExtractor(MiniFaceDetection(finder), None)
     large = Image.new("RGB", (1200, 1600))
@@ -73,7 +72,7 @@ def test_a_large_photograph_is_shrunk_before_it_is_read(finder) -> None:
     assert torch.equal((face.image * 255).round().byte(), torch.from_numpy(small).permute(2, 0, 1))
 
 
-def test_a_message_has_the_size_that_was_given(finder) -> None:
+def test_message_reports_the_original_size(finder) -> None:
     finder.score[-1].bias.fill_(-100)
     extractor = ClipExtractor(detection(finder, longest=LONGEST), None)
     with pytest.raises(FaceError, match="no face detected in its 1200 x 1600 pixels"):
@@ -81,7 +80,7 @@ def test_a_message_has_the_size_that_was_given(finder) -> None:
 
 
 @torch.no_grad()
-def test_a_tower_in_bfloat16_reads_on_every_processor(tmp_path: Path) -> None:
+def test_bfloat16_vision_encoder_runs_on_any_cpu(tmp_path: Path) -> None:
     image = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
     face = Face(
         image,
@@ -105,7 +104,7 @@ def test_a_tower_in_bfloat16_reads_on_every_processor(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_everything_is_read_of_the_face_that_was_chosen(tmp_path: Path) -> None:
+def test_all_models_receive_the_selected_face(tmp_path: Path) -> None:
     """Of two faces in one picture, recogniser and tower see the same one."""
     image = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
     shifts = torch.tensor([[30.0, 200.0], [-150.0, -80.0]])
@@ -126,7 +125,7 @@ def test_everything_is_read_of_the_face_that_was_chosen(tmp_path: Path) -> None:
     assert (one - other)[:, :12].abs().max() > 0.01 and (one - other)[:, 12:].abs().max() > 1e-4
 
 
-def test_an_adapter_is_used_with_what_it_learned_with(
+def test_adapter_requires_the_face_models_of_its_training(
     tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file of a training remembers that; a published one does not say."""
@@ -159,7 +158,9 @@ def test_an_adapter_is_used_with_what_it_learned_with(
         load_extractor(preset, torch.device("cpu"), adapter)
 
 
-def test_colour_and_gray_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_and_gray_features_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recogniser_file(tmp_path / "glintr100.onnx")
     (tmp_path / "EVA02.pt").write_bytes(b"a tower")
     torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")

@@ -1,5 +1,4 @@
-"""From names to what computes. A FLUX transformer alone for a base: a single file, a folder, GGUF; the preset's pipeline gives
-the rest, at every level. A single file of SDXL; what is said of files that do not fit; precisions."""
+"""Loading base models: FLUX transformers, single files, errors in one sentence, dtypes."""
 
 from __future__ import annotations
 
@@ -58,7 +57,7 @@ def preset(folder: Path) -> Preset:
     return flux(folder / "pipeline").with_models(use_half_precision=False)
 
 
-def test_what_a_base_is(folder: Path, preset: Preset) -> None:
+def test_base_is_a_pipeline_or_a_flux_transformer(folder: Path, preset: Preset) -> None:
     assert (
         with_base(preset, folder / "other.safetensors").models.transformer
         == folder / "other.safetensors"
@@ -76,7 +75,7 @@ def test_what_a_base_is(folder: Path, preset: Preset) -> None:
     assert with_base(own, folder / "pipeline").models.transformer is None
 
 
-def test_the_chosen_base_is_there_and_not_the_presets_unet() -> None:
+def test_other_base_keeps_its_own_unet() -> None:
     chosen = with_base(sdxl_v1(), "owner/name")
     assert "lightning-4step" in sdxl_v1().published and "lightning-4step" not in chosen.published
     assert (
@@ -95,7 +94,7 @@ def test_the_chosen_base_is_there_and_not_the_presets_unet() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_chosen_transformer_is_there_at_every_level(
+def test_other_transformer_is_used_at_every_memory_level(
     folder: Path, preset: Preset, level: str
 ) -> None:
     weights = load_file(folder / "other.safetensors")
@@ -112,7 +111,7 @@ def test_the_chosen_transformer_is_there_at_every_level(
         assert abs(run(pipe, steps=1) - before).max() > 1e-3
 
 
-def test_a_folder_of_a_transformer(folder: Path, preset: Preset) -> None:
+def test_transformer_from_a_directory(folder: Path, preset: Preset) -> None:
     pipe = load_pipeline(with_base(preset, folder / "third"), CPU)
     weights = load_file(folder / "third" / "diffusion_pytorch_model.safetensors")
     assert all(
@@ -123,7 +122,7 @@ def test_a_folder_of_a_transformer(folder: Path, preset: Preset) -> None:
 
 
 @pytest.mark.parametrize("level", ["full", "24gb"])
-def test_gguf(folder: Path, preset: Preset, tmp_path: Path, level: str) -> None:
+def test_gguf_transformer(folder: Path, preset: Preset, tmp_path: Path, level: str) -> None:
     """Every matrix in blocks of eight bits, which no memory level squeezes once more."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "flux")
@@ -154,13 +153,15 @@ def test_gguf(folder: Path, preset: Preset, tmp_path: Path, level: str) -> None:
 
 
 @pytest.mark.skipif(find_spec("gguf") is not None, reason="the package gguf is here")
-def test_gguf_without_its_package(preset: Preset, tmp_path: Path) -> None:
+def test_gguf_without_its_package_is_one_sentence(preset: Preset, tmp_path: Path) -> None:
     (tmp_path / "base.gguf").write_bytes(b"GGUF")
     with pytest.raises(WeightsError, match="pip install gguf"):
         load_pipeline(with_base(preset, tmp_path / "base.gguf"), CPU)
 
 
-def test_what_is_no_transformer(folder: Path, preset: Preset, tmp_path: Path) -> None:
+def test_unsuitable_transformer_is_one_sentence(
+    folder: Path, preset: Preset, tmp_path: Path
+) -> None:
     weights = load_file(folder / "other.safetensors")
     save_file(
         {name: x for name, x in weights.items() if not name.startswith("proj_out")},
@@ -185,7 +186,7 @@ def test_what_is_no_transformer(folder: Path, preset: Preset, tmp_path: Path) ->
         assert "\n" not in str(error.value)
 
 
-def test_a_pipeline_without_its_t5(folder: Path, preset: Preset, tmp_path: Path) -> None:
+def test_pipeline_without_t5_is_one_sentence(folder: Path, preset: Preset, tmp_path: Path) -> None:
     copytree(folder / "pipeline", tmp_path / "lost")
     rmtree(tmp_path / "lost" / "text_encoder_2"), rmtree(tmp_path / "lost" / "tokenizer_2")
     with pytest.raises(
@@ -195,7 +196,7 @@ def test_a_pipeline_without_its_t5(folder: Path, preset: Preset, tmp_path: Path)
         load_pipeline(preset.with_models(pipeline=tmp_path / "lost"), CPU)
 
 
-def test_a_base_of_the_other_family(
+def test_base_of_the_other_family_is_one_sentence(
     folder: Path, preset: Preset, tmp_path: Path, tiny_pipeline: Any
 ) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "sdxl")
@@ -285,7 +286,7 @@ def single_file(pipe: Any, path: Path, text: bool = True) -> Path:
     return path
 
 
-def test_a_single_file_asks_no_network(alone: Path, tmp_path: Path, tiny_pipeline: Any) -> None:
+def test_single_file_uses_no_network(alone: Path, tmp_path: Path, tiny_pipeline: Any) -> None:
     other = tiny_pipeline(seed=7)
     preset = with_base(
         sdxl().with_models(use_half_precision=False),
@@ -311,7 +312,9 @@ def test_a_single_file_asks_no_network(alone: Path, tmp_path: Path, tiny_pipelin
         )
 
 
-def test_what_does_not_fit_is_one_sentence(alone: Path, tmp_path: Path, tiny_pipeline: Any) -> None:
+def test_unsuitable_weights_are_one_sentence(
+    alone: Path, tmp_path: Path, tiny_pipeline: Any
+) -> None:
     tiny = tiny_pipeline()
     tiny.save_pretrained(alone / "stable-diffusion-xl-base-1.0")
     preset = sdxl("sdxl-base").with_models(use_half_precision=False)
@@ -339,7 +342,7 @@ def test_what_does_not_fit_is_one_sentence(alone: Path, tmp_path: Path, tiny_pip
     assert "\n" not in str(error.value)
 
 
-def test_a_published_name_is_no_folder_that_lies_about(
+def test_published_name_is_not_a_directory_of_that_name(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -352,7 +355,7 @@ def test_a_published_name_is_no_folder_that_lies_about(
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_a_gpu_without_bfloat16_computes_in_float16(
+def test_gpu_without_bfloat16_uses_float16(
     native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def supported(including_emulation: bool = True) -> bool:
@@ -372,7 +375,7 @@ def test_a_gpu_without_bfloat16_computes_in_float16(
     )
 
 
-def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_uses_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert best_device() == torch.device("cuda")
@@ -382,7 +385,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert best_device() == torch.device("cpu")
 
 
-def test_sdxl_in_float16_is_decoded_in_float32(
+def test_float16_sdxl_decodes_in_float32(
     tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(factory, "compute_dtype", lambda device: torch.float16)
@@ -396,7 +399,7 @@ def test_sdxl_in_float16_is_decoded_in_float32(
 
 
 @pytest.mark.parametrize(("level", "expected"), [("full", torch.bfloat16), ("16gb", torch.float32)])
-def test_faces_are_read_as_their_own_device_computes(
+def test_extractor_uses_the_dtype_of_its_own_device(
     level: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FLUX in bfloat16 on an accelerator, and beside it a processor that has no bfloat16."""

@@ -1,4 +1,4 @@
-"""FLUX in less memory: what is predicted, and that every level still shows who it should."""
+"""Memory levels of FLUX: predictions, and the same images at every level."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_each_level_fits_its_name(name: str, limit: int) -> None:
         )
 
 
-def test_eight_bits_are_counted_as_they_are_stored() -> None:
+def test_fp8_weights_are_counted_as_stored() -> None:
     """The modulation is stored so, too, though diffusers calls it a norm; the last layers are not."""
     transformer = tiny_pipe().transformer.bfloat16()
     with torch.device("meta"):
@@ -63,7 +63,7 @@ def test_eight_bits_are_counted_as_they_are_stored() -> None:
     ] == weights["transformer in fp8"]
 
 
-def test_a_lora_stays_as_it_is_beside_eight_bits() -> None:
+def test_lora_keeps_its_dtype_in_fp8() -> None:
     from peft import LoraConfig
 
     pipe = tiny_pipe()
@@ -81,7 +81,7 @@ def test_a_lora_stays_as_it_is_beside_eight_bits() -> None:
     assert abs(run(pipe) - plain).max() < 0.5 * abs(plain).max()
 
 
-def test_decoding_is_in_tiles_of_the_size_that_is_predicted() -> None:
+def test_decoding_uses_the_predicted_tile_size() -> None:
     """The autoencoder's own tile is as large as the pictures it was trained on."""
     pipe, sizes = tiny_pipe(), []
     place_pipeline(pipe, "16gb", torch.device("cpu"))
@@ -100,7 +100,7 @@ def test_decoding_is_in_tiles_of_the_size_that_is_predicted() -> None:
     assert decoded[0] == decoded[1]
 
 
-def test_less_is_less() -> None:
+def test_lower_levels_need_less_memory() -> None:
     peaks = [max(need.total for need in predict_memory(name)) for name in LEVELS]
     assert peaks == sorted(peaks, reverse=True)
     small, large = (
@@ -111,7 +111,7 @@ def test_less_is_less() -> None:
         find_level("8gb")
 
 
-def test_what_streams_is_counted_as_it_streams() -> None:
+def test_streamed_parts_are_counted_per_block() -> None:
     """One block computes while the next one comes; the autoencoder does not stream, so it is there in every phase."""
     weights = _weight_sizes()
     phases = {need.phase: need.parts for need in predict_memory("12gb")}
@@ -119,7 +119,7 @@ def test_what_streams_is_counted_as_it_streams() -> None:
     assert {parts["autoencoder"] for parts in phases.values()} == {weights["vae"]}
 
 
-def test_streamed_block_by_block_it_is_the_same() -> None:
+def test_streaming_gives_the_same_image() -> None:
     """As on an accelerator, but for its streams, with the CPU at both ends."""
     pipe, cpu = tiny_pipe(), torch.device("cpu")
     adapter = fresh(pipe)
@@ -149,7 +149,7 @@ def test_streamed_block_by_block_it_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_the_identity_acts_at_every_level(name: str) -> None:
+def test_identity_acts_at_every_level(name: str) -> None:
     pipe = tiny_pipe()
     adapter = fresh(pipe)
     plain = run(pipe)

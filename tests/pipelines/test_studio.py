@@ -1,5 +1,4 @@
-"""The whole story on tiny random weights laid out as the miniature's are: load, identify, generate, and
-what goes wrong."""
+"""A studio with tiny random weights: load, identify, generate, and errors of the user."""
 
 from __future__ import annotations
 
@@ -100,7 +99,7 @@ def test_identity_changes_the_image(studio, anna) -> None:
     )
 
 
-def test_the_seed_is_the_image(studio, anna) -> None:
+def test_each_seed_gives_its_image_alone(studio, anna) -> None:
     four = studio.generate("portrait", anna, seed=5, num_images=4)
     assert four.seeds == [5, 6, 7, 8]
     for seed, image in zip(four.seeds, pixels(four), strict=True):
@@ -110,7 +109,7 @@ def test_the_seed_is_the_image(studio, anna) -> None:
     assert np.abs(together[0] - together[1]).max() > 3
 
 
-def test_threads_that_share_a_studio_do_not_mix(studio, anna) -> None:
+def test_threads_can_share_a_studio(studio, anna) -> None:
     """Nobody in one thread and Anna in the other, each with a guidance of its own."""
     asked = [
         {"identity": anna, "guidance_scale": 1.0},
@@ -148,7 +147,7 @@ def test_options_reach_the_sampler(studio, anna) -> None:
         assert not np.array_equal(image(**options), usual), options
 
 
-def test_words_it_does_not_know(studio) -> None:
+def test_unknown_words_and_long_prompts_are_refused(studio) -> None:
     with pytest.raises(
         PromptError, match=r"'Portait' \(similar: portrait\) and 'zebra'; use words of its"
     ) as error:
@@ -173,7 +172,7 @@ def test_words_it_does_not_know(studio) -> None:
         {"end": 2},
     ],
 )
-def test_numbers_outside_their_range(studio, anna, options) -> None:
+def test_out_of_range_options_are_refused(studio, anna, options) -> None:
     with pytest.raises(OptionError):
         studio.generate("portrait", anna, **options)
 
@@ -181,7 +180,7 @@ def test_numbers_outside_their_range(studio, anna, options) -> None:
 @pytest.mark.parametrize(
     "name", ["start_step", "true_cfg_scale", "timestep_to_start_cfg", "max_sequence_length"]
 )
-def test_what_would_change_nothing_is_refused(studio, anna, name: str) -> None:
+def test_unsupported_options_are_refused(studio, anna, name: str) -> None:
     with pytest.raises(OptionError, match=rf"does not support: {name}\.$"):
         studio.generate("portrait", anna, **{name: 2})
 
@@ -250,7 +249,7 @@ def test_identify_from_files(studio, anna, tmp_path) -> None:
         studio.identify([])
 
 
-def test_a_picture_without_a_face_it_knows(folder, tmp_path) -> None:
+def test_image_without_a_known_face_is_refused(folder, tmp_path) -> None:
     studio = load(mini(folder))
     with torch.no_grad():
         studio.extractor.detector.score[-1].bias.fill_(-100)
@@ -268,7 +267,7 @@ def test_a_picture_without_a_face_it_knows(folder, tmp_path) -> None:
     )
 
 
-def test_an_identity_of_other_models_is_refused(studio, anna) -> None:
+def test_identity_of_other_models_is_refused(studio, anna) -> None:
     foreign = Identity(anna.id_cond, anna.hidden, {**anna.models, "vision": "0" * 64})
     mask = torch.ones(2, 2)
     for people in (
@@ -282,7 +281,7 @@ def test_an_identity_of_other_models_is_refused(studio, anna) -> None:
             studio.generate("portrait", people)
 
 
-def test_the_students_preset(folder) -> None:
+def test_lightning_preset_uses_the_student(folder) -> None:
     studio = load(mini_lightning(folder), device="cpu")
     assert studio.pipe.scheduler.config.timestep_spacing == "trailing"
     base = load(str(folder), device="cpu")
@@ -291,7 +290,7 @@ def test_the_students_preset(folder) -> None:
     assert studio.generate("portrait").images[0].size == (16, 16)
 
 
-def test_what_cannot_be_loaded(folder, tmp_path) -> None:
+def test_missing_or_damaged_weights_are_refused(folder, tmp_path) -> None:
     with pytest.raises(OptionError, match="there is no preset"):
         load("no-such-preset")
     with pytest.raises(WeightsError, match="adapter"):

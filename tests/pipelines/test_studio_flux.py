@@ -1,4 +1,4 @@
-"""The studio on a tiny FLUX: the preset's options reach pipeline and adapter, and a seed is an image."""
+"""A studio with a tiny FLUX: options reach pipeline and adapter, seeds are per image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def studio() -> Studio:
     return Studio(pipe, fresh(pipe), UnusedExtractor(), preset)
 
 
-def test_presets() -> None:
+def test_presets_have_their_defaults() -> None:
     defaults = flux().defaults
     assert (defaults.num_inference_steps, defaults.guidance_scale) == (20, 4.0)
     assert (defaults.max_sequence_length, defaults.timestep_to_start_cfg) == (128, 1)
@@ -44,7 +44,7 @@ def test_presets() -> None:
     assert all(PRESETS[name]().name == name for name in PRESETS)
 
 
-def test_a_seed_is_an_image(studio) -> None:
+def test_each_seed_gives_its_image_alone(studio) -> None:
     both = studio.generate("portrait of a person", anna, seed=4, num_images=2)
     alone = studio.generate("portrait of a person", anna, seed=5)
     assert both.images[0].size == (32, 32) and both.images[1].tobytes() == alone.images[0].tobytes()
@@ -77,7 +77,7 @@ def test_options_reach_the_image(studio) -> None:
     )
 
 
-def test_guidance_begins_where_it_does_with_somebody(studio) -> None:
+def test_guidance_starts_at_the_same_step_without_identity(studio) -> None:
     """Where nobody is shown, too: without an identity, at a scale of 0, and before the identity acts."""
 
     def made(person: Identity | None = anna, **options) -> bytes:
@@ -100,7 +100,7 @@ def test_guidance_begins_where_it_does_with_somebody(studio) -> None:
     )
 
 
-def test_what_the_text_encoder_would_drop_is_refused(studio) -> None:
+def test_long_prompts_and_unknown_words_are_refused(studio) -> None:
     with pytest.raises(PromptError, match="11 tokens, and the model reads 10"):
         studio.generate("a person " * 5)
     studio.generate("a person " * 5, num_inference_steps=1, max_sequence_length=11)
@@ -113,7 +113,7 @@ def test_what_the_text_encoder_would_drop_is_refused(studio) -> None:
         studio.generate("portrait", num_inference_steps=0)
 
 
-def test_sizes_without_latents_are_refused(studio) -> None:
+def test_sizes_must_be_multiples_of_the_latent_patch(studio) -> None:
     """Two latents to a token, two pixels to a latent here, eight in FLUX; the pipeline itself would make another size."""
     for size, near in (((34, 32), "32x32"), ((32, 31), "32x32"), ((1, 32), "4x32")):
         with pytest.raises(OptionError, match=rf"multiples of 4, for example {near}\.$"):
@@ -128,18 +128,18 @@ def test_sizes_without_latents_are_refused(studio) -> None:
         {"true_cfg_scale": 3.0, "negative_prompt": ""},
     ],
 )
-def test_true_guidance_and_a_negative_prompt_go_together(studio, options) -> None:
+def test_true_cfg_requires_a_negative_prompt_and_vice_versa(studio, options) -> None:
     with pytest.raises(OptionError, match="set both or neither"):
         studio.generate("portrait", **options)
 
 
 @pytest.mark.parametrize("options", [{"projection": "ortho"}, {"num_zero": 0}])
-def test_what_would_change_nothing_is_refused(studio, options) -> None:
+def test_sdxl_options_are_refused(studio, options) -> None:
     with pytest.raises(OptionError, match="preset 'flux' does not support: "):
         studio.generate("portrait", anna, **options)
 
 
-def test_memory_levels_are_known_before_anything_is_opened() -> None:
+def test_memory_levels_are_checked_before_loading() -> None:
     with pytest.raises(OptionError, match="full, 24gb"):
         load("flux", device="cpu", memory="8gb")
     with pytest.raises(OptionError, match="memory is only available for FLUX presets"):

@@ -35,9 +35,9 @@ from openpulid.pipelines.request import (
     Person,
 )
 from openpulid.pipelines.weights import (
-    installed_controls,
-    installed_methods,
-    installed_presets,
+    find_installed_controls,
+    find_installed_methods,
+    find_installed_presets,
     missing_weights,
 )
 from openpulid.web import page as web
@@ -215,9 +215,9 @@ def test_controlnet_with_a_person(
         torch.nn.init.normal_(layer.weight, std=0.05)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert installed_controls() == []
+    assert find_installed_controls() == []
     net.save_pretrained(tmp_path / WEIGHTS["control-pose"].repo.split("/")[-1])
-    assert installed_controls() == ["control-pose"]
+    assert find_installed_controls() == ["control-pose"]
     person = {"reference_images": [(str(anna), None)]}
     control = {"control": "control-pose", "control_image": str(anna), "control_scale": 0.5}
     (plain,) = generate(session, **person)
@@ -241,8 +241,8 @@ def test_changes_apply_to_the_first_preset_alone(tmp_path: Path, anna: Path) -> 
     session = changed("mini-lightning")
     first = session.preset(session.models)
     assert first.models.adapter == adapter
-    assert {"pulid", "faceid"} <= set(installed_methods(first))
-    assert installed_methods(first) == installed_methods(mini_lightning())
+    assert {"pulid", "faceid"} <= set(find_installed_methods(first))
+    assert find_installed_methods(first) == find_installed_methods(mini_lightning())
     full = changed("sdxl")
     sdxl_preset = full.preset(full.models)
     assert sdxl_preset.models.adapter == adapter
@@ -267,10 +267,10 @@ def test_changes_apply_to_the_first_preset_alone(tmp_path: Path, anna: Path) -> 
 def test_only_installed_models_are_offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    assert {"mini", "mini-lightning"} <= set(installed_presets())
+    assert {"mini", "mini-lightning"} <= set(find_installed_presets())
     files = {name: MINIATURE / file for name, file in MINI_ADAPTERS.items()}
     trained = [name for name in sorted(files) if files[name].exists()]
-    assert installed_methods(mini()) == ["pulid", *trained]
+    assert find_installed_methods(mini()) == ["pulid", *trained]
     assert missing_weights(mini()) == []
     assert missing_weights(mini(tmp_path))[0] == str(tmp_path / "pipeline")
     missing = missing_weights(sdxl())

@@ -1,4 +1,4 @@
-"""The commands of those who measure: bench."""
+"""The commands `pulid bench`."""
 
 from __future__ import annotations
 
@@ -27,37 +27,35 @@ if TYPE_CHECKING:
     from openpulid.bench.suite import Suite
     from openpulid.pipelines.presets import Preset
 
-bench = command_group("Methods side by side, and what things cost.")
+bench = command_group("Compare methods, and measure time and memory.")
 
 
 @bench.command("run")
 def run_suite(
-    suite: Annotated[str, typer.Argument(help="miniature, quick, pulid-paper, or a JSON file.")],
+    suite: Annotated[
+        str, typer.Argument(help="Suite: miniature, quick, pulid-paper, or a JSON file.")
+    ],
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", "-o", help="The run's folder; what is there already is not made again."
-        ),
+        typer.Option("--out", "-o", help="Run directory; existing images are kept."),
     ],
     methods: Annotated[
         str,
-        typer.Option(
-            help="By commas; METHOD:FILE takes another adapter, METHOD@0.5 that scale. The base is always there."
-        ),
+        typer.Option(help="Comma-separated; METHOD:FILE is another adapter, METHOD@0.5 a scale."),
     ] = "pulid",
     people: Annotated[
         Path | None,
-        typer.Option(help="A folder of photographs, for a suite without people of its own."),
+        typer.Option(help="Directory of photos, for suites without subjects."),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="So many people; the suite's by default.")
+        int | None, typer.Option(min=1, help="Number of subjects; the suite's by default.")
     ] = None,
     workers: Annotated[
         str | None, typer.Option(help="Processes, or ray://HOST:PORT for a cluster.")
     ] = None,
     device: Device = None,
 ) -> None:
-    """Make every image that is missing, measure all, and write the report."""
+    """Generate missing images, score all, and write the report."""
     _only_with_extra()
     from datetime import datetime, timezone
 
@@ -86,10 +84,10 @@ def run_suite(
 
 @bench.command("report")
 def report_run(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
     as_json: AsJson = False,
 ) -> None:
-    """The table as Markdown, JSON and one HTML page, from what a run has so far; what is not measured yet is measured."""
+    """Write the table of a run as Markdown, JSON and HTML; missing scores are computed."""
     _only_with_extra()
     from openpulid.bench import report, table
     from openpulid.bench import score as judging
@@ -127,8 +125,8 @@ def _only_complete(presets: Mapping[str, Preset]) -> None:
     lacking = {name: preset for preset in presets.values() for name in missing_weights(preset)}
     if published := " ".join(name for name in lacking if name in WEIGHTS):
         raise WeightsError(
-            f"weights of these methods are not on this machine; `pulid weights get {published}` downloads them, or put "
-            "them into a folder and set PULID_WEIGHTS to it."
+            f"weights of these methods are missing; `pulid weights get {published}` downloads "
+            "them, or set PULID_WEIGHTS to a directory that has them."
         )
     if lacking:
         name, preset = next(iter(lacking.items()))
@@ -148,7 +146,7 @@ def _sitters(suite: Suite, photos: Path | None, count: int | None) -> list[Subje
         return people.photo_subjects(photos)[:count]
     if not suite.people:
         raise OptionError(
-            f"the suite {suite.name} has no people of its own: name a folder of photographs with --people."
+            f"the suite {suite.name} has no subjects: pass a directory of photos with --people."
         )
     return synthetic_subjects(count or suite.people, suite.first)
 
@@ -172,14 +170,14 @@ def _entry(named: str) -> tuple[str, Path | None, float | None]:
     parts = re.fullmatch(r"([^:@]+)(?::(.+?))?(?:@(\d*\.?\d+))?", named)
     if parts is None:
         raise OptionError(
-            f"{named}: a method is METHOD, METHOD:FILE, METHOD@SCALE or METHOD:FILE@SCALE, as in pulid@0.5."
+            f"expected METHOD, METHOD:FILE, METHOD@SCALE or METHOD:FILE@SCALE, got {named!r}."
         )
     method, file, scale = parts.groups()
     return method, Path(file) if file else None, float(scale) if scale else None
 
 
 def _label(named: str) -> str:
-    """What a method is called in a run: its name, or its file's; with its scale, if one was asked for."""
+    """Return the name of a method in a run: its own or its file's, with a given scale."""
     method, file, scale = _entry(named)
     return (file.stem if file else method) + (f"@{scale:g}" if scale is not None else "")
 
@@ -196,7 +194,7 @@ def _presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
             continue
         if (label := _label(name)) in presets:
             raise OptionError(
-                f"two methods would both be called {label}; rename one file, or name each method once."
+                f"two methods are named {label}; rename one file, or pass each method once."
             )
         presets[label] = with_method(presets[BASE], method, file)
         if scale is not None:
@@ -234,26 +232,27 @@ def _contest(
 
 @bench.command("train")
 def bench_train(
-    base: Annotated[str, typer.Option(help="mini or sdxl, at full size.")] = "mini",
+    base: Annotated[str, typer.Option(help="mini or sdxl.")] = "mini",
     random: Annotated[
-        bool, typer.Option("--random", help="Random weights: a step costs the same with any.")
+        bool,
+        typer.Option(
+            "--random", help="Random weights; the cost of a step does not depend on them."
+        ),
     ] = False,
-    recipe: Annotated[str | None, typer.Option(help="BASE_stage3 by default.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe; BASE_stage3 by default.")] = None,
     batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Pictures of the diffusion branch; the recipe's by default."),
+        typer.Option(min=1, help="Images of the diffusion branch; the recipe's by default."),
     ] = None,
     fast_batch: Annotated[
-        int | None, typer.Option(min=1, help="Pictures of each pair of the lightning branch.")
+        int | None, typer.Option(min=1, help="Images of the lightning branch.")
     ] = None,
-    pixels: Annotated[
-        int | None, typer.Option(help="Width of the lightning branch's pictures.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of each candidate, by turns.")] = 5,
+    pixels: Annotated[int | None, typer.Option(help="Image size of the lightning branch.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps per candidate, interleaved.")] = 5,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time and memory of a training step, with gradients through the last 1 to 4 steps, kept or computed again."""
+    """Measure a training step with gradients through the last 1 to 4 steps."""
     from dataclasses import asdict, replace
 
     import torch
@@ -286,24 +285,27 @@ def bench_train(
 
 @bench.command()
 def speed(
-    base: Annotated[str, typer.Option(help="mini, sdxl or flux, at full size.")] = "sdxl",
+    base: Annotated[str, typer.Option(help="mini, sdxl or flux.")] = "sdxl",
     random: Annotated[
-        bool, typer.Option("--random", help="Random weights: a step costs the same with any.")
+        bool,
+        typer.Option(
+            "--random", help="Random weights; the cost of a step does not depend on them."
+        ),
     ] = False,
     size: Annotated[int, typer.Option(min=64, help="Width and height in pixels.")] = 1024,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
     guided: Annotated[
-        bool, typer.Option("--guided", help="SDXL: with guidance, as one batch and in two passes.")
+        bool, typer.Option("--guided", help="SDXL: with guidance, as one batch and as two.")
     ] = False,
     depth_scale: Annotated[
-        float, typer.Option(min=0.01, max=1, help="FLUX: this share of its blocks.")
+        float, typer.Option(min=0.01, max=1, help="FLUX: fraction of its blocks.")
     ] = 1.0,
     memory: Annotated[str, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = "full",
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each candidate, by turns.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls per candidate, interleaved.")] = 5,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time and memory of one step: the base alone, with PuLID, with PuLID computed afresh, and guided in two passes."""
+    """Measure a sampling step of the base model, and with PuLID."""
     from dataclasses import asdict
 
     import torch
@@ -333,13 +335,13 @@ def speed(
 @bench.command("identify")
 def bench_identify(
     random: Annotated[
-        bool, typer.Option("--random", help="Random weights: a photo costs the same with any.")
+        bool, typer.Option("--random", help="Random weights; the cost does not depend on them.")
     ] = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each stage, by turns.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls per stage, interleaved.")] = 5,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time of knowing a person from a photo by stage, at full size: as built here, and as the reference does it."""
+    """Measure each stage of identity extraction, and of the reference implementation."""
     from dataclasses import asdict
 
     import torch
@@ -359,6 +361,4 @@ def bench_identify(
 
 def _only_random(random: bool) -> None:
     if not random:
-        raise OptionError(
-            "a step costs the same with any weights; say --random, and none are looked for."
-        )
+        raise OptionError("this benchmark only supports random weights; pass --random.")

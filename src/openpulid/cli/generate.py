@@ -59,7 +59,7 @@ def generate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="instantid, faceid, ... instead of PuLID; or PuLID's mode fidelity, style, neutral."
+            help="instantid, faceid, ... instead of PuLID; or its mode fidelity, style, neutral."
         ),
     ] = None,
     projection: Annotated[str | None, typer.Option(help="ortho_v2, ortho or none.")] = None,
@@ -243,9 +243,9 @@ def run_request(request: GenerationRequest, out: Path, device: str | None) -> No
     """
     from openpulid.io.metadata import hash_files, image_name, save_image
     from openpulid.pipelines import studio as studios
-    from openpulid.pipelines.factory import resolve_preset
     from openpulid.pipelines.inputs import open_inputs
     from openpulid.pipelines.provenance import Provenance
+    from openpulid.pipelines.selection import resolve_preset
 
     make_directory(out)
     assert request.model is not None

@@ -47,7 +47,7 @@ def identify(
     faces: FacePack = None,
     device: Device = None,
 ) -> None:
-    """Extract an identity from images and save it. The file is biometric data, readable by you only."""
+    """Extract an identity from images. The file is biometric data that only you can read."""
     face_index = parse_face(face)
     if face != LIST_FACES and (out is None or out.suffix != ".safetensors"):
         raise OptionError(
@@ -62,8 +62,9 @@ def identify(
 
     from openpulid.identity.reference import ReferenceFaces
     from openpulid.io.metadata import save_image
-    from openpulid.pipelines.factory import load_extractor, resolve_preset
+    from openpulid.pipelines.factory import load_extractor
     from openpulid.pipelines.presets import PULID_MODES
+    from openpulid.pipelines.selection import resolve_preset
 
     with name_options():
         resolved = resolve_preset(

@@ -19,7 +19,7 @@ def list_presets() -> None:
     from rich.table import Table
 
     from openpulid.pipelines.presets import PRESETS
-    from openpulid.pipelines.weights import installed_methods, missing_weights
+    from openpulid.pipelines.weights import find_installed_methods, missing_weights
 
     table = Table("preset", "description", "steps", "guidance", "installed")
     for name, build in PRESETS.items():
@@ -27,10 +27,11 @@ def list_presets() -> None:
         if missing_weights(preset):
             installed = f"`pulid weights get {name}`"
         else:
-            installed = f"yes: {', '.join(installed_methods(preset))}"
-        summary = (build.__doc__ or "").split("\n")[0].split(":")[0].rstrip(".")
+            installed = f"yes: {', '.join(find_installed_methods(preset))}"
         steps = str(preset.defaults.num_inference_steps)
-        table.add_row(name, summary, steps, f"{preset.defaults.guidance_scale:g}", installed)
+        table.add_row(
+            name, preset.description, steps, f"{preset.defaults.guidance_scale:g}", installed
+        )
     Console().print(table)
 
 

@@ -1,4 +1,4 @@
-"""The commands of those who train: world, mini, train."""
+"""The commands `pulid world`, `pulid mini` and `pulid train`."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from openpulid.io.metadata import save_image
 if TYPE_CHECKING:
     from openpulid.training.pulid.recipes import Recipe
 
-world = command_group("Procedural people: pictures to start from.")
-mini = command_group("The miniature: train it from nothing, measure it.")
+world = command_group("Draw synthetic people.")
+mini = command_group("Train and evaluate the miniature.")
 
 
 @world.command()
 def person(
-    seed: Annotated[int, typer.Option(min=0, help="Who; from 1000000 on nobody trained on them.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write.")],
+    seed: Annotated[
+        int, typer.Option(min=0, help="Number of the person; from 1000000 on, people are held out.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Image to write.")],
     size: Annotated[
-        int, typer.Option(min=32, max=1024, help="Pixels; 96 is what the miniature knows.")
+        int, typer.Option(min=32, max=1024, help="Size in pixels; the miniature uses 96.")
     ] = 96,
 ) -> None:
-    """One picture of one procedural person: something to start from."""
+    """Draw a reference image of a synthetic person."""
     from openpulid.world.gallery import portrait
 
     save_image(portrait(seed, size), check_image_path(out))
@@ -44,11 +46,11 @@ def person(
 
 @world.command()
 def sheet(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write.")],
-    seed: Annotated[int, typer.Option(min=0, help="The first person.")] = 0,
-    size: Annotated[int, typer.Option(min=32, max=512, help="Pixels of each picture.")] = 160,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Image to write.")],
+    seed: Annotated[int, typer.Option(min=0, help="Number of the first person.")] = 0,
+    size: Annotated[int, typer.Option(min=32, max=512, help="Size of each image in pixels.")] = 160,
 ) -> None:
-    """Eight people in eight scenes: one person along each row."""
+    """Draw eight people in eight scenes, one person per row."""
     from openpulid.world.gallery import people_sheet
 
     save_image(people_sheet(seed, size), check_image_path(out))
@@ -57,7 +59,7 @@ def sheet(
 
 @world.command()
 def words() -> None:
-    """What a prompt for the miniature can say: each thing and its kinds, then every single word."""
+    """List the vocabulary of the miniature's prompts."""
     from openpulid.world import ATTRIBUTES, VOCABULARY
 
     for name, kinds in ATTRIBUTES.items():
@@ -68,18 +70,20 @@ def words() -> None:
 @mini.command()
 def build(
     part: Annotated[
-        list[str] | None, typer.Argument(help="Parts in order; all by default.")
+        list[str] | None, typer.Argument(help="Stages in order; all by default.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="A rival instead: faceid, instantid or photomaker.")
+        str | None, typer.Option(help="Train a baseline instead: faceid, instantid or photomaker.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="For all of them together.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time budget in minutes for all stages.")
+    ] = None,
     device: Device = None,
     resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Continue what was begun, or begin again.")
+        bool, typer.Option("--resume/--fresh", help="Continue an interrupted run, or start again.")
     ] = True,
 ) -> None:
-    """Train the miniature from nothing; a build that was stopped goes on where it was."""
+    """Train the miniature from scratch; an interrupted build is continued."""
     from openpulid.mini.train import build as builder
 
     names = [*(part or []), *([method] if method else [])]
@@ -88,21 +92,21 @@ def build(
 
 @mini.command()
 def evaluate(
-    people: Annotated[int, typer.Option(min=2, help="How many people nobody trained on.")] = 64,
-    people_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
-    prompts: Annotated[int, typer.Option(min=1, help="How many prompts for each.")] = 4,
-    preset: Annotated[str, typer.Option(help="mini, or mini-lightning for four steps.")] = "mini",
+    people: Annotated[int, typer.Option(min=2, help="Number of held-out people.")] = 64,
+    people_seed: Annotated[int, typer.Option(min=0, help="Number of the first of them.")] = 0,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts per person.")] = 4,
+    preset: Annotated[str, typer.Option(help="mini, or mini-lightning (four steps).")] = "mini",
     scale: Annotated[
-        float, typer.Option(min=0, help="How strongly the identity acts; it is trained at 1.")
+        float, typer.Option(min=0, help="Identity scale; adapters are trained at 1.")
     ] = 1.0,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="A file to measure in place of those that are here; several."),
+        typer.Option(help="Adapter file to evaluate instead of the installed ones; repeatable."),
     ] = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the miniature on people and prompts that no training has seen."""
+    """Evaluate the miniature on held-out people and prompts."""
     from openpulid.mini.evaluation import evaluate as measure
 
     bar = measure.silent if as_json else measure.progress
@@ -114,7 +118,7 @@ def evaluate(
     }
     for file in adapter or ():  # said before minutes of images
         if not file.is_file():
-            raise OptionError(f"{file} is not there; name the file of an adapter.")
+            raise OptionError(f"{file} does not exist; pass an adapter file.")
     chosen = {str(file): file for file in adapter} if adapter else None
     table = measure.run(people, **asked, adapters=chosen, device=device, progress=bar)
     if not as_json:
@@ -124,11 +128,11 @@ def evaluate(
 
 @mini.command()
 def ablation(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write.")],
-    people: Annotated[int, typer.Option(min=1, help="Rows.")] = 6,
-    people_seed: Annotated[int, typer.Option(min=0, help="The first of them.")] = 0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Image to write.")],
+    people: Annotated[int, typer.Option(min=1, help="Number of people, one per row.")] = 6,
+    people_seed: Annotated[int, typer.Option(min=0, help="Number of the first of them.")] = 0,
 ) -> None:
-    """People nobody trained on, each with the same prompt and seed through every stage of the training."""
+    """Draw held-out people with the same prompt and seed through every training stage."""
     from openpulid.mini.evaluation import ablation as stages
 
     save_image(stages.picture(people, people_seed), check_image_path(out))
@@ -137,13 +141,13 @@ def ablation(
 
 @mini.command()
 def sweep(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The plot to write.")],
-    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 100,
-    people: Annotated[int, typer.Option(min=2, help="How many people nobody trained on.")] = 64,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Plot to write.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 100,
+    people: Annotated[int, typer.Option(min=2, help="Number of held-out people.")] = 64,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train with other numbers of steps that carry gradient, and other weights of the alignment; plot identity and purity."""
+    """Compare gradient steps and alignment weights; plot identity against preservation."""
     from openpulid.mini.evaluation import ablation as stages
     from openpulid.mini.evaluation import evaluate as measure
 
@@ -157,50 +161,52 @@ def sweep(
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Such as mini_stage1 or sdxl_stage1.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe, such as mini_stage1 or sdxl_stage1.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The run's folder; runs/RECIPE by default.")
+        Path | None, typer.Option("--out", "-o", help="Run directory; runs/RECIPE by default.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps; the recipe's by default.")
+        int | None, typer.Option(min=1, help="Training steps; the recipe's by default.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Stop after about this long, with the tail done.")
+        float | None,
+        typer.Option(help="Time budget in minutes (the LR decay is always completed)."),
     ] = None,
     device: Device = None,
     begin: Annotated[
-        Path | None, typer.Option(help="The adapter to start from, where the recipe continues one.")
+        Path | None, typer.Option(help="Adapter to start from, if the recipe continues one.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume/--fresh", help="Continue what was begun, or begin again.")
+        bool, typer.Option("--resume/--fresh", help="Continue an interrupted run, or start again.")
     ] = True,
     data: Annotated[
-        Path | None, typer.Option(help="sdxl: a folder of pictures, a NAME.txt beside each.")
+        Path | None,
+        typer.Option(help="sdxl: directory of images, each with a caption in NAME.txt."),
     ] = None,
     held_out: Annotated[
-        Path | None, typer.Option(help="sdxl: the same, of people who are not trained on.")
+        Path | None, typer.Option(help="sdxl: the same with held-out people.")
     ] = None,
     base: Annotated[
-        str, typer.Option(help="sdxl: the checkpoint of the diffusion branch.")
+        str, typer.Option(help="sdxl: base model of the diffusion branch.")
     ] = "sdxl-base",
     fast: Annotated[
         list[str] | None,
-        typer.Option(help="sdxl: of the lightning branch; several are taken by turns."),
+        typer.Option(help="sdxl: few-step model of the lightning branch; several alternate."),
     ] = None,
     faces: Annotated[
-        Path | None, typer.Option(help="sdxl: folder of another insightface pack to learn with.")
+        Path | None, typer.Option(help="sdxl: directory of another insightface pack.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Pictures of a step, over all processes.")
+        int | None, typer.Option(min=1, help="Images per step, over all processes.")
     ] = None,
     fast_batch: Annotated[
-        int | None, typer.Option(min=1, help="Of them in the lightning branch.")
+        int | None, typer.Option(min=1, help="Images of the lightning branch among them.")
     ] = None,
     accumulate: Annotated[
-        int | None, typer.Option(min=1, help="Parts of a step, made one by one for less memory.")
+        int | None, typer.Option(min=1, help="Micro-batches per step, for less memory.")
     ] = None,
 ) -> None:
-    """Train an adapter by a named recipe."""
+    """Train an adapter with a named recipe."""
     from dataclasses import replace
 
     from openpulid.training.pulid.recipes import find_recipe
@@ -217,7 +223,7 @@ def train(
         return
     if data is None:
         raise OptionError(
-            f"{recipe} learns from photographs: name a folder with --data, each NAME.jpg with a NAME.txt."
+            f"{recipe} trains on photos: pass a directory with --data, NAME.jpg and NAME.txt each."
         )
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
@@ -251,8 +257,9 @@ def _train_full(
     from openpulid.device import best_device, supports_bf16
     from openpulid.faces.arcface import arcface_ir_se50, photo_embedder
     from openpulid.identity.photo_extractor import PhotoExtractor
-    from openpulid.pipelines.factory import load_extractor, load_pipeline, resolve_preset
+    from openpulid.pipelines.factory import load_extractor, load_pipeline
     from openpulid.pipelines.presets import sdxl, sdxl_v1
+    from openpulid.pipelines.selection import resolve_preset
     from openpulid.pipelines.weights import resolve_path
     from openpulid.training.pulid import train_sdxl as full
     from openpulid.training.pulid.models import SDXLModel

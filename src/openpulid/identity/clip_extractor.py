@@ -28,7 +28,8 @@ ClipInput = Literal["image", "face"]
 class FaceRecognition(Protocol):
     """Maps a face to its raw embedding (1, R)."""
 
-    def __call__(self, face: Face) -> Tensor: ...
+    def __call__(self, face: Face) -> Tensor:
+        """Return the raw embedding (1, R) of a face."""
 
 
 class ClipExtractor:

@@ -57,7 +57,7 @@ class Identity:
             or any(x.ndim != 3 or len(x) != 1 for x in self.hidden)
         ):
             raise IdentityError(
-                "an identity holds one person: id_cond (1, images, C), hidden states (1, tokens, D)."
+                "an identity holds one person: id_cond (1, images, C) and hidden (1, tokens, D)."
             )
         if not self.num_sources:
             object.__setattr__(self, "num_sources", self.photos)  # the dataclass is frozen
@@ -93,7 +93,7 @@ class Identity:
         Raises:
             IdentityError: other models produced them.
         """
-        if differing := mismatched_models(self.models, models):
+        if differing := find_mismatched_models(self.models, models):
             raise IdentityError(
                 f"this identity was created with other models ({', '.join(differing)}); "
                 "re-create it from its images with `pulid identify` and this preset."
@@ -173,7 +173,7 @@ class Identity:
         return identity
 
 
-def mismatched_models(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+def find_mismatched_models(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
     """Return the names of models whose hashes differ, or that only one side has."""
     return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
@@ -262,9 +262,7 @@ def _check_fusion(
             "weights must be one number per image, at least 0 and not all 0; concat takes none."
         )
     if fusion != "concat" and len({identity.photos for identity in identities}) > 1:
-        raise IdentityError(
-            "identities with different numbers of images have no mean; use concat, or one image each."
-        )
+        raise IdentityError("identities with different numbers of images have no mean; use concat.")
     for other in identities[1:]:
         other.require(identities[0].models)
 

@@ -14,7 +14,8 @@ from openpulid.diffusion.schedulers import KarrasScheduler
 from openpulid.errors import PulidError, WeightsError
 from openpulid.io.checkpoints import load_state, read_tensors
 from openpulid.io.hub import WEIGHTS, locate
-from openpulid.pipelines.presets import PRESETS, ModelSet
+from openpulid.pipelines.model_set import ModelSet
+from openpulid.pipelines.presets import PRESETS
 from openpulid.pipelines.weights import resolve_optional, resolve_path
 
 

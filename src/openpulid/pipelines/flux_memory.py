@@ -48,7 +48,7 @@ everything whose name contains `norm`, and with it the modulation layers inside,
 a quarter of the transformer."""
 
 TILE = 512
-"""Side of a tile in pixels. FLUX's autoencoder has 1024 by default, which is the whole image."""
+"""Side of a tile in pixels. FLUX's default is 1024, the whole image."""
 
 STREAMED_BLOCKS = 2
 """Transformer blocks on the device at a time: one computes while the next one is copied."""

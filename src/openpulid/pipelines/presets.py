@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from openpulid.errors import OptionError
 from openpulid.io.hub import WEIGHTS
+from openpulid.pipelines.model_set import ModelSet, WeightSource
 from openpulid.pipelines.request import (
     IDENTITY_NAMES,
     GenerationOptions,
@@ -23,11 +24,6 @@ from openpulid.pipelines.request import (
 )
 
 MINIATURE = Path(__file__).parents[1] / "mini" / "weights"
-
-WeightSource = Path | str
-"""A path, or a name of `io.hub.WEIGHTS`, which is looked up when the preset is loaded."""
-
-ExtractorKind = Literal["mini", "photo", "clip"]
 
 NEGATIVE_PROMPT = (
     "flaws in the eyes, flaws in the face, flaws, lowres, non-HDRi, low quality, worst quality, "
@@ -62,83 +58,19 @@ PULID_MODES = {
 
 
 @dataclass(frozen=True)
-class ModelSet:
-    """Models that belong together.
-
-    Attributes:
-        family: architecture of the base model.
-        pipeline: directory, single file, OWNER/NAME or published name of a diffusers pipeline.
-        adapter: file of the method.
-        extractor: which identity extractor the method needs.
-        detector: face detector.
-        recognition: face recognition model; None if the method uses none.
-        vision_encoder: vision encoder; None if the method uses none or brings its own.
-        face_parsing: face parsing model of the "photo" extractor.
-        clip_input: what the "clip" extractor passes to its vision encoder: the whole image or the
-            aligned face; None without a vision encoder.
-        adapter_has_vision_encoder: the vision encoder is part of the adapter's file.
-        method: name of the method, see `methods.registry.METHODS`.
-        unet, transformer: network that replaces the pipeline's.
-        sampler: sampler on Karras sigmas ("dpmpp_2m", "dpmpp_sde"), diffusers' multistep solver
-            ("dpm"), or None for the pipeline's own.
-        scheduler: settings that differ from those of the pipeline's scheduler.
-        use_half_precision: run the networks in reduced precision.
-        is_miniature: the models know only the miniature's synthetic people.
-        size_multiple: width and height must be multiples of this number of pixels.
-        memory: FLUX: memory level, see `flux_memory.LEVELS`.
-    """
-
-    family: Literal["sdxl", "flux"]
-    pipeline: WeightSource
-    adapter: WeightSource
-    extractor: ExtractorKind
-    detector: WeightSource
-    recognition: WeightSource | None = None
-    vision_encoder: WeightSource | None = None
-    face_parsing: WeightSource | None = None
-    clip_input: Literal["image", "face"] | None = None
-    adapter_has_vision_encoder: bool = False
-    method: str = "pulid"
-    unet: WeightSource | None = None
-    transformer: WeightSource | None = None
-    sampler: Literal["dpm", "dpmpp_2m", "dpmpp_sde"] | None = None
-    scheduler: Mapping[str, Any] = field(default_factory=dict)
-    use_half_precision: bool = False
-    is_miniature: bool = False
-    size_multiple: int = 8
-    memory: str = "full"
-
-    @property
-    def sources(self) -> tuple[WeightSource, ...]:
-        """All files and published names of these models."""
-        sources = (
-            self.pipeline,
-            self.unet,
-            self.transformer,
-            self.adapter,
-            self.detector,
-            self.recognition,
-            self.face_parsing,
-            self.vision_encoder,
-        )
-        companions = (
-            () if isinstance(self.adapter, Path) else COMPANION_WEIGHTS.get(self.method, ())
-        )
-        return (*(source for source in sources if source is not None), *companions)
-
-
-@dataclass(frozen=True)
 class Preset:
     """A model set, and the options of a generation with it.
 
     Attributes:
         selection: how the user selects this preset; it is stored in the images' metadata.
+        description: one phrase for the list of presets.
         models: the models.
         options: names of the options that have an effect with these models.
         defaults: values of the options that a request leaves out.
     """
 
     selection: ModelSelection
+    description: str
     models: ModelSet
     options: frozenset[str]
     defaults: GenerationOptions
@@ -199,7 +131,7 @@ class Preset:
         return resolved
 
     def _check_supported(self, request: GenerationRequest) -> None:
-        names = request.changed_options() + (["controls"] if request.controls else [])
+        names = request.list_options() + (["controls"] if request.controls else [])
         unsupported = [name for name in names if name not in self.options]
         if unsupported:
             fields = [f"identity.{n}" if n in IDENTITY_NAMES else n for n in unsupported]
@@ -236,7 +168,7 @@ def _same_models(one: ModelSelection, other: ModelSelection) -> bool:
 
 
 def mini(directory: Path = MINIATURE) -> Preset:
-    """The miniature: 96 pixels, its own synthetic people, trained by `pulid mini build`."""
+    """Return the miniature: 96 pixels, synthetic people, trained by `pulid mini build`."""
     models = ModelSet(
         family="sdxl",
         pipeline=directory / "pipeline",
@@ -259,22 +191,28 @@ def mini(directory: Path = MINIATURE) -> Preset:
             num_zero=0,
         ),
     )
-    return Preset(ModelSelection(preset="mini"), models, PULID_SDXL_OPTIONS, defaults)
+    return Preset(
+        ModelSelection(preset="mini"),
+        "The miniature with synthetic people",
+        models,
+        PULID_SDXL_OPTIONS,
+        defaults,
+    )
 
 
 def mini_lightning(directory: Path = MINIATURE) -> Preset:
-    """The miniature's few-step student: four steps without guidance."""
+    """Return the miniature with its few-step student: four steps without guidance."""
     preset = mini(directory).with_models(
         unet=directory / "lightning",
         # single first-order steps, as in the student's training
         scheduler={"timestep_spacing": "trailing", "solver_order": 1},
     )
     preset = preset.with_defaults(num_inference_steps=4, guidance_scale=1.0, scale=1.0)
-    return _named(preset, "mini-lightning")
+    return _rename(preset, "mini-lightning", "The miniature in four steps")
 
 
 def sdxl(base: WeightSource = "juggernaut") -> Preset:
-    """PuLID v1.1 on any SDXL checkpoint (Juggernaut XL, RealVisXL ...): 25 steps, guidance 7."""
+    """Return PuLID v1.1 on an SDXL checkpoint: 25 steps, guidance 7."""
     models = ModelSet(
         family="sdxl",
         pipeline=base,
@@ -295,17 +233,24 @@ def sdxl(base: WeightSource = "juggernaut") -> Preset:
         height=1024,
         identity=IdentityOptions(scale=0.8, start=0.0, end=1.0, projection="ortho_v2", num_zero=20),
     )
-    return Preset(ModelSelection(preset="sdxl"), models, PULID_SDXL_OPTIONS, defaults)
+    return Preset(
+        ModelSelection(preset="sdxl"),
+        "PuLID v1.1 on SDXL (Juggernaut XL)",
+        models,
+        PULID_SDXL_OPTIONS,
+        defaults,
+    )
 
 
 def sdxl_lightning(base: WeightSource = "dreamshaper") -> Preset:
-    """PuLID v1.1 on a few-step SDXL checkpoint (DreamShaper XL Lightning): 5 steps, guidance 2."""
+    """Return PuLID v1.1 on a few-step SDXL checkpoint: 5 steps, guidance 2."""
     preset = sdxl(base).with_models(sampler="dpmpp_sde")
-    return _named(preset.with_defaults(num_inference_steps=5, guidance_scale=2.0), "sdxl-lightning")
+    preset = preset.with_defaults(num_inference_steps=5, guidance_scale=2.0)
+    return _rename(preset, "sdxl-lightning", "PuLID v1.1 on DreamShaper XL Lightning")
 
 
 def sdxl_v1(base: WeightSource = "sdxl-base", mode: str = "fidelity") -> Preset:
-    """PuLID v1 on SDXL-Lightning's U-Net: 4 steps, guidance 1.2.
+    """Return PuLID v1 on SDXL-Lightning's U-Net: 4 steps, guidance 1.2.
 
     Args:
         base: an SDXL pipeline.
@@ -322,11 +267,11 @@ def sdxl_v1(base: WeightSource = "sdxl-base", mode: str = "fidelity") -> Preset:
         guidance_scale=1.2,
         **PULID_MODES[mode].model_dump(exclude_none=True),
     )
-    return _named(preset, "sdxl-v1")
+    return _rename(preset, "sdxl-v1", "PuLID v1 on SDXL-Lightning")
 
 
 def flux(base: WeightSource = "flux-dev") -> Preset:
-    """PuLID for FLUX v0.9.1 on FLUX.1-dev: 20 steps, guidance 4.
+    """Return PuLID for FLUX v0.9.1 on FLUX.1-dev: 20 steps, guidance 4.
 
     The identity acts from step 0. A `start_step` of 4 leaves photos more freedom of composition.
     """
@@ -353,26 +298,28 @@ def flux(base: WeightSource = "flux-dev") -> Preset:
         max_sequence_length=128,
         identity=IdentityOptions(scale=1.0, start=0.0, end=1.0),
     )
-    return Preset(ModelSelection(preset="flux"), models, PULID_FLUX_OPTIONS, defaults)
+    return Preset(
+        ModelSelection(preset="flux"), "PuLID on FLUX.1-dev", models, PULID_FLUX_OPTIONS, defaults
+    )
 
 
 def flux_krea(base: WeightSource = "flux-krea-base") -> Preset:
-    """PuLID for FLUX on FLUX.1-Krea-dev: 28 steps, guidance 4.5."""
+    """Return PuLID for FLUX on FLUX.1-Krea-dev: 28 steps, guidance 4.5."""
     preset = flux(base).with_defaults(num_inference_steps=28, guidance_scale=4.5)
-    return _named(preset, "flux-krea")
+    return _rename(preset, "flux-krea", "PuLID on FLUX.1-Krea-dev")
 
 
 def flux_schnell(base: WeightSource = "flux-schnell-base") -> Preset:
-    """PuLID for FLUX on FLUX.1-schnell: 4 steps; the model was distilled without guidance."""
+    """Return PuLID for FLUX on FLUX.1-schnell: 4 steps; it was distilled without guidance."""
     preset = flux(base).with_defaults(
         num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256
     )
     preset = replace(preset, options=preset.options - {"guidance_scale"})
-    return _named(preset, "flux-schnell")
+    return _rename(preset, "flux-schnell", "PuLID on FLUX.1-schnell")
 
 
-def _named(preset: Preset, name: str) -> Preset:
-    return replace(preset, selection=ModelSelection(preset=name))
+def _rename(preset: Preset, name: str, description: str) -> Preset:
+    return replace(preset, selection=ModelSelection(preset=name), description=description)
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {
@@ -447,9 +394,6 @@ MINI_ADAPTERS = {
 }
 """Adapters of the miniature's baselines, in the directory of its weights."""
 
-COMPANION_WEIGHTS = {"instantid": ("identitynet", "identitynet-config")}
-"""Published weights that a method needs in addition to its adapter."""
-
 
 def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Preset:
     """Return the preset with another method on the same base.
@@ -480,7 +424,7 @@ def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Pre
     )
     identity = IdentityOptions(scale=baseline.scale, start=baseline.start, end=1.0)
     defaults = preset.defaults.model_copy(update={"identity": identity})
-    return Preset(selection, models, SDXL_OPTIONS, defaults)
+    return Preset(selection, preset.description, models, SDXL_OPTIONS, defaults)
 
 
 def _find_baseline(preset: Preset, method: str) -> Baseline:
@@ -530,7 +474,7 @@ def find_preset(name: str) -> Preset:
         return PRESETS[name]()
     directory = Path(name)
     if (directory / "pipeline" / "model_index.json").is_file():
-        return _named(mini(directory), str(directory))
+        return _rename(mini(directory), str(directory), "A trained miniature")
     raise OptionError(
         f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}, or a directory with "
         "a trained miniature."

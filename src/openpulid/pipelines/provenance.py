@@ -82,7 +82,7 @@ class Provenance(RequestPart):
 
 
 def _may_be_elsewhere(field: str, path: str) -> bool:
-    """Whether a path without a hash is a directory, or the name of a pipeline in the hub's cache."""
+    """Whether a path without a hash is a directory, or OWNER/NAME in the hub's cache."""
     return field == "model.base" or os.path.exists(path)
 
 

@@ -300,18 +300,18 @@ class GenerationOptions(RequestPart):
             options["identity"] = identity
         return cls(**options)
 
-    def changed_options(self) -> list[str]:
+    def list_options(self) -> list[str]:
         """Return the names of all options that are not None, the identity's included."""
         names = [name for name in OPTION_NAMES if getattr(self, name) is not None]
         return names + [name for name in IDENTITY_NAMES if getattr(self.identity, name) is not None]
 
     def fill_from(self: Part, defaults: GenerationOptions) -> Part:
         """Return a copy in which options that are None have the values of `defaults`."""
-        identity = _filled(self.identity, defaults.identity, IDENTITY_NAMES)  # type: ignore[attr-defined]
-        return _filled(self, defaults, OPTION_NAMES).model_copy(update={"identity": identity})
+        identity = _fill_missing(self.identity, defaults.identity, IDENTITY_NAMES)  # type: ignore[attr-defined]
+        return _fill_missing(self, defaults, OPTION_NAMES).model_copy(update={"identity": identity})
 
 
-def _filled(part: Part, defaults: RequestPart, names: tuple[str, ...]) -> Part:
+def _fill_missing(part: Part, defaults: RequestPart, names: tuple[str, ...]) -> Part:
     missing = [name for name in names if getattr(part, name) is None]
     return part.model_copy(update={name: getattr(defaults, name) for name in missing})
 

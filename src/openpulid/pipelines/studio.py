@@ -26,17 +26,12 @@ from openpulid.identity.reference import ImageSource, ReferenceFaces
 from openpulid.methods.pulid.flux import guided_from
 from openpulid.methods.pulid.masks import People, normalize_people
 from openpulid.methods.registry import Method
-from openpulid.pipelines.factory import (
-    PresetSource,
-    load_adapter,
-    load_extractor,
-    load_pipeline,
-    resolve_preset,
-)
+from openpulid.pipelines.factory import load_adapter, load_extractor, load_pipeline
 from openpulid.pipelines.inputs import RequestInputs, open_inputs
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.prompts import check_prompts
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
+from openpulid.pipelines.selection import PresetSource, resolve_preset
 
 
 @dataclass(frozen=True)
@@ -240,7 +235,7 @@ def load(
         preset: a preset, its name, a directory of weights, or the models of a request.
         device: where to compute; the accelerator if there is one, else the CPU.
         base, memory, method, face_pack, adapter: changes in the preset, see
-            `factory.resolve_preset`.
+            `selection.resolve_preset`.
 
     Raises:
         OptionError: there is no such preset, or a change does not apply to it.

@@ -8,7 +8,8 @@ from pathlib import Path
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import WEIGHTS, locate
 from openpulid.methods.registry import METHODS
-from openpulid.pipelines.presets import PRESETS, Preset, WeightSource, with_method
+from openpulid.pipelines.model_set import WeightSource
+from openpulid.pipelines.presets import PRESETS, Preset, with_method
 
 
 def resolve_path(source: WeightSource) -> Path:
@@ -43,7 +44,7 @@ def missing_weights(preset: Preset) -> list[str]:
     return missing + [str(path) for path in paths if not path.exists()]
 
 
-def installed_methods(preset: Preset) -> list[str]:
+def find_installed_methods(preset: Preset) -> list[str]:
     """Return the methods for a preset's base whose files are all installed, PuLID first."""
     methods = []
     for name in sorted(METHODS, key=lambda name: (name != "pulid", name)):
@@ -56,12 +57,12 @@ def installed_methods(preset: Preset) -> list[str]:
     return methods
 
 
-def installed_presets() -> list[str]:
+def find_installed_presets() -> list[str]:
     """Return the names of the presets whose files are all installed."""
     return [name for name, preset in PRESETS.items() if not missing_weights(preset())]
 
 
-def installed_controls() -> list[str]:
+def find_installed_controls() -> list[str]:
     """Return the names of the published ControlNets that are installed."""
     controls = []
     for name in WEIGHTS:

@@ -20,9 +20,9 @@ from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues
 from openpulid.web.session import WebSession
 
 HELP = """**Reference images** of one person, sharp and from the front; several are combined.
-**Scale** is the strength of the identity: a higher one is more similar to the person and follows the
-prompt less. **Seed**: image k uses seed + k and is the same each time. Uploads stay on the machine
-that serves this page and are deleted after an hour, images when it stops."""
+**Identity scale**: a higher one is more similar to the person and follows the prompt less.
+**Seed**: image k uses seed + k and is the same each time. Uploads stay on the machine that serves
+this page and are deleted after an hour, images when it stops."""
 UPLOADS: dict[str, Any] = {
     "columns": 3,
     "height": 180,
@@ -163,11 +163,11 @@ def _add_person(session: WebSession, form: dict[str, Any]) -> None:
 def _add_models(session: WebSession, form: dict[str, Any]) -> None:
     import gradio as gr
 
-    from openpulid.pipelines.weights import installed_methods, installed_presets
+    from openpulid.pipelines.weights import find_installed_methods, find_installed_presets
 
     name = session.models.preset
-    names = list(dict.fromkeys([name, *installed_presets()]))
-    methods = installed_methods(session.preset(session.models))
+    names = list(dict.fromkeys([name, *find_installed_presets()]))
+    methods = find_installed_methods(session.preset(session.models))
     scale, _, _ = _method_defaults(session, name, "pulid")
     with gr.Row():
         form["preset"] = gr.Dropdown(names, value=name, label="Preset")
@@ -178,9 +178,9 @@ def _add_models(session: WebSession, form: dict[str, Any]) -> None:
 def _add_controls(form: dict[str, Any]) -> None:
     import gradio as gr
 
-    from openpulid.pipelines.weights import installed_controls
+    from openpulid.pipelines.weights import find_installed_controls
 
-    names = installed_controls()
+    names = find_installed_controls()
     with gr.Accordion("ControlNet", open=False, visible=bool(names)):
         form["control"] = gr.Dropdown([("none", ""), *names], value="", label="ControlNet (SDXL)")
         form["control_image"] = gr.Image(
@@ -228,10 +228,10 @@ def _select_preset(session: WebSession, name: str) -> tuple[Any, ...]:
     """Return the methods of a preset, the defaults of the first, and whether people are random."""
     import gradio as gr
 
-    from openpulid.pipelines.weights import installed_methods
+    from openpulid.pipelines.weights import find_installed_methods
 
     preset = session.preset(session.select_models(name))
-    methods = installed_methods(preset)
+    methods = find_installed_methods(preset)
     return (
         gr.Dropdown(choices=methods, value=methods[0]),
         *_method_defaults(session, name, methods[0]),
@@ -280,7 +280,7 @@ def open_app(
         raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.") from None
     from tempfile import TemporaryDirectory
 
-    from openpulid.pipelines.weights import installed_presets, missing_weights, resolve_path
+    from openpulid.pipelines.weights import find_installed_presets, missing_weights, resolve_path
 
     with TemporaryDirectory(prefix="openpulid-") as directory:
         models = ModelSelection.model_validate({"preset": preset, **changes})
@@ -289,7 +289,7 @@ def open_app(
         if missing := missing_weights(resolved):
             raise OptionError(
                 f"preset {preset!r} is not installed, it lacks {', '.join(missing)}; installed: "
-                f"{', '.join(installed_presets())}. `pulid weights get {preset}` downloads it."
+                f"{', '.join(find_installed_presets())}. `pulid weights get {preset}` downloads it."
             )
         for source in (resolved.models.pipeline, resolved.models.transformer):
             if source is not None:

@@ -9,10 +9,10 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 from openpulid.io.metadata import hash_files, image_name, save_image
-from openpulid.pipelines.factory import resolve_preset
 from openpulid.pipelines.inputs import open_inputs
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
+from openpulid.pipelines.selection import resolve_preset
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.identity import mismatched_models
+from openpulid.identity.identity import find_mismatched_models
 from openpulid.io import hub as published
 from openpulid.io.checkpoints import read_metadata
 from openpulid.methods.hooks import PipelineState, unet_of
@@ -113,7 +113,7 @@ class PuLID(PuLIDBase):
         Raises:
             OptionError: they are not.
         """
-        if self.models and (differing := mismatched_models(self.models, models)):
+        if self.models and (differing := find_mismatched_models(self.models, models)):
             raise OptionError(
                 f"this adapter learned with {' and '.join(sorted(self.models))}, and faces would be read by another "
                 f"{' and another '.join(differing)}; name the pack that it learned with (--faces), or another adapter."
