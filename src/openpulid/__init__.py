@@ -1,6 +1,6 @@
-"""openpulid: put a person into any image a diffusion model can make, from one photo, without tuning.
+"""openpulid: generate images of a person from one photo, without fine-tuning.
 
-The names below are looked up when they are first used, so that `import openpulid` costs nothing.
+The names below are imported when they are first used, so `import openpulid` stays cheap.
 """
 
 from __future__ import annotations
@@ -11,26 +11,53 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from openpulid.identity.identity import Identity as Identity
     from openpulid.methods.pulid.sdxl import PuLID as PuLID
+    from openpulid.pipelines.factory import load_extractor as load_extractor
+    from openpulid.pipelines.request import Control as Control
+    from openpulid.pipelines.request import GenerationRequest as GenerationRequest
+    from openpulid.pipelines.request import IdentityOptions as IdentityOptions
+    from openpulid.pipelines.request import ModelSelection as ModelSelection
+    from openpulid.pipelines.request import Person as Person
+    from openpulid.pipelines.selection import resolve_preset as resolve_preset
     from openpulid.pipelines.studio import Studio as Studio
     from openpulid.pipelines.studio import load as load
 
 __version__ = "0.2.0"
 
-_HOME = {
-    "load": "openpulid.pipelines.studio",
-    "Studio": "openpulid.pipelines.studio",
+_MODULES = {
+    "Control": "openpulid.pipelines.request",
+    "GenerationRequest": "openpulid.pipelines.request",
     "Identity": "openpulid.identity.identity",
+    "IdentityOptions": "openpulid.pipelines.request",
+    "ModelSelection": "openpulid.pipelines.request",
+    "Person": "openpulid.pipelines.request",
     "PuLID": "openpulid.methods.pulid.sdxl",
+    "Studio": "openpulid.pipelines.studio",
+    "load": "openpulid.pipelines.studio",
+    "load_extractor": "openpulid.pipelines.factory",
+    "resolve_preset": "openpulid.pipelines.selection",
 }
 
-__all__ = ["Identity", "PuLID", "Studio", "__version__", "load"]
+__all__ = [
+    "Control",
+    "GenerationRequest",
+    "Identity",
+    "IdentityOptions",
+    "ModelSelection",
+    "Person",
+    "PuLID",
+    "Studio",
+    "__version__",
+    "load",
+    "load_extractor",
+    "resolve_preset",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from the module that defines it (PEP 562)."""
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The vision tower: five levels, a normalised embedding, and the same numbers as timm's own forward."""
+"""EVA02-CLIP's vision encoder: sizes, hidden states, and the published weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SMALL = {
 
 
 @torch.no_grad()
-def test_levels_and_embedding() -> None:
+def test_hidden_states_and_embedding() -> None:
     torch.manual_seed(0)
     tower = VisionEncoder(**SMALL, depth=6).eval()
     assert tower.levels == [1, 2, 3, 4, 5]
@@ -47,13 +47,13 @@ def test_levels_by_depth(depth: int, levels: list[int]) -> None:
                 VisionEncoder(**SMALL, depth=depth, levels=wrong)
 
 
-def test_full_size_by_default() -> None:
+def test_default_is_full_size() -> None:
     with torch.device("meta"):
         tower = VisionEncoder()
     assert sum(x.numel() for x in tower.parameters()) == pytest.approx(304e6, rel=0.01)
 
 
-def test_prepared_as_clip_prepares() -> None:
+def test_preprocessing_matches_clip() -> None:
     tower = VisionEncoder(**SMALL, depth=6)
     gray = tower.prepare(torch.full((1, 3, 32, 32), 0.5))
     torch.testing.assert_close(
@@ -62,7 +62,7 @@ def test_prepared_as_clip_prepares() -> None:
 
 
 @torch.no_grad()
-def test_the_published_tower_is_the_reference(golden, tmp_path) -> None:
+def test_published_weights_match_the_reference(golden, tmp_path) -> None:
     names = golden.manifest["eva02_clip_l_14_336_visual"]
     state = {
         name: golden.weight(name, shape) for name, shape in names.items() if "rope" not in name
@@ -80,10 +80,10 @@ def test_the_published_tower_is_the_reference(golden, tmp_path) -> None:
         assert golden.error(f"eva.hidden_{level}.every_48th_token", tokens[:, ::48]) < 1e-4
 
 
-def test_a_tower_takes_all_of_a_state_or_nothing(golden) -> None:
+def test_incomplete_state_is_refused(golden) -> None:
     tower = VisionEncoder(**SMALL, depth=5)
     with pytest.raises(WeightsError, match=r"Missing key.*cls_token"):
-        tower.take(
+        tower.load_published(
             {"visual.pos_embed": torch.zeros(1, 17, 24), "visual.norm.weight": torch.zeros(24)}
         )
     with pytest.raises(WeightsError, match="does not exist"):

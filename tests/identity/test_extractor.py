@@ -1,4 +1,4 @@
-"""From a face to features: everything comes from one face, nothing else in the picture matters, gradients flow."""
+"""The miniature's extractor: features of the face alone, with gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def networks() -> Sequence[torch.nn.Module]:
 
 @pytest.fixture(scope="module")
 def extractor(networks) -> MiniExtractor:
-    return MiniExtractor(*networks, models={"recogniser": "a", "vision": "b"})
+    return MiniExtractor(*networks, models={"recognition": "a", "vision": "b"})
 
 
 def face(image: torch.Tensor) -> Face:
@@ -43,34 +43,34 @@ def face(image: torch.Tensor) -> Face:
     return Face(image, box, TEMPLATE * torch.tensor([width, height]), 0.9, mask)
 
 
-def test_one_photo_and_several(extractor) -> None:
+def test_one_image_and_several(extractor) -> None:
     generator = torch.Generator().manual_seed(0)
     faces = [
         face(torch.rand(3, 96, 96, generator=generator)),
         face(torch.rand(3, 60, 60, generator=generator)),
     ]
-    anna = concat_identities(extractor.identities(faces))
+    anna = concat_identities(extractor.extract(faces))
     assert (
         anna.id_cond.shape == (1, 2, 12 + 10)
         and [x.shape for x in anna.hidden] == [(1, 2 * 17, 24)] * 5
     )
-    assert anna.models == {"recogniser": "a", "vision": "b"} and not anna.id_cond.requires_grad
-    alone = extractor.identities(faces[1:])[0]
+    assert anna.models == {"recognition": "a", "vision": "b"} and not anna.id_cond.requires_grad
+    alone = extractor.extract(faces[1:])[0]
     torch.testing.assert_close(alone.id_cond[:, 0], anna.id_cond[:, 1])
     torch.testing.assert_close(alone.hidden[0], anna.hidden[0][:, 17:])
 
 
-def test_only_the_face_counts(extractor) -> None:
+def test_only_the_face_determines_the_features(extractor) -> None:
     generator = torch.Generator().manual_seed(0)
     one = face(torch.rand(3, 96, 96, generator=generator))
     other = torch.where(one.mask.bool(), one.image, torch.rand(3, 96, 96, generator=generator))
-    first, second = extractor.identities([one])[0], extractor.identities([face(other)])[0]
+    first, second = extractor.extract([one])[0], extractor.extract([face(other)])[0]
     torch.testing.assert_close(first.id_cond, second.id_cond)
-    inside = extractor.identities([face(one.image.flip(0))])[0]
+    inside = extractor.extract([face(one.image.flip(0))])[0]
     assert not torch.allclose(first.id_cond, inside.id_cond, atol=1e-3)
 
 
-def test_batches_with_gradient(extractor) -> None:
+def test_batches_are_differentiable(extractor) -> None:
     faces = [
         face(torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(k))) for k in range(3)
     ]
@@ -79,19 +79,20 @@ def test_batches_with_gradient(extractor) -> None:
         torch.stack([f.mask for f in faces]),
         torch.stack([f.landmarks for f in faces]),
     )
-    id_cond, hidden = extractor.features(images, masks, landmarks)
+    id_cond, hidden = extractor.extract_batch(images, masks, landmarks)
     torch.testing.assert_close(
-        id_cond[1:2, None], extractor.identities(faces[1:2])[0].id_cond, atol=1e-5, rtol=1e-4
+        id_cond[1:2, None], extractor.extract(faces[1:2])[0].id_cond, atol=1e-5, rtol=1e-4
     )
     assert [x.shape for x in hidden] == [(3, 17, 24)] * 5
     id_cond.sum().backward()
     assert images.grad.abs().sum() > 0
 
 
-def test_no_face(extractor) -> None:
+def test_no_face_is_an_empty_list(extractor) -> None:
     with torch.no_grad():
-        extractor.finder.score[-1].bias.fill_(-100)
-    assert extractor.find(torch.rand(3, 30, 40)) == [] and "96" in extractor.tried
+        extractor.detector.score[-1].bias.fill_(-100)
+    assert extractor.detection.detect(torch.rand(3, 30, 40)) == []
+    assert "96" in extractor.detection.search_description
 
 
 def test_loaded_from_files(networks, tmp_path) -> None:
@@ -103,5 +104,5 @@ def test_loaded_from_files(networks, tmp_path) -> None:
     assert set(loaded.models) == {"r", "v"} and all(len(x) == 64 for x in loaded.models.values())
     assert loaded.device == torch.device("cpu")
     one = face(torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0)))
-    expected = MiniExtractor(*networks).identities([one])[0]
-    torch.testing.assert_close(loaded.identities([one])[0].id_cond, expected.id_cond)
+    expected = MiniExtractor(*networks).extract([one])[0]
+    torch.testing.assert_close(loaded.extract([one])[0].id_cond, expected.id_cond)

@@ -1,4 +1,4 @@
-"""Identity files: what goes in comes out, only the owner can read it, and foreign ones are refused."""
+"""Identity files: saved and loaded, private, and refused for other models."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ import time
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from openpulid.errors import IdentityError, OptionError
 from openpulid.identity.identity import (
-    FORMAT,
     Identity,
     blend_identities,
     concat_identities,
     fuse_identities,
 )
 
-MODELS = {"recogniser": "aa", "vision": "bb"}
+MODELS = {"recognition": "aa", "vision": "bb"}
 
 
 def someone(seed: int = 0, models: dict[str, str] = MODELS) -> Identity:
@@ -43,7 +42,7 @@ def test_saved_and_loaded(tmp_path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_one_of_full_size_loads_at_once(tmp_path) -> None:
+def test_full_size_identity_loads_fast(tmp_path) -> None:
     whole = Identity(
         torch.ones(1, 1, 1280), tuple(torch.ones(1, 577, 1024) for _ in range(5)), MODELS
     )
@@ -56,38 +55,29 @@ def test_one_of_full_size_loads_at_once(tmp_path) -> None:
     assert min(seconds) < 0.05
 
 
-def test_the_file_says_how_many_photos(tmp_path) -> None:
+def test_file_stores_the_number_of_images(tmp_path) -> None:
     three = [someone(seed) for seed in range(3)]
     for fusion, read in (("mean", 1), ("norm_id", 1), ("concat", 3)):
         path = fuse_identities(three, fusion).save(tmp_path / "anna.safetensors")
         with safe_open(path, framework="pt") as file:
             assert file.metadata()["photos"] == "3"
         again = Identity.load(path)
-        assert (again.made_from, again.photos) == (3, read)
+        assert (again.num_sources, again.photos) == (3, read)
     mean = fuse_identities(three, "mean")
-    assert repr(mean) == "Identity(3 photos, made by recogniser, vision)"
+    assert repr(mean) == "Identity(3 images, models: recognition, vision)"
     assert (
-        mean.zeros_like().made_from == 3
-        and fuse_identities([mean, three[0]], "mean").made_from == 4
+        mean.zeros_like().num_sources == 3
+        and fuse_identities([mean, three[0]], "mean").num_sources == 4
     )
     assert (
-        concat_identities([mean, three[0]]).made_from == 4
+        concat_identities([mean, three[0]]).num_sources == 4
         and concat_identities([mean, three[0]]).photos == 2
     )
-    before = {
-        "format": FORMAT,
-        "created": "2025-01-01T00:00:00+00:00",
-        "models": "{}",
-    }  # as files once were
-    save_file(
-        load_file(concat_identities(three[:2]).save(path)), tmp_path / "before.safetensors", before
-    )
-    assert Identity.load(tmp_path / "before.safetensors").made_from == 2
 
 
-def test_refused(tmp_path) -> None:
+def test_unsuitable_files_are_refused(tmp_path) -> None:
     path = someone().save(tmp_path / "anna.safetensors")
-    with pytest.raises(IdentityError, match="another vision than"):
+    with pytest.raises(IdentityError, match=r"other models \(vision\)"):
         Identity.load(path, {**MODELS, "vision": "cc"})
     with pytest.raises(IdentityError, match="does not exist"):
         Identity.load(tmp_path / "nobody.safetensors")
@@ -100,16 +90,16 @@ def test_refused(tmp_path) -> None:
         someone().save(tmp_path / "nowhere" / "anna.safetensors")
     with pytest.raises(IdentityError, match="one person"):
         Identity(torch.zeros(2, 1, 3), ())
-    with pytest.raises(IdentityError, match="another"):
+    with pytest.raises(IdentityError, match="other models"):
         concat_identities([someone(), someone(1, {"vision": "cc"})])
 
 
-def test_nothing_of_it_is_printed() -> None:
+def test_repr_contains_no_features() -> None:
     anna = someone()
-    assert repr(anna) == "Identity(1 photo, made by recogniser, vision)"
+    assert repr(anna) == "Identity(1 image, models: recognition, vision)"
 
 
-def test_nobody_has_the_same_shapes() -> None:
+def test_unconditional_identity_has_the_same_shapes() -> None:
     anna = someone()
     nobody = anna.zeros_like()
     assert nobody.id_cond.shape == anna.id_cond.shape and not nobody.id_cond.any()
@@ -132,12 +122,12 @@ def test_fusions() -> None:
 
 
 def photo(seed: int, length: float) -> Identity:
-    """A raw face embedding of a length, and beside it the tower's of length 1."""
+    """Build an identity whose raw face embedding has a given norm."""
     face, seen = (x / x.norm() for x in someone(seed).id_cond.split((100, 38), dim=-1))
     return Identity(torch.cat([length * face, seen], -1), someone(seed).hidden, MODELS)
 
 
-def test_a_sharp_photo_and_a_dull_one() -> None:
+def test_clear_images_weigh_more() -> None:
     sharp, dull = photo(0, 10), photo(1, 2)
     assert fuse_identities([dull, sharp], "max_norm") is sharp
     assert fuse_identities([dull, sharp], "max_norm", [6, 1]) is dull
@@ -152,7 +142,7 @@ def test_a_sharp_photo_and_a_dull_one() -> None:
     assert float(one_look.id_cond[..., 100:].norm()) == pytest.approx(1)
 
 
-def test_what_cannot_be_fused() -> None:
+def test_incompatible_identities_are_not_fused() -> None:
     one, two = someone(0), someone(1)
     for fusion, weights in (
         ("sum", None),
@@ -165,9 +155,9 @@ def test_what_cannot_be_fused() -> None:
             fuse_identities([one, two], fusion, weights)
     with pytest.raises(OptionError, match="at least one"):
         fuse_identities([])
-    with pytest.raises(IdentityError, match="different numbers of photos"):
+    with pytest.raises(IdentityError, match="different numbers of images"):
         fuse_identities([one, concat_identities([one, two])], "mean")
-    with pytest.raises(IdentityError, match="another vision"):
+    with pytest.raises(IdentityError, match=r"other models \(vision\)"):
         fuse_identities([one, someone(1, {**MODELS, "vision": "cc"})], "mean")
     with pytest.raises(OptionError, match="between 0 and 1"):
         blend_identities(one, two, 1.5)

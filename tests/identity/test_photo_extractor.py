@@ -1,8 +1,6 @@
-"""A photograph's way into a tiny SDXL: one face for all features, gray on white, several photos, and out again."""
+"""From a photo to an image of a tiny SDXL: detection, selection, features, generation."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,13 +14,14 @@ from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import FaceParser
 from openpulid.faces.face import Face
 from openpulid.faces.scrfd import SCRFDDetector
-from openpulid.faces.select import describe_faces, select_face
+from openpulid.faces.select import select_face
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import sdxl
-from openpulid.pipelines.studio import Studio, resolve_preset
+from openpulid.pipelines.selection import resolve_preset
+from openpulid.pipelines.studio import Studio
 from tests.support.photo_networks import DETECTOR, GROUP, needs_detector, recogniser_file
 
 pytestmark = needs_detector
@@ -68,59 +67,66 @@ def studio(features, tiny_pipeline) -> Studio:
     for layer in adapter.id_adapter_attn_layers.values():
         torch.nn.init.normal_(layer.id_to_v.weight)
     pipe.set_progress_bar_config(disable=True)
-    preset = replace(sdxl(), steps=2, guidance=2.0, size=(16, 16), negative="", half=False)
-    return Studio(pipe, features, adapter.eval(), preset)
+    preset = sdxl().with_models(use_half_precision=False)
+    preset = preset.with_defaults(
+        num_inference_steps=2, guidance_scale=2.0, width=16, height=16, negative_prompt=""
+    )
+    return Studio(pipe, adapter.eval(), features, preset)
 
 
-def test_all_features_are_of_the_chosen_face(features, group) -> None:
-    faces = features.find(group)
+def test_all_features_are_of_the_selected_face(features, group) -> None:
+    faces = features.detection.detect(group)
     for order, index in (("large-small", None), ("left-right", 0), ("left-right", 5)):
         face = select_face(faces, index, order)
         x1, y1, x2, y2 = (int(v) for v in face.box)
         alone = torch.full_like(group, 0.5)
         around = (slice(None), slice(max(0, y1 - 120), y2 + 120), slice(max(0, x1 - 110), x2 + 110))
         alone[around] = group[around]
-        whole = features.identities([face])[0]
-        part = features.identities([Face(alone, face.box, face.landmarks, face.score)])[0]
+        whole = features.extract([face])[0]
+        part = features.extract([Face(alone, face.box, face.landmarks, face.score)])[0]
         assert torch.equal(
             whole.id_cond[..., :12], part.id_cond[..., :12]
         )  # the recogniser's crop is of this face alone
-    one, other = (features.identities([select_face(faces, k, "left-right")])[0] for k in (0, 5))
+    one, other = (features.extract([select_face(faces, k, "left-right")])[0] for k in (0, 5))
     for first, second in zip(
         (one.id_cond, *one.hidden), (other.id_cond, *other.hidden), strict=True
     ):
         assert not torch.allclose(first, second, atol=1e-3)
 
 
-def test_what_the_tower_sees_is_gray_on_white(features, group) -> None:
-    face = select_face(features.find(group), 0)
-    crop, gray = features.shown(face)
-    kept = features.parser(crop[None])[0, 0].bool()
+def test_vision_encoder_receives_gray_on_white(features, group) -> None:
+    face = select_face(features.detection.detect(group), 0)
+    crop, gray = features.debug_crops(face)
+    kept = features.face_parsing(crop[None])[0, 0].bool()
     assert 0 < kept.float().mean() < 1
     assert (gray[:, ~kept] == 1).all() and torch.equal(gray[0], gray[2])
     expected = 0.299 * crop[0] + 0.587 * crop[1] + 0.114 * crop[2]
     torch.testing.assert_close(gray[0][kept], expected[kept])
     colour = PhotoExtractor(
-        features.finder, features.recogniser, features.parser, features.tower, use_gray=False
+        features.detector,
+        features.recognition,
+        features.face_parsing,
+        features.vision_encoder,
+        use_gray=False,
     )
     assert not torch.allclose(
-        colour.identities([face])[0].id_cond, features.identities([face])[0].id_cond
+        colour.extract([face])[0].id_cond, features.extract([face])[0].id_cond
     )
 
 
-def test_a_large_file_of_a_photo_is_read_as_a_small_one(studio) -> None:
+def test_large_and_small_copies_of_a_photo_agree(studio) -> None:
     photo = Image.fromarray(skimage.data.astronaut())
     large = photo.resize((3072, 3072), Image.Resampling.LANCZOS)
-    (_, (small, *_)), (_, (other, *_)) = studio.faces([photo, large])
+    small, other = (image.faces[0] for image in studio.detect([photo, large]).images)
     assert small.image.shape == (3, 512, 512) and other.image.shape == (3, 1024, 1024)
     assert (other.landmarks / 2 - small.landmarks).abs().max() < 4
     assert np.abs(np.array(other.corners) / 6 - small.corners).max() < 6
-    one, two = (studio.features.recogniser(face) for face in (small, other))
+    one, two = (studio.extractor.recognition(face) for face in (small, other))
     assert torch.cosine_similarity(one, two) > 0.95
 
 
 def test_shapes_and_models(features, group) -> None:
-    identity = features.identities([select_face(features.find(group), 0)])[0]
+    identity = features.extract([select_face(features.detection.detect(group), 0)])[0]
     assert (
         identity.id_cond.shape == (1, 1, 12 + 4)
         and [x.shape for x in identity.hidden] == [(1, 17, 8)] * 5
@@ -129,47 +135,49 @@ def test_shapes_and_models(features, group) -> None:
     torch.testing.assert_close(identity.id_cond[0, 0, 12:].norm(), torch.tensor(1.0))
 
 
-def test_from_a_photo_to_an_image(studio, caplog) -> None:
+def test_photo_to_image(studio, caplog) -> None:
     anna = studio.identify(GROUP)
     assert "shows 6 faces" in caplog.text
     caplog.clear()
-    ben = studio.identify(GROUP, face=1)
+    ben = studio.identify(GROUP, face_index=1)
     assert not caplog.text
-    assert studio.identify([GROUP, GROUP], face=0).photos == 2
-    assert studio.identify([GROUP, GROUP], face=0, fusion="mean").photos == 1
+    assert studio.identify([GROUP, GROUP], face_index=0).photos == 2
+    assert studio.identify([GROUP, GROUP], face_index=0, fusion="mean").photos == 1
     images = [studio.generate("portrait", who, seed=3).images[0] for who in (None, anna, ben)]
     assert images[0].size == (16, 16) and len({image.tobytes() for image in images}) == 3
 
 
-def test_every_face_is_listed(studio) -> None:
-    ((label, found),) = studio.faces(GROUP)
-    lines = describe_faces(found, "left-right", label)
+def test_all_faces_are_described_in_order(studio) -> None:
+    lines = studio.detect(GROUP).describe("left-right")
     assert [line.split(" at ")[0] for line in lines] == [f"{GROUP}: face {k}" for k in range(6)]
     lefts = [int(line.split(" at ")[1].split(",")[0]) for line in lines]
     assert lefts == sorted(lefts)
 
 
-def test_another_pack_reads_photographs(tmp_path) -> None:
+def test_another_face_pack_replaces_the_face_models(tmp_path) -> None:
     (tmp_path / "a.onnx").symlink_to(DETECTOR)
     recogniser_file(tmp_path / "b.onnx")
-    chosen = resolve_preset(sdxl(), faces=tmp_path)
-    assert (chosen.finder, chosen.recogniser) == (tmp_path / "a.onnx", tmp_path / "b.onnx")
+    chosen = resolve_preset(sdxl(), face_pack=tmp_path)
+    assert (chosen.models.detector, chosen.models.recognition) == (
+        tmp_path / "a.onnx",
+        tmp_path / "b.onnx",
+    )
     assert "arcface" not in chosen.published and "detector" not in chosen.published
-    with pytest.raises(OptionError, match="reads its own drawn people"):
-        resolve_preset("mini", faces=tmp_path)
+    with pytest.raises(OptionError, match="uses its own face models; face_pack is only"):
+        resolve_preset("mini", face_pack=tmp_path)
 
 
-def test_no_face_says_what_was_tried(studio, tmp_path) -> None:
+def test_missing_face_reports_what_was_tried(studio, tmp_path) -> None:
     Image.new("RGB", (300, 200), "gray").save(tmp_path / "wall.png")
-    message = r"wall\.png: no face was found in its 300 x 200 pixels \(sizes 640, 512, 384, 256 and a copy with a border\)"
+    message = r"wall\.png: no face detected in its 300 x 200 pixels \(sizes 640, 512, 384, 256 and a copy with a border\)"
     with pytest.raises(FaceError, match=message):
         studio.identify(tmp_path / "wall.png")
     with pytest.raises(FaceError, match=r"t1\.jpg: shows 6 faces, so there is no face 6"):
-        studio.identify(GROUP, face=6)
+        studio.identify(GROUP, face_index=6)
 
 
-def test_a_picture_of_what_was_found(studio) -> None:
-    sheet = studio.show(GROUP, face=2, order="left-right")
+def test_detected_faces_are_drawn(studio) -> None:
+    sheet = studio.detect(GROUP).draw(2, "left-right")
     assert (
         sheet.height == 512 and sheet.width == round(512 * 1024 / 709) + 2 * 512
     )  # 1280 x 886, shrunk

@@ -1,10 +1,8 @@
-"""What becomes of a photograph before and after its face is found, without a detector: at 1024 pixels, in bfloat16, in
-colour."""
+"""Photos before and after face detection: size, precision, color, models of an adapter."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +18,18 @@ from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import TEMPLATE, FaceParser, align_photo
 from openpulid.faces.face import Face
 from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.faces.scrfd import SCRFDDetector
-from openpulid.faces.select import describe_faces
+from openpulid.faces.scrfd import LONGEST, SCRFDDetector
 from openpulid.identity.clip_extractor import ClipExtractor
+from openpulid.identity.detection import MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
-from openpulid.identity.extractor import DetectedFaces
 from openpulid.identity.identity import Identity
 from openpulid.identity.photo_extractor import PhotoExtractor
+from openpulid.identity.reference import ReferenceFaces
 from openpulid.io.checkpoints import fingerprint
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.factory import load_extractor
-from openpulid.pipelines.presets import mini, sdxl
-from openpulid.pipelines.studio import Studio
+from openpulid.pipelines.presets import sdxl
 from tests.support.photo_networks import recogniser_file
 
 MODELS = {"glintr100": "a", "EVA02": "b"}
@@ -47,7 +44,7 @@ def tower() -> VisionEncoder:
 
 @pytest.fixture
 def finder() -> MiniFaceDetector:
-    """Takes every picture for a face, all of it."""
+    """Build a detector that detects a face in every image."""
     network = MiniFaceDetector((8, 8, 8)).eval().requires_grad_(False)
     network.score[-1].weight.zero_(), network.score[-1].bias.fill_(100)
     network.parts.weight.zero_(), network.parts.bias.zero_()
@@ -55,29 +52,35 @@ def finder() -> MiniFaceDetector:
     return network
 
 
-def test_a_large_photograph_is_shrunk_before_it_is_read(finder) -> None:
-    features = ClipExtractor(DetectedFaces(finder), None)
-    for preset, shape in (
-        (sdxl(), (3, 1024, 768)),
-        (mini(), (3, 1600, 1200)),
-    ):  # the miniature's pictures are no photographs
-        ((_, (face,)),) = Studio(None, features, None, preset).faces(Image.new("RGB", (1200, 1600)))
-        assert face.image.shape == shape
-        assert describe_faces([face]) == ["picture: face 0 at 0,0 to 1200,1600, score 1.00"]
+def detection(finder: MiniFaceDetector, longest: int) -> MiniFaceDetection:
+    """Build a face detection that reduces images as for photos."""
+    face_detection = MiniFaceDetection(finder)
+    face_detection.max_image_size = longest
+    return face_detection
+
+
+def test_large_photos_are_reduced_before_detection(finder) -> None:
+    photos = ClipExtractor(detection(finder, longest=LONGEST), None)
+    miniature = ClipExtractor(MiniFaceDetection(finder), None)
+    large = Image.new("RGB", (1200, 1600))
+    for extractor, shape in ((photos, (3, 1024, 768)), (miniature, (3, 1600, 1200))):
+        reference = ReferenceFaces.detect(extractor, large)
+        assert reference.images[0].faces[0].image.shape == shape
+        assert reference.describe() == ["image: face 0 at 0,0 to 1200,1600, score 1.00"]
     small = np.random.default_rng(0).integers(0, 256, (600, 1024, 3), dtype=np.uint8)
-    ((_, (face,)),) = Studio(None, features, None, sdxl()).faces(Image.fromarray(small))
+    face = ReferenceFaces.detect(photos, Image.fromarray(small)).images[0].faces[0]
     assert torch.equal((face.image * 255).round().byte(), torch.from_numpy(small).permute(2, 0, 1))
 
 
-def test_a_message_has_the_size_that_was_given(finder) -> None:
+def test_message_reports_the_original_size(finder) -> None:
     finder.score[-1].bias.fill_(-100)
-    studio = Studio(None, ClipExtractor(DetectedFaces(finder), None), None, sdxl())
-    with pytest.raises(FaceError, match="no face was found in its 1200 x 1600 pixels"):
-        studio.faces(Image.new("RGB", (1200, 1600)))
+    extractor = ClipExtractor(detection(finder, longest=LONGEST), None)
+    with pytest.raises(FaceError, match="no face detected in its 1200 x 1600 pixels"):
+        ReferenceFaces.detect(extractor, Image.new("RGB", (1200, 1600)))
 
 
 @torch.no_grad()
-def test_a_tower_in_bfloat16_reads_on_every_processor(tmp_path: Path) -> None:
+def test_bfloat16_vision_encoder_runs_on_any_cpu(tmp_path: Path) -> None:
     image = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
     face = Face(
         image,
@@ -92,7 +95,7 @@ def test_a_tower_in_bfloat16_reads_on_every_processor(tmp_path: Path) -> None:
     features = PhotoExtractor(
         None, recogniser, parser, whole.to(torch.bfloat16), MODELS, use_gray=False
     )
-    (identity,) = features.identities([face])
+    (identity,) = features.extract([face])
     assert identity.id_cond.shape == (1, 1, 12 + 12) and identity.models == features.models
     for ours, theirs in zip(
         (identity.id_cond[0, :, 12:], *identity.hidden), (expected, *levels), strict=True
@@ -101,7 +104,7 @@ def test_a_tower_in_bfloat16_reads_on_every_processor(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_everything_is_read_of_the_face_that_was_chosen(tmp_path: Path) -> None:
+def test_all_models_receive_the_selected_face(tmp_path: Path) -> None:
     """Of two faces in one picture, recogniser and tower see the same one."""
     image = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
     shifts = torch.tensor([[30.0, 200.0], [-150.0, -80.0]])
@@ -114,15 +117,15 @@ def test_everything_is_read_of_the_face_that_was_chosen(tmp_path: Path) -> None:
     features = PhotoExtractor(
         None, recogniser, FaceParser(BiSeNet(num_class=19)), whole, MODELS, use_gray=False
     )
-    for face, identity in zip(two, features.identities(two), strict=True):
+    for face, identity in zip(two, features.extract(two), strict=True):
         seen, levels = whole(whole.prepare(align_photo(face)))
         torch.testing.assert_close(identity.id_cond[0], torch.cat([recogniser(face), seen], dim=1))
         torch.testing.assert_close(list(identity.hidden), list(levels))
-    one, other = (identity.id_cond[0] for identity in features.identities(two))
+    one, other = (identity.id_cond[0] for identity in features.extract(two))
     assert (one - other)[:, :12].abs().max() > 0.01 and (one - other)[:, 12:].abs().max() > 1e-4
 
 
-def test_an_adapter_is_used_with_what_it_learned_with(
+def test_adapter_requires_the_face_models_of_its_training(
     tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file of a training remembers that; a published one does not say."""
@@ -132,12 +135,12 @@ def test_an_adapter_is_used_with_what_it_learned_with(
     monkeypatch.setattr(SCRFDDetector, "load", lambda file, device: None)
     monkeypatch.setattr(VisionEncoder, "from_published", lambda file: tower())
     names = {
-        "finder": "scrfd.onnx",
-        "recogniser": "glintr100.onnx",
-        "parser": "parsing.pth",
-        "vision": "EVA02.pt",
+        "detector": "scrfd.onnx",
+        "recognition": "glintr100.onnx",
+        "face_parsing": "parsing.pth",
+        "vision_encoder": "EVA02.pt",
     }
-    preset = replace(sdxl(), **{role: tmp_path / name for role, name in names.items()})
+    preset = sdxl().with_models(**{role: tmp_path / name for role, name in names.items()})
     made = PuLID.for_unet(tiny_pipeline().unet, IDEncoder(24, 64, vit_dim=32, hidden_dim=16))
     read = {
         name: fingerprint(tmp_path / file)
@@ -155,7 +158,9 @@ def test_an_adapter_is_used_with_what_it_learned_with(
         load_extractor(preset, torch.device("cpu"), adapter)
 
 
-def test_colour_and_gray_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_and_gray_features_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recogniser_file(tmp_path / "glintr100.onnx")
     (tmp_path / "EVA02.pt").write_bytes(b"a tower")
     torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
@@ -176,6 +181,6 @@ def test_colour_and_gray_are_not_mixed(tmp_path: Path, monkeypatch: pytest.Monke
         Identity(torch.zeros(1, 1, 24), (), features.models) for features in (gray, colour)
     )
     for identity, features in ((one, colour), (other, gray)):
-        with pytest.raises(IdentityError, match="another use_gray"):
+        with pytest.raises(IdentityError, match=r"other models \(use_gray\)"):
             identity.require(features.models)
     other.require(colour.models)

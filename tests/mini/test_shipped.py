@@ -23,7 +23,7 @@ PHOTOS = Path(__file__).parents[3] / "shared" / "photos"
 
 
 def method_file(name):
-    return with_method(mini(), name).adapter
+    return with_method(mini(), name).models.adapter
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_every_rival_shows_somebody(method, studio):
     portraits = to_pil(
         render([Person.from_seed(HELD_OUT_PEOPLE + k) for k in (1, 2)], [Scene(), Scene()]).image
     )
-    known = {"seed": 3, "steps": 5}
+    known = {"seed": 3, "num_inference_steps": 5}
     images = [
         rival.generate("portrait of a person, photo", who, **known)
         for who in (None, *map(rival.identify, portraits))
@@ -123,14 +123,20 @@ def test_from_one_picture_to_new_ones(studio):
     portrait = to_pil(render([Person.from_seed(HELD_OUT_PEOPLE)], [Scene()]).image)[0]
     anna = studio.identify(portrait)
     result = studio.generate(
-        "portrait, photo, smiling, blue background", identity=anna, seed=3, num_images=2, steps=4
+        "portrait, photo, smiling, blue background",
+        identity=anna,
+        seed=3,
+        num_images=2,
+        num_inference_steps=4,
     )
     assert [image.size for image in result.images] == [(96, 96)] * 2
     alone = studio.generate(
-        "portrait, photo, smiling, blue background", identity=anna, seed=4, steps=4
+        "portrait, photo, smiling, blue background", identity=anna, seed=4, num_inference_steps=4
     )
     assert alone.images[0].tobytes() == result.images[1].tobytes()
-    without = studio.generate("portrait, photo, smiling, blue background", seed=4, steps=4)
+    without = studio.generate(
+        "portrait, photo, smiling, blue background", seed=4, num_inference_steps=4
+    )
     assert without.images[0].tobytes() != alone.images[0].tobytes()
 
 

@@ -1,5 +1,4 @@
-"""From names to what computes. A FLUX transformer alone for a base: a single file, a folder, GGUF; the preset's pipeline gives
-the rest, at every level. A single file of SDXL; what is said of files that do not fit; precisions."""
+"""Loading base models: FLUX transformers, single files, errors in one sentence, dtypes."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from openpulid.device import best_device, compute_dtype, supports_bf16
 from openpulid.errors import WeightsError
 from openpulid.io.hub import FOLDER_VARIABLE
-from openpulid.pipelines import factory as loading
-from openpulid.pipelines.factory import load_extractor, load_pipeline, resolve_path
+from openpulid.pipelines import factory
+from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.flux_memory import LEVELS
 from openpulid.pipelines.presets import (
     MINIATURE,
@@ -30,10 +29,11 @@ from openpulid.pipelines.presets import (
     flux,
     mini,
     mini_lightning,
-    on_base,
     sdxl,
     sdxl_v1,
+    with_base,
 )
+from openpulid.pipelines.weights import resolve_path
 from tests.support.people import anna
 from tests.support.tiny_flux import fresh, run, tiny_pipe, tiny_transformer
 
@@ -54,24 +54,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def preset(folder: Path) -> Preset:
-    return replace(flux(folder / "pipeline"), half=False)
+    return flux(folder / "pipeline").with_models(use_half_precision=False)
 
 
-def test_what_a_base_is(folder: Path, preset: Preset) -> None:
-    assert on_base(preset, folder / "other.safetensors").transformer == folder / "other.safetensors"
-    assert on_base(preset, folder / "third").transformer == folder / "third"
+def test_base_is_a_pipeline_or_a_flux_transformer(folder: Path, preset: Preset) -> None:
+    assert (
+        with_base(preset, folder / "other.safetensors").models.transformer
+        == folder / "other.safetensors"
+    )
+    assert with_base(preset, folder / "third").models.transformer == folder / "third"
     for whole in (folder / "pipeline", "owner/name"):
-        assert on_base(preset, whole) == replace(preset, pipeline=whole)
-    assert on_base(sdxl(), folder / "other.safetensors").pipeline == folder / "other.safetensors"
-    own = replace(preset, transformer=folder / "third")
-    assert on_base(own, folder / "pipeline").transformer is None
+        selection = preset.selection.model_copy(update={"base": str(whole)})
+        expected = replace(preset.with_models(pipeline=whole), selection=selection)
+        assert with_base(preset, whole) == expected
+    assert (
+        with_base(sdxl(), folder / "other.safetensors").models.pipeline
+        == folder / "other.safetensors"
+    )
+    own = preset.with_models(transformer=folder / "third")
+    assert with_base(own, folder / "pipeline").models.transformer is None
 
 
-def test_the_chosen_base_is_there_and_not_the_presets_unet() -> None:
-    chosen = on_base(sdxl_v1(), "owner/name")
+def test_other_base_keeps_its_own_unet() -> None:
+    chosen = with_base(sdxl_v1(), "owner/name")
     assert "lightning-4step" in sdxl_v1().published and "lightning-4step" not in chosen.published
-    assert (chosen.pipeline, chosen.steps, chosen.sampler) == ("owner/name", 4, "dpm")
-    pipe = load_pipeline(on_base(mini_lightning(), str(MINIATURE / "pipeline")), CPU)
+    assert (
+        chosen.models.pipeline,
+        chosen.defaults.num_inference_steps,
+        chosen.models.sampler,
+    ) == ("owner/name", 4, "dpm")
+    pipe = load_pipeline(with_base(mini_lightning(), str(MINIATURE / "pipeline")), CPU)
     folders = (MINIATURE / "pipeline" / "unet", MINIATURE / "lightning")
     base, student = (
         UNet2DConditionModel.from_pretrained(x, torch_dtype=torch.float32).state_dict()
@@ -82,11 +94,13 @@ def test_the_chosen_base_is_there_and_not_the_presets_unet() -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_chosen_transformer_is_there_at_every_level(
+def test_other_transformer_is_used_at_every_memory_level(
     folder: Path, preset: Preset, level: str
 ) -> None:
     weights = load_file(folder / "other.safetensors")
-    pipe = load_pipeline(replace(on_base(preset, folder / "other.safetensors"), memory=level), CPU)
+    pipe = load_pipeline(
+        with_base(preset, folder / "other.safetensors").with_models(memory=level), CPU
+    )
     own = load_file(folder / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, weights[name].to(value.dtype)), name
@@ -97,8 +111,8 @@ def test_the_chosen_transformer_is_there_at_every_level(
         assert abs(run(pipe, steps=1) - before).max() > 1e-3
 
 
-def test_a_folder_of_a_transformer(folder: Path, preset: Preset) -> None:
-    pipe = load_pipeline(on_base(preset, folder / "third"), CPU)
+def test_transformer_from_a_directory(folder: Path, preset: Preset) -> None:
+    pipe = load_pipeline(with_base(preset, folder / "third"), CPU)
     weights = load_file(folder / "third" / "diffusion_pytorch_model.safetensors")
     assert all(
         torch.equal(value, weights[name]) for name, value in pipe.transformer.state_dict().items()
@@ -108,7 +122,7 @@ def test_a_folder_of_a_transformer(folder: Path, preset: Preset) -> None:
 
 
 @pytest.mark.parametrize("level", ["full", "24gb"])
-def test_gguf(folder: Path, preset: Preset, tmp_path: Path, level: str) -> None:
+def test_gguf_transformer(folder: Path, preset: Preset, tmp_path: Path, level: str) -> None:
     """Every matrix in blocks of eight bits, which no memory level squeezes once more."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "flux")
@@ -127,8 +141,8 @@ def test_gguf(folder: Path, preset: Preset, tmp_path: Path, level: str) -> None:
         writer.write_tensors_to_file(),
         writer.close(),
     )
-    pipe = load_pipeline(replace(on_base(preset, tmp_path / "other.gguf"), memory=level), CPU)
-    exact = load_pipeline(on_base(preset, folder / "other.safetensors"), CPU)
+    pipe = load_pipeline(with_base(preset, tmp_path / "other.gguf").with_models(memory=level), CPU)
+    exact = load_pipeline(with_base(preset, folder / "other.safetensors"), CPU)
     for one in (pipe, exact):
         one.set_progress_bar_config(disable=True)
     assert abs(run(pipe, steps=1) - run(exact, steps=1)).max() < 0.05
@@ -139,13 +153,15 @@ def test_gguf(folder: Path, preset: Preset, tmp_path: Path, level: str) -> None:
 
 
 @pytest.mark.skipif(find_spec("gguf") is not None, reason="the package gguf is here")
-def test_gguf_without_its_package(preset: Preset, tmp_path: Path) -> None:
+def test_gguf_without_its_package_is_one_sentence(preset: Preset, tmp_path: Path) -> None:
     (tmp_path / "base.gguf").write_bytes(b"GGUF")
     with pytest.raises(WeightsError, match="pip install gguf"):
-        load_pipeline(on_base(preset, tmp_path / "base.gguf"), CPU)
+        load_pipeline(with_base(preset, tmp_path / "base.gguf"), CPU)
 
 
-def test_what_is_no_transformer(folder: Path, preset: Preset, tmp_path: Path) -> None:
+def test_unsuitable_transformer_is_one_sentence(
+    folder: Path, preset: Preset, tmp_path: Path
+) -> None:
     weights = load_file(folder / "other.safetensors")
     save_file(
         {name: x for name, x in weights.items() if not name.startswith("proj_out")},
@@ -166,30 +182,30 @@ def test_what_is_no_transformer(folder: Path, preset: Preset, tmp_path: Path) ->
         "pickled.bin",
     ):
         with pytest.raises(WeightsError, match=name) as error:
-            load_pipeline(on_base(preset, tmp_path / name), CPU)
+            load_pipeline(with_base(preset, tmp_path / name), CPU)
         assert "\n" not in str(error.value)
 
 
-def test_a_pipeline_without_its_t5(folder: Path, preset: Preset, tmp_path: Path) -> None:
+def test_pipeline_without_t5_is_one_sentence(folder: Path, preset: Preset, tmp_path: Path) -> None:
     copytree(folder / "pipeline", tmp_path / "lost")
     rmtree(tmp_path / "lost" / "text_encoder_2"), rmtree(tmp_path / "lost" / "tokenizer_2")
     with pytest.raises(
         WeightsError,
-        match="lost has no text_encoder_2 and no tokenizer_2; FLUX reads with CLIP and T5",
+        match="lost lacks text_encoder_2 and tokenizer_2; FLUX needs CLIP and T5",
     ):
-        load_pipeline(replace(preset, pipeline=tmp_path / "lost"), CPU)
+        load_pipeline(preset.with_models(pipeline=tmp_path / "lost"), CPU)
 
 
-def test_a_base_of_the_other_family(
+def test_base_of_the_other_family_is_one_sentence(
     folder: Path, preset: Preset, tmp_path: Path, tiny_pipeline: Any
 ) -> None:
     tiny_pipeline().save_pretrained(tmp_path / "sdxl")
     for one, base in (
         (preset, tmp_path / "sdxl"),
-        (replace(sdxl(), half=False), folder / "pipeline"),
+        (sdxl().with_models(use_half_precision=False), folder / "pipeline"),
     ):
         with pytest.raises(WeightsError, match="cannot be loaded") as error:
-            load_pipeline(on_base(one, base), CPU)
+            load_pipeline(with_base(one, base), CPU)
         assert "\n" not in str(error.value)
 
 
@@ -270,14 +286,15 @@ def single_file(pipe: Any, path: Path, text: bool = True) -> Path:
     return path
 
 
-def test_a_single_file_asks_no_network(alone: Path, tmp_path: Path, tiny_pipeline: Any) -> None:
+def test_single_file_uses_no_network(alone: Path, tmp_path: Path, tiny_pipeline: Any) -> None:
     other = tiny_pipeline(seed=7)
-    preset = on_base(
-        replace(sdxl(), half=False), single_file(other, tmp_path / "other.safetensors")
+    preset = with_base(
+        sdxl().with_models(use_half_precision=False),
+        single_file(other, tmp_path / "other.safetensors"),
     )
     with pytest.raises(
         WeightsError,
-        match=r"^[^ ]*other\.safetensors is a single file, .* `pulid weights get sdxl-base`",
+        match=r"^[^ ]*other\.safetensors is a single file .* `pulid weights get sdxl-base`",
     ):
         load_pipeline(preset, CPU)
     tiny_pipeline().save_pretrained(alone / "Juggernaut-XL-v9")
@@ -295,15 +312,17 @@ def test_a_single_file_asks_no_network(alone: Path, tmp_path: Path, tiny_pipelin
         )
 
 
-def test_what_does_not_fit_is_one_sentence(alone: Path, tmp_path: Path, tiny_pipeline: Any) -> None:
+def test_unsuitable_weights_are_one_sentence(
+    alone: Path, tmp_path: Path, tiny_pipeline: Any
+) -> None:
     tiny = tiny_pipeline()
     tiny.save_pretrained(alone / "stable-diffusion-xl-base-1.0")
-    preset = replace(sdxl("sdxl-base"), half=False)
+    preset = sdxl("sdxl-base").with_models(use_half_precision=False)
     save_file({"conv_in.weight": torch.ones(3)}, tmp_path / "unet.safetensors")
     with pytest.raises(
-        WeightsError, match=r"unet\.safetensors holds no U-Net of this base, .*: Missing key"
+        WeightsError, match=r"unet\.safetensors contains no U-Net of this base, .*: Missing key"
     ) as error:
-        load_pipeline(replace(preset, unet=tmp_path / "unet.safetensors"), CPU)
+        load_pipeline(preset.with_models(unet=tmp_path / "unet.safetensors"), CPU)
     assert (
         "\n" not in str(error.value)
         and "size mismatch for conv_in" in str(error.value)
@@ -319,11 +338,11 @@ def test_what_does_not_fit_is_one_sentence(alone: Path, tmp_path: Path, tiny_pip
     with pytest.raises(
         WeightsError, match=r"other\.safetensors cannot be loaded .*CLIPTextModel"
     ) as error:
-        load_pipeline(on_base(preset, base), CPU)
+        load_pipeline(with_base(preset, base), CPU)
     assert "\n" not in str(error.value)
 
 
-def test_a_published_name_is_no_folder_that_lies_about(
+def test_published_name_is_not_a_directory_of_that_name(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -336,7 +355,7 @@ def test_a_published_name_is_no_folder_that_lies_about(
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_a_gpu_without_bfloat16_computes_in_float16(
+def test_gpu_without_bfloat16_uses_float16(
     native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def supported(including_emulation: bool = True) -> bool:
@@ -348,15 +367,15 @@ def test_a_gpu_without_bfloat16_computes_in_float16(
     assert (
         supports_bf16(gpu) is native
         and compute_dtype(gpu) is expected
-        and loading.precision(sdxl(), gpu) is expected
+        and factory.network_dtype(sdxl().models, gpu) is expected
     )
     assert (
-        loading.precision(mini(), gpu) is torch.float32
-        and loading.precision(flux(), gpu) is torch.bfloat16
+        factory.network_dtype(mini().models, gpu) is torch.float32
+        and factory.network_dtype(flux().models, gpu) is torch.bfloat16
     )
 
 
-def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_uses_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert best_device() == torch.device("cuda")
@@ -366,10 +385,10 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
     assert best_device() == torch.device("cpu")
 
 
-def test_sdxl_in_float16_is_decoded_in_float32(
+def test_float16_sdxl_decodes_in_float32(
     tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "compute_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(factory, "compute_dtype", lambda device: torch.float16)
     tiny_pipeline().save_pretrained(tmp_path)
     pipe = load_pipeline(sdxl(tmp_path), CPU)
     assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float16}
@@ -380,14 +399,16 @@ def test_sdxl_in_float16_is_decoded_in_float32(
 
 
 @pytest.mark.parametrize(("level", "expected"), [("full", torch.bfloat16), ("16gb", torch.float32)])
-def test_faces_are_read_as_their_own_device_computes(
+def test_extractor_uses_the_dtype_of_its_own_device(
     level: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FLUX in bfloat16 on an accelerator, and beside it a processor that has no bfloat16."""
     monkeypatch.setattr("openpulid.device.supports_bf16", lambda device: device.type != "cpu")
-    monkeypatch.setattr(loading.PhotoExtractor, "load", lambda *given: given)
-    files = {name: Path(name) for name in ("finder", "recogniser", "parser", "vision")}
-    device, dtype = load_extractor(replace(flux(), memory=level, **files), torch.device("meta"))[
+    monkeypatch.setattr(factory.PhotoExtractor, "load", lambda *given: given)
+    files = {
+        name: Path(name) for name in ("detector", "recognition", "face_parsing", "vision_encoder")
+    }
+    device, dtype = load_extractor(flux().with_models(memory=level, **files), torch.device("meta"))[
         -2:
     ]
     assert dtype is expected and device.type == ("meta" if level == "full" else "cpu")

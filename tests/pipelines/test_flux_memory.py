@@ -1,4 +1,4 @@
-"""FLUX in less memory: what is predicted, and that every level still shows who it should."""
+"""Memory levels of FLUX: predictions, and the same images at every level."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from openpulid.pipelines.flux_memory import (
     GIB,
     LEVELS,
     _stream,
-    _weights,
+    _weight_sizes,
     find_level,
-    place,
+    place_pipeline,
     predict_memory,
-    store_in_eight_bits,
-    stored,
+    store_in_fp8,
+    weight_bytes,
 )
 from tests.support.people import anna, ben
 from tests.support.tiny_flux import fresh, run, tiny_pipe, tiny_transformer
@@ -36,19 +36,19 @@ def test_weights_are_counted_exactly() -> None:
 def test_each_level_fits_its_name(name: str, limit: int) -> None:
     for size in ((896, 1152), (1024, 1024)):
         assert (
-            max(need.total for need in predict_memory(name, *size, text_tokens=512))
+            max(need.total for need in predict_memory(name, *size, max_sequence_length=512))
             < 0.95 * limit * 1e9
         )
 
 
-def test_eight_bits_are_counted_as_they_are_stored() -> None:
+def test_fp8_weights_are_counted_as_stored() -> None:
     """The modulation is stored so, too, though diffusers calls it a norm; the last layers are not."""
     transformer = tiny_pipe().transformer.bfloat16()
     with torch.device("meta"):
         counted = tiny_transformer().bfloat16()
     for one in (transformer, counted):
-        store_in_eight_bits(one)
-    assert stored(counted) == sum(
+        store_in_fp8(one)
+    assert weight_bytes(counted) == sum(
         value.numel() * value.element_size() for value in transformer.state_dict().values()
     )
     for name, value in transformer.named_parameters():
@@ -56,14 +56,14 @@ def test_eight_bits_are_counted_as_they_are_stored() -> None:
             value.ndim == 1 and not name.endswith("bias")
         )
         assert value.element_size() == 1 + kept, name
-    weights = _weights()
-    assert 0.5 < weights["eight bits"] / weights["transformer"] < 0.505
+    weights = _weight_sizes()
+    assert 0.5 < weights["transformer in fp8"] / weights["transformer"] < 0.505
     assert {need.phase: need.parts for need in predict_memory("16gb")}["steps"][
         "transformer"
-    ] == weights["eight bits"]
+    ] == weights["transformer in fp8"]
 
 
-def test_a_lora_stays_as_it_is_beside_eight_bits() -> None:
+def test_lora_keeps_its_dtype_in_fp8() -> None:
     from peft import LoraConfig
 
     pipe = tiny_pipe()
@@ -71,7 +71,7 @@ def test_a_lora_stays_as_it_is_beside_eight_bits() -> None:
     lora = LoraConfig(r=2, target_modules=["to_q", "norm1.linear"], init_lora_weights=False)
     pipe.transformer.add_adapter(lora, "style")
     plain = run(pipe)
-    place(pipe, "24gb", torch.device("cpu"))
+    place_pipeline(pipe, "24gb", torch.device("cpu"))
     sizes = {
         ("lora_" in name, part.weight.element_size())
         for name, part in pipe.transformer.transformer_blocks.named_modules()
@@ -81,10 +81,10 @@ def test_a_lora_stays_as_it_is_beside_eight_bits() -> None:
     assert abs(run(pipe) - plain).max() < 0.5 * abs(plain).max()
 
 
-def test_decoding_is_in_tiles_of_the_size_that_is_predicted() -> None:
+def test_decoding_uses_the_predicted_tile_size() -> None:
     """The autoencoder's own tile is as large as the pictures it was trained on."""
     pipe, sizes = tiny_pipe(), []
-    place(pipe, "16gb", torch.device("cpu"))
+    place_pipeline(pipe, "16gb", torch.device("cpu"))
     vae = pipe.vae  # two pixels on a side for each of its latents, where FLUX's has eight
     assert (vae.tile_sample_min_size, vae.tile_latent_min_size) == (512, 256)
     vae.decoder.register_forward_pre_hook(
@@ -100,7 +100,7 @@ def test_decoding_is_in_tiles_of_the_size_that_is_predicted() -> None:
     assert decoded[0] == decoded[1]
 
 
-def test_less_is_less() -> None:
+def test_lower_levels_need_less_memory() -> None:
     peaks = [max(need.total for need in predict_memory(name)) for name in LEVELS]
     assert peaks == sorted(peaks, reverse=True)
     small, large = (
@@ -111,15 +111,15 @@ def test_less_is_less() -> None:
         find_level("8gb")
 
 
-def test_what_streams_is_counted_as_it_streams() -> None:
+def test_streamed_parts_are_counted_per_block() -> None:
     """One block computes while the next one comes; the autoencoder does not stream, so it is there in every phase."""
-    weights = _weights()
+    weights = _weight_sizes()
     phases = {need.phase: need.parts for need in predict_memory("12gb")}
-    assert phases["steps"]["transformer"] == 2 * weights["block"] + weights["around"]
+    assert phases["steps"]["transformer"] == 2 * weights["block"] + weights["outside blocks"]
     assert {parts["autoencoder"] for parts in phases.values()} == {weights["vae"]}
 
 
-def test_streamed_block_by_block_it_is_the_same() -> None:
+def test_streaming_gives_the_same_image() -> None:
     """As on an accelerator, but for its streams, with the CPU at both ends."""
     pipe, cpu = tiny_pipe(), torch.device("cpu")
     adapter = fresh(pipe)
@@ -149,11 +149,11 @@ def test_streamed_block_by_block_it_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", LEVELS)
-def test_the_identity_acts_at_every_level(name: str) -> None:
+def test_identity_acts_at_every_level(name: str) -> None:
     pipe = tiny_pipe()
     adapter = fresh(pipe)
     plain = run(pipe)
-    place(pipe, name, torch.device("cpu"))
+    place_pipeline(pipe, name, torch.device("cpu"))
     before = run(pipe)
     assert (
         abs(before - plain).max()

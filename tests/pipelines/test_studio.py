@@ -1,10 +1,8 @@
-"""The whole story on tiny random weights laid out as the miniature's are: load, identify, generate, and
-what goes wrong."""
+"""A studio with tiny random weights: load, identify, generate, and errors of the user."""
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +26,15 @@ from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import save_module
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.presets import (
     flux,
     mini,
     mini_lightning,
-    options_of,
     with_method,
-    with_options,
 )
-from openpulid.pipelines.studio import GenerationResult, Studio, load_reader
+from openpulid.pipelines.request import GenerationRequest, IdentityOptions, ModelSelection, Person
+from openpulid.pipelines.studio import GenerationResult, Studio
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +63,13 @@ def folder(tiny_pipeline, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def studio(folder) -> Studio:
-    studio = load(replace(mini(folder), steps=3, scale=1.0), device="cpu")
-    finder = studio.features.finder
-    with torch.no_grad():  # whatever it sees is a face
-        finder.score[-1].weight.zero_(), finder.score[-1].bias.fill_(100)
-        finder.parts.weight.zero_(), finder.parts.bias.zero_()
-        finder.parts.bias[4:8] = 100
+    preset = mini(folder).with_defaults(num_inference_steps=3, scale=1.0)
+    studio = load(preset, device="cpu")
+    detector = studio.extractor.detector
+    with torch.no_grad():  # every image is a face
+        detector.score[-1].weight.zero_(), detector.score[-1].bias.fill_(100)
+        detector.parts.weight.zero_(), detector.parts.bias.zero_()
+        detector.parts.bias[4:8] = 100
     return studio
 
 
@@ -100,24 +99,32 @@ def test_identity_changes_the_image(studio, anna) -> None:
     )
 
 
-def test_the_seed_is_the_image(studio, anna) -> None:
+def test_each_seed_gives_its_image_alone(studio, anna) -> None:
     four = studio.generate("portrait", anna, seed=5, num_images=4)
     assert four.seeds == [5, 6, 7, 8]
     for seed, image in zip(four.seeds, pixels(four), strict=True):
         assert np.array_equal(pixels(studio.generate("portrait", anna, seed=seed))[0], image)
-    together = pixels(studio.generate("portrait", anna, seed=5, num_images=4, batch=3))
+    together = pixels(studio.generate("portrait", anna, seed=5, num_images=4, batch_size=3))
     assert max(np.abs(a - b).max() for a, b in zip(together, pixels(four), strict=True)) <= 1
     assert np.abs(together[0] - together[1]).max() > 3
 
 
-def test_threads_that_share_a_studio_do_not_mix(studio, anna) -> None:
+def test_threads_can_share_a_studio(studio, anna) -> None:
     """Nobody in one thread and Anna in the other, each with a guidance of its own."""
-    asked = [{"identity": anna, "guidance": 1.0}, {"identity": None, "guidance": 3.0}] * 2
-    alone = [pixels(studio.generate("portrait", seed=2, steps=12, **one)) for one in asked]
+    asked = [
+        {"identity": anna, "guidance_scale": 1.0},
+        {"identity": None, "guidance_scale": 3.0},
+    ] * 2
+    alone = [
+        pixels(studio.generate("portrait", seed=2, num_inference_steps=12, **one)) for one in asked
+    ]
     with ThreadPoolExecutor(4) as threads:
         made = list(
             threads.map(
-                lambda one: pixels(studio.generate("portrait", seed=2, steps=12, **one)), asked
+                lambda one: pixels(
+                    studio.generate("portrait", seed=2, num_inference_steps=12, **one)
+                ),
+                asked,
             )
         )
     assert all(np.array_equal(a, b) for a, b in zip(alone, made, strict=True))
@@ -130,9 +137,9 @@ def test_options_reach_the_sampler(studio, anna) -> None:
 
     usual = image()
     for options in (
-        {"steps": 4},
-        {"guidance": 1.0},
-        {"negative": "red hat"},
+        {"num_inference_steps": 4},
+        {"guidance_scale": 1.0},
+        {"negative_prompt": "red hat"},
         {"scale": 0.3},
         {"start": 0.5},
         {"num_zero": 9},
@@ -140,54 +147,95 @@ def test_options_reach_the_sampler(studio, anna) -> None:
         assert not np.array_equal(image(**options), usual), options
 
 
-def test_words_it_does_not_know(studio) -> None:
+def test_unknown_words_and_long_prompts_are_refused(studio) -> None:
     with pytest.raises(
-        PromptError, match=r"'Portait' \(near: portrait\) and 'zebra'; use its own words"
+        PromptError, match=r"'Portait' \(similar: portrait\) and 'zebra'; use words of its"
     ) as error:
         studio.generate("Portait of a zebra, red hat")
     assert error.value.words == ("Portait", "zebra")
     with pytest.raises(PromptError, match=r"does not know '!'; use"):
         studio.generate("portrait!")
     with pytest.raises(PromptError, match="'zebra'"):
-        studio.generate("portrait", negative="zebra")
-    with pytest.raises(PromptError, match="22 tokens and the model reads 12"):
+        studio.generate("portrait", negative_prompt="zebra")
+    with pytest.raises(PromptError, match="22 tokens, and the model reads 12"):
         studio.generate("red " * 20)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_images": 0}, {"steps": 0}, {"seed": -1}, {"batch": 0}, {"num_zero": -1}, {"end": 2}],
+    [
+        {"num_images": 0},
+        {"num_inference_steps": 0},
+        {"seed": -1},
+        {"batch_size": 0},
+        {"num_zero": -1},
+        {"end": 2},
+    ],
 )
-def test_numbers_outside_their_range(studio, anna, options) -> None:
+def test_out_of_range_options_are_refused(studio, anna, options) -> None:
     with pytest.raises(OptionError):
         studio.generate("portrait", anna, **options)
 
 
-@pytest.mark.parametrize("name", ["start_step", "true_cfg", "timestep_to_start_cfg", "text_tokens"])
-def test_what_would_change_nothing_is_refused(studio, anna, name: str) -> None:
-    with pytest.raises(OptionError, match=rf"nothing would change by {name}; leave that out\.$"):
+@pytest.mark.parametrize(
+    "name", ["start_step", "true_cfg_scale", "timestep_to_start_cfg", "max_sequence_length"]
+)
+def test_unsupported_options_are_refused(studio, anna, name: str) -> None:
+    with pytest.raises(OptionError, match=rf"does not support: {name}\.$"):
         studio.generate("portrait", anna, **{name: 2})
 
 
-def test_what_acts_is_each_methods_own() -> None:
-    shared = {"steps", "guidance", "negative", "size", "scale", "start", "end"}
-    assert options_of(mini()).keys() - shared == {"projection", "num_zero"}
-    assert options_of(with_method(mini(), "faceid")).keys() == shared
-    theirs = {"true_cfg", "text_tokens", "start_step", "timestep_to_start_cfg"}
-    assert options_of(flux()).keys() - shared == theirs
-    with pytest.raises(
-        OptionError,
-        match="with mini, faceid nothing would change by projection and num_zero; leave",
+def test_each_method_declares_its_options() -> None:
+    sampling = {"negative_prompt", "width", "height", "num_inference_steps", "guidance_scale"}
+    shared = sampling | {"scale", "start", "end", "controls"}
+    assert mini().options - shared == {"projection", "num_zero"}
+    assert with_method(mini(), "faceid").options == shared
+    flux_only = {"true_cfg_scale", "max_sequence_length", "start_step", "timestep_to_start_cfg"}
+    assert flux().options - shared == flux_only | {"memory"}
+    request = GenerationRequest.from_options(
+        prompt="portrait", projection="none", num_zero=0, scale=0.5
+    )
+    message = "preset 'mini' with faceid does not support: projection, num_zero"
+    with pytest.raises(OptionError, match=message):
+        with_method(mini(), "faceid").resolve(request)
+
+
+def test_result_has_the_resolved_request_of_each_image(studio, anna) -> None:
+    result = studio.generate(
+        "portrait", anna, seed=4, num_images=2, num_inference_steps=2, num_zero=3
+    )
+    expected = studio.preset.with_defaults(num_inference_steps=2, num_zero=3).defaults
+    for request, seed in zip(result.requests, (4, 5), strict=True):
+        assert request.resolved and (request.seed, request.num_images) == (seed, 1)
+        assert (request.width, request.height) == (16, 16)
+        assert request.identity == expected.identity
+        assert request.num_inference_steps == 2
+        assert GenerationRequest.model_validate_json(request.model_dump_json()) == request
+
+
+def test_request_of_files_gives_the_same_image_as_objects(studio, anna, tmp_path) -> None:
+    picture(0).save(tmp_path / "anna.png")
+    mask = Image.new("L", (16, 16), 255)
+    mask.save(tmp_path / "mask.png")
+    anna.save(tmp_path / "anna.safetensors")
+    expected = pixels(studio.generate("portrait", [(anna, mask)], seed=1, scale=0.5))[0]
+    for person in (
+        Person(images=[tmp_path / "anna.png"], mask=tmp_path / "mask.png"),
+        Person(identity=tmp_path / "anna.safetensors", mask=str(tmp_path / "mask.png")),
     ):
-        with_options(with_method(mini(), "faceid"), projection="none", num_zero=0, scale=0.5)
-
-
-def test_a_result_says_what_it_was_made_with(studio, anna) -> None:
-    result = studio.generate("portrait", anna, steps=2, num_zero=3)
-    assert result.preset == replace(studio.preset, steps=2, num_zero=3)
-    assert pixels(
-        Studio(studio.pipe, None, studio.adapter, result.preset).generate("portrait", anna)
-    )[0].tolist() == (pixels(result)[0].tolist())
+        request = GenerationRequest(
+            prompt="portrait", seed=1, people=[person], identity=IdentityOptions(scale=0.5)
+        )
+        assert np.array_equal(pixels(studio.generate(request))[0], expected)
+        scaled = request.model_copy(update={"people": (person.model_copy(update={"scale": 0.0}),)})
+        plain = request.without_people()
+        results = [pixels(studio.generate(each))[0] for each in (scaled, plain)]
+        assert np.array_equal(results[0], results[1])
+    with pytest.raises(OptionError, match="in the request, not in addition"):
+        studio.generate(request, anna)
+    other = request.model_copy(update={"model": ModelSelection(preset="sdxl")})
+    with pytest.raises(OptionError, match="selects preset 'sdxl'"):
+        studio.generate(other)
 
 
 def test_identify_from_files(studio, anna, tmp_path) -> None:
@@ -201,25 +249,25 @@ def test_identify_from_files(studio, anna, tmp_path) -> None:
         studio.identify([])
 
 
-def test_a_picture_without_a_face_it_knows(folder, tmp_path) -> None:
+def test_image_without_a_known_face_is_refused(folder, tmp_path) -> None:
     studio = load(mini(folder))
     with torch.no_grad():
-        studio.features.finder.score[-1].bias.fill_(-100)
+        studio.extractor.detector.score[-1].bias.fill_(-100)
     picture(0).save(tmp_path / "photo.jpg")
     with pytest.raises(
         FaceError,
-        match=r"photo\.jpg: no face was found in its 96 x 96 pixels \(one look at 96 pixels\); the preset mini knows only",
+        match=r"photo\.jpg: no face detected in its 96 x 96 pixels \(one size: 96 pixels\); this preset only",
     ) as said:
         studio.identify(tmp_path / "photo.jpg")
     error = said.value
     assert (error.source, error.size, error.tried) == (
         str(tmp_path / "photo.jpg"),
         (96, 96),
-        "one look at 96 pixels",
+        "one size: 96 pixels",
     )
 
 
-def test_an_identity_of_other_models_is_refused(studio, anna) -> None:
+def test_identity_of_other_models_is_refused(studio, anna) -> None:
     foreign = Identity(anna.id_cond, anna.hidden, {**anna.models, "vision": "0" * 64})
     mask = torch.ones(2, 2)
     for people in (
@@ -229,11 +277,11 @@ def test_an_identity_of_other_models_is_refused(studio, anna) -> None:
         [foreign],
         [[(anna, mask), (foreign, mask)]],
     ):
-        with pytest.raises(IdentityError, match="another vision"):
+        with pytest.raises(IdentityError, match=r"other models \(vision\)"):
             studio.generate("portrait", people)
 
 
-def test_the_students_preset(folder) -> None:
+def test_lightning_preset_uses_the_student(folder) -> None:
     studio = load(mini_lightning(folder), device="cpu")
     assert studio.pipe.scheduler.config.timestep_spacing == "trailing"
     base = load(str(folder), device="cpu")
@@ -242,32 +290,28 @@ def test_the_students_preset(folder) -> None:
     assert studio.generate("portrait").images[0].size == (16, 16)
 
 
-def test_what_cannot_be_loaded(folder, tmp_path) -> None:
-    with pytest.raises(OptionError, match="neither a preset"):
+def test_missing_or_damaged_weights_are_refused(folder, tmp_path) -> None:
+    with pytest.raises(OptionError, match="there is no preset"):
         load("no-such-preset")
     with pytest.raises(WeightsError, match="adapter"):
-        load(replace(mini(folder), adapter=tmp_path / "none.safetensors"))
-    with pytest.raises(WeightsError, match="no pipeline"):
-        load(replace(mini(folder), pipeline=tmp_path))
+        load(mini(folder).with_models(adapter=tmp_path / "none.safetensors"))
+    with pytest.raises(WeightsError, match="contains no pipeline"):
+        load(mini(folder).with_models(pipeline=tmp_path))
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(WeightsError, match="cannot be loaded"):
-        load(replace(mini(folder), pipeline=tmp_path))
+        load(mini(folder).with_models(pipeline=tmp_path))
 
 
-def test_faces_are_read_without_the_rest(folder, anna, tmp_path) -> None:
-    alone = load_reader(
-        replace(mini(folder), pipeline=tmp_path / "none", adapter=tmp_path / "none.safetensors"),
-        "cpu",
-    )
-    assert alone.features.models == anna.models
-    with pytest.raises(OptionError, match="only reads faces; load a preset"):
-        alone.generate("portrait")
+def test_extractor_loads_without_base_model_and_adapter(folder, anna, tmp_path) -> None:
+    missing = tmp_path / "none.safetensors"
+    preset = mini(folder).with_models(pipeline=missing, adapter=missing)
+    extractor = load_extractor(preset, torch.device("cpu"))
+    assert extractor.models == anna.models
 
 
-def test_without_its_parts(studio, anna) -> None:
-    bare = Studio(studio.pipe, None, None, studio.preset)
-    bare.generate("portrait")
-    with pytest.raises(OptionError, match="without an adapter"):
-        bare.generate("portrait", anna)
-    with pytest.raises(OptionError, match="reads faces"):
-        bare.identify(picture(0))
+def test_adapter_is_untouched_without_identity(studio, monkeypatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise AssertionError("the adapter is used")
+
+    monkeypatch.setattr(studio.adapter, "use", fail)
+    studio.generate("portrait")

@@ -1,48 +1,54 @@
-"""The studio on a tiny FLUX: the preset's options reach pipeline and adapter, and a seed is an image."""
+"""A studio with a tiny FLUX: options reach pipeline and adapter, seeds are per image."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from openpulid.errors import OptionError, PromptError
 from openpulid.identity.identity import Identity
-from openpulid.pipelines.presets import PRESETS, flux, flux_krea, flux_schnell, with_options
+from openpulid.pipelines.presets import PRESETS, flux, flux_krea, flux_schnell
+from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.studio import Studio, load
 from tests.support.people import anna
 from tests.support.tiny_flux import fresh, tiny_pipe
 
 
+class UnusedExtractor:
+    """Extractor of a studio that receives identities alone."""
+
+    models = anna.models
+
+
 @pytest.fixture(scope="module")
 def studio() -> Studio:
     pipe = tiny_pipe()
-    preset = replace(flux(), steps=3, size=(32, 32), half=False, text_tokens=10)
-    return Studio(pipe, None, fresh(pipe), preset)
+    preset = flux().with_models(use_half_precision=False, size_multiple=4)
+    preset = preset.with_defaults(
+        num_inference_steps=3, width=32, height=32, max_sequence_length=10
+    )
+    return Studio(pipe, fresh(pipe), UnusedExtractor(), preset)
 
 
-def test_presets() -> None:
-    assert (flux().steps, flux().guidance, flux().text_tokens) == (20, 4.0, 128)
-    assert flux_krea().pipeline == "flux-krea-base" and flux_schnell().steps == 4
-    with pytest.raises(OptionError, match="with flux-schnell nothing would change by guidance"):
-        with_options(flux_schnell(), guidance=3.0)
-    assert flux().identity_options() == {
-        "scale": 1.0,
-        "start": 0.0,
-        "end": 1.0,
-        "start_step": None,
-        "timestep_to_start_cfg": 1,
-    }
+def test_presets_have_their_defaults() -> None:
+    defaults = flux().defaults
+    assert (defaults.num_inference_steps, defaults.guidance_scale) == (20, 4.0)
+    assert (defaults.max_sequence_length, defaults.timestep_to_start_cfg) == (128, 1)
+    assert defaults.identity.model_dump(exclude_none=True) == {"scale": 1.0, "start": 0, "end": 1}
+    assert flux_krea().models.pipeline == "flux-krea-base"
+    assert flux_schnell().defaults.num_inference_steps == 4
+    request = GenerationRequest(prompt="portrait", guidance_scale=3.0)
+    with pytest.raises(OptionError, match="'flux-schnell' does not support: guidance_scale"):
+        flux_schnell().resolve(request)
     assert flux().published[0] == "flux-dev" and "pulid-flux-v0.9.1" in flux().published
     assert all(PRESETS[name]().name == name for name in PRESETS)
 
 
-def test_a_seed_is_an_image(studio) -> None:
+def test_each_seed_gives_its_image_alone(studio) -> None:
     both = studio.generate("portrait of a person", anna, seed=4, num_images=2)
     alone = studio.generate("portrait of a person", anna, seed=5)
     assert both.images[0].size == (32, 32) and both.images[1].tobytes() == alone.images[0].tobytes()
-    together = studio.generate("portrait of a person", anna, seed=4, num_images=2, batch=2)
+    together = studio.generate("portrait of a person", anna, seed=4, num_images=2, batch_size=2)
     for one, other in zip(both.images, together.images, strict=True):
         assert np.abs(np.array(one).astype(int) - np.array(other).astype(int)).max() <= 2
 
@@ -55,11 +61,13 @@ def test_options_reach_the_image(studio) -> None:
     different = [
         made(scale=0.3),
         made(start=0.5),
-        made(true_cfg=3.0, negative="a person"),
-        made(guidance=1.0),
+        made(true_cfg_scale=3.0, negative_prompt="a person"),
+        made(guidance_scale=1.0),
     ]
-    different.append(made(text_tokens=5))  # what is not there is padding, which is seen, too
-    late = made(true_cfg=3.0, negative="a person", timestep_to_start_cfg=2)
+    different.append(
+        made(max_sequence_length=5)
+    )  # what is not there is padding, which is seen, too
+    late = made(true_cfg_scale=3.0, negative_prompt="a person", timestep_to_start_cfg=2)
     assert len({plain, late, *different}) == 7
     assert made(start=0.5) == made(start_step=2)
     assert (
@@ -69,11 +77,11 @@ def test_options_reach_the_image(studio) -> None:
     )
 
 
-def test_guidance_begins_where_it_does_with_somebody(studio) -> None:
+def test_guidance_starts_at_the_same_step_without_identity(studio) -> None:
     """Where nobody is shown, too: without an identity, at a scale of 0, and before the identity acts."""
 
     def made(person: Identity | None = anna, **options) -> bytes:
-        known = {"true_cfg": 3.0, "negative": "a person", "seed": 1}
+        known = {"true_cfg_scale": 3.0, "negative_prompt": "a person", "seed": 1}
         return studio.generate("portrait", person, **known, **options).images[0].tobytes()
 
     plain, images = studio.generate("portrait", seed=1).images[0].tobytes(), set()
@@ -92,42 +100,47 @@ def test_guidance_begins_where_it_does_with_somebody(studio) -> None:
     )
 
 
-def test_what_the_text_encoder_would_drop_is_refused(studio) -> None:
-    with pytest.raises(PromptError, match="11 tokens and the model reads 10"):
+def test_long_prompts_and_unknown_words_are_refused(studio) -> None:
+    with pytest.raises(PromptError, match="11 tokens, and the model reads 10"):
         studio.generate("a person " * 5)
-    studio.generate("a person " * 5, steps=1, text_tokens=11)
-    for tokens in (0, 513):
-        with pytest.raises(OptionError, match="from 1 to 512"):
-            studio.generate("a person", text_tokens=tokens)
+    studio.generate("a person " * 5, num_inference_steps=1, max_sequence_length=11)
+    for tokens, limit in ((0, "at least 1"), (513, "at most 512")):
+        with pytest.raises(OptionError, match=f"max_sequence_length must be {limit}"):
+            studio.generate("a person", max_sequence_length=tokens)
     with pytest.raises(PromptError, match="zebra"):
         studio.generate("portrait of a zebra")
     with pytest.raises(OptionError, match="at least 1"):
-        studio.generate("portrait", steps=0)
+        studio.generate("portrait", num_inference_steps=0)
 
 
-def test_sizes_without_latents_are_refused(studio) -> None:
+def test_sizes_must_be_multiples_of_the_latent_patch(studio) -> None:
     """Two latents to a token, two pixels to a latent here, eight in FLUX; the pipeline itself would make another size."""
-    for size, near in (((34, 32), "32x32"), ((32, 31), "32x32"), ((0, 32), "4x32")):
-        with pytest.raises(OptionError, match=rf"multiples of 4, such as {near}\.$"):
-            studio.generate("portrait", size=size)
+    for size, near in (((34, 32), "32x32"), ((32, 31), "32x32"), ((1, 32), "4x32")):
+        with pytest.raises(OptionError, match=rf"multiples of 4, for example {near}\.$"):
+            studio.generate("portrait", width=size[0], height=size[1])
 
 
 @pytest.mark.parametrize(
-    "options", [{"true_cfg": 3.0}, {"negative": "a person"}, {"true_cfg": 3.0, "negative": ""}]
+    "options",
+    [
+        {"true_cfg_scale": 3.0},
+        {"negative_prompt": "a person"},
+        {"true_cfg_scale": 3.0, "negative_prompt": ""},
+    ],
 )
-def test_true_guidance_and_a_negative_prompt_go_together(studio, options) -> None:
-    with pytest.raises(OptionError, match="give both, or neither"):
+def test_true_cfg_requires_a_negative_prompt_and_vice_versa(studio, options) -> None:
+    with pytest.raises(OptionError, match="set both or neither"):
         studio.generate("portrait", **options)
 
 
 @pytest.mark.parametrize("options", [{"projection": "ortho"}, {"num_zero": 0}])
-def test_what_would_change_nothing_is_refused(studio, options) -> None:
-    with pytest.raises(OptionError, match="with flux nothing would change by"):
+def test_sdxl_options_are_refused(studio, options) -> None:
+    with pytest.raises(OptionError, match="preset 'flux' does not support: "):
         studio.generate("portrait", anna, **options)
 
 
-def test_memory_levels_are_known_before_anything_is_opened() -> None:
+def test_memory_levels_are_checked_before_loading() -> None:
     with pytest.raises(OptionError, match="full, 24gb"):
         load("flux", device="cpu", memory="8gb")
-    with pytest.raises(OptionError, match="FLUX's"):
+    with pytest.raises(OptionError, match="memory is only available for FLUX presets"):
         load("mini", device="cpu", memory="12gb")

@@ -1,8 +1,7 @@
-"""The page in the browser: asked over HTTP as a browser asks, on the shipped miniature."""
+"""The web page: requested over HTTP as a browser does, with the shipped miniature."""
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,31 +13,69 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
-from openpulid import __version__
 from openpulid.cli.web import web as web_command
 from openpulid.errors import FaceError, OptionError
+from openpulid.io.checkpoints import sha256
 from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS
-from openpulid.pipelines.factory import installed_methods, missing_weights
 from openpulid.pipelines.presets import (
     BASELINES,
-    MINI_BASELINES,
+    MINI_ADAPTERS,
     MINIATURE,
     mini,
     mini_lightning,
     sdxl,
     with_method,
 )
+from openpulid.pipelines.provenance import Provenance
+from openpulid.pipelines.request import (
+    Control,
+    GenerationRequest,
+    IdentityOptions,
+    ModelSelection,
+    Person,
+)
+from openpulid.pipelines.weights import (
+    find_installed_controls,
+    find_installed_methods,
+    find_installed_presets,
+    missing_weights,
+)
 from openpulid.web import page as web
-from openpulid.web.session import WebSession, installed_controls, installed_presets
+from openpulid.web.form import FormValues
+from openpulid.web.session import WebSession
 from openpulid.world.gallery import portrait
 
 gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
 SETTINGS: dict[str, Any] = {
-    "face": None,
-    "prompt": "portrait, photo, smiling", "preset": "mini-lightning", "method": "pulid", "scale": 1.0, "images": 2, "seed": 3,
-    "alone": True, "negative": "", "steps": None, "guidance": None, "size": "", "start": 0.0, "end": 1.0,
-    "control": "", "control_picture": None, "control_scale": 1.0,
-}  # fmt: skip
+    "face_index": None,
+    "prompt": "portrait, photo, smiling",
+    "preset": "mini-lightning",
+    "method": "pulid",
+    "scale": 1.0,
+    "num_images": 2,
+    "seed": 3,
+    "also_without_identity": True,
+    "negative_prompt": "",
+    "num_inference_steps": None,
+    "guidance_scale": None,
+    "size": "",
+    "start": 0.0,
+    "end": 1.0,
+    "control": "",
+    "control_image": None,
+    "control_scale": 1.0,
+}
+ONE_IMAGE = {**SETTINGS, "num_images": 1, "also_without_identity": False}
+
+
+def generate(session: WebSession, **values: Any) -> list[tuple[str, str]]:
+    """Send the form to a session, as the page does."""
+    given = {"reference_images": None, "identity_file": None, **ONE_IMAGE, **values}
+    return web._generate(session, FormValues(**given))
+
+
+def pixels(file: str) -> bytes:
+    return Image.open(file).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -69,161 +106,182 @@ def as_gallery(file: Path) -> list[dict[str, Any]]:
     return [{"image": handle_file(str(file)), "caption": None}]
 
 
-def test_photo_and_prompt_to_images_that_say_how_they_were_made(client: Any, anna: Path) -> None:
-    asked = {
-        **SETTINGS,
-        "face": 0,
-        "steps": 0,
-        "guidance": 0,
-    }  # as the page sends what nobody has changed
-    made = client.predict(
-        photos=as_gallery(anna), identity_file=None, **asked, api_name="/generate"
+def test_images_and_prompt_to_images_with_their_request(client: Any, anna: Path) -> None:
+    # 0 is what the page sends for a number that the user has not changed
+    values = {**SETTINGS, "face_index": 0, "num_inference_steps": 0, "guidance_scale": 0}
+    results = client.predict(
+        reference_images=as_gallery(anna), identity_file=None, **values, api_name="/generate"
     )
-    assert [one["caption"] for one in made] == [
+    assert [result["caption"] for result in results] == [
         "seed 3",
-        "seed 3, nobody",
+        "seed 3, no identity",
         "seed 4",
-        "seed 4, nobody",
+        "seed 4, no identity",
     ]
-    images = [Image.open(one["image"]) for one in made]
+    images = [Image.open(result["image"]) for result in results]
     assert len({image.tobytes() for image in images}) == 4
-    request = json.loads(images[2].info["openpulid"])
-    assert (
-        request["seed"] == 4
-        and request["id"] == "anna.png"
-        and request["preset"] == "mini-lightning"
-    )
-    used = {
-        "steps": 4,
-        "guidance": 1.0,
-        "scale": 1.0,
-        "projection": "none",
-        "size": "96x96",
-        "version": __version__,
-    }
-    assert used.items() <= request.items()  # the preset's own figures, too
-    assert json.loads(images[1].info["openpulid"])["id"] is None
+    provenance = Provenance.read(results[2]["image"])
+    request = provenance.request
+    assert request.seed == 4 and request.people == (Person(images=["anna.png"]),)
+    assert request.model == ModelSelection(preset="mini-lightning")
+    assert (request.num_inference_steps, request.guidance_scale) == (4, 1.0)
+    assert request.identity == mini_lightning().defaults.identity
+    assert (request.width, request.height) == (96, 96)
+    assert provenance.input_hashes == {"people.0.images.0": sha256(anna)}
+    assert Provenance.read(results[1]["image"]).request.people == ()
 
 
-def test_a_person_is_invented_and_read(client: Any) -> None:
+def test_random_person_is_previewed(client: Any) -> None:
     (person,) = client.predict(api_name="/person")
     assert Image.open(person["image"]).size == (96, 96)
-    seen = client.predict(
+    preview = client.predict(
         as_gallery(Path(person["image"])), None, None, "mini", "pulid", api_name="/faces"
     )
-    assert Image.open(seen).width > 96
+    assert Image.open(preview).width > 96
 
 
 def test_no_number_is_empty() -> None:
-    """Gradio shows an empty one as 0, which must then be what it means: the preset's own."""
+    """Gradio shows an empty number as 0, so 0 must mean the preset's default."""
     with web.open_app("mini") as blocks:
         numbers = [block for block in blocks.blocks.values() if isinstance(block, gradio.Number)]
     assert len(numbers) == 5 and not [number.label for number in numbers if number.value is None]
 
 
-def test_what_can_be_put_right_is_said_on_the_page(client: Any, anna: Path) -> None:
+def test_form_and_request_do_not_depend_on_order(anna: Path) -> None:
+    values = {name: SETTINGS[name] for name in sorted(SETTINGS)}
+    values |= {"num_inference_steps": 5.0, "guidance_scale": 2.0, "size": "96x64", "face_index": 1}
+    form = FormValues(identity_file=None, reference_images=[(str(anna), None)], **values)
+    request = form.to_request(ModelSelection(preset="mini"))
+    assert request == GenerationRequest(
+        prompt="portrait, photo, smiling",
+        seed=3,
+        num_images=2,
+        width=96,
+        height=64,
+        num_inference_steps=5,
+        guidance_scale=2.0,
+        people=[Person(images=[anna], face_index=1)],
+        identity=IdentityOptions(scale=1.0, start=0.0, end=1.0),
+        model=ModelSelection(preset="mini"),
+    )
+
+
+def test_user_errors_are_shown_on_the_page(client: Any, anna: Path) -> None:
     with pytest.raises(Exception, match="does not know 'spaceship'"):
-        wrong = {**SETTINGS, "prompt": "portrait, spaceship"}
-        client.predict(photos=as_gallery(anna), identity_file=None, **wrong, api_name="/generate")
-    with pytest.raises(Exception, match="give photos"):
+        values = {**SETTINGS, "prompt": "portrait, spaceship"}
+        client.predict(
+            reference_images=as_gallery(anna), identity_file=None, **values, api_name="/generate"
+        )
+    with pytest.raises(Exception, match="Prompt must not be empty"):
+        values = {**SETTINGS, "prompt": " "}
+        client.predict(
+            reference_images=as_gallery(anna), identity_file=None, **values, api_name="/generate"
+        )
+    with pytest.raises(Exception, match="add reference images"):
         client.predict(None, None, None, "mini", "pulid", api_name="/faces")
 
 
-def test_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:
-    desk = WebSession(tmp_path)
-    studio = desk.studio("mini-lightning", "pulid")
-    assert desk.studio("mini-lightning", "pulid") is studio
-    studio.identify([str(anna)]).save(tmp_path / "anna.safetensors")
-    known = {**SETTINGS, "images": 1, "alone": False}
-    known |= {"size": None, "negative": None}  # as a browser sends what is empty
-    (one,) = desk.generate(None, str(tmp_path / "anna.safetensors"), **known)
-    (other,) = desk.generate([(str(anna), None)], None, **known)
-    assert Image.open(one[0]).tobytes() == Image.open(other[0]).tobytes()
-    with pytest.raises(OptionError, match="two people"):
-        desk.generate([(str(anna), None)], str(tmp_path / "anna.safetensors"), **known)
-    for given in ([(str(anna), None)], None), (None, str(tmp_path / "anna.safetensors")):
-        with pytest.raises((FaceError, OptionError), match=r"no face 1|has its face already"):
-            desk.generate(*given, **{**known, "face": 1})
-    with pytest.raises(OptionError, match="say in the prompt"):
-        desk.generate(None, None, **{**known, "prompt": " "})
-    assert desk.studio("mini", "pulid") is not studio
+def test_session_has_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:
+    session = WebSession(tmp_path)
+    models = session.select_models("mini-lightning")
+    studio = session.studio(models)
+    assert session.studio(models) is studio
+    file = str(tmp_path / "anna.safetensors")
+    studio.identify([str(anna)]).save(file)
+    empty = {"size": None, "negative_prompt": None}  # as a browser sends empty fields
+    uploads = [(str(anna), None)]
+    (one,) = generate(session, identity_file=file, **empty)
+    (other,) = generate(session, reference_images=uploads, **empty)
+    assert pixels(one[0]) == pixels(other[0])
+    with pytest.raises(OptionError, match="either images or an identity file, not both"):
+        generate(session, reference_images=uploads, identity_file=file)
+    with pytest.raises(FaceError, match="no face 1"):
+        generate(session, reference_images=uploads, face_index=1)
+    with pytest.raises(OptionError, match="cannot be used with an identity file"):
+        generate(session, identity_file=file, face_index=1)
+    with pytest.raises(OptionError, match="prompt must not be empty"):
+        generate(session, prompt=" ")
+    assert session.studio(session.select_models("mini")) is not studio
 
 
-def test_a_controlnet_beside_the_person(
+def test_controlnet_with_a_person(
     tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk = WebSession(tmp_path)
+    session = WebSession(tmp_path)
     torch.manual_seed(0)
-    net = ControlNetModel.from_unet(desk.studio("mini-lightning", "pulid").pipe.unet)
-    for zero in (*net.controlnet_down_blocks, net.controlnet_mid_block):
-        torch.nn.init.normal_(zero.weight, std=0.05)
+    studio = session.studio(session.select_models("mini-lightning"))
+    net = ControlNetModel.from_unet(studio.pipe.unet)
+    for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.normal_(layer.weight, std=0.05)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert installed_controls() == []
+    assert find_installed_controls() == []
     net.save_pretrained(tmp_path / WEIGHTS["control-pose"].repo.split("/")[-1])
-    assert installed_controls() == ["control-pose"]
-    known = {**SETTINGS, "images": 1, "alone": False}
-    beside = {"control": "control-pose", "control_picture": str(anna), "control_scale": 0.5}
-    (plain,) = desk.generate([(str(anna), None)], None, **known)
-    (one,) = desk.generate([(str(anna), None)], None, **{**known, **beside})
-    (again,) = desk.generate([(str(anna), None)], None, **known)
-    assert (
-        Image.open(one[0]).tobytes()
-        != Image.open(plain[0]).tobytes()
-        == Image.open(again[0]).tobytes()
-    )
-    said = json.loads(Image.open(one[0]).info["openpulid"])
-    assert {**beside, "control_picture": "anna.png"}.items() <= said.items()
-    with pytest.raises(OptionError, match="go together"):
-        desk.generate([(str(anna), None)], None, **{**known, "control_picture": str(anna)})
+    assert find_installed_controls() == ["control-pose"]
+    person = {"reference_images": [(str(anna), None)]}
+    control = {"control": "control-pose", "control_image": str(anna), "control_scale": 0.5}
+    (plain,) = generate(session, **person)
+    (controlled,) = generate(session, **person, **control)
+    (again,) = generate(session, **person)
+    assert pixels(controlled[0]) != pixels(plain[0]) == pixels(again[0])
+    request = Provenance.read(controlled[0]).request
+    assert request.controls == (Control("control-pose", "anna.png", scale=0.5),)
+    with pytest.raises(OptionError, match=r"controls\.0\.model is missing"):
+        generate(session, **person, control_image=str(anna))
 
 
-def test_the_first_preset_is_as_the_command_says_and_no_other(tmp_path: Path, anna: Path) -> None:
-    own = Path(copyfile(MINIATURE / "pulid-stage1.safetensors", tmp_path / "adapter.safetensors"))
-    desk = WebSession(tmp_path, preset="mini-lightning", adapter=own)
-    assert desk.resolved("mini-lightning").adapter == own
-    assert {"pulid", "faceid"} <= set(installed_methods(desk.resolved("mini-lightning")))
-    assert installed_methods(desk.resolved("mini-lightning")) == installed_methods(mini_lightning())
-    full = WebSession(tmp_path, preset="sdxl", adapter=own).resolved("sdxl")
-    assert full.adapter == own and all(
-        with_method(full, name) == with_method(sdxl(), name) for name in BASELINES
+def test_changes_apply_to_the_first_preset_alone(tmp_path: Path, anna: Path) -> None:
+    adapter = Path(
+        copyfile(MINIATURE / "pulid-stage1.safetensors", tmp_path / "adapter.safetensors")
     )
-    assert desk.resolved("mini").adapter == mini().adapter
-    assert desk.resolved("mini-lightning", "faceid").adapter == MINIATURE / "faceid.safetensors"
-    known = {**SETTINGS, "images": 1, "alone": False}
-    (one,) = desk.generate([(str(anna), None)], None, **known)
-    (plain,) = WebSession(tmp_path).generate([(str(anna), None)], None, **known)
-    assert Image.open(one[0]).tobytes() != Image.open(plain[0]).tobytes()
-    assert json.loads(Image.open(one[0]).info["openpulid"])["adapter"] == str(own)
-    with pytest.raises(OptionError, match="levels are FLUX's"), web.open_app("mini", memory="12gb"):
+
+    def changed(preset: str) -> WebSession:
+        return WebSession(tmp_path, models=ModelSelection(preset=preset, adapter=adapter))
+
+    session = changed("mini-lightning")
+    first = session.preset(session.models)
+    assert first.models.adapter == adapter
+    assert {"pulid", "faceid"} <= set(find_installed_methods(first))
+    assert find_installed_methods(first) == find_installed_methods(mini_lightning())
+    full = changed("sdxl")
+    sdxl_preset = full.preset(full.models)
+    assert sdxl_preset.models.adapter == adapter
+    for name in BASELINES:
+        assert with_method(sdxl_preset, name).models == with_method(sdxl(), name).models
+    other = session.preset(session.select_models("mini"))
+    assert other.models.adapter == mini().models.adapter
+    faceid = session.preset(session.select_models("mini-lightning", "faceid"))
+    assert faceid.models.adapter == MINIATURE / "faceid.safetensors"
+    person = {"reference_images": [(str(anna), None)]}
+    (own,) = generate(session, **person)
+    (plain,) = generate(WebSession(tmp_path), **person)
+    assert pixels(own[0]) != pixels(plain[0])
+    assert Provenance.read(own[0]).request.model.adapter == str(adapter)
+    with (
+        pytest.raises(OptionError, match="only available for FLUX presets"),
+        web.open_app("mini", memory="12gb"),
+    ):
         pass
 
 
-def test_what_is_offered_is_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_installed_models_are_offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    assert {"mini", "mini-lightning"} <= set(installed_presets())
-    files = {
-        name: MINIATURE / MINI_BASELINES[name].get("adapter", f"{name}.safetensors")
-        for name in MINI_BASELINES
-    }
-    assert installed_methods(mini()) == [
-        "pulid",
-        *(name for name in sorted(files) if files[name].exists()),
-    ]
-    assert missing_weights(mini()) == [] and missing_weights(mini(tmp_path))[0] == str(
-        tmp_path / "pipeline"
-    )
-    lacking = missing_weights(sdxl())
+    assert {"mini", "mini-lightning"} <= set(find_installed_presets())
+    files = {name: MINIATURE / file for name, file in MINI_ADAPTERS.items()}
+    trained = [name for name in sorted(files) if files[name].exists()]
+    assert find_installed_methods(mini()) == ["pulid", *trained]
+    assert missing_weights(mini()) == []
+    assert missing_weights(mini(tmp_path))[0] == str(tmp_path / "pipeline")
+    missing = missing_weights(sdxl())
     (tmp_path / "pulid_v1.1.safetensors").write_bytes(b"weights")
-    assert set(lacking) - set(missing_weights(sdxl())) <= {
-        "pulid-v1.1"
-    } and "pulid-v1.1" not in missing_weights(sdxl())
+    assert set(missing) - set(missing_weights(sdxl())) <= {"pulid-v1.1"}
+    assert "pulid-v1.1" not in missing_weights(sdxl())
     with pytest.raises(OptionError, match="mini-lightning"), web.open_app("sdxl-v1"):
         pass
 
 
-def test_it_is_served_to_this_machine_alone_and_leaves_nothing(
+def test_page_is_served_locally_and_leaves_no_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     served: dict[str, Any] = {}
@@ -232,6 +290,6 @@ def test_it_is_served_to_this_machine_alone_and_leaves_nothing(
     assert served["server_name"] == "127.0.0.1" and served["share"] is False
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with web.open_app("mini") as blocks:
-        assert blocks.analytics_enabled is False and blocks.delete_cache == web.KEPT
+        assert blocks.analytics_enabled is False and blocks.delete_cache == web.DELETE_CACHE
         assert len(list(tmp_path.glob("openpulid-*"))) == 1
     assert not list(tmp_path.glob("openpulid-*"))

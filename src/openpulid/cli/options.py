@@ -1,23 +1,61 @@
-"""What the commands share: options, files, and how things are said."""
+"""What the commands share: options, output paths, printing."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from openpulid.errors import OptionError
 
-if TYPE_CHECKING:
-    pass
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+OPTION_NAMES = {
+    "prompt": "PROMPT",
+    "negative_prompt": "--negative",
+    "num_inference_steps": "--steps",
+    "guidance_scale": "--guidance",
+    "true_cfg_scale": "--true-cfg",
+    "timestep_to_start_cfg": "--start-cfg",
+    "max_sequence_length": "--text-tokens",
+    "seed": "--seed",
+    "num_images": "--num",
+    "identity.scale": "--scale",
+    "identity.start": "--start",
+    "identity.end": "--end",
+    "identity.projection": "--projection",
+    "identity.num_zero": "--num-zero",
+    "identity.start_step": "--start-step",
+    "people.images": "--id",
+    "people.identity": "--id",
+    "people.face_index": "--face",
+    "people.face_order": "--order",
+    "people.mask": "--mask",
+    "controls": "--control",
+    "controls.model": "--control",
+    "controls.image": "--control-image",
+    "controls.scale": "--control-scale",
+    "model.preset": "--preset",
+    "model.base": "--base",
+    "model.method": "--method",
+    "model.adapter": "--adapter",
+    "model.face_pack": "--faces",
+    "model.memory": "--memory",
+}
+"""Fields of a `GenerationRequest` and the options that set them, for error messages."""
 
 
-def known_device(name: str | None) -> str | None:
-    """Found out before anything is loaded."""
+def check_device(name: str | None) -> str | None:
+    """Check that a device exists, before anything is loaded.
+
+    Raises:
+        OptionError: there is no such device.
+    """
     if name is not None:
         import torch
 
@@ -25,68 +63,95 @@ def known_device(name: str | None) -> str | None:
             torch.empty(1, device=name)
         except (RuntimeError, AssertionError, NotImplementedError):
             raise OptionError(
-                f"there is no device {name!r} here; without --device the best is taken."
+                f"there is no device {name!r}; leave out --device to use the best one."
             ) from None
     return name
 
 
-Folder = Annotated[
-    Path, typer.Option("--out", "-o", help="Where the results go; made when missing.")
+OutputDirectory = Annotated[
+    Path, typer.Option("--out", "-o", help="Output directory; created if missing.")
 ]
+Preset = Annotated[str, typer.Option(help="Name of a preset (`pulid presets list`), or directory.")]
 Device = Annotated[
     str | None,
-    typer.Option(callback=known_device, help="Where to compute, such as cpu; the best by default."),
+    typer.Option(callback=check_device, help="Device, such as cpu; the best one by default."),
 ]
 Base = Annotated[
-    str | None, typer.Option(help="Another checkpoint for the preset: a folder or a single file.")
+    str | None, typer.Option(help="Another base checkpoint: a directory or a single file.")
 ]
-Faces = Annotated[
+FacePack = Annotated[
     Path | None,
-    typer.Option(help="Folder of another insightface pack; the adapter must have learned with it."),
+    typer.Option(help="Directory of another insightface pack; the adapter must be trained on it."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Nothing but the last line, as JSON.")]
+FaceOrder = Annotated[
+    str,
+    typer.Option(
+        help="How faces are counted: large-small, left-right, top-bottom, or the reverse."
+    ),
+]
+Memory = Annotated[str | None, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Only print the last line, as JSON.")]
 
 
-def group(text: str) -> typer.Typer:
-    """A command that only has others under it."""
+def command_group(text: str) -> typer.Typer:
+    """Return a command that only groups others."""
     return typer.Typer(help=text, no_args_is_help=True)
 
 
-def folder(path: Path) -> Path:
-    """A folder to write into, made when missing."""
+@contextmanager
+def name_options() -> Iterator[None]:
+    """Name command-line options, not fields of the request, in error messages."""
+    from openpulid.pipelines.request import RequestError
+
+    try:
+        yield
+    except RequestError as error:
+        raise error.rename(OPTION_NAMES) from None
+
+
+def make_directory(path: Path) -> Path:
+    """Create an output directory if it is missing.
+
+    Raises:
+        OptionError: it cannot be created.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(
-            f"{path}: cannot be used as a folder ({error.strerror}); choose another with -o."
+            f"{path}: cannot be used as a directory ({error.strerror}); choose another with -o."
         ) from None
     return path
 
 
-def picture_file(path: Path) -> Path:
-    """A place for a picture."""
-    folder(path.parent)
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise OptionError(f"{path}: name a picture, such as {path.stem or 'picture'}.png.")
+def check_image_path(path: Path) -> Path:
+    """Check the name of an output image, and create its directory.
+
+    Raises:
+        OptionError: the name has no suffix of an image.
+    """
+    make_directory(path.parent)
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise OptionError(f"{path}: use the name of an image, such as {path.stem or 'image'}.png.")
     return path
 
 
-def counted(done: int, total: int) -> None:
-    """How far something has come, in one line."""
+def print_progress(done: int, total: int) -> None:
+    """Print progress on one line of stderr."""
     print(f"\r{done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
-def last_line(figures: Mapping[str, Any]) -> None:
-    """What programs read."""
+def print_json(figures: Mapping[str, Any]) -> None:
+    """Print the last line of a command, for programs."""
     print(json.dumps(figures), flush=True)
 
 
-def say(text: str) -> None:
-    """For those who watch."""
+def print_status(text: str) -> None:
+    """Print a status line on stderr."""
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(text)
 
 
-def silent(text: str) -> None:
-    """For those who asked for JSON alone."""
+def print_nothing(text: str) -> None:
+    """Ignore a status line, for `--json`."""

@@ -7,42 +7,44 @@ from typing import Annotated
 
 import typer
 
-from openpulid.cli.options import Base, Device, Faces
+from openpulid.cli.options import Base, Device, FacePack, Memory, name_options
 from openpulid.errors import OptionError
-from openpulid.web.page import open_app
 
 
 def web(
     preset: Annotated[
-        str, typer.Option(help="Chosen at first, see `pulid presets list`.")
+        str, typer.Option(help="Preset that is selected first (`pulid presets list`).")
     ] = "mini",
     base: Base = None,
-    memory: Annotated[str | None, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = None,
-    faces: Faces = None,
+    memory: Memory = None,
+    faces: FacePack = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="Another file of PuLID, such as one of your training.")
+        Path | None, typer.Option(help="Another adapter file of PuLID, such as one of your own.")
     ] = None,
     host: Annotated[
-        str, typer.Option(help="0.0.0.0 lets everybody in who reaches this machine.")
+        str, typer.Option(help="Address to serve; 0.0.0.0 is open to the whole network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Where it listens.")] = 7860,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve.")] = 7860,
     device: Device = None,
 ) -> None:
-    """The studio in the browser, every preset and method whose files are on this machine.
+    """Serve the web page, with every preset and method whose weights are installed.
 
-    What is said of base, memory, faces and adapter is for the preset chosen at first.
+    Base, memory, faces and adapter apply to the preset that is selected first.
     """
-    with open_app(preset, device, base=base, memory=memory, faces=faces, adapter=adapter) as blocks:
+    from openpulid.web.page import open_app
+
+    changes = {"base": base, "memory": memory, "face_pack": faces, "adapter": adapter}
+    options = {name: str(value) for name, value in changes.items() if value is not None}
+    with name_options(), open_app(preset, device, **options) as blocks:
         import gradio as gr
 
-        theme = gr.themes.Default(
-            font=["system-ui", "sans-serif"], font_mono=["monospace"]
-        )  # none from another machine
+        # local fonts only
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:
             blocks.launch(
                 server_name=host, server_port=port, share=False, theme=theme, max_file_size="50mb"
             )
         except OSError as error:
             raise OptionError(
-                f"port {port} cannot be had ({error}); choose another with --port."
+                f"port {port} is not available ({error}); choose another with --port."
             ) from None

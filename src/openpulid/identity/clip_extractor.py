@@ -1,8 +1,9 @@
-"""What CLIP sees of somebody: for IP-Adapter, FaceID-PlusV2 and PhotoMaker, which read a picture tower's states."""
+"""Identity features of a CLIP vision encoder: for IP-Adapter, FaceID-PlusV2 and PhotoMaker."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,162 +13,201 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.errors import WeightsError
 from openpulid.faces.align import similarity_transform, warp_images
-from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE
+from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE, ArcFaceRecognition
 from openpulid.faces.face import Face
+from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.scrfd import SCRFDDetector
+from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.identity.identity import Identity
+from openpulid.io.checkpoints import fingerprint, load_module, read_tensors
 
-View = Literal["picture", "face"]
-
-
-class FaceDetector(Protocol):
-    """What is asked for faces: any `identity.features.IdentityExtractor`."""
-
-    @property
-    def tried(self) -> str: ...
-
-    def find(self, image: Tensor) -> list[Face]: ...
+ClipInput = Literal["image", "face"]
 
 
 class FaceRecognition(Protocol):
-    """A face to its raw embedding (1, R)."""
+    """Maps a face to its raw embedding (1, R)."""
 
-    def __call__(self, face: Face) -> Tensor: ...
+    def __call__(self, face: Face) -> Tensor:
+        """Return the raw embedding (1, R) of a face."""
 
 
 class ClipExtractor:
-    """A picture tower's embedding and states of a photo, and its states of an empty one; an
-    `identity.features.IdentityExtractor`.
+    """Extracts a vision encoder's embedding and hidden states; an `IdentityExtractor`.
+
+    The hidden states of an empty image are stored as well, for the unconditional branch.
 
     Args:
-        faces: finds them.
-        tower: transformers' CLIPVisionModelWithProjection; None for methods that read the recogniser alone.
-        view: "picture" shows the tower the whole photo, its middle square; "face" the aligned face alone.
-        layer: whose states are kept, as `hidden_states` counts them: the last but one, as IP-Adapter and FaceID read.
-        recogniser: its embedding comes before the tower's; None for methods that know no faces.
-        models: name -> fingerprint; written into every identity.
+        detection: face detection.
+        vision_encoder: CLIPVisionModelWithProjection of transformers; None for methods that use
+            the face recognition model alone.
+        clip_input: "image" passes the center square of the whole image to the vision encoder,
+            "face" the aligned face.
+        layer: index of the hidden states, as in `hidden_states`. IP-Adapter and FaceID use the
+            last but one.
+        recognition: its embedding precedes the vision encoder's; None for methods without one.
+        models: name -> hash of the models; written into every identity.
     """
 
     def __init__(
         self,
-        faces: FaceDetector,
-        tower: Any,
-        view: View = "picture",
+        detection: FaceDetection,
+        vision_encoder: Any,
+        clip_input: ClipInput = "image",
         layer: int = -2,
-        recogniser: FaceRecognition | None = None,
+        recognition: FaceRecognition | None = None,
         models: Mapping[str, str] | None = None,
     ) -> None:
-        self.faces, self.tower, self.view, self.layer, self.recogniser = (
-            faces,
-            tower,
-            view,
-            layer,
-            recogniser,
-        )
+        self.detection = detection
+        self.vision_encoder = vision_encoder
+        self.clip_input = clip_input
+        self.layer = layer
+        self.recognition = recognition
         self.models = dict(models or {})
 
-    @property
-    def tried(self) -> str:
-        """What `find` does before it gives up, in words."""
-        return self.faces.tried
+    @classmethod
+    def load(
+        cls,
+        detector: Path,
+        recognition: Path | None,
+        vision_encoder: Path | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        clip_input: ClipInput = "image",
+        is_miniature: bool = False,
+    ) -> ClipExtractor:
+        """Load from files.
 
-    def find(self, image: Tensor) -> list[Face]:
-        """The faces in a picture (3, H, W) in [0, 1]."""
-        return self.faces.find(image)
+        Args:
+            detector, recognition, vision_encoder: the files; None for what a method does not use.
+            device: of all networks.
+            dtype: of the vision encoder.
+            clip_input: as for the class.
+            is_miniature: the detector is the miniature's.
 
-    def identities(self, faces: Sequence[Face]) -> list[Identity]:
-        """Each face as an identity of its own: `id_cond` (1, 1, R + E), `hidden` the states of the photo and of nothing."""
-        return [self._one(face) for face in faces]
+        Raises:
+            WeightsError: a file is missing or damaged.
+        """
+        detection, embedder = cls.load_face_models(detector, recognition, device, is_miniature)
+        encoder = None
+        if vision_encoder is not None:
+            encoder = load_clip_encoder(read_tensors(vision_encoder)).to(device, dtype)
+        files = [file for file in (recognition, vision_encoder) if file is not None]
+        models = {file.stem: fingerprint(file) for file in files}
+        return cls(detection, encoder, clip_input, recognition=embedder, models=models)
+
+    @staticmethod
+    def load_face_models(
+        detector: Path, recognition: Path | None, device: torch.device, is_miniature: bool = False
+    ) -> tuple[FaceDetection, FaceRecognition | None]:
+        """Load face detection and face recognition, see `load`."""
+        detection: FaceDetection
+        if is_miniature:
+            detection = MiniFaceDetection(load_module(MiniFaceDetector, detector, device))
+        else:
+            detection = PhotoFaceDetection(SCRFDDetector.load(detector, device))
+        if recognition is None:
+            return detection, None
+        return detection, ArcFaceRecognition.load(recognition, device)
+
+    def extract(self, faces: Sequence[Face]) -> list[Identity]:
+        """Return one identity per face, in order.
+
+        `id_cond` is (1, 1, R + E). `hidden` has the states of the image and of an empty one.
+        """
+        return [self._extract_one(face) for face in faces]
 
     @torch.no_grad()
-    def shown(self, face: Face) -> list[Tensor]:
-        """What the tower is shown, (3, S, S) in [0, 1]."""
-        if self.tower is None:
+    def debug_crops(self, face: Face) -> list[Tensor]:
+        """Return the input of the vision encoder, (3, S, S) in [0, 1], if there is one."""
+        if self.vision_encoder is None:
             return []
-        size = self.tower.config.image_size
-        if self.view == "face":
-            template = (ARCFACE_TEMPLATE + 0.5) * size / ARCFACE_CROP
-            return [
-                warp_images(
-                    face.image[None], similarity_transform(face.landmarks[None], template), size
-                )[0]
-            ]
-        return [center_square(face.image, size)]
+        size = self.vision_encoder.config.image_size
+        if self.clip_input == "image":
+            return [center_square(face.image, size)]
+        template = (ARCFACE_TEMPLATE + 0.5) * size / ARCFACE_CROP
+        transform = similarity_transform(face.landmarks[None], template)
+        return [warp_images(face.image[None], transform, size)[0]]
 
     @torch.no_grad()
-    def _one(self, face: Face) -> Identity:
-        known = [self.recogniser(face).float().cpu()] if self.recogniser else []
+    def _extract_one(self, face: Face) -> Identity:
+        embeddings = [self.recognition(face).float().cpu()] if self.recognition else []
         states: tuple[Tensor, ...] = ()
-        if self.tower is not None:
-            seen, states = self._seen(face)
-            known.append(seen)
-        return Identity(
-            torch.cat(known, 1)[:, None], states, self.models, face.places[None, None].cpu()
-        )
+        if self.vision_encoder is not None:
+            embedding, states = self._encode(face)
+            embeddings.append(embedding)
+        id_cond = torch.cat(embeddings, 1)[:, None]
+        return Identity(id_cond, states, self.models, face.places[None, None].cpu())
 
-    def _seen(self, face: Face) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """The embedding (1, E), and the states (1, 1 + N, D) of the photo and of nothing."""
+    def _encode(self, face: Face) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the embedding (1, E), and the states (1, 1 + N, D) of the image and of none."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        pixels = ((self.shown(face)[0].cpu() - mean) / std)[None].to(
-            self.tower.device, self.tower.dtype
-        )
-        # nothing is zero after normalisation, as diffusers shows it
-        seen = self.tower(torch.cat([pixels, torch.zeros_like(pixels)]), output_hidden_states=True)
-        states = seen.hidden_states[self.layer].float().cpu()
-        return seen.image_embeds[:1].float().cpu(), (states[:1], states[1:])
+        encoder = self.vision_encoder
+        pixels = ((self.debug_crops(face)[0].cpu() - mean) / std)[None]
+        pixels = pixels.to(encoder.device, encoder.dtype)
+        # an empty image is zero after normalization, as in diffusers
+        batch = torch.cat([pixels, torch.zeros_like(pixels)])
+        output = encoder(batch, output_hidden_states=True)
+        states = output.hidden_states[self.layer].float().cpu()
+        return output.image_embeds[:1].float().cpu(), (states[:1], states[1:])
 
 
 def clip_config(tensors: Mapping[str, Tensor]) -> CLIPVisionConfig:
-    """The sizes of a CLIP picture tower, from its tensors; heads and activation are those of OpenAI's and LAION's towers.
+    """Infer the sizes of a CLIP vision encoder from its tensors.
+
+    Heads and activation are those of OpenAI's and LAION's encoders.
 
     Raises:
-        KeyError: these are another network's.
+        KeyError: the tensors are those of another network.
     """
-    seen = "vision_model.embeddings"
-    patches, positions = (
-        tensors[f"{seen}.patch_embedding.weight"],
-        tensors[f"{seen}.position_embedding.weight"],
-    )
-    width, patch = patches.shape[0], patches.shape[-1]
+    embeddings = "vision_model.embeddings"
+    patches = tensors[f"{embeddings}.patch_embedding.weight"]
+    positions = tensors[f"{embeddings}.position_embedding.weight"]
+    width = patches.shape[0]
+    patch_size = patches.shape[-1]
+    layers = "vision_model.encoder.layers."
+    layer_numbers = {name.split(".")[3] for name in tensors if name.startswith(layers)}
     return CLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=tensors["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=len(
-            {
-                name.split(".")[3]
-                for name in tensors
-                if name.startswith("vision_model.encoder.layers.")
-            }
-        ),
+        intermediate_size=tensors[f"{layers}0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=len(layer_numbers),
         num_attention_heads=16 if width >= 1024 else max(1, width // 64),
-        patch_size=patch,
-        image_size=round((len(positions) - 1) ** 0.5) * patch,
+        patch_size=patch_size,
+        image_size=round((len(positions) - 1) ** 0.5) * patch_size,
         projection_dim=tensors["visual_projection.weight"].shape[0],
         hidden_act="gelu" if width > 1024 else "quick_gelu",
     )
 
 
 def load_clip_encoder(tensors: Mapping[str, Tensor]) -> CLIPVisionModelWithProjection:
-    """A published picture tower, strictly.
+    """Build a published vision encoder from its tensors.
 
     Raises:
-        WeightsError: names are missing, or there are others.
+        WeightsError: tensors are missing, or there are others.
     """
-    kept = {
-        name: x for name, x in tensors.items() if not name.endswith("position_ids")
-    }  # old files count their positions
+    # old files contain the position numbers
+    weights = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
     try:
-        tower = CLIPVisionModelWithProjection(clip_config(kept))
-        tower.load_state_dict(kept)
+        encoder = CLIPVisionModelWithProjection(clip_config(weights))
+        encoder.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
-        raise WeightsError(f"this is no CLIP picture tower: {error}") from error
-    return tower.eval().requires_grad_(False)
+        raise WeightsError(f"this is not a CLIP vision encoder: {error}") from error
+    return encoder.eval().requires_grad_(False)
 
 
 def center_square(image: Tensor, size: int) -> Tensor:
-    """(3, H, W) -> (3, size, size): the shorter side fitted, the rest cut off evenly, as CLIP's processor does."""
+    """Crop the center square and resize it, as CLIP's image processor does.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        size: side of the result in pixels.
+
+    Returns:
+        (3, size, size).
+    """
     height, width = image.shape[-2:]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top = (height - side) // 2
+    left = (width - side) // 2
     square = image[None, :, top : top + side, left : left + side]
     return interpolate(square, size=(size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)

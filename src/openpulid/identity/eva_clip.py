@@ -1,4 +1,4 @@
-"""The vision tower: timm's EVA, whose hidden levels tell an encoder what an embedding forgets."""
+"""EVA02-CLIP's vision encoder, with hidden states, on top of timm's EVA."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ LEVELS = 5
 
 
 class VisionEncoder(nn.Module):
-    """EVA02-CLIP's image tower; the defaults are EVA02-CLIP-L-14-336 (arXiv 2303.15389).
+    """EVA02-CLIP's vision encoder; the defaults are EVA02-CLIP-L-14-336 (arXiv 2303.15389).
 
     Args:
-        img_size, patch_size: pixels.
+        img_size, patch_size: in pixels.
         embed_dim: D, width of the hidden states.
-        depth, num_heads: blocks, and heads in each.
+        depth, num_heads: number of blocks, and of heads in each.
         num_classes: E, width of the embedding.
-        levels: the blocks, counted from 1, after which hidden states are taken; by default five in even
-            steps, about the last sixth of the tower left out (4, 8, 12, 16, 20 of 24).
-        ref_grid: patches along a side at which the rotary positions were trained; by default this tower's own.
+        levels: the blocks, counted from 1, whose outputs are returned as hidden states. By default
+            five in even steps that leave out about the last sixth (4, 8, 12, 16, 20 of 24).
+        ref_grid: patches per side in the training of the rotary positions; None for this model's.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class VisionEncoder(nn.Module):
             or not 1 <= levels[0] <= levels[-1] <= depth
         ):
             raise ValueError(
-                f"levels are {LEVELS} different blocks from 1 to {depth}, in order; not {levels}"
+                f"levels must be {LEVELS} increasing numbers from 1 to {depth}, got {levels}"
             )
         self.config: dict[str, Any] = {
             "img_size": img_size,
@@ -68,7 +68,8 @@ class VisionEncoder(nn.Module):
             "levels": levels,
             "ref_grid": ref_grid,
         }
-        self.img_size, self.levels = img_size, levels
+        self.img_size = img_size
+        self.levels = levels
         self.visual = Eva(
             img_size=img_size,
             patch_size=patch_size,
@@ -88,37 +89,48 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def from_published(cls, file: str | os.PathLike[str]) -> VisionEncoder:
-        """EVA02-CLIP-L-14-336 from its published file, `EVA02_CLIP_L_336_psz14_s6B.pt` or the same as safetensors; float32.
+        """Load EVA02-CLIP-L-14-336 from its published file, in float32.
+
+        Args:
+            file: `EVA02_CLIP_L_336_psz14_s6B.pt`, or the same tensors as safetensors.
 
         Raises:
-            WeightsError: no such file, or the names or shapes in it are another tower's.
+            WeightsError: there is no such file, or it belongs to another model.
         """
-        with init_empty_weights(
-            include_buffers=False
-        ):  # 304 million numbers that are not worth drawing
-            tower = cls()
-        tower.take(read_tensors(file), os.fspath(file))
-        return tower.eval().requires_grad_(False)
+        # initializing 304 million numbers takes longer than reading them
+        with init_empty_weights(include_buffers=False):
+            encoder = cls()
+        encoder.load_published(read_tensors(file), os.fspath(file))
+        return encoder.eval().requires_grad_(False)
 
-    def take(self, state: Mapping[str, Tensor], label: str = "this state") -> None:
-        """Loads `visual.*` of an EVA-CLIP state under its published names, all of it.
+    def load_published(self, state: Mapping[str, Tensor], label: str = "this state") -> None:
+        """Load `visual.*` of an EVA-CLIP state with its published names.
+
+        Args:
+            state: the tensors.
+            label: how messages call them.
 
         Raises:
-            WeightsError: a name is missing or too many, or a shape differs; it lists them.
+            WeightsError: a tensor is missing, unexpected or of another shape.
         """
-        theirs = {
+        weights = {
             name: value.float() for name, value in state.items() if name.startswith("visual.")
         }
         try:
             self.visual.load_state_dict(
-                checkpoint_filter_fn(theirs, self.visual), strict=True, assign=True
+                checkpoint_filter_fn(weights, self.visual), strict=True, assign=True
             )
         except RuntimeError as error:
-            raise WeightsError(f"{label} is not this tower: {error}") from error
+            raise WeightsError(f"{label} does not fit this vision encoder: {error}") from error
 
     def prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, 3, S, S) as the tower was trained to see them: bicubic, CLIP's mean
-        and deviation.
+        """Resize (bicubic) and normalize with CLIP's mean and standard deviation.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, 3, S, S).
         """
         if images.shape[-2:] != (self.img_size, self.img_size):
             size = (self.img_size, self.img_size)
@@ -127,13 +139,13 @@ class VisionEncoder(nn.Module):
         return (images - mean) / std
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Embedding and hidden levels.
+        """Return embedding and hidden states.
 
         Args:
             pixels: (B, 3, S, S) from `prepare`.
 
         Returns:
-            (B, E) of length 1, and five times (B, 1 + N, D), the class token first.
+            (B, E) of norm 1, and five hidden states (B, 1 + N, D), the class token first.
         """
         last, levels = self.visual.forward_intermediates(
             pixels,

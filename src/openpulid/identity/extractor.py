@@ -1,4 +1,4 @@
-"""From a found face to features: one face, and everything that is known of it comes from that face."""
+"""From a detected face to identity features: the protocol, and the miniature's extractor."""
 
 from __future__ import annotations
 
@@ -12,144 +12,140 @@ from torch import Tensor, nn
 
 from openpulid.faces.align import TEMPLATE, mask_background, similarity_transform, warp_images
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import SIZE, MiniFaceDetector
+from openpulid.faces.mini_detector import MiniFaceDetector
 from openpulid.faces.mini_recognition import CROP, ResNetRecognition
 from openpulid.faces.preprocess import gray_on_white
+from openpulid.identity.detection import FaceDetection, MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
-from openpulid.io import checkpoints as weights
+from openpulid.io.checkpoints import fingerprint, load_module
 
 
 class IdentityExtractor(Protocol):
-    """What a studio needs to know people by: the miniature's `MiniExtractor`, or `photos.PhotoExtractor`."""
+    """Extracts identities from detected faces.
+
+    Implemented by `MiniExtractor`, `photo_extractor.PhotoExtractor` and
+    `clip_extractor.ClipExtractor`.
+    """
 
     models: dict[str, str]
+    """Name -> hash of the models that determine the features."""
 
-    @property
-    def tried(self) -> str:
-        """What `find` does before it gives up, in words."""
+    detection: FaceDetection
 
-    def find(self, image: Tensor) -> list[Face]:
-        """The faces in a picture (3, H, W) in [0, 1]."""
+    def extract(self, faces: Sequence[Face]) -> list[Identity]:
+        """Return one identity per face, in order."""
 
-    def identities(self, faces: Sequence[Face]) -> list[Identity]:
-        """Each face as an identity of its own, in order."""
-
-    def shown(self, face: Face) -> list[Tensor]:
-        """What is read of a face, (3, S, S) in [0, 1] each: the aligned crop, and the face alone in gray."""
+    def debug_crops(self, face: Face) -> list[Tensor]:
+        """Return the crops (3, S, S) in [0, 1] that the extractor's models receive."""
 
 
-class DetectedFaces:
-    """What finds the miniature's faces: one in a picture, or none."""
-
-    def __init__(self, finder: MiniFaceDetector) -> None:
-        self.finder = finder
-
-    @property
-    def tried(self) -> str:
-        """What `find` does before it gives up, in words."""
-        return f"one look at {SIZE} pixels"
-
-    def find(self, image: Tensor) -> list[Face]:
-        """The face in a picture (3, H, W) in [0, 1]; none, or one: the finder looks for no more."""
-        return [face for face in self.finder.find([image]) if face is not None]
-
-
-class MiniExtractor(DetectedFaces):
-    """Finder, recogniser and vision tower, asked in this order.
+class MiniExtractor:
+    """The miniature's extractor: face detector, recognition model and vision encoder.
 
     Args:
-        finder: picture -> `Face`.
-        recogniser: (B, 3, 64, 64) aligned crops -> (B, R) raw embeddings.
-        tower: gray face on white -> embedding and hidden levels.
-        models: name -> hash of the three; written into every identity.
+        detector: face detector.
+        recognition: aligned crops (B, 3, 64, 64) -> raw embeddings (B, R).
+        vision_encoder: gray face on white -> embedding and hidden states.
+        models: name -> hash of the models; written into every identity.
     """
 
     def __init__(
         self,
-        finder: MiniFaceDetector,
-        recogniser: nn.Module,
-        tower: VisionEncoder,
+        detector: MiniFaceDetector,
+        recognition: nn.Module,
+        vision_encoder: VisionEncoder,
         models: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(finder)
-        self.recogniser, self.tower = recogniser, tower
+        self.detector = detector
+        self.recognition = recognition
+        self.vision_encoder = vision_encoder
+        self.detection: FaceDetection = MiniFaceDetection(detector)
         self.models = dict(models or {})
 
     @classmethod
     def load(
         cls,
-        finder: str | os.PathLike[str],
-        recogniser: str | os.PathLike[str],
-        tower: str | os.PathLike[str],
+        detector: str | os.PathLike[str],
+        recognition: str | os.PathLike[str],
+        vision_encoder: str | os.PathLike[str],
         device: str | torch.device = "cpu",
     ) -> MiniExtractor:
-        """From three files of `weights.save_module`; their hashes are what an identity is checked against.
+        """Load from three files of `checkpoints.save_module`.
+
+        The hashes of recognition model and vision encoder are what an identity is checked
+        against. The detector is left out, because a better one does not change the meaning of
+        the features.
 
         Raises:
-            WeightsError: one is missing or damaged.
+            WeightsError: a file is missing or damaged.
         """
         return cls(
-            weights.load_module(MiniFaceDetector, finder, device),
-            weights.load_module(ResNetRecognition, recogniser, device),
-            weights.load_module(VisionEncoder, tower, device),
-            # the finder may be bettered without changing what a face's features mean
-            {Path(path).stem: weights.fingerprint(path) for path in (recogniser, tower)},
+            load_module(MiniFaceDetector, detector, device),
+            load_module(ResNetRecognition, recognition, device),
+            load_module(VisionEncoder, vision_encoder, device),
+            {Path(path).stem: fingerprint(path) for path in (recognition, vision_encoder)},
         )
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(self.tower.parameters()).device
+        """The device of the networks."""
+        return next(self.vision_encoder.parameters()).device
 
     @torch.no_grad()
-    def identities(self, faces: Sequence[Face]) -> list[Identity]:
-        """Each face as an identity of its own, in order."""
-        return [self._one(face) for face in faces]
+    def extract(self, faces: Sequence[Face]) -> list[Identity]:
+        """Return one identity per face, in order."""
+        return [self._extract_one(face) for face in faces]
 
-    def _one(self, face: Face) -> Identity:
-        assert face.mask is not None, "this finder's faces have masks"
-        tensors = (face.image, face.mask, face.landmarks)
-        id_cond, hidden = self.features(*(x[None].to(self.device) for x in tensors))
-        kept = tuple(x.float().cpu() for x in hidden)
+    def _extract_one(self, face: Face) -> Identity:
+        assert face.mask is not None, "the miniature's detector returns masks"
+        inputs = (face.image, face.mask, face.landmarks)
+        id_cond, hidden = self.extract_batch(*(x[None].to(self.device) for x in inputs))
         return Identity(
-            id_cond[:, None].float().cpu(), kept, self.models, face.places[None, None].cpu()
+            id_cond[:, None].float().cpu(),
+            tuple(x.float().cpu() for x in hidden),
+            self.models,
+            face.places[None, None].cpu(),
         )
 
     @torch.no_grad()
-    def shown(self, face: Face) -> list[Tensor]:
-        """What is read of a face, (3, S, S) in [0, 1] each: the aligned crop, and the face alone in gray."""
-        assert face.mask is not None, "this finder's faces have masks"
-        crop, kept = self._crops(
-            face.image[None], face.mask[None], face.landmarks[None], self.tower.img_size
+    def debug_crops(self, face: Face) -> list[Tensor]:
+        """Return the aligned crop and the gray face on white, (3, S, S) in [0, 1] each."""
+        assert face.mask is not None, "the miniature's detector returns masks"
+        crops, masks = self._align(
+            face.image[None], face.mask[None], face.landmarks[None], self.vision_encoder.img_size
         )
-        return [crop[0], gray_on_white(crop, kept)[0]]
+        return [crops[0], gray_on_white(crops, masks)[0]]
 
-    def features(
+    def extract_batch(
         self, images: Tensor, masks: Tensor, landmarks: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Many faces at once, as training wants them; differentiable in the images.
+        """Extract the features of a batch of faces, for training; differentiable in the images.
 
         Args:
             images: (B, 3, H, W) in [0, 1].
-            masks: (B, 1, H, W) in [0, 1], the faces' own pixels.
+            masks: (B, 1, H, W) in [0, 1], the pixels of the face.
             landmarks: (B, 5, 2) in pixels.
 
         Returns:
-            id_cond (B, C): the raw face embedding, then the tower's; and five hidden levels (B, 1 + N, D).
+            id_cond (B, C): raw face embedding and vision embedding, concatenated; and five hidden
+            states (B, 1 + N, D).
         """
-        embedding = self.recogniser(mask_background(*self._crops(images, masks, landmarks, CROP)))
-        crops, kept = self._crops(images, masks, landmarks, self.tower.img_size)
-        seen, hidden = self.tower(self.tower.prepare(gray_on_white(crops, kept)))
-        return torch.cat([embedding, seen.to(embedding)], dim=1), hidden
+        aligned = self._align(images, masks, landmarks, CROP)
+        embedding = self.recognition(mask_background(*aligned))
+        aligned = self._align(images, masks, landmarks, self.vision_encoder.img_size)
+        pixels = self.vision_encoder.prepare(gray_on_white(*aligned))
+        vision_embedding, hidden = self.vision_encoder(pixels)
+        return torch.cat([embedding, vision_embedding.to(embedding)], dim=1), hidden
 
-    def _crops(
+    def _align(
         self, images: Tensor, masks: Tensor, landmarks: Tensor, size: int
     ) -> tuple[Tensor, Tensor]:
-        """(B, 3, size, size) pictures and (B, 1, size, size) masks with the landmarks in the template's place."""
-        both = warp_images(
-            torch.cat([images, masks.to(images)], 1),
-            similarity_transform(landmarks, TEMPLATE * size),
-            size,
-        )
-        return both[:, :3], both[:, 3:]
+        """Warp images and masks so that the landmarks match the template.
+
+        Returns:
+            (B, 3, size, size) images and (B, 1, size, size) masks.
+        """
+        transform = similarity_transform(landmarks, TEMPLATE * size)
+        warped = warp_images(torch.cat([images, masks.to(images)], 1), transform, size)
+        return warped[:, :3], warped[:, 3:]

@@ -1,7 +1,7 @@
-"""Who somebody is, as features: what a face recogniser and a vision tower saw in one or several photos.
+"""Identities: the features of a face recognition model and a vision encoder, and their file.
 
-Features, not tokens: one file serves every encoder. It names the models that made it, and it is biometric
-data: the file can be read by its owner only, and nothing of it is ever logged.
+An identity holds features, not tokens, so one file serves every adapter. It names the models that
+produced it. It is biometric data: only its owner can read the file, and it is never logged.
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ FORMAT = "openpulid.identity/1"
 
 @dataclass(frozen=True, eq=False)
 class Identity:
-    """One person. n photos that are read, C width of the joined embeddings, N patches and D width of the vision tower.
+    """The features of one person.
+
+    Shapes: n images, C width of the concatenated embeddings, N patches and D width of the vision
+    encoder.
 
     Attributes:
-        id_cond: (1, n, C) raw face embedding and normalised vision embedding, joined.
-        hidden: five times (1, n * (1 + N), D), the tower's levels, each photo's class token first.
-        landmarks: (1, n, 5, 2), where eyes, nose and corners of the mouth are in each photo, from 0 to 1 across the longer
-            side of it, the photo in the middle of a square; None in files that were written before.
-        models: name -> hash of the models that made the features.
+        id_cond: (1, n, C), raw face embedding and normalized vision embedding, concatenated.
+        hidden: five hidden states (1, n * (1 + N), D), the class token of each image first.
+        models: name -> hash of the models that produced the features.
+        landmarks: (1, n, 5, 2), eyes, nose and corners of the mouth in each image, from 0 to 1
+            across its longer side, with the image centered in a square; None after a fusion of
+            identities without landmarks.
         created: UTC time, ISO 8601.
-        made_from: how many photos it was made from, also where only their mean is left; n by default.
+        num_sources: how many images were combined, also if only their mean is left; n by default.
     """
 
     id_cond: Tensor
@@ -44,7 +48,7 @@ class Identity:
     created: str = field(
         default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds")
     )
-    made_from: int = 0
+    num_sources: int = 0
 
     def __post_init__(self) -> None:
         if (
@@ -53,21 +57,22 @@ class Identity:
             or any(x.ndim != 3 or len(x) != 1 for x in self.hidden)
         ):
             raise IdentityError(
-                "an identity holds one person: id_cond (1, photos, C) and hidden levels (1, tokens, D)."
+                "an identity holds one person: id_cond (1, images, C) and hidden (1, tokens, D)."
             )
-        if not self.made_from:
-            object.__setattr__(self, "made_from", self.photos)  # frozen for everybody else
+        if not self.num_sources:
+            object.__setattr__(self, "num_sources", self.photos)  # the dataclass is frozen
 
     def __repr__(self) -> str:
-        return f"Identity({self.made_from} photo{'s' * (self.made_from != 1)}, made by {', '.join(self.models) or 'unknown'})"
+        images = "1 image" if self.num_sources == 1 else f"{self.num_sources} images"
+        return f"Identity({images}, models: {', '.join(self.models) or 'unknown'})"
 
     @property
     def photos(self) -> int:
-        """How many photos the features are of: of a mean, one."""
+        """Number of images in the features; 1 for a mean."""
         return self.id_cond.shape[1]
 
     def zeros_like(self) -> Identity:
-        """Nobody: the same shapes, all zero. What guidance compares with."""
+        """Return the unconditional identity: the same shapes, all zero."""
         return replace(
             self,
             id_cond=torch.zeros_like(self.id_cond),
@@ -75,31 +80,38 @@ class Identity:
         )
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Identity:
-        """The same features elsewhere or in another dtype."""
-        moved = tuple(x.to(device, dtype) for x in self.hidden)
-        return replace(self, id_cond=self.id_cond.to(device, dtype), hidden=moved)
+        """Return the features on another device or in another dtype."""
+        hidden = tuple(x.to(device, dtype) for x in self.hidden)
+        return replace(self, id_cond=self.id_cond.to(device, dtype), hidden=hidden)
 
     def require(self, models: Mapping[str, str]) -> None:
-        """Checks that these models made it.
+        """Check that the features were produced by these models.
+
+        Args:
+            models: name -> hash.
 
         Raises:
-            IdentityError: others did, so the numbers mean something else.
+            IdentityError: other models produced them.
         """
-        if differing := mismatched_models(self.models, models):
+        if differing := find_mismatched_models(self.models, models):
             raise IdentityError(
-                f"this identity was made by another {' and another '.join(differing)} than this preset uses; "
-                "make it again from the photo with this preset."
+                f"this identity was created with other models ({', '.join(differing)}); "
+                "re-create it from its images with `pulid identify` and this preset."
             )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes one safetensors file that only its owner can read (mode 0600). It appears whole or not at all."""
+        """Write a safetensors file that only its owner can read (mode 0600), atomically.
+
+        Raises:
+            IdentityError: the file cannot be written.
+        """
         path = Path(path)
         tensors = {"id_cond": self.id_cond, **{f"hidden.{i}": x for i, x in enumerate(self.hidden)}}
         if self.landmarks is not None:
             tensors["landmarks"] = self.landmarks
         facts = {
             "created": self.created,
-            "photos": str(self.made_from),
+            "photos": str(self.num_sources),
             "models": json.dumps(dict(self.models)),
         }
         data = save(
@@ -108,16 +120,15 @@ class Identity:
         )
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            # the mode is set as the file is made: at no moment can others read it
-            with os.fdopen(
-                os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
-            ) as file:
+            # the mode is set when the file is created, so that others can never read it
+            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
             os.replace(unfinished, path)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise IdentityError(
-                f"{path} cannot be written ({error.strerror}); choose another place."
+                f"{path} cannot be written ({error.strerror}); choose another path."
             ) from error
         return path
 
@@ -125,48 +136,46 @@ class Identity:
     def load(
         cls, path: str | os.PathLike[str], models: Mapping[str, str] | None = None
     ) -> Identity:
-        """Reads what `save` wrote.
+        """Read a file of `save`.
 
         Args:
             path: the file.
-            models: name -> hash that must have made it; None takes any.
+            models: name -> hash of the models that must have produced it; None accepts any.
 
         Raises:
-            IdentityError: no such file, not an identity, or made by other models.
+            IdentityError: there is no such file, it is not an identity, or other models
+                produced it.
         """
         if not Path(path).is_file():
             raise IdentityError(
-                f"{path} does not exist; `pulid identify PHOTO -o {Path(path).name}` makes it."
+                f"{path} does not exist; create it: `pulid identify IMAGE -o {Path(path).name}`."
             )
+        message = f"{path} is not an identity file; create one: `pulid identify IMAGE -o FILE`."
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
-            raise IdentityError(
-                f"{path} is not an identity file; `pulid identify PHOTO -o FILE` makes one."
-            ) from error
+            raise IdentityError(message) from error
         levels = [name for name in sorted(tensors) if name.startswith("hidden.")]
         if facts.get("format") != FORMAT or "id_cond" not in tensors:
-            raise IdentityError(
-                f"{path} is not an identity file; `pulid identify PHOTO -o FILE` makes one."
-            )
+            raise IdentityError(message)
         identity = cls(
             tensors["id_cond"],
             tuple(tensors[name] for name in levels),
             models=json.loads(facts["models"]),
             landmarks=tensors.get("landmarks"),
             created=facts["created"],
-            made_from=int(facts.get("photos", 0)),  # files that were written before do not say
+            num_sources=int(facts["photos"]),
         )
         if models is not None:
             identity.require(models)
         return identity
 
 
-def mismatched_models(known: Mapping[str, str], models: Mapping[str, str]) -> list[str]:
-    """The names of models whose fingerprints differ, or that only one side has."""
-    return sorted(name for name in {*known, *models} if known.get(name) != models.get(name))
+def find_mismatched_models(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Return the names of models whose hashes differ, or that only one side has."""
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
 
 
 FUSIONS = ("concat", "mean", "norm_id", "max_norm")
@@ -175,51 +184,64 @@ FUSIONS = ("concat", "mean", "norm_id", "max_norm")
 def fuse_identities(
     identities: Sequence[Identity], fusion: str = "concat", weights: Sequence[float] | None = None
 ) -> Identity:
-    """Several photos of one person, or several people, as one identity.
+    """Combine several images of one person, or several people, into one identity.
 
-    - concat: the encoders read all photos; one identity with as many.
-    - mean: of the features, weighted.
-    - norm_id: the same, each photo also weighted by how long its raw embedding by the face recogniser is, which says how
-      clear the photo is.
-    - max_norm: the one whose embedding is the longest, weighted: the clearest.
+    - concat: the encoders receive all images.
+    - mean: weighted mean of the features.
+    - norm_id: weighted mean; each image is also weighted by the norm of its raw face embedding,
+      which measures how clear the image is.
+    - max_norm: the identity whose weighted norm is the largest: the clearest image.
 
     Args:
-        identities: made by the same models; for all but concat of as many photos each.
-        weights: one per identity, at least 0, some above; for all but concat. All alike by default.
+        identities: produced by the same models; with the same number of images, except for concat.
+        fusion: one of `FUSIONS`.
+        weights: one per identity, at least 0, not all 0; not for concat. Equal by default.
 
     Raises:
         OptionError: an unknown fusion, or weights that do not fit.
-        IdentityError: other models made one of them, or they have different numbers of photos.
+        IdentityError: other models produced one of them, or their numbers of images differ.
     """
     _check_fusion(identities, fusion, weights)
     if fusion == "concat":
         return concat_identities(identities)
     first = identities[0]
-    share = torch.tensor(
+    shares = torch.tensor(
         list(weights) if weights else [1.0] * len(identities), dtype=first.id_cond.dtype
     )
     if fusion != "mean":
-        share = share * torch.stack([_clarity(identity) for identity in identities])
+        shares = shares * torch.stack([_embedding_norm(identity) for identity in identities])
     if fusion == "max_norm":
-        return identities[int(share.argmax())]
-    share = share / share.sum()
+        return identities[int(shares.argmax())]
+    shares = shares / shares.sum()
 
     def mean(values: Sequence[Tensor]) -> Tensor:
-        return sum(
-            (s * value for s, value in zip(share, values, strict=True)), torch.zeros_like(values[0])
-        )
+        total = torch.zeros_like(values[0])
+        for share, value in zip(shares, values, strict=True):
+            total = total + share * value
+        return total
 
     levels = zip(*(identity.hidden for identity in identities), strict=True)
-    id_cond, hidden = mean([i.id_cond for i in identities]), tuple(mean(level) for level in levels)
     return replace(
-        first, id_cond=id_cond, hidden=hidden, made_from=sum(i.made_from for i in identities)
+        first,
+        id_cond=mean([identity.id_cond for identity in identities]),
+        hidden=tuple(mean(level) for level in levels),
+        num_sources=sum(identity.num_sources for identity in identities),
     )
 
 
 def blend_identities(one: Identity, other: Identity, share: float = 0.5) -> Identity:
-    """Somebody between two people: `share` of the other, from 0 to 1. Raises as `fused`."""
+    """Blend two people.
+
+    Args:
+        one, other: the two identities, produced by the same models.
+        share: weight of `other`, from 0 to 1.
+
+    Raises:
+        OptionError: the share is out of range.
+        IdentityError: the identities do not fit together.
+    """
     if not 0 <= share <= 1:
-        raise OptionError(f"the share of the other person is between 0 and 1; it is {share}.")
+        raise OptionError(f"share must be between 0 and 1, got {share}.")
     return fuse_identities([one, other], "mean", [1 - share, share])
 
 
@@ -227,11 +249,9 @@ def _check_fusion(
     identities: Sequence[Identity], fusion: str, weights: Sequence[float] | None
 ) -> None:
     if fusion not in FUSIONS:
-        raise OptionError(
-            f"photos are not put together by {fusion!r}; the known ways are {', '.join(FUSIONS)}."
-        )
+        raise OptionError(f"there is no fusion {fusion!r}; choose one of {', '.join(FUSIONS)}.")
     if not identities:
-        raise OptionError("an identity needs at least one picture.")
+        raise OptionError("an identity needs at least one image.")
     if weights is not None and (
         fusion == "concat"
         or len(weights) != len(identities)
@@ -239,34 +259,38 @@ def _check_fusion(
         or sum(weights) <= 0
     ):
         raise OptionError(
-            "weights are one number per photo, none below 0 and not all 0, and concat takes none."
+            "weights must be one number per image, at least 0 and not all 0; concat takes none."
         )
     if fusion != "concat" and len({identity.photos for identity in identities}) > 1:
-        raise IdentityError(
-            "identities of different numbers of photos have no mean; use concat, or take one photo of each."
-        )
+        raise IdentityError("identities with different numbers of images have no mean; use concat.")
     for other in identities[1:]:
         other.require(identities[0].models)
 
 
-def _clarity(identity: Identity) -> Tensor:
-    """The length of the recogniser's embedding: of the two that are joined, PuLID's tower's has the length 1. Of methods with a
-    CLIP tower, whose embedding has any length, it is both's.
+def _embedding_norm(identity: Identity) -> Tensor:
+    """Return the norm of the raw face embedding.
+
+    `id_cond` also contains the vision embedding, whose norm is 1 for PuLID. For methods with a CLIP
+    vision encoder, whose embedding has any norm, the result is the norm of both.
     """
     return (identity.id_cond.square().sum(-1) - 1).clamp(min=1e-6).sqrt().mean()
 
 
 def concat_identities(identities: Sequence[Identity]) -> Identity:
-    """Several photos of one person as one identity: the encoders read all of them."""
+    """Combine several images of one person; the encoders receive all of them.
+
+    Raises:
+        IdentityError: other models produced one of them.
+    """
     first = identities[0]
     for other in identities[1:]:
         other.require(first.models)
     levels = zip(*(identity.hidden for identity in identities), strict=True)
-    marks = [identity.landmarks for identity in identities if identity.landmarks is not None]
+    landmarks = [identity.landmarks for identity in identities if identity.landmarks is not None]
     return replace(
         first,
         id_cond=torch.cat([identity.id_cond for identity in identities], dim=1),
         hidden=tuple(torch.cat(level, dim=1) for level in levels),
-        landmarks=torch.cat(marks, dim=1) if len(marks) == len(identities) else None,
-        made_from=sum(identity.made_from for identity in identities),
+        landmarks=torch.cat(landmarks, dim=1) if len(landmarks) == len(identities) else None,
+        num_sources=sum(identity.num_sources for identity in identities),
     )

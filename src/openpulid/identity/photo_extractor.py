@@ -1,4 +1,4 @@
-"""From a photograph's face to features at full size: antelopev2's embedding and EVA02-CLIP's view of the gray face."""
+"""Identity features of photos at full size: antelopev2's face embedding and EVA02-CLIP's states."""
 
 from __future__ import annotations
 
@@ -14,32 +14,39 @@ from openpulid.faces.bisenet import FaceParser, align_photo
 from openpulid.faces.face import Face
 from openpulid.faces.preprocess import gray_on_white
 from openpulid.faces.scrfd import SCRFDDetector
+from openpulid.identity.detection import FaceDetection, PhotoFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
-from openpulid.io import checkpoints as weights
+from openpulid.io.checkpoints import fingerprint
 
 
 class PhotoExtractor:
-    """Detector, recogniser, parsing and vision tower of the published adapters; every feature comes from the same face.
+    """The extractor of PuLID's published adapters; every feature comes from the same face.
 
     Args:
-        finder, recogniser, parser, tower: see their classes.
-        models: name -> fingerprint; written into every identity.
-        use_gray: the tower sees the face in gray on white, as the published adapters learned it; False leaves its colour
-            and everything around it, and is written into identities beside the models: the two are not mixed.
+        detector, recognition, face_parsing, vision_encoder: see their classes.
+        models: name -> hash of the models; written into every identity.
+        use_gray: pass the face in gray on white to the vision encoder, as in the training of the
+            published adapters. False keeps color and background. It is recorded with the models
+            in every identity, so that the two are not mixed.
     """
 
     def __init__(
         self,
-        finder: SCRFDDetector,
-        recogniser: ArcFaceRecognition,
-        parser: FaceParser,
-        tower: VisionEncoder,
+        detector: SCRFDDetector,
+        recognition: ArcFaceRecognition,
+        face_parsing: FaceParser,
+        vision_encoder: VisionEncoder,
         models: Mapping[str, str] | None = None,
         use_gray: bool = True,
     ) -> None:
-        self.finder, self.recogniser, self.parser, self.tower = finder, recogniser, parser, tower
-        self.models, self.use_gray = dict(models or {}), use_gray
+        self.detector = detector
+        self.recognition = recognition
+        self.face_parsing = face_parsing
+        self.vision_encoder = vision_encoder
+        self.detection: FaceDetection = PhotoFaceDetection(detector)
+        self.models = dict(models or {})
+        self.use_gray = use_gray
         if not use_gray:
             self.models["use_gray"] = "False"
 
@@ -47,59 +54,56 @@ class PhotoExtractor:
     def load(
         cls,
         detector: str | os.PathLike[str],
-        recogniser: str | os.PathLike[str],
-        parser: str | os.PathLike[str],
-        tower: str | os.PathLike[str],
+        recognition: str | os.PathLike[str],
+        face_parsing: str | os.PathLike[str],
+        vision_encoder: str | os.PathLike[str],
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         use_gray: bool = True,
     ) -> PhotoExtractor:
-        """From the published files.
+        """Load from the published files.
 
         Args:
-            device, dtype: of tower and parsing; detector and recogniser take the device's provider where there is one.
+            detector, recognition: ONNX files; they use the device's ONNX provider, if there is one.
+            face_parsing, vision_encoder: PyTorch files.
+            device, dtype: of vision encoder and face parsing.
             use_gray: as for the class.
 
         Raises:
-            WeightsError: one is missing or damaged.
+            WeightsError: a file is missing or damaged.
         """
         return cls(
             SCRFDDetector.load(detector, device),
-            ArcFaceRecognition.load(recogniser, device),
-            FaceParser.load(parser, device),
-            VisionEncoder.from_published(tower).to(device, dtype),
-            # a better detector does not change what a face's features mean
-            {Path(file).stem: weights.fingerprint(file) for file in (recogniser, tower)},
+            ArcFaceRecognition.load(recognition, device),
+            FaceParser.load(face_parsing, device),
+            VisionEncoder.from_published(vision_encoder).to(device, dtype),
+            # without the detector: a better one does not change the meaning of the features
+            {Path(path).stem: fingerprint(path) for path in (recognition, vision_encoder)},
             use_gray,
         )
 
-    @property
-    def tried(self) -> str:
-        """What `find` does before it gives up, in words."""
-        return self.finder.tried
-
-    def find(self, image: Tensor) -> list[Face]:
-        """The faces in a picture (3, H, W) in [0, 1], the largest first."""
-        return self.finder.find(image)
-
-    def identities(self, faces: Sequence[Face]) -> list[Identity]:
-        """Each face as an identity of its own, in order."""
-        return [self._one(face) for face in faces]
+    def extract(self, faces: Sequence[Face]) -> list[Identity]:
+        """Return one identity per face, in order."""
+        return [self._extract_one(face) for face in faces]
 
     @torch.no_grad()
-    def shown(self, face: Face) -> list[Tensor]:
-        """What is read of a face, (3, 512, 512) in [0, 1] each: the aligned crop, and the face alone in gray."""
+    def debug_crops(self, face: Face) -> list[Tensor]:
+        """Return the aligned crop and the gray face on white, (3, 512, 512) in [0, 1] each."""
         crop = align_photo(face)
-        return [crop[0], gray_on_white(crop, self.parser(crop).to(crop))[0]]
+        return [crop[0], gray_on_white(crop, self.face_parsing(crop).to(crop))[0]]
 
     @torch.no_grad()
-    def _one(self, face: Face) -> Identity:
-        parameter = next(self.tower.parameters())
-        crop, gray = self.shown(face)
-        pixels = self.tower.prepare((gray if self.use_gray else crop)[None].to(parameter.device))
-        seen, hidden = self.tower(
-            pixels.to(parameter.dtype)
-        )  # cast when it is fitted: a CPU has no bicubic in bfloat16
-        id_cond = torch.cat([self.recogniser(face), seen.float().cpu()], dim=1)
-        kept = tuple(level.float().cpu() for level in hidden)
-        return Identity(id_cond[:, None], kept, self.models, face.places[None, None].cpu())
+    def _extract_one(self, face: Face) -> Identity:
+        parameter = next(self.vision_encoder.parameters())
+        crop, gray = self.debug_crops(face)
+        image = gray if self.use_gray else crop
+        # cast after resizing: the CPU has no bicubic interpolation in bfloat16
+        pixels = self.vision_encoder.prepare(image[None].to(parameter.device)).to(parameter.dtype)
+        vision_embedding, hidden = self.vision_encoder(pixels)
+        id_cond = torch.cat([self.recognition(face), vision_embedding.float().cpu()], dim=1)
+        return Identity(
+            id_cond[:, None],
+            tuple(level.float().cpu() for level in hidden),
+            self.models,
+            face.places[None, None].cpu(),
+        )

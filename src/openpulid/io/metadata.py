@@ -1,96 +1,87 @@
-"""An image made again: what it says of its making, and whether the files that it names are what they were."""
+"""Generation parameters in image files, and hashes of the files they name."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openpulid.errors import OptionError
+from openpulid.errors import ImageError, OptionError
 
 if TYPE_CHECKING:
     from PIL import Image
 
+KEY = "openpulid"
+"""Name of the PNG text chunk with the parameters, as JSON."""
 
-import os
-
-FILES = ("id", "mask", "control_picture", "adapter", "base")
-"""What a request names by its path. An image keeps it as it was typed, since images are shared and the folders of somebody's
-machine are not for everybody; what tells another file of that name is the fingerprint."""
+JPEG_QUALITY = 90
 
 
-def fingerprints(request: Mapping[str, Any]) -> dict[str, str]:
-    """Of the files that a request names."""
+def hash_files(files: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Hash the files among (field, path) pairs; directories and missing files are left out.
+
+    Returns:
+        field -> hash.
+    """
     from openpulid.io.checkpoints import fingerprint
 
-    named = {name: request[name] for name in FILES if request[name]}
-    return {name: fingerprint(file) for name, file in named.items() if os.path.isfile(file)}
+    return {field: fingerprint(path) for field, path in files if os.path.isfile(path)}
 
 
-def read_request(image: str) -> dict[str, Any]:
-    """The request that an image carries.
+def read_metadata(image: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read the parameters that an image file carries.
 
     Raises:
-        OptionError: it carries none.
+        ImageError: the file is not an image.
+        OptionError: it carries no parameters.
     """
     from PIL import Image
 
-    with Image.open(image) as opened:
-        text = opened.info.get("openpulid")
     try:
-        request = json.loads(text or "")
+        with Image.open(image) as opened:
+            text = opened.info.get(KEY)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not an image"
+        raise ImageError(image, reason) from None
+    try:
+        metadata = json.loads(text or "")
     except ValueError:
-        request = None
-    if not isinstance(request, dict) or not {"prompt", "preset", "seed"} <= request.keys():
+        metadata = None
+    if not isinstance(metadata, dict):
         raise OptionError(
-            f"{image} does not say how it was made; only images of `pulid generate` do."
+            f"{os.fspath(image)} contains no generation parameters; "
+            "only PNG images of `pulid generate` and `pulid web` do."
         )
-    return request
-
-
-def verify_inputs(image: str, request: Mapping[str, Any]) -> None:
-    """That what an image was made with is here, and nothing else in its place. Older images carry no fingerprints.
-
-    Raises:
-        OptionError: a file is not here, or has changed.
-    """
-    now, before = fingerprints(request), request["fingerprints"] or {}
-    for name in FILES:
-        file = request[name]
-        # a base may be a name of the hub, and a method's adapter a folder
-        if (
-            file
-            and name not in now
-            and (name in before or (name != "base" and not os.path.exists(file)))
-        ):
-            raise OptionError(
-                f"{image} was made with {file}, which is not here; names are kept as they were typed, by `pulid web` without a "
-                "folder, so run this where it lies."
-            )
-        if name in now and before.get(name, now[name]) != now[name]:
-            what = "may hold somebody else now" if name == "id" else "would make another image"
-            raise OptionError(
-                f"{file} has changed since {image} was made with it and {what}; put the former file back, or leave --from out."
-            )
+    return metadata
 
 
 def image_name(prompt: str, seed: int) -> str:
-    """What an image's file is called: the prompt's first words and the seed."""
+    """Return a file name: the first words of the prompt, and the seed."""
     words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:48].strip("-") or "image"
     return f"{words}-{seed}.png"
 
 
-def save_image(image: Image.Image, path: Path, request: Mapping[str, Any] | None = None) -> None:
-    """Writes a picture; a PNG carries the request that made it under "openpulid", as JSON."""
+def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write an image file.
+
+    Args:
+        image: the image.
+        path: the file; its suffix determines the format.
+        metadata: parameters to store in a PNG file.
+
+    Raises:
+        OptionError: the file cannot be written.
+    """
     from PIL.PngImagePlugin import PngInfo
 
-    extra: dict[str, Any] = {"quality": 90}  # of what is not kept exactly
-    if request is not None:
-        extra["pnginfo"] = PngInfo()
-        extra["pnginfo"].add_itxt("openpulid", json.dumps(request, ensure_ascii=False))
+    options: dict[str, Any] = {"quality": JPEG_QUALITY}
+    if metadata is not None:
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt(KEY, json.dumps(metadata, ensure_ascii=False))
     try:
-        image.save(path, **extra)
+        image.save(path, **options)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written ({error.strerror or error}).") from None

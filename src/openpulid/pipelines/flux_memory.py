@@ -1,4 +1,4 @@
-"""FLUX on smaller devices: where each part lies and in which precision, by name, and what that will take at most."""
+"""FLUX on smaller devices: named memory levels, and a prediction of the memory they need."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Level:
-    """One way of living with less memory.
+    """Where the parts of a FLUX pipeline are kept, and in which precision.
 
     Attributes:
-        transformer: "resident" in bfloat16; "fp8" stored in eight bits and computed in bfloat16 layer by layer; "streamed"
-            from the host's memory, block by block.
-        offloaded: text encoders, transformer and autoencoder are on the device by turns.
-        faces_on_cpu: what reads faces stays on the host.
+        transformer: "resident" in bfloat16; "fp8" stored in 8 bits and computed in bfloat16 layer
+            by layer; "streamed" from host memory, block by block.
+        offloaded: text encoders, transformer and autoencoder are on the device one at a time.
+        faces_on_cpu: the identity extractor stays on the host.
         tiled: the autoencoder decodes in tiles.
     """
 
@@ -37,120 +37,144 @@ LEVELS: dict[str, Level] = {
     "16gb": Level("fp8", offloaded=True, faces_on_cpu=True, tiled=True),
     "12gb": Level("streamed", offloaded=True, faces_on_cpu=True, tiled=True),
 }
-"""All of them use what diffusers has: layerwise casting, model offload, group offload with streams. What eight bits cost in
-likeness has not been measured; streaming costs time and nothing else."""
+"""Memory levels by name. All use features of diffusers: layerwise casting, model offload, group
+offload with streams. The effect of 8 bits on identity similarity has not been measured. Streaming
+costs only time."""
 
-KEPT = ("^norm_out$", "^proj_out$", "lora_")
-"""Names of what stays as it is where the transformer is stored in eight bits: the last layers, and every LoRA. Norms do anyway,
-since only matrices are cast. diffusers' own rule passes over whatever is called a norm, and so over the modulation inside: more
-than a quarter of the transformer."""
+UNCAST_LAYERS = ("^norm_out$", "^proj_out$", "lora_")
+"""Patterns of layers that keep their dtype when the transformer is stored in 8 bits: the last layers
+and every LoRA. Norms keep theirs because only matrices are cast. diffusers' default pattern skips
+everything whose name contains `norm`, and with it the modulation layers inside, which are more than
+a quarter of the transformer."""
 
 TILE = 512
-"""Pixels on a side of a tile. Of itself FLUX's autoencoder takes 1024, which is the whole picture."""
+"""Side of a tile in pixels. FLUX's default is 1024, the whole image."""
 
 STREAMED_BLOCKS = 2
-"""Blocks of the transformer on the device at a time: while one computes the next one comes. diffusers streams one by one."""
+"""Transformer blocks on the device at a time: one computes while the next one is copied."""
 
 
 def find_level(name: str) -> Level:
-    """The level called `name`. Raises OptionError that lists what there is."""
+    """Return a memory level by name.
+
+    Raises:
+        OptionError: there is no such level.
+    """
     if name not in LEVELS:
-        raise OptionError(
-            f"there is no memory level {name!r}; the known ones are {', '.join(LEVELS)}."
-        )
+        raise OptionError(f"there is no memory level {name!r}; choose one of {', '.join(LEVELS)}.")
     return LEVELS[name]
 
 
-def place(pipe: Any, name: str, device: torch.device) -> None:
-    """Puts a FLUX pipeline on a device by a level; the base stays the one that was chosen."""
-    chosen = find_level(name)
-    if chosen.tiled:
+def place_pipeline(pipe: Any, name: str, device: torch.device) -> None:
+    """Move a FLUX pipeline to a device as a memory level says.
+
+    Args:
+        pipe: the pipeline, on the CPU.
+        name: the memory level.
+        device: the device.
+    """
+    level = find_level(name)
+    if level.tiled:
         pipe.vae.enable_tiling()
-        pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = (
-            TILE,
-            TILE // pipe.vae_scale_factor,
-        )
-    if chosen.transformer == "fp8" and not getattr(
-        pipe.transformer, "is_quantized", False
-    ):  # one that is small stays
-        store_in_eight_bits(pipe.transformer)
+        pipe.vae.tile_sample_min_size = TILE
+        pipe.vae.tile_latent_min_size = TILE // pipe.vae_scale_factor
+    is_quantized = getattr(pipe.transformer, "is_quantized", False)
+    if level.transformer == "fp8" and not is_quantized:
+        store_in_fp8(pipe.transformer)
     if device.type == "cpu":
-        return  # there is nowhere to go
-    if chosen.transformer == "streamed":
+        return
+    if level.transformer == "streamed":
         _stream(pipe, device)
-    elif chosen.offloaded:
+    elif level.offloaded:
         pipe.enable_model_cpu_offload(device=device)
     else:
         pipe.to(device)
 
 
-def store_in_eight_bits(transformer: Any) -> None:
-    """Its matrices, but for those in `KEPT`: each is computed in the dtype that it has now, and small before and after."""
+def store_in_fp8(transformer: Any) -> None:
+    """Store a transformer's matrices in 8 bits, except for `UNCAST_LAYERS`.
+
+    Each layer is cast to its present dtype while it computes.
+    """
     from diffusers.hooks import apply_layerwise_casting
 
     apply_layerwise_casting(
-        transformer, torch.float8_e4m3fn, transformer.dtype, skip_modules_pattern=KEPT
+        transformer, torch.float8_e4m3fn, transformer.dtype, skip_modules_pattern=UNCAST_LAYERS
     )
 
 
 def _stream(pipe: Any, device: torch.device) -> None:
     from diffusers.hooks import apply_group_offloading
 
-    known = {
+    options = {
         "onload_device": device,
         "offload_device": torch.device("cpu"),
         "use_stream": device.type in ("cuda", "xpu"),
     }
     pipe.transformer.enable_group_offload(
-        **known, offload_type="block_level", num_blocks_per_group=1
+        **options, offload_type="block_level", num_blocks_per_group=1
     )
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-        apply_group_offloading(encoder, **known, offload_type="leaf_level")
+        apply_group_offloading(encoder, **options, offload_type="leaf_level")
     pipe.vae.to(device)
 
 
 @dataclass(frozen=True)
-class Need:
-    """One phase of a generation: what is on the device then, in bytes by component."""
+class MemoryUse:
+    """Memory on the device in one phase of a generation.
+
+    Attributes:
+        phase: name of the phase.
+        parts: component -> bytes.
+    """
 
     phase: str
     parts: dict[str, int]
 
     @property
     def total(self) -> int:
+        """Bytes of all components."""
         return sum(self.parts.values())
 
 
 def predict_memory(
-    name: str, width: int = 896, height: int = 1152, text_tokens: int = 512
-) -> list[Need]:
-    """What each phase takes on the device, from shapes and dtypes alone; the largest is the peak.
+    name: str, width: int = 896, height: int = 1152, max_sequence_length: int = 512
+) -> list[MemoryUse]:
+    """Predict the memory of each phase from shapes and dtypes; the largest is the peak.
 
-    Weights are counted exactly, activations by the largest tensors that are alive together: a prediction, not a measurement.
+    Weights are counted exactly, activations by the largest tensors that are alive at the same time.
+
+    Args:
+        name: memory level.
+        width, height: size of the image in pixels.
+        max_sequence_length: longest prompt in tokens of T5.
     """
-    chosen = find_level(name)
-    sizes = _weights()
-    faces = 0 if chosen.faces_on_cpu else sizes["faces"]
-    if chosen.transformer == "fp8":
-        sizes["transformer"] = sizes["eight bits"]
-    elif chosen.transformer == "streamed":
-        sizes["transformer"] = STREAMED_BLOCKS * sizes["block"] + sizes["around"]
-        sizes["text"] //= 24  # a layer at a time
+    level = find_level(name)
+    sizes = _weight_sizes()
+    faces = 0 if level.faces_on_cpu else sizes["faces"]
+    if level.transformer == "fp8":
+        sizes["transformer"] = sizes["transformer in fp8"]
+    elif level.transformer == "streamed":
+        sizes["transformer"] = STREAMED_BLOCKS * sizes["block"] + sizes["outside blocks"]
+        sizes["text"] //= 24  # one layer at a time
     image = (width // 16) * (height // 16)
-    # a single block: hidden, residual, normalised, queries, keys, values, the four-fold feed-forward twice, both joined
-    alive = (image + text_tokens) * 3072 * 2 * (6 + 8 + 5)
-    area = min(width, TILE) * min(height, TILE) if chosen.tiled else width * height
-    decode = area * (256 + 2 * 128) * 2  # the last level of the decoder: in, between, out
+    # tensors of a single block: hidden, residual, normalized, queries, keys, values, the four times
+    # wider feed-forward twice, both concatenated
+    alive = (image + max_sequence_length) * 3072 * 2 * (6 + 8 + 5)
+    area = min(width, TILE) * min(height, TILE) if level.tiled else width * height
+    # the last level of the decoder: input, intermediate, output
+    decode = area * (256 + 2 * 128) * 2
     always = {"adapter": sizes["adapter"], "identity": sizes["identity"], "faces": faces}
-    if chosen.transformer == "streamed":
-        always["autoencoder"] = sizes["vae"]  # small beside what streaming spares: it stays
+    if level.transformer == "streamed":
+        # small compared with what streaming saves
+        always["autoencoder"] = sizes["vae"]
     phases = {
-        "text": {"text encoders": sizes["text"], "activations": text_tokens * 4096 * 2 * 8},
+        "text": {"text encoders": sizes["text"], "activations": max_sequence_length * 4096 * 2 * 8},
         "steps": {"transformer": sizes["transformer"], "activations": alive},
         "decode": {"autoencoder": sizes["vae"], "activations": decode},
     }
-    if chosen.offloaded:
-        return [Need(phase, {**parts, **always}) for phase, parts in phases.items()]
+    if level.offloaded:
+        return [MemoryUse(phase, {**parts, **always}) for phase, parts in phases.items()]
     weights = {
         "text encoders": sizes["text"],
         "transformer": sizes["transformer"],
@@ -158,13 +182,13 @@ def predict_memory(
         **always,
     }
     return [
-        Need(phase, {**weights, "activations": parts["activations"]})
+        MemoryUse(phase, {**weights, "activations": parts["activations"]})
         for phase, parts in phases.items()
     ]
 
 
-def _weights() -> dict[str, int]:
-    """Bytes in bfloat16 of FLUX.1's parts and PuLID's, and of the transformer in eight bits, counted on the meta device."""
+def _weight_sizes() -> dict[str, int]:
+    """Count the bytes of FLUX.1's and PuLID's parts in bfloat16, on the meta device."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -186,32 +210,32 @@ def _weights() -> dict[str, int]:
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         ).bfloat16()  # fmt: skip
-        text = stored(T5EncoderModel(t5).bfloat16()) + stored(CLIPTextModel(clip).bfloat16())
-        faces = (
-            stored(VisionEncoder().bfloat16()) + 330 * 10**6
-        )  # and detector, recogniser, parsing: their files' sizes
+        text = weight_bytes(T5EncoderModel(t5).bfloat16())
+        text += weight_bytes(CLIPTextModel(clip).bfloat16())
+        # plus the file sizes of face detector, recognition and parsing
+        faces = weight_bytes(VisionEncoder().bfloat16()) + 330 * 10**6
         tokens = torch.empty(1, 32, former.config["output_dim"], dtype=torch.bfloat16)
         folded = [part for layer in adapter.layers for part in layer.precompute_kv(tokens)]
     blocks = [
-        stored(block)
+        weight_bytes(block)
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
     ]
-    whole = stored(transformer)
-    store_in_eight_bits(transformer)
+    bfloat16_size = weight_bytes(transformer)
+    store_in_fp8(transformer)
     return {
-        "transformer": whole,
-        "eight bits": stored(transformer),
+        "transformer": bfloat16_size,
+        "transformer in fp8": weight_bytes(transformer),
         "block": max(blocks),
-        "around": whole - sum(blocks),
+        "outside blocks": bfloat16_size - sum(blocks),
         "text": text,
-        "vae": stored(vae),
-        "adapter": stored(adapter),
-        "identity": 2
-        * sum(part.nbytes for part in folded),  # somebody's, and nobody's beside a negative prompt
+        "vae": weight_bytes(vae),
+        "adapter": weight_bytes(adapter),
+        # the identity's keys and values, and the unconditional ones of a negative prompt
+        "identity": 2 * sum(part.nbytes for part in folded),
         "faces": faces,
     }
 
 
-def stored(module: nn.Module) -> int:
-    """Bytes of a module's weights, as they are now."""
+def weight_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's weights in their present dtype."""
     return sum(parameter.nbytes for parameter in module.parameters())

@@ -1,7 +1,11 @@
-"""Which weights go together, and the figures they work best with: plain functions that return a `Preset`."""
+"""Presets: models that belong together, with the options that suit them.
+
+Each preset is a plain function that returns a `Preset`.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,210 +13,313 @@ from typing import Any, Literal
 
 from openpulid.errors import OptionError
 from openpulid.io.hub import WEIGHTS
-from openpulid.methods.pulid.projection import Projection
+from openpulid.pipelines.model_set import ModelSet, WeightSource
+from openpulid.pipelines.request import (
+    IDENTITY_NAMES,
+    GenerationOptions,
+    GenerationRequest,
+    IdentityOptions,
+    ModelSelection,
+    RequestError,
+)
 
 MINIATURE = Path(__file__).parents[1] / "mini" / "weights"
 
-
-Place = Path | str
-"""A path, or a name of `published.WEIGHTS`, which is looked for when the preset is loaded."""
-
-NEGATIVE = (
-    "flaws in the eyes, flaws in the face, flaws, lowres, non-HDRi, low quality, worst quality, artifacts noise, text, "
-    "watermark, glitch, deformed, mutated, ugly, disfigured, hands, low resolution, partially rendered objects, "
-    "deformed or partially rendered eyes, deformed, deformed eyeballs, cross-eyed, blurry"
+NEGATIVE_PROMPT = (
+    "flaws in the eyes, flaws in the face, flaws, lowres, non-HDRi, low quality, worst quality, "
+    "artifacts noise, text, watermark, glitch, deformed, mutated, ugly, disfigured, hands, "
+    "low resolution, partially rendered objects, deformed or partially rendered eyes, deformed, "
+    "deformed eyeballs, cross-eyed, blurry"
 )
-"""What the published demo of SDXL does not want to see."""
+"""Negative prompt of PuLID's published SDXL demo."""
+
+SAMPLING_OPTIONS = frozenset(
+    ("negative_prompt", "width", "height", "num_inference_steps", "guidance_scale")
+)
+SDXL_OPTIONS = SAMPLING_OPTIONS | {"scale", "start", "end", "controls"}
+PULID_SDXL_OPTIONS = SDXL_OPTIONS | {"projection", "num_zero"}
+PULID_FLUX_OPTIONS = SAMPLING_OPTIONS | {
+    "scale",
+    "start",
+    "end",
+    "start_step",
+    "true_cfg_scale",
+    "timestep_to_start_cfg",
+    "max_sequence_length",
+    "memory",
+}
+
+PULID_MODES = {
+    "fidelity": IdentityOptions(projection="ortho_v2", num_zero=8),
+    "style": IdentityOptions(projection="ortho", num_zero=16),
+    "neutral": IdentityOptions(projection="none", num_zero=0),
+}
+"""PuLID's modes on SDXL, by the names of its published demo."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A base model, what finds and reads faces for it, the adapter, and the defaults of a generation.
+    """A model set, and the options of a generation with it.
 
     Attributes:
-        pipeline: folder, single file, hub name or published name of a StableDiffusionXLPipeline.
-        finder, recogniser, vision: what reads faces; with a `parser` they are those of photographs.
-        unet, transformer: a U-Net, in FLUX a transformer, that replaces the pipeline's.
-        sampler: "dpmpp_2m" or "dpmpp_sde" on Karras sigmas, "dpm" for diffusers' multistep solver, or the pipeline's own.
-        scheduler: settings of it that differ from the pipeline's.
-        size: width and height in pixels; the base's own where it is None.
-        half: networks in bfloat16.
-        family: what kind of base it is.
-        memory: one of `memory.LEVELS`; FLUX only.
-        start_step, true_cfg, timestep_to_start_cfg, text_tokens: FLUX only: the step from which the identity acts (instead
-            of `start`), guidance by a negative prompt and the step from which it counts, the longest prompt.
-        no_face: what to do when a picture shows no face that it knows.
-        method: one of `methods.base.METHODS`; `adapter` is its file.
-        view: what a CLIP tower is shown for it, "picture", "face" or "none"; the tower is `vision`, or the method's own
-            where that is None. Empty where people are read as PuLID reads them.
+        selection: how the user selects this preset; it is stored in the images' metadata.
+        description: one phrase for the list of presets.
+        models: the models.
+        options: names of the options that have an effect with these models.
+        defaults: values of the options that a request leaves out.
     """
 
-    name: str
-    pipeline: Place
-    finder: Place
-    recogniser: Place | None
-    vision: Place | None
-    adapter: Place
-    parser: Place | None = None
-    unet: Place | None = None
-    transformer: Place | None = None
-    sampler: Literal["", "dpm", "dpmpp_2m", "dpmpp_sde"] = ""
-    scheduler: Mapping[str, Any] = field(default_factory=dict)
-    steps: int = 20
-    guidance: float = 3.0
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-    projection: Projection = "ortho_v2"
-    num_zero: int = 0
-    negative: str = ""
-    size: tuple[int, int] | None = None
-    half: bool = False
-    no_face: str = ""
-    family: Literal["sdxl", "flux"] = "sdxl"
-    memory: str = "full"
-    start_step: int | None = None
-    true_cfg: float = 1.0
-    timestep_to_start_cfg: int = 1
-    text_tokens: int = 512
-    method: str = "pulid"
-    view: Literal["", "picture", "face", "none"] = ""
+    selection: ModelSelection
+    description: str
+    models: ModelSet
+    options: frozenset[str]
+    defaults: GenerationOptions
 
-    def identity_options(self) -> dict[str, Any]:
-        """What this preset says to the adapter's `use`."""
-        shared: dict[str, Any] = {"scale": self.scale, "start": self.start, "end": self.end}
-        if self.method != "pulid":
-            return shared
-        if self.family == "flux":
-            return {
-                **shared,
-                "start_step": self.start_step,
-                "timestep_to_start_cfg": self.timestep_to_start_cfg,
-            }
-        return {**shared, "projection": self.projection, "num_zero": self.num_zero}
+    @property
+    def name(self) -> str:
+        """The name that selects the preset."""
+        return self.selection.preset
+
+    @property
+    def label(self) -> str:
+        """How messages call the preset."""
+        method = self.models.method
+        return f"preset {self.name!r}" + ("" if method == "pulid" else f" with {method}")
 
     @property
     def published(self) -> tuple[str, ...]:
-        """The names of the published weights that it needs."""
-        places = (
-            self.pipeline,
-            self.unet,
-            self.adapter,
-            self.finder,
-            self.recogniser,
-            self.parser,
-            self.vision,
+        """The names of the published weights that the preset needs."""
+        return tuple(
+            source
+            for source in self.models.sources
+            if isinstance(source, str) and source in WEIGHTS
         )
-        named = (
-            *places,
-            *(COMPANION_WEIGHTS.get(self.method, ()) if isinstance(self.adapter, str) else ()),
-        )
-        return tuple(place for place in named if isinstance(place, str) and place in WEIGHTS)
+
+    def with_models(self, **changes: Any) -> Preset:
+        """Return the preset with other fields of its `ModelSet`."""
+        return replace(self, models=replace(self.models, **changes))
+
+    def with_defaults(self, **options: Any) -> Preset:
+        """Return the preset with other defaults.
+
+        Args:
+            options: fields of `GenerationOptions` and of `IdentityOptions` alike.
+        """
+        changes = GenerationOptions.from_options(**options)
+        return replace(self, defaults=changes.fill_from(self.defaults))
+
+    def resolve(self, request: GenerationRequest) -> GenerationRequest:
+        """Check a request against what the preset supports, and fill in its defaults.
+
+        Raises:
+            RequestError: the request is for other models, or has options that these models do
+                not support, or values that do not go together.
+        """
+        if request.model is not None and not _same_models(request.model, self.selection):
+            raise RequestError(
+                f"the request selects preset {request.model.preset!r} and its models, but "
+                f"{self.label} is loaded; load the models of the request, or leave {{0}} out.",
+                "model",
+            )
+        self._check_supported(request)
+        resolved = request.fill_from(self.defaults)
+        memory = self.models.memory if "memory" in self.options else None
+        selection = self.selection.model_copy(update={"memory": memory})
+        resolved = resolved.model_copy(update={"model": selection, "resolved": True})
+        self._check_size(resolved.width, resolved.height)
+        self._check_true_cfg(resolved)
+        return resolved
+
+    def _check_supported(self, request: GenerationRequest) -> None:
+        names = request.list_options() + (["controls"] if request.controls else [])
+        unsupported = [name for name in names if name not in self.options]
+        if unsupported:
+            fields = [f"identity.{n}" if n in IDENTITY_NAMES else n for n in unsupported]
+            placeholders = ", ".join(f"{{{k}}}" for k in range(len(fields)))
+            raise RequestError(f"{self.label} does not support: {placeholders}.", *fields)
+
+    def _check_size(self, width: int | None, height: int | None) -> None:
+        multiple = self.models.size_multiple
+        sides = (width or multiple, height or multiple)
+        if any(side % multiple for side in sides):
+            nearest = "x".join(str(max(round(side / multiple), 1) * multiple) for side in sides)
+            raise RequestError(
+                f"{sides[0]}x{sides[1]}: {{0}} and {{1}} must be multiples of {multiple}, "
+                f"for example {nearest}.",
+                "width",
+                "height",
+            )
+
+    def _check_true_cfg(self, request: GenerationRequest) -> None:
+        if "true_cfg_scale" not in self.options:
+            return
+        if ((request.true_cfg_scale or 1) > 1) != bool(request.negative_prompt):
+            raise RequestError(
+                "on FLUX, {0} above 1 and {1} only work together; set both or neither.",
+                "true_cfg_scale",
+                "negative_prompt",
+            )
 
 
-def mini(folder: Path = MINIATURE) -> Preset:
-    """The miniature: 96 pixels, its own procedural people, trained by `pulid mini build`."""
+def _same_models(one: ModelSelection, other: ModelSelection) -> bool:
+    """Whether two selections are the same but for where the models are kept."""
+    ignored = {"memory": None}
+    return one.model_copy(update=ignored) == other.model_copy(update=ignored)
+
+
+def mini(directory: Path = MINIATURE) -> Preset:
+    """Return the miniature: 96 pixels, synthetic people, trained by `pulid mini build`."""
+    models = ModelSet(
+        family="sdxl",
+        pipeline=directory / "pipeline",
+        adapter=directory / "pulid-stage3.safetensors",
+        extractor="mini",
+        detector=directory / "detector.safetensors",
+        recognition=directory / "recognition-encoder.safetensors",
+        vision_encoder=directory / "vision-encoder.safetensors",
+        is_miniature=True,
+    )
+    defaults = GenerationOptions(
+        num_inference_steps=20,
+        guidance_scale=3.0,
+        negative_prompt="",
+        identity=IdentityOptions(
+            scale=0.7,  # guidance amplifies an identity that was trained without it
+            start=0.0,
+            end=1.0,
+            projection="none",  # as in training
+            num_zero=0,
+        ),
+    )
     return Preset(
-        name="mini",
-        pipeline=folder / "pipeline",
-        finder=folder / "detector.safetensors",
-        recogniser=folder / "recognition-encoder.safetensors",
-        vision=folder / "vision-encoder.safetensors",
-        adapter=folder / "pulid-stage3.safetensors",
-        scale=0.7,  # guidance strengthens an identity that was learned without it
-        projection="none",  # as it was trained
-        no_face="the preset mini knows only its own drawn people (`pulid world person` draws one), "
-        "no photographs; those are for a preset of full size.",
+        ModelSelection(preset="mini"),
+        "The miniature with synthetic people",
+        models,
+        PULID_SDXL_OPTIONS,
+        defaults,
     )
 
 
-def mini_lightning(folder: Path = MINIATURE) -> Preset:
-    """The miniature's student: four steps without guidance."""
-    single = {
-        "timestep_spacing": "trailing",
-        "solver_order": 1,
-    }  # single first-order steps, as it was taught
-    return replace(
-        mini(folder),
-        name="mini-lightning",
-        unet=folder / "lightning",
-        scheduler=single,
-        steps=4,
-        guidance=1.0,
-        scale=1.0,
+def mini_lightning(directory: Path = MINIATURE) -> Preset:
+    """Return the miniature with its few-step student: four steps without guidance."""
+    preset = mini(directory).with_models(
+        unet=directory / "lightning",
+        # single first-order steps, as in the student's training
+        scheduler={"timestep_spacing": "trailing", "solver_order": 1},
     )
+    preset = preset.with_defaults(num_inference_steps=4, guidance_scale=1.0, scale=1.0)
+    return _rename(preset, "mini-lightning", "The miniature in four steps")
 
 
-def sdxl(base: Place = "juggernaut") -> Preset:
-    """PuLID v1.1 on any SDXL checkpoint (Juggernaut XL, RealVisXL ...): 25 steps, guidance 7."""
-    return Preset(
-        name="sdxl",
+def sdxl(base: WeightSource = "juggernaut") -> Preset:
+    """Return PuLID v1.1 on an SDXL checkpoint: 25 steps, guidance 7."""
+    models = ModelSet(
+        family="sdxl",
         pipeline=base,
-        finder="detector",
-        recogniser="arcface",
-        vision="eva",
-        parser="parsing",
         adapter="pulid-v1.1",
+        extractor="photo",
+        detector="detector",
+        recognition="arcface",
+        vision_encoder="eva",
+        face_parsing="parsing",
         sampler="dpmpp_2m",
-        steps=25,
-        guidance=7.0,
-        scale=0.8,
-        num_zero=20,
-        negative=NEGATIVE,
-        size=(1024, 1024),
-        half=True,
+        use_half_precision=True,
+    )
+    defaults = GenerationOptions(
+        num_inference_steps=25,
+        guidance_scale=7.0,
+        negative_prompt=NEGATIVE_PROMPT,
+        width=1024,
+        height=1024,
+        identity=IdentityOptions(scale=0.8, start=0.0, end=1.0, projection="ortho_v2", num_zero=20),
+    )
+    return Preset(
+        ModelSelection(preset="sdxl"),
+        "PuLID v1.1 on SDXL (Juggernaut XL)",
+        models,
+        PULID_SDXL_OPTIONS,
+        defaults,
     )
 
 
-def sdxl_lightning(base: Place = "dreamshaper") -> Preset:
-    """PuLID v1.1 on a distilled SDXL checkpoint (DreamShaper XL Lightning): 5 steps, guidance 2."""
-    return replace(sdxl(base), name="sdxl-lightning", sampler="dpmpp_sde", steps=5, guidance=2.0)
+def sdxl_lightning(base: WeightSource = "dreamshaper") -> Preset:
+    """Return PuLID v1.1 on a few-step SDXL checkpoint: 5 steps, guidance 2."""
+    preset = sdxl(base).with_models(sampler="dpmpp_sde")
+    preset = preset.with_defaults(num_inference_steps=5, guidance_scale=2.0)
+    return _rename(preset, "sdxl-lightning", "PuLID v1.1 on DreamShaper XL Lightning")
 
 
-def sdxl_v1(base: Place = "sdxl-base", style: bool = False) -> Preset:
-    """PuLID v1 on SDXL-Lightning's U-Net: 4 steps, guidance 1.2. `style` leaves the prompt more room than the likeness."""
-    return replace(
-        sdxl(base),
-        name="sdxl-v1",
+def sdxl_v1(base: WeightSource = "sdxl-base", mode: str = "fidelity") -> Preset:
+    """Return PuLID v1 on SDXL-Lightning's U-Net: 4 steps, guidance 1.2.
+
+    Args:
+        base: an SDXL pipeline.
+        mode: one of `PULID_MODES`; "style" follows the prompt more and the person less.
+    """
+    preset = sdxl(base).with_models(
         adapter="pulid-v1",
         unet="lightning-4step",
         sampler="dpm",
         scheduler={"timestep_spacing": "trailing"},
-        steps=4,
-        guidance=1.2,
-        projection="ortho" if style else "ortho_v2",
-        num_zero=16 if style else 8,
     )
+    preset = preset.with_defaults(
+        num_inference_steps=4,
+        guidance_scale=1.2,
+        **PULID_MODES[mode].model_dump(exclude_none=True),
+    )
+    return _rename(preset, "sdxl-v1", "PuLID v1 on SDXL-Lightning")
 
 
-def flux(base: Place = "flux-dev") -> Preset:
-    """PuLID for FLUX v0.9.1 on FLUX.1-dev: 20 steps, guidance 4. The identity acts from step 0; 4 leaves photographs more
-    freedom of composition.
+def flux(base: WeightSource = "flux-dev") -> Preset:
+    """Return PuLID for FLUX v0.9.1 on FLUX.1-dev: 20 steps, guidance 4.
+
+    The identity acts from step 0. A `start_step` of 4 leaves photos more freedom of composition.
     """
-    return replace(
-        sdxl(base),
-        name="flux",
+    models = ModelSet(
         family="flux",
+        pipeline=base,
         adapter="pulid-flux-v0.9.1",
-        sampler="",
-        steps=20,
-        guidance=4.0,
-        scale=1.0,
-        num_zero=0,
-        negative="",
-        size=(896, 1152),
-        text_tokens=128,
+        extractor="photo",
+        detector="detector",
+        recognition="arcface",
+        vision_encoder="eva",
+        face_parsing="parsing",
+        use_half_precision=True,
+        size_multiple=16,
+    )
+    defaults = GenerationOptions(
+        num_inference_steps=20,
+        guidance_scale=4.0,
+        negative_prompt="",
+        width=896,
+        height=1152,
+        true_cfg_scale=1.0,
+        timestep_to_start_cfg=1,
+        max_sequence_length=128,
+        identity=IdentityOptions(scale=1.0, start=0.0, end=1.0),
+    )
+    return Preset(
+        ModelSelection(preset="flux"), "PuLID on FLUX.1-dev", models, PULID_FLUX_OPTIONS, defaults
     )
 
 
-def flux_krea(base: Place = "flux-krea-base") -> Preset:
-    """The same on FLUX.1-Krea-dev."""
-    return replace(flux(base), name="flux-krea", guidance=4.5, steps=28)
+def flux_krea(base: WeightSource = "flux-krea-base") -> Preset:
+    """Return PuLID for FLUX on FLUX.1-Krea-dev: 28 steps, guidance 4.5."""
+    preset = flux(base).with_defaults(num_inference_steps=28, guidance_scale=4.5)
+    return _rename(preset, "flux-krea", "PuLID on FLUX.1-Krea-dev")
 
 
-def flux_schnell(base: Place = "flux-schnell-base") -> Preset:
-    """The same on FLUX.1-schnell, in four steps; it was distilled without a guidance to choose."""
-    return replace(flux(base), name="flux-schnell", guidance=0.0, steps=4, text_tokens=256)
+def flux_schnell(base: WeightSource = "flux-schnell-base") -> Preset:
+    """Return PuLID for FLUX on FLUX.1-schnell: 4 steps; it was distilled without guidance."""
+    preset = flux(base).with_defaults(
+        num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256
+    )
+    preset = replace(preset, options=preset.options - {"guidance_scale"})
+    return _rename(preset, "flux-schnell", "PuLID on FLUX.1-schnell")
+
+
+def _rename(preset: Preset, name: str, description: str) -> Preset:
+    return replace(preset, selection=ModelSelection(preset=name), description=description)
 
 
 PRESETS: dict[str, Callable[[], Preset]] = {
@@ -227,124 +334,163 @@ PRESETS: dict[str, Callable[[], Preset]] = {
 }
 
 
-BASELINES: dict[str, dict[str, Any]] = {
-    "faceid": {"recogniser": "buffalo-l", "vision": None, "view": "none", "scale": 1.0},
-    "faceid-plus": {"recogniser": "buffalo-l", "vision": "clip-h", "view": "face", "scale": 1.0},
-    "instantid": {"scale": 0.8},
-    "ip-adapter": {"recogniser": None, "vision": "clip-h", "view": "picture", "scale": 0.6},
-    "ip-adapter-plus": {"recogniser": None, "vision": "clip-h", "view": "picture", "scale": 0.6},
-    "ip-adapter-plus-face": {"recogniser": None, "vision": "clip-h", "view": "face", "scale": 0.6},
-    "photomaker": {
-        "recogniser": None,
-        "vision": None,
-        "view": "picture",
-        "start": 0.2,
-        "scale": 1.0,
-    },
-    "photomaker-v2": {
-        "recogniser": "buffalo-l",
-        "vision": None,
-        "view": "picture",
-        "start": 0.2,
-        "scale": 1.0,
-    },
+@dataclass(frozen=True)
+class Baseline:
+    """How another method differs from PuLID on the same base.
+
+    Attributes:
+        scale: identity scale that its authors recommend.
+        start: fraction of the schedule from which it acts.
+        models: fields of `ModelSet` that differ.
+    """
+
+    scale: float
+    start: float = 0.0
+    models: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _clip(
+    recognition: str | None = None,
+    vision_encoder: str | None = None,
+    clip_input: Literal["image", "face"] | None = None,
+    adapter_has_vision_encoder: bool = False,
+) -> dict[str, Any]:
+    """Return the models of a method that uses the "clip" extractor."""
+    return {
+        "extractor": "clip",
+        "recognition": recognition,
+        "vision_encoder": vision_encoder,
+        "face_parsing": None,
+        "clip_input": clip_input,
+        "adapter_has_vision_encoder": adapter_has_vision_encoder,
+    }
+
+
+_PHOTOMAKER = _clip(clip_input="image", adapter_has_vision_encoder=True)
+
+BASELINES: dict[str, Baseline] = {
+    "faceid": Baseline(1.0, models=_clip("buffalo-l")),
+    "faceid-plus": Baseline(1.0, models=_clip("buffalo-l", "clip-h", "face")),
+    "instantid": Baseline(0.8),
+    "ip-adapter": Baseline(0.6, models=_clip(None, "clip-h", "image")),
+    "ip-adapter-plus": Baseline(0.6, models=_clip(None, "clip-h", "image")),
+    "ip-adapter-plus-face": Baseline(0.6, models=_clip(None, "clip-h", "face")),
+    "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
+    "photomaker-v2": Baseline(1.0, start=0.2, models={**_PHOTOMAKER, "recognition": "buffalo-l"}),
 }
-"""What differs from PuLID on SDXL for each other method, whose published weight has its name; figures are their authors'."""
+"""Other methods on SDXL. The published adapter of each has the method's name."""
 
-COMPANION_WEIGHTS = {"instantid": ("identitynet", "identitynet-config")}
-"""Published weights that a method's own file needs beside it."""
-
-MINI_BASELINES: dict[str, dict[str, Any]] = {
-    "faceid": {"scale": 1.0},
-    "instantid": {"scale": 1.0, "adapter": "instantid"},
-    "photomaker": {"vision": None, "view": "picture", "start": 0.2, "scale": 1.0},
+MINI_BASELINES: dict[str, Baseline] = {
+    "faceid": Baseline(1.0),
+    "instantid": Baseline(1.0),
+    "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
 }
-"""The same for the miniature, whose own networks read people for all of them but PhotoMaker."""
+"""Other methods on the miniature. All but PhotoMaker use the miniature's own extractor."""
+
+MINI_ADAPTERS = {
+    "faceid": "faceid.safetensors",
+    "instantid": "instantid",
+    "photomaker": "photomaker.safetensors",
+}
+"""Adapters of the miniature's baselines, in the directory of its weights."""
 
 
-def with_method(preset: Preset, method: str, adapter: Place | None = None) -> Preset:
-    """The preset with another method on the same base: its file, and what reads people for it.
+def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Preset:
+    """Return the preset with another method on the same base.
 
     Args:
-        adapter: another file of the method.
+        preset: a preset with PuLID.
+        method: name of the method, see `methods.registry.METHODS`.
+        adapter: another adapter file of the method.
 
     Raises:
-        OptionError: no such method, or a base that it does not serve.
+        OptionError: there is no such method, or it does not support the base.
     """
-    if method == "pulid":
-        return replace(preset, adapter=adapter or preset.adapter)
+    chosen = {"method": None if method == "pulid" else method}
+    if adapter is not None:
+        chosen["adapter"] = os.fspath(adapter)
+    selection = preset.selection.model_copy(update=chosen)
+    if method in ("pulid", preset.models.method):
+        models = replace(preset.models, adapter=adapter or preset.models.adapter)
+        return replace(preset, selection=selection, models=models)
+    baseline = _find_baseline(preset, method)
+    published = (
+        Path(preset.models.detector).with_name(MINI_ADAPTERS[method])
+        if preset.models.is_miniature
+        else method
+    )
+    models = replace(
+        preset.models, method=method, adapter=adapter or published, **dict(baseline.models)
+    )
+    identity = IdentityOptions(scale=baseline.scale, start=baseline.start, end=1.0)
+    defaults = preset.defaults.model_copy(update={"identity": identity})
+    return Preset(selection, preset.description, models, SDXL_OPTIONS, defaults)
+
+
+def _find_baseline(preset: Preset, method: str) -> Baseline:
     if method not in BASELINES:
         raise OptionError(
-            f"there is no method {method!r}; the known ones are pulid, {', '.join(BASELINES)}."
+            f"there is no method {method!r}; available: pulid, {', '.join(BASELINES)}."
         )
-    if preset.family != "sdxl":
+    if preset.models.family != "sdxl":
         raise OptionError(
-            f"{method} is for SDXL and {preset.name} is FLUX; choose another preset, or PuLID."
+            f"{method} is only available for SDXL presets, and {preset.name} is a FLUX preset; "
+            "choose another preset or PuLID."
         )
-    named = {"name": f"{preset.name}, {method}", "method": method, "adapter": method}
-    changes = {**named, "start": 0.0, "end": 1.0, **BASELINES[method]}
-    if preset.parser is None and isinstance(
-        preset.finder, Path
-    ):  # the miniature; its adapter may be somebody's own
-        if method not in MINI_BASELINES:
-            raise OptionError(
-                f"the miniature has no {method}; it has pulid, {', '.join(MINI_BASELINES)}."
-            )
-        known = ("recogniser", "vision", "view", "scale")
-        changes |= {name: getattr(preset, name) for name in known} | MINI_BASELINES[method]
-        changes["adapter"] = preset.finder.with_name(
-            MINI_BASELINES[method].get("adapter", f"{method}.safetensors")
-        )
-    return replace(preset, **changes | ({"adapter": adapter} if adapter else {}))
-
-
-def on_base(preset: Preset, base: Place) -> Preset:
-    """The preset on another base: a pipeline, whose own network is taken and not the one that the preset brings; for FLUX a
-    single file or a folder of a transformer alone, too, to which the preset's own pipeline gives the rest.
-    """
-    if preset.family == "flux" and (Path(base).is_file() or (Path(base) / "config.json").is_file()):
-        return replace(preset, transformer=base)
-    return replace(preset, pipeline=base, unet=None, transformer=None)
-
-
-def options_of(preset: Preset) -> dict[str, Any]:
-    """Those options of `Studio.generate` that act with a preset, and its values of them."""
-    names = [
-        "steps",
-        "negative",
-        "size",
-        *(("true_cfg", "text_tokens") if preset.family == "flux" else ()),
-    ]
-    if preset.family != "flux" or preset.guidance:  # schnell reads none
-        names.append("guidance")
-    return {name: getattr(preset, name) for name in names} | preset.identity_options()
-
-
-def with_options(preset: Preset, **given: Any) -> Preset:
-    """The preset with what is given in place of its own; None is the preset's.
-
-    Raises:
-        OptionError: an option that would change nothing with it.
-    """
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if idle := [name for name in chosen if name not in options_of(preset)]:
+    if not preset.models.is_miniature:
+        return BASELINES[method]
+    if method not in MINI_BASELINES:
         raise OptionError(
-            f"with {preset.name} nothing would change by {' and '.join(idle)}; leave that out."
+            f"{method} is not available for the miniature; "
+            f"available: pulid, {', '.join(MINI_BASELINES)}."
         )
-    return replace(preset, **chosen)
+    return MINI_BASELINES[method]
+
+
+def with_base(preset: Preset, base: WeightSource) -> Preset:
+    """Return the preset on another base model.
+
+    Args:
+        preset: the preset; a U-Net or transformer that it brings is not used.
+        base: a pipeline; for FLUX also a transformer alone, as a single file or a directory, to
+            which the preset's pipeline adds the other parts.
+    """
+    selection = preset.selection.model_copy(update={"base": os.fspath(base)})
+    path = Path(base)
+    if preset.models.family == "flux" and (path.is_file() or (path / "config.json").is_file()):
+        models = replace(preset.models, transformer=base)
+    else:
+        models = replace(preset.models, pipeline=base, unet=None, transformer=None)
+    return replace(preset, selection=selection, models=models)
 
 
 def find_preset(name: str) -> Preset:
-    """A preset by its name, or a folder that is laid out as the miniature's weights are.
+    """Return a preset by its name, or for a directory laid out like the miniature's weights.
 
     Raises:
-        OptionError: neither.
+        OptionError: there is neither.
     """
     if name in PRESETS:
         return PRESETS[name]()
-    folder = Path(name)
-    if (folder / "pipeline" / "model_index.json").is_file():
-        return replace(mini(folder), name=str(folder))
+    directory = Path(name)
+    if (directory / "pipeline" / "model_index.json").is_file():
+        return _rename(mini(directory), str(directory), "A trained miniature")
     raise OptionError(
-        f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder with a pipeline in it; name one of these."
+        f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}, or a directory with "
+        "a trained miniature."
     )
+
+
+def find_mode(preset: Preset, name: str) -> IdentityOptions:
+    """Return the options of one of PuLID's modes.
+
+    Raises:
+        RequestError: the preset has no such modes.
+    """
+    if preset.models.family != "sdxl":
+        raise RequestError(
+            f"the mode {name} is only available for SDXL presets; with {preset.name} use "
+            "{0} (4, or 0 to 1 for styles).",
+            "identity.start_step",
+        )
+    return PULID_MODES[name]

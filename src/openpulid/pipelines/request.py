@@ -1,52 +1,406 @@
-"""What one generation needs."""
+"""One generation, described completely: a frozen, validated object that reads and writes JSON.
+
+The command line, the web page, the benchmark's suites and the metadata of image files all build
+or read a `GenerationRequest`. `Studio.generate` runs it. Field names are those of diffusers where
+diffusers has one. A field that is None takes the default of the preset.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal, TypeVar
 
-from openpulid import __version__
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
 from openpulid.errors import OptionError
+from openpulid.methods.pulid.projection import Projection
 
-if TYPE_CHECKING:
-    from PIL import Image
+SCHEMA_VERSION = 1
+LONGEST_QUOTE = 60
 
-    from openpulid.pipelines.studio import GenerationResult
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+FaceOrder = Literal[
+    "large-small", "small-large", "left-right", "right-left", "top-bottom", "bottom-top"
+]
 
 
-def parse_size(text: str | None, multiple: int = 8) -> tuple[int, int] | None:
-    """WIDTHxHEIGHT as two numbers, each a multiple: of 16 for FLUX."""
-    if text is None:
-        return None
-    if (
-        not (match := re.fullmatch(r"(\d+)[x×](\d+)", text))
-        or min(found := tuple(map(int, match.groups()))) < multiple
-    ):
-        raise OptionError(f"{text!r} is no size; write WIDTHxHEIGHT, such as 832x1216.")
-    width, height = found
-    if width % multiple or height % multiple:
-        near = f"{width // multiple * multiple}x{height // multiple * multiple}"
-        raise OptionError(f"{text}: width and height are multiples of {multiple}, such as {near}.")
-    return width, height
+def _as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def request_of(
-    request: Mapping[str, Any], result: GenerationResult, image: Image.Image, seed: int
-) -> dict[str, Any]:
-    """A request with all that one of its images was made with, for `save_picture`: a preset's defaults may change."""
-    from openpulid.pipelines.presets import options_of
+FilePath = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-    preset = result.preset
-    made = {
-        **options_of(preset),
-        "size": "{}x{}".format(*image.size),
-        "seed": seed,
-        "version": __version__,
-    }
-    return {**request, **made, "memory": preset.memory if preset.family == "flux" else None}
+
+class RequestError(OptionError):
+    """A request that cannot be run.
+
+    The message names fields of the request. A front end whose users know the fields by other
+    names, such as `--steps`, gets the message in its terms from `rename`.
+
+    Args:
+        template: one sentence, with `{0}`, `{1}`, ... where fields are named.
+        fields: the fields, as dotted paths, such as `people.0.scale`.
+    """
+
+    def __init__(self, template: str, *fields: str) -> None:
+        self.template = template
+        self.fields = fields
+        super().__init__(template.format(*map(_short_name, fields)))
+
+    def rename(self, names: Mapping[str, str]) -> OptionError:
+        """Return the same error with other names of fields.
+
+        Args:
+            names: path of a field, without positions in lists -> its name in the front end.
+        """
+        renamed = []
+        for field in self.fields:
+            path = re.sub(r"\.\d+", "", field)
+            renamed.append(names.get(path, _short_name(field)))
+        return OptionError(self.template.format(*renamed))
+
+
+def _short_name(path: str) -> str:
+    """Return how messages name a field: options of the identity and of the model by name alone."""
+    return path.removeprefix("identity.").removeprefix("model.")
+
+
+def quote(value: object) -> str:
+    """Quote a value of the user for the template of a `RequestError`."""
+    text = repr(value)
+    if len(text) > LONGEST_QUOTE:
+        text = text[:LONGEST_QUOTE] + "..."
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _translate(error: ValidationError) -> RequestError:
+    """Turn pydantic's report into one sentence per problem."""
+    sentences = []
+    fields: list[str] = []
+    for problem in error.errors():
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, RequestError):
+            prefix = "".join(f"{part}." for part in problem["loc"])
+            template = cause.template
+            paths = [prefix + field for field in cause.fields]
+        else:
+            template = _sentence(problem)
+            paths = [".".join(map(str, problem["loc"]))]
+        sentences.append(_shift_placeholders(template, len(fields)).rstrip("."))
+        fields += paths
+    return RequestError("; ".join(sentences) + ".", *fields)
+
+
+def _shift_placeholders(template: str, offset: int) -> str:
+    """Renumber `{0}`, `{1}`, ... of a sentence that follows others with `offset` fields."""
+    return re.sub(r"(?<!{){(\d)}", lambda match: f"{{{int(match[1]) + offset}}}", template)
+
+
+def _sentence(problem: Mapping[str, Any]) -> str:
+    limits = problem.get("ctx", {})
+    kind = problem["type"]
+    got = f", got {quote(problem.get('input'))}."
+    if kind == "json_invalid":
+        return "the request is not valid JSON."
+    if kind == "extra_forbidden":
+        return "there is no option {0}."
+    if kind == "missing":
+        return "{0} is missing."
+    if kind in ("greater_than_equal", "less_than_equal"):
+        low, high = limits.get("ge"), limits.get("le")
+        bound = f"at least {low:g}" if low is not None else f"at most {high:g}"
+        return "{0} must be " + bound + got
+    if kind == "literal_error":
+        return "{0} must be " + limits["expected"] + got
+    if kind == "string_too_short":
+        return "{0} must not be empty."
+    if kind.startswith("int"):
+        return "{0} must be a whole number" + got
+    if kind.startswith(("float", "finite")):
+        return "{0} must be a number" + got
+    return "{0}: " + quote(problem["msg"]).strip("'\"") + got
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise _translate(error) from None
+
+
+Part = TypeVar("Part", bound="RequestPart")
+
+
+class RequestPart(BaseModel):
+    """Base of a request and its parts: frozen, without unknown fields.
+
+    The fields of a part can be given in order, as in `Control("control-pose", "pose.png")`.
+
+    Raises:
+        RequestError: a field is unknown, missing or out of range.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    def __init__(self, *args: Any, **data: Any) -> None:
+        positional = dict(zip(type(self).model_fields, args, strict=False))
+        with _plain_errors():
+            super().__init__(**positional, **data)
+
+    # Tells pydantic that validation of nested parts need not call __init__: errors of a nested
+    # part then keep their path in the whole request.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls: type[Part], obj: Any, **options: Any) -> Part:
+        """Build from a mapping. Raises RequestError."""
+        with _plain_errors():
+            return super().model_validate(obj, **options)
+
+    @classmethod
+    def model_validate_json(cls: type[Part], json_data: Any, **options: Any) -> Part:
+        """Build from JSON. Raises RequestError."""
+        with _plain_errors():
+            return super().model_validate_json(json_data, **options)
+
+
+class Person(RequestPart):
+    """A person to show: reference images or an identity file.
+
+    Attributes:
+        images: reference images of the person. Several are combined into one identity.
+        identity: an identity file of `pulid identify`, instead of images.
+        face_index: which face of an image with several, counted from 0 in `face_order`. By
+            default the first, with a warning if there are several.
+        face_order: how faces are counted.
+        mask: an image that is white where the identity may act. By default everywhere.
+        scale: identity scale of this person; by default that of `IdentityOptions`.
+    """
+
+    images: tuple[FilePath, ...] = ()
+    identity: FilePath | None = None
+    face_index: int | None = Field(default=None, ge=0)
+    face_order: FaceOrder = "large-small"
+    mask: FilePath | None = None
+    scale: Scale | None = None
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Person:
+        if self.images and self.identity:
+            raise RequestError("provide either images or an identity file, not both.")
+        if self.identity and self.face_index is not None:
+            raise RequestError(
+                "{0} cannot be used with an identity file; pass an image with {1}.",
+                "face_index",
+                "images",
+            )
+        if not self.images and not self.identity:
+            dependent = [name for name in ("face_index", "mask") if getattr(self, name) is not None]
+            if dependent:
+                raise RequestError(
+                    "{0} requires a person; pass an image with {1}.", dependent[0], "images"
+                )
+            raise RequestError(
+                "{0} is missing: a person needs images or an identity file.", "images"
+            )
+        return self
+
+
+class IdentityOptions(RequestPart):
+    """How the identity acts. A field that is None takes the preset's default.
+
+    Attributes:
+        scale: identity scale; 0 disables it.
+        start, end: fractions of the schedule between which the identity acts, [start, end).
+        projection: PuLID on SDXL: how the identity's attention joins the prompt's, see
+            `methods.pulid.projection`.
+        num_zero: PuLID on SDXL: zero tokens added to the identity's; more of them weaken it.
+        start_step: FLUX: step from which the identity acts, instead of `start`.
+    """
+
+    scale: Scale | None = None
+    start: Fraction | None = None
+    end: Fraction | None = None
+    projection: Projection | None = None
+    num_zero: int | None = Field(default=None, ge=0)
+    start_step: int | None = Field(default=None, ge=0)
+
+
+class Control(RequestPart):
+    """A ControlNet and its image.
+
+    Attributes:
+        model: name of published weights, such as `control-pose`, or a directory of diffusers.
+        image: the control image. For `control-edges` any image; its edges are detected.
+        scale: conditioning scale of the ControlNet.
+    """
+
+    model: FilePath
+    image: FilePath
+    scale: Scale = 1.0
+
+
+class ModelSelection(RequestPart):
+    """The models of a request: a preset, and what is changed in it.
+
+    Attributes:
+        preset: name of a preset, or a directory with weights laid out like the miniature's.
+        base: another base checkpoint: a directory, a single file, or OWNER/NAME in the hub's cache.
+        method: another method than PuLID, such as `instantid`.
+        adapter: another adapter file of the method.
+        face_pack: directory of another insightface pack for detection and recognition.
+        memory: FLUX: memory level, see `flux_memory.LEVELS`.
+    """
+
+    preset: FilePath = "mini"
+    base: FilePath | None = None
+    method: str | None = None
+    adapter: FilePath | None = None
+    face_pack: FilePath | None = None
+    memory: str | None = None
+
+
+class GenerationOptions(RequestPart):
+    """The options of a generation that have a default in every preset.
+
+    Attributes:
+        negative_prompt: negative prompt.
+        width, height: size of the image in pixels.
+        num_inference_steps: sampling steps.
+        guidance_scale: classifier-free guidance scale; on FLUX the distilled guidance.
+        true_cfg_scale: FLUX: scale of classifier-free guidance with the negative prompt.
+        timestep_to_start_cfg: FLUX: step from which that guidance acts.
+        max_sequence_length: FLUX: longest prompt in tokens of T5.
+        identity: how the identity acts.
+    """
+
+    negative_prompt: str | None = None
+    width: int | None = Field(default=None, ge=1)
+    height: int | None = Field(default=None, ge=1)
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    guidance_scale: Scale | None = None
+    true_cfg_scale: float | None = Field(default=None, ge=1, allow_inf_nan=False)
+    timestep_to_start_cfg: int | None = Field(default=None, ge=0)
+    max_sequence_length: int | None = Field(default=None, ge=1, le=512)
+    identity: IdentityOptions = IdentityOptions()
+
+    @classmethod
+    def from_options(cls: type[Part], **options: Any) -> Part:
+        """Build from fields of this class and of `IdentityOptions` alike.
+
+        `from_options(guidance_scale=2, scale=0.5)` sets `guidance_scale` and `identity.scale`.
+        """
+        identity = {name: options.pop(name) for name in IDENTITY_NAMES if name in options}
+        if identity:
+            options["identity"] = identity
+        return cls(**options)
+
+    def list_options(self) -> list[str]:
+        """Return the names of all options that are not None, the identity's included."""
+        names = [name for name in OPTION_NAMES if getattr(self, name) is not None]
+        return names + [name for name in IDENTITY_NAMES if getattr(self.identity, name) is not None]
+
+    def fill_from(self: Part, defaults: GenerationOptions) -> Part:
+        """Return a copy in which options that are None have the values of `defaults`."""
+        identity = _fill_missing(self.identity, defaults.identity, IDENTITY_NAMES)  # type: ignore[attr-defined]
+        return _fill_missing(self, defaults, OPTION_NAMES).model_copy(update={"identity": identity})
+
+
+def _fill_missing(part: Part, defaults: RequestPart, names: tuple[str, ...]) -> Part:
+    missing = [name for name in names if getattr(part, name) is None]
+    return part.model_copy(update={name: getattr(defaults, name) for name in missing})
+
+
+IDENTITY_NAMES = tuple(IdentityOptions.model_fields)
+OPTION_NAMES = tuple(name for name in GenerationOptions.model_fields if name != "identity")
+
+
+class GenerationRequest(GenerationOptions):
+    """Everything that one generation needs.
+
+    Attributes:
+        prompt: what to generate.
+        seed: image k uses `seed + k`, so any image can be regenerated on its own.
+        num_images: how many images.
+        people: the people to show. At most one today.
+        controls: ControlNets. At most one today.
+        model: the models; None stands for those of the studio that runs the request.
+        resolved: every option has a value; a request that is stored in an image is resolved.
+        schema_version: version of this schema.
+    """
+
+    prompt: str = Field(min_length=1)
+    seed: int = Field(default=0, ge=0)
+    num_images: int = Field(default=1, ge=1)
+    people: tuple[Person, ...] = ()
+    controls: tuple[Control, ...] = ()
+    model: ModelSelection | None = None
+    resolved: bool = False
+    schema_version: int = SCHEMA_VERSION
+
+    @model_validator(mode="after")
+    def _check(self) -> GenerationRequest:
+        if self.schema_version != SCHEMA_VERSION:
+            raise RequestError(
+                f"schema_version {self.schema_version} is not supported; "
+                f"this version of openpulid reads {SCHEMA_VERSION}."
+            )
+        if not self.prompt.strip():
+            raise RequestError("{0} must not be empty.", "prompt")
+        if len(self.people) > 1:
+            raise RequestError(
+                f"{{0}}: a request can show one person, got {len(self.people)}.", "people"
+            )
+        if len(self.controls) > 1:
+            raise RequestError(
+                f"{{0}}: a request can use one ControlNet, got {len(self.controls)}.", "controls"
+            )
+        return self
+
+    def for_image(self, seed: int, width: int, height: int) -> GenerationRequest:
+        """Return the request that regenerates one image on its own."""
+        return self.model_copy(
+            update={"seed": seed, "num_images": 1, "width": width, "height": height}
+        )
+
+    def with_memory(self, memory: str) -> GenerationRequest:
+        """Return the request with another memory level."""
+        model = (self.model or ModelSelection()).model_copy(update={"memory": memory})
+        return self.model_copy(update={"model": model})
+
+    def without_people(self) -> GenerationRequest:
+        """Return the request of the same images without identity."""
+        return self.model_copy(update={"people": ()})
+
+    def input_files(self) -> Iterator[tuple[str, str]]:
+        """Yield the path of every field that names an input file, and the file."""
+        for number, person in enumerate(self.people):
+            for position, image in enumerate(person.images):
+                yield f"people.{number}.images.{position}", image
+            if person.identity:
+                yield f"people.{number}.identity", person.identity
+            if person.mask:
+                yield f"people.{number}.mask", person.mask
+        for number, control in enumerate(self.controls):
+            yield f"controls.{number}.image", control.image
+        if self.model is not None and self.model.adapter:
+            yield "model.adapter", self.model.adapter
+        if self.model is not None and self.model.base:
+            yield "model.base", self.model.base
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse WIDTHxHEIGHT.
+
+    Raises:
+        OptionError: the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+)[x×](\d+)\s*", text)
+    if match is None:
+        raise OptionError(f"expected WIDTHxHEIGHT, for example 832x1216, got {text!r}.")
+    return int(match[1]), int(match[2])

@@ -1,21 +1,29 @@
-"""The studio in the browser: photos and a sentence in, images out. It is served to this machine alone unless told otherwise."""
+"""The web page: reference images and a prompt in, images out.
+
+It is served to this machine alone by default.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from openpulid.errors import OptionError, PulidError, explain_out_of_memory
 from openpulid.io.metadata import save_image
-from openpulid.web.session import WebSession, installed_controls, installed_presets
+from openpulid.pipelines.request import ModelSelection, RequestError
+from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues
+from openpulid.web.session import WebSession
 
-HELP = """**Photos** of one person, sharp and from the front; several are read together. **Scale** is how strongly the person
-shows: more likeness against more of the prompt. **Seed**: image k has seed + k, and comes out the same each time.
-Uploads stay on the machine that serves this page and are deleted after an hour, images when it is stopped."""
-PHOTOS: dict[str, Any] = {
+HELP = """**Reference images** of one person, sharp and from the front; several are combined.
+**Identity scale**: a higher one is more similar to the person and follows the prompt less.
+**Seed**: image k uses seed + k and is the same each time. Uploads stay on the machine that serves
+this page and are deleted after an hour, images when it stops."""
+UPLOADS: dict[str, Any] = {
     "columns": 3,
     "height": 180,
     "object_fit": "contain",
@@ -24,173 +32,247 @@ PHOTOS: dict[str, Any] = {
     "interactive": True,
     "buttons": [],
 }
-KEEP: Any = ["download", "fullscreen"]
-"""What can be done with a picture of somebody: nothing that sends it anywhere."""
-KEPT = (600, 3600)
-"""Every so many seconds uploads older than so many are deleted."""
+IMAGE_BUTTONS: Any = ["download", "fullscreen"]
+"""Buttons of images of a person: none that sends them anywhere."""
+DELETE_CACHE = (600, 3600)
+"""Every 600 seconds, uploads older than 3600 seconds are deleted."""
 
 
-def page(desk: WebSession) -> Any:
-    """The whole page, as Gradio's Blocks."""
+def build_page(session: WebSession) -> Any:
+    """Build the page.
+
+    Returns:
+        Gradio's Blocks.
+    """
     import gradio as gr
 
-    def changed(name: str) -> tuple[Any, ...]:
-        from openpulid.pipelines.factory import installed_methods
-
-        here = installed_methods(desk.resolved(name))
-        return (
-            gr.Dropdown(choices=here, value=here[0]),
-            *_acts(desk, name, here[0]),
-            gr.Button(visible=name.startswith("mini")),
-        )
-
-    with gr.Blocks(title="openpulid", analytics_enabled=False, delete_cache=KEPT) as blocks:
-        gr.Markdown("# openpulid\nA person into any image, from one photo.")
+    with gr.Blocks(title="openpulid", analytics_enabled=False, delete_cache=DELETE_CACHE) as blocks:
+        gr.Markdown("# openpulid\nGenerate images of a person from one photo.")
         with gr.Row():
             with gr.Column(scale=2):
-                fields = _fields(desk)
+                form = _build_form(session)
             with gr.Column(scale=3):
-                shown = gr.Gallery(
+                gallery = gr.Gallery(
                     label="Images",
                     format="png",
                     columns=2,
                     object_fit="contain",
                     height=640,
-                    buttons=KEEP,
+                    buttons=IMAGE_BUTTONS,
                 )
-                seen = gr.Image(
-                    label="What is read of the photos", visible=False, format="png", buttons=KEEP
+                preview = gr.Image(
+                    label="Detected faces", visible=False, format="png", buttons=IMAGE_BUTTONS
                 )
                 gr.Markdown(HELP)
-        photos, file, chosen, method = (
-            fields[name] for name in ("photos", "identity_file", "preset", "method")
-        )
-        one: dict[str, Any] = {
-            "concurrency_limit": 1,
-            "concurrency_id": "desk",
-        }  # one studio, one thing at a time
-        acts = [fields[name] for name in ("scale", "start", "end")]
-        chosen.input(changed, chosen, [method, *acts, fields["invent"]], api_name=False)
-        method.input(partial(_acts, desk), [chosen, method], acts, api_name=False)
-        fields["invent"].click(partial(_invented, desk.folder), None, photos, api_name="person")
-        asked = [photos, file, fields["face"], chosen, method]
-        look = fields["look"].click(_said(desk.faces), asked, seen, api_name="faces", **one)
-        look.success(lambda: gr.Image(visible=True), None, seen, api_name=False)
-        wanted = [fields[name] for name in fields if name not in ("invent", "look", "make")]
-        fields["make"].click(_said(desk.generate), wanted, shown, api_name="generate", **one)
+        _connect(session, form, gallery, preview)
     return blocks
 
 
-def _fields(desk: WebSession) -> dict[str, Any]:
-    """What is asked, by the names of `Desk.generate` and in its order, and three buttons. No number is empty: Gradio
-    shows 0 for that, so 0 has to mean it.
+def _connect(session: WebSession, form: dict[str, Any], gallery: Any, preview: Any) -> None:
+    """Connect the events of the page."""
+    import gradio as gr
+
+    # one studio, one request at a time
+    limits: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "studio"}
+    preset, method = form["preset"], form["method"]
+    defaults = [form[name] for name in ("scale", "start", "end")]
+    preset.input(
+        partial(_select_preset, session),
+        preset,
+        [method, *defaults, form["random_person"]],
+        api_name=False,
+    )
+    method.input(partial(_method_defaults, session), [preset, method], defaults, api_name=False)
+    form["random_person"].click(
+        partial(_random_person, session.directory),
+        None,
+        form["reference_images"],
+        api_name="person",
+    )
+    event = form["preview"].click(
+        _form_handler(partial(_preview, session), PreviewValues),
+        [form[field.name] for field in fields(PreviewValues)],
+        preview,
+        api_name="faces",
+        **limits,
+    )
+    event.success(lambda: gr.Image(visible=True), None, preview, api_name=False)
+    form["generate"].click(
+        _form_handler(partial(_generate, session), FormValues),
+        [form[field.name] for field in fields(FormValues)],
+        gallery,
+        api_name="generate",
+        **limits,
+    )
+
+
+def _build_form(session: WebSession) -> dict[str, Any]:
+    """Build the components of the form.
+
+    Returns:
+        One component for each field of `FormValues`, by its name, and three buttons. No number is
+        empty: Gradio shows an empty one as 0, so 0 stands for the preset's default.
     """
     import gradio as gr
 
-    from openpulid.pipelines.factory import installed_methods
-
-    preset = desk.preset
-    fields: dict[str, Any] = {}
-    fields["photos"] = gr.Gallery(label="Photos of one person", **PHOTOS)
+    form: dict[str, Any] = {}
+    _add_person(session, form)
+    form["prompt"] = gr.Textbox(label="Prompt", value="portrait, film noir, smiling", lines=2)
+    form["generate"] = gr.Button("Generate", variant="primary")
+    _add_models(session, form)
     with gr.Row():
-        fields["invent"] = gr.Button(
-            "Invent a person", visible=preset.startswith("mini"), size="sm"
-        )
-        fields["look"] = gr.Button("What is read of them?", size="sm")
-    with gr.Accordion("An identity file, or which face", open=False):
-        fields["identity_file"] = gr.File(
-            label="Of pulid identify, instead of photos", file_types=[".safetensors"], height=140
-        )
-        fields["face"] = gr.Number(
-            0, label="Which face of photos with several (0: the largest)", precision=0, minimum=0
-        )
-    fields["prompt"] = gr.Textbox(label="Prompt", value="portrait, film noir, smiling", lines=2)
-    fields["make"] = gr.Button("Make", variant="primary")
-    with gr.Row():
-        fields["preset"] = gr.Dropdown(
-            list(dict.fromkeys([preset, *installed_presets()])), value=preset, label="Preset"
-        )
-        fields["method"] = gr.Dropdown(
-            installed_methods(desk.resolved(preset)), value="pulid", label="Method"
-        )
-    fields["scale"] = gr.Slider(
-        0, 2, value=_acts(desk, preset, "pulid")[0], step=0.05, label="Scale"
-    )
-    with gr.Row():
-        fields["images"] = gr.Number(4, label="Images", precision=0, minimum=1, maximum=64)
-        fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
-    fields["alone"] = gr.Checkbox(False, label="each without the person too")
+        form["num_images"] = gr.Number(4, label="Images", precision=0, minimum=1, maximum=64)
+        form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
+    form["also_without_identity"] = gr.Checkbox(False, label="Also generate without identity")
     with gr.Accordion("More", open=False):
-        fields["negative"] = gr.Textbox(label="What not to show")
+        form["negative_prompt"] = gr.Textbox(label="Negative prompt")
         with gr.Row():
-            fields["steps"] = gr.Number(0, label="Steps (0: the preset's)", precision=0, minimum=0)
-            fields["guidance"] = gr.Number(0, label="Guidance (0: the preset's)", minimum=0)
-        fields["size"] = gr.Textbox(label="Size", placeholder="832x1216")
-        with gr.Row():
-            fields["start"] = gr.Slider(0, 1, value=0.0, step=0.05, label="The person acts from")
-            fields["end"] = gr.Slider(
-                0, 1, value=1.0, step=0.05, label="to this share of the steps"
+            form["num_inference_steps"] = gr.Number(
+                0, label="Steps (0: the preset's)", precision=0, minimum=0
             )
-    here = installed_controls()
-    with gr.Accordion("ControlNet: what else the image keeps to", open=False, visible=bool(here)):
-        fields["control"] = gr.Dropdown(
-            [("none", ""), *here], value="", label="ControlNet, of SDXL"
+            form["guidance_scale"] = gr.Number(0, label="Guidance (0: the preset's)", minimum=0)
+        form["size"] = gr.Textbox(label="Size", placeholder="832x1216")
+        with gr.Row():
+            form["start"] = gr.Slider(
+                0, 1, value=0.0, step=0.05, label="Identity start (fraction of steps)"
+            )
+            form["end"] = gr.Slider(
+                0, 1, value=1.0, step=0.05, label="Identity end (fraction of steps)"
+            )
+    _add_controls(form)
+    return form
+
+
+def _add_person(session: WebSession, form: dict[str, Any]) -> None:
+    import gradio as gr
+
+    form["reference_images"] = gr.Gallery(label="Reference images of one person", **UPLOADS)
+    is_miniature = session.preset(session.models).models.is_miniature
+    with gr.Row():
+        form["random_person"] = gr.Button("Random person", visible=is_miniature, size="sm")
+        form["preview"] = gr.Button("Preview face crops", size="sm")
+    with gr.Accordion("Identity file, or which face", open=False):
+        form["identity_file"] = gr.File(
+            label="Identity file (.safetensors)", file_types=[".safetensors"], height=140
         )
-        fields["control_picture"] = gr.Image(
-            type="filepath", label="What it is shown; for edges any picture", height=180
+        form["face_index"] = gr.Number(
+            0, label="Face in images with several (0: the largest)", precision=0, minimum=0
         )
-        fields["control_scale"] = gr.Slider(
-            0, 2, value=1.0, step=0.05, label="How strongly it acts"
+
+
+def _add_models(session: WebSession, form: dict[str, Any]) -> None:
+    import gradio as gr
+
+    from openpulid.pipelines.weights import find_installed_methods, find_installed_presets
+
+    name = session.models.preset
+    names = list(dict.fromkeys([name, *find_installed_presets()]))
+    methods = find_installed_methods(session.preset(session.models))
+    scale, _, _ = _method_defaults(session, name, "pulid")
+    with gr.Row():
+        form["preset"] = gr.Dropdown(names, value=name, label="Preset")
+        form["method"] = gr.Dropdown(methods, value="pulid", label="Method")
+    form["scale"] = gr.Slider(0, 2, value=scale, step=0.05, label="Identity scale")
+
+
+def _add_controls(form: dict[str, Any]) -> None:
+    import gradio as gr
+
+    from openpulid.pipelines.weights import find_installed_controls
+
+    names = find_installed_controls()
+    with gr.Accordion("ControlNet", open=False, visible=bool(names)):
+        form["control"] = gr.Dropdown([("none", ""), *names], value="", label="ControlNet (SDXL)")
+        form["control_image"] = gr.Image(
+            type="filepath", label="Control image; any image for control-edges", height=180
         )
-    return fields
+        form["control_scale"] = gr.Slider(0, 2, value=1.0, step=0.05, label="ControlNet scale")
 
 
-def _acts(desk: WebSession, preset: str, method: str) -> tuple[float, float, float]:
-    """How strongly a method acts on a preset and between which shares of the steps, where nobody says."""
-    known = desk.resolved(preset, method)
-    return known.scale, known.start, known.end
+def _form_handler(function: Callable[[Any], Any], form: type) -> Callable[..., Any]:
+    """Wrap a function of a form's values for Gradio, which passes the values in order.
+
+    The order is that of the fields of the form's dataclass, and so are the names of the
+    parameters in the page's API. Errors of the user are shown on the page.
+    """
+    import gradio as gr
+
+    names = [field.name for field in fields(form)]
+
+    def handle(*values: Any) -> Any:
+        try:
+            with explain_out_of_memory():
+                return function(form(**dict(zip(names, values, strict=True))))
+        except PulidError as error:
+            shown = error.rename(FIELD_LABELS) if isinstance(error, RequestError) else error
+            raise gr.Error(str(shown), duration=None, print_exception=False) from None
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in names]
+    handle.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return handle
 
 
-def _invented(folder: Path) -> list[str]:
-    """A picture of somebody whom nobody has trained on."""
+def _generate(session: WebSession, values: FormValues) -> list[tuple[str, str]]:
+    request = values.to_request(session.select_models(values.preset, values.method))
+    return session.generate(request, values.also_without_identity)
+
+
+def _preview(session: WebSession, values: PreviewValues) -> Any:
+    models = session.select_models(values.preset, values.method)
+    face_index = int(values.face_index) if values.face_index else None
+    return session.preview(values.images(), face_index, models)
+
+
+def _select_preset(session: WebSession, name: str) -> tuple[Any, ...]:
+    """Return the methods of a preset, the defaults of the first, and whether people are random."""
+    import gradio as gr
+
+    from openpulid.pipelines.weights import find_installed_methods
+
+    preset = session.preset(session.select_models(name))
+    methods = find_installed_methods(preset)
+    return (
+        gr.Dropdown(choices=methods, value=methods[0]),
+        *_method_defaults(session, name, methods[0]),
+        gr.Button(visible=preset.models.is_miniature),
+    )
+
+
+def _method_defaults(session: WebSession, preset: str, method: str) -> tuple[Any, Any, Any]:
+    """Return the default scale, start and end of a method on a preset."""
+    identity = session.preset(session.select_models(preset, method)).defaults.identity
+    return identity.scale, identity.start, identity.end
+
+
+def _random_person(directory: Path) -> list[str]:
+    """Write a reference image of a held-out synthetic person."""
     from random import randrange
 
     from openpulid.world import HELD_OUT_PEOPLE
     from openpulid.world.gallery import portrait
 
     number = HELD_OUT_PEOPLE + randrange(100_000)
-    file = folder / f"person-{number}.png"
-    save_image(portrait(number), file)
-    return [str(file)]
-
-
-def _said(work: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, with what a user can put right said on the page."""
-    from functools import wraps
-
-    import gradio as gr
-
-    @wraps(work)
-    def told(*args: Any) -> Any:
-        try:
-            with explain_out_of_memory():
-                return work(*args)
-        except PulidError as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from None
-
-    return told
+    path = directory / f"person-{number}.png"
+    save_image(portrait(number), path)
+    return [str(path)]
 
 
 @contextmanager
-def open_app(preset: str = "mini", device: str | None = None, **given: Any) -> Iterator[Any]:
-    """The page and a folder for its images, which is gone when this closes.
+def open_app(
+    preset: str = "mini", device: str | None = None, **changes: str | None
+) -> Iterator[Any]:
+    """Build the page, with a directory for its images that is deleted at the end.
 
     Args:
-        given: as `Desk` has it.
+        preset: the preset that is selected first.
+        device: where to compute.
+        changes: what is changed in the preset: fields of `ModelSelection`.
 
     Raises:
-        OptionError: Gradio is not installed, or the preset is unknown or cannot be had so, or its files are not here.
-        WeightsError: the base is not.
+        OptionError: Gradio is not installed, or there is no such preset, or a change does not
+            apply to it, or its files are not installed.
+        WeightsError: the base model is not installed.
     """
     try:
         import gradio  # noqa: F401
@@ -198,16 +280,18 @@ def open_app(preset: str = "mini", device: str | None = None, **given: Any) -> I
         raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.") from None
     from tempfile import TemporaryDirectory
 
-    from openpulid.pipelines.factory import missing_weights, resolve_path
+    from openpulid.pipelines.weights import find_installed_presets, missing_weights, resolve_path
 
-    with TemporaryDirectory(prefix="openpulid-") as folder:
-        desk = WebSession(Path(folder), device, preset, **given)
-        chosen = desk.resolved(preset)
-        if lacking := missing_weights(chosen):
-            here = ", ".join(installed_presets())
-            lacks = f"{preset} is not on this machine, it lacks {', '.join(lacking)}"
-            raise OptionError(f"{lacks}; {here} are, and `pulid weights get {preset}` gets it.")
-        for base in (chosen.pipeline, chosen.transformer):
-            if base is not None:
-                resolve_path(base)  # one that was given is said to be missing before the page opens
-        yield page(desk)
+    with TemporaryDirectory(prefix="openpulid-") as directory:
+        models = ModelSelection.model_validate({"preset": preset, **changes})
+        session = WebSession(Path(directory), device, models)
+        resolved = session.preset(models)
+        if missing := missing_weights(resolved):
+            raise OptionError(
+                f"preset {preset!r} is not installed, it lacks {', '.join(missing)}; installed: "
+                f"{', '.join(find_installed_presets())}. `pulid weights get {preset}` downloads it."
+            )
+        for source in (resolved.models.pipeline, resolved.models.transformer):
+            if source is not None:
+                resolve_path(source)  # fail before the page opens
+        yield build_page(session)

@@ -32,7 +32,9 @@ def test_rows_are_the_features_of_the_faces(small_world, extractor, tmp_path) ->
     rows = np.array([5, 0])
     id_cond, hidden = kept.rows(rows)
     with torch.no_grad():
-        expected, levels = extractor.features(*faces_of(small_world, rows, torch.device("cpu")))
+        expected, levels = extractor.extract_batch(
+            *faces_of(small_world, rows, torch.device("cpu"))
+        )
     assert torch.allclose(id_cond, expected, atol=1e-5)
     assert len(hidden) == 5 and all(
         torch.allclose(a, b, atol=1e-2) for a, b in zip(hidden, levels, strict=True)
@@ -47,5 +49,5 @@ def test_other_networks_read_again(small_world, extractor, tmp_path) -> None:
 
     assert reads() == 1 and reads() == 0
     with torch.no_grad():
-        next(extractor.recogniser.parameters()).add_(1.0)
+        next(extractor.recognition.parameters()).add_(1.0)
     assert reads() == 1

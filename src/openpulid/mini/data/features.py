@@ -32,7 +32,7 @@ class FaceFeatures:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> FaceFeatures:
         """Reads every face through its exact mask and landmarks, or what lies in `folder` from the same networks."""
-        mark = f"{fingerprint(extractor.recogniser)} {fingerprint(extractor.tower)} {len(data)}"
+        mark = f"{fingerprint(extractor.recognition)} {fingerprint(extractor.vision_encoder)} {len(data)}"
         if not (folder / "mark.txt").exists() or (folder / "mark.txt").read_text() != mark:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "mark.txt").unlink(missing_ok=True)
@@ -57,7 +57,7 @@ def _read(
 ) -> None:
     files: dict[str, np.ndarray] = {}
     for rows in batches(len(data), len(data)):
-        id_cond, levels = extractor.features(*faces_of(data, rows, extractor.device))
+        id_cond, levels = extractor.extract_batch(*faces_of(data, rows, extractor.device))
         read = {
             "id_cond": id_cond.float().cpu().numpy(),
             "hidden": torch.stack(levels, 1).half().cpu().numpy(),

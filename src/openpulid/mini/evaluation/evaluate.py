@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def run(
     """
     asked, portraits = requests(people, prompts, people_seed), references(people, people_seed)
     studio, judges = (
-        load(replace(find_preset(preset), scale=scale), device=device),
+        load(find_preset(preset).with_defaults(scale=scale), device=device),
         MiniScorers.load(),
     )
     identities = [studio.identify([portrait]) for portrait in to_pil(portraits)]
@@ -163,7 +163,7 @@ def models(studio: Studio, adapters: Mapping[str, Path]) -> Iterator[tuple[str, 
     """Each model's name, and the studio with its adapter in place of its own."""
     for model, file in adapters.items():
         adapter = PuLID.load(file).to(studio.pipe.device)
-        yield model, Studio(studio.pipe, studio.features, adapter, studio.preset)
+        yield model, Studio(studio.pipe, adapter, studio.extractor, studio.preset)
 
 
 def make(
@@ -173,12 +173,13 @@ def make(
 
     Many at once, each with its own prompt, noise and person: what `Studio.generate` gives one by one, up to rounding.
     """
-    p, made = studio.preset, []
+    defaults, made = studio.preset.defaults, []
     for batch in batches:
         shown: AbstractContextManager[Any] = nullcontext()
-        if identities and studio.adapter:
+        if identities:
             people = [identities[request.person] for request in batch]
-            shown = studio.adapter.use(people, **p.identity_options(), pipe=studio.pipe)
+            options = defaults.identity.model_dump(exclude_none=True)
+            shown = studio.adapter.use(people, **options, pipe=studio.pipe)
         with shown:
             prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
             made.append(
@@ -186,8 +187,8 @@ def make(
                     studio.pipe,
                     prompts,
                     seeds,
-                    steps=p.steps,
-                    guidance=p.guidance,
+                    steps=defaults.num_inference_steps or 1,
+                    guidance=defaults.guidance_scale or 0.0,
                     batch=len(batch),
                 )
             )

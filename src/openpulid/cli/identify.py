@@ -1,0 +1,96 @@
+"""The command `pulid identify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openpulid.cli.options import (
+    Device,
+    FaceOrder,
+    FacePack,
+    Preset,
+    check_image_path,
+    make_directory,
+    name_options,
+)
+from openpulid.errors import OptionError
+
+LIST_FACES = "all"
+
+
+def identify(
+    image: Annotated[list[str], typer.Argument(help="One or several images of one person.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Identity file to write (.safetensors).")
+    ] = None,
+    face: Annotated[
+        str | None,
+        typer.Option(help="Which face of an image with several, from 0; `all` lists them."),
+    ] = None,
+    order: FaceOrder = "large-small",
+    fusion: Annotated[
+        str,
+        typer.Option(help="How several images are combined: concat, mean, norm_id or max_norm."),
+    ] = "concat",
+    show: Annotated[
+        Path | None,
+        typer.Option(help="Image to write with the detected faces and the extractor's crops."),
+    ] = None,
+    preset: Preset = "mini",
+    method: Annotated[
+        str | None,
+        typer.Option(help="Another method than PuLID; its identity features may differ."),
+    ] = None,
+    faces: FacePack = None,
+    device: Device = None,
+) -> None:
+    """Extract an identity from images. The file is biometric data that only you can read."""
+    face_index = parse_face(face)
+    if face != LIST_FACES and (out is None or out.suffix != ".safetensors"):
+        raise OptionError(
+            f"-o must name an identity file, such as {out.stem if out else 'anna'}.safetensors."
+        )
+    from openpulid.identity.reference import open_references
+
+    references = open_references(image)
+    if show is not None:
+        check_image_path(show)
+    import torch
+
+    from openpulid.identity.reference import ReferenceFaces
+    from openpulid.io.metadata import save_image
+    from openpulid.pipelines.factory import load_extractor
+    from openpulid.pipelines.presets import PULID_MODES
+    from openpulid.pipelines.selection import resolve_preset
+
+    with name_options():
+        resolved = resolve_preset(
+            preset, method=None if method in PULID_MODES else method, face_pack=faces
+        )
+    target = torch.device(device) if device else None
+    reference = ReferenceFaces.detect(load_extractor(resolved, target), references)
+    if show is not None:
+        save_image(reference.draw(face_index, order), show)
+    if face == LIST_FACES or out is None:
+        print(*reference.describe(order), sep="\n")
+        return
+    identity = reference.identity(face_index, order, fusion)
+    make_directory(out.parent)
+    identity.save(out)
+    print(out)
+
+
+def parse_face(text: str | None) -> int | None:
+    """Parse the number of a face; None for no number and for `all`.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    if text is None or text == LIST_FACES:
+        return None
+    if not text.isdigit():
+        raise OptionError(f"--face must be a number from 0, or {LIST_FACES}, got {text!r}.")
+    return int(text)

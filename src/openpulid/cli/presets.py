@@ -1,0 +1,72 @@
+"""The commands `pulid presets`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from openpulid.cli.options import command_group, name_options
+from openpulid.errors import OptionError
+
+presets = command_group("List presets, and predict the memory they need.")
+
+
+@presets.command("list")
+def list_presets() -> None:
+    """List all presets, and the methods whose weights are installed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from openpulid.pipelines.presets import PRESETS
+    from openpulid.pipelines.weights import find_installed_methods, missing_weights
+
+    table = Table("preset", "description", "steps", "guidance", "installed")
+    for name, build in PRESETS.items():
+        preset = build()
+        if missing_weights(preset):
+            installed = f"`pulid weights get {name}`"
+        else:
+            installed = f"yes: {', '.join(find_installed_methods(preset))}"
+        steps = str(preset.defaults.num_inference_steps)
+        table.add_row(
+            name, preset.description, steps, f"{preset.defaults.guidance_scale:g}", installed
+        )
+    Console().print(table)
+
+
+@presets.command()
+def memory(
+    preset: Annotated[str, typer.Argument(help="flux, flux-krea or flux-schnell.")] = "flux",
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; the preset's by default.")] = None,
+) -> None:
+    """Predict the device memory of each memory level, by phase and component."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from openpulid.pipelines.flux_memory import GIB, LEVELS, predict_memory
+    from openpulid.pipelines.presets import find_preset
+    from openpulid.pipelines.request import GenerationRequest, parse_size
+
+    chosen = find_preset(preset)
+    if "memory" not in chosen.options:
+        raise OptionError("memory levels are only available for FLUX presets.")
+    width, height = (None, None) if size is None else parse_size(size)
+    with name_options():
+        request = GenerationRequest(prompt="any prompt", width=width, height=height)
+        request = chosen.resolve(request)
+    table = Table("level", "phase", "GiB", "of which")
+    for name in LEVELS:
+        phases = predict_memory(
+            name, request.width or 0, request.height or 0, request.max_sequence_length or 0
+        )
+        largest = max(phases, key=lambda phase: phase.total)
+        for phase in phases:
+            parts = ", ".join(
+                f"{part} {size_in_bytes / GIB:.1f}"
+                for part, size_in_bytes in phase.parts.items()
+                if size_in_bytes
+            )
+            peak = " (peak)" if phase is largest else ""
+            table.add_row(name, phase.phase, f"{phase.total / GIB:.1f}{peak}", parts)
+    Console().print(table)

@@ -1,0 +1,69 @@
+"""Face detection as identity extractors need it: on one image, with hints for error messages."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from openpulid.faces.face import Face
+from openpulid.faces.mini_detector import SIZE, MiniFaceDetector
+from openpulid.faces.scrfd import LONGEST, SCRFDDetector
+
+
+class FaceDetection(Protocol):
+    """Detects the faces in one image."""
+
+    max_image_size: int | None
+    """Images are reduced to this longest side in pixels; None leaves them as they are."""
+
+    no_face_hint: str
+    """What to do if no face is detected."""
+
+    @property
+    def search_description(self) -> str:
+        """What `detect` tries before it gives up."""
+
+    def detect(self, image: Tensor) -> list[Face]:
+        """Return the faces in an image (3, H, W) in [0, 1]."""
+
+
+class PhotoFaceDetection:
+    """Detects faces in photos with SCRFD, the largest first."""
+
+    max_image_size: int | None = LONGEST
+    no_face_hint = "use an image in which one face is large and seen from the front."
+
+    def __init__(self, detector: SCRFDDetector) -> None:
+        self.detector = detector
+
+    @property
+    def search_description(self) -> str:
+        """What `detect` tries before it gives up."""
+        return self.detector.tried
+
+    def detect(self, image: Tensor) -> list[Face]:
+        """Return the faces in an image (3, H, W) in [0, 1], the largest first."""
+        return self.detector.find(image)
+
+
+class MiniFaceDetection:
+    """Detects the face of one of the miniature's synthetic people; at most one in an image."""
+
+    max_image_size: int | None = None  # the detector resizes images itself
+    no_face_hint = (
+        "this preset only knows synthetic people (`pulid world person` draws one); "
+        "use a full-size preset for photos."
+    )
+
+    def __init__(self, detector: MiniFaceDetector) -> None:
+        self.detector = detector
+
+    @property
+    def search_description(self) -> str:
+        """What `detect` tries before it gives up."""
+        return f"one size: {SIZE} pixels"
+
+    def detect(self, image: Tensor) -> list[Face]:
+        """Return the face in an image (3, H, W) in [0, 1], or an empty list."""
+        return [face for face in self.detector.find([image]) if face is not None]

@@ -1,0 +1,177 @@
+"""Reference images of a person: decoded once, faces detected once, used for everything after."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from openpulid.errors import FaceError, OptionError
+from openpulid.faces.face import Face
+from openpulid.faces.select import describe_faces, select_face, sort_faces
+from openpulid.faces.visualize import draw_faces
+from openpulid.identity.extractor import IdentityExtractor
+from openpulid.identity.identity import Identity, fuse_identities
+from openpulid.io.image_grid import to_tensor
+from openpulid.io.images import limit_size, open_image
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceImage:
+    """A decoded image of a person.
+
+    Attributes:
+        label: how messages call the image: its path, if it has one.
+        image: the image in RGB, upright.
+    """
+
+    label: str
+    image: Image.Image
+
+
+ImageSource = str | os.PathLike[str] | Image.Image | ReferenceImage
+
+
+def open_references(images: ImageSource | Sequence[ImageSource]) -> list[ReferenceImage]:
+    """Decode the images of one person. Images that are decoded already are taken as they are.
+
+    Args:
+        images: one or several paths, PIL images or `ReferenceImage`.
+
+    Raises:
+        ImageError: a file is not an image.
+        OptionError: there are no images.
+    """
+    if isinstance(images, (str, os.PathLike, Image.Image, ReferenceImage)):
+        images = [images]
+    if not images:
+        raise OptionError("an identity needs at least one image.")
+    return [_open_one(image) for image in images]
+
+
+def _open_one(image: ImageSource) -> ReferenceImage:
+    if isinstance(image, ReferenceImage):
+        return image
+    if isinstance(image, Image.Image):
+        label = str(getattr(image, "filename", "") or "image")
+    else:
+        label = str(Path(image))
+    return ReferenceImage(label, open_image(image))
+
+
+@dataclass(frozen=True, eq=False)
+class DetectedFaces:
+    """The faces in one reference image, at least one.
+
+    Attributes:
+        label: how messages call the image.
+        faces: all faces of the image.
+    """
+
+    label: str
+    faces: list[Face]
+
+
+class ReferenceFaces:
+    """The faces in the reference images of one person, and the identity they give.
+
+    Args:
+        extractor: extracts the identity.
+        images: the faces of each image.
+    """
+
+    def __init__(self, extractor: IdentityExtractor, images: Sequence[DetectedFaces]) -> None:
+        self.extractor = extractor
+        self.images = list(images)
+
+    @classmethod
+    def detect(
+        cls, extractor: IdentityExtractor, images: ImageSource | Sequence[ImageSource]
+    ) -> ReferenceFaces:
+        """Detect the faces in reference images.
+
+        Raises:
+            ImageError: a file is not an image.
+            FaceError: an image has no face that the extractor knows.
+        """
+        references = open_references(images)
+        return cls(extractor, [_detect_one(extractor, reference) for reference in references])
+
+    def identity(
+        self,
+        face_index: int | None = None,
+        face_order: str = "large-small",
+        fusion: str = "concat",
+        weights: Sequence[float] | None = None,
+    ) -> Identity:
+        """Extract the identity of the selected face of every image.
+
+        Args:
+            face_index: which face of an image with several, counted from 0 in `face_order`. None
+                selects the first, with a warning if there are several.
+            face_order: one of `faces.select.ORDERS`.
+            fusion, weights: how several images are combined, see `fuse_identities`.
+
+        Raises:
+            FaceError: an image has fewer faces.
+            OptionError: there is no such order or fusion.
+        """
+        faces = [
+            select_face(image.faces, face_index, face_order, image.label) for image in self.images
+        ]
+        return fuse_identities(self.extractor.extract(faces), fusion, weights)
+
+    def draw(self, face_index: int | None = None, face_order: str = "large-small") -> Image.Image:
+        """Draw one row per image: all faces with their numbers, then the extractor's crops.
+
+        Raises:
+            FaceError: an image has fewer faces.
+            OptionError: there is no such order.
+        """
+        rows = []
+        for image in self.images:
+            faces = sort_faces(image.faces, face_order)
+            selected = select_face(faces, face_index or 0, face_order, image.label)
+            rows.append(draw_faces(faces, selected, self.extractor.debug_crops(selected)))
+        size = (max(row.width for row in rows), sum(row.height for row in rows))
+        sheet = Image.new("RGB", size, "white")
+        top = 0
+        for row in rows:
+            sheet.paste(row, (0, top))
+            top += row.height
+        return sheet
+
+    def describe(self, face_order: str = "large-small") -> list[str]:
+        """Describe every face in one line: image, number, position and score.
+
+        Raises:
+            OptionError: there is no such order.
+        """
+        lines = []
+        for image in self.images:
+            lines += describe_faces(image.faces, face_order, image.label)
+        return lines
+
+
+def _detect_one(extractor: IdentityExtractor, reference: ReferenceImage) -> DetectedFaces:
+    detection = extractor.detection
+    image = reference.image
+    reduced = image
+    if detection.max_image_size is not None:
+        reduced = limit_size(image, detection.max_image_size)
+    scale = max(image.size) / max(reduced.size)
+    faces = detection.detect(to_tensor([reduced])[0])
+    if not faces:
+        width, height = image.size
+        tried = detection.search_description
+        raise FaceError(
+            f"{reference.label}: no face detected in its {width} x {height} pixels ({tried}); "
+            f"{detection.no_face_hint}",
+            reference.label,
+            image.size,
+            tried,
+        )
+    return DetectedFaces(reference.label, [replace(face, scale=scale) for face in faces])

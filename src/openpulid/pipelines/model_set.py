@@ -1,0 +1,82 @@
+"""The models of a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+WeightSource = Path | str
+"""A path, or a name of `io.hub.WEIGHTS`, which is looked up when the preset is loaded."""
+
+ExtractorKind = Literal["mini", "photo", "clip"]
+
+COMPANION_WEIGHTS = {"instantid": ("identitynet", "identitynet-config")}
+"""Published weights that a method needs in addition to its adapter."""
+
+
+@dataclass(frozen=True)
+class ModelSet:
+    """Models that belong together.
+
+    Attributes:
+        family: architecture of the base model.
+        pipeline: directory, single file, OWNER/NAME or published name of a diffusers pipeline.
+        adapter: file of the method.
+        extractor: which identity extractor the method needs.
+        detector: face detector.
+        recognition: face recognition model; None if the method uses none.
+        vision_encoder: vision encoder; None if the method uses none or brings its own.
+        face_parsing: face parsing model of the "photo" extractor.
+        clip_input: what the "clip" extractor passes to its vision encoder: the whole image or the
+            aligned face; None without a vision encoder.
+        adapter_has_vision_encoder: the vision encoder is part of the adapter's file.
+        method: name of the method, see `methods.registry.METHODS`.
+        unet, transformer: network that replaces the pipeline's.
+        sampler: sampler on Karras sigmas ("dpmpp_2m", "dpmpp_sde"), diffusers' multistep solver
+            ("dpm"), or None for the pipeline's own.
+        scheduler: settings that differ from those of the pipeline's scheduler.
+        use_half_precision: run the networks in reduced precision.
+        is_miniature: the models know only the miniature's synthetic people.
+        size_multiple: width and height must be multiples of this number of pixels.
+        memory: FLUX: memory level, see `flux_memory.LEVELS`.
+    """
+
+    family: Literal["sdxl", "flux"]
+    pipeline: WeightSource
+    adapter: WeightSource
+    extractor: ExtractorKind
+    detector: WeightSource
+    recognition: WeightSource | None = None
+    vision_encoder: WeightSource | None = None
+    face_parsing: WeightSource | None = None
+    clip_input: Literal["image", "face"] | None = None
+    adapter_has_vision_encoder: bool = False
+    method: str = "pulid"
+    unet: WeightSource | None = None
+    transformer: WeightSource | None = None
+    sampler: Literal["dpm", "dpmpp_2m", "dpmpp_sde"] | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
+    use_half_precision: bool = False
+    is_miniature: bool = False
+    size_multiple: int = 8
+    memory: str = "full"
+
+    @property
+    def sources(self) -> tuple[WeightSource, ...]:
+        """All files and published names of these models."""
+        sources = (
+            self.pipeline,
+            self.unet,
+            self.transformer,
+            self.adapter,
+            self.detector,
+            self.recognition,
+            self.face_parsing,
+            self.vision_encoder,
+        )
+        companions = (
+            () if isinstance(self.adapter, Path) else COMPANION_WEIGHTS.get(self.method, ())
+        )
+        return (*(source for source in sources if source is not None), *companions)

@@ -1,0 +1,79 @@
+"""From the models that a user selects to a preset."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from openpulid.errors import OptionError
+from openpulid.faces.insightface_pack import find_pack
+from openpulid.pipelines.flux_memory import find_level
+from openpulid.pipelines.presets import Preset, find_preset, with_base, with_method
+from openpulid.pipelines.request import ModelSelection, RequestError
+
+PresetSource = str | os.PathLike[str] | Preset | ModelSelection
+"""A preset, its name, a directory of weights, or the models of a request."""
+
+
+def resolve_preset(
+    preset: PresetSource,
+    base: str | os.PathLike[str] | None = None,
+    method: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    face_pack: str | os.PathLike[str] | None = None,
+    memory: str | None = None,
+) -> Preset:
+    """Return a preset with changes in its models. No large file is opened.
+
+    Args:
+        preset: where to start. A `ModelSelection` brings its own changes.
+        base: another base model, see `presets.with_base`.
+        method: another method than PuLID, see `methods.registry.METHODS`.
+        adapter: another adapter file of the method, such as one of `pulid train`.
+        face_pack: directory of another insightface pack, whose detector and recognition model are
+            used. The adapter must have been trained with that recognition model.
+        memory: FLUX: memory level, see `flux_memory.LEVELS`.
+
+    Raises:
+        OptionError: there is no such preset, or a change does not apply to it.
+    """
+    if isinstance(preset, ModelSelection):
+        return resolve_preset(**dict(preset))
+    if not isinstance(preset, Preset):
+        preset = find_preset(os.fspath(preset))
+    if base is not None:
+        preset = with_base(preset, os.fspath(base))
+    if memory is not None:
+        preset = _with_memory(preset, memory)
+    if adapter is not None and not Path(adapter).exists():
+        raise OptionError(f"{os.fspath(adapter)} does not exist; pass an adapter file.")
+    if method is not None or adapter is not None:
+        file = None if adapter is None else Path(adapter)
+        preset = with_method(preset, method or preset.models.method, file)
+    if face_pack is not None:
+        preset = _with_face_pack(preset, os.fspath(face_pack))
+    return preset
+
+
+def _with_memory(preset: Preset, memory: str) -> Preset:
+    find_level(memory)
+    if "memory" not in preset.options:
+        raise RequestError("{0} is only available for FLUX presets.", "model.memory")
+    selection = preset.selection.model_copy(update={"memory": memory})
+    return replace(preset.with_models(memory=memory), selection=selection)
+
+
+def _with_face_pack(preset: Preset, directory: str) -> Preset:
+    if preset.models.is_miniature:
+        raise RequestError(
+            f"{preset.label} uses its own face models; {{0}} is only available for presets that "
+            "read photos.",
+            "model.face_pack",
+        )
+    detector, recognition = find_pack(directory)
+    changed = preset.with_models(
+        detector=detector, recognition=recognition if preset.models.recognition else None
+    )
+    selection = preset.selection.model_copy(update={"face_pack": directory})
+    return replace(changed, selection=selection)

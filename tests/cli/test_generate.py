@@ -1,0 +1,326 @@
+"""`pulid generate`: options to a request, and a request to images that can be regenerated."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from openpulid import __version__
+from openpulid.cli import main as cli
+from openpulid.identity.identity import Identity
+from openpulid.io.checkpoints import sha256
+from openpulid.io.metadata import read_metadata, save_image
+from openpulid.pipelines.presets import MINIATURE, PRESETS, mini, mini_lightning
+from openpulid.pipelines.provenance import Provenance
+from openpulid.pipelines.request import GenerationRequest, IdentityOptions, ModelSelection, Person
+from tests.cli.conftest import FakeStudio, Run
+
+
+def test_images_store_their_request(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    options = ("--num", 2, "--seed", 7, "--steps", 5, "--scale", 0.5, "-o", out)
+    done = pulid("generate", "Portrait, film noir!", "--id", anna, *options)
+    assert done.code == 0, done.err
+    names = ["portrait-film-noir-7.png", "portrait-film-noir-8.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    request = studio.requests[0]
+    assert studio.identities[0].photos == 1
+    assert (request.seed, request.num_images, request.num_inference_steps) == (7, 2, 5)
+    assert request.identity.scale == 0.5
+    assert request.guidance_scale == mini().defaults.guidance_scale
+    stored = Provenance.read(out / names[1]).request
+    assert stored == request.for_image(8, 32, 32)
+    assert (stored.prompt, stored.seed) == ("Portrait, film noir!", 8)
+    assert stored.people[0].images == (str(anna),)
+
+
+def test_identity_is_optional_or_comes_from_a_file(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "anna.safetensors"
+    pulid("identify", anna, "-o", file)
+    assert pulid("generate", "portrait", "--id", file, "-o", tmp_path).code == 0
+    assert pulid("generate", "portrait", "-o", tmp_path).code == 0
+    assert studio.identities[0].models == {"vision": "abc"}
+    assert studio.identities[1] is None
+
+
+def test_face_of_an_image_is_stored(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    face = ("--face", 1, "--order", "left-right")
+    assert pulid("generate", "portrait", "--id", anna, *face, "-o", tmp_path).code == 0
+    image = tmp_path / "portrait-0.png"
+    assert pulid("generate", "--from", image, "-o", tmp_path / "again").code == 0
+    for request, identity in zip(studio.requests, studio.identities, strict=True):
+        person = request.people[0]
+        assert (person.face_index, person.face_order) == (1, "left-right")
+        assert float(identity.id_cond[0, 0, 0]) == 20
+    pulid("identify", anna, "-o", tmp_path / "anna.safetensors")
+    refused = pulid("generate", "portrait", "--id", tmp_path / "anna.safetensors", "--face", 1)
+    expected = "--face cannot be used with an identity file; pass an image with --id."
+    assert refused.is_one_sentence and expected in refused.err
+    refused = pulid("generate", "portrait", "--face", 1, "-o", tmp_path)
+    assert refused.is_one_sentence and "--face requires a person" in refused.err
+
+
+def test_option_names_of_other_programs(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    mask = tmp_path / "mask.png"
+    Image.new("L", (96, 96), 255).save(mask)
+    identity = ("--id_scale", 0.5, "--start_at", 0.1, "--end-at", 0.9, "--num_zero", 3)
+    face = ("--attn_mask", mask, "--input_faces_index", 1, "--input_faces_order", "left-right")
+    done = pulid("generate", "portrait", "--id", anna, *identity, *face, "-o", tmp_path)
+    assert done.code == 0, done.err
+    request = studio.requests[0]
+    expected = IdentityOptions(scale=0.5, start=0.1, end=0.9, num_zero=3, projection="none")
+    assert request.identity == expected
+    person = Person(images=[anna], mask=mask, face_index=1, face_order="left-right")
+    assert request.people == (person,)
+    guidance = ("--timestep_to_start_cfg", 2, "--true_cfg", 2, "--negative", "red")
+    flux = ("--preset", "flux", "--max_sequence_length", 256, "--weight", 0.7)
+    done = pulid("generate", "portrait", "--id", anna, *flux, *guidance, "-o", tmp_path)
+    assert done.code == 0, done.err
+    request = studio.requests[1]
+    assert (request.timestep_to_start_cfg, request.max_sequence_length) == (2, 256)
+    assert request.identity.scale == 0.7
+
+
+def test_every_option_counts_and_an_image_is_regenerated(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    identity = ("--id", anna, "--mask", anna, "--method", "style", "--start", 0.1, "--end", 0.9)
+    sampling = ("--negative", "blurry", "--size", "832x1216", "--guidance", 2)
+    images = ("--num", 2, "--seed", 3, "-o", tmp_path / "a")
+    first = pulid("generate", "portrait", *identity, *sampling, *images)
+    assert first.code == 0, first.err
+    request = studio.requests[0]
+    assert (request.identity.projection, request.identity.num_zero) == ("ortho", 16)
+    assert (request.identity.start, request.identity.end) == (0.1, 0.9)
+    assert (request.width, request.height) == (832, 1216)
+    assert (request.negative_prompt, request.guidance_scale) == ("blurry", 2)
+    assert studio.identities[0].photos == 1 and studio.masks[0].size == (96, 96)
+    again = pulid("generate", "--from", tmp_path / "a" / "portrait-4.png", "-o", tmp_path / "b")
+    assert again.code == 0, again.err
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["portrait-4.png"]
+    assert studio.requests[1] == request.model_copy(update={"seed": 4, "num_images": 1})
+
+
+def test_options_override_a_mode(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    mode = ("--method", "style", "--num-zero", 4)
+    assert pulid("generate", "portrait", "--id", anna, *mode, "-o", tmp_path).code == 0
+    identity = studio.requests[0].identity
+    assert (identity.projection, identity.num_zero) == ("ortho", 4)
+
+
+def test_options_of_flux(pulid: Run, studio: FakeStudio, tmp_path: Path) -> None:
+    guidance = ("--true-cfg", 3, "--negative", "blurry", "--start-cfg", 2)
+    flux = ("--preset", "flux", "--memory", "16gb", "--start-step", 4, "--text-tokens", 300)
+    done = pulid("generate", "portrait", *flux, *guidance, "-o", tmp_path)
+    assert done.code == 0, done.err
+    expected: dict[str, Any] = {
+        "true_cfg_scale": 3,
+        "timestep_to_start_cfg": 2,
+        "max_sequence_length": 300,
+        "negative_prompt": "blurry",
+    }
+    assert expected.items() <= dict(studio.requests[0]).items()
+    assert studio.requests[0].identity.start_step == 4
+    stored = read_metadata(tmp_path / "portrait-0.png")["request"]
+    assert {**expected, "width": 896, "height": 1152}.items() <= stored.items()
+    assert stored["model"] == {"preset": "flux", "memory": "16gb"}
+    assert "projection" not in stored["identity"]
+    image = tmp_path / "portrait-0.png"
+    for level in ("16gb", "12gb"):
+        other = () if level == "16gb" else ("--memory", level)
+        assert pulid("generate", "--from", image, *other, "-o", tmp_path / "again").code == 0
+        assert expected.items() <= dict(studio.requests[-1]).items()
+        assert studio.preset.models.memory == level
+    style = pulid("generate", "portrait", "--preset", "flux", "--method", "style", "-o", tmp_path)
+    assert style.is_one_sentence and "with flux use --start-step" in style.err
+
+
+def test_image_is_regenerated_after_defaults_changed(
+    pulid: Run, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulid("world", "person", "--seed", 1_000_007, "-o", anna)
+    long = "photo, " * 60  # a preset's own negative prompt may be too long; it is cut
+    defaults = mini_lightning().with_defaults(negative_prompt=long, guidance_scale=1.5)
+    monkeypatch.setitem(PRESETS, "mini-lightning", lambda: defaults)
+    options = ("--id", anna, "--preset", "mini-lightning", "--seed", 2, "-o", tmp_path)
+    first = pulid("generate", "portrait, photo", *options)
+    assert first.code == 0, first.err
+    file = tmp_path / "portrait-photo-2.png"
+    image = Image.open(file)
+    metadata = json.loads(image.info["openpulid"])
+    assert metadata["version"] == __version__
+    stored = GenerationRequest.model_validate(metadata["request"])
+    expected = defaults.resolve(GenerationRequest(prompt="portrait, photo"))
+    expected = expected.for_image(2, 96, 96).model_copy(update={"people": stored.people})
+    assert stored == expected
+    changed = defaults.with_defaults(
+        negative_prompt="photo",
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        scale=0.3,
+        end=0.5,
+        projection="ortho",
+    )
+    monkeypatch.setitem(PRESETS, "mini-lightning", lambda: changed)
+    again = pulid("generate", "--from", file, "-o", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert Image.open(tmp_path / "again" / file.name).tobytes() == image.tobytes()
+
+
+def test_changed_or_missing_inputs_are_refused(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (96, 96), 255).save("mask.png")
+    done = pulid("generate", "portrait", "--id", "anna.png", "--mask", "mask.png", "-o", "out")
+    assert done.code == 0, done.err
+    text = Image.open("out/portrait-0.png").info["openpulid"]
+    assert str(tmp_path) not in text
+    provenance = Provenance.model_validate_json(text)
+    assert provenance.request.people == (Person(images=["anna.png"], mask="mask.png"),)
+    assert provenance.input_hashes == {
+        "people.0.images.0": sha256("anna.png"),
+        "people.0.mask": sha256("mask.png"),
+    }
+    again = ("generate", "--from", "out/portrait-0.png", "-o", "again")
+    for name in ("anna.png", "mask.png"):
+        content = Path(name).read_bytes()
+        Image.new("RGB", (96, 96), "red").save(name)
+        refused = pulid(*again)
+        expected = f"{name} has changed since out/portrait-0.png was generated"
+        assert refused.is_one_sentence and expected in refused.err
+        Path(name).write_bytes(content)
+    assert pulid(*again).code == 0 and len(studio.requests) == 2
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    refused = pulid("generate", "--from", "../out/portrait-0.png", "-o", ".")
+    expected = "was generated with anna.png, which does not exist"
+    assert refused.is_one_sentence and expected in refused.err
+
+
+def test_missing_inputs_of_every_kind_are_refused(
+    pulid: Run, studio: FakeStudio, tmp_path: Path
+) -> None:
+    def write(name: str, hashes: dict[str, str] | None = None, **fields: Any) -> Path:
+        request = GenerationRequest(prompt="portrait", **{"model": ModelSelection(), **fields})
+        provenance = Provenance(request=request, input_hashes=hashes or {})
+        save_image(Image.new("RGB", (32, 32)), tmp_path / name, provenance.to_metadata())
+        return tmp_path / name
+
+    missing = (
+        ("anna.jpg", write("0.png", people=[Person(images=["anna.jpg", "face.jpg"])])),
+        ("x" * 300, write("1.png", people=[Person(images=["x" * 300])])),
+        ("none.bin", write("2.png", model=ModelSelection(adapter="none.bin"))),
+        (
+            "none.ckpt",
+            write("3.png", {"model.base": "a"}, model=ModelSelection(base="none.ckpt")),
+        ),
+    )
+    for file, image in missing:
+        refused = pulid("generate", "--from", image, "-o", tmp_path)
+        expected = f"was generated with {file}, which does not exist"
+        assert refused.is_one_sentence and expected in refused.err
+    hub = write("hub.png", model=ModelSelection(base="owner/name"))
+    assert pulid("generate", "--from", hub, "-o", tmp_path).code == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "3",
+        "null",
+        '"portrait"',
+        "{}",
+        '{"request": {"seed": 0}}',
+        '{"request": {"prompt": "portrait", "schema_version": 2}}',
+        "no JSON",
+    ],
+)
+def test_image_without_parameters_is_refused(pulid: Run, tmp_path: Path, text: str) -> None:
+    metadata = PngInfo()
+    metadata.add_itxt("openpulid", text)
+    Image.new("RGB", (32, 32)).save(tmp_path / "other.png", pnginfo=metadata)
+    refused = pulid("generate", "--from", tmp_path / "other.png", "-o", tmp_path)
+    assert refused.is_one_sentence and "generation parameters" in refused.err
+
+
+def test_own_adapter_is_used_and_stored(
+    pulid: Run, anna: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pulid("world", "person", "--seed", 1_000_007, "-o", anna)
+    command = ("generate", "portrait, photo", "--id", anna, "--preset", "mini-lightning")
+    command = (*command, "--steps", 1, "-o")
+    adapter = ("--adapter", MINIATURE / "pulid-stage1.safetensors")
+    for name, options in (("default", ()), ("own", adapter)):
+        done = pulid(*command, tmp_path / name, *options)
+        assert done.code == 0, done.err
+    image = tmp_path / "own" / "portrait-photo-0.png"
+    again = pulid("generate", "--from", image, "-o", tmp_path / "again")
+    assert again.code == 0, again.err
+    default, own, regenerated = (
+        Image.open(tmp_path / name / "portrait-photo-0.png").tobytes()
+        for name in ("default", "own", "again")
+    )
+    assert own == regenerated != default and not caplog.records
+    missing = pulid(*command, tmp_path, "--adapter", tmp_path / "none.safetensors")
+    assert missing.is_one_sentence and "none.safetensors does not exist" in missing.err
+
+
+def test_identity_of_other_models_is_refused_also_with_a_mask(
+    pulid: Run, anna: Path, tmp_path: Path
+) -> None:
+    hidden = tuple(torch.ones(1, 3, 2) for _ in range(5))
+    file = tmp_path / "other.safetensors"
+    Identity(torch.ones(1, 1, 4), hidden, {"vision": "abc"}).save(file)
+    for mask in ((), ("--mask", anna)):
+        options = ("--id", file, *mask, "--preset", "mini-lightning", "-o", tmp_path)
+        refused = pulid("generate", "portrait, photo", *options)
+        assert refused.is_one_sentence and "re-create it from its images" in refused.err
+
+
+def test_out_of_memory_is_one_sentence(
+    pulid: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def allocate(amount: int) -> None:
+        torch.empty(amount, dtype=torch.uint8)
+
+    def allocate_on_accelerator(amount: int) -> None:
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {amount} bytes.")
+
+    run = "openpulid.cli.generate.run_request"
+    for work in (allocate, allocate_on_accelerator):
+        monkeypatch.setattr(run, lambda *_, work=work: work(2**50))
+        failed = pulid("generate", "portrait", "-o", tmp_path)
+        assert failed.is_one_sentence and "--memory 12gb" in failed.err
+    monkeypatch.setattr(run, lambda *_: allocate(-1))
+    monkeypatch.setattr(sys, "argv", ["pulid", "generate", "portrait", "-o", str(tmp_path)])
+    with pytest.raises(RuntimeError, match="negative dimension"):  # a bug keeps its traceback
+        cli.main()
+
+
+def test_from_excludes_other_options(pulid: Run, studio: FakeStudio, tmp_path: Path) -> None:
+    assert pulid("generate", "portrait", "-o", tmp_path).code == 0
+    again = ("generate", "--from", tmp_path / "portrait-0.png", "-o", tmp_path)
+    assert pulid(*again, "--device", "cpu").code == 0
+    for options in (("a person",), ("--steps", 5), ("--num", 2), ("--scale", 0.8, "--seed", 0)):
+        refused = pulid(*again, *options)
+        name = options[0].replace("a person", "prompt")
+        assert refused.is_one_sentence and name in refused.err

@@ -1,0 +1,98 @@
+"""`pulid identify`: from images to an identity file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from openpulid.identity.identity import Identity
+from openpulid.pipelines.presets import MINIATURE
+from tests.cli.conftest import FakeStudio, Run
+
+
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record the label of every decoded image."""
+    from openpulid.io import images
+
+    labels: list[str] = []
+    decode = images._decode
+
+    def record(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
+        labels.append(label)
+        return decode(image, label, max_pixels)
+
+    monkeypatch.setattr(images, "_decode", record)
+    return labels
+
+
+def test_identity_file_is_private(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "who" / "anna.safetensors"
+    assert pulid("identify", anna, anna, "-o", out).code == 0
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert Identity.load(out).photos == 2
+
+
+def test_face_order_and_fusion_reach_the_identity(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    show = tmp_path / "seen" / "faces.png"
+    out = tmp_path / "a.safetensors"
+    face = ("--face", 1, "--order", "left-right")
+    done = pulid("identify", anna, anna, "-o", out, *face, "--fusion", "mean", "--show", show)
+    assert done.code == 0, done.err
+    identity = Identity.load(out)
+    assert (identity.photos, identity.num_sources) == (1, 2)
+    assert float(identity.id_cond[0, 0, 0]) == 20  # of two faces from the left the second
+    assert Image.open(show).size == (2 * 512, 2 * 512)
+
+
+@pytest.mark.parametrize("show", [False, True])
+def test_image_is_decoded_once_and_faces_are_detected_once(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, decodes: list[str], show: bool
+) -> None:
+    more = ("--show", tmp_path / "faces.png") if show else ()
+    assert pulid("identify", anna, "-o", tmp_path / "anna.safetensors", *more).code == 0
+    assert decodes == [str(anna)]
+    assert studio.extractor.detection.count == 1
+
+
+def test_generate_decodes_once_and_detects_once(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, decodes: list[str]
+) -> None:
+    mask = tmp_path / "mask.png"
+    Image.new("L", (96, 96), 255).save(mask)
+    done = pulid("generate", "portrait", "--id", anna, "--mask", mask, "-o", tmp_path)
+    assert done.code == 0, done.err
+    assert sorted(decodes) == sorted([str(anna), str(mask)])
+    assert studio.extractor.detection.count == 1
+
+
+def test_no_base_model_is_loaded(pulid: Run, anna: Path, tmp_path: Path) -> None:
+    """The directory has the miniature's face models alone, and a pipeline that cannot be loaded."""
+    pulid("world", "person", "--seed", 1_000_007, "-o", anna)
+    mine = tmp_path / "mine"
+    (mine / "pipeline").mkdir(parents=True)
+    (mine / "pipeline" / "model_index.json").write_text("{}")
+    for name in ("detector", "recognition-encoder", "vision-encoder"):
+        (mine / f"{name}.safetensors").symlink_to(MINIATURE / f"{name}.safetensors")
+    files = (tmp_path / "0.safetensors", tmp_path / "1.safetensors")
+    for file, options in zip(files, (("--preset", mine), ()), strict=True):
+        done = pulid("identify", anna, "-o", file, *options)
+        assert done.code == 0, done.err
+    one, other = (Identity.load(file) for file in files)
+    assert torch.equal(one.id_cond, other.id_cond)
+
+
+def test_all_faces_are_listed(pulid: Run, anna: Path) -> None:
+    pulid("world", "person", "--seed", 1_000_007, "-o", anna)
+    done = pulid("identify", anna, "--face", "all")
+    expected = rf"{anna}: face 0 at \d+,\d+ to \d+,\d+, score [01]\.\d\d\n"
+    assert done.code == 0 and re.fullmatch(expected, done.out), done.err
+    assert list(anna.parent.glob("*.safetensors")) == []
