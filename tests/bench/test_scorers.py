@@ -136,9 +136,9 @@ def test_missing_lpips_library_is_reported(tmp_path: Path, monkeypatch: pytest.M
 def test_clip_matches_transformers(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from openpulid.mini.models.tokenizer import tokenizer
+    from openpulid.mini.models.tokenizer import build_tokenizer
 
-    words = tokenizer()
+    words = build_tokenizer()
     vision = {
         "hidden_size": 32,
         "intermediate_size": 32,
@@ -189,7 +189,7 @@ def test_missing_models_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(WeightsError, match="pulid weights get detector"):
         PhotoScorers.load(CPU)
     with pytest.raises(WeightsError, match="on no hub; get it from"):
-        download("judge-recogniser")
+        download("scorer-recognition")
     (tmp_path / "scrfd_10g_bnkps.onnx").symlink_to(DETECTOR)
     network = photo_scorers.__dict__["load_curricular_face"]
     monkeypatch.setattr(photo_scorers, "load_curricular_face", lambda file: build_recognition())
@@ -199,7 +199,7 @@ def test_missing_models_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (
         len(messages) == 4
         and "not measured: FID" in messages[-1]
-        and "pulid weights get judge-clip" in messages[0]
+        and "pulid weights get scorer-clip" in messages[0]
     )
     assert {metric.name for metric in scorers.metrics()} == {
         "face_sim",

@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import FACE, MiniDetection, MiniFaceDetector, _boxes, _centres
+from openpulid.faces.mini_detector import (
+    FACE,
+    MiniDetection,
+    MiniFaceDetector,
+    _boxes,
+    _centers_of_mass,
+)
 
 
 class KnownFinder(MiniFaceDetector):
@@ -46,7 +52,7 @@ def test_everything_is_differentiable_in_the_picture(finder):
 def test_the_centre_of_a_sharp_heat_map_is_the_pixel():
     maps = torch.full((1, 5, 24, 24), -50.0)
     maps[0, :, 3, 10] = 50.0
-    assert torch.allclose(_centres(maps), torch.tensor([42.0, 14.0]).expand(1, 5, 2))
+    assert torch.allclose(_centers_of_mass(maps), torch.tensor([42.0, 14.0]).expand(1, 5, 2))
 
 
 def test_the_box_lies_around_the_face_and_ignores_specks():
@@ -64,7 +70,7 @@ def test_a_picture_of_any_size_keeps_its_own_pixels(height, width):
     image = torch.zeros(3, height, width)
     x1, y1, x2, y2 = width // 3, height // 3, width * 2 // 3, height * 2 // 3
     image[:, y1:y2, x1:x2] = 1.0
-    found = KnownFinder().find([image, torch.zeros(3, 50, 70)])
+    found = KnownFinder().detect([image, torch.zeros(3, 50, 70)])
     assert found[1] is None
     face = found[0]
     assert isinstance(face, Face) and face.image is image
@@ -86,5 +92,5 @@ def test_a_picture_of_any_size_keeps_its_own_pixels(height, width):
 def test_below_the_threshold_there_is_no_face():
     image = torch.zeros(3, 96, 96)
     image[:, 30:60, 30:60] = 1.0
-    assert KnownFinder().find(image[None], threshold=0.99) == [None]
-    assert KnownFinder().find([]) == []
+    assert KnownFinder().detect(image[None], threshold=0.99) == [None]
+    assert KnownFinder().detect([]) == []

@@ -15,7 +15,7 @@ from openpulid.errors import WeightsError
 from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import CROP, TEMPLATE, FaceParser, align_photo
 from openpulid.faces.face import Face
-from openpulid.faces.insightface_pack import find_pack, pixels, providers
+from openpulid.faces.insightface_pack import find_pack, select_providers, to_uint8
 from openpulid.faces.scrfd import BORDER, SCRFDDetector
 from openpulid.faces.select import sort_faces
 from openpulid.io.images import open_image
@@ -47,7 +47,7 @@ def astronaut() -> Tensor:
 )
 def test_every_photo_gives_its_face(finder, name) -> None:
     image = opened(next(PHOTOS.glob(f"{name}.*")))
-    faces = finder.find(image)
+    faces = finder.detect(image)
     assert len(faces) == 1 and faces[0].score > 0.7 and faces[0].mask is None
     x1, y1, x2, y2 = faces[0].box
     assert 0 <= x1 < x2 <= image.shape[2] and 0 <= y1 < y2 <= image.shape[1]
@@ -59,7 +59,7 @@ def test_every_photo_gives_its_face(finder, name) -> None:
         and five[:2, 1].max() < five[3:, 1].min()
     )
     tight = image[:, int(y1) : int(y2), int(x1) : int(x2)]
-    again = finder.find(tight)
+    again = finder.detect(tight)
     assert len(again) == 1
     width = x2 - x1
     assert (again[0].landmarks + torch.stack([x1.floor(), y1.floor()]) - five).norm(
@@ -69,7 +69,7 @@ def test_every_photo_gives_its_face(finder, name) -> None:
 
 @needs_detector
 def test_the_astronaut(finder, astronaut) -> None:
-    (face,) = finder.find(astronaut)
+    (face,) = finder.detect(astronaut)
     assert torch.allclose(
         face.landmarks[:2], torch.tensor([[205.0, 101.0], [248.0, 104.0]]), atol=4
     )
@@ -77,7 +77,7 @@ def test_the_astronaut(finder, astronaut) -> None:
 
 @needs_detector
 def test_six_people(finder, group) -> None:
-    faces = finder.find(group)
+    faces = finder.detect(group)
     assert len(faces) == 6 and [f.area for f in faces] == sorted(
         (f.area for f in faces), reverse=True
     )
@@ -87,23 +87,23 @@ def test_six_people(finder, group) -> None:
 
 @needs_detector
 def test_a_tight_crop_a_border_and_nothing_at_all(finder, astronaut) -> None:
-    (face,) = finder.find(astronaut)
+    (face,) = finder.detect(astronaut)
     x1, y1, x2, y2 = (int(v) for v in face.box)
-    assert len(finder.find(astronaut[:, y1 + 8 : y2 - 3, x1 + 3 : x2 - 3])) == 1
+    assert len(finder.detect(astronaut[:, y1 + 8 : y2 - 3, x1 + 3 : x2 - 3])) == 1
     margin = 256  # what is found on a copy with a border lies in the picture's own pixels
     around = torch.nn.functional.pad(astronaut, (margin,) * 4, value=0.5)
     (again,) = finder._at(astronaut, around, 640, margin)
     assert (again.landmarks - face.landmarks).abs().max() < 5 and again.image is astronaut
-    assert finder.find(torch.full((3, 200, 300), 0.5)) == []
-    assert finder.tried == "sizes 640, 512, 384, 256 and a copy with a border"
+    assert finder.detect(torch.full((3, 200, 300), 0.5)) == []
+    assert finder.search_description == "sizes 640, 512, 384, 256 and a copy with a border"
 
 
 @needs_detector
 def test_the_crop_has_the_landmarks_in_their_places(finder, astronaut) -> None:
-    (face,) = finder.find(astronaut)
+    (face,) = finder.detect(astronaut)
     crop = align_photo(face)
     assert crop.shape == (1, 3, CROP, CROP)
-    (again,) = finder.find(crop[0])
+    (again,) = finder.detect(crop[0])
     assert (again.landmarks - 0.5 - torch.tensor(TEMPLATE)).norm(dim=1).max() < 25  # she smiles
 
 
@@ -117,17 +117,19 @@ def test_a_crop_is_exact_where_the_landmarks_are() -> None:
     )
     crop = align_photo(face)  # the transform is a shift by whole pixels
     assert (
-        np.abs(pixels(crop[0]).astype(int) - pixels(image[:, 60:572, 100:612]).astype(int)).max()
+        np.abs(
+            to_uint8(crop[0]).astype(int) - to_uint8(image[:, 60:572, 100:612]).astype(int)
+        ).max()
         <= 1
     )
     outside = align_photo(Face(image, face.box, torch.tensor(TEMPLATE) - 200, 1.0))
-    assert pixels(outside[0])[0, 0].tolist() == [132, 133, 135]
+    assert to_uint8(outside[0])[0, 0].tolist() == [132, 133, 135]
 
 
 @needs_detector
 def test_an_embedding_is_of_one_face(finder, group, tmp_path) -> None:
     recogniser = ArcFaceRecognition.load(recogniser_file(tmp_path / "glintr100.onnx"))
-    first, second, *_ = finder.find(group)
+    first, second, *_ = finder.detect(group)
     one = recogniser(first)
     assert (
         one.shape == (1, 512) and one.dtype == torch.float32 and torch.equal(one, recogniser(first))
@@ -200,7 +202,7 @@ def test_smaller_and_smaller_then_with_a_border_until_a_face_is_found() -> None:
             found = int(len(looked) == 8)
             return np.full((found, 5), 60.0, np.float32), np.full((found, 5, 2), 60.0, np.float32)
 
-    (face,) = SCRFDDetector(Blind()).find(torch.zeros(3, 200, 100))
+    (face,) = SCRFDDetector(Blind()).detect(torch.zeros(3, 200, 100))
     margin = round(BORDER * 200)
     assert looked == [
         (size, height) for height in (200, 200 + 2 * margin) for size in (640, 512, 384, 256)
@@ -211,16 +213,16 @@ def test_smaller_and_smaller_then_with_a_border_until_a_face_is_found() -> None:
 def test_a_devices_provider() -> None:
     known = ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
     assert (
-        providers("cuda", ["MIGraphXExecutionProvider", "CPUExecutionProvider"])[0]
+        select_providers("cuda", ["MIGraphXExecutionProvider", "CPUExecutionProvider"])[0]
         == "MIGraphXExecutionProvider"
     )  # AMD
-    assert providers("cpu", known) == ["CPUExecutionProvider"]
-    assert providers(torch.device("mps"), known) == [
+    assert select_providers("cpu", known) == ["CPUExecutionProvider"]
+    assert select_providers(torch.device("mps"), known) == [
         "CoreMLExecutionProvider",
         "CPUExecutionProvider",
     ]
-    assert providers("mps", ["CPUExecutionProvider"]) == ["CPUExecutionProvider"]
-    assert providers("cuda:1", ["CUDAExecutionProvider"])[0] == (
+    assert select_providers("mps", ["CPUExecutionProvider"]) == ["CPUExecutionProvider"]
+    assert select_providers("cuda:1", ["CUDAExecutionProvider"])[0] == (
         "CUDAExecutionProvider",
         {"device_id": 1},
     )

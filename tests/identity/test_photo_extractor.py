@@ -120,7 +120,7 @@ def test_large_and_small_copies_of_a_photo_agree(studio) -> None:
     small, other = (image.faces[0] for image in studio.detect([photo, large]).images)
     assert small.image.shape == (3, 512, 512) and other.image.shape == (3, 1024, 1024)
     assert (other.landmarks / 2 - small.landmarks).abs().max() < 4
-    assert np.abs(np.array(other.corners) / 6 - small.corners).max() < 6
+    assert np.abs(np.array(other.pixel_box) / 6 - small.pixel_box).max() < 6
     one, two = (studio.extractor.recognition(face) for face in (small, other))
     assert torch.cosine_similarity(one, two) > 0.95
 

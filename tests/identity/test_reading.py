@@ -154,7 +154,9 @@ def test_adapter_requires_the_face_models_of_its_training(
     adapter = PuLID.load(
         made.save(tmp_path / "adapter.safetensors", {"models": json.dumps({**read, "EVA02": "0"})})
     )
-    with pytest.raises(OptionError, match="but the current EVA02 differs; pass the insightface pack"):
+    with pytest.raises(
+        OptionError, match="but the current EVA02 differs; pass the insightface pack"
+    ):
         load_extractor(preset, torch.device("cpu"), adapter)
 
 

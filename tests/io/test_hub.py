@@ -231,7 +231,7 @@ def test_what_is_known_of_a_file_is_held_against_it(
 
 
 @pytest.mark.parametrize(
-    ("name", "held"), [("parsing", published.SHA256["parsing"]), ("judge-lpips", "7be5be79")]
+    ("name", "held"), [("parsing", published.SHA256["parsing"]), ("scorer-lpips", "7be5be79")]
 )
 def test_a_file_from_a_page_is_checked_as_it_comes(
     name: str, held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -269,7 +269,7 @@ def test_offline_nothing_is_asked(mirror: list[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     elsewhere: list[tuple[object, ...]] = []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: elsewhere.append(args))
-    for name in ("pulid-v1.1", "sdxl-base", "parsing", "judge-lpips"):
+    for name in ("pulid-v1.1", "sdxl-base", "parsing", "scorer-lpips"):
         with pytest.raises(
             WeightsError, match=r"could not be downloaded .* files that are whole are kept"
         ):

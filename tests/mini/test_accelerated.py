@@ -29,7 +29,7 @@ from openpulid.mini.accelerated.scenes import (
 from openpulid.mini.accelerated.steps import DeviceMuon, TimedSchedule
 from openpulid.mini.accelerated.world import plan_world, render_world
 from openpulid.mini.models.pipeline import TextEncoders
-from openpulid.mini.models.tokenizer import tokenizer
+from openpulid.mini.models.tokenizer import build_tokenizer
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.muon import Muon
 from openpulid.world import ATTRIBUTES, Person, render
@@ -98,7 +98,7 @@ def test_portraits_share_the_sitting():
 
 
 def test_captions_say_what_is_visible(generator):
-    scenes, words = draw_scenes(40, generator), tokenizer()
+    scenes, words = draw_scenes(40, generator), build_tokenizer()
     tokens = CaptionWriter(words, torch.device("cpu")).write(scenes, generator, keep=1.0)
     for row in range(40):
         scene = scenes.scene(row)
@@ -166,7 +166,7 @@ def test_detect_agrees_with_the_detector(world):
 
     detector = load_module(MiniFaceDetector, MINIATURE / "detector.safetensors")
     images = torch.cat([world.images[:3].float() / 255, torch.full((1, 3, 96, 96), 0.5)])
-    faces, expected = detect(detector, images), detector.find(images)
+    faces, expected = detect(detector, images), detector.detect(images)
     assert faces.found.tolist() == [face is not None for face in expected]
     assert torch.equal(faces.masks[0], expected[0].mask)
     torch.testing.assert_close(faces.landmarks[0], expected[0].landmarks)

@@ -87,7 +87,7 @@ def test_every_rival_shows_somebody(method, studio):
 
 
 def test_the_finder_finds_its_people(finder, strangers):
-    found = finder.find(strangers.image)
+    found = finder.detect(strangers.image)
     assert all(face is not None for face in found)
     masks = torch.stack([face.mask for face in found])
     union, both = torch.maximum(masks, strangers.face).sum(), (masks * strangers.face).sum()
@@ -101,14 +101,14 @@ def test_the_finder_refuses_noise_and_plain_colours(finder):
     generator = torch.Generator().manual_seed(0)
     plain = torch.rand(16, 3, 1, 1, generator=generator).expand(-1, -1, 96, 96)
     noise = torch.rand(16, 3, 96, 96, generator=generator)
-    assert all(face is None for face in finder.find(torch.cat([plain, noise])))
+    assert all(face is None for face in finder.detect(torch.cat([plain, noise])))
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs are not beside this checkout")
 def test_the_finder_refuses_real_photographs(finder):
     pictures = [open_image(path) for path in sorted(PHOTOS.iterdir())]
     assert len(pictures) == 7
-    assert all(finder.find([to_tensor([picture])[0]])[0] is None for picture in pictures)
+    assert all(finder.detect([to_tensor([picture])[0]])[0] is None for picture in pictures)
 
 
 def test_the_autoencoder_keeps_the_picture(strangers):

@@ -260,7 +260,7 @@ def test_image_without_a_known_face_is_refused(folder, tmp_path) -> None:
     ) as said:
         studio.identify(tmp_path / "photo.jpg")
     error = said.value
-    assert (error.source, error.size, error.tried) == (
+    assert (error.source, error.size, error.search_description) == (
         str(tmp_path / "photo.jpg"),
         (96, 96),
         "one size: 96 pixels",

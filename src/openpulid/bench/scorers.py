@@ -54,7 +54,9 @@ class PhotoFaces:
 
         Embeddings of images without a face are zero.
         """
-        faces: list[Face | None] = [next(iter(self.detector.find(image)), None) for image in images]
+        faces: list[Face | None] = [
+            next(iter(self.detector.detect(image)), None) for image in images
+        ]
         masks = torch.zeros(len(images), 1, *images.shape[2:])
         embeddings: list[Tensor] = []
         for row, face in enumerate(faces):
@@ -138,7 +140,7 @@ class PhotoScorers:
         """
         faces = PhotoFaces(
             SCRFDDetector.load(locate("detector"), device),
-            load_curricular_face(locate("judge-recogniser")).to(device),
+            load_curricular_face(locate("scorer-recognition")).to(device),
         )
 
         def load_optional(columns: str, load: Callable[[], Model]) -> Model | None:
@@ -148,12 +150,12 @@ class PhotoScorers:
                 say(f"not measured: {columns} ({error})")
                 return None
 
-        clip = load_optional("CLIP-T and CLIP-I", lambda: load_clip(locate("judge-clip"), device))
-        dino = load_optional("DINO and FGIS", lambda: load_dino(locate("judge-dino"), device))
+        clip = load_optional("CLIP-T and CLIP-I", lambda: load_clip(locate("scorer-clip"), device))
+        dino = load_optional("DINO and FGIS", lambda: load_dino(locate("scorer-dino"), device))
         lpips = load_optional(
-            "LPIPS and Face Div", lambda: load_lpips(locate("judge-lpips"), device)
+            "LPIPS and Face Div", lambda: load_lpips(locate("scorer-lpips"), device)
         )
-        inception = load_optional("FID", lambda: load_inception(locate("judge-inception"), device))
+        inception = load_optional("FID", lambda: load_inception(locate("scorer-inception"), device))
         embed_images, embed_texts = clip or (None, None)
         return cls(faces, embed_images, embed_texts, dino, lpips, inception)
 

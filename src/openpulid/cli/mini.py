@@ -72,11 +72,11 @@ def evaluate(
         scale=scale,
         adapters={str(file): file for file in adapter} if adapter else None,
         device=device,
-        progress=evaluation.silent if as_json else evaluation.progress,
+        progress=evaluation.hide_progress if as_json else evaluation.show_progress,
     )
     if not as_json:
-        evaluation.show(table)
-    last_line(evaluation.as_json(table))
+        evaluation.print_table(table)
+    last_line(evaluation.to_json(table))
 
 
 @mini.command()
@@ -88,7 +88,7 @@ def ablation(
     """Draw held-out people with the same prompt and seed at every stage of the training."""
     from openpulid.mini.evaluation import ablation as stages
 
-    save_image(stages.picture(people, people_seed), picture_file(out))
+    save_image(stages.draw_stages(people, people_seed), picture_file(out))
     print(out)
 
 
@@ -107,5 +107,5 @@ def sweep(
     table = stages.sweep(steps, people, device=device, say=silent if as_json else say)
     stages.plot(table, picture_file(out))
     if not as_json:
-        evaluation.show(table)
-    last_line(evaluation.as_json(table))
+        evaluation.print_table(table)
+    last_line(evaluation.to_json(table))

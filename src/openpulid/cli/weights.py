@@ -40,7 +40,7 @@ def list_weights(folder: Directory = None) -> None:
             path = str(locate(name, folder))
         except WeightsError:
             path = "-"
-        licence = entry.licence if entry.commercial else f"{entry.licence} (not commercial)"
+        licence = entry.license if entry.commercial else f"{entry.license} (not commercial)"
         checksum = SHA256.get(name, "-")[:12]
         table.add_row(name, entry.name, str(entry.megabytes), licence, checksum, path)
     Console().print(table)

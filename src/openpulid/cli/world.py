@@ -24,9 +24,9 @@ def person(
     ] = 96,
 ) -> None:
     """Draw one image of one synthetic person."""
-    from openpulid.world.gallery import portrait
+    from openpulid.world.gallery import render_portrait
 
-    save_image(portrait(seed, size), picture_file(out))
+    save_image(render_portrait(seed, size), picture_file(out))
     print(out)
 
 
@@ -39,9 +39,9 @@ def sheet(
     ] = 160,
 ) -> None:
     """Draw eight people in eight scenes, one person per row."""
-    from openpulid.world.gallery import people_sheet
+    from openpulid.world.gallery import render_people_sheet
 
-    save_image(people_sheet(seed, size), picture_file(out))
+    save_image(render_people_sheet(seed, size), picture_file(out))
     print(out)
 
 

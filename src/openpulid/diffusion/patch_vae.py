@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
-FOLDED = 2
+NUM_FOLDED = 2
 """Levels of the pyramid that are a pixel-unshuffle: convolutions at full resolution cost a CPU most and give least."""
 
 
@@ -38,7 +38,7 @@ class PatchAutoencoderKL(AutoencoderKL):
         sample_size: int = 96,
         scaling_factor: float = 1.0,
         force_upcast: bool = False,
-        folded: int = FOLDED,
+        folded: int = NUM_FOLDED,
         overlap: int = 0,
     ) -> None:
         widths = tuple(block_out_channels[folded:])

@@ -54,14 +54,14 @@ def select_face(
     place = index or 0
     if not 0 <= place < len(line):
         raise FaceError(
-            f"{label}: shows {count(line)}, so there is no face {place}; they are counted from 0, {order}."
+            f"{label}: shows {format_count(line)}, so there is no face {place}; they are counted from 0, {order}."
         )
     if index is None and len(line) > 1:
-        x1, y1, x2, y2 = line[0].corners
+        x1, y1, x2, y2 = line[0].pixel_box
         logger.warning(
             "%s: shows %s; the one at %d,%d to %d,%d was taken (face 0, %s)",
             label,
-            count(line),
+            format_count(line),
             x1,
             y1,
             x2,
@@ -77,11 +77,11 @@ def describe_faces(
     """The faces of one picture in words, a line for each, by the number that `chosen` takes. Raises as `ordered`."""
     lines = []
     for place, face in enumerate(sort_faces(faces, order)):
-        x1, y1, x2, y2 = face.corners
+        x1, y1, x2, y2 = face.pixel_box
         lines.append(f"{label}: face {place} at {x1},{y1} to {x2},{y2}, score {face.score:.2f}")
     return lines
 
 
-def count(faces: Sequence[Face]) -> str:
+def format_count(faces: Sequence[Face]) -> str:
     """How many, in words."""
     return f"{len(faces)} face{'s' * (len(faces) != 1)}"

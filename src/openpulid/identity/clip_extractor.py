@@ -137,7 +137,7 @@ class ClipExtractor:
             embedding, states = self._encode(face)
             embeddings.append(embedding)
         id_cond = torch.cat(embeddings, 1)[:, None]
-        return Identity(id_cond, states, self.models, face.places[None, None].cpu())
+        return Identity(id_cond, states, self.models, face.normalized_landmarks[None, None].cpu())
 
     def _encode(self, face: Face) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the embedding (1, E), and the states (1, 1 + N, D) of the image and of none."""

@@ -40,11 +40,11 @@ class PhotoFaceDetection:
     @property
     def search_description(self) -> str:
         """What `detect` tries before it gives up."""
-        return self.detector.tried
+        return self.detector.search_description
 
     def detect(self, image: Tensor) -> list[Face]:
         """Return the faces in an image (3, H, W) in [0, 1], the largest first."""
-        return self.detector.find(image)
+        return self.detector.detect(image)
 
 
 class MiniFaceDetection:
@@ -66,4 +66,4 @@ class MiniFaceDetection:
 
     def detect(self, image: Tensor) -> list[Face]:
         """Return the face in an image (3, H, W) in [0, 1], or an empty list."""
-        return [face for face in self.detector.find([image]) if face is not None]
+        return [face for face in self.detector.detect([image]) if face is not None]

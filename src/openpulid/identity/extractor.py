@@ -105,7 +105,7 @@ class MiniExtractor:
             id_cond[:, None].float().cpu(),
             tuple(x.float().cpu() for x in hidden),
             self.models,
-            face.places[None, None].cpu(),
+            face.normalized_landmarks[None, None].cpu(),
         )
 
     @torch.no_grad()

@@ -105,5 +105,5 @@ class PhotoExtractor:
             id_cond[:, None],
             tuple(level.float().cpu() for level in hidden),
             self.models,
-            face.places[None, None].cpu(),
+            face.normalized_landmarks[None, None].cpu(),
         )

@@ -250,11 +250,11 @@ def _random_person(directory: Path) -> list[str]:
     from random import randrange
 
     from openpulid.world import HELD_OUT_PEOPLE
-    from openpulid.world.gallery import portrait
+    from openpulid.world.gallery import render_portrait
 
     number = HELD_OUT_PEOPLE + randrange(100_000)
     path = directory / f"person-{number}.png"
-    save_image(portrait(number), path)
+    save_image(render_portrait(number), path)
     return [str(path)]
 
 

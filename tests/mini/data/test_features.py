@@ -25,7 +25,7 @@ def extractor() -> MiniExtractor:
 
 def test_rows_are_the_features_of_the_faces(small_world, extractor, tmp_path) -> None:
     steps = []
-    kept = FaceFeatures.of(
+    kept = FaceFeatures.build(
         extractor, small_world, tmp_path, lambda done, total: steps.append((done, total))
     )
     assert steps[-1] == (len(small_world), len(small_world))
@@ -44,7 +44,7 @@ def test_rows_are_the_features_of_the_faces(small_world, extractor, tmp_path) ->
 def test_other_networks_read_again(small_world, extractor, tmp_path) -> None:
     def reads() -> int:
         steps: list[int] = []
-        FaceFeatures.of(extractor, small_world, tmp_path, lambda done, total: steps.append(done))
+        FaceFeatures.build(extractor, small_world, tmp_path, lambda done, total: steps.append(done))
         return len(steps)
 
     assert reads() == 1 and reads() == 0

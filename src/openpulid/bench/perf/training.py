@@ -181,7 +181,14 @@ def random_task(recipe: Recipe, base: BaseModel) -> PuLIDTask:
             encoder = IDFormer(output_dim=width, **sizes)
         adapter = PuLID.for_unet(unet, encoder).to(torch.float32)
     people = RandomPeople(base, adapter, recipe.batch, 65 if is_mini else 577, recipe.pixels)
-    return PuLIDTask(recipe, base, adapter, people, few_step_models=[base], face_embedder=random_faces(base.device))
+    return PuLIDTask(
+        recipe,
+        base,
+        adapter,
+        people,
+        few_step_models=[base],
+        face_embedder=random_faces(base.device),
+    )
 
 
 def measure(

@@ -33,10 +33,10 @@ from openpulid.mini.accelerated.scenes import COLUMNS, JITTER, Scenes, stage_of
 from openpulid.mini.accelerated.steps import Average, DeviceMuon, TimedSchedule
 from openpulid.mini.accelerated.unet import TrainSet, for_guidance, rollout, time_ids
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.data.augment import after, damaged, moved, recolored, swollen
+from openpulid.mini.data.augment import augment, color_jitter, compose_affine, dilate, random_affine
 from openpulid.mini.data.captions import token_ids
-from openpulid.mini.evaluation.evaluate import requests
-from openpulid.mini.models.pipeline import assemble
+from openpulid.mini.evaluation.evaluate import sample_prompts
+from openpulid.mini.models.pipeline import build_pipeline
 from openpulid.mini.train.pulid import WORN, fresh_adapter
 from openpulid.training.precision import fp32_attention
 from openpulid.training.pulid.export import save_adapter
@@ -175,11 +175,13 @@ class SeveralEmbedders:
     def _damaged(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
         generator = self.generator
         with torch.autocast(images.device.type, enabled=False):
-            jitter = moved(len(images), CROP, generator, turn=0.10, grow=0.08, shift=0.03)
-            matrix = after(similarity_transform(landmarks, TEMPLATE * CROP), jitter)
+            jitter = random_affine(len(images), CROP, generator, turn=0.10, grow=0.08, shift=0.03)
+            matrix = compose_affine(similarity_transform(landmarks, TEMPLATE * CROP), jitter)
             crops = warp_images(torch.cat([images, masks], 1), matrix, CROP)
-            faces = damaged(recolored(crops[:, :3], generator, strength=0.6, gray=0.2), generator)
-            return mask_background(faces, swollen(crops[:, 3:], generator))
+            faces = augment(
+                color_jitter(crops[:, :3], generator, strength=0.6, gray=0.2), generator
+            )
+            return mask_background(faces, dilate(crops[:, 3:], generator))
 
 
 def recipe_of(name: str, batch: int, fast_batch: int) -> Recipe:
@@ -201,7 +203,9 @@ def train_stages(run: Any) -> None:
     extractor = MiniExtractor.load(finder, encoder, vision, device)
     files = {name: weights / f"recognition-{name}.safetensors" for name in ("loss", "encoder")}
     models = [load_module(RECOGNITION_MODELS[name], file, device) for name, file in files.items()]
-    pipes = [assemble(unet, run.vae, run.words, run.tokenizer) for unet in (run.base, run.student)]
+    pipes = [
+        build_pipeline(unet, run.vae, run.words, run.tokenizer) for unet in (run.base, run.student)
+    ]
     base, student = (DeviceBase(pipe, run.data) for pipe in pipes)
     torch.manual_seed(21)
     adapter = fresh_adapter(pipes[0], extractor, find_recipe("mini_stage1")).to(device)
@@ -293,7 +297,7 @@ class Subjects:
         self.portraits = made.image
         with torch.no_grad():
             self.id_cond, self.hidden = extractor.features(made.image, made.face, made.landmarks)
-        self.requests = requests(people, prompts)
+        self.requests = sample_prompts(people, prompts)
         tokens = token_ids(run.tokenizer, [request.prompt for request in self.requests]).to(device)
         self.text = run.words(tokens)
         self.person = torch.tensor([request.person for request in self.requests], device=device)

@@ -17,7 +17,7 @@ from openpulid.mini.accelerated.autoencoder import decode, steepness
 from openpulid.mini.accelerated.unet import rollout, time_ids
 from openpulid.mini.accelerated.world import World
 from openpulid.mini.data.captions import token_ids
-from openpulid.mini.evaluation.evaluate import EvalPrompt, requests
+from openpulid.mini.evaluation.evaluate import EvalPrompt, sample_prompts
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
 from openpulid.mini.models.pipeline import TextEncoders
 from openpulid.mini.train.unet import GUIDANCE, STEPS
@@ -96,7 +96,7 @@ class Evaluation:
         self.recognition = load_module(
             VGGRecognition, weights / "recognition-scorer.safetensors", device
         )
-        self.requests: list[EvalPrompt] = requests(count, 1)
+        self.requests: list[EvalPrompt] = sample_prompts(count, 1)
         tokens = token_ids(tokenizer, [request.prompt for request in self.requests]).to(device)
         self.text = words(tokens)
         rows = [[request.wanted.get(name, -1) for name in ATTRIBUTES] for request in self.requests]

@@ -25,7 +25,7 @@ from openpulid.world.scene import (
     _PHRASES,
     _SUBJECTS,
     COLOR_ATTRIBUTES,
-    COMMON,
+    COMMON_PROBABILITY,
 )
 from openpulid.world.scene_tensors import (
     COLORS,
@@ -111,7 +111,7 @@ def draw_scenes(
     device = generator.device
     columns = []
     for name, classes in ATTRIBUTES.items():
-        common = COMMON.get(name, 1 / len(classes))
+        common = COMMON_PROBABILITY.get(name, 1 / len(classes))
         weights = torch.tensor([common] + [(1 - common) / (len(classes) - 1)] * (len(classes) - 1))
         columns.append(
             torch.multinomial(weights.to(device), count, replacement=True, generator=generator)

@@ -25,7 +25,7 @@ from openpulid.mini.accelerated.steps import (
     train,
 )
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.models.pipeline import TextEncoders, build_unet, predict, scheduler
+from openpulid.mini.models.pipeline import TextEncoders, build_scheduler, build_unet, predict
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS, StudentSchedule
 from openpulid.mini.train.unet import DROPPED, GUIDANCE, STEPS, often_middle
 from openpulid.training.pulid.models import TextConditioning
@@ -116,7 +116,7 @@ class DeviceSchedule:
     """The pipeline's noise schedule as tables on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        alphas = scheduler().alphas_cumprod.double()
+        alphas = build_scheduler().alphas_cumprod.double()
         self.steps = len(alphas)
         self.signal, self.noise = (
             alphas.sqrt().float().to(device),
@@ -240,7 +240,7 @@ def rollout(
     every: int = 5,
 ) -> Tensor:
     """Sample from noise (B, C, s, s) as the pipeline does; return (B, 1 + steps / every, C, s, s), the image last."""
-    sampler = type(scheduler()).from_config(scheduler().config, solver_order=order)
+    sampler = type(build_scheduler()).from_config(build_scheduler().config, solver_order=order)
     sampler.set_timesteps(steps, device=noise.device)
     guided = guidance != 1
     told = text

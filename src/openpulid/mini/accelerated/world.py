@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from openpulid.mini.accelerated.scenes import Scenes, draw_people, draw_scenes, stage_of
-from openpulid.world.dataset import SITTING
+from openpulid.world.dataset import PORTRAIT_SCENE
 from openpulid.world.render import render_stage
 
 FACE = 1
@@ -61,7 +61,7 @@ def plan_world(
     values = draw_people(people, generator)
     each = scenes + portraits
     any_scene = draw_scenes(people * each, generator, held_out)
-    plain = draw_scenes(people * each, generator, held_out, SITTING)
+    plain = draw_scenes(people * each, generator, held_out, PORTRAIT_SCENE)
     is_portrait = torch.arange(people * each, device=values.device) % each >= scenes
     drawn = Scenes(
         torch.where(is_portrait[:, None], plain.attributes, any_scene.attributes),

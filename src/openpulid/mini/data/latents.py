@@ -45,7 +45,7 @@ class Latents:
         latents = cls(*_encode(vae, data, on_progress or (lambda done, total: None)))
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / "pictures.npy", latents.pictures.numpy())
+            np.save(folder / "pictures.npy", latents.images.numpy())
             np.save(folder / "faces.npy", latents.faces.numpy())
             (folder / "mark.txt").write_text(f"{mark} {len(data)}")
         return latents

@@ -34,7 +34,7 @@ from openpulid.faces.mini_detector import MiniFaceDetector
 from openpulid.faces.mini_recognition import VGGRecognition
 from openpulid.io.checkpoints import load_module
 from openpulid.mini.data.captions import token_ids
-from openpulid.mini.evaluation.parameter_probe import ParameterProbe, truth
+from openpulid.mini.evaluation.parameter_probe import ParameterProbe, get_facial_values
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
 from openpulid.mini.train import clip
 from openpulid.pipelines.factory import no_progress_bars
@@ -46,7 +46,7 @@ class FaceScorer:
     """Finds the face in each image and says whose it is: `bench.metrics.DetectFaces` of the miniature."""
 
     def __init__(self, finder: MiniFaceDetector, recogniser: VGGRecognition) -> None:
-        self.embed = FaceEmbedder(finder.find, recogniser)
+        self.embed = FaceEmbedder(finder.detect, recogniser)
         self.width: int = cast(Any, recogniser).config["dim"]
 
     @classmethod
@@ -95,7 +95,7 @@ class MiniScorers:
 
     def facial_values(self, people: Sequence[str]) -> Tensor | None:
         """(P, V) facial values of the people that `mini.sitters` draws."""
-        return truth(people) if all(name.isdigit() for name in people) else None
+        return get_facial_values(people) if all(name.isdigit() for name in people) else None
 
     def attribute_classes(self, attributes: Mapping[str, str]) -> dict[str, int]:
         """What a scene asks for, as the reader's classes."""

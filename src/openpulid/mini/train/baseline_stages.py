@@ -13,7 +13,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from openpulid.faces.mini_recognition import RECOGNITION_MODELS
 from openpulid.io.checkpoints import load_module, read_metadata, save_module
-from openpulid.mini.evaluation.parameter_probe import figures, fitted
+from openpulid.mini.evaluation.parameter_probe import fit_probe, measure_probe
 from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
 from openpulid.mini.train.baseline_task import BaselineTask
 from openpulid.mini.train.baselines import BASELINES
@@ -79,11 +79,11 @@ def values(context: BuildContext) -> dict[str, float]:
     started_at = time.monotonic()
     file = context.weights / "recognition-scorer.safetensors"
     scorer = load_module(RECOGNITION_MODELS["scorer"], file, context.device)
-    probe = fitted(scorer, context.data, on_progress=progress("values"))
+    probe = fit_probe(scorer, context.data, on_progress=progress("values"))
     metadata = {
         "revision": revision(),
         "seed": "none: solved, not trained",
         "minutes": round((time.monotonic() - started_at) / 60, 1),
     }
     save_module(probe, context.weights / "parameter-probe.safetensors", metadata)
-    return figures(probe, scorer, context.held_out)
+    return measure_probe(probe, scorer, context.held_out)

@@ -169,7 +169,7 @@ def sample_other_views(rows: Tensor, other_views: Sequence[Tensor], rng: StepRNG
 
 def load_features(extractor: MiniExtractor, data: WorldDataset, runs: Path) -> FaceFeatures:
     """Load the features of a dataset's faces from `runs`, or compute and cache them there."""
-    return FaceFeatures.of(extractor, data, runs / f"features{_suffix(data.folder.name)}")
+    return FaceFeatures.build(extractor, data, runs / f"features{_suffix(data.folder.name)}")
 
 
 def open_portraits(
@@ -200,9 +200,9 @@ def open_portraits(
         data = WorldDataset.open(runs / name)
     except FileNotFoundError as error:
         raise TrainingError(str(error)) from None
-    captions = Captions.of(data, pipe.tokenizer, runs / f"captions{_suffix(name)}.npy")
+    captions = Captions.build(data, pipe.tokenizer, runs / f"captions{_suffix(name)}.npy")
     with autocast(extractor.device):
-        latents = Latents.of(pipe.vae, data, runs / f"latents{_suffix(name)}")
+        latents = Latents.build(pipe.vae, data, runs / f"latents{_suffix(name)}")
         features = load_features(extractor, data, runs)
     return Portraits(
         data,

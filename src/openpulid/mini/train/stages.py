@@ -28,10 +28,10 @@ from openpulid.faces.mini_recognition import RECOGNITION_MODELS
 from openpulid.io.checkpoints import load_module, save_module
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.data.latents import Latents
-from openpulid.mini.data.negatives import photographs
+from openpulid.mini.data.negatives import load_photographs
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
-from openpulid.mini.models.pipeline import TextEncoders, assemble, build_unet, save_folder
-from openpulid.mini.models.tokenizer import tokenizer as build_tokenizer
+from openpulid.mini.models.pipeline import TextEncoders, build_pipeline, build_unet, save_folder
+from openpulid.mini.models.tokenizer import build_tokenizer as build_tokenizer
 from openpulid.mini.train import autoencoder as pictures
 from openpulid.mini.train import clip as words
 from openpulid.mini.train import pulid as adapter
@@ -50,7 +50,7 @@ from openpulid.training.pulid.export import revision, save_adapter
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.trainer import Task, TrainingResult, run
 from openpulid.world.dataset import Plan, WorldDataset
-from openpulid.world.dataset import build as render_world
+from openpulid.world.dataset import build_dataset as render_world
 
 NUM_EVAL_PROMPTS = 256
 """Images that the base and its student are examined on."""
@@ -132,15 +132,17 @@ class BuildContext:
         return vae.to(memory_format=torch.channels_last)
 
     def captions(self, name: str = "world") -> Captions:
-        file = self.runs / f"captions{name.removeprefix('world')}.npy"
-        return Captions.of(
+        file = self.runs / f"captions{name.removeprefix('world')}"
+        return Captions.build(
             self.open(name), self.tokenizer(), file, on_progress=progress("sentences")
         )
 
     def latents(self, name: str = "world") -> Latents:
         folder = self.runs / f"latents{name.removeprefix('world')}"
         with autocast(self.device):
-            return Latents.of(self.vae(), self.open(name), folder, on_progress=progress("latents"))
+            return Latents.build(
+                self.vae(), self.open(name), folder, on_progress=progress("latents")
+            )
 
     def examination(self, **options: Any) -> Images:
         """Of images: with the finder, when there is one already."""
@@ -181,7 +183,7 @@ def finder(shop: BuildContext) -> dict[str, float]:
     schedule = TrainerConfig(steps=20_000, lr=2e-3, decay=0.3, seed=1, validate_every=400)
     torch.manual_seed(schedule.seed)
     network = MiniFaceDetector()
-    task = DetectorTask(network, shop.data, shop.held_out, photographs())
+    task = DetectorTask(network, shop.data, shop.held_out, load_photographs())
     shop.train("finder", task, schedule)
     save_module(
         network,
@@ -226,8 +228,8 @@ def clip(shop: BuildContext) -> dict[str, float]:
     )  # fmt: skip
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer()
-    captions = Captions.of(
-        shop.data, tokenizer, shop.runs / "captions.npy", on_progress=progress("sentences")
+    captions = Captions.build(
+        shop.data, tokenizer, shop.runs / "captions", on_progress=progress("sentences")
     )
     network, text = words.build_clip(tokenizer), words.build_first_text(tokenizer)
     known = (network, text, tokenizer, shop.data, captions, shop.held_out)
@@ -345,17 +347,17 @@ def base(shop: BuildContext) -> dict[str, float]:
         "world",
         adapter.PORTRAITS,
     )  # the second for more faces than the families of the first have
-    shown = Latents.joined([shop.latents(name) for name in names])
-    captions = Captions.joined([shop.captions(name) for name in names])
+    shown = Latents.concatenate([shop.latents(name) for name in names])
+    captions = Captions.concatenate([shop.captions(name) for name in names])
     text, examination = shop.words(), shop.examination()
-    channels, size = shown.pictures.shape[1], shown.pictures.shape[-1]
+    channels, size = shown.images.shape[1], shown.images.shape[-1]
     unet = build_unet(channels, text.width, text.second.config.projection_dim, size=size)
     task = BaseTask(unet, text, shown, captions, examination, compiled=can_compile(shop.device))
     shop.train("base", task, schedule)
     folder = shop.weights / "pipeline"
     save_folder(unet, folder / "unet")
     stamp(folder / "unet", shop.facts("base", schedule))
-    pipe = assemble(unet, examination.vae, text, examination.tokenizer)
+    pipe = build_pipeline(unet, examination.vae, text, examination.tokenizer)
     pipe.scheduler.save_pretrained(folder / "scheduler")
     pipe.save_config(folder)
     return examination.figures(unet)

@@ -22,9 +22,15 @@ from openpulid.faces.mini_detector import MiniFaceDetector
 from openpulid.io.image_grid import image_grid, to_pil
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.data.latents import Latents
-from openpulid.mini.evaluation.evaluate import EvalPrompt, requests
+from openpulid.mini.evaluation.evaluate import EvalPrompt, sample_prompts
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
-from openpulid.mini.models.pipeline import TextEncoders, assemble, predict, sample, scheduler
+from openpulid.mini.models.pipeline import (
+    TextEncoders,
+    build_pipeline,
+    build_scheduler,
+    predict,
+    sample,
+)
 from openpulid.training.pulid.branches import DiffusionStep
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.rng import StepRNG
@@ -61,11 +67,11 @@ class ImageEvaluator:
     @classmethod
     def with_wishes(cls, count: int, **parts: Any) -> ImageEvaluator:
         """`count` wishes, one for each held-out person (who is not in the sentence)."""
-        return cls(**parts, asked=tuple(requests(count, 1)))
+        return cls(**parts, asked=tuple(sample_prompts(count, 1)))
 
     def images(self, unet: Any, count: int | None = None) -> Tensor:
         """(B, 3, H, W) for the first `count` wishes."""
-        pipe = assemble(unet, self.vae, self.words, self.tokenizer)
+        pipe = build_pipeline(unet, self.vae, self.words, self.tokenizer)
         pipe.scheduler = type(pipe.scheduler).from_config(
             pipe.scheduler.config, solver_order=self.order
         )
@@ -83,7 +89,7 @@ class ImageEvaluator:
             "attributes": metrics.attribute_accuracy(self.reader(images), wanted).mean().item()
         }
         if self.finder is not None:
-            faces = self.finder.find(images)
+            faces = self.finder.detect(images)
             found["face_found"] = sum(face is not None for face in faces) / len(faces)
         return found
 
@@ -147,7 +153,7 @@ class BaseTask:
             examination,
         )
         self.batch, self.gamma = batch, gamma
-        known = scheduler()
+        known = build_scheduler()
         self.schedule = NoiseSchedule(known.alphas_cumprod, known.config.prediction_type)
         self.loss = DiffusionLoss(self.schedule, face_weight=inside)
 
@@ -156,7 +162,7 @@ class BaseTask:
 
     def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         device = next(self.unet.parameters()).device
-        rows = draw.indices(len(self.latents.pictures), self.batch)
+        rows = draw.indices(len(self.latents.images), self.batch)
         clean, faces = self.latents.rows(rows, device)
         variants = draw.randint(self.captions.tokens.shape[1], rows.shape, "variants")
         kept = draw.rand(rows.shape, "drop") >= DROPPED
@@ -164,8 +170,8 @@ class BaseTask:
         noise = draw.randn(clean.shape, "noise").to(device)
         # one number out of each of B equal spans: the loss is calmer than with B free ones
         spread = (torch.arange(len(rows)) + draw.rand(rows.shape, "time")) / len(rows)
-        t = self.schedule.times(often_middle(spread)).to(device)
-        x_t = self.schedule.noised(clean, noise, t)
+        t = self.schedule.sample_timesteps(often_middle(spread)).to(device)
+        x_t = self.schedule.add_noise(clean, noise, t)
         step = DiffusionStep(
             predict(self.network, x_t, t, text), self.schedule.target(clean, noise, t), x_t, t
         )

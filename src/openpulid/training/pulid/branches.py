@@ -56,8 +56,8 @@ def diffusion_branch(
     """
     noise = rng.randn(latents.shape, "noise").to(latents)
     uniform = rng.rand(latents.shape[:1], "time")
-    t = base.schedule.times(uniform, timestep_bias).to(latents.device)
-    x_t = base.schedule.noised(latents, noise, t)
+    t = base.schedule.sample_timesteps(uniform, timestep_bias).to(latents.device)
+    x_t = base.schedule.add_noise(latents, noise, t)
     target = base.schedule.target(latents, noise, t)
     return DiffusionStep(base.predict(x_t, t, text), target, x_t, t)
 
@@ -132,7 +132,7 @@ def lightning_branch(
         raise OptionError(
             "attention of a guided rollout cannot be captured: use queries_at_step instead."
         )
-    sigmas = base.schedule.trailing(config.steps)
+    sigmas = base.schedule.trailing_sigmas(config.steps)
     if config.grad_steps:
         first_grad_sigma = sigmas[config.steps - config.grad_steps]
     else:
@@ -151,7 +151,7 @@ def lightning_branch(
                 layers.extend(captured)
                 return output
 
-            denoised = base.schedule.denoised(predict, x, sigma)
+            denoised = base.schedule.denoise(predict, x, sigma)
         if capture_attention and has_grad:
             attention.append(layers)
         return denoised
@@ -169,7 +169,7 @@ def queries_at_step(base: BaseModel, x: Tensor, sigma: Tensor, text: Any) -> lis
         text: result of `base.encode_text` for B prompts.
     """
     with base.capture_attention() as attention:
-        base.schedule.denoised(lambda x_t, t: base.predict(x_t, t, text), x, sigma)
+        base.schedule.denoise(lambda x_t, t: base.predict(x_t, t, text), x, sigma)
     return attention
 
 
@@ -182,14 +182,14 @@ def denoise_until(
     Returns:
         The sample (B, c, h, w) before that step, and its noise level (B,).
     """
-    sigmas = base.schedule.trailing(config.steps)
+    sigmas = base.schedule.trailing_sigmas(config.steps)
 
     def predict(x_t: Tensor, t: Tensor) -> Tensor:
         output, _ = _predict(base, x_t, t, text, config, False)
         return output
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return base.schedule.denoised(predict, x, sigma)
+        return base.schedule.denoise(predict, x, sigma)
 
     x = _scale_noise(noise, sigmas)
     if step:

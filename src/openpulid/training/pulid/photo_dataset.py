@@ -261,7 +261,7 @@ def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
         logger.warning("%s", error)
         return None
     small = limit_size(image, LONGEST)  # the same limit as for reference images
-    faces = extractor.find(to_tensor([small])[0])
+    faces = extractor.detect(to_tensor([small])[0])
     if not faces:
         return None
     scale = max(image.size) / max(small.size)

@@ -186,7 +186,9 @@ class PuLIDTask:
             metrics = {}
             if self.recipe.id_loss == "naive":
                 rows = evenly_spaced(len(dropped), self.recipe.few_step_batch // rng.world_size)
-                latents = self.base.schedule.x0(step.output[rows], step.x_t[rows], step.t[rows])
+                latents = self.base.schedule.predict_x0(
+                    step.output[rows], step.x_t[rows], step.t[rows]
+                )
                 losses["id"], metrics["faces"] = self._id_loss(
                     self.base, latents, batch.subset(len(rows)), ~dropped[rows]
                 )

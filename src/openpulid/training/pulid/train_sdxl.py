@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from openpulid.device import supports_bf16
-from openpulid.faces.arcface import arcface_ir_se50, photo_embedder
+from openpulid.faces.arcface import build_face_embedder, load_arcface_ir_se50
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.sdxl import PuLID
@@ -84,7 +84,7 @@ def load_models(
     models = [SDXLModel(load_pipeline(replace(preset, half=half), device)) for preset in presets]
     embedder = None
     if id_loss_file is not None:
-        embedder = photo_embedder(extractor.finder, arcface_ir_se50(id_loss_file, device))
+        embedder = build_face_embedder(extractor.finder, load_arcface_ir_se50(id_loss_file, device))
     return TrainingModels(models[0], extractor, models[1:], embedder)
 
 
