@@ -136,9 +136,9 @@ def test_what_lpips_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_clip_is_transformers(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from openpulid.mini.models.tokenizer import tokenizer
+    from openpulid.mini.models.tokenizer import build_tokenizer
 
-    words = tokenizer()
+    words = build_tokenizer()
     vision = {
         "hidden_size": 32,
         "intermediate_size": 32,

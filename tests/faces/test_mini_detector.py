@@ -2,7 +2,13 @@ import pytest
 import torch
 
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import FACE, MiniDetection, MiniFaceDetector, _boxes, _centres
+from openpulid.faces.mini_detector import (
+    FACE,
+    MiniDetection,
+    MiniFaceDetector,
+    _boxes,
+    _centers_of_mass,
+)
 
 
 class KnownFinder(MiniFaceDetector):
@@ -46,7 +52,7 @@ def test_everything_is_differentiable_in_the_picture(finder):
 def test_the_centre_of_a_sharp_heat_map_is_the_pixel():
     maps = torch.full((1, 5, 24, 24), -50.0)
     maps[0, :, 3, 10] = 50.0
-    assert torch.allclose(_centres(maps), torch.tensor([42.0, 14.0]).expand(1, 5, 2))
+    assert torch.allclose(_centers_of_mass(maps), torch.tensor([42.0, 14.0]).expand(1, 5, 2))
 
 
 def test_the_box_lies_around_the_face_and_ignores_specks():

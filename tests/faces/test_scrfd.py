@@ -15,7 +15,7 @@ from openpulid.errors import WeightsError
 from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import CROP, TEMPLATE, FaceParser, align_photo
 from openpulid.faces.face import Face
-from openpulid.faces.insightface_pack import find_pack, pixels, providers
+from openpulid.faces.insightface_pack import find_pack, select_providers, to_uint8
 from openpulid.faces.scrfd import BORDER, SCRFDDetector
 from openpulid.faces.select import sort_faces
 from openpulid.io.images import open_image
@@ -117,11 +117,13 @@ def test_a_crop_is_exact_where_the_landmarks_are() -> None:
     )
     crop = align_photo(face)  # the transform is a shift by whole pixels
     assert (
-        np.abs(pixels(crop[0]).astype(int) - pixels(image[:, 60:572, 100:612]).astype(int)).max()
+        np.abs(
+            to_uint8(crop[0]).astype(int) - to_uint8(image[:, 60:572, 100:612]).astype(int)
+        ).max()
         <= 1
     )
     outside = align_photo(Face(image, face.box, torch.tensor(TEMPLATE) - 200, 1.0))
-    assert pixels(outside[0])[0, 0].tolist() == [132, 133, 135]
+    assert to_uint8(outside[0])[0, 0].tolist() == [132, 133, 135]
 
 
 @needs_detector
@@ -211,16 +213,16 @@ def test_smaller_and_smaller_then_with_a_border_until_a_face_is_found() -> None:
 def test_a_devices_provider() -> None:
     known = ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
     assert (
-        providers("cuda", ["MIGraphXExecutionProvider", "CPUExecutionProvider"])[0]
+        select_providers("cuda", ["MIGraphXExecutionProvider", "CPUExecutionProvider"])[0]
         == "MIGraphXExecutionProvider"
     )  # AMD
-    assert providers("cpu", known) == ["CPUExecutionProvider"]
-    assert providers(torch.device("mps"), known) == [
+    assert select_providers("cpu", known) == ["CPUExecutionProvider"]
+    assert select_providers(torch.device("mps"), known) == [
         "CoreMLExecutionProvider",
         "CPUExecutionProvider",
     ]
-    assert providers("mps", ["CPUExecutionProvider"]) == ["CPUExecutionProvider"]
-    assert providers("cuda:1", ["CUDAExecutionProvider"])[0] == (
+    assert select_providers("mps", ["CPUExecutionProvider"]) == ["CPUExecutionProvider"]
+    assert select_providers("cuda:1", ["CUDAExecutionProvider"])[0] == (
         "CUDAExecutionProvider",
         {"device_id": 1},
     )

@@ -9,7 +9,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.mini.data.captions import Captions, token_ids
 from openpulid.mini.models.pipeline import TextEncoders, build_unet
-from openpulid.mini.models.tokenizer import tokenizer
+from openpulid.mini.models.tokenizer import build_tokenizer
 from openpulid.mini.train.clip import text_config
 
 PROMPTS = [
@@ -23,8 +23,10 @@ CHANNELS = 4
 
 def small_words() -> TextEncoders:
     torch.manual_seed(1)
-    first = CLIPTextModel(text_config(tokenizer(), 32, layers=2))
-    return TextEncoders(first, CLIPTextModelWithProjection(text_config(tokenizer(), 32, layers=2)))
+    first = CLIPTextModel(text_config(build_tokenizer(), 32, layers=2))
+    return TextEncoders(
+        first, CLIPTextModelWithProjection(text_config(build_tokenizer(), 32, layers=2))
+    )
 
 
 def small_unet(seed: int = 2):
@@ -41,5 +43,5 @@ def small_vae() -> PatchAutoencoderKL:
 
 def small_captions() -> Captions:
     """Two sentences for each of two pictures."""
-    tokens = token_ids(tokenizer(), PROMPTS).reshape(2, 2, -1)
+    tokens = token_ids(build_tokenizer(), PROMPTS).reshape(2, 2, -1)
     return Captions(tokens.numpy().astype(np.uint8))

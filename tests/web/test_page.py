@@ -30,7 +30,7 @@ from openpulid.pipelines.presets import (
 )
 from openpulid.web import page as web
 from openpulid.web.session import WebSession, installed_controls, installed_presets
-from openpulid.world.gallery import portrait
+from openpulid.world.gallery import render_portrait
 
 gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
 SETTINGS: dict[str, Any] = {
@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def anna(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("people") / "anna.png"
-    portrait(1_000_007).save(file)
+    render_portrait(1_000_007).save(file)
     return file
 
 

@@ -8,7 +8,7 @@ import torch
 
 from openpulid.world import ATTRIBUTES, PARAMETERS
 from openpulid.world import dataset as module
-from openpulid.world.dataset import Plan, WorldDataset, attribute_row, build
+from openpulid.world.dataset import Plan, WorldDataset, build_dataset, encode_attributes
 
 PLAN = Plan(people=4, scenes=2, size=32)
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(folder):
-    return build(folder, PLAN, workers=1, compiled=False)
+    return build_dataset(folder, PLAN, workers=1, compiled=False)
 
 
 def test_arrays(data):
@@ -31,7 +31,7 @@ def test_arrays(data):
     )
     assert data.people.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and set(data.families) == {0}
     np.testing.assert_allclose(data.vectors[2], PLAN.person(1).vector(), rtol=1e-6)
-    assert data.attributes[5].tolist() == attribute_row(PLAN.scene(2, 1))
+    assert data.attributes[5].tolist() == encode_attributes(PLAN.scene(2, 1))
 
 
 def test_pictures_are_those_of_their_person_and_scene(data):
@@ -46,20 +46,20 @@ def test_pictures_are_those_of_their_person_and_scene(data):
 
 def test_a_second_build_only_opens(folder, data):
     before = (folder / "images.npy").stat().st_mtime_ns
-    build(folder, PLAN, workers=1, compiled=False)
+    build_dataset(folder, PLAN, workers=1, compiled=False)
     assert (folder / "images.npy").stat().st_mtime_ns == before
 
 
 def test_another_plan_is_refused(folder, data):
     with pytest.raises(ValueError, match="another plan"):
-        build(folder, Plan(people=8, scenes=2, size=32))
+        build_dataset(folder, Plan(people=8, scenes=2, size=32))
 
 
 def test_a_plan_written_before_there_were_portraits_is_the_same(folder, data):
     plan = json.loads((folder / "plan.json").read_text())
     del plan["portraits"]
     (folder / "plan.json").write_text(json.dumps(plan))
-    assert len(build(folder, PLAN, workers=1, compiled=False)) == len(data)
+    assert len(build_dataset(folder, PLAN, workers=1, compiled=False)) == len(data)
 
 
 def test_an_unfinished_folder_is_named(tmp_path):

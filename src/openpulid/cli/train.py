@@ -28,9 +28,9 @@ def person(
     ] = 96,
 ) -> None:
     """One picture of one procedural person: something to start from."""
-    from openpulid.world.gallery import portrait
+    from openpulid.world.gallery import render_portrait
 
-    save_image(portrait(seed, size), picture_file(out))
+    save_image(render_portrait(seed, size), picture_file(out))
     print(out)
 
 
@@ -41,9 +41,9 @@ def sheet(
     size: Annotated[int, typer.Option(min=32, max=512, help="Pixels of each picture.")] = 160,
 ) -> None:
     """Eight people in eight scenes: one person along each row."""
-    from openpulid.world.gallery import people_sheet
+    from openpulid.world.gallery import render_people_sheet
 
-    save_image(people_sheet(seed, size), picture_file(out))
+    save_image(render_people_sheet(seed, size), picture_file(out))
     print(out)
 
 
@@ -97,7 +97,7 @@ def evaluate(
     """Measure the miniature on people and prompts that no training has seen."""
     from openpulid.mini.evaluation import evaluate as measure
 
-    bar = measure.silent if as_json else measure.progress
+    bar = measure.hide_progress if as_json else measure.show_progress
     asked: dict[str, Any] = {
         "people_seed": people_seed,
         "prompts": prompts,
@@ -110,8 +110,8 @@ def evaluate(
     chosen = {str(file): file for file in adapter} if adapter else None
     table = measure.run(people, **asked, adapters=chosen, device=device, progress=bar)
     if not as_json:
-        measure.show(table)
-    last_line(measure.as_json(table))
+        measure.print_table(table)
+    last_line(measure.to_json(table))
 
 
 @mini.command()
@@ -123,7 +123,7 @@ def ablation(
     """People nobody trained on, each with the same prompt and seed through every stage of the training."""
     from openpulid.mini.evaluation import ablation as stages
 
-    save_image(stages.picture(people, people_seed), picture_file(out))
+    save_image(stages.draw_stages(people, people_seed), picture_file(out))
     print(out)
 
 
@@ -142,8 +142,8 @@ def sweep(
     table = stages.sweep(steps, people, device=device, say=silent if as_json else say)
     stages.plot(table, picture_file(out))
     if not as_json:
-        measure.show(table)
-    last_line(measure.as_json(table))
+        measure.print_table(table)
+    last_line(measure.to_json(table))
 
 
 def train(
@@ -241,7 +241,7 @@ def _train_full(
     import torch
 
     from openpulid.device import best_device, supports_bf16
-    from openpulid.faces.arcface import arcface_ir_se50, photo_embedder
+    from openpulid.faces.arcface import build_face_embedder, load_arcface_ir_se50
     from openpulid.pipelines.factory import load_extractor, load_pipeline, resolve_path
     from openpulid.pipelines.presets import sdxl, sdxl_v1
     from openpulid.pipelines.studio import resolve_preset
@@ -263,7 +263,10 @@ def _train_full(
         chosen
     )  # a GPU without bfloat16 trains in float32, where it has the memory: float16 overflows
     bases = [SDXLModel(load_pipeline(replace(preset, half=half), chosen)) for preset in presets]
-    judge = None if loss is None else photo_embedder(features.finder, arcface_ir_se50(loss, chosen))  # type: ignore[attr-defined]
+    judge = None
+    if loss is not None:
+        detector = features.finder  # type: ignore[attr-defined]
+        judge = build_face_embedder(detector, load_arcface_ir_se50(loss, chosen))
     full.train(
         recipe,
         data,

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-FOLDED = 2
+NUM_FOLDED = 2
 """Levels of the pyramid that are a pixel-unshuffle: convolutions at full resolution cost a CPU most and give least."""
 
 
@@ -37,8 +37,8 @@ class PatchAutoencoderKL(AutoencoderKL):
         scaling_factor: float = 1.0,
         force_upcast: bool = False,
     ) -> None:
-        widths = tuple(block_out_channels[FOLDED:])
-        fold, patch = 2**FOLDED, 2 ** (len(block_out_channels) - 1)
+        widths = tuple(block_out_channels[NUM_FOLDED:])
+        fold, patch = 2**NUM_FOLDED, 2 ** (len(block_out_channels) - 1)
         super().__init__(
             in_channels=3 * fold**2, out_channels=3 * fold**2, block_out_channels=widths, layers_per_block=1,
             down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),

@@ -12,7 +12,7 @@ from openpulid.errors import WeightsError
 from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
-from openpulid.faces.insightface_pack import onnx_model, pixels
+from openpulid.faces.insightface_pack import load_onnx_model, to_uint8
 from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.io.checkpoints import read_tensors
 
@@ -42,14 +42,14 @@ class ArcFaceRecognition:
         cls, file: str | os.PathLike[str], device: str | torch.device = "cpu"
     ) -> ArcFaceRecognition:
         """From an ONNX file. Raises WeightsError when it is missing or no recogniser."""
-        return cls(onnx_model(file, device, "get_feat"))
+        return cls(load_onnx_model(file, device, "get_feat"))
 
     def __call__(self, face: Face) -> Tensor:
         """(1, 512) float32."""
         from insightface.utils.face_align import norm_crop
 
         five = (face.landmarks - 0.5).numpy()
-        crop = norm_crop(pixels(face.image)[..., ::-1], five, self.model.input_size[0])
+        crop = norm_crop(to_uint8(face.image)[..., ::-1], five, self.model.input_size[0])
         return torch.from_numpy(self.model.get_feat(crop)).float()
 
 
@@ -67,7 +67,7 @@ def arcface_crop(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
     return 2 * warp_images(images, matrix, ARCFACE_CROP).flip(1) - 1
 
 
-def photo_embedder(finder: SCRFDDetector, recogniser: nn.Module) -> FaceEmbedder:
+def build_face_embedder(finder: SCRFDDetector, recogniser: nn.Module) -> FaceEmbedder:
     """What the ID loss at full size sees: the largest face of each picture, through a recogniser that is not the encoder's."""
 
     def find(images: Tensor) -> list[Face | None]:
@@ -76,7 +76,9 @@ def photo_embedder(finder: SCRFDDetector, recogniser: nn.Module) -> FaceEmbedder
     return FaceEmbedder(find, recogniser, arcface_crop)
 
 
-def arcface_ir_se50(file: str | os.PathLike[str], device: str | torch.device = "cpu") -> nn.Module:
+def load_arcface_ir_se50(
+    file: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> nn.Module:
     """facexlib's ArcFace, a residual network of 50 layers: (B, 3, 112, 112) in [-1, 1], blue first -> (B, 512).
 
     Raises:

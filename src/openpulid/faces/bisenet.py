@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import WeightsError
 from openpulid.faces.face import Face
-from openpulid.faces.insightface_pack import pixels
+from openpulid.faces.insightface_pack import to_uint8
 from openpulid.io.checkpoints import read_tensors
 
 CROP = 512
@@ -71,5 +71,5 @@ def align_photo(face: Face) -> Tensor:
     matrix = cv2.estimateAffinePartial2D(
         (face.landmarks - 0.5).numpy(), np.array(TEMPLATE), method=cv2.LMEDS
     )[0]
-    crop = cv2.warpAffine(pixels(face.image), matrix, (CROP, CROP), borderValue=GROUND)
+    crop = cv2.warpAffine(to_uint8(face.image), matrix, (CROP, CROP), borderValue=GROUND)
     return torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255

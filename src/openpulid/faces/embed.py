@@ -12,7 +12,7 @@ from openpulid.faces.align import align_faces
 from openpulid.faces.face import Face
 from openpulid.faces.mini_recognition import CROP
 
-Find = Callable[
+Detect = Callable[
     [Tensor], Sequence[Face | None]
 ]  # (B, 3, H, W) in [0, 1] -> a face or None for each
 Crop = Callable[
@@ -35,7 +35,7 @@ class FaceEmbeddings:
     masks: Tensor
 
 
-def masked_crop(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
+def crop_masked(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
     """Everything but the face gray, as the miniature's recognisers want it."""
     return align_faces(images, masks, landmarks, CROP)
 
@@ -49,7 +49,7 @@ class FaceEmbedder:
         crop: a differentiable warp of the pictures into the recogniser's template.
     """
 
-    def __init__(self, find: Find, recogniser: nn.Module, crop: Crop = masked_crop) -> None:
+    def __init__(self, find: Detect, recogniser: nn.Module, crop: Crop = crop_masked) -> None:
         self.find, self.recogniser, self.crop = find, recogniser.eval().requires_grad_(False), crop
 
     def __call__(self, images: Tensor) -> FaceEmbeddings:

@@ -14,14 +14,14 @@ from torch import Tensor
 from openpulid.errors import WeightsError
 
 
-def pixels(image: Tensor) -> np.ndarray:
+def to_uint8(image: Tensor) -> np.ndarray:
     """(3, H, W) float in [0, 1] -> (H, W, 3) uint8."""
     return np.ascontiguousarray(
         (image.detach().cpu() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     )
 
 
-def onnx_model(file: str | os.PathLike[str], device: str | torch.device, wanted: str) -> Any:
+def load_onnx_model(file: str | os.PathLike[str], device: str | torch.device, wanted: str) -> Any:
     """A model of insightface's zoo on the device's provider, the CPU's where that cannot be had.
 
     Args:
@@ -30,7 +30,7 @@ def onnx_model(file: str | os.PathLike[str], device: str | torch.device, wanted:
     Raises:
         WeightsError: no such file, or another kind of model.
     """
-    model = _opened(file, device)
+    model = _load_model(file, device)
     if not hasattr(model, wanted):
         raise WeightsError(
             f"{file} is a model of another kind ({type(model).__name__}); take the one that the pack names."
@@ -47,7 +47,7 @@ def find_pack(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """
     kinds: dict[str, Path] = {}
     for file in sorted(Path(folder).glob("*.onnx")) or sorted(Path(folder).glob("*/*.onnx")):
-        model = _opened(file, "cpu")
+        model = _load_model(file, "cpu")
         kinds |= {
             kind: file
             for kind in ("detect", "get_feat")
@@ -60,7 +60,7 @@ def find_pack(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     return kinds["detect"], kinds["get_feat"]
 
 
-def _opened(file: str | os.PathLike[str], device: str | torch.device) -> Any:
+def _load_model(file: str | os.PathLike[str], device: str | torch.device) -> Any:
     import onnxruntime
     from insightface.model_zoo import get_model
 
@@ -71,7 +71,8 @@ def _opened(file: str | os.PathLike[str], device: str | torch.device) -> Any:
     onnxruntime.set_default_logger_severity(3)
     try:
         model = get_model(
-            os.fspath(file), providers=providers(device, onnxruntime.get_available_providers())
+            os.fspath(file),
+            providers=select_providers(device, onnxruntime.get_available_providers()),
         )
     except Exception as error:  # protobuf, onnxruntime and insightface each have their own
         raise WeightsError(
@@ -80,7 +81,7 @@ def _opened(file: str | os.PathLike[str], device: str | torch.device) -> Any:
     return model
 
 
-def providers(
+def select_providers(
     device: str | torch.device, available: Sequence[str]
 ) -> list[str | tuple[str, dict[str, int]]]:
     """onnxruntime's names for a device of PyTorch's, with its number if it has one; the CPU always last."""

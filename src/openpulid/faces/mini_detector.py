@@ -43,7 +43,7 @@ class MiniDetection:
         return (self.parts.argmax(1, keepdim=True) == FACE).float()
 
 
-def _layers(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
+def _conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False),
         nn.BatchNorm2d(channels),
@@ -61,10 +61,12 @@ class MiniFaceDetector(nn.Module):
         super().__init__()
         self.config = {"widths": list(widths)}
         levels = list(pairwise(widths))
-        self.stem = _layers(12, widths[0])  # pixel-unshuffled: 48 x 48
-        self.down = nn.ModuleList(nn.Sequential(_layers(a, b, 2), _layers(b, b)) for a, b in levels)
+        self.stem = _conv_block(12, widths[0])  # pixel-unshuffled: 48 x 48
+        self.down = nn.ModuleList(
+            nn.Sequential(_conv_block(a, b, 2), _conv_block(b, b)) for a, b in levels
+        )
         self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in levels)
-        self.merge = nn.ModuleList(_layers(a, a) for a, _ in levels)
+        self.merge = nn.ModuleList(_conv_block(a, a) for a, _ in levels)
         self.parts = nn.Conv2d(widths[0], 4 * PARTS, 3, 1, 1)
         self.points = nn.Conv2d(widths[1], 5, 3, 1, 1)
         self.score = nn.Sequential(nn.Linear(2 * widths[-1], 64), nn.ReLU(), nn.Linear(64, 1))
@@ -84,7 +86,9 @@ class MiniFaceDetector(nn.Module):
             if level == 1:
                 points = self.points(x)
         parts = nn.functional.pixel_shuffle(self.parts(x), 2).float()
-        return MiniDetection(score.float()[:, 0], _boxes(parts), _centres(points.float()), parts)
+        return MiniDetection(
+            score.float()[:, 0], _boxes(parts), _centers_of_mass(points.float()), parts
+        )
 
     @torch.no_grad()
     def find(self, images: Tensor | Sequence[Tensor], threshold: float = 0.5) -> list[Face | None]:
@@ -100,16 +104,18 @@ class MiniFaceDetector(nn.Module):
         if not len(images):
             return []
         device = next(self.parameters()).device
-        finding = self(torch.cat([_squared(image.to(device, torch.float32)) for image in images]))
+        finding = self(
+            torch.cat([_pad_to_square(image.to(device, torch.float32)) for image in images])
+        )
         scores = finding.score_logit.sigmoid().tolist()
         there = (finding.box[:, 2] > finding.box[:, 0]).tolist()
         return [
-            _face(image, finding, index, score) if score >= threshold and present else None
+            _to_face(image, finding, index, score) if score >= threshold and present else None
             for index, (image, score, present) in enumerate(zip(images, scores, there, strict=True))
         ]
 
 
-def _squared(image: Tensor) -> Tensor:
+def _pad_to_square(image: Tensor) -> Tensor:
     """(3, H, W) -> (1, 3, 96, 96): gray bars make it square."""
     height, width = image.shape[-2:]
     side = max(height, width)
@@ -122,7 +128,7 @@ def _squared(image: Tensor) -> Tensor:
     )
 
 
-def _face(image: Tensor, finding: MiniDetection, index: int, score: float) -> Face | None:
+def _to_face(image: Tensor, finding: MiniDetection, index: int, score: float) -> Face | None:
     """Picture `index` of the batch, back from 96 x 96 to the pixels of `image`."""
     height, width = image.shape[-2:]
     side = max(height, width)
@@ -154,7 +160,7 @@ def _boxes(parts: Tensor) -> Tensor:
     return torch.stack([x1, y1, x2, y2], 1).float()
 
 
-def _centres(maps: Tensor) -> Tensor:
+def _centers_of_mass(maps: Tensor) -> Tensor:
     """(B, 5, h, h) heat map logits -> (B, 5, 2) centres of mass in pixels of the picture."""
     mass = maps.flatten(2).softmax(-1).unflatten(2, maps.shape[2:])
     centre = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) * (SIZE / maps.shape[-1])

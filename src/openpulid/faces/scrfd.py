@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from openpulid.faces.face import Face
-from openpulid.faces.insightface_pack import onnx_model, pixels
+from openpulid.faces.insightface_pack import load_onnx_model, to_uint8
 
 LONGEST = 1024
 """Pixels of a photograph's longer side when it is read, at most (PuLID, released code): a recogniser's crop of 112 pixels takes
@@ -45,7 +45,7 @@ class SCRFDDetector:
         cls, file: str | os.PathLike[str], device: str | torch.device = "cpu", **options: Any
     ) -> SCRFDDetector:
         """From an ONNX file. Raises WeightsError when it is missing or no detector."""
-        return cls(onnx_model(file, device, "detect"), **options)
+        return cls(load_onnx_model(file, device, "detect"), **options)
 
     @property
     def tried(self) -> str:
@@ -73,7 +73,7 @@ class SCRFDDetector:
     def _at(self, image: Tensor, shown: Tensor, size: int, margin: int) -> list[Face]:
         """Faces of `shown`, which is `image` with a margin, in pixels of `image`."""
         boxes, points = self.model.detect(
-            pixels(shown)[..., ::-1], input_size=(size, size), det_thresh=self.threshold
+            to_uint8(shown)[..., ::-1], input_size=(size, size), det_thresh=self.threshold
         )
         height, width = image.shape[1:]
         faces = []

@@ -54,14 +54,14 @@ def select_face(
     place = index or 0
     if not 0 <= place < len(line):
         raise FaceError(
-            f"{label}: shows {count(line)}, so there is no face {place}; they are counted from 0, {order}."
+            f"{label}: shows {format_count(line)}, so there is no face {place}; they are counted from 0, {order}."
         )
     if index is None and len(line) > 1:
         x1, y1, x2, y2 = line[0].corners
         logger.warning(
             "%s: shows %s; the one at %d,%d to %d,%d was taken (face 0, %s)",
             label,
-            count(line),
+            format_count(line),
             x1,
             y1,
             x2,
@@ -82,6 +82,6 @@ def describe_faces(
     return lines
 
 
-def count(faces: Sequence[Face]) -> str:
+def format_count(faces: Sequence[Face]) -> str:
     """How many, in words."""
     return f"{len(faces)} face{'s' * (len(faces) != 1)}"

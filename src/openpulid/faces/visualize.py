@@ -11,7 +11,7 @@ from torch import Tensor
 from openpulid.faces.face import Face
 
 HEIGHT = 512
-CHOSEN, OTHER = "#00c853", "#ff9100"
+SELECTED_COLOR, OTHER_COLOR = "#00c853", "#ff9100"
 
 
 def draw_faces(faces: Sequence[Face], chosen: Face, read: Sequence[Tensor]) -> Image.Image:
@@ -24,7 +24,7 @@ def draw_faces(faces: Sequence[Face], chosen: Face, read: Sequence[Tensor]) -> I
     picture = _pil(faces[0].image)
     pen, thick = ImageDraw.Draw(picture), max(2, min(picture.size) // 200)
     for number, face in enumerate(faces):
-        colour = CHOSEN if face is chosen else OTHER
+        colour = SELECTED_COLOR if face is chosen else OTHER_COLOR
         x1, y1, x2, y2 = face.box.tolist()
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=thick)
         size = max(12, max(picture.size) // 32)

@@ -38,7 +38,7 @@ def save_module(
     path = Path(path)
     facts = {key: str(value) for key, value in (metadata or {}).items()}
     facts |= {"class": type(module).__name__, "config": json.dumps(module.config)}
-    tensors = {name: _stored(tensor, dtype) for name, tensor in module.state_dict().items()}
+    tensors = {name: _to_storage(tensor, dtype) for name, tensor in module.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     save_file(tensors, unfinished, metadata=facts)
@@ -173,7 +173,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _stored(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def _to_storage(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
     return tensor.detach().cpu().contiguous().clone()

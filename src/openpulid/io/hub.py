@@ -204,7 +204,7 @@ def find_weight(name: str) -> Weight:
     """
     if name in WEIGHTS:
         return WEIGHTS[name]
-    if _on_hub(name):
+    if _is_repo_id(name):
         return Weight(name, "", "its own; read its page", None, None)
     if (
         name.startswith((".", "~"))
@@ -232,11 +232,11 @@ def locate(name: str, folder: str | os.PathLike[str] | None = None, weighted: bo
         WeightsError: it is not here; the message says how to get it.
     """
     entry = find_weight(name)
-    for place in _folders(folder):
+    for place in _search_folders(folder):
         path = place / entry.file if entry.file else place / entry.repo.split("/")[-1]
-        if path.is_file() if entry.file else _whole(path, weighted):
+        if path.is_file() if entry.file else _is_complete(path, weighted):
             return path
-    if (cached := _cached(entry, weighted)) is not None:
+    if (cached := _find_in_cache(entry, weighted)) is not None:
         return cached
     raise WeightsError(
         f"{entry.name} is not on this machine; `pulid weights get {name}` downloads it{entry.size}, "
@@ -273,7 +273,7 @@ def download(
         )
     say(f"{entry.name}{entry.size}, licence: {entry.licence}{forbids}")
     try:
-        return _downloaded(entry, None if folder is None else Path(folder), SHA256.get(name))
+        return _download(entry, None if folder is None else Path(folder), SHA256.get(name))
     except GatedRepoError as error:
         raise WeightsError(
             f"{entry.name} is for those who accept its licence: do so at https://huggingface.co/{entry.repo}, set HF_TOKEN (or "
@@ -303,7 +303,7 @@ def verify_weights(name: str, folder: str | os.PathLike[str] | None = None) -> s
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     known = 0
     for file in files:
-        expected = SHA256.get(name) or _hash_of(file)
+        expected = SHA256.get(name) or _expected_hash(file)
         if expected is None:
             continue
         known += 1
@@ -314,12 +314,12 @@ def verify_weights(name: str, folder: str | os.PathLike[str] | None = None) -> s
     return "whole" if known else "here, and there is nothing to compare it with"
 
 
-def _folders(folder: str | os.PathLike[str] | None) -> Sequence[Path]:
+def _search_folders(folder: str | os.PathLike[str] | None) -> Sequence[Path]:
     named = os.environ.get(FOLDER_VARIABLE)
     return [Path(place).expanduser() for place in (folder, named) if place]
 
 
-def _on_hub(name: str) -> bool:
+def _is_repo_id(name: str) -> bool:
     """Whether it is OWNER/NAME as the hub has them, and no file's name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -333,7 +333,7 @@ def _on_hub(name: str) -> bool:
     return True
 
 
-def _cached(entry: Weight, weighted: bool) -> Path | None:
+def _find_in_cache(entry: Weight, weighted: bool) -> Path | None:
     """In the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
     from torch.hub import get_dir
@@ -350,10 +350,10 @@ def _cached(entry: Weight, weighted: bool) -> Path | None:
         return None
     if entry.file:
         return Path(found)
-    return Path(found).parent if _whole(Path(found).parent, weighted) else None
+    return Path(found).parent if _is_complete(Path(found).parent, weighted) else None
 
 
-def _whole(folder: Path, weighted: bool) -> bool:
+def _is_complete(folder: Path, weighted: bool) -> bool:
     """Whether all of a pipeline is in a folder: every part that it names, and every shard of a part's weights; or of a network
     alone. The hub's own check wants the files that nobody asked for, too, and some folders hold other programs' parts."""
     if not (folder / "model_index.json").is_file():
@@ -378,7 +378,7 @@ def _has_weights(part: Path) -> bool:
     return any("-of-" not in name for name in here) or any(shards <= here for shards in sharded)
 
 
-def _downloaded(entry: Weight, folder: Path | None, expected: str | None) -> Path:
+def _download(entry: Weight, folder: Path | None, expected: str | None) -> Path:
     from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
     from torch.hub import download_url_to_file, get_dir
@@ -409,7 +409,7 @@ def _downloaded(entry: Weight, folder: Path | None, expected: str | None) -> Pat
     return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=place))
 
 
-def _hash_of(file: Path) -> str | None:
+def _expected_hash(file: Path) -> str | None:
     """The SHA-256 that the hub promises: in its cache the name of the file behind the link, in a folder what stands in the
     download's own notes."""
     if file.is_symlink():

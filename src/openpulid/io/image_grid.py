@@ -55,7 +55,7 @@ def captioned_grid(
         x, y = k % columns * (side + gap), k // columns * height
         page.paste(upscale(picture, side), (x, y))
         for row, words in enumerate(said):
-            _write(draw, words, (x, y + side + row * line), 13, INK, side)
+            _draw_text(draw, words, (x, y + side + row * line), 13, INK, side)
     return page
 
 
@@ -71,13 +71,13 @@ def labeled_grid(
     height = margin + 3 * line + len(rows) * (line + side + gap) + margin
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
-    _write(draw, title, (margin, margin), 28, INK, width - 2 * margin)
+    _draw_text(draw, title, (margin, margin), 28, INK, width - 2 * margin)
     y = margin + 2 * line - 14
     for x, name in enumerate(columns):
-        _write(draw, name, (margin + x * (side + gap), y), 21, SOFT, side)
+        _draw_text(draw, name, (margin + x * (side + gap), y), 21, SOFT, side)
     y += line
     for sentence, pictures in rows:
-        _write(draw, sentence, (margin, y), 23, INK, width - 2 * margin)
+        _draw_text(draw, sentence, (margin, y), 23, INK, width - 2 * margin)
         y += line
         for x, picture in enumerate(pictures):
             page.paste(upscale(picture, side), (margin + x * (side + gap), y))
@@ -85,7 +85,7 @@ def labeled_grid(
     return page
 
 
-def _write(
+def _draw_text(
     draw: ImageDraw.ImageDraw,
     text: str,
     place: tuple[int, int],

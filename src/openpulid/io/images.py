@@ -31,7 +31,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF", "
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 # What makes a picture upright, by its orientation in EXIF; 1 is upright.
-TURNS = {
+ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,7 +42,7 @@ TURNS = {
 }
 
 # Where Pillow keeps what it reads the orientation from.
-NOTES = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 Source = str | PathLike[str] | bytes | BinaryIO | Image.Image
 
@@ -72,9 +72,9 @@ def open_image(
             return _decode(source, label, max_pixels)
         data = _read(source, label, max_bytes)
         try:
-            image = Image.open(BytesIO(data), formats=_known_formats())
+            image = Image.open(BytesIO(data), formats=_supported_formats())
         except UnidentifiedImageError:
-            raise ImageError(label, _unknown(data)) from None
+            raise ImageError(label, _explain_unknown(data)) from None
         except Image.DecompressionBombError:
             raise ImageError(
                 label, f"has more than {max_pixels / 1e6:.0f} million pixels"
@@ -100,7 +100,7 @@ def _label(source: Source) -> str:
     return str(getattr(source, "filename", "") or getattr(source, "name", "") or "picture")
 
 
-def _known_formats() -> list[str]:
+def _supported_formats() -> list[str]:
     """Those of `FORMATS` that this Pillow can decode: AVIF is not everywhere, and HEIF comes with a package of its own."""
     Image.init()
     if "HEIF" not in Image.OPEN:
@@ -109,7 +109,7 @@ def _known_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _unknown(data: bytes) -> str:
+def _explain_unknown(data: bytes) -> str:
     """Why nothing opens these bytes."""
     if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in Image.OPEN:
         return "is HEIC, which needs a package of its own; install it with `pip install pillow-heif`, or save it as JPEG"
@@ -155,23 +155,23 @@ def _decode(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
     try:
         image.seek(0)  # animations and multi-page files: the first frame
         image.load()  # the whole file: a truncated one fails here, never as a half picture
-        return _to_rgb(_upright(image))
+        return _to_rgb(_apply_orientation(image))
     except MemoryError:
         raise ImageError(label, "needs more memory than there is") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
         raise ImageError(label, f"is damaged or cut short ({_first_line(error)})") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _apply_orientation(image: Image.Image) -> Image.Image:
     """Turned as its EXIF says, which is then taken off; EXIF that nobody can read says nothing, the pixels are good."""
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        turn = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a hostile one may raise anything
         return image
     if turn is None:
         return image
     upright = image.transpose(turn)
-    for note in NOTES:
+    for note in EXIF_KEYS:
         upright.info.pop(note, None)  # whoever opens the picture again would turn it again
     return upright
 

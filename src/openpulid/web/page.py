@@ -155,11 +155,11 @@ def _invented(folder: Path) -> list[str]:
     from random import randrange
 
     from openpulid.world import HELD_OUT_PEOPLE
-    from openpulid.world.gallery import portrait
+    from openpulid.world.gallery import render_portrait
 
     number = HELD_OUT_PEOPLE + randrange(100_000)
     file = folder / f"person-{number}.png"
-    save_image(portrait(number), file)
+    save_image(render_portrait(number), file)
     return [str(file)]
 
 

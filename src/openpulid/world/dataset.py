@@ -19,7 +19,7 @@ from openpulid.world.scene import ATTRIBUTES, Scene
 
 FAMILY = 4
 """People per family: they share the skin, and in training most of the face too."""
-SITTING = {
+PORTRAIT_SCENE = {
     "pose": "front",
     "light": "studio",
     "glasses": "none",
@@ -72,7 +72,7 @@ class Plan:
             (self.seed * 7 + self.held_out) * 10_000_019 + index * 1009 + k
         )
         if self.portraits:
-            return Scene.sample(generator, held_out=False, **SITTING)
+            return Scene.sample(generator, held_out=False, **PORTRAIT_SCENE)
         if not self.held_out:
             return Scene.sample(generator)
         family = torch.Generator().manual_seed(HELD_OUT_PEOPLE + index // FAMILY)
@@ -140,7 +140,7 @@ def _array(file: Path, dtype: type, shape: tuple[int, ...], mode: str) -> np.nda
     )
 
 
-def attribute_row(scene: Scene) -> list[int]:
+def encode_attributes(scene: Scene) -> list[int]:
     """Class indices in `ATTRIBUTES` order, -1 where the attribute cannot be seen."""
     seen = scene.attributes()
     return [
@@ -152,12 +152,13 @@ def _attributes(data: WorldDataset) -> np.ndarray:
     file = data.folder / "attributes.npy"
     if not file.exists():
         np.save(
-            file, np.array([attribute_row(data.scene(i)) for i in range(len(data))], dtype=np.int8)
+            file,
+            np.array([encode_attributes(data.scene(i)) for i in range(len(data))], dtype=np.int8),
         )
     return np.load(file)
 
 
-def build(
+def build_dataset(
     folder: Path | str,
     plan: Plan,
     *,

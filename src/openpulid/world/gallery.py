@@ -28,12 +28,12 @@ SCENES = (
 """One of most things that a prompt can ask for."""
 
 
-def portrait(seed: int, size: int = 96) -> Image.Image:
+def render_portrait(seed: int, size: int = 96) -> Image.Image:
     """The person of a seed in the neutral scene."""
     return to_pil(render([Person.from_seed(seed)], [Scene()], size).image)[0]
 
 
-def people_sheet(first: int = 0, side: int = 160, people: int = 8) -> Image.Image:
+def render_people_sheet(first: int = 0, side: int = 160, people: int = 8) -> Image.Image:
     """One person along each row, one scene down each column; `side` is a picture's width in pixels."""
     rows = []
     for seed in range(first, first + people):

@@ -27,7 +27,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Each attribute of a scene and its classes; the first class is the most common one."""
 
-COMMON = {
+COMMON_PROBABILITY = {
     "pose": 0.4,
     "expression": 0.3,
     "light": 0.4,
@@ -120,7 +120,10 @@ class Scene:
         """A random scene; `held_out`: of the colour combinations that no training has seen; `fixed` sets attributes."""
         jitter = tuple((2 * torch.rand(12, generator=generator) - 1).tolist())
         while True:
-            drawn = {name: _draw(name, classes, generator) for name, classes in ATTRIBUTES.items()}
+            drawn = {
+                name: _sample_class(name, classes, generator)
+                for name, classes in ATTRIBUTES.items()
+            }
             scene = cls(jitter=jitter, **(drawn | fixed))
             if scene.is_held_out == held_out:
                 return scene
@@ -160,8 +163,8 @@ class Scene:
     def prompt(self, generator: torch.Generator, keep: float = 0.85) -> str:
         """A sentence for this scene: synonyms, each visible attribute with probability `keep`, in random order."""
         seen = self.attributes()
-        style = _pick(_PHRASES["style"][self.style], generator)
-        subject = _pick(_SUBJECTS, generator)
+        style = _sample_phrase(_PHRASES["style"][self.style], generator)
+        subject = _sample_phrase(_SUBJECTS, generator)
         clauses = [
             clause for clause in (_clause(name, seen, generator) for name in _CLAUSES) if clause
         ]
@@ -194,13 +197,13 @@ def _clause(name: str, seen: dict[str, str], generator: torch.Generator) -> str:
     if value is None:
         return ""
     if name == "background":
-        return _pick(_PATTERNS[seen["pattern"]], generator).format(value)
+        return _sample_phrase(_PATTERNS[seen["pattern"]], generator).format(value)
     if name == "clothing":
-        return _pick(_CLOTHES, generator).format(value)
+        return _sample_phrase(_CLOTHES, generator).format(value)
     if name == "hat":
         if value == "none":
             return ""
-        phrase = _pick(_HATS[value], generator)
+        phrase = _sample_phrase(_HATS[value], generator)
         return (
             phrase.format(seen["hat_color"]) if "hat_color" in seen else phrase.replace("{} ", "")
         )
@@ -212,20 +215,20 @@ def _clause(name: str, seen: dict[str, str], generator: torch.Generator) -> str:
             if "hair_color" in seen
             else _HAIR[value].replace("{} ", "")
         )
-    return _pick(_PHRASES[name][value], generator)
+    return _sample_phrase(_PHRASES[name][value], generator)
 
 
-def _draw(name: str, classes: tuple[str, ...], generator: torch.Generator) -> str:
-    common = COMMON.get(name, 1 / len(classes))
+def _sample_class(name: str, classes: tuple[str, ...], generator: torch.Generator) -> str:
+    common = COMMON_PROBABILITY.get(name, 1 / len(classes))
     weights = torch.tensor([common] + [(1 - common) / (len(classes) - 1)] * (len(classes) - 1))
     return classes[int(torch.multinomial(weights, 1, generator=generator))]
 
 
-def _pick(phrases: tuple[str, ...], generator: torch.Generator) -> str:
+def _sample_phrase(phrases: tuple[str, ...], generator: torch.Generator) -> str:
     return phrases[int(torch.randint(len(phrases), (), generator=generator))] if phrases else ""
 
 
-def _vocabulary() -> tuple[str, ...]:
+def _build_vocabulary() -> tuple[str, ...]:
     phrases = [*_SUBJECTS, *_CLOTHES, *_HAIR.values(), "bald"]
     phrases += [
         text for classes in _PHRASES.values() for texts in classes.values() for text in texts
@@ -237,5 +240,5 @@ def _vocabulary() -> tuple[str, ...]:
     return (",", *sorted(words))
 
 
-VOCABULARY: tuple[str, ...] = _vocabulary()
+VOCABULARY: tuple[str, ...] = _build_vocabulary()
 """Every word that a prompt of this world can hold, and the comma."""

@@ -2,15 +2,15 @@ import pytest
 import torch
 
 from openpulid.mini.data.augment import (
-    after,
-    damaged,
-    lowered,
-    moved,
-    noisy,
-    quantised,
-    recolored,
-    softened,
-    swollen,
+    add_noise,
+    augment,
+    blur,
+    color_jitter,
+    compose_affine,
+    compress_jpeg,
+    dilate,
+    downscale,
+    random_affine,
 )
 
 
@@ -18,7 +18,7 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("harm", [recolored, softened, lowered, quantised, noisy, damaged])
+@pytest.mark.parametrize("harm", [color_jitter, blur, downscale, compress_jpeg, add_noise, augment])
 def test_damage_keeps_shape_and_range_and_depends_on_the_generator_alone(harm):
     images = torch.rand(8, 3, 64, 64, generator=seeded())
     worse = harm(images, seeded())
@@ -32,26 +32,26 @@ def test_blocks_of_one_colour_survive_quantisation():
     images = (
         torch.rand(4, 3, 8, 8, generator=seeded()).repeat_interleave(8, -1).repeat_interleave(8, -2)
     )
-    assert (quantised(images, seeded()) - images).abs().max() < 0.02
+    assert (compress_jpeg(images, seeded()) - images).abs().max() < 0.02
 
 
 def test_gray_takes_all_colour():
     images = torch.rand(16, 3, 8, 8, generator=seeded())
-    gray = recolored(images, seeded(), gray=1.0)
+    gray = color_jitter(images, seeded(), gray=1.0)
     assert torch.allclose(gray[:, 0], gray[:, 2], atol=1e-5)
 
 
 def test_masks_grow_and_shrink_at_the_edge_only():
     masks = torch.zeros(32, 1, 32, 32)
     masks[..., 8:24, 8:24] = 1
-    changed = swollen(masks, seeded())
+    changed = dilate(masks, seeded())
     assert (changed[..., 12:20, 12:20] == 1).all() and (changed[..., :5, :] == 0).all()
     sizes = changed.sum((1, 2, 3))
     assert sizes.min() < 256 < sizes.max()
 
 
 def test_similarities_turn_about_the_middle():
-    matrix = moved(5, 64, seeded(), turn=0.3, grow=0.2, shift=0.0)
+    matrix = random_affine(5, 64, seeded(), turn=0.3, grow=0.2, shift=0.0)
     middle = torch.tensor([32.0, 32.0, 1.0])
     assert torch.allclose((matrix * middle).sum(-1), middle.expand(5, 3), atol=1e-4)
     scale = torch.linalg.det(matrix).sqrt()
@@ -64,4 +64,4 @@ def test_after_is_the_product():
         torch.rand(3, 2, 3, generator=generator),
         torch.rand(3, 3, 3, generator=generator),
     )
-    assert torch.allclose(after(matrix, first), matrix @ first, atol=1e-6)
+    assert torch.allclose(compose_affine(matrix, first), matrix @ first, atol=1e-6)

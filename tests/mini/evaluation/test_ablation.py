@@ -13,7 +13,7 @@ from openpulid.mini.evaluation.evaluate import Table
 
 
 def test_the_sweep_moves_one_thing_at_a_time() -> None:
-    recipes = ablation.variants()
+    recipes = ablation.sweep_recipes()
     steps = [recipe for name, recipe in recipes.items() if name.startswith("k=")]
     assert [recipe.last for recipe in steps] == [1, 2, 3, 4]
     assert all(
@@ -28,15 +28,20 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS}
     table = Table(
-        {"base": row, **dict.fromkeys(ablation.variants(), row)}, 64, 1, 0, "mini-lightning", 1.0
+        {"base": row, **dict.fromkeys(ablation.sweep_recipes(), row)},
+        64,
+        1,
+        0,
+        "mini-lightning",
+        1.0,
     )
     ablation.plot(table, tmp_path / "sweep.png")
     assert Image.open(tmp_path / "sweep.png").size[0] > 1000
 
 
 def test_the_picture_has_a_column_for_every_stage(tmp_path: Path) -> None:
-    stages = evaluate.trained()
+    stages = evaluate.find_adapters()
     assert stages, "no adapter is there"
-    page = ablation.picture(people=1, side=96)
+    page = ablation.draw_stages(people=1, side=96)
     narrow = 2 * 24 + (2 + len(stages)) * (96 + 16) - 16
     assert page.size[0] == narrow and len(page.getcolors(1 << 24) or []) > 1000

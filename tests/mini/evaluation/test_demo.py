@@ -34,7 +34,7 @@ def test_figures_by_hand() -> None:
     portraits = [flat((255, 0, 0)), flat((0, 255, 0)), flat((0, 0, 255))]
     without = [flat((51, 51, 51), (0, 0, 255)), flat((51, 51, 51), (0, 0, 255))]
     with_identity = [flat((51, 51, 51), (255, 0, 0)), flat((102, 51, 51), (0, 255, 0))]
-    figures = demo.judge(middle, portraits, without, with_identity)
+    figures = demo.score_images(middle, portraits, without, with_identity)
     assert figures["same_person"] == 0.5  # one image shows the person, the other somebody else
     assert figures["other_person"] == 0.25  # of two others and two images, one pair is alike
     assert figures["changed_outside_face"] == pytest.approx(

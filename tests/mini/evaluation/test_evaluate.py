@@ -38,11 +38,11 @@ JUDGES = MiniScorers(
 
 
 def test_requests_are_the_same_for_everybody() -> None:
-    asked = evaluate.requests(people=3, prompts=2, people_seed=5)
-    assert asked == evaluate.requests(3, 2, 5)
+    asked = evaluate.sample_prompts(people=3, prompts=2, people_seed=5)
+    assert asked == evaluate.sample_prompts(3, 2, 5)
     assert asked[2:] == [  # people are numbered from the first, whatever comes before
         evaluate.EvalPrompt(r.person + 1, r.prompt, r.seed, r.scene)
-        for r in evaluate.requests(2, 2, 6)
+        for r in evaluate.sample_prompts(2, 2, 6)
     ]
     assert [request.person for request in asked] == [0, 0, 1, 1, 2, 2]
     for request in asked:
@@ -63,10 +63,10 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
         evaluate, "load", lambda preset, device: SimpleNamespace(identify=to_tensor)
     )
     monkeypatch.setattr(
-        evaluate, "models", lambda studio, adapters: [(name, studio) for name in adapters]
+        evaluate, "iterate_models", lambda studio, adapters: [(name, studio) for name in adapters]
     )
-    monkeypatch.setattr(evaluate, "make", make)
-    monkeypatch.setattr(evaluate.Scorers, "load", lambda: JUDGES)
+    monkeypatch.setattr(evaluate, "generate_images", make)
+    monkeypatch.setattr(evaluate.MiniScorers, "load", lambda: JUDGES)
     table = evaluate.run(people=3, prompts=2, adapters={"stage1": Path("nowhere")})
     base, stage1 = table.rows["base"], table.rows["stage1"]
     assert stage1["face_sim"].mean == pytest.approx(1, abs=1e-4)
@@ -75,7 +75,7 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
     assert stage1["outside_face"].mean == 0  # only the middle differs
     assert stage1["face_found"].mean == 1
     assert list(table.rows) == ["base", "stage1", "truth"]
-    assert evaluate.references(people=2).shape == (2, 3, 96, 96)
+    assert evaluate.render_portraits(people=2).shape == (2, 3, 96, 96)
 
 
 def test_json_has_the_columns_and_no_nan() -> None:
@@ -83,7 +83,7 @@ def test_json_has_the_columns_and_no_nan() -> None:
         "attributes": Interval(*[math.nan] * 3)
     }
     line = json.dumps(
-        evaluate.as_json(Table({"base": row, "stage1": row}, 64, 4, 0, "mini", 1.0)),
+        evaluate.to_json(Table({"base": row, "stage1": row}, 64, 4, 0, "mini", 1.0)),
         allow_nan=False,
     )
     rows = json.loads(line)["rows"]
@@ -97,7 +97,7 @@ def test_the_table_shows_every_row(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     row = {name: Interval(0.25, 0.2, 0.3) for name in evaluate.COLUMNS}
-    evaluate.show(Table({"base": row, "stage1": row}, 8, 1, 0, "mini", 1.0))
+    evaluate.print_table(Table({"base": row, "stage1": row}, 8, 1, 0, "mini", 1.0))
     out = capsys.readouterr().out
     assert (
         "stage1" in out
@@ -114,4 +114,4 @@ def test_adapters_are_the_shipped_ones_and_those_trained_here(tmp_path: Path) ->
     for file in (shipped, older, own):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    assert evaluate.trained(weights, runs) == {"stage1": shipped, "stage2": own}
+    assert evaluate.find_adapters(weights, runs) == {"stage1": shipped, "stage2": own}

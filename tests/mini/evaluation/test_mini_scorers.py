@@ -13,7 +13,7 @@ from openpulid.mini.evaluation import evaluate
 from openpulid.mini.evaluation.scorers import MiniScorers
 from openpulid.pipelines.studio import Studio, load
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE
-from openpulid.world.gallery import portrait
+from openpulid.world.gallery import render_portrait
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def studio() -> Studio:
 
 
 def test_many_at_once_are_what_each_is_alone(studio: Studio) -> None:
-    asked = evaluate.requests(people=3, prompts=1)
-    identities = [studio.identify(portrait(HELD_OUT_PEOPLE + k)) for k in range(3)]
-    together = evaluate.make(studio, [asked], identities)
+    asked = evaluate.sample_prompts(people=3, prompts=1)
+    identities = [studio.identify(render_portrait(HELD_OUT_PEOPLE + k)) for k in range(3)]
+    together = evaluate.generate_images(studio, [asked], identities)
     for request, image in zip(asked, together, strict=True):
         alone = studio.generate(
             request.prompt, identities[request.person], seed=request.seed
@@ -35,7 +35,7 @@ def test_many_at_once_are_what_each_is_alone(studio: Studio) -> None:
 def test_judges_answer_in_the_measures_shapes() -> None:
     judges, images = (
         MiniScorers.load(),
-        to_tensor([portrait(HELD_OUT_PEOPLE + k) for k in range(2)]),
+        to_tensor([render_portrait(HELD_OUT_PEOPLE + k) for k in range(2)]),
     )
     faces = judges.faces(images)
     assert faces.found.tolist() == [True, True] and faces.masks.shape == (2, 1, 96, 96)
@@ -49,7 +49,7 @@ def test_judges_answer_in_the_measures_shapes() -> None:
 def test_pictures_without_a_face_are_measured() -> None:
     judges, people = MiniScorers.load(), [HELD_OUT_PEOPLE, HELD_OUT_PEOPLE + 1]
     gray = to_tensor([Image.new("RGB", (96, 96), "gray")] * 2)
-    portraits = to_tensor([portrait(number) for number in people])
+    portraits = to_tensor([render_portrait(number) for number in people])
     nobody, gallery = judges.faces(gray), judges.faces(portraits)
     assert not nobody.found.any() and nobody.embeddings.shape == gallery.embeddings.shape
     who, prompts = torch.tensor([0, 1]), ["portrait", "photo"]

@@ -7,20 +7,20 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from openpulid.mini.data.captions import token_ids
-from openpulid.mini.models.pipeline import assemble, sample, save_folder, scheduler
-from openpulid.mini.models.tokenizer import tokenizer
+from openpulid.mini.models.pipeline import build_pipeline, build_scheduler, sample, save_folder
+from openpulid.mini.models.tokenizer import build_tokenizer
 from tests.support import mini_networks as networks
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return assemble(
-        networks.small_unet(), networks.small_vae(), networks.small_words(), tokenizer()
+    return build_pipeline(
+        networks.small_unet(), networks.small_vae(), networks.small_words(), build_tokenizer()
     )
 
 
 def test_words_are_those_of_the_pipeline(pipe):
-    text = networks.small_words()(token_ids(tokenizer(), networks.PROMPTS))
+    text = networks.small_words()(token_ids(build_tokenizer(), networks.PROMPTS))
     embeds, nothing, pooled, pooled_nothing = pipe.encode_prompt(
         networks.PROMPTS, device="cpu", num_images_per_prompt=1
     )
@@ -34,13 +34,13 @@ def test_words_are_those_of_the_pipeline(pipe):
 
 def test_a_dropped_sentence_is_all_zero():
     kept = torch.tensor([True, False, True, False])
-    text = networks.small_words()(token_ids(tokenizer(), networks.PROMPTS), kept)
+    text = networks.small_words()(token_ids(build_tokenizer(), networks.PROMPTS), kept)
     assert text.embeds.abs().sum((1, 2)).bool().tolist() == kept.tolist()
     assert text.pooled.abs().sum(1).bool().tolist() == kept.tolist()
 
 
 def test_the_last_time_is_nothing_but_noise():
-    known = scheduler()
+    known = build_scheduler()
     known.set_timesteps(4)
     assert known.timesteps.tolist() == [999, 749, 499, 249]
     assert known.alphas_cumprod[-1] < 1e-6

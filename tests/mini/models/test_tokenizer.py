@@ -6,12 +6,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from openpulid.mini.data.captions import Captions, token_ids
-from openpulid.mini.models.tokenizer import LENGTH, tokenizer
+from openpulid.mini.models.tokenizer import LENGTH, build_tokenizer
 from openpulid.world import VOCABULARY, Scene
 
 
 def test_every_word_is_one_token_and_others_are_unknown():
-    words = tokenizer()
+    words = build_tokenizer()
     assert len(words) == len(VOCABULARY) + 4
     ids = words("Portrait, purple elephant", add_special_tokens=False).input_ids
     assert [words.convert_ids_to_tokens(i) for i in ids] == [
@@ -23,7 +23,7 @@ def test_every_word_is_one_token_and_others_are_unknown():
 
 
 def test_the_longest_sentence_fits():
-    generator, words = torch.Generator().manual_seed(0), tokenizer()
+    generator, words = torch.Generator().manual_seed(0), build_tokenizer()
     sentences = [Scene.sample(generator).prompt(generator, keep=1.0) for _ in range(300)]
     lengths = [len(words(sentence).input_ids) for sentence in sentences]
     assert 30 < max(lengths) <= LENGTH
@@ -31,10 +31,10 @@ def test_the_longest_sentence_fits():
 
 
 def test_it_is_the_same_after_loading(tmp_path):
-    tokenizer().save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     sentences = ["portrait, photo", "a person, poster, blue hat with a brim"]
-    assert torch.equal(token_ids(loaded, sentences), token_ids(tokenizer(), sentences))
+    assert torch.equal(token_ids(loaded, sentences), token_ids(build_tokenizer(), sentences))
 
 
 def test_captions_are_made_once(tmp_path):
@@ -48,8 +48,8 @@ def test_captions_are_made_once(tmp_path):
             Data.asked += 1
             return Scene(pose=("front", "left", "right")[row])
 
-    made = Captions.of(Data(), tokenizer(), tmp_path / "captions.npy", variants=2)
-    again = Captions.of(Data(), tokenizer(), tmp_path / "captions.npy", variants=2)
+    made = Captions.of(Data(), build_tokenizer(), tmp_path / "captions.npy", variants=2)
+    again = Captions.of(Data(), build_tokenizer(), tmp_path / "captions.npy", variants=2)
     assert Data.asked == 3
     assert made.tokens.shape == (3, 2, LENGTH) and (made.tokens == again.tokens).all()
     assert made.rows(torch.tensor([2, 0]), torch.tensor([1, 0])).tolist() == [

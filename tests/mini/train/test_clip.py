@@ -10,7 +10,7 @@ from transformers import CLIPTextModel
 
 from openpulid.mini.data.captions import Captions, token_ids
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
-from openpulid.mini.models.tokenizer import tokenizer
+from openpulid.mini.models.tokenizer import build_tokenizer
 from openpulid.mini.train.attribute_classifier import (
     AttributeClassifierTask,
     accuracy,
@@ -27,7 +27,7 @@ from openpulid.world import ATTRIBUTES, Scene
 def captions(small_world):
     generator = torch.Generator().manual_seed(0)
     sentences = [Scene.sample(generator).prompt(generator) for _ in range(len(small_world))]
-    return Captions(token_ids(tokenizer(), sentences)[:, None].numpy().astype(np.uint8))
+    return Captions(token_ids(build_tokenizer(), sentences)[:, None].numpy().astype(np.uint8))
 
 
 def test_contrast_of_four_pictures_that_are_alike_is_a_guess():
@@ -39,7 +39,7 @@ def test_contrast_of_four_pictures_that_are_alike_is_a_guess():
 
 def test_clip_trains(small_world, captions):
     torch.manual_seed(0)
-    words = tokenizer()
+    words = build_tokenizer()
     task = ClipTask(
         build_clip(words, width=32, layers=1),
         build_first_text(words, 32),
@@ -57,7 +57,7 @@ def test_clip_trains(small_world, captions):
 
 def test_loudened_towers_say_the_same_louder(captions):
     torch.manual_seed(0)
-    model = build_first_text(tokenizer()).eval()
+    model = build_first_text(build_tokenizer()).eval()
     tokens = captions.rows(torch.arange(12), torch.zeros(12, dtype=torch.long))
     with torch.no_grad():
         before = model(input_ids=tokens).text_embeds
@@ -80,7 +80,7 @@ def test_a_u_net_hears_every_word(folder, one, other):
         MINIATURE / "pipeline" / folder, torch_dtype=torch.float32
     ).eval()
     frame = "photo, portrait of a person, {}, soft light, plain blue background, short brown hair"
-    tokens = token_ids(tokenizer(), [frame.format(one), frame.format(other)])
+    tokens = token_ids(build_tokenizer(), [frame.format(one), frame.format(other)])
     with torch.no_grad():
         hidden = model(input_ids=tokens, output_hidden_states=True).hidden_states[-2]
     place = (tokens[0] != tokens[1]).nonzero()[0]

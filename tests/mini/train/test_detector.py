@@ -17,7 +17,7 @@ from openpulid.training.rng import StepRNG
 
 @pytest.fixture(scope="module")
 def photos():
-    return made.photographs()
+    return made.load_photographs()
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from openpulid.mini.data.latents import Latents
-from openpulid.mini.models.pipeline import assemble, scheduler
-from openpulid.mini.models.tokenizer import tokenizer
+from openpulid.mini.models.pipeline import build_pipeline, build_scheduler
+from openpulid.mini.models.tokenizer import build_tokenizer
 from openpulid.mini.train.distill import (
     STUDENT_TIMESTEPS,
     LightningTask,
@@ -67,7 +67,7 @@ def test_nearly_clean_times_count_less():
 
 def test_a_step_with_the_students_target_ends_where_the_teacher_was():
     stations, generator = StudentSchedule(), torch.Generator().manual_seed(0)
-    sampler = type(scheduler()).from_config(scheduler().config, solver_order=1)
+    sampler = type(build_scheduler()).from_config(build_scheduler().config, solver_order=1)
     sampler.set_timesteps(STUDENT_TIMESTEPS)
     here, there = torch.randn(2, 1, 4, 12, 12, generator=generator)
     for index, t in enumerate(sampler.timesteps):
@@ -77,7 +77,7 @@ def test_a_step_with_the_students_target_ends_where_the_teacher_was():
 
 def test_a_walk_is_the_pipelines_own_way():
     unet, words, vae = networks.small_unet(), networks.small_words(), networks.small_vae()
-    pipe = assemble(unet, vae, words, tokenizer())
+    pipe = build_pipeline(unet, vae, words, build_tokenizer())
     noise = torch.randn(2, 4, 12, 12, generator=torch.Generator().manual_seed(0))
     tokens = networks.small_captions().rows(torch.tensor([0, 1]), torch.tensor([0, 0]))
     passed = walk(unet, noise, words(tokens), words(tokens, torch.zeros(2)), steps=8, guidance=3.0)

@@ -23,8 +23,8 @@ from openpulid.faces.arcface import (
     ARCFACE_TEMPLATE,
     ArcFaceRecognition,
     arcface_crop,
-    arcface_ir_se50,
-    photo_embedder,
+    build_face_embedder,
+    load_arcface_ir_se50,
 )
 from openpulid.faces.bisenet import FaceParser
 from openpulid.faces.scrfd import SCRFDDetector
@@ -160,7 +160,7 @@ def test_the_base_sees_what_it_decodes(base) -> None:
 
 def test_all_three_stages(folder, base, features, tmp_path) -> None:
     torch.manual_seed(0)
-    faces = photo_embedder(
+    faces = build_face_embedder(
         features.finder, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
     )
     frozen = {name: value.clone() for name, value in base.unet.state_dict().items()}
@@ -282,7 +282,7 @@ def test_what_is_missing_is_said(folder, base, features, tmp_path) -> None:
         opened(tmp_path / "empty", base, features, tmp_path / "faces.json")
     torch.save({"a": torch.ones(1)}, tmp_path / "arcface.pth")
     with pytest.raises(WeightsError, match="not facexlib's ArcFace"):
-        arcface_ir_se50(tmp_path / "arcface.pth")
+        load_arcface_ir_se50(tmp_path / "arcface.pth")
 
 
 def test_the_id_losss_crop_is_in_place_blue_first_and_differentiable() -> None:
@@ -301,7 +301,7 @@ def test_the_id_losss_crop_is_in_place_blue_first_and_differentiable() -> None:
 
 def test_the_id_loss_sees_photographs(features) -> None:
     torch.manual_seed(0)
-    embedder = photo_embedder(
+    embedder = build_face_embedder(
         features.finder, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
     )
     photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255

@@ -14,24 +14,28 @@ from torch.nn.functional import avg_pool2d, interpolate
 from openpulid.faces.preprocess import luminance
 
 
-def uniform(batch: int, low: float, high: float, generator: Generator, like: Tensor) -> Tensor:
+def sample_uniform(
+    batch: int, low: float, high: float, generator: Generator, like: Tensor
+) -> Tensor:
     """(batch, 1, 1, 1) numbers between low and high."""
     return (low + (high - low) * torch.rand(batch, 1, 1, 1, generator=generator)).to(like.device)
 
 
-def chosen(batch: int, probability: float, generator: Generator, like: Tensor) -> Tensor:
+def sample_bool(batch: int, probability: float, generator: Generator, like: Tensor) -> Tensor:
     """(batch,) bool: who is hit."""
     return (torch.rand(batch, generator=generator) < probability).to(like.device)
 
 
-def recolored(
+def color_jitter(
     images: Tensor, generator: Generator, strength: float = 1.0, gray: float = 0.3
 ) -> Tensor:
     """Brightness, contrast, saturation, a colour cast, and gray with probability `gray`."""
     batch = len(images)
     luma = luminance(images)
-    drop = chosen(batch, gray, generator, images)[:, None, None, None]
-    saturation = uniform(batch, 1 - 0.6 * strength, 1 + 0.4 * strength, generator, images) * ~drop
+    drop = sample_bool(batch, gray, generator, images)[:, None, None, None]
+    saturation = (
+        sample_uniform(batch, 1 - 0.6 * strength, 1 + 0.4 * strength, generator, images) * ~drop
+    )
     images = torch.lerp(luma.expand_as(images), images, saturation)
     cast = (
         1
@@ -40,22 +44,22 @@ def recolored(
         * (2 * torch.rand(batch, 3, 1, 1, generator=generator).to(images.device) - 1)
         * ~drop
     )
-    contrast = uniform(batch, 1 - 0.35 * strength, 1 + 0.35 * strength, generator, images)
-    brightness = uniform(batch, -0.15 * strength, 0.15 * strength, generator, images)
+    contrast = sample_uniform(batch, 1 - 0.35 * strength, 1 + 0.35 * strength, generator, images)
+    brightness = sample_uniform(batch, -0.15 * strength, 0.15 * strength, generator, images)
     return ((images - 0.5) * contrast * cast + 0.5 + brightness).clamp(0, 1)
 
 
-def softened(images: Tensor, generator: Generator) -> Tensor:
+def blur(images: Tensor, generator: Generator) -> Tensor:
     """A blur of up to one pixel for everybody: binomial filters of random width in x and in y."""
     for axis in (-1, -2):
-        side = uniform(len(images), 0.0, 0.28, generator, images)
+        side = sample_uniform(len(images), 0.0, 0.28, generator, images)
         side = side * (side > 0.06)  # a part stays sharp
         before, after = images.roll(1, axis), images.roll(-1, axis)
         images = images + side * (before + after - 2 * images)
     return images
 
 
-def lowered(images: Tensor, generator: Generator, smallest: float = 0.4) -> Tensor:
+def downscale(images: Tensor, generator: Generator, smallest: float = 0.4) -> Tensor:
     """Down to a smaller size and up again: one size for the batch, so that it stays one resampling."""
     share = smallest + (1 - smallest) * torch.rand((), generator=generator).item()
     size = images.shape[-2:]
@@ -65,7 +69,7 @@ def lowered(images: Tensor, generator: Generator, smallest: float = 0.4) -> Tens
     return interpolate(small, size, mode="bicubic").clamp(0, 1)
 
 
-def quantised(images: Tensor, generator: Generator) -> Tensor:
+def compress_jpeg(images: Tensor, generator: Generator) -> Tensor:
     """What JPEG does to a picture: 8x8 blocks, cosine transform, coarser steps for higher frequencies."""
     k = torch.arange(8.0, device=images.device)
     basis = (
@@ -86,35 +90,35 @@ def quantised(images: Tensor, generator: Generator) -> Tensor:
     )
 
 
-def noisy(images: Tensor, generator: Generator, most: float = 0.06) -> Tensor:
+def add_noise(images: Tensor, generator: Generator, most: float = 0.06) -> Tensor:
     """Gaussian noise of random strength."""
-    sigma = uniform(len(images), 0.0, most, generator, images)
+    sigma = sample_uniform(len(images), 0.0, most, generator, images)
     noise = torch.randn(images.shape, generator=generator).to(images.device)
     return (images + sigma * noise).clamp(0, 1)
 
 
-def damaged(images: Tensor, generator: Generator) -> Tensor:
+def augment(images: Tensor, generator: Generator) -> Tensor:
     """Blur for all; low resolution, JPEG blocks and noise for a quarter each, by turns over the batch.
 
     The batch must be in random order or hold each kind of picture in every quarter.
     """
-    images = softened(images, generator)
+    images = blur(images, generator)
     order = torch.randperm(len(images), generator=generator).to(images.device)
     quarters = order.tensor_split(4)
-    for part, harm in zip(quarters, (lowered, quantised, noisy), strict=False):
+    for part, harm in zip(quarters, (downscale, compress_jpeg, add_noise), strict=False):
         images = images.index_copy(0, part, harm(images[part], generator))
     return images
 
 
-def swollen(masks: Tensor, generator: Generator, reach: int = 2) -> Tensor:
+def dilate(masks: Tensor, generator: Generator, reach: int = 2) -> Tensor:
     """Masks whose edge is moved in or out by up to about `reach` / 2 pixels, as a finder's edge is."""
     width = 2 * reach + 1
     soft = avg_pool2d(masks, width, 1, reach, count_include_pad=False)
-    level = uniform(len(masks), 0.3, 0.7, generator, masks)
+    level = sample_uniform(len(masks), 0.3, 0.7, generator, masks)
     return ((soft - level) * width + 0.5).clamp(0, 1)
 
 
-def moved(
+def random_affine(
     batch: int, size: int, generator: Generator, turn: float, grow: float, shift: float
 ) -> Tensor:
     """(batch, 3, 3) random similarities of a size x size picture about its centre.
@@ -138,6 +142,6 @@ def moved(
     return matrix
 
 
-def after(matrix: Tensor, first: Tensor) -> Tensor:
+def compose_affine(matrix: Tensor, first: Tensor) -> Tensor:
     """(B, 2, 3): `first` (B, 3, 3), then `matrix` (B, 2, 3). Sums of products: autocast leaves them alone."""
     return (matrix[..., None] * first.to(matrix)[:, None]).sum(2)

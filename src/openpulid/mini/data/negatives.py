@@ -23,11 +23,15 @@ PHOTOGRAPHS = (
 HELD_OUT = ("camera", "chelsea", *(f"face-{index}" for index in range(80, 100)))
 """Photographs that examine the finder and never train it."""
 
-PEOPLE = {"astronaut": (224, 110, 90), "grace_hopper": (256, 190, 120), "camera": (265, 140, 45)}
+FACE_POSITIONS = {
+    "astronaut": (224, 110, 90),
+    "grace_hopper": (256, 190, 120),
+    "camera": (265, 140, 45),
+}
 """Where real faces are in them: x, y and half a width in pixels. The hardest to refuse, so most crops hold one."""
 
 
-HEADLIKE = (
+HEAD_LAYOUT = (
     (0, 0, 0.5, 0.65),
     (-0.22, -0.1, 0.08, 0.05),
     (0.22, -0.1, 0.08, 0.05),
@@ -36,7 +40,7 @@ HEADLIKE = (
 """A head, two eyes and a mouth: middles and half-axes in a picture from -1 to 1."""
 
 
-def photographs() -> dict[str, Tensor]:
+def load_photographs() -> dict[str, Tensor]:
     """The photographs of the installed packages by name, each (3, H, W) uint8; needs the `train` extra, no network."""
     from matplotlib import cbook
     from skimage import data
@@ -62,20 +66,20 @@ def _rgb(array: np.ndarray) -> np.ndarray:
     return np.array(Image.fromarray(array).convert("RGB"))
 
 
-def pick(high: int, generator: Generator) -> int:
+def sample_int(high: int, generator: Generator) -> int:
     """A whole number below `high`."""
     return int(torch.randint(high, (), generator=generator))
 
 
-def between(low: float, high: float, generator: Generator) -> float:
+def sample_float(low: float, high: float, generator: Generator) -> float:
     return low + (high - low) * torch.rand((), generator=generator).item()
 
 
-def photograph(photos: Mapping[str, Tensor], size: int, generator: Generator) -> Tensor:
+def crop_photograph(photos: Mapping[str, Tensor], size: int, generator: Generator) -> Tensor:
     """(3, size, size) random crop of a photograph: turned, mirrored, bent; three in four hold a real face."""
     names = list(photos)
-    group = pick(4, generator)
-    people = [name for name in names if name in PEOPLE]
+    group = sample_int(4, generator)
+    people = [name for name in names if name in FACE_POSITIONS]
     small = [name for name in names if name.startswith("face-")]
     chosen = (
         people
@@ -84,29 +88,37 @@ def photograph(photos: Mapping[str, Tensor], size: int, generator: Generator) ->
         if group == 2
         else [name for name in names if name not in small]
     )
-    name = chosen[pick(len(chosen), generator)]
+    name = chosen[sample_int(len(chosen), generator)]
     image = photos[name].float()[None] / 255
     height, width = image.shape[-2:]
-    x, y, half = PEOPLE.get(name, (width / 2, height / 2, 0.0)) if group < 3 else (0.0, 0.0, 0.0)
+    x, y, half = (
+        FACE_POSITIONS.get(name, (width / 2, height / 2, 0.0)) if group < 3 else (0.0, 0.0, 0.0)
+    )
     if group == 2:
         half = min(height, width) * 0.42
     if half:
-        half *= between(0.9, 2.2, generator)
-        x, y = x + half * between(-0.3, 0.3, generator), y + half * between(-0.3, 0.3, generator)
+        half *= sample_float(0.9, 2.2, generator)
+        x, y = (
+            x + half * sample_float(-0.3, 0.3, generator),
+            y + half * sample_float(-0.3, 0.3, generator),
+        )
     else:
-        half = min(height, width) * between(0.1, 0.5, generator)
-        x, y = between(half, width - half, generator), between(half, height - half, generator)
+        half = min(height, width) * sample_float(0.1, 0.5, generator)
+        x, y = (
+            sample_float(half, width - half, generator),
+            sample_float(half, height - half, generator),
+        )
     turn = (
-        between(-0.35, 0.35, generator)
-        if pick(4, generator)
-        else between(-math.pi, math.pi, generator)
+        sample_float(-0.35, 0.35, generator)
+        if sample_int(4, generator)
+        else sample_float(-math.pi, math.pi, generator)
     )
-    mirror = 1 - 2 * pick(2, generator)
-    stretch = math.exp(between(-0.2, 0.2, generator))
+    mirror = 1 - 2 * sample_int(2, generator)
+    stretch = math.exp(sample_float(-0.2, 0.2, generator))
     axis = torch.linspace(-1, 1, size)
     v, u = torch.meshgrid(axis, axis * mirror, indexing="ij")
     # Two faces are few: bent like rubber they are many.
-    bend = between(0.0, 0.16, generator) * torch.randn(1, 2, 5, 5, generator=generator)
+    bend = sample_float(0.0, 0.16, generator) * torch.randn(1, 2, 5, 5, generator=generator)
     du, dv = interpolate(bend, (size, size), mode="bicubic")[0]
     u, v = u + du, v + dv
     along = x + half * stretch * (math.cos(turn) * u - math.sin(turn) * v)
@@ -118,66 +130,68 @@ def photograph(photos: Mapping[str, Tensor], size: int, generator: Generator) ->
     return grid_sample(image, grid, padding_mode="reflection", align_corners=False)[0]
 
 
-def colored_noise(size: int, generator: Generator) -> Tensor:
+def sample_noise(size: int, generator: Generator) -> Tensor:
     """(3, size, size): noise whose power falls as 1 / frequency^a, a from 0 (white) to 3 (clouds), often gray."""
-    exponent = between(0.0, 1.6, generator)
+    exponent = sample_float(0.0, 1.6, generator)
     frequency = torch.fft.fftfreq(size)[:, None] ** 2 + torch.fft.rfftfreq(size) ** 2
     frequency[0, 0] = 1.0 / size**2
     noise = torch.randn(3, size, size, generator=generator)
-    if pick(3, generator) == 0:
+    if sample_int(3, generator) == 0:
         noise = noise[:1].expand(3, -1, -1)
     field = torch.fft.irfft2(torch.fft.rfft2(noise) * frequency ** (-exponent / 2), s=(size, size))
     field = field / field.std().clamp(min=1e-6)
     color = torch.rand(3, 1, 1, generator=generator)
-    return (color + between(0.05, 0.4, generator) * field).clamp(0, 1)
+    return (color + sample_float(0.05, 0.4, generator) * field).clamp(0, 1)
 
 
-def gradient(size: int, generator: Generator) -> Tensor:
+def sample_gradient(size: int, generator: Generator) -> Tensor:
     """(3, size, size): plain colours, and blends of two along a line or around a point."""
     first, second = torch.rand(2, 3, 1, 1, generator=generator)
-    if pick(3, generator) == 0:
+    if sample_int(3, generator) == 0:
         return first.expand(3, size, size).clone()
     axis = torch.linspace(-1, 1, size)
-    angle = between(0, 2 * math.pi, generator)
+    angle = sample_float(0, 2 * math.pi, generator)
     ramp = 0.5 + 0.35 * (math.cos(angle) * axis + math.sin(angle) * axis[:, None])
-    if pick(2, generator):
-        x, y = between(-0.5, 0.5, generator), between(-0.5, 0.5, generator)
-        ramp = ((axis - x) ** 2 + (axis[:, None] - y) ** 2).sqrt() * between(0.4, 1.2, generator)
+    if sample_int(2, generator):
+        x, y = sample_float(-0.5, 0.5, generator), sample_float(-0.5, 0.5, generator)
+        ramp = ((axis - x) ** 2 + (axis[:, None] - y) ** 2).sqrt() * sample_float(
+            0.4, 1.2, generator
+        )
     return torch.lerp(first, second, ramp.clamp(0, 1))
 
 
-def shapes(size: int, generator: Generator) -> Tensor:
+def sample_shapes(size: int, generator: Generator) -> Tensor:
     """(3, size, size): ellipses, boxes and stripes on a blend; some lie like a head with two eyes, but are none."""
-    image = gradient(size, generator)
+    image = sample_gradient(size, generator)
     axis = torch.linspace(-1, 1, size)
-    headlike = pick(2, generator)
-    spots = HEADLIKE if headlike else ()
-    for index in range(len(spots) or 1 + pick(10, generator)):
+    headlike = sample_int(2, generator)
+    spots = HEAD_LAYOUT if headlike else ()
+    for index in range(len(spots) or 1 + sample_int(10, generator)):
         if spots:
-            x, y, a, b = (value + between(-0.08, 0.08, generator) for value in spots[index])
+            x, y, a, b = (value + sample_float(-0.08, 0.08, generator) for value in spots[index])
             a, b = abs(a) + 0.02, abs(b) + 0.02
         else:
-            x, y = between(-1, 1, generator), between(-1, 1, generator)
-            a, b = between(0.05, 0.8, generator), between(0.05, 0.8, generator)
-        turn = between(0, math.pi, generator) if not spots else 0.0
+            x, y = sample_float(-1, 1, generator), sample_float(-1, 1, generator)
+            a, b = sample_float(0.05, 0.8, generator), sample_float(0.05, 0.8, generator)
+        turn = sample_float(0, math.pi, generator) if not spots else 0.0
         u = (math.cos(turn) * (axis - x) + math.sin(turn) * (axis[:, None] - y)) / a
         v = (math.cos(turn) * (axis[:, None] - y) - math.sin(turn) * (axis - x)) / b
-        power = (2.0, 2.0, 8.0)[pick(3, generator)]
+        power = (2.0, 2.0, 8.0)[sample_int(3, generator)]
         inside = ((1 - u.abs() ** power - v.abs() ** power) * 8).clamp(0, 1)
-        image = torch.lerp(image, gradient(size, generator), inside)
-    if pick(3, generator) == 0:
+        image = torch.lerp(image, sample_gradient(size, generator), inside)
+    if sample_int(3, generator) == 0:
         wave = torch.sin(
-            between(4, 40, generator) * (axis + between(-1, 1, generator) * axis[:, None])
+            sample_float(4, 40, generator) * (axis + sample_float(-1, 1, generator) * axis[:, None])
         )
-        cover = (wave * 4).clamp(0, 1) * between(0.1, 1, generator)
+        cover = (wave * 4).clamp(0, 1) * sample_float(0.1, 1, generator)
         image = torch.lerp(image, torch.rand(3, 1, 1, generator=generator), cover)
     return image
 
 
-def scrambled(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
+def shuffle_tiles(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
     """World pictures (B, 3, S, S) cut into 3 x 3 to 6 x 6 tiles that are laid out anew; tiles may be turned."""
     size = images.shape[-1]
-    tiles = (3, 4, 6)[pick(3, generator)]
+    tiles = (3, 4, 6)[sample_int(3, generator)]
     side = size // tiles
     cut = (
         images[..., : side * tiles, : side * tiles]
@@ -187,13 +201,13 @@ def scrambled(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
     cut = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # (B, tiles², 3, side, side)
     order = torch.rand(cut.shape[:2], generator=generator).argsort(1).to(images.device)
     cut = cut[torch.arange(len(cut), device=images.device)[:, None], order]
-    if pick(2, generator):
+    if sample_int(2, generator):
         cut = cut.flip(-2)
     whole = cut.unflatten(1, (tiles, tiles)).permute(0, 3, 1, 4, 2, 5).flatten(-2).flatten(-3, -2)
     return interpolate(whole, (size, size), mode="bilinear") if side * tiles != size else whole
 
 
-def emptied(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
+def remove_person(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
     """World pictures whose person is gone: the background's mean colour, with some of its texture, in their place."""
     background = (parts == 0)[:, None].float()
     mean = (images * background).sum((2, 3), keepdim=True) / background.sum(
@@ -204,7 +218,7 @@ def emptied(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
     return torch.where(background > 0, images, filled)
 
 
-def faceless(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
+def erase_face(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
     """World people without features: the face becomes its mean colour, shaded, or is turned upside down."""
     face = (parts == 1)[:, None].float()
     mean = (images * face).sum((2, 3), keepdim=True) / face.sum((2, 3), keepdim=True).clamp(min=1)
@@ -212,15 +226,15 @@ def faceless(images: Tensor, parts: Tensor, generator: Generator) -> Tensor:
         interpolate(images, scale_factor=1 / 16, mode="area"), images.shape[-2:], mode="bilinear"
     )
     smooth = torch.lerp(mean.expand_as(images), shade, 0.5)
-    reversed_ = images.flip(-2).roll(pick(17, generator) - 8, -2)
-    replaced = smooth if pick(2, generator) else reversed_
+    reversed_ = images.flip(-2).roll(sample_int(17, generator) - 8, -2)
+    replaced = smooth if sample_int(2, generator) else reversed_
     return torch.where((face > 0) | ((parts == 2)[:, None] & (face.sum() > 0)), replaced, images)
 
 
-def pasted(
+def paste_real_faces(
     images: Tensor, parts: Tensor, photos: Mapping[str, Tensor], generator: Generator
 ) -> Tensor:
     """World pictures with a real face where theirs was: neither hair nor background may decide."""
     size = images.shape[-1]
-    real = torch.stack([photograph(photos, size, generator) for _ in images])
+    real = torch.stack([crop_photograph(photos, size, generator) for _ in images])
     return torch.where((parts == 1)[:, None] | (parts == 2)[:, None], real, images)

@@ -38,17 +38,17 @@ ALIGNMENT = ((0.0, 0.0), (0.6, 0.1), (3.0, 0.0), (0.0, 0.5), (3.0, 0.5))
 """Weights of L_sem and L_layout; the second are the paper's; the recipe has three times as much."""
 
 
-def picture(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Image:
+def draw_stages(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Image:
     """Held-out people, a row each: the only picture given, then the same prompt and seed through every stage."""
     asked, portraits = (
-        evaluate.requests(people, 1, people_seed),
-        evaluate.references(people, people_seed),
+        evaluate.sample_prompts(people, 1, people_seed),
+        evaluate.render_portraits(people, people_seed),
     )
     studio = load(PRESET)
     identities = [studio.identify([portrait]) for portrait in to_pil(portraits)]
-    columns = {"given": portraits, COLUMNS["base"]: evaluate.make(studio, [asked], None)}
-    for model, other in evaluate.models(studio, evaluate.trained()):
-        columns[COLUMNS[model]] = evaluate.make(other, [asked], identities)
+    columns = {"given": portraits, COLUMNS["base"]: evaluate.generate_images(studio, [asked], None)}
+    for model, other in evaluate.iterate_models(studio, evaluate.find_adapters()):
+        columns[COLUMNS[model]] = evaluate.generate_images(other, [asked], identities)
     pictures = [to_pil(images) for images in columns.values()]
     rows = [(asked[k].prompt, [column[k] for column in pictures]) for k in range(people)]
     return labeled_grid(
@@ -56,7 +56,7 @@ def picture(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Ima
     )
 
 
-def variants() -> dict[str, Recipe]:
+def sweep_recipes() -> dict[str, Recipe]:
     """What the sweep trains: stage 2 with gradients through other numbers of steps, stage 3 with other weights."""
     made = {f"k={last}": replace(find_recipe("mini_stage2"), last=last) for last in LAST}
     stage3 = find_recipe("mini_stage3")
@@ -83,7 +83,7 @@ def sweep(
         weights: of the miniature.
     """
     adapters: dict[str, Path] = {}
-    for name, recipe in variants().items():
+    for name, recipe in sweep_recipes().items():
         folder = runs / "sweep" / name.replace(", ", "-").replace(" ", "")
         file = folder / "adapter.safetensors"
         short = replace(
@@ -117,16 +117,16 @@ def plot(table: Table, path: Path) -> None:
         "sem": "stage 3, weights of the alignment",
     }
     for row, (part, title) in zip(figure.subplots(2, 2), titles.items(), strict=True):
-        names = [name for name in variants() if name.startswith(part) and name in table.rows]
+        names = [name for name in sweep_recipes() if name.startswith(part) and name in table.rows]
         for axes, (purity, label) in zip(row, PURITY.items(), strict=True):
-            _cloud(axes, table.rows, names, purity)
+            _plot_points(axes, table.rows, names, purity)
             axes.set(title=title, xlabel=label, ylabel="face similarity")
             axes.grid(alpha=0.3)
         row[1].invert_xaxis()
     figure.savefig(path, dpi=100)
 
 
-def _cloud(
+def _plot_points(
     axes: Any,
     rows: Mapping[str, Mapping[str, evaluate.Interval]],
     names: Sequence[str],

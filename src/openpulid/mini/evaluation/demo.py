@@ -34,7 +34,7 @@ SEED = 7
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DemoResult:
     """Where the results lie, and the figures of the last line."""
 
     picture: Path
@@ -48,7 +48,7 @@ def run(
     people_seed: int = 0,
     device: str | None = None,
     say: Callable[[str], None] = lambda text: None,
-) -> Outcome:
+) -> DemoResult:
     """Draw the person, make and judge the images, write `demo.png`, `index.html`, `demo.json` into `folder`.
 
     Args:
@@ -61,7 +61,9 @@ def run(
     say(
         f"Drawing person {seed}, whom no training has seen, and {OTHERS} others to compare with ..."
     )
-    portraits = _portraits([seed, *(HELD_OUT_PEOPLE + people_seed + 1 + k for k in range(OTHERS))])
+    portraits = _render_portraits(
+        [seed, *(HELD_OUT_PEOPLE + people_seed + 1 + k for k in range(OTHERS))]
+    )
     say("Loading the miniature ...")
     studio = studios.load("mini", device=device)
     identity = studio.identify([portraits[0]])
@@ -70,16 +72,16 @@ def run(
         say(f"{k + 1} of {len(PROMPTS)}: {prompt}")
         without += studio.generate(prompt, seed=SEED + k).images
         with_identity += studio.generate(prompt, identity=identity, seed=SEED + k).images
-    figures = judge(FaceScorer.load(), portraits, without, with_identity)
+    figures = score_images(FaceScorer.load(), portraits, without, with_identity)
     figures["seconds"] = round(time.perf_counter() - start, 1)
     say("The face is {same_person:.2f} alike (others {other_person:.2f}).".format(**figures))
     rows = [
         (prompt, (portraits[0], without[k], with_identity[k])) for k, prompt in enumerate(PROMPTS)
     ]
-    return _write(folder, rows, figures)
+    return _write_results(folder, rows, figures)
 
 
-def judge(
+def score_images(
     faces: metrics.FindFaces,
     portraits: Sequence[Image.Image],
     without: Sequence[Image.Image],
@@ -110,7 +112,7 @@ def judge(
     }
 
 
-def _portraits(seeds: Sequence[int]) -> list[Image.Image]:
+def _render_portraits(seeds: Sequence[int]) -> list[Image.Image]:
     people = [Person.from_seed(seed) for seed in seeds]
     return to_pil(render(people, [Scene()] * len(people)).image)
 
@@ -118,13 +120,13 @@ def _portraits(seeds: Sequence[int]) -> list[Image.Image]:
 Rows = Sequence[tuple[str, Sequence[Image.Image]]]
 
 
-def _write(folder: Path, rows: Rows, figures: dict[str, float]) -> Outcome:
+def _write_results(folder: Path, rows: Rows, figures: dict[str, float]) -> DemoResult:
     title = "Somebody nobody trained on, from one picture"
     picture, page = folder / "demo.png", folder / "index.html"
     labeled_grid(title, COLUMNS, rows).save(picture)
-    page.write_text(_page(title, rows, figures), "utf-8")
+    page.write_text(_format_page(title, rows, figures), "utf-8")
     (folder / "demo.json").write_text(json.dumps(figures) + "\n", "utf-8")
-    return Outcome(picture, page, figures)
+    return DemoResult(picture, page, figures)
 
 
 STYLE = """
@@ -135,11 +137,11 @@ img { width: 100%; min-width: 8rem; display: block } td { width: 33% } td[colspa
 """
 
 
-def _page(title: str, rows: Rows, figures: dict[str, float]) -> str:
+def _format_page(title: str, rows: Rows, figures: dict[str, float]) -> str:
     """One HTML file with the pictures inside: it can be mailed."""
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
     body = "".join(
-        f'<tr><td colspan="3">{html.escape(prompt)}</td></tr><tr>{"".join(map(_cell, pictures))}</tr>\n'
+        f'<tr><td colspan="3">{html.escape(prompt)}</td></tr><tr>{"".join(map(_format_cell, pictures))}</tr>\n'
         for prompt, pictures in rows
     )
     facts = (
@@ -155,7 +157,7 @@ def _page(title: str, rows: Rows, figures: dict[str, float]) -> str:
     )
 
 
-def _cell(picture: Image.Image) -> str:
+def _format_cell(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()

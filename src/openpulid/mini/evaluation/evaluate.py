@@ -63,12 +63,12 @@ Batches = Sequence[Sequence[EvalPrompt]]
 Progress = Callable[[Batches, str], Iterable[Sequence[EvalPrompt]]]
 
 
-def silent(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]]:
+def hide_progress(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]]:
     """The batches, nothing shown."""
     return batches
 
 
-def progress(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]]:
+def show_progress(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]]:
     """The batches, with a bar on stderr."""
     from rich.console import Console
     from rich.progress import track
@@ -76,7 +76,7 @@ def progress(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]]:
     return track(batches, description=f"{model:>8}", console=Console(stderr=True))
 
 
-def requests(people: int, prompts: int, people_seed: int = 0) -> list[EvalPrompt]:
+def sample_prompts(people: int, prompts: int, people_seed: int = 0) -> list[EvalPrompt]:
     """`prompts` images of each person; scenes from combinations held out of training, every attribute named.
 
     Prompt and noise belong to the person and the image's number: the same for every model and machine.
@@ -91,20 +91,22 @@ def requests(people: int, prompts: int, people_seed: int = 0) -> list[EvalPrompt
     return made
 
 
-def references(people: int, people_seed: int = 0) -> Tensor:
+def render_portraits(people: int, people_seed: int = 0) -> Tensor:
     """(people, 3, 96, 96) neutral portraits: what identities are made from and faces compared with."""
-    return torch.cat([_drawn(k, Scene(), people_seed) for k in range(people)])
+    return torch.cat([_render(k, Scene(), people_seed) for k in range(people)])
 
 
-def truth(asked: Sequence[EvalPrompt], people: int, people_seed: int = 0) -> tuple[Tensor, Tensor]:
+def render_ground_truth(
+    asked: Sequence[EvalPrompt], people: int, people_seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """What a perfect method would give with and without an identity, each (B, 3, 96, 96): the world's own drawing of each
     request's scene, with its person and with another of the table's."""
-    with_identity = [_drawn(r.person, r.scene, people_seed) for r in asked]
-    without = [_drawn((r.person + people // 2) % people, r.scene, people_seed) for r in asked]
+    with_identity = [_render(r.person, r.scene, people_seed) for r in asked]
+    without = [_render((r.person + people // 2) % people, r.scene, people_seed) for r in asked]
     return torch.cat(with_identity), torch.cat(without)
 
 
-def _drawn(person: int, scene: Scene, people_seed: int) -> Tensor:
+def _render(person: int, scene: Scene, people_seed: int) -> Tensor:
     return render([Person.from_seed(HELD_OUT_PEOPLE + people_seed + person)], [scene]).image
 
 
@@ -117,7 +119,7 @@ def run(
     scale: float = 1.0,
     adapters: Mapping[str, Path] | None = None,
     device: str | None = None,
-    progress: Progress = silent,
+    progress: Progress = hide_progress,
 ) -> Table:
     """Make every model's images and measure them; the last row is that of `truth`.
 
@@ -130,25 +132,29 @@ def run(
         device: where to compute; the best there is by default.
         progress: passes a model's batches on, and may show how far it is.
     """
-    asked, portraits = requests(people, prompts, people_seed), references(people, people_seed)
+    asked, portraits = (
+        sample_prompts(people, prompts, people_seed),
+        render_portraits(people, people_seed),
+    )
     studio, judges = (
         load(replace(find_preset(preset), scale=scale), device=device),
         MiniScorers.load(),
     )
     identities = [studio.identify([portrait]) for portrait in to_pil(portraits)]
     batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
-    before = make(studio, progress(batches, "base"), None)
-    rows = {"base": summarised(measure(judges, asked, portraits, before, before), asked)}
-    for model, other in models(studio, trained() if adapters is None else adapters):
-        after = make(other, progress(batches, model), identities)
-        rows[model] = summarised(measure(judges, asked, portraits, after, before), asked)
-    rows["truth"] = summarised(
-        measure(judges, asked, portraits, *truth(asked, people, people_seed)), asked
+    before = generate_images(studio, progress(batches, "base"), None)
+    rows = {"base": summarize(compute_metrics(judges, asked, portraits, before, before), asked)}
+    for model, other in iterate_models(studio, find_adapters() if adapters is None else adapters):
+        after = generate_images(other, progress(batches, model), identities)
+        rows[model] = summarize(compute_metrics(judges, asked, portraits, after, before), asked)
+    rows["truth"] = summarize(
+        compute_metrics(judges, asked, portraits, *render_ground_truth(asked, people, people_seed)),
+        asked,
     )
     return Table(rows, people, prompts, people_seed, preset, scale)
 
 
-def trained(weights: Path = MINIATURE, runs: Path = Path("runs/mini")) -> dict[str, Path]:
+def find_adapters(weights: Path = MINIATURE, runs: Path = Path("runs/mini")) -> dict[str, Path]:
     """Each of `MODELS` whose adapter is shipped among the weights, or has been trained in `runs`, and its file."""
     places = {
         model: (weights / f"pulid-{model}.safetensors", runs / model / "adapter.safetensors")
@@ -158,14 +164,14 @@ def trained(weights: Path = MINIATURE, runs: Path = Path("runs/mini")) -> dict[s
     return {model: files[0] for model, files in there.items() if files}
 
 
-def models(studio: Studio, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Studio]]:
+def iterate_models(studio: Studio, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Studio]]:
     """Each model's name, and the studio with its adapter in place of its own."""
     for model, file in adapters.items():
         adapter = PuLID.load(file).to(studio.pipe.device)
         yield model, Studio(studio.pipe, studio.features, adapter, studio.preset)
 
 
-def make(
+def generate_images(
     studio: Studio, batches: Iterable[Sequence[EvalPrompt]], identities: Sequence[Identity] | None
 ) -> Tensor:
     """One image for each request, (B, 3, H, W) in [0, 1]; without identities the base model's.
@@ -194,7 +200,7 @@ def make(
 
 
 @torch.no_grad()
-def measure(
+def compute_metrics(
     judges: MiniScorers,
     asked: Sequence[EvalPrompt],
     portraits: Tensor,
@@ -225,18 +231,18 @@ def measure(
     return {measure.name: measure(evidence).cpu() for measure in judges.measures()}
 
 
-def summarised(columns: Mapping[str, Tensor], asked: Sequence[EvalPrompt]) -> dict[str, Interval]:
+def summarize(columns: Mapping[str, Tensor], asked: Sequence[EvalPrompt]) -> dict[str, Interval]:
     """Means over people, with their intervals."""
     person = torch.tensor([request.person for request in asked])
     return {name: metrics.bootstrap(values, person) for name, values in columns.items()}
 
 
-def as_json(table: Table) -> dict[str, Any]:
+def to_json(table: Table) -> dict[str, Any]:
     """The last line: means under the columns' names, 95% intervals under "intervals"."""
     rows = []
     for model, columns in table.rows.items():
-        means = {name: _rounded(interval.mean, 5) for name, interval in columns.items()}
-        ranges = {name: [_rounded(i.low, 5), _rounded(i.high, 5)] for name, i in columns.items()}
+        means = {name: _round(interval.mean, 5) for name, interval in columns.items()}
+        ranges = {name: [_round(i.low, 5), _round(i.high, 5)] for name, i in columns.items()}
         rows.append({"model": model, **means, "intervals": ranges})
     how = {
         name: getattr(table, name)
@@ -245,7 +251,7 @@ def as_json(table: Table) -> dict[str, Any]:
     return {"rows": rows, **how}
 
 
-def show(table: Table) -> None:
+def print_table(table: Table) -> None:
     """The table for people, on the terminal."""
     from rich import box
     from rich.console import Console
@@ -257,16 +263,16 @@ def show(table: Table) -> None:
     for name in COLUMNS:
         grid.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
     for model, columns in table.rows.items():
-        grid.add_row(model, *(_cell(name, columns[name]) for name in COLUMNS))
+        grid.add_row(model, *(_format_interval(name, columns[name]) for name in COLUMNS))
     Console().print(grid)
 
 
-def _cell(name: str, interval: Interval) -> str:
+def _format_interval(name: str, interval: Interval) -> str:
     digits = DIGITS.get(name, 3)
     half = (interval.high - interval.low) / 2
     return f"{interval.mean:.{digits}f}" + ("" if math.isnan(half) else f"\n± {half:.{digits}f}")
 
 
-def _rounded(value: float, digits: int) -> float | None:
+def _round(value: float, digits: int) -> float | None:
     """JSON has no NaN."""
     return None if math.isnan(value) else round(value, digits)

@@ -38,14 +38,14 @@ class ParameterProbe(nn.Module):
 
 
 @torch.no_grad()
-def fitted(
+def fit_probe(
     judge: nn.Module,
     data: WorldDataset,
     most: int = 8192,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ParameterProbe:
     """Least squares with a small ridge on pictures of people that no benchmark shows."""
-    seen, known = examples(judge, data, most, on_progress)
+    seen, known = embed_examples(judge, data, most, on_progress)
     joined = torch.cat([seen, torch.ones(len(seen), 1)], 1).double()
     square = joined.T @ joined
     square += RIDGE * square.diagonal().mean() * torch.eye(len(square))
@@ -57,18 +57,18 @@ def fitted(
 
 
 @torch.no_grad()
-def figures(
+def measure_probe(
     reader: ParameterProbe, judge: nn.Module, data: WorldDataset, most: int = 1024
 ) -> dict[str, float]:
     """Mean error on these people, and that of saying the mean person each time."""
-    seen, known = examples(judge, data, most)
+    seen, known = embed_examples(judge, data, most)
     return {
         "error": (reader(seen) - known).abs().mean().item(),
         "chance": (known.mean(0) - known).abs().mean().item(),
     }
 
 
-def examples(
+def embed_examples(
     judge: nn.Module,
     data: WorldDataset,
     most: int,
@@ -84,7 +84,7 @@ def examples(
     return torch.cat(seen), torch.cat(known)
 
 
-def truth(people: Sequence[str]) -> Tensor:
+def get_facial_values(people: Sequence[str]) -> Tensor:
     """(P, V): the facial values of people by their numbers, as `mini.sitters` names them."""
     vectors = [Person.from_seed(int(name)).vector() for name in people]
     return torch.tensor(vectors)[:, FACIAL_COLUMNS]

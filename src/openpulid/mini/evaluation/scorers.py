@@ -32,7 +32,7 @@ from openpulid.faces.mini_detector import MiniFaceDetector
 from openpulid.faces.mini_recognition import VGGRecognition
 from openpulid.io.checkpoints import load_module
 from openpulid.mini.data.captions import token_ids
-from openpulid.mini.evaluation.parameter_probe import ParameterProbe, truth
+from openpulid.mini.evaluation.parameter_probe import ParameterProbe, get_facial_values
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
 from openpulid.mini.train import clip
 from openpulid.pipelines.factory import no_progress_bars
@@ -93,7 +93,7 @@ class MiniScorers:
 
     def truth(self, people: Sequence[str]) -> Tensor | None:
         """(P, V) facial values of the people that `mini.sitters` draws."""
-        return truth(people) if all(name.isdigit() for name in people) else None
+        return get_facial_values(people) if all(name.isdigit() for name in people) else None
 
     def wanted(self, named: Mapping[str, str]) -> dict[str, int]:
         """What a scene asks for, as the reader's classes."""

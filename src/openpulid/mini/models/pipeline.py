@@ -47,7 +47,7 @@ def build_unet(
     )  # fmt: skip
 
 
-def scheduler() -> DPMSolverMultistepScheduler:
+def build_scheduler() -> DPMSolverMultistepScheduler:
     """SDXL's noise, rescaled so that the last time is nothing but noise (arXiv 2305.08891), and DPM-Solver++(2M).
 
     With SDXL's own schedule a model learns that the mean colour of a picture shines through the noise, and at inference,
@@ -102,7 +102,7 @@ def predict(unet: Callable[..., Any], x_t: Tensor, t: Tensor, text: TextConditio
     )[0].float()
 
 
-def assemble(
+def build_pipeline(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
     words: TextEncoders,
@@ -111,7 +111,7 @@ def assemble(
     """The stock pipeline around these networks, silent."""
     pipe = StableDiffusionXLPipeline(
         vae=vae, text_encoder=words.first, text_encoder_2=words.second, tokenizer=tokenizer, tokenizer_2=tokenizer,
-        unet=unet, scheduler=scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
+        unet=unet, scheduler=build_scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe

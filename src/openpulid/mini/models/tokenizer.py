@@ -15,7 +15,9 @@ LENGTH = 48
 BEGIN, END, PAD, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|pad|>", "<|unknown|>"
 
 
-def tokenizer(words: Sequence[str] = VOCABULARY, length: int = LENGTH) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    words: Sequence[str] = VOCABULARY, length: int = LENGTH
+) -> PreTrainedTokenizerFast:
     """One token per word or comma. A `CLIPTokenizer` would spell unknown words out; this one shows that it does not know
     them, so that a prompt can be refused instead of misunderstood."""
     tokens = {token: index for index, token in enumerate([BEGIN, END, PAD, UNKNOWN, *words])}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from openpulid.io.image_grid import captioned_grid, to_pil
-from openpulid.mini.data.augment import damaged
+from openpulid.mini.data.augment import augment
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
 from openpulid.mini.train.recognition import faces_of
 from openpulid.training.rng import StepRNG, generator_for
@@ -54,7 +54,7 @@ class AttributeClassifierTask:
         device = next(self.reader.parameters()).device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             images, _, _ = faces_of(self.data, rows, device)
-            images = damaged(images, generator_for(draw.seed, draw.step, draw.rank))
+            images = augment(images, generator_for(draw.seed, draw.step, draw.rank))
         attributes = torch.from_numpy(self.data.attributes[rows].astype(np.int64)).to(device)
         scores = self.reader(images.contiguous(memory_format=torch.channels_last))
         return {"attributes": attribute_loss(scores, attributes)}

@@ -16,7 +16,7 @@ from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.extractor import DetectedFaces
 from openpulid.io.checkpoints import load_module, read_metadata, save_module
 from openpulid.mini.data.latents import Latents
-from openpulid.mini.evaluation.parameter_probe import figures, fitted
+from openpulid.mini.evaluation.parameter_probe import fit_probe, measure_probe
 from openpulid.mini.train import pulid
 from openpulid.mini.train.baselines import BASELINES, Baseline, BaselineTask, ClassTokens
 from openpulid.mini.train.progress import progress
@@ -73,14 +73,14 @@ def values(shop: BuildContext) -> dict[str, float]:
     judge = load_module(
         RECOGNITION_MODELS["scorer"], shop.weights / "recognition-scorer.safetensors", shop.device
     )
-    reader = fitted(judge, shop.data, on_progress=progress("values"))
+    reader = fit_probe(judge, shop.data, on_progress=progress("values"))
     facts = {
         "revision": revision(),
         "seed": "none: solved, not trained",
         "minutes": round((time.monotonic() - begun) / 60, 1),
     }
     save_module(reader, shop.weights / "parameter-probe.safetensors", facts)
-    return figures(reader, judge, shop.held_out)
+    return measure_probe(reader, judge, shop.held_out)
 
 
 class FaceAlone:

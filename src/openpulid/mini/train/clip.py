@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.io.image_grid import captioned_grid, to_pil
-from openpulid.mini.data.augment import damaged
+from openpulid.mini.data.augment import augment
 from openpulid.mini.data.captions import Captions, token_ids
 from openpulid.mini.train.attribute_classifier import AttributeHeads, attribute_loss
 from openpulid.mini.train.recognition import faces_of
@@ -125,7 +125,7 @@ class ClipTask:
         tokens = self.captions.rows(rows, variants).to(self.clip.device)
         with torch.no_grad(), torch.autocast(self.clip.device.type, enabled=False):
             images, _, _ = faces_of(self.data, rows.numpy(), self.clip.device)
-            images = damaged(images, generator_for(draw.seed, draw.step, draw.rank))
+            images = augment(images, generator_for(draw.seed, draw.step, draw.rank))
         attributes = torch.from_numpy(self.data.attributes[rows.numpy()].astype(np.int64)).to(
             self.clip.device
         )

@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from openpulid.faces.align import warp_images
 from openpulid.faces.mini_detector import FACE, PARTS, SIZE, MiniDetection, MiniFaceDetector
 from openpulid.mini.data import negatives as made
-from openpulid.mini.data.augment import damaged, moved, recolored
+from openpulid.mini.data.augment import augment, color_jitter, random_affine
 from openpulid.training.rng import StepRNG, generator_for
 from openpulid.world.dataset import WorldDataset
 
@@ -91,7 +91,7 @@ class DetectorTask:
                 *(tensor[order].to(device) for tensor in (images, real, landmarks, parts))
             )
             batch = mirrored(displaced(batch, generator), generator)
-            images = damaged(recolored(batch.images, generator, gray=0.2), generator)
+            images = augment(color_jitter(batch.images, generator, gray=0.2), generator)
             return Examples(images, batch.real, batch.landmarks, batch.parts.long())
 
     def validate(self) -> Mapping[str, float]:
@@ -159,17 +159,17 @@ def strangers(
     """
     third = count // 3
     taken = torch.randperm(len(images), generator=generator)[:third]
-    kinds = [made.scrambled, made.emptied, made.faceless, made.faceless]
+    kinds = [made.shuffle_tiles, made.remove_person, made.erase_face, made.erase_face]
     if photos:
-        kinds.append(partial(made.pasted, photos=photos))
+        kinds.append(partial(made.paste_real_faces, photos=photos))
     found, labels = [], []
     for kind, part in zip(kinds, taken.tensor_split(len(kinds)), strict=True):
         if len(part):
             found.append(kind(images[part], parts[part], generator=generator))
-            known = kind is made.emptied
+            known = kind is made.remove_person
             labels.append(torch.full((len(part), SIZE, SIZE), 0.0 if known else float(UNLABELLED)))
-    singles = [made.photograph(photos, SIZE, generator) for _ in range(third if photos else 0)]
-    makers = (made.colored_noise, made.shapes, made.gradient, made.shapes)
+    singles = [made.crop_photograph(photos, SIZE, generator) for _ in range(third if photos else 0)]
+    makers = (made.sample_noise, made.sample_shapes, made.sample_gradient, made.sample_shapes)
     while len(singles) < count - len(taken):
         singles.append(makers[len(singles) % len(makers)](SIZE, generator))
     labels.append(torch.zeros(len(singles), SIZE, SIZE))
@@ -179,7 +179,9 @@ def strangers(
 def displaced(batch: Examples, generator: torch.Generator) -> Examples:
     """Everything turned, scaled and shifted; what comes into view around a picture has one colour: background."""
     device = batch.images.device
-    matrix = moved(len(batch.images), SIZE, generator, turn=0.2, grow=0.25, shift=0.08).to(device)
+    matrix = random_affine(len(batch.images), SIZE, generator, turn=0.2, grow=0.25, shift=0.08).to(
+        device
+    )
     color = torch.rand(len(matrix), 3, 1, 1, generator=generator)
     color[::2] = 0.5  # the bars that `find` adds
     inside = torch.ones_like(batch.images[:, :1])

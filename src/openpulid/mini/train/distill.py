@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.data.latents import fingerprint
-from openpulid.mini.models.pipeline import TextEncoders, predict, scheduler
+from openpulid.mini.models.pipeline import TextEncoders, build_scheduler, predict
 from openpulid.mini.train.unet import GUIDANCE, STEPS, ImageEvaluator
 from openpulid.training.pulid.models import TextConditioning
 from openpulid.training.rng import StepRNG, generator_for
@@ -93,7 +93,7 @@ def walk(
     guidance: float = GUIDANCE,
 ) -> Tensor:
     """The base's own way from noise (B, C, s, s) under guidance, as the preset samples: (B, 5, C, s, s) at the stations."""
-    sampler = scheduler()
+    sampler = build_scheduler()
     sampler.set_timesteps(steps, device=noise.device)
     both = TextConditioning(
         *(torch.cat(pair) for pair in zip(vars(nothing).values(), vars(text).values(), strict=True))
@@ -111,7 +111,7 @@ class StudentSchedule:
     """The student's four times, and what it must predict to get from one to the next in one deterministic step."""
 
     def __init__(self) -> None:
-        sampler = scheduler()
+        sampler = build_scheduler()
         sampler.set_timesteps(STUDENT_TIMESTEPS)
         self.times = sampler.timesteps.long()  # (4,), falling
         known = NoiseSchedule(sampler.alphas_cumprod, sampler.config.prediction_type).alphas

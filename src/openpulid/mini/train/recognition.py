@@ -28,7 +28,7 @@ from openpulid.faces.align import (
     warp_images,
 )
 from openpulid.faces.mini_recognition import CROP, Recognition
-from openpulid.mini.data.augment import after, damaged, moved, recolored, swollen
+from openpulid.mini.data.augment import augment, color_jitter, compose_affine, dilate, random_affine
 from openpulid.training.rng import StepRNG
 from openpulid.world import FACIAL, HELD_OUT_PEOPLE, PARAMETERS, PARTS, Person, Scene, render
 from openpulid.world.dataset import WorldDataset
@@ -222,10 +222,10 @@ class RecognitionTask:
             width = masks.amax((1, 2)).sum(-1)  # of the face, in pixels
             error = 0.012 * torch.randn(landmarks.shape, generator=generator).to(device)
             matrix = similarity_transform(landmarks + error * width[:, None, None], TEMPLATE * CROP)
-            jitter = moved(len(rows), CROP, generator, turn=0.08, grow=0.06, shift=0.02)
-            crops = warp_images(torch.cat([images, masks], 1), after(matrix, jitter), CROP)
-            faces = damaged(recolored(crops[:, :3], generator), generator)
-            return mask_background(faces, swollen(crops[:, 3:], generator))
+            jitter = random_affine(len(rows), CROP, generator, turn=0.08, grow=0.06, shift=0.02)
+            crops = warp_images(torch.cat([images, masks], 1), compose_affine(matrix, jitter), CROP)
+            faces = augment(color_jitter(crops[:, :3], generator), generator)
+            return mask_background(faces, dilate(crops[:, 3:], generator))
 
     def validate(self) -> Mapping[str, float]:
         return self.examination.figures(self.recogniser) if self.examination else {}

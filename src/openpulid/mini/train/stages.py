@@ -28,10 +28,10 @@ from openpulid.faces.mini_recognition import RECOGNITION_MODELS
 from openpulid.io.checkpoints import load_module, save_module
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.data.latents import Latents
-from openpulid.mini.data.negatives import photographs
+from openpulid.mini.data.negatives import load_photographs
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
-from openpulid.mini.models.pipeline import TextEncoders, assemble, build_unet, save_folder
-from openpulid.mini.models.tokenizer import tokenizer as build_tokenizer
+from openpulid.mini.models.pipeline import TextEncoders, build_pipeline, build_unet, save_folder
+from openpulid.mini.models.tokenizer import build_tokenizer as build_tokenizer
 from openpulid.mini.train import autoencoder as pictures
 from openpulid.mini.train import clip as words
 from openpulid.mini.train import pulid as adapter
@@ -50,7 +50,7 @@ from openpulid.training.pulid.export import revision, save_adapter
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.trainer import Task, TrainingResult, run
 from openpulid.world.dataset import Plan, WorldDataset
-from openpulid.world.dataset import build as render_world
+from openpulid.world.dataset import build_dataset as render_world
 
 NUM_EVAL_PROMPTS = 256
 """Images that the base and its student are examined on."""
@@ -181,7 +181,7 @@ def finder(shop: BuildContext) -> dict[str, float]:
     schedule = TrainerConfig(steps=20_000, lr=2e-3, decay=0.3, seed=1, validate_every=400)
     torch.manual_seed(schedule.seed)
     network = MiniFaceDetector()
-    task = DetectorTask(network, shop.data, shop.held_out, photographs())
+    task = DetectorTask(network, shop.data, shop.held_out, load_photographs())
     shop.train("finder", task, schedule)
     save_module(
         network,
@@ -355,7 +355,7 @@ def base(shop: BuildContext) -> dict[str, float]:
     folder = shop.weights / "pipeline"
     save_folder(unet, folder / "unet")
     stamp(folder / "unet", shop.facts("base", schedule))
-    pipe = assemble(unet, examination.vae, text, examination.tokenizer)
+    pipe = build_pipeline(unet, examination.vae, text, examination.tokenizer)
     pipe.scheduler.save_pretrained(folder / "scheduler")
     pipe.save_config(folder)
     return examination.figures(unet)

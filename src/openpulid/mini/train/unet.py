@@ -22,9 +22,15 @@ from openpulid.faces.mini_detector import MiniFaceDetector
 from openpulid.io.image_grid import image_grid, to_pil
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.data.latents import Latents
-from openpulid.mini.evaluation.evaluate import EvalPrompt, requests
+from openpulid.mini.evaluation.evaluate import EvalPrompt, sample_prompts
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
-from openpulid.mini.models.pipeline import TextEncoders, assemble, predict, sample, scheduler
+from openpulid.mini.models.pipeline import (
+    TextEncoders,
+    build_pipeline,
+    build_scheduler,
+    predict,
+    sample,
+)
 from openpulid.training.pulid.branches import DiffusionStep
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.rng import StepRNG
@@ -61,11 +67,11 @@ class ImageEvaluator:
     @classmethod
     def with_wishes(cls, count: int, **parts: Any) -> ImageEvaluator:
         """`count` wishes, one for each held-out person (who is not in the sentence)."""
-        return cls(**parts, asked=tuple(requests(count, 1)))
+        return cls(**parts, asked=tuple(sample_prompts(count, 1)))
 
     def images(self, unet: Any, count: int | None = None) -> Tensor:
         """(B, 3, H, W) for the first `count` wishes."""
-        pipe = assemble(unet, self.vae, self.words, self.tokenizer)
+        pipe = build_pipeline(unet, self.vae, self.words, self.tokenizer)
         pipe.scheduler = type(pipe.scheduler).from_config(
             pipe.scheduler.config, solver_order=self.order
         )
@@ -145,7 +151,7 @@ class BaseTask:
             examination,
         )
         self.batch, self.gamma = batch, gamma
-        known = scheduler()
+        known = build_scheduler()
         self.schedule = NoiseSchedule(known.alphas_cumprod, known.config.prediction_type)
         self.loss = DiffusionLoss(self.schedule, inside=inside)
 

@@ -20,7 +20,7 @@ from openpulid.faces.align import TEMPLATE, similarity_transform, warp_images
 from openpulid.faces.preprocess import gray_on_white
 from openpulid.identity.eva_clip import LEVELS, VisionEncoder
 from openpulid.io.image_grid import image_grid, to_pil
-from openpulid.mini.data.augment import after, damaged, moved, swollen
+from openpulid.mini.data.augment import augment, compose_affine, dilate, random_affine
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.train.clip import EMBEDDING, contrast, embed_texts
 from openpulid.mini.train.recognition import FACIAL_COLUMNS, MarginHead, ValueHead, faces_of
@@ -172,11 +172,11 @@ def tower_crops(
     if generator is None:
         crops = warp_images(torch.cat([images, masks], 1), matrix, size)
         return gray_on_white(crops[:, :3], crops[:, 3:])
-    jitter = moved(len(images), size, generator, turn=0.06, grow=0.05, shift=0.02)
-    crops = warp_images(torch.cat([images, masks], 1), after(matrix, jitter), size)
+    jitter = random_affine(len(images), size, generator, turn=0.06, grow=0.05, shift=0.02)
+    crops = warp_images(torch.cat([images, masks], 1), compose_affine(matrix, jitter), size)
     light = 0.75 + 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
     return gray_on_white(
-        damaged((crops[:, :3] * light).clamp(0, 1), generator), swollen(crops[:, 3:], generator)
+        augment((crops[:, :3] * light).clamp(0, 1), generator), dilate(crops[:, 3:], generator)
     )
 
 
