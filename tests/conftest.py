@@ -75,12 +75,12 @@ def set_bf16(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     A CPU without instructions for bfloat16 emulates them, so both paths run on any machine.
     """
-    import openpulid.pipelines.factory  # noqa: F401 (defines the query)
+    import openpulid.device  # noqa: F401 (defines the query)
 
     def set_(available: bool) -> None:
         for name, module in list(sys.modules.items()):
-            if name.startswith("openpulid") and hasattr(module, "multiplies_bf16"):
-                monkeypatch.setattr(module, "multiplies_bf16", lambda device: available)
+            if name.startswith("openpulid") and hasattr(module, "supports_bf16"):
+                monkeypatch.setattr(module, "supports_bf16", lambda device: available)
 
     return set_
 

@@ -18,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from openpulid.device import compute_dtype, supports_bf16
+from openpulid.device import best_device, compute_dtype, supports_bf16
 from openpulid.errors import WeightsError
 from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.pipelines import factory as loading
@@ -359,17 +359,17 @@ def test_a_gpu_without_bfloat16_computes_in_float16(
 def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    assert loading.best_device() == torch.device("cuda")
+    assert best_device() == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert loading.best_device() == torch.device("cuda", 3)
+    assert best_device() == torch.device("cuda", 3)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    assert loading.best_device() == torch.device("cpu")
+    assert best_device() == torch.device("cpu")
 
 
 def test_sdxl_in_float16_is_decoded_in_float32(
     tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "half", lambda device: torch.float16)
+    monkeypatch.setattr(loading, "compute_dtype", lambda device: torch.float16)
     tiny_pipeline().save_pretrained(tmp_path)
     pipe = load_pipeline(sdxl(tmp_path), CPU)
     assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float16}
@@ -384,7 +384,7 @@ def test_faces_are_read_as_their_own_device_computes(
     level: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FLUX in bfloat16 on an accelerator, and beside it a processor that has no bfloat16."""
-    monkeypatch.setattr(loading, "multiplies_bf16", lambda device: device.type != "cpu")
+    monkeypatch.setattr("openpulid.device.supports_bf16", lambda device: device.type != "cpu")
     monkeypatch.setattr(loading.PhotoExtractor, "load", lambda *given: given)
     files = {name: Path(name) for name in ("finder", "recogniser", "parser", "vision")}
     device, dtype = load_extractor(replace(flux(), memory=level, **files), torch.device("meta"))[

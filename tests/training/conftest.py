@@ -35,9 +35,7 @@ def start():
     """
     started = []
     available = device.supports_bf16(torch.device("cpu"))
-    same_bf16 = (
-        f"from openpulid import device; device.multiplies_bf16 = lambda device: {available}\n"
-    )
+    same_bf16 = f"from openpulid import device; device.supports_bf16 = lambda device: {available}\n"
 
     def begin(code, *arguments, **environment):
         environment = {

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from openpulid.device import supports_bf16
 from openpulid.pipelines import factory as loading
 from openpulid.pipelines.presets import flux, mini, sdxl
 from openpulid.training import precision
@@ -53,5 +54,5 @@ def test_a_cpu_is_asked_through_onednn_where_there_is_one(monkeypatch, there, sa
 
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: there)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported)
-    assert loading.multiplies_bf16(CPU) is expected
-    assert loading.multiplies_bf16(torch.device("meta"))
+    assert supports_bf16(CPU) is expected
+    assert supports_bf16(torch.device("meta"))

@@ -214,15 +214,16 @@ def test_a_checkpoint_of_full_size_is_what_every_loader_opens(golden, name, publ
     assert {k: list(v.shape) for k, v in adapter.state_dict().items()} == golden.manifest[published]
 
 
-def test_a_step_in_parts_is_the_step(tmp_path):
+def test_a_step_in_parts_is_the_step(tmp_path, both_precisions):
     schedule = replace(tiny.recipe().schedule(), steps=4, validate_every=100, log_every=1)
     one = run(tiny.task(**STAGE3), schedule, tmp_path / "one").metrics
     two = run(
         tiny.task(**STAGE3, accumulate=2), replace(schedule, accumulate=2), tmp_path / "two"
     ).metrics
     whole, parts = (losses_of(tmp_path / name) for name in ("one", "two"))
+    rel = 2e-2 if both_precisions else 1e-4  # bfloat16 rounds each half of the batch on its own
     assert len(whole) == 4 and all(
-        parts[step] == pytest.approx(whole[step], rel=1e-4, abs=1e-6) for step in whole
+        parts[step] == pytest.approx(whole[step], rel=rel, abs=1e-6) for step in whole
     )
     same = (
         "held_out_own",
@@ -231,13 +232,14 @@ def test_a_step_in_parts_is_the_step(tmp_path):
         "held_out_faces",
     )  # another is the next one of the part
     assert {name: two[name] for name in same} == pytest.approx(
-        {name: one[name] for name in same}, rel=1e-4
+        {name: one[name] for name in same}, rel=rel
     )
     assert two["held_out_other"] != two["held_out_own"]
 
 
 WORKER = """
-import sys, tiny, torch
+import sys, torch
+from tests.support import tiny_sdxl as tiny
 from dataclasses import replace
 from openpulid.training.trainer import run
 torch.set_num_threads(1)
@@ -253,7 +255,9 @@ run(task, replace(tiny.recipe().schedule(), steps=4, validate_every=100, log_eve
 """
 
 
-def test_two_processes_give_the_losses_of_one_and_validate_in_their_shares(tmp_path, start):
+def test_two_processes_give_the_losses_of_one_and_validate_in_their_shares(
+    tmp_path, start, both_precisions
+):
     changes = {"id_loss": "accurate", "fast_batch": 2, "last": 2, "semantic": 0.6, "layout": 0.1}
     schedule = replace(tiny.recipe().schedule(), steps=4, validate_every=100, log_every=1)
     run(tiny.task(**changes), schedule, tmp_path / "one")
@@ -272,8 +276,9 @@ def test_two_processes_give_the_losses_of_one_and_validate_in_their_shares(tmp_p
         _, errors = worker.communicate(timeout=500)
         assert worker.returncode == 0, errors
     one, two = (losses_of(tmp_path / name) for name in ("one", "two"))
+    rel = 2e-2 if both_precisions else 1e-4  # bfloat16 rounds each half of the batch on its own
     assert len(one) == 4 and all(
-        two[step] == pytest.approx(one[step], rel=1e-4, abs=1e-6) for step in one
+        two[step] == pytest.approx(one[step], rel=rel, abs=1e-6) for step in one
     )
     # one process validates alone, and has memory for what it reads in a step
     trained, validated = (

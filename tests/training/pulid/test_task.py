@@ -150,7 +150,8 @@ def test_nan_stops_with_the_batch_saved(tmp_path, parts):
 
 
 WORKER = """
-import sys, tiny, torch
+import sys, torch
+from tests.support import tiny_sdxl as tiny
 from dataclasses import replace
 from openpulid.training.trainer import run
 torch.set_num_threads(1)
