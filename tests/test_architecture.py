@@ -64,7 +64,7 @@ def imports(module: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "openpulid"])
-def test_imports_only_from_rows_above(module: str) -> None:
+def test_imports_only_from_packages_above(module: str) -> None:
     below = {
         target for target in imports(module) if target != "openpulid" and row(target) > row(module)
     }
@@ -87,7 +87,7 @@ def test_no_import_cycle() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_small_functions_and_files(module: str) -> None:
+def test_functions_and_files_are_small(module: str) -> None:
     text = MODULES[module].read_text("utf-8")
     assert len(text.splitlines()) < FILE_LINES, f"{module} is too long a file"
     for node in ast.walk(ast.parse(text)):
@@ -98,7 +98,7 @@ def test_small_functions_and_files(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_device_is_taken_for_granted(module: str) -> None:
+def test_no_device_is_hard_coded(module: str) -> None:
     """A device is an argument; its *type* may be asked for, but no tensor is sent to a device by name."""
     tree = ast.parse(MODULES[module].read_text("utf-8"))
     named = [value.lineno for node in ast.walk(tree) for value in _handed_on(node) if _cuda(value)]
@@ -120,17 +120,17 @@ def test_no_device_is_taken_for_granted(module: str) -> None:
         'def f(device="cuda"): ...',
     ],
 )
-def test_a_device_by_name_is_seen_wherever_it_stands(
+def test_hard_coded_device_is_detected(
     line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "fixed.py").write_text(line)
     monkeypatch.setitem(MODULES, "fixed", tmp_path / "fixed.py")
     with pytest.raises(AssertionError, match="fixed"):
-        test_no_device_is_taken_for_granted("fixed")
+        test_no_device_is_hard_coded("fixed")
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_noise_is_drawn_on_the_processor(module: str) -> None:
+def test_noise_is_drawn_on_cpu(module: str) -> None:
     """A generator of another device draws other numbers, so that no two kinds of device would agree on an image."""
     calls = [
         node
@@ -209,7 +209,7 @@ def test_help_is_light() -> None:
     assert min(seconds[HELP]) < 1.6 * min(seconds[TYPER]), seconds
 
 
-def test_importing_the_package_imports_nothing_else() -> None:
+def test_import_of_package_is_light() -> None:
     done = run(
         "import sys, openpulid; bad = {'torch', 'numpy', 'PIL'} & set(sys.modules); assert not bad, bad"
     )

@@ -189,7 +189,7 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(WeightsError, match="pulid weights get detector"):
         PhotoScorers.load(CPU)
     with pytest.raises(WeightsError, match="on no hub; get it from"):
-        download("judge-recogniser")
+        download("scorer-recognition")
     (tmp_path / "scrfd_10g_bnkps.onnx").symlink_to(DETECTOR)
     network = photo_judges.__dict__["curricular_face"]
     monkeypatch.setattr(photo_judges, "curricular_face", lambda file: recogniser())
@@ -199,7 +199,7 @@ def test_what_is_missing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (
         len(said) == 4
         and "not measured: FID" in said[-1]
-        and "pulid weights get judge-clip" in said[0]
+        and "pulid weights get scorer-clip" in said[0]
     )
     assert {measure.name for measure in judges.measures()} == {
         "face_sim",

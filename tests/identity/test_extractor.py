@@ -91,7 +91,7 @@ def test_batches_with_gradient(extractor) -> None:
 def test_no_face(extractor) -> None:
     with torch.no_grad():
         extractor.finder.score[-1].bias.fill_(-100)
-    assert extractor.find(torch.rand(3, 30, 40)) == [] and "96" in extractor.tried
+    assert extractor.detect(torch.rand(3, 30, 40)) == [] and "96" in extractor.search_description
 
 
 def test_loaded_from_files(networks, tmp_path) -> None:

@@ -23,7 +23,7 @@ from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import sdxl
 from openpulid.pipelines.studio import Studio, resolve_preset
-from tests.support.photo_networks import DETECTOR, GROUP, needs_detector, recogniser_file
+from tests.support.photo_networks import DETECTOR, GROUP, needs_detector, recognition_file
 
 pytestmark = needs_detector
 
@@ -35,7 +35,7 @@ def features(tmp_path_factory) -> PhotoExtractor:
         img_size=32, patch_size=8, embed_dim=8, depth=5, num_heads=2, num_classes=4, ref_grid=None
     ).eval()
     recogniser = ArcFaceRecognition.load(
-        recogniser_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12)
+        recognition_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12)
     )
     parser = FaceParser(BiSeNet(num_class=19))
     return PhotoExtractor(
@@ -73,7 +73,7 @@ def studio(features, tiny_pipeline) -> Studio:
 
 
 def test_all_features_are_of_the_chosen_face(features, group) -> None:
-    faces = features.find(group)
+    faces = features.detect(group)
     for order, index in (("large-small", None), ("left-right", 0), ("left-right", 5)):
         face = select_face(faces, index, order)
         x1, y1, x2, y2 = (int(v) for v in face.box)
@@ -93,7 +93,7 @@ def test_all_features_are_of_the_chosen_face(features, group) -> None:
 
 
 def test_what_the_tower_sees_is_gray_on_white(features, group) -> None:
-    face = select_face(features.find(group), 0)
+    face = select_face(features.detect(group), 0)
     crop, gray = features.shown(face)
     kept = features.parser(crop[None])[0, 0].bool()
     assert 0 < kept.float().mean() < 1
@@ -114,13 +114,13 @@ def test_a_large_file_of_a_photo_is_read_as_a_small_one(studio) -> None:
     (_, (small, *_)), (_, (other, *_)) = studio.faces([photo, large])
     assert small.image.shape == (3, 512, 512) and other.image.shape == (3, 1024, 1024)
     assert (other.landmarks / 2 - small.landmarks).abs().max() < 4
-    assert np.abs(np.array(other.corners) / 6 - small.corners).max() < 6
+    assert np.abs(np.array(other.pixel_box) / 6 - small.pixel_box).max() < 6
     one, two = (studio.features.recogniser(face) for face in (small, other))
     assert torch.cosine_similarity(one, two) > 0.95
 
 
 def test_shapes_and_models(features, group) -> None:
-    identity = features.identities([select_face(features.find(group), 0)])[0]
+    identity = features.identities([select_face(features.detect(group), 0)])[0]
     assert (
         identity.id_cond.shape == (1, 1, 12 + 4)
         and [x.shape for x in identity.hidden] == [(1, 17, 8)] * 5
@@ -131,7 +131,7 @@ def test_shapes_and_models(features, group) -> None:
 
 def test_from_a_photo_to_an_image(studio, caplog) -> None:
     anna = studio.identify(GROUP)
-    assert "shows 6 faces" in caplog.text
+    assert "has 6 faces" in caplog.text
     caplog.clear()
     ben = studio.identify(GROUP, face=1)
     assert not caplog.text
@@ -151,7 +151,7 @@ def test_every_face_is_listed(studio) -> None:
 
 def test_another_pack_reads_photographs(tmp_path) -> None:
     (tmp_path / "a.onnx").symlink_to(DETECTOR)
-    recogniser_file(tmp_path / "b.onnx")
+    recognition_file(tmp_path / "b.onnx")
     chosen = resolve_preset(sdxl(), faces=tmp_path)
     assert (chosen.finder, chosen.recogniser) == (tmp_path / "a.onnx", tmp_path / "b.onnx")
     assert "arcface" not in chosen.published and "detector" not in chosen.published
@@ -164,7 +164,7 @@ def test_no_face_says_what_was_tried(studio, tmp_path) -> None:
     message = r"wall\.png: no face was found in its 300 x 200 pixels \(sizes 640, 512, 384, 256 and a copy with a border\)"
     with pytest.raises(FaceError, match=message):
         studio.identify(tmp_path / "wall.png")
-    with pytest.raises(FaceError, match=r"t1\.jpg: shows 6 faces, so there is no face 6"):
+    with pytest.raises(FaceError, match=r"t1\.jpg: there is no face 6; the image has 6 faces"):
         studio.identify(GROUP, face=6)
 
 

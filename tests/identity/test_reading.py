@@ -33,7 +33,7 @@ from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.presets import mini, sdxl
 from openpulid.pipelines.studio import Studio
-from tests.support.photo_networks import recogniser_file
+from tests.support.photo_networks import recognition_file
 
 MODELS = {"glintr100": "a", "EVA02": "b"}
 
@@ -87,7 +87,7 @@ def test_a_tower_in_bfloat16_reads_on_every_processor(tmp_path: Path) -> None:
     )
     whole = tower()
     expected, levels = whole(whole.prepare(align_photo(face)))
-    recogniser = ArcFaceRecognition.load(recogniser_file(tmp_path / "glintr100.onnx", dim=12))
+    recogniser = ArcFaceRecognition.load(recognition_file(tmp_path / "glintr100.onnx", dim=12))
     parser = FaceParser(BiSeNet(num_class=19))
     features = PhotoExtractor(
         None, recogniser, parser, whole.to(torch.bfloat16), MODELS, use_gray=False
@@ -109,7 +109,7 @@ def test_everything_is_read_of_the_face_that_was_chosen(tmp_path: Path) -> None:
         Face(image, torch.tensor([0.0, 0, 1, 1]), torch.tensor(TEMPLATE) * 0.5 - shift * 0.5, 1.0)
         for shift in shifts
     ]
-    recogniser = ArcFaceRecognition.load(recogniser_file(tmp_path / "glintr100.onnx", dim=12))
+    recogniser = ArcFaceRecognition.load(recognition_file(tmp_path / "glintr100.onnx", dim=12))
     whole = tower()
     features = PhotoExtractor(
         None, recogniser, FaceParser(BiSeNet(num_class=19)), whole, MODELS, use_gray=False
@@ -126,7 +126,7 @@ def test_an_adapter_is_used_with_what_it_learned_with(
     tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file of a training remembers that; a published one does not say."""
-    recogniser_file(tmp_path / "glintr100.onnx")
+    recognition_file(tmp_path / "glintr100.onnx")
     (tmp_path / "EVA02.pt").write_bytes(b"a tower")
     torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
     monkeypatch.setattr(SCRFDDetector, "load", lambda file, device: None)
@@ -156,7 +156,7 @@ def test_an_adapter_is_used_with_what_it_learned_with(
 
 
 def test_colour_and_gray_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recogniser_file(tmp_path / "glintr100.onnx")
+    recognition_file(tmp_path / "glintr100.onnx")
     (tmp_path / "EVA02.pt").write_bytes(b"a tower")
     torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
     monkeypatch.setattr(SCRFDDetector, "load", lambda file, device: None)  # not here

@@ -45,7 +45,7 @@ def test_every_method_has_a_preset_and_its_weights_a_licence() -> None:
             and preset.adapter in WEIGHTS
             and preset.adapter in preset.published
         )
-        assert all(WEIGHTS[name].licence for name in preset.published)
+        assert all(WEIGHTS[name].license for name in preset.published)
         assert preset.identity_options().keys() == {"scale", "start", "end"}
     read = {method: with_method(sdxl(), method).recogniser for method in BASELINES}
     assert {method for method, name in read.items() if name == "buffalo-l"} == {

@@ -44,7 +44,7 @@ def studio():
     return pulid.load("mini", device="cpu")
 
 
-def test_they_fit_into_a_repository_and_say_where_they_come_from():
+def test_shipped_weights_are_small_and_documented():
     files = [path for path in MINIATURE.rglob("*") if path.is_file()]
     rivals = {
         name: [path for path in files if name in path.relative_to(MINIATURE).parts[0]]
@@ -71,7 +71,7 @@ def test_they_fit_into_a_repository_and_say_where_they_come_from():
 
 
 @pytest.mark.parametrize("method", [name for name in NAMES if method_file(name).exists()])
-def test_every_rival_shows_somebody(method, studio):
+def test_every_baseline_reacts_to_identity(method, studio):
     """More than saving in half precision could change, and different people differently."""
     rival = pulid.load("mini", device="cpu", method=method)
     portraits = to_pil(
@@ -86,8 +86,8 @@ def test_every_rival_shows_somebody(method, studio):
     assert (first - base).abs().mean() > 0.01 and (first - second).abs().mean() > 0.005
 
 
-def test_the_finder_finds_its_people(finder, strangers):
-    found = finder.find(strangers.image)
+def test_detector_finds_synthetic_people(finder, strangers):
+    found = finder.detect(strangers.image)
     assert all(face is not None for face in found)
     masks = torch.stack([face.mask for face in found])
     union, both = torch.maximum(masks, strangers.face).sum(), (masks * strangers.face).sum()
@@ -97,21 +97,21 @@ def test_the_finder_finds_its_people(finder, strangers):
     assert ((points - strangers.landmarks).norm(dim=-1).mean(1) / width).mean() < 0.03
 
 
-def test_the_finder_refuses_noise_and_plain_colours(finder):
+def test_detector_rejects_noise_and_plain_colors(finder):
     generator = torch.Generator().manual_seed(0)
     plain = torch.rand(16, 3, 1, 1, generator=generator).expand(-1, -1, 96, 96)
     noise = torch.rand(16, 3, 96, 96, generator=generator)
-    assert all(face is None for face in finder.find(torch.cat([plain, noise])))
+    assert all(face is None for face in finder.detect(torch.cat([plain, noise])))
 
 
 @pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs are not beside this checkout")
-def test_the_finder_refuses_real_photographs(finder):
+def test_detector_rejects_real_photos(finder):
     pictures = [open_image(path) for path in sorted(PHOTOS.iterdir())]
     assert len(pictures) == 7
-    assert all(finder.find([to_tensor([picture])[0]])[0] is None for picture in pictures)
+    assert all(finder.detect([to_tensor([picture])[0]])[0] is None for picture in pictures)
 
 
-def test_the_autoencoder_keeps_the_picture(strangers):
+def test_autoencoder_reconstruction_quality(strangers):
     vae = PatchAutoencoderKL.from_pretrained(
         MINIATURE / "pipeline" / "vae", torch_dtype=torch.float32
     ).eval()
@@ -119,7 +119,7 @@ def test_the_autoencoder_keeps_the_picture(strangers):
     assert (-10 * error.log10()).mean() > 31
 
 
-def test_from_one_picture_to_new_ones(studio):
+def test_generation_from_one_portrait(studio):
     portrait = to_pil(render([Person.from_seed(HELD_OUT_PEOPLE)], [Scene()]).image)[0]
     anna = studio.identify(portrait)
     result = studio.generate(
@@ -134,7 +134,7 @@ def test_from_one_picture_to_new_ones(studio):
     assert without.images[0].tobytes() != alone.images[0].tobytes()
 
 
-def test_what_it_does_not_know_is_one_sentence(studio):
+def test_unknown_word_and_missing_face_are_reported(studio):
     with pytest.raises(PromptError, match="zebra"):
         studio.generate("portrait of a zebra")
     gray = to_pil(torch.full((1, 3, 96, 96), 0.5))[0]

@@ -212,7 +212,7 @@ def test_a_picture_without_a_face_it_knows(folder, tmp_path) -> None:
     ) as said:
         studio.identify(tmp_path / "photo.jpg")
     error = said.value
-    assert (error.source, error.size, error.tried) == (
+    assert (error.source, error.size, error.search_description) == (
         str(tmp_path / "photo.jpg"),
         (96, 96),
         "one look at 96 pixels",

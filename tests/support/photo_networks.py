@@ -19,7 +19,7 @@ needs_detector = pytest.mark.skipif(
 )
 
 
-def recogniser_file(path: Path, dim: int = 512) -> Path:
+def recognition_file(path: Path, dim: int = 512) -> Path:
     """An ONNX network with ArcFace's signature: 112 x 112 pixels in, `dim` numbers out."""
     weights = np.random.default_rng(0).standard_normal((3 * 49, dim)).astype(np.float32)
     nodes = [

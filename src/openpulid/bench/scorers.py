@@ -49,7 +49,7 @@ class PhotoFaces:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
         """(B, 3, H, W) in [0, 1] -> Faces; embeddings of images without a face are zero."""
-        faces: list[Face | None] = [next(iter(self.finder.find(image)), None) for image in images]
+        faces: list[Face | None] = [next(iter(self.finder.detect(image)), None) for image in images]
         found = torch.tensor([face is not None for face in faces])
         masks = torch.zeros(len(images), 1, *images.shape[2:])
         embeddings: list[Tensor] = []
@@ -126,13 +126,13 @@ class PhotoScorers:
         """
         faces = PhotoFaces(
             SCRFDDetector.load(locate("detector"), device),
-            curricular_face(locate("judge-recogniser")).to(device),
+            curricular_face(locate("scorer-recognition")).to(device),
         )
         makers: dict[str, Callable[[], Sequence[Any]]] = {
-            "CLIP-T and CLIP-I": lambda: clip_judge(locate("judge-clip"), device),
-            "DINO and FGIS": lambda: [dino_judge(locate("judge-dino"), device)],
-            "LPIPS and Face Div": lambda: [lpips_judge(locate("judge-lpips"), device)],
-            "FID": lambda: [inception_judge(locate("judge-inception"), device)],
+            "CLIP-T and CLIP-I": lambda: clip_judge(locate("scorer-clip"), device),
+            "DINO and FGIS": lambda: [dino_judge(locate("scorer-dino"), device)],
+            "LPIPS and Face Div": lambda: [lpips_judge(locate("scorer-lpips"), device)],
+            "FID": lambda: [inception_judge(locate("scorer-inception"), device)],
         }
         made: dict[str, Sequence[Any]] = {}
         for what, make in makers.items():

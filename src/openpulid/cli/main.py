@@ -153,7 +153,7 @@ def demo(
     from openpulid.mini.evaluation import demo as show
 
     outcome = show.run(
-        folder(out), people_seed=people_seed, device=device, say=silent if as_json else say
+        folder(out), people_seed=people_seed, device=device, log=silent if as_json else say
     )
     if not as_json:
         print(f"{outcome.picture}\n{outcome.page}")

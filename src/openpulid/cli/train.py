@@ -139,7 +139,7 @@ def sweep(
     from openpulid.mini.evaluation import ablation as stages
     from openpulid.mini.evaluation import evaluate as measure
 
-    table = stages.sweep(steps, people, device=device, say=silent if as_json else say)
+    table = stages.sweep(steps, people, device=device, log=silent if as_json else say)
     stages.plot(table, picture_file(out))
     if not as_json:
         measure.print_table(table)

@@ -40,7 +40,7 @@ def list_weights(folder: Where = None) -> None:
             here = str(locate(name, folder))
         except WeightsError:
             here = "-"
-        licence = entry.licence if entry.commercial else f"{entry.licence} (not commercial)"
+        licence = entry.license if entry.commercial else f"{entry.license} (not commercial)"
         table.add_row(
             name, entry.name, str(entry.megabytes), licence, SHA256.get(name, "-")[:12], here
         )

@@ -18,9 +18,10 @@ NUM_FOLDED = 2
 class PatchAutoencoderKL(AutoencoderKL):
     """`AutoencoderKL` whose first two levels are a pixel-unshuffle, with a linear projection of patches beside the network.
 
-    The projection (`patch_in`, `patch_out`: 8 x 8 pixels to one latent and back) starts as the principal components of the
-    pictures, and the network's last layer starts at zero: training begins where the best linear code ends and spends
-    its time on what is not linear. Everything else, the stock pipelines included, sees an `AutoencoderKL` of factor 8.
+    The projection (`patch_in`, `patch_out`: 8 x 8 pixels to one latent and back) starts as the
+    principal components of the pictures, and the network's last layer starts at zero: training
+    begins where the best linear code ends and spends its time on what is not linear. Everything
+    else, the stock pipelines included, sees an `AutoencoderKL` of factor 8.
 
     Args:
         block_out_channels: four widths, as the pipelines count levels; the first two are not used.
@@ -45,7 +46,8 @@ class PatchAutoencoderKL(AutoencoderKL):
             latent_channels=latent_channels, norm_num_groups=norm_num_groups, sample_size=sample_size,
             scaling_factor=scaling_factor, force_upcast=force_upcast,
         )  # fmt: skip
-        # the parent has registered what it was given; files and pipelines must read what this class was given
+        # the parent has registered what it was given; files and pipelines must read what this class
+        # was given
         own = {"block_out_channels": tuple(block_out_channels), "latent_channels": latent_channels,
                "norm_num_groups": norm_num_groups, "sample_size": sample_size, "scaling_factor": scaling_factor,
                "force_upcast": force_upcast}  # fmt: skip
@@ -71,8 +73,8 @@ class PatchAutoencoderKL(AutoencoderKL):
     def start_from(self, pictures: Tensor) -> None:
         """Sets the projection to the principal components of (B, 3, H, W) pictures in [-1, 1], latents of deviation about 1.
 
-        A component's deviation is the square root of its natural one, rescaled: strong components lead, as in the picture,
-        and weak ones are not lost under the first noise.
+        A component's deviation is the square root of its natural one, rescaled: strong components
+        lead, as in the picture, and weak ones are not lost under the first noise.
         """
         patch, channels = self.patch_in.stride[0], self.config.latent_channels
         patches = (

@@ -24,9 +24,9 @@ class FaceDetector(Protocol):
     """What is asked for faces: any `identity.features.IdentityExtractor`."""
 
     @property
-    def tried(self) -> str: ...
+    def search_description(self) -> str: ...
 
-    def find(self, image: Tensor) -> list[Face]: ...
+    def detect(self, image: Tensor) -> list[Face]: ...
 
 
 class FaceRecognition(Protocol):
@@ -67,13 +67,13 @@ class ClipExtractor:
         self.models = dict(models or {})
 
     @property
-    def tried(self) -> str:
-        """What `find` does before it gives up, in words."""
-        return self.faces.tried
+    def search_description(self) -> str:
+        """What `detect` does before it gives up, in words."""
+        return self.faces.search_description
 
-    def find(self, image: Tensor) -> list[Face]:
+    def detect(self, image: Tensor) -> list[Face]:
         """The faces in a picture (3, H, W) in [0, 1]."""
-        return self.faces.find(image)
+        return self.faces.detect(image)
 
     def identities(self, faces: Sequence[Face]) -> list[Identity]:
         """Each face as an identity of its own: `id_cond` (1, 1, R + E), `hidden` the states of the photo and of nothing."""
@@ -102,7 +102,7 @@ class ClipExtractor:
             seen, states = self._seen(face)
             known.append(seen)
         return Identity(
-            torch.cat(known, 1)[:, None], states, self.models, face.places[None, None].cpu()
+            torch.cat(known, 1)[:, None], states, self.models, face.normalized_landmarks[None, None].cpu()
         )
 
     def _seen(self, face: Face) -> tuple[Tensor, tuple[Tensor, Tensor]]:

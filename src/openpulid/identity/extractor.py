@@ -26,10 +26,10 @@ class IdentityExtractor(Protocol):
     models: dict[str, str]
 
     @property
-    def tried(self) -> str:
-        """What `find` does before it gives up, in words."""
+    def search_description(self) -> str:
+        """What `detect` does before it gives up, in words."""
 
-    def find(self, image: Tensor) -> list[Face]:
+    def detect(self, image: Tensor) -> list[Face]:
         """The faces in a picture (3, H, W) in [0, 1]."""
 
     def identities(self, faces: Sequence[Face]) -> list[Identity]:
@@ -46,13 +46,13 @@ class DetectedFaces:
         self.finder = finder
 
     @property
-    def tried(self) -> str:
-        """What `find` does before it gives up, in words."""
+    def search_description(self) -> str:
+        """What `detect` does before it gives up, in words."""
         return f"one look at {SIZE} pixels"
 
-    def find(self, image: Tensor) -> list[Face]:
+    def detect(self, image: Tensor) -> list[Face]:
         """The face in a picture (3, H, W) in [0, 1]; none, or one: the finder looks for no more."""
-        return [face for face in self.finder.find([image]) if face is not None]
+        return [face for face in self.finder.detect([image]) if face is not None]
 
 
 class MiniExtractor(DetectedFaces):
@@ -113,7 +113,7 @@ class MiniExtractor(DetectedFaces):
         id_cond, hidden = self.features(*(x[None].to(self.device) for x in tensors))
         kept = tuple(x.float().cpu() for x in hidden)
         return Identity(
-            id_cond[:, None].float().cpu(), kept, self.models, face.places[None, None].cpu()
+            id_cond[:, None].float().cpu(), kept, self.models, face.normalized_landmarks[None, None].cpu()
         )
 
     @torch.no_grad()

@@ -74,13 +74,13 @@ class PhotoExtractor:
         )
 
     @property
-    def tried(self) -> str:
-        """What `find` does before it gives up, in words."""
-        return self.finder.tried
+    def search_description(self) -> str:
+        """What `detect` does before it gives up, in words."""
+        return self.finder.search_description
 
-    def find(self, image: Tensor) -> list[Face]:
+    def detect(self, image: Tensor) -> list[Face]:
         """The faces in a picture (3, H, W) in [0, 1], the largest first."""
-        return self.finder.find(image)
+        return self.finder.detect(image)
 
     def identities(self, faces: Sequence[Face]) -> list[Identity]:
         """Each face as an identity of its own, in order."""
@@ -102,4 +102,4 @@ class PhotoExtractor:
         )  # cast when it is fitted: a CPU has no bicubic in bfloat16
         id_cond = torch.cat([self.recogniser(face), seen.float().cpu()], dim=1)
         kept = tuple(level.float().cpu() for level in hidden)
-        return Identity(id_cond[:, None], kept, self.models, face.places[None, None].cpu())
+        return Identity(id_cond[:, None], kept, self.models, face.normalized_landmarks[None, None].cpu())

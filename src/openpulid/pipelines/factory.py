@@ -229,7 +229,7 @@ def _layout(file: Path) -> Path:
     ]
     for name in ["sdxl-base", *(base for base in bases if isinstance(base, str))]:
         with suppress(WeightsError):
-            return locate(name, weighted=False)
+            return locate(name, require_weights=False)
     raise WeightsError(
         f"{file} is a single file, which needs the sizes and the vocabulary of a pipeline of SDXL, and none is on this "
         f"machine; `pulid weights get sdxl-base` downloads one{WEIGHTS['sdxl-base'].size}."

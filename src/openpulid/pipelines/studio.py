@@ -145,7 +145,7 @@ class Studio:
                     label,
                     [
                         replace(face, scale=scale)
-                        for face in self.features.find(to_tensor([seen])[0])
+                        for face in self.features.detect(to_tensor([seen])[0])
                     ],
                 )
             )
@@ -154,9 +154,10 @@ class Studio:
                     self.preset.no_face
                     or "take a picture in which one face is large and seen from the front."
                 )
-                tried, (width, height) = self.features.tried, image.size
-                said = f"{label}: no face was found in its {width} x {height} pixels ({tried}); {way_out}"
-                raise FaceError(said, label, image.size, tried)
+                search = self.features.search_description
+                width, height = image.size
+                said = f"{label}: no face was found in its {width} x {height} pixels ({search}); {way_out}"
+                raise FaceError(said, label, image.size, search)
         return found
 
     def generate(

@@ -27,7 +27,7 @@ from openpulid.world.head import (  # fmt: skip
 from openpulid.world.paint import bell, blend, inside, rgb
 from openpulid.world.person import PARAMETERS, Person
 from openpulid.world.scene import Scene
-from openpulid.world.scene_tensors import SceneTensors, scene_tensors
+from openpulid.world.scene_tensors import SceneTensors
 from openpulid.world.style import apply_style, ink_lines
 
 PARTS = ("background", "face", "eyewear", "hair", "hat", "ears", "neck", "clothes")
@@ -103,7 +103,7 @@ def render(
         )
     values = torch.tensor([person.vector() for person in people], device=device)
     p = {name: values[:, index, None, None] for index, name in enumerate(PARAMETERS)}
-    stage = scene_tensors(scenes, values.device)
+    stage = SceneTensors.from_scenes(scenes, values.device)
     p["skin_tone"] = (p["skin_tone"] + stage.skin_shift).clamp(0, 1)
     m = measures(p, stage.expression)
     draw = _compiled_draw() if compiled else _draw
@@ -165,7 +165,7 @@ def _background(stage: SceneTensors, sx: Tensor, sy: Tensor) -> Tensor:
 
 def _lit(stage: SceneTensors, normal: Vector, gloss: float = 0.0) -> tuple[Tensor, Tensor]:
     """(light (B, 3, H, W) to multiply a colour with, gloss (B, 1, H, W) to add) for normals in head coordinates."""
-    n = stage.to_picture(normal)
+    n = stage.to_image_axes(normal)
     light = stage.ambient * lerp(0.80, 1.0, (n[1] * 0.5 + 0.5).clamp(0, 1))[:, None]
     shine = torch.zeros_like(n[0])
     for direction, color in stage.lamps:
@@ -404,7 +404,7 @@ def _landmarks(m: dict[str, Tensor], stage: SceneTensors, size: int) -> Tensor:
     ]
     found = []
     for x, y in points:
-        picture = stage.to_picture((x, y, surface_z(x, y, m)))
+        picture = stage.to_image_axes((x, y, surface_z(x, y, m)))
         px, py = stage.zoom * picture[0] + stage.shift_x, stage.zoom * picture[1] + stage.shift_y
         found.append(torch.cat([(px + 1) / 2, (1 - py) / 2], -1)[:, 0] * size)
     return torch.stack(found, 1)

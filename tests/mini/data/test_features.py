@@ -23,7 +23,7 @@ def extractor() -> MiniExtractor:
     )
 
 
-def test_rows_are_the_features_of_the_faces(small_world, extractor, tmp_path) -> None:
+def test_cached_rows_equal_extracted_features(small_world, extractor, tmp_path) -> None:
     steps = []
     kept = FaceFeatures.of(
         extractor, small_world, tmp_path, lambda done, total: steps.append((done, total))
@@ -39,7 +39,7 @@ def test_rows_are_the_features_of_the_faces(small_world, extractor, tmp_path) ->
     )
 
 
-def test_other_networks_read_again(small_world, extractor, tmp_path) -> None:
+def test_changed_network_invalidates_cache(small_world, extractor, tmp_path) -> None:
     def reads() -> int:
         steps: list[int] = []
         FaceFeatures.of(extractor, small_world, tmp_path, lambda done, total: steps.append(done))

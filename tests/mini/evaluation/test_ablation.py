@@ -12,7 +12,7 @@ from openpulid.mini.evaluation import ablation, evaluate
 from openpulid.mini.evaluation.evaluate import Table
 
 
-def test_the_sweep_moves_one_thing_at_a_time() -> None:
+def test_sweep_varies_one_option_at_a_time() -> None:
     recipes = ablation.sweep_recipes()
     steps = [recipe for name, recipe in recipes.items() if name.startswith("k=")]
     assert [recipe.last for recipe in steps] == [1, 2, 3, 4]
@@ -24,7 +24,7 @@ def test_the_sweep_moves_one_thing_at_a_time() -> None:
     assert {(recipe.last, recipe.begin) for recipe in weights} == {(weights[0].last, "mini_stage2")}
 
 
-def test_the_plot_is_drawn(tmp_path: Path) -> None:
+def test_plot_is_saved(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS}
     table = Table(
@@ -39,7 +39,7 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "sweep.png").size[0] > 1000
 
 
-def test_the_picture_has_a_column_for_every_stage(tmp_path: Path) -> None:
+def test_stages_image_has_column_per_stage(tmp_path: Path) -> None:
     stages = evaluate.find_adapters()
     assert stages, "no adapter is there"
     page = ablation.draw_stages(people=1, side=96)

@@ -30,7 +30,7 @@ def flat(color: tuple[int, int, int], face: tuple[int, int, int] | None = None) 
     return image
 
 
-def test_figures_by_hand() -> None:
+def test_scores_match_manual_computation() -> None:
     portraits = [flat((255, 0, 0)), flat((0, 255, 0)), flat((0, 0, 255))]
     without = [flat((51, 51, 51), (0, 0, 255)), flat((51, 51, 51), (0, 0, 255))]
     with_identity = [flat((51, 51, 51), (255, 0, 0)), flat((102, 51, 51), (0, 255, 0))]
@@ -42,7 +42,7 @@ def test_figures_by_hand() -> None:
     )  # one channel of one image
 
 
-def test_prompts_are_words_that_the_miniature_knows() -> None:
+def test_demo_prompts_use_vocabulary() -> None:
     for prompt in demo.PROMPTS:
         words = prompt.replace(",", " , ").split()
         assert set(words) <= set(VOCABULARY), prompt
@@ -60,7 +60,7 @@ class Studio:
         return SimpleNamespace(images=[flat((200, 100, 50))])
 
 
-def test_it_writes_a_picture_a_page_and_the_figures(
+def test_demo_writes_image_page_and_figures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     studio = Studio()

@@ -37,7 +37,7 @@ JUDGES = MiniScorers(
 )
 
 
-def test_requests_are_the_same_for_everybody() -> None:
+def test_prompts_do_not_depend_on_model() -> None:
     asked = evaluate.sample_prompts(people=3, prompts=2, people_seed=5)
     assert asked == evaluate.sample_prompts(3, 2, 5)
     assert asked[2:] == [  # people are numbered from the first, whatever comes before
@@ -50,7 +50,7 @@ def test_requests_are_the_same_for_everybody() -> None:
         assert all(0 <= value < len(ATTRIBUTES[name]) for name, value in request.wanted.items())
 
 
-def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_equal_to_portrait_scores_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(studio, batches, identities):
         asked = [request for batch in batches for request in batch]
         images = torch.full((len(asked), 3, 96, 96), 0.5)
@@ -78,7 +78,7 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
     assert evaluate.render_portraits(people=2).shape == (2, 3, 96, 96)
 
 
-def test_json_has_the_columns_and_no_nan() -> None:
+def test_json_has_columns_and_no_nan() -> None:
     row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS} | {
         "attributes": Interval(*[math.nan] * 3)
     }
@@ -92,7 +92,7 @@ def test_json_has_the_columns_and_no_nan() -> None:
     assert rows[0]["attributes"] is None
 
 
-def test_the_table_shows_every_row(
+def test_table_prints_every_row(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -107,7 +107,7 @@ def test_the_table_shows_every_row(
     )
 
 
-def test_adapters_are_the_shipped_ones_and_those_trained_here(tmp_path: Path) -> None:
+def test_adapters_are_shipped_or_locally_trained(tmp_path: Path) -> None:
     weights, runs = tmp_path / "weights", tmp_path / "runs"
     shipped, older = weights / "pulid-stage1.safetensors", runs / "stage1" / "adapter.safetensors"
     own = runs / "stage2" / "adapter.safetensors"

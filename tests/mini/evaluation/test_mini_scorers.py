@@ -21,7 +21,7 @@ def studio() -> Studio:
     return load("mini", device="cpu")
 
 
-def test_many_at_once_are_what_each_is_alone(studio: Studio) -> None:
+def test_batched_images_equal_single_images(studio: Studio) -> None:
     asked = evaluate.sample_prompts(people=3, prompts=1)
     identities = [studio.identify(render_portrait(HELD_OUT_PEOPLE + k)) for k in range(3)]
     together = evaluate.generate_images(studio, [asked], identities)
@@ -32,7 +32,7 @@ def test_many_at_once_are_what_each_is_alone(studio: Studio) -> None:
         assert (to_tensor(alone)[0] - image).abs().mean() < 0.004  # an eighth bit, and rounding
 
 
-def test_judges_answer_in_the_measures_shapes() -> None:
+def test_scorers_return_expected_shapes() -> None:
     judges, images = (
         MiniScorers.load(),
         to_tensor([render_portrait(HELD_OUT_PEOPLE + k) for k in range(2)]),
@@ -46,7 +46,7 @@ def test_judges_answer_in_the_measures_shapes() -> None:
     }
 
 
-def test_pictures_without_a_face_are_measured() -> None:
+def test_images_without_face_are_scored() -> None:
     judges, people = MiniScorers.load(), [HELD_OUT_PEOPLE, HELD_OUT_PEOPLE + 1]
     gray = to_tensor([Image.new("RGB", (96, 96), "gray")] * 2)
     portraits = to_tensor([render_portrait(number) for number in people])
@@ -78,7 +78,7 @@ def test_pictures_without_a_face_are_measured() -> None:
     assert told["values"].isnan().all() and told["copy_paste"].isnan().all()
 
 
-def test_a_real_photograph_is_refused(studio: Studio) -> None:
+def test_real_photo_is_rejected(studio: Studio) -> None:
     from skimage.data import astronaut
 
     with pytest.raises(FaceError, match="no face"):

@@ -10,7 +10,7 @@ from openpulid.mini.train.recognition import FACIAL_COLUMNS
 from openpulid.world import Person
 
 
-def test_what_is_linear_is_found(monkeypatch) -> None:
+def test_probe_recovers_linear_map(monkeypatch) -> None:
     torch.manual_seed(0)
     seen = torch.nn.functional.normalize(torch.randn(500, 12), dim=-1)
     known = seen @ torch.randn(12, 5) + 0.3
@@ -21,7 +21,7 @@ def test_what_is_linear_is_found(monkeypatch) -> None:
     assert isinstance(reader, ParameterProbe) and reader.config == {"dim": 12, "values": 5}
 
 
-def test_the_truth_is_the_sitters() -> None:
+def test_facial_values_are_those_of_subjects() -> None:
     known = get_facial_values(["1000003", "1000004"])
     assert known.shape == (2, len(FACIAL_COLUMNS))
     assert torch.equal(known[1], torch.tensor(Person.from_seed(1000004).vector())[FACIAL_COLUMNS])

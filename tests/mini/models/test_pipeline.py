@@ -19,7 +19,7 @@ def pipe():
     )
 
 
-def test_words_are_those_of_the_pipeline(pipe):
+def test_text_encoders_match_pipeline(pipe):
     text = networks.small_words()(token_ids(build_tokenizer(), networks.PROMPTS))
     embeds, nothing, pooled, pooled_nothing = pipe.encode_prompt(
         networks.PROMPTS, device="cpu", num_images_per_prompt=1
@@ -32,21 +32,21 @@ def test_words_are_those_of_the_pipeline(pipe):
     assert torch.equal(text.time_ids, ids.expand(4, -1))
 
 
-def test_a_dropped_sentence_is_all_zero():
+def test_dropped_prompt_is_zero():
     kept = torch.tensor([True, False, True, False])
     text = networks.small_words()(token_ids(build_tokenizer(), networks.PROMPTS), kept)
     assert text.embeds.abs().sum((1, 2)).bool().tolist() == kept.tolist()
     assert text.pooled.abs().sum(1).bool().tolist() == kept.tolist()
 
 
-def test_the_last_time_is_nothing_but_noise():
+def test_last_timestep_is_pure_noise():
     known = build_scheduler()
     known.set_timesteps(4)
     assert known.timesteps.tolist() == [999, 749, 499, 249]
     assert known.alphas_cumprod[-1] < 1e-6
 
 
-def test_the_seed_is_the_image(pipe):
+def test_image_depends_on_its_seed_only(pipe):
     together = sample(pipe, networks.PROMPTS[:3], [5, 6, 7], steps=2, guidance=3.0)
     alone = sample(pipe, networks.PROMPTS[1:2], [6], steps=2, guidance=3.0)
     assert together.shape == (3, 3, 96, 96)
@@ -54,7 +54,7 @@ def test_the_seed_is_the_image(pipe):
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
-def test_saving_halves_the_file_and_not_the_model(tmp_path):
+def test_save_folder_stores_bf16_and_keeps_model(tmp_path):
     unet = networks.small_unet()
     before = unet.conv_in.weight.clone()
     save_folder(unet, tmp_path)
@@ -67,7 +67,7 @@ def test_saving_halves_the_file_and_not_the_model(tmp_path):
     assert torch.equal(stored.conv_in.weight, before.bfloat16())
 
 
-def test_what_is_saved_names_no_folder_of_its_maker(tmp_path):
+def test_saved_config_names_no_local_path(tmp_path):
     for name, model in {
         "unet": networks.small_unet(),
         "words": networks.small_words().second,

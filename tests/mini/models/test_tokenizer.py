@@ -10,7 +10,7 @@ from openpulid.mini.models.tokenizer import LENGTH, build_tokenizer
 from openpulid.world import VOCABULARY, Scene
 
 
-def test_every_word_is_one_token_and_others_are_unknown():
+def test_every_word_is_one_token_or_unknown():
     words = build_tokenizer()
     assert len(words) == len(VOCABULARY) + 4
     ids = words("Portrait, purple elephant", add_special_tokens=False).input_ids
@@ -22,7 +22,7 @@ def test_every_word_is_one_token_and_others_are_unknown():
     ]
 
 
-def test_the_longest_sentence_fits():
+def test_longest_prompt_fits():
     generator, words = torch.Generator().manual_seed(0), build_tokenizer()
     sentences = [Scene.sample(generator).prompt(generator, keep=1.0) for _ in range(300)]
     lengths = [len(words(sentence).input_ids) for sentence in sentences]
@@ -30,14 +30,14 @@ def test_the_longest_sentence_fits():
     assert not (token_ids(words, sentences) == words.unk_token_id).any()
 
 
-def test_it_is_the_same_after_loading(tmp_path):
+def test_tokenizer_round_trip(tmp_path):
     build_tokenizer().save_pretrained(tmp_path)
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     sentences = ["portrait, photo", "a person, poster, blue hat with a brim"]
     assert torch.equal(token_ids(loaded, sentences), token_ids(build_tokenizer(), sentences))
 
 
-def test_captions_are_made_once(tmp_path):
+def test_captions_are_cached(tmp_path):
     class Data:
         asked = 0
 

@@ -22,11 +22,11 @@ def test_noise_schedule_is_diffusers(prediction):
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 3, 4, 4, 4, generator=generator)
     t = torch.tensor([0, 500, 900])
-    x_t = ours.noised(x, noise, t)
+    x_t = ours.add_noise(x, noise, t)
     assert torch.allclose(x_t, theirs.add_noise(x, noise, t), atol=1e-6)
     target = noise if prediction == "epsilon" else theirs.get_velocity(x, noise, t)
     assert torch.allclose(ours.target(x, noise, t), target, atol=1e-6)
-    assert torch.allclose(ours.x0(target, x_t, t), x, atol=1e-4)
+    assert torch.allclose(ours.predict_x0(target, x_t, t), x, atol=1e-4)
     assert ours.times(torch.tensor([0.0, 0.5, 0.9999])).tolist() == [0, 500, 999]
 
 
@@ -34,7 +34,7 @@ def test_late_times_are_as_dense_as_a_power_of_t():
     schedule = NoiseSchedule(torch.linspace(0.999, 0.001, 1000))
     uniform = (torch.arange(10_000) + 0.5) / 10_000
     for power in (1.0, 2.0):
-        times = schedule.times(uniform, power)
+        times = schedule.sample_timesteps(uniform, power)
         assert times.min() >= 0 and times.max() == 999
         below = (times < 500).double().mean().item()
         assert below == pytest.approx(

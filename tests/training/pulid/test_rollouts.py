@@ -74,8 +74,10 @@ def test_the_second_order_walk_is_diffusers_own(base, noise):
 
 
 def test_times_are_trailing(base):
-    sigmas = base.schedule.trailing(4)
-    assert base.schedule.time(sigmas[:4]).tolist() == pytest.approx([999, 749, 499, 249], abs=1e-2)
+    sigmas = base.schedule.trailing_sigmas(4)
+    assert base.schedule.sigma_to_timestep(sigmas[:4]).tolist() == pytest.approx(
+        [999, 749, 499, 249], abs=1e-2
+    )
     assert sigmas[4] == 0 and (sigmas.diff() < 0).all()
 
 
@@ -122,11 +124,15 @@ def test_one_step_of_a_long_guided_walk(base, noise):
     walk = RolloutConfig(30, 2, guidance=3.0)
     text, guided = (base.encode_text(["noir"] * 2, guided=g) for g in (False, True))
     x, sigma = denoise_until(base, noise, guided, walk, 5)
-    assert not x.requires_grad and torch.equal(sigma, base.schedule.trailing(30)[5].expand(2))
+    assert not x.requires_grad and torch.equal(
+        sigma, base.schedule.trailing_sigmas(30)[5].expand(2)
+    )
     start, _ = denoise_until(base, noise, guided, walk, 0)
     with torch.no_grad():
         assert torch.equal(
-            queries_at_step(base, start, base.schedule.trailing(30)[:1].expand(2), text)[0].query,
+            queries_at_step(base, start, base.schedule.trailing_sigmas(30)[:1].expand(2), text)[
+                0
+            ].query,
             lightning_branch(base, noise, text, RolloutConfig(30, 30), watch=True)
             .attended[0][0]
             .query,

@@ -56,7 +56,7 @@ def test_every_loss_reaches_all_of_the_adapter_and_nothing_else(pipe, stage):
         # the last layer's own queries cannot feel what its identity attention adds after them
         reached = [key for key, grad in found.items() if grad is not None and grad.abs().sum() > 0]
         assert len(reached) > 0.9 * len(found) - 2, name
-    frozen = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, task.faces.recogniser]
+    frozen = [pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, task.faces.recognition]
     assert all(p.grad is None and not p.requires_grad for m in frozen for p in m.parameters())
 
 

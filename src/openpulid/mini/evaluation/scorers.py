@@ -44,7 +44,7 @@ class FaceScorer:
     """Finds the face in each image and says whose it is: `bench.metrics.FindFaces` of the miniature."""
 
     def __init__(self, finder: MiniFaceDetector, recogniser: VGGRecognition) -> None:
-        self.embed = FaceEmbedder(finder.find, recogniser)
+        self.embed = FaceEmbedder(finder.detect, recogniser)
         self.width: int = cast(Any, recogniser).config["dim"]
 
     @classmethod

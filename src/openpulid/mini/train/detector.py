@@ -114,7 +114,7 @@ class DetectorTask:
         images = torch.from_numpy(data.images[rows]).float() / 255
         parts = torch.from_numpy(data.parts[rows]).float()
         images, _ = strangers(images, parts, self.strange or self.photos, count, generator)
-        return float(np.mean([face is None for face in self.finder.find(images)]))
+        return float(np.mean([face is None for face in self.finder.detect(images)]))
 
     def sheet(self) -> Image.Image | None:
         """Training pictures with what the finder says: points green, red where it sees no face; the mask brighter."""

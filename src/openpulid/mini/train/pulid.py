@@ -262,7 +262,7 @@ def _lightning(weights: Path, device: torch.device) -> dict[str, Any]:
         RECOGNITION_MODELS["loss"], weights / "recognition-loss.safetensors", device
     )
     student = load_pipeline(mini_lightning(weights), device)
-    return {"fast": [SDXLModel(student)], "faces": FaceEmbedder(finder.find, recogniser)}
+    return {"fast": [SDXLModel(student)], "faces": FaceEmbedder(finder.detect, recogniser)}
 
 
 def _portraits(

@@ -87,7 +87,7 @@ class ImageEvaluator:
         wanted = [request.wanted for request in self.asked[:count]]
         found = {"attributes": metrics.attributes_seen(self.reader(images), wanted).mean().item()}
         if self.finder is not None:
-            faces = self.finder.find(images)
+            faces = self.finder.detect(images)
             found["face_found"] = sum(face is not None for face in faces) / len(faces)
         return found
 
@@ -168,8 +168,8 @@ class BaseTask:
         noise = draw.randn(clean.shape, "noise").to(device)
         # one number out of each of B equal spans: the loss is calmer than with B free ones
         spread = (torch.arange(len(rows)) + draw.rand(rows.shape, "time")) / len(rows)
-        t = self.schedule.times(often_middle(spread)).to(device)
-        x_t = self.schedule.noised(clean, noise, t)
+        t = self.schedule.sample_timesteps(often_middle(spread)).to(device)
+        x_t = self.schedule.add_noise(clean, noise, t)
         step = DiffusionStep(
             predict(self.network, x_t, t, text), self.schedule.target(clean, noise, t), x_t, t
         )

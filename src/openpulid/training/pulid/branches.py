@@ -46,8 +46,8 @@ def diffusion_branch(
         late: how much more often times of much noise are drawn (`NoiseSchedule.times`); 0 is the paper's even drawing.
     """
     noise = draw.randn(latents.shape, "noise").to(latents)
-    t = base.schedule.times(draw.rand(latents.shape[:1], "time"), late).to(latents.device)
-    x_t = base.schedule.noised(latents, noise, t)
+    t = base.schedule.sample_timesteps(draw.rand(latents.shape[:1], "time"), late).to(latents.device)
+    x_t = base.schedule.add_noise(latents, noise, t)
     return DiffusionStep(
         base.predict(x_t, t, text), base.schedule.target(latents, noise, t), x_t, t
     )
@@ -100,7 +100,7 @@ def lightning_branch(
         raise OptionError(
             "queries are watched without guidance only: use asked_at_step for a guided base"
         )
-    sigmas = base.schedule.trailing(walk.steps)
+    sigmas = base.schedule.trailing_sigmas(walk.steps)
     turn = sigmas[walk.steps - walk.last] if walk.last else torch.zeros(())
     attended: list[Sequence[AttentionQK]] = []
 
@@ -114,7 +114,7 @@ def lightning_branch(
                 seen.extend(asked)
                 return output
 
-            picture = base.schedule.denoised(predict, x, sigma)
+            picture = base.schedule.denoise(predict, x, sigma)
         if watch and late:
             attended.append(seen)
         return picture
@@ -128,7 +128,7 @@ def lightning_branch(
 def queries_at_step(base: BaseModel, x: Tensor, sigma: Tensor, text: Any) -> list[AttentionQK]:
     """What every cross-attention layer asks in one prediction at x (B, c, h, w), of noise level sigma (B,); no guidance."""
     with base.watch() as seen:
-        base.schedule.denoised(lambda x_t, t: base.predict(x_t, t, text), x, sigma)
+        base.schedule.denoise(lambda x_t, t: base.predict(x_t, t, text), x, sigma)
     return seen
 
 
@@ -137,10 +137,10 @@ def denoise_until(
     base: BaseModel, noise: Tensor, text: Any, walk: RolloutConfig, step: int
 ) -> tuple[Tensor, Tensor]:
     """x (B, c, h, w) and sigma (B,) before `step` (from 0) of a walk, without gradient."""
-    sigmas = base.schedule.trailing(walk.steps)
+    sigmas = base.schedule.trailing_sigmas(walk.steps)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return base.schedule.denoised(
+        return base.schedule.denoise(
             lambda x_t, t: _called(base, x_t, t, text, walk, False)[0], x, sigma
         )
 

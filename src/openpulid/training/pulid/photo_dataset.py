@@ -226,7 +226,7 @@ def _where(path: Path, features: PhotoExtractor) -> list[float] | None:
         logger.warning("%s", error)
         return None
     small = limit_size(image, LONGEST)  # as a photo is read when somebody is shown
-    faces, scale = features.find(to_tensor([small])[0]), max(image.size) / max(small.size)
+    faces, scale = features.detect(to_tensor([small])[0]), max(image.size) / max(small.size)
     if not faces:
         return None
     return [

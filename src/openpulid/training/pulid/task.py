@@ -247,7 +247,7 @@ class PuLIDTask:
             if self.recipe.id_loss == "naive":
                 count = self.recipe.fast_batch // draw.world
                 few = evenly_spaced(len(kept), count)
-                latents = self.base.schedule.x0(step.output[few], step.x_t[few], step.t[few])
+                latents = self.base.schedule.predict_x0(step.output[few], step.x_t[few], step.t[few])
                 losses["id"] = self._unlike(draw, self.base, latents, batch.some(count), kept[few])
             yield losses
 
@@ -321,7 +321,7 @@ class PuLIDTask:
             else base.decode
         )
         shown = self.faces(decode(latents))
-        found = wanted.found & shown.found & counted.to(shown.found.device)
+        found = wanted.has_face & shown.has_face & counted.to(shown.has_face.device)
         draw.figure("faces", found.float().mean())
         return self.recipe.id_weight * self.likeness(wanted.embeddings, shown.embeddings, found)
 
