@@ -25,7 +25,7 @@ def extractor() -> MiniExtractor:
 
 def test_cached_rows_equal_extracted_features(small_world, extractor, tmp_path) -> None:
     steps = []
-    kept = FaceFeatures.of(
+    kept = FaceFeatures.build(
         extractor, small_world, tmp_path, lambda done, total: steps.append((done, total))
     )
     assert steps[-1] == (len(small_world), len(small_world))
@@ -42,7 +42,7 @@ def test_cached_rows_equal_extracted_features(small_world, extractor, tmp_path) 
 def test_changed_network_invalidates_cache(small_world, extractor, tmp_path) -> None:
     def reads() -> int:
         steps: list[int] = []
-        FaceFeatures.of(extractor, small_world, tmp_path, lambda done, total: steps.append(done))
+        FaceFeatures.build(extractor, small_world, tmp_path, lambda done, total: steps.append(done))
         return len(steps)
 
     assert reads() == 1 and reads() == 0

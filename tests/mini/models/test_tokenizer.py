@@ -48,8 +48,8 @@ def test_captions_are_cached(tmp_path):
             Data.asked += 1
             return Scene(pose=("front", "left", "right")[row])
 
-    made = Captions.of(Data(), build_tokenizer(), tmp_path / "captions.npy", variants=2)
-    again = Captions.of(Data(), build_tokenizer(), tmp_path / "captions.npy", variants=2)
+    made = Captions.build(Data(), build_tokenizer(), tmp_path / "captions", variants=2)
+    again = Captions.build(Data(), build_tokenizer(), tmp_path / "captions", variants=2)
     assert Data.asked == 3
     assert made.tokens.shape == (3, 2, LENGTH) and (made.tokens == again.tokens).all()
     assert made.rows(torch.tensor([2, 0]), torch.tensor([1, 0])).tolist() == [

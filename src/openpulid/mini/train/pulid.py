@@ -273,9 +273,9 @@ def _portraits(
     except FileNotFoundError as error:
         raise TrainingError(str(error)) from None
     suffix = name.removeprefix("world")
-    captions = Captions.of(data, pipe.tokenizer, runs / f"captions{suffix}.npy")
+    captions = Captions.build(data, pipe.tokenizer, runs / f"captions{suffix}")
     with autocast(extractor.device):
-        latents = Latents.of(pipe.vae, data, runs / f"latents{suffix}")
+        latents = Latents.build(pipe.vae, data, runs / f"latents{suffix}")
         features = features_of(extractor, data, runs)
     seen = recipe.id_loss != "none"
     tokenizer, device = pipe.tokenizer, extractor.device
@@ -286,7 +286,7 @@ def _portraits(
 
 def features_of(extractor: MiniExtractor, data: WorldDataset, runs: Path) -> FaceFeatures:
     """The features of a data set's faces, kept in `runs` beside it."""
-    return FaceFeatures.of(
+    return FaceFeatures.build(
         extractor, data, runs / f"features{data.folder.name.removeprefix('world')}"
     )
 

@@ -132,15 +132,17 @@ class BuildContext:
         return vae.to(memory_format=torch.channels_last)
 
     def captions(self, name: str = "world") -> Captions:
-        file = self.runs / f"captions{name.removeprefix('world')}.npy"
-        return Captions.of(
+        file = self.runs / f"captions{name.removeprefix('world')}"
+        return Captions.build(
             self.open(name), self.tokenizer(), file, on_progress=progress("sentences")
         )
 
     def latents(self, name: str = "world") -> Latents:
         folder = self.runs / f"latents{name.removeprefix('world')}"
         with autocast(self.device):
-            return Latents.of(self.vae(), self.open(name), folder, on_progress=progress("latents"))
+            return Latents.build(
+                self.vae(), self.open(name), folder, on_progress=progress("latents")
+            )
 
     def examination(self, **options: Any) -> Images:
         """Of images: with the finder, when there is one already."""
@@ -226,8 +228,8 @@ def clip(shop: BuildContext) -> dict[str, float]:
     )  # fmt: skip
     torch.manual_seed(schedule.seed)
     tokenizer = build_tokenizer()
-    captions = Captions.of(
-        shop.data, tokenizer, shop.runs / "captions.npy", on_progress=progress("sentences")
+    captions = Captions.build(
+        shop.data, tokenizer, shop.runs / "captions", on_progress=progress("sentences")
     )
     network, text = words.build_clip(tokenizer), words.build_first_text(tokenizer)
     known = (network, text, tokenizer, shop.data, captions, shop.held_out)
@@ -345,10 +347,10 @@ def base(shop: BuildContext) -> dict[str, float]:
         "world",
         adapter.PORTRAITS,
     )  # the second for more faces than the families of the first have
-    shown = Latents.joined([shop.latents(name) for name in names])
-    captions = Captions.joined([shop.captions(name) for name in names])
+    shown = Latents.concatenate([shop.latents(name) for name in names])
+    captions = Captions.concatenate([shop.captions(name) for name in names])
     text, examination = shop.words(), shop.examination()
-    channels, size = shown.pictures.shape[1], shown.pictures.shape[-1]
+    channels, size = shown.images.shape[1], shown.images.shape[-1]
     unet = build_unet(channels, text.width, text.second.config.projection_dim, size=size)
     task = BaseTask(unet, text, shown, captions, examination, compiled=can_compile(shop.device))
     shop.train("base", task, schedule)

@@ -160,7 +160,7 @@ class BaseTask:
 
     def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
         device = next(self.unet.parameters()).device
-        rows = draw.indices(len(self.latents.pictures), self.batch)
+        rows = draw.indices(len(self.latents.images), self.batch)
         clean, faces = self.latents.rows(rows, device)
         variants = draw.randint(self.captions.tokens.shape[1], rows.shape, "variants")
         kept = draw.rand(rows.shape, "drop") >= DROPPED
