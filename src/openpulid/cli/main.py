@@ -156,7 +156,7 @@ def demo(
         folder(out), people_seed=people_seed, device=device, log=silent if as_json else say
     )
     if not as_json:
-        print(f"{outcome.picture}\n{outcome.page}")
+        print(f"{outcome.image}\n{outcome.page}")
     last_line(outcome.figures)
 
 

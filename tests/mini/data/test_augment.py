@@ -1,3 +1,5 @@
+"""Image augmentation: shapes and ranges, seeds, and the effect of each transform."""
+
 import pytest
 import torch
 
@@ -18,14 +20,16 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("harm", [color_jitter, blur, downscale, compress_jpeg, add_noise, augment])
-def test_augmentation_keeps_shape_and_range_and_is_seeded(harm):
+@pytest.mark.parametrize(
+    "transform", [color_jitter, blur, downscale, compress_jpeg, add_noise, augment]
+)
+def test_augmentation_keeps_shape_and_range_and_is_seeded(transform):
     images = torch.rand(8, 3, 64, 64, generator=seeded())
-    worse = harm(images, seeded())
-    assert worse.shape == images.shape and worse.dtype == torch.float32
-    assert worse.min() >= -1e-6 and worse.max() <= 1 + 1e-6
-    assert not torch.equal(worse, images)
-    assert torch.equal(worse, harm(images, seeded()))
+    augmented = transform(images, seeded())
+    assert augmented.shape == images.shape and augmented.dtype == torch.float32
+    assert augmented.min() >= -1e-6 and augmented.max() <= 1 + 1e-6
+    assert not torch.equal(augmented, images)
+    assert torch.equal(augmented, transform(images, seeded()))
 
 
 def test_jpeg_preserves_constant_blocks():

@@ -1,4 +1,4 @@
-"""What the adapters learn from is read once, and is what the encoder gets at inference."""
+"""Cached face features equal those that the identity encoder gets at inference."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def extractor() -> MiniExtractor:
 
 def test_cached_rows_equal_extracted_features(small_world, extractor, tmp_path) -> None:
     steps = []
-    kept = FaceFeatures.build(
+    features = FaceFeatures.build(
         extractor, small_world, tmp_path, lambda done, total: steps.append((done, total))
     )
     assert steps[-1] == (len(small_world), len(small_world))
     rows = np.array([5, 0])
-    id_cond, hidden = kept.rows(rows)
+    id_cond, hidden = features.rows(rows)
     with torch.no_grad():
         expected, levels = extractor.features(*faces_of(small_world, rows, torch.device("cpu")))
     assert torch.allclose(id_cond, expected, atol=1e-5)
@@ -40,12 +40,12 @@ def test_cached_rows_equal_extracted_features(small_world, extractor, tmp_path) 
 
 
 def test_changed_network_invalidates_cache(small_world, extractor, tmp_path) -> None:
-    def reads() -> int:
+    def count_batches() -> int:
         steps: list[int] = []
         FaceFeatures.build(extractor, small_world, tmp_path, lambda done, total: steps.append(done))
         return len(steps)
 
-    assert reads() == 1 and reads() == 0
+    assert count_batches() == 1 and count_batches() == 0
     with torch.no_grad():
         next(extractor.recogniser.parameters()).add_(1.0)
-    assert reads() == 1
+    assert count_batches() == 1

@@ -1,4 +1,4 @@
-"""The ablation's picture, and the sweep around it."""
+"""The ablation: the image of all stages, and the recipes and plot of the sweep."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_plot_is_saved(tmp_path: Path) -> None:
 
 def test_stages_image_has_column_per_stage(tmp_path: Path) -> None:
     stages = evaluate.find_adapters()
-    assert stages, "no adapter is there"
+    assert stages, "no adapter is installed"
     page = ablation.draw_stages(people=1, side=96)
-    narrow = 2 * 24 + (2 + len(stages)) * (96 + 16) - 16
-    assert page.size[0] == narrow and len(page.getcolors(1 << 24) or []) > 1000
+    width = 2 * 24 + (2 + len(stages)) * (96 + 16) - 16
+    assert page.size[0] == width and len(page.getcolors(1 << 24) or []) > 1000

@@ -15,12 +15,14 @@ STAMP = "cache.json"
 class ArrayCache:
     """A folder of arrays with one row per sample, written in order and resumable.
 
-    The folder holds `NAME.npy` for each array and `cache.json` with the key and the number of rows that
-    are complete. If the key or the number of rows differs from the stored one, the arrays are removed.
+    The folder holds `NAME.npy` for each array and `cache.json` with the key and the number of rows
+    that are complete. If the key or the number of rows differs from the stored one, the arrays are
+    removed.
 
     Args:
         folder: the folder of this cache alone; created if missing.
-        key: JSON-serializable values that determine the content, such as the fingerprints of networks.
+        key: JSON-serializable values that determine the content, such as the fingerprints of
+            networks.
         num_rows: length of all arrays.
     """
 

@@ -1,4 +1,4 @@
-"""Captions of a dataset as tokens, computed once: generating them again costs as much as training."""
+"""Captions of a dataset as tokens, cached: generating them costs as much as training."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class FaceFeatures:
     def rows(
         self, rows: np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return id_cond (B, C) and five hidden states (B, 1 + patches, D) of some rows in float32."""
+        """Return id_cond (B, C) and five hidden states (B, 1 + patches, D) in float32."""
         hidden = torch.from_numpy(self.hidden[rows]).to(device).float()
         return torch.from_numpy(self.id_cond[rows]).to(device), list(hidden.unbind(1))
 
