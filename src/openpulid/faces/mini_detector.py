@@ -31,7 +31,7 @@ class MiniDetection:
 
     Attributes:
         score_logit: (B,) above zero if the image shows a face.
-        box: (B, 4) x1, y1, x2, y2 around the face label; zero if there is none. No gradient.
+        box: (B, 4) x1, y1, x2, y2 around the face label; zero without a face. No gradient.
         landmarks: (B, 5, 2) left eye, right eye, nose tip, left and right mouth corner.
         parts: (B, 8, 96, 96) logits of the labels.
     """

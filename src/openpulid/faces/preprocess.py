@@ -14,7 +14,7 @@ def luminance(images: Tensor) -> Tensor:
 
 
 def gray_on_white(crop: Tensor, mask: Tensor) -> Tensor:
-    """Convert the pixels of the mask to gray and all others to white.
+    """Convert the pixels inside of the mask to gray and all other pixels to white.
 
     Neither color nor surroundings reach the vision encoder (PuLID, section 3.1).
 

@@ -69,7 +69,7 @@ class SCRFDDetector:
             image: (3, H, W) float in [0, 1].
 
         Returns:
-            Faces without masks, the largest first; an empty list if there are none.
+            Faces without masks, the largest first; an empty list without a face.
         """
         for size in self.sizes:
             if faces := self._detect_at_size(image, image, size, 0):

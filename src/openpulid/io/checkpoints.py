@@ -96,7 +96,7 @@ def load_state(
 
     Args:
         module: the module to fill.
-        state: all of its weights, and no others.
+        state: exactly its weights.
         message: how the error message begins if they do not fit.
         assign: use the tensors themselves instead of copying their values.
 

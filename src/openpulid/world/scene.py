@@ -128,8 +128,7 @@ class Scene:
 
         Args:
             generator: source of randomness.
-            held_out: use only color combinations that are held out of training, else only the
-                others.
+            held_out: use only color combinations that are held out of training, else none.
             fixed: attributes to set instead of sampling them.
         """
         jitter = tuple((2 * torch.rand(12, generator=generator) - 1).tolist())

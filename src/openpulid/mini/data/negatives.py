@@ -1,7 +1,7 @@
 """Images without a face of the miniature's world, which its face detector must learn to reject.
 
-Half of them are generated (noise of all spectra, gradients, shapes, stripes). The others are world
-images taken apart, and the few photos that come with scikit-image and Matplotlib.
+Half of them are generated (noise of all spectra, gradients, shapes, stripes). The other half are
+world images taken apart, and the few photos that come with scikit-image and Matplotlib.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ PROMPTS = (
 COLUMNS = ("the only picture given", "without the identity", "with the identity")
 TITLE = "Somebody nobody trained on, from one picture"
 NUM_OTHER_PEOPLE = 32
-"""People with whom the result is compared and whom it should not resemble."""
+"""Number of people that the result should not resemble."""
 SEED = 7
 
 
