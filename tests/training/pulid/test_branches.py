@@ -27,7 +27,7 @@ def test_noise_schedule_is_diffusers(prediction):
     target = noise if prediction == "epsilon" else theirs.get_velocity(x, noise, t)
     assert torch.allclose(ours.target(x, noise, t), target, atol=1e-6)
     assert torch.allclose(ours.predict_x0(target, x_t, t), x, atol=1e-4)
-    assert ours.times(torch.tensor([0.0, 0.5, 0.9999])).tolist() == [0, 500, 999]
+    assert ours.sample_timesteps(torch.tensor([0.0, 0.5, 0.9999])).tolist() == [0, 500, 999]
 
 
 def test_late_times_are_as_dense_as_a_power_of_t():
