@@ -9,18 +9,25 @@ import torch
 
 
 def best_device() -> torch.device:
-    """The accelerator, where there is one that works; of several that this process was started for (`torchrun`)."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if found is None:
+    """Return the accelerator if one is available, else the CPU.
+
+    Under `torchrun`, this is the accelerator with the index `LOCAL_RANK`.
+    """
+    device = None
+    if torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    if device is None:
         return torch.device("cpu")
-    place = os.environ.get("LOCAL_RANK")
-    return torch.device(found.type, int(place)) if place else found
+    local_rank = os.environ.get("LOCAL_RANK")
+    return torch.device(device.type, int(local_rank)) if local_rank else device
 
 
 def supports_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is worth it there. A processor without instructions for it emulates them, which takes many times as long
-    as float32 (benchmarks/train-step.md); PyTorch without oneDNN, as on a Mac, has no fast products of it either. NVIDIA's GPUs
-    before Ampere (T4, V100) emulate them, too.
+    """Return whether a device computes natively in bfloat16.
+
+    A CPU without bf16 instructions emulates them, which takes many times as long as float32
+    (benchmarks/train-step.md). PyTorch without oneDNN, as on a Mac, has no fast bf16 matrix
+    products either. NVIDIA GPUs before Ampere (T4, V100) also emulate them.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -33,16 +40,18 @@ def supports_bf16(device: torch.device) -> bool:
 
 
 def hardware_name(device: torch.device) -> str:
-    """What computes there, in words: an accelerator's name, or a processor's kind and threads."""
+    """Return the name of the accelerator, or the architecture and thread count of the CPU."""
     if device.type == "cpu":
         return f"cpu, {platform.machine()}, {torch.get_num_threads()} threads"
-    named = getattr(torch.get_device_module(device), "get_device_name", None)
-    return str(named(device)) if named else device.type
+    get_device_name = getattr(torch.get_device_module(device), "get_device_name", None)
+    return str(get_device_name(device)) if get_device_name else device.type
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What networks of full size compute in there: bfloat16; where that does not pay, float32 on a processor and float16 on a
-    GPU, where diffusers itself decodes SDXL's pictures in float32.
+    """Return the dtype in which full-size networks run on a device.
+
+    This is bfloat16 where it is native. Otherwise it is float32 on a CPU and float16 on a GPU,
+    where diffusers itself decodes SDXL images in float32.
     """
     if supports_bf16(device):
         return torch.bfloat16

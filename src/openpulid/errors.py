@@ -1,54 +1,60 @@
-"""What a user can get wrong: one class each, every message one plain sentence that names the way out.
+"""Errors that a user can fix.
 
-All of them are ``ValueError``; the command line prints the message alone and ends with `exit_code`. Whatever
-is *not* one of these is a fault of the program and keeps its traceback.
+Every message is one plain sentence that names the problem and the fix. All classes are
+``ValueError``. The command line prints only the message and exits with `exit_code`. Any other
+exception is a bug in the program and keeps its traceback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-from collections.abc import Iterable
 from os import PathLike
 
 
 class PulidError(ValueError):
-    """Base of everything a user can put right. `str(error)` is one sentence fit for a terminal."""
+    """Base class of all errors that a user can fix. `str(error)` is one sentence."""
 
     exit_code = 2
 
 
 class ImageError(PulidError):
-    """A file that cannot be used as a picture: names the file and the reason."""
+    """A file that cannot be used as an image. The message names the file and the reason."""
 
     def __init__(self, source: str | PathLike[str], reason: str) -> None:
         super().__init__(f"{source}: {reason}")
-        self.source, self.reason = str(source), reason
+        self.source = str(source)
+        self.reason = reason
 
 
 class FaceError(PulidError):
-    """No usable face in a picture. The message says what was tried and what to do instead; where a detector found none, so do
-    `source`, the picture, its `size` in pixels, and `tried`.
+    """No usable face in an image. The message says what was searched and what to do instead.
+
+    Attributes:
+        source: the name of the image; empty if the error does not come from a detector.
+        size: width and height of the image in pixels, if known.
+        search_description: what the detector tried, in words.
     """
 
     def __init__(
-        self, message: str, source: str = "", size: tuple[int, int] | None = None, tried: str = ""
+        self,
+        message: str,
+        source: str = "",
+        size: tuple[int, int] | None = None,
+        search_description: str = "",
     ) -> None:
         super().__init__(message)
-        self.source, self.size, self.tried = source, size, tried
+        self.source = source
+        self.size = size
+        self.search_description = search_description
 
 
 class IdentityError(PulidError):
-    """An identity file that is damaged, or was made by other models than the ones that should read it."""
+    """An identity file that is damaged or was created with other models than the ones in use."""
 
 
 class PromptError(PulidError):
-    """A prompt that the chosen model cannot read. `words` are the ones it does not know."""
+    """A prompt that the model cannot encode. `words` are the words it does not know."""
 
     def __init__(self, message: str, words: Iterable[str] = ()) -> None:
         super().__init__(message)
@@ -56,27 +62,28 @@ class PromptError(PulidError):
 
 
 class WeightsError(PulidError):
-    """Weights that are missing, damaged or of another shape. The message names the command that gets them."""
+    """Weights that are missing, damaged or of another shape. The message names the fix."""
 
 
 class OptionError(PulidError):
-    """An argument outside its range, or two arguments that exclude each other."""
+    """An argument out of range, or two arguments that exclude each other."""
 
 
 class TrainingError(PulidError):
-    """A training that cannot go on: a non-finite loss, a checkpoint of another run, missing data."""
+    """A training run that cannot continue, for example after a non-finite loss."""
 
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """A device whose memory does not suffice, in one sentence."""
+    """Turn an out-of-memory error of any device into an `OptionError` with advice."""
     try:
         yield
-    except (
-        RuntimeError
-    ) as error:  # torch's own class of it is one, but not every device raises that
-        if not any(said in str(error) for said in ("out of memory", "can't allocate memory")):
+    # torch.OutOfMemoryError is a RuntimeError, but not every device raises that class.
+    except RuntimeError as error:
+        message = str(error)
+        if "out of memory" not in message and "can't allocate memory" not in message:
             raise
         raise OptionError(
-            "the device has too little memory for this; take a smaller --size, for FLUX --memory 12gb, or another --device."
+            "the device has too little memory; use a smaller --size, "
+            "--memory 12gb (FLUX only), or another --device."
         ) from None

@@ -1,4 +1,4 @@
-"""The miniature's autoencoder begins as the best linear code and is an `AutoencoderKL` to everybody else."""
+"""The miniature's autoencoder starts as the best linear code and works as an `AutoencoderKL`."""
 
 import pytest
 import torch
@@ -9,37 +9,37 @@ from openpulid.world import Person, Scene, render
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     scenes = [Scene(), Scene(pose="left"), Scene(background="red"), Scene(hat="beanie")]
     return 2 * render([Person.from_seed(k) for k in range(4)], scenes, size=48).image - 1
 
 
 @pytest.fixture(scope="module")
-def vae(pictures):
+def vae(images):
     torch.manual_seed(0)
     vae = PatchAutoencoderKL(
         block_out_channels=(8, 8, 16, 16), latent_channels=12, norm_num_groups=4, sample_size=48
     )
-    vae.start_from(pictures)
+    vae.start_from(images)
     return vae.eval()
 
 
 @torch.no_grad()
-def test_it_starts_as_the_principal_components(vae, pictures):
-    latents = vae.encode(pictures).latent_dist.mode()
+def test_initialization_equals_principal_components(vae, images):
+    latents = vae.encode(images).latent_dist.mode()
     assert latents.shape == (4, 12, 6, 6)
     assert latents.square().mean().item() == pytest.approx(1, abs=0.02)
-    error = (vae.decode(latents).sample - pictures).square().mean().sqrt().item()
-    # the same code by singular values: twelve numbers for 192
-    patches = torch.nn.functional.pixel_unshuffle(pictures, 8).permute(0, 2, 3, 1).flatten(0, 2)
+    error = (vae.decode(latents).sample - images).square().mean().sqrt().item()
+    # the same code by singular values: 12 components of 192
+    patches = torch.nn.functional.pixel_unshuffle(images, 8).permute(0, 2, 3, 1).flatten(0, 2)
     color = patches.mean(0).reshape(3, 64).mean(1).repeat_interleave(64)
-    centred = patches - color
-    best = torch.linalg.svdvals(centred)[12:].square().sum().div(centred.numel()).sqrt().item()
+    centered = patches - color
+    best = torch.linalg.svdvals(centered)[12:].square().sum().div(centered.numel()).sqrt().item()
     assert error == pytest.approx(best, rel=1e-3)
 
 
-def test_training_reaches_network_and_projection(vae, pictures):
-    distribution = vae.encode(pictures).latent_dist
+def test_gradients_reach_network_and_projection(vae, images):
+    distribution = vae.encode(images).latent_dist
     vae.decode(distribution.mode()).sample.square().mean().backward()
     for parameter in (
         vae.patch_in.weight,
@@ -51,13 +51,13 @@ def test_training_reaches_network_and_projection(vae, pictures):
     vae.zero_grad()
 
 
-def test_pipelines_see_a_factor_of_eight_and_files_come_back(vae, pictures, tmp_path, caplog):
+def test_pipelines_see_factor_eight_and_files_round_trip(vae, images, tmp_path, caplog):
     assert isinstance(vae, AutoencoderKL)
     assert 2 ** (len(vae.config.block_out_channels) - 1) == 8 and vae.config.latent_channels == 12
     vae.save_pretrained(tmp_path)
-    again = PatchAutoencoderKL.from_pretrained(tmp_path)
+    loaded = PatchAutoencoderKL.from_pretrained(tmp_path)
     assert not caplog.records
     with torch.no_grad():
         assert torch.equal(
-            again.encode(pictures).latent_dist.mode(), vae.encode(pictures).latent_dist.mode()
+            loaded.encode(images).latent_dist.mode(), vae.encode(images).latent_dist.mode()
         )

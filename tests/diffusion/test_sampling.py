@@ -1,4 +1,4 @@
-"""Samplers against the reference's figures, against an exact solution, and through backward."""
+"""Samplers match the reference implementation and an exact solution, and are differentiable."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from openpulid.diffusion.sampling import dpmpp_2m, dpmpp_sde, karras_sigmas, sdx
 
 
 def schedule(steps: int) -> torch.Tensor:
-    trained = sdxl_sigmas()
-    return karras_sigmas(steps, float(trained[0]), float(trained[-1]))
+    sigmas = sdxl_sigmas()
+    return karras_sigmas(steps, float(sigmas[0]), float(sigmas[-1]))
 
 
 def wavy(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -23,21 +23,21 @@ def gaussian(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("steps", [4, 5, 25])
-def test_karras_sigmas_are_the_reference(golden, steps: int) -> None:
+def test_karras_sigmas_match_reference(golden, steps: int) -> None:
     torch.testing.assert_close(
         schedule(steps), torch.tensor(golden.manifest["sdxl_karras_sigmas"][str(steps)])
     )
 
 
 @pytest.mark.parametrize("steps", [4, 25])
-def test_dpmpp_2m_is_the_reference(golden, steps: int) -> None:
+def test_dpmpp_2m_matches_reference(golden, steps: int) -> None:
     sigmas = schedule(steps)
     sample = dpmpp_2m(wavy, golden.input("sampler.x", 1, 4, 8, 8) * sigmas[0], sigmas)
     assert golden.error(f"sampler.dpmpp_2m.{steps}", sample) < 1e-4
 
 
-def test_dpmpp_2m_converges_to_the_exact_solution() -> None:
-    """For normal data the flow keeps x / sqrt(1 + sigma^2)."""
+def test_dpmpp_2m_converges_to_exact_solution() -> None:
+    """For normal data the flow preserves x / sqrt(1 + sigma^2)."""
     noise = torch.randn(64, 1, generator=torch.Generator().manual_seed(0))
     errors = []
     for steps in (10, 40):
@@ -47,7 +47,7 @@ def test_dpmpp_2m_converges_to_the_exact_solution() -> None:
     assert errors[1] < 0.02 and errors[1] < errors[0] / 3
 
 
-def test_dpmpp_sde_keeps_the_distribution_and_the_seed() -> None:
+def test_dpmpp_sde_preserves_distribution_and_is_seeded() -> None:
     sigmas, n = schedule(20), 20_000
 
     def run(seed: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_dpmpp_sde_keeps_the_distribution_and_the_seed() -> None:
     assert abs(float(first.mean())) < 0.02 and abs(float(first.std()) - 1) < 0.03
 
 
-def test_without_noise_sde_is_deterministic() -> None:
+def test_dpmpp_sde_without_eta_ignores_noise() -> None:
     sigmas = schedule(30)
     noise = torch.randn(8, 1, generator=torch.Generator().manual_seed(0))
     x = noise * (1 + sigmas[0] ** 2).sqrt()
@@ -69,7 +69,7 @@ def test_without_noise_sde_is_deterministic() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["2m", "sde"])
-def test_gradients_flow(sampler: str) -> None:
+def test_samplers_are_differentiable(sampler: str) -> None:
     weight = torch.tensor(0.5, requires_grad=True)
     sigmas, x = schedule(4), torch.ones(2, 1)
 

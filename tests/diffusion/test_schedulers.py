@@ -1,4 +1,4 @@
-"""The scheduler takes a pipeline along the very steps of the samplers."""
+"""The scheduler takes the same steps in a pipeline as the samplers."""
 
 from __future__ import annotations
 
@@ -19,74 +19,78 @@ def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return x / (1 + sigma**2) * 0.9 + 0.05 * torch.sin(3 * x)
 
 
-def walk(
+def run_scheduler(
     scheduler: KarrasScheduler, noise: torch.Tensor, steps: int, generator=None
 ) -> torch.Tensor:
-    """What a pipeline does, with a network that knows the denoiser."""
+    """Sample like a pipeline, with a network that predicts exactly what the denoiser implies."""
     scheduler.set_timesteps(steps)
     x = noise * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
         sigma = scheduler.levels[i]
-        seen = scheduler.scale_model_input(x, t)
-        torch.testing.assert_close(seen, x / (sigma**2 + 1).sqrt())
-        wanted = denoise(x, sigma.expand(len(x)))
+        scaled = scheduler.scale_model_input(x, t)
+        torch.testing.assert_close(scaled, x / (sigma**2 + 1).sqrt())
+        denoised = denoise(x, sigma.expand(len(x)))
         if scheduler.config.prediction_type == "epsilon":
-            output = (x - wanted) / sigma
+            output = (x - denoised) / sigma
         else:
-            output = (x / (sigma**2 + 1) - wanted) * (sigma**2 + 1).sqrt() / sigma
+            output = (x / (sigma**2 + 1) - denoised) * (sigma**2 + 1).sqrt() / sigma
         x = scheduler.step(output, t, x, generator=generator, return_dict=False)[0]
     return x
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [1, 4, 25])
-def test_2m_is_the_sampler(steps: int, prediction: str) -> None:
+def test_2m_scheduler_matches_sampler(steps: int, prediction: str) -> None:
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = KarrasScheduler(prediction_type=prediction)
-    made = walk(scheduler, noise, steps)
+    sample = run_scheduler(scheduler, noise, steps)
     torch.testing.assert_close(
-        made, dpmpp_2m(denoise, noise * scheduler.sigmas[0], scheduler.sigmas), atol=1e-4, rtol=1e-4
+        sample,
+        dpmpp_2m(denoise, noise * scheduler.sigmas[0], scheduler.sigmas),
+        atol=1e-4,
+        rtol=1e-4,
     )
     torch.testing.assert_close(
-        walk(scheduler, noise, steps), made
-    )  # nothing is left of the run before
+        run_scheduler(scheduler, noise, steps), sample
+    )  # no state of the first run is left
 
 
-def test_2m_is_the_reference(golden) -> None:
+def test_2m_scheduler_matches_reference(golden) -> None:
     scheduler = KarrasScheduler()
     assert (
         golden.error(
-            "sampler.dpmpp_2m.25", walk(scheduler, golden.input("sampler.x", 1, 4, 8, 8), 25)
+            "sampler.dpmpp_2m.25",
+            run_scheduler(scheduler, golden.input("sampler.x", 1, 4, 8, 8), 25),
         )
         < 1e-4
     )
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_sde_is_the_sampler_and_noise_is_the_requests(steps: int) -> None:
+def test_sde_scheduler_matches_sampler_with_seeded_noise(steps: int) -> None:
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     scheduler = KarrasScheduler(algorithm="dpmpp_sde")
-    made = walk(scheduler, noise, steps, torch.Generator().manual_seed(7))
-    own = torch.Generator().manual_seed(7)
+    sample = run_scheduler(scheduler, noise, steps, torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
     expected = dpmpp_sde(
         denoise,
         noise * scheduler.sigmas[0],
         scheduler.sigmas,
-        lambda: torch.randn(noise.shape, generator=own),
+        lambda: torch.randn(noise.shape, generator=generator),
     )
-    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sample, expected, atol=1e-4, rtol=1e-4)
     assert len(scheduler.timesteps) == 2 * steps - 1
-    two = walk(
+    two = run_scheduler(
         scheduler,
         noise.expand(2, -1, -1, -1),
         steps,
         [torch.Generator().manual_seed(s) for s in (7, 8)],
     )
-    torch.testing.assert_close(two[:1], made)
-    assert steps == 1 or not torch.allclose(two[1:], made)
+    torch.testing.assert_close(two[:1], sample)
+    assert steps == 1 or not torch.allclose(two[1:], sample)
 
 
-def test_times_are_the_nearest_trained_ones() -> None:
+def test_timesteps_are_nearest_training_timesteps() -> None:
     scheduler = KarrasScheduler()
     scheduler.set_timesteps(25)
     assert scheduler.timesteps[0] == 999 and scheduler.timesteps[-1] == 0
@@ -95,18 +99,19 @@ def test_times_are_the_nearest_trained_ones() -> None:
         KarrasScheduler(algorithm="magic")
 
 
-def test_noise_over_a_picture() -> None:
+def test_noise_is_added_at_begin_index() -> None:
     scheduler = KarrasScheduler()
     scheduler.set_timesteps(10)
     scheduler.set_begin_index(4)
-    picture, noise = torch.ones(2, 1, 2, 2), torch.full((2, 1, 2, 2), 2.0)
-    noisy = scheduler.add_noise(picture, noise, scheduler.timesteps[4:5].repeat(2))
+    latents = torch.ones(2, 1, 2, 2)
+    noise = torch.full((2, 1, 2, 2), 2.0)
+    noisy = scheduler.add_noise(latents, noise, scheduler.timesteps[4:5].repeat(2))
     torch.testing.assert_close(noisy, 1 + 2 * scheduler.sigmas[4] * torch.ones(2, 1, 2, 2))
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 @pytest.mark.parametrize("algorithm", ["dpmpp_2m", "dpmpp_sde"])
-def test_inpainting_restores_the_rest_at_the_level_of_each_step(
+def test_inpainting_restores_unmasked_area_at_each_noise_level(
     tiny_pipeline: Any, algorithm: str, strength: float
 ) -> None:
     scheduler = KarrasScheduler(algorithm=algorithm)
@@ -117,32 +122,34 @@ def test_inpainting_restores_the_rest_at_the_level_of_each_step(
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     mask = Image.new("L", (16, 16))
     mask.paste(255, (0, 0, 8, 16))
-    kept: list[torch.Tensor] = []
+    unmasked: list[torch.Tensor] = []
 
-    def note(pipe: Any, i: int, t: Any, state: dict[str, Any]) -> dict[str, Any]:
-        kept.append(state["latents"][..., 4:].clone())
+    def record(pipe: Any, i: int, t: Any, state: dict[str, Any]) -> dict[str, Any]:
+        unmasked.append(state["latents"][..., 4:].clone())
         return {}
 
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))[
-        ..., 4:
-    ]  # the request's first draw
+    # The pipeline's generator draws this noise first.
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7))[..., 4:]
     options = {
         "num_inference_steps": 5,
         "strength": strength,
         "generator": torch.Generator().manual_seed(7),
     }
     size = {"width": 16, "height": 16, "output_type": "latent"}
-    pipe("portrait", image=latents, mask_image=mask, callback_on_step_end=note, **options, **size)
-    picture, levels = latents[..., 4:], [*scheduler.levels[-len(kept) + 1 :], torch.tensor(0.0)]
-    assert len(kept) == (5 if strength == 1 else 3) * scheduler.order - (scheduler.order - 1)
-    for seen, level in zip(kept, levels, strict=True):
-        torch.testing.assert_close(seen, picture + level * noise)
+    pipe("portrait", image=latents, mask_image=mask, callback_on_step_end=record, **options, **size)
+    expected = latents[..., 4:]
+    levels = [*scheduler.levels[-len(unmasked) + 1 :], torch.tensor(0.0)]
+    assert len(unmasked) == (5 if strength == 1 else 3) * scheduler.order - (scheduler.order - 1)
+    for actual, level in zip(unmasked, levels, strict=True):
+        torch.testing.assert_close(actual, expected + level * noise)
 
 
-def test_a_run_from_a_picture_leaves_nothing_to_the_next() -> None:
-    """Not every pipeline says where it begins: ControlNet's does not."""
+def test_begin_index_does_not_affect_next_run() -> None:
+    """Not every pipeline calls `set_begin_index`: ControlNet's does not."""
     scheduler = KarrasScheduler()
     scheduler.set_timesteps(10)
     scheduler.set_begin_index(4)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(walk(scheduler, noise, 5), walk(KarrasScheduler(), noise, 5))
+    torch.testing.assert_close(
+        run_scheduler(scheduler, noise, 5), run_scheduler(KarrasScheduler(), noise, 5)
+    )

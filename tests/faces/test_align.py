@@ -1,3 +1,5 @@
+"""Alignment of faces by five landmarks."""
+
 import math
 
 import pytest
@@ -6,7 +8,7 @@ import torch
 from openpulid.faces.align import GRAY, TEMPLATE, align_faces, similarity_transform, warp_images
 
 
-def turned(
+def transform(
     points: torch.Tensor, angle: float, scale: float, shift: tuple[float, float]
 ) -> torch.Tensor:
     rotation = scale * torch.tensor(
@@ -15,16 +17,16 @@ def turned(
     return points @ rotation.T + torch.tensor(shift)
 
 
-def test_similarity_recovers_a_known_transform():
+def test_similarity_recovers_known_transform():
     template = TEMPLATE * 64
-    landmarks = turned(template, 0.3, 1.7, (5.0, -2.0))[None]
+    landmarks = transform(template, 0.3, 1.7, (5.0, -2.0))[None]
     matrix = similarity_transform(landmarks, template)
     cos, sin = 1.7 * math.cos(0.3), 1.7 * math.sin(0.3)
     expected = torch.tensor([[cos, -sin, 5.0], [sin, cos, -2.0]])
     assert torch.allclose(matrix[0], expected, atol=1e-4)
 
 
-def test_similarity_is_the_least_squares_one():
+def test_similarity_is_least_squares_optimum():
     generator = torch.Generator().manual_seed(0)
     template = TEMPLATE * 64
     landmarks = template + 3 * torch.randn(1, 5, 2, generator=generator)
@@ -35,27 +37,26 @@ def test_similarity_is_the_least_squares_one():
     best = similarity_transform(landmarks, template)[0]
     for _ in range(20):
         c, s, x, y = 0.05 * torch.randn(4, generator=generator)
-        other = best + torch.stack([torch.stack([c, -s, x]), torch.stack([s, c, y])])
-        assert residual(best) <= residual(other)
+        perturbed = best + torch.stack([torch.stack([c, -s, x]), torch.stack([s, c, y])])
+        assert residual(best) <= residual(perturbed)
 
 
-def test_the_identity_gives_the_picture_back():
+def test_identity_warp_returns_image():
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     matrix = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).expand(2, 2, 3)
     assert torch.allclose(warp_images(images, matrix, 16), images, atol=1e-5)
 
 
-def test_pixel_centres_are_at_one_half():
+def test_pixel_centers_are_at_one_half():
     images = torch.arange(8.0).expand(1, 1, 8, 8)
-    matrix = torch.tensor(
-        [[[2.0, 0, 0], [0, 2, 0]]]
-    )  # half size: pixel k lies between 2k and 2k + 1
+    # Half size: pixel k is between 2k and 2k + 1.
+    matrix = torch.tensor([[[2.0, 0, 0], [0, 2, 0]]])
     assert torch.allclose(
         warp_images(images, matrix, 4)[0, 0, 1], torch.tensor([0.5, 2.5, 4.5, 6.5])
     )
 
 
-def test_what_is_not_face_is_gray_and_the_rest_has_a_gradient():
+def test_background_is_gray_and_face_has_gradient():
     images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)).requires_grad_()
     landmarks = (TEMPLATE * 64 + 16)[None]
     masks = torch.zeros(1, 1, 96, 96)
@@ -69,8 +70,8 @@ def test_what_is_not_face_is_gray_and_the_rest_has_a_gradient():
     assert inside > 0 and images.grad.sum() == pytest.approx(inside.item() * 400 / 324, rel=0.05)
 
 
-def test_autocast_does_not_round_the_coordinates():
-    landmarks = turned(TEMPLATE * 64, 0.1, 1.3, (7.3, 4.1))[None]
+def test_autocast_does_not_round_coordinates():
+    landmarks = transform(TEMPLATE * 64, 0.1, 1.3, (7.3, 4.1))[None]
     images = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     plain = align_faces(images, torch.ones(1, 1, 96, 96), landmarks, 64)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,3 +1,5 @@
+"""The miniature's face recognition models."""
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from openpulid.io.checkpoints import load_module, save_module
 
 
 @pytest.mark.parametrize("name", RECOGNITION_MODELS)
-def test_shapes_sizes_and_a_gradient_to_the_picture(name):
+def test_recognition_shapes_sizes_and_gradient(name):
     torch.manual_seed(0)
     network = RECOGNITION_MODELS[name]().eval()
     assert 400_000 < sum(p.numel() for p in network.parameters()) < 1_000_000
@@ -18,15 +20,15 @@ def test_shapes_sizes_and_a_gradient_to_the_picture(name):
 
 
 @pytest.mark.parametrize("name", RECOGNITION_MODELS)
-def test_a_file_gives_the_same_network_back(name, tmp_path):
+def test_recognition_file_round_trip(name, tmp_path):
     torch.manual_seed(0)
     network = RECOGNITION_MODELS[name](dim=32).eval()
     path = save_module(network, tmp_path / "network.safetensors", {"seed": 0})
-    again = load_module(RECOGNITION_MODELS[name], path)
+    loaded = load_module(RECOGNITION_MODELS[name], path)
     crops = torch.rand(2, 3, 64, 64)
-    assert torch.equal(network(crops), again(crops))
-    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    assert torch.equal(network(crops), loaded(crops))
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
 
 
-def test_the_three_are_different_networks():
+def test_recognition_models_have_different_architectures():
     assert len({type(build()) for build in RECOGNITION_MODELS.values()}) == 3

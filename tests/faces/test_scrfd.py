@@ -1,4 +1,4 @@
-"""Real photographs, a real detector: every face is found, and everything that is known of a person comes from one face."""
+"""Real photos with a real detector: detection, alignment, parsing and recognition of faces."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from openpulid.faces.insightface_pack import find_pack, select_providers, to_uin
 from openpulid.faces.scrfd import BORDER, SCRFDDetector
 from openpulid.faces.select import sort_faces
 from openpulid.io.images import open_image
-from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recogniser_file
+from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recognition_file
 
 
-def opened(path: Path) -> Tensor:
+def load_image(path: Path) -> Tensor:
     return torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1).float() / 255
 
 
 @pytest.fixture(scope="module")
-def finder() -> SCRFDDetector:
+def detector() -> SCRFDDetector:
     return SCRFDDetector.load(DETECTOR)
 
 
 @pytest.fixture(scope="module")
 def group() -> Tensor:
-    return opened(GROUP)
+    return load_image(GROUP)
 
 
 @pytest.fixture(scope="module")
@@ -45,39 +45,39 @@ def astronaut() -> Tensor:
 @pytest.mark.parametrize(
     "name", ["hinton", "lecun", "lifeifei", "liuyifei", "pengwei", "rihanna", "zcy"]
 )
-def test_every_photo_gives_its_face(finder, name) -> None:
-    image = opened(next(PHOTOS.glob(f"{name}.*")))
-    faces = finder.detect(image)
+def test_one_face_per_photo(detector, name) -> None:
+    image = load_image(next(PHOTOS.glob(f"{name}.*")))
+    faces = detector.detect(image)
     assert len(faces) == 1 and faces[0].score > 0.7 and faces[0].mask is None
     x1, y1, x2, y2 = faces[0].box
     assert 0 <= x1 < x2 <= image.shape[2] and 0 <= y1 < y2 <= image.shape[1]
-    five = faces[0].landmarks
-    assert ((five >= torch.stack([x1, y1])) & (five <= torch.stack([x2, y2]))).all()
+    landmarks = faces[0].landmarks
+    assert ((landmarks >= torch.stack([x1, y1])) & (landmarks <= torch.stack([x2, y2]))).all()
     assert (
-        five[0, 0] < five[1, 0]
-        and five[3, 0] < five[4, 0]
-        and five[:2, 1].max() < five[3:, 1].min()
+        landmarks[0, 0] < landmarks[1, 0]
+        and landmarks[3, 0] < landmarks[4, 0]
+        and landmarks[:2, 1].max() < landmarks[3:, 1].min()
     )
     tight = image[:, int(y1) : int(y2), int(x1) : int(x2)]
-    again = finder.detect(tight)
+    again = detector.detect(tight)
     assert len(again) == 1
     width = x2 - x1
-    assert (again[0].landmarks + torch.stack([x1.floor(), y1.floor()]) - five).norm(
+    assert (again[0].landmarks + torch.stack([x1.floor(), y1.floor()]) - landmarks).norm(
         dim=1
     ).max() < 0.1 * width
 
 
 @needs_detector
-def test_the_astronaut(finder, astronaut) -> None:
-    (face,) = finder.detect(astronaut)
+def test_landmarks_of_astronaut(detector, astronaut) -> None:
+    (face,) = detector.detect(astronaut)
     assert torch.allclose(
         face.landmarks[:2], torch.tensor([[205.0, 101.0], [248.0, 104.0]]), atol=4
     )
 
 
 @needs_detector
-def test_six_people(finder, group) -> None:
-    faces = finder.detect(group)
+def test_faces_of_group_are_sorted_by_size(detector, group) -> None:
+    faces = detector.detect(group)
     assert len(faces) == 6 and [f.area for f in faces] == sorted(
         (f.area for f in faces), reverse=True
     )
@@ -86,28 +86,30 @@ def test_six_people(finder, group) -> None:
 
 
 @needs_detector
-def test_a_tight_crop_a_border_and_nothing_at_all(finder, astronaut) -> None:
-    (face,) = finder.detect(astronaut)
+def test_tight_crop_border_and_empty_image(detector, astronaut) -> None:
+    (face,) = detector.detect(astronaut)
     x1, y1, x2, y2 = (int(v) for v in face.box)
-    assert len(finder.detect(astronaut[:, y1 + 8 : y2 - 3, x1 + 3 : x2 - 3])) == 1
-    margin = 256  # what is found on a copy with a border lies in the picture's own pixels
-    around = torch.nn.functional.pad(astronaut, (margin,) * 4, value=0.5)
-    (again,) = finder._at(astronaut, around, 640, margin)
+    assert len(detector.detect(astronaut[:, y1 + 8 : y2 - 3, x1 + 3 : x2 - 3])) == 1
+    margin = 256  # faces of the padded copy are in pixels of the image itself
+    padded = torch.nn.functional.pad(astronaut, (margin,) * 4, value=0.5)
+    (again,) = detector._detect_at_size(astronaut, padded, 640, margin)
     assert (again.landmarks - face.landmarks).abs().max() < 5 and again.image is astronaut
-    assert finder.detect(torch.full((3, 200, 300), 0.5)) == []
-    assert finder.search_description == "sizes 640, 512, 384, 256 and a copy with a border"
+    assert detector.detect(torch.full((3, 200, 300), 0.5)) == []
+    assert detector.search_description == "sizes 640, 512, 384, 256 and a copy with a border"
 
 
 @needs_detector
-def test_the_crop_has_the_landmarks_in_their_places(finder, astronaut) -> None:
-    (face,) = finder.detect(astronaut)
+def test_aligned_crop_has_template_landmarks(detector, astronaut) -> None:
+    (face,) = detector.detect(astronaut)
     crop = align_photo(face)
     assert crop.shape == (1, 3, CROP, CROP)
-    (again,) = finder.detect(crop[0])
-    assert (again.landmarks - 0.5 - torch.tensor(TEMPLATE)).norm(dim=1).max() < 25  # she smiles
+    (again,) = detector.detect(crop[0])
+    assert (again.landmarks - 0.5 - torch.tensor(TEMPLATE)).norm(
+        dim=1
+    ).max() < 25  # a smile moves the mouth corners
 
 
-def test_a_crop_is_exact_where_the_landmarks_are() -> None:
+def test_crop_is_exact_for_shifted_template() -> None:
     image = torch.rand(3, 700, 800, generator=torch.Generator().manual_seed(0))
     face = Face(
         image,
@@ -127,21 +129,23 @@ def test_a_crop_is_exact_where_the_landmarks_are() -> None:
 
 
 @needs_detector
-def test_an_embedding_is_of_one_face(finder, group, tmp_path) -> None:
-    recogniser = ArcFaceRecognition.load(recogniser_file(tmp_path / "glintr100.onnx"))
-    first, second, *_ = finder.detect(group)
-    one = recogniser(first)
+def test_embedding_depends_on_one_face(detector, group, tmp_path) -> None:
+    recognition = ArcFaceRecognition.load(recognition_file(tmp_path / "glintr100.onnx"))
+    first, second, *_ = detector.detect(group)
+    one = recognition(first)
     assert (
-        one.shape == (1, 512) and one.dtype == torch.float32 and torch.equal(one, recogniser(first))
+        one.shape == (1, 512)
+        and one.dtype == torch.float32
+        and torch.equal(one, recognition(first))
     )
-    assert not torch.allclose(one, recogniser(second))
-    elsewhere = group.clone()
-    elsewhere[:, :, int(first.box[2]) + 60 :] = 0
-    moved = Face(elsewhere, first.box, first.landmarks, first.score)
-    assert torch.equal(one, recogniser(moved))
+    assert not torch.allclose(one, recognition(second))
+    changed = group.clone()
+    changed[:, :, int(first.box[2]) + 60 :] = 0
+    same_face = Face(changed, first.box, first.landmarks, first.score)
+    assert torch.equal(one, recognition(same_face))
 
 
-def test_parsing_keeps_what_is_face_or_hair(tmp_path) -> None:
+def test_parser_keeps_face_and_hair(tmp_path) -> None:
     torch.manual_seed(0)
     network = BiSeNet(num_class=19)
     torch.save(network.state_dict(), tmp_path / "parsing_bisenet.pth")
@@ -150,19 +154,19 @@ def test_parsing_keeps_what_is_face_or_hair(tmp_path) -> None:
     with torch.no_grad():
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
         labels = network.eval()((crop - mean) / std)[0].argmax(1)[0]
-    kept = parser(crop)
-    assert kept.shape == (1, 1, CROP, CROP)
+    mask = parser(crop)
+    assert mask.shape == (1, 1, CROP, CROP)
     for label in labels.unique().tolist():
-        assert kept[0, 0][labels == label].unique().tolist() == [
+        assert mask[0, 0][labels == label].unique().tolist() == [
             float(label not in (0, 7, 8, 9, 14, 15, 16, 18))
         ]
 
 
-def test_files_that_are_missing_or_of_another_kind(tmp_path) -> None:
-    with pytest.raises(WeightsError, match=r"nowhere\.onnx is not there; `pulid weights"):
+def test_unusable_model_file_is_reported(tmp_path) -> None:
+    with pytest.raises(WeightsError, match=r"nowhere\.onnx does not exist; `pulid weights"):
         SCRFDDetector.load(tmp_path / "nowhere.onnx")
     with pytest.raises(WeightsError, match="another kind"):
-        SCRFDDetector.load(recogniser_file(tmp_path / "r.onnx"))
+        SCRFDDetector.load(recognition_file(tmp_path / "r.onnx"))
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     with pytest.raises(WeightsError, match="cannot be opened"):
         ArcFaceRecognition.load(tmp_path / "broken.onnx")
@@ -172,52 +176,52 @@ def test_files_that_are_missing_or_of_another_kind(tmp_path) -> None:
 
 
 @needs_detector
-def test_a_pack_is_any_folder_of_the_library(tmp_path) -> None:
+def test_pack_is_found_in_folder_or_subfolder(tmp_path) -> None:
     (tmp_path / "a.onnx").symlink_to(DETECTOR)
-    with pytest.raises(WeightsError, match="no pack of insightface"):
+    with pytest.raises(WeightsError, match="no insightface pack"):
         find_pack(tmp_path)
-    recogniser_file(tmp_path / "b.onnx")
+    recognition_file(tmp_path / "b.onnx")
     assert find_pack(tmp_path) == (tmp_path / "a.onnx", tmp_path / "b.onnx")
     (tmp_path / "unpacked").mkdir()
     (tmp_path / "unpacked" / "antelopev2").symlink_to(
         tmp_path
-    )  # as its archive unpacks: a folder in a folder
+    )  # the archive unpacks to a folder in a folder
     assert find_pack(tmp_path / "unpacked") == tuple(
         tmp_path / "unpacked" / "antelopev2" / f"{name}.onnx" for name in "ab"
     )
-    with pytest.raises(WeightsError, match="no pack of insightface"):
+    with pytest.raises(WeightsError, match="no insightface pack"):
         find_pack(tmp_path / "nowhere")
 
 
-def test_smaller_and_smaller_then_with_a_border_until_a_face_is_found() -> None:
-    looked: list[tuple[int, int]] = []
+def test_detector_tries_smaller_sizes_then_border() -> None:
+    attempts: list[tuple[int, int]] = []
 
-    class Blind:
-        """Finds one face at its last chance."""
+    class LastAttemptModel:
+        """Detects one face in the last attempt."""
 
         def detect(
-            self, picture: np.ndarray, input_size: tuple[int, int], det_thresh: float
+            self, image: np.ndarray, input_size: tuple[int, int], det_thresh: float
         ) -> tuple[np.ndarray, np.ndarray]:
-            looked.append((input_size[0], picture.shape[0]))
-            found = int(len(looked) == 8)
-            return np.full((found, 5), 60.0, np.float32), np.full((found, 5, 2), 60.0, np.float32)
+            attempts.append((input_size[0], image.shape[0]))
+            count = int(len(attempts) == 8)
+            return np.full((count, 5), 60.0, np.float32), np.full((count, 5, 2), 60.0, np.float32)
 
-    (face,) = SCRFDDetector(Blind()).detect(torch.zeros(3, 200, 100))
+    (face,) = SCRFDDetector(LastAttemptModel()).detect(torch.zeros(3, 200, 100))
     margin = round(BORDER * 200)
-    assert looked == [
+    assert attempts == [
         (size, height) for height in (200, 200 + 2 * margin) for size in (640, 512, 384, 256)
     ]
-    assert face.landmarks.eq(60.5 - margin).all()  # in the picture's own pixels
+    assert face.landmarks.eq(60.5 - margin).all()  # in pixels of the image itself
 
 
-def test_a_devices_provider() -> None:
-    known = ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
+def test_provider_of_device() -> None:
+    available = ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]
     assert (
         select_providers("cuda", ["MIGraphXExecutionProvider", "CPUExecutionProvider"])[0]
         == "MIGraphXExecutionProvider"
     )  # AMD
-    assert select_providers("cpu", known) == ["CPUExecutionProvider"]
-    assert select_providers(torch.device("mps"), known) == [
+    assert select_providers("cpu", available) == ["CPUExecutionProvider"]
+    assert select_providers(torch.device("mps"), available) == [
         "CoreMLExecutionProvider",
         "CPUExecutionProvider",
     ]

@@ -1,4 +1,4 @@
-"""One face of several: by a named order, with a note, never by chance."""
+"""Selection of one face of several, by a named order and with a warning."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ FACES = [SMALL_LEFT, TOP_RIGHT, LARGE_MIDDLE]
         ("bottom-top", [SMALL_LEFT, LARGE_MIDDLE, TOP_RIGHT]),
     ],
 )
-def test_orders(order: str, expected: list[Face]) -> None:
+def test_face_orders(order: str, expected: list[Face]) -> None:
     assert [id(x) for x in sort_faces(FACES, order)] == [id(x) for x in expected]
     assert select_face(FACES, 2, order) is expected[2]
 
 
-def test_every_order_is_tried_above() -> None:
+def test_unknown_order_is_rejected() -> None:
     assert len(ORDERS) == 6
     with pytest.raises(OptionError, match="large-small, small-large"):
         sort_faces(FACES, "best")
 
 
-def test_a_note_says_which_of_several_was_taken(caplog) -> None:
+def test_warning_names_selected_face(caplog) -> None:
     assert select_face(FACES, label="group.jpg") is LARGE_MIDDLE
     assert caplog.messages == [
-        "group.jpg: shows 3 faces; the one at 30,40 to 60,70 was taken (face 0, large-small)"
+        "group.jpg: the image has 3 faces; using face 0 at 30,40 to 60,70 (order large-small)"
     ]
     caplog.clear()
     select_face(FACES, 0), select_face([SMALL_LEFT])
     assert not caplog.messages
 
 
-def test_a_face_that_is_not_there() -> None:
+def test_missing_face_index_is_rejected() -> None:
     with pytest.raises(
         FaceError,
-        match=r"^group\.jpg: shows 3 faces, so there is no face 3; they are counted from 0",
+        match=r"^group\.jpg: there is no face 3; the image has 3 faces, counted from 0",
     ):
         select_face(FACES, 3, label="group.jpg")
     with pytest.raises(FaceError, match="no face -1"):

@@ -1,3 +1,5 @@
+"""Saving, loading and hashing of modules and state dicts."""
+
 import hashlib
 import os
 from pathlib import Path
@@ -10,6 +12,7 @@ from openpulid.errors import WeightsError
 from openpulid.io.checkpoints import (
     load_module,
     load_state,
+    module_fingerprint,
     read_metadata,
     read_tensors,
     save_module,
@@ -30,30 +33,30 @@ class Other(Small):
     pass
 
 
-def test_a_module_comes_back_from_the_file_alone(tmp_path):
+def test_module_is_rebuilt_from_file(tmp_path):
     module = Small(5)
     path = save_module(
         module, tmp_path / "deep" / "small.safetensors", {"seed": 3, "revision": "abc"}
     )
-    again = load_module(Small, path)
-    assert again.layer.weight.shape == (2, 5)
+    loaded = load_module(Small, path)
+    assert loaded.layer.weight.shape == (2, 5)
     assert all(
-        torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items()
+        torch.equal(value, loaded.state_dict()[key]) for key, value in module.state_dict().items()
     )
     facts = read_metadata(path)
     assert (facts["seed"], facts["revision"], facts["class"]) == ("3", "abc", "Small")
     assert [file.name for file in path.parent.iterdir()] == ["small.safetensors"]
 
 
-def test_half_precision_is_stored_and_float32_loaded(tmp_path):
+def test_fp16_file_loads_as_float32(tmp_path):
     module = Small()
     path = save_module(module, tmp_path / "small.safetensors", dtype=torch.float16)
-    again = load_module(Small, path)
-    assert again.layer.weight.dtype == torch.float32 and again.count == 7
-    assert torch.equal(again.layer.weight, module.layer.weight.half().float())
+    loaded = load_module(Small, path)
+    assert loaded.layer.weight.dtype == torch.float32 and loaded.count == 7
+    assert torch.equal(loaded.layer.weight, module.layer.weight.half().float())
 
 
-def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path):
+def test_unusable_module_file_raises_weights_error(tmp_path):
     path = save_module(Small(), tmp_path / "small.safetensors")
     with pytest.raises(WeightsError, match="does not exist"):
         load_module(Small, tmp_path / "none.safetensors")
@@ -61,11 +64,11 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path):
         load_module(Other, path)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+    with pytest.raises(WeightsError, match="not a complete safetensors file"):
         load_module(Small, broken)
 
 
-def test_weights_of_another_version_are_refused(tmp_path):
+def test_state_of_other_version_is_rejected(tmp_path):
     class Wider(Small):
         def __init__(self, width: int = 3):
             super().__init__(width)
@@ -77,7 +80,7 @@ def test_weights_of_another_version_are_refused(tmp_path):
         load_module(Wider, path)
 
 
-def test_what_does_not_fit_is_named_in_one_line(tmp_path):
+def test_mismatch_is_reported_in_one_line(tmp_path):
     state = {f"layer.{n}": torch.zeros(1) for n in range(1000)} | {
         "layer.weight": torch.zeros(1, 3)
     }
@@ -92,32 +95,45 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path):
 
 
 class Hostile:
-    """What a pickle may hold: who loads it makes a folder."""
+    """A pickle that creates a folder when it is loaded without protection."""
 
-    def __init__(self, made: Path):
-        self.made = made
+    def __init__(self, target: Path):
+        self.target = target
 
     def __reduce__(self):
-        return os.mkdir, (str(self.made),)
+        return os.mkdir, (str(self.target),)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_hostile_pickle_does_nothing(tmp_path, zipped):
-    file, made = tmp_path / "pulid_v1.bin", tmp_path / "made"
-    torch.save(
-        {"layer": torch.ones(1), "more": Hostile(made)}, file, _use_new_zipfile_serialization=zipped
-    )
+def test_hostile_pickle_is_not_executed(tmp_path, zipped):
+    file = tmp_path / "pulid_v1.bin"
+    target = tmp_path / "created"
+    content = {"layer": torch.ones(1), "more": Hostile(target)}
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
     for read in (read_tensors, PuLID.load):
         with pytest.raises(
             WeightsError, match=r"pulid_v1\.bin is damaged or holds more than weights"
         ) as error:
             read(file)
-        assert "\n" not in str(error.value) and not made.exists()
+        assert "\n" not in str(error.value) and not target.exists()
     torch.load(file, weights_only=False)
-    assert made.is_dir()  # what it would have done
+    assert target.is_dir()  # the effect that was prevented
 
 
 def test_sha256(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(b"abc" * 1_000_000)
     assert sha256(file) == hashlib.sha256(b"abc" * 1_000_000).hexdigest()
+
+
+def test_module_fingerprint_depends_on_every_value():
+    torch.manual_seed(0)
+    module = Small()
+    same = Small()
+    same.load_state_dict(module.state_dict())
+    assert module_fingerprint(module) == module_fingerprint(same)
+    with torch.no_grad():  # a change that leaves all sums as they are
+        same.layer.weight[0, 0] += 1
+        same.layer.weight[0, 1] -= 1
+    assert module_fingerprint(module) != module_fingerprint(same)
+    assert module_fingerprint(module) != module_fingerprint(module.to(torch.bfloat16))

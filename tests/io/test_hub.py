@@ -1,4 +1,4 @@
-"""Published weights: what is here is found without a network, what is missing is named, a mirror serves downloads."""
+"""Published weights are located offline, and downloaded and verified against a local mirror."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from openpulid.cli import weights as stores
+from openpulid.cli import weights as cli_weights
 from openpulid.errors import OptionError, WeightsError
-from openpulid.io import hub as published
+from openpulid.io import hub
 from openpulid.pipelines.presets import PRESETS
 
 CONTENT = bytes(range(256)) * 400
@@ -27,13 +27,18 @@ COMMIT = "a" * 40
 
 
 class Mirror(BaseHTTPRequestHandler):
-    """As much of the hub as a file and a pipeline need; counts what it was asked, and breaks off where it is told to."""
+    """The part of the hub that a file and a pipeline need.
 
-    asked: ClassVar[list[str]] = []
-    breaks: ClassVar[list[int]] = []  # after so many bytes of the next bodies
+    Records all requests, and closes connections early where a test asks for it.
+    """
+
+    requests: ClassVar[list[str]] = []
+    breaks: ClassVar[list[int]] = []  # bytes after which the next responses are cut off
     gated: ClassVar[str] = "black-forest-labs/FLUX.1-dev"
     pipeline: ClassVar[dict[str, bytes]] = {
-        "model_index.json": b'{"_class_name": "Some", "unet": ["diffusers", "UNet"], "image_encoder": [null, null]}',
+        "model_index.json": (
+            b'{"_class_name": "Some", "unet": ["diffusers", "UNet"], "image_encoder": [null, null]}'
+        ),
         "unet/config.json": b"{}",
         "unet/model.safetensors.index.json": json.dumps(
             {"weight_map": {name: f"model-{name}-of-2.safetensors" for name in "12"}}
@@ -41,7 +46,8 @@ class Mirror(BaseHTTPRequestHandler):
         "unet/model.fp16.safetensors": CONTENT,
         "unet/model-1-of-2.safetensors": CONTENT * 2,
         "unet/model-2-of-2.safetensors": CONTENT * 2,
-        "vae_decoder/config.json": b"{}",  # another program's part, as beside SDXL's base: it has no weights for this one
+        # A component for another program, as in SDXL's repository: no weights that diffusers reads.
+        "vae_decoder/config.json": b"{}",
         "vae_decoder/model.onnx": CONTENT,
         "README.md": b"words",
     }
@@ -53,17 +59,17 @@ class Mirror(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
-        self.asked.append(f"{self.command} {self.path}")
-        owner_name, _, rest = self.path.removeprefix("/").partition("/resolve/")
-        name = rest.partition("/")[2]
+        self.requests.append(f"{self.command} {self.path}")
+        repository, _, file_path = self.path.removeprefix("/").partition("/resolve/")
+        name = file_path.partition("/")[2]
         if self.path.startswith("/api/models/"):
             return self._send(json.dumps(self._api()).encode())
-        known = {
+        repositories = {
             "guozinan/PuLID": {"pulid_v1.1.safetensors": CONTENT},
             "stabilityai/stable-diffusion-xl-base-1.0": self.pipeline,
-            "somebody/some.Pipeline-1": self.pipeline,
+            "someone/some.Pipeline-1": self.pipeline,
         }
-        self._send(known.get(owner_name, {}).get(name))
+        self._send(repositories.get(repository, {}).get(name))
 
     def _api(self) -> object:
         files = [
@@ -80,7 +86,7 @@ class Mirror(BaseHTTPRequestHandler):
         first = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
         part = (body or b"")[first:]
         if first:
-            self.asked[-1] += f" from {first}"
+            self.requests[-1] += f" from {first}"
         closed = self.path.startswith(f"/{self.gated}/")
         self.send_response(403 if closed else 404 if body is None else 206 if first else 200)
         if closed:
@@ -108,7 +114,7 @@ def sha256(content: bytes) -> str:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv(published.FOLDER_VARIABLE, raising=False)
+    monkeypatch.delenv(hub.FOLDER_VARIABLE, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return tmp_path / "hub"
@@ -123,18 +129,18 @@ def mirror(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[list[str]]:
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
     template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    Mirror.asked.clear(), Mirror.breaks.clear()
-    yield Mirror.asked
+    Mirror.requests.clear(), Mirror.breaks.clear()
+    yield Mirror.requests
     server.shutdown()
 
 
-def test_what_is_missing_is_named_with_its_command(cache: Path) -> None:
+def test_missing_weight_names_download_command(cache: Path) -> None:
     with pytest.raises(
-        WeightsError, match=r"pulid_v1\.bin is not on this machine; `pulid weights get pulid-v1`"
+        WeightsError, match=r"pulid_v1\.bin is not installed; `pulid weights get pulid-v1`"
     ):
-        published.locate("pulid-v1")
+        hub.locate("pulid-v1")
     with pytest.raises(OptionError, match=r"pulid-v1, pulid-v1\.1"):
-        published.locate("pulid-v2")
+        hub.locate("pulid-v2")
 
 
 FILES = (
@@ -149,140 +155,139 @@ FILES = (
 
 
 @pytest.mark.parametrize("name", [*FILES, "missing.ckpt", "owner/na--me"])
-def test_a_file_that_is_not_here_is_no_name_of_the_hub(name: str, cache: Path) -> None:
+def test_missing_file_is_not_taken_for_repository(name: str, cache: Path) -> None:
     with pytest.raises(
         WeightsError,
-        match=re.escape(f"{name} does not exist; name a file or a folder that is here"),
+        match=re.escape(f"{name} does not exist; name an existing file or folder"),
     ):
-        published.locate(name)
+        hub.locate(name)
 
 
-def test_any_pipeline_of_the_hub_by_the_command_that_is_named(
-    mirror: list[str], tmp_path: Path
-) -> None:
-    name = "somebody/some.Pipeline-1"
+def test_any_hub_pipeline_can_be_downloaded_by_name(mirror: list[str], tmp_path: Path) -> None:
+    name = "someone/some.Pipeline-1"
     with pytest.raises(
         WeightsError,
-        match=rf"^{name} is not on this machine; `pulid weights get {name}` downloads it, or put",
+        match=rf"^{name} is not installed; `pulid weights get {name}` downloads it, or put",
     ):
-        published.locate(name)
+        hub.locate(name)
     assert mirror == []
-    done = CliRunner().invoke(stores.weights, ["get", name, "--folder", str(tmp_path)])
+    done = CliRunner().invoke(cli_weights.weights, ["get", name, "--folder", str(tmp_path)])
     assert (
         done.exit_code == 0
-        and done.output.split("\n")[0] == f"{name}, licence: its own; read its page"
+        and done.output.split("\n")[0] == f"{name}, license: see its page on the hub"
     )
-    assert published.locate(name, tmp_path) == tmp_path / "some.Pipeline-1"
-    for wrong, said in (
+    assert hub.locate(name, tmp_path) == tmp_path / "some.Pipeline-1"
+    for wrong, message in (
         ("everything", "neither a preset"),
         ("models/none.safetensors", "does not exist"),
     ):
-        assert said in str(CliRunner().invoke(stores.weights, ["get", wrong]).exception)
-    own = tmp_path / "own.safetensors"
-    own.write_bytes(CONTENT)
+        assert message in str(CliRunner().invoke(cli_weights.weights, ["get", wrong]).exception)
+    local = tmp_path / "own.safetensors"
+    local.write_bytes(CONTENT)
     with pytest.raises(WeightsError, match=r"own\.safetensors is no published weight"):
-        published.download(str(own))
+        hub.download(str(local))
 
 
-def test_a_licence_that_was_not_accepted(mirror: list[str]) -> None:
-    said = rf"accept its licence: do so at https://huggingface\.co/{Mirror.gated}, set HF_TOKEN .*, and run the same command"
-    with pytest.raises(WeightsError, match=said):
-        published.download("flux-dev", say=lambda text: None)
+def test_gated_repository_explains_license(mirror: list[str]) -> None:
+    message = (
+        rf"requires accepting its license; accept it at https://huggingface\.co/{Mirror.gated}, "
+        "set HF_TOKEN .*, and run the same command"
+    )
+    with pytest.raises(WeightsError, match=message):
+        hub.download("flux-dev", log=lambda text: None)
 
 
-def test_a_folder_comes_before_the_variable(
+def test_folder_argument_precedes_environment_variable(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "pulid_v1.bin").write_bytes(b"x")
-    monkeypatch.setenv(published.FOLDER_VARIABLE, str(tmp_path / "two"))
-    assert published.locate("pulid-v1") == tmp_path / "two" / "pulid_v1.bin"
-    assert published.locate("pulid-v1", tmp_path / "one") == tmp_path / "one" / "pulid_v1.bin"
+    monkeypatch.setenv(hub.FOLDER_VARIABLE, str(tmp_path / "two"))
+    assert hub.locate("pulid-v1") == tmp_path / "two" / "pulid_v1.bin"
+    assert hub.locate("pulid-v1", tmp_path / "one") == tmp_path / "one" / "pulid_v1.bin"
 
 
-def test_a_mirror_is_asked_once_and_never_again(mirror: list[str], cache: Path) -> None:
-    said: list[str] = []
-    path = published.download("pulid-v1.1", say=said.append)
+def test_download_is_cached_and_verified(mirror: list[str], cache: Path) -> None:
+    messages: list[str] = []
+    path = hub.download("pulid-v1.1", log=messages.append)
     assert path.read_bytes() == CONTENT and path.is_relative_to(cache)
-    assert "forbid commercial use" in said[0] and "not for commercial use" in said[0]
-    assert published.verify_weights("pulid-v1.1") == "whole"
-    before = len(mirror)
-    assert before >= 2
-    assert published.download("pulid-v1.1") == published.locate("pulid-v1.1") == path
-    assert len(mirror) == before  # no network for what is here
+    assert "forbid commercial use" in messages[0] and "not for commercial use" in messages[0]
+    assert hub.verify_weights("pulid-v1.1") == "verified"
+    num_requests = len(mirror)
+    assert num_requests >= 2
+    assert hub.download("pulid-v1.1") == hub.locate("pulid-v1.1") == path
+    assert len(mirror) == num_requests  # no network for installed weights
     path.resolve().chmod(0o644)
     path.resolve().write_bytes(CONTENT[:-1] + b"!")
     with pytest.raises(WeightsError, match="is damaged"):
-        published.verify_weights("pulid-v1.1")
+        hub.verify_weights("pulid-v1.1")
 
 
-def test_what_is_known_of_a_file_is_held_against_it(
+def test_known_hash_is_verified(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, known in published.SHA256.items():
-        assert published.WEIGHTS[name].file and re.fullmatch("[0-9a-f]{64}", known)
+    for name, digest in hub.SHA256.items():
+        assert hub.WEIGHTS[name].file and re.fullmatch("[0-9a-f]{64}", digest)
     (tmp_path / "pulid_v1.bin").write_bytes(CONTENT)
-    monkeypatch.setitem(published.SHA256, "pulid-v1", sha256(CONTENT))
-    assert published.verify_weights("pulid-v1", tmp_path) == "whole"
-    monkeypatch.setitem(published.SHA256, "pulid-v1", sha256(b""))
+    monkeypatch.setitem(hub.SHA256, "pulid-v1", sha256(CONTENT))
+    assert hub.verify_weights("pulid-v1", tmp_path) == "verified"
+    monkeypatch.setitem(hub.SHA256, "pulid-v1", sha256(b""))
     with pytest.raises(WeightsError, match="is damaged"):
-        published.verify_weights("pulid-v1", tmp_path)
+        hub.verify_weights("pulid-v1", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "held"), [("parsing", published.SHA256["parsing"]), ("scorer-lpips", "7be5be79")]
+    ("name", "expected"), [("parsing", hub.SHA256["parsing"]), ("scorer-lpips", "7be5be79")]
 )
-def test_a_file_from_a_page_is_checked_as_it_comes(
-    name: str, held: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_url_download_passes_expected_hash(
+    name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str, str | None]] = []
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: asked.append(args))
-    published.download(name, tmp_path, say=lambda text: None)
-    entry = published.WEIGHTS[name]
-    assert asked == [(entry.repo, str(tmp_path / entry.file), held)]
+    calls: list[tuple[str, str, str | None]] = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: calls.append(args))
+    hub.download(name, tmp_path, log=lambda text: None)
+    entry = hub.WEIGHTS[name]
+    assert calls == [(entry.repo, str(tmp_path / entry.file), expected)]
 
 
-def test_into_a_folder_and_what_a_server_does_not_have(mirror: list[str], tmp_path: Path) -> None:
+def test_download_to_folder_and_missing_remote_file(mirror: list[str], tmp_path: Path) -> None:
     assert (
-        published.download("pulid-v1.1", tmp_path / "mine", say=lambda text: None).parent
+        hub.download("pulid-v1.1", tmp_path / "mine", log=lambda text: None).parent
         == tmp_path / "mine"
     )
-    assert published.verify_weights("pulid-v1.1", tmp_path / "mine") == "whole"
+    assert hub.verify_weights("pulid-v1.1", tmp_path / "mine") == "verified"
     with pytest.raises(WeightsError, match=r"pulid_v1\.bin could not be downloaded"):
-        published.download("pulid-v1", say=lambda text: None)
+        hub.download("pulid-v1", log=lambda text: None)
 
 
-def test_a_broken_connection_is_taken_up_where_it_was(
+def test_interrupted_download_is_resumed(
     mirror: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     Mirror.breaks[:] = [50_000]
-    assert published.download("pulid-v1.1", say=lambda text: None).read_bytes() == CONTENT
+    assert hub.download("pulid-v1.1", log=lambda text: None).read_bytes() == CONTENT
     assert mirror[-2:] == [
         "GET /guozinan/PuLID/resolve/main/pulid_v1.1.safetensors",
         f"{mirror[-2]} from 50000",
     ]
 
 
-def test_offline_nothing_is_asked(mirror: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_uses_no_network(mirror: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    elsewhere: list[tuple[object, ...]] = []
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: elsewhere.append(args))
+    url_calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *args: url_calls.append(args))
     for name in ("pulid-v1.1", "sdxl-base", "parsing", "scorer-lpips"):
         with pytest.raises(
-            WeightsError, match=r"could not be downloaded .* files that are whole are kept"
+            WeightsError, match=r"could not be downloaded .* complete files are kept"
         ):
-            published.download(name, say=lambda text: None)
-    assert mirror == elsewhere == []
+            hub.download(name, log=lambda text: None)
+    assert mirror == url_calls == []
 
 
-def test_a_pipeline_comes_in_half_precision_where_there_is_one(
-    mirror: list[str], cache: Path, tmp_path: Path
-) -> None:
-    said: list[str] = []
+def test_pipeline_download_prefers_fp16(mirror: list[str], cache: Path, tmp_path: Path) -> None:
+    messages: list[str] = []
     for folder in (None, tmp_path / "mine"):
-        path = published.download("sdxl-base", folder, say=said.append)
+        path = hub.download("sdxl-base", folder, log=messages.append)
         files = sorted(
             str(file.relative_to(path))
             for file in path.rglob("*")
@@ -291,32 +296,27 @@ def test_a_pipeline_comes_in_half_precision_where_there_is_one(
         assert [name for name in files if "json" not in name] == [
             "unet/model.fp16.safetensors"
         ] and len(files) == 5
-        assert published.locate("sdxl-base", folder) == path
-    assert "not for commercial use" not in said[0]
-    before = len(mirror)
-    assert (
-        published.download("sdxl-base") == published.locate("sdxl-base") and len(mirror) == before
-    )
+        assert hub.locate("sdxl-base", folder) == path
+    assert "not for commercial use" not in messages[0]
+    num_requests = len(mirror)
+    assert hub.download("sdxl-base") == hub.locate("sdxl-base") and len(mirror) == num_requests
 
 
-def test_half_a_pipeline_is_not_here(mirror: list[str], tmp_path: Path) -> None:
-    path = published.download("sdxl-base", tmp_path, say=lambda text: None)
+def test_incomplete_pipeline_is_not_installed(mirror: list[str], tmp_path: Path) -> None:
+    path = hub.download("sdxl-base", tmp_path, log=lambda text: None)
     weights = path / "unet" / "model.fp16.safetensors"
     weights.rename(path / "unet" / "model-1-of-2.safetensors")
     for change in (None, (path / "unet" / "config.json").unlink):
         if change:
             change()
-        with pytest.raises(WeightsError, match="is not on this machine"):
-            published.locate("sdxl-base", tmp_path)
-    assert (
-        published.download("sdxl-base", tmp_path, say=lambda text: None) == path
-        and weights.is_file()
-    )
+        with pytest.raises(WeightsError, match="is not installed"):
+            hub.locate("sdxl-base", tmp_path)
+    assert hub.download("sdxl-base", tmp_path, log=lambda text: None) == path and weights.is_file()
     weights.unlink(), (path / "unet" / "model-2-of-2.safetensors").write_bytes(CONTENT)
-    assert published.locate("sdxl-base", tmp_path) == path
+    assert hub.locate("sdxl-base", tmp_path) == path
 
 
-def test_presets_name_only_what_is_in_the_table() -> None:
+def test_presets_use_registered_weights() -> None:
     assert PRESETS["mini"]().published == ()
     assert PRESETS["sdxl"]().published == (
         "juggernaut",
@@ -327,5 +327,5 @@ def test_presets_name_only_what_is_in_the_table() -> None:
         "eva",
     )
     assert PRESETS["sdxl-v1"]().published[:3] == ("sdxl-base", "lightning-4step", "pulid-v1")
-    assert not set(PRESETS) & set(published.WEIGHTS)  # `weights get NAME` says one thing only
-    assert not published.WEIGHTS["arcface"].commercial and published.WEIGHTS["eva"].commercial
+    assert not set(PRESETS) & set(hub.WEIGHTS)  # `weights get NAME` is unambiguous
+    assert not hub.WEIGHTS["arcface"].commercial and hub.WEIGHTS["eva"].commercial

@@ -1,4 +1,4 @@
-"""A few rendered pictures in the shape of a `WorldDataset`, so that tests need none on disk."""
+"""A few rendered images with the attributes of a `WorldDataset`, so that tests need none on disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from openpulid.world import ATTRIBUTES, Person, Scene, render
 
 @dataclass
 class SmallWorld:
-    """Two families of two people in three scenes each: what the tasks read of a `WorldDataset`."""
+    """Two families of two people in three scenes each, with the arrays of a `WorldDataset`."""
 
     images: np.ndarray
     parts: np.ndarray
@@ -27,26 +27,26 @@ class SmallWorld:
         return len(self.images)
 
     @classmethod
-    def make(cls, seed: int = 0) -> SmallWorld:
+    def render(cls, seed: int = 0) -> SmallWorld:
         generator = torch.Generator().manual_seed(seed)
         people = []
         for family in range(2):
             first = Person.from_seed(seed + family)
             people += [first, first.sibling(generator, 3)]
-        shown = [person for person in people for _ in range(3)]
-        scenes = [Scene.sample(generator) for _ in shown]
-        made = render(shown, scenes, size=96)
+        repeated = [person for person in people for _ in range(3)]
+        scenes = [Scene.sample(generator) for _ in repeated]
+        rendering = render(repeated, scenes, size=96)
         return cls(
-            images=(made.image * 255).round().byte().numpy(),
-            parts=made.parts.numpy(),
-            landmarks=made.landmarks.numpy(),
+            images=(rendering.image * 255).round().byte().numpy(),
+            parts=rendering.parts.numpy(),
+            landmarks=rendering.landmarks.numpy(),
             people=np.repeat(np.arange(4), 3),
             families=np.repeat(np.arange(2), 6),
-            vectors=np.array([person.vector() for person in shown], dtype=np.float32),
+            vectors=np.array([person.vector() for person in repeated], dtype=np.float32),
             attributes=np.zeros((12, len(ATTRIBUTES)), dtype=np.int8),
         )
 
 
 @pytest.fixture(scope="session")
 def small_world() -> SmallWorld:
-    return SmallWorld.make()
+    return SmallWorld.render()

@@ -1,4 +1,4 @@
-"""The weights that travel with the package: small enough, labelled, and as good as the report says."""
+"""The shipped weights: small, documented, and of the reported quality."""
 
 import json
 from pathlib import Path
@@ -23,19 +23,19 @@ PHOTOS = Path(__file__).parents[3] / "shared" / "photos"
 
 
 def method_file(name):
-    return with_method(mini(), name).models.adapter
+    return with_method(mini(), name).adapter
 
 
 @pytest.fixture(scope="module")
-def strangers():
-    """Sixteen held-out people in held-out scenes."""
+def held_out():
+    """Render 16 held-out people in held-out scenes."""
     generator = torch.Generator().manual_seed(4)
     people = [Person.from_seed(HELD_OUT_PEOPLE + 500 + k) for k in range(16)]
     return render(people, [Scene.sample(generator, held_out=True) for _ in people])
 
 
 @pytest.fixture(scope="module")
-def finder():
+def detector():
     return load_module(MiniFaceDetector, MINIATURE / "detector.safetensors", "cpu")
 
 
@@ -44,25 +44,27 @@ def studio():
     return pulid.load("mini", device="cpu")
 
 
-def test_they_fit_into_a_repository_and_say_where_they_come_from():
+def test_shipped_weights_are_small_and_documented():
     files = [path for path in MINIATURE.rglob("*") if path.is_file()]
-    rivals = {
+    baselines = {
         name: [path for path in files if name in path.relative_to(MINIATURE).parts[0]]
         for name in NAMES
     }
-    assert all(sum(path.stat().st_size for path in rival) < 8e6 for rival in rivals.values())
+    assert all(
+        sum(path.stat().st_size for path in baseline) < 8e6 for baseline in baselines.values()
+    )
     assert (
         sum(
             path.stat().st_size
             for path in files
-            if not any(path in rival for rival in rivals.values())
+            if not any(path in baseline for baseline in baselines.values())
         )
         < 60e6
     )
     assert max(path.stat().st_size for path in files) < 16e6
-    for path in MINIATURE.rglob("*.json"):  # no folder of the machine that made them
-        named = json.loads(path.read_text("utf-8"))
-        assert not isinstance(named, dict) or not str(named.get("_name_or_path", "")).startswith(
+    for path in MINIATURE.rglob("*.json"):  # no local path of the machine that built them
+        config = json.loads(path.read_text("utf-8"))
+        assert not isinstance(config, dict) or not str(config.get("_name_or_path", "")).startswith(
             "/"
         ), path
     for path in MINIATURE.rglob("*.safetensors"):
@@ -71,76 +73,70 @@ def test_they_fit_into_a_repository_and_say_where_they_come_from():
 
 
 @pytest.mark.parametrize("method", [name for name in NAMES if method_file(name).exists()])
-def test_every_rival_shows_somebody(method, studio):
-    """More than saving in half precision could change, and different people differently."""
-    rival = pulid.load("mini", device="cpu", method=method)
+def test_every_baseline_reacts_to_identity(method, studio):
+    """The effect exceeds that of half precision, and differs between people."""
+    baseline = pulid.load("mini", device="cpu", method=method)
     portraits = to_pil(
         render([Person.from_seed(HELD_OUT_PEOPLE + k) for k in (1, 2)], [Scene(), Scene()]).image
     )
-    known = {"seed": 3, "num_inference_steps": 5}
+    options = {"seed": 3, "steps": 5}
     images = [
-        rival.generate("portrait of a person, photo", who, **known)
-        for who in (None, *map(rival.identify, portraits))
+        baseline.generate("portrait of a person, photo", identity, **options)
+        for identity in (None, *map(baseline.identify, portraits))
     ]
     base, first, second = (to_tensor(result.images) for result in images)
     assert (first - base).abs().mean() > 0.01 and (first - second).abs().mean() > 0.005
 
 
-def test_the_finder_finds_its_people(finder, strangers):
-    found = finder.detect(strangers.image)
-    assert all(face is not None for face in found)
-    masks = torch.stack([face.mask for face in found])
-    union, both = torch.maximum(masks, strangers.face).sum(), (masks * strangers.face).sum()
+def test_detector_finds_synthetic_people(detector, held_out):
+    faces = detector.detect(held_out.image)
+    assert all(face is not None for face in faces)
+    masks = torch.stack([face.mask for face in faces])
+    union, both = torch.maximum(masks, held_out.face).sum(), (masks * held_out.face).sum()
     assert both / union > 0.88
-    width = strangers.face.amax(2).sum(-1)[:, 0]
-    points = torch.stack([face.landmarks for face in found])
-    assert ((points - strangers.landmarks).norm(dim=-1).mean(1) / width).mean() < 0.03
+    width = held_out.face.amax(2).sum(-1)[:, 0]
+    points = torch.stack([face.landmarks for face in faces])
+    assert ((points - held_out.landmarks).norm(dim=-1).mean(1) / width).mean() < 0.03
 
 
-def test_the_finder_refuses_noise_and_plain_colours(finder):
+def test_detector_rejects_noise_and_plain_colors(detector):
     generator = torch.Generator().manual_seed(0)
     plain = torch.rand(16, 3, 1, 1, generator=generator).expand(-1, -1, 96, 96)
     noise = torch.rand(16, 3, 96, 96, generator=generator)
-    assert all(face is None for face in finder.detect(torch.cat([plain, noise])))
+    assert all(face is None for face in detector.detect(torch.cat([plain, noise])))
 
 
-@pytest.mark.skipif(not PHOTOS.exists(), reason="the real photographs are not beside this checkout")
-def test_the_finder_refuses_real_photographs(finder):
-    pictures = [open_image(path) for path in sorted(PHOTOS.iterdir())]
-    assert len(pictures) == 7
-    assert all(finder.detect([to_tensor([picture])[0]])[0] is None for picture in pictures)
+@pytest.mark.skipif(not PHOTOS.exists(), reason="the real photos are not available")
+def test_detector_rejects_real_photos(detector):
+    images = [open_image(path) for path in sorted(PHOTOS.iterdir())]
+    assert len(images) == 7
+    assert all(detector.detect([to_tensor([image])[0]])[0] is None for image in images)
 
 
-def test_the_autoencoder_keeps_the_picture(strangers):
+def test_autoencoder_reconstruction_quality(held_out):
     vae = PatchAutoencoderKL.from_pretrained(
         MINIATURE / "pipeline" / "vae", torch_dtype=torch.float32
     ).eval()
-    error = (there_and_back(vae, strangers.image) - strangers.image).square().mean((1, 2, 3))
+    error = (there_and_back(vae, held_out.image) - held_out.image).square().mean((1, 2, 3))
     assert (-10 * error.log10()).mean() > 31
 
 
-def test_from_one_picture_to_new_ones(studio):
+def test_generation_from_one_portrait(studio):
     portrait = to_pil(render([Person.from_seed(HELD_OUT_PEOPLE)], [Scene()]).image)[0]
     anna = studio.identify(portrait)
     result = studio.generate(
-        "portrait, photo, smiling, blue background",
-        identity=anna,
-        seed=3,
-        num_images=2,
-        num_inference_steps=4,
+        "portrait, photo, smiling, blue background", identity=anna, seed=3, num_images=2, steps=4
     )
     assert [image.size for image in result.images] == [(96, 96)] * 2
-    alone = studio.generate(
-        "portrait, photo, smiling, blue background", identity=anna, seed=4, num_inference_steps=4
+    single = studio.generate(
+        "portrait, photo, smiling, blue background", identity=anna, seed=4, steps=4
     )
-    assert alone.images[0].tobytes() == result.images[1].tobytes()
-    without = studio.generate(
-        "portrait, photo, smiling, blue background", seed=4, num_inference_steps=4
-    )
-    assert without.images[0].tobytes() != alone.images[0].tobytes()
+    assert single.images[0].tobytes() == result.images[1].tobytes()
+    without = studio.generate("portrait, photo, smiling, blue background", seed=4, steps=4)
+    assert without.images[0].tobytes() != single.images[0].tobytes()
 
 
-def test_what_it_does_not_know_is_one_sentence(studio):
+def test_unknown_word_and_missing_face_are_reported(studio):
     with pytest.raises(PromptError, match="zebra"):
         studio.generate("portrait of a zebra")
     gray = to_pil(torch.full((1, 3, 96, 96), 0.5))[0]

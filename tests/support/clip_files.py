@@ -24,9 +24,9 @@ FACE = Face(
 class Faces:
     """A face detector that returns the same face for every image."""
 
-    tried = "one look"
+    search_description = "one look"
 
-    def find(self, image: Tensor) -> list[Face]:
+    def detect(self, image: Tensor) -> list[Face]:
         return [FACE]
 
 

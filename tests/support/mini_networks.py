@@ -1,4 +1,4 @@
-"""The smallest real networks that make a pipeline."""
+"""The smallest real networks that form a pipeline."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def small_vae() -> PatchAutoencoderKL:
 
 
 def small_captions() -> Captions:
-    """Two sentences for each of two pictures."""
+    """Build two captions for each of two images."""
     tokens = token_ids(build_tokenizer(), PROMPTS).reshape(2, 2, -1)
     return Captions(tokens.numpy().astype(np.uint8))

@@ -1,4 +1,4 @@
-"""A real detector and real photographs, where they are; and a small recogniser with ArcFace's signature."""
+"""A real detector and real photos if available, and a small network with ArcFace's signature."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import onnx
 import pytest
 
 SHARED = Path(__file__).parents[3] / "shared"
-DETECTOR, PHOTOS = SHARED / "faces" / "scrfd_2.5g_kps.onnx", SHARED / "photos"
+DETECTOR = SHARED / "faces" / "scrfd_2.5g_kps.onnx"
+PHOTOS = SHARED / "photos"
 GROUP = Path(insightface.__file__).parent / "data" / "images" / "t1.jpg"
-"""Six people."""
+"""A photo of six people."""
 
 needs_detector = pytest.mark.skipif(
-    not DETECTOR.exists(), reason="the detector and photographs of shared are not here"
+    not DETECTOR.exists(), reason="the detector and photos in shared are not available"
 )
 
 
-def recogniser_file(path: Path, dim: int = 512) -> Path:
-    """An ONNX network with ArcFace's signature: 112 x 112 pixels in, `dim` numbers out."""
+def recognition_file(path: Path, dim: int = 512) -> Path:
+    """Write an ONNX network with ArcFace's signature: 112 x 112 pixels in, `dim` numbers out."""
     weights = np.random.default_rng(0).standard_normal((3 * 49, dim)).astype(np.float32)
     nodes = [
         onnx.helper.make_node(
@@ -31,7 +32,7 @@ def recogniser_file(path: Path, dim: int = 512) -> Path:
     ]
     graph = onnx.helper.make_graph(
         nodes,
-        "recogniser",
+        "recognition",
         [
             onnx.helper.make_tensor_value_info(
                 "input.1", onnx.TensorProto.FLOAT, ["None", 3, 112, 112]

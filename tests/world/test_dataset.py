@@ -1,4 +1,4 @@
-"""Pictures on disk: resumed where a killed run stopped, labels in line with the scenes."""
+"""Datasets on disk: arrays, labels, and the reuse of what is already rendered."""
 
 import json
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from openpulid.world import ATTRIBUTES, PARAMETERS
-from openpulid.world import dataset as module
-from openpulid.world.dataset import Plan, WorldDataset, build_dataset, encode_attributes
+from openpulid.world.dataset import FAMILY, Plan, WorldDataset, build_dataset, encode_attributes
 
 PLAN = Plan(people=4, scenes=2, size=32)
 
@@ -23,7 +22,7 @@ def data(folder):
     return build_dataset(folder, PLAN, workers=1, compiled=False)
 
 
-def test_arrays(data):
+def test_dataset_arrays(data):
     assert len(data) == 8 and data.images.shape == (8, 3, 32, 32)
     assert data.vectors.shape == (8, len(PARAMETERS)) and data.attributes.shape == (
         8,
@@ -34,35 +33,35 @@ def test_arrays(data):
     assert data.attributes[5].tolist() == encode_attributes(PLAN.scene(2, 1))
 
 
-def test_pictures_are_those_of_their_person_and_scene(data):
+def test_images_show_their_person_and_scene(data):
     from openpulid.world import render
 
-    again = render([PLAN.person(1)] * 8, [PLAN.scene(1, 1)] * 8, 32)
-    np.testing.assert_allclose(data.images[3], (again.image[0] * 255).round().numpy(), atol=1)
+    rendering = render([PLAN.person(1)] * 8, [PLAN.scene(1, 1)] * 8, 32)
+    np.testing.assert_allclose(data.images[3], (rendering.image[0] * 255).round().numpy(), atol=1)
     assert data.prompt(3, torch.Generator().manual_seed(0)) == PLAN.scene(1, 1).prompt(
         torch.Generator().manual_seed(0)
     )
 
 
-def test_a_second_build_only_opens(folder, data):
-    before = (folder / "images.npy").stat().st_mtime_ns
+def test_second_build_does_not_render(folder, data):
+    modified = (folder / "images.npy").stat().st_mtime_ns
     build_dataset(folder, PLAN, workers=1, compiled=False)
-    assert (folder / "images.npy").stat().st_mtime_ns == before
+    assert (folder / "images.npy").stat().st_mtime_ns == modified
 
 
-def test_another_plan_is_refused(folder, data):
+def test_other_plan_is_rejected(folder, data):
     with pytest.raises(ValueError, match="another plan"):
         build_dataset(folder, Plan(people=8, scenes=2, size=32))
 
 
-def test_a_plan_written_before_there_were_portraits_is_the_same(folder, data):
+def test_plan_without_portraits_field_is_accepted(folder, data):
     plan = json.loads((folder / "plan.json").read_text())
     del plan["portraits"]
     (folder / "plan.json").write_text(json.dumps(plan))
     assert len(build_dataset(folder, PLAN, workers=1, compiled=False)) == len(data)
 
 
-def test_an_unfinished_folder_is_named(tmp_path):
+def test_unfinished_dataset_names_build_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="pulid mini build world"):
         WorldDataset.open(tmp_path)
-    assert module.FAMILY == 4
+    assert FAMILY == 4

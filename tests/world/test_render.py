@@ -1,4 +1,4 @@
-"""Pictures: deterministic, exact masks and landmarks, and every facial value leaves a trace in the face."""
+"""Renderings: deterministic, with exact masks and landmarks, and every facial value is visible."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def neutral():
     return render([Person()], [Scene()])
 
 
-def test_what_is_known_about_a_picture(neutral):
+def test_rendering_shapes_and_ranges(neutral):
     assert neutral.image.shape == (1, 3, 96, 96)
     assert neutral.image.min() >= 0 and neutral.image.max() <= 1
     assert neutral.parts.dtype == torch.uint8 and int(neutral.parts.max()) < len(PARTS)
@@ -19,12 +19,12 @@ def test_what_is_known_about_a_picture(neutral):
     assert (neutral.person >= neutral.face).all()
 
 
-def test_the_face_fills_two_thirds_of_the_width(neutral):
+def test_face_fills_two_thirds_of_width(neutral):
     columns = neutral.face[0, 0].amax(0).nonzero()
     assert (columns.max() - columns.min() + 1).item() / 96 == pytest.approx(0.65, abs=0.06)
 
 
-def test_landmarks_lie_on_the_features(neutral):
+def test_landmarks_are_on_facial_features(neutral):
     left, right, tip, corner_left, corner_right = neutral.landmarks[0]
     assert left[0] < tip[0] < right[0] and corner_left[0] < tip[0] < corner_right[0]
     assert left[1] < tip[1] < corner_left[1]
@@ -34,17 +34,17 @@ def test_landmarks_lie_on_the_features(neutral):
     assert (neutral.parts[0, rows, columns] == PARTS.index("face")).all()
 
 
-def test_same_arguments_same_picture_alone_or_in_a_batch():
+def test_rendering_is_deterministic_and_independent_of_batch():
     people = [Person.from_seed(seed) for seed in (1, 2)]
     scenes = [Scene(), Scene(pose="left", glasses="glasses")]
-    both = render(people, scenes, size=48)
-    again = render(people[1:], scenes[1:], size=48)
-    assert torch.equal(render(people, scenes, size=48).image, both.image)
-    torch.testing.assert_close(again.image[0], both.image[1], atol=1e-5, rtol=0)
+    batch = render(people, scenes, size=48)
+    single = render(people[1:], scenes[1:], size=48)
+    assert torch.equal(render(people, scenes, size=48).image, batch.image)
+    torch.testing.assert_close(single.image[0], batch.image[1], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", FACIAL)
-def test_every_facial_value_is_in_the_picture(name):
+def test_every_facial_value_changes_image(name):
     person = Person.from_seed(4).replace(nose_projection=0.5)
     pair = render(
         [person.replace(**{name: value}) for value in (0.2, 0.8)], [Scene(pose="left")] * 2
@@ -52,12 +52,12 @@ def test_every_facial_value_is_in_the_picture(name):
     assert (pair.image[0] - pair.image[1]).abs().amax() > 0.06
 
 
-def test_the_scene_does_what_it_says():
+def test_scene_attributes_are_visible():
     person = Person()
     names = ("noir", "pencil", "poster")
     plain, *styled = render([person] * 4, [Scene()] + [Scene(style=name) for name in names]).image
     for image in styled[:2]:
-        assert (image.amax(0) - image.amin(0)).max() < 1e-5  # no colour
+        assert (image.amax(0) - image.amin(0)).max() < 1e-5  # no color
     assert (plain.amax(0) - plain.amin(0)).max() > 0.3
     hat = render([person], [Scene(hat="beanie")])
     assert (hat.parts == PARTS.index("hat")).float().mean() > 0.05
@@ -65,6 +65,6 @@ def test_the_scene_does_what_it_says():
     assert (dark.parts == PARTS.index("eyewear")).float().mean() > 0.03
 
 
-def test_people_and_scenes_must_match():
+def test_number_of_people_and_scenes_must_match():
     with pytest.raises(ValueError, match="as many people as scenes"):
         render([Person()], [])

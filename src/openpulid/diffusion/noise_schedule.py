@@ -1,4 +1,4 @@
-"""Noise schedules of diffusion models."""
+"""Noise schedules of diffusion models for training."""
 
 from __future__ import annotations
 
@@ -9,83 +9,113 @@ from torch import Tensor
 
 from openpulid.errors import OptionError
 
+PREDICTIONS = ("epsilon", "v_prediction")
+
 
 class NoiseSchedule:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps with a_t the running product of the alphas (DDPM, arXiv
-    2006.11239).
+    """Variance-preserving schedule of DDPM (arXiv 2006.11239).
+
+    x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps, where a_t is the cumulative product of the alphas.
+
+    Some methods use the variables of the samplers instead: x = x_0 + sigma * noise with
+    sigma = sqrt((1 - a_t) / a_t).
 
     Args:
-        alphas: a_t, (steps,) falling from nearly 1 to nearly 0.
-        prediction: "epsilon", or "v_prediction": v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512).
+        alphas: (steps,) a_t, falling from nearly 1 to nearly 0.
+        prediction: "epsilon", or "v_prediction": v = sqrt(a_t) eps - sqrt(1 - a_t) x_0
+            (arXiv 2202.00512).
+
+    Raises:
+        OptionError: the prediction type is unknown.
     """
 
     def __init__(self, alphas: Tensor, prediction: str = "epsilon") -> None:
-        if prediction not in ("epsilon", "v_prediction"):
+        if prediction not in PREDICTIONS:
             raise OptionError(
-                f"a base that predicts {prediction!r} cannot be trained on: epsilon or v_prediction"
+                f"cannot train a base model that predicts {prediction!r}; "
+                f"supported are {' and '.join(PREDICTIONS)}."
             )
-        self.alphas, self.prediction = alphas.double(), prediction
+        self.alphas = alphas.double()
+        self.prediction = prediction
 
-    def times(self, uniform: Tensor, late: float = 0.0) -> Tensor:
-        """(B,) uniform numbers in [0, 1) -> (B,) int64 times of training, as dense as t to the power `late`."""
-        return (uniform.double() ** (1 / (1 + late)) * len(self.alphas)).long()
+    def sample_timesteps(self, uniform: Tensor, timestep_bias: float = 0.0) -> Tensor:
+        """Map uniform random numbers to training timesteps.
+
+        Args:
+            uniform: (B,) in [0, 1).
+            timestep_bias: the density of timestep t is proportional to t to this power.
+
+        Returns:
+            (B,) int64.
+        """
+        return (uniform.double() ** (1 / (1 + timestep_bias)) * len(self.alphas)).long()
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(a_t) and sqrt(1 - a_t), each (B, 1, 1, 1) in float32 on the device of `like`."""
+        """Return sqrt(a_t) and sqrt(1 - a_t), (B, 1, 1, 1) float32 each on the device of `like`."""
         a = self.alphas[t.cpu()].view(-1, *[1] * (like.ndim - 1))
         return a.sqrt().float().to(like.device), (1 - a).sqrt().float().to(like.device)
 
-    def noised(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t, (B, c, h, w)."""
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Return x_t, (B, c, h, w)."""
         signal, sigma = self.coefficients(t, latents)
         return signal * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the base should predict, (B, c, h, w)."""
+        """Return what the model should predict, (B, c, h, w)."""
         if self.prediction == "epsilon":
             return noise
         signal, sigma = self.coefficients(t, latents)
         return signal * noise - sigma * latents
 
-    def x0(self, predicted: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The picture that a prediction means, (B, c, h, w)."""
-        return self._picture(predicted, x_t, *self.coefficients(t, x_t))
+    def predict_x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Convert a prediction of the model to an estimate of x_0, (B, c, h, w)."""
+        return self._to_x0(prediction, x_t, *self.coefficients(t, x_t))
 
-    def _picture(self, predicted: Tensor, x_t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-        if self.prediction == "epsilon":
-            return (x_t - sigma * predicted) / signal
-        return signal * x_t - sigma * predicted
+    def trailing_sigmas(self, steps: int) -> Tensor:
+        """Return (steps + 1,) falling sigmas, from the last training timestep to 0.
 
-    # -- in the variables of the samplers: x = x_0 + sigma * noise, with sigma = sqrt((1 - a_t) / a_t) --
+        The timesteps are evenly spaced ("trailing" spacing).
+        """
+        timesteps = (torch.arange(steps, 0, -1) * (len(self.alphas) / steps)).round().long() - 1
+        return torch.cat([self._sigmas()[timesteps], torch.zeros(1)])
 
-    def trailing(self, steps: int) -> Tensor:
-        """(steps + 1,) falling sigmas from the last time of training on, in equal spans of time; the last one is 0."""
-        times = (torch.arange(steps, 0, -1) * (len(self.alphas) / steps)).round().long() - 1
-        return torch.cat([self._sigmas()[times], torch.zeros(1)])
-
-    def denoised(
+    def denoise(
         self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor
     ) -> Tensor:
-        """The picture a base sees in x at noise level sigma (B,), through its `predict(x_t, t)`; (B, c, h, w)."""
+        """Estimate x_0 from x = x_0 + sigma * noise with one call of the model.
+
+        Args:
+            predict: (x_t, t) -> prediction of the model.
+            x: (B, c, h, w).
+            sigma: (B,) noise levels.
+
+        Returns:
+            (B, c, h, w).
+        """
         sigma = sigma.view(-1, *[1] * (x.ndim - 1))
         signal = (1 + sigma.square()).rsqrt()
         x_t = signal * x
-        return self._picture(
-            predict(x_t, self.time(sigma.flatten()).to(x.device)), x_t, signal, signal * sigma
-        )
+        t = self.sigma_to_timestep(sigma.flatten()).to(x.device)
+        return self._to_x0(predict(x_t, t), x_t, signal, signal * sigma)
 
-    def time(self, sigma: Tensor) -> Tensor:
-        """(B,) noise levels -> (B,) times of training in float32, between two of them where need be."""
-        table = self._sigmas().log()
-        wanted = sigma.detach().cpu().log().clamp(table[0], table[-1])
-        above = torch.searchsorted(table, wanted).clamp(min=1)
-        low, high = table[above - 1], table[above]
-        return above - 1 + (wanted - low) / (high - low)
+    def sigma_to_timestep(self, sigma: Tensor) -> Tensor:
+        """Convert (B,) noise levels to (B,) float32 timesteps, interpolated in log sigma."""
+        log_sigmas = self._sigmas().log()
+        query = sigma.detach().cpu().log().clamp(log_sigmas[0], log_sigmas[-1])
+        upper = torch.searchsorted(log_sigmas, query).clamp(min=1)
+        low = log_sigmas[upper - 1]
+        high = log_sigmas[upper]
+        return upper - 1 + (query - low) / (high - low)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Return the signal-to-noise ratio a_t / (1 - a_t), (B,) float32 on the device of t."""
+        a = self.alphas[t.cpu()]
+        return (a / (1 - a)).float().to(t.device)
+
+    def _to_x0(self, prediction: Tensor, x_t: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+        if self.prediction == "epsilon":
+            return (x_t - sigma * prediction) / signal
+        return signal * x_t - sigma * prediction
 
     def _sigmas(self) -> Tensor:
         return ((1 - self.alphas) / self.alphas).sqrt().float()
-
-    def snr(self, t: Tensor) -> Tensor:
-        """a_t / (1 - a_t), (B,) float32 on the device of t."""
-        a = self.alphas[t.cpu()]
-        return (a / (1 - a)).float().to(t.device)

@@ -1,4 +1,4 @@
-"""The miniature's autoencoder: diffusers' `AutoencoderKL` with a linear way around a small network."""
+"""The miniature's autoencoder: `AutoencoderKL` with a linear bypass around a small network."""
 
 from __future__ import annotations
 
@@ -6,27 +6,35 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (pipelines look for ModelMixin in a component's module)
+
+# Pipelines look up ModelMixin in the module of a component.
+from diffusers import AutoencoderKL, ModelMixin  # noqa: F401
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from torch import Tensor, nn
 from torch.nn.functional import pad, pixel_shuffle, pixel_unshuffle
 
 NUM_FOLDED = 2
-"""Levels of the pyramid that are a pixel-unshuffle: convolutions at full resolution cost a CPU most and give least."""
+"""Levels that are a pixel-unshuffle: convolutions at full resolution are slow and gain little."""
 
 
 class PatchAutoencoderKL(AutoencoderKL):
-    """`AutoencoderKL` whose first two levels are a pixel-unshuffle, with a linear projection of patches beside the network.
+    """`AutoencoderKL` with a linear projection of patches in parallel to the network.
 
-    The projection (`patch_in`, `patch_out`: 8 x 8 pixels to one latent and back) starts as the principal components of the
-    pictures, and the network's last layer starts at zero: training begins where the best linear code ends and spends
-    its time on what is not linear. Everything else, the stock pipelines included, sees an `AutoencoderKL` of factor 8.
+    The first levels of the network are a pixel-unshuffle. The projection (`patch_in` and
+    `patch_out`, 8 x 8 pixels to one latent and back) starts as the principal components of the
+    images, and the last layer of the network starts at zero. So training begins at the best linear
+    code and only learns what is not linear. To pipelines this is an `AutoencoderKL` of factor 8.
 
     Args:
-        block_out_channels: four widths, as the pipelines count levels; the first `folded` are not used.
-        latent_channels, norm_num_groups, sample_size, scaling_factor: as in `AutoencoderKL`.
-        folded: levels that are a pixel-unshuffle. With 1 the last convolutions run at half of the full resolution.
-        overlap: pixels by which a patch of the projection reaches into each neighbor. With 0 the borders of patches show.
+        block_out_channels: four widths, as pipelines count levels; the first `folded` are not used.
+        latent_channels: as in `AutoencoderKL`.
+        norm_num_groups: as in `AutoencoderKL`.
+        sample_size: as in `AutoencoderKL`.
+        scaling_factor: as in `AutoencoderKL`.
+        force_upcast: as in `AutoencoderKL`.
+        folded: levels that are a pixel-unshuffle. With 1 the last convolutions run at half resolution.
+        overlap: pixels by which a patch of the projection overlaps each neighbor. With 0 the
+            borders of patches are visible.
     """
 
     @register_to_config
@@ -42,18 +50,33 @@ class PatchAutoencoderKL(AutoencoderKL):
         overlap: int = 0,
     ) -> None:
         widths = tuple(block_out_channels[folded:])
-        fold, patch = 2**folded, 2 ** (len(block_out_channels) - 1)
+        fold = 2**folded
+        patch = 2 ** (len(block_out_channels) - 1)
         super().__init__(
-            in_channels=3 * fold**2, out_channels=3 * fold**2, block_out_channels=widths, layers_per_block=1,
-            down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
-            latent_channels=latent_channels, norm_num_groups=norm_num_groups, sample_size=sample_size,
-            scaling_factor=scaling_factor, force_upcast=force_upcast,
-        )  # fmt: skip
-        # the parent has registered what it was given; files and pipelines must read what this class was given
-        own = {"block_out_channels": tuple(block_out_channels), "latent_channels": latent_channels,
-               "norm_num_groups": norm_num_groups, "sample_size": sample_size, "scaling_factor": scaling_factor,
-               "force_upcast": force_upcast, "folded": folded, "overlap": overlap}  # fmt: skip
-        self._internal_dict = FrozenDict(own)
+            in_channels=3 * fold**2,
+            out_channels=3 * fold**2,
+            block_out_channels=widths,
+            layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            latent_channels=latent_channels,
+            norm_num_groups=norm_num_groups,
+            sample_size=sample_size,
+            scaling_factor=scaling_factor,
+            force_upcast=force_upcast,
+        )
+        # The parent has registered its own arguments; files and pipelines need those of this class.
+        config = {
+            "block_out_channels": tuple(block_out_channels),
+            "latent_channels": latent_channels,
+            "norm_num_groups": norm_num_groups,
+            "sample_size": sample_size,
+            "scaling_factor": scaling_factor,
+            "force_upcast": force_upcast,
+            "folded": folded,
+            "overlap": overlap,
+        }
+        self._internal_dict = FrozenDict(config)
         self.fold = fold
         self.patch_in = nn.Conv2d(
             3, latent_channels, patch + 2 * overlap, stride=patch, padding=overlap
@@ -76,22 +99,23 @@ class PatchAutoencoderKL(AutoencoderKL):
         return decoded if return_dict else (decoded.sample,)
 
     @torch.no_grad()
-    def start_from(self, pictures: Tensor) -> None:
-        """Sets the projection to the principal components of (B, 3, H, W) pictures in [-1, 1], latents of deviation about 1.
+    def start_from(self, images: Tensor) -> None:
+        """Set the projection to the principal components of images (B, 3, H, W) in [-1, 1].
 
-        A component's deviation is the square root of its natural one, rescaled: strong components lead, as in the picture,
-        and weak ones are not lost under the first noise.
+        The latents have a mean square of 1. The standard deviation of a component is proportional
+        to the square root of its natural one: strong components dominate, as in the image, but weak
+        ones are not lost in the first noise.
         """
         patch, channels = self.patch_in.stride[0], self.config.latent_channels
         patches = (
-            pixel_unshuffle(pictures.double(), patch).permute(0, 2, 3, 1).flatten(0, 2)
+            pixel_unshuffle(images.double(), patch).permute(0, 2, 3, 1).flatten(0, 2)
         )  # (N, 3 * patch * patch)
-        # around a mean that a transposed convolution's bias can say: one number per colour
+        # The mean is one number per color, as the bias of a transposed convolution has it.
         color = patches.mean(0).reshape(3, patch * patch).mean(1)
         mean = color.repeat_interleave(patch * patch)
         variance, basis = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
         basis, scale = basis[:, -channels:], variance[-channels:].sqrt().sqrt()
-        scale = scale / scale.square().mean().sqrt()  # of the latents: mean square 1
+        scale = scale / scale.square().mean().sqrt()  # latents of mean square 1
         shrink = scale / variance[-channels:].sqrt()
         kernel = basis.T.reshape(channels, 3, patch, patch)
         kernel = pad(kernel, [self.config.overlap] * 4)
@@ -99,8 +123,8 @@ class PatchAutoencoderKL(AutoencoderKL):
         _bias(self.patch_in).copy_(-(basis.T @ mean) * shrink)
         self.patch_out.weight.copy_(kernel / shrink[:, None, None, None])
         _bias(self.patch_out).copy_(color)
-        self.quant_conv.bias[:channels].zero_()  # the network adds nothing yet
-        self.quant_conv.bias[channels:].fill_(-6.0)  # log variance: nearly exact to begin with
+        self.quant_conv.bias[:channels].zero_()  # the network adds nothing at the start
+        self.quant_conv.bias[channels:].fill_(-6.0)  # log variance: nearly exact at the start
 
 
 def _bias(layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:

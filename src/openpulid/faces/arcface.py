@@ -1,4 +1,4 @@
-"""Face recognition with ArcFace networks."""
+"""Face recognition with ArcFace networks (arXiv 1801.07698)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.io.checkpoints import read_tensors
 
 ARCFACE_CROP = 112
-
+"""Width and height of the input of ArcFace in pixels."""
 
 ARCFACE_TEMPLATE = torch.tensor(
     [
@@ -28,11 +28,11 @@ ARCFACE_TEMPLATE = torch.tensor(
         [70.7299, 92.2041],
     ]
 )
-"""Where insightface puts the five landmarks in a crop of 112 pixels."""
+"""(5, 2) positions of the landmarks in insightface's crop of 112 pixels."""
 
 
 class ArcFaceRecognition:
-    """The recogniser of an insightface pack (arXiv 1801.07698): a face's raw embedding, not normalised."""
+    """Face recognition model of an insightface pack; returns raw embeddings, not normalized."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -41,53 +41,61 @@ class ArcFaceRecognition:
     def load(
         cls, file: str | os.PathLike[str], device: str | torch.device = "cpu"
     ) -> ArcFaceRecognition:
-        """From an ONNX file. Raises WeightsError when it is missing or no recogniser."""
+        """Load a face recognition model from an ONNX file.
+
+        Raises:
+            WeightsError: the file is missing or holds no face recognition model.
+        """
         return cls(load_onnx_model(file, device, "get_feat"))
 
-    @property
-    def dim(self) -> int:
-        """Width of the embeddings; 512 in the published packs."""
-        return int(self.model.output_shape[-1])
-
     def __call__(self, face: Face) -> Tensor:
-        """(1, 512) float32."""
+        """Return the embedding of a face, (1, 512) float32."""
         from insightface.utils.face_align import norm_crop
 
-        five = (face.landmarks - 0.5).numpy()
-        crop = norm_crop(to_uint8(face.image)[..., ::-1], five, self.model.input_size[0])
+        landmarks = (face.landmarks - 0.5).numpy()
+        crop = norm_crop(to_uint8(face.image)[..., ::-1], landmarks, self.model.input_size[0])
         return torch.from_numpy(self.model.get_feat(crop)).float()
 
 
 def arcface_crop(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
-    """Crops as facexlib's ArcFace wants them, differentiable in the images; the masks do not matter.
+    """Crop faces for facexlib's ArcFace, differentiable in the images.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
+        masks: not used; part of the signature of `faces.embed.Crop`.
         landmarks: (B, 5, 2) in pixels.
 
     Returns:
-        (B, 3, 112, 112) in [-1, 1], blue first.
+        (B, 3, 112, 112) in [-1, 1], BGR.
     """
     matrix = similarity_transform(landmarks, ARCFACE_TEMPLATE.to(landmarks) + 0.5)
     return 2 * warp_images(images, matrix, ARCFACE_CROP).flip(1) - 1
 
 
-def build_face_embedder(finder: SCRFDDetector, recogniser: nn.Module) -> FaceEmbedder:
-    """What the ID loss at full size sees: the largest face of each picture, through a recogniser that is not the encoder's."""
+def build_face_embedder(detector: SCRFDDetector, recognition: nn.Module) -> FaceEmbedder:
+    """Build the embedder of the full-size ID loss, which uses the largest face of each image.
 
-    def find(images: Tensor) -> list[Face | None]:
-        return [next(iter(finder.detect(image)), None) for image in images]
+    Args:
+        detector: the face detector.
+        recognition: crops (B, 3, 112, 112) -> embeddings; not the model of the identity encoder.
+    """
 
-    return FaceEmbedder(find, recogniser, arcface_crop)
+    def detect_largest(images: Tensor) -> list[Face | None]:
+        return [next(iter(detector.detect(image)), None) for image in images]
+
+    return FaceEmbedder(detect_largest, recognition, arcface_crop)
 
 
 def load_arcface_ir_se50(
     file: str | os.PathLike[str], device: str | torch.device = "cpu"
 ) -> nn.Module:
-    """Facexlib's ArcFace, a residual network of 50 layers: (B, 3, 112, 112) in [-1, 1], blue first -> (B, 512).
+    """Load facexlib's ArcFace, a residual network of 50 layers.
+
+    Returns:
+        A module that maps (B, 3, 112, 112) in [-1, 1], BGR, to (B, 512).
 
     Raises:
-        WeightsError: no such file, or of another network.
+        WeightsError: the file is missing or is of another network.
     """
     from facexlib.recognition.arcface_arch import Backbone
 

@@ -1,4 +1,4 @@
-"""Pictures to face embeddings, differentiable in the pictures: what an ID loss teaches through."""
+"""Face embeddings that are differentiable in the images, as an ID loss needs them."""
 
 from __future__ import annotations
 
@@ -12,65 +12,68 @@ from openpulid.faces.align import align_faces
 from openpulid.faces.face import Face
 from openpulid.faces.mini_recognition import CROP
 
-Detect = Callable[
-    [Tensor], Sequence[Face | None]
-]  # (B, 3, H, W) in [0, 1] -> a face or None for each
-Crop = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # images, masks (B, 1, H, W), landmarks (B, 5, 2) -> crops
+# (B, 3, H, W) in [0, 1] -> a face or None for each image
+Detect = Callable[[Tensor], Sequence[Face | None]]
+# images (B, 3, H, W), masks (B, 1, H, W), landmarks (B, 5, 2) -> crops
+Crop = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class FaceEmbeddings:
-    """What was seen in B pictures.
+    """The faces of B images.
 
     Attributes:
-        found: (B,) bool, whether there is a face.
-        embeddings: (B, D) of the recogniser, zero where there is none.
-        masks: (B, 1, H, W), one on the face's own pixels, where the finder knows them.
+        has_face: (B,) bool, whether a face was detected.
+        embeddings: (B, D) of the face recognition model; zero where there is no face.
+        masks: (B, 1, H, W), one on the pixels of the face, if the detector returns masks.
     """
 
-    found: Tensor
+    has_face: Tensor
     embeddings: Tensor
     masks: Tensor
 
 
 def crop_masked(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
-    """Everything but the face gray, as the miniature's recognisers want it."""
+    """Crop faces for the miniature's face recognition models: all but the face is gray."""
     return align_faces(images, masks, landmarks, CROP)
 
 
 class FaceEmbedder:
-    """A finder, a crop and a recogniser. Where the face is carries no gradient, what it looks like does.
+    """Detects, crops and embeds the faces of images.
+
+    The position of the face carries no gradient, its appearance does.
 
     Args:
-        find: picture -> `Face` or None, such as `FaceFinder.find`; runs without gradient.
-        recogniser: crops -> (B, D); frozen here.
-        crop: a differentiable warp of the pictures into the recogniser's template.
+        detect: images -> a `Face` or None each, such as `MiniFaceDetector.detect`; runs without
+            gradient.
+        recognition: crops -> (B, D); it is frozen.
+        crop: differentiable warp of the images to the template of the face recognition model.
     """
 
-    def __init__(self, find: Detect, recogniser: nn.Module, crop: Crop = crop_masked) -> None:
-        self.find, self.recogniser, self.crop = find, recogniser.eval().requires_grad_(False), crop
+    def __init__(self, detect: Detect, recognition: nn.Module, crop: Crop = crop_masked) -> None:
+        self.detect = detect
+        self.recognition = recognition.eval().requires_grad_(False)
+        self.crop = crop
 
     def __call__(self, images: Tensor) -> FaceEmbeddings:
-        """(B, 3, H, W), clamped to [0, 1] here."""
+        """Embed the faces of images (B, 3, H, W), which are clamped to [0, 1]."""
         images = images.clamp(0, 1)
         with torch.no_grad():
-            faces = self.find(images.detach())
-        found = torch.tensor([face is not None for face in faces], device=images.device)
+            faces = self.detect(images.detach())
+        has_face = torch.tensor([face is not None for face in faces], device=images.device)
         masks = images.new_zeros(len(images), 1, *images.shape[2:])
-        for row, face in zip(masks, faces, strict=True):
+        for mask, face in zip(masks, faces, strict=True):
             if face is not None and face.mask is not None:
-                row.copy_(face.mask)
-        marks = [face.landmarks for face in faces if face is not None]
-        if not marks:
-            return FaceEmbeddings(
-                found, 0 * images.mean((1, 2, 3))[:, None], masks
-            )  # still a function of the pictures
-        some = self.recogniser(
-            self.crop(images[found], masks[found], torch.stack(marks).to(images))
-        ).float()
-        embeddings = some.new_zeros(len(images), some.shape[1]).index_put(
-            (found.nonzero()[:, 0],), some
-        )
-        return FaceEmbeddings(found, embeddings, masks)
+                mask.copy_(face.mask)
+        landmarks = [face.landmarks for face in faces if face is not None]
+        if not landmarks:
+            # Zeros that are still a function of the images, so that backward works.
+            zeros = 0 * images.mean((1, 2, 3))[:, None]
+            return FaceEmbeddings(has_face, zeros, masks)
+
+        points = torch.stack(landmarks).to(images)
+        crops = self.crop(images[has_face], masks[has_face], points)
+        values = self.recognition(crops).float()
+        rows = has_face.nonzero()[:, 0]
+        embeddings = values.new_zeros(len(images), values.shape[1]).index_put((rows,), values)
+        return FaceEmbeddings(has_face, embeddings, masks)

@@ -1,4 +1,4 @@
-"""Packs of insightface: ONNX models of face detection and face recognition."""
+"""Load models from insightface packs: ONNX files for face detection and face recognition."""
 
 from __future__ import annotations
 
@@ -13,51 +13,78 @@ from torch import Tensor
 
 from openpulid.errors import WeightsError
 
+PROVIDERS = {
+    "cuda": ("CUDAExecutionProvider", "MIGraphXExecutionProvider", "ROCMExecutionProvider"),
+    "mps": ("CoreMLExecutionProvider",),
+}
+"""onnxruntime's execution providers for each type of PyTorch device, the preferred one first."""
+
 
 def to_uint8(image: Tensor) -> np.ndarray:
-    """(3, H, W) float in [0, 1] -> (H, W, 3) uint8."""
-    return np.ascontiguousarray(
-        (image.detach().cpu() * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    )
+    """Convert an image (3, H, W), float in [0, 1], to (H, W, 3) uint8."""
+    values = (image.detach().cpu() * 255).round().clamp(0, 255).byte()
+    return np.ascontiguousarray(values.permute(1, 2, 0).numpy())
 
 
-def load_onnx_model(file: str | os.PathLike[str], device: str | torch.device, wanted: str) -> Any:
-    """A model of insightface's zoo on the device's provider, the CPU's where that cannot be had.
+def load_onnx_model(file: str | os.PathLike[str], device: str | torch.device, method: str) -> Any:
+    """Load a model of the insightface model zoo.
 
     Args:
-        wanted: the method that such a model has.
+        file: the ONNX file.
+        device: where to run it; the CPU is used if onnxruntime does not support the device.
+        method: a method that the model must have, "detect" or "get_feat".
 
     Raises:
-        WeightsError: no such file, or another kind of model.
+        WeightsError: the file is missing, cannot be read, or is a model of another kind.
     """
     model = _load_model(file, device)
-    if not hasattr(model, wanted):
+    if not hasattr(model, method):
         raise WeightsError(
-            f"{file} is a model of another kind ({type(model).__name__}); take the one that the pack names."
+            f"{file} is a model of another kind ({type(model).__name__}); "
+            "use the file that the pack names."
         )
     return model
 
 
 def find_pack(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The detector's and the recogniser's file in the folder of an insightface pack, whatever they are called; or in the one
-    folder within, since antelopev2's archive unpacks so.
+    """Find the files of the detector and the face recognition model of an insightface pack.
+
+    The file names do not matter. The models may also be in a subfolder, since the archive of
+    antelopev2 unpacks that way.
 
     Raises:
-        WeightsError: it has not both.
+        WeightsError: one of the two models is missing.
     """
-    kinds: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for file in sorted(Path(folder).glob("*.onnx")) or sorted(Path(folder).glob("*/*.onnx")):
         model = _load_model(file, "cpu")
-        kinds |= {
-            kind: file
-            for kind in ("detect", "get_feat")
-            if hasattr(model, kind) and kind not in kinds
-        }
-    if len(kinds) < 2:
+        for method in ("detect", "get_feat"):
+            if hasattr(model, method):
+                files.setdefault(method, file)
+    if len(files) < 2:
         raise WeightsError(
-            f"{folder} is no pack of insightface; such a folder has a detector and a recogniser, as .onnx files."
+            f"{folder} is no insightface pack; "
+            "it needs a face detector and a face recognition model as .onnx files."
         )
-    return kinds["detect"], kinds["get_feat"]
+    return files["detect"], files["get_feat"]
+
+
+def select_providers(
+    device: str | torch.device, available: Sequence[str]
+) -> list[str | tuple[str, dict[str, int]]]:
+    """Select onnxruntime's execution providers for a PyTorch device; the CPU is always the last.
+
+    Args:
+        device: the device; its index is passed on if it is not 0.
+        available: the providers of the installed onnxruntime.
+    """
+    device = torch.device(device)
+    selected: list[str | tuple[str, dict[str, int]]] = []
+    for name in PROVIDERS.get(device.type, ()):
+        if name in available:
+            selected.append((name, {"device_id": device.index}) if device.index else name)
+            break
+    return [*selected, "CPUExecutionProvider"]
 
 
 def _load_model(file: str | os.PathLike[str], device: str | torch.device) -> Any:
@@ -65,31 +92,13 @@ def _load_model(file: str | os.PathLike[str], device: str | torch.device) -> Any
     from insightface.model_zoo import get_model
 
     if not Path(file).is_file():
-        raise WeightsError(
-            f"{file} is not there; `pulid weights get sdxl` says where it comes from."
-        )
+        raise WeightsError(f"{file} does not exist; `pulid weights get sdxl` downloads it.")
     onnxruntime.set_default_logger_severity(3)
+    providers = select_providers(device, onnxruntime.get_available_providers())
     try:
-        model = get_model(
-            os.fspath(file),
-            providers=select_providers(device, onnxruntime.get_available_providers()),
-        )
-    except Exception as error:  # protobuf, onnxruntime and insightface each have their own
+        return get_model(os.fspath(file), providers=providers)
+    # protobuf, onnxruntime and insightface have unrelated exception classes.
+    except Exception as error:
         raise WeightsError(
-            f"{file} cannot be opened ({str(error).splitlines()[0]}); get it again."
+            f"{file} cannot be opened ({str(error).splitlines()[0]}); download it again."
         ) from error
-    return model
-
-
-def select_providers(
-    device: str | torch.device, available: Sequence[str]
-) -> list[str | tuple[str, dict[str, int]]]:
-    """Onnxruntime's names for a device of PyTorch's, with its number if it has one; the CPU always last."""
-    device = torch.device(device)
-    wanted = {
-        "cuda": ("CUDAExecutionProvider", "MIGraphXExecutionProvider", "ROCMExecutionProvider"),
-        "mps": ("CoreMLExecutionProvider",),
-    }
-    first = [name for name in wanted.get(device.type, ()) if name in available]
-    numbered = [(name, {"device_id": device.index}) if device.index else name for name in first[:1]]
-    return [*numbered, "CPUExecutionProvider"]

@@ -1,4 +1,4 @@
-"""Where the face is: a small network that finds the miniature's own people and refuses everything else."""
+"""The miniature's face detector: a small network that only accepts its synthetic people."""
 
 from __future__ import annotations
 
@@ -9,27 +9,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate, pad, pixel_shuffle, pixel_unshuffle
 
 from openpulid.faces.face import Face
 
 SIZE = 96
-"""Width and height of the pictures that the network sees."""
+"""Width and height of the input in pixels."""
 
 PARTS = 8
+"""Number of labels of the parsing map, in the order of `world.PARTS`."""
 FACE = 1
-"""How many parts the parsing map tells apart, and which of them is the face (the order of ``world.PARTS``)."""
+"""Label of the face."""
+
+MIN_PIXELS = 2
+"""Rows and columns with fewer pixels of the face are ignored when the box is computed."""
 
 
 @dataclass(frozen=True)
 class MiniDetection:
-    """What the network says about a batch of 96 x 96 pictures, in pixels of these.
+    """Output of the network for B images of 96 x 96, in pixels of these.
 
     Attributes:
-        score_logit: (B,) above zero: one of its faces.
-        box: (B, 4) x1, y1, x2, y2 around the face part of the map; all zero where there is none. No gradient.
+        score_logit: (B,) above zero if the image shows a face.
+        box: (B, 4) x1, y1, x2, y2 around the face label; zero without a face. No gradient.
         landmarks: (B, 5, 2) left eye, right eye, nose tip, left and right mouth corner.
-        parts: (B, 8, 96, 96) logits.
+        parts: (B, 8, 96, 96) logits of the labels.
     """
 
     score_logit: Tensor
@@ -39,7 +43,7 @@ class MiniDetection:
 
     @property
     def face(self) -> Tensor:
-        """(B, 1, 96, 96) float 0 or 1: the pixels whose most likely part is the face."""
+        """(B, 1, 96, 96) float, 1 where the most likely label is the face."""
         return (self.parts.argmax(1, keepdim=True) == FACE).float()
 
 
@@ -52,8 +56,13 @@ def _conv_block(channels_in: int, channels: int, stride: int = 1) -> nn.Sequenti
 
 
 class MiniFaceDetector(nn.Module):
-    """A U-Net (Ronneberger et al. 2015) with three readings: a parsing map, heat maps whose centres of mass are the
-    landmarks (integral regression, Sun et al. 2018), and a score from its deepest level.
+    """A U-Net (Ronneberger et al. 2015) with three outputs.
+
+    A parsing map, heat maps whose centers of mass are the landmarks (integral regression, Sun et
+    al. 2018), and a score from the deepest level.
+
+    Args:
+        widths: channels per level, from half the image size down.
     """
 
     config: dict[str, Any]
@@ -62,7 +71,7 @@ class MiniFaceDetector(nn.Module):
         super().__init__()
         self.config = {"widths": list(widths)}
         levels = list(pairwise(widths))
-        self.stem = _conv_block(12, widths[0])  # pixel-unshuffled: 48 x 48
+        self.stem = _conv_block(12, widths[0])  # after a pixel-unshuffle: 48 x 48
         self.down = nn.ModuleList(
             nn.Sequential(_conv_block(a, b, 2), _conv_block(b, b)) for a, b in levels
         )
@@ -73,96 +82,107 @@ class MiniFaceDetector(nn.Module):
         self.score = nn.Sequential(nn.Linear(2 * widths[-1], 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, images: Tensor) -> MiniDetection:
-        """(B, 3, 96, 96) in [0, 1] -> Finding."""
-        x = self.stem(nn.functional.pixel_unshuffle(2 * images - 1, 2))
-        kept = []
+        """Map images (B, 3, 96, 96) in [0, 1] to detections."""
+        x = self.stem(pixel_unshuffle(2 * images - 1, 2))
+        skips = []
         for layer in self.down:
-            kept.append(x)
+            skips.append(x)
             x = layer(x)
         score = self.score(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
         points = x
-        for level in reversed(range(len(kept))):
-            x = interpolate(self.up[level](x), scale_factor=2, mode="nearest") + kept[level]
+        for level in reversed(range(len(skips))):
+            x = interpolate(self.up[level](x), scale_factor=2, mode="nearest") + skips[level]
             x = self.merge[level](x)
             if level == 1:
                 points = self.points(x)
-        parts = nn.functional.pixel_shuffle(self.parts(x), 2).float()
-        return MiniDetection(
-            score.float()[:, 0], _boxes(parts), _centers_of_mass(points.float()), parts
-        )
+        parts = pixel_shuffle(self.parts(x), 2).float()
+        landmarks = _centers_of_mass(points.float())
+        return MiniDetection(score.float()[:, 0], _boxes(parts), landmarks, parts)
 
     @torch.no_grad()
-    def find(self, images: Tensor | Sequence[Tensor], threshold: float = 0.5) -> list[Face | None]:
-        """The face of each picture, or None where there is none of its faces.
+    def detect(
+        self, images: Tensor | Sequence[Tensor], threshold: float = 0.5
+    ) -> list[Face | None]:
+        """Detect the face of each image.
 
         Args:
-            images: (B, 3, H, W), or pictures (3, H, W) of any sizes; float in [0, 1].
-            threshold: the smallest score that counts, 0 to 1.
+            images: (B, 3, H, W), or a list of (3, H, W) of any sizes; float in [0, 1].
+            threshold: minimum score, 0 to 1.
 
         Returns:
-            One `Face` or None per picture, in the picture's own pixels, on the picture's device.
+            One `Face` per image, in its own pixels and on its device, or None if there is no face.
         """
         if not len(images):
             return []
         device = next(self.parameters()).device
-        finding = self(
-            torch.cat([_pad_to_square(image.to(device, torch.float32)) for image in images])
-        )
-        scores = finding.score_logit.sigmoid().tolist()
-        there = (finding.box[:, 2] > finding.box[:, 0]).tolist()
-        return [
-            _to_face(image, finding, index, score) if score >= threshold and present else None
-            for index, (image, score, present) in enumerate(zip(images, scores, there, strict=True))
-        ]
+        batch = [_pad_to_square(image.to(device, torch.float32)) for image in images]
+        detection = self(torch.cat(batch))
+        scores = detection.score_logit.sigmoid().tolist()
+        has_box = (detection.box[:, 2] > detection.box[:, 0]).tolist()
+        faces: list[Face | None] = []
+        for index, (image, score) in enumerate(zip(images, scores, strict=True)):
+            if score >= threshold and has_box[index]:
+                faces.append(_to_face(image, detection, index, score))
+            else:
+                faces.append(None)
+        return faces
 
 
 def _pad_to_square(image: Tensor) -> Tensor:
-    """(3, H, W) -> (1, 3, 96, 96): gray bars make it square."""
+    """Pad an image (3, H, W) to a square with gray and resize it to (1, 3, 96, 96)."""
     height, width = image.shape[-2:]
     side = max(height, width)
-    left, top = (side - width) // 2, (side - height) // 2
+    left = (side - width) // 2
+    top = (side - height) // 2
     square = pad(image[None], (left, side - width - left, top, side - height - top), value=0.5)
-    return (
-        interpolate(square, (SIZE, SIZE), mode="bilinear", antialias=True)
-        if side != SIZE
-        else square
-    )
+    if side == SIZE:
+        return square
+    return interpolate(square, (SIZE, SIZE), mode="bilinear", antialias=True)
 
 
-def _to_face(image: Tensor, finding: MiniDetection, index: int, score: float) -> Face | None:
-    """Picture `index` of the batch, back from 96 x 96 to the pixels of `image`."""
+def _to_face(image: Tensor, detection: MiniDetection, index: int, score: float) -> Face | None:
+    """Convert detection `index` of a batch from 96 x 96 to the pixels of `image`."""
     height, width = image.shape[-2:]
     side = max(height, width)
-    left, top = (side - width) // 2, (side - height) // 2
-    mass = finding.parts[index : index + 1].softmax(1)[:, FACE : FACE + 1]
-    whole = interpolate(mass, (side, side), mode="bilinear")[0] if side != SIZE else mass[0]
-    mask = (whole[:, top : top + height, left : left + width] > 0.5).float()
+    left = (side - width) // 2
+    top = (side - height) // 2
+    probability = detection.parts[index : index + 1].softmax(1)[:, FACE : FACE + 1]
+    if side != SIZE:
+        probability = interpolate(probability, (side, side), mode="bilinear")
+    mask = (probability[0, :, top : top + height, left : left + width] > 0.5).float()
     if not mask.any():
         return None
-    corner = torch.tensor([left, top], device=mass.device)
-    points = finding.landmarks[index] * (side / SIZE) - corner
-    box = (finding.box[index] * (side / SIZE) - corner.repeat(2)).clamp(min=0)
-    box = torch.minimum(box, torch.tensor([width, height, width, height], device=mass.device))
-    return Face(image, box.to(image.device), points.to(image.device), score, mask.to(image.device))
+    offset = torch.tensor([left, top], device=mask.device)
+    landmarks = detection.landmarks[index] * (side / SIZE) - offset
+    box = (detection.box[index] * (side / SIZE) - offset.repeat(2)).clamp(min=0)
+    box = torch.minimum(box, torch.tensor([width, height, width, height], device=mask.device))
+    return Face(
+        image,
+        box.to(image.device),
+        landmarks.to(image.device),
+        score,
+        mask.to(image.device),
+    )
 
 
 @torch.no_grad()
 def _boxes(parts: Tensor) -> Tensor:
-    """(B, 4) around the face part; lines that hold less than two pixels of it are specks."""
+    """Compute the boxes (B, 4) around the face label, without specks."""
     face = (parts.argmax(1) == FACE).float()
-    sides = []
+    starts = []
+    ends = []
     for axis in (1, 2):  # columns, rows
-        present = face.sum(axis) >= 2
-        index = torch.arange(present.shape[1], device=parts.device)
-        first = torch.where(present, index, SIZE).amin(1)
-        last = torch.where(present, index + 1, 0).amax(1)
-        sides.append((torch.minimum(first, last), last))
-    (x1, x2), (y1, y2) = sides
-    return torch.stack([x1, y1, x2, y2], 1).float()
+        is_covered = face.sum(axis) >= MIN_PIXELS
+        index = torch.arange(is_covered.shape[1], device=parts.device)
+        start = torch.where(is_covered, index, SIZE).amin(1)
+        end = torch.where(is_covered, index + 1, 0).amax(1)
+        starts.append(torch.minimum(start, end))
+        ends.append(end)
+    return torch.stack([*starts, *ends], 1).float()
 
 
 def _centers_of_mass(maps: Tensor) -> Tensor:
-    """(B, 5, h, h) heat map logits -> (B, 5, 2) centres of mass in pixels of the picture."""
+    """Map heat map logits (B, 5, h, h) to centers of mass (B, 5, 2) in pixels of the image."""
     mass = maps.flatten(2).softmax(-1).unflatten(2, maps.shape[2:])
-    centre = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) * (SIZE / maps.shape[-1])
-    return torch.stack([(mass.sum(2) * centre).sum(-1), (mass.sum(3) * centre).sum(-1)], -1)
+    center = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) * (SIZE / maps.shape[-1])
+    return torch.stack([(mass.sum(2) * center).sum(-1), (mass.sum(3) * center).sum(-1)], -1)

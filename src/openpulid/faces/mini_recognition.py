@@ -1,8 +1,8 @@
-"""Three small face recognisers of different architecture behind one signature.
+"""The miniature's three face recognition models, of different architectures with one signature.
 
-Each takes (B, 3, 64, 64) aligned crops in [0, 1] with everything but the face gray (`faces.align.aligned`) and gives
-(B, dim) raw embeddings; compare them by their cosine. The encoder's, the ID loss's and the benchmark's must be
-different networks, or the one that teaches would also be the one that judges.
+Each maps aligned crops (B, 3, 64, 64) in [0, 1] with everything but the face gray
+(`faces.align.align_faces`) to raw embeddings (B, dim), which are compared by their cosine. Identity
+encoder, ID loss and benchmark use different networks, so that no model scores what it has trained.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ CROP = 64
 
 
 def convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
-    """3x3 convolution and batch normalisation."""
+    """Build a 3x3 convolution with batch normalization."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False), nn.BatchNorm2d(channels_out)
     )
 
 
 class _Head(nn.Sequential):
-    """Where a feature sits says which feature it is, so the map is flattened, not pooled (ArcFace's head E)."""
+    """ArcFace's head E: the map is flattened, not pooled, since positions identify features."""
 
     def __init__(self, channels: int, side: int, dim: int) -> None:
         super().__init__(
@@ -36,9 +36,9 @@ class _Head(nn.Sequential):
 
 
 class _Residual(nn.Module):
-    """The improved residual block of ArcFace (Deng et al. 2019): normalised before, between and after.
+    """Improved residual block of ArcFace (Deng et al. 2019), with normalization before and after.
 
-    Plain rectifiers: a slope per channel costs more time on a CPU than the convolutions.
+    It uses ReLU instead of PReLU, which takes longer on a CPU than the convolutions.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
@@ -62,7 +62,7 @@ class _Residual(nn.Module):
 
 
 class ResNetRecognition(nn.Module):
-    """Residual network; the identity encoder's. forward: (B, 3, 64, 64) -> (B, dim)."""
+    """Residual network; used by the identity encoder."""
 
     config: dict[str, Any]
 
@@ -76,20 +76,22 @@ class ResNetRecognition(nn.Module):
         super().__init__()
         self.config = {"stem": stem, "widths": list(widths), "depths": list(depths), "dim": dim}
         self.stem = nn.Sequential(nn.PixelUnshuffle(2), convolution(12, stem), nn.ReLU())
-        blocks, before = [], stem
+        blocks = []
+        channels = stem
         for width, depth in zip(widths, depths, strict=True):
             for index in range(depth):
-                blocks.append(_Residual(before, width, 1 if index else 2))
-                before = width
+                blocks.append(_Residual(channels, width, 1 if index else 2))
+                channels = width
         self.blocks = nn.Sequential(*blocks)
-        self.head = _Head(before, CROP >> (len(widths) + 1), dim)
+        self.head = _Head(channels, CROP >> (len(widths) + 1), dim)
 
     def forward(self, crops: Tensor) -> Tensor:
+        """Map crops (B, 3, 64, 64) to embeddings (B, dim)."""
         return self.head(self.blocks(self.stem(2 * crops - 1))).float()
 
 
 class _ConvNeXtBlock(nn.Module):
-    """Depthwise convolution, normalisation and a two-layer perceptron per pixel (Liu et al. 2022)."""
+    """Depthwise convolution, normalization and an MLP per pixel (Liu et al. 2022)."""
 
     def __init__(self, channels: int, kernel: int, expansion: int = 3) -> None:
         super().__init__()
@@ -102,14 +104,13 @@ class _ConvNeXtBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.depthwise(x).permute(
-            0, 2, 3, 1
-        )  # pixels before channels: the perceptron is a plain matrix product
+        # Channels last: the MLP is a plain matrix product.
+        y = self.depthwise(x).permute(0, 2, 3, 1)
         return x + self.perceptron(self.norm(y)).permute(0, 3, 1, 2)
 
 
 class ConvNeXtRecognition(nn.Module):
-    """Patches of 4x4 pixels and ConvNeXt blocks; the ID loss's. forward: (B, 3, 64, 64) -> (B, dim)."""
+    """Patches of 4x4 pixels and ConvNeXt blocks; used by the ID loss."""
 
     config: dict[str, Any]
 
@@ -127,7 +128,7 @@ class ConvNeXtRecognition(nn.Module):
             "kernels": list(kernels),
             "dim": dim,
         }
-        # Patches that do not overlap lose what lies across their borders, and an iris is two pixels wide.
+        # Patches without overlap would lose details at their borders: an iris is two pixels wide.
         self.stem = nn.Sequential(nn.PixelUnshuffle(4), convolution(48, widths[0]))
         layers: list[nn.Module] = []
         for stage, (width, depth, kernel) in enumerate(zip(widths, depths, kernels, strict=True)):
@@ -138,11 +139,12 @@ class ConvNeXtRecognition(nn.Module):
         self.head = _Head(widths[-1], CROP >> (len(widths) + 1), dim)
 
     def forward(self, crops: Tensor) -> Tensor:
+        """Map crops (B, 3, 64, 64) to embeddings (B, dim)."""
         return self.head(self.blocks(self.stem(2 * crops - 1))).float()
 
 
 class VGGRecognition(nn.Module):
-    """Plain convolutions and maximum pooling (Parkhi et al. 2015); the judge's. forward: (B, 3, 64, 64) -> (B, dim)."""
+    """Plain convolutions and max pooling (Parkhi et al. 2015); used by the benchmark."""
 
     config: dict[str, Any]
 
@@ -155,18 +157,21 @@ class VGGRecognition(nn.Module):
         super().__init__()
         self.config = {"widths": list(widths), "depths": list(depths), "dim": dim}
         layers: list[nn.Module] = []
-        before = 3
+        channels = 3
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             if stage:
                 layers.append(nn.MaxPool2d(2))
             for _ in range(depth):
-                # the first layer halves the picture itself: pooling 64 x 64 maps costs more than all the rest
-                layers += [convolution(before, width, stride=2 if before == 3 else 1), nn.ReLU()]
-                before = width
+                # The first layer has stride 2: pooling 64 x 64 maps would cost more than all other
+                # layers.
+                stride = 2 if channels == 3 else 1
+                layers += [convolution(channels, width, stride), nn.ReLU()]
+                channels = width
         self.layers = nn.Sequential(*layers)
-        self.head = _Head(before, CROP >> len(widths), dim)
+        self.head = _Head(channels, CROP >> len(widths), dim)
 
     def forward(self, crops: Tensor) -> Tensor:
+        """Map crops (B, 3, 64, 64) to embeddings (B, dim)."""
         return self.head(self.layers(2 * crops - 1)).float()
 
 
@@ -177,4 +182,4 @@ RECOGNITION_MODELS: dict[str, type[Recognition]] = {
     "loss": ConvNeXtRecognition,
     "scorer": VGGRecognition,
 }
-"""Who uses which: the identity encoder, the ID loss, the judge of the benchmark."""
+"""The model of the identity encoder, of the ID loss and of the benchmark."""

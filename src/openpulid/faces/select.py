@@ -1,4 +1,7 @@
-"""Which face, when a picture shows several: one is chosen, once, and everything that is known of a person comes from it."""
+"""Selection and order of faces in an image that shows several.
+
+One face is selected once; all features of a person come from it.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,21 @@ ORDERS: dict[str, Callable[[Face], float]] = {
     "top-bottom": lambda face: float(face.box[1] + face.box[3]),
     "bottom-top": lambda face: -float(face.box[1] + face.box[3]),
 }
-"""What faces can be counted by; an index means nothing without one of these."""
+"""Sort keys by name. The index of a face refers to one of these orders."""
 
 
 def sort_faces(faces: Sequence[Face], order: str = "large-small") -> list[Face]:
-    """The faces of one picture in a named order.
+    """Sort the faces of an image.
+
+    Args:
+        faces: the faces of one image.
+        order: a key of `ORDERS`.
 
     Raises:
         OptionError: there is no such order.
     """
     if order not in ORDERS:
-        raise OptionError(
-            f"faces are not counted by {order!r}; the known orders are {', '.join(ORDERS)}."
-        )
+        raise OptionError(f"unknown face order {order!r}; choose from {', '.join(ORDERS)}.")
     return sorted(faces, key=ORDERS[order])
 
 
@@ -38,50 +43,54 @@ def select_face(
     faces: Sequence[Face],
     index: int | None = None,
     order: str = "large-small",
-    label: str = "picture",
+    label: str = "image",
 ) -> Face:
-    """One face of a picture's, which must have some.
+    """Select one face of an image.
 
     Args:
-        index: its place in the order, from 0. None is the first, and a note says so where there are several.
-        label: what messages call the picture.
+        faces: the faces of one image, at least one.
+        index: position in the order, from 0. None selects the first face and logs a warning if
+            there are several.
+        order: a key of `ORDERS`.
+        label: the name of the image in messages.
 
     Raises:
-        FaceError: the picture does not show so many.
+        FaceError: the image has no face with this index.
         OptionError: there is no such order.
     """
-    line = sort_faces(faces, order)
-    place = index or 0
-    if not 0 <= place < len(line):
+    ordered = sort_faces(faces, order)
+    position = index or 0
+    if not 0 <= position < len(ordered):
         raise FaceError(
-            f"{label}: shows {format_count(line)}, so there is no face {place}; they are counted from 0, {order}."
+            f"{label}: there is no face {position}; "
+            f"the image has {format_count(ordered)}, counted from 0 in the order {order}."
         )
-    if index is None and len(line) > 1:
-        x1, y1, x2, y2 = line[0].pixel_box
+    if index is None and len(ordered) > 1:
         logger.warning(
-            "%s: shows %s; the one at %d,%d to %d,%d was taken (face 0, %s)",
+            "%s: the image has %s; using face 0 at %d,%d to %d,%d (order %s)",
             label,
-            format_count(line),
-            x1,
-            y1,
-            x2,
-            y2,
+            format_count(ordered),
+            *ordered[0].pixel_box,
             order,
         )
-    return line[place]
+    return ordered[position]
 
 
 def describe_faces(
-    faces: Sequence[Face], order: str = "large-small", label: str = "picture"
+    faces: Sequence[Face], order: str = "large-small", label: str = "image"
 ) -> list[str]:
-    """The faces of one picture in words, a line for each, by the number that `chosen` takes. Raises as `ordered`."""
+    """Describe each face of an image in a line, with the index that `select_face` takes.
+
+    Raises:
+        OptionError: there is no such order.
+    """
     lines = []
-    for place, face in enumerate(sort_faces(faces, order)):
+    for index, face in enumerate(sort_faces(faces, order)):
         x1, y1, x2, y2 = face.pixel_box
-        lines.append(f"{label}: face {place} at {x1},{y1} to {x2},{y2}, score {face.score:.2f}")
+        lines.append(f"{label}: face {index} at {x1},{y1} to {x2},{y2}, score {face.score:.2f}")
     return lines
 
 
 def format_count(faces: Sequence[Face]) -> str:
-    """How many, in words."""
+    """Return the number of faces as text, such as "1 face"."""
     return f"{len(faces)} face{'s' * (len(faces) != 1)}"

@@ -1,4 +1,8 @@
-"""Weights on disk: safetensors with what is needed to rebuild the module in the file's own metadata."""
+"""Save and load modules and state dicts as safetensors, and compute file and module hashes.
+
+A module file stores its class name and constructor arguments in its metadata, so `load_module` can
+rebuild the module from the file alone.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,11 @@ from openpulid.errors import WeightsError
 
 M = TypeVar("M", bound=nn.Module)
 
+READ_SIZE = 1 << 20
+"""Bytes read at a time when a whole file is hashed."""
+SAMPLE_SIZE = 1 << 16
+"""Bytes per sample when a large file is fingerprinted."""
+
 
 def save_module(
     module: nn.Module,
@@ -27,38 +36,46 @@ def save_module(
     metadata: Mapping[str, object] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Writes a module that `load_module` rebuilds from the file alone. The file appears whole or not at all.
+    """Save a module so that `load_module` can rebuild it from the file alone.
+
+    The file is written under another name and renamed, so it is either complete or absent.
 
     Args:
-        module: must carry `config`, a JSON-able dict of its constructor's arguments.
-        path: the file to write; missing folders are made.
-        metadata: further facts about the weights (revision, seed, minutes), stored as text.
-        dtype: what floating point tensors are stored in; None keeps theirs.
+        module: needs an attribute `config`, a JSON-serializable dict of its constructor's
+            arguments.
+        path: the file to write; missing parent folders are created.
+        metadata: additional facts about the weights (revision, seed, minutes), stored as text.
+        dtype: dtype in which floating point tensors are stored; None keeps their dtype.
+
+    Returns:
+        The path.
     """
     path = Path(path)
     facts = {key: str(value) for key, value in (metadata or {}).items()}
     facts |= {"class": type(module).__name__, "config": json.dumps(module.config)}
     tensors = {name: _to_storage(tensor, dtype) for name, tensor in module.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, unfinished, metadata=facts)
-    os.replace(unfinished, path)
+    partial_path = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, partial_path, metadata=facts)
+    os.replace(partial_path, path)
     return path
 
 
 def load_module(
     cls: type[M], path: str | os.PathLike[str], device: str | torch.device = "cpu"
 ) -> M:
-    """Rebuilds what `save_module` wrote: float32, in eval mode, without gradients.
+    """Rebuild a module written by `save_module`: float32, in eval mode, without gradients.
 
     Raises:
-        WeightsError: no such file, not a safetensors file, of another class, or its tensors do not fit the class.
+        WeightsError: the file is missing, is no safetensors file, holds another class, or its
+            tensors do not fit the class.
     """
     facts = read_metadata(path)
     if facts.get("class") != cls.__name__ or "config" not in facts:
-        kind = facts.get("class", "something else")
+        stored = facts.get("class", "something else")
         raise WeightsError(
-            f"{path} holds {kind}, not {cls.__name__}; name the file that `pulid mini build` wrote for it."
+            f"{path} holds {stored}, not {cls.__name__}; "
+            "use the file that `pulid mini build` wrote for this class."
         )
     module = cls(**json.loads(facts["config"]))
     with safe_open(path, framework="pt") as file:
@@ -73,103 +90,119 @@ def load_module(
 
 
 def load_state(
-    module: nn.Module, state: Mapping[str, torch.Tensor], wrong: str, assign: bool = False
+    module: nn.Module, state: Mapping[str, torch.Tensor], message: str, assign: bool = False
 ) -> None:
-    """Gives a module these weights, all of them and no others.
+    """Load a state dict into a module, strictly.
 
     Args:
-        wrong: how the message begins where they do not fit.
-        assign: the tensors themselves instead of their values.
+        module: the module to fill.
+        state: exactly its weights.
+        message: how the error message begins if they do not fit.
+        assign: use the tensors themselves instead of copying their values.
 
     Raises:
-        WeightsError: a name is missing or too many, or a shape differs; the first of them are named, in one line.
+        WeightsError: a name is missing or unexpected, or a shape differs. The message is one line
+            and names the first of them.
     """
     try:
         module.load_state_dict(state, assign=assign)
-    except RuntimeError as error:  # names the class, then a line for each kind of misfit: of a wrong file hundreds of names
-        found = [shorten(line, 200, placeholder=" ...") for line in str(error).splitlines()[1:4]]
-        raise WeightsError(f"{wrong}: {'; '.join(found)}") from error
+    except RuntimeError as error:
+        # The first line names the class; then each kind of mismatch has a line, which can hold
+        # hundreds of names if the file is of another model.
+        lines = str(error).splitlines()[1:4]
+        mismatches = "; ".join(shorten(line, 200, placeholder=" ...") for line in lines)
+        raise WeightsError(f"{message}: {mismatches}") from error
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a published file: safetensors, or a PyTorch file of which nothing but tensors is taken.
+    """Read the tensors of a published file without running code from it.
+
+    Args:
+        path: a safetensors file, or a PyTorch file, which is unpickled with `weights_only=True`.
+            Nested dictionaries are flattened to dotted names; a "state_dict" or "model" entry is
+            unwrapped.
 
     Raises:
-        WeightsError: no such file, or it is damaged or holds something else.
+        WeightsError: the file is missing, damaged, or holds anything other than tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(
-            f"{path} does not exist; `pulid weights list` says what is needed and how to get it."
+            f"{path} does not exist; `pulid weights list` shows how to get published weights."
         )
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise WeightsError(
-            f"{path} is damaged or holds more than weights; get it again."
+            f"{path} is damaged or holds more than weights; download it again."
         ) from error
-    while isinstance(state, dict) and isinstance(
-        inner := state.get("state_dict", state.get("model")), dict
-    ):
-        state = inner
-    if isinstance(state, dict):  # some files hold their parts as dictionaries of their own
-        flat: dict[str, object] = {}
-        for name, part in state.items():
-            flat |= (
-                {f"{name}.{inner}": x for inner, x in part.items()}
-                if isinstance(part, dict)
-                else {str(name): part}
-            )
-        state = flat
+    state = _flatten(_unwrap(state))
     if not isinstance(state, dict) or not all(
         isinstance(value, torch.Tensor) for value in state.values()
     ):
-        raise WeightsError(f"{path} holds no plain dictionary of tensors.")
+        raise WeightsError(
+            f"{path} is no plain dictionary of tensors; check that it is a weights file."
+        )
     return state
 
 
-def fingerprint(path: str | os.PathLike[str], whole: int = 64 << 20, parts: int = 64) -> str:
-    """What tells one file of weights from another: its SHA-256, of a file above `whole` bytes that of its length and of so
-    many parts of it, since reading gigabytes at every start would cost more than the check is worth.
-    """
-    size = os.path.getsize(path)
-    if size <= whole:
-        return sha256(path)
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for part in range(parts):
-            file.seek(part * (size - (1 << 16)) // (parts - 1))
-            digest.update(file.read(1 << 16))
-    return f"sampled-{digest.hexdigest()}"
-
-
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The facts stored beside the tensors of a safetensors file.
+    """Read the metadata of a safetensors file.
 
     Raises:
-        WeightsError: no such file, or not a safetensors file.
+        WeightsError: the file is missing or is no complete safetensors file.
     """
     if not Path(path).is_file():
         raise WeightsError(
-            f"{path} does not exist; `pulid mini build` makes the miniature's weights."
+            f"{path} does not exist; `pulid mini build` creates the weights of the miniature."
         )
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
     except SafetensorError as error:
         raise WeightsError(
-            f"{path} is not a whole safetensors file; copy or build it again."
+            f"{path} is not a complete safetensors file; copy or build it again."
         ) from error
 
 
+def fingerprint(
+    path: str | os.PathLike[str], max_full_size: int = 64 << 20, num_samples: int = 64
+) -> str:
+    """Return a string that identifies the content of a weights file.
+
+    This is the SHA-256 of a file of up to `max_full_size` bytes. For a larger file it is the
+    SHA-256 of its length and of `num_samples` evenly spaced samples: reading gigabytes at every
+    start would cost more than the check is worth.
+    """
+    size = os.path.getsize(path)
+    if size <= max_full_size:
+        return sha256(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for index in range(num_samples):
+            file.seek(index * (size - SAMPLE_SIZE) // (num_samples - 1))
+            digest.update(file.read(SAMPLE_SIZE))
+    return f"sampled-{digest.hexdigest()}"
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's state: names, dtypes, shapes and values of all tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def sha256(path: str | os.PathLike[str]) -> str:
-    """The hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
+        while block := file.read(READ_SIZE):
             digest.update(block)
     return digest.hexdigest()
 
@@ -178,3 +211,26 @@ def _to_storage(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor
     if dtype is not None and tensor.is_floating_point():
         tensor = tensor.to(dtype)
     return tensor.detach().cpu().contiguous().clone()
+
+
+def _unwrap(state: object) -> object:
+    """Return the innermost "state_dict" or "model" entry of a checkpoint, or the checkpoint."""
+    while isinstance(state, dict):
+        inner = state.get("state_dict", state.get("model"))
+        if not isinstance(inner, dict):
+            break
+        state = inner
+    return state
+
+
+def _flatten(state: object) -> object:
+    """Merge one level of nested dictionaries: some files hold each submodule as a dictionary."""
+    if not isinstance(state, dict):
+        return state
+    flat: dict[str, object] = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": tensor for key, tensor in value.items()}
+        else:
+            flat[str(name)] = value
+    return flat

@@ -1,6 +1,7 @@
-"""The table of published weights: what there is, under which licence, where it lies; this machine first, the hub second.
+"""Registry of published weights, and how to locate, download and verify them.
 
-Nothing here is asked of a network unless `get` is called: a missing file is an error that names the command which gets it.
+Weights are looked up on this machine first. The network is only used by `download`: a missing file
+is an error that names the command which downloads it.
 """
 
 from __future__ import annotations
@@ -16,53 +17,55 @@ from pathlib import Path
 from openpulid.errors import OptionError, WeightsError
 
 FOLDER_VARIABLE = "PULID_WEIGHTS"
-"""The environment's variable that names a folder of weights; the hub's cache comes after it."""
+"""Environment variable that names a folder of weights; it is searched before the hub's cache."""
 
 FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx")
-"""How files of weights end; what ends so is no name of the hub."""
+"""Suffixes of weights files; a name that ends with one of them is not a name of the hub."""
+
+SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One published file, or a whole diffusers pipeline.
+    """A published file, or a complete diffusers pipeline.
 
     Attributes:
-        repo: on the hub; or the address of the single file, where it is on no hub.
-        file: its name in there; empty for a whole pipeline.
-        licence: its short name; what it forbids stands beside it.
-        commercial: whether it may be used for money; None where that is not known here.
-        megabytes: about; None where that is not known here.
+        repo: the repository on the hub; for a file that is not on the hub, its URL.
+        file: the file name in the repository; empty for a pipeline.
+        license: the short name of the license and what it forbids.
+        commercial: whether commercial use is allowed; None if unknown.
+        megabytes: approximate size; None if unknown.
     """
 
     repo: str
     file: str
-    licence: str
+    license: str
     commercial: bool | None
     megabytes: int | None
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name used in messages."""
         return self.file or self.repo
 
     @property
     def size(self) -> str:
-        """What follows its name in messages; nothing where it is not known."""
+        """The size as it follows the name in messages; empty if unknown."""
         return f" (about {self.megabytes} MB)" if self.megabytes else ""
 
     @property
-    def by_hand(self) -> bool:
-        """Whether its address is a page, on which the file is found."""
+    def is_manual(self) -> bool:
+        """Whether `repo` is a web page from which the file must be downloaded by hand."""
         return self.repo.startswith("https://") and not self.repo.endswith(self.file)
 
 
-_PULID = "Apache-2.0; learned with antelopev2, whose terms forbid commercial use"
-_INSIGHTFACE = "insightface model licence: non-commercial research only"
+_PULID = "Apache-2.0; trained with antelopev2, whose terms forbid commercial use"
+_INSIGHTFACE = "insightface model license: non-commercial research only"
 _FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-_INSTANTID = "Apache-2.0; reads antelopev2, whose terms forbid commercial use"
-_PHOTOMAKER = "Apache-2.0; reads buffalo_l, whose terms forbid commercial use"
-_FACEID = "research only, as insightface's models"
+_INSTANTID = "Apache-2.0; uses antelopev2, whose terms forbid commercial use"
+_PHOTOMAKER = "Apache-2.0; uses buffalo_l, whose terms forbid commercial use"
+_FACEID = "research only, like the insightface models"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 
 WEIGHTS: dict[str, Weight] = {
@@ -175,7 +178,7 @@ WEIGHTS: dict[str, Weight] = {
         "Lykon/dreamshaper-xl-lightning", "", "CreativeML Open RAIL++-M", True, 6940
     ),
 }
-"""By the short name that presets use. Sizes are what the hub shows, rounded."""
+"""Published weights by the short name that presets use. Sizes are rounded from the hub."""
 
 SHA256 = {
     "pulid-flux-v0.9.1": "92c41c3af322b02e58e1b32842e4601e08c8f16ec1fe80089dbe957df510f51d",
@@ -192,135 +195,149 @@ SHA256 = {
     "instantid": "02b3618e36d803784166660520098089a81388e61a93ef8002aa79a5b1c546e1",
     "identitynet": "c8127be9f174101ebdafee9964d856b49b634435cf6daa396d3f593cf0bbbb05",
 }
-"""Of single files, where several independent projects state the same. Of the others the hub itself says it at the download."""
+"""SHA-256 of single files for which several independent projects state the same value.
+
+For other files of the hub, the hub itself reports the hash when they are downloaded.
+"""
 
 
 def find_weight(name: str) -> Weight:
-    """The entry called `name`, or any pipeline of the hub by OWNER/NAME.
+    """Return the registry entry `name`, or an entry for any pipeline of the hub as OWNER/NAME.
 
     Raises:
-        OptionError: no such name; it lists what there is.
-        WeightsError: it names a file or a folder, and those are not for here.
+        OptionError: there is no such entry; the message lists all names.
+        WeightsError: `name` is a path of a file or folder.
     """
     if name in WEIGHTS:
         return WEIGHTS[name]
     if _is_repo_id(name):
-        return Weight(name, "", "its own; read its page", None, None)
-    if (
-        name.startswith((".", "~"))
-        or len(Path(name).parts) > 1
-        or Path(name).suffix.lower() in FILES
-    ):
-        what = "is no published weight" if Path(name).exists() else "does not exist"
+        return Weight(name, "", "see its page on the hub", None, None)
+    path = Path(name)
+    if name.startswith((".", "~")) or len(path.parts) > 1 or path.suffix.lower() in FILES:
+        problem = "is no published weight" if path.exists() else "does not exist"
         raise WeightsError(
-            f"{name} {what}; name a file or a folder that is here, or a pipeline of the hub as OWNER/NAME."
+            f"{name} {problem}; "
+            "name an existing file or folder, or a pipeline of the hub as OWNER/NAME."
         )
     raise OptionError(
-        f"there are no weights called {name!r}; the known ones are {', '.join(WEIGHTS)}."
+        f"there are no weights called {name!r}; the known names are {', '.join(WEIGHTS)}."
     )
 
 
-def locate(name: str, folder: str | os.PathLike[str] | None = None, weighted: bool = True) -> Path:
-    """Where a weight lies on this machine; no network is asked.
+def locate(
+    name: str, folder: str | os.PathLike[str] | None = None, require_weights: bool = True
+) -> Path:
+    """Return the path of a weight on this machine, without using the network.
 
     Args:
-        folder: looked into first; then the folder that PULID_WEIGHTS names, then the hub's cache.
-        weighted: of a pipeline all its weights, too; False where the description of its parts is enough.
+        name: a name of the registry, or OWNER/NAME.
+        folder: searched first; then the folder in PULID_WEIGHTS, then the hub's cache.
+        require_weights: for a pipeline, require the weights of all its components. False if their
+            configuration is enough.
 
     Raises:
-        OptionError: no such name.
-        WeightsError: it is not here; the message says how to get it.
+        OptionError: there is no such entry.
+        WeightsError: it is not installed; the message says how to get it.
     """
     entry = find_weight(name)
-    for place in _search_folders(folder):
-        path = place / entry.file if entry.file else place / entry.repo.split("/")[-1]
-        if path.is_file() if entry.file else _is_complete(path, weighted):
+    for root in _search_folders(folder):
+        if entry.file:
+            path = root / entry.file
+            is_installed = path.is_file()
+        else:
+            path = root / entry.repo.split("/")[-1]
+            is_installed = _is_complete(path, require_weights)
+        if is_installed:
             return path
-    if (cached := _find_in_cache(entry, weighted)) is not None:
+    cached = _find_in_cache(entry, require_weights)
+    if cached is not None:
         return cached
     raise WeightsError(
-        f"{entry.name} is not on this machine; `pulid weights get {name}` downloads it{entry.size}, "
-        f"or put it into a folder and set {FOLDER_VARIABLE} to it."
+        f"{entry.name} is not installed; `pulid weights get {name}` downloads it{entry.size}, "
+        f"or put it into a folder and set {FOLDER_VARIABLE} to that folder."
     )
 
 
 def download(
-    name: str, folder: str | os.PathLike[str] | None = None, say: Callable[[str], None] = print
+    name: str, folder: str | os.PathLike[str] | None = None, log: Callable[[str], None] = print
 ) -> Path:
-    """Where a weight lies, downloaded if it is nowhere yet. From the hub a connection that breaks is taken up where it was; a
-    file that is on no hub begins again.
+    """Return the path of a weight and download it first if it is not installed.
 
-    The hub's own variables hold: HF_ENDPOINT for a mirror of it, HF_TOKEN for what needs one, and HF_HUB_OFFLINE for no
-    network at all.
+    An interrupted download from the hub is resumed; a file that is not on the hub starts again. The
+    hub's own environment variables apply: HF_ENDPOINT (mirror), HF_TOKEN (gated repositories) and
+    HF_HUB_OFFLINE (no network).
 
     Args:
-        folder: where to put it; the hub's cache by default.
-        say: told the licence before the first byte.
+        name: a name of the registry, or OWNER/NAME.
+        folder: the target folder; the hub's cache by default.
+        log: receives the license before the download starts.
 
     Raises:
-        OptionError: no such name.
-        WeightsError: it could not be had.
+        OptionError: there is no such entry.
+        WeightsError: the download failed.
     """
     from huggingface_hub.errors import GatedRepoError
 
     entry = find_weight(name)
     with suppress(WeightsError):
         return locate(name, folder)
-    forbids = "  (not for commercial use)" if entry.commercial is False else ""
-    if entry.by_hand:
+    if entry.is_manual:
         raise WeightsError(
-            f"{entry.file} is on no hub; get it from {entry.repo} and put it into a folder, {FOLDER_VARIABLE}."
+            f"{entry.file} cannot be downloaded automatically; get it from {entry.repo}, "
+            f"put it into a folder and set {FOLDER_VARIABLE} to that folder."
         )
-    say(f"{entry.name}{entry.size}, licence: {entry.license}{forbids}")
+    restriction = "  (not for commercial use)" if entry.commercial is False else ""
+    log(f"{entry.name}{entry.size}, license: {entry.license}{restriction}")
     try:
         return _download(entry, None if folder is None else Path(folder), SHA256.get(name))
     except GatedRepoError as error:
         raise WeightsError(
-            f"{entry.name} is for those who accept its licence: do so at https://huggingface.co/{entry.repo}, set HF_TOKEN (or "
-            "`hf auth login`), and run the same command again."
+            f"{entry.name} requires accepting its license; accept it at "
+            f"https://huggingface.co/{entry.repo}, set HF_TOKEN (or run `hf auth login`), "
+            "and run the same command again."
         ) from error
-    except (
-        Exception
-    ) as error:  # the hub's client, requests and the operating system each have their own
+    # The hub's client, requests and the operating system have unrelated exception classes.
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(
-            f"{entry.name} could not be downloaded ({reason}); run the same command again, files that are whole are kept."
+            f"{entry.name} could not be downloaded ({reason}); "
+            "run the same command again, complete files are kept."
         ) from error
 
 
 def verify_weights(name: str, folder: str | os.PathLike[str] | None = None) -> str:
-    """Reads a weight from end to end and compares its SHA-256 with `SHA256`, or with what the hub said at the download.
+    """Hash a weight and compare it with `SHA256`, or with the hash that the hub reported.
 
     Returns:
-        "whole", or "here, and there is nothing to compare it with".
+        "verified", or "installed, but no hash is known" if there is nothing to compare with.
 
     Raises:
-        WeightsError: it is not here, or differs.
+        WeightsError: it is not installed, or its hash differs.
     """
     from openpulid.io.checkpoints import sha256
 
     path = locate(name, folder)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    known = 0
+    num_verified = 0
     for file in files:
         expected = SHA256.get(name) or _expected_hash(file)
         if expected is None:
             continue
-        known += 1
+        num_verified += 1
         if sha256(file) != expected:
             raise WeightsError(
-                f"{file} is damaged: its SHA-256 is not {expected}; delete it and get it again."
+                f"{file} is damaged: its SHA-256 is not {expected}; download it again."
             )
-    return "whole" if known else "here, and there is nothing to compare it with"
+    return "verified" if num_verified else "installed, but no hash is known"
 
 
 def _search_folders(folder: str | os.PathLike[str] | None) -> Sequence[Path]:
-    named = os.environ.get(FOLDER_VARIABLE)
-    return [Path(place).expanduser() for place in (folder, named) if place]
+    candidates = (folder, os.environ.get(FOLDER_VARIABLE))
+    return [Path(candidate).expanduser() for candidate in candidates if candidate]
 
 
 def _is_repo_id(name: str) -> bool:
-    """Whether it is OWNER/NAME as the hub has them, and no file's name."""
+    """Return whether a name is a valid OWNER/NAME of the hub and not a file name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -333,95 +350,118 @@ def _is_repo_id(name: str) -> bool:
     return True
 
 
-def _find_in_cache(entry: Weight, weighted: bool) -> Path | None:
-    """In the hub's cache."""
+def _find_in_cache(entry: Weight, require_weights: bool) -> Path | None:
+    """Return the path of a weight in the cache of the hub, or of torch.hub for a URL."""
     from huggingface_hub import try_to_load_from_cache
     from torch.hub import get_dir
 
     if entry.repo.startswith("https://"):
         path = Path(get_dir()) / "checkpoints" / entry.file
         return path if path.is_file() else None
-    wanted = (entry.file,) if entry.file else ("model_index.json", "config.json")
-    found = next(
-        (x for name in wanted if isinstance(x := try_to_load_from_cache(entry.repo, name), str)),
-        None,
-    )
-    if found is None:
+    names = (entry.file,) if entry.file else ("model_index.json", "config.json")
+    for name in names:
+        cached = try_to_load_from_cache(entry.repo, name)
+        if isinstance(cached, str):
+            break
+    else:
         return None
     if entry.file:
-        return Path(found)
-    return Path(found).parent if _is_complete(Path(found).parent, weighted) else None
+        return Path(cached)
+    folder = Path(cached).parent
+    return folder if _is_complete(folder, require_weights) else None
 
 
-def _is_complete(folder: Path, weighted: bool) -> bool:
-    """Whether all of a pipeline is in a folder: every part that it names, and every shard of a part's weights; or of a network
-    alone. The hub's own check wants the files that nobody asked for, too, and some folders hold other programs' parts.
+def _is_complete(folder: Path, require_weights: bool) -> bool:
+    """Return whether a folder holds a complete pipeline, or a single complete network.
+
+    A pipeline is complete with every component of its index and every shard of their weights. The
+    hub's own check also requires files that were not requested, and some repositories hold
+    components for other programs.
     """
-    if not (folder / "model_index.json").is_file():
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
         return (folder / "config.json").is_file() and _has_weights(folder)
-    index = json.loads((folder / "model_index.json").read_text("utf-8"))
-    parts = [
+    index = json.loads(index_file.read_text("utf-8"))
+    components = [
         folder / name
         for name, kind in index.items()
         if isinstance(kind, list) and kind[0] is not None
     ]
-    networks = [part for part in parts if (part / "config.json").is_file()]
-    described = all(any(part.glob("*config.json")) for part in parts)
-    return described and (not weighted or all(map(_has_weights, networks)))
+    if not all(any(component.glob("*config.json")) for component in components):
+        return False
+    networks = [component for component in components if (component / "config.json").is_file()]
+    return not require_weights or all(map(_has_weights, networks))
 
 
-def _has_weights(part: Path) -> bool:
-    here = {file.name for file in part.iterdir() if file.suffix in (".safetensors", ".bin")}
-    sharded = [
-        set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        for index in part.glob("*.index*.json")
-    ]
-    return any("-of-" not in name for name in here) or any(shards <= here for shards in sharded)
+def _has_weights(component: Path) -> bool:
+    """Return whether a folder holds an unsharded weights file, or all shards of an index."""
+    names = {file.name for file in component.iterdir() if file.suffix in (".safetensors", ".bin")}
+    if any("-of-" not in name for name in names):
+        return True
+    for index in component.glob("*.index*.json"):
+        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        if shards <= names:
+            return True
+    return False
 
 
 def _download(entry: Weight, folder: Path | None, expected: str | None) -> Path:
-    from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
+    from huggingface_hub import hf_hub_download
+
+    if entry.repo.startswith("https://"):
+        return _download_url(entry, folder, expected)
+    if entry.file:
+        return Path(hf_hub_download(entry.repo, entry.file, local_dir=folder))
+    return _download_pipeline(entry, folder)
+
+
+def _download_url(entry: Weight, folder: Path | None, expected: str | None) -> Path:
+    from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
     from torch.hub import download_url_to_file, get_dir
 
-    if entry.repo.startswith("https://"):
-        if constants.HF_HUB_OFFLINE:  # who forbids the hub means every network
-            raise OfflineModeIsEnabled(
-                f"Cannot reach {entry.repo}: offline mode is enabled by HF_HUB_OFFLINE"
-            )
-        path = (folder or Path(get_dir()) / "checkpoints") / entry.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        in_name = re.search(r"-([0-9a-f]{8,})\.pth$", entry.file)  # as PyTorch names its own
-        download_url_to_file(entry.repo, str(path), expected or (in_name[1] if in_name else None))
-        return path
-    if entry.file:
-        return Path(hf_hub_download(entry.repo, entry.file, local_dir=folder))
-    place = folder / entry.repo.split("/")[-1] if folder else None
-    # half precision is what one computes in, and half the bytes
-    half = any(name.endswith(".fp16.safetensors") for name in list_repo_files(entry.repo))
-    patterns = [
-        "*.json",
-        "*.txt",
-        "*.model",
-        "*.fp16.safetensors" if half else "*/*.safetensors",
-        "model.safetensors",
-    ]
-    patterns += [] if half else ["diffusion_pytorch_model.safetensors"]  # a network alone
-    return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=place))
+    # Offline mode of the hub is taken to forbid all network access.
+    if constants.HF_HUB_OFFLINE:
+        raise OfflineModeIsEnabled(
+            f"Cannot reach {entry.repo}: offline mode is enabled by HF_HUB_OFFLINE"
+        )
+    path = (folder or Path(get_dir()) / "checkpoints") / entry.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # PyTorch's own files carry the beginning of their hash in their name.
+    hash_in_name = re.search(r"-([0-9a-f]{8,})\.pth$", entry.file)
+    hash_prefix = expected or (hash_in_name[1] if hash_in_name else None)
+    download_url_to_file(entry.repo, str(path), hash_prefix)
+    return path
+
+
+def _download_pipeline(entry: Weight, folder: Path | None) -> Path:
+    """Download a pipeline in half precision if it is published so: half the bytes to transfer."""
+    from huggingface_hub import list_repo_files, snapshot_download
+
+    has_fp16 = any(name.endswith(".fp16.safetensors") for name in list_repo_files(entry.repo))
+    patterns = ["*.json", "*.txt", "*.model", "model.safetensors"]
+    if has_fp16:
+        patterns.append("*.fp16.safetensors")
+    else:
+        # The second pattern is for a repository that holds a single network.
+        patterns += ["*/*.safetensors", "diffusion_pytorch_model.safetensors"]
+    target = folder / entry.repo.split("/")[-1] if folder else None
+    return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=target))
 
 
 def _expected_hash(file: Path) -> str | None:
-    """The SHA-256 that the hub promises: in its cache the name of the file behind the link, in a folder what stands in the
-    download's own notes.
+    """Return the SHA-256 that the hub reported when a file was downloaded.
+
+    In the hub's cache this is the name of the symlink's target. In a folder it is in the download's
+    metadata.
     """
     if file.is_symlink():
         target = file.resolve().name
-        return target if re.fullmatch(r"[0-9a-f]{64}", target) else None
-    for above in file.parents:
-        notes = (
-            above / ".cache" / "huggingface" / "download" / f"{file.relative_to(above)}.metadata"
-        )
-        if notes.is_file():
-            lines = notes.read_text("utf-8").splitlines()
-            return lines[1] if len(lines) > 1 and re.fullmatch(r"[0-9a-f]{64}", lines[1]) else None
+        return target if SHA256_PATTERN.fullmatch(target) else None
+    for root in file.parents:
+        name = f"{file.relative_to(root)}.metadata"
+        metadata = root / ".cache" / "huggingface" / "download" / name
+        if metadata.is_file():
+            lines = metadata.read_text("utf-8").splitlines()
+            return lines[1] if len(lines) > 1 and SHA256_PATTERN.fullmatch(lines[1]) else None
     return None

@@ -1,4 +1,4 @@
-"""Pictures of pictures: from tensors, larger, side by side with words."""
+"""Image grids with captions, and conversion between PIL images and tensors."""
 
 from __future__ import annotations
 
@@ -10,52 +10,66 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-PAPER, INK, SOFT = (250, 249, 246), (32, 32, 36), (120, 118, 112)
+PAPER = (250, 249, 246)
+INK = (32, 32, 36)
+SOFT = (120, 118, 112)
+
+MAX_CAPTION_LINES = 6
+MIN_FONT_SIZE = 10
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1] as B pictures."""
-    values = (
-        (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    )
-    return [Image.fromarray(value) for value in values]
+    """Convert a tensor (B, 3, H, W) in [0, 1] to B PIL images."""
+    values = (images.detach().float().clamp(0, 1) * 255).round().byte()
+    arrays = values.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
 
 
-def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
-    """Pictures of one size as (B, 3, H, W) floats in [0, 1]."""
-    values = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+def to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    """Convert PIL images of one size to a float tensor (B, 3, H, W) in [0, 1]."""
+    values = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(values).permute(0, 3, 1, 2).float() / 255
 
 
-def upscale(picture: Image.Image, side: int) -> Image.Image:
-    """The picture at `side` pixels, smooth: at 96 px a face would be a stamp."""
-    return picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+def upscale(image: Image.Image, side: int) -> Image.Image:
+    """Resize an image to `side` x `side` pixels with a smooth filter."""
+    return image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], side: int, gap: int = 2) -> Image.Image:
-    """Rows of pictures, each `side` pixels wide and high."""
-    columns = max(len(row) for row in rows)
-    sheet = Image.new("RGB", (columns * (side + gap) - gap, len(rows) * (side + gap) - gap), PAPER)
+    """Draw rows of images, each `side` x `side` pixels, `gap` pixels apart."""
+    step = side + gap
+    num_columns = max(len(row) for row in rows)
+    grid = Image.new("RGB", (num_columns * step - gap, len(rows) * step - gap), PAPER)
     for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sheet.paste(upscale(picture, side), (x * (side + gap), y * (side + gap)))
-    return sheet
+        for x, image in enumerate(row):
+            grid.paste(upscale(image, side), (x * step, y * step))
+    return grid
 
 
 def captioned_grid(
-    pictures: Sequence[tuple[Image.Image, str]], columns: int = 6, side: int = 192
+    images: Sequence[tuple[Image.Image, str]], columns: int = 6, side: int = 192
 ) -> Image.Image:
-    """Pictures with a line of words under each; long lines are broken."""
-    gap, line = 10, 16
-    lines = [textwrap.wrap(words, side // 7)[:6] for _, words in pictures]
-    height = side + line * max(map(len, lines), default=0) + gap
-    page = Image.new("RGB", (columns * (side + gap), -(-len(pictures) // columns) * height), PAPER)
+    """Draw images with a caption below each; long captions are wrapped.
+
+    Args:
+        images: (image, caption) pairs, row by row.
+        columns: number of images per row.
+        side: width and height of each image in pixels.
+    """
+    gap = 10
+    line_height = 16
+    captions = [textwrap.wrap(text, side // 7)[:MAX_CAPTION_LINES] for _, text in images]
+    row_height = side + line_height * max(map(len, captions), default=0) + gap
+    num_rows = -(-len(images) // columns)
+    page = Image.new("RGB", (columns * (side + gap), num_rows * row_height), PAPER)
     draw = ImageDraw.Draw(page)
-    for k, ((picture, _), said) in enumerate(zip(pictures, lines, strict=True)):
-        x, y = k % columns * (side + gap), k // columns * height
-        page.paste(upscale(picture, side), (x, y))
-        for row, words in enumerate(said):
-            _draw_text(draw, words, (x, y + side + row * line), 13, INK, side)
+    for index, ((image, _), lines) in enumerate(zip(images, captions, strict=True)):
+        x = index % columns * (side + gap)
+        y = index // columns * row_height
+        page.paste(upscale(image, side), (x, y))
+        for row, line in enumerate(lines):
+            _draw_text(draw, line, (x, y + side + row * line_height), 13, INK, side)
     return page
 
 
@@ -65,22 +79,31 @@ def labeled_grid(
     rows: Sequence[tuple[str, Sequence[Image.Image]]],
     side: int = 288,
 ) -> Image.Image:
-    """A tall picture: a title, a word above each column, a sentence above each row of pictures."""
-    gap, margin, line = 16, 24, 40
+    """Draw a titled grid with a label above each column and a line of text above each row.
+
+    Args:
+        title: the heading of the page.
+        columns: the labels of the columns.
+        rows: (text, images) pairs; every row has one image per column.
+        side: width and height of each image in pixels.
+    """
+    gap = 16
+    margin = 24
+    line_height = 40
     width = 2 * margin + len(columns) * (side + gap) - gap
-    height = margin + 3 * line + len(rows) * (line + side + gap) + margin
+    height = margin + 3 * line_height + len(rows) * (line_height + side + gap) + margin
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
     _draw_text(draw, title, (margin, margin), 28, INK, width - 2 * margin)
-    y = margin + 2 * line - 14
-    for x, name in enumerate(columns):
-        _draw_text(draw, name, (margin + x * (side + gap), y), 21, SOFT, side)
-    y += line
-    for sentence, pictures in rows:
-        _draw_text(draw, sentence, (margin, y), 23, INK, width - 2 * margin)
-        y += line
-        for x, picture in enumerate(pictures):
-            page.paste(upscale(picture, side), (margin + x * (side + gap), y))
+    y = margin + 2 * line_height - 14
+    for x, label in enumerate(columns):
+        _draw_text(draw, label, (margin + x * (side + gap), y), 21, SOFT, side)
+    y += line_height
+    for text, images in rows:
+        _draw_text(draw, text, (margin, y), 23, INK, width - 2 * margin)
+        y += line_height
+        for x, image in enumerate(images):
+            page.paste(upscale(image, side), (margin + x * (side + gap), y))
         y += side + gap
     return page
 
@@ -88,14 +111,14 @@ def labeled_grid(
 def _draw_text(
     draw: ImageDraw.ImageDraw,
     text: str,
-    place: tuple[int, int],
+    position: tuple[int, int],
     size: int,
     color: tuple[int, ...],
     width: int,
 ) -> None:
-    """One line, smaller where it would not fit."""
+    """Draw one line of text, in a smaller font if it is wider than `width` pixels."""
     font = ImageFont.load_default(size)
-    while size > 10 and draw.textlength(text, font) > width:
+    while size > MIN_FONT_SIZE and draw.textlength(text, font) > width:
         size -= 1
         font = ImageFont.load_default(size)
-    draw.text(place, text, fill=color, font=font)
+    draw.text(position, text, fill=color, font=font)

@@ -1,8 +1,10 @@
-"""Opening pictures that somebody else made: the good ones end as RGB, the others as one `ImageError`.
+"""Load untrusted images as RGB; every failure is an `ImageError`.
 
-Limits are checked before any pixel is decoded, so a small file cannot ask for much memory. What happens, in
-order: bytes counted, header read, pixels counted, first frame decoded in full, orientation applied, 16 bit
-scaled to 8, colour brought to RGB (CMYK, palette, gray), alpha laid over white.
+Limits are checked before any pixel is decoded, so a small file cannot claim much memory. The steps,
+in
+order: check the file size, read the header, check the number of pixels, decode the first frame
+completely, apply the EXIF orientation, scale 16 bit to 8 bit, convert to RGB (CMYK, palette, gray),
+composite alpha over white.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
 
-# Photographs only. Pillow also opens programs (EPS runs Ghostscript) and formats without a mark (TGA).
+# Photo formats only. Pillow also opens programs (EPS runs Ghostscript) and formats without a magic
+# number (TGA).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF", "JPEG2000")
 
-# What a HEIF file's first box says it is: telephones' HEIC, and the plain form.
+# Brands in the first box of a HEIF file: the HEIC of phones, and the generic form.
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
-# What makes a picture upright, by its orientation in EXIF; 1 is upright.
+# The transform that makes an image upright, by its EXIF orientation; 1 is upright.
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,7 +44,7 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Where Pillow keeps what it reads the orientation from.
+# Entries of `Image.info` from which Pillow reads the orientation.
 EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 Source = str | PathLike[str] | bytes | BinaryIO | Image.Image
@@ -54,19 +57,21 @@ def open_image(
     max_bytes: int = MAX_BYTES,
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """Open a picture as RGB, upright, 8 bit.
+    """Open an image as upright 8-bit RGB.
 
     Args:
-        source: a path, the file's bytes, an open binary file, or a PIL image (checked and converted alike).
-        name: what error messages call it; the path by default.
-        max_bytes, max_pixels: refused above these, before decoding.
+        source: a path, the content of a file, an open binary file, or a PIL image. A PIL image is
+            checked and converted in the same way.
+        name: the name used in error messages; the path by default.
+        max_bytes: maximum file size in bytes.
+        max_pixels: maximum width times height. Both limits are checked before decoding.
 
     Raises:
-        PictureError: for everything that can be wrong with it, naming the file and the reason.
+        ImageError: the image cannot be used; the message names the file and the reason.
     """
     label = name or _label(source)
     with warnings.catch_warnings():
-        # The pixel limit here replaces Pillow's own; its notes about odd metadata are nobody's concern.
+        # `max_pixels` replaces Pillow's own limit; warnings about odd metadata do not matter.
         warnings.simplefilter("ignore")
         if isinstance(source, Image.Image):
             return _decode(source, label, max_pixels)
@@ -86,22 +91,28 @@ def open_image(
 
 
 def limit_size(image: Image.Image, longest: int) -> Image.Image:
-    """The picture with a longer side of at most `longest` pixels, averaged, not sampled; a smaller one as it is."""
-    share = longest / max(image.size)
-    if share >= 1:
+    """Shrink an image to a longer side of at most `longest` pixels.
+
+    Pixels are averaged, not sampled. A smaller image is returned unchanged.
+    """
+    scale = longest / max(image.size)
+    if scale >= 1:
         return image
-    width, height = (max(round(side * share), 1) for side in image.size)
+    width, height = (max(round(side * scale), 1) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _label(source: Source) -> str:
     if isinstance(source, (str, PathLike)):
         return str(source)
-    return str(getattr(source, "filename", "") or getattr(source, "name", "") or "picture")
+    return str(getattr(source, "filename", "") or getattr(source, "name", "") or "image")
 
 
 def _supported_formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow can decode: AVIF is not everywhere, and HEIF comes with a package of its own."""
+    """Return the formats that the installed Pillow can decode.
+
+    Not every Pillow has AVIF, and HEIF needs the package pillow-heif.
+    """
     Image.init()
     if "HEIF" not in Image.OPEN:
         with suppress(ImportError):
@@ -110,21 +121,22 @@ def _supported_formats() -> list[str]:
 
 
 def _explain_unknown(data: bytes) -> str:
-    """Why nothing opens these bytes."""
-    if data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS and "HEIF" not in Image.OPEN:
-        return "is HEIC, which needs a package of its own; install it with `pip install pillow-heif`, or save it as JPEG"
-    return "is not a picture of a known kind (JPEG, PNG, WebP ...)"
+    """Return the reason why no decoder opens these bytes."""
+    is_heif = data[4:8] == b"ftyp" and data[8:12] in HEIF_BRANDS
+    if is_heif and "HEIF" not in Image.OPEN:
+        return "is HEIC; run `pip install pillow-heif`, or save the image as JPEG"
+    return "is not an image of a supported format (JPEG, PNG, WebP ...)"
 
 
 def _read(source: str | PathLike[str] | bytes | BinaryIO, label: str, max_bytes: int) -> bytes:
-    """The file's bytes; at most one more than the limit is ever read."""
+    """Read a file completely, but at most one byte more than the limit."""
     try:
         if isinstance(source, bytes):
             data = source[: max_bytes + 1]
         elif isinstance(source, (str, PathLike)):
             path = Path(source)
             if path.is_dir():
-                raise ImageError(label, "is a folder, not a picture")
+                raise ImageError(label, "is a folder, not an image")
             if path.exists() and not path.is_file():
                 raise ImageError(label, "is not a regular file")
             with path.open("rb") as file:
@@ -154,43 +166,46 @@ def _decode(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
         raise ImageError(label, f"has {width} x {height} pixels, too few to show a face")
     try:
         image.seek(0)  # animations and multi-page files: the first frame
-        image.load()  # the whole file: a truncated one fails here, never as a half picture
+        image.load()  # decodes everything, so that a truncated file fails here
         return _to_rgb(_apply_orientation(image))
     except MemoryError:
-        raise ImageError(label, "needs more memory than there is") from None
+        raise ImageError(label, "needs more memory than is available") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, zlib.error ...
         raise ImageError(label, f"is damaged or cut short ({_first_line(error)})") from None
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, which is then taken off; EXIF that nobody can read says nothing, the pixels are good."""
+    """Apply and strip the EXIF orientation; ignore unreadable EXIF, since the pixels are good."""
     try:
-        turn = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a hostile one may raise anything
+        transform = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # hostile EXIF may raise anything
         return image
-    if turn is None:
+    if transform is None:
         return image
-    upright = image.transpose(turn)
-    for note in EXIF_KEYS:
-        upright.info.pop(note, None)  # whoever opens the picture again would turn it again
+    upright = image.transpose(transform)
+    for key in EXIF_KEYS:
+        upright.info.pop(key, None)  # otherwise the next reader would rotate the image again
     return upright
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit RGB; transparent pixels over white."""
+    """Convert an image of any mode to 8-bit RGB, with transparent pixels over white."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_8_bit(image)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        paper = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(paper, layer).convert("RGB")
+        background = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(background, layer).convert("RGB")
     if image.mode == "RGB":
         return image.copy()
     return image.convert("RGB")
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit gray (65535 is white) and float gray (1 or 255 is white) to 8 bit; `convert` would clip."""
+    """Scale gray images to 8 bit, where `Image.convert` would clip.
+
+    White is 65535 in 16-bit images, and 1 or 255 in float images.
+    """
     values = np.asarray(image, dtype=np.float32)
     if not np.isfinite(values).all():
         raise ValueError("has values that are not numbers")

@@ -1,10 +1,19 @@
-"""Procedural people and scenes: a small world in which identity and everything else are known exactly."""
+"""Procedural people and scenes: a small world in which identity and scene are known exactly."""
 
 from openpulid.world.person import FACIAL, HELD_OUT_PEOPLE, PARAMETERS, SKIN, Person
 from openpulid.world.render import PARTS, Rendering, render
 from openpulid.world.scene import ATTRIBUTES, VOCABULARY, Scene
 
 __all__ = [
-    "ATTRIBUTES", "FACIAL", "HELD_OUT_PEOPLE", "PARAMETERS", "PARTS", "SKIN", "VOCABULARY", "Person", "Rendering",
-    "Scene", "render",
-]  # fmt: skip
+    "ATTRIBUTES",
+    "FACIAL",
+    "HELD_OUT_PEOPLE",
+    "PARAMETERS",
+    "PARTS",
+    "SKIN",
+    "VOCABULARY",
+    "Person",
+    "Rendering",
+    "Scene",
+    "render",
+]

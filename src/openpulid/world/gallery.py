@@ -1,4 +1,4 @@
-"""Pictures of the procedural world to look at and to start from."""
+"""Sample images of the procedural world."""
 
 from __future__ import annotations
 
@@ -25,16 +25,22 @@ SCENES = (
     ),
     Scene(light="neon", background="purple", pattern="stripes", hair_color="red", beard="beard"),
 )
-"""One of most things that a prompt can ask for."""
+"""Scenes that show most attributes of a prompt once."""
 
 
 def render_portrait(seed: int, size: int = 96) -> Image.Image:
-    """The person of a seed in the neutral scene."""
+    """Render the person of a seed in the neutral scene, `size` x `size` pixels."""
     return to_pil(render([Person.from_seed(seed)], [Scene()], size).image)[0]
 
 
 def render_people_sheet(first: int = 0, side: int = 160, people: int = 8) -> Image.Image:
-    """One person along each row, one scene down each column; `side` is a picture's width in pixels."""
+    """Render a grid with one person per row and one scene of `SCENES` per column.
+
+    Args:
+        first: seed of the first person.
+        side: width and height of each image in pixels.
+        people: number of rows.
+    """
     rows = []
     for seed in range(first, first + people):
         rendering = render([Person.from_seed(seed)] * len(SCENES), SCENES, side)

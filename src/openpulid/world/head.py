@@ -1,7 +1,8 @@
-"""The shape of a head in its own frame: X to the right, Y up, Z to the viewer, one unit = half the picture.
+"""The shape of a head in its own frame: X to the right, Y up, Z to the viewer.
 
-The front is a height field `relief(X, Y)` on top of an ellipsoid whose half-width depends on Y, so a ray meets it by
-solving a quadratic a few times: no marching. All tensors broadcast over (B, H, W); parameters are (B, 1, 1).
+One unit is half of the image. The front is a height field `relief(X, Y)` on an ellipsoid whose
+half-width depends on Y. So the intersection with a ray is found by solving a quadratic equation a
+few times, without ray marching. All tensors broadcast over (B, H, W); parameters are (B, 1, 1).
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ Measures = Mapping[str, Tensor]
 
 
 def lerp(low: float, high: float, t: Tensor) -> Tensor:
-    """`low` at 0, `high` at 1."""
+    """Interpolate linearly between `low` at t = 0 and `high` at t = 1."""
     return low + (high - low) * t
 
 
 def bell(x: Tensor, width: Tensor | float) -> Tensor:
-    """Gaussian of standard deviation `width` / sqrt(2), one at 0."""
+    """Evaluate a Gaussian of standard deviation `width` / sqrt(2) that is 1 at 0."""
     return torch.exp(-((x / width) ** 2))
 
 
 def measures(p: Mapping[str, Tensor], expression: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Lengths of the head and its features from identity values and expression, all (B, 1, 1)."""
+    """Compute lengths of head and features from identity and expression, all (B, 1, 1)."""
     m = {
         "width": lerp(0.50, 0.64, p["face_width"]),
         "chin_y": -lerp(0.66, 0.86, p["face_length"]),
@@ -65,14 +66,14 @@ def measures(p: Mapping[str, Tensor], expression: Mapping[str, Tensor]) -> dict[
 
 
 def half_width(y: Tensor, m: Measures) -> Tensor:
-    """Half-width of the head's ellipsoid at height `y`: cheeks, jaw and chin widen or narrow it."""
+    """Compute the ellipsoid's half-width at height `y`; cheeks, jaw and chin change it."""
     down = y / m["chin_y"]
     shape = 1 + m["cheeks"] * bell(down - 0.28, 0.28) + m["jaw"] * bell(down - 0.72, 0.24)
     return m["width"] * (shape + m["chin"] * bell(down - 1.0, 0.20))
 
 
 def relief(x: Tensor, y: Tensor, m: Measures) -> Tensor:
-    """Height of the face's features above the ellipsoid: nose, brow ridge, sockets, cheeks, lips, chin."""
+    """Compute the height of nose, brow ridge, sockets, cheeks, lips and chin over the ellipsoid."""
     side = x.abs()
     bridge = m["eye_y"] + 0.06
     along = ((bridge - y) / (bridge - m["nose_y"])).clamp(0, 1.6)
@@ -93,7 +94,12 @@ def relief(x: Tensor, y: Tensor, m: Measures) -> Tensor:
 def hit_ellipsoid(
     origin: Vector, ray: Vector, radii: Vector, lift: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Where rays meet an ellipsoid shifted by `lift` along Z: (discriminant, distance along the ray, nearest first)."""
+    """Intersect rays with an ellipsoid that is shifted by `lift` along Z.
+
+    Returns:
+        The discriminant (negative if there is no intersection), and the distance along the ray to
+        the point closest to the viewer.
+    """
     (ox, oy, oz), (dx, dy, dz), (rx, ry, rz) = origin, ray, radii
     ux, uy, uz = ox / rx, oy / ry, (oz - lift) / rz
     vx, vy, vz = dx / rx, dy / ry, dz / rz
@@ -105,30 +111,35 @@ def hit_ellipsoid(
 
 
 def hit_head(origin: Vector, ray: Vector, m: Measures, rounds: int = 6) -> Vector:
-    """Where rays meet the head: (discriminant, X, Y, Z, relief). A fixed point: each round solves the ellipsoid again
-    with the half-width and the relief of the point found last, and contracts where the relief is not too steep.
+    """Intersect rays with the head.
+
+    This is a fixed-point iteration: each round solves the ellipsoid with half-width and relief of
+    the last point. It converges if the relief is not too steep.
+
+    Returns:
+        The discriminant, the coordinates X, Y and Z, and the relief.
     """
     (ox, oy, oz), (dx, dy, dz) = origin, ray
     x, y, height = ox, oy, torch.zeros_like(ox)
-    for turn in range(rounds):
+    for index in range(rounds):
         vertical = torch.where(y > 0, torch.full_like(y, CRANIUM), -m["chin_y"])
         radii = (half_width(y, m), vertical, torch.full_like(y, DEPTH))
         discriminant, t = hit_ellipsoid(origin, ray, radii, height)
         x, y, z = ox + t * dx, oy + t * dy, oz + t * dz
         front = torch.sigmoid((z - 0.12) / 0.05)
         target = relief(x, y, m) * front
-        height = target if turn == 0 else 0.35 * height + 0.65 * target
+        height = target if index == 0 else 0.35 * height + 0.65 * target
     return discriminant, x, y, z, height
 
 
 def head_normal(
     x: Tensor, y: Tensor, z: Tensor, height: Tensor, m: Measures, step: float = 0.012
 ) -> Vector:
-    """Unit outward normal of the head's surface in head coordinates, by the gradient of its implicit function."""
+    """Compute the outward unit normal of the head from the gradient of its implicit function."""
     front = torch.sigmoid((z - 0.12) / 0.05)
-    here = relief(x, y, m) * front
-    slope_x = (relief(x + step, y, m) * front - here) / step
-    slope_y = (relief(x, y + step, m) * front - here) / step
+    center = relief(x, y, m) * front
+    slope_x = (relief(x + step, y, m) * front - center) / step
+    slope_y = (relief(x, y + step, m) * front - center) / step
     vertical = torch.where(y > 0, torch.full_like(y, CRANIUM), -m["chin_y"])
     along = (z - height) / DEPTH**2
     n = (x / half_width(y, m) ** 2 - along * slope_x, y / vertical**2 - along * slope_y, along)
@@ -137,14 +148,14 @@ def head_normal(
 
 
 def surface_z(x: Tensor, y: Tensor, m: Measures) -> Tensor:
-    """Z of the front surface over (X, Y)."""
+    """Compute Z of the front surface at (X, Y)."""
     vertical = torch.where(y > 0, torch.full_like(y, CRANIUM), -m["chin_y"])
     inside = (1 - (x / half_width(y, m)) ** 2 - (y / vertical) ** 2).clamp(min=0.0)
     return DEPTH * inside.sqrt() + relief(x, y, m)
 
 
 def ellipsoid_normal(point: Vector, radii: Vector) -> Vector:
-    """Unit normal of an ellipsoid at a point on it."""
+    """Compute the unit normal of an ellipsoid at a point on its surface."""
     n = tuple(component / radius**2 for component, radius in zip(point, radii, strict=True))
     length = torch.sqrt(n[0] ** 2 + n[1] ** 2 + n[2] ** 2).clamp(min=1e-6)
     return tuple(component / length for component in n)

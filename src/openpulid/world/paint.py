@@ -1,7 +1,8 @@
-"""What is painted on the head, in head coordinates: eyes, brows, mouth, nostrils, lines, freckles, beard.
+"""Paint the face onto the head: eyes, brows, mouth, nostrils, lines, freckles, beard.
 
-Every function takes surface coordinates (B, H, W), measures (B, 1, 1) and the edge softness `e` (about one pixel), and
-blends onto a colour image (B, 3, H, W); edges are smooth by construction, so that few samples per pixel are enough.
+All functions take surface coordinates (B, H, W), measures (B, 1, 1) and the edge softness `e`
+(about one pixel), and blend onto a color image (B, 3, H, W). Edges are smooth by construction, so
+that few samples per pixel are enough.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from openpulid.world.head import Measures, bell, lerp
 
 
 def inside(distance: Tensor, e: float) -> Tensor:
-    """Coverage in [0, 1] of a region whose signed distance (positive inside) is `distance`."""
+    """Convert a signed distance (positive inside) to coverage in [0, 1]."""
     return (distance / e + 0.5).clamp(0, 1)
 
 
 def blend(image: Tensor, color: Tensor, cover: Tensor) -> Tensor:
-    """`color` (B, 3, 1, 1) or (B, 3, H, W) over `image` where `cover` (B, H, W) is one."""
+    """Blend `color` (B, 3, 1, 1) or (B, 3, H, W) over `image` by the coverage `cover` (B, H, W)."""
     return torch.lerp(image, color.expand_as(image), cover[:, None])
 
 
 def rgb(red: float, green: float, blue: float, like: Tensor) -> Tensor:
-    """A constant colour (1, 3, 1, 1) on the device and in the dtype of `like`."""
+    """Create a constant color (1, 3, 1, 1) on the device and in the dtype of `like`."""
     return torch.tensor([red, green, blue], dtype=like.dtype, device=like.device).view(1, 3, 1, 1)
 
 
 def skin_color(tone: Tensor, warmth: Tensor) -> Tensor:
-    """(B, 1, 1) tone and warmth -> (B, 3, 1, 1). Even the darkest tone keeps room for shading below it."""
+    """Convert tone and warmth (B, 1, 1) to a color (B, 3, 1, 1); shading can darken every tone."""
     light, middle, dark = (0.98, 0.84, 0.75), (0.83, 0.62, 0.47), (0.50, 0.34, 0.26)
     low, high = (2 * tone).clamp(0, 1), (2 * tone - 1).clamp(0, 1)
     shift = (warmth - 0.5) * 0.09
@@ -40,14 +41,14 @@ def skin_color(tone: Tensor, warmth: Tensor) -> Tensor:
 
 
 def iris_color(hue: Tensor, lightness: Tensor) -> Tensor:
-    """Brown, hazel, green, blue as `hue` goes from 0 to 1; (B, 3, 1, 1)."""
+    """Return the iris color (B, 3, 1, 1): brown, hazel, green, blue for `hue` from 0 to 1."""
     stops = torch.tensor(
         [[0.42, 0.22, 0.08], [0.62, 0.46, 0.12], [0.22, 0.62, 0.28], [0.18, 0.46, 0.92]],
         dtype=hue.dtype,
         device=hue.device,
     )
-    place = hue * 3
-    weights = (1 - (place - torch.arange(4, dtype=hue.dtype, device=hue.device)).abs()).clamp(min=0)
+    index = torch.arange(4, dtype=hue.dtype, device=hue.device)
+    weights = (1 - (hue * 3 - index).abs()).clamp(min=0)
     color = (weights @ stops).transpose(1, 2)[..., None]
     return (color * lerp(0.55, 1.35, lightness)[:, None]).clamp(0, 1)
 
@@ -55,7 +56,7 @@ def iris_color(hue: Tensor, lightness: Tensor) -> Tensor:
 def eyes(
     image: Tensor, x: Tensor, y: Tensor, m: Measures, p: Measures, wink: Tensor, e: float
 ) -> Tensor:
-    """Sclera, iris, pupil, glint, lid line and crease of both eyes; `wink` closes the one on the picture's left."""
+    """Paint both eyes: sclera, iris, pupil, glint, lid line, crease; `wink` closes the left one."""
     iris = iris_color(p["iris_hue"], p["iris_lightness"])
     closed = wink * (x < 0)
     opening = m["eye_o"] * (1 - 0.92 * closed)
@@ -85,7 +86,7 @@ def eyes(
 
 
 def brows(image: Tensor, x: Tensor, y: Tensor, m: Measures, color: Tensor, e: float) -> Tensor:
-    """Both brows: an arc whose angle, arch, length and thickness are the person's, moved by the expression."""
+    """Paint both brows: an arc with the person's angle, arch, length and thickness."""
     u = (x.abs() - m["eye_x"] - 0.01) / m["brow_w"]
     center = m["brow_y"] + m["brow_arch"] * (1 - u * u) + m["brow_angle"] * u
     thick = m["brow_t"] * (1.05 - 0.45 * u).clamp(min=0.3)
@@ -98,7 +99,7 @@ def brows(image: Tensor, x: Tensor, y: Tensor, m: Measures, color: Tensor, e: fl
 def mouth(
     image: Tensor, x: Tensor, y: Tensor, m: Measures, expression: Measures, skin: Tensor, e: float
 ) -> Tensor:
-    """Lips, opening and teeth; corners rise with `smile`, the lips part by `open`."""
+    """Paint lips, opening and teeth; `smile` raises the corners, `open` parts the lips."""
     u = x / m["mouth_w"]
     arc = (1 - u * u).clamp(min=0)
     tilt = expression["mouth_tilt"] * x
@@ -130,7 +131,7 @@ def mouth(
 
 
 def nose(image: Tensor, x: Tensor, y: Tensor, m: Measures, e: float) -> Tensor:
-    """Nostrils and the shadow under the tip and along the wings."""
+    """Paint the nostrils and the shadow under the tip and along the wings."""
     side = x.abs()
     base = m["nose_y"] - 0.028
     hole = torch.sqrt(((side - 0.52 * m["nose_w"]) / 1.5) ** 2 + (y - base) ** 2)
@@ -143,7 +144,7 @@ def nose(image: Tensor, x: Tensor, y: Tensor, m: Measures, e: float) -> Tensor:
 def marks(
     image: Tensor, x: Tensor, y: Tensor, m: Measures, p: Measures, blush: Tensor, e: float
 ) -> Tensor:
-    """Age lines, freckles, one mole, and the cheeks' redness (which belongs to the day, not to the person)."""
+    """Paint age lines, freckles, a mole and blush; blush is part of the scene."""
     side = x.abs()
     red = 0.30 * blush * bell(side - 0.33, 0.13) * bell(y + 0.20, 0.11)
     image = blend(image, image * rgb(1.05, 0.72, 0.70, image), red.clamp(0, 1))
@@ -169,19 +170,18 @@ def marks(
     area = bell(side - 0.22, 0.17) * bell(y + 0.17, 0.10)
     freckles = (p["freckles"] - 0.35).clamp(min=0) / 0.65 * area * ((speck - 0.35) * 3).clamp(0, 1)
     image = blend(image, image * rgb(0.72, 0.52, 0.42, image), (0.95 * freckles).clamp(0, 1))
-    place = (p["mole"] - 0.5) * 2
-    mole = torch.sqrt((x - 0.36 * place) ** 2 + (y - m["mouth_y"] - 0.07 + 0.10 * place.abs()) ** 2)
-    return blend(
-        image,
-        rgb(0.20, 0.11, 0.08, image),
-        inside(0.022 - mole, e) * inside(place.abs() - 0.45, 0.1),
-    )
+    position = (p["mole"] - 0.5) * 2
+    mole_x = x - 0.36 * position
+    mole_y = y - m["mouth_y"] - 0.07 + 0.10 * position.abs()
+    distance = torch.sqrt(mole_x**2 + mole_y**2)
+    cover = inside(0.022 - distance, e) * inside(position.abs() - 0.45, 0.1)
+    return blend(image, rgb(0.20, 0.11, 0.08, image), cover)
 
 
 def beard(
     image: Tensor, x: Tensor, y: Tensor, m: Measures, kind: Measures, color: Tensor, e: float
 ) -> Tensor:
-    """A moustache or a full beard in the hair's colour; the lips stay visible."""
+    """Paint a moustache or a full beard in the color of the hair; the lips stay visible."""
     side = x.abs()
     lip = m["mouth_y"] + 0.035 + m["upper"]
     moustache = inside(0.030 - (y - lip - 0.012 + 0.5 * side**2).abs(), 1.5 * e) * inside(

@@ -1,4 +1,4 @@
-"""Procedural people: thirty-one numbers make a face, and none of them has a name in any prompt."""
+"""Procedural people: 31 numbers determine a face, and no prompt mentions any of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 
 HELD_OUT_PEOPLE = 1_000_000
-"""Seeds from here on belong to people that no training has seen."""
+"""Seeds from this number on are people who are held out of training."""
 
 
 @dataclass(frozen=True)
 class Person:
-    """The identity of one procedural person: every field is a value in [0, 1].
+    """The identity of one procedural person; every field is in [0, 1].
 
-    Hair, beard, expression, glasses and clothes are not here: they belong to the `Scene`, so that nothing but the face
-    tells one person from another.
+    Hair, beard, expression, glasses and clothes belong to the `Scene`, so that only the face
+    distinguishes people.
     """
 
     face_width: float = 0.5
@@ -53,44 +53,52 @@ class Person:
 
     @classmethod
     def from_seed(cls, seed: int) -> Person:
-        """The person of a seed: the same on every machine. Seeds from `HELD_OUT_PEOPLE` on are never trained on."""
+        """Return the person of a seed, the same on every machine.
+
+        Seeds from `HELD_OUT_PEOPLE` on are not used in training.
+        """
         return cls.sample(torch.Generator().manual_seed(seed))
 
     @classmethod
     def sample(cls, generator: torch.Generator) -> Person:
-        """A person drawn uniformly from the whole space."""
+        """Sample a person uniformly."""
         return cls.from_vector(torch.rand(len(PARAMETERS), generator=generator).tolist())
 
     @classmethod
     def from_vector(cls, values: list[float]) -> Person:
-        """The inverse of `vector`."""
+        """Create a person from the values of `vector`."""
         return cls(**dict(zip(PARAMETERS, values, strict=True)))
 
     def vector(self) -> list[float]:
-        """The values in the order of `PARAMETERS`."""
+        """Return the values in the order of `PARAMETERS`."""
         return list(dataclasses.astuple(self))
 
     def replace(self, **values: float) -> Person:
-        """The same person with some values changed."""
+        """Return the person with some values changed."""
         return dataclasses.replace(self, **values)
 
     def sibling(self, generator: torch.Generator, changes: int) -> Person:
-        """Somebody who shares skin and face except for `changes` facial values, each moved by at least 0.4.
+        """Return a person who differs only in some facial values, each by at least 0.4.
 
-        Such pairs are the hard negatives of the recognisers: only the changed feature tells them apart.
+        Such pairs are the hard negatives of the face recognition models: only the changed features
+        distinguish them.
+
+        Args:
+            generator: selects the values and their changes.
+            changes: number of values to change.
         """
-        chosen = torch.randperm(len(FACIAL), generator=generator)[:changes]
-        moved = {}
-        for index in chosen.tolist():
+        indices = torch.randperm(len(FACIAL), generator=generator)[:changes]
+        values = {}
+        for index in indices.tolist():
             value = getattr(self, FACIAL[index])
             shift = 0.4 + 0.2 * torch.rand((), generator=generator).item()
-            room_above, room_below = 1 - value, value
-            moved[FACIAL[index]] = value + shift if room_above > room_below else value - shift
-            moved[FACIAL[index]] = min(max(moved[FACIAL[index]], 0.0), 1.0)
-        return self.replace(**moved)
+            if 1 - value <= value:
+                shift = -shift
+            values[FACIAL[index]] = min(max(value + shift, 0.0), 1.0)
+        return self.replace(**values)
 
 
 PARAMETERS: tuple[str, ...] = tuple(field.name for field in dataclasses.fields(Person))
 SKIN = ("skin_tone", "skin_warmth")
 FACIAL: tuple[str, ...] = tuple(name for name in PARAMETERS if name not in SKIN)
-"""What a recogniser has to see: everything but the skin, which lamps and film change too."""
+"""Parameters that identify a person: all but the skin, which light and style also change."""

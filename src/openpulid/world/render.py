@@ -1,4 +1,4 @@
-"""Pictures of procedural people: batched, on any device, with everything about them known exactly."""
+"""Renderer of procedural people: batched, on any device, with exact labels and landmarks."""
 
 from __future__ import annotations
 
@@ -27,19 +27,22 @@ from openpulid.world.head import (  # fmt: skip
 from openpulid.world.paint import bell, blend, inside, rgb
 from openpulid.world.person import PARAMETERS, Person
 from openpulid.world.scene import Scene
-from openpulid.world.scene_tensors import SceneTensors, scene_tensors
+from openpulid.world.scene_tensors import SceneTensors
 from openpulid.world.style import apply_style, ink_lines
 
 PARTS = ("background", "face", "eyewear", "hair", "hat", "ears", "neck", "clothes")
-"""Names of the labels in `Rendering.parts`; the face is skin, brows, eyes, nose, mouth and beard."""
+"""Labels of `Rendering.parts`; the face is skin, brows, eyes, nose, mouth and beard."""
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """A batch of pictures and what is known about them.
+    """A batch of images with their labels and landmarks.
 
-    image (B, 3, S, S) in [0, 1]; parts (B, S, S) uint8 labels of `PARTS`; landmarks (B, 5, 2) pixels (x, y): both
-    eyes, nose tip, both mouth corners, of a pair the one with the smaller x first.
+    Attributes:
+        image: (B, 3, S, S) in [0, 1].
+        parts: (B, S, S) uint8 labels of `PARTS`.
+        landmarks: (B, 5, 2) pixels (x, y): both eyes, nose tip, both mouth corners; of a pair, the
+            one with the smaller x is first.
     """
 
     image: Tensor
@@ -48,21 +51,21 @@ class Rendering:
 
     @property
     def face(self) -> Tensor:
-        """(B, 1, S, S) one on the face's own pixels."""
+        """(B, 1, S, S) one on the pixels of the face."""
         return (self.parts == 1)[:, None].float()
 
     @property
     def person(self) -> Tensor:
-        """(B, 1, S, S) one on everything that belongs to the person, hair, hat and clothes included."""
+        """(B, 1, S, S) one on the person, including hair, hat and clothes."""
         return (self.parts > 0)[:, None].float()
 
 
 SUPERSAMPLE = 2
-"""Samples per pixel and axis: edges are smooth by construction, this is for silhouettes and ink lines."""
+"""Samples per pixel and axis, for silhouettes and ink lines; other edges are smooth already."""
 
 
 class Canvas:
-    """The picture in the making: colour, and the label and normal of whatever covers each sample."""
+    """The image being painted: the color, label and normal of each sample."""
 
     def __init__(self, background: Tensor):
         self.color = background
@@ -72,7 +75,7 @@ class Canvas:
         self.normal[:, 2] = 1
 
     def put(self, part: str, color: Tensor, cover: Tensor, normal: Vector | None = None) -> None:
-        """Cover the canvas with `color` where `cover` (B, H, W) says so."""
+        """Paint a part with `color` where `cover` (B, H, W) is one."""
         self.color = blend(self.color, color, cover)
         solid = cover > 0.5
         self.label = torch.where(solid, torch.full_like(self.label, PARTS.index(part)), self.label)
@@ -91,25 +94,33 @@ def render(
     *,
     compiled: bool = False,
 ) -> Rendering:
-    """Draw person k in scene k. Deterministic: the same arguments give the same picture.
+    """Render person k in scene k. The same arguments give the same images.
 
-    `compiled` pays about a minute once per process and batch size for twice the speed: for whole data sets.
+    Args:
+        people: B people.
+        scenes: B scenes.
+        size: width and height of the images in pixels.
+        device: where to render.
+        compiled: compile the renderer; about a minute per process and batch size for twice the
+            speed.
 
-    Raises ValueError when the two lists differ in length or `size` is not positive.
+    Raises:
+        ValueError: the lists differ in length, or the size is not positive.
     """
     if len(people) != len(scenes) or size < 1:
         raise ValueError(
-            f"render needs as many people as scenes and a positive size, got {len(people)}, {len(scenes)}, {size}"
+            "render needs as many people as scenes and a positive size, "
+            f"got {len(people)}, {len(scenes)}, {size}."
         )
     values = torch.tensor([person.vector() for person in people], device=device)
-    return render_stage(values, scene_tensors(scenes, values.device), size, compiled=compiled)
+    return render_stage(values, SceneTensors.from_scenes(scenes, values.device), size, compiled=compiled)
 
 
 @torch.no_grad()
 def render_stage(
     values: Tensor, stage: SceneTensors, size: int = 96, *, compiled: bool = False
 ) -> Rendering:
-    """Draw the people with `values` (B, P), in the order of `PARAMETERS`, on a stage for B scenes."""
+    """Render people with `values` (B, P), in the order of `PARAMETERS`, in B scenes."""
     p = {name: values[:, index, None, None] for index, name in enumerate(PARAMETERS)}
     p["skin_tone"] = (p["skin_tone"] + stage.skin_shift).clamp(0, 1)
     m = measures(p, stage.expression)
@@ -131,7 +142,7 @@ def _compiled_draw() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 def _draw(
     p: dict[str, Tensor], m: dict[str, Tensor], stage: SceneTensors, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Back to front, in light: colour (B, 3, s, s), labels and normals at the fine resolution."""
+    """Paint all parts from back to front; return color, labels and normals per sample."""
     e = 2.2 / size
     sx, sy = _axes(size, stage.yaw.device)
     canvas = Canvas(_background(stage, sx, sy))
@@ -148,7 +159,7 @@ def _draw(
 
 
 def _axes(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Picture coordinates of sample centres in [-1, 1]: x (1, 1, W) to the right, y (1, H, 1) up."""
+    """Return sample centers in [-1, 1]: x (1, 1, W) to the right, y (1, H, 1) up."""
     axis = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) / size * 2 - 1
     return axis.view(1, 1, -1), -axis.view(1, -1, 1)
 
@@ -171,8 +182,12 @@ def _background(stage: SceneTensors, sx: Tensor, sy: Tensor) -> Tensor:
 
 
 def _lit(stage: SceneTensors, normal: Vector, gloss: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(light (B, 3, H, W) to multiply a colour with, gloss (B, 1, H, W) to add) for normals in head coordinates."""
-    n = stage.to_picture(normal)
+    """Compute lighting for normals in head coordinates.
+
+    Returns:
+        Light (B, 3, H, W) to multiply a color with, and gloss (B, 1, H, W) to add.
+    """
+    n = stage.to_image_axes(normal)
     light = stage.ambient * lerp(0.80, 1.0, (n[1] * 0.5 + 0.5).clamp(0, 1))[:, None]
     shine = torch.zeros_like(n[0])
     for direction, color in stage.lamps:
@@ -186,7 +201,7 @@ def _lit(stage: SceneTensors, normal: Vector, gloss: float = 0.0) -> tuple[Tenso
 
 
 def dot(vector: Vector, direction: Tensor) -> Tensor:
-    """A field of vectors, three times (B, H, W), along one direction (B, 3) per picture."""
+    """Compute the dot product of vectors (three (B, H, W)) and one direction (B, 3) per image."""
     x, y, z = (direction[:, i, None, None] for i in range(3))
     return vector[0] * x + vector[1] * y + vector[2] * z
 
@@ -195,9 +210,8 @@ def _head(
     canvas: Canvas, p: Measures, m: Measures, stage: SceneTensors, skin: Tensor, e: float
 ) -> None:
     size = canvas.label.shape[-1]
-    origin, ray = stage.rays(
-        *_axes(size // 2, stage.yaw.device)
-    )  # smooth surface: half the samples are enough for it
+    # The surface is smooth: half of the samples are enough.
+    origin, ray = stage.rays(*_axes(size // 2, stage.yaw.device))
     discriminant, x, y, z, height = hit_head(origin, ray, m)
     field = torch.stack([discriminant, x, y, z, *head_normal(x, y, z, height, m)], 1)
     discriminant, x, y, z, *turned = F.interpolate(
@@ -269,7 +283,7 @@ def _body(
 def _cap(
     origin: Vector, ray: Vector, m: Measures, grow: Tensor | float, lift: float
 ) -> tuple[Tensor, Vector, Vector]:
-    """An ellipsoid a little larger than the skull: discriminant, point and normal."""
+    """Intersect an ellipsoid a little larger than the skull; return discriminant, point, normal."""
     moved = (origin[0], origin[1] - lift, origin[2] + 0.05)
     radii = (
         m["width"] + grow,
@@ -294,7 +308,7 @@ def _hair_color(stage: SceneTensors, x: Tensor, y: Tensor, normal: Vector) -> Te
 def _hair_behind(
     canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: SceneTensors, e: float
 ) -> None:
-    """What hangs behind neck and head: nothing for short hair, to the jaw for a bob, off the picture for long hair."""
+    """Paint the hair behind neck and head: none if short, to the jaw for a bob, or long."""
     fall = stage.length["bob"] * 0.62 + stage.length["long"] * 1.25
     moved = (origin[0], origin[1] - 0.1 + 0.45 * fall, origin[2] + 0.22)
     radii = (m["width"] + 0.11 + 0.05 * stage.volume, 0.52 + 0.5 * fall, 0.36 + 0 * fall)
@@ -313,7 +327,7 @@ def _hair_behind(
 def _hair(
     canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: SceneTensors, e: float
 ) -> None:
-    """The cap of hair: everything above a hairline that drops at the temples, further down for longer hair."""
+    """Paint the hair above a hairline that drops at the temples, lower for longer hair."""
     grow = 0.055 + 0.03 * stage.volume
     discriminant, (x, y, z), normal = _cap(origin, ray, m, grow, 0.02)
     side = (x.abs() / (m["width"] + grow)).clamp(0, 1)
@@ -339,7 +353,7 @@ def _hair(
 def _glasses(
     canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: SceneTensors, e: float
 ) -> None:
-    """Two round lenses on a plane before the eyes, a bridge, and temples that run to the ears."""
+    """Paint glasses: two round lenses on a plane before the eyes, a bridge, and two temples."""
     plane = surface_z(m["eye_x"], m["eye_y"], m) + 0.05
     t = (plane - origin[2]) / ray[2]
     x, y = origin[0] + t * ray[0], origin[1] + t * ray[1] - m["eye_y"]
@@ -373,7 +387,7 @@ def _glasses(
 def _hat(
     canvas: Canvas, origin: Vector, ray: Vector, m: Measures, stage: SceneTensors, e: float
 ) -> None:
-    """A beanie with a turned-up band, or a hat with a wide brim."""
+    """Paint a beanie with a turned-up band, or a hat with a wide brim."""
     beanie, brimmed = stage.hat["beanie"], stage.hat["brimmed"]
     grow = 0.105 + 0 * beanie
     discriminant, (x, y, z), normal = _cap(origin, ray, m, grow, 0.03)
@@ -409,9 +423,12 @@ def _landmarks(m: dict[str, Tensor], stage: SceneTensors, size: int) -> Tensor:
         (-corner, corner_y),
         (corner, corner_y),
     ]
-    found = []
+    landmarks = []
     for x, y in points:
-        picture = stage.to_picture((x, y, surface_z(x, y, m)))
-        px, py = stage.zoom * picture[0] + stage.shift_x, stage.zoom * picture[1] + stage.shift_y
-        found.append(torch.cat([(px + 1) / 2, (1 - py) / 2], -1)[:, 0] * size)
-    return torch.stack(found, 1)
+        image_point = stage.to_image_axes((x, y, surface_z(x, y, m)))
+        px, py = (
+            stage.zoom * image_point[0] + stage.shift_x,
+            stage.zoom * image_point[1] + stage.shift_y,
+        )
+        landmarks.append(torch.cat([(px + 1) / 2, (1 - py) / 2], -1)[:, 0] * size)
+    return torch.stack(landmarks, 1)

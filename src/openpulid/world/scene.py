@@ -1,4 +1,4 @@
-"""Everything about a picture that is not the person, and the sentence that asks for it."""
+"""Everything about an image except the person, and prompts that describe it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "expression": ("neutral", "smile", "laugh", "sad", "angry", "surprised", "wink"),
     "light": ("studio", "left", "right", "sunset", "moon", "neon"),
     "background": (
-        "white", "gray", "black", "red", "orange", "yellow", "green", "teal", "blue", "purple", "pink", "brown",
+        "white", "gray", "black", "red", "orange", "yellow", "green", "teal", "blue", "purple",
+        "pink", "brown",
     ),
     "pattern": ("plain", "stripes", "dots"),
     "clothing": ("white", "black", "red", "yellow", "green", "blue", "purple"),
@@ -25,7 +26,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "beard": ("none", "moustache", "beard"),
     "style": ("photo", "noir", "pencil", "poster"),
 }  # fmt: skip
-"""Each attribute of a scene and its classes; the first class is the most common one."""
+"""The classes of each attribute of a scene; the first class is the most common one."""
 
 COMMON_PROBABILITY = {
     "pose": 0.4,
@@ -37,7 +38,9 @@ COMMON_PROBABILITY = {
     "beard": 0.85,
     "style": 0.7,
 }
-"""How often the first class is drawn; the other classes share the rest. Attributes not named are uniform."""
+"""Probability of an attribute's first class; the remaining classes are equally likely.
+
+The classes of all other attributes are equally likely."""
 
 COLOR_ATTRIBUTES = ("light", "background", "clothing", "hat_color", "hair_color")
 
@@ -95,9 +98,13 @@ _SUBJECTS = ("portrait", "portrait of a person", "a person")
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's attributes (see `ATTRIBUTES`) and `jitter`, small free variations in [-1, 1] that have no words.
+    """Attributes of an image (see `ATTRIBUTES`) and small variations that prompts do not mention.
 
-    `Scene()` is the neutral portrait: front, soft light, plain gray, short brown hair.
+    `Scene()` is the neutral portrait: front view, soft light, plain gray background, short brown
+    hair.
+
+    Attributes:
+        jitter: 12 variations of pose, position, light and hair in [-1, 1].
     """
 
     pose: str = "front"
@@ -117,65 +124,72 @@ class Scene:
 
     @classmethod
     def sample(cls, generator: torch.Generator, held_out: bool = False, **fixed: str) -> Scene:
-        """A random scene; `held_out`: of the colour combinations that no training has seen; `fixed` sets attributes."""
+        """Sample a scene.
+
+        Args:
+            generator: source of randomness.
+            held_out: use only color combinations that are held out of training, else none.
+            fixed: attributes to set instead of sampling them.
+        """
         jitter = tuple((2 * torch.rand(12, generator=generator) - 1).tolist())
         while True:
-            drawn = {
+            sampled = {
                 name: _sample_class(name, classes, generator)
                 for name, classes in ATTRIBUTES.items()
             }
-            scene = cls(jitter=jitter, **(drawn | fixed))
+            scene = cls(jitter=jitter, **(sampled | fixed))
             if scene.is_held_out == held_out:
                 return scene
 
     @property
     def is_held_out(self) -> bool:
-        """One in seven pairs of background and clothing colour is kept out of every training."""
-        classes = (
-            ATTRIBUTES["background"].index(self.background),
-            ATTRIBUTES["clothing"].index(self.clothing),
-        )
-        return (classes[0] + 3 * classes[1]) % 7 == 0
+        """Whether this pair of background and clothing color is held out; one in seven is."""
+        background = ATTRIBUTES["background"].index(self.background)
+        clothing = ATTRIBUTES["clothing"].index(self.clothing)
+        return (background + 3 * clothing) % 7 == 0
 
     def replace(self, **values: str) -> Scene:
-        """The same scene with some attributes changed."""
+        """Return the scene with some attributes changed."""
         return dataclasses.replace(self, **values)  # type: ignore[arg-type]
 
     def attributes(self) -> dict[str, str]:
-        """The attributes that can be seen in the picture, and only those: a pencil sketch has no colours."""
-        seen = {name: getattr(self, name) for name in ATTRIBUTES}
+        """Return the attributes that are visible in the image; a pencil sketch has no colors."""
+        visible = {name: getattr(self, name) for name in ATTRIBUTES}
         if self.style in ("noir", "pencil"):
             for name in COLOR_ATTRIBUTES:
-                del seen[name]
+                del visible[name]
         if self.hat == "none":
-            seen.pop("hat_color", None)
+            visible.pop("hat_color", None)
         if self.hair_length == "bald":
-            seen.pop("hair_color", None)
+            visible.pop("hair_color", None)
         if self.hat != "none" and self.hair_length in ("bald", "short"):
-            seen.pop("hair_color", None)
-            del seen["hair_length"]
+            visible.pop("hair_color", None)
+            del visible["hair_length"]
         if self.glasses == "sunglasses" and self.expression in ("wink", "smile", "neutral"):
-            del seen["expression"]
+            del visible["expression"]
         if self.style == "pencil":
-            del seen["pattern"]
-        return seen
+            del visible["pattern"]
+        return visible
 
     def prompt(self, generator: torch.Generator, keep: float = 0.85) -> str:
-        """A sentence for this scene: synonyms, each visible attribute with probability `keep`, in random order."""
-        seen = self.attributes()
+        """Generate a prompt with random synonyms and order.
+
+        Args:
+            generator: source of randomness.
+            keep: probability that a visible attribute is mentioned.
+        """
+        visible = self.attributes()
         style = _sample_phrase(_PHRASES["style"][self.style], generator)
         subject = _sample_phrase(_SUBJECTS, generator)
         clauses = [
-            clause for clause in (_clause(name, seen, generator) for name in _CLAUSES) if clause
+            clause for clause in (_clause(name, visible, generator) for name in _CLAUSES) if clause
         ]
         order = torch.randperm(len(clauses), generator=generator).tolist()
-        kept = torch.rand(len(clauses), generator=generator) < keep
-        chosen = [clauses[index] for index in order if kept[index]]
-        return ", ".join(
-            [subject, style, *chosen]
-            if torch.rand((), generator=generator) < 0.5
-            else [style, subject, *chosen]
-        )
+        is_kept = torch.rand(len(clauses), generator=generator) < keep
+        clauses = [clauses[index] for index in order if is_kept[index]]
+        if torch.rand((), generator=generator) < 0.5:
+            return ", ".join([subject, style, *clauses])
+        return ", ".join([style, subject, *clauses])
 
 
 _CLAUSES = (
@@ -191,36 +205,35 @@ _CLAUSES = (
 )
 
 
-def _clause(name: str, seen: dict[str, str], generator: torch.Generator) -> str:
-    """The words for one attribute (or two that share a clause), empty where there is nothing to say."""
-    value = seen.get(name)
+def _clause(name: str, visible: dict[str, str], generator: torch.Generator) -> str:
+    """Describe an attribute, or two that share a clause; return "" if it is not mentioned."""
+    value = visible.get(name)
     if value is None:
         return ""
     if name == "background":
-        return _sample_phrase(_PATTERNS[seen["pattern"]], generator).format(value)
+        return _sample_phrase(_PATTERNS[visible["pattern"]], generator).format(value)
     if name == "clothing":
         return _sample_phrase(_CLOTHES, generator).format(value)
     if name == "hat":
         if value == "none":
             return ""
         phrase = _sample_phrase(_HATS[value], generator)
-        return (
-            phrase.format(seen["hat_color"]) if "hat_color" in seen else phrase.replace("{} ", "")
-        )
+        return _insert_color(phrase, visible.get("hat_color"))
     if name == "hair_length":
         if value == "bald":
             return "bald"
-        return (
-            _HAIR[value].format(seen["hair_color"])
-            if "hair_color" in seen
-            else _HAIR[value].replace("{} ", "")
-        )
+        return _insert_color(_HAIR[value], visible.get("hair_color"))
     return _sample_phrase(_PHRASES[name][value], generator)
 
 
+def _insert_color(phrase: str, color: str | None) -> str:
+    return phrase.format(color) if color else phrase.replace("{} ", "")
+
+
 def _sample_class(name: str, classes: tuple[str, ...], generator: torch.Generator) -> str:
+    num_others = len(classes) - 1
     common = COMMON_PROBABILITY.get(name, 1 / len(classes))
-    weights = torch.tensor([common] + [(1 - common) / (len(classes) - 1)] * (len(classes) - 1))
+    weights = torch.tensor([common] + [(1 - common) / num_others] * num_others)
     return classes[int(torch.multinomial(weights, 1, generator=generator))]
 
 
@@ -230,10 +243,12 @@ def _sample_phrase(phrases: tuple[str, ...], generator: torch.Generator) -> str:
 
 def _build_vocabulary() -> tuple[str, ...]:
     phrases = [*_SUBJECTS, *_CLOTHES, *_HAIR.values(), "bald"]
-    phrases += [
-        text for classes in _PHRASES.values() for texts in classes.values() for text in texts
-    ]
-    phrases += [text for table in (_PATTERNS, _HATS) for texts in table.values() for text in texts]
+    for classes in _PHRASES.values():
+        for synonyms in classes.values():
+            phrases += synonyms
+    for table in (_PATTERNS, _HATS):
+        for synonyms in table.values():
+            phrases += synonyms
     for name in ("background", "clothing", "hat_color", "hair_color"):
         phrases += ATTRIBUTES[name]
     words = {word for phrase in phrases for word in re.findall(r"[a-z]+", phrase)}
@@ -241,4 +256,4 @@ def _build_vocabulary() -> tuple[str, ...]:
 
 
 VOCABULARY: tuple[str, ...] = _build_vocabulary()
-"""Every word that a prompt of this world can hold, and the comma."""
+"""All words of the prompts of this world, and the comma."""

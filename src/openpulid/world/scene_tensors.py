@@ -1,4 +1,4 @@
-"""A list of scenes as tensors: the numbers behind the words."""
+"""Scene attributes as tensors: the numbers behind the class names."""
 
 from __future__ import annotations
 
@@ -19,10 +19,20 @@ POSES = {
     "up": (0.0, -0.30),
     "down": (0.0, 0.28),
 }
-"""Yaw to the picture's right and pitch downwards, radians."""
+"""Yaw to the right of the image and pitch downwards, in radians."""
 
+EXPRESSION_VALUES = (
+    "smile",
+    "open",
+    "teeth",
+    "mouth_width",
+    "eyes",
+    "brow_raise",
+    "brow_angle",
+    "mouth_tilt",
+)
 EXPRESSIONS = {
-    #            smile  open  teeth  width  eyes  raise  angle  tilt
+    # smile, open, teeth, mouth width, eyes, brow raise, brow angle, mouth tilt
     "neutral": (0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0),
     "smile": (1.0, 0.0, 0.0, 1.12, 0.92, 0.0, 0.0, 0.0),
     "laugh": (0.9, 0.105, 0.045, 1.15, 0.72, 0.015, 0.0, 0.0),
@@ -35,7 +45,7 @@ EXPRESSIONS = {
 LIGHTS: dict[
     str, tuple[tuple[float, float, float], tuple[Lamp, ...], tuple[float, float, float]]
 ] = {
-    # ambient on the person, lamps (direction, colour), tint of the background
+    # ambient light on the person, lamps (direction, color), tint of the background
     "studio": ((0.50, 0.50, 0.51), (((0.25, 0.45, 0.86), (0.56, 0.55, 0.54)),), (1.0, 1.0, 1.0)),
     "left": ((0.40, 0.40, 0.42), (((-0.86, 0.25, 0.44), (0.80, 0.79, 0.76)),), (0.92, 0.92, 0.93)),
     "right": ((0.40, 0.40, 0.42), (((0.86, 0.25, 0.44), (0.80, 0.79, 0.76)),), (0.92, 0.92, 0.93)),
@@ -49,10 +59,19 @@ LIGHTS: dict[
 }
 
 COLORS = {
-    "white": (0.93, 0.93, 0.91), "gray": (0.55, 0.56, 0.58), "black": (0.12, 0.12, 0.14), "red": (0.80, 0.13, 0.13),
-    "orange": (0.95, 0.52, 0.12), "yellow": (0.95, 0.83, 0.22), "green": (0.16, 0.58, 0.27), "teal": (0.10, 0.60, 0.62),
-    "blue": (0.16, 0.34, 0.82), "purple": (0.48, 0.20, 0.68), "pink": (0.96, 0.56, 0.72), "brown": (0.43, 0.27, 0.16),
-}  # fmt: skip
+    "white": (0.93, 0.93, 0.91),
+    "gray": (0.55, 0.56, 0.58),
+    "black": (0.12, 0.12, 0.14),
+    "red": (0.80, 0.13, 0.13),
+    "orange": (0.95, 0.52, 0.12),
+    "yellow": (0.95, 0.83, 0.22),
+    "green": (0.16, 0.58, 0.27),
+    "teal": (0.10, 0.60, 0.62),
+    "blue": (0.16, 0.34, 0.82),
+    "purple": (0.48, 0.20, 0.68),
+    "pink": (0.96, 0.56, 0.72),
+    "brown": (0.43, 0.27, 0.16),
+}
 HAIR = {
     "black": (0.10, 0.09, 0.10),
     "brown": (0.38, 0.23, 0.13),
@@ -64,7 +83,11 @@ HAIR = {
 
 @dataclass(frozen=True)
 class SceneTensors:
-    """Scene values as tensors: scalars (B, 1, 1), colours (B, 3, 1, 1), choices as dicts of 0/1 (B, 1, 1)."""
+    """Attributes of B scenes.
+
+    Scalars are (B, 1, 1), colors (B, 3, 1, 1), and classes dicts of 0/1 values (B, 1, 1) by class
+    name.
+    """
 
     yaw: Tensor
     pitch: Tensor
@@ -95,15 +118,20 @@ class SceneTensors:
     style: dict[str, Tensor]
 
     def rays(self, sx: Tensor, sy: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Rays through picture points (1, 1, W), (1, H, 1) towards the viewer, in head coordinates."""
+        """Return origins and directions of the rays through image points, in head coordinates.
+
+        Args:
+            sx: (1, 1, W) image coordinates to the right.
+            sy: (1, H, 1) image coordinates up.
+        """
         x, y = (sx - self.shift_x) / self.zoom, (sy - self.shift_y) / self.zoom
         r = self.rotation
         origin = tuple(r[:, 0, i, None, None] * x + r[:, 1, i, None, None] * y for i in range(3))
         ray = tuple(r[:, 2, i, None, None] + torch.zeros_like(origin[i]) for i in range(3))
         return origin, ray
 
-    def to_picture(self, vector: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """A vector in head coordinates in the picture's axes; zoom is left to the caller."""
+    def to_image_axes(self, vector: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Rotate a vector from head coordinates to the axes of the image, without zoom."""
         r = self.rotation
         x, y, z = vector
         return tuple(
@@ -112,88 +140,90 @@ class SceneTensors:
         )
 
     def in_plane(self, origin: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Picture coordinates relative to the head's centre, rolled with the head."""
-        picture = self.to_picture(origin)
-        return picture[0], picture[1]
+        """Return image coordinates relative to the center of the head, rolled with the head."""
+        x, y, _ = self.to_image_axes(origin)
+        return x, y
 
+    @classmethod
+    def from_scenes(cls, scenes: Sequence[Scene], device: torch.device) -> SceneTensors:
+        """Convert scenes to tensors on a device."""
 
-def scene_tensors(scenes: Sequence[Scene], device: torch.device) -> SceneTensors:
-    """Tensors for a list of scenes."""
+        def scalars(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, device=device, dtype=torch.float32)[:, None, None]
 
-    def numbers(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, device=device, dtype=torch.float32)[:, None, None]
+        def colors(values: Sequence[tuple[float, ...]]) -> Tensor:
+            return torch.tensor(values, device=device, dtype=torch.float32)[:, :, None, None]
 
-    def colors(values: Sequence[tuple[float, ...]]) -> Tensor:
-        return torch.tensor(values, device=device, dtype=torch.float32)[:, :, None, None]
+        def classes(name: str) -> dict[str, Tensor]:
+            return {
+                kind: scalars([float(getattr(scene, name) == kind) for scene in scenes])
+                for kind in ATTRIBUTES[name]
+            }
 
-    def choice(name: str) -> dict[str, Tensor]:
-        return {
-            kind: numbers([float(getattr(scene, name) == kind) for scene in scenes])
-            for kind in ATTRIBUTES[name]
-        }
-
-    j = torch.tensor([scene.jitter for scene in scenes], device=device, dtype=torch.float32).T[
-        ..., None, None
-    ]
-    yaw = numbers([POSES[scene.pose][0] for scene in scenes]) + 0.10 * j[0]
-    pitch = numbers([POSES[scene.pose][1] for scene in scenes]) + 0.06 * j[1]
-    faces = torch.tensor([EXPRESSIONS[scene.expression] for scene in scenes], device=device).T[
-        ..., None, None
-    ]
-    names = (
-        "smile",
-        "open",
-        "teeth",
-        "mouth_width",
-        "eyes",
-        "brow_raise",
-        "brow_angle",
-        "mouth_tilt",
-    )
-    brightness = 1 + 0.07 * j[8][:, None]
-    return SceneTensors(
-        yaw=yaw, pitch=pitch, roll=0.07 * j[2], zoom=1.14 + 0.05 * j[3], shift_x=0.05 * j[4],
-        shift_y=0.075 + 0.035 * j[5],
-        rotation=_rotation(yaw, pitch, 0.07 * j[2]),
-        expression=dict(zip(names, faces, strict=True)),
-        wink=numbers([float(scene.expression == "wink") for scene in scenes]),
-        skin_shift=0.06 * j[6], blush=0.5 + 0.5 * j[7],
-        ambient=colors([LIGHTS[scene.light][0] for scene in scenes]) * brightness,
-        ambience=colors([LIGHTS[scene.light][2] for scene in scenes]),
-        lamps=_lamps(scenes, device),
-        background=colors([COLORS[scene.background] for scene in scenes]),
-        clothing=colors([COLORS[scene.clothing] for scene in scenes]),
-        hat_color=colors([COLORS[scene.hat_color] for scene in scenes]),
-        hair=colors([HAIR[scene.hair_color] for scene in scenes]) * (1 + 0.10 * j[9][:, None]),
-        volume=j[10], hairline=j[11], parting=j[9],
-        pattern=choice("pattern"), glasses=choice("glasses"), hat=choice("hat"), length=choice("hair_length"),
-        beard=choice("beard"), style=choice("style"),
-    )  # fmt: skip
+        jitters = [scene.jitter for scene in scenes]
+        j = torch.tensor(jitters, device=device, dtype=torch.float32).T[..., None, None]
+        yaw = scalars([POSES[scene.pose][0] for scene in scenes]) + 0.10 * j[0]
+        pitch = scalars([POSES[scene.pose][1] for scene in scenes]) + 0.06 * j[1]
+        roll = 0.07 * j[2]
+        expressions = torch.tensor(
+            [EXPRESSIONS[scene.expression] for scene in scenes], device=device
+        )
+        brightness = 1 + 0.07 * j[8][:, None]
+        hair_tint = 1 + 0.10 * j[9][:, None]
+        return cls(
+            yaw=yaw,
+            pitch=pitch,
+            roll=roll,
+            zoom=1.14 + 0.05 * j[3],
+            shift_x=0.05 * j[4],
+            shift_y=0.075 + 0.035 * j[5],
+            rotation=_rotation(yaw, pitch, roll),
+            expression=dict(zip(EXPRESSION_VALUES, expressions.T[..., None, None], strict=True)),
+            wink=scalars([float(scene.expression == "wink") for scene in scenes]),
+            skin_shift=0.06 * j[6],
+            blush=0.5 + 0.5 * j[7],
+            ambient=colors([LIGHTS[scene.light][0] for scene in scenes]) * brightness,
+            ambience=colors([LIGHTS[scene.light][2] for scene in scenes]),
+            lamps=_lamps(scenes, device),
+            background=colors([COLORS[scene.background] for scene in scenes]),
+            clothing=colors([COLORS[scene.clothing] for scene in scenes]),
+            hat_color=colors([COLORS[scene.hat_color] for scene in scenes]),
+            hair=colors([HAIR[scene.hair_color] for scene in scenes]) * hair_tint,
+            volume=j[10],
+            hairline=j[11],
+            parting=j[9],
+            pattern=classes("pattern"),
+            glasses=classes("glasses"),
+            hat=classes("hat"),
+            length=classes("hair_length"),
+            beard=classes("beard"),
+            style=classes("style"),
+        )
 
 
 def _lamps(scenes: Sequence[Scene], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Two lamps for every scene; where a light has one, the other is dark."""
+    """Return two lamps per scene; the second is dark if a light has only one."""
     dark: Lamp = ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0))
-    both = [[*LIGHTS[scene.light][1], dark][:2] for scene in scenes]
+    pairs = [[*LIGHTS[scene.light][1], dark][:2] for scene in scenes]
     lamps = []
     for k in range(2):
-        direction = torch.tensor([pair[k][0] for pair in both], device=device)
-        color = torch.tensor([pair[k][1] for pair in both], device=device)[:, :, None, None]
+        direction = torch.tensor([pair[k][0] for pair in pairs], device=device)
+        color = torch.tensor([pair[k][1] for pair in pairs], device=device)[:, :, None, None]
         lamps.append((direction / direction.norm(dim=1, keepdim=True), color))
     return tuple(lamps)
 
 
 def _rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
-    """(B, 3, 3) head axes to picture axes: roll after pitch after yaw."""
-    cy, sy, cp, sp, cr, sr = (
-        f(angle[:, 0, 0]) for angle in (yaw, pitch, roll) for f in (torch.cos, torch.sin)
-    )
-    zero, one = torch.zeros_like(cy), torch.ones_like(cy)
+    """Return rotations (B, 3, 3) from head axes to image axes: yaw, then pitch, then roll."""
+    cy, cp, cr = (torch.cos(angle[:, 0, 0]) for angle in (yaw, pitch, roll))
+    sy, sp, sr = (torch.sin(angle[:, 0, 0]) for angle in (yaw, pitch, roll))
+    zero = torch.zeros_like(cy)
+    one = torch.ones_like(cy)
 
     def matrix(*rows: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
-    turn = matrix((cy, zero, sy), (zero, one, zero), (-sy, zero, cy))
-    nod = matrix((one, zero, zero), (zero, cp, -sp), (zero, sp, cp))
-    tip = matrix((cr, -sr, zero), (sr, cr, zero), (zero, zero, one))
-    return tip @ nod @ turn
+    yaw_matrix = matrix((cy, zero, sy), (zero, one, zero), (-sy, zero, cy))
+    pitch_matrix = matrix((one, zero, zero), (zero, cp, -sp), (zero, sp, cp))
+    roll_matrix = matrix((cr, -sr, zero), (sr, cr, zero), (zero, zero, one))
+    return roll_matrix @ pitch_matrix @ yaw_matrix

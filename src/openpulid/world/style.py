@@ -1,4 +1,4 @@
-"""The look of the finished picture: photo, film noir, pencil sketch, poster."""
+"""Styles of rendered images: photo, film noir, pencil sketch, poster."""
 
 from __future__ import annotations
 
@@ -12,13 +12,20 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def luminance(image: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 1, H, W), Rec. 601."""
+    """Convert RGB (B, 3, H, W) to gray (B, 1, H, W) with the weights of Rec. 601."""
     weights = torch.tensor(LUMA, dtype=image.dtype, device=image.device).view(1, 3, 1, 1)
     return (image * weights).sum(1, keepdim=True)
 
 
 def apply_style(image: Tensor, edges: Tensor, parts: Tensor, style: Mapping[str, Tensor]) -> Tensor:
-    """Each picture in its own style; `edges` (B, 1, H, W) are ink lines, `parts` (B, H, W) labels."""
+    """Apply the style of each image.
+
+    Args:
+        image: (B, 3, H, W) in [0, 1].
+        edges: (B, 1, H, W) ink lines.
+        parts: (B, H, W) labels.
+        style: style name -> (B, 1, 1) 0 or 1.
+    """
     looks = {
         "noir": noir(image),
         "pencil": pencil(image, edges, parts),
@@ -30,7 +37,7 @@ def apply_style(image: Tensor, edges: Tensor, parts: Tensor, style: Mapping[str,
 
 
 def noir(image: Tensor) -> Tensor:
-    """Black and white with deep shadows and a dark rim; faces keep their middle tones whatever the skin."""
+    """Convert to black and white with deep shadows and a dark rim; faces keep their midtones."""
     gray = luminance(image)
     curve = gray.clamp(0, 1) ** 0.8
     curve = curve * curve * (3 - 2 * curve)
@@ -42,10 +49,10 @@ def noir(image: Tensor) -> Tensor:
 
 
 def pencil(image: Tensor, edges: Tensor, parts: Tensor) -> Tensor:
-    """Graphite on paper: outlines, local contrast as lines, hatching in the darks."""
+    """Draw with graphite: outlines, local contrast as lines, hatching in dark areas."""
     gray = luminance(image)
-    around = F.avg_pool2d(F.pad(gray, (3, 3, 3, 3), mode="replicate"), 7, 1)
-    detail = ((around - gray) * 2.6).clamp(0, 1)
+    blurred = F.avg_pool2d(F.pad(gray, (3, 3, 3, 3), mode="replicate"), 7, 1)
+    detail = ((blurred - gray) * 2.6).clamp(0, 1)
     height, width = image.shape[2:]
     ys, xs = (
         torch.arange(height, device=image.device).view(1, 1, -1, 1),
@@ -59,7 +66,7 @@ def pencil(image: Tensor, edges: Tensor, parts: Tensor) -> Tensor:
 
 
 def poster(image: Tensor, edges: Tensor) -> Tensor:
-    """Screen print: few tones of lightness with the hue kept, strong colour, dark outlines."""
+    """Reduce to few tones of lightness with the same hue, strong colors and dark outlines."""
     gray = luminance(image).clamp(0.02, 1)
     levels = 4.0
     scaled = gray * levels
@@ -71,7 +78,7 @@ def poster(image: Tensor, edges: Tensor) -> Tensor:
 
 
 def ink_lines(label: Tensor, normal: Tensor) -> Tensor:
-    """(B, 1, s, s) ink lines where the part changes or the surface turns sharply."""
+    """Compute ink lines (B, 1, s, s) where the label or the surface normal changes sharply."""
     field = torch.cat([label[:, None] * 0.6, normal], 1)
     right = (field - field.roll(-1, 3)).abs().amax(1, keepdim=True)
     down = (field - field.roll(-1, 2)).abs().amax(1, keepdim=True)

@@ -1,3 +1,5 @@
+"""Image augmentation: shapes and ranges, seeds, and the effect of each transform."""
+
 import pytest
 import torch
 
@@ -18,30 +20,32 @@ def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-@pytest.mark.parametrize("harm", [color_jitter, blur, downscale, compress_jpeg, add_noise, augment])
-def test_damage_keeps_shape_and_range_and_depends_on_the_generator_alone(harm):
+@pytest.mark.parametrize(
+    "transform", [color_jitter, blur, downscale, compress_jpeg, add_noise, augment]
+)
+def test_augmentation_keeps_shape_and_range_and_is_seeded(transform):
     images = torch.rand(8, 3, 64, 64, generator=seeded())
-    worse = harm(images, seeded())
-    assert worse.shape == images.shape and worse.dtype == torch.float32
-    assert worse.min() >= -1e-6 and worse.max() <= 1 + 1e-6
-    assert not torch.equal(worse, images)
-    assert torch.equal(worse, harm(images, seeded()))
+    augmented = transform(images, seeded())
+    assert augmented.shape == images.shape and augmented.dtype == torch.float32
+    assert augmented.min() >= -1e-6 and augmented.max() <= 1 + 1e-6
+    assert not torch.equal(augmented, images)
+    assert torch.equal(augmented, transform(images, seeded()))
 
 
-def test_blocks_of_one_colour_survive_quantisation():
+def test_jpeg_preserves_constant_blocks():
     images = (
         torch.rand(4, 3, 8, 8, generator=seeded()).repeat_interleave(8, -1).repeat_interleave(8, -2)
     )
     assert (compress_jpeg(images, seeded()) - images).abs().max() < 0.02
 
 
-def test_gray_takes_all_colour():
+def test_gray_removes_color():
     images = torch.rand(16, 3, 8, 8, generator=seeded())
     gray = color_jitter(images, seeded(), gray=1.0)
     assert torch.allclose(gray[:, 0], gray[:, 2], atol=1e-5)
 
 
-def test_masks_grow_and_shrink_at_the_edge_only():
+def test_dilation_changes_mask_edges_only():
     masks = torch.zeros(32, 1, 32, 32)
     masks[..., 8:24, 8:24] = 1
     changed = dilate(masks, seeded())
@@ -50,7 +54,7 @@ def test_masks_grow_and_shrink_at_the_edge_only():
     assert sizes.min() < 256 < sizes.max()
 
 
-def test_similarities_turn_about_the_middle():
+def test_random_affine_keeps_center():
     matrix = random_affine(5, 64, seeded(), turn=0.3, grow=0.2, shift=0.0)
     middle = torch.tensor([32.0, 32.0, 1.0])
     assert torch.allclose((matrix * middle).sum(-1), middle.expand(5, 3), atol=1e-4)
@@ -58,7 +62,7 @@ def test_similarities_turn_about_the_middle():
     assert (scale > 1 / 1.21).all() and (scale < 1.21).all()
 
 
-def test_after_is_the_product():
+def test_compose_affine_is_matrix_product():
     generator = seeded()
     matrix, first = (
         torch.rand(3, 2, 3, generator=generator),

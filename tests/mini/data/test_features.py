@@ -1,4 +1,4 @@
-"""What the adapters learn from is read once, and is what the encoder gets at inference."""
+"""Cached face features equal those that the identity encoder gets at inference."""
 
 from __future__ import annotations
 
@@ -23,31 +23,29 @@ def extractor() -> MiniExtractor:
     )
 
 
-def test_rows_are_the_features_of_the_faces(small_world, extractor, tmp_path) -> None:
+def test_cached_rows_equal_extracted_features(small_world, extractor, tmp_path) -> None:
     steps = []
-    kept = FaceFeatures.build(
+    features = FaceFeatures.build(
         extractor, small_world, tmp_path, lambda done, total: steps.append((done, total))
     )
     assert steps[-1] == (len(small_world), len(small_world))
     rows = np.array([5, 0])
-    id_cond, hidden = kept.rows(rows)
+    id_cond, hidden = features.rows(rows)
     with torch.no_grad():
-        expected, levels = extractor.extract_batch(
-            *faces_of(small_world, rows, torch.device("cpu"))
-        )
+        expected, levels = extractor.features(*faces_of(small_world, rows, torch.device("cpu")))
     assert torch.allclose(id_cond, expected, atol=1e-5)
     assert len(hidden) == 5 and all(
         torch.allclose(a, b, atol=1e-2) for a, b in zip(hidden, levels, strict=True)
     )
 
 
-def test_other_networks_read_again(small_world, extractor, tmp_path) -> None:
-    def reads() -> int:
+def test_changed_network_invalidates_cache(small_world, extractor, tmp_path) -> None:
+    def count_batches() -> int:
         steps: list[int] = []
         FaceFeatures.build(extractor, small_world, tmp_path, lambda done, total: steps.append(done))
         return len(steps)
 
-    assert reads() == 1 and reads() == 0
+    assert count_batches() == 1 and count_batches() == 0
     with torch.no_grad():
-        next(extractor.recognition.parameters()).add_(1.0)
-    assert reads() == 1
+        next(extractor.recogniser.parameters()).add_(1.0)
+    assert count_batches() == 1

@@ -1,4 +1,4 @@
-"""The ablation's picture, and the sweep around it."""
+"""The ablation: the image of all stages, and the recipes and plot of the sweep."""
 
 from __future__ import annotations
 
@@ -12,24 +12,19 @@ from openpulid.mini.evaluation import ablation, evaluate
 from openpulid.mini.evaluation.evaluate import Table
 
 
-def test_the_sweep_moves_one_thing_at_a_time() -> None:
+def test_sweep_varies_one_option_at_a_time() -> None:
     recipes = ablation.sweep_recipes()
     steps = [recipe for name, recipe in recipes.items() if name.startswith("k=")]
-    assert [recipe.grad_steps for recipe in steps] == [1, 2, 3, 4]
+    assert [recipe.last for recipe in steps] == [1, 2, 3, 4]
     assert all(
-        (recipe.semantic_weight, recipe.layout_weight, recipe.init_from) == (0, 0, "mini_stage1")
-        for recipe in steps
+        (recipe.semantic, recipe.layout, recipe.begin) == (0, 0, "mini_stage1") for recipe in steps
     )
     weights = [recipe for name, recipe in recipes.items() if name.startswith("sem")]
-    assert (0.6, 0.1) in [
-        (recipe.semantic_weight, recipe.layout_weight) for recipe in weights
-    ]  # the paper's
-    assert {(recipe.grad_steps, recipe.init_from) for recipe in weights} == {
-        (weights[0].last, "mini_stage2")
-    }
+    assert (0.6, 0.1) in [(recipe.semantic, recipe.layout) for recipe in weights]  # the paper's
+    assert {(recipe.last, recipe.begin) for recipe in weights} == {(weights[0].last, "mini_stage2")}
 
 
-def test_the_plot_is_drawn(tmp_path: Path) -> None:
+def test_plot_is_saved(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS}
     table = Table(
@@ -44,9 +39,9 @@ def test_the_plot_is_drawn(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "sweep.png").size[0] > 1000
 
 
-def test_the_picture_has_a_column_for_every_stage(tmp_path: Path) -> None:
+def test_stages_image_has_column_per_stage(tmp_path: Path) -> None:
     stages = evaluate.find_adapters()
-    assert stages, "no adapter is there"
+    assert stages, "no adapter is installed"
     page = ablation.draw_stages(people=1, side=96)
-    narrow = 2 * 24 + (2 + len(stages)) * (96 + 16) - 16
-    assert page.size[0] == narrow and len(page.getcolors(1 << 24) or []) > 1000
+    width = 2 * 24 + (2 + len(stages)) * (96 + 16) - 16
+    assert page.size[0] == width and len(page.getcolors(1 << 24) or []) > 1000

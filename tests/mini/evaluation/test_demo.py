@@ -1,4 +1,4 @@
-"""The demonstration's figures and files, with a studio and a judge that can be computed by hand."""
+"""The demo's scores and files, with a studio and a face scorer that are computed by hand."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from openpulid.mini.evaluation import demo
 from openpulid.world import VOCABULARY
 
 
-def middle(images: Tensor) -> Faces:
-    """A face is the middle of a picture, and its colour there is who it is."""
+def embed_center(images: Tensor) -> Faces:
+    """Take the center of an image as the face, and its color as the embedding."""
     masks = torch.zeros(len(images), 1, *images.shape[2:])
     masks[:, :, 32:64, 32:64] = 1
     colors = images[:, :, 48, 48]
@@ -30,19 +30,18 @@ def flat(color: tuple[int, int, int], face: tuple[int, int, int] | None = None) 
     return image
 
 
-def test_figures_by_hand() -> None:
+def test_scores_match_manual_computation() -> None:
     portraits = [flat((255, 0, 0)), flat((0, 255, 0)), flat((0, 0, 255))]
     without = [flat((51, 51, 51), (0, 0, 255)), flat((51, 51, 51), (0, 0, 255))]
     with_identity = [flat((51, 51, 51), (255, 0, 0)), flat((102, 51, 51), (0, 255, 0))]
-    figures = demo.score_images(middle, portraits, without, with_identity)
-    assert figures["same_person"] == 0.5  # one image shows the person, the other somebody else
-    assert figures["other_person"] == 0.25  # of two others and two images, one pair is alike
-    assert figures["changed_outside_face"] == pytest.approx(
-        0.2 / 3 / 2, abs=1e-4
-    )  # one channel of one image
+    figures = demo.score_images(embed_center, portraits, without, with_identity)
+    assert figures["same_person"] == 0.5  # one of two images shows the person
+    assert figures["other_person"] == 0.25  # one pair of two people and two images
+    # One channel of one image changes.
+    assert figures["changed_outside_face"] == pytest.approx(0.2 / 3 / 2, abs=1e-4)
 
 
-def test_prompts_are_words_that_the_miniature_knows() -> None:
+def test_demo_prompts_use_vocabulary() -> None:
     for prompt in demo.PROMPTS:
         words = prompt.replace(",", " , ").split()
         assert set(words) <= set(VOCABULARY), prompt
@@ -52,37 +51,37 @@ class Studio:
     def __init__(self) -> None:
         self.seeds: list[tuple[int, bool]] = []
 
-    def identify(self, pictures: list[Image.Image]) -> str:
-        return "somebody"
+    def identify(self, images: list[Image.Image]) -> str:
+        return "identity"
 
     def generate(self, prompt: str, identity: object = None, seed: int = 0) -> SimpleNamespace:
         self.seeds.append((seed, identity is not None))
         return SimpleNamespace(images=[flat((200, 100, 50))])
 
 
-def test_it_writes_a_picture_a_page_and_the_figures(
+def test_demo_writes_image_page_and_figures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     studio = Studio()
     monkeypatch.setattr(demo.studios, "load", lambda preset, device: studio)
-    monkeypatch.setattr(demo.FaceScorer, "load", lambda: middle)
-    said: list[str] = []
-    outcome = demo.run(tmp_path, people_seed=3, say=said.append)
-    # every prompt twice from the same noise
+    monkeypatch.setattr(demo.FaceScorer, "load", lambda: embed_center)
+    messages: list[str] = []
+    result = demo.run(tmp_path, people_seed=3, log=messages.append)
+    # Every prompt is generated twice with the same seed.
     assert len(studio.seeds) == 2 * len(demo.PROMPTS)
-    assert {seed for seed, given in studio.seeds if given} == {
-        seed for seed, given in studio.seeds if not given
+    assert {seed for seed, has_identity in studio.seeds if has_identity} == {
+        seed for seed, has_identity in studio.seeds if not has_identity
     }
-    width, height = Image.open(outcome.picture).size
+    width, height = Image.open(result.image).size
     assert height > width > 3 * 280
-    page = outcome.page.read_text("utf-8")
+    page = result.page.read_text("utf-8")
     assert page.count("data:image/png;base64,") == 3 * len(demo.PROMPTS)
-    assert "http" not in page  # nothing is fetched
-    assert json.loads((tmp_path / "demo.json").read_text()) == outcome.figures
-    assert set(outcome.figures) == {
+    assert "http" not in page  # the page loads nothing
+    assert json.loads((tmp_path / "demo.json").read_text()) == result.figures
+    assert set(result.figures) == {
         "same_person",
         "other_person",
         "changed_outside_face",
         "seconds",
     }
-    assert "1000003" in said[0]
+    assert "1000003" in messages[0]

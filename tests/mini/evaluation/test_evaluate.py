@@ -1,4 +1,4 @@
-"""The table of the miniature: what is asked, and how rows come about."""
+"""The evaluation table of the miniature: its prompts, rows and formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from openpulid.mini.evaluation.scorers import MiniScorers
 from openpulid.world import ATTRIBUTES, VOCABULARY
 
 
-def middle(images: Tensor) -> Faces:
+def embed_center(images: Tensor) -> Faces:
     masks = torch.zeros(len(images), 1, *images.shape[2:])
     masks[:, :, 40:56, 40:56] = 1
     return Faces(
@@ -27,8 +27,8 @@ def middle(images: Tensor) -> Faces:
     )
 
 
-JUDGES = MiniScorers(
-    faces=middle,
+SCORERS = MiniScorers(
+    faces=embed_center,
     embed_images=lambda images: images.mean(dim=(2, 3)),
     embed_texts=lambda prompts: torch.ones(len(prompts), 3),
     read=lambda images: {
@@ -37,26 +37,26 @@ JUDGES = MiniScorers(
 )
 
 
-def test_requests_are_the_same_for_everybody() -> None:
-    asked = evaluate.sample_prompts(people=3, prompts=2, people_seed=5)
-    assert asked == evaluate.sample_prompts(3, 2, 5)
-    assert asked[2:] == [  # people are numbered from the first, whatever comes before
+def test_prompts_do_not_depend_on_model() -> None:
+    prompts = evaluate.sample_prompts(people=3, prompts=2, people_seed=5)
+    assert prompts == evaluate.sample_prompts(3, 2, 5)
+    assert prompts[2:] == [  # a person does not depend on the number of the first
         evaluate.EvalPrompt(r.person + 1, r.prompt, r.seed, r.scene)
         for r in evaluate.sample_prompts(2, 2, 6)
     ]
-    assert [request.person for request in asked] == [0, 0, 1, 1, 2, 2]
-    for request in asked:
-        assert set(request.prompt.replace(",", " , ").split()) <= set(VOCABULARY)
-        assert all(0 <= value < len(ATTRIBUTES[name]) for name, value in request.wanted.items())
+    assert [prompt.person for prompt in prompts] == [0, 0, 1, 1, 2, 2]
+    for prompt in prompts:
+        assert set(prompt.prompt.replace(",", " , ").split()) <= set(VOCABULARY)
+        assert all(0 <= value < len(ATTRIBUTES[name]) for name, value in prompt.wanted.items())
 
 
-def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(studio, batches, identities):
-        asked = [request for batch in batches for request in batch]
-        images = torch.full((len(asked), 3, 96, 96), 0.5)
-        for image, request in zip(images, asked, strict=True):
+def test_image_equal_to_portrait_scores_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate_images(studio, batches, identities):
+        prompts = [prompt for batch in batches for prompt in batch]
+        images = torch.full((len(prompts), 3, 96, 96), 0.5)
+        for image, prompt in zip(images, prompts, strict=True):
             if identities:
-                image[:, 40:56, 40:56] = identities[request.person][0, :, 40:56, 40:56]
+                image[:, 40:56, 40:56] = identities[prompt.person][0, :, 40:56, 40:56]
         return images
 
     monkeypatch.setattr(
@@ -65,20 +65,20 @@ def test_an_image_that_is_the_portrait_scores_full(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         evaluate, "iterate_models", lambda studio, adapters: [(name, studio) for name in adapters]
     )
-    monkeypatch.setattr(evaluate, "generate_images", make)
-    monkeypatch.setattr(evaluate.MiniScorers, "load", lambda: JUDGES)
+    monkeypatch.setattr(evaluate, "generate_images", generate_images)
+    monkeypatch.setattr(evaluate.MiniScorers, "load", lambda: SCORERS)
     table = evaluate.run(people=3, prompts=2, adapters={"stage1": Path("nowhere")})
     base, stage1 = table.rows["base"], table.rows["stage1"]
     assert stage1["face_sim"].mean == pytest.approx(1, abs=1e-4)
     assert stage1["rank1"].mean == 1 and base["rank1"].mean == pytest.approx(1 / 3)
     assert base["clip_i"].mean == pytest.approx(1) and base["outside_face"].mean == 0
-    assert stage1["outside_face"].mean == 0  # only the middle differs
+    assert stage1["outside_face"].mean == 0  # only the center differs
     assert stage1["face_found"].mean == 1
     assert list(table.rows) == ["base", "stage1", "truth"]
     assert evaluate.render_portraits(people=2).shape == (2, 3, 96, 96)
 
 
-def test_json_has_the_columns_and_no_nan() -> None:
+def test_json_has_columns_and_no_nan() -> None:
     row = {name: Interval(0.5, 0.4, 0.6) for name in evaluate.COLUMNS} | {
         "attributes": Interval(*[math.nan] * 3)
     }
@@ -92,7 +92,7 @@ def test_json_has_the_columns_and_no_nan() -> None:
     assert rows[0]["attributes"] is None
 
 
-def test_the_table_shows_every_row(
+def test_table_prints_every_row(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -107,11 +107,12 @@ def test_the_table_shows_every_row(
     )
 
 
-def test_adapters_are_the_shipped_ones_and_those_trained_here(tmp_path: Path) -> None:
+def test_adapters_are_shipped_or_locally_trained(tmp_path: Path) -> None:
     weights, runs = tmp_path / "weights", tmp_path / "runs"
-    shipped, older = weights / "pulid-stage1.safetensors", runs / "stage1" / "adapter.safetensors"
-    own = runs / "stage2" / "adapter.safetensors"
-    for file in (shipped, older, own):
+    shipped = weights / "pulid-stage1.safetensors"
+    ignored = runs / "stage1" / "adapter.safetensors"
+    local = runs / "stage2" / "adapter.safetensors"
+    for file in (shipped, ignored, local):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    assert evaluate.find_adapters(weights, runs) == {"stage1": shipped, "stage2": own}
+    assert evaluate.find_adapters(weights, runs) == {"stage1": shipped, "stage2": local}

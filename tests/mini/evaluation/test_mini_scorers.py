@@ -1,4 +1,4 @@
-"""The evaluation with the networks that are shipped: judges that fit the measures, batches that change nothing."""
+"""The evaluation with the shipped networks: scorers fit the metrics, batches change nothing."""
 
 from __future__ import annotations
 
@@ -21,64 +21,63 @@ def studio() -> Studio:
     return load("mini", device="cpu")
 
 
-def test_many_at_once_are_what_each_is_alone(studio: Studio) -> None:
-    asked = evaluate.sample_prompts(people=3, prompts=1)
+def test_batched_images_equal_single_images(studio: Studio) -> None:
+    prompts = evaluate.sample_prompts(people=3, prompts=1)
     identities = [studio.identify(render_portrait(HELD_OUT_PEOPLE + k)) for k in range(3)]
-    together = evaluate.generate_images(studio, [asked], identities)
-    for request, image in zip(asked, together, strict=True):
-        alone = studio.generate(
-            request.prompt, identities[request.person], seed=request.seed
-        ).images
-        assert (to_tensor(alone)[0] - image).abs().mean() < 0.004  # an eighth bit, and rounding
+    batch = evaluate.generate_images(studio, [prompts], identities)
+    for prompt, image in zip(prompts, batch, strict=True):
+        single = studio.generate(prompt.prompt, identities[prompt.person], seed=prompt.seed).images
+        assert (to_tensor(single)[0] - image).abs().mean() < 0.004  # quantization and rounding
 
 
-def test_judges_answer_in_the_measures_shapes() -> None:
-    judges, images = (
-        MiniScorers.load(),
-        to_tensor([render_portrait(HELD_OUT_PEOPLE + k) for k in range(2)]),
-    )
-    faces = judges.faces(images)
-    assert faces.has_face.tolist() == [True, True] and faces.masks.shape == (2, 1, 96, 96)
-    assert judges.embed_images(images).shape == judges.embed_texts(["portrait", "photo"]).shape
-    read = judges.read(images)
+def test_scorers_return_expected_shapes() -> None:
+    scorers = MiniScorers.load()
+    images = to_tensor([render_portrait(HELD_OUT_PEOPLE + k) for k in range(2)])
+    faces = scorers.faces(images)
+    assert faces.found.tolist() == [True, True] and faces.masks.shape == (2, 1, 96, 96)
+    assert scorers.embed_images(images).shape == scorers.embed_texts(["portrait", "photo"]).shape
+    read = scorers.read(images)
     assert {name: scores.shape[1] for name, scores in read.items()} == {
         n: len(c) for n, c in ATTRIBUTES.items()
     }
 
 
-def test_pictures_without_a_face_are_measured() -> None:
-    judges, people = MiniScorers.load(), [HELD_OUT_PEOPLE, HELD_OUT_PEOPLE + 1]
+def test_images_without_face_are_scored() -> None:
+    scorers = MiniScorers.load()
+    people = [HELD_OUT_PEOPLE, HELD_OUT_PEOPLE + 1]
     gray = to_tensor([Image.new("RGB", (96, 96), "gray")] * 2)
     portraits = to_tensor([render_portrait(number) for number in people])
-    nobody, gallery = judges.faces(gray), judges.faces(portraits)
-    assert not nobody.has_face.any() and nobody.embeddings.shape == gallery.embeddings.shape
-    who, prompts = torch.tensor([0, 1]), ["portrait", "photo"]
-    wanted, truth = (
-        [judges.attribute_classes({"pose": "front"})] * 2,
-        judges.facial_values([str(number) for number in people]),
-    )
-    it = MetricInputs(
+    no_faces, gallery = scorers.faces(gray), scorers.faces(portraits)
+    assert not no_faces.found.any() and no_faces.embeddings.shape == gallery.embeddings.shape
+    person = torch.tensor([0, 1])
+    prompts = ["portrait", "photo"]
+    wanted = [scorers.wanted({"pose": "front"})] * 2
+    truth = scorers.truth([str(number) for number in people])
+    inputs = MetricInputs(
         gray,
         gray,
-        nobody,
-        nobody,
-        who,
+        no_faces,
+        no_faces,
+        person,
         portraits,
         gallery,
         prompts,
         wanted,
-        second_faces=gallery,
-        facial_values=truth,
+        others=gallery,
+        truth=truth,
     )
-    told = {measure.name: measure(it) for measure in judges.metrics()}
-    assert all(values.shape == (2,) for values in told.values())
+    scores = {metric.name: metric(inputs) for metric in scorers.measures()}
+    assert all(values.shape == (2,) for values in scores.values())
     assert (
-        told["face_sim"].tolist() == told["rank1"].tolist() == told["face_found"].tolist() == [0, 0]
+        scores["face_sim"].tolist()
+        == scores["rank1"].tolist()
+        == scores["face_found"].tolist()
+        == [0, 0]
     )
-    assert told["values"].isnan().all() and told["copy_paste"].isnan().all()
+    assert scores["values"].isnan().all() and scores["copy_paste"].isnan().all()
 
 
-def test_a_real_photograph_is_refused(studio: Studio) -> None:
+def test_real_photo_is_rejected(studio: Studio) -> None:
     from skimage.data import astronaut
 
     with pytest.raises(FaceError, match="no face"):

@@ -1,4 +1,4 @@
-"""What a U-Net is told in training is what the stock pipeline tells it, and the folders load again."""
+"""Training uses the conditioning of the diffusers pipeline, and saved folders load again."""
 
 from __future__ import annotations
 
@@ -19,60 +19,60 @@ def pipe():
     )
 
 
-def test_words_are_those_of_the_pipeline(pipe):
+def test_text_encoders_match_pipeline(pipe):
     text = networks.small_words()(token_ids(build_tokenizer(), networks.PROMPTS))
-    embeds, nothing, pooled, pooled_nothing = pipe.encode_prompt(
+    embeds, negative, pooled, negative_pooled = pipe.encode_prompt(
         networks.PROMPTS, device="cpu", num_images_per_prompt=1
     )
     assert torch.equal(text.embeds, embeds) and torch.equal(text.pooled, pooled)
-    assert not nothing.any() and not pooled_nothing.any()
+    assert not negative.any() and not negative_pooled.any()
     ids = pipe._get_add_time_ids(
         (96, 96), (0, 0), (96, 96), torch.float32, text_encoder_projection_dim=128
     )
     assert torch.equal(text.time_ids, ids.expand(4, -1))
 
 
-def test_a_dropped_sentence_is_all_zero():
-    kept = torch.tensor([True, False, True, False])
-    text = networks.small_words()(token_ids(build_tokenizer(), networks.PROMPTS), kept)
-    assert text.embeds.abs().sum((1, 2)).bool().tolist() == kept.tolist()
-    assert text.pooled.abs().sum(1).bool().tolist() == kept.tolist()
+def test_dropped_prompt_is_zero():
+    keep = torch.tensor([True, False, True, False])
+    text = networks.small_words()(token_ids(build_tokenizer(), networks.PROMPTS), keep)
+    assert text.embeds.abs().sum((1, 2)).bool().tolist() == keep.tolist()
+    assert text.pooled.abs().sum(1).bool().tolist() == keep.tolist()
 
 
-def test_the_last_time_is_nothing_but_noise():
-    known = build_scheduler()
-    known.set_timesteps(4)
-    assert known.timesteps.tolist() == [999, 749, 499, 249]
-    assert known.alphas_cumprod[-1] < 1e-6
+def test_last_timestep_is_pure_noise():
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    assert scheduler.alphas_cumprod[-1] < 1e-6
 
 
-def test_the_seed_is_the_image(pipe):
-    together = sample(pipe, networks.PROMPTS[:3], [5, 6, 7], steps=2, guidance=3.0)
-    alone = sample(pipe, networks.PROMPTS[1:2], [6], steps=2, guidance=3.0)
-    assert together.shape == (3, 3, 96, 96)
-    assert torch.allclose(together[1], alone[0], atol=1e-5)
-    assert not torch.allclose(together[0], together[1], atol=1e-2)
+def test_image_depends_on_its_seed_only(pipe):
+    batch = sample(pipe, networks.PROMPTS[:3], [5, 6, 7], steps=2, guidance=3.0)
+    single = sample(pipe, networks.PROMPTS[1:2], [6], steps=2, guidance=3.0)
+    assert batch.shape == (3, 3, 96, 96)
+    assert torch.allclose(batch[1], single[0], atol=1e-5)
+    assert not torch.allclose(batch[0], batch[1], atol=1e-2)
 
 
-def test_saving_halves_the_file_and_not_the_model(tmp_path):
+def test_save_folder_stores_bf16_and_keeps_model(tmp_path):
     unet = networks.small_unet()
-    before = unet.conv_in.weight.clone()
+    weight = unet.conv_in.weight.clone()
     save_folder(unet, tmp_path)
-    assert unet.dtype == torch.float32 and torch.equal(unet.conv_in.weight, before)
+    assert unet.dtype == torch.float32 and torch.equal(unet.conv_in.weight, weight)
     stored = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert (
         sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
         < 2.2 * stored.num_parameters()
     )
-    assert torch.equal(stored.conv_in.weight, before.bfloat16())
+    assert torch.equal(stored.conv_in.weight, weight.bfloat16())
 
 
-def test_what_is_saved_names_no_folder_of_its_maker(tmp_path):
+def test_saved_config_names_no_local_path(tmp_path):
     for name, model in {
         "unet": networks.small_unet(),
         "words": networks.small_words().second,
     }.items():
-        save_folder(model, tmp_path / "here" / name)
-        again = type(model).from_pretrained(tmp_path / "here" / name)
-        save_folder(again, tmp_path / "there" / name)
-        assert "here" not in (tmp_path / "there" / name / "config.json").read_text()
+        save_folder(model, tmp_path / "first" / name)
+        loaded = type(model).from_pretrained(tmp_path / "first" / name)
+        save_folder(loaded, tmp_path / "second" / name)
+        assert "first" not in (tmp_path / "second" / name / "config.json").read_text()

@@ -1,4 +1,4 @@
-"""The closed vocabulary."""
+"""The tokenizer with the closed vocabulary, and the cache of tokenized captions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from openpulid.mini.models.tokenizer import LENGTH, build_tokenizer
 from openpulid.world import VOCABULARY, Scene
 
 
-def test_every_word_is_one_token_and_others_are_unknown():
-    words = build_tokenizer()
-    assert len(words) == len(VOCABULARY) + 4
-    ids = words("Portrait, purple elephant", add_special_tokens=False).input_ids
-    assert [words.convert_ids_to_tokens(i) for i in ids] == [
+def test_every_word_is_one_token_or_unknown():
+    tokenizer = build_tokenizer()
+    assert len(tokenizer) == len(VOCABULARY) + 4
+    ids = tokenizer("Portrait, purple elephant", add_special_tokens=False).input_ids
+    assert [tokenizer.convert_ids_to_tokens(i) for i in ids] == [
         "portrait",
         ",",
         "purple",
@@ -22,36 +22,37 @@ def test_every_word_is_one_token_and_others_are_unknown():
     ]
 
 
-def test_the_longest_sentence_fits():
-    generator, words = torch.Generator().manual_seed(0), build_tokenizer()
-    sentences = [Scene.sample(generator).prompt(generator, keep=1.0) for _ in range(300)]
-    lengths = [len(words(sentence).input_ids) for sentence in sentences]
+def test_longest_prompt_fits():
+    generator = torch.Generator().manual_seed(0)
+    tokenizer = build_tokenizer()
+    prompts = [Scene.sample(generator).prompt(generator, keep=1.0) for _ in range(300)]
+    lengths = [len(tokenizer(prompt).input_ids) for prompt in prompts]
     assert 30 < max(lengths) <= LENGTH
-    assert not (token_ids(words, sentences) == words.unk_token_id).any()
+    assert not (token_ids(tokenizer, prompts) == tokenizer.unk_token_id).any()
 
 
-def test_it_is_the_same_after_loading(tmp_path):
+def test_tokenizer_round_trip(tmp_path):
     build_tokenizer().save_pretrained(tmp_path)
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    sentences = ["portrait, photo", "a person, poster, blue hat with a brim"]
-    assert torch.equal(token_ids(loaded, sentences), token_ids(build_tokenizer(), sentences))
+    prompts = ["portrait, photo", "a person, poster, blue hat with a brim"]
+    assert torch.equal(token_ids(loaded, prompts), token_ids(build_tokenizer(), prompts))
 
 
-def test_captions_are_made_once(tmp_path):
+def test_captions_are_cached(tmp_path):
     class Data:
-        asked = 0
+        num_scenes = 0
 
         def __len__(self):
             return 3
 
         def scene(self, row):
-            Data.asked += 1
+            Data.num_scenes += 1
             return Scene(pose=("front", "left", "right")[row])
 
-    made = Captions.build(Data(), build_tokenizer(), tmp_path / "captions", variants=2)
-    again = Captions.build(Data(), build_tokenizer(), tmp_path / "captions", variants=2)
-    assert Data.asked == 3
-    assert made.tokens.shape == (3, 2, LENGTH) and (made.tokens == again.tokens).all()
-    assert made.rows(torch.tensor([2, 0]), torch.tensor([1, 0])).tolist() == [
-        *map(list, again.tokens[[2, 0], [1, 0]])
+    captions = Captions.build(Data(), build_tokenizer(), tmp_path / "captions", variants=2)
+    loaded = Captions.build(Data(), build_tokenizer(), tmp_path / "captions", variants=2)
+    assert Data.num_scenes == 3
+    assert captions.tokens.shape == (3, 2, LENGTH) and (captions.tokens == loaded.tokens).all()
+    assert captions.rows(torch.tensor([2, 0]), torch.tensor([1, 0])).tolist() == [
+        *map(list, loaded.tokens[[2, 0], [1, 0]])
     ]

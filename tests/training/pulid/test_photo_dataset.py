@@ -39,7 +39,7 @@ from openpulid.training.pulid.train import build_adapter
 from openpulid.training.pulid.train_sdxl import TrainingModels, _feature_widths, train_on_photos
 from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl as tiny
-from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recogniser_file
+from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recognition_file
 
 pytestmark = [needs_detector, pytest.mark.usefixtures("both_precisions")]
 PIXELS = 64
@@ -61,7 +61,7 @@ def features(tmp_path_factory) -> PhotoExtractor:
         img_size=32, patch_size=8, embed_dim=8, depth=5, num_heads=2, num_classes=4, ref_grid=None
     ).eval()
     recogniser = ArcFaceRecognition.load(
-        recogniser_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12)
+        recognition_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12)
     )
     return PhotoExtractor(
         SCRFDDetector.load(DETECTOR), recogniser, FaceParser(BiSeNet(num_class=19)), tower, MODELS
@@ -304,7 +304,7 @@ def test_id_loss_embeds_faces_of_photos(features) -> None:
     photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
     pictures = torch.stack([photo, torch.full_like(photo, 0.5)]).requires_grad_(True)
     seen = embedder(pictures)
-    assert seen.found.tolist() == [True, False] and seen.embeddings.shape == (2, 512)
+    assert seen.has_face.tolist() == [True, False] and seen.embeddings.shape == (2, 512)
     torch.testing.assert_close(seen.embeddings.norm(dim=1), torch.tensor([1.0, 0.0]))
     seen.embeddings.sum().backward()
     assert pictures.grad[0].abs().sum() > 0 and pictures.grad[1].abs().sum() == 0

@@ -1,1 +1,1 @@
-"""Cached training data of the miniature."""
+"""Training data of the miniature: augmentation, negatives, cached captions and features."""

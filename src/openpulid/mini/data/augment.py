@@ -1,6 +1,7 @@
-"""Random damage to training pictures, so that a network of the clean world also reads generated ones.
+"""Random augmentation of images, so that networks of the clean world also work on generated images.
 
-Everything takes (B, C, H, W) in [0, 1] and a CPU generator for the whole batch, and works on any device.
+All functions take images (B, C, H, W) in [0, 1] and one CPU generator for the batch, and work on
+any device.
 """
 
 from __future__ import annotations
@@ -13,105 +14,108 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from openpulid.faces.preprocess import luminance
 
+JPEG_BLOCK = 8
+
 
 def sample_uniform(
     batch: int, low: float, high: float, generator: Generator, like: Tensor
 ) -> Tensor:
-    """(batch, 1, 1, 1) numbers between low and high."""
+    """Sample (batch, 1, 1, 1) numbers between low and high on the device of `like`."""
     return (low + (high - low) * torch.rand(batch, 1, 1, 1, generator=generator)).to(like.device)
 
 
 def sample_bool(batch: int, probability: float, generator: Generator, like: Tensor) -> Tensor:
-    """(batch,) bool: who is hit."""
+    """Sample (batch,) bools that are true with a probability."""
     return (torch.rand(batch, generator=generator) < probability).to(like.device)
 
 
 def color_jitter(
     images: Tensor, generator: Generator, strength: float = 1.0, gray: float = 0.3
 ) -> Tensor:
-    """Brightness, contrast, saturation, a colour cast, and gray with probability `gray`."""
+    """Change brightness, contrast, saturation and color balance.
+
+    Args:
+        images: (B, 3, H, W).
+        generator: source of randomness.
+        strength: scale of all changes.
+        gray: probability of a gray image.
+    """
     batch = len(images)
     luma = luminance(images)
-    drop = sample_bool(batch, gray, generator, images)[:, None, None, None]
-    saturation = (
-        sample_uniform(batch, 1 - 0.6 * strength, 1 + 0.4 * strength, generator, images) * ~drop
-    )
+    is_gray = sample_bool(batch, gray, generator, images)[:, None, None, None]
+    low, high = 1 - 0.6 * strength, 1 + 0.4 * strength
+    saturation = sample_uniform(batch, low, high, generator, images) * ~is_gray
     images = torch.lerp(luma.expand_as(images), images, saturation)
-    cast = (
-        1
-        + 0.18
-        * strength
-        * (2 * torch.rand(batch, 3, 1, 1, generator=generator).to(images.device) - 1)
-        * ~drop
-    )
-    contrast = sample_uniform(batch, 1 - 0.35 * strength, 1 + 0.35 * strength, generator, images)
+    shift = 2 * torch.rand(batch, 3, 1, 1, generator=generator).to(images.device) - 1
+    balance = 1 + 0.18 * strength * shift * ~is_gray
+    low, high = 1 - 0.35 * strength, 1 + 0.35 * strength
+    contrast = sample_uniform(batch, low, high, generator, images)
     brightness = sample_uniform(batch, -0.15 * strength, 0.15 * strength, generator, images)
-    return ((images - 0.5) * contrast * cast + 0.5 + brightness).clamp(0, 1)
+    return ((images - 0.5) * contrast * balance + 0.5 + brightness).clamp(0, 1)
 
 
 def blur(images: Tensor, generator: Generator) -> Tensor:
-    """A blur of up to one pixel for everybody: binomial filters of random width in x and in y."""
+    """Blur images by up to one pixel: binomial filters of random width in x and in y."""
     for axis in (-1, -2):
-        side = sample_uniform(len(images), 0.0, 0.28, generator, images)
-        side = side * (side > 0.06)  # a part stays sharp
-        before, after = images.roll(1, axis), images.roll(-1, axis)
-        images = images + side * (before + after - 2 * images)
+        weight = sample_uniform(len(images), 0.0, 0.28, generator, images)
+        weight = weight * (weight > 0.06)  # some images stay sharp
+        neighbors = images.roll(1, axis) + images.roll(-1, axis)
+        images = images + weight * (neighbors - 2 * images)
     return images
 
 
 def downscale(images: Tensor, generator: Generator, smallest: float = 0.4) -> Tensor:
-    """Down to a smaller size and up again: one size for the batch, so that it stays one resampling."""
-    share = smallest + (1 - smallest) * torch.rand((), generator=generator).item()
+    """Resize images down and up again, by one factor for the batch.
+
+    Args:
+        images: (B, C, H, W).
+        generator: source of randomness.
+        smallest: smallest scale.
+    """
+    scale = smallest + (1 - smallest) * torch.rand((), generator=generator).item()
     size = images.shape[-2:]
-    small = interpolate(
-        images, [max(8, round(side * share)) for side in size], mode="bilinear", antialias=True
-    )
+    small_size = [max(8, round(side * scale)) for side in size]
+    small = interpolate(images, small_size, mode="bilinear", antialias=True)
     return interpolate(small, size, mode="bicubic").clamp(0, 1)
 
 
 def compress_jpeg(images: Tensor, generator: Generator) -> Tensor:
-    """What JPEG does to a picture: 8x8 blocks, cosine transform, coarser steps for higher frequencies."""
-    k = torch.arange(8.0, device=images.device)
-    basis = (
-        torch.cos(math.pi / 8 * (k[None] + 0.5) * k[:, None]) / 2
-    )  # (frequency, pixel), orthonormal
-    basis[0] /= math.sqrt(2)
-    blocks = images.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8))  # (B, C, h, 8, w, 8)
-    step = 0.02 + 0.10 * torch.rand(len(images), 1, 1, 1, 1, 1, generator=generator).to(
-        images.device
-    )
-    step = step * (1 + 0.5 * (k[:, None, None] + k))
+    """Imitate JPEG compression: quantize the cosine transform of 8x8 blocks.
+
+    Higher frequencies have coarser steps.
+    """
+    k = torch.arange(float(JPEG_BLOCK), device=images.device)
+    basis = torch.cos(math.pi / 8 * (k[None] + 0.5) * k[:, None]) / 2  # (frequency, pixel)
+    basis[0] /= math.sqrt(2)  # orthonormal
+    blocks = images.unflatten(-1, (-1, JPEG_BLOCK)).unflatten(-3, (-1, JPEG_BLOCK))
+    quality = torch.rand(len(images), 1, 1, 1, 1, 1, generator=generator).to(images.device)
+    step = (0.02 + 0.10 * quality) * (1 + 0.5 * (k[:, None, None] + k))
+    # blocks are (B, C, h, 8, w, 8)
     spectrum = torch.einsum("bchiwj,fi,gj->bchfwg", blocks, basis, basis)
     spectrum = torch.round(spectrum / step) * step
-    return (
-        torch.einsum("bchfwg,fi,gj->bchiwj", spectrum, basis, basis)
-        .reshape(images.shape)
-        .clamp(0, 1)
-    )
+    decoded = torch.einsum("bchfwg,fi,gj->bchiwj", spectrum, basis, basis)
+    return decoded.reshape(images.shape).clamp(0, 1)
 
 
-def add_noise(images: Tensor, generator: Generator, most: float = 0.06) -> Tensor:
-    """Gaussian noise of random strength."""
-    sigma = sample_uniform(len(images), 0.0, most, generator, images)
+def add_noise(images: Tensor, generator: Generator, max_sigma: float = 0.06) -> Tensor:
+    """Add Gaussian noise of a random standard deviation of up to `max_sigma`."""
+    sigma = sample_uniform(len(images), 0.0, max_sigma, generator, images)
     noise = torch.randn(images.shape, generator=generator).to(images.device)
     return (images + sigma * noise).clamp(0, 1)
 
 
 def augment(images: Tensor, generator: Generator) -> Tensor:
-    """Blur for all; low resolution, JPEG blocks and noise for a quarter each, by turns over the batch.
-
-    The batch must be in random order or hold each kind of picture in every quarter.
-    """
+    """Blur all images; apply low resolution, JPEG blocks and noise to a quarter each."""
     images = blur(images, generator)
     order = torch.randperm(len(images), generator=generator).to(images.device)
     quarters = order.tensor_split(4)
-    for part, harm in zip(quarters, (downscale, compress_jpeg, add_noise), strict=False):
-        images = images.index_copy(0, part, harm(images[part], generator))
+    for rows, transform in zip(quarters, (downscale, compress_jpeg, add_noise), strict=False):
+        images = images.index_copy(0, rows, transform(images[rows], generator))
     return images
 
 
 def dilate(masks: Tensor, generator: Generator, reach: int = 2) -> Tensor:
-    """Masks whose edge is moved in or out by up to about `reach` / 2 pixels, as a finder's edge is."""
+    """Move the edges of masks in or out by up to about `reach` / 2 pixels, like detector errors."""
     width = 2 * reach + 1
     soft = avg_pool2d(masks, width, 1, reach, count_include_pad=False)
     level = sample_uniform(len(masks), 0.3, 0.7, generator, masks)
@@ -121,27 +125,39 @@ def dilate(masks: Tensor, generator: Generator, reach: int = 2) -> Tensor:
 def random_affine(
     batch: int, size: int, generator: Generator, turn: float, grow: float, shift: float
 ) -> Tensor:
-    """(batch, 3, 3) random similarities of a size x size picture about its centre.
+    """Sample similarity transforms of an image about its center.
 
-    `turn` in radians, `grow` as a share of the size, `shift` as a share of the width: each the largest value.
+    Args:
+        batch: number of transforms.
+        size: width and height of the image in pixels.
+        generator: source of randomness.
+        turn: largest rotation in radians.
+        grow: largest relative change of the size.
+        shift: largest shift as a share of the width.
+
+    Returns:
+        (batch, 3, 3) matrices.
     """
-    turn_, grow_, x, y = (2 * torch.rand(4, batch, generator=generator) - 1).unbind()
-    angle, scale = turn * turn_, torch.exp(math.log1p(grow) * grow_)
-    cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
-    middle = size / 2
+    turns, grows, x, y = (2 * torch.rand(4, batch, generator=generator) - 1).unbind()
+    angle = turn * turns
+    scale = torch.exp(math.log1p(grow) * grows)
+    cos = scale * torch.cos(angle)
+    sin = scale * torch.sin(angle)
+    center = size / 2
     matrix = torch.zeros(batch, 3, 3)
-    matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1], matrix[:, 2, 2] = (
-        cos,
-        -sin,
-        sin,
-        cos,
-        1,
-    )
-    matrix[:, 0, 2] = middle * (1 - cos + sin) + size * shift * x
-    matrix[:, 1, 2] = middle * (1 - sin - cos) + size * shift * y
+    matrix[:, 0, 0] = cos
+    matrix[:, 0, 1] = -sin
+    matrix[:, 1, 0] = sin
+    matrix[:, 1, 1] = cos
+    matrix[:, 2, 2] = 1
+    matrix[:, 0, 2] = center * (1 - cos + sin) + size * shift * x
+    matrix[:, 1, 2] = center * (1 - sin - cos) + size * shift * y
     return matrix
 
 
 def compose_affine(matrix: Tensor, first: Tensor) -> Tensor:
-    """(B, 2, 3): `first` (B, 3, 3), then `matrix` (B, 2, 3). Sums of products: autocast leaves them alone."""
+    """Compose `matrix` (B, 2, 3) after `first` (B, 3, 3).
+
+    Sums of products instead of matmul, which autocast would round.
+    """
     return (matrix[..., None] * first.to(matrix)[:, None]).sum(2)

@@ -1,7 +1,9 @@
-"""Sentences for the pictures of a data set, as tokens, made once and kept: drawing them anew would cost as much as training."""
+"""Captions of a dataset as tokens, cached: generating them costs as much as training."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,57 +12,79 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from openpulid.mini.data.cache import ArrayCache
 from openpulid.training.rng import generator_for
 from openpulid.world.dataset import WorldDataset
 
 VARIANTS = 4
-"""Sentences per picture: other synonyms, another order, other things left unsaid."""
+"""Captions per image, with different synonyms, order and omissions."""
+BATCH = 1000
+"""Images whose captions are written at once."""
 
 
 class Captions:
-    """tokens: (N, V, L) uint8, V sentences of L tokens for each of N pictures."""
+    """Tokens of several captions per image.
+
+    Attributes:
+        tokens: (N, V, L) uint8, V captions of L tokens for each of N images.
+    """
 
     def __init__(self, tokens: np.ndarray) -> None:
         self.tokens = tokens
 
     @classmethod
-    def of(
+    def build(
         cls,
         data: WorldDataset,
         tokenizer: PreTrainedTokenizerBase,
-        cache: Path | None = None,
+        folder: Path,
         variants: int = VARIANTS,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Captions:
-        """Writes the sentences, or reads them from the file `cache` (.npy) when it holds as many as are wanted."""
-        shape = (len(data), variants, tokenizer.model_max_length)
-        if cache is not None and cache.exists():
-            tokens = np.load(cache)
-            if tokens.shape == shape:
-                return cls(tokens)
-        tokens = np.zeros(shape, dtype=np.uint8)
-        for row in range(len(data)):
-            scene, generator = data.scene(row), generator_for("captions", row)
-            sentences = [scene.prompt(generator) for _ in range(variants)]
-            tokens[row] = token_ids(tokenizer, sentences)
-            if on_progress and row % 1000 == 0:
-                on_progress(row, len(data))
-        if cache is not None:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            np.save(cache, tokens)
-        return cls(tokens)
+        """Generate the captions of a dataset, or load them if they are cached.
+
+        Args:
+            data: the dataset.
+            tokenizer: the tokenizer of the text encoders.
+            folder: folder of the cache.
+            variants: captions per image.
+            on_progress: called with the number of images done and their total.
+        """
+        vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
+        key = {
+            "tokenizer": hashlib.sha256(vocabulary).hexdigest(),
+            "length": tokenizer.model_max_length,
+            "variants": variants,
+        }
+        cache = ArrayCache(folder, key, len(data))
+        while not cache.is_complete:
+            rows = range(cache.num_done, min(cache.num_done + BATCH, len(data)))
+            tokens = [_caption_tokens(data, row, tokenizer, variants) for row in rows]
+            cache.write({"tokens": np.stack(tokens).astype(np.uint8)})
+            if on_progress:
+                on_progress(cache.num_done, len(data))
+        return cls(cache.load("tokens"))
 
     @classmethod
-    def joined(cls, several: Sequence[Captions]) -> Captions:
-        return cls(np.concatenate([some.tokens for some in several]))
+    def concatenate(cls, parts: Sequence[Captions]) -> Captions:
+        """Join the captions of several datasets."""
+        return cls(np.concatenate([part.tokens for part in parts]))
 
     def rows(self, rows: Tensor, variants: Tensor) -> Tensor:
-        """(B, L) int64 tokens: of picture rows[i] the sentence variants[i]."""
+        """Return (B, L) int64 tokens: caption variants[i] of image rows[i]."""
         return torch.from_numpy(self.tokens[rows.numpy(), variants.numpy()].astype(np.int64))
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, sentences: list[str]) -> Tensor:
-    """(B, L) int64 tokens, padded and cut to the tokenizer's length, as the pipeline makes them."""
-    return tokenizer(
-        sentences, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Tensor:
+    """Tokenize prompts as the pipeline does: (B, L) int64, padded or cut to L tokens."""
+    return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def _caption_tokens(
+    data: WorldDataset, row: int, tokenizer: PreTrainedTokenizerBase, variants: int
+) -> np.ndarray:
+    """Generate the captions of one image, (V, L)."""
+    scene = data.scene(row)
+    generator = generator_for("captions", row)
+    captions = [scene.prompt(generator) for _ in range(variants)]
+    return token_ids(tokenizer, captions).numpy()

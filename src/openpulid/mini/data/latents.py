@@ -1,4 +1,4 @@
-"""The pictures of a data set as latents, encoded once and kept: the base, its student and the adapter learn from these."""
+"""Latents of a dataset's images, encoded once for the base model, its student and the adapters."""
 
 from __future__ import annotations
 
@@ -7,81 +7,74 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from openpulid.io.checkpoints import module_fingerprint
+from openpulid.mini.data.cache import ArrayCache
 from openpulid.mini.train.autoencoder import PatchAutoencoderKL, batches
 from openpulid.mini.train.recognition import faces_of
 from openpulid.world.dataset import WorldDataset
 
 
 class Latents:
-    """pictures: (N, C, s, s) float16, scaled as a base sees them; faces: (N, 1, s, s) float16, the face's share of each."""
+    """Latents and face masks of N images.
 
-    def __init__(self, pictures: Tensor, faces: Tensor) -> None:
-        self.pictures, self.faces = pictures, faces
+    Attributes:
+        images: (N, C, s, s) float16, scaled as the base model sees them.
+        face_masks: (N, 1, s, s) float16, the share of face pixels at each position.
+    """
+
+    def __init__(self, images: Tensor, face_masks: Tensor) -> None:
+        self.images = images
+        self.face_masks = face_masks
 
     @classmethod
-    def of(
+    def build(
         cls,
         vae: PatchAutoencoderKL,
         data: WorldDataset,
-        folder: Path | None = None,
+        folder: Path,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Latents:
-        """Encodes everything, or reads what lies in `folder` from an earlier run with the same autoencoder."""
-        mark = f"{fingerprint(vae)} {vae.config.scaling_factor:.6f}"
-        if (
-            folder is not None
-            and (folder / "mark.txt").exists()
-            and (folder / "mark.txt").read_text() == f"{mark} {len(data)}"
-        ):
-            return cls(
-                *(
-                    torch.from_numpy(np.load(folder / f"{name}.npy"))
-                    for name in ("pictures", "faces")
-                )
-            )
-        latents = cls(*_encode(vae, data, on_progress or (lambda done, total: None)))
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / "pictures.npy", latents.images.numpy())
-            np.save(folder / "faces.npy", latents.faces.numpy())
-            (folder / "mark.txt").write_text(f"{mark} {len(data)}")
-        return latents
+        """Encode a dataset, or load its latents if they are cached.
+
+        Args:
+            vae: the autoencoder.
+            data: the dataset.
+            folder: folder of the cache.
+            on_progress: called with the number of images done and their total.
+        """
+        key = {"vae": module_fingerprint(vae), "scaling_factor": vae.config.scaling_factor}
+        cache = ArrayCache(folder, key, len(data))
+        for rows in batches(len(data), len(data)):
+            if rows[0] < cache.num_done:
+                continue
+            cache.write(_encode(vae, data, rows))
+            if on_progress:
+                on_progress(cache.num_done, len(data))
+        images = torch.from_numpy(cache.load("images"))
+        return cls(images, torch.from_numpy(cache.load("face_masks")))
 
     @classmethod
-    def joined(cls, several: Sequence[Latents]) -> Latents:
-        return cls(
-            torch.cat([some.pictures for some in several]),
-            torch.cat([some.faces for some in several]),
-        )
+    def concatenate(cls, parts: Sequence[Latents]) -> Latents:
+        """Join the latents of several datasets."""
+        images = torch.cat([part.images for part in parts])
+        return cls(images, torch.cat([part.face_masks for part in parts]))
 
     def rows(self, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Float32 latents (B, C, s, s) and faces (B, 1, s, s) of some rows."""
-        return self.pictures[rows].to(device).float(), self.faces[rows].to(device).float()
+        """Return latents (B, C, s, s) and face masks (B, 1, s, s) of some rows in float32."""
+        images = self.images[rows].to(device).float()
+        return images, self.face_masks[rows].to(device).float()
 
 
 @torch.no_grad()
-def _encode(
-    vae: PatchAutoencoderKL, data: WorldDataset, on_progress: Callable[[int, int], None]
-) -> tuple[Tensor, Tensor]:
-    pictures, faces = [], []
-    for rows in batches(len(data), len(data)):
-        images, masks, _ = faces_of(data, rows, vae.device)
-        images = (2 * images - 1).contiguous(memory_format=torch.channels_last)
-        latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
-        pictures.append(latents.to("cpu", torch.float16, memory_format=torch.contiguous_format))
-        faces.append(
-            avg_pool2d(masks, images.shape[-1] // latents.shape[-1]).to("cpu", torch.float16)
-        )
-        on_progress(int(rows[-1]) + 1, len(data))
-    with torch.autocast(
-        vae.device.type, enabled=False
-    ):  # on a CPU it knows bfloat16 only, and these are float16
-        return torch.cat(pictures), torch.cat(faces)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tells models with different weights apart."""
-    return f"{sum(parameter.double().abs().sum().item() for parameter in model.parameters()):.6f}"
+def _encode(vae: PatchAutoencoderKL, data: WorldDataset, rows: np.ndarray) -> dict[str, np.ndarray]:
+    images, masks, _ = faces_of(data, rows, vae.device)
+    images = (2 * images - 1).contiguous(memory_format=torch.channels_last)
+    latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+    face_masks = avg_pool2d(masks, images.shape[-1] // latents.shape[-1])
+    return {
+        "images": latents.to("cpu", torch.float16).contiguous().numpy(),
+        "face_masks": face_masks.to("cpu", torch.float16).numpy(),
+    }

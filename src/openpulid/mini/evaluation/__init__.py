@@ -1,1 +1,1 @@
-"""Evaluation of the miniature."""
+"""Evaluation of the miniature: demo, tables, ablation, and its scorers."""

@@ -1,4 +1,7 @@
-"""The paper's ablation (PuLID, arXiv 2404.16022, section 4.4) on the miniature: a picture of every stage, and a sweep."""
+"""The ablation of the paper (PuLID, arXiv 2404.16022, section 4.4) on the miniature.
+
+An image of all training stages, and a sweep over recipe options.
+"""
 
 from __future__ import annotations
 
@@ -27,43 +30,58 @@ COLUMNS = {
     "stage3": "stage 3",
 }
 PRESET = "mini-lightning"
-"""The later stages are trained through the student's four steps, and the paper measures on SDXL-Lightning."""
-LAST = (1, 2, 3, 4)
-"""Steps of the lightning branch that carry gradient."""
-PURITY = {
-    "clip_i": "CLIP-I with against without the identity",
-    "outside_face": "changed outside the face",
+"""The later stages are trained through the four steps of the student; the paper evaluates on
+SDXL-Lightning."""
+GRAD_STEPS = (1, 2, 3, 4)
+"""Numbers of last steps of the lightning branch that carry gradient."""
+PRESERVATION = {
+    "clip_i": "CLIP-I between images with and without identity",
+    "outside_face": "change outside the face",
 }
 ALIGNMENT = ((0.0, 0.0), (0.6, 0.1), (3.0, 0.0), (0.0, 0.5), (3.0, 0.5))
-"""Weights of L_sem and L_layout; the second are the paper's; the recipe has three times as much."""
+"""Weights of L_sem and L_layout. The second pair is the paper's; the default recipe uses more."""
 
 
 def draw_stages(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Image:
-    """Held-out people, a row each: the only picture given, then the same prompt and seed through every stage."""
-    asked, portraits = (
-        evaluate.sample_prompts(people, 1, people_seed),
-        evaluate.render_portraits(people, people_seed),
-    )
+    """Draw one row per person: the reference image, then the same prompt and seed at every stage.
+
+    Args:
+        people: number of held-out people.
+        people_seed: the first person, from `HELD_OUT_PEOPLE`.
+        side: width and height of each image in pixels.
+    """
+    prompts = evaluate.sample_prompts(people, 1, people_seed)
+    portraits = evaluate.render_portraits(people, people_seed)
     studio = load(PRESET)
     identities = [studio.identify([portrait]) for portrait in to_pil(portraits)]
-    columns = {"given": portraits, COLUMNS["base"]: evaluate.generate_images(studio, [asked], None)}
-    for model, other in evaluate.iterate_models(studio, evaluate.find_adapters()):
-        columns[COLUMNS[model]] = evaluate.generate_images(other, [asked], identities)
-    pictures = [to_pil(images) for images in columns.values()]
-    rows = [(asked[k].prompt, [column[k] for column in pictures]) for k in range(people)]
-    return labeled_grid(
-        "One person in each row, who took no part in any training", list(columns), rows, side
-    )
+    columns = {
+        "reference": portraits,
+        COLUMNS["base"]: evaluate.generate_images(studio, [prompts], None),
+    }
+    for model, model_studio in evaluate.iterate_models(studio, evaluate.find_adapters()):
+        images = evaluate.generate_images(model_studio, [prompts], identities)
+        columns[COLUMNS[model]] = images
+    images_by_column = [to_pil(images) for images in columns.values()]
+    rows = [
+        (prompt.prompt, [images[row] for images in images_by_column])
+        for row, prompt in enumerate(prompts)
+    ]
+    title = "One person per row, held out of training"
+    return labeled_grid(title, list(columns), rows, side)
 
 
 def sweep_recipes() -> dict[str, Recipe]:
-    """What the sweep trains: stage 2 with gradients through other numbers of steps, stage 3 with other weights."""
-    made = {f"k={last}": replace(find_recipe("mini_stage2"), grad_steps=last) for last in LAST}
+    """Return the recipes of the sweep by name.
+
+    Stage 2 with gradients through 1 to 4 steps, and stage 3 with the weights of `ALIGNMENT`.
+    """
+    stage2 = find_recipe("mini_stage2")
     stage3 = find_recipe("mini_stage3")
-    return made | {
-        f"sem {a:g}, layout {b:g}": replace(stage3, semantic_weight=a, layout_weight=b)
-        for a, b in ALIGNMENT
-    }
+    recipes = {f"k={steps}": replace(stage2, last=steps) for steps in GRAD_STEPS}
+    for semantic, layout in ALIGNMENT:
+        name = f"sem {semantic:g}, layout {layout:g}"
+        recipes[name] = replace(stage3, semantic=semantic, layout=layout)
+    return recipes
 
 
 def sweep(
@@ -73,32 +91,32 @@ def sweep(
     runs: Path = Path("runs/mini"),
     weights: Path = MINIATURE,
     device: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Table:
-    """Trains every variant so many steps from the adapter that its recipe begins with, and measures them all.
+    """Train every recipe of `sweep_recipes` from the adapter that it begins with, and evaluate all.
 
     Args:
-        steps: of each; their rate rises and falls in them as in a whole training.
-        people: held-out ones, a prompt each.
-        runs: variants are kept below it, and one that is there by the same recipe is not trained again.
-        weights: of the miniature.
+        steps: training steps of each; the learning rate follows the schedule of a complete
+            training.
+        people: number of held-out people, with one prompt each.
+        runs: the adapters are stored below this folder. An adapter that exists with the same recipe
+            is not trained again.
+        weights: the weights of the miniature.
+        device: where to compute; the best device by default.
+        log: receives a line per training.
     """
     adapters: dict[str, Path] = {}
     for name, recipe in sweep_recipes().items():
         folder = runs / "sweep" / name.replace(", ", "-").replace(" ", "")
         file = folder / "adapter.safetensors"
-        short = replace(
-            recipe, warmup=max(1, steps // 20), ema=0.98, steps=min(steps, recipe.steps)
-        )
-        if not file.exists() or json.loads(read_metadata(file)["recipe"]) != json.loads(
-            json.dumps(asdict(short))
-        ):
-            begin = adapter.find_init_adapter(recipe.init_from or "", runs / "any", weights)
-            say(f"{name}: {steps} steps")
+        warmup = max(1, steps // 20)
+        short = replace(recipe, warmup=warmup, ema=0.98, steps=min(steps, recipe.steps))
+        if not file.exists() or not _has_recipe(file, short):
+            log(f"{name}: {steps} steps")
             adapter.train(
                 short,
                 folder,
-                init_adapter=begin,
+                begin=adapter.beginning(recipe.begin or "", runs / "any", weights),
                 runs=runs,
                 weights=weights,
                 device=device,
@@ -108,19 +126,28 @@ def sweep(
     return evaluate.run(people, prompts=1, preset=PRESET, adapters=adapters, device=device)
 
 
+def _has_recipe(file: Path, recipe: Recipe) -> bool:
+    """Return whether an adapter was trained with a recipe."""
+    expected = json.loads(json.dumps(asdict(recipe)))
+    return json.loads(read_metadata(file)["recipe"]) == expected
+
+
 def plot(table: Table, path: Path) -> None:
-    """Identity against purity, up and right is better: the numbers of steps above, the weights below, with 95% intervals."""
+    """Plot identity over preservation with 95% intervals; up and to the right is better.
+
+    The first row shows the numbers of steps with gradient, the second the alignment weights.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     titles = {
         "k": "stage 2, gradients through the last k of 4 steps",
-        "sem": "stage 3, weights of the alignment",
+        "sem": "stage 3, alignment weights",
     }
-    for row, (part, title) in zip(figure.subplots(2, 2), titles.items(), strict=True):
-        names = [name for name in sweep_recipes() if name.startswith(part) and name in table.rows]
-        for axes, (purity, label) in zip(row, PURITY.items(), strict=True):
-            _plot_points(axes, table.rows, names, purity)
+    for row, (prefix, title) in zip(figure.subplots(2, 2), titles.items(), strict=True):
+        names = [name for name in sweep_recipes() if name.startswith(prefix) and name in table.rows]
+        for axes, (column, label) in zip(row, PRESERVATION.items(), strict=True):
+            _plot_points(axes, table.rows, names, column)
             axes.set(title=title, xlabel=label, ylabel="face similarity")
             axes.grid(alpha=0.3)
         row[1].invert_xaxis()
@@ -131,13 +158,15 @@ def _plot_points(
     axes: Any,
     rows: Mapping[str, Mapping[str, evaluate.Interval]],
     names: Sequence[str],
-    purity: str,
+    column: str,
 ) -> None:
     for name in names:
-        x, y = rows[name][purity], rows[name]["face_sim"]
-        reach = {
+        x, y = rows[name][column], rows[name]["face_sim"]
+        errors = {
             "xerr": [[x.mean - x.low], [x.high - x.mean]],
             "yerr": [[y.mean - y.low], [y.high - y.mean]],
         }
-        axes.errorbar(x.mean, y.mean, **reach, marker="o", markersize=7, elinewidth=0.6, label=name)
+        axes.errorbar(
+            x.mean, y.mean, **errors, marker="o", markersize=7, elinewidth=0.6, label=name
+        )
     axes.legend(fontsize=8)

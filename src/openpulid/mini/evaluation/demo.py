@@ -1,4 +1,4 @@
-"""The demonstration: somebody nobody trained on, from one picture into new ones, and how well it went."""
+"""The demo: generate images of a held-out person from one reference image, and score them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,23 @@ PROMPTS = (
     "portrait, poster art, orange dotted background, surprised",
 )
 COLUMNS = ("the only picture given", "without the identity", "with the identity")
-OTHERS = 32  # people that the result must not resemble
+TITLE = "Somebody nobody trained on, from one picture"
+NUM_OTHER_PEOPLE = 32
+"""Number of people that the result should not resemble."""
 SEED = 7
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Where the results lie, and the figures of the last line."""
+    """Paths of the results, and the scores.
 
-    picture: Path
+    Attributes:
+        image: the grid of all images.
+        page: the HTML page.
+        figures: the scores by name.
+    """
+
+    image: Path
     page: Path
     figures: dict[str, float]
 
@@ -47,34 +55,34 @@ def run(
     *,
     people_seed: int = 0,
     device: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> DemoResult:
-    """Draw the person, make and judge the images, write `demo.png`, `index.html`, `demo.json` into `folder`.
+    """Run the demo and write `demo.png`, `index.html` and `demo.json`.
 
     Args:
-        people_seed: which of the people that no training has seen.
-        device: where to compute; the best there is by default.
-        say: gets one line about each thing that is being done.
+        folder: an existing folder.
+        people_seed: index of the held-out person.
+        device: where to compute; the best device by default.
+        log: receives a line about each step.
     """
     start = time.perf_counter()
     seed = HELD_OUT_PEOPLE + people_seed
-    say(
-        f"Drawing person {seed}, whom no training has seen, and {OTHERS} others to compare with ..."
-    )
-    portraits = _render_portraits(
-        [seed, *(HELD_OUT_PEOPLE + people_seed + 1 + k for k in range(OTHERS))]
-    )
-    say("Loading the miniature ...")
+    log(f"Rendering held-out person {seed} and {NUM_OTHER_PEOPLE} people to compare with ...")
+    portraits = _render_portraits(range(seed, seed + 1 + NUM_OTHER_PEOPLE))
+    log("Loading the miniature ...")
     studio = studios.load("mini", device=device)
     identity = studio.identify([portraits[0]])
     without, with_identity = [], []
     for k, prompt in enumerate(PROMPTS):
-        say(f"{k + 1} of {len(PROMPTS)}: {prompt}")
+        log(f"{k + 1} of {len(PROMPTS)}: {prompt}")
         without += studio.generate(prompt, seed=SEED + k).images
         with_identity += studio.generate(prompt, identity=identity, seed=SEED + k).images
     figures = score_images(FaceScorer.load(), portraits, without, with_identity)
     figures["seconds"] = round(time.perf_counter() - start, 1)
-    say("The face is {same_person:.2f} alike (others {other_person:.2f}).".format(**figures))
+    log(
+        f"Face similarity {figures['same_person']:.2f} to the person, "
+        f"{figures['other_person']:.2f} to other people."
+    )
     rows = [
         (prompt, (portraits[0], without[k], with_identity[k])) for k, prompt in enumerate(PROMPTS)
     ]
@@ -82,33 +90,47 @@ def run(
 
 
 def score_images(
-    faces: metrics.DetectFaces,
+    faces: metrics.FindFaces,
     portraits: Sequence[Image.Image],
     without: Sequence[Image.Image],
     with_identity: Sequence[Image.Image],
 ) -> dict[str, float]:
-    """The demo's figures: means over its images.
+    """Compute the scores of the demo, means over its images.
 
     Args:
-        portraits: of the person, then of others.
-        without, with_identity: the same prompts and seeds.
+        faces: detects and embeds faces.
+        portraits: of the person, then of other people.
+        without: images without identity.
+        with_identity: images of the same prompts and seeds with identity.
 
     Returns:
-        same_person: face similarity to the person's portrait; other_person: to the others' portraits;
-        changed_outside_face: mean absolute difference outside the face, between 0 and 1.
+        same_person: face similarity to the person's portrait; other_person: to the other portraits;
+        changed_outside_face: mean absolute difference outside the face, in [0, 1].
     """
-    known, before, after = (to_tensor(pictures) for pictures in (portraits, without, with_identity))
-    gallery, was, seen = faces(known), faces(before), faces(after)
-    everyone = torch.arange(len(portraits))[:, None].expand(-1, len(after))
-    compared = [
-        metrics.MetricInputs(after, before, seen, was, who, known, gallery, prompts=())
-        for who in everyone
+    portrait_images = to_tensor(portraits)
+    base_images = to_tensor(without)
+    images = to_tensor(with_identity)
+    gallery = faces(portrait_images)
+    base_faces = faces(base_images)
+    image_faces = faces(images)
+    inputs = [
+        metrics.MetricInputs(
+            images,
+            base_images,
+            image_faces,
+            base_faces,
+            torch.full((len(images),), person),
+            portrait_images,
+            gallery,
+            prompts=(),
+        )
+        for person in range(len(portraits))
     ]
-    likeness = torch.stack([metrics.FaceSim()(evidence).mean() for evidence in compared])
+    similarity = torch.stack([metrics.FaceSim()(x).mean() for x in inputs])
     return {
-        "same_person": round(likeness[0].item(), 4),
-        "other_person": round(likeness[1:].mean().item(), 4),
-        "changed_outside_face": round(metrics.OutsideFace()(compared[0]).mean().item(), 4),
+        "same_person": round(similarity[0].item(), 4),
+        "other_person": round(similarity[1:].mean().item(), 4),
+        "changed_outside_face": round(metrics.OutsideFace()(inputs[0]).mean().item(), 4),
     }
 
 
@@ -121,44 +143,45 @@ Rows = Sequence[tuple[str, Sequence[Image.Image]]]
 
 
 def _write_results(folder: Path, rows: Rows, figures: dict[str, float]) -> DemoResult:
-    title = "Somebody nobody trained on, from one picture"
-    picture, page = folder / "demo.png", folder / "index.html"
-    labeled_grid(title, COLUMNS, rows).save(picture)
-    page.write_text(_format_page(title, rows, figures), "utf-8")
+    image = folder / "demo.png"
+    page = folder / "index.html"
+    labeled_grid(TITLE, COLUMNS, rows).save(image)
+    page.write_text(_format_page(rows, figures), "utf-8")
     (folder / "demo.json").write_text(json.dumps(figures) + "\n", "utf-8")
-    return DemoResult(picture, page, figures)
+    return DemoResult(image, page, figures)
 
 
 STYLE = """
-body { font: 17px/1.5 system-ui, sans-serif; color: #202024; background: #faf9f6 }
-body { margin: 2rem auto; max-width: 60rem }
-table { border-spacing: .8rem; width: 100% } th { font-weight: normal; color: #78766f; text-align: left }
-img { width: 100%; min-width: 8rem; display: block } td { width: 33% } td[colspan] { padding-top: 1rem }
+body { font: 17px/1.5 system-ui, sans-serif; color: #202024; background: #faf9f6 } body { margin:
+2rem auto; max-width: 60rem } table { border-spacing: .8rem; width: 100% } th { font-weight: normal;
+color: #78766f; text-align: left } img { width: 100%; min-width: 8rem; display: block } td { width:
+33% } td[colspan] { padding-top: 1rem }
 """
 
 
-def _format_page(title: str, rows: Rows, figures: dict[str, float]) -> str:
-    """One HTML file with the pictures inside: it can be mailed."""
+def _format_page(rows: Rows, figures: dict[str, float]) -> str:
+    """Format one HTML file with embedded images, so that it can be sent by mail."""
     heads = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    body = "".join(
-        f'<tr><td colspan="3">{html.escape(prompt)}</td></tr><tr>{"".join(map(_format_cell, pictures))}</tr>\n'
-        for prompt, pictures in rows
-    )
-    facts = (
-        "A recogniser that took no part in the training finds the faces on the right "
-        f"{figures['same_person']:.2f} alike to the person's (1 is the same picture) "
-        f"and {figures['other_person']:.2f} alike to other people's. "
-        f"Outside the face, colours moved by {100 * figures['changed_outside_face']:.1f}% on average."
+    body = ""
+    for prompt, images in rows:
+        body += f'<tr><td colspan="3">{html.escape(prompt)}</td></tr>'
+        body += f"<tr>{''.join(map(_format_cell, images))}</tr>\n"
+    change = 100 * figures["changed_outside_face"]
+    summary = (
+        "A face recognition model that was not used in training compares the faces on the right: "
+        f"similarity {figures['same_person']:.2f} to the person (1 is the same image), "
+        f"{figures['other_person']:.2f} to other people. "
+        f"Outside the face, colors changed by {change:.1f}% on average."
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8">'
-        f"<title>{title}</title><style>{STYLE}</style>\n"
-        f"<h1>{title}</h1>\n<p>{facts}</p>\n<table><tr>{heads}</tr>\n{body}</table></html>\n"
+        f"<title>{TITLE}</title><style>{STYLE}</style>\n"
+        f"<h1>{TITLE}</h1>\n<p>{summary}</p>\n<table><tr>{heads}</tr>\n{body}</table></html>\n"
     )
 
 
-def _format_cell(picture: Image.Image) -> str:
+def _format_cell(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
     return f'<td><img alt="" src="data:image/png;base64,{data}"></td>'

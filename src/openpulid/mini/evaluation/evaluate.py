@@ -1,11 +1,11 @@
-"""The miniature measured on people and prompts that no training has seen: a row for each model."""
+"""Evaluation of the miniature on people and scenes held out of training: one row per model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,24 @@ from openpulid.pipelines.studio import Studio, load
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene, render
 
 COLUMNS = ("face_sim", "rank1", "clip_t", "clip_i", "outside_face", "attributes", "face_found")
-DIGITS = {"clip_t": 2}  # three elsewhere
+DIGITS = {"clip_t": 2}
+"""Decimal places of a column in the printed table; 3 by default."""
 BATCH = 16
+"""Images per call of the pipeline."""
 MODELS = ("stage1", "naive", "stage2", "stage3")
-"""Adapters that there may be, in the order of the table."""
+"""Adapters in the order of the table, if they exist."""
 
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """One image that every model makes: whose, from which words and noise, and the scene that the words describe."""
+    """One image that every model generates.
+
+    Attributes:
+        person: index of the person.
+        prompt: the prompt.
+        seed: the seed of the initial noise.
+        scene: the scene that the prompt describes.
+    """
 
     person: int
     prompt: str
@@ -41,7 +50,7 @@ class EvalPrompt:
 
     @property
     def wanted(self) -> dict[str, int]:
-        """Attribute -> index of the value that must be seen."""
+        """Attribute -> index of the class that should be visible."""
         return {
             name: ATTRIBUTES[name].index(value) for name, value in self.scene.attributes().items()
         }
@@ -49,7 +58,11 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured: model -> column -> mean and interval, and on how much."""
+    """Results of an evaluation and its configuration.
+
+    Attributes:
+        rows: model -> column -> mean and confidence interval.
+    """
 
     rows: Mapping[str, Mapping[str, Interval]]
     people: int
@@ -64,12 +77,12 @@ Progress = Callable[[Batches, str], Iterable[Sequence[EvalPrompt]]]
 
 
 def hide_progress(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]]:
-    """The batches, nothing shown."""
+    """Return the batches without showing progress."""
     return batches
 
 
 def show_progress(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]]:
-    """The batches, with a bar on stderr."""
+    """Return the batches with a progress bar on stderr."""
     from rich.console import Console
     from rich.progress import track
 
@@ -77,33 +90,47 @@ def show_progress(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]
 
 
 def sample_prompts(people: int, prompts: int, people_seed: int = 0) -> list[EvalPrompt]:
-    """`prompts` images of each person; scenes from combinations held out of training, every attribute named.
+    """Sample prompts of held-out scenes; each mentions all visible attributes.
 
-    Prompt and noise belong to the person and the image's number: the same for every model and machine.
+    Prompt and seed only depend on the person and the index of the image, so they are the same for
+    every model and machine.
+
+    Args:
+        people: number of people.
+        prompts: prompts per person.
+        people_seed: the first person, from `HELD_OUT_PEOPLE`.
     """
-    made = []
+    eval_prompts = []
     for person in range(people):
         generator = torch.Generator().manual_seed(HELD_OUT_PEOPLE + people_seed + person)
         for _ in range(prompts):
             scene = Scene.sample(generator, held_out=True)
             seed = int(torch.randint(2**31, (), generator=generator))
-            made.append(EvalPrompt(person, scene.prompt(generator, keep=1.0), seed, scene))
-    return made
+            prompt = scene.prompt(generator, keep=1.0)
+            eval_prompts.append(EvalPrompt(person, prompt, seed, scene))
+    return eval_prompts
 
 
 def render_portraits(people: int, people_seed: int = 0) -> Tensor:
-    """(people, 3, 96, 96) neutral portraits: what identities are made from and faces compared with."""
+    """Render the reference images, neutral portraits (people, 3, 96, 96)."""
     return torch.cat([_render(k, Scene(), people_seed) for k in range(people)])
 
 
 def render_ground_truth(
-    asked: Sequence[EvalPrompt], people: int, people_seed: int = 0
+    prompts: Sequence[EvalPrompt], people: int, people_seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """What a perfect method would give with and without an identity, each (B, 3, 96, 96): the world's own drawing of each
-    request's scene, with its person and with another of the table's.
+    """Render what a perfect method would generate with and without identity.
+
+    Args:
+        prompts: B prompts.
+        people: number of people.
+        people_seed: the first person, from `HELD_OUT_PEOPLE`.
+
+    Returns:
+        The scene of each prompt with its person, and with another person; (B, 3, 96, 96) each.
     """
-    with_identity = [_render(r.person, r.scene, people_seed) for r in asked]
-    without = [_render((r.person + people // 2) % people, r.scene, people_seed) for r in asked]
+    with_identity = [_render(p.person, p.scene, people_seed) for p in prompts]
+    without = [_render((p.person + people // 2) % people, p.scene, people_seed) for p in prompts]
     return torch.cat(with_identity), torch.cat(without)
 
 
@@ -122,144 +149,152 @@ def run(
     device: str | None = None,
     progress: Progress = hide_progress,
 ) -> Table:
-    """Make every model's images and measure them; the last row is that of `truth`.
+    """Generate and score the images of every model; the last row is the ground truth.
 
     Args:
-        people: how many, from the first held-out person + `people_seed` on.
-        prompts: images of each person and model.
-        preset: "mini", or "mini-lightning" for the student's four steps.
-        scale: how strongly the identity acts. Not the preset's, which suits one adapter: as strongly as it was trained.
-        adapters: model -> file; by default those of `trained`.
-        device: where to compute; the best there is by default.
-        progress: passes a model's batches on, and may show how far it is.
+        people: number of people.
+        people_seed: the first person, from `HELD_OUT_PEOPLE`.
+        prompts: images per person and model.
+        preset: "mini", or "mini-lightning" for the four steps of the student.
+        scale: identity scale. By default that of the training, not the preset's, which suits one
+            adapter.
+        adapters: model -> file; by default those of `find_adapters`.
+        device: where to compute; the best device by default.
+        progress: iterates over the batches of a model and may show its progress.
     """
-    asked, portraits = (
-        sample_prompts(people, prompts, people_seed),
-        render_portraits(people, people_seed),
-    )
-    studio, judges = (
-        load(find_preset(preset).with_defaults(scale=scale), device=device),
-        MiniScorers.load(),
-    )
+    eval_prompts = sample_prompts(people, prompts, people_seed)
+    portraits = render_portraits(people, people_seed)
+    studio = load(replace(find_preset(preset), scale=scale), device=device)
+    scorers = MiniScorers.load()
     identities = [studio.identify([portrait]) for portrait in to_pil(portraits)]
-    batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
-    before = generate_images(studio, progress(batches, "base"), None)
-    rows = {"base": summarize(compute_metrics(judges, asked, portraits, before, before), asked)}
-    for model, other in iterate_models(studio, find_adapters() if adapters is None else adapters):
-        after = generate_images(other, progress(batches, model), identities)
-        rows[model] = summarize(compute_metrics(judges, asked, portraits, after, before), asked)
-    rows["truth"] = summarize(
-        compute_metrics(judges, asked, portraits, *render_ground_truth(asked, people, people_seed)),
-        asked,
-    )
+    batches = [eval_prompts[start : start + BATCH] for start in range(0, len(eval_prompts), BATCH)]
+
+    def score(images: Tensor, base_images: Tensor) -> dict[str, Interval]:
+        columns = compute_metrics(scorers, eval_prompts, portraits, images, base_images)
+        return summarize(columns, eval_prompts)
+
+    base_images = generate_images(studio, progress(batches, "base"), None)
+    rows = {"base": score(base_images, base_images)}
+    adapters = find_adapters() if adapters is None else adapters
+    for model, model_studio in iterate_models(studio, adapters):
+        images = generate_images(model_studio, progress(batches, model), identities)
+        rows[model] = score(images, base_images)
+    rows["truth"] = score(*render_ground_truth(eval_prompts, people, people_seed))
     return Table(rows, people, prompts, people_seed, preset, scale)
 
 
 def find_adapters(weights: Path = MINIATURE, runs: Path = Path("runs/mini")) -> dict[str, Path]:
-    """Each of `MODELS` whose adapter is shipped among the weights, or has been trained in `runs`, and its file."""
-    places = {
-        model: (weights / f"pulid-{model}.safetensors", runs / model / "adapter.safetensors")
-        for model in MODELS
-    }
-    there = {model: [file for file in files if file.exists()] for model, files in places.items()}
-    return {model: files[0] for model, files in there.items() if files}
+    """Return model -> file for all `MODELS` that are shipped in `weights` or trained in `runs`."""
+    adapters = {}
+    for model in MODELS:
+        shipped = weights / f"pulid-{model}.safetensors"
+        trained = runs / model / "adapter.safetensors"
+        for file in (shipped, trained):
+            if file.exists():
+                adapters[model] = file
+                break
+    return adapters
 
 
 def iterate_models(studio: Studio, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Studio]]:
-    """Each model's name, and the studio with its adapter in place of its own."""
+    """Yield the name of each model and a studio with its adapter."""
     for model, file in adapters.items():
         adapter = PuLID.load(file).to(studio.pipe.device)
-        yield model, Studio(studio.pipe, adapter, studio.extractor, studio.preset)
+        yield model, Studio(studio.pipe, studio.features, adapter, studio.preset)
 
 
 def generate_images(
     studio: Studio, batches: Iterable[Sequence[EvalPrompt]], identities: Sequence[Identity] | None
 ) -> Tensor:
-    """One image for each request, (B, 3, H, W) in [0, 1]; without identities the base model's.
+    """Generate one image per prompt, (B, 3, H, W) in [0, 1].
 
-    Many at once, each with its own prompt, noise and person: what `Studio.generate` gives one by one, up to rounding.
+    Images of a batch have their own prompts, seeds and people. Up to rounding they equal those that
+    `Studio.generate` generates one by one.
+
+    Args:
+        studio: the models and their options.
+        batches: the prompts.
+        identities: one per person; None generates the images of the base model.
     """
-    defaults, made = studio.preset.defaults, []
+    preset = studio.preset
+    images = []
     for batch in batches:
-        shown: AbstractContextManager[Any] = nullcontext()
-        if identities:
-            people = [identities[request.person] for request in batch]
-            options = defaults.identity.model_dump(exclude_none=True)
-            shown = studio.adapter.use(people, **options, pipe=studio.pipe)
-        with shown:
-            prompts, seeds = [r.prompt for r in batch], [r.seed for r in batch]
-            made.append(
+        context: AbstractContextManager[Any] = nullcontext()
+        if identities and studio.adapter:
+            people = [identities[prompt.person] for prompt in batch]
+            context = studio.adapter.use(people, **preset.identity_options(), pipe=studio.pipe)
+        with context:
+            images.append(
                 sample(
                     studio.pipe,
-                    prompts,
-                    seeds,
-                    steps=defaults.num_inference_steps or 1,
-                    guidance=defaults.guidance_scale or 0.0,
+                    [prompt.prompt for prompt in batch],
+                    [prompt.seed for prompt in batch],
+                    steps=preset.steps,
+                    guidance=preset.guidance,
                     batch=len(batch),
                 )
             )
-    return torch.cat(made)
+    return torch.cat(images)
 
 
 @torch.no_grad()
 def compute_metrics(
-    judges: MiniScorers,
-    asked: Sequence[EvalPrompt],
+    scorers: MiniScorers,
+    prompts: Sequence[EvalPrompt],
     portraits: Tensor,
     images: Tensor,
-    before: Tensor,
+    base_images: Tensor,
 ) -> dict[str, Tensor]:
-    """Every column for every image of one model.
+    """Compute all metrics for all images of one model.
 
     Args:
-        portraits: (P, 3, H, W), one for each person.
-        images: (B, 3, H, W) of the model, in the order of `asked`.
-        before: (B, 3, H, W) of the base model at the same seeds.
+        scorers: the metric networks.
+        prompts: B prompts.
+        portraits: (P, 3, H, W), one per person.
+        images: (B, 3, H, W) of the model, in the order of `prompts`.
+        base_images: (B, 3, H, W) of the base model with the same seeds.
 
     Returns:
         column -> (B,).
     """
-    evidence = MetricInputs(
+    inputs = MetricInputs(
         images=images,
-        base_images=before,
-        faces=judges.faces(images),
-        base_faces=judges.faces(before),
-        subjects=torch.tensor([request.person for request in asked]),
-        reference_images=portraits,
-        reference_faces=judges.faces(portraits),
-        prompts=[request.prompt for request in asked],
-        requested=[request.wanted for request in asked],
+        before=base_images,
+        seen=scorers.faces(images),
+        was=scorers.faces(base_images),
+        person=torch.tensor([prompt.person for prompt in prompts]),
+        portraits=portraits,
+        gallery=scorers.faces(portraits),
+        prompts=[prompt.prompt for prompt in prompts],
+        wanted=[prompt.wanted for prompt in prompts],
     )
-    return {measure.name: measure(evidence).cpu() for measure in judges.metrics()}
+    return {metric.name: metric(inputs).cpu() for metric in scorers.measures()}
 
 
-def summarize(columns: Mapping[str, Tensor], asked: Sequence[EvalPrompt]) -> dict[str, Interval]:
-    """Means over people, with their intervals."""
-    person = torch.tensor([request.person for request in asked])
+def summarize(columns: Mapping[str, Tensor], prompts: Sequence[EvalPrompt]) -> dict[str, Interval]:
+    """Compute the mean over people of each column, with confidence intervals."""
+    person = torch.tensor([prompt.person for prompt in prompts])
     return {name: metrics.bootstrap(values, person) for name, values in columns.items()}
 
 
 def to_json(table: Table) -> dict[str, Any]:
-    """The last line: means under the columns' names, 95% intervals under "intervals"."""
+    """Convert a table to JSON: means by column, and 95% intervals under "intervals"."""
     rows = []
     for model, columns in table.rows.items():
         means = {name: _round(interval.mean, 5) for name, interval in columns.items()}
         ranges = {name: [_round(i.low, 5), _round(i.high, 5)] for name, i in columns.items()}
         rows.append({"model": model, **means, "intervals": ranges})
-    how = {
-        name: getattr(table, name)
-        for name in ("people", "prompts", "people_seed", "preset", "scale")
-    }
-    return {"rows": rows, **how}
+    options = ("people", "prompts", "people_seed", "preset", "scale")
+    return {"rows": rows, **{name: getattr(table, name) for name in options}}
 
 
 def print_table(table: Table) -> None:
-    """The table for people, on the terminal."""
+    """Print a table on the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    title = f"{table.people} people nobody trained on, prompts for each: {table.prompts}"
+    title = f"{table.people} people held out of training, {table.prompts} prompts each"
     grid = RichTable(title=title, box=box.SIMPLE, pad_edge=False)
     grid.add_column("model", no_wrap=True)
     for name in COLUMNS:
@@ -271,10 +306,11 @@ def print_table(table: Table) -> None:
 
 def _format_interval(name: str, interval: Interval) -> str:
     digits = DIGITS.get(name, 3)
-    half = (interval.high - interval.low) / 2
-    return f"{interval.mean:.{digits}f}" + ("" if math.isnan(half) else f"\n± {half:.{digits}f}")
+    mean = f"{interval.mean:.{digits}f}"
+    half_width = (interval.high - interval.low) / 2
+    return mean if math.isnan(half_width) else f"{mean}\n± {half_width:.{digits}f}"
 
 
 def _round(value: float, digits: int) -> float | None:
-    """JSON has no NaN."""
+    """Round a number, or return None for NaN, which JSON does not have."""
     return None if math.isnan(value) else round(value, digits)

@@ -1,4 +1,4 @@
-"""Facial values read back from a picture: a linear map on the judge's embedding, fitted in closed form."""
+"""Linear probe from face embeddings to facial parameters, fitted in closed form."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from openpulid.world import Person
 from openpulid.world.dataset import WorldDataset
 
 RIDGE = 1e-2
-"""Of the squares' sum, over the embeddings' own."""
+"""Ridge penalty relative to the mean square of the embeddings."""
 
 
 class ParameterProbe(nn.Module):
-    """(B, D) embeddings of the judge -> (B, V) facial values, about 0 to 1.
+    """Predicts facial parameters from embeddings of the benchmark's face recognition model.
 
     Args:
-        dim: D; values: V.
+        dim: width of the embeddings.
+        values: number of parameters.
     """
 
     def __init__(self, dim: int, values: int) -> None:
@@ -32,59 +33,85 @@ class ParameterProbe(nn.Module):
         self.linear = nn.Linear(dim, values)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Any length of embedding: the judge's cosine has none either."""
-        read: Tensor = self.linear(normalize(embeddings.float(), dim=-1))
-        return read
+        """Map embeddings (B, D) of any length to parameters (B, V), about 0 to 1.
+
+        Embeddings are normalized first, since the benchmark compares them by their cosine.
+        """
+        parameters: Tensor = self.linear(normalize(embeddings.float(), dim=-1))
+        return parameters
 
 
 @torch.no_grad()
 def fit_probe(
-    judge: nn.Module,
+    recognition: nn.Module,
     data: WorldDataset,
-    most: int = 8192,
+    limit: int = 8192,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ParameterProbe:
-    """Least squares with a small ridge on pictures of people that no benchmark shows."""
-    seen, known = embed_examples(judge, data, most, on_progress)
-    joined = torch.cat([seen, torch.ones(len(seen), 1)], 1).double()
-    square = joined.T @ joined
-    square += RIDGE * square.diagonal().mean() * torch.eye(len(square))
-    solved = torch.linalg.solve(square, joined.T @ known.double()).float()
-    reader = ParameterProbe(seen.shape[1], known.shape[1])
-    reader.linear.weight.copy_(solved[:-1].T)
-    reader.linear.bias.copy_(solved[-1])
-    return reader
+    """Fit a probe by ridge regression on people who are not in the benchmark.
+
+    Args:
+        recognition: the face recognition model of the benchmark.
+        data: images of training people.
+        limit: maximum number of images.
+        on_progress: called with the number of batches done and their total.
+    """
+    embeddings, parameters = embed_examples(recognition, data, limit, on_progress)
+    ones = torch.ones(len(embeddings), 1)
+    design = torch.cat([embeddings, ones], 1).double()
+    gram = design.T @ design
+    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    solution = torch.linalg.solve(gram, design.T @ parameters.double()).float()
+    probe = ParameterProbe(embeddings.shape[1], parameters.shape[1])
+    probe.linear.weight.copy_(solution[:-1].T)
+    probe.linear.bias.copy_(solution[-1])
+    return probe
 
 
 @torch.no_grad()
 def measure_probe(
-    reader: ParameterProbe, judge: nn.Module, data: WorldDataset, most: int = 1024
+    probe: ParameterProbe, recognition: nn.Module, data: WorldDataset, limit: int = 1024
 ) -> dict[str, float]:
-    """Mean error on these people, and that of saying the mean person each time."""
-    seen, known = embed_examples(judge, data, most)
+    """Measure the mean absolute error of a probe.
+
+    Returns:
+        error: of the probe; chance: of predicting the mean person each time.
+    """
+    embeddings, parameters = embed_examples(recognition, data, limit)
     return {
-        "error": (reader(seen) - known).abs().mean().item(),
-        "chance": (known.mean(0) - known).abs().mean().item(),
+        "error": (probe(embeddings) - parameters).abs().mean().item(),
+        "chance": (parameters.mean(0) - parameters).abs().mean().item(),
     }
 
 
 def embed_examples(
-    judge: nn.Module,
+    recognition: nn.Module,
     data: WorldDataset,
-    most: int,
+    limit: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, D) and true facial values (N, V) of some pictures at even distances."""
-    seen, known = [], []
-    for rows in batches(len(data), most):
-        seen.append(embedded(judge, aligned_rows(data, rows)))
-        known.append(torch.from_numpy(np.asarray(data.vectors[rows][:, FACIAL_COLUMNS])))
+    """Embed evenly spaced images of a dataset.
+
+    Args:
+        recognition: the face recognition model.
+        data: the dataset.
+        limit: maximum number of images N.
+        on_progress: called with the number of batches done and their total.
+
+    Returns:
+        Embeddings (N, D) and the true facial parameters (N, V).
+    """
+    embeddings = []
+    parameters = []
+    for rows in batches(len(data), limit):
+        embeddings.append(embedded(recognition, aligned_rows(data, rows)))
+        parameters.append(torch.from_numpy(np.asarray(data.vectors[rows][:, FACIAL_COLUMNS])))
         if on_progress:
-            on_progress(len(seen), -(-most // len(rows)))
-    return torch.cat(seen), torch.cat(known)
+            on_progress(len(embeddings), -(-limit // len(rows)))
+    return torch.cat(embeddings), torch.cat(parameters)
 
 
 def get_facial_values(people: Sequence[str]) -> Tensor:
-    """(P, V): the facial values of people by their numbers, as `mini.sitters` names them."""
+    """Return the true facial parameters (P, V) of subjects by the names of `synthetic_subjects`."""
     vectors = [Person.from_seed(int(name)).vector() for name in people]
     return torch.tensor(vectors)[:, FACIAL_COLUMNS]

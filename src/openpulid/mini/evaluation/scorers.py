@@ -1,5 +1,7 @@
-"""The miniature's judges: a recogniser and readers that no adapter was trained with; the finder, which all share; and CLIP,
-whose picture tower PhotoMaker reads with, and whose text tower is the base's second.
+"""The miniature's metric networks.
+
+Face recognition model and attribute classifier are used by no method. The face detector is shared
+by all. CLIP's vision encoder is also PhotoMaker's, and its text encoder is the base model's second.
 """
 
 from __future__ import annotations
@@ -20,13 +22,12 @@ from transformers import (
 
 from openpulid.bench import metrics
 from openpulid.bench.metrics import (
-    FID,
-    ClassifyAttributes,
-    DetectFaces,
     EmbedImages,
     EmbedTexts,
     Faces,
+    FindFaces,
     Metric,
+    ReadAttributes,
 )
 from openpulid.errors import WeightsError
 from openpulid.faces.embed import FaceEmbedder
@@ -43,39 +44,47 @@ from openpulid.world import ATTRIBUTES
 
 
 class FaceScorer:
-    """Finds the face in each image and says whose it is: `bench.metrics.DetectFaces` of the miniature."""
+    """Detects and embeds the face of each image; `bench.metrics.FindFaces` of the miniature.
 
-    def __init__(self, finder: MiniFaceDetector, recogniser: VGGRecognition) -> None:
-        self.embed = FaceEmbedder(finder.detect, recogniser)
-        self.width: int = cast(Any, recogniser).config["dim"]
+    Args:
+        detector: the face detector.
+        recognition: the face recognition model of the benchmark.
+    """
+
+    def __init__(self, detector: MiniFaceDetector, recognition: VGGRecognition) -> None:
+        self.embed = FaceEmbedder(detector.detect, recognition)
+        self.width: int = cast(Any, recognition).config["dim"]
 
     @classmethod
     def load(cls, folder: Path = MINIATURE) -> FaceScorer:
-        """The judge of the miniature in `folder`."""
-        finder = load_module(MiniFaceDetector, folder / "detector.safetensors")
-        return cls(finder, load_module(VGGRecognition, folder / "recognition-scorer.safetensors"))
+        """Load both networks from the miniature's weights."""
+        detector = load_module(MiniFaceDetector, folder / "detector.safetensors")
+        recognition = load_module(VGGRecognition, folder / "recognition-scorer.safetensors")
+        return cls(detector, recognition)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Faces:
-        """(B, 3, H, W) in [0, 1] -> Faces; embeddings of images without a face are zero."""
-        seen = self.embed(images)
-        if not seen.found.any():  # the recogniser was not asked, and its width is not known there
-            return Faces(seen.found, seen.embeddings.new_zeros(len(images), self.width), seen.masks)
-        return Faces(seen.found, seen.embeddings, seen.masks)
+        """Embed the faces of images (B, 3, H, W) in [0, 1]; embeddings without a face are zero."""
+        faces = self.embed(images)
+        embeddings = faces.embeddings
+        if not faces.has_face.any():
+            # The face recognition model was not called, so the width has to be set here.
+            embeddings = embeddings.new_zeros(len(images), self.width)
+        return Faces(faces.has_face, embeddings, faces.masks)
 
 
 @dataclass(frozen=True)
 class MiniScorers:
-    """All networks that the measures ask, as plain callables."""
+    """All metric networks of the miniature, as plain callables."""
 
-    faces: DetectFaces
+    faces: FindFaces
     embed_images: EmbedImages
     embed_texts: EmbedTexts
-    read: ClassifyAttributes
+    read: ReadAttributes
     values: ParameterProbe | None = None
 
-    def metrics(self) -> list[Metric]:
-        """All that can be told of an image here."""
+    def measures(self) -> list[Metric]:
+        """Return the metrics of single images."""
         exact = [metrics.FacialValues(self.values)] if self.values else []
         return [
             *exact,
@@ -89,47 +98,51 @@ class MiniScorers:
             metrics.CopyPaste(),
         ]
 
-    def method_metrics(self) -> list[FID]:
-        """FID of CLIP's image features: there is no Inception that knows these pictures."""
+    def sets(self) -> list[metrics.FID]:
+        """Return the metrics of image sets: FID of CLIP features instead of Inception's."""
         return [metrics.FID(self.embed_images)]
 
-    def facial_values(self, people: Sequence[str]) -> Tensor | None:
-        """(P, V) facial values of the people that `mini.sitters` draws."""
+    def truth(self, people: Sequence[str]) -> Tensor | None:
+        """Return the facial parameters (P, V) of synthetic subjects, or None for other subjects."""
         return get_facial_values(people) if all(name.isdigit() for name in people) else None
 
-    def attribute_classes(self, attributes: Mapping[str, str]) -> dict[str, int]:
-        """What a scene asks for, as the reader's classes."""
-        return {name: ATTRIBUTES[name].index(value) for name, value in attributes.items()}
+    def wanted(self, named: Mapping[str, str]) -> dict[str, int]:
+        """Convert the attributes of a scene to class indices of the attribute classifier."""
+        return {name: ATTRIBUTES[name].index(value) for name, value in named.items()}
 
     @classmethod
     def load(cls, folder: Path = MINIATURE) -> MiniScorers:
-        """The judges of the miniature in `folder`, on the CPU.
+        """Load all networks from the miniature's weights, on the CPU.
 
         Raises:
             WeightsError: one of them is missing or damaged.
         """
-        reader = load_module(AttributeClassifier, folder / "attribute-classifier.safetensors")
-        try:
-            # the text model's own tokenizer: a prompt is read here as it was there
-            words = PreTrainedTokenizerFast.from_pretrained(
-                folder / "pipeline" / "tokenizer", local_files_only=True
-            )
-            with no_progress_bars():
-                known: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
-                seeing = CLIPVisionModelWithProjection.from_pretrained(
-                    folder / "clip", **known
-                ).eval()
-                reading = CLIPTextModelWithProjection.from_pretrained(
-                    folder / "pipeline" / "text_encoder_2", **known
-                ).eval()
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{folder} holds no CLIP; `pulid mini build` makes it.") from error
+        classifier = load_module(AttributeClassifier, folder / "attribute-classifier.safetensors")
+        vision, text, tokenizer = _load_clip(folder)
+        probe_file = folder / "parameter-probe.safetensors"
         return cls(
             FaceScorer.load(folder),
-            partial(clip.embed_images, seeing),
-            lambda prompts: clip.embed_texts(reading, token_ids(words, list(prompts))),
-            reader,
-            load_module(ParameterProbe, file)
-            if (file := folder / "parameter-probe.safetensors").exists()
-            else None,
+            partial(clip.embed_images, vision),
+            lambda prompts: clip.embed_texts(text, token_ids(tokenizer, list(prompts))),
+            classifier,
+            load_module(ParameterProbe, probe_file) if probe_file.exists() else None,
         )
+
+
+def _load_clip(folder: Path) -> tuple[Any, Any, PreTrainedTokenizerFast]:
+    """Load CLIP's vision encoder, its text encoder, and the tokenizer of the base model."""
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    pipeline = folder / "pipeline"
+    try:
+        # The text encoder's own tokenizer, so that metrics see the same tokens as the base model.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
+            pipeline / "tokenizer", local_files_only=True
+        )
+        with no_progress_bars():
+            vision = CLIPVisionModelWithProjection.from_pretrained(folder / "clip", **options)
+            text = CLIPTextModelWithProjection.from_pretrained(
+                pipeline / "text_encoder_2", **options
+            )
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder} holds no CLIP; create it with `pulid mini build`.") from error
+    return vision.eval(), text.eval(), tokenizer

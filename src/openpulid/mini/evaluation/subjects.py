@@ -1,4 +1,4 @@
-"""Procedural people for the benchmark: the picture given, and another that no method sees."""
+"""Synthetic subjects of the benchmark: a reference image and a second image of each person."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 
 def synthetic_subjects(count: int, first: int) -> list[Subject]:
-    """Held-out people: a neutral portrait each, and a picture of theirs in a held-out scene."""
-    found = []
-    for number in range(HELD_OUT_PEOPLE + first, HELD_OUT_PEOPLE + first + count):
-        person = Person.from_seed(number)
-        scene = Scene.sample(torch.Generator().manual_seed(number), held_out=True)
-        given, other = to_pil(render([person, person], [Scene(), scene]).image)
-        found.append(Subject(f"{number}", given, other))
-    return found
+    """Render held-out people.
+
+    Args:
+        count: number of subjects.
+        first: offset of the first subject from `HELD_OUT_PEOPLE`.
+
+    Returns:
+        Subjects, named by their seed, with a neutral portrait and an image in a held-out scene that
+        no method sees.
+    """
+    subjects = []
+    for seed in range(HELD_OUT_PEOPLE + first, HELD_OUT_PEOPLE + first + count):
+        person = Person.from_seed(seed)
+        scene = Scene.sample(torch.Generator().manual_seed(seed), held_out=True)
+        portrait, second = to_pil(render([person, person], [Scene(), scene]).image)
+        subjects.append(Subject(f"{seed}", portrait, second))
+    return subjects

@@ -1,4 +1,4 @@
-"""The miniature's pipeline: SDXL's architecture at 96 pixels, and the folders that diffusers loads."""
+"""The miniature's pipeline: SDXL's architecture at 96 pixels, in the folder layout of diffusers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedT
 from openpulid.training.pulid.models import TextConditioning
 
 TIME_WIDTH = 32
-"""Of the embedding of each of SDXL's six size conditions."""
-SHARD = "12MB"
+"""Width of the embedding of each of SDXL's six size conditions."""
+SHARD_SIZE = "12MB"
 
 
 def build_unet(
@@ -33,86 +33,132 @@ def build_unet(
     layers: int = 1,
     size: int = 12,
 ) -> UNet2DConditionModel:
-    """SDXL's U-Net with random weights: attention on every level, heads of 32, `widths` from full resolution down."""
+    """Build SDXL's U-Net with random weights, with attention on every level and heads of width 32.
+
+    Args:
+        channels: latent channels.
+        text_width: width of the text embeddings.
+        pooled: width of the pooled text embedding.
+        widths: channels per level, from full resolution down.
+        layers: residual blocks per level.
+        size: width and height of the latents.
+    """
     levels = len(widths)
     return UNet2DConditionModel(
-        sample_size=size, in_channels=channels, out_channels=channels,
-        block_out_channels=tuple(widths), layers_per_block=layers, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D",) * levels, up_block_types=("CrossAttnUpBlock2D",) * levels,
-        # diffusers' name for the number of heads
-        attention_head_dim=tuple(max(1, width // 32) for width in widths), transformer_layers_per_block=1,
-        use_linear_projection=True, cross_attention_dim=text_width,
-        addition_embed_type="text_time", addition_time_embed_dim=TIME_WIDTH,
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(widths),
+        layers_per_block=layers,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        # diffusers uses this name for the number of heads.
+        attention_head_dim=tuple(max(1, width // 32) for width in widths),
+        transformer_layers_per_block=1,
+        use_linear_projection=True,
+        cross_attention_dim=text_width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_WIDTH,
         projection_class_embeddings_input_dim=pooled + 6 * TIME_WIDTH,
-    )  # fmt: skip
+    )
 
 
 def build_scheduler() -> DPMSolverMultistepScheduler:
-    """SDXL's noise, rescaled so that the last time is nothing but noise (arXiv 2305.08891), and DPM-Solver++(2M).
+    """Build DPM-Solver++(2M) with SDXL's betas, rescaled to zero terminal SNR (arXiv 2305.08891).
 
-    With SDXL's own schedule a model learns that the mean colour of a picture shines through the noise, and at inference,
-    where it does not, cannot make a black or a white ground. This needs the v-prediction.
+    In SDXL's own schedule the mean color of an image shows through the noise of the last timestep.
+    A model that learns to rely on it cannot generate a black or white background at inference. Zero
+    terminal SNR requires v-prediction.
     """
     return DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        rescale_betas_zero_snr=True, timestep_spacing="trailing",
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
 
 
 class TextEncoders(nn.Module):
-    """Both text encoders, frozen: tokens to what the U-Net is told, exactly as the stock pipeline does it."""
+    """Both frozen text encoders; they compute the same conditioning as the diffusers pipeline.
+
+    Args:
+        first: the text encoder without projection.
+        second: the text encoder with projection, which returns the pooled embedding.
+        size: width and height of the images, for SDXL's size conditions.
+    """
 
     def __init__(
         self, first: CLIPTextModel, second: CLIPTextModelWithProjection, size: int = 96
     ) -> None:
         super().__init__()
-        self.first, self.second, self.size = first.eval(), second.eval(), size
+        self.first = first.eval()
+        self.second = second.eval()
+        self.size = size
         self.requires_grad_(False)
 
     @property
     def width(self) -> int:
+        """Width of the concatenated text embeddings."""
         return self.first.config.hidden_size + self.second.config.hidden_size
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, kept: Tensor | None = None) -> TextConditioning:
-        """(B, L) tokens -> embeddings (B, L, D), pooled (B, P), time ids (B, 6); all zero where not `kept` (B,) bool."""
-        one = self.first(tokens, output_hidden_states=True)
-        two = self.second(tokens, output_hidden_states=True)
-        embeds = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1).float()
-        pooled = two.text_embeds.float()
-        if kept is not None:
-            embeds, pooled = (
-                embeds * kept[:, None, None].to(embeds),
-                pooled * kept[:, None].to(pooled),
-            )
-        ids = torch.tensor(
-            [self.size, self.size, 0, 0, self.size, self.size],
-            device=tokens.device,
-            dtype=torch.float32,
-        )
+    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> TextConditioning:
+        """Encode prompts.
+
+        Args:
+            tokens: (B, L).
+            keep: (B,) bool; the conditioning is zero (unconditional) where it is false.
+
+        Returns:
+            Embeddings (B, L, D), pooled embeddings (B, P) and time ids (B, 6).
+        """
+        first = self.first(tokens, output_hidden_states=True)
+        second = self.second(tokens, output_hidden_states=True)
+        embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1).float()
+        pooled = second.text_embeds.float()
+        if keep is not None:
+            embeds = embeds * keep[:, None, None].to(embeds)
+            pooled = pooled * keep[:, None].to(pooled)
+        sizes = [self.size, self.size, 0, 0, self.size, self.size]
+        ids = torch.tensor(sizes, device=tokens.device, dtype=torch.float32)
         return TextConditioning(embeds, pooled, ids.expand(len(tokens), -1))
 
 
 def predict(unet: Callable[..., Any], x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
-    """The U-Net's output (B, C, s, s) in float32 for x_t at times t (B,)."""
-    added = {"text_embeds": text.pooled, "time_ids": text.time_ids}
+    """Call the U-Net for x_t (B, C, s, s) at timesteps t (B,); return (B, C, s, s) float32."""
+    added_cond = {"text_embeds": text.pooled, "time_ids": text.time_ids}
     x_t = x_t.contiguous(memory_format=torch.channels_last)
-    return unet(
-        x_t, t, encoder_hidden_states=text.embeds, added_cond_kwargs=added, return_dict=False
-    )[0].float()
+    outputs = unet(
+        x_t,
+        t,
+        encoder_hidden_states=text.embeds,
+        added_cond_kwargs=added_cond,
+        return_dict=False,
+    )
+    return outputs[0].float()
 
 
 def build_pipeline(
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
-    words: TextEncoders,
+    text_encoders: TextEncoders,
     tokenizer: PreTrainedTokenizerBase,
 ) -> StableDiffusionXLPipeline:
-    """The stock pipeline around these networks, silent."""
+    """Build the diffusers pipeline from networks, without progress bars."""
     pipe = StableDiffusionXLPipeline(
-        vae=vae, text_encoder=words.first, text_encoder_2=words.second, tokenizer=tokenizer, tokenizer_2=tokenizer,
-        unet=unet, scheduler=build_scheduler(), force_zeros_for_empty_prompt=True, add_watermarker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=text_encoders.first,
+        text_encoder_2=text_encoders.second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=build_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -127,26 +173,40 @@ def sample(
     guidance: float = 3.0,
     batch: int = 32,
 ) -> Tensor:
-    """(B, 3, H, W) in [0, 1], each image from its own seed on the CPU."""
-    made = []
+    """Generate one image per prompt, each from its own seed on the CPU.
+
+    Args:
+        pipe: the pipeline.
+        prompts: N prompts.
+        seeds: N seeds.
+        steps: number of sampling steps.
+        guidance: classifier-free guidance scale.
+        batch: images per call of the pipeline.
+
+    Returns:
+        (N, 3, H, W) in [0, 1] on the CPU.
+    """
+    images = []
     for start in range(0, len(prompts), batch):
-        part = slice(start, start + batch)
-        made.append(
-            pipe(
-                prompt=list(prompts[part]), generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
-                num_inference_steps=steps, guidance_scale=guidance, output_type="pt",
-            ).images.float().cpu()
-        )  # fmt: skip
-    return torch.cat(made)
+        rows = slice(start, start + batch)
+        result = pipe(
+            prompt=list(prompts[rows]),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[rows]],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="pt",
+        )
+        images.append(result.images.float().cpu())
+    return torch.cat(images)
 
 
 def save_folder(model: Any, folder: Path) -> None:
-    """`save_pretrained` of a copy in bfloat16, with shards small enough for a repository: it packs a third of the bits away,
-    of float16 next to nothing.
+    """Save a bfloat16 copy of a model with shards small enough for a git repository.
+
+    git compresses bfloat16 by a third, and float16 hardly at all.
     """
     copy = deepcopy(model).to(torch.bfloat16)
-    if isinstance(
-        copy, ModelMixin
-    ):  # a loaded model of diffusers would say from which folder of this machine it came
+    if isinstance(copy, ModelMixin):
+        # Otherwise the config would store the local folder from which the model was loaded.
         copy.register_to_config(_name_or_path="")
-    copy.save_pretrained(folder, max_shard_size=SHARD)
+    copy.save_pretrained(folder, max_shard_size=SHARD_SIZE)

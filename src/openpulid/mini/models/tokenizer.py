@@ -1,4 +1,4 @@
-"""The miniature's words: a tokenizer over the closed vocabulary of its world."""
+"""The miniature's tokenizer, with the closed vocabulary of its world."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ from transformers import PreTrainedTokenizerFast
 from openpulid.world import VOCABULARY
 
 LENGTH = 48
-"""Tokens of a prompt, begin and end included; the longest sentence of the world has some fewer."""
-BEGIN, END, PAD, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|pad|>", "<|unknown|>"
+"""Tokens of a prompt including begin and end; the longest prompt of the world has a few less."""
+BEGIN = "<|startoftext|>"
+END = "<|endoftext|>"
+PAD = "<|pad|>"
+UNKNOWN = "<|unknown|>"
 
 
 def build_tokenizer(
     words: Sequence[str] = VOCABULARY, length: int = LENGTH
 ) -> PreTrainedTokenizerFast:
-    """One token per word or comma. A `CLIPTokenizer` would spell unknown words out; this one shows that it does not know
-    them, so that a prompt can be refused instead of misunderstood.
+    """Build a tokenizer with one token per word or comma.
+
+    A `CLIPTokenizer` would split unknown words into letters. This one maps them to an unknown
+    token, so that a prompt can be rejected instead of misunderstood.
+
+    Args:
+        words: the vocabulary.
+        length: maximum number of tokens of a prompt.
     """
     tokens = {token: index for index, token in enumerate([BEGIN, END, PAD, UNKNOWN, *words])}
     backend = Tokenizer(WordLevel(tokens, unk_token=UNKNOWN))
@@ -29,6 +38,10 @@ def build_tokenizer(
         single=f"{BEGIN} $A {END}", special_tokens=[(BEGIN, tokens[BEGIN]), (END, tokens[END])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=length,
-        bos_token=BEGIN, eos_token=END, pad_token=PAD, unk_token=UNKNOWN,
-    )  # fmt: skip
+        tokenizer_object=backend,
+        model_max_length=length,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+    )

@@ -1,0 +1,43 @@
+"""The cache of computed arrays: reused for the same key, resumable, and discarded for another key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from openpulid.mini.data.cache import ArrayCache
+
+
+def fill(cache: ArrayCache, value: float, stop: int) -> None:
+    """Write rows of two until `stop` rows are complete."""
+    while cache.num_done < stop:
+        rows = np.full((2, 3), value, np.float16)
+        cache.write({"a": rows, "b": rows[:, 0].astype(np.uint8)})
+
+
+def test_complete_cache_is_reused(tmp_path: Path) -> None:
+    fill(ArrayCache(tmp_path, {"net": "x", "shape": (1, 2)}, 4), 7, 4)
+    cache = ArrayCache(tmp_path, {"net": "x", "shape": (1, 2)}, 4)
+    assert cache.is_complete
+    assert cache.load("a").shape == (4, 3) and cache.load("a").dtype == np.float16
+    assert (cache.load("a") == 7).all() and cache.load("b").tolist() == [7] * 4
+    assert isinstance(cache.load("a", mmap=True), np.memmap)
+
+
+def test_interrupted_cache_is_resumed(tmp_path: Path) -> None:
+    fill(ArrayCache(tmp_path, {"net": "x"}, 6), 1, 4)
+    cache = ArrayCache(tmp_path, {"net": "x"}, 6)
+    assert cache.num_done == 4 and not cache.is_complete
+    fill(cache, 2, 6)
+    assert ArrayCache(tmp_path, {"net": "x"}, 6).load("a")[:, 0].tolist() == [1, 1, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(("net", "num_rows"), [("y", 4), ("x", 6)])
+def test_other_key_or_length_discards_arrays(tmp_path: Path, net: str, num_rows: int) -> None:
+    fill(ArrayCache(tmp_path, {"net": "x"}, 4), 1, 4)
+    cache = ArrayCache(tmp_path, {"net": net}, num_rows)
+    assert cache.num_done == 0
+    fill(cache, 2, num_rows)
+    assert (cache.load("a") == 2).all() and len(cache.load("a")) == num_rows
