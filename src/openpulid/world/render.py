@@ -113,7 +113,9 @@ def render(
             f"got {len(people)}, {len(scenes)}, {size}."
         )
     values = torch.tensor([person.vector() for person in people], device=device)
-    return render_stage(values, SceneTensors.from_scenes(scenes, values.device), size, compiled=compiled)
+    return render_stage(
+        values, SceneTensors.from_scenes(scenes, values.device), size, compiled=compiled
+    )
 
 
 @torch.no_grad()
