@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class Run:
 
     Attributes:
         weights: the miniature that stages read what they do not train from.
-        seconds: of the whole run; shares: of them, per stage.
+        seconds: of the whole run; adapter_seconds: of them, those kept for the adapters.
     """
 
     device: torch.device
@@ -81,9 +82,11 @@ class Run:
     seconds: float
     sizes: Sizes
     stages: tuple[str, ...]
+    adapter_seconds: float = 0.0
     compile: bool = True
     work: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="miniature-")))
     network: Any = None
+    model: Any = None  # the U-Net that trains
     base: Any = None
     student: Any = None
     vae: Any = None
@@ -92,12 +95,10 @@ class Run:
     def left(self) -> float:
         return self.seconds - self.out.seconds
 
-    def reserved(self, *stages: str) -> float:
-        """Seconds that the named stages will need, of those that are to come."""
-        shares = {"student": 0.145, "stage1": 0.13, "stage2": 0.13, "stage3": 0.17}
-        return sum(
-            shares.get(stage, 0.0) * self.seconds for stage in stages if stage in self.stages
-        )
+    @property
+    def main(self) -> float:
+        """Seconds for everything but the adapters."""
+        return self.seconds - self.adapter_seconds
 
     # -- what is read --
 
@@ -131,7 +132,7 @@ class Run:
         strangers = plan_world(self.sizes.held_out, 1, 0, held_out, held_out=True)
         self.held_out = render_world(*strangers, 1, **known)
         self.world = render_world(
-            people, scenes, SCENES + PORTRAITS, seconds=0.16 * self.seconds, **known
+            people, scenes, SCENES + PORTRAITS, seconds=0.16 * self.main, **known
         )
         self.out.sheet("world", sheet(self.world.images[:32].float() / 255))
         self.out.figures(
@@ -160,7 +161,7 @@ class Run:
         """Train the autoencoder from nothing."""
         vae = autoencoder.build(self.world)
         steps = autoencoder.fit(
-            vae, self.world, 0.12 * self.seconds, batch=self.sizes.autoencoder_batch, most=self.sizes.most,
+            vae, self.world, 0.12 * self.main, batch=self.sizes.autoencoder_batch, most=self.sizes.most,
             watch=self._watch("autoencoder", 500), say=self.out.say,
         )  # fmt: skip
         autoencoder.standardize(vae, self.world)
@@ -198,16 +199,13 @@ class Run:
                 mark = marks.pop(0)
                 with average.in_place():
                     model.eval()
-                    self._checkpoint(model, step, share)
+                    attempt(self.out, lambda: self._checkpoint(model, step, share))
                     if mark == 0.7:  # for the case that nothing comes after it
-                        self._keep("base", model, "pipeline/unet")
+                        attempt(self.out, lambda: self._keep("base", model, "pipeline/unet"))
                 model.train()
 
-        seconds = (
-            self.left
-            - self.reserved("student", "stage1", "stage2", "stage3")
-            - 0.045 * self.seconds
-        )
+        student = 0.145 if "student" in self.stages else 0.0
+        seconds = self.left - self.adapter_seconds - (student + 0.045) * self.main
         steps, self.network = unet.fit_base(
             model, self.data, max(1.0, seconds), network=network, batch=self.sizes.batch, most=self.sizes.most,
             watch=look, say=self.out.say,
@@ -226,9 +224,9 @@ class Run:
 
     def train_student(self) -> None:
         """Train the student from the base."""
-        if not hasattr(self, "model"):
+        if self.model is None:
             self.model, self.network = unet.frozen_copy(self.base), None
-        rest = self.reserved("stage1", "stage2", "stage3") + 0.02 * self.seconds
+        rest = self.adapter_seconds + 0.02 * self.main
         steps = unet.fit_student(
             self.model, self.data, max(1.0, self.left - rest), network=self.network, count=self.sizes.rollouts,
             batch=self.sizes.batch, most=self.sizes.most, watch=self._watch("student", 100), say=self.out.say,
@@ -321,6 +319,9 @@ def main(arguments: list[str] | None = None) -> None:
         "--weights", type=Path, default=MINIATURE, help="what is not trained is read from here"
     )
     parser.add_argument("--stages", default=FIRST, help=f"of {', '.join(STAGES)}, in this order")
+    parser.add_argument(
+        "--adapter-seconds", type=float, default=0.0, help="of them, kept for stage1 to stage3"
+    )
     parser.add_argument("--people", type=int, help="how many are rendered, six images each")
     parser.add_argument("--small", action="store_true", help="tiny sizes: a dry run on a CPU")
     parser.add_argument("--no-compile", action="store_true")
@@ -345,6 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
             given.seconds,
             sizes,
             stages,
+            given.adapter_seconds,
             not given.no_compile,
         )
     )
@@ -369,9 +371,10 @@ def train(run: Run) -> None:
         if "autoencoder" in run.stages:
             attempt(out, run.autoencoder)
         run.encode()
-        if "base" in run.stages:
+        if "base" in run.stages and not attempt(out, run.train_base) and run.left > 0.3 * run.main:
+            run.compile = False  # once again, the slow way
             attempt(out, run.train_base)
-        if "student" in run.stages:
+        if "student" in run.stages and ("base" not in run.stages or run.model is not None):
             attempt(out, run.train_student)
         if any(name.startswith("stage") for name in run.stages) and run.left > 0.08 * run.seconds:
             attempt(out, run.adapters)
@@ -384,8 +387,8 @@ def train(run: Run) -> None:
         out.write()
 
 
-def attempt(out: Output, stage: Any) -> None:
-    """Run a stage; report an error instead of raising it."""
+def attempt(out: Output, stage: Callable[[], object]) -> bool:
+    """Run a stage; report an error instead of raising it. Return whether it succeeded."""
     try:
         stage()
     except Exception:
@@ -393,6 +396,8 @@ def attempt(out: Output, stage: Any) -> None:
             f"{getattr(stage, '__name__', 'a stage')} failed:\n{traceback.format_exc()[-3000:]}"
         )
         out.write()
+        return False
+    return True
 
 
 if __name__ == "__main__":
