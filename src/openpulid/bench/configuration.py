@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from openpulid.bench.run_dir import BASE
 from openpulid.io.checkpoints import fingerprint
-from openpulid.pipelines.factory import resolve_path
 from openpulid.pipelines.presets import Preset
+from openpulid.pipelines.weights import resolve_path
 
-OPTIONS = ("steps", "guidance", "negative", "size", "sampler")
+OPTIONS = ("num_inference_steps", "guidance_scale", "negative_prompt", "width", "height")
 BASE_PARTS = ("pipeline", "unet", "transformer")
-METHOD_PARTS = ("finder", "recogniser", "parser", "vision")
+METHOD_PARTS = ("detector", "recognition", "face_parsing", "vision_encoder")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt")
 
 
@@ -35,30 +34,31 @@ def describe_configuration(
     Raises:
         OSError, WeightsError: a file of weights is missing.
     """
-    preset = replace(preset, **options)
-    configuration: dict[str, Any] = {name: getattr(preset, name) for name in OPTIONS}
+    defaults = preset.with_defaults(**options).defaults
+    configuration: dict[str, Any] = {name: getattr(defaults, name) for name in OPTIONS}
+    configuration["sampler"] = preset.models.sampler
     configuration["preset"] = preset.name
     weights = {name: _hash_part(preset, name) for name in BASE_PARTS}
     if method != BASE:
         weights |= {name: _hash_part(preset, name) for name in METHOD_PARTS}
         weights["adapter"] = _hash_adapter(preset)
-        configuration |= preset.identity_options()
+        configuration |= defaults.identity.model_dump(exclude_none=True)
     configuration["weights"] = weights
     data: dict[str, Any] = json.loads(json.dumps(configuration))
     return data
 
 
 def _hash_part(preset: Preset, name: str) -> list[str]:
-    location = getattr(preset, name)
+    location = getattr(preset.models, name)
     return hash_weights(resolve_path(location)) if location else []
 
 
 def _hash_adapter(preset: Preset) -> list[str]:
-    path = resolve_path(preset.adapter)
+    path = resolve_path(preset.models.adapter)
     hashes = hash_weights(path)
     controlnet = path.parent / "ControlNetModel"
     # InstantID's file needs the network next to it; a folder of InstantID contains it
-    if preset.method == "instantid" and path.is_file() and controlnet.is_dir():
+    if preset.models.method == "instantid" and path.is_file() and controlnet.is_dir():
         hashes += hash_weights(controlnet)
     return hashes
 

@@ -75,8 +75,7 @@ class Worker:
         first = job.keys[0]
         studio = self.studios[first.method]
         device = studio.pipe.device
-        if studio.adapter is not None:
-            studio.adapter.attach(studio.pipe)  # the methods share a pipeline; the last one is used
+        studio.adapter.attach(studio.pipe)  # the methods share a pipeline; the last one is used
         identity, identify_seconds = self._identify(first, studio)
 
         reset_peak(device)

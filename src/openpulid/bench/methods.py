@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from openpulid.bench.run_dir import BASE
 from openpulid.bench.suite import Suite
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import WEIGHTS
-from openpulid.pipelines.factory import load_adapter, load_extractor, missing_weights
+from openpulid.pipelines.factory import load_adapter, load_extractor
 from openpulid.pipelines.presets import Preset, find_preset, with_method
 from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.weights import missing_weights
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def select_presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
                 "method once."
             )
         preset = with_method(presets[BASE], spec.method, spec.file)
-        presets[spec.label] = preset if spec.scale is None else replace(preset, scale=spec.scale)
+        presets[spec.label] = preset if spec.scale is None else preset.with_defaults(scale=spec.scale)
     for spec in specs:
         if spec.file is not None and not spec.file.exists():
             raise OptionError(f"{spec.file} does not exist; METHOD:FILE needs an adapter file.")
@@ -93,8 +94,8 @@ def check_weights(presets: Mapping[str, Preset]) -> None:
         )
     if missing:
         path, preset = next(iter(missing.items()))
-        is_baseline = path == str(preset.adapter) and preset.method != "pulid"
-        option = f" --method {preset.method}" if is_baseline else ""
+        is_baseline = path == str(preset.models.adapter) and preset.models.method != "pulid"
+        option = f" --method {preset.models.method}" if is_baseline else ""
         raise WeightsError(f"{path} does not exist; create it with `pulid mini build{option}`.")
 
 
@@ -109,16 +110,16 @@ def load_studios(
         device: device name, or None for the best one.
 
     Returns:
-        Label -> studio; the base's has no adapter.
+        Label -> studio.
     """
     studio = load(suite.preset, device=device)
-    studios = {BASE: Studio(studio.pipe, studio.features, None, studio.preset)}
+    studios = {BASE: studio}  # its adapter is not used without an identity
     for label, preset in presets.items():
         if label == BASE:
             continue
         adapter = load_adapter(preset, studio.pipe.device)
-        extractor = studio.features
-        if preset.view:
+        extractor = studio.extractor
+        if preset.models.extractor == "clip":
             extractor = load_extractor(preset, studio.pipe.device, adapter)
-        studios[label] = Studio(studio.pipe, extractor, adapter, preset)
+        studios[label] = Studio(studio.pipe, adapter, extractor, preset)
     return studios

@@ -9,14 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from openpulid.errors import OptionError
+from openpulid.pipelines.request import GenerationOptions
 
 SUITES = Path(__file__).parent / "suites"
-
-OPTIONS = frozenset(
-    ("steps", "guidance", "negative", "size", "start", "end", "true_cfg", "timestep_to_start_cfg")
-)
-"""Generation options that a suite may set for all methods."""
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -43,7 +38,7 @@ class Suite:
         seeds: generated for every prompt; the noise of a seed is the same for every method.
         num_people: number of synthetic subjects; 0 if the subjects are photos.
         first_person: index of the first synthetic subject among the held-out people.
-        options: generation options that replace the preset's, out of `OPTIONS`.
+        options: replace the preset's; fields of `GenerationOptions` and `IdentityOptions`.
         identity_prompts: indices of the prompts on which identity is measured. The remaining
             prompts are used for all other metrics. Empty: every prompt is used for everything.
         published: source -> method -> metric -> value, shown next to the measured values.
@@ -113,8 +108,7 @@ def _validate(suite: Suite, path: Path) -> None:
         raise OptionError(
             f"{path}: identity_prompts of a suite are indices of its prompts, starting at 0."
         )
-    if unknown := sorted(set(suite.options) - OPTIONS):
-        raise OptionError(
-            f"{path}: a suite cannot set {', '.join(unknown)}; "
-            f"its options are {', '.join(sorted(OPTIONS))}."
-        )
+    try:
+        GenerationOptions.from_options(**suite.options)
+    except OptionError as error:
+        raise OptionError(f"{path}: options of the suite: {error}") from None

@@ -104,7 +104,7 @@ def _cost(record: Record, name: str) -> float | None:
     if name == "seconds":
         return record.seconds
     if name == "steps_per_second":
-        steps: int = record.configuration["steps"]
+        steps: int = record.configuration["num_inference_steps"]
         return steps / record.seconds
     if name == "photo_to_image":
         return (record.identify_seconds or 0) + record.seconds

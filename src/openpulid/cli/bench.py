@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.cli.options import AsJson, Device, counted, group, last_line, say, silent
+from openpulid.cli.options import (
+    AsJson,
+    Device,
+    command_group,
+    print_json,
+    print_nothing,
+    print_progress,
+    print_status,
+)
 from openpulid.errors import OptionError, WeightsError
 
 if TYPE_CHECKING:
@@ -20,7 +28,7 @@ if TYPE_CHECKING:
     from openpulid.bench.score import Scorers
     from openpulid.bench.suite import Suite
 
-bench = group("Compare methods, and measure time and memory.")
+bench = command_group("Compare methods, and measure time and memory.")
 
 Rounds = Annotated[
     int, typer.Option(min=1, help="Number of rounds; candidates are interleaved in each.")
@@ -78,10 +86,10 @@ def run_suite(
         out,
         workers=workers,
         device=device,
-        on_progress=counted,
+        on_progress=print_progress,
     )
     for path in paths:
-        say(str(path))
+        print_status(str(path))
 
 
 @bench.command("report")
@@ -93,7 +101,7 @@ def report_run(
     from openpulid.bench.run import update_report
     from openpulid.bench.run_dir import RunDir
 
-    tell = silent if as_json else say
+    tell = print_nothing if as_json else print_status
     scorers = None
     try:
         scorers = _load_scorers(RunDir(run).load().suite, None, tell)
@@ -101,8 +109,8 @@ def report_run(
         tell(f"no further metrics are computed: {error}")
     table, paths = update_report(run, scorers, write_files=not as_json)
     for path in paths:
-        say(str(path))
-    last_line(table)
+        print_status(str(path))
+    print_json(table)
 
 
 @bench.command("train")
@@ -135,7 +143,7 @@ def measure_training(
     selected = replace(find_recipe(recipe or f"{base}_stage3"), **changes)
     dtype = training.dtype_of(base, torch_device)
     task = training.random_task(selected, training.random_base(base, torch_device, dtype))
-    costs = training.measure(task, rounds=rounds, on_progress=None if as_json else counted)
+    costs = training.measure(task, rounds=rounds, on_progress=None if as_json else print_progress)
     configuration = {
         "base": base,
         "recipe": selected.name,
@@ -175,7 +183,7 @@ def measure_inference(
 
     torch_device = _select_device(device)
     target = inference.speed_target(base, torch_device, size, batch, guided, depth_scale, memory)
-    steps = inference.measure(target, rounds, None if as_json else counted)
+    steps = inference.measure(target, rounds, None if as_json else print_progress)
     configuration = {
         "base": base,
         "size": size,
@@ -199,7 +207,7 @@ def measure_face_analysis(
     from openpulid.device import compute_dtype
 
     torch_device = _select_device(device)
-    stages = face_analysis.measure(torch_device, rounds, None if as_json else counted)
+    stages = face_analysis.measure(torch_device, rounds, None if as_json else print_progress)
     total = stages[-1]
     ratio = round((total.seconds or 0) / (total.reference or 1), 3)
     configuration = {
@@ -221,7 +229,7 @@ def _write_figures(
         from openpulid.bench.measurement import write_measurement
 
         write_measurement(out, configuration, figures, device)
-    last_line({**configuration, **figures})
+    print_json({**configuration, **figures})
 
 
 def _check_libraries() -> None:
@@ -254,7 +262,7 @@ def _load_subjects(suite: Suite, photos: Path | None, count: int | None) -> list
     return synthetic_subjects(count or suite.num_people, suite.first_person)
 
 
-def _load_scorers(suite: Suite, device: str | None, tell: Callable[[str], None] = say) -> Scorers:
+def _load_scorers(suite: Suite, device: str | None, tell: Callable[[str], None] = print_status) -> Scorers:
     """Load the miniature's own metric models, or published ones for photos."""
     if suite.uses_miniature:
         from openpulid.mini.evaluation.scorers import MiniScorers

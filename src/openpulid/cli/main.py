@@ -16,6 +16,7 @@ import typer
 from openpulid.cli.bench import bench
 from openpulid.cli.generate import generate
 from openpulid.cli.identify import identify
+from openpulid.cli.mini import mini
 from openpulid.cli.options import (
     AsJson,
     Device,
@@ -26,9 +27,10 @@ from openpulid.cli.options import (
     print_status,
 )
 from openpulid.cli.presets import presets
-from openpulid.cli.train import mini, train, world
+from openpulid.cli.train import train
 from openpulid.cli.web import web
 from openpulid.cli.weights import weights
+from openpulid.cli.world import world
 from openpulid.errors import PulidError, explain_out_of_memory
 
 OPTION_ALIASES = {
@@ -98,10 +100,10 @@ def demo(
         make_directory(out),
         people_seed=people_seed,
         device=device,
-        say=print_nothing if as_json else print_status,
+        log=print_nothing if as_json else print_status,
     )
     if not as_json:
-        print(f"{outcome.picture}\n{outcome.page}")
+        print(f"{outcome.image}\n{outcome.page}")
     print_json(outcome.figures)
 
 

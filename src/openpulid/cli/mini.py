@@ -7,11 +7,19 @@ from typing import Annotated
 
 import typer
 
-from openpulid.cli.options import AsJson, Device, group, last_line, picture_file, say, silent
+from openpulid.cli.options import (
+    AsJson,
+    Device,
+    check_image_path,
+    command_group,
+    print_json,
+    print_nothing,
+    print_status,
+)
 from openpulid.errors import OptionError
 from openpulid.io.metadata import save_image
 
-mini = group("The miniature: train it from scratch, evaluate it.")
+mini = command_group("The miniature: train it from scratch, evaluate it.")
 
 HeldOutPeople = Annotated[int, typer.Option(min=2, help="Number of held-out people.")]
 FirstPerson = Annotated[int, typer.Option(min=0, help="The first held-out person.")]
@@ -76,7 +84,7 @@ def evaluate(
     )
     if not as_json:
         evaluation.print_table(table)
-    last_line(evaluation.to_json(table))
+    print_json(evaluation.to_json(table))
 
 
 @mini.command()
@@ -88,7 +96,7 @@ def ablation(
     """Draw held-out people with the same prompt and seed at every stage of the training."""
     from openpulid.mini.evaluation import ablation as stages
 
-    save_image(stages.draw_stages(people, people_seed), picture_file(out))
+    save_image(stages.draw_stages(people, people_seed), check_image_path(out))
     print(out)
 
 
@@ -104,8 +112,8 @@ def sweep(
     from openpulid.mini.evaluation import ablation as stages
     from openpulid.mini.evaluation import evaluate as evaluation
 
-    table = stages.sweep(steps, people, device=device, say=silent if as_json else say)
-    stages.plot(table, picture_file(out))
+    table = stages.sweep(steps, people, device=device, log=print_nothing if as_json else print_status)
+    stages.plot(table, check_image_path(out))
     if not as_json:
         evaluation.print_table(table)
-    last_line(evaluation.to_json(table))
+    print_json(evaluation.to_json(table))

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from openpulid.cli.options import group, picture_file
+from openpulid.cli.options import check_image_path, command_group
 from openpulid.io.metadata import save_image
 
-world = group("Synthetic people: images to start from.")
+world = command_group("Synthetic people: images to start from.")
 
 
 @world.command()
@@ -26,7 +26,7 @@ def person(
     """Draw one image of one synthetic person."""
     from openpulid.world.gallery import render_portrait
 
-    save_image(render_portrait(seed, size), picture_file(out))
+    save_image(render_portrait(seed, size), check_image_path(out))
     print(out)
 
 
@@ -41,7 +41,7 @@ def sheet(
     """Draw eight people in eight scenes, one person per row."""
     from openpulid.world.gallery import render_people_sheet
 
-    save_image(render_people_sheet(seed, size), picture_file(out))
+    save_image(render_people_sheet(seed, size), check_image_path(out))
     print(out)
 
 

@@ -48,6 +48,11 @@ class ArcFaceRecognition:
         """
         return cls(load_onnx_model(file, device, "get_feat"))
 
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings; 512 in the published packs."""
+        return int(self.model.output_shape[-1])
+
     def __call__(self, face: Face) -> Tensor:
         """Return the embedding of a face, (1, 512) float32."""
         from insightface.utils.face_align import norm_crop

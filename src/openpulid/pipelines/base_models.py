@@ -94,7 +94,7 @@ def _find_sdxl_config(file: Path) -> Path:
     pipelines = [preset.models.pipeline for preset in presets if preset.models.family == "sdxl"]
     for name in ["sdxl-base", *(name for name in pipelines if isinstance(name, str))]:
         with suppress(WeightsError):
-            return locate(name, weighted=False)
+            return locate(name, require_weights=False)
     raise WeightsError(
         f"{file} is a single file and needs the configuration of an SDXL pipeline, and none is "
         f"installed; `pulid weights get sdxl-base` downloads one{WEIGHTS['sdxl-base'].size}."

@@ -23,9 +23,9 @@ from openpulid.errors import OptionError
 from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ImageSource, ReferenceFaces
-from openpulid.methods.pulid.flux import guided_from
+from openpulid.methods.adapter import Adapter
+from openpulid.methods.pulid.flux import delay_guidance
 from openpulid.methods.pulid.masks import People, normalize_people
-from openpulid.methods.registry import Method
 from openpulid.pipelines.factory import load_adapter, load_extractor, load_pipeline
 from openpulid.pipelines.inputs import RequestInputs, open_inputs
 from openpulid.pipelines.presets import Preset
@@ -65,7 +65,7 @@ class Studio:
     """
 
     def __init__(
-        self, pipe: Any, adapter: Method, extractor: IdentityExtractor, preset: Preset
+        self, pipe: Any, adapter: Adapter, extractor: IdentityExtractor, preset: Preset
     ) -> None:
         self.pipe = pipe
         self.adapter = adapter
@@ -176,7 +176,7 @@ class Studio:
         is_guided = is_flux and (request.true_cfg_scale or 1) > 1
         first_guided_step = (request.timestep_to_start_cfg or 0) if is_guided else 0
         if people is None:
-            return guided_from(self.pipe, first_guided_step) if is_flux else nullcontext()
+            return delay_guidance(self.pipe, first_guided_step) if is_flux else nullcontext()
         if not isinstance(people, Identity) and self.preset.models.method != "pulid":
             raise OptionError(
                 "masks and several people in one image are only supported by PuLID, "

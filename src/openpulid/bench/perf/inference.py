@@ -35,7 +35,7 @@ from openpulid.bench.perf.training import RandomSDXL, default_dtype, dtype_of, r
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.flux_attention import places
+from openpulid.methods.pulid.flux_attention import identity_blocks
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import cross_attentions
 from openpulid.pipelines import flux_memory
@@ -234,7 +234,7 @@ class FluxTarget:
             "single": self.transformer.single_transformer_blocks,
         }
         # the adapter adds the identity in a forward hook of each of these blocks
-        hooked = [blocks[kind][index] for kind, index in places(self.transformer)]
+        hooked = [blocks[kind][index] for kind, index in identity_blocks(self.transformer)]
         return time_hooks(hooked, self.device)
 
 
@@ -358,7 +358,7 @@ def _place(transformer: FluxTransformer2DModel, level: str, device: torch.device
     pipe = FluxPipeline(
         scheduler, vae, CLIPTextModel(clip), None, T5EncoderModel(t5), None, transformer
     )
-    flux_memory.place(pipe, level, device)
+    flux_memory.place_pipeline(pipe, level, device)
     return pipe
 
 

@@ -38,7 +38,7 @@ class RandomPeople:
 
     def batch(self, draw: StepRNG) -> Batch:
         """Draw a batch of random latents, features and images."""
-        latents = draw.randn((self.size, *self.base.shape(self.pixels)), "latents")
+        latents = draw.randn((self.size, *self.base.latent_shape(self.pixels)), "latents")
         hidden = [
             draw.randn((self.size, self.tokens, self.hidden_width), f"hidden.{level}")
             for level in range(5)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.clip_extractor import ClipExtractor, FaceDetector, FaceRecognition
+from openpulid.identity.clip_extractor import ClipExtractor, FaceRecognition
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import read_metadata
 from openpulid.methods.adapter import Adapter, exclusive_use
@@ -83,15 +83,19 @@ class PhotoMaker(Adapter):
         return self
 
     def create_extractor(
-        self, detector: FaceDetector, recognition: FaceRecognition | None = None
+        self,
+        detection: FaceDetection,
+        recognition: FaceRecognition | None = None,
+        models: Mapping[str, str] | None = None,
     ) -> ClipExtractor:
         """Create the identity extractor for this file.
 
         The file's own vision encoder reads whole images; version 2 also needs a face embedding.
 
         Args:
-            detector: detects the faces.
+            detection: face detection.
             recognition: buffalo_l's face recognition model, raw embeddings.
+            models: name -> hash of the models; written into every identity.
 
         Raises:
             OptionError: Version 2 without a face recognition model.
@@ -102,7 +106,7 @@ class PhotoMaker(Adapter):
             )
         if not self.encoder.face_dim:
             recognition = None
-        return ClipExtractor(detector, self.encoder, "picture", -1, recognition)
+        return ClipExtractor(detection, self.encoder, "image", -1, recognition, models)
 
     def check(self, target: Any) -> None:
         """Raise OptionError if the target is no SDXL pipeline with two text encoders."""

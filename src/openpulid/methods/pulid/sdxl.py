@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.identity import mismatched_models
+from openpulid.identity.identity import find_mismatched_models
 from openpulid.io import hub
 from openpulid.io.checkpoints import read_metadata
 from openpulid.methods.hooks import PipelineState, Span, find_unet
@@ -181,7 +181,7 @@ class PuLID(PuLIDBase):
         Args:
             models: name -> hash of the models that analyze the reference images.
         """
-        mismatched = mismatched_models(self.models, models) if self.models else []
+        mismatched = find_mismatched_models(self.models, models) if self.models else []
         if mismatched:
             raise OptionError(
                 f"this adapter was trained with {' and '.join(sorted(self.models))}, but the "

@@ -48,8 +48,8 @@ class FaceFeatures:
             on_progress: called with the number of images done and their total.
         """
         key = {
-            "recognition": module_fingerprint(extractor.recogniser),
-            "vision_encoder": module_fingerprint(extractor.tower),
+            "recognition": module_fingerprint(extractor.recognition),
+            "vision_encoder": module_fingerprint(extractor.vision_encoder),
         }
         cache = ArrayCache(folder, key, len(data))
         for rows in batches(len(data), len(data)):
@@ -72,7 +72,7 @@ class FaceFeatures:
 def _extract(
     extractor: MiniExtractor, data: WorldDataset, rows: np.ndarray
 ) -> dict[str, np.ndarray]:
-    id_cond, hidden = extractor.features(*faces_of(data, rows, extractor.device))
+    id_cond, hidden = extractor.extract_batch(*faces_of(data, rows, extractor.device))
     return {
         "id_cond": id_cond.float().cpu().numpy(),
         "hidden": torch.stack(hidden, 1).half().cpu().numpy(),

@@ -77,10 +77,10 @@ def sweep_recipes() -> dict[str, Recipe]:
     """
     stage2 = find_recipe("mini_stage2")
     stage3 = find_recipe("mini_stage3")
-    recipes = {f"k={steps}": replace(stage2, last=steps) for steps in GRAD_STEPS}
+    recipes = {f"k={steps}": replace(stage2, grad_steps=steps) for steps in GRAD_STEPS}
     for semantic, layout in ALIGNMENT:
         name = f"sem {semantic:g}, layout {layout:g}"
-        recipes[name] = replace(stage3, semantic=semantic, layout=layout)
+        recipes[name] = replace(stage3, semantic_weight=semantic, layout_weight=layout)
     return recipes
 
 
@@ -116,7 +116,9 @@ def sweep(
             adapter.train(
                 short,
                 folder,
-                begin=adapter.beginning(recipe.begin or "", runs / "any", weights),
+                init_adapter=adapter.find_init_adapter(
+                    recipe.init_from or "", runs / "any", weights
+                ),
                 runs=runs,
                 weights=weights,
                 device=device,

@@ -90,7 +90,7 @@ def run(
 
 
 def score_images(
-    faces: metrics.FindFaces,
+    faces: metrics.DetectFaces,
     portraits: Sequence[Image.Image],
     without: Sequence[Image.Image],
     with_identity: Sequence[Image.Image],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ def run(
     """
     eval_prompts = sample_prompts(people, prompts, people_seed)
     portraits = render_portraits(people, people_seed)
-    studio = load(replace(find_preset(preset), scale=scale), device=device)
+    studio = load(find_preset(preset).with_defaults(scale=scale), device=device)
     scorers = MiniScorers.load()
     identities = [studio.identify([portrait]) for portrait in to_pil(portraits)]
     batches = [eval_prompts[start : start + BATCH] for start in range(0, len(eval_prompts), BATCH)]
@@ -200,7 +200,7 @@ def iterate_models(studio: Studio, adapters: Mapping[str, Path]) -> Iterator[tup
     """Yield the name of each model and a studio with its adapter."""
     for model, file in adapters.items():
         adapter = PuLID.load(file).to(studio.pipe.device)
-        yield model, Studio(studio.pipe, studio.features, adapter, studio.preset)
+        yield model, Studio(studio.pipe, adapter, studio.extractor, studio.preset)
 
 
 def generate_images(
@@ -216,21 +216,22 @@ def generate_images(
         batches: the prompts.
         identities: one per person; None generates the images of the base model.
     """
-    preset = studio.preset
+    defaults = studio.preset.defaults
+    options = defaults.identity.model_dump(exclude_none=True)
     images = []
     for batch in batches:
         context: AbstractContextManager[Any] = nullcontext()
-        if identities and studio.adapter:
+        if identities:
             people = [identities[prompt.person] for prompt in batch]
-            context = studio.adapter.use(people, **preset.identity_options(), pipe=studio.pipe)
+            context = studio.adapter.use(people, **options, pipe=studio.pipe)
         with context:
             images.append(
                 sample(
                     studio.pipe,
                     [prompt.prompt for prompt in batch],
                     [prompt.seed for prompt in batch],
-                    steps=preset.steps,
-                    guidance=preset.guidance,
+                    steps=defaults.num_inference_steps or 1,
+                    guidance=defaults.guidance_scale or 0.0,
                     batch=len(batch),
                 )
             )
@@ -259,16 +260,16 @@ def compute_metrics(
     """
     inputs = MetricInputs(
         images=images,
-        before=base_images,
-        seen=scorers.faces(images),
-        was=scorers.faces(base_images),
-        person=torch.tensor([prompt.person for prompt in prompts]),
-        portraits=portraits,
-        gallery=scorers.faces(portraits),
+        base_images=base_images,
+        faces=scorers.faces(images),
+        base_faces=scorers.faces(base_images),
+        subjects=torch.tensor([prompt.person for prompt in prompts]),
+        reference_images=portraits,
+        reference_faces=scorers.faces(portraits),
         prompts=[prompt.prompt for prompt in prompts],
-        wanted=[prompt.wanted for prompt in prompts],
+        requested=[prompt.wanted for prompt in prompts],
     )
-    return {metric.name: metric(inputs).cpu() for metric in scorers.measures()}
+    return {metric.name: metric(inputs).cpu() for metric in scorers.metrics()}
 
 
 def summarize(columns: Mapping[str, Tensor], prompts: Sequence[EvalPrompt]) -> dict[str, Interval]:

@@ -22,12 +22,13 @@ from transformers import (
 
 from openpulid.bench import metrics
 from openpulid.bench.metrics import (
+    FID,
+    ClassifyAttributes,
+    DetectFaces,
     EmbedImages,
     EmbedTexts,
     Faces,
-    FindFaces,
     Metric,
-    ReadAttributes,
 )
 from openpulid.errors import WeightsError
 from openpulid.faces.embed import FaceEmbedder
@@ -44,7 +45,7 @@ from openpulid.world import ATTRIBUTES
 
 
 class FaceScorer:
-    """Detects and embeds the face of each image; `bench.metrics.FindFaces` of the miniature.
+    """Detects and embeds the face of each image; `bench.metrics.DetectFaces` of the miniature.
 
     Args:
         detector: the face detector.
@@ -77,13 +78,13 @@ class FaceScorer:
 class MiniScorers:
     """All metric networks of the miniature, as plain callables."""
 
-    faces: FindFaces
+    faces: DetectFaces
     embed_images: EmbedImages
     embed_texts: EmbedTexts
-    read: ReadAttributes
+    read: ClassifyAttributes
     values: ParameterProbe | None = None
 
-    def measures(self) -> list[Metric]:
+    def metrics(self) -> list[Metric]:
         """Return the metrics of single images."""
         exact = [metrics.FacialValues(self.values)] if self.values else []
         return [
@@ -98,17 +99,17 @@ class MiniScorers:
             metrics.CopyPaste(),
         ]
 
-    def sets(self) -> list[metrics.FID]:
+    def method_metrics(self) -> list[FID]:
         """Return the metrics of image sets: FID of CLIP features instead of Inception's."""
         return [metrics.FID(self.embed_images)]
 
-    def truth(self, people: Sequence[str]) -> Tensor | None:
+    def facial_values(self, people: Sequence[str]) -> Tensor | None:
         """Return the facial parameters (P, V) of synthetic subjects, or None for other subjects."""
         return get_facial_values(people) if all(name.isdigit() for name in people) else None
 
-    def wanted(self, named: Mapping[str, str]) -> dict[str, int]:
+    def attribute_classes(self, attributes: Mapping[str, str]) -> dict[str, int]:
         """Convert the attributes of a scene to class indices of the attribute classifier."""
-        return {name: ATTRIBUTES[name].index(value) for name, value in named.items()}
+        return {name: ATTRIBUTES[name].index(value) for name, value in attributes.items()}
 
     @classmethod
     def load(cls, folder: Path = MINIATURE) -> MiniScorers:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from openpulid.identity.clip_extractor import ClipExtractor
-from openpulid.identity.extractor import DetectedFaces
+from openpulid.identity.detection import MiniFaceDetection
 from openpulid.mini.data.latents import Latents
 from openpulid.mini.train.autoencoder import batches
 from openpulid.mini.train.baselines import Baseline
@@ -115,7 +115,7 @@ def make_sheet_function(
 ) -> Callable[[], Image.Image]:
     """Return a function that draws the sample sheet of a baseline."""
     if name == "photomaker":
-        faces = DetectedFaces(extractor.finder)
-        extractor = ClipExtractor(faces, baseline.method.encoder, "picture", -1)
-    studio = Studio(pipe, extractor, baseline.method, with_method(mini(), name))
+        faces = MiniFaceDetection(extractor.detector)
+        extractor = ClipExtractor(faces, baseline.method.encoder, "image", -1)
+    studio = Studio(pipe, baseline.method, extractor, with_method(mini(), name))
     return lambda: draw_sheet(studio)

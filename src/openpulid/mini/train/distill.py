@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openpulid.diffusion.noise_schedule import NoiseSchedule
+from openpulid.io.checkpoints import module_fingerprint
 from openpulid.mini.data.captions import Captions
-from openpulid.mini.data.latents import fingerprint
 from openpulid.mini.models.pipeline import TextEncoders, build_scheduler, predict
 from openpulid.mini.train.unet import GUIDANCE, STEPS, ImageEvaluator
 from openpulid.training.pulid.models import TextConditioning
@@ -54,7 +54,7 @@ class TeacherTrajectories:
         size, channels = unet.config.sample_size, unet.config.in_channels
         shapes = {"stations": ((count, STUDENT_TIMESTEPS + 1, channels, size, size), np.float16),
                   "tokens": ((count, captions.tokens.shape[-1]), np.uint8)}  # fmt: skip
-        marks, mark = folder / "walked.json", [fingerprint(unet), count, seed]
+        marks, mark = folder / "walked.json", [module_fingerprint(unet), count, seed]
         known = json.loads(marks.read_text()) if marks.exists() else {}
         first = known["walked"] if known.get("mark") == mark else 0
         mode = "r+" if first else "w+"

@@ -11,7 +11,7 @@ from openpulid.faces.mini_detector import MiniFaceDetector
 from openpulid.faces.mini_recognition import RECOGNITION_MODELS
 from openpulid.io.checkpoints import load_module
 from openpulid.pipelines.factory import load_pipeline
-from openpulid.pipelines.presets import mini, mini_lightning
+from openpulid.pipelines.presets import mini_lightning
 from openpulid.training.pulid.models import SDXLModel
 
 
@@ -22,6 +22,6 @@ def load_student(weights: Path, device: torch.device) -> SDXLModel:
 
 def load_face_embedder(weights: Path, device: torch.device) -> FaceEmbedder:
     """Load the face embedder of the ID loss, with a recognition model of its own."""
-    detector = load_module(MiniFaceDetector, mini(weights).finder, device)
+    detector = load_module(MiniFaceDetector, weights / "detector.safetensors", device)
     file = weights / "recognition-loss.safetensors"
-    return FaceEmbedder(detector.find, load_module(RECOGNITION_MODELS["loss"], file, device))
+    return FaceEmbedder(detector.detect, load_module(RECOGNITION_MODELS["loss"], file, device))

@@ -98,7 +98,7 @@ def train(
         )
         for name in ("world", PORTRAITS, "world-held-out")
     )
-    studio = Studio(pipe, extractor, adapter, preset)
+    studio = Studio(pipe, adapter, extractor, preset)
     result = train_adapter(
         recipe,
         model,
@@ -141,8 +141,8 @@ def find_init_adapter(recipe: str, run_dir: Path, weights: Path = MINIATURE) -> 
 
 def _encoder_config(recipe: Recipe, extractor: MiniExtractor) -> dict[str, Any]:
     """Return the encoder's constructor arguments: widths of the features, and smaller sizes."""
-    recognition: Any = extractor.recogniser
-    vision = extractor.tower.config
+    recognition: Any = extractor.recognition
+    vision = extractor.vision_encoder.config
     config: dict[str, Any] = {
         "width": recognition.config["dim"] + vision["num_classes"],
         "vit_dim": vision["embed_dim"],

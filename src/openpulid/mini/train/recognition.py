@@ -86,13 +86,13 @@ class RecognitionEvaluator:
 
     Attributes:
         crops: (N, 3, 64, 64) uint8 of many scenes; people and families (N,) say whose.
-        moved: (K, V, 2, 3, 64, 64) uint8: K people, each of V facial values at 0.2 and at 0.8, neutral and frontal.
+        moved_crops: (K, V, 2, 3, 64, 64) uint8: K people, each of V facial values at 0.2 and at 0.8, neutral and frontal.
     """
 
     crops: Tensor
     people: Tensor
     families: Tensor
-    random_affine: Tensor
+    moved_crops: Tensor
 
     @classmethod
     def make(
@@ -144,8 +144,8 @@ class RecognitionEvaluator:
     @torch.no_grad()
     def sensitivity(self, recogniser: nn.Module) -> dict[str, float]:
         """Per facial value the cosine between 0.2 and 0.8, mean over the people."""
-        embedding = embedded(recogniser, self.moved.flatten(0, 2)).unflatten(
-            0, self.moved.shape[:3]
+        embedding = embedded(recogniser, self.moved_crops.flatten(0, 2)).unflatten(
+            0, self.moved_crops.shape[:3]
         )
         cosines = (embedding[:, :, 0] * embedding[:, :, 1]).sum(-1).mean(0)
         return dict(zip(FACIAL, cosines.tolist(), strict=True))

@@ -155,7 +155,7 @@ class PhotoDataset:
             faces.append(face)
         images = torch.stack(crops).to(self.model.device)
         latents = self.model.encode(images)
-        identities = self.extractor.identities(faces)
+        identities = self.extractor.extract(faces)
         levels = zip(*(identity.hidden for identity in identities), strict=True)
         return Batch(
             latents=latents,
@@ -261,7 +261,7 @@ def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
         logger.warning("%s", error)
         return None
     small = limit_size(image, LONGEST)  # the same limit as for reference images
-    faces = extractor.detect(to_tensor([small])[0])
+    faces = extractor.detection.detect(to_tensor([small])[0])
     if not faces:
         return None
     scale = max(image.size) / max(small.size)

@@ -269,7 +269,7 @@ class PuLIDTask:
         else:
             images = model.decode(latents)
         faces = self.face_embedder(images)
-        has_face = target.found & faces.found & has_identity.to(faces.found.device)
+        has_face = target.has_face & faces.has_face & has_identity.to(faces.has_face.device)
         loss = self.id_loss(target.embeddings, faces.embeddings, has_face)
         return self.recipe.id_weight * loss, has_face.float().mean()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,25 +66,29 @@ def load_models(
     Raises:
         WeightsError: a file is missing or damaged.
     """
-    presets = [replace(resolve_preset(sdxl(base), faces=faces), sampler="")]
+    presets = [resolve_preset(sdxl(base), face_pack=faces).with_models(sampler=None)]
     if recipe.few_step_batch:
         lightning = sdxl_v1()
         presets += [
-            replace(lightning, pipeline=name, unet=None, sampler="") for name in few_step_models
+            lightning.with_models(pipeline=name, unet=None, sampler=None)
+            for name in few_step_models
         ] or [lightning]
     for preset in presets:
         for name in preset.published:
-            if name != preset.adapter:
+            if name != preset.models.adapter:
                 resolve_path(name)
     id_loss_file = resolve_path(ID_LOSS_WEIGHTS) if recipe.id_loss != "none" else None
 
     extractor = cast(PhotoExtractor, load_extractor(presets[0], device))
     # float16 overflows in training, so a GPU without bfloat16 trains in float32
     half = supports_bf16(device)
-    models = [SDXLModel(load_pipeline(replace(preset, half=half), device)) for preset in presets]
+    models = [
+        SDXLModel(load_pipeline(preset.with_models(use_half_precision=half), device))
+        for preset in presets
+    ]
     embedder = None
     if id_loss_file is not None:
-        embedder = build_face_embedder(extractor.finder, load_arcface_ir_se50(id_loss_file, device))
+        embedder = build_face_embedder(extractor.detector, load_arcface_ir_se50(id_loss_file, device))
     return TrainingModels(models[0], extractor, models[1:], embedder)
 
 
@@ -152,8 +156,8 @@ def train_on_photos(
 
 def _feature_widths(extractor: PhotoExtractor) -> dict[str, int]:
     """Return the encoder's input widths, from the sizes of the extractor's networks."""
-    vision = extractor.tower.config
+    vision = extractor.vision_encoder.config
     return {
-        "width": extractor.recogniser.dim + vision["num_classes"],
+        "width": extractor.recognition.dim + vision["num_classes"],
         "vit_dim": vision["embed_dim"],
     }
