@@ -25,7 +25,7 @@ def test_the_sweep_moves_one_thing_at_a_time() -> None:
         (recipe.semantic_weight, recipe.layout_weight) for recipe in weights
     ]  # the paper's
     assert {(recipe.grad_steps, recipe.init_from) for recipe in weights} == {
-        (weights[0].last, "mini_stage2")
+        (weights[0].grad_steps, "mini_stage2")
     }
 
 
