@@ -53,8 +53,8 @@ class ClassTokens:
         for rows in batches(len(data), len(data)):
             pixels = clip_pixels(faces_of(data, rows, clip.device)[0])
             states = clip(pixel_values=pixels, output_hidden_states=True).hidden_states
-            tokens.append(states[-1][:, 0].half().cpu())
-        return cls(torch.cat(tokens))
+            tokens.append(states[-1][:, 0].float().cpu())
+        return cls(torch.cat(tokens).half())  # autocast cannot join float16
 
     def rows(
         self, rows: np.ndarray, device: torch.device | str = "cpu"
