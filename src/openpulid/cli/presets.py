@@ -29,9 +29,9 @@ def list_presets() -> None:
         else:
             installed = f"yes: {', '.join(find_installed_methods(preset))}"
         steps = str(preset.defaults.num_inference_steps)
-        table.add_row(
-            name, preset.description, steps, f"{preset.defaults.guidance_scale:g}", installed
-        )
+        scale = preset.defaults.guidance_scale
+        guidance = "-" if scale is None else f"{scale:g}"
+        table.add_row(name, preset.description, steps, guidance, installed)
     Console().print(table)
 
 

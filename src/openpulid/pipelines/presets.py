@@ -311,10 +311,10 @@ def flux_krea(base: WeightSource = "flux-krea-base") -> Preset:
 
 def flux_schnell(base: WeightSource = "flux-schnell-base") -> Preset:
     """Return PuLID for FLUX on FLUX.1-schnell: 4 steps; it was distilled without guidance."""
-    preset = flux(base).with_defaults(
-        num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256
-    )
-    preset = replace(preset, options=preset.options - {"guidance_scale"})
+    preset = flux(base).with_defaults(num_inference_steps=4, max_sequence_length=256)
+    defaults = preset.defaults.model_copy(update={"guidance_scale": None})
+    options = preset.options - {"guidance_scale"}
+    preset = replace(preset, options=options, defaults=defaults)
     return _rename(preset, "flux-schnell", "PuLID on FLUX.1-schnell")
 
 

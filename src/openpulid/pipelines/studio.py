@@ -205,7 +205,7 @@ class Studio:
             negative_prompt=[request.negative_prompt] * count if request.negative_prompt else None,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
+            guidance_scale=request.guidance_scale or 0.0,  # FLUX.1-schnell has none
             width=request.width,
             height=request.height,
             **options,
