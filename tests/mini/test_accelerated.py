@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedT
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.io.checkpoints import load_module
 from openpulid.mini.accelerated import __main__ as command
-from openpulid.mini.accelerated import autoencoder, unet
+from openpulid.mini.accelerated import autoencoder, probe, unet
 from openpulid.mini.accelerated.evaluation import detect, frechet
 from openpulid.mini.accelerated.output import Output
 from openpulid.mini.accelerated.scenes import (
@@ -208,3 +208,11 @@ def test_dry_run_writes_every_stage(tmp_path, monkeypatch):
         "student",
     }
     assert (tmp_path / "sheets.jpg").exists()
+
+
+def test_probe_reports_what_does_not_work(tmp_path):
+    probe.main("base", tmp_path / "base.json", torch.device("cpu"), 2, (192, 128))
+    found = json.loads((tmp_path / "base.json").read_text())
+    assert not found["captured"]["works"] and "compiled" not in found
+    seen = probe.Probe(None, torch.device("cpu"))
+    assert not seen.works("captured") and not seen.pays("compiled", "captured")

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -30,8 +28,9 @@ from openpulid.mini.accelerated import autoencoder, unet
 from openpulid.mini.accelerated.adapter import train_stages
 from openpulid.mini.accelerated.evaluation import Evaluation
 from openpulid.mini.accelerated.output import Output
+from openpulid.mini.accelerated.probe import Probe
 from openpulid.mini.accelerated.scenes import CaptionWriter
-from openpulid.mini.accelerated.steps import Average, DeviceMuon
+from openpulid.mini.accelerated.steps import Average
 from openpulid.mini.accelerated.world import plan_world, render_world
 from openpulid.mini.models.pipeline import TextEncoders, save_folder
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS
@@ -49,7 +48,7 @@ class Sizes:
 
     people: int = 75_000
     held_out: int = 1024
-    render_batch: int = 256
+    render_batch: int = 512
     encode_batch: int = 1024
     autoencoder_batch: int = 64
     batch: int = 512
@@ -84,8 +83,10 @@ class Run:
     stages: tuple[str, ...]
     adapter_seconds: float = 0.0
     compile: bool = True
+    compile_renderer: bool = False
     work: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="miniature-")))
     network: Any = None
+    probe: Probe = field(default_factory=lambda: Probe(None, torch.device("cpu")))
     model: Any = None  # the U-Net that trains
     base: Any = None
     student: Any = None
@@ -122,13 +123,20 @@ class Run:
         first = self.folder(CLIPTextModel, "pipeline", "text_encoder")
         second = self.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
         self.words = TextEncoders(first, second).to(self.device)
+        if (
+            self.device.type == "cuda"
+            and self.compile
+            and {"autoencoder", "base"} & set(self.stages)
+        ):
+            widths = self.words.width, second.config.projection_dim
+            batches = self.sizes.autoencoder_batch, self.sizes.batch
+            self.probe = Probe(self.work, self.device, widths, batches)
         self.writer = CaptionWriter(self.tokenizer, self.device)
         self.generator = torch.Generator(self.device).manual_seed(11)
         held_out = torch.Generator(self.device).manual_seed(1_000_003)
         people, scenes = plan_world(self.sizes.people, SCENES, PORTRAITS, self.generator)
         known: dict[str, Any] = {"batch": self.sizes.render_batch, "say": self.out.say}
-        if self.compile:
-            known["compiled"] = self.device.type != "cpu"
+        known["compiled"] = self.compile_renderer
         strangers = plan_world(self.sizes.held_out, 1, 0, held_out, held_out=True)
         self.held_out = render_world(*strangers, 1, **known)
         self.world = render_world(
@@ -162,7 +170,7 @@ class Run:
         vae = autoencoder.build(self.world)
         steps = autoencoder.fit(
             vae, self.world, 0.12 * self.main, batch=self.sizes.autoencoder_batch, most=self.sizes.most,
-            watch=self._watch("autoencoder", 500), say=self.out.say,
+            captured=self.compile and self.probe.works("autoencoder"), watch=self._watch("autoencoder", 500),
         )  # fmt: skip
         autoencoder.standardize(vae, self.world)
         figures = {"steps": steps, "images": steps * self.sizes.autoencoder_batch}
@@ -190,7 +198,12 @@ class Run:
     def train_base(self) -> None:
         """Train the base from nothing."""
         model = unet.fresh_unet(self.data, self.words)
-        network = unet.compiled(model, self.out.say, self.compile)
+        if self.probe.works("captured"):
+            self.probe.wait(20.0)  # it has still to compile
+        self.out.say(f"probe: {self.probe.status}")
+        pays = self.compile and self.probe.pays("compiled", "captured")
+        network = torch.compile(model, dynamic=False) if pays else None
+        captured = self.compile and self.probe.works("captured")
         marks = [0.25, 0.5, 0.7, 0.85]
 
         def look(step: int, share: float, losses: dict[str, float], average: Average) -> None:
@@ -207,9 +220,10 @@ class Run:
         student = 0.145 if "student" in self.stages else 0.0
         seconds = self.left - self.adapter_seconds - (student + 0.045) * self.main
         steps, self.network = unet.fit_base(
-            model, self.data, max(1.0, seconds), network=network, batch=self.sizes.batch, most=self.sizes.most,
-            watch=look, say=self.out.say,
+            model, self.data, max(1.0, seconds), network=network, captured=captured, batch=self.sizes.batch,
+            most=self.sizes.most, watch=look, say=self.out.say,
         )  # fmt: skip
+        self.model, self.base = model, unet.frozen_copy(model)
         self._keep("base", model, "pipeline/unet")
         images = self.evaluation.images(model, self.vae, self.sizes.prompts)
         facts = {
@@ -219,17 +233,18 @@ class Run:
         }
         self.out.figures("base", facts | self.evaluation.figures(images))
         self.out.sheet("base", sheet(images[:48]))
-        self.base = unet.frozen_copy(model)
-        self.model = model
 
     def train_student(self) -> None:
         """Train the student from the base."""
         if self.model is None:
             self.model, self.network = unet.frozen_copy(self.base), None
         rest = self.adapter_seconds + 0.02 * self.main
+        plain = self.network is None or self.network is self.model
+        captured = self.compile and self.probe.works("captured" if plain else "student")
         steps = unet.fit_student(
-            self.model, self.data, max(1.0, self.left - rest), network=self.network, count=self.sizes.rollouts,
-            batch=self.sizes.batch, most=self.sizes.most, watch=self._watch("student", 100), say=self.out.say,
+            self.model, self.data, max(1.0, self.left - rest), network=self.network, captured=captured,
+            count=self.sizes.rollouts, batch=self.sizes.batch, most=self.sizes.most,
+            watch=self._watch("student", 100), say=self.out.say,
         )  # fmt: skip
         self._keep("student", self.model, "lightning")
         images = self.evaluation.images(
@@ -280,34 +295,6 @@ def sheet(images: Tensor, size: int = 144) -> Any:
     return image_grid([pictures[start : start + 8] for start in range(0, len(pictures), 8)], size)
 
 
-def warm(device: torch.device, sizes: Sizes, weights: Path) -> None:
-    """Compile the U-Net's step for its cache on disk, on random data: it costs another process's time."""
-    first = CLIPTextModel.from_pretrained(
-        weights / "pipeline" / "text_encoder", local_files_only=True
-    )
-    second = CLIPTextModelWithProjection.from_pretrained(
-        weights / "pipeline" / "text_encoder_2", local_files_only=True
-    )
-    words = TextEncoders(first.float(), second.float())
-    channels, size, length = 20, 12, 48
-    data = unet.TrainSet(
-        latents=torch.randn(8, channels, size, size, device=device).half(),
-        faces=torch.rand(8, 1, size, size, device=device).half(),
-        tokens=torch.zeros(8, unet.CAPTIONS, length, dtype=torch.uint8, device=device),
-        embeds=torch.randn(8, unet.CAPTIONS, length, words.width, device=device).bfloat16(),
-        pooled=torch.randn(
-            8, unet.CAPTIONS, second.config.projection_dim, device=device
-        ).bfloat16(),
-        size=96,
-    )
-    model = unet.fresh_unet(data, words).train()
-    step = unet.base_step(
-        unet.compiled(model, print), DeviceMuon(model.parameters()), data, sizes.batch
-    )
-    step()
-    print("the U-Net's step is compiled", flush=True)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -325,7 +312,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--people", type=int, help="how many are rendered, six images each")
     parser.add_argument("--small", action="store_true", help="tiny sizes: a dry run on a CPU")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--warm", action="store_true", help="only compile the U-Net, for the cache")
+    parser.add_argument(
+        "--compile-renderer", action="store_true", help="saves a minute above 500,000 images"
+    )
     given = parser.parse_args(arguments)
     sizes = SMALL if given.small else Sizes()
     if given.people:
@@ -334,9 +323,6 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(5)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    if given.warm:
-        warm(device, sizes, given.weights)
-        return
     stages = tuple(name for name in STAGES if name in given.stages.split(","))
     train(
         Run(
@@ -348,23 +334,19 @@ def main(arguments: list[str] | None = None) -> None:
             stages,
             given.adapter_seconds,
             not given.no_compile,
+            given.compile_renderer,
         )
     )
 
 
 def train(run: Run) -> None:
     """Run the stages in order; a failed one is reported and the next one tried."""
-    helper = None
     out = run.out
     out.say(
         f"{run.device}, torch {torch.__version__}, {os.cpu_count()} cores; stages {', '.join(run.stages)}"
     )
     if run.device.type == "cuda":
         out.say(torch.cuda.get_device_name(run.device))
-        if run.compile and "base" in run.stages:
-            command = [sys.executable, "-m", "openpulid.mini.accelerated", "--warm", "--device", str(run.device),
-                       "--weights", str(run.weights), "-o", str(run.work / "warm")]  # fmt: skip
-            helper = subprocess.Popen(command, stdout=sys.stderr, preexec_fn=lambda: os.nice(5))
     try:
         run.prepare()
         attempt(out, run.shipped)
@@ -379,8 +361,8 @@ def train(run: Run) -> None:
         if any(name.startswith("stage") for name in run.stages) and run.left > 0.08 * run.seconds:
             attempt(out, run.adapters)
     finally:
-        if helper is not None and helper.poll() is None:
-            helper.kill()
+        run.probe.stop()
+        out.report["probe"] = run.probe.status
         if run.device.type == "cuda":
             out.say(f"largest memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         out.say("done")

@@ -84,8 +84,8 @@ def fit(
     batch: int = 64,
     lr: float = 1.2e-3,
     most: int | None = None,
+    captured: bool = False,
     watch: Callable[[int, float, dict[str, float]], None] = lambda step, share, losses: None,
-    say: Callable[[str], None] = print,
 ) -> int:
     """Train in place for so many seconds, at most `most` steps in each of the two phases; return the steps."""
     device = world.images.device
@@ -128,7 +128,7 @@ def fit(
         return {name: value.detach() for name, value in losses.items()}
 
     optimizer = DeviceMuon(vae.parameters(), weight_decay=0.01, adam=True)
-    step = RepeatedStep(joint, device, say=say)
+    step = RepeatedStep(joint, captured)
     steps = train(step, optimizer, average, schedule, most=most, watch=watch, until=JOINT)
     del step
     optimizer.zero_grad()
@@ -137,7 +137,7 @@ def fit(
         part.requires_grad_(False)
     optimizer = DeviceMuon(vae.parameters(), weight_decay=0.01, adam=True)
     average = Average(vae, 0.998)
-    step = RepeatedStep(decoder_alone, device, say=say)
+    step = RepeatedStep(decoder_alone, captured)
     most = None if most is None else steps + most
     steps = train(step, optimizer, average, schedule, most=most, watch=watch, first=steps)
     optimizer.zero_grad()

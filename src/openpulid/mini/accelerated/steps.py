@@ -140,33 +140,22 @@ class Average:
 
 
 class RepeatedStep:
-    """A training step, captured as a CUDA graph where that works, else called again and again.
+    """A training step, captured as a CUDA graph, or called again and again.
+
+    A capture that fails leaves a process whose random numbers and memory no longer work. Hence it is tried in
+    another process first (`probe`).
 
     Args:
         step: makes one training step from what lies on the device; returns named scalars, detached.
-        captured: try to capture it.
+        captured: capture it; needs a CUDA device.
     """
 
-    def __init__(
-        self,
-        step: Callable[[], Losses],
-        device: torch.device,
-        captured: bool = True,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.step, self.device = step, device
+    def __init__(self, step: Callable[[], Losses], captured: bool = False) -> None:
+        self.step = step
         self.graph: Any = None
         self.losses: dict[str, Tensor] = {}
-        self.warmed = 0
-        if captured and device.type == "cuda":
-            try:
-                self._capture()
-            except (
-                Exception
-            ) as error:  # a graph is an optimization: every failure has the same answer
-                say(f"the step is not captured: {type(error).__name__}: {str(error)[:500]}")
-                self.graph = None
-                torch.cuda.synchronize()
+        if captured:
+            self._capture()
 
     def _capture(self, warm: int = 3) -> None:
         side = torch.cuda.Stream()
@@ -176,7 +165,6 @@ class RepeatedStep:
                 self.step()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        self.warmed = warm
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.losses = dict(self.step())

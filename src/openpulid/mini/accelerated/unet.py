@@ -142,14 +142,6 @@ def fresh_unet(data: TrainSet, words: TextEncoders, widths: tuple[int, ...] = WI
     return unet.to(data.latents.device, memory_format=torch.channels_last)
 
 
-def compiled(unet: Any, say: Callable[[str], None], wanted: bool = True) -> Any:
-    """Return the U-Net compiled, where the device gains from it."""
-    if not wanted or next(unet.parameters()).device.type == "cpu":
-        return unet
-    say("the U-Net will be compiled")
-    return torch.compile(unet, dynamic=False)
-
-
 def base_step(
     network: Any, optimizer: DeviceMuon, data: TrainSet, batch: int
 ) -> Callable[[], Losses]:
@@ -289,6 +281,7 @@ def fit_base(
     seconds: float,
     *,
     network: Any = None,
+    captured: bool = False,
     batch: int = 512,
     lr: float = 3e-3,
     most: int | None = None,
@@ -302,7 +295,7 @@ def fit_base(
     The seconds include compiling and capturing.
 
     Args:
-        network: the U-Net compiled.
+        network: the U-Net compiled; captured: repeat the step as a CUDA graph.
 
     Returns:
         The number of steps, and the network that made them: the U-Net itself where compiling failed.
@@ -319,9 +312,11 @@ def fit_base(
             raise
         say(f"the U-Net is not compiled: {type(error).__name__}: {str(error)[:500]}")
         network = unet
-    step = RepeatedStep(base_step(network, optimizer, data, batch), data.latents.device, say=say)
+    step = RepeatedStep(base_step(network, optimizer, data, batch), captured)
     ready = time.monotonic() - begin
-    say(f"the base's step is ready after {ready:.1f} s, captured: {step.graph is not None}")
+    say(
+        f"the base's step is ready after {ready:.1f} s, compiled: {network is not unet}, captured: {captured}"
+    )
     schedule = TimedSchedule(max(1.0, seconds - ready), lr, warmup=100, decay=0.6)
 
     def look(index: int, share: float, losses: dict[str, float]) -> None:
@@ -340,6 +335,7 @@ def fit_student(
     seconds: float,
     *,
     network: Any = None,
+    captured: bool = False,
     count: int = 32768,
     share: float = 0.4,
     batch: int = 512,
@@ -359,11 +355,8 @@ def fit_student(
     unet.train().requires_grad_(True)
     optimizer = DeviceMuon(unet.parameters(), weight_decay=0.01)
     average = Average(unet, 0.995)
-    step = RepeatedStep(
-        student_step(unet if network is None else network, optimizer, rollouts, data, batch),
-        data.latents.device,
-        say=say,
-    )
+    network = unet if network is None else network
+    step = RepeatedStep(student_step(network, optimizer, rollouts, data, batch), captured)
     schedule = TimedSchedule(
         max(1.0, seconds - (time.monotonic() - begin)), lr, warmup=50, decay=0.7
     )
