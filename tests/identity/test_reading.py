@@ -151,7 +151,9 @@ def test_an_adapter_is_used_with_what_it_learned_with(
     adapter = PuLID.load(
         made.save(tmp_path / "adapter.safetensors", {"models": json.dumps({**read, "EVA02": "0"})})
     )
-    with pytest.raises(OptionError, match="but the current EVA02 differs; pass the insightface pack"):
+    with pytest.raises(
+        OptionError, match="but the current EVA02 differs; pass the insightface pack"
+    ):
         load_extractor(preset, torch.device("cpu"), adapter)
 
 
