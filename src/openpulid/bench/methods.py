@@ -73,7 +73,9 @@ def select_presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
                 "method once."
             )
         preset = with_method(presets[BASE], spec.method, spec.file)
-        presets[spec.label] = preset if spec.scale is None else preset.with_defaults(scale=spec.scale)
+        presets[spec.label] = (
+            preset if spec.scale is None else preset.with_defaults(scale=spec.scale)
+        )
     for spec in specs:
         if spec.file is not None and not spec.file.exists():
             raise OptionError(f"{spec.file} does not exist; METHOD:FILE needs an adapter file.")

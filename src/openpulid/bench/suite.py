@@ -13,6 +13,7 @@ from openpulid.pipelines.request import GenerationOptions
 
 SUITES = Path(__file__).parent / "suites"
 
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt and the attributes that its image should show.

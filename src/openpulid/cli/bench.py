@@ -262,7 +262,9 @@ def _load_subjects(suite: Suite, photos: Path | None, count: int | None) -> list
     return synthetic_subjects(count or suite.num_people, suite.first_person)
 
 
-def _load_scorers(suite: Suite, device: str | None, tell: Callable[[str], None] = print_status) -> Scorers:
+def _load_scorers(
+    suite: Suite, device: str | None, tell: Callable[[str], None] = print_status
+) -> Scorers:
     """Load the miniature's own metric models, or published ones for photos."""
     if suite.uses_miniature:
         from openpulid.mini.evaluation.scorers import MiniScorers

@@ -112,7 +112,9 @@ def sweep(
     from openpulid.mini.evaluation import ablation as stages
     from openpulid.mini.evaluation import evaluate as evaluation
 
-    table = stages.sweep(steps, people, device=device, log=print_nothing if as_json else print_status)
+    table = stages.sweep(
+        steps, people, device=device, log=print_nothing if as_json else print_status
+    )
     stages.plot(table, check_image_path(out))
     if not as_json:
         evaluation.print_table(table)

@@ -17,11 +17,16 @@ def test_sweep_varies_one_option_at_a_time() -> None:
     steps = [recipe for name, recipe in recipes.items() if name.startswith("k=")]
     assert [recipe.grad_steps for recipe in steps] == [1, 2, 3, 4]
     assert all(
-        (recipe.semantic_weight, recipe.layout_weight, recipe.init_from) == (0, 0, "mini_stage1") for recipe in steps
+        (recipe.semantic_weight, recipe.layout_weight, recipe.init_from) == (0, 0, "mini_stage1")
+        for recipe in steps
     )
     weights = [recipe for name, recipe in recipes.items() if name.startswith("sem")]
-    assert (0.6, 0.1) in [(recipe.semantic_weight, recipe.layout_weight) for recipe in weights]  # the paper's
-    assert {(recipe.grad_steps, recipe.init_from) for recipe in weights} == {(weights[0].grad_steps, "mini_stage2")}
+    assert (0.6, 0.1) in [
+        (recipe.semantic_weight, recipe.layout_weight) for recipe in weights
+    ]  # the paper's
+    assert {(recipe.grad_steps, recipe.init_from) for recipe in weights} == {
+        (weights[0].grad_steps, "mini_stage2")
+    }
 
 
 def test_plot_is_saved(tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def load_models(
     ]
     embedder = None
     if id_loss_file is not None:
-        embedder = build_face_embedder(extractor.detector, load_arcface_ir_se50(id_loss_file, device))
+        embedder = build_face_embedder(
+            extractor.detector, load_arcface_ir_se50(id_loss_file, device)
+        )
     return TrainingModels(models[0], extractor, models[1:], embedder)
 
 
