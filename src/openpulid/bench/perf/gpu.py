@@ -1,9 +1,9 @@
-"""The GPU report: what PuLID costs on one accelerator, at full size and with random weights.
+"""GPU report: cost of PuLID on one accelerator, at full size and with random weights.
 
     python -m openpulid.bench.perf.gpu -o DIR
 
-Parts run in order of worth in a process of their own, and every row is saved as it comes: a part that fails, hangs or takes
-the process with it costs its own rows alone. Nothing is downloaded and nothing is read but the package.
+The most important parts run first, in a worker process, and every row is saved immediately. A part
+that fails, hangs or crashes its process loses only its own rows. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ from openpulid.bench.perf.gpu_report import (
     DeviceLost,
     OutOfTime,
     PartRecord,
+    PartSkipped,
     Recorder,
     Report,
-    first_lines,
     is_device_lost,
-    say,
+    log,
 )
 
+MODULE = "openpulid.bench.perf.gpu"
 BUDGET = 460.0
+"""Seconds for the whole report."""
 SEED = 0
 GRACE = 3.0
-"""Seconds that a part may go on after its end before its process is stopped."""
-LOST = 3
-"""Exit code of a worker whose device is lost."""
+"""Seconds that a part may run over its end before its process is stopped."""
+EXIT_DEVICE_LOST = 3
+"""Exit code of a worker whose device does not work any more."""
 
 Measure = Callable[[Recorder, Any], None]
+"""Measures a part on a `gpu_machine.Machine`."""
 
 
-def planned() -> list[PartRecord]:
-    """The parts in order of worth."""
+def plan_parts() -> list[PartRecord]:
+    """Return all parts, the most important first."""
     paper = {
         "paper, one A100, GB for k = 1..4": "41 / 49 / 56 / 63",
         "paper, one A100, s for k = 1..4": "2.6 / 2.9 / 3.1 / 3.3",
@@ -52,153 +55,153 @@ def planned() -> list[PartRecord]:
         PartRecord("sdxl", "SDXL: one step, eager", 75, 8, reference=step),
         PartRecord("flux", "FLUX: one step, eager", 75, 12, reference=step),
         PartRecord("train_sdxl", "sdxl_stage3: one training step", 90, 15, reference=paper),
-        PartRecord("train_mini", "The miniature: training, eager", 45, 10),
+        PartRecord("train_mini", "Miniature: training, eager", 45, 10),
         PartRecord("train_flux", "FLUX: one training step, stage 1", 45, 15),
-        PartRecord("compiled_flux", "FLUX: one step, blocks compiled", 75, 25),
+        PartRecord("compiled_flux", "FLUX: one step, compiled blocks", 75, 25),
         PartRecord("memory_levels", "FLUX: memory levels", 110, 20),
-        PartRecord("compiled_mini", "The miniature: training, compiled", 90, 35),
+        PartRecord("compiled_mini", "Miniature: training, compiled", 90, 35),
         PartRecord("compiled_sdxl", "SDXL: one step, compiled", 200, 30),
     ]
 
 
-def measures() -> Mapping[str, Measure]:
-    """What measures each part. Imports torch and diffusers."""
+def load_measures() -> Mapping[str, Measure]:
+    """Import the functions that measure the parts, and with them torch and diffusers."""
     from openpulid.bench.perf import gpu_inference, gpu_training
 
     return {
-        "sdxl": gpu_inference.sdxl,
-        "flux": gpu_inference.flux,
-        "train_sdxl": gpu_training.sdxl_stage3,
-        "train_mini": gpu_training.miniature,
-        "train_flux": gpu_training.flux_stage1,
-        "compiled_flux": gpu_inference.compiled_flux,
-        "memory_levels": gpu_inference.memory_levels,
-        "compiled_mini": gpu_training.compiled_miniature,
-        "compiled_sdxl": gpu_inference.compiled_sdxl,
+        "sdxl": gpu_inference.measure_sdxl,
+        "flux": gpu_inference.measure_flux,
+        "train_sdxl": gpu_training.measure_sdxl_stage3,
+        "train_mini": gpu_training.measure_miniature,
+        "train_flux": gpu_training.measure_flux_stage1,
+        "compiled_flux": gpu_inference.compile_and_measure_flux,
+        "memory_levels": gpu_inference.measure_memory_levels,
+        "compiled_mini": gpu_training.compile_and_measure_miniature,
+        "compiled_sdxl": gpu_inference.compile_and_measure_sdxl,
     }
 
 
-# -- the worker: measures --
+# -- the worker process --
 
 
-def work(
+def run_worker(
     directory: Path,
-    known: Mapping[str, Measure] | None = None,
+    measures: Mapping[str, Measure] | None = None,
     machine: Any = None,
 ) -> int:
-    """Measure every pending part of the report in a directory; returns the exit code.
+    """Measure every pending part of a report.
 
     Args:
-        known: what measures each part, by name; `measures` if left out.
-        machine: a `gpu_inference.Machine`; the one that is there if left out.
+        directory: directory of the report.
+        measures: functions that measure the parts, by name; by default `load_measures`.
+        machine: a `gpu_machine.Machine`; by default the accelerator.
+
+    Returns:
+        The exit code.
     """
     report = Report.read(directory)
-    for part in report.with_status("pending"):
-        if not _is_time_for(report, part):
-            continue
-        if known is None or machine is None:
-            from openpulid.bench.perf.gpu_machine import Machine, describe
+    measures = measures or load_measures()
+    if machine is None:
+        from openpulid.bench.perf.gpu_machine import Machine, describe_machine
 
-            machine = machine or Machine.find(report.tiny)
-            known = known or measures()
-            report.machine = describe(machine)
-            say(f"{report.machine.get('device')}, {report.left():.0f} s left")
-            if not _is_time_for(report, part):
-                continue
-        if not _measure(report, part, known[part.name], machine):
-            return LOST
-    report.save()
+        machine = Machine.detect(report.tiny)
+        report.machine = describe_machine(machine)
+        log(f"{report.machine['device']}, {report.time_left():.0f} s left")
+    for part in report.with_status("pending"):
+        if report.time_left() <= (0 if report.tiny else part.needs_s):
+            report.finish(part, "skipped", "no time left")
+        elif not _run_part(report, part, measures[part.name], machine):
+            return EXIT_DEVICE_LOST
     return 0
 
 
-def _is_time_for(report: Report, part: PartRecord) -> bool:
-    if report.left() > part.needs_s * (0 if report.tiny else 1):
-        return True
-    part.status, part.reason = "skipped", "no time left"
+def _run_part(report: Report, part: PartRecord, measure: Measure, machine: Any) -> bool:
+    """Run one part; return whether the process can continue."""
+    part.status = "running"
+    part.started = time.time()
     report.save()
-    return False
-
-
-def _measure(report: Report, part: PartRecord, measure: Measure, machine: Any) -> bool:
-    """One part; returns whether the process can go on."""
-    part.status, part.begun = "running", time.time()
-    report.save()
-    say(f"{part.title} ({report.left():.0f} s left)")
+    log(f"{part.title} ({report.time_left():.0f} s left)")
     recorder = Recorder(report, part, machine.release)
-    usable = True
     try:
-        machine.reseed(report.seed)
+        machine.set_seed(report.seed)
         measure(recorder, machine)
-        part.status = "done"
+    except PartSkipped as skipped:
+        report.finish(part, "skipped", str(skipped))
     except OutOfTime:
-        part.status, part.reason = "stopped", "no time left for further rows"
+        report.finish(part, "stopped", "no time left for further rows")
     except DeviceLost:
-        part.status, part.reason, usable = "failed", "the device is lost, see the last row", False
+        report.finish(part, "failed", "the device is lost, see the last row")
+        return False
     except Exception as error:
-        recorder.failed("setup", error)
-        part.status, part.reason = "failed", f"{type(error).__name__}: {first_lines(str(error))}"
-        usable = not is_device_lost(error)
-    if part.status == "done" and all("error" in row for row in part.rows):
-        part.status, part.reason = "failed", "no row could be measured"
-    part.seconds = round(time.time() - part.begun, 1)
-    report.save()
-    if usable:
-        machine.release()
-    return usable
+        message = recorder.record_error("setup", error)
+        report.finish(part, "failed", message)
+        if is_device_lost(error):
+            return False
+    else:
+        if all("error" in row for row in part.rows):
+            report.finish(part, "failed", "no row could be measured")
+        else:
+            report.finish(part, "done")
+    machine.release()
+    return True
 
 
-# -- the watcher: starts workers, and stops those that take too long --
+# -- the supervising process --
 
 
-def watch(report: Report, start: Callable[[], subprocess.Popen[Any]]) -> None:
-    """Until no part is pending: a worker that ends early is followed by another one.
+def supervise(directory: Path, start_worker: Callable[[], subprocess.Popen[Any]]) -> Report:
+    """Run workers until no part is pending, and stop those that take too long.
 
     Args:
-        start: begins a worker.
+        directory: directory of the report.
+        start_worker: starts a process that calls `run_worker`.
+
+    Returns:
+        The finished report.
     """
-    while report.with_status("pending"):
-        if report.left() <= 0:
-            for part in report.with_status("pending"):
-                part.status, part.reason = "skipped", "no time left"
+    report = Report.read(directory)
+    while pending := report.with_status("pending"):
+        if report.time_left() <= 0:
+            for part in pending:
+                report.finish(part, "skipped", "no time left")
             break
-        before = len(report.with_status("pending"))
-        process = start()
-        code = _until_end(report, process)
-        report.__dict__.update(Report.read(report.directory).__dict__)
+        exit_code = _wait_for_worker(directory, start_worker())
+        report = Report.read(directory)
         for part in report.with_status("running"):
-            part.status = "failed" if code is not None else "stopped"
-            part.reason = f"its process ended with {code}" if code is not None else "over its time"
-            part.seconds = round(time.time() - part.begun, 1)
-        if len(report.with_status("pending")) == before:  # it did not come as far as a part
-            for part in report.with_status("pending"):
-                part.status, part.reason = "failed", f"the worker ended with {code}"
-        report.save()
-    report.save()
+            if exit_code is None:
+                report.finish(part, "stopped", "over its time")
+            else:
+                report.finish(part, "failed", f"its process ended with exit code {exit_code}")
+        still_pending = report.with_status("pending")
+        if len(still_pending) == len(pending):  # another worker would not start a part either
+            for part in still_pending:
+                report.finish(part, "failed", f"the worker ended with exit code {exit_code}")
     report.write_page()
+    return report
 
 
-def _until_end(report: Report, process: subprocess.Popen[Any]) -> int | None:
-    """The worker's exit code; None where it was stopped because a part took too long."""
-    while (code := process.poll()) is None:
+def _wait_for_worker(directory: Path, process: subprocess.Popen[Any]) -> int | None:
+    """Return the exit code of a worker, or None if it was stopped because it took too long."""
+    while (exit_code := process.poll()) is None:
         time.sleep(0.2)
-        now = Report.read(report.directory)
-        running = now.with_status("running")
-        ends = [min(part.begun + part.cap_s, now.begun + now.budget_s) for part in running]
-        end = min(ends, default=now.begun + now.budget_s)
+        report = Report.read(directory)
+        end = report.started + report.budget_s
+        for part in report.with_status("running"):
+            end = min(end, part.started + part.cap_s)
         if time.time() > end + GRACE:
             process.kill()
             process.wait()
             return None
-        now.write_page()
-    return code
+        report.write_page()
+    return exit_code
 
 
-def revision() -> str:
-    """The git revision of the source, or of GIT_REVISION in the environment where there is no repository."""
-    if told := os.environ.get("GIT_REVISION"):
-        return told
+def find_revision() -> str:
+    """Return the git revision of the source, by default that in the variable GIT_REVISION."""
+    if revision := os.environ.get("GIT_REVISION"):
+        return revision
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],
             capture_output=True,
             text=True,
@@ -207,26 +210,35 @@ def revision() -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
-def begin(
+def create_report(
     directory: Path, budget: float, tiny: bool, names: Sequence[str] | None, command: list[str]
 ) -> Report:
-    """A new report in a directory, with every part pending."""
+    """Create a report with pending parts and save it.
+
+    Args:
+        directory: directory of the report.
+        budget: seconds for the whole report.
+        tiny: whether networks are tiny, to test the script.
+        names: parts to measure; None measures all.
+        command: command to record.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    parts = [part for part in planned() if not names or part.name in names]
-    for part in parts if tiny else ():
-        part.cap_s = budget  # a test may run beside others
+    parts = [part for part in plan_parts() if not names or part.name in names]
+    if tiny:
+        for part in parts:
+            part.cap_s = budget  # tests may share the machine with other work
     report = Report(
         directory=directory,
         command=command,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        revision=revision(),
+        revision=find_revision(),
         budget_s=budget,
         tiny=tiny,
         seed=SEED,
-        begun=time.time(),
+        started=time.time(),
         parts=parts,
     )
     report.save()
@@ -235,28 +247,44 @@ def begin(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report; the exit code is 1 where a part failed."""
-    names = [part.name for part in planned()]
-    parser = argparse.ArgumentParser(prog="python -m openpulid.bench.perf.gpu", description=__doc__)
+    """Write the report; the exit code is 1 if a part failed."""
+    part_names = [part.name for part in plan_parts()]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, help="Directory of the report.")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="Seconds in all.")
-    parser.add_argument("--tiny", action="store_true", help="Tiny networks: test the script.")
-    parser.add_argument("--parts", help=f"Comma-separated parts; of {', '.join(names)}.")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="Total time in seconds.")
+    parser.add_argument("--tiny", action="store_true", help="Tiny networks, to test the script.")
+    parser.add_argument("--parts", help=f"Comma-separated parts: {', '.join(part_names)}.")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.worker:
-        return work(options.out)
-    chosen = options.parts.split(",") if options.parts else None
-    if unknown := set(chosen or ()) - set(names):
+        return run_worker(options.out)
+    names = options.parts.split(",") if options.parts else None
+    if unknown := set(names or ()) - set(part_names):
         parser.error(
-            f"there is no part {', '.join(sorted(unknown))}; the parts are {', '.join(names)}"
+            f"unknown parts: {', '.join(sorted(unknown))}. Choose from {', '.join(part_names)}."
         )
-    command = ["python", "-m", "openpulid.bench.perf.gpu", *(arguments or sys.argv[1:])]
-    report = begin(options.out, options.budget, options.tiny, chosen, command)
-    worker = [sys.executable, "-m", "openpulid.bench.perf.gpu", "--worker", "-o", str(options.out)]
-    watch(report, partial(subprocess.Popen, worker))
-    say(f"{options.out}: {', '.join(f'{part.name} {part.status}' for part in report.parts)}")
+    command = _public_command(options)
+    create_report(options.out, options.budget, options.tiny, names, command)
+    worker_command = [sys.executable, "-m", MODULE, "--worker", "-o", str(options.out)]
+    report = supervise(options.out, partial(subprocess.Popen, worker_command))
+    log(f"{options.out}: {', '.join(f'{part.name} {part.status}' for part in report.parts)}")
     return int(bool(report.with_status("failed")))
+
+
+def _public_command(options: argparse.Namespace) -> list[str]:
+    """Return the command to record: the output directory is replaced by DIR."""
+    command = ["python", "-m", MODULE, "-o", "DIR"]
+    if options.budget != BUDGET:
+        command += ["--budget", f"{options.budget:g}"]
+    if options.tiny:
+        command.append("--tiny")
+    if options.parts:
+        command += ["--parts", options.parts]
+    return command
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Parts of the GPU report that generate: SDXL's and FLUX's steps, eager and compiled, and FLUX's memory levels."""
+"""Inference parts of the GPU report: steps of SDXL and FLUX, and FLUX's memory levels."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from openpulid.bench.perf.gpu_machine import Machine, difference
+from openpulid.bench.perf.gpu_machine import Machine, relative_difference
 from openpulid.bench.perf.gpu_report import Recorder
-from openpulid.bench.perf.inference import FluxTarget, SDXLTarget, SpeedTarget, measure
+from openpulid.bench.perf.inference import (
+    NUM_TOKENS,
+    FluxTarget,
+    SDXLTarget,
+    SpeedTarget,
+    measure,
+)
 from openpulid.bench.perf.timing import interleave, medians, peak, ratios, reset_peak, timed, wait
 from openpulid.bench.perf.training import default_dtype
 from openpulid.pipelines import flux_memory
 
-NAMES = {
+LABELS = {
     "base": "base",
     "pulid": "with identity",
-    "afresh": "identity recomputed every step",
+    "recomputed": "identity recomputed every step",
     "two passes": "identity in two calls",
 }
+"""Labels of the candidates of `inference.measure`."""
+
 SDXL_ROUNDS = 15
 FLUX_ROUNDS = 6
 Figures = dict[str, Any]
@@ -34,120 +42,136 @@ Figures = dict[str, Any]
 # -- eager --
 
 
-def sdxl(run: Recorder, machine: Machine) -> None:
-    """A step of the U-Net with and without an identity, of one image and of a guided pair."""
-    run.part.settings |= {
+def measure_sdxl(recorder: Recorder, machine: Machine) -> None:
+    """Measure the U-Net with and without an identity, for one image and a guided pair."""
+    recorder.part.settings |= {
         "pixels": machine.pixels,
-        "identity": "v1.1: 32 tokens, 20 zeros, ortho_v2, scale 0.8",
+        "identity": f"v1.1: {NUM_TOKENS} tokens, 20 zeros, ortho_v2, scale 0.8",
         "rounds": SDXL_ROUNDS,
     }
-    base = machine.sdxl()
-    for guided in (False, True):
-        run.attempt(
-            "batch 2, guided" if guided else "batch 1",
-            lambda guided=guided: _steps(  # type: ignore[misc]
-                SDXLTarget(base, machine.pixels, guided=guided), machine, SDXL_ROUNDS
-            ),
-        )
+    base = machine.build_sdxl()
+
+    def run(guided: bool) -> list[Figures]:
+        target = SDXLTarget(base, machine.pixels, guided=guided)
+        return _measure_steps(target, machine, SDXL_ROUNDS)
+
+    recorder.attempt("batch 1", partial(run, guided=False))
+    recorder.attempt("batch 2, guided", partial(run, guided=True))
 
 
 class GuidedFlux:
-    """A guided step of FLUX: a call with the prompt, then one with the negative prompt."""
+    """A `SpeedTarget` for guided steps of FLUX: one call per prompt, the negative prompt last.
+
+    Args:
+        target: one call with the prompt.
+    """
 
     apart: Callable[[], object] | None = None
 
     def __init__(self, target: FluxTarget) -> None:
-        self.target, self.device, self.joins = target, target.device, target.joins
+        self.target = target
+        self.device = target.device
         self.unconditional = torch.randn_like(target.tokens)
 
     def step(self) -> Tensor:
+        """Call the transformer twice and return the output of the second call."""
         self.target.step()
         return self.target.predict()
 
-    def opened(self) -> AbstractContextManager[Any]:
+    def use_identity(self) -> AbstractContextManager[Any]:
+        """Open a context in which an identity is in use."""
         return self.target.adapter.use_tokens(self.target.tokens, negative=self.unconditional)
 
+    def time_identity(self) -> AbstractContextManager[list[float]]:
+        """Open a context that measures the seconds of identity attention."""
+        return self.target.time_identity()
 
-def flux(run: Recorder, machine: Machine) -> None:
-    """A step of the transformer with and without an identity, of one call and of a guided pair of calls."""
-    target = machine.flux()
-    tokens = target.call["encoder_hidden_states"].shape[1]
-    run.part.settings |= {
+
+def measure_flux(recorder: Recorder, machine: Machine) -> None:
+    """Measure the transformer with and without an identity, for one call and a guided pair."""
+    target = machine.build_flux()
+    text_tokens = target.call["encoder_hidden_states"].shape[1]
+    recorder.part.settings |= {
         "pixels": machine.pixels,
-        "text tokens": tokens,
-        "identity": "32 tokens after every 2nd double and every 4th single block",
+        "text tokens": text_tokens,
+        "identity": f"{NUM_TOKENS} tokens after every 2nd double and every 4th single block",
         "rounds": FLUX_ROUNDS,
     }
-    run.attempt("one call", lambda: _steps(target, machine, FLUX_ROUNDS))
-    run.attempt("guided, two calls", lambda: _steps(GuidedFlux(target), machine, FLUX_ROUNDS))
+    recorder.attempt("one call", lambda: _measure_steps(target, machine, FLUX_ROUNDS))
+    guided = GuidedFlux(target)
+    recorder.attempt("guided, two calls", lambda: _measure_steps(guided, machine, FLUX_ROUNDS))
 
 
 @torch.inference_mode()
-def _steps(target: SpeedTarget, machine: Machine, rounds: int) -> list[Figures]:
-    """Interleaved rounds of a target's candidates; and how much the identity changes the output."""
-    changed = _change(target)
+def _measure_steps(target: SpeedTarget, machine: Machine, rounds: int) -> list[Figures]:
+    """Measure all candidates of a target, interleaved, and the change of the output."""
+    output_change = _measure_change(target)
     rows = []
     for step in measure(target, 1 if machine.tiny else rounds, primed=True):
         row = {
-            "candidate": NAMES[step.name],
+            "candidate": LABELS[step.name],
             "ms": round(step.seconds * 1000, 2),
             "ratio": step.ratio,
             "within": step.within,
             "peak_gib": step.memory,
         }
-        rows.append(row | ({"output_change": changed} if step.name == "pulid" else {}))
+        if step.name == "pulid":
+            row["output_change"] = output_change
+        rows.append(row)
     return rows
 
 
-def _change(target: SpeedTarget) -> float:
-    """How much an identity changes the output: proof that it acts."""
-    plain = target.step()
-    target.step()  # FLUX's times take turns
-    with target.opened():
-        return difference(plain, target.step())
+def _measure_change(target: SpeedTarget) -> float:
+    """Return how much an identity changes the output, as evidence that it has an effect."""
+    output = target.step()
+    target.step()  # FLUX alternates between two timesteps
+    with target.use_identity():
+        return relative_difference(output, target.step())
 
 
 # -- compiled --
 
 
-def compiled_flux(run: Recorder, machine: Machine) -> None:
-    """The transformer's repeated blocks compiled, as `in_use` asks for; the identity joins between them."""
-    target = machine.flux()
-    run.part.settings |= {"compiled": "transformer.compile_repeated_blocks()"}
+def compile_and_measure_flux(recorder: Recorder, machine: Machine) -> None:
+    """Measure the transformer with compiled blocks; the identity is added between them."""
+    target = machine.build_flux()
+    recorder.part.settings |= {"compiled": "transformer.compile_repeated_blocks()"}
 
-    def measured() -> list[Figures]:
-        target.transformer.compile_repeated_blocks(backend=machine.backend)
-        return _compiled(target, machine)
+    def run() -> list[Figures]:
+        target.transformer.compile_repeated_blocks(backend=machine.compile_backend)
+        return _measure_compiled(target, machine)
 
     try:
-        run.attempt("one call", measured)
+        recorder.attempt("one call", run)
     finally:
         torch.compiler.reset()
 
 
-def compiled_sdxl(run: Recorder, machine: Machine) -> None:
-    """The U-Net compiled: its blocks for the base alone, then as a whole without and with an identity."""
-    run.part.settings |= {
-        "blocks": "unet.compile_repeated_blocks(), the base alone",
-        "whole": "unet.compile() with skip_nnmodule_hook_guards = False, which identity needs",
+def compile_and_measure_sdxl(recorder: Recorder, machine: Machine) -> None:
+    """Measure the U-Net with compiled blocks, then compiled as a whole."""
+    recorder.part.settings |= {
+        "blocks": "unet.compile_repeated_blocks(), base only",
+        "whole": "unet.compile() with skip_nnmodule_hook_guards = False, which an identity needs",
     }
-    base = machine.sdxl()
+    base = machine.build_sdxl()
     target = SDXLTarget(base, machine.pixels)
     try:
-        with _blocks_compiled(base.unet, machine):
-            run.attempt("blocks, base", lambda: _first_then(target.step, machine), 20)
+        with _compile_blocks(base.unet, machine):
+            recorder.attempt("blocks, base", lambda: _compile_and_time(target.step, machine), 20)
         torch.compiler.reset()
         with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-            base.unet.compile(backend=machine.backend)
-            run.attempt("whole, base", lambda: _first_then(target.step, machine), 45)
-            run.attempt("whole, with identity", lambda: _opened_once(target, machine), 60)
+            base.unet.compile(backend=machine.compile_backend)
+            recorder.attempt("whole, base", lambda: _compile_and_time(target.step, machine), 45)
+            recorder.attempt(
+                "whole, with identity", lambda: _compile_and_time_identity(target, machine), 60
+            )
     finally:
         torch.compiler.reset()
 
 
 @contextmanager
-def _blocks_compiled(unet: Any, machine: Machine) -> Iterator[None]:
-    unet.compile_repeated_blocks(backend=machine.backend)
+def _compile_blocks(unet: Any, machine: Machine) -> Iterator[None]:
+    unet.compile_repeated_blocks(backend=machine.compile_backend)
     try:
         yield
     finally:
@@ -156,87 +180,101 @@ def _blocks_compiled(unet: Any, machine: Machine) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _compiled(target: SpeedTarget, machine: Machine) -> list[Figures]:
-    """Base and identity by turns after the calls that compile."""
+def _measure_compiled(target: SpeedTarget, machine: Machine) -> list[Figures]:
+    """Measure base and identity, interleaved, after the calls that compile."""
     device = machine.device
 
-    def with_identity() -> float:
-        with target.opened():
-            target.step()
+    def run_base() -> float:
+        return timed(target.step, device)
+
+    def run_identity() -> float:
+        with target.use_identity():
+            target.step()  # expands the identity's keys and values
             return timed(target.step, device)
 
-    def opened() -> None:
-        with target.opened():
+    def compile_identity() -> None:
+        with target.use_identity():
             target.step()
 
-    runs = {"base": lambda: timed(target.step, device), "pulid": with_identity}
-    compiling = {"base": timed(target.step, device), "pulid": timed(opened, device)}
-    changed = _change(target)
+    compile_seconds = {
+        "base": timed(target.step, device),
+        "pulid": timed(compile_identity, device),
+    }
+    output_change = _measure_change(target)
     reset_peak(device)
-    seconds = interleave(runs, 1 if machine.tiny else FLUX_ROUNDS)
-    most, times, ratio = peak(device), medians(seconds), ratios(seconds)
-    rows = [
+    seconds = interleave(
+        {"base": run_base, "pulid": run_identity}, 1 if machine.tiny else FLUX_ROUNDS
+    )
+    peak_gib = peak(device)
+    times = medians(seconds)
+    ratio = ratios(seconds)
+    rows: list[Figures] = [
         {
-            "candidate": NAMES[name],
+            "candidate": LABELS[name],
             "ms": round(times[name] * 1000, 2),
             "ratio": round(ratio[name], 4),
-            "peak_gib": most,
-            "compile_s": round(compiling[name], 1),
+            "peak_gib": peak_gib,
+            "compile_s": round(compile_seconds[name], 1),
         }
-        for name in runs
+        for name in seconds
     ]
-    rows[1]["output_change"] = changed
+    rows[1]["output_change"] = output_change
     return rows
 
 
 @torch.no_grad()
-def _first_then(step: Callable[[], object], machine: Machine) -> Figures:
-    """A first call, which compiles, and the median of the calls after the third."""
+def _compile_and_time(step: Callable[[], object], machine: Machine) -> Figures:
+    """Run three calls, which compile, and measure the median of the following calls."""
     device = machine.device
-    first = [timed(step, device) for _ in range(3)]
+    compile_seconds = sum(timed(step, device) for _ in range(3))
     reset_peak(device)
     seconds = [timed(step, device) for _ in range(1 if machine.tiny else SDXL_ROUNDS)]
     return {
         "ms": round(median(seconds) * 1000, 2),
         "peak_gib": peak(device),
-        "compile_s": round(sum(first), 1),
+        "compile_s": round(compile_seconds, 1),
     }
 
 
 @torch.no_grad()
-def _opened_once(target: SpeedTarget, machine: Machine) -> Figures:
-    """All calls in one `use`: another one would be compiled again."""
-    plain = target.step()
-    with target.opened():
-        row = _first_then(target.step, machine)
-        return row | {"output_change": difference(plain, target.step())}
+def _compile_and_time_identity(target: SpeedTarget, machine: Machine) -> Figures:
+    """Measure a compiled step with an identity and how much it changes the output.
+
+    All calls are in one `use_identity` context, because each context is compiled separately.
+    """
+    output = target.step()
+    with target.use_identity():
+        row = _compile_and_time(target.step, machine)
+        row["output_change"] = relative_difference(output, target.step())
+    return row
 
 
 # -- memory levels of FLUX --
 
 
-def memory_levels(run: Recorder, machine: Machine) -> None:
-    """Peak and time of each phase of a generation at every memory level, the face models left out."""
-    run.part.settings |= {
+def measure_memory_levels(recorder: Recorder, machine: Machine) -> None:
+    """Measure peak memory and time of each phase of a generation, without the face models."""
+    recorder.part.settings |= {
         "pixels": machine.pixels,
         "text tokens": 512,
-        "16gb": "as 24gb, but it decodes in tiles, as 12gb does: not measured on its own",
-        "predicted_gib": "of `flux_memory.predict_memory`, without the face models",
-        "steps": "the median of the second and third step; first_s is the first, loading included",
+        "16gb": "not measured separately: 24gb with the tiled decoding of 12gb",
+        "predicted_gib": "by `flux_memory.predict_memory`, without the face models",
+        "steps": "ms is the median of steps 2 and 3; first_s is step 1, including loading",
     }
-    for level, needs in (("full", 8), ("24gb", 20), ("12gb", 35)):
-        run.attempt(level, partial(_at_level, level, machine), 0 if machine.tiny else needs)
+    for level, needs_s in (("full", 8), ("24gb", 20), ("12gb", 35)):
+        run = partial(_measure_level, level, machine)
+        recorder.attempt(level, run, 0 if machine.tiny else needs_s)
     if not machine.tiny:
-        run.attempt("predicted", _predicted, 10)
+        recorder.attempt("predicted", _predict_memory, 10)
 
 
 @torch.no_grad()
-def _at_level(level: str, machine: Machine) -> list[Figures]:
-    """Time and peak of encoding the prompt, of the steps and of decoding."""
+def _measure_level(level: str, machine: Machine) -> list[Figures]:
+    """Measure encoding of the prompt, denoising steps and decoding at a memory level."""
     device = machine.device
-    target = machine.flux(text_tokens=512)
+    target = machine.build_flux(text_tokens=512)
     with default_dtype(machine.dtype), device:
-        parts = _encoders_and_vae(machine.tiny)
+        parts = _build_encoders_and_vae(machine.tiny)
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         tokenizer=None,
@@ -244,73 +282,73 @@ def _at_level(level: str, machine: Machine) -> list[Figures]:
         transformer=target.transformer,
         **parts,
     )
-    placing = timed(lambda: flux_memory.place(pipe, level, device), device)
+    placing_seconds = timed(lambda: flux_memory.place_pipeline(pipe, level, device), device)
     machine.release()
 
     phases = {
-        "text": partial(_encode, pipe, target),
-        "steps": partial(_three_steps, target),
-        "decode": partial(_decode, pipe, machine),
+        "text": partial(_time_encoding, pipe, target),
+        "steps": partial(_time_steps, target),
+        "decode": partial(_time_decoding, pipe, machine),
     }
     rows = []
-    for name, phase in phases.items():
+    for name, time_phase in phases.items():
         wait(device)
         reset_peak(device)
-        first, *rest = phase()
-        rows.append(
-            {
-                "phase": name,
-                "ms": round(median(rest) * 1000, 1),
-                "first_s": round(first, 2),
-                "peak_gib": peak(device),
-            }
-        )
-    rows[0]["placing_s"] = round(placing, 1)
+        first, *following = time_phase()
+        row: Figures = {
+            "phase": name,
+            "ms": round(median(following) * 1000, 1),
+            "first_s": round(first, 2),
+            "peak_gib": peak(device),
+        }
+        rows.append(row)
+    rows[0]["placing_s"] = round(placing_seconds, 1)
     return rows
 
 
-def _predicted() -> list[Figures]:
-    """What `flux_memory.predict_memory` expects, without the face models."""
-    return [
-        {
-            "phase": f"{level}: {need.phase}",
-            "predicted_gib": round((need.total - need.parts["faces"]) / 2**30, 2),
-        }
-        for level in ("full", "24gb", "12gb")
-        for need in flux_memory.predict_memory(level, 1024, 1024)
-    ]
+def _predict_memory() -> list[Figures]:
+    """Return the prediction for each level and phase, without the face models."""
+    rows = []
+    for level in ("full", "24gb", "12gb"):
+        for use in flux_memory.predict_memory(level, 1024, 1024):
+            size = use.total - use.parts["faces"]
+            rows.append({"phase": f"{level}: {use.phase}", "predicted_gib": round(size / 2**30, 2)})
+    return rows
 
 
-def _encode(pipe: Any, target: FluxTarget) -> list[float]:
+def _time_encoding(pipe: Any, target: FluxTarget) -> list[float]:
+    """Return the seconds of two calls of both text encoders."""
     tokens = target.call["encoder_hidden_states"].shape[1]
-    ids = torch.ones(1, tokens, dtype=torch.long, device=target.device)
-    short = ids[:, : min(tokens, pipe.text_encoder.config.max_position_embeddings)]
+    t5_ids = torch.ones(1, tokens, dtype=torch.long, device=target.device)
+    clip_ids = t5_ids[:, : pipe.text_encoder.config.max_position_embeddings]
 
-    def both() -> None:
-        pipe.text_encoder(short)
-        pipe.text_encoder_2(ids)
+    def encode() -> None:
+        pipe.text_encoder(clip_ids)
+        pipe.text_encoder_2(t5_ids)
 
-    return [timed(both, target.device) for _ in range(2)]
+    return [timed(encode, target.device) for _ in range(2)]
 
 
-def _three_steps(target: FluxTarget) -> list[float]:
-    with target.opened():
+def _time_steps(target: FluxTarget) -> list[float]:
+    """Return the seconds of three steps with an identity."""
+    with target.use_identity():
         return [timed(target.step, target.device) for _ in range(3)]
 
 
-def _decode(pipe: Any, machine: Machine) -> list[float]:
+def _time_decoding(pipe: Any, machine: Machine) -> list[float]:
+    """Return the seconds of two calls of the decoder."""
     side = machine.pixels // pipe.vae_scale_factor
     shape = (1, pipe.vae.config.latent_channels, side, side)
     latents = torch.randn(shape, device=machine.device, dtype=machine.dtype)
 
-    def once() -> None:
+    def decode() -> None:
         pipe.vae.decode(latents, return_dict=False)
 
-    return [timed(once, machine.device) for _ in range(2)]
+    return [timed(decode, machine.device) for _ in range(2)]
 
 
-def _encoders_and_vae(tiny: bool) -> dict[str, Any]:
-    """FLUX.1's text encoders and autoencoder at their published sizes, of random weights."""
+def _build_encoders_and_vae(tiny: bool) -> dict[str, Any]:
+    """Build FLUX.1's text encoders and autoencoder at their published sizes, or tiny ones."""
     if tiny:
         clip = CLIPTextConfig(
             vocab_size=8,

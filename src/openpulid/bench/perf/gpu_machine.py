@@ -1,4 +1,4 @@
-"""The machine that the GPU report measures, and the networks it measures there: full size, or tiny to test the script."""
+"""Machine and networks of the GPU report: full size, or tiny to test the script."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
+from openpulid.bench.perf.gpu_report import PartSkipped
 from openpulid.bench.perf.inference import FluxTarget
 from openpulid.bench.perf.training import RandomSDXL, default_dtype, random_base
 from openpulid.device import best_device, compute_dtype, hardware_name
 from openpulid.errors import OptionError
+from openpulid.pipelines.presets import MINIATURE
 
 TINY_UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -53,76 +55,101 @@ TINY_FLUX: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and at which size the parts measure."""
+    """Device on which the parts run, and size of the networks.
+
+    Attributes:
+        device: the accelerator, or the CPU for tiny networks.
+        dtype: of weights and activations.
+        tiny: whether networks are tiny, to test the script.
+    """
 
     device: torch.device
     dtype: torch.dtype
     tiny: bool = False
 
     @classmethod
-    def find(cls, tiny: bool) -> Machine:
-        """The accelerator; with tiny networks a CPU will do.
+    def detect(cls, tiny: bool) -> Machine:
+        """Select the accelerator, or for tiny networks the CPU if there is no accelerator.
 
         Raises:
-            OptionError: there is no accelerator.
+            OptionError: full size without an accelerator.
         """
         device = best_device()
         if device.type == "cpu" and not tiny:
-            raise OptionError("full size needs an accelerator and none is found; try --tiny.")
+            raise OptionError("no accelerator is available: use --tiny to test the script.")
         return cls(device, compute_dtype(device), tiny)
 
     @property
-    def on_cpu(self) -> bool:
+    def is_cpu(self) -> bool:
+        """Whether there is no accelerator."""
         return self.device.type == "cpu"
 
     @property
-    def backend(self) -> str:
-        """Of torch.compile: on a CPU the tracer alone is tried."""
-        return "eager" if self.on_cpu else "inductor"
+    def compile_backend(self) -> str:
+        """Backend of `torch.compile`; on a CPU only tracing is tested."""
+        return "eager" if self.is_cpu else "inductor"
 
-    def reseed(self, seed: int) -> None:
+    def set_seed(self, seed: int) -> None:
+        """Seed PyTorch's random number generators."""
         torch.manual_seed(seed)
 
     def release(self) -> None:
-        """Free what nothing refers to any more."""
+        """Free memory that is not in use."""
         gc.collect()
-        if not self.on_cpu:
+        if not self.is_cpu:
             torch.accelerator.synchronize(self.device)
             torch.get_device_module(self.device).empty_cache()
 
-    def reserved_gib(self) -> float | None:
-        """The most memory that PyTorch has reserved since the last reset of its peaks."""
-        most = getattr(torch.get_device_module(self.device), "max_memory_reserved", None)
-        return None if most is None or self.on_cpu else round(most(self.device) / 2**30, 2)
+    def max_reserved_gib(self) -> float | None:
+        """Return the peak memory reserved by PyTorch since the last `reset_peak`, if known."""
+        module = torch.get_device_module(self.device)
+        max_memory_reserved = getattr(module, "max_memory_reserved", None)
+        if self.is_cpu or max_memory_reserved is None:
+            return None
+        return round(max_memory_reserved(self.device) / 2**30, 2)
 
     # -- networks with random weights --
 
     @property
     def pixels(self) -> int:
+        """Width and height of SDXL's images and of full-size FLUX's."""
         return 16 if self.tiny else 1024
 
-    def sdxl(self) -> RandomSDXL:
+    def build_sdxl(self) -> RandomSDXL:
+        """Build SDXL."""
         if not self.tiny:
             return random_base("sdxl", self.device, self.dtype)
         with default_dtype(self.dtype), self.device:
-            unet, vae = UNet2DConditionModel(**TINY_UNET), AutoencoderKL(**TINY_VAE)
+            unet = UNet2DConditionModel(**TINY_UNET)
+            vae = AutoencoderKL(**TINY_VAE)
         return RandomSDXL(unet, vae)
 
-    def mini(self) -> RandomSDXL:
-        return self.sdxl() if self.tiny else random_base("mini", self.device)
+    def require_miniature(self) -> None:
+        """Check that the configuration of the miniature's networks is installed.
 
-    def flux(self, text_tokens: int = 128) -> FluxTarget:
+        Raises:
+            PartSkipped: the package has no weights of the miniature.
+        """
+        if not self.tiny and not (MINIATURE / "pipeline").is_dir():
+            raise PartSkipped("the miniature's weights are not there")
+
+    def build_miniature(self) -> RandomSDXL:
+        """Build the miniature's base model in float32."""
+        return self.build_sdxl() if self.tiny else random_base("mini", self.device)
+
+    def build_flux(self, text_tokens: int = 128) -> FluxTarget:
+        """Build FLUX's transformer with an adapter; tiny networks have prompts of 4 tokens."""
         if not self.tiny:
             return FluxTarget(self.device, self.dtype, text_tokens=text_tokens)
-        return FluxTarget(self.device, self.dtype, 64, depth=0.1, text_tokens=4, **TINY_FLUX)
+        return FluxTarget(self.device, self.dtype, pixels=64, depth=0.1, text_tokens=4, **TINY_FLUX)
 
 
-def describe(machine: Machine) -> dict[str, Any]:
-    """Name and memory of the device, and versions."""
-    facts: dict[str, Any] = {
+def describe_machine(machine: Machine) -> dict[str, Any]:
+    """Return name and memory of the device, and library versions."""
+    description: dict[str, Any] = {
         "device": hardware_name(machine.device),
         "memory_gib": None,
-        "driver": driver(),
+        "driver": driver_version(),
         "dtype": str(machine.dtype),
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -132,23 +159,24 @@ def describe(machine: Machine) -> dict[str, Any]:
     }
     if machine.device.type == "cuda":
         properties = torch.cuda.get_device_properties(machine.device)
-        facts["memory_gib"] = round(properties.total_memory / 2**30, 1)
-        facts["multiprocessors"] = properties.multi_processor_count
-        facts["cudnn"] = torch.backends.cudnn.version()
-    return facts
+        description["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        description["multiprocessors"] = properties.multi_processor_count
+        description["cudnn"] = torch.backends.cudnn.version()
+    return description
 
 
-def driver() -> str | None:
-    """The version of NVIDIA's driver."""
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver, or None without one."""
     try:
-        done = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20)
+        result = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    found = re.search(r"Driver Version:\s*([\d.]+)", done.stdout)
-    return found[1] if found else None
+    match = re.search(r"Driver Version:\s*([\d.]+)", result.stdout)
+    return match[1] if match else None
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    """The norm of the difference of two outputs over that of the first; NaN where one is not finite."""
-    a, b = a.detach().float(), b.detach().float()
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Return the norm of b - a relative to the norm of a; NaN if a value is not finite."""
+    a = a.detach().float()
+    b = b.detach().float()
     return round(float((a - b).norm() / a.norm().clamp_min(1e-30)), 5)

@@ -1,9 +1,9 @@
-"""Parts of the GPU report that train: PuLID's stage 3 on SDXL, the miniature, and an adapter on FLUX."""
+"""Training parts of the GPU report: stage 3 on SDXL, the miniature, and an adapter on FLUX."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -21,25 +21,25 @@ from openpulid.bench.perf.training import RandomSDXL, random_task, train_step
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.training.muon import Muon
-from openpulid.training.precision import autocast, fp32_attention
+from openpulid.training.precision import autocast, backward
 from openpulid.training.pulid.recipes import Recipe, find_recipe
 from openpulid.training.pulid.task import Batch, PuLIDTask
 from openpulid.training.rng import StepRNG
 
 Figures = dict[str, Any]
 
-GPUS = 8
-"""The paper's: a recipe's batches are those of all of them."""
+NUM_GPUS = 8
+"""GPUs of the paper, which share a recipe's batches."""
 
-CHECKPOINTS = {
+CHECKPOINTING = {
     "none": (False, False),
     "U-Net blocks": (False, True),
     "rollout steps": (True, False),
-    "both": (True, True),  # what the recipe does
+    "both": (True, True),  # as the recipe does
 }
-"""What is recomputed in the backward pass: (steps of the rollout, blocks of the U-Net)."""
+"""What the backward pass recomputes: (steps of the rollout, blocks of the U-Net)."""
 
-STAGE3 = (
+STAGE3_ROWS = (
     (4, "none"),
     (4, "U-Net blocks"),
     (4, "both"),
@@ -51,125 +51,153 @@ STAGE3 = (
     (2, "both"),
     (3, "both"),
 )
-"""Rows of stage 3, (k, checkpointing), in order of worth."""
+"""Rows of stage 3, (k, checkpointing), the most important first."""
+
+MAX_TEXT_TOKENS = 48
+"""Length of the miniature's longest prompt."""
 
 
 class FixedBatch:
-    """A source of one batch, on the device: drawing full-size noise on the CPU would be a tenth of a step."""
+    """A `BatchSource` of one batch on the device.
+
+    Drawing full-size noise on the CPU would take a tenth of a step.
+    """
 
     def __init__(self, batch: Batch) -> None:
-        self.fixed = batch
+        self._batch = batch
 
-    def batch(self, draw: StepRNG) -> Batch:
-        return self.fixed
+    def batch(self, rng: StepRNG) -> Batch:
+        """Return the batch."""
+        return self._batch
 
 
 # -- stage 3 on SDXL --
 
 
-def sdxl_stage3(run: Recorder, machine: Machine) -> None:
-    """Whole training steps of `sdxl_stage3` with one GPU's share of the recipe's batches."""
+def measure_sdxl_stage3(recorder: Recorder, machine: Machine) -> None:
+    """Measure training steps of `sdxl_stage3` with one GPU's share of the recipe's batches."""
     recipe = find_recipe("sdxl_stage3")
-    recipe = replace(recipe, batch=recipe.batch // GPUS, fast_batch=recipe.fast_batch // GPUS)
+    recipe = replace(
+        recipe,
+        batch=recipe.batch // NUM_GPUS,
+        few_step_batch=recipe.few_step_batch // NUM_GPUS,
+    )
     if machine.tiny:
         recipe = replace(recipe, base="mini", encoder_width=16, batch=2, pixels=16)
-    run.part.settings |= {
-        "batch": f"{recipe.batch} in the diffusion branch, {recipe.fast_batch} in each rollout: "
-        f"the recipe's batches over {GPUS} GPUs",
+    recorder.part.settings |= {
+        "batch": f"{recipe.batch} in the diffusion branch, {recipe.few_step_batch} in each "
+        f"rollout: the recipe's batches divided by {NUM_GPUS} GPUs",
         "pixels": recipe.pixels,
         "precision": "base in bf16, adapter and AdamW in float32, bf16 autocast",
-        "not included": "reading data, text encoders, the average of the weights (1 copy more)",
-        "recompute": "'both' is what the recipe does today",
+        "not included": "reading data, text encoders, the average of the weights (one more copy)",
+        "recompute": "'both' is what the recipe does",
     }
-    base = machine.sdxl()
-    task, optimizer = _task(recipe, base)
-    plain: dict[int, float] = {}
-    for k, name in STAGE3[: 3 if machine.tiny else None]:
-        run.attempt(
-            f"k = {k}, recompute {name}",
-            partial(_stage3_row, task, optimizer, machine, k, name, plain),
+    task = _build_task(recipe, machine.build_sdxl())
+    fused = not machine.is_cpu
+    optimizer = torch.optim.AdamW(task.adapter.parameters(), lr=recipe.lr, fused=fused)
+    plain_seconds: dict[int, float] = {}
+
+    def run(k: int, checkpointing: str) -> Figures:
+        seconds = _time_rollout(task, optimizer, machine, k, checkpointing)
+        if checkpointing == "none":
+            plain_seconds[k] = seconds
+        row = {"k": k, "recompute": checkpointing, "s": round(seconds, 3)}
+        row |= _peak_memory(machine)
+        if k in plain_seconds:
+            row["ratio"] = round(seconds / plain_seconds[k], 3)
+        return row
+
+    for k, checkpointing in STAGE3_ROWS[: 3 if machine.tiny else None]:
+        recorder.attempt(
+            f"k = {k}, recompute {checkpointing}",
+            partial(run, k, checkpointing),
             0 if machine.tiny else 8,
         )
 
 
-def _task(recipe: Recipe, base: RandomSDXL) -> tuple[PuLIDTask, torch.optim.Optimizer]:
+def _build_task(recipe: Recipe, base: RandomSDXL) -> PuLIDTask:
+    """Build the task of a recipe with a fixed batch."""
     task = random_task(recipe, base)
     task.data = FixedBatch(task.data.batch(StepRNG(0, 0)).to(base.device))
     task.adapter.train()
-    fused = base.device.type != "cpu"
-    return task, torch.optim.AdamW(task.adapter.parameters(), lr=recipe.lr, fused=fused)
+    return task
 
 
-def _stage3_row(
+def _time_rollout(
     task: PuLIDTask,
     optimizer: torch.optim.Optimizer,
     machine: Machine,
     k: int,
-    name: str,
-    plain: dict[int, float],
-) -> Figures:
-    rollout, blocks = CHECKPOINTS[name]
+    checkpointing: str,
+) -> float:
+    """Return the seconds of a training step with gradients through the last k rollout steps."""
+    checkpoint_rollout, checkpoint_blocks = CHECKPOINTING[checkpointing]
+    rollout = replace(task.rollout, grad_steps=k, gradient_checkpointing=checkpoint_rollout)
     unet = task.base.pipe.unet
-    task.walk = replace(task.walk, last=k, checkpoint=rollout)
-    unet.enable_gradient_checkpointing() if blocks else unet.disable_gradient_checkpointing()
-    count = 1 if machine.tiny else 3 if k == 4 else 2
-    seconds = _timed_steps(partial(train_step, task, optimizer), machine, count)
-    if name == "none":
-        plain[k] = seconds
-    row = {"k": k, "recompute": name, "s": round(seconds, 3), **_memory(machine)}
-    if k in plain:
-        row["ratio"] = round(seconds / plain[k], 3)
-    return row
+    if checkpoint_blocks:
+        unet.enable_gradient_checkpointing()
+    else:
+        unet.disable_gradient_checkpointing()
+    count = 1
+    if not machine.tiny:
+        count = 3 if k == 4 else 2
+    return _time_steps(partial(train_step, task.with_rollout(rollout), optimizer), machine, count)
 
 
-def _timed_steps(step: Callable[[], object], machine: Machine, count: int) -> float:
-    """Median seconds of `count` steps after one that does not count; the peaks are theirs."""
+def _time_steps(step: Callable[[], object], machine: Machine, count: int) -> float:
+    """Return the median seconds of `count` steps, after a first step that is not measured.
+
+    The peak memory afterwards is that of the measured steps.
+    """
     step()
     machine.release()
     reset_peak(machine.device)
     return median(timed(step, machine.device) for _ in range(count))
 
 
-def _memory(machine: Machine) -> Figures:
-    return {"peak_gib": peak(machine.device), "reserved_gib": machine.reserved_gib()}
+def _peak_memory(machine: Machine) -> Figures:
+    return {"peak_gib": peak(machine.device), "reserved_gib": machine.max_reserved_gib()}
 
 
 # -- the miniature --
 
-TEXT_TOKENS = 48
-"""The longest prompt of the miniature."""
 
-
-def miniature(run: Recorder, machine: Machine) -> None:
-    """Training images per second of the miniature: its adapter's stages, and its U-Net, eager."""
-    run.part.settings |= {
-        "stages": "mini_stage1 and mini_stage3 with the recipes' batches; images are those of the "
-        "diffusion branch",
+def measure_miniature(recorder: Recorder, machine: Machine) -> None:
+    """Measure training images per second of the miniature's adapter stages and of its U-Net."""
+    machine.require_miniature()
+    recorder.part.settings |= {
+        "stages": "mini_stage1 and mini_stage3 with the recipes' batches; counts the images of "
+        "the diffusion branch",
         **_unet_settings(),
     }
     for name in ("mini_stage1", "mini_stage3"):
-        run.attempt(name, partial(_mini_stage, name, machine))
-    base, unet = _mini_unet(machine)
+        recorder.attempt(name, partial(_measure_stage, name, machine))
+    base, unet = _build_unet(machine)
     batches = (2,) if machine.tiny else (64, 256, 1024)
-    for kind, optimizer in (("adamw", _adamw), ("muon", _muon)):
+    for name, create_optimizer in (("adamw", _create_adamw), ("muon", _create_muon)):
         for batch in batches:
-            step = _UNetStep(base, unet, optimizer(unet), batch)
-            run.attempt(f"U-Net, eager, {kind}, batch {batch}", partial(_speed, step, machine))
+            step = UNetStep(base, unet, create_optimizer(unet.parameters()), batch)
+            recorder.attempt(
+                f"U-Net, eager, {name}, batch {batch}",
+                partial(_measure_throughput, step, batch, machine),
+            )
 
 
-def compiled_miniature(run: Recorder, machine: Machine) -> None:
-    """Training images per second of the miniature's U-Net, compiled."""
-    run.part.settings |= _unet_settings()
-    base, unet = _mini_unet(machine)
-    network: Any = torch.compile(unet, backend=machine.backend)
+def compile_and_measure_miniature(recorder: Recorder, machine: Machine) -> None:
+    """Measure training images per second of the miniature's compiled U-Net."""
+    machine.require_miniature()
+    recorder.part.settings |= _unet_settings()
+    base, unet = _build_unet(machine)
+    network: Any = torch.compile(unet, backend=machine.compile_backend)
     batch = 2 if machine.tiny else 1024
+    optimizers = (("adamw", _create_adamw, 30), ("muon", _create_muon, 5))
     try:
-        for kind, optimizer, needs in (("adamw", _adamw, 30), ("muon", _muon, 5)):
-            step = _UNetStep(base, network, optimizer(unet), batch)
-            run.attempt(
-                f"U-Net, compiled, {kind}, batch {batch}",
-                partial(_speed, step, machine),
-                0 if machine.tiny else needs,
+        for name, create_optimizer, needs_s in optimizers:
+            step = UNetStep(base, network, create_optimizer(unet.parameters()), batch)
+            recorder.attempt(
+                f"U-Net, compiled, {name}, batch {batch}",
+                partial(_measure_throughput, step, batch, machine),
+                0 if machine.tiny else needs_s,
             )
     finally:
         torch.compiler.reset()
@@ -177,49 +205,55 @@ def compiled_miniature(run: Recorder, machine: Machine) -> None:
 
 def _unet_settings() -> dict[str, str]:
     return {
-        "U-Net": "float32 under bf16 autocast, channels_last, 12 x 12 latents, "
-        f"{TEXT_TOKENS} text tokens; text encoders and data not included"
+        "U-Net": "float32 with bf16 autocast, channels_last, 12 x 12 latents, "
+        f"{MAX_TEXT_TOKENS} text tokens; without text encoders and data"
     }
 
 
-def _mini_unet(machine: Machine) -> tuple[RandomSDXL, nn.Module]:
-    base = machine.mini()
+def _build_unet(machine: Machine) -> tuple[RandomSDXL, nn.Module]:
+    """Build the miniature's base model and return it with its U-Net, ready for training."""
+    base = machine.build_miniature()
     unet = base.unet.requires_grad_(True).train()
     return base, unet.to(memory_format=torch.channels_last)
 
 
-def _muon(unet: nn.Module) -> torch.optim.Optimizer:
-    return Muon(unet.parameters(), lr=3e-3)
+def _create_muon(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return Muon(parameters, lr=3e-3)
 
 
-def _adamw(unet: nn.Module) -> torch.optim.Optimizer:
-    fused = next(unet.parameters()).device.type != "cpu"
-    return torch.optim.AdamW(unet.parameters(), lr=1e-4, fused=fused)
+def _create_adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    parameters = list(parameters)
+    fused = parameters[0].device.type != "cpu"
+    return torch.optim.AdamW(parameters, lr=1e-4, fused=fused)
 
 
-class _UNetStep:
-    """A training step of the base: noise in, mean squared error, update."""
+class UNetStep:
+    """A training step of the base: mean squared error on random data, and an update.
+
+    Args:
+        base: the base model.
+        network: its U-Net, or the compiled U-Net.
+        optimizer: of the U-Net's parameters.
+        batch: batch size.
+    """
 
     def __init__(
-        self,
-        base: RandomSDXL,
-        network: Any,
-        optimizer: torch.optim.Optimizer,
-        batch: int,
+        self, base: RandomSDXL, network: Any, optimizer: torch.optim.Optimizer, batch: int
     ) -> None:
-        self.device, self.batch = base.device, batch
-        self.network, self.optimizer = network, optimizer
+        self.device = base.device
+        self.network = network
+        self.optimizer = optimizer
         text = base.encode_text(["portrait"] * batch)
-        self.text = text.embeds[:, :TEXT_TOKENS].contiguous()
+        self.text = text.embeds[:, :MAX_TEXT_TOKENS].contiguous()
         self.added = {"text_embeds": text.pooled, "time_ids": text.time_ids}
-        shape = (batch, *base.shape())
-        self.x = torch.randn(shape, device=base.device).contiguous(
-            memory_format=torch.channels_last
-        )
+        shape = (batch, *base.latent_shape())
+        x = torch.randn(shape, device=base.device)
+        self.x = x.contiguous(memory_format=torch.channels_last)
         self.target = torch.randn(shape, device=base.device)
         self.t = torch.arange(batch, device=base.device) % 1000
 
     def __call__(self) -> None:
+        """Run the step."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device):
             output = self.network(
@@ -229,117 +263,109 @@ class _UNetStep:
                 added_cond_kwargs=self.added,
                 return_dict=False,
             )[0]
-            loss = mse_loss(output.float(), self.target)
-        with fp32_attention(self.device):
-            loss.backward()
+            backward(mse_loss(output.float(), self.target))
         self.optimizer.step()
 
 
-def _speed(step: Any, machine: Machine) -> Figures:
-    """Images per second over several steps at a time."""
-    first = timed(step, machine.device)
-    many = 1 if machine.tiny else 10
-
-    def several() -> None:
-        for _ in range(many):
-            step()
-
-    seconds = _timed_steps(several, machine, 1 if machine.tiny else 3) / many
-    return {
-        "images_per_s": round(step.batch / seconds, 1),
-        "ms": round(seconds * 1000, 2),
-        "peak_gib": peak(machine.device),
-        "first_s": round(first, 1),
-    }
-
-
-class _TaskStep:
-    """A training step of a task, counted in images of its diffusion branch."""
-
-    def __init__(self, task: PuLIDTask, optimizer: torch.optim.Optimizer) -> None:
-        self.task, self.optimizer, self.batch = task, optimizer, task.recipe.batch
-
-    def __call__(self) -> None:
-        train_step(self.task, self.optimizer)
-
-
-def _mini_stage(name: str, machine: Machine) -> Figures:
+def _measure_stage(name: str, machine: Machine) -> Figures:
+    """Measure the recipe `name` of the miniature."""
     recipe = find_recipe(name)
     if machine.tiny:
-        recipe = replace(recipe, batch=2, fast_batch=recipe.fast_batch and 1, encoder_width=16)
-    task, _ = _task(recipe, machine.mini())
-    optimizer = Muon(task.adapter.train().parameters(), recipe.lr, recipe.weight_decay)
-    return {"batch": recipe.batch, **_speed(_TaskStep(task, optimizer), machine)}
+        few_step_batch = min(recipe.few_step_batch, 1)
+        recipe = replace(recipe, batch=2, few_step_batch=few_step_batch, encoder_width=16)
+    task = _build_task(recipe, machine.build_miniature())
+    optimizer = Muon(task.adapter.parameters(), recipe.lr, recipe.weight_decay)
+    step = partial(train_step, task, optimizer)
+    return {"batch": recipe.batch, **_measure_throughput(step, recipe.batch, machine)}
+
+
+def _measure_throughput(step: Callable[[], object], batch: int, machine: Machine) -> Figures:
+    """Measure images per second, over ten steps at a time."""
+    first_seconds = timed(step, machine.device)
+    count = 1 if machine.tiny else 10
+
+    def run_steps() -> None:
+        for _ in range(count):
+            step()
+
+    seconds = _time_steps(run_steps, machine, 1 if machine.tiny else 3) / count
+    return {
+        "images_per_s": round(batch / seconds, 1),
+        "ms": round(seconds * 1000, 2),
+        "peak_gib": peak(machine.device),
+        "first_s": round(first_seconds, 1),
+    }
 
 
 # -- an adapter on FLUX --
 
 
-class _FluxStep:
-    """A flow-matching step: only the adapter trains, the transformer's blocks are recomputed."""
+class FluxStep:
+    """A flow-matching step in which only the adapter trains.
+
+    Args:
+        target: the transformer and its inputs; its own adapter is detached.
+        machine: size of the new adapter's encoder.
+    """
 
     def __init__(self, target: FluxTarget, machine: Machine) -> None:
-        self.target, self.device = target, machine.device
+        self.target = target
+        self.device = machine.device
         sizes: dict[str, Any] = {}
         if machine.tiny:
             sizes = {"dim": 16, "depth": 5, "dim_head": 8, "heads": 2, "hidden_dim": 16}
         target.adapter.detach()
         with machine.device:
             self.adapter = PuLIDFlux.for_transformer(target.transformer, IDFormer(**sizes))
-            for layer in self.adapter.pulid_ca:
-                nn.init.normal_(layer.to_out.weight, std=0.02)  # type: ignore[union-attr,arg-type]
+            for layer in self.adapter.layers:
+                nn.init.normal_(layer.to_out.weight, std=0.02)
             config = self.adapter.encoder.config
             self.id_cond = torch.randn(1, config["width"])
             self.hidden = [torch.randn(1, 577, config["vit_dim"]) for _ in range(5)]
             self.clean = torch.randn(target.call["hidden_states"].shape)
         self.adapter.train().attach(target.transformer)
-        fused = machine.device.type != "cpu"
-        self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=1e-4, fused=fused)
+        self.optimizer = _create_adamw(self.adapter.parameters())
 
     def __call__(self) -> None:
+        """Run the step."""
         self.optimizer.zero_grad(set_to_none=True)
         noise = torch.randn_like(self.clean)
         t = torch.rand(len(noise), device=self.device)
-        with ExitStack() as stack:
-            with autocast(self.device):
-                # open until backward is done: recomputed blocks need the identity, too
-                stack.enter_context(self._shown())
-                loss = self._loss(noise, t)
-            with fp32_attention(self.device):
-                loss.backward()
+        # in use during the backward pass, because recomputed blocks also need the identity
+        with autocast(self.device), self._use_identity():
+            backward(self._loss(noise, t))
         nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
         self.optimizer.step()
 
-    def _shown(self) -> Any:
+    def _use_identity(self) -> AbstractContextManager[Any]:
         return self.adapter.use_tokens(self.adapter.encode(self.id_cond, self.hidden))
 
     def _loss(self, noise: Tensor, t: Tensor) -> Tensor:
-        """Rectified flow: x_t = (1 - t) x_0 + t noise, velocity noise - x_0."""
-        transformer, dtype = self.target.transformer, self.target.tokens.dtype
-        mixed_in = torch.lerp(self.clean, noise, t[:, None, None]).to(dtype)
-        call = self.target.call | {"hidden_states": mixed_in, "timestep": t.to(dtype)}
-        velocity = transformer(**call, return_dict=False)[0]
+        """Compute the loss of rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0."""
+        dtype = self.target.tokens.dtype
+        x_t = torch.lerp(self.clean, noise, t[:, None, None]).to(dtype)
+        inputs = self.target.call | {"hidden_states": x_t, "timestep": t.to(dtype)}
+        velocity = self.target.transformer(**inputs, return_dict=False)[0]
         return mse_loss(velocity.float(), noise - self.clean)
 
 
-def flux_stage1(run: Recorder, machine: Machine) -> None:
-    """A training step of PuLID on FLUX as stage 1 would make it; the package has no such recipe yet."""
-    target = machine.flux(text_tokens=512)
-    run.part.settings |= {
-        "stands for": "flux_stage1, which is not written yet",
+def measure_flux_stage1(recorder: Recorder, machine: Machine) -> None:
+    """Measure a training step of PuLID on FLUX as in stage 1; the package has no such recipe."""
+    target = machine.build_flux(text_tokens=512)
+    recorder.part.settings |= {
+        "recipe": "flux_stage1, which the package does not have yet",
         "pixels": machine.pixels,
         "batch": 1,
         "text tokens": target.call["encoder_hidden_states"].shape[1],
         "precision": "transformer in bf16, adapter and AdamW in float32, bf16 autocast",
     }
-    step = _FluxStep(target, machine)
-    transformer = target.transformer
-    transformer.enable_gradient_checkpointing()
-    run.attempt("recompute blocks", partial(_flux_row, step, machine))
-    transformer.disable_gradient_checkpointing()
-    run.attempt("recompute nothing", partial(_flux_row, step, machine))
+    step = FluxStep(target, machine)
 
+    def run() -> Figures:
+        seconds = _time_steps(step, machine, 1 if machine.tiny else 3)
+        return {"s": round(seconds, 3), **_peak_memory(machine)}
 
-def _flux_row(step: _FluxStep, machine: Machine) -> Figures:
-    seconds = _timed_steps(step, machine, 1 if machine.tiny else 3)
-    return {"s": round(seconds, 3), **_memory(machine)}
+    target.transformer.enable_gradient_checkpointing()
+    recorder.attempt("recompute blocks", run)
+    target.transformer.disable_gradient_checkpointing()
+    recorder.attempt("recompute nothing", run)
