@@ -82,7 +82,7 @@ def test_every_image_has_a_complete_record(finished: RunDir) -> None:
     for key in keys:
         record = read_record(finished, key)
         assert record.is_done and finished.image_path(key).is_file()
-        assert record.configuration["steps"] == 4 and record.versions["torch"]
+        assert record.configuration["num_inference_steps"] == 4 and record.versions["torch"]
         assert record.seconds is not None and record.seconds > 0
         assert Record.from_json(record.to_json()) == record
     base, pulid = load_rows(finished)
@@ -153,10 +153,10 @@ def test_failures_are_recorded_and_the_run_continues(tmp_path: Path) -> None:
     generate_run(SUITE, PRESETS, subjects, run_dir, executor)
     score_run(run_dir, MiniScorers.load())
     failed = read_record(run_dir, SampleKey("pulid", "nobody", 0, SUITE.seeds[0]))
-    assert failed.status == "failed" and "no face was found" in (failed.error or "")
+    assert failed.status == "failed" and "no face detected" in (failed.error or "")
     base, pulid = load_rows(run_dir)
     assert (pulid["images"], pulid["failed"], base["failed"]) == (4, 4, 0)
-    assert "no face was found" in load_markdown(run_dir)
+    assert "no face detected" in load_markdown(run_dir)
 
 
 def test_run_directory_accepts_only_its_own_suite(finished: RunDir) -> None:
@@ -356,7 +356,7 @@ def test_missing_requirements_are_reported_before_anything_is_written(
                 command()
     with pytest.raises(OptionError, match=r"typo\.bin does not exist"):
         commands.run_suite("quick", path, methods="pulid,faceid:typo.bin")
-    lost = {**PRESETS, "lost": replace(PRESETS["pulid"], adapter=tmp_path / "none.safetensors")}
+    lost = {**PRESETS, "lost": PRESETS["pulid"].with_models(adapter=tmp_path / "none.safetensors")}
     with pytest.raises(
         WeightsError, match=r"none\.safetensors does not exist; .*`pulid mini build`"
     ):

@@ -57,8 +57,8 @@ def test_interrupted_portrait_is_written_again(
 def copy_parts(folder: Path, preset: Preset) -> dict[str, Path]:
     """Copy some of a preset's weights; return the copies by the names of the preset's fields."""
     copies = {}
-    for part in ("pipeline", "unet", "recogniser", "vision"):
-        original, copies[part] = Path(getattr(preset, part)), folder / part
+    for part in ("pipeline", "unet", "recognition", "vision_encoder"):
+        original, copies[part] = Path(getattr(preset.models, part)), folder / part
         (shutil.copytree if original.is_dir() else shutil.copy)(original, copies[part])
     return copies
 
@@ -75,11 +75,11 @@ def change_tensor(path: Path) -> Callable[[], object]:
 def test_configuration_covers_every_file_of_a_method(tmp_path: Path) -> None:
     """Also files that are not safetensors, and the folder next to a method's file."""
     instantid = select_presets(SUITE, ["instantid"])["instantid"]
-    shutil.copytree(instantid.adapter, tmp_path / "instantid")
+    shutil.copytree(instantid.models.adapter, tmp_path / "instantid")
     weights = tmp_path / "instantid" / "ip-adapter.safetensors"
     file = weights.rename(weights.with_suffix(".bin"))
     for adapter in (file.parent, file):
-        preset = replace(instantid, adapter=adapter)
+        preset = instantid.with_models(adapter=adapter)
         for part in (file, file.parent / "ControlNetModel" / "diffusion_pytorch_model.safetensors"):
             original = describe_configuration("instantid", preset, SUITE.options)
             assert original == describe_configuration("instantid", preset, SUITE.options)
@@ -99,10 +99,10 @@ def test_changed_configuration_is_generated_again(finished: RunDir, tmp_path: Pa
 
     generate_run(SUITE, PRESETS, SUBJECTS, run_dir, collect)
     assert jobs == []
-    stage1 = PRESETS["pulid"].adapter.with_name("pulid-stage1.safetensors")
+    stage1 = PRESETS["pulid"].models.adapter.with_name("pulid-stage1.safetensors")
     for changed in (
-        replace(PRESETS["pulid"], scale=0.5),
-        replace(PRESETS["pulid"], adapter=stage1),
+        PRESETS["pulid"].with_defaults(scale=0.5),
+        PRESETS["pulid"].with_models(adapter=stage1),
     ):
         jobs.clear()
         generate_run(SUITE, {**PRESETS, "pulid": changed}, SUBJECTS, run_dir, collect)
@@ -110,7 +110,7 @@ def test_changed_configuration_is_generated_again(finished: RunDir, tmp_path: Pa
 
     def missing_methods(**changes: Path | None) -> set[str]:
         jobs.clear()
-        presets = {method: replace(preset, **changes) for method, preset in PRESETS.items()}
+        presets = {method: preset.with_models(**changes) for method, preset in PRESETS.items()}
         generate_run(SUITE, presets, SUBJECTS, run_dir, collect)
         return {key.method for job in jobs for key in job.keys}
 
@@ -119,8 +119,8 @@ def test_changed_configuration_is_generated_again(finished: RunDir, tmp_path: Pa
     for part, methods in {
         "pipeline": set(METHODS),
         "unet": set(METHODS),
-        "recogniser": {"pulid"},
-        "vision": {"pulid"},
+        "recognition": {"pulid"},
+        "vision_encoder": {"pulid"},
     }.items():
         undo = change_tensor(copies[part])
         assert missing_methods(**copies) == methods, part

@@ -188,7 +188,7 @@ def test_missing_models_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(WeightsError, match="pulid weights get detector"):
         PhotoScorers.load(CPU)
-    with pytest.raises(WeightsError, match="on no hub; get it from"):
+    with pytest.raises(WeightsError, match="cannot be downloaded automatically"):
         download("scorer-recognition")
     (tmp_path / "scrfd_10g_bnkps.onnx").symlink_to(DETECTOR)
     network = photo_scorers.__dict__["load_curricular_face"]

@@ -73,7 +73,7 @@ def test_weights_are_listed_and_missing_ones_named(
     assert "468e13ca13a9" in listed
     (tmp_path / "pulid_v1.bin").write_bytes(b"weights")
     assert pulid("weights", "verify", "pulid-v1", "--folder", tmp_path).out.startswith(
-        "pulid-v1: here, and there is nothing"
+        "pulid-v1: installed, but no hash is known"
     )
     damaged = pulid("weights", "verify", "parsing", "--folder", tmp_path)
     assert damaged.is_one_sentence and "is damaged" in damaged.err

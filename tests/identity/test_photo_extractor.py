@@ -22,7 +22,7 @@ from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import sdxl
 from openpulid.pipelines.selection import resolve_preset
 from openpulid.pipelines.studio import Studio
-from tests.support.photo_networks import DETECTOR, GROUP, needs_detector, recogniser_file
+from tests.support.photo_networks import DETECTOR, GROUP, needs_detector, recognition_file
 
 pytestmark = needs_detector
 
@@ -34,7 +34,7 @@ def features(tmp_path_factory) -> PhotoExtractor:
         img_size=32, patch_size=8, embed_dim=8, depth=5, num_heads=2, num_classes=4, ref_grid=None
     ).eval()
     recogniser = ArcFaceRecognition.load(
-        recogniser_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12)
+        recognition_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12)
     )
     parser = FaceParser(BiSeNet(num_class=19))
     return PhotoExtractor(
@@ -137,7 +137,7 @@ def test_shapes_and_models(features, group) -> None:
 
 def test_photo_to_image(studio, caplog) -> None:
     anna = studio.identify(GROUP)
-    assert "shows 6 faces" in caplog.text
+    assert "the image has 6 faces" in caplog.text
     caplog.clear()
     ben = studio.identify(GROUP, face_index=1)
     assert not caplog.text
@@ -156,7 +156,7 @@ def test_all_faces_are_described_in_order(studio) -> None:
 
 def test_another_face_pack_replaces_the_face_models(tmp_path) -> None:
     (tmp_path / "a.onnx").symlink_to(DETECTOR)
-    recogniser_file(tmp_path / "b.onnx")
+    recognition_file(tmp_path / "b.onnx")
     chosen = resolve_preset(sdxl(), face_pack=tmp_path)
     assert (chosen.models.detector, chosen.models.recognition) == (
         tmp_path / "a.onnx",
@@ -172,7 +172,7 @@ def test_missing_face_reports_what_was_tried(studio, tmp_path) -> None:
     message = r"wall\.png: no face detected in its 300 x 200 pixels \(sizes 640, 512, 384, 256 and a copy with a border\)"
     with pytest.raises(FaceError, match=message):
         studio.identify(tmp_path / "wall.png")
-    with pytest.raises(FaceError, match=r"t1\.jpg: shows 6 faces, so there is no face 6"):
+    with pytest.raises(FaceError, match=r"t1\.jpg: there is no face 6; the image has 6 faces"):
         studio.identify(GROUP, face_index=6)
 
 

@@ -30,7 +30,7 @@ from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.presets import sdxl
-from tests.support.photo_networks import recogniser_file
+from tests.support.photo_networks import recognition_file
 
 MODELS = {"glintr100": "a", "EVA02": "b"}
 
@@ -90,7 +90,7 @@ def test_bfloat16_vision_encoder_runs_on_any_cpu(tmp_path: Path) -> None:
     )
     whole = tower()
     expected, levels = whole(whole.prepare(align_photo(face)))
-    recogniser = ArcFaceRecognition.load(recogniser_file(tmp_path / "glintr100.onnx", dim=12))
+    recogniser = ArcFaceRecognition.load(recognition_file(tmp_path / "glintr100.onnx", dim=12))
     parser = FaceParser(BiSeNet(num_class=19))
     features = PhotoExtractor(
         None, recogniser, parser, whole.to(torch.bfloat16), MODELS, use_gray=False
@@ -112,7 +112,7 @@ def test_all_models_receive_the_selected_face(tmp_path: Path) -> None:
         Face(image, torch.tensor([0.0, 0, 1, 1]), torch.tensor(TEMPLATE) * 0.5 - shift * 0.5, 1.0)
         for shift in shifts
     ]
-    recogniser = ArcFaceRecognition.load(recogniser_file(tmp_path / "glintr100.onnx", dim=12))
+    recogniser = ArcFaceRecognition.load(recognition_file(tmp_path / "glintr100.onnx", dim=12))
     whole = tower()
     features = PhotoExtractor(
         None, recogniser, FaceParser(BiSeNet(num_class=19)), whole, MODELS, use_gray=False
@@ -129,7 +129,7 @@ def test_adapter_requires_the_face_models_of_its_training(
     tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file of a training remembers that; a published one does not say."""
-    recogniser_file(tmp_path / "glintr100.onnx")
+    recognition_file(tmp_path / "glintr100.onnx")
     (tmp_path / "EVA02.pt").write_bytes(b"a tower")
     torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
     monkeypatch.setattr(SCRFDDetector, "load", lambda file, device: None)
@@ -163,7 +163,7 @@ def test_adapter_requires_the_face_models_of_its_training(
 def test_color_and_gray_features_are_not_mixed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recogniser_file(tmp_path / "glintr100.onnx")
+    recognition_file(tmp_path / "glintr100.onnx")
     (tmp_path / "EVA02.pt").write_bytes(b"a tower")
     torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
     monkeypatch.setattr(SCRFDDetector, "load", lambda file, device: None)  # not here

@@ -134,7 +134,8 @@ def test_invalid_arguments_raise(pipe: Any, tmp_path: Path) -> None:
         pass
     calls = ["generate", "portrait, photo", "--control", str(tmp_path)]
     result = CliRunner().invoke(app, calls)
-    assert isinstance(result.exception, OptionError) and "go together" in str(result.exception)
+    assert isinstance(result.exception, OptionError)
+    assert "--control-image is missing" in str(result.exception)
 
 
 def test_cli_generates_with_canny_edges(tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_cli_generates_with_canny_edges(tmp_path: Path) -> None:
     more = [
         "--control",
         str(tmp_path / "net"),
-        "--control-picture",
+        "--control-image",
         str(tmp_path / "page.png"),
         "-o",
         str(images),

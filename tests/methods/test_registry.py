@@ -41,26 +41,27 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
     for method in BASELINES:
         preset = with_method(sdxl(), method)
         assert (
-            preset.method == method
-            and preset.adapter in WEIGHTS
-            and preset.adapter in preset.published
+            preset.models.method == method
+            and preset.models.adapter in WEIGHTS
+            and preset.models.adapter in preset.published
         )
         assert all(WEIGHTS[name].license for name in preset.published)
-        assert preset.identity_options().keys() == {"scale", "start", "end"}
-    read = {method: with_method(sdxl(), method).recogniser for method in BASELINES}
+        options = preset.defaults.identity.model_dump(exclude_none=True)
+        assert options.keys() == {"scale", "start", "end"}
+    read = {method: with_method(sdxl(), method).models.recognition for method in BASELINES}
     assert {method for method, name in read.items() if name == "buffalo-l"} == {
         "faceid",
         "faceid-plus",
         "photomaker-v2",
     }
     views = {
-        method: with_method(sdxl(), method).view
+        method: with_method(sdxl(), method).models.clip_input
         for method in BASELINES
         if method.startswith("ip-adapter")
     }
     assert views == {
-        "ip-adapter": "picture",
-        "ip-adapter-plus": "picture",
+        "ip-adapter": "image",
+        "ip-adapter-plus": "image",
         "ip-adapter-plus-face": "face",
     }
     assert (
@@ -75,11 +76,13 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
 def test_unsupported_methods_raise() -> None:
     with pytest.raises(OptionError, match="no method 'dreambooth'"):
         with_method(sdxl(), "dreambooth")
-    with pytest.raises(OptionError, match="instantid is for SDXL and flux is FLUX"):
+    with pytest.raises(OptionError, match="instantid is only available for SDXL presets"):
         with_method(flux(), "instantid")
-    with pytest.raises(OptionError, match="the miniature has no ip-adapter; it has pulid, faceid"):
+    with pytest.raises(
+        OptionError, match="ip-adapter is not available for the miniature; available: pulid, faceid"
+    ):
         with_method(mini(), "ip-adapter")
-    with pytest.raises(WeightsError, match="this is no CLIP picture tower"):
+    with pytest.raises(WeightsError, match="this is not a CLIP vision encoder"):
         load_clip_encoder({"weight": torch.zeros(1)})
 
 
@@ -103,11 +106,11 @@ def test_studio_generates_with_another_method(faceid: Studio) -> None:
     assert isinstance(faceid.adapter, FaceID)
     portrait = render([Person.from_seed(3)], [Scene()]).image[0]
     identity = faceid.identify(_picture(portrait))
-    options: dict[str, Any] = {"seed": 1, "steps": 2}
+    options: dict[str, Any] = {"seed": 1, "num_inference_steps": 2}
     without = faceid.generate("portrait, photo", **options).images[0]
     images = faceid.generate("portrait, photo", identity, **options).images[0]
     assert images.tobytes() != without.tobytes()
-    with pytest.raises(OptionError, match="masks in one image are PuLID's"):
+    with pytest.raises(OptionError, match="only supported by PuLID"):
         faceid.generate("portrait, photo", [(identity, None)], **options)
 
 
@@ -117,7 +120,7 @@ def test_cli_selects_methods(tmp_path: Path) -> None:
     calls = ["generate", "portrait, photo", "--id", str(picture), "-o", str(tmp_path)]
     for method, message in (
         ("dreambooth", "no method 'dreambooth'"),
-        ("ip-adapter", "the miniature has no ip-adapter"),
+        ("ip-adapter", "ip-adapter is not available for the miniature"),
     ):
         result = CliRunner().invoke(app, [*calls, "--method", method])
         assert isinstance(result.exception, OptionError) and message in str(result.exception)

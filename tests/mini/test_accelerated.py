@@ -1,4 +1,4 @@
-"""The accelerated training: the same world, losses and steps as the ordinary one, and a dry run from end to end."""
+"""The accelerated training matches the ordinary one, and a dry run completes every stage."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedT
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.io.checkpoints import load_module
 from openpulid.mini.accelerated import __main__ as command
-from openpulid.mini.accelerated import autoencoder, probe, unet
-from openpulid.mini.accelerated.evaluation import detect, frechet
+from openpulid.mini.accelerated import autoencoder, probe, stages, unet
+from openpulid.mini.accelerated.evaluation import frechet
+from openpulid.mini.accelerated.face_detection import detect_faces
 from openpulid.mini.accelerated.output import Output
 from openpulid.mini.accelerated.scenes import (
     COLUMNS,
     CaptionWriter,
     draw_people,
     draw_scenes,
-    stage_of,
+    scene_tensors,
 )
+from openpulid.mini.accelerated.state import Sizes
 from openpulid.mini.accelerated.steps import DeviceMuon, TimedSchedule
+from openpulid.mini.accelerated.train_set import build_train_set
 from openpulid.mini.accelerated.world import plan_world, render_world
 from openpulid.mini.models.pipeline import TextEncoders
 from openpulid.mini.models.tokenizer import build_tokenizer
@@ -48,7 +51,7 @@ def world():
 
 
 @pytest.fixture(scope="module")
-def words():
+def text_encoders():
     first = CLIPTextModel.from_pretrained(
         MINIATURE / "pipeline" / "text_encoder", torch_dtype=torch.float32
     )
@@ -59,7 +62,7 @@ def words():
 
 
 @pytest.fixture(scope="module")
-def data(world, words):
+def data(world, text_encoders):
     vae = PatchAutoencoderKL.from_pretrained(
         MINIATURE / "pipeline" / "vae", torch_dtype=torch.float32
     ).eval()
@@ -67,20 +70,20 @@ def data(world, words):
         PreTrainedTokenizerFast.from_pretrained(MINIATURE / "pipeline" / "tokenizer"),
         torch.device("cpu"),
     )
-    return unet.prepare(vae, words, writer, world, torch.Generator().manual_seed(5))
+    return build_train_set(vae, text_encoders, writer, world, torch.Generator().manual_seed(5))
 
 
 def test_tensor_scenes_render_like_world_scenes(generator):
     scenes, people = draw_scenes(3, generator), draw_people(3, generator)
-    made = render_stage(people, stage_of(scenes), 48)
+    rendering = render_stage(people, scene_tensors(scenes), 48)
     expected = render(
         [Person.from_vector(row.tolist()) for row in people],
         [scenes.scene(k) for k in range(3)],
         48,
     )
-    assert torch.equal(made.image, expected.image)
-    assert torch.equal(made.parts, expected.parts)
-    assert torch.equal(made.landmarks, expected.landmarks)
+    assert torch.equal(rendering.image, expected.image)
+    assert torch.equal(rendering.parts, expected.parts)
+    assert torch.equal(rendering.landmarks, expected.landmarks)
 
 
 def test_scenes_keep_held_out_combinations_apart(generator):
@@ -89,7 +92,7 @@ def test_scenes_keep_held_out_combinations_apart(generator):
         assert all(scenes.scene(k).is_held_out == held_out for k in range(50))
 
 
-def test_portraits_share_the_sitting():
+def test_portraits_are_frontal_photos():
     _, scenes = plan_world(5, 1, 1, torch.Generator().manual_seed(0))
     assert all(
         scenes.scene(k).style == "photo" and scenes.scene(k).pose == "front"
@@ -97,20 +100,24 @@ def test_portraits_share_the_sitting():
     )
 
 
-def test_captions_say_what_is_visible(generator):
-    scenes, words = draw_scenes(40, generator), build_tokenizer()
-    tokens = CaptionWriter(words, torch.device("cpu")).write(scenes, generator, keep=1.0)
+def test_captions_only_mention_visible_attributes(generator):
+    scenes = draw_scenes(40, generator)
+    tokenizer = build_tokenizer()
+    tokens = CaptionWriter(tokenizer, torch.device("cpu")).write(scenes, generator, keep=1.0)
     for row in range(40):
         scene = scenes.scene(row)
-        seen = scene.attributes()
-        assert {name for name in ATTRIBUTES if scenes.visible()[row, COLUMNS[name]]} == set(seen)
-        allowed = [{_clause(name, seen, generator) for _ in range(30)} - {""} for name in _CLAUSES]
-        text = words.decode(tokens[row], skip_special_tokens=True).replace(" ,", ",")
+        attributes = scene.attributes()
+        visible = {name for name in ATTRIBUTES if scenes.visible()[row, COLUMNS[name]]}
+        assert visible == set(attributes)
+        allowed = [
+            {_clause(name, attributes, generator) for _ in range(30)} - {""} for name in _CLAUSES
+        ]
+        text = tokenizer.decode(tokens[row], skip_special_tokens=True).replace(" ,", ",")
         clauses = text.split(", ")[2:]
         assert len(clauses) == sum(map(bool, allowed)), text
         assert all(clause in set().union(*allowed) for clause in clauses), text
-        again = words([text], padding="max_length", return_tensors="pt").input_ids[0]
-        assert torch.equal(tokens[row], again)
+        expected = tokenizer([text], padding="max_length", return_tensors="pt").input_ids[0]
+        assert torch.equal(tokens[row], expected)
 
 
 def test_device_muon_steps_like_muon():
@@ -119,16 +126,17 @@ def test_device_muon_steps_like_muon():
         torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(16, 5), torch.nn.LayerNorm(5)
     )
     two = deepcopy(one)
-    known, new = Muon(one.parameters(), 1e-2), DeviceMuon(two.parameters())
-    new.lr.fill_(1e-2)
+    muon = Muon(one.parameters(), 1e-2)
+    device_muon = DeviceMuon(two.parameters())
+    device_muon.lr.fill_(1e-2)
     for _ in range(3):
         images = torch.randn(6, 3, 4, 4)
         for network in (one, two):
             network.zero_grad()
             network(images).square().sum().backward()
         torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
-        known.step()
-        new.step()
+        muon.step()
+        device_muon.step()
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=3e-4, rtol=1e-2)  # both iterate in bfloat16
 
@@ -147,18 +155,46 @@ def test_shipped_base_has_a_low_loss(data):
     )
     torch.manual_seed(0)
     loss = unet.base_step(model, DeviceMuon(model.parameters()), data, 16)()["diffusion"]
-    assert 0.05 < float(loss) < 0.4  # an untrained one starts near 1
+    assert 0.05 < float(loss) < 0.4  # an untrained base starts near 1
+
+
+class UnsizedModule(torch.nn.Module):
+    """Wraps a U-Net like `torch.compile`: its length, and so its truth value, raises."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __len__(self):
+        raise TypeError("a compiled U-Net has no length")
+
+    def forward(self, *inputs, **options):
+        return self.module(*inputs, **options)
+
+
+def test_fit_accepts_compiled_modules_without_a_truth_value(data, text_encoders):
+    model = unet.create_unet(data, text_encoders, widths=(32, 32, 32))
+    compiled = UnsizedModule(model)
+    with pytest.raises(TypeError):
+        bool(compiled)
+    messages = []
+    options = {"compiled_unet": compiled, "batch": 2, "max_steps": 1, "log": messages.append}
+    steps, network = unet.fit_base(model, data, 60.0, **options)
+    assert steps == 1
+    assert network is compiled
+    assert not [message for message in messages if "not compiled" in message]
+    assert unet.fit_student(model, data, 60.0, count=2, **options) == 1
 
 
 def test_autoencoder_without_patch_borders_starts_as_the_linear_code(world, tmp_path):
-    vae = autoencoder.build(world, channels=20)
+    vae = autoencoder.create_autoencoder(world, channels=20)
     autoencoder.standardize(vae, world)
-    before = autoencoder.figures(vae, world)
-    assert before["psnr"] > 24
+    metrics = autoencoder.evaluate(vae, world)
+    assert metrics["psnr"] > 24
     vae.save_pretrained(tmp_path)
-    again = PatchAutoencoderKL.from_pretrained(tmp_path).eval()
-    assert (again.config.folded, again.config.overlap) == (1, 4)
-    assert autoencoder.figures(again, world)["psnr"] == pytest.approx(before["psnr"], abs=1e-4)
+    loaded = PatchAutoencoderKL.from_pretrained(tmp_path).eval()
+    assert (loaded.config.folded, loaded.config.overlap) == (1, 4)
+    assert autoencoder.evaluate(loaded, world)["psnr"] == pytest.approx(metrics["psnr"], abs=1e-4)
 
 
 def test_detect_agrees_with_the_detector(world):
@@ -166,8 +202,9 @@ def test_detect_agrees_with_the_detector(world):
 
     detector = load_module(MiniFaceDetector, MINIATURE / "detector.safetensors")
     images = torch.cat([world.images[:3].float() / 255, torch.full((1, 3, 96, 96), 0.5)])
-    faces, expected = detect(detector, images), detector.detect(images)
-    assert faces.found.tolist() == [face is not None for face in expected]
+    faces = detect_faces(detector, images)
+    expected = detector.detect(images)
+    assert faces.has_face.tolist() == [face is not None for face in expected]
     assert torch.equal(faces.masks[0], expected[0].mask)
     torch.testing.assert_close(faces.landmarks[0], expected[0].landmarks)
 
@@ -179,29 +216,38 @@ def test_frechet_distance_of_two_normal_distributions():
     assert frechet(one, one) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_archives_come_in_pieces(tmp_path):
+def test_large_archives_are_split_into_pieces(tmp_path):
     file = tmp_path / "noise.bin"
     file.write_bytes(np.random.default_rng(0).bytes(17 * 2**20))
     out = Output(tmp_path / "out")
     out.pack("noise", [(file, "a/noise.bin")])
     pieces = sorted((tmp_path / "out").glob("noise.tar.gz.*"))
     assert len(pieces) == 2 and all(piece.stat().st_size <= 15 * 2**20 for piece in pieces)
-    whole = BytesIO(b"".join(piece.read_bytes() for piece in pieces))
-    with tarfile.open(fileobj=whole) as archive:
+    archive_bytes = BytesIO(b"".join(piece.read_bytes() for piece in pieces))
+    with tarfile.open(fileobj=archive_bytes) as archive:
         assert archive.extractfile("a/noise.bin").read() == file.read_bytes()
 
 
 def test_dry_run_writes_every_stage(tmp_path, monkeypatch):
-    tiny = command.Sizes(
-        people=2, held_out=4, render_batch=4, encode_batch=12, autoencoder_batch=2, batch=2, rollouts=2, prompts=2,
-        adapter_batch=2, fast_batch=2, most=1,
-    )  # fmt: skip
+    tiny = Sizes(
+        people=2,
+        held_out=4,
+        render_batch=4,
+        encode_batch=12,
+        autoencoder_batch=2,
+        batch=2,
+        rollouts=2,
+        prompts=2,
+        adapter_batch=2,
+        few_step_batch=2,
+        max_steps=1,
+    )
     monkeypatch.setattr(command, "SMALL", tiny)
-    monkeypatch.setattr(command.Run, "shipped", lambda run: None)
+    monkeypatch.setattr(stages, "evaluate_shipped", lambda run: None)
     command.main(["--device", "cpu", "--small", "--seconds", "20", "-o", str(tmp_path)])
     report = json.loads((tmp_path / "report.json").read_text())
     assert not [line for line in report["log"] if "failed" in line]
-    assert set(report["figures"]) >= {"world", "autoencoder", "base", "student"}
+    assert set(report["metrics"]) >= {"world", "autoencoder", "base", "student"}
     assert {file.name.split(".")[0] for file in tmp_path.glob("*.tar.gz.*")} == {
         "vae",
         "base",
@@ -210,9 +256,11 @@ def test_dry_run_writes_every_stage(tmp_path, monkeypatch):
     assert (tmp_path / "sheets.jpg").exists()
 
 
-def test_probe_reports_what_does_not_work(tmp_path):
+def test_probe_reports_failed_steps(tmp_path):
     probe.main("base", tmp_path / "base.json", torch.device("cpu"), 2, (192, 128))
-    found = json.loads((tmp_path / "base.json").read_text())
-    assert not found["captured"]["works"] and "compiled" not in found
-    seen = probe.Probe(None, torch.device("cpu"))
-    assert not seen.works("captured") and not seen.pays("compiled", "captured")
+    status = json.loads((tmp_path / "base.json").read_text())
+    assert not status["captured"]["works"]
+    assert "compiled" not in status
+    idle = probe.Probe(None, torch.device("cpu"))
+    assert not idle.works("captured")
+    assert not idle.pays("compiled", "captured")

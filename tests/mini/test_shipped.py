@@ -23,7 +23,7 @@ PHOTOS = Path(__file__).parents[3] / "shared" / "photos"
 
 
 def method_file(name):
-    return with_method(mini(), name).adapter
+    return with_method(mini(), name).models.adapter
 
 
 @pytest.fixture(scope="module")

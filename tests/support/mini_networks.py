@@ -10,7 +10,7 @@ from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.mini.data.captions import Captions, token_ids
 from openpulid.mini.models.pipeline import TextEncoders, build_unet
 from openpulid.mini.models.tokenizer import build_tokenizer
-from openpulid.mini.train.clip import text_config
+from openpulid.mini.train.clip import build_text_config
 
 PROMPTS = [
     "portrait, photo, smiling",
@@ -23,9 +23,9 @@ CHANNELS = 4
 
 def small_words() -> TextEncoders:
     torch.manual_seed(1)
-    first = CLIPTextModel(text_config(build_tokenizer(), 32, layers=2))
+    first = CLIPTextModel(build_text_config(build_tokenizer(), 32, layers=2))
     return TextEncoders(
-        first, CLIPTextModelWithProjection(text_config(build_tokenizer(), 32, layers=2))
+        first, CLIPTextModelWithProjection(build_text_config(build_tokenizer(), 32, layers=2))
     )
 
 

@@ -79,7 +79,9 @@ class ClipExtractor:
         """Load from files.
 
         Args:
-            detector, recognition, vision_encoder: the files; None for what a method does not use.
+            detector: file of the face detector.
+            recognition: file of the face recognition model, or None.
+            vision_encoder: file of the vision encoder, or None.
             device: of all networks.
             dtype: of the vision encoder.
             clip_input: as for the class.

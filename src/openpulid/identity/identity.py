@@ -233,7 +233,8 @@ def blend_identities(one: Identity, other: Identity, share: float = 0.5) -> Iden
     """Blend two people.
 
     Args:
-        one, other: the two identities, produced by the same models.
+        one: the first identity.
+        other: the second identity, produced by the same models.
         share: weight of `other`, from 0 to 1.
 
     Raises:

@@ -64,9 +64,12 @@ class PhotoExtractor:
         """Load from the published files.
 
         Args:
-            detector, recognition: ONNX files; they use the device's ONNX provider, if there is one.
-            face_parsing, vision_encoder: PyTorch files.
-            device, dtype: of vision encoder and face parsing.
+            detector: ONNX file; it uses the device's ONNX provider, if there is one.
+            recognition: ONNX file; see `detector`.
+            face_parsing: PyTorch file.
+            vision_encoder: PyTorch file.
+            device: of all networks.
+            dtype: of vision encoder and face parsing.
             use_gray: as for the class.
 
         Raises:

@@ -113,7 +113,8 @@ class ReferenceFaces:
             face_index: which face of an image with several, counted from 0 in `face_order`. None
                 selects the first, with a warning if there are several.
             face_order: one of `faces.select.ORDERS`.
-            fusion, weights: how several images are combined, see `fuse_identities`.
+            fusion: how several images are combined, see `fuse_identities`.
+            weights: weights of the images in the fusion.
 
         Raises:
             FaceError: an image has fewer faces.

@@ -146,7 +146,8 @@ def predict_memory(
 
     Args:
         name: memory level.
-        width, height: size of the image in pixels.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
         max_sequence_length: longest prompt in tokens of T5.
     """
     level = find_level(name)

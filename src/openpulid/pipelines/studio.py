@@ -102,7 +102,8 @@ class Studio:
             face_index: which face of an image with several, counted from 0 in `face_order`; the
                 first by default.
             face_order: one of `faces.select.ORDERS`.
-            fusion, weights: how several images are combined, see `identity.fuse_identities`.
+            fusion: how several images are combined, see `identity.fuse_identities`.
+            weights: weights of the images in the fusion.
 
         Raises:
             ImageError: a file is not an image.
@@ -234,8 +235,11 @@ def load(
     Args:
         preset: a preset, its name, a directory of weights, or the models of a request.
         device: where to compute; the accelerator if there is one, else the CPU.
-        base, memory, method, face_pack, adapter: changes in the preset, see
-            `selection.resolve_preset`.
+        base: another base model, see `selection.resolve_preset`.
+        memory: memory level of FLUX.
+        method: another method.
+        face_pack: directory of another insightface pack.
+        adapter: another adapter file of the method.
 
     Raises:
         OptionError: there is no such preset, or a change does not apply to it.

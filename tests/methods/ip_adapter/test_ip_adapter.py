@@ -30,7 +30,7 @@ def theirs(pipe: Any, parts: Any, embeds: torch.Tensor, scale: float, **more: An
 
 @pytest.mark.parametrize("file", [plain, plus])
 def test_matches_diffusers_ip_adapter(pipe: Any, file: Any) -> None:
-    identity, method = features().identities([FACE])[0], IPAdapter(file(pipe.unet))
+    identity, method = features().extract([FACE])[0], IPAdapter(file(pipe.unet))
     method.attach(pipe)
     with method.use(identity, scale=0.7):
         ours = generate(pipe)
@@ -44,8 +44,8 @@ def test_matches_diffusers_ip_adapter(pipe: Any, file: Any) -> None:
 def test_unconditional_states_match_diffusers(pipe: Any) -> None:
     """The empty image is zero after normalization, not black."""
     reader = features()
-    identity = reader.identities([FACE])[0]
-    pipe.register_modules(image_encoder=reader.tower)
+    identity = reader.extract([FACE])[0]
+    pipe.register_modules(image_encoder=reader.vision_encoder)
     pixels = torch.rand(1, 3, 8, 8)
     _, negative = pipe.encode_image(pixels, "cpu", 1, output_hidden_states=True)
     assert torch.allclose(identity.hidden[1], negative, atol=1e-6)
@@ -54,8 +54,8 @@ def test_unconditional_states_match_diffusers(pipe: Any) -> None:
 
 def test_faceid_plus_matches_diffusers(pipe: Any) -> None:
     """CLIP's states are set in the layer, stacked for guidance and repeated for several images."""
-    reader = features(view="face", recogniser=embedding)
-    identity, method = reader.identities([FACE])[0], FaceIDPlus(faceid_plus(pipe.unet))
+    reader = features(clip_input="face", recognition=embedding)
+    identity, method = reader.extract([FACE])[0], FaceIDPlus(faceid_plus(pipe.unet))
     assert identity.id_cond.shape == (1, 1, WIDTH + SEEN)
     method.attach(pipe)
     with method.use(identity, scale=0.7):
@@ -93,7 +93,7 @@ def test_pipeline_is_restored(pipe: Any, kind: Any, file: Any) -> None:
     method = kind(file(pipe.unet))
     assert isinstance(method, Adapter)
     method.attach(pipe)
-    identity = features(recogniser=embedding if kind is FaceIDPlus else None).identities([FACE])[0]
+    identity = features(recognition=embedding if kind is FaceIDPlus else None).extract([FACE])[0]
     for _ in range(2):
         with method.use(identity):
             assert not torch.allclose(generate(pipe), baseline, atol=1e-3)
@@ -104,7 +104,7 @@ def test_pipeline_is_restored(pipe: Any, kind: Any, file: Any) -> None:
 
 
 def test_several_reference_images_and_identities(pipe: Any) -> None:
-    one = features().identities([FACE])[0]
+    one = features().extract([FACE])[0]
     method = IPAdapter(plus(pipe.unet))
     method.attach(pipe)
     with method.use(fuse_identities([one, one])):
@@ -133,7 +133,7 @@ def test_identity_of_another_extractor_raises(pipe: Any) -> None:
 
 def test_extractor_crops_center_or_face() -> None:
     """The crop is the center square of the image, or the face aligned as by insightface."""
-    full, face = features().shown(FACE)[0], features(view="face").shown(FACE)[0]
+    full, face = features().debug_crops(FACE)[0], features(clip_input="face").debug_crops(FACE)[0]
     assert full.shape == face.shape == (3, 8, 8)
     middle = torch.nn.functional.interpolate(
         FACE.image[None, :, 2:22], size=(8, 8), mode="bicubic", antialias=True

@@ -55,7 +55,7 @@ def method(request: Any, pipe: Any, tmp_path: Any) -> PhotoMaker:
 
 
 def create_identity(method: PhotoMaker) -> Identity:
-    return method.create_extractor(Faces(), embedding).identities([FACE])[0]
+    return method.create_extractor(Faces(), embedding).extract([FACE])[0]
 
 
 def encode_repeated(pipe: Any, prompt: str, count: int) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -10,8 +10,8 @@ from openpulid.faces.mini_detector import MiniFaceDetector
 from openpulid.faces.mini_recognition import ResNetRecognition
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.mini.data.features import FaceFeatures
-from openpulid.mini.train.recognition import faces_of
-from openpulid.mini.train.vision_encoder import build_tower
+from openpulid.mini.train.recognition import load_faces
+from openpulid.mini.train.vision_encoder import build_vision_encoder
 
 
 @pytest.fixture
@@ -19,7 +19,9 @@ def extractor() -> MiniExtractor:
     torch.manual_seed(0)
     recogniser = ResNetRecognition(8, (8, 8, 8), (1, 1, 1), dim=6)
     return MiniExtractor(
-        MiniFaceDetector((4, 8, 8)).eval(), recogniser.eval(), build_tower(width=32, depth=6).eval()
+        MiniFaceDetector((4, 8, 8)).eval(),
+        recogniser.eval(),
+        build_vision_encoder(width=32, depth=6).eval(),
     )
 
 
@@ -32,7 +34,9 @@ def test_cached_rows_equal_extracted_features(small_world, extractor, tmp_path) 
     rows = np.array([5, 0])
     id_cond, hidden = features.rows(rows)
     with torch.no_grad():
-        expected, levels = extractor.features(*faces_of(small_world, rows, torch.device("cpu")))
+        expected, levels = extractor.extract_batch(
+            *load_faces(small_world, rows, torch.device("cpu"))
+        )
     assert torch.allclose(id_cond, expected, atol=1e-5)
     assert len(hidden) == 5 and all(
         torch.allclose(a, b, atol=1e-2) for a, b in zip(hidden, levels, strict=True)
@@ -47,5 +51,5 @@ def test_changed_network_invalidates_cache(small_world, extractor, tmp_path) -> 
 
     assert count_batches() == 1 and count_batches() == 0
     with torch.no_grad():
-        next(extractor.recogniser.parameters()).add_(1.0)
+        next(extractor.recognition.parameters()).add_(1.0)
     assert count_batches() == 1

@@ -13,11 +13,17 @@ from openpulid.mini.models.attribute_classifier import AttributeClassifier
 from openpulid.mini.models.tokenizer import build_tokenizer
 from openpulid.mini.train.attribute_classifier import (
     AttributeClassifierTask,
-    accuracy,
     attribute_loss,
-    correct,
+    compute_accuracy,
+    mark_correct,
 )
-from openpulid.mini.train.clip import ClipTask, build_clip, build_first_text, contrast, loudened
+from openpulid.mini.train.clip import (
+    ClipTask,
+    build_clip,
+    build_first_text_encoder,
+    contrastive_loss,
+    rescale_text_encoder,
+)
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.rng import StepRNG
 from openpulid.world import ATTRIBUTES, Scene
@@ -32,9 +38,9 @@ def captions(small_world):
 
 def test_contrast_of_four_pictures_that_are_alike_is_a_guess():
     same = torch.ones(4, 8)
-    assert contrast(same, same, torch.tensor(20.0)).item() == pytest.approx(np.log(4))
+    assert contrastive_loss(same, same, torch.tensor(20.0)).item() == pytest.approx(np.log(4))
     apart = torch.eye(4)
-    assert contrast(apart, apart, torch.tensor(100.0)).item() < 1e-6
+    assert contrastive_loss(apart, apart, torch.tensor(100.0)).item() < 1e-6
 
 
 def test_clip_trains(small_world, captions):
@@ -42,7 +48,7 @@ def test_clip_trains(small_world, captions):
     words = build_tokenizer()
     task = ClipTask(
         build_clip(words, width=32, layers=1),
-        build_first_text(words, 32),
+        build_first_text_encoder(words, 32),
         words,
         small_world,
         captions,
@@ -57,11 +63,11 @@ def test_clip_trains(small_world, captions):
 
 def test_loudened_towers_say_the_same_louder(captions):
     torch.manual_seed(0)
-    model = build_first_text(build_tokenizer()).eval()
+    model = build_first_text_encoder(build_tokenizer()).eval()
     tokens = captions.rows(torch.arange(12), torch.zeros(12, dtype=torch.long))
     with torch.no_grad():
         before = model(input_ids=tokens).text_embeds
-        loudened(model.text_model, model.text_projection, tokens)
+        rescale_text_encoder(model.text_model, model.text_projection, tokens)
         after = model(input_ids=tokens, output_hidden_states=True)
     assert cosine_similarity(before, after.text_embeds).min() > 0.99
     assert after.hidden_states[-2].square().mean().item() == pytest.approx(1, rel=0.02)
@@ -95,7 +101,7 @@ def test_what_cannot_be_seen_does_not_count():
     wanted = hidden.clone()
     wanted[0, 0] = 0
     assert attribute_loss(scores, wanted).item() == pytest.approx(np.log(5) / len(ATTRIBUTES))
-    assert accuracy(correct(scores, wanted)) == {"pose": 1.0}
+    assert compute_accuracy(mark_correct(scores, wanted)) == {"pose": 1.0}
 
 
 def test_the_reader_trains_and_takes_any_size(small_world):

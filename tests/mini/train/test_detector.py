@@ -5,12 +5,12 @@ import torch
 from openpulid.faces.mini_detector import FACE, MiniDetection, MiniFaceDetector
 from openpulid.mini.data import negatives as made
 from openpulid.mini.train.detector import (
+    DetectorBatch,
     DetectorTask,
-    Examples,
-    displaced,
-    finder_losses,
-    mirrored,
-    strangers,
+    apply_random_affine,
+    apply_random_flip,
+    compute_detector_losses,
+    make_negatives,
 )
 from openpulid.training.rng import StepRNG
 
@@ -33,7 +33,7 @@ def task(small_world, photos):
     )
 
 
-def spots(seed: int = 0) -> Examples:
+def spots(seed: int = 0) -> DetectorBatch:
     """Black pictures whose landmarks are white spots of the face part, so that both can be followed."""
     generator = torch.Generator().manual_seed(seed)
     landmarks = 35 + 26 * torch.rand(6, 5, 2, generator=generator)
@@ -41,7 +41,7 @@ def spots(seed: int = 0) -> Examples:
     axis = torch.arange(96) + 0.5
     x, y = landmarks[..., 0, None, None], landmarks[..., 1, None, None]
     bright = (-((axis - x) ** 2 + (axis[:, None] - y) ** 2) / 4).exp().amax(1)
-    return Examples(
+    return DetectorBatch(
         bright[:, None].repeat(1, 3, 1, 1),
         torch.ones(6, dtype=torch.bool),
         landmarks,
@@ -49,7 +49,7 @@ def spots(seed: int = 0) -> Examples:
     )
 
 
-@pytest.mark.parametrize("change", [displaced, mirrored])
+@pytest.mark.parametrize("change", [apply_random_affine, apply_random_flip])
 def test_landmarks_and_parts_follow_the_picture(change):
     batch = change(spots(), torch.Generator().manual_seed(1))
     for image, landmarks, parts in zip(batch.images, batch.landmarks, batch.parts, strict=True):
@@ -59,7 +59,7 @@ def test_landmarks_and_parts_follow_the_picture(change):
 
 
 def test_mirrored_eyes_stay_in_image_order():
-    batch = mirrored(spots(), torch.Generator().manual_seed(1))
+    batch = apply_random_flip(spots(), torch.Generator().manual_seed(1))
     assert (batch.landmarks[:, 0, 0] < batch.landmarks[:, 1, 0]).all()
 
 
@@ -76,7 +76,7 @@ def test_strangers_are_as_many_as_asked(small_world, photos, count):
     images = torch.from_numpy(small_world.images).float() / 255
     parts = torch.from_numpy(small_world.parts).float()
     for some in (photos, {}):
-        found, labels = strangers(images, parts, some, count, torch.Generator().manual_seed(0))
+        found, labels = make_negatives(images, parts, some, count, torch.Generator().manual_seed(0))
         assert found.shape == (count, 3, 96, 96) and labels.shape == (count, 96, 96)
         assert found.min() >= 0 and found.max() <= 1
 
@@ -99,8 +99,8 @@ def test_a_perfect_finding_has_no_loss():
     batch = spots()
     parts = torch.nn.functional.one_hot(batch.parts.long(), 8).permute(0, 3, 1, 2) * 100.0
     finding = MiniDetection(torch.full((6,), 50.0), torch.zeros(6, 4), batch.landmarks, parts)
-    losses = finder_losses(
-        finding, Examples(batch.images, batch.real, batch.landmarks, batch.parts.long())
+    losses = compute_detector_losses(
+        finding, DetectorBatch(batch.images, batch.real, batch.landmarks, batch.parts.long())
     )
     assert all(loss < 1e-6 for loss in losses.values())
 

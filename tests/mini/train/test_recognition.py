@@ -11,13 +11,13 @@ from openpulid.mini.train.recognition import (
     RecognitionEvaluator,
     RecognitionTask,
     ValueHead,
-    _folded,
-    _power,
-    aligned_rows,
-    auc,
-    family_table,
-    report,
-    whitened,
+    _fold_into_head,
+    _matrix_power,
+    build_family_table,
+    compute_auc,
+    format_report,
+    load_aligned_crops,
+    whiten_embeddings,
 )
 from openpulid.training.rng import StepRNG
 from openpulid.world import FACIAL
@@ -43,14 +43,14 @@ def task(small_world):
 
 
 def test_auc():
-    assert auc(torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])) == 1.0
-    assert auc(torch.tensor([0.5]), torch.tensor([0.5, 0.5])) == 0.5
-    assert auc(torch.tensor([0.3, 0.7]), torch.tensor([0.5])) == 0.5
-    assert math.isnan(auc(torch.tensor([]), torch.tensor([0.5])))
+    assert compute_auc(torch.tensor([0.9, 0.8]), torch.tensor([0.1, 0.2])) == 1.0
+    assert compute_auc(torch.tensor([0.5]), torch.tensor([0.5, 0.5])) == 0.5
+    assert compute_auc(torch.tensor([0.3, 0.7]), torch.tensor([0.5])) == 0.5
+    assert math.isnan(compute_auc(torch.tensor([]), torch.tensor([0.5])))
 
 
 def test_family_table_repeats_the_pictures_of_smaller_families():
-    table = family_table(np.array([7, 3, 7, 3, 7, 5]))
+    table = build_family_table(np.array([7, 3, 7, 3, 7, 5]))
     assert table.tolist() == [[1, 3, 1], [5, 5, 5], [0, 2, 4]]
 
 
@@ -121,7 +121,7 @@ def test_it_learns_who_is_who(task):
 
 @pytest.fixture
 def examination(small_world):
-    crops = aligned_rows(small_world, np.arange(12))
+    crops = load_aligned_crops(small_world, np.arange(12))
     people, families = torch.from_numpy(small_world.people), torch.from_numpy(small_world.families)
     moved = torch.full((2, len(FACIAL), 2, 3, 64, 64), 100, dtype=torch.uint8)
     moved[:, 4, 1, 0] = (
@@ -147,7 +147,7 @@ def test_figures_and_report(examination):
     figures = examination.figures(Colour())
     assert set(figures) == {"auc", "auc_anyone", "same", "other", "seen", "moved"}
     assert 0 <= figures["auc"] <= 1
-    text = report({"encoder": Colour(), "scorer": Colour()}, examination)
+    text = format_report({"encoder": Colour(), "scorer": Colour()}, examination)
     assert text.startswith("| | encoder | judge |\n|---|---|---|\n| auc |")
     assert "| eye_tilt | 1.000 | 1.000 |" in text
 
@@ -161,7 +161,7 @@ def test_moved_pictures_are_kept(small_world, tmp_path, monkeypatch):
         calls.append(people)
         return torch.zeros(people, len(FACIAL), 2, 3, 64, 64, dtype=torch.uint8)
 
-    monkeypatch.setattr(recognisers, "moved_pictures", made)
+    monkeypatch.setattr(recognisers, "render_value_changes", made)
     for _ in range(2):
         examination = RecognitionEvaluator.make(small_world, tmp_path / "moved.npy", people=1)
     assert calls == [1]
@@ -188,7 +188,7 @@ def test_whitening_makes_noise_alike_in_all_directions(small_world):
         VGGRecognition((8, 8, 16, 16), dim=3), small_world, None, families=2, pictures=6
     )
     before = within_person(task)
-    whitened(task, levelled=0.0)
+    whiten_embeddings(task, levelled=0.0)
     after = within_person(task)  # of other damage than it was made with
     assert before[-1] < 1e-6 and after[0] > 0.2 and after[-1] < 5
 
@@ -196,11 +196,11 @@ def test_whitening_makes_noise_alike_in_all_directions(small_world):
 def test_levelling_brings_variances_nearer_to_each_other():
     turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]]).double()
     covariance = turn @ torch.diag(torch.tensor([1.0, 17.0]).double()) @ turn.T
-    change = _power(covariance, -0.25, 1.0)  # 1 + 9 and 17 + 9, the mean being 9
+    change = _matrix_power(covariance, -0.25, 1.0)  # 1 + 9 and 17 + 9, the mean being 9
     expected = turn @ torch.diag(torch.tensor([10.0**-0.25, 26.0**-0.25]).double()) @ turn.T
     assert torch.allclose(change, expected)
     assert torch.isfinite(
-        _power(-covariance, -0.25, 1.0)
+        _matrix_power(-covariance, -0.25, 1.0)
     ).all()  # what is left of noise may be negative
 
 
@@ -211,5 +211,5 @@ def test_a_folded_matrix_is_the_matrix_behind(task):
         task.recogniser.head[-1].running_mean.normal_()
         task.recogniser.head[-1].running_var.uniform_(0.5, 2.0)
         before = task.recogniser(crops)
-        _folded(task.recogniser.head, matrix)
+        _fold_into_head(task.recogniser.head, matrix)
         assert torch.allclose(task.recogniser(crops), before @ matrix.T.float(), atol=1e-3)

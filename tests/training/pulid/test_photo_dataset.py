@@ -110,7 +110,7 @@ def test_images_with_caption_and_face_are_used(folder, base, features, tmp_path,
     index = json.loads((tmp_path / "faces.json").read_text())
     assert index["wall.png"] is None and len(index["small.png"]) == 14
     features_of_nobody = PhotoExtractor(
-        None, None, None, features.tower
+        None, None, None, features.vision_encoder
     )  # found once: nobody is asked again
     assert opened(folder, base, features_of_nobody, tmp_path / "faces.json").names == photos.names
 
@@ -160,7 +160,7 @@ def test_encode_undoes_the_scale_of_decode(base) -> None:
 def test_all_three_stages(folder, base, features, tmp_path) -> None:
     torch.manual_seed(0)
     faces = build_face_embedder(
-        features.finder, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
+        features.detector, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
     )
     frozen = {name: value.clone() for name, value in base.unet.state_dict().items()}
     begin = None
@@ -180,7 +180,11 @@ def test_all_three_stages(folder, base, features, tmp_path) -> None:
     assert all(torch.equal(value, frozen[name]) for name, value in base.unet.state_dict().items())
     assert PuLID.load(begin).models == MODELS
     other = PhotoExtractor(
-        None, features.recogniser, None, features.tower, {**MODELS, "glintr100": "another file"}
+        None,
+        features.recognition,
+        None,
+        features.vision_encoder,
+        {**MODELS, "glintr100": "another file"},
     )
     with pytest.raises(
         OptionError,
@@ -299,7 +303,7 @@ def test_id_loss_crop_is_aligned_bgr_and_differentiable() -> None:
 def test_id_loss_embeds_faces_of_photos(features) -> None:
     torch.manual_seed(0)
     embedder = build_face_embedder(
-        features.finder, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
+        features.detector, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
     )
     photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
     pictures = torch.stack([photo, torch.full_like(photo, 0.5)]).requires_grad_(True)

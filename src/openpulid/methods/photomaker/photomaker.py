@@ -20,6 +20,7 @@ from transformers import CLIPVisionConfig
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor, FaceRecognition
+from openpulid.identity.detection import FaceDetection
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import read_metadata
 from openpulid.methods.adapter import Adapter, exclusive_use

@@ -16,9 +16,9 @@ from openpulid.identity.detection import MiniFaceDetection
 from openpulid.mini.data.latents import Latents
 from openpulid.mini.train.autoencoder import batches
 from openpulid.mini.train.baselines import Baseline
-from openpulid.mini.train.clip import clip_pixels
+from openpulid.mini.train.clip import normalize_for_clip
 from openpulid.mini.train.portraits import Portraits, load_features
-from openpulid.mini.train.recognition import faces_of
+from openpulid.mini.train.recognition import load_faces
 from openpulid.mini.train.sheet import draw_sheet
 from openpulid.mini.train.stages import BuildContext
 from openpulid.pipelines.presets import mini, with_method
@@ -51,7 +51,7 @@ class ClassTokens:
         """Compute the class tokens of all images of a dataset."""
         tokens = []
         for rows in batches(len(data), len(data)):
-            pixels = clip_pixels(faces_of(data, rows, clip.device)[0])
+            pixels = normalize_for_clip(load_faces(data, rows, clip.device)[0])
             states = clip(pixel_values=pixels, output_hidden_states=True).hidden_states
             tokens.append(states[-1][:, 0].float().cpu())
         return cls(torch.cat(tokens).half())  # autocast cannot join float16
@@ -74,7 +74,7 @@ def load_rows(
     if clip is not None:
         return ClassTokens.of(clip, data)
     features = load_features(extractor, data, context.runs)
-    return FaceEmbeddingRows(features, extractor.recogniser.config["dim"])
+    return FaceEmbeddingRows(features, extractor.recognition.config["dim"])
 
 
 def open_baseline_data(

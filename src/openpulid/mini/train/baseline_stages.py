@@ -18,7 +18,7 @@ from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, o
 from openpulid.mini.train.baseline_task import BaselineTask
 from openpulid.mini.train.baselines import BASELINES
 from openpulid.mini.train.portraits import Mixture, Portraits
-from openpulid.mini.train.progress import progress
+from openpulid.mini.train.progress import make_progress_printer
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.mini.train.stages import BuildContext, stamp
 from openpulid.pipelines.factory import load_extractor, load_pipeline
@@ -49,7 +49,7 @@ def part(name: str) -> Callable[[BuildContext], dict[str, float]]:
             clip = context.folder(CLIPVisionModelWithProjection, "clip")
             baseline = BASELINES[name](pipe, clip)
         else:
-            baseline = BASELINES[name](pipe, extractor.recogniser.config["dim"])
+            baseline = BASELINES[name](pipe, extractor.recognition.config["dim"])
 
         def open_source(dataset: str) -> Portraits:
             return open_baseline_data(
@@ -79,7 +79,7 @@ def values(context: BuildContext) -> dict[str, float]:
     started_at = time.monotonic()
     file = context.weights / "recognition-scorer.safetensors"
     scorer = load_module(RECOGNITION_MODELS["scorer"], file, context.device)
-    probe = fit_probe(scorer, context.data, on_progress=progress("values"))
+    probe = fit_probe(scorer, context.data, on_progress=make_progress_printer("values"))
     metadata = {
         "revision": revision(),
         "seed": "none: solved, not trained",
