@@ -1,1 +1,1 @@
-"""Train the miniature on one accelerator in minutes: everything stays on the device."""
+"""Training of the complete miniature on one GPU in minutes; all data stays on the device."""

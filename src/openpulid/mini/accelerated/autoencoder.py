@@ -1,12 +1,10 @@
-"""Train the autoencoder on the device: first as a whole, then its decoder alone on latents that are a little wrong.
+"""Training of the autoencoder on the device.
 
-A decoder that has only seen exact latents shows a base's small errors as blocks and blotches. The second
-phase shows it such errors.
+First the complete autoencoder is trained, then the decoder alone on latents with small errors. A
+decoder that has only seen exact latents shows the small errors of a base as blocks and blotches.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,27 +15,35 @@ from openpulid.mini.accelerated.steps import (
     Average,
     DeviceMuon,
     Losses,
+    OnProgress,
     RepeatedStep,
     TimedSchedule,
     autocast,
+    ignore_progress,
     train,
 )
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.train.autoencoder import importance
+from openpulid.mini.train.autoencoder import pixel_weights
 
 SMOOTH = 0.01
-"""Below this error the Charbonnier distance is quadratic."""
+"""The Charbonnier distance is quadratic below this error."""
 KL = 2e-4
 NOISE = 0.2
-"""Largest deviation of the latents' error in the second phase, in units of the latents' own."""
-JOINT = 0.55
-"""Share of the time of the first phase."""
+"""Maximum deviation of the latents' error in the second phase, relative to that of the latents."""
+JOINT_FRACTION = 0.55
+"""Fraction of the time of the first phase."""
 
 
-def build(
+def create_autoencoder(
     world: World, channels: int = 20, widths: tuple[int, ...] = (32, 48, 96, 128)
 ) -> PatchAutoencoderKL:
-    """Build an autoencoder without patch borders that begins as the best linear code of the images."""
+    """Create an autoencoder with overlapping patches that starts as the best linear code.
+
+    Args:
+        world: the images.
+        channels: latent channels.
+        widths: channels per level.
+    """
     vae = PatchAutoencoderKL(
         block_out_channels=widths,
         latent_channels=channels,
@@ -46,34 +52,98 @@ def build(
         overlap=4,
     )
     vae = vae.to(world.images.device)
-    rows = torch.linspace(
-        0, len(world) - 1, min(4000, len(world)), device=world.images.device
-    ).long()
+    rows = _spaced_rows(world, 4000)
     vae.start_from(2 * world.images[rows].double() / 255 - 1)
     return vae
+
+
+def _spaced_rows(world: World, count: int) -> Tensor:
+    """Return up to `count` evenly spaced row numbers."""
+    device = world.images.device
+    return torch.linspace(0, len(world) - 1, min(count, len(world)), device=device).long()
 
 
 def reconstruction(
     decoded: Tensor, images: Tensor, weight: Tensor, scales: int = 3
 ) -> dict[str, Tensor]:
-    """Return named scalars: weighted distance of pixels, and of slopes at several scales.
+    """Compute the weighted distances of pixels, and of slopes at several scales.
 
-    Slopes (differences of neighbors) keep edges sharp. At half and a quarter of the size they keep what is
-    smooth free of steps, which is where blocks are seen.
+    Slopes (differences of neighbors) keep edges sharp. At half and a quarter of the size they
+    prevent steps in smooth regions, where blocks are visible.
 
     Args:
-        decoded, images: (B, 3, S, S) in [-1, 1]; weight: (B, 1, S, S), mean 1.
+        decoded: (B, 3, S, S) in [-1, 1].
+        images: (B, 3, S, S) in [-1, 1].
+        weight: (B, 1, S, S), mean 1.
+        scales: number of scales.
+
+    Returns:
+        The scalars "pixels" and "slopes".
     """
     error = decoded.float() - images.float()
-    losses = {"pixels": (weight * (error.square() + SMOOTH**2).sqrt()).mean()}
+    pixels = (weight * (error.square() + SMOOTH**2).sqrt()).mean()
     slopes = error.new_zeros(())
     for scale in range(scales):
         right = (error[..., 1:] - error[..., :-1]) * weight[..., 1:]
         down = (error[..., 1:, :] - error[..., :-1, :]) * weight[..., 1:, :]
         slopes = slopes + right.abs().mean() + down.abs().mean()
         if scale + 1 < scales:
-            error, weight = avg_pool2d(error, 2), avg_pool2d(weight, 2)
-    return losses | {"slopes": 0.5 * slopes}
+            error = avg_pool2d(error, 2)
+            weight = avg_pool2d(weight, 2)
+    return {"pixels": pixels, "slopes": 0.5 * slopes}
+
+
+class _Steps:
+    """The training steps of both phases."""
+
+    def __init__(self, vae: PatchAutoencoderKL, world: World, batch: int) -> None:
+        self.vae = vae
+        self.world = world
+        self.batch = batch
+        self.device = world.images.device
+        self.optimizer = self.reset_optimizer()
+
+    def reset_optimizer(self) -> DeviceMuon:
+        """Create the optimizer of all parameters that require gradients."""
+        self.optimizer = DeviceMuon(self.vae.parameters(), weight_decay=0.01, adam=True)
+        return self.optimizer
+
+    def train_jointly(self) -> Losses:
+        """Train encoder and decoder."""
+        self.optimizer.zero_grad()
+        images, weight = self._sample_batch()
+        with autocast(self.device):
+            latents = self.vae.encode(images).latent_dist
+            mean = latents.mean.float()
+            logvar = latents.logvar.float()
+            std = latents.std.float()
+            decoded = self.vae.decode(mean + std * torch.randn_like(mean)).sample
+        losses = reconstruction(decoded, images, weight)
+        losses["kl"] = KL * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return self._update(losses)
+
+    def train_decoder(self) -> Losses:
+        """Train the decoder on latents with small errors."""
+        self.optimizer.zero_grad()
+        images, weight = self._sample_batch()
+        with autocast(self.device):
+            with torch.no_grad():
+                mean = self.vae.encode(images).latent_dist.mean.float()
+            uniform = torch.rand(self.batch, 1, 1, 1, device=self.device)
+            sigma = NOISE * uniform**2 * mean.square().mean().sqrt()
+            decoded = self.vae.decode(mean + sigma * torch.randn_like(mean)).sample
+        return self._update(reconstruction(decoded, images, weight))
+
+    def _sample_batch(self) -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(self.world), (self.batch,), device=self.device)
+        images, masks, landmarks = self.world.rows(rows)
+        images = (2 * images - 1).contiguous(memory_format=torch.channels_last)
+        return images, pixel_weights(masks, landmarks)
+
+    def _update(self, losses: dict[str, Tensor]) -> Losses:
+        torch.stack(list(losses.values())).sum().backward()
+        self.optimizer.step()
+        return {name: value.detach() for name, value in losses.items()}
 
 
 def fit(
@@ -83,63 +153,57 @@ def fit(
     *,
     batch: int = 64,
     lr: float = 1.2e-3,
-    most: int | None = None,
-    captured: bool = False,
-    watch: Callable[[int, float, dict[str, float]], None] = lambda step, share, losses: None,
+    max_steps: int | None = None,
+    is_captured: bool = False,
+    on_progress: OnProgress = ignore_progress,
 ) -> int:
-    """Train in place for so many seconds, at most `most` steps in each of the two phases; return the steps."""
-    device = world.images.device
+    """Train an autoencoder in place, in two phases.
+
+    Args:
+        vae: the autoencoder.
+        world: the images.
+        seconds: duration.
+        batch: images per step.
+        lr: maximum learning rate.
+        max_steps: maximum number of steps of each phase.
+        is_captured: replay the steps as CUDA graphs.
+        on_progress: called every few steps.
+
+    Returns:
+        The number of steps.
+    """
     vae.to(memory_format=torch.channels_last).train()
-    average = Average(vae, 0.998)
     schedule = TimedSchedule(seconds, lr, warmup=50, decay=0.7)
+    phases = _Steps(vae, world, batch)
+    average = Average(vae, 0.998)
+    step = RepeatedStep(phases.train_jointly, is_captured)
+    steps = train(
+        step,
+        phases.optimizer,
+        average,
+        schedule,
+        max_steps=max_steps,
+        on_progress=on_progress,
+        stop_fraction=JOINT_FRACTION,
+    )
+    del step  # frees the memory of its graph
+    phases.optimizer.zero_grad()
+    average.apply()  # the decoder is trained for this encoder
 
-    def batch_of() -> tuple[Tensor, Tensor]:
-        rows = torch.randint(len(world), (batch,), device=device)
-        images, masks, landmarks = world.rows(rows)
-        images = (2 * images - 1).contiguous(memory_format=torch.channels_last)
-        return images, importance(masks, landmarks)
-
-    def joint() -> Losses:
-        optimizer.zero_grad()
-        images, weight = batch_of()
-        with autocast(device):
-            latents = vae.encode(images).latent_dist
-            mean, logvar, std = latents.mean.float(), latents.logvar.float(), latents.std.float()
-            decoded = vae.decode(mean + std * torch.randn_like(mean)).sample
-        losses = reconstruction(decoded, images, weight)
-        losses["kl"] = KL * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        torch.stack(list(losses.values())).sum().backward()
-        optimizer.step()
-        return {name: value.detach() for name, value in losses.items()}
-
-    def decoder_alone() -> Losses:
-        optimizer.zero_grad()
-        images, weight = batch_of()
-        with autocast(device):
-            with torch.no_grad():
-                mean = vae.encode(images).latent_dist.mean.float()
-            sigma = (
-                NOISE * torch.rand(batch, 1, 1, 1, device=device) ** 2 * mean.square().mean().sqrt()
-            )
-            decoded = vae.decode(mean + sigma * torch.randn_like(mean)).sample
-        losses = reconstruction(decoded, images, weight)
-        torch.stack(list(losses.values())).sum().backward()
-        optimizer.step()
-        return {name: value.detach() for name, value in losses.items()}
-
-    optimizer = DeviceMuon(vae.parameters(), weight_decay=0.01, adam=True)
-    step = RepeatedStep(joint, captured)
-    steps = train(step, optimizer, average, schedule, most=most, watch=watch, until=JOINT)
-    del step
-    optimizer.zero_grad()
-    average.apply()  # the decoder is trained for the encoder that stays
     for part in (vae.encoder, vae.quant_conv, vae.patch_in):
         part.requires_grad_(False)
-    optimizer = DeviceMuon(vae.parameters(), weight_decay=0.01, adam=True)
+    optimizer = phases.reset_optimizer()
     average = Average(vae, 0.998)
-    step = RepeatedStep(decoder_alone, captured)
-    most = None if most is None else steps + most
-    steps = train(step, optimizer, average, schedule, most=most, watch=watch, first=steps)
+    step = RepeatedStep(phases.train_decoder, is_captured)
+    steps = train(
+        step,
+        optimizer,
+        average,
+        schedule,
+        max_steps=None if max_steps is None else steps + max_steps,
+        on_progress=on_progress,
+        first_step=steps,
+    )
     optimizer.zero_grad()
     average.apply()
     vae.eval().requires_grad_(False)
@@ -148,7 +212,7 @@ def fit(
 
 @torch.no_grad()
 def encode(vae: PatchAutoencoderKL, images: Tensor) -> Tensor:
-    """(B, 3, S, S) in [0, 1] -> scaled latents (B, C, s, s), float32."""
+    """Encode images (B, 3, S, S) in [0, 1] to scaled latents (B, C, s, s) float32."""
     images = (2 * images - 1).contiguous(memory_format=torch.channels_last)
     with autocast(images.device):
         latents = vae.encode(images).latent_dist.mode()
@@ -157,50 +221,69 @@ def encode(vae: PatchAutoencoderKL, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: PatchAutoencoderKL, latents: Tensor, batch: int = 512) -> Tensor:
-    """Scaled latents (B, C, s, s) -> images (B, 3, S, S) in [0, 1], in float32."""
-    parts = [
-        vae.decode(part / vae.config.scaling_factor).sample.float() for part in latents.split(batch)
-    ]
+    """Decode scaled latents (B, C, s, s) to images (B, 3, S, S) in [0, 1], in float32."""
+    scaling_factor = vae.config.scaling_factor
+    parts = [vae.decode(part / scaling_factor).sample.float() for part in latents.split(batch)]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
-def standardize(vae: PatchAutoencoderKL, world: World, most: int = 8192) -> None:
-    """Set the scaling factor, in place: scaled latents have a mean square of 1."""
+def standardize(vae: PatchAutoencoderKL, world: World, count: int = 8192) -> None:
+    """Set the scaling factor in place, so that the mean square of scaled latents is 1."""
     vae.register_to_config(scaling_factor=1.0)
-    rows = torch.linspace(
-        0, len(world) - 1, min(most, len(world)), device=world.images.device
-    ).long()
-    squares = [encode(vae, world.rows(part)[0]).square().mean() for part in rows.split(512)]
+    squares = [
+        encode(vae, world.rows(rows)[0]).square().mean()
+        for rows in _spaced_rows(world, count).split(512)
+    ]
     vae.register_to_config(scaling_factor=1 / torch.stack(squares).mean().sqrt().item())
 
 
 @torch.no_grad()
-def figures(vae: PatchAutoencoderKL, held_out: World, most: int = 1024) -> Mapping[str, float]:
-    """Return `psnr`, `psnr_face` in dB, and `grid`: how much steeper images are across 8-pixel borders than elsewhere.
+def evaluate(vae: PatchAutoencoderKL, held_out: World, count: int = 1024) -> dict[str, float]:
+    """Measure the reconstruction of held-out images.
 
-    `grid` is relative to that of the world's own images; 1 means no visible patches.
+    Returns:
+        `psnr` and `psnr_face` in dB, and `grid`: the steepness across 8-pixel borders relative to
+        that of the original images; 1 means that no patches are visible.
     """
-    whole, inside, steep, own = [], [], [], []
-    for rows in torch.arange(min(most, len(held_out)), device=held_out.images.device).split(256):
+    errors = []
+    face_errors = []
+    decoded_steepness = []
+    original_steepness = []
+    for rows in torch.arange(min(count, len(held_out)), device=held_out.images.device).split(256):
         images, masks, _ = held_out.rows(rows)
-        back = decode(vae, encode(vae, images))
-        error = (back - images).square().mean(1, keepdim=True)
-        whole.append(error.mean((1, 2, 3)))
-        inside.append((error * masks).sum((1, 2, 3)) / masks.sum((1, 2, 3)).clamp(min=1))
-        steep.append(steepness(back))
-        own.append(steepness(images))
-    psnr, face = (
-        -10 * torch.cat(errors).clamp(min=1e-10).log10().mean().item() for errors in (whole, inside)
-    )
-    grid = torch.cat(steep).mean() / torch.cat(own).mean()
-    return {"psnr": psnr, "psnr_face": face, "grid": grid.item()}
+        decoded = decode(vae, encode(vae, images))
+        error = (decoded - images).square().mean(1, keepdim=True)
+        face_pixels = masks.sum((1, 2, 3)).clamp(min=1)
+        errors.append(error.mean((1, 2, 3)))
+        face_errors.append((error * masks).sum((1, 2, 3)) / face_pixels)
+        decoded_steepness.append(steepness(decoded))
+        original_steepness.append(steepness(images))
+    grid = torch.cat(decoded_steepness).mean() / torch.cat(original_steepness).mean()
+    return {
+        "psnr": _psnr(torch.cat(errors)),
+        "psnr_face": _psnr(torch.cat(face_errors)),
+        "grid": grid.item(),
+    }
+
+
+def _psnr(errors: Tensor) -> float:
+    """Return the mean PSNR in dB of mean squared errors (B,)."""
+    return -10 * errors.clamp(min=1e-10).log10().mean().item()
 
 
 def steepness(images: Tensor, patch: int = 8) -> Tensor:
-    """(B, 3, S, S) -> (B,) mean step across borders of patches, divided by the mean step elsewhere."""
+    """Compute the mean step across patch borders relative to the mean step elsewhere.
+
+    Args:
+        images: (B, 3, S, S).
+        patch: width of a patch in pixels.
+
+    Returns:
+        (B,).
+    """
     right = (images[..., 1:] - images[..., :-1]).abs().mean((1, 2))
     down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean((1, 3))
     steps = (right + down) / 2
-    border = torch.arange(1, images.shape[-1], device=images.device) % patch == 0
-    return steps[:, border].mean(1) / steps[:, ~border].mean(1).clamp(min=1e-6)
+    is_border = torch.arange(1, images.shape[-1], device=images.device) % patch == 0
+    return steps[:, is_border].mean(1) / steps[:, ~is_border].mean(1).clamp(min=1e-6)

@@ -1,7 +1,7 @@
-"""Try in a process of its own what may break a process: capturing steps as CUDA graphs, and compiling the U-Net.
+"""Try in separate processes to capture steps as CUDA graphs and to compile the U-Net.
 
-The probe runs while the main process renders. What works, and how fast, is in a JSON file; what it has compiled
-is in the compiler's cache on disk.
+Both can break a process. The probe runs while the main process renders. It writes which steps work,
+and how fast they are, to a JSON file. The compiler's cache on disk holds what it has compiled.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from typing import Any
 import torch
 
 from openpulid.mini.accelerated import autoencoder, unet
+from openpulid.mini.accelerated.rollouts import Rollouts
 from openpulid.mini.accelerated.scenes import draw_people, draw_scenes
 from openpulid.mini.accelerated.steps import DeviceMuon, RepeatedStep
+from openpulid.mini.accelerated.train_set import CAPTIONS, TrainSet
 from openpulid.mini.accelerated.world import World
 from openpulid.mini.models.pipeline import build_unet
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS
 
 REPEATS = 40
-CHANNELS, SIZE, LENGTH = 20, 12, 48
-
-
+CHANNELS = 20
+SIZE = 12
+LENGTH = 48
 PARTS = ("autoencoder", "base")
 MODULE = "openpulid.mini.accelerated.probe"
 
@@ -36,8 +38,10 @@ class Probe:
     """The probe's processes, one per part, as the main process sees them.
 
     Args:
-        folder: of their status and output; None starts nothing, and nothing works.
-        widths: of the text's embeddings and pooled embedding; batches: of the two parts.
+        folder: of their status and output; None starts no process, and no step works.
+        device: where they compute.
+        widths: of the text embeddings and of the pooled embedding.
+        batches: samples per step, for each of `PARTS`.
     """
 
     def __init__(
@@ -69,24 +73,28 @@ class Probe:
 
     @property
     def status(self) -> dict[str, Any]:
-        """What is known by now."""
-        found: dict[str, Any] = {}
+        """The results up to now, by the name of the step."""
+        status: dict[str, Any] = {}
         for file in self.files:
             if file.exists():
-                found |= json.loads(file.read_text())
-        return found
+                status |= json.loads(file.read_text())
+        return status
 
     def works(self, name: str) -> bool:
-        """Whether something was tried and worked."""
+        """Return whether a step was tried and worked."""
         return bool(self.status.get(name, {}).get("works"))
 
-    def pays(self, one: str, two: str) -> bool:
-        """Whether the first works and is not clearly slower than the second."""
-        speeds = [self.status.get(name, {}).get("steps_per_second", 0.0) for name in (one, two)]
-        return bool(self.works(one) and speeds[0] > 0.8 * speeds[1])  # both shared the device
+    def pays(self, name: str, baseline: str) -> bool:
+        """Return whether a step works and is not clearly slower than another one."""
+        if not self.works(name):
+            return False
+        speed = self.status[name].get("steps_per_second", 0.0)
+        baseline_speed = self.status.get(baseline, {}).get("steps_per_second", 0.0)
+        # the tolerance is large because other processes used the device as well
+        return bool(speed > 0.8 * baseline_speed)
 
     def wait(self, seconds: float) -> None:
-        """Wait for the processes' end, for so many seconds at most."""
+        """Wait until the processes have ended, at most `seconds`."""
         end = time.monotonic() + seconds
         for process in self.processes:
             try:
@@ -104,23 +112,31 @@ class Probe:
 def main(
     part: str, status_file: Path, device: torch.device, batch: int, widths: tuple[int, int]
 ) -> None:
-    """Try a part's steps in order, until one fails."""
+    """Try a part's steps in order, until one fails.
+
+    Args:
+        part: one of `PARTS`.
+        status_file: the JSON file, written after every step.
+        device: where to compute.
+        batch: samples per step.
+        widths: of the text embeddings and of the pooled embedding.
+    """
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    found: dict[str, Any] = {}
+    status: dict[str, Any] = {}
 
-    def attempt(name: str, make: Callable[[], RepeatedStep | None]) -> bool:
-        begin = time.monotonic()
+    def attempt(name: str, build: Callable[[], RepeatedStep | None]) -> bool:
+        start = time.monotonic()
         try:
-            step = make()
-            result: dict[str, Any] = {"works": True, "ready": round(time.monotonic() - begin, 1)}
+            step = build()
+            result: dict[str, Any] = {"works": True, "ready": round(time.monotonic() - start, 1)}
             if step is not None:
-                result["steps_per_second"] = round(speed(step), 2)
+                result["steps_per_second"] = round(measure_speed(step), 2)
         except Exception as error:
             result = {"works": False, "error": f"{type(error).__name__}: {str(error)[:1500]}"}
-        found[name] = result
+        status[name] = result
         unfinished = status_file.with_suffix(".part")
-        unfinished.write_text(json.dumps(found))
+        unfinished.write_text(json.dumps(status))
         os.replace(unfinished, status_file)
         print(name, result, flush=True)
         return bool(result["works"])
@@ -134,13 +150,13 @@ def main(
     network = torch.compile(model, dynamic=False)
     optimizer = DeviceMuon(model.parameters())
 
-    def compiled() -> RepeatedStep:
+    def compile_step() -> RepeatedStep:
         step = unet.base_step(network, optimizer, data, batch)
         step()
         return RepeatedStep(step, True)
 
-    def student() -> RepeatedStep:
-        rollouts = unet.Rollouts(
+    def build_student_step() -> RepeatedStep:
+        rollouts = Rollouts(
             torch.randn(8, STUDENT_TIMESTEPS + 1, CHANNELS, SIZE, SIZE, device=device).half(),
             torch.arange(8, device=device),
             torch.zeros(8, dtype=torch.long, device=device),
@@ -148,23 +164,23 @@ def main(
         return RepeatedStep(unet.student_step(network, optimizer, rollouts, data, batch), True)
 
     plain = unet.base_step(model, optimizer, data, batch)
-    if attempt("captured", lambda: RepeatedStep(plain, True)) and attempt("compiled", compiled):
-        attempt("student", student)
+    if attempt("captured", lambda: RepeatedStep(plain, True)) and attempt("compiled", compile_step):
+        attempt("student", build_student_step)
 
 
-def speed(step: RepeatedStep) -> float:
+def measure_speed(step: RepeatedStep) -> float:
     """Measure steps per second."""
     step()
     torch.cuda.synchronize()
-    begin = time.monotonic()
+    start = time.monotonic()
     for _ in range(REPEATS):
         step()
     torch.cuda.synchronize()
-    return REPEATS / (time.monotonic() - begin)
+    return REPEATS / (time.monotonic() - start)
 
 
 def try_autoencoder(device: torch.device, batch: int) -> None:
-    """Train an autoencoder on noise for a moment, both phases captured."""
+    """Train an autoencoder on noise for a few steps, with both phases captured."""
     generator = torch.Generator(device).manual_seed(0)
     world = World(
         images=torch.randint(256, (256, 3, 96, 96), dtype=torch.uint8, device=device),
@@ -174,22 +190,29 @@ def try_autoencoder(device: torch.device, batch: int) -> None:
         scenes=draw_scenes(256, generator),
         per_person=1,
     )
-    autoencoder.fit(autoencoder.build(world), world, 60.0, batch=batch, captured=True, most=40)
+    vae = autoencoder.create_autoencoder(world)
+    autoencoder.fit(vae, world, 60.0, batch=batch, is_captured=True, max_steps=40)
 
 
-def random_data(device: torch.device, width: int, pooled: int) -> unet.TrainSet:
-    """Make a `TrainSet` of noise, for text of these widths."""
-    return unet.TrainSet(
+def random_data(device: torch.device, width: int, pooled: int) -> TrainSet:
+    """Create a `TrainSet` of noise with text embeddings of these widths."""
+    return TrainSet(
         latents=torch.randn(64, CHANNELS, SIZE, SIZE, device=device).half(),
         faces=torch.rand(64, 1, SIZE, SIZE, device=device).half(),
-        tokens=torch.zeros(64, unet.CAPTIONS, LENGTH, dtype=torch.uint8, device=device),
-        embeds=torch.randn(64, unet.CAPTIONS, LENGTH, width, device=device).bfloat16(),
-        pooled=torch.randn(64, unet.CAPTIONS, pooled, device=device).bfloat16(),
+        tokens=torch.zeros(64, CAPTIONS, LENGTH, dtype=torch.uint8, device=device),
+        embeds=torch.randn(64, CAPTIONS, LENGTH, width, device=device).bfloat16(),
+        pooled=torch.randn(64, CAPTIONS, pooled, device=device).bfloat16(),
         size=96,
     )
 
 
 if __name__ == "__main__":
-    first, file, name, *numbers = sys.argv[1:]
-    size, width, pooled = map(int, numbers)
-    main(first, Path(file), torch.device(name), size, (width, pooled))
+    part_name, file, device_name, *numbers = sys.argv[1:]
+    batch_size, embed_width, pooled_width = map(int, numbers)
+    main(
+        part_name,
+        Path(file),
+        torch.device(device_name),
+        batch_size,
+        (embed_width, pooled_width),
+    )

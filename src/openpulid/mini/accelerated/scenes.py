@@ -1,7 +1,8 @@
-"""StepRNG people, scenes and captions as tensors, thousands at a time, on any device.
+"""Random people, scenes and captions as tensors, thousands at a time, on any device.
 
-`world.Scene` describes one scene in Python. Drawing 300,000 of them would take minutes on a CPU. The
-functions of this module draw from the same distributions, with N scenes as a table of class indices.
+`world.Scene` describes one scene in Python. Sampling 300,000 of them would take minutes on a CPU.
+The functions of this module sample from the same distributions, with N scenes as a table of class
+indices.
 """
 
 from __future__ import annotations
@@ -40,13 +41,19 @@ from openpulid.world.scene_tensors import (
 
 COLUMNS = {name: column for column, name in enumerate(ATTRIBUTES)}
 JITTER = 12
+"""Random offsets per scene."""
 KEEP = 0.85
 """Probability that a caption mentions a visible attribute."""
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """N scenes: attributes (N, A) int64 class indices in `ATTRIBUTES` order, jitter (N, 12) in [-1, 1]."""
+    """N scenes.
+
+    Attributes:
+        attributes: (N, A) int64 class indices, in the order of `ATTRIBUTES`.
+        jitter: (N, 12) in [-1, 1].
+    """
 
     attributes: Tensor
     jitter: Tensor
@@ -60,53 +67,50 @@ class Scenes:
     def scene(self, row: int) -> Scene:
         """Return one scene as `world.Scene`."""
         classes = self.attributes[row].tolist()
-        named = {
-            name: kinds[k] for (name, kinds), k in zip(ATTRIBUTES.items(), classes, strict=True)
+        values = {
+            name: names[k] for (name, names), k in zip(ATTRIBUTES.items(), classes, strict=True)
         }
-        return Scene(**named, jitter=tuple(self.jitter[row].tolist()))
+        return Scene(**values, jitter=tuple(self.jitter[row].tolist()))
 
     def visible(self) -> Tensor:
-        """Return (N, A) bool: the attributes that can be seen, as `Scene.attributes` decides it."""
-        seen = torch.ones_like(self.attributes, dtype=torch.bool)
-        colorless = self._is("style", "noir", "pencil")
+        """Return (N, A) bool: the visible attributes, as `Scene.attributes` defines them."""
+        is_visible = torch.ones_like(self.attributes, dtype=torch.bool)
+        is_colorless = self._is("style", "noir", "pencil")
         for name in COLOR_ATTRIBUTES:
-            seen[:, COLUMNS[name]] &= ~colorless
-        bareheaded, bald = self._is("hat", "none"), self._is("hair_length", "bald")
-        seen[:, COLUMNS["hat_color"]] &= ~bareheaded
-        covered = ~bareheaded & self._is("hair_length", "bald", "short")
-        seen[:, COLUMNS["hair_color"]] &= ~(bald | covered)
-        seen[:, COLUMNS["hair_length"]] &= ~covered
-        hidden = self._is("glasses", "sunglasses") & self._is(
-            "expression", "wink", "smile", "neutral"
-        )
-        seen[:, COLUMNS["expression"]] &= ~hidden
-        seen[:, COLUMNS["pattern"]] &= ~self._is("style", "pencil")
-        return seen
-
-    def wanted(self) -> Tensor:
-        """Return (N, A) int64: the class of each attribute, -1 where it cannot be seen."""
-        return torch.where(self.visible(), self.attributes, -1)
+            is_visible[:, COLUMNS[name]] &= ~is_colorless
+        has_hat = ~self._is("hat", "none")
+        is_bald = self._is("hair_length", "bald")
+        is_visible[:, COLUMNS["hat_color"]] &= has_hat
+        is_covered = has_hat & self._is("hair_length", "bald", "short")
+        is_visible[:, COLUMNS["hair_color"]] &= ~(is_bald | is_covered)
+        is_visible[:, COLUMNS["hair_length"]] &= ~is_covered
+        has_sunglasses = self._is("glasses", "sunglasses")
+        is_hidden = has_sunglasses & self._is("expression", "wink", "smile", "neutral")
+        is_visible[:, COLUMNS["expression"]] &= ~is_hidden
+        is_visible[:, COLUMNS["pattern"]] &= ~self._is("style", "pencil")
+        return is_visible
 
     def _is(self, name: str, *kinds: str) -> Tensor:
-        wanted = torch.tensor(
-            [ATTRIBUTES[name].index(kind) for kind in kinds], device=self.attributes.device
-        )
-        return torch.isin(self.attributes[:, COLUMNS[name]], wanted)
+        classes = [ATTRIBUTES[name].index(kind) for kind in kinds]
+        values = self.attributes[:, COLUMNS[name]]
+        return torch.isin(values, torch.tensor(classes, device=values.device))
 
 
 def draw_people(count: int, generator: Generator) -> Tensor:
-    """StepRNG (count, P) identity values, uniform as in `Person.sample`, on the generator's device."""
+    """Draw (count, P) uniform identity values like `Person.sample`, on the generator's device."""
     return torch.rand(count, len(PARAMETERS), generator=generator, device=generator.device)
 
 
 def draw_scenes(
     count: int, generator: Generator, held_out: bool = False, fixed: dict[str, str] | None = None
 ) -> Scenes:
-    """StepRNG scenes with the distribution of `Scene.sample`.
+    """Draw scenes from the distribution of `Scene.sample`.
 
     Args:
-        held_out: draw the color combinations that no training sees.
-        fixed: attribute -> class for all of them.
+        count: number of scenes.
+        generator: on the device of the result.
+        held_out: draw the color combinations that are not in the training data.
+        fixed: attribute -> class of all scenes.
     """
     device = generator.device
     columns = []
@@ -122,32 +126,35 @@ def draw_scenes(
         if Scene(background=back, clothing=cloth).is_held_out == held_out
     ]
     table = torch.tensor(pairs, device=device)
-    both = table[torch.randint(len(table), (count,), generator=generator, device=device)]
-    columns[COLUMNS["background"]], columns[COLUMNS["clothing"]] = both.unbind(1)
+    combinations = table[torch.randint(len(table), (count,), generator=generator, device=device)]
+    columns[COLUMNS["background"]] = combinations[:, 0]
+    columns[COLUMNS["clothing"]] = combinations[:, 1]
     for name, kind in (fixed or {}).items():
         columns[COLUMNS[name]] = torch.full_like(columns[0], ATTRIBUTES[name].index(kind))
     jitter = 2 * torch.rand(count, JITTER, generator=generator, device=device) - 1
     return Scenes(torch.stack(columns, 1), jitter)
 
 
-def stage_of(scenes: Scenes) -> SceneTensors:
-    """Build the tensors that the renderer reads, equal to `scene_tensors` of the same scenes."""
-    device, j = scenes.jitter.device, scenes.jitter.float().T[..., None, None]
+def scene_tensors(scenes: Scenes) -> SceneTensors:
+    """Build the renderer's input, equal to that of the same scenes as `world.Scene`."""
+    device = scenes.jitter.device
+    j = scenes.jitter.float().T[..., None, None]
     index = {name: scenes.attributes[:, column] for name, column in COLUMNS.items()}
 
-    def looked_up(name: str, table: Sequence[Sequence[float]]) -> Tensor:
+    def look_up(name: str, table: Sequence[Sequence[float]]) -> Tensor:
         return torch.tensor(table, dtype=torch.float32, device=device)[index[name]]
 
     def colors(name: str, table: dict[str, tuple[float, float, float]]) -> Tensor:
-        return looked_up(name, [table[kind] for kind in ATTRIBUTES[name]])[..., None, None]
+        return look_up(name, [table[kind] for kind in ATTRIBUTES[name]])[..., None, None]
 
     def choice(name: str) -> dict[str, Tensor]:
         kinds = enumerate(ATTRIBUTES[name])
         return {kind: (index[name] == k).float()[:, None, None] for k, kind in kinds}
 
-    poses = looked_up("pose", [POSES[kind] for kind in ATTRIBUTES["pose"]])[..., None, None]
-    yaw, pitch = poses[:, 0] + 0.10 * j[0], poses[:, 1] + 0.06 * j[1]
-    faces = looked_up("expression", [EXPRESSIONS[kind] for kind in ATTRIBUTES["expression"]])
+    poses = look_up("pose", [POSES[kind] for kind in ATTRIBUTES["pose"]])[..., None, None]
+    yaw = poses[:, 0] + 0.10 * j[0]
+    pitch = poses[:, 1] + 0.06 * j[1]
+    faces = look_up("expression", [EXPRESSIONS[kind] for kind in ATTRIBUTES["expression"]])
     names = (
         "smile",
         "open",
@@ -166,18 +173,19 @@ def stage_of(scenes: Scenes) -> SceneTensors:
     lamps = []
     for k in range(2):
         pairs = [[*light[1], dark][k] for light in lights]
-        direction = looked_up("light", [lamp[0] for lamp in pairs])
-        color = looked_up("light", [lamp[1] for lamp in pairs])[..., None, None]
+        direction = look_up("light", [lamp[0] for lamp in pairs])
+        color = look_up("light", [lamp[1] for lamp in pairs])[..., None, None]
         lamps.append((direction / direction.norm(dim=1, keepdim=True), color))
     return SceneTensors(
         yaw=yaw, pitch=pitch, roll=0.07 * j[2], zoom=1.14 + 0.05 * j[3], shift_x=0.05 * j[4],
         shift_y=0.075 + 0.035 * j[5], rotation=_rotation(yaw, pitch, 0.07 * j[2]),
         expression=expression, wink=wink, skin_shift=0.06 * j[6], blush=0.5 + 0.5 * j[7],
-        ambient=looked_up("light", [light[0] for light in lights])[..., None, None] * brightness,
-        ambience=looked_up("light", [light[2] for light in lights])[..., None, None],
+        ambient=look_up("light", [light[0] for light in lights])[..., None, None] * brightness,
+        ambience=look_up("light", [light[2] for light in lights])[..., None, None],
         lamps=tuple(lamps),
         background=colors("background", COLORS), clothing=colors("clothing", COLORS),
-        hat_color=colors("hat_color", COLORS), hair=colors("hair_color", HAIR) * (1 + 0.10 * j[9][:, None]),
+        hat_color=colors("hat_color", COLORS),
+        hair=colors("hair_color", HAIR) * (1 + 0.10 * j[9][:, None]),
         volume=j[10], hairline=j[11], parting=j[9],
         pattern=choice("pattern"), glasses=choice("glasses"), hat=choice("hat"),
         length=choice("hair_length"), beard=choice("beard"), style=choice("style"),
@@ -190,19 +198,23 @@ State = tuple[int, ...]
 
 
 class CaptionWriter:
-    """Writes captions as token ids, distributed as `Scene.prompt` writes them.
+    """Writes captions as token ids, from the distribution of `Scene.prompt`.
 
-    A caption is a subject, a style and one clause per visible attribute, separated by commas. Every clause
-    has a finite number of states (classes and whether a color can be seen), each with a few phrasings.
+    A caption is a subject, a style and one clause per visible attribute, separated by commas. Every
+    clause has a finite number of states (classes, and whether a color is visible), each with a few
+    phrasings.
+
+    Args:
+        tokenizer: of the text encoders.
+        device: of the token ids.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
-        self.device, self.length = device, int(tokenizer.model_max_length)
-        self.begin, self.end, self.pad = (
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-        )
+        self.device = device
+        self.length = int(tokenizer.model_max_length)
+        self.begin = tokenizer.bos_token_id
+        self.end = tokenizer.eos_token_id
+        self.pad = tokenizer.pad_token_id
         self.comma = tokenizer.convert_tokens_to_ids(",")
         self.ids = {word: tokenizer.convert_tokens_to_ids(word) for word in tokenizer.get_vocab()}
         styles = [_PHRASES["style"][kind] for kind in ATTRIBUTES["style"]]
@@ -210,30 +222,53 @@ class CaptionWriter:
         self.pieces += [self._table(phrasings(name)) for name in _CLAUSES]
 
     def _table(self, states: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return tokens (states, phrasings, L), their lengths, and the number of phrasings of each state."""
-        encoded = [
-            [[self.ids[word] for word in phrase.split()] for phrase in some] for some in states
-        ]
-        most = max(1, max(map(len, encoded)))
-        longest = max(len(phrase) for some in encoded for phrase in some)
-        tokens = torch.zeros(len(states), most, longest, dtype=torch.long)
-        lengths = torch.zeros(len(states), most, dtype=torch.long)
-        for state, some in enumerate(encoded):
-            for k, phrase in enumerate(some):
+        """Return tokens (states, phrasings, L), their lengths, and the phrasings of each state."""
+        encoded: list[list[list[int]]] = []
+        for state_phrases in states:
+            words = [phrase.split() for phrase in state_phrases]
+            encoded.append([[self.ids[word] for word in phrase] for phrase in words])
+        max_phrasings = max(1, max(map(len, encoded)))
+        longest = max(len(phrase) for phrases in encoded for phrase in phrases)
+        tokens = torch.zeros(len(states), max_phrasings, longest, dtype=torch.long)
+        lengths = torch.zeros(len(states), max_phrasings, dtype=torch.long)
+        for state, phrases in enumerate(encoded):
+            for k, phrase in enumerate(phrases):
                 tokens[state, k, : len(phrase)] = torch.tensor(phrase)
                 lengths[state, k] = len(phrase)
-        counts = torch.tensor([len(some) for some in encoded])
+        counts = torch.tensor([len(phrases) for phrases in encoded])
         return tokens.to(self.device), lengths.to(self.device), counts.to(self.device)
 
     def write(self, scenes: Scenes, generator: Generator, keep: float = KEEP) -> Tensor:
-        """Return (N, L) int64 token ids, one caption per scene."""
-        count, device = len(scenes), self.device
-        seen = scenes.visible()
+        """Write one caption per scene.
+
+        Args:
+            scenes: N scenes.
+            generator: on the writer's device.
+            keep: probability that a caption mentions a visible attribute.
+
+        Returns:
+            (N, L) int64 token ids.
+        """
+        words, lengths = self._draw_pieces(scenes, generator)
+        # drop some clauses; subject and style come first in random order, then the clauses
+        uniform = torch.rand(lengths.shape, generator=generator, device=self.device)
+        lengths[:, 2:] *= uniform[:, 2:] < keep
+        order = torch.rand(lengths.shape, generator=generator, device=self.device)
+        order[:, 2:] += 1
+        order = order.argsort(1)
+        words = words.gather(1, order[..., None].expand_as(words))
+        return self._join(words, lengths.gather(1, order))
+
+    def _draw_pieces(self, scenes: Scenes, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Draw a phrasing of every piece: tokens (N, pieces, L) and lengths (N, pieces)."""
+        count = len(scenes)
+        device = self.device
+        is_visible = scenes.visible()
         states = [
             torch.zeros(count, dtype=torch.long, device=device),
             scenes.attributes[:, COLUMNS["style"]],
         ]
-        states += [clause_state(name, scenes, seen) for name in _CLAUSES]
+        states += [clause_state(name, scenes, is_visible) for name in _CLAUSES]
         longest = max(table[0].shape[-1] for table in self.pieces)
         words = torch.zeros(count, len(self.pieces), longest, dtype=torch.long, device=device)
         lengths = torch.zeros(count, len(self.pieces), dtype=torch.long, device=device)
@@ -242,40 +277,44 @@ class CaptionWriter:
             phrasing = (uniform * counts[state]).long().clamp(max=tokens.shape[1] - 1)
             words[:, k, : tokens.shape[-1]] = tokens[state, phrasing]
             lengths[:, k] = torch.where(counts[state] > 0, sizes[state, phrasing], 0)
+        return words, lengths
 
-        # each clause is kept or dropped; subject and style come first, in either order, then the clauses
-        uniform = torch.rand(lengths.shape, generator=generator, device=device)
-        lengths[:, 2:] *= uniform[:, 2:] < keep
-        order = torch.rand(lengths.shape, generator=generator, device=device)
-        order[:, 2:] += 1
-        order = order.argsort(1)
-        words = words.gather(1, order[..., None].expand_as(words))
-        lengths = lengths.gather(1, order)
-
-        # a comma before every piece but the first, then all pieces one after the other
-        present = lengths > 0
-        first = present & (present.cumsum(1) == 1)
-        comma = (present & ~first).long()
+    def _join(self, words: Tensor, lengths: Tensor) -> Tensor:
+        """Join the pieces of each caption with commas; pieces of length 0 are left out."""
+        count = len(words)
+        device = words.device
+        longest = words.shape[-1]
+        is_present = lengths > 0
+        is_first = is_present & (is_present.cumsum(1) == 1)
+        comma = (is_present & ~is_first).long()
         size = lengths + comma
         start = 1 + size.cumsum(1) - size
-        sentence = torch.full((count, self.length + 1), self.pad, dtype=torch.long, device=device)
-        sentence[:, 0] = self.begin
-        spare = self.length  # what is not written goes to a column that is cut off
+        spare = self.length  # unused tokens are written to this column, which is cut off
+        caption = torch.full((count, spare + 1), self.pad, dtype=torch.long, device=device)
+        caption[:, 0] = self.begin
 
-        at = torch.where(comma > 0, start, spare).clamp(max=spare)
-        sentence.scatter_(1, at, self.comma)
+        position = torch.where(comma > 0, start, spare).clamp(max=spare)
+        caption.scatter_(1, position, self.comma)
         offset = torch.arange(longest, device=device)
-        at = torch.where(
-            offset < lengths[..., None], (start + comma)[..., None] + offset, spare
-        ).clamp(max=spare)
-        sentence.scatter_(1, at.flatten(1), words.flatten(1))
+        position = (start + comma)[..., None] + offset
+        position = torch.where(offset < lengths[..., None], position, spare).clamp(max=spare)
+        caption.scatter_(1, position.flatten(1), words.flatten(1))
         last = (1 + size.sum(1)).clamp(max=self.length - 1)
-        sentence.scatter_(1, last[:, None], self.end)
-        return sentence[:, : self.length]
+        caption.scatter_(1, last[:, None], self.end)
+        return caption[:, : self.length]
 
 
-def clause_state(name: str, scenes: Scenes, seen: Tensor) -> Tensor:
-    """Return (N,) the state of a clause, as an index into `phrasings(name)`; 0 where there is nothing to say."""
+def clause_state(name: str, scenes: Scenes, is_visible: Tensor) -> Tensor:
+    """Return the state of a clause as an index into `phrasings(name)`.
+
+    Args:
+        name: the attribute.
+        scenes: N scenes.
+        is_visible: (N, A) see `Scenes.visible`.
+
+    Returns:
+        (N,) int64; 0 for an attribute that is not visible.
+    """
     value = scenes.attributes[:, COLUMNS[name]]
     state = value + 1
     if name == "background":
@@ -283,14 +322,16 @@ def clause_state(name: str, scenes: Scenes, seen: Tensor) -> Tensor:
         state = 1 + value * len(ATTRIBUTES["pattern"]) + pattern
     if name in ("hat", "hair_length"):
         color = "hat_color" if name == "hat" else "hair_color"
-        shade = torch.where(seen[:, COLUMNS[color]], scenes.attributes[:, COLUMNS[color]] + 1, 0)
+        shade = torch.where(
+            is_visible[:, COLUMNS[color]], scenes.attributes[:, COLUMNS[color]] + 1, 0
+        )
         state = 1 + value * (len(ATTRIBUTES[color]) + 1) + shade
-    return torch.where(seen[:, COLUMNS[name]], state, 0)
+    return torch.where(is_visible[:, COLUMNS[name]], state, 0)
 
 
 @lru_cache
 def phrasings(name: str) -> tuple[tuple[str, ...], ...]:
-    """Return all states of a clause, each with its phrasings; the first state says nothing."""
+    """Return the phrasings of each state of a clause; the first state has none."""
     states: list[tuple[str, ...]] = [()]
     if name == "background":
         for color, pattern in product(ATTRIBUTES["background"], ATTRIBUTES["pattern"]):
@@ -302,17 +343,17 @@ def phrasings(name: str) -> tuple[tuple[str, ...], ...]:
     elif name in ("hat", "hair_length"):
         colors = ATTRIBUTES["hat_color" if name == "hat" else "hair_color"]
         for kind, color in product(ATTRIBUTES[name], ("", *colors)):
-            states.append(tuple(_colored(phrase, color) for phrase in _worn(name, kind)))
+            states.append(tuple(_insert_color(phrase, color) for phrase in _templates(name, kind)))
     else:
         states += [_PHRASES[name][kind] for kind in ATTRIBUTES[name]]
     return tuple(states)
 
 
-def _worn(name: str, kind: str) -> tuple[str, ...]:
+def _templates(name: str, kind: str) -> tuple[str, ...]:
     if name == "hat":
         return () if kind == "none" else _HATS[kind]
     return ("bald",) if kind == "bald" else (_HAIR[kind],)
 
 
-def _colored(phrase: str, color: str) -> str:
+def _insert_color(phrase: str, color: str) -> str:
     return phrase.format(color) if color else phrase.replace("{} ", "")

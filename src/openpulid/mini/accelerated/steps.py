@@ -1,33 +1,43 @@
-"""Training steps that a CUDA graph can repeat: no clock, no random number and no rate on the CPU.
+"""Training steps that a CUDA graph can replay: no clock, random number or learning rate on the CPU.
 
-A small network on a large accelerator spends most of its time waiting for the next kernel to be launched.
-A captured step launches all of its kernels at once. What changes from step to step, the learning rate and
-the random numbers, is therefore a tensor on the device.
+A small network on a large accelerator spends most of its time waiting for the next kernel to be
+launched. A captured step launches all of its kernels at once. Whatever changes from step to step,
+such as the learning rate and the random numbers, is therefore a tensor on the device.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from openpulid.training.muon import EPSILON, LIKE_ADAM, orthogonal
+from openpulid.training.muon import ADAM_RMS, EPSILON, orthogonalize
 
 Losses = Mapping[str, Tensor]
+OnProgress = Callable[[int, float, dict[str, float]], None]
+"""Called with the number of steps, the fraction of the time that has passed, and the losses."""
+
+
+def ignore_progress(step: int, fraction: float, losses: dict[str, float]) -> None:
+    """Do nothing."""
 
 
 class DeviceMuon:
-    """`training.muon.Muon` with its rate and its counter on the device; the same steps up to rounding.
+    """`training.muon.Muon` with its learning rate and step counter on the device.
+
+    The updates are the same up to rounding.
 
     Args:
-        parameters: those with two axes or more are matrices; the others are trained with AdamW.
-        weight_decay: of the matrices, per step times the rate.
-        momentum: of the matrices (Nesterov's form); betas: of the others.
-        adam: train matrices with AdamW, too.
+        parameters: those with two or more axes are matrices; all other parameters use AdamW.
+        weight_decay: of the matrices, per step and multiplied by the learning rate.
+        momentum: of the matrices (Nesterov's form).
+        betas: of all other parameters (AdamW).
+        adam: use AdamW for matrices as well.
     """
 
     def __init__(
@@ -38,72 +48,75 @@ class DeviceMuon:
         betas: tuple[float, float] = (0.9, 0.99),
         adam: bool = False,
     ) -> None:
-        every = [parameter for parameter in parameters if parameter.requires_grad]
-        self.parameters, self.decay, self.momentum, self.betas = (
-            every,
-            weight_decay,
-            momentum,
-            betas,
-        )
-        device = every[0].device
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.weight_decay = weight_decay
+        self.momentum = momentum
+        self.betas = betas
+        device = self.parameters[0].device
         self.lr = torch.zeros((), device=device)
         self.count = torch.zeros((), device=device)
         self.by_shape: dict[torch.Size, list[Tensor]] = {}
-        for parameter in every:
+        self.adam_parameters: list[Tensor] = []
+        for parameter in self.parameters:
             if parameter.ndim > 1 and not adam:
                 self.by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
+            else:
+                self.adam_parameters.append(parameter)
         self.averages = {
-            shape: torch.zeros(len(some), *shape, device=device)
-            for shape, some in self.by_shape.items()
+            shape: torch.zeros(len(matrices), *shape, device=device)
+            for shape, matrices in self.by_shape.items()
         }
-        self.others: list[Tensor] = [
-            parameter for parameter in every if parameter.ndim <= 1 or adam
-        ]
-        self.decayed = [parameter for parameter in self.others if parameter.ndim > 1]
-        self.first = [torch.zeros_like(parameter) for parameter in self.others]
-        self.second = [torch.zeros_like(parameter) for parameter in self.others]
+        self.decayed = [parameter for parameter in self.adam_parameters if parameter.ndim > 1]
+        self.exp_avg = [torch.zeros_like(parameter) for parameter in self.adam_parameters]
+        self.exp_avg_sq = [torch.zeros_like(parameter) for parameter in self.adam_parameters]
 
     def zero_grad(self) -> None:
+        """Delete all gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
     @torch.no_grad()
-    def step(self, clip: float = 1.0) -> Tensor:
-        """Clip the gradients to norm `clip`, move the parameters, return the norm before."""
-        norm = nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True)
-        for shape, some in self.by_shape.items():
-            gradient = torch.stack([_gradient(parameter).flatten(1) for parameter in some])
+    def step(self, max_norm: float = 1.0) -> Tensor:
+        """Clip the gradients to `max_norm` and update the parameters.
+
+        Returns:
+            The norm of the gradients before clipping, a scalar.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, max_norm, foreach=True)
+        for shape, matrices in self.by_shape.items():
+            gradient = torch.stack([_gradient(matrix).flatten(1) for matrix in matrices])
             average = self.averages[shape].lerp_(gradient, 1 - self.momentum)
-            towards = orthogonal(gradient.lerp(average, self.momentum)).float()
-            towards = towards * (-self.lr * LIKE_ADAM * max(shape) ** 0.5)
-            torch._foreach_mul_(some, 1 - self.lr * self.decay)
-            steps = [
-                step.view(parameter.shape) for step, parameter in zip(towards, some, strict=True)
+            directions = orthogonalize(gradient.lerp(average, self.momentum)).float()
+            directions = directions * (-self.lr * ADAM_RMS * max(shape) ** 0.5)
+            torch._foreach_mul_(matrices, 1 - self.lr * self.weight_decay)
+            updates = [
+                update.view(matrix.shape)
+                for update, matrix in zip(directions, matrices, strict=True)
             ]
-            torch._foreach_add_(some, steps)
-        if self.others:
-            self._step_others()
+            torch._foreach_add_(matrices, updates)
+        if self.adam_parameters:
+            self._step_adam()
         return norm
 
-    def _step_others(self) -> None:
+    def _step_adam(self) -> None:
         self.count += 1
-        gradients = [_gradient(parameter) for parameter in self.others]
-        torch._foreach_lerp_(self.first, gradients, 1 - self.betas[0])
-        torch._foreach_mul_(self.second, self.betas[1])
-        torch._foreach_addcmul_(self.second, gradients, gradients, 1 - self.betas[1])
+        gradients = [_gradient(parameter) for parameter in self.adam_parameters]
+        torch._foreach_lerp_(self.exp_avg, gradients, 1 - self.betas[0])
+        torch._foreach_mul_(self.exp_avg_sq, self.betas[1])
+        torch._foreach_addcmul_(self.exp_avg_sq, gradients, gradients, 1 - self.betas[1])
         bias = [1 - beta**self.count for beta in self.betas]
-        below = torch._foreach_sqrt(self.second)
-        torch._foreach_div_(below, bias[1].sqrt())
-        torch._foreach_add_(below, EPSILON)
-        steps = torch._foreach_div(self.first, below)
-        torch._foreach_mul_(steps, -self.lr / bias[0])
+        denominators = torch._foreach_sqrt(self.exp_avg_sq)
+        torch._foreach_div_(denominators, bias[1].sqrt())
+        torch._foreach_add_(denominators, EPSILON)
+        updates = torch._foreach_div(self.exp_avg, denominators)
+        torch._foreach_mul_(updates, -self.lr / bias[0])
         if self.decayed:
-            torch._foreach_mul_(self.decayed, 1 - self.lr * self.decay)
-        torch._foreach_add_(self.others, steps)
+            torch._foreach_mul_(self.decayed, 1 - self.lr * self.weight_decay)
+        torch._foreach_add_(self.adam_parameters, updates)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
-    """Return the gradient; a parameter that took no part in the step has none and stays in place."""
+    """Return the gradient, zero for a parameter that was not used in the step."""
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
@@ -118,52 +131,52 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int, steps: int = 1) -> None:
-        """Update after optimizer step `step` (from 0), for `steps` of them at once."""
+        """Update after optimizer step `step` (from 0), for the last `steps` steps at once."""
         decay = min(self.decay, (1 + step) / (10 + step)) ** steps
         torch._foreach_lerp_(self.mean, [tensor.detach() for tensor in self.live], 1.0 - decay)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Replace the weights by their average, for good."""
+        """Replace the weights by their average permanently."""
         torch._foreach_copy_([tensor.detach() for tensor in self.live], self.mean)
 
     @contextmanager
-    def in_place(self) -> Any:
+    def in_place(self) -> Iterator[None]:
         """Use the average inside the block; restore the weights after it."""
-        kept = [tensor.detach().clone() for tensor in self.live]
+        weights = [tensor.detach().clone() for tensor in self.live]
         self.apply()
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_([tensor.detach() for tensor in self.live], kept)
+                torch._foreach_copy_([tensor.detach() for tensor in self.live], weights)
 
 
 class RepeatedStep:
-    """A training step, captured as a CUDA graph, or called again and again.
+    """A training step that is captured as a CUDA graph, or called as it is.
 
-    A capture that fails leaves a process whose random numbers and memory no longer work. Hence it is tried in
-    another process first (`probe`).
+    A capture that fails leaves a process whose random numbers and memory no longer work. It is
+    therefore tried in another process first (`probe`).
 
     Args:
-        step: makes one training step from what lies on the device; returns named scalars, detached.
-        captured: capture it; needs a CUDA device.
+        step: runs one training step on data on the device; returns named scalars, detached.
+        is_captured: capture the step; requires a CUDA device.
     """
 
-    def __init__(self, step: Callable[[], Losses], captured: bool = False) -> None:
+    def __init__(self, step: Callable[[], Losses], is_captured: bool = False) -> None:
         self.step = step
         self.graph: Any = None
         self.losses: dict[str, Tensor] = {}
-        if captured:
+        if is_captured:
             self._capture()
 
-    def _capture(self, warm: int = 3) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(warm):
+    def _capture(self, warmup_steps: int = 3) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warmup_steps):
                 self.step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -171,7 +184,7 @@ class RepeatedStep:
         self.graph = graph
 
     def __call__(self) -> Losses:
-        """Make one step. Captured, the losses are overwritten by the next one."""
+        """Run one step. The next step overwrites the losses of a captured step."""
         if self.graph is None:
             return self.step()
         self.graph.replay()
@@ -179,23 +192,30 @@ class RepeatedStep:
 
 
 class TimedSchedule:
-    """The learning rate as a function of the share of the seconds that have passed: the run always ends in its tail.
+    """Learning rate as a function of the elapsed time, so that it always decays to zero.
 
     Args:
-        seconds: of the run.
-        lr: at its highest; warmup: steps of linear rise; decay: last share of the time with a linear fall to zero.
+        seconds: duration of the training.
+        lr: maximum learning rate.
+        warmup: number of steps of the linear warmup.
+        decay: fraction of the time, at the end, in which the rate decays linearly to zero.
     """
 
     def __init__(self, seconds: float, lr: float, warmup: int = 100, decay: float = 0.6) -> None:
-        self.seconds, self.lr, self.warmup, self.decay = seconds, lr, warmup, decay
-        self.begin = time.monotonic()
+        self.seconds = seconds
+        self.lr = lr
+        self.warmup = warmup
+        self.decay = decay
+        self.start = time.monotonic()
 
     @property
-    def share(self) -> float:
-        return min(1.0, (time.monotonic() - self.begin) / self.seconds)
+    def fraction(self) -> float:
+        """Fraction of the time that has passed, at most 1."""
+        return min(1.0, (time.monotonic() - self.start) / self.seconds)
 
-    def rate(self, step: int, share: float) -> float:
-        return self.lr * min(1.0, (step + 1) / self.warmup, (1 - share) / self.decay)
+    def rate(self, step: int, fraction: float) -> float:
+        """Return the learning rate of a step when this fraction of the time has passed."""
+        return self.lr * min(1.0, (step + 1) / self.warmup, (1 - fraction) / self.decay)
 
 
 def train(
@@ -204,46 +224,54 @@ def train(
     average: Average,
     schedule: TimedSchedule,
     *,
-    look_every: int = 20,
-    most: int | None = None,
-    watch: Callable[[int, float, dict[str, float]], None] = lambda step, share, losses: None,
-    until: float = 1.0,
-    first: int = 0,
+    check_every: int = 20,
+    max_steps: int | None = None,
+    on_progress: OnProgress = ignore_progress,
+    stop_fraction: float = 1.0,
+    first_step: int = 0,
     average_every: int = 4,
 ) -> int:
-    """Repeat the step until the schedule's time is over; return the number of steps.
+    """Repeat a step until the schedule's time has passed.
 
     Args:
-        look_every: steps between two looks at the clock and the losses, where the device is waited for.
-        most: the most steps; watch: called at every look with step, share of the time and losses.
-        until: stop at this share of the time; first: the number of the first step.
+        step: the training step.
+        optimizer: its optimizer, whose learning rate is set.
+        average: the average of the trained weights, which is updated.
+        schedule: the learning rate and the time.
+        check_every: number of steps after which the clock and the losses are read. This waits for
+            the device.
+        max_steps: maximum number of steps.
+        on_progress: called at every check.
+        stop_fraction: stop after this fraction of the time.
+        first_step: number of the first step.
+        average_every: number of steps between updates of the average.
+
+    Returns:
+        The number of steps, including those before `first_step`.
 
     Raises:
         FloatingPointError: a loss is not finite.
     """
-    index, share = first, schedule.share
-    look_every = min(look_every, most or look_every)
-    while share < until and (most is None or index < most):
-        optimizer.lr.fill_(schedule.rate(index, share))
+    index = first_step
+    fraction = schedule.fraction
+    check_every = min(check_every, max_steps or check_every)
+    while fraction < stop_fraction and (max_steps is None or index < max_steps):
+        optimizer.lr.fill_(schedule.rate(index, fraction))
         losses = step()
         index += 1
         if index % average_every == 0:
             average.update(index, average_every)
-        if index % look_every == 0 or index == most:
-            seen = {name: float(value) for name, value in losses.items()}
-            if any(
-                value != value or value in (float("inf"), float("-inf")) for value in seen.values()
-            ):
-                raise FloatingPointError(f"step {index}: {seen}")
-            share = schedule.share
-            watch(index, share, seen)
+        if index % check_every == 0 or index == max_steps:
+            values = {name: float(value) for name, value in losses.items()}
+            if not all(math.isfinite(value) for value in values.values()):
+                raise FloatingPointError(f"a loss is not finite at step {index}: {values}")
+            fraction = schedule.fraction
+            on_progress(index, fraction, values)
     return index
 
 
-def autocast(device: torch.device, enabled: bool = True) -> Any:
-    """bfloat16 on an accelerator; a CPU's dry run stays in float32."""
-    return (
-        torch.autocast(device.type, torch.bfloat16)
-        if enabled and device.type != "cpu"
-        else nullcontext()
-    )
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a bfloat16 autocast block on an accelerator; a CPU computes in float32."""
+    if device.type == "cpu":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -1,15 +1,15 @@
-"""Render the training images onto the device, and keep them there."""
+"""Training images that are rendered on the device and stay there."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
 
-from openpulid.mini.accelerated.scenes import Scenes, draw_people, draw_scenes, stage_of
+from openpulid.mini.accelerated.scenes import Scenes, draw_people, draw_scenes, scene_tensors
 from openpulid.world.dataset import PORTRAIT_SCENE
 from openpulid.world.render import render_stage
 
@@ -19,10 +19,15 @@ FACE = 1
 
 @dataclass(frozen=True)
 class World:
-    """N rendered images; image i shows person i // scenes.
+    """N rendered images; image i shows person i // per_person.
 
-    images (N, 3, S, S) uint8; faces (N, S, S) bool, the face's own pixels; landmarks (N, 5, 2) pixels;
-    people (N, P) identity values; scenes: N scenes.
+    Attributes:
+        images: (N, 3, S, S) uint8.
+        faces: (N, S, S) bool, the pixels of the face.
+        landmarks: (N, 5, 2) in pixels.
+        people: (N, P) identity values.
+        scenes: N scenes.
+        per_person: images per person.
     """
 
     images: Tensor
@@ -36,38 +41,55 @@ class World:
         return len(self.images)
 
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return images (B, 3, S, S) and face masks (B, 1, S, S) as floats in [0, 1], and landmarks (B, 5, 2)."""
-        return (
-            self.images[rows].float() / 255,
-            self.faces[rows][:, None].float(),
-            self.landmarks[rows],
-        )
+        """Return images and face masks as floats in [0, 1], and landmarks in pixels.
+
+        Args:
+            rows: (B,) row numbers.
+
+        Returns:
+            (B, 3, S, S), (B, 1, S, S) and (B, 5, 2).
+        """
+        images = self.images[rows].float() / 255
+        return images, self.faces[rows][:, None].float(), self.landmarks[rows]
 
     def first(self, count: int) -> World:
         """Return the first `count` images."""
-        cut = {item.name: getattr(self, item.name) for item in fields(self)}
-        rows = slice(0, count)
-        return World(**{name: x[rows] if name != "per_person" else x for name, x in cut.items()})
+        return World(
+            self.images[:count],
+            self.faces[:count],
+            self.landmarks[:count],
+            self.people[:count],
+            self.scenes[slice(0, count)],
+            self.per_person,
+        )
 
 
 def plan_world(
     people: int, scenes: int, portraits: int, generator: Generator, held_out: bool = False
 ) -> tuple[Tensor, Scenes]:
-    """StepRNG who is rendered in which scenes: identity values (N, P) and N scenes, person by person.
+    """Sample people and their scenes, person by person.
 
     Args:
-        scenes, portraits: per person, any scenes, and scenes in studio light with nothing on the head.
+        people: number of people.
+        scenes: number of arbitrary scenes per person.
+        portraits: number of scenes per person in studio light with nothing on the head.
+        generator: on the device of the result.
+        held_out: use the color combinations that are not in the training data.
+
+    Returns:
+        Identity values (N, P) and N scenes.
     """
     values = draw_people(people, generator)
-    each = scenes + portraits
-    any_scene = draw_scenes(people * each, generator, held_out)
-    plain = draw_scenes(people * each, generator, held_out, PORTRAIT_SCENE)
-    is_portrait = torch.arange(people * each, device=values.device) % each >= scenes
+    per_person = scenes + portraits
+    count = people * per_person
+    any_scenes = draw_scenes(count, generator, held_out)
+    portrait_scenes = draw_scenes(count, generator, held_out, PORTRAIT_SCENE)
+    is_portrait = (torch.arange(count, device=values.device) % per_person >= scenes)[:, None]
     drawn = Scenes(
-        torch.where(is_portrait[:, None], plain.attributes, any_scene.attributes),
-        torch.where(is_portrait[:, None], plain.jitter, any_scene.jitter),
+        torch.where(is_portrait, portrait_scenes.attributes, any_scenes.attributes),
+        torch.where(is_portrait, portrait_scenes.jitter, any_scenes.jitter),
     )
-    return values.repeat_interleave(each, 0), drawn
+    return values.repeat_interleave(per_person, 0), drawn
 
 
 def render_world(
@@ -79,47 +101,56 @@ def render_world(
     batch: int = 256,
     seconds: float = float("inf"),
     compiled: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> World:
-    """Render until everything is drawn or the seconds are over, whole people only.
+    """Render all images, or those of as many complete people as the time allows.
 
     Args:
-        compiled: compile the renderer once for `batch`; falls back to eager mode where compiling fails.
+        people: (N, P) identity values.
+        scenes: N scenes.
+        per_person: images per person.
+        size: width and height of the images.
+        batch: images per call of the renderer.
+        seconds: time limit.
+        compiled: compile the renderer once for `batch`; if that fails it runs in eager mode.
+        log: receives messages.
     """
-    count, device = len(people), people.device
+    count = len(people)
+    device = people.device
     images = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=device)
     faces = torch.zeros(count, size, size, dtype=torch.bool, device=device)
     landmarks = torch.zeros(count, 5, 2, device=device)
     start = time.monotonic()
     done = 0
     while done < count and time.monotonic() - start < seconds:
-        rows = torch.arange(done, done + batch, device=device).clamp(
-            max=count - 1
-        )  # one batch size for the compiler
+        # the last batch repeats its last image: the compiler needs a single batch size
+        rows = torch.arange(done, done + batch, device=device).clamp(max=count - 1)
         try:
-            made = render_stage(people[rows], stage_of(scenes[rows]), size, compiled=compiled)
+            rendering = render_stage(
+                people[rows], scene_tensors(scenes[rows]), size, compiled=compiled
+            )
         except Exception as error:
             if not compiled:
                 raise
-            say(f"the renderer is not compiled: {type(error).__name__}: {str(error)[:300]}")
+            log(f"the renderer is not compiled: {type(error).__name__}: {str(error)[:300]}")
             compiled = False
             continue
-        real = min(batch, count - done)
-        images[done : done + real] = (made.image[:real] * 255).round().to(torch.uint8)
-        faces[done : done + real] = made.parts[:real] == FACE
-        landmarks[done : done + real] = made.landmarks[:real]
+        new = min(batch, count - done)
+        images[done : done + new] = (rendering.image[:new] * 255).round().to(torch.uint8)
+        faces[done : done + new] = rendering.parts[:new] == FACE
+        landmarks[done : done + new] = rendering.landmarks[:new]
         if done == 0:
-            _wait(device)
-            say(f"first batch rendered after {time.monotonic() - start:.1f} s")
-        done += real
-        if device.type != "cpu" and done // batch % 16 == 0:
-            _wait(device)  # the clock must not run ahead of the device
-    _wait(device)
-    whole = done // per_person * per_person
-    say(f"{whole} images in {time.monotonic() - start:.1f} s")
-    return World(images, faces, landmarks, people, scenes, per_person).first(whole)
+            _synchronize(device)
+            log(f"first batch rendered after {time.monotonic() - start:.1f} s")
+        done += new
+        if done // batch % 16 == 0:
+            _synchronize(device)  # otherwise the clock is read before the device has finished
+    _synchronize(device)
+    complete = done // per_person * per_person
+    log(f"{complete} images in {time.monotonic() - start:.1f} s")
+    return World(images, faces, landmarks, people, scenes, per_person).first(complete)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
