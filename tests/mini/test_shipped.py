@@ -14,7 +14,7 @@ from openpulid.faces.mini_detector import MiniFaceDetector
 from openpulid.io.checkpoints import load_module
 from openpulid.io.image_grid import to_pil, to_tensor
 from openpulid.io.images import open_image
-from openpulid.mini.train.autoencoder import there_and_back
+from openpulid.mini.train.autoencoder import reconstruct
 from openpulid.mini.train.baselines import NAMES
 from openpulid.pipelines.presets import MINIATURE, mini, with_method
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
@@ -117,7 +117,7 @@ def test_autoencoder_reconstruction_quality(held_out):
     vae = PatchAutoencoderKL.from_pretrained(
         MINIATURE / "pipeline" / "vae", torch_dtype=torch.float32
     ).eval()
-    error = (there_and_back(vae, held_out.image) - held_out.image).square().mean((1, 2, 3))
+    error = (reconstruct(vae, held_out.image) - held_out.image).square().mean((1, 2, 3))
     assert (-10 * error.log10()).mean() > 31
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPVisionModelWithProjection
 from openpulid.methods.registry import find_method
 from openpulid.mini.train.baseline_task import BaselineTask
 from openpulid.mini.train.baselines import BASELINES, NAMES, Baseline
-from openpulid.mini.train.stages import stamp
+from openpulid.mini.train.build_context import stamp
 from openpulid.pipelines.factory import load_pipeline
 from openpulid.pipelines.presets import MINIATURE, mini
 from openpulid.training.pulid.batch import Batch

@@ -1,4 +1,4 @@
-"""The order of the build, its minutes, its report."""
+"""Order, time budgets and report of the miniature's build."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from safetensors import safe_open
 from openpulid.errors import OptionError, WeightsError
 from openpulid.mini.models.pipeline import save_folder
 from openpulid.mini.train import build as builder
-from openpulid.mini.train import stages as parts
+from openpulid.mini.train.build_context import BuildContext, Stage, stamp
+from openpulid.mini.train.build_models import load_text_encoders
 from tests.support import mini_networks as networks
 
 
@@ -25,63 +26,65 @@ def folders(tmp_path):
 
 
 @pytest.fixture
-def made(monkeypatch):
-    """Three parts that only note how they were called."""
-    called = []
+def calls(monkeypatch):
+    """Replace the stages by three that record their name and their time budget."""
+    recorded = []
 
-    def part(name):
-        return lambda shop: called.append((name, shop.minutes)) or {"figure": len(called) / 10}
+    def make_stage(name, minutes):
+        def train(context):
+            recorded.append((name, context.minutes))
+            return {"figure": len(recorded) / 10}
 
-    minutes = {"world": 1, "finder": 2, "base": 6}
-    monkeypatch.setattr(
-        builder, "PARTS", {name: (part(name), value) for name, value in minutes.items()}
-    )
-    return called
+        return Stage(name, minutes, train)
 
-
-def test_parts_run_in_their_order_and_share_the_minutes(made, folders):
-    figures = builder.build(["base", "finder"], minutes=16, device="cpu", **folders)
-    assert made == [("finder", 4.0), ("base", 12.0)]
-    assert figures == {"finder": {"figure": 0.1}, "base": {"figure": 0.2}}
+    stages = [make_stage("world", 1), make_stage("detector", 2), make_stage("base", 6)]
+    monkeypatch.setattr(builder, "STAGES", stages)
+    return recorded
 
 
-def test_without_names_everything_is_made_in_its_usual_minutes(made, folders):
+def test_stages_run_in_order_and_share_minutes(calls, folders):
+    figures = builder.build(["base", "detector"], minutes=16, device="cpu", **folders)
+    assert calls == [("detector", 4.0), ("base", 12.0)]
+    assert figures == {"detector": {"figure": 0.1}, "base": {"figure": 0.2}}
+
+
+def test_all_stages_run_with_usual_minutes_by_default(calls, folders):
     builder.build(device="cpu", **folders)
-    assert made == [("world", 1), ("finder", 2), ("base", 6)]
+    assert calls == [("world", 1), ("detector", 2), ("base", 6)]
 
 
-def test_an_unknown_part_is_named_before_anything_runs(made, folders):
-    with pytest.raises(OptionError, match=r"'eyes'.*world, finder, base"):
+def test_unknown_stage_fails_before_any_stage_runs(calls, folders):
+    with pytest.raises(OptionError, match=r"'eyes'.*world, detector, base"):
         builder.build(["world", "eyes"], **folders)
-    assert made == []
+    assert calls == []
 
 
-def test_fresh_forgets_what_was_begun(made, folders):
-    for name in ("world", "finder"):
+def test_fresh_deletes_earlier_runs_of_the_named_stages(calls, folders):
+    for name in ("world", "detector"):
         (folders["runs"] / name).mkdir(parents=True)
-    builder.build(["finder"], device="cpu", fresh=True, **folders)
+    builder.build(["detector"], device="cpu", fresh=True, **folders)
     assert [path.name for path in folders["runs"].iterdir()] == ["world"]
 
 
-def test_figures_are_appended_to_the_report(made, folders):
+def test_figures_are_appended_to_report(calls, folders):
     for _ in range(2):
-        builder.build(["finder"], minutes=3, device="cpu", **folders)
+        builder.build(["detector"], minutes=3, device="cpu", **folders)
     measurements = json.loads(folders["report"].read_text())["measurements"]
-    assert [measurement["name"] for measurement in measurements] == ["finder"] * 2
-    assert measurements[0]["command"] == "pulid mini build finder --minutes 3"
+    assert [measurement["name"] for measurement in measurements] == ["detector"] * 2
+    assert measurements[0]["command"] == "pulid mini build detector --minutes 3"
     assert measurements[0]["figures"] == {"figure": 0.1}
 
 
-def test_a_part_that_comes_too_early_says_so(folders):
-    shop = parts.BuildContext(folders["runs"], folders["weights"], torch.device("cpu"))
+def test_missing_models_of_earlier_stages_are_reported(folders):
+    context = BuildContext(folders["runs"], folders["weights"], torch.device("cpu"))
     with pytest.raises(WeightsError, match="pulid mini build"):
-        shop.words()
+        load_text_encoders(context)
 
 
-def test_a_stamp_leaves_the_weights_alone(tmp_path):
+def test_stamp_keeps_weights(tmp_path):
     unet = networks.small_unet()
     save_folder(unet, tmp_path)
-    parts.stamp(tmp_path, {"revision": "abc", "seed": 4})
+    stamp(tmp_path, {"revision": "abc", "seed": 4})
     (path,) = tmp_path.glob("*.safetensors")
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt", "revision": "abc", "seed": "4"}

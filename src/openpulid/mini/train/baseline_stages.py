@@ -17,10 +17,10 @@ from openpulid.mini.evaluation.parameter_probe import fit_probe, measure_probe
 from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
 from openpulid.mini.train.baseline_task import BaselineTask
 from openpulid.mini.train.baselines import BASELINES
+from openpulid.mini.train.build_context import BuildContext, stamp
 from openpulid.mini.train.portraits import Mixture, Portraits
 from openpulid.mini.train.progress import make_progress_printer
 from openpulid.mini.train.pulid import PORTRAITS
-from openpulid.mini.train.stages import BuildContext, stamp
 from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.presets import mini
 from openpulid.training.pulid.export import revision

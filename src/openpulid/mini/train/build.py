@@ -1,9 +1,9 @@
-"""`pulid mini build`: the miniature from nothing, part after part.
+"""`pulid mini build`: train the miniature from scratch, stage by stage.
 
     python -m openpulid.mini.train.build clip --minutes 10
 
-A part that was stopped goes on where it was; one that is finished is only written and measured again. What each gave is
-appended to `benchmarks/mini-build.json`.
+An interrupted stage continues where it stopped; a finished one is only written and measured again.
+The figures of every stage are appended to `benchmarks/mini-build.json`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,35 +20,9 @@ import torch
 from openpulid.bench.measurement import append_measurement, describe_measurement
 from openpulid.device import best_device
 from openpulid.errors import OptionError
-from openpulid.mini.train import baseline_stages as contest
-from openpulid.mini.train import baselines as rivals
-from openpulid.mini.train import stages as parts
-from openpulid.mini.train.stages import BuildContext
+from openpulid.mini.train.build_context import BuildContext, Stage
+from openpulid.mini.train.stages import BASELINE_STAGES, STAGES
 from openpulid.pipelines.presets import MINIATURE
-
-PARTS: dict[str, tuple[Callable[[BuildContext], dict[str, float]], float]] = {
-    "world": (parts.world, 12),
-    "finder": (parts.finder, 8),
-    "recognition-encoder": (parts.recogniser("encoder", 11), 12),
-    "recognition-loss": (parts.recogniser("loss", 12), 16),
-    "recognition-scorer": (parts.recogniser("scorer", 13), 12),
-    "clip": (parts.clip, 8),
-    "values": (contest.values, 2),
-    "vision": (parts.vision, 10),
-    "reader": (parts.reader, 6),
-    "autoencoder": (parts.autoencoder, 16),
-    "base": (parts.base, 66),
-    "lightning": (parts.lightning, 12),
-    "stage1": (parts.stage("stage1"), 45),
-    "naive": (parts.stage("naive"), 15),
-    "stage2": (parts.stage("stage2"), 25),
-    "stage3": (parts.stage("stage3"), 62),
-}
-"""Each part and its minutes on two cores: under four hours to the first adapter, a hundred minutes for the others."""
-BASELINES: dict[str, tuple[Callable[[BuildContext], dict[str, float]], float]] = {
-    name: (contest.part(name), 90) for name in rivals.NAMES
-}
-"""What `--method` names: PuLID's rivals, with the steps of its first stage and twice its minutes, if they need them."""
 
 
 def build(
@@ -61,66 +35,83 @@ def build(
     weights: Path = MINIATURE,
     report: Path = Path("benchmarks/mini-build.json"),
 ) -> dict[str, dict[str, float]]:
-    """Trains the named parts, or all, in their order.
+    """Train the named stages, or all, in their order.
 
     Args:
-        names: of `PARTS` or `BASELINES`; all of `PARTS` by default.
-        minutes: for all of them together, shared as their usual minutes are; those by default. The world takes what it takes.
-        device: where to compute; the best there is by default.
-        fresh: begin again instead of continuing.
-        runs: checkpoints, pictures and contact sheets; weights: what is shipped; report: the figures are appended here.
+        names: names of `STAGES` or `BASELINE_STAGES`; by default all of `STAGES`.
+        minutes: time budget of all stages together, shared in proportion to their usual durations;
+            by default those. Rendering the world ignores the budget.
+        device: where to compute; by default the best device.
+        fresh: delete earlier runs of the stages first.
+        runs: folder of datasets, checkpoints and sample sheets.
+        weights: folder where the weights are written.
+        report: JSON file to which the figures are appended.
 
     Returns:
-        part -> figures on held-out people.
+        Name of the stage -> figures on held-out people.
 
     Raises:
-        OptionError: no such part.
-        WeightsError: a part needs another one that has not been built.
+        OptionError: there is no stage with one of the names.
+        WeightsError: a stage needs another one that is not built yet.
     """
-    every = PARTS | BASELINES
-    unknown = [name for name in names or () if name not in every]
-    if unknown:
-        raise OptionError(f"there is no part {unknown[0]!r}; the parts are {', '.join(every)}.")
-    chosen = [name for name in every if (name in names if names else name in PARTS)]
-    usual = sum(every[name][1] for name in chosen)
-    found = {}
-    for name in chosen:
-        make, share = every[name]
+    stages = select_stages(names)
+    usual_minutes = sum(stage.minutes for stage in stages)
+    results = {}
+    for stage in stages:
         if fresh:
-            shutil.rmtree(runs / name, ignore_errors=True)
-        given = share if minutes is None else minutes * share / usual
-        shop = BuildContext(runs, weights, torch.device(device) if device else best_device(), given)
-        found[name] = make(shop)
-        append(report, name, found[name], shop)
-    return found
+            shutil.rmtree(runs / stage.name, ignore_errors=True)
+        budget = stage.minutes if minutes is None else minutes * stage.minutes / usual_minutes
+        torch_device = torch.device(device) if device else best_device()
+        context = BuildContext(runs, weights, torch_device, budget)
+        results[stage.name] = stage.train(context)
+        append_figures(report, stage.name, results[stage.name], context)
+    return results
 
 
-def append(report: Path, name: str, figures: Mapping[str, float], shop: BuildContext) -> None:
-    """Add the figures of a part to a JSON file of measurements, and print them."""
-    trained = {
-        key: {"steps": result.steps, "minutes": round(result.seconds / 60, 1)}
-        for key, result in shop.results.items()
+def select_stages(names: Sequence[str] | None) -> list[Stage]:
+    """Return the stages with these names in the order of the build; by default all of `STAGES`.
+
+    Raises:
+        OptionError: there is no stage with one of the names.
+    """
+    if not names:
+        return list(STAGES)
+    stages = [*STAGES, *BASELINE_STAGES]
+    known_names = [stage.name for stage in stages]
+    for name in names:
+        if name not in known_names:
+            raise OptionError(f"There is no part {name!r}; choose from {', '.join(known_names)}.")
+    return [stage for stage in stages if stage.name in names]
+
+
+def append_figures(
+    report: Path, name: str, figures: Mapping[str, float], context: BuildContext
+) -> None:
+    """Add the figures of a stage to a JSON file of measurements, and print them."""
+    trainings = {
+        training: {"steps": result.steps, "minutes": round(result.seconds / 60, 1)}
+        for training, result in context.results.items()
     }
     measurement = describe_measurement(
-        {"minutes": shop.minutes, "trained": trained},
+        {"minutes": context.minutes, "trained": trainings},
         dict(figures),
-        shop.device,
-        command=f"pulid mini build {name} --minutes {shop.minutes:g}",
+        context.device,
+        command=f"pulid mini build {name} --minutes {context.minutes:g}",
     )
     append_measurement(report, name, measurement)
     print(json.dumps({"name": name, **measurement}, indent=1), file=sys.stderr)
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "parts", nargs="*", help=f"in their order; all by default: {', '.join(PARTS)}"
-    )
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--device")
-    parser.add_argument("--fresh", action="store_true")
-    given = parser.parse_args()
-    build(given.parts or None, given.minutes, given.device, given.fresh)
+    names = ", ".join(stage.name for stage in STAGES)
+    parser.add_argument("parts", nargs="*", help=f"parts to build; all by default: {names}")
+    parser.add_argument("--minutes", type=float, help="time budget of all parts together")
+    parser.add_argument("--device", help="where to compute")
+    parser.add_argument("--fresh", action="store_true", help="delete earlier runs first")
+    options = parser.parse_args()
+    build(options.parts or None, options.minutes, options.device, options.fresh)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""Training of the 4-step student: one round of progressive distillation (Salimans & Ho, arXiv 2202.00512).
+"""Training of the 4-step student: one round of progressive distillation.
 
-The teacher is the base with guidance. It walks from noise to pictures in small steps, and what it passes on the way is
-kept; the student learns to reach each of four stations from the one before in a single step, without guidance. Kept walks
-cost the teacher's steps once, while the student sees each of them several times. The student must be sampled as it was
-taught: four first-order steps in trailing spacing, guidance 1.
+Salimans & Ho (arXiv 2202.00512). The teacher is the base model with guidance. It denoises in small
+steps, and its latents at the student's four timesteps are stored. The student learns to get from
+one of these timesteps to the next in a single step, without guidance. Stored trajectories cost the
+teacher's steps once, and the student uses each of them several times. The student must be sampled
+as it was trained: four first-order steps with trailing spacing and guidance 1.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from PIL import Image
 from torch import Tensor, nn
 
 from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.io.checkpoints import module_fingerprint
+from openpulid.mini.data.cache import ArrayCache
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.models.pipeline import TextEncoders, build_scheduler, predict
 from openpulid.mini.train.unet import GUIDANCE, STEPS, ImageEvaluator
@@ -32,16 +32,22 @@ STUDENT_TIMESTEPS = 4
 
 
 class TeacherTrajectories:
-    """The teacher's walks: stations (N, 5, C, s, s) float16 from noise to picture, and the sentences' tokens (N, L) uint8."""
+    """Latents that the teacher passes from noise to image, and the captions of the images.
 
-    def __init__(self, stations: np.ndarray, tokens: np.ndarray) -> None:
-        self.stations, self.tokens = stations, tokens
+    Attributes:
+        latents: (N, 5, C, s, s) float16 noise, and the latents after each quarter of the steps.
+        tokens: (N, L) uint8 tokens of the captions.
+    """
+
+    def __init__(self, latents: np.ndarray, tokens: np.ndarray) -> None:
+        self.latents = latents
+        self.tokens = tokens
 
     @classmethod
-    def of(
+    def build(
         cls,
         unet: Any,
-        words: TextEncoders,
+        text_encoders: TextEncoders,
         captions: Captions,
         count: int,
         folder: Path,
@@ -49,89 +55,142 @@ class TeacherTrajectories:
         seed: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> TeacherTrajectories:
-        """`count` walks, or those still missing in `folder`, where they are kept; the same for the same teacher and seed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        size, channels = unet.config.sample_size, unet.config.in_channels
-        shapes = {"stations": ((count, STUDENT_TIMESTEPS + 1, channels, size, size), np.float16),
-                  "tokens": ((count, captions.tokens.shape[-1]), np.uint8)}  # fmt: skip
-        marks, mark = folder / "walked.json", [module_fingerprint(unet), count, seed]
-        known = json.loads(marks.read_text()) if marks.exists() else {}
-        first = known["walked"] if known.get("mark") == mark else 0
-        mode = "r+" if first else "w+"
-        files = {
-            name: open_memmap(folder / f"{name}.npy", mode, dtype, shape)
-            for name, (shape, dtype) in shapes.items()
-        }
-        device = next(unet.parameters()).device
-        for start in range(first, count, batch):
-            rows = slice(start, min(start + batch, count))
+        """Compute trajectories, or load those that are cached; the files are memory-mapped.
+
+        Args:
+            unet: the teacher.
+            text_encoders: the frozen text encoders.
+            captions: captions to choose from.
+            count: number of trajectories.
+            folder: folder of the cache.
+            batch: trajectories per batch.
+            seed: determines captions and noise.
+            on_progress: called with the number of trajectories done and their total.
+        """
+        cache = ArrayCache(folder, {"unet": module_fingerprint(unet), "seed": seed}, count)
+        for start in range(cache.num_done, count, batch):
+            size = min(batch, count - start)
+            # The name of the generator is part of the seed, like those of StepRNG below.
             generator = generator_for(seed, "walks", start)
-            chosen = torch.randint(len(captions.tokens), (rows.stop - start,), generator=generator)
-            variants = torch.randint(captions.tokens.shape[1], chosen.shape, generator=generator)
-            tokens = captions.rows(chosen, variants)
-            noise = torch.randn(len(chosen), channels, size, size, generator=generator)
-            text, nothing = (
-                words(tokens.to(device)),
-                words(tokens.to(device), torch.zeros(len(tokens), dtype=torch.bool)),
-            )
-            passed = walk(unet, noise.to(device), text, nothing)
-            files["stations"][rows] = passed.to("cpu", torch.float16).numpy()
-            files["tokens"][rows] = tokens.numpy()
-            marks.write_text(json.dumps({"mark": mark, "walked": rows.stop}))
+            cache.write(_compute_batch(unet, text_encoders, captions, size, generator))
             if on_progress:
-                on_progress(rows.stop, count)
-        return cls(files["stations"], files["tokens"])
+                on_progress(cache.num_done, count)
+        return cls(cache.load("latents", mmap=True), cache.load("tokens", mmap=True))
+
+
+def _compute_batch(
+    unet: Any,
+    text_encoders: TextEncoders,
+    captions: Captions,
+    size: int,
+    generator: torch.Generator,
+) -> dict[str, np.ndarray]:
+    """Compute a batch of trajectories with random captions and noise."""
+    device = next(unet.parameters()).device
+    rows = torch.randint(len(captions.tokens), (size,), generator=generator)
+    variants = torch.randint(captions.tokens.shape[1], rows.shape, generator=generator)
+    tokens = captions.rows(rows, variants)
+    channels = unet.config.in_channels
+    side = unet.config.sample_size
+    noise = torch.randn(size, channels, side, side, generator=generator)
+    text = text_encoders(tokens.to(device))
+    empty_text = text_encoders(tokens.to(device), torch.zeros(size, dtype=torch.bool))
+    latents = compute_trajectories(unet, noise.to(device), text, empty_text)
+    return {
+        "latents": latents.to("cpu", torch.float16).numpy(),
+        "tokens": tokens.numpy().astype(np.uint8),
+    }
 
 
 @torch.no_grad()
-def walk(
+def compute_trajectories(
     unet: nn.Module,
     noise: Tensor,
     text: TextConditioning,
-    nothing: TextConditioning,
+    empty_text: TextConditioning,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> Tensor:
-    """The base's own way from noise (B, C, s, s) under guidance, as the preset samples: (B, 5, C, s, s) at the stations."""
+    """Denoise with classifier-free guidance as the preset does, and keep the latents on the way.
+
+    Args:
+        unet: the teacher.
+        noise: (B, C, s, s) initial noise.
+        text: the conditioning.
+        empty_text: the conditioning without caption.
+        steps: sampling steps, a multiple of `STUDENT_TIMESTEPS`.
+        guidance: guidance scale.
+
+    Returns:
+        (B, 5, C, s, s): the noise, and the latents after each quarter of the steps.
+    """
     sampler = build_scheduler()
     sampler.set_timesteps(steps, device=noise.device)
-    both = TextConditioning(
-        *(torch.cat(pair) for pair in zip(vars(nothing).values(), vars(text).values(), strict=True))
-    )
-    x, passed = noise, [noise]
+    pairs = zip(vars(empty_text).values(), vars(text).values(), strict=True)
+    both_texts = TextConditioning(*(torch.cat(pair) for pair in pairs))
+    x = noise
+    trajectory = [noise]
     for index, t in enumerate(sampler.timesteps, 1):
-        without, with_text = predict(unet, torch.cat([x, x]), t.expand(2 * len(x)), both).chunk(2)
-        x = sampler.step(without + guidance * (with_text - without), t, x, return_dict=False)[0]
+        prediction = predict(unet, torch.cat([x, x]), t.expand(2 * len(x)), both_texts)
+        without_text, with_text = prediction.chunk(2)
+        guided = without_text + guidance * (with_text - without_text)
+        x = sampler.step(guided, t, x, return_dict=False)[0]
         if index % (steps // STUDENT_TIMESTEPS) == 0:
-            passed.append(x)
-    return torch.stack(passed, 1)
+            trajectory.append(x)
+    return torch.stack(trajectory, 1)
 
 
 class StudentSchedule:
-    """The student's four times, and what it must predict to get from one to the next in one deterministic step."""
+    """The student's timesteps, and the prediction that leads from one to the next.
+
+    Attributes:
+        times: (4,) timesteps, decreasing.
+        signal: (5,) factors of the image at these times and at the end.
+        noise: (5,) factors of the noise.
+    """
 
     def __init__(self) -> None:
         sampler = build_scheduler()
         sampler.set_timesteps(STUDENT_TIMESTEPS)
-        self.times = sampler.timesteps.long()  # (4,), falling
-        known = NoiseSchedule(sampler.alphas_cumprod, sampler.config.prediction_type).alphas
-        kept = torch.cat([known[self.times], torch.ones(1, dtype=known.dtype)])
-        self.signal, self.noise = kept.sqrt().float(), (1 - kept).sqrt().float()  # (5,)
+        self.times = sampler.timesteps.long()
+        alphas = NoiseSchedule(sampler.alphas_cumprod, sampler.config.prediction_type).alphas
+        student_alphas = torch.cat([alphas[self.times], torch.ones(1, dtype=alphas.dtype)])
+        self.signal = student_alphas.sqrt().float()
+        self.noise = (1 - student_alphas).sqrt().float()
 
-    def target(self, here: Tensor, there: Tensor, index: Tensor) -> Tensor:
-        """The v-prediction that leads from x at station `index` (B,) to the teacher's x at the next; all (B, C, s, s).
+    def target(self, x: Tensor, x_next: Tensor, index: Tensor) -> Tensor:
+        """Compute the v-prediction of a deterministic step from one timestep to the next.
 
         With x_0 = a x - s v and eps = s x + a v the step ends at a' x_0 + s' eps, solved for v.
+
+        Args:
+            x: (B, C, s, s) latents at timestep `index`.
+            x_next: (B, C, s, s) the teacher's latents at the next timestep.
+            index: (B,) indices of timesteps.
+
+        Returns:
+            (B, C, s, s).
         """
-        a, s, a_next, s_next = self._coefficients(index, here)
-        return (there - (a_next * a + s_next * s) * here) / (s_next * a - a_next * s)
+        a, s, a_next, s_next = self._coefficients(index, x)
+        return (x_next - (a_next * a + s_next * s) * x) / (s_next * a - a_next * s)
 
     def weight(self, index: Tensor, like: Tensor) -> Tensor:
-        """(B,) truncated signal-to-noise: an error of x_0 counts max(SNR, 1) times (Salimans & Ho, section 4), here of v."""
+        """Compute the truncated SNR weighting (Salimans & Ho, section 4) of an error of v.
+
+        An error of x_0 has the weight max(SNR, 1).
+
+        Args:
+            index: (B,) indices of timesteps.
+            like: a tensor of the device and dtype.
+
+        Returns:
+            (B,) weights.
+        """
         a, s, _, _ = self._coefficients(index, like)
         return torch.maximum(a**2, s**2).flatten()
 
     def _coefficients(self, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+        """Return signal and noise at a timestep and at the next one, each (B, 1, 1, 1)."""
         table = [
             self.signal[index],
             self.noise[index],
@@ -142,49 +201,58 @@ class StudentSchedule:
 
 
 class LightningTask:
-    """Trains the student; a `training.loop.Task`.
+    """Trains the student; a `training.trainer.Task`.
 
     Args:
-        student: a copy of the base's U-Net.
-        words: the text encoders.
-        walks: the teacher's.
-        examination: with 4 steps of order 1 and guidance 1; None validates nothing.
-        batch: stations per step.
+        student: a copy of the base model's U-Net.
+        text_encoders: the frozen text encoders.
+        trajectories: of the teacher.
+        evaluator: with 4 steps of order 1 and guidance 1; None disables validation.
+        batch: samples per step.
         compiled: see `BaseTask`.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        words: TextEncoders,
-        walks: TeacherTrajectories,
-        examination: ImageEvaluator | None = None,
+        text_encoders: TextEncoders,
+        trajectories: TeacherTrajectories,
+        evaluator: ImageEvaluator | None = None,
         batch: int = 48,
         compiled: bool = False,
     ) -> None:
         self.student = student.to(memory_format=torch.channels_last)
         self.network = torch.compile(student) if compiled else student
-        self.words, self.walks, self.examination, self.batch = words, walks, examination, batch
-        self.stations = StudentSchedule()
+        self.text_encoders = text_encoders
+        self.trajectories = trajectories
+        self.evaluator = evaluator
+        self.batch = batch
+        self.schedule = StudentSchedule()
 
     def modules(self) -> Mapping[str, nn.Module]:
+        """Return the student."""
         return {"unet": self.student}
 
-    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
+    def losses(self, rng: StepRNG) -> Mapping[str, Tensor]:
+        """Compute the distillation loss of random trajectories and timesteps."""
         device = next(self.student.parameters()).device
-        rows = draw.indices(len(self.walks.tokens), self.batch)
-        index = draw.randint(STUDENT_TIMESTEPS, rows.shape, "station")
-        passed = torch.from_numpy(self.walks.stations[rows.numpy()]).float()
-        here, there = (passed[torch.arange(len(rows)), index + k].to(device) for k in (0, 1))
-        tokens = torch.from_numpy(self.walks.tokens[rows.numpy()].astype(np.int64)).to(device)
-        predicted = predict(
-            self.network, here, self.stations.times[index].to(device), self.words(tokens)
-        )
-        error = (predicted - self.stations.target(here, there, index)).square().flatten(1).mean(1)
-        return {"step": (error * self.stations.weight(index, error)).mean()}
+        rows = rng.indices(len(self.trajectories.tokens), self.batch)
+        index = rng.randint(STUDENT_TIMESTEPS, rows.shape, "station")
+        latents = torch.from_numpy(self.trajectories.latents[rows.numpy()]).float()
+        samples = torch.arange(len(rows))
+        x = latents[samples, index].to(device)
+        x_next = latents[samples, index + 1].to(device)
+        tokens = self.trajectories.tokens[rows.numpy()].astype(np.int64)
+        text = self.text_encoders(torch.from_numpy(tokens).to(device))
+        prediction = predict(self.network, x, self.schedule.times[index].to(device), text)
+        target = self.schedule.target(x, x_next, index)
+        error = (prediction - target).square().flatten(1).mean(1)
+        return {"step": (error * self.schedule.weight(index, error)).mean()}
 
     def validate(self) -> Mapping[str, float]:
-        return self.examination.figures(self.student, 64) if self.examination else {}
+        """Evaluate 64 prompts."""
+        return self.evaluator.evaluate(self.student, 64) if self.evaluator else {}
 
     def sheet(self) -> Image.Image | None:
-        return self.examination.sheet(self.student) if self.examination else None
+        """Draw images of the evaluation."""
+        return self.evaluator.draw_sheet(self.student) if self.evaluator else None

@@ -1,7 +1,8 @@
-"""Training of the miniature's text-to-image base: SDXL's architecture on cached latents, without any identity.
+"""Training of the miniature's text-to-image base: SDXL's architecture on cached latents.
 
-Faces are a third of a picture and the hardest part of it, so they weigh more in the loss. The examination makes images for
-sentences of scenes that no training has seen and reads the attributes back.
+There is no identity conditioning. The face covers a third of an image and is its hardest part, so
+it has a higher weight in the loss. The evaluation generates images for prompts of held-out scenes
+and recognizes the attributes in them.
 """
 
 from __future__ import annotations
@@ -35,151 +36,186 @@ from openpulid.training.pulid.branches import DiffusionStep
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.rng import StepRNG
 
-STEPS, GUIDANCE = 20, 3.0
-"""Of the examination, and of the preset."""
-UNIFORM = 0.25
-"""Share of the times that are drawn evenly."""
-DROPPED = 0.1
-"""Share of pictures without their sentence, for guidance."""
+STEPS = 20
+"""Sampling steps of the evaluation and of the preset."""
+GUIDANCE = 3.0
+"""Guidance scale of the evaluation and of the preset."""
+UNIFORM_SHARE = 0.25
+"""Share of the training times that are distributed uniformly."""
+CAPTION_DROPOUT = 0.1
+"""Share of training images without their caption, for classifier-free guidance."""
 
 
 @dataclass
 class ImageEvaluator:
-    """Makes images for sentences with held-out combinations and says how many of the wishes came true.
+    """Generates images for prompts of held-out scenes and measures how well they match.
 
     Attributes:
-        vae, words, tokenizer: what a U-Net needs to become a pipeline.
-        reader: reads attributes; finder: sees faces, or None before there is one.
-        asked: the wishes.
-        steps, guidance: of the sampler; order: 2, or 1 for a student of single steps.
+        vae: the autoencoder.
+        text_encoders: the text encoders.
+        tokenizer: the tokenizer of both text encoders.
+        classifier: recognizes attributes.
+        detector: detects faces; None if it is not trained yet.
+        prompts: the prompts.
+        steps: sampling steps.
+        guidance: guidance scale.
+        order: order of the solver; 2, or 1 for a few-step student.
     """
 
     vae: Any
-    words: TextEncoders
+    text_encoders: TextEncoders
     tokenizer: Any
-    reader: AttributeClassifier
-    finder: MiniFaceDetector | None = None
-    asked: tuple[EvalPrompt, ...] = ()
+    classifier: AttributeClassifier
+    detector: MiniFaceDetector | None = None
+    prompts: tuple[EvalPrompt, ...] = ()
     steps: int = STEPS
     guidance: float = GUIDANCE
     order: int = 2
 
     @classmethod
-    def with_wishes(cls, count: int, **parts: Any) -> ImageEvaluator:
-        """`count` wishes, one for each held-out person (who is not in the sentence)."""
-        return cls(**parts, asked=tuple(sample_prompts(count, 1)))
+    def with_prompts(cls, count: int, **options: Any) -> ImageEvaluator:
+        """Create an evaluator with `count` prompts, one per held-out person.
 
-    def images(self, unet: Any, count: int | None = None) -> Tensor:
-        """(B, 3, H, W) for the first `count` wishes."""
-        pipe = build_pipeline(unet, self.vae, self.words, self.tokenizer)
+        The prompt does not describe the person.
+
+        Args:
+            count: number of prompts.
+            **options: the other attributes.
+        """
+        return cls(**options, prompts=tuple(sample_prompts(count, 1)))
+
+    def generate(self, unet: Any, count: int | None = None) -> Tensor:
+        """Generate images (B, 3, H, W) for the first `count` prompts."""
+        pipe = build_pipeline(unet, self.vae, self.text_encoders, self.tokenizer)
         pipe.scheduler = type(pipe.scheduler).from_config(
             pipe.scheduler.config, solver_order=self.order
         )
-        asked = self.asked[:count]
-        prompts, seeds = [request.prompt for request in asked], [request.seed for request in asked]
-        return sample(pipe, prompts, seeds, steps=self.steps, guidance=self.guidance)
+        selected = self.prompts[:count]
+        texts = [prompt.prompt for prompt in selected]
+        seeds = [prompt.seed for prompt in selected]
+        return sample(pipe, texts, seeds, steps=self.steps, guidance=self.guidance)
 
     @torch.no_grad()
-    def figures(self, unet: Any, count: int | None = None) -> dict[str, float]:
-        """`attributes`: share of each sentence's wishes that can be seen; `face_found`."""
-        device = next(self.reader.parameters()).device
-        images = self.images(unet, count).to(device)
-        wanted = [request.wanted for request in self.asked[:count]]
-        found = {
-            "attributes": metrics.attribute_accuracy(self.reader(images), wanted).mean().item()
-        }
-        if self.finder is not None:
-            faces = self.finder.detect(images)
-            found["face_found"] = sum(face is not None for face in faces) / len(faces)
-        return found
+    def evaluate(self, unet: Any, count: int | None = None) -> dict[str, float]:
+        """Evaluate a U-Net on the first `count` prompts.
 
-    def sheet(self, unet: Any, count: int = 40) -> Image.Image:
-        pictures = to_pil(self.images(unet, count))
-        return image_grid(
-            [pictures[start : start + 8] for start in range(0, len(pictures), 8)], 144
-        )
+        Returns:
+            `attributes`, the share of the attributes in each prompt that the classifier recognizes
+            in its image, and `face_found`, the share of images with a detected face.
+        """
+        device = next(self.classifier.parameters()).device
+        images = self.generate(unet, count).to(device)
+        expected = [prompt.wanted for prompt in self.prompts[:count]]
+        accuracy = metrics.attribute_accuracy(self.classifier(images), expected)
+        results = {"attributes": accuracy.mean().item()}
+        if self.detector is not None:
+            faces = self.detector.detect(images)
+            results["face_found"] = sum(face is not None for face in faces) / len(faces)
+        return results
+
+    def draw_sheet(self, unet: Any, count: int = 40) -> Image.Image:
+        """Draw the images of the first `count` prompts, eight per row."""
+        images = to_pil(self.generate(unet, count))
+        return image_grid([images[start : start + 8] for start in range(0, len(images), 8)], 144)
 
 
-def often_middle(uniform: Tensor) -> Tensor:
-    """(B,) uniform numbers in [0, 1) -> as many in [0, 1), a quarter of them uniform, the others logit-normal about 0.31.
+def warp_uniform_times(uniform: Tensor) -> Tensor:
+    """Map uniform numbers in [0, 1) to training times in [0, 1).
 
-    With uniform times half of all training goes where only the coarsest colours show through the noise. Faces are decided
-    below; Karras et al. (2022) and Esser et al. (2024) choose their times in the same way.
+    A quarter of the times is uniform. The others are logit-normal with median 0.31. With uniform
+    times half of the training would be spent where only the coarsest colors are visible through the
+    noise; faces are decided below. Karras et al. (2022) and Esser et al. (2024) choose their times
+    in the same way.
+
+    Args:
+        uniform: (B,) numbers.
+
+    Returns:
+        (B,) times.
     """
-    rest = ((uniform - UNIFORM) / (1 - UNIFORM)).clamp(1e-4, 1 - 1e-4)
-    normal = -0.8 + torch.special.ndtri(rest.double())
-    return torch.where(uniform < UNIFORM, uniform / UNIFORM, torch.sigmoid(normal).float()).clamp(
-        max=1 - 1e-6
+    quantile = ((uniform - UNIFORM_SHARE) / (1 - UNIFORM_SHARE)).clamp(1e-4, 1 - 1e-4)
+    normal = -0.8 + torch.special.ndtri(quantile.double())
+    times = torch.where(
+        uniform < UNIFORM_SHARE, uniform / UNIFORM_SHARE, torch.sigmoid(normal).float()
     )
+    return times.clamp(max=1 - 1e-6)
 
 
 class BaseTask:
-    """Trains the U-Net; a `training.loop.Task`.
+    """Trains the U-Net; a `training.trainer.Task`.
 
     Args:
-        unet: from `pipeline.build_unet`.
-        words: the text encoders.
-        latents, captions: training pictures and their sentences.
-        examination: None validates nothing.
-        batch: pictures per step.
-        inside: weight of the face over the rest.
-        gamma: above this signal-to-noise ratio + 1 the loss is scaled down to it: what little noise is left there cannot be
-            told from the picture, and would fill the loss. Below it all times count alike, unlike with min-SNR, which for
-            the v-prediction forgets the first steps, where colours and poses are decided.
-        compiled: minutes once for a U-Net that is 1.4 times as fast on a CPU; needs a C++ compiler there.
+        unet: from `models.pipeline.build_unet`.
+        text_encoders: the frozen text encoders.
+        latents: latents of the training images.
+        captions: their captions.
+        evaluator: None disables validation.
+        batch: images per step.
+        face_weight: weight of the face relative to the other pixels.
+        gamma: losses at a signal-to-noise ratio above `gamma` - 1 are scaled down to it. The little
+            noise there cannot be distinguished from the image and would dominate the loss. Below it
+            all times have the same weight. Min-SNR, in contrast, for v-prediction gives almost no
+            weight to the first steps, in which colors and poses are decided.
+        compiled: whether to compile the U-Net. Takes minutes once and makes it 1.4 times as fast on
+            a CPU; requires a C++ compiler there.
     """
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        words: TextEncoders,
+        text_encoders: TextEncoders,
         latents: Latents,
         captions: Captions,
-        examination: ImageEvaluator | None = None,
+        evaluator: ImageEvaluator | None = None,
         batch: int = 64,
-        inside: float = 3.0,
+        face_weight: float = 3.0,
         gamma: float = 5.0,
         compiled: bool = False,
     ) -> None:
         self.unet = unet.to(memory_format=torch.channels_last)
         if next(unet.parameters()).device.type == "cpu":
-            # plain matrix products: a tenth faster on a CPU than fused attention in float32, the loop's own remedy
+            # On a CPU in float32, plain matrix products are 10% faster than fused attention.
             self.unet.set_attn_processor(AttnProcessor())
         self.network = torch.compile(self.unet) if compiled else self.unet
-        self.words, self.latents, self.captions, self.examination = (
-            words,
-            latents,
-            captions,
-            examination,
-        )
-        self.batch, self.gamma = batch, gamma
-        known = build_scheduler()
-        self.schedule = NoiseSchedule(known.alphas_cumprod, known.config.prediction_type)
-        self.loss = DiffusionLoss(self.schedule, face_weight=inside)
+        self.text_encoders = text_encoders
+        self.latents = latents
+        self.captions = captions
+        self.evaluator = evaluator
+        self.batch = batch
+        self.gamma = gamma
+        scheduler = build_scheduler()
+        self.schedule = NoiseSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        self.loss = DiffusionLoss(self.schedule, face_weight=face_weight)
 
     def modules(self) -> Mapping[str, nn.Module]:
+        """Return the U-Net."""
         return {"unet": self.unet}
 
-    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
+    def losses(self, rng: StepRNG) -> Mapping[str, Tensor]:
+        """Compute the diffusion loss of a random batch."""
         device = next(self.unet.parameters()).device
-        rows = draw.indices(len(self.latents.images), self.batch)
-        clean, faces = self.latents.rows(rows, device)
-        variants = draw.randint(self.captions.tokens.shape[1], rows.shape, "variants")
-        kept = draw.rand(rows.shape, "drop") >= DROPPED
-        text = self.words(self.captions.rows(rows, variants).to(device), kept.to(device))
-        noise = draw.randn(clean.shape, "noise").to(device)
-        # one number out of each of B equal spans: the loss is calmer than with B free ones
-        spread = (torch.arange(len(rows)) + draw.rand(rows.shape, "time")) / len(rows)
-        t = self.schedule.sample_timesteps(often_middle(spread)).to(device)
+        rows = rng.indices(len(self.latents.images), self.batch)
+        clean, face_masks = self.latents.rows(rows, device)
+        variants = rng.randint(self.captions.tokens.shape[1], rows.shape, "variants")
+        has_caption = rng.rand(rows.shape, "drop") >= CAPTION_DROPOUT
+        tokens = self.captions.rows(rows, variants)
+        text = self.text_encoders(tokens.to(device), has_caption.to(device))
+        noise = rng.randn(clean.shape, "noise").to(device)
+        # Stratified: one number from each of B equal intervals. The loss varies less than with B
+        # independent numbers.
+        uniform = (torch.arange(len(rows)) + rng.rand(rows.shape, "time")) / len(rows)
+        t = self.schedule.sample_timesteps(warp_uniform_times(uniform)).to(device)
         x_t = self.schedule.add_noise(clean, noise, t)
         step = DiffusionStep(
             predict(self.network, x_t, t, text), self.schedule.target(clean, noise, t), x_t, t
         )
         weight = (self.gamma / (self.schedule.snr(t) + 1)).clamp(max=1.0)
-        return {"diffusion": (self.loss.per_sample(step, faces) * weight).mean()}
+        return {"diffusion": (self.loss.per_sample(step, face_masks) * weight).mean()}
 
     def validate(self) -> Mapping[str, float]:
-        return self.examination.figures(self.unet, 64) if self.examination else {}
+        """Evaluate 64 prompts."""
+        return self.evaluator.evaluate(self.unet, 64) if self.evaluator else {}
 
     def sheet(self) -> Image.Image | None:
-        return self.examination.sheet(self.unet) if self.examination else None
+        """Draw images of the evaluation."""
+        return self.evaluator.draw_sheet(self.unet) if self.evaluator else None

@@ -1,0 +1,32 @@
+"""Build stage of the PuLID adapters."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from openpulid.mini.train.build_context import BuildContext
+from openpulid.mini.train.pulid import train
+from openpulid.training.pulid.export import save_adapter
+from openpulid.training.pulid.recipes import find_recipe
+
+
+def train_adapter(context: BuildContext, *, name: str) -> dict[str, float]:
+    """Train the adapter of the recipe `mini_NAME` and write it in bfloat16.
+
+    Args:
+        context: of the build.
+        name: name of the stage.
+    """
+    recipe = find_recipe(f"mini_{name}")
+    adapter, result = train(
+        recipe,
+        context.runs / name,
+        minutes=context.minutes,
+        device=context.device,
+        runs=context.runs,
+        weights=context.weights,
+    )
+    context.results[name] = result
+    path = context.weights / f"pulid-{name}.safetensors"
+    save_adapter(deepcopy(adapter).bfloat16(), path, recipe, result)
+    return dict(result.metrics)

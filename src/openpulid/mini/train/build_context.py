@@ -1,0 +1,182 @@
+"""What the stages of the miniature's build share: folders, datasets, device and time budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerFast
+
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.errors import TrainingError, WeightsError
+from openpulid.mini.data.captions import Captions
+from openpulid.mini.data.latents import Latents
+from openpulid.mini.train.progress import make_progress_printer
+from openpulid.training.config import TrainerConfig
+from openpulid.training.precision import autocast
+from openpulid.training.pulid.export import revision
+from openpulid.training.trainer import Task, TrainingResult, run
+from openpulid.world.dataset import Plan, WorldDataset
+
+
+@dataclass
+class BuildContext:
+    """Folders, device and time budget of a stage, and the results of its trainings.
+
+    Attributes:
+        runs: folder of datasets, checkpoints and caches.
+        weights: folder of the trained weights.
+        device: where to compute.
+        minutes: time budget of the stage; None trains all steps.
+        results: name of the training -> its result, filled by `train`.
+        plan: plan of the training images.
+        held_out_plan: plan of the images of held-out people.
+        portrait_plan: plan of the images of many people in simple scenes.
+    """
+
+    runs: Path
+    weights: Path
+    device: torch.device
+    minutes: float | None = None
+    results: dict[str, TrainingResult] = field(default_factory=dict)
+    plan: Plan = field(default_factory=Plan)
+    held_out_plan: Plan = field(default_factory=lambda: Plan(people=256, scenes=8, held_out=True))
+    portrait_plan: Plan = field(
+        default_factory=lambda: Plan(people=6144, scenes=2, seed=3, portraits=True)
+    )
+
+    @cached_property
+    def data(self) -> WorldDataset:
+        """The dataset of training images."""
+        return self.open("world")
+
+    @cached_property
+    def held_out(self) -> WorldDataset:
+        """The dataset of held-out people."""
+        return self.open("world-held-out")
+
+    def open(self, name: str) -> WorldDataset:
+        """Open a dataset of the synthetic world.
+
+        Raises:
+            TrainingError: it does not exist.
+        """
+        try:
+            return WorldDataset.open(self.runs / name)
+        except FileNotFoundError as error:
+            raise TrainingError(str(error)) from None
+
+    def train(
+        self, name: str, task: Task, config: TrainerConfig, time_share: float = 1.0
+    ) -> TrainingResult:
+        """Run a task in its own folder, or continue its run.
+
+        Args:
+            name: name of the folder and of the result.
+            task: the task.
+            config: configuration of the trainer.
+            time_share: share of the stage's time budget.
+        """
+        minutes = None if self.minutes is None else time_share * self.minutes
+        self.results[name] = run(
+            task, config, self.runs / name, minutes=minutes, device=self.device
+        )
+        return self.results[name]
+
+    def facts(self, name: str, config: TrainerConfig) -> dict[str, object]:
+        """Return the facts about a training that are stored with its weights."""
+        result = self.results[name]
+        return {
+            "revision": revision(),
+            "seed": config.seed,
+            "steps": result.steps,
+            "minutes": round(result.seconds / 60, 1),
+        }
+
+    def folder(self, cls: Any, *names: str) -> Any:
+        """Load a trained model of diffusers or transformers in float32, frozen.
+
+        Args:
+            cls: class of the model.
+            *names: path of its folder below the weights.
+
+        Raises:
+            WeightsError: the model is not trained yet.
+        """
+        folder = self.weights.joinpath(*names)
+        if not (folder / "config.json").exists():
+            raise WeightsError(
+                f"{folder} does not exist yet; run the earlier stages of `pulid mini build` first."
+            )
+        model = cls.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Load the tokenizer of the pipeline."""
+        return PreTrainedTokenizerFast.from_pretrained(
+            self.weights / "pipeline" / "tokenizer", local_files_only=True
+        )
+
+    def vae(self) -> PatchAutoencoderKL:
+        """Load the autoencoder of the pipeline."""
+        vae = self.folder(PatchAutoencoderKL, "pipeline", "vae")
+        return vae.to(memory_format=torch.channels_last)
+
+    def captions(self, name: str = "world", tokenizer: Any = None) -> Captions:
+        """Tokenize the captions of a dataset, or load them from the cache.
+
+        Args:
+            name: name of the dataset.
+            tokenizer: by default that of the pipeline.
+        """
+        folder = self.runs / f"captions{name.removeprefix('world')}"
+        return Captions.build(
+            self.open(name),
+            self.tokenizer() if tokenizer is None else tokenizer,
+            folder,
+            on_progress=make_progress_printer("captions"),
+        )
+
+    def latents(self, name: str = "world") -> Latents:
+        """Encode the images of a dataset, or load their latents from the cache."""
+        folder = self.runs / f"latents{name.removeprefix('world')}"
+        with autocast(self.device):
+            return Latents.build(
+                self.vae(),
+                self.open(name),
+                folder,
+                on_progress=make_progress_printer("latents"),
+            )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the build.
+
+    Attributes:
+        name: name on the command line and of the folder of its run.
+        minutes: usual duration on two CPU cores.
+        train: trains the stage's models, writes their weights and returns its figures on held-out
+            people.
+    """
+
+    name: str
+    minutes: float
+    train: Callable[[BuildContext], dict[str, float]]
+
+
+def stamp(path: Path, facts: Mapping[str, object]) -> None:
+    """Add facts to the metadata of a safetensors file, or of all such files in a folder."""
+    files = [path] if path.is_file() else path.rglob("*.safetensors")
+    for file in files:
+        with safe_open(file, framework="pt") as reader:
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+            metadata = dict(reader.metadata() or {})
+        metadata |= {key: str(value) for key, value in facts.items()}
+        save_file(tensors, file, metadata=metadata)

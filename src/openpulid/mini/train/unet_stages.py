@@ -1,0 +1,105 @@
+"""Build stages of the text-to-image base model and its few-step student."""
+
+from __future__ import annotations
+
+import shutil
+from copy import deepcopy
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from openpulid.mini.data.captions import Captions
+from openpulid.mini.data.latents import Latents
+from openpulid.mini.models.pipeline import build_pipeline, build_unet, save_folder
+from openpulid.mini.train.build_context import BuildContext, stamp
+from openpulid.mini.train.build_models import load_image_evaluator, load_text_encoders
+from openpulid.mini.train.distill import STUDENT_TIMESTEPS, LightningTask, TeacherTrajectories
+from openpulid.mini.train.progress import make_progress_printer
+from openpulid.mini.train.pulid import PORTRAITS
+from openpulid.mini.train.unet import BaseTask
+from openpulid.training.config import TrainerConfig
+from openpulid.training.precision import autocast
+
+NUM_TRAJECTORIES = 4096
+"""Trajectories of the teacher; they take about nine minutes on two cores."""
+DISTILLATION_TIME_SHARE = 0.6
+"""Share of the student's time budget that is left for training after the trajectories."""
+
+
+def train_base(context: BuildContext) -> dict[str, float]:
+    """Train the U-Net of the base model and write the pipeline's configuration."""
+    config = TrainerConfig(
+        steps=200_000,
+        lr=3e-3,
+        optimizer="muon",
+        weight_decay=0.1,
+        warmup=100,
+        decay=0.6,
+        ema=0.999,
+        seed=4,
+        validate_every=1500,
+    )
+    torch.manual_seed(config.seed)
+    # The portraits add people: "world" has few families with many images each.
+    datasets = ("world", PORTRAITS)
+    latents = Latents.concatenate([context.latents(name) for name in datasets])
+    captions = Captions.concatenate([context.captions(name) for name in datasets])
+    text_encoders = load_text_encoders(context)
+    evaluator = load_image_evaluator(context)
+    unet = build_unet(
+        latents.images.shape[1],
+        text_encoders.width,
+        text_encoders.second.config.projection_dim,
+        size=latents.images.shape[-1],
+    )
+    is_compiled = can_compile(context.device)
+    task = BaseTask(unet, text_encoders, latents, captions, evaluator, compiled=is_compiled)
+    context.train("base", task, config)
+    folder = context.weights / "pipeline"
+    save_folder(unet, folder / "unet")
+    stamp(folder / "unet", context.facts("base", config))
+    pipe = build_pipeline(unet, evaluator.vae, text_encoders, evaluator.tokenizer)
+    pipe.scheduler.save_pretrained(folder / "scheduler")
+    pipe.save_config(folder)
+    return evaluator.evaluate(unet)
+
+
+def train_student(context: BuildContext) -> dict[str, float]:
+    """Compute trajectories of the base model and train its 4-step student on them."""
+    config = TrainerConfig(
+        steps=60_000,
+        lr=1e-3,
+        optimizer="muon",
+        warmup=50,
+        decay=0.5,
+        ema=0.998,
+        seed=5,
+        validate_every=2000,
+    )
+    torch.manual_seed(config.seed)
+    text_encoders = load_text_encoders(context)
+    teacher = context.folder(UNet2DConditionModel, "pipeline", "unet").to(
+        memory_format=torch.channels_last
+    )
+    with autocast(context.device):
+        trajectories = TeacherTrajectories.build(
+            teacher,
+            text_encoders,
+            context.captions(),
+            NUM_TRAJECTORIES,
+            context.runs / "lightning" / "trajectories",
+            on_progress=make_progress_printer("trajectories"),
+        )
+    student = deepcopy(teacher).requires_grad_(True)
+    evaluator = load_image_evaluator(context, steps=STUDENT_TIMESTEPS, guidance=1.0, order=1)
+    is_compiled = can_compile(context.device)
+    task = LightningTask(student, text_encoders, trajectories, evaluator, compiled=is_compiled)
+    context.train("lightning", task, config, DISTILLATION_TIME_SHARE)
+    save_folder(student, context.weights / "lightning")
+    stamp(context.weights / "lightning", context.facts("lightning", config))
+    return evaluator.evaluate(student)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Check whether `torch.compile` can run: on a CPU it requires a C++ compiler."""
+    return device.type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++"))
