@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from openpulid.faces.mini_detector import FACE, MiniDetection, MiniFaceDetector
-from openpulid.mini.data import negatives as made
+from openpulid.mini.data import negatives
 from openpulid.mini.train.detector import (
     DetectorBatch,
     DetectorTask,
@@ -17,7 +17,7 @@ from openpulid.training.rng import StepRNG
 
 @pytest.fixture(scope="module")
 def photos():
-    return made.load_photographs()
+    return negatives.load_photographs()
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def task(small_world, photos):
     )
 
 
-def spots(seed: int = 0) -> DetectorBatch:
-    """Black pictures whose landmarks are white spots of the face part, so that both can be followed."""
+def make_spots(seed: int = 0) -> DetectorBatch:
+    """Make black images with a white spot, labeled as a part, at each landmark."""
     generator = torch.Generator().manual_seed(seed)
     landmarks = 35 + 26 * torch.rand(6, 5, 2, generator=generator)
     landmarks[:, 1, 0] = landmarks[:, 0, 0] + 20
@@ -50,21 +50,21 @@ def spots(seed: int = 0) -> DetectorBatch:
 
 
 @pytest.mark.parametrize("change", [apply_random_affine, apply_random_flip])
-def test_landmarks_and_parts_follow_the_picture(change):
-    batch = change(spots(), torch.Generator().manual_seed(1))
+def test_landmarks_and_parts_follow_the_image(change):
+    batch = change(make_spots(), torch.Generator().manual_seed(1))
     for image, landmarks, parts in zip(batch.images, batch.landmarks, batch.parts, strict=True):
         for x, y in landmarks.long().tolist():
             assert image[:, y - 1 : y + 2, x - 1 : x + 2].max() > 0.75
             assert parts[y, x] == 1
 
 
-def test_mirrored_eyes_stay_in_image_order():
-    batch = apply_random_flip(spots(), torch.Generator().manual_seed(1))
+def test_flip_keeps_left_landmarks_left():
+    batch = apply_random_flip(make_spots(), torch.Generator().manual_seed(1))
     assert (batch.landmarks[:, 0, 0] < batch.landmarks[:, 1, 0]).all()
 
 
-def test_examples_hold_both_kinds(task):
-    batch = task.examples(np.arange(6), 6, torch.Generator().manual_seed(0))
+def test_batch_contains_positives_and_negatives(task):
+    batch = task.sample_batch(np.arange(6), 6, torch.Generator().manual_seed(0))
     assert batch.images.shape == (12, 3, 96, 96) and batch.parts.shape == (12, 96, 96)
     assert batch.real.sum() == 6
     shares = (batch.parts == FACE).float().mean((1, 2))
@@ -72,41 +72,43 @@ def test_examples_hold_both_kinds(task):
 
 
 @pytest.mark.parametrize("count", [3, 9, 24])
-def test_strangers_are_as_many_as_asked(small_world, photos, count):
+def test_make_negatives_returns_requested_count(small_world, photos, count):
     images = torch.from_numpy(small_world.images).float() / 255
     parts = torch.from_numpy(small_world.parts).float()
-    for some in (photos, {}):
-        found, labels = make_negatives(images, parts, some, count, torch.Generator().manual_seed(0))
-        assert found.shape == (count, 3, 96, 96) and labels.shape == (count, 96, 96)
-        assert found.min() >= 0 and found.max() <= 1
+    for available in (photos, {}):
+        negative, labels = make_negatives(
+            images, parts, available, count, torch.Generator().manual_seed(0)
+        )
+        assert negative.shape == (count, 3, 96, 96) and labels.shape == (count, 96, 96)
+        assert negative.min() >= 0 and negative.max() <= 1
 
 
-def test_photographs_come_from_the_installed_packages_and_some_are_kept_apart(task, photos):
+def test_some_photographs_of_installed_packages_are_held_out(task, photos):
     assert {"astronaut", "grace_hopper", "chelsea", "face-0"} <= set(photos)
     assert all(image.dtype == torch.uint8 and image.shape[0] == 3 for image in photos.values())
-    assert not set(task.photos) & set(task.strange)
+    assert not set(task.photos) & set(task.held_out_photos)
 
 
-def test_losses_are_repeatable_and_train_everything(task):
-    first, again = (task.losses(StepRNG(0, 3)) for _ in range(2))
+def test_losses_are_deterministic_and_reach_all_parameters(task):
+    first, second = (task.losses(StepRNG(0, 3)) for _ in range(2))
     assert set(first) == {"score", "landmarks", "parts"}
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
     sum(first.values()).backward()
-    assert all(p.grad is not None for p in task.finder.parameters())
+    assert all(p.grad is not None for p in task.detector.parameters())
 
 
-def test_a_perfect_finding_has_no_loss():
-    batch = spots()
+def test_perfect_detection_has_no_loss():
+    batch = make_spots()
     parts = torch.nn.functional.one_hot(batch.parts.long(), 8).permute(0, 3, 1, 2) * 100.0
-    finding = MiniDetection(torch.full((6,), 50.0), torch.zeros(6, 4), batch.landmarks, parts)
+    detection = MiniDetection(torch.full((6,), 50.0), torch.zeros(6, 4), batch.landmarks, parts)
     losses = compute_detector_losses(
-        finding, DetectorBatch(batch.images, batch.real, batch.landmarks, batch.parts.long())
+        detection, DetectorBatch(batch.images, batch.real, batch.landmarks, batch.parts.long())
     )
     assert all(loss < 1e-6 for loss in losses.values())
 
 
-def test_it_learns(task):
-    optimizer = torch.optim.AdamW(task.finder.parameters(), lr=5e-3)
+def test_training_reduces_loss(task):
+    optimizer = torch.optim.AdamW(task.detector.parameters(), lr=5e-3)
     totals = []
     for step in range(15):
         losses = task.losses(StepRNG(0, step))
@@ -115,8 +117,8 @@ def test_it_learns(task):
         optimizer.step()
         totals.append(sum(losses.values()).item())
     assert np.mean(totals[-4:]) < 0.75 * np.mean(totals[:3])
-    task.finder.eval()
-    figures = task.validate()
-    assert set(figures) == {"landmarks", "landmarks_p95", "iou", "found", "refused"}
-    assert figures["landmarks"] < 0.5
+    task.detector.eval()
+    metrics = task.validate()
+    assert set(metrics) == {"landmarks", "landmarks_p95", "iou", "found", "refused"}
+    assert metrics["landmarks"] < 0.5
     assert task.sheet().size == (960, 384)

@@ -72,7 +72,7 @@ def test_id_loss_references_show_the_requested_occluder(monkeypatch) -> None:
     asked: list[np.ndarray] = []
     monkeypatch.setattr(
         portraits_module,
-        "faces_of",
+        "load_faces",
         lambda data, rows, device: (asked.append(rows), (torch.zeros(len(rows)),))[1],
     )
     portraits = Portraits(data, data, data, data, data, batch_size=6, paired=True)

@@ -13,7 +13,7 @@ from openpulid.identity.extractor import MiniExtractor
 from openpulid.io.checkpoints import module_fingerprint
 from openpulid.mini.data.cache import ArrayCache
 from openpulid.mini.train.autoencoder import batches
-from openpulid.mini.train.recognition import faces_of
+from openpulid.mini.train.recognition import load_faces
 from openpulid.world.dataset import WorldDataset
 
 
@@ -72,7 +72,7 @@ class FaceFeatures:
 def _extract(
     extractor: MiniExtractor, data: WorldDataset, rows: np.ndarray
 ) -> dict[str, np.ndarray]:
-    id_cond, hidden = extractor.extract_batch(*faces_of(data, rows, extractor.device))
+    id_cond, hidden = extractor.extract_batch(*load_faces(data, rows, extractor.device))
     return {
         "id_cond": id_cond.float().cpu().numpy(),
         "hidden": torch.stack(hidden, 1).half().cpu().numpy(),

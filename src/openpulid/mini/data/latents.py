@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d
 from openpulid.io.checkpoints import module_fingerprint
 from openpulid.mini.data.cache import ArrayCache
 from openpulid.mini.train.autoencoder import PatchAutoencoderKL, batches
-from openpulid.mini.train.recognition import faces_of
+from openpulid.mini.train.recognition import load_faces
 from openpulid.world.dataset import WorldDataset
 
 
@@ -70,7 +70,7 @@ class Latents:
 
 @torch.no_grad()
 def _encode(vae: PatchAutoencoderKL, data: WorldDataset, rows: np.ndarray) -> dict[str, np.ndarray]:
-    images, masks, _ = faces_of(data, rows, vae.device)
+    images, masks, _ = load_faces(data, rows, vae.device)
     images = (2 * images - 1).contiguous(memory_format=torch.channels_last)
     latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
     face_masks = avg_pool2d(masks, images.shape[-1] // latents.shape[-1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from openpulid.mini.train.autoencoder import batches
-from openpulid.mini.train.recognition import FACIAL_COLUMNS, aligned_rows, embedded
+from openpulid.mini.train.recognition import FACIAL_COLUMNS, embed_crops, load_aligned_crops
 from openpulid.world import Person
 from openpulid.world.dataset import WorldDataset
 
@@ -104,7 +104,7 @@ def embed_examples(
     embeddings = []
     parameters = []
     for rows in batches(len(data), limit):
-        embeddings.append(embedded(recognition, aligned_rows(data, rows)))
+        embeddings.append(embed_crops(recognition, load_aligned_crops(data, rows)))
         parameters.append(torch.from_numpy(np.asarray(data.vectors[rows][:, FACIAL_COLUMNS])))
         if on_progress:
             on_progress(len(embeddings), -(-limit // len(rows)))

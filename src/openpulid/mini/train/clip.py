@@ -1,7 +1,7 @@
-"""What compares words and pictures in the miniature, trained in one run on pictures and their sentences.
+"""Training and evaluation of the miniature's CLIP and text encoders on images and their captions.
 
-A small `transformers.CLIPModel`, whose text tower is also SDXL's second text encoder; and SDXL's first text encoder, a
-smaller `CLIPTextModel`, against the same picture embeddings.
+One run trains a small `transformers.CLIPModel`, whose text encoder is also SDXL's second text
+encoder, and SDXL's first text encoder, a smaller `CLIPTextModel`, on the same image embeddings.
 """
 
 from __future__ import annotations
@@ -29,72 +29,107 @@ from openpulid.io.image_grid import captioned_grid, to_pil
 from openpulid.mini.data.augment import augment
 from openpulid.mini.data.captions import Captions, token_ids
 from openpulid.mini.train.attribute_classifier import AttributeHeads, attribute_loss
-from openpulid.mini.train.recognition import faces_of
+from openpulid.mini.train.recognition import load_faces
 from openpulid.training.rng import StepRNG, generator_for
 from openpulid.world.dataset import WorldDataset
 
-EMBEDDING = 128
-"""Width of what pictures and sentences are compared in, and SDXL's pooled text."""
-WORD, PLACE = 1.0, 0.5
-"""Standard deviations of a text tower's first embeddings. CLIP's own 0.02 is a tenth of what the first block adds at its start:
-in a short training words that matter little to the contrast (sad, bearded) stay too quiet for a U-Net to hear."""
+EMBEDDING_DIM = 128
+"""Dimension of the shared embedding of images and captions, and of SDXL's pooled text."""
+TOKEN_STD = 1.0
+"""Standard deviation of initial token embeddings.
+
+CLIP's own 0.02 is a tenth of what the first block initially adds. In a short training, words that
+matter little to the contrastive loss (sad, bearded) would stay too weak for a U-Net to use."""
+POSITION_STD = 0.5
+"""Standard deviation of initial position embeddings."""
 
 
-def text_config(tokenizer: Tokenizer, width: int, layers: int = 3) -> CLIPTextConfig:
-    """A text tower over the closed vocabulary; heads of 32."""
+def build_text_config(tokenizer: Tokenizer, width: int, layers: int = 3) -> CLIPTextConfig:
+    """Build the configuration of a text encoder for the tokenizer's closed vocabulary.
+
+    Args:
+        tokenizer: defines vocabulary, length and special tokens.
+        width: hidden size, a multiple of 32, the size of an attention head.
+        layers: number of transformer blocks.
+    """
     return CLIPTextConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=tokenizer.model_max_length,
-        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=width // 32,
-        projection_dim=EMBEDDING, hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        projection_dim=EMBEDDING_DIM,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def build_clip(
     tokenizer: Tokenizer, size: int = 96, patch: int = 12, width: int = 128, layers: int = 4
 ) -> CLIPModel:
-    """CLIP for `size` px pictures with random weights."""
+    """Build CLIP with random weights.
+
+    Args:
+        tokenizer: defines the vocabulary of the text encoder.
+        size: image size in pixels.
+        patch: patch size in pixels.
+        width: hidden size of the vision encoder, a multiple of 32.
+        layers: transformer blocks of the vision encoder.
+    """
     vision = CLIPVisionConfig(
-        image_size=size, patch_size=patch, hidden_size=width, intermediate_size=3 * width,
-        num_hidden_layers=layers, num_attention_heads=width // 32, projection_dim=EMBEDDING, hidden_act="gelu",
-    )  # fmt: skip
-    text = text_config(tokenizer, width=128)
+        image_size=size,
+        patch_size=patch,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        projection_dim=EMBEDDING_DIM,
+        hidden_act="gelu",
+    )
+    text = build_text_config(tokenizer, width=128)
     config = CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBEDDING
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=EMBEDDING_DIM
     )
     clip = CLIPModel(config)
-    _speak_up(clip.text_model)
+    _init_embeddings(clip.text_model)
     return clip
 
 
-def build_first_text(tokenizer: Tokenizer, width: int = 64) -> CLIPTextModelWithProjection:
-    """SDXL's first text encoder, with a projection that serves its training alone."""
-    text = CLIPTextModelWithProjection(text_config(tokenizer, width))
-    _speak_up(text.text_model)
-    return text
+def build_first_text_encoder(tokenizer: Tokenizer, width: int = 64) -> CLIPTextModelWithProjection:
+    """Build SDXL's first text encoder, with a projection that only its training uses."""
+    text_encoder = CLIPTextModelWithProjection(build_text_config(tokenizer, width))
+    _init_embeddings(text_encoder.text_model)
+    return text_encoder
 
 
-def _speak_up(tower: Any) -> None:
-    nn.init.normal_(tower.embeddings.token_embedding.weight, std=WORD)
-    nn.init.normal_(tower.embeddings.position_embedding.weight, std=PLACE)
+def _init_embeddings(text_transformer: Any) -> None:
+    """Initialize token and position embeddings with `TOKEN_STD` and `POSITION_STD`."""
+    embeddings = text_transformer.embeddings
+    nn.init.normal_(embeddings.token_embedding.weight, std=TOKEN_STD)
+    nn.init.normal_(embeddings.position_embedding.weight, std=POSITION_STD)
 
 
 class ClipTask:
-    """Trains CLIP and the first text encoder; a `training.loop.Task`.
+    """Trains CLIP and the first text encoder; a `training.trainer.Task`.
 
     Args:
-        clip, text: from `build_clip` and `build_first_text`.
-        tokenizer: the sentences'.
-        data, captions: training pictures and their sentences.
-        held_out: pictures of others.
-        batch: pictures per step; each is among so many others.
-        locked: only the picture tower trains, towards sentences that stay as they are (LiT, Zhai et al. 2022).
+        clip: from `build_clip`.
+        text_encoder: from `build_first_text_encoder`.
+        tokenizer: of the captions.
+        data: training images.
+        captions: captions of `data`.
+        held_out: images of held-out people; None disables validation.
+        batch: images per step; each caption is contrasted with all of them.
+        locked: train only the vision encoder, on fixed text embeddings (LiT, Zhai et al. 2022).
     """
 
     def __init__(
         self,
         clip: CLIPModel,
-        text: CLIPTextModelWithProjection,
+        text_encoder: CLIPTextModelWithProjection,
         tokenizer: Tokenizer,
         data: WorldDataset,
         captions: Captions,
@@ -102,157 +137,208 @@ class ClipTask:
         batch: int = 96,
         locked: bool = False,
     ) -> None:
-        self.clip, self.text, self.tokenizer, self.locked = clip, text, tokenizer, locked
-        for tower in (clip.text_model, clip.text_projection, text):
-            tower.requires_grad_(not locked)
-        self.data, self.captions, self.held_out, self.batch = data, captions, held_out, batch
-        self.heads = nn.ModuleDict(
-            {name: AttributeHeads(EMBEDDING) for name in ("seen", "said", "said_first")}
-        )
+        self.clip = clip
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.locked = locked
+        for module in (clip.text_model, clip.text_projection, text_encoder):
+            module.requires_grad_(not locked)
+        self.data = data
+        self.captions = captions
+        self.held_out = held_out
+        self.batch = batch
+        names = ("image_attributes", "text_attributes", "first_text_attributes")
+        self.heads = nn.ModuleDict({name: AttributeHeads(EMBEDDING_DIM) for name in names})
 
     def modules(self) -> Mapping[str, nn.Module]:
+        """Return CLIP, the first text encoder unless it is locked, and the attribute heads."""
         return {
             "clip": self.clip,
-            **({} if self.locked else {"text": self.text}),
+            **({} if self.locked else {"text": self.text_encoder}),
             "heads": self.heads,
         }
 
-    def losses(self, draw: StepRNG) -> Mapping[str, Tensor]:
-        """CLIP's loss for both text towers. Attributes are read out of the three embeddings, too: so the picture tower looks at
-        small things, and the text towers say everything they were told, not only what tells 96 pictures apart.
+    def losses(self, rng: StepRNG) -> Mapping[str, Tensor]:
+        """Compute the contrastive and attribute losses of all trained encoders.
+
+        Attributes are predicted from each embedding. They make the vision encoder represent small
+        details, and the text encoders represent all words, not only those that distinguish the
+        images of a batch.
         """
-        rows = draw.indices(len(self.data), self.batch)
-        variants = draw.randint(self.captions.tokens.shape[1], rows.shape, "variants")
+        rows = rng.indices(len(self.data), self.batch)
+        variants = rng.randint(self.captions.tokens.shape[1], rows.shape, "variants")
         tokens = self.captions.rows(rows, variants).to(self.clip.device)
         with torch.no_grad(), torch.autocast(self.clip.device.type, enabled=False):
-            images, _, _ = faces_of(self.data, rows.numpy(), self.clip.device)
-            images = augment(images, generator_for(draw.seed, draw.step, draw.rank))
-        attributes = torch.from_numpy(self.data.attributes[rows.numpy()].astype(np.int64)).to(
-            self.clip.device
-        )
-        both = self.clip(input_ids=tokens, pixel_values=clip_pixels(images))
+            images, _, _ = load_faces(self.data, rows.numpy(), self.clip.device)
+            images = augment(images, generator_for(rng.seed, rng.step, rng.rank))
+        attributes = torch.from_numpy(self.data.attributes[rows.numpy()].astype(np.int64))
+        attributes = attributes.to(self.clip.device)
+        output = self.clip(input_ids=tokens, pixel_values=normalize_for_clip(images))
+        image_embeds = output.image_embeds
+        text_embeds = output.text_embeds
         scale = self.clip.logit_scale.clamp(max=4.6).exp()
         losses = {
-            "clip": contrast(both.image_embeds, both.text_embeds, scale),
-            "seen": self._read("seen", both.image_embeds, attributes),
+            "clip": contrastive_loss(image_embeds, text_embeds, scale),
+            "image_attributes": self._attribute_loss("image_attributes", image_embeds, attributes),
         }
         if not self.locked:
-            first = self.text(input_ids=tokens).text_embeds
-            losses["text"] = contrast(both.image_embeds.detach(), first, scale.detach())
-            losses["said"] = self._read("said", both.text_embeds, attributes)
-            losses["said_first"] = self._read("said_first", first, attributes)
+            first_embeds = self.text_encoder(input_ids=tokens).text_embeds
+            losses["text"] = contrastive_loss(image_embeds.detach(), first_embeds, scale.detach())
+            for name, embeds in (
+                ("text_attributes", text_embeds),
+                ("first_text_attributes", first_embeds),
+            ):
+                losses[name] = self._attribute_loss(name, embeds, attributes)
         return losses
 
-    def _read(self, head: str, embedding: Tensor, attributes: Tensor) -> Tensor:
-        return 0.5 * attribute_loss(
-            self.heads[head](normalize(embedding.float(), dim=-1) * EMBEDDING**0.5), attributes
-        )
+    def _attribute_loss(self, head: str, embedding: Tensor, attributes: Tensor) -> Tensor:
+        """Compute the weighted attribute loss of a head on normalized embeddings (B, D)."""
+        scaled = normalize(embedding.float(), dim=-1) * EMBEDDING_DIM**0.5
+        return 0.5 * attribute_loss(self.heads[head](scaled), attributes)
 
     def validate(self) -> Mapping[str, float]:
-        return figures(self.clip, self.text, self.tokenizer, self.held_out) if self.held_out else {}
+        """Measure retrieval on held-out people."""
+        if self.held_out is None:
+            return {}
+        return evaluate_clip(self.clip, self.text_encoder, self.tokenizer, self.held_out)
 
     def sheet(self) -> Image.Image | None:
-        return chosen_sentences(self.clip, self.tokenizer, self.held_out) if self.held_out else None
+        """Draw held-out images with the captions that CLIP retrieves."""
+        if self.held_out is None:
+            return None
+        return draw_retrievals(self.clip, self.tokenizer, self.held_out)
 
 
-def contrast(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's loss (Radford et al. 2021): each of B pictures (B, D) among the B sentences (B, D), and the reverse."""
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+    """Compute CLIP's loss (Radford et al. 2021).
+
+    Args:
+        images: (B, D) image embeddings.
+        texts: (B, D) embeddings of their captions.
+        scale: factor of the cosines, a scalar.
+
+    Returns:
+        The mean of the cross-entropies of captions per image and of images per caption.
+    """
     with torch.autocast(images.device.type, enabled=False):
-        logits = (
-            scale.float().to(images.device) * normalize(images.float()) @ normalize(texts.float()).T
-        )
-        right = torch.arange(len(logits), device=logits.device)
-        return (cross_entropy(logits, right) + cross_entropy(logits.T, right)) / 2
+        scale = scale.float().to(images.device)
+        logits = scale * normalize(images.float()) @ normalize(texts.float()).T
+        targets = torch.arange(len(logits), device=logits.device)
+        return (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
 
 
-def clip_pixels(images: Tensor) -> Tensor:
-    """(B, 3, S, S) in [0, 1] -> as CLIP's towers see them."""
+def normalize_for_clip(images: Tensor) -> Tensor:
+    """Normalize images (B, 3, S, S) in [0, 1] by CLIP's mean and standard deviation."""
     mean, std = (images.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return (images - mean) / std
 
 
 @torch.no_grad()
-def loudened(text: Any, projection: nn.Linear, tokens: Tensor) -> None:
-    """Scales a text tower, in place, so that what SDXL reads of it (penultimate hidden states, pooled) has mean square 1.
+def rescale_text_encoder(text_transformer: Any, projection: nn.Linear, tokens: Tensor) -> None:
+    """Scale a text encoder in place so that the outputs that SDXL uses have mean square 1.
 
-    CLIP's embeddings stay in their directions: its blocks normalise what they read, so all that is added up along the way can
-    be scaled together. A U-Net learns faster from numbers of usual size than from CLIP's small initial ones.
+    These are the penultimate hidden states and the pooled text. The directions of the embeddings do
+    not change: blocks normalize their input, so all that is added to the residual stream can be
+    scaled together. A U-Net learns faster from values of the usual size than from CLIP's small
+    ones.
 
     Args:
-        text: a CLIP text transformer; tokens: (B, L) sentences to measure on.
+        text_transformer: a CLIP text transformer.
+        projection: its projection to the pooled text.
+        tokens: (B, L) captions to measure on.
     """
-    said = text(input_ids=tokens, output_hidden_states=True)
-    loudness = 1 / said.hidden_states[-2].float().square().mean().sqrt()
-    embeddings = text.embeddings
-    added = [embeddings.token_embedding.weight, embeddings.position_embedding.weight]
-    for layer in text.encoder.layers:
+    output = text_transformer(input_ids=tokens, output_hidden_states=True)
+    scale = 1 / output.hidden_states[-2].float().square().mean().sqrt()
+    embeddings = text_transformer.embeddings
+    residual_weights = [embeddings.token_embedding.weight, embeddings.position_embedding.weight]
+    for layer in text_transformer.encoder.layers:
         for linear in (layer.self_attn.out_proj, layer.mlp.fc2):
-            added += [linear.weight, linear.bias]
-    for weight in added:
-        weight *= loudness
-    projection.weight /= projection(said.pooler_output).float().square().mean().sqrt()
+            residual_weights += [linear.weight, linear.bias]
+    for weight in residual_weights:
+        weight *= scale
+    projection.weight /= projection(output.pooler_output).float().square().mean().sqrt()
 
 
 @torch.no_grad()
 def embed_images(clip: CLIPModel | CLIPVisionModelWithProjection, images: Tensor) -> Tensor:
-    """(B, 3, S, S) in [0, 1] -> (B, D) of length 1."""
-    pooled = clip.vision_model(pixel_values=clip_pixels(images.to(clip.device))).pooler_output
+    """Compute normalized embeddings (B, D) of images (B, 3, S, S) in [0, 1]."""
+    pixels = normalize_for_clip(images.to(clip.device))
+    pooled = clip.vision_model(pixel_values=pixels).pooler_output
     return normalize(clip.visual_projection(pooled).float(), dim=-1)
 
 
 @torch.no_grad()
 def embed_texts(clip: CLIPModel | CLIPTextModelWithProjection, tokens: Tensor) -> Tensor:
-    """(B, L) tokens -> (B, D) of length 1."""
+    """Compute normalized embeddings (B, D) of token ids (B, L)."""
     pooled = clip.text_model(input_ids=tokens.to(clip.device)).pooler_output
     return normalize(clip.text_projection(pooled).float(), dim=-1)
 
 
 @torch.no_grad()
-def figures(
+def evaluate_clip(
     clip: CLIPModel,
-    text: CLIPTextModelWithProjection,
+    text_encoder: CLIPTextModelWithProjection,
     tokenizer: Tokenizer,
     data: WorldDataset,
-    most: int = 512,
-    among: int = 64,
+    limit: int = 512,
+    candidates: int = 64,
 ) -> dict[str, float]:
-    """On people nobody trained on, how often a picture's own sentence is found among 64: `top1` by CLIP, `top1_text` by the
-    first text encoder.
+    """Measure how often the caption of an image is retrieved among candidates.
+
+    Args:
+        clip: the trained CLIP.
+        text_encoder: the first text encoder.
+        tokenizer: of the captions.
+        data: images of held-out people.
+        limit: maximum number of images, rounded down to a multiple of `candidates`.
+        candidates: captions to choose from.
+
+    Returns:
+        The top-1 accuracy of CLIP (`top1`) and of the first text encoder (`top1_text`).
     """
     generator = generator_for("clip figures")
-    rows = torch.randperm(len(data), generator=generator)[: most // among * among]
-    tokens = token_ids(tokenizer, [data.prompt(row, generator) for row in rows.tolist()]).to(
-        clip.device
-    )
+    rows = torch.randperm(len(data), generator=generator)[: limit // candidates * candidates]
+    prompts = [data.prompt(row, generator) for row in rows.tolist()]
+    tokens = token_ids(tokenizer, prompts).to(clip.device)
     hits: dict[str, list[Tensor]] = {"top1": [], "top1_text": []}
-    for part in range(0, len(rows), among):
-        images, _, _ = faces_of(data, rows[part : part + among].numpy(), clip.device)
-        said, seen = tokens[part : part + among], embed_images(clip, images)
-        for name, words in (
-            ("top1", embed_texts(clip, said)),
-            ("top1_text", text(input_ids=said).text_embeds),
+    for start in range(0, len(rows), candidates):
+        images, _, _ = load_faces(data, rows[start : start + candidates].numpy(), clip.device)
+        image_embeds = embed_images(clip, images)
+        chunk = tokens[start : start + candidates]
+        for name, text_embeds in (
+            ("top1", embed_texts(clip, chunk)),
+            ("top1_text", text_encoder(input_ids=chunk).text_embeds),
         ):
-            best = (seen @ normalize(words.float(), dim=-1).T).argmax(1)
+            best = (image_embeds @ normalize(text_embeds.float(), dim=-1).T).argmax(1)
             hits[name].append((best == torch.arange(len(best), device=best.device)).float())
     return {name: torch.cat(values).mean().item() for name, values in hits.items()}
 
 
 @torch.no_grad()
-def chosen_sentences(
-    clip: CLIPModel, tokenizer: Tokenizer, data: WorldDataset, among: int = 64, shown: int = 18
+def draw_retrievals(
+    clip: CLIPModel,
+    tokenizer: Tokenizer,
+    data: WorldDataset,
+    candidates: int = 64,
+    limit: int = 18,
 ) -> Image.Image:
-    """Held-out pictures, each with the sentence CLIP finds nearest among 64, and its own where that is another."""
+    """Draw images with the captions that CLIP retrieves for them.
+
+    Args:
+        clip: the trained CLIP.
+        tokenizer: of the captions.
+        data: images of held-out people.
+        candidates: captions to choose from. A wrong one is marked and followed by the correct one.
+        limit: number of images to draw.
+    """
     generator = generator_for("clip sheet")
-    rows = torch.randperm(len(data), generator=generator)[:among].tolist()
-    sentences = [data.prompt(row, generator) for row in rows]
-    images, _, _ = faces_of(data, np.array(rows), clip.device)
-    cosines = (
-        embed_images(clip, images)
-        @ embed_texts(clip, token_ids(tokenizer, sentences).to(clip.device)).T
-    )
-    nearest = cosines.argmax(1).tolist()
-    words = [
-        sentences[best] if best == own else f"WRONG: {sentences[best]} | is: {sentences[own]}"
-        for own, best in enumerate(nearest)
+    rows = torch.randperm(len(data), generator=generator)[:candidates].tolist()
+    prompts = [data.prompt(row, generator) for row in rows]
+    images, _, _ = load_faces(data, np.array(rows), clip.device)
+    text_embeds = embed_texts(clip, token_ids(tokenizer, prompts).to(clip.device))
+    retrieved = (embed_images(clip, images) @ text_embeds.T).argmax(1).tolist()
+    labels = [
+        prompts[best] if best == correct else f"WRONG: {prompts[best]} | is: {prompts[correct]}"
+        for correct, best in enumerate(retrieved)
     ]
-    return captioned_grid(list(zip(to_pil(images[:shown]), words[:shown], strict=True)), side=220)
+    return captioned_grid(list(zip(to_pil(images[:limit]), labels[:limit], strict=True)), side=220)

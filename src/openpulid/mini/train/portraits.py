@@ -15,7 +15,7 @@ from openpulid.identity.extractor import MiniExtractor
 from openpulid.mini.data.captions import Captions
 from openpulid.mini.data.features import FaceFeatures
 from openpulid.mini.data.latents import Latents
-from openpulid.mini.train.recognition import faces_of
+from openpulid.mini.train.recognition import load_faces
 from openpulid.training.precision import autocast
 from openpulid.training.pulid.batch import Batch, BatchSource
 from openpulid.training.rng import StepRNG
@@ -91,7 +91,7 @@ class Portraits:
         images = None
         if self.with_images:
             image_rows = torch.where(self.is_occluded[rows], rows, feature_rows)
-            images = faces_of(self.data, image_rows.numpy(), torch.device(self.device))[0]
+            images = load_faces(self.data, image_rows.numpy(), torch.device(self.device))[0]
         landmarks = torch.from_numpy(self.data.landmarks[rows.numpy()] / self.data.images.shape[-1])
         return Batch(latents, masks, prompts, id_cond, hidden, images, landmarks)
 

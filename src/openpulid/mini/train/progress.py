@@ -1,20 +1,26 @@
-"""How far a long reading is, as a line on the terminal now and then."""
+"""Progress of long computations as occasional lines on the terminal."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 from rich.console import Console
 
 
-def progress(name: str) -> Any:
-    """A callable (done, total) that prints a line now and then."""
-    console, shown = Console(stderr=True), np.full(1, -1)
+def make_progress_printer(name: str) -> Callable[[int, int], None]:
+    """Build a callback (done, total) that prints a line at every 5 % of progress.
 
-    def show(done: int, total: int) -> None:
-        if done * 20 // total > shown[0]:
-            shown[0] = done * 20 // total
+    Args:
+        name: what is computed; starts each line.
+    """
+    console = Console(stderr=True)
+    printed_step = -1
+
+    def print_progress(done: int, total: int) -> None:
+        nonlocal printed_step
+        step = done * 20 // total
+        if step > printed_step:
+            printed_step = step
             console.print(f"{name}  {done}/{total}", highlight=False)
 
-    return show
+    return print_progress
