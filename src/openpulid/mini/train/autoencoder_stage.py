@@ -31,7 +31,7 @@ def train_autoencoder(context: BuildContext) -> dict[str, float]:
     set_scaling_factor(vae, context.data)
     folder = context.weights / "pipeline" / "vae"
     save_folder(vae, folder)
-    stamp(folder, context.facts("autoencoder", config))
+    stamp(folder, context.describe_training("autoencoder", config))
     return {**measure_psnr(vae, context.held_out), **_measure_face_similarity(context, vae)}
 
 

@@ -95,12 +95,12 @@ def open_baseline_data(
     """
     data = context.open(name)
     with autocast(context.device):
-        latents: Latents = context.latents(name)
+        latents: Latents = context.load_latents(name)
         features = load_rows(data)
     return Portraits(
         data,
         latents,
-        context.captions(name),
+        context.load_captions(name),
         features,
         tokenizer,
         batch_size,

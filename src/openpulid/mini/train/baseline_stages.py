@@ -31,8 +31,8 @@ from openpulid.training.pulid.recipes import find_recipe
 def part(name: str) -> Callable[[BuildContext], dict[str, float]]:
     """Return the stage that trains a baseline and writes it next to the other weights.
 
-    It uses the recipe of PuLID's first stage and its number of steps, or fewer if the time budget is
-    short.
+    It uses the recipe of PuLID's first stage and its number of steps, or fewer if the time budget
+    is short.
     """
 
     def train(context: BuildContext) -> dict[str, float]:
@@ -46,7 +46,7 @@ def part(name: str) -> Callable[[BuildContext], dict[str, float]]:
         torch.manual_seed(recipe.seed)
         clip = None
         if name == "photomaker":
-            clip = context.folder(CLIPVisionModelWithProjection, "clip")
+            clip = context.load_model(CLIPVisionModelWithProjection, "clip")
             baseline = BASELINES[name](pipe, clip)
         else:
             baseline = BASELINES[name](pipe, extractor.recognition.config["dim"])
@@ -68,7 +68,7 @@ def part(name: str) -> Callable[[BuildContext], dict[str, float]]:
         config = recipe.trainer_config()
         context.train(name, task, config)
         path = baseline.save(context.weights / name, idle_pipe)
-        stamp(path, context.facts(name, config))
+        stamp(path, context.describe_training(name, config))
         return dict(task.validate())
 
     return train

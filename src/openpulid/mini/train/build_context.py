@@ -89,7 +89,7 @@ class BuildContext:
         )
         return self.results[name]
 
-    def facts(self, name: str, config: TrainerConfig) -> dict[str, object]:
+    def describe_training(self, name: str, config: TrainerConfig) -> dict[str, object]:
         """Return the facts about a training that are stored with its weights."""
         result = self.results[name]
         return {
@@ -99,7 +99,7 @@ class BuildContext:
             "minutes": round(result.seconds / 60, 1),
         }
 
-    def folder(self, cls: Any, *names: str) -> Any:
+    def load_model(self, cls: Any, *names: str) -> Any:
         """Load a trained model of diffusers or transformers in float32, frozen.
 
         Args:
@@ -117,18 +117,18 @@ class BuildContext:
         model = cls.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
         return model.to(self.device).eval().requires_grad_(False)
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def load_tokenizer(self) -> PreTrainedTokenizerFast:
         """Load the tokenizer of the pipeline."""
         return PreTrainedTokenizerFast.from_pretrained(
             self.weights / "pipeline" / "tokenizer", local_files_only=True
         )
 
-    def vae(self) -> PatchAutoencoderKL:
+    def load_vae(self) -> PatchAutoencoderKL:
         """Load the autoencoder of the pipeline."""
-        vae = self.folder(PatchAutoencoderKL, "pipeline", "vae")
+        vae = self.load_model(PatchAutoencoderKL, "pipeline", "vae")
         return vae.to(memory_format=torch.channels_last)
 
-    def captions(self, name: str = "world", tokenizer: Any = None) -> Captions:
+    def load_captions(self, name: str = "world", tokenizer: Any = None) -> Captions:
         """Tokenize the captions of a dataset, or load them from the cache.
 
         Args:
@@ -138,17 +138,17 @@ class BuildContext:
         folder = self.runs / f"captions{name.removeprefix('world')}"
         return Captions.build(
             self.open(name),
-            self.tokenizer() if tokenizer is None else tokenizer,
+            self.load_tokenizer() if tokenizer is None else tokenizer,
             folder,
             on_progress=make_progress_printer("captions"),
         )
 
-    def latents(self, name: str = "world") -> Latents:
+    def load_latents(self, name: str = "world") -> Latents:
         """Encode the images of a dataset, or load their latents from the cache."""
         folder = self.runs / f"latents{name.removeprefix('world')}"
         with autocast(self.device):
             return Latents.build(
-                self.vae(),
+                self.load_vae(),
                 self.open(name),
                 folder,
                 on_progress=make_progress_printer("latents"),

@@ -23,8 +23,8 @@ def load_text_encoders(context: BuildContext) -> TextEncoders:
     Raises:
         WeightsError: they are not trained yet.
     """
-    first = context.folder(CLIPTextModel, "pipeline", "text_encoder")
-    second = context.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
+    first = context.load_model(CLIPTextModel, "pipeline", "text_encoder")
+    second = context.load_model(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
     return TextEncoders(first, second).to(context.device)
 
 
@@ -45,9 +45,9 @@ def load_image_evaluator(context: BuildContext, **options: Any) -> ImageEvaluato
         detector = load_module(MiniFaceDetector, detector_path, context.device)
     return ImageEvaluator.with_prompts(
         NUM_EVAL_PROMPTS,
-        vae=context.vae(),
+        vae=context.load_vae(),
         text_encoders=load_text_encoders(context),
-        tokenizer=context.tokenizer(),
+        tokenizer=context.load_tokenizer(),
         classifier=load_module(AttributeClassifier, classifier_path, context.device),
         detector=detector,
         **options,

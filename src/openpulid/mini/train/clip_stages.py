@@ -48,7 +48,7 @@ def train_clip(context: BuildContext) -> dict[str, float]:
     )
     torch.manual_seed(config.seed)
     tokenizer = build_tokenizer()
-    captions = context.captions(tokenizer=tokenizer)
+    captions = context.load_captions(tokenizer=tokenizer)
     clip = build_clip(tokenizer)
     first_text_encoder = build_first_text_encoder(tokenizer)
 
@@ -70,7 +70,9 @@ def train_clip(context: BuildContext) -> dict[str, float]:
     for model in (clip, first_text_encoder):
         rescale_text_encoder(model.text_model, model.text_projection, tokens)
     context.train("clip/locked", make_task(locked=True), config, 5 / 18)
-    _save_clip(context, clip, first_text_encoder, tokenizer, context.facts("clip", config))
+    _save_clip(
+        context, clip, first_text_encoder, tokenizer, context.describe_training("clip", config)
+    )
     return evaluate_clip(clip, first_text_encoder, tokenizer, context.held_out, limit=2048)
 
 
@@ -119,11 +121,17 @@ def train_vision_encoder(context: BuildContext) -> dict[str, float]:
         validate_every=400,
     )
     torch.manual_seed(config.seed)
-    text_encoder = context.folder(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
+    text_encoder = context.load_model(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
     task = VisionEncoderTask(
-        build_vision_encoder(), text_encoder, context.data, context.captions(), context.held_out
+        build_vision_encoder(),
+        text_encoder,
+        context.data,
+        context.load_captions(),
+        context.held_out,
     )
     context.train("vision", task, config)
     path = context.weights / "vision-encoder.safetensors"
-    save_module(task.vision_encoder, path, context.facts("vision", config), torch.float16)
+    save_module(
+        task.vision_encoder, path, context.describe_training("vision", config), torch.float16
+    )
     return dict(task.validate())

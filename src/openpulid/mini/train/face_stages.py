@@ -31,7 +31,7 @@ def train_detector(context: BuildContext) -> dict[str, float]:
     task = DetectorTask(detector, context.data, context.held_out, load_photographs())
     context.train("detector", task, config)
     path = context.weights / "detector.safetensors"
-    save_module(detector, path, context.facts("detector", config), torch.float16)
+    save_module(detector, path, context.describe_training("detector", config), torch.float16)
     results = dict(evaluate_detector(detector, context.held_out))
     return {**results, "refused": task.rejection_rate(context.held_out, 512)}
 
@@ -63,7 +63,7 @@ def train_recognition(context: BuildContext, *, name: str, seed: int) -> dict[st
     context.train(run_name, task, config)
     whiten_embeddings(task)
     path = context.weights / f"{run_name}.safetensors"
-    save_module(model, path, context.facts(run_name, config), torch.float16)
+    save_module(model, path, context.describe_training(run_name, config), torch.float16)
     report = format_report({name: model}, evaluator)
     (context.runs / run_name / "report.md").write_text(report, "utf-8")
     return evaluator.evaluate(model)
@@ -79,6 +79,6 @@ def train_attribute_classifier(context: BuildContext) -> dict[str, float]:
     task = AttributeClassifierTask(classifier, context.data, context.held_out)
     context.train("attribute-classifier", task, config)
     path = context.weights / "attribute-classifier.safetensors"
-    facts = context.facts("attribute-classifier", config)
+    facts = context.describe_training("attribute-classifier", config)
     save_module(task.classifier, path, facts, torch.float16)
     return evaluate_classifier(task.classifier, context.held_out, limit=2048)

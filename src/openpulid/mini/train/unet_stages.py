@@ -40,10 +40,10 @@ def train_base(context: BuildContext) -> dict[str, float]:
         validate_every=1500,
     )
     torch.manual_seed(config.seed)
-    # The portraits add people: "world" has few families with many images each.
+    # Portraits add more faces than the families of "world" have.
     datasets = ("world", PORTRAITS)
-    latents = Latents.concatenate([context.latents(name) for name in datasets])
-    captions = Captions.concatenate([context.captions(name) for name in datasets])
+    latents = Latents.concatenate([context.load_latents(name) for name in datasets])
+    captions = Captions.concatenate([context.load_captions(name) for name in datasets])
     text_encoders = load_text_encoders(context)
     evaluator = load_image_evaluator(context)
     unet = build_unet(
@@ -57,7 +57,7 @@ def train_base(context: BuildContext) -> dict[str, float]:
     context.train("base", task, config)
     folder = context.weights / "pipeline"
     save_folder(unet, folder / "unet")
-    stamp(folder / "unet", context.facts("base", config))
+    stamp(folder / "unet", context.describe_training("base", config))
     pipe = build_pipeline(unet, evaluator.vae, text_encoders, evaluator.tokenizer)
     pipe.scheduler.save_pretrained(folder / "scheduler")
     pipe.save_config(folder)
@@ -78,14 +78,14 @@ def train_student(context: BuildContext) -> dict[str, float]:
     )
     torch.manual_seed(config.seed)
     text_encoders = load_text_encoders(context)
-    teacher = context.folder(UNet2DConditionModel, "pipeline", "unet").to(
+    teacher = context.load_model(UNet2DConditionModel, "pipeline", "unet").to(
         memory_format=torch.channels_last
     )
     with autocast(context.device):
         trajectories = TeacherTrajectories.build(
             teacher,
             text_encoders,
-            context.captions(),
+            context.load_captions(),
             NUM_TRAJECTORIES,
             context.runs / "lightning" / "trajectories",
             on_progress=make_progress_printer("trajectories"),
@@ -96,7 +96,7 @@ def train_student(context: BuildContext) -> dict[str, float]:
     task = LightningTask(student, text_encoders, trajectories, evaluator, compiled=is_compiled)
     context.train("lightning", task, config, DISTILLATION_TIME_SHARE)
     save_folder(student, context.weights / "lightning")
-    stamp(context.weights / "lightning", context.facts("lightning", config))
+    stamp(context.weights / "lightning", context.describe_training("lightning", config))
     return evaluator.evaluate(student)
 
 
