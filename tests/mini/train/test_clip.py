@@ -32,8 +32,8 @@ from openpulid.world import ATTRIBUTES, Scene
 @pytest.fixture
 def captions(small_world):
     generator = torch.Generator().manual_seed(0)
-    sentences = [Scene.sample(generator).prompt(generator) for _ in range(len(small_world))]
-    return Captions(token_ids(build_tokenizer(), sentences)[:, None].numpy().astype(np.uint8))
+    prompts = [Scene.sample(generator).prompt(generator) for _ in range(len(small_world))]
+    return Captions(token_ids(build_tokenizer(), prompts)[:, None].numpy().astype(np.uint8))
 
 
 def test_contrastive_loss_of_identical_embeddings_is_chance():
