@@ -20,12 +20,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def pytest_configure() -> None:
-    # Tiny networks: more threads only wait for each other, and the order of sums would depend on the machine.
+    # Tiny networks gain nothing from threads, and sums would depend on the machine.
     torch.set_num_threads(1)
 
 
 class Golden:
-    """Outputs of the reference implementation on weights and inputs that a name, a shape and a seed determine."""
+    """Outputs of the reference on weights and inputs determined by name, shape and seed."""
 
     folder = Path(__file__).parent / "golden"
     seed = 1
@@ -47,7 +47,7 @@ class Golden:
         return self.normal("input." + name, shape)
 
     def weight(self, key: str, shape: Sequence[int]) -> Tensor:
-        """Scaled as a fresh network's would be: matrices by their fan-in, norms around 1, biases small."""
+        """Scaled like a new network: matrices by their fan-in, norms around 1, small biases."""
         values = self.normal(key, shape)
         if len(shape) >= 2:
             last_axis = key.endswith(("latents", "proj_out", "cls_token", "pos_embed"))
@@ -71,7 +71,7 @@ class Golden:
 
 @pytest.fixture
 def set_bf16(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """A function that makes the package believe that its devices have bfloat16, or that they do not.
+    """Return a function that makes the package believe that devices have bfloat16 or not.
 
     A CPU without instructions for bfloat16 emulates them, so both paths run on any machine.
     """
@@ -116,8 +116,7 @@ WORDS = (
 
 @pytest.fixture(scope="session")
 def tiny_pipeline() -> Any:
-    """A function that makes a tiny random StableDiffusionXLPipeline: 16 x 16 pixels, 4 x 4 latents, a
-    closed vocabulary."""
+    """A function that creates a tiny random SDXL pipeline: 16 px, closed vocabulary."""
     from diffusers import (
         AutoencoderKL,
         EulerDiscreteScheduler,

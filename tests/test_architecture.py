@@ -53,7 +53,7 @@ def parse(module: str) -> ast.Module:
 
 
 def imports(module: str) -> Iterator[str]:
-    """Yield the modules of openpulid that a module imports, also in functions and for types only."""
+    """Yield the openpulid modules that a module imports, also in functions and for types."""
     for node in ast.walk(parse(module)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)
@@ -237,7 +237,7 @@ assert not heavy, heavy
 def test_help_is_light() -> None:
     """The help imports no torch and takes little more CPU time than typer alone.
 
-    Both run several times in alternation and the best times are compared, since other load only adds.
+    Both run several times in alternation; the best times are compared, since load only adds.
     """
     seconds: dict[str, list[float]] = {HELP: [], TYPER: []}
     for code in [HELP, TYPER] * 5:

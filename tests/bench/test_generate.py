@@ -373,7 +373,7 @@ def test_missing_requirements_are_reported_before_anything_is_written(
 def test_second_method_on_the_pipeline_does_not_change_the_first(
     finished: RunDir, tmp_path: Path
 ) -> None:
-    """Runs the command with FaceID as well; the report computes metrics that a stopped run lacks."""
+    """The report computes metrics that a stopped run lacks, also for a second method."""
     arguments = ["quick", "--methods", "pulid,faceid", "--count", "1", "-o", str(tmp_path)]
     result = CliRunner().invoke(app, ["bench", "run", *arguments])
     assert result.exit_code == 0, result.output

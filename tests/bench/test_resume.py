@@ -64,7 +64,7 @@ def copy_parts(folder: Path, preset: Preset) -> dict[str, Path]:
 
 
 def change_tensor(path: Path) -> Callable[[], object]:
-    """Change one tensor of a file, or of the last file in a folder; return a function to undo it."""
+    """Change one tensor of a file, or of the last file in a folder; return the undo function."""
     file = sorted(path.rglob("*.safetensors"))[-1] if path.is_dir() else path
     original, tensors = file.read_bytes(), load_file(file)
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())

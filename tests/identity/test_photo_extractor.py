@@ -169,7 +169,10 @@ def test_another_face_pack_replaces_the_face_models(tmp_path) -> None:
 
 def test_missing_face_reports_what_was_tried(studio, tmp_path) -> None:
     Image.new("RGB", (300, 200), "gray").save(tmp_path / "wall.png")
-    message = r"wall\.png: no face detected in its 300 x 200 pixels \(sizes 640, 512, 384, 256 and a copy with a border\)"
+    message = (
+        r"wall\.png: no face detected in its 300 x 200 pixels "
+        r"\(sizes 640, 512, 384, 256 and a copy with a border\)"
+    )
     with pytest.raises(FaceError, match=message):
         studio.identify(tmp_path / "wall.png")
     with pytest.raises(FaceError, match=r"t1\.jpg: there is no face 6; the image has 6 faces"):

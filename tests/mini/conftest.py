@@ -1,4 +1,4 @@
-"""A few rendered images with the attributes of a `WorldDataset`, so that tests need none on disk."""
+"""A few rendered images in the form of a `WorldDataset`, so that tests need none on disk."""
 
 from __future__ import annotations
 

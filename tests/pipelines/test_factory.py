@@ -267,8 +267,10 @@ VAE = {
 
 
 def single_file(pipe: Any, path: Path, text: bool = True) -> Path:
-    """A pipeline's networks in one file under their original names; for both text encoders the second one's weights, where
-    the first versions of Stable Diffusion had theirs."""
+    """Write a pipeline's networks to one file under their original names.
+
+    For both text encoders it has the second one's weights, where Stable Diffusion 1 had its own.
+    """
     tensors = {
         f"cond_stage_model.transformer.{name}": x
         for name, x in pipe.text_encoder_2.state_dict().items()

@@ -42,7 +42,7 @@ def test_each_level_fits_its_name(name: str, limit: int) -> None:
 
 
 def test_fp8_weights_are_counted_as_stored() -> None:
-    """The modulation is stored so, too, though diffusers calls it a norm; the last layers are not."""
+    """The modulation is stored in 8 bits, although diffusers calls it a norm."""
     transformer = tiny_pipe().transformer.bfloat16()
     with torch.device("meta"):
         counted = tiny_transformer().bfloat16()
@@ -112,7 +112,7 @@ def test_lower_levels_need_less_memory() -> None:
 
 
 def test_streamed_parts_are_counted_per_block() -> None:
-    """One block computes while the next one comes; the autoencoder does not stream, so it is there in every phase."""
+    """One block computes while the next one loads; the autoencoder stays on the device."""
     weights = _weight_sizes()
     phases = {need.phase: need.parts for need in predict_memory("12gb")}
     assert phases["steps"]["transformer"] == 2 * weights["block"] + weights["outside blocks"]

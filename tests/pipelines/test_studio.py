@@ -39,7 +39,7 @@ from openpulid.pipelines.studio import GenerationResult, Studio
 
 @pytest.fixture(scope="module")
 def folder(tiny_pipeline, tmp_path_factory) -> Path:
-    """Weights on disk. The finder takes everything for a face, or nothing: that is up to the test."""
+    """Weights on disk. The test decides whether the detector finds a face."""
     folder = tmp_path_factory.mktemp("weights")
     pipe = tiny_pipeline()
     pipe.save_pretrained(folder / "pipeline")
@@ -256,7 +256,10 @@ def test_image_without_a_known_face_is_refused(folder, tmp_path) -> None:
     picture(0).save(tmp_path / "photo.jpg")
     with pytest.raises(
         FaceError,
-        match=r"photo\.jpg: no face detected in its 96 x 96 pixels \(one size: 96 pixels\); this preset only",
+        match=(
+            r"photo\.jpg: no face detected in its 96 x 96 pixels \(one size: 96 pixels\); "
+            r"this preset only"
+        ),
     ) as said:
         studio.identify(tmp_path / "photo.jpg")
     error = said.value

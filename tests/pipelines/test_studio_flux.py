@@ -78,7 +78,7 @@ def test_options_reach_the_image(studio) -> None:
 
 
 def test_guidance_starts_at_the_same_step_without_identity(studio) -> None:
-    """Where nobody is shown, too: without an identity, at a scale of 0, and before the identity acts."""
+    """Also without an identity, at scale 0, and before the identity acts."""
 
     def made(person: Identity | None = anna, **options) -> bytes:
         known = {"true_cfg_scale": 3.0, "negative_prompt": "a person", "seed": 1}
@@ -114,7 +114,7 @@ def test_long_prompts_and_unknown_words_are_refused(studio) -> None:
 
 
 def test_sizes_must_be_multiples_of_the_latent_patch(studio) -> None:
-    """Two latents to a token, two pixels to a latent here, eight in FLUX; the pipeline itself would make another size."""
+    """The pipeline itself would change a size that is no multiple of its tokens' pixels."""
     for size, near in (((34, 32), "32x32"), ((32, 31), "32x32"), ((1, 32), "4x32")):
         with pytest.raises(OptionError, match=rf"multiples of 4, for example {near}\.$"):
             studio.generate("portrait", width=size[0], height=size[1])

@@ -1,4 +1,4 @@
-"""Scenes and prompts: closed vocabulary, only visible attributes, disjoint held-out combinations."""
+"""Scenes and prompts: closed vocabulary, visible attributes, disjoint held-out combinations."""
 
 import re
 

@@ -32,7 +32,8 @@ class PatchAutoencoderKL(AutoencoderKL):
         sample_size: as in `AutoencoderKL`.
         scaling_factor: as in `AutoencoderKL`.
         force_upcast: as in `AutoencoderKL`.
-        folded: levels that are a pixel-unshuffle. With 1 the last convolutions run at half resolution.
+        folded: levels that are a pixel-unshuffle. With 1 the last convolutions run at half
+            resolution.
         overlap: pixels by which a patch of the projection overlaps each neighbor. With 0 the
             borders of patches are visible.
     """

@@ -1,1 +1,1 @@
-"""The miniature: a complete small sibling of everything, trained from nothing on procedural people."""
+"""The miniature: a complete small model family, trained from scratch on synthetic people."""

@@ -42,7 +42,7 @@ offload with streams. The effect of 8 bits on identity similarity has not been m
 costs only time."""
 
 UNCAST_LAYERS = ("^norm_out$", "^proj_out$", "lora_")
-"""Patterns of layers that keep their dtype when the transformer is stored in 8 bits: the last layers
+"""Patterns of layers that keep their dtype in an 8-bit transformer: the last layers
 and every LoRA. Norms keep theirs because only matrices are cast. diffusers' default pattern skips
 everything whose name contains `norm`, and with it the modulation layers inside, which are more than
 a quarter of the transformer."""

@@ -1,4 +1,4 @@
-"""The cache of computed arrays: reused for the same key, resumable, and discarded for another key."""
+"""The cache of computed arrays: reused for its key, resumable, discarded for another key."""
 
 from __future__ import annotations
 
