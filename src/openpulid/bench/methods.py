@@ -1,4 +1,4 @@
-"""The methods of a run, as named on the command line: METHOD[:FILE][@SCALE]."""
+"""The methods of a run, as named on the command line: `METHOD[:FILE][@SCALE]`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MethodSpec:
 
     @classmethod
     def parse(cls, text: str) -> MethodSpec:
-        """Parse METHOD[:FILE][@SCALE].
+        """Parse `METHOD[:FILE][@SCALE]`.
 
         Raises:
             OptionError: the text has another form.
@@ -59,7 +59,7 @@ def select_presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
 
     Args:
         suite: the suite, whose preset all methods use.
-        names: methods in the form METHOD[:FILE][@SCALE].
+        names: methods in the form `METHOD[:FILE][@SCALE]`.
 
     Raises:
         OptionError: a method or file does not exist, or two methods have the same label.
