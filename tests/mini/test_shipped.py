@@ -79,7 +79,7 @@ def test_every_baseline_reacts_to_identity(method, studio):
     portraits = to_pil(
         render([Person.from_seed(HELD_OUT_PEOPLE + k) for k in (1, 2)], [Scene(), Scene()]).image
     )
-    options = {"seed": 3, "steps": 5}
+    options = {"seed": 3, "num_inference_steps": 5}
     images = [
         baseline.generate("portrait of a person, photo", identity, **options)
         for identity in (None, *map(baseline.identify, portraits))
@@ -125,14 +125,20 @@ def test_generation_from_one_portrait(studio):
     portrait = to_pil(render([Person.from_seed(HELD_OUT_PEOPLE)], [Scene()]).image)[0]
     anna = studio.identify(portrait)
     result = studio.generate(
-        "portrait, photo, smiling, blue background", identity=anna, seed=3, num_images=2, steps=4
+        "portrait, photo, smiling, blue background",
+        identity=anna,
+        seed=3,
+        num_images=2,
+        num_inference_steps=4,
     )
     assert [image.size for image in result.images] == [(96, 96)] * 2
     single = studio.generate(
-        "portrait, photo, smiling, blue background", identity=anna, seed=4, steps=4
+        "portrait, photo, smiling, blue background", identity=anna, seed=4, num_inference_steps=4
     )
     assert single.images[0].tobytes() == result.images[1].tobytes()
-    without = studio.generate("portrait, photo, smiling, blue background", seed=4, steps=4)
+    without = studio.generate(
+        "portrait, photo, smiling, blue background", seed=4, num_inference_steps=4
+    )
     assert without.images[0].tobytes() != single.images[0].tobytes()
 
 

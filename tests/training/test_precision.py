@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from openpulid.device import supports_bf16
-from openpulid.pipelines import factory as loading
+from openpulid.pipelines.factory import network_dtype
 from openpulid.pipelines.presets import flux, mini, sdxl
 from openpulid.training import precision
 
@@ -19,9 +19,9 @@ def test_device_without_bfloat16_computes_in_float32(set_bf16, native, expected)
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
     with precision.autocast(CPU, bf16=False):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    assert loading.precision(sdxl(), CPU) == expected
-    assert loading.precision(flux(), CPU) == torch.bfloat16  # 48 GB otherwise
-    assert loading.precision(mini(), CPU) == torch.float32
+    assert network_dtype(sdxl().models, CPU) == expected
+    assert network_dtype(flux().models, CPU) == torch.bfloat16  # 48 GB otherwise
+    assert network_dtype(mini().models, CPU) == torch.float32
 
 
 @pytest.mark.parametrize("bf16", [True, False])

@@ -118,7 +118,7 @@ def _load_clip_extractor(preset: Preset, device: torch.device, adapter: Any) -> 
         detector, embedder = ClipExtractor.load_face_models(
             resolve_path(models.detector), recognition, device, models.is_miniature
         )
-        return adapter.features(detector, embedder, models=_adapter_models(models))
+        return adapter.create_extractor(detector, embedder, models=_adapter_models(models))
     return ClipExtractor.load(
         resolve_path(models.detector),
         recognition,

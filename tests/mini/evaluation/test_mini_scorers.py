@@ -34,7 +34,7 @@ def test_scorers_return_expected_shapes() -> None:
     scorers = MiniScorers.load()
     images = to_tensor([render_portrait(HELD_OUT_PEOPLE + k) for k in range(2)])
     faces = scorers.faces(images)
-    assert faces.found.tolist() == [True, True] and faces.masks.shape == (2, 1, 96, 96)
+    assert faces.has_face.tolist() == [True, True] and faces.masks.shape == (2, 1, 96, 96)
     assert scorers.embed_images(images).shape == scorers.embed_texts(["portrait", "photo"]).shape
     read = scorers.read(images)
     assert {name: scores.shape[1] for name, scores in read.items()} == {
@@ -48,7 +48,7 @@ def test_images_without_face_are_scored() -> None:
     gray = to_tensor([Image.new("RGB", (96, 96), "gray")] * 2)
     portraits = to_tensor([render_portrait(number) for number in people])
     no_faces, gallery = scorers.faces(gray), scorers.faces(portraits)
-    assert not no_faces.found.any() and no_faces.embeddings.shape == gallery.embeddings.shape
+    assert not no_faces.has_face.any() and no_faces.embeddings.shape == gallery.embeddings.shape
     person = torch.tensor([0, 1])
     prompts = ["portrait", "photo"]
     wanted = [scorers.wanted({"pose": "front"})] * 2

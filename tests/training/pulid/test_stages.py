@@ -75,7 +75,7 @@ def test_every_loss_reaches_the_whole_adapter_and_nothing_else(pipe, stage):
         pipe.vae,
         pipe.text_encoder,
         pipe.text_encoder_2,
-        task.face_embedder.recogniser,
+        task.face_embedder.recognition,
     ]
     assert all(p.grad is None and not p.requires_grad for m in frozen for p in m.parameters())
 
@@ -159,13 +159,13 @@ def test_checkpointing_gives_the_same_gradients():
 
 def test_images_without_a_face_are_ignored_and_counted():
     task = tiny.task(**STAGE2)
-    find = task.face_embedder.find
-    task.face_embedder.find = lambda images: [
+    find = task.face_embedder.detect
+    task.face_embedder.detect = lambda images: [
         face if k else None for k, face in enumerate(find(images))
     ]
     losses = compute_losses(task)
     assert losses["faces"] == 0.5 and losses["id"] > 0
-    task.face_embedder.find = lambda images: [None] * len(images)
+    task.face_embedder.detect = lambda images: [None] * len(images)
     found = gradients(task, ["id"])
     assert all(grad is None or grad.abs().sum() == 0 for grad in found.values())
 
