@@ -51,8 +51,8 @@ def test_images_without_face_are_scored() -> None:
     assert not no_faces.has_face.any() and no_faces.embeddings.shape == gallery.embeddings.shape
     person = torch.tensor([0, 1])
     prompts = ["portrait", "photo"]
-    wanted = [scorers.wanted({"pose": "front"})] * 2
-    truth = scorers.truth([str(number) for number in people])
+    requested = [scorers.attribute_classes({"pose": "front"})] * 2
+    values = scorers.facial_values([str(number) for number in people])
     inputs = MetricInputs(
         gray,
         gray,
@@ -62,12 +62,12 @@ def test_images_without_face_are_scored() -> None:
         portraits,
         gallery,
         prompts,
-        wanted,
-        others=gallery,
-        truth=truth,
+        requested,
+        second_faces=gallery,
+        facial_values=values,
     )
-    scores = {metric.name: metric(inputs) for metric in scorers.measures()}
-    assert all(values.shape == (2,) for values in scores.values())
+    scores = {metric.name: metric(inputs) for metric in scorers.metrics()}
+    assert all(score.shape == (2,) for score in scores.values())
     assert (
         scores["face_sim"].tolist()
         == scores["rank1"].tolist()
