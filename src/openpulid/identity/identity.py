@@ -154,7 +154,8 @@ class Identity:
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise IdentityError(message) from error
         levels = [name for name in sorted(tensors) if name.startswith("hidden.")]

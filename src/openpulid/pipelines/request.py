@@ -307,7 +307,8 @@ class GenerationOptions(RequestPart):
 
     def fill_from(self: Part, defaults: GenerationOptions) -> Part:
         """Return a copy in which options that are None have the values of `defaults`."""
-        identity = _fill_missing(self.identity, defaults.identity, IDENTITY_NAMES)  # type: ignore[attr-defined]
+        own_identity = self.identity  # type: ignore[attr-defined]
+        identity = _fill_missing(own_identity, defaults.identity, IDENTITY_NAMES)
         return _fill_missing(self, defaults, OPTION_NAMES).model_copy(update={"identity": identity})
 
 
