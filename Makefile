@@ -1,5 +1,5 @@
 # make demo      generate the demo images with the miniature, into demo/
-# make test      run the tests (10-15 min on 2 cores)
+# make test      run the tests, one process per core (about 10 min on 2 cores)
 # make quality   lint, format check, types
 # make docs      build the documentation site into site/
 # make lock      resolve requirements.lock for the oldest supported Python (needs uv)
@@ -27,8 +27,9 @@ $(STAMP): requirements.lock
 demo: $(STAMP)
 	$(BIN)/pulid demo -o demo
 
+# One thread per process: more would compete for the cores.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 quality: $(STAMP)
 	$(BIN)/ruff check .
