@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from openpulid.identity.identity import Identity as Identity
-    from openpulid.methods.pulid.sdxl import PuLID as PuLID
+    from openpulid.methods.pulid import PuLID as PuLID
     from openpulid.pipelines.factory import load_extractor as load_extractor
     from openpulid.pipelines.request import Control as Control
     from openpulid.pipelines.request import GenerationRequest as GenerationRequest

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -56,3 +59,40 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     if supports_bf16(device):
         return torch.bfloat16
     return torch.float32 if device.type == "cpu" else torch.float16
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until an accelerator has finished everything that was queued."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new measurement of `peak_memory`."""
+    if device.type != "cpu":
+        reset = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)
+        if reset is not None:  # Apple's GPUs have no such counter
+            reset(device)
+        return
+    with suppress(OSError):  # Linux: the process's own high-water mark
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Return the peak memory in GiB since `reset_peak_memory`; None if it is unknown.
+
+    On a CPU this is the high-water mark of the process, which includes blocks that the allocator
+    has freed but not returned. Only the figure of an accelerator is reliable.
+    """
+    if device.type != "cpu":
+        max_memory_allocated = getattr(
+            torch.get_device_module(device), "max_memory_allocated", None
+        )
+        if max_memory_allocated is None:
+            return None
+        return round(max_memory_allocated(device) / 2**30, 2)
+    try:
+        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return round(int(match[1]) / 2**20, 2) if match else None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import (
+from openpulid.faces.miniature import (
     FACE,
     MiniDetection,
     MiniFaceDetector,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openpulid.faces.mini_recognition import RECOGNITION_MODELS
+from openpulid.faces.miniature import RECOGNITION_MODELS
 from openpulid.io.checkpoints import load_module, save_module
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from openpulid.faces.preprocess import gray_on_white
+from openpulid.faces.align import gray_on_white
 
 
 def test_masked_pixels_are_gray_and_others_white():

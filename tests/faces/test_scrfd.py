@@ -14,10 +14,9 @@ from torch import Tensor
 from openpulid.errors import WeightsError
 from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import CROP, TEMPLATE, FaceParser, align_photo
-from openpulid.faces.face import Face
+from openpulid.faces.face import Face, sort_faces
 from openpulid.faces.insightface_pack import find_pack, select_providers, to_uint8
 from openpulid.faces.scrfd import BORDER, SCRFDDetector
-from openpulid.faces.select import sort_faces
 from openpulid.io.images import open_image
 from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recognition_file
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from openpulid.errors import FaceError, OptionError
-from openpulid.faces.face import Face
-from openpulid.faces.select import ORDERS, select_face, sort_faces
+from openpulid.faces.face import ORDERS, Face, select_face, sort_faces
 
 
 def face(x: float, y: float, side: float) -> Face:

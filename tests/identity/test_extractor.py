@@ -9,8 +9,7 @@ import torch
 
 from openpulid.faces.align import TEMPLATE
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.faces.mini_recognition import ResNetRecognition
+from openpulid.faces.miniature import MiniFaceDetector, ResNetRecognition
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.identity.identity import concat_identities

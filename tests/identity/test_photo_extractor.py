@@ -12,9 +12,8 @@ from PIL import Image
 from openpulid.errors import FaceError, OptionError
 from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import FaceParser
-from openpulid.faces.face import Face
-from openpulid.faces.scrfd import SCRFDDetector
-from openpulid.faces.select import select_face
+from openpulid.faces.face import Face, select_face
+from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.encoders import IDFormer
@@ -38,7 +37,11 @@ def features(tmp_path_factory) -> PhotoExtractor:
     )
     parser = FaceParser(BiSeNet(num_class=19))
     return PhotoExtractor(
-        SCRFDDetector.load(DETECTOR), recogniser, parser, tower, {"glintr100": "a", "EVA02": "b"}
+        PhotoFaceDetection.load(DETECTOR, "cpu"),
+        recogniser,
+        parser,
+        tower,
+        {"glintr100": "a", "EVA02": "b"},
     )
 
 
@@ -103,7 +106,7 @@ def test_vision_encoder_receives_gray_on_white(features, group) -> None:
     expected = 0.299 * crop[0] + 0.587 * crop[1] + 0.114 * crop[2]
     torch.testing.assert_close(gray[0][kept], expected[kept])
     colour = PhotoExtractor(
-        features.detector,
+        features.detection,
         features.recognition,
         features.face_parsing,
         features.vision_encoder,

@@ -17,7 +17,7 @@ from openpulid.errors import FaceError, IdentityError, OptionError
 from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import TEMPLATE, FaceParser, align_photo
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.miniature import MiniFaceDetector
 from openpulid.faces.scrfd import LONGEST, SCRFDDetector
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import MiniFaceDetection

@@ -198,7 +198,7 @@ def test_autoencoder_without_patch_borders_starts_as_the_linear_code(world, tmp_
 
 
 def test_detect_agrees_with_the_detector(world):
-    from openpulid.faces.mini_detector import MiniFaceDetector
+    from openpulid.faces.miniature import MiniFaceDetector
 
     detector = load_module(MiniFaceDetector, MINIATURE / "detector.safetensors")
     images = torch.cat([world.images[:3].float() / 255, torch.full((1, 3, 96, 96), 0.5)])

@@ -10,7 +10,7 @@ from safetensors import safe_open
 import openpulid as pulid
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import FaceError, PromptError
-from openpulid.faces.mini_detector import MiniFaceDetector
+from openpulid.faces.miniature import MiniFaceDetector
 from openpulid.io.checkpoints import load_module
 from openpulid.io.image_grid import to_pil, to_tensor
 from openpulid.io.images import open_image

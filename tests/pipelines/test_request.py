@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from openpulid.cli.options import OPTION_NAMES
 from openpulid.errors import OptionError
-from openpulid.faces.select import ORDERS
+from openpulid.faces.face import ORDERS
 from openpulid.pipelines.presets import PRESETS, flux, mini, sdxl
 from openpulid.pipelines.request import (
     SCHEMA_VERSION,

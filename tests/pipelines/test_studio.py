@@ -19,8 +19,7 @@ from openpulid.errors import (
     PromptError,
     WeightsError,
 )
-from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.faces.mini_recognition import ResNetRecognition
+from openpulid.faces.miniature import MiniFaceDetector, ResNetRecognition
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import save_module

@@ -18,7 +18,7 @@ from transformers import (
 from openpulid.faces.align import TEMPLATE
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
-from openpulid.faces.mini_recognition import ResNetRecognition
+from openpulid.faces.miniature import ResNetRecognition
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid.batch import Batch

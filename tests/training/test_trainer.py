@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from openpulid.errors import OptionError, TrainingError
-from openpulid.training import checkpointing, finite_check
+from openpulid.training import checkpointing, precision
 from openpulid.training import trainer as loop
 from openpulid.training.trainer import CHECKPOINT, TrainerConfig, run
 
@@ -303,7 +303,7 @@ def test_other_runs_and_invalid_settings_raise(tmp_path):
 def test_deferred_finite_check_skips_bad_updates(tmp_path, monkeypatch):
     """On an accelerator the check is read every few steps; until then updates are skipped."""
     task = Regression(bad_at=17)
-    monkeypatch.setattr(finite_check, "can_defer", lambda device: True)
+    monkeypatch.setattr(precision, "can_defer", lambda device: True)
     schedule = TrainerConfig(
         steps=24, lr=1e-2, warmup=4, log_every=24, validate_every=100, bf16=False
     )

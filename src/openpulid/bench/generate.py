@@ -10,10 +10,9 @@ from typing import Any, Protocol
 from PIL import Image
 
 from openpulid.bench.configuration import describe_configuration
-from openpulid.bench.perf.timing import peak, reset_peak, wait
 from openpulid.bench.run_dir import BASE, Job, Record, RunDir, SampleKey, Subject, iterate_jobs
 from openpulid.bench.suite import Suite
-from openpulid.device import hardware_name
+from openpulid.device import hardware_name, peak_memory, reset_peak_memory, synchronize
 from openpulid.errors import PulidError
 from openpulid.identity.identity import Identity
 from openpulid.pipelines.presets import Preset
@@ -78,19 +77,19 @@ class Worker:
         studio.adapter.attach(studio.pipe)  # the methods share a pipeline; the last one is used
         identity, identify_seconds = self._identify(first, studio)
 
-        reset_peak(device)
+        reset_peak_memory(device)
         start = time.perf_counter()
         prompt = self.suite.prompts[first.prompt].text
         images = []
         for key in job.keys:
             result = studio.generate(prompt, identity, seed=key.seed, **self.suite.options)
             images.append(result.images[0])
-        wait(device)
+        synchronize(device)
         seconds = (time.perf_counter() - start) / len(job.keys)
         costs = {
             "seconds": round(seconds, 4),
             "identify_seconds": round(identify_seconds, 4),
-            "memory": peak(device),
+            "memory": peak_memory(device),
         }
         return images, costs
 
@@ -102,7 +101,7 @@ class Worker:
         if cache_key not in self._identities:
             start = time.perf_counter()
             identity = studio.identify(self.subjects[key.person].portrait)
-            wait(studio.pipe.device)
+            synchronize(studio.pipe.device)
             self._identities[cache_key] = identity, time.perf_counter() - start
         return self._identities[cache_key]
 

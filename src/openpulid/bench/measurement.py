@@ -19,7 +19,7 @@ import torch
 
 from openpulid.bench.files import write_json
 from openpulid.device import hardware_name
-from openpulid.training.pulid.export import revision
+from openpulid.training.pulid import revision
 
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")
 

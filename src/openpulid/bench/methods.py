@@ -16,6 +16,9 @@ from openpulid.pipelines.presets import Preset, find_preset, with_method
 from openpulid.pipelines.studio import Studio, load
 from openpulid.pipelines.weights import missing_weights
 
+Presets = Mapping[str, Preset]
+"""Label of each method -> its preset, as `select_presets` returns them."""
+
 
 @dataclass(frozen=True)
 class MethodSpec:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from openpulid.bench.generate import Progress, Worker, generate_run, local_executor
-from openpulid.bench.methods import load_studios
+from openpulid.bench.methods import Presets, load_studios
 from openpulid.bench.ray_backend import ray_executor
 from openpulid.bench.report import write_report
 from openpulid.bench.run_dir import RunDir, Subject
 from openpulid.bench.score import Scorers, score_run
 from openpulid.bench.suite import Suite
 from openpulid.bench.table import ResultTable
-from openpulid.pipelines.presets import Preset
 
 
 def run_benchmark(
     suite: Suite,
-    presets: Mapping[str, Preset],
+    presets: Presets,
     subjects: Sequence[Subject],
     scorers: Scorers,
     path: Path,

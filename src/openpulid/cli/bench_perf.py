@@ -55,15 +55,15 @@ def measure_training(
     as_json: AsJson = False,
 ) -> None:
     """Measure a training step: gradients through 1 to 4 steps, with and without checkpointing."""
-    from openpulid.bench.perf import training
-    from openpulid.training.pulid.recipes import find_recipe
+    from openpulid.bench.perf import random_models, training
+    from openpulid.training.pulid import find_recipe
 
     torch_device = select_device(device)
     sizes: dict[str, Any] = {"batch": batch, "few_step_batch": few_step_batch, "pixels": pixels}
     changes = {name: value for name, value in sizes.items() if value}
     selected = replace(find_recipe(recipe or f"{base}_stage3"), **changes)
-    dtype = training.dtype_of(base, torch_device)
-    task = training.random_task(selected, training.random_base(base, torch_device, dtype))
+    dtype = random_models.dtype_of(base, torch_device)
+    task = training.random_task(selected, random_models.random_base(base, torch_device, dtype))
     costs = training.measure(task, rounds=rounds, on_progress=None if as_json else print_progress)
     configuration = {
         "base": base,
@@ -99,7 +99,8 @@ def measure_inference(
     as_json: AsJson = False,
 ) -> None:
     """Measure one denoising step: base, PuLID, and PuLID with keys and values recomputed."""
-    from openpulid.bench.perf import inference, training
+    from openpulid.bench.perf import inference
+    from openpulid.bench.perf.random_models import dtype_of
 
     torch_device = select_device(device)
     target = inference.speed_target(base, torch_device, size, batch, guided, depth_scale, memory)
@@ -112,7 +113,7 @@ def measure_inference(
         "depth_scale": depth_scale,
         "memory": memory,
         "device": str(torch_device),
-        "dtype": str(training.dtype_of(base, torch_device)),
+        "dtype": str(dtype_of(base, torch_device)),
         "rounds": rounds,
     }
     _write_figures(out, configuration, {"rows": [asdict(step) for step in steps]}, torch_device)

@@ -241,11 +241,11 @@ def run_request(request: GenerationRequest, out: Path, device: str | None) -> No
         PulidError: see `Studio.generate`. What does not need the models is checked before they
             are loaded.
     """
+    from openpulid import resolve_preset
     from openpulid.io.metadata import hash_files, image_name, save_image
     from openpulid.pipelines import studio as studios
     from openpulid.pipelines.inputs import open_inputs
     from openpulid.pipelines.provenance import Provenance
-    from openpulid.pipelines.selection import resolve_preset
 
     make_directory(out)
     assert request.model is not None

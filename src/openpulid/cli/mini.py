@@ -94,9 +94,9 @@ def ablation(
     people_seed: FirstPerson = 0,
 ) -> None:
     """Draw held-out people with the same prompt and seed at every stage of the training."""
-    from openpulid.mini.evaluation import ablation as stages
+    from openpulid.mini.evaluation.stage_sheet import draw_stages
 
-    save_image(stages.draw_stages(people, people_seed), check_image_path(out))
+    save_image(draw_stages(people, people_seed), check_image_path(out))
     print(out)
 
 

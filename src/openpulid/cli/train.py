@@ -62,7 +62,7 @@ def train(
     """Train an adapter by a named recipe, or continue its run."""
     from dataclasses import replace
 
-    from openpulid.training.pulid.recipes import find_recipe
+    from openpulid.training.pulid import find_recipe
 
     settings = find_recipe(recipe)
     settings = replace(
@@ -95,7 +95,7 @@ def train(
     import torch
 
     from openpulid.device import best_device
-    from openpulid.training.pulid.train import check_init_adapter
+    from openpulid.training.pulid import check_init_adapter
     from openpulid.training.pulid.train_sdxl import load_models, train_on_photos
 
     check_init_adapter(settings, begin)

@@ -1,4 +1,4 @@
-"""Alignment and face parsing (semantic segmentation) of photos, as in facexlib."""
+"""Alignment and parsing (semantic segmentation) of faces in photos, as in facexlib."""
 
 from __future__ import annotations
 

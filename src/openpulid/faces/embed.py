@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from openpulid.faces.align import align_faces
 from openpulid.faces.face import Face
-from openpulid.faces.mini_recognition import CROP
+from openpulid.faces.miniature import CROP
 
 # (B, 3, H, W) in [0, 1] -> a face or None for each image
 Detect = Callable[[Tensor], Sequence[Face | None]]

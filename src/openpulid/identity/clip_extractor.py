@@ -15,12 +15,10 @@ from openpulid.errors import WeightsError
 from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE, ArcFaceRecognition
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.identity.identity import Identity
-from openpulid.io.checkpoints import fingerprint, load_module, read_tensors
+from openpulid.io.checkpoints import fingerprint, read_tensors
 
 ClipInput = Literal["image", "face"]
 
@@ -105,9 +103,9 @@ class ClipExtractor:
         """Load face detection and face recognition, see `load`."""
         detection: FaceDetection
         if is_miniature:
-            detection = MiniFaceDetection(load_module(MiniFaceDetector, detector, device))
+            detection = MiniFaceDetection.load(detector, device)
         else:
-            detection = PhotoFaceDetection(SCRFDDetector.load(detector, device))
+            detection = PhotoFaceDetection.load(detector, device)
         if recognition is None:
             return detection, None
         return detection, ArcFaceRecognition.load(recognition, device)

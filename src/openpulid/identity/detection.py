@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import SIZE, MiniFaceDetector
+from openpulid.faces.miniature import SIZE, MiniFaceDetector
 from openpulid.faces.scrfd import LONGEST, SCRFDDetector
+from openpulid.io.checkpoints import load_module
 
 
 class FaceDetection(Protocol):
@@ -37,6 +40,15 @@ class PhotoFaceDetection:
     def __init__(self, detector: SCRFDDetector) -> None:
         self.detector = detector
 
+    @classmethod
+    def load(cls, path: str | PathLike[str], device: str | torch.device) -> PhotoFaceDetection:
+        """Load the detector from its ONNX file.
+
+        Raises:
+            WeightsError: the file is missing or damaged.
+        """
+        return cls(SCRFDDetector.load(path, device))
+
     @property
     def search_description(self) -> str:
         """What `detect` tries before it gives up."""
@@ -58,6 +70,15 @@ class MiniFaceDetection:
 
     def __init__(self, detector: MiniFaceDetector) -> None:
         self.detector = detector
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], device: str | torch.device) -> MiniFaceDetection:
+        """Load the detector from its file.
+
+        Raises:
+            WeightsError: the file is missing or damaged.
+        """
+        return cls(load_module(MiniFaceDetector, path, device))
 
     @property
     def search_description(self) -> str:

@@ -10,11 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from openpulid.faces.align import TEMPLATE, mask_background, similarity_transform, warp_images
+from openpulid.faces.align import (
+    TEMPLATE,
+    gray_on_white,
+    mask_background,
+    similarity_transform,
+    warp_images,
+)
 from openpulid.faces.face import Face
-from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.faces.mini_recognition import CROP, ResNetRecognition
-from openpulid.faces.preprocess import gray_on_white
+from openpulid.faces.miniature import CROP, MiniFaceDetector, ResNetRecognition
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
@@ -31,7 +35,9 @@ class IdentityExtractor(Protocol):
     models: dict[str, str]
     """Name -> hash of the models that determine the features."""
 
-    detection: FaceDetection
+    @property
+    def detection(self) -> FaceDetection:
+        """Detects the faces in an image."""
 
     def extract(self, faces: Sequence[Face]) -> list[Identity]:
         """Return one identity per face, in order."""

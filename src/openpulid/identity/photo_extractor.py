@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from openpulid.faces.align import gray_on_white
 from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import FaceParser, align_photo
 from openpulid.faces.face import Face
-from openpulid.faces.preprocess import gray_on_white
-from openpulid.faces.scrfd import SCRFDDetector
-from openpulid.identity.detection import FaceDetection, PhotoFaceDetection
+from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import fingerprint
@@ -24,7 +23,7 @@ class PhotoExtractor:
     """The extractor of PuLID's published adapters; every feature comes from the same face.
 
     Args:
-        detector, recognition, face_parsing, vision_encoder: see their classes.
+        detection, recognition, face_parsing, vision_encoder: see their classes.
         models: name -> hash of the models; written into every identity.
         use_gray: pass the face in gray on white to the vision encoder, as in the training of the
             published adapters. False keeps color and background. It is recorded with the models
@@ -33,18 +32,17 @@ class PhotoExtractor:
 
     def __init__(
         self,
-        detector: SCRFDDetector,
+        detection: PhotoFaceDetection,
         recognition: ArcFaceRecognition,
         face_parsing: FaceParser,
         vision_encoder: VisionEncoder,
         models: Mapping[str, str] | None = None,
         use_gray: bool = True,
     ) -> None:
-        self.detector = detector
         self.recognition = recognition
         self.face_parsing = face_parsing
         self.vision_encoder = vision_encoder
-        self.detection: FaceDetection = PhotoFaceDetection(detector)
+        self.detection = detection
         self.models = dict(models or {})
         self.use_gray = use_gray
         if not use_gray:
@@ -76,7 +74,7 @@ class PhotoExtractor:
             WeightsError: a file is missing or damaged.
         """
         return cls(
-            SCRFDDetector.load(detector, device),
+            PhotoFaceDetection.load(detector, device),
             ArcFaceRecognition.load(recognition, device),
             FaceParser.load(face_parsing, device),
             VisionEncoder.from_published(vision_encoder).to(device, dtype),

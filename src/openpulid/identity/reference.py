@@ -10,9 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from openpulid.errors import FaceError, OptionError
-from openpulid.faces.face import Face
-from openpulid.faces.select import describe_faces, select_face, sort_faces
-from openpulid.faces.visualize import draw_faces
+from openpulid.faces.face import Face, describe_faces, draw_faces, select_face, sort_faces
 from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity, fuse_identities
 from openpulid.io.image_grid import to_tensor

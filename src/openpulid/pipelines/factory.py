@@ -18,8 +18,7 @@ from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.extractor import IdentityExtractor, MiniExtractor
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.checkpoints import fingerprint
-from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.methods.registry import find_method
 from openpulid.pipelines.base_models import load_flux, load_sdxl
 from openpulid.pipelines.flux_memory import find_level, place_pipeline

@@ -194,8 +194,7 @@ def _weight_sizes() -> dict[str, int]:
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     from openpulid.identity.eva_clip import VisionEncoder
-    from openpulid.methods.pulid.encoders import IDFormer
-    from openpulid.methods.pulid.flux import PuLIDFlux
+    from openpulid.methods.pulid import IDFormer, PuLIDFlux
 
     t5 = T5Config(
         d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"

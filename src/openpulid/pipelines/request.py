@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from openpulid.errors import OptionError
-from openpulid.methods.pulid.projection import Projection
+from openpulid.methods.pulid import Projection
 
 SCHEMA_VERSION = 1
 LONGEST_QUOTE = 60

@@ -24,12 +24,10 @@ from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ImageSource, ReferenceFaces
 from openpulid.methods.adapter import Adapter
-from openpulid.methods.pulid.flux import delay_guidance
-from openpulid.methods.pulid.masks import People, normalize_people
+from openpulid.methods.pulid import People, delay_guidance, normalize_people
 from openpulid.pipelines.factory import load_adapter, load_extractor, load_pipeline
-from openpulid.pipelines.inputs import RequestInputs, open_inputs
+from openpulid.pipelines.inputs import RequestInputs, check_prompts, open_inputs
 from openpulid.pipelines.presets import Preset
-from openpulid.pipelines.prompts import check_prompts
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
 from openpulid.pipelines.selection import PresetSource, resolve_preset
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openpulid.errors import TrainingError
-from openpulid.training.config import TrainerConfig
+from openpulid.training.schedule import TrainerConfig
 
 CHECKPOINT = "run.safetensors"
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from openpulid.training.config import TrainerConfig
 from openpulid.training.muon import Muon
+from openpulid.training.schedule import TrainerConfig
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Device types with a one-kernel AdamW."""

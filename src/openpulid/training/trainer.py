@@ -30,14 +30,12 @@ from openpulid.training.checkpointing import (
     trainable_parameters,
     write_tensors,
 )
-from openpulid.training.config import TrainerConfig
 from openpulid.training.distributed import DistributedContext, catch_signals
-from openpulid.training.finite_check import FiniteCheck
 from openpulid.training.logger import TrainingLogger
 from openpulid.training.optimizer import build_optimizer, set_lr
-from openpulid.training.precision import autocast, backward
+from openpulid.training.precision import FiniteCheck, autocast, backward
 from openpulid.training.rng import StepRNG, generator_for, merge_records, microbatch_rngs
-from openpulid.training.time_budget import StepTimer, TimeBudget
+from openpulid.training.schedule import StepTimer, TimeBudget, TrainerConfig
 
 Losses = Mapping[str, Tensor]
 """Scalars by name."""

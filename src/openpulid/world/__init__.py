@@ -1,5 +1,6 @@
 """Procedural people and scenes: a small world in which identity and scene are known exactly."""
 
+from openpulid.world.dataset import WorldDataset
 from openpulid.world.person import FACIAL, HELD_OUT_PEOPLE, PARAMETERS, SKIN, Person
 from openpulid.world.render import PARTS, Rendering, render
 from openpulid.world.scene import ATTRIBUTES, VOCABULARY, Scene
@@ -15,5 +16,6 @@ __all__ = [
     "Person",
     "Rendering",
     "Scene",
+    "WorldDataset",
     "render",
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from openpulid.bench.perf import face_analysis, inference
+from openpulid.bench.perf.random_models import RandomSDXL
 from openpulid.bench.perf.timing import (
     interleave,
     medians,
@@ -21,7 +22,6 @@ from openpulid.bench.perf.timing import (
     time_hooks,
     wait,
 )
-from openpulid.bench.perf.training import RandomSDXL
 from openpulid.errors import OptionError
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.methods.pulid.encoders import IDFormer

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from openpulid.bench.perf import training
+from openpulid.bench.perf.random_models import RandomSDXL, random_base
 from openpulid.errors import OptionError
 from openpulid.training.pulid.recipes import Recipe
 from tests.support import tiny_sdxl as tiny
@@ -14,9 +15,9 @@ pytestmark = pytest.mark.usefixtures("both_precisions")
 
 
 @pytest.fixture
-def base() -> training.RandomSDXL:
+def base() -> RandomSDXL:
     pipe = tiny.pipe()
-    return training.RandomSDXL(pipe.unet, pipe.vae)
+    return RandomSDXL(pipe.unet, pipe.vae)
 
 
 def test_every_candidate_is_measured(base) -> None:
@@ -41,7 +42,7 @@ def test_every_candidate_is_measured(base) -> None:
 
 
 def test_random_miniature_has_the_miniatures_sizes() -> None:
-    base = training.random_base("mini", torch.device("cpu"))
+    base = random_base("mini", torch.device("cpu"))
     assert base.latent_shape() == (20, 12, 12) and base.unet.dtype == torch.float32
     assert base.decode(torch.zeros(1, 20, 12, 12)).shape == (1, 3, 96, 96)
     text = base.encode_text(["portrait"], guided=True)
@@ -50,4 +51,4 @@ def test_random_miniature_has_the_miniatures_sizes() -> None:
 
 def test_unknown_base_is_rejected() -> None:
     with pytest.raises(OptionError, match="mini or sdxl"):
-        training.random_base("flux", torch.device("cpu"))
+        random_base("flux", torch.device("cpu"))

@@ -5,11 +5,11 @@ import torch
 
 from openpulid.mini.data.augment import (
     add_noise,
-    augment,
     blur,
     color_jitter,
     compose_affine,
     compress_jpeg,
+    degrade,
     dilate,
     downscale,
     random_affine,
@@ -21,7 +21,7 @@ def seeded() -> torch.Generator:
 
 
 @pytest.mark.parametrize(
-    "transform", [color_jitter, blur, downscale, compress_jpeg, add_noise, augment]
+    "transform", [color_jitter, blur, downscale, compress_jpeg, add_noise, degrade]
 )
 def test_augmentation_keeps_shape_and_range_and_is_seeded(transform):
     images = torch.rand(8, 3, 64, 64, generator=seeded())

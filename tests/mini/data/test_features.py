@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.faces.mini_recognition import ResNetRecognition
+from openpulid.faces.miniature import MiniFaceDetector, ResNetRecognition
 from openpulid.identity.extractor import MiniExtractor
+from openpulid.mini.data import load_faces
 from openpulid.mini.data.features import FaceFeatures
-from openpulid.mini.train.recognition import load_faces
 from openpulid.mini.train.vision_encoder import build_vision_encoder
 
 

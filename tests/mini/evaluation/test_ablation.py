@@ -9,7 +9,9 @@ from PIL import Image
 
 from openpulid.bench.metrics import Interval
 from openpulid.mini.evaluation import ablation, evaluate
+from openpulid.mini.evaluation.adapters import find_adapters
 from openpulid.mini.evaluation.evaluate import Table
+from openpulid.mini.evaluation.stage_sheet import draw_stages
 
 
 def test_sweep_varies_one_option_at_a_time() -> None:
@@ -45,8 +47,8 @@ def test_plot_is_saved(tmp_path: Path) -> None:
 
 
 def test_stages_image_has_column_per_stage(tmp_path: Path) -> None:
-    stages = evaluate.find_adapters()
+    stages = find_adapters()
     assert stages, "no adapter is installed"
-    page = ablation.draw_stages(people=1, side=96)
+    page = draw_stages(people=1, side=96)
     width = 2 * 24 + (2 + len(stages)) * (96 + 16) - 16
     assert page.size[0] == width and len(page.getcolors(1 << 24) or []) > 1000

@@ -14,7 +14,9 @@ from torch import Tensor
 from openpulid.bench.metrics import Faces, Interval
 from openpulid.io.image_grid import to_tensor
 from openpulid.mini.evaluation import evaluate
+from openpulid.mini.evaluation.adapters import find_adapters
 from openpulid.mini.evaluation.evaluate import Table
+from openpulid.mini.evaluation.prompts import EvalPrompt, render_portraits, sample_prompts
 from openpulid.mini.evaluation.scorers import MiniScorers
 from openpulid.world import ATTRIBUTES, VOCABULARY
 
@@ -38,11 +40,10 @@ SCORERS = MiniScorers(
 
 
 def test_prompts_do_not_depend_on_model() -> None:
-    prompts = evaluate.sample_prompts(people=3, prompts=2, people_seed=5)
-    assert prompts == evaluate.sample_prompts(3, 2, 5)
+    prompts = sample_prompts(people=3, prompts=2, people_seed=5)
+    assert prompts == sample_prompts(3, 2, 5)
     assert prompts[2:] == [  # a person does not depend on the number of the first
-        evaluate.EvalPrompt(r.person + 1, r.prompt, r.seed, r.scene)
-        for r in evaluate.sample_prompts(2, 2, 6)
+        EvalPrompt(r.person + 1, r.prompt, r.seed, r.scene) for r in sample_prompts(2, 2, 6)
     ]
     assert [prompt.person for prompt in prompts] == [0, 0, 1, 1, 2, 2]
     for prompt in prompts:
@@ -75,7 +76,7 @@ def test_image_equal_to_portrait_scores_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert stage1["outside_face"].mean == 0  # only the center differs
     assert stage1["face_found"].mean == 1
     assert list(table.rows) == ["base", "stage1", "truth"]
-    assert evaluate.render_portraits(people=2).shape == (2, 3, 96, 96)
+    assert render_portraits(people=2).shape == (2, 3, 96, 96)
 
 
 def test_json_has_columns_and_no_nan() -> None:
@@ -115,4 +116,4 @@ def test_adapters_are_shipped_or_locally_trained(tmp_path: Path) -> None:
     for file in (shipped, ignored, local):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    assert evaluate.find_adapters(weights, runs) == {"stage1": shipped, "stage2": local}
+    assert find_adapters(weights, runs) == {"stage1": shipped, "stage2": local}

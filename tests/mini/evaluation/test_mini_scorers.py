@@ -10,6 +10,7 @@ from openpulid.bench.metrics import MetricInputs
 from openpulid.errors import FaceError
 from openpulid.io.image_grid import to_tensor
 from openpulid.mini.evaluation import evaluate
+from openpulid.mini.evaluation.prompts import sample_prompts
 from openpulid.mini.evaluation.scorers import MiniScorers
 from openpulid.pipelines.studio import Studio, load
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE
@@ -22,7 +23,7 @@ def studio() -> Studio:
 
 
 def test_batched_images_equal_single_images(studio: Studio) -> None:
-    prompts = evaluate.sample_prompts(people=3, prompts=1)
+    prompts = sample_prompts(people=3, prompts=1)
     identities = [studio.identify(render_portrait(HELD_OUT_PEOPLE + k)) for k in range(3)]
     batch = evaluate.generate_images(studio, [prompts], identities)
     for prompt, image in zip(prompts, batch, strict=True):

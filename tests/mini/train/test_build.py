@@ -12,7 +12,6 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.mini.models.pipeline import save_folder
 from openpulid.mini.train import build as builder
 from openpulid.mini.train.build_context import BuildContext, Stage, stamp
-from openpulid.mini.train.build_models import load_text_encoders
 from tests.support import mini_networks as networks
 
 
@@ -78,7 +77,7 @@ def test_figures_are_appended_to_report(calls, folders):
 def test_missing_models_of_earlier_stages_are_reported(folders):
     context = BuildContext(folders["runs"], folders["weights"], torch.device("cpu"))
     with pytest.raises(WeightsError, match="pulid mini build"):
-        load_text_encoders(context)
+        context.load_text_encoders()
 
 
 def test_stamp_keeps_weights(tmp_path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from openpulid.faces.mini_detector import FACE, MiniDetection, MiniFaceDetector
+from openpulid.faces.miniature import FACE, MiniDetection, MiniFaceDetector
 from openpulid.mini.data import negatives
 from openpulid.mini.train.detector import (
     DetectorBatch,

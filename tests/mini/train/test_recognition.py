@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from openpulid.faces.mini_recognition import VGGRecognition
+from openpulid.faces.miniature import VGGRecognition
 from openpulid.mini.train.recognition import (
     MarginHead,
     RecognitionEvaluator,

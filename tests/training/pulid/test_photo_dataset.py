@@ -27,7 +27,7 @@ from openpulid.faces.arcface import (
     load_arcface_ir_se50,
 )
 from openpulid.faces.bisenet import FaceParser
-from openpulid.faces.scrfd import SCRFDDetector
+from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.sdxl import PuLID
@@ -64,7 +64,11 @@ def features(tmp_path_factory) -> PhotoExtractor:
         recognition_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12)
     )
     return PhotoExtractor(
-        SCRFDDetector.load(DETECTOR), recogniser, FaceParser(BiSeNet(num_class=19)), tower, MODELS
+        PhotoFaceDetection.load(DETECTOR, "cpu"),
+        recogniser,
+        FaceParser(BiSeNet(num_class=19)),
+        tower,
+        MODELS,
     )
 
 
@@ -160,7 +164,7 @@ def test_encode_undoes_the_scale_of_decode(base) -> None:
 def test_all_three_stages(folder, base, features, tmp_path) -> None:
     torch.manual_seed(0)
     faces = build_face_embedder(
-        features.detector, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
+        features.detection.detector, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
     )
     frozen = {name: value.clone() for name, value in base.unet.state_dict().items()}
     begin = None
@@ -303,7 +307,7 @@ def test_id_loss_crop_is_aligned_bgr_and_differentiable() -> None:
 def test_id_loss_embeds_faces_of_photos(features) -> None:
     torch.manual_seed(0)
     embedder = build_face_embedder(
-        features.detector, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
+        features.detection.detector, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
     )
     photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
     pictures = torch.stack([photo, torch.full_like(photo, 0.5)]).requires_grad_(True)

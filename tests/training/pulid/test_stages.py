@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from openpulid.bench.perf.training import SDXL_UNET
+from openpulid.bench.perf.random_models import SDXL_UNET
 from openpulid.errors import OptionError
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID

@@ -19,7 +19,7 @@ from torch import nn
 from openpulid.bench.perf.timing import interleave, medians, timed
 from openpulid.device import compute_dtype
 from openpulid.identity.eva_clip import VisionEncoder
-from openpulid.methods.pulid.encoders import IDFormer
+from openpulid.methods.pulid import IDFormer
 
 
 @dataclass(frozen=True)

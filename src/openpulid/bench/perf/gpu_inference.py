@@ -22,8 +22,9 @@ from openpulid.bench.perf.inference import (
     SpeedTarget,
     measure,
 )
-from openpulid.bench.perf.timing import interleave, medians, peak, ratios, reset_peak, timed, wait
-from openpulid.bench.perf.training import default_dtype
+from openpulid.bench.perf.random_models import default_dtype
+from openpulid.bench.perf.timing import interleave, medians, ratios, timed
+from openpulid.device import peak_memory, reset_peak_memory, synchronize
 from openpulid.pipelines import flux_memory
 
 LABELS = {
@@ -201,11 +202,11 @@ def _measure_compiled(target: SpeedTarget, machine: Machine) -> list[Figures]:
         "pulid": timed(compile_identity, device),
     }
     output_change = _measure_change(target)
-    reset_peak(device)
+    reset_peak_memory(device)
     seconds = interleave(
         {"base": run_base, "pulid": run_identity}, 1 if machine.tiny else FLUX_ROUNDS
     )
-    peak_gib = peak(device)
+    peak_gib = peak_memory(device)
     times = medians(seconds)
     ratio = ratios(seconds)
     rows: list[Figures] = [
@@ -227,11 +228,11 @@ def _compile_and_time(step: Callable[[], object], machine: Machine) -> Figures:
     """Run three calls, which compile, and measure the median of the following calls."""
     device = machine.device
     compile_seconds = sum(timed(step, device) for _ in range(3))
-    reset_peak(device)
+    reset_peak_memory(device)
     seconds = [timed(step, device) for _ in range(1 if machine.tiny else SDXL_ROUNDS)]
     return {
         "ms": round(median(seconds) * 1000, 2),
-        "peak_gib": peak(device),
+        "peak_gib": peak_memory(device),
         "compile_s": round(compile_seconds, 1),
     }
 
@@ -292,14 +293,14 @@ def _measure_level(level: str, machine: Machine) -> list[Figures]:
     }
     rows = []
     for name, time_phase in phases.items():
-        wait(device)
-        reset_peak(device)
+        synchronize(device)
+        reset_peak_memory(device)
         first, *following = time_phase()
         row: Figures = {
             "phase": name,
             "ms": round(median(following) * 1000, 1),
             "first_s": round(first, 2),
-            "peak_gib": peak(device),
+            "peak_gib": peak_memory(device),
         }
         rows.append(row)
     rows[0]["placing_s"] = round(placing_seconds, 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openpulid.bench.perf.gpu_report import PartSkipped
 from openpulid.bench.perf.inference import FluxTarget
-from openpulid.bench.perf.training import RandomSDXL, default_dtype, random_base
+from openpulid.bench.perf.random_models import RandomSDXL, default_dtype, random_base
 from openpulid.device import best_device, compute_dtype, hardware_name
 from openpulid.errors import OptionError
 from openpulid.pipelines.presets import MINIATURE

@@ -16,15 +16,12 @@ from torch.nn.functional import mse_loss
 from openpulid.bench.perf.gpu_machine import Machine
 from openpulid.bench.perf.gpu_report import Recorder
 from openpulid.bench.perf.inference import FluxTarget
-from openpulid.bench.perf.timing import peak, reset_peak, timed
-from openpulid.bench.perf.training import RandomSDXL, random_task, train_step
-from openpulid.methods.pulid.encoders import IDFormer
-from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.training.muon import Muon
-from openpulid.training.precision import autocast, backward
-from openpulid.training.pulid.recipes import Recipe, find_recipe
-from openpulid.training.pulid.task import Batch, PuLIDTask
-from openpulid.training.rng import StepRNG
+from openpulid.bench.perf.timing import timed
+from openpulid.bench.perf.training import random_task, train_step
+from openpulid.device import peak_memory, reset_peak_memory
+from openpulid.methods.pulid import IDFormer, PuLIDFlux
+from openpulid.training import Muon, StepRNG, autocast, backward
+from openpulid.training.pulid import Batch, PuLIDTask, Recipe, SDXLModel, find_recipe
 
 Figures = dict[str, Any]
 
@@ -115,7 +112,7 @@ def measure_sdxl_stage3(recorder: Recorder, machine: Machine) -> None:
         )
 
 
-def _build_task(recipe: Recipe, base: RandomSDXL) -> PuLIDTask:
+def _build_task(recipe: Recipe, base: SDXLModel) -> PuLIDTask:
     """Build the task of a recipe with a fixed batch."""
     task = random_task(recipe, base)
     task.data = FixedBatch(task.data.batch(StepRNG(0, 0)).to(base.device))
@@ -151,12 +148,12 @@ def _time_steps(step: Callable[[], object], machine: Machine, count: int) -> flo
     """
     step()
     machine.release()
-    reset_peak(machine.device)
+    reset_peak_memory(machine.device)
     return median(timed(step, machine.device) for _ in range(count))
 
 
 def _peak_memory(machine: Machine) -> Figures:
-    return {"peak_gib": peak(machine.device), "reserved_gib": machine.max_reserved_gib()}
+    return {"peak_gib": peak_memory(machine.device), "reserved_gib": machine.max_reserved_gib()}
 
 
 # -- the miniature --
@@ -210,7 +207,7 @@ def _unet_settings() -> dict[str, str]:
     }
 
 
-def _build_unet(machine: Machine) -> tuple[RandomSDXL, nn.Module]:
+def _build_unet(machine: Machine) -> tuple[SDXLModel, nn.Module]:
     """Build the miniature's base model and return it with its U-Net, ready for training."""
     base = machine.build_miniature()
     unet = base.unet.requires_grad_(True).train()
@@ -238,7 +235,7 @@ class UNetStep:
     """
 
     def __init__(
-        self, base: RandomSDXL, network: Any, optimizer: torch.optim.Optimizer, batch: int
+        self, base: SDXLModel, network: Any, optimizer: torch.optim.Optimizer, batch: int
     ) -> None:
         self.device = base.device
         self.network = network
@@ -292,7 +289,7 @@ def _measure_throughput(step: Callable[[], object], batch: int, machine: Machine
     return {
         "images_per_s": round(batch / seconds, 1),
         "ms": round(seconds * 1000, 2),
-        "peak_gib": peak(machine.device),
+        "peak_gib": peak_memory(machine.device),
         "first_s": round(first_seconds, 1),
     }
 

@@ -22,24 +22,13 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from openpulid.bench.perf.timing import (
-    interleave,
-    medians,
-    peak,
-    ratios,
-    reset_peak,
-    time_hooks,
-    timed,
-)
-from openpulid.bench.perf.training import RandomSDXL, default_dtype, dtype_of, random_base
+from openpulid.bench.perf.random_models import RandomSDXL, default_dtype, dtype_of, random_base
+from openpulid.bench.perf.timing import interleave, medians, ratios, time_hooks, timed
+from openpulid.device import peak_memory, reset_peak_memory
 from openpulid.errors import OptionError
-from openpulid.methods.pulid.encoders import IDFormer
-from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.flux_attention import identity_blocks
-from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.methods.pulid.sdxl_attention import cross_attentions
+from openpulid.methods.pulid import IDFormer, PuLID, PuLIDFlux, cross_attentions, identity_blocks
 from openpulid.pipelines import flux_memory
-from openpulid.training.pulid.models import TextConditioning
+from openpulid.training.pulid import TextConditioning
 
 NUM_TOKENS = 32
 """Identity tokens of PuLID v1.1 and of PuLID for FLUX."""
@@ -297,9 +286,9 @@ def measure(
 
     def with_peak(name: str, run: Callable[[], float]) -> Callable[[], float]:
         def run_with_peak() -> float:
-            reset_peak(device)
+            reset_peak_memory(device)
             seconds = run()
-            peaks[name] = peak(device)
+            peaks[name] = peak_memory(device)
             return seconds
 
         return run_with_peak

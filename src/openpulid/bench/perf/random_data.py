@@ -8,11 +8,10 @@ from torch import Tensor
 from openpulid.faces.align import TEMPLATE
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
-from openpulid.faces.mini_recognition import RECOGNITION_MODELS
-from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.training.pulid.models import BaseModel
-from openpulid.training.pulid.task import Batch
-from openpulid.training.rng import StepRNG
+from openpulid.faces.miniature import RECOGNITION_MODELS
+from openpulid.methods.pulid import PuLID
+from openpulid.training import StepRNG
+from openpulid.training.pulid import BaseModel, Batch
 
 
 class RandomPeople:

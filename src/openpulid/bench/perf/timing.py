@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from openpulid.device import synchronize
 
 Seconds = Mapping[str, list[float]]
 """Candidate -> its seconds in each round."""
@@ -68,10 +68,10 @@ def ratios(seconds: Seconds) -> dict[str, float]:
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
     """Run `work` and return its seconds, including everything that it queued on the device."""
-    wait(device)
+    synchronize(device)
     start = time.perf_counter()
     work()
-    wait(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -107,44 +107,7 @@ def time_hooks(
             hooks.callback(register(mark, prepend=True).remove)
             hooks.callback(register(mark).remove)
         yield seconds
-    wait(device)
+    synchronize(device)
     for start, end in zip(marks[::2], marks[1::2], strict=True):
         is_time = isinstance(start, float)
         seconds.append(end - start if is_time else start.elapsed_time(end) / 1000)
-
-
-def wait(device: torch.device) -> None:
-    """Wait until an accelerator has finished everything that was queued."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start a new measurement of `peak`."""
-    if device.type != "cpu":
-        reset = getattr(torch.get_device_module(device), "reset_peak_memory_stats", None)
-        if reset is not None:  # Apple's GPUs have no such counter
-            reset(device)
-        return
-    with suppress(OSError):  # Linux: the process's own high-water mark
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device: torch.device) -> float | None:
-    """Return the peak memory in GiB since `reset_peak`; None if it is unknown.
-
-    On a CPU this is the high-water mark of the process, which includes blocks that the allocator
-    has freed but not returned. Only the figure of an accelerator is reliable.
-    """
-    if device.type != "cpu":
-        max_memory_allocated = getattr(
-            torch.get_device_module(device), "max_memory_allocated", None
-        )
-        if max_memory_allocated is None:
-            return None
-        return round(max_memory_allocated(device) / 2**30, 2)
-    try:
-        match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        return None
-    return round(int(match[1]) / 2**20, 2) if match else None

@@ -6,58 +6,20 @@ and without gradient checkpointing.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from openpulid.bench.perf.random_data import RandomPeople, random_faces
-from openpulid.bench.perf.timing import interleave, medians, peak, ratios, reset_peak, timed
-from openpulid.device import compute_dtype
-from openpulid.diffusion.patch_vae import PatchAutoencoderKL
-from openpulid.errors import OptionError
-from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
-from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.pipelines.presets import MINIATURE
-from openpulid.training.precision import autocast, backward
-from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
-from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import PuLIDTask
-from openpulid.training.rng import StepRNG
-from openpulid.training.trainer import Losses, sum_losses
-
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-"""Configuration of SDXL's U-Net."""
-
-SDXL_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-}
-"""Configuration of SDXL's autoencoder."""
+from openpulid.bench.perf.timing import interleave, medians, ratios, timed
+from openpulid.device import peak_memory, reset_peak_memory
+from openpulid.methods.pulid import IDEncoder, IDFormer, PuLID
+from openpulid.training import Losses, StepRNG, autocast, backward, sum_losses
+from openpulid.training.pulid import BaseModel, PuLIDTask, Recipe
 
 
 @dataclass(frozen=True)
@@ -77,89 +39,6 @@ class Cost:
     seconds: float
     ratio: float
     memory: float | None
-
-
-class _PipelineParts:
-    """The parts of a pipeline that `SDXLModel` uses.
-
-    There are no text encoders: they do not affect the cost of a step.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-        self.unet = unet
-        self.vae = vae
-        self.text_encoder = None
-        self.text_encoder_2 = None
-        self.scheduler = DDPMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-        )
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-class RandomSDXL(SDXLModel):
-    """A base model of SDXL's architecture with random prompt embeddings of 77 tokens."""
-
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL) -> None:
-        super().__init__(_PipelineParts(unet, vae))
-        config = unet.config
-        self.pooled_width = (
-            config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        )
-
-    def encode_text(
-        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
-    ) -> TextConditioning:
-        """Return random embeddings, twice as many if guided."""
-        rows = len(prompts) * (1 + guided)
-        like: dict[str, Any] = {"device": self.device, "dtype": self.unet.dtype}
-        side = float(pixels or self.unet.config.sample_size * self.pipe.vae_scale_factor)
-        ids = torch.tensor([[side, side, 0, 0, side, side]], **like).expand(rows, -1)
-        embeds = torch.randn(rows, 77, self.unet.config.cross_attention_dim, **like)
-        return TextConditioning(embeds, torch.randn(rows, self.pooled_width, **like), ids)
-
-
-def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype in which a base model is used: the miniature in float32."""
-    return torch.float32 if name == "mini" else compute_dtype(device)
-
-
-def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> RandomSDXL:
-    """Build "mini" or "sdxl" at full size with random weights.
-
-    Args:
-        name: the base model.
-        device: where it is built.
-        dtype: of its weights.
-
-    Raises:
-        OptionError: an unknown name.
-    """
-    if name not in ("mini", "sdxl"):
-        raise OptionError(f"base {name!r} is not available with random weights; use mini or sdxl.")
-    with default_dtype(dtype), device:
-        if name == "sdxl":
-            unet = UNet2DConditionModel(**SDXL_UNET)
-            vae = AutoencoderKL(**SDXL_VAE)
-        else:
-            unet = UNet2DConditionModel.from_config(_read_config("unet"))
-            vae = PatchAutoencoderKL.from_config(_read_config("vae"))
-    return RandomSDXL(unet, vae)  # not on the device: its noise schedule stays on the CPU
-
-
-def _read_config(part: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((MINIATURE / "pipeline" / part / "config.json").read_text())
-    return config
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Build modules in this dtype, without an intermediate float32 copy."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(previous)
 
 
 def random_task(recipe: Recipe, base: BaseModel) -> PuLIDTask:
@@ -214,9 +93,9 @@ def measure(
     def run(name: str, grad_steps: int, checkpoint: bool) -> float:
         rollout = replace(task.rollout, grad_steps=grad_steps, gradient_checkpointing=checkpoint)
         candidate = task.with_rollout(rollout)
-        reset_peak(device)
+        reset_peak_memory(device)
         seconds = timed(lambda: train_step(candidate, optimizer), device)
-        peaks[name] = peak(device)
+        peaks[name] = peak_memory(device)
         return seconds
 
     combinations = {f"{k} {flag}": (k, flag) for k, flag in product(grad_steps, checkpointing)}

@@ -19,7 +19,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.errors import WeightsError
 from openpulid.identity.clip_extractor import clip_config
-from openpulid.methods.pulid.encoders import PerceiverAttention
+from openpulid.methods.pulid import PerceiverAttention
 
 MAX_HEAD_DIM = 128
 """Width of an attention head of the resampler, or less in a smaller model."""

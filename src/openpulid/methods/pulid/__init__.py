@@ -1,1 +1,24 @@
 """PuLID (arXiv 2404.16022): an identity encoder and an identity attention next to the text's."""
+
+from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer, PerceiverAttention
+from openpulid.methods.pulid.flux import PuLIDFlux, delay_guidance
+from openpulid.methods.pulid.flux_attention import identity_blocks
+from openpulid.methods.pulid.masks import People, normalize_people
+from openpulid.methods.pulid.projection import Projection
+from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid.sdxl_attention import cross_attentions
+
+__all__ = [
+    "ENCODERS",
+    "IDEncoder",
+    "IDFormer",
+    "People",
+    "PerceiverAttention",
+    "Projection",
+    "PuLID",
+    "PuLIDFlux",
+    "cross_attentions",
+    "delay_guidance",
+    "identity_blocks",
+    "normalize_people",
+]

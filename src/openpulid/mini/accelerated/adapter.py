@@ -12,18 +12,16 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from openpulid.identity.extractor import MiniExtractor
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid import PuLID
 from openpulid.mini.accelerated.adapter_evaluation import AdapterEvaluation
 from openpulid.mini.accelerated.adapter_steps import fit, save
 from openpulid.mini.accelerated.device_models import DeviceModel
-from openpulid.mini.accelerated.face_embedder import load_face_embedder
+from openpulid.mini.accelerated.face_detection import load_face_embedder
 from openpulid.mini.accelerated.portraits import DevicePortraits
 from openpulid.mini.accelerated.state import RunState
-from openpulid.mini.models.pipeline import build_pipeline
+from openpulid.mini.models import build_pipeline
 from openpulid.mini.train import pulid
-from openpulid.training.pulid.recipes import Recipe, find_recipe
-from openpulid.training.pulid.task import PuLIDTask
-from openpulid.training.pulid.train import build_adapter
+from openpulid.training.pulid import PuLIDTask, Recipe, build_adapter, find_recipe
 
 TIME_FRACTIONS = {"stage1": 0.3, "stage2": 0.3, "stage3": 0.4}
 """Fraction of the remaining time for each stage, if all of them run."""

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.io.image_grid import image_grid, to_pil
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid import PuLID
 from openpulid.mini.accelerated.autoencoder import decode
 from openpulid.mini.accelerated.evaluation import match_attributes, requested_classes, seeded_noise
 from openpulid.mini.accelerated.face_detection import embed_faces
@@ -20,9 +20,9 @@ from openpulid.mini.accelerated.rollouts import rollout
 from openpulid.mini.accelerated.scenes import JITTER, Scenes, scene_tensors
 from openpulid.mini.accelerated.state import RunState
 from openpulid.mini.accelerated.train_set import time_ids
-from openpulid.mini.data.captions import token_ids
-from openpulid.mini.evaluation.evaluate import sample_prompts
-from openpulid.training.pulid.models import TextConditioning
+from openpulid.mini.data import token_ids
+from openpulid.mini.evaluation.prompts import sample_prompts
+from openpulid.training.pulid import TextConditioning
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene
 from openpulid.world.render import render_stage
 

@@ -7,15 +7,11 @@ from copy import deepcopy
 
 from torch import Tensor
 
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid import PuLID
 from openpulid.mini.accelerated.state import RunState
 from openpulid.mini.accelerated.steps import Average, DeviceMuon, TimedSchedule
-from openpulid.training.precision import autocast, backward
-from openpulid.training.pulid.export import save_adapter
-from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import PuLIDTask
-from openpulid.training.rng import StepRNG
-from openpulid.training.trainer import Losses, TrainingResult, sum_losses
+from openpulid.training import Losses, StepRNG, TrainingResult, autocast, backward, sum_losses
+from openpulid.training.pulid import PuLIDTask, Recipe, save_adapter
 
 
 def fit(task: PuLIDTask, adapter: PuLID, seconds: float, run: RunState, name: str) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.mini.accelerated.train_set import TrainSet, add_unconditional
-from openpulid.training.pulid.models import SDXLModel, TextConditioning
+from openpulid.training.pulid import SDXLModel, TextConditioning
 
 
 class DeviceNoiseSchedule(NoiseSchedule):

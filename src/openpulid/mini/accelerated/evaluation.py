@@ -11,20 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.faces.mini_recognition import VGGRecognition
+from openpulid.faces.miniature import MiniFaceDetector, VGGRecognition
 from openpulid.io.checkpoints import load_module
 from openpulid.mini.accelerated.autoencoder import decode, steepness
 from openpulid.mini.accelerated.face_detection import embed_faces
 from openpulid.mini.accelerated.rollouts import rollout
 from openpulid.mini.accelerated.train_set import time_ids
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.data.captions import token_ids
-from openpulid.mini.evaluation.evaluate import EvalPrompt, sample_prompts
-from openpulid.mini.models.attribute_classifier import AttributeClassifier
-from openpulid.mini.models.pipeline import TextEncoders
-from openpulid.mini.train.unet import GUIDANCE, STEPS
-from openpulid.training.pulid.models import TextConditioning
+from openpulid.mini.data import token_ids
+from openpulid.mini.evaluation.image_evaluator import GUIDANCE, STEPS
+from openpulid.mini.evaluation.prompts import EvalPrompt, sample_prompts
+from openpulid.mini.models import AttributeClassifier, TextEncoders
+from openpulid.training.pulid import TextConditioning
 from openpulid.world import ATTRIBUTES
 
 

@@ -12,8 +12,8 @@ from openpulid.mini.accelerated.scenes import COLUMNS
 from openpulid.mini.accelerated.train_set import TrainSet
 from openpulid.mini.accelerated.world import World
 from openpulid.mini.train.portraits import OCCLUDERS
-from openpulid.training.pulid.batch import Batch
-from openpulid.training.rng import StepRNG
+from openpulid.training import StepRNG
+from openpulid.training.pulid import Batch
 from openpulid.world import ATTRIBUTES
 
 

@@ -23,7 +23,7 @@ from openpulid.mini.accelerated.scenes import draw_people, draw_scenes
 from openpulid.mini.accelerated.steps import DeviceMuon, RepeatedStep
 from openpulid.mini.accelerated.train_set import CAPTIONS, TrainSet
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.models.pipeline import build_unet
+from openpulid.mini.models import build_unet
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS
 
 REPEATS = 40

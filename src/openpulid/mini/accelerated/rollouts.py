@@ -11,10 +11,10 @@ from torch import Tensor
 
 from openpulid.mini.accelerated.steps import autocast
 from openpulid.mini.accelerated.train_set import TrainSet, add_unconditional
-from openpulid.mini.models.pipeline import build_scheduler, predict
+from openpulid.mini.evaluation.image_evaluator import GUIDANCE, STEPS
+from openpulid.mini.models import build_scheduler, predict
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS
-from openpulid.mini.train.unet import GUIDANCE, STEPS
-from openpulid.training.pulid.models import TextConditioning
+from openpulid.training.pulid import TextConditioning
 
 
 @dataclass(frozen=True)

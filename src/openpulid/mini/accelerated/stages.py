@@ -19,7 +19,7 @@ from openpulid.mini.accelerated.state import RunState
 from openpulid.mini.accelerated.steps import Average
 from openpulid.mini.accelerated.train_set import build_train_set
 from openpulid.mini.accelerated.world import plan_world, render_world
-from openpulid.mini.models.pipeline import TextEncoders
+from openpulid.mini.models import TextEncoders
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS
 
 SCENES = 4

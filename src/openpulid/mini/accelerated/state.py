@@ -16,7 +16,7 @@ from openpulid.mini.accelerated.scenes import CaptionWriter
 from openpulid.mini.accelerated.steps import OnProgress
 from openpulid.mini.accelerated.train_set import TrainSet
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.models.pipeline import TextEncoders, save_folder
+from openpulid.mini.models import TextEncoders, save_folder
 
 
 @dataclass(frozen=True)

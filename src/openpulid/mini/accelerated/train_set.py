@@ -12,8 +12,8 @@ from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.mini.accelerated.autoencoder import encode
 from openpulid.mini.accelerated.scenes import CaptionWriter
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.models.pipeline import TextEncoders
-from openpulid.training.pulid.models import TextConditioning
+from openpulid.mini.models import TextEncoders
+from openpulid.training.pulid import TextConditioning
 
 CAPTIONS = 2
 """Captions per image."""

@@ -23,10 +23,10 @@ from openpulid.mini.accelerated.steps import (
     train,
 )
 from openpulid.mini.accelerated.train_set import TrainSet
-from openpulid.mini.models.pipeline import TextEncoders, build_scheduler, build_unet, predict
+from openpulid.mini.models import TextEncoders, build_scheduler, build_unet, predict
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS, StudentSchedule
 from openpulid.mini.train.unet import CAPTION_DROPOUT, warp_uniform_times
-from openpulid.training.pulid.models import TextConditioning
+from openpulid.training.pulid import TextConditioning
 
 WIDTHS = (128, 160, 160)
 """Channels of the U-Net's levels: 13.6 M parameters. A latent position covers 192 pixel values, for

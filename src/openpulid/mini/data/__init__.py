@@ -1,1 +1,25 @@
 """Training data of the miniature: augmentation, negatives, cached captions and features."""
+
+from openpulid.mini.data.augment import color_jitter, compose_affine, degrade, dilate, random_affine
+from openpulid.mini.data.cache import ArrayCache
+from openpulid.mini.data.captions import Captions, token_ids
+from openpulid.mini.data.features import FaceFeatures
+from openpulid.mini.data.latents import Latents
+from openpulid.mini.data.loading import batches, load_faces
+from openpulid.mini.data.negatives import load_photographs
+
+__all__ = [
+    "ArrayCache",
+    "Captions",
+    "FaceFeatures",
+    "Latents",
+    "degrade",
+    "batches",
+    "color_jitter",
+    "compose_affine",
+    "dilate",
+    "load_faces",
+    "load_photographs",
+    "random_affine",
+    "token_ids",
+]

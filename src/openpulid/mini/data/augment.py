@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from openpulid.faces.preprocess import luminance
+from openpulid.faces.align import luminance
 
 JPEG_BLOCK = 8
 
@@ -104,7 +104,7 @@ def add_noise(images: Tensor, generator: Generator, max_sigma: float = 0.06) -> 
     return (images + sigma * noise).clamp(0, 1)
 
 
-def augment(images: Tensor, generator: Generator) -> Tensor:
+def degrade(images: Tensor, generator: Generator) -> Tensor:
     """Blur all images; apply low resolution, JPEG blocks and noise to a quarter each."""
     images = blur(images, generator)
     order = torch.randperm(len(images), generator=generator).to(images.device)

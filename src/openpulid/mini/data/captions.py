@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from openpulid.mini.data.cache import ArrayCache
-from openpulid.training.rng import generator_for
-from openpulid.world.dataset import WorldDataset
+from openpulid.training import generator_for
+from openpulid.world import WorldDataset
 
 VARIANTS = 4
 """Captions per image, with different synonyms, order and omissions."""

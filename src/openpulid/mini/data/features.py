@@ -12,9 +12,8 @@ from torch import Tensor
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.io.checkpoints import module_fingerprint
 from openpulid.mini.data.cache import ArrayCache
-from openpulid.mini.train.autoencoder import batches
-from openpulid.mini.train.recognition import load_faces
-from openpulid.world.dataset import WorldDataset
+from openpulid.mini.data.loading import batches, load_faces
+from openpulid.world import WorldDataset
 
 
 class FaceFeatures:

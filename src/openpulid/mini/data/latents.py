@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.io.checkpoints import module_fingerprint
 from openpulid.mini.data.cache import ArrayCache
-from openpulid.mini.train.autoencoder import PatchAutoencoderKL, batches
-from openpulid.mini.train.recognition import load_faces
-from openpulid.world.dataset import WorldDataset
+from openpulid.mini.data.loading import batches, load_faces
+from openpulid.world import WorldDataset
 
 
 class Latents:

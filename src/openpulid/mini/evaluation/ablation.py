@@ -1,7 +1,4 @@
-"""The ablation of the paper (PuLID, arXiv 2404.16022, section 4.4) on the miniature.
-
-An image of all training stages, and a sweep over recipe options.
-"""
+"""The ablation of the paper (PuLID, arXiv 2404.16022, section 4.4): a sweep over recipe options."""
 
 from __future__ import annotations
 
@@ -11,24 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from openpulid.bench.metrics import Interval
 from openpulid.io.checkpoints import read_metadata
-from openpulid.io.image_grid import labeled_grid, to_pil
-from openpulid.mini.evaluation import evaluate
-from openpulid.mini.evaluation.evaluate import Table
+from openpulid.mini.evaluation.evaluate import Table, run
 from openpulid.mini.train import pulid as adapter
 from openpulid.pipelines.presets import MINIATURE
-from openpulid.pipelines.studio import load
-from openpulid.training.pulid.recipes import Recipe, find_recipe
+from openpulid.training.pulid import Recipe, find_recipe
 
-COLUMNS = {
-    "base": "without",
-    "stage1": "stage 1",
-    "naive": "naive ID loss",
-    "stage2": "stage 2",
-    "stage3": "stage 3",
-}
 PRESET = "mini-lightning"
 """The later stages are trained through the four steps of the student; the paper evaluates on
 SDXL-Lightning."""
@@ -40,34 +26,6 @@ PRESERVATION = {
 }
 ALIGNMENT = ((0.0, 0.0), (0.6, 0.1), (3.0, 0.0), (0.0, 0.5), (3.0, 0.5))
 """Weights of L_sem and L_layout. The second pair is the paper's; the default recipe uses more."""
-
-
-def draw_stages(people: int = 6, people_seed: int = 0, side: int = 176) -> Image.Image:
-    """Draw one row per person: the reference image, then the same prompt and seed at every stage.
-
-    Args:
-        people: number of held-out people.
-        people_seed: the first person, from `HELD_OUT_PEOPLE`.
-        side: width and height of each image in pixels.
-    """
-    prompts = evaluate.sample_prompts(people, 1, people_seed)
-    portraits = evaluate.render_portraits(people, people_seed)
-    studio = load(PRESET)
-    identities = [studio.identify([portrait]) for portrait in to_pil(portraits)]
-    columns = {
-        "reference": portraits,
-        COLUMNS["base"]: evaluate.generate_images(studio, [prompts], None),
-    }
-    for model, model_studio in evaluate.iterate_models(studio, evaluate.find_adapters()):
-        images = evaluate.generate_images(model_studio, [prompts], identities)
-        columns[COLUMNS[model]] = images
-    images_by_column = [to_pil(images) for images in columns.values()]
-    rows = [
-        (prompt.prompt, [images[row] for images in images_by_column])
-        for row, prompt in enumerate(prompts)
-    ]
-    title = "One person per row, held out of training"
-    return labeled_grid(title, list(columns), rows, side)
 
 
 def sweep_recipes() -> dict[str, Recipe]:
@@ -125,7 +83,7 @@ def sweep(
                 fresh=file.exists(),
             )
         adapters[name] = file
-    return evaluate.run(people, prompts=1, preset=PRESET, adapters=adapters, device=device)
+    return run(people, prompts=1, preset=PRESET, adapters=adapters, device=device)
 
 
 def _has_recipe(file: Path, recipe: Recipe) -> bool:
@@ -158,7 +116,7 @@ def plot(table: Table, path: Path) -> None:
 
 def _plot_points(
     axes: Any,
-    rows: Mapping[str, Mapping[str, evaluate.Interval]],
+    rows: Mapping[str, Mapping[str, Interval]],
     names: Sequence[str],
     column: str,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,48 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openpulid.bench import metrics
-from openpulid.bench.metrics import Interval, MetricInputs
+from openpulid.bench.metrics import Interval, MetricInputs, bootstrap
 from openpulid.identity.identity import Identity
 from openpulid.io.image_grid import to_pil
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.mini.evaluation.adapters import find_adapters, iterate_models
+from openpulid.mini.evaluation.prompts import (
+    EvalPrompt,
+    render_ground_truth,
+    render_portraits,
+    sample_prompts,
+)
 from openpulid.mini.evaluation.scorers import MiniScorers
-from openpulid.mini.models.pipeline import sample
-from openpulid.pipelines.presets import MINIATURE, find_preset
+from openpulid.mini.models import sample
+from openpulid.pipelines.presets import find_preset
 from openpulid.pipelines.studio import Studio, load
-from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene, render
 
 COLUMNS = ("face_sim", "rank1", "clip_t", "clip_i", "outside_face", "attributes", "face_found")
 DIGITS = {"clip_t": 2}
 """Decimal places of a column in the printed table; 3 by default."""
 BATCH = 16
 """Images per call of the pipeline."""
-MODELS = ("stage1", "naive", "stage2", "stage3")
-"""Adapters in the order of the table, if they exist."""
-
-
-@dataclass(frozen=True)
-class EvalPrompt:
-    """One image that every model generates.
-
-    Attributes:
-        person: index of the person.
-        prompt: the prompt.
-        seed: the seed of the initial noise.
-        scene: the scene that the prompt describes.
-    """
-
-    person: int
-    prompt: str
-    seed: int
-    scene: Scene
-
-    @property
-    def wanted(self) -> dict[str, int]:
-        """Attribute -> index of the class that should be visible."""
-        return {
-            name: ATTRIBUTES[name].index(value) for name, value in self.scene.attributes().items()
-        }
 
 
 @dataclass(frozen=True)
@@ -87,55 +65,6 @@ def show_progress(batches: Batches, model: str) -> Iterable[Sequence[EvalPrompt]
     from rich.progress import track
 
     return track(batches, description=f"{model:>8}", console=Console(stderr=True))
-
-
-def sample_prompts(people: int, prompts: int, people_seed: int = 0) -> list[EvalPrompt]:
-    """Sample prompts of held-out scenes; each mentions all visible attributes.
-
-    Prompt and seed only depend on the person and the index of the image, so they are the same for
-    every model and machine.
-
-    Args:
-        people: number of people.
-        prompts: prompts per person.
-        people_seed: the first person, from `HELD_OUT_PEOPLE`.
-    """
-    eval_prompts = []
-    for person in range(people):
-        generator = torch.Generator().manual_seed(HELD_OUT_PEOPLE + people_seed + person)
-        for _ in range(prompts):
-            scene = Scene.sample(generator, held_out=True)
-            seed = int(torch.randint(2**31, (), generator=generator))
-            prompt = scene.prompt(generator, keep=1.0)
-            eval_prompts.append(EvalPrompt(person, prompt, seed, scene))
-    return eval_prompts
-
-
-def render_portraits(people: int, people_seed: int = 0) -> Tensor:
-    """Render the reference images, neutral portraits (people, 3, 96, 96)."""
-    return torch.cat([_render(k, Scene(), people_seed) for k in range(people)])
-
-
-def render_ground_truth(
-    prompts: Sequence[EvalPrompt], people: int, people_seed: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Render what a perfect method would generate with and without identity.
-
-    Args:
-        prompts: B prompts.
-        people: number of people.
-        people_seed: the first person, from `HELD_OUT_PEOPLE`.
-
-    Returns:
-        The scene of each prompt with its person, and with another person; (B, 3, 96, 96) each.
-    """
-    with_identity = [_render(p.person, p.scene, people_seed) for p in prompts]
-    without = [_render((p.person + people // 2) % people, p.scene, people_seed) for p in prompts]
-    return torch.cat(with_identity), torch.cat(without)
-
-
-def _render(person: int, scene: Scene, people_seed: int) -> Tensor:
-    return render([Person.from_seed(HELD_OUT_PEOPLE + people_seed + person)], [scene]).image
 
 
 def run(
@@ -181,26 +110,6 @@ def run(
         rows[model] = score(images, base_images)
     rows["truth"] = score(*render_ground_truth(eval_prompts, people, people_seed))
     return Table(rows, people, prompts, people_seed, preset, scale)
-
-
-def find_adapters(weights: Path = MINIATURE, runs: Path = Path("runs/mini")) -> dict[str, Path]:
-    """Return model -> file for all `MODELS` that are shipped in `weights` or trained in `runs`."""
-    adapters = {}
-    for model in MODELS:
-        shipped = weights / f"pulid-{model}.safetensors"
-        trained = runs / model / "adapter.safetensors"
-        for file in (shipped, trained):
-            if file.exists():
-                adapters[model] = file
-                break
-    return adapters
-
-
-def iterate_models(studio: Studio, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Studio]]:
-    """Yield the name of each model and a studio with its adapter."""
-    for model, file in adapters.items():
-        adapter = PuLID.load(file).to(studio.pipe.device)
-        yield model, Studio(studio.pipe, adapter, studio.extractor, studio.preset)
 
 
 def generate_images(
@@ -275,7 +184,7 @@ def compute_metrics(
 def summarize(columns: Mapping[str, Tensor], prompts: Sequence[EvalPrompt]) -> dict[str, Interval]:
     """Compute the mean over people of each column, with confidence intervals."""
     person = torch.tensor([prompt.person for prompt in prompts])
-    return {name: metrics.bootstrap(values, person) for name, values in columns.items()}
+    return {name: bootstrap(values, person) for name, values in columns.items()}
 
 
 def to_json(table: Table) -> dict[str, Any]:

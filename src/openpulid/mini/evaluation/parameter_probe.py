@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from openpulid.mini.train.autoencoder import batches
+from openpulid.mini.data import batches
 from openpulid.mini.train.recognition import FACIAL_COLUMNS, embed_crops, load_aligned_crops
-from openpulid.world import Person
-from openpulid.world.dataset import WorldDataset
+from openpulid.world import Person, WorldDataset
 
 RIDGE = 1e-2
 """Ridge penalty relative to the mean square of the embeddings."""

@@ -20,24 +20,31 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from openpulid.bench import metrics
 from openpulid.bench.metrics import (
     FID,
+    Attributes,
     ClassifyAttributes,
+    ClipI,
+    ClipT,
+    CopyPaste,
     DetectFaces,
     EmbedImages,
     EmbedTexts,
+    FaceFound,
     Faces,
+    FaceSim,
+    FacialValues,
     Metric,
+    OutsideFace,
+    Rank1,
 )
 from openpulid.errors import WeightsError
 from openpulid.faces.embed import FaceEmbedder
-from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.faces.mini_recognition import VGGRecognition
+from openpulid.faces.miniature import MiniFaceDetector, VGGRecognition
 from openpulid.io.checkpoints import load_module
-from openpulid.mini.data.captions import token_ids
+from openpulid.mini.data import token_ids
 from openpulid.mini.evaluation.parameter_probe import ParameterProbe, get_facial_values
-from openpulid.mini.models.attribute_classifier import AttributeClassifier
+from openpulid.mini.models import AttributeClassifier
 from openpulid.mini.train import clip
 from openpulid.pipelines.factory import no_progress_bars
 from openpulid.pipelines.presets import MINIATURE
@@ -86,22 +93,22 @@ class MiniScorers:
 
     def metrics(self) -> list[Metric]:
         """Return the metrics of single images."""
-        exact = [metrics.FacialValues(self.values)] if self.values else []
+        exact = [FacialValues(self.values)] if self.values else []
         return [
             *exact,
-            metrics.FaceSim(),
-            metrics.Rank1(),
-            metrics.ClipT(self.embed_images, self.embed_texts),
-            metrics.ClipI(self.embed_images),
-            metrics.OutsideFace(),
-            metrics.Attributes(self.read),
-            metrics.FaceFound(),
-            metrics.CopyPaste(),
+            FaceSim(),
+            Rank1(),
+            ClipT(self.embed_images, self.embed_texts),
+            ClipI(self.embed_images),
+            OutsideFace(),
+            Attributes(self.read),
+            FaceFound(),
+            CopyPaste(),
         ]
 
     def method_metrics(self) -> list[FID]:
         """Return the metrics of image sets: FID of CLIP features instead of Inception's."""
-        return [metrics.FID(self.embed_images)]
+        return [FID(self.embed_images)]
 
     def facial_values(self, people: Sequence[str]) -> Tensor | None:
         """Return the facial parameters (P, V) of synthetic subjects, or None for other subjects."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from openpulid.faces.mini_recognition import convolution
+from openpulid.faces.miniature import convolution
 from openpulid.world import ATTRIBUTES
 
 

@@ -18,7 +18,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
-from openpulid.training.pulid.models import TextConditioning
+from openpulid.training.pulid import TextConditioning
 
 TIME_WIDTH = 32
 """Width of the embedding of each of SDXL's six size conditions."""

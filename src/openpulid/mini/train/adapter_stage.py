@@ -6,8 +6,7 @@ from copy import deepcopy
 
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.pulid import train
-from openpulid.training.pulid.export import save_adapter
-from openpulid.training.pulid.recipes import find_recipe
+from openpulid.training.pulid import find_recipe, save_adapter
 
 
 def train_adapter(context: BuildContext, *, name: str) -> dict[str, float]:

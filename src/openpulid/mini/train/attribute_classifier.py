@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from openpulid.io.image_grid import captioned_grid, to_pil
-from openpulid.mini.data.augment import augment
-from openpulid.mini.models.attribute_classifier import AttributeClassifier
-from openpulid.mini.train.recognition import load_faces
-from openpulid.training.rng import StepRNG, generator_for
-from openpulid.world import ATTRIBUTES
-from openpulid.world.dataset import WorldDataset
+from openpulid.mini.data import degrade, load_faces
+from openpulid.mini.models import AttributeClassifier
+from openpulid.training import StepRNG, generator_for
+from openpulid.world import ATTRIBUTES, WorldDataset
 
 
 class AttributeHeads(nn.Module):
@@ -68,7 +66,7 @@ class AttributeClassifierTask:
         device = next(self.classifier.parameters()).device
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             images, _, _ = load_faces(self.data, rows, device)
-            images = augment(images, generator_for(rng.seed, rng.step, rng.rank))
+            images = degrade(images, generator_for(rng.seed, rng.step, rng.rank))
         attributes = torch.from_numpy(self.data.attributes[rows].astype(np.int64)).to(device)
         scores = self.classifier(images.contiguous(memory_format=torch.channels_last))
         return {"attributes": attribute_loss(scores, attributes)}

@@ -15,10 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.faces.align import align_faces
+from openpulid.faces.miniature import CROP
 from openpulid.io.image_grid import image_grid, to_pil
-from openpulid.mini.train.recognition import load_faces
-from openpulid.training.rng import StepRNG
-from openpulid.world.dataset import WorldDataset
+from openpulid.mini.data import batches, load_faces
+from openpulid.mini.train.recognition import embed_crops, to_uint8
+from openpulid.training import StepRNG
+from openpulid.world import WorldDataset
 
 CHANNELS = 20
 """Latent channels.
@@ -206,16 +209,26 @@ def _mean_psnr(errors: list[Tensor]) -> float:
     return (-10 * torch.cat(errors).clamp(min=1e-10).log10().mean()).item()
 
 
-def batches(count: int, max_rows: int, size: int = 64) -> list[np.ndarray]:
-    """Split row numbers below `count` into batches.
+def measure_face_similarity(
+    vae: AutoencoderKL, scorer: nn.Module, data: WorldDataset, max_images: int = 512
+) -> float:
+    """Measure the cosine of the scorer's embeddings of faces and of their reconstructions.
 
     Args:
-        count: number of rows of the dataset.
-        max_rows: maximum number of rows to use, spread evenly.
-        size: rows per batch.
+        vae: the autoencoder.
+        scorer: a face recognition model.
+        data: images of held-out people.
+        max_images: maximum number of images to use.
     """
-    rows = np.unique(np.linspace(0, count - 1, min(max_rows, count)).astype(np.int64))
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+    crops: list[Tensor] = []
+    reconstructed_crops: list[Tensor] = []
+    for rows in batches(len(data), max_images):
+        images, masks, landmarks = load_faces(data, rows, vae.device)
+        for target, pixels in ((crops, images), (reconstructed_crops, reconstruct(vae, images))):
+            target.append(to_uint8(align_faces(pixels, masks, landmarks, CROP)))
+    embeddings = embed_crops(scorer, torch.cat(crops))
+    reconstructions = embed_crops(scorer, torch.cat(reconstructed_crops))
+    return (embeddings * reconstructions).sum(-1).mean().item()
 
 
 @torch.no_grad()

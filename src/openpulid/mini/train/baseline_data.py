@@ -13,18 +13,16 @@ from transformers import CLIPVisionModelWithProjection
 
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import MiniFaceDetection
-from openpulid.mini.data.latents import Latents
-from openpulid.mini.train.autoencoder import batches
+from openpulid.mini.data import Latents, batches, load_faces
 from openpulid.mini.train.baselines import Baseline
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.clip import normalize_for_clip
 from openpulid.mini.train.portraits import Portraits, load_features
-from openpulid.mini.train.recognition import load_faces
 from openpulid.mini.train.sheet import draw_sheet
 from openpulid.pipelines.presets import mini, with_method
 from openpulid.pipelines.studio import Studio
-from openpulid.training.precision import autocast
-from openpulid.world.dataset import WorldDataset
+from openpulid.training import autocast
+from openpulid.world import WorldDataset
 
 
 class FaceEmbeddingRows:

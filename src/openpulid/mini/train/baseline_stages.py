@@ -11,24 +11,26 @@ from typing import Any
 import torch
 from transformers import CLIPVisionModelWithProjection
 
-from openpulid.faces.mini_recognition import RECOGNITION_MODELS
+from openpulid.faces.miniature import RECOGNITION_MODELS
 from openpulid.io.checkpoints import load_module, read_metadata, save_module
 from openpulid.mini.evaluation.parameter_probe import fit_probe, measure_probe
 from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
 from openpulid.mini.train.baseline_task import BaselineTask
-from openpulid.mini.train.baselines import BASELINES
-from openpulid.mini.train.build_context import BuildContext, stamp
+from openpulid.mini.train.baselines import BASELINES, NAMES
+from openpulid.mini.train.build_context import (
+    BuildContext,
+    Stage,
+    make_progress_printer,
+    stamp,
+)
 from openpulid.mini.train.portraits import Mixture, Portraits
-from openpulid.mini.train.progress import make_progress_printer
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.presets import mini
-from openpulid.training.pulid.export import revision
-from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.pulid.recipes import find_recipe
+from openpulid.training.pulid import SDXLModel, find_recipe, revision
 
 
-def part(name: str) -> Callable[[BuildContext], dict[str, float]]:
+def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
     """Return the stage that trains a baseline and writes it next to the other weights.
 
     It uses the recipe of PuLID's first stage and its number of steps, or fewer if the time budget
@@ -74,7 +76,7 @@ def part(name: str) -> Callable[[BuildContext], dict[str, float]]:
     return train
 
 
-def values(context: BuildContext) -> dict[str, float]:
+def train_probe(context: BuildContext) -> dict[str, float]:
     """Fit the probe that reads face parameters from the scorer's embeddings."""
     started_at = time.monotonic()
     file = context.weights / "recognition-scorer.safetensors"
@@ -87,3 +89,10 @@ def values(context: BuildContext) -> dict[str, float]:
     }
     save_module(probe, context.weights / "parameter-probe.safetensors", metadata)
     return measure_probe(probe, scorer, context.held_out)
+
+
+BASELINE_STAGES: list[Stage] = [Stage(name, 90, baseline_stage(name)) for name in NAMES]
+"""Other methods, selected with `--method`.
+
+They train as many steps as PuLID's first stage and have twice its time budget.
+"""

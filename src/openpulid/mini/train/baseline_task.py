@@ -9,19 +9,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from openpulid.mini.train.baselines import Baseline
-from openpulid.training.pulid.batch import (
+from openpulid.training import StepRNG
+from openpulid.training.pulid import (
+    HELD_OUT_BATCHES,
     Batch,
     BatchSource,
+    DiffusionLoss,
+    Recipe,
+    SDXLModel,
+    diffusion_branch,
     drop_identity,
     loss_weight_map,
     swap_identities,
 )
-from openpulid.training.pulid.branches import diffusion_branch
-from openpulid.training.pulid.losses import DiffusionLoss
-from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import HELD_OUT_BATCHES
-from openpulid.training.rng import StepRNG
 
 
 class BaselineTask:

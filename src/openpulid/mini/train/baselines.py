@@ -27,7 +27,7 @@ from openpulid.methods.ip_adapter.faceid import FaceID
 from openpulid.methods.ip_adapter.instantid import InstantID
 from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
 from openpulid.methods.photomaker.photomaker import PhotoMaker
-from openpulid.training.pulid.batch import (
+from openpulid.training.pulid import (
     Batch,
 )
 

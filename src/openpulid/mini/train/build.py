@@ -20,8 +20,9 @@ import torch
 from openpulid.bench.measurement import append_measurement, describe_measurement
 from openpulid.device import best_device
 from openpulid.errors import OptionError
+from openpulid.mini.train.baseline_stages import BASELINE_STAGES
 from openpulid.mini.train.build_context import BuildContext, Stage
-from openpulid.mini.train.stages import BASELINE_STAGES, STAGES
+from openpulid.mini.train.stages import STAGES
 from openpulid.pipelines.presets import MINIATURE
 
 

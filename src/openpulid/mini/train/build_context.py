@@ -1,4 +1,4 @@
-"""What the stages of the miniature's build share: folders, datasets, device and time budget."""
+"""What the build stages share: folders, datasets, trained models, device and time budget."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerFast
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import TrainingError, WeightsError
-from openpulid.mini.data.captions import Captions
-from openpulid.mini.data.latents import Latents
-from openpulid.mini.train.progress import make_progress_printer
-from openpulid.training.config import TrainerConfig
-from openpulid.training.precision import autocast
-from openpulid.training.pulid.export import revision
-from openpulid.training.trainer import Task, TrainingResult, run
+from openpulid.io.checkpoints import save_module
+from openpulid.mini.data import Captions, Latents
+from openpulid.mini.models import TextEncoders
+from openpulid.training import Task, TrainerConfig, TrainingResult, autocast, run
+from openpulid.training.pulid import revision
 from openpulid.world.dataset import Plan, WorldDataset
 
 
@@ -99,6 +99,20 @@ class BuildContext:
             "minutes": round(result.seconds / 60, 1),
         }
 
+    def save_module(
+        self, module: nn.Module, name: str, config: TrainerConfig, training: str | None = None
+    ) -> None:
+        """Save a trained module in float16 as `NAME.safetensors`.
+
+        Args:
+            module: the module.
+            name: name of the file.
+            config: configuration of its training.
+            training: name of its training; by default that of the file.
+        """
+        facts = self.describe_training(training or name, config)
+        save_module(module, self.weights / f"{name}.safetensors", facts, torch.float16)
+
     def load_model(self, cls: Any, *names: str) -> Any:
         """Load a trained model of diffusers or transformers in float32, frozen.
 
@@ -122,6 +136,12 @@ class BuildContext:
         return PreTrainedTokenizerFast.from_pretrained(
             self.weights / "pipeline" / "tokenizer", local_files_only=True
         )
+
+    def load_text_encoders(self) -> TextEncoders:
+        """Load both text encoders of the pipeline."""
+        first = self.load_model(CLIPTextModel, "pipeline", "text_encoder")
+        second = self.load_model(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
+        return TextEncoders(first, second).to(self.device)
 
     def load_vae(self) -> PatchAutoencoderKL:
         """Load the autoencoder of the pipeline."""
@@ -180,3 +200,22 @@ def stamp(path: Path, facts: Mapping[str, object]) -> None:
             metadata = dict(reader.metadata() or {})
         metadata |= {key: str(value) for key, value in facts.items()}
         save_file(tensors, file, metadata=metadata)
+
+
+def make_progress_printer(name: str) -> Callable[[int, int], None]:
+    """Build a callback (done, total) that prints a line at every 5 % of progress.
+
+    Args:
+        name: what is computed; starts each line.
+    """
+    console = Console(stderr=True)
+    printed_step = -1
+
+    def print_progress(done: int, total: int) -> None:
+        nonlocal printed_step
+        step = done * 20 // total
+        if step > printed_step:
+            printed_step = step
+            console.print(f"{name}  {done}/{total}", highlight=False)
+
+    return print_progress

@@ -26,12 +26,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.io.image_grid import captioned_grid, to_pil
-from openpulid.mini.data.augment import augment
-from openpulid.mini.data.captions import Captions, token_ids
+from openpulid.mini.data import Captions, degrade, load_faces, token_ids
 from openpulid.mini.train.attribute_classifier import AttributeHeads, attribute_loss
-from openpulid.mini.train.recognition import load_faces
-from openpulid.training.rng import StepRNG, generator_for
-from openpulid.world.dataset import WorldDataset
+from openpulid.training import StepRNG, generator_for
+from openpulid.world import WorldDataset
 
 EMBEDDING_DIM = 128
 """Dimension of the shared embedding of images and captions, and of SDXL's pooled text."""
@@ -170,7 +168,7 @@ class ClipTask:
         tokens = self.captions.rows(rows, variants).to(self.clip.device)
         with torch.no_grad(), torch.autocast(self.clip.device.type, enabled=False):
             images, _, _ = load_faces(self.data, rows.numpy(), self.clip.device)
-            images = augment(images, generator_for(rng.seed, rng.step, rng.rank))
+            images = degrade(images, generator_for(rng.seed, rng.step, rng.rank))
         attributes = torch.from_numpy(self.data.attributes[rows.numpy()].astype(np.int64))
         attributes = attributes.to(self.clip.device)
         output = self.clip(input_ids=tokens, pixel_values=normalize_for_clip(images))

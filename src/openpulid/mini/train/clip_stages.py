@@ -12,9 +12,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from openpulid.io.checkpoints import save_module
-from openpulid.mini.models.pipeline import save_folder
-from openpulid.mini.models.tokenizer import build_tokenizer
+from openpulid.mini.models import build_tokenizer, save_folder
 from openpulid.mini.train.build_context import BuildContext, stamp
 from openpulid.mini.train.clip import (
     ClipTask,
@@ -24,7 +22,7 @@ from openpulid.mini.train.clip import (
     rescale_text_encoder,
 )
 from openpulid.mini.train.vision_encoder import VisionEncoderTask, build_vision_encoder
-from openpulid.training.config import TrainerConfig
+from openpulid.training import TrainerConfig
 
 NUM_RESCALING_CAPTIONS = 512
 """Captions on which the text encoders' outputs are rescaled."""
@@ -130,8 +128,5 @@ def train_vision_encoder(context: BuildContext) -> dict[str, float]:
         context.held_out,
     )
     context.train("vision", task, config)
-    path = context.weights / "vision-encoder.safetensors"
-    save_module(
-        task.vision_encoder, path, context.describe_training("vision", config), torch.float16
-    )
+    context.save_module(task.vision_encoder, "vision-encoder", config, training="vision")
     return dict(task.validate())

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, grid_sample
 
 from openpulid.faces.align import warp_images
-from openpulid.faces.mini_detector import FACE, PARTS, SIZE, MiniDetection, MiniFaceDetector
+from openpulid.faces.miniature import FACE, PARTS, SIZE, MiniDetection, MiniFaceDetector
+from openpulid.mini.data import color_jitter, degrade, random_affine
 from openpulid.mini.data import negatives as negative_images
-from openpulid.mini.data.augment import augment, color_jitter, random_affine
-from openpulid.training.rng import StepRNG, generator_for
-from openpulid.world.dataset import WorldDataset
+from openpulid.training import StepRNG, generator_for
+from openpulid.world import WorldDataset
 
 UNLABELED = -100
 """Label of pixels that the parts loss ignores (`cross_entropy`'s ignore_index)."""
@@ -122,7 +122,7 @@ class DetectorTask:
                 *(tensor[order].to(device) for tensor in (images, real, landmarks, parts))
             )
             batch = apply_random_flip(apply_random_affine(batch, generator), generator)
-            images = augment(color_jitter(batch.images, generator, gray=0.2), generator)
+            images = degrade(color_jitter(batch.images, generator, gray=0.2), generator)
             return DetectorBatch(images, batch.real, batch.landmarks, batch.parts.long())
 
     def validate(self) -> Mapping[str, float]:

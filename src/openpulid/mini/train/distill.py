@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.io.checkpoints import module_fingerprint
-from openpulid.mini.data.cache import ArrayCache
-from openpulid.mini.data.captions import Captions
-from openpulid.mini.models.pipeline import TextEncoders, build_scheduler, predict
-from openpulid.mini.train.unet import GUIDANCE, STEPS, ImageEvaluator
-from openpulid.training.pulid.models import TextConditioning
-from openpulid.training.rng import StepRNG, generator_for
+from openpulid.mini.data import ArrayCache, Captions
+from openpulid.mini.evaluation.image_evaluator import GUIDANCE, STEPS, ImageEvaluator
+from openpulid.mini.models import TextEncoders, build_scheduler, predict
+from openpulid.training import StepRNG, generator_for
+from openpulid.training.pulid import TextConditioning
 
 STUDENT_TIMESTEPS = 4
 """Steps of the student."""

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.faces.mini_recognition import RECOGNITION_MODELS
-from openpulid.io.checkpoints import save_module
-from openpulid.mini.data.negatives import load_photographs
-from openpulid.mini.models.attribute_classifier import AttributeClassifier
+from openpulid.faces.miniature import RECOGNITION_MODELS, MiniFaceDetector
+from openpulid.mini.data import load_photographs
+from openpulid.mini.models import AttributeClassifier
 from openpulid.mini.train.attribute_classifier import AttributeClassifierTask, evaluate_classifier
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.detector import DetectorTask, evaluate_detector
@@ -20,7 +18,7 @@ from openpulid.mini.train.recognition import (
     format_report,
     whiten_embeddings,
 )
-from openpulid.training.config import TrainerConfig
+from openpulid.training import TrainerConfig
 
 
 def train_detector(context: BuildContext) -> dict[str, float]:
@@ -30,8 +28,7 @@ def train_detector(context: BuildContext) -> dict[str, float]:
     detector = MiniFaceDetector()
     task = DetectorTask(detector, context.data, context.held_out, load_photographs())
     context.train("detector", task, config)
-    path = context.weights / "detector.safetensors"
-    save_module(detector, path, context.describe_training("detector", config), torch.float16)
+    context.save_module(detector, "detector", config)
     results = dict(evaluate_detector(detector, context.held_out))
     return {**results, "refused": task.rejection_rate(context.held_out, 512)}
 
@@ -62,8 +59,7 @@ def train_recognition(context: BuildContext, *, name: str, seed: int) -> dict[st
     task = RecognitionTask(model, context.data, evaluator)
     context.train(run_name, task, config)
     whiten_embeddings(task)
-    path = context.weights / f"{run_name}.safetensors"
-    save_module(model, path, context.describe_training(run_name, config), torch.float16)
+    context.save_module(model, run_name, config)
     report = format_report({name: model}, evaluator)
     (context.runs / run_name / "report.md").write_text(report, "utf-8")
     return evaluator.evaluate(model)
@@ -78,7 +74,5 @@ def train_attribute_classifier(context: BuildContext) -> dict[str, float]:
     classifier = AttributeClassifier()
     task = AttributeClassifierTask(classifier, context.data, context.held_out)
     context.train("attribute-classifier", task, config)
-    path = context.weights / "attribute-classifier.safetensors"
-    facts = context.describe_training("attribute-classifier", config)
-    save_module(task.classifier, path, facts, torch.float16)
+    context.save_module(task.classifier, "attribute-classifier", config)
     return evaluate_classifier(task.classifier, context.held_out, limit=2048)

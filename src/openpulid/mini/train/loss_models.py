@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 
 from openpulid.faces.embed import FaceEmbedder
-from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.faces.mini_recognition import RECOGNITION_MODELS
+from openpulid.faces.miniature import RECOGNITION_MODELS, MiniFaceDetector
 from openpulid.io.checkpoints import load_module
 from openpulid.pipelines.factory import load_pipeline
 from openpulid.pipelines.presets import mini_lightning
-from openpulid.training.pulid.models import SDXLModel
+from openpulid.training.pulid import SDXLModel
 
 
 def load_student(weights: Path, device: torch.device) -> SDXLModel:

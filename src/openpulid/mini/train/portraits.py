@@ -12,15 +12,10 @@ from torch import Tensor
 
 from openpulid.errors import TrainingError
 from openpulid.identity.extractor import MiniExtractor
-from openpulid.mini.data.captions import Captions
-from openpulid.mini.data.features import FaceFeatures
-from openpulid.mini.data.latents import Latents
-from openpulid.mini.train.recognition import load_faces
-from openpulid.training.precision import autocast
-from openpulid.training.pulid.batch import Batch, BatchSource
-from openpulid.training.rng import StepRNG
-from openpulid.world import ATTRIBUTES
-from openpulid.world.dataset import WorldDataset
+from openpulid.mini.data import Captions, FaceFeatures, Latents, load_faces
+from openpulid.training import StepRNG, autocast
+from openpulid.training.pulid import Batch, BatchSource
+from openpulid.world import ATTRIBUTES, WorldDataset
 
 FRONTAL_ATTRIBUTES = {"pose": "front", "glasses": "none", "style": "photo"}
 """Attributes of an image whose features are used in training. Other images hide half of the face,

@@ -11,7 +11,7 @@ import torch
 from openpulid.device import best_device
 from openpulid.errors import OptionError, TrainingError
 from openpulid.identity.extractor import MiniExtractor
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid import PuLID
 from openpulid.mini.train.loss_models import load_face_embedder, load_student
 from openpulid.mini.train.portraits import Mixture, open_portraits
 from openpulid.mini.train.sheet import draw_sheet
@@ -19,10 +19,8 @@ from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.pipelines.presets import mini as mini_preset
 from openpulid.pipelines.studio import Studio
-from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.train import ADAPTER_FILE, build_adapter, train_adapter
-from openpulid.training.trainer import TrainingResult
+from openpulid.training import TrainingResult
+from openpulid.training.pulid import ADAPTER_FILE, Recipe, SDXLModel, build_adapter, train_adapter
 
 PORTRAITS = "world-portraits"
 """The dataset of many different people in simple scenes."""

@@ -27,11 +27,26 @@ from openpulid.faces.align import (
     similarity_transform,
     warp_images,
 )
-from openpulid.faces.mini_recognition import CROP, Recognition
-from openpulid.mini.data.augment import augment, color_jitter, compose_affine, dilate, random_affine
-from openpulid.training.rng import StepRNG
-from openpulid.world import FACIAL, HELD_OUT_PEOPLE, PARAMETERS, PARTS, Person, Scene, render
-from openpulid.world.dataset import WorldDataset
+from openpulid.faces.miniature import CROP, Recognition
+from openpulid.mini.data import (
+    color_jitter,
+    compose_affine,
+    degrade,
+    dilate,
+    load_faces,
+    random_affine,
+)
+from openpulid.training import StepRNG
+from openpulid.world import (
+    FACIAL,
+    HELD_OUT_PEOPLE,
+    PARAMETERS,
+    PARTS,
+    Person,
+    Scene,
+    WorldDataset,
+    render,
+)
 
 FACE = PARTS.index("face")
 FACIAL_COLUMNS = [PARAMETERS.index(name) for name in FACIAL]
@@ -265,7 +280,7 @@ class RecognitionTask:
             matrix = similarity_transform(landmarks + error * width[:, None, None], TEMPLATE * CROP)
             jitter = random_affine(len(rows), CROP, generator, turn=0.08, grow=0.06, shift=0.02)
             crops = warp_images(torch.cat([images, masks], 1), compose_affine(matrix, jitter), CROP)
-            faces = augment(color_jitter(crops[:, :3], generator), generator)
+            faces = degrade(color_jitter(crops[:, :3], generator), generator)
             return mask_background(faces, dilate(crops[:, 3:], generator))
 
     def validate(self) -> Mapping[str, float]:
@@ -359,29 +374,10 @@ def build_family_table(families: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack([np.resize(group, longest) for group in groups]))
 
 
-def load_faces(
-    data: WorldDataset, rows: np.ndarray, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Load images with their face masks and landmarks.
-
-    Args:
-        data: the data set.
-        rows: (B,) rows to load.
-        device: where the tensors are placed.
-
-    Returns:
-        Images (B, 3, S, S) and face masks (B, 1, S, S), float in [0, 1], and landmarks (B, 5, 2) in
-        pixels.
-    """
-    images = torch.from_numpy(data.images[rows]).to(device).float() / 255
-    masks = (torch.from_numpy(data.parts[rows]).to(device)[:, None] == FACE).float()
-    return images, masks, torch.from_numpy(data.landmarks[rows]).to(device)
-
-
 def load_aligned_crops(data: WorldDataset, rows: np.ndarray) -> Tensor:
     """Load crops (B, 3, 64, 64) uint8, aligned by the exact masks and landmarks."""
     images, masks, landmarks = load_faces(data, rows, torch.device("cpu"))
-    return _to_uint8(align_faces(images, masks, landmarks, CROP))
+    return to_uint8(align_faces(images, masks, landmarks, CROP))
 
 
 @torch.no_grad()
@@ -401,11 +397,11 @@ def render_value_changes(people: int, device: str = "cpu") -> Tensor:
         variants = [person.replace(**{name: value}) for name in FACIAL for value in (0.2, 0.8)]
         rendered = render(variants, [Scene()] * len(variants), size=96, device=device)
         aligned = align_faces(rendered.image, rendered.face, rendered.landmarks, CROP)
-        crops.append(_to_uint8(aligned).cpu())
+        crops.append(to_uint8(aligned).cpu())
     return torch.stack(crops).unflatten(1, (len(FACIAL), 2))
 
 
-def _to_uint8(images: Tensor) -> Tensor:
+def to_uint8(images: Tensor) -> Tensor:
     """Convert images in [0, 1] to uint8."""
     return (images * 255).round().to(torch.uint8)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from openpulid.mini.train import baseline_stages
 from openpulid.mini.train.adapter_stage import train_adapter
 from openpulid.mini.train.autoencoder_stage import train_autoencoder
-from openpulid.mini.train.baselines import NAMES
+from openpulid.mini.train.baseline_stages import train_probe
 from openpulid.mini.train.build_context import Stage
 from openpulid.mini.train.clip_stages import train_clip, train_vision_encoder
 from openpulid.mini.train.face_stages import (
@@ -25,7 +24,7 @@ STAGES: list[Stage] = [
     Stage("recognition-loss", 16, partial(train_recognition, name="loss", seed=12)),
     Stage("recognition-scorer", 12, partial(train_recognition, name="scorer", seed=13)),
     Stage("clip", 8, train_clip),
-    Stage("values", 2, baseline_stages.values),
+    Stage("values", 2, train_probe),
     Stage("vision", 10, train_vision_encoder),
     Stage("attribute-classifier", 6, train_attribute_classifier),
     Stage("autoencoder", 16, train_autoencoder),
@@ -37,8 +36,3 @@ STAGES: list[Stage] = [
     Stage("stage3", 62, partial(train_adapter, name="stage3")),
 ]
 """The miniature: under four hours on two cores to the first adapter, 100 minutes for the others."""
-BASELINE_STAGES: list[Stage] = [Stage(name, 90, baseline_stages.part(name)) for name in NAMES]
-"""Other methods, selected with `--method`.
-
-They train as many steps as PuLID's first stage and have twice its time budget.
-"""

@@ -8,8 +8,6 @@ and recognizes the attributes in them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,106 +15,21 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import Tensor, nn
 
-from openpulid.bench import metrics
 from openpulid.diffusion.noise_schedule import NoiseSchedule
-from openpulid.faces.mini_detector import MiniFaceDetector
-from openpulid.io.image_grid import image_grid, to_pil
-from openpulid.mini.data.captions import Captions
-from openpulid.mini.data.latents import Latents
-from openpulid.mini.evaluation.evaluate import EvalPrompt, sample_prompts
-from openpulid.mini.models.attribute_classifier import AttributeClassifier
-from openpulid.mini.models.pipeline import (
+from openpulid.mini.data import Captions, Latents
+from openpulid.mini.evaluation.image_evaluator import ImageEvaluator
+from openpulid.mini.models import (
     TextEncoders,
-    build_pipeline,
     build_scheduler,
     predict,
-    sample,
 )
-from openpulid.training.pulid.branches import DiffusionStep
-from openpulid.training.pulid.losses import DiffusionLoss
-from openpulid.training.rng import StepRNG
+from openpulid.training import StepRNG
+from openpulid.training.pulid import DiffusionLoss, DiffusionStep
 
-STEPS = 20
-"""Sampling steps of the evaluation and of the preset."""
-GUIDANCE = 3.0
-"""Guidance scale of the evaluation and of the preset."""
 UNIFORM_SHARE = 0.25
 """Share of the training times that are distributed uniformly."""
 CAPTION_DROPOUT = 0.1
 """Share of training images without their caption, for classifier-free guidance."""
-
-
-@dataclass
-class ImageEvaluator:
-    """Generates images for prompts of held-out scenes and measures how well they match.
-
-    Attributes:
-        vae: the autoencoder.
-        text_encoders: the text encoders.
-        tokenizer: the tokenizer of both text encoders.
-        classifier: recognizes attributes.
-        detector: detects faces; None if it is not trained yet.
-        prompts: the prompts.
-        steps: sampling steps.
-        guidance: guidance scale.
-        order: order of the solver; 2, or 1 for a few-step student.
-    """
-
-    vae: Any
-    text_encoders: TextEncoders
-    tokenizer: Any
-    classifier: AttributeClassifier
-    detector: MiniFaceDetector | None = None
-    prompts: tuple[EvalPrompt, ...] = ()
-    steps: int = STEPS
-    guidance: float = GUIDANCE
-    order: int = 2
-
-    @classmethod
-    def with_prompts(cls, count: int, **options: Any) -> ImageEvaluator:
-        """Create an evaluator with `count` prompts, one per held-out person.
-
-        The prompt does not describe the person.
-
-        Args:
-            count: number of prompts.
-            **options: the other attributes.
-        """
-        return cls(**options, prompts=tuple(sample_prompts(count, 1)))
-
-    def generate(self, unet: Any, count: int | None = None) -> Tensor:
-        """Generate images (B, 3, H, W) for the first `count` prompts."""
-        pipe = build_pipeline(unet, self.vae, self.text_encoders, self.tokenizer)
-        pipe.scheduler = type(pipe.scheduler).from_config(
-            pipe.scheduler.config, solver_order=self.order
-        )
-        selected = self.prompts[:count]
-        texts = [prompt.prompt for prompt in selected]
-        seeds = [prompt.seed for prompt in selected]
-        return sample(pipe, texts, seeds, steps=self.steps, guidance=self.guidance)
-
-    @torch.no_grad()
-    def evaluate(self, unet: Any, count: int | None = None) -> dict[str, float]:
-        """Evaluate a U-Net on the first `count` prompts.
-
-        Returns:
-            `attributes`, the share of the attributes in each prompt that the classifier recognizes
-            in its image, and `face_found`, the share of images with a detected face.
-        """
-        device = next(self.classifier.parameters()).device
-        images = self.generate(unet, count).to(device)
-        expected = [prompt.wanted for prompt in self.prompts[:count]]
-        accuracy = metrics.attribute_accuracy(self.classifier(images), expected)
-        results = {"attributes": accuracy.mean().item()}
-        if self.detector is not None:
-            faces = self.detector.detect(images)
-            results["face_found"] = sum(face is not None for face in faces) / len(faces)
-        return results
-
-    def draw_sheet(self, unet: Any, count: int = 40) -> Image.Image:
-        """Draw the images of the first `count` prompts, eight per row."""
-        images = to_pil(self.generate(unet, count))
-        return image_grid([images[start : start + 8] for start in range(0, len(images), 8)], 144)
 
 
 def warp_uniform_times(uniform: Tensor) -> Tensor:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import shutil
 from copy import deepcopy
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
-from openpulid.mini.data.captions import Captions
-from openpulid.mini.data.latents import Latents
-from openpulid.mini.models.pipeline import build_pipeline, build_unet, save_folder
-from openpulid.mini.train.build_context import BuildContext, stamp
-from openpulid.mini.train.build_models import load_image_evaluator, load_text_encoders
+from openpulid.mini.data import Captions, Latents
+from openpulid.mini.evaluation.image_evaluator import ImageEvaluator
+from openpulid.mini.models import TextEncoders, build_pipeline, build_unet, save_folder
+from openpulid.mini.train.build_context import (
+    BuildContext,
+    make_progress_printer,
+    stamp,
+)
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS, LightningTask, TeacherTrajectories
-from openpulid.mini.train.progress import make_progress_printer
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.mini.train.unet import BaseTask
-from openpulid.training.config import TrainerConfig
-from openpulid.training.precision import autocast
+from openpulid.training import TrainerConfig, autocast
 
 NUM_TRAJECTORIES = 4096
 """Trajectories of the teacher; they take about nine minutes on two cores."""
@@ -44,8 +46,8 @@ def train_base(context: BuildContext) -> dict[str, float]:
     datasets = ("world", PORTRAITS)
     latents = Latents.concatenate([context.load_latents(name) for name in datasets])
     captions = Captions.concatenate([context.load_captions(name) for name in datasets])
-    text_encoders = load_text_encoders(context)
-    evaluator = load_image_evaluator(context)
+    text_encoders = context.load_text_encoders()
+    evaluator = _load_evaluator(context, text_encoders)
     unet = build_unet(
         latents.images.shape[1],
         text_encoders.width,
@@ -77,7 +79,7 @@ def train_student(context: BuildContext) -> dict[str, float]:
         validate_every=2000,
     )
     torch.manual_seed(config.seed)
-    text_encoders = load_text_encoders(context)
+    text_encoders = context.load_text_encoders()
     teacher = context.load_model(UNet2DConditionModel, "pipeline", "unet").to(
         memory_format=torch.channels_last
     )
@@ -91,13 +93,28 @@ def train_student(context: BuildContext) -> dict[str, float]:
             on_progress=make_progress_printer("trajectories"),
         )
     student = deepcopy(teacher).requires_grad_(True)
-    evaluator = load_image_evaluator(context, steps=STUDENT_TIMESTEPS, guidance=1.0, order=1)
+    evaluator = _load_evaluator(
+        context, text_encoders, steps=STUDENT_TIMESTEPS, guidance=1.0, order=1
+    )
     is_compiled = can_compile(context.device)
     task = LightningTask(student, text_encoders, trajectories, evaluator, compiled=is_compiled)
     context.train("lightning", task, config, DISTILLATION_TIME_SHARE)
     save_folder(student, context.weights / "lightning")
     stamp(context.weights / "lightning", context.describe_training("lightning", config))
     return evaluator.evaluate(student)
+
+
+def _load_evaluator(
+    context: BuildContext, text_encoders: TextEncoders, **options: Any
+) -> ImageEvaluator:
+    return ImageEvaluator.load(
+        context.weights,
+        context.device,
+        vae=context.load_vae(),
+        text_encoders=text_encoders,
+        tokenizer=context.load_tokenizer(),
+        **options,
+    )
 
 
 def can_compile(device: torch.device) -> bool:

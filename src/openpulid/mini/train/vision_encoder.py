@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 from transformers import CLIPTextModelWithProjection
 
-from openpulid.faces.align import TEMPLATE, similarity_transform, warp_images
-from openpulid.faces.preprocess import gray_on_white
+from openpulid.faces.align import TEMPLATE, gray_on_white, similarity_transform, warp_images
 from openpulid.identity.eva_clip import LEVELS, VisionEncoder
 from openpulid.io.image_grid import image_grid, to_pil
-from openpulid.mini.data.augment import augment, compose_affine, dilate, random_affine
-from openpulid.mini.data.captions import Captions
+from openpulid.mini.data import Captions, compose_affine, degrade, dilate, load_faces, random_affine
 from openpulid.mini.train.clip import EMBEDDING_DIM, contrastive_loss, embed_texts
-from openpulid.mini.train.recognition import FACIAL_COLUMNS, MarginHead, ValueHead, load_faces
-from openpulid.training.rng import StepRNG, generator_for
-from openpulid.world import Person, Scene, render
-from openpulid.world.dataset import WorldDataset
+from openpulid.mini.train.recognition import FACIAL_COLUMNS, MarginHead, ValueHead
+from openpulid.training import StepRNG, generator_for
+from openpulid.world import Person, Scene, WorldDataset, render
 
 
 def build_vision_encoder(size: int = 64, width: int = 96, depth: int = 10) -> VisionEncoder:
@@ -214,7 +211,7 @@ def crop_faces(
     jitter = random_affine(len(images), size, generator, turn=0.06, grow=0.05, shift=0.02)
     crops = warp_images(torch.cat([images, masks], 1), compose_affine(matrix, jitter), size)
     light = 0.75 + 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
-    faces = augment((crops[:, :3] * light).clamp(0, 1), generator)
+    faces = degrade((crops[:, :3] * light).clamp(0, 1), generator)
     return gray_on_white(faces, dilate(crops[:, 3:], generator))
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from openpulid.mini.train.build_context import BuildContext
-from openpulid.mini.train.progress import make_progress_printer
+from openpulid.mini.train.build_context import BuildContext, make_progress_printer
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.world.dataset import build_dataset
 

@@ -1,1 +1,45 @@
 """Training of PuLID: recipes, branches, losses, and the entry points."""
+
+from openpulid.training.pulid.batch import (
+    Batch,
+    BatchSource,
+    drop_identity,
+    loss_weight_map,
+    swap_identities,
+)
+from openpulid.training.pulid.branches import DiffusionStep, diffusion_branch
+from openpulid.training.pulid.export import revision, save_adapter
+from openpulid.training.pulid.losses import DiffusionLoss
+from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
+from openpulid.training.pulid.recipes import Recipe, find_recipe
+from openpulid.training.pulid.task import HELD_OUT_BATCHES, PuLIDTask
+from openpulid.training.pulid.train import (
+    ADAPTER_FILE,
+    build_adapter,
+    check_init_adapter,
+    train_adapter,
+)
+
+__all__ = [
+    "ADAPTER_FILE",
+    "HELD_OUT_BATCHES",
+    "BaseModel",
+    "Batch",
+    "BatchSource",
+    "DiffusionLoss",
+    "DiffusionStep",
+    "PuLIDTask",
+    "Recipe",
+    "SDXLModel",
+    "TextConditioning",
+    "build_adapter",
+    "check_init_adapter",
+    "diffusion_branch",
+    "drop_identity",
+    "find_recipe",
+    "loss_weight_map",
+    "revision",
+    "save_adapter",
+    "swap_identities",
+    "train_adapter",
+]

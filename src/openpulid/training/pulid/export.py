@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 
 from openpulid import __version__
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid import PuLID
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.trainer import TrainingResult
 

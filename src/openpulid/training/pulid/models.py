@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.diffusion.noise_schedule import NoiseSchedule
-from openpulid.methods.pulid.sdxl_attention import cross_attentions
+from openpulid.methods.pulid import cross_attentions
 
 
 @dataclass(frozen=True)

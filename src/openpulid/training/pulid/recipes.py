@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from openpulid.errors import OptionError
-from openpulid.methods.pulid.projection import Projection
-from openpulid.training.config import OptimizerKind, TrainerConfig
+from openpulid.methods.pulid import Projection
+from openpulid.training.schedule import OptimizerKind, TrainerConfig
 
 IDLossKind = Literal["none", "naive", "accurate"]
 """Naive: on x_0 predicted in one step from x_t. Accurate: on the images of the lightning branch."""

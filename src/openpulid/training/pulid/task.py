@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from openpulid.diffusion.sampling import SAMPLERS
 from openpulid.errors import OptionError
 from openpulid.faces.embed import FaceEmbedder
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid import PuLID
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.batch import (
     Batch,

@@ -12,8 +12,7 @@ from PIL import Image
 from openpulid.errors import OptionError
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.io.checkpoints import load_state
-from openpulid.methods.pulid.encoders import ENCODERS
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid import ENCODERS, PuLID
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.batch import BatchSource
 from openpulid.training.pulid.export import save_adapter

@@ -14,7 +14,7 @@ from openpulid.device import supports_bf16
 from openpulid.faces.arcface import build_face_embedder, load_arcface_ir_se50
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.identity.photo_extractor import PhotoExtractor
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid import PuLID
 from openpulid.pipelines.factory import load_extractor, load_pipeline, resolve_path
 from openpulid.pipelines.presets import sdxl, sdxl_v1
 from openpulid.pipelines.studio import resolve_preset
@@ -89,7 +89,7 @@ def load_models(
     embedder = None
     if id_loss_file is not None:
         embedder = build_face_embedder(
-            extractor.detector, load_arcface_ir_se50(id_loss_file, device)
+            extractor.detection.detector, load_arcface_ir_se50(id_loss_file, device)
         )
     return TrainingModels(models[0], extractor, models[1:], embedder)
 
