@@ -17,7 +17,6 @@ from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.io.checkpoints import load_module
 from openpulid.mini.accelerated import __main__ as command
 from openpulid.mini.accelerated import autoencoder, probe, stages, unet
-from openpulid.mini.accelerated.evaluation import frechet
 from openpulid.mini.accelerated.face_detection import detect_faces
 from openpulid.mini.accelerated.output import Output
 from openpulid.mini.accelerated.scenes import (
@@ -207,13 +206,6 @@ def test_detect_agrees_with_the_detector(world):
     assert faces.has_face.tolist() == [face is not None for face in expected]
     assert torch.equal(faces.masks[0], expected[0].mask)
     torch.testing.assert_close(faces.landmarks[0], expected[0].landmarks)
-
-
-def test_frechet_distance_of_two_normal_distributions():
-    torch.manual_seed(0)
-    one, two = torch.randn(20000, 4), 2 * torch.randn(20000, 4) + 1
-    assert frechet(one, two) == pytest.approx(8.0, rel=0.05)  # 4 of the means, 4 of the deviations
-    assert frechet(one, one) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_large_archives_are_split_into_pieces(tmp_path):

@@ -19,34 +19,11 @@ from openpulid.mini.accelerated.rollouts import rollout
 from openpulid.mini.accelerated.train_set import time_ids
 from openpulid.mini.accelerated.world import World
 from openpulid.mini.data import token_ids
-from openpulid.mini.evaluation.image_evaluator import GUIDANCE, STEPS
+from openpulid.mini.evaluation.image_evaluator import GUIDANCE, STEPS, frechet_distance
 from openpulid.mini.evaluation.prompts import EvalPrompt, sample_prompts
 from openpulid.mini.models import AttributeClassifier, TextEncoders
 from openpulid.training.pulid import TextConditioning
 from openpulid.world import ATTRIBUTES
-
-
-def frechet(x: Tensor, y: Tensor) -> float:
-    """Compute the Frechet distance of two sets of features (Heusel et al. 2017, arXiv 1706.08500).
-
-    Args:
-        x: (N, D).
-        y: (M, D).
-
-    Returns:
-        The distance; NaN if a set has fewer than two elements.
-    """
-    if min(len(x), len(y)) < 2:
-        return float("nan")
-    x = x.double().cpu()
-    y = y.double().cpu()
-    cov_x = torch.cov(x.T)
-    cov_y = torch.cov(y.T)
-    values, vectors = torch.linalg.eigh(cov_x)
-    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
-    cross_trace = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
-    mean_distance = (x.mean(0) - y.mean(0)).square().sum()
-    return (mean_distance + cov_x.trace() + cov_y.trace() - 2 * cross_trace).item()
 
 
 def seeded_noise(prompts: list[EvalPrompt], unet: Any) -> Tensor:
@@ -178,7 +155,7 @@ class Evaluation:
         return {
             "attributes": matches.nanmean(1).nanmean().item(),
             "face_found": has_face.float().mean().item(),
-            "frechet": frechet(embeddings, self.real_embeddings[: len(images)]),
+            "frechet": frechet_distance(embeddings, self.real_embeddings[: len(images)]),
             "grid": steepness(images).mean().item() / self.real_steepness,
             "by_attribute": {name: round(value, 4) for name, value in by_attribute.items()},
         }

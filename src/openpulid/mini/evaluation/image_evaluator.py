@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from openpulid.bench.metrics import attribute_accuracy
-from openpulid.faces.miniature import MiniFaceDetector
+from openpulid.faces.embed import FaceEmbedder
+from openpulid.faces.miniature import RECOGNITION_MODELS, MiniFaceDetector
 from openpulid.io.checkpoints import load_module
 from openpulid.io.image_grid import image_grid, to_pil
 from openpulid.mini.evaluation.prompts import EvalPrompt, sample_prompts
@@ -21,15 +23,16 @@ from openpulid.mini.models import (
     build_pipeline,
     sample,
 )
+from openpulid.world import HELD_OUT_PEOPLE, Person, render
 
 STEPS = 20
 """Sampling steps of the evaluation and of the preset."""
 GUIDANCE = 3.0
 """Guidance scale of the evaluation and of the preset."""
-
-
-NUM_PROMPTS = 256
+NUM_PROMPTS = 512
 """Prompts on which the base model and its student are evaluated."""
+RENDER_BATCH = 32
+"""Images per call of the renderer."""
 
 
 @dataclass
@@ -41,7 +44,8 @@ class ImageEvaluator:
         text_encoders: the text encoders.
         tokenizer: the tokenizer of both text encoders.
         classifier: recognizes attributes.
-        detector: detects faces; None if it is not trained yet.
+        embedder: detects and embeds faces with the benchmark's face recognition model; None if
+            one of both networks is not trained yet.
         prompts: the prompts.
         steps: sampling steps.
         guidance: guidance scale.
@@ -52,7 +56,7 @@ class ImageEvaluator:
     text_encoders: TextEncoders
     tokenizer: Any
     classifier: AttributeClassifier
-    detector: MiniFaceDetector | None = None
+    embedder: FaceEmbedder | None = None
     prompts: tuple[EvalPrompt, ...] = ()
     steps: int = STEPS
     guidance: float = GUIDANCE
@@ -62,7 +66,7 @@ class ImageEvaluator:
     def load(cls, weights: Path, device: torch.device, **options: Any) -> ImageEvaluator:
         """Load the metric networks, and sample a prompt for each of `NUM_PROMPTS` held-out people.
 
-        The prompts do not describe the person. There is no face detector if it is not trained yet.
+        The prompts do not describe the person.
 
         Args:
             weights: folder of the trained weights.
@@ -72,11 +76,14 @@ class ImageEvaluator:
         classifier = load_module(
             AttributeClassifier, weights / "attribute-classifier.safetensors", device
         )
-        detector = None
-        if (weights / "detector.safetensors").exists():
-            detector = load_module(MiniFaceDetector, weights / "detector.safetensors", device)
+        files = [weights / f"{name}.safetensors" for name in ("detector", "recognition-scorer")]
+        embedder = None
+        if all(file.exists() for file in files):
+            detector = load_module(MiniFaceDetector, files[0], device)
+            recognition = load_module(RECOGNITION_MODELS["scorer"], files[1], device)
+            embedder = FaceEmbedder(detector.detect, recognition)
         prompts = tuple(sample_prompts(NUM_PROMPTS, 1))
-        return cls(classifier=classifier, detector=detector, prompts=prompts, **options)
+        return cls(classifier=classifier, embedder=embedder, prompts=prompts, **options)
 
     def generate(self, unet: Any, count: int | None = None) -> Tensor:
         """Generate images (B, 3, H, W) for the first `count` prompts."""
@@ -95,19 +102,62 @@ class ImageEvaluator:
 
         Returns:
             `attributes`, the share of the attributes in each prompt that the classifier recognizes
-            in its image, and `face_found`, the share of images with a detected face.
+            in its image; `pose` and `expression`, the same for these two; `face_found`, the share
+            of images with a detected face; and `frechet`, the Frechet distance of the embeddings
+            of these faces to those of rendered people in the same scenes.
         """
         device = next(self.classifier.parameters()).device
         images = self.generate(unet, count).to(device)
         expected = [prompt.wanted for prompt in self.prompts[:count]]
-        accuracy = attribute_accuracy(self.classifier(images), expected)
-        results = {"attributes": accuracy.mean().item()}
-        if self.detector is not None:
-            faces = self.detector.detect(images)
-            results["face_found"] = sum(face is not None for face in faces) / len(faces)
+        scores = self.classifier(images)
+        results = {"attributes": attribute_accuracy(scores, expected).mean().item()}
+        for name in ("pose", "expression"):
+            requested = [{key: row[key] for key in row if key == name} for row in expected]
+            results[name] = attribute_accuracy(scores, requested).nanmean().item()
+        if self.embedder is not None:
+            faces = self.embedder(images)
+            results["face_found"] = faces.has_face.float().mean().item()
+            real_embeddings = self.real_embeddings[: len(images)]
+            results["frechet"] = frechet_distance(faces.embeddings[faces.has_face], real_embeddings)
         return results
+
+    @cached_property
+    def real_embeddings(self) -> Tensor:
+        """Embeddings (N, D) of rendered held-out people in the scene of each prompt."""
+        assert self.embedder is not None
+        device = next(self.classifier.parameters()).device
+        embeddings = []
+        for start in range(0, len(self.prompts), RENDER_BATCH):
+            prompts = self.prompts[start : start + RENDER_BATCH]
+            people = [Person.from_seed(HELD_OUT_PEOPLE + prompt.person) for prompt in prompts]
+            images = render(people, [prompt.scene for prompt in prompts], device=device).image
+            embeddings.append(self.embedder(images).embeddings)
+        return torch.cat(embeddings)
 
     def draw_sheet(self, unet: Any, count: int = 40) -> Image.Image:
         """Draw the images of the first `count` prompts, eight per row."""
         images = to_pil(self.generate(unet, count))
         return image_grid([images[start : start + 8] for start in range(0, len(images), 8)], 144)
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Compute the Frechet distance of two sets of features (Heusel et al. 2017, arXiv 1706.08500).
+
+    Args:
+        x: (N, D).
+        y: (M, D).
+
+    Returns:
+        The distance; NaN if a set has fewer than two elements.
+    """
+    if min(len(x), len(y)) < 2:
+        return float("nan")
+    x = x.double().cpu()
+    y = y.double().cpu()
+    cov_x = torch.cov(x.T)
+    cov_y = torch.cov(y.T)
+    values, vectors = torch.linalg.eigh(cov_x)
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+    cross_trace = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()
+    mean_distance = (x.mean(0) - y.mean(0)).square().sum()
+    return (mean_distance + cov_x.trace() + cov_y.trace() - 2 * cross_trace).item()

@@ -126,8 +126,8 @@ class BaseTask:
         return {"diffusion": (self.loss.per_sample(step, face_masks) * weight).mean()}
 
     def validate(self) -> Mapping[str, float]:
-        """Evaluate 64 prompts."""
-        return self.evaluator.evaluate(self.unet, 64) if self.evaluator else {}
+        """Evaluate the base on all prompts."""
+        return self.evaluator.evaluate(self.unet) if self.evaluator else {}
 
     def sheet(self) -> Image.Image | None:
         """Draw images of the evaluation."""
