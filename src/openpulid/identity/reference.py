@@ -110,7 +110,7 @@ class ReferenceFaces:
         Args:
             face_index: which face of an image with several, counted from 0 in `face_order`. None
                 selects the first, with a warning if there are several.
-            face_order: one of `faces.select.ORDERS`.
+            face_order: one of `faces.face.ORDERS`.
             fusion: how several images are combined, see `fuse_identities`.
             weights: weights of the images in the fusion.
 

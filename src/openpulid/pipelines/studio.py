@@ -99,7 +99,7 @@ class Studio:
             images: paths or PIL images.
             face_index: which face of an image with several, counted from 0 in `face_order`; the
                 first by default.
-            face_order: one of `faces.select.ORDERS`.
+            face_order: one of `faces.face.ORDERS`.
             fusion: how several images are combined, see `identity.fuse_identities`.
             weights: weights of the images in the fusion.
 

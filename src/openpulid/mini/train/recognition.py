@@ -202,7 +202,7 @@ class RecognitionTask:
     """Trains one recognition model; a `training.trainer.Task`.
 
     Args:
-        model: instance of one of `faces.mini_recognition.RECOGNITION_MODELS`.
+        model: instance of one of `faces.miniature.RECOGNITION_MODELS`.
         data: images of the training people.
         evaluator: images of held-out people; None disables validation.
         families: families per batch.
