@@ -16,12 +16,10 @@ from openpulid.bench.perf.random_models import RandomSDXL
 from openpulid.bench.perf.timing import (
     interleave,
     medians,
-    peak,
     ratios,
-    reset_peak,
     time_hooks,
-    wait,
 )
+from openpulid.device import peak_memory, reset_peak_memory, synchronize
 from openpulid.errors import OptionError
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.methods.pulid.encoders import IDFormer
@@ -95,13 +93,13 @@ def test_memory_of_the_right_accelerator_is_measured(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "get_device_module", lambda device: library)
     monkeypatch.setattr(torch.accelerator, "synchronize", devices.append)
     second_gpu = torch.device("cuda", 1)
-    wait(second_gpu)
-    reset_peak(second_gpu)
-    assert peak(second_gpu) == 3 and devices == [second_gpu] * 3
+    synchronize(second_gpu)
+    reset_peak_memory(second_gpu)
+    assert peak_memory(second_gpu) == 3 and devices == [second_gpu] * 3
     # Apple's GPUs have no counters
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
-    reset_peak(second_gpu)
-    assert peak(second_gpu) is None
+    reset_peak_memory(second_gpu)
+    assert peak_memory(second_gpu) is None
 
 
 @pytest.mark.parametrize("guided", [False, True])
