@@ -22,6 +22,8 @@ MINIMUM = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1, 
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables of MPI launchers; accelerate derives those of `torchrun` from them."""
 
+MPI_RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+
 
 def check_launcher(environment: Mapping[str, str]) -> None:
     """Check the variables with which a launcher describes the processes of a run.
@@ -52,6 +54,17 @@ def check_launcher(environment: Mapping[str, str]) -> None:
                 f"{name} is {numbers[name]}, but there are {limit} processes, numbered from 0: "
                 "start the training with torchrun or accelerate launch."
             )
+
+
+def is_first_process() -> bool:
+    """Return whether this process has rank 0, before the processes are connected.
+
+    Raises:
+        OptionError: see `check_launcher`.
+    """
+    check_launcher(os.environ)
+    ranks = (os.environ.get(name) for name in ("RANK", *MPI_RANKS))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
 def _read_numbers(environment: Mapping[str, str]) -> dict[str, int]:
