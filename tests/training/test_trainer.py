@@ -296,8 +296,28 @@ def test_other_runs_and_invalid_settings_raise(tmp_path):
     (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
     with pytest.raises(TrainingError, match="not a checkpoint"):
         run(Regression(), TrainerConfig(steps=3, lr=1e-2), tmp_path)
-    with pytest.raises(OptionError, match="must be positive"):
-        run(Regression(), TrainerConfig(steps=0, lr=1e-2), tmp_path)
+    for minutes in (0, float("nan"), float("inf")):
+        with pytest.raises(OptionError, match="minutes must be a positive number"):
+            run(Regression(), TrainerConfig(steps=3, lr=1e-2), tmp_path, minutes=minutes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number from 1, got 0"),
+        ({"steps": 2.5}, "steps must be a whole number"),
+        ({"steps": True}, "steps must be a whole number"),
+        ({"seed": 10**400}, "seed must be a whole number"),
+        ({"lr": float("nan")}, "lr must be a number from 0, got nan"),
+        ({"lr": float("inf")}, "lr must be a number"),
+        ({"lr": "1e-3"}, "lr must be a number"),
+        ({"ema": 1.5}, "ema must be a number from 0 to 1"),
+        ({"optimizer": "sgd"}, "optimizer must be adamw or muon, got 'sgd'"),
+    ],
+)
+def test_impossible_settings_raise(change, message):
+    with pytest.raises(OptionError, match=message):
+        replace(SHORT, **change)
 
 
 def test_deferred_finite_check_skips_bad_updates(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -17,8 +16,9 @@ from typing import Any
 
 import torch
 
-from openpulid.bench.files import write_json
+from openpulid.bench.files import read_json, write_json
 from openpulid.device import hardware_name
+from openpulid.errors import OptionError
 from openpulid.training.pulid import revision
 
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")
@@ -57,12 +57,28 @@ def write_measurement(
 
 
 def append_measurement(path: Path, name: str, measurement: Mapping[str, Any]) -> None:
-    """Add a named measurement to a JSON file with a list of them; create the file if needed."""
-    data: dict[str, Any] = {"measurements": []}
-    if path.is_file():
-        data = json.loads(path.read_text("utf-8"))
+    """Add a named measurement to a JSON file with a list of them; create the file if needed.
+
+    Raises:
+        OptionError: the file holds something else, or cannot be written.
+    """
+    data = read_measurements(path)
     data["measurements"].append({"name": name, **measurement})
     write_json(path, data)
+
+
+def read_measurements(path: Path) -> dict[str, Any]:
+    """Read a JSON file with a list of measurements; an empty list without the file.
+
+    Raises:
+        OptionError: the file holds something else.
+    """
+    if not path.is_file():
+        return {"measurements": []}
+    data = read_json(dict[str, Any], path, "move it away, or repair it.")
+    if not isinstance(data.get("measurements"), list):
+        raise OptionError(f"{path} has no list of measurements; move it away, or repair it.")
+    return data
 
 
 def library_versions() -> dict[str, str]:

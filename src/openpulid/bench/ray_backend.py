@@ -8,7 +8,7 @@ from typing import Any
 
 from openpulid.bench.generate import Executor, Worker
 from openpulid.bench.run_dir import Job
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, PulidError
 
 
 def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
@@ -24,10 +24,11 @@ def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
     """
     try:
         import ray
+        from ray.exceptions import RayError, RayTaskError
         from ray.util import ActorPool
     except ImportError:
         raise OptionError("--workers needs Ray: pip install 'openpulid[cluster]'.") from None
-    is_local = workers.isdigit() and int(workers) > 0
+    is_local = workers.isdecimal() and int(workers) > 0
     if not is_local and not workers.startswith("ray://"):
         raise OptionError(f"--workers {workers}: expected a number or ray://HOST:PORT.")
 
@@ -48,7 +49,13 @@ def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
                 logging_level="error",
             )
         else:
-            ray.init(workers)
+            try:
+                ray.init(workers)
+            except (ConnectionError, ValueError, RayError) as error:
+                raise OptionError(
+                    f"--workers {workers}: the cluster cannot be reached "
+                    f"({str(error).strip().splitlines()[0]})."
+                ) from None
         try:
             resources = ray.cluster_resources()
             num_gpus = int(resources.get("GPU", 0))
@@ -59,6 +66,16 @@ def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
             actor = ray.remote(WorkerActor).options(**options)
             pool = ActorPool([actor.remote() for _ in range(num_actors)])
             yield from pool.map_unordered(lambda actor, job: actor.generate.remote(job), list(jobs))
+        except RayTaskError as error:
+            if isinstance(error.cause, PulidError):
+                raise error.cause from None
+            raise
+        except RayError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise OptionError(
+                f"a worker ended unexpectedly ({reason}); run the same command again, finished "
+                "images are not generated again."
+            ) from None
         finally:
             ray.shutdown()
 

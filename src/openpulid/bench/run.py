@@ -42,6 +42,9 @@ def run_benchmark(
 
     Returns:
         The files of the report.
+
+    Raises:
+        OptionError: another process uses the directory, or it cannot be written.
     """
     run_dir = RunDir(path.resolve() if workers else path)
     start = datetime.now(timezone.utc).isoformat()
@@ -49,10 +52,13 @@ def run_benchmark(
     def build_worker() -> Worker:
         return Worker(suite, load_studios(suite, presets, device), subjects, run_dir, start)
 
-    executor = ray_executor(build_worker, workers) if workers else local_executor(build_worker())
-    generate_run(suite, presets, subjects, run_dir, executor, on_progress)
-    score_run(run_dir, scorers)
-    return write_report(run_dir.load())
+    with run_dir.lock():
+        executor = (
+            ray_executor(build_worker, workers) if workers else local_executor(build_worker())
+        )
+        generate_run(suite, presets, subjects, run_dir, executor, on_progress)
+        score_run(run_dir, scorers)
+        return write_report(run_dir.load())
 
 
 def update_report(

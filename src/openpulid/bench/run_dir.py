@@ -10,22 +10,34 @@ RUN/method_metrics.json               metrics of all images of a method together
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from PIL import Image, ImageChops
+from pydantic import ConfigDict, Field
 
-from openpulid.bench.files import save_png, write_json
-from openpulid.bench.suite import Suite
+from openpulid.bench.files import parse_json, read_json, save_image, write_json
+from openpulid.bench.suite import STRICT, Seed, Suite, check_suite
 from openpulid.errors import OptionError
+from openpulid.io.images import open_image
+from openpulid.io.lock import lock_directory
+
+logger = logging.getLogger(__name__)
 
 BASE = "base"
 """The base model without an identity, which every method is compared with."""
 
 MethodMetrics = Mapping[str, "float | None"]
 """Metric name -> value for all images of a method; None where it is undefined."""
+
+Amount = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1, pattern=r"^[^/\x00]+$")]
+"""Part of a path."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +66,12 @@ class SampleKey:
         seed: seed of the noise.
     """
 
-    method: str
-    person: str
-    prompt: int
-    seed: int
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    method: Name
+    person: Name
+    prompt: Annotated[int, Field(ge=0)]
+    seed: Seed
 
     @property
     def stem(self) -> str:
@@ -98,23 +112,29 @@ class Record:
         attributes: requested attribute -> whether the image shows it; None before it is checked.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
     sample: SampleKey
     status: Literal["done", "failed"]
     configuration: Mapping[str, Any]
     hardware: str
     versions: Mapping[str, str]
     start: str | None = None
-    seconds: float | None = None
-    identify_seconds: float | None = None
-    memory: float | None = None
+    seconds: Amount | None = None
+    identify_seconds: Amount | None = None
+    memory: Amount | None = None
     error: str | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     attributes: Mapping[str, bool] | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
-        """Build a record from the data of its file."""
-        return cls(**{**data, "sample": SampleKey(**data["sample"])})
+        """Build a record from the data of its file.
+
+        Raises:
+            OptionError: a field is unknown, missing or of another type.
+        """
+        return parse_json(cls, json.dumps(dict(data)))
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON data."""
@@ -124,6 +144,23 @@ class Record:
     def is_done(self) -> bool:
         """Whether the image was generated."""
         return self.status == "done"
+
+
+@dataclass(frozen=True)
+class RunHeader:
+    """The file suite.json: what belongs to a run.
+
+    Attributes:
+        suite: the suite.
+        people: names of the subjects.
+        methods: names of the methods, the base first.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    suite: Suite
+    people: Annotated[list[Name], Field(min_length=1)]
+    methods: Annotated[list[Name], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -176,41 +213,58 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def lock(self) -> AbstractContextManager[None]:
+        """Reserve the directory for this process; raises as `lock_directory`."""
+        return lock_directory(self.path)
+
     def create(self, suite: Suite, methods: Sequence[str], subjects: Sequence[Subject]) -> None:
         """Write the suite and the subjects, or add methods to an existing run.
 
         Raises:
             OptionError: the directory contains a run of another suite or of other subjects.
         """
-        path = self.path / "suite.json"
         people = [subject.name for subject in subjects]
         all_methods = list(methods)
-        if path.is_file():
-            existing = json.loads(path.read_text("utf-8"))
+        if self._header_path.is_file():
+            existing = self._read_header()
             # published values do not change any image
-            stored = {**existing["suite"], "published": None}
-            current = {**suite.to_json(), "published": None}
-            if stored != current or existing["people"] != people:
+            stored = replace(existing.suite, published={})
+            current = replace(suite, published={})
+            if stored.to_json() != current.to_json() or existing.people != people:
                 raise OptionError(
                     f"{self.path} contains another suite or other people; "
                     "choose another directory with -o."
                 )
-            new_methods = [name for name in methods if name not in existing["methods"]]
-            all_methods = existing["methods"] + new_methods
+            new_methods = [name for name in methods if name not in existing.methods]
+            all_methods = existing.methods + new_methods
         for subject in subjects:
             self._write_portrait(subject.name, subject.portrait)
             if subject.other is not None:
                 self._write_portrait(f"{subject.name}-other", subject.other)
-        write_json(path, {"suite": suite.to_json(), "people": people, "methods": all_methods})
+        header = {"suite": suite.to_json(), "people": people, "methods": all_methods}
+        write_json(self._header_path, header)
+
+    @property
+    def _header_path(self) -> Path:
+        return self.path / "suite.json"
+
+    def _read_header(self) -> RunHeader:
+        path = self._header_path
+        header = read_json(RunHeader, path, "choose another directory with -o.")
+        check_suite(header.suite, path)
+        for name in (*header.people, *header.methods):
+            if name in (".", ".."):
+                raise OptionError(f"{path}: {name} is not the name of a person or method.")
+        return header
 
     def _write_portrait(self, name: str, image: Image.Image) -> None:
         path = _portrait_path(self.path, name)
         if not path.is_file():
-            save_png(path, image)
+            save_image(path, image)
             return
-        with Image.open(path) as stored:
-            difference = ImageChops.difference(stored.convert("RGB"), image.convert("RGB"))
-        if difference.getbbox():
+        stored = open_image(path)
+        current = image.convert("RGB")
+        if stored.size != current.size or ImageChops.difference(stored, current).getbbox():
             raise OptionError(
                 f"{path} differs from the image given now; choose another directory with -o."
             )
@@ -219,17 +273,20 @@ class RunDir:
         """Read the whole run.
 
         Raises:
-            OptionError: the directory contains no run.
+            OptionError: the directory contains no run, or one of its files is damaged or missing.
         """
-        path = self.path / "suite.json"
-        if not path.is_file():
+        if not self._header_path.is_file():
             raise OptionError(
                 f"{self.path} contains no run; create one with "
                 f"`pulid bench run SUITE -o {self.path}`."
             )
-        data = json.loads(path.read_text("utf-8"))
-        suite = Suite.from_json(data["suite"])
-        run = Run(self.path, suite, data["people"], data["methods"], {}, {}, {})
+        header = self._read_header()
+        run = Run(self.path, header.suite, header.people, header.methods, {}, {}, {})
+        for person in run.people:
+            if not run.portrait(person).is_file():
+                raise OptionError(
+                    f"{run.portrait(person)} is missing; run the same `pulid bench run` again."
+                )
         records: dict[SampleKey, Record] = {}
         images: dict[SampleKey, Path] = {}
         for key in (key for method in run.methods for key in run.keys(method)):
@@ -239,21 +296,31 @@ class RunDir:
             records[key] = record
             if record.is_done and self.image_path(key).is_file():
                 images[key] = self.image_path(key)
-        return Run(
-            self.path, suite, run.people, run.methods, records, images, self.read_method_metrics()
+        return replace(
+            run, records=records, images=images, method_metrics=self.read_method_metrics()
         )
 
     def read_record(self, key: SampleKey) -> Record | None:
-        """Read the record of an image; None before it was tried."""
+        """Read the record of an image; None before it was tried.
+
+        Raises:
+            OptionError: the file is damaged.
+        """
         path = self._record_path(key)
         if not path.is_file():
             return None
-        return Record.from_json(json.loads(path.read_text("utf-8")))
+        advice = "delete it, and `pulid bench run` generates the image again."
+        record = read_json(Record, path, advice)
+        if record.sample != key:
+            raise OptionError(f"{path} is the record of another image; {advice}")
+        if record.is_done and not _has_costs(record):
+            raise OptionError(f"{path} lacks the time or the steps of its image; {advice}")
+        return record
 
     def write_record(self, record: Record, image: Image.Image | None = None) -> None:
         """Write a record, after its image: a record states that the image exists."""
         if image is not None:
-            save_png(self.image_path(record.sample), image)
+            save_image(self.image_path(record.sample), image)
         write_json(self._record_path(record.sample), record.to_json())
 
     def image_path(self, key: SampleKey) -> Path:
@@ -265,7 +332,11 @@ class RunDir:
 
     def is_done(self, key: SampleKey, configuration: Mapping[str, Any]) -> bool:
         """Return whether an image exists and was generated with this configuration."""
-        record = self.read_record(key)
+        try:
+            record = self.read_record(key)
+        except OptionError as error:
+            logger.warning("%s", error)
+            return False
         return (
             record is not None
             and record.is_done
@@ -278,12 +349,24 @@ class RunDir:
         path = self.path / "method_metrics.json"
         if not path.is_file():
             return {}
-        metrics: dict[str, MethodMetrics] = json.loads(path.read_text("utf-8"))
-        return metrics
+        metrics = read_json(dict[str, dict[str, float | None]], path, "delete it.")
+        return {**metrics}
 
     def write_method_metrics(self, metrics: Mapping[str, MethodMetrics]) -> None:
         """Write the metrics of whole methods."""
         write_json(self.path / "method_metrics.json", metrics)
+
+
+def _has_costs(record: Record) -> bool:
+    """Return whether a record has what the table computes with."""
+    steps = record.configuration.get("num_inference_steps")
+    scale = record.configuration.get("scale", 0.0)
+    return (
+        record.seconds is not None
+        and type(steps) is int
+        and type(scale) in (int, float)
+        and math.isfinite(scale)
+    )
 
 
 def iterate_jobs(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Iterator[Job]:

@@ -23,6 +23,8 @@ from openpulid.bench.metrics import (
     MetricInputs,
 )
 from openpulid.bench.run_dir import BASE, MethodMetrics, Run, RunDir, SampleKey
+from openpulid.errors import ImageError
+from openpulid.io.images import open_image
 
 MAX_SIDE = 1024
 """Reference images are scaled down to this many pixels for the metrics."""
@@ -213,8 +215,20 @@ class MethodScorer:
 
 
 def load_images(paths: Sequence[Path]) -> Tensor:
-    """Load images of the same size, (B, 3, H, W) in [0, 1]."""
-    return _to_tensor([_open_rgb(path) for path in paths])
+    """Load images of the same size, (B, 3, H, W) in [0, 1].
+
+    Raises:
+        ImageError: an image is damaged, or has another size than the first.
+    """
+    images = [open_image(path) for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if image.size != images[0].size:
+            raise ImageError(
+                path,
+                f"has {image.width} x {image.height} pixels, unlike the other images of its run; "
+                "delete it, and `pulid bench run` generates it again",
+            )
+    return _to_tensor(images)
 
 
 def load_portraits(paths: Sequence[Path]) -> Tensor:
@@ -223,17 +237,12 @@ def load_portraits(paths: Sequence[Path]) -> Tensor:
     If the sizes differ or exceed `MAX_SIDE`, each image is scaled without distortion and centered
     on a white square.
     """
-    images = [_open_rgb(path) for path in paths]
+    images = [open_image(path) for path in paths]
     longest_side = max(max(image.size) for image in images)
     if longest_side > MAX_SIDE or len({image.size for image in images}) > 1:
         side = min(longest_side, MAX_SIDE)
         images = [ImageOps.pad(image, (side, side), color="white") for image in images]
     return _to_tensor(images)
-
-
-def _open_rgb(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def _to_tensor(images: Sequence[Image.Image]) -> Tensor:
@@ -242,5 +251,5 @@ def _to_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 
 def _to_number(value: float, digits: int = 5) -> float | None:
-    """Return a rounded number; None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else round(value, digits)
+    """Return a rounded number; None for NaN and infinity, which JSON does not have."""
+    return round(value, digits) if math.isfinite(value) else None

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from pydantic import ConfigDict, Field
+
+from openpulid.bench.files import parse_json, read_json
 from openpulid.errors import OptionError
 from openpulid.pipelines.request import GenerationOptions
+from openpulid.world import ATTRIBUTES
 
 SUITES = Path(__file__).parent / "suites"
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0, le=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,9 @@ class Prompt:
             classifier can check them.
     """
 
-    text: str
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    text: Text
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -33,6 +44,7 @@ class Suite:
     """Subjects x prompts x seeds.
 
     Attributes:
+        name: of the file by default.
         about: description in one sentence.
         preset: the preset of every method.
         prompts: generated for every subject.
@@ -45,15 +57,17 @@ class Suite:
         published: source -> method -> metric -> value, shown next to the measured values.
     """
 
-    name: str
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
     about: str
-    preset: str
-    prompts: Sequence[Prompt]
-    seeds: Sequence[int]
-    num_people: int = 0
-    first_person: int = 0
+    preset: Text
+    prompts: Annotated[Sequence[Prompt], Field(min_length=1)]
+    seeds: Annotated[Sequence[Seed], Field(min_length=1)]
+    name: str = ""
+    num_people: Count = 0
+    first_person: Count = 0
     options: Mapping[str, Any] = field(default_factory=dict)
-    identity_prompts: Sequence[int] = ()
+    identity_prompts: Sequence[Count] = ()
     published: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     @property
@@ -63,10 +77,12 @@ class Suite:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Suite:
-        """Build a suite from the data of a JSON file."""
-        fields = dict(data)
-        prompts = tuple(Prompt(**prompt) for prompt in fields.pop("prompts"))
-        return cls(prompts=prompts, **fields)
+        """Build a suite from the data of a JSON file.
+
+        Raises:
+            OptionError: a field is unknown, missing or of another type.
+        """
+        return parse_json(cls, json.dumps(dict(data)))
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON data."""
@@ -92,19 +108,21 @@ def load_suite(name: str) -> Suite:
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in SUITES.glob("*.json")))
         raise OptionError(f"there is no suite {name!r}; choose from {names}, or pass a JSON file.")
-    try:
-        suite = Suite.from_json({"name": path.stem, **json.loads(path.read_text("utf-8"))})
-    except (ValueError, TypeError, KeyError) as error:
-        raise OptionError(
-            f"{path} is not a valid suite ({error}); see {SUITES / 'quick.json'} for an example."
-        ) from None
-    _validate(suite, path)
+    advice = f"see {SUITES / 'quick.json'} for an example of a suite."
+    suite = read_json(Suite, path, advice)
+    suite = replace(suite, name=suite.name or path.stem)
+    check_suite(suite, path)
     return suite
 
 
-def _validate(suite: Suite, path: Path) -> None:
-    if not suite.prompts or not suite.seeds:
-        raise OptionError(f"{path}: a suite needs at least one prompt and one seed.")
+def check_suite(suite: Suite, path: Path) -> None:
+    """Check what the types of a suite's fields do not say.
+
+    Raises:
+        OptionError: names the problem and the file.
+    """
+    if len(set(suite.seeds)) < len(suite.seeds):
+        raise OptionError(f"{path}: the seeds of a suite must differ.")
     if not set(suite.identity_prompts) <= set(range(len(suite.prompts))):
         raise OptionError(
             f"{path}: identity_prompts of a suite are indices of its prompts, starting at 0."
@@ -113,3 +131,20 @@ def _validate(suite: Suite, path: Path) -> None:
         GenerationOptions.from_options(**suite.options)
     except OptionError as error:
         raise OptionError(f"{path}: options of the suite: {error}") from None
+    if suite.uses_miniature:
+        for prompt in suite.prompts:
+            _check_attributes(prompt, path)
+
+
+def _check_attributes(prompt: Prompt, path: Path) -> None:
+    """Raise OptionError if the attribute classifier does not know an attribute."""
+    for name, value in prompt.attributes.items():
+        if name not in ATTRIBUTES:
+            raise OptionError(
+                f"{path}: there is no attribute {name!r}; choose from {', '.join(ATTRIBUTES)}."
+            )
+        if value not in ATTRIBUTES[name]:
+            raise OptionError(
+                f"{path}: the attribute {name} is one of {', '.join(ATTRIBUTES[name])}, "
+                f"not {value!r}."
+            )

@@ -64,7 +64,8 @@ class TextTable:
     def to_markdown(self) -> str:
         """Format the table as Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+        return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def build_row(run: Run, method: str) -> Row:
@@ -101,6 +102,8 @@ def _aggregate(run: Run, records: Sequence[Record], name: str) -> Interval:
 
 def _cost(record: Record, name: str) -> float | None:
     assert record.seconds is not None, "an image that was generated has a time"
+    if not record.seconds:  # rounded to zero
+        return None
     if name == "seconds":
         return record.seconds
     if name == "steps_per_second":
@@ -122,7 +125,7 @@ def _time_ratio(run: Run, keys: Sequence[SampleKey]) -> float:
     for key in keys:
         record = run.records.get(key)
         base = run.records.get(key.with_method(BASE))
-        if record is None or base is None or record.seconds is None or base.seconds is None:
+        if record is None or base is None or not record.seconds or not base.seconds:
             continue
         if (record.start, record.hardware) == (base.start, base.hardware):
             seconds.append(record.seconds)
@@ -194,6 +197,8 @@ class ResultTable:
         for key, record in self.run.records.items():
             requested = self.run.suite.prompts[key.prompt].attributes
             for name, is_shown in (record.attributes or {}).items():
+                if name not in requested:
+                    continue
                 by_method = checks.setdefault((name, requested[name]), {})
                 by_method.setdefault(key.method, []).append(is_shown)
         if not checks:

@@ -71,11 +71,12 @@ def run_suite(
     loaded_suite = load_suite(suite)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     presets = select_presets(loaded_suite, names)
+    subjects = _load_subjects(loaded_suite, people, count)
     check_weights(presets)
     paths = run_benchmark(
         loaded_suite,
         presets,
-        _load_subjects(loaded_suite, people, count),
+        subjects,
         _load_scorers(loaded_suite, device),
         out,
         workers=workers,
@@ -121,7 +122,7 @@ def _load_subjects(suite: Suite, photos: Path | None, count: int | None) -> list
     from openpulid.mini.evaluation.subjects import synthetic_subjects
 
     if photos is not None:
-        return load_photo_subjects(photos)[:count]
+        return load_photo_subjects(photos, count)
     if not suite.num_people:
         raise OptionError(
             f"suite {suite.name} has no people of its own; pass a folder of photos with --people."

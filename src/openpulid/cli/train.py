@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openpulid.cli.options import Device
 from openpulid.errors import OptionError
+
+if TYPE_CHECKING:
+    from openpulid.training.pulid import Recipe
 
 
 def train(
@@ -40,8 +43,9 @@ def train(
         Path | None, typer.Option(help="sdxl: same as --data, with people not trained on.")
     ] = None,
     base: Annotated[
-        str, typer.Option(help="sdxl: checkpoint of the diffusion branch.")
-    ] = "sdxl-base",
+        str | None,
+        typer.Option(help="sdxl: checkpoint of the diffusion branch (default: sdxl-base)."),
+    ] = None,
     few_step_model: Annotated[
         list[str] | None,
         typer.Option(help="sdxl: checkpoint of the lightning branch; repeatable."),
@@ -65,20 +69,37 @@ def train(
     from openpulid.training.pulid import find_recipe
 
     settings = find_recipe(recipe)
-    settings = replace(
-        settings,
-        steps=min(steps or settings.steps, settings.steps),
-        batch=batch or settings.batch,
-        few_step_batch=few_step_batch or settings.few_step_batch,
-        accumulate=accumulate or settings.accumulate,
+    changes: dict[str, Any] = {
+        "steps": steps,
+        "batch": batch,
+        "few_step_batch": few_step_batch,
+        "accumulate": accumulate,
+    }
+    changed = replace(
+        settings, **{name: value for name, value in changes.items() if value is not None}
     )
+    few_step_options = {
+        "--few-step-batch": few_step_batch is not None,
+        "--few-step-model": bool(few_step_model),
+    }
+    if not settings.few_step_batch:
+        _refuse(few_step_options, f"{recipe} has no lightning branch")
+    _check_batches(changed)
     run_dir = out or Path("runs") / recipe
 
     if settings.base == "mini":
+        photo_options = {
+            "--data": data is not None,
+            "--held-out": held_out is not None,
+            "--base": base is not None,
+            "--few-step-model": bool(few_step_model),
+            "--faces": faces is not None,
+        }
+        _refuse(photo_options, f"{recipe} trains on the synthetic world with the miniature")
         from openpulid.mini.train import pulid
 
         pulid.train(
-            settings,
+            changed,
             run_dir,
             minutes=minutes,
             device=device,
@@ -95,21 +116,24 @@ def train(
     import torch
 
     from openpulid.device import best_device
-    from openpulid.training.pulid import check_init_adapter
-    from openpulid.training.pulid.train_sdxl import load_models, train_on_photos
+    from openpulid.training.pulid import check_init_adapter, prepare_run_dir
+    from openpulid.training.pulid.train_sdxl import check_photos, load_models, train_on_photos
 
-    check_init_adapter(settings, begin)
-    if not resume:
-        shutil.rmtree(run_dir, ignore_errors=True)
+    # everything that needs no models first: they take minutes to load, and gigabytes to download
+    check_init_adapter(changed, begin)
+    for folder in (data, held_out):
+        if folder is not None:
+            check_photos(folder)
+    prepare_run_dir(run_dir, begin, is_fresh=not resume)
     models = load_models(
-        settings,
+        changed,
         torch.device(device) if device else best_device(),
-        base=base,
+        base=base or "sdxl-base",
         few_step_models=few_step_model or (),
         faces=faces,
     )
     train_on_photos(
-        settings,
+        changed,
         models,
         data,
         run_dir,
@@ -117,3 +141,24 @@ def train(
         init_adapter=begin,
         minutes=minutes,
     )
+
+
+def _refuse(options: Mapping[str, bool], reason: str) -> None:
+    """Raise OptionError if an option is set that has no effect."""
+    if names := [name for name, is_set in options.items() if is_set]:
+        raise OptionError(f"{reason}: leave out {', '.join(names)}.")
+
+
+def _check_batches(recipe: Recipe) -> None:
+    """Check what the batches of a recipe have in common, before anything is loaded."""
+    if recipe.few_step_batch > recipe.batch:
+        raise OptionError(
+            f"--few-step-batch {recipe.few_step_batch} is a part of --batch {recipe.batch}: choose "
+            "a smaller one."
+        )
+    for option, size in (("--batch", recipe.batch), ("--few-step-batch", recipe.few_step_batch)):
+        if size % recipe.accumulate:
+            raise OptionError(
+                f"{option} {size} cannot be divided into {recipe.accumulate} micro-batches of "
+                "--accumulate: choose a multiple."
+            )

@@ -4,14 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import Literal, get_args
+
+from openpulid.errors import OptionError
+from openpulid.training.limits import COUNT, FRACTION, INDEX, Limit, check_limits
 
 OptimizerKind = Literal["adamw", "muon"]
+
+LIMITS = {
+    "steps": COUNT,
+    "lr": Limit(),
+    "warmup": INDEX,
+    "decay": FRACTION,
+    "weight_decay": Limit(),
+    "ema": FRACTION,
+    "max_grad_norm": Limit(),
+    "accumulate": COUNT,
+    "seed": INDEX,
+    "validate_every": COUNT,
+    "log_every": COUNT,
+    "save_minutes": Limit(),
+}
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """Everything the trainer needs to know of a run. The task owns the batch size."""
+    """Everything the trainer needs to know of a run. The task owns the batch size.
+
+    Raises:
+        OptionError: a number is out of its limits, or there is no such optimizer.
+    """
 
     steps: int
     lr: float
@@ -31,6 +53,12 @@ class TrainerConfig:
     log_every: int = 20
     save_minutes: float = 3.0
     bf16: bool = True  # losses and validation under bfloat16 autocast
+
+    def __post_init__(self) -> None:
+        check_limits(self, LIMITS)
+        if self.optimizer not in get_args(OptimizerKind):
+            names = " or ".join(get_args(OptimizerKind))
+            raise OptionError(f"optimizer must be {names}, got {self.optimizer!r}.")
 
     def lr_factor(self, step: int, total: int) -> float:
         """Return the factor of the learning rate at `step` (from 0) of `total`."""

@@ -8,6 +8,7 @@ checkpoint and gives, step for step, the losses of an undisturbed run.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -135,20 +136,24 @@ def run(
         device: where to move the modules; None leaves them where they are.
 
     Raises:
-        OptionError: steps or minutes are not positive, or nothing is trainable.
+        OptionError: minutes are not positive, nothing is trainable, another process trains in the
+            directory, or it cannot be written.
         TrainingError: a loss is not finite (weights, random numbers and batch of that step are in
-            the run directory), the directory holds another run, or the last checkpoint cannot be
-            written.
+            the run directory), the directory holds another run or a damaged checkpoint, or the
+            last checkpoint cannot be written.
     """
-    if config.steps < 1 or (minutes is not None and minutes <= 0):
-        raise OptionError(
-            f"steps and minutes must be positive, got {config.steps} steps and {minutes} minutes."
-        )
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise OptionError(f"minutes must be a positive number, got {minutes}.")
     modules = task.modules()
     if device is not None:
         for module in modules.values():
             module.to(device)
-    return Trainer(task, modules, config, Path(folder), minutes).fit()
+    parameters = list(trainable_parameters(modules).values())
+    if not parameters:
+        raise OptionError("nothing to train: no parameter of the task requires a gradient.")
+    ranks = DistributedContext(parameters[0].device)
+    with ranks.lock(Path(folder)):
+        return Trainer(task, modules, config, Path(folder), minutes, ranks).fit()
 
 
 class Trainer:
@@ -161,6 +166,7 @@ class Trainer:
         config: TrainerConfig,
         folder: Path,
         minutes: float | None,
+        ranks: DistributedContext,
     ) -> None:
         self.task = task
         self.modules = modules
@@ -168,10 +174,8 @@ class Trainer:
         self.folder = folder
         tensors = trainable_parameters(modules)
         self.parameters = list(tensors.values())
-        if not self.parameters:
-            raise OptionError("nothing to train: no parameter of the task requires a gradient.")
-        self.device = self.parameters[0].device
-        self.ranks = DistributedContext(self.device)
+        self.device = ranks.device
+        self.ranks = ranks
         buffers = state_buffers(modules)
         self.ranks.broadcast_([*self.parameters, *buffers.values()])
         self.optimizer = build_optimizer(self.parameters, config)
@@ -180,7 +184,6 @@ class Trainer:
         self.budget = TimeBudget(config, minutes)
         self.checkpointer = Checkpointer(folder / CHECKPOINT, self.state, config, minutes)
 
-        folder.mkdir(parents=True, exist_ok=True)
         self.progress = self.checkpointer.resume()
         if self.ranks.broadcast_int(self.progress.step) != self.progress.step:
             raise TrainingError(
@@ -322,10 +325,7 @@ class Trainer:
             with self.average.swap_in(), autocast(self.device, self.config.bf16):
                 metrics = self.task.validate()
                 sheet = self.task.sheet()
-            try:
-                self.logger.log_metrics(self.progress.step, self.seconds, metrics, sheet)
-            except (OSError, TrainingError) as error:  # a full disk must not end the run
-                self.logger.print(f"{error} Training continues.")
+            self.logger.log_metrics(self.progress.step, self.seconds, metrics, sheet)
         self.ranks.barrier()
 
     def _save(self, *, is_last: bool = False) -> None:
@@ -337,11 +337,11 @@ class Trainer:
         self.progress.seconds = self.seconds
         try:
             self.checkpointer.save(self.progress)
-            self.logger.write()
-        except (OSError, TrainingError) as error:
+        except TrainingError as error:
             if is_last:
                 raise
             self.logger.print(f"{error} Training continues.")
+        self.logger.write()
 
     def _check_finite(self) -> None:
         """Stop if a loss or gradient was not finite, with everything saved to reproduce it."""
@@ -352,16 +352,22 @@ class Trainer:
         with torch.no_grad():
             totals = self._compute_losses(rngs, lambda loss: None)
         losses = {name: value.item() for name, value in totals.items()}
-        path = self.folder / f"not-finite-step-{step}-rank-{self.ranks.rank}.safetensors"
-        tensors = {f"batch.{name}": value for name, value in merge_records(rngs).items()}
-        tensors |= self.state.weight_tensors()
-        metadata = {"losses": str(losses), "step": step, "config": asdict(self.config)}
-        write_tensors(path, tensors, metadata)
+        batch = merge_records(rngs)
+        weights = self.state.weight_tensors()
         summary = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        cause = describe_cause(batch, weights)
+        path = self.folder / f"not-finite-step-{step}-rank-{self.ranks.rank}.safetensors"
+        tensors = {f"batch.{name}": value for name, value in batch.items()} | weights
+        try:
+            write_tensors(
+                path, tensors, {"losses": str(losses), "step": step, "config": asdict(self.config)}
+            )
+            details = f"Weights, random numbers and batch are in {path}"
+        except TrainingError as error:
+            details = str(error).rstrip(".")
         raise TrainingError(
-            f"the loss or its gradient is not finite at step {step} ({summary}): try a lower "
-            f"learning rate or bf16=False. Weights, random numbers and batch are in {path}; the "
-            "last checkpoint is intact."
+            f"the loss or its gradient is not finite at step {step} ({summary}): {cause}. "
+            f"{details}; the last checkpoint is intact."
         )
 
     def _stop(self, number: int) -> None:
@@ -399,6 +405,19 @@ class RunningMeans:
         self._sums.clear()
         self._counts.clear()
         return means
+
+
+def describe_cause(batch: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """Say what is not finite in a step, and what to do about it."""
+    for tensors, advice in (
+        (batch, "of the batch are not numbers, check the training data"),
+        (weights, "are not numbers, start again from finite weights"),
+    ):
+        names = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return f"values in {names[0]}{more} {advice}"
+    return "try a lower learning rate or bf16=False"
 
 
 def sum_losses(losses: Losses) -> Tensor:

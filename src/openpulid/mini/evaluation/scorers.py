@@ -6,6 +6,7 @@ by all. CLIP's vision encoder is also PhotoMaker's, and its text encoder is the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +113,8 @@ class MiniScorers:
 
     def facial_values(self, people: Sequence[str]) -> Tensor | None:
         """Return the facial parameters (P, V) of synthetic subjects, or None for other subjects."""
-        return get_facial_values(people) if all(name.isdigit() for name in people) else None
+        is_synthetic = all(re.fullmatch(r"[0-9]{7,}", name) for name in people)
+        return get_facial_values(people) if is_synthetic else None
 
     def attribute_classes(self, attributes: Mapping[str, str]) -> dict[str, int]:
         """Convert the attributes of a scene to class indices of the attribute classifier."""

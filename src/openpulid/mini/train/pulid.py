@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,14 @@ from openpulid.pipelines.presets import MINIATURE
 from openpulid.pipelines.presets import mini as mini_preset
 from openpulid.pipelines.studio import Studio
 from openpulid.training import TrainingResult
-from openpulid.training.pulid import ADAPTER_FILE, Recipe, SDXLModel, build_adapter, train_adapter
+from openpulid.training.pulid import (
+    ADAPTER_FILE,
+    Recipe,
+    SDXLModel,
+    build_adapter,
+    prepare_run_dir,
+    train_adapter,
+)
 
 PORTRAITS = "world-portraits"
 """The dataset of many different people in simple scenes."""
@@ -61,15 +67,14 @@ def train(
             f"{recipe.name} trains on {recipe.base}, not on the miniature: use "
             "openpulid.training.pulid.train_sdxl."
         )
-    if fresh:
-        shutil.rmtree(run_dir, ignore_errors=True)
+    if recipe.init_from and init_adapter is None:
+        init_adapter = find_init_adapter(recipe.init_from, run_dir, weights)
+    prepare_run_dir(run_dir, init_adapter, is_fresh=fresh)
     torch_device = torch.device(device) if device else best_device()
     preset = mini_preset(weights)
     pipe = load_pipeline(preset, torch_device)
     extractor = cast(MiniExtractor, load_extractor(preset, torch_device))
     model = SDXLModel(pipe)
-    if recipe.init_from and init_adapter is None:
-        init_adapter = find_init_adapter(recipe.init_from, run_dir, weights)
     adapter = build_adapter(
         recipe,
         model,

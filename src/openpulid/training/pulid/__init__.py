@@ -17,6 +17,7 @@ from openpulid.training.pulid.train import (
     ADAPTER_FILE,
     build_adapter,
     check_init_adapter,
+    prepare_run_dir,
     train_adapter,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "drop_identity",
     "find_recipe",
     "loss_weight_map",
+    "prepare_run_dir",
     "revision",
     "save_adapter",
     "swap_identities",

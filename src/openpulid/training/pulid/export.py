@@ -9,7 +9,10 @@ from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from openpulid import __version__
+from openpulid.errors import TrainingError
 from openpulid.methods.pulid import PuLID
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.trainer import TrainingResult
@@ -34,6 +37,9 @@ def save_adapter(
         recipe: of the training.
         result: of the training.
         metadata: further entries.
+
+    Raises:
+        TrainingError: the file cannot be written.
     """
     facts = {
         "recipe": json.dumps(asdict(recipe)),
@@ -43,7 +49,13 @@ def save_adapter(
         "minutes": round(result.seconds / 60, 1),
         "metrics": json.dumps(dict(result.metrics)),
     }
-    return adapter.save(path, {**facts, **(metadata or {})})
+    try:
+        return adapter.save(path, {**facts, **(metadata or {})})
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path} could not be written ({error}): the training is complete, so free some disk "
+            "space and run the same command again."
+        ) from None
 
 
 def revision() -> str:

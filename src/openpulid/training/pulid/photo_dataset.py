@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,31 +14,39 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from openpulid.errors import ImageError, TrainingError
+from openpulid.errors import FaceError, ImageError, TrainingError
 from openpulid.faces.face import Face
-from openpulid.faces.scrfd import LONGEST
+from openpulid.identity.identity import Identity
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.image_grid import to_tensor
-from openpulid.io.images import limit_size, open_image
-from openpulid.training.checkpointing import write_text
+from openpulid.io.images import open_image
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.models import SDXLModel
+from openpulid.training.pulid.photo_folder import (
+    build_index,
+    find_captioned_images,
+    read_caption,
+    wait_for_index,
+)
 from openpulid.training.rng import StepRNG
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tiff"}
 INDEX = "faces.json"
-SAVE_SECONDS = 300
-"""Time between two saves of the index while faces are detected."""
-POLL_SECONDS = 10
-"""Time between two reads of the index while another process detects faces."""
 MIN_FACE = 64
 """Smallest useful face in pixels: face recognition reads it at 112, the vision encoder at 336."""
+MIN_EYE_DISTANCE = 4
+"""Pixels between the eyes below which landmarks say nothing; in profile they are close."""
 
-FaceIndex = dict[str, list[float] | None]
-"""Image name -> box (4) and landmarks (10) of its largest face in pixels; None without a face."""
+
+class PhotoSample(NamedTuple):
+    """A photo of a batch: caption, crop (3, H, W), its face and the identity of the face."""
+
+    prompt: str
+    crop: Tensor
+    face: Face
+    identity: Identity
 
 
 class PhotoDataset:
@@ -49,7 +57,7 @@ class PhotoDataset:
 
     Args:
         folder: of the images.
-        names: images in `folder` with a face and a caption (`NAME.txt` for `NAME.jpg`).
+        captions: path of each image -> path of its caption, both relative to `folder`.
         faces: (N, 14) box (4) and landmarks (10) of each face, in pixels of its image.
         model: whose VAE computes the latents.
         extractor: extracts the identities.
@@ -61,7 +69,7 @@ class PhotoDataset:
     def __init__(
         self,
         folder: Path,
-        names: Sequence[str],
+        captions: Mapping[str, str],
         faces: np.ndarray,
         model: SDXLModel,
         extractor: PhotoExtractor,
@@ -70,7 +78,8 @@ class PhotoDataset:
         with_images: bool = True,
     ) -> None:
         self.folder = folder
-        self.names = list(names)
+        self.names = list(captions)
+        self.captions = list(captions.values())
         self.faces = faces
         self.model = model
         self.extractor = extractor
@@ -105,25 +114,20 @@ class PhotoDataset:
         Raises:
             TrainingError: there is no such image, or the index is damaged.
         """
-        names = sorted(
-            str(path.relative_to(folder))
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and path.with_suffix(".txt").is_file()
-        )
+        images = find_captioned_images(folder)
+        names = list(images.captions)
         if DistributedContext(model.device).rank == 0:
-            positions = _build_index(folder, names, index, extractor, on_progress)
+            images.report(folder)
+            positions = build_index(folder, names, index, extractor, on_progress)
         else:
-            positions = _wait_for_index(names, index)
+            positions = wait_for_index(names, index)
         faces: dict[str, list[float]] = {}
         for name in names:
             position = positions[name]
-            if position is not None and _face_size(position) >= MIN_FACE:
+            if position is not None and _is_usable(position):
                 faces[name] = position
         if not faces:
-            raise TrainingError(
-                f"{folder}: none of {len(names)} images with a caption shows a face of at least "
-                f"{MIN_FACE} pixels. Each NAME.jpg needs a caption in NAME.txt."
-            )
+            raise no_images_error(folder, len(names))
         if len(faces) < len(names):
             logger.warning(
                 "%s: skipping %d of %d images without a face of at least %d pixels",
@@ -133,7 +137,8 @@ class PhotoDataset:
                 MIN_FACE,
             )
         boxes = np.array(list(faces.values()), np.float32)
-        return cls(folder, list(faces), boxes, model, extractor, batch_size, pixels, with_images)
+        captions = {name: images.captions[name] for name in faces}
+        return cls(folder, captions, boxes, model, extractor, batch_size, pixels, with_images)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -145,50 +150,48 @@ class PhotoDataset:
         The crop of an image is always the same: the largest square, as close to its face as
             possible.
         """
-        rows: list[int] = []
-        crops: list[Tensor] = []
-        faces: list[Face] = []
-        for index in rng.indices(len(self), self.batch_size).tolist():
-            row, crop, face = self._read(index)
-            rows.append(row)
-            crops.append(crop)
-            faces.append(face)
-        images = torch.stack(crops).to(self.model.device)
+        rows = rng.indices(len(self), self.batch_size).tolist()
+        samples = [self._read(row) for row in rows]
+        images = torch.stack([sample.crop for sample in samples]).to(self.model.device)
         latents = self.model.encode(images)
-        identities = self.extractor.extract(faces)
+        identities = [sample.identity for sample in samples]
         levels = zip(*(identity.hidden for identity in identities), strict=True)
+        faces = [sample.face for sample in samples]
         return Batch(
             latents=latents,
             masks=_face_masks(faces, self.pixels, latents.shape[-1]).to(latents.device),
-            prompts=[self._caption(row) for row in rows],
+            prompts=[sample.prompt for sample in samples],
             id_cond=torch.cat([identity.id_cond[:, 0] for identity in identities]),
             hidden=[torch.cat(level) for level in levels],
             images=images if self.with_images else None,
         )
 
-    def _caption(self, row: int) -> str:
-        file = (self.folder / self.names[row]).with_suffix(".txt")
-        # an invalid byte in one of a million files must not stop the training
-        return file.read_text("utf-8", errors="replace").strip()
-
-    def _read(self, row: int) -> tuple[int, Tensor, Face]:
-        """Read a row's crop and face, or those of the next readable row.
+    def _read(self, row: int) -> PhotoSample:
+        """Read a row, or the next one that can be read.
 
         Files can change during a run, and a resumed run would stop at the same file again.
         """
         for offset in range(len(self)):
             candidate = (row + offset) % len(self)
             try:
+                prompt = read_caption(self.folder / self.captions[candidate])
                 crop, face = self._crop(candidate)
-                return candidate, crop, face
-            except ImageError as error:
+                return PhotoSample(prompt, crop, face, self.extractor.extract([face])[0])
+            except (ImageError, OSError) as error:
                 logger.warning("%s; using the next image instead", error)
+            except FaceError as error:
+                name = self.names[candidate]
+                logger.warning("%s: %s; using the next image instead", name, error)
         raise TrainingError(f"{self.folder}: no image can be read any more: check the folder.")
 
     def _crop(self, row: int) -> tuple[Tensor, Face]:
         """Return the crop (3, pixels, pixels) in [0, 1], and the face in its coordinates."""
-        image = open_image(self.folder / self.names[row])
+        path = self.folder / self.names[row]
+        image = open_image(path)
         box = self.faces[row, :4]
+        # positions are those of a smaller image, whose sides are rounded
+        if (box[2:] > 1.02 * np.array(image.size)).any():
+            raise ImageError(path, "is smaller than when its face was located")
         landmarks = self.faces[row, 4:].reshape(5, 2)
         side = min(image.size)
         center = (box[:2] + box[2:]) / 2
@@ -202,77 +205,23 @@ class PhotoDataset:
         return crop, Face(crop, crop_box, crop_landmarks, 1.0)
 
 
-def _build_index(
-    folder: Path,
-    names: Sequence[str],
-    index: Path,
-    extractor: PhotoExtractor,
-    on_progress: Callable[[int, int], None] | None,
-) -> FaceIndex:
-    """Detect the faces of all images that are not in the index yet.
-
-    The index is saved from time to time, because a large folder takes hours.
-    """
-    positions = _read_index(index)
-    index.parent.mkdir(parents=True, exist_ok=True)
-    saved_at = time.monotonic()
-    is_complete = all(name in positions for name in names)
-    for count, name in enumerate(names, 1):
-        if name not in positions:
-            positions[name] = _locate_face(folder / name, extractor)
-        if on_progress:
-            on_progress(count, len(names))
-        is_save_due = count == len(names) or time.monotonic() - saved_at > SAVE_SECONDS
-        if is_save_due and not is_complete:
-            write_text(index, json.dumps(positions))
-            saved_at = time.monotonic()
-    return positions
+def no_images_error(folder: Path, num_captioned: int) -> TrainingError:
+    """Say why no image of a folder can be used."""
+    if not num_captioned:
+        return TrainingError(
+            f"{folder} has no image with a caption: each NAME.jpg needs a caption in NAME.txt."
+        )
+    return TrainingError(
+        f"{folder}: none of {num_captioned} images with a caption shows a face of at least "
+        f"{MIN_FACE} pixels."
+    )
 
 
-def _wait_for_index(names: Sequence[str], index: Path) -> FaceIndex:
-    """Wait for the first process to index all images.
-
-    The file is polled, because a barrier fails after a timeout and indexing can take hours.
-    """
-    positions = _read_index(index)
-    while not set(names) <= set(positions):
-        time.sleep(POLL_SECONDS)
-        positions = _read_index(index)
-    return positions
-
-
-def _read_index(index: Path) -> FaceIndex:
-    if not index.is_file():
-        return {}
-    try:
-        positions: FaceIndex = json.loads(index.read_text("utf-8"))
-    except json.JSONDecodeError:
-        raise TrainingError(
-            f"{index} is damaged: delete it, and faces are detected again."
-        ) from None
-    return positions
-
-
-def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
-    """Return box and landmarks of the largest face; None without a face or a readable image."""
-    try:
-        image = open_image(path)
-    except ImageError as error:
-        logger.warning("%s", error)
-        return None
-    small = limit_size(image, LONGEST)  # the same limit as for reference images
-    faces = extractor.detection.detect(to_tensor([small])[0])
-    if not faces:
-        return None
-    scale = max(image.size) / max(small.size)
-    values = (*faces[0].box.tolist(), *faces[0].landmarks.flatten().tolist())
-    return [round(value * scale, 2) for value in values]
-
-
-def _face_size(position: Sequence[float]) -> float:
-    """Return the shorter side of a face's box."""
-    x1, y1, x2, y2 = position[:4]
-    return min(x2 - x1, y2 - y1)
+def _is_usable(position: Sequence[float]) -> bool:
+    """Return whether a face is large enough, and its eyes are two points."""
+    x1, y1, x2, y2, left_x, left_y, right_x, right_y = position[:8]
+    eye_distance = math.hypot(right_x - left_x, right_y - left_y)
+    return min(x2 - x1, y2 - y1) >= MIN_FACE and eye_distance >= MIN_EYE_DISTANCE
 
 
 def _face_masks(faces: Sequence[Face], pixels: int, side: int) -> Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
+from openpulid.diffusion.sampling import SAMPLERS
 from openpulid.errors import OptionError
-from openpulid.methods.pulid import Projection
+from openpulid.methods.pulid import ENCODERS, Projection
+from openpulid.training.limits import COUNT, FRACTION, INDEX, Limit, check_limits
 from openpulid.training.schedule import OptimizerKind, TrainerConfig
 
 IDLossKind = Literal["none", "naive", "accurate"]
@@ -41,11 +43,35 @@ ALIGN_PROMPTS = (
 """Prompts of the ID loss and of the alignment losses (PuLID, appendix)."""
 
 
+LIMITS = {
+    "encoder_width": COUNT,
+    "num_zero": INDEX,
+    "drop_identity": FRACTION,
+    "min_snr_gamma": Limit(),
+    "face_loss_weight": Limit(),
+    "landmark_loss_weight": Limit(),
+    "timestep_bias": Limit(),
+    "id_weight": Limit(low=1e-6),
+    "semantic_weight": Limit(),
+    "layout_weight": Limit(),
+    "few_step_batch": INDEX,
+    "rollout_steps": COUNT,
+    "grad_steps": COUNT,
+    "guidance_scale": Limit(),
+    "pixels": COUNT,
+    "batch": COUNT,
+}
+"""Limits of the settings that are not the trainer's."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Settings of one training.
 
     "Choice" marks what the paper (PuLID, arXiv 2404.16022) does not disclose.
+
+    Raises:
+        OptionError: a number is out of its limits, or a name is unknown.
     """
 
     name: str
@@ -98,6 +124,26 @@ class Recipe:
     seed: int = 0
     bf16: bool = True
     validate_every: int = 1000
+
+    def __post_init__(self) -> None:
+        check_limits(self, LIMITS)
+        self.trainer_config()  # checks the rest
+        choices = {
+            "encoder": tuple(ENCODERS),
+            "projection": get_args(Projection),
+            "id_loss": get_args(IDLossKind),
+            "sampler": tuple(SAMPLERS),
+        }
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise OptionError(
+                    f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}."
+                )
+        if self.grad_steps > self.rollout_steps:
+            raise OptionError(
+                f"grad_steps ({self.grad_steps}) must not exceed rollout_steps "
+                f"({self.rollout_steps})."
+            )
 
     @property
     def has_alignment(self) -> bool:

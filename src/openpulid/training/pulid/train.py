@@ -9,20 +9,24 @@ from typing import Any
 import torch
 from PIL import Image
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, WeightsError
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.io.checkpoints import load_state
+from openpulid.io.lock import lock_directory
 from openpulid.methods.pulid import ENCODERS, PuLID
-from openpulid.training.distributed import DistributedContext
+from openpulid.training.distributed import DistributedContext, is_first_process
 from openpulid.training.pulid.batch import BatchSource
 from openpulid.training.pulid.export import save_adapter
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.pulid.task import PuLIDTask
+from openpulid.training.run_dir import delete_run
 from openpulid.training.trainer import TrainingResult, run
 
 ADAPTER_FILE = "adapter.safetensors"
 """The trained adapter in its run directory."""
+PULID_FILES = (ADAPTER_FILE, "faces.json", "held-out-faces.json")
+"""What a training of PuLID writes in addition to the trainer's files."""
 
 
 def build_adapter(
@@ -46,7 +50,8 @@ def build_adapter(
     Raises:
         OptionError: the recipe continues an adapter and none is given, or that adapter has another
             encoder or was trained with other extractor models.
-        WeightsError: `init_adapter` is not an adapter, or one of another U-Net or with other sizes.
+        WeightsError: `init_adapter` is not an adapter, has values that are not numbers, or is one
+            of another U-Net or with other sizes.
     """
     check_init_adapter(recipe, init_adapter)
     state = None
@@ -67,6 +72,28 @@ def build_adapter(
             f"{init_adapter} does not have the sizes of {recipe.name}, choose another adapter",
         )
     return adapter
+
+
+def prepare_run_dir(
+    run_dir: Path, init_adapter: Path | None = None, *, is_fresh: bool = False
+) -> None:
+    """Check a run directory before anything is loaded, and delete an earlier run if `is_fresh`.
+
+    Raises:
+        OptionError: the run would overwrite the adapter that it continues, another process uses
+            the directory, or it cannot be written.
+    """
+    if init_adapter is not None and init_adapter.resolve() == (run_dir / ADAPTER_FILE).resolve():
+        raise OptionError(
+            f"{init_adapter} is the adapter to continue, and this run would overwrite it: choose "
+            "another directory with -o."
+        )
+    if not is_first_process():
+        return
+    if is_fresh:
+        delete_run(run_dir, PULID_FILES)
+    with lock_directory(run_dir):
+        pass
 
 
 def check_init_adapter(recipe: Recipe, init_adapter: Path | None) -> None:
@@ -94,7 +121,13 @@ def _load_init_adapter(
             "adapter with that encoder, or the recipe's other version, with or without _v11."
         )
     adapter.check(model.unet)
-    return adapter.state_dict()
+    state = adapter.state_dict()
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(
+                f"{path} has values that are not numbers, in {name}: continue another adapter."
+            )
+    return state
 
 
 def train_adapter(

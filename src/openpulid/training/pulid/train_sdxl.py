@@ -18,10 +18,12 @@ from openpulid.methods.pulid import PuLID
 from openpulid.pipelines.factory import load_extractor, load_pipeline, resolve_path
 from openpulid.pipelines.presets import sdxl, sdxl_v1
 from openpulid.pipelines.studio import resolve_preset
+from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset
+from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset, no_images_error
+from openpulid.training.pulid.photo_folder import find_captioned_images
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.train import build_adapter, train_adapter
+from openpulid.training.pulid.train import build_adapter, prepare_run_dir, train_adapter
 from openpulid.training.trainer import TrainingResult
 
 ID_LOSS_WEIGHTS = "arcface-loss"
@@ -94,6 +96,16 @@ def load_models(
     return TrainingModels(models[0], extractor, models[1:], embedder)
 
 
+def check_photos(folder: Path) -> None:
+    """Check that a folder has images with captions, before anything is loaded.
+
+    Raises:
+        TrainingError: there is no such folder, or no image in it has a caption.
+    """
+    if not find_captioned_images(folder).captions:
+        raise no_images_error(folder, 0)
+
+
 def train_on_photos(
     recipe: Recipe,
     models: TrainingModels,
@@ -123,7 +135,9 @@ def train_on_photos(
         OptionError: see `build_adapter` and `train_adapter`.
         WeightsError: `init_adapter` does not fit; raised before faces are detected.
         TrainingError: no image has a caption and a face, or the run cannot continue.
+            Another process in the run directory is an OptionError.
     """
+    prepare_run_dir(run_dir, init_adapter)
     extractor = models.extractor
     adapter = build_adapter(
         recipe,
@@ -140,7 +154,10 @@ def train_on_photos(
             folder, run_dir / index, models.base, extractor, recipe.batch, pixels, with_images
         )
 
-    dataset = open_dataset(data, INDEX)
+    # faces are detected for hours, which a second process must not repeat
+    with DistributedContext(models.base.device).lock(run_dir):
+        dataset = open_dataset(data, INDEX)
+        held_out_dataset = open_dataset(held_out, f"held-out-{INDEX}") if held_out else None
     result = train_adapter(
         recipe,
         models.base,
@@ -149,7 +166,7 @@ def train_on_photos(
         run_dir,
         few_step_models=models.few_step_models,
         face_embedder=models.face_embedder,
-        held_out=open_dataset(held_out, f"held-out-{INDEX}") if held_out else None,
+        held_out=held_out_dataset,
         minutes=minutes,
         metadata={"models": json.dumps(extractor.models)},
     )

@@ -1,0 +1,66 @@
+"""A lock on a directory: one process at a time writes into it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from openpulid.errors import OptionError
+
+logger = logging.getLogger(__name__)
+
+LOCK = "run.lock"
+"""Name of the lock's file, which stays in the directory."""
+
+
+@contextmanager
+def lock_directory(directory: Path) -> Iterator[None]:
+    """Reserve a directory for this process inside the block; create it if it is missing.
+
+    The operating system frees the lock when the process ends, even if it is killed.
+
+    Raises:
+        OptionError: another process uses the directory, or it cannot be written.
+    """
+    descriptor = _open_lock(directory)
+    try:
+        _acquire(descriptor, directory)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_lock(directory: Path) -> int:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OptionError(
+            f"{directory}: cannot be written ({reason}); choose another directory with -o."
+        ) from None
+
+
+def _acquire(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # no locks on this file system
+            logger.warning(
+                "%s: the file system has no locks; do not start two runs in it.", directory
+            )
+            return
+        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        raise OptionError(
+            f"{directory} is in use by another process{f' ({owner})' if owner else ''}; wait for "
+            "it, stop it, or choose another directory with -o."
+        ) from None
+    with suppress(OSError):  # only for the message above: a full disk must not stop the run
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)

@@ -1,0 +1,52 @@
+"""Start again in a run directory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from openpulid.errors import OptionError
+from openpulid.io.lock import lock_directory
+
+RUN_FILES = (
+    "run.safetensors",
+    "history.json",
+    "history.damaged.json",
+    "losses.png",
+    "sheet-*.png",
+    "not-finite-*.safetensors",
+    "tensorboard",
+)
+"""What the trainer writes."""
+
+
+def delete_run(directory: Path, more_files: Iterable[str] = ()) -> None:
+    """Delete a run, but no file of the user's in its directory.
+
+    Args:
+        directory: the run directory.
+        more_files: patterns of the files that a task writes in addition to `RUN_FILES`.
+
+    Raises:
+        OptionError: another process uses the directory, or a file cannot be deleted.
+    """
+    if not directory.is_dir():
+        return
+    with lock_directory(directory):
+        for pattern in (*RUN_FILES, *more_files):
+            for path in directory.glob(pattern):
+                _delete(path)
+
+
+def _delete(path: Path) -> None:
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        raise OptionError(
+            f"{path} cannot be deleted ({error.strerror or error}); delete it yourself, or choose "
+            "another directory with -o."
+        ) from None
