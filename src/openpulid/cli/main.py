@@ -31,7 +31,7 @@ from openpulid.cli.train import train
 from openpulid.cli.web import web
 from openpulid.cli.weights import weights
 from openpulid.cli.world import world
-from openpulid.errors import PulidError, explain_out_of_memory
+from openpulid.errors import PulidError, explain_missing_library, explain_out_of_memory
 
 OPTION_ALIASES = {
     "id-scale": "scale",
@@ -77,7 +77,7 @@ def main() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.simplefilter("ignore", FutureWarning)
     try:
-        with explain_out_of_memory():
+        with explain_out_of_memory(), explain_missing_library():
             app()
     except PulidError as error:
         print(f"pulid: {error}", file=sys.stderr)

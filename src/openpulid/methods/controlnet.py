@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError, WeightsError, explain_missing_library
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.hooks import (
     HookResult,
@@ -216,7 +216,8 @@ def canny_edges(image: Image.Image, low: int = 100, high: int = 200) -> Image.Im
         low: lower threshold of the gradient, 0 to 255 and above.
         high: upper threshold.
     """
-    import cv2
+    with explain_missing_library():
+        import cv2
 
     edges = cv2.Canny(np.array(image.convert("RGB")), low, high)
     return Image.fromarray(edges).convert("RGB")
