@@ -12,16 +12,28 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 
+from openpulid.errors import TrainingError
+
 
 class DistributedContext:
     """The processes of one run; also works for a single process.
 
     Gradients are averaged explicitly with accelerate: DistributedDataParallel cannot wrap the hooks
     and attention processors that an adapter adds inside a base model.
+
+    Raises:
+        TrainingError: the environment variables of a launcher are incomplete or invalid.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._state = PartialState(cpu=device.type == "cpu")
+        try:
+            self._state = PartialState(cpu=device.type == "cpu")
+        except ValueError as error:
+            raise TrainingError(
+                "the environment variables of a distributed run (LOCAL_RANK, RANK, WORLD_SIZE, "
+                f"MASTER_ADDR) are incomplete or invalid: {error}; start the run with torchrun, "
+                "or unset them."
+            ) from None
         self.device = device
         self.rank: int = self._state.process_index
         self.world_size: int = self._state.num_processes
