@@ -120,10 +120,14 @@ def suggest(name: object, choices: Iterable[str]) -> str:
 
     Args:
         name: what the user typed; it is compared without case, spaces, dashes and underscores.
+            A choice that contains it is similar, too.
         choices: the valid names.
     """
+    typed = _normalize(str(name))
     spellings = {_normalize(choice): choice for choice in choices}
-    similar = get_close_matches(_normalize(str(name)), spellings, 1, 0.6)
+    similar = get_close_matches(typed, spellings, 1, 0.6)
+    if not similar and len(typed) > 2:
+        similar = [spelling for spelling in spellings if typed in spelling]
     return f" (did you mean {spellings[similar[0]]!r}?)" if similar else ""
 
 

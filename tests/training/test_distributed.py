@@ -19,5 +19,5 @@ def test_incomplete_launcher_variables_are_one_sentence(
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LOCAL_RANK", rank)
-    with pytest.raises(TrainingError, match="LOCAL_RANK, .*; start the run with torchrun"):
+    with pytest.raises(TrainingError, match=r"LOCAL_RANK, .*; start the run with torchrun"):
         DistributedContext(torch.device("cpu"))
