@@ -26,6 +26,7 @@ from openpulid.methods.hooks import (
     PipelineState,
     Span,
     UNetCall,
+    check_scale,
     expand_per_image,
     find_unet,
     move_to,
@@ -103,13 +104,14 @@ class ControlNet(Adapter):
         images = [image] if isinstance(image, (Image.Image, Tensor)) else list(image)
         if not images:
             raise OptionError("pass a control image, or one per prompt.")
-        span = Span(start, end)
+        check_scale(scale)
         states = self.select_pipelines(pipe)
-        if not scale or span.is_empty:
-            yield self
-            return
-        with self.activate(states, lambda state: self._hook(state, images, scale, span)):
-            yield self
+        with Span(start, end).watch("the control image") as span:
+            if not scale or span.is_empty:
+                yield self
+                return
+            with self.activate(states, lambda state: self._hook(state, images, scale, span)):
+                yield self
 
     @contextmanager
     def _hook(

@@ -210,9 +210,9 @@ class PromptFusion:
         """Return whether the fused prompt is used; the step at `start` still has the plain one."""
         position = self.state.position(call.timestep)
         assert position.fraction is not None
-        if self.span.start and position.fraction <= self.span.start:
-            return False
-        return Span(0.0, self.span.end).contains(position)
+        # asked in any case: the span records its answers
+        is_in_span = self.span.contains(position)
+        return is_in_span and (not self.span.start or position.fraction > self.span.start)
 
     def _fuse(self, original: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Fuse one prompt (L, D) with tokens (T, D).

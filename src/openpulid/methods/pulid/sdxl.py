@@ -20,7 +20,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import find_mismatched_models
 from openpulid.io import hub
 from openpulid.io.checkpoints import read_metadata
-from openpulid.methods.hooks import PipelineState, Span, find_unet
+from openpulid.methods.hooks import PipelineState, Span, check_scale, find_unet
 from openpulid.methods.pulid.base import PuLIDBase
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
@@ -268,10 +268,12 @@ class PuLID(PuLIDBase):
             tokens = self.unconditional(first_identity.id_cond, first_identity.hidden, mix)
             return self.keys_values(tokens[:, None])
 
-        options = IdentityOptions(scale, Span(start, end), projection, num_zero)
+        check_scale(scale)
         masks = stack_masks(prompts)
-        with self._open(positive, negative, options, masks, guided, pipe):
-            yield self
+        with Span(start, end).watch("the identity") as span:
+            options = IdentityOptions(scale, span, projection, num_zero)
+            with self._open(positive, negative, options, masks, guided, pipe):
+                yield self
 
     @contextmanager
     def use_tokens(
