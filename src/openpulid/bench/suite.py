@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.pipelines.request import GenerationOptions
 
 SUITES = Path(__file__).parent / "suites"
@@ -90,8 +90,11 @@ def load_suite(name: str) -> Suite:
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in SUITES.glob("*.json")))
-        raise OptionError(f"there is no suite {name!r}; choose from {names}, or pass a JSON file.")
+        names = sorted(file.stem for file in SUITES.glob("*.json"))
+        raise OptionError(
+            f"there is no suite {name!r}{suggest(name, names)}; "
+            f"choose from {', '.join(names)}, or pass a JSON file."
+        )
     try:
         suite = Suite.from_json({"name": path.stem, **json.loads(path.read_text("utf-8"))})
     except (ValueError, TypeError, KeyError) as error:

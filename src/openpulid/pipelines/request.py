@@ -43,6 +43,8 @@ FaceOrder = Literal[
     "large-small", "small-large", "left-right", "right-left", "top-bottom", "bottom-top"
 ]
 
+DEFAULT_FACE_ORDER: FaceOrder = "large-small"
+
 
 def _as_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -228,7 +230,7 @@ class Person(RequestPart):
     images: tuple[FilePath, ...] = Field(default=(), max_length=MAX_IMAGES_PER_PERSON)
     identity: FilePath | None = None
     face_index: int | None = Field(default=None, ge=0)
-    face_order: FaceOrder = "large-small"
+    face_order: FaceOrder = DEFAULT_FACE_ORDER
     mask: FilePath | None = None
     scale: Scale | None = None
 
@@ -236,14 +238,17 @@ class Person(RequestPart):
     def _check_source(self) -> Person:
         if self.images and self.identity:
             raise RequestError("provide either images or an identity file, not both.")
-        if self.identity and self.face_index is not None:
-            raise RequestError(
-                "{0} cannot be used with an identity file; pass an image with {1}.",
-                "face_index",
-                "images",
-            )
+        dependent = [name for name in ("face_index", "mask") if getattr(self, name) is not None]
+        if self.face_order != DEFAULT_FACE_ORDER:
+            dependent.append("face_order")
+        for name in dependent:
+            if self.identity and name != "mask":
+                raise RequestError(
+                    "{0} cannot be used with an identity file; pass an image with {1}.",
+                    name,
+                    "images",
+                )
         if not self.images and not self.identity:
-            dependent = [name for name in ("face_index", "mask") if getattr(self, name) is not None]
             if dependent:
                 raise RequestError(
                     "{0} requires a person; pass an image with {1}.", dependent[0], "images"
@@ -452,7 +457,7 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         OptionError: the text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+)[x×](\d+)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX×*]\s*([0-9]{1,9})\s*", text)
     if match is None:
         raise OptionError(f"expected WIDTHxHEIGHT, for example 832x1216, got {text!r}.")
     return int(match[1]), int(match[2])

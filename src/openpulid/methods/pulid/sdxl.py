@@ -16,7 +16,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError, WeightsError, suggest
 from openpulid.identity.identity import find_mismatched_models
 from openpulid.io import hub
 from openpulid.io.checkpoints import read_metadata
@@ -134,7 +134,8 @@ class PuLID(PuLIDBase):
         """
         if variant not in VARIANTS:
             raise OptionError(
-                f"no variant {variant!r} of PuLID; choose one of {', '.join(VARIANTS)}."
+                f"no variant {variant!r} of PuLID{suggest(variant, VARIANTS)}; "
+                f"choose one of {', '.join(VARIANTS)}."
             )
         entry = hub.find_weight(f"pulid-{variant}")
         if Path(repo_or_folder).is_dir():

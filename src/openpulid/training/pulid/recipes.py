@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.methods.pulid import Projection
 from openpulid.training.schedule import OptimizerKind, TrainerConfig
 
@@ -301,5 +301,8 @@ def find_recipe(name: str) -> Recipe:
         OptionError: there is no such recipe; the message lists all.
     """
     if name not in RECIPES:
-        raise OptionError(f"unknown recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}.")
+        raise OptionError(
+            f"unknown recipe {name!r}{suggest(name, RECIPES)}: "
+            f"choose one of {', '.join(sorted(RECIPES))}."
+        )
     return RECIPES[name]()
