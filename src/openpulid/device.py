@@ -10,19 +10,33 @@ from pathlib import Path
 
 import torch
 
+from openpulid.errors import OptionError
+
 
 def best_device() -> torch.device:
     """Return the accelerator if one is available, else the CPU.
 
-    Under `torchrun`, this is the accelerator with the index `LOCAL_RANK`.
+    Under `torchrun`, this is the accelerator with the index `LOCAL_RANK`. Some launchers show each
+    process one accelerator only; then it is that one.
+
+    Raises:
+        OptionError: `LOCAL_RANK` is not the number of an accelerator.
     """
     device = None
     if torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
     if device is None:
         return torch.device("cpu")
-    local_rank = os.environ.get("LOCAL_RANK")
-    return torch.device(device.type, int(local_rank)) if local_rank else device
+    variable = os.environ.get("LOCAL_RANK", "").strip()
+    count = torch.accelerator.device_count()
+    if variable in ("", "-1") or count == 1:  # -1: launchers' word for a single process
+        return device
+    if not variable.isdecimal() or int(variable) >= count:
+        raise OptionError(
+            f"the environment variable LOCAL_RANK must be the number of one of the {count} "
+            f"devices, from 0 to {count - 1}, got {variable!r}; unset it, or use --device."
+        )
+    return torch.device(device.type, int(variable))
 
 
 def supports_bf16(device: torch.device) -> bool:

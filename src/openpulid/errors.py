@@ -7,9 +7,47 @@ exception is a bug in the program and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from os import PathLike
+
+MEMORY_MESSAGES = (
+    "out of memory",  # CUDA, MPS, HIP, XPU, NCCL
+    "out_of_memory",
+    "outofmemory",
+    "out_of_device_memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "insufficient memory",  # OpenCV
+    "failed to allocate memory",  # ONNX Runtime
+    "unable to allocate",  # NumPy
+    "invalid buffer size",  # MPS
+    "_alloc_failed",  # cuBLAS, cuDNN, cuSOLVER
+    "cublas_status_not_initialized",  # no memory for a handle
+    "cudnn_status_not_initialized",
+    "unable to find an engine to execute this computation",  # no memory for a cuDNN workspace
+    "bad_alloc",
+)
+"""What libraries say, in lower case, when memory does not suffice."""
+
+SYSTEM_PACKAGES = {
+    "libGL": "libgl1",
+    "libEGL": "libegl1",
+    "libgthread-2": "libglib2.0-0",
+    "libglib-2": "libglib2.0-0",
+    "libSM": "libsm6",
+    "libICE": "libice6",
+    "libXext": "libxext6",
+    "libXrender": "libxrender1",
+    "libX11": "libx11-6",
+    "libxcb": "libxcb1",
+    "libgomp": "libgomp1",
+}
+"""Libraries of the operating system that OpenCV and others need: packages of Debian and Ubuntu."""
 
 
 class PulidError(ValueError):
@@ -73,17 +111,75 @@ class TrainingError(PulidError):
     """A training run that cannot continue, for example after a non-finite loss."""
 
 
+class NonFiniteError(PulidError):
+    """A computation that gave NaN or infinity instead of an image. The message has the cause."""
+
+
+def suggest(name: object, choices: Iterable[str]) -> str:
+    """Return " (did you mean 'mini'?)" for a misspelled name, or "" if no choice is similar.
+
+    Args:
+        name: what the user typed; it is compared without case, spaces, dashes and underscores.
+            A choice that contains it is similar, too.
+        choices: the valid names.
+    """
+    typed = _normalize(str(name))
+    spellings = {_normalize(choice): choice for choice in choices}
+    similar = get_close_matches(typed, spellings, 1, 0.6)
+    if not similar and len(typed) > 2:
+        similar = [spelling for spelling in spellings if typed in spelling]
+    return f" (did you mean {spellings[similar[0]]!r}?)" if similar else ""
+
+
+def _normalize(name: str) -> str:
+    return "".join(character for character in name.lower() if character not in " -_")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of any library, or its cause, reports that memory does not suffice."""
+    if isinstance(error, PulidError):
+        return error.__cause__ is not None and is_out_of_memory(error.__cause__)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    message = str(error).lower()
+    return any(text in message for text in MEMORY_MESSAGES)
+
+
 @contextmanager
-def explain_out_of_memory() -> Iterator[None]:
-    """Turn an out-of-memory error of any device into an `OptionError` with advice."""
+def explain_out_of_memory(
+    advice: str = "use smaller images (--size) or batches (--batch), --memory 12gb (FLUX only), "
+    "or another --device",
+) -> Iterator[None]:
+    """Turn an out-of-memory error of any device into an `OptionError` with advice.
+
+    Args:
+        advice: what the user can do, in the terms of the command or the page.
+    """
     try:
         yield
-    # torch.OutOfMemoryError is a RuntimeError, but not every device raises that class.
-    except RuntimeError as error:
-        message = str(error)
-        if "out of memory" not in message and "can't allocate memory" not in message:
+    except Exception as error:
+        if not is_out_of_memory(error):
             raise
-        raise OptionError(
-            "the device has too little memory; use a smaller --size, "
-            "--memory 12gb (FLUX only), or another --device."
-        ) from None
+        raise OptionError(f"the device has too little memory; {advice}.") from None
+
+
+@contextmanager
+def explain_missing_library() -> Iterator[None]:
+    """Turn the failed import of a package that lacks a system library into an `OptionError`.
+
+    OpenCV needs libraries that minimal systems and containers do not have.
+    """
+    try:
+        yield
+    except ImportError as error:
+        match = re.search(r"(lib[\w+-]+)\S*\.so\S*: cannot open shared object file", str(error))
+        if match is None:
+            raise
+        library = match[0].partition(":")[0]
+        fix = "install the package that contains it."
+        if package := SYSTEM_PACKAGES.get(match[1]):
+            fix = (
+                f"install it (Debian, Ubuntu: apt install {package}), or replace opencv-python "
+                "by opencv-python-headless, which does not need it."
+            )
+        raise OptionError(f"the system library {library} is missing; {fix}") from None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from openpulid import __version__
 from openpulid.cli import weights
+from openpulid.cli.options import print_progress, print_table
 from openpulid.io.hub import WEIGHTS
 from openpulid.pipelines.presets import MINIATURE, PRESETS
 from tests.cli.conftest import FakeStudio, Run
@@ -103,7 +106,7 @@ def test_presets_are_listed_with_missing_weights(
     monkeypatch.setenv("COLUMNS", "200")
     listed = pulid("presets", "list").out
     assert all(name in listed for name in PRESETS) and "`pulid weights get sdxl-v1`" in listed
-    assert any("mini " in line and "yes" in line for line in listed.splitlines())
+    assert any(line.startswith("mini\t") and "yes" in line for line in listed.splitlines())
     predicted = pulid("presets", "memory", "flux", "--size", "512x512").out
     assert predicted.count("(peak)") == 4 and "text encoders" in predicted
 
@@ -177,4 +180,145 @@ def test_user_errors_are_one_sentence(
 def test_bad_usage_shows_the_usage(pulid: Run) -> None:
     assert "Usage" in pulid().out
     assert pulid("generate", "x", "--num", "0").code == 2
-    assert pulid("generate", "x", "--seed", "-1").code == 2
+    assert pulid("generate", "x", "--seed", "-2").code == 2
+
+
+def test_version_and_short_help(pulid: Run) -> None:
+    assert pulid("--version").out == f"pulid {__version__}\n"
+    for words in (("-h",), ("generate", "-h"), ("weights", "get", "-h")):
+        done = pulid(*words)
+        assert done.code == 0 and "Usage" in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("generate", "x", "--preset", "minii"), "mini"),
+        (("generate", "x", "--method", "instantID"), "instantid"),
+        (("generate", "x", "--method", "fidelty"), "fidelity"),
+        (("generate", "x", "--preset", "flux", "--memory", "16g"), "16gb"),
+        (("generate", "x", "--projection", "ortho-v2"), "ortho_v2"),
+        (("generate", "x", "--id", "a.png", "--order", "left_right"), "left-right"),
+        (
+            ("generate", "portrait", "--control", "control-edge", "--control-image", "ANNA"),
+            "control-edges",
+        ),
+        (("generate", "x", "--device", "cdua"), "cuda"),
+        (("identify", "ANNA", "--face", "all", "--preset", "sdlx"), "sdxl"),
+        (("weights", "get", "sdxll"), "sdxl"),
+        (("weights", "verify", "arcfase"), "arcface"),
+        (("train", "mini_stage_1"), "mini_stage1"),
+        (("mini", "build", "wrld"), "world"),
+        (("bench", "run", "minature", "-o", "run"), "miniature"),
+        (("web", "--preset", "mini_lightning"), "mini-lightning"),
+    ],
+)
+def test_misspelled_names_are_corrected(
+    pulid: Run, anna: Path, words: tuple[str, ...], name: str
+) -> None:
+    done = pulid(*[str(anna) if word == "ANNA" else word for word in words])
+    assert done.is_one_sentence and f"(did you mean '{name}'?)" in done.err, done
+
+
+@pytest.mark.parametrize("option", [(), ("--seed", 3)])
+def test_unquoted_prompt_is_refused(pulid: Run, option: tuple[Any, ...]) -> None:
+    done = pulid("generate", "portrait", "of", *option, "a", "person")
+    assert done.is_one_sentence
+    assert done.err == 'pulid: quote the prompt: pulid generate "portrait of a person".\n'
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "portrait, zebra"),
+        ("generate", "portrait", "--negative", "zebra"),
+        ("generate", "portrait", "--size", "512x512"),
+        ("generate", "portrait", "--seed", 18446744073709551616),
+        ("generate", "portrait", "--seed", 18446744073709551615, "--num", 2),
+        ("generate", "portrait", "--seed", 10**23),
+        ("generate", "portrait", "--num", 10**9),
+        ("generate", "portrait", "--steps", 10**7),
+        ("generate", "portrait", "--scale", 50),
+        ("generate", "portrait", "--scale", "inf"),
+        ("generate", "portrait", "--guidance", 1e9),
+        ("generate", "portrait", "--id", "ANNA", "--start", 0.8, "--end", 0.2),
+        ("generate", "portrait", "--id", "ANNA", "--end", 0),
+        ("generate", "portrait", "--id", "ANNA", "--start", 0.96),
+        ("generate", "portrait", "--id", "ANNA", "--mask", "ANNA", "--method", "faceid"),
+        ("generate", "portrait", "--order", "left-right"),  # of nobody
+    ],
+)
+def test_errors_are_reported_before_loading(
+    pulid: Run, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[Any, ...]
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("openpulid.pipelines.studio.load", load)
+    done = pulid(*[anna if word == "ANNA" else word for word in words], "-o", tmp_path / "out")
+    assert done.is_one_sentence, done
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_final_punctuation_is_no_error(pulid: Run, studio: FakeStudio, tmp_path: Path) -> None:
+    assert pulid("generate", "Film Noir!", "-o", tmp_path).code == 0
+
+
+@pytest.mark.parametrize("seed", [-1, "-1"])
+def test_seed_of_minus_one_is_random(
+    pulid: Run, studio: FakeStudio, tmp_path: Path, seed: Any
+) -> None:
+    for _ in range(4):
+        assert pulid("generate", "portrait", "--seed", seed, "-o", tmp_path).code == 0
+    assert len({request.seed for request in studio.requests}) > 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("world", "person", "--seed", 2**63),
+        ("world", "sheet", "--seed", 10**23),
+        ("mini", "ablation", "--people-seed", 2**64),
+    ],
+)
+def test_seeds_of_people_have_a_maximum(pulid: Run, tmp_path: Path, words: tuple[Any, ...]) -> None:
+    assert pulid(*words, "-o", tmp_path / "a.png").code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_largest_person_is_drawn(pulid: Run, tmp_path: Path) -> None:
+    seed = ("--seed", 2**63 - 1)
+    assert pulid("world", "person", *seed, "-o", tmp_path / "a.png").code == 0
+    assert pulid("world", "sheet", *seed, "--size", 32, "-o", tmp_path / "b.png").code == 0
+
+
+def test_lists_are_lines_with_tabs_in_a_pipe(
+    pulid: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = [line.split("\t") for line in pulid("weights", "list").out.splitlines()]
+    assert [line[0] for line in lines] == ["name", *WEIGHTS]
+    assert {len(line) for line in lines} == {6}
+    lines = [line.split("\t") for line in pulid("presets", "list").out.splitlines()]
+    assert [line[0] for line in lines] == ["preset", *PRESETS]
+
+
+def test_names_are_never_cut_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    rows = [("a-name-of-thirty-characters-[x]", "word " * 20, "0123456789" * 9)]
+    print_table(("name", "text", "path"), rows)
+    printed = capsys.readouterr().out
+    assert rows[0][0] in printed and printed.count("word") == 20
+    assert (
+        "".join(line.split("\u2502")[-2].strip() for line in printed.splitlines()[3:-1])
+        == (rows[0][2])
+    )
+
+
+def test_progress_has_lines_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    for done in (1, 2, 3):
+        print_progress(done, 3)
+    assert capsys.readouterr().err == "1/3\n2/3\n3/3\n"

@@ -100,15 +100,15 @@ def test_every_option_counts_and_an_image_is_regenerated(
     pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
 ) -> None:
     identity = ("--id", anna, "--mask", anna, "--method", "style", "--start", 0.1, "--end", 0.9)
-    sampling = ("--negative", "blurry", "--size", "832x1216", "--guidance", 2)
+    sampling = ("--negative", "red hat", "--size", "96x128", "--guidance", 2)
     images = ("--num", 2, "--seed", 3, "-o", tmp_path / "a")
     first = pulid("generate", "portrait", *identity, *sampling, *images)
     assert first.code == 0, first.err
     request = studio.requests[0]
     assert (request.identity.projection, request.identity.num_zero) == ("ortho", 16)
     assert (request.identity.start, request.identity.end) == (0.1, 0.9)
-    assert (request.width, request.height) == (832, 1216)
-    assert (request.negative_prompt, request.guidance_scale) == ("blurry", 2)
+    assert (request.width, request.height) == (96, 128)
+    assert (request.negative_prompt, request.guidance_scale) == ("red hat", 2)
     assert studio.identities[0].photos == 1 and studio.masks[0].size == (96, 96)
     again = pulid("generate", "--from", tmp_path / "a" / "portrait-4.png", "-o", tmp_path / "b")
     assert again.code == 0, again.err

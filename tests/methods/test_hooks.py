@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from openpulid.errors import OptionError
-from openpulid.methods.hooks import PipelineState, SchedulePosition, Span, StepTracker
+from openpulid.methods.controlnet import ControlNet
+from openpulid.methods.hooks import PipelineState, SchedulePosition, Span, StepTracker, check_scale
+from openpulid.methods.ip_adapter.faceid import FaceID
+from tests.support.token_files import controlnet, generate, person, published
 
 
 def test_step_tracker_counts_steps_and_negative_calls() -> None:
@@ -75,3 +79,52 @@ def test_pipeline_state_reads_current_network(tiny_pipeline: Any) -> None:
     assert PipelineState(second.unet).network is second.unet
     assert not PipelineState(second.unet).is_guided()
     assert PipelineState(second.unet).position(999).fraction == pytest.approx(0.001)
+
+
+def test_span_without_a_step_is_noted(caplog: pytest.LogCaptureFixture) -> None:
+    positions = [SchedulePosition(step / 4, step) for step in range(4)]
+
+    def count(span: Span) -> int:
+        caplog.clear()
+        with span.watch("the identity") as watched:
+            return sum(map(watched.contains, positions))
+
+    assert count(Span(0.75)) == 1 and not caplog.records
+    assert count(Span(0.5, 0.5)) == 0
+    assert "start 0.5 is not before end 0.5; the identity has no effect" in caplog.text
+    assert count(Span(0.9)) == 0
+    assert "no step was between start 0.9 and end 1, from step 0 on" in caplog.text
+    assert count(Span(start_step=4)) == 0 and "from step 4 on" in caplog.text
+    with Span(0.9).watch("the identity"):  # nothing ran
+        caplog.clear()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1, "0.8", None])
+def test_scale_must_be_a_number(scale: Any) -> None:
+    check_scale(0)
+    with pytest.raises(OptionError, match="scale must be a number of 0 or more; got"):
+        check_scale(scale)
+
+
+@pytest.mark.parametrize("kind", [FaceID, ControlNet])
+def test_methods_note_a_span_without_a_step(
+    tiny_pipeline: Any, kind: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = tiny_pipeline()
+    subject: Any = person(1)
+    if kind is ControlNet:
+        method, subject = ControlNet(controlnet(pipe.unet)), torch.zeros(3, 16, 16)
+    else:
+        method = FaceID(published(pipe.unet))
+    method.attach(pipe)
+    plain = generate(pipe)
+    with method.use(subject, start=0.9):  # two steps: the last begins at 0.5
+        assert torch.equal(generate(pipe), plain)
+    assert "no step was between start 0.9 and end 1" in caplog.text
+    caplog.clear()
+    with method.use(subject, start=0.8, end=0.5):
+        assert torch.equal(generate(pipe), plain)
+    assert "start 0.8 is not before end 0.5" in caplog.text
+    with pytest.raises(OptionError, match="got nan"), method.use(subject, scale=float("nan")):
+        pass

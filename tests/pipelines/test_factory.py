@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from openpulid.device import best_device, compute_dtype, supports_bf16
-from openpulid.errors import WeightsError
+from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.pipelines import factory
 from openpulid.pipelines.factory import load_extractor, load_pipeline
@@ -380,9 +380,21 @@ def test_gpu_without_bfloat16_uses_float16(
 def test_each_process_uses_its_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     assert best_device() == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert best_device() == torch.device("cuda", 3)
+    for single_process in ("", " ", "-1"):
+        monkeypatch.setenv("LOCAL_RANK", single_process)
+        assert best_device() == torch.device("cuda")
+    for invalid in ("x", "4", "1.5", "-2"):
+        monkeypatch.setenv("LOCAL_RANK", invalid)
+        with pytest.raises(OptionError, match=f"LOCAL_RANK must be .* 0 to 3, got '{invalid}'"):
+            best_device()
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    for rank in ("x", "3"):  # a launcher may show each process one device only
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert best_device() == torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert best_device() == torch.device("cpu")
 

@@ -11,8 +11,18 @@ from pydantic import ValidationError
 from openpulid.cli.options import OPTION_NAMES
 from openpulid.errors import OptionError
 from openpulid.faces.face import ORDERS
-from openpulid.pipelines.presets import PRESETS, flux, mini, sdxl
+from openpulid.pipelines.presets import (
+    NEGATIVE_PROMPT,
+    PRESETS,
+    Preset,
+    flux,
+    mini,
+    mini_lightning,
+    sdxl,
+    with_method,
+)
 from openpulid.pipelines.request import (
+    MAX_SEED,
     SCHEMA_VERSION,
     Control,
     FaceOrder,
@@ -58,13 +68,32 @@ def test_requests_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"seed": -1}, "seed must be at least 0, got -1."),
+        ({"seed": -2}, "seed must be at least 0, got -2."),
+        ({"seed": 2**64}, "seed must be at most 18446744073709551615, got 18446744073709551616."),
+        ({"seed": 10**23}, "seed must be at most 18446744073709551615, got 1000"),
+        ({"seed": 1e23}, "seed must be at most 18446744073709551615, got 1e+23."),
+        ({"seed": float("nan")}, "seed must be a number, got nan."),
+        ({"seed": "red"}, "seed must be a whole number, got 'red'."),
+        ({"seed": 2**64 - 1, "num_images": 2}, "seed 18446744073709551615 is too large for 2"),
+        ({"num_images": 10**9}, "num_images must be at most 1000, got 1000000000."),
+        ({"num_inference_steps": 10**7}, "num_inference_steps must be at most 1000"),
+        ({"width": 10**6}, "width must be at most 4096, got 1000000."),
+        ({"identity": {"scale": 50}}, "scale must be at most 5, got 50."),
+        ({"identity": {"scale": float("nan")}}, "scale must be a number, got nan."),
+        ({"identity": {"start": float("nan")}}, "start must be at"),
+        ({"identity": {"num_zero": 10**6}}, "num_zero must be at most 1000"),
+        ({"guidance_scale": 1e9}, "guidance_scale must be at most 100, got 1000000000.0."),
+        ({"true_cfg_scale": float("inf")}, "true_cfg_scale must be a number, got inf."),
+        ({"prompt": "x" * 10_001}, "prompt must have at most 10000 characters."),
+        ({"prompt": ["a", "b"]}, "prompt must be text, got ['a', 'b']."),
         ({"num_images": 0, "seed": 1.5}, "seed must be a whole number, got 1.5; num_images must"),
         ({"prompt": " "}, "prompt must not be empty."),
         ({"prompt": ""}, "prompt must not be empty."),
         ({"max_sequence_length": 513}, "max_sequence_length must be at most 512, got 513."),
         ({"guidance_scale": float("nan")}, "guidance_scale must be"),
-        ({"steps": 4}, "there is no option steps."),
+        ({"steps": 4}, "no option steps (did you mean 'num_inference_steps'?)."),
+        ({"sede": 4}, "there is no option sede (did you mean 'seed'?)."),
+        ({"identity": {"projection": "orto"}}, "got 'orto' (did you mean 'ortho'?)."),
         ({"identity": {"projection": "{0}"}}, "projection must be 'none', 'ortho' or 'ortho_v2'"),
         ({"people": [{"images": ["a.png"], "scale": -1}]}, "people.0.scale must be at least 0"),
         ({"people": [{"images": ["a.png"], "identity": "a"}]}, "either images or an identity"),
@@ -128,6 +157,7 @@ def test_presets_resolve_every_option_they_support(name: str) -> None:
     assert resolved.resolved and resolved.model.preset == name
     optional = {"controls", "memory", "start_step"}
     optional |= {"width", "height"} if preset.models.is_miniature else set()
+    optional |= set() if name.startswith("sdxl") else {"negative_prompt"}
     assert set(resolved.list_options()) >= preset.options - optional
     assert preset.resolve(resolved) == resolved
     assert set(preset.defaults.list_options()) <= preset.options
@@ -161,6 +191,162 @@ def test_size_must_fit_the_base() -> None:
     message = "expected WIDTHxHEIGHT, for example 832x1216, got '832'."
     with pytest.raises(OptionError, match=message):
         parse_size("832")
+
+
+@pytest.mark.parametrize(
+    ("preset", "size"),
+    [
+        (mini(), (512, 512)),
+        (mini(), (832, 1216)),
+        (mini(), (96, 8)),
+        (sdxl(), (64, 64)),
+        (sdxl(), (1024, 4096)),
+        (flux(), (2064, 1024)),
+    ],
+)
+def test_presets_know_their_sizes(preset: Preset, size: tuple[int, int]) -> None:
+    request = GenerationRequest(prompt="portrait", width=size[0], height=size[1])
+    low, high = preset.models.min_side, preset.models.max_side
+    message = f"{size[0]}x{size[1]}: --width and --height must be from {low} to {high} for preset"
+    with pytest.raises(RequestError) as error:
+        preset.resolve(request)
+    assert message in str(error.value.rename({"width": "--width", "height": "--height"}))
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "is_unusual"),
+    [
+        (mini(), (None, None), False),
+        (mini(), (128, 128), True),
+        (mini(), (64, 64), True),
+        (sdxl(), (512, 512), True),
+        (sdxl(), (832, 1216), False),
+        (sdxl(), (768, 768), False),
+        (flux(), (512, 512), False),
+    ],
+)
+def test_unusual_sizes_are_noted(
+    preset: Preset, size: tuple[int | None, int | None], is_unusual: bool
+) -> None:
+    request = GenerationRequest(prompt="portrait", width=size[0], height=size[1])
+    notes = preset.describe_ineffective(request, False)
+    assert len(notes) == is_unusual
+    assert not is_unusual or "trained at about" in notes[0]
+
+
+@pytest.mark.parametrize("seed", [None, -1, "-1", -1.0])
+def test_random_seed_is_drawn_and_stored(seed: Any) -> None:
+    """Other programs draw a seed for None or -1."""
+    seeds = {GenerationRequest(prompt="portrait", seed=seed).seed for _ in range(8)}
+    assert len(seeds) > 1 and all(0 <= each < 2**32 for each in seeds)
+    request = GenerationRequest(prompt="portrait", seed=seed)
+    assert GenerationRequest.model_validate_json(request.model_dump_json()) == request
+
+
+def test_largest_seed_is_accepted() -> None:
+    import torch
+
+    request = GenerationRequest(prompt="portrait", seed=MAX_SEED - 1, num_images=2)
+    last = request.seed + request.num_images - 1
+    assert torch.Generator().manual_seed(last).initial_seed() == MAX_SEED
+    assert GenerationRequest(prompt="portrait", seed=float(2**53)).seed == 2**53
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 0.8, "end": 0.5}, r"none of the 4 steps is between start 0\.8 and end 0\.5"),
+        ({"start": 0.9}, r"none of the 4 steps is between start 0\.9 and end 1"),  # last at 0.75
+        ({"end": 0}, r"none of the 4 steps is between start 0 and end 0"),
+        ({"start": 0.3, "end": 0.4}, "none of the 4 steps"),
+        ({"start": 0.75}, None),
+        ({"start": 0.25, "end": 0.26}, None),
+        ({"end": 0, "scale": 0}, None),  # nobody is asked for
+    ],
+)
+def test_span_without_a_step_is_refused(options: dict[str, float], message: str | None) -> None:
+    request = GenerationRequest.from_options(
+        prompt="portrait", people=[Person(images=["anna.png"])], **options
+    )
+    if message is None:
+        mini_lightning().resolve(request)
+    else:
+        with pytest.raises(RequestError, match=message):
+            mini_lightning().resolve(request)
+    mini_lightning().resolve(request.without_people())
+
+
+def test_photomaker_starts_after_its_first_step() -> None:
+    request = GenerationRequest.from_options(
+        prompt="portrait", people=[Person(images=["anna.png"])], num_inference_steps=1
+    )
+    mini().resolve(request)
+    with pytest.raises(RequestError, match=r"none of the 1 steps is between start 0\.2"):
+        with_method(mini(), "photomaker").resolve(request)
+    with pytest.raises(RequestError, match=r"0\.75"):
+        last = request.model_copy(
+            update={"num_inference_steps": 4, "identity": IdentityOptions(start=0.75)}
+        )
+        with_method(mini(), "photomaker").resolve(last)
+
+
+def test_flux_steps_after_the_last_are_refused() -> None:
+    people = [Person(images=["anna.png"])]
+    late = GenerationRequest.from_options(prompt="portrait", people=people, start_step=20)
+    with pytest.raises(RequestError, match="start_step 20 is after the last step, 19"):
+        flux().resolve(late)
+    options = {"true_cfg_scale": 3, "negative_prompt": "red"}
+    guided = GenerationRequest(prompt="portrait", timestep_to_start_cfg=20, **options)
+    with pytest.raises(RequestError, match="timestep_to_start_cfg 20 is after the last step"):
+        flux().resolve(guided)
+
+
+def test_empty_negative_prompt_is_not_a_missing_one() -> None:
+    def resolve(preset: Preset, **options: Any) -> str | None:
+        return preset.resolve(GenerationRequest(prompt="portrait", **options)).negative_prompt
+
+    assert resolve(sdxl()) == NEGATIVE_PROMPT
+    assert resolve(sdxl(), negative_prompt="") == ""
+    assert resolve(mini()) is None and resolve(mini(), negative_prompt="") == ""
+    assert resolve(flux(), negative_prompt="", true_cfg_scale=3) == ""
+    for options in ({"true_cfg_scale": 3}, {"negative_prompt": "red"}):
+        with pytest.raises(RequestError, match="only work together"):
+            resolve(flux(), **options)
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "is_person_shown", "note"),
+    [
+        (mini(), {"scale": 0.5, "num_zero": 3}, False, "no effect: scale, num_zero"),
+        (mini(), {"scale": 0.5, "num_zero": 3}, True, ""),
+        (mini(), {"model": ModelSelection(method="instantid")}, False, "no effect: method"),
+        (mini_lightning(), {"negative_prompt": "red hat"}, True, "negative prompt has no effect"),
+        (mini(), {"negative_prompt": "red hat"}, True, ""),
+        (mini(), {"guidance_scale": 0.5}, True, "guidance_scale 0.5 has the effect of 1"),
+        (flux(), {"timestep_to_start_cfg": 2}, True, "timestep_to_start_cfg has no effect"),
+        (flux(), {"start": 0.5, "start_step": 2}, True, "start has no effect next to start_step"),
+        (flux(), {"guidance_scale": 0.5}, True, ""),
+    ],
+)
+def test_options_without_effect_are_noted(
+    preset: Preset, options: dict[str, Any], is_person_shown: bool, note: str
+) -> None:
+    request = GenerationRequest.from_options(prompt="portrait", **options)
+    notes = preset.describe_ineffective(request, is_person_shown)
+    assert len(notes) == bool(note) and note in "".join(notes)
+    assert preset.describe_ineffective(preset.resolve(preset_request(request)), False) == []
+
+
+def preset_request(request: GenerationRequest) -> GenerationRequest:
+    return request.model_copy(update={"model": None})
+
+
+def test_mask_needs_pulid() -> None:
+    person = Person(images=["anna.png"], mask="left.png")
+    request = GenerationRequest(prompt="portrait", people=[person])
+    mini().resolve(request)
+    with pytest.raises(RequestError, match=r"people\.0\.mask is only supported by PuLID, not by"):
+        with_method(mini(), "faceid").resolve(request)
 
 
 def test_defaults_can_be_partial_requests() -> None:

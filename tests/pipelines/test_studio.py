@@ -15,6 +15,7 @@ from openpulid.errors import (
     FaceError,
     IdentityError,
     ImageError,
+    NonFiniteError,
     OptionError,
     PromptError,
     WeightsError,
@@ -146,18 +147,106 @@ def test_options_reach_the_sampler(studio, anna) -> None:
         assert not np.array_equal(image(**options), usual), options
 
 
-def test_unknown_words_and_long_prompts_are_refused(studio) -> None:
+def test_unknown_words_are_refused(studio) -> None:
     with pytest.raises(
         PromptError, match=r"'Portait' \(similar: portrait\) and 'zebra'; use words of its"
     ) as error:
         studio.generate("Portait of a zebra, red hat")
     assert error.value.words == ("Portait", "zebra")
-    with pytest.raises(PromptError, match=r"does not know '!'; use"):
-        studio.generate("portrait!")
-    with pytest.raises(PromptError, match="'zebra'"):
+    assert "`pulid world words` lists them" in str(error.value)
+    with pytest.raises(PromptError, match=r"'zebra' in the negative prompt;"):
         studio.generate("portrait", negative_prompt="zebra")
-    with pytest.raises(PromptError, match="22 tokens, and the model reads 12"):
-        studio.generate("red " * 20)
+    with pytest.raises(PromptError, match=r"knows nothing of the prompt '\?!'"):
+        studio.generate("?!")
+
+
+def test_unknown_signs_are_left_out(studio, caplog) -> None:
+    expected = pixels(studio.generate("portrait, film noir", negative_prompt="red"))
+    assert not caplog.records
+    result = studio.generate("portrait, film noir! 😀", negative_prompt="red?")
+    assert all(map(np.array_equal, pixels(result), expected))
+    notes = [record.getMessage() for record in caplog.records]
+    assert notes == [
+        "the model does not know '!', '😀'; left out of the prompt",
+        "the model does not know '?'; left out of the negative prompt",
+    ]
+    assert result.requests[0].prompt == "portrait, film noir! 😀"
+    # an image is regenerated from its stored request
+    assert np.array_equal(pixels(studio.generate(result.requests[0]))[0], expected[0])
+
+
+def test_end_of_a_long_prompt_is_ignored_with_a_note(studio, caplog) -> None:
+    long = "portrait " + "red " * 9 + "blue hat"  # 12 tokens with begin and end
+    expected = pixels(studio.generate("portrait " + "red " * 9))
+    assert not caplog.records
+    assert np.array_equal(pixels(studio.generate(long))[0], expected[0])
+    # diffusers also has a warning
+    [note] = [r.getMessage() for r in caplog.records if r.name.startswith("openpulid")]
+    assert note == "the prompt has 14 tokens and the model reads 12; it ignores the end, 'blue hat'"
+    caplog.clear()
+    studio.generate("portrait", negative_prompt=long)
+    assert "the negative prompt has 14 tokens" in caplog.text
+
+
+def test_options_without_effect_are_noted(studio, anna, caplog) -> None:
+    studio.generate("portrait", anna, scale=0.5)
+    assert not caplog.records
+    studio.generate("portrait", scale=0.5)
+    assert "without a person these options have no effect: scale" in caplog.text
+    with pytest.raises(OptionError, match=r"none of the 3 steps is between start 0\.8"):
+        studio.generate("portrait", anna, start=0.8, end=0.5)
+
+
+def test_empty_negative_prompt_is_encoded(studio) -> None:
+    """Without a negative prompt this pipeline uses zeros instead."""
+    assert studio.pipe.config.force_zeros_for_empty_prompt
+    [none], [empty], [unset] = (
+        pixels(studio.generate("portrait", **options))
+        for options in ({"negative_prompt": None}, {"negative_prompt": ""}, {})
+    )
+    assert np.array_equal(none, unset) and not np.array_equal(none, empty)
+    expected = studio.pipe(
+        "portrait",
+        negative_prompt="",
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert np.array_equal(empty, np.asarray(expected.images[0]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("unet.conv_out", "the U-Net gave NaN or infinity in step 1,"),
+        ("vae.decoder.conv_out", "the autoencoder gave NaN or infinity"),
+        ("text_encoder_2.text_projection", "in step 1,"),
+    ],
+)
+def test_images_that_are_not_finite_are_refused(studio, part: str, message: str, value) -> None:
+    module = studio.pipe
+    for name in part.split("."):
+        module = getattr(module, name)
+    parameter = module.weight if module.bias is None else module.bias
+    saved = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.fill_(value)
+    try:
+        with pytest.raises(NonFiniteError, match=message):
+            studio.generate("portrait")
+    finally:
+        with torch.no_grad():
+            parameter.copy_(saved)
+    assert not studio.pipe.vae.decoder._forward_hooks
+    assert studio.generate("portrait").images
+
+
+def test_identity_that_is_not_finite_is_refused(studio, anna) -> None:
+    for value in (float("nan"), 1e38):
+        broken = Identity(anna.id_cond * value, anna.hidden, anna.models)
+        with pytest.raises(NonFiniteError, match="or the identity are damaged"):
+            studio.generate("portrait", broken)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +254,12 @@ def test_unknown_words_and_long_prompts_are_refused(studio) -> None:
     [
         {"num_images": 0},
         {"num_inference_steps": 0},
-        {"seed": -1},
+        {"seed": -2},
+        {"seed": 10**23},
+        {"seed": 2**64 - 1, "num_images": 2},
+        {"scale": float("nan")},
+        {"scale": -1},
+        {"scale": 50},
         {"batch_size": 0},
         {"num_zero": -1},
         {"end": 2},

@@ -13,7 +13,7 @@ from openpulid.bench.configuration import describe_configuration
 from openpulid.bench.run_dir import BASE, Job, Record, RunDir, SampleKey, Subject, iterate_jobs
 from openpulid.bench.suite import Suite
 from openpulid.device import hardware_name, peak_memory, reset_peak_memory, synchronize
-from openpulid.errors import PulidError
+from openpulid.errors import PulidError, explain_out_of_memory
 from openpulid.identity.identity import Identity
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.studio import Studio
@@ -55,7 +55,8 @@ class Worker:
     def generate(self, job: Job) -> None:
         """Generate the images of a job and write their records; record failures as well."""
         try:
-            images, costs = self._generate_images(job)
+            with explain_out_of_memory():
+                images, costs = self._generate_images(job)
         except Exception as error:  # any failure is a result; the other images are still needed
             message = str(error)
             if not isinstance(error, PulidError):

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from openpulid.bench import metrics
 from openpulid.bench.metrics import FID, EmbedImages, EmbedTexts, Faces, Metric
 from openpulid.bench.metrics.inputs import Distance
-from openpulid.errors import WeightsError
+from openpulid.errors import WeightsError, explain_missing_library
 from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE
 from openpulid.faces.face import Face
@@ -169,7 +169,8 @@ def load_curricular_face(path: Path) -> nn.Module:
     Raises:
         WeightsError: the file belongs to another network.
     """
-    from facexlib.recognition.arcface_arch import Backbone
+    with explain_missing_library():
+        from facexlib.recognition.arcface_arch import Backbone
 
     network = Backbone(num_layers=100, drop_ratio=0.4, mode="ir")
     network.output_layer[4] = nn.BatchNorm1d(512, affine=False)

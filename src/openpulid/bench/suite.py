@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import ConfigDict, Field
 
 from openpulid.bench.files import parse_json, read_json
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.pipelines.request import GenerationOptions
 from openpulid.world import ATTRIBUTES
 
@@ -106,8 +106,11 @@ def load_suite(name: str) -> Suite:
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in SUITES.glob("*.json")))
-        raise OptionError(f"there is no suite {name!r}; choose from {names}, or pass a JSON file.")
+        names = sorted(file.stem for file in SUITES.glob("*.json"))
+        raise OptionError(
+            f"there is no suite {name!r}{suggest(name, names)}; "
+            f"choose from {', '.join(names)}, or pass a JSON file."
+        )
     advice = f"see {SUITES / 'quick.json'} for an example of a suite."
     suite = read_json(Suite, path, advice)
     suite = replace(suite, name=suite.name or path.stem)

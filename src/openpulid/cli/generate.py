@@ -23,6 +23,7 @@ from openpulid.errors import OptionError
 if TYPE_CHECKING:
     from openpulid.pipelines.request import GenerationRequest
 
+DEFAULT_ORDER = "large-small"
 ALLOWED_WITH_FROM = ("source", "out", "device", "memory")
 
 
@@ -35,13 +36,13 @@ def generate(
     face: Annotated[
         int | None, typer.Option(min=0, help="Which face of an image with several, from 0.")
     ] = None,
-    order: FaceOrder = "large-small",
+    order: FaceOrder = DEFAULT_ORDER,
     preset: Preset = "mini",
     base: Base = None,
     out: OutputDirectory = Path("."),
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the first image; image k uses seed + k.")
+        int, typer.Option(help="Seed of the first image; image k uses seed + k. -1 draws one.")
     ] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps; the preset's by default.")
@@ -112,6 +113,7 @@ def generate(
 ) -> None:
     """Generate images of a prompt and a person. Each PNG stores its parameters."""
     with name_options():
+        check_quoted(prompt, ctx.args)
         if source is not None:
             check_alone(ctx)
             run_request(read_stored_request(source, memory), out, device)
@@ -161,11 +163,26 @@ def generate(
         run_request(request, out, device)
 
 
+def check_quoted(prompt: str | None, words: list[str]) -> None:
+    """Refuse a prompt that the shell has split into words.
+
+    Args:
+        prompt: the first word.
+        words: the other ones.
+
+    Raises:
+        OptionError: there are other words.
+    """
+    if words:
+        text = " ".join([prompt or "", *words]).strip()
+        raise OptionError(f'quote the prompt: pulid generate "{text}".')
+
+
 def describe_person(
     path: str | None, face: int | None, order: str, mask: str | None
 ) -> list[dict[str, Any]]:
     """Return the person of a request, for validation; none if no option names one."""
-    if path is None and face is None and mask is None:
+    if path is None and face is None and mask is None and order == DEFAULT_ORDER:
         return []
     person: dict[str, Any] = {"face_index": face, "face_order": order, "mask": mask}
     if path is not None and path.endswith(".safetensors"):
@@ -245,12 +262,13 @@ def run_request(request: GenerationRequest, out: Path, device: str | None) -> No
     from openpulid.io.metadata import hash_files, image_name, save_image
     from openpulid.pipelines import studio as studios
     from openpulid.pipelines.inputs import open_inputs
+    from openpulid.pipelines.prompts import check_words
     from openpulid.pipelines.provenance import Provenance
 
     make_directory(out)
     assert request.model is not None
     preset = resolve_preset(request.model)
-    preset.resolve(request)
+    check_words(preset, preset.resolve(request))
     inputs = open_inputs(request)
     hashes = hash_files(request.input_files())
     studio = studios.load(preset, device)

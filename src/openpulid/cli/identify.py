@@ -19,6 +19,7 @@ from openpulid.cli.options import (
 from openpulid.errors import OptionError
 
 LIST_FACES = "all"
+MAX_DIGITS = 9
 
 
 def identify(
@@ -91,6 +92,6 @@ def parse_face(text: str | None) -> int | None:
     """
     if text is None or text == LIST_FACES:
         return None
-    if not text.isdigit():
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
         raise OptionError(f"--face must be a number from 0, or {LIST_FACES}, got {text!r}.")
     return int(text)

@@ -13,11 +13,13 @@ from typing import Annotated
 
 import typer
 
+from openpulid import __version__
 from openpulid.cli.bench import bench
 from openpulid.cli.generate import generate
 from openpulid.cli.identify import identify
 from openpulid.cli.mini import mini
 from openpulid.cli.options import (
+    MAX_PERSON,
     AsJson,
     Device,
     OutputDirectory,
@@ -31,7 +33,7 @@ from openpulid.cli.train import train
 from openpulid.cli.web import web
 from openpulid.cli.weights import weights
 from openpulid.cli.world import world
-from openpulid.errors import PulidError, explain_out_of_memory
+from openpulid.errors import PulidError, explain_missing_library, explain_out_of_memory
 
 OPTION_ALIASES = {
     "id-scale": "scale",
@@ -55,8 +57,10 @@ def normalize_option(name: str) -> str:
 
 app = typer.Typer(
     name="pulid",
-    context_settings={"token_normalize_func": normalize_option},
-    help="Generate images of a person from one photo, without fine-tuning.",
+    context_settings={
+        "token_normalize_func": normalize_option,
+        "help_option_names": ["-h", "--help"],
+    },
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -70,6 +74,23 @@ app.command()(train)
 app.command()(web)
 
 
+def print_version(is_requested: bool) -> None:
+    """Print the version and exit, for `--version`."""
+    if is_requested:
+        print(f"pulid {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Generate images of a person from one photo, without fine-tuning."""
+
+
 def main() -> None:
     """Run the command. Errors of the user are one sentence on stderr and an exit code."""
     # the libraries' own warnings are for developers
@@ -77,7 +98,7 @@ def main() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.simplefilter("ignore", FutureWarning)
     try:
-        with explain_out_of_memory():
+        with explain_out_of_memory(), explain_missing_library():
             app()
     except PulidError as error:
         print(f"pulid: {error}", file=sys.stderr)
@@ -89,7 +110,9 @@ def main() -> None:
 @app.command()
 def demo(
     out: OutputDirectory = Path("demo"),
-    people_seed: Annotated[int, typer.Option(min=0, help="Which of the held-out people.")] = 0,
+    people_seed: Annotated[
+        int, typer.Option(min=0, max=MAX_PERSON, help="Which of the held-out people.")
+    ] = 0,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -108,7 +131,7 @@ def demo(
 
 
 app.command()(identify)
-app.command()(generate)
+app.command(context_settings={"allow_extra_args": True})(generate)
 
 
 if __name__ == "__main__":

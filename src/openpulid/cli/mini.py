@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from openpulid.cli.options import (
+    MAX_PERSON,
     AsJson,
     Device,
     check_image_path,
@@ -22,7 +23,7 @@ from openpulid.io.metadata import save_image
 mini = command_group("The miniature: train it from scratch, evaluate it.")
 
 HeldOutPeople = Annotated[int, typer.Option(min=2, help="Number of held-out people.")]
-FirstPerson = Annotated[int, typer.Option(min=0, help="The first held-out person.")]
+FirstPerson = Annotated[int, typer.Option(min=0, max=MAX_PERSON, help="The first held-out person.")]
 
 
 @mini.command()
@@ -35,7 +36,7 @@ def build(
         typer.Option(help="Train a baseline instead: faceid, instantid or photomaker."),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Time budget in minutes for all parts together.")
+        float | None, typer.Option(min=0, help="Time budget in minutes for all parts together.")
     ] = None,
     device: Device = None,
     resume: Annotated[

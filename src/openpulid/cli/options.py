@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, is_out_of_memory, suggest
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+MAX_PERSON = 2**63 - 1
+"""The largest seed of a synthetic person; PyTorch's generators take 64 bits."""
 
 OPTION_NAMES = {
     "prompt": "PROMPT",
@@ -61,9 +66,12 @@ def check_device(name: str | None) -> str | None:
 
         try:
             torch.empty(1, device=name)
-        except (RuntimeError, AssertionError, NotImplementedError):
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
             raise OptionError(
-                f"there is no device {name!r}; leave out --device to use the best one."
+                f"there is no device {name!r}{suggest(name, DEVICES)}; leave out --device to use "
+                "the best one."
             ) from None
     return name
 
@@ -137,8 +145,33 @@ def check_image_path(path: Path) -> Path:
 
 
 def print_progress(done: int, total: int) -> None:
-    """Print progress on one line of stderr."""
-    print(f"\r{done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+    """Print progress on one line of a terminal, or line by line into a file or pipe."""
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total}", end="" if done < total else "\n", file=sys.stderr, flush=True)
+    else:
+        print(f"{done}/{total}", file=sys.stderr, flush=True)
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """Print a table in a terminal, or lines with tabs into a file or pipe. No cell is cut.
+
+    Args:
+        columns: the titles.
+        rows: their cells; the first one is a name to type.
+    """
+    if not sys.stdout.isatty():
+        for cells in (columns, *rows):
+            print(*cells, sep="\t")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for index, title in enumerate(columns):
+        table.add_column(title, no_wrap=index == 0, overflow="fold")
+    for cells in rows:
+        table.add_row(*cells)
+    Console(markup=False).print(table)
 
 
 def print_json(figures: Mapping[str, Any]) -> None:
@@ -150,7 +183,7 @@ def print_status(text: str) -> None:
     """Print a status line on stderr."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False).print(text)
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
 
 
 def print_nothing(text: str) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openpulid.cli.options import command_group, name_options
+from openpulid.cli.options import command_group, name_options, print_table
 from openpulid.errors import OptionError
 
 presets = command_group("List presets, and predict the memory they need.")
@@ -15,13 +15,10 @@ presets = command_group("List presets, and predict the memory they need.")
 @presets.command("list")
 def list_presets() -> None:
     """List all presets, and the methods whose weights are installed."""
-    from rich.console import Console
-    from rich.table import Table
-
     from openpulid.pipelines.presets import PRESETS
     from openpulid.pipelines.weights import find_installed_methods, missing_weights
 
-    table = Table("preset", "description", "steps", "guidance", "installed")
+    rows = []
     for name, build in PRESETS.items():
         preset = build()
         if missing_weights(preset):
@@ -31,8 +28,8 @@ def list_presets() -> None:
         steps = str(preset.defaults.num_inference_steps)
         scale = preset.defaults.guidance_scale
         guidance = "-" if scale is None else f"{scale:g}"
-        table.add_row(name, preset.description, steps, guidance, installed)
-    Console().print(table)
+        rows.append((name, preset.description, steps, guidance, installed))
+    print_table(("preset", "description", "steps", "guidance", "installed"), rows)
 
 
 @presets.command()
@@ -41,9 +38,6 @@ def memory(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; the preset's by default.")] = None,
 ) -> None:
     """Predict the device memory of each memory level, by phase and component."""
-    from rich.console import Console
-    from rich.table import Table
-
     from openpulid.pipelines.flux_memory import GIB, LEVELS, predict_memory
     from openpulid.pipelines.presets import find_preset
     from openpulid.pipelines.request import GenerationRequest, parse_size
@@ -55,7 +49,7 @@ def memory(
     with name_options():
         request = GenerationRequest(prompt="any prompt", width=width, height=height)
         request = chosen.resolve(request)
-    table = Table("level", "phase", "GiB", "of which")
+    rows = []
     for name in LEVELS:
         phases = predict_memory(
             name, request.width or 0, request.height or 0, request.max_sequence_length or 0
@@ -68,5 +62,5 @@ def memory(
                 if size_in_bytes
             )
             peak = " (peak)" if phase is largest else ""
-            table.add_row(name, phase.phase, f"{phase.total / GIB:.1f}{peak}", parts)
-    Console().print(table)
+            rows.append((name, phase.phase, f"{phase.total / GIB:.1f}{peak}", parts))
+    print_table(("level", "phase", "GiB", "of which"), rows)

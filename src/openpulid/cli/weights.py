@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from openpulid.cli.options import command_group
-from openpulid.errors import OptionError, WeightsError
+from openpulid.cli.options import command_group, print_table
+from openpulid.errors import OptionError, WeightsError, suggest
 
 weights = command_group("List, download and verify published weights. Only `get` uses the network.")
 
@@ -28,22 +28,19 @@ Directory = Annotated[
 
 @weights.command("list")
 def list_weights(folder: Directory = None) -> None:
-    """List all published weights, their licences, and where they are installed."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """List all published weights, their licenses, and where they are installed."""
     from openpulid.io.hub import SHA256, WEIGHTS, locate
 
-    table = Table("name", "file", "MB", "licence", "sha256", "installed")
+    rows = []
     for name, entry in WEIGHTS.items():
         try:
             path = str(locate(name, folder))
         except WeightsError:
             path = "-"
-        licence = entry.license if entry.commercial else f"{entry.license} (not commercial)"
+        license_name = entry.license if entry.commercial else f"{entry.license} (not commercial)"
         checksum = SHA256.get(name, "-")[:12]
-        table.add_row(name, entry.name, str(entry.megabytes), licence, checksum, path)
-    Console().print(table)
+        rows.append((name, entry.name, str(entry.megabytes), license_name, checksum, path))
+    print_table(("name", "file", "MB", "license", "sha256", "installed"), rows)
 
 
 @weights.command()
@@ -83,8 +80,9 @@ def expand_names(names: list[str]) -> list[str]:
             try:
                 find_weight(name)
             except OptionError:
+                similar = suggest(name, (*PRESETS, *BASELINES, *WEIGHTS))
                 raise OptionError(
-                    f"{name!r} is neither a preset ({', '.join(PRESETS)}), nor one of "
+                    f"{name!r}{similar} is neither a preset ({', '.join(PRESETS)}), nor one of "
                     f"{', '.join(WEIGHTS)}, nor OWNER/NAME of a pipeline of the hub."
                 ) from None
             expanded[name] = None

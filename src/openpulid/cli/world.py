@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from openpulid.cli.options import check_image_path, command_group
+from openpulid.cli.options import MAX_PERSON, check_image_path, command_group
 from openpulid.io.metadata import save_image
 
 world = command_group("Synthetic people: images to start from.")
@@ -16,7 +16,12 @@ world = command_group("Synthetic people: images to start from.")
 @world.command()
 def person(
     seed: Annotated[
-        int, typer.Option(min=0, help="The person; none from 1000000 on is in the training data.")
+        int,
+        typer.Option(
+            min=0,
+            max=MAX_PERSON,
+            help="The person; none from 1000000 on is in the training data.",
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Image file to write.")],
     size: Annotated[
@@ -33,7 +38,7 @@ def person(
 @world.command()
 def sheet(
     out: Annotated[Path, typer.Option("--out", "-o", help="Image file to write.")],
-    seed: Annotated[int, typer.Option(min=0, help="The first person.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_PERSON, help="The first person.")] = 0,
     size: Annotated[
         int, typer.Option(min=32, max=512, help="Width of each image in pixels.")
     ] = 160,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openpulid.errors import WeightsError
+from openpulid.errors import WeightsError, explain_missing_library
 from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
@@ -55,7 +55,8 @@ class ArcFaceRecognition:
 
     def __call__(self, face: Face) -> Tensor:
         """Return the embedding of a face, (1, 512) float32."""
-        from insightface.utils.face_align import norm_crop
+        with explain_missing_library():
+            from insightface.utils.face_align import norm_crop
 
         landmarks = (face.landmarks - 0.5).numpy()
         crop = norm_crop(to_uint8(face.image)[..., ::-1], landmarks, self.model.input_size[0])
@@ -102,7 +103,8 @@ def load_arcface_ir_se50(
     Raises:
         WeightsError: the file is missing or is of another network.
     """
-    from facexlib.recognition.arcface_arch import Backbone
+    with explain_missing_library():
+        from facexlib.recognition.arcface_arch import Backbone
 
     network = Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se")
     try:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openpulid.errors import WeightsError
+from openpulid.errors import WeightsError, explain_missing_library
 from openpulid.faces.face import Face
 from openpulid.faces.insightface_pack import to_uint8
 from openpulid.io.checkpoints import read_tensors
@@ -50,7 +50,8 @@ class FaceParser:
         Raises:
             WeightsError: the file is missing or is of another network.
         """
-        from facexlib.parsing.bisenet import BiSeNet
+        with explain_missing_library():
+            from facexlib.parsing.bisenet import BiSeNet
 
         network = BiSeNet(num_class=19)
         try:
@@ -78,7 +79,8 @@ class FaceParser:
 
 def align_photo(face: Face) -> Tensor:
     """Crop a face in FFHQ alignment, as facexlib does; (1, 3, 512, 512) float in [0, 1]."""
-    import cv2
+    with explain_missing_library():
+        import cv2
 
     landmarks = (face.landmarks - 0.5).numpy()
     matrix = cv2.estimateAffinePartial2D(landmarks, np.array(TEMPLATE), method=cv2.LMEDS)[0]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from openpulid.errors import FaceError, OptionError
+from openpulid.errors import FaceError, OptionError, suggest
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,10 @@ def sort_faces(faces: Sequence[Face], order: str = "large-small") -> list[Face]:
         OptionError: there is no such order.
     """
     if order not in ORDERS:
-        raise OptionError(f"unknown face order {order!r}; choose from {', '.join(ORDERS)}.")
+        raise OptionError(
+            f"unknown face order {order!r}{suggest(order, ORDERS)}; "
+            f"choose from {', '.join(ORDERS)}."
+        )
     return sorted(faces, key=ORDERS[order])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpulid.errors import WeightsError
+from openpulid.errors import WeightsError, explain_missing_library, is_out_of_memory
 
 PROVIDERS = {
     "cuda": ("CUDAExecutionProvider", "MIGraphXExecutionProvider", "ROCMExecutionProvider"),
@@ -88,8 +88,9 @@ def select_providers(
 
 
 def _load_model(file: str | os.PathLike[str], device: str | torch.device) -> Any:
-    import onnxruntime
-    from insightface.model_zoo import get_model
+    with explain_missing_library():
+        import onnxruntime
+        from insightface.model_zoo import get_model
 
     if not Path(file).is_file():
         raise WeightsError(f"{file} does not exist; `pulid weights get sdxl` downloads it.")
@@ -99,6 +100,8 @@ def _load_model(file: str | os.PathLike[str], device: str | torch.device) -> Any
         return get_model(os.fspath(file), providers=providers)
     # protobuf, onnxruntime and insightface have unrelated exception classes.
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise WeightsError(
             f"{file} cannot be opened ({str(error).splitlines()[0]}); download it again."
         ) from error

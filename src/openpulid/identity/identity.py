@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from openpulid.errors import IdentityError, OptionError
+from openpulid.errors import IdentityError, OptionError, suggest
 
 FORMAT = "openpulid.identity/1"
 
@@ -251,7 +251,10 @@ def _check_fusion(
     identities: Sequence[Identity], fusion: str, weights: Sequence[float] | None
 ) -> None:
     if fusion not in FUSIONS:
-        raise OptionError(f"there is no fusion {fusion!r}; choose one of {', '.join(FUSIONS)}.")
+        raise OptionError(
+            f"there is no fusion {fusion!r}{suggest(fusion, FUSIONS)}; "
+            f"choose one of {', '.join(FUSIONS)}."
+        )
     if not identities:
         raise OptionError("an identity needs at least one image.")
     if weights is not None and (

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from openpulid.errors import WeightsError
+from openpulid.errors import WeightsError, is_out_of_memory
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -107,6 +107,8 @@ def load_state(
     try:
         module.load_state_dict(state, assign=assign)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         # The first line names the class; then each kind of mismatch has a line, which can hold
         # hundreds of names if the file is of another model.
         lines = str(error).splitlines()[1:4]
@@ -136,6 +138,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise WeightsError(
             f"{path} is damaged or holds more than weights; download it again."
         ) from error

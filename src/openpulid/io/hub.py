@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError, WeightsError, suggest
 
 FOLDER_VARIABLE = "PULID_WEIGHTS"
 """Environment variable that names a folder of weights; it is searched before the hub's cache."""
@@ -220,7 +220,8 @@ def find_weight(name: str) -> Weight:
             "name an existing file or folder, or a pipeline of the hub as OWNER/NAME."
         )
     raise OptionError(
-        f"there are no weights called {name!r}; the known names are {', '.join(WEIGHTS)}."
+        f"there are no weights called {name!r}{suggest(name, WEIGHTS)}; "
+        f"the known names are {', '.join(WEIGHTS)}."
     )
 
 

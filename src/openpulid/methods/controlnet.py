@@ -19,13 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError, WeightsError, explain_missing_library
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.hooks import (
     HookResult,
     PipelineState,
     Span,
     UNetCall,
+    check_scale,
     expand_per_image,
     find_unet,
     move_to,
@@ -103,13 +104,14 @@ class ControlNet(Adapter):
         images = [image] if isinstance(image, (Image.Image, Tensor)) else list(image)
         if not images:
             raise OptionError("pass a control image, or one per prompt.")
-        span = Span(start, end)
+        check_scale(scale)
         states = self.select_pipelines(pipe)
-        if not scale or span.is_empty:
-            yield self
-            return
-        with self.activate(states, lambda state: self._hook(state, images, scale, span)):
-            yield self
+        with Span(start, end).watch("the control image") as span:
+            if not scale or span.is_empty:
+                yield self
+                return
+            with self.activate(states, lambda state: self._hook(state, images, scale, span)):
+                yield self
 
     @contextmanager
     def _hook(
@@ -216,7 +218,8 @@ def canny_edges(image: Image.Image, low: int = 100, high: int = 200) -> Image.Im
         low: lower threshold of the gradient, 0 to 255 and above.
         high: upper threshold.
     """
-    import cv2
+    with explain_missing_library():
+        import cv2
 
     edges = cv2.Canny(np.array(image.convert("RGB")), low, high)
     return Image.fromarray(edges).convert("RGB")

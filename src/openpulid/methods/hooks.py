@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError
+
+logger = logging.getLogger(__name__)
 
 HookResult = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments, as a forward pre-hook returns them."""
@@ -85,6 +90,59 @@ class Span:
             )
         fraction = position.fraction + EPSILON
         return self.start <= fraction and (fraction < self.end or self.end >= 1)
+
+    @contextmanager
+    def watch(self, subject: str) -> Iterator[WatchedSpan]:
+        """Log a warning if no step is active while the context is open.
+
+        Args:
+            subject: what has no effect then.
+        """
+        if self.is_empty:
+            logger.warning(
+                "start %g is not before end %g; %s has no effect", self.start, self.end, subject
+            )
+        watched = WatchedSpan(self.start, self.end, self.start_step)
+        yield watched
+        if watched.answers == {False}:
+            logger.warning(
+                "no step was between start %g and end %g, from step %d on; %s had no effect",
+                self.start,
+                self.end,
+                self.start_step,
+                subject,
+            )
+
+
+@dataclass(frozen=True)
+class WatchedSpan(Span):
+    """A span that records its answers.
+
+    Attributes:
+        answers: what `contains` has returned.
+    """
+
+    answers: set[bool] = field(default_factory=set, compare=False, repr=False)
+
+    def contains(self, position: SchedulePosition) -> bool:
+        """Return whether the method is active at a position. Raises as `Span.contains`."""
+        answer = super().contains(position)
+        self.answers.add(answer)
+        return answer
+
+
+def check_scale(scale: float) -> None:
+    """Refuse a weight that is negative, infinite or not a number.
+
+    Raises:
+        OptionError: The weight is not a finite number of 0 or more.
+    """
+    try:
+        is_valid = math.isfinite(scale) and scale >= 0
+    except TypeError:
+        is_valid = False
+    if not is_valid:
+        raise OptionError(f"scale must be a number of 0 or more; got {scale!r}.")
 
 
 @dataclass(eq=False)

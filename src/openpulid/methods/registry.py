@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.methods.adapter import Adapter
 
 METHODS = {
@@ -31,7 +31,8 @@ def find_method(name: str) -> type[Adapter]:
         OptionError: There is no method of this name.
     """
     if name not in METHODS:
-        raise OptionError(f"no method {name!r}; choose one of {', '.join(sorted(METHODS))}.")
+        methods = ", ".join(sorted(METHODS))
+        raise OptionError(f"no method {name!r}{suggest(name, METHODS)}; choose one of {methods}.")
     module, _, attribute = METHODS[name].partition(":")
     method: type[Adapter] = getattr(import_module(module), attribute)
     return method

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from openpulid.diffusion.schedulers import KarrasScheduler
-from openpulid.errors import PulidError, WeightsError
+from openpulid.errors import PulidError, WeightsError, is_out_of_memory
 from openpulid.io.checkpoints import load_state, read_tensors
 from openpulid.io.hub import WEIGHTS, locate
 from openpulid.pipelines.model_set import ModelSet
@@ -182,5 +182,7 @@ def describe_load_errors(path: Path, fix: str = "copy or build it again") -> Ite
         SafetensorError,
         SingleFileComponentError,
     ) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WeightsError(f"{path} cannot be loaded ({reason}); {fix}.") from error

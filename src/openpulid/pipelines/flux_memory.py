@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 
 GIB = 2**30
 
@@ -61,7 +61,10 @@ def find_level(name: str) -> Level:
         OptionError: there is no such level.
     """
     if name not in LEVELS:
-        raise OptionError(f"there is no memory level {name!r}; choose one of {', '.join(LEVELS)}.")
+        raise OptionError(
+            f"there is no memory level {name!r}{suggest(name, LEVELS)}; "
+            f"choose one of {', '.join(LEVELS)}."
+        )
     return LEVELS[name]
 
 

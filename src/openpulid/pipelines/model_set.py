@@ -40,6 +40,10 @@ class ModelSet:
         use_half_precision: run the networks in reduced precision.
         is_miniature: the models know only the miniature's synthetic people.
         size_multiple: width and height must be multiples of this number of pixels.
+        native_side: side of a square image with as many pixels as those of the training.
+        min_side, max_side: limits of width and height in pixels.
+        min_area: smallest share of the native number of pixels that gives good images, and its
+            inverse the largest.
         memory: FLUX: memory level, see `flux_memory.LEVELS`.
     """
 
@@ -61,6 +65,10 @@ class ModelSet:
     use_half_precision: bool = False
     is_miniature: bool = False
     size_multiple: int = 8
+    native_side: int = 1024
+    min_side: int = 256
+    max_side: int = 2048
+    min_area: float = 0.4
     memory: str = "full"
 
     @property

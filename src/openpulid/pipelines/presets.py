@@ -11,11 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.io.hub import WEIGHTS
+from openpulid.pipelines.checks import (
+    check_active_steps,
+    check_resolved,
+    check_supported,
+    describe_ineffective,
+)
 from openpulid.pipelines.model_set import ModelSet, WeightSource
 from openpulid.pipelines.request import (
-    IDENTITY_NAMES,
     GenerationOptions,
     GenerationRequest,
     IdentityOptions,
@@ -108,8 +113,14 @@ class Preset:
         changes = GenerationOptions.from_options(**options)
         return replace(self, defaults=changes.fill_from(self.defaults))
 
-    def resolve(self, request: GenerationRequest) -> GenerationRequest:
+    def resolve(
+        self, request: GenerationRequest, is_person_shown: bool | None = None
+    ) -> GenerationRequest:
         """Check a request against what the preset supports, and fill in its defaults.
+
+        Args:
+            request: the request.
+            is_person_shown: whether an identity is used; by default whether the request has people.
 
         Raises:
             RequestError: the request is for other models, or has options that these models do
@@ -121,44 +132,27 @@ class Preset:
                 f"{self.label} is loaded; load the models of the request, or leave {{0}} out.",
                 "model",
             )
-        self._check_supported(request)
+        check_supported(request, self.options, self.label)
         resolved = request.fill_from(self.defaults)
         memory = self.models.memory if "memory" in self.options else None
         selection = self.selection.model_copy(update={"memory": memory})
         resolved = resolved.model_copy(update={"model": selection, "resolved": True})
-        self._check_size(resolved.width, resolved.height)
-        self._check_true_cfg(resolved)
+        check_resolved(resolved, self.models, self.label)
+        if bool(request.people) if is_person_shown is None else is_person_shown:
+            check_active_steps(resolved, self.models)
         return resolved
 
-    def _check_supported(self, request: GenerationRequest) -> None:
-        names = request.list_options() + (["controls"] if request.controls else [])
-        unsupported = [name for name in names if name not in self.options]
-        if unsupported:
-            fields = [f"identity.{n}" if n in IDENTITY_NAMES else n for n in unsupported]
-            placeholders = ", ".join(f"{{{k}}}" for k in range(len(fields)))
-            raise RequestError(f"{self.label} does not support: {placeholders}.", *fields)
+    def describe_ineffective(self, request: GenerationRequest, is_person_shown: bool) -> list[str]:
+        """Return a note on each option that the user set and that has no effect on the image.
 
-    def _check_size(self, width: int | None, height: int | None) -> None:
-        multiple = self.models.size_multiple
-        sides = (width or multiple, height or multiple)
-        if any(side % multiple for side in sides):
-            nearest = "x".join(str(max(round(side / multiple), 1) * multiple) for side in sides)
-            raise RequestError(
-                f"{sides[0]}x{sides[1]}: {{0}} and {{1}} must be multiples of {multiple}, "
-                f"for example {nearest}.",
-                "width",
-                "height",
-            )
-
-    def _check_true_cfg(self, request: GenerationRequest) -> None:
-        if "true_cfg_scale" not in self.options:
-            return
-        if ((request.true_cfg_scale or 1) > 1) != bool(request.negative_prompt):
-            raise RequestError(
-                "on FLUX, {0} above 1 and {1} only work together; set both or neither.",
-                "true_cfg_scale",
-                "negative_prompt",
-            )
+        Args:
+            request: the request before `resolve`.
+            is_person_shown: whether an identity is used.
+        """
+        if request.resolved:  # nobody set its options
+            return []
+        resolved = request.fill_from(self.defaults)
+        return describe_ineffective(request, resolved, self.models, is_person_shown)
 
 
 def _same_models(one: ModelSelection, other: ModelSelection) -> bool:
@@ -178,11 +172,14 @@ def mini(directory: Path = MINIATURE) -> Preset:
         recognition=directory / "recognition-encoder.safetensors",
         vision_encoder=directory / "vision-encoder.safetensors",
         is_miniature=True,
+        native_side=96,
+        min_side=16,
+        max_side=128,
+        min_area=0.65,
     )
     defaults = GenerationOptions(
         num_inference_steps=20,
         guidance_scale=3.0,
-        negative_prompt="",
         identity=IdentityOptions(
             scale=0.7,  # guidance amplifies an identity that was trained without it
             start=0.0,
@@ -286,11 +283,11 @@ def flux(base: WeightSource = "flux-dev") -> Preset:
         face_parsing="parsing",
         use_half_precision=True,
         size_multiple=16,
+        min_area=0.2,
     )
     defaults = GenerationOptions(
         num_inference_steps=20,
         guidance_scale=4.0,
-        negative_prompt="",
         width=896,
         height=1152,
         true_cfg_scale=1.0,
@@ -430,7 +427,8 @@ def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Pre
 def _find_baseline(preset: Preset, method: str) -> Baseline:
     if method not in BASELINES:
         raise OptionError(
-            f"there is no method {method!r}; available: pulid, {', '.join(BASELINES)}."
+            f"there is no method {method!r}{suggest(method, ('pulid', *BASELINES, *PULID_MODES))}; "
+            f"available: pulid, {', '.join(BASELINES)}."
         )
     if preset.models.family != "sdxl":
         raise OptionError(
@@ -476,8 +474,8 @@ def find_preset(name: str) -> Preset:
     if (directory / "pipeline" / "model_index.json").is_file():
         return _rename(mini(directory), str(directory), "A trained miniature")
     raise OptionError(
-        f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}, or a directory with "
-        "a trained miniature."
+        f"there is no preset {name!r}{suggest(name, PRESETS)}; choose one of "
+        f"{', '.join(PRESETS)}, or a directory with a trained miniature."
     )
 
 

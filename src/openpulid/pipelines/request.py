@@ -9,30 +9,63 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.methods.pulid import Projection
 
 SCHEMA_VERSION = 1
 LONGEST_QUOTE = 60
 
+MAX_SEED = 2**64 - 1
+"""The largest seed of PyTorch's generators."""
+MAX_RANDOM_SEED = 2**32 - 1
+MAX_IMAGES = 1000
+MAX_SIDE = 4096
+"""Pixels. A preset has limits of its own, see `ModelSet`."""
+MAX_STEPS = 1000
+"""The steps of the noise schedule; more would repeat them."""
+MAX_SCALE = 5.0
+"""The largest identity scale of PuLID's demo."""
+MAX_GUIDANCE = 100.0
+MAX_ZERO_TOKENS = 1000
+MAX_TEXT = 10_000
+"""Characters of a prompt."""
+MAX_PATH = 4096
+MAX_IMAGES_PER_PERSON = 100
+
 FaceOrder = Literal[
     "large-small", "small-large", "left-right", "right-left", "top-bottom", "bottom-top"
 ]
+
+DEFAULT_FACE_ORDER: FaceOrder = "large-small"
 
 
 def _as_text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-FilePath = Annotated[str, BeforeValidator(_as_text), Field(min_length=1)]
+def _parse_seed(value: Any) -> Any:
+    """Draw a seed for None and -1, which stand for a random one in other programs."""
+    if value is None:
+        return secrets.randbelow(MAX_RANDOM_SEED + 1)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pydantic refuses integers above 2**63 that are floats
+    if hasattr(value, "__index__"):
+        value = value.__index__()
+    return _parse_seed(None) if value in (-1, "-1") else value
+
+
+FilePath = Annotated[str, BeforeValidator(_as_text), Field(min_length=1, max_length=MAX_PATH)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Scale = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=0, le=MAX_SCALE, allow_inf_nan=False)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Seed = Annotated[int, BeforeValidator(_parse_seed), Field(ge=0, le=MAX_SEED)]
 
 
 class RequestError(OptionError):
@@ -107,17 +140,29 @@ def _sentence(problem: Mapping[str, Any]) -> str:
     if kind == "json_invalid":
         return "the request is not valid JSON."
     if kind == "extra_forbidden":
-        return "there is no option {0}."
+        name = str(problem["loc"][-1])
+        if name == "size":
+            return "there is no option {0}; use width and height."
+        fields = [*GenerationRequest.model_fields, *IDENTITY_NAMES, *Person.model_fields]
+        return "there is no option {0}" + suggest(name, fields) + "."
     if kind == "missing":
         return "{0} is missing."
     if kind in ("greater_than_equal", "less_than_equal"):
         low, high = limits.get("ge"), limits.get("le")
-        bound = f"at least {low:g}" if low is not None else f"at most {high:g}"
-        return "{0} must be " + bound + got
+        bound = f"at least {low}" if low is not None else f"at most {high}"
+        return "{0} must be " + bound.removesuffix(".0") + got
     if kind == "literal_error":
-        return "{0} must be " + limits["expected"] + got
+        choices = re.findall(r"'([^']+)'", limits["expected"])
+        similar = suggest(problem.get("input"), choices)
+        return "{0} must be " + limits["expected"] + got.removesuffix(".") + similar + "."
     if kind == "string_too_short":
         return "{0} must not be empty."
+    if kind == "string_too_long":
+        return f"{{0}} must have at most {limits['max_length']} characters."
+    if kind == "too_long":
+        return f"{{0}} must have at most {limits['max_length']} entries."
+    if kind == "string_type":
+        return "{0} must be text" + got
     if kind.startswith("int"):
         return "{0} must be a whole number" + got
     if kind.startswith(("float", "finite")):
@@ -182,10 +227,10 @@ class Person(RequestPart):
         scale: identity scale of this person; by default that of `IdentityOptions`.
     """
 
-    images: tuple[FilePath, ...] = ()
+    images: tuple[FilePath, ...] = Field(default=(), max_length=MAX_IMAGES_PER_PERSON)
     identity: FilePath | None = None
     face_index: int | None = Field(default=None, ge=0)
-    face_order: FaceOrder = "large-small"
+    face_order: FaceOrder = DEFAULT_FACE_ORDER
     mask: FilePath | None = None
     scale: Scale | None = None
 
@@ -193,14 +238,17 @@ class Person(RequestPart):
     def _check_source(self) -> Person:
         if self.images and self.identity:
             raise RequestError("provide either images or an identity file, not both.")
-        if self.identity and self.face_index is not None:
-            raise RequestError(
-                "{0} cannot be used with an identity file; pass an image with {1}.",
-                "face_index",
-                "images",
-            )
+        dependent = [name for name in ("face_index", "mask") if getattr(self, name) is not None]
+        if self.face_order != DEFAULT_FACE_ORDER:
+            dependent.append("face_order")
+        for name in dependent:
+            if self.identity and name != "mask":
+                raise RequestError(
+                    "{0} cannot be used with an identity file; pass an image with {1}.",
+                    name,
+                    "images",
+                )
         if not self.images and not self.identity:
-            dependent = [name for name in ("face_index", "mask") if getattr(self, name) is not None]
             if dependent:
                 raise RequestError(
                     "{0} requires a person; pass an image with {1}.", dependent[0], "images"
@@ -227,7 +275,7 @@ class IdentityOptions(RequestPart):
     start: Fraction | None = None
     end: Fraction | None = None
     projection: Projection | None = None
-    num_zero: int | None = Field(default=None, ge=0)
+    num_zero: int | None = Field(default=None, ge=0, le=MAX_ZERO_TOKENS)
     start_step: int | None = Field(default=None, ge=0)
 
 
@@ -269,7 +317,7 @@ class GenerationOptions(RequestPart):
     """The options of a generation that have a default in every preset.
 
     Attributes:
-        negative_prompt: negative prompt.
+        negative_prompt: negative prompt. "" is an empty one; None is the preset's.
         width, height: size of the image in pixels.
         num_inference_steps: sampling steps.
         guidance_scale: classifier-free guidance scale; on FLUX the distilled guidance.
@@ -279,12 +327,12 @@ class GenerationOptions(RequestPart):
         identity: how the identity acts.
     """
 
-    negative_prompt: str | None = None
-    width: int | None = Field(default=None, ge=1)
-    height: int | None = Field(default=None, ge=1)
-    num_inference_steps: int | None = Field(default=None, ge=1)
-    guidance_scale: Scale | None = None
-    true_cfg_scale: float | None = Field(default=None, ge=1, allow_inf_nan=False)
+    negative_prompt: str | None = Field(default=None, max_length=MAX_TEXT)
+    width: Side | None = None
+    height: Side | None = None
+    num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    true_cfg_scale: float | None = Field(default=None, ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)
     timestep_to_start_cfg: int | None = Field(default=None, ge=0)
     max_sequence_length: int | None = Field(default=None, ge=1, le=512)
     identity: IdentityOptions = IdentityOptions()
@@ -326,7 +374,8 @@ class GenerationRequest(GenerationOptions):
 
     Attributes:
         prompt: what to generate.
-        seed: image k uses `seed + k`, so any image can be regenerated on its own.
+        seed: image k uses `seed + k`, so any image can be regenerated on its own. None and -1
+            draw a random seed, which the request then has.
         num_images: how many images.
         people: the people to show. At most one today.
         controls: ControlNets. At most one today.
@@ -335,9 +384,9 @@ class GenerationRequest(GenerationOptions):
         schema_version: version of this schema.
     """
 
-    prompt: str = Field(min_length=1)
-    seed: int = Field(default=0, ge=0)
-    num_images: int = Field(default=1, ge=1)
+    prompt: str = Field(min_length=1, max_length=MAX_TEXT)
+    seed: Seed = 0
+    num_images: int = Field(default=1, ge=1, le=MAX_IMAGES)
     people: tuple[Person, ...] = ()
     controls: tuple[Control, ...] = ()
     model: ModelSelection | None = None
@@ -353,6 +402,13 @@ class GenerationRequest(GenerationOptions):
             )
         if not self.prompt.strip():
             raise RequestError("{0} must not be empty.", "prompt")
+        if self.seed + self.num_images - 1 > MAX_SEED:
+            raise RequestError(
+                f"{{0}} {self.seed} is too large for {self.num_images} images with the seeds "
+                f"after it; the last seed is at most {MAX_SEED}, use a smaller {{0}} or {{1}}.",
+                "seed",
+                "num_images",
+            )
         if len(self.people) > 1:
             raise RequestError(
                 f"{{0}}: a request can show one person, got {len(self.people)}.", "people"
@@ -376,7 +432,7 @@ class GenerationRequest(GenerationOptions):
 
     def without_people(self) -> GenerationRequest:
         """Return the request of the same images without identity."""
-        return self.model_copy(update={"people": ()})
+        return self.model_copy(update={"people": (), "identity": IdentityOptions()})
 
     def input_files(self) -> Iterator[tuple[str, str]]:
         """Yield the path of every field that names an input file, and the file."""
@@ -401,7 +457,7 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         OptionError: the text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+)[x×](\d+)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX×*]\s*([0-9]{1,9})\s*", text)
     if match is None:
         raise OptionError(f"expected WIDTHxHEIGHT, for example 832x1216, got {text!r}.")
     return int(match[1]), int(match[2])

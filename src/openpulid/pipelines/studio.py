@@ -7,6 +7,7 @@ studio.generate("portrait, film noir", identity=anna, seed=7, num_images=4).imag
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -26,10 +27,14 @@ from openpulid.identity.reference import ImageSource, ReferenceFaces
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid import People, delay_guidance, normalize_people
 from openpulid.pipelines.factory import load_adapter, load_extractor, load_pipeline
-from openpulid.pipelines.inputs import RequestInputs, check_prompts, open_inputs
+from openpulid.pipelines.finite import run_pipeline
+from openpulid.pipelines.inputs import RequestInputs, open_inputs
 from openpulid.pipelines.presets import Preset
+from openpulid.pipelines.prompts import prepare_prompts
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
 from openpulid.pipelines.selection import PresetSource, resolve_preset
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,9 +136,10 @@ class Studio:
                 `seed=7`, `num_inference_steps=25`, `scale=0.8`.
 
         Raises:
-            PromptError: the model does not know a word of the prompt, or the prompt is too long.
+            PromptError: the model does not know a word of a prompt.
             IdentityError: other models produced the identity.
             OptionError: an option is out of range, or not supported by the preset.
+            NonFiniteError: the models gave NaN or infinity.
         """
         if isinstance(request, str):
             request = GenerationRequest.from_options(prompt=request, **options)
@@ -141,16 +147,18 @@ class Studio:
             raise OptionError("set options and people in the request, not in addition to it.")
         if batch_size < 1:
             raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
-        user_negative_prompt = None if request.resolved else request.negative_prompt
-        request = self.preset.resolve(request)
+        is_person_shown = identity is not None or bool(request.people)
+        for note in self.preset.describe_ineffective(request, is_person_shown):
+            logger.warning("%s", note)
+        request = self.preset.resolve(request, is_person_shown)
         inputs = open_inputs(request) if inputs is None else inputs
         people = self._people(request, inputs) if identity is None else identity
         images: list[Image.Image] = []
         with self._lock:
-            check_prompts(self.pipe, request, user_negative_prompt)
+            readable = prepare_prompts(self.pipe, request, self.preset)
             with inputs.use_controls(self.pipe), self._use_identity(people, request):
                 for seeds in _batches(request, batch_size):
-                    images += self._run(request, seeds)
+                    images += self._run(readable, seeds)
         requests = [
             request.for_image(request.seed + k, *image.size) for k, image in enumerate(images)
         ]
@@ -193,23 +201,24 @@ class Studio:
 
     def _run(self, request: GenerationRequest, seeds: Sequence[int]) -> list[Image.Image]:
         count = len(seeds)
+        negative_prompt = request.negative_prompt
         options: dict[str, Any] = {
             name: getattr(request, name)
             for name in ("true_cfg_scale", "max_sequence_length")
             if name in self.preset.options
         }
-        images: list[Image.Image] = self.pipe(
+        return run_pipeline(
+            self.pipe,
             prompt=[request.prompt] * count,
-            # None is what the pipeline uses for an empty prompt
-            negative_prompt=[request.negative_prompt] * count if request.negative_prompt else None,
+            # "" is encoded; None is what the pipeline uses without a negative prompt
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * count,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale or 0.0,  # FLUX.1-schnell has none
             width=request.width,
             height=request.height,
             **options,
-        ).images
-        return images
+        )
 
 
 def _batches(request: GenerationRequest, size: int) -> Iterator[list[int]]:

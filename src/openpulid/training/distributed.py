@@ -96,6 +96,9 @@ class DistributedContext:
 
     Gradients are averaged explicitly with accelerate: DistributedDataParallel cannot wrap the hooks
     and attention processors that an adapter adds inside a base model.
+
+    Raises:
+        TrainingError: the environment variables of a launcher are incomplete or invalid.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -13,7 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openpulid.errors import OptionError, PulidError, explain_out_of_memory
+from openpulid.errors import (
+    OptionError,
+    PulidError,
+    explain_missing_library,
+    explain_out_of_memory,
+)
 from openpulid.io.metadata import save_image
 from openpulid.pipelines.request import ModelSelection, RequestError
 from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues
@@ -34,6 +39,9 @@ UPLOADS: dict[str, Any] = {
 }
 IMAGE_BUTTONS: Any = ["download", "fullscreen"]
 """Buttons of images of a person: none that sends them anywhere."""
+OUT_OF_MEMORY_ADVICE = (
+    "choose a smaller size, or start the page with --memory 12gb (FLUX only) or another --device"
+)
 DELETE_CACHE = (600, 3600)
 """Every 600 seconds, uploads older than 3600 seconds are deleted."""
 
@@ -201,7 +209,7 @@ def _form_handler(function: Callable[[Any], Any], form: type) -> Callable[..., A
 
     def handle(*values: Any) -> Any:
         try:
-            with explain_out_of_memory():
+            with explain_out_of_memory(OUT_OF_MEMORY_ADVICE), explain_missing_library():
                 return function(form(**dict(zip(names, values, strict=True))))
         except PulidError as error:
             shown = error.rename(FIELD_LABELS) if isinstance(error, RequestError) else error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from openpulid.io.metadata import hash_files, image_name, save_image
 from openpulid.pipelines.inputs import open_inputs
+from openpulid.pipelines.prompts import check_words
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
 from openpulid.pipelines.selection import resolve_preset
@@ -88,8 +89,11 @@ class WebSession:
         Returns:
             file and caption of each image.
         """
-        studio = self.studio(request.model or self.models)
+        models = request.model or self.models
+        preset = self.preset(models)
+        check_words(preset, preset.resolve(request))  # before anything is loaded
         inputs = open_inputs(request)
+        studio = self.studio(models)
         hashes = hash_files(request.input_files())
         result = studio.generate(request, inputs=inputs)
         caption = "" if request.people else ", no identity"

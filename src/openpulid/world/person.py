@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from openpulid.errors import OptionError
+
 HELD_OUT_PEOPLE = 1_000_000
 """Seeds from this number on are people who are held out of training."""
 
@@ -56,7 +58,12 @@ class Person:
         """Return the person of a seed, the same on every machine.
 
         Seeds from `HELD_OUT_PEOPLE` on are not used in training.
+
+        Raises:
+            OptionError: the seed does not fit into 64 bits.
         """
+        if not 0 <= seed < 2**64:
+            raise OptionError(f"the seed of a person must be from 0 to {2**64 - 1}, got {seed}.")
         return cls.sample(torch.Generator().manual_seed(seed))
 
     @classmethod

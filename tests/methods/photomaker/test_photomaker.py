@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 from diffusers import ControlNetModel
+from tokenizers import Tokenizer
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity, fuse_identities
@@ -15,8 +17,9 @@ from openpulid.methods.controlnet import ControlNet
 from openpulid.methods.photomaker import prompt_fusion
 from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
 from openpulid.methods.photomaker.photomaker import PhotoMaker
-from openpulid.methods.photomaker.prompt_fusion import repeat_class_word
+from openpulid.methods.photomaker.prompt_fusion import remove_trigger_word, repeat_class_word
 from openpulid.methods.registry import find_method
+from openpulid.mini.models.tokenizer import build_tokenizer
 from tests.support.clip_files import FACE, Faces, config, embedding
 from tests.support.token_files import CROSS, PROMPTS, WIDTH, generate, person
 
@@ -256,6 +259,78 @@ def test_class_word_is_repeated_and_end_token_stays(pipe: Any) -> None:
         ]
     )
     assert repeat_class_word(full, words, 3)[0][0, -1] == end
+
+
+@pytest.mark.parametrize(
+    ("prompt", "repeated", "plain"),
+    [
+        (
+            "a woman img wearing a hat",
+            "a woman woman wearing a hat",
+            "a woman wearing a hat",
+        ),
+        ("two women", "two women women", "two women"),
+        ("a baby img", "a baby baby", "a baby"),
+        ("a man and a woman img", "a man and a woman woman", "a man and a woman"),
+        # not in the list of reports
+        ("a wizard img, red hat", "a wizard wizard, red hat", "a wizard, red hat"),
+        ("a woman, img", "a woman woman,", "a woman,"),
+        ("img of a man", "of a man man", "of a man"),
+        ("a woman img and a man img", "a woman woman and a man", "a woman and a man"),
+        ("red hat", "person person red hat", "red hat"),
+    ],
+)
+def test_trigger_word_marks_the_class_word(prompt: str, repeated: str, plain: str) -> None:
+    words = [
+        "a",
+        "an",
+        "and",
+        "baby",
+        "hat",
+        "img",
+        "man",
+        "of",
+        "person",
+        "red",
+        "two",
+        "wearing",
+        "wizard",
+        "woman",
+        "women",
+        ",",
+    ]
+    tokenizer = build_tokenizer(words, 16)
+
+    def encode(text: str) -> Any:
+        return tokenizer([text], padding="max_length", return_tensors="pt").input_ids
+
+    ids, [position] = repeat_class_word(encode(prompt), tokenizer, 2)
+    assert torch.equal(ids, encode(repeated))
+    assert ids[0, position] == ids[0, position + 1]
+    assert torch.equal(remove_trigger_word(encode(prompt), tokenizer), encode(plain))
+
+
+def test_trigger_word_gives_the_image_without_it(tiny_pipeline: Any, tmp_path: Any) -> None:
+    """It is not read either in the steps before the identity acts."""
+    pipe = tiny_pipeline()
+    for name in ("tokenizer", "tokenizer_2"):
+        words = {"img": 3}  # replaces "portrait"
+        tokenizer = getattr(pipe, name)
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary = backend["model"]["vocab"]
+        vocabulary["img"] = vocabulary.pop("portrait")
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+        assert tokenizer("img", add_special_tokens=False).input_ids == [words["img"]]
+    torch.save(file(pipe, 1), tmp_path / "photomaker.bin")
+    method = PhotoMaker.load(tmp_path / "photomaker.bin")
+    method.attach(pipe)
+    identity = create_identity(method)
+    for start in (0.0, 0.5):
+        with method.use(identity, start=start):
+            with_trigger = generate(pipe, ["a person img red hat"])
+            without = generate(pipe, ["a person red hat"])
+        assert torch.allclose(with_trigger, without, atol=1e-6)
+    assert not torch.allclose(generate(pipe, ["a person img red hat"]), without, atol=1e-3)
 
 
 def test_late_class_word_raises(pipe: Any, method: PhotoMaker) -> None:

@@ -27,6 +27,7 @@ from openpulid.methods.hooks import (
     PipelineState,
     Span,
     UNetCall,
+    check_scale,
     expand_per_image,
     find_unet,
     move_to,
@@ -137,14 +138,15 @@ class IPAdapterBase(Adapter):
         identities = [people] if isinstance(people, Identity) else list(people)
         if not identities:
             raise OptionError("pass an identity, or one per prompt.")
-        span = Span(start, end)
         states = self.select_pipelines(pipe)
         weight = self.scale if scale is None else scale
-        if not weight or span.is_empty:
-            yield self
-            return
-        with self.activate(states, lambda state: self._open(state, identities, weight, span)):
-            yield self
+        check_scale(weight)
+        with Span(start, end).watch("the identity") as span:
+            if not weight or span.is_empty:
+                yield self
+                return
+            with self.activate(states, lambda state: self._open(state, identities, weight, span)):
+                yield self
 
     def unet_kwargs(
         self, state: PipelineState, people: Sequence[Identity], call: UNetCall, scale: float

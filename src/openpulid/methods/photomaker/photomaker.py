@@ -24,7 +24,7 @@ from openpulid.identity.detection import FaceDetection
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import read_metadata
 from openpulid.methods.adapter import Adapter, exclusive_use
-from openpulid.methods.hooks import PipelineState, Span, find_unet
+from openpulid.methods.hooks import PipelineState, Span, check_scale, find_unet
 from openpulid.methods.ip_adapter.base import read_parts
 from openpulid.methods.lora import parse_lora
 from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
@@ -144,13 +144,14 @@ class PhotoMaker(Adapter):
         identities = [people] if isinstance(people, Identity) else list(people)
         if not identities:
             raise OptionError("pass an identity, or one per prompt.")
-        span = Span(self.start if start is None else start, end)
+        check_scale(scale)
         states = self.select_pipelines(pipe)
-        if not scale or span.is_empty:
-            yield self
-            return
-        with self.activate(states, lambda state: self._open(state, identities, scale, span)):
-            yield self
+        with Span(self.start if start is None else start, end).watch("the identity") as span:
+            if not scale or span.is_empty:
+                yield self
+                return
+            with self.activate(states, lambda state: self._open(state, identities, scale, span)):
+                yield self
 
     @contextmanager
     def _open(

@@ -27,8 +27,15 @@ from openpulid.methods.hooks import (
 )
 from openpulid.methods.lora import low_rank_hook
 
-CLASS_WORDS = ("person", "man", "woman", "boy", "girl", "child", "lady", "guy")
+CLASS_WORDS = (
+    "person", "man", "woman", "boy", "girl", "child", "lady", "guy", "baby", "toddler", "kid",
+    "teenager", "gentleman", "male", "female", "people", "persons", "men", "women", "boys", "girls",
+    "children", "ladies", "guys", "babies", "toddlers", "kids", "teenagers", "gentlemen",
+)  # fmt: skip
 """Words that can be fused. The first one in a prompt is used; without one, "person" is inserted."""
+
+TRIGGER_WORD = "img"
+"""In the authors' prompts, the word after the class word. It is read and left out."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +43,17 @@ class EncodedPrompt:
     """One prompt encoded by one text encoder.
 
     Attributes:
-        plain: states (L, D') of the prompt as it is.
+        original: states (L, D') of the prompt as it is.
+        plain: states (L, D') without the trigger word.
+        plain_pooled: (P,) of the latter.
         repeated: states (L, D') with the class word repeated.
         pooled: (P,) of the latter.
         index: first position of the class word.
     """
 
+    original: Tensor
     plain: Tensor
+    plain_pooled: Tensor
     repeated: Tensor
     pooled: Tensor
     index: int
@@ -75,6 +86,7 @@ class PromptFusion:
         self.prompts: tuple[list[EncodedPrompt], list[EncodedPrompt]] = ([], [])
         self._reentrant = False  # the second call of a text encoder, by its own hook
         self._unet_called = False
+        self._has_trigger_word = False
 
     @contextmanager
     def register(self, lora: Mapping[str, tuple[Tensor, Tensor]], scale: float) -> Iterator[None]:
@@ -107,18 +119,27 @@ class PromptFusion:
     def _capture_prompt(
         self, index: int, tokenizer: Any, module: nn.Module, args: Any, kwargs: Any, output: Any
     ) -> None:
-        """Encode a text encoder's input again with the class word repeated (forward hook)."""
+        """Encode a text encoder's input again, plain and with the class word repeated.
+
+        Forward hook of the text encoder.
+        """
         if self._reentrant:
             return
         if self._unet_called:  # a new run begins: forget the prompts of the last one
             self.prompts = ([], [])
             self._unet_called = False
+            self._has_trigger_word = False
         input_ids = args[0] if args else kwargs["input_ids"]
         repeated_ids, positions = repeat_class_word(input_ids, tokenizer, len(self.tokens[0]))
+        plain_ids = remove_trigger_word(input_ids, tokenizer)
         options = {name: value for name, value in kwargs.items() if name != "input_ids"}
         self._reentrant = True
         try:
             repeated = module(repeated_ids, **options)
+            plain = output
+            if not torch.equal(plain_ids, input_ids):
+                self._has_trigger_word = True
+                plain = module(plain_ids, **options)
         finally:
             self._reentrant = False
         layer = -((getattr(self.state.target, "clip_skip", None) or 0) + 2)
@@ -126,6 +147,8 @@ class PromptFusion:
             self.prompts[index].append(
                 EncodedPrompt(
                     output.hidden_states[layer][row],
+                    plain.hidden_states[layer][row],
+                    plain[0][row],
                     repeated.hidden_states[layer][row],
                     repeated[0][row],
                     position,
@@ -138,7 +161,8 @@ class PromptFusion:
         """Replace the prompt and its pooled embedding (forward pre-hook of the U-Net)."""
         self._unet_called = True
         call = UNetCall.parse(args, kwargs)
-        if not self._is_active(call):
+        is_active = self._is_active(call)
+        if not is_active and not self._has_trigger_word:
             return args, kwargs
         states = call.text.clone()
         conditions = dict(kwargs["added_cond_kwargs"])
@@ -153,7 +177,10 @@ class PromptFusion:
         for image in range(num_images):
             tokens = self.tokens[image // images_per_identity]
             row = first + image
-            states[row], pooled[row] = self._fuse(states[row], tokens)
+            if is_active:
+                states[row], pooled[row] = self._fuse(states[row], tokens)
+            else:
+                states[row], pooled[row] = self._plain(states[row], pooled[row])
 
         # sample and timestep stay positional; what was positional after them is passed by name
         conditions["text_embeds"] = pooled
@@ -162,15 +189,32 @@ class PromptFusion:
             "added_cond_kwargs": conditions,
         }
 
+    def _plain(self, original: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Return one prompt (L, D) without its trigger word, and its pooled embedding (P,)."""
+        encoded = self._find(original)
+        if encoded is None:
+            return original, pooled
+        first, second = encoded
+        states = torch.cat([first.plain, second.plain], -1)
+        return states.to(original), second.plain_pooled.to(original)
+
+    def _find(self, original: Tensor) -> tuple[EncodedPrompt, EncodedPrompt] | None:
+        """Return what both text encoders gave for a prompt (L, D); None for foreign embeddings."""
+        for first, second in zip(*self.prompts, strict=True):
+            states = torch.cat([first.original, second.original], -1)
+            if torch.equal(states.to(original), original):
+                return first, second
+        return None
+
     def _is_active(self, call: UNetCall) -> bool:
         """Return whether the fused prompt is used; the step at `start` still has the plain one."""
         position = self.state.position(call.timestep)
         assert position.fraction is not None
-        if self.span.start and position.fraction <= self.span.start:
-            return False
-        return Span(0.0, self.span.end).contains(position)
+        # asked in any case: the span records its answers
+        is_in_span = self.span.contains(position)
+        return is_in_span and (not self.span.start or position.fraction > self.span.start)
 
-    def _fuse(self, plain: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _fuse(self, original: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Fuse one prompt (L, D) with tokens (T, D).
 
         Returns:
@@ -179,29 +223,31 @@ class PromptFusion:
         Raises:
             OptionError: The prompt was passed as embeddings, or its class word is too late.
         """
-        for first, second in zip(*self.prompts, strict=True):
-            if not torch.equal(torch.cat([first.plain, second.plain], -1).to(plain), plain):
-                continue
-            states = torch.cat([first.repeated, second.repeated], -1).to(tokens)
-            words = slice(second.index, second.index + len(tokens))
-            if words.stop >= len(states):  # the last position is that of the end token
-                raise OptionError(
-                    f"PhotoMaker repeats the class word {len(tokens)} times, once per token, "
-                    "which does not fit because the word is too late in the prompt; "
-                    "move it forward or use fewer reference images."
-                )
-            states[words] = self.fuse_module(states[words], tokens)
-            return states.to(plain), second.pooled.to(plain)
-        raise OptionError(
-            "PhotoMaker changes the text of the prompt; "
-            "pass prompts instead of prompt embeddings while it is in use."
-        )
+        encoded = self._find(original)
+        if encoded is None:
+            raise OptionError(
+                "PhotoMaker changes the text of the prompt; "
+                "pass prompts instead of prompt embeddings while it is in use."
+            )
+        first, second = encoded
+        states = torch.cat([first.repeated, second.repeated], -1).to(tokens)
+        words = slice(second.index, second.index + len(tokens))
+        if words.stop >= len(states):  # the last position is that of the end token
+            raise OptionError(
+                f"PhotoMaker repeats the class word {len(tokens)} times, once per token, "
+                "which does not fit because the word is too late in the prompt; "
+                "move it forward or use fewer reference images."
+            )
+        states[words] = self.fuse_module(states[words], tokens)
+        return states.to(original), second.pooled.to(original)
 
 
 def repeat_class_word(input_ids: Tensor, tokenizer: Any, count: int) -> tuple[Tensor, list[int]]:
     """Repeat the class word of each prompt, or insert "person" before a prompt without one.
 
-    The end token stays when a prompt becomes too long: the pooled embedding is read there.
+    The class word is the one before the trigger word, which is left out. Without a trigger word it
+    is the first of `CLASS_WORDS`. The end token stays when a prompt becomes too long: the pooled
+    embedding is read there.
 
     Args:
         input_ids: (P, L).
@@ -212,24 +258,84 @@ def repeat_class_word(input_ids: Tensor, tokenizer: Any, count: int) -> tuple[Te
         (P, L), and the first position of the word in each prompt.
     """
     class_ids = _class_word_ids(tokenizer)
+    trigger = _trigger_ids(tokenizer)
     rows = []
     positions = []
     for row in input_ids.tolist():
-        matches = [index for index, token in enumerate(row) if token in class_ids]
-        if matches:
-            position = matches[0]
-            token = row[position]
-            tail = row[position + 1 :]
+        words, position = _split_trigger(row, trigger, tokenizer)
+        if position is None:
+            matches = [index for index, token in enumerate(words) if token in class_ids]
+            position = matches[0] if matches else None
+        if position is not None:
+            token = words[position]
+            tail = words[position + 1 :]
         else:
             position = 1  # after the start token
             token = _first_token(tokenizer, CLASS_WORDS[0])
-            tail = row[position:]
-        repeated = (row[:position] + [token] * count + tail)[: len(row)]
+            tail = words[position:]
+        padding = row[-1:] * len(row)
+        repeated = (words[:position] + [token] * count + tail + padding)[: len(row)]
         if tokenizer.eos_token_id not in repeated[position + count :]:
             repeated[-1] = tokenizer.eos_token_id
         rows.append(repeated)
         positions.append(position)
     return torch.tensor(rows, device=input_ids.device), positions
+
+
+def remove_trigger_word(input_ids: Tensor, tokenizer: Any) -> Tensor:
+    """Remove the trigger word from each prompt.
+
+    Args:
+        input_ids: (P, L).
+        tokenizer: that encoded the prompts.
+
+    Returns:
+        (P, L), padded at the end.
+    """
+    trigger = _trigger_ids(tokenizer)
+    rows = []
+    for row in input_ids.tolist():
+        words, _ = _split_trigger(row, trigger, tokenizer)
+        rows.append(words + row[-1:] * (len(row) - len(words)))
+    return torch.tensor(rows, device=input_ids.device)
+
+
+def _split_trigger(
+    row: Sequence[int], trigger: Sequence[int], tokenizer: Any
+) -> tuple[list[int], int | None]:
+    """Remove the trigger word from a prompt.
+
+    Returns:
+        The other tokens, and the position of the class word before the first trigger word. None
+        without a trigger word, or if it is the first word.
+    """
+    words: list[int] = []
+    position = None
+    index = 0
+    while index < len(row):
+        if trigger and list(row[index : index + len(trigger)]) == list(trigger):
+            if position is None:
+                position = _last_word(words, tokenizer)
+            index += len(trigger)
+        else:
+            words.append(row[index])
+            index += 1
+    return words, position
+
+
+def _last_word(words: Sequence[int], tokenizer: Any) -> int | None:
+    """Return the position of the last token that is a word, not a sign; None if there is none."""
+    for position in range(len(words) - 1, 0, -1):  # the first is the start token
+        token = tokenizer.convert_ids_to_tokens(words[position]).removesuffix("</w>")
+        if any(map(str.isalnum, token)):
+            return position
+    return None
+
+
+def _trigger_ids(tokenizer: Any) -> list[int]:
+    """Return the tokens of the trigger word; none if the tokenizer does not know it."""
+    ids: list[int] = tokenizer([TRIGGER_WORD], add_special_tokens=False).input_ids[0]
+    return [] if tokenizer.unk_token_id in ids else ids
 
 
 def _class_word_ids(tokenizer: Any) -> set[int]:

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.hooks import PipelineState, Span, StepTracker
+from openpulid.methods.hooks import PipelineState, Span, StepTracker, check_scale
 from openpulid.methods.pulid.base import PuLIDBase
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux_attention import (
@@ -190,9 +190,13 @@ class PuLIDFlux(PuLIDBase):
         def negative() -> Tensor:
             return self.unconditional(first_identity.id_cond, first_identity.hidden)[:, None]
 
+        check_scale(scale)
         span = Span(start, end) if start_step is None else Span(0.0, end, start_step)
         masks = stack_masks(prompts)
-        with self._open(positive, negative, scale, span, timestep_to_start_cfg, masks, pipe):
+        with (
+            span.watch("the identity") as watched,
+            self._open(positive, negative, scale, watched, timestep_to_start_cfg, masks, pipe),
+        ):
             yield self
 
     @contextmanager

@@ -16,11 +16,11 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError, WeightsError, suggest
 from openpulid.identity.identity import find_mismatched_models
 from openpulid.io import hub
 from openpulid.io.checkpoints import read_metadata
-from openpulid.methods.hooks import PipelineState, Span, find_unet
+from openpulid.methods.hooks import PipelineState, Span, check_scale, find_unet
 from openpulid.methods.pulid.base import PuLIDBase
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
@@ -134,7 +134,8 @@ class PuLID(PuLIDBase):
         """
         if variant not in VARIANTS:
             raise OptionError(
-                f"no variant {variant!r} of PuLID; choose one of {', '.join(VARIANTS)}."
+                f"no variant {variant!r} of PuLID{suggest(variant, VARIANTS)}; "
+                f"choose one of {', '.join(VARIANTS)}."
             )
         entry = hub.find_weight(f"pulid-{variant}")
         if Path(repo_or_folder).is_dir():
@@ -268,10 +269,12 @@ class PuLID(PuLIDBase):
             tokens = self.unconditional(first_identity.id_cond, first_identity.hidden, mix)
             return self.keys_values(tokens[:, None])
 
-        options = IdentityOptions(scale, Span(start, end), projection, num_zero)
+        check_scale(scale)
         masks = stack_masks(prompts)
-        with self._open(positive, negative, options, masks, guided, pipe):
-            yield self
+        with Span(start, end).watch("the identity") as span:
+            options = IdentityOptions(scale, span, projection, num_zero)
+            with self._open(positive, negative, options, masks, guided, pipe):
+                yield self
 
     @contextmanager
     def use_tokens(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.methods.adapter import exclusive_use
 from openpulid.methods.hooks import (
     PipelineState,
@@ -109,7 +109,8 @@ class IdentityOptions:
     def __post_init__(self) -> None:
         if self.projection not in PROJECTIONS:
             raise OptionError(
-                f"projection must be one of {', '.join(PROJECTIONS)}; got {self.projection!r}."
+                f"projection must be one of {', '.join(PROJECTIONS)}; got {self.projection!r}"
+                f"{suggest(self.projection, PROJECTIONS)}."
             )
         if not isinstance(self.num_zero, int) or self.num_zero < 0:
             raise OptionError(

@@ -19,7 +19,7 @@ import torch
 
 from openpulid.bench.measurement import append_measurement, describe_measurement
 from openpulid.device import best_device
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.mini.train.baseline_stages import BASELINE_STAGES
 from openpulid.mini.train.build_context import BuildContext, Stage
 from openpulid.mini.train.stages import STAGES
@@ -81,7 +81,10 @@ def select_stages(names: Sequence[str] | None) -> list[Stage]:
     known_names = [stage.name for stage in stages]
     for name in names:
         if name not in known_names:
-            raise OptionError(f"There is no part {name!r}; choose from {', '.join(known_names)}.")
+            raise OptionError(
+                f"there is no part {name!r}{suggest(name, known_names)}; "
+                f"choose from {', '.join(known_names)}."
+            )
     return [stage for stage in stages if stage.name in names]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from openpulid.diffusion.sampling import SAMPLERS
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.methods.pulid import ENCODERS, Projection
 from openpulid.training.limits import COUNT, FRACTION, INDEX, Limit, check_limits
 from openpulid.training.schedule import OptimizerKind, TrainerConfig
@@ -347,5 +347,8 @@ def find_recipe(name: str) -> Recipe:
         OptionError: there is no such recipe; the message lists all.
     """
     if name not in RECIPES:
-        raise OptionError(f"unknown recipe {name!r}: choose one of {', '.join(sorted(RECIPES))}.")
+        raise OptionError(
+            f"unknown recipe {name!r}{suggest(name, RECIPES)}: "
+            f"choose one of {', '.join(sorted(RECIPES))}."
+        )
     return RECIPES[name]()

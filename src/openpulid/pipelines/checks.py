@@ -1,0 +1,203 @@
+"""Check a request against the models that run it: options, sizes, and what would have no effect."""
+
+from __future__ import annotations
+
+from openpulid.methods.hooks import SchedulePosition, Span
+from openpulid.pipelines.model_set import ModelSet
+from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest, RequestError
+
+
+def check_supported(request: GenerationRequest, options: frozenset[str], label: str) -> None:
+    """Refuse options that have no effect with the models.
+
+    Args:
+        request: the request, before defaults are filled in.
+        options: names of the options that have an effect.
+        label: how messages call the preset.
+
+    Raises:
+        RequestError: names all other options.
+    """
+    names = request.list_options() + (["controls"] if request.controls else [])
+    unsupported = [name for name in names if name not in options]
+    if unsupported:
+        fields = [f"identity.{n}" if n in IDENTITY_NAMES else n for n in unsupported]
+        placeholders = ", ".join(f"{{{k}}}" for k in range(len(fields)))
+        raise RequestError(f"{label} does not support: {placeholders}.", *fields)
+
+
+def check_resolved(request: GenerationRequest, models: ModelSet, label: str) -> None:
+    """Refuse values of a resolved request that do not suit the models or one another.
+
+    Args:
+        request: the resolved request.
+        models: the models that run it.
+        label: how messages call the preset.
+
+    Raises:
+        RequestError: the size is not one of the models', the method has no masks, or options of
+            FLUX's guidance are incomplete.
+    """
+    _check_size(request, models, label)
+    _check_mask(request, models)
+    if models.family == "flux":
+        _check_true_cfg(request)
+
+
+def _check_size(request: GenerationRequest, models: ModelSet, label: str) -> None:
+    multiple = models.size_multiple
+    sides = (request.width or models.native_side, request.height or models.native_side)
+    if any(side % multiple for side in sides):
+        nearest = "x".join(str(max(round(side / multiple), 1) * multiple) for side in sides)
+        raise RequestError(
+            f"{sides[0]}x{sides[1]}: {{0}} and {{1}} must be multiples of {multiple}, "
+            f"for example {nearest}.",
+            "width",
+            "height",
+        )
+    low, high = models.min_side, models.max_side
+    if any(not low <= side <= high for side in sides):
+        native = models.native_side
+        raise RequestError(
+            f"{sides[0]}x{sides[1]}: {{0}} and {{1}} must be from {low} to {high} for {label}, "
+            f"which was trained at about {native}x{native}.",
+            "width",
+            "height",
+        )
+
+
+def _check_mask(request: GenerationRequest, models: ModelSet) -> None:
+    if models.method == "pulid":
+        return
+    for number, person in enumerate(request.people):
+        if person.mask is not None:
+            raise RequestError(
+                f"{{0}} is only supported by PuLID, not by {models.method}; leave it out.",
+                f"people.{number}.mask",
+            )
+
+
+def check_active_steps(request: GenerationRequest, models: ModelSet) -> None:
+    """Refuse a span of the schedule without a step: it would give the image of nobody.
+
+    Args:
+        request: a resolved request that shows a person.
+        models: the models that run it.
+
+    Raises:
+        RequestError: no step is in the span.
+    """
+    identity = request.identity
+    scale = identity.scale
+    if request.people and request.people[0].scale is not None:
+        scale = request.people[0].scale
+    if scale == 0 or find_active_steps(request, models):
+        return
+    steps = request.num_inference_steps or 1
+    if identity.start_step is not None and identity.start_step >= steps:
+        raise RequestError(
+            f"{{0}} {identity.start_step} is after the last step, {steps - 1}, so that the image "
+            "would not show the person; use a smaller one.",
+            "identity.start_step",
+        )
+    raise RequestError(
+        f"none of the {steps} steps is between {{0}} {identity.start:g} and {{1}} "
+        f"{identity.end:g}, so that the image would not show the person; widen the span, or leave "
+        "out the person.",
+        "identity.start",
+        "identity.end",
+    )
+
+
+def find_active_steps(request: GenerationRequest, models: ModelSet) -> list[int]:
+    """Return the steps in which the identity acts.
+
+    Args:
+        request: a resolved request.
+        models: PhotoMaker's first step is the one after `start`.
+    """
+    identity = request.identity
+    steps = request.num_inference_steps or 0
+    start, end = identity.start or 0.0, 1.0 if identity.end is None else identity.end
+    span = Span(start, end)
+    if identity.start_step is not None:
+        span = Span(0.0, end, identity.start_step)
+    positions = [SchedulePosition(step / steps, step) for step in range(steps)]
+    if models.method.startswith("photomaker") and start:
+        positions = [position for position in positions if (position.fraction or 0) > start]
+    return [position.step or 0 for position in positions if span.contains(position)]
+
+
+def _check_true_cfg(request: GenerationRequest) -> None:
+    is_guided = (request.true_cfg_scale or 1) > 1
+    has_negative_prompt = request.negative_prompt is not None
+    if not is_guided and not request.negative_prompt:
+        return
+    if is_guided != has_negative_prompt:
+        raise RequestError(
+            "on FLUX, {0} above 1 and {1} only work together; set both or neither.",
+            "true_cfg_scale",
+            "negative_prompt",
+        )
+    first = request.timestep_to_start_cfg or 0
+    if first >= (request.num_inference_steps or 0):
+        raise RequestError(
+            f"{{0}} {first} is after the last step, {(request.num_inference_steps or 1) - 1}, so "
+            "that {1} would have no effect; use a smaller one.",
+            "timestep_to_start_cfg",
+            "negative_prompt",
+        )
+
+
+def describe_ineffective(
+    request: GenerationRequest, resolved: GenerationRequest, models: ModelSet, is_person_shown: bool
+) -> list[str]:
+    """Return a note on each option that has no effect, or on a size that is far from the training.
+
+    Args:
+        request: with the options that the user set.
+        resolved: the same with all defaults.
+        models: the models that run it.
+        is_person_shown: whether an identity is used.
+    """
+    notes = [*_describe_guidance(request, resolved, models), *_describe_size(resolved, models)]
+    identity = request.identity
+    if not is_person_shown:
+        names = [name for name in IDENTITY_NAMES if getattr(identity, name) is not None]
+        model = request.model
+        names += [name for name in ("method", "adapter", "face_pack") if getattr(model, name, None)]
+        if names:
+            notes.append(f"without a person these options have no effect: {', '.join(names)}")
+    elif identity.start and identity.start_step is not None:
+        notes.append("start has no effect next to start_step")
+    return notes
+
+
+def _describe_guidance(
+    request: GenerationRequest, resolved: GenerationRequest, models: ModelSet
+) -> list[str]:
+    notes = []
+    if models.family == "flux":
+        if request.timestep_to_start_cfg is not None and (resolved.true_cfg_scale or 1) <= 1:
+            notes.append("timestep_to_start_cfg has no effect, because true_cfg_scale is 1")
+        return notes
+    scale = resolved.guidance_scale or 0.0
+    if 0 < scale < 1:
+        notes.append(f"guidance_scale {scale:g} has the effect of 1: there is no guidance")
+    if request.negative_prompt and scale <= 1:
+        notes.append(
+            "the negative prompt has no effect without guidance; use a guidance_scale above 1"
+        )
+    return notes
+
+
+def _describe_size(resolved: GenerationRequest, models: ModelSet) -> list[str]:
+    native = models.native_side
+    width, height = resolved.width or native, resolved.height or native
+    ratio = width * height / native**2
+    if models.min_area <= ratio <= 1 / models.min_area:
+        return []
+    return [
+        f"the model was trained at about {native}x{native} pixels; images of {width}x{height} may "
+        "be worse"
+    ]

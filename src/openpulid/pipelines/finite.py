@@ -1,0 +1,59 @@
+"""Run a pipeline, and report NaN and infinity instead of returning a black image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor, nn
+
+from openpulid.errors import NonFiniteError
+
+
+def run_pipeline(pipe: Any, **options: Any) -> list[Image.Image]:
+    """Run a pipeline and return its images, the same as with the output type "pil".
+
+    Args:
+        pipe: a StableDiffusionXLPipeline or FluxPipeline.
+        options: arguments of the call.
+
+    Raises:
+        NonFiniteError: a step or the autoencoder gave NaN or infinity.
+    """
+    network = "U-Net" if getattr(pipe, "unet", None) is not None else "transformer"
+
+    def check_latents(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if not bool(tensors["latents"].isfinite().all()):
+            raise NonFiniteError(
+                f"the {network} gave NaN or infinity in step {step + 1}, so there is no image; "
+                "its weights, the adapter's or the identity are damaged, or too large for "
+                "float16; try another base model or identity, or the device cpu."
+            )
+        return tensors
+
+    def check_decoded(_: nn.Module, args: Any, decoded: Tensor) -> None:
+        if not bool(decoded.isfinite().all()):
+            raise decoder_error()
+
+    decoder = getattr(pipe.vae, "decoder", None)
+    # the pipeline clamps infinity
+    hook = decoder.register_forward_hook(check_decoded) if decoder is not None else None
+    try:
+        output = pipe(**options, output_type="np", callback_on_step_end=check_latents)
+    finally:
+        if hook is not None:
+            hook.remove()
+    pixels = np.asarray(output.images)
+    if not np.isfinite(pixels).all():
+        raise decoder_error()
+    images: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
+    return images
+
+
+def decoder_error() -> NonFiniteError:
+    """Create the error for an autoencoder that gives NaN or infinity."""
+    return NonFiniteError(
+        "the autoencoder gave NaN or infinity, so there is no image; its weights are damaged, or "
+        "too large for float16; try another base model, or the device cpu."
+    )

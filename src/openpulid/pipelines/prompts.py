@@ -1,0 +1,259 @@
+"""What the text encoders read of a prompt: unknown words and signs, other syntax, length."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import Any
+
+from openpulid.errors import PromptError, WeightsError
+from openpulid.pipelines.presets import Preset
+from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.weights import resolve_path
+
+logger = logging.getLogger(__name__)
+
+MIDJOURNEY = (
+    "ar|aspect|chaos|cref|cw|exp|iw|niji|no|oref|profile|q|quality|raw|repeat|s|seed|sref|stop|"
+    "style|stylize|sw|tile|v|version|video|weird"
+)
+"""Parameters that Midjourney reads after two dashes, which editors turn into a long dash."""
+
+NUMBER = r"[-+]?\d*\.?\d+"
+OTHER_SYNTAX = re.compile(
+    "|".join(
+        (
+            r"<[^<>\s][^<>]*>",  # <lora:detail:0.8>
+            r"\bembedding:\s*[^\s,]+",  # ComfyUI
+            r"\\[nrt](?![a-z])|\\\W",  # typed line breaks, escaped brackets
+            r"\({2,}[^()]*\){2,}",  # ((smile))
+            rf"\([^()]*:\s*{NUMBER}\s*\)",  # (smile:1.3)
+            rf"\([^()]*\)(?:[-+]+(?![\w-])|{NUMBER})",  # Compel: (smile)++, (smile)1.3
+            r"\)\.(?:and|blend|swap)\([^()]*\)",  # Compel: ("smile", "laugh").blend(1, 1)
+            r"\w+(?:\+\+|--)[-+]*(?!\w)",  # Compel: smile++
+            r"\[+[^\[\]]*\]+",  # [smile], [smile:laugh:0.5]
+            r"\{+[^{}]*\}+",  # {smile|laugh}
+            r"(?<!\w)__[\w*/-]+__(?!\w)",  # wildcards
+            rf"\w+\s*::\s*(?:{NUMBER})?",  # Midjourney: hat::2
+            rf"(?<!\S)(?:--[a-z]\w*|[\u2013\u2014](?:{MIDJOURNEY})\b)(?:\s+[^\s,-][^\s,]*)?",
+            rf"\b[A-Za-z][\w'-]*:{NUMBER}(?![\d:])",  # smile:1.2
+            r"[\[\]{}|]",
+            # pasted parameters of an image
+            r"(?i:\b(?:negative prompt|cfg scale|sampler|model hash)\s*:|\b(?:seed|steps):\s*\d+)",
+        )
+    )
+)
+"""Syntax of other programs, which the text encoders read as plain words. Plain round brackets are
+none, because they may enclose a remark."""
+
+KEYWORDS = re.compile(r"\b(?:BREAK|AND|ADDCOMM|ADDBASE|ADDCOL|ADDROW)\b")
+"""Words with a meaning in other programs if they are in capitals."""
+
+TRIGGER_WORD = re.compile(r"\bimg\b")
+"""The word after the class word in prompts for PhotoMaker."""
+
+MAX_LISTED = 20
+"""How many parts of a prompt a note lists."""
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """A prompt of a request.
+
+    Attributes:
+        text: the prompt.
+        field: its field in the request.
+    """
+
+    text: str
+    field: str = "prompt"
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return self.field.replace("_", " ")
+
+
+def check_words(preset: Preset, request: GenerationRequest) -> None:
+    """Refuse unknown words before any model is loaded; only a tokenizer is read.
+
+    Args:
+        preset: the preset that will run the request. SDXL's tokenizer knows every word, so that
+            only the miniature's and FLUX's are read.
+        request: a request.
+
+    Raises:
+        PromptError: the model does not know a word.
+    """
+    models = preset.models
+    if models.family == "sdxl" and not models.is_miniature:
+        return
+    try:
+        pipeline = resolve_path(models.pipeline)
+    except WeightsError:  # loading the pipeline reports that
+        return
+    folder = pipeline / ("tokenizer_2" if models.family == "flux" else "tokenizer")
+    if not folder.is_dir():
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for prompt in _user_inputs(request, preset):
+        replace_unknown(tokenizer, prompt, preset)
+
+
+def prepare_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> GenerationRequest:
+    """Return a request with prompts that the text encoders can read; log what has no effect.
+
+    Args:
+        pipe: a StableDiffusionXLPipeline or FluxPipeline.
+        request: a resolved request.
+        preset: the preset that runs it. Its own negative prompt is not checked: it may be longer
+            than what the model reads, and is cut.
+
+    Raises:
+        PromptError: the model does not know a word.
+    """
+    is_flux = preset.models.family == "flux"  # T5 reads the longer prompt
+    tokenizer = pipe.tokenizer_2 if is_flux else pipe.tokenizer
+    limit = request.max_sequence_length if is_flux else None
+    texts = {}
+    for prompt in _user_inputs(request, preset):
+        note_other_syntax(tokenizer, prompt, preset.models.method)
+        text, signs = replace_unknown(tokenizer, prompt, preset)
+        if signs:
+            logger.warning(
+                "the model does not know %s; left out of the %s", _enumerate(signs), prompt.name
+            )
+        note_length(tokenizer, TextInput(text, prompt.field), limit)
+        texts[prompt.field] = text
+    return request.model_copy(update=texts)
+
+
+def _user_inputs(request: GenerationRequest, preset: Preset) -> list[TextInput]:
+    """Return the prompts of a request that the user wrote."""
+    inputs = [TextInput(request.prompt)]
+    negative_prompt = request.negative_prompt
+    if negative_prompt and negative_prompt != preset.defaults.negative_prompt:
+        inputs.append(TextInput(negative_prompt, "negative_prompt"))
+    return inputs
+
+
+def note_other_syntax(tokenizer: Any, prompt: TextInput, method: str = "pulid") -> None:
+    """Log a warning that names the parts of a prompt that only other programs understand.
+
+    Args:
+        tokenizer: its words have an effect in any case, such as those of textual inversion.
+        prompt: the prompt.
+        method: PhotoMaker has a trigger word.
+    """
+    parts = find_other_syntax(prompt.text, method)
+    parts = [part for part in parts if part not in tokenizer.get_added_vocab()]
+    if parts:
+        logger.warning(
+            "syntax of other programs has no effect in the %s, it is read as plain words: %s",
+            prompt.name,
+            _enumerate(parts),
+        )
+
+
+def find_other_syntax(text: str, method: str = "pulid") -> list[str]:
+    """Find syntax of other programs in a prompt: weights, alternatives, files, parameters.
+
+    Args:
+        text: the prompt.
+        method: PhotoMaker's trigger word is other syntax for any other method.
+
+    Returns:
+        The parts in the order of the prompt, each once.
+    """
+    text = unicodedata.normalize("NFKC", text)  # full-width brackets
+    matches = list(OTHER_SYNTAX.finditer(text))
+    if not text.isupper():
+        matches += KEYWORDS.finditer(text)
+    if not method.startswith("photomaker"):
+        matches += TRIGGER_WORD.finditer(text)
+    matches.sort(key=lambda match: match.start())
+    return list(dict.fromkeys(match.group().strip() for match in matches))
+
+
+def replace_unknown(
+    tokenizer: Any, prompt: TextInput, preset: Preset | None = None
+) -> tuple[str, list[str]]:
+    """Leave out signs that a model does not know, such as "!" or an emoji, and refuse words.
+
+    Args:
+        tokenizer: the tokenizer of the text encoder.
+        prompt: the prompt.
+        preset: for the advice in the message.
+
+    Returns:
+        The prompt, and the signs that were left out.
+
+    Raises:
+        PromptError: names the unknown words with similar ones.
+    """
+    words = dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", prompt.text))
+    unknown = [word for word in words if _is_unknown(tokenizer, word)]
+    if unknown:
+        vocabulary = [token.removesuffix("</w>") for token in tokenizer.get_vocab()]
+        vocabulary = [token for token in vocabulary if re.match(r"\w", token)]
+        described = " and ".join(_describe(word, vocabulary) for word in unknown)
+        advice = "use words of its vocabulary"
+        if preset is not None and preset.models.is_miniature:
+            advice += " (`pulid world words` lists them)"
+        location = "" if prompt.field == "prompt" else f" in the {prompt.name}"
+        raise PromptError(f"the model does not know {described}{location}; {advice}.", unknown)
+    signs = dict.fromkeys(re.findall(r"[^\w\s]", prompt.text))
+    unknown_signs = [sign for sign in signs if _is_unknown(tokenizer, sign)]
+    if not unknown_signs:
+        return prompt.text, []
+    text = prompt.text
+    for sign in unknown_signs:
+        text = text.replace(sign, " ")
+    text = " ".join(text.split())
+    if not text and prompt.field == "prompt":
+        raise PromptError(f"the model knows nothing of the prompt {prompt.text!r}; write words.")
+    return text, unknown_signs
+
+
+def note_length(tokenizer: Any, prompt: TextInput, limit: int | None = None) -> None:
+    """Log a warning that names the end of a prompt that is longer than what the model reads.
+
+    Args:
+        tokenizer: the tokenizer of the text encoder.
+        prompt: the prompt.
+        limit: FLUX: maximum number of tokens; by default the tokenizer's own.
+    """
+    ids = tokenizer(prompt.text, truncation=False, verbose=False).input_ids
+    max_length = limit or tokenizer.model_max_length
+    if len(ids) <= max_length:
+        return
+    ignored = tokenizer.decode(ids[max_length - 1 :], skip_special_tokens=True).strip()
+    advice = "" if limit is None else "; max_sequence_length (--text-tokens) may be up to 512"
+    logger.warning(
+        "the %s has %d tokens and the model reads %d; it ignores the end, %r%s",
+        prompt.name,
+        len(ids),
+        max_length,
+        ignored,
+        advice,
+    )
+
+
+def _is_unknown(tokenizer: Any, word: str) -> bool:
+    return tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
+
+
+def _describe(word: str, vocabulary: list[str]) -> str:
+    """Quote an unknown word, with similar ones of the vocabulary."""
+    similar = difflib.get_close_matches(word.lower(), vocabulary, 2, 0.6)
+    return repr(word) + (f" (similar: {', '.join(similar)})" if similar else "")
+
+
+def _enumerate(parts: list[str]) -> str:
+    listed = [repr(part) for part in parts[:MAX_LISTED]]
+    return ", ".join(listed) + (" ..." if len(parts) > MAX_LISTED else "")
