@@ -283,7 +283,7 @@ def load_network(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
         options["variant"] = files.variant
     if dtype is not None:
         # diffusers takes `dtype`, too, but not in all supported versions
-        options["torch_dtype" if cls.__module__.startswith("diffusers") else "dtype"] = dtype
+        options["torch_dtype" if hasattr(cls, "load_config") else "dtype"] = dtype
     with describe_load_errors(folder):
         network, info = cls.from_pretrained(folder, **options)
         check_loaded(folder, info.get("missing_keys", ()), info.get("unexpected_keys", ()))
