@@ -41,6 +41,8 @@ class ModelSet:
         is_miniature: the models know only the miniature's synthetic people.
         size_multiple: width and height must be multiples of this number of pixels.
         memory: FLUX: memory level, see `flux_memory.LEVELS`.
+        guidance_embeds: FLUX: whether the preset is for transformers with a guidance embedding,
+            such as dev, or without, such as schnell; None for both.
     """
 
     family: Literal["sdxl", "flux"]
@@ -62,6 +64,7 @@ class ModelSet:
     is_miniature: bool = False
     size_multiple: int = 8
     memory: str = "full"
+    guidance_embeds: bool | None = None
 
     @property
     def sources(self) -> tuple[WeightSource, ...]:
