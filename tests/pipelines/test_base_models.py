@@ -21,8 +21,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
-    UniPCMultistepScheduler,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from safetensors.torch import load_file, save_file
 
@@ -207,7 +207,7 @@ def test_error_of_a_library_is_one_sentence(single: Any, monkeypatch: Any) -> No
         raise AttributeError("'CLIPTextModel' object has no attribute 'text_model'")
 
     monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", fail)
-    with pytest.raises(WeightsError, match="diffusers .* and transformers .* may not fit"):
+    with pytest.raises(WeightsError, match=r"diffusers .* and transformers .* may not fit"):
         single()
 
 
