@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import huggingface_hub.constants
 import huggingface_hub.hf_api
@@ -20,7 +23,9 @@ from typer.testing import CliRunner
 from openpulid.cli import weights as cli_weights
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io import hub
+from openpulid.methods.controlnet import ControlNet
 from openpulid.pipelines.presets import PRESETS
+from tests.support.token_files import controlnet
 
 CONTENT = bytes(range(256)) * 400
 COMMIT = "a" * 40
@@ -329,3 +334,180 @@ def test_presets_use_registered_weights() -> None:
     assert PRESETS["sdxl-v1"]().published[:3] == ("sdxl-base", "lightning-4step", "pulid-v1")
     assert not set(PRESETS) & set(hub.WEIGHTS)  # `weights get NAME` is unambiguous
     assert not hub.WEIGHTS["arcface"].commercial and hub.WEIGHTS["eva"].commercial
+
+
+PIPELINE = "someone/some.Pipeline-1"
+PARTS = {
+    "_class_name": "Some",
+    "unet": ["diffusers", "UNet"],
+    "vae": ["diffusers", "VAE"],
+    "scheduler": ["diffusers", "SomeScheduler"],
+}
+
+
+def repository(*weights: str) -> dict[str, bytes]:
+    """Return the files of a repository with two networks and a scheduler."""
+    files = {
+        "model_index.json": json.dumps(PARTS).encode(),
+        "unet/config.json": b"{}",
+        "vae/config.json": b"{}",
+        "vae/LICENSE": b"terms",
+        "scheduler/scheduler_config.json": b"{}",
+    }
+    return files | dict.fromkeys(weights, CONTENT)
+
+
+def stored_weights(path: Path) -> set[str]:
+    return {
+        file.relative_to(path).as_posix()
+        for file in path.rglob("*")
+        if ".cache" not in file.parts and file.suffix in (".safetensors", ".bin")
+    }
+
+
+@pytest.mark.parametrize(
+    ("published", "expected"),
+    [
+        (
+            ("unet/model.fp16.safetensors", "vae/model.safetensors"),
+            {"unet/model.fp16.safetensors", "vae/model.safetensors"},
+        ),
+        (
+            ("unet/model.safetensors", "vae/model.fp16.safetensors", "vae/model.safetensors"),
+            {"unet/model.safetensors", "vae/model.fp16.safetensors"},
+        ),
+        (
+            ("unet/model.bf16.safetensors", "vae/model.fp16.safetensors", "unet/model.bin"),
+            {"unet/model.bf16.safetensors", "vae/model.fp16.safetensors"},
+        ),
+    ],
+)
+def test_each_part_is_downloaded_in_its_own_variant(
+    published: tuple[str, ...],
+    expected: set[str],
+    mirror: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Mirror, "pipeline", repository(*published, "top.safetensors"))
+    for folder in (tmp_path, None):
+        path = hub.download(PIPELINE, folder, log=lambda text: None)
+        assert stored_weights(path) == expected
+        assert hub.locate(PIPELINE, folder) == path
+    # what a folder lacks is said, and fetched
+    (tmp_path / "some.Pipeline-1" / min(expected)).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(WeightsError, match=r"lacks weights as safetensors of (unet|vae)\); `pulid"):
+        hub.locate(PIPELINE, tmp_path)
+    hub.download(PIPELINE, tmp_path, log=lambda text: None)
+    assert stored_weights(tmp_path / "some.Pipeline-1") == expected
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [
+        (
+            ("unet/model.safetensors", "vae/model.bin"),
+            "it lacks vae weights as safetensors (it has pickles, which can hold code); choose",
+        ),
+        (
+            ("whole.safetensors",),
+            "it lacks unet weights as safetensors and vae weights as safetensors; "
+            "download its file whole.safetensors and pass that with --base",
+        ),
+        (
+            ("unet/model-1-of-2.safetensors", "vae/model.safetensors"),
+            "it lacks unet model-2-of-2.safetensors; choose",
+        ),
+    ],
+)
+def test_incomplete_repository_is_refused_before_its_weights(
+    published: tuple[str, ...],
+    message: str,
+    mirror: list[str],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Mirror, "pipeline", repository(*published))
+    with pytest.raises(WeightsError, match=re.escape(message)):
+        hub.download(PIPELINE, log=lambda text: None)
+    assert not any("/resolve/" in request and "safetensors" in request for request in mirror)
+
+
+def test_repository_without_pipeline_is_refused(
+    mirror: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Mirror, "pipeline", {"style.safetensors": CONTENT, "README.md": b"words"})
+    with pytest.raises(WeightsError, match=r"no complete pipeline, .* its file style\.safetensors"):
+        hub.download(PIPELINE, log=lambda text: None)
+
+
+def test_downloaded_controlnet_is_loaded(
+    mirror: list[str], tmp_path: Path, tiny_pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repository of a single network, with its weights twice."""
+    net = controlnet(tiny_pipeline().unet)
+    for variant in (None, "fp16"):
+        net.save_pretrained(tmp_path / "net", variant=variant)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "net").iterdir()}
+    assert len(files) == 3
+    monkeypatch.setattr(Mirror, "pipeline", files)
+    for folder in (None, tmp_path / "mine"):
+        path = hub.download(PIPELINE, folder, log=lambda text: None)
+        assert stored_weights(path) == {"diffusion_pytorch_model.fp16.safetensors"}
+        loaded = ControlNet.load(hub.locate(PIPELINE, folder)).model
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, net.state_dict()[name])
+
+
+@pytest.mark.parametrize("ref", [None, f"{COMMIT}\n", "b" * 40, ""])
+def test_cache_without_a_valid_reference_is_used(ref: str | None, cache: Path) -> None:
+    """As after copying a cache by hand."""
+    root = cache / "models--guozinan--PuLID"
+    weights = root / "snapshots" / COMMIT / "pulid_v1.1.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(CONTENT)
+    if ref is not None:
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text(ref)
+    assert hub.locate("pulid-v1.1") == weights
+
+
+def test_current_snapshot_precedes_others(cache: Path) -> None:
+    root = cache / "models--guozinan--PuLID"
+    for k, commit in enumerate("abc"):
+        weights = root / "snapshots" / (commit * 40) / "pulid_v1.1.safetensors"
+        weights.parent.mkdir(parents=True)
+        weights.write_bytes(CONTENT)
+        os.utime(weights.parent, (k, k))
+    assert hub.locate("pulid-v1.1").parent.name == "c" * 40  # the newest
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("b" * 40)
+    assert hub.locate("pulid-v1.1").parent.name == "b" * 40
+    # the beginning of an update, with a link whose target is missing
+    hub.locate("pulid-v1.1").unlink()
+    (root / "snapshots" / ("b" * 40) / "pulid_v1.1.safetensors").symlink_to("../../blobs/none")
+    assert hub.locate("pulid-v1.1").parent.name == "c" * 40
+
+
+def test_download_without_network_is_one_quick_sentence(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing listens on this port."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a retry"))
+    for name in ("pulid-v1.1", "sdxl-base"):
+        messages: list[str] = []
+        with pytest.raises(
+            WeightsError, match=r"^\S+ could not be downloaded \(no connection: .*proxy"
+        ) as error:
+            hub.download(name, log=messages.append)
+        assert "\n" not in str(error.value)
+        assert not messages
+    assert not caplog.records

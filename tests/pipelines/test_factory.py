@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from openpulid.device import best_device, compute_dtype, supports_bf16
+from openpulid.device import best_device, compute_dtype, supports_bf16, training_dtype
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.pipelines import factory
@@ -356,10 +356,8 @@ def test_published_name_is_not_a_directory_of_that_name(
     assert resolve_path("./instantid") == Path("instantid")
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_gpu_without_bfloat16_uses_float16(
-    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_gpu_emulates_bfloat16_or_has_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def supported(including_emulation: bool = True) -> bool:
         return native or including_emulation
 
@@ -368,8 +366,9 @@ def test_gpu_without_bfloat16_uses_float16(
     gpu = torch.device("cuda", 0)
     assert (
         supports_bf16(gpu) is native
-        and compute_dtype(gpu) is expected
-        and factory.network_dtype(sdxl().models, gpu) is expected
+        and compute_dtype(gpu) is torch.float16
+        and training_dtype(gpu) is (torch.bfloat16 if native else torch.float32)
+        and factory.network_dtype(sdxl().models, gpu) is torch.float16
     )
     assert (
         factory.network_dtype(mini().models, gpu) is torch.float32

@@ -62,7 +62,7 @@ def measure_training(
     sizes: dict[str, Any] = {"batch": batch, "few_step_batch": few_step_batch, "pixels": pixels}
     changes = {name: value for name, value in sizes.items() if value}
     selected = replace(find_recipe(recipe or f"{base}_stage3"), **changes)
-    dtype = random_models.dtype_of(base, torch_device)
+    dtype = random_models.dtype_of(base, torch_device, in_training=True)
     task = training.random_task(selected, random_models.random_base(base, torch_device, dtype))
     costs = training.measure(task, rounds=rounds, on_progress=None if as_json else print_progress)
     configuration = {
@@ -124,7 +124,7 @@ def measure_face_analysis(
 ) -> None:
     """Measure the extraction of an identity by stage, here and in the reference implementation."""
     from openpulid.bench.perf import face_analysis
-    from openpulid.device import compute_dtype
+    from openpulid.device import training_dtype
 
     torch_device = select_device(device)
     stages = face_analysis.measure(torch_device, rounds, None if as_json else print_progress)
@@ -132,7 +132,7 @@ def measure_face_analysis(
     ratio = round((total.seconds or 0) / (total.reference or 1), 3)
     configuration = {
         "device": str(torch_device),
-        "dtype": str(compute_dtype(torch_device)),
+        "dtype": str(training_dtype(torch_device)),
         "rounds": rounds,
     }
     figures = {"ratio": ratio, "rows": [asdict(stage) for stage in stages]}

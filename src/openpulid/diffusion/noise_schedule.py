@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from openpulid.diffusion.sampling import MIN_ALPHA
 from openpulid.errors import OptionError
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -35,7 +36,8 @@ class NoiseSchedule:
                 f"cannot train a base model that predicts {prediction!r}; "
                 f"supported are {' and '.join(PREDICTIONS)}."
             )
-        self.alphas = alphas.double()
+        # a schedule with zero SNR ends at 0, where the noise level would be infinite
+        self.alphas = alphas.double().clamp(min=MIN_ALPHA)
         self.prediction = prediction
 
     def sample_timesteps(self, uniform: Tensor, timestep_bias: float = 0.0) -> Tensor:

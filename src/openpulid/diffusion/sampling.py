@@ -16,10 +16,30 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 Sampler = Callable[[Denoiser, Tensor, Tensor], Tensor]  # (denoise, noise, sigmas) -> sample
 
 
-def sdxl_sigmas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Tensor:
-    """Return (steps,) rising noise levels of SDXL's training schedule ("scaled linear" betas)."""
+MIN_ALPHA = 2.0**-24
+"""Cumulative alpha of a timestep without any signal. It is not zero, so that its noise level is
+finite; diffusers' schedulers have the same value."""
+
+
+def sdxl_sigmas(
+    steps: int = 1000, first: float = 0.00085, last: float = 0.012, zero_snr: bool = False
+) -> Tensor:
+    """Return (steps,) rising noise levels of SDXL's training schedule ("scaled linear" betas).
+
+    Args:
+        steps: number of training timesteps.
+        first: first beta.
+        last: last beta.
+        zero_snr: rescale the schedule so that nothing of the image is left at its end
+            (arXiv 2305.08891, algorithm 1).
+    """
     betas = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
-    alphas = (1 - betas).cumprod(0).float()
+    alphas = (1 - betas).cumprod(0)
+    if zero_snr:
+        signal = alphas.sqrt()
+        alphas = ((signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])) ** 2
+        alphas[-1] = MIN_ALPHA
+    alphas = alphas.float()
     return ((1 - alphas) / alphas) ** 0.5
 
 

@@ -31,6 +31,7 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
         beta_start: first beta of its "scaled linear" schedule.
         beta_end: last beta.
         prediction_type: "epsilon" or "v_prediction".
+        rescale_betas_zero_snr: the training schedule ends at a signal-to-noise ratio of zero.
         algorithm: "dpmpp_2m", or "dpmpp_sde", which calls the U-Net twice per step and draws new
             noise from the generator of the request.
         rho: exponent of the noise levels (Karras et al. 2022, equation 5).
@@ -50,6 +51,7 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: str = "epsilon",
         algorithm: str = "dpmpp_2m",
         rho: float = 7.0,
+        rescale_betas_zero_snr: bool = False,
     ) -> None:
         if algorithm not in ALGORITHMS:
             raise OptionError(
@@ -60,7 +62,9 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
                 f"unknown prediction type {prediction_type!r}; "
                 f"choose from {', '.join(PREDICTION_TYPES)}."
             )
-        self.train_sigmas = sdxl_sigmas(num_train_timesteps, beta_start, beta_end)
+        self.train_sigmas = sdxl_sigmas(
+            num_train_timesteps, beta_start, beta_end, rescale_betas_zero_snr
+        )
         self.order = 2 if algorithm == "dpmpp_sde" else 1
         self.timesteps: Tensor = torch.arange(num_train_timesteps - 1, -1, -1)
         self.begin_index: int | None = None

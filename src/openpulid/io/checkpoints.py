@@ -14,6 +14,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
 from typing import TypeVar
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -116,13 +117,14 @@ def load_state(
         raise WeightsError(f"{message}: {mismatches}") from error
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_tensors(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, torch.Tensor]:
     """Read the tensors of a published file without running code from it.
 
     Args:
         path: a safetensors file, or a PyTorch file, which is unpickled with `weights_only=True`.
             Nested dictionaries are flattened to dotted names; a "state_dict" or "model" entry is
             unwrapped.
+        mmap: map the values of a PyTorch file into memory instead of reading them.
 
     Raises:
         WeightsError: the file is missing, damaged, or holds anything other than tensors.
@@ -136,7 +138,9 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        # files of PyTorch before 1.6 are no archives and cannot be mapped
+        can_map = mmap and is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         if is_out_of_memory(error):
             raise

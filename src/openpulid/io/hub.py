@@ -1,4 +1,4 @@
-"""Registry of published weights, and how to locate, download and verify them.
+"""Locate, download and verify published weights.
 
 Weights are looked up on this machine first. The network is only used by `download`: a missing file
 is an error that names the command which downloads it.
@@ -6,15 +6,26 @@ is an error that names the command which downloads it.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
+from urllib.error import URLError
 
-from openpulid.errors import OptionError, WeightsError, suggest
+from openpulid.errors import OptionError, PulidError, WeightsError, suggest
+from openpulid.io.networks import (
+    PIPELINE_INDEX,
+    SINGLE_NETWORK,
+    find_missing_parts,
+    list_files,
+    list_folder,
+    read_parts,
+    select_weights,
+)
+from openpulid.io.registry import SHA256, WEIGHTS, Weight
 
 FOLDER_VARIABLE = "PULID_WEIGHTS"
 """Environment variable that names a folder of weights; it is searched before the hub's cache."""
@@ -22,183 +33,10 @@ FOLDER_VARIABLE = "PULID_WEIGHTS"
 FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 """Suffixes of weights files; a name that ends with one of them is not a name of the hub."""
 
+TIMEOUT = 10
+"""Seconds to wait for the first answer of the hub."""
+
 SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A published file, or a complete diffusers pipeline.
-
-    Attributes:
-        repo: the repository on the hub; for a file that is not on the hub, its URL.
-        file: the file name in the repository; empty for a pipeline.
-        license: the short name of the license and what it forbids.
-        commercial: whether commercial use is allowed; None if unknown.
-        megabytes: approximate size; None if unknown.
-    """
-
-    repo: str
-    file: str
-    license: str
-    commercial: bool | None
-    megabytes: int | None
-
-    @property
-    def name(self) -> str:
-        """The name used in messages."""
-        return self.file or self.repo
-
-    @property
-    def size(self) -> str:
-        """The size as it follows the name in messages; empty if unknown."""
-        return f" (about {self.megabytes} MB)" if self.megabytes else ""
-
-    @property
-    def is_manual(self) -> bool:
-        """Whether `repo` is a web page from which the file must be downloaded by hand."""
-        return self.repo.startswith("https://") and not self.repo.endswith(self.file)
-
-
-_PULID = "Apache-2.0; trained with antelopev2, whose terms forbid commercial use"
-_INSIGHTFACE = "insightface model license: non-commercial research only"
-_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
-_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
-_INSTANTID = "Apache-2.0; uses antelopev2, whose terms forbid commercial use"
-_PHOTOMAKER = "Apache-2.0; uses buffalo_l, whose terms forbid commercial use"
-_FACEID = "research only, like the insightface models"
-_FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
-
-WEIGHTS: dict[str, Weight] = {
-    "pulid-v1": Weight("guozinan/PuLID", "pulid_v1.bin", _PULID, False, 790),
-    "pulid-v1.1": Weight("guozinan/PuLID", "pulid_v1.1.safetensors", _PULID, False, 980),
-    "pulid-flux-v0.9.0": Weight(
-        "guozinan/PuLID", "pulid_flux_v0.9.0.safetensors", _PULID, False, 1140
-    ),
-    "pulid-flux-v0.9.1": Weight(
-        "guozinan/PuLID", "pulid_flux_v0.9.1.safetensors", _PULID, False, 1140
-    ),
-    "detector": Weight("DIAMONIK7777/antelopev2", "scrfd_10g_bnkps.onnx", _INSIGHTFACE, False, 17),
-    "arcface": Weight("DIAMONIK7777/antelopev2", "glintr100.onnx", _INSIGHTFACE, False, 261),
-    "eva": Weight("QuanSun/EVA-CLIP", "EVA02_CLIP_L_336_psz14_s6B.pt", "MIT", True, 856),
-    "parsing": Weight(
-        f"{_FACEXLIB}/v0.2.0/parsing_bisenet.pth", "parsing_bisenet.pth", "MIT", True, 53
-    ),
-    "arcface-loss": Weight(
-        f"{_FACEXLIB}/v0.1.0/recognition_arcface_ir_se50.pth",
-        "recognition_arcface_ir_se50.pth",
-        "MIT",
-        True,
-        175,
-    ),
-    "sdxl-base": Weight(
-        "stabilityai/stable-diffusion-xl-base-1.0", "", "CreativeML Open RAIL++-M", True, 6940
-    ),
-    "lightning-4step": Weight(
-        "ByteDance/SDXL-Lightning",
-        "sdxl_lightning_4step_unet.safetensors",
-        "CreativeML Open RAIL++-M",
-        True,
-        5140,
-    ),
-    "juggernaut": Weight("RunDiffusion/Juggernaut-XL-v9", "", "CreativeML Open RAIL-M", True, 6940),
-    "flux-dev": Weight(
-        "black-forest-labs/FLUX.1-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700
-    ),
-    "flux-krea-base": Weight(
-        "black-forest-labs/FLUX.1-Krea-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700
-    ),
-    "flux-schnell-base": Weight("black-forest-labs/FLUX.1-schnell", "", "Apache-2.0", True, 33_700),
-    "clip-h": Weight("h94/IP-Adapter", "models/image_encoder/model.safetensors", "MIT", True, 2530),
-    "ip-adapter": Weight(
-        "h94/IP-Adapter", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "Apache-2.0", True, 700
-    ),
-    "ip-adapter-plus": Weight(
-        "h94/IP-Adapter",
-        "sdxl_models/ip-adapter-plus_sdxl_vit-h.safetensors",
-        "Apache-2.0",
-        True,
-        850,
-    ),
-    "ip-adapter-plus-face": Weight(
-        "h94/IP-Adapter",
-        "sdxl_models/ip-adapter-plus-face_sdxl_vit-h.safetensors",
-        "Apache-2.0",
-        True,
-        850,
-    ),
-    "buffalo-l": Weight(
-        "public-data/insightface", "models/buffalo_l/w600k_r50.onnx", _INSIGHTFACE, False, 174
-    ),
-    "faceid": Weight("h94/IP-Adapter-FaceID", "ip-adapter-faceid_sdxl.bin", _FACEID, False, 1070),
-    "faceid-plus": Weight(
-        "h94/IP-Adapter-FaceID", "ip-adapter-faceid-plusv2_sdxl.bin", _FACEID, False, 1490
-    ),
-    "instantid": Weight("InstantX/InstantID", "ip-adapter.bin", _INSTANTID, False, 1690),
-    "identitynet": Weight(
-        "InstantX/InstantID",
-        "ControlNetModel/diffusion_pytorch_model.safetensors",
-        _INSTANTID,
-        False,
-        2500,
-    ),
-    "identitynet-config": Weight(
-        "InstantX/InstantID", "ControlNetModel/config.json", _INSTANTID, False, 1
-    ),
-    "photomaker": Weight("TencentARC/PhotoMaker", "photomaker-v1.bin", "Apache-2.0", True, 930),
-    "photomaker-v2": Weight(
-        "TencentARC/PhotoMaker-V2", "photomaker-v2.bin", _PHOTOMAKER, False, 1800
-    ),
-    "control-edges": Weight(
-        "diffusers/controlnet-canny-sdxl-1.0", "", "CreativeML Open RAIL++-M", True, 2500
-    ),
-    "control-depth": Weight(
-        "diffusers/controlnet-depth-sdxl-1.0", "", "CreativeML Open RAIL++-M", True, 2500
-    ),
-    "control-pose": Weight("xinsir/controlnet-openpose-sdxl-1.0", "", "Apache-2.0", True, 2500),
-    "scorer-recognition": Weight(
-        "https://github.com/HuangYG123/CurricularFace",
-        "CurricularFace_Backbone.pth",
-        "MIT; trained on MS1M, for research",
-        False,
-        250,
-    ),
-    "scorer-clip": Weight("openai/clip-vit-large-patch14", "", "MIT", True, 1710),
-    "scorer-dino": Weight(
-        "timm/vit_small_patch16_224.dino", "model.safetensors", "Apache-2.0", True, 87
-    ),
-    "scorer-lpips": Weight(
-        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-        "alexnet-owt-7be5be79.pth",
-        "BSD-3-Clause",
-        True,
-        233,
-    ),
-    "scorer-inception": Weight(f"{_FIDELITY}/{_INCEPTION}", _INCEPTION, "Apache-2.0", True, 91),
-    "dreamshaper": Weight(
-        "Lykon/dreamshaper-xl-lightning", "", "CreativeML Open RAIL++-M", True, 6940
-    ),
-}
-"""Published weights by the short name that presets use. Sizes are rounded from the hub."""
-
-SHA256 = {
-    "pulid-flux-v0.9.1": "92c41c3af322b02e58e1b32842e4601e08c8f16ec1fe80089dbe957df510f51d",
-    "detector": "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91",
-    "arcface": "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
-    "eva": "84c3a17a228c567a155259b2245b0b59072bf7da510260a0a02ec54de6d50b05",
-    "parsing": "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
-    "arcface-loss": "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
-    "clip-h": "6ca9667da1ca9e0b0f75e46bb030f7e011f44f86cbfb8d5a36590fcd7507b030",
-    "ip-adapter-plus": "3f5062b8400c94b7159665b21ba5c62acdcd7682262743d7f2aefedef00e6581",
-    "ip-adapter-plus-face": "677ad8860204f7d0bfba12d29e6c31ded9beefdf3e4bbd102518357d31a292c1",
-    "buffalo-l": "4c06341c33c2ca1f86781dab0e829f88ad5b64be9fba56e56bc9ebdefc619e43",
-    "faceid": "f455fed24e207c878ec1e0466b34a969d37bab857c5faa4e8d259a0b4ff63d7e",
-    "instantid": "02b3618e36d803784166660520098089a81388e61a93ef8002aa79a5b1c546e1",
-    "identitynet": "c8127be9f174101ebdafee9964d856b49b634435cf6daa396d3f593cf0bbbb05",
-}
-"""SHA-256 of single files for which several independent projects state the same value.
-
-For other files of the hub, the hub itself reports the hash when they are downloaded.
-"""
 
 
 def find_weight(name: str) -> Weight:
@@ -241,21 +79,21 @@ def locate(
         WeightsError: it is not installed; the message says how to get it.
     """
     entry = find_weight(name)
-    for root in _search_folders(folder):
+    lacking = ""
+    for path in _find_candidates(entry, folder):
         if entry.file:
-            path = root / entry.file
-            is_installed = path.is_file()
-        else:
-            path = root / entry.repo.split("/")[-1]
-            is_installed = _is_complete(path, require_weights)
-        if is_installed:
+            if path.is_file():
+                return path
+            continue
+        missing = _find_missing(path, require_weights)
+        if not missing:
             return path
-    cached = _find_in_cache(entry, require_weights)
-    if cached is not None:
-        return cached
+        if path.is_dir() and not lacking:
+            part, reason = next(iter(missing.items()))
+            lacking = f" ({path} lacks {reason}{f' of {part}' if part else ''})"
     raise WeightsError(
-        f"{entry.name} is not installed; `pulid weights get {name}` downloads it{entry.size}, "
-        f"or put it into a folder and set {FOLDER_VARIABLE} to that folder."
+        f"{entry.name} is not installed{lacking}; `pulid weights get {name}` downloads it"
+        f"{entry.size}, or put it into a folder and set {FOLDER_VARIABLE} to that folder."
     )
 
 
@@ -277,8 +115,6 @@ def download(
         OptionError: there is no such entry.
         WeightsError: the download failed.
     """
-    from huggingface_hub.errors import GatedRepoError
-
     entry = find_weight(name)
     with suppress(WeightsError):
         return locate(name, folder)
@@ -288,9 +124,23 @@ def download(
             f"put it into a folder and set {FOLDER_VARIABLE} to that folder."
         )
     restriction = "  (not for commercial use)" if entry.commercial is False else ""
-    log(f"{entry.name}{entry.size}, license: {entry.license}{restriction}")
+    with _describe_download_errors(entry), _quiet_hub():
+        names = _check_connection(entry)
+        log(f"{entry.name}{entry.size}, license: {entry.license}{restriction}")
+        target = None if folder is None else Path(folder)
+        return _download(entry, names, target, SHA256.get(name))
+
+
+@contextmanager
+def _describe_download_errors(entry: Weight) -> Iterator[None]:
+    """Turn an error of a download into one sentence."""
+    from httpx import TransportError
+    from huggingface_hub.errors import GatedRepoError
+
     try:
-        return _download(entry, None if folder is None else Path(folder), SHA256.get(name))
+        yield
+    except PulidError:
+        raise
     except GatedRepoError as error:
         raise WeightsError(
             f"{entry.name} requires accepting its license; accept it at "
@@ -300,10 +150,23 @@ def download(
     # The hub's client, requests and the operating system have unrelated exception classes.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(
-            f"{entry.name} could not be downloaded ({reason}); "
-            "run the same command again, complete files are kept."
-        ) from error
+        advice = "run the same command again, complete files are kept"
+        if isinstance(error, (TransportError, URLError)):
+            reason = f"no connection: {reason}"
+            advice = f"check the network and its proxy, and {advice}"
+        raise WeightsError(f"{entry.name} could not be downloaded ({reason}); {advice}.") from error
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence the warnings of the hub's client, which repeat what its errors say."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def verify_weights(name: str, folder: str | os.PathLike[str] | None = None) -> str:
@@ -351,69 +214,82 @@ def _is_repo_id(name: str) -> bool:
     return True
 
 
-def _find_in_cache(entry: Weight, require_weights: bool) -> Path | None:
-    """Return the path of a weight in the cache of the hub, or of torch.hub for a URL."""
-    from huggingface_hub import try_to_load_from_cache
-    from torch.hub import get_dir
+def _find_candidates(entry: Weight, folder: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Yield the paths where a weight may be: in the folders, then in the caches."""
+    for root in _search_folders(folder):
+        yield root / (entry.file or entry.repo.split("/")[-1])
+    if entry.repo.startswith("https://"):
+        from torch.hub import get_dir
+
+        yield Path(get_dir()) / "checkpoints" / entry.file
+        return
+    for snapshot in _find_snapshots(entry.repo):
+        yield snapshot / entry.file if entry.file else snapshot
+
+
+def _find_snapshots(repo: str) -> list[Path]:
+    """Return the snapshots of a repository in the hub's cache, the current one first.
+
+    A cache that was copied from another machine may lack `refs`, and the current snapshot may be
+    the beginning of an update: then the newest of the others is used.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    root = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    try:
+        snapshots = [path for path in (root / "snapshots").iterdir() if path.is_dir()]
+        snapshots.sort(key=lambda path: (-path.stat().st_mtime, path.name))
+    except OSError:
+        return []
+    with suppress(OSError):
+        commit = (root / "refs" / "main").read_text("utf-8").strip()
+        snapshots.sort(key=lambda path: path.name != commit)
+    return snapshots
+
+
+def _find_missing(folder: Path, require_weights: bool) -> dict[str, str]:
+    """Return what a folder lacks of a pipeline, or of a single network: part -> reason.
+
+    A pipeline is complete with every part of its index. The hub's own check also requires files
+    that were not requested, and some repositories hold components for other programs.
+    """
+    names = list_files(folder)
+    if PIPELINE_INDEX in names:
+        parts = read_parts((folder / PIPELINE_INDEX).read_text("utf-8"))
+    else:
+        parts = {"": SINGLE_NETWORK}
+        require_weights = True
+    return find_missing_parts(names, parts, require_weights)
+
+
+def _check_connection(entry: Weight) -> list[str]:
+    """Ask the hub for a weight once, without the retries of its client.
+
+    Returns:
+        The names of all files, for a pipeline.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, model_info
 
     if entry.repo.startswith("https://"):
-        path = Path(get_dir()) / "checkpoints" / entry.file
-        return path if path.is_file() else None
-    names = (entry.file,) if entry.file else ("model_index.json", "config.json")
-    for name in names:
-        cached = try_to_load_from_cache(entry.repo, name)
-        if isinstance(cached, str):
-            break
-    else:
-        return None
+        return []
     if entry.file:
-        return Path(cached)
-    folder = Path(cached).parent
-    return folder if _is_complete(folder, require_weights) else None
+        get_hf_file_metadata(hf_hub_url(entry.repo, entry.file), timeout=TIMEOUT)
+        return []
+    siblings = model_info(entry.repo, timeout=TIMEOUT).siblings or []
+    return [sibling.rfilename for sibling in siblings]
 
 
-def _is_complete(folder: Path, require_weights: bool) -> bool:
-    """Return whether a folder holds a complete pipeline, or a single complete network.
-
-    A pipeline is complete with every component of its index and every shard of their weights. The
-    hub's own check also requires files that were not requested, and some repositories hold
-    components for other programs.
-    """
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
-        return (folder / "config.json").is_file() and _has_weights(folder)
-    index = json.loads(index_file.read_text("utf-8"))
-    components = [
-        folder / name
-        for name, kind in index.items()
-        if isinstance(kind, list) and kind[0] is not None
-    ]
-    if not all(any(component.glob("*config.json")) for component in components):
-        return False
-    networks = [component for component in components if (component / "config.json").is_file()]
-    return not require_weights or all(map(_has_weights, networks))
-
-
-def _has_weights(component: Path) -> bool:
-    """Return whether a folder holds an unsharded weights file, or all shards of an index."""
-    names = {file.name for file in component.iterdir() if file.suffix in (".safetensors", ".bin")}
-    if any("-of-" not in name for name in names):
-        return True
-    for index in component.glob("*.index*.json"):
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        if shards <= names:
-            return True
-    return False
-
-
-def _download(entry: Weight, folder: Path | None, expected: str | None) -> Path:
+def _download(
+    entry: Weight, names: Sequence[str], folder: Path | None, expected: str | None
+) -> Path:
     from huggingface_hub import hf_hub_download
 
     if entry.repo.startswith("https://"):
         return _download_url(entry, folder, expected)
     if entry.file:
         return Path(hf_hub_download(entry.repo, entry.file, local_dir=folder))
-    return _download_pipeline(entry, folder)
+    return _download_pipeline(entry, names, folder)
 
 
 def _download_url(entry: Weight, folder: Path | None, expected: str | None) -> Path:
@@ -435,19 +311,46 @@ def _download_url(entry: Weight, folder: Path | None, expected: str | None) -> P
     return path
 
 
-def _download_pipeline(entry: Weight, folder: Path | None) -> Path:
-    """Download a pipeline in half precision if it is published so: half the bytes to transfer."""
-    from huggingface_hub import list_repo_files, snapshot_download
+def _download_pipeline(entry: Weight, names: Sequence[str], folder: Path | None) -> Path:
+    """Download the configuration of a pipeline, and the weights that its loader opens.
 
-    has_fp16 = any(name.endswith(".fp16.safetensors") for name in list_repo_files(entry.repo))
-    patterns = ["*.json", "*.txt", "*.model", "model.safetensors"]
-    if has_fp16:
-        patterns.append("*.fp16.safetensors")
-    else:
-        # The second pattern is for a repository that holds a single network.
-        patterns += ["*/*.safetensors", "diffusion_pytorch_model.safetensors"]
+    Args:
+        entry: of the pipeline, or of a single network.
+        names: of all files in the repository.
+        folder: the target folder; the hub's cache by default.
+
+    Raises:
+        WeightsError: a part has no safetensors weights.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
     target = folder / entry.repo.split("/")[-1] if folder else None
+    parts = {"": SINGLE_NETWORK}
+    if PIPELINE_INDEX in names:
+        index = Path(hf_hub_download(entry.repo, PIPELINE_INDEX, local_dir=target))
+        parts = read_parts(index.read_text("utf-8"))
+    missing = find_missing_parts(names, parts, allow_pickle=False)
+    if missing:
+        raise _incomplete_repository(entry, names, missing)
+    patterns = ["*.json", "*.txt", "*.model"]
+    for part, kind in parts.items():
+        weights = select_weights(list_folder(names, part), allow_pickle=False)
+        if kind.is_network and weights is not None:
+            prefix = f"{part}/" if part else ""
+            patterns += [escape(prefix + name) for name in weights.names]
     return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=target))
+
+
+def _incomplete_repository(
+    entry: Weight, names: Sequence[str], missing: Mapping[str, str]
+) -> WeightsError:
+    """Create the error for a repository that lacks parts of a pipeline."""
+    described = " and ".join(f"{part} {reason}".strip() for part, reason in missing.items())
+    single_files = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    fix = "choose another repository"
+    if single_files:
+        fix = f"download its file {min(single_files)} and pass that with --base"
+    return WeightsError(f"{entry.repo} is no complete pipeline, it lacks {described}; {fix}.")
 
 
 def _expected_hash(file: Path) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError, WeightsError, explain_missing_library
+from openpulid.io.networks import CONFIG, load_network
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.hooks import (
     HookResult,
@@ -55,14 +57,13 @@ class ControlNet(Adapter):
         """Load a folder in diffusers' format.
 
         Raises:
-            WeightsError: The folder contains no ControlNet.
+            WeightsError: The folder contains no ControlNet, or its weights are not complete.
         """
-        try:
-            return cls(ControlNetModel.from_pretrained(path, local_files_only=True))
-        except (OSError, ValueError) as error:
+        if not (Path(path) / CONFIG).is_file():
             raise WeightsError(
                 f"{path} contains no diffusers ControlNet; pass a folder with its config.json."
-            ) from error
+            )
+        return cls(load_network(ControlNetModel, Path(path)))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ControlNet:
         """Move the ControlNet to a device and dtype."""

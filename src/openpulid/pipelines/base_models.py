@@ -2,39 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from openpulid.diffusion.schedulers import KarrasScheduler
-from openpulid.errors import PulidError, WeightsError, is_out_of_memory
+from openpulid.errors import WeightsError
 from openpulid.io.checkpoints import load_state, read_tensors
-from openpulid.io.hub import WEIGHTS, locate
+from openpulid.io.networks import (
+    PIPELINE_INDEX,
+    Part,
+    describe_load_errors,
+    find_missing_parts,
+    list_files,
+    load_network,
+    read_config,
+    read_parts,
+)
 from openpulid.pipelines.model_set import ModelSet
-from openpulid.pipelines.presets import PRESETS
+from openpulid.pipelines.samplers import build_scheduler, check_scheduler
+from openpulid.pipelines.single_files import (
+    check_channels,
+    check_guidance,
+    load_flux_file,
+    load_sdxl_file,
+)
 from openpulid.pipelines.weights import resolve_optional, resolve_path
+
+logger = logging.getLogger(__name__)
+
+SDXL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+FLUX_ENCODERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 def load_sdxl(models: ModelSet, dtype: torch.dtype) -> Any:
     """Load a StableDiffusionXLPipeline, with the U-Net and the sampler of the model set.
 
     Raises:
-        WeightsError: something is missing or damaged.
+        WeightsError: something is missing or damaged, or the base is not SDXL, or of a kind that
+            the presets do not sample.
     """
     import openpulid.diffusion.patch_vae  # noqa: F401 (diffusers finds classes of loaded modules)
 
     path = _pipeline_path(models)
-    with describe_load_errors(path):
-        pipe = _open_sdxl(path, resolve_optional(models.unet), dtype)
+    unet = resolve_optional(models.unet)
+    networks: dict[str, Any] = {}
+    if unet is not None and unet.is_dir():
+        from diffusers import UNet2DConditionModel
+
+        networks["unet"] = load_network(UNet2DConditionModel, unet, dtype)
+    if path.is_file():
+        pipe = load_sdxl_file(path, dtype, add_watermarker=False, **networks)
+    else:
+        pipe = _load_sdxl_directory(path, dtype, networks)
+    if unet is not None and unet.is_file():
+        message = f"{unet} contains no U-Net of this base, use one of SDXL"
+        load_state(pipe.unet, read_tensors(unet), message)
     for component in pipe.components.values():
         # text encoders are loaded in the dtype they are stored in; diffusers warns of every cast
         if isinstance(component, torch.nn.Module) and component.dtype != dtype:
-            component.to(dtype)
-    pipe.scheduler = _build_scheduler(pipe.scheduler, models)
+            with describe_load_errors(path):
+                component.to(dtype)
+    pipe.scheduler = build_scheduler(pipe.scheduler, models)
     # the miniature is done before a progress bar is read
     pipe.set_progress_bar_config(disable=models.is_miniature)
     return pipe
@@ -44,145 +76,137 @@ def load_flux(models: ModelSet, dtype: torch.dtype) -> Any:
     """Load a FluxPipeline, with the transformer of the model set.
 
     Raises:
-        WeightsError: something is missing or damaged.
+        WeightsError: something is missing or damaged, or the base is not FLUX.1, or of a kind that
+            the preset is not for.
     """
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
     path = _pipeline_path(models)
-    with describe_load_errors(path):
-        return _open_flux(path, models, dtype)
-
-
-def _pipeline_path(models: ModelSet) -> Path:
-    path = resolve_path(models.pipeline)
-    if path.is_dir() and not (path / "model_index.json").is_file():
+    class_name, parts = _read_index(path)
+    if not class_name.startswith("Flux"):
         raise WeightsError(
-            f"{path} contains no pipeline; run `pulid mini build` to train the miniature's."
+            f"{path} cannot be loaded for a FLUX preset: it is a {class_name}"
+            f"{'; use --preset sdxl' if class_name.startswith('StableDiffusionXL') else ''}."
         )
-    return path
-
-
-def _open_sdxl(path: Path, unet: Path | None, dtype: torch.dtype) -> Any:
-    from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-
-    options: dict[str, Any] = {
-        "torch_dtype": dtype,
-        "local_files_only": True,
-        "add_watermarker": False,
-    }
-    if unet is not None and unet.is_dir():
-        options["unet"] = UNet2DConditionModel.from_pretrained(
-            unet, torch_dtype=dtype, local_files_only=True
-        )
-    if path.is_file():
-        config = str(_find_sdxl_config(path))
-        pipe = StableDiffusionXLPipeline.from_single_file(path, config=config, **options)
-    else:
-        variant = "fp16" if next(path.glob("unet/*.fp16.safetensors"), None) else None
-        pipe = StableDiffusionXLPipeline.from_pretrained(path, variant=variant, **options)
-    if unet is not None and unet.is_file():
-        message = f"{unet} contains no U-Net of this base, use one of SDXL"
-        load_state(pipe.unet, read_tensors(unet), message)
-    return pipe
-
-
-def _find_sdxl_config(file: Path) -> Path:
-    """Find an installed SDXL pipeline that describes the networks of a single file.
-
-    A single file has weights, but neither the sizes of the networks nor their vocabulary.
-    diffusers would download both from the hub.
-    """
-    presets = [preset() for preset in PRESETS.values()]
-    pipelines = [preset.models.pipeline for preset in presets if preset.models.family == "sdxl"]
-    for name in ["sdxl-base", *(name for name in pipelines if isinstance(name, str))]:
-        with suppress(WeightsError):
-            return locate(name, require_weights=False)
-    raise WeightsError(
-        f"{file} is a single file and needs the configuration of an SDXL pipeline, and none is "
-        f"installed; `pulid weights get sdxl-base` downloads one{WEIGHTS['sdxl-base'].size}."
-    )
-
-
-def _build_scheduler(scheduler: Any, models: ModelSet) -> Any:
-    if models.sampler is None:
-        if not models.scheduler:
-            return scheduler
-        return type(scheduler).from_config(scheduler.config, **models.scheduler)
-    if models.sampler == "dpm":
-        from diffusers import DPMSolverMultistepScheduler
-
-        return DPMSolverMultistepScheduler.from_config(scheduler.config, **models.scheduler)
-    return KarrasScheduler(
-        prediction_type=scheduler.config.prediction_type,
-        algorithm=models.sampler,
-        **models.scheduler,
-    )
-
-
-def _open_flux(path: Path, models: ModelSet, dtype: torch.dtype) -> Any:
-    from diffusers import FluxPipeline
-
-    encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    missing = [name for name in encoders if not (path / name).is_dir()]
+    missing = [name for name in FLUX_ENCODERS if not (path / name).is_dir()]
     if missing:
         raise WeightsError(
             f"{path} lacks {' and '.join(missing)}; FLUX needs CLIP and T5: "
             "download the complete pipeline."
         )
-    options: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
+    scheduler, _ = _read_scheduler(path, parts)
+    if not scheduler.startswith("FlowMatch"):
+        raise WeightsError(
+            f"{path} cannot be sampled: its scheduler is {scheduler}, and FLUX needs one of flow "
+            "matching; use FLUX.1 or a finetune of it."
+        )
+    networks: dict[str, Any] = {}
     if models.transformer is not None:
-        options["transformer"] = _open_transformer(resolve_path(models.transformer), path, options)
-    return FluxPipeline.from_pretrained(path, **options)
+        source = resolve_path(models.transformer)
+        if source.is_dir():
+            _check_flux_directory(source, path, models.guidance_embeds)
+            networks["transformer"] = load_network(FluxTransformer2DModel, source, dtype)
+        else:
+            networks["transformer"] = load_flux_file(source, path, dtype)
+    if "transformer" in parts:
+        _check_flux_directory(path / "transformer", path, models.guidance_embeds)
+    return _load_parts(FluxPipeline, path, parts, dtype, networks)
 
 
-def _open_transformer(path: Path, pipeline: Path, options: Mapping[str, Any]) -> Any:
-    """Load a FLUX transformer alone: a directory, or a safetensors or GGUF file.
+def _pipeline_path(models: ModelSet) -> Path:
+    path = resolve_path(models.pipeline)
+    if path.is_dir() and not (path / PIPELINE_INDEX).is_file():
+        fix = "run `pulid mini build` to train the miniature's"
+        if not models.is_miniature:
+            files = sorted(name for name in list_files(path) if name.endswith(".safetensors"))
+            fix = f"pass the file itself, {path / files[0]}" if files else "download one"
+        raise WeightsError(f"{path} contains no pipeline (no {PIPELINE_INDEX}); {fix}.")
+    return path
+
+
+def _read_index(path: Path) -> tuple[str, dict[str, Part]]:
+    """Read the class of a pipeline and its parts."""
+    text = (path / PIPELINE_INDEX).read_text("utf-8")
+    parts = read_parts(text)
+    return str(json.loads(text).get("_class_name", "pipeline without a class")), parts
+
+
+def _read_scheduler(path: Path, parts: Mapping[str, Part]) -> tuple[str, dict[str, Any]]:
+    """Read the class and the settings of a pipeline's scheduler."""
+    file = path / "scheduler" / "scheduler_config.json"
+    if "scheduler" not in parts or not file.is_file():
+        raise WeightsError(f"{path} lacks its scheduler; download or copy it again.")
+    with describe_load_errors(file):
+        config = dict(json.loads(file.read_text("utf-8")))
+    return parts["scheduler"].class_name, config
+
+
+def _load_sdxl_directory(path: Path, dtype: torch.dtype, networks: Mapping[str, Any]) -> Any:
+    from diffusers import StableDiffusionXLPipeline
+
+    class_name, parts = _read_index(path)
+    if not class_name.startswith("StableDiffusionXL"):
+        raise WeightsError(
+            f"{path} cannot be loaded for an SDXL preset: it is a {class_name}"
+            f"{'; use --preset flux' if class_name.startswith('Flux') else ''}."
+        )
+    check_scheduler(path, *_read_scheduler(path, parts))
+    absent = [name for name in SDXL_PARTS if name not in parts]
+    if "text_encoder" in absent and "text_encoder_2" in parts:
+        raise WeightsError(f"{path} is SDXL's refiner; use an SDXL base model.")
+    if absent:
+        raise WeightsError(f"{path} lacks {' and '.join(absent)}; use a complete SDXL pipeline.")
+    config = read_config(path / "unet") if "unet" not in networks else networks["unet"].config
+    latents = read_config(path / "vae").get("latent_channels", 4)
+    check_channels(path, config.get("in_channels", 4), latents)
+    return _load_parts(
+        StableDiffusionXLPipeline, path, parts, dtype, networks, add_watermarker=False
+    )
+
+
+def _check_flux_directory(transformer: Path, pipeline: Path, guidance_embeds: bool | None) -> None:
+    """Check that the configuration of a transformer describes a model that the preset is for."""
+    config = read_config(transformer)
+    latents = read_config(pipeline / "vae").get("latent_channels", 16)
+    # a token is a square of two by two latents
+    check_channels(transformer, config.get("in_channels", 64), 4 * latents)
+    embeds = bool(config.get("guidance_embeds", False))
+    if guidance_embeds and not embeds:
+        logger.warning(
+            "%s has no guidance embedding, like FLUX.1-schnell, so the guidance scale has no "
+            "effect; --preset flux-schnell is for such models.",
+            transformer,
+        )
+    elif guidance_embeds is not None:
+        check_guidance(transformer, embeds, guidance_embeds, "this preset")
+
+
+def _load_parts(
+    cls: Any,
+    path: Path,
+    parts: Mapping[str, Part],
+    dtype: torch.dtype,
+    networks: Mapping[str, Any],
+    **options: Any,
+) -> Any:
+    """Load the parts of a pipeline, each in the variant in which it is stored.
 
     Args:
-        path: the transformer.
-        pipeline: a pipeline whose transformer has the same sizes.
-        options: keyword arguments of `from_pretrained`.
+        cls: of the pipeline.
+        path: directory of the pipeline.
+        parts: from its index.
+        dtype: of the networks.
+        networks: networks that replace those of the pipeline.
+        options: further arguments of the pipeline.
     """
-    from diffusers import FluxTransformer2DModel
-
-    with describe_load_errors(path, "use a FLUX transformer of the preset's sizes"):
-        if path.is_dir():
-            return FluxTransformer2DModel.from_pretrained(path, **options)
-        options = {**options, "config": str(pipeline), "subfolder": "transformer"}
-        if path.suffix == ".gguf":
-            options["quantization_config"] = _gguf_config(options["torch_dtype"])
-        elif path.suffix != ".safetensors":
-            raise WeightsError(
-                f"{path} is not a transformer; use a .safetensors or .gguf file, or a directory."
-            )
-        return FluxTransformer2DModel.from_single_file(str(path), **options)
-
-
-def _gguf_config(dtype: torch.dtype) -> Any:
-    from diffusers import GGUFQuantizationConfig
-    from diffusers.utils import is_gguf_available
-
-    if not is_gguf_available():
-        raise WeightsError("GGUF files need the package gguf: pip install gguf.")
-    return GGUFQuantizationConfig(compute_dtype=dtype)
-
-
-@contextmanager
-def describe_load_errors(path: Path, fix: str = "copy or build it again") -> Iterator[None]:
-    """Turn a library's error about damaged weights into one sentence that names the file."""
-    from diffusers.loaders.single_file_utils import SingleFileComponentError
-
-    try:
-        yield
-    except PulidError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        RuntimeError,
-        SafetensorError,
-        SingleFileComponentError,
-    ) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise WeightsError(f"{path} cannot be loaded ({reason}); {fix}.") from error
+    own = {name: part for name, part in parts.items() if name not in networks}
+    missing = find_missing_parts(list_files(path), own)
+    if missing:
+        described = " and ".join(f"{name} ({reason})" for name, reason in missing.items())
+        raise WeightsError(f"{path} lacks parts: {described}; download or copy it again.")
+    loaded = dict(networks)
+    for name, part in own.items():
+        if part.is_network:
+            loaded[name] = load_network(part.find_class(), path / name, dtype)
+    with describe_load_errors(path):
+        return cls.from_pretrained(path, local_files_only=True, **loaded, **options)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from openpulid.device import best_device, compute_dtype
+from openpulid.device import best_device, compute_dtype, training_dtype
 from openpulid.errors import WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.extractor import IdentityExtractor, MiniExtractor
@@ -30,13 +30,18 @@ from openpulid.pipelines.presets import (
 from openpulid.pipelines.weights import resolve_optional, resolve_path
 
 
-def load_pipeline(preset: Preset, device: torch.device) -> Any:
+def load_pipeline(preset: Preset, device: torch.device, dtype: torch.dtype | None = None) -> Any:
     """Load the preset's diffusers pipeline onto a device.
+
+    Args:
+        preset: the preset.
+        device: where to compute.
+        dtype: of its networks; `network_dtype` by default.
 
     Raises:
         WeightsError: something is missing or damaged.
     """
-    dtype = network_dtype(preset.models, device)
+    dtype = dtype or network_dtype(preset.models, device)
     with no_progress_bars():
         if preset.models.family == "flux":
             pipe = load_flux(preset.models, dtype)
@@ -65,7 +70,14 @@ def load_adapter(preset: Preset, device: torch.device) -> Any:
             f"run `pulid mini build --method {models.method}` to train it."
         )
     adapter = kind.load(resolve_path(models.adapter))
-    return adapter.to(device, network_dtype(models, device))
+    dtype = network_dtype(models, device)
+    if not isinstance(adapter, PuLID) or dtype == torch.float32:
+        return adapter.to(device, dtype)
+    # PuLID's own program computes tokens, keys and values in float32. They are computed once. The
+    # layers are published in float16 and stay in it until they are used.
+    adapter.to(device)
+    adapter.id_adapter_attn_layers.to(dtype=torch.float16)
+    return adapter
 
 
 def load_extractor(
@@ -100,8 +112,9 @@ def load_extractor(
     vision_encoder = resolve_path(models.vision_encoder)
     if find_level(models.memory).faces_on_cpu:
         device = torch.device("cpu")
-    # not FLUX's dtype: a face costs little, and this device may lack bfloat16
-    dtype = compute_dtype(device) if models.use_half_precision else torch.float32
+    # FLUX's own program reads faces in bfloat16, SDXL's in float32
+    is_reduced = models.use_half_precision and models.family == "flux"
+    dtype = training_dtype(device) if is_reduced else torch.float32
     extractor = PhotoExtractor.load(detector, recognition, parsing, vision_encoder, device, dtype)
     if isinstance(adapter, PuLID):
         adapter.require(extractor.models)

@@ -45,6 +45,8 @@ class ModelSet:
         min_area: smallest share of the native number of pixels that gives good images, and its
             inverse the largest.
         memory: FLUX: memory level, see `flux_memory.LEVELS`.
+        guidance_embeds: FLUX: whether the preset is for transformers with a guidance embedding,
+            such as dev, or without, such as schnell; None for both.
     """
 
     family: Literal["sdxl", "flux"]
@@ -70,6 +72,7 @@ class ModelSet:
     max_side: int = 2048
     min_area: float = 0.4
     memory: str = "full"
+    guidance_embeds: bool | None = None
 
     @property
     def sources(self) -> tuple[WeightSource, ...]:

@@ -284,6 +284,7 @@ def flux(base: WeightSource = "flux-dev") -> Preset:
         use_half_precision=True,
         size_multiple=16,
         min_area=0.2,
+        guidance_embeds=True,
     )
     defaults = GenerationOptions(
         num_inference_steps=20,
@@ -308,7 +309,8 @@ def flux_krea(base: WeightSource = "flux-krea-base") -> Preset:
 
 def flux_schnell(base: WeightSource = "flux-schnell-base") -> Preset:
     """Return PuLID for FLUX on FLUX.1-schnell: 4 steps; it was distilled without guidance."""
-    preset = flux(base).with_defaults(num_inference_steps=4, max_sequence_length=256)
+    preset = flux(base).with_models(guidance_embeds=False)
+    preset = preset.with_defaults(num_inference_steps=4, max_sequence_length=256)
     defaults = preset.defaults.model_copy(update={"guidance_scale": None})
     options = preset.options - {"guidance_scale"}
     preset = replace(preset, options=options, defaults=defaults)

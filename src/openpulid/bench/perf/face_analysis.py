@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from openpulid.bench.perf.timing import interleave, medians, timed
-from openpulid.device import compute_dtype
+from openpulid.device import training_dtype
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.methods.pulid import IDFormer
 
@@ -87,7 +87,7 @@ def build_stages(device: torch.device) -> dict[str, Callable[[], Any]]:
         features = [torch.randn(1, 577, 1024, device=device).to(dtype) for _ in range(5)]
         return lambda: network(embedding, features)
 
-    dtype = compute_dtype(device)
+    dtype = training_dtype(device)
     return {
         "detection": lambda: detector(random_image(320)),
         "second detection": lambda: detector(random_image(1024)),

@@ -17,7 +17,7 @@ from torch import Tensor
 from openpulid.bench.perf.gpu_report import PartSkipped
 from openpulid.bench.perf.inference import FluxTarget
 from openpulid.bench.perf.random_models import RandomSDXL, default_dtype, random_base
-from openpulid.device import best_device, compute_dtype, hardware_name
+from openpulid.device import best_device, hardware_name, training_dtype
 from openpulid.errors import OptionError
 from openpulid.pipelines.presets import MINIATURE
 
@@ -77,7 +77,7 @@ class Machine:
         device = best_device()
         if device.type == "cpu" and not tiny:
             raise OptionError("no accelerator is available: use --tiny to test the script.")
-        return cls(device, compute_dtype(device), tiny)
+        return cls(device, training_dtype(device), tiny)
 
     @property
     def is_cpu(self) -> bool:

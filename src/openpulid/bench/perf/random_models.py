@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
-from openpulid.device import compute_dtype
+from openpulid.device import compute_dtype, training_dtype
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import OptionError
 from openpulid.pipelines.presets import MINIATURE
@@ -82,9 +82,12 @@ class RandomSDXL(SDXLModel):
         return TextConditioning(embeds, torch.randn(rows, self.pooled_width, **like), ids)
 
 
-def dtype_of(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device, in_training: bool = False) -> torch.dtype:
     """Return the dtype in which a base model is used: the miniature in float32."""
-    return torch.float32 if name == "mini" else compute_dtype(device)
+    if name == "mini":
+        return torch.float32
+    is_sdxl = name == "sdxl" and not in_training
+    return compute_dtype(device) if is_sdxl else training_dtype(device)
 
 
 def random_base(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> RandomSDXL:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
+from openpulid.io.networks import load_network
 from openpulid.methods.controlnet import add_residuals, compute_residuals
 from openpulid.methods.hooks import PipelineState, UNetCall, expand_per_image, move_to
 from openpulid.methods.ip_adapter.base import IPAdapterBase, read_parts
@@ -71,8 +72,7 @@ class InstantID(IPAdapterBase):
             raise WeightsError(
                 f"{folder} contains no InstantID; it needs ip-adapter.bin and ControlNetModel/."
             )
-        net = ControlNetModel.from_pretrained(folder / "ControlNetModel", local_files_only=True)
-        return cls(read_parts(files[0]), net)
+        return cls(read_parts(files[0]), load_network(ControlNetModel, folder / "ControlNetModel"))
 
     @property
     def width(self) -> int:

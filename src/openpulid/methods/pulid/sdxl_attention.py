@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, linear
 
 from openpulid.errors import OptionError, suggest
 from openpulid.methods.adapter import exclusive_use
@@ -53,7 +53,13 @@ class IdentityLayer(nn.Module):
         self.id_to_v = nn.Linear(cross_attention_dim, hidden_size, bias=False)
 
     def forward(self, tokens: Tensor) -> KeyValue:
-        """Map tokens (..., N, cross_attention_dim) to keys and values (..., N, hidden_size)."""
+        """Map tokens (..., N, cross_attention_dim) to keys and values (..., N, hidden_size).
+
+        Weights in less precision than the tokens are only stored in it.
+        """
+        if self.id_to_k.weight.itemsize < tokens.itemsize:
+            keys = linear(tokens, self.id_to_k.weight.to(tokens.dtype))
+            return keys, linear(tokens, self.id_to_v.weight.to(tokens.dtype))
         return self.id_to_k(tokens), self.id_to_v(tokens)
 
 

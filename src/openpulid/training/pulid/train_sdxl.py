@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from openpulid.device import supports_bf16
+from openpulid.device import training_dtype
 from openpulid.faces.arcface import build_face_embedder, load_arcface_ir_se50
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.identity.photo_extractor import PhotoExtractor
@@ -82,12 +82,8 @@ def load_models(
     id_loss_file = resolve_path(ID_LOSS_WEIGHTS) if recipe.id_loss != "none" else None
 
     extractor = cast(PhotoExtractor, load_extractor(presets[0], device))
-    # float16 overflows in training, so a GPU without bfloat16 trains in float32
-    half = supports_bf16(device)
-    models = [
-        SDXLModel(load_pipeline(preset.with_models(use_half_precision=half), device))
-        for preset in presets
-    ]
+    dtype = training_dtype(device)
+    models = [SDXLModel(load_pipeline(preset, device, dtype)) for preset in presets]
     embedder = None
     if id_loss_file is not None:
         embedder = build_face_embedder(

@@ -1,0 +1,251 @@
+"""What a file of weights is, by the names and shapes of its tensors.
+
+A checkpoint describes itself: names tell the architecture, additional tensors the kind of
+prediction or quantization. Loaders use this to name a file that they cannot open.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from openpulid.errors import WeightsError
+from openpulid.io.checkpoints import read_tensors
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file of weights says without its values.
+
+    Attributes:
+        shapes: shape of each tensor by its name.
+        metadata: the text in the header of a safetensors file; GGUF's architecture.
+        float8: names of the tensors that are stored in 8-bit floating point.
+    """
+
+    shapes: Mapping[str, Shape]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    float8: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class CheckpointKind:
+    """A kind of file.
+
+    Attributes:
+        name: with its article, as messages call it.
+        use: how such a file is used.
+        patterns: regular expressions; each of them matches the beginning of some tensor's name.
+    """
+
+    name: str
+    use: str
+    patterns: tuple[str, ...]
+
+    def matches(self, names: Collection[str]) -> bool:
+        """Whether these are the names of the tensors of such a file."""
+        return all(
+            any(re.match(pattern, name) is not None for name in names) for pattern in self.patterns
+        )
+
+
+UNET = "model.diffusion_model."
+"""Prefix of the U-Net or transformer in a single file with a whole base model."""
+
+_ANY = r"(model\.diffusion_model\.)?"
+
+SDXL = CheckpointKind(
+    "an SDXL checkpoint", "pass it with --preset sdxl --base", (rf"{UNET}label_emb\.",)
+)
+FLUX = CheckpointKind(
+    "a FLUX.1 transformer",
+    "pass it with --preset flux --base",
+    (
+        rf"{_ANY}(double_blocks\.0\.img_mod\.lin|transformer_blocks\.0\.norm1_context)\.",
+        rf"{_ANY}single_(transformer_)?blocks\.0\.",
+    ),
+)
+PULID_SDXL = CheckpointKind(
+    "PuLID's adapter for SDXL", "pass it with an SDXL preset", (r"id_adapter(_attn_layers)?\.",)
+)
+PULID_FLUX = CheckpointKind(
+    "PuLID's adapter for FLUX", "pass it with a FLUX preset", (r"pulid_(encoder|ca)\.",)
+)
+
+KINDS: tuple[CheckpointKind, ...] = (
+    PULID_SDXL,
+    PULID_FLUX,
+    CheckpointKind("an identity", "pass it with --id", (r"id_cond$", r"hidden\.0$")),
+    CheckpointKind("a PhotoMaker adapter", "use --method photomaker", (r"id_encoder\.",)),
+    CheckpointKind(
+        "an IP-Adapter for FLUX",
+        "it is not supported",
+        (r"ip_adapter_proj_model\.|.*ip_adapter_double_stream",),
+    ),
+    CheckpointKind(
+        "an IP-Adapter-FaceID-Plus adapter",
+        "use --method faceid-plus",
+        (r"image_proj\.perceiver_resampler\.",),
+    ),
+    CheckpointKind(
+        "an IP-Adapter-FaceID adapter",
+        "use --method faceid",
+        (r"image_proj\.proj\.0\.", r"ip_adapter\.\d+\.to_q_lora\."),
+    ),
+    CheckpointKind(
+        "an IP-Adapter-Plus or InstantID adapter",
+        "use --method ip-adapter-plus or instantid",
+        (r"image_proj\.latents",),
+    ),
+    CheckpointKind("an IP-Adapter", "use --method ip-adapter", (r"(image_proj|ip_adapter)\.",)),
+    CheckpointKind(
+        "a LoRA",
+        "load it into a pipeline with diffusers' load_lora_weights",
+        (r"lora_(unet|te\d?|transformer)_|.*[._](lora_(A|B|down|up)|hada_w1|lokr_w1)",),
+    ),
+    CheckpointKind(
+        "a ControlNet",
+        "pass its folder with --control",
+        (r"control_model\.|controlnet_(cond|x)_embed|input_hint_block\.",),
+    ),
+    CheckpointKind(
+        "SDXL's refiner",
+        "use an SDXL base model",
+        (r"conditioner\.embedders\.0\.model\.",),
+    ),
+    CheckpointKind("a FLUX.2 transformer", "use FLUX.1", (rf"{_ANY}double_stream_modulation",)),
+    CheckpointKind("a Chroma transformer", "use FLUX.1", (rf"{_ANY}distilled_guidance_layer\.",)),
+    SDXL,
+    CheckpointKind(
+        "a Stable Diffusion 3 checkpoint",
+        "use a base model for the preset",
+        (rf"{_ANY}joint_blocks\.0\.",),
+    ),
+    FLUX,
+    CheckpointKind(
+        "a Stable Diffusion 1 or 2 checkpoint",
+        "use an SDXL or FLUX.1 base model",
+        (rf"{UNET}(input|output)_blocks\.",),
+    ),
+    CheckpointKind(
+        "a U-Net without autoencoder and text encoders",
+        "pass a pipeline, or a file with all networks",
+        (r"(down_blocks\.\d+\.(attentions|resnets)|input_blocks\.\d+)\.",),
+    ),
+    CheckpointKind(
+        "an autoencoder",
+        "pass a pipeline, or a file with all networks",
+        (r"(first_stage_model\.)?decoder\.(conv_in|up|mid)",),
+    ),
+    CheckpointKind(
+        "a text encoder",
+        "pass a pipeline, or a file with all networks",
+        (r"(text_model\.|encoder\.block\.0\.|.*transformer\.resblocks\.0\.)",),
+    ),
+    CheckpointKind(
+        "a vision encoder",
+        "pass a pipeline, or a file with all networks",
+        (r"(vision_model|visual)\.",),
+    ),
+)
+"""Known kinds; the first that matches a file is its kind."""
+
+_QUANTIZATIONS = (
+    (r".*\.(absmax|quant_map|quant_state\.)", "in 4 bits with bitsandbytes"),
+    (r".*\.SCB$", "in 8 bits with bitsandbytes"),
+    (r".*\.(qweight|wscales|smooth_orig)$", "with SVDQuant (Nunchaku)"),
+    (r".*\.weight_scale_2$", "in NVFP4"),
+    (r".*\.(weight_packed|qzeros|g_idx)$", "in packed integers"),
+)
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read the names and shapes of the tensors of a file, without its values.
+
+    Args:
+        path: safetensors, GGUF, or a PyTorch file, which is unpickled with `weights_only=True`.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or a GGUF file needs the package gguf.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return _read_gguf_header(path)
+    if path.suffix != ".safetensors":
+        tensors = read_tensors(path, mmap=True)
+        float8 = frozenset(name for name, x in tensors.items() if _is_float8(x.dtype))
+        return Header({name: tuple(x.shape) for name, x in tensors.items()}, float8=float8)
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; name an existing file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
+            float8 = frozenset(name for name, x in slices.items() if x.get_dtype().startswith("F8"))
+            return Header(shapes, dict(file.metadata() or {}), float8)
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{path} cannot be loaded: it is damaged or cut short; download or copy it again."
+        ) from error
+
+
+def _read_gguf_header(path: Path) -> Header:
+    try:
+        import gguf
+    except ImportError:
+        raise WeightsError("GGUF files need the package gguf: pip install gguf.") from None
+    # its reader has no exception class of its own
+    try:
+        reader = gguf.GGUFReader(path)
+        entry = reader.get_field("general.architecture")
+        metadata = {} if entry is None else {"architecture": str(entry.contents())}
+        shapes = {x.name: tuple(map(int, reversed(x.shape))) for x in reader.tensors}
+    except Exception as error:
+        raise WeightsError(
+            f"{path} cannot be loaded: it is no complete GGUF file; download it again."
+        ) from error
+    return Header(shapes, metadata)
+
+
+def _is_float8(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize == 1
+
+
+def find_kind(names: Collection[str]) -> CheckpointKind | None:
+    """Return the kind of file that has tensors of these names; None if it is unknown."""
+    for kind in KINDS:
+        if kind.matches(names):
+            return kind
+    return None
+
+
+def describe_kind(names: Collection[str]) -> str:
+    """Describe a file by the names of its tensors, for the end of a message.
+
+    Returns:
+        Such as "it is a LoRA: load it into a pipeline with ..."; or the first name of a file of
+        unknown kind.
+    """
+    kind = find_kind(names)
+    if kind is not None:
+        return f"it is {kind.name}: {kind.use}"
+    return f"its tensors are of an unknown kind, such as {min(names)}" if names else "it is empty"
+
+
+def find_quantization(names: Collection[str]) -> str | None:
+    """Return how a file's weights are quantized if names tell it, in words; else None.
+
+    Scaled float8 is not among these, see `networks.SCALE_SUFFIXES`.
+    """
+    for pattern, description in _QUANTIZATIONS:
+        if any(re.match(pattern, name) for name in names):
+            return description
+    return None
