@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from openpulid.errors import ImageError, TrainingError
-from openpulid.faces.face import Face
+from openpulid.faces.face import Face, first_usable
 from openpulid.faces.scrfd import LONGEST
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.image_grid import to_tensor
@@ -261,11 +261,11 @@ def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
         logger.warning("%s", error)
         return None
     small = limit_size(image, LONGEST)  # the same limit as for reference images
-    faces = extractor.detection.detect(to_tensor([small])[0])
-    if not faces:
+    face = first_usable(extractor.detection.detect(to_tensor([small])[0]))
+    if face is None:
         return None
     scale = max(image.size) / max(small.size)
-    values = (*faces[0].box.tolist(), *faces[0].landmarks.flatten().tolist())
+    values = (*face.box.tolist(), *face.landmarks.flatten().tolist())
     return [round(value * scale, 2) for value in values]
 
 
