@@ -92,18 +92,17 @@ def train(
             f"{recipe} trains on photos: pass a folder with --data, with a caption NAME.txt for "
             "each NAME.jpg."
         )
-    import torch
-
-    from openpulid.device import best_device
+    from openpulid.device import select_device
     from openpulid.training.pulid import check_init_adapter
     from openpulid.training.pulid.train_sdxl import load_models, train_on_photos
 
     check_init_adapter(settings, begin)
+    selected_device = select_device(device)
     if not resume:
         shutil.rmtree(run_dir, ignore_errors=True)
     models = load_models(
         settings,
-        torch.device(device) if device else best_device(),
+        selected_device,
         base=base,
         few_step_models=few_step_model or (),
         faces=faces,

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from openpulid.device import best_device
+from openpulid.device import select_device
 from openpulid.errors import OptionError, TrainingError
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.methods.pulid import PuLID
@@ -61,9 +61,9 @@ def train(
             f"{recipe.name} trains on {recipe.base}, not on the miniature: use "
             "openpulid.training.pulid.train_sdxl."
         )
+    torch_device = select_device(device)
     if fresh:
         shutil.rmtree(run_dir, ignore_errors=True)
-    torch_device = torch.device(device) if device else best_device()
     preset = mini_preset(weights)
     pipe = load_pipeline(preset, torch_device)
     extractor = cast(MiniExtractor, load_extractor(preset, torch_device))
