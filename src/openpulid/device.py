@@ -16,6 +16,32 @@ FLOAT16_DEVICES = ("cuda", "mps", "xpu")
 """Types of devices with fast float16."""
 
 
+def select_device(name: str | torch.device | None = None) -> torch.device:
+    """Return the device of this name; `best_device` by default.
+
+    Raises:
+        OptionError: there is no such device on this machine.
+    """
+    if name is None or name == "":
+        return best_device()
+    available = ["cpu"]
+    accelerator = None
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        count = torch.accelerator.device_count()
+        available += [accelerator.type, *(f"{accelerator.type}:{index}" for index in range(count))]
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):  # not a name of PyTorch
+        device = None
+    if device is None or (str(device) not in available and str(device) != "cpu:0"):
+        raise OptionError(
+            f"there is no device {str(name)!r} on this machine; available: {', '.join(available)}."
+        )
+    return device
+
+
 def best_device() -> torch.device:
     """Return the accelerator if one is available, else the CPU.
 

@@ -9,15 +9,20 @@ import pytest
 import skimage.data
 import torch
 from facexlib.parsing.bisenet import BiSeNet
+from PIL import Image
 from torch import Tensor
 
-from openpulid.errors import WeightsError
-from openpulid.faces.arcface import ArcFaceRecognition
+from openpulid.errors import FaceError, WeightsError
+from openpulid.faces.arcface import ARCFACE_TEMPLATE, ArcFaceRecognition, build_face_embedder
 from openpulid.faces.bisenet import CROP, TEMPLATE, FaceParser, align_photo
 from openpulid.faces.face import Face, sort_faces
 from openpulid.faces.insightface_pack import find_pack, select_providers, to_uint8
 from openpulid.faces.scrfd import BORDER, SCRFDDetector
+from openpulid.identity.clip_extractor import ClipExtractor
+from openpulid.identity.detection import PhotoFaceDetection
+from openpulid.identity.reference import ReferenceFaces
 from openpulid.io.images import open_image
+from tests.support.image_files import IMAGES
 from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recognition_file
 
 
@@ -211,6 +216,75 @@ def test_detector_tries_smaller_sizes_then_border() -> None:
         (size, height) for height in (200, 200 + 2 * margin) for size in (640, 512, 384, 256)
     ]
     assert face.landmarks.eq(60.5 - margin).all()  # in pixels of the image itself
+
+
+def test_strip_is_not_resized_to_nothing() -> None:
+    """Longer than the detector's input times its width, the image would have a side of 0."""
+    sizes: list[int] = []
+
+    class NoFaceModel:
+        def detect(
+            self, image: np.ndarray, input_size: tuple[int, int], det_thresh: float
+        ) -> tuple[np.ndarray, np.ndarray]:
+            height, width = image.shape[:2]
+            assert int(input_size[0] * min(height, width) / max(height, width)) >= 1
+            sizes.append(input_size[0])
+            return np.zeros((0, 5), np.float32), np.zeros((0, 5, 2), np.float32)
+
+    detector = SCRFDDetector(NoFaceModel())
+    for shape in ((3, 1024, 1), (3, 1, 1024), (3, 512, 1)):
+        assert detector.detect(torch.zeros(shape)) == []
+    assert sizes.count(640) == 4  # of 512 x 1, and of the copies with a border
+    assert sizes.count(256) == 3
+
+
+@needs_detector
+@pytest.mark.parametrize("size", [None, (16_000, 16), (20, 6000), (17, 18_000)])
+def test_strip_has_no_face(detector, size) -> None:
+    strip = IMAGES / "strip.png" if size is None else Image.new("RGB", size)
+    extractor = ClipExtractor(PhotoFaceDetection(detector), None)
+    with pytest.raises(FaceError, match="no face detected"):
+        ReferenceFaces.detect(extractor, strip)
+
+
+UNUSABLE_LANDMARKS = {
+    "equal": torch.full((5, 2), 50.0),
+    "nan": torch.full((5, 2), float("nan")),
+    "one nan": torch.tensor(TEMPLATE).index_fill(0, torch.tensor([3]), float("nan")),
+    "infinite": torch.full((5, 2), float("inf")),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE_LANDMARKS)
+def test_face_without_usable_landmarks_is_refused(name: str, tmp_path: Path) -> None:
+    landmarks = UNUSABLE_LANDMARKS[name]
+    face = Face(torch.zeros(3, 100, 100), torch.tensor([0.0, 0, 100, 100]), landmarks, 0.9)
+    with pytest.raises(FaceError, match="landmarks are at one point or not finite"):
+        align_photo(face)
+    recognition = ArcFaceRecognition.load(recognition_file(tmp_path / "r.onnx"))
+    with pytest.raises(FaceError, match="landmarks"):
+        recognition(face)
+
+
+def test_faces_of_the_id_loss_have_usable_landmarks() -> None:
+    """A face that cannot be aligned counts as none; the next one is taken."""
+    image = torch.rand(3, 112, 112, generator=torch.Generator().manual_seed(0))
+    box = torch.tensor([0.0, 0, 112, 112])
+    usable = Face(image, box, ARCFACE_TEMPLATE, 0.9)
+    unusable = [Face(image, box, points, 0.9) for points in UNUSABLE_LANDMARKS.values()]
+
+    class Detector:
+        def __init__(self, faces: list[Face]) -> None:
+            self.faces = faces
+
+        def detect(self, image: Tensor) -> list[Face]:
+            return self.faces
+
+    recognition = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 4))
+    none = build_face_embedder(Detector(unusable), recognition)(image[None])
+    assert not none.has_face.any() and not none.embeddings.any()
+    one = build_face_embedder(Detector([*unusable, usable]), recognition)(image[None])
+    assert one.has_face.all() and one.embeddings.isfinite().all() and one.embeddings.any()
 
 
 def test_provider_of_device() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
+from openpulid.errors import FaceError
 from openpulid.faces.align import TEMPLATE
 from openpulid.faces.face import Face
 from openpulid.faces.miniature import MiniFaceDetector, ResNetRecognition
@@ -85,6 +87,15 @@ def test_batches_are_differentiable(extractor) -> None:
     assert [x.shape for x in hidden] == [(3, 17, 24)] * 5
     id_cond.sum().backward()
     assert images.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("value", [50.0, float("nan")])
+def test_face_without_usable_landmarks_is_refused(extractor, value: float) -> None:
+    unusable = replace(face(torch.rand(3, 96, 96)), landmarks=torch.full((5, 2), value))
+    with pytest.raises(FaceError, match="landmarks"):
+        extractor.extract([unusable])
+    with pytest.raises(FaceError, match="landmarks"):
+        extractor.debug_crops(unusable)
 
 
 def test_no_face_is_an_empty_list(extractor) -> None:

@@ -80,6 +80,21 @@ def test_message_reports_the_original_size(finder) -> None:
 
 
 @torch.no_grad()
+def test_strip_needs_no_square_of_its_length(finder) -> None:
+    """The detector pads to squares: 16 x 60,000 pixels would need 43 GB."""
+    extractor = ClipExtractor(MiniFaceDetection(finder), None)
+    with pytest.raises(FaceError, match="no face detected in its 16 x 60000 pixels"):
+        ReferenceFaces.detect(extractor, Image.new("RGB", (16, 60_000)))
+
+
+def test_message_about_no_face_is_true_for_several_people(finder) -> None:
+    finder.score[-1].bias.fill_(-100)
+    with pytest.raises(FaceError, match="only detects one synthetic person per image"):
+        ReferenceFaces.detect(
+            ClipExtractor(MiniFaceDetection(finder), None), Image.new("RGB", (96, 96))
+        )
+
+
 def test_bfloat16_vision_encoder_runs_on_any_cpu(tmp_path: Path) -> None:
     image = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 255
     face = Face(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -17,12 +18,14 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from openpulid.cli.main import app
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import ImageError, OptionError, WeightsError
 from openpulid.identity.identity import Identity
+from openpulid.io.images import open_image
 from openpulid.methods.controlnet import ControlNet, canny_edges
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import MINIATURE
+from tests.support.image_files import IMAGES
 from tests.support.token_files import PROMPTS, controlnet, generate
 
 PICTURE = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -102,6 +105,50 @@ def stock_with(pipe: Any, adapter: PuLID, identity: Identity) -> torch.Tensor:
     adapter.attach(pipe.unet)
     with adapter.use(identity, pipe=pipe.unet):
         return stock(pipe, guidance=1.0)
+
+
+def test_every_form_of_a_control_image_is_the_same(pipe: Any, control: ControlNet) -> None:
+    """Transparent pixels are white in Python as in files."""
+    path = IMAGES / "alpha-control.png"
+    opened = open_image(path)
+    images: list[Any] = [opened, path, str(path), Image.open(path), np.asarray(opened)]
+    images.append(path.read_bytes())
+    images.append(torch.from_numpy(np.array(opened)).permute(2, 0, 1))
+    results = []
+    for image in images:
+        with control.use(image):
+            results.append(generate(pipe, guidance=1.0))
+    assert all(torch.equal(result, results[0]) for result in results)
+    with control.use([path, path]):
+        generate(pipe, PROMPTS, guidance=1.0)
+
+
+def test_unusable_control_image_is_refused(control: ControlNet) -> None:
+    for image in (3, None, []):
+        with pytest.raises(OptionError, match="control image"), control.use(image):
+            pass
+    with pytest.raises(OptionError, match="expected an image, got int"), control.use([3]):
+        pass
+    with (
+        pytest.raises(ImageError, match="float values must be from 0 to 1"),
+        control.use(PICTURE * 255),
+    ):
+        pass
+    with pytest.raises(ImageError, match="has the shape"), control.use(PICTURE[None, None]):
+        pass
+
+
+def test_stretched_control_image_is_noted_once(
+    pipe: Any, control: ControlNet, caplog: pytest.LogCaptureFixture
+) -> None:
+    with control.use(Image.new("RGB", (128, 64))):
+        generate(pipe)
+    (message,) = caplog.messages
+    assert "the control image has 128 x 64 pixels (width over height 2.00) and" in message
+    caplog.clear()
+    with control.use([PICTURE, Image.new("RGB", (100, 97))]):
+        generate(pipe, PROMPTS)
+    assert not caplog.messages
 
 
 def test_span_limits_effect_and_pipeline_is_restored(pipe: Any, control: ControlNet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from openpulid import load
+from openpulid.device import best_device, select_device
 from openpulid.errors import (
     FaceError,
     IdentityError,
@@ -18,6 +20,7 @@ from openpulid.errors import (
     NonFiniteError,
     OptionError,
     PromptError,
+    PulidError,
     WeightsError,
 )
 from openpulid.faces.miniature import MiniFaceDetector, ResNetRecognition
@@ -340,6 +343,108 @@ def test_identify_from_files(studio, anna, tmp_path) -> None:
         studio.identify(tmp_path / "nobody.png")
     with pytest.raises(OptionError, match="at least one"):
         studio.identify([])
+
+
+def test_identify_from_everything_that_is_an_image(studio, anna, tmp_path) -> None:
+    image = picture(0)
+    image.save(tmp_path / "anna.png")
+    content = (tmp_path / "anna.png").read_bytes()
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    sources = [array, array / np.float32(255), array.astype(np.uint16) * 257]
+    sources += [tensor, tensor / 255, (tensor / 255)[None], array.transpose(2, 0, 1)]
+    sources += [content, bytearray(content), BytesIO(content), [content, array][:1]]
+    for source in sources:
+        assert torch.equal(studio.identify(source).id_cond, anna.id_cond), type(source)
+    with open(tmp_path / "anna.png", "rb") as file:
+        assert torch.equal(studio.identify(file).id_cond, anna.id_cond)
+    assert studio.identify([array, picture(1)]).photos == 2
+    gray = np.asarray(image.convert("L"))
+    assert torch.equal(studio.identify(gray).id_cond, studio.identify(gray[..., None]).id_cond)
+    studio.identify(torch.rand(3, 96, 96, dtype=torch.bfloat16, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (np.zeros((2, 96, 96, 3), np.uint8), r"has the shape \(2, 96, 96, 3\); an image has"),
+        (torch.zeros(96, 96, 96), r"several images are a list"),
+        (np.full((96, 96, 3), 200.0), "has values from 200 to 200; float values must be from 0"),
+        (torch.full((3, 96, 96), float("nan")), "float values must be from 0 to 1"),
+        (np.zeros((96, 96, 3), np.int64), "has the type int64; use uint8"),
+        (np.zeros((4, 4, 3), np.uint8), "has 4 x 4 pixels, too few"),
+        (5, "expected an image, got int; pass a path, a PIL image, an array"),
+        ([{"a": 1}], "expected an image, got dict"),
+        (None, "expected an image, got NoneType"),
+        (StringIO("text"), 'is a text file; open it with mode "rb"'),
+        (b"text", "is not an image of a supported format"),
+    ],
+)
+def test_what_is_no_image_is_refused(studio, source, reason) -> None:
+    with pytest.raises(PulidError, match=reason):
+        studio.identify(source)
+
+
+def test_generate_takes_files_and_images_of_a_person(studio, anna, tmp_path) -> None:
+    expected = pixels(studio.generate("portrait", anna, seed=1))[0]
+    picture(0).save(tmp_path / "anna.png")
+    anna.save(tmp_path / "anna.safetensors")
+    for identity in (
+        str(tmp_path / "anna.png"),
+        tmp_path / "anna.png",
+        tmp_path / "anna.safetensors",
+        picture(0),
+        np.asarray(picture(0)),
+    ):
+        again = studio.generate("portrait", identity=identity, seed=1)
+        assert np.array_equal(pixels(again)[0], expected)
+    with pytest.raises(ImageError, match=r"nobody\.png: does not exist"):
+        studio.generate("portrait", identity="nobody.png")
+    with pytest.raises(IdentityError, match=r"nobody\.safetensors does not exist"):
+        studio.generate("portrait", identity="nobody.safetensors")
+    for people in (5, [5], [("anna.png", None)]):
+        with pytest.raises(OptionError, match="identity"):
+            studio.generate("portrait", identity=people)
+
+
+@pytest.mark.parametrize("request_", [["portrait", "film"], None, 5, {"prompt": "portrait"}])
+def test_generate_takes_one_prompt(studio, request_) -> None:
+    with pytest.raises(OptionError, match="expected one prompt or a GenerationRequest, got"):
+        studio.generate(request_)
+
+
+def test_size_as_text_or_pair(studio) -> None:
+    for size in ("32x16", (32, 16), [32, 16]):
+        assert studio.generate("portrait", size=size).images[0].size == (32, 16)
+    for size in ("32", 32, (32, 16, 8), None):
+        with pytest.raises(OptionError, match="expected WIDTHxHEIGHT"):
+            studio.generate("portrait", size=size)
+    with pytest.raises(OptionError, match="either size, or width and height"):
+        studio.generate("portrait", size="32x16", width=16)
+
+
+def test_device_that_is_not_there_is_refused(folder) -> None:
+    for device in ("no-such-device", "cuda:77", "mps:5", "meta"):
+        for function in (lambda name: load(mini(folder), device=name), select_device):
+            with pytest.raises(
+                OptionError, match=rf"there is no device '{device}' on this machine"
+            ):
+                function(device)
+    assert select_device("cpu") == torch.device("cpu")
+    assert select_device(None) == select_device("") == best_device()
+    if not torch.cuda.is_available():
+        with pytest.raises(OptionError, match="there is no device 'cuda' on this machine; availa"):
+            load(mini(folder), device="cuda")
+
+
+def test_device_is_selected_by_name_and_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for name in ("cpu", "cuda", "cuda:0", "cuda:1"):
+        assert select_device(name) == select_device(torch.device(name)) == torch.device(name)
+    with pytest.raises(OptionError, match="'cuda:2' on this machine; available: cpu, cuda, cuda:0"):
+        select_device("cuda:2")
 
 
 def test_image_without_a_known_face_is_refused(folder, tmp_path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -13,10 +16,14 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image
 
+from openpulid import errors
 from openpulid.cli.web import web as web_command
-from openpulid.errors import FaceError, OptionError
+from openpulid.errors import FaceError, ImageError, OptionError
+from openpulid.identity import identity
+from openpulid.identity.detection import MiniFaceDetection
 from openpulid.io.checkpoints import sha256
 from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS
+from openpulid.io.images import open_image
 from openpulid.pipelines.presets import (
     BASELINES,
     MINI_ADAPTERS,
@@ -41,11 +48,15 @@ from openpulid.pipelines.weights import (
     missing_weights,
 )
 from openpulid.web import page as web
-from openpulid.web.form import FormValues
+from openpulid.web.form import PAGE_ADVICE, FormValues, PreviewValues, image_paths
 from openpulid.web.session import WebSession
 from openpulid.world.gallery import render_portrait
+from tests.support.image_files import IMAGES
 
 gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
+from gradio.components.gallery import GalleryData, GalleryImage  # noqa: E402
+from gradio.data_classes import FileData, ImageData  # noqa: E402
+
 SETTINGS: dict[str, Any] = {
     "face_index": None,
     "prompt": "portrait, photo, smiling",
@@ -179,6 +190,83 @@ def test_user_errors_are_shown_on_the_page(client: Any, anna: Path) -> None:
         )
     with pytest.raises(Exception, match="add reference images"):
         client.predict(None, None, None, "mini", "pulid", api_name="/faces")
+
+
+def test_page_reads_images_as_the_command_line_does(tmp_path: Path, anna: Path) -> None:
+    """No component of the page decodes an upload, which would drop alpha and profile."""
+    with web.open_app("mini") as blocks:
+        form = {block.label: block for block in blocks.blocks.values() if hasattr(block, "label")}
+    upload = FileData(path=str(IMAGES / "alpha-control.png"))
+    control_image = form["Control image; any image for control-edges"].preprocess(upload)
+    assert open_image(control_image).getpixel((0, 0)) == (255, 255, 255)
+    photo = copyfile(anna, tmp_path / "IMG0001")  # a photo without an ending
+    uploads = GalleryData(root=[GalleryImage(image=ImageData(path=str(photo)))])
+    reference_images = form["Reference images of one person"].preprocess(uploads)
+    assert image_paths(reference_images) == [str(photo)]
+    (result,) = generate(WebSession(tmp_path), reference_images=reference_images)
+    (expected,) = generate(WebSession(tmp_path), reference_images=[(str(anna), None)])
+    assert pixels(result[0]) == pixels(expected[0])
+
+
+def test_uploads_are_decoded_in_a_child_process(
+    tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openpulid.web.session.DECODE_SECONDS", 0.001)
+    session = WebSession(tmp_path)
+    with pytest.raises(ImageError, match=r"anna\.png: takes longer than 0\.001 s to decode"):
+        generate(session, reference_images=[(str(anna), None)])
+    with pytest.raises(ImageError, match="takes longer"):
+        session.preview([str(anna)], None, session.models)
+
+
+def test_messages_name_uploads_and_buttons(tmp_path: Path) -> None:
+    """Neither a temporary folder of the server nor a command appears on the page."""
+    handle = web._form_handler(partial(web._generate, WebSession(tmp_path)), FormValues)
+    folder = tmp_path / "gradio" / "0f3a"
+    folder.mkdir(parents=True)
+    empty = folder / "empty room.jpeg"
+    Image.new("RGB", (96, 96), "gray").save(empty)
+    (folder / "IMG_1.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (folder / "anna.safetensors").write_bytes(b"no identity")
+    no_face = "empty room.jpeg: no face detected in its 96 x 96 pixels (one size: 96 pixels); this"
+    no_face += " preset only detects one synthetic person per image (the button Random person"
+    cases = {
+        no_face: {"reference_images": [(str(empty), None)]},
+        "IMG_1.heic: is": {"reference_images": [(str(folder / "IMG_1.heic"), None)]},
+        "anna.safetensors is not an identity file; add the reference images instead.": {
+            "identity_file": str(folder / "anna.safetensors")
+        },
+    }
+    for message, values in cases.items():
+        form = {"reference_images": None, "identity_file": None, **ONE_IMAGE, **values}
+        with pytest.raises(gradio.Error) as error:
+            handle(*(form[name] for name in inspect.signature(handle).parameters))
+        assert error.value.message.startswith(message)
+        assert str(tmp_path) not in error.value.message and "`pulid" not in error.value.message
+
+
+def test_every_advice_of_the_command_line_has_one_for_the_page() -> None:
+    texts = [MiniFaceDetection.no_face_hint, inspect.getsource(errors), inspect.getsource(identity)]
+    text = re.sub(r'"\s+f?"', "", " ".join(texts))  # join the parts of string literals
+    for advice in PAGE_ADVICE:
+        assert advice in text, f"no message says {advice!r}"
+
+
+def test_warnings_are_shown_on_the_page(
+    tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(gradio, "Warning", shown.append)
+    transparent = tmp_path / "gradio" / "clear.png"
+    transparent.parent.mkdir()
+    Image.new("RGBA", (96, 96)).save(transparent)
+    handle = web._form_handler(partial(web._preview, WebSession(tmp_path)), PreviewValues)
+    with pytest.raises(gradio.Error, match="no face detected"):
+        handle([(str(transparent), None)], None, None, "mini", "pulid")
+    assert shown == ["clear.png: is transparent everywhere; it is read as white"]
+    shown.clear()
+    handle([(str(anna), None)], None, None, "mini", "pulid")
+    assert shown == []
 
 
 def test_session_has_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:

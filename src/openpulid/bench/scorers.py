@@ -17,7 +17,7 @@ from openpulid.bench.metrics.inputs import Distance
 from openpulid.errors import WeightsError, explain_missing_library
 from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE
-from openpulid.faces.face import Face
+from openpulid.faces.face import Face, first_usable
 from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.io.checkpoints import read_tensors
@@ -54,9 +54,7 @@ class PhotoFaces:
 
         Embeddings of images without a face are zero.
         """
-        faces: list[Face | None] = [
-            next(iter(self.detector.detect(image)), None) for image in images
-        ]
+        faces = [first_usable(self.detector.detect(image)) for image in images]
         masks = torch.zeros(len(images), 1, *images.shape[2:])
         embeddings: list[Tensor] = []
         for row, face in enumerate(faces):

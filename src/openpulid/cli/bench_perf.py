@@ -153,9 +153,11 @@ def _write_figures(
 
 
 def select_device(name: str | None) -> torch.device:
-    """Return the device of a name, or the best one."""
-    import torch
+    """Return the device of a name, or the best one.
 
-    from openpulid.device import best_device
+    Raises:
+        OptionError: there is no such device.
+    """
+    from openpulid import device
 
-    return torch.device(name) if name else best_device()
+    return device.select_device(name)

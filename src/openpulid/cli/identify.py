@@ -59,8 +59,6 @@ def identify(
     references = open_references(image)
     if show is not None:
         check_image_path(show)
-    import torch
-
     from openpulid.identity.reference import ReferenceFaces
     from openpulid.io.metadata import save_image
     from openpulid.pipelines.factory import load_extractor
@@ -71,8 +69,7 @@ def identify(
         resolved = resolve_preset(
             preset, method=None if method in PULID_MODES else method, face_pack=faces
         )
-    target = torch.device(device) if device else None
-    reference = ReferenceFaces.detect(load_extractor(resolved, target), references)
+    reference = ReferenceFaces.detect(load_extractor(resolved, device), references)
     if show is not None:
         save_image(reference.draw(face_index, order), show)
     if face == LIST_FACES or out is None:

@@ -113,9 +113,7 @@ def train(
             f"{recipe} trains on photos: pass a folder with --data, with a caption NAME.txt for "
             "each NAME.jpg."
         )
-    import torch
-
-    from openpulid.device import best_device
+    from openpulid.device import select_device
     from openpulid.training.pulid import check_init_adapter, prepare_run_dir
     from openpulid.training.pulid.train_sdxl import check_photos, load_models, train_on_photos
 
@@ -124,10 +122,11 @@ def train(
     for folder in (data, held_out):
         if folder is not None:
             check_photos(folder)
+    selected_device = select_device(device)
     prepare_run_dir(run_dir, begin, is_fresh=not resume)
     models = load_models(
         changed,
-        torch.device(device) if device else best_device(),
+        selected_device,
         base=base or "sdxl-base",
         few_step_models=few_step_model or (),
         faces=faces,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from openpulid.errors import WeightsError, explain_missing_library
 from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.embed import FaceEmbedder
-from openpulid.faces.face import Face
+from openpulid.faces.face import Face, first_usable, require_landmarks
 from openpulid.faces.insightface_pack import load_onnx_model, to_uint8
 from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.io.checkpoints import read_tensors
@@ -54,10 +54,15 @@ class ArcFaceRecognition:
         return int(self.model.output_shape[-1])
 
     def __call__(self, face: Face) -> Tensor:
-        """Return the embedding of a face, (1, 512) float32."""
+        """Return the embedding of a face, (1, 512) float32.
+
+        Raises:
+            FaceError: the landmarks are not usable.
+        """
         with explain_missing_library():
             from insightface.utils.face_align import norm_crop
 
+        require_landmarks(face)
         landmarks = (face.landmarks - 0.5).numpy()
         crop = norm_crop(to_uint8(face.image)[..., ::-1], landmarks, self.model.input_size[0])
         return torch.from_numpy(self.model.get_feat(crop)).float()
@@ -87,7 +92,7 @@ def build_face_embedder(detector: SCRFDDetector, recognition: nn.Module) -> Face
     """
 
     def detect_largest(images: Tensor) -> list[Face | None]:
-        return [next(iter(detector.detect(image)), None) for image in images]
+        return [first_usable(detector.detect(image)) for image in images]
 
     return FaceEmbedder(detect_largest, recognition, arcface_crop)
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openpulid.errors import WeightsError, explain_missing_library
-from openpulid.faces.face import Face
+from openpulid.errors import FaceError, WeightsError, explain_missing_library
+from openpulid.faces.face import Face, require_landmarks
 from openpulid.faces.insightface_pack import to_uint8
 from openpulid.io.checkpoints import read_tensors
 
@@ -78,11 +78,18 @@ class FaceParser:
 
 
 def align_photo(face: Face) -> Tensor:
-    """Crop a face in FFHQ alignment, as facexlib does; (1, 3, 512, 512) float in [0, 1]."""
+    """Crop a face in FFHQ alignment, as facexlib does; (1, 3, 512, 512) float in [0, 1].
+
+    Raises:
+        FaceError: the landmarks are not usable.
+    """
     with explain_missing_library():
         import cv2
 
+    require_landmarks(face)
     landmarks = (face.landmarks - 0.5).numpy()
     matrix = cv2.estimateAffinePartial2D(landmarks, np.array(TEMPLATE), method=cv2.LMEDS)[0]
+    if matrix is None or not np.isfinite(matrix).all():
+        raise FaceError("no face that can be aligned was detected; use another image.")
     crop = cv2.warpAffine(to_uint8(face.image), matrix, (CROP, CROP), borderValue=BACKGROUND)
     return torch.from_numpy(crop).permute(2, 0, 1)[None].float() / 255

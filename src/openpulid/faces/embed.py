@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.faces.align import align_faces
-from openpulid.faces.face import Face
+from openpulid.faces.face import Face, first_usable
 from openpulid.faces.miniature import CROP
 
 # (B, 3, H, W) in [0, 1] -> a face or None for each image
@@ -60,6 +60,8 @@ class FaceEmbedder:
         images = images.clamp(0, 1)
         with torch.no_grad():
             faces = self.detect(images.detach())
+        # a crop of a face without usable landmarks would not be finite
+        faces = [first_usable([face] if face else []) for face in faces]
         has_face = torch.tensor([face is not None for face in faces], device=images.device)
         masks = images.new_zeros(len(images), 1, *images.shape[2:])
         for mask, face in zip(masks, faces, strict=True):

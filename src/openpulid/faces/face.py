@@ -13,6 +13,9 @@ from torch import Tensor
 
 from openpulid.errors import FaceError, OptionError, suggest
 
+MIN_LANDMARK_EXTENT = 0.1
+"""Distance in pixels over which the landmarks of a face must extend."""
+
 
 @dataclass(frozen=True, eq=False)
 class Face:
@@ -54,6 +57,12 @@ class Face:
         side = max(height, width)
         margin = torch.tensor([(side - width) / 2, (side - height) / 2]).to(self.landmarks)
         return (self.landmarks + margin) / side
+
+    @property
+    def has_usable_landmarks(self) -> bool:
+        """Whether the landmarks are finite and apart, so that a crop can be aligned to them."""
+        extent = self.landmarks.amax(0) - self.landmarks.amin(0)
+        return bool(self.landmarks.isfinite().all() and extent.max() > MIN_LANDMARK_EXTENT)
 
     @property
     def area(self) -> float:
@@ -127,6 +136,24 @@ def select_face(
             order,
         )
     return ordered[position]
+
+
+def require_landmarks(face: Face) -> None:
+    """Check that a crop can be aligned to the landmarks of a face.
+
+    Raises:
+        FaceError: they are not finite, or all at one point.
+    """
+    if not face.has_usable_landmarks:
+        raise FaceError(
+            "no face that can be aligned was detected: its landmarks are at one point or not "
+            "finite; use another image."
+        )
+
+
+def first_usable(faces: Sequence[Face]) -> Face | None:
+    """Return the first face to whose landmarks a crop can be aligned."""
+    return next((face for face in faces if face.has_usable_landmarks), None)
 
 
 def describe_faces(

@@ -83,6 +83,8 @@ class SCRFDDetector:
 
     def _detect_at_size(self, image: Tensor, padded: Tensor, size: int, margin: int) -> list[Face]:
         """Detect faces in `padded`, which is `image` with a margin, in pixels of `image`."""
+        if size * min(padded.shape[1:]) < max(padded.shape[1:]):
+            return []  # a strip of less than one pixel at this size, which OpenCV cannot resize to
         boxes, landmarks = self.model.detect(
             to_uint8(padded)[..., ::-1], input_size=(size, size), det_thresh=self.threshold
         )

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from openpulid.errors import WeightsError
 from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE, ArcFaceRecognition
-from openpulid.faces.face import Face
+from openpulid.faces.face import Face, require_landmarks
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.identity.identity import Identity
@@ -125,6 +125,7 @@ class ClipExtractor:
         size = self.vision_encoder.config.image_size
         if self.clip_input == "image":
             return [center_square(face.image, size)]
+        require_landmarks(face)
         template = (ARCFACE_TEMPLATE + 0.5) * size / ARCFACE_CROP
         transform = similarity_transform(face.landmarks[None], template)
         return [warp_images(face.image[None], transform, size)[0]]

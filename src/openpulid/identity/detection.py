@@ -13,6 +13,9 @@ from openpulid.faces.miniature import SIZE, MiniFaceDetector
 from openpulid.faces.scrfd import LONGEST, SCRFDDetector
 from openpulid.io.checkpoints import load_module
 
+MAX_ASPECT = 16
+"""Longer over shorter side of an image from which the miniature sees at most 6 pixels."""
+
 
 class FaceDetection(Protocol):
     """Detects the faces in one image."""
@@ -64,7 +67,7 @@ class MiniFaceDetection:
 
     max_image_size: int | None = None  # the detector resizes images itself
     no_face_hint = (
-        "this preset only knows synthetic people (`pulid world person` draws one); "
+        "this preset only detects one synthetic person per image (`pulid world person` draws one); "
         "use a full-size preset for photos."
     )
 
@@ -87,4 +90,6 @@ class MiniFaceDetection:
 
     def detect(self, image: Tensor) -> list[Face]:
         """Return the face in an image (3, H, W) in [0, 1], or an empty list."""
+        if max(image.shape[1:]) > MAX_ASPECT * min(image.shape[1:]):
+            return []  # the detector pads to a square, which may not fit into memory
         return [face for face in self.detector.detect([image]) if face is not None]

@@ -17,7 +17,7 @@ from openpulid.faces.align import (
     similarity_transform,
     warp_images,
 )
-from openpulid.faces.face import Face
+from openpulid.faces.face import Face, require_landmarks
 from openpulid.faces.miniature import CROP, MiniFaceDetector, ResNetRecognition
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
@@ -40,7 +40,11 @@ class IdentityExtractor(Protocol):
         """Detects the faces in an image."""
 
     def extract(self, faces: Sequence[Face]) -> list[Identity]:
-        """Return one identity per face, in order."""
+        """Return one identity per face, in order.
+
+        Raises:
+            FaceError: the landmarks of a face are not usable.
+        """
 
     def debug_crops(self, face: Face) -> list[Tensor]:
         """Return the crops (3, S, S) in [0, 1] that the extractor's models receive."""
@@ -105,6 +109,7 @@ class MiniExtractor:
 
     def _extract_one(self, face: Face) -> Identity:
         assert face.mask is not None, "the miniature's detector returns masks"
+        require_landmarks(face)
         inputs = (face.image, face.mask, face.landmarks)
         id_cond, hidden = self.extract_batch(*(x[None].to(self.device) for x in inputs))
         return Identity(
@@ -118,6 +123,7 @@ class MiniExtractor:
     def debug_crops(self, face: Face) -> list[Tensor]:
         """Return the aligned crop and the gray face on white, (3, S, S) in [0, 1] each."""
         assert face.mask is not None, "the miniature's detector returns masks"
+        require_landmarks(face)
         crops, masks = self._align(
             face.image[None], face.mask[None], face.landmarks[None], self.vision_encoder.img_size
         )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from openpulid.errors import FaceError, OptionError
 from openpulid.faces.face import Face, describe_faces, draw_faces, select_face, sort_faces
 from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity, fuse_identities
 from openpulid.io.image_grid import to_tensor
-from openpulid.io.images import limit_size, open_image
+from openpulid.io.images import (
+    Source,
+    image_label,
+    is_image_source,
+    limit_size,
+    open_image,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,34 +36,34 @@ class ReferenceImage:
     image: Image.Image
 
 
-ImageSource = str | os.PathLike[str] | Image.Image | ReferenceImage
+ImageSource = Source | Tensor | ReferenceImage
 
 
-def open_references(images: ImageSource | Sequence[ImageSource]) -> list[ReferenceImage]:
+def open_references(
+    images: ImageSource | Sequence[ImageSource], time_limit: float | None = None
+) -> list[ReferenceImage]:
     """Decode the images of one person. Images that are decoded already are taken as they are.
 
     Args:
-        images: one or several paths, PIL images or `ReferenceImage`.
+        images: one or several images, as `open_image` accepts them, or `ReferenceImage`.
+        time_limit: as for `open_image`.
 
     Raises:
         ImageError: a file is not an image.
-        OptionError: there are no images.
+        OptionError: there are no images, or a value is no image.
     """
-    if isinstance(images, (str, os.PathLike, Image.Image, ReferenceImage)):
-        images = [images]
-    if not images:
+    sources: Sequence[Any] = [images]
+    if isinstance(images, Sequence) and not is_image_source(images):
+        sources = images
+    if not sources:
         raise OptionError("an identity needs at least one image.")
-    return [_open_one(image) for image in images]
+    return [_open_one(source, time_limit) for source in sources]
 
 
-def _open_one(image: ImageSource) -> ReferenceImage:
+def _open_one(image: Any, time_limit: float | None) -> ReferenceImage:
     if isinstance(image, ReferenceImage):
         return image
-    if isinstance(image, Image.Image):
-        label = str(getattr(image, "filename", "") or "image")
-    else:
-        label = str(Path(image))
-    return ReferenceImage(label, open_image(image))
+    return ReferenceImage(image_label(image), open_image(image, time_limit=time_limit))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from openpulid.io.images import FORMATS
+from openpulid.io.decoding import FORMATS, JPEG_FORMATS
 
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
 """Endings of HEIF files, which Pillow knows only with the package pillow-heif."""
@@ -53,7 +53,9 @@ def image_suffixes() -> frozenset[str]:
     """Return the endings of all formats that `open_image` reads, in lower case."""
     Image.init()
     registered = Image.registered_extensions().items()
-    return HEIF_SUFFIXES | {suffix for suffix, name in registered if name in FORMATS}
+    return HEIF_SUFFIXES | {
+        suffix for suffix, name in registered if name in (*JPEG_FORMATS, *FORMATS)
+    }
 
 
 def is_system_name(name: str) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError, WeightsError, explain_missing_library
+from openpulid.io.images import Source, is_image_source, open_image
 from openpulid.io.networks import CONFIG, load_network
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.hooks import (
@@ -32,10 +33,11 @@ from openpulid.methods.hooks import (
     expand_per_image,
     find_unet,
     move_to,
+    warn_if_stretched,
 )
 
-ControlImage = Image.Image | Tensor
-"""RGB, or (3, H, W) in [0, 1]."""
+ControlImage = Source | Tensor
+"""An image as `open_image` accepts it, or float (3, H, W) in [0, 1]."""
 
 
 class ControlNet(Adapter):
@@ -102,9 +104,10 @@ class ControlNet(Adapter):
         Raises:
             OptionError: Nothing is attached, or an argument is out of range.
         """
-        images = [image] if isinstance(image, (Image.Image, Tensor)) else list(image)
-        if not images:
+        sources = [image] if is_image_source(image) else image
+        if not isinstance(sources, Sequence) or not sources:
             raise OptionError("pass a control image, or one per prompt.")
+        images = [_open_control_image(source) for source in sources]
         check_scale(scale)
         states = self.select_pipelines(pipe)
         with Span(start, end).watch("the control image") as span:
@@ -116,15 +119,20 @@ class ControlNet(Adapter):
 
     @contextmanager
     def _hook(
-        self, state: PipelineState, images: Sequence[ControlImage], scale: float, span: Span
+        self, state: PipelineState, images: Sequence[Image.Image | Tensor], scale: float, span: Span
     ) -> Iterator[None]:
         """Add the residuals in every call of a pipeline's U-Net."""
+        checked_sizes: set[tuple[int, int]] = set()
 
         def add_control(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
             call = UNetCall.parse(args, kwargs)
             if not span.contains(state.position(call.timestep)):
                 return args, kwargs
             height, width = (side * state.pixels_per_latent for side in call.sample.shape[-2:])
+            if (height, width) not in checked_sizes:
+                checked_sizes.add((height, width))
+                for image in images:
+                    warn_if_stretched("control image", _height_width(image), (height, width))
             control = torch.stack([fit_image(image, (height, width)) for image in images])
             batch = expand_per_image(control, len(call.sample), state.is_guided(), negative=control)
             move_to([self.model], call.sample.device, state.network.dtype)
@@ -191,7 +199,26 @@ def add_residuals(
     return {"down_block_additional_residuals": tuple(down), "mid_block_additional_residual": middle}
 
 
-def fit_image(image: ControlImage, size: tuple[int, int]) -> Tensor:
+def _open_control_image(source: Any) -> Image.Image | Tensor:
+    """Return an RGB image, or a float tensor (3, H, W) as it is.
+
+    Raises:
+        ImageError: the image cannot be used.
+        OptionError: the source is no image.
+    """
+    is_float = isinstance(source, Tensor) and source.is_floating_point()
+    if is_float and source.shape[:-2] == (3,) and ((source >= 0) & (source <= 1)).all():
+        return source
+    return open_image(source, min_side=1)
+
+
+def _height_width(image: Image.Image | Tensor) -> tuple[int, int]:
+    if isinstance(image, Tensor):
+        return image.shape[-2], image.shape[-1]
+    return image.height, image.width
+
+
+def fit_image(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a control image.
 
     Args:
@@ -222,5 +249,5 @@ def canny_edges(image: Image.Image, low: int = 100, high: int = 200) -> Image.Im
     with explain_missing_library():
         import cv2
 
-    edges = cv2.Canny(np.array(image.convert("RGB")), low, high)
+    edges = cv2.Canny(np.array(open_image(image, min_side=1)), low, high)
     return Image.fromarray(edges).convert("RGB")

@@ -19,8 +19,41 @@ logger = logging.getLogger(__name__)
 HookResult = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments, as a forward pre-hook returns them."""
 
+RATIO_TOLERANCE = 0.05
+"""Relative difference of two images' width over height from which one is visibly stretched."""
+
+MIN_RATIO_SIDE = 8
+"""Side in pixels below which a mask has no exact ratio, as one of 1 x 2 pixels for two halves."""
+
+logger = logging.getLogger(__name__)
+
 EPSILON = 1e-6
 """Tolerance of a schedule position: step 3 of 9 must not fall short of a start of 1 / 3."""
+
+
+def warn_if_stretched(name: str, size: Sequence[int], target: Sequence[int]) -> None:
+    """Log a warning if resizing changes the ratio of an image's sides.
+
+    Args:
+        name: what the image is, such as "mask".
+        size: its height and width in pixels.
+        target: height and width to which it is resized, in any unit.
+    """
+    if min(size) < MIN_RATIO_SIDE:
+        return
+    height, width = size
+    ratio = width / height
+    target_ratio = target[1] / target[0]
+    if max(ratio, target_ratio) > (1 + RATIO_TOLERANCE) * min(ratio, target_ratio):
+        logger.warning(
+            "the %s has %d x %d pixels (width over height %.2f) and is stretched to the ratio "
+            "%.2f of the image; use one of the same ratio.",
+            name,
+            width,
+            height,
+            ratio,
+            target_ratio,
+        )
 
 
 @dataclass(frozen=True)

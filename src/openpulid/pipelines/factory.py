@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from openpulid.device import best_device, compute_dtype, training_dtype
+from openpulid.device import compute_dtype, select_device, training_dtype
 from openpulid.errors import WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.extractor import IdentityExtractor, MiniExtractor
@@ -81,7 +81,7 @@ def load_adapter(preset: Preset, device: torch.device) -> Any:
 
 
 def load_extractor(
-    preset: Preset, device: torch.device | None = None, adapter: Any = None
+    preset: Preset, device: str | torch.device | None = None, adapter: Any = None
 ) -> IdentityExtractor:
     """Load the identity extractor of a preset; no base model is needed.
 
@@ -92,11 +92,11 @@ def load_extractor(
             uses its vision encoder.
 
     Raises:
-        OptionError: the adapter was trained with other models.
+        OptionError: the adapter was trained with other models, or there is no such device.
         WeightsError: something is missing or damaged.
     """
     models = preset.models
-    device = device or best_device()
+    device = select_device(device)
     if models.extractor == "clip":
         return _load_clip_extractor(preset, device, adapter)
     assert models.recognition is not None

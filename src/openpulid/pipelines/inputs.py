@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ReferenceImage, open_references
-from openpulid.io.images import open_image
+from openpulid.io.images import is_image_source, open_image, open_mask
 from openpulid.methods.controlnet import ControlNet, canny_edges
 from openpulid.pipelines.request import Control, GenerationRequest, Person
 from openpulid.pipelines.weights import resolve_path
+
+IDENTITY_SUFFIX = ".safetensors"
 
 EDGES = "control-edges"
 """The published ControlNet whose control image is made of the edges of any image."""
@@ -55,29 +59,52 @@ class RequestInputs:
             yield
 
 
-def open_inputs(request: GenerationRequest) -> RequestInputs:
+def open_inputs(request: GenerationRequest, time_limit: float | None = None) -> RequestInputs:
     """Open the input files of a request.
+
+    Args:
+        request: the request.
+        time_limit: seconds for each image, as for `open_image`.
 
     Raises:
         ImageError: a file is not an image.
         IdentityError: a file is not an identity.
         WeightsError: a ControlNet is missing or damaged.
     """
-    people = tuple(_open_person(person) for person in request.people)
-    return RequestInputs(people, tuple(_open_control(control) for control in request.controls))
+    people = tuple(_open_person(person, time_limit) for person in request.people)
+    controls = tuple(_open_control(control, time_limit) for control in request.controls)
+    return RequestInputs(people, controls)
 
 
-def _open_person(person: Person) -> PersonInput:
+def open_person(person: Any) -> Any:
+    """Open the identity file or the image of one person; return anything else as it is.
+
+    Returns:
+        An identity, a `ReferenceImage`, or the argument.
+
+    Raises:
+        ImageError: the file is not an image.
+        IdentityError: the file is not an identity.
+    """
+    if isinstance(person, (str, os.PathLike)) and Path(person).suffix == IDENTITY_SUFFIX:
+        return Identity.load(person)
+    if is_image_source(person):
+        return open_references(person)[0]
+    return person
+
+
+def _open_person(person: Person, time_limit: float | None) -> PersonInput:
     identity: Identity | list[ReferenceImage]
     if person.identity is not None:
         identity = Identity.load(person.identity)
     else:
-        identity = open_references(person.images)
-    return PersonInput(identity, None if person.mask is None else open_image(person.mask))
+        identity = open_references(person.images, time_limit)
+    mask = None if person.mask is None else open_mask(person.mask, time_limit=time_limit)
+    return PersonInput(identity, mask)
 
 
-def _open_control(control: Control) -> ControlInput:
-    image = open_image(control.image)
+def _open_control(control: Control, time_limit: float | None) -> ControlInput:
+    image = open_image(control.image, min_side=1, time_limit=time_limit)
     net = ControlNet.load(resolve_path(control.model))
     if control.model == EDGES:
         image = canny_edges(image)

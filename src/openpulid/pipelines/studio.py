@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from PIL import Image
 
-from openpulid.device import best_device
+from openpulid.device import select_device
 from openpulid.errors import OptionError
 from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
-from openpulid.identity.reference import ImageSource, ReferenceFaces
+from openpulid.identity.reference import ImageSource, ReferenceFaces, ReferenceImage
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid import People, delay_guidance, normalize_people
 from openpulid.pipelines.factory import load_adapter, load_extractor, load_pipeline
 from openpulid.pipelines.finite import run_pipeline
-from openpulid.pipelines.inputs import RequestInputs, open_inputs
+from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.prompts import prepare_prompts
-from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
+from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest, parse_size
 from openpulid.pipelines.selection import PresetSource, resolve_preset
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,8 @@ class Studio:
         """Detect the faces in reference images of one person.
 
         Args:
-            images: one or several paths or PIL images.
+            images: one or several images, as `io.images.open_image` accepts them: paths, PIL
+                images, arrays (H, W, 3), tensors (3, H, W), bytes or open files.
 
         Raises:
             ImageError: a file is not an image.
@@ -101,7 +102,7 @@ class Studio:
         """Extract the identity of one person from one or several reference images.
 
         Args:
-            images: paths or PIL images.
+            images: one or several images, see `detect`.
             face_index: which face of an image with several, counted from 0 in `face_order`; the
                 first by default.
             face_order: one of `faces.face.ORDERS`.
@@ -117,7 +118,7 @@ class Studio:
     def generate(
         self,
         request: GenerationRequest | str,
-        identity: People | None = None,
+        identity: People | ImageSource | None = None,
         *,
         inputs: RequestInputs | None = None,
         batch_size: int = 1,
@@ -127,8 +128,8 @@ class Studio:
 
         Args:
             request: a request, or a prompt.
-            identity: with a prompt: an identity, or several people with masks, as `PuLID.use`
-                accepts them. A request names its people itself.
+            identity: with a prompt: an identity, its file, an image of the person, or several
+                people with masks, as `PuLID.use` accepts them. A request names its people itself.
             inputs: the input files of the request, if they are open already.
             batch_size: images computed at once. With 1, image k is bit for bit what `seed + k`
                 gives alone. More may be faster, and equal up to rounding.
@@ -140,9 +141,16 @@ class Studio:
             IdentityError: other models produced the identity.
             OptionError: an option is out of range, or not supported by the preset.
             NonFiniteError: the models gave NaN or infinity.
+            ImageError: the image of the person cannot be used.
+            FaceError: it has no face that this preset knows.
         """
         if isinstance(request, str):
-            request = GenerationRequest.from_options(prompt=request, **options)
+            request = GenerationRequest.from_options(prompt=request, **_parse_size(options))
+        elif not isinstance(request, GenerationRequest):
+            raise OptionError(
+                "expected one prompt or a GenerationRequest, got "
+                f"{type(request).__name__}; for several prompts, call generate for each."
+            )
         elif options or identity is not None:
             raise OptionError("set options and people in the request, not in addition to it.")
         if batch_size < 1:
@@ -152,7 +160,9 @@ class Studio:
             logger.warning("%s", note)
         request = self.preset.resolve(request, is_person_shown)
         inputs = open_inputs(request) if inputs is None else inputs
-        people = self._people(request, inputs) if identity is None else identity
+        people = self._people(request, inputs) if identity is None else open_person(identity)
+        if isinstance(people, ReferenceImage):
+            people = self.identify(people)
         images: list[Image.Image] = []
         with self._lock:
             readable = prepare_prompts(self.pipe, request, self.preset)
@@ -221,6 +231,25 @@ class Studio:
         )
 
 
+def _parse_size(options: dict[str, Any]) -> dict[str, Any]:
+    """Replace a size, such as "832x1216" or (832, 1216), by width and height.
+
+    Raises:
+        OptionError: it is no size, or width or height are set as well.
+    """
+    if "size" not in options:
+        return options
+    size = options["size"]
+    if isinstance(size, Sequence) and not isinstance(size, str) and len(size) == 2:
+        width, height = size
+    else:
+        width, height = parse_size(str(size))
+    if "width" in options or "height" in options:
+        raise OptionError("set either size, or width and height.")
+    rest = {name: value for name, value in options.items() if name != "size"}
+    return {**rest, "width": width, "height": height}
+
+
 def _batches(request: GenerationRequest, size: int) -> Iterator[list[int]]:
     """Yield the seeds of a request, `size` at a time."""
     seeds = [request.seed + k for k in range(request.num_images)]
@@ -250,10 +279,11 @@ def load(
 
     Raises:
         OptionError: there is no such preset, or a change does not apply to it.
+        OptionError: there is no such device.
         WeightsError: weights are missing or damaged.
     """
     resolved = resolve_preset(preset, base, method, adapter, face_pack, memory)
-    target = torch.device(device) if device is not None else best_device()
+    target = select_device(device)
     loaded_adapter = load_adapter(resolved, target)
     pipe = load_pipeline(resolved, target)
     return Studio(pipe, loaded_adapter, load_extractor(resolved, target, loaded_adapter), resolved)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from openpulid.errors import OptionError
@@ -31,8 +32,32 @@ FIELD_LABELS = {
 }
 """Fields of a `GenerationRequest` and their labels on the page, for error messages."""
 
+PAGE_ADVICE = {
+    "`pulid world person` draws one": "the button Random person draws one",
+    "use a smaller --size, --memory 12gb (FLUX only), or another --device": "use a smaller size",
+    "create one: `pulid identify IMAGE -o FILE`": "add the reference images instead",
+    "re-create it from its images with `pulid identify` and this preset": (
+        "add the reference images instead"
+    ),
+}
+"""Advice of messages for the command line, and the same for the page."""
+
 Uploads = Sequence[tuple[str, str | None]] | None
 """Files of a gallery and their captions."""
+
+
+def adapt_message(message: str, files: Iterable[str]) -> str:
+    """Adapt a message to the page: names of uploads without folders, advice about buttons.
+
+    Args:
+        message: of an error or a warning.
+        files: the uploads of the form, whose folders are temporary.
+    """
+    for file in files:
+        message = message.replace(file, Path(file).name)
+    for advice, page_advice in PAGE_ADVICE.items():
+        message = message.replace(advice, page_advice)
+    return message
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,11 @@ class FormValues:
     control: str | None = None
     control_image: str | None = None
     control_scale: float = 1.0
+
+    def files(self) -> list[str]:
+        """Return the files of all uploads."""
+        single = [self.identity_file, self.control_image]
+        return image_paths(self.reference_images) + [file for file in single if file]
 
     def to_request(self, models: ModelSelection) -> GenerationRequest:
         """Build the request.
@@ -114,6 +144,11 @@ class PreviewValues:
     face_index: float | None
     preset: str
     method: str
+
+    def files(self) -> list[str]:
+        """Return the files of all uploads."""
+        single = [self.identity_file] if self.identity_file else []
+        return image_paths(self.reference_images) + single
 
     def images(self) -> list[str]:
         """Return the files of the reference images.

@@ -6,6 +6,8 @@ It is served to this machine alone by default.
 from __future__ import annotations
 
 import inspect
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -21,7 +23,7 @@ from openpulid.errors import (
 )
 from openpulid.io.metadata import save_image
 from openpulid.pipelines.request import ModelSelection, RequestError
-from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues
+from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues, adapt_message
 from openpulid.web.session import WebSession
 
 HELP = """**Reference images** of one person, sharp and from the front; several are combined.
@@ -33,7 +35,8 @@ UPLOADS: dict[str, Any] = {
     "height": 180,
     "object_fit": "contain",
     "fit_columns": False,
-    "file_types": ["image"],
+    # the content decides what is an image, not the name: a photo may have none of the usual endings
+    "file_types": ["file"],
     "interactive": True,
     "buttons": [],
 }
@@ -191,8 +194,9 @@ def _add_controls(form: dict[str, Any]) -> None:
     names = find_installed_controls()
     with gr.Accordion("ControlNet", open=False, visible=bool(names)):
         form["control"] = gr.Dropdown([("none", ""), *names], value="", label="ControlNet (SDXL)")
-        form["control_image"] = gr.Image(
-            type="filepath", label="Control image; any image for control-edges", height=180
+        # not gr.Image, which decodes the file: it drops alpha and profile, and fails on HEIC
+        form["control_image"] = gr.File(
+            label="Control image; any image for control-edges", height=140
         )
         form["control_scale"] = gr.Slider(0, 2, value=1.0, step=0.05, label="ControlNet scale")
 
@@ -208,17 +212,46 @@ def _form_handler(function: Callable[[Any], Any], form: type) -> Callable[..., A
     names = [field.name for field in fields(form)]
 
     def handle(*values: Any) -> Any:
+        submitted = form(**dict(zip(names, values, strict=True)))
+        notes: list[str] = []
         try:
-            with explain_out_of_memory(OUT_OF_MEMORY_ADVICE), explain_missing_library():
-                return function(form(**dict(zip(names, values, strict=True))))
+            with (
+                explain_out_of_memory(OUT_OF_MEMORY_ADVICE),
+                explain_missing_library(),
+                collect_warnings(notes),
+            ):
+                return function(submitted)
         except PulidError as error:
             shown = error.rename(FIELD_LABELS) if isinstance(error, RequestError) else error
-            raise gr.Error(str(shown), duration=None, print_exception=False) from None
+            message = adapt_message(str(shown), submitted.files())
+            raise gr.Error(message, duration=None, print_exception=False) from None
+        finally:
+            for note in notes:
+                gr.Warning(adapt_message(note, submitted.files()))
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in names]
     handle.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return handle
+
+
+@contextmanager
+def collect_warnings(notes: list[str]) -> Iterator[None]:
+    """Append the warnings that openpulid logs in this thread."""
+    thread = threading.get_ident()
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == thread:
+                notes.append(record.getMessage())
+
+    handler = Collector(logging.WARNING)
+    package_logger = logging.getLogger("openpulid")
+    package_logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        package_logger.removeHandler(handler)
 
 
 def _generate(session: WebSession, values: FormValues) -> list[tuple[str, str]]:

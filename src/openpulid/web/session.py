@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
+from openpulid.identity.reference import open_references
 from openpulid.io.metadata import hash_files, image_name, save_image
 from openpulid.pipelines.inputs import open_inputs
 from openpulid.pipelines.prompts import check_words
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
     from openpulid.pipelines.presets import Preset
     from openpulid.pipelines.studio import GenerationResult, Studio
+
+
+DECODE_SECONDS = 20.0
+"""Time limit for decoding an upload, in a child process."""
 
 
 class WebSession:
@@ -92,7 +97,7 @@ class WebSession:
         models = request.model or self.models
         preset = self.preset(models)
         check_words(preset, preset.resolve(request))  # before anything is loaded
-        inputs = open_inputs(request)
+        inputs = open_inputs(request, time_limit=DECODE_SECONDS)
         studio = self.studio(models)
         hashes = hash_files(request.input_files())
         result = studio.generate(request, inputs=inputs)
@@ -109,7 +114,8 @@ class WebSession:
         self, images: Sequence[str], face_index: int | None, models: ModelSelection
     ) -> Image.Image:
         """Draw the detected faces and the extractor's crops."""
-        return self.studio(models).detect(images).draw(face_index)
+        references = open_references(images, time_limit=DECODE_SECONDS)
+        return self.studio(models).detect(references).draw(face_index)
 
     def _save(
         self, result: GenerationResult, hashes: dict[str, str], caption: str

@@ -244,6 +244,17 @@ def test_masks_limit_identities_to_regions(pipe, adapter) -> None:
     torch.testing.assert_close(as_picture, only_ben)
 
 
+def test_stretched_mask_is_noted_once(pipe, adapter, caplog) -> None:
+    with adapter.use([(anna, torch.ones(64, 128))]):
+        run(pipe)
+    (message,) = caplog.messages
+    assert "the mask has 128 x 64 pixels (width over height 2.00) and is stretched" in message
+    caplog.clear()
+    with adapter.use([(anna, torch.ones(98, 100))]):  # two percent
+        run(pipe)
+    assert not caplog.messages
+
+
 def test_mask_values_scale_identity(pipe, adapter) -> None:
     with adapter.use(anna, projection="none"):
         everywhere = run(pipe, guidance=3.0)

@@ -24,7 +24,13 @@ from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
 from openpulid.methods.adapter import exclusive_use
-from openpulid.methods.hooks import Span, StepTracker, flux_arguments, identity_count_error
+from openpulid.methods.hooks import (
+    Span,
+    StepTracker,
+    flux_arguments,
+    identity_count_error,
+    warn_if_stretched,
+)
 
 BlockKey = tuple[str, int]
 """("double" | "single", index)."""
@@ -154,6 +160,7 @@ class FluxIdentity:
     scale: float = 1.0
     masks: Tensor | None = None
     _negative_projected: Mapping[BlockKey, ProjectedKV] | None = None
+    _has_checked_ratio: bool = False
 
     def keys_values(self, is_negative: bool) -> Mapping[BlockKey, ProjectedKV]:
         """Return the keys and values of a call; compute the negative ones when first needed."""
@@ -177,6 +184,9 @@ class FluxIdentity:
             return None
         height = int(image_ids[:, 1].max()) + 1
         width = int(image_ids[:, 2].max()) + 1
+        if not self._has_checked_ratio:
+            warn_if_stretched("mask", self.masks.shape[-2:], (height, width))
+            self._has_checked_ratio = True
         masks = interpolate(self.masks.float(), (height, width), mode="area")  # (P, J, h, w)
         return repeat_prompts(masks, batch_size).flatten(2).transpose(0, 1)[..., None]
 

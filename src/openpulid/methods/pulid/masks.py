@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
+from openpulid.io.images import Source, open_mask
+from openpulid.methods.hooks import warn_if_stretched
 
-Mask = Tensor | np.ndarray | Image.Image | None
+MIN_WEIGHT = 0.02
+"""A mask whose largest weight is below this one hides the identity."""
+
+logger = logging.getLogger(__name__)
+
+Mask = Tensor | Source | None
 Person = tuple[Identity, Mask]
 People = Identity | Sequence[Any]
 
@@ -59,23 +66,39 @@ def _people_of_prompt(entry: Any) -> list[Person]:
 def convert_mask(mask: Mask) -> Tensor:
     """Convert an image, array or tensor to (H, W) float in [0, 1].
 
-    8-bit values are divided by 255. None is a mask of ones.
+    8-bit values are divided by 255. Images are opened by `open_mask`. None is a mask of ones. A
+    mask that is black everywhere is logged as a warning.
 
     Raises:
+        ImageError: The file is not an image.
         OptionError: The mask does not have two axes, or values outside [0, 1].
     """
     if mask is None:
         return torch.ones(1, 1)
-    if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L"))
-    mask = torch.as_tensor(mask)
-    values = mask.float() / 255 if mask.dtype == torch.uint8 else mask.float()
-    if values[..., 0, 0].numel() == 1:  # leading axes of length 1
+    if not isinstance(mask, (Tensor, np.ndarray)):
+        mask = np.array(open_mask(mask))
+    shape = tuple(mask.shape)
+    try:
+        values = torch.as_tensor(mask)
+    except TypeError:  # an array of text
+        values = torch.empty(0)
+    is_8_bit = values.dtype == torch.uint8
+    values = values.float() / 255 if is_8_bit else values.float()
+    if values.ndim > 2 and set(values.shape[:-2]) == {1}:  # leading axes of length 1
         values = values.reshape(values.shape[-2:])
-    if values.ndim != 2 or values.min() < 0 or values.max() > 1:
+    if values.ndim != 2 or not values.numel() or not ((values >= 0) & (values <= 1)).all():
         raise OptionError(
-            "a mask must have the shape (H, W) and values from 0 to 1; "
-            f"got the shape {tuple(mask.shape)}."
+            "a mask must have the shape (H, W) and values from 0 to 1, or from 0 to 255 as uint8; "
+            f"got the shape {shape} and the type {mask.dtype}."
+        )
+    highest = float(values.max())
+    if highest < MIN_WEIGHT:
+        scale = " of 255" if is_8_bit else ""
+        logger.warning(
+            "the mask is black: its largest value is %g%s, so the identity has no effect; "
+            "the mask must be white where the identity may act.",
+            round(highest * 255) if is_8_bit else highest,
+            scale,
         )
     return values
 
@@ -99,6 +122,9 @@ def stack_masks(prompts: Sequence[Sequence[Person]]) -> Tensor | None:
         rows.append(row)
     height = max(mask.shape[0] for row in rows for mask in row)
     width = max(mask.shape[1] for row in rows for mask in row)
+    for row in rows:
+        for mask in row:
+            warn_if_stretched("mask", mask.shape, (height, width))
     return torch.stack(
         [torch.stack([_resize(mask, height, width) for mask in row]) for row in rows]
     )

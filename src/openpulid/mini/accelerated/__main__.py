@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from openpulid.device import select_device
 from openpulid.mini.accelerated import adapter, stages
 from openpulid.mini.accelerated.output import Output
 from openpulid.mini.accelerated.state import SMALL, RunState, Sizes
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     train(
         RunState(
-            device=torch.device(options.device),
+            device=select_device(options.device),
             out=Output(options.out),
             weights=options.weights,
             seconds=options.seconds,

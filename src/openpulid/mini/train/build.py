@@ -15,10 +15,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from openpulid.bench.measurement import append_measurement, describe_measurement
-from openpulid.device import best_device
+from openpulid.device import select_device
 from openpulid.errors import OptionError, suggest
 from openpulid.mini.train.baseline_stages import BASELINE_STAGES
 from openpulid.mini.train.build_context import BuildContext, Stage
@@ -56,13 +54,13 @@ def build(
         WeightsError: a stage needs another one that is not built yet.
     """
     stages = select_stages(names)
+    torch_device = select_device(device)
     usual_minutes = sum(stage.minutes for stage in stages)
     results = {}
     for stage in stages:
         if fresh:
             shutil.rmtree(runs / stage.name, ignore_errors=True)
         budget = stage.minutes if minutes is None else minutes * stage.minutes / usual_minutes
-        torch_device = torch.device(device) if device else best_device()
         context = BuildContext(runs, weights, torch_device, budget)
         results[stage.name] = stage.train(context)
         append_figures(report, stage.name, results[stage.name], context)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from openpulid.device import best_device
+from openpulid.device import select_device
 from openpulid.errors import OptionError, TrainingError
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.methods.pulid import PuLID
@@ -70,7 +70,7 @@ def train(
     if recipe.init_from and init_adapter is None:
         init_adapter = find_init_adapter(recipe.init_from, run_dir, weights)
     prepare_run_dir(run_dir, init_adapter, is_fresh=fresh)
-    torch_device = torch.device(device) if device else best_device()
+    torch_device = select_device(device)
     preset = mini_preset(weights)
     pipe = load_pipeline(preset, torch_device)
     extractor = cast(MiniExtractor, load_extractor(preset, torch_device))

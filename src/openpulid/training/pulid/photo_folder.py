@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openpulid.errors import ImageError, PulidError, TrainingError
+from openpulid.faces.face import first_usable
 from openpulid.faces.scrfd import LONGEST
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.image_folder import (
@@ -199,16 +200,16 @@ def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
     try:
         image = open_image(path)
         small = limit_size(image, LONGEST)  # the same limit as for reference images
-        faces = extractor.detection.detect(to_tensor([small])[0])
+        face = first_usable(extractor.detection.detect(to_tensor([small])[0]))
     except ImageError as error:
         logger.warning("%s", error)
         return None
     except PulidError as error:
         logger.warning("%s: %s", path, error)
         return None
-    if not faces:
+    if face is None:
         return None
     scale = max(image.size) / max(small.size)
-    values = (*faces[0].box.tolist(), *faces[0].landmarks.flatten().tolist())
+    values = (*face.box.tolist(), *face.landmarks.flatten().tolist())
     position = [round(value * scale, 2) for value in values]
     return position if _is_position(position) else None

@@ -1,0 +1,43 @@
+"""Decoding in a child process: the same images and errors, and a limit on time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from PIL import Image
+
+from openpulid.errors import ImageError
+from openpulid.io.images import open_image, open_mask
+from tests.support.image_files import IMAGES, encode
+
+
+def test_child_decodes_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    path = IMAGES / "profile-prophoto.png"
+    assert open_image(path, time_limit=60).tobytes() == open_image(path).tobytes()
+    mask = IMAGES / "mask-white-on-transparent.png"
+    decoded = open_mask(mask, time_limit=60)
+    assert decoded.mode == "L" and decoded.tobytes() == open_mask(mask).tobytes()
+    transparent = encode(Image.new("RGBA", (16, 16)))
+    assert open_image(transparent, name="a.png", time_limit=60).getpixel((0, 0)) == (255,) * 3
+    assert caplog.messages == ["a.png: is transparent everywhere; it is read as white"]
+
+
+def test_errors_of_the_child_name_the_file() -> None:
+    with pytest.raises(ImageError, match=r"^a\.png: is not an image"):
+        open_image(b"text", name="a.png", time_limit=60)
+    large = encode(Image.new("L", (100, 100)))
+    with pytest.raises(ImageError, match="100 x 100 pixels, more than the limit"):
+        open_image(large, max_pixels=5000, time_limit=60)
+
+
+def test_child_is_ended_after_the_time_limit() -> None:
+    data = encode(Image.new("RGB", (4000, 4000)), "JPEG")
+    start = time.monotonic()
+    with pytest.raises(ImageError, match=r"b\.jpg: takes longer than 0\.01 s to decode"):
+        open_image(data, name="b.jpg", time_limit=0.01)
+    assert time.monotonic() - start < 5
+
+
+def test_pil_images_need_no_child() -> None:
+    assert open_image(Image.new("RGB", (16, 16), "red"), time_limit=0.001).size == (16, 16)
