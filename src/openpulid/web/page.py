@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from openpulid.errors import (
 from openpulid.io.metadata import save_image
 from openpulid.pipelines.request import ModelSelection, RequestError
 from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues
+from openpulid.web.network import without_proxy
+from openpulid.web.notes import show_notes
 from openpulid.web.session import WebSession
 
 HELP = """**Reference images** of one person, sharp and from the front; several are combined.
@@ -133,7 +136,7 @@ def _build_form(session: WebSession) -> dict[str, Any]:
         form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
     form["also_without_identity"] = gr.Checkbox(False, label="Also generate without identity")
     with gr.Accordion("More", open=False):
-        form["negative_prompt"] = gr.Textbox(label="Negative prompt")
+        form["negative_prompt"] = gr.Textbox(label="Negative prompt (blank: the preset's)")
         with gr.Row():
             form["num_inference_steps"] = gr.Number(
                 0, label="Steps (0: the preset's)", precision=0, minimum=0
@@ -209,7 +212,11 @@ def _form_handler(function: Callable[[Any], Any], form: type) -> Callable[..., A
 
     def handle(*values: Any) -> Any:
         try:
-            with explain_out_of_memory(OUT_OF_MEMORY_ADVICE), explain_missing_library():
+            with (
+                show_notes(gr.Warning),
+                explain_out_of_memory(OUT_OF_MEMORY_ADVICE),
+                explain_missing_library(),
+            ):
                 return function(form(**dict(zip(names, values, strict=True))))
         except PulidError as error:
             shown = error.rename(FIELD_LABELS) if isinstance(error, RequestError) else error
@@ -282,15 +289,13 @@ def open_app(
             apply to it, or its files are not installed.
         WeightsError: the base model is not installed.
     """
-    try:
-        import gradio  # noqa: F401
-    except ImportError:
-        raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.") from None
+    if find_spec("gradio") is None:
+        raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.")
     from tempfile import TemporaryDirectory
 
     from openpulid.pipelines.weights import find_installed_presets, missing_weights, resolve_path
 
-    with TemporaryDirectory(prefix="openpulid-") as directory:
+    with without_proxy(), TemporaryDirectory(prefix="openpulid-") as directory:
         models = ModelSelection.model_validate({"preset": preset, **changes})
         session = WebSession(Path(directory), device, models)
         resolved = session.preset(models)
