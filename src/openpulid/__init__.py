@@ -5,10 +5,10 @@ The names below are imported when they are first used, so `import openpulid` sta
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from openpulid.errors import PulidError as PulidError
     from openpulid.identity.identity import Identity as Identity
     from openpulid.methods.pulid import PuLID as PuLID
     from openpulid.pipelines.factory import load_extractor as load_extractor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from openpulid.pipelines.request import ModelSelection as ModelSelection
     from openpulid.pipelines.request import Person as Person
     from openpulid.pipelines.selection import resolve_preset as resolve_preset
+    from openpulid.pipelines.studio import GenerationResult as GenerationResult
     from openpulid.pipelines.studio import Studio as Studio
     from openpulid.pipelines.studio import load as load
 
@@ -26,11 +27,13 @@ __version__ = "0.2.0"
 _MODULES = {
     "Control": "openpulid.pipelines.request",
     "GenerationRequest": "openpulid.pipelines.request",
+    "GenerationResult": "openpulid.pipelines.studio",
     "Identity": "openpulid.identity.identity",
     "IdentityOptions": "openpulid.pipelines.request",
     "ModelSelection": "openpulid.pipelines.request",
     "Person": "openpulid.pipelines.request",
     "PuLID": "openpulid.methods.pulid.sdxl",
+    "PulidError": "openpulid.errors",
     "Studio": "openpulid.pipelines.studio",
     "load": "openpulid.pipelines.studio",
     "load_extractor": "openpulid.pipelines.factory",
@@ -40,11 +43,13 @@ _MODULES = {
 __all__ = [
     "Control",
     "GenerationRequest",
+    "GenerationResult",
     "Identity",
     "IdentityOptions",
     "ModelSelection",
     "Person",
     "PuLID",
+    "PulidError",
     "Studio",
     "__version__",
     "load",
@@ -53,12 +58,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a public name from the module that defines it (PEP 562)."""
+    from importlib import import_module
+
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

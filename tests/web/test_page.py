@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import os
 import re
 import socket
+import threading
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from shutil import copyfile
@@ -49,6 +54,7 @@ from openpulid.pipelines.weights import (
 )
 from openpulid.web import page as web
 from openpulid.web.form import PAGE_ADVICE, FormValues, PreviewValues, image_paths
+from openpulid.web.network import check_address
 from openpulid.web.session import WebSession
 from openpulid.world.gallery import render_portrait
 from tests.support.image_files import IMAGES
@@ -101,14 +107,112 @@ def client() -> Iterator[Any]:
     from gradio_client import Client
 
     with web.open_app("mini") as blocks:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         _, url, _ = blocks.launch(
-            server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True
+            server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True
         )
         yield Client(url, verbose=False)
         blocks.close()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("http_proxy", "http://127.0.0.1:9"),
+        ("HTTP_PROXY", "http://127.0.0.1:9"),
+        ("ALL_PROXY", "socks5://127.0.0.1:9"),
+        ("all_proxy", "no address"),
+        ("SSL_CERT_FILE", "/none/certificates.pem"),
+    ],
+)
+def test_page_opens_in_an_environment_for_the_internet(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """Gradio asks its own server for an answer: a proxy cannot reach it."""
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, value)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with web.open_app("mini") as blocks:
+        _, url, _ = blocks.launch(
+            server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True
+        )
+        try:
+            assert direct.open(url, timeout=30).status == 200
+        finally:
+            blocks.close()
+    assert os.environ[name] == value and "NO_PROXY" not in os.environ
+
+
+@pytest.mark.parametrize("host", ["300.1.1.1", "192.0.2.1", "a..b"])
+def test_host_of_another_machine_is_refused(host: str) -> None:
+    with pytest.raises(OptionError, match=f"--host {re.escape(host)} is not an address of this"):
+        check_address(host, free_port())
+
+
+def test_port_in_use_is_refused() -> None:
+    check_address("127.0.0.1", free_port())
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with pytest.raises(OptionError, match=f"port {port} is not available"):
+            check_address("127.0.0.1", port)
+
+
+def test_notes_are_shown_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr("gradio.Warning", notes.append)
+    logger = logging.getLogger("openpulid.pipelines.prompts")
+
+    def work(values: FormValues) -> str:
+        visitor = threading.Thread(target=logger.warning, args=("of another visitor",))
+        visitor.start()
+        visitor.join()
+        logger.warning("no effect: %s", "<lora:x:0.8>")
+        return values.prompt
+
+    handle = web._form_handler(work, FormValues)
+    values = {"reference_images": None, "identity_file": None, **SETTINGS}
+    assert handle(*[values[field.name] for field in fields(FormValues)]) == SETTINGS["prompt"]
+    assert notes == ["no effect: &lt;lora:x:0.8&gt;"]
+    logger.warning("after the request")
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("CUDA out of memory."), "choose a smaller size"),
+        (ImportError("libGL.so.1: cannot open shared object file: none"), "apt install libgl1"),
+    ],
+)
+def test_errors_of_libraries_are_explained_on_the_page(error: Exception, message: str) -> None:
+    def fail(values: FormValues) -> None:
+        raise error
+
+    values = {"reference_images": None, "identity_file": None, **SETTINGS}
+    with pytest.raises(gradio.Error, match=message):
+        web._form_handler(fail, FormValues)(*[values[field.name] for field in fields(FormValues)])
+
+
+def test_blank_fields_stand_for_the_preset() -> None:
+    form = FormValues(reference_images=None, identity_file=None, **SETTINGS)
+    request = form.to_request(ModelSelection(preset="mini"))
+    assert request.negative_prompt is None
+    assert request.identity == IdentityOptions()  # the sliders have no effect without a person
+
+
+@pytest.mark.parametrize("seed", [1e23, 2**64])
+def test_seed_out_of_range_is_one_sentence(client: Any, seed: float) -> None:
+    with pytest.raises(Exception, match="Seed must be at most 18446744073709551615"):
+        values = {**SETTINGS, "seed": seed}
+        client.predict(reference_images=None, identity_file=None, **values, api_name="/generate")
 
 
 def as_gallery(file: Path) -> list[dict[str, Any]]:

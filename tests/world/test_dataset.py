@@ -1,6 +1,10 @@
 """Datasets on disk: arrays, labels, and the reuse of what is already rendered."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -65,3 +69,42 @@ def test_unfinished_dataset_names_build_command(tmp_path):
     with pytest.raises(FileNotFoundError, match="pulid mini build world"):
         WorldDataset.open(tmp_path)
     assert FAMILY == 4
+
+
+SCRIPT = """
+import sys
+from openpulid.world.dataset import Plan, build_dataset
+
+if __name__ == "__main__":
+    try:
+        build_dataset(
+            sys.argv[1],
+            Plan(people=800, scenes=4, size=32),
+            workers=1,
+            compiled=False,
+            on_progress=lambda done, total: print(done, flush=True),
+        )
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+"""
+
+
+def test_interrupt_stops_the_workers_quietly(tmp_path):
+    """A terminal sends Ctrl-C to the workers as well."""
+    script = tmp_path / "build.py"
+    script.write_text(SCRIPT)
+    process = subprocess.Popen(
+        [sys.executable, script, tmp_path / "world"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "8"
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert out.splitlines()[-1] == "interrupted" and process.returncode == 0
+    assert "Traceback" not in err and "Error" not in err, err
+    assert len((tmp_path / "world" / "rendered.txt").read_text().split()) < 800

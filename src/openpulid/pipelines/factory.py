@@ -5,6 +5,7 @@ Only local files are used.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ def load_pipeline(preset: Preset, device: torch.device, dtype: torch.dtype | Non
         WeightsError: something is missing or damaged.
     """
     dtype = dtype or network_dtype(preset.models, device)
-    with no_progress_bars():
+    with no_progress_bars(), no_future_warnings():
         if preset.models.family == "flux":
             pipe = load_flux(preset.models, dtype)
         else:
@@ -156,6 +157,17 @@ def network_dtype(models: ModelSet, device: torch.device) -> torch.dtype:
     if not models.use_half_precision:
         return torch.float32
     return torch.bfloat16 if models.family == "flux" else compute_dtype(device)
+
+
+@contextmanager
+def no_future_warnings() -> Iterator[None]:
+    """Hide warnings for developers.
+
+    Newer versions of diffusers have another name for an argument whose old name all versions know.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 @contextmanager

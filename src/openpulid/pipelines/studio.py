@@ -54,6 +54,12 @@ class GenerationResult:
         """The seed of each image."""
         return [request.seed for request in self.requests]
 
+    def __repr__(self) -> str:
+        count = len(self.images)
+        size = "x".join(map(str, self.images[0].size)) if self.images else "none"
+        seeds = ", ".join(map(str, self.seeds[:4])) + (", ..." if count > 4 else "")
+        return f"GenerationResult({count} images, size: {size}, seeds: {seeds})"
+
 
 class Studio:
     """A base model, a method, and an identity extractor, ready to use.

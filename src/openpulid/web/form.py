@@ -100,6 +100,9 @@ class FormValues:
         """
         size = (self.size or "").strip()
         width, height = parse_size(size) if size else (None, None)
+        people = self._people()
+        # the sliders always have values, which have no effect without a person
+        identity = {"scale": self.scale, "start": self.start, "end": self.end} if people else {}
         return GenerationRequest.model_validate(
             {
                 "prompt": self.prompt or " ",
@@ -110,9 +113,9 @@ class FormValues:
                 "height": height,
                 "num_inference_steps": self.num_inference_steps or None,
                 "guidance_scale": self.guidance_scale or None,
-                "people": self._people(),
+                "people": people,
                 "controls": self._controls(),
-                "identity": {"scale": self.scale, "start": self.start, "end": self.end},
+                "identity": identity,
                 "model": models,
             }
         )

@@ -5,13 +5,13 @@ It is served to this machine alone by default.
 
 from __future__ import annotations
 
+import html
 import inspect
-import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from openpulid.errors import (
 from openpulid.io.metadata import save_image
 from openpulid.pipelines.request import ModelSelection, RequestError
 from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues, adapt_message
+from openpulid.web.network import without_proxy
+from openpulid.web.notes import show_notes
 from openpulid.web.session import WebSession
 
 HELP = """**Reference images** of one person, sharp and from the front; several are combined.
@@ -136,7 +138,7 @@ def _build_form(session: WebSession) -> dict[str, Any]:
         form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
     form["also_without_identity"] = gr.Checkbox(False, label="Also generate without identity")
     with gr.Accordion("More", open=False):
-        form["negative_prompt"] = gr.Textbox(label="Negative prompt")
+        form["negative_prompt"] = gr.Textbox(label="Negative prompt (blank: the preset's)")
         with gr.Row():
             form["num_inference_steps"] = gr.Number(
                 0, label="Steps (0: the preset's)", precision=0, minimum=0
@@ -213,45 +215,26 @@ def _form_handler(function: Callable[[Any], Any], form: type) -> Callable[..., A
 
     def handle(*values: Any) -> Any:
         submitted = form(**dict(zip(names, values, strict=True)))
-        notes: list[str] = []
+
+        def show_note(note: str) -> None:
+            gr.Warning(html.escape(adapt_message(note, submitted.files())))
+
         try:
             with (
+                show_notes(show_note),
                 explain_out_of_memory(OUT_OF_MEMORY_ADVICE),
                 explain_missing_library(),
-                collect_warnings(notes),
             ):
                 return function(submitted)
         except PulidError as error:
             shown = error.rename(FIELD_LABELS) if isinstance(error, RequestError) else error
             message = adapt_message(str(shown), submitted.files())
             raise gr.Error(message, duration=None, print_exception=False) from None
-        finally:
-            for note in notes:
-                gr.Warning(adapt_message(note, submitted.files()))
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in names]
     handle.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return handle
-
-
-@contextmanager
-def collect_warnings(notes: list[str]) -> Iterator[None]:
-    """Append the warnings that openpulid logs in this thread."""
-    thread = threading.get_ident()
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.thread == thread:
-                notes.append(record.getMessage())
-
-    handler = Collector(logging.WARNING)
-    package_logger = logging.getLogger("openpulid")
-    package_logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        package_logger.removeHandler(handler)
 
 
 def _generate(session: WebSession, values: FormValues) -> list[tuple[str, str]]:
@@ -315,15 +298,13 @@ def open_app(
             apply to it, or its files are not installed.
         WeightsError: the base model is not installed.
     """
-    try:
-        import gradio  # noqa: F401
-    except ImportError:
-        raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.") from None
+    if find_spec("gradio") is None:
+        raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.")
     from tempfile import TemporaryDirectory
 
     from openpulid.pipelines.weights import find_installed_presets, missing_weights, resolve_path
 
-    with TemporaryDirectory(prefix="openpulid-") as directory:
+    with without_proxy(), TemporaryDirectory(prefix="openpulid-") as directory:
         models = ModelSelection.model_validate({"preset": preset, **changes})
         session = WebSession(Path(directory), device, models)
         resolved = session.preset(models)

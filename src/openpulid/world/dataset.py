@@ -6,8 +6,11 @@ import dataclasses
 import json
 import multiprocessing
 import os
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +189,7 @@ def build_dataset(
 
     Raises:
         ValueError: the folder holds the images of another plan.
+        KeyboardInterrupt: Ctrl-C. The workers are stopped; what is rendered is kept.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,8 +211,12 @@ def build_dataset(
     with (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
         log.open("a") as out,
+        _stop_on_interrupt(pool),
     ):
-        jobs = [pool.submit(_render_people, folder, chunk, device, compiled) for chunk in chunks]
+        with _ignore_interrupt():  # the workers inherit that
+            jobs = [
+                pool.submit(_render_people, folder, chunk, device, compiled) for chunk in chunks
+            ]
         for count, job in enumerate(as_completed(jobs), 1):
             out.write("\n".join(map(str, job.result())) + "\n")
             out.flush()
@@ -216,6 +224,32 @@ def build_dataset(
                 on_progress(len(finished) + min(BATCH * count, len(remaining)), plan.people)
     (folder / "done.txt").write_text("done\n")
     return WorldDataset.open(folder)
+
+
+@contextmanager
+def _ignore_interrupt() -> Iterator[None]:
+    """Ignore Ctrl-C, which a terminal sends to all processes: each would print a traceback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set signal handlers
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _stop_on_interrupt(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Stop the workers at Ctrl-C instead of waiting for all jobs."""
+    earlier = set(multiprocessing.active_children())
+    try:
+        yield
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - earlier:
+            process.terminate()
+        raise
 
 
 def _render_people(folder: Path, people: list[int], device: str, compiled: bool) -> list[int]:
