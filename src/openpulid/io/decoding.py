@@ -260,7 +260,7 @@ def _decode_with_opencv(data: bytes) -> Image.Image:
         raise UnusableFile("has pixels of a kind that cannot be read; save it with 8 bits")
     if values.ndim == 2:
         return Image.fromarray(scale_to_8_bit(values))
-    colors = Image.fromarray(scale_to_8_bit(np.ascontiguousarray(values[..., 2::-1])))
+    colors = Image.fromarray(cv2.cvtColor(scale_to_8_bit(values[..., :3]), cv2.COLOR_BGR2RGB))
     if values.shape[2] == 4:
         colors.putalpha(Image.fromarray(scale_to_8_bit(values[..., 3])))
     return colors
@@ -299,6 +299,8 @@ def _convert(image: Image.Image, options: DecodeOptions) -> DecodedImage:
     """Convert a decoded image to upright sRGB or gray."""
     image = to_8_bit(_apply_orientation(image))
     colors, alpha = split_alpha(image)
+    if alpha is not None and alpha.getextrema() == (255, 255):
+        alpha = None
     notes: tuple[str, ...] = ()
     if options.is_mask:
         result = colors if colors.mode == "L" else to_srgb(colors, {}).convert("L")
