@@ -62,6 +62,9 @@ UNSUPPORTED_FORMATS = {
     b"IIU\0": "a raw photo",
 }
 
+TIFF_PHOTOMETRIC = 262
+WHITE_IS_ZERO = 0
+
 # The transform that makes an image upright, by its EXIF orientation; 1 is upright.
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -219,7 +222,9 @@ def _decode_other(pixel_data: PixelData, options: DecodeOptions) -> Image.Image:
         image.info["exif"] = image.info["exif"][:MAX_EXIF_BYTES]
     mode = _raw_mode(image)
     image.load()
-    return _restore_depth(image, data) if ";16" in mode else image
+    if ";16" in mode:
+        return _restore_depth(image, data)
+    return image
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -232,10 +237,14 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _restore_depth(image: Image.Image, data: bytes) -> Image.Image:
-    """Decode colors of 16 bits again if Pillow, which drops the lower 8 bits, returns black.
+    """Correct what Pillow loses of 16 bits.
 
-    Programs store 8 or 12 bits in 16 without scaling them.
+    Colors are decoded again if Pillow, which drops the lower 8 bits, returns black: programs store
+    8 or 12 bits in 16 without scaling them. Gray in a TIFF is inverted if 0 is white.
     """
+    if image.mode.startswith("I"):
+        is_negative = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
+        return ImageChops.invert(to_8_bit(image)) if is_negative else image
     if image.mode not in ("RGB", "RGBA", "LA"):
         return image
     transparent = image.info.get("transparency")
