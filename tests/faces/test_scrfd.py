@@ -220,7 +220,6 @@ def test_detector_tries_smaller_sizes_then_border() -> None:
 
 def test_strip_is_not_resized_to_nothing() -> None:
     """Longer than the detector's input times its width, the image would have a side of 0."""
-    sizes: list[int] = []
 
     class NoFaceModel:
         def detect(
@@ -228,14 +227,11 @@ def test_strip_is_not_resized_to_nothing() -> None:
         ) -> tuple[np.ndarray, np.ndarray]:
             height, width = image.shape[:2]
             assert int(input_size[0] * min(height, width) / max(height, width)) >= 1
-            sizes.append(input_size[0])
             return np.zeros((0, 5), np.float32), np.zeros((0, 5, 2), np.float32)
 
     detector = SCRFDDetector(NoFaceModel())
     for shape in ((3, 1024, 1), (3, 1, 1024), (3, 512, 1)):
         assert detector.detect(torch.zeros(shape)) == []
-    assert sizes.count(640) == 4  # of 512 x 1, and of the copies with a border
-    assert sizes.count(256) == 3
 
 
 @needs_detector

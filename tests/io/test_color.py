@@ -17,6 +17,7 @@ from tests.support.image_files import (
     ADOBE_RGB,
     DISPLAY_P3,
     IMAGES,
+    cmyk_profile,
     encode,
     from_srgb,
     gray_profile,
@@ -91,6 +92,16 @@ def test_palette_with_profile() -> None:
     colors = from_srgb(np.array(PATCHES), ADOBE_RGB, 2.2)
     image = patches(colors).quantize(8)
     assert_patches(open_image(encode(image, icc_profile=rgb_profile(ADOBE_RGB, 2.2))), 5)
+
+
+@pytest.mark.parametrize(("kind", "options"), [("JPEG", {"quality": 100}), ("TIFF", {})])
+def test_cmyk_profile(kind: str, options: dict[str, object]) -> None:
+    """In this profile cyan is a gray of lightness 75; without it, it is cyan."""
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    plain = open_image(encode(cyan, kind, **options))
+    assert plain.getpixel((5, 5)) == pytest.approx((0, 255, 255), abs=2)
+    gray = open_image(encode(cyan, kind, icc_profile=cmyk_profile(), **options))
+    assert gray.getpixel((5, 5)) == pytest.approx((185, 185, 185), abs=3)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA"])

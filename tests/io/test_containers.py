@@ -106,6 +106,15 @@ def test_jpeg_without_end_marker_is_opened() -> None:
             open_image(data[:-cut])
 
 
+def test_jpeg_that_ends_in_zeros() -> None:
+    """Space for the file that was reserved and never written."""
+    data = (IMAGES / "no-end-marker.jpg").read_bytes()
+    whole = open_image(data + b"\xff\xd9")
+    assert open_image(data + bytes(5000)).tobytes() == whole.tobytes()
+    with pytest.raises(ImageError, match="cut short"):
+        open_image(data[:1500] + bytes(5000))
+
+
 def test_progressive_jpeg_without_end_marker() -> None:
     values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = encode(Image.fromarray(values), "JPEG", progressive=True)
@@ -134,6 +143,11 @@ def test_very_large_jpeg_is_not_a_bomb_for_pillow(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)  # its limit is twice this
     data = encode(Image.new("L", (1600, 1200), 105), "JPEG")
     assert open_image(data, max_pixels=500_000).size == (800, 600)
+
+
+def test_first_image_of_a_stereo_photo_is_used() -> None:
+    blue = Image.new("RGB", (64, 64), "blue")
+    assert_red(encode(RED, "MPO", save_all=True, append_images=[blue], quality=95))
 
 
 def test_orientation_of_a_reduced_jpeg() -> None:
@@ -292,6 +306,15 @@ def test_tiff_of_every_mode_is_unchanged(mode: str, compression: str) -> None:
     data = encode(image, "TIFF", compression=compression)
     expected = Image.open(io.BytesIO(data))
     assert Image.open(io.BytesIO(reduce_to_pixels(data).data)).tobytes() == expected.tobytes()
+
+
+def test_16_bit_tiff_in_which_zero_is_white() -> None:
+    entries = gray_entries()
+    entries[257] = (257, 3, struct.pack("<H", 32))
+    entries[258] = (258, 3, struct.pack("<H", 16))
+    entries[262] = (262, 3, struct.pack("<H", 0))
+    # 0x6969 of 0xFFFF is 105 of 255
+    assert open_image(tiff(*entries.values())).getpixel((5, 5)) == (150, 150, 150)
 
 
 def test_damaged_tiff_directory_is_refused() -> None:

@@ -57,6 +57,19 @@ def gray_profile(gamma: float) -> bytes:
     return _profile(b"GRAY", {b"wtpt": _xyz(D50), b"kTRC": _curve(gamma)})
 
 
+def cmyk_profile() -> bytes:
+    """Build a profile in which every ink is gray: lightness falls by a quarter for each."""
+    identity = b"".join(map(_fixed, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    ramp = bytes(range(256))
+    grid = b""
+    for inks in np.ndindex(2, 2, 2, 2):  # (lightness, a, b) in 8 bits
+        grid += bytes([round(255 * (1 - sum(inks) / 4)), 128, 128])
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + identity + ramp * 4 + grid + ramp * 3
+    return _profile(
+        b"CMYK", {b"wtpt": _xyz(D50), b"A2B0": table.ljust(len(table) + 2, b"\0")}, b"Lab "
+    )
+
+
 def from_srgb(colors: np.ndarray, primaries: np.ndarray, gamma: float) -> np.ndarray:
     """Convert sRGB colors (..., 3) uint8 to the color space of a profile."""
     values = colors / 255
@@ -77,16 +90,16 @@ def _curve(gamma: float) -> bytes:
     return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
 
 
-def _profile(space: bytes, tags: dict[bytes, bytes]) -> bytes:
+def _profile(space: bytes, tags: dict[bytes, bytes], connection: bytes = b"XYZ ") -> bytes:
     offset = 128 + 4 + 12 * len(tags)
     table = struct.pack(">I", len(tags))
     content = b""
     for name, tag in tags.items():
         table += name + struct.pack(">II", offset + len(content), len(tag))
         content += tag
-    header = struct.pack(
-        ">I4sI4s4s4s", offset + len(content), b"", 0x02100000, b"mntr", space, b"XYZ "
-    )
+    size = offset + len(content)
+    kinds = (b"mntr" if space != b"CMYK" else b"prtr", space, connection)
+    header = struct.pack(">I4sI4s4s4s", size, b"", 0x02100000, *kinds)
     header += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28)
     header += b"".join(map(_fixed, D50))
     return header.ljust(128, b"\0") + table + content

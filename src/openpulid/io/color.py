@@ -35,15 +35,25 @@ def scale_to_8_bit(values: np.ndarray) -> np.ndarray:
         return values
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
-    floats = values.astype(np.float32)
-    if not np.isfinite(floats).all():
+    is_float = np.issubdtype(values.dtype, np.floating)
+    if is_float and not np.isfinite(values).all():
         raise ValueError("has values that are not numbers")
-    highest = float(floats.max(initial=0))
-    if np.issubdtype(values.dtype, np.floating) and highest <= MAX_FLOAT_WHITE:
+    highest = float(values.max(initial=0))
+    if is_float and highest <= MAX_FLOAT_WHITE:
         white = 1.0
     else:
         white = float(next((level for level in WHITE_LEVELS if highest <= level), highest))
-    return (255 * (floats / white).clip(0, 1)).round().astype(np.uint8)
+    if values.dtype == np.uint16:
+        return _scale(np.arange(65536), white)[values]  # a table needs the least memory
+    return _scale(values, white)
+
+
+def _scale(values: np.ndarray, white: float) -> np.ndarray:
+    scaled = values.astype(np.float32)
+    scaled *= 255 / white
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, 0, 255, out=scaled)
+    return scaled.astype(np.uint8)
 
 
 def to_8_bit(image: Image.Image) -> Image.Image:

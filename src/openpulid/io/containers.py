@@ -94,6 +94,7 @@ def _check_parts(number: int, kind: str) -> None:
 # A marker is 0xFF and its code. 0xFF00 is a 0xFF in the compressed data, 0xFFFF is padding, and
 # 0xD0 to 0xD7 are restart markers within the compressed data.
 JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+ZEROS = bytes(16)
 START_OF_SCAN = 0xDA
 END_OF_IMAGE = 0xD9
 PROGRESSIVE_FRAMES = (0xC2, 0xC6, 0xCA, 0xCE)
@@ -136,7 +137,10 @@ def _reduce_jpeg(data: bytes) -> PixelData:
         if is_needed(code, segment[4:]):
             kept.append(segment)
     if not is_complete:
-        kept.append(data[position:].rstrip(b"\xff"))
+        rest = data[position:]
+        if rest.endswith(ZEROS):  # space for a file that was never written completely
+            rest = rest.rstrip(b"\0")
+        kept.append(rest.rstrip(b"\xff"))
     kept.append(b"\xff\xd9")
     return PixelData(b"".join(kept), None, is_complete, is_progressive)
 

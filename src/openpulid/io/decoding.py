@@ -63,6 +63,9 @@ UNSUPPORTED_FORMATS = {
     b"IIU\0": "a raw photo",
 }
 
+TIFF_PHOTOMETRIC = 262
+WHITE_IS_ZERO = 0
+
 # The transform that makes an image upright, by its EXIF orientation; 1 is upright.
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -220,7 +223,9 @@ def _decode_other(pixel_data: PixelData, options: DecodeOptions) -> Image.Image:
         image.info["exif"] = image.info["exif"][:MAX_EXIF_BYTES]
     mode = _raw_mode(image)
     image.load()
-    return _restore_depth(image, data) if ";16" in mode else image
+    if ";16" in mode:
+        return _restore_depth(image, data)
+    return image
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -233,10 +238,14 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _restore_depth(image: Image.Image, data: bytes) -> Image.Image:
-    """Decode colors of 16 bits again if Pillow, which drops the lower 8 bits, returns black.
+    """Correct what Pillow loses of 16 bits.
 
-    Programs store 8 or 12 bits in 16 without scaling them.
+    Colors are decoded again if Pillow, which drops the lower 8 bits, returns black: programs store
+    8 or 12 bits in 16 without scaling them. Gray in a TIFF is inverted if 0 is white.
     """
+    if image.mode.startswith("I"):
+        is_negative = getattr(image, "tag_v2", {}).get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO
+        return ImageChops.invert(to_8_bit(image)) if is_negative else image
     if image.mode not in ("RGB", "RGBA", "LA"):
         return image
     transparent = image.info.get("transparency")
@@ -261,7 +270,7 @@ def _decode_with_opencv(data: bytes) -> Image.Image:
         raise UnusableFile("has pixels of a kind that cannot be read; save it with 8 bits")
     if values.ndim == 2:
         return Image.fromarray(scale_to_8_bit(values))
-    colors = Image.fromarray(scale_to_8_bit(np.ascontiguousarray(values[..., 2::-1])))
+    colors = Image.fromarray(cv2.cvtColor(scale_to_8_bit(values[..., :3]), cv2.COLOR_BGR2RGB))
     if values.shape[2] == 4:
         colors.putalpha(Image.fromarray(scale_to_8_bit(values[..., 3])))
     return colors
@@ -300,6 +309,8 @@ def _convert(image: Image.Image, options: DecodeOptions) -> DecodedImage:
     """Convert a decoded image to upright sRGB or gray."""
     image = to_8_bit(_apply_orientation(image))
     colors, alpha = split_alpha(image)
+    if alpha is not None and alpha.getextrema() == (255, 255):
+        alpha = None
     notes: tuple[str, ...] = ()
     if options.is_mask:
         result = colors if colors.mode == "L" else to_srgb(colors, {}).convert("L")

@@ -34,11 +34,11 @@ FIELD_LABELS = {
 
 PAGE_ADVICE = {
     "`pulid world person` draws one": "the button Random person draws one",
-    "use a smaller --size, --memory 12gb (FLUX only), or another --device": "use a smaller size",
     "create one: `pulid identify IMAGE -o FILE`": "add the reference images instead",
     "re-create it from its images with `pulid identify` and this preset": (
         "add the reference images instead"
     ),
+    "create it again with `pulid identify`": "add the reference images instead",
 }
 """Advice of messages for the command line, and the same for the page."""
 
