@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError
+from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.hooks import (
     HookResult,
@@ -56,12 +57,9 @@ class ControlNet(Adapter):
         Raises:
             WeightsError: The folder contains no ControlNet.
         """
-        try:
+        message = f"{path} contains no diffusers ControlNet; pass a folder with its config.json"
+        with explain_bad_weights(message):
             return cls(ControlNetModel.from_pretrained(path, local_files_only=True))
-        except (OSError, ValueError) as error:
-            raise WeightsError(
-                f"{path} contains no diffusers ControlNet; pass a folder with its config.json."
-            ) from error
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ControlNet:
         """Move the ControlNet to a device and dtype."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
+from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.controlnet import add_residuals, compute_residuals
 from openpulid.methods.hooks import PipelineState, UNetCall, expand_per_image, move_to
 from openpulid.methods.ip_adapter.base import IPAdapterBase, read_parts
@@ -71,7 +72,9 @@ class InstantID(IPAdapterBase):
             raise WeightsError(
                 f"{folder} contains no InstantID; it needs ip-adapter.bin and ControlNetModel/."
             )
-        net = ControlNetModel.from_pretrained(folder / "ControlNetModel", local_files_only=True)
+        path = folder / "ControlNetModel"
+        with explain_bad_weights(f"{path} contains no diffusers ControlNet; download it again"):
+            net = ControlNetModel.from_pretrained(path, local_files_only=True)
         return cls(read_parts(files[0]), net)
 
     @property
