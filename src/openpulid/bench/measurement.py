@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import sys
@@ -17,8 +16,9 @@ from typing import Any
 
 import torch
 
-from openpulid.bench.files import write_json
+from openpulid.bench.parsing import read_json
 from openpulid.device import hardware_name
+from openpulid.io.files import write_json
 from openpulid.training.pulid import revision
 
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")
@@ -58,10 +58,10 @@ def write_measurement(
 
 def append_measurement(path: Path, name: str, measurement: Mapping[str, Any]) -> None:
     """Add a named measurement to a JSON file with a list of them; create the file if needed."""
-    data: dict[str, Any] = {"measurements": []}
+    data: dict[str, list[Any]] = {"measurements": []}
     if path.is_file():
-        data = json.loads(path.read_text("utf-8"))
-    data["measurements"].append({"name": name, **measurement})
+        data = read_json(path, dict[str, list[Any]], "restore it, or choose another file")
+    data.setdefault("measurements", []).append({"name": name, **measurement})
     write_json(path, data)
 
 

@@ -13,7 +13,10 @@ from PIL import Image
 
 from openpulid.bench.run_dir import Run, SampleKey
 from openpulid.bench.table import ATTRIBUTES_TITLE, HIGHER_IS_BETTER, ResultTable, Row, TextTable
+from openpulid.io.files import write_bytes
 from openpulid.io.image_grid import labeled_grid
+from openpulid.io.images import open_image
+from openpulid.io.metadata import save_image
 
 PRESERVATION_LABELS: Mapping[str, str] = {
     "outside_face": "change outside the face",
@@ -53,12 +56,12 @@ def write_report(run: Run) -> list[Path]:
         "report.html": format_page(table, plot),
     }
     for name, text in texts.items():
-        (run.path / name).write_text(text, "utf-8")
+        write_bytes(run.path / name, text.encode())
     names = list(texts)
     if plot is not None:
-        plot.save(run.path / "report.png")
+        save_image(plot, run.path / "report.png")
         names.append("report.png")
-    draw_faces(run).save(run.path / "faces.jpg", quality=90)
+    save_image(draw_faces(run), run.path / "faces.jpg")
     names.append("faces.jpg")
     return [run.path / name for name in names]
 
@@ -130,10 +133,10 @@ def draw_faces(run: Run, side: int = 176) -> Image.Image:
     rows = []
     for index, person in enumerate(run.people[:GRID_PEOPLE]):
         prompt = index % len(suite.prompts)
-        images: list[Image.Image] = [Image.open(run.portrait(person))]
+        images: list[Image.Image] = [open_image(run.portrait(person))]
         for method in methods:
             path = run.images.get(SampleKey(method, person, prompt, suite.seeds[0]))
-            images.append(Image.open(path) if path else Image.new("RGB", (8, 8), "gray"))
+            images.append(open_image(path) if path else Image.new("RGB", (8, 8), "gray"))
         rows.append((suite.prompts[prompt].text, [_crop_square(image) for image in images]))
     title = f"{suite.name}: one subject per row"
     return labeled_grid(title, ["reference", *methods], rows, side)
@@ -191,7 +194,7 @@ def _format_person(run: Run, person: str) -> str:
             key = SampleKey(method, person, index, run.suite.seeds[0])
             cells.append(_format_image(run, key))
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    portrait = _embed(Image.open(run.portrait(person)))
+    portrait = _embed(open_image(run.portrait(person)))
     return (
         f"<h2>{html.escape(person)}</h2>"
         f'<p><img style="width: 8rem" alt="reference image" src="{portrait}"> reference image</p>'
@@ -203,7 +206,7 @@ def _format_image(run: Run, key: SampleKey) -> str:
     path = run.images.get(key)
     if path is None:
         return "<td>missing</td>"
-    source = _embed(Image.open(path))
+    source = _embed(open_image(path))
     return f'<td><img alt="{html.escape(key.method)}" src="{source}"></td>'
 
 

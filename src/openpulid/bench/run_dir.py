@@ -9,17 +9,20 @@ RUN/method_metrics.json               metrics of all images of a method together
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from PIL import Image, ImageChops
+from pydantic import ConfigDict
 
-from openpulid.bench.files import save_png, write_json
+from openpulid.bench.parsing import STRICT, parse, read_json
 from openpulid.bench.suite import Suite
 from openpulid.errors import OptionError
+from openpulid.io.files import make_folder, write_json
+from openpulid.io.images import open_image
+from openpulid.io.metadata import save_image
 
 BASE = "base"
 """The base model without an identity, which every method is compared with."""
@@ -53,6 +56,8 @@ class SampleKey:
         prompt: index of the prompt.
         seed: seed of the noise.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     method: str
     person: str
@@ -98,6 +103,8 @@ class Record:
         attributes: requested attribute -> whether the image shows it; None before it is checked.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
     sample: SampleKey
     status: Literal["done", "failed"]
     configuration: Mapping[str, Any]
@@ -113,8 +120,8 @@ class Record:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
-        """Build a record from the data of its file."""
-        return cls(**{**data, "sample": SampleKey(**data["sample"])})
+        """Build a record from the data of its file. Raises ValueError for other data."""
+        return parse(dict(data), cls)
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON data."""
@@ -124,6 +131,17 @@ class Record:
     def is_done(self) -> bool:
         """Whether the image was generated."""
         return self.status == "done"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The contents of suite.json."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    suite: Suite
+    people: list[str]
+    methods: list[str]
 
 
 @dataclass(frozen=True)
@@ -186,17 +204,16 @@ class RunDir:
         people = [subject.name for subject in subjects]
         all_methods = list(methods)
         if path.is_file():
-            existing = json.loads(path.read_text("utf-8"))
+            existing = self._read_plan()
             # published values do not change any image
-            stored = {**existing["suite"], "published": None}
-            current = {**suite.to_json(), "published": None}
-            if stored != current or existing["people"] != people:
+            stored, current = (replace(x, published={}) for x in (existing.suite, suite))
+            if stored.to_json() != current.to_json() or existing.people != people:
                 raise OptionError(
                     f"{self.path} contains another suite or other people; "
                     "choose another directory with -o."
                 )
-            new_methods = [name for name in methods if name not in existing["methods"]]
-            all_methods = existing["methods"] + new_methods
+            new_methods = [name for name in methods if name not in existing.methods]
+            all_methods = existing.methods + new_methods
         for subject in subjects:
             self._write_portrait(subject.name, subject.portrait)
             if subject.other is not None:
@@ -206,10 +223,10 @@ class RunDir:
     def _write_portrait(self, name: str, image: Image.Image) -> None:
         path = _portrait_path(self.path, name)
         if not path.is_file():
-            save_png(path, image)
+            make_folder(path.parent)
+            save_image(image, path)
             return
-        with Image.open(path) as stored:
-            difference = ImageChops.difference(stored.convert("RGB"), image.convert("RGB"))
+        difference = ImageChops.difference(open_image(path), image.convert("RGB"))
         if difference.getbbox():
             raise OptionError(
                 f"{path} differs from the image given now; choose another directory with -o."
@@ -227,9 +244,8 @@ class RunDir:
                 f"{self.path} contains no run; create one with "
                 f"`pulid bench run SUITE -o {self.path}`."
             )
-        data = json.loads(path.read_text("utf-8"))
-        suite = Suite.from_json(data["suite"])
-        run = Run(self.path, suite, data["people"], data["methods"], {}, {}, {})
+        plan = self._read_plan()
+        run = Run(self.path, plan.suite, plan.people, plan.methods, {}, {}, {})
         records: dict[SampleKey, Record] = {}
         images: dict[SampleKey, Path] = {}
         for key in (key for method in run.methods for key in run.keys(method)):
@@ -239,21 +255,34 @@ class RunDir:
             records[key] = record
             if record.is_done and self.image_path(key).is_file():
                 images[key] = self.image_path(key)
-        return Run(
-            self.path, suite, run.people, run.methods, records, images, self.read_method_metrics()
-        )
+        metrics = self.read_method_metrics()
+        return replace(run, records=records, images=images, method_metrics=metrics)
+
+    def _read_plan(self) -> _Plan:
+        path = self.path / "suite.json"
+        return read_json(path, _Plan, "restore it, or start in another directory with -o")
 
     def read_record(self, key: SampleKey) -> Record | None:
-        """Read the record of an image; None before it was tried."""
+        """Read the record of an image; None before it was tried.
+
+        Raises:
+            OptionError: the record is damaged, or that of another image.
+        """
         path = self._record_path(key)
         if not path.is_file():
             return None
-        return Record.from_json(json.loads(path.read_text("utf-8")))
+        fix = "delete it, and `pulid bench run` generates the image again"
+        record = read_json(path, Record, fix)
+        if record.sample != key:
+            raise OptionError(f"{path} is the record of another image; {fix}.")
+        return record
 
     def write_record(self, record: Record, image: Image.Image | None = None) -> None:
         """Write a record, after its image: a record states that the image exists."""
         if image is not None:
-            save_png(self.image_path(record.sample), image)
+            path = self.image_path(record.sample)
+            make_folder(path.parent)
+            save_image(image, path)
         write_json(self._record_path(record.sample), record.to_json())
 
     def image_path(self, key: SampleKey) -> Path:
@@ -278,8 +307,12 @@ class RunDir:
         path = self.path / "method_metrics.json"
         if not path.is_file():
             return {}
-        metrics: dict[str, MethodMetrics] = json.loads(path.read_text("utf-8"))
-        return metrics
+        metrics = read_json(
+            path,
+            dict[str, dict[str, float | None]],
+            "delete it, and `pulid bench report` computes it again",
+        )
+        return dict(metrics)
 
     def write_method_metrics(self, metrics: Mapping[str, MethodMetrics]) -> None:
         """Write the metrics of whole methods."""

@@ -23,6 +23,7 @@ from openpulid.bench.metrics import (
     MetricInputs,
 )
 from openpulid.bench.run_dir import BASE, MethodMetrics, Run, RunDir, SampleKey
+from openpulid.io.images import open_image
 
 MAX_SIDE = 1024
 """Reference images are scaled down to this many pixels for the metrics."""
@@ -214,7 +215,7 @@ class MethodScorer:
 
 def load_images(paths: Sequence[Path]) -> Tensor:
     """Load images of the same size, (B, 3, H, W) in [0, 1]."""
-    return _to_tensor([_open_rgb(path) for path in paths])
+    return _to_tensor([open_image(path) for path in paths])
 
 
 def load_portraits(paths: Sequence[Path]) -> Tensor:
@@ -223,17 +224,12 @@ def load_portraits(paths: Sequence[Path]) -> Tensor:
     If the sizes differ or exceed `MAX_SIDE`, each image is scaled without distortion and centered
     on a white square.
     """
-    images = [_open_rgb(path) for path in paths]
+    images = [open_image(path) for path in paths]
     longest_side = max(max(image.size) for image in images)
     if longest_side > MAX_SIDE or len({image.size for image in images}) > 1:
         side = min(longest_side, MAX_SIDE)
         images = [ImageOps.pad(image, (side, side), color="white") for image in images]
     return _to_tensor(images)
-
-
-def _open_rgb(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
 
 
 def _to_tensor(images: Sequence[Image.Image]) -> Tensor:

@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict
+
+from openpulid.bench.parsing import STRICT, parse, read_json
 from openpulid.errors import OptionError
 from openpulid.pipelines.request import GenerationOptions
 
@@ -23,6 +26,8 @@ class Prompt:
         attributes: attribute name -> class, for example "glasses" -> "sunglasses"; empty where no
             classifier can check them.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     text: str
     attributes: Mapping[str, str] = field(default_factory=dict)
@@ -45,6 +50,8 @@ class Suite:
         published: source -> method -> metric -> value, shown next to the measured values.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
     name: str
     about: str
     preset: str
@@ -63,10 +70,12 @@ class Suite:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Suite:
-        """Build a suite from the data of a JSON file."""
-        fields = dict(data)
-        prompts = tuple(Prompt(**prompt) for prompt in fields.pop("prompts"))
-        return cls(prompts=prompts, **fields)
+        """Build a suite from the data of a JSON file.
+
+        Raises:
+            ValueError: the data have other fields or types.
+        """
+        return parse(dict(data), cls)
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON data."""
@@ -92,12 +101,8 @@ def load_suite(name: str) -> Suite:
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in SUITES.glob("*.json")))
         raise OptionError(f"there is no suite {name!r}; choose from {names}, or pass a JSON file.")
-    try:
-        suite = Suite.from_json({"name": path.stem, **json.loads(path.read_text("utf-8"))})
-    except (ValueError, TypeError, KeyError) as error:
-        raise OptionError(
-            f"{path} is not a valid suite ({error}); see {SUITES / 'quick.json'} for an example."
-        ) from None
+    example = SUITES / "quick.json"
+    suite = read_json(path, Suite, f"see {example} for an example of a suite", name=path.stem)
     _validate(suite, path)
     return suite
 
