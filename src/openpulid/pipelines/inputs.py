@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
@@ -16,6 +16,7 @@ from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ReferenceImage, open_references
 from openpulid.io.images import open_image
 from openpulid.methods.controlnet import ControlNet, canny_edges
+from openpulid.pipelines.provenance import fingerprint_inputs
 from openpulid.pipelines.request import Control, GenerationRequest, Person
 from openpulid.pipelines.weights import resolve_path
 
@@ -42,10 +43,26 @@ class ControlInput:
 
 @dataclass(frozen=True, eq=False)
 class RequestInputs:
-    """All input files of a request, decoded."""
+    """All input files of a request, decoded.
+
+    Attributes:
+        people: the files of each person.
+        controls: the files of each ControlNet.
+        fingerprints: path of a field in the request -> hash of the file that it names.
+    """
 
     people: tuple[PersonInput, ...] = ()
     controls: tuple[ControlInput, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    def without_people(self) -> RequestInputs:
+        """Return the inputs of the same request without its people."""
+        fingerprints = {
+            name: value
+            for name, value in self.fingerprints.items()
+            if not name.startswith("people.")
+        }
+        return replace(self, people=(), fingerprints=fingerprints)
 
     @contextmanager
     def use_controls(self, pipe: Any) -> Iterator[None]:
@@ -67,7 +84,8 @@ def open_inputs(request: GenerationRequest) -> RequestInputs:
         WeightsError: a ControlNet is missing or damaged.
     """
     people = tuple(_open_person(person) for person in request.people)
-    return RequestInputs(people, tuple(_open_control(control) for control in request.controls))
+    controls = tuple(_open_control(control) for control in request.controls)
+    return RequestInputs(people, controls, fingerprint_inputs(request))
 
 
 def _open_person(person: Person) -> PersonInput:
