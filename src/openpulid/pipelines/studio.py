@@ -11,7 +11,6 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -29,25 +28,8 @@ from openpulid.pipelines.factory import load_adapter, load_extractor, load_pipel
 from openpulid.pipelines.inputs import RequestInputs, check_prompts, open_inputs
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
+from openpulid.pipelines.result import GenerationResult, OnImage
 from openpulid.pipelines.selection import PresetSource, resolve_preset
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """The images of a generation.
-
-    Attributes:
-        images: the images.
-        requests: for each image the resolved request that regenerates it alone.
-    """
-
-    images: list[Image.Image]
-    requests: list[GenerationRequest]
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seed of each image."""
-        return [request.seed for request in self.requests]
 
 
 class Studio:
@@ -116,6 +98,7 @@ class Studio:
         *,
         inputs: RequestInputs | None = None,
         batch_size: int = 1,
+        on_image: OnImage | None = None,
         **options: Any,
     ) -> GenerationResult:
         """Generate the images of a request, or of a prompt with options.
@@ -127,6 +110,7 @@ class Studio:
             inputs: the input files of the request, if they are open already.
             batch_size: images computed at once. With 1, image k is bit for bit what `seed + k`
                 gives alone. More may be faster, and equal up to rounding.
+            on_image: receives each image as soon as it is generated, for example to save it.
             options: with a prompt: fields of `GenerationRequest` and of `IdentityOptions`, such as
                 `seed=7`, `num_inference_steps=25`, `scale=0.8`.
 
@@ -145,16 +129,19 @@ class Studio:
         request = self.preset.resolve(request)
         inputs = open_inputs(request) if inputs is None else inputs
         people = self._people(request, inputs) if identity is None else identity
-        images: list[Image.Image] = []
+        result = GenerationResult([], [], dict(inputs.fingerprints))
+        if identity is not None:
+            request = result.describe_people(request, identity)
         with self._lock:
             check_prompts(self.pipe, request, user_negative_prompt)
             with inputs.use_controls(self.pipe), self._use_identity(people, request):
                 for seeds in _batches(request, batch_size):
-                    images += self._run(request, seeds)
-        requests = [
-            request.for_image(request.seed + k, *image.size) for k, image in enumerate(images)
-        ]
-        return GenerationResult(images, requests)
+                    for seed, image in zip(seeds, self._run(request, seeds), strict=True):
+                        result.images.append(image)
+                        result.requests.append(request.for_image(seed, *image.size))
+                        if on_image is not None:
+                            on_image(image, result.requests[-1])
+        return result
 
     def _people(self, request: GenerationRequest, inputs: RequestInputs) -> People | None:
         """Return the people of a request as the adapter accepts them."""
