@@ -17,7 +17,7 @@ from openpulid.errors import OptionError, PulidError, explain_out_of_memory
 from openpulid.io.metadata import save_image
 from openpulid.pipelines.request import ModelSelection, RequestError
 from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues
-from openpulid.web.session import WebSession
+from openpulid.web.session import WebSession, open_session
 
 HELP = """**Reference images** of one person, sharp and from the front; several are combined.
 **Identity scale**: a higher one is more similar to the person and follows the prompt less.
@@ -278,13 +278,10 @@ def open_app(
         import gradio  # noqa: F401
     except ImportError:
         raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.") from None
-    from tempfile import TemporaryDirectory
-
     from openpulid.pipelines.weights import find_installed_presets, missing_weights, resolve_path
 
-    with TemporaryDirectory(prefix="openpulid-") as directory:
-        models = ModelSelection.model_validate({"preset": preset, **changes})
-        session = WebSession(Path(directory), device, models)
+    models = ModelSelection.model_validate({"preset": preset, **changes})
+    with open_session(device, models) as session:
         resolved = session.preset(models)
         if missing := missing_weights(resolved):
             raise OptionError(
