@@ -49,11 +49,38 @@ SYSTEM_PACKAGES = {
 }
 """Libraries of the operating system that OpenCV and others need: packages of Debian and Ubuntu."""
 
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # control characters, among them line breaks and terminal escapes
+    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # line separators and changes of direction
+    "\ud800-\udfff]"  # bytes of a file name that are not UTF-8
+)
+
+
+def escape_unprintable(text: str) -> str:
+    r"""Replace the characters of a text that could change a terminal or fake another line.
+
+    File names and the metadata of images come from other people. "\x1b[2J" clears the screen.
+
+    Returns:
+        One printable line, with Python's escapes such as "\x1b" and "\n".
+    """
+    return UNPRINTABLE.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # `os.fsdecode` stores the byte b as the code point 0xDC00 + b
+        return f"\\x{code - 0xDC00:02x}"
+    return match[0].encode("unicode_escape").decode("ascii")
+
 
 class PulidError(ValueError):
-    """Base class of all errors that a user can fix. `str(error)` is one sentence."""
+    """Base class of all errors that a user can fix. `str(error)` is one sentence on one line."""
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(escape_unprintable(message))
 
 
 class ImageError(PulidError):
@@ -105,6 +132,10 @@ class WeightsError(PulidError):
 
 class OptionError(PulidError):
     """An argument out of range, or two arguments that exclude each other."""
+
+
+class OutputError(OptionError):
+    """A file that cannot be written. The message names the file and the reason."""
 
 
 class TrainingError(PulidError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -39,19 +38,50 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 def test_interrupted_portrait_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    buffer, run_dir = io.BytesIO(), RunDir(tmp_path)
-    SUBJECTS[0].portrait.save(buffer, "png")
+    run_dir = RunDir(tmp_path)
 
-    def save_half(image: Image.Image, path: Path) -> None:
-        Path(path).write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    def interrupt(descriptor: int) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Image.Image, "save", save_half)
+        patch.setattr("os.fsync", interrupt)
         run_dir.create(SUITE, METHODS, SUBJECTS)
+    assert list((tmp_path / "people").iterdir()) == []
     run_dir.create(SUITE, METHODS, SUBJECTS)
     portrait = Image.open(tmp_path / "people" / f"{SUBJECTS[0].name}.png").convert("RGB")
     assert portrait.tobytes() == SUBJECTS[0].portrait.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("record", "no JSON"),
+        ("record", "[" * 100_000),
+        ("record", '{"sample": 3}'),
+        ("record", "{}"),
+        ("suite", '{"suite": {}, "people": "anna", "methods": []}'),
+        ("suite", "3"),
+        ("method_metrics", '{"pulid": {"fid": "low"}}'),
+        ("method_metrics", '{"pulid": {"fid": NaN}}'),
+    ],
+)
+def test_damaged_file_is_named(finished: RunDir, tmp_path: Path, name: str, text: str) -> None:
+    shutil.copytree(finished.path, tmp_path / "run")
+    path = tmp_path / "run" / f"{name}.json"
+    if name == "record":
+        path = sorted((tmp_path / "run" / "samples").rglob("*.json"))[0]
+    path.write_text(text)
+    with pytest.raises(OptionError, match=rf"^{path} is damaged \(.*\); ") as error:
+        RunDir(tmp_path / "run").load()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_record_of_another_image_is_refused(finished: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(finished.path, tmp_path / "run")
+    first, second = sorted((tmp_path / "run" / "samples" / "base").glob("*.json"))[:2]
+    shutil.copyfile(second, first)
+    with pytest.raises(OptionError, match="is the record of another image"):
+        RunDir(tmp_path / "run").load()
 
 
 def copy_parts(folder: Path, preset: Preset) -> dict[str, Path]:

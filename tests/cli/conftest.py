@@ -19,7 +19,7 @@ from openpulid.identity.reference import ReferenceFaces
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset, mini
 from openpulid.pipelines.request import GenerationRequest
-from openpulid.pipelines.studio import GenerationResult
+from openpulid.pipelines.result import GenerationResult, OnImage
 
 
 @dataclass
@@ -97,12 +97,16 @@ class FakeStudio:
         self.masks: list[Image.Image | None] = []
         self.preset = mini()
         self.extractor = FakeExtractor()
+        self.stop: BaseException = KeyboardInterrupt()
+        self.stop_at: int | None = None
 
     def load(self, preset: Preset, device: str | None = None) -> FakeStudio:
         self.preset = preset
         return self
 
-    def generate(self, request: GenerationRequest, inputs: RequestInputs) -> GenerationResult:
+    def generate(
+        self, request: GenerationRequest, inputs: RequestInputs, on_image: OnImage
+    ) -> GenerationResult:
         if "zebra" in request.prompt:
             raise PromptError("the model does not know 'zebra'.", ["zebra"])
         request = self.preset.resolve(request)
@@ -118,9 +122,12 @@ class FakeStudio:
         self.masks.append(mask)
         size = (request.width or 32, request.height or 32)
         images = [Image.new("RGB", size, (k, 0, 0)) for k in range(request.num_images)]
-        requests = [
-            request.for_image(request.seed + k, *image.size) for k, image in enumerate(images)
-        ]
+        requests = []
+        for k, image in enumerate(images):
+            if k == self.stop_at:
+                raise self.stop
+            requests.append(request.for_image(request.seed + k, *image.size))
+            on_image(image, requests[-1])
         return GenerationResult(images, requests)
 
 

@@ -76,7 +76,7 @@ def test_generate_decodes_once_and_detects_once(
 
 def test_no_base_model_is_loaded(pulid: Run, anna: Path, tmp_path: Path) -> None:
     """The directory has the miniature's face models alone, and a pipeline that cannot be loaded."""
-    pulid("world", "person", "--seed", 1_000_007, "-o", anna)
+    pulid("world", "person", "--seed", 1_000_007, "-o", anna, "--overwrite")
     mine = tmp_path / "mine"
     (mine / "pipeline").mkdir(parents=True)
     (mine / "pipeline" / "model_index.json").write_text("{}")
@@ -91,7 +91,7 @@ def test_no_base_model_is_loaded(pulid: Run, anna: Path, tmp_path: Path) -> None
 
 
 def test_all_faces_are_listed(pulid: Run, anna: Path) -> None:
-    pulid("world", "person", "--seed", 1_000_007, "-o", anna)
+    pulid("world", "person", "--seed", 1_000_007, "-o", anna, "--overwrite")
     done = pulid("identify", anna, "--face", "all")
     expected = rf"{anna}: face 0 at \d+,\d+ to \d+,\d+, score [01]\.\d\d\n"
     assert done.code == 0 and re.fullmatch(expected, done.out), done.err

@@ -161,3 +161,103 @@ def test_incompatible_identities_are_not_fused() -> None:
         fuse_identities([one, someone(1, {**MODELS, "vision": "cc"})], "mean")
     with pytest.raises(OptionError, match="between 0 and 1"):
         blend_identities(one, two, 1.5)
+
+
+def write_file(path, changes=None, **facts: str):
+    """Write an identity file with any tensors and metadata."""
+    tensors = {"id_cond": torch.ones(1, 1, 138)}
+    tensors |= {f"hidden.{level}": torch.ones(1, 17, 24) for level in range(5)}
+    tensors |= changes or {}
+    metadata = {"format": "openpulid.identity/1", "created": "", "photos": "1", "models": "{}"}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(tensors, path, metadata | facts)
+    return path
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"models": "no JSON"},
+        {"models": "[" * 100_000},
+        {"models": '{"vision": 3}'},
+        {"models": "[]"},
+        {"photos": "many"},
+        {"photos": "0"},
+        {"photos": "9" * 10_000},
+        {"created": "x" * 10_000},
+    ],
+)
+def test_damaged_metadata_is_one_sentence(tmp_path, facts: dict[str, str]) -> None:
+    path = write_file(tmp_path / "a.safetensors", **facts)
+    with pytest.raises(IdentityError, match=r"a\.safetensors is damaged \(its metadata") as error:
+        Identity.load(path)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id_cond": torch.ones(1, 138)},
+        {"id_cond": torch.ones(1, 0, 138)},
+        {"id_cond": torch.ones(1, 3, 138)},
+        {"id_cond": torch.ones(1, 1, 138, dtype=torch.int64)},
+        {"id_cond": torch.ones(1, 1, 138, dtype=torch.complex64)},
+        {"id_cond": torch.full((1, 1, 138), float("nan"))},
+        {"hidden.3": torch.full((1, 17, 24), float("inf"))},
+        {"hidden.3": torch.full((1, 17, 24), 1e38)},
+        {"hidden.3": torch.full((1, 17, 24), -1e9, dtype=torch.float64)},
+        {"hidden.3": torch.full((1, 17, 24), 1e5).to(torch.bfloat16)},
+        {"hidden.3": torch.full((1, 17, 24), float("nan")).to(torch.float8_e4m3fn)},
+        {"hidden.3": torch.ones(2, 17, 24)},
+        {"hidden.1": None},
+        {"hidden.first": torch.ones(1, 17, 24)},
+        {"landmarks": torch.ones(1, 1, 5, 3)},
+        {"landmarks": torch.full((1, 1, 5, 2), float("nan"))},
+    ],
+)
+def test_damaged_features_are_one_sentence(tmp_path, changes) -> None:
+    path = write_file(tmp_path / "a.safetensors", changes)
+    with pytest.raises(IdentityError, match=r"a\.safetensors is damaged \(.*\); create it again"):
+        Identity.load(path)
+
+
+def test_features_of_python_are_checked_as_well() -> None:
+    anna = someone()
+    anna.check_values()
+    anna.hidden[2][0, 3, 4] = float("nan")
+    with pytest.raises(IdentityError, match="not finite"):
+        anna.check_values()
+    with pytest.raises(OptionError, match="weights must be"):
+        fuse_identities([someone(), someone(1)], "mean", [1, float("nan")])
+
+
+def test_loaded_identity_does_not_depend_on_its_file(tmp_path) -> None:
+    path = someone(0).save(tmp_path / "anna.safetensors")
+    anna = Identity.load(path)
+    content = bytes(path.stat().st_size)
+    with path.open("r+b") as file:  # in place, as `cp` does
+        file.write(content)
+    assert torch.equal(anna.id_cond, someone(0).id_cond)
+    path.write_bytes(b"")
+    assert torch.equal(anna.hidden[4], someone(0).hidden[4])
+
+
+def test_fingerprint_depends_on_the_features_alone(tmp_path) -> None:
+    anna = someone(0)
+    later = Identity(anna.id_cond, anna.hidden, {"vision": "cc"}, created="2030-01-01")
+    assert anna.fingerprint == later.fingerprint == someone(0).fingerprint
+    path = later.save(tmp_path / "anna.safetensors")
+    assert Identity.load(path).fingerprint == anna.fingerprint
+    assert len({someone(seed).fingerprint for seed in range(4)}) == 4
+    changed = anna.hidden[4].clone()
+    changed[0, 16, 23] += 1
+    other = Identity(anna.id_cond, (*anna.hidden[:4], changed), MODELS)
+    assert other.fingerprint != anna.fingerprint
+
+
+def test_paths_that_are_no_files_are_one_sentence(tmp_path) -> None:
+    with pytest.raises(IdentityError, match="is not an identity file"):
+        Identity.load(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(IdentityError, match="is not an identity file"):
+        Identity.load(tmp_path / "pipe")

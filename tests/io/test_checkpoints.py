@@ -16,6 +16,7 @@ from openpulid.io.checkpoints import (
     read_metadata,
     read_tensors,
     save_module,
+    save_tensors,
     sha256,
 )
 from openpulid.methods.pulid.sdxl import PuLID
@@ -137,3 +138,51 @@ def test_module_fingerprint_depends_on_every_value():
         same.layer.weight[0, 1] -= 1
     assert module_fingerprint(module) != module_fingerprint(same)
     assert module_fingerprint(module) != module_fingerprint(module.to(torch.bfloat16))
+
+
+def test_dictionary_that_contains_itself_is_refused(tmp_path):
+    for key in ("state_dict", "model", "layer"):
+        state = {"weight": torch.ones(1)}
+        state[key] = state
+        torch.save(state, tmp_path / "loop.bin")
+        with pytest.raises(WeightsError, match="no plain dictionary of tensors"):
+            read_tensors(tmp_path / "loop.bin")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"notes", b"\x80", b"PK\x03\x04", b"\x80\x02}q\x00.", b"<html>", b"(lp0\n."],
+    ids=["empty", "text", "pickle", "zip", "nothing", "page", "list"],
+)
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".safetensors", ".txt"])
+def test_file_of_something_else_is_one_sentence(tmp_path, content, suffix):
+    file = tmp_path / f"notes{suffix}"
+    file.write_bytes(content)
+    for read in (read_tensors, PuLID.load):
+        with pytest.raises(WeightsError) as error:
+            read(file)
+        assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "no JSON",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"width": -1}',
+        '{"width": 1e400}',
+        '{"width": "a"}',
+        '{"width": null}',
+        '{"width": 1000000000000}',
+        '{"depth": 1000}',
+        '{"x": 1}',
+    ],
+)
+def test_damaged_configuration_is_one_sentence(tmp_path, config):
+    path = tmp_path / "small.safetensors"
+    save_tensors(Small().state_dict(), path, {"class": "Small", "config": config})
+    with pytest.raises(WeightsError, match=r"small\.safetensors is damaged") as error:
+        load_module(Small, path)
+    assert str(error.value).isprintable() and len(str(error.value)) < 400

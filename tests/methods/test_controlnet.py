@@ -205,22 +205,14 @@ def test_cli_generates_with_canny_edges(tmp_path: Path) -> None:
     created.save_pretrained(tmp_path / "net")
     calls = ["generate", "portrait, photo", "--steps", "2"]
     plain, images = tmp_path / "plain", tmp_path / "shown"
-    more = [
-        "--control",
-        str(tmp_path / "net"),
-        "--control-image",
-        str(tmp_path / "page.png"),
-        "-o",
-        str(images),
-    ]
-    for arguments in ([*calls, "-o", str(plain)], [*calls, *more]):
+    control = ["--control", str(tmp_path / "net"), "--control-image", str(tmp_path / "page.png")]
+    for arguments in ([*calls, "-o", str(plain)], [*calls, *control, "-o", str(images)]):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.exception
     pictures = [next(folder.glob("*.png")) for folder in (plain, images)]
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
-    result = CliRunner().invoke(
-        app, ["generate", "--from", str(pictures[1]), "-o", str(tmp_path / "again")]
-    )
+    again = ["generate", "--from", str(pictures[1]), *control, "-o", str(tmp_path / "again")]
+    result = CliRunner().invoke(app, again)
     again = next((tmp_path / "again").glob("*.png"))
     assert (
         result.exit_code == 0 and Image.open(again).tobytes() == Image.open(pictures[1]).tobytes()

@@ -36,8 +36,10 @@ from openpulid.pipelines.presets import (
     mini_lightning,
     with_method,
 )
+from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, IdentityOptions, ModelSelection, Person
-from openpulid.pipelines.studio import GenerationResult, Studio
+from openpulid.pipelines.result import UNSAVED_IDENTITY, GenerationResult
+from openpulid.pipelines.studio import Studio
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +309,64 @@ def test_result_has_the_resolved_request_of_each_image(studio, anna) -> None:
         assert request.identity == expected.identity
         assert request.num_inference_steps == 2
         assert GenerationRequest.model_validate_json(request.model_dump_json()) == request
+
+
+def test_images_are_passed_on_as_soon_as_they_exist(studio, anna, monkeypatch) -> None:
+    received: list[int] = []
+    run = studio._run
+
+    def stop_at_the_third(request: GenerationRequest, seeds: list[int]) -> list[Image.Image]:
+        if seeds[0] == 6:
+            raise KeyboardInterrupt
+        assert received == list(range(4, seeds[0]))
+        return run(request, seeds)
+
+    monkeypatch.setattr(studio, "_run", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        studio.generate(
+            "portrait",
+            anna,
+            seed=4,
+            num_images=4,
+            on_image=lambda image, request: received.append(request.seed),
+        )
+    assert received == [4, 5]
+    monkeypatch.undo()
+    studio.generate("portrait", anna)  # nothing is left active
+
+
+def test_saved_images_can_be_regenerated(studio, anna, tmp_path) -> None:
+    result = studio.generate("portrait", anna, seed=4, num_images=2, num_inference_steps=2)
+    paths = result.save(tmp_path / "out")
+    assert [path.name for path in paths] == ["portrait-4.png", "portrait-5.png"]
+    assert result.save(tmp_path / "out") == paths  # the same images
+    provenance = Provenance.read(paths[1])
+    assert provenance.required_files() == {"people.0.identity": UNSAVED_IDENTITY}
+    file = anna.save(tmp_path / "anna.safetensors")
+    again = studio.generate(provenance.restore({"people.0.identity": file}))
+    assert np.array_equal(pixels(again)[0], pixels(result)[1])
+    assert again.save(tmp_path / "out")[0].name == "portrait-5-2.png"  # it names the file
+    other = studio.identify(picture(1)).save(tmp_path / "other.safetensors")
+    with pytest.raises(OptionError, match="is not the file that"):
+        provenance.restore({"people.0.identity": other})
+    with pytest.raises(IdentityError, match=f"{UNSAVED_IDENTITY} does not exist"):
+        studio.generate(result.requests[0])
+    (bare,) = studio.generate("portrait").save(tmp_path / "bare", metadata=False)
+    assert Image.open(bare).info == {}
+
+
+def test_masks_of_python_are_not_stored(studio, anna, tmp_path, caplog) -> None:
+    result = studio.generate("portrait", [(anna, torch.ones(2, 2))], num_inference_steps=1)
+    (path,) = result.save(tmp_path)
+    assert "saved without their request" in caplog.text and Image.open(path).info == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_identity_that_is_no_number_is_refused(studio, anna, value: float) -> None:
+    broken = Identity(anna.id_cond * value, anna.hidden, anna.models)
+    for people in (broken, [(broken, torch.ones(2, 2))], [broken]):
+        with pytest.raises(IdentityError, match="not finite"):
+            studio.generate("portrait", people)
 
 
 def test_request_of_files_gives_the_same_image_as_objects(studio, anna, tmp_path) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from openpulid.bench.files import read_json, write_json
+from openpulid.bench.files import read_json
 from openpulid.device import hardware_name
 from openpulid.errors import OptionError
+from openpulid.io.files import write_json
 from openpulid.training.pulid import revision
 
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")

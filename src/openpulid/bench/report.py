@@ -11,11 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from openpulid.bench.files import save_image, write_text
 from openpulid.bench.run_dir import Run, SampleKey
 from openpulid.bench.table import ATTRIBUTES_TITLE, HIGHER_IS_BETTER, ResultTable, Row, TextTable
+from openpulid.io.files import write_bytes
 from openpulid.io.image_grid import labeled_grid
 from openpulid.io.images import open_image
+from openpulid.io.metadata import save_image
 
 PRESERVATION_LABELS: Mapping[str, str] = {
     "outside_face": "change outside the face",
@@ -55,12 +56,12 @@ def write_report(run: Run) -> list[Path]:
         "report.html": format_page(table, plot),
     }
     for name, text in texts.items():
-        write_text(run.path / name, text)
+        write_bytes(run.path / name, text.encode("utf-8", "backslashreplace"))
     names = list(texts)
     if plot is not None:
-        save_image(run.path / "report.png", plot)
+        save_image(plot, run.path / "report.png")
         names.append("report.png")
-    save_image(run.path / "faces.jpg", draw_faces(run), quality=90)
+    save_image(draw_faces(run), run.path / "faces.jpg")
     names.append("faces.jpg")
     return [run.path / name for name in names]
 

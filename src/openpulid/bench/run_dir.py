@@ -21,11 +21,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from PIL import Image, ImageChops
 from pydantic import ConfigDict, Field
 
-from openpulid.bench.files import parse_json, read_json, save_image, write_json
+from openpulid.bench.files import parse_json, read_json
 from openpulid.bench.suite import STRICT, Seed, Suite, check_suite
 from openpulid.errors import OptionError
+from openpulid.io.files import make_folder, write_json
 from openpulid.io.images import open_image
 from openpulid.io.lock import lock_directory
+from openpulid.io.metadata import save_image
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +262,8 @@ class RunDir:
     def _write_portrait(self, name: str, image: Image.Image) -> None:
         path = _portrait_path(self.path, name)
         if not path.is_file():
-            save_image(path, image)
+            make_folder(path.parent)
+            save_image(image, path)
             return
         stored = open_image(path)
         current = image.convert("RGB")
@@ -320,7 +323,9 @@ class RunDir:
     def write_record(self, record: Record, image: Image.Image | None = None) -> None:
         """Write a record, after its image: a record states that the image exists."""
         if image is not None:
-            save_image(self.image_path(record.sample), image)
+            path = self.image_path(record.sample)
+            make_folder(path.parent)
+            save_image(image, path)
         write_json(self._record_path(record.sample), record.to_json())
 
     def image_path(self, key: SampleKey) -> Path:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,21 +19,35 @@ from openpulid.cli.options import (
     Preset,
     make_directory,
     name_options,
+    print_path,
 )
 from openpulid.errors import OptionError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from openpulid.pipelines.request import GenerationRequest
 
 DEFAULT_ORDER = "large-small"
-ALLOWED_WITH_FROM = ("source", "out", "device", "memory")
+ALLOWED_WITH_FROM = ("source", "out", "device", "memory", "no_metadata")
+FILE_OPTIONS = {
+    "mask": "people.0.mask",
+    "control": "controls.0.model",
+    "control_image": "controls.0.image",
+    "preset": "model.preset",
+    "base": "model.base",
+    "adapter": "model.adapter",
+    "faces": "model.face_pack",
+}
+"""Parameters that name a file, and the fields of the request. `--id` is one as well."""
 
 
 def generate(
     ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="Prompt.")] = None,
     person: Annotated[
-        str | None, typer.Option("--id", help="Identity file or image of the person.")
+        list[str] | None,
+        typer.Option("--id", help="Identity file or image of the person; repeat it for images."),
     ] = None,
     face: Annotated[
         int | None, typer.Option(min=0, help="Which face of an image with several, from 0.")
@@ -107,16 +123,27 @@ def generate(
     ] = None,
     source: Annotated[
         str | None,
-        typer.Option("--from", help="Regenerate an image from the parameters stored in its PNG."),
+        typer.Option(
+            "--from",
+            help="Regenerate an image from the parameters stored in its PNG; pass its input files "
+            "again.",
+        ),
     ] = None,
+    no_metadata: Annotated[
+        bool, typer.Option("--no-metadata", help="Do not store the parameters in the PNG.")
+    ] = False,
     device: Device = None,
 ) -> None:
-    """Generate images of a prompt and a person. Each PNG stores its parameters."""
+    """Generate images of a prompt and a person. Each PNG stores its parameters.
+
+    A file is named after the prompt and the seed. No existing file is replaced: a number is added.
+    """
     with name_options():
         check_quoted(prompt, ctx.args)
         if source is not None:
-            check_alone(ctx)
-            run_request(read_stored_request(source, memory), out, device)
+            files = collect_files(ctx)
+            request = read_stored_request(source, person or (), files, memory)
+            run_request(request, out, device, not no_metadata)
             return
         if prompt is None:
             raise OptionError("PROMPT is missing; pass a prompt, or --from IMAGE.")
@@ -154,13 +181,13 @@ def generate(
                 "true_cfg_scale": true_cfg,
                 "timestep_to_start_cfg": start_cfg,
                 "max_sequence_length": text_tokens,
-                "people": describe_person(person, face, order, mask),
+                "people": describe_person(person or (), face, order, mask),
                 "controls": describe_control(control, control_image, control_scale),
                 "identity": identity,
                 "model": models,
             }
         )
-        run_request(request, out, device)
+        run_request(request, out, device, not no_metadata)
 
 
 def check_quoted(prompt: str | None, words: list[str]) -> None:
@@ -179,16 +206,26 @@ def check_quoted(prompt: str | None, words: list[str]) -> None:
 
 
 def describe_person(
-    path: str | None, face: int | None, order: str, mask: str | None
+    paths: Sequence[str], face: int | None, order: str, mask: str | None
 ) -> list[dict[str, Any]]:
-    """Return the person of a request, for validation; none if no option names one."""
-    if path is None and face is None and mask is None and order == DEFAULT_ORDER:
+    """Return the person of a request, for validation; none if no option names one.
+
+    Raises:
+        OptionError: there is an identity file among several paths.
+    """
+    if not paths and face is None and mask is None and order == DEFAULT_ORDER:
         return []
     person: dict[str, Any] = {"face_index": face, "face_order": order, "mask": mask}
-    if path is not None and path.endswith(".safetensors"):
-        person["identity"] = path
-    elif path is not None:
-        person["images"] = [path]
+    identities = [path for path in paths if path.endswith(".safetensors")]
+    if identities and len(paths) > 1:
+        raise OptionError(
+            "--id takes several images or one identity file; combine people's images with "
+            "`pulid identify`."
+        )
+    if identities:
+        person["identity"] = identities[0]
+    else:
+        person["images"] = paths
     return [person]
 
 
@@ -215,66 +252,89 @@ def parse_method(name: str | None, preset: Any) -> tuple[Any, str | None]:
     return IdentityOptions(), name
 
 
-def read_stored_request(image: str, memory: str | None) -> GenerationRequest:
-    """Read the request of an image, and check its input files.
+def read_stored_request(
+    image: str, person: Sequence[str], files: Mapping[str, str], memory: str | None
+) -> GenerationRequest:
+    """Read the request of an image, and name its input files again.
 
     Args:
         image: an image of `pulid generate` or `pulid web`.
+        person: the person's images, or an identity file.
+        files: path of a field -> file, of the other input files.
         memory: memory level instead of the stored one.
 
     Raises:
-        OptionError: the image has no parameters, or an input file is missing or has changed.
+        OptionError: the image has no parameters, or an input file is not named or has changed.
     """
     from openpulid.pipelines.provenance import Provenance
 
     provenance = Provenance.read(image)
-    provenance.verify_inputs(image)
-    return provenance.request.with_memory(memory) if memory else provenance.request
+    has_identity = "people.0.identity" in provenance.required_files()
+    people = {f"people.0.images.{position}": path for position, path in enumerate(person)}
+    if has_identity and person:
+        people = {"people.0.identity": people.pop("people.0.images.0"), **people}
+    request = provenance.restore({**people, **files}, image)
+    return request.with_memory(memory) if memory else request
 
 
-def check_alone(ctx: typer.Context) -> None:
-    """Refuse options next to `--from`, which would have no effect.
+def collect_files(ctx: typer.Context) -> dict[str, str]:
+    """Collect the input files that are named next to `--from`, by their fields of the request.
 
     Raises:
-        OptionError: there are other options.
+        OptionError: there are options that are no files, which would have no effect.
     """
+    files = {}
     refused = []
     for parameter in ctx.command.params:
         name = parameter.name or ""
-        was_set = getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-        if was_set and name not in ALLOWED_WITH_FROM:
+        if getattr(ctx.get_parameter_source(name), "name", "") != "COMMANDLINE":
+            continue
+        if name in FILE_OPTIONS:
+            files[FILE_OPTIONS[name]] = str(ctx.params[name])
+        elif name not in (*ALLOWED_WITH_FROM, "person"):
             refused.append(parameter.opts[0])
     if refused:
         raise OptionError(
             "--from regenerates an image as it was; it cannot be combined with: "
             f"{', '.join(refused)}."
         )
+    return files
 
 
-def run_request(request: GenerationRequest, out: Path, device: str | None) -> None:
-    """Generate the images of a request and write them with their parameters.
+def run_request(
+    request: GenerationRequest, out: Path, device: str | None, store_metadata: bool
+) -> None:
+    """Generate the images of a request. Each is written, with its parameters, as soon as it exists.
 
     Raises:
         PulidError: see `Studio.generate`. What does not need the models is checked before they
             are loaded.
     """
     from openpulid import resolve_preset
-    from openpulid.io.metadata import hash_files, image_name, save_image
     from openpulid.pipelines import studio as studios
     from openpulid.pipelines.inputs import open_inputs
     from openpulid.pipelines.prompts import check_words
-    from openpulid.pipelines.provenance import Provenance
+    from openpulid.pipelines.result import save_generated
 
     make_directory(out)
     assert request.model is not None
     preset = resolve_preset(request.model)
     check_words(preset, preset.resolve(request))
     inputs = open_inputs(request)
-    hashes = hash_files(request.input_files())
     studio = studios.load(preset, device)
-    result = studio.generate(request, inputs=inputs)
-    for image, resolved in zip(result.images, result.requests, strict=True):
-        path = out / image_name(resolved.prompt, resolved.seed)
-        provenance = Provenance(request=resolved, input_hashes=hashes)
-        save_image(image, path, provenance.to_metadata())
-        print(path)
+    num_saved = 0
+
+    def save(image: Image, resolved: GenerationRequest) -> None:
+        nonlocal num_saved
+        path = save_generated(image, resolved, out, inputs.fingerprints, metadata=store_metadata)
+        num_saved += 1
+        print_path(path)
+
+    try:
+        studio.generate(request, inputs=inputs, on_image=save)
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM
+        print(
+            f"pulid: stopped; {num_saved} of {request.num_images} images are written.",
+            file=sys.stderr,
+        )
+        raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,12 +11,20 @@ from openpulid.cli.options import (
     Device,
     FaceOrder,
     FacePack,
+    Overwrite,
     Preset,
     check_image_path,
+    check_new_output,
+    check_output,
     make_directory,
     name_options,
+    print_path,
+    write_image,
 )
-from openpulid.errors import OptionError
+from openpulid.errors import IdentityError, OptionError, escape_unprintable
+
+if TYPE_CHECKING:
+    from openpulid.identity.identity import Identity
 
 LIST_FACES = "all"
 MAX_DIGITS = 9
@@ -46,9 +54,13 @@ def identify(
         typer.Option(help="Another method than PuLID; its identity features may differ."),
     ] = None,
     faces: FacePack = None,
+    overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
-    """Extract an identity from images. The file is biometric data that only you can read."""
+    """Extract an identity from images. The file is biometric data that only you can read.
+
+    An existing file is only replaced with --overwrite.
+    """
     face_index = parse_face(face)
     if face != LIST_FACES and (out is None or out.suffix != ".safetensors"):
         raise OptionError(
@@ -58,9 +70,10 @@ def identify(
 
     references = open_references(image)
     if show is not None:
-        check_image_path(show)
+        check_output(check_image_path(show), image)
+    if out is not None:
+        check_output(out, image)
     from openpulid.identity.reference import ReferenceFaces
-    from openpulid.io.metadata import save_image
     from openpulid.pipelines.factory import load_extractor
     from openpulid.pipelines.presets import PULID_MODES
     from openpulid.pipelines.selection import resolve_preset
@@ -70,15 +83,33 @@ def identify(
             preset, method=None if method in PULID_MODES else method, face_pack=faces
         )
     reference = ReferenceFaces.detect(load_extractor(resolved, device), references)
+    identity = None
+    if face != LIST_FACES and out is not None:
+        identity = reference.identity(face_index, order, fusion)
+        make_directory(out.parent)
+        is_new = not is_saved(identity, out)
+        if is_new:
+            check_new_output(out, overwrite)
     if show is not None:
-        save_image(reference.draw(face_index, order), show)
-    if face == LIST_FACES or out is None:
-        print(*reference.describe(order), sep="\n")
+        write_image(show, reference.draw(face_index, order), overwrite)
+    if identity is None or out is None:
+        for line in reference.describe(order):
+            print(escape_unprintable(line))
         return
-    identity = reference.identity(face_index, order, fusion)
-    make_directory(out.parent)
-    identity.save(out)
-    print(out)
+    if is_new:
+        identity.save(out)
+    print_path(out)
+
+
+def is_saved(identity: Identity, path: Path) -> bool:
+    """Return whether a file holds this identity already: the same features of the same models."""
+    from openpulid.identity.identity import Identity
+
+    try:
+        saved = Identity.load(path, identity.models)
+    except IdentityError:
+        return False
+    return saved.fingerprint == identity.fingerprint
 
 
 def parse_face(text: str | None) -> int | None:

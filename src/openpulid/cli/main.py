@@ -5,9 +5,13 @@ Nothing heavy is imported before a command runs, so that help and errors appear 
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +30,7 @@ from openpulid.cli.options import (
     make_directory,
     print_json,
     print_nothing,
+    print_path,
     print_status,
 )
 from openpulid.cli.presets import presets
@@ -33,7 +38,12 @@ from openpulid.cli.train import train
 from openpulid.cli.web import web
 from openpulid.cli.weights import weights
 from openpulid.cli.world import world
-from openpulid.errors import PulidError, explain_missing_library, explain_out_of_memory
+from openpulid.errors import (
+    PulidError,
+    escape_unprintable,
+    explain_missing_library,
+    explain_out_of_memory,
+)
 
 OPTION_ALIASES = {
     "id-scale": "scale",
@@ -98,13 +108,59 @@ def main() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.simplefilter("ignore", FutureWarning)
     try:
-        with explain_out_of_memory(), explain_missing_library():
+        with (
+            stop_on_signals(),
+            print_warnings(),
+            explain_out_of_memory(),
+            explain_missing_library(),
+        ):
             app()
     except PulidError as error:
         print(f"pulid: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does: what is open is closed and removed."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # with nohup, SIGHUP is ignored
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            previous[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _OneLine(logging.Formatter):
+    """Formats a warning as one printable line: it may contain the name of a stranger's file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"pulid: {escape_unprintable(record.getMessage())}"
+
+
+@contextmanager
+def print_warnings() -> Iterator[None]:
+    """Print the package's warnings on stderr."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(_OneLine())
+    logger = logging.getLogger("openpulid")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @app.command()
@@ -126,7 +182,8 @@ def demo(
         log=print_nothing if as_json else print_status,
     )
     if not as_json:
-        print(f"{outcome.image}\n{outcome.page}")
+        print_path(outcome.image)
+        print_path(outcome.page)
     print_json(outcome.figures)
 
 

@@ -11,14 +11,17 @@ from openpulid.cli.options import (
     MAX_PERSON,
     AsJson,
     Device,
+    Overwrite,
     check_image_path,
+    check_new_output,
     command_group,
     print_json,
     print_nothing,
+    print_path,
     print_status,
+    write_image,
 )
 from openpulid.errors import OptionError
-from openpulid.io.metadata import save_image
 
 mini = command_group("The miniature: train it from scratch, evaluate it.")
 
@@ -93,12 +96,13 @@ def ablation(
     out: Annotated[Path, typer.Option("--out", "-o", help="Image file to write.")],
     people: Annotated[int, typer.Option(min=1, help="Number of held-out people (rows).")] = 6,
     people_seed: FirstPerson = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw held-out people with the same prompt and seed at every stage of the training."""
     from openpulid.mini.evaluation.stage_sheet import draw_stages
 
-    save_image(draw_stages(people, people_seed), check_image_path(out))
-    print(out)
+    write_image(out, draw_stages(people, people_seed), overwrite)
+    print_path(out)
 
 
 @mini.command()
@@ -106,6 +110,7 @@ def sweep(
     out: Annotated[Path, typer.Option("--out", "-o", help="Plot file to write.")],
     steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 100,
     people: HeldOutPeople = 64,
+    overwrite: Overwrite = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -113,10 +118,11 @@ def sweep(
     from openpulid.mini.evaluation import ablation as stages
     from openpulid.mini.evaluation import evaluate as evaluation
 
+    check_new_output(check_image_path(out), overwrite)
     table = stages.sweep(
         steps, people, device=device, log=print_nothing if as_json else print_status
     )
-    stages.plot(table, check_image_path(out))
+    stages.plot(table, out)
     if not as_json:
         evaluation.print_table(table)
     print_json(evaluation.to_json(table))

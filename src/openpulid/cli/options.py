@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openpulid.errors import OptionError, is_out_of_memory, suggest
+from openpulid.io.files import has_content, is_same_file, write_bytes
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -98,6 +103,9 @@ FaceOrder = Annotated[
     ),
 ]
 Memory = Annotated[str | None, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output file that exists already.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Only print the last line, as JSON.")]
 
 
@@ -142,6 +150,59 @@ def check_image_path(path: Path) -> Path:
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         raise OptionError(f"{path}: use the name of an image, such as {path.stem or 'image'}.png.")
     return path
+
+
+def check_output(path: Path, inputs: Iterable[str | Path] = ()) -> Path:
+    """Check that an output file is none of the input files.
+
+    Raises:
+        OptionError: it is one of them, perhaps under another name.
+    """
+    for source in inputs:
+        if is_same_file(path, source):
+            raise OptionError(
+                f"{path} is the same file as the input {source}; choose another name for the "
+                "output."
+            )
+    return path
+
+
+def check_new_output(path: Path, overwrite: bool) -> Path:
+    """Check that an output file does not exist yet, before work that takes long.
+
+    Raises:
+        OptionError: it exists, and may not be replaced.
+    """
+    if not overwrite and os.path.lexists(path):
+        raise OptionError(
+            f"{path} exists already; choose another name, or replace it with --overwrite."
+        )
+    return path
+
+
+def write_output(path: Path, data: bytes, overwrite: bool) -> None:
+    """Write an output file that the user has named. A file with this content stays as it is.
+
+    Raises:
+        OptionError: a file with other content exists, and may not be replaced.
+        OutputError: the file cannot be written.
+    """
+    if not has_content(path, data):
+        write_bytes(check_new_output(path, overwrite), data)
+
+
+def write_image(path: Path, image: Image.Image, overwrite: bool) -> None:
+    """Write an output image that the user has named, see `write_output`."""
+    from openpulid.io.metadata import encode_image
+
+    write_output(check_image_path(path), encode_image(image, path.suffix), overwrite)
+
+
+def print_path(path: Path) -> None:
+    """Print the path of a result on stdout, also if it is not valid in the terminal's encoding."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(os.fsencode(path) + b"\n")
+    sys.stdout.flush()
 
 
 def print_progress(done: int, total: int) -> None:

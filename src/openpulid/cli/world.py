@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from openpulid.cli.options import MAX_PERSON, check_image_path, command_group
-from openpulid.io.metadata import save_image
+from openpulid.cli.options import MAX_PERSON, Overwrite, command_group, print_path, write_image
 
 world = command_group("Synthetic people: images to start from.")
 
@@ -27,12 +26,13 @@ def person(
     size: Annotated[
         int, typer.Option(min=32, max=1024, help="Width in pixels; the miniature uses 96.")
     ] = 96,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw one image of one synthetic person."""
     from openpulid.world.gallery import render_portrait
 
-    save_image(render_portrait(seed, size), check_image_path(out))
-    print(out)
+    write_image(out, render_portrait(seed, size), overwrite)
+    print_path(out)
 
 
 @world.command()
@@ -42,12 +42,13 @@ def sheet(
     size: Annotated[
         int, typer.Option(min=32, max=512, help="Width of each image in pixels.")
     ] = 160,
+    overwrite: Overwrite = False,
 ) -> None:
     """Draw eight people in eight scenes, one person per row."""
     from openpulid.world.gallery import render_people_sheet
 
-    save_image(render_people_sheet(seed, size), check_image_path(out))
-    print(out)
+    write_image(out, render_people_sheet(seed, size), overwrite)
+    print_path(out)
 
 
 @world.command()

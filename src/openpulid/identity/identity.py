@@ -6,21 +6,36 @@ produced it. It is biometric data: only its owner can read the file, and it is n
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, Field, Json, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from openpulid.errors import IdentityError, OptionError, suggest
+from openpulid.errors import IdentityError, OptionError, OutputError, suggest
+from openpulid.io.files import write_bytes
 
 FORMAT = "openpulid.identity/1"
+MAX_FEATURE = float(torch.finfo(torch.float16).max)
+"""The largest value of a feature. Those of face models are below 1,000."""
+
+
+class _Facts(BaseModel):
+    """The metadata of an identity file."""
+
+    models: Json[dict[str, str]]
+    created: str = Field(max_length=64)
+    photos: int = Field(ge=1, le=1_000_000)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +66,22 @@ class Identity:
     num_sources: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            self.id_cond.ndim != 3
-            or len(self.id_cond) != 1
-            or any(x.ndim != 3 or len(x) != 1 for x in self.hidden)
-        ):
+        features = (self.id_cond, *self.hidden)
+        if any(x.ndim != 3 or len(x) != 1 or not x.is_floating_point() for x in features):
             raise IdentityError(
                 "an identity holds one person: id_cond (1, images, C) and hidden (1, tokens, D)."
             )
+        if not all(x.numel() for x in features) or any(
+            x.shape[1] % self.photos for x in self.hidden
+        ):
+            raise IdentityError(
+                "the features of an identity are not empty, and have the same number of tokens "
+                "for each image."
+            )
+        if self.landmarks is not None and (
+            self.landmarks.ndim != 4 or self.landmarks.shape[2:] != (5, 2)
+        ):
+            raise IdentityError("the landmarks of an identity have the shape (1, images, 5, 2).")
         if not self.num_sources:
             object.__setattr__(self, "num_sources", self.photos)  # the dataclass is frozen
 
@@ -99,38 +122,51 @@ class Identity:
                 "re-create it from its images with `pulid identify` and this preset."
             )
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the features alone: the same if they are extracted or saved again."""
+        digest = hashlib.sha256()
+        for name, tensor in self._tensors().items():
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.float().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the features on the CPU, by their names in a file."""
+        tensors = {"id_cond": self.id_cond, **{f"hidden.{i}": x for i, x in enumerate(self.hidden)}}
+        if self.landmarks is not None:
+            tensors["landmarks"] = self.landmarks
+        return {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+
+    def check_values(self) -> None:
+        """Check that the features are numbers with which networks can compute.
+
+        Raises:
+            IdentityError: a value is not finite, or larger than half precision can hold.
+        """
+        landmarks = () if self.landmarks is None else (self.landmarks,)
+        for tensor in (self.id_cond, *self.hidden, *landmarks):
+            if not bool((tensor.float().abs() <= MAX_FEATURE).all()):  # false for nan as well
+                raise IdentityError(
+                    "the features of this identity are not finite, or far too large."
+                )
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file that only its owner can read (mode 0600), atomically.
 
         Raises:
             IdentityError: the file cannot be written.
         """
-        path = Path(path)
-        tensors = {"id_cond": self.id_cond, **{f"hidden.{i}": x for i, x in enumerate(self.hidden)}}
-        if self.landmarks is not None:
-            tensors["landmarks"] = self.landmarks
         facts = {
+            "format": FORMAT,
             "created": self.created,
             "photos": str(self.num_sources),
             "models": json.dumps(dict(self.models)),
         }
-        data = save(
-            {name: x.detach().cpu().contiguous() for name, x in tensors.items()},
-            metadata={"format": FORMAT, **facts},
-        )
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            # the mode is set when the file is created, so that others can never read it
-            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-            os.replace(unfinished, path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise IdentityError(
-                f"{path} cannot be written ({error.strerror}); choose another path."
-            ) from error
-        return path
+            return write_bytes(path, save(self._tensors(), metadata=facts), private=True)
+        except OutputError as error:
+            raise IdentityError(str(error)) from error
 
     @classmethod
     def load(
@@ -143,34 +179,56 @@ class Identity:
             models: name -> hash of the models that must have produced it; None accepts any.
 
         Raises:
-            IdentityError: there is no such file, it is not an identity, or other models
-                produced it.
+            IdentityError: there is no such file, it is not an identity or is damaged, or other
+                models produced it.
         """
-        if not Path(path).is_file():
+        if not os.path.exists(path):
             raise IdentityError(
                 f"{path} does not exist; create it: `pulid identify IMAGE -o {Path(path).name}`."
             )
         message = f"{path} is not an identity file; create one: `pulid identify IMAGE -o FILE`."
+        if not os.path.isfile(path):
+            raise IdentityError(message)
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
                 names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
+                # cloned: a tensor of the file would change when the file is overwritten
+                tensors = {name: file.get_tensor(name).clone() for name in names}
+        except OSError as error:
+            raise IdentityError(f"{path} cannot be read ({error.strerror or error}).") from error
         except SafetensorError as error:
             raise IdentityError(message) from error
-        levels = [name for name in sorted(tensors) if name.startswith("hidden.")]
         if facts.get("format") != FORMAT or "id_cond" not in tensors:
             raise IdentityError(message)
-        identity = cls(
-            tensors["id_cond"],
-            tuple(tensors[name] for name in levels),
-            models=json.loads(facts["models"]),
-            landmarks=tensors.get("landmarks"),
-            created=facts["created"],
-            num_sources=int(facts["photos"]),
-        )
+        try:
+            identity = cls._from_file(facts, tensors)
+        except (IdentityError, ValidationError) as error:
+            is_metadata = isinstance(error, ValidationError)
+            reason = "its metadata are invalid" if is_metadata else str(error).rstrip(".")
+            raise IdentityError(
+                f"{path} is damaged ({reason}); create it again with `pulid identify`."
+            ) from error
         if models is not None:
             identity.require(models)
+        return identity
+
+    @classmethod
+    def _from_file(cls, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Identity:
+        facts = _Facts.model_validate(metadata)
+        num_levels = sum(name.startswith("hidden.") for name in tensors)
+        names = [f"hidden.{level}" for level in range(num_levels)]
+        if not tensors.keys() >= set(names):
+            raise IdentityError("a level of its hidden states is missing.")
+        identity = cls(
+            tensors["id_cond"],
+            tuple(tensors[name] for name in names),
+            models=facts.models,
+            landmarks=tensors.get("landmarks"),
+            created=facts.created,
+            num_sources=facts.photos,
+        )
+        identity.check_values()
         return identity
 
 
@@ -260,6 +318,7 @@ def _check_fusion(
     if weights is not None and (
         fusion == "concat"
         or len(weights) != len(identities)
+        or not all(map(math.isfinite, weights))
         or min(weights) < 0
         or sum(weights) <= 0
     ):

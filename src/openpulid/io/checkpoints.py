@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from textwrap import shorten
-from typing import TypeVar
+from typing import Any, TypeVar
 from zipfile import is_zipfile
 
 import torch
@@ -21,9 +21,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from openpulid.errors import WeightsError, is_out_of_memory
+from openpulid.errors import OutputError, PulidError, WeightsError, is_out_of_memory
+from openpulid.io.files import make_folder, replace_file
 
 M = TypeVar("M", bound=nn.Module)
+
+MAX_SIZE = 1 << 16
+"""The largest width in the configuration of a module."""
+DEPTH_NAMES = ("depth", "num_hidden_layers")
+MAX_DEPTH = 256
+"""The largest number of layers in the configuration of a module."""
+MAX_NESTING = 8
+"""Dictionaries within dictionaries that a file of weights may have."""
 
 READ_SIZE = 1 << 20
 """Bytes read at a time when a whole file is hashed."""
@@ -39,8 +48,6 @@ def save_module(
 ) -> Path:
     """Save a module so that `load_module` can rebuild it from the file alone.
 
-    The file is written under another name and renamed, so it is either complete or absent.
-
     Args:
         module: needs an attribute `config`, a JSON-serializable dict of its constructor's
             arguments.
@@ -50,16 +57,85 @@ def save_module(
 
     Returns:
         The path.
+
+    Raises:
+        OutputError: the file cannot be written; an existing one is as it was.
     """
-    path = Path(path)
     facts = {key: str(value) for key, value in (metadata or {}).items()}
     facts |= {"class": type(module).__name__, "config": json.dumps(module.config)}
     tensors = {name: _to_storage(tensor, dtype) for name, tensor in module.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, partial_path, metadata=facts)
-    os.replace(partial_path, path)
+    return save_tensors(tensors, path, facts)
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a safetensors file in one step; missing parent folders are created.
+
+    Args:
+        tensors: name -> tensor, contiguous and on the CPU.
+        path: the file to write.
+        metadata: entries of the file's header.
+
+    Raises:
+        OutputError: the file cannot be written; an existing one is as it was.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    with replace_file(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            raise OutputError(
+                f"{path} cannot be written ({error}); free some disk space, or choose another path."
+            ) from error
     return path
+
+
+@contextmanager
+def explain_bad_weights(message: str) -> Iterator[None]:
+    """Turn any failure of a library with a damaged file into a `WeightsError`.
+
+    Files of weights come from other people. A library that builds a network from one of them can
+    raise anything. An error of the user, and lack of memory, pass.
+
+    Args:
+        message: the problem and the fix, without a period. The library's reason follows.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PulidError) or is_out_of_memory(error):
+            raise
+        reason = shorten(str(error).strip().split("\n")[0], 200, placeholder=" ...")
+        raise WeightsError(f"{message} ({reason or type(error).__name__}).") from error
+
+
+def parse_config(text: str, message: str) -> dict[str, Any]:
+    """Parse the configuration of a module in the metadata of a file.
+
+    Raises:
+        WeightsError: it is no JSON object, or has a size that no module can have.
+    """
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        config = None
+    is_too_large = isinstance(config, dict) and any(
+        _exceeds(value, MAX_DEPTH if name in DEPTH_NAMES else MAX_SIZE)
+        for name, value in config.items()
+    )
+    if not isinstance(config, dict) or is_too_large:
+        raise WeightsError(f"{message} (its configuration is damaged).")
+    return config
+
+
+def _exceeds(value: object, limit: int) -> bool:
+    if isinstance(value, list):
+        return len(value) > limit or any(_exceeds(item, limit) for item in value)
+    return isinstance(value, (int, float)) and not 0 <= value <= limit
 
 
 def load_module(
@@ -78,9 +154,12 @@ def load_module(
             f"{path} holds {stored}, not {cls.__name__}; "
             "use the file that `pulid mini build` wrote for this class."
         )
-    module = cls(**json.loads(facts["config"]))
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    message = f"{path} is damaged; copy or build it again"
+    config = parse_config(facts["config"], message)
+    with explain_bad_weights(message):
+        module = cls(**config)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
@@ -141,9 +220,10 @@ def read_tensors(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, 
         # files of PyTorch before 1.6 are no archives and cannot be mapped
         can_map = mmap and is_zipfile(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
-    except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except Exception as error:  # unpickling a file that is none may raise anything
         if is_out_of_memory(error):
             raise
+        # torch's own message advises to trust the file
         raise WeightsError(
             f"{path} is damaged or holds more than weights; download it again."
         ) from error
@@ -170,7 +250,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise WeightsError(
             f"{path} is not a complete safetensors file; copy or build it again."
         ) from error
@@ -223,7 +303,9 @@ def _to_storage(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor
 
 def _unwrap(state: object) -> object:
     """Return the innermost "state_dict" or "model" entry of a checkpoint, or the checkpoint."""
-    while isinstance(state, dict):
+    for _ in range(MAX_NESTING):  # a pickled dictionary can contain itself
+        if not isinstance(state, dict):
+            break
         inner = state.get("state_dict", state.get("model"))
         if not isinstance(inner, dict):
             break

@@ -1,15 +1,20 @@
-"""Generation parameters in image files, and hashes of the files they name."""
+"""Image files, and the generation parameters that they carry."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+import struct
+import unicodedata
+import zlib
+from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from openpulid.errors import ImageError, OptionError
+from openpulid.io.files import write_bytes
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,54 +23,122 @@ KEY = "openpulid"
 """Name of the PNG text chunk with the parameters, as JSON."""
 
 JPEG_QUALITY = 90
+MAX_TEXT = 1 << 20
+"""Bytes of parameters that are read, before and after decompression."""
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+MAX_CHUNKS = 100_000
+MAX_NAME_LENGTH = 48
 
 
-def hash_files(files: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Hash the files among (field, path) pairs; directories and missing files are left out.
+def read_metadata(image: str | os.PathLike[str]) -> str:
+    """Read the parameters that a PNG file carries, before or after its pixels.
+
+    The pixels are not decoded, and no other comment is read: both may be damaged, or large.
 
     Returns:
-        field -> hash.
-    """
-    from openpulid.io.checkpoints import fingerprint
-
-    return {field: fingerprint(path) for field, path in files if os.path.isfile(path)}
-
-
-def read_metadata(image: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the parameters that an image file carries.
+        The JSON, unchecked.
 
     Raises:
-        ImageError: the file is not an image.
+        ImageError: the file cannot be read.
         OptionError: it carries no parameters.
     """
-    from PIL import Image
-
+    path = Path(image)
     try:
-        with Image.open(image) as opened:
-            text = opened.info.get(KEY)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not an image"
-        raise ImageError(image, reason) from None
-    try:
-        metadata = json.loads(text or "")
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise ImageError(path, "is not a regular file")
+        with path.open("rb") as file:
+            text = _find_text(file) if file.read(8) == PNG_SIGNATURE else None
+    except OSError as error:
+        raise ImageError(path, error.strerror or str(error)) from None
+    except ValueError as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(path, "is not a file name") from None
+    if text is None:
         raise OptionError(
-            f"{os.fspath(image)} contains no generation parameters; "
+            f"{path} contains no generation parameters; "
             "only PNG images of `pulid generate` and `pulid web` do."
         )
-    return metadata
+    return text
+
+
+def _find_text(file: BinaryIO) -> str | None:
+    """Return the text of the chunk `KEY` of a PNG file, which is open behind its signature."""
+    for _ in range(MAX_CHUNKS):
+        header = file.read(8)
+        if len(header) < 8:
+            return None
+        length, kind = struct.unpack(">I4s", header)
+        if kind == b"IEND":
+            return None
+        if kind not in TEXT_CHUNKS or length > MAX_TEXT:
+            file.seek(length + 4, os.SEEK_CUR)  # 4 bytes of checksum
+            continue
+        key, _, content = file.read(length).partition(b"\0")
+        file.seek(4, os.SEEK_CUR)
+        if key == KEY.encode():
+            return _decode_text(kind, content)
+    return None
+
+
+def _decode_text(kind: bytes, content: bytes) -> str | None:
+    """Decode a text chunk behind its keyword (PNG specification, 11.3.3); None if it is damaged.
+
+    Parameters are written as iTXt. Programs that save the image again use any of the kinds.
+    """
+    is_compressed = kind == b"zTXt"
+    if kind == b"iTXt":
+        is_compressed = content[:1] == b"\1"
+        language_and_text = content[2:].split(b"\0", 2)
+        content = b"\0" + language_and_text[-1]
+    if kind != b"tEXt":
+        content = content[1:]  # the method of compression; there is only one
+    if is_compressed:
+        inflate = zlib.decompressobj()
+        try:
+            content = inflate.decompress(content, MAX_TEXT)
+        except zlib.error:
+            return None
+    return content.decode("utf-8", "replace")
 
 
 def image_name(prompt: str, seed: int) -> str:
     """Return a file name: the first words of the prompt, and the seed."""
-    words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower()))[:48].strip("-") or "image"
-    return f"{words}-{seed}.png"
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
+    name = "-".join(words)[:MAX_NAME_LENGTH].strip("-")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # the system's encoding lacks a letter
+        name = name.encode("ascii", "ignore").decode().strip("-")
+    return f"{name or 'image'}-{seed}.png"
+
+
+def encode_image(
+    image: Image.Image, suffix: str = ".png", metadata: Mapping[str, Any] | None = None
+) -> bytes:
+    """Return the content of an image file.
+
+    Args:
+        image: the image.
+        suffix: determines the format.
+        metadata: parameters to store in a PNG file.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    options: dict[str, Any] = {"quality": JPEG_QUALITY}
+    if metadata is not None:
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt(KEY, json.dumps(metadata, ensure_ascii=False))
+    content = BytesIO()
+    image.save(content, Image.registered_extensions()[suffix.lower()], **options)
+    return content.getvalue()
 
 
 def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write an image file.
+    """Write an image file in one step, replacing an existing one.
 
     Args:
         image: the image.
@@ -73,15 +146,6 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any] | Non
         metadata: parameters to store in a PNG file.
 
     Raises:
-        OptionError: the file cannot be written.
+        OutputError: the file cannot be written; an existing one is as it was.
     """
-    from PIL.PngImagePlugin import PngInfo
-
-    options: dict[str, Any] = {"quality": JPEG_QUALITY}
-    if metadata is not None:
-        options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_itxt(KEY, json.dumps(metadata, ensure_ascii=False))
-    try:
-        image.save(path, **options)
-    except OSError as error:
-        raise OptionError(f"{path}: cannot be written ({error.strerror or error}).") from None
+    write_bytes(path, encode_image(image, path.suffix, metadata))

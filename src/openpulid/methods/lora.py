@@ -33,6 +33,26 @@ def low_rank_hook(down: Tensor, up: Tensor, is_active: Callable[[], bool] = lamb
     return add_low_rank
 
 
+def check_low_rank(layer: Any, down: Tensor, up: Tensor) -> None:
+    """Check that low-rank matrices fit a linear layer.
+
+    Args:
+        layer: a linear layer of the network.
+        down: (rank, in).
+        up: (out, rank).
+
+    Raises:
+        WeightsError: they have other shapes.
+    """
+    expected = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
+    is_matrix = down.ndim == up.ndim == 2 and down.shape[:1] == up.shape[1:]
+    if not is_matrix or (up.shape[0], down.shape[1]) != expected:
+        raise WeightsError(
+            "the LoRA of this adapter does not fit this base model; "
+            "use the adapter for this base model, or download its file again."
+        )
+
+
 def find_lora_layers(
     unet: Any, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
@@ -45,10 +65,15 @@ def find_lora_layers(
 
     Yields:
         The layer and its matrices, down (rank, in) and up (out, rank).
+
+    Raises:
+        WeightsError: a layer has only one matrix.
     """
     names = [name.removesuffix(".processor") for name in unet.attn_processors]
     for name, down in tensors.items():
         index, layer, side, _ = name.split(".")
+        if f"{index}.{layer}.down.weight" not in tensors:
+            raise WeightsError(f"the LoRA of this adapter lacks a matrix for {index}.{layer}.")
         if side != "down":
             continue
         attention = unet.get_submodule(names[int(index)])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ReferenceImage, open_references
 from openpulid.io.images import is_image_source, open_image, open_mask
 from openpulid.methods.controlnet import ControlNet, canny_edges
+from openpulid.pipelines.provenance import fingerprint_inputs
 from openpulid.pipelines.request import Control, GenerationRequest, Person
 from openpulid.pipelines.weights import resolve_path
 
@@ -43,10 +44,26 @@ class ControlInput:
 
 @dataclass(frozen=True, eq=False)
 class RequestInputs:
-    """All input files of a request, decoded."""
+    """All input files of a request, decoded.
+
+    Attributes:
+        people: the files of each person.
+        controls: the files of each ControlNet.
+        fingerprints: path of a field in the request -> hash of the file that it names.
+    """
 
     people: tuple[PersonInput, ...] = ()
     controls: tuple[ControlInput, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    def without_people(self) -> RequestInputs:
+        """Return the inputs of the same request without its people."""
+        fingerprints = {
+            name: value
+            for name, value in self.fingerprints.items()
+            if not name.startswith("people.")
+        }
+        return replace(self, people=(), fingerprints=fingerprints)
 
     @contextmanager
     def use_controls(self, pipe: Any) -> Iterator[None]:
@@ -73,7 +90,7 @@ def open_inputs(request: GenerationRequest, time_limit: float | None = None) -> 
     """
     people = tuple(_open_person(person, time_limit) for person in request.people)
     controls = tuple(_open_control(control, time_limit) for control in request.controls)
-    return RequestInputs(people, controls)
+    return RequestInputs(people, controls, fingerprint_inputs(request))
 
 
 def open_person(person: Any) -> Any:

@@ -1,94 +1,190 @@
-"""What an image file says about its generation: the resolved request, the version, input hashes."""
+"""What an image file says about its generation: the resolved request, the version, input hashes.
+
+An image may come from anybody. It can name a preset, published weights and options. It names no
+other file: whoever generates the image again passes every file again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from openpulid import __version__
 from openpulid.errors import OptionError
-from openpulid.io.metadata import hash_files, read_metadata
-from openpulid.pipelines.request import GenerationRequest, RequestPart
+from openpulid.identity.identity import Identity
+from openpulid.io.checkpoints import fingerprint
+from openpulid.io.hub import WEIGHTS
+from openpulid.io.metadata import read_metadata
+from openpulid.pipelines.presets import PRESETS
+from openpulid.pipelines.request import (
+    GenerationRequest,
+    Name,
+    RequestError,
+    RequestPart,
+    literal,
+)
+
+HASH_DIGITS = 4
+"""Hexadecimal digits of an input's hash. One in 65,536 files has the same, so the hash reveals a
+changed input, and is too short to identify a photo."""
 
 
 class Provenance(RequestPart):
     """How an image was generated.
 
     Attributes:
-        request: the resolved request of this image alone.
+        request: the resolved request of this image alone. Its files are names without folders; a
+            request that can run comes from `restore`.
         version: version of openpulid.
         input_hashes: path of a field in the request -> hash of the file that it names.
     """
 
     request: GenerationRequest
-    version: str = __version__
-    input_hashes: dict[str, str] = Field(default_factory=dict)
+    version: Name = __version__
+    input_hashes: dict[str, Name] = Field(default_factory=dict, max_length=256)
+
+    @field_validator("request")
+    @classmethod
+    def _check_request(cls, request: GenerationRequest) -> GenerationRequest:
+        if request.num_images != 1:
+            raise RequestError("{0} must be 1 in the request of an image.", "num_images")
+        names = {field: _file_name(field, path) for field, path in request.input_files()}
+        return request.with_files(names)
+
+    @classmethod
+    def create(cls, request: GenerationRequest, fingerprints: Mapping[str, str]) -> Provenance:
+        """Create it for an image.
+
+        Args:
+            request: the resolved request of the image.
+            fingerprints: of the input files, see `fingerprint_inputs`.
+        """
+        hashes = {field: _shorten(value, request) for field, value in fingerprints.items()}
+        return cls(request=request, input_hashes=hashes)
 
     @classmethod
     def read(cls, image: str | os.PathLike[str]) -> Provenance:
         """Read it from an image file.
 
         Raises:
-            ImageError: the file is not an image.
+            ImageError: the file cannot be read.
             OptionError: it carries no parameters, or they are invalid.
         """
         metadata = read_metadata(image)
         try:
-            return cls.model_validate(metadata)
+            return cls.model_validate_json(metadata, strict=True)
         except OptionError as error:
             raise OptionError(
                 f"{os.fspath(image)} contains no valid generation parameters: {error}"
             ) from None
 
-    def verify_inputs(self, image: str | os.PathLike[str]) -> None:
-        """Check that the input files exist and have not changed.
+    def restore(
+        self,
+        files: Mapping[str, str | os.PathLike[str]] | None = None,
+        image: str | os.PathLike[str] = "the image",
+    ) -> GenerationRequest:
+        """Return the request that generates the image again.
 
         Args:
+            files: path of a field -> the file, for every field of `required_files`.
             image: the image file, for messages.
 
         Raises:
-            OptionError: an input file is missing or has changed.
+            RequestError: a file is missing, is not used by the request, or is another one than the
+                image was generated with.
+            PulidError: an identity file cannot be read.
         """
-        files = dict(self.request.input_files())
-        hashes = hash_files(files.items())
-        for field, path in files.items():
+        files = files or {}
+        label = literal(os.fspath(image))
+        required = self.required_files()
+        if missing := [field for field in required if field not in files]:
+            names = " and ".join(literal(required[field]) for field in missing)
+            raise RequestError(
+                f"{label} was generated with {names}; pass {_join(len(missing), 'and')}.", *missing
+            )
+        if unused := [field for field in files if field not in required]:
+            raise RequestError(
+                f"{label} needs no {_join(len(unused), 'or')}; leave it out.", *unused
+            )
+        request = self.request.with_files(files)
+        for field, value in fingerprint_inputs(request).items():
             expected = self.input_hashes.get(field)
-            if field not in hashes and (expected or not _may_be_elsewhere(field, path)):
-                raise OptionError(
-                    f"{os.fspath(image)} was generated with {path}, which does not exist; "
-                    "--from must run in the directory of the input files."
+            if expected is not None and expected != _shorten(value, request):
+                raise RequestError(
+                    f"{literal(os.fspath(files[field]))} is not the file that {label} was "
+                    "generated with, or has changed since; pass the original with {0}, or "
+                    "generate a new image.",
+                    field,
                 )
-            if expected and hashes[field] != expected:
-                raise OptionError(
-                    f"{path} has changed since {os.fspath(image)} was generated; "
-                    "restore the original file, or generate without --from."
-                )
+        return request
 
-    def to_metadata(self, hide_directories: bool = False) -> dict[str, Any]:
-        """Return the JSON to store in an image file.
+    def required_files(self) -> dict[str, str]:
+        """Return path of a field -> name, for every file that `restore` needs."""
+        return {
+            field: name
+            for field, name in self.request.input_files()
+            if not _is_published(field, name)
+        }
 
-        Args:
-            hide_directories: store input files by name alone, without their directories.
-        """
-        metadata = self.model_dump(mode="json", exclude_none=True)
-        if hide_directories:
-            request = metadata["request"]
-            for part in (*request["people"], *request["controls"]):
-                _hide_directories(part)
-        return metadata
+    def to_metadata(self) -> dict[str, Any]:
+        """Return the JSON to store in an image file."""
+        return self.model_dump(mode="json", exclude_none=True)
 
 
-def _may_be_elsewhere(field: str, path: str) -> bool:
-    """Whether a path without a hash is a directory, or OWNER/NAME in the hub's cache."""
-    return field == "model.base" or os.path.exists(path)
+def fingerprint_inputs(request: GenerationRequest) -> dict[str, str]:
+    """Hash the input files of a request; folders, published weights and missing files have no hash.
+
+    Returns:
+        Path of a field -> hash. That of an identity depends on its features alone.
+
+    Raises:
+        IdentityError: a file is not an identity.
+        OptionError: a file cannot be read.
+    """
+    hashes = {}
+    for field, path in request.input_files():
+        if field.endswith(".identity"):
+            hashes[field] = Identity.load(path).fingerprint
+        elif not _is_published(field, path) and os.path.isfile(path):
+            try:
+                hashes[field] = fingerprint(path)
+            except OSError as error:
+                raise OptionError(f"{path} cannot be read ({error.strerror}).") from None
+    return hashes
 
 
-def _hide_directories(part: dict[str, Any]) -> None:
-    for name in ("identity", "mask", "image"):
-        if name in part:
-            part[name] = Path(part[name]).name
-    if "images" in part:
-        part["images"] = [Path(image).name for image in part["images"]]
+def _is_published(field: str, name: str) -> bool:
+    """Whether a field holds the name of a preset or of published weights, not a path."""
+    if field == "model.preset":
+        return name in PRESETS
+    return (field == "model.base" or field.endswith(".model")) and name in WEIGHTS
+
+
+def _file_name(field: str, path: str) -> str:
+    """Return what an image stores of a path: its last part, in UTF-8, and no published name."""
+    if _is_published(field, path):
+        return path
+    if field == "model.base" and path.count("/") == 1 and not os.path.exists(path):
+        return path  # OWNER/NAME in the hub's cache
+    name = os.fsencode(Path(path).name or "folder").decode("utf-8", "backslashreplace")
+    return f"./{name}" if _is_published(field, name) else name
+
+
+def _shorten(value: str, request: GenerationRequest) -> str:
+    """Return the hash of a file that an image stores.
+
+    The seed and the prompt are part of it: images of one person cannot be linked by the hash.
+    """
+    text = f"{request.seed} {request.prompt} {value}"
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH_DIGITS]
+
+
+def _join(count: int, word: str) -> str:
+    """Return `count` placeholders of a `RequestError`, as an enumeration."""
+    names = [f"{{{index}}}" for index in range(count)]
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

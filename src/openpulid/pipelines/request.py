@@ -14,14 +14,26 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from openpulid.errors import OptionError, suggest
 from openpulid.methods.pulid import Projection
 
 SCHEMA_VERSION = 1
 LONGEST_QUOTE = 60
+MOST_PROBLEMS = 5
+"""Problems of a request that one message names."""
 
+# The largest values of a request, which may come from another person's image or over the network.
 MAX_SEED = 2**64 - 1
 """The largest seed of PyTorch's generators."""
 MAX_RANDOM_SEED = 2**32 - 1
@@ -33,11 +45,11 @@ MAX_STEPS = 1000
 MAX_SCALE = 5.0
 """The largest identity scale of PuLID's demo."""
 MAX_GUIDANCE = 100.0
-MAX_ZERO_TOKENS = 1000
-MAX_TEXT = 10_000
+MAX_PROMPT = 10_000
 """Characters of a prompt."""
 MAX_PATH = 4096
-MAX_IMAGES_PER_PERSON = 100
+MAX_COUNT = 10_000
+MAX_FILES = 64
 
 FaceOrder = Literal[
     "large-small", "small-large", "left-right", "right-left", "top-bottom", "bottom-top"
@@ -46,8 +58,17 @@ FaceOrder = Literal[
 DEFAULT_FACE_ORDER: FaceOrder = "large-small"
 
 
-def _as_text(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+def _check_path(value: Any) -> str:
+    """Return a path as text; unlike pydantic's own text, it may have bytes that are not UTF-8."""
+    if isinstance(value, os.PathLike):
+        value = os.fsdecode(value)
+    if not isinstance(value, str):
+        raise RequestError(f"{{0}} must be the path of a file, got {quote(value)}.", "")
+    if not value:
+        raise RequestError("{0} must not be empty.", "")
+    if "\0" in value or len(value) > MAX_PATH:
+        raise RequestError(f"{{0}} is not a path: {quote(value)}.", "")
+    return value
 
 
 def _parse_seed(value: Any) -> Any:
@@ -61,10 +82,18 @@ def _parse_seed(value: Any) -> Any:
     return _parse_seed(None) if value in (-1, "-1") else value
 
 
-FilePath = Annotated[str, BeforeValidator(_as_text), Field(min_length=1, max_length=MAX_PATH)]
+FilePath = Annotated[
+    str,
+    PlainValidator(_check_path),
+    WithJsonSchema({"type": "string", "minLength": 1, "maxLength": MAX_PATH}),
+]
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
+Name = Annotated[str, Field(max_length=64)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(ge=0, le=MAX_SCALE, allow_inf_nan=False)]
-Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
 Seed = Annotated[int, BeforeValidator(_parse_seed), Field(ge=0, le=MAX_SEED)]
 
 
@@ -99,14 +128,18 @@ class RequestError(OptionError):
 
 def _short_name(path: str) -> str:
     """Return how messages name a field: options of the identity and of the model by name alone."""
-    return path.removeprefix("identity.").removeprefix("model.")
+    name = path.removeprefix("identity.").removeprefix("model.")
+    return name if len(name) <= LONGEST_QUOTE else name[:LONGEST_QUOTE] + "..."
 
 
 def quote(value: object) -> str:
     """Quote a value of the user for the template of a `RequestError`."""
     text = repr(value)
-    if len(text) > LONGEST_QUOTE:
-        text = text[:LONGEST_QUOTE] + "..."
+    return literal(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "...")
+
+
+def literal(text: str) -> str:
+    """Return a text without placeholders for the template of a `RequestError`."""
     return text.replace("{", "{{").replace("}", "}}")
 
 
@@ -114,12 +147,13 @@ def _translate(error: ValidationError) -> RequestError:
     """Turn pydantic's report into one sentence per problem."""
     sentences = []
     fields: list[str] = []
-    for problem in error.errors():
+    for problem in error.errors()[:MOST_PROBLEMS]:
         cause = problem.get("ctx", {}).get("error")
         if isinstance(cause, RequestError):
-            prefix = "".join(f"{part}." for part in problem["loc"])
+            location = [str(part) for part in problem["loc"]]
             template = cause.template
-            paths = [prefix + field for field in cause.fields]
+            # a check of one value does not know its name
+            paths = [".".join([*location, field] if field else location) for field in cause.fields]
         else:
             template = _sentence(problem)
             paths = [".".join(map(str, problem["loc"]))]
@@ -157,10 +191,11 @@ def _sentence(problem: Mapping[str, Any]) -> str:
         return "{0} must be " + limits["expected"] + got.removesuffix(".") + similar + "."
     if kind == "string_too_short":
         return "{0} must not be empty."
-    if kind == "string_too_long":
-        return f"{{0}} must have at most {limits['max_length']} characters."
-    if kind == "too_long":
-        return f"{{0}} must have at most {limits['max_length']} entries."
+    if kind in ("string_too_long", "too_long"):
+        unit = "characters" if kind == "string_too_long" else "entries"
+        return f"{{0}} must have at most {limits['max_length']} {unit}."
+    if kind == "string_unicode":
+        return "{0} is not valid UTF-8 text."
     if kind == "string_type":
         return "{0} must be text" + got
     if kind.startswith("int"):
@@ -227,9 +262,9 @@ class Person(RequestPart):
         scale: identity scale of this person; by default that of `IdentityOptions`.
     """
 
-    images: tuple[FilePath, ...] = Field(default=(), max_length=MAX_IMAGES_PER_PERSON)
+    images: tuple[FilePath, ...] = Field(default=(), max_length=MAX_FILES)
     identity: FilePath | None = None
-    face_index: int | None = Field(default=None, ge=0)
+    face_index: Count | None = None
     face_order: FaceOrder = DEFAULT_FACE_ORDER
     mask: FilePath | None = None
     scale: Scale | None = None
@@ -275,8 +310,8 @@ class IdentityOptions(RequestPart):
     start: Fraction | None = None
     end: Fraction | None = None
     projection: Projection | None = None
-    num_zero: int | None = Field(default=None, ge=0, le=MAX_ZERO_TOKENS)
-    start_step: int | None = Field(default=None, ge=0)
+    num_zero: Count | None = None
+    start_step: Count | None = None
 
 
 class Control(RequestPart):
@@ -307,10 +342,10 @@ class ModelSelection(RequestPart):
 
     preset: FilePath = "mini"
     base: FilePath | None = None
-    method: str | None = None
+    method: Name | None = None
     adapter: FilePath | None = None
     face_pack: FilePath | None = None
-    memory: str | None = None
+    memory: Name | None = None
 
 
 class GenerationOptions(RequestPart):
@@ -327,13 +362,13 @@ class GenerationOptions(RequestPart):
         identity: how the identity acts.
     """
 
-    negative_prompt: str | None = Field(default=None, max_length=MAX_TEXT)
+    negative_prompt: Prompt | None = None
     width: Side | None = None
     height: Side | None = None
     num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
-    guidance_scale: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)
+    guidance_scale: Guidance | None = None
     true_cfg_scale: float | None = Field(default=None, ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)
-    timestep_to_start_cfg: int | None = Field(default=None, ge=0)
+    timestep_to_start_cfg: Count | None = None
     max_sequence_length: int | None = Field(default=None, ge=1, le=512)
     identity: IdentityOptions = IdentityOptions()
 
@@ -384,11 +419,11 @@ class GenerationRequest(GenerationOptions):
         schema_version: version of this schema.
     """
 
-    prompt: str = Field(min_length=1, max_length=MAX_TEXT)
+    prompt: Prompt = Field(min_length=1)
     seed: Seed = 0
     num_images: int = Field(default=1, ge=1, le=MAX_IMAGES)
-    people: tuple[Person, ...] = ()
-    controls: tuple[Control, ...] = ()
+    people: tuple[Person, ...] = Field(default=(), max_length=MAX_FILES)
+    controls: tuple[Control, ...] = Field(default=(), max_length=MAX_FILES)
     model: ModelSelection | None = None
     resolved: bool = False
     schema_version: int = SCHEMA_VERSION
@@ -435,7 +470,10 @@ class GenerationRequest(GenerationOptions):
         return self.model_copy(update={"people": (), "identity": IdentityOptions()})
 
     def input_files(self) -> Iterator[tuple[str, str]]:
-        """Yield the path of every field that names an input file, and the file."""
+        """Yield the path of every field that can name a file, and what it names.
+
+        The presets and published weights among them are names, not files.
+        """
         for number, person in enumerate(self.people):
             for position, image in enumerate(person.images):
                 yield f"people.{number}.images.{position}", image
@@ -444,11 +482,31 @@ class GenerationRequest(GenerationOptions):
             if person.mask:
                 yield f"people.{number}.mask", person.mask
         for number, control in enumerate(self.controls):
+            yield f"controls.{number}.model", control.model
             yield f"controls.{number}.image", control.image
-        if self.model is not None and self.model.adapter:
-            yield "model.adapter", self.model.adapter
-        if self.model is not None and self.model.base:
-            yield "model.base", self.model.base
+        for name in ("preset", "base", "adapter", "face_pack"):
+            path = getattr(self.model, name, None)
+            if path:
+                yield f"model.{name}", path
+
+    def with_files(self, files: Mapping[str, str | os.PathLike[str]]) -> GenerationRequest:
+        """Return the request with other input files.
+
+        Args:
+            files: path of a field, as in `input_files` -> the file.
+
+        Raises:
+            RequestError: a path is none.
+        """
+        data = self.model_dump()
+        for field, path in files.items():
+            *parents, last = (int(part) if part.isdigit() else part for part in field.split("."))
+            part: Any = data
+            for key in parents:
+                part[key] = list(part[key]) if isinstance(part[key], tuple) else part[key]
+                part = part[key]
+            part[last] = path
+        return GenerationRequest.model_validate(data)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -32,33 +31,10 @@ from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.prompts import prepare_prompts
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest, parse_size
+from openpulid.pipelines.result import GenerationResult, OnImage
 from openpulid.pipelines.selection import PresetSource, resolve_preset
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """The images of a generation.
-
-    Attributes:
-        images: the images.
-        requests: for each image the resolved request that regenerates it alone.
-    """
-
-    images: list[Image.Image]
-    requests: list[GenerationRequest]
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seed of each image."""
-        return [request.seed for request in self.requests]
-
-    def __repr__(self) -> str:
-        count = len(self.images)
-        size = "x".join(map(str, self.images[0].size)) if self.images else "none"
-        seeds = ", ".join(map(str, self.seeds[:4])) + (", ..." if count > 4 else "")
-        return f"GenerationResult({count} images, size: {size}, seeds: {seeds})"
 
 
 class Studio:
@@ -128,6 +104,7 @@ class Studio:
         *,
         inputs: RequestInputs | None = None,
         batch_size: int = 1,
+        on_image: OnImage | None = None,
         **options: Any,
     ) -> GenerationResult:
         """Generate the images of a request, or of a prompt with options.
@@ -139,6 +116,7 @@ class Studio:
             inputs: the input files of the request, if they are open already.
             batch_size: images computed at once. With 1, image k is bit for bit what `seed + k`
                 gives alone. More may be faster, and equal up to rounding.
+            on_image: receives each image as soon as it is generated, for example to save it.
             options: with a prompt: fields of `GenerationRequest` and of `IdentityOptions`, such as
                 `seed=7`, `num_inference_steps=25`, `scale=0.8`.
 
@@ -169,16 +147,19 @@ class Studio:
         people = self._people(request, inputs) if identity is None else open_person(identity)
         if isinstance(people, ReferenceImage):
             people = self.identify(people)
-        images: list[Image.Image] = []
+        result = GenerationResult([], [], dict(inputs.fingerprints))
+        if identity is not None:
+            request = result.describe_people(request, people)
         with self._lock:
             readable = prepare_prompts(self.pipe, request, self.preset)
             with inputs.use_controls(self.pipe), self._use_identity(people, request):
                 for seeds in _batches(request, batch_size):
-                    images += self._run(readable, seeds)
-        requests = [
-            request.for_image(request.seed + k, *image.size) for k, image in enumerate(images)
-        ]
-        return GenerationResult(images, requests)
+                    for seed, image in zip(seeds, self._run(readable, seeds), strict=True):
+                        result.images.append(image)
+                        result.requests.append(request.for_image(seed, *image.size))
+                        if on_image is not None:
+                            on_image(image, result.requests[-1])
+        return result
 
     def _people(self, request: GenerationRequest, inputs: RequestInputs) -> People | None:
         """Return the people of a request as the adapter accepts them."""

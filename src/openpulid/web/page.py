@@ -26,7 +26,7 @@ from openpulid.pipelines.request import ModelSelection, RequestError
 from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues, adapt_message
 from openpulid.web.network import without_proxy
 from openpulid.web.notes import show_notes
-from openpulid.web.session import WebSession
+from openpulid.web.session import WebSession, open_session
 
 HELP = """**Reference images** of one person, sharp and from the front; several are combined.
 **Identity scale**: a higher one is more similar to the person and follows the prompt less.
@@ -300,13 +300,10 @@ def open_app(
     """
     if find_spec("gradio") is None:
         raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.")
-    from tempfile import TemporaryDirectory
-
     from openpulid.pipelines.weights import find_installed_presets, missing_weights, resolve_path
 
-    with without_proxy(), TemporaryDirectory(prefix="openpulid-") as directory:
-        models = ModelSelection.model_validate({"preset": preset, **changes})
-        session = WebSession(Path(directory), device, models)
+    models = ModelSelection.model_validate({"preset": preset, **changes})
+    with without_proxy(), open_session(device, models) as session:
         resolved = session.preset(models)
         if missing := missing_weights(resolved):
             raise OptionError(

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 from openpulid.identity.reference import open_references
-from openpulid.io.metadata import hash_files, image_name, save_image
+from openpulid.io.temporary import private_directory
 from openpulid.pipelines.inputs import open_inputs
 from openpulid.pipelines.prompts import check_words
-from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
 from openpulid.pipelines.selection import resolve_preset
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from openpulid.pipelines.presets import Preset
-    from openpulid.pipelines.studio import GenerationResult, Studio
+    from openpulid.pipelines.result import GenerationResult
+    from openpulid.pipelines.studio import Studio
+
+UPLOAD_VARIABLE = "GRADIO_TEMP_DIR"
 
 
 DECODE_SECONDS = 20.0
@@ -99,15 +102,13 @@ class WebSession:
         check_words(preset, preset.resolve(request))  # before anything is loaded
         inputs = open_inputs(request, time_limit=DECODE_SECONDS)
         studio = self.studio(models)
-        hashes = hash_files(request.input_files())
         result = studio.generate(request, inputs=inputs)
         caption = "" if request.people else ", no identity"
-        files = self._save(result, hashes, caption)
+        files = self._save(result, caption)
         if not request.people or not also_without_identity:
             return files
-        without = studio.generate(request.without_people(), inputs=replace(inputs, people=()))
-        hashes = {name: value for name, value in hashes.items() if not name.startswith("people.")}
-        plain_files = self._save(without, hashes, ", no identity")
+        without = studio.generate(request.without_people(), inputs=inputs.without_people())
+        plain_files = self._save(without, ", no identity")
         return [file for pair in zip(files, plain_files, strict=True) for file in pair]
 
     def preview(
@@ -117,14 +118,32 @@ class WebSession:
         references = open_references(images, time_limit=DECODE_SECONDS)
         return self.studio(models).detect(references).draw(face_index)
 
-    def _save(
-        self, result: GenerationResult, hashes: dict[str, str], caption: str
-    ) -> list[tuple[str, str]]:
-        directory = Path(mkdtemp(dir=self.directory))
-        files = []
-        for image, request in zip(result.images, result.requests, strict=True):
-            path = directory / image_name(request.prompt, request.seed)
-            provenance = Provenance(request=request, input_hashes=hashes)
-            save_image(image, path, provenance.to_metadata(hide_directories=True))
-            files.append((str(path), f"seed {request.seed}{caption}"))
-        return files
+    def _save(self, result: GenerationResult, caption: str) -> list[tuple[str, str]]:
+        paths = result.save(mkdtemp(dir=self.directory))
+        captions = [f"seed {seed}{caption}" for seed in result.seeds]
+        return [(str(path), text) for path, text in zip(paths, captions, strict=True)]
+
+
+@contextmanager
+def open_session(device: str | None, models: ModelSelection) -> Iterator[WebSession]:
+    """Open a session whose images and uploads are private, and are removed at the end.
+
+    Args:
+        device: where to compute.
+        models: the preset that is selected first, with its changes.
+    """
+    with private_directory() as directory, _upload_to(directory / "uploads"):
+        yield WebSession(directory, device, models)
+
+
+@contextmanager
+def _upload_to(directory: Path) -> Iterator[None]:
+    """Let Gradio store uploads, and its copies of images, in a folder."""
+    previous = os.environ.get(UPLOAD_VARIABLE)
+    os.environ[UPLOAD_VARIABLE] = str(directory)
+    try:
+        yield
+    finally:
+        del os.environ[UPLOAD_VARIABLE]
+        if previous is not None:
+            os.environ[UPLOAD_VARIABLE] = previous

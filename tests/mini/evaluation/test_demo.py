@@ -77,7 +77,8 @@ def test_demo_writes_image_page_and_figures(
     page = result.page.read_text("utf-8")
     assert page.count("data:image/png;base64,") == 3 * len(demo.PROMPTS)
     assert "http" not in page  # the page loads nothing
-    assert json.loads((tmp_path / "demo.json").read_text()) == result.figures
+    scores = json.loads((tmp_path / "demo.json").read_text())
+    assert scores | {"seconds": result.figures["seconds"]} == result.figures
     assert set(result.figures) == {
         "same_person",
         "other_person",
@@ -85,3 +86,14 @@ def test_demo_writes_image_page_and_figures(
         "seconds",
     }
     assert "1000003" in messages[0]
+    # again in the same folder, beside a page of the user's own
+    result.page.write_text("my page")
+    again = demo.run(tmp_path, people_seed=3)
+    assert again.image == result.image and again.page == tmp_path / "index-2.html"
+    assert result.page.read_text() == "my page"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "demo.json",
+        "demo.png",
+        "index-2.html",
+        "index.html",
+    ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
-from openpulid.io.checkpoints import read_tensors
+from openpulid.io.checkpoints import explain_bad_weights, read_tensors
 from openpulid.methods.adapter import Adapter, exclusive_use
 from openpulid.methods.hooks import (
     HookResult,
@@ -39,7 +39,7 @@ from openpulid.methods.ip_adapter.processors import (
     install_layers,
     restore_layers,
 )
-from openpulid.methods.lora import find_lora_layers, low_rank_hook
+from openpulid.methods.lora import check_low_rank, find_lora_layers, low_rank_hook
 
 
 class IPAdapterBase(Adapter):
@@ -81,6 +81,11 @@ class IPAdapterBase(Adapter):
         self.lora = {name: x.to(device, dtype) for name, x in self.lora.items()}
         return self
 
+    @property
+    def width(self) -> int:
+        """D of the embedding that the file reads."""
+        raise NotImplementedError
+
     def embeddings(self, identity: Identity) -> Tensor:
         """Return the embeddings of an identity for diffusers' projection layer, (1, n, ...)."""
         raise NotImplementedError
@@ -104,10 +109,23 @@ class IPAdapterBase(Adapter):
 
         Raises:
             OptionError: The pipeline is already offloaded.
+            WeightsError: The file is damaged, or was trained for another base model.
         """
         if pipe.unet not in self._layers:
-            self._layers[pipe.unet] = build_layers(pipe, self.parts)
+            with explain_bad_weights(
+                "this adapter was trained for another base model, or its file is damaged"
+            ):
+                layers = build_layers(pipe, self.parts)
+                self._check_sizes(pipe.unet)
+            self._layers[pipe.unet] = layers
         return self._layers[pipe.unet]
+
+    def _check_sizes(self, unet: Any) -> None:
+        """Raise an error if the file lacks its first layer, or its LoRA does not fit a U-Net."""
+        if self.width < 1:
+            raise ValueError("it reads embeddings of width 0")
+        for module, down, up in find_lora_layers(unet, self.lora):
+            check_low_rank(module, down, up)
 
     def _release(self, network: Any) -> None:
         self._layers.pop(network, None)
@@ -134,10 +152,13 @@ class IPAdapterBase(Adapter):
         Raises:
             OptionError: Nothing is attached, an argument is out of range, or another identity is
                 in use.
+            IdentityError: The features of an identity are not finite.
         """
         identities = [people] if isinstance(people, Identity) else list(people)
         if not identities:
             raise OptionError("pass an identity, or one per prompt.")
+        for identity in identities:
+            identity.check_values()
         states = self.select_pipelines(pipe)
         weight = self.scale if scale is None else scale
         check_scale(weight)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from openpulid.io.checkpoints import save_tensors
 from openpulid.methods.ip_adapter.base import IPAdapterBase
 
 # diffusers' names -> the published names
@@ -52,8 +52,9 @@ def export_adapter(method: IPAdapterBase, pipe: Any, path: Path) -> Path:
                 tensors[f"ip_adapter.{index}.to_{kind}_ip.weight"] = linear.weight
     for name, matrix in method.lora.items():
         tensors[f"ip_adapter.{name}"] = matrix
-    save_file({name: x.detach().half().cpu().contiguous() for name, x in tensors.items()}, path)
-    return path
+    return save_tensors(
+        {name: x.detach().half().cpu().contiguous() for name, x in tensors.items()}, path
+    )
 
 
 def projection_state(layer: nn.Module) -> dict[str, Tensor]:

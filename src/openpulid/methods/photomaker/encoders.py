@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from openpulid.errors import WeightsError
 from openpulid.identity.clip_extractor import clip_config
+from openpulid.io.checkpoints import explain_bad_weights, load_state
 from openpulid.methods.pulid import PerceiverAttention
 
 MAX_HEAD_DIM = 128
@@ -152,11 +152,10 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
         Raises:
             WeightsError: Names are missing or unexpected.
         """
-        try:
+        message = "these are not weights of PhotoMaker's encoder"
+        with explain_bad_weights(message):
             model = cls(config or clip_config(tensors), *_read_sizes(tensors))
-            model.load_state_dict(dict(tensors))
-        except (KeyError, RuntimeError) as error:
-            raise WeightsError(f"these are not weights of PhotoMaker's encoder: {error}") from error
+        load_state(model, tensors, message)
         return model.eval().requires_grad_(False)
 
     def encode(self, states: Tensor, embeddings: Tensor | None) -> Tensor:

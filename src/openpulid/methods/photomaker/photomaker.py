@@ -7,7 +7,6 @@ modified.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,11 +21,11 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor, FaceRecognition
 from openpulid.identity.detection import FaceDetection
 from openpulid.identity.identity import Identity
-from openpulid.io.checkpoints import read_metadata
+from openpulid.io.checkpoints import explain_bad_weights, parse_config, read_metadata
 from openpulid.methods.adapter import Adapter, exclusive_use
 from openpulid.methods.hooks import PipelineState, Span, check_scale, find_unet
 from openpulid.methods.ip_adapter.base import read_parts
-from openpulid.methods.lora import parse_lora
+from openpulid.methods.lora import check_low_rank, parse_lora
 from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
 from openpulid.methods.photomaker.prompt_fusion import PromptFusion
 
@@ -68,13 +67,17 @@ class PhotoMaker(Adapter):
                 "a PhotoMaker file has the parts id_encoder and lora_weights; "
                 f"{path} has {', '.join(parts) or 'none'}."
             )
+        message = f"{path} is damaged; download it again"
         config = None
         if Path(path).suffix == ".safetensors":
             metadata = read_metadata(path)
             if "tower" in metadata:
-                config = CLIPVisionConfig(**json.loads(metadata["tower"]))
-        encoder = PhotoMakerEncoder.from_tensors(parts["id_encoder"], config)
-        return cls(encoder, parts["lora_weights"])
+                sizes = parse_config(metadata["tower"], message)
+                with explain_bad_weights(message):
+                    config = CLIPVisionConfig(**sizes)
+        with explain_bad_weights(message):
+            encoder = PhotoMakerEncoder.from_tensors(parts["id_encoder"], config)
+            return cls(encoder, parts["lora_weights"])
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> PhotoMaker:
         """Move the encoder and the low-rank matrices to a device and dtype."""
@@ -110,13 +113,22 @@ class PhotoMaker(Adapter):
         return ClipExtractor(detection, self.encoder, "image", -1, recognition, models)
 
     def check(self, target: Any) -> None:
-        """Raise OptionError if the target is no SDXL pipeline with two text encoders."""
-        find_unet(target)
+        """Raise an error if the target is no SDXL pipeline with two text encoders.
+
+        Raises:
+            OptionError: it is another pipeline.
+            WeightsError: the low-rank change was trained for another U-Net.
+        """
+        unet = find_unet(target)
         if getattr(target, "text_encoder_2", None) is None:
             raise OptionError(
                 f"{type(target).__name__} does not have SDXL's two text encoders; "
                 "attach PhotoMaker to a StableDiffusionXL pipeline."
             )
+        for name, (down, up) in self.lora.items():
+            with explain_bad_weights("this adapter was trained for another base model"):
+                layer = unet.get_submodule(name)
+            check_low_rank(layer, down, up)
 
     @contextmanager
     def use(
@@ -140,11 +152,14 @@ class PhotoMaker(Adapter):
 
         Raises:
             OptionError: Nothing is attached, or an argument is out of range.
+            IdentityError: The features of an identity are not finite.
         """
         identities = [people] if isinstance(people, Identity) else list(people)
         if not identities:
             raise OptionError("pass an identity, or one per prompt.")
         check_scale(scale)
+        for identity in identities:
+            identity.check_values()
         states = self.select_pipelines(pipe)
         with Span(self.start if start is None else start, end).watch("the identity") as span:
             if not scale or span.is_empty:

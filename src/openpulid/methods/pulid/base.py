@@ -100,6 +100,12 @@ class PuLIDBase(Adapter, nn.Module):
                 f"{', '.join(map(str, level_widths)) or 'none'}; "
                 "create it again with this adapter's preset."
             )
+        num_images = id_cond.shape[1] if id_cond.ndim == 3 else 1
+        if any(level.shape[1] < 2 * num_images for level in hidden):
+            raise IdentityError(
+                "this adapter reads a class token and patches of each image, and this identity "
+                "has no patches; create it again with this adapter's preset."
+            )
 
     def unconditional(self, id_cond: Tensor, hidden: Sequence[Tensor], mix: bool = False) -> Tensor:
         """Encode zeros of these shapes: the tokens of the negative half of guidance.
@@ -125,11 +131,13 @@ class PuLIDBase(Adapter, nn.Module):
 
         Raises:
             OptionError: The identities have different numbers of tokens.
+            IdentityError: The features of an identity are not finite.
         """
         tokens: dict[int, Tensor] = {}
         for prompt in prompts:
             for identity, _ in prompt:
                 if id(identity) not in tokens:
+                    identity.check_values()
                     features = self.encode(identity.id_cond, identity.hidden, mix)
                     tokens[id(identity)] = features[0]
         if len({len(x) for x in tokens.values()}) > 1:

@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
+from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.hooks import PipelineState, Span, StepTracker, check_scale
 from openpulid.methods.pulid.base import PuLIDBase
 from openpulid.methods.pulid.encoders import IDFormer
@@ -100,7 +101,8 @@ class PuLIDFlux(PuLIDBase):
         state = cls.read(path)
         with init_empty_weights(include_buffers=False):
             encoder = IDFormer()
-        return cls.from_state_dict(state, encoder)
+        with explain_bad_weights(f"{path} is no adapter of PuLID for FLUX, or is damaged"):
+            return cls.from_state_dict(state, encoder)
 
     @classmethod
     def from_state_dict(

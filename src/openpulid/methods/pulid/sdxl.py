@@ -13,13 +13,17 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError, suggest
 from openpulid.identity.identity import find_mismatched_models
 from openpulid.io import hub
-from openpulid.io.checkpoints import read_metadata
+from openpulid.io.checkpoints import (
+    explain_bad_weights,
+    parse_config,
+    read_metadata,
+    save_tensors,
+)
 from openpulid.methods.hooks import PipelineState, Span, check_scale, find_unet
 from openpulid.methods.pulid.base import PuLIDBase
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
@@ -84,17 +88,15 @@ class PuLID(PuLIDBase):
 
         Returns:
             The path.
+
+        Raises:
+            OutputError: The file cannot be written; an existing one is as it was.
         """
-        path = Path(path)
         header = {key: str(value) for key, value in (metadata or {}).items()}
         header["encoder"] = type(self.id_adapter).__name__
         header["config"] = json.dumps(self.id_adapter.config)
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, partial_path, metadata=header)
-        os.replace(partial_path, path)
-        return path
+        return save_tensors(tensors, path, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PuLID:
@@ -110,11 +112,18 @@ class PuLID(PuLIDBase):
         state = cls.read(path)
         metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         default_encoder = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
-        encoder_class = ENCODERS[metadata.get("encoder", default_encoder)]
-        with init_empty_weights(include_buffers=False):  # the weights are loaded below
-            encoder = encoder_class(**json.loads(metadata.get("config", "{}")))
-        adapter = cls.from_state_dict(state, encoder)
-        adapter.models = json.loads(metadata.get("models", "{}"))
+        message = f"{path} is damaged; download or train it again"
+        config = parse_config(metadata.get("config", "{}"), message)
+        models = parse_config(metadata.get("models", "{}"), message)
+        name = metadata.get("encoder", default_encoder)
+        if name not in ENCODERS:
+            raise WeightsError(f"{message} (its encoder is unknown).")
+        with explain_bad_weights(message):
+            encoder_class = ENCODERS[name]
+            with init_empty_weights(include_buffers=False):  # the weights are loaded below
+                encoder = encoder_class(**config)
+            adapter = cls.from_state_dict(state, encoder)
+        adapter.models = {str(name): str(value) for name, value in models.items()}
         return adapter
 
     @classmethod
@@ -172,7 +181,14 @@ class PuLID(PuLIDBase):
         with init_empty_weights(include_buffers=False):
             for key in sorted(shapes, key=int):
                 layers[key] = IdentityLayer(*shapes[key])
-        return cls(encoder, layers).load_weights(state)
+        adapter = cls(encoder, layers).load_weights(state)
+        token_width = encoder.config.get("context_dim") or encoder.config["output_dim"]
+        if widths := {shape[1] for shape in shapes.values()} - {token_width}:
+            raise WeightsError(
+                f"the encoder of this adapter creates tokens of width {token_width}, and its "
+                f"layers read {' and '.join(map(str, sorted(widths)))}; use a complete file."
+            )
+        return adapter
 
     # --- compatibility
 

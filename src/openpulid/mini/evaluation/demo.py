@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from openpulid.bench import metrics
+from openpulid.io.files import write_new
 from openpulid.io.image_grid import labeled_grid, to_pil, to_tensor
+from openpulid.io.metadata import encode_image
 from openpulid.mini.evaluation.scorers import FaceScorer
 from openpulid.pipelines import studio as studios
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
@@ -58,6 +60,8 @@ def run(
     log: Callable[[str], None] = lambda text: None,
 ) -> DemoResult:
     """Run the demo and write `demo.png`, `index.html` and `demo.json`.
+
+    No existing file is replaced: beside another one of its name, a file gets a number.
 
     Args:
         folder: an existing folder.
@@ -143,11 +147,10 @@ Rows = Sequence[tuple[str, Sequence[Image.Image]]]
 
 
 def _write_results(folder: Path, rows: Rows, figures: dict[str, float]) -> DemoResult:
-    image = folder / "demo.png"
-    page = folder / "index.html"
-    labeled_grid(TITLE, COLUMNS, rows).save(image)
-    page.write_text(_format_page(rows, figures), "utf-8")
-    (folder / "demo.json").write_text(json.dumps(figures) + "\n", "utf-8")
+    image = write_new(folder / "demo.png", encode_image(labeled_grid(TITLE, COLUMNS, rows)))
+    page = write_new(folder / "index.html", _format_page(rows, figures).encode())
+    scores = {name: value for name, value in figures.items() if name != "seconds"}
+    write_new(folder / "demo.json", (json.dumps(scores) + "\n").encode())
     return DemoResult(image, page, figures)
 
 

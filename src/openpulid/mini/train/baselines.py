@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.identity.identity import Identity
+from openpulid.io.checkpoints import save_tensors
 from openpulid.methods.ip_adapter.base import IPAdapterBase
 from openpulid.methods.ip_adapter.export import export_adapter, trainable_layers
 from openpulid.methods.ip_adapter.faceid import FaceID
@@ -133,8 +133,7 @@ class PhotoMakerBaseline(Baseline):
         vision_config = json.dumps({name: getattr(config, name) for name in names})
         tensors = {name: x.cpu().contiguous() for name, x in flat.items()}
         file = path.with_suffix(".safetensors")
-        save_file(tensors, file, metadata={"tower": vision_config})
-        return file
+        return save_tensors(tensors, file, {"tower": vision_config})
 
 
 def faceid(pipe: Any, face: int) -> Baseline:

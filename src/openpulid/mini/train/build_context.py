@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import TrainingError, WeightsError
-from openpulid.io.checkpoints import save_module
+from openpulid.io.checkpoints import save_module, save_tensors
 from openpulid.mini.data import Captions, Latents
 from openpulid.mini.models import TextEncoders
 from openpulid.training import Task, TrainerConfig, TrainingResult, autocast, run
@@ -199,7 +198,7 @@ def stamp(path: Path, facts: Mapping[str, object]) -> None:
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
             metadata = dict(reader.metadata() or {})
         metadata |= {key: str(value) for key, value in facts.items()}
-        save_file(tensors, file, metadata=metadata)
+        save_tensors(tensors, file, metadata)
 
 
 def make_progress_printer(name: str) -> Callable[[int, int], None]:

@@ -1,0 +1,109 @@
+"""The images of a generation, and the files that they are saved to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from openpulid.identity.identity import Identity
+from openpulid.io.files import make_folder, write_new
+from openpulid.io.metadata import encode_image, image_name
+from openpulid.pipelines.provenance import Provenance
+from openpulid.pipelines.request import GenerationRequest, Person
+
+logger = logging.getLogger(__name__)
+
+UNSAVED_IDENTITY = "unsaved-identity.safetensors"
+"""Stands in a request for an identity that was passed as an object."""
+
+OnImage = Callable[[Image.Image, GenerationRequest], None]
+"""Receives each image as soon as it is generated, with the request that regenerates it alone."""
+
+
+@dataclass(repr=False)
+class GenerationResult:
+    """The images of a generation.
+
+    Attributes:
+        images: the images.
+        requests: for each image the resolved request that regenerates it alone. An identity that
+            was passed as an object has the name `UNSAVED_IDENTITY` in it.
+        fingerprints: path of a field in the requests -> hash of the input file.
+        is_described: whether the requests describe the images. Several people, and masks, that were
+            passed as objects cannot be described.
+    """
+
+    images: list[Image.Image]
+    requests: list[GenerationRequest]
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    is_described: bool = True
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each image."""
+        return [request.seed for request in self.requests]
+
+    def __repr__(self) -> str:
+        count = len(self.images)
+        size = "x".join(map(str, self.images[0].size)) if self.images else "none"
+        seeds = ", ".join(map(str, self.seeds[:4])) + (", ..." if count > 4 else "")
+        return f"GenerationResult({count} images, size: {size}, seeds: {seeds})"
+
+    def describe_people(self, request: GenerationRequest, people: Any) -> GenerationRequest:
+        """Return a request with the people that were passed as objects."""
+        if not isinstance(people, Identity):
+            self.is_described = False
+            return request
+        self.fingerprints["people.0.identity"] = people.fingerprint
+        person = Person(identity=UNSAVED_IDENTITY)
+        return request.model_copy(update={"people": (person,)})
+
+    def save(self, directory: str | os.PathLike[str], *, metadata: bool = True) -> list[Path]:
+        """Save each image as PNG, with its request for `pulid generate --from`.
+
+        The name of a file is the prompt's first words and the seed. No existing file is replaced:
+        if there is another image of that name, a number is added.
+
+        Args:
+            directory: created if it is missing.
+            metadata: whether to store the requests.
+
+        Returns:
+            The files, in the order of the images.
+
+        Raises:
+            OutputError: a file cannot be written.
+        """
+        if metadata and not self.is_described:
+            logger.warning(
+                "masks and several people that are passed as objects cannot be stored; "
+                "the images are saved without their request."
+            )
+            metadata = False
+        return [
+            save_generated(image, request, directory, self.fingerprints, metadata=metadata)
+            for image, request in zip(self.images, self.requests, strict=True)
+        ]
+
+
+def save_generated(
+    image: Image.Image,
+    request: GenerationRequest,
+    directory: str | os.PathLike[str],
+    fingerprints: Mapping[str, str],
+    *,
+    metadata: bool = True,
+) -> Path:
+    """Save one generated image, see `GenerationResult.save`."""
+    parameters = Provenance.create(request, fingerprints).to_metadata() if metadata else None
+    folder = Path(directory)
+    make_folder(folder)
+    return write_new(
+        folder / image_name(request.prompt, request.seed), encode_image(image, ".png", parameters)
+    )
