@@ -71,7 +71,7 @@ def test_damaged_file_is_named(finished: RunDir, tmp_path: Path, name: str, text
     if name == "record":
         path = sorted((tmp_path / "run" / "samples").rglob("*.json"))[0]
     path.write_text(text)
-    with pytest.raises(OptionError, match=rf"^{path} is damaged \(.*\); ") as error:
+    with pytest.raises(OptionError, match=rf"^{path} is not valid \(.*\); ") as error:
         RunDir(tmp_path / "run").load()
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 

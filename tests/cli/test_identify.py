@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     labels: list[str] = []
     decode = images._decode
 
-    def record(image: Image.Image, label: str, max_pixels: int) -> Image.Image:
-        labels.append(label)
-        return decode(image, label, max_pixels)
+    def record(*arguments: Any, **options: Any) -> Any:
+        labels.append(next(value for value in arguments if isinstance(value, str)))
+        return decode(*arguments, **options)
 
     monkeypatch.setattr(images, "_decode", record)
     return labels

@@ -248,14 +248,16 @@ def damage_pixels(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("change", [move_text, add_comment, as_ztxt, damage_pixels])
 def test_parameters_are_found_in_images_of_other_programs(
-    pulid: Run, studio: FakeStudio, tmp_path: Path, change: Callable[[bytes], bytes]
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, change: Callable[[bytes], bytes]
 ) -> None:
-    pulid("generate", "schönes portrait", "-o", tmp_path)
-    image = tmp_path / "schönes-portrait-0.png"
+    person = tmp_path / f"schön{anna.suffix}"
+    person.write_bytes(anna.read_bytes())
+    pulid("generate", "a portrait", "--id", person, "-o", tmp_path)
+    image = tmp_path / "a-portrait-0.png"
     original = image.read_bytes()
     image.write_bytes(change(original))
     assert image.read_bytes() != original
-    done = pulid("generate", "--from", image, "-o", tmp_path / "again")
+    done = pulid("generate", "--from", image, "--id", person, "-o", tmp_path / "again")
     assert done.code == 0, done.err
     assert (tmp_path / "again" / image.name).read_bytes() == original
 

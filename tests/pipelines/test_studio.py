@@ -250,7 +250,7 @@ def test_images_that_are_not_finite_are_refused(studio, part: str, message: str,
 def test_identity_that_is_not_finite_is_refused(studio, anna) -> None:
     for value in (float("nan"), 1e38):
         broken = Identity(anna.id_cond * value, anna.hidden, anna.models)
-        with pytest.raises(NonFiniteError, match="or the identity are damaged"):
+        with pytest.raises(IdentityError, match="not finite, or far too large"):
             studio.generate("portrait", broken)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from PIL import Image, ImageChops
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, FiniteFloat
 
 from openpulid.bench.files import parse_json, read_json
 from openpulid.bench.suite import STRICT, Seed, Suite, check_suite
@@ -354,7 +354,11 @@ class RunDir:
         path = self.path / "method_metrics.json"
         if not path.is_file():
             return {}
-        metrics = read_json(dict[str, dict[str, float | None]], path, "delete it.")
+        metrics = read_json(
+            dict[str, dict[str, FiniteFloat | None]],
+            path,
+            "delete it, and `pulid bench report` computes it again.",
+        )
         return {**metrics}
 
     def write_method_metrics(self, metrics: Mapping[str, MethodMetrics]) -> None:

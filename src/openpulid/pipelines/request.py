@@ -77,6 +77,8 @@ def _parse_seed(value: Any) -> Any:
         return secrets.randbelow(MAX_RANDOM_SEED + 1)
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pydantic refuses integers above 2**63 that are floats
+    if isinstance(value, bool):
+        raise RequestError("{0} must be a whole number, got true or false.", "")
     if hasattr(value, "__index__"):
         value = value.__index__()
     return _parse_seed(None) if value in (-1, "-1") else value

@@ -10,6 +10,7 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 from openpulid.identity.reference import open_references
+from openpulid.io.files import make_folder
 from openpulid.io.temporary import private_directory
 from openpulid.pipelines.inputs import open_inputs
 from openpulid.pipelines.prompts import check_words
@@ -139,6 +140,7 @@ def open_session(device: str | None, models: ModelSelection) -> Iterator[WebSess
 @contextmanager
 def _upload_to(directory: Path) -> Iterator[None]:
     """Let Gradio store uploads, and its copies of images, in a folder."""
+    make_folder(directory)
     previous = os.environ.get(UPLOAD_VARIABLE)
     os.environ[UPLOAD_VARIABLE] = str(directory)
     try:
