@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -95,12 +94,12 @@ def train(
     import torch
 
     from openpulid.device import best_device
+    from openpulid.training import check_run_dir, delete_run
     from openpulid.training.pulid import check_init_adapter
     from openpulid.training.pulid.train_sdxl import load_models, train_on_photos
 
     check_init_adapter(settings, begin)
-    if not resume:
-        shutil.rmtree(run_dir, ignore_errors=True)
+    check_run_dir(run_dir, begin)
     models = load_models(
         settings,
         torch.device(device) if device else best_device(),
@@ -108,6 +107,8 @@ def train(
         few_step_models=few_step_model or (),
         faces=faces,
     )
+    if not resume:  # only now: all models are loaded
+        delete_run(run_dir)
     train_on_photos(
         settings,
         models,

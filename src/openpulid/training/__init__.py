@@ -3,10 +3,12 @@
 from openpulid.training.muon import Muon
 from openpulid.training.precision import autocast, backward
 from openpulid.training.rng import StepRNG, generator_for
+from openpulid.training.run_folder import ADAPTER_FILE, check_run_dir, delete_run
 from openpulid.training.schedule import TrainerConfig
 from openpulid.training.trainer import Losses, Task, TrainingResult, run, sum_losses
 
 __all__ = [
+    "ADAPTER_FILE",
     "Losses",
     "StepRNG",
     "Task",
@@ -15,6 +17,8 @@ __all__ = [
     "TrainingResult",
     "autocast",
     "backward",
+    "check_run_dir",
+    "delete_run",
     "generator_for",
     "run",
     "sum_losses",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +18,8 @@ from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.pipelines.presets import mini as mini_preset
 from openpulid.pipelines.studio import Studio
-from openpulid.training import TrainingResult
-from openpulid.training.pulid import ADAPTER_FILE, Recipe, SDXLModel, build_adapter, train_adapter
+from openpulid.training import ADAPTER_FILE, TrainingResult, check_run_dir, delete_run
+from openpulid.training.pulid import Recipe, SDXLModel, build_adapter, train_adapter
 
 PORTRAITS = "world-portraits"
 """The dataset of many different people in simple scenes."""
@@ -46,14 +45,14 @@ def train(
         run_dir: the run directory.
         minutes: time budget.
         device: where to compute; by default the best device.
-        fresh: delete the run directory first.
+        fresh: delete the run in the directory first.
         init_adapter: the adapter that the recipe continues; by default the one of the recipe it
             names, next to the run directory or among the weights.
         runs: folder of the synthetic world's datasets.
         weights: the other models of the miniature.
 
     Raises:
-        OptionError: the recipe is for another base.
+        OptionError: the recipe is for another base, or the run would replace another file.
         TrainingError: the datasets do not exist yet, or there is no adapter to continue.
     """
     if recipe.base != "mini":
@@ -61,8 +60,7 @@ def train(
             f"{recipe.name} trains on {recipe.base}, not on the miniature: use "
             "openpulid.training.pulid.train_sdxl."
         )
-    if fresh:
-        shutil.rmtree(run_dir, ignore_errors=True)
+    check_run_dir(run_dir, init_adapter)
     torch_device = torch.device(device) if device else best_device()
     preset = mini_preset(weights)
     pipe = load_pipeline(preset, torch_device)
@@ -97,6 +95,8 @@ def train(
         for name in ("world", PORTRAITS, "world-held-out")
     )
     studio = Studio(pipe, adapter, extractor, preset)
+    if fresh:  # only now: everything that the new run needs is there
+        delete_run(run_dir)
     result = train_adapter(
         recipe,
         model,

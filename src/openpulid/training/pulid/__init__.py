@@ -13,15 +13,9 @@ from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.recipes import Recipe, find_recipe
 from openpulid.training.pulid.task import HELD_OUT_BATCHES, PuLIDTask
-from openpulid.training.pulid.train import (
-    ADAPTER_FILE,
-    build_adapter,
-    check_init_adapter,
-    train_adapter,
-)
+from openpulid.training.pulid.train import build_adapter, check_init_adapter, train_adapter
 
 __all__ = [
-    "ADAPTER_FILE",
     "HELD_OUT_BATCHES",
     "BaseModel",
     "Batch",

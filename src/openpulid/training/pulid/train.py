@@ -19,10 +19,8 @@ from openpulid.training.pulid.export import save_adapter
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.pulid.task import PuLIDTask
+from openpulid.training.run_folder import ADAPTER_FILE
 from openpulid.training.trainer import TrainingResult, run
-
-ADAPTER_FILE = "adapter.safetensors"
-"""The trained adapter in its run directory."""
 
 
 def build_adapter(
