@@ -197,8 +197,15 @@ def test_existing_output_is_kept(
         refused = pulid("identify", anna, *options)
         assert refused.is_one_sentence
         assert "exists already; choose another name, or replace it with --overwrite" in refused.err
-    for command in ("person", "sheet"):
-        refused = pulid("world", command, "--seed", 7, "-o", photo)
+    for command in (
+        ("world", "person", "--seed", 7),
+        ("world", "sheet", "--seed", 7),
+        ("mini", "sweep"),
+        ("bench", "train"),
+        ("bench", "speed"),
+        ("bench", "identify"),
+    ):
+        refused = pulid(*command, "-o", photo)
         assert refused.is_one_sentence and "exists already" in refused.err
     assert read_all(tmp_path) == before
     done = pulid("identify", anna, "-o", other, "--face", 1, "--show", photo, "--overwrite")

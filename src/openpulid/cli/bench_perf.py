@@ -12,6 +12,9 @@ import typer
 from openpulid.cli.options import (
     AsJson,
     Device,
+    Overwrite,
+    check_new_output,
+    make_directory,
     print_json,
     print_progress,
 )
@@ -51,10 +54,12 @@ def measure_training(
     ] = None,
     rounds: Rounds = 5,
     out: Output = None,
+    overwrite: Overwrite = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a training step: gradients through 1 to 4 steps, with and without checkpointing."""
+    _check_output(out, overwrite)
     from openpulid.bench.perf import random_models, training
     from openpulid.training.pulid import find_recipe
 
@@ -95,10 +100,12 @@ def measure_inference(
     memory: Annotated[str, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = "full",
     rounds: Rounds = 5,
     out: Output = None,
+    overwrite: Overwrite = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure one denoising step: base, PuLID, and PuLID with keys and values recomputed."""
+    _check_output(out, overwrite)
     from openpulid.bench.perf import inference
     from openpulid.bench.perf.random_models import dtype_of
 
@@ -120,9 +127,14 @@ def measure_inference(
 
 
 def measure_face_analysis(
-    rounds: Rounds = 5, out: Output = None, device: Device = None, as_json: AsJson = False
+    rounds: Rounds = 5,
+    out: Output = None,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the extraction of an identity by stage, here and in the reference implementation."""
+    _check_output(out, overwrite)
     from openpulid.bench.perf import face_analysis
     from openpulid.device import training_dtype
 
@@ -137,6 +149,12 @@ def measure_face_analysis(
     }
     figures = {"ratio": ratio, "rows": [asdict(stage) for stage in stages]}
     _write_figures(out, configuration, figures, torch_device)
+
+
+def _check_output(out: Path | None, overwrite: bool) -> None:
+    """Check the output file before the measurement, which may take long."""
+    if out is not None:
+        make_directory(check_new_output(out, overwrite).parent)
 
 
 def _write_figures(

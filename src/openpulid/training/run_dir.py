@@ -8,9 +8,10 @@ from pathlib import Path
 
 from openpulid.errors import OptionError
 from openpulid.io.lock import lock_directory
+from openpulid.training.checkpointing import CHECKPOINT
 
 RUN_FILES = (
-    "run.safetensors",
+    CHECKPOINT,
     "history.json",
     "history.damaged.json",
     "losses.png",
@@ -24,6 +25,8 @@ RUN_FILES = (
 def delete_run(directory: Path, more_files: Iterable[str] = ()) -> None:
     """Delete a run, but no file of the user's in its directory.
 
+    A directory without a checkpoint contains no run and stays as it is.
+
     Args:
         directory: the run directory.
         more_files: patterns of the files that a task writes in addition to `RUN_FILES`.
@@ -31,7 +34,7 @@ def delete_run(directory: Path, more_files: Iterable[str] = ()) -> None:
     Raises:
         OptionError: another process uses the directory, or a file cannot be deleted.
     """
-    if not directory.is_dir():
+    if not (directory / CHECKPOINT).exists():
         return
     with lock_directory(directory):
         for pattern in (*RUN_FILES, *more_files):

@@ -52,14 +52,14 @@ def train(
         run_dir: the run directory.
         minutes: time budget.
         device: where to compute; by default the best device.
-        fresh: delete the run directory first.
+        fresh: delete the run in the directory first.
         init_adapter: the adapter that the recipe continues; by default the one of the recipe it
             names, next to the run directory or among the weights.
         runs: folder of the synthetic world's datasets.
         weights: the other models of the miniature.
 
     Raises:
-        OptionError: the recipe is for another base.
+        OptionError: the recipe is for another base, or the run would replace another file.
         TrainingError: the datasets do not exist yet, or there is no adapter to continue.
     """
     if recipe.base != "mini":
@@ -102,6 +102,8 @@ def train(
         for name in ("world", PORTRAITS, "world-held-out")
     )
     studio = Studio(pipe, adapter, extractor, preset)
+    if fresh:  # only now: everything that the new run needs is there
+        delete_run(run_dir)
     result = train_adapter(
         recipe,
         model,

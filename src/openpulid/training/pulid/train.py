@@ -14,6 +14,7 @@ from openpulid.faces.embed import FaceEmbedder
 from openpulid.io.checkpoints import load_state
 from openpulid.io.lock import lock_directory
 from openpulid.methods.pulid import ENCODERS, PuLID
+from openpulid.training.checkpointing import CHECKPOINT
 from openpulid.training.distributed import DistributedContext, is_first_process
 from openpulid.training.pulid.batch import BatchSource
 from openpulid.training.pulid.export import save_adapter
@@ -80,8 +81,8 @@ def prepare_run_dir(
     """Check a run directory before anything is loaded, and delete an earlier run if `is_fresh`.
 
     Raises:
-        OptionError: the run would overwrite the adapter that it continues, another process uses
-            the directory, or it cannot be written.
+        OptionError: the run would overwrite the adapter that it continues or an adapter of another
+            origin, another process uses the directory, or it cannot be written.
     """
     if init_adapter is not None and init_adapter.resolve() == (run_dir / ADAPTER_FILE).resolve():
         raise OptionError(
@@ -90,6 +91,12 @@ def prepare_run_dir(
         )
     if not is_first_process():
         return
+    adapter = run_dir / ADAPTER_FILE
+    if adapter.exists() and not (run_dir / CHECKPOINT).exists():
+        raise OptionError(
+            f"{adapter} exists already, and {run_dir} contains no run: choose another directory "
+            "with -o."
+        )
     if is_fresh:
         delete_run(run_dir, PULID_FILES)
     with lock_directory(run_dir):
