@@ -55,7 +55,7 @@ class PhotoFaces:
         Embeddings of images without a face are zero.
         """
         faces: list[Face | None] = [
-            next(iter(self.detector.detect(image)), None) for image in images
+            next(iter(self.detector.detect_upright(image)), None) for image in images
         ]
         masks = torch.zeros(len(images), 1, *images.shape[2:])
         embeddings: list[Tensor] = []

@@ -86,7 +86,7 @@ def build_face_embedder(detector: SCRFDDetector, recognition: nn.Module) -> Face
     """
 
     def detect_largest(images: Tensor) -> list[Face | None]:
-        return [next(iter(detector.detect(image)), None) for image in images]
+        return [next(iter(detector.detect_upright(image)), None) for image in images]
 
     return FaceEmbedder(detect_largest, recognition, arcface_crop)
 
