@@ -22,6 +22,7 @@ from openpulid.faces.miniature import CROP, MiniFaceDetector, ResNetRecognition
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
+from openpulid.identity.similarity import MINI_SIMILARITY
 from openpulid.io.checkpoints import fingerprint, load_module
 
 
@@ -55,6 +56,8 @@ class MiniExtractor:
         vision_encoder: gray face on white -> embedding and hidden states.
         models: name -> hash of the models; written into every identity.
     """
+
+    same_person_similarity = MINI_SIMILARITY
 
     def __init__(
         self,
@@ -92,6 +95,12 @@ class MiniExtractor:
             load_module(VisionEncoder, vision_encoder, device),
             {Path(path).stem: fingerprint(path) for path in (recognition, vision_encoder)},
         )
+
+    @property
+    def recognition_width(self) -> int:
+        """Width of the face embedding, the first part of `id_cond`."""
+        config: Mapping[str, int] = self.recognition.config  # type: ignore[assignment]
+        return config["dim"]
 
     @property
     def device(self) -> torch.device:

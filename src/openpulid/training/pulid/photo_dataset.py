@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from openpulid.errors import ImageError, TrainingError
 from openpulid.faces.face import Face
-from openpulid.faces.scrfd import LONGEST
+from openpulid.identity.detection import LONGEST, MIN_FACE
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import limit_size, open_image
@@ -34,8 +34,6 @@ SAVE_SECONDS = 300
 """Time between two saves of the index while faces are detected."""
 POLL_SECONDS = 10
 """Time between two reads of the index while another process detects faces."""
-MIN_FACE = 64
-"""Smallest useful face in pixels: face recognition reads it at 112, the vision encoder at 336."""
 
 FaceIndex = dict[str, list[float] | None]
 """Image name -> box (4) and landmarks (10) of its largest face in pixels; None without a face."""
@@ -254,7 +252,10 @@ def _read_index(index: Path) -> FaceIndex:
 
 
 def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
-    """Return box and landmarks of the largest face; None without a face or a readable image."""
+    """Return box and landmarks of the largest face.
+
+    None without an upright face or a readable image: a base model would learn a turned image.
+    """
     try:
         image = open_image(path)
     except ImageError as error:
@@ -263,6 +264,9 @@ def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
     small = limit_size(image, LONGEST)  # the same limit as for reference images
     faces = extractor.detection.detect(to_tensor([small])[0])
     if not faces:
+        return None
+    if faces[0].turns or "tilted" in faces[0].defects:
+        logger.warning("%s: the face is not upright, so the image is not used; turn it.", path)
         return None
     scale = max(image.size) / max(small.size)
     values = (*faces[0].box.tolist(), *faces[0].landmarks.flatten().tolist())
