@@ -14,6 +14,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
 from typing import TypeVar
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -114,13 +115,24 @@ def load_state(
         raise WeightsError(f"{message}: {mismatches}") from error
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    prefix: str = "",
+    copy: bool = True,
+) -> dict[str, torch.Tensor]:
     """Read the tensors of a published file without running code from it.
+
+    The file is mapped into memory, so it is never there twice.
 
     Args:
         path: a safetensors file, or a PyTorch file, which is unpickled with `weights_only=True`.
             Nested dictionaries are flattened to dotted names; a "state_dict" or "model" entry is
             unwrapped.
+        dtype: dtype to which floating point tensors are cast, one at a time; None keeps theirs.
+        prefix: read only the tensors whose names begin with it.
+        copy: copy the tensors out of the file. Without it they change, or cannot be read any more,
+            when the file is overwritten; use it for what is copied anyway.
 
     Raises:
         WeightsError: the file is missing, damaged, or holds anything other than tensors.
@@ -130,11 +142,17 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise WeightsError(
             f"{path} does not exist; `pulid weights list` shows how to get published weights."
         )
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype if tensor.is_floating_point() else None, copy=copy)
+
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        state = torch.load(path, map_location="cpu", weights_only=True)
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+                return {name: convert(file.get_tensor(name)) for name in names}
+        # files of PyTorch before 1.6 are no zip archives and cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise WeightsError(
             f"{path} is damaged or holds more than weights; download it again."
@@ -146,7 +164,7 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise WeightsError(
             f"{path} is no plain dictionary of tensors; check that it is a weights file."
         )
-    return state
+    return {name: convert(x) for name, x in state.items() if name.startswith(prefix)}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -80,7 +80,7 @@ def _open_sdxl(path: Path, unet: Path | None, dtype: torch.dtype) -> Any:
         pipe = StableDiffusionXLPipeline.from_pretrained(path, variant=variant, **options)
     if unet is not None and unet.is_file():
         message = f"{unet} contains no U-Net of this base, use one of SDXL"
-        load_state(pipe.unet, read_tensors(unet), message)
+        load_state(pipe.unet, read_tensors(unet, copy=False), message)
     return pipe
 
 
