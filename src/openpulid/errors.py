@@ -7,9 +7,11 @@ exception is a bug in the program and keeps its traceback.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from os import PathLike
+from threading import get_ident
 
 
 class PulidError(ValueError):
@@ -87,3 +89,30 @@ def explain_out_of_memory() -> Iterator[None]:
             "the device has too little memory; use a smaller --size, "
             "--memory 12gb (FLUX only), or another --device."
         ) from None
+
+
+class _Collector(logging.Handler):
+    """Collects the warnings that one thread logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.thread = get_ident()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Add a message, unless another thread logged it, or this one before."""
+        message = record.getMessage()
+        if record.thread == self.thread and message not in self.messages:
+            self.messages.append(message)
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Collect the warnings that this thread logs, for a front end without a terminal."""
+    collector = _Collector()
+    package = logging.getLogger("openpulid")
+    package.addHandler(collector)
+    try:
+        yield collector.messages
+    finally:
+        package.removeHandler(collector)

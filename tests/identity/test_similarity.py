@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from openpulid.faces.arcface import ARCFACE_SIMILARITY
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.identity.reference import ReferenceFaces
-from openpulid.identity.similarity import ARCFACE_SIMILARITY, compute_similarities, find_subject
+from openpulid.identity.similarity import compute_similarities, find_subject
 from openpulid.io.image_grid import to_pil
 from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.presets import mini

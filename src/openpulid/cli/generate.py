@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ from openpulid.errors import OptionError
 
 if TYPE_CHECKING:
     from openpulid.pipelines.request import GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 ALLOWED_WITH_FROM = ("source", "out", "device", "memory")
 
@@ -159,6 +162,8 @@ def generate(
             }
         )
         run_request(request, out, device)
+        if person is None:
+            logger.warning("no --id: the images show no particular person; pass --id IMAGE.")
 
 
 def describe_person(
@@ -241,8 +246,11 @@ def run_request(request: GenerationRequest, out: Path, device: str | None) -> No
         PulidError: see `Studio.generate`. What does not need the models is checked before they
             are loaded.
     """
+    import torch
+
     from openpulid import resolve_preset
     from openpulid.io.metadata import hash_files, image_name, save_image
+    from openpulid.pipelines import factory
     from openpulid.pipelines import studio as studios
     from openpulid.pipelines.inputs import open_inputs
     from openpulid.pipelines.provenance import Provenance
@@ -253,6 +261,11 @@ def run_request(request: GenerationRequest, out: Path, device: str | None) -> No
     preset.resolve(request)
     inputs = open_inputs(request)
     hashes = hash_files(request.input_files())
+    if inputs.has_reference_images:
+        # before the base model is loaded: without a face it is not needed, and with one the face
+        # models are freed
+        target = torch.device(device) if device else None
+        inputs = inputs.with_identities(request, factory.load_extractor(preset, target))
     studio = studios.load(preset, device)
     result = studio.generate(request, inputs=inputs)
     for image, resolved in zip(result.images, result.requests, strict=True):

@@ -14,12 +14,16 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.errors import WeightsError
 from openpulid.faces.align import similarity_transform, warp_images
-from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE, ArcFaceRecognition
+from openpulid.faces.arcface import (
+    ARCFACE_CROP,
+    ARCFACE_SIMILARITY,
+    ARCFACE_TEMPLATE,
+    ArcFaceRecognition,
+)
 from openpulid.faces.face import Face
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.identity.identity import Identity
-from openpulid.identity.similarity import ARCFACE_SIMILARITY
 from openpulid.io.checkpoints import fingerprint, read_tensors
 
 ClipInput = Literal["image", "face"]

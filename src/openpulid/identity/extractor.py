@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -18,11 +19,15 @@ from openpulid.faces.align import (
     warp_images,
 )
 from openpulid.faces.face import Face
-from openpulid.faces.miniature import CROP, MiniFaceDetector, ResNetRecognition
+from openpulid.faces.miniature import (
+    CROP,
+    MINI_SIMILARITY,
+    MiniFaceDetector,
+    ResNetRecognition,
+)
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
-from openpulid.identity.similarity import MINI_SIMILARITY
 from openpulid.io.checkpoints import fingerprint, load_module
 
 
@@ -45,6 +50,21 @@ class IdentityExtractor(Protocol):
 
     def debug_crops(self, face: Face) -> list[Tensor]:
         """Return the crops (3, S, S) in [0, 1] that the extractor's models receive."""
+
+
+@dataclass(frozen=True)
+class DeferredExtractor:
+    """An identity extractor that is loaded when a face has to be analyzed.
+
+    Saved identities are checked against the hashes alone.
+
+    Attributes:
+        models: see `IdentityExtractor`.
+        load: loads the extractor.
+    """
+
+    models: dict[str, str]
+    load: Callable[[], IdentityExtractor]
 
 
 class MiniExtractor:

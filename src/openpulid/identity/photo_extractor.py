@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from openpulid.faces.align import gray_on_white
-from openpulid.faces.arcface import ArcFaceRecognition
+from openpulid.faces.arcface import ARCFACE_SIMILARITY, ArcFaceRecognition
 from openpulid.faces.bisenet import FaceParser, align_photo
 from openpulid.faces.face import Face
 from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
-from openpulid.identity.similarity import ARCFACE_SIMILARITY
 from openpulid.io.checkpoints import fingerprint
 
 

@@ -11,17 +11,6 @@ from torch.nn.functional import normalize
 
 from openpulid.identity.identity import Identity
 
-ARCFACE_SIMILARITY = 0.28
-"""Cosine similarity from which two ArcFace embeddings are of one person.
-
-One pair of strangers in a thousand exceeds it on LFW (Deb et al. 2019, arXiv 1908.05008)."""
-
-MINI_SIMILARITY = 0.25
-"""The same for the miniature's face recognition model.
-
-24 people in the 8 scenes of `world.gallery`: 2.5% of the pairs of one person are below it (none of
-those of the first three scenes), and 2.4% of the strangers' above. Medians: 0.51 and 0.01."""
-
 
 @runtime_checkable
 class HasFaceRecognition(Protocol):

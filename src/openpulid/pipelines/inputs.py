@@ -6,14 +6,15 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
 
 from openpulid.errors import PromptError
+from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
-from openpulid.identity.reference import ReferenceImage, open_references
+from openpulid.identity.reference import ReferenceFaces, ReferenceImage, open_references
 from openpulid.io.images import open_image
 from openpulid.methods.controlnet import ControlNet, canny_edges
 from openpulid.pipelines.request import Control, GenerationRequest, Person
@@ -47,6 +48,32 @@ class RequestInputs:
     people: tuple[PersonInput, ...] = ()
     controls: tuple[ControlInput, ...] = ()
 
+    @property
+    def has_reference_images(self) -> bool:
+        """Whether the identity of a person has yet to be extracted."""
+        return any(not isinstance(person.identity, Identity) for person in self.people)
+
+    def with_identities(
+        self, request: GenerationRequest, extractor: IdentityExtractor
+    ) -> RequestInputs:
+        """Replace the reference images of each person by the identity that they give.
+
+        Args:
+            request: the request that names these files.
+            extractor: the identity extractor of its preset.
+
+        Raises:
+            FaceError: an image has no face that the extractor knows, or fewer faces.
+        """
+        people = []
+        for person, files in zip(request.people, self.people, strict=True):
+            identity = files.identity
+            if not isinstance(identity, Identity):
+                faces = ReferenceFaces.detect(extractor, identity)
+                identity = faces.identity(person.face_index, person.face_order)
+            people.append(replace(files, identity=identity))
+        return replace(self, people=tuple(people))
+
     @contextmanager
     def use_controls(self, pipe: Any) -> Iterator[None]:
         """Let a pipeline follow the ControlNets while this is open."""
@@ -58,25 +85,32 @@ class RequestInputs:
             yield
 
 
-def open_inputs(request: GenerationRequest) -> RequestInputs:
+def open_inputs(request: GenerationRequest, identity: Identity | None = None) -> RequestInputs:
     """Open the input files of a request.
+
+    Args:
+        request: the request.
+        identity: the identity of its person, if it is extracted already; the reference images are
+            not opened then.
 
     Raises:
         ImageError: a file is not an image.
         IdentityError: a file is not an identity.
         WeightsError: a ControlNet is missing or damaged.
     """
-    people = tuple(_open_person(person) for person in request.people)
+    people = tuple(_open_person(person, identity) for person in request.people)
     return RequestInputs(people, tuple(_open_control(control) for control in request.controls))
 
 
-def _open_person(person: Person) -> PersonInput:
-    identity: Identity | list[ReferenceImage]
-    if person.identity is not None:
-        identity = Identity.load(person.identity)
+def _open_person(person: Person, identity: Identity | None) -> PersonInput:
+    files: Identity | list[ReferenceImage]
+    if identity is not None:
+        files = identity
+    elif person.identity is not None:
+        files = Identity.load(person.identity)
     else:
-        identity = open_references(person.images)
-    return PersonInput(identity, None if person.mask is None else open_image(person.mask))
+        files = open_references(person.images)
+    return PersonInput(files, None if person.mask is None else open_image(person.mask))
 
 
 def _open_control(control: Control) -> ControlInput:

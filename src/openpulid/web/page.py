@@ -13,10 +13,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from openpulid.errors import OptionError, PulidError, explain_out_of_memory
+from openpulid.errors import (
+    OptionError,
+    PulidError,
+    collect_warnings,
+    explain_out_of_memory,
+)
 from openpulid.io.metadata import save_image
 from openpulid.pipelines.request import ModelSelection, RequestError
-from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues
+from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues, image_paths
 from openpulid.web.session import WebSession
 
 HELP = """**Reference images** of one person, sharp and from the front; several are combined.
@@ -193,19 +198,25 @@ def _form_handler(function: Callable[[Any], Any], form: type) -> Callable[..., A
     """Wrap a function of a form's values for Gradio, which passes the values in order.
 
     The order is that of the fields of the form's dataclass, and so are the names of the
-    parameters in the page's API. Errors of the user are shown on the page.
+    parameters in the page's API. Errors of the user, and warnings, are shown on the page.
     """
     import gradio as gr
 
     names = [field.name for field in fields(form)]
 
     def handle(*values: Any) -> Any:
+        form_values = form(**dict(zip(names, values, strict=True)))
         try:
-            with explain_out_of_memory():
-                return function(form(**dict(zip(names, values, strict=True))))
+            with explain_out_of_memory(), collect_warnings() as warnings:
+                result = function(form_values)
         except PulidError as error:
             shown = error.rename(FIELD_LABELS) if isinstance(error, RequestError) else error
             raise gr.Error(str(shown), duration=None, print_exception=False) from None
+        for warning in warnings:
+            for path in image_paths(form_values.reference_images):
+                warning = warning.replace(path, Path(path).name)
+            gr.Warning(warning, duration=None)
+        return result
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in names]

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
+import torch
+
+from openpulid import Identity, resolve_preset
+from openpulid.identity.reference import ReferenceFaces
 from openpulid.io.metadata import hash_files, image_name, save_image
-from openpulid.pipelines.inputs import open_inputs
+from openpulid.pipelines.inputs import RequestInputs, open_inputs
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
-from openpulid.pipelines.selection import resolve_preset
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from openpulid.identity.extractor import IdentityExtractor
     from openpulid.pipelines.presets import Preset
     from openpulid.pipelines.studio import GenerationResult, Studio
+
+
+MAX_IDENTITIES = 16
+"""Identities of the last reference images, which are kept in memory until the page is closed."""
 
 
 class WebSession:
@@ -40,6 +49,8 @@ class WebSession:
         self.device = device
         self.models = models or ModelSelection()
         self._studio: Studio | None = None
+        self._extractor: tuple[ModelSelection, IdentityExtractor] | None = None
+        self._identities: OrderedDict[object, Identity] = OrderedDict()
         self._presets: dict[ModelSelection, Preset] = {}
 
     def select_models(self, preset: str, method: str = "pulid") -> ModelSelection:
@@ -72,8 +83,31 @@ class WebSession:
         preset = self.preset(models)
         if self._studio is None or self._studio.preset.selection != preset.selection:
             self._studio = None
-            self._studio = load(preset, device=self.device)
+            extractor = None
+            if self._extractor is not None and self._extractor[0] == preset.selection:
+                extractor = self._extractor[1]
+            self._extractor = None
+            self._studio = load(preset, device=self.device, extractor=extractor)
         return self._studio
+
+    def extractor(self, models: ModelSelection) -> IdentityExtractor:
+        """Load the identity extractor of these models, unless it is loaded already.
+
+        The base model is not loaded: that takes minutes, and may be in vain if there is no face.
+        """
+        from openpulid import load_extractor
+
+        preset = self.preset(models)
+        if self._studio is not None and self._studio.preset.selection == preset.selection:
+            return self._studio.extractor
+        if preset.models.adapter_has_vision_encoder:
+            return self.studio(models).extractor  # the adapter is not loaded twice
+        if self._extractor is None or self._extractor[0] != preset.selection:
+            self._studio = None
+            self._extractor = None
+            device = torch.device(self.device) if self.device else None
+            self._extractor = (preset.selection, load_extractor(preset, device))
+        return self._extractor[1]
 
     def generate(
         self, request: GenerationRequest, also_without_identity: bool = False
@@ -88,9 +122,10 @@ class WebSession:
         Returns:
             file and caption of each image.
         """
-        studio = self.studio(request.model or self.models)
-        inputs = open_inputs(request)
+        models = request.model or self.models
         hashes = hash_files(request.input_files())
+        inputs = self._open_inputs(request, hashes, models)
+        studio = self.studio(models)
         result = studio.generate(request, inputs=inputs)
         caption = "" if request.people else ", no identity"
         files = self._save(result, hashes, caption)
@@ -105,7 +140,26 @@ class WebSession:
         self, images: Sequence[str], face_index: int | None, models: ModelSelection
     ) -> Image.Image:
         """Draw the detected faces and the extractor's crops."""
-        return self.studio(models).detect(images).draw(face_index)
+        return ReferenceFaces.detect(self.extractor(models), images).draw(face_index)
+
+    def _open_inputs(
+        self, request: GenerationRequest, hashes: Mapping[str, str], models: ModelSelection
+    ) -> RequestInputs:
+        """Open the inputs of a request. The same reference images are only analyzed once."""
+        images = tuple(value for name, value in hashes.items() if ".images." in name)
+        if not images:
+            return open_inputs(request)
+        person = request.people[0]
+        key = (self.preset(models).selection, images, person.face_index, person.face_order)
+        inputs = open_inputs(request, self._identities.get(key))
+        if inputs.has_reference_images:
+            inputs = inputs.with_identities(request, self.extractor(models))
+            if len(self._identities) == MAX_IDENTITIES:
+                self._identities.popitem(last=False)
+            identity = inputs.people[0].identity
+            assert isinstance(identity, Identity)
+            self._identities[key] = identity
+        return inputs
 
     def _save(
         self, result: GenerationResult, hashes: dict[str, str], caption: str
