@@ -53,6 +53,28 @@ def test_identity_is_optional_or_comes_from_a_file(
     assert studio.identities[1] is None
 
 
+def test_face_is_detected_before_the_base_is_loaded(
+    pulid: Run, studio: FakeStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the studio gets an identity, so that it loads no face models."""
+    monkeypatch.setattr("openpulid.pipelines.studio.load", lambda *args: pytest.fail("loaded"))
+    Image.new("RGB", (96, 96)).save(tmp_path / "wall.png")
+    refused = pulid("generate", "portrait", "--id", tmp_path / "wall.png", "-o", tmp_path)
+    assert refused.is_one_sentence and "wall.png: no face detected" in refused.err
+
+
+def test_missing_person_is_noted(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = "no --id: the images show no particular person; pass --id IMAGE."
+    assert pulid("generate", "portrait", "-o", tmp_path).code == 0
+    assert caplog.messages == [note]
+    # a stored request says what it shows
+    assert pulid("generate", "--from", tmp_path / "portrait-0.png", "-o", tmp_path).code == 0
+    assert pulid("generate", "portrait", "--id", anna, "--face", 0, "-o", tmp_path).code == 0
+    assert caplog.messages == [note]
+
+
 def test_face_of_an_image_is_stored(
     pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
 ) -> None:

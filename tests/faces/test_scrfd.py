@@ -17,10 +17,11 @@ from openpulid.faces.arcface import ARCFACE_TEMPLATE, ArcFaceRecognition, build_
 from openpulid.faces.bisenet import CROP, TEMPLATE, FaceParser, align_photo
 from openpulid.faces.face import Face, sort_faces
 from openpulid.faces.insightface_pack import find_pack, select_providers, to_uint8
-from openpulid.faces.scrfd import BORDER, SCRFDDetector
+from openpulid.faces.scrfd import BORDERS, INPUT, SCRFDDetector
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.reference import ReferenceFaces
+from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import open_image
 from tests.support.image_files import IMAGES
 from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recognition_file
@@ -94,12 +95,15 @@ def test_tight_crop_border_and_empty_image(detector, astronaut) -> None:
     (face,) = detector.detect(astronaut)
     x1, y1, x2, y2 = (int(v) for v in face.box)
     assert len(detector.detect(astronaut[:, y1 + 8 : y2 - 3, x1 + 3 : x2 - 3])) == 1
-    margin = 256  # faces of the padded copy are in pixels of the image itself
-    padded = torch.nn.functional.pad(astronaut, (margin,) * 4, value=0.5)
-    (again,) = detector._detect_at_size(astronaut, padded, 640, margin)
+    # faces of the copy with a border are in pixels of the image itself
+    (again,) = detector._detect_with_border(astronaut, 0.5)
     assert (again.landmarks - face.landmarks).abs().max() < 5 and again.image is astronaut
     assert detector.detect(torch.full((3, 200, 300), 0.5)) == []
-    assert detector.search_description == "sizes 640, 512, 384, 256 and a copy with a border"
+    assert detector.search_description == "three sizes, in four orientations"
+
+
+def test_strip_of_less_than_a_pixel_has_no_face() -> None:
+    assert SCRFDDetector(LastAttemptModel(0)).detect(torch.zeros(3, 1, 1000)) == []
 
 
 @needs_detector
@@ -197,25 +201,57 @@ def test_pack_is_found_in_folder_or_subfolder(tmp_path) -> None:
         find_pack(tmp_path / "nowhere")
 
 
-def test_detector_tries_smaller_sizes_then_border() -> None:
-    attempts: list[tuple[int, int]] = []
+class LastAttemptModel:
+    """Detects one face, at the center, in the attempt with a given number."""
 
-    class LastAttemptModel:
-        """Detects one face in the last attempt."""
+    def __init__(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.shapes: list[tuple[int, ...]] = []
 
-        def detect(
-            self, image: np.ndarray, input_size: tuple[int, int], det_thresh: float
-        ) -> tuple[np.ndarray, np.ndarray]:
-            attempts.append((input_size[0], image.shape[0]))
-            count = int(len(attempts) == 8)
-            return np.full((count, 5), 60.0, np.float32), np.full((count, 5, 2), 60.0, np.float32)
+    def detect(
+        self, image: np.ndarray, input_size: tuple[int, int], det_thresh: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        assert input_size == (INPUT, INPUT)
+        self.shapes.append(image.shape[:2])
+        count = int(len(self.shapes) == self.attempt)
+        middle = np.array(image.shape[1::-1], np.float32) / 2 - 0.5
+        box = np.array([[*(middle - 30), *(middle + 30), 0.9]], np.float32)
+        return box[:count], np.tile(middle, (count, 5, 1))
 
-    (face,) = SCRFDDetector(LastAttemptModel()).detect(torch.zeros(3, 200, 100))
-    margin = round(BORDER * 200)
-    assert attempts == [
-        (size, height) for height in (200, 200 + 2 * margin) for size in (640, 512, 384, 256)
-    ]
-    assert face.landmarks.eq(60.5 - margin).all()  # in pixels of the image itself
+
+def test_detector_tries_smaller_sizes_with_a_border() -> None:
+    model = LastAttemptModel(3)
+    (face,) = SCRFDDetector(model).detect_upright(torch.zeros(3, 200, 100))
+    assert model.shapes == [(200, 100), (INPUT, INPUT), (INPUT, INPUT)]
+    assert torch.allclose(face.landmarks, torch.tensor([50.0, 100.0]))  # pixels of the image itself
+    size = 60 * (1 + 2 * BORDERS[2]) * 200 / INPUT
+    assert abs(face.width - size) < 1
+
+
+def test_detector_turns_the_image_last() -> None:
+    model = LastAttemptModel(4)
+    (face,) = SCRFDDetector(model).detect(torch.zeros(3, 200, 100))
+    assert model.shapes[3] == (100, 200) and len(model.shapes) == 4 + 1 + 2 * 3
+    assert face.turns == 1 and face.image.shape == (3, 200, 100)
+    assert torch.allclose(face.landmarks, torch.tensor([50.0, 100.0]))
+
+
+@needs_detector
+def test_close_up_is_preferred_to_a_small_face(detector) -> None:
+    """Without a second look, the pasted face is the only one."""
+    picture = Image.fromarray(skimage.data.astronaut())
+    close_up = picture.crop((170, 60, 280, 210)).resize((880, 1200), Image.Resampling.LANCZOS)
+    small = picture.crop((150, 40, 300, 230))
+    small.thumbnail((60, 60))
+    close_up.paste(small, (5, 5))
+    faces = detector.detect(to_tensor([close_up])[0])
+    assert len(faces) == 2 and faces[0].width > 440
+    expected = torch.tensor([79.0, 74, 803, 959])
+    assert (faces[0].box - expected).abs().max() < 60 and faces[1].width < 40
+    # a variant: the small face is inside of the box of the large one, and the image is turned
+    close_up.paste(small, (420, 1100))
+    turned = torch.rot90(to_tensor([close_up])[0], 1, (1, 2))
+    assert detector.detect(turned)[0].shorter_side > 440
 
 
 def test_strip_is_not_resized_to_nothing() -> None:

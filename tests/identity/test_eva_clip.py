@@ -80,6 +80,16 @@ def test_published_weights_match_the_reference(golden, tmp_path) -> None:
         assert golden.error(f"eva.hidden_{level}.every_48th_token", tokens[:, ::48]) < 1e-4
 
 
+def test_weights_are_cast_on_loading() -> None:
+    torch.manual_seed(0)
+    original = VisionEncoder(**SMALL, depth=5)
+    state = {f"visual.{name}": x.half() for name, x in original.visual.state_dict().items()}
+    encoder = VisionEncoder(**SMALL, depth=5)
+    encoder.load_published(state, dtype=torch.bfloat16)
+    for name, x in encoder.visual.state_dict().items():
+        assert torch.equal(x, state[f"visual.{name}"].to(torch.bfloat16)), name
+
+
 def test_incomplete_state_is_refused(golden) -> None:
     tower = VisionEncoder(**SMALL, depth=5)
     with pytest.raises(WeightsError, match=r"Missing key.*cls_token"):

@@ -28,7 +28,7 @@ from openpulid.identity.reference import ReferenceFaces
 from openpulid.io.checkpoints import fingerprint
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.pipelines.factory import load_extractor
+from openpulid.pipelines.factory import defer_extractor, load_extractor
 from openpulid.pipelines.presets import sdxl
 from tests.support.photo_networks import recognition_file
 
@@ -148,7 +148,7 @@ def test_adapter_requires_the_face_models_of_its_training(
     (tmp_path / "EVA02.pt").write_bytes(b"a tower")
     torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
     monkeypatch.setattr(SCRFDDetector, "load", lambda file, device: None)
-    monkeypatch.setattr(VisionEncoder, "from_published", lambda file: tower())
+    monkeypatch.setattr(VisionEncoder, "from_published", lambda file, dtype: tower())
     names = {
         "detector": "scrfd.onnx",
         "recognition": "glintr100.onnx",
@@ -166,13 +166,15 @@ def test_adapter_requires_the_face_models_of_its_training(
             made.save(tmp_path / "adapter.safetensors", {"models": json.dumps(known)})
         )
         assert load_extractor(preset, torch.device("cpu"), adapter).models == read
+        assert defer_extractor(preset, torch.device("cpu"), adapter).models == read
     adapter = PuLID.load(
         made.save(tmp_path / "adapter.safetensors", {"models": json.dumps({**read, "EVA02": "0"})})
     )
-    with pytest.raises(
-        OptionError, match="but the current EVA02 differs; pass the insightface pack"
-    ):
-        load_extractor(preset, torch.device("cpu"), adapter)
+    for function in (load_extractor, defer_extractor):
+        with pytest.raises(
+            OptionError, match="but the current EVA02 differs; pass the insightface pack"
+        ):
+            function(preset, torch.device("cpu"), adapter)
 
 
 def test_color_and_gray_features_are_not_mixed(
@@ -183,7 +185,7 @@ def test_color_and_gray_features_are_not_mixed(
     torch.save(BiSeNet(num_class=19).state_dict(), tmp_path / "parsing.pth")
     monkeypatch.setattr(SCRFDDetector, "load", lambda file, device: None)  # not here
     monkeypatch.setattr(
-        VisionEncoder, "from_published", lambda file: tower()
+        VisionEncoder, "from_published", lambda file, dtype: tower()
     )  # the published one has 300 million numbers
     files = [
         tmp_path / name for name in ("detector.onnx", "glintr100.onnx", "parsing.pth", "EVA02.pt")

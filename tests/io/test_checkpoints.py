@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from openpulid.errors import WeightsError
@@ -119,6 +120,25 @@ def test_hostile_pickle_is_not_executed(tmp_path, zipped):
         assert "\n" not in str(error.value) and not target.exists()
     torch.load(file, weights_only=False)
     assert target.is_dir()  # the effect that was prevented
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "legacy.pt"])
+def test_tensors_are_cast_and_selected_on_reading(tmp_path, name):
+    path = tmp_path / name
+    values = torch.linspace(0, 1, 7).half()
+    tensors = {"visual.w": values, "visual.n": torch.arange(3), "text.w": values + 1}
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=name != "legacy.pt")
+    read = read_tensors(path, torch.bfloat16, "visual.")
+    assert set(read) == {"visual.w", "visual.n"} and read["visual.n"].dtype == torch.int64
+    assert torch.equal(read["visual.w"], values.to(torch.bfloat16))
+
+    # what was read does not depend on the file any more
+    copies = [read_tensors(path)["text.w"], read_tensors(path, torch.float16)["text.w"]]
+    path.write_bytes(bytes(path.stat().st_size))
+    assert all(torch.equal(copy, values + 1) for copy in copies)
 
 
 def test_sha256(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import save_module
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.pipelines import factory
 from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.presets import (
     flux,
@@ -540,6 +542,48 @@ def test_identity_of_other_models_is_refused(studio, anna) -> None:
     ):
         with pytest.raises(IdentityError, match=r"other models \(vision\)"):
             studio.generate("portrait", people)
+
+
+def test_saved_identity_loads_no_face_network(folder, anna, tmp_path, monkeypatch) -> None:
+    path = anna.save(tmp_path / "anna.safetensors")
+    request = GenerationRequest(prompt="portrait", people=[Person(identity=path)])
+    loads: list[Any] = []
+    original = factory.load_extractor
+
+    def load_extractor(*args: Any) -> Any:
+        loads.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(factory, "load_extractor", load_extractor)
+    studio = load(mini(folder).with_defaults(num_inference_steps=1), device="cpu")
+    studio.generate(request)
+    foreign = Identity(anna.id_cond, anna.hidden, {**anna.models, "vision": "0" * 64})
+    with pytest.raises(IdentityError, match=r"other models \(vision\)"):
+        studio.generate("portrait", foreign)
+    assert loads == []
+    assert studio.extractor is studio.extractor and len(loads) == 1
+    assert studio.extractor.models == anna.models
+
+    (folder / "vision-encoder.safetensors").rename(folder / "hidden")
+    try:
+        with pytest.raises(
+            WeightsError, match=r"vision-encoder\.safetensors does not exist; `pulid"
+        ):
+            load(mini(folder), device="cpu")
+    finally:
+        (folder / "hidden").rename(folder / "vision-encoder.safetensors")
+
+
+def test_loaded_extractor_is_used(folder) -> None:
+    extractor = load_extractor(mini(folder), torch.device("cpu"))
+    assert load(mini(folder), device="cpu", extractor=extractor).extractor is extractor
+
+
+@pytest.mark.parametrize("method", ["pulid", "photomaker"])
+def test_hashes_of_the_extractor_are_those_of_the_loaded_one(method: str) -> None:
+    preset = with_method(mini(), method)
+    extractor = load_extractor(preset, torch.device("cpu"))
+    assert factory.hash_extractor_models(preset.models) == extractor.models
 
 
 def test_lightning_preset_uses_the_student(folder) -> None:

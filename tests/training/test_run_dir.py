@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from openpulid.errors import OptionError
+from openpulid.io.lock import LOCK
 from openpulid.training.pulid import prepare_run_dir
 from openpulid.training.pulid.train import PULID_FILES
 from openpulid.training.run_dir import delete_run

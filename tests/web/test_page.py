@@ -23,6 +23,7 @@ from PIL import Image
 
 from openpulid.cli.web import web as web_command
 from openpulid.errors import FaceError, IdentityError, ImageError, OptionError
+from openpulid.identity.detection import MiniFaceDetection
 from openpulid.identity.identity import Identity
 from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS
 from openpulid.io.images import open_image
@@ -372,6 +373,44 @@ def test_warnings_are_shown_on_the_page(
     shown.clear()
     handle([(str(anna), None)], None, None, "mini", "pulid")
     assert shown == []
+
+
+def test_same_image_is_analyzed_once_and_before_the_base_is_loaded(
+    tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detections: list[Any] = []
+    detect = MiniFaceDetection.detect
+
+    def count(detection: MiniFaceDetection, image: Any) -> Any:
+        detections.append(session._studio)
+        return detect(detection, image)
+
+    monkeypatch.setattr(MiniFaceDetection, "detect", count)
+    session = WebSession(tmp_path)
+    session.preview([str(anna)], None, session.select_models("mini-lightning"))
+    assert session._studio is None
+    uploads = [(str(anna), None)]
+    files = [generate(session, reference_images=uploads)[0][0] for _ in range(2)]
+    copyfile(anna, tmp_path / "copy.png")  # as an upload of the same file
+    files += [generate(session, reference_images=[(str(tmp_path / "copy.png"), None)])[0][0]]
+    assert detections == [None, None] and len(set(map(pixels, files))) == 1
+    render_portrait(1_000_011).save(tmp_path / "copy.png")  # another person under the same name
+    (other,) = generate(session, reference_images=[(str(tmp_path / "copy.png"), None)])
+    assert len(detections) == 3 and pixels(other[0]) != pixels(files[0])
+
+
+def test_warnings_are_shown_without_paths_of_the_server(
+    tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(gradio, "Warning", shown.append)
+    Image.open(anna).rotate(180).save(tmp_path / "turned.png")
+    session = WebSession(tmp_path)
+    handler = web._form_handler(partial(web._preview, session), PreviewValues)
+    handler([(str(tmp_path / "turned.png"), None)], None, None, "mini", "pulid")
+    assert shown == [
+        "turned.png: the face is not upright; it is read after turning by 180 degrees."
+    ]
 
 
 def test_session_has_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:

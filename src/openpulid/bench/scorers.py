@@ -54,7 +54,7 @@ class PhotoFaces:
 
         Embeddings of images without a face are zero.
         """
-        faces = [first_usable(self.detector.detect(image)) for image in images]
+        faces = [first_usable(self.detector.detect_upright(image)) for image in images]
         masks = torch.zeros(len(images), 1, *images.shape[2:])
         embeddings: list[Tensor] = []
         for row, face in enumerate(faces):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from openpulid.pipelines.request import GenerationRequest
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_ORDER = "large-small"
 ALLOWED_WITH_FROM = ("source", "out", "device", "memory", "no_metadata")
@@ -188,6 +191,8 @@ def generate(
             }
         )
         run_request(request, out, device, not no_metadata)
+        if not person:
+            logger.warning("no --id: the images show no particular person; pass --id IMAGE.")
 
 
 def check_quoted(prompt: str | None, words: list[str]) -> None:
@@ -311,6 +316,7 @@ def run_request(
             are loaded.
     """
     from openpulid import resolve_preset
+    from openpulid.pipelines import factory
     from openpulid.pipelines import studio as studios
     from openpulid.pipelines.inputs import open_inputs
     from openpulid.pipelines.prompts import check_words
@@ -321,6 +327,10 @@ def run_request(
     preset = resolve_preset(request.model)
     check_words(preset, preset.resolve(request))
     inputs = open_inputs(request)
+    if inputs.has_reference_images:
+        # before the base model is loaded: without a face it is not needed, and with one the face
+        # models are freed
+        inputs = inputs.with_identities(request, factory.load_extractor(preset, device))
     studio = studios.load(preset, device)
     num_saved = 0
 

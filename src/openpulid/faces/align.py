@@ -47,6 +47,23 @@ def similarity_transform(landmarks: Tensor, template: Tensor) -> Tensor:
     return torch.cat([rotation, shift[..., None]], -1)
 
 
+def turn_points(points: Tensor, turns: int, size: tuple[int, int]) -> Tensor:
+    """Turn points together with their image, as `torch.rot90(image, turns, (1, 2))` does.
+
+    Args:
+        points: (N, 2) in pixels of the image.
+        turns: number of quarter turns, counterclockwise; negative ones are clockwise.
+        size: width and height of the image before the turn.
+
+    Returns:
+        (N, 2) in pixels of the turned image.
+    """
+    width, height = size
+    x, y = points.unbind(1)
+    turned = [(x, y), (y, width - x), (width - x, height - y), (height - y, x)]
+    return torch.stack(turned[turns % 4], 1)
+
+
 def warp_images(images: Tensor, matrix: Tensor, size: int) -> Tensor:
     """Crop images bilinearly, differentiable in the images; pixels outside of the image are zero.
 

@@ -31,6 +31,12 @@ ARCFACE_TEMPLATE = torch.tensor(
 """(5, 2) positions of the landmarks in insightface's crop of 112 pixels."""
 
 
+ARCFACE_SIMILARITY = 0.28
+"""Cosine similarity from which two ArcFace embeddings are of one person.
+
+One pair of strangers in a thousand exceeds it on LFW (Deb et al. 2019, arXiv 1908.05008)."""
+
+
 class ArcFaceRecognition:
     """Face recognition model of an insightface pack; returns raw embeddings, not normalized."""
 
@@ -92,7 +98,7 @@ def build_face_embedder(detector: SCRFDDetector, recognition: nn.Module) -> Face
     """
 
     def detect_largest(images: Tensor) -> list[Face | None]:
-        return [first_usable(detector.detect(image)) for image in images]
+        return [first_usable(detector.detect_upright(image)) for image in images]
 
     return FaceEmbedder(detect_largest, recognition, arcface_crop)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,9 +13,12 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from openpulid.errors import FaceError, OptionError, suggest
+from openpulid.faces.align import turn_points
 
 MIN_LANDMARK_EXTENT = 0.1
 """Distance in pixels over which the landmarks of a face must extend."""
+
+Defect = Literal["small", "blurred", "tilted"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +29,14 @@ class Face:
         image: (3, H, W) float in [0, 1], the complete image.
         box: (4,) x1, y1, x2, y2 around the pixels of the face.
         landmarks: (5, 2) left eye, right eye, nose tip, left and right mouth corner; left has the
-            smaller x.
+            smaller x when the face is upright.
         score: confidence of the detector, 0 to 1.
         mask: (1, H, W) float, 1 on the pixels of the face: skin, brows, eyes, nose and mouth, but
             not hair or glasses. None if the detector only returns boxes and landmarks.
         scale: pixels of the original image per pixel of `image`; large images are shrunk before
             detection.
+        turns: number of quarter turns, counterclockwise, that make the face upright.
+        defects: what makes the identity of this face uncertain.
     """
 
     image: Tensor
@@ -39,6 +45,8 @@ class Face:
     score: float
     mask: Tensor | None = None
     scale: float = 1.0
+    turns: int = 0
+    defects: frozenset[Defect] = frozenset()
 
     @property
     def pixel_box(self) -> list[int]:
@@ -51,12 +59,22 @@ class Face:
         return float(self.box[2] - self.box[0])
 
     @property
+    def shorter_side(self) -> float:
+        """The shorter side of the box in pixels: the width of an upright face."""
+        return min(self.width, float(self.box[3] - self.box[1]))
+
+    @property
+    def upright_image(self) -> Tensor:
+        """The image, turned so that the face is upright; (3, H, W) or (3, W, H)."""
+        return torch.rot90(self.image, self.turns, (1, 2)) if self.turns else self.image
+
+    @property
     def normalized_landmarks(self) -> Tensor:
-        """(5, 2) landmarks in [0, 1] of the square in which the image is centered."""
+        """(5, 2) landmarks in [0, 1] of the square in which the upright image is centered."""
         height, width = self.image.shape[-2:]
         side = max(height, width)
         margin = torch.tensor([(side - width) / 2, (side - height) / 2]).to(self.landmarks)
-        return (self.landmarks + margin) / side
+        return turn_points((self.landmarks + margin) / side, self.turns, (1, 1))
 
     @property
     def has_usable_landmarks(self) -> bool:
@@ -71,6 +89,9 @@ class Face:
 
 
 logger = logging.getLogger(__name__)
+
+TURNS = {1: "90 degrees counterclockwise", 2: "180 degrees", 3: "90 degrees clockwise"}
+"""`Face.turns` in words."""
 
 ORDERS: dict[str, Callable[[Face], float]] = {
     "large-small": lambda face: -face.area,
@@ -161,14 +182,38 @@ def describe_faces(
 ) -> list[str]:
     """Describe each face of an image in a line, with the index that `select_face` takes.
 
+    The line ends with the defects of the face, if it has any.
+
     Raises:
         OptionError: there is no such order.
     """
     lines = []
     for index, face in enumerate(sort_faces(faces, order)):
         x1, y1, x2, y2 = face.pixel_box
-        lines.append(f"{label}: face {index} at {x1},{y1} to {x2},{y2}, score {face.score:.2f}")
+        details = [f"{label}: face {index} at {x1},{y1} to {x2},{y2}", f"score {face.score:.2f}"]
+        details += [f"turn by {TURNS[face.turns]}"] if face.turns else []
+        lines.append(", ".join([*details, *sorted(face.defects)]))
     return lines
+
+
+def describe_defects(face: Face, label: str = "image") -> list[str]:
+    """Describe in sentences what makes the identity of a face uncertain, and what was turned."""
+    height, width = face.image.shape[-2:]
+    notes = []
+    if face.turns:
+        notes.append(f"the face is not upright; it is read after turning by {TURNS[face.turns]}.")
+    if "tilted" in face.defects:
+        notes.append("the face is tilted by more than 45 degrees; turn the image upright.")
+    if "small" in face.defects:
+        size = f"{width} x {height} pixels"
+        image = f"the image of {size}" if face.scale == 1 else f"the image, reduced to {size}"
+        notes.append(
+            f"the face is only {round(face.shorter_side)} pixels wide in {image}, so its identity "
+            "is uncertain; use a larger image, or crop it around the face."
+        )
+    if "blurred" in face.defects:
+        notes.append("the face is blurred, so its identity is uncertain; use a sharper image.")
+    return [f"{label}: {note}" for note in notes]
 
 
 def format_count(faces: Sequence[Face]) -> str:

@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.errors import WeightsError
 from openpulid.faces.align import similarity_transform, warp_images
-from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE, ArcFaceRecognition
+from openpulid.faces.arcface import (
+    ARCFACE_CROP,
+    ARCFACE_SIMILARITY,
+    ARCFACE_TEMPLATE,
+    ArcFaceRecognition,
+)
 from openpulid.faces.face import Face, require_landmarks
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
@@ -25,6 +31,10 @@ ClipInput = Literal["image", "face"]
 
 class FaceRecognition(Protocol):
     """Maps a face to its raw embedding (1, R)."""
+
+    @property
+    def dim(self) -> int:
+        """R, the width of the embedding."""
 
     def __call__(self, face: Face) -> Tensor:
         """Return the raw embedding (1, R) of a face."""
@@ -46,6 +56,8 @@ class ClipExtractor:
         recognition: its embedding precedes the vision encoder's; None for methods without one.
         models: name -> hash of the models; written into every identity.
     """
+
+    same_person_similarity = ARCFACE_SIMILARITY
 
     def __init__(
         self,
@@ -91,7 +103,7 @@ class ClipExtractor:
         detection, embedder = cls.load_face_models(detector, recognition, device, is_miniature)
         encoder = None
         if vision_encoder is not None:
-            encoder = load_clip_encoder(read_tensors(vision_encoder)).to(device, dtype)
+            encoder = load_clip_encoder(read_tensors(vision_encoder, dtype)).to(device, dtype)
         files = [file for file in (recognition, vision_encoder) if file is not None]
         models = {file.stem: fingerprint(file) for file in files}
         return cls(detection, encoder, clip_input, recognition=embedder, models=models)
@@ -110,6 +122,11 @@ class ClipExtractor:
             return detection, None
         return detection, ArcFaceRecognition.load(recognition, device)
 
+    @property
+    def recognition_width(self) -> int:
+        """Width of the face embedding, the first part of `id_cond`; 0 for methods without one."""
+        return self.recognition.dim if self.recognition else 0
+
     def extract(self, faces: Sequence[Face]) -> list[Identity]:
         """Return one identity per face, in order.
 
@@ -124,7 +141,7 @@ class ClipExtractor:
             return []
         size = self.vision_encoder.config.image_size
         if self.clip_input == "image":
-            return [center_square(face.image, size)]
+            return [center_square(face.upright_image, size)]
         require_landmarks(face)
         template = (ARCFACE_TEMPLATE + 0.5) * size / ARCFACE_CROP
         transform = similarity_transform(face.landmarks[None], template)
@@ -189,8 +206,9 @@ def load_clip_encoder(tensors: Mapping[str, Tensor]) -> CLIPVisionModelWithProje
     # old files contain the position numbers
     weights = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
     try:
-        encoder = CLIPVisionModelWithProjection(clip_config(weights))
-        encoder.load_state_dict(weights)
+        with init_empty_weights(include_buffers=False):
+            encoder = CLIPVisionModelWithProjection(clip_config(weights))
+        encoder.load_state_dict(weights, assign=True)
     except (KeyError, RuntimeError) as error:
         raise WeightsError(f"this is not a CLIP vision encoder: {error}") from error
     return encoder.eval().requires_grad_(False)

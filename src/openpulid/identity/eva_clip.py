@@ -18,6 +18,8 @@ from openpulid.io.checkpoints import read_tensors
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LEVELS = 5
+PREFIX = "visual."
+"""Prefix of the vision encoder in the names of the published file."""
 
 
 class VisionEncoder(nn.Module):
@@ -88,11 +90,15 @@ class VisionEncoder(nn.Module):
         )
 
     @classmethod
-    def from_published(cls, file: str | os.PathLike[str]) -> VisionEncoder:
-        """Load EVA02-CLIP-L-14-336 from its published file, in float32.
+    def from_published(
+        cls, file: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+    ) -> VisionEncoder:
+        """Load EVA02-CLIP-L-14-336 from its published file.
 
         Args:
             file: `EVA02_CLIP_L_336_psz14_s6B.pt`, or the same tensors as safetensors.
+            dtype: of the weights; they are cast on reading, one at a time. The text encoder of the
+                file is not read.
 
         Raises:
             WeightsError: there is no such file, or it belongs to another model.
@@ -100,21 +106,27 @@ class VisionEncoder(nn.Module):
         # initializing 304 million numbers takes longer than reading them
         with init_empty_weights(include_buffers=False):
             encoder = cls()
-        encoder.load_published(read_tensors(file), os.fspath(file))
+        encoder.load_published(read_tensors(file, dtype, PREFIX), os.fspath(file), dtype)
         return encoder.eval().requires_grad_(False)
 
-    def load_published(self, state: Mapping[str, Tensor], label: str = "this state") -> None:
+    def load_published(
+        self,
+        state: Mapping[str, Tensor],
+        label: str = "this state",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Load `visual.*` of an EVA-CLIP state with its published names.
 
         Args:
             state: the tensors.
             label: how messages call them.
+            dtype: of the weights.
 
         Raises:
             WeightsError: a tensor is missing, unexpected or of another shape.
         """
         weights = {
-            name: value.float() for name, value in state.items() if name.startswith("visual.")
+            name: value.to(dtype) for name, value in state.items() if name.startswith(PREFIX)
         }
         try:
             self.visual.load_state_dict(

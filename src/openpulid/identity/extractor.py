@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,12 @@ from openpulid.faces.align import (
     warp_images,
 )
 from openpulid.faces.face import Face, require_landmarks
-from openpulid.faces.miniature import CROP, MiniFaceDetector, ResNetRecognition
+from openpulid.faces.miniature import (
+    CROP,
+    MINI_SIMILARITY,
+    MiniFaceDetector,
+    ResNetRecognition,
+)
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.identity import Identity
@@ -50,6 +56,21 @@ class IdentityExtractor(Protocol):
         """Return the crops (3, S, S) in [0, 1] that the extractor's models receive."""
 
 
+@dataclass(frozen=True)
+class DeferredExtractor:
+    """An identity extractor that is loaded when a face has to be analyzed.
+
+    Saved identities are checked against the hashes alone.
+
+    Attributes:
+        models: see `IdentityExtractor`.
+        load: loads the extractor.
+    """
+
+    models: dict[str, str]
+    load: Callable[[], IdentityExtractor]
+
+
 class MiniExtractor:
     """The miniature's extractor: face detector, recognition model and vision encoder.
 
@@ -59,6 +80,8 @@ class MiniExtractor:
         vision_encoder: gray face on white -> embedding and hidden states.
         models: name -> hash of the models; written into every identity.
     """
+
+    same_person_similarity = MINI_SIMILARITY
 
     def __init__(
         self,
@@ -96,6 +119,12 @@ class MiniExtractor:
             load_module(VisionEncoder, vision_encoder, device),
             {Path(path).stem: fingerprint(path) for path in (recognition, vision_encoder)},
         )
+
+    @property
+    def recognition_width(self) -> int:
+        """Width of the face embedding, the first part of `id_cond`."""
+        config: Mapping[str, int] = self.recognition.config  # type: ignore[assignment]
+        return config["dim"]
 
     @property
     def device(self) -> torch.device:

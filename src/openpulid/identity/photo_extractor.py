@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from openpulid.faces.align import gray_on_white
-from openpulid.faces.arcface import ArcFaceRecognition
+from openpulid.faces.arcface import ARCFACE_SIMILARITY, ArcFaceRecognition
 from openpulid.faces.bisenet import FaceParser, align_photo
 from openpulid.faces.face import Face
 from openpulid.identity.detection import PhotoFaceDetection
@@ -29,6 +29,8 @@ class PhotoExtractor:
             published adapters. False keeps color and background. It is recorded with the models
             in every identity, so that the two are not mixed.
     """
+
+    same_person_similarity = ARCFACE_SIMILARITY
 
     def __init__(
         self,
@@ -77,11 +79,16 @@ class PhotoExtractor:
             PhotoFaceDetection.load(detector, device),
             ArcFaceRecognition.load(recognition, device),
             FaceParser.load(face_parsing, device),
-            VisionEncoder.from_published(vision_encoder).to(device, dtype),
+            VisionEncoder.from_published(vision_encoder, dtype).to(device, dtype),
             # without the detector: a better one does not change the meaning of the features
             {Path(path).stem: fingerprint(path) for path in (recognition, vision_encoder)},
             use_gray,
         )
+
+    @property
+    def recognition_width(self) -> int:
+        """Width of the face embedding, the first part of `id_cond`."""
+        return self.recognition.dim
 
     def extract(self, faces: Sequence[Face]) -> list[Identity]:
         """Return one identity per face, in order."""

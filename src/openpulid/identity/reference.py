@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from openpulid.errors import FaceError, OptionError
-from openpulid.faces.face import Face, describe_faces, draw_faces, select_face, sort_faces
+from openpulid.faces.face import (
+    Face,
+    describe_defects,
+    describe_faces,
+    draw_faces,
+    select_face,
+    sort_faces,
+)
 from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity, fuse_identities
+from openpulid.identity.similarity import HasFaceRecognition, describe_strangers
 from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import (
     Source,
@@ -21,6 +30,8 @@ from openpulid.io.images import (
     limit_size,
     open_image,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +101,7 @@ class ReferenceFaces:
     def __init__(self, extractor: IdentityExtractor, images: Sequence[DetectedFaces]) -> None:
         self.extractor = extractor
         self.images = list(images)
+        self._logged: set[str] = set()
 
     @classmethod
     def detect(
@@ -113,6 +125,9 @@ class ReferenceFaces:
     ) -> Identity:
         """Extract the identity of the selected face of every image.
 
+        A warning is logged for a face that is small, blurred or not upright, and for an image that
+        seems to show another person than the others.
+
         Args:
             face_index: which face of an image with several, counted from 0 in `face_order`. None
                 selects the first, with a warning if there are several.
@@ -127,7 +142,13 @@ class ReferenceFaces:
         faces = [
             select_face(image.faces, face_index, face_order, image.label) for image in self.images
         ]
-        return fuse_identities(self.extractor.extract(faces), fusion, weights)
+        for image, face in zip(self.images, faces, strict=True):
+            self._log(describe_defects(face, image.label))
+        identities = self.extractor.extract(faces)
+        if len(identities) > 1 and isinstance(self.extractor, HasFaceRecognition):
+            labels = [image.label for image in self.images]
+            self._log(describe_strangers(self.extractor, identities, labels))
+        return fuse_identities(identities, fusion, weights)
 
     def draw(self, face_index: int | None = None, face_order: str = "large-small") -> Image.Image:
         """Draw one row per image: all faces with their numbers, then the extractor's crops.
@@ -140,6 +161,7 @@ class ReferenceFaces:
         for image in self.images:
             faces = sort_faces(image.faces, face_order)
             selected = select_face(faces, face_index or 0, face_order, image.label)
+            self._log(describe_defects(selected, image.label))
             rows.append(draw_faces(faces, selected, self.extractor.debug_crops(selected)))
         size = (max(row.width for row in rows), sum(row.height for row in rows))
         sheet = Image.new("RGB", size, "white")
@@ -159,6 +181,13 @@ class ReferenceFaces:
         for image in self.images:
             lines += describe_faces(image.faces, face_order, image.label)
         return lines
+
+    def _log(self, notes: Sequence[str]) -> None:
+        """Log warnings, each only once."""
+        for note in notes:
+            if note not in self._logged:
+                self._logged.add(note)
+                logger.warning("%s", note)
 
 
 def _detect_one(extractor: IdentityExtractor, reference: ReferenceImage) -> DetectedFaces:

@@ -196,14 +196,24 @@ def load_state(
         raise WeightsError(f"{message}: {mismatches}") from error
 
 
-def read_tensors(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    prefix: str = "",
+    copy: bool = True,
+) -> dict[str, torch.Tensor]:
     """Read the tensors of a published file without running code from it.
+
+    The file is mapped into memory, so it is never there twice.
 
     Args:
         path: a safetensors file, or a PyTorch file, which is unpickled with `weights_only=True`.
             Nested dictionaries are flattened to dotted names; a "state_dict" or "model" entry is
             unwrapped.
-        mmap: map the values of a PyTorch file into memory instead of reading them.
+        dtype: dtype to which floating point tensors are cast, one at a time; None keeps theirs.
+        prefix: read only the tensors whose names begin with it.
+        copy: copy the tensors out of the file. Without it they change, or cannot be read any more,
+            when the file is overwritten; use it for what is copied anyway.
 
     Raises:
         WeightsError: the file is missing, damaged, or holds anything other than tensors.
@@ -213,13 +223,17 @@ def read_tensors(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, 
         raise WeightsError(
             f"{path} does not exist; `pulid weights list` shows how to get published weights."
         )
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype if tensor.is_floating_point() else None, copy=copy)
+
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        # files of PyTorch before 1.6 are no archives and cannot be mapped
-        can_map = mmap and is_zipfile(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
+                names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+                return {name: convert(file.get_tensor(name)) for name in names}
+        # files of PyTorch before 1.6 are no zip archives and cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # unpickling a file that is none may raise anything
         if is_out_of_memory(error):
             raise
@@ -234,7 +248,7 @@ def read_tensors(path: str | os.PathLike[str], mmap: bool = False) -> dict[str, 
         raise WeightsError(
             f"{path} is no plain dictionary of tensors; check that it is a weights file."
         )
-    return state
+    return {name: convert(x) for name, x in state.items() if name.startswith(prefix)}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

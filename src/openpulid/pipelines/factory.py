@@ -16,7 +16,7 @@ import torch
 from openpulid.device import compute_dtype, select_device, training_dtype
 from openpulid.errors import WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor
-from openpulid.identity.extractor import IdentityExtractor, MiniExtractor
+from openpulid.identity.extractor import DeferredExtractor, IdentityExtractor, MiniExtractor
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.checkpoints import fingerprint
 from openpulid.methods.pulid import PuLID, PuLIDFlux
@@ -120,6 +120,41 @@ def load_extractor(
     if isinstance(adapter, PuLID):
         adapter.require(extractor.models)
     return extractor
+
+
+def defer_extractor(preset: Preset, device: torch.device, adapter: Any = None) -> DeferredExtractor:
+    """Return the identity extractor of a preset as `load_extractor` loads it, but do not load it.
+
+    Args:
+        preset: the preset.
+        device: where to compute.
+        adapter: the method's adapter.
+
+    Raises:
+        OptionError: the adapter was trained with other models.
+        WeightsError: a file is missing.
+    """
+    models = hash_extractor_models(preset.models)
+    if isinstance(adapter, PuLID) and preset.models.extractor == "photo":
+        adapter.require(models)
+    return DeferredExtractor(models, lambda: load_extractor(preset, device, adapter))
+
+
+def hash_extractor_models(models: ModelSet) -> dict[str, str]:
+    """Return name -> hash of the models that determine the features of a preset's extractor.
+
+    Raises:
+        WeightsError: a file is missing.
+    """
+    if models.adapter_has_vision_encoder:
+        return _adapter_models(models)
+    sources = (models.recognition, models.vision_encoder)
+    paths = [resolve_path(source) for source in sources if source is not None]
+    for path in paths:
+        if not path.is_file():
+            command = "pulid mini build" if models.is_miniature else "pulid weights get"
+            raise WeightsError(f"{path} does not exist; `{command}` provides it.")
+    return {path.stem: fingerprint(path) for path in paths}
 
 
 def _load_clip_extractor(preset: Preset, device: torch.device, adapter: Any) -> IdentityExtractor:

@@ -11,8 +11,9 @@ from typing import Any
 
 from PIL import Image
 
+from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
-from openpulid.identity.reference import ReferenceImage, open_references
+from openpulid.identity.reference import ReferenceFaces, ReferenceImage, open_references
 from openpulid.io.images import is_image_source, open_image, open_mask
 from openpulid.methods.controlnet import ControlNet, canny_edges
 from openpulid.pipelines.provenance import fingerprint_inputs
@@ -65,6 +66,32 @@ class RequestInputs:
         }
         return replace(self, people=(), fingerprints=fingerprints)
 
+    @property
+    def has_reference_images(self) -> bool:
+        """Whether the identity of a person has yet to be extracted."""
+        return any(not isinstance(person.identity, Identity) for person in self.people)
+
+    def with_identities(
+        self, request: GenerationRequest, extractor: IdentityExtractor
+    ) -> RequestInputs:
+        """Replace the reference images of each person by the identity that they give.
+
+        Args:
+            request: the request that names these files.
+            extractor: the identity extractor of its preset.
+
+        Raises:
+            FaceError: an image has no face that the extractor knows, or fewer faces.
+        """
+        people = []
+        for person, files in zip(request.people, self.people, strict=True):
+            identity = files.identity
+            if not isinstance(identity, Identity):
+                faces = ReferenceFaces.detect(extractor, identity)
+                identity = faces.identity(person.face_index, person.face_order)
+            people.append(replace(files, identity=identity))
+        return replace(self, people=tuple(people))
+
     @contextmanager
     def use_controls(self, pipe: Any) -> Iterator[None]:
         """Let a pipeline follow the ControlNets while this is open."""
@@ -76,11 +103,17 @@ class RequestInputs:
             yield
 
 
-def open_inputs(request: GenerationRequest, time_limit: float | None = None) -> RequestInputs:
+def open_inputs(
+    request: GenerationRequest,
+    identity: Identity | None = None,
+    time_limit: float | None = None,
+) -> RequestInputs:
     """Open the input files of a request.
 
     Args:
         request: the request.
+        identity: the identity of its person, if it is extracted already; the reference images are
+            not opened then.
         time_limit: seconds for each image, as for `open_image`.
 
     Raises:
@@ -88,7 +121,7 @@ def open_inputs(request: GenerationRequest, time_limit: float | None = None) -> 
         IdentityError: a file is not an identity.
         WeightsError: a ControlNet is missing or damaged.
     """
-    people = tuple(_open_person(person, time_limit) for person in request.people)
+    people = tuple(_open_person(person, identity, time_limit) for person in request.people)
     controls = tuple(_open_control(control, time_limit) for control in request.controls)
     return RequestInputs(people, controls, fingerprint_inputs(request))
 
@@ -110,14 +143,18 @@ def open_person(person: Any) -> Any:
     return person
 
 
-def _open_person(person: Person, time_limit: float | None) -> PersonInput:
-    identity: Identity | list[ReferenceImage]
-    if person.identity is not None:
-        identity = Identity.load(person.identity)
+def _open_person(
+    person: Person, identity: Identity | None, time_limit: float | None
+) -> PersonInput:
+    files: Identity | list[ReferenceImage]
+    if identity is not None:
+        files = identity
+    elif person.identity is not None:
+        files = Identity.load(person.identity)
     else:
-        identity = open_references(person.images, time_limit)
+        files = open_references(person.images, time_limit)
     mask = None if person.mask is None else open_mask(person.mask, time_limit=time_limit)
-    return PersonInput(identity, mask)
+    return PersonInput(files, mask)
 
 
 def _open_control(control: Control, time_limit: float | None) -> ControlInput:

@@ -20,12 +20,12 @@ from PIL import Image
 
 from openpulid.device import select_device
 from openpulid.errors import OptionError
-from openpulid.identity.extractor import IdentityExtractor
+from openpulid.identity.extractor import DeferredExtractor, IdentityExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ImageSource, ReferenceFaces, ReferenceImage
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid import People, delay_guidance, normalize_people
-from openpulid.pipelines.factory import load_adapter, load_extractor, load_pipeline
+from openpulid.pipelines.factory import defer_extractor, load_adapter, load_pipeline
 from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
@@ -45,20 +45,33 @@ class Studio:
     Args:
         pipe: a StableDiffusionXLPipeline or FluxPipeline.
         adapter: the method; it is attached to the pipeline.
-        extractor: extracts identities for the method.
+        extractor: extracts identities for the method; a deferred one is loaded for the first image.
         preset: defaults of a generation.
     """
 
     def __init__(
-        self, pipe: Any, adapter: Adapter, extractor: IdentityExtractor, preset: Preset
+        self,
+        pipe: Any,
+        adapter: Adapter,
+        extractor: IdentityExtractor | DeferredExtractor,
+        preset: Preset,
     ) -> None:
         self.pipe = pipe
         self.adapter = adapter
-        self.extractor = extractor
         self.preset = preset
+        self._extractor = extractor
+        self._extractor_lock = threading.Lock()
         # an open adapter, and the pipeline's guidance, are state of the network
         self._lock = threading.Lock()
         adapter.attach(pipe)
+
+    @property
+    def extractor(self) -> IdentityExtractor:
+        """The identity extractor; it is loaded now if it has not been needed yet."""
+        with self._extractor_lock:
+            if isinstance(self._extractor, DeferredExtractor):
+                self._extractor = self._extractor.load()
+            return self._extractor
 
     def detect(self, images: ImageSource | Sequence[ImageSource]) -> ReferenceFaces:
         """Detect the faces in reference images of one person.
@@ -165,12 +178,11 @@ class Studio:
         """Return the people of a request as the adapter accepts them."""
         if not request.people:
             return None
-        person = request.people[0]
+        if inputs.has_reference_images:
+            inputs = inputs.with_identities(request, self.extractor)
         files = inputs.people[0]
-        identity = files.identity
-        if not isinstance(identity, Identity):
-            identity = self.identify(identity, person.face_index, person.face_order)
-        return identity if files.mask is None else [(identity, files.mask)]
+        assert isinstance(files.identity, Identity)
+        return files.identity if files.mask is None else [(files.identity, files.mask)]
 
     def _use_identity(
         self, people: People | None, request: GenerationRequest
@@ -187,7 +199,7 @@ class Studio:
                 f"not by {self.preset.models.method}."
             )
         for identity, _ in chain(*normalize_people(people)):
-            identity.require(self.extractor.models)
+            identity.require(self._extractor.models)
         supported = [name for name in IDENTITY_NAMES if name in self.preset.options]
         options: dict[str, Any] = {name: getattr(request.identity, name) for name in supported}
         if request.people and request.people[0].scale is not None:
@@ -252,8 +264,12 @@ def load(
     method: str | None = None,
     face_pack: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
+    extractor: IdentityExtractor | None = None,
 ) -> Studio:
     """Load a studio from local files.
+
+    The identity extractor is loaded for the first image of a person, and not at all for a saved
+    identity.
 
     Args:
         preset: a preset, its name, a directory of weights, or the models of a request.
@@ -263,6 +279,7 @@ def load(
         method: another method.
         face_pack: directory of another insightface pack.
         adapter: another adapter file of the method.
+        extractor: the identity extractor of `load_extractor`, if it is loaded already.
 
     Raises:
         OptionError: there is no such preset, or a change does not apply to it.
@@ -272,5 +289,7 @@ def load(
     resolved = resolve_preset(preset, base, method, adapter, face_pack, memory)
     target = select_device(device)
     loaded_adapter = load_adapter(resolved, target)
+    # hashes its files, so that a missing one is reported before the base is loaded
+    deferred = defer_extractor(resolved, target, loaded_adapter)
     pipe = load_pipeline(resolved, target)
-    return Studio(pipe, loaded_adapter, load_extractor(resolved, target, loaded_adapter), resolved)
+    return Studio(pipe, loaded_adapter, extractor or deferred, resolved)

@@ -207,7 +207,7 @@ def _form_handler(function: Callable[[Any], Any], form: type) -> Callable[..., A
     """Wrap a function of a form's values for Gradio, which passes the values in order.
 
     The order is that of the fields of the form's dataclass, and so are the names of the
-    parameters in the page's API. Errors of the user are shown on the page.
+    parameters in the page's API. Errors of the user, and warnings, are shown on the page.
     """
     import gradio as gr
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
-from openpulid.identity.reference import open_references
+from openpulid import Identity, resolve_preset
+from openpulid.identity.reference import ReferenceFaces, open_references
 from openpulid.io.files import make_folder
 from openpulid.io.temporary import private_directory
-from openpulid.pipelines.inputs import open_inputs
+from openpulid.pipelines.inputs import RequestInputs, open_inputs
 from openpulid.pipelines.prompts import check_words
+from openpulid.pipelines.provenance import fingerprint_inputs
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
-from openpulid.pipelines.selection import resolve_preset
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from openpulid.identity.extractor import IdentityExtractor
     from openpulid.pipelines.presets import Preset
     from openpulid.pipelines.result import GenerationResult
     from openpulid.pipelines.studio import Studio
@@ -29,6 +32,10 @@ UPLOAD_VARIABLE = "GRADIO_TEMP_DIR"
 
 DECODE_SECONDS = 20.0
 """Time limit for decoding an upload, in a child process."""
+
+
+MAX_IDENTITIES = 16
+"""Identities of the last reference images, which are kept in memory until the page is closed."""
 
 
 class WebSession:
@@ -50,6 +57,8 @@ class WebSession:
         self.device = device
         self.models = models or ModelSelection()
         self._studio: Studio | None = None
+        self._extractor: tuple[ModelSelection, IdentityExtractor] | None = None
+        self._identities: OrderedDict[object, Identity] = OrderedDict()
         self._presets: dict[ModelSelection, Preset] = {}
 
     def select_models(self, preset: str, method: str = "pulid") -> ModelSelection:
@@ -82,8 +91,30 @@ class WebSession:
         preset = self.preset(models)
         if self._studio is None or self._studio.preset.selection != preset.selection:
             self._studio = None
-            self._studio = load(preset, device=self.device)
+            extractor = None
+            if self._extractor is not None and self._extractor[0] == preset.selection:
+                extractor = self._extractor[1]
+            self._extractor = None
+            self._studio = load(preset, device=self.device, extractor=extractor)
         return self._studio
+
+    def extractor(self, models: ModelSelection) -> IdentityExtractor:
+        """Load the identity extractor of these models, unless it is loaded already.
+
+        The base model is not loaded: that takes minutes, and may be in vain if there is no face.
+        """
+        from openpulid import load_extractor
+
+        preset = self.preset(models)
+        if self._studio is not None and self._studio.preset.selection == preset.selection:
+            return self._studio.extractor
+        if preset.models.adapter_has_vision_encoder:
+            return self.studio(models).extractor  # the adapter is not loaded twice
+        if self._extractor is None or self._extractor[0] != preset.selection:
+            self._studio = None
+            self._extractor = None
+            self._extractor = (preset.selection, load_extractor(preset, self.device))
+        return self._extractor[1]
 
     def generate(
         self, request: GenerationRequest, also_without_identity: bool = False
@@ -101,7 +132,7 @@ class WebSession:
         models = request.model or self.models
         preset = self.preset(models)
         check_words(preset, preset.resolve(request))  # before anything is loaded
-        inputs = open_inputs(request, time_limit=DECODE_SECONDS)
+        inputs = self._open_inputs(request, models)
         studio = self.studio(models)
         result = studio.generate(request, inputs=inputs)
         caption = "" if request.people else ", no identity"
@@ -117,7 +148,25 @@ class WebSession:
     ) -> Image.Image:
         """Draw the detected faces and the extractor's crops."""
         references = open_references(images, time_limit=DECODE_SECONDS)
-        return self.studio(models).detect(references).draw(face_index)
+        return ReferenceFaces.detect(self.extractor(models), references).draw(face_index)
+
+    def _open_inputs(self, request: GenerationRequest, models: ModelSelection) -> RequestInputs:
+        """Open the inputs of a request. The same reference images are only analyzed once."""
+        fingerprints = fingerprint_inputs(request)
+        images = tuple(value for name, value in fingerprints.items() if ".images." in name)
+        if not images:
+            return open_inputs(request, time_limit=DECODE_SECONDS)
+        person = request.people[0]
+        key = (self.preset(models).selection, images, person.face_index, person.face_order)
+        inputs = open_inputs(request, self._identities.get(key), DECODE_SECONDS)
+        if inputs.has_reference_images:
+            inputs = inputs.with_identities(request, self.extractor(models))
+            if len(self._identities) == MAX_IDENTITIES:
+                self._identities.popitem(last=False)
+            identity = inputs.people[0].identity
+            assert isinstance(identity, Identity)
+            self._identities[key] = identity
+        return inputs
 
     def _save(self, result: GenerationResult, caption: str) -> list[tuple[str, str]]:
         paths = result.save(mkdtemp(dir=self.directory))

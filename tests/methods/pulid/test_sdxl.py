@@ -443,6 +443,8 @@ def test_save_and_load(pipe, adapter, tmp_path) -> None:
     assert list(baseline) == list(changed) and all(
         torch.equal(baseline[name], changed[name]) for name in baseline
     )
+    half = PuLID.load(path, torch.bfloat16).state_dict()
+    assert all(torch.equal(half[name], x.to(torch.bfloat16)) for name, x in baseline.items())
     with adapter.use(anna):
         image = run(pipe)
     again.attach(pipe)

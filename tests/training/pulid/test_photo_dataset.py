@@ -119,6 +119,16 @@ def test_images_with_caption_and_face_are_used(folder, base, features, tmp_path,
     assert opened(folder, base, features_of_nobody, tmp_path / "faces.json").names == photos.names
 
 
+def test_turned_photo_is_not_used(features, tmp_path, caplog) -> None:
+    photo = Image.fromarray(skimage.data.astronaut()).crop((100, 0, 356, 256))
+    photo.save(tmp_path / "upright.png")
+    photo.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png")
+    assert photos_of._locate_face(tmp_path / "upright.png", features) is not None
+    assert photos_of._locate_face(tmp_path / "turned.png", features) is None
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "turned.png: the face is not upright" in message
+
+
 def test_other_processes_wait_for_the_index(folder, base, features, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(photos_of, "POLL_SECONDS", 0.05)
     names = ["hinton.jpeg", "more/astronaut.png"]

@@ -37,15 +37,15 @@ class PuLIDBase(Adapter, nn.Module):
     # --- weights
 
     @staticmethod
-    def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-        """Read an adapter's file in float32.
+    def read(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Read an adapter's file in one dtype.
 
         Raises:
             WeightsError: The file does not exist, or cannot be read.
         """
         if not Path(path).is_file():
             raise WeightsError(f"{path} does not exist; pass the adapter's file.")
-        return {name: value.float() for name, value in read_tensors(path).items()}
+        return read_tensors(path, dtype)
 
     def load_weights(self: PuLIDAdapter, state: Mapping[str, Tensor]) -> PuLIDAdapter:
         """Replace all weights, and switch to eval mode.

@@ -89,16 +89,20 @@ class PuLIDFlux(PuLIDBase):
         return adapter
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PuLIDFlux:
+    def load(cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> PuLIDFlux:
         """Load a published file.
 
+        Args:
+            path: the file.
+            dtype: of the weights; they are cast on reading, one at a time.
+
         Returns:
-            The adapter in float32, in eval mode.
+            The adapter in eval mode.
 
         Raises:
             WeightsError: The file does not exist, or names are missing or unexpected.
         """
-        state = cls.read(path)
+        state = cls.read(path, dtype)
         with init_empty_weights(include_buffers=False):
             encoder = IDFormer()
         with explain_bad_weights(f"{path} is no adapter of PuLID for FLUX, or is damaged"):

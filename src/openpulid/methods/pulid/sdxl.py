@@ -99,17 +99,21 @@ class PuLID(PuLIDBase):
         return save_tensors(tensors, path, header)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PuLID:
+    def load(cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> PuLID:
         """Load a file written by `save`, or a published one (v1's `.bin`, v1.1's safetensors).
 
+        Args:
+            path: the file.
+            dtype: of the weights; they are cast on reading, one at a time.
+
         Returns:
-            The adapter in float32, in eval mode.
+            The adapter in eval mode.
 
         Raises:
             WeightsError: The file does not exist or is not an adapter, or names are missing or
                 unexpected; the message has the first of them.
         """
-        state = cls.read(path)
+        state = cls.read(path, dtype)
         metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         default_encoder = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
         message = f"{path} is damaged; download or train it again"

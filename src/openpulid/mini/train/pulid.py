@@ -102,8 +102,6 @@ def train(
         for name in ("world", PORTRAITS, "world-held-out")
     )
     studio = Studio(pipe, adapter, extractor, preset)
-    if fresh:  # only now: everything that the new run needs is there
-        delete_run(run_dir)
     result = train_adapter(
         recipe,
         model,

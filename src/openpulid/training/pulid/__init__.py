@@ -22,6 +22,7 @@ from openpulid.training.pulid.train import (
 )
 
 __all__ = [
+    "ADAPTER_FILE",
     "HELD_OUT_BATCHES",
     "BaseModel",
     "Batch",

@@ -16,6 +16,7 @@ from torch.nn.functional import interpolate
 
 from openpulid.errors import FaceError, ImageError, TrainingError
 from openpulid.faces.face import Face
+from openpulid.identity.detection import MIN_FACE
 from openpulid.identity.identity import Identity
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.image_grid import to_tensor
@@ -34,8 +35,6 @@ from openpulid.training.rng import StepRNG
 logger = logging.getLogger(__name__)
 
 INDEX = "faces.json"
-MIN_FACE = 64
-"""Smallest useful face in pixels: face recognition reads it at 112, the vision encoder at 336."""
 MIN_EYE_DISTANCE = 4
 """Pixels between the eyes below which landmarks say nothing; in profile they are close."""
 

@@ -196,7 +196,10 @@ def _is_position(value: object) -> bool:
 
 
 def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
-    """Return box and landmarks of the largest face; None without a face or a readable image."""
+    """Return box and landmarks of the largest face.
+
+    None without an upright face or a readable image: a base model would learn a turned image.
+    """
     try:
         image = open_image(path)
         small = limit_size(image, LONGEST)  # the same limit as for reference images
@@ -208,6 +211,9 @@ def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
         logger.warning("%s: %s", path, error)
         return None
     if face is None:
+        return None
+    if face.turns or "tilted" in face.defects:
+        logger.warning("%s: the face is not upright, so the image is not used; turn it.", path)
         return None
     scale = max(image.size) / max(small.size)
     values = (*face.box.tolist(), *face.landmarks.flatten().tolist())
