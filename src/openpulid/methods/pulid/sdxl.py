@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import find_mismatched_models
 from openpulid.io import hub
+from openpulid.io.checkpoint_kinds import PULID_SDXL, require_kind
 from openpulid.io.checkpoints import read_metadata
 from openpulid.methods.hooks import PipelineState, Span, find_unet
 from openpulid.methods.pulid.base import PuLIDBase
@@ -107,6 +108,7 @@ class PuLID(PuLIDBase):
             WeightsError: The file does not exist or is not an adapter, or names are missing or
                 unexpected; the message has the first of them.
         """
+        require_kind(path, PULID_SDXL)
         state = cls.read(path)
         metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         default_encoder = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
