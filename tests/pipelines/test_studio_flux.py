@@ -34,7 +34,7 @@ def studio() -> Studio:
 
 def test_presets_have_their_defaults() -> None:
     defaults = flux().defaults
-    assert (defaults.num_inference_steps, defaults.guidance_scale) == (20, 4.0)
+    assert (defaults.num_inference_steps, defaults.guidance_scale) == (28, 4.0)
     assert (defaults.max_sequence_length, defaults.timestep_to_start_cfg) == (128, 1)
     assert defaults.identity.model_dump(exclude_none=True) == {"scale": 1.0, "start": 0, "end": 1}
     assert flux_krea().models.pipeline == "flux-krea-base"

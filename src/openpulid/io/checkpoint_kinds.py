@@ -43,12 +43,14 @@ class CheckpointKind:
     Attributes:
         name: with its article, as messages call it.
         use: how such a file is used.
+        weights: names of published weights of this kind.
         patterns: regular expressions; each of them matches the beginning of some tensor's name.
     """
 
     name: str
     use: str
     patterns: tuple[str, ...]
+    weights: tuple[str, ...] = ()
 
     def matches(self, names: Collection[str]) -> bool:
         """Whether these are the names of the tensors of such a file."""
@@ -74,38 +76,56 @@ FLUX = CheckpointKind(
     ),
 )
 PULID_SDXL = CheckpointKind(
-    "PuLID's adapter for SDXL", "pass it with an SDXL preset", (r"id_adapter(_attn_layers)?\.",)
+    "PuLID's adapter for SDXL",
+    "use it with an SDXL preset",
+    (r"id_adapter(_attn_layers)?\.",),
+    ("pulid-v1.1", "pulid-v1"),
 )
 PULID_FLUX = CheckpointKind(
-    "PuLID's adapter for FLUX", "pass it with a FLUX preset", (r"pulid_(encoder|ca)\.",)
+    "PuLID's adapter for FLUX",
+    "use it with a FLUX preset",
+    (r"pulid_(encoder|ca)\.",),
+    ("pulid-flux-v0.9.1", "pulid-flux-v0.9.0"),
+)
+PHOTOMAKER = CheckpointKind(
+    "a PhotoMaker adapter",
+    "use --method photomaker",
+    (r"id_encoder\.",),
+    ("photomaker", "photomaker-v2"),
+)
+FACEID_PLUS = CheckpointKind(
+    "an IP-Adapter-FaceID-Plus adapter",
+    "use --method faceid-plus",
+    (r"image_proj\.perceiver_resampler\.",),
+    ("faceid-plus",),
+)
+FACEID = CheckpointKind(
+    "an IP-Adapter-FaceID adapter", "use --method faceid", (r"image_proj\.proj\.0\.",), ("faceid",)
+)
+RESAMPLER = CheckpointKind(
+    "an IP-Adapter-Plus or InstantID adapter",
+    "use --method ip-adapter-plus or instantid",
+    (r"image_proj\.latents",),
+    ("ip-adapter-plus", "instantid"),
+)
+IP_ADAPTER = CheckpointKind(
+    "an IP-Adapter", "use --method ip-adapter", (r"(image_proj|ip_adapter)\.",), ("ip-adapter",)
 )
 
 KINDS: tuple[CheckpointKind, ...] = (
     PULID_SDXL,
     PULID_FLUX,
     CheckpointKind("an identity", "pass it with --id", (r"id_cond$", r"hidden\.0$")),
-    CheckpointKind("a PhotoMaker adapter", "use --method photomaker", (r"id_encoder\.",)),
+    PHOTOMAKER,
     CheckpointKind(
         "an IP-Adapter for FLUX",
         "it is not supported",
         (r"ip_adapter_proj_model\.|.*ip_adapter_double_stream",),
     ),
-    CheckpointKind(
-        "an IP-Adapter-FaceID-Plus adapter",
-        "use --method faceid-plus",
-        (r"image_proj\.perceiver_resampler\.",),
-    ),
-    CheckpointKind(
-        "an IP-Adapter-FaceID adapter",
-        "use --method faceid",
-        (r"image_proj\.proj\.0\.", r"ip_adapter\.\d+\.to_q_lora\."),
-    ),
-    CheckpointKind(
-        "an IP-Adapter-Plus or InstantID adapter",
-        "use --method ip-adapter-plus or instantid",
-        (r"image_proj\.latents",),
-    ),
-    CheckpointKind("an IP-Adapter", "use --method ip-adapter", (r"(image_proj|ip_adapter)\.",)),
+    FACEID_PLUS,
+    FACEID,
+    RESAMPLER,
+    IP_ADAPTER,
     CheckpointKind(
         "a LoRA",
         "load it into a pipeline with diffusers' load_lora_weights",
@@ -231,13 +251,34 @@ def describe_kind(names: Collection[str]) -> str:
     """Describe a file by the names of its tensors, for the end of a message.
 
     Returns:
-        Such as "it is a LoRA: load it into a pipeline with ..."; or the first name of a file of
-        unknown kind.
+        Such as "it is a LoRA (load it into ...)"; or the first name of a file of unknown kind.
     """
     kind = find_kind(names)
     if kind is not None:
-        return f"it is {kind.name}: {kind.use}"
+        return f"it is {kind.name} ({kind.use})"
     return f"its tensors are of an unknown kind, such as {min(names)}" if names else "it is empty"
+
+
+def require_kind(path: str | os.PathLike[str], *kinds: CheckpointKind) -> None:
+    """Refuse a file of weights that is known to be something else, before its values are read.
+
+    Args:
+        path: of the file. A loader itself reports that it is missing, or of no known kind.
+        kinds: that are accepted; the first is named in the message.
+
+    Raises:
+        WeightsError: it is of another kind; the message names that, and the weights to get instead.
+    """
+    if not Path(path).is_file():
+        return
+    names = read_header(path).shapes
+    if find_kind(names) in (None, *kinds):
+        return
+    weights = " or ".join(kinds[0].weights)
+    raise WeightsError(
+        f"{path} is not {kinds[0].name}: {describe_kind(names)}; the file to use instead is "
+        f"{weights} (`pulid weights get {kinds[0].weights[0]}`)."
+    )
 
 
 def find_quantization(names: Collection[str]) -> str | None:

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from openpulid.errors import OptionError
-from openpulid.methods.hooks import PipelineState
+from openpulid.methods.hooks import PipelineState, refuse_guider
 
 _ADAPTER_ATTR = "_openpulid_adapter"
 """Attribute of a network: id of the adapter that is attached to it. An id, not a reference, because
@@ -82,9 +82,11 @@ class Adapter:
         """Serve a pipeline, or a bare network, from now on. Nothing in it changes before `use`.
 
         Raises:
-            OptionError: The target has no network that the method supports.
+            OptionError: The target has no network that the method supports, or is a modular
+                pipeline with a guider.
             WeightsError: The method was trained for a network of another shape.
         """
+        refuse_guider(target)
         self.check(target)
         if all(state.target is not target for state in self._attached):
             self._attached.append(PipelineState(target))

@@ -349,7 +349,8 @@ class UNetCall:
     def parse(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> UNetCall:
         """Read the arguments from what a forward pre-hook receives."""
         names = ("sample", "timestep", "encoder_hidden_states")
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        # without `strict`, which torch.compile cannot trace in every supported version
+        named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         return cls(named["sample"], named["timestep"], named["encoder_hidden_states"], kwargs)
 
 
@@ -363,6 +364,21 @@ def flux_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str
         "img_ids",
     )
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def refuse_guider(target: Any) -> None:
+    """Raise OptionError for a modular pipeline with a guider.
+
+    A guider calls the network once per condition, and which call is the negative one only the
+    guider knows: the identity would be shown in both.
+    """
+    guider = getattr(target, "guider", None)
+    if guider is not None:
+        raise OptionError(
+            f"{type(target).__name__} guides with {type(guider).__name__}, which calls the network "
+            "once per condition, and identities need both in one batch; attach to a plain "
+            "pipeline of diffusers, such as StableDiffusionXLPipeline."
+        )
 
 
 def find_unet(target: Any) -> Any:

@@ -257,7 +257,8 @@ def sdxl_v1(base: WeightSource = "sdxl-base", mode: str = "fidelity") -> Preset:
         adapter="pulid-v1",
         unet="lightning-4step",
         sampler="dpm",
-        scheduler={"timestep_spacing": "trailing"},
+        # the published demo's last step ends at the smallest noise level of training, not at zero
+        scheduler={"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"},
     )
     preset = preset.with_defaults(
         num_inference_steps=4,
@@ -268,7 +269,7 @@ def sdxl_v1(base: WeightSource = "sdxl-base", mode: str = "fidelity") -> Preset:
 
 
 def flux(base: WeightSource = "flux-dev") -> Preset:
-    """Return PuLID for FLUX v0.9.1 on FLUX.1-dev: 20 steps, guidance 4.
+    """Return PuLID for FLUX v0.9.1 on FLUX.1-dev: 28 steps, guidance 4.
 
     The identity acts from step 0. A `start_step` of 4 leaves photos more freedom of composition.
     """
@@ -287,7 +288,7 @@ def flux(base: WeightSource = "flux-dev") -> Preset:
         guidance_embeds=True,
     )
     defaults = GenerationOptions(
-        num_inference_steps=20,
+        num_inference_steps=28,
         guidance_scale=4.0,
         width=896,
         height=1152,
@@ -303,7 +304,7 @@ def flux(base: WeightSource = "flux-dev") -> Preset:
 
 def flux_krea(base: WeightSource = "flux-krea-base") -> Preset:
     """Return PuLID for FLUX on FLUX.1-Krea-dev: 28 steps, guidance 4.5."""
-    preset = flux(base).with_defaults(num_inference_steps=28, guidance_scale=4.5)
+    preset = flux(base).with_defaults(guidance_scale=4.5)
     return _rename(preset, "flux-krea", "PuLID on FLUX.1-Krea-dev")
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
+from openpulid.io.checkpoint_kinds import IP_ADAPTER, RESAMPLER, CheckpointKind, require_kind
 from openpulid.io.checkpoints import explain_bad_weights, read_tensors
 from openpulid.methods.adapter import Adapter, exclusive_use
 from openpulid.methods.hooks import (
@@ -50,10 +51,12 @@ class IPAdapterBase(Adapter):
 
     Attributes:
         scale: default weight of the image tokens, as the authors use it.
+        kinds: of the files that the method opens.
     """
 
     slot: ClassVar[str] = "attention_processors"
     scale: ClassVar[float] = 1.0
+    kinds: ClassVar[tuple[CheckpointKind, ...]] = (IP_ADAPTER, RESAMPLER)
 
     def __init__(self, parts: AdapterFile) -> None:
         super().__init__()
@@ -74,6 +77,7 @@ class IPAdapterBase(Adapter):
         Raises:
             WeightsError: The file does not exist, or is another kind of adapter.
         """
+        require_kind(path, *cls.kinds)
         return cls(read_parts(path))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> IPAdapterBase:

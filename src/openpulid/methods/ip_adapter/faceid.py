@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from openpulid.identity.identity import Identity
+from openpulid.io.checkpoint_kinds import FACEID, FACEID_PLUS, CheckpointKind
 from openpulid.methods.hooks import PipelineState, Span, UNetCall, expand_per_image
 from openpulid.methods.ip_adapter.base import IPAdapterBase
 from openpulid.methods.ip_adapter.ip_adapter import clip_states
@@ -23,6 +24,8 @@ class FaceID(IPAdapterBase):
     ones. `scale` weighs the tokens. The LoRA has full weight within the span, as the authors fuse
     it.
     """
+
+    kinds: ClassVar[tuple[CheckpointKind, ...]] = (FACEID,)
 
     @property
     def width(self) -> int:
@@ -39,6 +42,8 @@ class FaceIDPlus(FaceID):
 
     Identities come from `identity.clip_extractor.ClipExtractor` with a face recognition model.
     """
+
+    kinds: ClassVar[tuple[CheckpointKind, ...]] = (FACEID_PLUS,)
 
     def unet_kwargs(
         self, state: PipelineState, people: Sequence[Identity], call: UNetCall, scale: float

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
+from openpulid.io.checkpoint_kinds import RESAMPLER, require_kind
 from openpulid.io.networks import load_network
 from openpulid.methods.controlnet import add_residuals, compute_residuals
 from openpulid.methods.hooks import PipelineState, UNetCall, expand_per_image, move_to
@@ -72,6 +73,7 @@ class InstantID(IPAdapterBase):
             raise WeightsError(
                 f"{folder} contains no InstantID; it needs ip-adapter.bin and ControlNetModel/."
             )
+        require_kind(files[0], RESAMPLER)
         return cls(read_parts(files[0]), load_network(ControlNetModel, folder / "ControlNetModel"))
 
     @property

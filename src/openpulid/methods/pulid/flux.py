@@ -12,6 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
+from openpulid.io.checkpoint_kinds import PULID_FLUX, require_kind
 from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.hooks import PipelineState, Span, StepTracker, check_scale
 from openpulid.methods.pulid.base import PuLIDBase
@@ -102,6 +103,7 @@ class PuLIDFlux(PuLIDBase):
         Raises:
             WeightsError: The file does not exist, or names are missing or unexpected.
         """
+        require_kind(path, PULID_FLUX)
         state = cls.read(path, dtype)
         with init_empty_weights(include_buffers=False):
             encoder = IDFormer()

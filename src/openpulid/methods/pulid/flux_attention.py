@@ -206,6 +206,12 @@ class FluxIdentity:
                 # without identity, J = 1: it acts in the regions of all people
                 has_own_region = len(q_projs) == len(call.regions)
                 region = call.regions[person] if has_own_region else call.regions.sum(0)
+                if region.shape[1] != added.shape[1]:
+                    raise OptionError(
+                        "masks need the transformer's own image tokens, and a patch has changed "
+                        "their number (token merging); use the pipeline without the patch, or no "
+                        "masks."
+                    )
                 added = added * region.to(added)
             total = added if total is None else total + added
         assert total is not None, "there is at least one identity"

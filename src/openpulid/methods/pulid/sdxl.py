@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from openpulid.errors import OptionError, WeightsError, suggest
 from openpulid.identity.identity import find_mismatched_models
 from openpulid.io import hub
+from openpulid.io.checkpoint_kinds import PULID_SDXL, require_kind
 from openpulid.io.checkpoints import (
     explain_bad_weights,
     parse_config,
@@ -113,6 +114,7 @@ class PuLID(PuLIDBase):
             WeightsError: The file does not exist or is not an adapter, or names are missing or
                 unexpected; the message has the first of them.
         """
+        require_kind(path, PULID_SDXL)
         state = cls.read(path, dtype)
         metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         default_encoder = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"

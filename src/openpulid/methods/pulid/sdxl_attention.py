@@ -277,11 +277,20 @@ def grid_size(height: int, width: int, num_positions: int) -> tuple[int, int]:
     """Return the height and width at which a U-Net has this number of positions.
 
     Each level halves the latents' size, rounded up.
+
+    Raises:
+        OptionError: no level has this number, because a patch merges or drops positions.
     """
-    while height * width > num_positions:
+    side = max(height, width)
+    while height * width > num_positions and side > 1:
         height = (height + 1) // 2
         width = (width + 1) // 2
-    assert height * width == num_positions, "the U-Net halves its latents at every level"
+        side = max(height, width)
+    if height * width != num_positions:
+        raise OptionError(
+            "masks need the U-Net's own grid of positions, and a patch of its cross-attention has "
+            "changed it (token merging, tiles); use the pipeline without the patch, or no masks."
+        )
     return height, width
 
 
@@ -317,7 +326,12 @@ class IdentityAttention:
         text = args[0]
         query = self.query
         self.query = None  # do not keep it longer than a processor does
-        call = self.injection.calls[len(text)]
+        call = self.injection.calls.get(len(text))
+        if call is None:
+            raise OptionError(
+                "a patch of the U-Net's cross-attention has changed its batch (tiles), so "
+                "identities cannot be assigned to images; use the pipeline without the patch."
+            )
         if not call.is_active:
             return None
         assert query is not None, "a processor computes its queries with the layer's to_q"
