@@ -24,7 +24,7 @@ def select_device(name: str | torch.device | None = None) -> torch.device:
     """
     if name is None or name == "":
         return best_device()
-    available = ["cpu"]
+    available = ["cpu"]  # and "meta", which computes nothing
     accelerator = None
     if torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
@@ -35,7 +35,7 @@ def select_device(name: str | torch.device | None = None) -> torch.device:
         device = torch.device(name)
     except (RuntimeError, TypeError):  # not a name of PyTorch
         device = None
-    if device is None or (str(device) not in available and str(device) != "cpu:0"):
+    if device is None or str(device) not in [*available, "cpu:0", "meta"]:
         raise OptionError(
             f"there is no device {str(name)!r} on this machine; available: {', '.join(available)}."
         )

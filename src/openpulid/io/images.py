@@ -7,6 +7,7 @@ alpha are applied. See `decoding` for the steps and limits.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +42,15 @@ Source = str | PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
 [0, 1]."""
 
 
+@dataclass(frozen=True)
+class _OpenOptions:
+    """How to open an image, see `open_image`."""
+
+    decode: DecodeOptions
+    max_bytes: int
+    time_limit: float | None
+
+
 def open_image(
     source: Source,
     *,
@@ -65,8 +75,8 @@ def open_image(
         ImageError: the image cannot be used; the message names the file and the reason.
         OptionError: the source is of another type.
     """
-    options = DecodeOptions(is_mask=False, max_pixels=max_pixels, min_side=min_side)
-    return _open(source, name, max_bytes, options, time_limit)
+    decode = DecodeOptions(is_mask=False, max_pixels=max_pixels, min_side=min_side)
+    return _open(source, name, _OpenOptions(decode, max_bytes, time_limit))
 
 
 def open_mask(
@@ -90,8 +100,8 @@ def open_mask(
         ImageError: the image cannot be used; the message names the file and the reason.
         OptionError: the source is of another type.
     """
-    options = DecodeOptions(is_mask=True, max_pixels=max_pixels, min_side=1)
-    return _open(source, name, max_bytes, options, time_limit)
+    decode = DecodeOptions(is_mask=True, max_pixels=max_pixels, min_side=1)
+    return _open(source, name, _OpenOptions(decode, max_bytes, time_limit))
 
 
 def is_image_source(value: Any) -> bool:
@@ -115,16 +125,10 @@ def limit_size(image: Image.Image, longest: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _open(
-    source: Any,
-    name: str | None,
-    max_bytes: int,
-    options: DecodeOptions,
-    time_limit: float | None,
-) -> Image.Image:
+def _open(source: Any, name: str | None, options: _OpenOptions) -> Image.Image:
     label = name or image_label(source)
     try:
-        decoded = _decode(source, label, max_bytes, options, time_limit)
+        decoded = _decode(source, label, options)
     except UnusableFile as error:
         raise ImageError(label, str(error)) from None
     for note in decoded.notes:
@@ -132,17 +136,15 @@ def _open(
     return decoded.image
 
 
-def _decode(
-    source: Any, label: str, max_bytes: int, options: DecodeOptions, time_limit: float | None
-) -> DecodedImage:
+def _decode(source: Any, label: str, options: _OpenOptions) -> DecodedImage:
     if isinstance(source, Image.Image):
-        return decode_image(source, options)
+        return decode_image(source, options.decode)
     if isinstance(source, np.ndarray) or _is_tensor(source):
-        return decode_image(_from_array(source), options)
-    data = _read(source, label, max_bytes)
-    if time_limit is not None:
-        return decode_in_child(data, options, time_limit)
-    return decode_file(data, options)
+        return decode_image(_from_array(source), options.decode)
+    data = _read(source, label, options.max_bytes)
+    if options.time_limit is not None:
+        return decode_in_child(data, options.decode, options.time_limit)
+    return decode_file(data, options.decode)
 
 
 def image_label(source: Any) -> str:
