@@ -25,7 +25,7 @@ from openpulid.io.checkpoint_kinds import PHOTOMAKER, require_kind
 from openpulid.io.checkpoints import explain_bad_weights, parse_config, read_metadata
 from openpulid.methods.adapter import Adapter, exclusive_use
 from openpulid.methods.hooks import PipelineState, Span, check_scale, find_unet
-from openpulid.methods.ip_adapter.base import read_parts
+from openpulid.methods.ip_adapter import read_parts
 from openpulid.methods.lora import check_low_rank, parse_lora
 from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
 from openpulid.methods.photomaker.prompt_fusion import PromptFusion

@@ -21,10 +21,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import save_tensors
-from openpulid.methods.ip_adapter.base import IPAdapterBase
-from openpulid.methods.ip_adapter.export import export_adapter, trainable_layers
-from openpulid.methods.ip_adapter.faceid import FaceID
-from openpulid.methods.ip_adapter.instantid import InstantID
+from openpulid.methods.ip_adapter import (
+    FaceID,
+    InstantID,
+    IPAdapterBase,
+    export_adapter,
+    trainable_layers,
+)
 from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
 from openpulid.methods.photomaker.photomaker import PhotoMaker
 from openpulid.training.pulid import (

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from openpulid.errors import ImageError, PulidError, TrainingError
 from openpulid.faces.face import first_usable
-from openpulid.faces.scrfd import LONGEST
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.image_folder import (
     FolderContent,
@@ -202,7 +201,9 @@ def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
     """
     try:
         image = open_image(path)
-        small = limit_size(image, LONGEST)  # the same limit as for reference images
+        small = limit_size(
+            image, extractor.detection.max_image_size
+        )  # the same limit as for reference images
         face = first_usable(extractor.detection.detect(to_tensor([small])[0]))
     except ImageError as error:
         logger.warning("%s", error)
