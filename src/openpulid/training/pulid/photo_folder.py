@@ -201,9 +201,8 @@ def _locate_face(path: Path, extractor: PhotoExtractor) -> list[float] | None:
     """
     try:
         image = open_image(path)
-        small = limit_size(
-            image, extractor.detection.max_image_size
-        )  # the same limit as for reference images
+        # the same limit as for reference images
+        small = limit_size(image, extractor.detection.max_image_size or max(image.size))
         face = first_usable(extractor.detection.detect(to_tensor([small])[0]))
     except ImageError as error:
         logger.warning("%s", error)
