@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-from openpulid import device
 from tests.support import tiny_sdxl as tiny
 
 
@@ -27,15 +26,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start():
     """Return start(code, *arguments, **environment), which starts a Python process.
 
-    It has the import path of the tests, and bfloat16 if this process has it (`both_precisions`).
+    It has the import path of the tests. Its imports take longer than a tiny training: one process
+    should serve all tests of a module.
     """
     started = []
-    available = device.supports_bf16(torch.device("cpu"))
-    same_bf16 = f"from openpulid import device; device.supports_bf16 = lambda device: {available}\n"
 
     def begin(code, *arguments, **environment):
         environment = {
@@ -44,7 +42,7 @@ def start():
             "OMP_NUM_THREADS": "1",
             **environment,
         }
-        command = [sys.executable, "-c", same_bf16 + code, *map(str, arguments)]
+        command = [sys.executable, "-c", code, *map(str, arguments)]
         started.append(
             subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         )

@@ -81,25 +81,47 @@ def test_run_writes_its_directory(tmp_path):
     assert again.steps == 24 and again.metrics == result.metrics
 
 
+# Forks of one process: its imports take longer than the runs.
+KILLED = """
+import os, sys
+from dataclasses import replace
+from openpulid.training import muon, precision
+from tests.training.test_trainer import Regression, SHORT, run
+
+status = 0
+for optimizer in ("adamw", "muon"):
+    for has_bf16 in (True, False):
+        child = os.fork()
+        if not child:
+            for module in (muon, precision):
+                module.supports_bf16 = lambda device: has_bf16
+            config = replace(SHORT, save_minutes=0.0, optimizer=optimizer)
+            run(Regression(kill_at=13), config, f"{sys.argv[1]}/{optimizer}-{has_bf16}")
+            os._exit(1)
+        status |= os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != -9
+sys.exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, start):
+    """Run directories whose process was killed in step 13, by optimizer and precision."""
+    folder = tmp_path_factory.mktemp("killed")
+    process = start(KILLED, folder)
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    return folder
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_killed_run_resumes_bit_for_bit(tmp_path, start, optimizer):
+def test_killed_run_resumes_bit_for_bit(tmp_path, killed, both_precisions, optimizer):
     schedule = replace(SHORT, optimizer=optimizer)
     undisturbed = Regression()
     run(undisturbed, schedule, tmp_path / "a")
-    script = (
-        "import sys\n"
-        "from dataclasses import replace\n"
-        "from tests.training.test_trainer import Regression, SHORT, run\n"
-        f"config = replace(SHORT, save_minutes=0.0, optimizer={optimizer!r})\n"
-        "run(Regression(kill_at=13), config, sys.argv[1])"
-    )
-    killed = start(script, tmp_path / "b")
-    killed.wait(500)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.read()
     resumed = Regression()
     with torch.no_grad():
         resumed.net[0].weight.zero_()  # the checkpoint replaces it
-    run(resumed, schedule, tmp_path / "b")
+    run(resumed, schedule, killed / f"{optimizer}-{both_precisions}")
     assert sorted(resumed.seen) == list(range(13, 24))
     assert all(resumed.seen[s] == undisturbed.seen[s] for s in resumed.seen)
     for name, value in undisturbed.net.state_dict().items():

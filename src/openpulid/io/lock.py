@@ -36,6 +36,22 @@ def lock_directory(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_directory(directory: Path) -> None:
+    """Check that a directory can be locked, or created, without creating anything.
+
+    Raises:
+        OptionError: another process uses the directory, or it cannot be written.
+    """
+    if directory.is_dir():
+        with lock_directory(directory):
+            return
+    parent = next(path for path in directory.absolute().parents if path.exists())
+    if directory.exists() or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OptionError(
+            f"{directory}: cannot be created in {parent}; choose another directory with -o."
+        )
+
+
 def _open_lock(directory: Path) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -13,10 +13,10 @@ import pytest
 import skimage.data
 import torch
 from diffusers import UNet2DConditionModel
-from facexlib.parsing.bisenet import BiSeNet
 from facexlib.recognition.arcface_arch import Backbone
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from openpulid.errors import OptionError, TrainingError, WeightsError
 from openpulid.faces.arcface import (
@@ -27,11 +27,12 @@ from openpulid.faces.arcface import (
     load_arcface_ir_se50,
 )
 from openpulid.faces.bisenet import FaceParser
+from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.training.pulid import photo_dataset as photos_of
+from openpulid.training.pulid import photo_folder
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.photo_dataset import PhotoDataset
 from openpulid.training.pulid.recipes import find_recipe
@@ -41,7 +42,7 @@ from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl as tiny
 from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recognition_file
 
-pytestmark = [needs_detector, pytest.mark.usefixtures("both_precisions")]
+pytestmark = needs_detector
 PIXELS = 64
 MODELS = {"glintr100": "a", "EVA02": "b"}
 SMALL = {
@@ -52,6 +53,28 @@ SMALL = {
     "few_step_batch": 1,
     "pixels": PIXELS,
 }
+
+
+class SmallParser(nn.Module):
+    """Labels 0 and 1 of each pixel; BiSeNet itself takes a second for each face."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = nn.Conv2d(3, 2, 1)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.labels(images),)
+
+
+class SmallRecognition(nn.Module):
+    """Embeddings (B, 512) of crops (B, 3, 112, 112), as of the network of the ID loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(3 * 49, 512))
+
+    def forward(self, crops: torch.Tensor) -> torch.Tensor:
+        return self.layers(crops)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +89,7 @@ def features(tmp_path_factory) -> PhotoExtractor:
     return PhotoExtractor(
         PhotoFaceDetection.load(DETECTOR, "cpu"),
         recogniser,
-        FaceParser(BiSeNet(num_class=19)),
+        FaceParser(SmallParser()),
         tower,
         MODELS,
     )
@@ -98,6 +121,21 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def found(folder, features, tmp_path_factory) -> Path:
+    """The index of the folder: detecting its faces takes as long as a training."""
+    index = tmp_path_factory.mktemp("index") / "faces.json"
+    names = list(photo_folder.find_captioned_images(folder).captions)
+    photo_folder.build_index(folder, names, index, features, None)
+    return index
+
+
+@pytest.fixture
+def index(found, tmp_path) -> Path:
+    """A copy of the index that a test may change."""
+    return Path(shutil.copy(found, tmp_path / "faces.json"))
+
+
 def opened(
     folder: Path, base: SDXLModel, features: PhotoExtractor, index: Path, batch: int = 3
 ) -> PhotoDataset:
@@ -123,25 +161,25 @@ def test_turned_photo_is_not_used(features, tmp_path, caplog) -> None:
     photo = Image.fromarray(skimage.data.astronaut()).crop((100, 0, 356, 256))
     photo.save(tmp_path / "upright.png")
     photo.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png")
-    assert photos_of._locate_face(tmp_path / "upright.png", features) is not None
-    assert photos_of._locate_face(tmp_path / "turned.png", features) is None
+    assert photo_folder._locate_face(tmp_path / "upright.png", features) is not None
+    assert photo_folder._locate_face(tmp_path / "turned.png", features) is None
     (message,) = [record.getMessage() for record in caplog.records]
     assert "turned.png: the face is not upright" in message
 
 
-def test_other_processes_wait_for_the_index(folder, base, features, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(photos_of, "POLL_SECONDS", 0.05)
+def test_other_processes_wait_for_the_index(found, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(photo_folder, "POLL_SECONDS", 0.05)
     names = ["hinton.jpeg", "more/astronaut.png"]
     with ThreadPoolExecutor(1) as waiting:
-        seen = waiting.submit(photos_of._wait_for_index, names, tmp_path / "faces.json")
+        seen = waiting.submit(photo_folder.wait_for_index, names, tmp_path / "faces.json")
         with pytest.raises(TimeoutError):
             seen.result(0.3)
-        found = opened(folder, base, features, tmp_path / "faces.json")
-        assert set(found.names) <= set(seen.result(30))
+        shutil.copy(found, tmp_path / "faces.json")
+        assert set(names) <= set(seen.result(30))
 
 
-def test_batch_contents(folder, base, features, tmp_path) -> None:
-    photos = opened(folder, base, features, tmp_path / "faces.json")
+def test_batch_contents(folder, base, features, index) -> None:
+    photos = opened(folder, base, features, index)
     batch = photos.batch(StepRNG(0, 0))
     side = PIXELS // base.pipe.vae_scale_factor
     assert batch.latents.shape == (3, 4, side, side) and batch.masks.shape == (3, 1, side, side)
@@ -155,8 +193,8 @@ def test_batch_contents(folder, base, features, tmp_path) -> None:
     assert [p for part in two for p in part] == list(batch.prompts)
 
 
-def test_face_is_inside_its_crop(folder, base, features, tmp_path) -> None:
-    photos = opened(folder, base, features, tmp_path / "faces.json")
+def test_face_is_inside_its_crop(folder, base, features, index) -> None:
+    photos = opened(folder, base, features, index)
     for row in range(len(photos)):
         square, face = photos._crop(row)
         assert square.shape == (3, PIXELS, PIXELS)
@@ -171,16 +209,20 @@ def test_encode_undoes_the_scale_of_decode(base) -> None:
     torch.testing.assert_close(base.encode(pictures), raw * base.vae.config.scaling_factor)
 
 
-def test_all_three_stages(folder, base, features, tmp_path) -> None:
+@pytest.mark.usefixtures("both_precisions")
+def test_all_three_stages(folder, base, features, found, tmp_path) -> None:
     torch.manual_seed(0)
-    faces = build_face_embedder(
-        features.detection.detector, Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se").eval()
-    )
+    # the images have 64 pixels; larger sizes take a second each
+    detector = SCRFDDetector.load(DETECTOR, sizes=(PIXELS,))
+    faces = build_face_embedder(detector, SmallRecognition().eval())
     frozen = {name: value.clone() for name, value in base.unet.state_dict().items()}
     begin = None
     for stage in (1, 2, 3):
         recipe = replace(find_recipe(f"sdxl_stage{stage}"), steps=2, **SMALL)
         out = tmp_path / str(stage)
+        out.mkdir()
+        for name in ("faces.json", "held-out-faces.json"):
+            shutil.copy(found, out / name)
         models = TrainingModels(base, features)
         if stage > 1:
             models = TrainingModels(base, features, [base], faces)
@@ -213,7 +255,7 @@ def test_all_three_stages(folder, base, features, tmp_path) -> None:
         )
 
 
-def test_size_conditioning_is_that_of_the_images(folder, base, features, tmp_path) -> None:
+def test_size_conditioning_is_that_of_the_images(folder, base, features, index) -> None:
     """Stages 2 and 3 train with 768 pixels on a base of 1024."""
     base.unet.register_to_config(sample_size=2 * PIXELS // base.pipe.vae_scale_factor)
     told = []
@@ -222,39 +264,38 @@ def test_size_conditioning_is_that_of_the_images(folder, base, features, tmp_pat
         with_kwargs=True,
     )
     recipe = replace(find_recipe("sdxl_stage1"), steps=1, **SMALL)
-    train_on_photos(recipe, TrainingModels(base, features), folder, tmp_path)
+    train_on_photos(recipe, TrainingModels(base, features), folder, index.parent)
     hook.remove()
     assert told and all(row == [PIXELS, PIXELS, 0, 0, PIXELS, PIXELS] for row in told[0].tolist())
 
 
-def test_changed_files_do_not_stop_the_training(folder, base, features, tmp_path, caplog) -> None:
+def test_changed_files_do_not_stop_the_training(
+    folder, base, features, index, tmp_path, caplog
+) -> None:
     """A caption in another encoding, an unreadable image, and a damaged index."""
-    copy, index = tmp_path / "photos", tmp_path / "faces.json"
+    copy = tmp_path / "photos"
     shutil.copytree(folder, copy)
-    opened(copy, base, features, index)
     written = index.stat().st_mtime_ns
     (copy / "lecun.txt").write_bytes("Porträt".encode("latin-1"))
     photos = opened(copy, base, features, index)
     assert index.stat().st_mtime_ns == written  # nothing was new
     (copy / "hinton.jpeg").write_bytes(b"no picture any more")
     prompts = photos.batch(StepRNG(0, 0)).prompts
-    assert (
-        sorted(prompts) == ["Portr\ufffdt", "Portr\ufffdt", "a person"]
-        and "using the next image instead" in caplog.text
-    )
+    assert sorted(prompts) == ["Porträt", "Porträt", "a person"]
+    assert "using the next image instead" in caplog.text
     index.write_text("{")
     with pytest.raises(TrainingError, match=r"faces\.json is damaged: delete it"):
         opened(copy, base, features, index)
 
 
 def test_adapter_widths_are_those_of_the_features_whichever_photo_is_damaged(
-    folder, base, features, tmp_path
+    folder, base, features, index, tmp_path
 ) -> None:
     copy = tmp_path / "photos"
     recipe = replace(find_recipe("sdxl_stage1"), **SMALL)
     adapter = build_adapter(recipe, base, _feature_widths(features))
     shutil.copytree(folder, copy)
-    photos = opened(copy, base, features, tmp_path / "faces.json")
+    photos = opened(copy, base, features, index)
     for name in photos.names:
         (copy / name).write_bytes(b"not an image any more")
         batch = photos.batch(StepRNG(0, 0))
@@ -293,7 +334,7 @@ def test_missing_parts_raise(folder, base, features, tmp_path) -> None:
         models = TrainingModels(base, features)
         train_on_photos(find_recipe("sdxl_stage2"), models, folder, tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TrainingError, match="none of 0 images"):
+    with pytest.raises(TrainingError, match="has no image with a caption"):
         opened(tmp_path / "empty", base, features, tmp_path / "faces.json")
     torch.save({"a": torch.ones(1)}, tmp_path / "arcface.pth")
     with pytest.raises(WeightsError, match="not facexlib's ArcFace"):

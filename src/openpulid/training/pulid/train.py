@@ -12,7 +12,7 @@ from PIL import Image
 from openpulid.errors import OptionError, WeightsError
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.io.checkpoints import load_state
-from openpulid.io.lock import lock_directory
+from openpulid.io.lock import check_directory
 from openpulid.methods.pulid import ENCODERS, PuLID
 from openpulid.training.checkpointing import CHECKPOINT
 from openpulid.training.distributed import DistributedContext, is_first_process
@@ -99,8 +99,7 @@ def prepare_run_dir(
         )
     if is_fresh:
         delete_run(run_dir, PULID_FILES)
-    with lock_directory(run_dir):
-        pass
+    check_directory(run_dir)
 
 
 def check_init_adapter(recipe: Recipe, init_adapter: Path | None) -> None:
