@@ -30,6 +30,7 @@ from openpulid.pipelines.inputs import RequestInputs, check_prompts, open_inputs
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
 from openpulid.pipelines.selection import PresetSource, resolve_preset
+from openpulid.pipelines.weights import require_weights
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,7 @@ def load(
     """
     resolved = resolve_preset(preset, base, method, adapter, face_pack, memory)
     target = torch.device(device) if device is not None else best_device()
+    require_weights(resolved)
     loaded_adapter = load_adapter(resolved, target)
     pipe = load_pipeline(resolved, target)
     return Studio(pipe, loaded_adapter, load_extractor(resolved, target, loaded_adapter), resolved)
