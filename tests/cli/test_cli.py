@@ -92,7 +92,8 @@ def test_weights_are_listed_and_missing_ones_named(
         str(tmp_path / name) for name in ("FLUX.1-dev", *(e.name for e in entries))
     ]
     missing = pulid("generate", "portrait", "--preset", "sdxl", "-o", tmp_path)
-    assert missing.is_one_sentence and "`pulid weights get pulid-v1.1`" in missing.err
+    assert missing.is_one_sentence and "`pulid weights get sdxl`" in missing.err
+    assert all(f"{name} (" in missing.err for name in PRESETS["sdxl"]().published)
     assert {"instantid", "identitynet", "identitynet-config", "arcface", "detector"} <= set(
         weights.method_weights("instantid")
     )

@@ -239,6 +239,15 @@ def test_zero_snr_and_v_prediction_of_a_directory_are_obeyed(
         assert bool(image.isfinite().all())
 
 
+def test_last_step_of_v1_ends_where_the_published_demo_ends(base: Path) -> None:
+    """The noise levels that diffusers 0.25, which the demo was written for, computes."""
+    scheduler = load_pipeline(with_base(in_float32(sdxl_v1()), base), CPU).scheduler
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    expected = [14.6146, 4.0817, 1.6129, 0.6932, 0.0292]
+    assert scheduler.sigmas.tolist() == pytest.approx(expected, abs=1e-4)
+
+
 def test_own_noise_schedule_is_obeyed(base: Path, tmp_path: Path) -> None:
     """As Kolors has: more timesteps, and more noise in the last."""
     scheduler = EulerDiscreteScheduler(

@@ -28,7 +28,7 @@ from openpulid.pipelines.presets import (
     MINI_ADAPTERS,
     Preset,
 )
-from openpulid.pipelines.weights import resolve_optional, resolve_path
+from openpulid.pipelines.weights import require_weights, resolve_optional, resolve_path
 
 
 def load_pipeline(preset: Preset, device: torch.device, dtype: torch.dtype | None = None) -> Any:
@@ -97,6 +97,10 @@ def load_extractor(
         WeightsError: something is missing or damaged.
     """
     models = preset.models
+    sources = [models.detector, models.recognition, models.vision_encoder, models.face_parsing]
+    if models.adapter_has_vision_encoder and adapter is None:
+        sources.append(models.adapter)
+    require_weights(preset, [source for source in sources if source is not None])
     device = select_device(device)
     if models.extractor == "clip":
         return _load_clip_extractor(preset, device, adapter)
@@ -108,7 +112,6 @@ def load_extractor(
         vision_encoder = resolve_path(models.vision_encoder)
         return MiniExtractor.load(detector, recognition, vision_encoder, device)
     assert models.face_parsing is not None
-    # all files are located before the first is opened
     parsing = resolve_path(models.face_parsing)
     vision_encoder = resolve_path(models.vision_encoder)
     if find_level(models.memory).faces_on_cpu:

@@ -33,6 +33,7 @@ from openpulid.pipelines.prompts import prepare_prompts
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest, parse_size
 from openpulid.pipelines.result import GenerationResult, OnImage
 from openpulid.pipelines.selection import PresetSource, resolve_preset
+from openpulid.pipelines.weights import require_weights
 
 logger = logging.getLogger(__name__)
 
@@ -288,6 +289,7 @@ def load(
     """
     resolved = resolve_preset(preset, base, method, adapter, face_pack, memory)
     target = select_device(device)
+    require_weights(resolved)
     loaded_adapter = load_adapter(resolved, target)
     # hashes its files, so that a missing one is reported before the base is loaded
     deferred = defer_extractor(resolved, target, loaded_adapter)

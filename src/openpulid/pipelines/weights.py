@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from openpulid.errors import OptionError, WeightsError
-from openpulid.io.hub import WEIGHTS, locate
+from openpulid.errors import OptionError, PulidError, WeightsError
+from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS, find_weight, locate
 from openpulid.methods.registry import METHODS
 from openpulid.pipelines.model_set import WeightSource
 from openpulid.pipelines.presets import PRESETS, Preset, with_method
@@ -34,14 +35,57 @@ def resolve_optional(source: WeightSource | None) -> Path | None:
 
 def missing_weights(preset: Preset) -> list[str]:
     """Return what a preset needs and is not installed: published names, then files."""
-    missing = []
-    for name in preset.published:
+    return missing_sources(preset.models.sources)
+
+
+def missing_sources(sources: Iterable[WeightSource]) -> list[str]:
+    """Return the sources of weights that are not installed: published names, then files."""
+    names = []
+    files = []
+    for source in dict.fromkeys(sources):
+        if isinstance(source, Path):
+            if not source.exists():
+                files.append(str(source))
+            continue
         try:
-            locate(name)
+            resolve_path(source)
         except WeightsError:
-            missing.append(name)
-    paths = [source for source in preset.models.sources if isinstance(source, Path)]
-    return missing + [str(path) for path in paths if not path.exists()]
+            names.append(source)
+    return names + files
+
+
+def require_weights(preset: Preset, sources: Iterable[WeightSource] | None = None) -> None:
+    """Check that published weights are installed, before the first file is opened.
+
+    Files that do not exist are reported by what opens them.
+
+    Args:
+        preset: the preset that needs them.
+        sources: the weights that are needed; by default all of the preset's.
+
+    Raises:
+        WeightsError: some are not installed; the message names all of them, and one command that
+            downloads them.
+    """
+    needed = preset.models.sources if sources is None else sources
+    entries = {}
+    for name in missing_sources(source for source in needed if isinstance(source, str)):
+        with suppress(PulidError):  # a file that does not exist
+            entries[name] = find_weight(name)
+    if not entries:
+        return
+    own = PRESETS[preset.name]().published if preset.name in PRESETS else ()
+    is_own = len(entries) > 1 and entries.keys() <= set(own)
+    command = preset.name if is_own else " ".join(entries)
+    described = [
+        name if entry.name == name else f"{name} ({entry.name})" for name, entry in entries.items()
+    ]
+    size = sum(entry.megabytes or 0 for entry in entries.values())
+    raise WeightsError(
+        f"{preset.label} needs weights that are not installed: {', '.join(described)}; "
+        f"`pulid weights get {command}` downloads them (about {size} MB), or put them into a "
+        f"folder and set {FOLDER_VARIABLE} to it."
+    )
 
 
 def find_installed_methods(preset: Preset) -> list[str]:

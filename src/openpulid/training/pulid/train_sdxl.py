@@ -15,7 +15,12 @@ from openpulid.faces.arcface import build_face_embedder, load_arcface_ir_se50
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid import PuLID
-from openpulid.pipelines.factory import load_extractor, load_pipeline, resolve_path
+from openpulid.pipelines.factory import (
+    load_extractor,
+    load_pipeline,
+    require_weights,
+    resolve_path,
+)
 from openpulid.pipelines.presets import sdxl, sdxl_v1
 from openpulid.pipelines.studio import resolve_preset
 from openpulid.training.distributed import DistributedContext
@@ -75,10 +80,12 @@ def load_models(
             lightning.with_models(pipeline=name, unet=None, sampler=None)
             for name in few_step_models
         ] or [lightning]
-    for preset in presets:
-        for name in preset.published:
-            if name != preset.models.adapter:
-                resolve_path(name)
+    adapters = {preset.models.adapter for preset in presets}
+    sources = [source for preset in presets for source in preset.models.sources]
+    needed = [source for source in sources if source not in adapters]
+    if recipe.id_loss != "none":
+        needed.append(ID_LOSS_WEIGHTS)
+    require_weights(presets[0], needed)
     id_loss_file = resolve_path(ID_LOSS_WEIGHTS) if recipe.id_loss != "none" else None
 
     extractor = cast(PhotoExtractor, load_extractor(presets[0], device))
