@@ -478,7 +478,7 @@ def parse_size(text: str) -> tuple[int, int]:
     Raises:
         OptionError: the text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+)[x×](\d+)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,9})[x×](\d{1,9})\s*", text)
     if match is None:
         raise OptionError(f"expected WIDTHxHEIGHT, for example 832x1216, got {text!r}.")
     return int(match[1]), int(match[2])
