@@ -122,6 +122,6 @@ def parse_face(text: str | None) -> int | None:
     """
     if text is None or text == LIST_FACES:
         return None
-    if not text.isdigit():
+    if not text.isdecimal() or len(text) > 9:
         raise OptionError(f"--face must be a number from 0, or {LIST_FACES}, got {text!r}.")
     return int(text)
