@@ -76,6 +76,14 @@ def test_damaged_file_is_named(finished: RunDir, tmp_path: Path, name: str, text
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
+def test_report_of_another_origin_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "report.md").write_text("my report")
+    with pytest.raises(OptionError, match=r"contains no run, but a file report\.md"):
+        RunDir(tmp_path).create(SUITE, METHODS, SUBJECTS)
+    assert (tmp_path / "report.md").read_text() == "my report"
+    assert not (tmp_path / "suite.json").exists()
+
+
 def test_record_of_another_image_is_refused(finished: RunDir, tmp_path: Path) -> None:
     shutil.copytree(finished.path, tmp_path / "run")
     first, second = sorted((tmp_path / "run" / "samples" / "base").glob("*.json"))[:2]

@@ -107,6 +107,16 @@ def test_number_of_images_has_a_maximum(pulid: Run, studio: FakeStudio, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_that_are_none_are_one_sentence(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    refused = pulid("generate", "portrait", "--size", f"{'9' * 5000}x9", "-o", tmp_path)
+    assert refused.is_one_sentence and "expected WIDTHxHEIGHT" in refused.err
+    for face in ("²", "9" * 5000):
+        refused = pulid("identify", anna, "-o", tmp_path / "a.safetensors", "--face", face)
+        assert refused.is_one_sentence and "--face must be a number" in refused.err
+
+
 def test_full_disk_is_one_sentence(
     pulid: Run, studio: FakeStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,9 @@ from openpulid.io.metadata import save_image
 
 logger = logging.getLogger(__name__)
 
+REPORT_FILES = ("report.md", "report.json", "report.html", "report.png", "faces.jpg")
+"""Files of the report in a run directory."""
+
 BASE = "base"
 """The base model without an identity, which every method is compared with."""
 
@@ -223,7 +226,8 @@ class RunDir:
         """Write the suite and the subjects, or add methods to an existing run.
 
         Raises:
-            OptionError: the directory contains a run of another suite or of other subjects.
+            OptionError: the directory contains a run of another suite or of other subjects, or
+                files of another origin that the report would replace.
         """
         people = [subject.name for subject in subjects]
         all_methods = list(methods)
@@ -239,6 +243,11 @@ class RunDir:
                 )
             new_methods = [name for name in methods if name not in existing.methods]
             all_methods = existing.methods + new_methods
+        elif others := [name for name in REPORT_FILES if (self.path / name).exists()]:
+            raise OptionError(
+                f"{self.path} contains no run, but a file {others[0]} that the report would "
+                "replace; choose another directory with -o."
+            )
         for subject in subjects:
             self._write_portrait(subject.name, subject.portrait)
             if subject.other is not None:

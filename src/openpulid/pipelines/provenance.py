@@ -28,6 +28,7 @@ from openpulid.pipelines.request import (
     RequestPart,
     literal,
 )
+from openpulid.pipelines.version_0_1 import convert_parameters
 
 HASH_DIGITS = 4
 """Hexadecimal digits of an input's hash. One in 65,536 files has the same, so the hash reveals a
@@ -77,7 +78,7 @@ class Provenance(RequestPart):
         """
         metadata = read_metadata(image)
         try:
-            return cls.model_validate_json(metadata, strict=True)
+            return cls.model_validate_json(convert_parameters(metadata), strict=True)
         except OptionError as error:
             raise OptionError(
                 f"{os.fspath(image)} contains no valid generation parameters: {error}"
