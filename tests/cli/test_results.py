@@ -14,7 +14,7 @@ from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import sha256
 from openpulid.io.metadata import image_name
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import MAX_IMAGES
+from openpulid.pipelines.request_fields import MAX_IMAGES
 from tests.cli.conftest import FakeStudio, Run
 
 
