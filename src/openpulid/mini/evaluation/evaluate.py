@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openpulid import Identity
 from openpulid.bench.metrics import Interval, MetricInputs, bootstrap
-from openpulid.identity.identity import Identity
 from openpulid.io.image_grid import to_pil
 from openpulid.mini.evaluation.adapters import find_adapters, iterate_models
 from openpulid.mini.evaluation.prompts import (
