@@ -23,14 +23,13 @@ def main(out: Path) -> None:
     anna = studio.identify(ANNA)
     anna.save(out / "anna.safetensors")
 
-    # Image k uses the seed 7 + k.
+    # Image k uses the seed 7 + k. Each PNG stores its request; no existing file is replaced.
     prompt = "portrait, film noir, smiling"
     result = studio.generate(prompt, identity=anna, seed=7, num_images=3)
-    for image, seed in zip(result.images, result.seeds, strict=True):
-        image.save(out / f"film-noir-{seed}.png")
+    print(*result.save(out), sep="\n")
 
     # The same seed without the identity, to compare.
-    studio.generate(prompt, seed=7).images[0].save(out / "film-noir-7-base.png")
+    studio.generate(prompt, seed=7).save(out / "base")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import openpulid as pulid
 from openpulid.errors import OptionError
+from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, IdentityOptions, Person
 
 ANNA = Path(__file__).with_name("anna.png")
@@ -35,13 +36,17 @@ def main(out: Path) -> None:
 
     studio = pulid.load("mini-lightning")
     result = studio.generate(request)
-    for k, image in enumerate(result.images):
-        image.save(out / f"request-{k}.png")
+    paths = result.save(out)
 
     # Each image has a resolved request: all defaults are filled in, and it regenerates that image.
     last = result.requests[-1]
     print(last.seed, last.num_inference_steps, last.identity.start)
-    assert studio.generate(last).images[0].tobytes() == result.images[-1].tobytes()
+
+    # The PNG stores it, and names its input files without folders: they are passed again.
+    stored = Provenance.read(paths[-1])
+    print(stored.required_files())
+    again = stored.restore({"people.0.images.0": ANNA})
+    assert studio.generate(again).images[0].tobytes() == result.images[-1].tobytes()
 
     # Invalid values are rejected, with the name of the field.
     try:

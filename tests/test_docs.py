@@ -20,6 +20,7 @@ import openpulid as pulid
 from openpulid.cli.main import app
 from openpulid.methods.registry import METHODS
 from openpulid.pipelines.presets import PRESETS
+from openpulid.pipelines.provenance import Provenance
 
 ROOT = Path(__file__).parents[1]
 MODEL_CARD = ROOT / "src" / "openpulid" / "mini" / "weights" / "README.md"
@@ -158,7 +159,10 @@ def test_quickstart_of_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     exec(compile(code, "README.md", "exec"), {})
 
-    assert (tmp_path / "anna-noir.png").is_file()
+    images = sorted((tmp_path / "out").iterdir())
+    assert len(images) == 2
+    for image, seed in zip(images, (7, 8), strict=True):
+        assert Provenance.read(image).request.seed == seed
     assert (tmp_path / "anna.safetensors").stat().st_mode & 0o777 == 0o600
 
 

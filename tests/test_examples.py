@@ -38,9 +38,9 @@ def test_generate_writes_identity_and_images(tmp_path: Path) -> None:
     load_example("generate").main(tmp_path)
 
     assert (tmp_path / "anna.safetensors").stat().st_mode & 0o777 == 0o600
-    names = ["film-noir-7", "film-noir-8", "film-noir-9", "film-noir-7-base"]
-    images = {Image.open(tmp_path / f"{name}.png").tobytes() for name in names}
-    assert len(images) == len(names), "every image differs"
+    names = [f"portrait-film-noir-smiling-{seed}.png" for seed in (7, 8, 9)]
+    paths = [*(tmp_path / name for name in names), tmp_path / "base" / names[0]]
+    assert len({Image.open(path).tobytes() for path in paths}) == 4, "every image differs"
 
 
 def test_request_runs_from_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,11 +49,12 @@ def test_request_runs_from_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     request = json.loads((tmp_path / "request.json").read_text("utf-8"))
     assert request["seed"] == 7
     assert request["identity"]["scale"] == 0.8
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
-        "request-0.png",
-        "request-1.png",
-    ]
-    assert "num_inference_steps must be at least 1" in capsys.readouterr().out
+    name = "portrait-photo-long-blond-hair-sunset-light"
+    names = [f"{name}-7.png", f"{name}-8.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
+    out = capsys.readouterr().out
+    assert "{'people.0.images.0': 'anna.png'}" in out
+    assert "num_inference_steps must be at least 1" in out
 
 
 def test_adapter_leaves_own_pipeline_unchanged(tmp_path: Path) -> None:
