@@ -54,6 +54,15 @@ def load_pipeline(preset: Preset, device: torch.device, dtype: torch.dtype | Non
     return pipe.to(device)
 
 
+def require_pipeline(preset: Preset) -> None:
+    """Check that all weights of a preset are installed, before any is loaded.
+
+    Raises:
+        WeightsError: names everything that is missing, and the command that downloads it.
+    """
+    require_weights(preset)
+
+
 def load_adapter(preset: Preset, device: torch.device) -> Any:
     """Load the preset's method with its weights.
 

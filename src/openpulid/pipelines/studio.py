@@ -25,7 +25,12 @@ from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ImageSource, ReferenceFaces, ReferenceImage
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid import People, delay_guidance, normalize_people
-from openpulid.pipelines.factory import defer_extractor, load_adapter, load_pipeline
+from openpulid.pipelines.factory import (
+    defer_extractor,
+    load_adapter,
+    load_pipeline,
+    require_pipeline,
+)
 from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
@@ -33,7 +38,6 @@ from openpulid.pipelines.prompts import prepare_prompts
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest, parse_size
 from openpulid.pipelines.result import GenerationResult, OnImage
 from openpulid.pipelines.selection import PresetSource, resolve_preset
-from openpulid.pipelines.weights import require_weights
 
 logger = logging.getLogger(__name__)
 
@@ -289,7 +293,7 @@ def load(
     """
     resolved = resolve_preset(preset, base, method, adapter, face_pack, memory)
     target = select_device(device)
-    require_weights(resolved)
+    require_pipeline(resolved)
     loaded_adapter = load_adapter(resolved, target)
     # hashes its files, so that a missing one is reported before the base is loaded
     deferred = defer_extractor(resolved, target, loaded_adapter)
