@@ -292,12 +292,12 @@ def test_photomaker_starts_after_its_first_step() -> None:
 
 def test_flux_steps_after_the_last_are_refused() -> None:
     people = [Person(images=["anna.png"])]
-    late = GenerationRequest.from_options(prompt="portrait", people=people, start_step=20)
-    with pytest.raises(RequestError, match="start_step 20 is after the last step, 19"):
+    late = GenerationRequest.from_options(prompt="portrait", people=people, start_step=28)
+    with pytest.raises(RequestError, match="start_step 28 is after the last step, 27"):
         flux().resolve(late)
     options = {"true_cfg_scale": 3, "negative_prompt": "red"}
-    guided = GenerationRequest(prompt="portrait", timestep_to_start_cfg=20, **options)
-    with pytest.raises(RequestError, match="timestep_to_start_cfg 20 is after the last step"):
+    guided = GenerationRequest(prompt="portrait", timestep_to_start_cfg=28, **options)
+    with pytest.raises(RequestError, match="timestep_to_start_cfg 28 is after the last step"):
         flux().resolve(guided)
 
 
