@@ -13,6 +13,13 @@ from torch import Tensor
 
 from openpulid.errors import FaceError, OptionError
 
+logger = logging.getLogger(__name__)
+
+HEIGHT = 512
+"""Height of the drawings in pixels."""
+SELECTED_COLOR = "#00c853"
+OTHER_COLOR = "#ff9100"
+
 
 @dataclass(frozen=True, eq=False)
 class Face:
@@ -60,8 +67,6 @@ class Face:
         """The area of the box in square pixels; the largest face has the largest area."""
         return self.width * float(self.box[3] - self.box[1])
 
-
-logger = logging.getLogger(__name__)
 
 ORDERS: dict[str, Callable[[Face], float]] = {
     "large-small": lambda face: -face.area,
@@ -144,11 +149,6 @@ def describe_faces(
 def format_count(faces: Sequence[Face]) -> str:
     """Return the number of faces as text, such as "1 face"."""
     return f"{len(faces)} face{'s' * (len(faces) != 1)}"
-
-
-HEIGHT = 512
-SELECTED_COLOR = "#00c853"
-OTHER_COLOR = "#ff9100"
 
 
 def draw_faces(faces: Sequence[Face], selected: Face, crops: Sequence[Tensor]) -> Image.Image:
