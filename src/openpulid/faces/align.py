@@ -1,4 +1,4 @@
-"""Face alignment: similarity transforms from five landmarks, and differentiable crops.
+"""Face alignment: similarity transforms from five landmarks, differentiable crops, gray faces.
 
 Coordinates are continuous: pixel k covers [k, k + 1), its center is k + 0.5, and a crop of size s
 covers [0, s).
@@ -17,6 +17,9 @@ TEMPLATE = torch.tensor(
 
 GRAY = 0.5
 """Value of all pixels outside of the face in the input of a face recognition model."""
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in gray (ITU-R BT.601)."""
 
 
 def similarity_transform(landmarks: Tensor, template: Tensor) -> Tensor:
@@ -110,11 +113,8 @@ def mask_background(crops: Tensor, masks: Tensor) -> Tensor:
     return GRAY + (crops - GRAY) * masks
 
 
-LUMA = (0.299, 0.587, 0.114)
-
-
 def luminance(images: Tensor) -> Tensor:
-    """Convert RGB images (B, 3, H, W) to gray (B, 1, H, W) with the weights of ITU-R BT.601."""
+    """Convert RGB images (B, 3, H, W) to gray (B, 1, H, W) with the weights `LUMA`."""
     red, green, blue = images.unbind(1)
     return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)[:, None]
 

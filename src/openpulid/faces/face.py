@@ -15,8 +15,18 @@ from torch import Tensor
 from openpulid.errors import FaceError, OptionError, suggest
 from openpulid.faces.align import turn_points
 
+logger = logging.getLogger(__name__)
+
 MIN_LANDMARK_EXTENT = 0.1
 """Distance in pixels over which the landmarks of a face must extend."""
+
+TURNS = {1: "90 degrees counterclockwise", 2: "180 degrees", 3: "90 degrees clockwise"}
+"""`Face.turns` in words."""
+
+HEIGHT = 512
+"""Height of the drawings in pixels."""
+SELECTED_COLOR = "#00c853"
+OTHER_COLOR = "#ff9100"
 
 Defect = Literal["small", "blurred", "tilted"]
 
@@ -87,11 +97,6 @@ class Face:
         """The area of the box in square pixels; the largest face has the largest area."""
         return self.width * float(self.box[3] - self.box[1])
 
-
-logger = logging.getLogger(__name__)
-
-TURNS = {1: "90 degrees counterclockwise", 2: "180 degrees", 3: "90 degrees clockwise"}
-"""`Face.turns` in words."""
 
 ORDERS: dict[str, Callable[[Face], float]] = {
     "large-small": lambda face: -face.area,
@@ -219,11 +224,6 @@ def describe_defects(face: Face, label: str = "image") -> list[str]:
 def format_count(faces: Sequence[Face]) -> str:
     """Return the number of faces as text, such as "1 face"."""
     return f"{len(faces)} face{'s' * (len(faces) != 1)}"
-
-
-HEIGHT = 512
-SELECTED_COLOR = "#00c853"
-OTHER_COLOR = "#ff9100"
 
 
 def draw_faces(faces: Sequence[Face], selected: Face, crops: Sequence[Tensor]) -> Image.Image:

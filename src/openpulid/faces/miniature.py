@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate, pad, pixel_shuffle, pixel_unshuffle
 from openpulid.faces.face import Face
 
 SIZE = 96
-"""Width and height of the input in pixels."""
+"""Width and height of the detector's input in pixels."""
 
 PARTS = 8
 """Number of labels of the parsing map, in the order of `world.PARTS`."""
@@ -23,6 +23,9 @@ FACE = 1
 
 MIN_PIXELS = 2
 """Rows and columns with fewer pixels of the face are ignored when the box is computed."""
+
+CROP = 64
+"""Width and height of the aligned crops of the recognition models, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +189,6 @@ def _centers_of_mass(maps: Tensor) -> Tensor:
     mass = maps.flatten(2).softmax(-1).unflatten(2, maps.shape[2:])
     center = (torch.arange(maps.shape[-1], device=maps.device) + 0.5) * (SIZE / maps.shape[-1])
     return torch.stack([(mass.sum(2) * center).sum(-1), (mass.sum(3) * center).sum(-1)], -1)
-
-
-CROP = 64
-"""Width and height of the crops in pixels."""
 
 
 def convolution(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:

@@ -8,9 +8,9 @@ from openpulid.training.trainer import Losses, Task, TrainingResult, run, sum_lo
 
 __all__ = [
     "Losses",
+    "Muon",
     "StepRNG",
     "Task",
-    "Muon",
     "TrainerConfig",
     "TrainingResult",
     "autocast",

@@ -1,4 +1,4 @@
-"""Base models with random weights, at full size."""
+"""SDXL and the miniature with random weights, at the size of the published ones."""
 
 from __future__ import annotations
 

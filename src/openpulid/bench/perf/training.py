@@ -31,7 +31,8 @@ class Cost:
         checkpointing: whether activations are recomputed in the backward pass.
         seconds: median of the rounds.
         ratio: to the first candidate, median of the ratios of the rounds.
-        memory: peak GiB, or None. Only the figure of an accelerator is reliable, see `peak`.
+        memory: peak GiB, or None. Only the figure of an accelerator is reliable, see
+            `device.peak_memory`.
     """
 
     grad_steps: int

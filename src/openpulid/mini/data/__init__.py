@@ -1,4 +1,4 @@
-"""Training data of the miniature: augmentation, negatives, cached captions and features."""
+"""Training data of the miniature: images, augmentation, cached captions, latents and features."""
 
 from openpulid.mini.data.augment import color_jitter, compose_affine, degrade, dilate, random_affine
 from openpulid.mini.data.cache import ArrayCache
@@ -13,10 +13,10 @@ __all__ = [
     "Captions",
     "FaceFeatures",
     "Latents",
-    "degrade",
     "batches",
     "color_jitter",
     "compose_affine",
+    "degrade",
     "dilate",
     "load_faces",
     "load_photographs",

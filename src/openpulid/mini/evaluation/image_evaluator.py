@@ -104,7 +104,8 @@ class ImageEvaluator:
             `attributes`, the share of the attributes in each prompt that the classifier recognizes
             in its image; `pose` and `expression`, the same for these two; `face_found`, the share
             of images with a detected face; and `frechet`, the Frechet distance of the embeddings
-            of these faces to those of rendered people in the same scenes.
+            of these faces to `real_embeddings`, if there are at least two. Values for another
+            `count` are not comparable: the distance is larger for fewer faces.
         """
         device = next(self.classifier.parameters()).device
         images = self.generate(unet, count).to(device)
@@ -117,13 +118,14 @@ class ImageEvaluator:
         if self.embedder is not None:
             faces = self.embedder(images)
             results["face_found"] = faces.has_face.float().mean().item()
-            real_embeddings = self.real_embeddings[: len(images)]
-            results["frechet"] = frechet_distance(faces.embeddings[faces.has_face], real_embeddings)
+            if faces.has_face.sum() > 1:
+                embeddings = faces.embeddings[faces.has_face]
+                results["frechet"] = frechet_distance(embeddings, self.real_embeddings)
         return results
 
     @cached_property
     def real_embeddings(self) -> Tensor:
-        """Embeddings (N, D) of rendered held-out people in the scene of each prompt."""
+        """Embeddings (N, D) of the faces of rendered held-out people in the prompts' scenes."""
         assert self.embedder is not None
         device = next(self.classifier.parameters()).device
         embeddings = []
@@ -131,7 +133,8 @@ class ImageEvaluator:
             prompts = self.prompts[start : start + RENDER_BATCH]
             people = [Person.from_seed(HELD_OUT_PEOPLE + prompt.person) for prompt in prompts]
             images = render(people, [prompt.scene for prompt in prompts], device=device).image
-            embeddings.append(self.embedder(images).embeddings)
+            faces = self.embedder(images)
+            embeddings.append(faces.embeddings[faces.has_face])
         return torch.cat(embeddings)
 
     def draw_sheet(self, unet: Any, count: int = 40) -> Image.Image:

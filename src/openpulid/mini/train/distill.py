@@ -249,8 +249,8 @@ class LightningTask:
         return {"step": (error * self.schedule.weight(index, error)).mean()}
 
     def validate(self) -> Mapping[str, float]:
-        """Evaluate 64 prompts."""
-        return self.evaluator.evaluate(self.student, 64) if self.evaluator else {}
+        """Evaluate the student on all prompts."""
+        return self.evaluator.evaluate(self.student) if self.evaluator else {}
 
     def sheet(self) -> Image.Image | None:
         """Draw images of the evaluation."""

@@ -41,14 +41,12 @@ from openpulid.world import (
     FACIAL,
     HELD_OUT_PEOPLE,
     PARAMETERS,
-    PARTS,
     Person,
     Scene,
     WorldDataset,
     render,
 )
 
-FACE = PARTS.index("face")
 FACIAL_COLUMNS = [PARAMETERS.index(name) for name in FACIAL]
 MAX_COSINE_AFTER_CHANGE = 0.9
 """A model is sensitive to a facial value if a change from 0.2 to 0.8 lowers the cosine to this."""

@@ -31,7 +31,7 @@ DISTILLATION_TIME_SHARE = 0.6
 def train_base(context: BuildContext) -> dict[str, float]:
     """Train the U-Net of the base model and write the pipeline's configuration."""
     config = TrainerConfig(
-        steps=32_000,  # 2 million images
+        steps=32_000,  # 2 million images, or what the time budget allows
         lr=3e-3,
         optimizer="muon",
         weight_decay=0.1,
