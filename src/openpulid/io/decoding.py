@@ -265,7 +265,12 @@ def _decode_with_opencv(data: bytes) -> Image.Image:
     """Decode pixels of kinds that Pillow does not read: float colors, colors of 16 bits."""
     import cv2
 
-    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(0)  # it would print what is wrong with a damaged file
+    try:
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
     if values is None or (values.ndim == 3 and values.shape[2] not in (3, 4)):
         raise UnusableFile("has pixels of a kind that cannot be read; save it with 8 bits")
     if values.ndim == 2:
