@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, escape_unprintable
 from openpulid.io.files import has_content, is_same_file, write_bytes
 
 if TYPE_CHECKING:
@@ -211,7 +211,8 @@ def print_status(text: str) -> None:
     """Print a status line on stderr."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False).print(text)
+    console = Console(stderr=True, highlight=False)
+    console.print(escape_unprintable(text), markup=False, soft_wrap=True)
 
 
 def print_nothing(text: str) -> None:
