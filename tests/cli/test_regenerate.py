@@ -78,6 +78,25 @@ def test_input_files_are_named_again_and_compared(
         assert refused.is_one_sentence and f"needs no {option[0]}; leave it out" in refused.err
 
 
+def test_several_images_of_a_person_are_named_in_order(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "smile.png"
+    Image.new("RGB", (80, 80), "white").save(other)
+    done = pulid("generate", "portrait", "--id", anna, "--id", other, "-o", tmp_path)
+    assert done.code == 0 and studio.requests[0].people == (Person(images=[anna, other]),)
+    again = ("generate", "--from", tmp_path / "portrait-0.png", "-o", tmp_path / "again")
+    assert pulid(*again, "--id", anna, "--id", other).code == 0
+    refused = pulid(*again, "--id", anna)
+    assert refused.is_one_sentence and "generated with smile.png; pass --id." in refused.err
+    refused = pulid(*again, "--id", other, "--id", anna)
+    assert refused.is_one_sentence and f"{other} is not the file" in refused.err
+    refused = pulid(*again, "--id", anna, "--id", other, "--id", anna)
+    assert refused.is_one_sentence and "needs no --id; leave it out" in refused.err
+    refused = pulid("generate", "portrait", "--id", anna, "--id", "ben.safetensors")
+    assert refused.is_one_sentence and "several images or one identity file" in refused.err
+
+
 def test_image_is_regenerated_in_its_folder(
     pulid: Run, studio: FakeStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from openpulid.cli.options import print_path
+from openpulid.cli.options import print_path, print_status
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import sha256
 from openpulid.io.metadata import image_name
@@ -224,6 +224,11 @@ def test_existing_output_is_kept(
     before = read_all(tmp_path)
     assert pulid("identify", anna, "-o", other, "--face", 1, "--show", photo).code == 0
     assert read_all(tmp_path) == before
+
+
+def test_status_is_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    print_status("runs/[/red] [bold]\x1b[2J" + "x" * 200)
+    assert capsys.readouterr().err == r"runs/[/red] [bold]\x1b[2J" + "x" * 200 + "\n"
 
 
 def test_path_is_printed_as_it_is(capsysbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.errors import OptionError, is_out_of_memory, suggest
+from openpulid.errors import OptionError, escape_unprintable, is_out_of_memory, suggest
 from openpulid.io.files import has_content, is_same_file, write_bytes
 
 if TYPE_CHECKING:
@@ -244,7 +244,8 @@ def print_status(text: str) -> None:
     """Print a status line on stderr."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    console.print(escape_unprintable(text))
 
 
 def print_nothing(text: str) -> None:

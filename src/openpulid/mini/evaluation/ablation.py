@@ -10,6 +10,7 @@ from typing import Any
 
 from openpulid.bench.metrics import Interval
 from openpulid.io.checkpoints import read_metadata
+from openpulid.io.files import replace_file
 from openpulid.mini.evaluation.evaluate import Table, run
 from openpulid.mini.train import pulid as adapter
 from openpulid.pipelines.presets import MINIATURE
@@ -111,7 +112,8 @@ def plot(table: Table, path: Path) -> None:
             axes.set(title=title, xlabel=label, ylabel="face similarity")
             axes.grid(alpha=0.3)
         row[1].invert_xaxis()
-    figure.savefig(path, dpi=100)
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=100)
 
 
 def _plot_points(
