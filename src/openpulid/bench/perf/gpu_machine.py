@@ -23,13 +23,13 @@ from openpulid.pipelines.presets import MINIATURE
 
 TINY_UNET: dict[str, Any] = {
     "sample_size": 8,
-    "block_out_channels": (32, 64),
+    "block_out_channels": (32,),
     "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
     "norm_num_groups": 8,
-    "attention_head_dim": (2, 4),
-    "transformer_layers_per_block": (1, 1),
+    "attention_head_dim": (2,),
+    "transformer_layers_per_block": (1,),
     "cross_attention_dim": 32,
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
