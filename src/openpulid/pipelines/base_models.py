@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 
 from openpulid.diffusion.schedulers import KarrasScheduler
 from openpulid.errors import PulidError, WeightsError
-from openpulid.io.checkpoints import load_state, read_tensors
+from openpulid.io.checkpoints import load_in_parts
 from openpulid.io.hub import WEIGHTS, locate
 from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.presets import PRESETS
@@ -77,11 +79,37 @@ def _open_sdxl(path: Path, unet: Path | None, dtype: torch.dtype) -> Any:
         pipe = StableDiffusionXLPipeline.from_single_file(path, config=config, **options)
     else:
         variant = "fp16" if next(path.glob("unet/*.fp16.safetensors"), None) else None
+        weights = None if "unet" in options else _find_unet_weights(path / "unet", variant)
+        if weights is not None:
+            # its weights are loaded last, when no other file is in memory
+            with init_empty_weights(include_buffers=False):
+                config = UNet2DConditionModel.load_config(path / "unet", local_files_only=True)
+                options["unet"] = UNet2DConditionModel.from_config(config).eval()
         pipe = StableDiffusionXLPipeline.from_pretrained(path, variant=variant, **options)
+        if weights is not None and (unet is None or not unet.is_file()):
+            load_in_parts(pipe.unet, weights, f"{weights} does not fit its config.json", dtype)
     if unet is not None and unet.is_file():
         message = f"{unet} contains no U-Net of this base, use one of SDXL"
-        load_state(pipe.unet, read_tensors(unet, copy=False), message)
+        load_in_parts(pipe.unet, unet, message, dtype)
     return pipe
+
+
+def _find_unet_weights(folder: Path, variant: str | None) -> Path | None:
+    """Find the single file of a U-Net in full or half precision.
+
+    diffusers maps such a file as a whole, so that a U-Net of 5 GB takes 10 GB while it is loaded.
+
+    Returns:
+        The file; None for other layouts, which are left to diffusers.
+    """
+    suffix = "safetensors" if variant is None else f"{variant}.safetensors"
+    path = folder / f"diffusion_pytorch_model.{suffix}"
+    config = folder / "config.json"
+    if not path.is_file() or not config.is_file():
+        return None
+    facts = json.loads(config.read_text("utf-8"))
+    is_plain = facts.get("_class_name") == "UNet2DConditionModel"
+    return path if is_plain and "quantization_config" not in facts else None
 
 
 def _find_sdxl_config(file: Path) -> Path:
