@@ -36,6 +36,8 @@ MAX_NESTING = 8
 
 READ_SIZE = 1 << 20
 """Bytes read at a time when a whole file is hashed."""
+PART_SIZE = 1 << 28
+"""Bytes of a large file that are mapped at a time."""
 SAMPLE_SIZE = 1 << 16
 """Bytes per sample when a large file is fingerprinted."""
 
@@ -170,7 +172,11 @@ def load_module(
 
 
 def load_state(
-    module: nn.Module, state: Mapping[str, torch.Tensor], message: str, assign: bool = False
+    module: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    message: str,
+    assign: bool = False,
+    is_part: bool = False,
 ) -> None:
     """Load a state dict into a module, strictly.
 
@@ -179,13 +185,14 @@ def load_state(
         state: exactly its weights.
         message: how the error message begins if they do not fit.
         assign: use the tensors themselves instead of copying their values.
+        is_part: the state has only some of the weights.
 
     Raises:
         WeightsError: a name is missing or unexpected, or a shape differs. The message is one line
             and names the first of them.
     """
     try:
-        module.load_state_dict(state, assign=assign)
+        module.load_state_dict(state, strict=not is_part, assign=assign)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
@@ -196,15 +203,47 @@ def load_state(
         raise WeightsError(f"{message}: {mismatches}") from error
 
 
+def load_in_parts(
+    module: nn.Module, path: str | os.PathLike[str], message: str, dtype: torch.dtype
+) -> None:
+    """Replace all weights of a module by those of a large file, strictly, a part at a time.
+
+    A file that is mapped as a whole is in memory next to the converted weights.
+
+    Args:
+        module: the module; its weights may be on the meta device.
+        path: a file of safetensors or PyTorch; the latter is read as a whole.
+        message: how the error message begins if the weights do not fit.
+        dtype: dtype to which floating point tensors are cast.
+
+    Raises:
+        WeightsError: the file is missing or damaged, or has other weights.
+    """
+    if Path(path).suffix != ".safetensors" or _read_names(path) != set(module.state_dict()):
+        load_state(module, read_tensors(path, dtype), message, assign=True)
+        return
+    names = sorted(_read_names(path))
+    num_parts = 1 + os.path.getsize(path) // PART_SIZE
+    for first in range(num_parts):
+        state = {}
+        with safe_open(path, framework="pt") as file:  # its memory is unmapped after the part
+            for name in names[first::num_parts]:
+                state[name] = _copy(file.get_tensor(name), dtype)
+        load_state(module, state, message, assign=True, is_part=True)
+
+
+def _read_names(path: str | os.PathLike[str]) -> set[str]:
+    read_metadata(path)  # reports a missing or damaged file
+    with safe_open(path, framework="pt") as file:
+        return set(file.keys())
+
+
 def read_tensors(
-    path: str | os.PathLike[str],
-    dtype: torch.dtype | None = None,
-    prefix: str = "",
-    copy: bool = True,
+    path: str | os.PathLike[str], dtype: torch.dtype | None = None, prefix: str = ""
 ) -> dict[str, torch.Tensor]:
     """Read the tensors of a published file without running code from it.
 
-    The file is mapped into memory, so it is never there twice.
+    The tensors are copied out of the file, which may be overwritten afterwards.
 
     Args:
         path: a safetensors file, or a PyTorch file, which is unpickled with `weights_only=True`.
@@ -212,8 +251,6 @@ def read_tensors(
             unwrapped.
         dtype: dtype to which floating point tensors are cast, one at a time; None keeps theirs.
         prefix: read only the tensors whose names begin with it.
-        copy: copy the tensors out of the file. Without it they change, or cannot be read any more,
-            when the file is overwritten; use it for what is copied anyway.
 
     Raises:
         WeightsError: the file is missing, damaged, or holds anything other than tensors.
@@ -223,15 +260,11 @@ def read_tensors(
         raise WeightsError(
             f"{path} does not exist; `pulid weights list` shows how to get published weights."
         )
-
-    def convert(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype if tensor.is_floating_point() else None, copy=copy)
-
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-                return {name: convert(file.get_tensor(name)) for name in names}
+                return {name: _copy(file.get_tensor(name), dtype) for name in names}
         # files of PyTorch before 1.6 are no zip archives and cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # unpickling a file that is none may raise anything
@@ -248,7 +281,7 @@ def read_tensors(
         raise WeightsError(
             f"{path} is no plain dictionary of tensors; check that it is a weights file."
         )
-    return {name: convert(x) for name, x in state.items() if name.startswith(prefix)}
+    return {name: _copy(x, dtype) for name, x in state.items() if name.startswith(prefix)}
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -307,6 +340,10 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while block := file.read(READ_SIZE):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _copy(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype if tensor.is_floating_point() else None, copy=True)
 
 
 def _to_storage(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
