@@ -126,7 +126,7 @@ def _pipeline_path(models: ModelSet) -> Path:
 
 def _read_index(path: Path) -> tuple[str, dict[str, Part]]:
     """Read the class of a pipeline and its parts."""
-    text = (path / PIPELINE_INDEX).read_text("utf-8")
+    text = (path / PIPELINE_INDEX).read_bytes()
     parts = read_parts(text)
     return str(json.loads(text).get("_class_name", "pipeline without a class")), parts
 
