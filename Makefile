@@ -1,5 +1,6 @@
 # make demo      generate the demo images with the miniature, into demo/
 # make test      run the tests, one process per core (about 10 min on 2 cores)
+# make test-lowest  run the tests with the lowest versions that pyproject.toml allows (needs uv)
 # make quality   lint, format check, types
 # make docs      build the documentation site into site/
 # make lock      resolve requirements.lock for the oldest supported Python (needs uv)
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 # A copy of the installed lock file: pip runs again only when requirements.lock has changed.
 STAMP  := $(VENV)/installed.lock
 
-.PHONY: demo test quality docs lock clean
+.PHONY: demo test test-lowest quality docs lock clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): requirements.lock
@@ -31,6 +32,15 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
+test-lowest:
+	uv venv --quiet --python 3.10 .venv-lowest
+	uv pip compile pyproject.toml --extra dev --resolution lowest-direct --python-version 3.10 \
+	  --python-platform x86_64-manylinux_2_28 --only-binary :all: --no-annotate --no-header --quiet \
+	  -o .venv-lowest/requirements.txt
+	uv pip install --quiet --python .venv-lowest/bin/python --no-deps -r .venv-lowest/requirements.txt
+	OMP_NUM_THREADS=1 PYTHONPATH=src .venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 \
+	  --dist loadfile
+
 quality: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +54,4 @@ lock:
 	  --only-binary :all: --no-annotate --no-header --quiet -o requirements.lock
 
 clean:
-	rm -rf $(VENV) demo site
+	rm -rf $(VENV) .venv-lowest demo site

@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionXLInpaintPipeline
 from PIL import Image
 
+from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.diffusion.sampling import dpmpp_2m, dpmpp_sde
 from openpulid.diffusion.schedulers import KarrasScheduler
 from openpulid.errors import OptionError
@@ -153,3 +154,19 @@ def test_begin_index_does_not_affect_next_run() -> None:
     torch.testing.assert_close(
         run_scheduler(scheduler, noise, 5), run_scheduler(KarrasScheduler(), noise, 5)
     )
+
+
+def test_zero_snr_is_that_of_diffusers() -> None:
+    """The rescaled schedule, finite also where training divides by its last alpha."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    options = {**betas, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    alphas = EulerDiscreteScheduler(**options).alphas_cumprod
+    expected = ((1 - alphas) / alphas).sqrt()
+    ours = KarrasScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    assert torch.allclose(ours.train_sigmas, expected, rtol=2e-3)
+    assert float(ours.sigmas[0]) == pytest.approx(4096, rel=1e-4)
+    schedule = NoiseSchedule(DDIMScheduler(**options).alphas_cumprod, "v_prediction")
+    assert bool(schedule.trailing_sigmas(4).isfinite().all())
+    assert bool(schedule.snr(torch.tensor([999])).isfinite().all())

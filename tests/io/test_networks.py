@@ -96,7 +96,7 @@ def test_missing_parts_are_named_with_a_reason() -> None:
 def test_index_names_only_parts_in_use() -> None:
     index = {"_class_name": "X", "a": ["diffusers", "B"], "c": [None, None], "d": True}
     assert read_parts(json.dumps(index)) == {"a": Part("diffusers", "B")}
-    for damaged in ("{", "[]"):
+    for damaged in ("{", "[]", b"\xff\xfe{"):
         with pytest.raises(WeightsError, match=r"model_index\.json is damaged"):
             read_parts(damaged)
 

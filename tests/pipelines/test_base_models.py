@@ -321,6 +321,14 @@ def test_parts_in_different_variants_are_loaded(base: Path, tmp_path: Path) -> N
         )
 
 
+def test_parts_of_another_pipeline_are_not_needed(base: Path, tmp_path: Path) -> None:
+    """As in a directory that was saved with a ControlNet, or with programs for another purpose."""
+    path = copytree(base, tmp_path / "base")
+    parts = {"controlnet": ["diffusers", "ControlNetModel"], "stranger": ["antigravity", "X"]}
+    change_index(path, _class_name="StableDiffusionXLControlNetPipeline", **parts)
+    assert "controlnet" not in load_pipeline(with_base(in_float32(sdxl()), path), CPU).components
+
+
 def change_index(path: Path, **entries: Any) -> Path:
     index = json.loads((path / "model_index.json").read_text("utf-8"))
     (path / "model_index.json").write_text(json.dumps({**index, **entries}))

@@ -60,7 +60,8 @@ def test_command_names_what_is_missing(folder: Path) -> None:
     # another base of the hub, and another method
     other = with_method(with_base(sdxl(), "owner/name"), "faceid")
     assert "`pulid weights get owner/name faceid buffalo-l` downloads" in message(other)
-    assert missing_weights(other) == ["owner/name", "faceid", "buffalo-l"]
+    assert missing_sources(other.models.sources) == ["owner/name", "faceid", "buffalo-l"]
+    assert missing_weights(other) == ["faceid", "buffalo-l"]
 
 
 def test_extractor_needs_only_its_own_weights() -> None:

@@ -22,6 +22,7 @@ from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.io.checkpoints import read_tensors
 from openpulid.io.hub import locate
+from openpulid.io.networks import load_network
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -190,8 +191,8 @@ def load_clip(folder: Path, device: torch.device) -> tuple[EmbedImages, EmbedTex
     """
     from transformers import AutoTokenizer, CLIPModel
 
+    model = load_network(CLIPModel, folder, torch.float32).eval().to(device)
     try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise WeightsError(f"{folder} contains no CLIP; download it again.") from error

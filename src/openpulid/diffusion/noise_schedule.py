@@ -36,8 +36,7 @@ class NoiseSchedule:
                 f"cannot train a base model that predicts {prediction!r}; "
                 f"supported are {' and '.join(PREDICTIONS)}."
             )
-        # a schedule with zero SNR ends at 0, where the noise level would be infinite
-        self.alphas = alphas.double().clamp(min=MIN_ALPHA)
+        self.alphas = alphas.double()
         self.prediction = prediction
 
     def sample_timesteps(self, uniform: Tensor, timestep_bias: float = 0.0) -> Tensor:
@@ -120,4 +119,6 @@ class NoiseSchedule:
         return signal * x_t - sigma * prediction
 
     def _sigmas(self) -> Tensor:
-        return ((1 - self.alphas) / self.alphas).sqrt().float()
+        # a schedule with zero SNR ends at 0, where the noise level would be infinite
+        alphas = self.alphas.clamp(min=MIN_ALPHA)
+        return ((1 - alphas) / alphas).sqrt().float()

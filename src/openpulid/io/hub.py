@@ -256,7 +256,7 @@ def _find_missing(folder: Path, require_weights: bool) -> dict[str, str]:
     """
     names = list_files(folder)
     if PIPELINE_INDEX in names:
-        parts = read_parts((folder / PIPELINE_INDEX).read_text("utf-8"))
+        parts = read_parts((folder / PIPELINE_INDEX).read_bytes())
     else:
         parts = {"": SINGLE_NETWORK}
         require_weights = True
@@ -328,7 +328,7 @@ def _download_pipeline(entry: Weight, names: Sequence[str], folder: Path | None)
     parts = {"": SINGLE_NETWORK}
     if PIPELINE_INDEX in names:
         index = Path(hf_hub_download(entry.repo, PIPELINE_INDEX, local_dir=target))
-        parts = read_parts(index.read_text("utf-8"))
+        parts = read_parts(index.read_bytes())
     missing = find_missing_parts(names, parts, allow_pickle=False)
     if missing:
         raise _incomplete_repository(entry, names, missing)

@@ -150,7 +150,7 @@ def _preference(key: tuple[str, str, str]) -> tuple[bool, int, str, str]:
     return suffix == ".bin", rank, variant, stem
 
 
-def read_parts(index: str) -> dict[str, Part]:
+def read_parts(index: str | bytes) -> dict[str, Part]:
     """Parse the text of a pipeline's index to its parts, without those that are not in use.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def _pipeline_path(models: ModelSet) -> Path:
 
 def _read_index(path: Path) -> tuple[str, dict[str, Part]]:
     """Read the class of a pipeline and its parts."""
-    text = (path / PIPELINE_INDEX).read_text("utf-8")
+    text = (path / PIPELINE_INDEX).read_bytes()
     parts = read_parts(text)
     return str(json.loads(text).get("_class_name", "pipeline without a class")), parts
 
@@ -199,7 +200,9 @@ def _load_parts(
         networks: networks that replace those of the pipeline.
         options: further arguments of the pipeline.
     """
-    own = {name: part for name, part in parts.items() if name not in networks}
+    # a directory may have parts of another pipeline, such as a ControlNet
+    expected = signature(cls.__init__).parameters.keys() - networks.keys()
+    own = {name: part for name, part in parts.items() if name in expected}
     missing = find_missing_parts(list_files(path), own)
     if missing:
         described = " and ".join(f"{name} ({reason})" for name, reason in missing.items())

@@ -35,7 +35,8 @@ def resolve_optional(source: WeightSource | None) -> Path | None:
 
 def missing_weights(preset: Preset) -> list[str]:
     """Return what a preset needs and is not installed: published names, then files."""
-    return missing_sources(preset.models.sources)
+    files = [source for source in preset.models.sources if isinstance(source, Path)]
+    return missing_sources([*preset.published, *files])
 
 
 def missing_sources(sources: Iterable[WeightSource]) -> list[str]:
