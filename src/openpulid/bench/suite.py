@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openpulid.errors import OptionError, suggest
-from openpulid.pipelines.request import GenerationOptions
+from openpulid.pipelines.request import MAX_SEED, GenerationOptions
 
 SUITES = Path(__file__).parent / "suites"
 
@@ -108,6 +108,9 @@ def load_suite(name: str) -> Suite:
 def _validate(suite: Suite, path: Path) -> None:
     if not suite.prompts or not suite.seeds:
         raise OptionError(f"{path}: a suite needs at least one prompt and one seed.")
+    seeds = suite.seeds if isinstance(suite.seeds, (list, tuple)) else [None]
+    if any(type(seed) is not int or not 0 <= seed <= MAX_SEED for seed in seeds):
+        raise OptionError(f"{path}: seeds of a suite are whole numbers from 0 to {MAX_SEED}.")
     if not set(suite.identity_prompts) <= set(range(len(suite.prompts))):
         raise OptionError(
             f"{path}: identity_prompts of a suite are indices of its prompts, starting at 0."

@@ -15,6 +15,7 @@ from openpulid.cli.options import (
     Memory,
     OutputDirectory,
     Preset,
+    find_set_options,
     make_directory,
     name_options,
 )
@@ -238,12 +239,8 @@ def check_alone(ctx: typer.Context) -> None:
     Raises:
         OptionError: there are other options.
     """
-    refused = []
-    for parameter in ctx.command.params:
-        name = parameter.name or ""
-        was_set = getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"
-        if was_set and name not in ALLOWED_WITH_FROM:
-            refused.append(parameter.opts[0])
+    options = find_set_options(ctx)
+    refused = [option for name, option in options.items() if name not in ALLOWED_WITH_FROM]
     if refused:
         raise OptionError(
             "--from regenerates an image as it was; it cannot be combined with: "

@@ -117,6 +117,16 @@ def name_options() -> Iterator[None]:
         raise error.rename(OPTION_NAMES) from None
 
 
+def find_set_options(ctx: typer.Context) -> dict[str, str]:
+    """Return the parameters that are set on the command line: their name and their option."""
+    options = {}
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            options[name] = parameter.opts[0]
+    return options
+
+
 def make_directory(path: Path) -> Path:
     """Create an output directory if it is missing.
 

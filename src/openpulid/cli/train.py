@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from openpulid.cli.options import Device
+from openpulid.cli.options import Device, find_set_options
 from openpulid.errors import OptionError
+
+SDXL_OPTIONS = ("data", "held_out", "base", "few_step_model", "faces")
+"""Options that recipes of the miniature do not use."""
+
+logger = logging.getLogger(__name__)
 
 
 def train(
+    ctx: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Recipe, for example mini_stage1 or sdxl_stage1.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run directory (default: runs/RECIPE).")
@@ -22,7 +29,9 @@ def train(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Time budget in minutes (the learning rate decay is always completed)."),
+        typer.Option(
+            min=0, help="Time budget in minutes (the learning rate decay is always completed)."
+        ),
     ] = None,
     device: Device = None,
     begin: Annotated[
@@ -65,6 +74,15 @@ def train(
     from openpulid.training.pulid import find_recipe
 
     settings = find_recipe(recipe)
+    options = find_set_options(ctx)
+    unused = [options[name] for name in SDXL_OPTIONS if name in options]
+    if settings.base == "mini" and unused:
+        raise OptionError(
+            f"{recipe} trains on the miniature's own data and models; leave out: "
+            f"{', '.join(unused)}."
+        )
+    if steps is not None and steps > settings.steps:
+        logger.warning("%s has %d steps; more have no effect", recipe, settings.steps)
     settings = replace(
         settings,
         steps=min(steps or settings.steps, settings.steps),
