@@ -257,15 +257,15 @@ def run_request(request: GenerationRequest, out: Path, device: str | None) -> No
     """
     from openpulid import resolve_preset
     from openpulid.io.metadata import hash_files, image_name, save_image
+    from openpulid.pipelines import prompts
     from openpulid.pipelines import studio as studios
     from openpulid.pipelines.inputs import open_inputs
-    from openpulid.pipelines.prompts import check_words
     from openpulid.pipelines.provenance import Provenance
 
     make_directory(out)
     assert request.model is not None
     preset = resolve_preset(request.model)
-    check_words(preset, preset.resolve(request))
+    prompts.check_words(preset, preset.resolve(request))
     inputs = open_inputs(request)
     hashes = hash_files(request.input_files())
     studio = studios.load(preset, device)

@@ -23,9 +23,7 @@ from openpulid.errors import (
 from openpulid.io.metadata import save_image
 from openpulid.pipelines.request import ModelSelection, RequestError
 from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues
-from openpulid.web.network import without_proxy
-from openpulid.web.notes import show_notes
-from openpulid.web.session import WebSession
+from openpulid.web.session import WebSession, show_notes
 
 HELP = """**Reference images** of one person, sharp and from the front; several are combined.
 **Identity scale**: a higher one is more similar to the person and follows the prompt less.
@@ -295,7 +293,7 @@ def open_app(
 
     from openpulid.pipelines.weights import find_installed_presets, missing_weights, resolve_path
 
-    with without_proxy(), TemporaryDirectory(prefix="openpulid-") as directory:
+    with TemporaryDirectory(prefix="openpulid-") as directory:
         models = ModelSelection.model_validate({"preset": preset, **changes})
         session = WebSession(Path(directory), device, models)
         resolved = session.preset(models)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -122,3 +126,37 @@ class WebSession:
             save_image(image, path, provenance.to_metadata(hide_directories=True))
             files.append((str(path), f"seed {request.seed}{caption}"))
         return files
+
+
+class NoteHandler(logging.Handler):
+    """Passes the warnings of one thread to a function.
+
+    Args:
+        show: shows one note.
+    """
+
+    def __init__(self, show: Callable[[str], object]) -> None:
+        super().__init__(logging.WARNING)
+        self.show = show
+        self.thread = threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a record of this handler's thread: others belong to other visitors."""
+        if record.thread == self.thread:
+            self.show(html.escape(record.getMessage()))
+
+
+@contextmanager
+def show_notes(show: Callable[[str], object]) -> Iterator[None]:
+    """Show notes of the package, such as on options without effect, while the context is open.
+
+    Args:
+        show: shows one note, as `gradio.Warning`.
+    """
+    logger = logging.getLogger("openpulid")
+    handler = NoteHandler(show)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
