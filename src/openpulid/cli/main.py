@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +82,13 @@ def print_version(is_requested: bool) -> None:
         raise typer.Exit
 
 
+def print_any_name() -> None:
+    """Let stdout take every file name: a name need not be valid text in the terminal's encoding."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        is_unicode = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if is_unicode else "backslashreplace")
+
+
 @app.callback()
 def options(
     version: Annotated[
@@ -97,6 +105,7 @@ def main() -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.simplefilter("ignore", FutureWarning)
+    print_any_name()
     try:
         with explain_out_of_memory(), explain_missing_library():
             app()
