@@ -20,6 +20,9 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 MAX_PERSON = 2**63 - 1
 """The largest seed of a synthetic person; PyTorch's generators take 64 bits."""
 
+MAX_PEOPLE = 10_000
+"""The most people of an evaluation or a benchmark."""
+
 OPTION_NAMES = {
     "prompt": "PROMPT",
     "negative_prompt": "--negative",
