@@ -174,7 +174,6 @@ def mini(directory: Path = MINIATURE) -> Preset:
         vision_encoder=directory / "vision-encoder.safetensors",
         is_miniature=True,
         native_side=96,
-        min_side=16,
         max_side=128,
         min_area=0.65,
     )
