@@ -52,6 +52,10 @@ def test_suite_is_loaded_from_json_file(tmp_path: Path) -> None:
     "change",
     [
         {"seeds": []},
+        {"seeds": [2**64]},
+        {"seeds": [-1]},
+        {"seeds": [1.5]},
+        {"seeds": 3},
         {"identity_prompts": [1]},
         {"persons": 2},
         {"options": {"batch": 2}},

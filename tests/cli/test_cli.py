@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +179,35 @@ def test_user_errors_are_one_sentence(
     ):
         done = pulid(*words)
         assert done.is_one_sentence, (words, done)
+
+
+def test_options_that_a_recipe_does_not_use_are_refused(
+    pulid: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = pulid("train", "mini_stage1", "--data", tmp_path, "--base", "sdxl-base")
+    assert done.is_one_sentence and "leave out: --data, --base." in done.err
+    monkeypatch.setattr("openpulid.mini.train.pulid.train", lambda *_, **__: None)
+    assert pulid("train", "mini_stage1", "--steps", 10).code == 0 and not caplog.records
+    assert pulid("train", "mini_stage1", "--steps", 10**9).code == 0
+    assert "more have no effect" in caplog.text
+    assert pulid("train", "mini_stage1", "--minutes", "nan").code == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_any_file_name_is_printed(tmp_path: Path, encoding: str) -> None:
+    """The name is not UTF-8, or not in the encoding of the terminal."""
+    out = tmp_path / "ann\udce9-\u00e4.png"
+    command = "from openpulid.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "world", "person", "--seed", "1", "-o", os.fsencode(out)],
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert out.is_file() and done.stdout.strip()
+    if encoding == "utf-8":
+        assert done.stdout.strip() == os.fsencode(out)
 
 
 def test_bad_usage_shows_the_usage(pulid: Run) -> None:

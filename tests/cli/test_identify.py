@@ -54,6 +54,18 @@ def test_face_order_and_fusion_reach_the_identity(
     assert Image.open(show).size == (2 * 512, 2 * 512)
 
 
+def test_options_without_effect_are_reported(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "a.safetensors"
+    refused = pulid("identify", anna, "--face", "all", "-o", out)
+    assert refused.is_one_sentence and "--face all lists the faces; leave out -o" in refused.err
+    assert pulid("identify", anna, anna, "--fusion", "mean", "-o", out).code == 0
+    assert "fusion" not in caplog.text
+    assert pulid("identify", anna, "--fusion", "mean", "-o", out).code == 0
+    assert "--fusion has no effect on a single image" in caplog.text
+
+
 @pytest.mark.parametrize("show", [False, True])
 def test_image_is_decoded_once_and_faces_are_detected_once(
     pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, decodes: list[str], show: bool

@@ -101,6 +101,13 @@ def test_own_negative_prompt_of_a_preset_is_not_noted(byte_pipe: Any, caplog: An
     assert "tokens and the model reads 77; it ignores the end, " in record.getMessage()
 
 
+def test_unknown_words_of_other_syntax_are_named() -> None:
+    with pytest.raises(PromptError) as error:
+        check_words(mini(), GenerationRequest(prompt="portrait, (smiling:1.3), BREAK"))
+    message = "syntax of other programs has no effect: '(smiling:1.3)', 'BREAK'."
+    assert str(error.value).endswith(message)
+
+
 def test_trigger_word_is_photomakers() -> None:
     assert find_other_syntax("a man img", "photomaker-v2") == []
     assert find_other_syntax("a man img", "instantid") == ["img"]

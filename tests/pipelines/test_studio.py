@@ -200,6 +200,8 @@ def test_options_without_effect_are_noted(studio, anna, caplog) -> None:
     assert not caplog.records
     studio.generate("portrait", scale=0.5)
     assert "without a person these options have no effect: scale" in caplog.text
+    with pytest.raises(OptionError, match="an identity or people, not both"):
+        studio.generate("portrait", anna, people=[Person(images=["anna.png"])])
     with pytest.raises(OptionError, match=r"none of the 3 steps is between start 0\.8"):
         studio.generate("portrait", anna, start=0.8, end=0.5)
 

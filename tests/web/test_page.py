@@ -52,7 +52,7 @@ from openpulid.pipelines.weights import (
 )
 from openpulid.web import page as web
 from openpulid.web.form import FormValues, PreviewValues, adapt_message, image_paths
-from openpulid.web.network import check_address
+from openpulid.web.network import check_address, without_proxy
 from openpulid.web.session import WebSession
 from openpulid.world.gallery import render_portrait
 from tests.support.image_files import IMAGES
@@ -136,7 +136,7 @@ def test_page_opens_in_an_environment_for_the_internet(
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(name, value)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with web.open_app("mini") as blocks:
+    with without_proxy(), web.open_app("mini") as blocks:
         _, url, _ = blocks.launch(
             server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True
         )

@@ -16,6 +16,7 @@ from openpulid.cli.bench_perf import (
     select_device,
 )
 from openpulid.cli.options import (
+    MAX_PEOPLE,
     AsJson,
     Device,
     command_group,
@@ -55,7 +56,8 @@ def run_suite(
         Path | None, typer.Option(help="Folder of photos, for a suite without its own people.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Number of people; the suite's by default.")
+        int | None,
+        typer.Option(min=1, max=MAX_PEOPLE, help="Number of people; the suite's by default."),
     ] = None,
     workers: Annotated[
         str | None, typer.Option(help="Number of processes, or ray://HOST:PORT for a cluster.")

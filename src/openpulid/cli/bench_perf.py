@@ -50,7 +50,7 @@ def measure_training(
         typer.Option(min=1, help="Batch of the lightning branch; the recipe's by default."),
     ] = None,
     pixels: Annotated[
-        int | None, typer.Option(help="Width of the lightning branch's images.")
+        int | None, typer.Option(min=8, help="Width of the lightning branch's images.")
     ] = None,
     rounds: Rounds = 5,
     out: Output = None,

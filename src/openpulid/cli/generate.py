@@ -18,6 +18,7 @@ from openpulid.cli.options import (
     Memory,
     OutputDirectory,
     Preset,
+    find_set_options,
     make_directory,
     name_options,
     print_path,
@@ -288,16 +289,10 @@ def collect_files(ctx: typer.Context) -> dict[str, str]:
     Raises:
         OptionError: there are options that are no files, which would have no effect.
     """
-    files = {}
-    refused = []
-    for parameter in ctx.command.params:
-        name = parameter.name or ""
-        if getattr(ctx.get_parameter_source(name), "name", "") != "COMMANDLINE":
-            continue
-        if name in FILE_OPTIONS:
-            files[FILE_OPTIONS[name]] = str(ctx.params[name])
-        elif name not in (*ALLOWED_WITH_FROM, "person"):
-            refused.append(parameter.opts[0])
+    options = find_set_options(ctx)
+    files = {FILE_OPTIONS[name]: str(ctx.params[name]) for name in options if name in FILE_OPTIONS}
+    accepted = (*ALLOWED_WITH_FROM, *FILE_OPTIONS, "person")
+    refused = [option for name, option in options.items() if name not in accepted]
     if refused:
         raise OptionError(
             "--from regenerates an image as it was; it cannot be combined with: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +27,10 @@ from openpulid.errors import IdentityError, OptionError, escape_unprintable
 if TYPE_CHECKING:
     from openpulid.identity.identity import Identity
 
+logger = logging.getLogger(__name__)
+
 LIST_FACES = "all"
+DEFAULT_FUSION = "concat"
 MAX_DIGITS = 9
 
 
@@ -43,7 +47,7 @@ def identify(
     fusion: Annotated[
         str,
         typer.Option(help="How several images are combined: concat, mean, norm_id or max_norm."),
-    ] = "concat",
+    ] = DEFAULT_FUSION,
     show: Annotated[
         Path | None,
         typer.Option(help="Image to write with the detected faces and the extractor's crops."),
@@ -66,6 +70,10 @@ def identify(
         raise OptionError(
             f"-o must name an identity file, such as {out.stem if out else 'anna'}.safetensors."
         )
+    if face == LIST_FACES and out is not None:
+        raise OptionError(f"--face {LIST_FACES} lists the faces; leave out -o, or name one face.")
+    if len(image) == 1 and fusion != DEFAULT_FUSION:
+        logger.warning("--fusion has no effect on a single image")
     from openpulid.identity.reference import open_references
 
     references = open_references(image)

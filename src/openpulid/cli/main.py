@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -91,6 +92,13 @@ def print_version(is_requested: bool) -> None:
         raise typer.Exit
 
 
+def print_any_name() -> None:
+    """Let stdout take every file name: a name need not be valid text in the terminal's encoding."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        is_unicode = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+        sys.stdout.reconfigure(errors="surrogateescape" if is_unicode else "backslashreplace")
+
+
 @app.callback()
 def options(
     version: Annotated[
@@ -107,6 +115,7 @@ def main() -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     warnings.simplefilter("ignore", FutureWarning)
+    print_any_name()
     try:
         with (
             stop_on_signals(),

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from openpulid.cli.options import (
+    MAX_PEOPLE,
     MAX_PERSON,
     AsJson,
     Device,
@@ -25,7 +26,9 @@ from openpulid.errors import OptionError
 
 mini = command_group("The miniature: train it from scratch, evaluate it.")
 
-HeldOutPeople = Annotated[int, typer.Option(min=2, help="Number of held-out people.")]
+HeldOutPeople = Annotated[
+    int, typer.Option(min=2, max=MAX_PEOPLE, help="Number of held-out people.")
+]
 FirstPerson = Annotated[int, typer.Option(min=0, max=MAX_PERSON, help="The first held-out person.")]
 
 
@@ -58,7 +61,9 @@ def build(
 def evaluate(
     people: HeldOutPeople = 64,
     people_seed: FirstPerson = 0,
-    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts per person.")] = 4,
+    prompts: Annotated[
+        int, typer.Option(min=1, max=1000, help="Number of prompts per person.")
+    ] = 4,
     preset: Annotated[str, typer.Option(help="mini, or mini-lightning for four steps.")] = "mini",
     scale: Annotated[
         float, typer.Option(min=0, help="Identity scale; adapters are trained at 1.")
@@ -94,7 +99,9 @@ def evaluate(
 @mini.command()
 def ablation(
     out: Annotated[Path, typer.Option("--out", "-o", help="Image file to write.")],
-    people: Annotated[int, typer.Option(min=1, help="Number of held-out people (rows).")] = 6,
+    people: Annotated[
+        int, typer.Option(min=1, max=100, help="Number of held-out people (rows).")
+    ] = 6,
     people_seed: FirstPerson = 0,
     overwrite: Overwrite = False,
 ) -> None:

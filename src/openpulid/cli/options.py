@@ -25,6 +25,9 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 MAX_PERSON = 2**63 - 1
 """The largest seed of a synthetic person; PyTorch's generators take 64 bits."""
 
+MAX_PEOPLE = 10_000
+"""The most people of an evaluation or a benchmark."""
+
 OPTION_NAMES = {
     "prompt": "PROMPT",
     "negative_prompt": "--negative",
@@ -123,6 +126,16 @@ def name_options() -> Iterator[None]:
         yield
     except RequestError as error:
         raise error.rename(OPTION_NAMES) from None
+
+
+def find_set_options(ctx: typer.Context) -> dict[str, str]:
+    """Return the parameters that are set on the command line: their name and their option."""
+    options = {}
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            options[name] = parameter.opts[0]
+    return options
 
 
 def make_directory(path: Path) -> Path:

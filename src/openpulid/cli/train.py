@@ -25,7 +25,9 @@ def train(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Time budget in minutes (the learning rate decay is always completed)."),
+        typer.Option(
+            min=0, help="Time budget in minutes (the learning rate decay is always completed)."
+        ),
     ] = None,
     device: Device = None,
     begin: Annotated[

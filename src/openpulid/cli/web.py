@@ -31,13 +31,13 @@ def web(
 
     Base, memory, faces and adapter apply to the preset that is selected first.
     """
-    from openpulid.web.network import check_address
+    from openpulid.web.network import check_address, without_proxy
     from openpulid.web.page import open_app
 
     check_address(host, port)
     changes = {"base": base, "memory": memory, "face_pack": faces, "adapter": adapter}
     options = {name: str(value) for name, value in changes.items() if value is not None}
-    with name_options(), open_app(preset, device, **options) as blocks:
+    with without_proxy(), name_options(), open_app(preset, device, **options) as blocks:
         import gradio as gr
 
         # local fonts only

@@ -68,7 +68,7 @@ class ModelSet:
     is_miniature: bool = False
     size_multiple: int = 8
     native_side: int = 1024
-    min_side: int = 256
+    min_side: int = 16
     max_side: int = 2048
     min_area: float = 0.4
     memory: str = "full"

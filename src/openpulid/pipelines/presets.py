@@ -6,13 +6,14 @@ Each preset is a plain function that returns a `Preset`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from openpulid.errors import OptionError, suggest
 from openpulid.io.hub import WEIGHTS
+from openpulid.pipelines.baselines import BASELINES, MINI_ADAPTERS, MINI_BASELINES, Baseline
 from openpulid.pipelines.checks import (
     check_active_steps,
     check_resolved,
@@ -173,7 +174,6 @@ def mini(directory: Path = MINIATURE) -> Preset:
         vision_encoder=directory / "vision-encoder.safetensors",
         is_miniature=True,
         native_side=96,
-        min_side=16,
         max_side=128,
         min_area=0.65,
     )
@@ -332,67 +332,6 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "flux-krea": flux_krea,
     "flux-schnell": flux_schnell,
 }
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """How another method differs from PuLID on the same base.
-
-    Attributes:
-        scale: identity scale that its authors recommend.
-        start: fraction of the schedule from which it acts.
-        models: fields of `ModelSet` that differ.
-    """
-
-    scale: float
-    start: float = 0.0
-    models: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _clip(
-    recognition: str | None = None,
-    vision_encoder: str | None = None,
-    clip_input: Literal["image", "face"] | None = None,
-    adapter_has_vision_encoder: bool = False,
-) -> dict[str, Any]:
-    """Return the models of a method that uses the "clip" extractor."""
-    return {
-        "extractor": "clip",
-        "recognition": recognition,
-        "vision_encoder": vision_encoder,
-        "face_parsing": None,
-        "clip_input": clip_input,
-        "adapter_has_vision_encoder": adapter_has_vision_encoder,
-    }
-
-
-_PHOTOMAKER = _clip(clip_input="image", adapter_has_vision_encoder=True)
-
-BASELINES: dict[str, Baseline] = {
-    "faceid": Baseline(1.0, models=_clip("buffalo-l")),
-    "faceid-plus": Baseline(1.0, models=_clip("buffalo-l", "clip-h", "face")),
-    "instantid": Baseline(0.8),
-    "ip-adapter": Baseline(0.6, models=_clip(None, "clip-h", "image")),
-    "ip-adapter-plus": Baseline(0.6, models=_clip(None, "clip-h", "image")),
-    "ip-adapter-plus-face": Baseline(0.6, models=_clip(None, "clip-h", "face")),
-    "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
-    "photomaker-v2": Baseline(1.0, start=0.2, models={**_PHOTOMAKER, "recognition": "buffalo-l"}),
-}
-"""Other methods on SDXL. The published adapter of each has the method's name."""
-
-MINI_BASELINES: dict[str, Baseline] = {
-    "faceid": Baseline(1.0),
-    "instantid": Baseline(1.0),
-    "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
-}
-"""Other methods on the miniature. All but PhotoMaker use the miniature's own extractor."""
-
-MINI_ADAPTERS = {
-    "faceid": "faceid.safetensors",
-    "instantid": "instantid",
-    "photomaker": "photomaker.safetensors",
-}
-"""Adapters of the miniature's baselines, in the directory of its weights."""
 
 
 def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Preset:

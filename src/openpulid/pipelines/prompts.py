@@ -205,6 +205,8 @@ def replace_unknown(
         advice = "use words of its vocabulary"
         if preset is not None and preset.models.is_miniature:
             advice += " (`pulid world words` lists them)"
+        if parts := find_other_syntax(prompt.text):
+            advice += f"; syntax of other programs has no effect: {_enumerate(parts)}"
         location = "" if prompt.field == "prompt" else f" in the {prompt.name}"
         raise PromptError(f"the model does not know {described}{location}; {advice}.", unknown)
     signs = dict.fromkeys(re.findall(r"[^\w\s]", prompt.text))

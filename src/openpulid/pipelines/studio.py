@@ -155,6 +155,8 @@ class Studio:
             )
         elif options or identity is not None:
             raise OptionError("set options and people in the request, not in addition to it.")
+        if identity is not None and request.people:
+            raise OptionError("pass an identity or people, not both.")
         if batch_size < 1:
             raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
         is_person_shown = identity is not None or bool(request.people)

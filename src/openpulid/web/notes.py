@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ class NoteHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record of this handler's thread: others belong to other visitors."""
         if record.thread == self.thread:
-            self.show(record.getMessage())
+            self.show(html.escape(record.getMessage()))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from openpulid.errors import NonFiniteError
 from openpulid.mini.data.captions import token_ids
 from openpulid.mini.models.pipeline import build_pipeline, build_scheduler, sample, save_folder
 from openpulid.mini.models.tokenizer import build_tokenizer
@@ -52,6 +53,15 @@ def test_image_depends_on_its_seed_only(pipe):
     assert batch.shape == (3, 3, 96, 96)
     assert torch.allclose(batch[1], single[0], atol=1e-5)
     assert not torch.allclose(batch[0], batch[1], atol=1e-2)
+
+
+def test_images_that_are_not_finite_are_refused():
+    broken = build_pipeline(
+        networks.small_unet(), networks.small_vae(), networks.small_words(), build_tokenizer()
+    )
+    torch.nn.init.constant_(broken.vae.decoder.conv_out.bias, float("nan"))
+    with pytest.raises(NonFiniteError, match="NaN or infinity instead of images"):
+        sample(broken, networks.PROMPTS[:1], [5], steps=1, guidance=1.0)
 
 
 def test_save_folder_stores_bf16_and_keeps_model(tmp_path):

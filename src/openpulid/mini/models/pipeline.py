@@ -18,6 +18,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerBase
 
+from openpulid.errors import NonFiniteError
 from openpulid.training.pulid import TextConditioning
 
 TIME_WIDTH = 32
@@ -185,6 +186,9 @@ def sample(
 
     Returns:
         (N, 3, H, W) in [0, 1] on the CPU.
+
+    Raises:
+        NonFiniteError: an image has NaN.
     """
     images = []
     for start in range(0, len(prompts), batch):
@@ -197,7 +201,13 @@ def sample(
             output_type="pt",
         )
         images.append(result.images.float().cpu())
-    return torch.cat(images)
+    generated = torch.cat(images)
+    if not bool(generated.isfinite().all()):
+        raise NonFiniteError(
+            "the miniature gave NaN or infinity instead of images; train the part again, or use "
+            "other weights."
+        )
+    return generated
 
 
 def save_folder(model: Any, folder: Path) -> None:
