@@ -309,7 +309,7 @@ def test_faces_of_the_id_loss_have_usable_landmarks() -> None:
         def __init__(self, faces: list[Face]) -> None:
             self.faces = faces
 
-        def detect(self, image: Tensor) -> list[Face]:
+        def detect_upright(self, image: Tensor) -> list[Face]:
             return self.faces
 
     recognition = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 112 * 112, 4))

@@ -136,8 +136,8 @@ def test_damaged_file_of_photomaker_is_one_sentence(
 @pytest.mark.parametrize("config", ["", "[]", "{}", '{"in_channels": "four"}', "[" * 10_000])
 def test_damaged_controlnet_is_one_sentence(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
-    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
-    with pytest.raises(WeightsError, match="contains no diffusers ControlNet") as error:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(WeightsError, match="json is damaged|cannot be loaded") as error:
         ControlNet.load(tmp_path)
     assert str(error.value).isprintable() and len(str(error.value)) < 600
 

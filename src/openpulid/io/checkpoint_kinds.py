@@ -200,7 +200,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if path.suffix == ".gguf":
         return _read_gguf_header(path)
     if path.suffix != ".safetensors":
-        tensors = read_tensors(path, copy=False)
+        tensors = read_tensors(path)
         float8 = frozenset(name for name, x in tensors.items() if _is_float8(x.dtype))
         return Header({name: tuple(x.shape) for name, x in tensors.items()}, float8=float8)
     if not path.is_file():

@@ -219,10 +219,10 @@ def load_in_parts(
     Raises:
         WeightsError: the file is missing or damaged, or has other weights.
     """
-    if Path(path).suffix != ".safetensors" or _read_names(path) != set(module.state_dict()):
+    if Path(path).suffix != ".safetensors" or read_names(path) != set(module.state_dict()):
         load_state(module, read_tensors(path, dtype), message, assign=True)
         return
-    names = sorted(_read_names(path))
+    names = sorted(read_names(path))
     num_parts = 1 + os.path.getsize(path) // PART_SIZE
     for first in range(num_parts):
         state = {}
@@ -232,7 +232,12 @@ def load_in_parts(
         load_state(module, state, message, assign=True, is_part=True)
 
 
-def _read_names(path: str | os.PathLike[str]) -> set[str]:
+def read_names(path: str | os.PathLike[str]) -> set[str]:
+    """Read the names of the tensors in a safetensors file.
+
+    Raises:
+        WeightsError: the file is missing or damaged.
+    """
     read_metadata(path)  # reports a missing or damaged file
     with safe_open(path, framework="pt") as file:
         return set(file.keys())

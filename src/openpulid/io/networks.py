@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 
 from openpulid.errors import PulidError, WeightsError, is_out_of_memory
+from openpulid.io.checkpoints import load_in_parts, read_names
 
 logger = logging.getLogger(__name__)
 
@@ -278,6 +280,10 @@ def load_network(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
     files = find_weights(folder)
     for name in files.names:
         check_complete(folder / name)
+    if dtype is not None and hasattr(cls, "load_config"):
+        network = _load_from_one_file(cls, config, [folder / name for name in files.names], dtype)
+        if network is not None:
+            return network
     options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
     if files.variant is not None:
         options["variant"] = files.variant
@@ -288,6 +294,30 @@ def load_network(cls: Any, folder: Path, dtype: torch.dtype | None = None) -> An
         network, info = cls.from_pretrained(folder, **options)
         check_loaded(folder, info.get("missing_keys", ()), info.get("unexpected_keys", ()))
     return network
+
+
+def _load_from_one_file(
+    cls: Any, config: Mapping[str, Any], paths: Sequence[Path], dtype: torch.dtype
+) -> Any:
+    """Load a network of diffusers whose weights are one file with exactly its tensors.
+
+    diffusers maps such a file as a whole, so that a U-Net of 5 GB takes 10 GB while it is loaded.
+
+    Returns:
+        The network; None if the file has other names or is quantized, which diffusers can convert.
+    """
+    is_plain = "quantization_config" not in config and not getattr(
+        cls, "_keep_in_fp32_modules", None
+    )
+    if len(paths) != 1 or paths[0].suffix != ".safetensors" or not is_plain:
+        return None
+    with describe_load_errors(paths[0]):
+        with init_empty_weights(include_buffers=False):
+            network = cls.from_config(config)
+        if read_names(paths[0]) != set(network.state_dict()):
+            return None
+        load_in_parts(network, paths[0], f"{paths[0]} does not fit its {CONFIG}", dtype)
+    return network.eval()
 
 
 def check_loaded(path: Path, missing: Collection[str], unused: Collection[str]) -> None:
@@ -328,9 +358,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise WeightsError(f"{folder} lacks {CONFIG}; pass the folder of a network.")
     try:
         config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{path} is damaged; download or copy it again.") from error
-    return config if isinstance(config, dict) else {}
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} is damaged; download or copy it again.")
+    return config
 
 
 def check_complete(path: Path) -> None:

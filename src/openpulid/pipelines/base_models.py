@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from openpulid.errors import WeightsError
-from openpulid.io.checkpoints import load_state, read_tensors
+from openpulid.io.checkpoints import load_in_parts
 from openpulid.io.networks import (
     PIPELINE_INDEX,
     Part,
@@ -61,7 +61,7 @@ def load_sdxl(models: ModelSet, dtype: torch.dtype) -> Any:
         pipe = _load_sdxl_directory(path, dtype, networks)
     if unet is not None and unet.is_file():
         message = f"{unet} contains no U-Net of this base, use one of SDXL"
-        load_state(pipe.unet, read_tensors(unet, copy=False), message)
+        load_in_parts(pipe.unet, unet, message, dtype)
     for component in pipe.components.values():
         # text encoders are loaded in the dtype they are stored in; diffusers warns of every cast
         if isinstance(component, torch.nn.Module) and component.dtype != dtype:

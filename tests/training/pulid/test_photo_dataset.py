@@ -212,8 +212,7 @@ def test_encode_undoes_the_scale_of_decode(base) -> None:
 @pytest.mark.usefixtures("both_precisions")
 def test_all_three_stages(folder, base, features, found, tmp_path) -> None:
     torch.manual_seed(0)
-    # the images have 64 pixels; larger sizes take a second each
-    detector = SCRFDDetector.load(DETECTOR, sizes=(PIXELS,))
+    detector = SCRFDDetector.load(DETECTOR)
     faces = build_face_embedder(detector, SmallRecognition().eval())
     frozen = {name: value.clone() for name, value in base.unet.state_dict().items()}
     begin = None
