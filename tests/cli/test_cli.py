@@ -181,15 +181,9 @@ def test_user_errors_are_one_sentence(
         assert done.is_one_sentence, (words, done)
 
 
-def test_options_that_a_recipe_does_not_use_are_refused(
-    pulid: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_options_that_a_recipe_does_not_use_are_refused(pulid: Run, tmp_path: Path) -> None:
     done = pulid("train", "mini_stage1", "--data", tmp_path, "--base", "sdxl-base")
-    assert done.is_one_sentence and "leave out: --data, --base." in done.err
-    monkeypatch.setattr("openpulid.mini.train.pulid.train", lambda *_, **__: None)
-    assert pulid("train", "mini_stage1", "--steps", 10).code == 0 and not caplog.records
-    assert pulid("train", "mini_stage1", "--steps", 10**9).code == 0
-    assert "more have no effect" in caplog.text
+    assert done.is_one_sentence and "leave out --data, --base." in done.err
     assert pulid("train", "mini_stage1", "--minutes", "nan").code == 2
 
 
