@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from openpulid.errors import WeightsError
-from openpulid.io.checkpoints import read_tensors
+from openpulid.io.checkpoints import map_pickle
 
 Shape = tuple[int, ...]
 
@@ -200,7 +200,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if path.suffix == ".gguf":
         return _read_gguf_header(path)
     if path.suffix != ".safetensors":
-        tensors = read_tensors(path)
+        tensors = map_pickle(path)
         float8 = frozenset(name for name, x in tensors.items() if _is_float8(x.dtype))
         return Header({name: tuple(x.shape) for name, x in tensors.items()}, float8=float8)
     if not path.is_file():
