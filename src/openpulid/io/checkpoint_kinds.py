@@ -129,7 +129,7 @@ KINDS: tuple[CheckpointKind, ...] = (
     CheckpointKind(
         "a LoRA",
         "load it into a pipeline with diffusers' load_lora_weights",
-        (r"lora_(unet|te\d?|transformer)_|.*[._](lora_(A|B|down|up)|hada_w1|lokr_w1)",),
+        (r"lora_(unet|te\d?|transformer)_|.*[._](lora[._](A|B|down|up)|hada_w1|lokr_w1)",),
     ),
     CheckpointKind(
         "a ControlNet",
@@ -260,10 +260,10 @@ def describe_kind(names: Collection[str]) -> str:
 
 
 def require_kind(path: str | os.PathLike[str], *kinds: CheckpointKind) -> None:
-    """Refuse a file of weights that is known to be something else, before its values are read.
+    """Refuse a file of weights of another kind, before its values are read.
 
     Args:
-        path: of the file. A loader itself reports that it is missing, or of no known kind.
+        path: of the file. A loader itself reports that it is missing.
         kinds: that are accepted; the first is named in the message.
 
     Raises:
@@ -272,7 +272,7 @@ def require_kind(path: str | os.PathLike[str], *kinds: CheckpointKind) -> None:
     if not Path(path).is_file():
         return
     names = read_header(path).shapes
-    if find_kind(names) in (None, *kinds):
+    if find_kind(names) in kinds:
         return
     weights = " or ".join(kinds[0].weights)
     raise WeightsError(
