@@ -481,6 +481,7 @@ def test_plain_float8_keeps_its_values(
         ({"x_embedder.SCB": 1}, "in 8 bits with bitsandbytes"),
         ({"x_embedder.wscales": 1}, "SVDQuant"),
         ({"x_embedder.weight_scale_2": 1}, "NVFP4"),
+        ({"x_embedder.weight_scale_inv": 1}, "in float8 with scales per block"),
         ({"x_embedder.weight_scale": 7}, r"\(7,\) scales of x_embedder\.weight"),
         ({"nothing.weight_scale": 1}, r"a scale of nothing\.weight, but not nothing\.weight"),
         ({"distilled_guidance_layer.in_proj.bias": 1}, "a Chroma transformer"),

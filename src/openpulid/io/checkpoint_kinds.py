@@ -183,6 +183,7 @@ _QUANTIZATIONS = (
     (r".*\.SCB$", "in 8 bits with bitsandbytes"),
     (r".*\.(qweight|wscales|smooth_orig)$", "with SVDQuant (Nunchaku)"),
     (r".*\.weight_scale_2$", "in NVFP4"),
+    (r".*\.(weight_)?scale_inv$", "in float8 with scales per block"),
     (r".*\.(weight_packed|qzeros|g_idx)$", "in packed integers"),
 )
 
