@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from openpulid.errors import FaceError
 from openpulid.faces.arcface import ARCFACE_SIMILARITY
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.identity.reference import ReferenceFaces
@@ -49,6 +50,18 @@ def test_another_person_is_named(extractor, caplog) -> None:
     anna, ben = (named(render_portrait(seed), f"{seed}.png") for seed in (ANNA, BEN))
     (note,) = notes(extractor, [anna, ben], caplog)
     assert note.startswith("1000011.png: looks like another person than 1000007.png (similarity ")
+
+
+@pytest.mark.parametrize("gap", [0, 96])
+def test_two_people_in_one_image_are_not_called_unknown(extractor, gap: int) -> None:
+    """The miniature's detector knows each of them, but only one per image."""
+    image = Image.new("RGB", (192 + gap, 96), "gray")
+    for left, seed in ((0, ANNA), (96 + gap, BEN)):
+        portrait = render_portrait(seed)
+        ReferenceFaces.detect(extractor, portrait)
+        image.paste(portrait, (left, 0))
+    with pytest.raises(FaceError, match="only detects one synthetic person per image"):
+        ReferenceFaces.detect(extractor, image)
 
 
 def test_images_of_one_person_give_no_note(extractor, caplog) -> None:

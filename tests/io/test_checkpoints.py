@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from openpulid.device import peak_memory, reset_peak_memory
 from openpulid.errors import WeightsError
+from openpulid.io import checkpoints
 from openpulid.io.checkpoints import (
     load_module,
     load_state,
@@ -206,3 +208,22 @@ def test_damaged_configuration_is_one_sentence(tmp_path, config):
     with pytest.raises(WeightsError, match=r"small\.safetensors is damaged") as error:
         load_module(Small, path)
     assert str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_large_file_is_read_in_parts(suffix, tmp_path, monkeypatch):
+    """Pages of the file that were read do not stay in memory next to the copies."""
+    size = 8 << 20
+    path = tmp_path / f"large{suffix}"
+    stored = {f"a.{k}": torch.full((size // 2,), float(k)).half() for k in range(12)}
+    save_file(stored, path) if suffix == ".safetensors" else torch.save(stored, path)
+    monkeypatch.setattr(checkpoints, "PART_SIZE", size)
+    reset_peak_memory(torch.device("cpu"))
+    before = peak_memory(torch.device("cpu"))
+    tensors = read_tensors(path, torch.bfloat16, "a.")
+    peak = peak_memory(torch.device("cpu"))
+    assert tensors.keys() == stored.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, stored[name].bfloat16())
+    if before is not None and peak is not None:  # Linux
+        assert peak - before < 1.5 * 12 * size / 2**30

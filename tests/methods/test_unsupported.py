@@ -200,6 +200,21 @@ def test_pulid_names_the_file_to_get(files: dict[str, Path]) -> None:
         PuLIDFlux.load(files["pulid"])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("unet.down_blocks.0.attn1.processor.to_q_lora.down.weight", "it is a LoRA"),
+        ("lora_te1_text_model.alpha", "it is a LoRA"),
+        ("stranger.weight", "of an unknown kind, such as stranger.weight"),
+    ],
+)
+def test_file_of_no_method_is_named(name: str, message: str, tmp_path: Path) -> None:
+    save_file({name: torch.ones(1)}, tmp_path / "file.safetensors")
+    for method in (PuLID, PuLIDFlux, PhotoMaker):
+        with pytest.raises(WeightsError, match=rf"file\.safetensors is not .*: .*{message}"):
+            method.load(tmp_path / "file.safetensors")
+
+
 def test_instantid_names_another_file(
     files: dict[str, Path], tmp_path: Path, tiny_pipeline: Any
 ) -> None:

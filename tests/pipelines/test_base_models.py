@@ -281,6 +281,27 @@ def test_base_that_no_preset_samples_is_refused(
         load_pipeline(with_base(in_float32(preset()), path), CPU)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "EDM"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
+        ({"beta_schedule": None}, "the noise schedule 'linear'"),
+        ({"trained_betas": [0.1, 0.2]}, "'trained_betas'"),
+    ],
+)
+def test_settings_of_another_scheduler_are_refused(
+    changes: dict[str, Any], reason: str, base: Path, tmp_path: Path
+) -> None:
+    """diffusers would ignore what the class in the index does not know."""
+    path = copytree(base, tmp_path / "base")
+    file = path / "scheduler" / "scheduler_config.json"
+    config = {**json.loads(file.read_text("utf-8")), **changes}
+    file.write_text(json.dumps({name: x for name, x in config.items() if x is not None}))
+    with pytest.raises(WeightsError, match=f"cannot be sampled: its scheduler is .*{reason}"):
+        load_pipeline(with_base(in_float32(sdxl()), path), CPU)
+
+
 def test_other_schedulers_load_as_before(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -460,6 +481,7 @@ def test_plain_float8_keeps_its_values(
         ({"x_embedder.SCB": 1}, "in 8 bits with bitsandbytes"),
         ({"x_embedder.wscales": 1}, "SVDQuant"),
         ({"x_embedder.weight_scale_2": 1}, "NVFP4"),
+        ({"x_embedder.weight_scale_inv": 1}, "in float8 with scales per block"),
         ({"x_embedder.weight_scale": 7}, r"\(7,\) scales of x_embedder\.weight"),
         ({"nothing.weight_scale": 1}, r"a scale of nothing\.weight, but not nothing\.weight"),
         ({"distilled_guidance_layer.in_proj.bias": 1}, "a Chroma transformer"),

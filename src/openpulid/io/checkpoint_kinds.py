@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from openpulid.errors import WeightsError
-from openpulid.io.checkpoints import read_tensors
+from openpulid.io.checkpoints import map_pickle
 
 Shape = tuple[int, ...]
 
@@ -129,7 +129,7 @@ KINDS: tuple[CheckpointKind, ...] = (
     CheckpointKind(
         "a LoRA",
         "load it into a pipeline with diffusers' load_lora_weights",
-        (r"lora_(unet|te\d?|transformer)_|.*[._](lora_(A|B|down|up)|hada_w1|lokr_w1)",),
+        (r"lora_(unet|te\d?|transformer)_|.*[._](lora[._](A|B|down|up)|hada_w1|lokr_w1)",),
     ),
     CheckpointKind(
         "a ControlNet",
@@ -183,6 +183,7 @@ _QUANTIZATIONS = (
     (r".*\.SCB$", "in 8 bits with bitsandbytes"),
     (r".*\.(qweight|wscales|smooth_orig)$", "with SVDQuant (Nunchaku)"),
     (r".*\.weight_scale_2$", "in NVFP4"),
+    (r".*\.(weight_)?scale_inv$", "in float8 with scales per block"),
     (r".*\.(weight_packed|qzeros|g_idx)$", "in packed integers"),
 )
 
@@ -200,7 +201,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     if path.suffix == ".gguf":
         return _read_gguf_header(path)
     if path.suffix != ".safetensors":
-        tensors = read_tensors(path)
+        tensors = map_pickle(path)
         float8 = frozenset(name for name, x in tensors.items() if _is_float8(x.dtype))
         return Header({name: tuple(x.shape) for name, x in tensors.items()}, float8=float8)
     if not path.is_file():
@@ -260,10 +261,10 @@ def describe_kind(names: Collection[str]) -> str:
 
 
 def require_kind(path: str | os.PathLike[str], *kinds: CheckpointKind) -> None:
-    """Refuse a file of weights that is known to be something else, before its values are read.
+    """Refuse a file of weights of another kind, before its values are read.
 
     Args:
-        path: of the file. A loader itself reports that it is missing, or of no known kind.
+        path: of the file. A loader itself reports that it is missing.
         kinds: that are accepted; the first is named in the message.
 
     Raises:
@@ -272,7 +273,7 @@ def require_kind(path: str | os.PathLike[str], *kinds: CheckpointKind) -> None:
     if not Path(path).is_file():
         return
     names = read_header(path).shapes
-    if find_kind(names) in (None, *kinds):
+    if find_kind(names) in kinds:
         return
     weights = " or ".join(kinds[0].weights)
     raise WeightsError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -222,14 +222,26 @@ def load_in_parts(
     if Path(path).suffix != ".safetensors" or read_names(path) != set(module.state_dict()):
         load_state(module, read_tensors(path, dtype), message, assign=True)
         return
-    names = sorted(read_names(path))
-    num_parts = 1 + os.path.getsize(path) // PART_SIZE
-    for first in range(num_parts):
-        state = {}
-        with safe_open(path, framework="pt") as file:  # its memory is unmapped after the part
-            for name in names[first::num_parts]:
-                state[name] = _copy(file.get_tensor(name), dtype)
+    for state in _read_parts(Path(path), sorted(read_names(path)), dtype):
         load_state(module, state, message, assign=True, is_part=True)
+
+
+def _read_parts(
+    path: Path, names: Sequence[str], dtype: torch.dtype | None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield copies of the tensors of a safetensors file, some at a time.
+
+    Pages of the file that were read stay in memory until it is closed.
+    """
+    num_parts = _count_parts(path)
+    for first in range(num_parts):
+        with safe_open(path, framework="pt") as file:
+            part = {name: _copy(file.get_tensor(name), dtype) for name in names[first::num_parts]}
+        yield part
+
+
+def _count_parts(path: Path) -> int:
+    return 1 + os.path.getsize(path) // PART_SIZE
 
 
 def read_names(path: str | os.PathLike[str]) -> set[str]:
@@ -261,24 +273,45 @@ def read_tensors(
         WeightsError: the file is missing, damaged, or holds anything other than tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise WeightsError(
-            f"{path} does not exist; `pulid weights list` shows how to get published weights."
-        )
-    try:
-        if path.suffix == ".safetensors":
+    _require_weights(path)
+    tensors: dict[str, torch.Tensor] = {}
+    if path.suffix == ".safetensors":
+        try:
             with safe_open(path, framework="pt") as file:
                 names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-                return {name: _copy(file.get_tensor(name), dtype) for name in names}
+            for part in _read_parts(path, names, dtype):
+                tensors |= part
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise _damaged_weights(path) from error
+        return {name: tensors[name] for name in names}
+    num_parts = _count_parts(path) if is_zipfile(path) else 1
+    names = []
+    for first in range(num_parts):
+        state = map_pickle(path)  # the memory of the part before is unmapped
+        names = [name for name in state if name.startswith(prefix)]
+        tensors |= {name: _copy(state[name], dtype) for name in names[first::num_parts]}
+    return {name: tensors[name] for name in names}
+
+
+def map_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Open the tensors of a PyTorch file as `read_tensors` does, without reading their values.
+
+    They are mapped into memory: the file must not be overwritten while they are in use.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or holds anything other than tensors.
+    """
+    _require_weights(path)
+    try:
         # files of PyTorch before 1.6 are no zip archives and cannot be mapped
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # unpickling a file that is none may raise anything
         if is_out_of_memory(error):
             raise
         # torch's own message advises to trust the file
-        raise WeightsError(
-            f"{path} is damaged or holds more than weights; download it again."
-        ) from error
+        raise _damaged_weights(path) from error
     state = _flatten(_unwrap(state))
     if not isinstance(state, dict) or not all(
         isinstance(value, torch.Tensor) for value in state.values()
@@ -286,7 +319,18 @@ def read_tensors(
         raise WeightsError(
             f"{path} is no plain dictionary of tensors; check that it is a weights file."
         )
-    return {name: _copy(x, dtype) for name, x in state.items() if name.startswith(prefix)}
+    return state
+
+
+def _require_weights(path: Path) -> None:
+    if not path.is_file():
+        raise WeightsError(
+            f"{path} does not exist; `pulid weights list` shows how to get published weights."
+        )
+
+
+def _damaged_weights(path: Path) -> WeightsError:
+    return WeightsError(f"{path} is damaged or holds more than weights; download it again.")
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

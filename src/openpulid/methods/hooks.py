@@ -25,8 +25,6 @@ RATIO_TOLERANCE = 0.05
 MIN_RATIO_SIDE = 8
 """Side in pixels below which a mask has no exact ratio, as one of 1 x 2 pixels for two halves."""
 
-logger = logging.getLogger(__name__)
-
 EPSILON = 1e-6
 """Tolerance of a schedule position: step 3 of 9 must not fall short of a start of 1 / 3."""
 

@@ -86,14 +86,24 @@ def check_scheduler(path: Path, class_name: str, config: Mapping[str, Any]) -> N
     """
     reason = ""
     prediction = config.get("prediction_type", "epsilon")
+    # what the schedulers have without this setting
+    is_scaled = class_name in (*DISTILLED_SCHEDULERS, KarrasScheduler.__name__)
+    default = "scaled_linear" if is_scaled else "linear"
+    schedule = config.get("beta_schedule", default)
+    # diffusers reads settings of one class into another, which ignores what it does not know
+    saved_by = str(config.get("_class_name") or class_name)
+    if saved_by.startswith(("EDM", "FlowMatch")):
+        class_name = saved_by
     if class_name.startswith("EDM"):
         reason = "the base was trained with EDM"
     elif "FlowMatch" in class_name or config.get("use_flow_sigmas"):
         reason = "the base was trained with flow matching"
     elif prediction not in PREDICTION_TYPES:
         reason = f"the base predicts {prediction!r}"
-    elif config.get("trained_betas") or config.get("beta_schedule") not in (None, "scaled_linear"):
-        reason = f"the base has the noise schedule {config.get('beta_schedule', 'trained_betas')!r}"
+    elif config.get("trained_betas"):
+        reason = "the base has a noise schedule of its own, 'trained_betas'"
+    elif schedule != "scaled_linear":
+        reason = f"the base has the noise schedule {schedule!r}"
     if reason:
         raise WeightsError(
             f"{path} cannot be sampled: its scheduler is {class_name}, so {reason}; use an SDXL "
