@@ -51,7 +51,8 @@ SYSTEM_PACKAGES = {
 
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f"  # control characters, among them line breaks and terminal escapes
-    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"  # line separators and changes of direction
+    "\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f"  # line separators and changes of direction
+    "\u00ad\u180e\u200b\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # other invisible characters
     "\ud800-\udfff]"  # bytes of a file name that are not UTF-8
 )
 

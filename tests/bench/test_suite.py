@@ -60,6 +60,13 @@ def test_suite_is_loaded_from_json_file(tmp_path: Path) -> None:
         {"persons": 2},
         {"options": {"batch": 2}},
         {"prompts": None},
+        {"num_people": 10**7},
+        {"seeds": list(range(1001))},
+        {"prompts": [{"text": "portrait"}] * 10_001},
+        {"prompts": [{"text": "a" * 10_001}]},
+        {"options": {"num_inference_steps": 10**7}},
+        {"options": {"width": 10**6}},
+        {"options": {"scale": float("nan")}},
     ],
 )
 def test_invalid_suite_is_rejected(tmp_path: Path, change: dict[str, object]) -> None:

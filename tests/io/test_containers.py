@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,13 @@ import pytest
 from PIL import Image
 
 from openpulid.errors import ImageError
-from openpulid.io.containers import MAX_SCANS, UnusableFile, reduce_to_pixels
+from openpulid.io.containers import (
+    MAX_PROFILE_BYTES,
+    MAX_SCANS,
+    MAX_XMP_BYTES,
+    UnusableFile,
+    reduce_to_pixels,
+)
 from openpulid.io.images import open_image
 from tests.support.image_files import IMAGES, encode, insert_chunks, png_chunk
 
@@ -168,8 +175,6 @@ def test_png_with_very_many_chunks_is_refused() -> None:
 
 
 def test_bombs_in_png_metadata_are_ignored() -> None:
-    import zlib
-
     bomb = zlib.compress(bytes(50_000_000))
     entries = b"".join(struct.pack("<HHII", tag, 7, 500_000, 8) for tag in range(1, 40_000))
     data = insert_chunks(
@@ -181,6 +186,28 @@ def test_bombs_in_png_metadata_are_ignored() -> None:
     )
     with faster_than(2):
         assert_red(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "size"),
+    [
+        (b"iCCP", b"profile\0\0", MAX_PROFILE_BYTES + 1),
+        (b"zTXt", b"XML:com.adobe.xmp\0\0", MAX_XMP_BYTES),
+        (b"zTXt", b"Raw profile type exif\0\0", MAX_XMP_BYTES),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0", MAX_XMP_BYTES),
+    ],
+)
+def test_repeated_bombs_in_a_png_are_inflated_once(name: bytes, start: bytes, size: int) -> None:
+    bomb = start + zlib.compress(bytes(size))
+    data = insert_chunks(encode(RED), *[(name, bomb)] * 500)
+    with faster_than(1):
+        assert_red(data)
+
+
+def test_first_orientation_and_profile_of_a_png_count() -> None:
+    exif = [b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0%c\0\0\0\0\0\0\0" % n for n in (6, 1)]
+    data = insert_chunks(encode(Image.new("RGB", (40, 20))), *((b"eXIf", e) for e in exif))
+    assert open_image(data).size == (20, 40)
 
 
 def test_png_without_end_chunk_is_opened() -> None:
@@ -201,6 +228,11 @@ def test_large_comment_of_a_gif_costs_no_time() -> None:
         assert_red(gif_with_extension((b"\xff" + bytes(255)) * 40_000))
     with faster_than(1), pytest.raises(ImageError, match="blocks of comments"):
         open_image(gif_with_extension(b"\1a" * 1_000_000))
+
+
+def test_very_many_empty_extensions_of_a_gif_are_refused() -> None:
+    with faster_than(0.5), pytest.raises(ImageError, match="more than 100000 extensions"):
+        open_image(gif_with_extension(b"\0\x21\xfe" * 1_000_000))
 
 
 def test_transparency_of_a_gif_survives() -> None:

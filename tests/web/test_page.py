@@ -16,6 +16,7 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from diffusers import ControlNetModel
@@ -53,6 +54,7 @@ from openpulid.pipelines.weights import (
 from openpulid.web import page as web
 from openpulid.web.form import FormValues, PreviewValues, adapt_message, image_paths
 from openpulid.web.network import check_address, without_proxy
+from openpulid.web.server import launch_options
 from openpulid.web.session import WebSession
 from openpulid.world.gallery import render_portrait
 from tests.support.image_files import IMAGES
@@ -106,7 +108,7 @@ def client() -> Iterator[Any]:
 
     with web.open_app("mini") as blocks:
         _, url, _ = blocks.launch(
-            server_name="127.0.0.1", server_port=free_port(), prevent_thread_lock=True, quiet=True
+            server_port=free_port(), prevent_thread_lock=True, **launch_options("127.0.0.1")
         )
         yield Client(url, verbose=False)
         blocks.close()
@@ -145,6 +147,37 @@ def test_page_opens_in_an_environment_for_the_internet(
         finally:
             blocks.close()
     assert os.environ[name] == value and "NO_PROXY" not in os.environ
+
+
+def test_other_websites_cannot_use_the_page(client: Any) -> None:
+    address = client.src.removeprefix("http://").rstrip("/")
+    port = address.rpartition(":")[2]
+    cases = {
+        (address, None): 200,
+        (address, f"http://{address}"): 200,
+        (f"localhost:{port}", f"http://localhost:{port}"): 200,
+        (f"[::1]:{port}", None): 200,
+        ("evil.example", None): 403,  # DNS rebinding
+        (f"evil.example:{port}", f"http://evil.example:{port}"): 403,
+        (address, "http://evil.example"): 403,
+        (address, f"http://localhost:{port}"): 403,
+        (address, "null"): 403,
+        (address, "http://[evil"): 403,
+        ("127.0.0.1.evil.example", None): 403,
+        ("", None): 403,
+    }
+    for (host, origin), expected in cases.items():
+        headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
+        response = httpx.post(
+            f"{client.src}gradio_api/upload", headers=headers, files={"files": ("a.png", b"photo")}
+        )
+        assert response.status_code == expected, (host, origin, response.text)
+    assert httpx.get(client.src, headers={"Host": "evil.example"}).status_code == 403
+
+
+def test_page_stores_and_sends_nothing(client: Any) -> None:
+    assert client.config["run_history"] is False and client.config["footer_links"] == []
+    assert client.config["analytics_enabled"] is False
 
 
 @pytest.mark.parametrize("host", ["300.1.1.1", "192.0.2.1", "a..b"])
@@ -211,6 +244,25 @@ def test_seed_out_of_range_is_one_sentence(client: Any, seed: float) -> None:
     with pytest.raises(Exception, match="Seed must be at most 18446744073709551615"):
         values = {**SETTINGS, "seed": seed}
         client.predict(reference_images=None, identity_file=None, **values, api_name="/generate")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_inference_steps": 10**7},
+        {"num_inference_steps": 201},
+        {"num_images": 65},
+        {"num_images": 10**9},
+        {"guidance_scale": 1e9},
+        {"size": "100000x100000"},
+        {"scale": 1e9},
+    ],
+)
+def test_every_value_has_a_maximum(client: Any, change: dict[str, Any]) -> None:
+    with pytest.raises(Exception, match=r"at most|maximum"):
+        client.predict(
+            reference_images=None, identity_file=None, **SETTINGS | change, api_name="/generate"
+        )
 
 
 def as_gallery(file: Path) -> list[dict[str, Any]]:

@@ -13,9 +13,15 @@ from pydantic import ConfigDict, Field
 from openpulid.bench.files import parse_json, read_json
 from openpulid.errors import OptionError, suggest
 from openpulid.pipelines.request import GenerationOptions
+from openpulid.pipelines.request_fields import MAX_PROMPT
 from openpulid.world import ATTRIBUTES
 
 SUITES = Path(__file__).parent / "suites"
+
+# A suite comes from anybody, like a request.
+MAX_PEOPLE = 10_000
+MAX_PROMPTS = 10_000
+MAX_SEEDS = 1000
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Text = Annotated[str, Field(min_length=1)]
@@ -35,7 +41,7 @@ class Prompt:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    text: Text
+    text: Annotated[Text, Field(max_length=MAX_PROMPT)]
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -61,10 +67,10 @@ class Suite:
 
     about: str
     preset: Text
-    prompts: Annotated[Sequence[Prompt], Field(min_length=1)]
-    seeds: Annotated[Sequence[Seed], Field(min_length=1)]
+    prompts: Annotated[Sequence[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+    seeds: Annotated[Sequence[Seed], Field(min_length=1, max_length=MAX_SEEDS)]
     name: str = ""
-    num_people: Count = 0
+    num_people: Annotated[int, Field(ge=0, le=MAX_PEOPLE)] = 0
     first_person: Count = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     identity_prompts: Sequence[Count] = ()

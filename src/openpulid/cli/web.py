@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from openpulid.cli.options import Base, Device, FacePack, Memory, name_options
+from openpulid.cli.options import Base, Device, FacePack, Memory, name_options, print_status
 from openpulid.errors import OptionError
 
 
@@ -33,6 +33,7 @@ def web(
     """
     from openpulid.web.network import check_address, without_proxy
     from openpulid.web.page import open_app
+    from openpulid.web.server import launch_options
 
     check_address(host, port)
     changes = {"base": base, "memory": memory, "face_pack": faces, "adapter": adapter}
@@ -44,9 +45,11 @@ def web(
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:
             blocks.launch(
-                server_name=host, server_port=port, share=False, theme=theme, max_file_size="50mb"
+                server_port=port, theme=theme, prevent_thread_lock=True, **launch_options(host)
             )
         except OSError as error:
             raise OptionError(
                 f"port {port} is not available ({error}); choose another with --port."
             ) from None
+        print_status(f"the page is at {blocks.local_url}; stop it with Ctrl-C.")
+        blocks.block_thread()

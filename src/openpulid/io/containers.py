@@ -178,6 +178,7 @@ def _reduce_png(data: bytes) -> PixelData:
     """Keep the pixels and what they mean; drop texts and the further frames of an animation."""
     kept = [PNG_SIGNATURE]
     profile = None
+    described: set[bytes] = set()
     position = len(PNG_SIGNATURE)
     number = 0
     while position + 8 <= len(data):
@@ -189,16 +190,28 @@ def _reduce_png(data: bytes) -> PixelData:
         end = position + 12 + length
         if name in PNG_CHUNKS:
             kept.append(data[position:end])
-        elif name == b"iCCP" and profile is None:
-            profile = _inflate(content.partition(b"\0")[2][1:], MAX_PROFILE_BYTES)
-        elif name == b"eXIf":
-            kept.append(_png_chunk(name, content[:MAX_EXIF_BYTES]))
-        elif name in (b"tEXt", b"zTXt", b"iTXt") and content.startswith(PNG_ORIENTATION_TEXTS):
-            kept.append(_uncompressed_text(name, content))
+        elif (kind := _description(name, content)) and kind not in described:
+            # a second one has no meaning, and inflating thousands would take minutes
+            described.add(kind)
+            if name == b"iCCP":
+                profile = _inflate(content.partition(b"\0")[2][1:], MAX_PROFILE_BYTES)
+            elif name == b"eXIf":
+                kept.append(_png_chunk(name, content[:MAX_EXIF_BYTES]))
+            else:
+                kept.append(_uncompressed_text(name, content))
         if name == b"IEND":
             break
         position = end
     return PixelData(b"".join(kept), profile)
+
+
+def _description(name: bytes, content: bytes) -> bytes:
+    """Return which profile or orientation a chunk holds: its name or keyword; empty for others."""
+    if name in (b"iCCP", b"eXIf"):
+        return name
+    if name in (b"tEXt", b"zTXt", b"iTXt"):
+        return next((key for key in PNG_ORIENTATION_TEXTS if content.startswith(key)), b"")
+    return b""
 
 
 def _uncompressed_text(name: bytes, content: bytes) -> bytes:
@@ -249,6 +262,8 @@ def _reduce_gif(data: bytes) -> bytes:
     position = start
     number = 0
     while data[position : position + 1] == bytes([GIF_EXTENSION]):
+        number += 1
+        _check_parts(number, "extensions")
         is_control = data[position + 1 : position + 2] == bytes([GIF_GRAPHIC_CONTROL])
         end = position + 2
         while end < len(data) and data[end]:

@@ -92,11 +92,15 @@ class Provenance(RequestPart):
 
         Raises:
             RequestError: a file is missing, is not used by the request, or is another one than the
-                image was generated with.
+                image was generated with; or the image names no model.
             PulidError: an identity file cannot be read.
         """
         files = files or {}
         label = literal(os.fspath(image))
+        if self.request.model is None:
+            raise RequestError(
+                f"{label} contains no valid generation parameters: {{0}} is missing.", "model"
+            )
         required = self.required_files()
         if missing := [field for field in required if field not in files]:
             names = " and ".join(literal(required[field]) for field in missing)

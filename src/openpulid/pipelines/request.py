@@ -25,6 +25,7 @@ from openpulid.errors import OptionError, suggest
 from openpulid.methods.pulid import Projection
 from openpulid.pipelines.request_fields import (
     DEFAULT_FACE_ORDER,
+    LONGEST_QUOTE,
     MAX_FILES,
     MAX_GUIDANCE,
     MAX_IMAGES,
@@ -423,5 +424,6 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX×*]\s*([0-9]{1,9})\s*", text)
     if match is None:
-        raise OptionError(f"expected WIDTHxHEIGHT, for example 832x1216, got {text!r}.")
+        got = repr(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "...")
+        raise OptionError(f"expected WIDTHxHEIGHT, for example 832x1216, got {got}.")
     return int(match[1]), int(match[2])

@@ -47,6 +47,10 @@ IMAGE_BUTTONS: Any = ["download", "fullscreen"]
 OUT_OF_MEMORY_ADVICE = (
     "choose a smaller size, or start the page with --memory 12gb (FLUX only) or another --device"
 )
+# One visitor's request keeps the others waiting, so these are below the maxima of a request.
+MAX_IMAGES = 64
+MAX_STEPS = 200
+MAX_GUIDANCE = 100
 DELETE_CACHE = (600, 3600)
 """Every 600 seconds, uploads older than 3600 seconds are deleted."""
 
@@ -134,16 +138,20 @@ def _build_form(session: WebSession) -> dict[str, Any]:
     form["generate"] = gr.Button("Generate", variant="primary")
     _add_models(session, form)
     with gr.Row():
-        form["num_images"] = gr.Number(4, label="Images", precision=0, minimum=1, maximum=64)
+        form["num_images"] = gr.Number(
+            4, label="Images", precision=0, minimum=1, maximum=MAX_IMAGES
+        )
         form["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
     form["also_without_identity"] = gr.Checkbox(False, label="Also generate without identity")
     with gr.Accordion("More", open=False):
         form["negative_prompt"] = gr.Textbox(label="Negative prompt (blank: the preset's)")
         with gr.Row():
             form["num_inference_steps"] = gr.Number(
-                0, label="Steps (0: the preset's)", precision=0, minimum=0
+                0, label="Steps (0: the preset's)", precision=0, minimum=0, maximum=MAX_STEPS
             )
-            form["guidance_scale"] = gr.Number(0, label="Guidance (0: the preset's)", minimum=0)
+            form["guidance_scale"] = gr.Number(
+                0, label="Guidance (0: the preset's)", minimum=0, maximum=MAX_GUIDANCE
+            )
         form["size"] = gr.Textbox(label="Size", placeholder="832x1216")
         with gr.Row():
             form["start"] = gr.Slider(
@@ -228,7 +236,7 @@ def _form_handler(function: Callable[[Any], Any], form: type) -> Callable[..., A
                 return function(submitted)
         except PulidError as error:
             shown = error.rename(FIELD_LABELS) if isinstance(error, RequestError) else error
-            message = adapt_message(str(shown), submitted.files())
+            message = html.escape(adapt_message(str(shown), submitted.files()), quote=False)
             raise gr.Error(message, duration=None, print_exception=False) from None
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
