@@ -39,6 +39,9 @@ from openpulid.methods.pulid.projection import (
 
 KeyValue = tuple[Tensor, Tensor]
 
+ROWS = 64
+"""Rows of a matrix that are converted at a time, 512 kB in float32."""
+
 
 class IdentityLayer(nn.Module):
     """The weights of one layer's identity attention, under their published names.
@@ -59,9 +62,17 @@ class IdentityLayer(nn.Module):
         Weights in less precision than the tokens are only stored in it.
         """
         if self.id_to_k.weight.itemsize < tokens.itemsize:
-            keys = linear(tokens, self.id_to_k.weight.to(tokens.dtype))
-            return keys, linear(tokens, self.id_to_v.weight.to(tokens.dtype))
+            return _project(tokens, self.id_to_k.weight), _project(tokens, self.id_to_v.weight)
         return self.id_to_k(tokens), self.id_to_v(tokens)
+
+
+def _project(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Multiply tokens by weights that are stored in less precision.
+
+    They are converted a few rows at a time: the allocator would keep the memory of whole matrices.
+    """
+    rows = weight.split(ROWS)
+    return torch.cat([linear(tokens, part.to(tokens.dtype)) for part in rows], dim=-1)
 
 
 def cross_attentions(unet: Any) -> dict[str, Any]:
