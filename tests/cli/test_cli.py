@@ -176,20 +176,19 @@ def test_user_errors_are_one_sentence(
         ("generate", "portrait", "--control-scale", 0.5, "-o", tmp_path),  # of nothing
         ("weights", "get", "everything"),
         ("generate", "portrait", "--device", "meta:7x"),
+        ("generate", "portrait", "--device", "meta"),  # computes nothing
     ):
         done = pulid(*words)
         assert done.is_one_sentence, (words, done)
 
 
 def test_options_that_a_recipe_does_not_use_are_refused(
-    pulid: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    pulid: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = pulid("train", "mini_stage1", "--data", tmp_path, "--base", "sdxl-base")
-    assert done.is_one_sentence and "leave out: --data, --base." in done.err
+    assert done.is_one_sentence and "leave out --data, --base." in done.err
     monkeypatch.setattr("openpulid.mini.train.pulid.train", lambda *_, **__: None)
-    assert pulid("train", "mini_stage1", "--steps", 10).code == 0 and not caplog.records
-    assert pulid("train", "mini_stage1", "--steps", 10**9).code == 0
-    assert "more have no effect" in caplog.text
+    assert pulid("train", "mini_stage1", "--steps", 10).code == 0
     assert pulid("train", "mini_stage1", "--minutes", "nan").code == 2
 
 
