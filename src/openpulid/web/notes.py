@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ class NoteHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record of this handler's thread: others belong to other visitors."""
         if record.thread == self.thread:
-            self.show(html.escape(record.getMessage()))
+            self.show(record.getMessage())
 
 
 @contextmanager
@@ -32,7 +31,7 @@ def show_notes(show: Callable[[str], object]) -> Iterator[None]:
     """Show notes of the package, such as on options without effect, while the context is open.
 
     Args:
-        show: shows one note, as `gradio.Warning`.
+        show: shows one note, which is plain text and may name files of the visitor.
     """
     logger = logging.getLogger("openpulid")
     handler = NoteHandler(show)
