@@ -300,12 +300,12 @@ def test_page_reads_images_as_the_command_line_does(tmp_path: Path, anna: Path) 
     """No component of the page decodes an upload, which would drop alpha and profile."""
     with web.open_app("mini") as blocks:
         form = {block.label: block for block in blocks.blocks.values() if hasattr(block, "label")}
-    upload = FileData(path=str(IMAGES / "alpha-control.png"))
-    control_image = form["Control image; any image for control-edges"].preprocess(upload)
-    assert open_image(control_image).getpixel((0, 0)) == (255, 255, 255)
-    photo = copyfile(anna, tmp_path / "IMG0001")  # a photo without an ending
-    uploads = GalleryData(root=[GalleryImage(image=ImageData(path=str(photo)))])
-    reference_images = form["Reference images of one person"].preprocess(uploads)
+        upload = FileData(path=str(IMAGES / "alpha-control.png"))
+        control_image = form["Control image; any image for control-edges"].preprocess(upload)
+        assert open_image(control_image).getpixel((0, 0)) == (255, 255, 255)
+        photo = copyfile(anna, tmp_path / "IMG0001")  # a photo without an ending
+        uploads = GalleryData(root=[GalleryImage(image=ImageData(path=str(photo)))])
+        reference_images = form["Reference images of one person"].preprocess(uploads)
     assert image_paths(reference_images) == [str(photo)]
     (result,) = generate(WebSession(tmp_path), reference_images=reference_images)
     (expected,) = generate(WebSession(tmp_path), reference_images=[(str(anna), None)])
