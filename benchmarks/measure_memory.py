@@ -105,7 +105,7 @@ def run(words: list[str], weights: Path, directory: Path) -> dict[str, float]:
     """Run `pulid` in a process of its own, and sample its memory.
 
     Returns:
-        Peaks in GB (10^9 bytes): all resident memory, as the kernel counts it, and the part that
+        Peaks in GiB: all resident memory, as the kernel counts it, and the part that
         is not mapped from files; and the seconds.
     """
     command = [sys.executable, "-c", "from openpulid.cli.main import main; main()", *words]
@@ -120,8 +120,8 @@ def run(words: list[str], weights: Path, directory: Path) -> dict[str, float]:
     if status:
         raise SystemExit(f"{' '.join(words)} failed")
     return {
-        "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 2),
-        "peak_without_files_gb": round(anonymous / 1e9, 2),
+        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
+        "peak_without_files_gib": round(anonymous / 2**30, 2),
         "seconds": round(time.monotonic() - start, 1),
     }
 

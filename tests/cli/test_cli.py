@@ -176,6 +176,7 @@ def test_user_errors_are_one_sentence(
         ("generate", "portrait", "--control-scale", 0.5, "-o", tmp_path),  # of nothing
         ("weights", "get", "everything"),
         ("generate", "portrait", "--device", "meta:7x"),
+        ("generate", "portrait", "--device", "meta"),  # computes nothing
     ):
         done = pulid(*words)
         assert done.is_one_sentence, (words, done)

@@ -67,6 +67,11 @@ def test_missing_person_is_noted(
     pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     note = "no --id: the images show no particular person; pass --id IMAGE."
+    studio.stop_at = 0  # before the first image is finished
+    assert pulid("generate", "portrait", "-o", tmp_path).code == 130
+    assert caplog.messages == [note]
+    studio.stop_at = None
+    caplog.clear()
     assert pulid("generate", "portrait", "-o", tmp_path).code == 0
     assert caplog.messages == [note]
     # a stored request says what it shows

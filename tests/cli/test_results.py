@@ -66,10 +66,12 @@ def test_names_of_prompts_in_any_script(prompt: str, name: str) -> None:
     ("stop", "code"), [(KeyboardInterrupt(), 130), (SystemExit(128 + signal.SIGTERM), 143)]
 )
 def test_stopped_run_keeps_what_is_done(
-    pulid: Run, studio: FakeStudio, tmp_path: Path, stop: BaseException, code: int
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, stop: BaseException, code: int
 ) -> None:
     studio.stop, studio.stop_at = stop, 3
-    done = pulid("generate", "portrait", "--num", 4, "-o", tmp_path / "o")
+    done = pulid(
+        "generate", "portrait", "--id", anna, "--face", 0, "--num", 4, "-o", tmp_path / "o"
+    )
     names = [f"portrait-{seed}.png" for seed in range(3)]
     assert done.code == code and sorted(read_all(tmp_path / "o")) == names
     assert done.out.splitlines() == [str(tmp_path / "o" / name) for name in names]
@@ -118,15 +120,15 @@ def test_numbers_that_are_none_are_one_sentence(
 
 
 def test_full_disk_is_one_sentence(
-    pulid: Run, studio: FakeStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    refused = pulid("generate", "portrait", "-o", tmp_path)
+    refused = pulid("generate", "portrait", "--id", anna, "--face", 0, "-o", tmp_path / "o")
     assert refused.is_one_sentence and "(No space left on device); free some disk" in refused.err
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "o").iterdir()) == []
 
 
 def test_image_has_names_without_folders(

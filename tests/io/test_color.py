@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from io import BytesIO
 
 import cv2
@@ -235,6 +236,27 @@ def test_16_bit_gray_with_transparent_level() -> None:
     image = open_image(data)
     assert image.getpixel((2, 2)) == (255,) * 3 and image.getpixel((12, 2)) == (117,) * 3
     assert open_mask(data).getpixel((2, 2)) == 0
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_gray_of_few_bits_with_transparent_level(bits: int) -> None:
+    """Level 0 is transparent in one file, level 1 in the other. The left half is 0."""
+    row = b"\0" * (2 * bits) + bytes([sum(1 << shift for shift in range(0, 8, bits))]) * (2 * bits)
+    one = 255 // (2**bits - 1)
+    header = struct.pack(">IIBBBBB", 32, 16, bits, 0, 0, 0, 0)
+    for level, left, right in ((0, 255, one), (1, 0, 255)):
+        data = b"\x89PNG\r\n\x1a\n" + b"".join(
+            png_chunk(name, content)
+            for name, content in (
+                (b"IHDR", header),
+                (b"tRNS", struct.pack(">H", level)),
+                (b"IDAT", zlib.compress((b"\0" + row) * 16)),
+                (b"IEND", b""),
+            )
+        )
+        image = open_image(data)
+        assert image.getpixel((4, 4)) == (left,) * 3 and image.getpixel((28, 4)) == (right,) * 3
+        assert open_mask(data).getpixel((28, 4)) == (0 if level else one)
 
 
 def test_scale_to_8_bit_of_integers_and_floats() -> None:

@@ -92,10 +92,16 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     for write in (
         lambda: write_bytes(tmp_path / "none" / "a.txt", b""),
         lambda: write_new(tmp_path / ("x" * 300), b""),
+    ):
+        with pytest.raises(OutputError, match=r"cannot be written \(.+\); free some disk space"):
+            write()
+    for write in (
         lambda: write_json(blocked / "a.json", {}),
         lambda: save_tensors({"x": torch.zeros(1)}, blocked / "a.safetensors"),
     ):
-        with pytest.raises(OutputError, match=r"cannot be written \(.+\); free some disk space"):
+        with pytest.raises(
+            OutputError, match=r"cannot be used as a folder \(File exists\); choose"
+        ):
             write()
 
 

@@ -92,6 +92,9 @@ def test_requests_are_frozen() -> None:
         ({"max_sequence_length": 513}, "max_sequence_length must be at most 512, got 513."),
         ({"guidance_scale": float("nan")}, "guidance_scale must be"),
         ({"steps": 4}, "no option steps (did you mean 'num_inference_steps'?)."),
+        ({"mask": "a.png"}, "mask belongs to a person; use people=[Person(images=[...], mask=..."),
+        ({"people": "a.png"}, "people must be a list, got 'a.png'."),
+        ({"people": [{"images": "a.png"}]}, "people.0.images must be a list, got 'a.png'."),
         ({"sede": 4}, "there is no option sede (did you mean 'seed'?)."),
         ({"identity": {"projection": "orto"}}, "got 'orto' (did you mean 'ortho'?)."),
         ({"identity": {"projection": "{0}"}}, "projection must be 'none', 'ortho' or 'ortho_v2'"),
@@ -109,6 +112,18 @@ def test_each_problem_is_one_sentence(fields: dict[str, Any], message: str) -> N
     with pytest.raises(OptionError) as error:
         GenerationRequest.model_validate({"prompt": "portrait", **fields})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_fields_can_be_given_in_order() -> None:
+    """Required ones come first, although a class inherits the others."""
+    assert Control("control-pose", "pose.png", 0.5) == Control(
+        model="control-pose", image="pose.png", scale=0.5
+    )
+    assert GenerationRequest("portrait", seed=3) == GenerationRequest(prompt="portrait", seed=3)
+    with pytest.raises(OptionError, match="expected at most 3 values, got 4"):
+        Control("control-pose", "pose.png", 0.5, 1)
+    with pytest.raises(OptionError, match="model is given twice"):
+        Control("control-pose", model="control-depth", image="pose.png")
 
 
 def test_invalid_json_is_one_sentence() -> None:
@@ -188,7 +203,7 @@ def test_size_must_fit_the_base() -> None:
         with pytest.raises(OptionError, match=f"must be multiples of .*, for example {example}"):
             preset.resolve(request)
     assert parse_size("832x1216") == parse_size(" 832×1216 ") == (832, 1216)
-    message = "expected WIDTHxHEIGHT, for example 832x1216, got '832'."
+    message = "expected WIDTHxHEIGHT in pixels, got '832'."
     with pytest.raises(OptionError, match=message):
         parse_size("832")
 

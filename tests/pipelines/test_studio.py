@@ -204,6 +204,10 @@ def test_options_without_effect_are_noted(studio, anna, caplog) -> None:
         studio.generate("portrait", anna, people=[Person(images=["anna.png"])])
     with pytest.raises(OptionError, match=r"none of the 3 steps is between start 0\.8"):
         studio.generate("portrait", anna, start=0.8, end=0.5)
+    caplog.clear()
+    with pytest.raises(OptionError, match="for preset"):  # an error alone, without its note
+        studio.generate("portrait", anna, width=512)
+    assert not caplog.records
 
 
 def test_empty_negative_prompt_is_encoded(studio) -> None:
@@ -270,6 +274,8 @@ def test_identity_that_is_not_finite_is_refused(studio, anna) -> None:
         {"scale": -1},
         {"scale": 50},
         {"batch_size": 0},
+        {"batch_size": "2"},
+        {"batch_size": 1.5},
         {"num_zero": -1},
         {"end": 2},
     ],
@@ -417,7 +423,7 @@ def test_identify_from_everything_that_is_an_image(studio, anna, tmp_path) -> No
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
     sources = [array, array / np.float32(255), array.astype(np.uint16) * 257]
     sources += [tensor, tensor / 255, (tensor / 255)[None], array.transpose(2, 0, 1)]
-    sources += [content, bytearray(content), BytesIO(content), [content, array][:1]]
+    sources += [content, bytearray(content), memoryview(content), BytesIO(content), [content]]
     for source in sources:
         assert torch.equal(studio.identify(source).id_cond, anna.id_cond), type(source)
     with open(tmp_path / "anna.png", "rb") as file:
@@ -466,7 +472,7 @@ def test_generate_takes_files_and_images_of_a_person(studio, anna, tmp_path) -> 
         studio.generate("portrait", identity="nobody.png")
     with pytest.raises(IdentityError, match=r"nobody\.safetensors does not exist"):
         studio.generate("portrait", identity="nobody.safetensors")
-    for people in (5, [5], [("anna.png", None)]):
+    for people in (5, [5], [("anna.png", None)], ["anna.png", "b.png"]):
         with pytest.raises(OptionError, match="identity"):
             studio.generate("portrait", identity=people)
 
@@ -600,6 +606,8 @@ def test_lightning_preset_uses_the_student(folder) -> None:
 def test_missing_or_damaged_weights_are_refused(folder, tmp_path) -> None:
     with pytest.raises(OptionError, match="there is no preset"):
         load("no-such-preset")
+    with pytest.raises(OptionError, match="expected the name of a preset, such as 'mini', got int"):
+        load(7)
     with pytest.raises(WeightsError, match="adapter"):
         load(mini(folder).with_models(adapter=tmp_path / "none.safetensors"))
     with pytest.raises(WeightsError, match="contains no pipeline"):

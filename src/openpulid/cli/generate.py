@@ -191,9 +191,8 @@ def generate(
                 "model": models,
             }
         )
-        run_request(request, out, device, not no_metadata)
-        if not person:
-            logger.warning("no --id: the images show no particular person; pass --id IMAGE.")
+        note = "no --id: the images show no particular person; pass --id IMAGE."
+        run_request(request, out, device, not no_metadata, None if person else note)
 
 
 def check_quoted(prompt: str | None, words: list[str]) -> None:
@@ -302,15 +301,27 @@ def collect_files(ctx: typer.Context) -> dict[str, str]:
 
 
 def run_request(
-    request: GenerationRequest, out: Path, device: str | None, store_metadata: bool
+    request: GenerationRequest,
+    out: Path,
+    device: str | None,
+    store_metadata: bool,
+    note: str | None = None,
 ) -> None:
     """Generate the images of a request. Each is written, with its parameters, as soon as it exists.
+
+    Args:
+        request: the request.
+        out: output directory.
+        device: where to compute; the best device by default.
+        store_metadata: whether to store the parameters in the images.
+        note: logged as a warning before the images are generated, if there is no error.
 
     Raises:
         PulidError: see `Studio.generate`. What does not need the models is checked before they
             are loaded.
     """
     from openpulid import resolve_preset
+    from openpulid.device import release_memory
     from openpulid.pipelines import factory
     from openpulid.pipelines import studio as studios
     from openpulid.pipelines.inputs import open_inputs
@@ -326,7 +337,10 @@ def run_request(
         # before the base model is loaded: without a face it is not needed, and with one the face
         # models are freed
         inputs = inputs.with_identities(request, factory.load_extractor(preset, device))
+        release_memory()
     studio = studios.load(preset, device)
+    if note is not None:
+        logger.warning("%s", note)
     num_saved = 0
 
     def save(image: Image, resolved: GenerationRequest) -> None:

@@ -73,7 +73,7 @@ def check_device(name: str | None) -> str | None:
         import torch
 
         try:
-            torch.empty(1, device=name)
+            torch.zeros(1, device=name).item()  # the device "meta" computes nothing
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise

@@ -63,6 +63,9 @@ UNSUPPORTED_FORMATS = {
     b"IIU\0": "a raw photo",
 }
 
+WHITE_OF_FEW_BITS = {"L;2": 3, "L;4": 15}
+"""White in gray PNG files of 2 and 4 bits."""
+
 TIFF_PHOTOMETRIC = 262
 WHITE_IS_ZERO = 0
 
@@ -225,6 +228,9 @@ def _decode_other(pixel_data: PixelData, options: DecodeOptions) -> Image.Image:
     image.load()
     if ";16" in mode:
         return _restore_depth(image, data)
+    if mode in WHITE_OF_FEW_BITS and isinstance(image.info.get("transparency"), int):
+        # Pillow scales the levels to 8 bits, but not the transparent one
+        image.info["transparency"] *= 255 // WHITE_OF_FEW_BITS[mode]
     return image
 
 

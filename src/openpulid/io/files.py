@@ -104,7 +104,9 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise OutputError(
+            f"{path} cannot be used as a folder ({error.strerror or error}); choose another one."
+        ) from error
 
 
 def write_new(path: str | os.PathLike[str], data: bytes) -> Path:

@@ -36,7 +36,7 @@ CHANNELS = (1, 3, 4)
 
 logger = logging.getLogger(__name__)
 
-Source = str | PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray
+Source = str | PathLike[str] | bytes | memoryview | BinaryIO | Image.Image | np.ndarray
 """An image: a path, the content of a file, an open binary file, a PIL image, an array (H, W),
 (H, W, 3) or (H, W, 4), or a tensor (3, H, W). Arrays and tensors are RGB: uint8, or float in
 [0, 1]."""
@@ -107,7 +107,7 @@ def open_mask(
 def is_image_source(value: Any) -> bool:
     """Return whether a value is one image, as `open_image` accepts it, and not several."""
     return (
-        isinstance(value, (str, PathLike, bytes, bytearray, Image.Image, np.ndarray))
+        isinstance(value, (str, PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray))
         or hasattr(value, "read")
         or _is_tensor(value)
     )
@@ -202,7 +202,7 @@ def _from_array(source: Any) -> Image.Image:
 def _read(source: Any, label: str, max_bytes: int) -> bytes:
     """Read a file completely, but at most one byte more than the limit."""
     try:
-        if isinstance(source, (bytes, bytearray)):
+        if isinstance(source, (bytes, bytearray, memoryview)):
             data = bytes(source[: max_bytes + 1])
         elif isinstance(source, (str, PathLike)):
             path = Path(source)

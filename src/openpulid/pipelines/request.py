@@ -84,6 +84,8 @@ def _sentence(problem: Mapping[str, Any]) -> str:
         name = str(problem["loc"][-1])
         if name == "size":
             return "there is no option {0}; use width and height."
+        if name in ("mask", "face_index", "face_order") and len(problem["loc"]) == 1:
+            return "{0} belongs to a person; use people=[Person(images=[...], {0}=...)]."
         fields = [*GenerationRequest.model_fields, *IDENTITY_NAMES, *Person.model_fields]
         return "there is no option {0}" + suggest(name, fields) + "."
     if kind == "missing":
@@ -105,6 +107,8 @@ def _sentence(problem: Mapping[str, Any]) -> str:
         return "{0} is not valid UTF-8 text."
     if kind == "string_type":
         return "{0} must be text" + got
+    if kind == "tuple_type":
+        return "{0} must be a list" + got
     if kind.startswith("int"):
         return "{0} must be a whole number" + got
     if kind.startswith(("float", "finite")):
@@ -126,7 +130,8 @@ Part = TypeVar("Part", bound="RequestPart")
 class RequestPart(BaseModel):
     """Base of a request and its parts: frozen, without unknown fields.
 
-    The fields of a part can be given in order, as in `Control("control-pose", "pose.png")`.
+    The fields of a part can be given in order, required ones first, as in
+    `Control("control-pose", "pose.png")`.
 
     Raises:
         RequestError: a field is unknown, missing or out of range.
@@ -135,7 +140,13 @@ class RequestPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     def __init__(self, *args: Any, **data: Any) -> None:
-        positional = dict(zip(type(self).model_fields, args, strict=False))
+        fields = type(self).model_fields
+        names = sorted(fields, key=lambda name: not fields[name].is_required())
+        if len(args) > len(names):
+            raise RequestError(f"expected at most {len(names)} values, got {len(args)}.")
+        positional = dict(zip(names, args, strict=False))
+        if repeated := [name for name in positional if name in data]:
+            raise RequestError("{0} is given twice.", repeated[0])
         with _plain_errors():
             super().__init__(**positional, **data)
 
@@ -425,5 +436,5 @@ def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX×*]\s*([0-9]{1,9})\s*", text)
     if match is None:
         got = repr(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "...")
-        raise OptionError(f"expected WIDTHxHEIGHT, for example 832x1216, got {got}.")
+        raise OptionError(f"expected WIDTHxHEIGHT in pixels, got {got}.")
     return int(match[1]), int(match[2])

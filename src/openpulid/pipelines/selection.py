@@ -41,6 +41,10 @@ def resolve_preset(
     if isinstance(preset, ModelSelection):
         return resolve_preset(**dict(preset))
     if not isinstance(preset, Preset):
+        if not isinstance(preset, (str, os.PathLike)):
+            raise OptionError(
+                f"expected the name of a preset, such as 'mini', got {type(preset).__name__}."
+            )
         preset = find_preset(os.fspath(preset))
     if base is not None:
         preset = with_base(preset, os.fspath(base))

@@ -157,12 +157,15 @@ class Studio:
             raise OptionError("set options and people in the request, not in addition to it.")
         if identity is not None and request.people:
             raise OptionError("pass an identity or people, not both.")
-        if batch_size < 1:
-            raise OptionError(f"batch_size must be at least 1, got {batch_size}.")
+        if not hasattr(batch_size, "__index__") or batch_size < 1:
+            raise OptionError(
+                f"batch_size must be a whole number of 1 or more, got {batch_size!r}."
+            )
         is_person_shown = identity is not None or bool(request.people)
+        resolved = self.preset.resolve(request, is_person_shown)
         for note in self.preset.describe_ineffective(request, is_person_shown):
             logger.warning("%s", note)
-        request = self.preset.resolve(request, is_person_shown)
+        request = resolved
         inputs = open_inputs(request) if inputs is None else inputs
         people = self._people(request, inputs) if identity is None else open_person(identity)
         if isinstance(people, ReferenceImage):

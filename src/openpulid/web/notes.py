@@ -31,7 +31,7 @@ def show_notes(show: Callable[[str], object]) -> Iterator[None]:
     """Show notes of the package, such as on options without effect, while the context is open.
 
     Args:
-        show: shows one note, as `gradio.Warning`.
+        show: shows one note, which is plain text and may name files of the visitor.
     """
     logger = logging.getLogger("openpulid")
     handler = NoteHandler(show)

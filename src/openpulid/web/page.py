@@ -152,7 +152,7 @@ def _build_form(session: WebSession) -> dict[str, Any]:
             form["guidance_scale"] = gr.Number(
                 0, label="Guidance (0: the preset's)", minimum=0, maximum=MAX_GUIDANCE
             )
-        form["size"] = gr.Textbox(label="Size", placeholder="832x1216")
+        form["size"] = gr.Textbox(label="Size", placeholder="WIDTHxHEIGHT")
         with gr.Row():
             form["start"] = gr.Slider(
                 0, 1, value=0.0, step=0.05, label="Identity start (fraction of steps)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,16 @@ def gradient() -> torch.Tensor:
 )
 def test_every_form_of_a_mask_is_the_same(mask: Any) -> None:
     torch.testing.assert_close(convert_mask(mask), gradient(), atol=0.002, rtol=0)
+
+
+def test_read_only_array_gives_no_warning() -> None:
+    """PyTorch warns once per process, so a new one is needed."""
+    code = (
+        "import numpy as np; from PIL import Image; "
+        "from openpulid.methods.pulid.masks import convert_mask; "
+        "convert_mask(np.asarray(Image.new('L', (4, 4), 255)))"
+    )
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True)
 
 
 def test_transparent_mask_equals_black_one(caplog: pytest.LogCaptureFixture) -> None:

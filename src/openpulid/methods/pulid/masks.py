@@ -58,8 +58,8 @@ def _people_of_prompt(entry: Any) -> list[Person]:
     if isinstance(entry, list) and entry and all(_is_person(person) for person in entry):
         return entry
     raise OptionError(
-        "expected an identity or a list of (identity, mask) per prompt, "
-        f"got {type(entry).__name__}."
+        "expected an identity or a list of (identity, mask) per prompt, got "
+        f"{type(entry).__name__}; `Studio.identify` makes one identity of one or several images."
     )
 
 
@@ -79,7 +79,8 @@ def convert_mask(mask: Mask) -> Tensor:
         mask = np.array(open_mask(mask))
     shape = tuple(mask.shape)
     try:
-        values = torch.as_tensor(mask)
+        # PyTorch warns of arrays that are read-only, such as those of PIL images
+        values = torch.as_tensor(mask if isinstance(mask, Tensor) else mask.copy())
     except TypeError:  # an array of text
         values = torch.empty(0)
     is_8_bit = values.dtype == torch.uint8
