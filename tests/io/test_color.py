@@ -27,6 +27,7 @@ from tests.support.image_files import (
     rgb_profile,
 )
 
+PLAIN_TIFF = (cv2.IMWRITE_TIFF_COMPRESSION, 1)
 PATCHES = ((200, 120, 90), (40, 160, 60), (60, 70, 190))
 
 
@@ -224,9 +225,9 @@ def test_float_tiff() -> None:
 def test_float_colors_in_a_tiff() -> None:
     values = np.empty((16, 48, 3), np.float32)
     values[:] = np.asarray(patches(), np.float32)[..., ::-1] / 255
-    assert_patches(open_image(cv2.imencode(".tiff", values)[1].tobytes()), 1)
+    assert_patches(open_image(cv2.imencode(".tiff", values, PLAIN_TIFF)[1].tobytes()), 1)
     with pytest.raises(ImageError, match="48 x 16 pixels, more than the limit"):
-        open_image(cv2.imencode(".tiff", values)[1].tobytes(), max_pixels=500)
+        open_image(cv2.imencode(".tiff", values, PLAIN_TIFF)[1].tobytes(), max_pixels=500)
 
 
 def test_16_bit_gray_with_transparent_level() -> None:

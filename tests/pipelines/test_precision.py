@@ -20,6 +20,7 @@ from openpulid.pipelines.request import GenerationRequest, IdentityOptions
 from openpulid.pipelines.studio import Studio
 from tests.support.people import anna
 from tests.support.tiny_flux import fresh, tiny_pipe
+from tests.support.versions import same_noise_in_every_precision
 
 CPU = torch.device("cpu")
 DEVICES = sorted({"cpu", best_device().type})
@@ -68,6 +69,7 @@ def relative_error(image: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(image - expected) / np.linalg.norm(expected))
 
 
+@same_noise_in_every_precision
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_sdxl_request_is_close_to_float32(
@@ -80,6 +82,7 @@ def test_sdxl_request_is_close_to_float32(
     assert error < BOUNDS[dtype]
 
 
+@same_noise_in_every_precision
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flux_request_is_close_to_float32(device: str, dtype: torch.dtype, tmp_path: Path) -> None:

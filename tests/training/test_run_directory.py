@@ -75,6 +75,7 @@ def test_training_survives_a_disk_that_is_full_for_a_while(tmp_path, capsys):
     assert {path.name for path in tmp_path.glob(".*")} == set()
 
 
+@pytest.mark.usefixtures("capsys")  # pytest itself writes what is printed into a file
 def test_last_checkpoint_on_a_full_disk_is_one_sentence(tmp_path):
     run(Regression(), replace(SHORT, steps=5), tmp_path)
     good = (tmp_path / CHECKPOINT).read_bytes()
@@ -83,6 +84,7 @@ def test_last_checkpoint_on_a_full_disk_is_one_sentence(tmp_path):
     assert (tmp_path / CHECKPOINT).read_bytes() == good
 
 
+@pytest.mark.usefixtures("capsys")
 def test_not_finite_loss_on_a_full_disk_names_both(tmp_path):
     message = r"not finite at step 3 .*could not be written.*the last checkpoint is intact"
     with full_disk(), pytest.raises(TrainingError, match=message):

@@ -231,6 +231,8 @@ def _decode_other(pixel_data: PixelData, options: DecodeOptions) -> Image.Image:
     if mode in WHITE_OF_FEW_BITS and isinstance(image.info.get("transparency"), int):
         # Pillow scales the levels to 8 bits, but not the transparent one
         image.info["transparency"] *= 255 // WHITE_OF_FEW_BITS[mode]
+    elif image.mode == "1" and image.info.get("transparency") == 1:
+        image.info["transparency"] = 255  # as Pillow says itself since version 12
     return image
 
 
@@ -271,12 +273,13 @@ def _decode_with_opencv(data: bytes) -> Image.Image:
     """Decode pixels of kinds that Pillow does not read: float colors, colors of 16 bits."""
     import cv2
 
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(0)  # it would print what is wrong with a damaged file
+    logging = getattr(cv2.utils, "logging", cv2)  # OpenCV 4 has its functions elsewhere
+    level = logging.getLogLevel()
+    logging.setLogLevel(0)  # it would print what is wrong with a damaged file
     try:
         values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     finally:
-        cv2.utils.logging.setLogLevel(level)
+        logging.setLogLevel(level)
     if values is None or (values.ndim == 3 and values.shape[2] not in (3, 4)):
         raise UnusableFile("has pixels of a kind that cannot be read; save it with 8 bits")
     if values.ndim == 2:

@@ -28,6 +28,7 @@ from openpulid.methods.pulid.sdxl import PuLID
 from tests.support.people import anna, ben, distance
 from tests.support.people import fresh as fresh_sdxl
 from tests.support.tiny_flux import SMALL, fresh, run, tiny_pipe
+from tests.support.versions import same_noise_in_every_precision
 
 
 @torch.no_grad()
@@ -546,6 +547,7 @@ def test_adapter_of_other_family_raises(pipe, tiny_pipeline) -> None:
             theirs.attach(target)
 
 
+@same_noise_in_every_precision
 @pytest.mark.parametrize("half", ["pipeline", "adapter"])
 def test_pipeline_or_adapter_in_bf16(pipe, half: str) -> None:
     adapter = fresh(pipe)

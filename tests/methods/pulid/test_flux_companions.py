@@ -35,6 +35,7 @@ from openpulid.errors import OptionError
 from openpulid.methods.pulid.flux import PuLIDFlux
 from tests.support.people import anna, ben, distance
 from tests.support.tiny_flux import fresh, run, tiny_pipe
+from tests.support.versions import one_compilation_for_all_blocks
 
 
 def picture(seed: int = 3) -> Tensor:
@@ -298,6 +299,7 @@ def compiler() -> Any:
     torch.compiler.reset()
 
 
+@one_compilation_for_all_blocks
 def test_compiled_blocks(compiler) -> None:
     """Has more hooked blocks than the compiler's limit of recompilations (8)."""
     pipe = tiny_pipe(num_layers=18, num_single_layers=1)

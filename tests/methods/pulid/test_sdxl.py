@@ -22,6 +22,7 @@ from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import IdentityLayer
 from openpulid.methods.registry import METHODS, find_method
 from tests.support.people import STEPS, anna, ben, distance, fresh, run, someone
+from tests.support.versions import same_noise_in_every_precision
 
 
 @pytest.fixture
@@ -547,6 +548,7 @@ def test_v1_needs_equal_number_of_images_per_identity(pipe, adapter) -> None:
         pass
 
 
+@same_noise_in_every_precision
 def test_half_precision_base_with_a_float32_adapter(pipe, adapter) -> None:
     with adapter.use(anna):
         exact = run(pipe)

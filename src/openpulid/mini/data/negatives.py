@@ -146,7 +146,7 @@ def sample_noise(size: int, generator: Generator) -> Tensor:
     frequency[0, 0] = 1.0 / size**2
     noise = torch.randn(3, size, size, generator=generator)
     if sample_int(3, generator) == 0:
-        noise = noise[:1].expand(3, -1, -1)
+        noise = noise[:1].repeat(3, 1, 1)
     spectrum = torch.fft.rfft2(noise) * frequency ** (-exponent / 2)
     field = torch.fft.irfft2(spectrum, s=(size, size))
     field = field / field.std().clamp(min=1e-6)
