@@ -296,3 +296,47 @@ def test_from_excludes_other_options(pulid: Run, studio: FakeStudio, tmp_path: P
         refused = pulid(*again, *options)
         name = options[0].replace("a person", "prompt")
         assert refused.is_one_sentence and name in refused.err
+
+
+def test_several_people_have_a_mask_each(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    """And the image is regenerated from their files, in order."""
+    ben = tmp_path / "ben.png"
+    Image.new("RGB", (96, 96), "gray").save(ben)
+    right = tmp_path / "right.png"
+    Image.new("L", (96, 96), 255).save(right)
+    people = ("--id", anna, "--id", ben, "--mask", "0,0,.5,1", "--mask", right)
+    done = pulid("generate", "portrait", *people, "--scale", 0.5, "--scale", 1, "-o", tmp_path)
+    assert done.code == 0, done.err
+    assert studio.requests[0].people == (
+        Person(images=[anna], box=(0, 0, 0.5, 1), scale=0.5),
+        Person(images=[ben], mask=right, scale=1.0),
+    )
+    image = tmp_path / "portrait-0.png"
+    inputs = ("--id", anna, "--id", ben, "--mask", right)
+    assert pulid("generate", "--from", image, *inputs, "-o", tmp_path / "again").code == 0
+    assert studio.requests[1] == studio.requests[0].for_image(0, 32, 32)
+    swapped = pulid("generate", "--from", image, "--id", ben, "--id", anna, "--mask", right)
+    assert swapped.is_one_sentence and "is not the file that" in swapped.err
+    missing = pulid("generate", "--from", image)
+    assert missing.is_one_sentence and missing.err.endswith("; pass --id and --mask.\n")
+    extra = pulid("generate", "--from", image, *inputs, "--id", anna)
+    assert extra.is_one_sentence and "needs no --id; leave it out" in extra.err
+
+
+def test_two_images_without_masks_are_one_person(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    scales = ("--scale", 0.5, "--scale", 1)
+    assert pulid("generate", "portrait", "--id", anna, "--id", anna, "-o", tmp_path).code == 0
+    (person,) = studio.requests[0].people
+    assert len(person.images) == 2
+    for words, expected in (
+        (("--mask", anna, "--mask", anna), "1 --id and 2 --mask: several people need one --mask"),
+        (scales, "2 --scale and 1 people: pass one --scale for all, or one for each."),
+        (("--mask", "0.5,0,0.5,1"), "--mask must be left, top, right, bottom as fractions"),
+        (("--mask", "0,0,2,1"), "must be at most 1"),
+    ):
+        refused = pulid("generate", "portrait", "--id", anna, *words, "-o", tmp_path)
+        assert refused.is_one_sentence and expected in refused.err, refused

@@ -102,7 +102,23 @@ def test_requests_are_frozen() -> None:
         ({"people": [{"images": ["a.png"], "identity": "a"}]}, "either images or an identity"),
         ({"people": [{}]}, "people.0.images is missing: a person needs images or an identity"),
         ({"people": [{"mask": "a.png"}]}, "people.0.mask requires a person"),
-        ({"people": [{"identity": "a"}, {"identity": "b"}]}, "can show one person, got 2."),
+        (
+            {"people": [{"identity": "a", "box": (0, 0, 1, 1)}, {"identity": "b"}]},
+            "each of several people needs people.1.mask or people.1.box, which say where in the "
+            "image the person is; person 2 has none.",
+        ),
+        (
+            {"people": [{"identity": "a", "mask": "m", "box": (0, 0, 1, 1)}]},
+            "provide either people.0.mask or people.0.box, not both.",
+        ),
+        (
+            {"people": [{"identity": "a", "box": (0.5, 0, 0.5, 1)}]},
+            "people.0.box must be left, top, right, bottom as fractions of the image's sides, such "
+            "as 0, 0, 0.5, 1, got 0.5, 0, 0.5, 1.",
+        ),
+        ({"people": [{"identity": "a", "box": (0, 0, 2, 1)}]}, "people.0.box.2 must be at most 1"),
+        ({"people": [{"box": (0, 0, 1, 1)}]}, "people.0.box requires a person"),
+        ({"people": 9 * [{"identity": "a"}]}, "people must have at most 8 entries."),
         ({"controls": [{"model": "control-pose"}]}, "controls.0.image is missing."),
         ({"controls": [Control("a", "b"), Control("c", "d")]}, "one ControlNet, got 2."),
         ({"schema_version": 2}, "schema_version 2 is not supported"),

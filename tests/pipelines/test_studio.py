@@ -404,6 +404,37 @@ def test_request_of_files_gives_the_same_image_as_objects(studio, anna, tmp_path
         studio.generate(other)
 
 
+def test_people_of_a_request_give_the_same_image_as_objects(studio, anna, tmp_path) -> None:
+    """Each in a region of its own; a person's scale is a weight of the mask."""
+    ben = studio.identify(picture(1))
+    anna.save(tmp_path / "anna.safetensors")
+    ben.save(tmp_path / "ben.safetensors")
+    Image.fromarray(np.uint8([[0, 255]])).resize((16, 16), 0).save(tmp_path / "right.png")
+    left, right = torch.zeros(2, 16, 16)
+    left[:, :8] = 1
+    right[:, 8:] = 1
+    request = GenerationRequest(
+        "portrait",
+        seed=1,
+        people=[
+            Person(identity=tmp_path / "anna.safetensors", box=(0, 0, 0.5, 1), scale=0.5),
+            Person(identity=tmp_path / "ben.safetensors", mask=tmp_path / "right.png"),
+        ],
+        identity=IdentityOptions(scale=1.0),
+    )
+    objects = [(anna, 0.5 * left), (ben, right)]
+    expected = pixels(studio.generate("portrait", objects, seed=1, scale=1.0))[0]
+    result = studio.generate(request)
+    assert np.array_equal(pixels(result)[0], expected)
+    (path,) = result.save(tmp_path)
+    files = {
+        f"people.{k}.identity": tmp_path / f"{name}.safetensors"
+        for k, name in ((0, "anna"), (1, "ben"))
+    }
+    again = Provenance.read(path).restore({**files, "people.1.mask": tmp_path / "right.png"})
+    assert np.array_equal(pixels(studio.generate(again))[0], expected)
+
+
 def test_identify_from_files(studio, anna, tmp_path) -> None:
     picture(0).save(tmp_path / "anna.png")
     again = studio.identify(tmp_path / "anna.png")

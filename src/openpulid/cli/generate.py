@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_ORDER = "large-small"
 ALLOWED_WITH_FROM = ("source", "out", "device", "memory", "no_metadata")
 FILE_OPTIONS = {
-    "mask": "people.0.mask",
     "control": "controls.0.model",
     "control_image": "controls.0.image",
     "preset": "model.preset",
@@ -43,7 +43,9 @@ FILE_OPTIONS = {
     "adapter": "model.adapter",
     "faces": "model.face_pack",
 }
-"""Parameters that name a file, and the fields of the request. `--id` is one as well."""
+"""Parameters that name one file, and the fields of the request."""
+
+BOX = re.compile(r"[0-9.]+(,[0-9.]+){3}")
 
 
 def generate(
@@ -51,7 +53,11 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="Prompt.")] = None,
     person: Annotated[
         list[str] | None,
-        typer.Option("--id", help="Identity file or image of the person; repeat it for images."),
+        typer.Option(
+            "--id",
+            help="Identity file or image of the person; repeat it for more images of the person, "
+            "or, with a --mask each, for several people.",
+        ),
     ] = None,
     face: Annotated[
         int | None, typer.Option(min=0, help="Which face of an image with several, from 0.")
@@ -75,7 +81,8 @@ def generate(
     ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     scale: Annotated[
-        float | None, typer.Option(min=0, help="Identity scale (0 disables it).")
+        list[float] | None,
+        typer.Option(min=0, help="Identity scale (0 disables it); repeat it for several people."),
     ] = None,
     method: Annotated[
         str | None,
@@ -94,7 +101,11 @@ def generate(
         float | None, typer.Option(min=0, max=1, help="Identity end (fraction of the steps).")
     ] = None,
     mask: Annotated[
-        str | None, typer.Option(help="Image that is white where the identity may act.")
+        list[str] | None,
+        typer.Option(
+            help="Image that is white where the person is, or a box LEFT,TOP,RIGHT,BOTTOM in "
+            "fractions of the image; one per --id for several people."
+        ),
     ] = None,
     start_step: Annotated[
         int | None, typer.Option(min=0, help="FLUX: step from which the identity acts.")
@@ -146,7 +157,7 @@ def generate(
         check_quoted(prompt, ctx.args)
         if source is not None:
             files = collect_files(ctx)
-            request = read_stored_request(source, person or (), files, memory)
+            request = read_stored_request(source, person or (), mask or (), files, memory)
             run_request(request, out, device, not no_metadata)
             return
         if prompt is None:
@@ -156,8 +167,9 @@ def generate(
 
         mode, other_method = parse_method(method, find_preset(preset))
         width, height = (None, None) if size is None else parse_size(size)
+        people = describe_people(person or (), mask or (), scale or (), face, order)
         identity = {
-            "scale": scale,
+            "scale": scale[0] if scale and len(people) < 2 else None,
             "start": start,
             "end": end,
             "projection": mode.projection if projection is None else projection,
@@ -185,7 +197,7 @@ def generate(
                 "true_cfg_scale": true_cfg,
                 "timestep_to_start_cfg": start_cfg,
                 "max_sequence_length": text_tokens,
-                "people": describe_person(person or (), face, order, mask),
+                "people": people,
                 "controls": describe_control(control, control_image, control_scale),
                 "identity": identity,
                 "model": models,
@@ -210,28 +222,69 @@ def check_quoted(prompt: str | None, words: list[str]) -> None:
         raise OptionError(f'quote the prompt: pulid generate "{text}".')
 
 
-def describe_person(
-    paths: Sequence[str], face: int | None, order: str, mask: str | None
+def describe_people(
+    paths: Sequence[str],
+    masks: Sequence[str],
+    scales: Sequence[float],
+    face: int | None,
+    order: str,
 ) -> list[dict[str, Any]]:
-    """Return the person of a request, for validation; none if no option names one.
+    """Return the people of a request, for validation; none if no option names one.
+
+    Several masks stand for several people. With at most one mask, all paths are of one person.
+
+    Args:
+        paths: images, or identity files.
+        masks: images or boxes.
+        scales: of all people, or one of each.
+        face: which face of an image with several.
+        order: how faces are counted.
 
     Raises:
-        OptionError: there is an identity file among several paths.
+        OptionError: the numbers of people, masks and scales do not fit, or there is an identity
+            file among several paths of one person.
     """
-    if not paths and face is None and mask is None and order == DEFAULT_ORDER:
+    if not paths and face is None and not masks and order == DEFAULT_ORDER:
         return []
-    person: dict[str, Any] = {"face_index": face, "face_order": order, "mask": mask}
+    groups = [[path] for path in paths] if len(masks) > 1 else [list(paths)]
+    if len(masks) > 1 and len(masks) != len(paths):
+        raise OptionError(
+            f"{len(paths)} --id and {len(masks)} --mask: several people need one --mask for each "
+            "--id, in the same order; combine images of one person with `pulid identify`."
+        )
+    if len(scales) > 1 and len(scales) != len(groups):
+        raise OptionError(
+            f"{len(scales)} --scale and {len(groups)} people: pass one --scale for all, or one "
+            "for each."
+        )
+    own_scales = list(scales) if len(groups) > 1 else []
+    people = []
+    for number, group in enumerate(groups):
+        person = {"face_index": face, "face_order": order, **_describe_source(group)}
+        if masks:
+            person |= _describe_region(masks[number])
+        if own_scales:
+            person["scale"] = own_scales[number if len(own_scales) > 1 else 0]
+        people.append(person)
+    return people
+
+
+def _describe_source(paths: Sequence[str]) -> dict[str, Any]:
+    """Return the images or the identity file of a person."""
     identities = [path for path in paths if path.endswith(".safetensors")]
     if identities and len(paths) > 1:
         raise OptionError(
-            "--id takes several images or one identity file; combine people's images with "
-            "`pulid identify`."
+            "--id takes several images or one identity file of a person; for several people, pass "
+            "a --mask for each; combine identity files with `pulid identify`."
         )
-    if identities:
-        person["identity"] = identities[0]
-    else:
-        person["images"] = paths
-    return [person]
+    return {"identity": identities[0]} if identities else {"images": paths}
+
+
+def _describe_region(mask: str) -> dict[str, Any]:
+    """Return the box or the mask file of a person."""
+    if BOX.fullmatch(mask):
+        return {"box": mask.split(",")}
+    return {"mask": mask}
 
 
 def describe_control(
@@ -258,13 +311,18 @@ def parse_method(name: str | None, preset: Any) -> tuple[Any, str | None]:
 
 
 def read_stored_request(
-    image: str, person: Sequence[str], files: Mapping[str, str], memory: str | None
+    image: str,
+    people: Sequence[str],
+    masks: Sequence[str],
+    files: Mapping[str, str],
+    memory: str | None,
 ) -> GenerationRequest:
     """Read the request of an image, and name its input files again.
 
     Args:
         image: an image of `pulid generate` or `pulid web`.
-        person: the person's images, or an identity file.
+        people: the images and identity files of its people, in order.
+        masks: their masks, in order.
         files: path of a field -> file, of the other input files.
         memory: memory level instead of the stored one.
 
@@ -274,11 +332,16 @@ def read_stored_request(
     from openpulid.pipelines.provenance import Provenance
 
     provenance = Provenance.read(image)
-    has_identity = "people.0.identity" in provenance.required_files()
-    people = {f"people.0.images.{position}": path for position, path in enumerate(person)}
-    if has_identity and person:
-        people = {"people.0.identity": people.pop("people.0.images.0"), **people}
-    request = provenance.restore({**people, **files}, image)
+    required = [field for field in provenance.required_files() if field.startswith("people.")]
+    is_mask = {field: field.endswith(".mask") for field in required}
+    named = dict(files)
+    for paths, fields, unused in (
+        (people, [field for field in required if not is_mask[field]], "people.0.images"),
+        (masks, [field for field in required if is_mask[field]], "people.0.mask"),
+    ):
+        extra = [f"{unused}.{number}" for number in range(len(fields), len(paths))]
+        named |= dict(zip([*fields, *extra], paths, strict=False))
+    request = provenance.restore(named, image)
     return request.with_memory(memory) if memory else request
 
 
@@ -290,7 +353,7 @@ def collect_files(ctx: typer.Context) -> dict[str, str]:
     """
     options = find_set_options(ctx)
     files = {FILE_OPTIONS[name]: str(ctx.params[name]) for name in options if name in FILE_OPTIONS}
-    accepted = (*ALLOWED_WITH_FROM, *FILE_OPTIONS, "person")
+    accepted = (*ALLOWED_WITH_FROM, *FILE_OPTIONS, "person", "mask")
     refused = [option for name, option in options.items() if name not in accepted]
     if refused:
         raise OptionError(

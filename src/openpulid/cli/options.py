@@ -49,6 +49,8 @@ OPTION_NAMES = {
     "people.face_index": "--face",
     "people.face_order": "--order",
     "people.mask": "--mask",
+    "people.box": "--mask",
+    "people.scale": "--scale",
     "controls": "--control",
     "controls.model": "--control",
     "controls.image": "--control-image",

@@ -33,7 +33,7 @@ from openpulid.methods.hooks import (
     expand_per_image,
     find_unet,
     move_to,
-    warn_if_stretched,
+    warn_if_other_ratio,
 )
 
 ControlImage = Source | Tensor
@@ -132,7 +132,7 @@ class ControlNet(Adapter):
             if (height, width) not in checked_sizes:
                 checked_sizes.add((height, width))
                 for image in images:
-                    warn_if_stretched("control image", _height_width(image), (height, width))
+                    warn_if_other_ratio("control image", _height_width(image), (height, width))
             control = torch.stack([fit_image(image, (height, width)) for image in images])
             batch = expand_per_image(control, len(call.sample), state.is_guided(), negative=control)
             move_to([self.model], call.sample.device, state.network.dtype)

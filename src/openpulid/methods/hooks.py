@@ -29,13 +29,16 @@ EPSILON = 1e-6
 """Tolerance of a schedule position: step 3 of 9 must not fall short of a start of 1 / 3."""
 
 
-def warn_if_stretched(name: str, size: Sequence[int], target: Sequence[int]) -> None:
-    """Log a warning if resizing changes the ratio of an image's sides.
+def warn_if_other_ratio(
+    name: str, size: Sequence[int], target: Sequence[int], change: str = "stretched"
+) -> None:
+    """Log a warning if an image has another ratio of its sides than the generated one.
 
     Args:
         name: what the image is, such as "mask".
         size: its height and width in pixels.
         target: height and width to which it is resized, in any unit.
+        change: what happens to it, "stretched" or "cropped".
     """
     if min(size) < MIN_RATIO_SIDE:
         return
@@ -44,12 +47,13 @@ def warn_if_stretched(name: str, size: Sequence[int], target: Sequence[int]) -> 
     target_ratio = target[1] / target[0]
     if max(ratio, target_ratio) > (1 + RATIO_TOLERANCE) * min(ratio, target_ratio):
         logger.warning(
-            "the %s has %d x %d pixels (width over height %.2f) and is stretched to the ratio "
-            "%.2f of the image; use one of the same ratio.",
+            "the %s has %d x %d pixels (width over height %.2f) and is %s to the ratio %.2f of "
+            "the image; use one of the same ratio.",
             name,
             width,
             height,
             ratio,
+            change,
             target_ratio,
         )
 

@@ -70,10 +70,10 @@ def _check_mask(request: GenerationRequest, models: ModelSet) -> None:
     if models.method == "pulid":
         return
     for number, person in enumerate(request.people):
-        if person.mask is not None:
+        if person.has_region:
             raise RequestError(
                 f"{{0}} is only supported by PuLID, not by {models.method}; leave it out.",
-                f"people.{number}.mask",
+                f"people.{number}.{'box' if person.mask is None else 'mask'}",
             )
 
 
@@ -88,9 +88,7 @@ def check_active_steps(request: GenerationRequest, models: ModelSet) -> None:
         RequestError: no step is in the span.
     """
     identity = request.identity
-    scale = identity.scale
-    if request.people and request.people[0].scale is not None:
-        scale = request.people[0].scale
+    scale = max(request.identity_scales, default=identity.scale)
     if scale == 0 or find_active_steps(request, models):
         return
     steps = request.num_inference_steps or 1

@@ -29,8 +29,10 @@ from openpulid.pipelines.request_fields import (
     MAX_FILES,
     MAX_GUIDANCE,
     MAX_IMAGES,
+    MAX_PEOPLE,
     MAX_SEED,
     MAX_STEPS,
+    Box,
     Count,
     FaceOrder,
     FilePath,
@@ -177,6 +179,8 @@ class Person(RequestPart):
             default the first, with a warning if there are several.
         face_order: how faces are counted.
         mask: an image that is white where the identity may act. By default everywhere.
+        box: left, top, right and bottom of the region where the identity may act, as fractions of
+            the image's sides, instead of a mask.
         scale: identity scale of this person; by default that of `IdentityOptions`.
     """
 
@@ -185,17 +189,26 @@ class Person(RequestPart):
     face_index: Count | None = None
     face_order: FaceOrder = DEFAULT_FACE_ORDER
     mask: FilePath | None = None
+    box: Box | None = None
     scale: Scale | None = None
+
+    @property
+    def has_region(self) -> bool:
+        """Whether the identity is restricted to a part of the image."""
+        return self.mask is not None or self.box is not None
 
     @model_validator(mode="after")
     def _check_source(self) -> Person:
         if self.images and self.identity:
             raise RequestError("provide either images or an identity file, not both.")
-        dependent = [name for name in ("face_index", "mask") if getattr(self, name) is not None]
+        if self.mask and self.box:
+            raise RequestError("provide either {0} or {1}, not both.", "mask", "box")
+        names = ("face_index", "mask", "box")
+        dependent = [name for name in names if getattr(self, name) is not None]
         if self.face_order != DEFAULT_FACE_ORDER:
             dependent.append("face_order")
         for name in dependent:
-            if self.identity and name != "mask":
+            if self.identity and name not in ("mask", "box"):
                 raise RequestError(
                     "{0} cannot be used with an identity file; pass an image with {1}.",
                     name,
@@ -330,7 +343,7 @@ class GenerationRequest(GenerationOptions):
         seed: image k uses `seed + k`, so any image can be regenerated on its own. None and -1
             draw a random seed, which the request then has.
         num_images: how many images.
-        people: the people to show. At most one today.
+        people: the people to show. Of several, each needs a mask or a box.
         controls: ControlNets. At most one today.
         model: the models; None stands for those of the studio that runs the request.
         resolved: every option has a value; a request that is stored in an image is resolved.
@@ -340,7 +353,7 @@ class GenerationRequest(GenerationOptions):
     prompt: Prompt = Field(min_length=1)
     seed: Seed = 0
     num_images: int = Field(default=1, ge=1, le=MAX_IMAGES)
-    people: tuple[Person, ...] = Field(default=(), max_length=MAX_FILES)
+    people: tuple[Person, ...] = Field(default=(), max_length=MAX_PEOPLE)
     controls: tuple[Control, ...] = Field(default=(), max_length=MAX_FILES)
     model: ModelSelection | None = None
     resolved: bool = False
@@ -362,15 +375,25 @@ class GenerationRequest(GenerationOptions):
                 "seed",
                 "num_images",
             )
-        if len(self.people) > 1:
+        nowhere = [k for k, person in enumerate(self.people) if not person.has_region]
+        if len(self.people) > 1 and nowhere:
             raise RequestError(
-                f"{{0}}: a request can show one person, got {len(self.people)}.", "people"
+                "each of several people needs {0} or {1}, which say where in the image the person "
+                f"is; person {nowhere[0] + 1} has none.",
+                f"people.{nowhere[0]}.mask",
+                f"people.{nowhere[0]}.box",
             )
         if len(self.controls) > 1:
             raise RequestError(
                 f"{{0}}: a request can use one ControlNet, got {len(self.controls)}.", "controls"
             )
         return self
+
+    @property
+    def identity_scales(self) -> tuple[float, ...]:
+        """The identity scale of each person of a resolved request."""
+        default = 1.0 if self.identity.scale is None else self.identity.scale
+        return tuple(default if person.scale is None else person.scale for person in self.people)
 
     def for_image(self, seed: int, width: int, height: int) -> GenerationRequest:
         """Return the request that regenerates one image on its own."""

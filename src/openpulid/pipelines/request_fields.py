@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from openpulid.errors import OptionError
 
@@ -31,6 +31,7 @@ MAX_PROMPT = 10_000
 MAX_PATH = 4096
 MAX_COUNT = 10_000
 MAX_FILES = 64
+MAX_PEOPLE = 8
 
 FaceOrder = Literal[
     "large-small", "small-large", "left-right", "right-left", "top-bottom", "bottom-top"
@@ -65,6 +66,17 @@ def _parse_seed(value: Any) -> Any:
     return _parse_seed(None) if value in (-1, "-1") else value
 
 
+def _check_box(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    left, top, right, bottom = box
+    if not (left < right and top < bottom):
+        raise RequestError(
+            "{0} must be left, top, right, bottom as fractions of the image's sides, such as "
+            f"0, 0, 0.5, 1, got {', '.join(f'{value:g}' for value in box)}.",
+            "",
+        )
+    return box
+
+
 FilePath = Annotated[
     str,
     PlainValidator(_check_path),
@@ -75,6 +87,7 @@ Name = Annotated[str, Field(max_length=64)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Box = Annotated[tuple[Fraction, Fraction, Fraction, Fraction], AfterValidator(_check_box)]
 Scale = Annotated[float, Field(ge=0, le=MAX_SCALE, allow_inf_nan=False)]
 Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
 Seed = Annotated[int, BeforeValidator(_parse_seed), Field(ge=0, le=MAX_SEED)]
@@ -106,7 +119,9 @@ class RequestError(OptionError):
         for field in self.fields:
             path = re.sub(r"\.\d+", "", field)
             renamed.append(names.get(path, _short_name(field)))
-        return OptionError(self.template.format(*renamed))
+        message = self.template.format(*renamed)
+        # several fields can be one option
+        return OptionError(re.sub(r"(--[\w-]+)((, | and | or )\1\b)+", r"\1", message))
 
 
 def _short_name(path: str) -> str:

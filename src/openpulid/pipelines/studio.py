@@ -35,6 +35,7 @@ from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.prompts import prepare_prompts
+from openpulid.pipelines.regions import build_masks
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest, parse_size
 from openpulid.pipelines.result import GenerationResult, OnImage
 from openpulid.pipelines.selection import PresetSource, resolve_preset
@@ -190,9 +191,15 @@ class Studio:
             return None
         if inputs.has_reference_images:
             inputs = inputs.with_identities(request, self.extractor)
-        files = inputs.people[0]
-        assert isinstance(files.identity, Identity)
-        return files.identity if files.mask is None else [(files.identity, files.mask)]
+        identities = [files.identity for files in inputs.people]
+        if not any(person.has_region for person in request.people):
+            return identities[0]
+        native = self.preset.models.native_side
+        size = (request.width or native, request.height or native)
+        masks = build_masks(request, [files.mask for files in inputs.people], size)
+        people = zip(identities, masks, request.identity_scales, strict=True)
+        shown = [(identity, mask) for identity, mask, scale in people if scale > 0]
+        return shown or identities[0]
 
     def _use_identity(
         self, people: People | None, request: GenerationRequest
@@ -212,8 +219,9 @@ class Studio:
             identity.require(self._extractor.models)
         supported = [name for name in IDENTITY_NAMES if name in self.preset.options]
         options: dict[str, Any] = {name: getattr(request.identity, name) for name in supported}
-        if request.people and request.people[0].scale is not None:
-            options["scale"] = request.people[0].scale
+        if request.people:
+            # the masks hold what is less than the largest scale
+            options["scale"] = max(request.identity_scales)
         if is_flux:
             options["timestep_to_start_cfg"] = first_guided_step
         return self.adapter.use(people, **options, pipe=self.pipe)

@@ -29,7 +29,7 @@ from openpulid.methods.hooks import (
     StepTracker,
     flux_arguments,
     identity_count_error,
-    warn_if_stretched,
+    warn_if_other_ratio,
 )
 
 BlockKey = tuple[str, int]
@@ -185,7 +185,7 @@ class FluxIdentity:
         height = int(image_ids[:, 1].max()) + 1
         width = int(image_ids[:, 2].max()) + 1
         if not self._has_checked_ratio:
-            warn_if_stretched("mask", self.masks.shape[-2:], (height, width))
+            warn_if_other_ratio("mask", self.masks.shape[-2:], (height, width))
             self._has_checked_ratio = True
         masks = interpolate(self.masks.float(), (height, width), mode="area")  # (P, J, h, w)
         return repeat_prompts(masks, batch_size).flatten(2).transpose(0, 1)[..., None]

@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.images import Source, open_mask
-from openpulid.methods.hooks import warn_if_stretched
+from openpulid.methods.hooks import warn_if_other_ratio
 
 MIN_WEIGHT = 0.02
 """A mask whose largest weight is below this one hides the identity."""
@@ -125,7 +125,7 @@ def stack_masks(prompts: Sequence[Sequence[Person]]) -> Tensor | None:
     width = max(mask.shape[1] for row in rows for mask in row)
     for row in rows:
         for mask in row:
-            warn_if_stretched("mask", mask.shape, (height, width))
+            warn_if_other_ratio("mask", mask.shape, (height, width))
     return torch.stack(
         [torch.stack([_resize(mask, height, width) for mask in row]) for row in rows]
     )

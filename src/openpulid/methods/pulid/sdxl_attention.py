@@ -26,7 +26,7 @@ from openpulid.methods.hooks import (
     Span,
     UNetCall,
     identity_count_error,
-    warn_if_stretched,
+    warn_if_other_ratio,
 )
 from openpulid.methods.pulid.projection import (
     PROJECTIONS,
@@ -267,7 +267,7 @@ class SDXLInjection:
         masks = self.masks.cpu().repeat_interleave(num_images // len(self.masks), dim=0)
         masks = torch.cat([masks] * (1 + is_guided)).float()  # (B, J, H, W)
         height, width = sample.shape[-2:]
-        warn_if_stretched("mask", masks.shape[-2:], (height, width))
+        warn_if_other_ratio("mask", masks.shape[-2:], (height, width))
         cache: dict[int, Tensor] = {}
 
         @torch.no_grad()

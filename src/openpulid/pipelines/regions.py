@@ -1,0 +1,65 @@
+"""Where in the image each person of a request acts: masks and boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from openpulid.methods.hooks import warn_if_other_ratio
+from openpulid.pipelines.request import GenerationRequest, Person
+
+
+def build_masks(
+    request: GenerationRequest, images: Sequence[Image.Image | None], size: tuple[int, int]
+) -> list[Tensor]:
+    """Build the mask of each person, weighted by the person's scale.
+
+    Args:
+        request: a resolved request with people.
+        images: the opened mask of each person, gray; None for a box, and for the whole image.
+        size: width and height of the generated image in pixels.
+
+    Returns:
+        For each person (H, W) in [0, 1]; 1 stands for the largest scale of all people.
+    """
+    scales = request.identity_scales
+    largest = max(scales) or 1.0
+    return [
+        _build_mask(person, image, size) * (scale / largest)
+        for person, image, scale in zip(request.people, images, scales, strict=True)
+    ]
+
+
+def _build_mask(person: Person, image: Image.Image | None, size: tuple[int, int]) -> Tensor:
+    if image is not None:
+        return crop_mask(image, size)
+    width, height = size
+    left, top, right, bottom = person.box or (0.0, 0.0, 1.0, 1.0)
+    return torch.outer(_cover(top, bottom, height), _cover(left, right, width))
+
+
+def crop_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Crop a mask evenly to the ratio of the generated image, so that its shapes are not stretched.
+
+    Args:
+        image: gray, white where the identity may act.
+        size: width and height of the generated image in pixels.
+
+    Returns:
+        (H, W) in [0, 1], in the mask's own pixels.
+    """
+    warn_if_other_ratio("mask", (image.height, image.width), (size[1], size[0]), "cropped")
+    scale = min(image.width / size[0], image.height / size[1])
+    cropped = ImageOps.fit(image, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
+    return torch.from_numpy(np.array(cropped)).float() / 255
+
+
+def _cover(start: float, end: float, length: int) -> Tensor:
+    """Return how much of each of `length` pixels an interval of [0, 1] covers."""
+    first = torch.arange(length, dtype=torch.float32)
+    covered = (first + 1).clamp(max=end * length) - first.clamp(min=start * length)
+    return covered.clamp(min=0)

@@ -1,0 +1,56 @@
+"""Where several people of a request act: masks and boxes, weighted by each person's scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from openpulid.pipelines.regions import build_masks, crop_mask
+from openpulid.pipelines.request import GenerationRequest, IdentityOptions, Person
+
+
+def masks_of(*people: Person, scale: float = 0.8, size: tuple[int, int] = (8, 4)) -> torch.Tensor:
+    request = GenerationRequest("portrait", people=people, identity=IdentityOptions(scale=scale))
+    return torch.stack(build_masks(request, [None] * len(people), size))
+
+
+def test_box_covers_its_share_of_each_pixel() -> None:
+    left = Person(images=["a.png"], box=(0, 0.5, 0.5, 1))
+    uneven = Person(images=["b.png"], box=(0.5, 0, 0.6875, 1))
+    masks = masks_of(left, uneven)
+    assert masks.shape == (2, 4, 8)
+    expected = torch.zeros(4, 8)
+    expected[2:, :4] = 1
+    assert torch.equal(masks[0], expected)
+    assert masks[1, 0].tolist() == [0, 0, 0, 0, 1, 0.5, 0, 0]
+    whole = masks_of(Person(images=["a.png"], box=(0, 0, 1, 1)), size=(7, 96))
+    assert torch.equal(whole, torch.ones(1, 96, 7))
+
+
+def test_masks_hold_the_scales_of_people() -> None:
+    boxes = {"left": (0, 0, 0.5, 1), "right": (0.5, 0, 1, 1)}
+    own = Person(images=["a.png"], box=boxes["left"], scale=0.4)
+    default = Person(images=["b.png"], box=boxes["right"])
+    masks = masks_of(own, default, scale=0.8)
+    assert masks[0, 0].tolist() == [0.5] * 4 + [0] * 4
+    assert masks[1, 0].tolist() == [0] * 4 + [1] * 4
+    nothing = masks_of(own.model_copy(update={"scale": 0.0}), default, scale=0.0)
+    assert torch.equal(nothing, torch.zeros(2, 4, 8))
+
+
+def test_mask_of_another_ratio_is_cropped(caplog: pytest.LogCaptureFixture) -> None:
+    """A disc stays a disc."""
+    y, x = np.mgrid[:64, :128]
+    disc = 255 * ((x - 64) ** 2 + (y - 32) ** 2 < 20**2).astype(np.uint8)
+    mask = crop_mask(Image.fromarray(disc), (64, 64))
+    assert mask.shape == (64, 64)
+    rows, columns = (mask > 0.5).any(1).sum(), (mask > 0.5).any(0).sum()
+    assert int(rows) == int(columns) == 39
+    assert (
+        "128 x 64 pixels (width over height 2.00) and is cropped to the ratio 1.00" in caplog.text
+    )
+    caplog.clear()
+    assert torch.equal(crop_mask(Image.fromarray(disc), (32, 16)), torch.tensor(disc) / 255)
+    assert not caplog.records
