@@ -48,7 +48,7 @@ def test_masks_without_effect_or_of_another_ratio_are_noted(studio, caplog) -> N
     caplog.clear()
     generate(studio, IMAGES / "mask-landscape.png", width=64, height=128)
     (message,) = caplog.messages
-    assert "the mask has 128 x 64 pixels (width over height 2.00) and is stretched" in message
+    assert "the mask has 128 x 64 pixels (width over height 2.00) and is cropped" in message
 
 
 def test_the_same_photo_in_other_files_is_the_same_person(studio, tmp_path) -> None:

@@ -9,9 +9,9 @@ import torch
 from openpulid.errors import NonFiniteError, OptionError, PromptError
 from openpulid.identity.identity import Identity
 from openpulid.pipelines.presets import PRESETS, flux, flux_krea, flux_schnell
-from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request import GenerationRequest, Person
 from openpulid.pipelines.studio import Studio, load
-from tests.support.people import anna
+from tests.support.people import anna, ben
 from tests.support.tiny_flux import fresh, tiny_pipe
 
 
@@ -177,3 +177,23 @@ def test_memory_levels_are_checked_before_loading() -> None:
         load("flux", device="cpu", memory="8gb")
     with pytest.raises(OptionError, match="memory is only available for FLUX presets"):
         load("mini", device="cpu", memory="12gb")
+
+
+def test_people_of_a_request_give_the_same_image_as_objects(studio, tmp_path) -> None:
+    anna.save(tmp_path / "anna.safetensors")
+    ben.save(tmp_path / "ben.safetensors")
+    left = torch.zeros(32, 32)
+    left[:, :16] = 1
+    request = GenerationRequest(
+        "portrait",
+        seed=1,
+        people=[
+            Person(identity=tmp_path / "anna.safetensors", box=(0, 0, 0.5, 1), scale=0.5),
+            Person(identity=tmp_path / "ben.safetensors", box=(0.5, 0, 1, 1)),
+        ],
+    )
+    both = studio.generate(request).images[0]
+    objects = [(anna, 0.5 * left), (ben, 1 - left)]
+    assert both.tobytes() == studio.generate("portrait", objects, seed=1).images[0].tobytes()
+    one = request.model_copy(update={"people": request.people[:1]})
+    assert studio.generate(one).images[0].tobytes() != both.tobytes()

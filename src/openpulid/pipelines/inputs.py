@@ -16,7 +16,9 @@ from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ReferenceFaces, ReferenceImage, open_references
 from openpulid.io.images import is_image_source, open_image, open_mask
 from openpulid.methods.controlnet import ControlNet, canny_edges
+from openpulid.methods.pulid import People
 from openpulid.pipelines.provenance import fingerprint_inputs
+from openpulid.pipelines.regions import build_masks
 from openpulid.pipelines.request import Control, GenerationRequest, Person
 from openpulid.pipelines.weights import resolve_path
 
@@ -91,6 +93,23 @@ class RequestInputs:
                 identity = faces.identity(person.face_index, person.face_order)
             people.append(replace(files, identity=identity))
         return replace(self, people=tuple(people))
+
+    def place_people(self, request: GenerationRequest, width: int, height: int) -> People:
+        """Return the people as the adapter accepts them, each with the mask of its region.
+
+        Args:
+            request: the resolved request, which has people with identities.
+            width: of the generated image in pixels.
+            height: of the generated image in pixels.
+        """
+        identities = [files.identity for files in self.people]
+        assert all(isinstance(identity, Identity) for identity in identities)
+        if not any(person.has_region for person in request.people):
+            return identities[0]
+        masks = build_masks(request, [files.mask for files in self.people], (width, height))
+        people = zip(identities, masks, request.identity_scales, strict=True)
+        shown = [(identity, mask) for identity, mask, scale in people if scale > 0]
+        return shown or identities[0]
 
     @contextmanager
     def use_controls(self, pipe: Any) -> Iterator[None]:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from openpulid.methods.hooks import warn_if_other_ratio
+from openpulid.methods.pulid import convert_mask
 from openpulid.pipelines.request import GenerationRequest, Person
 
 
@@ -24,12 +25,12 @@ def build_masks(
         size: width and height of the generated image in pixels.
 
     Returns:
-        For each person (H, W) in [0, 1]; 1 stands for the largest scale of all people.
+        For each person (H, W), in [0, 1] or uint8; white is the largest scale of all people.
     """
     scales = request.identity_scales
     largest = max(scales) or 1.0
     return [
-        _build_mask(person, image, size) * (scale / largest)
+        _weight(_build_mask(person, image, size), scale / largest)
         for person, image, scale in zip(request.people, images, scales, strict=True)
     ]
 
@@ -42,6 +43,10 @@ def _build_mask(person: Person, image: Image.Image | None, size: tuple[int, int]
     return torch.outer(_cover(top, bottom, height), _cover(left, right, width))
 
 
+def _weight(mask: Tensor, weight: float) -> Tensor:
+    return mask if weight == 1 else convert_mask(mask) * weight
+
+
 def crop_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """Crop a mask evenly to the ratio of the generated image, so that its shapes are not stretched.
 
@@ -50,12 +55,12 @@ def crop_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
         size: width and height of the generated image in pixels.
 
     Returns:
-        (H, W) in [0, 1], in the mask's own pixels.
+        (H, W) uint8, in the mask's own pixels.
     """
     warn_if_other_ratio("mask", (image.height, image.width), (size[1], size[0]), "cropped")
     scale = min(image.width / size[0], image.height / size[1])
     cropped = ImageOps.fit(image, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
-    return torch.from_numpy(np.array(cropped)).float() / 255
+    return torch.from_numpy(np.array(cropped))
 
 
 def _cover(start: float, end: float, length: int) -> Tensor:

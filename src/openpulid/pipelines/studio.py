@@ -35,7 +35,6 @@ from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.prompts import prepare_prompts
-from openpulid.pipelines.regions import build_masks
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest, parse_size
 from openpulid.pipelines.result import GenerationResult, OnImage
 from openpulid.pipelines.selection import PresetSource, resolve_preset
@@ -191,15 +190,8 @@ class Studio:
             return None
         if inputs.has_reference_images:
             inputs = inputs.with_identities(request, self.extractor)
-        identities = [files.identity for files in inputs.people]
-        if not any(person.has_region for person in request.people):
-            return identities[0]
         native = self.preset.models.native_side
-        size = (request.width or native, request.height or native)
-        masks = build_masks(request, [files.mask for files in inputs.people], size)
-        people = zip(identities, masks, request.identity_scales, strict=True)
-        shown = [(identity, mask) for identity, mask, scale in people if scale > 0]
-        return shown or identities[0]
+        return inputs.place_people(request, request.width or native, request.height or native)
 
     def _use_identity(
         self, people: People | None, request: GenerationRequest

@@ -3,7 +3,7 @@
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer, PerceiverAttention
 from openpulid.methods.pulid.flux import PuLIDFlux, delay_guidance
 from openpulid.methods.pulid.flux_attention import identity_blocks
-from openpulid.methods.pulid.masks import People, normalize_people
+from openpulid.methods.pulid.masks import People, convert_mask, normalize_people
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import cross_attentions
@@ -17,6 +17,7 @@ __all__ = [
     "Projection",
     "PuLID",
     "PuLIDFlux",
+    "convert_mask",
     "cross_attentions",
     "delay_guidance",
     "identity_blocks",
