@@ -18,7 +18,7 @@ from openpulid.identity.identity import Identity
 from openpulid.io.metadata import read_metadata
 from openpulid.pipelines.presets import MINIATURE, PRESETS, mini, mini_lightning
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import GenerationRequest, IdentityOptions, Person
+from openpulid.pipelines.request import GenerationRequest, IdentityOptions, InitImage, Person
 from tests.cli.conftest import FakeStudio, Run
 
 
@@ -339,4 +339,28 @@ def test_two_images_without_masks_are_one_person(
         (("--mask", "0,0,2,1"), "must be at most 1"),
     ):
         refused = pulid("generate", "portrait", "--id", anna, *words, "-o", tmp_path)
+        assert refused.is_one_sentence and expected in refused.err, refused
+
+
+def test_initial_image_and_inpaint_mask(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
+) -> None:
+    mask = tmp_path / "sofa.png"
+    Image.new("L", (96, 96), 255).save(mask)
+    inputs = ("--init-image", anna, "--inpaint-mask", mask)
+    options = ("--strength", 0.9, "--resize", "pad", "-o", tmp_path)
+    done = pulid("generate", "portrait", *inputs, *options)
+    assert done.code == 0, done.err
+    init = InitImage(anna, strength=0.9, mask=mask, resize="pad")
+    assert studio.requests[0].init_image == init
+    again = pulid("generate", "--from", tmp_path / "portrait-0.png", *inputs, "-o", tmp_path)
+    assert again.code == 0, again.err
+    assert studio.requests[1].init_image == init
+    for words, expected in (
+        (("--strength", 0.5), "--init-image is missing"),
+        (("--init-image", anna, "--resize", "cropped"), "--resize must be 'crop', 'pad' or"),
+        (("--init-image", anna, "--strength", 0.01), "--strength 0.01 runs none of the"),
+        (("--init-image", tmp_path / "none.png"), "none.png: does not exist"),
+    ):
+        refused = pulid("generate", "portrait", *words, "-o", tmp_path)
         assert refused.is_one_sentence and expected in refused.err, refused

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_ORDER = "large-small"
 ALLOWED_WITH_FROM = ("source", "out", "device", "memory", "no_metadata")
 FILE_OPTIONS = {
+    "init_image": "init_image.image",
+    "inpaint_mask": "init_image.mask",
     "control": "controls.0.model",
     "control_image": "controls.0.image",
     "preset": "model.preset",
@@ -119,6 +121,21 @@ def generate(
     text_tokens: Annotated[
         int | None, typer.Option(min=1, max=512, help="FLUX: longest prompt in tokens.")
     ] = None,
+    init_image: Annotated[
+        str | None, typer.Option(help="Image to start from, instead of noise.")
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Change of the initial image, 0 to 1; 0.6 by default."),
+    ] = None,
+    inpaint_mask: Annotated[
+        str | None,
+        typer.Option(help="Image that is white where the initial image is painted anew."),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="crop, pad or stretch an initial image of another ratio than --size."),
+    ] = None,
     control: Annotated[
         str | None,
         typer.Option(
@@ -198,6 +215,7 @@ def generate(
                 "timestep_to_start_cfg": start_cfg,
                 "max_sequence_length": text_tokens,
                 "people": people,
+                "init_image": describe_init_image(init_image, strength, inpaint_mask, resize),
                 "controls": describe_control(control, control_image, control_scale),
                 "identity": identity,
                 "model": models,
@@ -285,6 +303,15 @@ def _describe_region(mask: str) -> dict[str, Any]:
     if BOX.fullmatch(mask):
         return {"box": mask.split(",")}
     return {"mask": mask}
+
+
+def describe_init_image(
+    image: str | None, strength: float | None, mask: str | None, resize: str | None
+) -> dict[str, Any] | None:
+    """Return the initial image of a request, for validation; None if no option names one."""
+    options = {"image": image, "strength": strength, "mask": mask, "resize": resize}
+    given = {name: value for name, value in options.items() if value is not None}
+    return given or None
 
 
 def describe_control(

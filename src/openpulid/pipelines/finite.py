@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from openpulid.errors import NonFiniteError
 
 
-def run_pipeline(pipe: Any, **options: Any) -> list[Image.Image]:
+def run_pipeline(
+    pipe: Any, after_step: Callable[[Any, int, Tensor], Tensor] | None = None, **options: Any
+) -> list[Image.Image]:
     """Run a pipeline and return its images, the same as with the output type "pil".
 
     Args:
-        pipe: a StableDiffusionXLPipeline or FluxPipeline.
+        pipe: a pipeline of SDXL or FLUX.
+        after_step: pipeline, step and its latents -> the latents of the next step.
         options: arguments of the call.
 
     Raises:
@@ -30,6 +34,8 @@ def run_pipeline(pipe: Any, **options: Any) -> list[Image.Image]:
                 "its weights, the adapter's or the identity are damaged, or too large for "
                 "float16; try another base model or identity, or the device cpu."
             )
+        if after_step is not None:
+            tensors["latents"] = after_step(pipe, step, tensors["latents"])
         return tensors
 
     def check_decoded(_: nn.Module, args: Any, decoded: Tensor) -> None:

@@ -16,10 +16,13 @@ from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ReferenceFaces, ReferenceImage, open_references
 from openpulid.io.images import is_image_source, open_image, open_mask
 from openpulid.methods.controlnet import ControlNet, canny_edges
+from openpulid.methods.hooks import warn_if_other_ratio
 from openpulid.methods.pulid import People
+from openpulid.pipelines.init_image import Edit, InitImageInput
+from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.provenance import fingerprint_inputs
 from openpulid.pipelines.regions import build_masks
-from openpulid.pipelines.request import Control, GenerationRequest, Person
+from openpulid.pipelines.request import Control, GenerationRequest, InitImage, Person
 from openpulid.pipelines.weights import resolve_path
 
 IDENTITY_SUFFIX = ".safetensors"
@@ -51,11 +54,13 @@ class RequestInputs:
 
     Attributes:
         people: the files of each person.
+        init_image: the image to start from.
         controls: the files of each ControlNet.
         fingerprints: path of a field in the request -> hash of the file that it names.
     """
 
     people: tuple[PersonInput, ...] = ()
+    init_image: InitImageInput | None = None
     controls: tuple[ControlInput, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
@@ -93,6 +98,35 @@ class RequestInputs:
                 identity = faces.identity(person.face_index, person.face_order)
             people.append(replace(files, identity=identity))
         return replace(self, people=tuple(people))
+
+    def fit(self, request: GenerationRequest, models: ModelSet) -> GenerationRequest:
+        """Return a request with the ratio of its initial image, unless it has a size.
+
+        Args:
+            request: the request that names these files, before defaults are filled in.
+            models: the models that run it.
+        """
+        if self.init_image is None:
+            return request
+        width, height = self.init_image.choose_size(models)
+        size = {"width": request.width or width, "height": request.height or height}
+        return request.model_copy(update=size)
+
+    def prepare_edit(
+        self, request: GenerationRequest, pipe: Any, seeds: Sequence[int]
+    ) -> Edit | None:
+        """Prepare one call of a pipeline that starts from the initial image; None without one.
+
+        Args:
+            request: the request of these files, of which `fit` has set the size.
+            pipe: the pipeline that runs.
+            seeds: of the images of the call.
+        """
+        if self.init_image is None or request.init_image is None:
+            return None
+        assert request.width is not None and request.height is not None
+        resized = self.init_image.resize(request.width, request.height, request.init_image.resize)
+        return resized.prepare(pipe, request.init_image.strength, seeds)
 
     def place_people(self, request: GenerationRequest, width: int, height: int) -> People:
         """Return the people as the adapter accepts them, each with the mask of its region.
@@ -141,8 +175,9 @@ def open_inputs(
         WeightsError: a ControlNet is missing or damaged.
     """
     people = tuple(_open_person(person, identity, time_limit) for person in request.people)
+    init_image = None if request.init_image is None else _open_init(request.init_image, time_limit)
     controls = tuple(_open_control(control, time_limit) for control in request.controls)
-    return RequestInputs(people, controls, fingerprint_inputs(request))
+    return RequestInputs(people, init_image, controls, fingerprint_inputs(request))
 
 
 def open_person(person: Any) -> Any:
@@ -174,6 +209,15 @@ def _open_person(
         files = open_references(person.images, time_limit)
     mask = None if person.mask is None else open_mask(person.mask, time_limit=time_limit)
     return PersonInput(files, mask)
+
+
+def _open_init(init_image: InitImage, time_limit: float | None) -> InitImageInput:
+    image = open_image(init_image.image, min_side=1, time_limit=time_limit)
+    mask = None
+    if init_image.mask is not None:
+        mask = open_mask(init_image.mask, time_limit=time_limit)
+        warn_if_other_ratio("inpaint mask", (mask.height, mask.width), (image.height, image.width))
+    return InitImageInput(image, mask)
 
 
 def _open_control(control: Control, time_limit: float | None) -> ControlInput:

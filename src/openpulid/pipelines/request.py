@@ -40,6 +40,7 @@ from openpulid.pipelines.request_fields import (
     Guidance,
     Name,
     Prompt,
+    ResizeMode,
     Scale,
     Seed,
     Side,
@@ -259,6 +260,22 @@ class Control(RequestPart):
     scale: Scale = 1.0
 
 
+class InitImage(RequestPart):
+    """The image to start from: image-to-image, and inpainting with a mask.
+
+    Attributes:
+        image: the image. Without a size in the request, its ratio is kept.
+        strength: how much is changed, from 0 to 1: the fraction of the steps that is run.
+        mask: white where the image is painted anew. The rest stays as it is.
+        resize: how an image of another ratio is brought to the size of the request.
+    """
+
+    image: FilePath
+    strength: Fraction = 0.6
+    mask: FilePath | None = None
+    resize: ResizeMode = "crop"
+
+
 class ModelSelection(RequestPart):
     """The models of a request: a preset, and what is changed in it.
 
@@ -344,6 +361,7 @@ class GenerationRequest(GenerationOptions):
             draw a random seed, which the request then has.
         num_images: how many images.
         people: the people to show. Of several, each needs a mask or a box.
+        init_image: the image to start from, instead of noise.
         controls: ControlNets. At most one today.
         model: the models; None stands for those of the studio that runs the request.
         resolved: every option has a value; a request that is stored in an image is resolved.
@@ -354,6 +372,7 @@ class GenerationRequest(GenerationOptions):
     seed: Seed = 0
     num_images: int = Field(default=1, ge=1, le=MAX_IMAGES)
     people: tuple[Person, ...] = Field(default=(), max_length=MAX_PEOPLE)
+    init_image: InitImage | None = None
     controls: tuple[Control, ...] = Field(default=(), max_length=MAX_FILES)
     model: ModelSelection | None = None
     resolved: bool = False
@@ -422,6 +441,10 @@ class GenerationRequest(GenerationOptions):
                 yield f"people.{number}.identity", person.identity
             if person.mask:
                 yield f"people.{number}.mask", person.mask
+        if self.init_image is not None:
+            yield "init_image.image", self.init_image.image
+            if self.init_image.mask:
+                yield "init_image.mask", self.init_image.mask
         for number, control in enumerate(self.controls):
             yield f"controls.{number}.model", control.model
             yield f"controls.{number}.image", control.image

@@ -37,6 +37,8 @@ FaceOrder = Literal[
     "large-small", "small-large", "left-right", "right-left", "top-bottom", "bottom-top"
 ]
 
+ResizeMode = Literal["crop", "pad", "stretch"]
+
 DEFAULT_FACE_ORDER: FaceOrder = "large-small"
 
 

@@ -68,6 +68,7 @@ class Studio:
         self._extractor_lock = threading.Lock()
         # an open adapter, and the pipeline's guidance, are state of the network
         self._lock = threading.Lock()
+        self._edit_pipelines: dict[bool, Any] = {}
         adapter.attach(pipe)
 
     @property
@@ -163,10 +164,11 @@ class Studio:
             )
         is_person_shown = identity is not None or bool(request.people)
         resolved = self.preset.resolve(request, is_person_shown)
+        inputs = open_inputs(resolved) if inputs is None else inputs
+        request = inputs.fit(request, self.preset.models)
         for note in self.preset.describe_ineffective(request, is_person_shown):
             logger.warning("%s", note)
-        request = resolved
-        inputs = open_inputs(request) if inputs is None else inputs
+        request = self.preset.resolve(request, is_person_shown)
         people = self._people(request, inputs) if identity is None else open_person(identity)
         if isinstance(people, ReferenceImage):
             people = self.identify(people)
@@ -175,9 +177,11 @@ class Studio:
             request = result.describe_people(request, people)
         with self._lock:
             readable = prepare_prompts(self.pipe, request, self.preset)
-            with inputs.use_controls(self.pipe), self._use_identity(people, request):
+            pipe = self._select_pipeline(inputs)
+            with inputs.use_controls(pipe), self._use_identity(people, request, pipe):
                 for seeds in _batches(request, batch_size):
-                    for seed, image in zip(seeds, self._run(readable, seeds), strict=True):
+                    images = self._run(readable, seeds, pipe, inputs)
+                    for seed, image in zip(seeds, images, strict=True):
                         result.images.append(image)
                         result.requests.append(request.for_image(seed, *image.size))
                         if on_image is not None:
@@ -193,15 +197,26 @@ class Studio:
         native = self.preset.models.native_side
         return inputs.place_people(request, request.width or native, request.height or native)
 
+    def _select_pipeline(self, inputs: RequestInputs) -> Any:
+        """Return the pipeline that runs the inputs; one that starts from an image is kept."""
+        if inputs.init_image is None:
+            return self.pipe
+        is_inpainting = inputs.init_image.mask is not None
+        if is_inpainting not in self._edit_pipelines:
+            pipe = inputs.init_image.build_pipeline(self.pipe)
+            self.adapter.attach(pipe)
+            self._edit_pipelines[is_inpainting] = pipe
+        return self._edit_pipelines[is_inpainting]
+
     def _use_identity(
-        self, people: People | None, request: GenerationRequest
+        self, people: People | None, request: GenerationRequest, pipe: Any
     ) -> AbstractContextManager[Any]:
         is_flux = "true_cfg_scale" in self.preset.options
         # without guidance by a negative prompt there is no step to wait for
         is_guided = is_flux and (request.true_cfg_scale or 1) > 1
         first_guided_step = (request.timestep_to_start_cfg or 0) if is_guided else 0
         if people is None:
-            return delay_guidance(self.pipe, first_guided_step) if is_flux else nullcontext()
+            return delay_guidance(pipe, first_guided_step) if is_flux else nullcontext()
         if not isinstance(people, Identity) and self.preset.models.method != "pulid":
             raise OptionError(
                 "masks and several people in one image are only supported by PuLID, "
@@ -216,9 +231,11 @@ class Studio:
             options["scale"] = max(request.identity_scales)
         if is_flux:
             options["timestep_to_start_cfg"] = first_guided_step
-        return self.adapter.use(people, **options, pipe=self.pipe)
+        return self.adapter.use(people, **options, pipe=pipe)
 
-    def _run(self, request: GenerationRequest, seeds: Sequence[int]) -> list[Image.Image]:
+    def _run(
+        self, request: GenerationRequest, seeds: Sequence[int], pipe: Any, inputs: RequestInputs
+    ) -> list[Image.Image]:
         count = len(seeds)
         negative_prompt = request.negative_prompt
         options: dict[str, Any] = {
@@ -226,18 +243,22 @@ class Studio:
             for name in ("true_cfg_scale", "max_sequence_length")
             if name in self.preset.options
         }
-        return run_pipeline(
-            self.pipe,
+        edit = inputs.prepare_edit(request, pipe, seeds)
+        if edit is None:
+            options |= {"width": request.width, "height": request.height}
+        else:
+            options |= {**edit.options, "after_step": edit.after_step}
+        images = run_pipeline(
+            pipe,
             prompt=[request.prompt] * count,
             # "" is encoded; None is what the pipeline uses without a negative prompt
             negative_prompt=None if negative_prompt is None else [negative_prompt] * count,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale or 0.0,  # FLUX.1-schnell has none
-            width=request.width,
-            height=request.height,
             **options,
         )
+        return images if edit is None else edit.finish(images)
 
 
 def _parse_size(options: dict[str, Any]) -> dict[str, Any]:
