@@ -207,5 +207,5 @@ def test_identity_acts_in_the_steps_that_are_run(sdxl_studio: Studio, folder: Pa
 
     first, last, both = image(end=0.5), image(start=0.5), image()
     assert len({each.tobytes() for each in (first, last, both)}) == 3
-    with pytest.raises(OptionError, match="none of the 2 steps is between start 0.6 and end 1"):
+    with pytest.raises(OptionError, match=r"none of the 2 steps is between start 0\.6 and end 1"):
         image(start=0.6)
