@@ -29,6 +29,7 @@ from openpulid.pipelines.request import (
     GenerationOptions,
     GenerationRequest,
     IdentityOptions,
+    InitImage,
     ModelSelection,
     Person,
     RequestError,
@@ -165,7 +166,8 @@ def test_option_names_are_fields() -> None:
         if field is None or len(path) == 1:
             return field is not None
         parts = {"identity": IdentityOptions, "people": Person, "controls": Control}
-        return has({**parts, "model": ModelSelection}[path[0]], path[1:])
+        parts |= {"init_image": InitImage, "model": ModelSelection}
+        return has(parts[path[0]], path[1:])
 
     assert all(has(GenerationRequest, path.split(".")) for path in OPTION_NAMES)
 

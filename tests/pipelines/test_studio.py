@@ -325,11 +325,13 @@ def test_images_are_passed_on_as_soon_as_they_exist(studio, anna, monkeypatch) -
     received: list[int] = []
     run = studio._run
 
-    def stop_at_the_third(request: GenerationRequest, seeds: list[int]) -> list[Image.Image]:
+    def stop_at_the_third(
+        request: GenerationRequest, seeds: list[int], *models: Any
+    ) -> list[Image.Image]:
         if seeds[0] == 6:
             raise KeyboardInterrupt
         assert received == list(range(4, seeds[0]))
-        return run(request, seeds)
+        return run(request, seeds, *models)
 
     monkeypatch.setattr(studio, "_run", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
