@@ -350,3 +350,15 @@ def test_progress_has_lines_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> Non
     for done in (1, 2, 3):
         print_progress(done, 3)
     assert capsys.readouterr().err == "1/3\n2/3\n3/3\n"
+
+
+def test_missing_folders_are_reported_before_weights(pulid: Run, tmp_path: Path) -> None:
+    """Weights of gigabytes are not asked for before what costs nothing is right."""
+    training = pulid("train", "sdxl_stage1", "--data", tmp_path / "none", "-o", tmp_path / "run")
+    assert training.is_one_sentence and "none is not a folder" in training.err
+    benchmark = pulid("bench", "run", "pulid-paper", "-o", tmp_path / "bench")
+    assert benchmark.is_one_sentence and "photos with --people" in benchmark.err
+    people = ("--people", tmp_path / "none")
+    benchmark = pulid("bench", "run", "pulid-paper", *people, "-o", tmp_path / "bench")
+    assert benchmark.is_one_sentence and "weights get" not in benchmark.err
+    assert not list(tmp_path.iterdir())
