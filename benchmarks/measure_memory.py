@@ -35,6 +35,7 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+import openpulid
 from openpulid.bench.perf.random_models import SDXL_UNET, SDXL_VAE
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS
@@ -109,7 +110,9 @@ def run(words: list[str], weights: Path, directory: Path) -> dict[str, float]:
         is not mapped from files; and the seconds.
     """
     command = [sys.executable, "-c", "from openpulid.cli.main import main; main()", *words]
-    environment = {**os.environ, FOLDER_VARIABLE: str(weights)}
+    # the process runs elsewhere: a relative PYTHONPATH would find another installation
+    source = str(Path(openpulid.__file__).parents[1])
+    environment = {**os.environ, FOLDER_VARIABLE: str(weights.resolve()), "PYTHONPATH": source}
     start = time.monotonic()
     process = subprocess.Popen(command, env=environment, cwd=directory, stdout=subprocess.DEVNULL)
     anonymous = 0

@@ -26,6 +26,7 @@ from tests.support.people import anna
 from tests.support.people import fresh as fresh_sdxl
 from tests.support.tiny_flux import fresh as fresh_flux
 from tests.support.tiny_flux import tiny_pipe
+from tests.support.versions import same_noise_in_every_precision
 
 SIDE = 32
 
@@ -136,6 +137,19 @@ def test_inpainting_is_that_of_diffusers_inside_and_the_image_outside(
         GenerationRequest("portrait", seed=4, num_images=2, init_image=init), batch_size=2
     )
     assert np.abs(pixels(both.images[1]) - image).max() <= 2
+
+
+@same_noise_in_every_precision
+def test_inpainting_in_bfloat16(sdxl_studio: Studio, tiny_pipeline: Any, folder: Path) -> None:
+    init = InitImage(folder / "room.png", strength=0.75, mask=folder / "sofa.png")
+    person = Person(identity=folder / "anna.safetensors")
+    request = GenerationRequest("portrait", seed=5, people=[person], init_image=init)
+    pipe = tiny_pipeline().to(torch.bfloat16)
+    half = Studio(pipe, fresh_sdxl(pipe), UnusedExtractor(), sdxl_studio.preset)
+    mask = np.asarray(Image.open(folder / "sofa.png")) > 0
+    images = [pixels(studio.generate(request).images[0]) for studio in (half, sdxl_studio)]
+    assert np.array_equal(images[0][~mask], images[1][~mask])
+    assert 0 < np.abs(images[0] - images[1])[mask].mean() < 8
 
 
 def test_request_is_stored_with_its_files(

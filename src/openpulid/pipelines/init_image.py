@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
@@ -67,26 +66,27 @@ class InitImageInput:
     def build_pipeline(self, pipe: Any) -> Any:
         """Build the pipeline that starts from an image; it shares all components with another one.
 
-        `from_pipe` would convert the components to one precision.
+        `from_pipe` would convert all components to one precision.
 
         Args:
             pipe: a StableDiffusionXLPipeline or FluxPipeline.
         """
-        import diffusers
+        from diffusers import (
+            FluxImg2ImgPipeline,
+            FluxInpaintPipeline,
+            StableDiffusionXLImg2ImgPipeline,
+        )
 
-        if getattr(pipe, "unet", None) is not None:
-            name = "StableDiffusionXLImg2ImgPipeline"  # `KeepOutside` adds inpainting
+        derived: Any
+        if _is_sdxl(pipe):  # `KeepOutside` adds inpainting
+            derived = StableDiffusionXLImg2ImgPipeline(
+                **pipe.components,
+                force_zeros_for_empty_prompt=pipe.config.force_zeros_for_empty_prompt,
+                add_watermarker=False,
+            )
         else:
-            name = "FluxImg2ImgPipeline" if self.mask is None else "FluxInpaintPipeline"
-        cls = getattr(diffusers, name)
-        settings = {
-            name: pipe.config[name]
-            for name in ("force_zeros_for_empty_prompt", "requires_aesthetics_score")
-            if name in pipe.config and name in signature(cls.__init__).parameters
-        }
-        if name.startswith("StableDiffusionXL"):
-            settings["add_watermarker"] = False
-        derived = cls(**pipe.components, **settings)
+            flux: Any = FluxImg2ImgPipeline if self.mask is None else FluxInpaintPipeline
+            derived = flux(**pipe.components)
         derived.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return derived
 
@@ -100,15 +100,15 @@ class InitImageInput:
         """
         # one for each: FLUX would encode a single image with the first generator alone
         edit = Edit({"image": [self.image] * len(seeds), "strength": strength})
-        if getattr(pipe, "unet", None) is None:
+        if not _is_sdxl(pipe):
             edit.options |= {"width": self.image.width, "height": self.image.height}
         if self.mask is None:
             return edit
         edit.outside = (self.image, self.mask)
-        if getattr(pipe, "unet", None) is None:
-            edit.options["mask_image"] = self.mask
-        else:
+        if _is_sdxl(pipe):
             edit.after_step = KeepOutside(pipe, self.image, self.mask, seeds)
+        else:
+            edit.options["mask_image"] = self.mask
         return edit
 
 
@@ -175,6 +175,10 @@ class KeepOutside:
                 original, self.noise, timesteps[step + 1 : step + 2]
             )
         return (1 - self.mask) * original.to(latents) + self.mask * latents
+
+
+def _is_sdxl(pipe: Any) -> bool:
+    return getattr(pipe, "unet", None) is not None
 
 
 def _resize(image: Image.Image, size: tuple[int, int], mode: ResizeMode, color: Any) -> Image.Image:
