@@ -147,6 +147,10 @@ class NonFiniteError(PulidError):
     """A computation that gave NaN or infinity instead of an image. The message has the cause."""
 
 
+class Stopped(Exception):
+    """Raised by the callback of a generation to end it. The finished images are kept."""
+
+
 def suggest(name: object, choices: Iterable[str]) -> str:
     """Return " (did you mean 'mini'?)" for a misspelled name, or "" if no choice is similar.
 

@@ -323,17 +323,12 @@ def test_result_has_the_resolved_request_of_each_image(studio, anna) -> None:
 
 def test_images_are_passed_on_as_soon_as_they_exist(studio, anna, monkeypatch) -> None:
     received: list[int] = []
-    run = studio._run
 
-    def stop_at_the_third(
-        request: GenerationRequest, seeds: list[int], *models: Any
-    ) -> list[Image.Image]:
-        if seeds[0] == 6:
+    def stop_in_the_third(step: int, total: int, preview: object) -> None:
+        assert (total, len(received)) == (12, (step - 1) // 3)
+        if step == 7:
             raise KeyboardInterrupt
-        assert received == list(range(4, seeds[0]))
-        return run(request, seeds, *models)
 
-    monkeypatch.setattr(studio, "_run", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         studio.generate(
             "portrait",
@@ -341,6 +336,7 @@ def test_images_are_passed_on_as_soon_as_they_exist(studio, anna, monkeypatch) -
             seed=4,
             num_images=4,
             on_image=lambda image, request: received.append(request.seed),
+            callback=stop_in_the_third,
         )
     assert received == [4, 5]
     monkeypatch.undo()

@@ -80,15 +80,15 @@ def _check_mask(request: GenerationRequest, models: ModelSet) -> None:
             )
 
 
-def _count_steps(request: GenerationRequest) -> int:
-    """Return how many steps are run: an initial image leaves out the first ones."""
+def count_steps(request: GenerationRequest) -> int:
+    """Return how many steps a resolved request runs: an initial image leaves out the first ones."""
     steps = request.num_inference_steps or 1
     return steps if request.init_image is None else int(steps * request.init_image.strength)
 
 
 def _check_strength(request: GenerationRequest) -> None:
     steps = request.num_inference_steps or 1
-    if request.init_image is not None and _count_steps(request) < 1:
+    if request.init_image is not None and count_steps(request) < 1:
         raise RequestError(
             f"{{0}} {request.init_image.strength:g} runs none of the {steps} steps, so that the "
             f"image would not change; use {math.ceil(100 / steps) / 100:g} or more.",
@@ -110,7 +110,7 @@ def check_active_steps(request: GenerationRequest, models: ModelSet) -> None:
     scale = max(request.identity_scales, default=identity.scale)
     if scale == 0 or find_active_steps(request, models):
         return
-    steps = _count_steps(request)
+    steps = count_steps(request)
     if identity.start_step is not None and identity.start_step >= steps:
         raise RequestError(
             f"{{0}} {identity.start_step} is after the last step, {steps - 1}, so that the image "
@@ -134,7 +134,7 @@ def find_active_steps(request: GenerationRequest, models: ModelSet) -> list[int]
         models: PhotoMaker's first step is the one after `start`.
     """
     identity = request.identity
-    steps = _count_steps(request)
+    steps = count_steps(request)
     start, end = identity.start or 0.0, 1.0 if identity.end is None else identity.end
     span = Span(start, end)
     if identity.start_step is not None:
@@ -157,9 +157,9 @@ def _check_true_cfg(request: GenerationRequest) -> None:
             "negative_prompt",
         )
     first = request.timestep_to_start_cfg or 0
-    if first >= _count_steps(request):
+    if first >= count_steps(request):
         raise RequestError(
-            f"{{0}} {first} is after the last step, {_count_steps(request) - 1}, so "
+            f"{{0}} {first} is after the last step, {count_steps(request) - 1}, so "
             "that {1} would have no effect; use a smaller one.",
             "timestep_to_start_cfg",
             "negative_prompt",

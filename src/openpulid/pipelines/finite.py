@@ -13,21 +13,26 @@ from openpulid.errors import NonFiniteError
 
 
 def run_pipeline(
-    pipe: Any, after_step: Callable[[Any, int, Tensor], Tensor] | None = None, **options: Any
+    pipe: Any,
+    after_step: Callable[[Any, int, Tensor], Tensor] | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+    **options: Any,
 ) -> list[Image.Image]:
     """Run a pipeline and return its images, the same as with the output type "pil".
 
     Args:
         pipe: a pipeline of SDXL or FLUX.
         after_step: pipeline, step and its latents -> the latents of the next step.
+        on_step: receives each step and its latents. It may decode a preview.
         options: arguments of the call.
 
     Raises:
         NonFiniteError: a step or the autoencoder gave NaN or infinity.
     """
+    is_preview = False
     network = "U-Net" if getattr(pipe, "unet", None) is not None else "transformer"
 
-    def check_latents(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    def watch_step(_: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         if not bool(tensors["latents"].isfinite().all()):
             raise NonFiniteError(
                 f"the {network} gave NaN or infinity in step {step + 1}, so there is no image; "
@@ -36,17 +41,22 @@ def run_pipeline(
             )
         if after_step is not None:
             tensors["latents"] = after_step(pipe, step, tensors["latents"])
+        if on_step is not None:
+            nonlocal is_preview
+            is_preview = True
+            on_step(step, tensors["latents"])
+            is_preview = False
         return tensors
 
     def check_decoded(_: nn.Module, args: Any, decoded: Tensor) -> None:
-        if not bool(decoded.isfinite().all()):
+        if not is_preview and not bool(decoded.isfinite().all()):
             raise decoder_error()
 
     decoder = getattr(pipe.vae, "decoder", None)
     # the pipeline clamps infinity
     hook = decoder.register_forward_hook(check_decoded) if decoder is not None else None
     try:
-        output = pipe(**options, output_type="np", callback_on_step_end=check_latents)
+        output = pipe(**options, output_type="np", callback_on_step_end=watch_step)
     finally:
         if hook is not None:
             hook.remove()

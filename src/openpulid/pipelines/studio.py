@@ -10,33 +10,32 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
 import torch
-from PIL import Image
 
 from openpulid.device import select_device
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, Stopped
 from openpulid.identity.extractor import DeferredExtractor, IdentityExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ImageSource, ReferenceFaces, ReferenceImage
 from openpulid.methods.adapter import Adapter
-from openpulid.methods.pulid import People, delay_guidance, normalize_people
+from openpulid.methods.pulid import People, normalize_people
 from openpulid.pipelines.factory import (
     defer_extractor,
     load_adapter,
     load_pipeline,
     require_pipeline,
 )
-from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
-from openpulid.pipelines.prompts import prepare_prompts
-from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest, parse_size
+from openpulid.pipelines.progress import Callback, Progress
+from openpulid.pipelines.request import GenerationRequest, parse_size
 from openpulid.pipelines.result import GenerationResult, OnImage
+from openpulid.pipelines.runner import PipelineRunner
 from openpulid.pipelines.selection import PresetSource, resolve_preset
 
 logger = logging.getLogger(__name__)
@@ -64,12 +63,11 @@ class Studio:
         self.pipe = pipe
         self.adapter = adapter
         self.preset = preset
+        self._runner = PipelineRunner(pipe, adapter, preset)
         self._extractor = extractor
         self._extractor_lock = threading.Lock()
         # an open adapter, and the pipeline's guidance, are state of the network
         self._lock = threading.Lock()
-        self._edit_pipelines: dict[bool, Any] = {}
-        adapter.attach(pipe)
 
     @property
     def extractor(self) -> IdentityExtractor:
@@ -124,6 +122,7 @@ class Studio:
         inputs: RequestInputs | None = None,
         batch_size: int = 1,
         on_image: OnImage | None = None,
+        callback: Callback | None = None,
         **options: Any,
     ) -> GenerationResult:
         """Generate the images of a request, or of a prompt with options.
@@ -136,6 +135,9 @@ class Studio:
             batch_size: images computed at once. With 1, image k is bit for bit what `seed + k`
                 gives alone. More may be faster, and equal up to rounding.
             on_image: receives each image as soon as it is generated, for example to save it.
+            callback: called after every step as `callback(step, total, preview)`: the number of
+                steps that are done, that of all images, and a function that decodes a small image.
+                It can raise `Stopped` to end the generation; the finished images are returned.
             options: with a prompt: fields of `GenerationRequest` and of `IdentityOptions`, such as
                 `seed=7`, `num_inference_steps=25`, `scale=0.8`.
 
@@ -172,20 +174,18 @@ class Studio:
         people = self._people(request, inputs) if identity is None else open_person(identity)
         if isinstance(people, ReferenceImage):
             people = self.identify(people)
+        if people is not None:
+            self._check_people(people)
         result = GenerationResult([], [], dict(inputs.fingerprints))
         if identity is not None:
             request = result.describe_people(request, people)
-        with self._lock:
-            readable = prepare_prompts(self.pipe, request, self.preset)
-            pipe = self._select_pipeline(inputs)
-            with inputs.use_controls(pipe), self._use_identity(people, request, pipe):
-                for seeds in _batches(request, batch_size):
-                    images = self._run(readable, seeds, pipe, inputs)
-                    for seed, image in zip(seeds, images, strict=True):
-                        result.images.append(image)
-                        result.requests.append(request.for_image(seed, *image.size))
-                        if on_image is not None:
-                            on_image(image, result.requests[-1])
+        progress = Progress(callback, request)
+        with self._lock, suppress(Stopped):
+            for seed, image in self._runner.run(request, people, inputs, progress, batch_size):
+                result.images.append(image)
+                result.requests.append(request.for_image(seed, *image.size))
+                if on_image is not None:
+                    on_image(image, result.requests[-1])
         return result
 
     def _people(self, request: GenerationRequest, inputs: RequestInputs) -> People | None:
@@ -197,26 +197,8 @@ class Studio:
         native = self.preset.models.native_side
         return inputs.place_people(request, request.width or native, request.height or native)
 
-    def _select_pipeline(self, inputs: RequestInputs) -> Any:
-        """Return the pipeline that runs the inputs; one that starts from an image is kept."""
-        if inputs.init_image is None:
-            return self.pipe
-        is_inpainting = inputs.init_image.mask is not None
-        if is_inpainting not in self._edit_pipelines:
-            pipe = inputs.init_image.build_pipeline(self.pipe)
-            self.adapter.attach(pipe)
-            self._edit_pipelines[is_inpainting] = pipe
-        return self._edit_pipelines[is_inpainting]
-
-    def _use_identity(
-        self, people: People | None, request: GenerationRequest, pipe: Any
-    ) -> AbstractContextManager[Any]:
-        is_flux = "true_cfg_scale" in self.preset.options
-        # without guidance by a negative prompt there is no step to wait for
-        is_guided = is_flux and (request.true_cfg_scale or 1) > 1
-        first_guided_step = (request.timestep_to_start_cfg or 0) if is_guided else 0
-        if people is None:
-            return delay_guidance(pipe, first_guided_step) if is_flux else nullcontext()
+    def _check_people(self, people: People) -> None:
+        """Check that the method can show these people."""
         if not isinstance(people, Identity) and self.preset.models.method != "pulid":
             raise OptionError(
                 "masks and several people in one image are only supported by PuLID, "
@@ -224,41 +206,6 @@ class Studio:
             )
         for identity, _ in chain(*normalize_people(people)):
             identity.require(self._extractor.models)
-        supported = [name for name in IDENTITY_NAMES if name in self.preset.options]
-        options: dict[str, Any] = {name: getattr(request.identity, name) for name in supported}
-        if request.people:
-            # the masks hold what is less than the largest scale
-            options["scale"] = max(request.identity_scales)
-        if is_flux:
-            options["timestep_to_start_cfg"] = first_guided_step
-        return self.adapter.use(people, **options, pipe=pipe)
-
-    def _run(
-        self, request: GenerationRequest, seeds: Sequence[int], pipe: Any, inputs: RequestInputs
-    ) -> list[Image.Image]:
-        count = len(seeds)
-        negative_prompt = request.negative_prompt
-        options: dict[str, Any] = {
-            name: getattr(request, name)
-            for name in ("true_cfg_scale", "max_sequence_length")
-            if name in self.preset.options
-        }
-        edit = inputs.prepare_edit(request, pipe, seeds)
-        if edit is None:
-            options |= {"width": request.width, "height": request.height}
-        else:
-            options |= {**edit.options, "after_step": edit.after_step}
-        images = run_pipeline(
-            pipe,
-            prompt=[request.prompt] * count,
-            # "" is encoded; None is what the pipeline uses without a negative prompt
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * count,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale or 0.0,  # FLUX.1-schnell has none
-            **options,
-        )
-        return images if edit is None else edit.finish(images)
 
 
 def _parse_size(options: dict[str, Any]) -> dict[str, Any]:
@@ -278,13 +225,6 @@ def _parse_size(options: dict[str, Any]) -> dict[str, Any]:
         raise OptionError("set either size, or width and height.")
     rest = {name: value for name, value in options.items() if name != "size"}
     return {**rest, "width": width, "height": height}
-
-
-def _batches(request: GenerationRequest, size: int) -> Iterator[list[int]]:
-    """Yield the seeds of a request, `size` at a time."""
-    seeds = [request.seed + k for k in range(request.num_images)]
-    for first in range(0, len(seeds), size):
-        yield seeds[first : first + size]
 
 
 def load(

@@ -1,0 +1,133 @@
+"""Run requests on a pipeline: the people, the other inputs, and batches of seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from PIL import Image
+
+from openpulid.methods.adapter import Adapter
+from openpulid.methods.pulid import People, delay_guidance
+from openpulid.pipelines.finite import run_pipeline
+from openpulid.pipelines.inputs import RequestInputs
+from openpulid.pipelines.presets import Preset
+from openpulid.pipelines.progress import Progress
+from openpulid.pipelines.prompts import prepare_prompts
+from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
+
+
+class PipelineRunner:
+    """Runs resolved requests; one with an initial image on a pipeline that shares all components.
+
+    Args:
+        pipe: a StableDiffusionXLPipeline or FluxPipeline.
+        adapter: the method; it is attached to every pipeline.
+        preset: which options have an effect.
+    """
+
+    def __init__(self, pipe: Any, adapter: Adapter, preset: Preset) -> None:
+        self.pipe = pipe
+        self.adapter = adapter
+        self.preset = preset
+        self._edit_pipelines: dict[bool, Any] = {}
+        adapter.attach(pipe)
+
+    def run(
+        self,
+        request: GenerationRequest,
+        people: People | None,
+        inputs: RequestInputs,
+        progress: Progress,
+        batch_size: int = 1,
+    ) -> Iterator[tuple[int, Image.Image]]:
+        """Generate the images of a request, and yield each with its seed.
+
+        Args:
+            request: the resolved request.
+            people: its people, as the adapter accepts them.
+            inputs: its other input files.
+            progress: is told of every step.
+            batch_size: images computed at once.
+        """
+        readable = prepare_prompts(self.pipe, request, self.preset)
+        pipe = self._select_pipeline(inputs)
+        with inputs.use_controls(pipe), self._use_identity(people, request, pipe):
+            for seeds in _batches(request, batch_size):
+                images = self._run_batch(readable, seeds, pipe, inputs, progress)
+                yield from zip(seeds, images, strict=True)
+
+    def _select_pipeline(self, inputs: RequestInputs) -> Any:
+        """Return the pipeline that runs the inputs; one that starts from an image is kept."""
+        if inputs.init_image is None:
+            return self.pipe
+        is_inpainting = inputs.init_image.mask is not None
+        if is_inpainting not in self._edit_pipelines:
+            pipe = inputs.init_image.build_pipeline(self.pipe)
+            self.adapter.attach(pipe)
+            self._edit_pipelines[is_inpainting] = pipe
+        return self._edit_pipelines[is_inpainting]
+
+    def _use_identity(
+        self, people: People | None, request: GenerationRequest, pipe: Any
+    ) -> AbstractContextManager[Any]:
+        is_flux = "true_cfg_scale" in self.preset.options
+        # without guidance by a negative prompt there is no step to wait for
+        is_guided = is_flux and (request.true_cfg_scale or 1) > 1
+        first_guided_step = (request.timestep_to_start_cfg or 0) if is_guided else 0
+        if people is None:
+            return delay_guidance(pipe, first_guided_step) if is_flux else nullcontext()
+        supported = [name for name in IDENTITY_NAMES if name in self.preset.options]
+        options: dict[str, Any] = {name: getattr(request.identity, name) for name in supported}
+        if request.people:
+            # the masks hold what is less than the largest scale
+            options["scale"] = max(request.identity_scales)
+        if is_flux:
+            options["timestep_to_start_cfg"] = first_guided_step
+        return self.adapter.use(people, **options, pipe=pipe)
+
+    def _run_batch(
+        self,
+        request: GenerationRequest,
+        seeds: Sequence[int],
+        pipe: Any,
+        inputs: RequestInputs,
+        progress: Progress,
+    ) -> list[Image.Image]:
+        count = len(seeds)
+        negative_prompt = request.negative_prompt
+        options: dict[str, Any] = {
+            name: getattr(request, name)
+            for name in ("true_cfg_scale", "max_sequence_length")
+            if name in self.preset.options
+        }
+        edit = inputs.prepare_edit(request, pipe, seeds)
+        if edit is None:
+            options |= {"width": request.width, "height": request.height}
+        else:
+            options |= {**edit.options, "after_step": edit.after_step}
+        native = self.preset.models.native_side
+        size = (request.width or native, request.height or native)
+        progress.start_run()
+        images = run_pipeline(
+            pipe,
+            on_step=partial(progress.report, pipe, size=size),
+            prompt=[request.prompt] * count,
+            # "" is encoded; None is what the pipeline uses without a negative prompt
+            negative_prompt=None if negative_prompt is None else [negative_prompt] * count,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale or 0.0,  # FLUX.1-schnell has none
+            **options,
+        )
+        return images if edit is None else edit.finish(images)
+
+
+def _batches(request: GenerationRequest, size: int) -> Iterator[list[int]]:
+    """Yield the seeds of a request, `size` at a time."""
+    seeds = [request.seed + k for k in range(request.num_images)]
+    for first in range(0, len(seeds), size):
+        yield seeds[first : first + size]

@@ -1,0 +1,102 @@
+"""The callback of a generation: steps, previews, stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from openpulid.diffusion.schedulers import KarrasScheduler
+from openpulid.errors import Stopped
+from openpulid.pipelines.preview import NoisyLatents
+from openpulid.pipelines.studio import Studio, load
+
+Preview = Callable[[], Image.Image]
+
+
+@pytest.fixture(scope="module")
+def studio() -> Studio:
+    return load("mini", device="cpu")
+
+
+def distance(one: Image.Image, other: Image.Image) -> float:
+    side = (32, 32)
+    pixels = [np.asarray(image.resize(side), np.float32) for image in (one, other)]
+    return float(np.abs(pixels[0] - pixels[1]).mean())
+
+
+def test_steps_are_counted_over_all_images(studio) -> None:
+    calls: list[tuple[int, int]] = []
+    studio.generate(
+        "portrait",
+        num_images=3,
+        num_inference_steps=2,
+        batch_size=2,
+        callback=lambda step, total, preview: calls.append((step, total)),
+    )
+    assert calls == [(2, 6), (4, 6), (5, 6), (6, 6)]
+
+
+def test_an_initial_image_has_fewer_steps(studio, tmp_path) -> None:
+    path = tmp_path / "gray.png"
+    Image.new("RGB", (96, 96), "gray").save(path)
+    calls: list[tuple[int, int]] = []
+    studio.generate(
+        "portrait",
+        init_image={"image": path, "strength": 0.5},
+        num_inference_steps=4,
+        callback=lambda step, total, preview: calls.append((step, total)),
+    )
+    assert calls == [(1, 2), (2, 2)]
+
+
+def test_previews_approach_the_image(studio) -> None:
+    previews: list[Image.Image] = []
+    result = studio.generate(
+        "portrait, smiling",
+        seed=3,
+        num_inference_steps=8,
+        callback=lambda step, total, preview: previews.append(preview()),
+    )
+    distances = [distance(preview, result.images[0]) for preview in previews]
+    assert distances[-1] < 1
+    assert distances[3] < 0.5 * distances[0]
+    without = studio.generate("portrait, smiling", seed=3, num_inference_steps=8)
+    assert without.images[0].tobytes() == result.images[0].tobytes()
+
+
+def test_stopping_keeps_the_finished_images(studio) -> None:
+    def stop(step: int, total: int, preview: Preview) -> None:
+        if step == 4:
+            raise Stopped
+
+    result = studio.generate("portrait", seed=5, num_images=3, num_inference_steps=3, callback=stop)
+    assert result.seeds == [5]
+    assert len(studio.generate("portrait", num_inference_steps=1).images) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["dpmpp_2m", "dpmpp_sde"])
+def test_the_first_preview_of_a_denoised_image_is_that_image(algorithm: str) -> None:
+    """A network that predicts the true noise leads to the clean latents in every step."""
+    scheduler = KarrasScheduler(algorithm=algorithm)
+    scheduler.set_timesteps(4)
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(1, 4, 8, 8, generator=generator)
+    latents = clean + scheduler.init_noise_sigma * torch.randn(1, 4, 8, 8, generator=generator)
+    previous: NoisyLatents | None = None
+    for timestep in scheduler.timesteps:
+        scheduler.scale_model_input(latents, timestep)
+        sigma = scheduler.levels[scheduler.step_index]
+        noise = (latents - clean) / sigma
+        options: dict[str, Any] = {"generator": generator, "return_dict": False}
+        latents = scheduler.step(noise, timestep, latents, **options)[0]
+        noisy = NoisyLatents.read(scheduler, latents)
+        estimate = noisy.estimate_clean(previous)
+        if previous is not None and algorithm == "dpmpp_2m":
+            assert torch.allclose(estimate, clean, atol=1e-3)
+        previous = noisy
+    assert torch.allclose(estimate, clean, atol=1e-3)
