@@ -14,7 +14,8 @@ from pathlib import Path
 import openpulid as pulid
 from openpulid.errors import OptionError
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import GenerationRequest, IdentityOptions, Person
+from openpulid.pipelines.request import GenerationRequest, IdentityOptions
+from openpulid.pipelines.request_inputs import Person
 
 ANNA = Path(__file__).with_name("anna.png")
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from openpulid.identity.identity import Identity as Identity
     from openpulid.methods.pulid import PuLID as PuLID
     from openpulid.pipelines.factory import load_extractor as load_extractor
-    from openpulid.pipelines.request import Control as Control
     from openpulid.pipelines.request import GenerationRequest as GenerationRequest
     from openpulid.pipelines.request import IdentityOptions as IdentityOptions
     from openpulid.pipelines.request import ModelSelection as ModelSelection
-    from openpulid.pipelines.request import Person as Person
+    from openpulid.pipelines.request_inputs import Control as Control
+    from openpulid.pipelines.request_inputs import Person as Person
     from openpulid.pipelines.selection import resolve_preset as resolve_preset
     from openpulid.pipelines.studio import GenerationResult as GenerationResult
     from openpulid.pipelines.studio import Studio as Studio
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _MODULES = {
-    "Control": "openpulid.pipelines.request",
+    "Control": "openpulid.pipelines.request_inputs",
     "GenerationRequest": "openpulid.pipelines.request",
     "GenerationResult": "openpulid.pipelines.studio",
     "Identity": "openpulid.identity.identity",
     "IdentityOptions": "openpulid.pipelines.request",
     "ModelSelection": "openpulid.pipelines.request",
-    "Person": "openpulid.pipelines.request",
+    "Person": "openpulid.pipelines.request_inputs",
     "PuLID": "openpulid.methods.pulid.sdxl",
     "PulidError": "openpulid.errors",
     "Studio": "openpulid.pipelines.studio",

@@ -18,7 +18,8 @@ from openpulid.identity.identity import Identity
 from openpulid.io.metadata import read_metadata
 from openpulid.pipelines.presets import MINIATURE, PRESETS, mini, mini_lightning
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import GenerationRequest, IdentityOptions, InitImage, Person
+from openpulid.pipelines.request import GenerationRequest, IdentityOptions
+from openpulid.pipelines.request_inputs import InitImage, Person
 from tests.cli.conftest import FakeStudio, Run
 
 

@@ -19,7 +19,8 @@ from openpulid.identity.identity import Identity
 from openpulid.io.metadata import read_metadata, save_image
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import Control, GenerationRequest, ModelSelection, Person
+from openpulid.pipelines.request import GenerationRequest, ModelSelection
+from openpulid.pipelines.request_inputs import Control, Person
 from tests.cli.conftest import FakeStudio, Run
 
 REQUEST: dict[str, Any] = {

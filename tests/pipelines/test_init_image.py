@@ -20,7 +20,8 @@ from openpulid.errors import OptionError
 from openpulid.pipelines.init_image import InitImageInput
 from openpulid.pipelines.presets import MINIATURE, flux, mini, sdxl
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import GenerationRequest, InitImage, Person
+from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request_inputs import InitImage, Person
 from openpulid.pipelines.studio import Studio, load
 from tests.support.people import anna
 from tests.support.people import fresh as fresh_sdxl

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from openpulid import load
-from openpulid.pipelines.request import GenerationRequest, Person
+from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request_inputs import Person
 from openpulid.pipelines.studio import Studio
 from tests.support.image_files import IMAGES, encode
 

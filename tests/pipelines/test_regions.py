@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from openpulid.pipelines.regions import build_masks, crop_mask
-from openpulid.pipelines.request import GenerationRequest, IdentityOptions, Person
+from openpulid.pipelines.request import GenerationRequest, IdentityOptions
+from openpulid.pipelines.request_inputs import Person
 
 
 def masks_of(*people: Person, scale: float = 0.8, size: tuple[int, int] = (8, 4)) -> torch.Tensor:

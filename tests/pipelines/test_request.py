@@ -22,19 +22,15 @@ from openpulid.pipelines.presets import (
     with_method,
 )
 from openpulid.pipelines.request import (
-    MAX_SEED,
     SCHEMA_VERSION,
-    Control,
-    FaceOrder,
     GenerationOptions,
     GenerationRequest,
     IdentityOptions,
-    InitImage,
     ModelSelection,
-    Person,
-    RequestError,
     parse_size,
 )
+from openpulid.pipelines.request_fields import MAX_SEED, FaceOrder, RequestError
+from openpulid.pipelines.request_inputs import Control, InitImage, Person
 
 FULL = GenerationRequest(
     prompt="portrait {x}",

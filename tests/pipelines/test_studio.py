@@ -39,7 +39,8 @@ from openpulid.pipelines.presets import (
     with_method,
 )
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import GenerationRequest, IdentityOptions, ModelSelection, Person
+from openpulid.pipelines.request import GenerationRequest, IdentityOptions, ModelSelection
+from openpulid.pipelines.request_inputs import Person
 from openpulid.pipelines.result import UNSAVED_IDENTITY, GenerationResult
 from openpulid.pipelines.studio import Studio
 

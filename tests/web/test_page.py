@@ -38,13 +38,8 @@ from openpulid.pipelines.presets import (
     with_method,
 )
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import (
-    Control,
-    GenerationRequest,
-    IdentityOptions,
-    ModelSelection,
-    Person,
-)
+from openpulid.pipelines.request import GenerationRequest, IdentityOptions, ModelSelection
+from openpulid.pipelines.request_inputs import Control, Person
 from openpulid.pipelines.weights import (
     find_installed_controls,
     find_installed_methods,

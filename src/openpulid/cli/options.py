@@ -127,7 +127,7 @@ def command_group(text: str) -> typer.Typer:
 @contextmanager
 def name_options() -> Iterator[None]:
     """Name command-line options, not fields of the request, in error messages."""
-    from openpulid.pipelines.request import RequestError
+    from openpulid.pipelines.request_fields import RequestError
 
     try:
         yield

@@ -6,7 +6,8 @@ import math
 
 from openpulid.methods.hooks import SchedulePosition, Span
 from openpulid.pipelines.model_set import ModelSet
-from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest, RequestError
+from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
+from openpulid.pipelines.request_fields import RequestError
 
 
 def check_supported(request: GenerationRequest, options: frozenset[str], label: str) -> None:

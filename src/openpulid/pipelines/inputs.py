@@ -22,7 +22,8 @@ from openpulid.pipelines.init_image import Edit, InitImageInput
 from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.provenance import fingerprint_inputs
 from openpulid.pipelines.regions import build_masks
-from openpulid.pipelines.request import Control, GenerationRequest, InitImage, Person
+from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request_inputs import Control, InitImage, Person
 from openpulid.pipelines.weights import resolve_path
 
 IDENTITY_SUFFIX = ".safetensors"

@@ -26,8 +26,8 @@ from openpulid.pipelines.request import (
     GenerationRequest,
     IdentityOptions,
     ModelSelection,
-    RequestError,
 )
+from openpulid.pipelines.request_fields import RequestError
 
 MINIATURE = Path(__file__).parents[1] / "mini" / "weights"
 

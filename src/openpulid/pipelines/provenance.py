@@ -21,8 +21,9 @@ from openpulid.io.checkpoints import fingerprint
 from openpulid.io.hub import WEIGHTS
 from openpulid.io.metadata import read_metadata
 from openpulid.pipelines.presets import PRESETS
-from openpulid.pipelines.request import GenerationRequest, Name, RequestError, RequestPart
-from openpulid.pipelines.request_fields import literal
+from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request_fields import Name, RequestError, literal
+from openpulid.pipelines.request_part import RequestPart
 from openpulid.pipelines.version_0_1 import convert_parameters
 
 HASH_DIGITS = 4

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from openpulid.methods.hooks import warn_if_other_ratio
 from openpulid.methods.pulid import convert_mask
-from openpulid.pipelines.request import GenerationRequest, Person
+from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request_inputs import Person
 
 
 def build_masks(

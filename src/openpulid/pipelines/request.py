@@ -10,21 +10,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    ValidationError,
     model_validator,
 )
 
-from openpulid.errors import OptionError, suggest
+from openpulid.errors import OptionError
 from openpulid.methods.pulid import Projection
 from openpulid.pipelines.request_fields import (
-    DEFAULT_FACE_ORDER,
     LONGEST_QUOTE,
     MAX_FILES,
     MAX_GUIDANCE,
@@ -32,198 +27,21 @@ from openpulid.pipelines.request_fields import (
     MAX_PEOPLE,
     MAX_SEED,
     MAX_STEPS,
-    Box,
     Count,
-    FaceOrder,
     FilePath,
     Fraction,
     Guidance,
     Name,
     Prompt,
-    ResizeMode,
+    RequestError,
     Scale,
     Seed,
     Side,
-    quote,
 )
-from openpulid.pipelines.request_fields import RequestError as RequestError
+from openpulid.pipelines.request_inputs import Control, InitImage, Person
+from openpulid.pipelines.request_part import Part, RequestPart
 
 SCHEMA_VERSION = 1
-MOST_PROBLEMS = 5
-"""Problems of a request that one message names."""
-
-
-def _translate(error: ValidationError) -> RequestError:
-    """Turn pydantic's report into one sentence per problem."""
-    sentences = []
-    fields: list[str] = []
-    for problem in error.errors()[:MOST_PROBLEMS]:
-        cause = problem.get("ctx", {}).get("error")
-        if isinstance(cause, RequestError):
-            location = [str(part) for part in problem["loc"]]
-            template = cause.template
-            # a check of one value does not know its name
-            paths = [".".join([*location, field] if field else location) for field in cause.fields]
-        else:
-            template = _sentence(problem)
-            paths = [".".join(map(str, problem["loc"]))]
-        sentences.append(_shift_placeholders(template, len(fields)).rstrip("."))
-        fields += paths
-    return RequestError("; ".join(sentences) + ".", *fields)
-
-
-def _shift_placeholders(template: str, offset: int) -> str:
-    """Renumber `{0}`, `{1}`, ... of a sentence that follows others with `offset` fields."""
-    return re.sub(r"(?<!{){(\d)}", lambda match: f"{{{int(match[1]) + offset}}}", template)
-
-
-def _sentence(problem: Mapping[str, Any]) -> str:
-    limits = problem.get("ctx", {})
-    kind = problem["type"]
-    got = f", got {quote(problem.get('input'))}."
-    if kind == "json_invalid":
-        return "the request is not valid JSON."
-    if kind == "extra_forbidden":
-        name = str(problem["loc"][-1])
-        if name == "size":
-            return "there is no option {0}; use width and height."
-        if name in ("mask", "face_index", "face_order") and len(problem["loc"]) == 1:
-            return "{0} belongs to a person; use people=[Person(images=[...], {0}=...)]."
-        fields = [*GenerationRequest.model_fields, *IDENTITY_NAMES, *Person.model_fields]
-        return "there is no option {0}" + suggest(name, fields) + "."
-    if kind == "missing":
-        return "{0} is missing."
-    if kind in ("greater_than_equal", "less_than_equal"):
-        low, high = limits.get("ge"), limits.get("le")
-        bound = f"at least {low}" if low is not None else f"at most {high}"
-        return "{0} must be " + bound.removesuffix(".0") + got
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']+)'", limits["expected"])
-        similar = suggest(problem.get("input"), choices)
-        return "{0} must be " + limits["expected"] + got.removesuffix(".") + similar + "."
-    if kind == "string_too_short":
-        return "{0} must not be empty."
-    if kind in ("string_too_long", "too_long"):
-        unit = "characters" if kind == "string_too_long" else "entries"
-        return f"{{0}} must have at most {limits['max_length']} {unit}."
-    if kind == "string_unicode":
-        return "{0} is not valid UTF-8 text."
-    if kind == "string_type":
-        return "{0} must be text" + got
-    if kind == "tuple_type":
-        return "{0} must be a list" + got
-    if kind.startswith("int"):
-        return "{0} must be a whole number" + got
-    if kind.startswith(("float", "finite")):
-        return "{0} must be a number" + got
-    return "{0}: " + quote(problem["msg"]).strip("'\"") + got
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    try:
-        yield
-    except ValidationError as error:
-        raise _translate(error) from None
-
-
-Part = TypeVar("Part", bound="RequestPart")
-
-
-class RequestPart(BaseModel):
-    """Base of a request and its parts: frozen, without unknown fields.
-
-    The fields of a part can be given in order, required ones first, as in
-    `Control("control-pose", "pose.png")`.
-
-    Raises:
-        RequestError: a field is unknown, missing or out of range.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
-
-    def __init__(self, *args: Any, **data: Any) -> None:
-        fields = type(self).model_fields
-        names = sorted(fields, key=lambda name: not fields[name].is_required())
-        if len(args) > len(names):
-            raise RequestError(f"expected at most {len(names)} values, got {len(args)}.")
-        positional = dict(zip(names, args, strict=False))
-        if repeated := [name for name in positional if name in data]:
-            raise RequestError("{0} is given twice.", repeated[0])
-        with _plain_errors():
-            super().__init__(**positional, **data)
-
-    # Tells pydantic that validation of nested parts need not call __init__: errors of a nested
-    # part then keep their path in the whole request.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-    @classmethod
-    def model_validate(cls: type[Part], obj: Any, **options: Any) -> Part:
-        """Build from a mapping. Raises RequestError."""
-        with _plain_errors():
-            return super().model_validate(obj, **options)
-
-    @classmethod
-    def model_validate_json(cls: type[Part], json_data: Any, **options: Any) -> Part:
-        """Build from JSON. Raises RequestError."""
-        with _plain_errors():
-            return super().model_validate_json(json_data, **options)
-
-
-class Person(RequestPart):
-    """A person to show: reference images or an identity file.
-
-    Attributes:
-        images: reference images of the person. Several are combined into one identity.
-        identity: an identity file of `pulid identify`, instead of images.
-        face_index: which face of an image with several, counted from 0 in `face_order`. By
-            default the first, with a warning if there are several.
-        face_order: how faces are counted.
-        mask: an image that is white where the identity may act. By default everywhere.
-        box: left, top, right and bottom of the region where the identity may act, as fractions of
-            the image's sides, instead of a mask.
-        scale: identity scale of this person; by default that of `IdentityOptions`.
-    """
-
-    images: tuple[FilePath, ...] = Field(default=(), max_length=MAX_FILES)
-    identity: FilePath | None = None
-    face_index: Count | None = None
-    face_order: FaceOrder = DEFAULT_FACE_ORDER
-    mask: FilePath | None = None
-    box: Box | None = None
-    scale: Scale | None = None
-
-    @property
-    def has_region(self) -> bool:
-        """Whether the identity is restricted to a part of the image."""
-        return self.mask is not None or self.box is not None
-
-    @model_validator(mode="after")
-    def _check_source(self) -> Person:
-        if self.images and self.identity:
-            raise RequestError("provide either images or an identity file, not both.")
-        if self.mask and self.box:
-            raise RequestError("provide either {0} or {1}, not both.", "mask", "box")
-        names = ("face_index", "mask", "box")
-        dependent = [name for name in names if getattr(self, name) is not None]
-        if self.face_order != DEFAULT_FACE_ORDER:
-            dependent.append("face_order")
-        for name in dependent:
-            if self.identity and name not in ("mask", "box"):
-                raise RequestError(
-                    "{0} cannot be used with an identity file; pass an image with {1}.",
-                    name,
-                    "images",
-                )
-        if not self.images and not self.identity:
-            if dependent:
-                raise RequestError(
-                    "{0} requires a person; pass an image with {1}.", dependent[0], "images"
-                )
-            raise RequestError(
-                "{0} is missing: a person needs images or an identity file.", "images"
-            )
-        return self
 
 
 class IdentityOptions(RequestPart):
@@ -246,36 +64,6 @@ class IdentityOptions(RequestPart):
     start_step: Count | None = None
 
 
-class Control(RequestPart):
-    """A ControlNet and its image.
-
-    Attributes:
-        model: name of published weights, such as `control-pose`, or a directory of diffusers.
-        image: the control image. For `control-edges` any image; its edges are detected.
-        scale: conditioning scale of the ControlNet.
-    """
-
-    model: FilePath
-    image: FilePath
-    scale: Scale = 1.0
-
-
-class InitImage(RequestPart):
-    """The image to start from: image-to-image, and inpainting with a mask.
-
-    Attributes:
-        image: the image. Without a size in the request, its ratio is kept.
-        strength: how much is changed, from 0 to 1: the fraction of the steps that is run.
-        mask: white where the image is painted anew. The rest stays as it is.
-        resize: how an image of another ratio is brought to the size of the request.
-    """
-
-    image: FilePath
-    strength: Fraction = 0.6
-    mask: FilePath | None = None
-    resize: ResizeMode = "crop"
-
-
 class ModelSelection(RequestPart):
     """The models of a request: a preset, and what is changed in it.
 
@@ -287,6 +75,8 @@ class ModelSelection(RequestPart):
         face_pack: directory of another insightface pack for detection and recognition.
         memory: FLUX: memory level, see `flux_memory.LEVELS`.
     """
+
+    files = ("preset", "base", "adapter", "face_pack")
 
     preset: FilePath = "mini"
     base: FilePath | None = None
@@ -434,24 +224,7 @@ class GenerationRequest(GenerationOptions):
 
         The presets and published weights among them are names, not files.
         """
-        for number, person in enumerate(self.people):
-            for position, image in enumerate(person.images):
-                yield f"people.{number}.images.{position}", image
-            if person.identity:
-                yield f"people.{number}.identity", person.identity
-            if person.mask:
-                yield f"people.{number}.mask", person.mask
-        if self.init_image is not None:
-            yield "init_image.image", self.init_image.image
-            if self.init_image.mask:
-                yield "init_image.mask", self.init_image.mask
-        for number, control in enumerate(self.controls):
-            yield f"controls.{number}.model", control.model
-            yield f"controls.{number}.image", control.image
-        for name in ("preset", "base", "adapter", "face_pack"):
-            path = getattr(self.model, name, None)
-            if path:
-                yield f"model.{name}", path
+        return self.list_files()
 
     def with_files(self, files: Mapping[str, str | os.PathLike[str]]) -> GenerationRequest:
         """Return the request with other input files.

@@ -15,7 +15,8 @@ from openpulid.identity.identity import Identity
 from openpulid.io.files import make_folder, write_new
 from openpulid.io.metadata import encode_image, image_name
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import GenerationRequest, Person
+from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request_inputs import Person
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from openpulid.errors import OptionError
 from openpulid.faces.insightface_pack import find_pack
 from openpulid.pipelines.flux_memory import find_level
 from openpulid.pipelines.presets import Preset, find_preset, with_base, with_method
-from openpulid.pipelines.request import ModelSelection, RequestError
+from openpulid.pipelines.request import ModelSelection
+from openpulid.pipelines.request_fields import RequestError
 
 PresetSource = str | os.PathLike[str] | Preset | ModelSelection
 """A preset, its name, a directory of weights, or the models of a request."""

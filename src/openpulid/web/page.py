@@ -22,7 +22,8 @@ from openpulid.errors import (
     explain_out_of_memory,
 )
 from openpulid.io.metadata import save_image
-from openpulid.pipelines.request import ModelSelection, RequestError
+from openpulid.pipelines.request import ModelSelection
+from openpulid.pipelines.request_fields import RequestError
 from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues, adapt_message
 from openpulid.web.network import without_proxy
 from openpulid.web.notes import show_notes

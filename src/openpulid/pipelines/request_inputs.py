@@ -1,0 +1,111 @@
+"""The parts of a request that name files: people, the initial image, ControlNets."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from openpulid.pipelines.request_fields import (
+    DEFAULT_FACE_ORDER,
+    MAX_FILES,
+    Box,
+    Count,
+    FaceOrder,
+    FilePath,
+    Fraction,
+    RequestError,
+    ResizeMode,
+    Scale,
+)
+from openpulid.pipelines.request_part import RequestPart
+
+
+class Person(RequestPart):
+    """A person to show: reference images or an identity file.
+
+    Attributes:
+        images: reference images of the person. Several are combined into one identity.
+        identity: an identity file of `pulid identify`, instead of images.
+        face_index: which face of an image with several, counted from 0 in `face_order`. By
+            default the first, with a warning if there are several.
+        face_order: how faces are counted.
+        mask: an image that is white where the identity may act. By default everywhere.
+        box: left, top, right and bottom of the region where the identity may act, as fractions of
+            the image's sides, instead of a mask.
+        scale: identity scale of this person; by default that of `IdentityOptions`.
+    """
+
+    files = ("images", "identity", "mask")
+
+    images: tuple[FilePath, ...] = Field(default=(), max_length=MAX_FILES)
+    identity: FilePath | None = None
+    face_index: Count | None = None
+    face_order: FaceOrder = DEFAULT_FACE_ORDER
+    mask: FilePath | None = None
+    box: Box | None = None
+    scale: Scale | None = None
+
+    @property
+    def has_region(self) -> bool:
+        """Whether the identity is restricted to a part of the image."""
+        return self.mask is not None or self.box is not None
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Person:
+        if self.images and self.identity:
+            raise RequestError("provide either images or an identity file, not both.")
+        if self.mask and self.box:
+            raise RequestError("provide either {0} or {1}, not both.", "mask", "box")
+        names = ("face_index", "mask", "box")
+        dependent = [name for name in names if getattr(self, name) is not None]
+        if self.face_order != DEFAULT_FACE_ORDER:
+            dependent.append("face_order")
+        for name in dependent:
+            if self.identity and name not in ("mask", "box"):
+                raise RequestError(
+                    "{0} cannot be used with an identity file; pass an image with {1}.",
+                    name,
+                    "images",
+                )
+        if not self.images and not self.identity:
+            if dependent:
+                raise RequestError(
+                    "{0} requires a person; pass an image with {1}.", dependent[0], "images"
+                )
+            raise RequestError(
+                "{0} is missing: a person needs images or an identity file.", "images"
+            )
+        return self
+
+
+class Control(RequestPart):
+    """A ControlNet and its image.
+
+    Attributes:
+        model: name of published weights, such as `control-pose`, or a directory of diffusers.
+        image: the control image. For `control-edges` any image; its edges are detected.
+        scale: conditioning scale of the ControlNet.
+    """
+
+    files = ("model", "image")
+
+    model: FilePath
+    image: FilePath
+    scale: Scale = 1.0
+
+
+class InitImage(RequestPart):
+    """The image to start from: image-to-image, and inpainting with a mask.
+
+    Attributes:
+        image: the image. Without a size in the request, its ratio is kept.
+        strength: how much is changed, from 0 to 1: the fraction of the steps that is run.
+        mask: white where the image is painted anew. The rest stays as it is.
+        resize: how an image of another ratio is brought to the size of the request.
+    """
+
+    files = ("image", "mask")
+
+    image: FilePath
+    strength: Fraction = 0.6
+    mask: FilePath | None = None
+    resize: ResizeMode = "crop"
