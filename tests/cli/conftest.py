@@ -18,6 +18,7 @@ from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ReferenceFaces
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset, mini
+from openpulid.pipelines.progress import Callback
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.result import GenerationResult, OnImage
 
@@ -105,7 +106,11 @@ class FakeStudio:
         return self
 
     def generate(
-        self, request: GenerationRequest, inputs: RequestInputs, on_image: OnImage
+        self,
+        request: GenerationRequest,
+        inputs: RequestInputs,
+        on_image: OnImage,
+        callback: Callback,
     ) -> GenerationResult:
         if "zebra" in request.prompt:
             raise PromptError("the model does not know 'zebra'.", ["zebra"])

@@ -12,8 +12,9 @@ from PIL import Image
 from openpulid.cli.options import print_path, print_status
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import sha256
-from openpulid.io.metadata import image_name
+from openpulid.pipelines.file_names import image_name
 from openpulid.pipelines.provenance import Provenance
+from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_fields import MAX_IMAGES
 from tests.cli.conftest import FakeStudio, Run
 
@@ -59,7 +60,7 @@ def test_every_run_keeps_its_image(
     ],
 )
 def test_names_of_prompts_in_any_script(prompt: str, name: str) -> None:
-    assert image_name(prompt, 0) == name
+    assert image_name(GenerationRequest(prompt=prompt)) == name
 
 
 @pytest.mark.parametrize(

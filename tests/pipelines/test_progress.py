@@ -1,4 +1,4 @@
-"""The callback of a generation: steps, previews, stopping."""
+"""The callback of a generation, and what a studio tells of its images."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from openpulid.diffusion.schedulers import KarrasScheduler
-from openpulid.errors import Stopped
+from openpulid.errors import FaceError, Stopped
 from openpulid.pipelines.preview import NoisyLatents
 from openpulid.pipelines.studio import Studio, load
+from openpulid.world.gallery import render_portrait
 
 Preview = Callable[[], Image.Image]
 
@@ -100,3 +101,22 @@ def test_the_first_preview_of_a_denoised_image_is_that_image(algorithm: str) -> 
             assert torch.allclose(estimate, clean, atol=1e-3)
         previous = noisy
     assert torch.allclose(estimate, clean, atol=1e-3)
+
+
+def test_similarity_finds_the_person(studio, tmp_path) -> None:
+    anna, ben = (render_portrait(seed, 96) for seed in (1_000_007, 1_000_008))
+    identity = studio.identify(anna)
+    assert studio.similarity(anna, identity) == pytest.approx(1, abs=1e-4)
+    assert studio.similarity(ben, identity) < 0.6
+    path = identity.save(tmp_path / "anna.safetensors")
+    image = studio.generate("portrait", identity=identity, scale=1.0).images[0]
+    similarity = studio.similarity(image, path)
+    assert similarity == pytest.approx(studio.similarity(image, anna), abs=1e-5)
+    assert similarity > studio.similarity(image, ben)
+    with pytest.raises(FaceError, match="no face"):
+        studio.similarity(Image.new("RGB", (96, 96), "black"), identity)
+
+
+def test_a_notebook_shows_the_images(studio) -> None:
+    shown = studio.generate("portrait", seed=4, num_images=2, num_inference_steps=1)._repr_html_()
+    assert shown.count("<img") == 2 and "seed 5" in shown

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from openpulid.cli.build_request import DEFAULT_ORDER, build_request
+from openpulid.cli.grid import run_grid
 from openpulid.cli.options import (
     Base,
     Device,
@@ -22,19 +21,15 @@ from openpulid.cli.options import (
     find_set_options,
     make_directory,
     name_options,
-    print_path,
 )
+from openpulid.cli.run import ImageOutput, run_request
 from openpulid.errors import OptionError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from openpulid.pipelines.request import GenerationRequest
 
-logger = logging.getLogger(__name__)
 
-DEFAULT_ORDER = "large-small"
-ALLOWED_WITH_FROM = ("source", "out", "device", "memory", "no_metadata")
+ALLOWED_WITH_FROM = ("source", "out", "name", "device", "memory", "no_metadata")
 FILE_OPTIONS = {
     "init_image": "init_image.image",
     "inpaint_mask": "init_image.mask",
@@ -47,7 +42,7 @@ FILE_OPTIONS = {
 }
 """Parameters that name one file, and the fields of the request."""
 
-BOX = re.compile(r"[0-9.]+(,[0-9.]+){3}")
+NO_PERSON = "no --id: the images show no particular person; pass --id IMAGE."
 
 
 def generate(
@@ -70,8 +65,8 @@ def generate(
     out: OutputDirectory = Path("."),
     num: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
     seed: Annotated[
-        int, typer.Option(help="Seed of the first image; image k uses seed + k. -1 draws one.")
-    ] = 0,
+        str, typer.Option(help="Seed of the first image, or random; image k uses seed + k.")
+    ] = "0",
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps; the preset's by default.")
     ] = None,
@@ -161,6 +156,20 @@ def generate(
             "again.",
         ),
     ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="OPTION=VALUE,VALUE: images of all values on one sheet; the first --grid gives "
+            "the columns, others the rows."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Names of the files, of prompt, seed, scale, steps, guidance, width, height, "
+            "preset, method.",
+        ),
+    ] = None,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Do not store the parameters in the PNG.")
     ] = False,
@@ -168,61 +177,23 @@ def generate(
 ) -> None:
     """Generate images of a prompt and a person. Each PNG stores its parameters.
 
-    A file is named after the prompt and the seed. No existing file is replaced: a number is added.
+    No existing file is replaced: a number is added to the name.
     """
     with name_options():
         check_quoted(prompt, ctx.args)
+        output = ImageOutput(make_directory(out), name, not no_metadata)
         if source is not None:
             files = collect_files(ctx)
             request = read_stored_request(source, person or (), mask or (), files, memory)
-            run_request(request, out, device, not no_metadata)
+            run_request(request, output, device)
             return
-        if prompt is None:
+        if prompt is None and not grid:
             raise OptionError("PROMPT is missing; pass a prompt, or --from IMAGE.")
-        from openpulid.pipelines.presets import find_preset
-        from openpulid.pipelines.request import GenerationRequest, parse_size
-
-        mode, other_method = parse_method(method, find_preset(preset))
-        width, height = (None, None) if size is None else parse_size(size)
-        people = describe_people(person or (), mask or (), scale or (), face, order)
-        identity = {
-            "scale": scale[0] if scale and len(people) < 2 else None,
-            "start": start,
-            "end": end,
-            "projection": mode.projection if projection is None else projection,
-            "num_zero": mode.num_zero if num_zero is None else num_zero,
-            "start_step": start_step,
-        }
-        models = {
-            "preset": preset,
-            "base": base,
-            "method": other_method,
-            "adapter": adapter,
-            "face_pack": faces,
-            "memory": memory,
-        }
-        request = GenerationRequest.model_validate(
-            {
-                "prompt": prompt,
-                "negative_prompt": negative,
-                "seed": seed,
-                "num_images": num,
-                "width": width,
-                "height": height,
-                "num_inference_steps": steps,
-                "guidance_scale": guidance,
-                "true_cfg_scale": true_cfg,
-                "timestep_to_start_cfg": start_cfg,
-                "max_sequence_length": text_tokens,
-                "people": people,
-                "init_image": describe_init_image(init_image, strength, inpaint_mask, resize),
-                "controls": describe_control(control, control_image, control_scale),
-                "identity": identity,
-                "model": models,
-            }
-        )
-        note = "no --id: the images show no particular person; pass --id IMAGE."
-        run_request(request, out, device, not no_metadata, None if person else note)
+        note = None if person else NO_PERSON
+        if grid:
+            run_grid(grid, ctx, output, device, note)
+            return
+        run_request(build_request(ctx.params), output, device, note)
 
 
 def check_quoted(prompt: str | None, words: list[str]) -> None:
@@ -238,103 +209,6 @@ def check_quoted(prompt: str | None, words: list[str]) -> None:
     if words:
         text = " ".join([prompt or "", *words]).strip()
         raise OptionError(f'quote the prompt: pulid generate "{text}".')
-
-
-def describe_people(
-    paths: Sequence[str],
-    masks: Sequence[str],
-    scales: Sequence[float],
-    face: int | None,
-    order: str,
-) -> list[dict[str, Any]]:
-    """Return the people of a request, for validation; none if no option names one.
-
-    Several masks stand for several people. With at most one mask, all paths are of one person.
-
-    Args:
-        paths: images, or identity files.
-        masks: images or boxes.
-        scales: of all people, or one of each.
-        face: which face of an image with several.
-        order: how faces are counted.
-
-    Raises:
-        OptionError: the numbers of people, masks and scales do not fit, or there is an identity
-            file among several paths of one person.
-    """
-    if not paths and face is None and not masks and order == DEFAULT_ORDER:
-        return []
-    groups = [[path] for path in paths] if len(masks) > 1 else [list(paths)]
-    if len(masks) > 1 and len(masks) != len(paths):
-        raise OptionError(
-            f"{len(paths)} --id and {len(masks)} --mask: several people need one --mask for each "
-            "--id, in the same order; combine images of one person with `pulid identify`."
-        )
-    if len(scales) > 1 and len(scales) != len(groups):
-        raise OptionError(
-            f"{len(scales)} --scale and {len(groups)} people: pass one --scale for all, or one "
-            "for each."
-        )
-    own_scales = list(scales) if len(groups) > 1 else []
-    people = []
-    for number, group in enumerate(groups):
-        person = {"face_index": face, "face_order": order, **_describe_source(group)}
-        if masks:
-            person |= _describe_region(masks[number])
-        if own_scales:
-            person["scale"] = own_scales[number if len(own_scales) > 1 else 0]
-        people.append(person)
-    return people
-
-
-def _describe_source(paths: Sequence[str]) -> dict[str, Any]:
-    """Return the images or the identity file of a person."""
-    identities = [path for path in paths if path.endswith(".safetensors")]
-    if identities and len(paths) > 1:
-        raise OptionError(
-            "--id takes several images or one identity file of a person; for several people, pass "
-            "a --mask for each; combine identity files with `pulid identify`."
-        )
-    return {"identity": identities[0]} if identities else {"images": paths}
-
-
-def _describe_region(mask: str) -> dict[str, Any]:
-    """Return the box or the mask file of a person."""
-    if BOX.fullmatch(mask):
-        return {"box": mask.split(",")}
-    return {"mask": mask}
-
-
-def describe_init_image(
-    image: str | None, strength: float | None, mask: str | None, resize: str | None
-) -> dict[str, Any] | None:
-    """Return the initial image of a request, for validation; None if no option names one."""
-    options = {"image": image, "strength": strength, "mask": mask, "resize": resize}
-    given = {name: value for name, value in options.items() if value is not None}
-    return given or None
-
-
-def describe_control(
-    model: str | None, image: str | None, scale: float | None
-) -> list[dict[str, Any]]:
-    """Return the ControlNet of a request, for validation; none if no option names one."""
-    control = {"model": model, "image": image, "scale": scale}
-    given = {name: value for name, value in control.items() if value is not None}
-    return [given] if given else []
-
-
-def parse_method(name: str | None, preset: Any) -> tuple[Any, str | None]:
-    """Return the options of a PuLID mode, and the name of another method.
-
-    Raises:
-        OptionError: the preset has no such mode.
-    """
-    from openpulid.pipelines.presets import PULID_MODES, find_mode
-    from openpulid.pipelines.request import IdentityOptions
-
-    if name in PULID_MODES:
-        return find_mode(preset, name), None
-    return IdentityOptions(), name
 
 
 def read_stored_request(
@@ -388,62 +262,3 @@ def collect_files(ctx: typer.Context) -> dict[str, str]:
             f"{', '.join(refused)}."
         )
     return files
-
-
-def run_request(
-    request: GenerationRequest,
-    out: Path,
-    device: str | None,
-    store_metadata: bool,
-    note: str | None = None,
-) -> None:
-    """Generate the images of a request. Each is written, with its parameters, as soon as it exists.
-
-    Args:
-        request: the request.
-        out: output directory.
-        device: where to compute; the best device by default.
-        store_metadata: whether to store the parameters in the images.
-        note: logged as a warning before the images are generated, if there is no error.
-
-    Raises:
-        PulidError: see `Studio.generate`. What does not need the models is checked before they
-            are loaded.
-    """
-    from openpulid import resolve_preset
-    from openpulid.device import release_memory
-    from openpulid.pipelines import factory
-    from openpulid.pipelines import studio as studios
-    from openpulid.pipelines.inputs import open_inputs
-    from openpulid.pipelines.prompts import check_words
-    from openpulid.pipelines.result import save_generated
-
-    make_directory(out)
-    assert request.model is not None
-    preset = resolve_preset(request.model)
-    check_words(preset, preset.resolve(request))
-    inputs = open_inputs(request)
-    if inputs.has_reference_images:
-        # before the base model is loaded: without a face it is not needed, and with one the face
-        # models are freed
-        inputs = inputs.with_identities(request, factory.load_extractor(preset, device))
-        release_memory()
-    studio = studios.load(preset, device)
-    if note is not None:
-        logger.warning("%s", note)
-    num_saved = 0
-
-    def save(image: Image, resolved: GenerationRequest) -> None:
-        nonlocal num_saved
-        path = save_generated(image, resolved, out, inputs.fingerprints, metadata=store_metadata)
-        num_saved += 1
-        print_path(path)
-
-    try:
-        studio.generate(request, inputs=inputs, on_image=save)
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM
-        print(
-            f"pulid: stopped; {num_saved} of {request.num_images} images are written.",
-            file=sys.stderr,
-        )
-        raise

@@ -135,7 +135,7 @@ def name_options() -> Iterator[None]:
         raise error.rename(OPTION_NAMES) from None
 
 
-def find_set_options(ctx: typer.Context) -> dict[str, str]:
+def find_set_options(ctx: Any) -> dict[str, str]:
     """Return the parameters that are set on the command line: their name and their option."""
     options = {}
     for parameter in ctx.command.params:

@@ -21,7 +21,7 @@ from openpulid.faces.face import (
 )
 from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity, fuse_identities
-from openpulid.identity.similarity import HasFaceRecognition, describe_strangers
+from openpulid.identity.similarity import HasFaceRecognition, compare_identities, describe_strangers
 from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import (
     Source,
@@ -149,6 +149,21 @@ class ReferenceFaces:
             labels = [image.label for image in self.images]
             self._log(describe_strangers(self.extractor, identities, labels))
         return fuse_identities(identities, fusion, weights)
+
+    def similarity(self, identity: Identity, face_index: int | None = None) -> float:
+        """Compute the cosine similarity of the selected faces and an identity.
+
+        Args:
+            identity: of the same extractor.
+            face_index: see `identity`.
+
+        Raises:
+            FaceError: an image has fewer faces.
+            IdentityError: other models produced the identity.
+            OptionError: the features of the extractor have no face embedding.
+        """
+        identity.require(self.extractor.models)
+        return compare_identities(self.extractor, self.identity(face_index), identity)
 
     def draw(self, face_index: int | None = None, face_order: str = "large-small") -> Image.Image:
         """Draw one row per image: all faces with their numbers, then the extractor's crops.

@@ -1,4 +1,4 @@
-"""Whether reference images show one person."""
+"""How similar faces are, and whether reference images show one person."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 
 
@@ -54,6 +55,29 @@ def describe_strangers(
                 f"{extractor.same_person_similarity}); use images of one person."
             )
     return notes
+
+
+def compare_identities(extractor: object, one: Identity, other: Identity) -> float:
+    """Compute the cosine similarity of the faces of two identities.
+
+    Of an identity with several images, the mean of the normalized face embeddings counts.
+
+    Args:
+        extractor: produced both identities.
+        one: an identity.
+        other: another one.
+
+    Raises:
+        OptionError: the features of the extractor have no face embedding.
+    """
+    width = extractor.recognition_width if isinstance(extractor, HasFaceRecognition) else 0
+    if not width:
+        raise OptionError(
+            "this method has no face recognition model, so it cannot compare faces; use a preset "
+            "with PuLID."
+        )
+    faces = [normalize(x.id_cond[0, :, :width].float().cpu(), dim=-1).mean(0) for x in (one, other)]
+    return float(compute_similarities(torch.stack(faces))[0, 1])
 
 
 def compute_similarities(embeddings: Tensor) -> Tensor:

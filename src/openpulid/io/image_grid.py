@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 PAPER = (250, 249, 246)
@@ -32,8 +32,8 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
 
 
 def upscale(image: Image.Image, side: int) -> Image.Image:
-    """Resize an image to `side` x `side` pixels with a smooth filter."""
-    return image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+    """Resize an image smoothly to `side` x `side` pixels, with margins if it is not square."""
+    return ImageOps.pad(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS, PAPER)
 
 
 def image_grid(rows: Sequence[Sequence[Image.Image]], side: int, gap: int = 2) -> Image.Image:

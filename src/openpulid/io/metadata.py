@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
-import unicodedata
 import zlib
 from collections.abc import Mapping
 from io import BytesIO
@@ -29,7 +27,6 @@ MAX_TEXT = 1 << 20
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 MAX_CHUNKS = 100_000
-MAX_NAME_LENGTH = 48
 
 
 def read_metadata(image: str | os.PathLike[str]) -> str:
@@ -102,17 +99,6 @@ def _decode_text(kind: bytes, content: bytes) -> str | None:
         except zlib.error:
             return None
     return content.decode("utf-8", "replace")
-
-
-def image_name(prompt: str, seed: int) -> str:
-    """Return a file name: the first words of the prompt, and the seed."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", prompt).lower())
-    name = "-".join(words)[:MAX_NAME_LENGTH].strip("-")
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:  # the system's encoding lacks a letter
-        name = name.encode("ascii", "ignore").decode().strip("-")
-    return f"{name or 'image'}-{seed}.png"
 
 
 def encode_image(

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import (
+    AfterValidator,
     Field,
     model_validator,
 )
@@ -64,13 +65,17 @@ class IdentityOptions(RequestPart):
     start_step: Count | None = None
 
 
+def _parse_method(name: str | None) -> str | None:
+    return None if name == "pulid" else name
+
+
 class ModelSelection(RequestPart):
     """The models of a request: a preset, and what is changed in it.
 
     Attributes:
         preset: name of a preset, or a directory with weights laid out like the miniature's.
         base: another base checkpoint: a directory, a single file, or OWNER/NAME in the hub's cache.
-        method: another method than PuLID, such as `instantid`.
+        method: another method than PuLID, such as `instantid`; "pulid" is stored as None.
         adapter: another adapter file of the method.
         face_pack: directory of another insightface pack for detection and recognition.
         memory: FLUX: memory level, see `flux_memory.LEVELS`.
@@ -80,7 +85,7 @@ class ModelSelection(RequestPart):
 
     preset: FilePath = "mini"
     base: FilePath | None = None
-    method: Name | None = None
+    method: Annotated[Name | None, AfterValidator(_parse_method)] = None
     adapter: FilePath | None = None
     face_pack: FilePath | None = None
     memory: Name | None = None

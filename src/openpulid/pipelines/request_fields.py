@@ -56,7 +56,7 @@ def _check_path(value: Any) -> str:
 
 
 def _parse_seed(value: Any) -> Any:
-    """Draw a seed for None and -1, which stand for a random one in other programs."""
+    """Draw a seed for "random", None and -1, which stand for one in other programs."""
     if value is None:
         return secrets.randbelow(MAX_RANDOM_SEED + 1)
     if isinstance(value, float) and value.is_integer():
@@ -65,7 +65,7 @@ def _parse_seed(value: Any) -> Any:
         raise RequestError("{0} must be a whole number, got true or false.", "")
     if hasattr(value, "__index__"):
         value = value.__index__()
-    return _parse_seed(None) if value in (-1, "-1") else value
+    return _parse_seed(None) if value in (-1, "-1", "random") else value
 
 
 def _check_box(box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:

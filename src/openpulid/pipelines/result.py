@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from PIL import Image
 
 from openpulid.identity.identity import Identity
 from openpulid.io.files import make_folder, write_new
-from openpulid.io.metadata import encode_image, image_name
+from openpulid.io.metadata import encode_image
+from openpulid.pipelines.file_names import DEFAULT_PATTERN, check_pattern, image_name
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
@@ -22,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 UNSAVED_IDENTITY = "unsaved-identity.safetensors"
 """Stands in a request for an identity that was passed as an object."""
+
+THUMBNAIL_SIDE = 384
+"""Longest side in pixels of an image in a notebook."""
 
 OnImage = Callable[[Image.Image, GenerationRequest], None]
 """Receives each image as soon as it is generated, with the request that regenerates it alone."""
@@ -65,14 +71,35 @@ class GenerationResult:
         person = Person(identity=UNSAVED_IDENTITY)
         return request.model_copy(update={"people": (person,)})
 
-    def save(self, directory: str | os.PathLike[str], *, metadata: bool = True) -> list[Path]:
+    def _repr_html_(self) -> str:
+        """Show the images in a notebook, each with its seed."""
+        figures = []
+        for image, seed in zip(self.images, self.seeds, strict=True):
+            thumbnail = image.copy()
+            thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+            data = b64encode(encode_image(thumbnail)).decode()
+            figures.append(
+                '<figure style="display: inline-block; margin: 4px">'
+                f'<img alt="image with seed {seed}" src="data:image/png;base64,{data}">'
+                f"<figcaption>seed {seed}</figcaption></figure>"
+            )
+        return "".join(figures) or escape(repr(self))
+
+    def save(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        name: str = DEFAULT_PATTERN,
+        metadata: bool = True,
+    ) -> list[Path]:
         """Save each image as PNG, with its request for `pulid generate --from`.
 
-        The name of a file is the prompt's first words and the seed. No existing file is replaced:
-        if there is another image of that name, a number is added.
+        No existing file is replaced: if there is another image of that name, a number is added.
 
         Args:
             directory: created if it is missing.
+            name: pattern of the names, see `file_names.image_name`; by default the prompt's first
+                words and the seed.
             metadata: whether to store the requests.
 
         Returns:
@@ -80,7 +107,9 @@ class GenerationResult:
 
         Raises:
             OutputError: a file cannot be written.
+            OptionError: the pattern has an unknown field.
         """
+        check_pattern(name)
         if metadata and not self.is_described:
             logger.warning(
                 "masks and several people that are passed as objects cannot be stored; "
@@ -88,7 +117,9 @@ class GenerationResult:
             )
             metadata = False
         return [
-            save_generated(image, request, directory, self.fingerprints, metadata=metadata)
+            save_generated(
+                image, request, directory, self.fingerprints, name=name, metadata=metadata
+            )
             for image, request in zip(self.images, self.requests, strict=True)
         ]
 
@@ -99,12 +130,11 @@ def save_generated(
     directory: str | os.PathLike[str],
     fingerprints: Mapping[str, str],
     *,
+    name: str = DEFAULT_PATTERN,
     metadata: bool = True,
 ) -> Path:
     """Save one generated image, see `GenerationResult.save`."""
     parameters = Provenance.create(request, fingerprints).to_metadata() if metadata else None
     folder = Path(directory)
     make_folder(folder)
-    return write_new(
-        folder / image_name(request.prompt, request.seed), encode_image(image, ".png", parameters)
-    )
+    return write_new(folder / image_name(request, name), encode_image(image, ".png", parameters))

@@ -114,6 +114,33 @@ class Studio:
         """
         return self.detect(images).identity(face_index, face_order, fusion, weights)
 
+    def similarity(
+        self, image: ImageSource, identity: Identity | ImageSource, face_index: int | None = None
+    ) -> float:
+        """Compare the face in an image with a person, with the face recognition of this preset.
+
+        The method has seen the same model's features, so it is no independent judge: `pulid bench`
+        uses another model.
+
+        Args:
+            image: such as a generated one, see `detect`.
+            identity: an identity, its file, or an image of the person.
+            face_index: which face of an image with several; the largest by default.
+
+        Returns:
+            The cosine similarity, -1 to 1.
+
+        Raises:
+            ImageError: an image cannot be used.
+            FaceError: an image has no face that this preset knows, or fewer faces.
+            IdentityError: other models produced the identity.
+            OptionError: the method has no face recognition model.
+        """
+        person = open_person(identity)
+        if not isinstance(person, Identity):
+            person = self.identify(person)
+        return self.detect(image).similarity(person, face_index or 0)
+
     def generate(
         self,
         request: GenerationRequest | str,

@@ -1,0 +1,283 @@
+"""Run the requests of `pulid generate`, and write each image as soon as it exists."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openpulid.cli.options import print_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from openpulid.pipelines.grid import Grid
+    from openpulid.pipelines.inputs import RequestInputs
+    from openpulid.pipelines.presets import Preset
+    from openpulid.pipelines.progress import Preview
+    from openpulid.pipelines.request import GenerationRequest, ModelSelection
+
+logger = logging.getLogger(__name__)
+
+SHEET_SIDE = 384
+"""Longest side of an image on the sheet of a grid, in pixels."""
+
+
+@dataclass(frozen=True)
+class ImageOutput:
+    """Where and how images are written.
+
+    Attributes:
+        folder: exists.
+        name: pattern of the file names; by default the prompt and the seed.
+        metadata: whether to store the request in each image.
+    """
+
+    folder: Path
+    name: str | None = None
+    metadata: bool = True
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            from openpulid.pipelines.file_names import check_pattern
+
+            check_pattern(self.name)
+
+    def save(self, image: Image, request: GenerationRequest, inputs: RequestInputs) -> Path:
+        """Write one image."""
+        from openpulid.pipelines.file_names import DEFAULT_PATTERN
+        from openpulid.pipelines.result import save_generated
+
+        return save_generated(
+            image,
+            request,
+            self.folder,
+            inputs.fingerprints,
+            name=self.name or DEFAULT_PATTERN,
+            metadata=self.metadata,
+        )
+
+
+class ProgressBar:
+    """A bar on stderr with the steps of the current image, and the time left for it.
+
+    Args:
+        num_images: how many images.
+    """
+
+    def __init__(self, num_images: int) -> None:
+        self._num_images = num_images
+        self._num_done = 0
+        self._first_step = self._last_step = 0
+        self._bar: Any = None
+
+    def show_step(self, step: int, total: int, preview: Preview) -> None:
+        """Show a step; this is the callback of a generation."""
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            self._bar = self._create(total)
+        self._bar.update(0, completed=step - self._first_step)
+        self._last_step = step
+
+    def finish_image(self) -> None:
+        """Remove the bar of an image that is done."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+            self._first_step = self._last_step
+        self._num_done += 1
+
+    def start_request(self) -> None:
+        """Note that the next step is the first one of another request."""
+        self._first_step = 0
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _create(self, total: int) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), "steps", TimeRemainingColumn())
+        text = f"image {self._num_done + 1} of {self._num_images}"
+        # paths go to stdout as they are
+        console = Console(stderr=True)
+        bar = Progress(text, *columns, console=console, transient=True, redirect_stdout=False)
+        bar.add_task("", total=total - self._first_step)
+        bar.start()
+        return bar
+
+
+def run_request(
+    request: GenerationRequest, output: ImageOutput, device: str | None, note: str | None = None
+) -> None:
+    """Generate the images of a request.
+
+    Args:
+        request: the request.
+        output: where the images are written.
+        device: where to compute; the best device by default.
+        note: logged as a warning before the images are generated, if there is no error.
+
+    Raises:
+        PulidError: see `Studio.generate`. What does not need the models is checked before they
+            are loaded.
+    """
+    run_requests([request], output, device, note)
+
+
+def run_grid_requests(
+    grid: Grid,
+    requests: Sequence[GenerationRequest],
+    output: ImageOutput,
+    device: str | None,
+    note: str | None = None,
+) -> None:
+    """Generate the images of a grid, then write its sheet.
+
+    Args:
+        grid: the grid.
+        requests: one per cell.
+        output: where the images and the sheet are written.
+        device: where to compute; the best device by default.
+        note: logged as a warning before the images are generated, if there is no error.
+    """
+    from openpulid.io.files import write_new
+    from openpulid.io.metadata import encode_image
+    from openpulid.pipelines.file_names import image_name
+
+    cells = run_requests(requests, output, device, note)
+    sheet = grid.draw(requests, cells, SHEET_SIDE)
+    name = f"grid-{image_name(requests[0])}"
+    print_path(write_new(output.folder / name, encode_image(sheet)))
+
+
+def run_requests(
+    requests: Sequence[GenerationRequest],
+    output: ImageOutput,
+    device: str | None,
+    note: str | None = None,
+) -> list[list[Image]]:
+    """Generate the images of several requests; those with the same models share a studio.
+
+    Args:
+        requests: the requests.
+        output: where the images are written.
+        device: where to compute; the best device by default.
+        note: logged as a warning before the images are generated, if there is no error.
+
+    Returns:
+        The images of each request.
+    """
+    jobs = _open_jobs(requests)
+    images: list[list[Image]] = [[] for _ in requests]
+    bar = ProgressBar(sum(request.num_images for request in requests))
+    with _report_interruption(images, sum(request.num_images for request in requests)):
+        for models in dict.fromkeys(request.model for request in requests):
+            same = [k for k, request in enumerate(requests) if request.model == models]
+            _run_jobs([jobs[k] for k in same], [images[k] for k in same], output, device, bar, note)
+            note = None
+    return images
+
+
+@dataclass
+class _Job:
+    """A request that is checked, and its files."""
+
+    request: GenerationRequest
+    preset: Preset
+    inputs: RequestInputs
+
+
+def _open_jobs(requests: Sequence[GenerationRequest]) -> list[_Job]:
+    """Check all requests and open their files, before any model is loaded."""
+    from openpulid import resolve_preset
+    from openpulid.pipelines.inputs import open_inputs
+    from openpulid.pipelines.prompts import check_words
+
+    presets: dict[ModelSelection, Preset] = {}
+    jobs = []
+    for request in requests:
+        assert request.model is not None
+        if request.model not in presets:
+            presets[request.model] = resolve_preset(request.model)
+        preset = presets[request.model]
+        check_words(preset, preset.resolve(request))
+        jobs.append(_Job(request, preset, open_inputs(request)))
+    return jobs
+
+
+def _run_jobs(
+    jobs: Sequence[_Job],
+    images: Sequence[list[Image]],
+    output: ImageOutput,
+    device: str | None,
+    bar: ProgressBar,
+    note: str | None,
+) -> None:
+    """Run jobs with the same models, and append their images to lists."""
+    from openpulid.pipelines import studio as studios
+
+    _extract_identities(jobs, device)
+    studio = studios.load(jobs[0].preset, device)
+    if note is not None:
+        logger.warning("%s", note)
+
+    def save(job: _Job, generated: list[Image], image: Image, request: GenerationRequest) -> None:
+        path = output.save(image, request, job.inputs)
+        generated.append(image)
+        bar.finish_image()
+        print_path(path)
+
+    try:
+        for job, generated in zip(jobs, images, strict=True):
+            bar.start_request()
+            studio.generate(
+                job.request,
+                inputs=job.inputs,
+                on_image=partial(save, job, generated),
+                callback=bar.show_step,
+            )
+    finally:
+        bar.stop()
+
+
+def _extract_identities(jobs: Sequence[_Job], device: str | None) -> None:
+    """Replace reference images by identities, before the base model is loaded.
+
+    Without a face the base model is not needed, and with one the face models are freed.
+    """
+    from openpulid.device import release_memory
+    from openpulid.pipelines import factory
+
+    waiting = [job for job in jobs if job.inputs.has_reference_images]
+    if not waiting:
+        return
+    extractor = factory.load_extractor(waiting[0].preset, device)
+    known: dict[Any, RequestInputs] = {}
+    for job in waiting:
+        people = job.request.people
+        if people not in known:
+            known[people] = job.inputs.with_identities(job.request, extractor)
+        job.inputs = replace(job.inputs, people=known[people].people)
+    del extractor
+    release_memory()
+
+
+@contextmanager
+def _report_interruption(images: Sequence[Sequence[Image]], total: int) -> Iterator[None]:
+    """Say how many images are written if the user ends the command."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, or SIGTERM
+        count = sum(map(len, images))
+        print(f"pulid: stopped; {count} of {total} images are written.", file=sys.stderr)
+        raise
