@@ -26,6 +26,7 @@ PACKAGES = (
     "identity",
     "methods",
     "pipelines",
+    "doctor",
     "training",
     "bench",
     "mini",

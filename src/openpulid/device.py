@@ -26,13 +26,9 @@ def select_device(name: str | torch.device | None = None) -> torch.device:
     """
     if name is None or name == "":
         return best_device()
-    available = ["cpu"]  # and "meta", which computes nothing
-    accelerator = None
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-    if accelerator is not None:
-        count = torch.accelerator.device_count()
-        available += [accelerator.type, *(f"{accelerator.type}:{index}" for index in range(count))]
+    accelerators = list_devices()[1:]
+    # and "meta", which computes nothing
+    available = ["cpu", *(device.type for device in accelerators[:1]), *map(str, accelerators)]
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):  # not a name of PyTorch
@@ -42,6 +38,17 @@ def select_device(name: str | torch.device | None = None) -> torch.device:
             f"there is no device {str(name)!r} on this machine; available: {', '.join(available)}."
         )
     return device
+
+
+def list_devices() -> list[torch.device]:
+    """Return the CPU, and the accelerators of this machine."""
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None
+        count = torch.accelerator.device_count()
+        devices += [torch.device(accelerator.type, index) for index in range(count)]
+    return devices
 
 
 def best_device() -> torch.device:
@@ -93,6 +100,20 @@ def hardware_name(device: torch.device) -> str:
         return f"cpu, {platform.machine()}, {torch.get_num_threads()} threads"
     get_device_name = getattr(torch.get_device_module(device), "get_device_name", None)
     return str(get_device_name(device)) if get_device_name else device.type
+
+
+def memory_size(device: torch.device) -> int | None:
+    """Return the memory of a device in bytes; None if it is unknown."""
+    if device.type == "cpu":
+        try:
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        except (ValueError, AttributeError):  # not Linux
+            return None
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    get_properties = getattr(torch.get_device_module(device), "get_device_properties", None)
+    size = getattr(get_properties(device), "total_memory", None) if get_properties else None
+    return None if size is None else int(size)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -20,6 +20,7 @@ import typer
 
 from openpulid import __version__
 from openpulid.cli.bench import bench
+from openpulid.cli.doctor import doctor
 from openpulid.cli.generate import generate
 from openpulid.cli.identify import identify
 from openpulid.cli.mini import mini
@@ -83,6 +84,7 @@ app.add_typer(mini, name="mini")
 app.add_typer(bench, name="bench")
 app.command()(train)
 app.command()(web)
+app.command()(doctor)
 
 
 def print_version(is_requested: bool) -> None:

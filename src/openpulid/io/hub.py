@@ -131,6 +131,25 @@ def download(
         return _download(entry, names, target, SHA256.get(name))
 
 
+def find_download_folder(name: str) -> Path:
+    """Return the cache into which `download` puts a weight by default.
+
+    Raises:
+        OptionError: there is no such entry.
+    """
+    from huggingface_hub import constants
+
+    if find_weight(name).repo.startswith("https://"):
+        return _torch_cache()
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _torch_cache() -> Path:
+    from torch.hub import get_dir
+
+    return Path(get_dir()) / "checkpoints"
+
+
 @contextmanager
 def _describe_download_errors(entry: Weight) -> Iterator[None]:
     """Turn an error of a download into one sentence."""
@@ -219,9 +238,7 @@ def _find_candidates(entry: Weight, folder: str | os.PathLike[str] | None) -> It
     for root in _search_folders(folder):
         yield root / (entry.file or entry.repo.split("/")[-1])
     if entry.repo.startswith("https://"):
-        from torch.hub import get_dir
-
-        yield Path(get_dir()) / "checkpoints" / entry.file
+        yield _torch_cache() / entry.file
         return
     for snapshot in _find_snapshots(entry.repo):
         yield snapshot / entry.file if entry.file else snapshot
@@ -295,14 +312,14 @@ def _download(
 def _download_url(entry: Weight, folder: Path | None, expected: str | None) -> Path:
     from huggingface_hub import constants
     from huggingface_hub.errors import OfflineModeIsEnabled
-    from torch.hub import download_url_to_file, get_dir
+    from torch.hub import download_url_to_file
 
     # Offline mode of the hub is taken to forbid all network access.
     if constants.HF_HUB_OFFLINE:
         raise OfflineModeIsEnabled(
             f"Cannot reach {entry.repo}: offline mode is enabled by HF_HUB_OFFLINE"
         )
-    path = (folder or Path(get_dir()) / "checkpoints") / entry.file
+    path = (folder or _torch_cache()) / entry.file
     path.parent.mkdir(parents=True, exist_ok=True)
     # PyTorch's own files carry the beginning of their hash in their name.
     hash_in_name = re.search(r"-([0-9a-f]{8,})\.pth$", entry.file)

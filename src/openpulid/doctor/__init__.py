@@ -1,0 +1,1 @@
+"""Checks of an installation: packages, devices, weights, and whether the miniature works."""
