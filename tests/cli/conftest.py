@@ -140,6 +140,7 @@ class FakeStudio:
 def studio(monkeypatch: pytest.MonkeyPatch) -> FakeStudio:
     fake = FakeStudio()
     monkeypatch.setattr("openpulid.pipelines.studio.load", fake.load)
+    monkeypatch.setattr("openpulid.pipelines.factory.check_models", lambda *args: None)
     monkeypatch.setattr(
         "openpulid.pipelines.factory.load_extractor", lambda preset, device: fake.extractor
     )

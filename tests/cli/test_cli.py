@@ -255,39 +255,6 @@ def test_unquoted_prompt_is_refused(pulid: Run, option: tuple[Any, ...]) -> None
     assert done.err == 'pulid: quote the prompt: pulid generate "portrait of a person".\n'
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("generate", "portrait, zebra"),
-        ("generate", "portrait", "--negative", "zebra"),
-        ("generate", "portrait", "--size", "512x512"),
-        ("generate", "portrait", "--seed", 18446744073709551616),
-        ("generate", "portrait", "--seed", 18446744073709551615, "--num", 2),
-        ("generate", "portrait", "--seed", 10**23),
-        ("generate", "portrait", "--num", 10**9),
-        ("generate", "portrait", "--steps", 10**7),
-        ("generate", "portrait", "--scale", 50),
-        ("generate", "portrait", "--scale", "inf"),
-        ("generate", "portrait", "--guidance", 1e9),
-        ("generate", "portrait", "--id", "ANNA", "--start", 0.8, "--end", 0.2),
-        ("generate", "portrait", "--id", "ANNA", "--end", 0),
-        ("generate", "portrait", "--id", "ANNA", "--start", 0.96),
-        ("generate", "portrait", "--id", "ANNA", "--mask", "ANNA", "--method", "faceid"),
-        ("generate", "portrait", "--order", "left-right"),  # of nobody
-    ],
-)
-def test_errors_are_reported_before_loading(
-    pulid: Run, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[Any, ...]
-) -> None:
-    def load(*_: object) -> None:
-        raise AssertionError("a model is loaded")
-
-    monkeypatch.setattr("openpulid.pipelines.studio.load", load)
-    done = pulid(*[anna if word == "ANNA" else word for word in words], "-o", tmp_path / "out")
-    assert done.is_one_sentence, done
-    assert not list((tmp_path / "out").glob("*"))
-
-
 def test_final_punctuation_is_no_error(pulid: Run, studio: FakeStudio, tmp_path: Path) -> None:
     assert pulid("generate", "Film Noir!", "-o", tmp_path).code == 0
 

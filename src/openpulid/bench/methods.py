@@ -11,7 +11,7 @@ from openpulid.bench.run_dir import BASE
 from openpulid.bench.suite import Suite
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import WEIGHTS
-from openpulid.pipelines.factory import load_adapter, load_extractor
+from openpulid.pipelines.factory import check_models, load_adapter, load_extractor
 from openpulid.pipelines.presets import Preset, find_preset, with_method
 from openpulid.pipelines.studio import Studio, load
 from openpulid.pipelines.weights import missing_weights
@@ -89,7 +89,7 @@ def check_weights(presets: Mapping[str, Preset]) -> None:
     """Check that the weights of all methods are installed, before anything is loaded or written.
 
     Raises:
-        WeightsError: weights are missing; the message names the command that gets them.
+        WeightsError: weights are missing, or of another kind; the message names the fix.
     """
     missing = {name: preset for preset in presets.values() for name in missing_weights(preset)}
     if downloads := " ".join(name for name in missing if name in WEIGHTS):
@@ -102,6 +102,8 @@ def check_weights(presets: Mapping[str, Preset]) -> None:
         is_baseline = path == str(preset.models.adapter) and preset.models.method != "pulid"
         option = f" --method {preset.models.method}" if is_baseline else ""
         raise WeightsError(f"{path} does not exist; create it with `pulid mini build{option}`.")
+    for preset in presets.values():
+        check_models(preset)
 
 
 def load_studios(

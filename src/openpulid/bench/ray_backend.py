@@ -11,6 +11,13 @@ from openpulid.bench.run_dir import Job
 from openpulid.errors import OptionError, PulidError
 
 
+def check_workers(workers: str) -> None:
+    """Raise OptionError if `workers` is neither a number from 1 nor the address of a cluster."""
+    is_number = workers.isdecimal() and int(workers) > 0
+    if not is_number and not workers.startswith("ray://"):
+        raise OptionError(f"--workers {workers}: expected a number or ray://HOST:PORT.")
+
+
 def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
     """Return an executor that distributes jobs over actors with their own models.
 
@@ -28,9 +35,8 @@ def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
         from ray.util import ActorPool
     except ImportError:
         raise OptionError("--workers needs Ray: pip install 'openpulid[cluster]'.") from None
-    is_local = workers.isdecimal() and int(workers) > 0
-    if not is_local and not workers.startswith("ray://"):
-        raise OptionError(f"--workers {workers}: expected a number or ray://HOST:PORT.")
+    check_workers(workers)
+    is_local = workers.isdecimal()
 
     class WorkerActor:
         def __init__(self) -> None:

@@ -20,6 +20,7 @@ from openpulid.cli.options import (
     AsJson,
     Device,
     command_group,
+    make_directory,
     print_json,
     print_nothing,
     print_progress,
@@ -67,14 +68,18 @@ def run_suite(
     """Generate all missing images, compute their metrics and write the report."""
     _check_libraries()
     from openpulid.bench.methods import check_weights, select_presets
+    from openpulid.bench.ray_backend import check_workers
     from openpulid.bench.run import run_benchmark
     from openpulid.bench.suite import load_suite
 
+    if workers is not None:
+        check_workers(workers)
     loaded_suite = load_suite(suite)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     presets = select_presets(loaded_suite, names)
     subjects = _load_subjects(loaded_suite, people, count)
     check_weights(presets)
+    make_directory(out)
     paths = run_benchmark(
         loaded_suite,
         presets,

@@ -74,13 +74,18 @@ def identify(
         raise OptionError(f"--face {LIST_FACES} lists the faces; leave out -o, or name one face.")
     if len(image) == 1 and fusion != DEFAULT_FUSION:
         logger.warning("--fusion has no effect on a single image")
+    from openpulid.faces.face import check_order
+    from openpulid.identity.identity import check_fusion
     from openpulid.identity.reference import open_references
 
+    check_order(order)
+    check_fusion(fusion)
     references = open_references(image)
     if show is not None:
         check_output(check_image_path(show), image)
     if out is not None:
         check_output(out, image)
+        make_directory(out.parent)
     from openpulid.identity.reference import ReferenceFaces
     from openpulid.pipelines.factory import load_extractor
     from openpulid.pipelines.presets import PULID_MODES
@@ -94,7 +99,6 @@ def identify(
     identity = None
     if face != LIST_FACES and out is not None:
         identity = reference.identity(face_index, order, fusion)
-        make_directory(out.parent)
         is_new = not is_saved(identity, out)
         if is_new:
             check_new_output(out, overwrite)

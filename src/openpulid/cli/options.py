@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -84,8 +85,10 @@ def check_device(name: str | None) -> str | None:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             if is_out_of_memory(error):
                 raise
+            # a name such as cuda:7 may be right on another machine
+            similar = "" if name.split(":")[0] in DEVICES else suggest(name, DEVICES)
             raise OptionError(
-                f"there is no device {name!r}{suggest(name, DEVICES)}; leave out --device to use "
+                f"there is no device {name!r} on this machine{similar}; leave out --device to use "
                 "the best one."
             ) from None
     return name
@@ -146,13 +149,15 @@ def find_set_options(ctx: Any) -> dict[str, str]:
 
 
 def make_directory(path: Path) -> Path:
-    """Create an output directory if it is missing.
+    """Create an output directory if it is missing, and check that files can be written to it.
 
     Raises:
-        OptionError: it cannot be created.
+        OptionError: it cannot be created, or not be written to.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise OptionError(
             f"{path}: cannot be used as a directory ({error.strerror}); choose another with -o."

@@ -200,6 +200,7 @@ class _Job:
 def _open_jobs(requests: Sequence[GenerationRequest]) -> list[_Job]:
     """Check all requests and open their files, before any model is loaded."""
     from openpulid import resolve_preset
+    from openpulid.pipelines import factory
     from openpulid.pipelines.inputs import open_inputs
     from openpulid.pipelines.prompts import check_words
 
@@ -211,7 +212,9 @@ def _open_jobs(requests: Sequence[GenerationRequest]) -> list[_Job]:
             presets[request.model] = resolve_preset(request.model)
         preset = presets[request.model]
         check_words(preset, preset.resolve(request))
-        jobs.append(_Job(request, preset, open_inputs(request)))
+        inputs = open_inputs(request)
+        factory.check_models(preset, inputs.identities)
+        jobs.append(_Job(request, preset, inputs))
     return jobs
 
 

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from openpulid.cli.options import MAX_PERSON, Overwrite, command_group, print_path, write_image
+from openpulid.cli.options import (
+    MAX_PERSON,
+    Overwrite,
+    check_image_path,
+    command_group,
+    print_path,
+    write_image,
+)
 
 world = command_group("Synthetic people: images to start from.")
 
@@ -31,6 +38,7 @@ def person(
     """Draw one image of one synthetic person."""
     from openpulid.world.gallery import render_portrait
 
+    check_image_path(out)
     write_image(out, render_portrait(seed, size), overwrite)
     print_path(out)
 
@@ -47,6 +55,7 @@ def sheet(
     """Draw eight people in eight scenes, one person per row."""
     from openpulid.world.gallery import render_people_sheet
 
+    check_image_path(out)
     write_image(out, render_people_sheet(seed, size), overwrite)
     print_path(out)
 

@@ -109,6 +109,15 @@ ORDERS: dict[str, Callable[[Face], float]] = {
 """Sort keys by name. The index of a face refers to one of these orders."""
 
 
+def check_order(order: str) -> None:
+    """Raise OptionError if there is no such order of faces."""
+    if order not in ORDERS:
+        raise OptionError(
+            f"unknown face order {order!r}{suggest(order, ORDERS)}; "
+            f"choose from {', '.join(ORDERS)}."
+        )
+
+
 def sort_faces(faces: Sequence[Face], order: str = "large-small") -> list[Face]:
     """Sort the faces of an image.
 
@@ -119,11 +128,7 @@ def sort_faces(faces: Sequence[Face], order: str = "large-small") -> list[Face]:
     Raises:
         OptionError: there is no such order.
     """
-    if order not in ORDERS:
-        raise OptionError(
-            f"unknown face order {order!r}{suggest(order, ORDERS)}; "
-            f"choose from {', '.join(ORDERS)}."
-        )
+    check_order(order)
     return sorted(faces, key=ORDERS[order])
 
 

@@ -305,14 +305,19 @@ def blend_identities(one: Identity, other: Identity, share: float = 0.5) -> Iden
     return fuse_identities([one, other], "mean", [1 - share, share])
 
 
-def _check_fusion(
-    identities: Sequence[Identity], fusion: str, weights: Sequence[float] | None
-) -> None:
+def check_fusion(fusion: str) -> None:
+    """Raise OptionError if there is no such way to combine images, see `fuse_identities`."""
     if fusion not in FUSIONS:
         raise OptionError(
             f"there is no fusion {fusion!r}{suggest(fusion, FUSIONS)}; "
             f"choose one of {', '.join(FUSIONS)}."
         )
+
+
+def _check_fusion(
+    identities: Sequence[Identity], fusion: str, weights: Sequence[float] | None
+) -> None:
+    check_fusion(fusion)
     if not identities:
         raise OptionError("an identity needs at least one image.")
     if weights is not None and (

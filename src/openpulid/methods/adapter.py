@@ -21,12 +21,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, WeightsError
+from openpulid.io.checkpoint_kinds import CheckpointKind, require_kind
 from openpulid.methods.hooks import PipelineState, refuse_guider
 
 _ADAPTER_ATTR = "_openpulid_adapter"
@@ -49,10 +51,12 @@ class Adapter:
         slot: the part of the network that the method changes. Two methods with the same slot
             cannot be active on one network at once; without a slot any number can.
         replaces: whether attaching an adapter to a network replaces the one attached before.
+        kinds: of the files that the method opens.
     """
 
     slot: ClassVar[str] = ""
     replaces: ClassVar[bool] = False
+    kinds: ClassVar[tuple[CheckpointKind, ...]] = ()
 
     def __init__(self) -> None:
         self._attached: list[PipelineState] = []
@@ -60,6 +64,18 @@ class Adapter:
     def __getstate__(self) -> dict[str, Any]:
         # a copy, such as an average of the weights, serves no pipeline: it would copy the pipeline
         return {**self.__dict__, "_attached": []}
+
+    @classmethod
+    def check_file(cls, path: str | os.PathLike[str]) -> None:
+        """Refuse a file of another kind, before the values of any model are read.
+
+        Raises:
+            WeightsError: it is missing, a folder, or another kind of file.
+        """
+        if not Path(path).is_file():
+            problem = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise WeightsError(f"{path} {problem}; pass the adapter's file.")
+        require_kind(path, *cls.kinds)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Adapter:

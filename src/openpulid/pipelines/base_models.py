@@ -27,7 +27,9 @@ from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.samplers import build_scheduler, check_scheduler
 from openpulid.pipelines.single_files import (
     check_channels,
+    check_flux_file,
     check_guidance,
+    check_sdxl_file,
     load_flux_file,
     load_sdxl_file,
 )
@@ -37,6 +39,26 @@ logger = logging.getLogger(__name__)
 
 SDXL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 FLUX_ENCODERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+
+
+def check_base(models: ModelSet) -> None:
+    """Check that the base model is one of the preset's family, before any model is loaded.
+
+    Only indices and headers are read. What remains is checked when the files are loaded.
+
+    Raises:
+        WeightsError: a file is missing, or is of another kind.
+    """
+    path = _pipeline_path(models)
+    if models.family == "flux":
+        _check_flux_index(path)
+        transformer = resolve_optional(models.transformer)
+        if transformer is not None and transformer.is_file():
+            check_flux_file(transformer, path)
+    elif path.is_file():
+        check_sdxl_file(path)
+    else:
+        _check_sdxl_index(path)
 
 
 def load_sdxl(models: ModelSet, dtype: torch.dtype) -> Any:
@@ -83,12 +105,7 @@ def load_flux(models: ModelSet, dtype: torch.dtype) -> Any:
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
     path = _pipeline_path(models)
-    class_name, parts = _read_index(path)
-    if not class_name.startswith("Flux"):
-        raise WeightsError(
-            f"{path} cannot be loaded for a FLUX preset: it is a {class_name}"
-            f"{'; use --preset sdxl' if class_name.startswith('StableDiffusionXL') else ''}."
-        )
+    parts = _check_flux_index(path)
     missing = [name for name in FLUX_ENCODERS if not (path / name).is_dir()]
     if missing:
         raise WeightsError(
@@ -132,6 +149,28 @@ def _read_index(path: Path) -> tuple[str, dict[str, Part]]:
     return str(json.loads(text).get("_class_name", "pipeline without a class")), parts
 
 
+def _check_sdxl_index(path: Path) -> dict[str, Part]:
+    """Return the parts of a pipeline; raise WeightsError if it is not of SDXL."""
+    class_name, parts = _read_index(path)
+    if not class_name.startswith("StableDiffusionXL"):
+        raise WeightsError(
+            f"{path} cannot be loaded for an SDXL preset: it is a {class_name}"
+            f"{'; use --preset flux' if class_name.startswith('Flux') else ''}."
+        )
+    return parts
+
+
+def _check_flux_index(path: Path) -> dict[str, Part]:
+    """Return the parts of a pipeline; raise WeightsError if it is not of FLUX."""
+    class_name, parts = _read_index(path)
+    if not class_name.startswith("Flux"):
+        raise WeightsError(
+            f"{path} cannot be loaded for a FLUX preset: it is a {class_name}"
+            f"{'; use --preset sdxl' if class_name.startswith('StableDiffusionXL') else ''}."
+        )
+    return parts
+
+
 def _read_scheduler(path: Path, parts: Mapping[str, Part]) -> tuple[str, dict[str, Any]]:
     """Read the class and the settings of a pipeline's scheduler."""
     file = path / "scheduler" / "scheduler_config.json"
@@ -145,12 +184,7 @@ def _read_scheduler(path: Path, parts: Mapping[str, Part]) -> tuple[str, dict[st
 def _load_sdxl_directory(path: Path, dtype: torch.dtype, networks: Mapping[str, Any]) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
-    class_name, parts = _read_index(path)
-    if not class_name.startswith("StableDiffusionXL"):
-        raise WeightsError(
-            f"{path} cannot be loaded for an SDXL preset: it is a {class_name}"
-            f"{'; use --preset flux' if class_name.startswith('Flux') else ''}."
-        )
+    parts = _check_sdxl_index(path)
     check_scheduler(path, *_read_scheduler(path, parts))
     absent = [name for name in SDXL_PARTS if name not in parts]
     if "text_encoder" in absent and "text_encoder_2" in parts:

@@ -6,7 +6,7 @@ Only local files are used.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from openpulid.device import compute_dtype, select_device, training_dtype
 from openpulid.errors import WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.extractor import DeferredExtractor, IdentityExtractor, MiniExtractor
+from openpulid.identity.identity import Identity
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.checkpoints import fingerprint
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.methods.registry import find_method
-from openpulid.pipelines.base_models import load_flux, load_sdxl
+from openpulid.pipelines.base_models import check_base, load_flux, load_sdxl
 from openpulid.pipelines.flux_memory import find_level, place_pipeline
 from openpulid.pipelines.model_set import COMPANION_WEIGHTS, ModelSet
 from openpulid.pipelines.presets import (
@@ -54,13 +55,43 @@ def load_pipeline(preset: Preset, device: torch.device, dtype: torch.dtype | Non
     return pipe.to(device)
 
 
-def require_pipeline(preset: Preset) -> None:
-    """Check that all weights of a preset are installed, before any is loaded.
+def check_models(preset: Preset, identities: Iterable[Identity] = ()) -> None:
+    """Check the files of a preset, and identities for it, before any model is loaded.
+
+    Args:
+        preset: the preset.
+        identities: they must be of the preset's face models.
 
     Raises:
-        WeightsError: names everything that is missing, and the command that downloads it.
+        WeightsError: files are missing, or of another kind; the message names all weights that are
+            not installed, and the command that downloads them.
+        IdentityError: other models produced an identity.
     """
+    if isinstance(preset.models.adapter, Path):
+        _check_adapter(preset.models)
     require_weights(preset)
+    check_base(preset.models)
+    identities = list(identities)
+    models = hash_extractor_models(preset.models) if identities else {}
+    for identity in identities:
+        identity.require(models)
+
+
+def _check_adapter(models: ModelSet) -> None:
+    """Raise WeightsError if the adapter is missing, or is of another method."""
+    if not isinstance(models.adapter, Path):
+        for name in COMPANION_WEIGHTS.get(models.method, ()):
+            resolve_path(name)
+    elif models.is_miniature and models.method in MINI_ADAPTERS and not models.adapter.exists():
+        raise WeightsError(
+            f"{models.adapter} does not exist; "
+            f"run `pulid mini build --method {models.method}` to train it."
+        )
+    _find_adapter_class(models).check_file(resolve_path(models.adapter))
+
+
+def _find_adapter_class(models: ModelSet) -> Any:
+    return PuLIDFlux if models.family == "flux" else find_method(models.method)
 
 
 def load_adapter(preset: Preset, device: torch.device) -> Any:
@@ -70,16 +101,8 @@ def load_adapter(preset: Preset, device: torch.device) -> Any:
         WeightsError: something is missing or damaged.
     """
     models = preset.models
-    kind: Any = PuLIDFlux if models.family == "flux" else find_method(models.method)
-    if not isinstance(models.adapter, Path):
-        for name in COMPANION_WEIGHTS.get(models.method, ()):
-            resolve_path(name)  # fail before the adapter is read
-    elif models.is_miniature and models.method in MINI_ADAPTERS and not models.adapter.exists():
-        raise WeightsError(
-            f"{models.adapter} does not exist; "
-            f"run `pulid mini build --method {models.method}` to train it."
-        )
-    adapter = kind.load(resolve_path(models.adapter))
+    _check_adapter(models)
+    adapter = _find_adapter_class(models).load(resolve_path(models.adapter))
     dtype = network_dtype(models, device)
     if not isinstance(adapter, PuLID) or dtype == torch.float32:
         return adapter.to(device, dtype)

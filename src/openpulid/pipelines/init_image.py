@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_tensor
 
 from openpulid.pipelines.model_set import ModelSet
-from openpulid.pipelines.request_fields import ResizeMode
+from openpulid.pipelines.request_fields import RequestError, ResizeMode
 
 PADDING = (127, 127, 127)
 """Color around an image that is padded, in the middle of what the autoencoder knows."""
@@ -179,6 +179,23 @@ class KeepOutside:
 
 def _is_sdxl(pipe: Any) -> bool:
     return getattr(pipe, "unet", None) is not None
+
+
+def check_inpaint_mask(mask: Image.Image) -> None:
+    """Refuse a mask that leaves the whole initial image as it is.
+
+    Args:
+        mask: gray, white where the image is painted anew.
+
+    Raises:
+        RequestError: the mask is black.
+    """
+    if mask.getbbox() is None:
+        raise RequestError(
+            "{0} is black everywhere, so that the image would not change; make it white where the "
+            "image is to be painted anew.",
+            "init_image.mask",
+        )
 
 
 def _resize(image: Image.Image, size: tuple[int, int], mode: ResizeMode, color: Any) -> Image.Image:

@@ -18,7 +18,7 @@ from openpulid.io.images import is_image_source, open_image, open_mask
 from openpulid.methods.controlnet import ControlNet, canny_edges
 from openpulid.methods.hooks import warn_if_other_ratio
 from openpulid.methods.pulid import People
-from openpulid.pipelines.init_image import Edit, InitImageInput
+from openpulid.pipelines.init_image import Edit, InitImageInput, check_inpaint_mask
 from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.provenance import fingerprint_inputs
 from openpulid.pipelines.regions import build_masks
@@ -78,6 +78,12 @@ class RequestInputs:
     def has_reference_images(self) -> bool:
         """Whether the identity of a person has yet to be extracted."""
         return any(not isinstance(person.identity, Identity) for person in self.people)
+
+    @property
+    def identities(self) -> list[Identity]:
+        """The identities that are extracted already."""
+        found = [person.identity for person in self.people]
+        return [identity for identity in found if isinstance(identity, Identity)]
 
     def with_identities(
         self, request: GenerationRequest, extractor: IdentityExtractor
@@ -172,6 +178,7 @@ def open_inputs(
 
     Raises:
         ImageError: a file is not an image.
+        RequestError: the inpaint mask is black.
         IdentityError: a file is not an identity.
         WeightsError: a ControlNet is missing or damaged.
     """
@@ -217,6 +224,7 @@ def _open_init(init_image: InitImage, time_limit: float | None) -> InitImageInpu
     mask = None
     if init_image.mask is not None:
         mask = open_mask(init_image.mask, time_limit=time_limit)
+        check_inpaint_mask(mask)
         warn_if_other_ratio("inpaint mask", (mask.height, mask.width), (image.height, image.width))
     return InitImageInput(image, mask)
 

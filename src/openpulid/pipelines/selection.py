@@ -8,6 +8,7 @@ from pathlib import Path
 
 from openpulid.errors import OptionError
 from openpulid.faces.insightface_pack import find_pack
+from openpulid.io.hub import find_weight
 from openpulid.pipelines.flux_memory import find_level
 from openpulid.pipelines.presets import Preset, find_preset, with_base, with_method
 from openpulid.pipelines.request import ModelSelection
@@ -38,6 +39,7 @@ def resolve_preset(
 
     Raises:
         OptionError: there is no such preset, or a change does not apply to it.
+        WeightsError: the base does not exist.
     """
     if isinstance(preset, ModelSelection):
         return resolve_preset(**dict(preset))
@@ -48,6 +50,8 @@ def resolve_preset(
             )
         preset = find_preset(os.fspath(preset))
     if base is not None:
+        if not Path(base).exists():
+            find_weight(os.fspath(base))
         preset = with_base(preset, os.fspath(base))
     if memory is not None:
         preset = _with_memory(preset, memory)

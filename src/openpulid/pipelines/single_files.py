@@ -90,25 +90,10 @@ def load_sdxl_file(path: Path, dtype: torch.dtype, **options: Any) -> Any:
     """
     from diffusers import StableDiffusionXLPipeline
 
-    if path.suffix == ".gguf":
-        raise WeightsError(f"{path}: GGUF files are only supported for FLUX presets.")
-    header = read_header(path)
+    header = check_sdxl_file(path)
     names = header.shapes
-    if find_kind(names) is not SDXL:
-        raise WeightsError(f"{path} is no SDXL checkpoint; {describe_kind(names)}.")
-    _check_quantization(path, header)
-    if any(name.endswith(SCALE_SUFFIXES) for name in names):
-        raise WeightsError(
-            f"{path} is stored in scaled float8, which is only supported for FLUX; "
-            "use a file in float16, bfloat16 or plain float8."
-        )
     prediction = Prediction.read(path, header)
     config = find_sdxl_config(path)
-    first = names.get(f"{UNET}input_blocks.0.0.weight")
-    if first is not None:
-        check_channels(path, first[1], read_config(config / "unet").get("in_channels", 4))
-    if not any(name.startswith("first_stage_model.") for name in names):
-        raise WeightsError(f"{path} has no autoencoder; use a file with all networks of SDXL.")
     with describe_load_errors(path):
         pipe = StableDiffusionXLPipeline.from_single_file(
             path, config=str(config), torch_dtype=dtype, local_files_only=True, **options
@@ -123,6 +108,33 @@ def load_sdxl_file(path: Path, dtype: torch.dtype, **options: Any) -> Any:
     check_loaded(path, (), unused)
     pipe.scheduler = prediction.apply(pipe.scheduler)
     return pipe
+
+
+def check_sdxl_file(path: Path) -> Header:
+    """Check the header of a file that is to be loaded as an SDXL pipeline, and return it.
+
+    Raises:
+        WeightsError: the file is another kind of checkpoint, or no SDXL pipeline is installed.
+    """
+    if path.suffix == ".gguf":
+        raise WeightsError(f"{path}: GGUF files are only supported for FLUX presets.")
+    header = read_header(path)
+    names = header.shapes
+    if find_kind(names) is not SDXL:
+        raise WeightsError(f"{path} is no SDXL checkpoint; {describe_kind(names)}.")
+    _check_quantization(path, header)
+    if any(name.endswith(SCALE_SUFFIXES) for name in names):
+        raise WeightsError(
+            f"{path} is stored in scaled float8, which is only supported for FLUX; "
+            "use a file in float16, bfloat16 or plain float8."
+        )
+    first = names.get(f"{UNET}input_blocks.0.0.weight")
+    if first is not None:
+        config = read_config(find_sdxl_config(path) / "unet")
+        check_channels(path, first[1], config.get("in_channels", 4))
+    if not any(name.startswith("first_stage_model.") for name in names):
+        raise WeightsError(f"{path} has no autoencoder; use a file with all networks of SDXL.")
+    return header
 
 
 def find_sdxl_config(file: Path) -> Path:
@@ -158,12 +170,7 @@ def load_flux_file(path: Path, pipeline: Path, dtype: torch.dtype) -> Any:
     """
     from diffusers import FluxTransformer2DModel
 
-    if path.suffix not in (".safetensors", ".gguf"):
-        raise WeightsError(
-            f"{path} is not a transformer; use a .safetensors or .gguf file, or a directory."
-        )
-    header = read_header(path)
-    _check_flux(path, header, read_config(pipeline / "transformer"), pipeline)
+    check_flux_file(path, pipeline)
     options: dict[str, Any] = {
         "config": str(pipeline),
         "subfolder": "transformer",
@@ -196,8 +203,22 @@ def load_flux_file(path: Path, pipeline: Path, dtype: torch.dtype) -> Any:
     return transformer
 
 
-def _check_flux(path: Path, header: Header, config: dict[str, Any], pipeline: Path) -> None:
-    """Check that a file is a FLUX transformer of the kind that a pipeline describes."""
+def check_flux_file(path: Path, pipeline: Path) -> None:
+    """Check that a file is a FLUX transformer of the kind that a pipeline describes.
+
+    Args:
+        path: safetensors or GGUF; only its header is read.
+        pipeline: a pipeline whose transformer has the same sizes.
+
+    Raises:
+        WeightsError: the file is another kind of checkpoint, or does not fit the pipeline.
+    """
+    if path.suffix not in (".safetensors", ".gguf"):
+        raise WeightsError(
+            f"{path} is not a transformer; use a .safetensors or .gguf file, or a directory."
+        )
+    header = read_header(path)
+    config = read_config(pipeline / "transformer")
     names = header.shapes
     architecture = header.metadata.get("architecture", "flux")
     if find_kind(names) is not FLUX or architecture != "flux":

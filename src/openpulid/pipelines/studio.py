@@ -25,10 +25,10 @@ from openpulid.identity.reference import ImageSource, ReferenceFaces, ReferenceI
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid import People, normalize_people
 from openpulid.pipelines.factory import (
+    check_models,
     defer_extractor,
     load_adapter,
     load_pipeline,
-    require_pipeline,
 )
 from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
@@ -286,7 +286,7 @@ def load(
     """
     resolved = resolve_preset(preset, base, method, adapter, face_pack, memory)
     target = select_device(device)
-    require_pipeline(resolved)
+    check_models(resolved)
     loaded_adapter = load_adapter(resolved, target)
     # hashes its files, so that a missing one is reported before the base is loaded
     deferred = defer_extractor(resolved, target, loaded_adapter)

@@ -76,7 +76,7 @@ def require_weights(preset: Preset, sources: Iterable[WeightSource] | None = Non
     if not entries:
         return
     own = PRESETS[preset.name]().published if preset.name in PRESETS else ()
-    is_own = len(entries) > 1 and entries.keys() <= set(own)
+    is_own = len(entries) > 1 and entries.keys() == set(missing_sources(own))
     command = preset.name if is_own else " ".join(entries)
     described = [
         name if entry.name == name else f"{name} ({entry.name})" for name, entry in entries.items()

@@ -309,7 +309,8 @@ def open_app(
     """
     if find_spec("gradio") is None:
         raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.")
-    from openpulid.pipelines.weights import find_installed_presets, missing_weights, resolve_path
+    from openpulid.pipelines.factory import check_models
+    from openpulid.pipelines.weights import find_installed_presets, missing_weights
 
     models = ModelSelection.model_validate({"preset": preset, **changes})
     with without_proxy(), open_session(device, models) as session:
@@ -319,7 +320,5 @@ def open_app(
                 f"preset {preset!r} is not installed, it lacks {', '.join(missing)}; installed: "
                 f"{', '.join(find_installed_presets())}. `pulid weights get {preset}` downloads it."
             )
-        for source in (resolved.models.pipeline, resolved.models.transformer):
-            if source is not None:
-                resolve_path(source)  # fail before the page opens
+        check_models(resolved)  # fail before the page opens
         yield build_page(session)

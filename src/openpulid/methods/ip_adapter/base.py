@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
-from openpulid.io.checkpoint_kinds import IP_ADAPTER, RESAMPLER, CheckpointKind, require_kind
+from openpulid.io.checkpoint_kinds import IP_ADAPTER, RESAMPLER, CheckpointKind
 from openpulid.io.checkpoints import explain_bad_weights, read_tensors
 from openpulid.methods.adapter import Adapter, exclusive_use
 from openpulid.methods.hooks import (
@@ -51,7 +51,6 @@ class IPAdapterBase(Adapter):
 
     Attributes:
         scale: default weight of the image tokens, as the authors use it.
-        kinds: of the files that the method opens.
     """
 
     slot: ClassVar[str] = "attention_processors"
@@ -77,7 +76,7 @@ class IPAdapterBase(Adapter):
         Raises:
             WeightsError: The file does not exist, or is another kind of adapter.
         """
-        require_kind(path, *cls.kinds)
+        cls.check_file(path)
         return cls(read_parts(path))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> IPAdapterBase:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
-from openpulid.io.checkpoint_kinds import RESAMPLER, require_kind
+from openpulid.io.checkpoint_kinds import RESAMPLER, CheckpointKind
 from openpulid.io.networks import load_network
 from openpulid.methods.controlnet import add_residuals, compute_residuals
 from openpulid.methods.hooks import PipelineState, UNetCall, expand_per_image, move_to
@@ -49,11 +49,17 @@ class InstantID(IPAdapterBase):
     """
 
     scale: ClassVar[float] = 0.8
+    kinds: ClassVar[tuple[CheckpointKind, ...]] = (RESAMPLER,)
 
     def __init__(self, parts: AdapterFile, identity_net: ControlNetModel) -> None:
         super().__init__(parts)
         self.identity_net = identity_net.eval().requires_grad_(False)
         self.control_scale: float | None = None
+
+    @classmethod
+    def check_file(cls, path: str | os.PathLike[str]) -> None:
+        """Refuse files of another kind, see `load`."""
+        super().check_file(cls._find_files(path)[0])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> InstantID:
@@ -66,6 +72,17 @@ class InstantID(IPAdapterBase):
         Raises:
             WeightsError: One of them is missing or is something else.
         """
+        cls.check_file(path)
+        file, identity_net = cls._find_files(path)
+        return cls(read_parts(file), load_network(ControlNetModel, identity_net))
+
+    @staticmethod
+    def _find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+        """Return the adapter's file, and the folder of IdentityNet.
+
+        Raises:
+            WeightsError: one of them is missing.
+        """
         folder = Path(path).parent if Path(path).is_file() else Path(path)
         candidates = (Path(path), folder / "ip-adapter.safetensors", folder / "ip-adapter.bin")
         files = [file for file in candidates if file.is_file()]
@@ -73,8 +90,7 @@ class InstantID(IPAdapterBase):
             raise WeightsError(
                 f"{folder} contains no InstantID; it needs ip-adapter.bin and ControlNetModel/."
             )
-        require_kind(files[0], RESAMPLER)
-        return cls(read_parts(files[0]), load_network(ControlNetModel, folder / "ControlNetModel"))
+        return files[0], folder / "ControlNetModel"
 
     @property
     def width(self) -> int:

@@ -21,7 +21,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor, FaceRecognition
 from openpulid.identity.detection import FaceDetection
 from openpulid.identity.identity import Identity
-from openpulid.io.checkpoint_kinds import PHOTOMAKER, require_kind
+from openpulid.io.checkpoint_kinds import PHOTOMAKER, CheckpointKind
 from openpulid.io.checkpoints import explain_bad_weights, parse_config, read_metadata
 from openpulid.methods.adapter import Adapter, exclusive_use
 from openpulid.methods.hooks import PipelineState, Span, check_scale, find_unet
@@ -46,6 +46,7 @@ class PhotoMaker(Adapter):
     """
 
     slot: ClassVar[str] = "prompt"
+    kinds: ClassVar[tuple[CheckpointKind, ...]] = (PHOTOMAKER,)
     start: ClassVar[float] = 0.2
 
     def __init__(self, encoder: PhotoMakerEncoder, lora: Mapping[str, Tensor]) -> None:
@@ -62,7 +63,7 @@ class PhotoMaker(Adapter):
         Raises:
             WeightsError: The file does not exist, or is another kind of adapter.
         """
-        require_kind(path, PHOTOMAKER)
+        cls.check_file(path)
         parts = read_parts(path)
         if set(parts) != {"id_encoder", "lora_weights"}:
             raise WeightsError(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.io.checkpoint_kinds import PULID_FLUX, require_kind
+from openpulid.io.checkpoint_kinds import PULID_FLUX, CheckpointKind
 from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.hooks import PipelineState, Span, StepTracker, check_scale
 from openpulid.methods.pulid.base import PuLIDBase
@@ -39,6 +39,8 @@ class PuLIDFlux(PuLIDBase):
         layers: one per hooked block; 20 in FLUX.
         double_interval, single_interval: identity attention follows every n-th block of each kind.
     """
+
+    kinds: ClassVar[tuple[CheckpointKind, ...]] = (PULID_FLUX,)
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class PuLIDFlux(PuLIDBase):
         Raises:
             WeightsError: The file does not exist, or names are missing or unexpected.
         """
-        require_kind(path, PULID_FLUX)
+        cls.check_file(path)
         state = cls.read(path, dtype)
         with init_empty_weights(include_buffers=False):
             encoder = IDFormer()

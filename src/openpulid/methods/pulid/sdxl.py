@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from openpulid.errors import OptionError, WeightsError, suggest
 from openpulid.identity.identity import find_mismatched_models
 from openpulid.io import hub
-from openpulid.io.checkpoint_kinds import PULID_SDXL, require_kind
+from openpulid.io.checkpoint_kinds import PULID_SDXL, CheckpointKind
 from openpulid.io.checkpoints import (
     explain_bad_weights,
     parse_config,
@@ -59,6 +59,8 @@ class PuLID(PuLIDBase):
         models: name -> hash of the face models used in training. Published files do not record
             them.
     """
+
+    kinds: ClassVar[tuple[CheckpointKind, ...]] = (PULID_SDXL,)
 
     def __init__(self, encoder: IDEncoder | IDFormer, layers: nn.ModuleDict) -> None:
         super().__init__()
@@ -114,7 +116,7 @@ class PuLID(PuLIDBase):
             WeightsError: The file does not exist or is not an adapter, or names are missing or
                 unexpected; the message has the first of them.
         """
-        require_kind(path, PULID_SDXL)
+        cls.check_file(path)
         state = cls.read(path, dtype)
         metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         default_encoder = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
