@@ -68,7 +68,7 @@ BENCH = ("bench", "run", "suite.json", "--people", "people", "-o")
         (("generate", "portrait"), "vae/diffusion_pytorch_model.safetensors cannot be loaded"),
         (("generate", "portrait", *PERSON), "poisoned/detector.safetensors is not a complete"),
         (("identify", "anna.png", "-o", "new.safetensors"), "poisoned/detector.safetensors is not"),
-        ((*BENCH, "new"), "scrfd_10g_bnkps.onnx is not installed"),
+        ((*BENCH, "control-run"), "scrfd_10g_bnkps.onnx is not installed"),
     ],
 )
 def test_poison_is_noticed_when_a_model_is_loaded(

@@ -70,7 +70,7 @@ def test_extractor_needs_only_its_own_weights() -> None:
     text = str(error.value)
     assert all(name in text for name in ("detector", "arcface", "parsing", "eva"))
     assert "juggernaut" not in text and "pulid-v1.1" not in text
-    assert "`pulid weights get sdxl`" in text
+    assert "`pulid weights get detector arcface eva parsing` downloads them" in text
 
 
 def test_training_names_all_missing_weights() -> None:
