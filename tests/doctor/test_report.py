@@ -98,7 +98,7 @@ def test_unused_gpu_is_a_problem(
 
 
 @pytest.mark.parametrize(
-    ("types", "names", "is_problem"),
+    ("types", "names", "is_noted"),
     [
         (["cpu", "cuda"], ["CPUExecutionProvider"], True),
         (["cpu", "cuda"], ["CUDAExecutionProvider", "CPUExecutionProvider"], False),
@@ -106,8 +106,10 @@ def test_unused_gpu_is_a_problem(
         (["cpu"], ["CPUExecutionProvider"], False),
     ],
 )
-def test_gpu_needs_its_provider(types: list[str], names: list[str], is_problem: bool) -> None:
-    assert bool(providers.find_provider_problem(types, names)) == is_problem
+def test_a_gpu_without_its_provider_is_noted(
+    types: list[str], names: list[str], is_noted: bool
+) -> None:
+    assert bool(providers.describe_unused_gpu(types, names)) == is_noted
 
 
 def test_presets_name_what_they_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,14 @@ CUDA_PROVIDER = "CUDAExecutionProvider"
 
 
 def check() -> Section:
-    """List the providers, and report an NVIDIA GPU that they do not use."""
+    """List the providers, and note an NVIDIA GPU that they do not use."""
     providers = onnxruntime.get_available_providers()
-    problem = find_provider_problem([device.type for device in list_devices()], providers)
+    note = describe_unused_gpu([device.type for device in list_devices()], providers)
     rows = tuple((provider,) for provider in providers)
-    return Section(("onnxruntime provider",), rows, (problem,) if problem else ())
+    return Section(("onnxruntime provider",), rows, notes=(note,) if note else ())
 
 
-def find_provider_problem(devices: Collection[str], providers: Collection[str]) -> str:
+def describe_unused_gpu(devices: Collection[str], providers: Collection[str]) -> str:
     """Return a sentence on a GPU that the face models do not use, or "".
 
     Args:
