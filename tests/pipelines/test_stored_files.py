@@ -121,7 +121,7 @@ def test_every_file_is_passed_again(path: str) -> None:
             provenance.restore(files)
 
 
-NAMES = ("mini", "sdxl", "sdxl-base", "control-pose", "owner/name", "eva-clip", "x.safetensors")
+NAMES = ("mini", "sdxl", "sdxl-base", "control-pose", "owner/name", "flux-dev", "x.safetensors")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,6 +146,8 @@ def test_folder_of_a_known_name_is_never_opened(
         if field == "model.preset":
             assert value in PRESETS and resolve_preset(value).name == value
             continue
+        if field == "model.base":
+            assert resolve_preset("flux", base=value).models.pipeline == value
         assert field.rpartition(".")[2] in WEIGHT_FIELDS
         try:
             found = resolve_path(value)
