@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 import openpulid as pulid
+from openpulid.io.metadata import save_image
 
 ANNA = Path(__file__).with_name("anna.png")
 METHODS = ("pulid", "faceid", "instantid")
@@ -32,7 +33,7 @@ def main(out: Path) -> None:
     sheet = Image.new("RGB", (width * len(images), height))
     for k, image in enumerate(images):
         sheet.paste(image.resize((width, height)), (k * width, 0))
-    sheet.save(out / "methods.png")
+    save_image(sheet, out / "methods.png")
     print("reference,", ", ".join(METHODS))
 
 

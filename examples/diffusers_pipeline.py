@@ -18,6 +18,7 @@ from diffusers import StableDiffusionXLPipeline
 
 import openpulid as pulid
 import openpulid.diffusion.patch_vae
+from openpulid.io.metadata import save_image
 from openpulid.pipelines.presets import MINIATURE
 
 ANNA = Path(__file__).with_name("anna.png")
@@ -48,7 +49,7 @@ def main(out: Path) -> None:
     side_by_side = torch.cat([base, with_identity], dim=2)
     pixels = pipe.image_processor.pt_to_numpy(side_by_side[None])
     [image] = pipe.image_processor.numpy_to_pil(pixels)
-    image.save(out / "pipeline.png")
+    save_image(image, out / "pipeline.png")  # marked as generated
 
 
 if __name__ == "__main__":

@@ -259,7 +259,7 @@ def as_ztxt(data: bytes) -> bytes:
     """Store the text as ImageMagick does."""
     parts = []
     for part in split(data):
-        if part[4:8] == b"iTXt":
+        if part[4:].startswith(b"iTXtopenpulid\0"):
             text = part[8:-4].split(b"\0", 5)[-1]
             part = chunk(b"zTXt", b"openpulid\0\0" + zlib.compress(text))
         parts.append(part)

@@ -16,7 +16,8 @@ from openpulid.bench.table import ATTRIBUTES_TITLE, HIGHER_IS_BETTER, ResultTabl
 from openpulid.io.files import write_bytes
 from openpulid.io.image_grid import labeled_grid
 from openpulid.io.images import open_image
-from openpulid.io.metadata import save_image
+from openpulid.io.metadata import encode_image, save_image
+from openpulid.io.xmp import DigitalSourceType
 
 PRESERVATION_LABELS: Mapping[str, str] = {
     "outside_face": "change outside the face",
@@ -59,9 +60,9 @@ def write_report(run: Run) -> list[Path]:
         write_bytes(run.path / name, text.encode("utf-8", "backslashreplace"))
     names = list(texts)
     if plot is not None:
-        save_image(plot, run.path / "report.png")
+        save_image(plot, run.path / "report.png", source_type=None)
         names.append("report.png")
-    save_image(draw_faces(run), run.path / "faces.jpg")
+    save_image(draw_faces(run), run.path / "faces.jpg", source_type=DigitalSourceType.EDITED)
     names.append("faces.jpg")
     return [run.path / name for name in names]
 
@@ -164,7 +165,7 @@ def format_page(table: ResultTable, plot: Image.Image | None) -> str:
     parts += [f"<p>{html.escape(note)}</p>" for note in table.notes()]
     if plot is not None:
         parts.append(
-            f'<img class="plot" alt="identity against preservation" src="{_data_url(plot)}">'
+            f'<img class="plot" alt="identity against preservation" src="{_data_url(plot, None)}">'
         )
     if attributes := table.attributes():  # a long table; collapsed, so that the images come first
         parts.append(
@@ -194,7 +195,7 @@ def _format_person(run: Run, person: str) -> str:
             key = SampleKey(method, person, index, run.suite.seeds[0])
             cells.append(_format_image(run, key))
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    portrait = _embed(open_image(run.portrait(person)))
+    portrait = _embed(open_image(run.portrait(person)), None)
     return (
         f"<h2>{html.escape(person)}</h2>"
         f'<p><img style="width: 8rem" alt="reference image" src="{portrait}"> reference image</p>'
@@ -206,20 +207,19 @@ def _format_image(run: Run, key: SampleKey) -> str:
     path = run.images.get(key)
     if path is None:
         return "<td>missing</td>"
-    source = _embed(open_image(path))
+    source = _embed(open_image(path), DigitalSourceType.GENERATED)
     return f'<td><img alt="{html.escape(key.method)}" src="{source}"></td>'
 
 
-def _embed(image: Image.Image) -> str:
+def _embed(image: Image.Image, source_type: DigitalSourceType | None) -> str:
     """Return an image as a data URL; large images are shrunk, to keep the page small."""
     if max(image.size) <= MAX_IMAGE_SIDE:
-        return _data_url(image)
+        return _data_url(image, source_type)
     image = image.convert("RGB")
     image.thumbnail((MAX_IMAGE_SIDE, MAX_IMAGE_SIDE))
-    return _data_url(image, "jpeg", quality=85)
+    return _data_url(image, source_type, "jpeg")
 
 
-def _data_url(image: Image.Image, kind: str = "png", **options: int) -> str:
-    file = io.BytesIO()
-    image.convert("RGB").save(file, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+def _data_url(image: Image.Image, source_type: DigitalSourceType | None, kind: str = "png") -> str:
+    content = encode_image(image.convert("RGB"), f".{kind}", source_type=source_type)
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

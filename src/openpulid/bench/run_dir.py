@@ -272,7 +272,7 @@ class RunDir:
         path = _portrait_path(self.path, name)
         if not path.is_file():
             make_folder(path.parent)
-            save_image(image, path)
+            save_image(image, path, source_type=None)  # perhaps a photo
             return
         stored = open_image(path)
         current = image.convert("RGB")

@@ -23,13 +23,17 @@ from openpulid.cli.options import (
     name_options,
 )
 from openpulid.cli.run import ImageOutput, run_request
+from openpulid.cli.signing import Certificate, Key, Sign, load_signer
 from openpulid.errors import OptionError
 
 if TYPE_CHECKING:
     from openpulid.pipelines.request import GenerationRequest
 
 
-ALLOWED_WITH_FROM = ("source", "out", "name", "device", "memory", "no_metadata")
+ALLOWED_WITH_FROM = (
+    *("source", "out", "name", "device", "memory", "no_metadata"),
+    *("c2pa", "c2pa_cert", "c2pa_key"),
+)
 FILE_OPTIONS = {
     "init_image": "init_image.image",
     "inpaint_mask": "init_image.mask",
@@ -171,8 +175,15 @@ def generate(
         ),
     ] = None,
     no_metadata: Annotated[
-        bool, typer.Option("--no-metadata", help="Do not store the parameters in the PNG.")
+        bool,
+        typer.Option(
+            "--no-metadata",
+            help="Do not store the parameters in the PNG. It is still marked as generated.",
+        ),
     ] = False,
+    c2pa: Sign = False,
+    c2pa_cert: Certificate = None,
+    c2pa_key: Key = None,
     device: Device = None,
 ) -> None:
     """Generate images of a prompt and a person. Each PNG stores its parameters.
@@ -181,7 +192,7 @@ def generate(
     """
     with name_options():
         check_quoted(prompt, ctx.args)
-        output = ImageOutput(make_directory(out), name, not no_metadata)
+        output = ImageOutput(make_directory(out), name, not no_metadata, load_signer(ctx))
         if source is not None:
             files = collect_files(ctx)
             request = read_stored_request(source, person or (), mask or (), files, memory)

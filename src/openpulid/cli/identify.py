@@ -103,7 +103,8 @@ def identify(
         if is_new:
             check_new_output(out, overwrite)
     if show is not None:
-        write_image(show, reference.draw(face_index, order), overwrite)
+        # the user's photo: no model has generated it
+        write_image(show, reference.draw(face_index, order), overwrite, source_type=None)
     if identity is None or out is None:
         for line in reference.describe(order):
             print(escape_unprintable(line))

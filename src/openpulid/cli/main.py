@@ -37,6 +37,7 @@ from openpulid.cli.options import (
 )
 from openpulid.cli.presets import presets
 from openpulid.cli.train import train
+from openpulid.cli.verify import verify
 from openpulid.cli.web import web
 from openpulid.cli.weights import weights
 from openpulid.cli.world import world
@@ -200,6 +201,7 @@ def demo(
 
 app.command()(identify)
 app.command(context_settings={"allow_extra_args": True})(generate)
+app.command()(verify)
 
 
 if __name__ == "__main__":

@@ -106,9 +106,11 @@ def ablation(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw held-out people with the same prompt and seed at every stage of the training."""
+    from openpulid.io.xmp import DigitalSourceType
     from openpulid.mini.evaluation.stage_sheet import draw_stages
 
-    write_image(out, draw_stages(people, people_seed), overwrite)
+    sheet = draw_stages(people, people_seed)
+    write_image(out, sheet, overwrite, DigitalSourceType.GENERATED)
     print_path(out)
 
 

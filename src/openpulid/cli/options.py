@@ -19,6 +19,8 @@ from openpulid.io.files import has_content, is_same_file, write_bytes
 if TYPE_CHECKING:
     from PIL import Image
 
+    from openpulid.io.xmp import DigitalSourceType
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -216,11 +218,21 @@ def write_output(path: Path, data: bytes, overwrite: bool) -> None:
         write_bytes(check_new_output(path, overwrite), data)
 
 
-def write_image(path: Path, image: Image.Image, overwrite: bool) -> None:
-    """Write an output image that the user has named, see `write_output`."""
+def write_image(
+    path: Path, image: Image.Image, overwrite: bool, source_type: DigitalSourceType | None
+) -> None:
+    """Write an output image that the user has named, see `write_output`.
+
+    Args:
+        path: the file.
+        image: the image.
+        overwrite: whether another file may be replaced.
+        source_type: how the image was made, see `encode_image`.
+    """
     from openpulid.io.metadata import encode_image
 
-    write_output(check_image_path(path), encode_image(image, path.suffix), overwrite)
+    content = encode_image(image, path.suffix, source_type=source_type)
+    write_output(check_image_path(path), content, overwrite)
 
 
 def print_path(path: Path) -> None:

@@ -16,6 +16,7 @@ from openpulid.cli.options import print_path
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from openpulid.io.content_credentials import ContentSigner
     from openpulid.pipelines.grid import Grid
     from openpulid.pipelines.inputs import RequestInputs
     from openpulid.pipelines.presets import Preset
@@ -36,11 +37,13 @@ class ImageOutput:
         folder: exists.
         name: pattern of the file names; by default the prompt and the seed.
         metadata: whether to store the request in each image.
+        signer: adds content credentials.
     """
 
     folder: Path
     name: str | None = None
     metadata: bool = True
+    signer: ContentSigner | None = None
 
     def __post_init__(self) -> None:
         if self.name is not None:
@@ -60,7 +63,22 @@ class ImageOutput:
             inputs.fingerprints,
             name=self.name or DEFAULT_PATTERN,
             metadata=self.metadata,
+            signer=self.signer,
         )
+
+    def save_sheet(self, sheet: Image, request: GenerationRequest) -> Path:
+        """Write the sheet of a grid.
+
+        Args:
+            sheet: the sheet.
+            request: one of its images'.
+        """
+        from openpulid.io.files import write_new
+        from openpulid.pipelines.file_names import image_name
+        from openpulid.pipelines.result import encode_generated
+
+        content = encode_generated(sheet, request, signer=self.signer)
+        return write_new(self.folder / f"grid-{image_name(request)}", content)
 
 
 class ProgressBar:
@@ -150,14 +168,8 @@ def run_grid_requests(
         device: where to compute; the best device by default.
         note: logged as a warning before the images are generated, if there is no error.
     """
-    from openpulid.io.files import write_new
-    from openpulid.io.metadata import encode_image
-    from openpulid.pipelines.file_names import image_name
-
     cells = run_requests(requests, output, device, note)
-    sheet = grid.draw(requests, cells, SHEET_SIDE)
-    name = f"grid-{image_name(requests[0])}"
-    print_path(write_new(output.folder / name, encode_image(sheet)))
+    print_path(output.save_sheet(grid.draw(requests, cells, SHEET_SIDE), requests[0]))
 
 
 def run_requests(

@@ -36,10 +36,11 @@ def person(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw one image of one synthetic person."""
+    from openpulid.io.xmp import DigitalSourceType
     from openpulid.world.gallery import render_portrait
 
     check_image_path(out)
-    write_image(out, render_portrait(seed, size), overwrite)
+    write_image(out, render_portrait(seed, size), overwrite, DigitalSourceType.RENDERED)
     print_path(out)
 
 
@@ -53,10 +54,11 @@ def sheet(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw eight people in eight scenes, one person per row."""
+    from openpulid.io.xmp import DigitalSourceType
     from openpulid.world.gallery import render_people_sheet
 
     check_image_path(out)
-    write_image(out, render_people_sheet(seed, size), overwrite)
+    write_image(out, render_people_sheet(seed, size), overwrite, DigitalSourceType.RENDERED)
     print_path(out)
 
 

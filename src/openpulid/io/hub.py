@@ -48,7 +48,7 @@ def find_weight(name: str) -> Weight:
     """
     if name in WEIGHTS:
         return WEIGHTS[name]
-    if _is_repo_id(name):
+    if is_repo_id(name):
         return Weight(name, "", "see its page on the hub", None, None)
     path = Path(name)
     if name.startswith((".", "~")) or len(path.parts) > 1 or path.suffix.lower() in FILES:
@@ -219,7 +219,7 @@ def _search_folders(folder: str | os.PathLike[str] | None) -> Sequence[Path]:
     return [Path(candidate).expanduser() for candidate in candidates if candidate]
 
 
-def _is_repo_id(name: str) -> bool:
+def is_repo_id(name: str) -> bool:
     """Return whether a name is a valid OWNER/NAME of the hub and not a file name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id

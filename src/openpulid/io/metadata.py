@@ -1,4 +1,4 @@
-"""Image files, and the generation parameters that they carry."""
+"""Image files, and what they carry: their origin as XMP, and generation parameters."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from openpulid.errors import ImageError, OptionError
 from openpulid.io.files import write_bytes
+from openpulid.io.xmp import DigitalSourceType, create_packet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 KEY = "openpulid"
 """Name of the PNG text chunk with the parameters, as JSON."""
 
+XMP_KEY = "XML:com.adobe.xmp"
+"""Name of the PNG text chunk with the XMP packet."""
+
 JPEG_QUALITY = 90
 MAX_TEXT = 1 << 20
-"""Bytes of parameters that are read, before and after decompression."""
+"""Bytes of a text chunk that are read, before and after decompression."""
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
@@ -30,9 +34,7 @@ MAX_CHUNKS = 100_000
 
 
 def read_metadata(image: str | os.PathLike[str]) -> str:
-    """Read the parameters that a PNG file carries, before or after its pixels.
-
-    The pixels are not decoded, and no other comment is read: both may be damaged, or large.
+    """Read the parameters that a PNG file carries.
 
     Returns:
         The JSON, unchecked.
@@ -41,28 +43,46 @@ def read_metadata(image: str | os.PathLike[str]) -> str:
         ImageError: the file cannot be read.
         OptionError: it carries no parameters.
     """
+    text = find_text(image, KEY)
+    if text is None:
+        raise OptionError(
+            f"{Path(image)} contains no generation parameters; "
+            "only PNG images of `pulid generate` and `pulid web` do."
+        )
+    return text
+
+
+def find_text(image: str | os.PathLike[str], key: str) -> str | None:
+    """Read a text chunk of a PNG file, before or after its pixels.
+
+    The pixels are not decoded, and no other text is read: both may be damaged, or large.
+
+    Args:
+        image: the file.
+        key: keyword of the chunk.
+
+    Returns:
+        The text; None if there is none, also in a file that is no PNG.
+
+    Raises:
+        ImageError: the file cannot be read.
+    """
     path = Path(image)
     try:
         if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
             raise ImageError(path, "is not a regular file")
         with path.open("rb") as file:
-            text = _find_text(file) if file.read(8) == PNG_SIGNATURE else None
+            return _find_text(file, key) if file.read(8) == PNG_SIGNATURE else None
     except OSError as error:
         raise ImageError(path, error.strerror or str(error)) from None
     except ValueError as error:
         if isinstance(error, ImageError):
             raise
         raise ImageError(path, "is not a file name") from None
-    if text is None:
-        raise OptionError(
-            f"{path} contains no generation parameters; "
-            "only PNG images of `pulid generate` and `pulid web` do."
-        )
-    return text
 
 
-def _find_text(file: BinaryIO) -> str | None:
-    """Return the text of the chunk `KEY` of a PNG file, which is open behind its signature."""
+def _find_text(file: BinaryIO, key: str) -> str | None:
+    """Return the text of a chunk of a PNG file, which is open behind its signature."""
     for _ in range(MAX_CHUNKS):
         header = file.read(8)
         if len(header) < 8:
@@ -73,9 +93,9 @@ def _find_text(file: BinaryIO) -> str | None:
         if kind not in TEXT_CHUNKS or length > MAX_TEXT:
             file.seek(length + 4, os.SEEK_CUR)  # 4 bytes of checksum
             continue
-        key, _, content = file.read(length).partition(b"\0")
+        name, _, content = file.read(length).partition(b"\0")
         file.seek(4, os.SEEK_CUR)
-        if key == KEY.encode():
+        if name == key.encode():
             return _decode_text(kind, content)
     return None
 
@@ -102,36 +122,49 @@ def _decode_text(kind: bytes, content: bytes) -> str | None:
 
 
 def encode_image(
-    image: Image.Image, suffix: str = ".png", metadata: Mapping[str, Any] | None = None
+    image: Image.Image,
+    suffix: str = ".png",
+    metadata: Mapping[str, Any] | None = None,
+    source_type: DigitalSourceType | None = DigitalSourceType.GENERATED,
 ) -> bytes:
-    """Return the content of an image file.
+    """Return the content of an image file, with an XMP packet that states its origin.
 
     Args:
         image: the image.
         suffix: determines the format.
         metadata: parameters to store in a PNG file.
+        source_type: how the image was made. None, for photographs and plots, states nothing.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    options: dict[str, Any] = {"quality": JPEG_QUALITY}
+    options: dict[str, Any] = {"quality": JPEG_QUALITY, "pnginfo": PngInfo(), "xmp": b""}
+    if source_type is not None:
+        packet = create_packet(source_type)
+        options["xmp"] = packet.encode()  # JPEG and WebP
+        options["pnginfo"].add_itxt(XMP_KEY, packet)
     if metadata is not None:
-        options["pnginfo"] = PngInfo()
         options["pnginfo"].add_itxt(KEY, json.dumps(metadata, ensure_ascii=False))
     content = BytesIO()
     image.save(content, Image.registered_extensions()[suffix.lower()], **options)
     return content.getvalue()
 
 
-def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
+def save_image(
+    image: Image.Image,
+    path: Path,
+    metadata: Mapping[str, Any] | None = None,
+    source_type: DigitalSourceType | None = DigitalSourceType.GENERATED,
+) -> None:
     """Write an image file in one step, replacing an existing one.
 
     Args:
         image: the image.
         path: the file; its suffix determines the format.
         metadata: parameters to store in a PNG file.
+        source_type: how the image was made, see `encode_image`.
 
     Raises:
         OutputError: the file cannot be written; an existing one is as it was.
     """
-    write_bytes(path, encode_image(image, path.suffix, metadata))
+    write_bytes(path, encode_image(image, path.suffix, metadata, source_type))

@@ -397,7 +397,8 @@ def with_base(preset: Preset, base: WeightSource) -> Preset:
     """
     selection = preset.selection.model_copy(update={"base": os.fspath(base)})
     path = Path(base)
-    if preset.models.family == "flux" and (path.is_file() or (path / "config.json").is_file()):
+    is_transformer = path.is_file() or (path / "config.json").is_file()
+    if preset.models.family == "flux" and base not in WEIGHTS and is_transformer:
         models = replace(preset.models, transformer=base)
     else:
         models = replace(preset.models, pipeline=base, unet=None, transformer=None)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -18,7 +18,7 @@ from openpulid import __version__
 from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import fingerprint
-from openpulid.io.hub import WEIGHTS
+from openpulid.io.hub import WEIGHTS, is_repo_id
 from openpulid.io.metadata import read_metadata
 from openpulid.pipelines.presets import PRESETS
 from openpulid.pipelines.request import GenerationRequest
@@ -29,6 +29,13 @@ from openpulid.pipelines.version_0_1 import convert_parameters
 HASH_DIGITS = 4
 """Hexadecimal digits of an input's hash. One in 65,536 files has the same, so the hash reveals a
 changed input, and is too short to identify a photo."""
+
+WEIGHT_FIELDS = ("base", "model")
+"""Last parts of the fields that can hold a published name. Any other field names a file, which is
+passed again."""
+
+SEPARATOR = re.compile(r"/|\\(?!x[0-9a-f]{2})")
+"""Between the parts of a path, also of Windows; `\\xe9` stands for a byte that is not UTF-8."""
 
 
 class Provenance(RequestPart):
@@ -74,11 +81,21 @@ class Provenance(RequestPart):
         """
         metadata = read_metadata(image)
         try:
-            return cls.model_validate_json(convert_parameters(metadata), strict=True)
+            return cls.from_json(metadata)
         except OptionError as error:
             raise OptionError(
                 f"{os.fspath(image)} contains no valid generation parameters: {error}"
             ) from None
+
+    @classmethod
+    def from_json(cls, metadata: str) -> Provenance:
+        """Read it from the parameters of an image file.
+
+        Raises:
+            RequestError: they are invalid.
+            OptionError: they are those of version 0.1, and invalid.
+        """
+        return cls.model_validate_json(convert_parameters(metadata), strict=True)
 
     def restore(
         self,
@@ -159,20 +176,28 @@ def fingerprint_inputs(request: GenerationRequest) -> dict[str, str]:
     return hashes
 
 
+def _names_weights(field: str) -> bool:
+    """Whether a field can hold the name of published weights, or OWNER/NAME of the hub."""
+    return field.rpartition(".")[2] in WEIGHT_FIELDS
+
+
 def _is_published(field: str, name: str) -> bool:
     """Whether a field holds the name of a preset or of published weights, not a path."""
     if field == "model.preset":
         return name in PRESETS
-    return (field == "model.base" or field.endswith(".model")) and name in WEIGHTS
+    return _names_weights(field) and name in WEIGHTS
 
 
 def _file_name(field: str, path: str) -> str:
     """Return what an image stores of a path: its last part, in UTF-8, and no published name."""
     if _is_published(field, path):
         return path
-    if field == "model.base" and path.count("/") == 1 and not os.path.exists(path):
+    if _names_weights(field) and is_repo_id(path) and not os.path.exists(path):
         return path  # OWNER/NAME in the hub's cache
-    name = os.fsencode(Path(path).name or "folder").decode("utf-8", "backslashreplace")
+    name = SEPARATOR.split(path.rstrip("/\\"))[-1]
+    if name in ("", ".", ".."):
+        name = "folder"
+    name = os.fsencode(name).decode("utf-8", "backslashreplace")
     return f"./{name}" if _is_published(field, name) else name
 
 

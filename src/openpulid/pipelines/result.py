@@ -9,17 +9,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from openpulid.identity.identity import Identity
 from openpulid.io.files import make_folder, write_new
 from openpulid.io.metadata import encode_image
+from openpulid.io.xmp import DigitalSourceType
 from openpulid.pipelines.file_names import DEFAULT_PATTERN, check_pattern, image_name
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
+
+if TYPE_CHECKING:
+    from openpulid.io.content_credentials import ContentSigner
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +95,11 @@ class GenerationResult:
         *,
         name: str = DEFAULT_PATTERN,
         metadata: bool = True,
+        signer: ContentSigner | None = None,
     ) -> list[Path]:
         """Save each image as PNG, with its request for `pulid generate --from`.
+
+        Each file states in XMP that a model has generated the image.
 
         No existing file is replaced: if there is another image of that name, a number is added.
 
@@ -101,6 +108,7 @@ class GenerationResult:
             name: pattern of the names, see `file_names.image_name`; by default the prompt's first
                 words and the seed.
             metadata: whether to store the requests.
+            signer: adds signed content credentials (C2PA).
 
         Returns:
             The files, in the order of the images.
@@ -118,7 +126,13 @@ class GenerationResult:
             metadata = False
         return [
             save_generated(
-                image, request, directory, self.fingerprints, name=name, metadata=metadata
+                image,
+                request,
+                directory,
+                self.fingerprints,
+                name=name,
+                metadata=metadata,
+                signer=signer,
             )
             for image, request in zip(self.images, self.requests, strict=True)
         ]
@@ -132,9 +146,31 @@ def save_generated(
     *,
     name: str = DEFAULT_PATTERN,
     metadata: bool = True,
+    signer: ContentSigner | None = None,
 ) -> Path:
     """Save one generated image, see `GenerationResult.save`."""
     parameters = Provenance.create(request, fingerprints).to_metadata() if metadata else None
     folder = Path(directory)
     make_folder(folder)
-    return write_new(folder / image_name(request, name), encode_image(image, ".png", parameters))
+    content = encode_generated(image, request, parameters, signer)
+    return write_new(folder / image_name(request, name), content)
+
+
+def encode_generated(
+    image: Image.Image,
+    request: GenerationRequest,
+    parameters: Mapping[str, Any] | None = None,
+    signer: ContentSigner | None = None,
+) -> bytes:
+    """Return the content of a PNG file that states how its image was generated.
+
+    Args:
+        image: the image.
+        request: its request; an initial image makes it an edited one.
+        parameters: stored in the file.
+        signer: adds content credentials.
+    """
+    is_edited = request.init_image is not None
+    source_type = DigitalSourceType.EDITED if is_edited else DigitalSourceType.GENERATED
+    content = encode_image(image, ".png", parameters, source_type)
+    return content if signer is None else signer.sign(content, ".png", source_type)

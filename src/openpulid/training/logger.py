@@ -23,6 +23,7 @@ from rich.progress import (
 )
 
 from openpulid.errors import TrainingError
+from openpulid.io.metadata import encode_image
 from openpulid.training.checkpointing import write_bytes, write_text
 
 LINE_SECONDS = 30.0  # between log lines without a terminal
@@ -113,10 +114,8 @@ class TrainingLogger:
             self.print(f"{self.folder.name}  step {step}  {_format_values(metrics)}")
         self.write()
         if sheet is not None:
-            content = io.BytesIO()
-            sheet.save(content, "png")
             with self._report_failure():
-                write_bytes(self.folder / f"sheet-{step:07d}.png", content.getvalue())
+                write_bytes(self.folder / f"sheet-{step:07d}.png", encode_image(sheet))
 
     def write(self) -> None:
         """Write history.json, the events of TensorBoard, and now and then losses.png."""

@@ -22,6 +22,7 @@ from openpulid.errors import (
     explain_out_of_memory,
 )
 from openpulid.io.metadata import save_image
+from openpulid.io.xmp import DigitalSourceType
 from openpulid.pipelines.request import ModelSelection
 from openpulid.pipelines.request_fields import RequestError
 from openpulid.web.form import FIELD_LABELS, FormValues, PreviewValues, adapt_message
@@ -287,7 +288,7 @@ def _random_person(directory: Path) -> list[str]:
 
     number = HELD_OUT_PEOPLE + randrange(100_000)
     path = directory / f"person-{number}.png"
-    save_image(render_portrait(number), path)
+    save_image(render_portrait(number), path, source_type=DigitalSourceType.RENDERED)
     return [str(path)]
 
 

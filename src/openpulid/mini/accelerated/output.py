@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from openpulid.io.image_grid import image_grid, to_pil
+from openpulid.io.metadata import save_image
 
 PIECE_BYTES = 15 * 2**20
 """Maximum size of a file of an archive."""
@@ -81,7 +82,7 @@ class Output:
             ImageDraw.Draw(canvas).text((4, top + 4), label, fill="black")
             canvas.paste(sheet, (0, top + 20))
             top += sheet.height + 20
-        canvas.save(self.folder / "sheets.jpg", quality=88)
+        save_image(canvas, self.folder / "sheets.jpg")
 
     def write(self) -> None:
         """Write the report."""

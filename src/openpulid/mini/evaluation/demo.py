@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from openpulid.bench import metrics
 from openpulid.io.files import write_new
 from openpulid.io.image_grid import labeled_grid, to_pil, to_tensor
 from openpulid.io.metadata import encode_image
+from openpulid.io.xmp import DigitalSourceType
 from openpulid.mini.evaluation.scorers import FaceScorer
 from openpulid.pipelines import studio as studios
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
@@ -31,6 +31,11 @@ PROMPTS = (
     "portrait, poster art, orange dotted background, surprised",
 )
 COLUMNS = ("the only picture given", "without the identity", "with the identity")
+SOURCE_TYPES = (
+    DigitalSourceType.RENDERED,
+    DigitalSourceType.GENERATED,
+    DigitalSourceType.GENERATED,
+)
 TITLE = "Somebody nobody trained on, from one picture"
 NUM_OTHER_PEOPLE = 32
 """Number of people that the result should not resemble."""
@@ -168,7 +173,8 @@ def _format_page(rows: Rows, figures: dict[str, float]) -> str:
     body = ""
     for prompt, images in rows:
         body += f'<tr><td colspan="3">{html.escape(prompt)}</td></tr>'
-        body += f"<tr>{''.join(map(_format_cell, images))}</tr>\n"
+        cells = map(_format_cell, images, SOURCE_TYPES)
+        body += f"<tr>{''.join(cells)}</tr>\n"
     change = 100 * figures["changed_outside_face"]
     summary = (
         "A face recognition model that was not used in training compares the faces on the right: "
@@ -183,8 +189,6 @@ def _format_page(rows: Rows, figures: dict[str, float]) -> str:
     )
 
 
-def _format_cell(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
+def _format_cell(image: Image.Image, source_type: DigitalSourceType) -> str:
+    data = base64.b64encode(encode_image(image, source_type=source_type)).decode()
     return f'<td><img alt="" src="data:image/png;base64,{data}"></td>'
