@@ -100,7 +100,7 @@ def test_photo_models_without_libgl(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     from openpulid.faces.arcface import load_arcface_ir_se50
     from openpulid.faces.bisenet import FaceParser
     from openpulid.faces.insightface_pack import load_onnx_model
-    from openpulid.methods.controlnet import canny_edges
+    from openpulid.methods.control_maps.edges import canny_edges
 
     message = "libGL.so.1: cannot open shared object file: No such file or directory"
     (tmp_path / "cv2.py").write_text(f"raise ImportError({message!r})")

@@ -21,7 +21,8 @@ from openpulid.cli.main import app
 from openpulid.errors import ImageError, OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.io.images import open_image
-from openpulid.methods.controlnet import ControlNet, canny_edges
+from openpulid.methods.control_maps.edges import canny_edges
+from openpulid.methods.controlnet import ControlNet
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.presets import MINIATURE
@@ -62,6 +63,37 @@ def test_matches_diffusers_controlnet_pipeline(
         pipe, prompts=PROMPTS, guidance=guidance, controlnet_conditioning_scale=0.7, count=2
     )
     assert torch.allclose(both, theirs, atol=1e-5)
+
+
+def test_several_add_up_as_in_diffusers(pipe: Any, control: ControlNet) -> None:
+    """Each has its own image, scale and span."""
+    other = controlnet(pipe.unet)
+    torch.manual_seed(4)
+    for block in (*other.controlnet_down_blocks, other.controlnet_mid_block):
+        torch.nn.init.normal_(block.weight, std=0.3)
+    second = ControlNet(other)
+    second.attach(pipe)
+    nets = [control.model, second.model]
+    theirs = StableDiffusionXLControlNetPipeline.from_pipe(pipe, controlnet=nets)
+    theirs.set_progress_bar_config(disable=True)
+    images = [PICTURE, PICTURE.flip(-1)]
+    for spans in (((0.0, 1.0), (0.0, 1.0)), ((0.0, 0.5), (0.5, 1.0)), ((0.5, 1.0), (0.0, 1.0))):
+        expected = generate(
+            theirs,
+            image=[image[None] for image in images],
+            controlnet_conditioning_scale=[0.7, 0.4],
+            control_guidance_start=[start for start, _ in spans],
+            control_guidance_end=[end for _, end in spans],
+        )
+        with (
+            control.use(images[0], 0.7, *spans[0]),
+            second.use(images[1], 0.4, *spans[1]),
+        ):
+            ours = generate(pipe)
+        with control.use(images[0], 0.7, *spans[0]):
+            alone = generate(pipe)
+        assert torch.allclose(ours, expected, atol=1e-5)
+        assert not torch.allclose(ours, alone, atol=1e-3)
 
 
 def test_controlnet_reads_only_latents_of_inpainting_unet(pipe: Any, control: ControlNet) -> None:

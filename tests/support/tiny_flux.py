@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetModel,
     FluxPipeline,
     FluxTransformer2DModel,
 )
@@ -92,6 +93,18 @@ def tiny_pipe(**sizes: int) -> FluxPipeline:
     return pipe
 
 
+def tiny_controlnet(seed: int = 1, double: int = 2, single: int = 2, **config: Any) -> Any:
+    """Create a ControlNet with a visible effect, for the tiny transformer."""
+    torch.manual_seed(seed)
+    sizes = {"in_channels": 16, "joint_attention_dim": 24, "pooled_projection_dim": 20}
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
+    options = {"guidance_embeds": True, **sizes, **heads, **config}
+    net = FluxControlNetModel(num_layers=double, num_single_layers=single, **options)
+    for layer in (*net.controlnet_blocks, *net.controlnet_single_blocks, net.controlnet_x_embedder):
+        nn.init.normal_(layer.weight, std=0.3)
+    return net.eval()
+
+
 def run(
     pipe: Any, negative: bool = False, count: int = 1, steps: int = 4, **options: Any
 ) -> np.ndarray:
@@ -118,7 +131,7 @@ def run(
         "num_inference_steps": steps,
         "output_type": "latent",
     }
-    return pipe(**text, **defaults, **options).images.float().numpy()
+    return pipe(**{**text, **defaults, **options}).images.float().numpy()
 
 
 def fresh(pipe: Any, seed: int = 0) -> PuLIDFlux:

@@ -187,17 +187,26 @@ def exclusive_use(network: Any, slot: str, hooked: Iterable[nn.Module] = ()) -> 
             "an identity is already in use on this pipeline; close it first, "
             "or pass all identities to `use` as one list."
         )
-    if any(map(_is_compiled, hooked)) and torch._dynamo.config.skip_nnmodule_hook_guards:
-        raise OptionError(
-            "this network is compiled, and compiled code ignores hooks that are added later; "
-            "set torch._dynamo.config.skip_nnmodule_hook_guards = False before its first run, "
-            "or on FLUX call transformer.compile_repeated_blocks()."
-        )
+    check_hooks_are_called(hooked)
     setattr(network, attribute, True)
     try:
         yield
     finally:
         delattr(network, attribute)
+
+
+def check_hooks_are_called(modules: Iterable[nn.Module]) -> None:
+    """Refuse modules whose compiled code would ignore hooks.
+
+    Raises:
+        OptionError: One of the modules is compiled.
+    """
+    if any(map(_is_compiled, modules)) and torch._dynamo.config.skip_nnmodule_hook_guards:
+        raise OptionError(
+            "this network is compiled, and compiled code ignores hooks that are added later; "
+            "set torch._dynamo.config.skip_nnmodule_hook_guards = False before its first run, "
+            "or on FLUX call transformer.compile_repeated_blocks()."
+        )
 
 
 def _is_compiled(module: nn.Module) -> bool:

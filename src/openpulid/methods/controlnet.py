@@ -2,14 +2,14 @@
 
 A copy of the U-Net's encoder reads a control image, such as a pose, a depth map or edges, and its
 residuals are added to the U-Net's own. It works alone or together with any method that shows an
-identity.
+identity. Several ControlNets add up.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from openpulid.errors import OptionError, WeightsError, explain_missing_library
+from openpulid.errors import OptionError, WeightsError
 from openpulid.io.images import Source, is_image_source, open_image
 from openpulid.io.networks import CONFIG, load_network
 from openpulid.methods.adapter import Adapter
@@ -40,19 +40,72 @@ ControlImage = Source | Tensor
 """An image as `open_image` accepts it, or float (3, H, W) in [0, 1]."""
 
 
-class ControlNet(Adapter):
+ControlHook = Callable[
+    [PipelineState, Sequence[Image.Image | Tensor], float, Span], AbstractContextManager[None]
+]
+"""Adds residuals in every call of a pipeline's network: state, images, scale and span."""
+
+
+class ControlNetBase(Adapter):
+    """What ControlNets of all base models share.
+
+    Args:
+        model: the ControlNet of diffusers.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ControlNetBase:
+        """Move the ControlNet to a device and dtype."""
+        self.model.to(device, dtype)
+        return self
+
+    @contextmanager
+    def open_hooks(
+        self,
+        image: ControlImage | Sequence[ControlImage],
+        scale: float,
+        span: Span,
+        pipe: Any,
+        hook: ControlHook,
+    ) -> Iterator[None]:
+        """Check the arguments of `use`, and keep the hooks of the attached pipelines open.
+
+        Args:
+            image: a control image, or one per prompt.
+            scale: weight of the residuals.
+            span: of the schedule in which they act.
+            pipe: one of the attached pipelines; all of them by default.
+            hook: opens the hook of one pipeline.
+
+        Raises:
+            OptionError: Nothing is attached, or an argument is out of range.
+        """
+        sources = [image] if is_image_source(image) else image
+        if not isinstance(sources, Sequence) or not sources:
+            raise OptionError("pass a control image, or one per prompt.")
+        images = [_open_control_image(source) for source in sources]
+        check_scale(scale)
+        states = self.select_pipelines(pipe)
+        with span.watch("the control image") as watched:
+            if not scale or watched.is_empty:
+                yield
+                return
+            with self.activate(states, lambda state: hook(state, images, scale, watched)):
+                yield
+
+
+class ControlNet(ControlNetBase):
     """A diffusers ControlNet for SDXL.
 
     The images equal those of diffusers' ControlNet pipelines. No other pipeline is needed, so it
     also works with image-to-image, inpainting and every other method.
 
     Args:
-        model: the ControlNet.
+        model: a ControlNetModel.
     """
-
-    def __init__(self, model: ControlNetModel) -> None:
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ControlNet:
@@ -61,16 +114,8 @@ class ControlNet(Adapter):
         Raises:
             WeightsError: The folder contains no ControlNet, or its weights are not complete.
         """
-        if not (Path(path) / CONFIG).is_file():
-            raise WeightsError(
-                f"{path} contains no diffusers ControlNet; pass a folder with its config.json."
-            )
+        require_controlnet(path)
         return cls(load_network(ControlNetModel, Path(path)))
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ControlNet:
-        """Move the ControlNet to a device and dtype."""
-        self.model.to(device, dtype)
-        return self
 
     def check(self, target: Any) -> None:
         """Raise OptionError if a pipeline has no U-Net, or one of other widths."""
@@ -94,7 +139,7 @@ class ControlNet(Adapter):
         """Make the attached pipelines follow a control image while the context is open.
 
         Args:
-            image: of the kind that the ControlNet was trained on (`canny_edges` creates one), or
+            image: of the kind that the ControlNet was trained on (see `methods.control_maps`), or
                 one per prompt.
             scale: weight of the residuals.
             start: fraction of the schedule at which they begin to act.
@@ -104,36 +149,24 @@ class ControlNet(Adapter):
         Raises:
             OptionError: Nothing is attached, or an argument is out of range.
         """
-        sources = [image] if is_image_source(image) else image
-        if not isinstance(sources, Sequence) or not sources:
-            raise OptionError("pass a control image, or one per prompt.")
-        images = [_open_control_image(source) for source in sources]
-        check_scale(scale)
-        states = self.select_pipelines(pipe)
-        with Span(start, end).watch("the control image") as span:
-            if not scale or span.is_empty:
-                yield self
-                return
-            with self.activate(states, lambda state: self._hook(state, images, scale, span)):
-                yield self
+        with self.open_hooks(image, scale, Span(start, end), pipe, self._hook):
+            yield self
 
     @contextmanager
     def _hook(
         self, state: PipelineState, images: Sequence[Image.Image | Tensor], scale: float, span: Span
     ) -> Iterator[None]:
         """Add the residuals in every call of a pipeline's U-Net."""
-        checked_sizes: set[tuple[int, int]] = set()
+        fitted: dict[tuple[int, int], Tensor] = {}
 
         def add_control(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> HookResult:
             call = UNetCall.parse(args, kwargs)
             if not span.contains(state.position(call.timestep)):
                 return args, kwargs
             height, width = (side * state.pixels_per_latent for side in call.sample.shape[-2:])
-            if (height, width) not in checked_sizes:
-                checked_sizes.add((height, width))
-                for image in images:
-                    warn_if_other_ratio("control image", _height_width(image), (height, width))
-            control = torch.stack([fit_image(image, (height, width)) for image in images])
+            if (height, width) not in fitted:
+                fitted[height, width] = fit_images(images, (height, width))
+            control = fitted[height, width]
             batch = expand_per_image(control, len(call.sample), state.is_guided(), negative=control)
             move_to([self.model], call.sample.device, state.network.dtype)
             residuals = compute_residuals(
@@ -146,6 +179,18 @@ class ControlNet(Adapter):
             yield
         finally:
             handle.remove()
+
+
+def require_controlnet(path: str | os.PathLike[str]) -> None:
+    """Check that a path is a folder with a network of diffusers.
+
+    Raises:
+        WeightsError: It is not.
+    """
+    if not (Path(path) / CONFIG).is_file():
+        raise WeightsError(
+            f"{path} contains no diffusers ControlNet; pass a folder with its config.json."
+        )
 
 
 def compute_residuals(
@@ -218,7 +263,22 @@ def _height_width(image: Image.Image | Tensor) -> tuple[int, int]:
     return image.height, image.width
 
 
-def fit_image(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
+def fit_images(images: Sequence[Image.Image | Tensor], size: tuple[int, int]) -> Tensor:
+    """Resize control images, with a note on each of another ratio.
+
+    Args:
+        images: RGB or (3, H, W) in [0, 1].
+        size: height and width in pixels.
+
+    Returns:
+        (N, 3, height, width) in [0, 1].
+    """
+    for image in images:
+        warn_if_other_ratio("control image", _height_width(image), size)
+    return torch.stack([_fit_image(image, size) for image in images])
+
+
+def _fit_image(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a control image.
 
     Args:
@@ -234,20 +294,3 @@ def fit_image(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
     resized = interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)
     return resized[0]
-
-
-def canny_edges(image: Image.Image, low: int = 100, high: int = 200) -> Image.Image:
-    """Draw the edges of an image, white on black, as ControlNets for edges were trained.
-
-    Canny 1986, in OpenCV's implementation.
-
-    Args:
-        image: any image.
-        low: lower threshold of the gradient, 0 to 255 and above.
-        high: upper threshold.
-    """
-    with explain_missing_library():
-        import cv2
-
-    edges = cv2.Canny(np.array(open_image(image, min_side=1)), low, high)
-    return Image.fromarray(edges).convert("RGB")

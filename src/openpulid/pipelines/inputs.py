@@ -15,7 +15,8 @@ from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ReferenceFaces, ReferenceImage, open_references
 from openpulid.io.images import is_image_source, open_image, open_mask
-from openpulid.methods.controlnet import ControlNet, canny_edges
+from openpulid.methods.control_maps.edges import canny_edges
+from openpulid.methods.controlnet import ControlNet
 from openpulid.methods.hooks import warn_if_other_ratio
 from openpulid.methods.pulid import People
 from openpulid.pipelines.init_image import Edit, InitImageInput, check_inpaint_mask
