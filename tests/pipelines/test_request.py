@@ -117,7 +117,11 @@ def test_requests_are_frozen() -> None:
         ({"people": [{"box": (0, 0, 1, 1)}]}, "people.0.box requires a person"),
         ({"people": 9 * [{"identity": "a"}]}, "people must have at most 8 entries."),
         ({"controls": [{"model": "control-pose"}]}, "controls.0.image is missing."),
-        ({"controls": [Control("a", "b"), Control("c", "d")]}, "one ControlNet, got 2."),
+        ({"controls": [Control("a", "b")] * 9}, "controls must have at most 8 entries."),
+        (
+            {"controls": [{"model": "a", "image": "b", "start": 0.5, "end": 0.5}]},
+            "controls.0.start 0.5 is not before controls.0.end 0.5, so that the ControlNet would",
+        ),
         ({"schema_version": 2}, "schema_version 2 is not supported"),
     ],
 )
@@ -133,8 +137,8 @@ def test_fields_can_be_given_in_order() -> None:
         model="control-pose", image="pose.png", scale=0.5
     )
     assert GenerationRequest("portrait", seed=3) == GenerationRequest(prompt="portrait", seed=3)
-    with pytest.raises(OptionError, match="expected at most 3 values, got 4"):
-        Control("control-pose", "pose.png", 0.5, 1)
+    with pytest.raises(OptionError, match="expected at most 7 values, got 8"):
+        Control("control-pose", "pose.png", 0.5, 0, 1, "pose", True, 1)
     with pytest.raises(OptionError, match="model is given twice"):
         Control("control-pose", model="control-depth", image="pose.png")
 
@@ -198,15 +202,58 @@ def test_unsupported_options_are_named() -> None:
     with pytest.raises(OptionError, match=message):
         sdxl().resolve(request)
     with pytest.raises(
-        OptionError, match=r"preset 'flux' does not support: projection, controls\."
+        OptionError, match=r"preset 'flux' does not support: projection, num_zero\."
     ):
         flux().resolve(
             GenerationRequest(
                 prompt="portrait",
-                identity=IdentityOptions(projection="none"),
-                controls=[Control("control-pose", "pose.png")],
+                identity=IdentityOptions(projection="none", num_zero=8),
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("preset", "control", "message"),
+    [
+        (
+            flux(),
+            Control("control-pose", "a.png"),
+            "controls.0.model control-pose is for SDXL presets, not for preset 'flux'; use one of "
+            "control-flux-edges, control-flux-depth, control-flux-union.",
+        ),
+        (
+            mini(),
+            Control("control-flux-edges", "a.png"),
+            "controls.0.model control-flux-edges is for FLUX presets, not for preset 'mini'; use "
+            "one of control-edges, control-depth, control-pose.",
+        ),
+        (
+            flux(),
+            Control("control-flux-union", "a.png"),
+            "control-flux-union serves several kinds of control images; set controls.0.kind to "
+            "edges, depth or pose.",
+        ),
+        (
+            sdxl(),
+            Control("control-pose", "a.png", kind="depth"),
+            "control-pose follows pose alone; leave out controls.0.kind depth, or choose another "
+            "ControlNet.",
+        ),
+    ],
+)
+def test_controlnet_must_suit_the_preset(preset: Preset, control: Control, message: str) -> None:
+    with pytest.raises(RequestError) as error:
+        preset.resolve(GenerationRequest(prompt="portrait", controls=[control]))
+    assert str(error.value) == message
+
+
+def test_union_of_kinds_accepts_any_kind_and_ready_maps() -> None:
+    controls = [
+        Control("control-flux-union", "a.png", kind="pose"),
+        Control("control-flux-union", "b.png", is_map=True),
+        Control("some-directory", "c.png"),
+    ]
+    assert flux().resolve(GenerationRequest(prompt="portrait", controls=controls)).resolved
 
 
 def test_size_must_fit_the_base() -> None:

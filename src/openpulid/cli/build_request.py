@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from openpulid.cli.controls import describe_controls
 from openpulid.errors import OptionError
 
 if TYPE_CHECKING:
@@ -75,9 +76,7 @@ def build_request(options: Mapping[str, Any]) -> GenerationRequest:
                 options["inpaint_mask"],
                 options["resize"],
             ),
-            "controls": describe_control(
-                options["control"], options["control_image"], options["control_scale"]
-            ),
+            "controls": describe_controls(options),
             "identity": identity,
             "model": models,
         }
@@ -156,15 +155,6 @@ def describe_init_image(
     options = {"image": image, "strength": strength, "mask": mask, "resize": resize}
     given = {name: value for name, value in options.items() if value is not None}
     return given or None
-
-
-def describe_control(
-    model: str | None, image: str | None, scale: float | None
-) -> list[dict[str, Any]]:
-    """Return the ControlNet of a request, for validation; none if no option names one."""
-    control = {"model": model, "image": image, "scale": scale}
-    given = {name: value for name, value in control.items() if value is not None}
-    return [given] if given else []
 
 
 def parse_method(name: str | None, preset: Any) -> tuple[Any, str | None]:

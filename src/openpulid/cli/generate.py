@@ -22,6 +22,7 @@ from openpulid.cli.options import (
     make_directory,
     name_options,
 )
+from openpulid.cli.repeated_files import REPEATED_FILES, name_repeated_files
 from openpulid.cli.run import ImageOutput, run_request
 from openpulid.cli.signing import Certificate, Key, Sign, load_signer
 from openpulid.errors import OptionError
@@ -37,8 +38,6 @@ ALLOWED_WITH_FROM = (
 FILE_OPTIONS = {
     "init_image": "init_image.image",
     "inpaint_mask": "init_image.mask",
-    "control": "controls.0.model",
-    "control_image": "controls.0.image",
     "preset": "model.preset",
     "base": "model.base",
     "adapter": "model.adapter",
@@ -136,16 +135,40 @@ def generate(
         typer.Option(help="crop, pad or stretch an initial image of another ratio than --size."),
     ] = None,
     control: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="ControlNet: control-edges, control-depth, control-pose, or a directory."
+            help="ControlNet: control-edges, control-depth, control-pose, for FLUX "
+            "control-flux-edges, -depth or -union, or a directory; repeat it for several."
         ),
     ] = None,
     control_image: Annotated[
-        str | None, typer.Option(help="Image for the ControlNet; any image for control-edges.")
+        list[str] | None,
+        typer.Option(
+            help="Image for the ControlNet: a control image, or any image from which it is "
+            "detected; one per --control."
+        ),
     ] = None,
     control_scale: Annotated[
-        float | None, typer.Option(min=0, help="ControlNet scale; 1 by default.")
+        list[float] | None,
+        typer.Option(min=0, help="ControlNet scale, for all or one each; 1 by default."),
+    ] = None,
+    control_start: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, help="ControlNet start (fraction of the steps)."),
+    ] = None,
+    control_end: Annotated[
+        list[float] | None,
+        typer.Option(min=0, max=1, help="ControlNet end (fraction of the steps)."),
+    ] = None,
+    control_kind: Annotated[
+        list[str] | None,
+        typer.Option(help="edges, depth or pose, for a union of them or a directory."),
+    ] = None,
+    control_map: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="ready for a control image, detect for any other; recognized by default."
+        ),
     ] = None,
     memory: Memory = None,
     faces: FacePack = None,
@@ -195,7 +218,8 @@ def generate(
         output = ImageOutput(make_directory(out), name, not no_metadata, load_signer(ctx))
         if source is not None:
             files = collect_files(ctx)
-            request = read_stored_request(source, person or (), mask or (), files, memory)
+            repeated = {name: ctx.params[name] or () for name in REPEATED_FILES}
+            request = read_stored_request(source, repeated, files, memory)
             run_request(request, output, device)
             return
         if prompt is None and not grid:
@@ -224,8 +248,7 @@ def check_quoted(prompt: str | None, words: list[str]) -> None:
 
 def read_stored_request(
     image: str,
-    people: Sequence[str],
-    masks: Sequence[str],
+    repeated: Mapping[str, Sequence[str]],
     files: Mapping[str, str],
     memory: str | None,
 ) -> GenerationRequest:
@@ -233,8 +256,7 @@ def read_stored_request(
 
     Args:
         image: an image of `pulid generate` or `pulid web`.
-        people: the images and identity files of its people, in order.
-        masks: their masks, in order.
+        repeated: the files of options that can be repeated, see `name_repeated_files`.
         files: path of a field -> file, of the other input files.
         memory: memory level instead of the stored one.
 
@@ -244,15 +266,7 @@ def read_stored_request(
     from openpulid.pipelines.provenance import Provenance
 
     provenance = Provenance.read(image)
-    required = [field for field in provenance.required_files() if field.startswith("people.")]
-    is_mask = {field: field.endswith(".mask") for field in required}
-    named = dict(files)
-    for paths, fields, unused in (
-        (people, [field for field in required if not is_mask[field]], "people.0.images"),
-        (masks, [field for field in required if is_mask[field]], "people.0.mask"),
-    ):
-        extra = [f"{unused}.{number}" for number in range(len(fields), len(paths))]
-        named |= dict(zip([*fields, *extra], paths, strict=False))
+    named = {**files, **name_repeated_files(provenance.required_files(), repeated)}
     request = provenance.restore(named, image)
     return request.with_memory(memory) if memory else request
 
@@ -265,7 +279,7 @@ def collect_files(ctx: typer.Context) -> dict[str, str]:
     """
     options = find_set_options(ctx)
     files = {FILE_OPTIONS[name]: str(ctx.params[name]) for name in options if name in FILE_OPTIONS}
-    accepted = (*ALLOWED_WITH_FROM, *FILE_OPTIONS, "person", "mask")
+    accepted = (*ALLOWED_WITH_FROM, *FILE_OPTIONS, *REPEATED_FILES)
     refused = [option for name, option in options.items() if name not in accepted]
     if refused:
         raise OptionError(

@@ -46,6 +46,7 @@ _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INSTANTID = "Apache-2.0; uses antelopev2, whose terms forbid commercial use"
 _PHOTOMAKER = "Apache-2.0; uses buffalo_l, whose terms forbid commercial use"
 _FACEID = "research only, like the insightface models"
+_FLUX = "FLUX.1 [dev] non-commercial"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 
 WEIGHTS: dict[str, Weight] = {
@@ -81,12 +82,8 @@ WEIGHTS: dict[str, Weight] = {
         5140,
     ),
     "juggernaut": Weight("RunDiffusion/Juggernaut-XL-v9", "", "CreativeML Open RAIL-M", True, 6940),
-    "flux-dev": Weight(
-        "black-forest-labs/FLUX.1-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700
-    ),
-    "flux-krea-base": Weight(
-        "black-forest-labs/FLUX.1-Krea-dev", "", "FLUX.1 [dev] non-commercial", False, 33_700
-    ),
+    "flux-dev": Weight("black-forest-labs/FLUX.1-dev", "", _FLUX, False, 33_700),
+    "flux-krea-base": Weight("black-forest-labs/FLUX.1-Krea-dev", "", _FLUX, False, 33_700),
     "flux-schnell-base": Weight("black-forest-labs/FLUX.1-schnell", "", "Apache-2.0", True, 33_700),
     "clip-h": Weight("h94/IP-Adapter", "models/image_encoder/model.safetensors", "MIT", True, 2530),
     "ip-adapter": Weight(
@@ -135,6 +132,18 @@ WEIGHTS: dict[str, Weight] = {
         "diffusers/controlnet-depth-sdxl-1.0", "", "CreativeML Open RAIL++-M", True, 2500
     ),
     "control-pose": Weight("xinsir/controlnet-openpose-sdxl-1.0", "", "Apache-2.0", True, 2500),
+    "control-flux-edges": Weight("InstantX/FLUX.1-dev-Controlnet-Canny", "", _FLUX, False, 3580),
+    "control-flux-depth": Weight(
+        "Shakker-Labs/FLUX.1-dev-ControlNet-Depth", "", _FLUX, False, 3190
+    ),
+    "control-flux-union": Weight(
+        "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0", "", _FLUX, False, 4280
+    ),
+    "depth-estimator": Weight(
+        "depth-anything/Depth-Anything-V2-Small-hf", "", "Apache-2.0", True, 99
+    ),
+    "person-detector": Weight("PekingU/rtdetr_r18vd", "", "Apache-2.0", True, 81),
+    "pose-estimator": Weight("usyd-community/vitpose-base-simple", "", "Apache-2.0", True, 344),
     "scorer-recognition": Weight(
         "https://github.com/HuangYG123/CurricularFace",
         "CurricularFace_Backbone.pth",

@@ -6,6 +6,7 @@ import math
 
 from openpulid.methods.hooks import SchedulePosition, Span
 from openpulid.pipelines.model_set import ModelSet
+from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
 from openpulid.pipelines.request_fields import RequestError
 
@@ -38,12 +39,13 @@ def check_resolved(request: GenerationRequest, models: ModelSet, label: str) -> 
         label: how messages call the preset.
 
     Raises:
-        RequestError: the size is not one of the models', the method has no masks, or options of
-            FLUX's guidance are incomplete.
+        RequestError: the size is not one of the models', the method has no masks, a ControlNet is
+            for another base, or options of FLUX's guidance are incomplete.
     """
     _check_size(request, models, label)
     _check_mask(request, models)
     _check_strength(request)
+    _check_controls(request, models, label)
     if models.family == "flux":
         _check_true_cfg(request)
 
@@ -95,6 +97,34 @@ def _check_strength(request: GenerationRequest) -> None:
             f"image would not change; use {math.ceil(100 / steps) / 100:g} or more.",
             "init_image.strength",
         )
+
+
+def _check_controls(request: GenerationRequest, models: ModelSet, label: str) -> None:
+    for number, control in enumerate(request.controls):
+        name = control.model
+        published = PUBLISHED_CONTROLS.get(name)
+        if published is None:  # a directory
+            continue
+        if published.family != models.family:
+            names = [n for n, c in PUBLISHED_CONTROLS.items() if c.family == models.family]
+            raise RequestError(
+                f"{{0}} {name} is for {published.family.upper()} presets, not for {label}; use one "
+                f"of {', '.join(names)}.",
+                f"controls.{number}.model",
+            )
+        field = f"controls.{number}.kind"
+        if control.kind is None and published.kind is None and not control.is_map:
+            raise RequestError(
+                f"{name} serves several kinds of control images; set {{0}} to edges, depth or "
+                "pose.",
+                field,
+            )
+        if control.kind is not None and published.kind not in (None, control.kind):
+            raise RequestError(
+                f"{name} follows {published.kind} alone; leave out {{0}} {control.kind}, or choose "
+                "another ControlNet.",
+                field,
+            )
 
 
 def check_active_steps(request: GenerationRequest, models: ModelSet) -> None:

@@ -106,14 +106,39 @@ def store_in_fp8(transformer: Any) -> None:
     )
 
 
-def _stream(pipe: Any, device: torch.device) -> None:
-    from diffusers.hooks import apply_group_offloading
+def place_controlnet(network: Any, name: str, device: torch.device) -> None:
+    """Keep a ControlNet as a memory level keeps the transformer.
 
-    options = {
+    It computes inside of the transformer's call, and so is on the device together with it.
+
+    Args:
+        network: a FluxControlNetModel, on the CPU.
+        name: the memory level.
+        device: the device.
+    """
+    level = find_level(name)
+    if level.transformer == "fp8":
+        store_in_fp8(network)
+    if level.transformer == "streamed" and device.type != "cpu":
+        network.enable_group_offload(
+            **_stream_options(device), offload_type="block_level", num_blocks_per_group=1
+        )
+    else:
+        network.to(device)
+
+
+def _stream_options(device: torch.device) -> dict[str, Any]:
+    return {
         "onload_device": device,
         "offload_device": torch.device("cpu"),
         "use_stream": device.type in ("cuda", "xpu"),
     }
+
+
+def _stream(pipe: Any, device: torch.device) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    options = _stream_options(device)
     pipe.transformer.enable_group_offload(
         **options, offload_type="block_level", num_blocks_per_group=1
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,17 @@ from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ReferenceFaces, ReferenceImage, open_references
 from openpulid.io.images import is_image_source, open_image, open_mask
-from openpulid.methods.control_maps.edges import canny_edges
-from openpulid.methods.controlnet import ControlNet
 from openpulid.methods.hooks import warn_if_other_ratio
 from openpulid.methods.pulid import People
+from openpulid.pipelines.controls import ControlInput, open_controls, use_controls
 from openpulid.pipelines.init_image import Edit, InitImageInput, check_inpaint_mask
 from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.provenance import fingerprint_inputs
 from openpulid.pipelines.regions import build_masks
 from openpulid.pipelines.request import GenerationRequest
-from openpulid.pipelines.request_inputs import Control, InitImage, Person
-from openpulid.pipelines.weights import resolve_path
+from openpulid.pipelines.request_inputs import InitImage, Person
 
 IDENTITY_SUFFIX = ".safetensors"
-
-EDGES = "control-edges"
-"""The published ControlNet whose control image is made of the edges of any image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,15 +34,6 @@ class PersonInput:
 
     identity: Identity | Sequence[ReferenceImage]
     mask: Image.Image | None
-
-
-@dataclass(frozen=True, eq=False)
-class ControlInput:
-    """The files of a `Control`."""
-
-    net: ControlNet
-    image: Image.Image
-    scale: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,15 +139,14 @@ class RequestInputs:
         shown = [(identity, mask) for identity, mask, scale in people if scale > 0]
         return shown or identities[0]
 
-    @contextmanager
-    def use_controls(self, pipe: Any) -> Iterator[None]:
-        """Let a pipeline follow the ControlNets while this is open."""
-        with ExitStack() as stack:
-            for control in self.controls:
-                control.net.attach(pipe)
-                stack.callback(control.net.detach, pipe)
-                stack.enter_context(control.net.use(control.image, scale=control.scale))
-            yield
+    def use_controls(self, pipe: Any, memory: str) -> AbstractContextManager[None]:
+        """Let a pipeline follow the ControlNets while this is open.
+
+        Args:
+            pipe: the pipeline.
+            memory: FLUX: memory level of the pipeline.
+        """
+        return use_controls(self.controls, pipe, memory)
 
 
 def open_inputs(
@@ -185,7 +170,7 @@ def open_inputs(
     """
     people = tuple(_open_person(person, identity, time_limit) for person in request.people)
     init_image = None if request.init_image is None else _open_init(request.init_image, time_limit)
-    controls = tuple(_open_control(control, time_limit) for control in request.controls)
+    controls = open_controls(request.controls, time_limit)
     return RequestInputs(people, init_image, controls, fingerprint_inputs(request))
 
 
@@ -228,11 +213,3 @@ def _open_init(init_image: InitImage, time_limit: float | None) -> InitImageInpu
         check_inpaint_mask(mask)
         warn_if_other_ratio("inpaint mask", (mask.height, mask.width), (image.height, image.width))
     return InitImageInput(image, mask)
-
-
-def _open_control(control: Control, time_limit: float | None) -> ControlInput:
-    image = open_image(control.image, min_side=1, time_limit=time_limit)
-    net = ControlNet.load(resolve_path(control.model))
-    if control.model == EDGES:
-        image = canny_edges(image)
-    return ControlInput(net, image, control.scale)

@@ -52,6 +52,7 @@ PULID_FLUX_OPTIONS = SAMPLING_OPTIONS | {
     "true_cfg_scale",
     "timestep_to_start_cfg",
     "max_sequence_length",
+    "controls",
     "memory",
 }
 

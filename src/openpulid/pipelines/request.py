@@ -22,7 +22,7 @@ from openpulid.errors import OptionError
 from openpulid.methods.pulid import Projection
 from openpulid.pipelines.request_fields import (
     LONGEST_QUOTE,
-    MAX_FILES,
+    MAX_CONTROLS,
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_PEOPLE,
@@ -157,7 +157,7 @@ class GenerationRequest(GenerationOptions):
         num_images: how many images.
         people: the people to show. Of several, each needs a mask or a box.
         init_image: the image to start from, instead of noise.
-        controls: ControlNets. At most one today.
+        controls: ControlNets; their effects add up.
         model: the models; None stands for those of the studio that runs the request.
         resolved: every option has a value; a request that is stored in an image is resolved.
         schema_version: version of this schema.
@@ -168,7 +168,7 @@ class GenerationRequest(GenerationOptions):
     num_images: int = Field(default=1, ge=1, le=MAX_IMAGES)
     people: tuple[Person, ...] = Field(default=(), max_length=MAX_PEOPLE)
     init_image: InitImage | None = None
-    controls: tuple[Control, ...] = Field(default=(), max_length=MAX_FILES)
+    controls: tuple[Control, ...] = Field(default=(), max_length=MAX_CONTROLS)
     model: ModelSelection | None = None
     resolved: bool = False
     schema_version: int = SCHEMA_VERSION
@@ -196,10 +196,6 @@ class GenerationRequest(GenerationOptions):
                 f"is; person {nowhere[0] + 1} has none.",
                 f"people.{nowhere[0]}.mask",
                 f"people.{nowhere[0]}.box",
-            )
-        if len(self.controls) > 1:
-            raise RequestError(
-                f"{{0}}: a request can use one ControlNet, got {len(self.controls)}.", "controls"
             )
         return self
 

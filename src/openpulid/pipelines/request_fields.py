@@ -32,6 +32,7 @@ MAX_PATH = 4096
 MAX_COUNT = 10_000
 MAX_FILES = 64
 MAX_PEOPLE = 8
+MAX_CONTROLS = 8
 
 FaceOrder = Literal[
     "large-small", "small-large", "left-right", "right-left", "top-bottom", "bottom-top"
@@ -123,7 +124,7 @@ class RequestError(OptionError):
             renamed.append(names.get(path, _short_name(field)))
         message = self.template.format(*renamed)
         # several fields can be one option
-        return OptionError(re.sub(r"(--[\w-]+)((, | and | or )\1\b)+", r"\1", message))
+        return OptionError(re.sub(r"(--[\w-]+)((, | and | or )\1(?![\w-]))+", r"\1", message))
 
 
 def _short_name(path: str) -> str:

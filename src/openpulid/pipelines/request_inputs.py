@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
+from openpulid.methods.control_maps.recognition import ControlKind
 from openpulid.pipelines.request_fields import (
     DEFAULT_FACE_ORDER,
     MAX_FILES,
@@ -82,8 +83,12 @@ class Control(RequestPart):
 
     Attributes:
         model: name of published weights, such as `control-pose`, or a directory of diffusers.
-        image: the control image. For `control-edges` any image; its edges are detected.
+        image: the control image, or a plain image whose edges, depth or poses are detected.
         scale: conditioning scale of the ControlNet.
+        start, end: fractions of the schedule between which the ControlNet acts, [start, end).
+        kind: what the control image shows. Published ControlNets for one kind have it in their
+            name. Without a kind, a directory's ControlNet gets the image as it is.
+        is_map: whether the image is a control image already; None recognizes it by its content.
     """
 
     files = ("model", "image")
@@ -91,6 +96,21 @@ class Control(RequestPart):
     model: FilePath
     image: FilePath
     scale: Scale = 1.0
+    start: Fraction = 0.0
+    end: Fraction = 1.0
+    kind: ControlKind | None = None
+    is_map: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_span(self) -> Control:
+        if self.start >= self.end:
+            raise RequestError(
+                f"{{0}} {self.start:g} is not before {{1}} {self.end:g}, so that the ControlNet "
+                "would not act; widen the span.",
+                "start",
+                "end",
+            )
+        return self
 
 
 class InitImage(RequestPart):

@@ -55,7 +55,8 @@ class PipelineRunner:
         """
         readable = prepare_prompts(self.pipe, request, self.preset)
         pipe = self._select_pipeline(inputs)
-        with inputs.use_controls(pipe), self._use_identity(people, request, pipe):
+        memory = self.preset.models.memory
+        with inputs.use_controls(pipe, memory), self._use_identity(people, request, pipe):
             for seeds in _batches(request, batch_size):
                 images = self._run_batch(readable, seeds, pipe, inputs, progress)
                 yield from zip(seeds, images, strict=True)

@@ -11,6 +11,7 @@ from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS, find_weight, locate
 from openpulid.methods.registry import METHODS
 from openpulid.pipelines.model_set import WeightSource
 from openpulid.pipelines.presets import PRESETS, Preset, with_method
+from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 
 
 def resolve_path(source: WeightSource) -> Path:
@@ -110,9 +111,8 @@ def find_installed_presets() -> list[str]:
 def find_installed_controls() -> list[str]:
     """Return the names of the published ControlNets that are installed."""
     controls = []
-    for name in WEIGHTS:
-        if name.startswith("control-"):
-            with suppress(WeightsError):
-                locate(name)
-                controls.append(name)
+    for name in PUBLISHED_CONTROLS:
+        with suppress(WeightsError):
+            locate(name)
+            controls.append(name)
     return controls

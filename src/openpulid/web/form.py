@@ -27,6 +27,7 @@ FIELD_LABELS = {
     "controls.model": "ControlNet",
     "controls.image": "Control image",
     "controls.scale": "ControlNet scale",
+    "controls.kind": "Kind of the control image",
     "model.preset": "Preset",
     "model.method": "Method",
 }
