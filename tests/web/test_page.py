@@ -495,16 +495,16 @@ def test_controlnet_with_a_person(
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert find_installed_controls() == []
-    net.save_pretrained(tmp_path / WEIGHTS["control-pose"].repo.split("/")[-1])
-    assert find_installed_controls() == ["control-pose"]
+    net.save_pretrained(tmp_path / WEIGHTS["control-edges"].repo.split("/")[-1])
+    assert find_installed_controls() == ["control-edges"]
     person = {"reference_images": [(str(anna), None)]}
-    control = {"control": "control-pose", "control_image": str(anna), "control_scale": 0.5}
+    control = {"control": "control-edges", "control_image": str(anna), "control_scale": 0.5}
     (plain,) = generate(session, **person)
     (controlled,) = generate(session, **person, **control)
     (again,) = generate(session, **person)
     assert pixels(controlled[0]) != pixels(plain[0]) == pixels(again[0])
     request = Provenance.read(controlled[0]).request
-    assert request.controls == (Control("control-pose", "anna.png", scale=0.5),)
+    assert request.controls == (Control("control-edges", "anna.png", scale=0.5),)
     with pytest.raises(OptionError, match=r"controls\.0\.model is missing"):
         generate(session, **person, control_image=str(anna))
 
