@@ -39,6 +39,8 @@ FILE_OPTIONS = {
     "inpaint_mask": "init_image.mask",
     "control": "controls.0.model",
     "control_image": "controls.0.image",
+    "style": "style_image.image",
+    "style_model": "style_image.model",
     "preset": "model.preset",
     "base": "model.base",
     "adapter": "model.adapter",
@@ -47,6 +49,9 @@ FILE_OPTIONS = {
 """Parameters that name one file, and the fields of the request."""
 
 NO_PERSON = "no --id: the images show no particular person; pass --id IMAGE."
+
+FILE_LISTS = {"lora": "loras.{}.model", "embedding": "embeddings.{}.file"}
+"""Parameters that name several files, and the fields of the request with their numbers."""
 
 
 def generate(
@@ -146,6 +151,30 @@ def generate(
     ] = None,
     control_scale: Annotated[
         float | None, typer.Option(min=0, help="ControlNet scale; 1 by default.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA: a file, its folder, or OWNER/NAME; repeat it for several."),
+    ] = None,
+    lora_scale: Annotated[
+        list[float] | None,
+        typer.Option(help="LoRA scale, 1 by default: one for all, or one for each --lora."),
+    ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(help="Textual inversion: a file; its name is a word for the prompt."),
+    ] = None,
+    embedding_token: Annotated[
+        list[str] | None, typer.Option(help="Another word for it, one for each --embedding.")
+    ] = None,
+    style: Annotated[
+        str | None, typer.Option(help="SDXL: image whose style the result takes.")
+    ] = None,
+    style_scale: Annotated[
+        float | None, typer.Option(min=0, help="Scale of that style; 0.5 by default.")
+    ] = None,
+    style_model: Annotated[
+        str | None, typer.Option(help="ip-adapter, ip-adapter-plus, or a file.")
     ] = None,
     memory: Memory = None,
     faces: FacePack = None,
@@ -265,7 +294,11 @@ def collect_files(ctx: typer.Context) -> dict[str, str]:
     """
     options = find_set_options(ctx)
     files = {FILE_OPTIONS[name]: str(ctx.params[name]) for name in options if name in FILE_OPTIONS}
-    accepted = (*ALLOWED_WITH_FROM, *FILE_OPTIONS, "person", "mask")
+    for name in options:
+        if name in FILE_LISTS:
+            paths = enumerate(ctx.params[name])
+            files |= {FILE_LISTS[name].format(number): path for number, path in paths}
+    accepted = (*ALLOWED_WITH_FROM, *FILE_OPTIONS, *FILE_LISTS, "person", "mask")
     refused = [option for name, option in options.items() if name not in accepted]
     if refused:
         raise OptionError(

@@ -55,7 +55,7 @@ class PipelineRunner:
         """
         readable = prepare_prompts(self.pipe, request, self.preset)
         pipe = self._select_pipeline(inputs)
-        with inputs.use_controls(pipe), self._use_identity(people, request, pipe):
+        with inputs.use(pipe), self._use_identity(people, request, pipe):
             for seeds in _batches(request, batch_size):
                 images = self._run_batch(readable, seeds, pipe, inputs, progress)
                 yield from zip(seeds, images, strict=True)
