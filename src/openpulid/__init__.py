@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from openpulid.pipelines.request import IdentityOptions as IdentityOptions
     from openpulid.pipelines.request import ModelSelection as ModelSelection
     from openpulid.pipelines.request_inputs import Control as Control
+    from openpulid.pipelines.request_inputs import Embedding as Embedding
+    from openpulid.pipelines.request_inputs import InitImage as InitImage
+    from openpulid.pipelines.request_inputs import Lora as Lora
     from openpulid.pipelines.request_inputs import Person as Person
+    from openpulid.pipelines.request_inputs import StyleImage as StyleImage
     from openpulid.pipelines.selection import resolve_preset as resolve_preset
     from openpulid.pipelines.studio import GenerationResult as GenerationResult
     from openpulid.pipelines.studio import Studio as Studio
@@ -26,15 +30,19 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "Control": "openpulid.pipelines.request_inputs",
+    "Embedding": "openpulid.pipelines.request_inputs",
     "GenerationRequest": "openpulid.pipelines.request",
     "GenerationResult": "openpulid.pipelines.studio",
     "Identity": "openpulid.identity.identity",
     "IdentityOptions": "openpulid.pipelines.request",
+    "InitImage": "openpulid.pipelines.request_inputs",
+    "Lora": "openpulid.pipelines.request_inputs",
     "ModelSelection": "openpulid.pipelines.request",
     "Person": "openpulid.pipelines.request_inputs",
     "PuLID": "openpulid.methods.pulid.sdxl",
     "PulidError": "openpulid.errors",
     "Studio": "openpulid.pipelines.studio",
+    "StyleImage": "openpulid.pipelines.request_inputs",
     "load": "openpulid.pipelines.studio",
     "load_extractor": "openpulid.pipelines.factory",
     "resolve_preset": "openpulid.pipelines.selection",
@@ -42,15 +50,19 @@ _MODULES = {
 
 __all__ = [
     "Control",
+    "Embedding",
     "GenerationRequest",
     "GenerationResult",
     "Identity",
     "IdentityOptions",
+    "InitImage",
+    "Lora",
     "ModelSelection",
     "Person",
     "PuLID",
     "PulidError",
     "Studio",
+    "StyleImage",
     "__version__",
     "load",
     "load_extractor",

@@ -403,6 +403,18 @@ def test_each_part_is_downloaded_in_its_own_variant(
     assert stored_weights(tmp_path / "some.Pipeline-1") == expected
 
 
+def test_repository_of_a_lora(
+    mirror: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"film.safetensors": CONTENT, "README.md": b"words", "images/1.png": CONTENT}
+    monkeypatch.setattr(Mirror, "pipeline", files)
+    with pytest.raises(WeightsError, match="is not installed; `pulid weights get someone/some"):
+        hub.locate(PIPELINE)
+    path = hub.download(PIPELINE, log=lambda text: None)
+    assert [file.name for file in path.iterdir()] == ["film.safetensors"]
+    assert hub.locate(PIPELINE) == path
+
+
 @pytest.mark.parametrize(
     ("published", "message"),
     [
@@ -437,8 +449,10 @@ def test_incomplete_repository_is_refused_before_its_weights(
 def test_repository_without_pipeline_is_refused(
     mirror: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Mirror, "pipeline", {"style.safetensors": CONTENT, "README.md": b"words"})
-    with pytest.raises(WeightsError, match=r"no complete pipeline, .* its file style\.safetensors"):
+    files = {"style.safetensors": CONTENT, "film.safetensors": CONTENT, "README.md": b"words"}
+    monkeypatch.setattr(Mirror, "pipeline", files)
+    message = r"no complete pipeline, .* its file film\.safetensors .* with --base or --lora"
+    with pytest.raises(WeightsError, match=message):
         hub.download(PIPELINE, log=lambda text: None)
 
 

@@ -30,7 +30,14 @@ from openpulid.pipelines.request import (
     parse_size,
 )
 from openpulid.pipelines.request_fields import MAX_SEED, FaceOrder, RequestError
-from openpulid.pipelines.request_inputs import Control, InitImage, Person
+from openpulid.pipelines.request_inputs import (
+    Control,
+    Embedding,
+    InitImage,
+    Lora,
+    Person,
+    StyleImage,
+)
 
 FULL = GenerationRequest(
     prompt="portrait {x}",
@@ -166,7 +173,8 @@ def test_option_names_are_fields() -> None:
         if field is None or len(path) == 1:
             return field is not None
         parts = {"identity": IdentityOptions, "people": Person, "controls": Control}
-        parts |= {"init_image": InitImage, "model": ModelSelection}
+        parts |= {"init_image": InitImage, "model": ModelSelection, "loras": Lora}
+        parts |= {"embeddings": Embedding, "style_image": StyleImage}
         return has(parts[path[0]], path[1:])
 
     assert all(has(GenerationRequest, path.split(".")) for path in OPTION_NAMES)
@@ -188,7 +196,7 @@ def test_presets_resolve_every_option_they_support(name: str) -> None:
     preset = PRESETS[name]()
     resolved = preset.resolve(GenerationRequest(prompt="portrait"))
     assert resolved.resolved and resolved.model.preset == name
-    optional = {"controls", "memory", "start_step"}
+    optional = {"controls", "memory", "start_step", "loras", "embeddings", "style_image"}
     optional |= {"width", "height"} if preset.models.is_miniature else set()
     optional |= set() if name.startswith("sdxl") else {"negative_prompt"}
     assert set(resolved.list_options()) >= preset.options - optional

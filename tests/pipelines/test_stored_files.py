@@ -47,6 +47,9 @@ FILES: dict[str, Any] = {
     ],
     "init_image": {"image": "FILE", "mask": "FILE"},
     "controls": [{"model": "FILE", "image": "FILE"}],
+    "loras": [{"model": "FILE"}],
+    "embeddings": [{"file": "FILE"}],
+    "style_image": {"image": "FILE", "model": "FILE"},
     "model": {"preset": "FILE", "base": "FILE", "adapter": "FILE", "face_pack": "FILE"},
 }
 """A request in which every field that can name a file does."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from openpulid.cli.add_ons import describe_embeddings, describe_loras, describe_style
 from openpulid.cli.controls import describe_controls
 from openpulid.errors import OptionError
 
@@ -77,6 +78,13 @@ def build_request(options: Mapping[str, Any]) -> GenerationRequest:
                 options["resize"],
             ),
             "controls": describe_controls(options),
+            "loras": describe_loras(options["lora"] or (), options["lora_scale"] or ()),
+            "embeddings": describe_embeddings(
+                options["embedding"] or (), options["embedding_token"] or ()
+            ),
+            "style_image": describe_style(
+                options["style"], options["style_scale"], options["style_model"]
+            ),
             "identity": identity,
             "model": models,
         }

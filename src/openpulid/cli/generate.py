@@ -38,6 +38,8 @@ ALLOWED_WITH_FROM = (
 FILE_OPTIONS = {
     "init_image": "init_image.image",
     "inpaint_mask": "init_image.mask",
+    "style": "style_image.image",
+    "style_model": "style_image.model",
     "preset": "model.preset",
     "base": "model.base",
     "adapter": "model.adapter",
@@ -169,6 +171,30 @@ def generate(
         typer.Option(
             help="ready for a control image, detect for any other; recognized by default."
         ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA: a file, its folder, or OWNER/NAME; repeat it for several."),
+    ] = None,
+    lora_scale: Annotated[
+        list[float] | None,
+        typer.Option(help="LoRA scale, 1 by default: one for all, or one for each --lora."),
+    ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(help="Textual inversion: a file; its name is a word for the prompt."),
+    ] = None,
+    embedding_token: Annotated[
+        list[str] | None, typer.Option(help="Another word for it, one for each --embedding.")
+    ] = None,
+    style: Annotated[
+        str | None, typer.Option(help="SDXL: image whose style the result takes.")
+    ] = None,
+    style_scale: Annotated[
+        float | None, typer.Option(min=0, help="Scale of that style; 0.5 by default.")
+    ] = None,
+    style_model: Annotated[
+        str | None, typer.Option(help="ip-adapter, ip-adapter-plus, or a file.")
     ] = None,
     memory: Memory = None,
     faces: FacePack = None,

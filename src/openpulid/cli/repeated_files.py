@@ -9,6 +9,8 @@ REPEATED_FILES = {
     "mask": "people.0.mask",
     "control": "controls.0.model",
     "control_image": "controls.0.image",
+    "lora": "loras.0.model",
+    "embedding": "embeddings.0.file",
 }
 """Parameters that name several files, and a field of the request for messages."""
 
@@ -43,4 +45,4 @@ def _find_parameter(field: str) -> str | None:
         return "mask" if field.endswith(".mask") else "person"
     if field.startswith("controls."):
         return "control" if field.endswith(".model") else "control_image"
-    return None
+    return {"loras": "lora", "embeddings": "embedding"}.get(field.partition(".")[0])

@@ -225,6 +225,7 @@ def _open_jobs(requests: Sequence[GenerationRequest]) -> list[_Job]:
         preset = presets[request.model]
         check_words(preset, preset.resolve(request))
         inputs = open_inputs(request)
+        inputs.check(preset.models)
         factory.check_models(preset, inputs.identities)
         jobs.append(_Job(request, preset, inputs))
     return jobs

@@ -159,15 +159,49 @@ class ClipExtractor:
 
     def _encode(self, face: Face) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the embedding (1, E), and the states (1, 1 + N, D) of the image and of none."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        encoder = self.vision_encoder
-        pixels = ((self.debug_crops(face)[0].cpu() - mean) / std)[None]
-        pixels = pixels.to(encoder.device, encoder.dtype)
-        # an empty image is zero after normalization, as in diffusers
-        batch = torch.cat([pixels, torch.zeros_like(pixels)])
-        output = encoder(batch, output_hidden_states=True)
-        states = output.hidden_states[self.layer].float().cpu()
-        return output.image_embeds[:1].float().cpu(), (states[:1], states[1:])
+        return encode_clip(self.vision_encoder, self.debug_crops(face)[0], self.layer)
+
+
+@torch.no_grad()
+def encode_clip(
+    encoder: Any, image: Tensor, layer: int = -2
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Encode an image with a CLIP vision encoder.
+
+    Args:
+        encoder: CLIPVisionModelWithProjection of transformers.
+        image: (3, S, S) in [0, 1], of the size that the encoder reads.
+        layer: index of the hidden states.
+
+    Returns:
+        The embedding (1, E), and the states (1, 1 + N, D) of the image and of an empty one.
+    """
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    pixels = ((image.cpu() - mean) / std)[None].to(encoder.device, encoder.dtype)
+    # an empty image is zero after normalization, as in diffusers
+    batch = torch.cat([pixels, torch.zeros_like(pixels)])
+    output = encoder(batch, output_hidden_states=True)
+    states = output.hidden_states[layer].float().cpu()
+    return output.image_embeds[:1].float().cpu(), (states[:1], states[1:])
+
+
+def extract_image(
+    vision_encoder: Path, image: Tensor, device: torch.device, dtype: torch.dtype
+) -> Identity:
+    """Return the features of an image without a face, as those of an identity.
+
+    Args:
+        vision_encoder: file of a CLIP vision encoder.
+        image: (3, H, W) in [0, 1]; its center square is read.
+        device: where to compute.
+        dtype: of the vision encoder.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or no vision encoder.
+    """
+    encoder = load_clip_encoder(read_tensors(vision_encoder, dtype)).to(device, dtype)
+    embedding, states = encode_clip(encoder, center_square(image, encoder.config.image_size))
+    return Identity(embedding[:, None], states)
 
 
 def clip_config(tensors: Mapping[str, Tensor]) -> CLIPVisionConfig:

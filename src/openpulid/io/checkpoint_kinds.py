@@ -111,6 +111,11 @@ RESAMPLER = CheckpointKind(
 IP_ADAPTER = CheckpointKind(
     "an IP-Adapter", "use --method ip-adapter", (r"(image_proj|ip_adapter)\.",), ("ip-adapter",)
 )
+LORA = CheckpointKind(
+    "a LoRA",
+    "pass it with --lora",
+    (r"lora_(unet|te\d?|transformer)_|.*[._](lora[._](A|B|down|up)|hada_w1|lokr_w1)",),
+)
 
 KINDS: tuple[CheckpointKind, ...] = (
     PULID_SDXL,
@@ -126,11 +131,7 @@ KINDS: tuple[CheckpointKind, ...] = (
     FACEID,
     RESAMPLER,
     IP_ADAPTER,
-    CheckpointKind(
-        "a LoRA",
-        "load it into a pipeline with diffusers' load_lora_weights",
-        (r"lora_(unet|te\d?|transformer)_|.*[._](lora[._](A|B|down|up)|hada_w1|lokr_w1)",),
-    ),
+    LORA,
     CheckpointKind(
         "a ControlNet",
         "pass its folder with --control",

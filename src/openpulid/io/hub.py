@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 from openpulid.errors import OptionError, PulidError, WeightsError, suggest
+from openpulid.io.lora_files import select_lora_file
 from openpulid.io.networks import (
     PIPELINE_INDEX,
     SINGLE_NETWORK,
@@ -266,7 +267,7 @@ def _find_snapshots(repo: str) -> list[Path]:
 
 
 def _find_missing(folder: Path, require_weights: bool) -> dict[str, str]:
-    """Return what a folder lacks of a pipeline, or of a single network: part -> reason.
+    """Return what a folder lacks of a pipeline, a single network or a LoRA: part -> reason.
 
     A pipeline is complete with every part of its index. The hub's own check also requires files
     that were not requested, and some repositories hold components for other programs.
@@ -274,6 +275,8 @@ def _find_missing(folder: Path, require_weights: bool) -> dict[str, str]:
     names = list_files(folder)
     if PIPELINE_INDEX in names:
         parts = read_parts((folder / PIPELINE_INDEX).read_bytes())
+    elif select_lora_file(names):
+        return {}
     else:
         parts = {"": SINGLE_NETWORK}
         require_weights = True
@@ -329,10 +332,10 @@ def _download_url(entry: Weight, folder: Path | None, expected: str | None) -> P
 
 
 def _download_pipeline(entry: Weight, names: Sequence[str], folder: Path | None) -> Path:
-    """Download the configuration of a pipeline, and the weights that its loader opens.
+    """Download the configuration of a pipeline, and the weights that its loader opens; or a LoRA.
 
     Args:
-        entry: of the pipeline, or of a single network.
+        entry: of the pipeline, of a single network, or of a LoRA.
         names: of all files in the repository.
         folder: the target folder; the hub's cache by default.
 
@@ -346,6 +349,8 @@ def _download_pipeline(entry: Weight, names: Sequence[str], folder: Path | None)
     if PIPELINE_INDEX in names:
         index = Path(hf_hub_download(entry.repo, PIPELINE_INDEX, local_dir=target))
         parts = read_parts(index.read_bytes())
+    elif lora := select_lora_file(names):
+        return Path(snapshot_download(entry.repo, allow_patterns=[escape(lora)], local_dir=target))
     missing = find_missing_parts(names, parts, allow_pickle=False)
     if missing:
         raise _incomplete_repository(entry, names, missing)
@@ -366,7 +371,7 @@ def _incomplete_repository(
     single_files = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     fix = "choose another repository"
     if single_files:
-        fix = f"download its file {min(single_files)} and pass that with --base"
+        fix = f"download its file {min(single_files)} and pass that with --base or --lora"
     return WeightsError(f"{entry.repo} is no complete pipeline, it lacks {described}; {fix}.")
 
 

@@ -6,9 +6,16 @@ import math
 
 from openpulid.methods.hooks import SchedulePosition, Span
 from openpulid.pipelines.model_set import ModelSet
+from openpulid.pipelines.prompt_weights import find_marks
 from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
-from openpulid.pipelines.request_fields import RequestError
+from openpulid.pipelines.request_fields import RequestError, literal
+
+INPUT_NAMES = ("controls", "loras", "embeddings", "style_image")
+"""Inputs of a request that not every preset supports."""
+
+MAX_MARKS = 5
+"""How many weights of a prompt a message names."""
 
 
 def check_supported(request: GenerationRequest, options: frozenset[str], label: str) -> None:
@@ -22,7 +29,7 @@ def check_supported(request: GenerationRequest, options: frozenset[str], label: 
     Raises:
         RequestError: names all other options.
     """
-    names = request.list_options() + (["controls"] if request.controls else [])
+    names = request.list_options() + [name for name in INPUT_NAMES if getattr(request, name)]
     unsupported = [name for name in names if name not in options]
     if unsupported:
         fields = [f"identity.{n}" if n in IDENTITY_NAMES else n for n in unsupported]
@@ -40,12 +47,16 @@ def check_resolved(request: GenerationRequest, models: ModelSet, label: str) -> 
 
     Raises:
         RequestError: the size is not one of the models', the method has no masks, a ControlNet is
-            for another base, or options of FLUX's guidance are incomplete.
+            for another base, the text encoders read no weights, or options of FLUX's guidance are
+            incomplete.
     """
     _check_size(request, models, label)
     _check_mask(request, models)
     _check_strength(request)
     _check_controls(request, models, label)
+    _check_add_ons(request, models)
+    if not reads_weights(models):
+        _check_weights(request, models)
     if models.family == "flux":
         _check_true_cfg(request)
 
@@ -80,6 +91,47 @@ def _check_mask(request: GenerationRequest, models: ModelSet) -> None:
             raise RequestError(
                 f"{{0}} is only supported by PuLID, not by {models.method}; leave it out.",
                 f"people.{number}.{'box' if person.mask is None else 'mask'}",
+            )
+
+
+def _check_add_ons(request: GenerationRequest, models: ModelSet) -> None:
+    if request.style_image is not None and models.is_miniature:
+        raise RequestError(
+            "{0} needs an IP-Adapter, and the miniature has none; use an SDXL preset.",
+            "style_image",
+        )
+    if request.embeddings and models.memory != "full":
+        # diffusers would offload to another device after it has loaded them
+        raise RequestError(
+            "on FLUX, {0} cannot be used with {1} "
+            + models.memory
+            + "; use full, or leave it out.",
+            "embeddings",
+            "model.memory",
+        )
+    if request.embeddings and request.init_image is not None and models.family == "flux":
+        # diffusers' image-to-image and inpainting pipelines for FLUX have no textual inversion
+        raise RequestError(
+            "on FLUX, {0} cannot be used with {1}; leave one out.", "embeddings", "init_image"
+        )
+
+
+def reads_weights(models: ModelSet) -> bool:
+    """Return whether prompts can have weights, and more tokens than a text encoder reads.
+
+    PhotoMaker looks for its trigger word in the tokens of the prompt.
+    """
+    return models.family == "sdxl" and not models.method.startswith("photomaker")
+
+
+def _check_weights(request: GenerationRequest, models: ModelSet) -> None:
+    name = "FLUX" if models.family == "flux" else models.method
+    for field in ("prompt", "negative_prompt"):
+        if marks := find_marks(getattr(request, field) or ""):
+            raise RequestError(
+                f"{{0}} has weights, {literal(', '.join(marks[:MAX_MARKS]))}, which {name} does "
+                "not support; leave them out, or write \\( and \\[ for brackets.",
+                field,
             )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from openpulid.identity.reference import ReferenceFaces, ReferenceImage, open_re
 from openpulid.io.images import is_image_source, open_image, open_mask
 from openpulid.methods.hooks import warn_if_other_ratio
 from openpulid.methods.pulid import People
+from openpulid.pipelines.add_ons import AddOns, open_add_ons
 from openpulid.pipelines.controls import ControlInput, open_controls, use_controls
 from openpulid.pipelines.init_image import Edit, InitImageInput, check_inpaint_mask
 from openpulid.pipelines.model_set import ModelSet
@@ -44,13 +45,26 @@ class RequestInputs:
         people: the files of each person.
         init_image: the image to start from.
         controls: the files of each ControlNet.
+        add_ons: LoRAs, and what else is added to the base model.
         fingerprints: path of a field in the request -> hash of the file that it names.
     """
 
     people: tuple[PersonInput, ...] = ()
     init_image: InitImageInput | None = None
     controls: tuple[ControlInput, ...] = ()
+    add_ons: AddOns = field(default_factory=AddOns)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, models: ModelSet) -> None:
+        """Check what the header of a file tells, before the base model is loaded.
+
+        Args:
+            models: the models that run the request.
+
+        Raises:
+            WeightsError: a file is for another base model.
+        """
+        self.add_ons.check(models)
 
     def without_people(self) -> RequestInputs:
         """Return the inputs of the same request without its people."""
@@ -99,7 +113,11 @@ class RequestInputs:
         Args:
             request: the request that names these files, before defaults are filled in.
             models: the models that run it.
+
+        Raises:
+            WeightsError: a file is for another base model.
         """
+        self.check(models)
         if self.init_image is None:
             return request
         width, height = self.init_image.choose_size(models)
@@ -139,14 +157,16 @@ class RequestInputs:
         shown = [(identity, mask) for identity, mask, scale in people if scale > 0]
         return shown or identities[0]
 
-    def use_controls(self, pipe: Any, memory: str) -> AbstractContextManager[None]:
-        """Let a pipeline follow the ControlNets while this is open.
+    @contextmanager
+    def use(self, pipe: Any, memory: str) -> Iterator[None]:
+        """Let a pipeline follow the ControlNets, with the add-ons, while this is open.
 
         Args:
             pipe: the pipeline.
             memory: FLUX: memory level of the pipeline.
         """
-        return use_controls(self.controls, pipe, memory)
+        with self.add_ons.use(pipe), use_controls(self.controls, pipe, memory):
+            yield
 
 
 def open_inputs(
@@ -166,12 +186,13 @@ def open_inputs(
         ImageError: a file is not an image.
         RequestError: the inpaint mask is black.
         IdentityError: a file is not an identity.
-        WeightsError: a ControlNet is missing or damaged.
+        WeightsError: a ControlNet or an add-on is missing, damaged, or of another kind.
     """
     people = tuple(_open_person(person, identity, time_limit) for person in request.people)
     init_image = None if request.init_image is None else _open_init(request.init_image, time_limit)
     controls = open_controls(request.controls, time_limit)
-    return RequestInputs(people, init_image, controls, fingerprint_inputs(request))
+    add_ons = open_add_ons(request, time_limit)
+    return RequestInputs(people, init_image, controls, add_ons, fingerprint_inputs(request))
 
 
 def open_person(person: Any) -> Any:

@@ -75,6 +75,13 @@ class ModelSet:
     guidance_embeds: bool | None = None
 
     @property
+    def base_name(self) -> str:
+        """How messages call the architecture of the base model."""
+        if self.is_miniature:
+            return "the miniature"
+        return "SDXL" if self.family == "sdxl" else "FLUX.1"
+
+    @property
     def sources(self) -> tuple[WeightSource, ...]:
         """All files and published names of these models."""
         sources = (

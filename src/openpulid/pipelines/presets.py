@@ -19,6 +19,7 @@ from openpulid.pipelines.checks import (
     check_resolved,
     check_supported,
     describe_ineffective,
+    reads_weights,
 )
 from openpulid.pipelines.model_set import ModelSet, WeightSource
 from openpulid.pipelines.request import (
@@ -42,8 +43,8 @@ NEGATIVE_PROMPT = (
 SAMPLING_OPTIONS = frozenset(
     ("negative_prompt", "width", "height", "num_inference_steps", "guidance_scale")
 )
-SDXL_OPTIONS = SAMPLING_OPTIONS | {"scale", "start", "end", "controls"}
-PULID_SDXL_OPTIONS = SDXL_OPTIONS | {"projection", "num_zero"}
+SDXL_OPTIONS = SAMPLING_OPTIONS | {"scale", "start", "end", "controls", "loras", "embeddings"}
+PULID_SDXL_OPTIONS = SDXL_OPTIONS | {"projection", "num_zero", "style_image"}
 PULID_FLUX_OPTIONS = SAMPLING_OPTIONS | {
     "scale",
     "start",
@@ -54,6 +55,8 @@ PULID_FLUX_OPTIONS = SAMPLING_OPTIONS | {
     "max_sequence_length",
     "controls",
     "memory",
+    "loras",
+    "embeddings",
 }
 
 PULID_MODES = {
@@ -92,6 +95,11 @@ class Preset:
         """How messages call the preset."""
         method = self.models.method
         return f"preset {self.name!r}" + ("" if method == "pulid" else f" with {method}")
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the prompt can have weights, and more tokens than a text encoder reads."""
+        return reads_weights(self.models)
 
     @property
     def published(self) -> tuple[str, ...]:

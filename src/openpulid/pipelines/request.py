@@ -23,6 +23,7 @@ from openpulid.methods.pulid import Projection
 from openpulid.pipelines.request_fields import (
     LONGEST_QUOTE,
     MAX_CONTROLS,
+    MAX_FILES,
     MAX_GUIDANCE,
     MAX_IMAGES,
     MAX_PEOPLE,
@@ -39,7 +40,14 @@ from openpulid.pipelines.request_fields import (
     Seed,
     Side,
 )
-from openpulid.pipelines.request_inputs import Control, InitImage, Person
+from openpulid.pipelines.request_inputs import (
+    Control,
+    Embedding,
+    InitImage,
+    Lora,
+    Person,
+    StyleImage,
+)
 from openpulid.pipelines.request_part import Part, RequestPart
 
 SCHEMA_VERSION = 1
@@ -158,6 +166,9 @@ class GenerationRequest(GenerationOptions):
         people: the people to show. Of several, each needs a mask or a box.
         init_image: the image to start from, instead of noise.
         controls: ControlNets; their effects add up.
+        loras: LoRAs of the base model.
+        embeddings: words of textual inversion.
+        style_image: an image whose style the result takes.
         model: the models; None stands for those of the studio that runs the request.
         resolved: every option has a value; a request that is stored in an image is resolved.
         schema_version: version of this schema.
@@ -169,6 +180,9 @@ class GenerationRequest(GenerationOptions):
     people: tuple[Person, ...] = Field(default=(), max_length=MAX_PEOPLE)
     init_image: InitImage | None = None
     controls: tuple[Control, ...] = Field(default=(), max_length=MAX_CONTROLS)
+    loras: tuple[Lora, ...] = Field(default=(), max_length=MAX_FILES)
+    embeddings: tuple[Embedding, ...] = Field(default=(), max_length=MAX_FILES)
+    style_image: StyleImage | None = None
     model: ModelSelection | None = None
     resolved: bool = False
     schema_version: int = SCHEMA_VERSION

@@ -25,6 +25,7 @@ MAX_STEPS = 1000
 """The steps of the noise schedule; more would repeat them."""
 MAX_SCALE = 5.0
 """The largest identity scale of PuLID's demo."""
+MAX_LORA_SCALE = 10.0
 MAX_GUIDANCE = 100.0
 MAX_PROMPT = 10_000
 """Characters of a prompt."""
@@ -87,11 +88,13 @@ FilePath = Annotated[
 ]
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 Name = Annotated[str, Field(max_length=64)]
+Token = Annotated[str, Field(min_length=1, max_length=64)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Box = Annotated[tuple[Fraction, Fraction, Fraction, Fraction], AfterValidator(_check_box)]
 Scale = Annotated[float, Field(ge=0, le=MAX_SCALE, allow_inf_nan=False)]
+LoraScale = Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE, allow_inf_nan=False)]
 Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE, allow_inf_nan=False)]
 Seed = Annotated[int, BeforeValidator(_parse_seed), Field(ge=0, le=MAX_SEED)]
 

@@ -1,6 +1,11 @@
-"""The parts of a request that name files: people, the initial image, ControlNets."""
+"""The parts of a request that name files: people, the initial image, ControlNets, add-ons."""
 
 from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -13,9 +18,11 @@ from openpulid.pipelines.request_fields import (
     FaceOrder,
     FilePath,
     Fraction,
+    LoraScale,
     RequestError,
     ResizeMode,
     Scale,
+    Token,
 )
 from openpulid.pipelines.request_part import RequestPart
 
@@ -111,6 +118,68 @@ class Control(RequestPart):
                 "end",
             )
         return self
+
+
+class Lora(RequestPart):
+    """A LoRA of the base model.
+
+    Attributes:
+        model: a file, a folder with one, or OWNER/NAME in the hub's cache.
+        scale: of its change. A LoRA that was trained as a slider also takes negative scales.
+    """
+
+    files = ("model",)
+
+    model: FilePath
+    scale: LoraScale = 1.0
+
+
+class Embedding(RequestPart):
+    """A textual inversion: a file of embeddings, and the word that stands for it in a prompt.
+
+    Attributes:
+        file: safetensors or a PyTorch file.
+        token: the word; by default the name of the file without its suffix.
+    """
+
+    files = ("file",)
+
+    file: FilePath
+    token: Token | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name(cls, data: Any) -> Any:
+        """Name the word after the file now: an image that is regenerated may name another file."""
+        if not isinstance(data, dict) or data.get("token") is not None:
+            return data
+        file = data.get("file")
+        if not isinstance(file, (str, os.PathLike)):
+            return data
+        # an image stores no folders, those of Windows included
+        name = re.split(r"[/\\]", os.fsdecode(file))[-1]
+        return {**data, "token": Path(name).stem or None}
+
+    @property
+    def word(self) -> str:
+        """The word that stands for it in a prompt."""
+        return self.token or self.file
+
+
+class StyleImage(RequestPart):
+    """An image whose style the result takes, through an IP-Adapter.
+
+    Attributes:
+        image: the image; its center square is read.
+        scale: weight of its tokens, from 0 to 1 in practice.
+        model: `ip-adapter`, `ip-adapter-plus`, or a file of such an IP-Adapter for SDXL.
+    """
+
+    files = ("image", "model")
+
+    image: FilePath
+    scale: Scale = 0.5
+    model: FilePath = "ip-adapter"
 
 
 class InitImage(RequestPart):

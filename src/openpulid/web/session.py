@@ -133,6 +133,7 @@ class WebSession:
         preset = self.preset(models)
         check_words(preset, preset.resolve(request))  # before anything is loaded
         inputs = self._open_inputs(request, models)
+        inputs.check(preset.models)
         studio = self.studio(models)
         result = studio.generate(request, inputs=inputs)
         caption = "" if request.people else ", no identity"

@@ -1,0 +1,85 @@
+"""The style of another image, through an IP-Adapter next to PuLID."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from openpulid.errors import WeightsError
+from openpulid.identity.clip_extractor import extract_image
+from openpulid.io.image_grid import to_tensor
+from openpulid.io.images import open_image
+from openpulid.methods.ip_adapter.ip_adapter import IPAdapter
+from openpulid.pipelines.request_inputs import StyleImage
+from openpulid.pipelines.weights import missing_sources, resolve_path
+
+VISION_ENCODER = "clip-h"
+"""The published vision encoder of IP-Adapter's files for SDXL that end with `vit-h`."""
+
+
+@dataclass(frozen=True, eq=False)
+class StyleInput:
+    """The files of a `StyleImage`.
+
+    Attributes:
+        image: the decoded image.
+        scale: weight of its tokens.
+        adapter: the IP-Adapter.
+        vision_encoder: file of the vision encoder.
+    """
+
+    image: Image.Image
+    scale: float
+    adapter: IPAdapter
+    vision_encoder: Path
+
+    @contextmanager
+    def use(self, pipe: Any) -> Iterator[None]:
+        """Let a pipeline of SDXL follow the style while this is open.
+
+        Raises:
+            WeightsError: the IP-Adapter is for another base model or vision encoder.
+        """
+        if not self.scale:
+            yield
+            return
+        # IP-Adapter takes the features of any image like those of a person
+        features = extract_image(
+            self.vision_encoder,
+            to_tensor([self.image])[0],
+            pipe._execution_device,
+            pipe.unet.dtype,
+        )
+        self.adapter.attach(pipe)
+        try:
+            with self.adapter.use(features, scale=self.scale, pipe=pipe):
+                yield
+        finally:
+            self.adapter.detach(pipe)
+
+
+def open_style(style: StyleImage, time_limit: float | None = None) -> StyleInput:
+    """Open the image and the IP-Adapter.
+
+    Args:
+        style: of the request.
+        time_limit: seconds for the image, as for `open_image`.
+
+    Raises:
+        ImageError: the file is not an image.
+        WeightsError: weights are missing, damaged, or of another kind.
+    """
+    image = open_image(style.image, min_side=1, time_limit=time_limit)
+    if missing := missing_sources([style.model, VISION_ENCODER]):
+        raise WeightsError(
+            f"a style image needs weights that are not installed: {', '.join(missing)}; "
+            f"`pulid weights get {' '.join(missing)}` downloads them."
+        )
+    adapter = IPAdapter.load(resolve_path(style.model))
+    assert isinstance(adapter, IPAdapter)
+    return StyleInput(image, style.scale, adapter, resolve_path(VISION_ENCODER))
