@@ -26,9 +26,10 @@ from openpulid.methods.control_maps.edges import canny_edges
 from openpulid.methods.control_maps.pose import detect_poses, draw_poses
 from openpulid.methods.control_maps.recognition import is_control_map
 from tests.support.map_networks import save_depth_estimator, save_pose_models
+from tests.support.photo_networks import PHOTOS
 
 KINDS = ("edges", "depth", "pose")
-PHOTOS = sorted(Path("/work/shared/photos").glob("*.[jpw]*"))
+PORTRAITS = sorted(PHOTOS.glob("*.[jpw]*"))
 
 STANDING = [
     (0.50, 0.12), (0.53, 0.10), (0.47, 0.10), (0.56, 0.11), (0.44, 0.11), (0.62, 0.25),
@@ -103,12 +104,12 @@ VARIANTS: dict[str, tuple[Callable[[Image.Image], Image.Image], list[str]]] = {
 }
 
 
-@pytest.mark.skipif(not PHOTOS, reason="the folder of test photos is not on this machine")
+@pytest.mark.skipif(not PORTRAITS, reason="the photos in shared are not available")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_maps_of_photos_are_recognized(variant: str) -> None:
     change, expected = VARIANTS[variant]
     found = {}
-    for path in PHOTOS:
+    for path in PORTRAITS:
         photo = open_image(path)
         photo.thumbnail((1024, 1024))
         found[path.name] = recognized(change(photo))
