@@ -80,14 +80,14 @@ def test_syntax_of_other_programs_is_noted(byte_pipe: Any, caplog: Any) -> None:
     assert prepare_prompts(byte_pipe, request, sdxl()) == request
     assert not caplog.records  # a token of textual inversion has an effect
     request = sdxl().resolve(
-        GenerationRequest(prompt="(smile:1.3) <lora:x:0.8> BREAK", negative_prompt="[old]")
+        GenerationRequest(prompt="(smile:1.3) <lora:x:0.8> BREAK", negative_prompt="{old}")
     )
     assert prepare_prompts(byte_pipe, request, sdxl()) == request
     assert [record.getMessage() for record in caplog.records] == [
         "syntax of other programs has no effect in the prompt, it is read as plain words: "
-        "'(smile:1.3)', '<lora:x:0.8>', 'BREAK'",
+        "'<lora:x:0.8>', 'BREAK'",
         "syntax of other programs has no effect in the negative prompt, it is read as plain words: "
-        "'[old]'",
+        "'{old}'",
     ]
 
 
@@ -97,14 +97,16 @@ def test_own_negative_prompt_of_a_preset_is_not_noted(byte_pipe: Any, caplog: An
     assert prepare_prompts(byte_pipe, request, sdxl()) == request and not caplog.records
     typed = request.model_copy(update={"negative_prompt": f"{request.negative_prompt}, x"})
     prepare_prompts(byte_pipe, typed, sdxl())
+    assert not caplog.records  # it is read in chunks
+    prepare_prompts(byte_pipe, typed, with_method(sdxl(), "photomaker"))
     [record] = caplog.records
     assert "tokens and the model reads 77; it ignores the end, " in record.getMessage()
 
 
 def test_unknown_words_of_other_syntax_are_named() -> None:
     with pytest.raises(PromptError) as error:
-        check_words(mini(), GenerationRequest(prompt="portrait, (smiling:1.3), BREAK"))
-    message = "syntax of other programs has no effect: '(smiling:1.3)', 'BREAK'."
+        check_words(mini(), GenerationRequest(prompt="portrait, (smiling:1.3), BREAK, {red}"))
+    message = "syntax of other programs has no effect: 'BREAK', '{red}'."
     assert str(error.value).endswith(message)
 
 

@@ -11,6 +11,12 @@ from typing import Any
 
 from openpulid.errors import PromptError, WeightsError
 from openpulid.pipelines.presets import Preset
+from openpulid.pipelines.prompt_weights import (
+    Fragment,
+    join_fragments,
+    parse_weights,
+    remove_marks,
+)
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.weights import resolve_path
 
@@ -101,6 +107,7 @@ def check_words(preset: Preset, request: GenerationRequest) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.add_tokens([embedding.word for embedding in request.embeddings])
     for prompt in _user_inputs(request, preset):
         replace_unknown(tokenizer, prompt, preset)
 
@@ -117,6 +124,11 @@ def prepare_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Ge
     Raises:
         PromptError: the model does not know a word.
     """
+    for embedding in request.embeddings:
+        if embedding.word not in f"{request.prompt}\n{request.negative_prompt}":
+            logger.warning(
+                "%s has no effect; write its word, %s, in a prompt", embedding.file, embedding.word
+            )
     is_flux = preset.models.family == "flux"  # T5 reads the longer prompt
     tokenizer = pipe.tokenizer_2 if is_flux else pipe.tokenizer
     limit = request.max_sequence_length if is_flux else None
@@ -128,7 +140,8 @@ def prepare_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Ge
             logger.warning(
                 "the model does not know %s; left out of the %s", _enumerate(signs), prompt.name
             )
-        note_length(tokenizer, TextInput(text, prompt.field), limit)
+        if not preset.reads_weights:  # otherwise a long prompt is read in chunks
+            note_length(tokenizer, TextInput(text, prompt.field), limit)
         texts[prompt.field] = text
     return request.model_copy(update=texts)
 
@@ -150,7 +163,7 @@ def note_other_syntax(tokenizer: Any, prompt: TextInput, method: str = "pulid") 
         prompt: the prompt.
         method: PhotoMaker has a trigger word.
     """
-    parts = find_other_syntax(prompt.text, method)
+    parts = find_other_syntax(remove_marks(prompt.text), method)
     parts = [part for part in parts if part not in tokenizer.get_added_vocab()]
     if parts:
         logger.warning(
@@ -191,12 +204,13 @@ def replace_unknown(
         preset: for the advice in the message.
 
     Returns:
-        The prompt, and the signs that were left out.
+        The prompt with its weights, and the signs that were left out.
 
     Raises:
         PromptError: names the unknown words with similar ones.
     """
-    words = dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", prompt.text))
+    plain = _remove_tokens(tokenizer, remove_marks(prompt.text))
+    words = dict.fromkeys(re.findall(r"\w+(?:['-]\w+)*", plain))
     unknown = [word for word in words if _is_unknown(tokenizer, word)]
     if unknown:
         vocabulary = [token.removesuffix("</w>") for token in tokenizer.get_vocab()]
@@ -205,21 +219,45 @@ def replace_unknown(
         advice = "use words of its vocabulary"
         if preset is not None and preset.models.is_miniature:
             advice += " (`pulid world words` lists them)"
-        if parts := find_other_syntax(prompt.text):
+        if parts := find_other_syntax(plain):
             advice += f"; syntax of other programs has no effect: {_enumerate(parts)}"
         location = "" if prompt.field == "prompt" else f" in the {prompt.name}"
         raise PromptError(f"the model does not know {described}{location}; {advice}.", unknown)
-    signs = dict.fromkeys(re.findall(r"[^\w\s]", prompt.text))
+    signs = dict.fromkeys(re.findall(r"[^\w\s]", plain))
     unknown_signs = [sign for sign in signs if _is_unknown(tokenizer, sign)]
     if not unknown_signs:
         return prompt.text, []
-    text = prompt.text
-    for sign in unknown_signs:
-        text = text.replace(sign, " ")
-    text = " ".join(text.split())
-    if not text and prompt.field == "prompt":
+    tokens = _added_tokens(tokenizer)
+    fragments = [
+        Fragment(_replace_signs(fragment.text, unknown_signs, tokens), fragment.weight)
+        for fragment in parse_weights(prompt.text)
+    ]
+    text = " ".join(join_fragments(fragments).split())
+    if not remove_marks(text).strip() and prompt.field == "prompt":
         raise PromptError(f"the model knows nothing of the prompt {prompt.text!r}; write words.")
     return text, unknown_signs
+
+
+def _replace_signs(text: str, signs: list[str], tokens: list[str]) -> str:
+    """Replace signs by spaces, but not in tokens."""
+    pieces = re.split(f"({'|'.join(map(re.escape, tokens))})", text) if tokens else [text]
+    for index in range(0, len(pieces), 2):  # what is between tokens
+        for sign in signs:
+            pieces[index] = pieces[index].replace(sign, " ")
+    return "".join(pieces)
+
+
+def _added_tokens(tokenizer: Any) -> list[str]:
+    """Return the words of textual inversion, longest first."""
+    added = set(tokenizer.get_added_vocab()) - set(tokenizer.all_special_tokens)
+    return sorted(added, key=len, reverse=True)
+
+
+def _remove_tokens(tokenizer: Any, text: str) -> str:
+    """Return a text without the words of textual inversion, which the model knows."""
+    for token in _added_tokens(tokenizer):
+        text = re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", " ", text)
+    return text
 
 
 def note_length(tokenizer: Any, prompt: TextInput, limit: int | None = None) -> None:

@@ -16,7 +16,7 @@ from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.progress import Progress
-from openpulid.pipelines.prompts import prepare_prompts
+from openpulid.pipelines.prompt_embeddings import PromptOptions, encode_prompts, repeat_prompts
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
 
 
@@ -53,12 +53,13 @@ class PipelineRunner:
             progress: is told of every step.
             batch_size: images computed at once.
         """
-        readable = prepare_prompts(self.pipe, request, self.preset)
         pipe = self._select_pipeline(inputs)
-        with inputs.use(pipe), self._use_identity(people, request, pipe):
-            for seeds in _batches(request, batch_size):
-                images = self._run_batch(readable, seeds, pipe, inputs, progress)
-                yield from zip(seeds, images, strict=True)
+        with inputs.use(pipe):
+            prompts = encode_prompts(pipe, request, self.preset)
+            with self._use_identity(people, request, pipe):
+                for seeds in _batches(request, batch_size):
+                    images = self._run_batch(request, prompts, seeds, pipe, inputs, progress)
+                    yield from zip(seeds, images, strict=True)
 
     def _select_pipeline(self, inputs: RequestInputs) -> Any:
         """Return the pipeline that runs the inputs; one that starts from an image is kept."""
@@ -92,13 +93,12 @@ class PipelineRunner:
     def _run_batch(
         self,
         request: GenerationRequest,
+        prompts: PromptOptions,
         seeds: Sequence[int],
         pipe: Any,
         inputs: RequestInputs,
         progress: Progress,
     ) -> list[Image.Image]:
-        count = len(seeds)
-        negative_prompt = request.negative_prompt
         options: dict[str, Any] = {
             name: getattr(request, name)
             for name in ("true_cfg_scale", "max_sequence_length")
@@ -115,12 +115,10 @@ class PipelineRunner:
         images = run_pipeline(
             pipe,
             on_step=partial(progress.report, pipe, size=size),
-            prompt=[request.prompt] * count,
-            # "" is encoded; None is what the pipeline uses without a negative prompt
-            negative_prompt=None if negative_prompt is None else [negative_prompt] * count,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale or 0.0,  # FLUX.1-schnell has none
+            **repeat_prompts(prompts, len(seeds)),
             **options,
         )
         return images if edit is None else edit.finish(images)

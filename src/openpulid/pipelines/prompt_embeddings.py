@@ -1,0 +1,148 @@
+"""Embeddings of prompts with weights, and of prompts that are longer than what CLIP reads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openpulid.pipelines.presets import NEGATIVE_PROMPT, Preset
+from openpulid.pipelines.prompt_weights import Fragment, parse_weights, remove_marks
+from openpulid.pipelines.prompts import prepare_prompts
+from openpulid.pipelines.request import GenerationRequest
+
+PromptOptions = Mapping[str, str | Tensor | None]
+"""Arguments of a pipeline for one image: prompts, or their embeddings."""
+
+
+def encode_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> PromptOptions:
+    """Return the prompts of a request as a pipeline takes them.
+
+    Prompts without weights that CLIP reads as a whole stay text, so that the pipeline does what it
+    does without this package. Otherwise compel encodes them: a weight scales the difference to the
+    empty prompt, and chunks of a long prompt are encoded one by one and joined.
+
+    Args:
+        pipe: a pipeline of SDXL or FLUX.
+        request: a resolved request.
+        preset: the preset that runs it.
+
+    Raises:
+        PromptError: the model does not know a word.
+    """
+    request = prepare_prompts(pipe, request, preset)
+    prompt, negative = request.prompt, request.negative_prompt
+    # the negative prompt of PuLID's program is cut there; whether it is cut depends on the request
+    # alone, because images are generated again with other defaults
+    is_cut = negative == NEGATIVE_PROMPT
+    texts = [prompt] if negative is None or is_cut else [prompt, negative]
+    if not preset.reads_weights or not any(_needs_embeddings(pipe, text) for text in texts):
+        plain_negative = None if negative is None else remove_marks(negative)
+        return {"prompt": remove_marks(prompt), "negative_prompt": plain_negative}
+    embeds, pooled = _encode(pipe, parse_weights(prompt))
+    if negative is None and pipe.config.force_zeros_for_empty_prompt:
+        negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
+    else:
+        fragments = parse_weights(negative or "")
+        negative_embeds, negative_pooled = _encode(pipe, fragments, is_cut)
+    length = max(embeds.shape[1], negative_embeds.shape[1])
+    return {
+        "prompt_embeds": _pad(pipe, embeds, length),
+        "pooled_prompt_embeds": pooled,
+        "negative_prompt_embeds": _pad(pipe, negative_embeds, length),
+        "negative_pooled_prompt_embeds": negative_pooled,
+    }
+
+
+def repeat_prompts(options: PromptOptions, count: int) -> dict[str, Any]:
+    """Return the arguments of `encode_prompts` for several images."""
+    repeated: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, Tensor):
+            repeated[name] = value.repeat_interleave(count, dim=0)
+        else:
+            # "" is encoded; None is what the pipeline uses without a negative prompt
+            repeated[name] = None if value is None else [value] * count
+    return repeated
+
+
+def _needs_embeddings(pipe: Any, text: str) -> bool:
+    """Whether a prompt has weights, or more tokens than CLIP reads."""
+    fragments = parse_weights(text)
+    if any(fragment.weight != 1 for fragment in fragments):
+        return True
+    tokenizer = pipe.tokenizer
+    plain = pipe.maybe_convert_prompt(fragments[0].text, tokenizer)
+    ids = tokenizer(plain, truncation=False, verbose=False).input_ids
+    return len(ids) > int(tokenizer.model_max_length)
+
+
+@torch.no_grad()
+def _encode(
+    pipe: Any, fragments: Sequence[Fragment], is_cut: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Encode a prompt with both text encoders.
+
+    Args:
+        pipe: a pipeline of SDXL.
+        fragments: parts of the prompt and their weights.
+        is_cut: read the first chunk alone.
+
+    Returns:
+        (1, T, D), where T is a multiple of the tokens that CLIP reads, and the pooled embedding
+        (1, E) of the first chunk, which has no weights.
+    """
+    # imported here, because it imports pipelines of other models
+    from compel.embeddings_provider import (
+        EmbeddingsProvider,
+        ReturnedEmbeddingsType,
+        SplitLongTextMode,
+    )
+
+    layer = ReturnedEmbeddingsType.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED  # as in SDXL
+    device = pipe._execution_device
+    embeds = []
+    for suffix in ("", "_2"):
+        tokenizer = getattr(pipe, f"tokenizer{suffix}")
+        provider = EmbeddingsProvider(
+            tokenizer,
+            getattr(pipe, f"text_encoder{suffix}"),
+            truncate=is_cut,
+            returned_embeddings_type=layer,
+            split_long_text_mode=SplitLongTextMode.PHRASES,
+            device=device,
+        )
+        texts = [pipe.maybe_convert_prompt(fragment.text, tokenizer) for fragment in fragments]
+        weights = [fragment.weight for fragment in fragments]
+        with _quiet_tokenizers():
+            embeds.append(
+                provider.get_embeddings_for_weighted_prompt_fragments(
+                    [texts], [weights], device=device
+                )
+            )
+    pooled = provider.get_pooled_embeddings(["".join(texts)], device=device)
+    return torch.cat(embeds, dim=-1), pooled
+
+
+@contextmanager
+def _quiet_tokenizers() -> Iterator[None]:
+    """Silence the warning of transformers that a prompt has more tokens than CLIP reads."""
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _pad(pipe: Any, embeds: Tensor, length: int) -> Tensor:
+    """Append chunks of the empty prompt up to a number of tokens."""
+    chunks = [embeds]
+    while sum(chunk.shape[1] for chunk in chunks) < length:
+        chunks.append(_encode(pipe, [Fragment("")])[0])
+    return torch.cat(chunks, dim=1)
