@@ -160,7 +160,6 @@ def test_poison_is_noticed_when_a_model_is_loaded(
         ((*CONTROL, "none.png"), "none.png: does not exist"),
         ((*CONTROL, "anna.png"), "folder contains no diffusers ControlNet"),
         (("--control", "control-edge", "--control-image", "anna.png"), "'control-edges'"),
-        ((*FLUX, *CONTROL, "anna.png"), "does not support: --control"),
     ],
 )
 def test_generate(run: Run, words: tuple[Any, ...], message: str) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from openpulid.errors import OptionError
-from openpulid.pipelines.presets import flux, mini, sdxl, with_method
+from openpulid.pipelines.presets import NEGATIVE_PROMPT, flux, mini, sdxl, with_method
 from openpulid.pipelines.prompt_embeddings import encode_prompts
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import InitImage, Person
@@ -124,13 +124,13 @@ def test_long_prompt_is_split_at_commas(tiny_pipeline: Any) -> None:
     assert torch.allclose(encoded, expected, atol=1e-5)
 
 
-def test_own_negative_prompt_of_the_preset_is_cut(studio: Studio) -> None:
-    preset = studio.preset.with_defaults(negative_prompt=LONG)
+def test_negative_prompt_of_pulid_is_cut(studio: Studio) -> None:
+    preset = studio.preset.with_defaults(negative_prompt=NEGATIVE_PROMPT)
     request = preset.resolve(GenerationRequest("portrait"))
-    assert encode_prompts(studio.pipe, request, preset)["negative_prompt"] == LONG
+    assert encode_prompts(studio.pipe, request, preset)["negative_prompt"] == NEGATIVE_PROMPT
     request = preset.resolve(GenerationRequest("(portrait:1.2)"))
     encoded = encode_prompts(studio.pipe, request, preset)
-    cut = encode(studio, LONG)[0]
+    cut = encode(studio, NEGATIVE_PROMPT)[0]
     assert torch.allclose(encoded["negative_prompt_embeds"], cut, atol=1e-5)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from openpulid.pipelines.presets import Preset
+from openpulid.pipelines.presets import NEGATIVE_PROMPT, Preset
 from openpulid.pipelines.prompt_weights import Fragment, parse_weights, remove_marks
 from openpulid.pipelines.prompts import prepare_prompts
 from openpulid.pipelines.request import GenerationRequest
@@ -27,16 +29,18 @@ def encode_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Pro
     Args:
         pipe: a pipeline of SDXL or FLUX.
         request: a resolved request.
-        preset: the preset that runs it. Its own negative prompt is cut to what CLIP reads.
+        preset: the preset that runs it.
 
     Raises:
         PromptError: the model does not know a word.
     """
     request = prepare_prompts(pipe, request, preset)
     prompt, negative = request.prompt, request.negative_prompt
-    is_typed = negative is not None and negative != preset.defaults.negative_prompt
-    typed = [prompt, negative] if negative is not None and is_typed else [prompt]
-    if not preset.reads_weights or not any(_needs_embeddings(pipe, text) for text in typed):
+    # the negative prompt of PuLID's program is cut there; whether it is cut depends on the request
+    # alone, because images are generated again with other defaults
+    is_cut = negative == NEGATIVE_PROMPT
+    texts = [prompt] if negative is None or is_cut else [prompt, negative]
+    if not preset.reads_weights or not any(_needs_embeddings(pipe, text) for text in texts):
         plain_negative = None if negative is None else remove_marks(negative)
         return {"prompt": remove_marks(prompt), "negative_prompt": plain_negative}
     embeds, pooled = _encode(pipe, parse_weights(prompt))
@@ -44,7 +48,7 @@ def encode_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Pro
         negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)
     else:
         fragments = parse_weights(negative or "")
-        negative_embeds, negative_pooled = _encode(pipe, fragments, is_cut=not is_typed)
+        negative_embeds, negative_pooled = _encode(pipe, fragments, is_cut)
     length = max(embeds.shape[1], negative_embeds.shape[1])
     return {
         "prompt_embeds": _pad(pipe, embeds, length),
@@ -114,11 +118,26 @@ def _encode(
         )
         texts = [pipe.maybe_convert_prompt(fragment.text, tokenizer) for fragment in fragments]
         weights = [fragment.weight for fragment in fragments]
-        embeds.append(
-            provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=device)
-        )
+        with _quiet_tokenizers():
+            embeds.append(
+                provider.get_embeddings_for_weighted_prompt_fragments(
+                    [texts], [weights], device=device
+                )
+            )
     pooled = provider.get_pooled_embeddings(["".join(texts)], device=device)
     return torch.cat(embeds, dim=-1), pooled
+
+
+@contextmanager
+def _quiet_tokenizers() -> Iterator[None]:
+    """Silence the warning of transformers that a prompt has more tokens than CLIP reads."""
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _pad(pipe: Any, embeds: Tensor, length: int) -> Tensor:
