@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
+import html
 import logging
 import os
 import re
 import socket
 import threading
 import urllib.request
+import zipfile
 from collections.abc import Iterator
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel
@@ -32,14 +32,20 @@ from openpulid.pipelines.presets import (
     BASELINES,
     MINI_ADAPTERS,
     MINIATURE,
+    PRESETS,
     mini,
     mini_lightning,
     sdxl,
     with_method,
 )
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import GenerationRequest, IdentityOptions, ModelSelection
-from openpulid.pipelines.request_inputs import Control, Person
+from openpulid.pipelines.request import (
+    GenerationRequest,
+    IdentityOptions,
+    ModelSelection,
+    parse_size,
+)
+from openpulid.pipelines.request_inputs import Control, InitImage, Person
 from openpulid.pipelines.weights import (
     find_installed_controls,
     find_installed_methods,
@@ -47,47 +53,77 @@ from openpulid.pipelines.weights import (
     missing_weights,
 )
 from openpulid.web import page as web
-from openpulid.web.form import FormValues, PreviewValues, adapt_message, image_paths
+from openpulid.web import prompts
+from openpulid.web.about import describe_preset
+from openpulid.web.fields import FIELDS
+from openpulid.web.form import DRAWN, FormValues, adapt_message, image_paths
+from openpulid.web.generation import generate_images
+from openpulid.web.history import MAX_KEPT, History
+from openpulid.web.inputs import draw_faces
+from openpulid.web.masks import COLOR_NAMES, COLORS, PAINT
+from openpulid.web.messages import error_html
 from openpulid.web.network import check_address, without_proxy
+from openpulid.web.notes import show_notes
 from openpulid.web.server import launch_options
 from openpulid.web.session import WebSession
+from openpulid.web.sizes import list_sizes
+from openpulid.web.updates import PageImage, Step
+from openpulid.world import VOCABULARY
 from openpulid.world.gallery import render_portrait
 from tests.support.image_files import IMAGES
 
 gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
 from gradio.components.gallery import GalleryData, GalleryImage  # noqa: E402
+from gradio.components.image_editor import EditorData  # noqa: E402
 from gradio.data_classes import FileData, ImageData  # noqa: E402
+from gradio_client import handle_file  # noqa: E402
+
+from openpulid.web.events import DELETE_CACHE  # noqa: E402
+from openpulid.web.layout import build_field, build_layout  # noqa: E402
+from openpulid.web.people import preview_faces  # noqa: E402
+from openpulid.web.run import run_generation  # noqa: E402
+from openpulid.web.settings import restore_settings  # noqa: E402
 
 SETTINGS: dict[str, Any] = {
-    "face_index": None,
     "prompt": "portrait, photo, smiling",
     "preset": "mini-lightning",
     "method": "pulid",
     "scale": 1.0,
-    "num_images": 2,
-    "seed": 3,
-    "also_without_identity": True,
-    "negative_prompt": "",
-    "num_inference_steps": None,
-    "guidance_scale": None,
-    "size": "",
-    "start": 0.0,
-    "end": 1.0,
-    "control": "",
-    "control_image": None,
-    "control_scale": 1.0,
+    "num_images": 1,
+    "num_inference_steps": 4,
+    "guidance_scale": 1.0,
+    "seed": "3",
 }
-ONE_IMAGE = {**SETTINGS, "num_images": 1, "also_without_identity": False}
 
 
-def generate(session: WebSession, **values: Any) -> list[tuple[str, str]]:
+def build_request(session: WebSession, directory: Path, **values: Any) -> GenerationRequest:
+    """Build the request of a form."""
+    form = FormValues({**SETTINGS, **values})
+    preset = session.preset(session.select_models(form.preset, form.method))
+    return form.to_request(preset, directory)
+
+
+def generate(session: WebSession, **values: Any) -> list[PageImage]:
     """Send the form to a session, as the page does."""
-    given = {"reference_images": None, "identity_file": None, **ONE_IMAGE, **values}
-    return web._generate(session, FormValues(**given))
+    request = build_request(session, session.directory, **values)
+    return generate_images(session, request, bool(values.get("also_without_identity")))
 
 
-def pixels(file: str) -> bytes:
-    return Image.open(file).tobytes()
+def run_page(session: WebSession, **values: Any) -> list[dict[str, Any]]:
+    """Run the generation of a page, and return its updates by the names of components."""
+    with gradio.Blocks():
+        page = build_layout(session)
+    names = {component: name for name, component in page.parts.items()}
+    updates = run_generation(session, page, {**SETTINGS, **values}, lambda *_, **__: None)
+    return [{names[part]: value for part, value in update.items()} for update in updates]
+
+
+def message_of(updates: list[dict[str, Any]]) -> str:
+    return str(updates[-1]["message"])
+
+
+def pixels(image: PageImage | str) -> bytes:
+    return Image.open(image.file if isinstance(image, PageImage) else image).tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +143,20 @@ def client() -> Iterator[Any]:
         )
         yield Client(url, verbose=False)
         blocks.close()
+
+
+def call(client: Any, **values: Any) -> tuple[list[dict[str, Any]], str, str]:
+    """Generate over HTTP; return the images of the gallery, the message and the archive."""
+    api = client.view_api(print_info=False, return_format="dict")
+    empty = {
+        parameter["parameter_name"]: None
+        for parameter in api["named_endpoints"]["/generate"]["parameters"]
+        if not parameter["parameter_has_default"]
+    }
+    gallery, message, *_, archive = client.predict(
+        **{**empty, **SETTINGS, **values}, api_name="/generate"
+    )
+    return gallery.get("value", []), message, archive
 
 
 def free_port() -> int:
@@ -191,24 +241,24 @@ def test_port_in_use_is_refused() -> None:
             check_address("127.0.0.1", port)
 
 
-def test_notes_are_shown_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    notes: list[str] = []
-    monkeypatch.setattr("gradio.Warning", notes.append)
-    logger = logging.getLogger("openpulid.pipelines.prompts")
+def test_notes_are_shown_on_the_page(tmp_path: Path) -> None:
+    updates = run_page(WebSession(tmp_path), prompt="portrait, [smiling]")
+    assert "Syntax of other programs has no effect in the prompt" in message_of(updates)
+    assert '<div class="status" role="status">1 image in' in message_of(updates)
+    escaped = error_html("no effect: <lora:x:0.8>")
+    assert "No effect: &lt;lora:x:0.8&gt;." in escaped
 
-    def work(values: FormValues) -> str:
+
+def test_notes_of_other_visitors_are_not_shown() -> None:
+    notes: list[str] = []
+    logger = logging.getLogger("openpulid.pipelines.prompts")
+    with show_notes(notes.append):
         visitor = threading.Thread(target=logger.warning, args=("of another visitor",))
         visitor.start()
         visitor.join()
-        logger.warning("no effect: %s", "<lora:x:0.8>")
-        return values.prompt
-
-    handle = web._form_handler(work, FormValues)
-    values = {"reference_images": None, "identity_file": None, **SETTINGS}
-    assert handle(*[values[field.name] for field in fields(FormValues)]) == SETTINGS["prompt"]
-    assert notes == ["no effect: &lt;lora:x:0.8&gt;"]
+        logger.warning("no effect")
     logger.warning("after the request")
-    assert len(notes) == 1
+    assert notes == ["no effect"]
 
 
 @pytest.mark.parametrize(
@@ -218,46 +268,96 @@ def test_notes_are_shown_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
         (ImportError("libGL.so.1: cannot open shared object file: none"), "apt install libgl1"),
     ],
 )
-def test_errors_of_libraries_are_explained_on_the_page(error: Exception, message: str) -> None:
-    def fail(values: FormValues) -> None:
+def test_errors_of_libraries_are_explained_on_the_page(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
         raise error
 
-    values = {"reference_images": None, "identity_file": None, **SETTINGS}
-    with pytest.raises(gradio.Error, match=message):
-        web._form_handler(fail, FormValues)(*[values[field.name] for field in fields(FormValues)])
+    session = WebSession(tmp_path)
+    monkeypatch.setattr("openpulid.web.submit.generate_images", fail)
+    assert message in message_of(run_page(session))
 
 
-def test_blank_fields_stand_for_the_preset() -> None:
-    form = FormValues(reference_images=None, identity_file=None, **SETTINGS)
-    request = form.to_request(ModelSelection(preset="mini"))
-    assert request.negative_prompt is None
-    assert request.identity == IdentityOptions()  # the sliders have no effect without a person
+def test_bug_is_shown_and_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    session = WebSession(tmp_path)
+    monkeypatch.setattr("openpulid.web.submit.generate_images", fail)
+    with gradio.Blocks():
+        page = build_layout(session)
+    updates = run_generation(session, page, SETTINGS, lambda *_, **__: None)
+    assert "An unexpected error" in next(updates)[page.parts["message"]]
+    with pytest.raises(ZeroDivisionError):
+        next(updates)
 
 
-@pytest.mark.parametrize("seed", [1e23, 2**64])
-def test_seed_out_of_range_is_one_sentence(client: Any, seed: float) -> None:
-    with pytest.raises(Exception, match="Seed must be at most 18446744073709551615"):
-        values = {**SETTINGS, "seed": seed}
-        client.predict(reference_images=None, identity_file=None, **values, api_name="/generate")
+def test_values_of_the_preset_are_left_out(tmp_path: Path) -> None:
+    session = WebSession(tmp_path)
+    shown = {entry.name: entry.default(sdxl()) for entry in FIELDS}
+    request = FormValues({**shown, "prompt": "portrait", "preset": "sdxl"}).to_request(
+        sdxl(), tmp_path
+    )
+    assert request.list_options() == []  # the options have no effect without a person
+    request = build_request(session, tmp_path, negative_prompt="", size="", scale=0.5)
+    assert request.list_options() == []
+    changed = {**shown, "prompt": "portrait", "negative_prompt": "", "guidance_scale": 5}
+    request = FormValues(changed).to_request(sdxl(), tmp_path)
+    assert request.list_options() == ["negative_prompt", "guidance_scale"]
+    assert request.negative_prompt == ""
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_option_of_a_preset_has_a_component(preset: str) -> None:
+    """No component is empty: Gradio shows an empty number as 0."""
+    built = PRESETS[preset]()
+    for entry in FIELDS:
+        with gradio.Blocks():
+            component = build_field(entry, built)
+        assert component.visible == entry.is_supported(built)
+        assert component.value is not None
+    without = {"width", "height", "memory", "controls", "start_step", "timestep_to_start_cfg"}
+    assert built.options - without <= {entry.name for entry in FIELDS}
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("seed", "expected"), [("18446744073709551615", 2**64 - 1), (" 7 ", 7), ("0", 0)]
+)
+def test_seed_is_text(tmp_path: Path, seed: str, expected: int) -> None:
+    """A browser rounds integers above 2^53."""
+    assert build_request(WebSession(tmp_path), tmp_path, seed=seed).seed == expected
+
+
+def test_seed_is_random_by_default(tmp_path: Path) -> None:
+    session = WebSession(tmp_path)
+    seeds = {
+        build_request(session, tmp_path, seed=seed).seed
+        for seed in ("random", "Random", "", "-1", None)
+    }
+    assert len(seeds) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
     [
-        {"num_inference_steps": 10**7},
-        {"num_inference_steps": 201},
-        {"num_images": 65},
-        {"num_images": 10**9},
-        {"guidance_scale": 1e9},
-        {"size": "100000x100000"},
-        {"scale": 1e9},
+        ({"seed": "18446744073709551616"}, "Seed must be at most 18446744073709551615"),
+        ({"seed": "1e5"}, "Seed must be a whole number, got '1e5'"),
+        ({"num_inference_steps": 201}, "Steps must be at most 200 on this page, got 201"),
+        ({"num_inference_steps": 0}, "Steps must be at least 1 on this page, got 0"),
+        ({"num_images": 65}, "Images must be at most 64"),
+        ({"guidance_scale": 1e9}, "Guidance must be at most 100"),
+        ({"size": "100000x100000"}, "at most 4096"),
+        ({"size": "large"}, "expected WIDTHxHEIGHT"),
+        ({"prompt": " "}, "Prompt must not be empty"),
+        ({"mode": "edit"}, "Image to edit is missing"),
     ],
 )
-def test_every_value_has_a_maximum(client: Any, change: dict[str, Any]) -> None:
-    with pytest.raises(Exception, match=r"at most|maximum"):
-        client.predict(
-            reference_images=None, identity_file=None, **SETTINGS | change, api_name="/generate"
-        )
+def test_value_out_of_range_is_one_sentence(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    shown = re.sub(r"<[^>]+>", "", message_of(run_page(WebSession(tmp_path), **change)))
+    assert message.lower() in shown.lower() and shown.count(". ") == 0
 
 
 def as_gallery(file: Path) -> list[dict[str, Any]]:
@@ -267,11 +367,10 @@ def as_gallery(file: Path) -> list[dict[str, Any]]:
 
 
 def test_images_and_prompt_to_images_with_their_request(client: Any, anna: Path) -> None:
-    # 0 is what the page sends for a number that the user has not changed
-    values = {**SETTINGS, "face_index": 0, "num_inference_steps": 0, "guidance_scale": 0}
-    results = client.predict(
-        reference_images=as_gallery(anna), identity_file=None, **values, api_name="/generate"
+    results, message, _ = call(
+        client, reference_images=as_gallery(anna), num_images=2, also_without_identity=True
     )
+    assert "4 images in" in message and "seeds 3 to 4" in message
     assert [result["caption"] for result in results] == [
         "seed 3",
         "seed 3, no identity",
@@ -293,27 +392,96 @@ def test_images_and_prompt_to_images_with_their_request(client: Any, anna: Path)
     assert Provenance.read(results[1]["image"]).request.people == ()
 
 
-def test_random_person_is_previewed(client: Any) -> None:
+def test_stopped_generation_keeps_what_is_finished(tmp_path: Path, anna: Path) -> None:
+    session = WebSession(tmp_path)
+    request = build_request(session, tmp_path, num_images=3, reference_images=[(str(anna), None)])
+    reported: list[Any] = []
+
+    def report(update: Any) -> None:
+        reported.append(update)
+        if isinstance(update, PageImage):
+            session.stop("first")
+
+    images = generate_images(session, request, True, report, "first")
+    assert [image.seed for image in images] == [3] and Path(images[0].file).exists()
+    assert [(step.done, step.total) for step in reported if isinstance(step, Step)] == [
+        (1, 24), (2, 24), (3, 24), (4, 24)
+    ]  # fmt: skip
+    assert generate_images(session, request, job="first") == []  # stopped while it waited
+    assert len(generate_images(session, request, job="second")) == 3
+
+
+def test_stopped_before_the_first_image_keeps_the_old_ones(tmp_path: Path) -> None:
+    session = WebSession(tmp_path)
+    session.stop("waiting")
+    (updates,) = run_page(session, job="waiting")
+    assert "Stopped before the first image" in updates["message"] and "gallery" not in updates
+
+
+def test_preview_while_generating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openpulid.web.updates.PREVIEW_SECONDS", 0.0)
+    updates = run_page(WebSession(tmp_path), num_images=2)
+    previews = [update["live"].constructor_args for update in updates if "live" in update]
+    assert len(previews) == 9 and all(entry["value"].size == (96, 96) for entry in previews[:8])
+    assert previews[-1] == {"value": None, "visible": False}
+    assert [len(u["gallery"].constructor_args["value"]) for u in updates if "gallery" in u] == [
+        1, 2, 2
+    ]  # fmt: skip
+
+
+def test_visitor_who_leaves_stops_the_generation(tmp_path: Path) -> None:
+    session = WebSession(tmp_path)
+    with gradio.Blocks():
+        page = build_layout(session)
+    updates = run_generation(
+        session, page, {**SETTINGS, "num_images": 60, "job": "gone"}, lambda *_, **__: None
+    )
+    next(updates)
+    updates.close()
+    assert session.is_stopped("gone")
+    assert len(list(tmp_path.glob("*/*.png"))) < 10
+
+
+def test_archive_has_all_images(client: Any) -> None:
+    _, _, archive = call(client, num_images=2)
+    with zipfile.ZipFile(archive) as opened:
+        assert opened.namelist() == [f"portrait-photo-smiling-{seed}.png" for seed in (3, 4)]
+
+
+def test_invented_person_is_previewed_and_saved(client: Any) -> None:
     (person,) = client.predict(api_name="/person")
     assert Image.open(person["image"]).size == (96, 96)
-    preview = client.predict(
-        as_gallery(Path(person["image"])), None, None, "mini", "pulid", api_name="/faces"
+    uploads = as_gallery(Path(person["image"]))
+    preview, message = client.predict(
+        reference_images=uploads, identity_file=None, api_name="/faces"
     )
-    assert Image.open(preview).width > 96
+    assert Image.open(preview["value"]).width > 96 and "Faces detected." in message
+    button, _ = client.predict(reference_images=uploads, identity_file=None, api_name="/identity")
+    saved = Path(button["value"])
+    assert saved.suffix == ".safetensors"
+    (one,), *_ = call(client, preset="mini", num_inference_steps=2, reference_images=uploads)
+    (other,), *_ = call(
+        client,
+        preset="mini",
+        num_inference_steps=2,
+        identity_file=handle_file(str(saved)),
+    )
+    assert pixels(one["image"]) == pixels(other["image"])
 
 
-def test_no_number_is_empty() -> None:
-    """Gradio shows an empty number as 0, so 0 must mean the preset's default."""
-    with web.open_app("mini") as blocks:
-        numbers = [block for block in blocks.blocks.values() if isinstance(block, gradio.Number)]
-    assert len(numbers) == 5 and not [number.label for number in numbers if number.value is None]
-
-
-def test_form_and_request_do_not_depend_on_order(anna: Path) -> None:
-    values = {name: SETTINGS[name] for name in sorted(SETTINGS)}
-    values |= {"num_inference_steps": 5.0, "guidance_scale": 2.0, "size": "96x64", "face_index": 1}
-    form = FormValues(identity_file=None, reference_images=[(str(anna), None)], **values)
-    request = form.to_request(ModelSelection(preset="mini"))
+def test_form_and_request(tmp_path: Path, anna: Path) -> None:
+    request = build_request(
+        WebSession(tmp_path),
+        tmp_path,
+        preset="mini",
+        reference_images=[(str(anna), None)],
+        face_index=1,
+        num_images=2,
+        num_inference_steps=5.0,
+        guidance_scale=2.0,
+        size="96x64",
+        projection="ortho",
+    )
     assert request == GenerationRequest(
         prompt="portrait, photo, smiling",
         seed=3,
@@ -323,24 +491,172 @@ def test_form_and_request_do_not_depend_on_order(anna: Path) -> None:
         num_inference_steps=5,
         guidance_scale=2.0,
         people=[Person(images=[anna], face_index=1)],
-        identity=IdentityOptions(scale=1.0, start=0.0, end=1.0),
+        identity=IdentityOptions(scale=1.0, projection="ortho"),
         model=ModelSelection(preset="mini"),
     )
 
 
+def draw(path: Path, **areas: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Return the value of an editor with areas in the colors of people, or of paint."""
+    layer = Image.new("RGBA", (100, 100))
+    for color, box in areas.items():
+        shade = PAINT if color == "paint" else COLORS[COLOR_NAMES.index(color)]
+        layer.paste((*shade, 190 if color == "paint" else 255), box)
+    layer.save(path)
+    return {"background": None, "layers": [str(path)], "composite": None}
+
+
+def test_several_people_side_by_side_or_in_drawn_regions(tmp_path: Path, anna: Path) -> None:
+    session = WebSession(tmp_path)
+    people = {f"person{k}_reference_images": [(str(anna), None)] for k in (1, 3)}
+    people["person3_scale"] = 0.5
+    request = build_request(session, tmp_path, mode="people", **people)
+    assert [person.box for person in request.people] == [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+    assert [person.scale for person in request.people] == [None, 0.5]
+    regions = draw(tmp_path / "layer.png", red=(0, 0, 40, 100), green=(60, 0, 100, 100))
+    drawn = {"person1_region": DRAWN, "person3_region": DRAWN, "regions": regions}
+    request = build_request(session, tmp_path, mode="people", **people, **drawn)
+    masks = [Image.open(person.mask or "") for person in request.people]
+    assert [mask.getbbox() for mask in masks] == [(0, 0, 40, 100), (60, 0, 100, 100)]
+    (image,) = generate(session, mode="people", **people, **drawn)
+    assert len(Provenance.read(image.file).request.people) == 2
+    with pytest.raises(OptionError, match="is not drawn yet; draw it below in blue"):
+        build_request(
+            session,
+            tmp_path,
+            mode="people",
+            person2_reference_images=[(str(anna), None)],
+            person2_region=DRAWN,
+        )
+
+
+def test_edit_changes_only_what_is_painted(tmp_path: Path, anna: Path) -> None:
+    session = WebSession(tmp_path)
+    painted = draw(tmp_path / "layer.png", paint=(0, 0, 100, 30))
+    canvas = {**painted, "background": str(anna)}
+    edit = {"mode": "edit", "strength": 0.8, "resize": "crop"}
+    (image,) = generate(session, edit_image=canvas, **edit)
+    assert image.before is not None
+    original, result = (np.array(Image.open(file)) for file in (image.before, image.file))
+    assert (original[32:] == result[32:]).all() and (original[:28] != result[:28]).mean() > 0.5
+    request = Provenance.read(image.file).request
+    assert request.init_image == InitImage("anna.png", strength=0.8, mask="mask-1.png")
+    plain = {"background": str(anna), "layers": [], "composite": None}
+    (image,) = generate(session, edit_image=plain, **edit)
+    assert (np.array(Image.open(image.file)) != original).mean() > 0.5
+
+
+def test_settings_of_an_image_are_restored(tmp_path: Path, anna: Path) -> None:
+    session = WebSession(tmp_path)
+    values = {
+        "mode": "people",
+        "person1_reference_images": [(str(anna), None)],
+        "person2_reference_images": [(str(anna), None)],
+        "person2_region": "upper half",
+        "person2_scale": 0.5,
+        "num_inference_steps": 3,
+        "seed": str(2**64 - 1),
+        "start": 0.25,
+    }
+    (image,) = generate(session, **values)
+    with gradio.Blocks():
+        page = build_layout(session)
+    updates = restore_settings(session, page, image.file)
+
+    def shown(name: str) -> Any:
+        update = updates[page.values[name]]
+        return update["value"] if isinstance(update, dict) else update
+
+    for name in ("mode", "prompt", "preset", "seed", "num_inference_steps", "start"):
+        assert shown(name) == {**SETTINGS, **values}[name]
+    assert shown("person1_region") == "side by side" and shown("person2_region") == "upper half"
+    assert shown("person2_scale") == 0.5
+    message = updates[page.parts["message"]]
+    assert "Add the same files again: anna.png." in message
+    # nothing is opened because an image names it
+    assert page.values["person1_reference_images"] not in updates
+
+
+def test_image_without_settings_is_refused(tmp_path: Path, anna: Path) -> None:
+    session = WebSession(tmp_path)
+    with gradio.Blocks():
+        page = build_layout(session)
+    updates = restore_settings(session, page, str(anna))
+    assert list(updates) == [page.parts["message"]]
+    assert "anna.png contains no generation parameters" in updates[page.parts["message"]]
+    assert str(anna.parent) not in updates[page.parts["message"]]
+
+
+def test_history_shows_only_own_images(tmp_path: Path) -> None:
+    files = [tmp_path / f"{k}.png" for k in range(MAX_KEPT + 1)]
+    history = History(is_on=True)
+    for file in files:
+        file.touch()
+        history.add("anna", PageImage(str(file), 1, ""))
+    history.add("ben", PageImage("ben.png", 1, ""))
+    assert [image.file for image in history.images("anna")] == [
+        str(file) for file in reversed(files[1:])
+    ]
+    assert not files[0].exists() and history.images(None) == history.images("") == []
+    history.clear("anna")
+    assert history.images("anna") == [] and not files[-1].exists()
+    assert len(history.images("ben")) == 1
+    off = History(is_on=False)
+    off.add("anna", PageImage("anna.png", 1, ""))
+    assert off.images("anna") == []
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)],
+)
+def test_history_is_off_for_other_machines(
+    host: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_history: list[bool] = []
+
+    def launch(blocks: Any, **options: Any) -> None:
+        has_history.append("History" in [getattr(b, "label", "") for b in blocks.blocks.values()])
+
+    monkeypatch.setattr("gradio.Blocks.launch", launch)
+    monkeypatch.setattr("gradio.Blocks.block_thread", lambda blocks: None)
+    web_command(host=host, port=0)
+    web_command(host=host, port=0, history=not expected)
+    assert has_history == [expected, not expected]
+
+
+def test_words_are_those_of_the_miniature() -> None:
+    texts = [*prompts.MINI_EXAMPLES, prompts.DEFAULT_PROMPT]
+    texts += [phrase for phrases in prompts.list_topics().values() for phrase in phrases]
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
+    assert words <= set(VOCABULARY)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_sizes_suit_the_preset(preset: str) -> None:
+    built = PRESETS[preset]()
+    sizes = [parse_size(size) for _, size in list_sizes(built)]
+    assert (built.models.native_side, built.models.native_side) in sizes and len(sizes) > 4
+    for width, height in sizes:
+        request = GenerationRequest(prompt="a", width=width, height=height)
+        assert built.describe_ineffective(built.resolve(request), False) == []
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_is_described(preset: str) -> None:
+    built = PRESETS[preset]()
+    text = describe_preset(built)
+    assert built.description in text and "Licenses" in text
+    assert ("GiB" in text) == ("memory" in built.options)
+    assert ("moustache" in text) == built.models.is_miniature
+    assert ("commercial use" in text) == bool(built.published)
+
+
 def test_user_errors_are_shown_on_the_page(client: Any, anna: Path) -> None:
-    with pytest.raises(Exception, match="does not know 'spaceship'"):
-        values = {**SETTINGS, "prompt": "portrait, spaceship"}
-        client.predict(
-            reference_images=as_gallery(anna), identity_file=None, **values, api_name="/generate"
-        )
-    with pytest.raises(Exception, match="Prompt must not be empty"):
-        values = {**SETTINGS, "prompt": " "}
-        client.predict(
-            reference_images=as_gallery(anna), identity_file=None, **values, api_name="/generate"
-        )
-    with pytest.raises(Exception, match="add reference images"):
-        client.predict(None, None, None, "mini", "pulid", api_name="/faces")
+    _, message, _ = call(client, prompt="portrait, spaceship", reference_images=as_gallery(anna))
+    assert "does not know 'spaceship'" in message and "`pulid" not in message
+    _, message = client.predict(reference_images=None, identity_file=None, api_name="/faces")
+    assert "Add reference images" in message
 
 
 def test_page_reads_images_as_the_command_line_does(tmp_path: Path, anna: Path) -> None:
@@ -353,26 +669,29 @@ def test_page_reads_images_as_the_command_line_does(tmp_path: Path, anna: Path) 
         photo = copyfile(anna, tmp_path / "IMG0001")  # a photo without an ending
         uploads = GalleryData(root=[GalleryImage(image=ImageData(path=str(photo)))])
         reference_images = form["Reference images of one person"].preprocess(uploads)
+        part = form["Drawn regions"].preprocess(EditorData(background=upload, layers=[upload]))
+        blob = form["Image to edit"].convert_and_format_image(b"not an image")
+    assert part["layers"] == [upload.path] and part["background"] == upload.path
+    assert Path(blob).suffix == ".png"
     assert image_paths(reference_images) == [str(photo)]
     (result,) = generate(WebSession(tmp_path), reference_images=reference_images)
     (expected,) = generate(WebSession(tmp_path), reference_images=[(str(anna), None)])
-    assert pixels(result[0]) == pixels(expected[0])
+    assert pixels(result) == pixels(expected)
 
 
 def test_uploads_are_decoded_in_a_child_process(
     tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("openpulid.web.session.DECODE_SECONDS", 0.001)
+    monkeypatch.setattr("openpulid.web.inputs.DECODE_SECONDS", 0.001)
     session = WebSession(tmp_path)
     with pytest.raises(ImageError, match=r"anna\.png: takes longer than 0\.001 s to decode"):
         generate(session, reference_images=[(str(anna), None)])
     with pytest.raises(ImageError, match="takes longer"):
-        session.preview([str(anna)], None, session.models)
+        draw_faces(session, [str(anna)], None, session.models)
 
 
 def test_messages_name_uploads_and_buttons(tmp_path: Path) -> None:
     """Neither a temporary folder of the server nor a command appears on the page."""
-    handle = web._form_handler(partial(web._generate, WebSession(tmp_path)), FormValues)
     folder = tmp_path / "gradio" / "0f3a"
     folder.mkdir(parents=True)
     empty = folder / "empty room.jpeg"
@@ -380,7 +699,7 @@ def test_messages_name_uploads_and_buttons(tmp_path: Path) -> None:
     (folder / "IMG_1.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     (folder / "anna.safetensors").write_bytes(b"no identity")
     no_face = "empty room.jpeg: no face detected in its 96 x 96 pixels (one size: 96 pixels); this"
-    no_face += " preset only detects one synthetic person per image (the button Random person"
+    no_face += " preset only detects one synthetic person per image (the button Invent a person"
     cases = {
         no_face: {"reference_images": [(str(empty), None)]},
         "IMG_1.heic: is": {"reference_images": [(str(folder / "IMG_1.heic"), None)]},
@@ -389,11 +708,9 @@ def test_messages_name_uploads_and_buttons(tmp_path: Path) -> None:
         },
     }
     for message, values in cases.items():
-        form = {"reference_images": None, "identity_file": None, **ONE_IMAGE, **values}
-        with pytest.raises(gradio.Error) as error:
-            handle(*(form[name] for name in inspect.signature(handle).parameters))
-        assert error.value.message.startswith(message)
-        assert str(tmp_path) not in error.value.message and "`pulid" not in error.value.message
+        shown = html.unescape(message_of(run_page(WebSession(tmp_path), **values)))
+        assert shown.startswith(f'<div class="error" role="alert">{message}')
+        assert str(tmp_path) not in shown and "`pulid" not in shown
 
 
 def test_advice_of_the_command_line_becomes_advice_of_the_page() -> None:
@@ -405,21 +722,28 @@ def test_advice_of_the_command_line_becomes_advice_of_the_page() -> None:
     )
 
 
-def test_warnings_are_shown_on_the_page(
-    tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown: list[str] = []
-    monkeypatch.setattr(gradio, "Warning", shown.append)
+def test_warnings_are_shown_without_paths_of_the_server(tmp_path: Path, anna: Path) -> None:
+    session = WebSession(tmp_path)
+    with gradio.Blocks():
+        page = build_layout(session)
+
+    def preview(file: Path) -> str:
+        values = {**SETTINGS, "reference_images": [(str(file), None)]}
+        updates = preview_faces(session, page, "", values)
+        return str(updates[page.parts["message"]])
+
     transparent = tmp_path / "gradio" / "clear.png"
     transparent.parent.mkdir()
     Image.new("RGBA", (96, 96)).save(transparent)
-    handle = web._form_handler(partial(web._preview, WebSession(tmp_path)), PreviewValues)
-    with pytest.raises(gradio.Error, match="no face detected"):
-        handle([(str(transparent), None)], None, None, "mini", "pulid")
-    assert shown == ["clear.png: is transparent everywhere; it is read as white"]
-    shown.clear()
-    handle([(str(anna), None)], None, None, "mini", "pulid")
-    assert shown == []
+    shown = preview(transparent)
+    assert "no face detected" in shown and str(tmp_path) not in shown
+    assert "clear.png: is transparent everywhere; it is read as white." in shown
+    Image.open(anna).rotate(180).save(tmp_path / "turned.png")
+    assert (
+        "turned.png: the face is not upright; it is read after turning by 180 degrees."
+        in preview(tmp_path / "turned.png")
+    )
+    assert preview(anna) == '<div class="status" role="status">Faces detected.</div>'
 
 
 def test_same_image_is_analyzed_once_and_before_the_base_is_loaded(
@@ -434,30 +758,16 @@ def test_same_image_is_analyzed_once_and_before_the_base_is_loaded(
 
     monkeypatch.setattr(MiniFaceDetection, "detect", count)
     session = WebSession(tmp_path)
-    session.preview([str(anna)], None, session.select_models("mini-lightning"))
+    draw_faces(session, [str(anna)], None, session.select_models("mini-lightning"))
     assert session._studio is None
     uploads = [(str(anna), None)]
-    files = [generate(session, reference_images=uploads)[0][0] for _ in range(2)]
+    files = [generate(session, reference_images=uploads)[0] for _ in range(2)]
     copyfile(anna, tmp_path / "copy.png")  # as an upload of the same file
-    files += [generate(session, reference_images=[(str(tmp_path / "copy.png"), None)])[0][0]]
+    files += generate(session, reference_images=[(str(tmp_path / "copy.png"), None)])
     assert detections == [None, None] and len(set(map(pixels, files))) == 1
     render_portrait(1_000_011).save(tmp_path / "copy.png")  # another person under the same name
     (other,) = generate(session, reference_images=[(str(tmp_path / "copy.png"), None)])
-    assert len(detections) == 3 and pixels(other[0]) != pixels(files[0])
-
-
-def test_warnings_are_shown_without_paths_of_the_server(
-    tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown: list[str] = []
-    monkeypatch.setattr(gradio, "Warning", shown.append)
-    Image.open(anna).rotate(180).save(tmp_path / "turned.png")
-    session = WebSession(tmp_path)
-    handler = web._form_handler(partial(web._preview, session), PreviewValues)
-    handler([(str(tmp_path / "turned.png"), None)], None, None, "mini", "pulid")
-    assert shown == [
-        "turned.png: the face is not upright; it is read after turning by 180 degrees."
-    ]
+    assert len(detections) == 3 and pixels(other) != pixels(files[0])
 
 
 def test_session_has_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:
@@ -471,7 +781,7 @@ def test_session_has_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:
     uploads = [(str(anna), None)]
     (one,) = generate(session, identity_file=file, **empty)
     (other,) = generate(session, reference_images=uploads, **empty)
-    assert pixels(one[0]) == pixels(other[0])
+    assert pixels(one) == pixels(other)
     with pytest.raises(OptionError, match="either images or an identity file, not both"):
         generate(session, reference_images=uploads, identity_file=file)
     with pytest.raises(FaceError, match="no face 1"):
@@ -502,8 +812,8 @@ def test_controlnet_with_a_person(
     (plain,) = generate(session, **person)
     (controlled,) = generate(session, **person, **control)
     (again,) = generate(session, **person)
-    assert pixels(controlled[0]) != pixels(plain[0]) == pixels(again[0])
-    request = Provenance.read(controlled[0]).request
+    assert pixels(controlled) != pixels(plain) == pixels(again)
+    request = Provenance.read(controlled.file).request
     assert request.controls == (Control("control-edges", "anna.png", scale=0.5),)
     with pytest.raises(OptionError, match=r"controls\.0\.model is missing"):
         generate(session, **person, control_image=str(anna))
@@ -534,8 +844,8 @@ def test_changes_apply_to_the_first_preset_alone(tmp_path: Path, anna: Path) -> 
     person = {"reference_images": [(str(anna), None)]}
     (own,) = generate(session, **person)
     (plain,) = generate(WebSession(tmp_path), **person)
-    assert pixels(own[0]) != pixels(plain[0])
-    assert Provenance.read(own[0]).request.model.adapter == "adapter.safetensors"
+    assert pixels(own) != pixels(plain)
+    assert Provenance.read(own.file).request.model.adapter == "adapter.safetensors"
     with (
         pytest.raises(OptionError, match="only available for FLUX presets"),
         web.open_app("mini", memory="12gb"),
@@ -569,11 +879,13 @@ def test_page_is_served_locally_and_leaves_no_files(
     assert served["server_name"] == "127.0.0.1" and served["share"] is False
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with web.open_app("mini") as blocks:
-        assert blocks.analytics_enabled is False and blocks.delete_cache == web.DELETE_CACHE
+        assert blocks.analytics_enabled is False and blocks.delete_cache == DELETE_CACHE
         (directory,) = tmp_path.glob("openpulid-*")
         assert directory.stat().st_mode & 0o777 == 0o700
         uploads = os.environ["GRADIO_TEMP_DIR"]
         assert Path(uploads).parent == directory
         caches = {getattr(block, "GRADIO_CACHE", uploads) for block in blocks.blocks.values()}
         assert caches == {uploads}
+        (directory / "file").touch()
+        assert (directory / "file").stat().st_mode & 0o777 == 0o600
     assert os.environ.get("GRADIO_TEMP_DIR") != uploads and os.listdir(tmp_path) == []

@@ -26,27 +26,29 @@ def web(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve.")] = 7860,
     device: Device = None,
+    history: Annotated[
+        bool | None,
+        typer.Option(
+            help="Show each visitor what they have generated; by default only on 127.0.0.1."
+        ),
+    ] = None,
 ) -> None:
     """Serve the web page, with every preset and method whose weights are installed.
 
     Base, memory, faces and adapter apply to the preset that is selected first.
     """
-    from openpulid.web.network import check_address, without_proxy
+    from openpulid.web.network import check_address, is_loopback, without_proxy
     from openpulid.web.page import open_app
     from openpulid.web.server import launch_options
 
     check_address(host, port)
     changes = {"base": base, "memory": memory, "face_pack": faces, "adapter": adapter}
     options = {name: str(value) for name, value in changes.items() if value is not None}
-    with without_proxy(), name_options(), open_app(preset, device, **options) as blocks:
-        import gradio as gr
-
-        # local fonts only
-        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    has_history = is_loopback(host) if history is None else history
+    app = open_app(preset, device, has_history=has_history, **options)
+    with without_proxy(), name_options(), app as blocks:
         try:
-            blocks.launch(
-                server_port=port, theme=theme, prevent_thread_lock=True, **launch_options(host)
-            )
+            blocks.launch(server_port=port, prevent_thread_lock=True, **launch_options(host))
         except OSError as error:
             raise OptionError(
                 f"port {port} is not available ({error}); choose another with --port."

@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from openpulid.errors import OptionError
-from openpulid.pipelines.request import GenerationRequest, ModelSelection, parse_size
+from openpulid.pipelines.presets import Preset
+from openpulid.pipelines.request import GenerationRequest, parse_size
+from openpulid.pipelines.request_fields import RequestError
+from openpulid.pipelines.request_inputs import Person
+from openpulid.web.fields import FIELDS, Field
+from openpulid.web.masks import COLOR_NAMES, COLORS, PAINT, split_colors
 
-FIELD_LABELS = {
-    "prompt": "Prompt",
-    "negative_prompt": "Negative prompt",
-    "num_inference_steps": "Steps",
-    "guidance_scale": "Guidance",
-    "seed": "Seed",
-    "num_images": "Images",
-    "identity.scale": "Scale",
-    "identity.start": "Identity start",
-    "identity.end": "Identity end",
+MAX_PEOPLE = 4
+"""People of the tab Several people. A request can have more."""
+
+PERSON_PREFIXES = tuple(f"person{number}_" for number in range(1, MAX_PEOPLE + 1))
+"""Of the names of the components of each person."""
+
+PERSON_COLORS = COLOR_NAMES
+"""The color in which the region of each person is drawn."""
+
+SIDE_BY_SIDE = "side by side"
+"""The region of a person that depends on how many people there are."""
+DRAWN = "drawn below"
+"""The region that is painted in the color of the person."""
+REGIONS = {
+    "left half": (0.0, 0.0, 0.5, 1.0),
+    "right half": (0.5, 0.0, 1.0, 1.0),
+    "upper half": (0.0, 0.0, 1.0, 0.5),
+    "lower half": (0.0, 0.5, 1.0, 1.0),
+}
+"""Boxes by name, as fractions of the image's sides."""
+
+
+def side_by_side(position: int, count: int) -> tuple[float, float, float, float]:
+    """Return the box of one of several people of equal width, counted from the left."""
+    return (position / count, 0.0, (position + 1) / count, 1.0)
+
+
+FIELD_LABELS = {entry.path: entry.label for entry in FIELDS} | {
+    "width": "width",
+    "height": "height",
     "people.images": "Reference images",
     "people.identity": "Identity file",
     "people.face_index": "Face",
+    "people.mask": "Region",
+    "people.box": "Region",
+    "people.scale": "Scale of the person",
+    "init_image.image": "Image to edit",
+    "init_image.mask": "Painted area",
     "controls": "ControlNet",
     "controls.model": "ControlNet",
     "controls.image": "Control image",
@@ -34,7 +64,8 @@ FIELD_LABELS = {
 """Fields of a `GenerationRequest` and their labels on the page, for error messages."""
 
 PAGE_ADVICE = {
-    "`pulid world person` draws one": "the button Random person draws one",
+    "`pulid world words` lists them": "see Words that the miniature knows",
+    "`pulid world person` draws one": "the button Invent a person draws one",
     "create one: `pulid identify IMAGE -o FILE`": "add the reference images instead",
     "re-create it from its images with `pulid identify` and this preset": (
         "add the reference images instead"
@@ -61,113 +92,176 @@ def adapt_message(message: str, files: Iterable[str]) -> str:
     return message
 
 
-@dataclass(frozen=True)
 class FormValues:
-    """The values of the form, as Gradio passes them. 0 and "" stand for the preset's default."""
+    """The values of the form, as Gradio passes them.
 
-    reference_images: Uploads
-    identity_file: str | None
-    face_index: float | None
-    prompt: str
-    preset: str
-    method: str
-    scale: float
-    num_images: float
-    seed: float
-    also_without_identity: bool
-    negative_prompt: str | None
-    num_inference_steps: float | None
-    guidance_scale: float | None
-    size: str | None
-    start: float
-    end: float
-    control: str | None = None
-    control_image: str | None = None
-    control_scale: float = 1.0
+    Args:
+        values: name of a component -> its value. A missing one is as a new page shows it.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    @property
+    def mode(self) -> str:
+        """The tab: "create", "edit" or "people"."""
+        return self.values.get("mode") or "create"
+
+    @property
+    def preset(self) -> str:
+        """The name of the preset."""
+        return self.values["preset"]
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return self.values.get("method") or "pulid"
 
     def files(self) -> list[str]:
         """Return the files of all uploads."""
-        single = [self.identity_file, self.control_image]
-        return image_paths(self.reference_images) + [file for file in single if file]
+        return list(_find_files(list(self.values.values())))
 
-    def to_request(self, models: ModelSelection) -> GenerationRequest:
-        """Build the request.
+    def person(self, prefix: str = "") -> dict[str, Any]:
+        """Return one person as a part of a request; it is empty without a file.
 
         Args:
-            models: the models of the selected preset and method.
+            prefix: of the names of the person's components.
+        """
+        images = image_paths(self.values.get(prefix + "reference_images"))
+        identity = self.values.get(prefix + "identity_file")
+        if not images and not identity:
+            return {}
+        face_index = self.values.get(prefix + "face_index") or None
+        return {"images": images, "identity": identity, "face_index": face_index}
+
+    def reference(self, prefix: str = "") -> Person:
+        """Return a person with reference images, see `person`.
+
+        Raises:
+            OptionError: there are no images.
+        """
+        person = self.person(prefix)
+        if not person or person["identity"]:
+            raise OptionError("add reference images; an identity file contains no images.")
+        return Person.model_validate(person)
+
+    def to_request(self, preset: Preset, directory: Path) -> GenerationRequest:
+        """Build the request. Options with the preset's defaults are left out.
+
+        Args:
+            preset: the preset and method of the form.
+            directory: where masks are written.
 
         Raises:
             OptionError: values are out of range or do not go together.
         """
-        size = (self.size or "").strip()
-        width, height = parse_size(size) if size else (None, None)
-        people = self._people()
-        # the sliders always have values, which have no effect without a person
-        identity = {"scale": self.scale, "start": self.start, "end": self.end} if people else {}
-        return GenerationRequest.model_validate(
-            {
-                "prompt": self.prompt or " ",
-                "negative_prompt": self.negative_prompt or None,
-                "seed": self.seed,
-                "num_images": self.num_images,
-                "width": width,
-                "height": height,
-                "num_inference_steps": self.num_inference_steps or None,
-                "guidance_scale": self.guidance_scale or None,
-                "people": people,
-                "controls": self._controls(),
-                "identity": identity,
-                "model": models,
-            }
-        )
+        people = self._people(directory)
+        data: dict[str, Any] = {
+            "people": people,
+            "controls": self._controls(),
+            "model": preset.selection,
+        }
+        if self.mode == "edit":
+            data["init_image"] = self._init_image(directory)
+        if size := (self.values.get("size") or "").strip():
+            data["width"], data["height"] = parse_size(size)
+        for entry in FIELDS:
+            is_ignored = (
+                not entry.is_supported(preset)
+                or (entry.section == "edit" and self.mode != "edit")
+                # without a person they would be noted as having no effect
+                or (entry.path.startswith("identity.") and not people)
+            )
+            default = entry.default(preset)
+            value = self.values.get(entry.name, default)
+            if is_ignored or (entry.is_option and value in (None, default)):
+                continue
+            _set(data, entry, value)
+        return GenerationRequest.model_validate(data)
 
-    def _people(self) -> list[dict[str, Any]]:
-        images = image_paths(self.reference_images)
-        if not images and not self.identity_file:
-            return []
-        face_index = self.face_index or None
-        return [{"images": images, "identity": self.identity_file, "face_index": face_index}]
+    def _people(self, directory: Path) -> list[dict[str, Any]]:
+        if self.mode != "people":
+            person = self.person()
+            return [person] if person else []
+        prefixes = [prefix for prefix in PERSON_PREFIXES if self.person(prefix)]
+        drawn = split_colors(self.values.get("regions"), COLORS, directory)
+        people = []
+        for position, prefix in enumerate(prefixes):
+            region = self.values.get(prefix + "region") or SIDE_BY_SIDE
+            place: dict[str, Any] = {"box": REGIONS.get(region)}
+            if region == DRAWN:
+                number = PERSON_PREFIXES.index(prefix)
+                place = {"mask": drawn[number]}
+                if drawn[number] is None:
+                    raise RequestError(
+                        f"{{0}} of person {number + 1} is not drawn yet; draw it below in "
+                        f"{PERSON_COLORS[number]}, or choose another region.",
+                        "people.mask",
+                    )
+            elif region == SIDE_BY_SIDE and len(prefixes) > 1:
+                place = {"box": side_by_side(position, len(prefixes))}
+            scale = self.values.get(prefix + "scale") or None
+            people.append({**self.person(prefix), **place, "scale": scale})
+        return people
+
+    def _init_image(self, directory: Path) -> dict[str, Any]:
+        canvas = self.values.get("edit_image") or {}
+        data: dict[str, Any] = {}
+        if canvas.get("background"):
+            data["image"] = canvas["background"]
+        (mask,) = split_colors(canvas, [PAINT], directory)
+        if mask is not None:
+            data["mask"] = mask
+        return data
 
     def _controls(self) -> list[dict[str, Any]]:
-        if not self.control and not self.control_image:
+        model, image = self.values.get("control"), self.values.get("control_image")
+        if not model and not image:
             return []
-        control: dict[str, Any] = {"scale": self.control_scale}
-        if self.control:
-            control["model"] = self.control
-        if self.control_image:
-            control["image"] = self.control_image
+        control: dict[str, Any] = {"scale": self.values.get("control_scale", 1.0)}
+        if model:
+            control["model"] = model
+        if image:
+            control["image"] = image
         return [control]
 
 
-@dataclass(frozen=True)
-class PreviewValues:
-    """The values of the form that a preview of the faces needs."""
+def _set(data: dict[str, Any], entry: Field, value: Any) -> None:
+    """Set the value of a field in the data of a request, after a check of the page's limits."""
+    if entry.limits is not None:
+        low, high = entry.limits
+        if not low <= (value or 0) <= high:
+            bound = f"at least {low:g}" if (value or 0) < low else f"at most {high:g}"
+            raise RequestError(f"{{0}} must be {bound} on this page, got {value:g}.", entry.path)
+    if entry.name == "seed":
+        value = parse_seed(value)
+    if entry.name == "prompt":
+        value = value or " "  # which is refused with a sentence
+    *parents, last = entry.path.split(".")
+    for name in parents:
+        data = data.setdefault(name, {})
+    data[last] = value
 
-    reference_images: Uploads
-    identity_file: str | None
-    face_index: float | None
-    preset: str
-    method: str
 
-    def files(self) -> list[str]:
-        """Return the files of all uploads."""
-        single = [self.identity_file] if self.identity_file else []
-        return image_paths(self.reference_images) + single
-
-    def images(self) -> list[str]:
-        """Return the files of the reference images.
-
-        Raises:
-            OptionError: there are none.
-        """
-        paths = image_paths(self.reference_images)
-        if self.identity_file or not paths:
-            raise OptionError(
-                "add reference images to preview their faces; an identity file contains no images."
-            )
-        return paths
+def parse_seed(value: str | float | None) -> Any:
+    """Return the seed of a request; None, which draws one, for a blank text and "random"."""
+    if isinstance(value, str):
+        value = value.strip()
+        return None if value.lower() in ("", "random") else value
+    return value
 
 
 def image_paths(uploads: Uploads) -> list[str]:
     """Return the files of a gallery."""
     return [path for path, _ in uploads or ()]
+
+
+def _find_files(value: Any) -> Iterator[str]:
+    """Yield the paths in a value of the form."""
+    if isinstance(value, str) and os.path.isabs(value):
+        yield value
+    elif isinstance(value, dict):
+        yield from _find_files(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _find_files(item)

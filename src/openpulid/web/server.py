@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,9 +26,15 @@ def launch_options(host: str) -> dict[str, Any]:
     Args:
         host: the address that is served.
     """
+    import gradio as gr
     from starlette.middleware import Middleware
 
     return {
+        # local fonts only
+        "theme": gr.themes.Default(
+            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+        ),
+        "css_paths": Path(__file__).with_name("page.css"),
         "server_name": host,
         "share": False,
         "quiet": True,

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict, deque
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 from openpulid import Identity, resolve_preset
-from openpulid.identity.reference import ReferenceFaces, open_references
-from openpulid.io.files import make_folder
-from openpulid.io.temporary import private_directory
-from openpulid.pipelines.inputs import RequestInputs, open_inputs
-from openpulid.pipelines.prompts import check_words
-from openpulid.pipelines.provenance import fingerprint_inputs
-from openpulid.pipelines.request import GenerationRequest, ModelSelection
+from openpulid.pipelines.request import ModelSelection
+from openpulid.pipelines.weights import (
+    find_installed_controls,
+    find_installed_methods,
+    find_installed_presets,
+)
+from openpulid.web.history import History
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from openpulid.identity.extractor import IdentityExtractor
     from openpulid.pipelines.presets import Preset
-    from openpulid.pipelines.result import GenerationResult
     from openpulid.pipelines.studio import Studio
 
-UPLOAD_VARIABLE = "GRADIO_TEMP_DIR"
-
-
-DECODE_SECONDS = 20.0
-"""Time limit for decoding an upload, in a child process."""
-
-
-MAX_IDENTITIES = 16
-"""Identities of the last reference images, which are kept in memory until the page is closed."""
+MAX_STOPPED = 256
+"""Names of stopped calls that are remembered."""
 
 
 class WebSession:
@@ -45,6 +31,11 @@ class WebSession:
         directory: where images are written for the browser.
         device: where to compute.
         models: the preset that is selected first, with its changes.
+        has_history: whether visitors can see again what they have generated.
+
+    Attributes:
+        history: the images of each visitor.
+        identities: those of the last reference images, see `inputs.open_request`.
     """
 
     def __init__(
@@ -52,14 +43,17 @@ class WebSession:
         directory: Path,
         device: str | None = None,
         models: ModelSelection | None = None,
+        has_history: bool = False,
     ) -> None:
         self.directory = directory
+        self.history = History(has_history)
         self.device = device
         self.models = models or ModelSelection()
         self._studio: Studio | None = None
         self._extractor: tuple[ModelSelection, IdentityExtractor] | None = None
-        self._identities: OrderedDict[object, Identity] = OrderedDict()
+        self.identities: OrderedDict[object, Identity] = OrderedDict()
         self._presets: dict[ModelSelection, Preset] = {}
+        self._stopped: deque[str] = deque(maxlen=MAX_STOPPED)
 
     def select_models(self, preset: str, method: str = "pulid") -> ModelSelection:
         """Return the models of a preset and a method.
@@ -70,6 +64,18 @@ class WebSession:
         if method == "pulid":
             return models
         return models.model_copy(update={"method": method, "adapter": None})
+
+    def preset_names(self) -> list[str]:
+        """Return the names of the presets that can be used, the first one first."""
+        return list(dict.fromkeys([self.models.preset, *find_installed_presets()]))
+
+    def method_names(self, preset: Preset) -> list[str]:
+        """Return the names of the methods that can be used on a preset, PuLID first."""
+        return find_installed_methods(preset)
+
+    def control_names(self) -> list[str]:
+        """Return the names of the ControlNets that can be used."""
+        return find_installed_controls()
 
     def preset(self, models: ModelSelection) -> Preset:
         """Resolve the models of a request, once: an insightface pack is opened for it.
@@ -116,86 +122,11 @@ class WebSession:
             self._extractor = (preset.selection, load_extractor(preset, self.device))
         return self._extractor[1]
 
-    def generate(
-        self, request: GenerationRequest, also_without_identity: bool = False
-    ) -> list[tuple[str, str]]:
-        """Generate the images of a request.
+    def stop(self, job: str) -> None:
+        """End a call of `generate` after its present step, also one that has not begun."""
+        if job:
+            self._stopped.append(job)
 
-        Args:
-            request: the request; its input files are uploads.
-            also_without_identity: generate every image a second time, with the same seed and
-                without the person.
-
-        Returns:
-            file and caption of each image.
-        """
-        models = request.model or self.models
-        preset = self.preset(models)
-        check_words(preset, preset.resolve(request))  # before anything is loaded
-        inputs = self._open_inputs(request, models)
-        inputs.check(preset.models)
-        studio = self.studio(models)
-        result = studio.generate(request, inputs=inputs)
-        caption = "" if request.people else ", no identity"
-        files = self._save(result, caption)
-        if not request.people or not also_without_identity:
-            return files
-        without = studio.generate(request.without_people(), inputs=inputs.without_people())
-        plain_files = self._save(without, ", no identity")
-        return [file for pair in zip(files, plain_files, strict=True) for file in pair]
-
-    def preview(
-        self, images: Sequence[str], face_index: int | None, models: ModelSelection
-    ) -> Image.Image:
-        """Draw the detected faces and the extractor's crops."""
-        references = open_references(images, time_limit=DECODE_SECONDS)
-        return ReferenceFaces.detect(self.extractor(models), references).draw(face_index)
-
-    def _open_inputs(self, request: GenerationRequest, models: ModelSelection) -> RequestInputs:
-        """Open the inputs of a request. The same reference images are only analyzed once."""
-        fingerprints = fingerprint_inputs(request)
-        images = tuple(value for name, value in fingerprints.items() if ".images." in name)
-        if not images:
-            return open_inputs(request, time_limit=DECODE_SECONDS)
-        person = request.people[0]
-        key = (self.preset(models).selection, images, person.face_index, person.face_order)
-        inputs = open_inputs(request, self._identities.get(key), DECODE_SECONDS)
-        if inputs.has_reference_images:
-            inputs = inputs.with_identities(request, self.extractor(models))
-            if len(self._identities) == MAX_IDENTITIES:
-                self._identities.popitem(last=False)
-            identity = inputs.people[0].identity
-            assert isinstance(identity, Identity)
-            self._identities[key] = identity
-        return inputs
-
-    def _save(self, result: GenerationResult, caption: str) -> list[tuple[str, str]]:
-        paths = result.save(mkdtemp(dir=self.directory))
-        captions = [f"seed {seed}{caption}" for seed in result.seeds]
-        return [(str(path), text) for path, text in zip(paths, captions, strict=True)]
-
-
-@contextmanager
-def open_session(device: str | None, models: ModelSelection) -> Iterator[WebSession]:
-    """Open a session whose images and uploads are private, and are removed at the end.
-
-    Args:
-        device: where to compute.
-        models: the preset that is selected first, with its changes.
-    """
-    with private_directory() as directory, _upload_to(directory / "uploads"):
-        yield WebSession(directory, device, models)
-
-
-@contextmanager
-def _upload_to(directory: Path) -> Iterator[None]:
-    """Let Gradio store uploads, and its copies of images, in a folder."""
-    make_folder(directory)
-    previous = os.environ.get(UPLOAD_VARIABLE)
-    os.environ[UPLOAD_VARIABLE] = str(directory)
-    try:
-        yield
-    finally:
-        del os.environ[UPLOAD_VARIABLE]
-        if previous is not None:
-            os.environ[UPLOAD_VARIABLE] = previous
+    def is_stopped(self, job: str) -> bool:
+        """Whether a call of `generate` is to end."""
+        return job in self._stopped

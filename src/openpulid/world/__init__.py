@@ -3,7 +3,7 @@
 from openpulid.world.dataset import WorldDataset
 from openpulid.world.person import FACIAL, HELD_OUT_PEOPLE, PARAMETERS, SKIN, Person
 from openpulid.world.render import PARTS, Rendering, render
-from openpulid.world.scene import ATTRIBUTES, VOCABULARY, Scene
+from openpulid.world.scene import ATTRIBUTES, VOCABULARY, Scene, list_phrases
 
 __all__ = [
     "ATTRIBUTES",
@@ -17,5 +17,6 @@ __all__ = [
     "Rendering",
     "Scene",
     "WorldDataset",
+    "list_phrases",
     "render",
 ]

@@ -241,6 +241,30 @@ def _sample_phrase(phrases: tuple[str, ...], generator: torch.Generator) -> str:
     return phrases[int(torch.randint(len(phrases), (), generator=generator))] if phrases else ""
 
 
+def list_phrases() -> dict[str, tuple[str, ...]]:
+    """Return phrases for prompts by topic. Phrases of one topic exclude each other."""
+    phrases = {
+        name: tuple(synonyms[0] for synonyms in _PHRASES[name].values() if synonyms)
+        for name in ("style", "expression", "pose", "light", "glasses", "beard")
+    }
+    phrases["background"] = tuple(
+        pattern[0].format(color)
+        for pattern, colors in zip(
+            _PATTERNS.values(), (ATTRIBUTES["background"], ("yellow",), ("blue",)), strict=True
+        )
+        for color in colors
+    )
+    phrases["clothing"] = tuple(_CLOTHES[0].format(color) for color in ATTRIBUTES["clothing"])
+    phrases["hat"] = tuple(
+        hat[0].format(color) for hat in _HATS.values() for color in ATTRIBUTES["hat_color"][:4]
+    )
+    phrases["hair"] = (
+        "bald",
+        *(hair.format(color) for hair in _HAIR.values() for color in ATTRIBUTES["hair_color"][:4]),
+    )
+    return phrases
+
+
 def _build_vocabulary() -> tuple[str, ...]:
     phrases = [*_SUBJECTS, *_CLOTHES, *_HAIR.values(), "bald"]
     for classes in _PHRASES.values():

@@ -1,0 +1,81 @@
+"""Change the settings of the form: another preset or method, or those of an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from openpulid.errors import PulidError
+from openpulid.pipelines.presets import Preset
+from openpulid.web.about import describe_preset
+from openpulid.web.fields import FIELDS
+from openpulid.web.layout import Page, size_choices
+from openpulid.web.messages import describe_error, error_html, status_html
+from openpulid.web.restore import read_image
+from openpulid.web.session import WebSession
+
+Updates = dict[Any, Any]
+
+
+def select_preset(session: WebSession, page: Page, name: str) -> Updates:
+    """Show the methods, sizes and defaults of a preset, and what it knows."""
+    preset = session.preset(session.select_models(name))
+    methods = session.method_names(preset)
+    is_miniature = preset.models.is_miniature
+    parts = page.parts
+    updates: Updates = {
+        page.values["method"]: gr.Dropdown(choices=methods, value=methods[0]),
+        page.values["size"]: gr.Dropdown(choices=size_choices(preset), value=""),
+        parts["description"]: describe_preset(preset),
+        parts["words"]: gr.Accordion(visible=is_miniature),
+        parts["photo_examples"]: gr.Dataset(visible=not is_miniature),
+        parts["start"]: gr.Button(visible=is_miniature),
+    }
+    for prefix in page.prefixes:
+        updates[parts[prefix + "invent"]] = gr.Button(visible=is_miniature)
+    return {**updates, **show_defaults(page, preset)}
+
+
+def select_method(session: WebSession, page: Page, preset: str, method: str) -> Updates:
+    """Show the defaults of a method on a preset."""
+    return show_defaults(page, session.preset(session.select_models(preset, method)))
+
+
+def show_defaults(page: Page, preset: Preset) -> Updates:
+    """Show the options of a preset with its defaults, and hide those without effect."""
+    return {
+        page.values[entry.name]: gr.update(
+            value=entry.default(preset), visible=entry.is_supported(preset)
+        )
+        for entry in FIELDS
+        if entry.is_option
+    }
+
+
+def restore_settings(session: WebSession, page: Page, file: str | None) -> Updates:
+    """Show the settings with which an image was generated.
+
+    Nothing is opened because the image names it: files are added again by the user.
+    """
+    message = page.parts["message"]
+    if not file:
+        return {message: ""}
+    try:
+        restored = read_image(session, file)
+    except PulidError as error:
+        return {message: error_html(describe_error(error, [file]))}
+    preset, values = restored.preset, restored.values
+    updates = select_preset(session, page, preset.name)
+    methods = session.method_names(preset)
+    updates[page.values["preset"]] = preset.name
+    updates[page.values["method"]] = gr.Dropdown(choices=methods, value=preset.models.method)
+    updates |= show_defaults(page, preset)
+    for name, value in values.items():
+        component = page.values[name]
+        is_field = isinstance(updates.get(component), dict)
+        updates[component] = {**updates[component], "value": value} if is_field else value
+    updates[page.parts["tabs"]] = gr.Tabs(selected=values["mode"])
+    text = f"The settings of {Path(file).name} are restored. {restored.files}"
+    return {**updates, message: status_html(text.strip())}
