@@ -112,6 +112,24 @@ def generate(
     start_step: Annotated[
         int | None, typer.Option(min=0, help="FLUX: step from which the identity acts.")
     ] = None,
+    pose_from_prompt: Annotated[
+        bool,
+        typer.Option("--pose-from-prompt", help="Let the prompt decide on the pose of the head."),
+    ] = False,
+    refine_faces: Annotated[
+        bool,
+        typer.Option("--refine-faces", help="Generate small faces again, enlarged."),
+    ] = False,
+    refine_strength: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Change of refined faces, 0 to 1; 0.5 by default."),
+    ] = None,
+    refine_size: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Refine faces below this fraction of the image; 0.3 by default."
+        ),
+    ] = None,
     true_cfg: Annotated[
         float | None, typer.Option(min=1, help="FLUX: guidance scale of the negative prompt.")
     ] = None,
@@ -192,6 +210,7 @@ def generate(
             "projection": mode.projection if projection is None else projection,
             "num_zero": mode.num_zero if num_zero is None else num_zero,
             "start_step": start_step,
+            "pose_from_prompt": pose_from_prompt,
         }
         models = {
             "preset": preset,
@@ -217,6 +236,7 @@ def generate(
                 "people": people,
                 "init_image": describe_init_image(init_image, strength, inpaint_mask, resize),
                 "controls": describe_control(control, control_image, control_scale),
+                "refine_faces": describe_refinement(refine_faces, refine_strength, refine_size),
                 "identity": identity,
                 "model": models,
             }
@@ -321,6 +341,15 @@ def describe_control(
     control = {"model": model, "image": image, "scale": scale}
     given = {name: value for name, value in control.items() if value is not None}
     return [given] if given else []
+
+
+def describe_refinement(
+    is_set: bool, strength: float | None, max_size: float | None
+) -> dict[str, float] | bool:
+    """Return the second pass on small faces, for validation; False if no option asks for one."""
+    options = {"strength": strength, "max_size": max_size}
+    given = {name: value for name, value in options.items() if value is not None}
+    return given or is_set
 
 
 def parse_method(name: str | None, preset: Any) -> tuple[Any, str | None]:
