@@ -48,6 +48,7 @@ def build_request(options: Mapping[str, Any]) -> GenerationRequest:
         "projection": options["projection"] or mode.projection,
         "num_zero": mode.num_zero if options["num_zero"] is None else options["num_zero"],
         "start_step": options["start_step"],
+        "pose_from_prompt": options["pose_from_prompt"],
     }
     models = {
         "preset": options["preset"],
@@ -84,6 +85,9 @@ def build_request(options: Mapping[str, Any]) -> GenerationRequest:
             ),
             "style_image": describe_style(
                 options["style"], options["style_scale"], options["style_model"]
+            ),
+            "refine_faces": describe_refinement(
+                options["refine_faces"], options["refine_strength"], options["refine_size"]
             ),
             "identity": identity,
             "model": models,
@@ -163,6 +167,15 @@ def describe_init_image(
     options = {"image": image, "strength": strength, "mask": mask, "resize": resize}
     given = {name: value for name, value in options.items() if value is not None}
     return given or None
+
+
+def describe_refinement(
+    is_set: bool, strength: float | None, max_size: float | None
+) -> dict[str, float] | bool:
+    """Return the second pass on small faces, for validation; False if no option asks for one."""
+    options = {"strength": strength, "max_size": max_size}
+    given = {name: value for name, value in options.items() if value is not None}
+    return given or is_set
 
 
 def parse_method(name: str | None, preset: Any) -> tuple[Any, str | None]:

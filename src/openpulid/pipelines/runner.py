@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
 
-from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid import People, delay_guidance
 from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.progress import Progress
 from openpulid.pipelines.prompt_embeddings import PromptOptions, encode_prompts, repeat_prompts
-from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
+from openpulid.pipelines.refinement import FaceRefiner
+from openpulid.pipelines.request import GenerationRequest
 
 
 class PipelineRunner:
@@ -29,7 +30,7 @@ class PipelineRunner:
         preset: which options have an effect.
     """
 
-    def __init__(self, pipe: Any, adapter: Adapter, preset: Preset) -> None:
+    def __init__(self, pipe: Any, adapter: Any, preset: Preset) -> None:
         self.pipe = pipe
         self.adapter = adapter
         self.preset = preset
@@ -46,6 +47,8 @@ class PipelineRunner:
     ) -> Iterator[tuple[int, Image.Image]]:
         """Generate the images of a request, and yield each with its seed.
 
+        Small faces are refined before an image is yielded.
+
         Args:
             request: the resolved request.
             people: its people, as the adapter accepts them.
@@ -53,6 +56,39 @@ class PipelineRunner:
             progress: is told of every step.
             batch_size: images computed at once.
         """
+        if request.refine_faces is None:
+            yield from self._generate(request, people, inputs, progress, batch_size)
+            return
+        refiner = FaceRefiner(request, people, inputs, self.preset.models)
+        for seeds in _batches(request, batch_size):
+            part = request.model_copy(update={"seed": seeds[0], "num_images": len(seeds)})
+            # the identity is one at a time: the passes on faces begin after the whole images
+            images = list(self._generate(part, people, inputs, progress, batch_size))
+            for seed, image in images:
+                yield seed, self._refine(refiner, seed, image, progress)
+
+    def _refine(
+        self, refiner: FaceRefiner, seed: int, image: Image.Image, progress: Progress
+    ) -> Image.Image:
+        """Refine the small faces of a generated image."""
+        faces = refiner.find_faces(image, seed)
+        for face in faces:
+            progress.extend(face.request)
+        for face in faces:
+            files = replace(face.cut(image), add_ons=refiner.inputs.add_ons)
+            for _, crop in self._generate(face.request, face.identity, files, progress):
+                image = face.paste(image, crop)
+        return image
+
+    def _generate(
+        self,
+        request: GenerationRequest,
+        people: People | None,
+        inputs: RequestInputs,
+        progress: Progress,
+        batch_size: int = 1,
+    ) -> Iterator[tuple[int, Image.Image]]:
+        """Generate images without refining them."""
         pipe = self._select_pipeline(inputs)
         with inputs.use(pipe, self.preset.models.memory):
             prompts = encode_prompts(pipe, request, self.preset)
@@ -81,8 +117,11 @@ class PipelineRunner:
         first_guided_step = (request.timestep_to_start_cfg or 0) if is_guided else 0
         if people is None:
             return delay_guidance(pipe, first_guided_step) if is_flux else nullcontext()
-        supported = [name for name in IDENTITY_NAMES if name in self.preset.options]
-        options: dict[str, Any] = {name: getattr(request.identity, name) for name in supported}
+        options = {
+            name: value
+            for name, value in request.identity.adapter_options.items()
+            if name in self.preset.options
+        }
         if request.people:
             # the masks hold what is less than the largest scale
             options["scale"] = max(request.identity_scales)
@@ -111,7 +150,7 @@ class PipelineRunner:
             options |= {**edit.options, "after_step": edit.after_step}
         native = self.preset.models.native_side
         size = (request.width or native, request.height or native)
-        progress.start_run()
+        progress.start_run(request)
         images = run_pipeline(
             pipe,
             on_step=partial(progress.report, pipe, size=size),
