@@ -46,6 +46,7 @@ def build_request(options: Mapping[str, Any]) -> GenerationRequest:
         "projection": options["projection"] or mode.projection,
         "num_zero": mode.num_zero if options["num_zero"] is None else options["num_zero"],
         "start_step": options["start_step"],
+        "pose_from_prompt": options["pose_from_prompt"],
     }
     models = {
         "preset": options["preset"],
@@ -77,6 +78,9 @@ def build_request(options: Mapping[str, Any]) -> GenerationRequest:
             ),
             "controls": describe_control(
                 options["control"], options["control_image"], options["control_scale"]
+            ),
+            "refine_faces": describe_refinement(
+                options["refine_faces"], options["refine_strength"], options["refine_size"]
             ),
             "identity": identity,
             "model": models,
@@ -165,6 +169,15 @@ def describe_control(
     control = {"model": model, "image": image, "scale": scale}
     given = {name: value for name, value in control.items() if value is not None}
     return [given] if given else []
+
+
+def describe_refinement(
+    is_set: bool, strength: float | None, max_size: float | None
+) -> dict[str, float] | bool:
+    """Return the second pass on small faces, for validation; False if no option asks for one."""
+    options = {"strength": strength, "max_size": max_size}
+    given = {name: value for name, value in options.items() if value is not None}
+    return given or is_set
 
 
 def parse_method(name: str | None, preset: Any) -> tuple[Any, str | None]:

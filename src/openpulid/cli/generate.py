@@ -111,6 +111,24 @@ def generate(
     start_step: Annotated[
         int | None, typer.Option(min=0, help="FLUX: step from which the identity acts.")
     ] = None,
+    pose_from_prompt: Annotated[
+        bool,
+        typer.Option("--pose-from-prompt", help="Let the prompt decide on the pose of the head."),
+    ] = False,
+    refine_faces: Annotated[
+        bool,
+        typer.Option("--refine-faces", help="Generate small faces again, enlarged."),
+    ] = False,
+    refine_strength: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Change of refined faces, 0 to 1; 0.5 by default."),
+    ] = None,
+    refine_size: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Refine faces below this fraction of the image; 0.3 by default."
+        ),
+    ] = None,
     true_cfg: Annotated[
         float | None, typer.Option(min=1, help="FLUX: guidance scale of the negative prompt.")
     ] = None,

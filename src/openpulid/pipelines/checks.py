@@ -95,6 +95,13 @@ def _check_strength(request: GenerationRequest) -> None:
             f"image would not change; use {math.ceil(100 / steps) / 100:g} or more.",
             "init_image.strength",
         )
+    refinement = request.refine_faces
+    if refinement is not None and int(steps * refinement.strength) < 1:
+        raise RequestError(
+            f"{{0}} {refinement.strength:g} runs none of the {steps} steps, so that no face would "
+            f"change; use {math.ceil(100 / steps) / 100:g} or more.",
+            "refine_faces.strength",
+        )
 
 
 def check_active_steps(request: GenerationRequest, models: ModelSet) -> None:

@@ -44,6 +44,8 @@ class ModelSet:
         min_side, max_side: limits of width and height in pixels.
         min_area: smallest share of the native number of pixels that gives good images, and its
             inverse the largest.
+        face_share: longer side of a face over the side of the crop in which it is refined; that of
+            the portraits in the training.
         memory: FLUX: memory level, see `flux_memory.LEVELS`.
         guidance_embeds: FLUX: whether the preset is for transformers with a guidance embedding,
             such as dev, or without, such as schnell; None for both.
@@ -71,6 +73,7 @@ class ModelSet:
     min_side: int = 16
     max_side: int = 2048
     min_area: float = 0.4
+    face_share: float = 0.5
     memory: str = "full"
     guidance_embeds: bool | None = None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,13 @@ SAMPLING_OPTIONS = frozenset(
     ("negative_prompt", "width", "height", "num_inference_steps", "guidance_scale")
 )
 SDXL_OPTIONS = SAMPLING_OPTIONS | {"scale", "start", "end", "controls"}
-PULID_SDXL_OPTIONS = SDXL_OPTIONS | {"projection", "num_zero"}
+PULID_SDXL_OPTIONS = SDXL_OPTIONS | {"projection", "num_zero", "pose_from_prompt"}
 PULID_FLUX_OPTIONS = SAMPLING_OPTIONS | {
     "scale",
     "start",
     "end",
     "start_step",
+    "pose_from_prompt",
     "true_cfg_scale",
     "timestep_to_start_cfg",
     "max_sequence_length",
@@ -73,6 +74,7 @@ class Preset:
         models: the models.
         options: names of the options that have an effect with these models.
         defaults: values of the options that a request leaves out.
+        pose: the identity's start and scale with `pose_from_prompt`.
     """
 
     selection: ModelSelection
@@ -80,6 +82,7 @@ class Preset:
     models: ModelSet
     options: frozenset[str]
     defaults: GenerationOptions
+    pose: IdentityOptions = field(default_factory=IdentityOptions)
 
     @property
     def name(self) -> str:
@@ -134,7 +137,7 @@ class Preset:
                 "model",
             )
         check_supported(request, self.options, self.label)
-        resolved = request.fill_from(self.defaults)
+        resolved = self._fill(request)
         memory = self.models.memory if "memory" in self.options else None
         selection = self.selection.model_copy(update={"memory": memory})
         resolved = resolved.model_copy(update={"model": selection, "resolved": True})
@@ -142,6 +145,10 @@ class Preset:
         if bool(request.people) if is_person_shown is None else is_person_shown:
             check_active_steps(resolved, self.models)
         return resolved
+
+    def _fill(self, request: GenerationRequest) -> GenerationRequest:
+        identity = request.identity.fill_pose(self.pose)
+        return request.model_copy(update={"identity": identity}).fill_from(self.defaults)
 
     def describe_ineffective(self, request: GenerationRequest, is_person_shown: bool) -> list[str]:
         """Return a note on each option that the user set and that has no effect on the image.
@@ -152,7 +159,7 @@ class Preset:
         """
         if request.resolved:  # nobody set its options
             return []
-        resolved = request.fill_from(self.defaults)
+        resolved = self._fill(request)
         return describe_ineffective(request, resolved, self.models, is_person_shown)
 
 
@@ -176,6 +183,7 @@ def mini(directory: Path = MINIATURE) -> Preset:
         native_side=96,
         max_side=128,
         min_area=0.65,
+        face_share=0.66,
     )
     defaults = GenerationOptions(
         num_inference_steps=20,
@@ -194,6 +202,7 @@ def mini(directory: Path = MINIATURE) -> Preset:
         models,
         PULID_SDXL_OPTIONS,
         defaults,
+        pose=IdentityOptions(start=0.2, scale=0.7),
     )
 
 
@@ -205,6 +214,7 @@ def mini_lightning(directory: Path = MINIATURE) -> Preset:
         scheduler={"timestep_spacing": "trailing", "solver_order": 1},
     )
     preset = preset.with_defaults(num_inference_steps=4, guidance_scale=1.0, scale=1.0)
+    preset = replace(preset, pose=IdentityOptions(start=0.2, scale=1.0))  # from the second step
     return _rename(preset, "mini-lightning", "The miniature in four steps")
 
 
@@ -236,6 +246,8 @@ def sdxl(base: WeightSource = "juggernaut") -> Preset:
         models,
         PULID_SDXL_OPTIONS,
         defaults,
+        # the first step of a few-step model, the first five of 25
+        pose=IdentityOptions(start=0.2, scale=0.6),
     )
 
 
@@ -271,7 +283,8 @@ def sdxl_v1(base: WeightSource = "sdxl-base", mode: str = "fidelity") -> Preset:
 def flux(base: WeightSource = "flux-dev") -> Preset:
     """Return PuLID for FLUX v0.9.1 on FLUX.1-dev: 28 steps, guidance 4.
 
-    The identity acts from step 0. A `start_step` of 4 leaves photos more freedom of composition.
+    The identity acts from step 0. A `start_step` of 4, as with `pose_from_prompt`, leaves photos
+    more freedom of composition.
     """
     models = ModelSet(
         family="flux",
@@ -298,7 +311,12 @@ def flux(base: WeightSource = "flux-dev") -> Preset:
         identity=IdentityOptions(scale=1.0, start=0.0, end=1.0),
     )
     return Preset(
-        ModelSelection(preset="flux"), "PuLID on FLUX.1-dev", models, PULID_FLUX_OPTIONS, defaults
+        ModelSelection(preset="flux"),
+        "PuLID on FLUX.1-dev",
+        models,
+        PULID_FLUX_OPTIONS,
+        defaults,
+        pose=IdentityOptions(start=0.14, scale=0.8),  # from step 4 of 28
     )
 
 

@@ -30,14 +30,20 @@ class Progress:
 
     def __init__(self, callback: Callback | None, request: GenerationRequest) -> None:
         self._callback = callback
-        self._num_steps = count_steps(request)
-        self.total = request.num_images * self._num_steps
+        self.total = 0
+        self._num_steps = 0
         self._num_done = 0
         self._steps_of_run = 0
         self._previous: NoisyLatents | None = None
+        self.extend(request)
 
-    def start_run(self) -> None:
-        """Note that the next images begin."""
+    def extend(self, request: GenerationRequest) -> None:
+        """Add the steps of a resolved request to the total."""
+        self.total += request.num_images * count_steps(request)
+
+    def start_run(self, request: GenerationRequest) -> None:
+        """Note that the next images of a request begin."""
+        self._num_steps = count_steps(request)
         self._steps_of_run = 0
         self._previous = None
 

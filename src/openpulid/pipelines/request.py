@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     model_validator,
 )
@@ -45,6 +46,10 @@ from openpulid.pipelines.request_part import Part, RequestPart
 SCHEMA_VERSION = 1
 
 
+def _none_if_false(value: bool | None) -> bool | None:
+    return value or None
+
+
 class IdentityOptions(RequestPart):
     """How the identity acts. A field that is None takes the preset's default.
 
@@ -55,6 +60,8 @@ class IdentityOptions(RequestPart):
             `methods.pulid.projection`.
         num_zero: PuLID on SDXL: zero tokens added to the identity's; more of them weaken it.
         start_step: FLUX: step from which the identity acts, instead of `start`.
+        pose_from_prompt: start later and at a lower scale, so that the prompt decides on the pose.
+            It sets `start` and `scale` where they are None.
     """
 
     scale: Scale | None = None
@@ -63,6 +70,46 @@ class IdentityOptions(RequestPart):
     projection: Projection | None = None
     num_zero: Count | None = None
     start_step: Count | None = None
+    pose_from_prompt: Annotated[bool | None, AfterValidator(_none_if_false)] = None
+
+    @property
+    def adapter_options(self) -> dict[str, Any]:
+        """The options that the method itself takes."""
+        return self.model_dump(exclude={"pose_from_prompt"})
+
+    def fill_pose(self, pose: IdentityOptions) -> IdentityOptions:
+        """Return the options with start and scale of `pose` if the prompt decides on the pose.
+
+        Args:
+            pose: the values of the preset. What is set already is kept.
+        """
+        if not self.pose_from_prompt:
+            return self
+        names = ["scale"]
+        if self.start is None and self.start_step is None:
+            names.append("start")
+        return _fill_missing(self, pose, tuple(names))
+
+
+class FaceRefinement(RequestPart):
+    """A second pass on small faces: each is enlarged, painted anew with the identity, and put back.
+
+    Attributes:
+        strength: how much of the face is changed, from 0 to 1: the fraction of the steps that is
+            run.
+        max_size: faces are refined whose longer side is below this fraction of the image's shorter
+            side.
+    """
+
+    strength: Fraction = 0.5
+    max_size: Fraction = 0.3
+
+
+def _parse_refinement(value: Any) -> Any:
+    """Replace True by the default refinement, and False by none."""
+    if isinstance(value, bool):
+        return FaceRefinement() if value else None
+    return value
 
 
 def _parse_method(name: str | None) -> str | None:
@@ -158,6 +205,7 @@ class GenerationRequest(GenerationOptions):
         people: the people to show. Of several, each needs a mask or a box.
         init_image: the image to start from, instead of noise.
         controls: ControlNets. At most one today.
+        refine_faces: a second pass on small faces; True for one with the default options.
         model: the models; None stands for those of the studio that runs the request.
         resolved: every option has a value; a request that is stored in an image is resolved.
         schema_version: version of this schema.
@@ -169,6 +217,7 @@ class GenerationRequest(GenerationOptions):
     people: tuple[Person, ...] = Field(default=(), max_length=MAX_PEOPLE)
     init_image: InitImage | None = None
     controls: tuple[Control, ...] = Field(default=(), max_length=MAX_FILES)
+    refine_faces: Annotated[FaceRefinement | None, BeforeValidator(_parse_refinement)] = None
     model: ModelSelection | None = None
     resolved: bool = False
     schema_version: int = SCHEMA_VERSION

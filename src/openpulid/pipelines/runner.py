@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from openpulid.identity.detection import FaceDetection
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid import People, delay_guidance
 from openpulid.pipelines.finite import run_pipeline
@@ -17,7 +18,8 @@ from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.progress import Progress
 from openpulid.pipelines.prompts import prepare_prompts
-from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
+from openpulid.pipelines.refinement import FaceRefiner, load_detection
+from openpulid.pipelines.request import GenerationRequest
 
 
 class PipelineRunner:
@@ -34,6 +36,7 @@ class PipelineRunner:
         self.adapter = adapter
         self.preset = preset
         self._edit_pipelines: dict[bool, Any] = {}
+        self._detection: FaceDetection | None = None
         adapter.attach(pipe)
 
     def run(
@@ -46,6 +49,8 @@ class PipelineRunner:
     ) -> Iterator[tuple[int, Image.Image]]:
         """Generate the images of a request, and yield each with its seed.
 
+        Small faces are refined before an image is yielded.
+
         Args:
             request: the resolved request.
             people: its people, as the adapter accepts them.
@@ -53,6 +58,45 @@ class PipelineRunner:
             progress: is told of every step.
             batch_size: images computed at once.
         """
+        if request.refine_faces is None:
+            yield from self._generate(request, people, inputs, progress, batch_size)
+            return
+        refiner = FaceRefiner(request, people, inputs, self.preset.models)
+        for seeds in _batches(request, batch_size):
+            part = request.model_copy(update={"seed": seeds[0], "num_images": len(seeds)})
+            # the identity is one at a time: the passes on faces begin after the whole images
+            images = list(self._generate(part, people, inputs, progress, batch_size))
+            for seed, image in images:
+                yield seed, self._refine(refiner, seed, image, progress)
+
+    def _refine(
+        self, refiner: FaceRefiner, seed: int, image: Image.Image, progress: Progress
+    ) -> Image.Image:
+        """Refine the small faces of a generated image."""
+        faces = refiner.find_faces(image, self._load_detection(), seed)
+        for face in faces:
+            progress.extend(face.request)
+        for face in faces:
+            files = face.cut(image)
+            for _, crop in self._generate(face.request, face.identity, files, progress):
+                image = face.paste(image, crop)
+        return image
+
+    def _load_detection(self) -> FaceDetection:
+        """Load the face detector when it is needed, and keep it."""
+        if self._detection is None:
+            self._detection = load_detection(self.preset.models)
+        return self._detection
+
+    def _generate(
+        self,
+        request: GenerationRequest,
+        people: People | None,
+        inputs: RequestInputs,
+        progress: Progress,
+        batch_size: int = 1,
+    ) -> Iterator[tuple[int, Image.Image]]:
+        """Generate images without refining them."""
         readable = prepare_prompts(self.pipe, request, self.preset)
         pipe = self._select_pipeline(inputs)
         with inputs.use_controls(pipe), self._use_identity(people, request, pipe):
@@ -80,8 +124,11 @@ class PipelineRunner:
         first_guided_step = (request.timestep_to_start_cfg or 0) if is_guided else 0
         if people is None:
             return delay_guidance(pipe, first_guided_step) if is_flux else nullcontext()
-        supported = [name for name in IDENTITY_NAMES if name in self.preset.options]
-        options: dict[str, Any] = {name: getattr(request.identity, name) for name in supported}
+        options = {
+            name: value
+            for name, value in request.identity.adapter_options.items()
+            if name in self.preset.options
+        }
         if request.people:
             # the masks hold what is less than the largest scale
             options["scale"] = max(request.identity_scales)
@@ -111,7 +158,7 @@ class PipelineRunner:
             options |= {**edit.options, "after_step": edit.after_step}
         native = self.preset.models.native_side
         size = (request.width or native, request.height or native)
-        progress.start_run()
+        progress.start_run(request)
         images = run_pipeline(
             pipe,
             on_step=partial(progress.report, pipe, size=size),
