@@ -38,6 +38,8 @@ CANVAS = 128
 SMALL = CANVAS // 3
 STEPS = 50
 """Steps in the small scenes, so that one of them can change little."""
+MAX_SIZE = 0.4
+"""The faces have about 0.23; the box of a distorted one can be half as large again."""
 OTHER_PERSON = 500
 """Distance to the person of the initial image."""
 NUM_DRAWN = 6
@@ -129,7 +131,7 @@ def generate(
                 height=CANVAS,
                 num_inference_steps=STEPS,
                 init_image={"image": file, "strength": first_pass},
-                refine_faces=None if strength is None else {"strength": strength},
+                refine_faces=strength and {"strength": strength, "max_size": MAX_SIZE},
             )
             images[name] = result.images[0]
     return images

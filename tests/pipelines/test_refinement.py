@@ -15,7 +15,7 @@ from openpulid.io.image_grid import to_pil
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import MINIATURE, Preset, flux, mini, sdxl
 from openpulid.pipelines.progress import Progress
-from openpulid.pipelines.refinement import FaceRefiner, load_detection
+from openpulid.pipelines.refinement import FaceRefiner
 from openpulid.pipelines.request import FaceRefinement, GenerationRequest
 from openpulid.pipelines.runner import PipelineRunner
 from openpulid.pipelines.studio import Studio, load
@@ -76,7 +76,7 @@ def resolve(preset: Preset, **options: Any) -> GenerationRequest:
 
 def find(people: Any, image: Image.Image, **options: Any) -> list[Any]:
     refiner = FaceRefiner(resolve(mini(), **options), people, RequestInputs(), mini().models)
-    return refiner.find_faces(image, load_detection(mini().models), 7)
+    return refiner.find_faces(image, 7)
 
 
 def test_true_stands_for_the_default_refinement() -> None:
@@ -179,9 +179,7 @@ def test_one_person_has_one_face(anna) -> None:
 def test_the_identity_acts_in_the_whole_second_pass(anna) -> None:
     request = resolve(mini(), identity={"start": 0.5})
     refiner = FaceRefiner(request, anna, RequestInputs(), mini().models)
-    (face,) = refiner.find_faces(
-        draw_scene((43, 80, SMALL)), load_detection(mini().models), 2**64 - 1
-    )
+    (face,) = refiner.find_faces(draw_scene((43, 80, SMALL)), 2**64 - 1)
     assert (face.request.identity.start, face.request.seed) == (0.0, 2**64 - 1)
     # InstantID draws the landmarks of the face, not those of the reference image
     assert face.identity.landmarks.shape == (1, 1, 5, 2)
@@ -225,7 +223,7 @@ def test_tiny_pipelines_run_the_second_pass(family: str, tiny_pipeline: Any) -> 
     image = draw_scene((43, 80, SMALL))
     request = resolve(preset).model_copy(update={"prompt": "portrait"})
     refiner = FaceRefiner(request, tiny_anna, RequestInputs(), preset.models)
-    (face,) = refiner.find_faces(image, load_detection(preset.models), 0)
+    (face,) = refiner.find_faces(image, 0)
     assert (face.request.width, face.request.height) == (32, 32)
     progress = Progress(None, face.request)
     ((_, crop),) = runner.run(face.request, face.identity, face.cut(image), progress)

@@ -74,6 +74,11 @@ class Face:
         return min(self.width, float(self.box[3] - self.box[1]))
 
     @property
+    def longer_side(self) -> float:
+        """The longer side of the box in pixels."""
+        return max(self.width, float(self.box[3] - self.box[1]))
+
+    @property
     def upright_image(self) -> Tensor:
         """The image, turned so that the face is upright; (3, H, W) or (3, W, H)."""
         return torch.rot90(self.image, self.turns, (1, 2)) if self.turns else self.image

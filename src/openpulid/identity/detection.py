@@ -9,6 +9,7 @@ from os import PathLike
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from openpulid.faces.face import Face
@@ -17,6 +18,8 @@ from openpulid.faces.orientation import SAME_FACE, detect_in_all_orientations, o
 from openpulid.faces.quality import find_defects
 from openpulid.faces.scrfd import LONGEST, SCRFDDetector
 from openpulid.io.checkpoints import load_module
+from openpulid.io.image_grid import to_tensor
+from openpulid.io.images import limit_size
 
 MAX_ASPECT = 16
 """Longer over shorter side of an image from which the miniature sees at most 6 pixels."""
@@ -194,3 +197,22 @@ def _is_same(face: Face, other: Face) -> bool:
     center = (face.box[:2] + face.box[2:]) / 2
     is_inside = bool((center > other.box[:2]).all() and (center < other.box[2:]).all())
     return is_inside or overlap(face, other) > SAME_FACE
+
+
+def detect_in_image(detection: FaceDetection, image: Image.Image) -> list[Face]:
+    """Detect all faces of a generated image, in its own pixels and without masks."""
+    reduced = image
+    if detection.max_image_size is not None:
+        reduced = limit_size(image, detection.max_image_size)
+    scale = image.width / reduced.width
+    pixels = to_tensor([image])[0]
+    return [
+        replace(
+            face,
+            image=pixels,
+            box=face.box * scale,
+            landmarks=face.landmarks * scale,
+            mask=None,
+        )
+        for face in detection.detect_all(to_tensor([reduced])[0])
+    ]

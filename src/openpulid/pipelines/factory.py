@@ -16,6 +16,7 @@ import torch
 from openpulid.device import compute_dtype, select_device, training_dtype
 from openpulid.errors import WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor
+from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.extractor import DeferredExtractor, IdentityExtractor, MiniExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.photo_extractor import PhotoExtractor
@@ -155,6 +156,16 @@ def load_extractor(
     if isinstance(adapter, PuLID):
         adapter.require(extractor.models)
     return extractor
+
+
+def load_detection(models: ModelSet) -> FaceDetection:
+    """Load the face detector of a preset alone, on the CPU: it takes no memory of an accelerator.
+
+    Raises:
+        WeightsError: it is missing or damaged.
+    """
+    kind = MiniFaceDetection if models.is_miniature else PhotoFaceDetection
+    return kind.load(resolve_path(models.detector), "cpu")
 
 
 def defer_extractor(preset: Preset, device: torch.device, adapter: Any = None) -> DeferredExtractor:

@@ -8,11 +8,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from openpulid.errors import OptionError
+from openpulid.faces.face import Face, sort_faces
+from openpulid.identity.identity import Identity
 from openpulid.methods.hooks import warn_if_other_ratio
-from openpulid.methods.pulid import convert_mask
+from openpulid.methods.pulid import People, convert_mask, normalize_people
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
+
+MIN_COVER = 0.5
+"""Share of a face that must be in a region to belong to it."""
 
 
 def build_masks(
@@ -69,3 +76,44 @@ def _cover(start: float, end: float, length: int) -> Tensor:
     first = torch.arange(length, dtype=torch.float32)
     covered = (first + 1).clamp(max=end * length) - first.clamp(min=start * length)
     return covered.clamp(min=0)
+
+
+def assign_faces(
+    faces: Sequence[Face], people: People, size: tuple[int, int]
+) -> list[tuple[Face, Identity, float]]:
+    """Find the face of each person: the largest of those that are mostly in the person's region.
+
+    Args:
+        faces: the faces of an image.
+        people: its people, as the adapter accepts them.
+        size: width and height of the image in pixels.
+
+    Returns:
+        A face, its person, and the largest value of the person's mask. A person without a face is
+        left out.
+
+    Raises:
+        OptionError: there is one person per image of a batch.
+    """
+    prompts = normalize_people(people)
+    if len(prompts) > 1:
+        raise OptionError("refine_faces needs people with masks, not one for each image.")
+    masks = [convert_mask(mask) for _, mask in prompts[0]]
+    owners: dict[int, Face] = {}
+    for face in sort_faces(faces):
+        covers = [cover_face(mask, face, size) for mask in masks]
+        owner = max(range(len(masks)), key=covers.__getitem__)
+        if covers[owner] > MIN_COVER:
+            owners.setdefault(owner, face)
+    return [
+        (face, prompts[0][owner][0], float(masks[owner].max())) for owner, face in owners.items()
+    ]
+
+
+def cover_face(mask: Tensor, face: Face, size: tuple[int, int]) -> float:
+    """Return the share of a face in the region of a mask (H, W) with any largest value."""
+    width, height = size
+    full = interpolate(mask[None, None], (height, width), mode="bilinear")[0, 0]
+    x1, y1, x2, y2 = (round(value) for value in face.box.tolist())
+    inside = full[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
+    return float(inside.mean() / full.max().clamp(min=1e-6))

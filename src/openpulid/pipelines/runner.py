@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from openpulid.identity.detection import FaceDetection
-from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid import People, delay_guidance
 from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.progress import Progress
 from openpulid.pipelines.prompts import prepare_prompts
-from openpulid.pipelines.refinement import FaceRefiner, load_detection
+from openpulid.pipelines.refinement import FaceRefiner
 from openpulid.pipelines.request import GenerationRequest
 
 
@@ -31,12 +29,11 @@ class PipelineRunner:
         preset: which options have an effect.
     """
 
-    def __init__(self, pipe: Any, adapter: Adapter, preset: Preset) -> None:
+    def __init__(self, pipe: Any, adapter: Any, preset: Preset) -> None:
         self.pipe = pipe
         self.adapter = adapter
         self.preset = preset
         self._edit_pipelines: dict[bool, Any] = {}
-        self._detection: FaceDetection | None = None
         adapter.attach(pipe)
 
     def run(
@@ -73,7 +70,7 @@ class PipelineRunner:
         self, refiner: FaceRefiner, seed: int, image: Image.Image, progress: Progress
     ) -> Image.Image:
         """Refine the small faces of a generated image."""
-        faces = refiner.find_faces(image, self._load_detection(), seed)
+        faces = refiner.find_faces(image, seed)
         for face in faces:
             progress.extend(face.request)
         for face in faces:
@@ -81,12 +78,6 @@ class PipelineRunner:
             for _, crop in self._generate(face.request, face.identity, files, progress):
                 image = face.paste(image, crop)
         return image
-
-    def _load_detection(self) -> FaceDetection:
-        """Load the face detector when it is needed, and keep it."""
-        if self._detection is None:
-            self._detection = load_detection(self.preset.models)
-        return self._detection
 
     def _generate(
         self,
