@@ -23,6 +23,7 @@ from openpulid.pipelines.presets import (
 )
 from openpulid.pipelines.request import (
     SCHEMA_VERSION,
+    FaceRefinement,
     GenerationOptions,
     GenerationRequest,
     IdentityOptions,
@@ -175,6 +176,7 @@ def test_option_names_are_fields() -> None:
         parts = {"identity": IdentityOptions, "people": Person, "controls": Control}
         parts |= {"init_image": InitImage, "model": ModelSelection, "loras": Lora}
         parts |= {"embeddings": Embedding, "style_image": StyleImage}
+        parts |= {"refine_faces": FaceRefinement}
         return has(parts[path[0]], path[1:])
 
     assert all(has(GenerationRequest, path.split(".")) for path in OPTION_NAMES)
@@ -197,6 +199,7 @@ def test_presets_resolve_every_option_they_support(name: str) -> None:
     resolved = preset.resolve(GenerationRequest(prompt="portrait"))
     assert resolved.resolved and resolved.model.preset == name
     optional = {"controls", "memory", "start_step", "loras", "embeddings", "style_image"}
+    optional |= {"pose_from_prompt"}
     optional |= {"width", "height"} if preset.models.is_miniature else set()
     optional |= set() if name.startswith("sdxl") else {"negative_prompt"}
     assert set(resolved.list_options()) >= preset.options - optional

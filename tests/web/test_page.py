@@ -242,7 +242,7 @@ def test_port_in_use_is_refused() -> None:
 
 
 def test_notes_are_shown_on_the_page(tmp_path: Path) -> None:
-    updates = run_page(WebSession(tmp_path), prompt="portrait, [smiling]")
+    updates = run_page(WebSession(tmp_path), prompt="portrait, {smiling}")
     assert "Syntax of other programs has no effect in the prompt" in message_of(updates)
     assert '<div class="status" role="status">1 image in' in message_of(updates)
     escaped = error_html("no effect: <lora:x:0.8>")
@@ -318,6 +318,7 @@ def test_every_option_of_a_preset_has_a_component(preset: str) -> None:
         assert component.visible == entry.is_supported(built)
         assert component.value is not None
     without = {"width", "height", "memory", "controls", "start_step", "timestep_to_start_cfg"}
+    without |= {"loras", "embeddings", "style_image"}
     assert built.options - without <= {entry.name for entry in FIELDS}
 
 

@@ -89,9 +89,6 @@ def build_request(options: Mapping[str, Any]) -> GenerationRequest:
             "refine_faces": describe_refinement(
                 options["refine_faces"], options["refine_strength"], options["refine_size"]
             ),
-            "refine_faces": describe_refinement(
-                options["refine_faces"], options["refine_strength"], options["refine_size"]
-            ),
             "identity": identity,
             "model": models,
         }
@@ -170,15 +167,6 @@ def describe_init_image(
     options = {"image": image, "strength": strength, "mask": mask, "resize": resize}
     given = {name: value for name, value in options.items() if value is not None}
     return given or None
-
-
-def describe_refinement(
-    is_set: bool, strength: float | None, max_size: float | None
-) -> dict[str, float] | bool:
-    """Return the second pass on small faces, for validation; False if no option asks for one."""
-    options = {"strength": strength, "max_size": max_size}
-    given = {name: value for name, value in options.items() if value is not None}
-    return given or is_set
 
 
 def describe_refinement(

@@ -65,6 +65,8 @@ class Field:
         Gradio shows an empty number as 0, so 0 stands for None.
         """
         value = self.read(preset.defaults) if self.is_option else self.value
+        if self.component == "Checkbox":
+            return bool(value)
         if value is not None:
             return value
         if "choices" in self.settings:
@@ -76,7 +78,7 @@ class Field:
         value: Any = part
         for name in self.path.split("."):
             value = getattr(value, name, None)
-        return value
+        return bool(value) if self.component == "Checkbox" else value
 
 
 FIELDS = (
@@ -123,6 +125,20 @@ FIELDS = (
         settings={"choices": get_args(Projection)},
     ),
     Field("identity.num_zero", "Zero tokens", "Number", "more", limits=(0, 100)),
+    Field(
+        "identity.pose_from_prompt",
+        "Pose from the prompt",
+        "Checkbox",
+        "more",
+        settings={"info": "The identity starts later and acts less."},
+    ),
+    Field(
+        "refine_faces",
+        "Refine small faces",
+        "Checkbox",
+        "more",
+        settings={"info": "Each face that comes out small is painted again, enlarged."},
+    ),
 )
 """All fields with one value, in the order of the page."""
 

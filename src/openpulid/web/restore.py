@@ -59,6 +59,7 @@ def read_values(request: GenerationRequest, preset: Preset) -> dict[str, Any]:
     Raises:
         OptionError: the page cannot show the request.
     """
+    _check_inputs(request)
     values: dict[str, Any] = {
         entry.name: entry.read(request) for entry in FIELDS if entry.is_supported(preset)
     }
@@ -75,6 +76,21 @@ def read_values(request: GenerationRequest, preset: Preset) -> dict[str, Any]:
     elif request.people:
         values["face_index"] = request.people[0].face_index or 0
     return values
+
+
+def _check_inputs(request: GenerationRequest) -> None:
+    """Refuse a request with inputs that have no component."""
+    inputs = {
+        "LoRAs": request.loras,
+        "textual inversion": request.embeddings,
+        "a style image": request.style_image,
+        "several ControlNets": request.controls[1:],
+    }
+    if names := [name for name, value in inputs.items() if value]:
+        raise OptionError(
+            f"the image was generated with {' and '.join(names)}, which this page does not have; "
+            "use `pulid generate --from` for it."
+        )
 
 
 def find_mode(request: GenerationRequest) -> str:
