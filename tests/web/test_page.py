@@ -21,6 +21,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel
 from PIL import Image
+from safetensors.torch import save_file
 
 from openpulid.cli.web import web as web_command
 from openpulid.errors import FaceError, IdentityError, ImageError, OptionError
@@ -39,15 +40,16 @@ from openpulid.pipelines.presets import (
     with_method,
 )
 from openpulid.pipelines.provenance import Provenance
+from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request import (
     GenerationRequest,
     IdentityOptions,
     ModelSelection,
     parse_size,
 )
-from openpulid.pipelines.request_inputs import Control, InitImage, Person
+from openpulid.pipelines.request_inputs import Control, Embedding, InitImage, Lora, Person
 from openpulid.pipelines.weights import (
-    find_installed_controls,
+    find_installed,
     find_installed_methods,
     find_installed_presets,
     missing_weights,
@@ -64,6 +66,7 @@ from openpulid.web.masks import COLOR_NAMES, COLORS, PAINT
 from openpulid.web.messages import error_html
 from openpulid.web.network import check_address, without_proxy
 from openpulid.web.notes import show_notes
+from openpulid.web.restore import read_values
 from openpulid.web.server import launch_options
 from openpulid.web.session import WebSession
 from openpulid.web.sizes import list_sizes
@@ -318,7 +321,7 @@ def test_every_option_of_a_preset_has_a_component(preset: str) -> None:
         assert component.visible == entry.is_supported(built)
         assert component.value is not None
     without = {"width", "height", "memory", "controls", "start_step", "timestep_to_start_cfg"}
-    without |= {"loras", "embeddings", "style_image"}
+    without |= {"loras", "embeddings", "style_image"}  # of several files
     assert built.options - without <= {entry.name for entry in FIELDS}
 
 
@@ -665,7 +668,7 @@ def test_page_reads_images_as_the_command_line_does(tmp_path: Path, anna: Path) 
     with web.open_app("mini") as blocks:
         form = {block.label: block for block in blocks.blocks.values() if hasattr(block, "label")}
         upload = FileData(path=str(IMAGES / "alpha-control.png"))
-        control_image = form["Control image; any image for control-edges"].preprocess(upload)
+        control_image = form["Image of the ControlNet"].preprocess(upload)
         assert open_image(control_image).getpixel((0, 0)) == (255, 255, 255)
         photo = copyfile(anna, tmp_path / "IMG0001")  # a photo without an ending
         uploads = GalleryData(root=[GalleryImage(image=ImageData(path=str(photo)))])
@@ -805,9 +808,9 @@ def test_controlnet_with_a_person(
         torch.nn.init.normal_(layer.weight, std=0.05)
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert find_installed_controls() == []
+    assert find_installed(PUBLISHED_CONTROLS) == []
     net.save_pretrained(tmp_path / WEIGHTS["control-edges"].repo.split("/")[-1])
-    assert find_installed_controls() == ["control-edges"]
+    assert find_installed(PUBLISHED_CONTROLS) == ["control-edges"]
     person = {"reference_images": [(str(anna), None)]}
     control = {"control": "control-edges", "control_image": str(anna), "control_scale": 0.5}
     (plain,) = generate(session, **person)
@@ -818,6 +821,53 @@ def test_controlnet_with_a_person(
     assert request.controls == (Control("control-edges", "anna.png", scale=0.5),)
     with pytest.raises(OptionError, match=r"controls\.0\.model is missing"):
         generate(session, **person, control_image=str(anna))
+    second = {f"second_{name}": value for name, value in control.items()}
+    second |= {"second_control_map": "ready", "second_control_end": 0.5}
+    (both,) = generate(session, **person, **control, **second)
+    assert pixels(both) not in (pixels(controlled), pixels(plain))
+    request = Provenance.read(both.file).request
+    assert request.controls[1] == Control(
+        "control-edges", "anna.png", scale=0.5, end=0.5, is_map=True
+    )
+    values = read_values(request, PRESETS["mini"]())
+    assert values["second_control_map"] == "ready" and values["second_control_end"] == 0.5
+    assert values["control_map"] == "" and values["control"] == "control-edges"
+
+
+def test_lora_and_textual_inversion(tmp_path: Path) -> None:
+    session = WebSession(tmp_path)
+    pipe = session.studio(session.models).pipe
+    lora, word = tmp_path / "bold.safetensors", tmp_path / "sketchy.safetensors"
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    width_out, width_in = pipe.unet.get_submodule(layer).weight.shape
+    random = torch.Generator().manual_seed(0)
+    sides = {"A": (4, width_in), "B": (width_out, 4)}
+    save_file(
+        {
+            f"unet.{layer}.lora_{side}.weight": torch.randn(shape, generator=random)
+            for side, shape in sides.items()
+        },
+        lora,
+    )
+    encoders = {"clip_l": pipe.text_encoder, "clip_g": pipe.text_encoder_2}
+    save_file(
+        {
+            name: torch.randn(1, encoder.config.hidden_size, generator=random)
+            for name, encoder in encoders.items()
+        },
+        word,
+    )
+    files = {"loras": [str(lora)], "lora_scale": 1.5, "embeddings": [str(word)]}
+    (plain,) = generate(session, prompt="portrait")
+    (changed,) = generate(session, prompt="portrait, sketchy", **files)
+    assert pixels(changed) != pixels(plain)
+    request = Provenance.read(changed.file).request
+    assert request.loras == (Lora("bold.safetensors", scale=1.5),)
+    assert request.embeddings == (Embedding("sketchy.safetensors", token="sketchy"),)
+    assert read_values(request, PRESETS["mini"]())["lora_scale"] == 1.5
+    unequal = request.model_copy(update={"loras": (*request.loras, Lora("b", scale=0.5))})
+    with pytest.raises(OptionError, match="LoRAs of different scales, which this page"):
+        read_values(unequal, PRESETS["mini"]())
 
 
 def test_changes_apply_to_the_first_preset_alone(tmp_path: Path, anna: Path) -> None:

@@ -11,7 +11,6 @@ from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS, find_weight, locate
 from openpulid.methods.registry import METHODS
 from openpulid.pipelines.model_set import WeightSource
 from openpulid.pipelines.presets import PRESETS, Preset, with_method
-from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 
 
 def resolve_path(source: WeightSource) -> Path:
@@ -108,11 +107,11 @@ def find_installed_presets() -> list[str]:
     return [name for name, preset in PRESETS.items() if not missing_weights(preset())]
 
 
-def find_installed_controls() -> list[str]:
-    """Return the names of the published ControlNets that are installed."""
-    controls = []
-    for name in PUBLISHED_CONTROLS:
+def find_installed(names: Iterable[str]) -> list[str]:
+    """Return those published weights that are installed."""
+    installed = []
+    for name in names:
         with suppress(WeightsError):
             locate(name)
-            controls.append(name)
-    return controls
+            installed.append(name)
+    return installed

@@ -12,6 +12,7 @@ from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.request import GenerationRequest, parse_size
 from openpulid.pipelines.request_fields import RequestError
 from openpulid.pipelines.request_inputs import Person
+from openpulid.web.add_ons import describe_add_ons
 from openpulid.web.fields import FIELDS, Field
 from openpulid.web.masks import COLOR_NAMES, COLORS, PAINT, split_colors
 
@@ -57,7 +58,20 @@ FIELD_LABELS = {entry.path: entry.label for entry in FIELDS} | {
     "controls.model": "ControlNet",
     "controls.image": "Control image",
     "controls.scale": "ControlNet scale",
-    "controls.kind": "Kind of the control image",
+    "controls.kind": "What the control image shows",
+    "controls.is_map": "What the control image shows",
+    "controls.start": "ControlNet start",
+    "controls.end": "ControlNet end",
+    "style_image": "Style image",
+    "style_image.image": "Style image",
+    "style_image.model": "IP-Adapter",
+    "style_image.scale": "Style scale",
+    "loras": "LoRAs",
+    "loras.model": "LoRAs",
+    "loras.scale": "LoRA scale",
+    "embeddings": "Textual inversion",
+    "embeddings.file": "Textual inversion",
+    "embeddings.token": "Textual inversion",
     "model.preset": "Preset",
     "model.method": "Method",
 }
@@ -158,8 +172,8 @@ class FormValues:
         people = self._people(directory)
         data: dict[str, Any] = {
             "people": people,
-            "controls": self._controls(),
             "model": preset.selection,
+            **describe_add_ons(self.values, preset),
         }
         if self.mode == "edit":
             data["init_image"] = self._init_image(directory)
@@ -213,17 +227,6 @@ class FormValues:
         if mask is not None:
             data["mask"] = mask
         return data
-
-    def _controls(self) -> list[dict[str, Any]]:
-        model, image = self.values.get("control"), self.values.get("control_image")
-        if not model and not image:
-            return []
-        control: dict[str, Any] = {"scale": self.values.get("control_scale", 1.0)}
-        if model:
-            control["model"] = model
-        if image:
-            control["image"] = image
-        return [control]
 
 
 def _set(data: dict[str, Any], entry: Field, value: Any) -> None:

@@ -10,6 +10,13 @@ import gradio as gr
 from openpulid.pipelines.presets import Preset
 from openpulid.web import prompts
 from openpulid.web.about import describe_preset
+from openpulid.web.add_ons import (
+    CONTROL_PREFIXES,
+    MAP_CHOICES,
+    control_choices,
+    has_loras,
+    style_choices,
+)
 from openpulid.web.editor import edit_canvas, region_canvas
 from openpulid.web.fields import Field, Section, find_fields
 from openpulid.web.form import DRAWN, PERSON_COLORS, PERSON_PREFIXES, REGIONS, SIDE_BY_SIDE
@@ -223,7 +230,7 @@ def _add_shared(page: Page, session: WebSession) -> None:
         _add_models(page, session)
         with gr.Accordion("More options", open=False):
             page.add_fields("more")
-        _add_controls(page, session)
+        _add_add_ons(page)
         with gr.Accordion("Restore the settings of an image", open=False):
             parts["restore"] = gr.File(
                 label="Drop a PNG image of this page; its settings are restored", height=120
@@ -268,16 +275,48 @@ def _add_models(page: Page, session: WebSession) -> None:
         page.values["method"] = gr.Dropdown(methods, value="pulid", label="Method")
 
 
-def _add_controls(page: Page, session: WebSession) -> None:
-    names = session.control_names()
-    values = page.values
-    with gr.Accordion("ControlNet", open=False, visible=bool(names)):
-        values["control"] = gr.Dropdown([("none", ""), *names], value="", label="ControlNet (SDXL)")
-        # not gr.Image, which decodes the file: it drops alpha and profile, and fails on HEIC
-        values["control_image"] = gr.File(
-            label="Control image; any image for control-edges", height=140
+def _add_add_ons(page: Page) -> None:
+    """Add ControlNets, the style image, LoRAs and textual inversion, as far as there are any."""
+    choices = control_choices(page.preset)
+    with gr.Accordion("ControlNet", open=False, visible=len(choices) > 1) as page.parts["nets"]:
+        for prefix in CONTROL_PREFIXES:
+            _add_control(page, prefix, choices)
+    styles = style_choices(page.preset)
+    with gr.Accordion("Style of another image", open=False, visible=bool(styles)) as page.parts[
+        "style"
+    ]:
+        page.values["style_image"] = gr.File(label="Style image", height=140)
+        page.values["style_scale"] = gr.Slider(0, 1, value=0.5, step=0.05, label="Style scale")
+        page.values["style_model"] = gr.Dropdown(
+            styles, value=styles[0] if styles else None, label="IP-Adapter"
         )
-        values["control_scale"] = gr.Slider(0, 2, value=1.0, step=0.05, label="ControlNet scale")
+    with gr.Accordion(
+        "LoRA and textual inversion", open=False, visible=has_loras(page.preset)
+    ) as page.parts["loras"]:
+        files: Any = {"file_count": "multiple", "file_types": [".safetensors"], "height": 140}
+        page.values["loras"] = gr.File(label="LoRAs (.safetensors)", **files)
+        page.values["lora_scale"] = gr.Slider(-2, 2, value=1.0, step=0.05, label="LoRA scale")
+        page.values["embeddings"] = gr.File(
+            label="Textual inversion (.safetensors); the name of a file is a word for the prompt",
+            **files,
+        )
+
+
+def _add_control(page: Page, prefix: str, choices: list[tuple[str, str]]) -> None:
+    values = page.values
+    name = "Second ControlNet" if prefix else "ControlNet"
+    values[prefix + "control"] = gr.Dropdown(choices, value="", label=name)
+    # not gr.Image, which decodes the file: it drops alpha and profile, and fails on HEIC
+    values[prefix + "control_image"] = gr.File(label=f"Image of the {name}", height=140)
+    values[prefix + "control_map"] = gr.Dropdown(
+        MAP_CHOICES, value="", label="What the control image shows"
+    )
+    values[prefix + "control_scale"] = gr.Slider(0, 2, value=1.0, step=0.05, label=f"{name} scale")
+    with gr.Row():
+        for end, value in (("start", 0.0), ("end", 1.0)):
+            values[f"{prefix}control_{end}"] = gr.Slider(
+                0, 1, value=value, step=0.05, label=f"{name} {end} (fraction of steps)"
+            )
 
 
 def _add_results(page: Page) -> None:

@@ -10,6 +10,7 @@ from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
+from openpulid.web.add_ons import find_unknown, read_add_ons
 from openpulid.web.fields import FIELDS
 from openpulid.web.form import (
     DRAWN,
@@ -68,9 +69,7 @@ def read_values(request: GenerationRequest, preset: Preset) -> dict[str, Any]:
     values["mode"] = find_mode(request)
     if request.width and request.height:
         values["size"] = f"{request.width}x{request.height}"
-    if request.controls:
-        values["control"] = request.controls[0].model
-        values["control_scale"] = request.controls[0].scale
+    values |= read_add_ons(request)
     if values["mode"] == "people":
         values |= _read_people(request)
     elif request.people:
@@ -80,15 +79,9 @@ def read_values(request: GenerationRequest, preset: Preset) -> dict[str, Any]:
 
 def _check_inputs(request: GenerationRequest) -> None:
     """Refuse a request with inputs that have no component."""
-    inputs = {
-        "LoRAs": request.loras,
-        "textual inversion": request.embeddings,
-        "a style image": request.style_image,
-        "several ControlNets": request.controls[1:],
-    }
-    if names := [name for name, value in inputs.items() if value]:
+    if unknown := find_unknown(request):
         raise OptionError(
-            f"the image was generated with {' and '.join(names)}, which this page does not have; "
+            f"the image was generated with {' and '.join(unknown)}, which this page does not have; "
             "use `pulid generate --from` for it."
         )
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from openpulid import Identity, resolve_preset
 from openpulid.pipelines.request import ModelSelection
 from openpulid.pipelines.weights import (
-    find_installed_controls,
     find_installed_methods,
     find_installed_presets,
 )
@@ -72,10 +71,6 @@ class WebSession:
     def method_names(self, preset: Preset) -> list[str]:
         """Return the names of the methods that can be used on a preset, PuLID first."""
         return find_installed_methods(preset)
-
-    def control_names(self) -> list[str]:
-        """Return the names of the ControlNets that can be used."""
-        return find_installed_controls()
 
     def preset(self, models: ModelSelection) -> Preset:
         """Resolve the models of a request, once: an insightface pack is opened for it.

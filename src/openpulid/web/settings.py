@@ -10,6 +10,12 @@ import gradio as gr
 from openpulid.errors import PulidError
 from openpulid.pipelines.presets import Preset
 from openpulid.web.about import describe_preset
+from openpulid.web.add_ons import (
+    CONTROL_PREFIXES,
+    control_choices,
+    has_loras,
+    style_choices,
+)
 from openpulid.web.fields import FIELDS
 from openpulid.web.layout import Page, size_choices
 from openpulid.web.messages import describe_error, error_html, status_html
@@ -45,7 +51,18 @@ def select_method(session: WebSession, page: Page, preset: str, method: str) -> 
 
 def show_defaults(page: Page, preset: Preset) -> Updates:
     """Show the options of a preset with its defaults, and hide those without effect."""
-    return {
+    controls, styles = control_choices(preset), style_choices(preset)
+    add_ons: Updates = {
+        page.values[prefix + "control"]: gr.update(choices=controls, value="")
+        for prefix in CONTROL_PREFIXES
+    }
+    add_ons |= {
+        page.parts["nets"]: gr.Accordion(visible=len(controls) > 1),
+        page.parts["style"]: gr.Accordion(visible=bool(styles)),
+        page.values["style_model"]: gr.update(choices=styles, value=styles[0] if styles else None),
+        page.parts["loras"]: gr.Accordion(visible=has_loras(preset)),
+    }
+    return add_ons | {
         page.values[entry.name]: gr.update(
             value=entry.default(preset), visible=entry.is_supported(preset)
         )
