@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openpulid.bench.measurement import describe_measurement
 from openpulid.bench.metrics import bootstrap
 from openpulid.identity.identity import Identity
+from openpulid.io.files import write_json
 from openpulid.io.image_grid import to_pil
 from openpulid.mini.evaluation.evaluate import BATCH, generate_images
 from openpulid.mini.evaluation.prompts import EvalPrompt, render_ground_truth, render_portraits
@@ -34,6 +36,7 @@ POSES = ATTRIBUTES["pose"]
 STARTS = {"mini": (0.0, 0.2, 0.4), "mini-lightning": (0.0, 0.25, 0.5)}
 SCALES = {"mini": (0.7, 1.0, 1.5), "mini-lightning": (0.7, 1.0, 2.0)}
 """The values of the sweep."""
+ABOUT = "Share of prompts whose pose the image has, with and without identity, and similarity"
 STRONG = 2.0
 """Identity scale at which poses are lost; the similarity does not grow any more."""
 
@@ -49,9 +52,11 @@ def main() -> None:
     rows = []
     for preset in arguments.preset or list(STARTS):
         rows += measure(preset, arguments.people, arguments.sweep)
-    report = {"people": arguments.people, "poses": POSES, "rows": rows}
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        configuration = {"people": arguments.people, "poses": POSES}
+        measurement = describe_measurement(configuration, {"rows": rows}, torch.device("cpu"))
+        report = {"about": ABOUT, "measurements": [{"name": "poses", **measurement}]}
+        write_json(arguments.out, report)
 
 
 def measure(preset: str, people: int, is_sweep: bool) -> list[dict[str, Any]]:

@@ -25,7 +25,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from openpulid.bench.measurement import describe_measurement
 from openpulid.bench.metrics import bootstrap
+from openpulid.io.files import write_json
 from openpulid.io.image_grid import image_grid, to_pil, to_tensor
 from openpulid.mini.evaluation.scorers import FaceScorer
 from openpulid.pipelines.request import FaceRefinement
@@ -42,6 +44,7 @@ MAX_SIZE = 0.4
 """The faces have about 0.23; the box of a distorted one can be half as large again."""
 OTHER_PERSON = 500
 """Distance to the person of the initial image."""
+ABOUT = "Similarity of small faces with and without the second pass"
 NUM_DRAWN = 6
 """People in the picture."""
 
@@ -75,17 +78,21 @@ def main() -> None:
         print(f"{number + 1}/{arguments.people}, refined: {sum(is_refined)}", flush=True)
     values = {name: torch.stack(column) for name, column in columns.items()}
     detected = torch.tensor(is_refined)
-    report = {
+    configuration = {
         "preset": arguments.preset,
         "people": arguments.people,
         "first_pass": arguments.first_pass,
+    }
+    figures = {
         "refined": round(detected.float().mean().item(), 3),
         "all": tabulate(values),
         "where_a_face_was_detected": tabulate({name: x[detected] for name, x in values.items()}),
     }
-    print(json.dumps(report, indent=1))
+    print(json.dumps(figures, indent=1))
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        measurement = describe_measurement(configuration, figures, torch.device("cpu"))
+        report = {"about": ABOUT, "measurements": [{"name": "small faces", **measurement}]}
+        write_json(arguments.out, report)
     if arguments.picture is not None:
         image_grid(drawn, 128).save(arguments.picture)
 
