@@ -297,7 +297,7 @@ def test_each_method_declares_its_options() -> None:
     assert mini().options - shared == pulid_only
     assert with_method(mini(), "faceid").options == shared
     flux_only = {"true_cfg_scale", "max_sequence_length", "start_step", "timestep_to_start_cfg"}
-    assert flux().options - shared == flux_only | {"memory", "pose_from_prompt"}
+    assert flux().options - shared == flux_only | {"memory", "pose_from_prompt", "style_image"}
     request = GenerationRequest.from_options(
         prompt="portrait", projection="none", num_zero=0, scale=0.5
     )

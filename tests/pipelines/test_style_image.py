@@ -21,15 +21,17 @@ from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Lora, Person, StyleImage
 from openpulid.pipelines.studio import Studio
-from tests.support.clip_files import plain, plus, tower
+from tests.support.clip_files import SEEN, plain, plus, tower
 from tests.support.people import anna
 from tests.support.studios import (
     assert_same_state,
     components_state,
+    flux_studio,
     pixels,
     run_diffusers,
     sdxl_studio,
 )
+from tests.support.tiny_flux import tiny_pipe
 
 FILES = {"ip-adapter": plain, "ip-adapter-plus": plus}
 
@@ -155,8 +157,8 @@ def test_other_kinds_of_files_are_refused(studio: Studio, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        (mini, "style_image needs an IP-Adapter, and the miniature has none; use an SDXL preset"),
-        (flux, "preset 'flux' does not support: style_image"),
+        (mini, "style_image needs an IP-Adapter, and the miniature has none; use another preset"),
+        (flux, "style_image.model ip-adapter is not for FLUX presets; use ip-adapter-flux."),
         (
             lambda: with_method(sdxl(), "faceid"),
             "preset 'sdxl' with faceid does not support: style_image",
@@ -167,3 +169,89 @@ def test_models_without_a_style_image(preset: Callable[[], Any], message: str) -
     request = GenerationRequest("portrait", style_image=StyleImage("style.png"))
     with pytest.raises(OptionError, match=message):
         preset().resolve(request)
+
+
+@pytest.fixture(scope="module")
+def flux_pipe() -> Any:
+    return tiny_pipe()
+
+
+@pytest.fixture
+def flux_folder(folder: Path, flux_pipe: Any) -> Path:
+    """The folder with an IP-Adapter in the format of XLabs, and its vision encoder."""
+    random = torch.Generator().manual_seed(3)
+    width, cross = flux_pipe.transformer.inner_dim, flux_pipe.transformer.config.joint_attention_dim
+    tensors = {
+        "ip_adapter_proj_model.proj.weight": torch.randn(4 * cross, SEEN, generator=random),
+        "ip_adapter_proj_model.proj.bias": torch.zeros(4 * cross),
+        "ip_adapter_proj_model.norm.weight": torch.ones(cross),
+        "ip_adapter_proj_model.norm.bias": torch.zeros(cross),
+    }
+    for block in range(flux_pipe.transformer.config.num_layers):
+        for side in "kv":
+            name = f"double_blocks.{block}.processor.ip_adapter_double_stream_{side}_proj"
+            tensors[f"{name}.weight"] = torch.randn(width, cross, generator=random)
+            tensors[f"{name}.bias"] = torch.randn(width, generator=random)
+    save_file(tensors, folder / hub.WEIGHTS["ip-adapter-flux"].file)
+    encoder = {name: x.contiguous() for name, x in tower().state_dict().items()}
+    save_file(encoder, folder / hub.WEIGHTS["clip-l"].file)
+    return folder
+
+
+@pytest.mark.parametrize("true_cfg", [1.0, 3.0])
+def test_style_on_flux_is_that_of_diffusers(
+    true_cfg: float, flux_pipe: Any, flux_folder: Path
+) -> None:
+    studio = flux_studio(flux_pipe)
+    negative = None if true_cfg == 1 else "person"
+    person = Person(identity=flux_folder / "anna.safetensors")
+    alone = GenerationRequest(
+        "portrait", negative, seed=5, people=[person], true_cfg_scale=true_cfg, num_images=2
+    )
+    without = [pixels(image) for image in studio.generate(alone).images]
+    before = components_state(flux_pipe)
+    style = StyleImage(flux_folder / "style.png", 0.8, model="ip-adapter-flux")
+    styled = alone.model_copy(update={"style_image": style})
+    images = [pixels(image) for image in studio.generate(styled).images]
+    batch = [pixels(image) for image in studio.generate(styled, batch_size=2).images]
+    assert_same_state(components_state(flux_pipe), before)
+    again = [pixels(image) for image in studio.generate(alone).images]
+    assert all(map(np.array_equal, again, without))
+    assert max(np.abs(a - b).max() for a, b in zip(images, batch, strict=True)) <= 1
+
+    embeds = style_embeds(flux_folder, "ip-adapter")
+    with torch.no_grad():
+        black = tower()(normalized_black()).image_embeds[None]
+    flux_pipe.load_ip_adapter(
+        str(flux_folder),
+        weight_name=hub.WEIGHTS["ip-adapter-flux"].file,
+        image_encoder_pretrained_model_name_or_path=None,
+    )
+    flux_pipe.set_ip_adapter_scale(0.8)
+    with studio.adapter.use(anna, pipe=flux_pipe, timestep_to_start_cfg=1 if negative else 0):
+        expected = run_diffusers(
+            studio,
+            negative_prompt=negative,
+            true_cfg_scale=true_cfg,
+            ip_adapter_image_embeds=[embeds[1:]],
+            negative_ip_adapter_image_embeds=[black],
+        )
+    flux_pipe.unload_ip_adapter()
+    assert np.abs(images[0] - expected).max() <= 1
+    assert np.abs(images[0] - without[0]).max() > 2
+
+
+def normalized_black() -> torch.Tensor:
+    from transformers import CLIPImageProcessor
+
+    processor = CLIPImageProcessor(size=8, crop_size=8)
+    return processor(Image.new("RGB", (8, 8)), return_tensors="pt").pixel_values
+
+
+def test_style_on_flux_needs_full_memory() -> None:
+    preset = flux().with_models(memory="24gb")
+    request = GenerationRequest(
+        "portrait", style_image=StyleImage("a.png", model="ip-adapter-flux")
+    )
+    with pytest.raises(OptionError, match="style_image cannot be used with memory 24gb; use full"):
+        preset.resolve(request)

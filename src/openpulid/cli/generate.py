@@ -205,14 +205,13 @@ def generate(
     embedding_token: Annotated[
         list[str] | None, typer.Option(help="Another word for it, one for each --embedding.")
     ] = None,
-    style: Annotated[
-        str | None, typer.Option(help="SDXL: image whose style the result takes.")
-    ] = None,
+    style: Annotated[str | None, typer.Option(help="Image whose style the result takes.")] = None,
     style_scale: Annotated[
         float | None, typer.Option(min=0, help="Scale of that style; 0.5 by default.")
     ] = None,
     style_model: Annotated[
-        str | None, typer.Option(help="ip-adapter, ip-adapter-plus, or a file.")
+        str | None,
+        typer.Option(help="ip-adapter, ip-adapter-plus, or a file; FLUX: ip-adapter-flux."),
     ] = None,
     memory: Memory = None,
     faces: FacePack = None,

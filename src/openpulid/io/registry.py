@@ -103,6 +103,10 @@ WEIGHTS: dict[str, Weight] = {
         True,
         850,
     ),
+    "clip-l": Weight("openai/clip-vit-large-patch14", "model.safetensors", "MIT", True, 1710),
+    "ip-adapter-flux": Weight(
+        "XLabs-AI/flux-ip-adapter-v2", "ip_adapter.safetensors", _FLUX, False, 1060
+    ),
     "buffalo-l": Weight(
         "public-data/insightface", "models/buffalo_l/w600k_r50.onnx", _INSIGHTFACE, False, 174
     ),

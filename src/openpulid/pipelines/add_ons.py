@@ -7,10 +7,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from openpulid.pipelines.embeddings import EmbeddingInput, open_embedding, use_embeddings
 from openpulid.pipelines.loras import LoraInput, open_lora, use_loras
 from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.style_flux import FluxStyleInput
 from openpulid.pipelines.style_image import StyleInput, open_style
 
 
@@ -26,7 +29,7 @@ class AddOns:
 
     loras: tuple[LoraInput, ...] = ()
     embeddings: tuple[EmbeddingInput, ...] = ()
-    style: StyleInput | None = None
+    style: StyleInput | FluxStyleInput | None = None
 
     def check(self, models: ModelSet) -> None:
         """Check that they are for the base model, before it is loaded.
@@ -40,11 +43,14 @@ class AddOns:
             embedding.check(models)
 
     @contextmanager
-    def use(self, pipe: Any) -> Iterator[None]:
+    def use(self, pipe: Any) -> Iterator[dict[str, Tensor]]:
         """Apply them to a pipeline while this is open; afterwards it is as it was.
 
         Args:
             pipe: a pipeline of SDXL or FLUX.
+
+        Yields:
+            Arguments of the pipeline, each (1, ...) for one image.
 
         Raises:
             WeightsError: one does not fit the base model.
@@ -52,9 +58,8 @@ class AddOns:
         with ExitStack() as stack:
             stack.enter_context(use_loras(pipe, self.loras))
             stack.enter_context(use_embeddings(pipe, self.embeddings))
-            if self.style is not None:
-                stack.enter_context(self.style.use(pipe))
-            yield
+            options = {} if self.style is None else stack.enter_context(self.style.use(pipe))
+            yield options
 
 
 def open_add_ons(request: GenerationRequest, time_limit: float | None = None) -> AddOns:

@@ -94,12 +94,31 @@ def _check_mask(request: GenerationRequest, models: ModelSet) -> None:
             )
 
 
-def _check_add_ons(request: GenerationRequest, models: ModelSet) -> None:
-    if request.style_image is not None and models.is_miniature:
+def _check_style(name: str, models: ModelSet) -> None:
+    if models.is_miniature:
         raise RequestError(
-            "{0} needs an IP-Adapter, and the miniature has none; use an SDXL preset.",
+            "{0} needs an IP-Adapter, and the miniature has none; use another preset.",
             "style_image",
         )
+    is_flux = models.family == "flux"
+    if is_flux != (name == "ip-adapter-flux"):
+        fitting = "ip-adapter-flux" if is_flux else "ip-adapter or ip-adapter-plus"
+        raise RequestError(
+            f"{{0}} {name} is not for {models.family.upper()} presets; use {fitting}.",
+            "style_image.model",
+        )
+    if is_flux and models.memory != "full":
+        # diffusers gives an IP-Adapter the 8-bit dtype of the transformer
+        raise RequestError(
+            f"on FLUX, {{0}} cannot be used with {{1}} {models.memory}; use full, or leave it out.",
+            "style_image",
+            "model.memory",
+        )
+
+
+def _check_add_ons(request: GenerationRequest, models: ModelSet) -> None:
+    if request.style_image is not None:
+        _check_style(request.style_image.model, models)
     if request.embeddings and models.memory != "full":
         # diffusers would offload to another device after it has loaded them
         raise RequestError(

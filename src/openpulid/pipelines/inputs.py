@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
@@ -158,15 +159,18 @@ class RequestInputs:
         return shown or identities[0]
 
     @contextmanager
-    def use(self, pipe: Any, memory: str) -> Iterator[None]:
+    def use(self, pipe: Any, memory: str) -> Iterator[dict[str, Tensor]]:
         """Let a pipeline follow the ControlNets, with the add-ons, while this is open.
 
         Args:
             pipe: the pipeline.
             memory: FLUX: memory level of the pipeline.
+
+        Yields:
+            Further arguments of the pipeline, each (1, ...) for one image.
         """
-        with self.add_ons.use(pipe), use_controls(self.controls, pipe, memory):
-            yield
+        with self.add_ons.use(pipe) as options, use_controls(self.controls, pipe, memory):
+            yield options
 
 
 def open_inputs(

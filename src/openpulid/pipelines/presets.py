@@ -51,6 +51,7 @@ PULID_FLUX_OPTIONS = SAMPLING_OPTIONS | {
     "end",
     "start_step",
     "pose_from_prompt",
+    "style_image",
     "true_cfg_scale",
     "timestep_to_start_cfg",
     "max_sequence_length",

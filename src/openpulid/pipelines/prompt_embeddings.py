@@ -59,11 +59,13 @@ def encode_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Pro
 
 
 def repeat_prompts(options: PromptOptions, count: int) -> dict[str, Any]:
-    """Return the arguments of `encode_prompts` for several images."""
+    """Return arguments for one image, such as those of `encode_prompts`, for several images."""
     repeated: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Tensor):
-            repeated[name] = value.repeat_interleave(count, dim=0)
+            tensor = value.repeat_interleave(count, dim=0)
+            # pipelines take one entry for each IP-Adapter
+            repeated[name] = [tensor] if "ip_adapter" in name else tensor
         else:
             # "" is encoded; None is what the pipeline uses without a negative prompt
             repeated[name] = None if value is None else [value] * count

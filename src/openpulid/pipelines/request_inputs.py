@@ -172,7 +172,8 @@ class StyleImage(RequestPart):
     Attributes:
         image: the image; its center square is read.
         scale: weight of its tokens, from 0 to 1 in practice.
-        model: `ip-adapter`, `ip-adapter-plus`, or a file of such an IP-Adapter for SDXL.
+        model: `ip-adapter`, `ip-adapter-plus`, or a file of such an IP-Adapter for SDXL; on FLUX
+            `ip-adapter-flux`.
     """
 
     files = ("image", "model")

@@ -90,8 +90,8 @@ class PipelineRunner:
     ) -> Iterator[tuple[int, Image.Image]]:
         """Generate images without refining them."""
         pipe = self._select_pipeline(inputs)
-        with inputs.use(pipe, self.preset.models.memory):
-            prompts = encode_prompts(pipe, request, self.preset)
+        with inputs.use(pipe, self.preset.models.memory) as style:
+            prompts = {**encode_prompts(pipe, request, self.preset), **style}
             with self._use_identity(people, request, pipe):
                 for seeds in _batches(request, batch_size):
                     images = self._run_batch(request, prompts, seeds, pipe, inputs, progress)

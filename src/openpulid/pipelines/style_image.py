@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from openpulid.errors import WeightsError
 from openpulid.identity.clip_extractor import extract_image
@@ -16,10 +17,16 @@ from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import open_image
 from openpulid.methods.ip_adapter.ip_adapter import IPAdapter
 from openpulid.pipelines.request_inputs import StyleImage
+from openpulid.pipelines.style_flux import VISION_ENCODER as FLUX_ENCODER
+from openpulid.pipelines.style_flux import FluxStyleInput
 from openpulid.pipelines.weights import missing_sources, resolve_path
 
 VISION_ENCODER = "clip-h"
 """The published vision encoder of IP-Adapter's files for SDXL that end with `vit-h`."""
+
+
+FLUX_ADAPTER = "ip-adapter-flux"
+"""The published IP-Adapter for FLUX."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +46,17 @@ class StyleInput:
     vision_encoder: Path
 
     @contextmanager
-    def use(self, pipe: Any) -> Iterator[None]:
+    def use(self, pipe: Any) -> Iterator[dict[str, Tensor]]:
         """Let a pipeline of SDXL follow the style while this is open.
+
+        Yields:
+            Arguments of the pipeline: none.
 
         Raises:
             WeightsError: the IP-Adapter is for another base model or vision encoder.
         """
         if not self.scale:
-            yield
+            yield {}
             return
         # IP-Adapter takes the features of any image like those of a person
         features = extract_image(
@@ -58,12 +68,12 @@ class StyleInput:
         self.adapter.attach(pipe)
         try:
             with self.adapter.use(features, scale=self.scale, pipe=pipe):
-                yield
+                yield {}
         finally:
             self.adapter.detach(pipe)
 
 
-def open_style(style: StyleImage, time_limit: float | None = None) -> StyleInput:
+def open_style(style: StyleImage, time_limit: float | None = None) -> StyleInput | FluxStyleInput:
     """Open the image and the IP-Adapter.
 
     Args:
@@ -75,11 +85,16 @@ def open_style(style: StyleImage, time_limit: float | None = None) -> StyleInput
         WeightsError: weights are missing, damaged, or of another kind.
     """
     image = open_image(style.image, min_side=1, time_limit=time_limit)
-    if missing := missing_sources([style.model, VISION_ENCODER]):
+    is_flux = style.model == FLUX_ADAPTER
+    encoder = FLUX_ENCODER if is_flux else VISION_ENCODER
+    if missing := missing_sources([style.model, encoder]):
         raise WeightsError(
             f"a style image needs weights that are not installed: {', '.join(missing)}; "
             f"`pulid weights get {' '.join(missing)}` downloads them."
         )
+    if is_flux:
+        adapter_file = resolve_path(style.model)
+        return FluxStyleInput(image, style.scale, adapter_file, resolve_path(encoder))
     adapter = IPAdapter.load(resolve_path(style.model))
     assert isinstance(adapter, IPAdapter)
-    return StyleInput(image, style.scale, adapter, resolve_path(VISION_ENCODER))
+    return StyleInput(image, style.scale, adapter, resolve_path(encoder))

@@ -15,7 +15,12 @@ from openpulid.pipelines.weights import find_installed
 CONTROL_PREFIXES = ("", "second_")
 """Of the names of the components of each ControlNet. A request can have more."""
 
-STYLE_MODELS = ("ip-adapter", "ip-adapter-plus")
+STYLE_MODELS = {
+    "ip-adapter": "sdxl",
+    "ip-adapter-plus": "sdxl",
+    "ip-adapter-flux": "flux",
+}
+"""Published IP-Adapters, and the base models that they are for."""
 
 MAP_CHOICES = [
     ("recognize", ""),
@@ -39,7 +44,10 @@ def control_choices(preset: Preset) -> list[tuple[str, str]]:
 
 def style_choices(preset: Preset) -> list[str]:
     """Return the installed IP-Adapters for a preset."""
-    return find_installed(STYLE_MODELS) if "style_image" in preset.options else []
+    if "style_image" not in preset.options or preset.models.is_miniature:
+        return []
+    names = find_installed(STYLE_MODELS)
+    return [name for name in names if STYLE_MODELS[name] == preset.models.family]
 
 
 def has_loras(preset: Preset) -> bool:
