@@ -160,7 +160,10 @@ FILES = (
 
 
 @pytest.mark.parametrize("name", [*FILES, "missing.ckpt", "owner/na--me"])
-def test_missing_file_is_not_taken_for_repository(name: str, cache: Path) -> None:
+def test_missing_file_is_not_taken_for_repository(
+    name: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # whose parent has no folder x
     with pytest.raises(
         WeightsError,
         match=re.escape(f"{name} does not exist; name an existing file or folder"),

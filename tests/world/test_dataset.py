@@ -72,14 +72,17 @@ def test_unfinished_dataset_names_build_command(tmp_path):
 
 
 SCRIPT = """
+import signal
 import sys
 from openpulid.world.dataset import Plan, build_dataset
 
 if __name__ == "__main__":
+    # a shell lets its background jobs ignore the signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         build_dataset(
             sys.argv[1],
-            Plan(people=8000, scenes=4, size=32),
+            Plan(people=800, scenes=4, size=32),
             workers=1,
             compiled=False,
             on_progress=lambda done, total: print(done, flush=True),
@@ -103,13 +106,8 @@ def test_interrupt_stops_the_workers_quietly(tmp_path):
     )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "8"
-    for _ in range(3):
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            out, err = process.communicate(timeout=20)
-            break
-        except subprocess.TimeoutExpired:
-            pass  # Python drops an interrupt that hits a destructor; a user presses Ctrl-C again
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
     assert out.splitlines()[-1] == "interrupted" and process.returncode == 0
     assert "Traceback" not in err and "Error" not in err, err
-    assert len((tmp_path / "world" / "rendered.txt").read_text().split()) < 8000
+    assert len((tmp_path / "world" / "rendered.txt").read_text().split()) < 800
