@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,13 @@ Install = Callable[..., None]
 
 
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     """Install packages: `install("torch", "2.6", requires=["numpy"], code="...")`.
 
     Only they are installed while the test runs, since only their folder is on the path.
     """
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    modules: list[str] = []
 
     def add(name: str, version: str, requires: list[str] | None = None, code: str = "") -> None:
         module = name.replace("-", "_")
@@ -33,8 +34,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         (folder / "METADATA").write_text("\n".join(lines) + "\n")
         (tmp_path / f"{module}.py").write_text(code)
         monkeypatch.delitem(sys.modules, module, raising=False)
+        modules.append(module)
 
-    return add
+    yield add
+    for module in modules:  # the real ones come back with monkeypatch's other changes
+        sys.modules.pop(module, None)
 
 
 def test_complete_installation_has_no_problem(install: Install) -> None:
