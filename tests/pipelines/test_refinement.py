@@ -232,3 +232,18 @@ def test_tiny_pipelines_run_the_second_pass(family: str, tiny_pipeline: Any) -> 
     window = face.window
     assert window[0] <= left < right <= window[2]
     assert window[1] <= top < bottom <= window[3]
+
+
+@pytest.mark.parametrize("method", ["faceid", "instantid", "photomaker"])
+def test_other_methods_refine_small_faces(method: str, scene: dict[str, Any]) -> None:
+    studio = load("mini-lightning", device="cpu", method=method)
+    person = studio.identify(render_person(0))
+
+    def generate(**options: Any) -> Image.Image:
+        request = {**OPTIONS, "init_image": scene, "num_inference_steps": 8, **options}
+        return studio.generate(PROMPT, identity=person, **request).images[0]
+
+    small, refined = generate(), generate(refine_faces={"strength": 0.75})
+    box = ImageChops.difference(small, refined).getbbox()
+    assert box is not None and box[0] > 20 and box[1] > 50 and box[2] < 110
+    assert refined.tobytes() != generate(refine_faces={"strength": 0.75}, scale=0.2).tobytes()
