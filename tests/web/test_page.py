@@ -320,7 +320,7 @@ def test_every_option_of_a_preset_has_a_component(preset: str) -> None:
             component = build_field(entry, built)
         assert component.visible == entry.is_supported(built)
         assert component.value is not None
-    without = {"width", "height", "memory", "controls", "start_step", "timestep_to_start_cfg"}
+    without = {"width", "height", "memory", "controls"}
     without |= {"loras", "embeddings", "style_image"}  # of several files
     assert built.options - without <= {entry.name for entry in FIELDS}
 
