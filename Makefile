@@ -38,8 +38,8 @@ test-lowest:
 	  --python-platform x86_64-manylinux_2_28 --only-binary :all: --no-annotate --no-header --quiet \
 	  -o .venv-lowest/requirements.txt
 	uv pip install --quiet --python .venv-lowest/bin/python --no-deps -r .venv-lowest/requirements.txt
-	OMP_NUM_THREADS=1 PYTHONPATH=src .venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 \
-	  --dist loadfile
+	uv pip install --quiet --python .venv-lowest/bin/python --no-deps --no-build-isolation -e .
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,19 +14,24 @@ from openpulid.errors import OptionError
 if TYPE_CHECKING:
     from openpulid.io.content_credentials import ContentSigner
 
+CERTIFICATE_VARIABLE = "PULID_C2PA_CERT"
+KEY_VARIABLE = "PULID_C2PA_KEY"
+
 Sign = Annotated[
     bool, typer.Option("--c2pa", help="Sign the images with content credentials (C2PA).")
 ]
 Certificate = Annotated[
     Path | None,
     typer.Option(
-        envvar="PULID_C2PA_CERT",
-        help="PEM file with the certificate for --c2pa, then those of the authorities above it.",
+        help="PEM file with the certificate for --c2pa, then those of the authorities above it; "
+        f"by default that of {CERTIFICATE_VARIABLE}.",
     ),
 ]
 Key = Annotated[
     Path | None,
-    typer.Option(envvar="PULID_C2PA_KEY", help="PEM file with the private key for --c2pa."),
+    typer.Option(
+        help=f"PEM file with the private key for --c2pa; by default that of {KEY_VARIABLE}."
+    ),
 ]
 
 
@@ -43,10 +49,12 @@ def load_signer(ctx: typer.Context) -> ContentSigner | None:
     from openpulid.io.content_credentials import ContentSigner, require_library
 
     require_library()
+    certificate = certificate or os.environ.get(CERTIFICATE_VARIABLE)
+    key = key or os.environ.get(KEY_VARIABLE)
     if certificate is None or key is None:
         raise OptionError(
             "--c2pa needs a certificate and its key: pass --c2pa-cert FILE and --c2pa-key FILE, or "
-            "set PULID_C2PA_CERT and PULID_C2PA_KEY; an authority of the C2PA trust list issues "
-            "them, and docs/provenance.md shows how to create some for a test."
+            f"set {CERTIFICATE_VARIABLE} and {KEY_VARIABLE}; an authority of the C2PA trust list "
+            "issues them, and docs/provenance.md shows how to create some for a test."
         )
     return ContentSigner.load(certificate, key)
