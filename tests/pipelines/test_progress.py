@@ -12,9 +12,12 @@ from PIL import Image
 
 from openpulid.diffusion.schedulers import KarrasScheduler
 from openpulid.errors import FaceError, Stopped
-from openpulid.pipelines.preview import NoisyLatents
+from openpulid.pipelines.preview import NoisyLatents, decode_preview
+from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.studio import Studio, load
 from openpulid.world.gallery import render_portrait
+from tests.support.studios import flux_studio
+from tests.support.tiny_flux import tiny_pipe
 
 Preview = Callable[[], Image.Image]
 
@@ -120,3 +123,26 @@ def test_similarity_finds_the_person(studio, tmp_path) -> None:
 def test_a_notebook_shows_the_images(studio) -> None:
     shown = studio.generate("portrait", seed=4, num_images=2, num_inference_steps=1)._repr_html_()
     assert shown.count("<img") == 2 and "seed 5" in shown
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_previews_on_flux_approach_the_image(dtype: torch.dtype) -> None:
+    studio = flux_studio(tiny_pipe().to(dtype=dtype))
+    previews: list[Image.Image] = []
+    request = GenerationRequest("portrait", width=48, height=32, num_inference_steps=3)
+    result = studio.generate(
+        request, callback=lambda step, total, preview: previews.append(preview())
+    )
+    assert [preview.size for preview in previews] == [(48, 32)] * 3
+    distances = [distance(preview, result.images[0]) for preview in previews]
+    assert distances[-1] < 1 < distances[0]
+
+
+def test_preview_of_a_half_precision_autoencoder_is_decoded_in_float32(tiny_pipeline) -> None:
+    pipe = tiny_pipeline()
+    pipe.vae.register_to_config(force_upcast=True)
+    latents = 30_000 * torch.ones(1, 4, 8, 8)  # overflows in float16
+    expected = decode_preview(pipe, latents, (16, 16))
+    pipe.vae.to(torch.float16)
+    assert distance(decode_preview(pipe, latents, (16, 16)), expected) < 2
+    assert pipe.vae.dtype == torch.float16

@@ -55,5 +55,5 @@ def describe_style(
 ) -> dict[str, Any] | None:
     """Return the style image of a request, for validation; None if no option names one."""
     options = {"image": image, "scale": scale, "model": model}
-    given = {name: value for name, value in options.items() if value is not None}
-    return given or None
+    present = {name: value for name, value in options.items() if value is not None}
+    return present or None

@@ -165,8 +165,8 @@ def describe_init_image(
 ) -> dict[str, Any] | None:
     """Return the initial image of a request, for validation; None if no option names one."""
     options = {"image": image, "strength": strength, "mask": mask, "resize": resize}
-    given = {name: value for name, value in options.items() if value is not None}
-    return given or None
+    present = {name: value for name, value in options.items() if value is not None}
+    return present or None
 
 
 def describe_refinement(
@@ -174,8 +174,8 @@ def describe_refinement(
 ) -> dict[str, float] | bool:
     """Return the second pass on small faces, for validation; False if no option asks for one."""
     options = {"strength": strength, "max_size": max_size}
-    given = {name: value for name, value in options.items() if value is not None}
-    return given or is_set
+    present = {name: value for name, value in options.items() if value is not None}
+    return present or is_set
 
 
 def parse_method(name: str | None, preset: Any) -> tuple[Any, str | None]:

@@ -31,11 +31,11 @@ def describe_controls(options: Mapping[str, Any]) -> list[dict[str, Any]]:
         "kind": options["control_kind"],
         "is_map": _parse_maps(options["control_map"] or ()),
     }
-    given = {name: values for name, values in fields.items() if values}
+    present = {name: values for name, values in fields.items() if values}
     if not models:  # the request says that a ControlNet is missing
-        return [{name: values[0] for name, values in given.items()}] if given else []
+        return [{name: values[0] for name, values in present.items()}] if present else []
     controls: list[dict[str, Any]] = [{"model": model} for model in models]
-    for name, values in given.items():
+    for name, values in present.items():
         is_for_all = len(values) == 1 and name != "image"
         if len(values) != len(models) and not is_for_all:
             option = OPTION_NAMES[f"controls.{name}"]

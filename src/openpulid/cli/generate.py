@@ -148,7 +148,7 @@ def generate(
     ] = None,
     inpaint_mask: Annotated[
         str | None,
-        typer.Option(help="Image that is white where the initial image is painted anew."),
+        typer.Option(help="Image that is white where the initial image is repainted."),
     ] = None,
     resize: Annotated[
         str | None,
@@ -230,7 +230,7 @@ def generate(
         list[str] | None,
         typer.Option(
             help="OPTION=VALUE,VALUE: images of all values on one sheet; the first --grid gives "
-            "the columns, others the rows."
+            "the columns, the next ones the rows."
         ),
     ] = None,
     name: Annotated[

@@ -6,7 +6,6 @@ is an error that names the command which downloads it.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from urllib.error import URLError
 
 from openpulid.errors import OptionError, PulidError, WeightsError, suggest
+from openpulid.io.loggers import silence_warnings
 from openpulid.io.lora_files import select_lora_file
 from openpulid.io.networks import (
     PIPELINE_INDEX,
@@ -125,7 +125,7 @@ def download(
             f"put it into a folder and set {FOLDER_VARIABLE} to that folder."
         )
     restriction = "  (not for commercial use)" if entry.commercial is False else ""
-    with _describe_download_errors(entry), _quiet_hub():
+    with _describe_download_errors(entry), silence_warnings("huggingface_hub"):
         names = _check_connection(entry)
         log(f"{entry.name}{entry.size}, license: {entry.license}{restriction}")
         target = None if folder is None else Path(folder)
@@ -175,18 +175,6 @@ def _describe_download_errors(entry: Weight) -> Iterator[None]:
             reason = f"no connection: {reason}"
             advice = f"check the network and its proxy, and {advice}"
         raise WeightsError(f"{entry.name} could not be downloaded ({reason}); {advice}.") from error
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Silence the warnings of the hub's client, which repeat what its errors say."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def verify_weights(name: str, folder: str | os.PathLike[str] | None = None) -> str:

@@ -10,6 +10,7 @@ from openpulid.pipelines.prompt_weights import find_marks
 from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
 from openpulid.pipelines.request_fields import RequestError, literal
+from openpulid.pipelines.request_inputs import PUBLISHED_STYLES
 
 INPUT_NAMES = ("controls", "loras", "embeddings", "style_image")
 """Inputs of a request that not every preset supports."""
@@ -101,10 +102,12 @@ def _check_style(name: str, models: ModelSet) -> None:
             "style_image",
         )
     is_flux = models.family == "flux"
-    if is_flux != (name == "ip-adapter-flux"):
-        fitting = "ip-adapter-flux" if is_flux else "ip-adapter or ip-adapter-plus"
+    family = PUBLISHED_STYLES.get(name, "sdxl")  # files are for SDXL
+    if family != models.family:
+        fitting = [style for style, base in PUBLISHED_STYLES.items() if base == models.family]
         raise RequestError(
-            f"{{0}} {name} is not for {models.family.upper()} presets; use {fitting}.",
+            f"{{0}} {literal(name)} is not for {models.family.upper()} presets; use "
+            f"{' or '.join(fitting)}.",
             "style_image.model",
         )
     if is_flux and models.memory != "full":

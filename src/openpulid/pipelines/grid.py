@@ -47,7 +47,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Grid:
-    """The cells of a grid. The first axis gives the columns, all others the rows.
+    """The cells of a grid. The first axis gives the columns, the other axes the rows.
 
     Attributes:
         axes: one or more axes.

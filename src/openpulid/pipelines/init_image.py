@@ -26,7 +26,7 @@ class InitImageInput:
 
     Attributes:
         image: RGB.
-        mask: gray, white where the image is painted anew; None for image-to-image.
+        mask: gray, white where the image is repainted; None for image-to-image.
     """
 
     image: Image.Image
@@ -142,7 +142,7 @@ class KeepOutside:
     Args:
         pipe: the image-to-image pipeline.
         image: the image at the size of the generated one.
-        mask: gray, white where it is painted anew.
+        mask: gray, white where it is repainted.
         seeds: of the images of a call.
     """
 
@@ -185,7 +185,7 @@ def check_inpaint_mask(mask: Image.Image) -> None:
     """Refuse a mask that leaves the whole initial image as it is.
 
     Args:
-        mask: gray, white where the image is painted anew.
+        mask: gray, white where the image is repainted.
 
     Raises:
         RequestError: the mask is black.
@@ -193,7 +193,7 @@ def check_inpaint_mask(mask: Image.Image) -> None:
     if mask.getbbox() is None:
         raise RequestError(
             "{0} is black everywhere, so that the image would not change; make it white where the "
-            "image is to be painted anew.",
+            "image is to be repainted.",
             "init_image.mask",
         )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from openpulid.io.loggers import silence_warnings
 from openpulid.pipelines.presets import NEGATIVE_PROMPT, Preset
 from openpulid.pipelines.prompt_weights import Fragment, parse_weights, remove_marks
 from openpulid.pipelines.prompts import prepare_prompts
@@ -120,7 +119,8 @@ def _encode(
         )
         texts = [pipe.maybe_convert_prompt(fragment.text, tokenizer) for fragment in fragments]
         weights = [fragment.weight for fragment in fragments]
-        with _quiet_tokenizers():
+        # that a prompt has more tokens than CLIP reads
+        with silence_warnings("transformers.tokenization_utils_base"):
             embeds.append(
                 provider.get_embeddings_for_weighted_prompt_fragments(
                     [texts], [weights], device=device
@@ -128,18 +128,6 @@ def _encode(
             )
     pooled = provider.get_pooled_embeddings(["".join(texts)], device=device)
     return torch.cat(embeds, dim=-1), pooled
-
-
-@contextmanager
-def _quiet_tokenizers() -> Iterator[None]:
-    """Silence the warning of transformers that a prompt has more tokens than CLIP reads."""
-    logger = logging.getLogger("transformers.tokenization_utils_base")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _pad(pipe: Any, embeds: Tensor, length: int) -> Tensor:

@@ -1,6 +1,6 @@
 """A second pass on faces that come out small: crop, enlarge, inpaint with the identity, put back.
 
-A small face has few latents. In a crop around the face it has as many as in a portrait.
+A small face has few latents. Enlarged to a portrait, it has enough.
 """
 
 from __future__ import annotations

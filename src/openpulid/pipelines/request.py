@@ -100,7 +100,7 @@ class IdentityOptions(RequestPart):
 
 
 class FaceRefinement(RequestPart):
-    """A second pass on small faces: each is enlarged, painted anew with the identity, and put back.
+    """A second pass on small faces: each is enlarged, repainted with the identity, and put back.
 
     Attributes:
         strength: how much of the face is changed, from 0 to 1: the fraction of the steps that is

@@ -166,6 +166,10 @@ class Embedding(RequestPart):
         return self.token or self.file
 
 
+PUBLISHED_STYLES = {"ip-adapter": "sdxl", "ip-adapter-plus": "sdxl", "ip-adapter-flux": "flux"}
+"""Published IP-Adapters for a style image, and the architecture of their base model."""
+
+
 class StyleImage(RequestPart):
     """An image whose style the result takes, through an IP-Adapter.
 
@@ -189,7 +193,7 @@ class InitImage(RequestPart):
     Attributes:
         image: the image. Without a size in the request, its ratio is kept.
         strength: how much is changed, from 0 to 1: the fraction of the steps that is run.
-        mask: white where the image is painted anew. The rest stays as it is.
+        mask: white where the image is repainted. The rest stays as it is.
         resize: how an image of another ratio is brought to the size of the request.
     """
 

@@ -27,9 +27,9 @@ class SmallFace:
 
     Attributes:
         request: the resolved request of the second pass.
-        identity: the person whose face it is; None without people.
+        identity: of the person; None without people.
         window: left, top, right and bottom of the square crop, in pixels of the image.
-        mask: gray, of the size of the crop in the image; white where the face is painted anew.
+        mask: gray, of the size of the crop in the image; white where the face is repainted.
     """
 
     request: GenerationRequest
@@ -64,7 +64,7 @@ class SmallFace:
 
         Args:
             face: in pixels of the image.
-            identity: the person whose face it is.
+            identity: of the person.
             request: the resolved request of the image, with the seed and the scale of the face.
             area: mask of the size of the image outside of which it must not change.
             models: the models that run it.

@@ -16,17 +16,13 @@ from openpulid.identity.clip_extractor import extract_image
 from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import open_image
 from openpulid.methods.ip_adapter.ip_adapter import IPAdapter
-from openpulid.pipelines.request_inputs import StyleImage
+from openpulid.pipelines.request_inputs import PUBLISHED_STYLES, StyleImage
 from openpulid.pipelines.style_flux import VISION_ENCODER as FLUX_ENCODER
 from openpulid.pipelines.style_flux import FluxStyleInput
 from openpulid.pipelines.weights import missing_sources, resolve_path
 
 VISION_ENCODER = "clip-h"
 """The published vision encoder of IP-Adapter's files for SDXL that end with `vit-h`."""
-
-
-FLUX_ADAPTER = "ip-adapter-flux"
-"""The published IP-Adapter for FLUX."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +81,7 @@ def open_style(style: StyleImage, time_limit: float | None = None) -> StyleInput
         WeightsError: weights are missing, damaged, or of another kind.
     """
     image = open_image(style.image, min_side=1, time_limit=time_limit)
-    is_flux = style.model == FLUX_ADAPTER
+    is_flux = PUBLISHED_STYLES.get(style.model) == "flux"
     encoder = FLUX_ENCODER if is_flux else VISION_ENCODER
     if missing := missing_sources([style.model, encoder]):
         raise WeightsError(

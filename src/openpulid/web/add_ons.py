@@ -9,18 +9,11 @@ from typing import Any
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request import GenerationRequest
-from openpulid.pipelines.request_inputs import Control
+from openpulid.pipelines.request_inputs import PUBLISHED_STYLES, Control
 from openpulid.pipelines.weights import find_installed
 
 CONTROL_PREFIXES = ("", "second_")
 """Of the names of the components of each ControlNet. A request can have more."""
-
-STYLE_MODELS = {
-    "ip-adapter": "sdxl",
-    "ip-adapter-plus": "sdxl",
-    "ip-adapter-flux": "flux",
-}
-"""Published IP-Adapters, and the base models that they are for."""
 
 MAP_CHOICES = [
     ("recognize", ""),
@@ -46,8 +39,8 @@ def style_choices(preset: Preset) -> list[str]:
     """Return the installed IP-Adapters for a preset."""
     if "style_image" not in preset.options or preset.models.is_miniature:
         return []
-    names = find_installed(STYLE_MODELS)
-    return [name for name in names if STYLE_MODELS[name] == preset.models.family]
+    names = find_installed(PUBLISHED_STYLES)
+    return [name for name in names if PUBLISHED_STYLES[name] == preset.models.family]
 
 
 def has_loras(preset: Preset) -> bool:
@@ -87,11 +80,11 @@ def _describe_controls(values: Mapping[str, Any]) -> list[dict[str, Any]]:
             control["model"] = model
         if image:
             control["image"] = image
-        shown = values.get(prefix + "control_map")
-        if shown == "ready":
+        kind = values.get(prefix + "control_map")
+        if kind == "ready":
             control["is_map"] = True
-        elif shown:
-            control |= {"kind": shown, "is_map": False}
+        elif kind:
+            control |= {"kind": kind, "is_map": False}
         for name in ("start", "end"):
             if (value := values.get(f"{prefix}control_{name}")) is not None:
                 control[name] = value
@@ -140,6 +133,6 @@ def find_unknown(request: GenerationRequest) -> list[str]:
         unknown.append("LoRAs of different scales")
     if any(embedding.token != Path(embedding.file).stem for embedding in request.embeddings):
         unknown.append("a word of another name than its file")
-    if request.style_image is not None and request.style_image.model not in STYLE_MODELS:
+    if request.style_image is not None and request.style_image.model not in PUBLISHED_STYLES:
         unknown.append("an IP-Adapter of its own")
     return unknown

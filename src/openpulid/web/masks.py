@@ -16,7 +16,7 @@ from openpulid.io.metadata import encode_image
 Color = tuple[int, int, int]
 
 PAINT: Color = (236, 72, 153)
-"""Color of the area that is painted anew."""
+"""Color of the area that is repainted."""
 
 COLORS: tuple[Color, ...] = ((220, 38, 38), (37, 99, 235), (22, 163, 74), (217, 119, 6))
 """Color of the region of each person."""
