@@ -16,8 +16,9 @@ from openpulid.identity.clip_extractor import load_clip_encoder
 from openpulid.io.hub import WEIGHTS
 from openpulid.methods.ip_adapter.faceid import FaceID
 from openpulid.methods.registry import METHODS
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import BASELINES, flux, mini, sdxl, with_method
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.studio import Studio
 from openpulid.world import Person, Scene, render
 from tests.support.clip_files import config, tower
 from tests.support.token_files import published
@@ -76,6 +77,8 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
 def test_unsupported_methods_raise() -> None:
     with pytest.raises(OptionError, match="no method 'dreambooth'"):
         with_method(sdxl(), "dreambooth")
+    with pytest.raises(OptionError, match="a set of PuLID's options, not a method; use p"):
+        with_method(sdxl(), "style")
     with pytest.raises(OptionError, match="instantid is only available for SDXL presets"):
         with_method(flux(), "instantid")
     with pytest.raises(

@@ -395,6 +395,10 @@ def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Pre
 
 
 def _find_baseline(preset: Preset, method: str) -> Baseline:
+    if method in PULID_MODES:
+        options = PULID_MODES[method].model_dump(exclude_none=True)
+        described = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise OptionError(f"{method!r} is a set of PuLID's options, not a method; use {described}.")
     if method not in BASELINES:
         raise OptionError(
             f"there is no method {method!r}{suggest(method, ('pulid', *BASELINES, *PULID_MODES))}; "
