@@ -27,8 +27,9 @@ from openpulid.io.image_grid import to_pil
 from openpulid.mini.evaluation.evaluate import BATCH, generate_images
 from openpulid.mini.evaluation.prompts import EvalPrompt, render_ground_truth, render_portraits
 from openpulid.mini.evaluation.scorers import MiniScorers
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import find_preset
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.studio import Studio
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Scene
 
 POSES = ATTRIBUTES["pose"]

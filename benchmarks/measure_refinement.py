@@ -30,8 +30,9 @@ from openpulid.bench.metrics import bootstrap
 from openpulid.io.files import write_json
 from openpulid.io.image_grid import image_grid, to_pil, to_tensor
 from openpulid.mini.evaluation.scorers import FaceScorer
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.request import FaceRefinement
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.studio import Studio
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 PORTRAIT = 96

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from openpulid.identity.identity import Identity as Identity
     from openpulid.methods.pulid import PuLID as PuLID
     from openpulid.pipelines.factory import load_extractor as load_extractor
+    from openpulid.pipelines.loading import load as load
     from openpulid.pipelines.request import GenerationRequest as GenerationRequest
     from openpulid.pipelines.request import IdentityOptions as IdentityOptions
     from openpulid.pipelines.request import ModelSelection as ModelSelection
@@ -21,10 +22,9 @@ if TYPE_CHECKING:
     from openpulid.pipelines.request_inputs import Lora as Lora
     from openpulid.pipelines.request_inputs import Person as Person
     from openpulid.pipelines.request_inputs import StyleImage as StyleImage
+    from openpulid.pipelines.result import GenerationResult as GenerationResult
     from openpulid.pipelines.selection import resolve_preset as resolve_preset
-    from openpulid.pipelines.studio import GenerationResult as GenerationResult
     from openpulid.pipelines.studio import Studio as Studio
-    from openpulid.pipelines.studio import load as load
 
 __version__ = "0.2.0"
 
@@ -32,7 +32,7 @@ _MODULES = {
     "Control": "openpulid.pipelines.request_inputs",
     "Embedding": "openpulid.pipelines.request_inputs",
     "GenerationRequest": "openpulid.pipelines.request",
-    "GenerationResult": "openpulid.pipelines.studio",
+    "GenerationResult": "openpulid.pipelines.result",
     "Identity": "openpulid.identity.identity",
     "IdentityOptions": "openpulid.pipelines.request",
     "InitImage": "openpulid.pipelines.request_inputs",
@@ -43,7 +43,7 @@ _MODULES = {
     "PulidError": "openpulid.errors",
     "Studio": "openpulid.pipelines.studio",
     "StyleImage": "openpulid.pipelines.request_inputs",
-    "load": "openpulid.pipelines.studio",
+    "load": "openpulid.pipelines.loading",
     "load_extractor": "openpulid.pipelines.factory",
     "resolve_preset": "openpulid.pipelines.selection",
 }

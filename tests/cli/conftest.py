@@ -139,7 +139,7 @@ class FakeStudio:
 @pytest.fixture
 def studio(monkeypatch: pytest.MonkeyPatch) -> FakeStudio:
     fake = FakeStudio()
-    monkeypatch.setattr("openpulid.pipelines.studio.load", fake.load)
+    monkeypatch.setattr("openpulid.pipelines.loading.load", fake.load)
     monkeypatch.setattr("openpulid.pipelines.factory.check_models", lambda *args: None)
     monkeypatch.setattr(
         "openpulid.pipelines.factory.load_extractor", lambda preset, device: fake.extractor

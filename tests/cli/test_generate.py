@@ -58,7 +58,7 @@ def test_face_is_detected_before_the_base_is_loaded(
     pulid: Run, studio: FakeStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the studio gets an identity, so that it loads no face models."""
-    monkeypatch.setattr("openpulid.pipelines.studio.load", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("openpulid.pipelines.loading.load", lambda *args: pytest.fail("loaded"))
     Image.new("RGB", (96, 96)).save(tmp_path / "wall.png")
     refused = pulid("generate", "portrait", "--id", tmp_path / "wall.png", "-o", tmp_path)
     assert refused.is_one_sentence and "wall.png: no face detected" in refused.err

@@ -22,12 +22,13 @@ from openpulid.methods.control_maps.edges import canny_edges
 from openpulid.methods.control_maps.pose import detect_poses, draw_poses
 from openpulid.pipelines.controls import open_controls, prepare_image
 from openpulid.pipelines.inputs import open_inputs
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import MINIATURE, flux
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_fields import RequestError
 from openpulid.pipelines.request_inputs import Control, InitImage, Person
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.studio import Studio
 from tests.support.map_networks import save_depth_estimator, save_pose_models
 from tests.support.people import anna, distance
 from tests.support.tiny_flux import fresh, tiny_controlnet, tiny_pipe

@@ -18,11 +18,12 @@ from PIL import Image
 
 from openpulid.errors import OptionError
 from openpulid.pipelines.init_image import InitImageInput
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import MINIATURE, flux, mini, sdxl
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import InitImage, Person
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.studio import Studio
 from tests.support.people import anna
 from tests.support.people import fresh as fresh_sdxl
 from tests.support.tiny_flux import fresh as fresh_flux

@@ -9,9 +9,9 @@ import pytest
 from openpulid.errors import OptionError
 from openpulid.io.image_grid import to_pil
 from openpulid.pipelines.checks import find_active_steps
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import PRESETS, find_preset, mini, with_method
 from openpulid.pipelines.request import GenerationRequest, IdentityOptions
-from openpulid.pipelines.studio import load
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 

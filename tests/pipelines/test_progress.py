@@ -12,9 +12,10 @@ from PIL import Image
 
 from openpulid.diffusion.schedulers import KarrasScheduler
 from openpulid.errors import FaceError, Stopped
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.preview import NoisyLatents, decode_preview
 from openpulid.pipelines.request import GenerationRequest
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.studio import Studio
 from openpulid.world.gallery import render_portrait
 from tests.support.studios import flux_studio
 from tests.support.tiny_flux import tiny_pipe

@@ -13,12 +13,13 @@ from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.image_grid import to_pil
 from openpulid.pipelines.inputs import RequestInputs
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import MINIATURE, Preset, flux, mini, sdxl
 from openpulid.pipelines.progress import Progress
 from openpulid.pipelines.refinement import FaceRefiner
 from openpulid.pipelines.request import FaceRefinement, GenerationRequest
 from openpulid.pipelines.runner import PipelineRunner
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.studio import Studio
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 from tests.support.people import anna as tiny_anna
 from tests.support.people import fresh as fresh_sdxl

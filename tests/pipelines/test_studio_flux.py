@@ -8,10 +8,11 @@ import torch
 
 from openpulid.errors import NonFiniteError, OptionError, PromptError
 from openpulid.identity.identity import Identity
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import PRESETS, flux, flux_krea, flux_schnell
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.studio import Studio
 from tests.support.people import anna, ben
 from tests.support.tiny_flux import fresh, tiny_pipe
 

@@ -12,8 +12,9 @@ from openpulid.bench.suite import Suite
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import WEIGHTS
 from openpulid.pipelines.factory import check_models, load_adapter, load_extractor
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import Preset, find_preset, with_method
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.studio import Studio
 from openpulid.pipelines.weights import missing_weights
 
 Presets = Mapping[str, Preset]

@@ -240,10 +240,10 @@ def _run_jobs(
     note: str | None,
 ) -> None:
     """Run jobs with the same models, and append their images to lists."""
-    from openpulid.pipelines import studio as studios
+    from openpulid.pipelines.loading import load
 
     _extract_identities(jobs, device)
-    studio = studios.load(jobs[0].preset, device)
+    studio = load(jobs[0].preset, device)
     if note is not None:
         logger.warning("%s", note)
 

@@ -6,7 +6,7 @@ import time
 
 from openpulid.device import best_device
 from openpulid.doctor.report import Section
-from openpulid.pipelines.studio import load
+from openpulid.pipelines.loading import load
 from openpulid.world.gallery import render_portrait
 
 PERSON = 1_000_007

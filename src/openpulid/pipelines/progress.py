@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,36 +13,47 @@ from openpulid.pipelines.checks import count_steps
 from openpulid.pipelines.preview import NoisyLatents, decode_preview
 from openpulid.pipelines.request import GenerationRequest
 
-Preview = Callable[[], Image.Image]
-"""Decodes a small image of what the step gave. It costs nothing unless it is called."""
+Preview = Callable[..., Image.Image]
+"""Decodes a small image of what the step gave. It costs nothing unless it is called.
+
+Of the requests of a batch, `preview(k)` decodes the image of request k, counted from 0. It raises
+`IndexError` if that image is not computed in this step."""
 
 Callback = Callable[[int, int, Preview], object]
 """Receives the number of steps that are done, the number of all steps, and a preview."""
 
 
 class Progress:
-    """Counts the steps of all images of a request, and reports each to a callback.
+    """Counts the steps of all images of requests, and reports each to a callback.
 
     Args:
         callback: see `Callback`.
-        request: the resolved request.
+        requests: the resolved requests.
     """
 
-    def __init__(self, callback: Callback | None, request: GenerationRequest) -> None:
+    def __init__(self, callback: Callback | None, *requests: GenerationRequest) -> None:
         self._callback = callback
         self.total = 0
         self._num_steps = 0
         self._num_done = 0
         self._steps_of_run = 0
         self._previous: NoisyLatents | None = None
-        self.extend(request)
+        self._positions: Sequence[int] = (0,)
+        for request in requests:
+            self.extend(request)
 
     def extend(self, request: GenerationRequest) -> None:
         """Add the steps of a resolved request to the total."""
         self.total += request.num_images * count_steps(request)
 
-    def start_run(self, request: GenerationRequest) -> None:
-        """Note that the next images of a request begin."""
+    def start_run(self, request: GenerationRequest, positions: Sequence[int] = (0,)) -> None:
+        """Note that the next images of a request begin.
+
+        Args:
+            request: the request, or the first one of a batch.
+            positions: of the requests in a batch.
+        """
+        self._positions = positions
         self._num_steps = count_steps(request)
         self._steps_of_run = 0
         self._previous = None
@@ -64,12 +75,20 @@ class Progress:
         if done > self._steps_of_run:
             self._num_done += (done - self._steps_of_run) * len(latents)
             self._steps_of_run = done
-            preview = partial(_decode, pipe, noisy, self._previous, size)
+            preview = partial(_decode, pipe, noisy, self._previous, size, self._positions)
             self._callback(self._num_done, self.total, preview)
         self._previous = noisy
 
 
 def _decode(
-    pipe: Any, noisy: NoisyLatents, previous: NoisyLatents | None, size: tuple[int, int]
+    pipe: Any,
+    noisy: NoisyLatents,
+    previous: NoisyLatents | None,
+    size: tuple[int, int],
+    positions: Sequence[int],
+    position: int = 0,
 ) -> Image.Image:
-    return decode_preview(pipe, noisy.estimate_clean(previous), size)
+    if position not in positions:
+        raise IndexError(f"image {position} is not computed in this step.")
+    row = positions.index(position)
+    return decode_preview(pipe, noisy.estimate_clean(previous)[row : row + 1], size)

@@ -57,18 +57,32 @@ def encode_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Pro
     }
 
 
-def repeat_prompts(options: PromptOptions, count: int) -> dict[str, Any]:
-    """Return arguments for one image, such as those of `encode_prompts`, for several images."""
-    repeated: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, Tensor):
-            tensor = value.repeat_interleave(count, dim=0)
+def join_prompts(options: Sequence[PromptOptions]) -> dict[str, Any]:
+    """Return arguments for several images from those for one image each.
+
+    Args:
+        options: per image the arguments, such as those of `encode_prompts`; all with one
+            `prompt_layout`.
+    """
+    joined: dict[str, Any] = {}
+    for name, first in options[0].items():
+        values: list[Any] = [option[name] for option in options]
+        if isinstance(first, Tensor):
+            tensor = torch.cat(values)
             # pipelines take one entry for each IP-Adapter
-            repeated[name] = [tensor] if "ip_adapter" in name else tensor
+            joined[name] = [tensor] if "ip_adapter" in name else tensor
         else:
             # "" is encoded; None is what the pipeline uses without a negative prompt
-            repeated[name] = None if value is None else [value] * count
-    return repeated
+            joined[name] = None if first is None else values
+    return joined
+
+
+def prompt_layout(options: PromptOptions) -> tuple[object, ...]:
+    """Return what the arguments of all images of one call must have in common."""
+    return tuple(
+        (name, value.shape if isinstance(value, Tensor) else type(value))
+        for name, value in options.items()
+    )
 
 
 def _needs_embeddings(pipe: Any, text: str) -> bool:

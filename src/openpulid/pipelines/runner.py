@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.progress import Progress
-from openpulid.pipelines.prompt_embeddings import PromptOptions, encode_prompts, repeat_prompts
+from openpulid.pipelines.prompt_embeddings import encode_prompts, join_prompts, prompt_layout
 from openpulid.pipelines.refinement import FaceRefiner
 from openpulid.pipelines.request import GenerationRequest
 
@@ -67,6 +67,37 @@ class PipelineRunner:
             for seed, image in images:
                 yield seed, self._refine(refiner, seed, image, progress)
 
+    def run_together(
+        self,
+        requests: Sequence[GenerationRequest],
+        people: Sequence[People | None],
+        progress: Progress,
+    ) -> list[Image.Image]:
+        """Generate one image of each of several requests at once.
+
+        Prompts that CLIP reads in different numbers of chunks are run one number after another.
+
+        Args:
+            requests: resolved requests of equal `batch_key`.
+            people: the people of each. If one request has none, all have none.
+            progress: is told of every step.
+        """
+        prompts = [encode_prompts(self.pipe, request, self.preset) for request in requests]
+        groups: dict[object, list[int]] = {}
+        for k, options in enumerate(prompts):
+            groups.setdefault(prompt_layout(options), []).append(k)
+        images: dict[int, Image.Image] = {}
+        for group in groups.values():
+            first = requests[group[0]]
+            shown = [people[k] for k in group] if first.people else None
+            with self._use_identity(shown, first, self.pipe):
+                progress.start_run(first, group)
+                joined = join_prompts([prompts[k] for k in group])
+                seeds = [requests[k].seed for k in group]
+                batch = self._run_batch(first, joined, seeds, self.pipe, RequestInputs(), progress)
+            images.update(zip(group, batch, strict=True))
+        return [images[k] for k in range(len(requests))]
+
     def _refine(
         self, refiner: FaceRefiner, seed: int, image: Image.Image, progress: Progress
     ) -> Image.Image:
@@ -94,7 +125,9 @@ class PipelineRunner:
             prompts = {**encode_prompts(pipe, request, self.preset), **style}
             with self._use_identity(people, request, pipe):
                 for seeds in _batches(request, batch_size):
-                    images = self._run_batch(request, prompts, seeds, pipe, inputs, progress)
+                    progress.start_run(request)
+                    joined = join_prompts([prompts] * len(seeds))
+                    images = self._run_batch(request, joined, seeds, pipe, inputs, progress)
                     yield from zip(seeds, images, strict=True)
 
     def _select_pipeline(self, inputs: RequestInputs) -> Any:
@@ -132,7 +165,7 @@ class PipelineRunner:
     def _run_batch(
         self,
         request: GenerationRequest,
-        prompts: PromptOptions,
+        prompts: Mapping[str, Any],
         seeds: Sequence[int],
         pipe: Any,
         inputs: RequestInputs,
@@ -150,14 +183,13 @@ class PipelineRunner:
             options |= {**edit.options, "after_step": edit.after_step}
         native = self.preset.models.native_side
         size = (request.width or native, request.height or native)
-        progress.start_run(request)
         images = run_pipeline(
             pipe,
             on_step=partial(progress.report, pipe, size=size),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale or 0.0,  # FLUX.1-schnell has none
-            **repeat_prompts(prompts, len(seeds)),
+            **prompts,
             **options,
         )
         return images if edit is None else edit.finish(images)

@@ -8,35 +8,25 @@ studio.generate("portrait, film noir", identity=anna, seed=7, num_images=4).imag
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain
 from typing import Any
 
-import torch
-
-from openpulid.device import select_device
 from openpulid.errors import OptionError, Stopped
 from openpulid.identity.extractor import DeferredExtractor, IdentityExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ImageSource, ReferenceFaces, ReferenceImage
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid import People, normalize_people
-from openpulid.pipelines.factory import (
-    check_models,
-    defer_extractor,
-    load_adapter,
-    load_pipeline,
-)
+from openpulid.pipelines.batching import check_batch
 from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.progress import Callback, Progress
 from openpulid.pipelines.request import GenerationRequest, parse_size
 from openpulid.pipelines.result import GenerationResult, OnImage
 from openpulid.pipelines.runner import PipelineRunner
-from openpulid.pipelines.selection import PresetSource, resolve_preset
 
 logger = logging.getLogger(__name__)
 
@@ -191,17 +181,13 @@ class Studio:
             raise OptionError(
                 f"batch_size must be a whole number of 1 or more, got {batch_size!r}."
             )
-        is_person_shown = identity is not None or bool(request.people)
-        resolved = self.preset.resolve(request, is_person_shown)
-        inputs = open_inputs(resolved) if inputs is None else inputs
-        request = inputs.fit(request, self.preset.models)
-        for note in self.preset.describe_ineffective(request, is_person_shown):
-            logger.warning("%s", note)
-        request = self.preset.resolve(request, is_person_shown)
-        people = self._people(request, inputs) if identity is None else open_person(identity)
-        if isinstance(people, ReferenceImage):
-            people = self.identify(people)
-        if people is not None:
+        request, inputs = self._prepare(request, inputs, has_identity=identity is not None)
+        if identity is None:
+            people = self._people(request, inputs)
+        else:
+            people = open_person(identity)
+            if isinstance(people, ReferenceImage):
+                people = self.identify(people)
             self._check_people(people)
         result = GenerationResult([], [], dict(inputs.fingerprints))
         if identity is not None:
@@ -215,6 +201,64 @@ class Studio:
                     on_image(image, result.requests[-1])
         return result
 
+    def generate_batch(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        inputs: Sequence[RequestInputs] | None = None,
+        callback: Callback | None = None,
+    ) -> list[GenerationResult]:
+        """Generate one image of each of several requests, all at once.
+
+        Every image equals that of `generate` up to rounding. Prompts, seeds and people can differ;
+        everything else is the same, see `batching.batch_key`.
+
+        Args:
+            requests: requests of one image each.
+            inputs: the input files of each request, if they are open already.
+            callback: see `generate`; if it raises `Stopped`, there are no images.
+
+        Returns:
+            The result of each request.
+
+        Raises:
+            OptionError: the requests cannot share a batch; otherwise as `generate`.
+        """
+        if inputs is None:
+            inputs = [open_inputs(request) for request in requests]
+        prepared = [
+            self._prepare(request, files) for request, files in zip(requests, inputs, strict=True)
+        ]
+        check_batch(prepared)
+        people = [self._people(request, files) for request, files in prepared]
+        rows = [request for request, _ in prepared]
+        progress = Progress(callback, *rows)
+        results = [GenerationResult([], [], dict(files.fingerprints)) for _, files in prepared]
+        with self._lock, suppress(Stopped):
+            images = self._runner.run_together(rows, people, progress)
+            for result, request, image in zip(results, rows, images, strict=True):
+                result.images.append(image)
+                result.requests.append(request.for_image(request.seed, *image.size))
+        return results
+
+    def _prepare(
+        self, request: GenerationRequest, inputs: RequestInputs | None, has_identity: bool = False
+    ) -> tuple[GenerationRequest, RequestInputs]:
+        """Resolve a request and open its files.
+
+        Args:
+            request: the request.
+            inputs: its files, if they are open already.
+            has_identity: whether a person is shown whom the request does not name.
+        """
+        is_person_shown = has_identity or bool(request.people)
+        resolved = self.preset.resolve(request, is_person_shown)
+        inputs = open_inputs(resolved) if inputs is None else inputs
+        request = inputs.fit(request, self.preset.models)
+        for note in self.preset.describe_ineffective(request, is_person_shown):
+            logger.warning("%s", note)
+        return self.preset.resolve(request, is_person_shown), inputs
+
     def _people(self, request: GenerationRequest, inputs: RequestInputs) -> People | None:
         """Return the people of a request as the adapter accepts them."""
         if not request.people:
@@ -222,7 +266,9 @@ class Studio:
         if inputs.has_reference_images:
             inputs = inputs.with_identities(request, self.extractor)
         native = self.preset.models.native_side
-        return inputs.place_people(request, request.width or native, request.height or native)
+        people = inputs.place_people(request, request.width or native, request.height or native)
+        self._check_people(people)
+        return people
 
     def _check_people(self, people: People) -> None:
         """Check that the method can show these people."""
@@ -252,43 +298,3 @@ def _parse_size(options: dict[str, Any]) -> dict[str, Any]:
         raise OptionError("set either size, or width and height.")
     rest = {name: value for name, value in options.items() if name != "size"}
     return {**rest, "width": width, "height": height}
-
-
-def load(
-    preset: PresetSource = "mini",
-    device: str | torch.device | None = None,
-    base: str | os.PathLike[str] | None = None,
-    memory: str | None = None,
-    method: str | None = None,
-    face_pack: str | os.PathLike[str] | None = None,
-    adapter: str | os.PathLike[str] | None = None,
-    extractor: IdentityExtractor | None = None,
-) -> Studio:
-    """Load a studio from local files.
-
-    The identity extractor is loaded for the first image of a person, and not at all for a saved
-    identity.
-
-    Args:
-        preset: a preset, its name, a directory of weights, or the models of a request.
-        device: where to compute; the accelerator if there is one, else the CPU.
-        base: another base model, see `selection.resolve_preset`.
-        memory: memory level of FLUX.
-        method: another method.
-        face_pack: directory of another insightface pack.
-        adapter: another adapter file of the method.
-        extractor: the identity extractor of `load_extractor`, if it is loaded already.
-
-    Raises:
-        OptionError: there is no such preset, or a change does not apply to it.
-        OptionError: there is no such device.
-        WeightsError: weights are missing or damaged.
-    """
-    resolved = resolve_preset(preset, base, method, adapter, face_pack, memory)
-    target = select_device(device)
-    check_models(resolved)
-    loaded_adapter = load_adapter(resolved, target)
-    # hashes its files, so that a missing one is reported before the base is loaded
-    deferred = defer_extractor(resolved, target, loaded_adapter)
-    pipe = load_pipeline(resolved, target)
-    return Studio(pipe, loaded_adapter, extractor or deferred, resolved)

@@ -87,7 +87,7 @@ class WebSession:
 
         The previous one is dropped first: two may not fit into memory.
         """
-        from openpulid.pipelines.studio import load
+        from openpulid.pipelines.loading import load
 
         preset = self.preset(models)
         if self._studio is None or self._studio.preset.selection != preset.selection:

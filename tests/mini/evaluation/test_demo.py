@@ -63,7 +63,7 @@ def test_demo_writes_image_page_and_figures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     studio = Studio()
-    monkeypatch.setattr(demo.studios, "load", lambda preset, device: studio)
+    monkeypatch.setattr(demo, "load", lambda preset, device: studio)
     monkeypatch.setattr(demo.FaceScorer, "load", lambda: embed_center)
     messages: list[str] = []
     result = demo.run(tmp_path, people_seed=3, log=messages.append)

@@ -12,7 +12,8 @@ from openpulid.io.image_grid import to_tensor
 from openpulid.mini.evaluation import evaluate
 from openpulid.mini.evaluation.prompts import sample_prompts
 from openpulid.mini.evaluation.scorers import MiniScorers
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.loading import load
+from openpulid.pipelines.studio import Studio
 from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE
 from openpulid.world.gallery import render_portrait
 

@@ -19,7 +19,7 @@ from openpulid.io.image_grid import labeled_grid, to_pil, to_tensor
 from openpulid.io.metadata import encode_image
 from openpulid.io.xmp import DigitalSourceType
 from openpulid.mini.evaluation.scorers import FaceScorer
-from openpulid.pipelines import studio as studios
+from openpulid.pipelines.loading import load
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 PROMPTS = (
@@ -79,7 +79,7 @@ def run(
     log(f"Rendering held-out person {seed} and {NUM_OTHER_PEOPLE} people to compare with ...")
     portraits = _render_portraits(range(seed, seed + 1 + NUM_OTHER_PEOPLE))
     log("Loading the miniature ...")
-    studio = studios.load("mini", device=device)
+    studio = load("mini", device=device)
     identity = studio.identify([portraits[0]])
     without, with_identity = [], []
     for k, prompt in enumerate(PROMPTS):

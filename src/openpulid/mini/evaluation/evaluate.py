@@ -24,8 +24,9 @@ from openpulid.mini.evaluation.prompts import (
 )
 from openpulid.mini.evaluation.scorers import MiniScorers
 from openpulid.mini.models import sample
+from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import find_preset
-from openpulid.pipelines.studio import Studio, load
+from openpulid.pipelines.studio import Studio
 
 COLUMNS = ("face_sim", "rank1", "clip_t", "clip_i", "outside_face", "attributes", "face_found")
 DIGITS = {"clip_t": 2}

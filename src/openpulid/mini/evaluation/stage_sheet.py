@@ -9,7 +9,7 @@ from openpulid.mini.evaluation.ablation import PRESET
 from openpulid.mini.evaluation.adapters import find_adapters, iterate_models
 from openpulid.mini.evaluation.evaluate import generate_images
 from openpulid.mini.evaluation.prompts import render_portraits, sample_prompts
-from openpulid.pipelines.studio import load
+from openpulid.pipelines.loading import load
 
 COLUMNS = {
     "base": "without",

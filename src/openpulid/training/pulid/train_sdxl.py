@@ -22,7 +22,7 @@ from openpulid.pipelines.factory import (
     resolve_path,
 )
 from openpulid.pipelines.presets import sdxl, sdxl_v1
-from openpulid.pipelines.studio import resolve_preset
+from openpulid.pipelines.selection import resolve_preset
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset, no_images_error
