@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import ControlNetModel
 from PIL import Image, ImageChops
 
 from openpulid.errors import OptionError
@@ -18,6 +19,7 @@ from openpulid.pipelines.presets import MINIATURE, Preset, flux, mini, sdxl
 from openpulid.pipelines.progress import Progress
 from openpulid.pipelines.refinement import FaceRefiner
 from openpulid.pipelines.request import FaceRefinement, GenerationRequest
+from openpulid.pipelines.request_inputs import Control
 from openpulid.pipelines.runner import PipelineRunner
 from openpulid.pipelines.studio import Studio
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
@@ -133,6 +135,28 @@ def test_a_small_face_changes_and_nothing_else(studio, anna, scene) -> None:
     together = generate(True, num_images=2, batch_size=2)
     for one, other in zip(refined, together, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2
+
+
+def test_a_controlnet_acts_in_the_first_pass_alone(studio, anna, scene, tmp_path) -> None:
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(
+        studio.pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 8)
+    )
+    torch.nn.init.normal_(net.controlnet_mid_block.weight, std=0.1)
+    net.save_pretrained(tmp_path / "net")
+    noise = np.random.default_rng(0).integers(0, 256, (CANVAS, CANVAS, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    controls = [Control(tmp_path / "net", tmp_path / "noise.png")]
+
+    def generate(**options: Any) -> Image.Image:
+        request = {**OPTIONS, "init_image": scene, **options}
+        return studio.generate(PROMPT, identity=anna, **request).images[0]
+
+    plain, controlled = generate(), generate(controls=controls)
+    assert plain.tobytes() != controlled.tobytes()
+    refined = generate(controls=controls, refine_faces=True)
+    left, top, right, bottom = ImageChops.difference(controlled, refined).getbbox()
+    assert left > 32 and top > 74 and right < 96 and bottom <= CANVAS
 
 
 def test_an_image_without_a_face_stays(studio, anna, tmp_path, caplog) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, WeightsError
 from openpulid.io.images import open_image
 from openpulid.io.networks import read_config
 from openpulid.methods.control_maps.depth import estimate_depth
@@ -35,14 +35,32 @@ class ControlInput:
     """The files of a `Control`.
 
     Attributes:
+        path: of the ControlNet.
         net: the ControlNet; several controls can share it.
         image: the control image, of the kind that the ControlNet reads.
         options: of `use`.
     """
 
+    path: Path
     net: ControlNet | FluxControlNet
     image: Image.Image
     options: Mapping[str, Any]
+
+    def check(self, base: str) -> None:
+        """Check that the ControlNet is for the architecture of the base model.
+
+        Args:
+            base: name of that architecture, see `ModelSet.base_name`.
+
+        Raises:
+            WeightsError: it is for another architecture.
+        """
+        architecture = "FLUX.1" if isinstance(self.net, FluxControlNet) else "SDXL"
+        if (architecture == "FLUX.1") != (base == "FLUX.1"):
+            raise WeightsError(
+                f"{self.path} is a ControlNet for {architecture}, and the base model is {base}; "
+                "use a ControlNet for that."
+            )
 
 
 def open_controls(
@@ -85,7 +103,7 @@ def open_controls(
                     f"controls.{number}.kind",
                 )
             options["mode"] = MODES[kind]
-        inputs.append(ControlInput(net, image, options))
+        inputs.append(ControlInput(path, net, image, options))
     return tuple(inputs)
 
 

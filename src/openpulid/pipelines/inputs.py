@@ -66,6 +66,8 @@ class RequestInputs:
             WeightsError: a file is for another base model.
         """
         self.add_ons.check(models)
+        for control in self.controls:
+            control.check(models.base_name)
 
     def without_people(self) -> RequestInputs:
         """Return the inputs of the same request without its people."""
