@@ -171,14 +171,20 @@ class Scene:
             del visible["pattern"]
         return visible
 
-    def prompt(self, generator: torch.Generator, keep: float = 0.85) -> str:
+    def prompt(
+        self, generator: torch.Generator, keep: float = 0.85, shared_with: Scene | None = None
+    ) -> str:
         """Generate a prompt with random synonyms and order.
 
         Args:
             generator: source of randomness.
             keep: probability that a visible attribute is mentioned.
+            shared_with: mention only attributes that are the same in this scene, of the same style.
         """
         visible = self.attributes()
+        if shared_with is not None:
+            shared = shared_with.attributes().items()
+            visible = {name: value for name, value in visible.items() if (name, value) in shared}
         style = _sample_phrase(_PHRASES["style"][self.style], generator)
         subject = _sample_phrase(_SUBJECTS, generator)
         clauses = [
@@ -209,6 +215,8 @@ def _clause(name: str, visible: dict[str, str], generator: torch.Generator) -> s
     """Describe an attribute, or two that share a clause; return "" if it is not mentioned."""
     value = visible.get(name)
     if value is None:
+        return ""
+    if name == "background" and "pattern" not in visible:
         return ""
     if name == "background":
         return _sample_phrase(_PATTERNS[visible["pattern"]], generator).format(value)

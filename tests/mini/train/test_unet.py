@@ -15,7 +15,7 @@ from openpulid.mini.train.distill import (
     TeacherTrajectories,
     compute_trajectories,
 )
-from openpulid.mini.train.unet import BaseTask, warp_uniform_times
+from openpulid.mini.train.unet import BaseTask, TrainingImages, warp_uniform_times
 from openpulid.training.rng import StepRNG
 from tests.support import mini_networks as networks
 
@@ -27,7 +27,10 @@ def small_task(**options) -> BaseTask:
     )
     options = {"batch": 2, **options}
     return BaseTask(
-        networks.small_unet(), networks.small_words(), latents, networks.small_captions(), **options
+        networks.small_unet(),
+        networks.small_words(),
+        TrainingImages(latents, networks.small_captions()),
+        **options,
     )
 
 
@@ -56,6 +59,23 @@ def test_base_task_overfits_two_images():
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_every_eighth_step_is_one_of_pairs():
+    latents = Latents(torch.zeros(2, 4, 12, 20).half(), torch.ones(2, 1, 12, 20).half())
+    task = small_task(batch=4, pairs=TrainingImages(latents, networks.small_captions()))
+    shapes, sizes = [], []
+
+    def note(unet, args, kwargs):
+        shapes.append(tuple(args[0].shape))
+        sizes.append(kwargs["added_cond_kwargs"]["time_ids"][0].tolist())
+
+    task.network.register_forward_pre_hook(note, with_kwargs=True)
+    for step in range(16):
+        task.losses(StepRNG(0, step))
+    assert [k for k, shape in enumerate(shapes) if shape == (2, 4, 12, 20)] == [7, 15]
+    assert shapes[0] == (4, 4, 12, 12) and sizes[0] == [96, 96, 0, 0, 96, 96]
+    assert sizes[7] == [96, 160, 0, 0, 96, 160]
 
 
 def test_nearly_clean_times_have_lower_weight():

@@ -7,12 +7,14 @@ from openpulid.mini.data.features import FaceFeatures
 from openpulid.mini.data.latents import Latents
 from openpulid.mini.data.loading import batches, load_faces
 from openpulid.mini.data.negatives import load_photographs
+from openpulid.mini.data.pairs import PairDataset
 
 __all__ = [
     "ArrayCache",
     "Captions",
     "FaceFeatures",
     "Latents",
+    "PairDataset",
     "batches",
     "color_jitter",
     "compose_affine",

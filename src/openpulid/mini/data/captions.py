@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from openpulid.mini.data.cache import ArrayCache
+from openpulid.mini.data.pairs import PairDataset
 from openpulid.training import generator_for
 from openpulid.world import WorldDataset
 
@@ -35,7 +36,7 @@ class Captions:
     @classmethod
     def build(
         cls,
-        data: WorldDataset,
+        data: WorldDataset | PairDataset,
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
         variants: int = VARIANTS,
@@ -81,7 +82,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> Tensor:
 
 
 def _caption_tokens(
-    data: WorldDataset, row: int, tokenizer: PreTrainedTokenizerBase, variants: int
+    data: WorldDataset | PairDataset, row: int, tokenizer: PreTrainedTokenizerBase, variants: int
 ) -> np.ndarray:
     """Generate the captions of one image, (V, L)."""
     scene = data.scene(row)

@@ -14,6 +14,7 @@ from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.io.checkpoints import module_fingerprint
 from openpulid.mini.data.cache import ArrayCache
 from openpulid.mini.data.loading import batches, load_faces
+from openpulid.mini.data.pairs import PairDataset
 from openpulid.world import WorldDataset
 
 
@@ -21,8 +22,8 @@ class Latents:
     """Latents and face masks of N images.
 
     Attributes:
-        images: (N, C, s, s) float16, scaled as the base model sees them.
-        face_masks: (N, 1, s, s) float16, the share of face pixels at each position.
+        images: (N, C, h, w) float16, scaled as the base model sees them.
+        face_masks: (N, 1, h, w) float16, the share of face pixels at each position.
     """
 
     def __init__(self, images: Tensor, face_masks: Tensor) -> None:
@@ -33,7 +34,7 @@ class Latents:
     def build(
         cls,
         vae: PatchAutoencoderKL,
-        data: WorldDataset,
+        data: WorldDataset | PairDataset,
         folder: Path,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Latents:
@@ -63,14 +64,19 @@ class Latents:
         return cls(images, torch.cat([part.face_masks for part in parts]))
 
     def rows(self, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Return latents (B, C, s, s) and face masks (B, 1, s, s) of some rows in float32."""
+        """Return latents (B, C, h, w) and face masks (B, 1, h, w) of some rows in float32."""
         images = self.images[rows].to(device).float()
         return images, self.face_masks[rows].to(device).float()
 
 
 @torch.no_grad()
-def _encode(vae: PatchAutoencoderKL, data: WorldDataset, rows: np.ndarray) -> dict[str, np.ndarray]:
-    images, masks, _ = load_faces(data, rows, vae.device)
+def _encode(
+    vae: PatchAutoencoderKL, data: WorldDataset | PairDataset, rows: np.ndarray
+) -> dict[str, np.ndarray]:
+    if isinstance(data, PairDataset):
+        images, masks = data.load(rows, vae.device)
+    else:
+        images, masks, _ = load_faces(data, rows, vae.device)
     images = (2 * images - 1).contiguous(memory_format=torch.channels_last)
     latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
     face_masks = avg_pool2d(masks, images.shape[-1] // latents.shape[-1])

@@ -106,12 +106,15 @@ class TextEncoders(nn.Module):
         return self.first.config.hidden_size + self.second.config.hidden_size
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, keep: Tensor | None = None) -> TextConditioning:
+    def forward(
+        self, tokens: Tensor, keep: Tensor | None = None, size: tuple[int, int] | None = None
+    ) -> TextConditioning:
         """Encode prompts.
 
         Args:
             tokens: (B, L).
             keep: (B,) bool; the conditioning is zero (unconditional) where it is false.
+            size: height and width of the images in pixels; by default they are square.
 
         Returns:
             Embeddings (B, L, D), pooled embeddings (B, P) and time ids (B, 6).
@@ -123,13 +126,14 @@ class TextEncoders(nn.Module):
         if keep is not None:
             embeds = embeds * keep[:, None, None].to(embeds)
             pooled = pooled * keep[:, None].to(pooled)
-        sizes = [self.size, self.size, 0, 0, self.size, self.size]
+        height, width = size or (self.size, self.size)
+        sizes = [height, width, 0, 0, height, width]
         ids = torch.tensor(sizes, device=tokens.device, dtype=torch.float32)
         return TextConditioning(embeds, pooled, ids.expand(len(tokens), -1))
 
 
 def predict(unet: Callable[..., Any], x_t: Tensor, t: Tensor, text: TextConditioning) -> Tensor:
-    """Call the U-Net for x_t (B, C, s, s) at timesteps t (B,); return (B, C, s, s) float32."""
+    """Call the U-Net for x_t (B, C, h, w) at timesteps t (B,); return (B, C, h, w) float32."""
     added_cond = {"text_embeds": text.pooled, "time_ids": text.time_ids}
     x_t = x_t.contiguous(memory_format=torch.channels_last)
     outputs = unet(

@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedT
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import TrainingError, WeightsError
 from openpulid.io.checkpoints import save_module, save_tensors
-from openpulid.mini.data import Captions, Latents
+from openpulid.mini.data import Captions, Latents, PairDataset
 from openpulid.mini.models import TextEncoders
 from openpulid.training import Task, TrainerConfig, TrainingResult, autocast, run
 from openpulid.training.pulid import revision
@@ -147,28 +147,41 @@ class BuildContext:
         vae = self.load_model(PatchAutoencoderKL, "pipeline", "vae")
         return vae.to(memory_format=torch.channels_last)
 
-    def load_captions(self, name: str = "world", tokenizer: Any = None) -> Captions:
+    def load_captions(
+        self,
+        name: str = "world",
+        tokenizer: Any = None,
+        data: WorldDataset | PairDataset | None = None,
+    ) -> Captions:
         """Tokenize the captions of a dataset, or load them from the cache.
 
         Args:
             name: name of the dataset.
             tokenizer: by default that of the pipeline.
+            data: the dataset, if it is open already.
         """
         folder = self.runs / f"captions{name.removeprefix('world')}"
         return Captions.build(
-            self.open(name),
+            self.open(name) if data is None else data,
             self.load_tokenizer() if tokenizer is None else tokenizer,
             folder,
             on_progress=make_progress_printer("captions"),
         )
 
-    def load_latents(self, name: str = "world") -> Latents:
-        """Encode the images of a dataset, or load their latents from the cache."""
+    def load_latents(
+        self, name: str = "world", data: WorldDataset | PairDataset | None = None
+    ) -> Latents:
+        """Encode the images of a dataset, or load their latents from the cache.
+
+        Args:
+            name: name of the dataset.
+            data: the dataset, if it is open already.
+        """
         folder = self.runs / f"latents{name.removeprefix('world')}"
         with autocast(self.device):
             return Latents.build(
                 self.load_vae(),
-                self.open(name),
+                self.open(name) if data is None else data,
                 folder,
                 on_progress=make_progress_printer("latents"),
             )

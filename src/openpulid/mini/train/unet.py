@@ -8,6 +8,7 @@ and recognizes the attributes in them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -30,6 +31,21 @@ UNIFORM_SHARE = 0.25
 """Share of the training times that are distributed uniformly."""
 CAPTION_DROPOUT = 0.1
 """Share of training images without their caption, for classifier-free guidance."""
+PAIR_INTERVAL = 8
+"""Every eighth training step is one of pairs of people."""
+
+
+@dataclass(frozen=True)
+class TrainingImages:
+    """Images of one size.
+
+    Attributes:
+        latents: their latents.
+        captions: their captions.
+    """
+
+    latents: Latents
+    captions: Captions
 
 
 def warp_uniform_times(uniform: Tensor) -> Tensor:
@@ -60,10 +76,10 @@ class BaseTask:
     Args:
         unet: from `models.pipeline.build_unet`.
         text_encoders: the frozen text encoders.
-        latents: latents of the training images.
-        captions: their captions.
+        images: the training images, of one person each.
+        pairs: wide images of two people; None for none.
         evaluator: None disables validation.
-        batch: images per step.
+        batch: images per step, and of pairs half of that.
         face_weight: weight of the face relative to the other pixels.
         gamma: losses at a signal-to-noise ratio above `gamma` - 1 are scaled down to it. The little
             noise there cannot be distinguished from the image and would dominate the loss. Below it
@@ -77,8 +93,8 @@ class BaseTask:
         self,
         unet: UNet2DConditionModel,
         text_encoders: TextEncoders,
-        latents: Latents,
-        captions: Captions,
+        images: TrainingImages,
+        pairs: TrainingImages | None = None,
         evaluator: ImageEvaluator | None = None,
         batch: int = 64,
         face_weight: float = 3.0,
@@ -89,10 +105,10 @@ class BaseTask:
         if next(unet.parameters()).device.type == "cpu":
             # On a CPU in float32, plain matrix products are 10% faster than fused attention.
             self.unet.set_attn_processor(AttnProcessor())
-        self.network = torch.compile(self.unet) if compiled else self.unet
+        self.network = torch.compile(self.unet, dynamic=False) if compiled else self.unet
         self.text_encoders = text_encoders
-        self.latents = latents
-        self.captions = captions
+        self.images = images
+        self.pairs = pairs
         self.evaluator = evaluator
         self.batch = batch
         self.gamma = gamma
@@ -107,12 +123,18 @@ class BaseTask:
     def losses(self, rng: StepRNG) -> Mapping[str, Tensor]:
         """Compute the diffusion loss of a random batch."""
         device = next(self.unet.parameters()).device
-        rows = rng.indices(len(self.latents.images), self.batch)
-        clean, face_masks = self.latents.rows(rows, device)
-        variants = rng.randint(self.captions.tokens.shape[1], rows.shape, "variants")
+        images, batch = self.images, self.batch
+        if self.pairs is not None and rng.step % PAIR_INTERVAL == PAIR_INTERVAL - 1:
+            images, batch = self.pairs, self.batch // 2
+        latents, captions = images.latents, images.captions
+        rows = rng.indices(len(latents.images), batch)
+        clean, face_masks = latents.rows(rows, device)
+        variants = rng.randint(captions.tokens.shape[1], rows.shape, "variants")
         has_caption = rng.rand(rows.shape, "drop") >= CAPTION_DROPOUT
-        tokens = self.captions.rows(rows, variants)
-        text = self.text_encoders(tokens.to(device), has_caption.to(device))
+        tokens = captions.rows(rows, variants)
+        height, width = clean.shape[-2:]
+        size = (self.text_encoders.size, self.text_encoders.size * width // height)
+        text = self.text_encoders(tokens.to(device), has_caption.to(device), size)
         noise = rng.randn(clean.shape, "noise").to(device)
         # Stratified: one number from each of B equal intervals. The loss varies less than with B
         # independent numbers.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from openpulid.mini.data import Captions, Latents
+from openpulid.mini.data import Captions, Latents, PairDataset
 from openpulid.mini.evaluation.image_evaluator import ImageEvaluator
 from openpulid.mini.models import TextEncoders, build_pipeline, build_unet, save_folder
 from openpulid.mini.train.build_context import (
@@ -19,9 +19,11 @@ from openpulid.mini.train.build_context import (
 )
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS, LightningTask, TeacherTrajectories
 from openpulid.mini.train.pulid import PORTRAITS
-from openpulid.mini.train.unet import BaseTask
+from openpulid.mini.train.unet import BaseTask, TrainingImages
 from openpulid.training import TrainerConfig, autocast
 
+NUM_PAIRS = 16_384
+"""Images of two people; they are half as many as the training shows of them."""
 NUM_TRAJECTORIES = 4096
 """Trajectories of the teacher; they take about nine minutes on two cores."""
 DISTILLATION_TIME_SHARE = 0.6
@@ -44,18 +46,24 @@ def train_base(context: BuildContext) -> dict[str, float]:
     torch.manual_seed(config.seed)
     # Portraits add more faces than the families of "world" have.
     datasets = ("world", PORTRAITS)
-    latents = Latents.concatenate([context.load_latents(name) for name in datasets])
-    captions = Captions.concatenate([context.load_captions(name) for name in datasets])
+    images = TrainingImages(
+        Latents.concatenate([context.load_latents(name) for name in datasets]),
+        Captions.concatenate([context.load_captions(name) for name in datasets]),
+    )
+    data = PairDataset(context.data, NUM_PAIRS)
+    pairs = TrainingImages(
+        context.load_latents("world-pairs", data), context.load_captions("world-pairs", data=data)
+    )
     text_encoders = context.load_text_encoders()
     evaluator = _load_evaluator(context, text_encoders)
     unet = build_unet(
-        latents.images.shape[1],
+        images.latents.images.shape[1],
         text_encoders.width,
         text_encoders.second.config.projection_dim,
-        size=latents.images.shape[-1],
+        size=images.latents.images.shape[-1],
     )
     is_compiled = can_compile(context.device)
-    task = BaseTask(unet, text_encoders, latents, captions, evaluator, compiled=is_compiled)
+    task = BaseTask(unet, text_encoders, images, pairs, evaluator, compiled=is_compiled)
     context.train("base", task, config)
     folder = context.weights / "pipeline"
     save_folder(unet, folder / "unet")
