@@ -89,7 +89,7 @@ def test_strip_needs_no_square_of_its_length(finder) -> None:
 
 def test_message_about_no_face_is_true_for_several_people(finder) -> None:
     finder.score[-1].bias.fill_(-100)
-    with pytest.raises(FaceError, match="only detects one synthetic person per image"):
+    with pytest.raises(FaceError, match="only detects synthetic people"):
         ReferenceFaces.detect(
             ClipExtractor(MiniFaceDetection(finder), None), Image.new("RGB", (96, 96))
         )

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from openpulid.errors import FaceError
 from openpulid.faces.arcface import ARCFACE_SIMILARITY
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.identity.reference import ReferenceFaces
@@ -53,15 +52,21 @@ def test_another_person_is_named(extractor, caplog) -> None:
 
 
 @pytest.mark.parametrize("gap", [0, 96])
-def test_two_people_in_one_image_are_not_called_unknown(extractor, gap: int) -> None:
-    """The miniature's detector knows each of them, but only one per image."""
+def test_two_people_in_one_image_have_two_faces(extractor, gap: int) -> None:
     image = Image.new("RGB", (192 + gap, 96), "gray")
+    alone = []
     for left, seed in ((0, ANNA), (96 + gap, BEN)):
         portrait = render_portrait(seed)
-        ReferenceFaces.detect(extractor, portrait)
+        alone.append(ReferenceFaces.detect(extractor, portrait).identity())
         image.paste(portrait, (left, 0))
-    with pytest.raises(FaceError, match="only detects one synthetic person per image"):
-        ReferenceFaces.detect(extractor, image)
+    faces = ReferenceFaces.detect(extractor, image)
+    for index in (0, 1):
+        chosen = faces.identity(index, "left-right").id_cond
+        same, other = (
+            float(torch.cosine_similarity(chosen, identity.id_cond, dim=-1))
+            for identity in (alone[index], alone[1 - index])
+        )
+        assert same > 0.9 > other
 
 
 def test_images_of_one_person_give_no_note(extractor, caplog) -> None:

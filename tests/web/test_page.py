@@ -703,7 +703,7 @@ def test_messages_name_uploads_and_buttons(tmp_path: Path) -> None:
     (folder / "IMG_1.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     (folder / "anna.safetensors").write_bytes(b"no identity")
     no_face = "empty room.jpeg: no face detected in its 96 x 96 pixels (one size: 96 pixels); this"
-    no_face += " preset only detects one synthetic person per image (the button Invent a person"
+    no_face += " preset only detects synthetic people (the button Invent a person"
     cases = {
         no_face: {"reference_images": [(str(empty), None)]},
         "IMG_1.heic: is": {"reference_images": [(str(folder / "IMG_1.heic"), None)]},

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
 from openpulid.faces.face import Face
 from openpulid.faces.miniature import SIZE, MiniFaceDetector
@@ -39,6 +40,9 @@ WINDOWS = (1.0, 1.4, 2.0, 2.8)
 small faces. It detects faces of 0.5 to 0.75 of its input: 32 of 32, and at 0.35 only 5 of 32."""
 STRIDE = 0.25
 """Distance between windows as a share of their side."""
+
+MIN_WINDOW = 60
+"""Smallest window of a reference image in pixels: its faces have `MINI_MIN_FACE` or more."""
 
 
 class FaceDetection(Protocol):
@@ -94,11 +98,11 @@ class PhotoFaceDetection:
 
 
 class MiniFaceDetection:
-    """Detects the face of one of the miniature's synthetic people; at most one in an image."""
+    """Detects the faces of the miniature's synthetic people."""
 
     max_image_size: int | None = None  # the detector resizes images itself
     no_face_hint = (
-        "this preset only detects one synthetic person per image (`pulid world person` draws one); "
+        "this preset only detects synthetic people (`pulid world person` draws one); "
         "use a full-size preset for photos."
     )
 
@@ -120,23 +124,37 @@ class MiniFaceDetection:
         return f"one size: {SIZE} pixels"
 
     def detect(self, image: Tensor) -> list[Face]:
-        """Return the face in an image (3, H, W) in [0, 1], also a turned one, or an empty list."""
+        """Return the faces in an image (3, H, W) in [0, 1], the largest first.
+
+        A single face may be turned.
+        """
         if max(image.shape[1:]) > MAX_ASPECT * min(image.shape[1:]):
             return []  # the detector pads to a square, which may not fit into memory
         # the detector reads the whole image at its own size
         min_width = MINI_MIN_FACE * max(1, max(image.shape[1:]) / SIZE)
+        faces = self._detect_in_windows(image, MIN_WINDOW)
+        if len(faces) > 1:  # each was read in a window
+            return [find_defects(face, MINI_MIN_FACE) for face in faces]
         faces = detect_in_all_orientations(image, self._detect_upright)
         return [find_defects(face, min_width) for face in faces]
 
     def detect_all(self, image: Tensor) -> list[Face]:
-        """Return the upright faces in an image (3, H, W) in [0, 1], also small ones; largest first.
+        """Return the upright faces in an image (3, H, W), also small ones; largest first."""
+        return self._detect_in_windows(image)
 
-        The detector sees one large face, so that it runs on windows of several sizes. Of faces that
-        overlap, the one in the larger window is returned: a smaller one shows a part of a face.
+    def _detect_in_windows(self, image: Tensor, min_side: int = 1) -> list[Face]:
+        """Detect upright faces in windows of several sizes, since the detector sees one large face.
+
+        Of faces that overlap, the one in the larger window is returned: a smaller one shows a part
+        of a face.
+
+        Args:
+            image: (3, H, W) in [0, 1].
+            min_side: of a window in pixels.
         """
         faces: list[Face] = []
         for ratio in WINDOWS:
-            windows = list(_windows(image, ratio))
+            windows = [window for window in _windows(image, ratio) if window[2] >= min_side]
             crops = [image[:, y : y + side, x : x + side] for x, y, side in windows]
             detected = self.detector.detect(crops)
             moved = [
@@ -169,14 +187,18 @@ def _starts(length: int, side: int) -> list[int]:
 
 
 def _move(face: Face, image: Tensor, left: int, top: int) -> Face:
-    """Convert a face in a window to pixels of the image; it has no mask then."""
+    """Convert a face in a window to pixels of the image."""
     offset = torch.tensor([left, top]).to(face.box)
+    mask = face.mask
+    if mask is not None:
+        right = image.shape[2] - left - mask.shape[2]
+        mask = pad(mask, (left, right, top, image.shape[1] - top - mask.shape[1]))
     return replace(
         face,
         image=image,
         box=face.box + offset.repeat(2),
         landmarks=face.landmarks + offset,
-        mask=None,
+        mask=mask,
     )
 
 
