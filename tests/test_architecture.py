@@ -30,6 +30,7 @@ PACKAGES = (
     "bench",
     "mini",
     "web",
+    "service",
     "cli",
 )
 

@@ -139,6 +139,24 @@ class OutputError(OptionError):
     """A file that cannot be written. The message names the file and the reason."""
 
 
+class StoreError(PulidError):
+    """A record or a file of the service that cannot be read or written, such as on a full disk.
+
+    The message goes to clients, so it names no path; the log does.
+    """
+
+    @classmethod
+    def of_file(cls, error: OSError) -> StoreError:
+        """Describe the failure of a file operation."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return cls("the disk of the service is full; try again later.")
+        return cls("a file of the service cannot be read or written; try again later.")
+
+
+class QueueFullError(PulidError):
+    """A job that is not accepted, since too many wait already."""
+
+
 class TrainingError(PulidError):
     """A training run that cannot continue, for example after a non-finite loss."""
 

@@ -1,0 +1,1 @@
+"""The service for programs: an HTTP API, a durable queue, and workers."""

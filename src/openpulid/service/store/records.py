@@ -1,0 +1,203 @@
+"""Between rows of the database, files of a job, and the objects of `service.jobs`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from openpulid.errors import OutputError, PulidError, StoreError
+from openpulid.io.files import write_bytes
+from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request_fields import RequestError
+from openpulid.service.jobs import Job, JobImage, JobStatus, Task
+from openpulid.service.store.files import (
+    link_durably,
+    make_private_folder,
+    plain_errors,
+    remove_file,
+    remove_folder,
+    sync_folder,
+    write_durably,
+)
+from openpulid.service.store.tables import to_datetime
+
+logger = logging.getLogger(__name__)
+
+DAMAGED = "the record of this job is damaged; submit it again."
+MISSING_INPUT = "an input file of this job is missing; submit it again."
+
+NAME_FIELDS = ("preset", "model")
+"""Last parts of the fields that hold a name of the server's, not a file of the client's."""
+
+FIELD = re.compile(r"[a-z_]+(\.[0-9]{1,4}|\.[a-z_]+)*")
+
+
+class JobFolder:
+    """The files of one job: `inputs/<field>`, `outputs/<index>-<attempt>.png`, `preview.jpg`.
+
+    Every name is made here from a field or a number; none comes from a client.
+
+    Args:
+        jobs: the folder of all jobs.
+        job_id: the job.
+    """
+
+    def __init__(self, jobs: Path, job_id: str) -> None:
+        self.path = jobs / job_id
+        self.preview = self.path / "preview.jpg"
+
+    def create(self, files: Mapping[str, bytes | Path]) -> None:
+        """Create the folder with input files; all of it is on the disk when this returns.
+
+        Args:
+            files: path of a field -> content, or a file of the data folder that is linked.
+
+        Raises:
+            StoreError: the disk is full, or a linked file is missing; nothing is left.
+        """
+        try:
+            make_private_folder(self.path / "inputs")
+            make_private_folder(self.path / "outputs")
+            for field, content in files.items():
+                if isinstance(content, Path):
+                    link_durably(content, self.input(field))
+                else:
+                    write_durably(self.input(field), content)
+            with plain_errors():
+                sync_folder(self.path)
+                sync_folder(self.path.parent)
+        except BaseException:
+            self.remove()
+            raise
+
+    def input(self, field: str) -> Path:
+        """Return the file of a field."""
+        return self.path / "inputs" / input_name(field)
+
+    def output(self, index: int, attempt: int) -> Path:
+        """Return the file of an image."""
+        return self.path / "outputs" / f"{index}-{attempt}.png"
+
+    def save_output(self, index: int, attempt: int, content: bytes) -> Path:
+        """Write an image; it is on the disk when this returns.
+
+        Raises:
+            StoreError: the disk is full.
+        """
+        file = self.output(index, attempt)
+        make_private_folder(file.parent)
+        remove_file(file)  # of a publication that failed
+        write_durably(file, content)
+        return file
+
+    def save_preview(self, content: bytes) -> None:
+        """Replace the preview. It is not needed for anything, so a failure is only logged."""
+        try:
+            write_bytes(self.preview, content, private=True)
+        except OutputError as error:
+            logger.warning("%s", error)
+
+    def remove_inputs(self) -> None:
+        """Remove what shows people, as soon as no image needs it any more."""
+        remove_folder(self.path / "inputs")
+        remove_file(self.preview)
+
+    def remove(self) -> None:
+        """Remove everything."""
+        remove_folder(self.path)
+
+
+def input_name(field: str) -> str:
+    """Return the name of an input file, such as `people-0-images-0`."""
+    if not FIELD.fullmatch(field):
+        raise StoreError(DAMAGED)
+    suffix = ".safetensors" if field.endswith(".identity") else ""
+    return field.replace(".", "-") + suffix
+
+
+def name_inputs(request: GenerationRequest, files: Mapping[str, bytes | Path]) -> GenerationRequest:
+    """Return a request whose input files are names within the job's folder.
+
+    Raises:
+        RequestError: a field names a file that is not among `files`.
+    """
+    fields = dict(request.input_files())
+    for field in fields:
+        if field not in files and field.rpartition(".")[2] not in NAME_FIELDS:
+            raise RequestError("{0} must be an uploaded file.", field)
+    return request.with_files({field: input_name(field) for field in files})
+
+
+def read_job(row: Any, task_rows: Iterable[Any], folder: JobFolder) -> Job:
+    """Build a job from its rows.
+
+    Raises:
+        StoreError: a row is damaged.
+    """
+    request = _read_request(row.request)
+    tasks = list(task_rows)
+    steps_per_image = max((task.total_steps for task in tasks), default=0)
+    step = 0
+    images = []
+    for task in tasks:
+        step += steps_per_image if task.status == JobStatus.COMPLETED else task.step
+        if task.status == JobStatus.COMPLETED:
+            file = folder.output(task.number, task.attempt)
+            images.append(
+                JobImage(
+                    index=task.number,
+                    seed=request.seed + task.number,
+                    width=task.width,
+                    height=task.height,
+                    file=file if file.is_file() else None,
+                )
+            )
+    try:
+        return Job(
+            id=row.id,
+            owner=row.owner,
+            status=JobStatus(row.status),
+            request=request,
+            images=tuple(images),
+            step=step,
+            total_steps=steps_per_image * len(tasks),
+            created=to_datetime(row.created),
+            started=None if row.started is None else to_datetime(row.started),
+            finished=None if row.finished is None else to_datetime(row.finished),
+            expires=None if row.expires is None else to_datetime(row.expires),
+            preview=folder.preview if folder.preview.is_file() else None,
+            problem=row.problem,
+        )
+    except (ValueError, TypeError, OverflowError) as error:
+        raise StoreError(DAMAGED) from error
+
+
+def read_task(row: Any, number: int, attempt: int, folder: JobFolder) -> Task:
+    """Build the task of one image from the row of its job.
+
+    Raises:
+        StoreError: the row is damaged, or an input file is missing.
+    """
+    request = _read_request(row.request)
+    try:
+        files = {field: folder.input(field) for field in json.loads(row.files)}
+        request = request.with_files(files)
+    except (ValueError, TypeError, LookupError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(DAMAGED) from error
+    if not all(file.is_file() for file in files.values()):
+        raise StoreError(MISSING_INPUT)
+    request = request.model_copy(update={"seed": request.seed + number, "num_images": 1})
+    return Task(row.id, number, row.owner, request, attempt)
+
+
+def _read_request(text: Any) -> GenerationRequest:
+    try:
+        return GenerationRequest.model_validate_json(text)
+    except PulidError as error:
+        raise StoreError(DAMAGED) from error
