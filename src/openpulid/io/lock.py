@@ -20,17 +20,21 @@ LOCK = "run.lock"
 
 
 @contextmanager
-def lock_directory(directory: Path) -> Iterator[None]:
+def lock_directory(directory: Path, option: str = "-o") -> Iterator[None]:
     """Reserve a directory for this process inside the block; create it if it is missing.
 
     The operating system frees the lock when the process ends, even if it is killed.
 
+    Args:
+        directory: the directory.
+        option: with which the user chooses another one.
+
     Raises:
         OptionError: another process uses the directory, or it cannot be written.
     """
-    descriptor = _open_lock(directory)
+    descriptor = _open_lock(directory, option)
     try:
-        _acquire(descriptor, directory)
+        _acquire(descriptor, directory, option)
         yield
     finally:
         os.close(descriptor)
@@ -52,18 +56,18 @@ def check_directory(directory: Path) -> None:
         )
 
 
-def _open_lock(directory: Path) -> int:
+def _open_lock(directory: Path, option: str) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         return os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         reason = error.strerror or error
         raise OptionError(
-            f"{directory}: cannot be written ({reason}); choose another directory with -o."
+            f"{directory}: cannot be written ({reason}); choose another directory with {option}."
         ) from None
 
 
-def _acquire(descriptor: int, directory: Path) -> None:
+def _acquire(descriptor: int, directory: Path, option: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -75,7 +79,7 @@ def _acquire(descriptor: int, directory: Path) -> None:
         owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         raise OptionError(
             f"{directory} is in use by another process{f' ({owner})' if owner else ''}; wait for "
-            "it, stop it, or choose another directory with -o."
+            f"it, stop it, or choose another directory with {option}."
         ) from None
     with suppress(OSError):  # only for the message above: a full disk must not stop the run
         os.ftruncate(descriptor, 0)

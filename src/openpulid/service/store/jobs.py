@@ -7,9 +7,11 @@ late result from a valid one.
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, delete, func, select, update
 
 from openpulid.errors import QueueFullError, StoreError
+from openpulid.io.lock import lock_directory
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.service.jobs import Job, JobStatus, Output, Task
 from openpulid.service.store import transitions
@@ -84,7 +87,9 @@ class JobStore:
         self._jobs_folder = folder.absolute() / "jobs"
         self._limits = limits or QueueLimits()
         self._clock = clock
+        self._workers_folder = folder.absolute() / "workers"
         make_private_folder(self._jobs_folder)
+        make_private_folder(self._workers_folder)
 
     # For clients.
 
@@ -214,8 +219,10 @@ class JobStore:
                 if not batch:
                     break
                 for job in batch:
+                    if job.id in ended:
+                        continue
                     try:
-                        claimed += self._begin(connection, job, worker, now + lease_s)
+                        claimed.append(self._begin(connection, job, worker, now + lease_s))
                     except StoreError as error:
                         self._end(connection, job.id, JobStatus.FAILED, str(error))
                         ended.append(job.id)
@@ -241,14 +248,14 @@ class JobStore:
     def list_states(self, claimed: Sequence[Task]) -> list[TaskState]:
         """Return for each task whether it is to go on, and whether previews are wanted."""
         query = (
-            select(tasks.c.job_id, tasks.c.number, jobs.c.watched)
+            select(tasks.c.job_id, tasks.c.number, tasks.c.attempt, jobs.c.watched)
             .join(jobs, jobs.c.id == tasks.c.job_id)
             .where(transitions.is_held_any(claimed))
         )
         with self._database.read() as connection:
             rows = connection.execute(query).all()
-        watched = {(row.job_id, row.number): row.watched > self._clock() for row in rows}
-        keys = [(task.job_id, task.index) for task in claimed]
+        watched = {tuple(row)[:3]: row.watched > self._clock() for row in rows}
+        keys = [(task.job_id, task.index, task.attempt) for task in claimed]
         return [TaskState(key not in watched, watched.get(key, False)) for key in keys]
 
     def save_preview(self, task: Task, content: bytes) -> None:
@@ -280,11 +287,12 @@ class JobStore:
         return is_published
 
     def fail(self, task: Task, problem: str) -> bool:
-        """End the job of a task, with a sentence.
+        """End the job of a task, with a sentence, which names input files without their folder.
 
         Returns:
             Whether the claim was still valid; otherwise nothing happens.
         """
+        problem = problem.replace(f"{self._folder(task.job_id).inputs}/", "")
         with self._database.write() as connection:
             query = select(tasks.c.number).where(transitions.is_held(task))
             is_valid = connection.execute(query).first() is not None
@@ -300,6 +308,24 @@ class JobStore:
         with self._database.write() as connection:
             rows = connection.execute(query).all()
             transitions.requeue(connection, rows, is_interrupted=False)
+
+    @contextmanager
+    def reserve(self, worker: str) -> Iterator[None]:
+        """Reserve the name of a worker for this process inside the block.
+
+        What an earlier process of this name has left goes back into the queue at once.
+
+        Args:
+            worker: letters, digits, dots and dashes.
+
+        Raises:
+            OptionError: another process works under this name.
+            StoreError: the database is not available.
+        """
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", worker)
+        with lock_directory(self._workers_folder / worker, option="--data"):
+            self.recover(worker)
+            yield
 
     def recover(self, worker: str) -> None:
         """Put the tasks of a worker that has ended back into the queue before their lease ends."""
@@ -334,12 +360,10 @@ class JobStore:
         query = select(jobs).where(jobs.c.id == job_id, jobs.c.owner == owner)
         return connection.execute(query).first()
 
-    def _begin(
-        self, connection: Connection, job: WaitingJob, worker: str, lease: float
-    ) -> list[Task]:
+    def _begin(self, connection: Connection, job: WaitingJob, worker: str, lease: float) -> Task:
+        begun = transitions.begin_task(connection, job, worker, lease, self._clock())
         row = self._find(connection, job.owner, job.id)
-        begun = transitions.begin_task(connection, row, worker, lease, self._clock())
-        return [] if begun is None else [read_task(row, *begun, self._folder(job.id))]
+        return read_task(row, *begun, self._folder(job.id))
 
     def _end(
         self, connection: Connection, job_id: str, status: JobStatus, problem: str | None = None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openpulid.errors import OutputError, PulidError, StoreError
+from openpulid.errors import OutputError, StoreError
 from openpulid.io.files import write_bytes
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_fields import RequestError
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 DAMAGED = "the record of this job is damaged; submit it again."
 MISSING_INPUT = "an input file of this job is missing; submit it again."
 
-NAME_FIELDS = ("preset", "model")
-"""Last parts of the fields that hold a name of the server's, not a file of the client's."""
+SERVER_FIELDS = re.compile(r"model\..+|controls\.[0-9]+\.model|style_image\.model")
+"""Fields that hold what the server offers, not a file of the client's."""
 
 FIELD = re.compile(r"[a-z_]+(\.[0-9]{1,4}|\.[a-z_]+)*")
 
@@ -48,6 +49,7 @@ class JobFolder:
 
     def __init__(self, jobs: Path, job_id: str) -> None:
         self.path = jobs / job_id
+        self.inputs = self.path / "inputs"
         self.preview = self.path / "preview.jpg"
 
     def create(self, files: Mapping[str, bytes | Path]) -> None:
@@ -60,7 +62,8 @@ class JobFolder:
             StoreError: the disk is full, or a linked file is missing; nothing is left.
         """
         try:
-            make_private_folder(self.path / "inputs")
+            make_private_folder(self.path)
+            make_private_folder(self.inputs)
             make_private_folder(self.path / "outputs")
             for field, content in files.items():
                 if isinstance(content, Path):
@@ -76,7 +79,7 @@ class JobFolder:
 
     def input(self, field: str) -> Path:
         """Return the file of a field."""
-        return self.path / "inputs" / input_name(field)
+        return self.inputs / input_name(field)
 
     def output(self, index: int, attempt: int) -> Path:
         """Return the file of an image."""
@@ -103,7 +106,7 @@ class JobFolder:
 
     def remove_inputs(self) -> None:
         """Remove what shows people, as soon as no image needs it any more."""
-        remove_folder(self.path / "inputs")
+        remove_folder(self.inputs)
         remove_file(self.preview)
 
     def remove(self) -> None:
@@ -125,46 +128,31 @@ def name_inputs(request: GenerationRequest, files: Mapping[str, bytes | Path]) -
     Raises:
         RequestError: a field names a file that is not among `files`.
     """
-    fields = dict(request.input_files())
-    for field in fields:
-        if field not in files and field.rpartition(".")[2] not in NAME_FIELDS:
+    for field, _ in request.input_files():
+        if field not in files and not SERVER_FIELDS.fullmatch(field):
             raise RequestError("{0} must be an uploaded file.", field)
     return request.with_files({field: input_name(field) for field in files})
 
 
-def read_job(row: Any, task_rows: Iterable[Any], folder: JobFolder) -> Job:
+def read_job(row: Any, task_rows: Sequence[Any], folder: JobFolder) -> Job:
     """Build a job from its rows.
 
     Raises:
         StoreError: a row is damaged.
     """
-    request = _read_request(row.request)
-    tasks = list(task_rows)
-    steps_per_image = max((task.total_steps for task in tasks), default=0)
-    step = 0
-    images = []
-    for task in tasks:
-        step += steps_per_image if task.status == JobStatus.COMPLETED else task.step
-        if task.status == JobStatus.COMPLETED:
-            file = folder.output(task.number, task.attempt)
-            images.append(
-                JobImage(
-                    index=task.number,
-                    seed=request.seed + task.number,
-                    width=task.width,
-                    height=task.height,
-                    file=file if file.is_file() else None,
-                )
-            )
-    try:
+    with _report_damage():
+        request = GenerationRequest.model_validate_json(row.request)
+        steps_per_image = max(task.total_steps for task in task_rows)
+        finished = [task for task in task_rows if task.status == JobStatus.COMPLETED]
+        unfinished_steps = sum(task.step for task in task_rows if task not in finished)
         return Job(
             id=row.id,
             owner=row.owner,
             status=JobStatus(row.status),
             request=request,
-            images=tuple(images),
-            step=step,
-            total_steps=steps_per_image * len(tasks),
+            images=tuple(_read_image(task, request, folder) for task in finished),
+            step=len(finished) * steps_per_image + unfinished_steps,
+            total_steps=len(task_rows) * steps_per_image,
             created=to_datetime(row.created),
             started=None if row.started is None else to_datetime(row.started),
             finished=None if row.finished is None else to_datetime(row.finished),
@@ -172,8 +160,17 @@ def read_job(row: Any, task_rows: Iterable[Any], folder: JobFolder) -> Job:
             preview=folder.preview if folder.preview.is_file() else None,
             problem=row.problem,
         )
-    except (ValueError, TypeError, OverflowError) as error:
-        raise StoreError(DAMAGED) from error
+
+
+def _read_image(row: Any, request: GenerationRequest, folder: JobFolder) -> JobImage:
+    file = folder.output(row.number, row.attempt)
+    return JobImage(
+        index=row.number,
+        seed=request.seed + row.number,
+        width=row.width,
+        height=row.height,
+        file=file if file.is_file() else None,
+    )
 
 
 def read_task(row: Any, number: int, attempt: int, folder: JobFolder) -> Task:
@@ -182,22 +179,20 @@ def read_task(row: Any, number: int, attempt: int, folder: JobFolder) -> Task:
     Raises:
         StoreError: the row is damaged, or an input file is missing.
     """
-    request = _read_request(row.request)
-    try:
+    with _report_damage():
+        request = GenerationRequest.model_validate_json(row.request)
         files = {field: folder.input(field) for field in json.loads(row.files)}
         request = request.with_files(files)
-    except (ValueError, TypeError, LookupError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(DAMAGED) from error
+        request = request.model_copy(update={"seed": request.seed + number, "num_images": 1})
     if not all(file.is_file() for file in files.values()):
         raise StoreError(MISSING_INPUT)
-    request = request.model_copy(update={"seed": request.seed + number, "num_images": 1})
     return Task(row.id, number, row.owner, request, attempt)
 
 
-def _read_request(text: Any) -> GenerationRequest:
+@contextmanager
+def _report_damage() -> Iterator[None]:
+    """Turn what a row of wrong content causes into a StoreError."""
     try:
-        return GenerationRequest.model_validate_json(text)
-    except PulidError as error:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise StoreError(DAMAGED) from error

@@ -8,9 +8,11 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, func, insert, or_, select, update
 
+from openpulid.errors import StoreError
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.service.jobs import JobStatus, Task
 from openpulid.service.store.fairness import WaitingJob
+from openpulid.service.store.records import DAMAGED
 from openpulid.service.store.tables import jobs, owners, tasks
 
 QUEUED = JobStatus.QUEUED.value
@@ -83,29 +85,35 @@ def list_waiting(
     )
     if presets is not None:
         query = query.where(jobs.c.preset.in_(presets))
-    return [WaitingJob(*row) for row in connection.execute(query)]
+    return [
+        WaitingJob(row.id, row.owner, row.batch_key, *map(_whole, row[3:]))
+        for row in connection.execute(query)
+    ]
 
 
 def begin_task(
-    connection: Connection, job: Any, worker: str, lease: float, now: float
-) -> tuple[int, int] | None:
+    connection: Connection, job: WaitingJob, worker: str, lease: float, now: float
+) -> tuple[int, int]:
     """Give the first waiting task of a job to a worker.
 
     Args:
         connection: a transaction.
-        job: the row of the job.
+        job: the job.
         worker: name of the worker.
         lease: time at which the claim ends.
         now: the time.
 
     Returns:
-        The number of the image and that of the claim; None if no task waits.
+        The number of the image and that of the claim.
+
+    Raises:
+        StoreError: no task waits, so the record of the job is damaged.
     """
     waiting = (tasks.c.job_id == job.id, tasks.c.status == QUEUED)
     query = select(tasks.c.number, tasks.c.attempt).where(*waiting).order_by(tasks.c.number)
     task = connection.execute(query.limit(1)).first()
     if task is None:
-        return None
+        raise StoreError(DAMAGED)
     turn = next_turn(connection)
     attempt = task.attempt + 1
     connection.execute(
@@ -210,9 +218,16 @@ def is_held_any(claimed: Iterable[Task]) -> ColumnElement[bool]:
 
 def next_turn(connection: Connection) -> int:
     """Return a number that is larger than that of any turn before."""
-    last_of_jobs = connection.execute(select(func.max(jobs.c.turn))).scalar() or 0
-    last_of_owners = connection.execute(select(func.max(owners.c.turn))).scalar() or 0
-    return max(last_of_jobs, last_of_owners) + 1
+    last_turns = [
+        _whole(connection.execute(select(func.max(column))).scalar())
+        for column in (jobs.c.turn, owners.c.turn)
+    ]
+    return max(last_turns) + 1
+
+
+def _whole(value: Any) -> int:
+    """Return a number of a row; 0 for anything else, which SQLite can hold in a damaged row."""
+    return value if isinstance(value, int) else 0
 
 
 def _count_tasks(job_id: str, status: str) -> Any:
