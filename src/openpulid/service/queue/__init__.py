@@ -1,0 +1,1 @@
+"""The workers: they claim images from the store, generate them, and publish them."""
