@@ -67,6 +67,7 @@ class Database:
         make_private_folder(folder)
         parsed = _parse_url(folder, url)
         options: dict[str, Any] = {"pool_size": POOL_SIZE, "max_overflow": 0}
+        options["hide_parameters"] = True  # prompts and names of owners are not for a log
         if parsed.get_backend_name() == "sqlite":
             assert parsed.database is not None
             _create_private(Path(parsed.database))
@@ -173,12 +174,12 @@ def _plain_errors() -> Iterator[None]:
         )
         if not is_failure and type(error) is not DatabaseError:
             raise
-        logger.error("database: %s", error)
-        raise StoreError(_describe(error)) from error
+        reason = str(getattr(error, "orig", error))  # without the statement and its values
+        logger.error("database: %s", reason)
+        raise StoreError(_describe(reason.lower())) from error
 
 
-def _describe(error: SQLAlchemyError) -> str:
-    reason = str(getattr(error, "orig", error)).lower()
+def _describe(reason: str) -> str:
     if "full" in reason or "no space" in reason:
         return "the disk of the service is full; try again later."
     if "malformed" in reason or "not a database" in reason or "corrupt" in reason:

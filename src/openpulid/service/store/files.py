@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -22,8 +23,11 @@ ORPHAN_AGE = 3600
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
+def plain_errors(path: Path) -> Iterator[None]:
     """Turn a failed file operation into a StoreError, and log its path.
+
+    Args:
+        path: the file or folder.
 
     Raises:
         StoreError: see above.
@@ -31,7 +35,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logger.error("%s: %s", error.filename, error.strerror or error)
+        logger.error("%s: %s", path, error.strerror or error)
         raise StoreError.of_file(error) from error
 
 
@@ -41,7 +45,7 @@ def make_private_folder(path: Path) -> None:
     Raises:
         StoreError: it cannot be created.
     """
-    with plain_errors():
+    with plain_errors(path):
         path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
         path.chmod(FOLDER_MODE)
 
@@ -52,7 +56,7 @@ def write_durably(path: Path, content: bytes) -> None:
     Raises:
         StoreError: it cannot be written; no part of it is left.
     """
-    with plain_errors():
+    with plain_errors(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
         try:
             with open(descriptor, "wb") as file:
@@ -71,9 +75,24 @@ def link_durably(source: Path, path: Path) -> None:
     Raises:
         StoreError: there is no such file, or no name can be added.
     """
-    with plain_errors():
+    with plain_errors(path):
         os.link(source, path)
         sync_folder(path.parent)
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Check that a disk has room.
+
+    Args:
+        folder: on the disk.
+        needed: bytes.
+
+    Raises:
+        StoreError: there is less.
+    """
+    with plain_errors(folder):
+        if shutil.disk_usage(folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def sync_folder(path: Path) -> None:
@@ -103,7 +122,7 @@ def remove_orphans(folder: Path, names: Collection[str]) -> None:
         folder: its entries are files or folders.
         names: entries that have a record.
     """
-    with plain_errors():
+    with plain_errors(folder):
         for path in folder.iterdir():
             if path.name in names:
                 continue

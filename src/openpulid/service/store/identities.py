@@ -126,8 +126,8 @@ class IdentityStore:
         except IdentityError as error:
             cause: Any = error.__cause__ and error.__cause__.__cause__
             if isinstance(cause, OSError):
-                with plain_errors():
+                with plain_errors(file):
                     raise cause from error
             raise StoreError("a file of the service cannot be written; try again later.") from error
-        with plain_errors():
+        with plain_errors(file):
             sync_folder(file.parent)

@@ -26,6 +26,7 @@ from openpulid.service.store import transitions
 from openpulid.service.store.database import Database
 from openpulid.service.store.fairness import WaitingJob, choose_batch, count_before
 from openpulid.service.store.files import (
+    check_free_space,
     make_private_folder,
     remove_file,
     remove_orphans,
@@ -42,6 +43,8 @@ class QueueLimits:
         jobs: unfinished jobs of all owners.
         jobs_per_owner: unfinished jobs of one owner.
         lifetime: seconds for which a finished job is kept.
+        free_bytes: space on the disk below which no job is accepted, so that the results of those
+            that are accepted can be stored.
         interruptions: workers that may end while they run an image, before its job fails. Such an
             image runs alone: if it was the cause, it takes no others with it.
     """
@@ -49,6 +52,7 @@ class QueueLimits:
     jobs: int = 1000
     jobs_per_owner: int = 100
     lifetime: float = 24 * 3600
+    free_bytes: int = 256 << 20
     interruptions: int = 5
 
 
@@ -115,6 +119,7 @@ class JobStore:
             StoreError: the disk is full, or the database is not available; nothing is accepted.
         """
         request = name_inputs(request, files)
+        check_free_space(self._jobs_folder, self._limits.free_bytes)
         with self._database.read() as connection:
             self._check_room(connection, owner)
         job_id = f"job-{secrets.token_hex(16)}"

@@ -70,7 +70,7 @@ class JobFolder:
                     link_durably(content, self.input(field))
                 else:
                     write_durably(self.input(field), content)
-            with plain_errors():
+            with plain_errors(self.path):
                 sync_folder(self.path)
                 sync_folder(self.path.parent)
         except BaseException:
