@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,36 @@ def test_nothing_of_a_failed_transaction_stays(database: Database) -> None:
         assert connection.execute(text("SELECT count(*) FROM owners")).scalar() == 0
 
 
+def test_a_database_of_a_newer_version(database_url: str | None, tmp_path: Path) -> None:
+    database = Database.open(tmp_path, database_url)
+    with database.write() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '999'"))
+    database.close()
+    with pytest.raises(OptionError, match="newer version of openpulid; update openpulid"):
+        Database.open(tmp_path, database_url)
+
+
 @pytest.mark.parametrize("url", ["mysql://ann:secret@host/name", "secret", "sqlite:///secret"])
 def test_other_databases_are_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="must be PostgreSQL") as error:
         Database.open(tmp_path, url)
     assert "secret" not in str(error.value)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    """The service removes what it does not know from its folder."""
+    (tmp_path / "jobs").mkdir()
+    tmp_path.chmod(0o755)
+    with pytest.raises(OptionError, match="holds other files than a service's"):
+        Database.open(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["jobs"]
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o755
+
+
+def test_a_folder_that_cannot_be_created(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="choose another folder with --data"):
+        Database.open(tmp_path / "file" / "data")
 
 
 def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
@@ -55,6 +81,7 @@ def test_a_server_that_does_not_answer(tmp_path: Path) -> None:
 
 
 def test_a_damaged_sqlite_database(tmp_path: Path) -> None:
+    Database.open(tmp_path).close()
     (tmp_path / "service.sqlite3").write_bytes(os.urandom(8192))
     with pytest.raises(StoreError, match="damaged; restore it from a backup"):
         Database.open(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from sqlalchemy.exc import (
 )
 
 from openpulid.errors import OptionError, StoreError
-from openpulid.service.store.files import make_private_folder
+from openpulid.service.store.files import open_data_folder
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class Database:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        # one writer of this process at a time takes up a connection, however many wait
+        self._turn = threading.Lock()
         self._is_sqlite = engine.dialect.name == "sqlite"
 
     @classmethod
@@ -57,14 +60,15 @@ class Database:
         """Open the database, and create or upgrade its tables.
 
         Args:
-            folder: the data folder; it is created if it is missing.
+            folder: the data folder: a new or empty one, or that of an earlier call.
             url: `postgresql://...`; by default SQLite in the data folder.
 
         Raises:
-            OptionError: the URL is none, or of another database.
+            OptionError: the URL is none, or of another database, or a newer version created it, or
+                the folder holds other files.
             StoreError: the database cannot be opened.
         """
-        make_private_folder(folder)
+        open_data_folder(folder)
         parsed = _parse_url(folder, url)
         options: dict[str, Any] = {"pool_size": POOL_SIZE, "max_overflow": 0}
         options["hide_parameters"] = True  # prompts and names of owners are not for a log
@@ -76,8 +80,12 @@ class Database:
         else:
             engine = create_engine(parsed, pool_pre_ping=True, **options)
         database = cls(engine)
-        with database.write() as connection:
-            _upgrade(connection)
+        try:
+            with database.write() as connection:
+                _upgrade(connection)
+        except BaseException:
+            database.close()
+            raise
         return database
 
     @contextmanager
@@ -98,7 +106,7 @@ class Database:
             StoreError: the database cannot be written; nothing of the block has happened.
         """
         engine = self._engine.execution_options(writes=True)
-        with _plain_errors(), engine.begin() as connection:
+        with self._turn, _plain_errors(), engine.begin() as connection:
             if not self._is_sqlite:
                 connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({LOCK_KEY})")
             yield connection
@@ -156,11 +164,18 @@ def _upgrade(connection: Connection) -> None:
     """Bring the tables to the newest version."""
     from alembic import command
     from alembic.config import Config
+    from alembic.util import CommandError
 
     config = Config()
     config.set_main_option("script_location", "openpulid.service.store:migrations")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    try:
+        command.upgrade(config, "head")
+    except CommandError:  # it does not know the version of the tables
+        raise OptionError(
+            "the database was created by a newer version of openpulid; update openpulid, or choose "
+            "another database."
+        ) from None
 
 
 @contextmanager

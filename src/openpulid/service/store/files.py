@@ -11,9 +11,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from openpulid.errors import StoreError
+from openpulid.errors import OptionError, StoreError
 
 logger = logging.getLogger(__name__)
+
+MARKER = ".openpulid-service"
+"""File by which a data folder is recognized."""
 
 FOLDER_MODE = 0o700
 FILE_MODE = 0o600
@@ -39,15 +42,37 @@ def plain_errors(path: Path) -> Iterator[None]:
         raise StoreError.of_file(error) from error
 
 
+def open_data_folder(path: Path) -> None:
+    """Create the data folder, or check that it is one: old files in it are removed one day.
+
+    Raises:
+        OptionError: it cannot be created, or holds something else.
+    """
+    marker = path / MARKER
+    try:
+        path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        is_other = not marker.exists() and any(path.iterdir())
+        if not is_other:
+            path.chmod(FOLDER_MODE)
+            marker.touch(FILE_MODE)
+    except OSError as error:
+        raise OptionError(
+            f"{path} cannot be used ({error.strerror or error}); choose another folder with --data."
+        ) from None
+    if is_other:
+        raise OptionError(
+            f"{path} holds other files than a service's; choose a new or empty folder with --data."
+        )
+
+
 def make_private_folder(path: Path) -> None:
-    """Create a folder that only this user can open; its parents are created, too.
+    """Create a folder within the data folder, which only this user can open.
 
     Raises:
         StoreError: it cannot be created.
     """
     with plain_errors(path):
-        path.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-        path.chmod(FOLDER_MODE)
+        path.mkdir(mode=FOLDER_MODE, exist_ok=True)
 
 
 def write_durably(path: Path, content: bytes) -> None:

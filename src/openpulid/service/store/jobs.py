@@ -328,7 +328,9 @@ class JobStore:
             StoreError: the database is not available.
         """
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", worker)
-        with lock_directory(self._workers_folder / worker, option="--data"):
+        folder = self._workers_folder / worker
+        make_private_folder(folder)
+        with lock_directory(folder, option="--data"):
             self.recover(worker)
             yield
 

@@ -92,6 +92,7 @@ class JobFolder:
             StoreError: the disk is full.
         """
         file = self.output(index, attempt)
+        make_private_folder(self.path)
         make_private_folder(file.parent)
         remove_file(file)  # of a publication that failed
         write_durably(file, content)
@@ -182,7 +183,8 @@ def read_task(row: Any, number: int, attempt: int, folder: JobFolder) -> Task:
     with _report_damage():
         request = GenerationRequest.model_validate_json(row.request)
         files = {field: folder.input(field) for field in json.loads(row.files)}
-        request = request.with_files(files)
+        if files:
+            request = request.with_files(files)
         request = request.model_copy(update={"seed": request.seed + number, "num_images": 1})
     if not all(file.is_file() for file in files.values()):
         raise StoreError(MISSING_INPUT)
