@@ -115,12 +115,15 @@ def test_the_last_image_completes_a_job(store: JobStore, clock: Clock, tmp_path:
 
 
 def test_an_image_is_published_once(store: JobStore, tmp_path: Path) -> None:
+    """A worker whose connection broke while it published tries again."""
     job_id = store.submit("ann", portrait(), {}, None).id
     (task,) = store.claim("worker", 1, 10)
     assert store.publish(task, OUTPUT)
-    assert not store.publish(task, Output(b"another", 1, 1))
-    job = store.get("ann", job_id)
-    assert job is not None and job.images[0].width == 64
+    published = store.get("ann", job_id)
+    assert store.publish(task, Output(b"another", 1, 1))
+    assert store.get("ann", job_id) == published
+    file = published and published.images[0].file
+    assert file and file.read_bytes() == b"an image" and len(outputs(tmp_path)) == 1
 
 
 def test_images_of_a_lost_worker_go_to_another(
@@ -175,12 +178,15 @@ def test_a_job_that_ends_its_workers_runs_alone_and_fails(
     assert job.problem and "interrupted 3 times" in job.problem
 
 
-def test_a_released_image_may_run_in_a_batch_again(store: JobStore) -> None:
+def test_a_released_image_may_run_in_a_batch_again(store: JobStore, tmp_path: Path) -> None:
     store.submit("ann", portrait(2), {}, "key")
     tasks = store.claim("worker", 2, 10)
     store.release(tasks)
-    assert [task.attempt for task in store.claim("worker", 2, 10)] == [2, 2]
-    assert not store.publish(tasks[0], OUTPUT)
+    again = store.claim("worker", 2, 10)
+    assert [task.attempt for task in again] == [2, 2]
+    assert store.publish(again[0], OUTPUT)
+    assert not store.publish(tasks[0], Output(b"late", 1, 1))
+    assert outputs(tmp_path) == ["0-2.png"]
 
 
 def test_cancel_frees_the_place(store: JobStore, tmp_path: Path) -> None:

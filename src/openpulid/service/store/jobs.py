@@ -274,17 +274,18 @@ class JobStore:
             Whether it is published; not if the claim is no longer valid.
 
         Raises:
-            StoreError: the disk is full, or the database is not available. The claim is still
-                valid, and this can be called again.
+            StoreError: the disk is full, or the database is not available. Nobody knows whether the
+                image is published, and this can be called again.
         """
         folder = self._folder(task.job_id)
         file = folder.save_output(task.index, task.attempt, output.content)
         is_complete = False
         with self._database.write() as connection:
-            is_published = transitions.complete_task(connection, task, output.width, output.height)
-            if is_published and not transitions.has_unfinished_tasks(connection, task.job_id):
+            is_new = transitions.complete_task(connection, task, output.width, output.height)
+            if is_new and not transitions.has_unfinished_tasks(connection, task.job_id):
                 self._end(connection, task.job_id, JobStatus.COMPLETED)
                 is_complete = True
+            is_published = is_new or transitions.is_published(connection, task)
         if not is_published:
             remove_file(file)
         if is_complete:

@@ -88,14 +88,16 @@ class JobFolder:
     def save_output(self, index: int, attempt: int, content: bytes) -> Path:
         """Write an image; it is on the disk when this returns.
 
+        A claim has one image, so a file of that name has been written completely before.
+
         Raises:
             StoreError: the disk is full.
         """
         file = self.output(index, attempt)
         make_private_folder(self.path)
         make_private_folder(file.parent)
-        remove_file(file)  # of a publication that failed
-        write_durably(file, content)
+        if not file.exists():
+            write_durably(file, content)
         return file
 
     def save_preview(self, content: bytes) -> None:

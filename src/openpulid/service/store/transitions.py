@@ -146,6 +146,17 @@ def complete_task(connection: Connection, task: Task, width: int, height: int) -
     return connection.execute(update(tasks).where(is_held(task)).values(**values)).rowcount == 1
 
 
+def is_published(connection: Connection, task: Task) -> bool:
+    """Whether this claim has published its image, as far as the caller did not learn it."""
+    published = (
+        tasks.c.job_id == task.job_id,
+        tasks.c.number == task.index,
+        tasks.c.status == COMPLETED,
+        tasks.c.attempt == task.attempt,
+    )
+    return connection.execute(select(tasks.c.number).where(*published)).first() is not None
+
+
 def requeue(connection: Connection, rows: Iterable[Any], is_interrupted: bool) -> None:
     """Put tasks that run back into the queue.
 
