@@ -29,6 +29,7 @@ from openpulid.identity.detection import MiniFaceDetection
 from openpulid.identity.identity import Identity
 from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS
 from openpulid.io.images import open_image
+from openpulid.io.serving import check_address
 from openpulid.pipelines.presets import (
     BASELINES,
     MINI_ADAPTERS,
@@ -64,7 +65,7 @@ from openpulid.web.history import MAX_KEPT, History
 from openpulid.web.inputs import draw_faces
 from openpulid.web.masks import COLOR_NAMES, COLORS, PAINT
 from openpulid.web.messages import error_html
-from openpulid.web.network import check_address, without_proxy
+from openpulid.web.network import without_proxy
 from openpulid.web.notes import show_notes
 from openpulid.web.restore import read_values
 from openpulid.web.server import launch_options

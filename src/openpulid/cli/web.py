@@ -37,7 +37,8 @@ def web(
 
     Base, memory, faces and adapter apply to the preset that is selected first.
     """
-    from openpulid.web.network import check_address, is_loopback, without_proxy
+    from openpulid.io.serving import check_address, is_loopback
+    from openpulid.web.network import without_proxy
     from openpulid.web.page import open_app
     from openpulid.web.server import launch_options
 
