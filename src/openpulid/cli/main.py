@@ -36,6 +36,7 @@ from openpulid.cli.options import (
     print_status,
 )
 from openpulid.cli.presets import presets
+from openpulid.cli.serve import serve
 from openpulid.cli.train import train
 from openpulid.cli.verify import verify
 from openpulid.cli.web import web
@@ -85,6 +86,7 @@ app.add_typer(mini, name="mini")
 app.add_typer(bench, name="bench")
 app.command()(train)
 app.command()(web)
+app.command()(serve)
 app.command()(doctor)
 
 

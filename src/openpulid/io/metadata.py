@@ -126,6 +126,7 @@ def encode_image(
     suffix: str = ".png",
     metadata: Mapping[str, Any] | None = None,
     source_type: DigitalSourceType | None = DigitalSourceType.GENERATED,
+    quality: int | None = None,
 ) -> bytes:
     """Return the content of an image file, with an XMP packet that states its origin.
 
@@ -134,11 +135,16 @@ def encode_image(
         suffix: determines the format.
         metadata: parameters to store in a PNG file.
         source_type: how the image was made. None, for photographs and plots, states nothing.
+        quality: of JPEG and WebP, from 0 to 100; `JPEG_QUALITY` by default.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    options: dict[str, Any] = {"quality": JPEG_QUALITY, "pnginfo": PngInfo(), "xmp": b""}
+    options: dict[str, Any] = {
+        "quality": JPEG_QUALITY if quality is None else quality,
+        "pnginfo": PngInfo(),
+        "xmp": b"",
+    }
     if source_type is not None:
         packet = create_packet(source_type)
         options["xmp"] = packet.encode()  # JPEG and WebP

@@ -1,0 +1,62 @@
+"""Requests about one person, whose fields are not in `people`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from openpulid.pipelines.request_fields import RequestError
+from openpulid.service.api.bodies import Body
+from openpulid.service.api.fields import Fields, translate
+
+EDIT_FIELDS = ("image", "mask", "face_index", "face_order")
+"""Fields of an edit that belong to its person; the first one has the reference images."""
+
+IDENTITY_FIELDS = ("images", "identity", "face_index", "face_order")
+"""The same of a request for an identity."""
+
+
+def gather_person(body: Body, fields: Sequence[str]) -> Body:
+    """Return a body with its person in `people`, as a `GenerationRequest` has it.
+
+    Args:
+        body: of a request; the person's files are values of fields, or parts of a form.
+        fields: those of the person, the one with the reference images first.
+
+    Raises:
+        RequestError: there are also people.
+    """
+    data = dict(body.data)
+    person: dict[str, Any] = {name: data.pop(name) for name in fields if name in data}
+    images = person.pop(fields[0], None) or []
+    images = images if isinstance(images, list) else [images]
+    for part in body.parts:
+        name = part.rpartition("-")[0] or part  # of several files with one name
+        if name == fields[0]:
+            images.append(part)
+        elif name in fields:
+            person[name] = part
+    if data.get("people"):
+        if images or person:
+            raise RequestError("set either {0} or {1}, not both.", fields[0], "people")
+        return Body(data, body.parts)
+    return Body({**data, "people": [{"images": images, **person}]}, body.parts)
+
+
+def rename_person(fields: Sequence[str]) -> dict[str, str]:
+    """Return path of a field -> its name in the body that `gather_person` gets."""
+    return {"people.images": fields[0], **{f"people.{name}": name for name in fields[1:]}}
+
+
+def translate_person(body: Body) -> Fields:
+    """Return the fields of a request for an identity, as those of a generation.
+
+    Raises:
+        RequestError: a field has another purpose.
+    """
+    for name in body.data:
+        if name not in ("people", "model", "method"):
+            raise RequestError("{0} does not belong to an identity; leave it out.", name)
+    fields = translate({**body.data, "prompt": "portrait"})
+    fields.names.update(rename_person(IDENTITY_FIELDS))
+    return fields
