@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import uvicorn
 from fastapi import FastAPI
 
-from openpulid.errors import OptionError, PulidError
+from openpulid.errors import OptionError
 from openpulid.service.api.backend import Backend
 from openpulid.service.catalog import Catalog
 from openpulid.service.config import ServiceConfig
@@ -65,9 +65,9 @@ def open_backend(config: ServiceConfig) -> Iterator[Backend]:
 
         def load() -> None:
             try:
-                engine.load(catalog.find().preset.selection)
-            except PulidError as error:
-                logger.error("the service is not ready: %s", error)
+                engine.studio(catalog.find().preset.selection)
+            except Exception:
+                logger.exception("the first preset cannot be loaded; the service is not ready")
             else:
                 is_loaded.set()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from base64 import b64encode
 from datetime import datetime
 from io import BytesIO
@@ -24,9 +23,6 @@ ImageFormat = Literal["png", "jpeg", "webp"]
 SUFFIXES: dict[str, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-
-INPUT_PATH = re.compile(r"\S*/inputs/([a-z_0-9-]+)(\.safetensors)?")
-"""The path of an input file in a job's folder."""
 
 
 class JobImageAnswer(BaseModel):
@@ -115,12 +111,15 @@ def describe_job(job: Job, position: int | None, request: Request) -> JobAnswer:
 
 
 def to_problem(job: Job) -> Problem:
-    """Return why a job has no images; paths in its folder become the fields of the request."""
+    """Return why a job has no images; its input files have the names of fields."""
     if job.problem is None:
         return Problem(409, "the job was cancelled before its end.")
     if job.problem == UNEXPECTED:
         return Problem(500, UNEXPECTED)
-    sentence = INPUT_PATH.sub(lambda match: match[1].replace("-", "."), job.problem)
+    sentence = job.problem
+    for field, name in job.request.input_files():
+        if name.startswith(field.replace(".", "-")):  # it is not a published name
+            sentence = sentence.replace(name, field)
     return Problem(400, sentence)
 
 
