@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
@@ -30,8 +31,22 @@ def api_url(backend: Backend) -> Iterator[str]:
         yield str(client.base_url)
 
 
+def with_known_words(url: str) -> dict[str, Any]:
+    """Return the schema with a prompt and steps that the miniature accepts."""
+    schema = httpx.get(url).json()
+    for name, body in schema["components"]["schemas"].items():
+        properties = body.get("properties", {})
+        if "prompt" in properties and name != "FalAnswer":
+            properties["prompt"] = {"enum": ["portrait"]}
+            properties["num_inference_steps"] = {"enum": [1, 2]}
+            body["required"] = ["prompt", "num_inference_steps"]
+            for other in ("people", "init_image", "controls", "style_image", "loras", "embeddings"):
+                properties.pop(other, None)  # random files are no images
+    return schema
+
+
 def test_every_response_is_documented(api_url: str) -> None:
-    schema = schemathesis.openapi.from_url(f"{api_url}/openapi.json")
+    schema = schemathesis.openapi.from_dict(with_known_words(f"{api_url}/openapi.json"))
     checks = [schemathesis.checks.CHECKS.get_one(name) for name in CHECKS]
     operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) == 17
