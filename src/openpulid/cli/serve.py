@@ -69,11 +69,11 @@ def serve(
     Base, memory, faces and adapter apply to the first preset.
     """
     from openpulid.io.serving import check_address, is_loopback
-    from openpulid.pipelines.request import ModelSelection
     from openpulid.service.api.access import ApiKeys
     from openpulid.service.api.app import create_app
-    from openpulid.service.config import Limits, ServiceConfig
-    from openpulid.service.server import open_backend, run_app
+    from openpulid.service.config import Limits, ServiceConfig, select_models
+    from openpulid.service.listening import run_app
+    from openpulid.service.server import open_backend
 
     if api_keys is None and not is_loopback(host):
         raise OptionError(
@@ -81,15 +81,11 @@ def serve(
         )
     keys = None if api_keys is None else ApiKeys.read(api_keys)
     check_address(host, port)
-    first, *others = preset or ["mini"]
     changes = {"base": base, "memory": memory, "face_pack": faces, "adapter": adapter}
     options = {name: str(value) for name, value in changes.items() if value is not None}
     config = ServiceConfig(
         data=data,
-        models=(
-            ModelSelection(preset=first, **options),
-            *(ModelSelection(preset=name) for name in others),
-        ),
+        models=select_models(preset or ["mini"], **options),
         limits=Limits(
             body_bytes=max_megabytes * 2**20,
             file_bytes=max_megabytes * 2**20,

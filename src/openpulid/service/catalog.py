@@ -9,12 +9,11 @@ from functools import cached_property
 from openpulid.errors import suggest
 from openpulid.pipelines.factory import check_models, hash_extractor_models
 from openpulid.pipelines.presets import Preset
-from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
 from openpulid.pipelines.request_fields import RequestError, quote
-from openpulid.pipelines.request_inputs import PUBLISHED_STYLES
 from openpulid.pipelines.selection import resolve_preset
-from openpulid.pipelines.weights import find_installed, find_installed_methods
+from openpulid.pipelines.weights import find_installed_methods
+from openpulid.service.usable_weights import find_usable_weights
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Catalog:
         for selection in models:
             preset = resolve_preset(selection)
             check_models(preset)
-            weights = _find_weights(preset)
+            weights = find_usable_weights(preset)
             offers = {preset.models.method: Offer(preset, weights)}
             for method in find_installed_methods(preset):
                 if method not in offers:
@@ -119,10 +118,3 @@ def _with_method(selection: ModelSelection, method: str, weights: tuple[str, ...
     """Return another method than that of the server's preset, whose adapter is not for it."""
     changed = selection.model_copy(update={"method": method, "adapter": None})
     return Offer(resolve_preset(changed), weights)
-
-
-def _find_weights(preset: Preset) -> tuple[str, ...]:
-    family = preset.models.family
-    names = [name for name, control in PUBLISHED_CONTROLS.items() if control.family == family]
-    names += [name for name, base in PUBLISHED_STYLES.items() if base == family]
-    return () if preset.models.is_miniature else tuple(find_installed(names))

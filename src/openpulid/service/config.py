@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from openpulid.io.decoding import MAX_PIXELS
 from openpulid.io.images import MAX_BYTES
@@ -69,3 +71,20 @@ class ServiceConfig:
     device: str | None = None
     max_studios: int = 1
     max_batch: int = 4
+
+
+def select_models(presets: Sequence[str], **changes: Any) -> tuple[ModelSelection, ...]:
+    """Return the models of presets.
+
+    Args:
+        presets: their names, the default one first.
+        changes: fields of `ModelSelection`, for the first one.
+
+    Raises:
+        RequestError: a change is none.
+    """
+    first, *others = presets
+    return (
+        ModelSelection(preset=first, **changes),
+        *(ModelSelection(preset=name) for name in others),
+    )

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 
 from openpulid.identity.identity import Identity
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
-from openpulid.service.api.file_checks import name_fields
 from openpulid.service.api.files import Content
+from openpulid.service.api.tensor_files import name_fields, place_file
 from openpulid.service.queue.engine import Engine
 
 
@@ -27,10 +27,9 @@ def identify(engine: Engine, request: GenerationRequest, files: Mapping[str, Con
     """
     person = request.people[0]
     with TemporaryDirectory() as folder:
-        paths = {field: Path(folder, field) for field in files}
-        for field, path in paths.items():
-            content = files[field]
-            path.write_bytes(content.read_bytes() if isinstance(content, Path) else content)
+        paths = {
+            field: place_file(content, Path(folder, field)) for field, content in files.items()
+        }
         with name_fields(paths):
             if person.identity is not None:
                 return Identity.load(paths[person.identity])

@@ -7,9 +7,14 @@ from typing import Any
 
 from openpulid.pipelines.request_fields import RequestError
 from openpulid.service.api.bodies import Body
+from openpulid.service.api.decoding import convert_mask
 from openpulid.service.api.fields import Fields, translate
+from openpulid.service.config import Limits
 
-EDIT_FIELDS = ("image", "mask", "face_index", "face_order")
+MASK = "mask"
+"""The part of a form with OpenAI's mask."""
+
+EDIT_FIELDS = ("image", MASK, "face_index", "face_order")
 """Fields of an edit that belong to its person; the first one has the reference images."""
 
 IDENTITY_FIELDS = ("images", "identity", "face_index", "face_order")
@@ -60,3 +65,13 @@ def translate_person(body: Body) -> Fields:
     fields = translate({**body.data, "prompt": "portrait"})
     fields.names.update(rename_person(IDENTITY_FIELDS))
     return fields
+
+
+def convert_mask_part(parts: dict[str, bytes], limits: Limits) -> None:
+    """Turn OpenAI's mask among the files of a form into one that is white where to edit.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    if MASK in parts:
+        parts[MASK] = convert_mask(parts[MASK], MASK, limits)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
 from openpulid.errors import QueueFullError
 from openpulid.identity.identity import Identity
-from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_fields import RequestError
+from openpulid.service.api.acceptance import accept
 from openpulid.service.api.backend import Backend
 from openpulid.service.api.bodies import Body
-from openpulid.service.api.checks import check_request
 from openpulid.service.api.fields import Fields
-from openpulid.service.api.files import Content, FileTaker
 from openpulid.service.api.identification import identify
 from openpulid.service.api.rates import too_many
 from openpulid.service.jobs import Job
@@ -28,21 +23,6 @@ Outcome = TypeVar("Outcome")
 
 Convert = Callable[[dict[str, bytes]], None]
 """Changes the files of a form."""
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A request that has passed all checks.
-
-    Attributes:
-        request: its files are paths of fields.
-        files: path of a field -> its file.
-        batch_key: images of requests with equal keys can run as one batch; None: alone.
-    """
-
-    request: GenerationRequest
-    files: Mapping[str, Content]
-    batch_key: str | None
 
 
 class Submitter:
@@ -76,7 +56,7 @@ class Submitter:
         def run(parts: dict[str, bytes]) -> Job:
             if convert is not None:
                 convert(parts)
-            accepted = self._check(owner, fields, parts)
+            accepted = accept(self._backend, owner, fields, parts)
             job = self._backend.jobs.submit(
                 owner, accepted.request, accepted.files, accepted.batch_key
             )
@@ -89,7 +69,7 @@ class Submitter:
         """Return the identity of the person of a request, see `submit`."""
 
         def run(parts: dict[str, bytes]) -> Identity:
-            accepted = self._check(owner, fields, parts)
+            accepted = accept(self._backend, owner, fields, parts)
             return identify(self._backend.engine, accepted.request, accepted.files)
 
         return await self._run(run, body, fields)
@@ -106,17 +86,3 @@ class Submitter:
             raise fields.rename(error) from None
         except QueueFullError as error:
             raise too_many(str(error).partition(";")[0]) from None
-
-    def _check(self, owner: str, fields: Fields, parts: Mapping[str, bytes]) -> Accepted:
-        limits = self._backend.config.limits
-        offer = self._backend.catalog.find(fields.preset, fields.method)
-        taker = FileTaker(parts, partial(self._find_identity, owner), limits)
-        data = {**taker.take(fields.data), "model": offer.preset.selection}
-        request = GenerationRequest.model_validate(data)
-        taker.check_taken(request)
-        key = check_request(request, taker.files, offer, limits)
-        return Accepted(request, taker.files, key)
-
-    def _find_identity(self, owner: str, name: str) -> Path | None:
-        stored = self._backend.identities.get(owner, name)
-        return None if stored is None else stored.file

@@ -14,11 +14,14 @@ from openpulid.service.api.bodies import Body, read_body
 from openpulid.service.api.context import ApiContext, Context, CountedOwner
 from openpulid.service.api.events import EVENT_STREAM, stream_images
 from openpulid.service.api.fields import split_answer_options, translate
-from openpulid.service.api.file_checks import convert_mask
 from openpulid.service.api.openapi import describe_body
-from openpulid.service.api.people import EDIT_FIELDS, gather_person, rename_person
+from openpulid.service.api.people import (
+    EDIT_FIELDS,
+    convert_mask_part,
+    gather_person,
+    rename_person,
+)
 from openpulid.service.api.problems import document
-from openpulid.service.config import Limits
 
 router = APIRouter(tags=["images"])
 
@@ -29,9 +32,6 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     },
     **document(400, 401, 409, 413, 415, 429, 503),
 }
-
-MASK = "mask"
-"""The part of a form with OpenAI's mask."""
 
 
 @router.post(
@@ -72,15 +72,10 @@ async def _generate(
     convert = None
     if kind == "image_edit":
         fields.names.update(rename_person(EDIT_FIELDS))
-        convert = partial(_convert_mask, limits=context.backend.config.limits)
+        convert = partial(convert_mask_part, limits=context.backend.config.limits)
     job = await context.submitter.submit(owner, body, fields, convert)
     if options.stream:
         events = stream_images(context.follower, request, job, options, kind)
         return StreamingResponse(events, media_type=EVENT_STREAM)
     job = await context.follower.wait(request, job)
     return await run_in_threadpool(describe_images, job, options, request)
-
-
-def _convert_mask(parts: dict[str, bytes], limits: Limits) -> None:
-    if MASK in parts:
-        parts[MASK] = convert_mask(parts[MASK], MASK, limits)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from openpulid.service.api.access import Owner
 from openpulid.service.api.answers import (
     MEDIA_TYPES,
     ImageFormat,
@@ -22,33 +20,13 @@ from openpulid.service.api.context import Context, CountedOwner
 from openpulid.service.api.events import EVENT_STREAM, stream_job
 from openpulid.service.api.fields import AnswerOptions, translate
 from openpulid.service.api.openapi import describe_body
+from openpulid.service.api.own_jobs import OwnJob
 from openpulid.service.api.problems import Problem, document
-from openpulid.service.jobs import Job
 
 router = APIRouter(tags=["jobs"])
 
-JOB_ID = re.compile(r"job-[0-9a-f]{32}")
 
-
-async def find_job(job_id: str, owner: Owner, context: Context) -> Job:
-    """Return a job of the sender.
-
-    Raises:
-        Problem: the sender has no such job (404).
-    """
-    jobs = context.backend.jobs
-    job = None
-    if JOB_ID.fullmatch(job_id):
-        job = await run_in_threadpool(jobs.get, owner, job_id)
-    if job is None:
-        raise Problem(404, "there is no such job; it may have been removed.")
-    return job
-
-
-OwnJob = Annotated[Job, Depends(find_job)]
-
-
-async def _answer(job: Job, context: Context, request: Request) -> JobAnswer:
+async def _answer(job: OwnJob, context: Context, request: Request) -> JobAnswer:
     position = None
     if not job.status.is_final:
         position = await run_in_threadpool(context.backend.jobs.position, job.id)
