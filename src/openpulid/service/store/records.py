@@ -34,6 +34,9 @@ MISSING_INPUT = "an input file of this job is missing; submit it again."
 SERVER_FIELDS = re.compile(r"model\..+|controls\.[0-9]+\.model|style_image\.model")
 """Fields that hold what the server offers, not a file of the client's."""
 
+TENSOR_FIELDS = (".identity", ".model", ".file")
+"""Last parts of the fields of safetensors files: LoRAs and embeddings are read by their suffix."""
+
 FIELD = re.compile(r"[a-z_]+(\.[0-9]{1,4}|\.[a-z_]+)*")
 
 
@@ -121,7 +124,7 @@ def input_name(field: str) -> str:
     """Return the name of an input file, such as `people-0-images-0`."""
     if not FIELD.fullmatch(field):
         raise StoreError(DAMAGED)
-    suffix = ".safetensors" if field.endswith(".identity") else ""
+    suffix = ".safetensors" if field.endswith(TENSOR_FIELDS) else ""
     return field.replace(".", "-") + suffix
 
 
