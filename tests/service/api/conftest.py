@@ -39,7 +39,7 @@ PHOTO = "data:image/png;base64," + base64.b64encode(PORTRAIT.read_bytes()).decod
 @contextmanager
 def serve(app: FastAPI) -> Iterator[str]:
     """Serve an application in a thread, and return its address."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def test_cancelled_job_ends_soon(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_client_that_goes_away_cancels(
-    backend: Backend, url: str, client: httpx.Client, is_stream: bool
+    backend: Backend, url: str, is_stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert wait_for_empty_queue(backend)
     address = urlsplit(url)
@@ -134,6 +135,8 @@ def test_client_that_goes_away_cancels(
         while not backend.jobs.count_unfinished():
             time.sleep(0.02)
     assert wait_for_empty_queue(backend, seconds=3)
+    time.sleep(0.2)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def wait_for_empty_queue(backend: Backend, seconds: float = 30) -> bool:

@@ -180,7 +180,7 @@ async def stream_images(
             if time.monotonic() - last_time > PING_SECONDS:
                 last_time = time.monotonic()
                 yield KEEPALIVE_COMMENT
-    if job.status is not JobStatus.COMPLETED:
+    if job.status.is_final and job.status is not JobStatus.COMPLETED:
         yield _event("error", to_problem(job).details)
 
 

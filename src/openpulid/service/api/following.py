@@ -37,16 +37,13 @@ class Follower:
     async def follow(
         self, request: Request, owner: str, job_id: str, has_previews: bool = False
     ) -> AsyncGenerator[Job, None]:
-        """Yield a job at once and then again and again, until it has ended.
+        """Yield a job at once and then again and again, until it has ended or the client is gone.
 
         Args:
             request: whose client waits.
             owner: of the job.
             job_id: the job.
             has_previews: ask for previews.
-
-        Raises:
-            ClientDisconnect: the client has gone away.
         """
         loop = asyncio.get_running_loop()
         watched_until = 0.0
@@ -54,10 +51,8 @@ class Follower:
         try:
             while (job := await run_in_threadpool(self._jobs.get, owner, job_id)) is not None:
                 yield job
-                if job.status.is_final:
+                if job.status.is_final or await request.is_disconnected():
                     return
-                if await request.is_disconnected():
-                    raise ClientDisconnect
                 if has_previews and loop.time() > watched_until - WATCH_SECONDS / 2:
                     await run_in_threadpool(self._jobs.watch, job_id, WATCH_SECONDS)
                     watched_until = loop.time() + WATCH_SECONDS
@@ -87,4 +82,6 @@ class Follower:
         async with aclosing(self.follow_to_end(request, job)) as states:
             async for state in states:
                 job = state
+        if not job.status.is_final:
+            raise ClientDisconnect
         return job

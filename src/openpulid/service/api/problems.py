@@ -120,6 +120,8 @@ def to_problem(error: Exception) -> Problem:
         return Problem(400, str(error), error.fields)
     if isinstance(error, ClientDisconnect):  # nobody reads the answer
         return Problem(400, "the connection was closed before the request was complete.")
+    if isinstance(error, RecursionError):
+        return Problem(400, "the request is nested too deeply.")
     if is_out_of_memory(error):
         logger.error("%s", error)
         return Problem(503, NO_MEMORY, headers={"Retry-After": "60"})
@@ -149,7 +151,9 @@ def handle_errors(app: FastAPI) -> None:
         name = ".".join(map(str, first["loc"][1:])) or "body"
         return Problem(400, f"{name}: {first['msg']}.", (name,)).to_response()
 
-    for kind in (Problem, PulidError, OSError, MemoryError, Exception):
+    # all but the last one are expected: they are not logged with a traceback
+    expected = (Problem, PulidError, ClientDisconnect, OSError, MemoryError, RecursionError)
+    for kind in (*expected, Exception):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, answer_http)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, answer_invalid)  # type: ignore[arg-type]
