@@ -8,6 +8,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +42,11 @@ def read(name: str) -> str:
 
 
 def code_blocks(name: str, language: str) -> list[str]:
-    return [code for _, found, code in FENCE.findall(read(name)) if found == language]
+    return [
+        textwrap.dedent(code)  # of a tab
+        for _, found, code in FENCE.findall(read(name))
+        if found == language
+    ]
 
 
 def inline_code(name: str) -> list[str]:
