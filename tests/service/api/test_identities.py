@@ -19,7 +19,7 @@ OPTIONS = {"prompt": "portrait", "num_steps": 2, "seed": 8}
 @pytest.fixture(scope="module")
 def identity(anna: httpx.Client) -> dict[str, str]:
     with PORTRAIT.open("rb") as file:
-        response = anna.post("/v1/identities", files={"images": file})
+        response = anna.post("/v1/identities", files={"image": file})
     assert response.status_code == 201
     return response.json()
 
@@ -66,7 +66,7 @@ def test_identity_of_another_key_does_not_exist(
 
 
 def test_deleted_identity_is_gone_but_its_jobs_go_on(anna: httpx.Client) -> None:
-    identity = anna.post("/v1/identities", json={"images": [PHOTO]}).json()
+    identity = anna.post("/v1/identities", json={"image": [PHOTO]}).json()
     body = {**OPTIONS, "people": [{"identity": identity["id"]}]}
     job = anna.post("/v1/jobs", json=body).json()
     response = anna.delete(f"/v1/identities/{identity['id']}")
@@ -78,15 +78,15 @@ def test_deleted_identity_is_gone_but_its_jobs_go_on(anna: httpx.Client) -> None
 def test_mistakes(anna: httpx.Client) -> None:
     gray = BytesIO()
     Image.new("RGB", (96, 96), "gray").save(gray, "PNG")
-    response = anna.post("/v1/identities", files={"images": gray.getvalue()})
+    response = anna.post("/v1/identities", files={"image": gray.getvalue()})
     check_problem(response, 400, "people.0.images.0: no face detected")
     for body, sentence in (
-        ({}, "images is missing"),
-        ({"images": [PHOTO], "prompt": "portrait"}, "prompt does not belong to an identity"),
-        ({"images": [PHOTO], "identity": PHOTO}, "provide either images or an identity file"),
-        ({"images": [PHOTO], "face_index": 3}, "face"),
-        ({"images": ["/etc/passwd"]}, "images must be a data: URL"),
+        ({}, "image is missing"),
+        ({"image": [PHOTO], "prompt": "portrait"}, "prompt does not belong to an identity"),
+        ({"image": [PHOTO], "identity": PHOTO}, "provide either images or an identity file"),
+        ({"image": [PHOTO], "face_index": 3}, "face"),
+        ({"image": ["/etc/passwd"]}, "image must be a data: URL"),
         ({"identity": PHOTO}, "people.0.identity is not an identity file"),
-        ({"images": [PHOTO], "model": "sdxl"}, "there is no model 'sdxl'"),
+        ({"image": [PHOTO], "model": "sdxl"}, "there is no model 'sdxl'"),
     ):
         check_problem(anna.post("/v1/identities", json=body), 400, sentence)

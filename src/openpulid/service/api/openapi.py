@@ -44,7 +44,7 @@ MODELS: Schema = {
     "method": {"type": "string", "description": "A method of the preset; PuLID by default."},
 }
 SIZE: Schema = {"type": "string", "description": "WIDTHxHEIGHT in pixels, or auto."}
-UPLOADS = {"image": "images", "mask": "mask", "images": "images", "identity": "identity"}
+UPLOADS = ("image", "mask", "identity")
 """Fields of a person that are parts of a form in some requests."""
 
 
@@ -93,14 +93,12 @@ def list_bodies() -> dict[str, Schema]:
     answer = parts.pop("AnswerOptions")["properties"]
     person = parts["Person"]["properties"]
     faces = {name: person[name] for name in ("face_index", "face_order")}
-    edited = {"image": {"anyOf": [FILE, person["images"]]}, "mask": FILE, **faces}
+    sources = {"image": {"anyOf": [FILE, person["images"]]}, **faces}
     bodies = {
         "JobRequest": _object(fields, "prompt"),
         "ImageRequest": _object(fields | answer, "prompt"),
-        "ImageEditRequest": _object(fields | answer | edited, "prompt"),
-        "IdentityRequest": _object(
-            {"images": person["images"], "identity": FILE, **faces, **MODELS}
-        ),
+        "ImageEditRequest": _object(fields | answer | sources | {"mask": FILE}, "prompt"),
+        "IdentityRequest": _object(sources | {"identity": FILE} | MODELS),
         "FalRequest": parts.pop("FalRequest"),
     }
     return {**parts, **bodies, **{f"{name}Form": _to_form(body) for name, body in bodies.items()}}

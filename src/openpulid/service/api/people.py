@@ -11,13 +11,15 @@ from openpulid.service.api.decoding import convert_mask
 from openpulid.service.api.fields import Fields, translate
 from openpulid.service.config import Limits
 
+IMAGE = "image"
+"""The field, or the parts of a form, with the reference images."""
 MASK = "mask"
 """The part of a form with OpenAI's mask."""
 
-EDIT_FIELDS = ("image", MASK, "face_index", "face_order")
-"""Fields of an edit that belong to its person; the first one has the reference images."""
+EDIT_FIELDS = (IMAGE, MASK, "face_index", "face_order")
+"""Fields of an edit that belong to its person."""
 
-IDENTITY_FIELDS = ("images", "identity", "face_index", "face_order")
+IDENTITY_FIELDS = (IMAGE, "identity", "face_index", "face_order")
 """The same of a request for an identity."""
 
 
@@ -26,31 +28,31 @@ def gather_person(body: Body, fields: Sequence[str]) -> Body:
 
     Args:
         body: of a request; the person's files are values of fields, or parts of a form.
-        fields: those of the person, the one with the reference images first.
+        fields: those of the person.
 
     Raises:
         RequestError: there are also people.
     """
     data = dict(body.data)
     person: dict[str, Any] = {name: data.pop(name) for name in fields if name in data}
-    images = person.pop(fields[0], None) or []
+    images = person.pop(IMAGE, None) or []
     images = images if isinstance(images, list) else [images]
     for part in body.parts:
         name = part.rpartition("-")[0] or part  # of several files with one name
-        if name == fields[0]:
+        if name == IMAGE:
             images.append(part)
         elif name in fields:
             person[name] = part
     if data.get("people"):
         if images or person:
-            raise RequestError("set either {0} or {1}, not both.", fields[0], "people")
+            raise RequestError("set either {0} or {1}, not both.", IMAGE, "people")
         return Body(data, body.parts)
     return Body({**data, "people": [{"images": images, **person}]}, body.parts)
 
 
 def rename_person(fields: Sequence[str]) -> dict[str, str]:
     """Return path of a field -> its name in the body that `gather_person` gets."""
-    return {"people.images": fields[0], **{f"people.{name}": name for name in fields[1:]}}
+    return {f"people.{'images' if name == IMAGE else name}": name for name in fields}
 
 
 def translate_person(body: Body) -> Fields:
