@@ -239,3 +239,12 @@ def test_image_names_its_embeddings(
     assert stored.required_files() == {"embeddings.0.file": "sdxl_style.safetensors"}
     again = stored.restore({"embeddings.0.file": path})
     assert np.array_equal(pixels(studio.generate(again).images[0]), pixels(result.images[0]))
+
+
+def test_word_inside_another_word_is_refused() -> None:
+    """The tokenizer would split the other word."""
+    for prompt, negative in (("portrait, t", None), ("noir", "a portrait")):
+        with pytest.raises(OptionError, match="the word 't' of an embedding is part of 'portrait'"):
+            GenerationRequest(prompt, negative_prompt=negative, embeddings=[Embedding("t.bin")])
+    for token in ("<t>", "t"):
+        GenerationRequest("noir, t <t>", embeddings=[Embedding("style.bin", token)])

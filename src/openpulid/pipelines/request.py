@@ -40,6 +40,7 @@ from openpulid.pipelines.request_fields import (
     Scale,
     Seed,
     Side,
+    quote,
 )
 from openpulid.pipelines.request_inputs import (
     Control,
@@ -252,6 +253,7 @@ class GenerationRequest(GenerationOptions):
                 "seed",
                 "num_images",
             )
+        self._check_tokens()
         nowhere = [k for k, person in enumerate(self.people) if not person.has_region]
         if len(self.people) > 1 and nowhere:
             raise RequestError(
@@ -261,6 +263,20 @@ class GenerationRequest(GenerationOptions):
                 f"people.{nowhere[0]}.box",
             )
         return self
+
+    def _check_tokens(self) -> None:
+        """Check that no word of textual inversion is part of another word, which it would split."""
+        for number, embedding in enumerate(self.embeddings):
+            token = re.escape(embedding.word)
+            for field in ("prompt", "negative_prompt"):
+                match = re.search(rf"\w+{token}\w*|{token}\w+", getattr(self, field) or "")
+                if match and re.fullmatch(r"\w+", embedding.word):
+                    raise RequestError(
+                        f"the word {quote(embedding.word)} of an embedding is part of "
+                        f"{quote(match[0])} in {{1}}; set {{0}} to another word.",
+                        f"embeddings.{number}.token",
+                        field,
+                    )
 
     @property
     def identity_scales(self) -> tuple[float, ...]:
