@@ -14,7 +14,7 @@ from PIL import Image
 from openpulid.errors import PulidError, Stopped, StoreError, escape_unprintable
 from openpulid.io.metadata import encode_image
 from openpulid.service.jobs import Task
-from openpulid.service.queue.engine import UNEXPECTED, Engine, Result
+from openpulid.service.queue.engine import UNEXPECTED, Engine, Interrupted, Result
 from openpulid.service.queue.periodic import Periodic
 from openpulid.service.store.jobs import JobStore
 
@@ -128,6 +128,9 @@ class _Run:
                     self._publish(task, result)
             except Stopped:
                 pass
+            except Interrupted:
+                self._store.interrupt(self._tasks())
+                return
             except Exception:
                 logger.exception("unexpected error")
                 for task in self._tasks():

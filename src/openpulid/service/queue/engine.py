@@ -39,6 +39,10 @@ Row = tuple[Task, RequestInputs]
 """A task of a batch, and its files."""
 
 
+class Interrupted(Exception):
+    """The process that ran tasks has ended; they can run again."""
+
+
 class Engine(Protocol):
     """Generates images. Threads can share it."""
 
@@ -56,6 +60,9 @@ class Engine(Protocol):
         """Generate the images of tasks of equal batch key, and yield each as soon as it is there.
 
         If `on_step` raises `Stopped`, the tasks that it stops have no result.
+
+        Raises:
+            Interrupted: the tasks without a result run again later.
         """
         ...
 

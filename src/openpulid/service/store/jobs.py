@@ -315,6 +315,10 @@ class JobStore:
             rows = connection.execute(query).all()
             transitions.requeue(connection, rows, is_interrupted=False)
 
+    def interrupt(self, claimed: Sequence[Task]) -> None:
+        """Put tasks whose process has ended back into the queue; see `QueueLimits`."""
+        self._requeue_interrupted(transitions.is_held_any(claimed))
+
     @contextmanager
     def reserve(self, worker: str) -> Iterator[None]:
         """Reserve the name of a worker for this process inside the block.
@@ -337,10 +341,7 @@ class JobStore:
 
     def recover(self, worker: str) -> None:
         """Put the tasks of a worker that has ended back into the queue before their lease ends."""
-        with self._database.write() as connection:
-            ended = self._requeue(connection, tasks.c.worker == worker)
-        for job_id in ended:
-            self._folder(job_id).remove_inputs()
+        self._requeue_interrupted(tasks.c.worker == worker)
 
     def expire(self) -> None:
         """Remove jobs whose time is over, and folders that crashes have left."""
@@ -353,6 +354,12 @@ class JobStore:
         with self._database.read() as connection:
             stored = set(connection.execute(select(jobs.c.id)).scalars())
         remove_orphans(self._jobs_folder, stored)
+
+    def _requeue_interrupted(self, condition: ColumnElement[bool]) -> None:
+        with self._database.write() as connection:
+            failed = self._requeue(connection, condition)
+        for job_id in failed:
+            self._folder(job_id).remove_inputs()
 
     # Within transactions.
 
