@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from openpulid.service.api.backend import Backend
@@ -38,27 +38,50 @@ def open_backend(config: ServiceConfig) -> Iterator[Backend]:
         StoreError: the database or the folder cannot be used.
     """
     catalog = Catalog(config.models)
+    engine = LocalEngine(config.device, config.max_studios)
+    with ExitStack() as stack:
+        jobs, identities = stack.enter_context(open_stores(config))
+        dispatcher = Dispatcher(jobs, engine, config.worker, config.max_batch)
+        dispatcher.start()
+        stack.callback(dispatcher.stop)
+        is_loaded = load_in_background(lambda: engine.studio(catalog.find().preset.selection))
+        yield Backend(config, catalog, jobs, identities, engine, is_loaded, dispatcher.wake)
+
+
+@contextmanager
+def open_stores(config: ServiceConfig) -> Iterator[tuple[JobStore, IdentityStore]]:
+    """Open the queue and the identities, and remove what expires until the block ends.
+
+    Raises:
+        OptionError: the database does not exist.
+        StoreError: the database or the folder cannot be used.
+    """
     limits = QueueLimits(config.limits.jobs, config.limits.jobs_per_key, config.job_seconds)
     with ExitStack() as stack:
         database = Database.open(config.data, config.database)
         stack.callback(database.close)
         jobs = JobStore(database, config.data, limits)
         identities = IdentityStore(database, config.data, config.identity_seconds)
-        engine = LocalEngine(config.device, config.max_studios)
-        dispatcher = Dispatcher(jobs, engine, config.worker, config.max_batch)
-        dispatcher.start()
-        stack.callback(dispatcher.stop)
         for store in (jobs, identities):
             stack.enter_context(Periodic(store.expire, EXPIRE_SECONDS))
-        is_loaded = threading.Event()
+        yield jobs, identities
 
-        def load() -> None:
-            try:
-                engine.studio(catalog.find().preset.selection)
-            except Exception:
-                logger.exception("the first preset cannot be loaded; the service is not ready")
-            else:
-                is_loaded.set()
 
-        threading.Thread(target=load, daemon=True).start()
-        yield Backend(config, catalog, jobs, identities, engine, is_loaded.is_set, dispatcher.wake)
+def load_in_background(load: Callable[[], object]) -> Callable[[], bool]:
+    """Call a function in a thread.
+
+    Returns:
+        Whether it has succeeded by now.
+    """
+    is_loaded = threading.Event()
+
+    def run() -> None:
+        try:
+            load()
+        except Exception:
+            logger.exception("the first preset cannot be loaded; the service is not ready")
+        else:
+            is_loaded.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    return is_loaded.is_set
