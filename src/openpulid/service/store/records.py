@@ -128,14 +128,21 @@ def input_name(field: str) -> str:
     return field.replace(".", "-") + suffix
 
 
+def list_inputs(request: GenerationRequest) -> list[tuple[str, str]]:
+    """Return the fields that name files of the client's, and these files."""
+    return [
+        (field, path) for field, path in request.input_files() if not SERVER_FIELDS.fullmatch(field)
+    ]
+
+
 def name_inputs(request: GenerationRequest, files: Mapping[str, bytes | Path]) -> GenerationRequest:
     """Return a request whose input files are names within the job's folder.
 
     Raises:
         RequestError: a field names a file that is not among `files`.
     """
-    for field, _ in request.input_files():
-        if field not in files and not SERVER_FIELDS.fullmatch(field):
+    for field, _ in list_inputs(request):
+        if field not in files:
             raise RequestError("{0} must be an uploaded file.", field)
     return request.with_files({field: input_name(field) for field in files})
 

@@ -1,0 +1,1 @@
+"""The service on a Ray cluster: an ingress, and replicas that generate the images."""

@@ -1,0 +1,177 @@
+"""Run the application until the process is stopped.
+
+Ray reads its environment when it is imported, so that happens in the functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from openpulid.errors import OptionError
+from openpulid.service.config import ServiceConfig
+
+if TYPE_CHECKING:
+    from openpulid.service.cluster.application import ClusterOptions
+
+APPLICATION = "openpulid"
+"""Name of the application in Ray Serve."""
+
+LOCAL = "local"
+"""The address that starts Ray on this machine."""
+
+AUTO = "auto"
+"""The address of the cluster that this machine is part of."""
+
+CONNECT_SECONDS = 10.0
+"""How long the first machine of a cluster may take to answer. Ray itself waits for minutes."""
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # processes listen on 127.0.0.1; the name is older than what it does
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+"""Of Ray on this machine. Its connections also need a token, which Ray writes to ~/.ray."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the application runs.
+
+    Attributes:
+        address: of a Ray cluster: `auto`, HOST:PORT, or `local` for a new one on this machine.
+        max_replicas: of each preset; by default one for each GPU.
+        host: address to serve.
+        port: port to serve.
+    """
+
+    address: str
+    max_replicas: int | None
+    host: str
+    port: int
+
+
+def run_cluster(
+    config: ServiceConfig,
+    api_keys: Path | None,
+    place: Place,
+    on_listening: Callable[[str], object],
+) -> None:
+    """Serve the application until the process gets SIGINT or SIGTERM.
+
+    Args:
+        config: of the service. The data folder is on this machine, and so is the ingress.
+        api_keys: file of the API keys, if they are required.
+        place: where it runs.
+        on_listening: receives the address, as soon as the presets are loaded.
+
+    Raises:
+        OptionError: Ray is not installed, the cluster cannot be reached, or the application does
+            not start.
+    """
+    if place.port == 0:
+        raise OptionError("--ray cannot find a free port; choose one with --port.")
+    _check_address(place.address)
+    with _connect(place.address):
+        from ray import serve
+
+        from openpulid.service.cluster.application import build
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        http = {"host": place.host, "port": place.port, "location": "HeadOnly"}
+        serve.start(http_options=http, logging_config={"log_level": "WARNING"})
+        application = build(_choose_options(config, api_keys, place.max_replicas))
+        try:
+            serve.run(application, name=APPLICATION, route_prefix="/")
+            on_listening(f"http://{place.host}:{place.port}")
+            _wait_for_signal()
+        except RuntimeError as error:  # of `serve.run`; Ray has logged the cause
+            raise OptionError(
+                f"the presets did not start ({str(error).strip().splitlines()[0]}); the reason is "
+                "in Ray's logs, on this machine in /tmp/ray/session_latest/logs/serve."
+            ) from None
+        finally:
+            serve.delete(APPLICATION)
+
+
+def _check_address(address: str) -> None:
+    if address in (LOCAL, AUTO):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise OptionError(f"--ray {address}: expected local, auto or HOST:PORT.")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _not_reached(address, error) from None
+
+
+def _not_reached(address: str, error: Exception) -> OptionError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return OptionError(f"--ray {address}: the cluster cannot be reached ({reason}).")
+
+
+@contextmanager
+def _connect(address: str) -> Iterator[None]:
+    """Start Ray, or join a cluster, until the block ends."""
+    is_local = address == LOCAL
+    if is_local:
+        os.environ.update(ENVIRONMENT)
+    try:
+        import ray
+        from ray import serve
+    except ImportError:
+        raise OptionError("--ray needs Ray Serve: pip install 'openpulid[cluster]'.") from None
+    try:
+        if is_local:
+            ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="warning")
+        else:
+            ray.init(address, log_to_driver=False, logging_level="warning")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise _not_reached(address, error) from None
+    try:
+        yield
+        if is_local:
+            serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def _choose_options(
+    config: ServiceConfig, api_keys: Path | None, max_replicas: int | None
+) -> ClusterOptions:
+    """Give each replica a GPU, or without any the same part of the processors."""
+    import ray
+
+    from openpulid.service.cluster.application import ClusterOptions
+
+    resources = ray.cluster_resources()
+    num_gpus = int(resources.get("GPU", 0))
+    max_replicas = max_replicas or max(num_gpus, 1)
+    return ClusterOptions(
+        service=replace(config, data=config.data.absolute()),
+        api_keys=api_keys,
+        max_replicas=max_replicas,
+        gpus_per_replica=1 if num_gpus else 0,
+        cpus_per_replica=1 if num_gpus else max(1, int(resources["CPU"]) // max_replicas),
+        ingress_resources={f"node:{ray.util.get_node_ip_address()}": 0.001},
+    )
+
+
+def _wait_for_signal() -> None:
+    stopped = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda *_: stopped.set()) for number in signals]
+    try:
+        stopped.wait()
+    finally:
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)
