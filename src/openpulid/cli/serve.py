@@ -42,6 +42,18 @@ def serve(
     worker: Annotated[
         str, typer.Option(help="Name of this process among those with the same data folder.")
     ] = "local",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Generate on Ray Serve: `local` starts Ray on this machine, `auto` or HOST:PORT "
+            "joins a cluster.",
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most replicas of each preset (--ray); by default one per GPU."),
+    ] = None,
     device: Device = None,
     studios: Annotated[
         int, typer.Option(min=1, help="Presets and methods that are in memory at once.")
@@ -105,6 +117,15 @@ def serve(
         max_studios=studios,
         max_batch=batch,
     )
+
+    def on_listening(url: str) -> None:
+        print_status(f"serving {url}; stop it with Ctrl-C.")
+
+    if ray is not None:
+        from openpulid.service.cluster.run import Place, run_cluster
+
+        with name_options():
+            run_cluster(config, api_keys, Place(ray, replicas, host, port), on_listening)
+        return
     with name_options(), open_backend(config) as backend:
-        app = create_app(backend, keys)
-        run_app(app, host, port, lambda url: print_status(f"serving {url}; stop it with Ctrl-C."))
+        run_app(create_app(backend, keys), host, port, on_listening)
