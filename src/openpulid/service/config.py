@@ -7,9 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from limits import RateLimitItem, parse
+
+from openpulid.errors import OptionError
 from openpulid.io.decoding import MAX_PIXELS
 from openpulid.io.images import MAX_BYTES
 from openpulid.pipelines.request import ModelSelection
+
+
+def parse_rate(rate: str) -> RateLimitItem:
+    """Parse a rate, such as "60/minute".
+
+    Raises:
+        OptionError: it is none.
+    """
+    try:
+        return parse(rate)
+    except ValueError:
+        raise OptionError(f"{rate!r} is not a rate; use one such as 60/minute.") from None
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,9 @@ class Limits:
         jobs_per_key: unfinished jobs of one API key.
         jobs: unfinished jobs in all.
         rate: requests of one API key for images or identities, such as "60/minute".
+
+    Raises:
+        OptionError: the rate is none.
     """
 
     body_bytes: int = MAX_BYTES
@@ -41,6 +59,9 @@ class Limits:
     jobs_per_key: int = 100
     jobs: int = 1000
     rate: str = "600/minute"
+
+    def __post_init__(self) -> None:
+        parse_rate(self.rate)  # before a model is loaded
 
 
 @dataclass(frozen=True)

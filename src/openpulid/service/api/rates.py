@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import time
 
-from limits import parse
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
-from openpulid.errors import OptionError
 from openpulid.service.api.problems import Problem
+from openpulid.service.config import parse_rate
 
 RETRY_SECONDS = 5
 """When to try again if the queue is full: some images have been generated then."""
@@ -27,10 +26,7 @@ class RateLimiter:
     """
 
     def __init__(self, rate: str) -> None:
-        try:
-            self._rate = parse(rate)
-        except ValueError:
-            raise OptionError(f"{rate!r} is not a rate; use one such as 60/minute.") from None
+        self._rate = parse_rate(rate)
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def count(self, owner: str) -> None:
