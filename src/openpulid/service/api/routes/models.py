@@ -26,7 +26,7 @@ class MethodAnswer(BaseModel):
 
 
 class LicenseAnswer(BaseModel):
-    """The license of published weights."""
+    """The license of weights."""
 
     weights: str
     license: str
@@ -86,6 +86,16 @@ def _describe(catalog: Catalog, name: str) -> ModelAnswer:
     presets = [offer.preset for offer in methods.values()]
     models = presets[0].models
     weights = dict.fromkeys(weight for preset in presets for weight in preset.published)
+    licenses = [
+        LicenseAnswer(
+            weights=weight,
+            license=WEIGHTS[weight].license,
+            commercial=WEIGHTS[weight].commercial,
+        )
+        for weight in weights
+    ]
+    if models.is_miniature:
+        licenses.append(LicenseAnswer(weights="miniature", license="Apache-2.0", commercial=True))
     return ModelAnswer(
         id=name,
         description=presets[0].description,
@@ -97,14 +107,7 @@ def _describe(catalog: Catalog, name: str) -> ModelAnswer:
             max=models.max_side,
         ),
         methods=[_describe_method(method, offer) for method, offer in methods.items()],
-        licenses=[
-            LicenseAnswer(
-                weights=weight,
-                license=WEIGHTS[weight].license,
-                commercial=WEIGHTS[weight].commercial,
-            )
-            for weight in weights
-        ],
+        licenses=licenses,
     )
 
 

@@ -1,0 +1,30 @@
+"""What the service says about its presets."""
+
+from __future__ import annotations
+
+import httpx
+
+from openpulid.pipelines.presets import find_preset, with_method
+from tests.service.api.conftest import check_problem
+
+
+def test_presets_have_methods_sizes_and_licenses(client: httpx.Client) -> None:
+    models = client.get("/v1/models").json()["data"]
+    assert [model["id"] for model in models] == ["mini", "mini-lightning"]
+    for model in models:
+        preset = find_preset(model["id"])
+        assert model == client.get(f"/v1/models/{model['id']}").json()
+        assert model["size"] == {"native": 96, "multiple": 8, "min": 16, "max": 128}
+        license = {"weights": "miniature", "license": "Apache-2.0", "commercial": True}
+        assert model["licenses"] == [license]
+        methods = {method["name"]: method for method in model["methods"]}
+        assert list(methods) == ["pulid", "faceid", "instantid", "photomaker"]
+        for name, method in methods.items():
+            changed = with_method(preset, name)
+            assert method["options"] == sorted(changed.options)
+            assert method["defaults"] == changed.defaults.model_dump(exclude_none=True)
+
+
+def test_unknown_preset(client: httpx.Client) -> None:
+    response = client.get("/v1/models/sdxl")
+    check_problem(response, 404, "no model 'sdxl'; choose one of mini, mini-lightning.")
