@@ -83,6 +83,7 @@ def serve(
     from openpulid.io.serving import check_address, is_loopback
     from openpulid.service.api.access import ApiKeys
     from openpulid.service.api.app import create_app
+    from openpulid.service.arenas import limit_arenas
     from openpulid.service.config import Limits, ServiceConfig, select_models
     from openpulid.service.listening import run_app
     from openpulid.service.server import open_backend
@@ -127,5 +128,6 @@ def serve(
         with name_options():
             run_cluster(config, api_keys, Place(ray, replicas, host, port), on_listening)
         return
+    limit_arenas()
     with name_options(), open_backend(config) as backend:
         run_app(create_app(backend, keys), host, port, on_listening)
