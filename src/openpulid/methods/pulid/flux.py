@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
@@ -146,13 +146,24 @@ class PuLIDFlux(PuLIDBase):
             WeightsError: The adapter was trained for another transformer.
         """
         transformer = find_transformer(target)
-        num_blocks = len(self._blocks(transformer))
+        self.check_blocks(self._blocks(transformer), transformer.inner_dim)
+
+    def check_blocks(self, blocks: Sequence[BlockKey], width: int) -> None:
+        """Raise an error if the adapter does not have one layer per block.
+
+        Args:
+            blocks: the transformer's blocks that are followed by identity attention.
+            width: of its image tokens.
+
+        Raises:
+            WeightsError: The adapter was trained for another transformer.
+        """
         widths = {layer.to_q.in_features for layer in self.layers}
-        if num_blocks != len(self.layers) or widths != {transformer.inner_dim}:
+        if len(blocks) != len(self.layers) or widths != {width}:
             raise WeightsError(
                 "this adapter was trained for another transformer: it has "
                 f"{len(self.layers)} layers of width {sorted(widths)}, this transformer needs "
-                f"{num_blocks} of width {transformer.inner_dim}; "
+                f"{len(blocks)} of width {width}; "
                 "use the adapter for this base model."
             )
 
@@ -267,11 +278,11 @@ class PuLIDFlux(PuLIDBase):
             return
         blocks = self._blocks(states[0].network)
         layers = dict(zip(blocks, self.layers, strict=True))
-        projected = _precompute(layers, positive())
+        projected = precompute_projections(layers, positive())
 
         def inject(state: PipelineState) -> AbstractContextManager[None]:
             identity = FluxIdentity(
-                layers, projected, lambda: _precompute(layers, negative()), scale, masks
+                layers, projected, lambda: precompute_projections(layers, negative()), scale, masks
             )
             tracker = StepTracker(state)
             injection = FluxInjection(identity, tracker, span)
@@ -320,7 +331,7 @@ def delay_guidance(target: Any, start_step: int) -> Iterator[None]:
         yield
 
 
-def _precompute(
+def precompute_projections(
     layers: Mapping[BlockKey, PerceiverCrossAttention], tokens: Tensor
 ) -> dict[BlockKey, ProjectedKV]:
     """Compute the keys and values of tokens (P, J, N, kv_dim) for each block, people first."""

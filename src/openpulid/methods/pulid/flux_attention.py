@@ -82,20 +82,36 @@ class PerceiverCrossAttention(nn.Module):
         key = key.unflatten(-1, (self.heads, -1))
         value = value.unflatten(-1, (self.heads, -1))
         scale = key.shape[-1] ** -0.5
-        q_weight = self.to_q.weight.unflatten(0, (self.heads, -1))
-        out_weight = self.to_out.weight.unflatten(1, (self.heads, -1))
+        # weights may be stored in less precision than the tokens
+        q_weight = self.to_q.weight.to(key).unflatten(0, (self.heads, -1))
+        out_weight = self.to_out.weight.to(key).unflatten(1, (self.heads, -1))
         q_proj = torch.einsum("...nhd,hdc->...chn", key * scale, q_weight)
         v_proj = torch.einsum("...nhd,chd->...hnc", value, out_weight)
         return q_proj.flatten(-2), v_proj.flatten(-3, -2)
 
     def attend(self, image: Tensor, q_proj: Tensor, v_proj: Tensor) -> Tensor:
         """Compute the attention of image tokens (B, L, dim) to the result of `precompute_kv`."""
-        scores = (self.norm2(image) @ q_proj).unflatten(-1, (self.heads, -1))
-        return scores.softmax(-1).flatten(-2) @ v_proj
+        return attend_projected(self.norm2(image), q_proj, v_proj, self.heads)
 
     def forward(self, tokens: Tensor, image: Tensor) -> Tensor:
         """Compute the attention of image tokens (B, L, dim) to identity tokens (B, N, kv_dim)."""
         return self.attend(image, *self.precompute_kv(tokens))
+
+
+def attend_projected(image: Tensor, q_proj: Tensor, v_proj: Tensor, num_heads: int) -> Tensor:
+    """Compute the attention of normalized image tokens to the result of `precompute_kv`.
+
+    Args:
+        image: (B, L, dim).
+        q_proj: (..., dim, h * N).
+        v_proj: (..., h * N, dim).
+        num_heads: h.
+
+    Returns:
+        (B, L, dim).
+    """
+    scores = (image @ q_proj).unflatten(-1, (num_heads, -1))
+    return scores.softmax(-1).flatten(-2) @ v_proj
 
 
 class BlockCacheGuard:
@@ -338,6 +354,13 @@ def identity_blocks(
     """List the blocks that are followed by identity attention, in the order of `pulid_ca.K`."""
     num_double = len(transformer.transformer_blocks)
     num_single = len(transformer.single_transformer_blocks)
+    return select_block_keys(num_double, num_single, double_interval, single_interval)
+
+
+def select_block_keys(
+    num_double: int, num_single: int, double_interval: int = 2, single_interval: int = 4
+) -> list[BlockKey]:
+    """List the blocks that are followed by identity attention, of these numbers of blocks."""
     double: list[BlockKey] = [("double", i) for i in range(0, num_double, double_interval)]
     single: list[BlockKey] = [("single", i) for i in range(0, num_single, single_interval)]
     return double + single

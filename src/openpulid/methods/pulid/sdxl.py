@@ -221,10 +221,22 @@ class PuLID(PuLIDBase):
             OptionError: The target has no U-Net.
             WeightsError: The adapter was trained for another U-Net, or lacks layers.
         """
-        unet_shapes = {
-            key: (layer.inner_dim, layer.cross_attention_dim)
-            for key, layer in cross_attentions(find_unet(target)).items()
-        }
+        self.check_layers(
+            {
+                key: (layer.inner_dim, layer.cross_attention_dim)
+                for key, layer in cross_attentions(find_unet(target)).items()
+            }
+        )
+
+    def check_layers(self, unet_shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise an error if the adapter does not have one layer per cross-attention.
+
+        Args:
+            unet_shapes: published key -> width of the queries, width of the text tokens.
+
+        Raises:
+            WeightsError: The adapter was trained for another U-Net, or lacks layers.
+        """
         shapes = {
             key: tuple(cast(IdentityLayer, layer).id_to_k.weight.shape)
             for key, layer in self.id_adapter_attn_layers.items()

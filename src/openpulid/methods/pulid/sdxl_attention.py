@@ -254,8 +254,7 @@ class SDXLInjection:
         x = x.to(device, dtype).repeat_interleave(num_images // len(x), dim=0)
         if negative is not None:
             x = torch.cat([negative.to(x).expand(x.shape), x])
-        heads = x.unflatten(-1, (num_heads, -1)).permute(1, 0, 3, 2, 4).contiguous()
-        return append_zero_row(heads, self.options.num_zero)
+        return split_heads(x, num_heads, self.options.num_zero)
 
     def _regions(
         self, num_images: int, is_guided: bool, sample: Tensor
@@ -282,6 +281,12 @@ class SDXLInjection:
             return cache[num_positions]
 
         return regions
+
+
+def split_heads(x: Tensor, num_heads: int, num_zero: int) -> Tensor:
+    """Split keys or values (B, J, N, D) into heads (J, B, h, N, d), zero tokens included."""
+    heads = x.unflatten(-1, (num_heads, -1)).permute(1, 0, 3, 2, 4).contiguous()
+    return append_zero_row(heads, num_zero)
 
 
 def grid_size(height: int, width: int, num_positions: int) -> tuple[int, int]:
@@ -359,20 +364,50 @@ class IdentityAttention:
         Returns:
             (B, L, D).
         """
-        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        keys, values = (x.to(query.dtype) for x in call.keys_values[self.key])
-        bias = None if call.bias is None else call.bias.to(query.dtype)
-        regions = call.regions(query.shape[2])
+        keys_values = call.keys_values[self.key]
+        regions = call.regions(query.shape[1])
         options = self.injection.options
-        total = None
-        for person in range(len(keys)):
-            output, share = attend(query, keys[person], values[person], options.projection, bias)
-            identity = output.transpose(1, 2).flatten(2)
-            region = None if regions is None else regions[person]
-            added = compute_contribution(text, identity, options.projection, share, region)
-            total = added if total is None else total + added
-        assert total is not None, "there is at least one identity"
+        total = sum_contributions(
+            query, text, keys_values, call.bias, regions, self.num_heads, options.projection
+        )
         return torch.add(text, total.to(text.dtype), alpha=options.scale)
+
+
+def sum_contributions(
+    query: Tensor,
+    text: Tensor,
+    keys_values: KeyValue,
+    bias: Tensor | None,
+    regions: Tensor | None,
+    num_heads: int,
+    projection: Projection,
+) -> Tensor:
+    """Compute what several identities add to the output of the text's attention.
+
+    Args:
+        query: (B, L, D).
+        text: output of the text's attention, (B, L, D).
+        keys_values: (J, B, h, N, d), zero tokens included.
+        bias: (N,), of the zero tokens.
+        regions: (J, B, L, 1) in [0, 1]; None for all positions.
+        num_heads: h.
+        projection: see `projection.compute_contribution`.
+
+    Returns:
+        (B, L, D), to be multiplied by the scale.
+    """
+    query = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    keys, values = (x.to(query.dtype) for x in keys_values)
+    bias = None if bias is None else bias.to(query.dtype)
+    total = None
+    for person in range(len(keys)):
+        output, share = attend(query, keys[person], values[person], projection, bias)
+        identity = output.transpose(1, 2).flatten(2)
+        region = None if regions is None else regions[person]
+        added = compute_contribution(text, identity, projection, share, region)
+        total = added if total is None else total + added
+    assert total is not None, "there is at least one identity"
+    return total
 
 
 @contextmanager

@@ -1,0 +1,202 @@
+"""PuLID in another program's network: the same arithmetic as in diffusers' hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from openpulid.errors import OptionError
+from openpulid.methods.hooks import SchedulePosition
+from openpulid.methods.pulid.encoders import IDFormer
+from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
+from openpulid.methods.pulid.flux_attention import (
+    FluxCall,
+    FluxIdentity,
+    identity_blocks,
+)
+from openpulid.methods.pulid.host import FluxHostIdentity, SDXLHostIdentity
+from openpulid.methods.pulid.masks import stack_masks
+from openpulid.methods.pulid.projection import PROJECTIONS
+from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid.sdxl_attention import (
+    IdentityAttention,
+    IdentityOptions,
+    SDXLInjection,
+    cross_attentions,
+)
+from tests.support import people, tiny_flux
+from tests.support.people import anna, ben
+
+HEIGHT, WIDTH = 8, 6
+LEFT = torch.cat([torch.ones(HEIGHT, WIDTH // 2), torch.zeros(HEIGHT, WIDTH // 2)], dim=1)
+LAYOUTS = [[1, 0], [0, 1], [0], [1], [1, 0, 0]]
+"""ComfyUI's `cond_or_uncond`: 1 is the negative prompt."""
+
+
+def rows(layout: list[int], per_prompt: int = 2) -> list[bool]:
+    return [group == 1 for group in layout for _ in range(per_prompt)]
+
+
+@pytest.fixture(scope="module")
+def sdxl(tiny_pipeline) -> tuple[Any, PuLID]:
+    pipe = tiny_pipeline()
+    return pipe.unet, people.fresh(pipe)
+
+
+def reference_sdxl(
+    unet: Any,
+    adapter: PuLID,
+    shown: Any,
+    options: IdentityOptions,
+    tensors: tuple[torch.Tensor, torch.Tensor],
+    is_negative: bool,
+) -> torch.Tensor:
+    """Compute a layer with the hooks of diffusers' U-Net, for rows of one kind."""
+    query, text = tensors
+    keys_values = adapter.keys_values(adapter.encode_people([shown]))
+    identity = shown[0][0]
+    tokens = adapter.unconditional(identity.id_cond, identity.hidden)[:, None]
+    negative = adapter.keys_values(tokens)
+    injection = SDXLInjection(
+        keys_values,
+        lambda: negative,
+        lambda: True,
+        lambda timestep: SchedulePosition(0.0),
+        options,
+        stack_masks([shown]),
+    )
+    latents = torch.zeros(2 * len(query), 4, HEIGHT, WIDTH)
+    call = injection._prepare(unet, latents, True, None)
+    attention = IdentityAttention("1", cross_attentions(unet)["1"].heads, injection)
+    both = attention.add_identity(torch.cat([query] * 2), torch.cat([text] * 2), call)
+    return both[: len(query)] if is_negative else both[len(query) :]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@torch.no_grad()
+def test_sdxl_rows_match_hooks(sdxl, projection, layout) -> None:
+    unet, adapter = sdxl
+    layer = cross_attentions(unet)["1"]
+    options = IdentityOptions(0.8, projection=projection, num_zero=5)
+    generator = torch.Generator().manual_seed(3)
+    is_negative = rows(layout)
+    shape = (len(is_negative), HEIGHT * WIDTH, layer.inner_dim)
+    query, text = torch.randn(2, *shape, generator=generator)
+    host = SDXLHostIdentity.prepare(adapter, anna, options)
+    added = host.contribution("1", query, text, layer.heads, is_negative, (HEIGHT, WIDTH))
+    assert added.abs().max() > 0.1
+    for row, negative in enumerate(is_negative):
+        tensors = (query[row : row + 1], text[row : row + 1])
+        expected = reference_sdxl(unet, adapter, [(anna, None)], options, tensors, negative)
+        assert torch.allclose(tensors[1] + added[row], expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_sdxl_people_with_masks_add_up(sdxl) -> None:
+    unet, adapter = sdxl
+    layer = cross_attentions(unet)["1"]
+    options = IdentityOptions(0.8, num_zero=5)
+    generator = torch.Generator().manual_seed(4)
+    query, text = torch.randn(2, 1, HEIGHT * WIDTH, layer.inner_dim, generator=generator)
+    shown = [(anna, LEFT), (ben, 1 - LEFT)]
+    for negative in (False, True):
+        added = torch.zeros_like(text)
+        for identity, mask in shown:
+            host = SDXLHostIdentity.prepare(adapter, identity, options, mask)
+            added += host.contribution("1", query, text, layer.heads, [negative], (HEIGHT, WIDTH))
+        expected = reference_sdxl(unet, adapter, shown, options, (query, text), negative)
+        assert torch.allclose(text + added, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def flux() -> tuple[FluxPipeline, PuLIDFlux]:
+    pipe = tiny_flux.tiny_pipe()
+    return pipe, tiny_flux.fresh(pipe)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_flux_rows_match_hooks(flux, layout, masked) -> None:
+    pipe, adapter = flux
+    blocks = identity_blocks(pipe.transformer)
+    layers = dict(zip(blocks, adapter.layers, strict=True))
+    negative_tokens = adapter.unconditional(anna.id_cond, anna.hidden)[:, None]
+    negative = precompute_projections(layers, negative_tokens)
+    mask = LEFT if masked else None
+    identity = FluxIdentity(
+        layers,
+        precompute_projections(layers, adapter.encode_people([[(anna, None)]])),
+        lambda: negative,
+        0.9,
+        stack_masks([[(anna, mask)]]),
+    )
+    grid = torch.cartesian_prod(torch.arange(HEIGHT), torch.arange(WIDTH))
+    image_ids = torch.cat([torch.zeros(len(grid), 1), grid], dim=1)
+    is_negative = rows(layout)
+    generator = torch.Generator().manual_seed(5)
+    image = torch.randn(len(is_negative), len(grid), 32, generator=generator)
+    host = FluxHostIdentity.prepare(adapter, blocks, anna, 0.9, mask)
+    for block in blocks:
+        added = host.contribution(block, image, is_negative, (HEIGHT, WIDTH))
+        assert added.abs().max() > 0.01
+        for row, is_row_negative in enumerate(is_negative):
+            call = FluxCall(
+                True,
+                identity.keys_values(is_row_negative),
+                regions=identity.resize_masks(image_ids, 1),
+            )
+            expected = identity.add_to(image[row : row + 1], block, call)[0]
+            assert torch.allclose(image[row] + added[row], expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_weights_in_less_precision_are_only_stored_in_it(flux) -> None:
+    """A program may keep weights in less precision than the tokens: the products are float32."""
+    pipe, _ = flux
+    adapter = tiny_flux.fresh(pipe, seed=3)
+    blocks = identity_blocks(pipe.transformer)
+    image = torch.randn(1, HEIGHT * WIDTH, 32, generator=torch.Generator().manual_seed(5))
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):  # the second has the rounded weights
+        for layer in adapter.layers:
+            layer.to_q.to(dtype)
+            layer.to_out.to(dtype)
+        host = FluxHostIdentity.prepare(adapter, blocks, anna)
+        results.append(host.contribution(blocks[0], image, [False], (HEIGHT, WIDTH)))
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
+def test_released_copies_are_created_again(sdxl) -> None:
+    unet, adapter = sdxl
+    layer = cross_attentions(unet)["1"]
+    host = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8), LEFT)
+    query, text = torch.randn(
+        2, 1, HEIGHT * WIDTH, layer.inner_dim, generator=torch.Generator().manual_seed(6)
+    )
+    arguments = ("1", query, text, layer.heads, [False], (HEIGHT, WIDTH))
+    first = host.contribution(*arguments)
+    host.release()
+    assert torch.equal(host.contribution(*arguments), first)
+
+
+@torch.no_grad()
+def test_mask_on_merged_positions_raises(sdxl) -> None:
+    unet, adapter = sdxl
+    layer = cross_attentions(unet)["1"]
+    host = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8), LEFT)
+    merged = torch.zeros(1, HEIGHT * WIDTH - 5, layer.inner_dim)
+    with pytest.raises(OptionError, match="token merging"):
+        host.contribution("1", merged, merged, layer.heads, [False], (HEIGHT, WIDTH))
+
+
+def test_negative_scale_raises(flux) -> None:
+    pipe, adapter = flux
+    assert isinstance(adapter.encoder, IDFormer)
+    with pytest.raises(OptionError, match="scale must be"):
+        FluxHostIdentity.prepare(adapter, identity_blocks(pipe.transformer), anna, -1.0)
