@@ -1,0 +1,186 @@
+"""An adapter as ComfyUI manages its memory, and its application to a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import torch
+from torch import nn
+
+from .patching import find_layer_widths, patch_transformer, patch_unet, schedule
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """The output of *Load PuLID*.
+
+    Attributes:
+        patcher: the adapter, which ComfyUI loads and unloads.
+        name: of its file.
+    """
+
+    patcher: comfy.model_patcher.ModelPatcher
+    name: str
+
+    def load(self) -> Any:
+        """Load the adapter onto ComfyUI's device and return it."""
+        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
+        return self.patcher.model
+
+
+@dataclass(frozen=True)
+class ApplyOptions:
+    """How an identity acts in a model; see the inputs of *Apply PuLID*."""
+
+    scale: float
+    start: float = 0.0
+    end: float = 1.0
+    projection: str = "ortho_v2"
+    num_zero: int = 20
+    mask: torch.Tensor | None = None
+
+
+def load_adapter(path: str, name: str) -> LoadedAdapter:
+    """Load an adapter of PuLID for SDXL or FLUX.
+
+    Raises:
+        WeightsError: The file is not such an adapter, or is damaged.
+    """
+    from openpulid.io.checkpoint_kinds import PULID_FLUX, read_header
+    from openpulid.methods.pulid import PuLID, PuLIDFlux
+
+    device = comfy.model_management.get_torch_device()
+    is_cpu = comfy.model_management.is_device_cpu(device)
+    adapter: Any
+    if PULID_FLUX.matches(read_header(path).shapes):
+        has_bfloat16 = comfy.model_management.should_use_bf16(device)
+        reduced = torch.bfloat16 if has_bfloat16 else torch.float16
+        adapter = PuLIDFlux.load(path, torch.float32 if is_cpu else reduced)
+    else:
+        adapter = PuLID.load(path)
+        if not is_cpu:  # the encoder computes in float32; the layers are published in float16
+            adapter.id_adapter_attn_layers.to(dtype=torch.float16)
+    return LoadedAdapter(wrap_adapter(adapter), name)
+
+
+def wrap_adapter(adapter: nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """Give an adapter ComfyUI's operations and memory management."""
+    use_operations(adapter, comfy.ops.manual_cast)
+    return comfy.model_patcher.ModelPatcher(
+        adapter.requires_grad_(False),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+
+
+def use_operations(module: nn.Module, operations: Any) -> None:
+    """Exchange linear layers and LayerNorms for those of ComfyUI, with the same weights."""
+    for name, child in module.named_children():
+        use_operations(child, operations)
+        new: Any
+        if type(child) is nn.Linear:
+            has_bias = child.bias is not None
+            new = operations.Linear(
+                child.in_features, child.out_features, bias=has_bias, device="meta"
+            )
+        elif type(child) is nn.LayerNorm:
+            new = operations.LayerNorm(list(child.normalized_shape), child.eps, device="meta")
+        else:
+            continue
+        new.weight = child.weight
+        new.bias = child.bias
+        setattr(module, name, new)
+
+
+def apply_adapter(model: Any, loaded: LoadedAdapter, identity: Any, options: ApplyOptions) -> Any:
+    """Return a clone of a model in which an identity acts.
+
+    Raises:
+        OptionError: A value is out of range, or the model is neither SDXL, FLUX nor Chroma.
+        WeightsError: The adapter was trained for another base model.
+    """
+    from openpulid.methods.hooks import Span
+
+    span = Span(options.start, options.end)
+    mask = convert_mask(options.mask)
+    if options.scale == 0 or span.is_empty:
+        return model.clone()
+    network = model.get_model_object("diffusion_model")
+    if hasattr(network, "input_blocks"):
+        prepared = _prepare_unet(network, loaded, identity, options, mask)
+        return patch_unet(model, schedule(model, prepared, span.start, span.end))
+    prepared = _prepare_transformer(network, loaded, identity, options, mask)
+    return patch_transformer(model, schedule(model, prepared, span.start, span.end))
+
+
+def _prepare_unet(
+    unet: Any,
+    loaded: LoadedAdapter,
+    identity: Any,
+    options: ApplyOptions,
+    mask: torch.Tensor | None,
+) -> Any:
+    from openpulid.errors import WeightsError
+    from openpulid.methods.pulid import PuLID
+    from openpulid.methods.pulid.host import SDXLHostIdentity
+    from openpulid.methods.pulid.sdxl_attention import IdentityOptions
+
+    if not isinstance(loaded.patcher.model, PuLID):
+        raise WeightsError(f"{loaded.name} is an adapter for FLUX; load one for SDXL.")
+    loaded.patcher.model.check_layers(find_layer_widths(unet))
+    identity_options = IdentityOptions(
+        options.scale, projection=options.projection, num_zero=options.num_zero
+    )
+    return SDXLHostIdentity.prepare(loaded.load(), identity, identity_options, mask)
+
+
+def _prepare_transformer(
+    transformer: Any,
+    loaded: LoadedAdapter,
+    identity: Any,
+    options: ApplyOptions,
+    mask: torch.Tensor | None,
+) -> Any:
+    from comfy.ldm.chroma.model import Chroma
+    from comfy.ldm.flux.model import Flux
+
+    from openpulid.errors import OptionError, WeightsError
+    from openpulid.methods.pulid import PuLIDFlux
+    from openpulid.methods.pulid.flux_attention import select_block_keys
+    from openpulid.methods.pulid.host import FluxHostIdentity
+
+    if not isinstance(transformer, (Flux, Chroma)):
+        raise OptionError(
+            "PuLID acts in SDXL, FLUX.1 and Chroma models; this one is "
+            f"{type(transformer).__name__}."
+        )
+    adapter = loaded.patcher.model
+    if not isinstance(adapter, PuLIDFlux):
+        raise WeightsError(f"{loaded.name} is an adapter for SDXL; load one for FLUX.")
+    blocks = select_block_keys(
+        len(transformer.double_blocks),
+        len(transformer.single_blocks),
+        adapter.double_interval,
+        adapter.single_interval,
+    )
+    adapter.check_blocks(blocks, transformer.hidden_size)
+    return FluxHostIdentity.prepare(loaded.load(), blocks, identity, options.scale, mask)
+
+
+def convert_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Convert ComfyUI's mask (1, H, W) to (H, W).
+
+    Raises:
+        OptionError: It has several images.
+    """
+    from openpulid.errors import OptionError
+
+    if mask is None or mask.ndim == 2:
+        return mask
+    if len(mask) != 1:
+        raise OptionError(f"one mask per identity is supported; this batch has {len(mask)}.")
+    return mask[0].clamp(0, 1)

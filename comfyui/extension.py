@@ -1,0 +1,40 @@
+"""What ComfyUI loads: the list of nodes, and the old nodes that they replace."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .folders import register_folders
+from .nodes_adapter import ApplyPulid, ApplyPulidToImages, LoadPulid
+from .nodes_identity import (
+    FacePreview,
+    IdentityFromImages,
+    IdentitySimilarity,
+    LoadFaceModels,
+    LoadIdentity,
+    SaveIdentity,
+)
+from .replacements import register_replacements
+
+
+class OpenPulidExtension(ComfyExtension):
+    """The nodes of this pack."""
+
+    async def on_load(self) -> None:
+        """Register the folders of models, and the nodes of other packs that these replace."""
+        register_folders()
+        await register_replacements()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Return the node classes."""
+        return [
+            LoadPulid,
+            LoadFaceModels,
+            IdentityFromImages,
+            LoadIdentity,
+            SaveIdentity,
+            ApplyPulid,
+            ApplyPulidToImages,
+            IdentitySimilarity,
+            FacePreview,
+        ]

@@ -1,0 +1,91 @@
+"""Where the patches are set in a model: ComfyUI's own patch functions, on a clone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from .calls import watch_calls
+from .patches import AttentionPatch, BlockPatch, ScheduledIdentity, set_identity
+
+if TYPE_CHECKING:
+    from openpulid.methods.pulid.host import FluxHostIdentity, SDXLHostIdentity
+
+    HostIdentity = SDXLHostIdentity | FluxHostIdentity
+
+Place = tuple[str, int, int]
+"""Kind of the U-Net's block, its number, and the index of the transformer block in it."""
+
+UNET_BLOCKS = (("input", "input_blocks"), ("output", "output_blocks"), ("middle", "middle_block"))
+"""ComfyUI's names of the U-Net's blocks, in the order of the published keys."""
+
+
+def find_cross_attentions(unet: Any) -> dict[str, tuple[Place, Any]]:
+    """Return the cross-attentions of a U-Net by their published key ("1", "3", ...)."""
+    layers = {}
+    for place, block in _transformer_blocks(unet):
+        layers[str(2 * len(layers) + 1)] = (place, block.attn2)
+    return layers
+
+
+def _transformer_blocks(unet: Any) -> Iterator[tuple[Place, Any]]:
+    for kind, name in UNET_BLOCKS:
+        blocks = getattr(unet, name)
+        for number, block in enumerate([blocks] if kind == "middle" else blocks):
+            for part in block:
+                for index, transformer in enumerate(getattr(part, "transformer_blocks", ())):
+                    yield (kind, number, index), transformer
+
+
+def find_layer_widths(unet: Any) -> dict[str, tuple[int, int]]:
+    """Return the widths of the queries and of the text tokens, by published key."""
+    return {
+        key: (attention.heads * attention.dim_head, attention.to_k.in_features)
+        for key, (_, attention) in find_cross_attentions(unet).items()
+    }
+
+
+def schedule(model: Any, identity: HostIdentity, start: float, end: float) -> ScheduledIdentity:
+    """Convert fractions of the schedule to noise levels of a model."""
+    sampling = model.get_model_object("model_sampling")
+    return ScheduledIdentity(
+        identity, float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
+    )
+
+
+def patch_unet(model: Any, identity: ScheduledIdentity) -> Any:
+    """Return a clone of an SDXL model with an identity."""
+    clone = model.clone()
+    watch_calls(clone)
+    existing = _existing(clone, "attn2")
+    unet = clone.get_model_object("diffusion_model")
+    for key, ((kind, number, index), _) in find_cross_attentions(unet).items():
+        place = (kind, number, index)
+        # a patch for all of a block acts where there is none for the transformer block
+        current = existing.get(place, existing.get(place[:2]))
+        patch = set_identity(current, identity, partial(AttentionPatch, key=key))
+        clone.set_model_attn2_replace(patch, *place)
+    return clone
+
+
+def patch_transformer(model: Any, identity: ScheduledIdentity) -> Any:
+    """Return a clone of a FLUX or Chroma model with an identity."""
+    clone = model.clone()
+    watch_calls(clone)
+    existing = _existing(clone, "dit")
+    for block in identity.identity.blocks:
+        kind, index = block
+        name = f"{kind}_block"
+        patch = set_identity(
+            existing.get((name, index)), identity, partial(BlockPatch, block=block)
+        )
+        clone.set_model_patch_replace(patch, "dit", name, index)
+    return clone
+
+
+def _existing(model: Any, name: str) -> dict[Any, Any]:
+    """Return the patches of a kind that a model already has."""
+    replaced = model.model_options["transformer_options"].get("patches_replace", {})
+    patches: dict[Any, Any] = replaced.get(name, {})
+    return patches

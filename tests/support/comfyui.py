@@ -1,0 +1,153 @@
+"""The node pack inside a checkout of ComfyUI, and models of its own classes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+PACK = Path(__file__).parents[2] / "comfyui"
+PACK_NAME = "openpulid_nodes"
+NO_COMFYUI = "COMFYUI_PATH is not set; set it to a checkout of ComfyUI to test the nodes inside it."
+
+requires_comfyui = pytest.mark.skipif(not os.environ.get("COMFYUI_PATH"), reason=NO_COMFYUI)
+
+
+@cache
+def import_comfyui() -> None:
+    """Make ComfyUI's modules importable, for the CPU.
+
+    Its folder comes last in the path, because it has a folder `tests` of its own.
+    """
+    sys.path.append(os.environ["COMFYUI_PATH"])
+    importlib.import_module("comfy.cli_args").args.cpu = True
+
+
+def import_pack(name: str) -> ModuleType:
+    """Import a module of the node pack, as ComfyUI does: from its path, whatever its folder."""
+    if PACK_NAME not in sys.modules:
+        package = ModuleType(PACK_NAME)
+        package.__path__ = [str(PACK)]
+        sys.modules[PACK_NAME] = package
+    return importlib.import_module(f"{PACK_NAME}.{name}")
+
+
+def wrap(model: Any) -> Any:
+    """Return ComfyUI's patcher of a model."""
+    from comfy import model_management, model_patcher
+
+    return model_patcher.ModelPatcher(
+        model,
+        load_device=model_management.get_torch_device(),
+        offload_device=model_management.unet_offload_device(),
+    )
+
+
+def initialize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Fill all parameters: ComfyUI's layers are created empty."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim < 2:
+            values = 0.1 * values + (0.0 if name.endswith("bias") else 1.0)
+        else:
+            values *= parameter[0].numel() ** -0.5
+        parameter.data = values.to(parameter.dtype)
+
+
+class Multiple(float):
+    """A multiple of the base width that is not an integer, with integer products."""
+
+    def __rmul__(self, other: Any) -> Any:
+        return round(float(self) * other)
+
+    __mul__ = __rmul__
+
+
+def load_miniature(pipe: Any) -> Any:
+    """Return the patcher of the miniature's U-Net in ComfyUI's own classes.
+
+    Args:
+        pipe: the miniature's diffusers pipeline.
+    """
+    import comfy.latent_formats
+    import comfy.model_base
+    import comfy.supported_models
+    import comfy.utils
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+
+    sizes = {
+        "image_size": 12,
+        "in_channels": 20,
+        "out_channels": 20,
+        "model_channels": 64,
+        "num_res_blocks": [1] * 3,
+        "channel_mult": [1, 2, Multiple(2.5)],
+        "transformer_depth": [1] * 3,
+        "transformer_depth_middle": 1,
+        "transformer_depth_output": [1] * 6,
+        "context_dim": 192,
+        "adm_in_channels": 320,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": True,
+        "num_classes": "sequential",
+        "legacy": False,
+        "use_temporal_attention": False,
+        "use_temporal_resblock": False,
+        "dtype": torch.float32,
+    }
+    config = comfy.supported_models.SDXL(sizes)
+    config.unet_config["num_head_channels"] = 32
+    config.sampling_settings = {"zsnr": True}
+
+    class MiniatureLatents(comfy.latent_formats.LatentFormat):
+        latent_channels = 20
+        scale_factor = pipe.vae.config.scaling_factor
+
+    config.latent_format = MiniatureLatents()
+    model = comfy.model_base.SDXL(config, model_type=comfy.model_base.ModelType.V_PREDICTION)
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = 8
+    model.embedder = Timestep(32)
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    state = pipe.unet.state_dict()
+    missing = model.diffusion_model.load_state_dict(
+        {names[name]: value for name, value in state.items()}, strict=True
+    )
+    assert not missing.missing_keys and not missing.unexpected_keys
+    return wrap(model)
+
+
+def sdxl_conditioning(text: torch.Tensor, pooled: torch.Tensor, side: int) -> Any:
+    """Return ComfyUI's conditioning for a square image of this side in pixels."""
+    return [[text, {"pooled_output": pooled, "width": side, "height": side}]]
+
+
+def sample(
+    patcher: Any,
+    positive: Any,
+    negative: Any,
+    latent: torch.Tensor,
+    seed: int = 7,
+    steps: int = 2,
+    cfg: float = 3.0,
+    sampler: str = "euler",
+    scheduler: str = "normal",
+) -> torch.Tensor:
+    """Sample latents with ComfyUI."""
+    import comfy.sample
+
+    noise = comfy.sample.prepare_noise(latent, seed)
+    return comfy.sample.sample(
+        patcher, noise, steps, cfg, sampler, scheduler, positive, negative, latent,
+        denoise=1.0, seed=seed, disable_pbar=True,
+    )  # fmt: skip
