@@ -6,8 +6,9 @@ is copied from the device once, and blocks that get no latents know the size of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 WRAPPER = "diffusion_model"
@@ -26,12 +27,14 @@ class NetworkCall:
     Attributes:
         sigma: noise level.
         height, width: size of the latents.
+        patch_size: side of a transformer's image token in latents.
         num_text_tokens: of a transformer; its double blocks update it.
     """
 
     sigma: float
     height: int
     width: int
+    patch_size: int
     num_text_tokens: int
 
     @classmethod
@@ -42,8 +45,8 @@ class NetworkCall:
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of the tokens of a transformer, 2 x 2 latents each."""
-        return (self.height + 1) // 2, (self.width + 1) // 2
+        """Rows and columns of a transformer's image tokens."""
+        return ceil(self.height / self.patch_size), ceil(self.width / self.patch_size)
 
 
 def watch_calls(model: Any) -> None:
@@ -52,14 +55,22 @@ def watch_calls(model: Any) -> None:
         model.add_wrapper_with_key(WRAPPER, KEY, describe_call)
 
 
-def describe_call(network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call the network with a `NetworkCall` in a copy of its transformer options."""
+def describe_call(network: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the network with a `NetworkCall` in a copy of its transformer options.
+
+    Args:
+        network: ComfyUI's executor of the next wrapper or the network itself.
+        args: of the network: latents, timestep, text tokens, ...
+        kwargs: further arguments.
+    """
     options = kwargs.get("transformer_options")
     if options is None:
         options = next(value for value in reversed(args) if isinstance(value, dict))
     latents = args[0]
     context = args[2] if len(args) > 2 else kwargs["context"]
-    call = NetworkCall(float(options["sigmas"][0]), *latents.shape[-2:], context.shape[1])
+    height, width = latents.shape[-2:]
+    patch_size = getattr(network.class_obj, "patch_size", 1)
+    call = NetworkCall(float(options["sigmas"][0]), height, width, patch_size, context.shape[1])
     described = {**options, KEY: call}
     if "transformer_options" in kwargs:
         return network(*args, **{**kwargs, "transformer_options": described})

@@ -20,6 +20,9 @@ Place = tuple[str, int, int]
 UNET_BLOCKS = (("input", "input_blocks"), ("output", "output_blocks"), ("middle", "middle_block"))
 """ComfyUI's names of the U-Net's blocks, in the order of the published keys."""
 
+EPSILON = 1e-6
+"""Relative tolerance of a noise level: a sampler has it in float32."""
+
 
 def find_cross_attentions(unet: Any) -> dict[str, tuple[Place, Any]]:
     """Return the cross-attentions of a U-Net by their published key ("1", "3", ...)."""
@@ -49,9 +52,10 @@ def find_layer_widths(unet: Any) -> dict[str, tuple[int, int]]:
 def schedule(model: Any, identity: HostIdentity, start: float, end: float) -> ScheduledIdentity:
     """Convert fractions of the schedule to noise levels of a model."""
     sampling = model.get_model_object("model_sampling")
-    return ScheduledIdentity(
-        identity, float(sampling.percent_to_sigma(start)), float(sampling.percent_to_sigma(end))
+    start_sigma, end_sigma = (
+        float(sampling.percent_to_sigma(fraction)) * (1 + EPSILON) for fraction in (start, end)
     )
+    return ScheduledIdentity(identity, start_sigma, end_sigma)
 
 
 def patch_unet(model: Any, identity: ScheduledIdentity) -> Any:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -151,3 +152,84 @@ def sample(
         patcher, noise, steps, cfg, sampler, scheduler, positive, negative, latent,
         denoise=1.0, seed=seed, disable_pbar=True,
     )  # fmt: skip
+
+
+def flux_patcher(transformer: Any) -> Any:
+    """Return the patcher of a tiny diffusers transformer of FLUX in ComfyUI's own classes."""
+    import comfy.model_base
+    import comfy.model_detection
+    import comfy.supported_models
+
+    model = comfy.model_base.Flux(
+        comfy.supported_models.Flux({"image_model": "flux", **transformer_sizes(transformer)})
+    )
+    # the conversion writes into the tensors
+    state = {name: value.clone() for name, value in transformer.state_dict().items()}
+    converted = comfy.model_detection.convert_diffusers_mmdit(state, "")
+    model.diffusion_model.load_state_dict(converted, strict=True)
+    return wrap(model)
+
+
+def chroma_patcher(transformer: Any) -> Any:
+    """Return the patcher of a random Chroma transformer with the sizes of a FLUX one."""
+    import comfy.model_base
+    import comfy.supported_models
+    from comfy.ldm.chroma.model import ChromaParams
+
+    names = {"dtype", *(field.name for field in fields(ChromaParams))}
+    sizes = transformer_sizes(transformer)
+    sizes = {name: value for name, value in sizes.items() if name in names}
+    channels = transformer.config.in_channels  # here of a token
+    sizes.update(in_channels=channels, out_channels=channels)
+    approximator = {"in_dim": 64, "out_dim": sizes["hidden_size"], "hidden_dim": 16, "n_layers": 1}
+    config = comfy.supported_models.Chroma({"image_model": "chroma", **sizes, **approximator})
+    model = comfy.model_base.Chroma(config)
+    initialize(model)
+    return wrap(model)
+
+
+def transformer_sizes(transformer: Any) -> dict[str, Any]:
+    """Return ComfyUI's sizes of a tiny diffusers transformer."""
+    from comfy.ldm.flux.model import FluxParams
+
+    config = transformer.config
+    sizes = {
+        "in_channels": config.in_channels // 4,
+        "out_channels": config.in_channels // 4,
+        "patch_size": 2,
+        "vec_in_dim": config.pooled_projection_dim,
+        "context_in_dim": config.joint_attention_dim,
+        "hidden_size": transformer.inner_dim,
+        "num_heads": config.num_attention_heads,
+        "axes_dim": list(config.axes_dims_rope),
+        "mlp_ratio": 4.0,
+        "depth": config.num_layers,
+        "depth_single_blocks": config.num_single_layers,
+        "theta": 10000,
+        "qkv_bias": True,
+        "guidance_embed": config.guidance_embeds,
+        "dtype": torch.float32,
+    }
+    if "txt_ids_dims" in {field.name for field in fields(FluxParams)}:
+        sizes["txt_ids_dims"] = []  # since 12/2025
+    return sizes
+
+
+def call_network(patcher: Any, layout: list[int], sigma: float, *args: Any, **kwargs: Any) -> Any:
+    """Call a patched network once, as ComfyUI's sampler does.
+
+    Args:
+        patcher: of the model.
+        layout: `cond_or_uncond` of the rows.
+        sigma: noise level.
+        args: of the network.
+        kwargs: of the network.
+    """
+    options = {
+        **patcher.model_options["transformer_options"],
+        "wrappers": patcher.wrappers,
+        "cond_or_uncond": layout,
+        "sigmas": torch.tensor([sigma]),
+    }
+    with torch.no_grad():
+        return patcher.model.diffusion_model(*args, transformer_options=options, **kwargs)
