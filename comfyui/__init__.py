@@ -7,8 +7,10 @@ run.
 from __future__ import annotations
 
 from .extension import OpenPulidExtension
+from .folders import register_folders
 
 
 async def comfy_entrypoint() -> OpenPulidExtension:
-    """Return the extension to ComfyUI."""
+    """Register the folders of models, and return the extension to ComfyUI."""
+    register_folders()
     return OpenPulidExtension()

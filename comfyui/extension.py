@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .folders import register_folders
 from .nodes_adapter import ApplyPulid, ApplyPulidToImages, LoadPulid
 from .nodes_identity import (
     FacePreview,
@@ -21,8 +20,7 @@ class OpenPulidExtension(ComfyExtension):
     """The nodes of this pack."""
 
     async def on_load(self) -> None:
-        """Register the folders of models, and the nodes of other packs that these replace."""
-        register_folders()
+        """Register the nodes of other packs that these replace."""
         await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -107,6 +107,7 @@ def attention_inputs() -> list[Any]:
     ]
 
 
+@explain_missing_packages
 def find_problem(
     scale: float | None = None,
     start: float | None = None,
@@ -155,7 +156,6 @@ class ApplyPulid(io.ComfyNode):
         )
 
     @classmethod
-    @explain_missing_packages
     def validate_inputs(
         cls,
         scale: float | None = None,
@@ -216,7 +216,6 @@ class ApplyPulidToImages(io.ComfyNode):
         )
 
     @classmethod
-    @explain_missing_packages
     def validate_inputs(
         cls,
         scale: float | None = None,

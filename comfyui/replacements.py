@@ -91,5 +91,20 @@ async def register_replacements() -> None:
     api = ComfyAPI()
     if not hasattr(io, "NodeReplace") or not hasattr(api, "node_replacement"):
         return
+    from server import PromptServer
+
+    PromptServer.instance.add_on_prompt_handler(add_missing_masks)
     for arguments in list_replacements():
         await api.node_replacement.register(io.NodeReplace(**arguments))
+
+
+def add_missing_masks(request: dict[str, Any]) -> dict[str, Any]:
+    """Give an old node without a mask the input with no value, in a workflow that is queued.
+
+    ComfyUI's replacement needs every input of the mapping, also an optional one.
+    """
+    prompt = request.get("prompt")
+    for node in prompt.values() if isinstance(prompt, dict) else ():
+        if node.get("class_type") in APPLY_NODES and isinstance(node.get("inputs"), dict):
+            node["inputs"].setdefault(SHARED_INPUTS["mask"], None)
+    return request

@@ -307,5 +307,5 @@ def test_unsuitable_models_raise(flux, adapters, loaded, transformer, apply) -> 
 
     model = flux.clone()
     model.add_object_patch("diffusion_model", Unknown())
-    with pytest.raises(OptionError, match="PuLID acts in SDXL, FLUX.1 and Chroma"):
+    with pytest.raises(OptionError, match="PuLID acts in SDXL"):
         apply(model, anna)
