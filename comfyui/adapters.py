@@ -126,7 +126,7 @@ def _prepare_unet(
 ) -> Any:
     from openpulid.errors import WeightsError
     from openpulid.methods.pulid import PuLID
-    from openpulid.methods.pulid.host import SDXLHostIdentity
+    from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
     from openpulid.methods.pulid.sdxl_attention import IdentityOptions
 
     if not isinstance(loaded.patcher.model, PuLID):
@@ -151,7 +151,7 @@ def _prepare_transformer(
     from openpulid.errors import OptionError, WeightsError
     from openpulid.methods.pulid import PuLIDFlux
     from openpulid.methods.pulid.flux_attention import select_block_keys
-    from openpulid.methods.pulid.host import FluxHostIdentity
+    from openpulid.methods.pulid.host_flux import FluxHostIdentity
 
     if not isinstance(transformer, (Flux, Chroma)):
         raise OptionError(

@@ -16,7 +16,8 @@ import torch
 from .calls import NetworkCall, find_negative_rows
 
 if TYPE_CHECKING:
-    from openpulid.methods.pulid.host import FluxHostIdentity, SDXLHostIdentity
+    from openpulid.methods.pulid.host_flux import FluxHostIdentity
+    from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
 
 Options = Mapping[str, Any]
 Replacement = Callable[..., Any]

@@ -10,7 +10,8 @@ from .calls import watch_calls
 from .patches import AttentionPatch, BlockPatch, ScheduledIdentity, set_identity
 
 if TYPE_CHECKING:
-    from openpulid.methods.pulid.host import FluxHostIdentity, SDXLHostIdentity
+    from openpulid.methods.pulid.host_flux import FluxHostIdentity
+    from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
 
     HostIdentity = SDXLHostIdentity | FluxHostIdentity
 

@@ -17,7 +17,8 @@ from openpulid.methods.pulid.flux_attention import (
     FluxIdentity,
     identity_blocks,
 )
-from openpulid.methods.pulid.host import FluxHostIdentity, SDXLHostIdentity
+from openpulid.methods.pulid.host_flux import FluxHostIdentity
+from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
 from openpulid.methods.pulid.masks import stack_masks
 from openpulid.methods.pulid.projection import PROJECTIONS
 from openpulid.methods.pulid.sdxl import PuLID

@@ -10,28 +10,16 @@ D = h * d.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, layer_norm
+from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
-from openpulid.identity.identity import Identity
 from openpulid.methods.hooks import check_scale, warn_if_other_ratio
-from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
-from openpulid.methods.pulid.flux_attention import BlockKey, attend_projected
-from openpulid.methods.pulid.masks import convert_mask
-from openpulid.methods.pulid.projection import zero_token_bias
-from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.methods.pulid.sdxl_attention import (
-    IdentityOptions,
-    KeyValue,
-    split_heads,
-    sum_contributions,
-)
 
 Value = TypeVar("Value")
 
@@ -46,7 +34,7 @@ class PlacedTensors:
     They are copied when a call first needs them, and stay there until `release`.
     """
 
-    _placed: dict[object, Tensor | KeyValue | tuple[Tensor, ...]] = field(default_factory=dict)
+    _placed: dict[object, Tensor | tuple[Tensor, ...]] = field(default_factory=dict)
 
     def get(self, key: object, create: Callable[[], Value]) -> Value:
         """Return the value of a key; create it when it is first needed."""
@@ -110,199 +98,6 @@ class HostIdentity:
         return self.placed.get((grid, reference.device), resize)
 
 
-@dataclass(frozen=True, eq=False)
-class SDXLHostIdentity(HostIdentity):
-    """An identity prepared for the cross-attentions of an SDXL U-Net.
-
-    Attributes:
-        keys_values: layer key -> keys and values (2, N, D): of the identity, then of no identity.
-        options: how the identity acts; its `span` is left to the program.
-    """
-
-    keys_values: Mapping[str, KeyValue] = field(default_factory=dict)
-    options: IdentityOptions = field(default_factory=IdentityOptions)
-
-    @classmethod
-    @torch.no_grad()
-    def prepare(
-        cls,
-        adapter: PuLID,
-        identity: Identity,
-        options: IdentityOptions,
-        mask: Tensor | None = None,
-    ) -> SDXLHostIdentity:
-        """Compute the keys and values of all layers.
-
-        Args:
-            adapter: on the device on which they are computed; they are returned on the CPU.
-            identity: the person.
-            options: how it acts.
-            mask: (H, W) in [0, 1]; None for everywhere.
-
-        Raises:
-            OptionError: A value is out of range.
-            IdentityError: The identity has other sizes than the encoder reads.
-        """
-        positive = adapter.keys_values(adapter.encode_people([[(identity, None)]])[0])
-        negative = adapter.keys_values(adapter.unconditional(identity.id_cond, identity.hidden))
-        keys_values = {
-            key: (
-                _pair(positive[key][0], negative[key][0]),
-                _pair(positive[key][1], negative[key][1]),
-            )
-            for key in positive
-        }
-        mask = None if mask is None else convert_mask(mask)
-        return cls(options.scale, mask, keys_values=keys_values, options=options)
-
-    def contribution(
-        self,
-        key: str,
-        query: Tensor,
-        text: Tensor,
-        num_heads: int,
-        is_negative: Sequence[bool],
-        grid: Grid,
-    ) -> Tensor:
-        """Compute what the identity adds to the output of the text's attention.
-
-        Args:
-            key: of the layer.
-            query: (B, L, D).
-            text: output of the text's attention before the output projection, (B, L, D).
-            num_heads: h.
-            is_negative: per row whether it is of the negative prompt.
-            grid: rows and columns of the positions; read with a mask only.
-
-        Returns:
-            (B, L, D), multiplied by the scale.
-
-        Raises:
-            OptionError: There is a mask, and the positions are not a grid of this size.
-        """
-        num_zero = self.options.num_zero
-
-        def place() -> KeyValue:
-            keys, values = (
-                split_heads(x[:, None].to(query.device, query.dtype), num_heads, num_zero)[0]
-                for x in self.keys_values[key]
-            )
-            return keys, values
-
-        pair = self.placed.get((key, query.device, query.dtype), place)
-        keys, values = (select_rows(x, is_negative)[None] for x in pair)
-        region = self.region(grid, query)
-        total = sum_contributions(
-            query,
-            text,
-            (keys, values),
-            zero_token_bias(keys, num_zero),
-            None if region is None else region[None],
-            num_heads,
-            self.options.projection,
-        )
-        return self.scale * total.to(text.dtype)
-
-
-@dataclass(frozen=True, eq=False)
-class BlockAttention:
-    """The identity attention after one block, prepared for one identity.
-
-    Attributes:
-        num_heads: h.
-        norm: weight and bias of the image tokens' LayerNorm, (dim,) each.
-        epsilon: of the LayerNorm.
-        projected: q_proj (2, dim, h * N) and v_proj (2, h * N, dim): of the identity, then of no
-            identity.
-    """
-
-    num_heads: int
-    norm: tuple[Tensor, Tensor]
-    epsilon: float
-    projected: tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class FluxHostIdentity(HostIdentity):
-    """An identity prepared for the blocks of a FLUX transformer.
-
-    Attributes:
-        blocks: block -> identity attention.
-    """
-
-    blocks: Mapping[BlockKey, BlockAttention] = field(default_factory=dict)
-
-    @classmethod
-    @torch.no_grad()
-    def prepare(
-        cls,
-        adapter: PuLIDFlux,
-        blocks: Sequence[BlockKey],
-        identity: Identity,
-        scale: float = 1.0,
-        mask: Tensor | None = None,
-    ) -> FluxHostIdentity:
-        """Compute what does not change from step to step.
-
-        Args:
-            adapter: on the device on which it is computed; the result is on the CPU.
-            blocks: one per layer of the adapter, see `select_block_keys`.
-            identity: the person.
-            scale: weight of the identity.
-            mask: (H, W) in [0, 1]; None for everywhere.
-
-        Raises:
-            OptionError: A value is out of range.
-            IdentityError: The identity has other sizes than the encoder reads.
-        """
-        layers = dict(zip(blocks, adapter.layers, strict=True))
-        tokens = adapter.encode_people([[(identity, None)]])
-        negative_tokens = adapter.unconditional(identity.id_cond, identity.hidden)[:, None]
-        positive = precompute_projections(layers, tokens)
-        negative = precompute_projections(layers, negative_tokens)
-        prepared = {}
-        for block, layer in layers.items():
-            pairs = zip(positive[block], negative[block], strict=True)
-            q_proj, v_proj = (_pair(one[0], other[0]) for one, other in pairs)
-            norm = layer.norm2
-            prepared[block] = BlockAttention(
-                layer.heads, (norm.weight.cpu(), norm.bias.cpu()), norm.eps, (q_proj, v_proj)
-            )
-        mask = None if mask is None else convert_mask(mask)
-        return cls(scale, mask, blocks=prepared)
-
-    def contribution(
-        self, block: BlockKey, image: Tensor, is_negative: Sequence[bool], grid: Grid
-    ) -> Tensor:
-        """Compute what the identity adds to the image tokens after a block.
-
-        Args:
-            block: of the transformer.
-            image: generated tokens without references, (B, L, dim).
-            is_negative: per row whether it is of the negative prompt.
-            grid: rows and columns of the tokens; read with a mask only.
-
-        Returns:
-            (B, L, dim), multiplied by the scale.
-
-        Raises:
-            OptionError: There is a mask, and the tokens are not a grid of this size.
-        """
-        attention = self.blocks[block]
-
-        def place() -> tuple[Tensor, ...]:
-            return tuple(x.to(image) for x in (*attention.norm, *attention.projected))
-
-        weight, bias, *pairs = self.placed.get((block, image.device, image.dtype), place)
-        normalized = layer_norm(image, weight.shape, weight, bias, attention.epsilon)
-        q_proj, v_proj = (select_rows(x, is_negative) for x in pairs)
-        added = attend_projected(normalized, q_proj, v_proj, attention.num_heads)
-        region = self.region(grid, image)
-        if region is not None:
-            added = added * region.to(added)
-        return self.scale * added
-
-
 def select_rows(pair: Tensor, is_negative: Sequence[bool]) -> Tensor:
     """Return for each row the values of the identity, or of no identity.
 
@@ -318,6 +113,6 @@ def select_rows(pair: Tensor, is_negative: Sequence[bool]) -> Tensor:
     return torch.stack([pair[int(negative)] for negative in is_negative])
 
 
-def _pair(positive: Tensor, negative: Tensor) -> Tensor:
+def pair_on_cpu(positive: Tensor, negative: Tensor) -> Tensor:
     """Concatenate values (1, ...) of the identity and of no identity, on the CPU."""
     return torch.cat([positive, negative]).cpu()
