@@ -82,7 +82,9 @@ def _replacement(
         "old_node_id": old,
         "old_widget_ids": widgets,
         "input_mapping": mapping,
-        "output_mapping": [{"new_idx": 0, "old_idx": 0}],
+        # Outputs keep their index. With a mapping, the server would look for the old inputs of
+        # nodes that it may have replaced before.
+        "output_mapping": None,
     }
 
 
