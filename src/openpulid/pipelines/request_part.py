@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,7 +16,7 @@ MOST_PROBLEMS = 5
 """Problems of a request that one message names."""
 
 
-def _translate(error: ValidationError) -> RequestError:
+def _translate(error: ValidationError, names: list[str]) -> RequestError:
     """Turn pydantic's report into one sentence per problem."""
     sentences = []
     fields: list[str] = []
@@ -28,7 +28,7 @@ def _translate(error: ValidationError) -> RequestError:
             # a check of one value does not know its name
             paths = [".".join([*location, field] if field else location) for field in cause.fields]
         else:
-            template = _sentence(problem)
+            template = _sentence(problem, names)
             paths = [".".join(map(str, problem["loc"]))]
         sentences.append(_shift_placeholders(template, len(fields)).rstrip("."))
         fields += paths
@@ -40,7 +40,7 @@ def _shift_placeholders(template: str, offset: int) -> str:
     return re.sub(r"(?<!{){(\d)}", lambda match: f"{{{int(match[1]) + offset}}}", template)
 
 
-def _sentence(problem: Mapping[str, Any]) -> str:
+def _sentence(problem: Mapping[str, Any], names: list[str]) -> str:
     limits = problem.get("ctx", {})
     kind = problem["type"]
     got = f", got {quote(problem.get('input'))}."
@@ -52,7 +52,7 @@ def _sentence(problem: Mapping[str, Any]) -> str:
             return "there is no option {0}; use width and height."
         if name in ("mask", "face_index", "face_order") and len(problem["loc"]) == 1:
             return "{0} belongs to a person; use people=[Person(images=[...], {0}=...)]."
-        return "there is no option {0}" + suggest(name, _field_names(RequestPart)) + "."
+        return "there is no option {0}" + suggest(name, names) + "."
     if kind == "missing":
         return "{0} is missing."
     if kind in ("greater_than_equal", "less_than_equal"):
@@ -82,19 +82,24 @@ def _sentence(problem: Mapping[str, Any]) -> str:
 
 
 def _field_names(part: type[RequestPart]) -> list[str]:
-    """Return the names of the fields of all kinds of parts."""
+    """Return the names of the fields of a part and of the parts in it."""
     names = list(part.model_fields)
-    for kind in part.__subclasses__():
-        names += _field_names(kind)
+    for field in part.model_fields.values():
+        kinds = [field.annotation]
+        while kinds:
+            kind = kinds.pop()
+            if isinstance(kind, type) and issubclass(kind, RequestPart):
+                names += _field_names(kind)
+            kinds += get_args(kind)
     return names
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def _plain_errors(part: type[RequestPart]) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise _translate(error) from None
+        raise _translate(error, _field_names(part)) from None
 
 
 Part = TypeVar("Part", bound="RequestPart")
@@ -125,7 +130,7 @@ class RequestPart(BaseModel):
         positional = dict(zip(names, args, strict=False))
         if repeated := [name for name in positional if name in data]:
             raise RequestError("{0} is given twice.", repeated[0])
-        with _plain_errors():
+        with _plain_errors(type(self)):
             super().__init__(**positional, **data)
 
     # Tells pydantic that validation of nested parts need not call __init__: errors of a nested
@@ -135,13 +140,13 @@ class RequestPart(BaseModel):
     @classmethod
     def model_validate(cls: type[Part], obj: Any, **options: Any) -> Part:
         """Build from a mapping. Raises RequestError."""
-        with _plain_errors():
+        with _plain_errors(cls):
             return super().model_validate(obj, **options)
 
     @classmethod
     def model_validate_json(cls: type[Part], json_data: Any, **options: Any) -> Part:
         """Build from JSON. Raises RequestError."""
-        with _plain_errors():
+        with _plain_errors(cls):
             return super().model_validate_json(json_data, **options)
 
     def list_files(self, prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.pipelines.request import GenerationRequest, parse_size
 from openpulid.pipelines.request_fields import Name, RequestError, literal, quote
 from openpulid.pipelines.request_part import RequestPart
@@ -122,8 +122,13 @@ def translate(body: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) -> 
         aliases: other name of a field -> its path.
 
     Raises:
-        RequestError: two fields set one option, or a size or a model is none.
+        RequestError: a field is unknown, two fields set one option, or a size or a model is none.
     """
+    known = (*list_own_fields(), *OWN_FIELDS, *aliases, "model", "method", "size")
+    for name in body:
+        if name not in known:
+            choices = (*known, *AnswerOptions.model_fields)
+            raise RequestError(f"there is no option {{0}}{literal(suggest(name, choices))}.", name)
     own = {name: value for name, value in body.items() if name not in aliases}
     models = _read_models(own.pop("model", None), own.pop("method", None))
     size = own.pop("size", None)
