@@ -6,9 +6,7 @@ COMFYUI_PATH is not needed: each checkout is an argument. Every layer runs in it
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -19,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from openpulid.bench.measurement import describe_measurement
+from openpulid.io.files import write_json
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
@@ -71,18 +72,13 @@ def main() -> None:
     parser.add_argument("checkouts", nargs="+", type=Path, help="folders of ComfyUI")
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
     options = parser.parse_args()
-    versions = {}
+    report = {"about": "The ComfyUI nodes, inside ComfyUI, against diffusers", "measurements": []}
     for comfyui in options.checkouts:
-        versions[read_version(comfyui)] = {
-            layer: run_layer(comfyui.resolve(), files) for layer, files in LAYERS.items()
-        }
-    result = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": "cpu",
-        "comfyui": versions,
-    }
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+        version = read_version(comfyui)
+        figures = {layer: run_layer(comfyui.resolve(), files) for layer, files in LAYERS.items()}
+        measurement = describe_measurement({"comfyui": version}, figures, torch.device("cpu"))
+        report["measurements"].append({"name": f"ComfyUI {version}", **measurement})
+    write_json(options.output, report)
 
 
 if __name__ == "__main__":
