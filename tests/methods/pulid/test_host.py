@@ -186,6 +186,49 @@ def test_released_copies_are_created_again(sdxl) -> None:
     assert torch.equal(host.contribution(*arguments), first)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_every_image_of_a_batch_has_its_mask(sdxl, flux, layout) -> None:
+    unet, adapter = sdxl
+    layer = cross_attentions(unet)["1"]
+    pipe, flux_adapter = flux
+    masks = torch.stack([LEFT, torch.zeros_like(LEFT)])
+    generator = torch.Generator().manual_seed(7)
+    is_negative = rows(layout)
+    query = torch.randn(len(is_negative), HEIGHT * WIDTH, layer.inner_dim, generator=generator)
+    image = torch.randn(len(is_negative), HEIGHT * WIDTH, 32, generator=generator)
+    blocks = identity_blocks(pipe.transformer)
+
+    def contributions(masks: torch.Tensor, chosen: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        negative = is_negative[chosen]
+        unet_host = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8), masks)
+        flux_host = FluxHostIdentity.prepare(flux_adapter, blocks, anna, 0.8, masks)
+        number, grid = len(negative) // len(layout) or 1, (HEIGHT, WIDTH)
+        part = query[chosen]
+        return (
+            unet_host.contribution("1", part, part, layer.heads, negative, grid, number),
+            flux_host.contribution(blocks[0], image[chosen], negative, grid, number),
+        )
+
+    together = contributions(masks, slice(None))
+    for row in range(len(is_negative)):
+        alone = contributions(masks[row % 2], slice(row, row + 1))
+        for ours, expected in zip(together, alone, strict=True):
+            assert torch.allclose(ours[row], expected[0], atol=1e-5)
+            assert bool(expected.any()) is (row % 2 == 0)
+
+
+@torch.no_grad()
+def test_wrong_number_of_masks_raises(sdxl) -> None:
+    unet, adapter = sdxl
+    layer = cross_attentions(unet)["1"]
+    host = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8), LEFT.repeat(3, 1, 1))
+    query = torch.zeros(4, HEIGHT * WIDTH, layer.inner_dim)
+    arguments = (query, query, layer.heads, rows([1, 0]), (HEIGHT, WIDTH))
+    with pytest.raises(OptionError, match="has 3 masks, and the batch has 2 images"):
+        host.contribution("1", *arguments, num_images=2)
+
+
 @torch.no_grad()
 def test_mask_on_merged_positions_raises(sdxl) -> None:
     unet, adapter = sdxl

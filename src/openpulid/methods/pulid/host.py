@@ -1,8 +1,8 @@
 """PuLID in a network that another program runs, such as ComfyUI.
 
-The program calls back in each cross-attention (SDXL) or after each block (FLUX), with its own
-queries or image tokens, and adds what it gets. It says which rows of the batch are negative, so any
-layout of the batch works.
+The program calls back in each cross-attention (SDXL) or after each block (FLUX and other
+transformers), with its own queries or image tokens, and adds what it gets. It says which rows of
+the batch are negative, so any layout of the batch works.
 
 Shapes: B rows of the batch, L image positions or tokens, N identity tokens, h heads of width d,
 D = h * d.
@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
 from openpulid.methods.hooks import check_scale, warn_if_other_ratio
+from openpulid.methods.pulid.masks import convert_mask
 
 Value = TypeVar("Value")
 
@@ -49,16 +50,17 @@ class PlacedTensors:
 
 @dataclass(frozen=True, eq=False)
 class HostIdentity:
-    """What the identities of both families share: scale, mask and copies of their tensors.
+    """What the identities of both families share: scale, masks and copies of their tensors.
 
     Attributes:
         scale: weight of the identity.
-        mask: (H, W) in [0, 1]; None for everywhere.
+        masks: (M, H, W) in [0, 1], one for all images of the batch or one per image; None for
+            everywhere.
         placed: copies on the device of the calls.
     """
 
     scale: float
-    mask: Tensor | None = None
+    masks: Tensor | None = None
     placed: PlacedTensors = field(default_factory=PlacedTensors)
 
     def __post_init__(self) -> None:
@@ -68,34 +70,58 @@ class HostIdentity:
         """Free the copies on the device of the calls; the next call creates them again."""
         self.placed.release()
 
-    def region(self, grid: Grid, reference: Tensor) -> Tensor | None:
-        """Resize the mask to the positions of a layer.
+    def region(self, grid: Grid, reference: Tensor, num_images: int) -> Tensor | None:
+        """Resize the masks to the positions of a layer.
 
         Args:
             grid: rows and columns of the positions.
-            reference: whose device is used.
+            reference: (B, L, ...), whose device is used.
+            num_images: of the batch; the rows repeat them once per prompt.
 
         Returns:
-            (1, L, 1) in float32, or None without a mask.
+            (1, L, 1) or (B, L, 1) in float32, or None without a mask.
 
         Raises:
-            OptionError: The positions are not a grid of this size.
+            OptionError: The positions are not a grid of this size, or the number of masks is
+                neither one nor that of the images.
         """
-        if self.mask is None:
+        if self.masks is None:
             return None
         if grid[0] * grid[1] != reference.shape[1]:
             raise OptionError(
                 "masks need the network's own image positions, and a patch has changed their "
                 "number (token merging, tiles); use the model without the patch, or no mask."
             )
-        mask = self.mask
+        masks = self.masks
+        if len(masks) not in (1, num_images):
+            raise OptionError(
+                f"an identity has {len(masks)} masks, and the batch has {num_images} images; "
+                "use one mask for all images, or one per image."
+            )
 
         def resize() -> Tensor:
-            warn_if_other_ratio("mask", mask.shape, grid)
-            resized = interpolate(mask[None, None], grid, mode="area")
+            warn_if_other_ratio("mask", masks.shape[-2:], grid)
+            resized = interpolate(masks[:, None], grid, mode="area")
             return resized.flatten(2).transpose(1, 2).to(reference.device)
 
-        return self.placed.get((grid, reference.device), resize)
+        regions = self.placed.get((grid, reference.device), resize)
+        if len(regions) == 1:
+            return regions
+        return regions.repeat(len(reference) // num_images, 1, 1)
+
+
+def convert_masks(masks: Tensor | None) -> Tensor | None:
+    """Convert one mask (H, W), or one per image (M, H, W), to (M, H, W) float in [0, 1].
+
+    Raises:
+        OptionError: The masks have another shape, or values outside [0, 1].
+    """
+    if masks is None:
+        return None
+    if masks.ndim != 3:
+        return convert_mask(masks)[None]
+    # as one tall mask: a person may be in some images only, so one black mask is no warning
+    return convert_mask(masks.flatten(0, 1)).unflatten(0, masks.shape[:2])
 
 
 def select_rows(pair: Tensor, is_negative: Sequence[bool]) -> Tensor:

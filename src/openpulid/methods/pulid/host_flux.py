@@ -1,4 +1,6 @@
-"""PuLID after the blocks of a FLUX transformer that another program runs, see `host`.
+"""PuLID after the blocks of a transformer that another program runs, see `host`.
+
+The adapter is one for FLUX, or has the same layers for another transformer.
 
 Shapes: B rows of the batch, L image tokens, N identity tokens, h heads.
 """
@@ -15,8 +17,13 @@ from torch.nn.functional import layer_norm
 from openpulid.identity.identity import Identity
 from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
 from openpulid.methods.pulid.flux_attention import BlockKey, attend_projected
-from openpulid.methods.pulid.host import Grid, HostIdentity, pair_on_cpu, select_rows
-from openpulid.methods.pulid.masks import convert_mask
+from openpulid.methods.pulid.host import (
+    Grid,
+    HostIdentity,
+    convert_masks,
+    pair_on_cpu,
+    select_rows,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +62,7 @@ class FluxHostIdentity(HostIdentity):
         blocks: Sequence[BlockKey],
         identity: Identity,
         scale: float = 1.0,
-        mask: Tensor | None = None,
+        masks: Tensor | None = None,
     ) -> FluxHostIdentity:
         """Compute what does not change from step to step.
 
@@ -64,7 +71,7 @@ class FluxHostIdentity(HostIdentity):
             blocks: one per layer of the adapter, see `select_block_keys`.
             identity: the person.
             scale: weight of the identity.
-            mask: (H, W) in [0, 1]; None for everywhere.
+            masks: (H, W), or one per image of the batch (M, H, W), in [0, 1]; None for everywhere.
 
         Raises:
             OptionError: A value is out of range.
@@ -83,11 +90,15 @@ class FluxHostIdentity(HostIdentity):
             prepared[block] = BlockAttention(
                 layer.heads, (norm.weight.cpu(), norm.bias.cpu()), norm.eps, (q_proj, v_proj)
             )
-        mask = None if mask is None else convert_mask(mask)
-        return cls(scale, mask, blocks=prepared)
+        return cls(scale, convert_masks(masks), blocks=prepared)
 
     def contribution(
-        self, block: BlockKey, image: Tensor, is_negative: Sequence[bool], grid: Grid
+        self,
+        block: BlockKey,
+        image: Tensor,
+        is_negative: Sequence[bool],
+        grid: Grid,
+        num_images: int = 1,
     ) -> Tensor:
         """Compute what the identity adds to the image tokens after a block.
 
@@ -96,12 +107,14 @@ class FluxHostIdentity(HostIdentity):
             image: generated tokens without references, (B, L, dim).
             is_negative: per row whether it is of the negative prompt.
             grid: rows and columns of the tokens; read with a mask only.
+            num_images: of the batch, each in one row per prompt; read with several masks only.
 
         Returns:
             (B, L, dim), multiplied by the scale.
 
         Raises:
-            OptionError: There is a mask, and the tokens are not a grid of this size.
+            OptionError: There are masks, and the tokens are not a grid of this size, or the number
+                of masks is neither one nor that of the images.
         """
         attention = self.blocks[block]
 
@@ -112,7 +125,7 @@ class FluxHostIdentity(HostIdentity):
         normalized = layer_norm(image, weight.shape, weight, bias, attention.epsilon)
         q_proj, v_proj = (select_rows(x, is_negative) for x in pairs)
         added = attend_projected(normalized, q_proj, v_proj, attention.num_heads)
-        region = self.region(grid, image)
+        region = self.region(grid, image, num_images)
         if region is not None:
             added = added * region.to(added)
         return self.scale * added

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from openpulid.identity.identity import Identity
-from openpulid.methods.pulid.host import Grid, HostIdentity, pair_on_cpu, select_rows
-from openpulid.methods.pulid.masks import convert_mask
+from openpulid.methods.pulid.host import (
+    Grid,
+    HostIdentity,
+    convert_masks,
+    pair_on_cpu,
+    select_rows,
+)
 from openpulid.methods.pulid.projection import zero_token_bias
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import (
@@ -43,7 +48,7 @@ class SDXLHostIdentity(HostIdentity):
         adapter: PuLID,
         identity: Identity,
         options: IdentityOptions,
-        mask: Tensor | None = None,
+        masks: Tensor | None = None,
     ) -> SDXLHostIdentity:
         """Compute the keys and values of all layers.
 
@@ -51,7 +56,7 @@ class SDXLHostIdentity(HostIdentity):
             adapter: on the device on which they are computed; they are returned on the CPU.
             identity: the person.
             options: how it acts.
-            mask: (H, W) in [0, 1]; None for everywhere.
+            masks: (H, W), or one per image of the batch (M, H, W), in [0, 1]; None for everywhere.
 
         Raises:
             OptionError: A value is out of range.
@@ -66,8 +71,7 @@ class SDXLHostIdentity(HostIdentity):
             )
             for key in positive
         }
-        mask = None if mask is None else convert_mask(mask)
-        return cls(options.scale, mask, keys_values=keys_values, options=options)
+        return cls(options.scale, convert_masks(masks), keys_values=keys_values, options=options)
 
     def contribution(
         self,
@@ -77,6 +81,7 @@ class SDXLHostIdentity(HostIdentity):
         num_heads: int,
         is_negative: Sequence[bool],
         grid: Grid,
+        num_images: int = 1,
     ) -> Tensor:
         """Compute what the identity adds to the output of the text's attention.
 
@@ -87,12 +92,14 @@ class SDXLHostIdentity(HostIdentity):
             num_heads: h.
             is_negative: per row whether it is of the negative prompt.
             grid: rows and columns of the positions; read with a mask only.
+            num_images: of the batch, each in one row per prompt; read with several masks only.
 
         Returns:
             (B, L, D), multiplied by the scale.
 
         Raises:
-            OptionError: There is a mask, and the positions are not a grid of this size.
+            OptionError: There are masks, and the positions are not a grid of this size, or the
+                number of masks is neither one nor that of the images.
         """
         num_zero = self.options.num_zero
 
@@ -105,7 +112,7 @@ class SDXLHostIdentity(HostIdentity):
 
         pair = self.placed.get((key, query.device, query.dtype), place)
         keys, values = (select_rows(x, is_negative)[None] for x in pair)
-        region = self.region(grid, query)
+        region = self.region(grid, query, num_images)
         total = sum_contributions(
             query,
             text,
