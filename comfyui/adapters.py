@@ -11,7 +11,14 @@ import comfy.ops
 import torch
 from torch import nn
 
-from .patching import find_layer_widths, patch_transformer, patch_unet, schedule
+from .blocks import TransformerBlocks, find_blocks
+from .patching import (
+    find_layer_widths,
+    patch_after_blocks,
+    patch_transformer,
+    patch_unet,
+    schedule,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,11 @@ class LoadedAdapter:
 
 @dataclass(frozen=True)
 class ApplyOptions:
-    """How an identity acts in a model; see the inputs of *Apply PuLID*."""
+    """How an identity acts in a model; see the inputs of *Apply PuLID*.
+
+    Attributes:
+        mask: (H, W), or (M, H, W) with one mask for all images of the batch or one per image.
+    """
 
     scale: float
     start: float = 0.0
@@ -100,87 +111,60 @@ def apply_adapter(model: Any, loaded: LoadedAdapter, identity: Any, options: App
     """Return a clone of a model in which an identity acts.
 
     Raises:
-        OptionError: A value is out of range, or the model is neither SDXL, FLUX nor Chroma.
+        OptionError: A value is out of range, or the model is of a kind in which PuLID cannot act.
         WeightsError: The adapter was trained for another base model.
     """
     from openpulid.methods.hooks import Span
 
     span = Span(options.start, options.end)
-    mask = convert_mask(options.mask)
     if options.scale == 0 or span.is_empty:
         return model.clone()
     network = model.get_model_object("diffusion_model")
     if hasattr(network, "input_blocks"):
-        prepared = _prepare_unet(network, loaded, identity, options, mask)
+        prepared = _prepare_unet(network, loaded, identity, options)
         return patch_unet(model, schedule(model, prepared, span.start, span.end))
-    prepared = _prepare_transformer(network, loaded, identity, options, mask)
-    return patch_transformer(model, schedule(model, prepared, span.start, span.end))
+    blocks = find_blocks(network)
+    prepared = _prepare_transformer(blocks, loaded, identity, options)
+    patch = patch_transformer if blocks.are_replaceable else patch_after_blocks
+    return patch(model, schedule(model, prepared, span.start, span.end))
 
 
-def _prepare_unet(
-    unet: Any,
-    loaded: LoadedAdapter,
-    identity: Any,
-    options: ApplyOptions,
-    mask: torch.Tensor | None,
-) -> Any:
+def _prepare_unet(unet: Any, loaded: LoadedAdapter, identity: Any, options: ApplyOptions) -> Any:
     from openpulid.errors import WeightsError
     from openpulid.methods.pulid import PuLID
     from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
     from openpulid.methods.pulid.sdxl_attention import IdentityOptions
 
     if not isinstance(loaded.patcher.model, PuLID):
-        raise WeightsError(f"{loaded.name} is an adapter for FLUX; load one for SDXL.")
+        raise WeightsError(
+            f"{loaded.name} is an adapter for transformers such as FLUX; load one for SDXL."
+        )
     loaded.patcher.model.check_layers(find_layer_widths(unet))
     identity_options = IdentityOptions(
         options.scale, projection=options.projection, num_zero=options.num_zero
     )
-    return SDXLHostIdentity.prepare(loaded.load(), identity, identity_options, mask)
+    return SDXLHostIdentity.prepare(loaded.load(), identity, identity_options, _clamp(options.mask))
 
 
 def _prepare_transformer(
-    transformer: Any,
-    loaded: LoadedAdapter,
-    identity: Any,
-    options: ApplyOptions,
-    mask: torch.Tensor | None,
+    blocks: TransformerBlocks, loaded: LoadedAdapter, identity: Any, options: ApplyOptions
 ) -> Any:
-    from comfy.ldm.chroma.model import Chroma
-    from comfy.ldm.flux.model import Flux
-
-    from openpulid.errors import OptionError, WeightsError
+    from openpulid.errors import WeightsError
     from openpulid.methods.pulid import PuLIDFlux
     from openpulid.methods.pulid.flux_attention import select_block_keys
     from openpulid.methods.pulid.host_flux import FluxHostIdentity
 
-    if not isinstance(transformer, (Flux, Chroma)):
-        raise OptionError(
-            "PuLID acts in SDXL, FLUX.1 and Chroma models; this one is "
-            f"{type(transformer).__name__}."
-        )
     adapter = loaded.patcher.model
     if not isinstance(adapter, PuLIDFlux):
-        raise WeightsError(f"{loaded.name} is an adapter for SDXL; load one for FLUX.")
-    blocks = select_block_keys(
-        len(transformer.double_blocks),
-        len(transformer.single_blocks),
-        adapter.double_interval,
-        adapter.single_interval,
+        raise WeightsError(f"{loaded.name} is an adapter for SDXL; load one for {blocks.kind}.")
+    keys = select_block_keys(
+        blocks.num_double, blocks.num_single, adapter.double_interval, adapter.single_interval
     )
-    adapter.check_blocks(blocks, transformer.hidden_size)
-    return FluxHostIdentity.prepare(loaded.load(), blocks, identity, options.scale, mask)
+    adapter.check_blocks(keys, blocks.width)
+    masks = _clamp(options.mask)
+    return FluxHostIdentity.prepare(loaded.load(), keys, identity, options.scale, masks)
 
 
-def convert_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Convert ComfyUI's mask (1, H, W) to (H, W).
-
-    Raises:
-        OptionError: It has several images.
-    """
-    from openpulid.errors import OptionError
-
-    if mask is None or mask.ndim == 2:
-        return mask
-    if len(mask) != 1:
-        raise OptionError(f"one mask per identity is supported; this batch has {len(mask)}.")
-    return mask[0].clamp(0, 1)
+def _clamp(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Limit a mask to [0, 1]: nodes that add or blur masks leave values outside."""
+    return None if mask is None else mask.clamp(0, 1)

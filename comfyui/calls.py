@@ -29,6 +29,7 @@ class NetworkCall:
         height, width: size of the latents.
         patch_size: side of a transformer's image token in latents.
         num_text_tokens: of a transformer; its double blocks update it.
+        num_frames: of video models' latents; Qwen-Image-Layered has one per layer of the image.
     """
 
     sigma: float
@@ -36,6 +37,7 @@ class NetworkCall:
     width: int
     patch_size: int
     num_text_tokens: int
+    num_frames: int = 1
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> NetworkCall:
@@ -69,8 +71,14 @@ def describe_call(network: Any, *args: Any, **kwargs: Any) -> Any:
     latents = args[0]
     context = args[2] if len(args) > 2 else kwargs["context"]
     height, width = latents.shape[-2:]
-    patch_size = getattr(network.class_obj, "patch_size", 1)
-    call = NetworkCall(float(options["sigmas"][0]), height, width, patch_size, context.shape[1])
+    call = NetworkCall(
+        float(options["sigmas"][0]),
+        height,
+        width,
+        getattr(network.class_obj, "patch_size", 1),
+        context.shape[1],
+        num_frames=latents.shape[2] if latents.ndim == 5 else 1,
+    )
     described = {**options, KEY: call}
     if "transformer_options" in kwargs:
         return network(*args, **{**kwargs, "transformer_options": described})
@@ -81,8 +89,14 @@ def find_negative_rows(options: Mapping[str, Any], num_rows: int) -> tuple[bool,
     """Return for each row of the batch whether it is of the negative prompt.
 
     The rows are in equal groups, one per entry of `cond_or_uncond`: [1, 0] with guidance, [0]
-    without, [1, 0, 0] with two positive prompts.
+    without, [1, 0, 0] with two positive prompts. Each group has all images of the batch.
     """
-    groups = options["cond_or_uncond"]
-    rows_per_group = num_rows // len(groups)
-    return tuple(group == NEGATIVE for group in groups for _ in range(rows_per_group))
+    num_images = count_images(options, num_rows)
+    return tuple(
+        group == NEGATIVE for group in options["cond_or_uncond"] for _ in range(num_images)
+    )
+
+
+def count_images(options: Mapping[str, Any], num_rows: int) -> int:
+    """Return the number of images in the batch, see `find_negative_rows`."""
+    return num_rows // len(options["cond_or_uncond"])

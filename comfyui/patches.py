@@ -1,4 +1,4 @@
-"""The objects that ComfyUI calls in place of an attention or a block.
+"""The objects that ComfyUI calls in place of an attention or a block, or after blocks.
 
 ComfyUI copies them with the model up to version 0.13 and shares them since. So they are never
 changed after they are set: a node that adds an identity sets a new object. Only other packs change
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .calls import NetworkCall, find_negative_rows
+from .calls import NetworkCall, count_images, find_negative_rows
 
 if TYPE_CHECKING:
     from openpulid.methods.pulid.host_flux import FluxHostIdentity
@@ -48,12 +48,9 @@ class Patch:
 
     Attributes:
         identities: they act together, on what the network itself computed.
-        previous: patch of another pack at the same place; it is called instead of the network's
-            own attention or block.
     """
 
     identities: tuple[ScheduledIdentity, ...]
-    previous: Replacement | None = None
 
     def with_identity(self, identity: ScheduledIdentity) -> Any:
         """Return a new patch with one identity more."""
@@ -63,16 +60,10 @@ class Patch:
         """Return a new patch with the same identities: copies of the model share their tensors."""
         return replace(self)
 
-    def models(self) -> list[Any]:
-        """Return the models of the other pack's patch, for ComfyUI to load."""
-        return self.previous.models() if hasattr(self.previous, "models") else []
-
     def to(self, device_or_dtype: Any) -> Any:
         """Follow the model to a device or dtype; the identity's tensors follow at the next call."""
         for scheduled in self.identities:
             scheduled.identity.release()
-        if hasattr(self.previous, "to"):
-            self.previous = self.previous.to(device_or_dtype)
         return self
 
     def active_identities(self, call: NetworkCall) -> list[Any]:
@@ -81,7 +72,29 @@ class Patch:
 
 
 @dataclass(eq=False)
-class AttentionPatch(Patch):
+class ReplacementPatch(Patch):
+    """A patch in place of a part of the network.
+
+    Attributes:
+        previous: patch of another pack at the same place; it is called instead of the network's
+            own attention or block.
+    """
+
+    previous: Replacement | None = None
+
+    def models(self) -> list[Any]:
+        """Return the models of the other pack's patch, for ComfyUI to load."""
+        return self.previous.models() if hasattr(self.previous, "models") else []
+
+    def to(self, device_or_dtype: Any) -> Any:
+        """Follow the model, with the other pack's patch."""
+        if hasattr(self.previous, "to"):
+            self.previous = self.previous.to(device_or_dtype)
+        return super().to(device_or_dtype)
+
+
+@dataclass(eq=False)
+class AttentionPatch(ReplacementPatch):
     """Cross-attention of an SDXL U-Net with identities.
 
     Other packs (IP-Adapter, InstantID) add themselves to the patch that is there, by `add`.
@@ -122,11 +135,12 @@ class AttentionPatch(Patch):
         text = attend(query, key, value, options)
         call = NetworkCall.of(options)
         is_negative = find_negative_rows(options, len(query))
+        num_images = count_images(options, len(query))
         grid = tuple(options["activations_shape"][-2:])
         output = text
         for identity in self.active_identities(call):
             output = output + identity.contribution(
-                self.key, query, text, options["n_heads"], is_negative, grid
+                self.key, query, text, options["n_heads"], is_negative, grid, num_images
             )
         for callback, kwargs in self.added:
             if kwargs.get("sigma_end", -1.0) <= call.sigma <= kwargs.get("sigma_start", 1e10):
@@ -147,7 +161,7 @@ def attend_to_text(
 
 
 @dataclass(eq=False)
-class BlockPatch(Patch):
+class BlockPatch(ReplacementPatch):
     """A block of a FLUX or Chroma transformer with identities after it.
 
     Attributes:
@@ -173,19 +187,67 @@ class BlockPatch(Patch):
         identities = self.active_identities(call)
         if not identities:
             return output
-        # text, generated tokens, and tokens of reference images
-        image = output["img"]
-        rows, columns = call.token_grid
         first = 0 if is_double else find_first_image_token(options, call)
-        end = first + rows * columns
-        generated = image[:, first:end]
-        is_negative = find_negative_rows(options, len(image))
-        total = generated
+        image = add_to_generated(output["img"], identities, self.block, options, first)
+        return {**output, "img": image}
+
+
+@dataclass(eq=False)
+class BlockOutputPatch(Patch):
+    """Identities after the blocks of a Qwen-Image or Z-Image transformer.
+
+    ComfyUI calls it after every block, in a row with the patches of other packs.
+    """
+
+    def __call__(self, args: Options) -> dict[str, Any]:
+        """Add the identities to the generated image tokens.
+
+        Args:
+            args: after a block: img (rows, tokens, width) with the generated tokens first; txt;
+                block_index; transformer_options.
+        """
+        options = args["transformer_options"]
+        block = ("double", args["block_index"])
+        active = self.active_identities(NetworkCall.of(options))
+        identities = [identity for identity in active if block in identity.blocks]
+        image = args["img"]
+        if identities:
+            image = add_to_generated(image, identities, block, options)
+        return {"img": image, "txt": args["txt"]}
+
+
+def add_to_generated(
+    image: torch.Tensor,
+    identities: Sequence[FluxHostIdentity],
+    block: tuple[str, int],
+    options: Options,
+    first: int = 0,
+) -> torch.Tensor:
+    """Add identities to the generated tokens. Text, reference images and padding stay as they are.
+
+    Args:
+        image: (rows, tokens, width), not changed.
+        identities: that act in this call.
+        block: that computed the tokens.
+        options: ComfyUI's transformer options.
+        first: index of the first generated token.
+    """
+    call = NetworkCall.of(options)
+    is_negative = find_negative_rows(options, len(image))
+    num_images = count_images(options, len(image))
+    rows, columns = call.token_grid
+    num_tokens = rows * columns
+    end = first + call.num_frames * num_tokens
+    parts = [image[:, :first]]
+    for start in range(first, end, num_tokens):
+        frame = image[:, start : start + num_tokens]
+        total = frame
         for identity in identities:
             total = total + identity.contribution(
-                self.block, generated, is_negative, (rows, columns)
+                block, frame, is_negative, call.token_grid, num_images
             )
-        return {**output, "img": torch.cat([image[:, :first], total, image[:, end:]], dim=1)}
+        parts.append(total)
+    return torch.cat([*parts, image[:, end:]], dim=1)
 
 
 def find_first_image_token(options: Options, call: NetworkCall) -> int:
@@ -195,7 +257,9 @@ def find_first_image_token(options: Options, call: NetworkCall) -> int:
 
 
 def set_identity(
-    existing: Replacement | None, identity: ScheduledIdentity, create: Callable[..., Patch]
+    existing: Replacement | None,
+    identity: ScheduledIdentity,
+    create: Callable[..., ReplacementPatch],
 ) -> Patch:
     """Return the patch for a place: a new one, or that of an earlier node with one identity more.
 

@@ -7,7 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .calls import watch_calls
-from .patches import AttentionPatch, BlockPatch, ScheduledIdentity, set_identity
+from .patches import (
+    AttentionPatch,
+    BlockOutputPatch,
+    BlockPatch,
+    ScheduledIdentity,
+    set_identity,
+)
 
 if TYPE_CHECKING:
     from openpulid.methods.pulid.host_flux import FluxHostIdentity
@@ -86,6 +92,20 @@ def patch_transformer(model: Any, identity: ScheduledIdentity) -> Any:
             existing.get((name, index)), identity, partial(BlockPatch, block=block)
         )
         clone.set_model_patch_replace(patch, "dit", name, index)
+    return clone
+
+
+def patch_after_blocks(model: Any, identity: ScheduledIdentity) -> Any:
+    """Return a clone of a Qwen-Image or Z-Image model with an identity."""
+    clone = model.clone()
+    watch_calls(clone)
+    # the list is the clone's own; patches of other packs keep their order
+    patches = clone.model_options["transformer_options"].get("patches", {}).get("double_block", [])
+    for place, patch in enumerate(patches):
+        if isinstance(patch, BlockOutputPatch):
+            patches[place] = patch.with_identity(identity)
+            return clone
+    clone.set_model_double_block_patch(BlockOutputPatch((identity,)))
     return clone
 
 

@@ -169,10 +169,35 @@ def test_only_generated_tokens_change(flux, kind, has_slice) -> None:
     assert not torch.allclose(output[:, generated], base, atol=1e-2)
 
 
+@torch.no_grad()
+def test_only_generated_tokens_change_after_blocks(flux) -> None:
+    """Not those of reference images and of padding; frames one by one."""
+    num_tokens, num_frames = ROWS * COLUMNS, 2
+    generator = torch.Generator().manual_seed(3)
+    image = torch.randn(2, num_frames * num_tokens + NUM_REFERENCE, 32, generator=generator)
+    text = torch.zeros(2, NUM_TEXT, 32)
+    call = calls.NetworkCall(0.5, 2 * ROWS, 2 * COLUMNS - 1, 2, NUM_TEXT, num_frames)
+    options = {calls.KEY: call, "cond_or_uncond": [1, 0]}
+    patch = patches.BlockOutputPatch(tuple(map(scheduled, flux)))
+    args = {"img": image, "txt": text, "block_index": 1, "transformer_options": options}
+    without = patch(args)  # the adapter has nothing after this block
+    assert without["img"] is image and without["txt"] is text
+    output = patch({**args, "block_index": 0})
+    expected = image.clone()
+    for first in (0, num_tokens):
+        frame = image[:, first : first + num_tokens]
+        for identity in flux:
+            expected[:, first : first + num_tokens] += identity.contribution(
+                ("double", 0), frame, [True, False], (ROWS, COLUMNS)
+            )
+    assert torch.allclose(output["img"], expected, atol=1e-6) and output["txt"] is text
+    assert torch.equal(output["img"][:, -NUM_REFERENCE:], image[:, -NUM_REFERENCE:])
+
+
 @pytest.mark.parametrize("is_keyword", [False, True])
 def test_call_is_described_in_a_copy_of_the_options(is_keyword) -> None:
     options = {"sigmas": torch.tensor([3.0, 3.0]), "cond_or_uncond": [0]}
-    latents, context = torch.zeros(1, 16, 11, 6), torch.zeros(1, 5, 8)
+    latents, context = torch.zeros(1, 16, 4, 11, 6), torch.zeros(1, 5, 8)
     received = []
 
     class Executor:
@@ -188,12 +213,14 @@ def test_call_is_described_in_a_copy_of_the_options(is_keyword) -> None:
         calls.describe_call(Executor(), *arguments, None, options)
     call = calls.NetworkCall.of(received[0])
     assert (call.sigma, call.token_grid, call.num_text_tokens) == (3.0, (6, 3), 5)
+    assert call.num_frames == 4
     assert calls.KEY not in options
 
 
 def test_rows_follow_the_groups() -> None:
     options = {"cond_or_uncond": [1, 0, 0]}
     assert calls.find_negative_rows(options, 6) == (True, True, False, False, False, False)
+    assert calls.count_images(options, 6) == 2
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -193,6 +193,27 @@ def test_two_people_equal_diffusers(transformer, flux, adapter, apply, inputs) -
     assert relative_error(call_comfyui(one, inputs, [1, 0]), expected) <= 1e-5
 
 
+def test_every_row_has_the_mask_of_its_image(flux, apply, inputs) -> None:
+    """With guidance and a batch of two, ComfyUI's rows are neg0, neg1, pos0, pos1."""
+    masks = torch.stack([LEFT, 1 - LEFT])
+    latents = torch.randn(2, 16, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
+
+    def call(mask: Tensor, images: list[int]) -> Tensor:
+        rows = [row for row in (0, 1) for _ in images]
+        options = {"guidance": torch.full((len(rows),), 3.5), "y": inputs["pooled"][rows]}
+        time = torch.full((len(rows),), SIGMA)
+        batch = latents[images].repeat(2, 1, 1, 1)
+        shown = apply(flux, anna, mask=mask)
+        return call_network(shown, [1, 0], SIGMA, batch, time, inputs["text"][rows], **options)
+
+    both = call(masks, [0, 1])
+    for image in (0, 1):
+        alone = call(masks[image : image + 1], [image])
+        assert relative_error(both[[image, 2 + image]], alone) <= 1e-5
+        other = call(masks[1 - image : 2 - image], [image])
+        assert relative_error(other, alone) > 1e-2
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_chroma_equals_hooks_on_its_blocks(
     chroma, adapter, apply, inputs, masked, record_property
@@ -314,5 +335,5 @@ def test_unsuitable_models_raise(flux, adapters, loaded, transformer, apply) -> 
 
     model = flux.clone()
     model.add_object_patch("diffusion_model", Unknown())
-    with pytest.raises(OptionError, match="PuLID acts in SDXL"):
+    with pytest.raises(OptionError, match=r"SDXL, FLUX.*Chroma, Qwen-Image"):
         apply(model, anna)
