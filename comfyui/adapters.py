@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -52,6 +53,15 @@ class ApplyOptions:
     end: float = 1.0
     projection: str = "ortho_v2"
     num_zero: int = 20
+    mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Person:
+    """One of several people in an image; see `ApplyOptions`."""
+
+    identity: Any
+    scale: float
     mask: torch.Tensor | None = None
 
 
@@ -129,6 +139,26 @@ def apply_adapter(model: Any, loaded: LoadedAdapter, identity: Any, options: App
     return patch(model, schedule(model, prepared, span.start, span.end))
 
 
+def apply_people(
+    model: Any, loaded: LoadedAdapter, people: Iterable[Person], options: ApplyOptions
+) -> Any:
+    """Return a clone of a model in which several people act, as if they were applied in a row.
+
+    Args:
+        model: a `ModelPatcher`.
+        loaded: the adapter.
+        people: their scales and masks are used instead of those in the options.
+        options: how they act.
+
+    Raises:
+        OptionError, WeightsError: See `apply_adapter`.
+    """
+    for person in people:
+        person_options = replace(options, scale=person.scale, mask=person.mask)
+        model = apply_adapter(model, loaded, person.identity, person_options)
+    return model
+
+
 def _prepare_unet(unet: Any, loaded: LoadedAdapter, identity: Any, options: ApplyOptions) -> Any:
     from openpulid.errors import WeightsError
     from openpulid.methods.pulid import PuLID
@@ -143,7 +173,8 @@ def _prepare_unet(unet: Any, loaded: LoadedAdapter, identity: Any, options: Appl
     identity_options = IdentityOptions(
         options.scale, projection=options.projection, num_zero=options.num_zero
     )
-    return SDXLHostIdentity.prepare(loaded.load(), identity, identity_options, _clamp(options.mask))
+    masks = convert_mask(options.mask)
+    return SDXLHostIdentity.prepare(loaded.load(), identity, identity_options, masks)
 
 
 def _prepare_transformer(
@@ -161,10 +192,15 @@ def _prepare_transformer(
         blocks.num_double, blocks.num_single, adapter.double_interval, adapter.single_interval
     )
     adapter.check_blocks(keys, blocks.width)
-    masks = _clamp(options.mask)
+    masks = convert_mask(options.mask)
     return FluxHostIdentity.prepare(loaded.load(), keys, identity, options.scale, masks)
 
 
-def _clamp(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Limit a mask to [0, 1]: nodes that add or blur masks leave values outside."""
-    return None if mask is None else mask.clamp(0, 1)
+def convert_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Convert ComfyUI's mask (H, W) or (M, H, W) to (M, H, W) in [0, 1].
+
+    Nodes that add or sharpen masks leave values outside.
+    """
+    if mask is None:
+        return None
+    return (mask if mask.ndim == 3 else mask[None]).clamp(0, 1)

@@ -13,6 +13,7 @@ from .nodes_identity import (
     LoadIdentity,
     SaveIdentity,
 )
+from .nodes_people import ApplyPulidToPeople, DescribePerson
 from .replacements import register_replacements
 
 
@@ -25,7 +26,7 @@ class OpenPulidExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""
-        return [
+        nodes: list[type[io.ComfyNode]] = [
             LoadPulid,
             LoadFaceModels,
             IdentityFromImages,
@@ -36,3 +37,6 @@ class OpenPulidExtension(ComfyExtension):
             IdentitySimilarity,
             FacePreview,
         ]
+        if hasattr(io, "Autogrow"):  # since December 2025
+            nodes += [DescribePerson, ApplyPulidToPeople]
+        return nodes

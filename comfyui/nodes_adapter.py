@@ -52,15 +52,24 @@ class LoadPulid(io.ComfyNode):
 
 def strength_inputs() -> list[Any]:
     """Return the inputs that say how strongly and when an identity acts."""
+    return [scale_input(), *span_inputs()]
+
+
+def scale_input() -> Any:
+    """Return the input for the weight of an identity."""
+    return io.Float.Input(
+        "scale",
+        default=0.8,
+        min=0.0,
+        max=5.0,
+        step=0.05,
+        tooltip="Weight of the identity: 0.8 for SDXL, 1 for FLUX. 0 changes nothing.",
+    )
+
+
+def span_inputs() -> list[Any]:
+    """Return the inputs for the part of the schedule in which an identity acts."""
     return [
-        io.Float.Input(
-            "scale",
-            default=0.8,
-            min=0.0,
-            max=5.0,
-            step=0.05,
-            tooltip="Weight of the identity: 0.8 for SDXL, 1 for FLUX. 0 changes nothing.",
-        ),
         io.Float.Input(
             "start",
             default=0.0,
@@ -80,8 +89,8 @@ def strength_inputs() -> list[Any]:
     ]
 
 
-def attention_inputs() -> list[Any]:
-    """Return the inputs of SDXL's identity attention, and the mask."""
+def projection_inputs() -> list[Any]:
+    """Return the inputs of SDXL's identity attention."""
     return [
         io.Combo.Input(
             "projection",
@@ -98,13 +107,17 @@ def attention_inputs() -> list[Any]:
             tooltip="SDXL only. Number of zero tokens next to the identity's; more of them weaken "
             "the identity.",
         ),
-        io.Mask.Input(
-            "mask",
-            optional=True,
-            tooltip="White where the identity may act. For several people, apply PuLID once per "
-            "person with a mask each.",
-        ),
     ]
+
+
+def mask_input() -> Any:
+    """Return the input for the place of a person."""
+    return io.Mask.Input(
+        "mask",
+        optional=True,
+        tooltip="White where the identity may act. A batch of masks has one per image. For several "
+        "people, apply PuLID once per person with a mask each.",
+    )
 
 
 @explain_missing_packages
@@ -133,27 +146,8 @@ def find_problem(
     return True
 
 
-class ApplyPulid(io.ComfyNode):
-    """Shows an identity with a model."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Describe the node."""
-        return io.Schema(
-            node_id="OpenPulidApply",
-            display_name="Apply PuLID",
-            category=CATEGORY,
-            description="Show an identity in the images of an SDXL, FLUX or Chroma model. Apply it "
-            "several times for several people, each with a mask.",
-            inputs=[
-                io.Model.Input("model"),
-                PulidAdapter.Input("pulid"),
-                PulidIdentity.Input("identity"),
-                *strength_inputs(),
-                *attention_inputs(),
-            ],
-            outputs=[io.Model.Output()],
-        )
+class ApplyNode(io.ComfyNode):
+    """A node with inputs that say how an identity acts."""
 
     @classmethod
     def validate_inputs(
@@ -165,6 +159,30 @@ class ApplyPulid(io.ComfyNode):
     ) -> bool | str:
         """Check the values before the workflow runs; those of other nodes are None."""
         return find_problem(scale, start, end, num_zero)
+
+
+class ApplyPulid(ApplyNode):
+    """Shows an identity with a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node."""
+        return io.Schema(
+            node_id="OpenPulidApply",
+            display_name="Apply PuLID",
+            category=CATEGORY,
+            description="Show an identity in the images of an SDXL, FLUX, Chroma, Qwen-Image or "
+            "Z-Image model. Apply it several times for several people, each with a mask.",
+            inputs=[
+                io.Model.Input("model"),
+                PulidAdapter.Input("pulid"),
+                PulidIdentity.Input("identity"),
+                *strength_inputs(),
+                *projection_inputs(),
+                mask_input(),
+            ],
+            outputs=[io.Model.Output()],
+        )
 
     @classmethod
     @explain_missing_packages
@@ -185,7 +203,7 @@ class ApplyPulid(io.ComfyNode):
         return io.NodeOutput(apply_adapter(model, pulid, identity, options))
 
 
-class ApplyPulidToImages(io.ComfyNode):
+class ApplyPulidToImages(ApplyNode):
     """Shows the person of reference images; takes the place of other packs' nodes."""
 
     @classmethod
@@ -210,21 +228,11 @@ class ApplyPulidToImages(io.ComfyNode):
                     "those of the inputs below.",
                 ),
                 *strength_inputs(),
-                *attention_inputs(),
+                *projection_inputs(),
+                mask_input(),
             ],
             outputs=[io.Model.Output()],
         )
-
-    @classmethod
-    def validate_inputs(
-        cls,
-        scale: float | None = None,
-        start: float | None = None,
-        end: float | None = None,
-        num_zero: int | None = None,
-    ) -> bool | str:
-        """Check the values before the workflow runs; those of other nodes are None."""
-        return find_problem(scale, start, end, num_zero)
 
     @classmethod
     @explain_missing_packages

@@ -20,7 +20,6 @@ from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
 from openpulid.methods.hooks import check_scale, warn_if_other_ratio
-from openpulid.methods.pulid.masks import convert_mask
 
 Value = TypeVar("Value")
 
@@ -108,20 +107,6 @@ class HostIdentity:
         if len(regions) == 1:
             return regions
         return regions.repeat(len(reference) // num_images, 1, 1)
-
-
-def convert_masks(masks: Tensor | None) -> Tensor | None:
-    """Convert one mask (H, W), or one per image (M, H, W), to (M, H, W) float in [0, 1].
-
-    Raises:
-        OptionError: The masks have another shape, or values outside [0, 1].
-    """
-    if masks is None:
-        return None
-    if masks.ndim != 3:
-        return convert_mask(masks)[None]
-    # as one tall mask: a person may be in some images only, so one black mask is no warning
-    return convert_mask(masks.flatten(0, 1)).unflatten(0, masks.shape[:2])
 
 
 def select_rows(pair: Tensor, is_negative: Sequence[bool]) -> Tensor:

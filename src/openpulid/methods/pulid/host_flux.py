@@ -17,13 +17,8 @@ from torch.nn.functional import layer_norm
 from openpulid.identity.identity import Identity
 from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
 from openpulid.methods.pulid.flux_attention import BlockKey, attend_projected
-from openpulid.methods.pulid.host import (
-    Grid,
-    HostIdentity,
-    convert_masks,
-    pair_on_cpu,
-    select_rows,
-)
+from openpulid.methods.pulid.host import Grid, HostIdentity, pair_on_cpu, select_rows
+from openpulid.methods.pulid.masks import convert_masks
 
 
 @dataclass(frozen=True, eq=False)

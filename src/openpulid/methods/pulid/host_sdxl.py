@@ -12,13 +12,8 @@ import torch
 from torch import Tensor
 
 from openpulid.identity.identity import Identity
-from openpulid.methods.pulid.host import (
-    Grid,
-    HostIdentity,
-    convert_masks,
-    pair_on_cpu,
-    select_rows,
-)
+from openpulid.methods.pulid.host import Grid, HostIdentity, pair_on_cpu, select_rows
+from openpulid.methods.pulid.masks import convert_masks
 from openpulid.methods.pulid.projection import zero_token_bias
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import (

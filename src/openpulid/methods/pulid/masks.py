@@ -104,6 +104,20 @@ def convert_mask(mask: Mask) -> Tensor:
     return values
 
 
+def convert_masks(masks: Tensor | None) -> Tensor | None:
+    """Convert one mask (H, W), or one per image (M, H, W), to (M, H, W) float in [0, 1].
+
+    Raises:
+        OptionError: The masks have another shape, or values outside [0, 1].
+    """
+    if masks is None:
+        return None
+    if masks.ndim != 3:
+        return convert_mask(masks)[None]
+    # as one tall mask: a person may be in some images only, so one black mask is no warning
+    return convert_mask(masks.flatten(0, 1)).unflatten(0, masks.shape[:2])
+
+
 def stack_masks(prompts: Sequence[Sequence[Person]]) -> Tensor | None:
     """Stack all masks at the largest height and width among them.
 
