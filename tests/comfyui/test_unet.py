@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import openpulid as pulid
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.pipelines.studio import Studio
-from tests.support import comfyui
+from tests.support import comfyui, comfyui_networks, people
 from tests.support.comfyui import call_network, requires_comfyui, sample, sdxl_conditioning
 
 pytestmark = requires_comfyui
@@ -142,15 +143,21 @@ def test_call_equals_diffusers_in_every_layout(
     assert max(errors) <= 1e-5, errors
 
 
-def test_two_people_equal_diffusers(studio, identities, model, apply, prompt, latents) -> None:
+def test_two_people_equal_diffusers(
+    studio, identities, model, apply, adapters, loaded, prompt, latents
+) -> None:
     anna, ben = identities
     options: dict[str, Any] = {"projection": "ortho_v2", "num_zero": 5}
-    people = [(anna, LEFT), (ben, 1 - LEFT)]
-    with studio.adapter.use(people, scale=0.7, guided=True, **options):
+    with studio.adapter.use([(anna, LEFT), (ben, 1 - LEFT)], scale=0.7, guided=True, **options):
         expected = call_diffusers(studio, prompt, latents)
     one = apply(model, anna, mask=LEFT[None], **options)
     both = apply(one, ben, mask=1 - LEFT[None], **options)
-    assert relative_error(call_comfyui(both, prompt, latents, [1, 0]), expected) <= 1e-5
+    shown = call_comfyui(both, prompt, latents, [1, 0])
+    assert relative_error(shown, expected) <= 1e-5
+    # as inputs of one node
+    persons = [adapters.Person(anna, 0.7, LEFT[None]), adapters.Person(ben, 0.7, 1 - LEFT[None])]
+    joined = adapters.apply_people(model, loaded, persons, adapters.ApplyOptions(1.0, **options))
+    assert torch.equal(call_comfyui(joined, prompt, latents, [1, 0]), shown)
     # the first model still shows one person
     with studio.adapter.use([(anna, LEFT)], scale=0.7, guided=True, **options):
         expected = call_diffusers(studio, prompt, latents)
@@ -168,6 +175,51 @@ def test_odd_sizes_equal_diffusers(studio, identities, model, apply, prompt) -> 
         apply(model, anna, mask=mask[None], projection="ortho"), prompt, latents, [1, 0]
     )
     assert relative_error(ours, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("projection", ["none", "ortho_v2"])
+def test_several_transformer_blocks_equal_diffusers(adapters, projection, record_property) -> None:
+    """In SDXL an attention has two or ten transformer blocks, in the miniature it has one."""
+    unet = comfyui_networks.deep_unet()
+    adapter = people.fresh(SimpleNamespace(unet=unet))
+    adapter.attach(unet)
+    deep = comfyui_networks.deep_unet_patcher(unet)
+    loaded = adapters.LoadedAdapter(
+        adapters.wrap_adapter(people.fresh(SimpleNamespace(unet=unet))), "deep"
+    )
+    indices = [key[2] for key, _ in find_cross_attentions(deep).values()]
+    assert len(indices) == 18 and max(indices) == 2
+    generator = torch.Generator().manual_seed(10)
+    latents = torch.randn(2, 4, 12, 8, generator=generator)
+    text = torch.randn(2, 7, 64, generator=generator)
+    pooled = torch.randn(2, comfyui_networks.POOLED_WIDTH, generator=generator)
+    mask = torch.zeros(12, 8)
+    mask[:, :5] = 1
+
+    def call(shown: Any) -> Tensor:
+        rows = [deep.model.encode_adm(pooled_output=x[None], width=64, height=96) for x in pooled]
+        time = torch.full((2,), float(TIMESTEP))
+        return call_network(shown, [1, 0], SIGMA, latents, time, text, y=torch.cat(rows))
+
+    time_ids = torch.tensor([[96, 64, 0, 0, 96, 64]] * 2)
+    added = {"text_embeds": pooled, "time_ids": time_ids}
+    options: dict[str, Any] = {"projection": projection, "num_zero": 5}
+    with (
+        adapter.use([(people.anna, mask)], scale=0.7, guided=True, **options),
+        torch.no_grad(),
+    ):
+        expected = unet(latents, TIMESTEP, text, added_cond_kwargs=added).sample
+    apply_options = adapters.ApplyOptions(0.7, mask=mask[None], **options)
+    shown = adapters.apply_adapter(deep, loaded, people.anna, apply_options)
+    assert relative_error(call(deep), expected) > 0.01
+    error = relative_error(call(shown), expected)
+    record_property("relative_error", error)
+    assert error <= 1e-5
+
+
+def find_cross_attentions(model: Any) -> Any:
+    unet = model.get_model_object("diffusion_model")
+    return comfyui.import_pack("patching").find_cross_attentions(unet)
 
 
 def test_identity_acts_between_start_and_end(identities, model, apply, prompt, latents) -> None:

@@ -24,6 +24,67 @@ from tests.support.comfyui import initialize, wrap
 
 TEXT_WIDTH = 24
 NUM_BLOCKS = 4
+POOLED_WIDTH = 16
+
+
+def deep_unet() -> Any:
+    """Return a random diffusers U-Net with two and three transformer blocks per attention."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=32,
+        attention_head_dim=(1, 2, 2),
+        transformer_layers_per_block=(1, 2, 3),
+        cross_attention_dim=64,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=6 * 256 + POOLED_WIDTH,
+    )
+    return unet.eval()
+
+
+def deep_unet_patcher(unet: Any) -> Any:
+    """Return the patcher of a `deep_unet` in ComfyUI's own classes."""
+    import comfy.model_base
+    import comfy.supported_models
+    import comfy.utils
+
+    sizes = {
+        "image_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 32,
+        "num_res_blocks": [1, 1, 1],
+        "channel_mult": [1, 2, 2],
+        "transformer_depth": [0, 2, 3],
+        "transformer_depth_middle": 3,
+        "transformer_depth_output": [0, 0, 2, 2, 3, 3],
+        "context_dim": 64,
+        "adm_in_channels": 6 * 256 + POOLED_WIDTH,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": True,
+        "num_classes": "sequential",
+        "legacy": False,
+        "use_temporal_attention": False,
+        "use_temporal_resblock": False,
+        "dtype": torch.float32,
+    }
+    config = comfy.supported_models.SDXL(sizes)
+    config.unet_config["num_head_channels"] = 32  # the constructor sets another value
+    model = comfy.model_base.SDXL(config)
+    names = comfy.utils.unet_to_diffusers(config.unet_config)
+    state = {names[name]: value for name, value in unet.state_dict().items()}
+    model.diffusion_model.load_state_dict(state, strict=True)
+    return wrap(model)
 
 
 def qwen_patcher() -> Any:
