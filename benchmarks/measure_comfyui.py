@@ -23,8 +23,8 @@ from openpulid.io.files import write_json
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
-    "in process": ("test_unet.py", "test_transformer.py"),
-    "over HTTP": ("test_server.py",),
+    "in process": ("test_unet.py", "test_transformer.py", "test_after_blocks.py"),
+    "over HTTP": ("test_server.py", "test_people.py"),
 }
 
 

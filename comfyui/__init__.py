@@ -1,4 +1,4 @@
-"""PuLID for ComfyUI: keep a person's identity in SDXL, FLUX and Chroma workflows.
+"""PuLID for ComfyUI: keep a person's identity in workflows of SDXL, FLUX and other models.
 
 The nodes are thin: the arithmetic is that of the package `openpulid`, which they import when they
 run.
