@@ -59,7 +59,9 @@ def find_blocks(transformer: Any) -> TransformerBlocks:
                 "this version of ComfyUI calls no patches in Lumina 2 and Z-Image models; update "
                 "ComfyUI."
             )
-        return TransformerBlocks("Z-Image", len(transformer.layers), 0, transformer.dim, False)
+        return TransformerBlocks(
+            "Lumina 2 or Z-Image", len(transformer.layers), 0, transformer.dim, False
+        )
     raise OptionError(
         "PuLID acts in SDXL, FLUX.1, Chroma, Qwen-Image, Lumina 2 and Z-Image models; this one is "
         f"{type(transformer).__name__}."

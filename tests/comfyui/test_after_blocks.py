@@ -43,6 +43,7 @@ class Network:
     adapter: PuLIDFlux
     is_qwen: bool
     num_frames: int = 1
+    num_padding: int = 1
 
     def call(self, model: Any, inputs: dict[str, Any], layout: list[int], **options: Any) -> Tensor:
         """Call the network with one row per entry of the layout."""
@@ -86,7 +87,7 @@ class Network:
 
     def find_first(self, tokens: Tensor) -> int:
         """Return the index of Z-Image's first generated token: text, references, image, padding."""
-        return tokens.shape[1] - 16
+        return tokens.shape[1] - ROWS * COLUMNS - self.num_padding
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +208,8 @@ def test_identity_acts_between_start_and_end(network, apply, inputs) -> None:
 
 
 def test_models_do_not_see_each_other(network, apply, inputs) -> None:
+    from comfy import model_management
+
     model = network.model
     base = run(network, model, inputs)
     first, second = apply(model, anna), apply(model, ben)
@@ -216,6 +219,8 @@ def test_models_do_not_see_each_other(network, apply, inputs) -> None:
     assert not torch.equal(run(network, apply(first, ben), inputs), shown)
     for same in (first, first.clone(), first.clone().clone()):
         assert torch.equal(run(network, same, inputs), shown)
+    model_management.unload_all_models()
+    assert torch.equal(run(network, first, inputs), shown)
     for unchanged in (model, apply(model, anna, 0.0)):
         assert torch.equal(run(network, unchanged, inputs), base)
     assert not model.model_options["transformer_options"].get("patches")
@@ -255,6 +260,22 @@ def test_every_image_of_a_batch_has_its_mask(network, apply, inputs) -> None:
     assert relative_error(left[1:], base[1:]) > 1e-2
     with pytest.raises(OptionError, match="has 2 masks, and the batch has 3 images"):
         run(network, apply(network.model, anna, mask=masks), inputs, num_images=3)
+
+
+def test_lumina_equals_hooks(adapters, inputs) -> None:
+    """It has Z-Image's classes, without padding."""
+    if not has_z_image():
+        pytest.skip("this version of ComfyUI calls no patches in Lumina 2")
+    model = comfyui_networks.lumina_patcher(is_z_image=False)
+    modules = model.model.diffusion_model.layers
+    adapter = comfyui_networks.create_adapter(NUM_BLOCKS, 256, 2)
+    lumina = Network(model, modules, adapter, is_qwen=False, num_padding=0)
+    expected = lumina.call_hooked([(anna, LEFT)], inputs)
+    wrapped = adapters.wrap_adapter(comfyui_networks.create_adapter(NUM_BLOCKS, 256, 2))
+    options = adapters.ApplyOptions(SCALE, mask=LEFT[None])
+    loaded = adapters.LoadedAdapter(wrapped, "tiny")
+    shown = adapters.apply_adapter(model, loaded, anna, options)
+    assert relative_error(lumina.call(shown, inputs, [1, 0]), expected) <= 1e-5
 
 
 def test_layers_of_an_image_all_show_the_identity(networks, adapters, inputs) -> None:
