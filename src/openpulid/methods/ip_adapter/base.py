@@ -97,6 +97,24 @@ class IPAdapterBase(Adapter):
         """Return the embeddings of the negative half of a guided batch; None for zeros."""
         return None
 
+    def image_tokens(self, projection: nn.Module, identity: Identity) -> Tensor:
+        """Compute the image tokens of an identity, and those of the negative prompt.
+
+        Args:
+            projection: of `IPAdapterLayers`.
+            identity: the person.
+
+        Returns:
+            (2, T, width of the text tokens), in the dtype of the projection.
+        """
+        embeddings = self.embeddings(identity)
+        negative = self.unconditional_embeddings(identity)
+        if negative is None:
+            negative = torch.zeros_like(embeddings)
+        weight = next(projection.parameters())
+        (tokens,) = projection([torch.cat([embeddings, negative]).to(weight)])
+        return tokens.flatten(1, 2)
+
     def check(self, target: Any) -> None:
         """Raise OptionError if the target is no SDXL pipeline, or is already offloaded."""
         find_unet(target)

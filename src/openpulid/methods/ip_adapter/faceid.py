@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from openpulid.identity.identity import Identity
@@ -44,6 +44,17 @@ class FaceIDPlus(FaceID):
     """
 
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (FACEID_PLUS,)
+
+    def image_tokens(self, projection: nn.Module, identity: Identity) -> Tensor:
+        """Compute the image tokens of an identity, and those of the negative prompt."""
+        (layer,) = projection.image_projection_layers  # type: ignore[misc]
+        states = torch.cat([clip_states(identity, index) for index in (0, 1)])
+        layer.clip_embeds = states.to(next(layer.parameters()))
+        layer.shortcut = True
+        try:
+            return super().image_tokens(projection, identity)
+        finally:
+            layer.clip_embeds = None
 
     def unet_kwargs(
         self, state: PipelineState, people: Sequence[Identity], call: UNetCall, scale: float

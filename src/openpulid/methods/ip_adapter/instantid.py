@@ -41,7 +41,7 @@ class InstantID(IPAdapterBase):
 
     Args:
         parts: the adapter's file.
-        identity_net: the published ControlNet.
+        identity_net: the published ControlNet; None if another program runs it.
 
     Attributes:
         control_scale: weight of IdentityNet's residuals; None for that of the tokens. The authors
@@ -51,9 +51,9 @@ class InstantID(IPAdapterBase):
     scale: ClassVar[float] = 0.8
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (RESAMPLER,)
 
-    def __init__(self, parts: AdapterFile, identity_net: ControlNetModel) -> None:
+    def __init__(self, parts: AdapterFile, identity_net: ControlNetModel | None) -> None:
         super().__init__(parts)
-        self.identity_net = identity_net.eval().requires_grad_(False)
+        self.identity_net = identity_net and identity_net.eval().requires_grad_(False)
         self.control_scale: float | None = None
 
     @classmethod
@@ -75,6 +75,16 @@ class InstantID(IPAdapterBase):
         cls.check_file(path)
         file, identity_net = cls._find_files(path)
         return cls(read_parts(file), load_network(ControlNetModel, identity_net))
+
+    @classmethod
+    def load_tokens(cls, path: str | os.PathLike[str]) -> InstantID:
+        """Load the adapter's file alone, for a program that runs IdentityNet itself.
+
+        Raises:
+            WeightsError: It does not exist, or is another kind of file.
+        """
+        super().check_file(path)
+        return cls(read_parts(path), None)
 
     @staticmethod
     def _find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -106,7 +116,7 @@ class InstantID(IPAdapterBase):
     ) -> dict[str, Any]:
         """Return the embeddings, and IdentityNet's residuals of the U-Net's skips and middle."""
         kwargs = super().unet_kwargs(state, people, call, scale)
-        if not scale or self.control_scale == 0:
+        if not scale or self.control_scale == 0 or self.identity_net is None:
             return kwargs
         unet = state.network
         move_to([self.identity_net], call.sample.device, unet.dtype)

@@ -230,16 +230,38 @@ class PromptFusion:
                 "pass prompts instead of prompt embeddings while it is in use."
             )
         first, second = encoded
-        states = torch.cat([first.repeated, second.repeated], -1).to(tokens)
-        words = slice(second.index, second.index + len(tokens))
-        if words.stop >= len(states):  # the last position is that of the end token
-            raise OptionError(
-                f"PhotoMaker repeats the class word {len(tokens)} times, once per token, "
-                "which does not fit because the word is too late in the prompt; "
-                "move it forward or use fewer reference images."
-            )
-        states[words] = self.fuse_module(states[words], tokens)
-        return states.to(original), second.pooled.to(original)
+        states = torch.cat([first.repeated, second.repeated], -1)
+        fused = fuse_class_word(states, second.index, tokens, self.fuse_module)
+        return fused.to(original), second.pooled.to(original)
+
+
+def fuse_class_word(
+    states: Tensor, position: int, tokens: Tensor, fuse_module: nn.Module
+) -> Tensor:
+    """Fuse each repetition of the class word with one identity token.
+
+    Args:
+        states: (L, D) of a prompt of `repeat_class_word`.
+        position: first position of the class word.
+        tokens: (T, D) of the identity.
+        fuse_module: of the adapter.
+
+    Returns:
+        (L, D), in the dtype of the tokens.
+
+    Raises:
+        OptionError: The class word is too late in the prompt.
+    """
+    fused = states.to(tokens, copy=True)
+    words = slice(position, position + len(tokens))
+    if words.stop >= len(fused):  # the last position is that of the end token
+        raise OptionError(
+            f"PhotoMaker repeats the class word {len(tokens)} times, once per token, "
+            "which does not fit because the word is too late in the prompt; "
+            "move it forward or use fewer reference images."
+        )
+    fused[words] = fuse_module(fused[words], tokens)
+    return fused
 
 
 def repeat_class_word(input_ids: Tensor, tokenizer: Any, count: int) -> tuple[Tensor, list[int]]:

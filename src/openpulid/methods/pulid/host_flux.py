@@ -1,4 +1,4 @@
-"""PuLID after the blocks of a transformer that another program runs, see `host`.
+"""PuLID after the blocks of a transformer that another program runs, see `methods.host`.
 
 The adapter is one for FLUX, or has the same layers for another transformer.
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from openpulid.identity.identity import Identity
+from openpulid.methods.host import Grid, HostIdentity, pair_on_cpu, select_rows
 from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
 from openpulid.methods.pulid.flux_attention import BlockKey, attend_projected
-from openpulid.methods.pulid.host import Grid, HostIdentity, pair_on_cpu, select_rows
 from openpulid.methods.pulid.masks import convert_masks
 
 

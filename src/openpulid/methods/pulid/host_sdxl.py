@@ -1,4 +1,4 @@
-"""PuLID in the cross-attentions of an SDXL U-Net that another program runs, see `host`.
+"""PuLID in the cross-attentions of an SDXL U-Net that another program runs, see `methods.host`.
 
 Shapes: B rows of the batch, L image positions, N identity tokens, h heads of width d, D = h * d.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from openpulid.identity.identity import Identity
-from openpulid.methods.pulid.host import Grid, HostIdentity, pair_on_cpu, select_rows
+from openpulid.methods.host import Grid, HostIdentity, pair_on_cpu, select_rows
 from openpulid.methods.pulid.masks import convert_masks
 from openpulid.methods.pulid.projection import zero_token_bias
 from openpulid.methods.pulid.sdxl import PuLID

@@ -103,8 +103,10 @@ class InstantIDBaseline(Baseline):
         """Save the adapter and IdentityNet."""
         path.mkdir(parents=True, exist_ok=True)
         export_adapter(self.method, pipe, path / "ip-adapter.safetensors")
-        net = ControlNetModel.from_config(self.method.identity_net.config)
-        net.load_state_dict(self.method.identity_net.state_dict())
+        trained = self.method.identity_net
+        assert trained is not None
+        net = ControlNetModel.from_config(trained.config)
+        net.load_state_dict(trained.state_dict())
         net.to(torch.bfloat16).save_pretrained(path / "ControlNetModel")
         return path
 

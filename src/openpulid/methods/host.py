@@ -1,4 +1,4 @@
-"""PuLID in a network that another program runs, such as ComfyUI.
+"""An identity in a network that another program runs, such as ComfyUI.
 
 The program calls back in each cross-attention (SDXL) or after each block (FLUX and other
 transformers), with its own queries or image tokens, and adds what it gets. It says which rows of
