@@ -13,6 +13,13 @@ from .nodes_identity import (
     LoadIdentity,
     SaveIdentity,
 )
+from .nodes_methods import (
+    ApplyIdentityNet,
+    ApplyMethod,
+    LoadMethod,
+    LoadMethodFaceModels,
+    PhotoMakerPrompt,
+)
 from .nodes_people import ApplyPulidToPeople, DescribePerson
 from .replacements import register_replacements
 
@@ -36,6 +43,11 @@ class OpenPulidExtension(ComfyExtension):
             ApplyPulidToImages,
             IdentitySimilarity,
             FacePreview,
+            LoadMethod,
+            LoadMethodFaceModels,
+            ApplyMethod,
+            ApplyIdentityNet,
+            PhotoMakerPrompt,
         ]
         if hasattr(io, "Autogrow"):  # since December 2025
             nodes += [DescribePerson, ApplyPulidToPeople]

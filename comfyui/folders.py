@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 
 ADAPTERS = "pulid"
+METHOD_FOLDERS = ("instantid", "ipadapter", "photomaker")
 IDENTITIES = "pulid_identities"
 MINIATURE = "miniature (synthetic people)"
 """The option of the loaders for the small models that are part of openpulid."""
@@ -17,9 +18,10 @@ them."""
 
 
 def register_folders() -> None:
-    """Add models/pulid, models/pulid_identities and output/identities to ComfyUI's folders."""
+    """Add the folders of adapters and identities in models, and output/identities."""
     models = Path(folder_paths.models_dir)
-    folder_paths.add_model_folder_path(ADAPTERS, str(models / ADAPTERS))
+    for name in (ADAPTERS, *METHOD_FOLDERS):
+        folder_paths.add_model_folder_path(name, str(models / name))
     folder_paths.add_model_folder_path(IDENTITIES, str(models / IDENTITIES))
     folder_paths.add_model_folder_path(IDENTITIES, str(identity_output_folder()))
 
@@ -34,16 +36,33 @@ def list_adapters() -> list[str]:
     return [*_list_files(ADAPTERS), MINIATURE]
 
 
+def list_method_files() -> list[str]:
+    """List the adapter files of other methods as FOLDER/FILE, and the miniature's."""
+    files = [f"{folder}/{file}" for folder in METHOD_FOLDERS for file in _list_files(folder)]
+    return [*files, MINIATURE]
+
+
+def find_method_file(name: str) -> Path:
+    """Return the path of one of `list_method_files`."""
+    folder, _, file = name.partition("/")
+    return Path(folder_paths.get_full_path_or_raise(folder, file))
+
+
 def list_identities() -> list[str]:
     """List the identity files."""
     return _list_files(IDENTITIES)
 
 
-def list_face_packs() -> list[str]:
-    """List the insightface packs in models/insightface/models, and the miniature's face models."""
+def list_face_packs(is_photo: bool = False) -> list[str]:
+    """List the insightface packs in models/insightface/models, and the miniature's face models.
+
+    Args:
+        is_photo: leave the miniature out.
+    """
     folder = Path(folder_paths.models_dir) / "insightface" / "models"
     found = sorted(path.name for path in folder.glob("*") if path.is_dir())
-    return list(dict.fromkeys([DEFAULT_PACK, *found, MINIATURE]))
+    miniature = [] if is_photo else [MINIATURE]
+    return list(dict.fromkeys([DEFAULT_PACK, *found, *miniature]))
 
 
 def find_face_pack(name: str) -> Path | None:

@@ -16,8 +16,7 @@ import torch
 from .calls import NetworkCall, count_images, find_negative_rows
 
 if TYPE_CHECKING:
-    from openpulid.methods.pulid.host_flux import FluxHostIdentity
-    from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
+    from openpulid.methods.host import HostIdentity
 
 Options = Mapping[str, Any]
 Replacement = Callable[..., Any]
@@ -33,7 +32,7 @@ class ScheduledIdentity:
         end_sigma: noise level below `start_sigma` from which it no longer acts.
     """
 
-    identity: SDXLHostIdentity | FluxHostIdentity
+    identity: HostIdentity
     start_sigma: float
     end_sigma: float
 

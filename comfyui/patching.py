@@ -16,10 +16,11 @@ from .patches import (
 )
 
 if TYPE_CHECKING:
+    from openpulid.methods.ip_adapter.host import IPAdapterHostIdentity
     from openpulid.methods.pulid.host_flux import FluxHostIdentity
     from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
 
-    HostIdentity = SDXLHostIdentity | FluxHostIdentity
+    HostIdentity = SDXLHostIdentity | FluxHostIdentity | IPAdapterHostIdentity
 
 Place = tuple[str, int, int]
 """Kind of the U-Net's block, its number, and the index of the transformer block in it."""
@@ -34,12 +35,13 @@ EPSILON = 1e-6
 def find_cross_attentions(unet: Any) -> dict[str, tuple[Place, Any]]:
     """Return the cross-attentions of a U-Net by their published key ("1", "3", ...)."""
     layers = {}
-    for place, block in _transformer_blocks(unet):
+    for place, block in transformer_blocks(unet):
         layers[str(2 * len(layers) + 1)] = (place, block.attn2)
     return layers
 
 
-def _transformer_blocks(unet: Any) -> Iterator[tuple[Place, Any]]:
+def transformer_blocks(unet: Any) -> Iterator[tuple[Place, Any]]:
+    """Yield the transformer blocks of a U-Net in the order of the published keys."""
     for kind, name in UNET_BLOCKS:
         blocks = getattr(unet, name)
         for number, block in enumerate([blocks] if kind == "middle" else blocks):

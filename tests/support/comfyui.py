@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import os
@@ -12,8 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 PACK = Path(__file__).parents[2] / "comfyui"
 PACK_NAME = "openpulid_nodes"
@@ -73,19 +76,9 @@ class Multiple(float):
     __mul__ = __rmul__
 
 
-def load_miniature(pipe: Any) -> Any:
-    """Return the patcher of the miniature's U-Net in ComfyUI's own classes.
-
-    Args:
-        pipe: the miniature's diffusers pipeline.
-    """
-    import comfy.latent_formats
-    import comfy.model_base
-    import comfy.supported_models
-    import comfy.utils
-    from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
-
-    sizes = {
+def miniature_sizes() -> dict[str, Any]:
+    """Return the sizes of the miniature's U-Net, as ComfyUI names them."""
+    return {
         "image_size": 12,
         "in_channels": 20,
         "out_channels": 20,
@@ -105,7 +98,21 @@ def load_miniature(pipe: Any) -> Any:
         "use_temporal_resblock": False,
         "dtype": torch.float32,
     }
-    config = comfy.supported_models.SDXL(sizes)
+
+
+def load_miniature(pipe: Any) -> Any:
+    """Return the patcher of the miniature's U-Net in ComfyUI's own classes.
+
+    Args:
+        pipe: the miniature's diffusers pipeline.
+    """
+    import comfy.latent_formats
+    import comfy.model_base
+    import comfy.supported_models
+    import comfy.utils
+    from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
+
+    config = comfy.supported_models.SDXL(miniature_sizes())
     config.unet_config["num_head_channels"] = 32
     config.sampling_settings = {"zsnr": True}
 
@@ -115,9 +122,7 @@ def load_miniature(pipe: Any) -> Any:
 
     config.latent_format = MiniatureLatents()
     model = comfy.model_base.SDXL(config, model_type=comfy.model_base.ModelType.V_PREDICTION)
-    for module in model.modules():
-        if isinstance(module, torch.nn.GroupNorm):
-            module.num_groups = 8
+    use_eight_groups(model)
     model.embedder = Timestep(32)
     names = comfy.utils.unet_to_diffusers(config.unet_config)
     state = pipe.unet.state_dict()
@@ -126,6 +131,53 @@ def load_miniature(pipe: Any) -> Any:
     )
     assert not missing.missing_keys and not missing.unexpected_keys
     return wrap(model)
+
+
+def controlnet(network: Any) -> Any:
+    """Return a diffusers ControlNet of the miniature in ComfyUI's own classes."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.model_management
+    import comfy.utils
+
+    sizes = {**miniature_sizes(), "transformer_depth_middle": -1, "num_head_channels": 32}
+    names = comfy.utils.unet_to_diffusers(sizes)
+    del sizes["out_channels"]
+    model = comfy.cldm.cldm.ControlNet(hint_channels=3, **sizes)
+    use_eight_groups(model)
+
+    # the layers that read the hint are narrower than ComfyUI's
+    embedding = network.controlnet_cond_embedding
+    layers = [embedding.conv_in, *embedding.blocks, embedding.conv_out]
+    model.input_hint_block = type(model.input_hint_block)(
+        *(part for layer in layers for part in (copy.deepcopy(layer), torch.nn.SiLU()))
+    )[:-1]
+    own = model.state_dict()
+    state = {name: value for name, value in own.items() if name.startswith("input_hint_block")}
+    for name, value in network.state_dict().items():
+        kind, _, rest = name.partition(".")
+        if kind == "controlnet_mid_block":
+            state[f"middle_block_out.0.{rest}"] = value
+        elif kind == "controlnet_down_blocks":
+            index, _, parameter = rest.partition(".")
+            state[f"zero_convs.{index}.0.{parameter}"] = value
+        elif kind != "controlnet_cond_embedding":
+            state[names[name]] = value
+    model.load_state_dict(state, strict=True)
+    return comfy.controlnet.ControlNet(model, load_device=comfy.model_management.get_torch_device())
+
+
+def use_eight_groups(model: torch.nn.Module) -> None:
+    """Set the groups of the miniature's normalization layers; ComfyUI has 32 everywhere."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.num_groups = 8
+
+
+def read_image(path: str) -> torch.Tensor:
+    """Read an image as ComfyUI does, (1, H, W, 3) in [0, 1]."""
+    pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+    return pixels[None].float() / 255
 
 
 def sdxl_conditioning(text: torch.Tensor, pooled: torch.Tensor, side: int) -> Any:

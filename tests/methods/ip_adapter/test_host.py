@@ -118,7 +118,7 @@ def test_masked_identity_acts_inside(pipe: Any) -> None:
         host = IPAdapterHostIdentity.prepare(method, identity, **options)
         return host.contribution("1", query, query, 2, [True, False], (4, 4))
 
-    everywhere, inside = contribute(scale=0.7), contribute(scale=0.7, mask=mask)
+    everywhere, inside = contribute(scale=0.7), contribute(scale=0.7, masks=mask[None])
     assert torch.equal(inside[:, :8], everywhere[:, :8]) and not inside[:, 8:].any()
     assert torch.allclose(contribute(scale=1.4), 2 * everywhere)
 

@@ -41,7 +41,7 @@ class IPAdapterHostIdentity(HostIdentity):
         method: IPAdapterBase,
         identity: Identity,
         scale: float = 1.0,
-        mask: Tensor | None = None,
+        masks: Tensor | None = None,
     ) -> IPAdapterHostIdentity:
         """Compute the keys and values of all layers, on the CPU and in float32.
 
@@ -49,7 +49,8 @@ class IPAdapterHostIdentity(HostIdentity):
             method: the adapter.
             identity: the person.
             scale: weight of the image tokens.
-            mask: (H, W) in [0, 1]; None for everywhere.
+            masks: (M, H, W) in [0, 1], one for all images of the batch or one per image; None for
+                everywhere.
 
         Raises:
             OptionError: A value is out of range, or the identity lacks what the adapter reads.
@@ -63,7 +64,7 @@ class IPAdapterHostIdentity(HostIdentity):
                 for kind in "kv"
             )
             keys_values[key] = (keys, values)
-        return cls(scale, mask, keys_values=keys_values)
+        return cls(scale, masks, keys_values=keys_values)
 
     def contribution(
         self,
@@ -73,6 +74,7 @@ class IPAdapterHostIdentity(HostIdentity):
         num_heads: int,
         is_negative: Sequence[bool],
         grid: Grid,
+        num_images: int = 1,
     ) -> Tensor:
         """Compute what the image tokens add to the output of the text's attention.
 
@@ -83,12 +85,13 @@ class IPAdapterHostIdentity(HostIdentity):
             num_heads: h.
             is_negative: per row whether it is of the negative prompt.
             grid: rows and columns of the positions; read with a mask only.
+            num_images: of the batch; the rows repeat them once per prompt.
 
         Returns:
             (B, L, D), multiplied by the scale.
 
         Raises:
-            OptionError: There is a mask, and the positions are not a grid of this size.
+            OptionError: There is a mask that does not fit the positions or the images.
         """
 
         def place() -> KeyValue:
@@ -102,7 +105,7 @@ class IPAdapterHostIdentity(HostIdentity):
         keys, values = (select_rows(x, is_negative) for x in pair)
         heads = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)
         added = scaled_dot_product_attention(heads, keys, values).transpose(1, 2).flatten(2)
-        region = self.region(grid, query)
+        region = self.region(grid, query, num_images)
         if region is not None:
             added = added * region.to(added)
         return self.scale * added.to(text.dtype)
