@@ -116,8 +116,8 @@ def apply_method(model: Any, loaded: LoadedMethod, identity: Any, options: Apply
     from openpulid.methods.ip_adapter.host import IPAdapterHostIdentity, check_layers
 
     check_layers(loaded.adapter, find_layer_widths(unet))
-    mask = convert_mask(options.mask)
-    prepared = IPAdapterHostIdentity.prepare(loaded.adapter, identity, options.scale, mask)
+    masks = convert_mask(options.mask)
+    prepared = IPAdapterHostIdentity.prepare(loaded.adapter, identity, options.scale, masks)
     patched = patch_unet(model, schedule(model, prepared, span.start, span.end))
     lora = dict(_numbered_by_attention(unet, loaded.adapter.lora))
     return patch_weights(patched, lora, 1.0) if lora else patched

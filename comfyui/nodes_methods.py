@@ -62,7 +62,7 @@ class LoadMethodFaceModels(io.ComfyNode):
             display_name="Load face models of a method",
             category=CATEGORY,
             description="Load the models that read faces for InstantID, FaceID or PhotoMaker: "
-            "those that `pulid weights get sdxl --method METHOD` installs. Connect the result to "
+            "those that `pulid weights get METHOD` installs. Connect the result to "
             "Identity from images.",
             inputs=[
                 Method.Input("method"),
