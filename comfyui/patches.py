@@ -17,6 +17,7 @@ from .calls import NetworkCall, count_images, find_negative_rows
 
 if TYPE_CHECKING:
     from openpulid.methods.host import HostIdentity
+    from openpulid.methods.pulid.host_flux import FluxHostIdentity
 
 Options = Mapping[str, Any]
 Replacement = Callable[..., Any]
