@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from tests.comfyui.test_server import load_workflow
 from tests.support import comfyui
 from tests.support.comfyui import requires_comfyui
-from tests.support.comfyui_server import Graph, Server, both_packs, serve
+from tests.support.comfyui_server import Graph, Server
+from tests.support.comfyui_workflows import load_workflow
 
 pytestmark = requires_comfyui
 
@@ -36,15 +34,11 @@ def test_nodes_are_offered_where_inputs_can_grow() -> None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
+def growing(server) -> Server:
+    """The server, if its version has inputs that grow."""
     if not has_growing_inputs():
         pytest.skip("this version of ComfyUI has no inputs that grow")
-    with serve(tmp_path_factory.mktemp("people"), *both_packs()) as server:
-        for name, columns in {"left": slice(0, 48), "right": slice(48, 96)}.items():
-            mask = np.zeros((96, 96, 3), np.uint8)
-            mask[:, columns] = 255
-            Image.fromarray(mask).save(server.directory / "input" / f"{name}.png")
-        yield server
+    return server
 
 
 def join_people(graph: Graph, **inputs: Any) -> Graph:
@@ -69,14 +63,14 @@ def join_people(graph: Graph, **inputs: Any) -> Graph:
     return graph
 
 
-def test_people_equal_repeated_application(server) -> None:
-    (repeated,) = server.images(load_workflow("sdxl-two-people"))
-    (joined,) = server.images(join_people(load_workflow("sdxl-two-people")))
+def test_people_equal_repeated_application(growing) -> None:
+    (repeated,) = growing.images(load_workflow("sdxl-two-people"))
+    (joined,) = growing.images(join_people(load_workflow("sdxl-two-people")))
     assert np.array_equal(joined, repeated)
     alone = join_people(load_workflow("sdxl-two-people"))
     for node in alone.values():
         node["inputs"].pop("people.person_1", None)
-    (one,) = server.images(alone)
+    (one,) = growing.images(alone)
     assert not np.array_equal(one, joined)
 
 
@@ -88,13 +82,13 @@ def test_people_equal_repeated_application(server) -> None:
         ({}, {"people.person_0": None}, "people.person_0"),
     ],
 )
-def test_bad_values_are_refused_before_the_run(server, values, inputs, message) -> None:
+def test_bad_values_are_refused_before_the_run(growing, values, inputs, message) -> None:
     graph = join_people(load_workflow("sdxl-two-people"), **inputs)
     graph["100"]["inputs"].update(values)
     for node in graph.values():
         node["inputs"] = {
             name: value for name, value in node["inputs"].items() if value is not None
         }
-    status, answer = server.queue(graph)
+    status, answer = growing.queue(graph)
     assert status == 400
     assert message in json.dumps(answer["node_errors"])

@@ -34,9 +34,21 @@ Graph = dict[str, Any]
 class Server:
     """A running server."""
 
-    def __init__(self, url: str, directory: Path) -> None:
+    def __init__(self, url: str, directory: Path, process: subprocess.Popen[bytes]) -> None:
         self.url = url
         self.directory = directory
+        self.process = process
+
+    def wait_until_ready(self) -> None:
+        """Wait until the server answers."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                self.get("/system_stats")
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise RuntimeError((self.directory / "server.log").read_text()[-3000:])
 
     def request(self, path: str, body: Any = None) -> tuple[int, bytes]:
         """Send a request and return status and body."""
@@ -77,18 +89,33 @@ class Server:
         """Run a workflow and return the images of its SaveImage nodes."""
         entry = self.run(graph)
         assert entry["status"]["status_str"] == "success", entry["status"]
+        return self.read_images(entry)
+
+    def read_images(self, entry: Any) -> list[np.ndarray]:
+        """Return the images of the SaveImage nodes in an entry of the history."""
         arrays = []
         for output in entry["outputs"].values():
             for file in output.get("images", []):
+                if file["type"] != "output":
+                    continue
                 status, body = self.request("/view?" + urllib.parse.urlencode(file))
                 assert status == 200
                 arrays.append(np.asarray(Image.open(BytesIO(body)).convert("RGB")).astype(int))
         return arrays
 
+    def free(self) -> None:
+        """Unload all models and forget the results of all nodes."""
+        status, _ = self.request("/free", {"unload_models": True, "free_memory": True})
+        assert status == 200
+        # The server does it before the next workflow, or after it; so this is not the test's.
+        image = {"class_type": "LoadImage", "inputs": {"image": "gray.png"}}
+        preview = {"class_type": "PreviewImage", "inputs": {"images": ["gray", 0]}}
+        self.run({"gray": image, "preview": preview})
+
 
 @contextmanager
 def serve(directory: Path, *packs: Path) -> Iterator[Server]:
-    """Run a server with these packs on a free port.
+    """Start a server with these packs on a free port, and end it.
 
     Args:
         directory: for its files; it has no custom nodes yet.
@@ -116,32 +143,18 @@ def serve(directory: Path, *packs: Path) -> Iterator[Server]:
     ]  # fmt: skip
     path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    # The server finds no published weights, whatever this machine has.
+    environment.update(PULID_WEIGHTS="", HF_HUB_CACHE=str(directory / "hub"), HF_HUB_OFFLINE="1")
     log = (directory / "server.log").open("w")
     process = subprocess.Popen(
         command, cwd=os.environ["COMFYUI_PATH"], env=environment, stdout=log, stderr=log
     )
-    server = Server(f"http://127.0.0.1:{port}", directory)
     try:
-        wait_until_ready(server, process)
-        yield server
+        yield Server(f"http://127.0.0.1:{port}", directory, process)
     finally:
         process.terminate()
         process.wait()
         log.close()
-
-
-def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
-    """Wait until the server answers."""
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        try:
-            server.get("/system_stats")
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError((server.directory / "server.log").read_text()[-3000:])
 
 
 def both_packs() -> tuple[Path, Path]:
