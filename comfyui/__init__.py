@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from .extension import OpenPulidExtension
 from .folders import register_folders
+from .replacements import register_replacements
 
 
 async def comfy_entrypoint() -> OpenPulidExtension:
-    """Register the folders of models, and return the extension to ComfyUI."""
+    """Register folders and replacements, and return the extension to ComfyUI."""
     register_folders()
+    await register_replacements()
     return OpenPulidExtension()

@@ -1,4 +1,4 @@
-"""What ComfyUI loads: the list of nodes, and the old nodes that they replace."""
+"""What ComfyUI loads: the list of nodes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,10 @@ from .nodes_methods import (
     PhotoMakerPrompt,
 )
 from .nodes_people import ApplyPulidToPeople, DescribePerson
-from .replacements import register_replacements
 
 
 class OpenPulidExtension(ComfyExtension):
     """The nodes of this pack."""
-
-    async def on_load(self) -> None:
-        """Register the nodes of other packs that these replace."""
-        await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Return the node classes."""

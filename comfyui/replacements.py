@@ -1,6 +1,7 @@
 """Nodes of other PuLID packs that these nodes replace in existing workflows.
 
-ComfyUI knows replacements since version 0.14; before, old workflows need their own packs.
+The page of ComfyUI offers them since version 0.14. A workflow that is queued with old nodes runs in
+all versions.
 """
 
 from __future__ import annotations
@@ -82,31 +83,50 @@ def _replacement(
         "old_node_id": old,
         "old_widget_ids": widgets,
         "input_mapping": mapping,
-        # Outputs keep their index. With a mapping, the server would look for the old inputs of
-        # nodes that it may have replaced before.
-        "output_mapping": None,
+        "output_mapping": [{"new_idx": 0, "old_idx": 0}],
     }
 
 
 async def register_replacements() -> None:
-    """Register the replacements, if this version of ComfyUI has them."""
+    """Register the replacements for the page, if this version has them, and for the queue."""
+    from server import PromptServer
+
+    PromptServer.instance.add_on_prompt_handler(replace_queued_nodes)
     api = ComfyAPI()
     if not hasattr(io, "NodeReplace") or not hasattr(api, "node_replacement"):
         return
-    from server import PromptServer
-
-    PromptServer.instance.add_on_prompt_handler(add_missing_masks)
     for arguments in list_replacements():
         await api.node_replacement.register(io.NodeReplace(**arguments))
 
 
-def add_missing_masks(request: dict[str, Any]) -> dict[str, Any]:
-    """Give an old node without a mask the input with no value, in a workflow that is queued.
+def replace_queued_nodes(request: dict[str, Any]) -> dict[str, Any]:
+    """Replace the nodes of packs that are not installed, in a workflow that is queued.
 
-    ComfyUI's replacement needs every input of the mapping, also an optional one.
+    ComfyUI would do it after this, but it needs titles and all optional inputs, and fails where two
+    linked nodes are replaced.
     """
+    from nodes import NODE_CLASS_MAPPINGS
+
     prompt = request.get("prompt")
+    replacements = {
+        replacement["old_node_id"]: replacement
+        for replacement in list_replacements()
+        if replacement["old_node_id"] not in NODE_CLASS_MAPPINGS
+    }
     for node in prompt.values() if isinstance(prompt, dict) else ():
-        if node.get("class_type") in APPLY_NODES and isinstance(node.get("inputs"), dict):
-            node["inputs"].setdefault(SHARED_INPUTS["mask"], None)
+        replacement = replacements.get(node.get("class_type"))
+        if replacement is not None:
+            node["class_type"] = replacement["new_node_id"]
+            node["inputs"] = map_inputs(replacement["input_mapping"], node.get("inputs", {}))
     return request
+
+
+def map_inputs(mapping: list[dict[str, Any]], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of the new node, without those that the old one does not have."""
+    new = {}
+    for entry in mapping:
+        if "set_value" in entry:
+            new[entry["new_id"]] = entry["set_value"]
+        elif entry["old_id"] in inputs:
+            new[entry["new_id"]] = inputs[entry["old_id"]]
+    return new
