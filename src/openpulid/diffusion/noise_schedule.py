@@ -80,6 +80,10 @@ class NoiseSchedule:
         timesteps = (torch.arange(steps, 0, -1) * (len(self.alphas) / steps)).round().long() - 1
         return torch.cat([self._sigmas()[timesteps], torch.zeros(1)])
 
+    def initial_sample(self, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """Scale standard normal noise so that x_t of the first step is the noise itself."""
+        return noise * (1 + sigmas[0].square()).sqrt().to(noise)
+
     def denoise(
         self, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor
     ) -> Tensor:

@@ -2,25 +2,71 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from openpulid.errors import IdentityError, OptionError, WeightsError
-from openpulid.io.checkpoints import load_state, read_tensors
+from openpulid.identity.identity import find_mismatched_models
+from openpulid.io.checkpoints import (
+    load_state,
+    parse_config,
+    read_metadata,
+    read_tensors,
+    save_tensors,
+)
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid.encoders import LEVELS, IDEncoder, IDFormer
 from openpulid.methods.pulid.masks import Person
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What the header of an adapter's file says; published files have nothing there.
+
+    Attributes:
+        entries: of the header.
+        message: of the error for a damaged entry.
+    """
+
+    entries: Mapping[str, str]
+    message: str
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], message: str) -> AdapterMetadata:
+        """Read a file's header; v1's `.bin` has none."""
+        has_header = Path(path).suffix == ".safetensors"
+        return cls(read_metadata(path) if has_header else {}, message)
+
+    def sizes(self, name: str) -> dict[str, Any]:
+        """Return the sizes in an entry.
+
+        Raises:
+            WeightsError: The entry is damaged.
+        """
+        return parse_config(self.entries.get(name, "{}"), self.message)
+
+    def models(self) -> dict[str, str]:
+        """Return name -> hash of the face models used in training."""
+        return {name: str(value) for name, value in self.sizes("models").items()}
+
 
 PuLIDAdapter = TypeVar("PuLIDAdapter", bound="PuLIDBase")
 
 
 class PuLIDBase(Adapter, nn.Module):
-    """An identity encoder and attention layers, trained for one base model."""
+    """An identity encoder and attention layers, trained for one base model.
+
+    Attributes:
+        models: name -> hash of the face models used in training. Published files do not record
+            them.
+    """
 
     slot: ClassVar[str] = "identity"
     replaces: ClassVar[bool] = True
@@ -28,6 +74,7 @@ class PuLIDBase(Adapter, nn.Module):
     def __init__(self) -> None:
         nn.Module.__init__(self)
         Adapter.__init__(self)
+        self.models: dict[str, str] = {}
 
     @property
     def encoder(self) -> IDEncoder | IDFormer:
@@ -35,6 +82,33 @@ class PuLIDBase(Adapter, nn.Module):
         raise NotImplementedError
 
     # --- weights
+
+    def layer_sizes(self) -> dict[str, int]:
+        """Return what the shapes of the layers' tensors do not tell about them."""
+        return {}
+
+    def save(
+        self, path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None
+    ) -> Path:
+        """Write one safetensors file with the published names, and the sizes as metadata.
+
+        Args:
+            path: of the file; its folder is created.
+            metadata: additional entries of the file's header.
+
+        Returns:
+            The path.
+
+        Raises:
+            OutputError: The file cannot be written; an existing one is as it was.
+        """
+        header = {key: str(value) for key, value in (metadata or {}).items()}
+        header["encoder"] = type(self.encoder).__name__
+        header["config"] = json.dumps(self.encoder.config)
+        if sizes := self.layer_sizes():
+            header["layers"] = json.dumps(sizes)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        return save_tensors(tensors, path, header)
 
     @staticmethod
     def read(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -58,6 +132,22 @@ class PuLIDBase(Adapter, nn.Module):
             self, state, "these are not the weights of this adapter, name its own file", assign=True
         )
         return self.eval()
+
+    # --- compatibility
+
+    def require(self, models: Mapping[str, str]) -> None:
+        """Raise OptionError if the face models differ from the ones used in training.
+
+        Args:
+            models: name -> hash of the models that analyze the reference images.
+        """
+        mismatched = find_mismatched_models(self.models, models) if self.models else []
+        if mismatched:
+            raise OptionError(
+                f"this adapter was trained with {' and '.join(sorted(self.models))}, but the "
+                f"current {' and '.join(mismatched)} differs; pass the insightface pack "
+                "used in training (--faces), or another adapter."
+            )
 
     # --- tokens
 

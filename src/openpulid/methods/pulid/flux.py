@@ -15,7 +15,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoint_kinds import PULID_FLUX, CheckpointKind
 from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.hooks import PipelineState, Span, StepTracker, check_scale
-from openpulid.methods.pulid.base import PuLIDBase
+from openpulid.methods.pulid.base import AdapterMetadata, PuLIDBase
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux_attention import (
     BlockKey,
@@ -93,7 +93,7 @@ class PuLIDFlux(PuLIDBase):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> PuLIDFlux:
-        """Load a published file.
+        """Load a published file, or one written by `save`.
 
         Args:
             path: the file.
@@ -107,18 +107,35 @@ class PuLIDFlux(PuLIDBase):
         """
         cls.check_file(path)
         state = cls.read(path, dtype)
-        with init_empty_weights(include_buffers=False):
-            encoder = IDFormer()
-        with explain_bad_weights(f"{path} is no adapter of PuLID for FLUX, or is damaged"):
-            return cls.from_state_dict(state, encoder)
+        message = f"{path} is no adapter of PuLID for FLUX, or is damaged"
+        metadata = AdapterMetadata.read(path, message)
+        with explain_bad_weights(message):
+            with init_empty_weights(include_buffers=False):
+                encoder = IDFormer(**metadata.sizes("config"))
+            adapter = cls.from_state_dict(state, encoder, **metadata.sizes("layers"))
+        adapter.models = metadata.models()
+        return adapter
+
+    def layer_sizes(self) -> dict[str, int]:
+        """Return the width of a head, and the two intervals."""
+        layer = self.layers[0]
+        return {
+            "dim_head": layer.to_q.out_features // layer.heads,
+            "double_interval": self.double_interval,
+            "single_interval": self.single_interval,
+        }
 
     @classmethod
     def from_state_dict(
-        cls, state: Mapping[str, Tensor], encoder: IDFormer, dim_head: int = 128
+        cls, state: Mapping[str, Tensor], encoder: IDFormer, dim_head: int = 128, **intervals: int
     ) -> PuLIDFlux:
         """Create an adapter from weights under their published names.
 
-        The sizes of the layers are those of the tensors.
+        Args:
+            state: name -> tensor; the sizes of the layers are theirs.
+            encoder: an `IDFormer`.
+            dim_head: width of a head.
+            intervals: those of the constructor.
 
         Raises:
             WeightsError: A name is missing or unexpected, or a shape differs.
@@ -136,7 +153,7 @@ class PuLIDFlux(PuLIDBase):
                     to_q.shape[1], dim_head, heads, kv_dim=to_kv.shape[1]
                 )
                 layers.append(layer)
-        return cls(encoder, layers).load_weights(state)
+        return cls(encoder, layers, **intervals).load_weights(state)
 
     def check(self, target: Any) -> None:
         """Raise an error if the adapter does not fit a pipeline or transformer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -16,17 +15,11 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError, suggest
-from openpulid.identity.identity import find_mismatched_models
 from openpulid.io import hub
 from openpulid.io.checkpoint_kinds import PULID_SDXL, CheckpointKind
-from openpulid.io.checkpoints import (
-    explain_bad_weights,
-    parse_config,
-    read_metadata,
-    save_tensors,
-)
+from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.hooks import PipelineState, Span, check_scale, find_unet
-from openpulid.methods.pulid.base import PuLIDBase
+from openpulid.methods.pulid.base import AdapterMetadata, PuLIDBase
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.methods.pulid.masks import People, normalize_people, stack_masks
@@ -54,10 +47,6 @@ class PuLID(PuLIDBase):
     Args:
         encoder: `IDEncoder` (v1) or `IDFormer` (v1.1).
         layers: one `IdentityLayer` per cross-attention, by published key ("1", "3", ...).
-
-    Attributes:
-        models: name -> hash of the face models used in training. Published files do not record
-            them.
     """
 
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (PULID_SDXL,)
@@ -66,7 +55,6 @@ class PuLID(PuLIDBase):
         super().__init__()
         self.id_adapter = encoder
         self.id_adapter_attn_layers = layers
-        self.models: dict[str, str] = {}
 
     @property
     def encoder(self) -> IDEncoder | IDFormer:
@@ -79,27 +67,6 @@ class PuLID(PuLIDBase):
     def for_unet(cls, unet: nn.Module, encoder: IDEncoder | IDFormer) -> PuLID:
         """Create an untrained adapter for a U-Net. Its values are zero, so it changes nothing."""
         return cls(encoder, create_identity_layers(unet))
-
-    def save(
-        self, path: str | os.PathLike[str], metadata: Mapping[str, object] | None = None
-    ) -> Path:
-        """Write one safetensors file with the published names and the encoder's configuration.
-
-        Args:
-            path: of the file; its folder is created.
-            metadata: additional entries of the file's header.
-
-        Returns:
-            The path.
-
-        Raises:
-            OutputError: The file cannot be written; an existing one is as it was.
-        """
-        header = {key: str(value) for key, value in (metadata or {}).items()}
-        header["encoder"] = type(self.id_adapter).__name__
-        header["config"] = json.dumps(self.id_adapter.config)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
-        return save_tensors(tensors, path, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> PuLID:
@@ -118,12 +85,11 @@ class PuLID(PuLIDBase):
         """
         cls.check_file(path)
         state = cls.read(path, dtype)
-        metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
         default_encoder = "IDFormer" if "id_adapter.latents" in state else "IDEncoder"
         message = f"{path} is damaged; download or train it again"
-        config = parse_config(metadata.get("config", "{}"), message)
-        models = parse_config(metadata.get("models", "{}"), message)
-        name = metadata.get("encoder", default_encoder)
+        metadata = AdapterMetadata.read(path, message)
+        config = metadata.sizes("config")
+        name = metadata.entries.get("encoder", default_encoder)
         if name not in ENCODERS:
             raise WeightsError(f"{message} (its encoder is unknown).")
         with explain_bad_weights(message):
@@ -131,7 +97,7 @@ class PuLID(PuLIDBase):
             with init_empty_weights(include_buffers=False):  # the weights are loaded below
                 encoder = encoder_class(**config)
             adapter = cls.from_state_dict(state, encoder)
-        adapter.models = {str(name): str(value) for name, value in models.items()}
+        adapter.models = metadata.models()
         return adapter
 
     @classmethod
@@ -199,20 +165,6 @@ class PuLID(PuLIDBase):
         return adapter
 
     # --- compatibility
-
-    def require(self, models: Mapping[str, str]) -> None:
-        """Raise OptionError if the face models differ from the ones used in training.
-
-        Args:
-            models: name -> hash of the models that analyze the reference images.
-        """
-        mismatched = find_mismatched_models(self.models, models) if self.models else []
-        if mismatched:
-            raise OptionError(
-                f"this adapter was trained with {' and '.join(sorted(self.models))}, but the "
-                f"current {' and '.join(mismatched)} differs; pass the insightface pack "
-                "used in training (--faces), or another adapter."
-            )
 
     def check(self, target: Any) -> None:
         """Raise an error if the adapter does not fit a pipeline or U-Net.

@@ -156,7 +156,9 @@ def lightning_branch(
             attention.append(layers)
         return denoised
 
-    return Rollout(config.sampler(denoise, _scale_noise(noise, sigmas), sigmas), attention)
+    return Rollout(
+        config.sampler(denoise, base.schedule.initial_sample(noise, sigmas), sigmas), attention
+    )
 
 
 def queries_at_step(base: BaseModel, x: Tensor, sigma: Tensor, text: Any) -> list[AttentionQK]:
@@ -191,15 +193,10 @@ def denoise_until(
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         return base.schedule.denoise(predict, x, sigma)
 
-    x = _scale_noise(noise, sigmas)
+    x = base.schedule.initial_sample(noise, sigmas)
     if step:
         x = config.sampler(denoise, x, sigmas[: step + 1])
     return x, sigmas[step].to(noise).expand(len(noise))
-
-
-def _scale_noise(noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Scale noise for the sampler so that x_t of the first step is the noise itself."""
-    return noise * (1 + sigmas[0].square()).sqrt().to(noise)
 
 
 def _predict(

@@ -1,0 +1,227 @@
+"""FLUX.1 as training uses it.
+
+Shapes: B batch, c x h x w latents, L = h / 2 * w / 2 image tokens of width 4 c, T text tokens of
+width D, H x W images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from openpulid.diffusion.flow_schedule import FlowSchedule
+from openpulid.training.pulid.models import AttentionQK
+
+PATCH = 2
+"""Side of an image token in latents."""
+
+
+@dataclass(frozen=True)
+class FluxText:
+    """Text of a FLUX base.
+
+    Attributes:
+        embeds: (B, T, D) tokens of T5.
+        pooled: (B, P) pooled embedding of CLIP.
+    """
+
+    embeds: Tensor
+    pooled: Tensor
+
+
+class FluxModel:
+    """A `BaseModel` of diffusers' `FluxPipeline`, of any size.
+
+    Freezes the pipeline's networks and changes nothing else.
+
+    Args:
+        pipe: the pipeline.
+        pixels: width of the images; a scheduler that shifts by resolution shifts for this one.
+        guidance: value of the guidance embedding; a model without one does not read it.
+        max_sequence_length: T.
+        logit_mean, logit_std: see `FlowSchedule`.
+    """
+
+    has_checkpointed_blocks = True
+
+    def __init__(
+        self,
+        pipe: Any,
+        pixels: int = 1024,
+        guidance: float = 1.0,
+        max_sequence_length: int = 512,
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+    ) -> None:
+        self.pipe = pipe
+        self.transformer = pipe.transformer
+        self.vae = pipe.vae
+        self.pixels = pixels
+        self.guidance = guidance
+        self.max_sequence_length = max_sequence_length
+        for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        self.schedule = FlowSchedule(self._shift(), logit_mean, logit_std)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the transformer."""
+        return self.transformer.device
+
+    def _shift(self) -> float:
+        """Return the scheduler's shift of the noise levels for the base's own size."""
+        config = self.pipe.scheduler.config
+        if not config.use_dynamic_shifting:
+            return float(config.shift)
+        # linear in the number of image tokens, as in FLUX's own sampling code
+        num_tokens = (self.latent_shape()[1] // PATCH) ** 2
+        slope = (config.max_shift - config.base_shift) / (
+            config.max_image_seq_len - config.base_image_seq_len
+        )
+        return math.exp(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
+
+    def latent_shape(self, pixels: int | None = None) -> tuple[int, int, int]:
+        """Return (c, h, w) of a square image's latents; by default of the base's own size."""
+        side = PATCH * ((pixels or self.pixels) // (PATCH * self.pipe.vae_scale_factor))
+        return self.transformer.config.in_channels // PATCH**2, side, side
+
+    @torch.no_grad()
+    def encode_text(
+        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
+    ) -> FluxText:
+        """Encode B prompts, without gradient; the size of the images is not read."""
+        texts = ([""] * len(prompts) if guided else []) + list(prompts)
+        embeds, pooled, _ = self.pipe.encode_prompt(
+            prompt=texts,
+            prompt_2=None,
+            device=self.device,
+            num_images_per_prompt=1,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return FluxText(embeds, pooled)
+
+    def predict(self, x_t: Tensor, t: Tensor, text: FluxText) -> Tensor:
+        """Run the transformer on (B, c, h, w) at noise levels (B,); float32, with gradient."""
+        dtype = self.transformer.dtype
+        height, width = (side // PATCH for side in x_t.shape[-2:])
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            guidance = torch.full((len(x_t),), self.guidance, device=x_t.device)
+        output = self.transformer(
+            hidden_states=pixel_unshuffle(x_t, PATCH).flatten(2).transpose(1, 2).to(dtype),
+            timestep=t.to(x_t.device, dtype),
+            guidance=guidance,
+            encoder_hidden_states=text.embeds.to(dtype),
+            pooled_projections=text.pooled.to(dtype),
+            txt_ids=torch.zeros(text.embeds.shape[1], 3, device=x_t.device),
+            img_ids=position_ids(height, width).to(x_t.device),
+            return_dict=False,
+        )[0]
+        tokens = output.float().transpose(1, 2).unflatten(2, (height, width))
+        return pixel_shuffle(tokens, PATCH)
+
+    @contextmanager
+    def capture_attention(self) -> Iterator[list[AttentionQK]]:
+        """Collect the image's queries and the text's keys of every block, in call order.
+
+        The list is filled when the context is closed: a block that runs again in the backward pass
+        must compute what it computed before. The queries are rotated to their positions; the keys
+        need no rotation, since text is at position zero.
+        """
+        attention: list[AttentionQK] = []
+        captures: list[_BlockCapture] = []
+        double = [(block.attn, True) for block in self.transformer.transformer_blocks]
+        single = [(block.attn, False) for block in self.transformer.single_transformer_blocks]
+        with ExitStack() as stack:
+            for attn, is_double in double + single:
+                captures.append(_BlockCapture(is_double))
+                captures[-1].register(attn, stack)
+            yield attention
+        num_calls = len(captures[0].calls)
+        for call in range(num_calls):
+            # a single block has the text first; its length is that of a double block's keys
+            num_text = captures[0].calls[call].key.shape[1]
+            attention += [capture.calls[call].pair(num_text) for capture in captures]
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [0, 1] to latents (B, c, h, w) in float32."""
+        parameter = next(self.vae.parameters())
+        latents = self.vae.encode((2 * images - 1).to(parameter)).latent_dist.mode().float()
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode (B, c, h, w) to images (B, 3, H, W), about 0..1 and not clamped, with gradient."""
+        latents = latents / self.vae.config.scaling_factor + self.vae.config.shift_factor
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return images.float() / 2 + 0.5
+
+
+@dataclass
+class _BlockCall:
+    """What one call of a block's attention computed.
+
+    Attributes:
+        rotation: cosine and sine of all tokens, text first, (T + L, d).
+        query: (B, L or T + L, heads, d).
+        key: (B, T or T + L, heads, d).
+    """
+
+    rotation: tuple[Tensor, Tensor]
+    query: Tensor
+    key: Tensor
+
+    def pair(self, num_text: int) -> AttentionQK:
+        """Return the image's rotated queries and the text's keys."""
+        cos, sin = (x[num_text:] for x in self.rotation)
+        query = apply_rotary_emb(self.query[:, -len(cos) :], (cos, sin), sequence_dim=1)
+        return AttentionQK(query.transpose(1, 2), self.key[:, :num_text].transpose(1, 2))
+
+
+class _BlockCapture:
+    """Hooks on the attention of one block.
+
+    Attributes:
+        is_double: whether the text has keys of its own.
+        calls: of the block.
+    """
+
+    def __init__(self, is_double: bool) -> None:
+        self.is_double = is_double
+        self.calls: list[_BlockCall] = []
+        self._rotation: tuple[Tensor, Tensor]
+        self._query: Tensor
+
+    def register(self, attn: Any, stack: ExitStack) -> None:
+        """Register the hooks until the stack is closed. The keys are computed after the queries."""
+        key_norm = attn.norm_added_k if self.is_double else attn.norm_k
+        for handle in (
+            attn.register_forward_pre_hook(self._store_rotation, with_kwargs=True),
+            attn.norm_q.register_forward_hook(self._store_query),
+            key_norm.register_forward_hook(self._store_call),
+        ):
+            stack.callback(handle.remove)
+
+    def _store_rotation(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self._rotation = kwargs["image_rotary_emb"]
+
+    def _store_query(self, norm: Any, args: Any, query: Tensor) -> None:
+        self._query = query
+
+    def _store_call(self, norm: Any, args: Any, key: Tensor) -> None:
+        self.calls.append(_BlockCall(self._rotation, self._query, key))
+
+
+def position_ids(height: int, width: int) -> Tensor:
+    """Return the positions (L, 3) of image tokens: zero, row, column."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).float()
