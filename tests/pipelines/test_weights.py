@@ -15,7 +15,7 @@ from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import Preset, flux, sdxl, with_base, with_method
 from openpulid.pipelines.weights import missing_sources, missing_weights, require_weights
 from openpulid.training.pulid import find_recipe
-from openpulid.training.pulid.train_sdxl import load_models
+from openpulid.training.pulid.photo_models import load_models
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe, for example mini_stage1 or sdxl_stage1.")],
+    recipe: Annotated[
+        str, typer.Argument(help="Recipe, for example mini_stage1, sdxl_stage1 or flux_stage1.")
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Run directory (default: runs/RECIPE).")
     ] = None,
@@ -39,21 +41,21 @@ def train(
         typer.Option("--resume/--fresh", help="Continue the run, or delete it and start again."),
     ] = True,
     data: Annotated[
-        Path | None, typer.Option(help="sdxl: folder of images NAME.jpg with captions NAME.txt.")
+        Path | None, typer.Option(help="Photos: folder of images NAME.jpg with captions NAME.txt.")
     ] = None,
     held_out: Annotated[
-        Path | None, typer.Option(help="sdxl: same as --data, with people not trained on.")
+        Path | None, typer.Option(help="Photos: same as --data, with people not trained on.")
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="sdxl: checkpoint of the diffusion branch (default: sdxl-base)."),
+        typer.Option(help="Photos: checkpoint of the diffusion branch (sdxl-base or flux-dev)."),
     ] = None,
     few_step_model: Annotated[
         list[str] | None,
-        typer.Option(help="sdxl: checkpoint of the lightning branch; repeatable."),
+        typer.Option(help="Photos: checkpoint of the lightning branch; repeatable."),
     ] = None,
     faces: Annotated[
-        Path | None, typer.Option(help="sdxl: folder of another insightface pack.")
+        Path | None, typer.Option(help="Photos: folder of another insightface pack.")
     ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Images per step, over all processes.")
@@ -117,7 +119,8 @@ def train(
         )
     from openpulid.device import select_device
     from openpulid.training.pulid import check_init_adapter, prepare_run_dir
-    from openpulid.training.pulid.train_sdxl import check_photos, load_models, train_on_photos
+    from openpulid.training.pulid.photo_models import load_models
+    from openpulid.training.pulid.train_photos import check_photos, train_on_photos
 
     # everything that needs no models first: they take minutes to load, and gigabytes to download
     check_init_adapter(changed, begin)
@@ -129,7 +132,7 @@ def train(
     models = load_models(
         changed,
         selected_device,
-        base=base or "sdxl-base",
+        base=base,
         few_step_models=few_step_model or (),
         faces=faces,
     )

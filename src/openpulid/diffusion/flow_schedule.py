@@ -92,10 +92,6 @@ class FlowSchedule:
         """
         return self.predict_x0(predict(x, sigma.to(x)), x, sigma)
 
-    def snr(self, t: Tensor) -> Tensor:
-        """Return the signal-to-noise ratio ((1 - s) / s)^2, (B,)."""
-        return ((1 - t) / t).square()
-
     def _shifted(self, s: Tensor) -> Tensor:
         return self.shift * s / (1 + (self.shift - 1) * s)
 

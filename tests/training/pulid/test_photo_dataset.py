@@ -35,9 +35,10 @@ from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid import photo_folder
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.photo_dataset import PhotoDataset
+from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.train import build_adapter
-from openpulid.training.pulid.train_sdxl import TrainingModels, _feature_widths, train_on_photos
+from openpulid.training.pulid.train_photos import train_on_photos
 from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl as tiny
 from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recognition_file
@@ -292,7 +293,7 @@ def test_adapter_widths_are_those_of_the_features_whichever_photo_is_damaged(
 ) -> None:
     copy = tmp_path / "photos"
     recipe = replace(find_recipe("sdxl_stage1"), **SMALL)
-    adapter = build_adapter(recipe, base, _feature_widths(features))
+    adapter = build_adapter(recipe, base, TrainingModels(base, features).feature_widths)
     shutil.copytree(folder, copy)
     photos = opened(copy, base, features, index)
     for name in photos.names:

@@ -93,10 +93,12 @@ def _create_adapter(
     init_adapter = None
     if recipe.init_from is not None:
         init_adapter = pulid.find_init_adapter(recipe.init_from, run.work_dir, run.weights)
-    return build_adapter(
+    adapter = build_adapter(
         recipe,
         base,
         pulid._encoder_config(recipe, extractor),
         init_adapter=init_adapter,
         extractor_models=extractor.models,
     )
+    assert isinstance(adapter, PuLID)
+    return adapter

@@ -10,7 +10,7 @@ import torch
 from openpulid.device import select_device
 from openpulid.errors import OptionError, TrainingError
 from openpulid.identity.extractor import MiniExtractor
-from openpulid.methods.pulid import PuLID
+from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.mini.train.loss_models import load_face_embedder, load_student
 from openpulid.mini.train.portraits import Mixture, open_portraits
 from openpulid.mini.train.sheet import draw_sheet
@@ -42,7 +42,7 @@ def train(
     init_adapter: Path | None = None,
     runs: Path = Path("runs/mini"),
     weights: Path = MINIATURE,
-) -> tuple[PuLID, TrainingResult]:
+) -> tuple[PuLID | PuLIDFlux, TrainingResult]:
     """Train an adapter of the miniature, or continue its run.
 
     Writes `adapter.safetensors` into the run directory.
@@ -65,7 +65,7 @@ def train(
     if recipe.base != "mini":
         raise OptionError(
             f"{recipe.name} trains on {recipe.base}, not on the miniature: use "
-            "openpulid.training.pulid.train_sdxl."
+            "openpulid.training.pulid.train_photos."
         )
     if recipe.init_from and init_adapter is None:
         init_adapter = find_init_adapter(recipe.init_from, run_dir, weights)

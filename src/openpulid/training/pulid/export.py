@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 
 from openpulid import __version__
 from openpulid.errors import TrainingError
-from openpulid.methods.pulid import PuLID
+from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.trainer import TrainingResult
 
 
 def save_adapter(
-    adapter: PuLID,
+    adapter: PuLID | PuLIDFlux,
     path: str | PathLike[str],
     recipe: Recipe,
     result: TrainingResult,
@@ -27,9 +27,9 @@ def save_adapter(
 ) -> Path:
     """Save an adapter as one safetensors file that every PuLID loader opens.
 
-    Tensors are named `id_adapter.*` and `id_adapter_attn_layers.N.id_to_{k,v}.weight`. The metadata
-    holds the recipe (all settings, as JSON), the revision of the code, seed, steps, minutes and the
-    last validation metrics.
+    Tensors are named `id_adapter.*` and `id_adapter_attn_layers.N.id_to_{k,v}.weight`, for FLUX
+    `pulid_encoder.*` and `pulid_ca.N.*`. The metadata holds the recipe (all settings, as JSON), the
+    revision of the code, seed, steps, minutes and the last validation metrics.
 
     Args:
         adapter: the trained adapter.

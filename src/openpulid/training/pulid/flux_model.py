@@ -50,7 +50,7 @@ class FluxModel:
         logit_mean, logit_std: see `FlowSchedule`.
     """
 
-    has_checkpointed_blocks = True
+    checkpoints_blocks = True
 
     def __init__(
         self,
@@ -76,6 +76,11 @@ class FluxModel:
     def device(self) -> torch.device:
         """The device of the transformer."""
         return self.transformer.device
+
+    @property
+    def network(self) -> Any:
+        """The transformer."""
+        return self.transformer
 
     def _shift(self) -> float:
         """Return the scheduler's shift of the noise levels for the base's own size."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from openpulid.diffusion.flow_schedule import FlowSchedule
 from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.errors import OptionError
 from openpulid.training.pulid.branches import DiffusionStep
@@ -21,7 +22,8 @@ class DiffusionLoss(nn.Module):
 
     - min-SNR-gamma (arXiv 2303.09556): the loss at t is weighted so that it counts like
       min(SNR_t, gamma) on x_0. The weight is min(SNR, gamma) / SNR for epsilon and
-      min(SNR, gamma) / (SNR + 1) for v. Then a few timesteps do not dominate.
+      min(SNR, gamma) / (SNR + 1) for v. Then a few timesteps do not dominate. A flow model weighs
+      noise levels by how often it draws them instead.
     - `face_weight`: positions inside a mask weigh more than those outside. The weights of each
       image are divided by their mean.
 
@@ -33,7 +35,7 @@ class DiffusionLoss(nn.Module):
 
     def __init__(
         self,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | FlowSchedule,
         min_snr_gamma: float | None = None,
         face_weight: float = 1.0,
     ) -> None:
@@ -42,6 +44,8 @@ class DiffusionLoss(nn.Module):
             raise OptionError(
                 f"min_snr_gamma ({min_snr_gamma}) and face_weight ({face_weight}) must be positive."
             )
+        if min_snr_gamma is not None and isinstance(schedule, FlowSchedule):
+            raise OptionError("flow models have no min_snr_gamma; set logit_mean and logit_std.")
         self.schedule = schedule
         self.min_snr_gamma = min_snr_gamma
         self.face_weight = face_weight
@@ -65,7 +69,7 @@ class DiffusionLoss(nn.Module):
 
     def timestep_weight(self, t: Tensor) -> Tensor:
         """Compute the min-SNR weights (B,) of timesteps (B,)."""
-        if self.min_snr_gamma is None:
+        if self.min_snr_gamma is None or isinstance(self.schedule, FlowSchedule):
             return torch.ones(len(t), device=t.device)
         snr = self.schedule.snr(t)
         clipped_snr = snr.clamp(max=self.min_snr_gamma)

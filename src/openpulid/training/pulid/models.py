@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from openpulid.diffusion.flow_schedule import FlowSchedule
 from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.methods.pulid import cross_attentions
 
@@ -47,10 +48,26 @@ class AttentionQK:
 
 
 class BaseModel(Protocol):
-    """A frozen text-to-image model as training uses it."""
+    """A frozen text-to-image model as training uses it.
 
-    schedule: NoiseSchedule
-    pipe: Any  # an adapter is attached to it
+    Attributes:
+        pipe: an adapter is attached to it.
+        pixels: width of the base's own images.
+        checkpoints_blocks: whether a rollout is recomputed block by block instead of call by call.
+            FLUX's hooks count the calls of the transformer, so no call may be repeated.
+    """
+
+    pipe: Any
+    pixels: int
+    checkpoints_blocks: bool
+
+    @property
+    def schedule(self) -> NoiseSchedule | FlowSchedule:
+        """The noise schedule."""
+
+    @property
+    def network(self) -> Any:
+        """The U-Net or transformer."""
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +93,9 @@ class BaseModel(Protocol):
     def capture_attention(self) -> AbstractContextManager[list[AttentionQK]]:
         """Collect queries and keys of every cross-attention layer in `predict`, with gradient."""
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) in [0, 1] to latents (B, c, h, w) in float32."""
+
     def decode(self, latents: Tensor) -> Tensor:
         """Decode (B, c, h, w) to images (B, 3, H, W), about 0..1 and not clamped, with gradient."""
 
@@ -86,6 +106,8 @@ class SDXLModel:
     Freezes the pipeline's networks and changes nothing else.
     """
 
+    checkpoints_blocks = False
+
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.unet = pipe.unet
@@ -93,6 +115,7 @@ class SDXLModel:
         for module in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+        self.pixels = pipe.unet.config.sample_size * pipe.vae_scale_factor
         scheduler = pipe.scheduler
         self.schedule = NoiseSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
 
@@ -102,9 +125,9 @@ class SDXLModel:
         return self.unet.device
 
     @property
-    def pixels(self) -> int:
-        """Width of the base's own images."""
-        return self.unet.config.sample_size * self.pipe.vae_scale_factor
+    def network(self) -> Any:
+        """The U-Net."""
+        return self.unet
 
     def latent_shape(self, pixels: int | None = None) -> tuple[int, int, int]:
         """Return (c, h, w) of a square image's latents; by default of the base's own size."""

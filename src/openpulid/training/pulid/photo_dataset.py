@@ -23,7 +23,7 @@ from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import open_image
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.batch import Batch
-from openpulid.training.pulid.models import SDXLModel
+from openpulid.training.pulid.models import BaseModel
 from openpulid.training.pulid.photo_folder import (
     build_index,
     find_captioned_images,
@@ -70,7 +70,7 @@ class PhotoDataset:
         folder: Path,
         captions: Mapping[str, str],
         faces: np.ndarray,
-        model: SDXLModel,
+        model: BaseModel,
         extractor: PhotoExtractor,
         batch_size: int,
         pixels: int,
@@ -91,7 +91,7 @@ class PhotoDataset:
         cls,
         folder: Path,
         index: Path,
-        model: SDXLModel,
+        model: BaseModel,
         extractor: PhotoExtractor,
         batch_size: int,
         pixels: int,

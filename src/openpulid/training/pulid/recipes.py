@@ -45,6 +45,14 @@ ALIGN_PROMPTS = (
 
 LIMITS = {
     "encoder_width": COUNT,
+    "attention_heads": COUNT,
+    "attention_head_dim": COUNT,
+    "double_interval": COUNT,
+    "single_interval": COUNT,
+    "logit_std": Limit(low=1e-6),
+    "guidance_embedding": Limit(),
+    "few_step_guidance_embedding": Limit(),
+    "text_tokens": COUNT,
     "num_zero": INDEX,
     "drop_identity": FRACTION,
     "min_snr_gamma": Limit(),
@@ -75,7 +83,7 @@ class Recipe:
     """
 
     name: str
-    base: str  # "mini" or "sdxl"
+    base: str  # "mini", "sdxl" or "flux"
 
     # the adapter
     encoder: str = "IDEncoder"  # of v1; "IDFormer" is that of v1.1
@@ -92,6 +100,17 @@ class Recipe:
     face_loss_weight: float = 1.0  # of the face; the rest of the image weighs 1: choice
     landmark_loss_weight: float = 1.0  # factor on a face weight above 1, around landmarks: choice
     timestep_bias: float = 0.0  # timesteps are drawn with density t ** bias; 0 is uniform: choice
+
+    # FLUX alone
+    attention_heads: int = 16  # of the identity attention; published 16
+    attention_head_dim: int = 128  # published 128
+    double_interval: int = 2  # identity attention follows every n-th double block; published 2
+    single_interval: int = 4  # and every n-th single block; published 4
+    logit_mean: float = 0.0  # of the noise levels before their shift, see `FlowSchedule`: choice
+    logit_std: float = 1.0  # choice
+    guidance_embedding: float = 1.0  # in the diffusion branch: choice
+    few_step_guidance_embedding: float = 1.0  # in the lightning branch; schnell has none: choice
+    text_tokens: int = 128  # of T5, as in PuLID's program
 
     # the lightning branch (stages 2 and 3)
     init_from: str | None = None  # the recipe whose adapter this one continues
@@ -139,11 +158,28 @@ class Recipe:
                 raise OptionError(
                     f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}."
                 )
+        if self.base == "flux":
+            self._check_flux()
         if self.grad_steps > self.rollout_steps:
             raise OptionError(
                 f"grad_steps ({self.grad_steps}) must not exceed rollout_steps "
                 f"({self.rollout_steps})."
             )
+
+    def _check_flux(self) -> None:
+        """Raise OptionError if a setting has no meaning for a flow model."""
+        values = {
+            "encoder": (self.encoder, "IDFormer"),
+            "projection": (self.projection, "none"),
+            "num_zero": (self.num_zero, 0),
+            "sampler": (self.sampler, "euler"),
+            "guidance_scale": (self.guidance_scale, 1.0),
+            "timestep_bias": (self.timestep_bias, 0.0),
+            "min_snr_gamma": (self.min_snr_gamma, None),
+        }
+        for name, (value, only) in values.items():
+            if value != only:
+                raise OptionError(f"FLUX trains with {name} {only!r} alone, got {value!r}.")
 
     @property
     def has_alignment(self) -> bool:
@@ -314,6 +350,58 @@ def sdxl_stage3() -> Recipe:
     )
 
 
+def flux_stage1() -> Recipe:
+    """Return stage 1 (L_diff alone) on FLUX.1-dev.
+
+    Nobody has published how PuLID was trained on FLUX. Encoder, places and sizes of the attention
+    are those of the published adapter (v0.9.1), which `--begin` can continue; everything else is a
+    choice. Batch, rate and steps are those of SDXL's stage 1. 512 pixels are a quarter of the
+    tokens of 1024, and a face in a portrait has enough of them.
+    """
+    return replace(sdxl_stage1(), name="flux_stage1", base="flux", encoder="IDFormer", pixels=512)
+
+
+def flux_naive() -> Recipe:
+    """Return the ablation on FLUX: L_diff and the ID loss on x_0 predicted in one step."""
+    return replace(
+        flux_stage1(),
+        name="flux_naive",
+        init_from="flux_stage1",
+        steps=30_000,
+        lr=1e-5,
+        id_loss="naive",
+        few_step_batch=8,
+    )
+
+
+def flux_stage2() -> Recipe:
+    """Return stage 2 on FLUX: also the ID loss on images that FLUX.1-schnell generates.
+
+    Gradients flow through the last two of four steps: all four need twice the memory. With
+    schnell's schedule, which has no shift, the last two begin at noise levels of 0.5 and 0.25.
+    """
+    return replace(
+        sdxl_stage2(),
+        name="flux_stage2",
+        base="flux",
+        init_from="flux_stage1",
+        encoder="IDFormer",
+        grad_steps=2,
+        pixels=512,
+    )
+
+
+def flux_stage3() -> Recipe:
+    """Return stage 3 on FLUX, with the weights of the alignment losses on SDXL."""
+    return replace(
+        flux_stage2(),
+        name="flux_stage3",
+        init_from="flux_stage2",
+        semantic_weight=0.6,
+        layout_weight=0.1,
+    )
+
+
 def with_v11_encoder(recipe: Recipe) -> Recipe:
     """Return the recipe with the encoder of v1.1, `IDFormer`."""
     init_from = recipe.init_from and f"{recipe.init_from}_v11"
@@ -334,9 +422,12 @@ _VARIANTS = (
     sdxl_stage3,
 )
 
+_FLUX_VARIANTS = (flux_stage1, flux_naive, flux_stage2, flux_stage3)
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     **{variant.__name__: variant for variant in _VARIANTS},
     **{f"{variant.__name__}_v11": _make_v11(variant) for variant in _VARIANTS},
+    **{variant.__name__: variant for variant in _FLUX_VARIANTS},
 }
 
 

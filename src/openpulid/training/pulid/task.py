@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from openpulid.diffusion.sampling import SAMPLERS
 from openpulid.errors import OptionError
 from openpulid.faces.embed import FaceEmbedder
-from openpulid.methods.pulid import PuLID
+from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.batch import (
     Batch,
@@ -76,7 +76,7 @@ class PuLIDTask:
         self,
         recipe: Recipe,
         base: BaseModel,
-        adapter: PuLID,
+        adapter: PuLID | PuLIDFlux,
         data: BatchSource,
         *,
         held_out: BatchSource | None = None,
@@ -109,7 +109,7 @@ class PuLIDTask:
             recipe.grad_steps,
             recipe.guidance_scale,
             SAMPLERS[recipe.sampler],
-            gradient_checkpointing=recipe.gradient_checkpointing,
+            gradient_checkpointing=recipe.gradient_checkpointing and not base.checkpoints_blocks,
         )
         self.diffusion_loss = DiffusionLoss(
             base.schedule, recipe.min_snr_gamma, recipe.face_loss_weight
@@ -264,7 +264,7 @@ class PuLIDTask:
             )
         with torch.no_grad():
             target = self.face_embedder(batch.images)
-        if self.rollout.gradient_checkpointing:
+        if self.recipe.gradient_checkpointing:
             images = checkpoint(model.decode, latents, use_reentrant=False)
         else:
             images = model.decode(latents)
@@ -318,14 +318,17 @@ class PuLIDTask:
 
     def _use_identities(
         self, model: BaseModel, batch: Batch, guided: bool = False
-    ) -> AbstractContextManager[PuLID]:
+    ) -> AbstractContextManager[PuLID | PuLIDFlux]:
         """Open the adapter with the identities of a batch on a model."""
+        tokens = self.adapter.encode(batch.id_cond, batch.hidden)
+        if isinstance(self.adapter, PuLIDFlux):
+            return self.adapter.use_tokens(tokens, pipe=model.pipe)
         negative = None
         if guided:
             hidden = [level[:1] for level in batch.hidden]
             negative = self.adapter.unconditional(batch.id_cond[:1], hidden)
         return self.adapter.use_tokens(
-            self.adapter.encode(batch.id_cond, batch.hidden),
+            tokens,
             projection=self.recipe.projection,
             num_zero=self.recipe.num_zero,
             negative=negative,

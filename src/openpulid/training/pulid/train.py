@@ -1,4 +1,4 @@
-"""Training of a PuLID adapter on any SDXL-family base and any source of batches."""
+"""Training of a PuLID adapter on any base model and any source of batches."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.io.checkpoints import load_state
 from openpulid.io.lock import check_directory
-from openpulid.methods.pulid import ENCODERS, PuLID
+from openpulid.methods.pulid import ENCODERS, IDFormer, PuLID, PuLIDFlux
 from openpulid.training.checkpointing import CHECKPOINT
 from openpulid.training.distributed import DistributedContext, is_first_process
 from openpulid.training.pulid.batch import BatchSource
 from openpulid.training.pulid.export import save_adapter
-from openpulid.training.pulid.models import SDXLModel
+from openpulid.training.pulid.models import BaseModel
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.pulid.task import PuLIDTask
 from openpulid.training.run_dir import delete_run
@@ -32,12 +32,12 @@ PULID_FILES = (ADAPTER_FILE, "faces.json", "held-out-faces.json")
 
 def build_adapter(
     recipe: Recipe,
-    model: SDXLModel,
+    model: BaseModel,
     encoder_config: Mapping[str, Any],
     *,
     init_adapter: Path | None = None,
     extractor_models: Mapping[str, str] | None = None,
-) -> PuLID:
+) -> PuLID | PuLIDFlux:
     """Create the adapter to train, in float32 on the model's device.
 
     Args:
@@ -52,20 +52,14 @@ def build_adapter(
         OptionError: the recipe continues an adapter and none is given, or that adapter has another
             encoder or was trained with other extractor models.
         WeightsError: `init_adapter` is not an adapter, has values that are not numbers, or is one
-            of another U-Net or with other sizes.
+            of another network or with other sizes.
     """
     check_init_adapter(recipe, init_adapter)
     state = None
     if init_adapter is not None:
         state = _load_init_adapter(recipe, init_adapter, model, extractor_models or {})
-    sizes = {
-        "hidden_dim": recipe.encoder_width,
-        _TOKEN_WIDTH[recipe.encoder]: model.unet.config.cross_attention_dim,
-        **encoder_config,
-    }
     torch.manual_seed(recipe.seed)
-    encoder = ENCODERS[recipe.encoder](**sizes)
-    adapter = PuLID.for_unet(model.unet, encoder).to(model.device, torch.float32)
+    adapter = _create_adapter(recipe, model, encoder_config).to(model.device, torch.float32)
     if state is not None:
         load_state(
             adapter,
@@ -73,6 +67,24 @@ def build_adapter(
             f"{init_adapter} does not have the sizes of {recipe.name}, choose another adapter",
         )
     return adapter
+
+
+def _create_adapter(
+    recipe: Recipe, model: BaseModel, encoder_config: Mapping[str, Any]
+) -> PuLID | PuLIDFlux:
+    sizes = {"hidden_dim": recipe.encoder_width, **encoder_config}
+    if recipe.base == "flux":
+        return PuLIDFlux.for_transformer(
+            model.network,
+            IDFormer(**sizes),
+            dim_head=recipe.attention_head_dim,
+            heads=recipe.attention_heads,
+            double_interval=recipe.double_interval,
+            single_interval=recipe.single_interval,
+        )
+    token_width = {_TOKEN_WIDTH[recipe.encoder]: model.network.config.cross_attention_dim}
+    encoder = ENCODERS[recipe.encoder](**token_width, **sizes)
+    return PuLID.for_unet(model.network, encoder)
 
 
 def prepare_run_dir(
@@ -115,10 +127,10 @@ _TOKEN_WIDTH = {"IDEncoder": "context_dim", "IDFormer": "output_dim"}
 
 
 def _load_init_adapter(
-    recipe: Recipe, path: Path, model: SDXLModel, extractor_models: Mapping[str, str]
+    recipe: Recipe, path: Path, model: BaseModel, extractor_models: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
     """Load the weights that a recipe continues, and check that they fit."""
-    adapter = PuLID.load(path)
+    adapter = (PuLIDFlux if recipe.base == "flux" else PuLID).load(path)
     adapter.require(extractor_models)
     encoder = type(adapter.encoder).__name__
     if encoder != recipe.encoder:
@@ -126,7 +138,7 @@ def _load_init_adapter(
             f"{recipe.name} trains an {recipe.encoder}, but {path} has an {encoder}: choose an "
             "adapter with that encoder, or the recipe's other version, with or without _v11."
         )
-    adapter.check(model.unet)
+    adapter.check(model.network)
     state = adapter.state_dict()
     for name, tensor in state.items():
         if not torch.isfinite(tensor).all():
@@ -138,12 +150,12 @@ def _load_init_adapter(
 
 def train_adapter(
     recipe: Recipe,
-    model: SDXLModel,
-    adapter: PuLID,
+    model: BaseModel,
+    adapter: PuLID | PuLIDFlux,
     dataset: BatchSource,
     run_dir: Path,
     *,
-    few_step_models: Sequence[SDXLModel] = (),
+    few_step_models: Sequence[BaseModel] = (),
     face_embedder: FaceEmbedder | None = None,
     held_out: BatchSource | None = None,
     make_sheet: Callable[[], Image.Image] | None = None,
@@ -174,7 +186,9 @@ def train_adapter(
         TrainingError: see `trainer.run`.
     """
     if recipe.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+        for trained in (model, *few_step_models):
+            if trained is model or trained.checkpoints_blocks:
+                trained.network.enable_gradient_checkpointing()
     task = PuLIDTask(
         recipe,
         model,

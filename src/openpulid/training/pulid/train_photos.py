@@ -1,0 +1,94 @@
+"""PuLID training at full size: photos, and any number of SDXL or FLUX checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from openpulid.methods.pulid import PuLID, PuLIDFlux
+from openpulid.training.distributed import DistributedContext
+from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset, no_images_error
+from openpulid.training.pulid.photo_folder import find_captioned_images
+from openpulid.training.pulid.photo_models import TrainingModels
+from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.train import build_adapter, prepare_run_dir, train_adapter
+from openpulid.training.trainer import TrainingResult
+
+
+def check_photos(folder: Path) -> None:
+    """Check that a folder has images with captions, before anything is loaded.
+
+    Raises:
+        TrainingError: there is no such folder, or no image in it has a caption.
+    """
+    if not find_captioned_images(folder).captions:
+        raise no_images_error(folder, 0)
+
+
+def train_on_photos(
+    recipe: Recipe,
+    models: TrainingModels,
+    data: Path,
+    run_dir: Path,
+    *,
+    held_out: Path | None = None,
+    init_adapter: Path | None = None,
+    minutes: float | None = None,
+    encoder_config: Mapping[str, Any] | None = None,
+) -> tuple[PuLID | PuLIDFlux, TrainingResult]:
+    """Train an adapter on a folder of photos, or continue its run.
+
+    Writes `adapter.safetensors` into the run directory.
+
+    Args:
+        recipe: what to train.
+        models: the frozen models.
+        data: images with captions, `NAME.jpg` and `NAME.txt`.
+        run_dir: the run directory.
+        held_out: images of people who are not in the training data.
+        init_adapter: the adapter that the recipe continues.
+        minutes: time budget.
+        encoder_config: sizes of the identity encoder that differ from the published ones.
+
+    Raises:
+        OptionError: see `build_adapter` and `train_adapter`.
+        WeightsError: `init_adapter` does not fit; raised before faces are detected.
+        TrainingError: no image has a caption and a face, or the run cannot continue.
+            Another process in the run directory is an OptionError.
+    """
+    prepare_run_dir(run_dir, init_adapter)
+    extractor = models.extractor
+    adapter = build_adapter(
+        recipe,
+        models.base,
+        {**models.feature_widths, **(encoder_config or {})},
+        init_adapter=init_adapter,
+        extractor_models=extractor.models,
+    )
+    pixels = recipe.pixels or models.base.pixels
+    with_images = recipe.id_loss != "none"
+
+    def open_dataset(folder: Path, index: str) -> PhotoDataset:
+        return PhotoDataset.open(
+            folder, run_dir / index, models.base, extractor, recipe.batch, pixels, with_images
+        )
+
+    # faces are detected for hours, which a second process must not repeat
+    with DistributedContext(models.base.device).lock(run_dir):
+        dataset = open_dataset(data, INDEX)
+        held_out_dataset = open_dataset(held_out, f"held-out-{INDEX}") if held_out else None
+    result = train_adapter(
+        recipe,
+        models.base,
+        adapter,
+        dataset,
+        run_dir,
+        few_step_models=models.few_step_models,
+        face_embedder=models.face_embedder,
+        held_out=held_out_dataset,
+        minutes=minutes,
+        metadata={"models": json.dumps(extractor.models)},
+    )
+    return adapter, result
