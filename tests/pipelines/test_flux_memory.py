@@ -11,12 +11,12 @@ from openpulid.pipelines.flux_memory import (
     GIB,
     LEVELS,
     _stream,
-    _weight_sizes,
     find_level,
     place_pipeline,
     predict_memory,
     store_in_fp8,
     weight_bytes,
+    weight_sizes,
 )
 from tests.support.people import anna, ben
 from tests.support.tiny_flux import fresh, run, tiny_pipe, tiny_transformer
@@ -56,7 +56,7 @@ def test_fp8_weights_are_counted_as_stored() -> None:
             value.ndim == 1 and not name.endswith("bias")
         )
         assert value.element_size() == 1 + kept, name
-    weights = _weight_sizes()
+    weights = weight_sizes()
     assert 0.5 < weights["transformer in fp8"] / weights["transformer"] < 0.505
     assert {need.phase: need.parts for need in predict_memory("16gb")}["steps"][
         "transformer"
@@ -113,7 +113,7 @@ def test_lower_levels_need_less_memory() -> None:
 
 def test_streamed_parts_are_counted_per_block() -> None:
     """One block computes while the next one loads; the autoencoder stays on the device."""
-    weights = _weight_sizes()
+    weights = weight_sizes()
     phases = {need.phase: need.parts for need in predict_memory("12gb")}
     assert phases["steps"]["transformer"] == 2 * weights["block"] + weights["outside blocks"]
     assert {parts["autoencoder"] for parts in phases.values()} == {weights["vae"]}

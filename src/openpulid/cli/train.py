@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openpulid.cli.options import Device
+from openpulid.cli.options import Device, print_table
 from openpulid.errors import OptionError
 
 if TYPE_CHECKING:
@@ -66,21 +66,17 @@ def train(
     accumulate: Annotated[
         int | None, typer.Option(min=1, help="Micro-batches per step, to save memory.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="FLUX: predict memory and time on 1 and 8 GPUs, and end."),
+    ] = False,
 ) -> None:
     """Train an adapter by a named recipe, or continue its run."""
-    from dataclasses import replace
-
     from openpulid.training.pulid import find_recipe
 
     settings = find_recipe(recipe)
-    changes: dict[str, Any] = {
-        "steps": steps,
-        "batch": batch,
-        "few_step_batch": few_step_batch,
-        "accumulate": accumulate,
-    }
-    changed = replace(
-        settings, **{name: value for name, value in changes.items() if value is not None}
+    changed = _change(
+        settings, steps=steps, batch=batch, few_step_batch=few_step_batch, accumulate=accumulate
     )
     few_step_options = {
         "--few-step-batch": few_step_batch is not None,
@@ -89,6 +85,9 @@ def train(
     if not settings.few_step_batch:
         _refuse(few_step_options, f"{recipe} has no lightning branch")
     _check_batches(changed)
+    if plan:
+        _print_plan(changed)
+        return
     run_dir = out or Path("runs") / recipe
 
     if settings.base == "mini":
@@ -145,6 +144,49 @@ def train(
         init_adapter=begin,
         minutes=minutes,
     )
+
+
+def _change(recipe: Recipe, **options: int | None) -> Recipe:
+    """Return a recipe with the settings that the user passed."""
+    from dataclasses import replace
+
+    changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    return replace(recipe, **changes)
+
+
+def _print_plan(recipe: Recipe) -> None:
+    """Print what a recipe needs, a line for each setup of GPUs.
+
+    Raises:
+        OptionError: there is no plan for the recipe.
+    """
+    from openpulid.training.pulid.plan import GB, UTILIZATION, plan_training
+
+    plans = plan_training(recipe)
+    rows = []
+    for prediction in plans:
+        few_step = f" + {prediction.few_step_images}" if prediction.few_step_images else ""
+        rows.append(
+            (
+                prediction.setup.name,
+                f"{prediction.images}{few_step}",
+                str(prediction.accumulate),
+                f"{prediction.peak / GB:.0f} GB",
+                f"{prediction.seconds:.2f} s",
+                f"{prediction.seconds * recipe.steps / 3600:.0f} h",
+            )
+        )
+    columns = ("setup", "images at a time", "micro-batches", "peak", "per step", "whole run")
+    print_table(columns, rows)
+    print(
+        f"{recipe.name}: {recipe.steps:,} steps of {recipe.batch} images of {recipe.pixels} "
+        f"pixels. Predicted from shapes, not measured; times for H100 GPUs at "
+        f"{UTILIZATION:.0%} of their peak. Sharding is not implemented."
+    )
+    largest = max(plans, key=lambda prediction: prediction.peak)
+    parts = sorted(largest.memory.items(), key=lambda part: -part[1])
+    listed = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts)
+    print(f"{largest.setup.name}, in GB: {listed}.")
 
 
 def _refuse(options: Mapping[str, bool], reason: str) -> None:

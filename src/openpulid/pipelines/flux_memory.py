@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,15 @@ UNCAST_LAYERS = ("^norm_out$", "^proj_out$", "lora_")
 and every LoRA. Norms keep theirs because only matrices are cast. diffusers' default pattern skips
 everything whose name contains `norm`, and with it the modulation layers inside, which are more than
 a quarter of the transformer."""
+
+FLUX_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+"""Configuration of FLUX.1's autoencoder."""
 
 TILE = 512
 """Side of a tile in pixels. FLUX's default is 1024, the whole image."""
@@ -179,7 +189,7 @@ def predict_memory(
         max_sequence_length: longest prompt in tokens of T5.
     """
     level = find_level(name)
-    sizes = _weight_sizes()
+    sizes = dict(weight_sizes())
     faces = 0 if level.faces_on_cpu else sizes["faces"]
     if level.transformer == "fp8":
         sizes["transformer"] = sizes["transformer in fp8"]
@@ -216,7 +226,8 @@ def predict_memory(
     ]
 
 
-def _weight_sizes() -> dict[str, int]:
+@cache
+def weight_sizes() -> dict[str, int]:
     """Count the bytes of FLUX.1's and PuLID's parts in bfloat16, on the meta device."""
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -234,10 +245,7 @@ def _weight_sizes() -> dict[str, int]:
         transformer = FluxTransformer2DModel(guidance_embeds=True).bfloat16()
         former = IDFormer()
         adapter = PuLIDFlux.for_transformer(transformer, former).bfloat16()
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        ).bfloat16()  # fmt: skip
+        vae = AutoencoderKL(**FLUX_VAE).bfloat16()
         text = weight_bytes(T5EncoderModel(t5).bfloat16())
         text += weight_bytes(CLIPTextModel(clip).bfloat16())
         # plus the file sizes of face detector, recognition and parsing

@@ -1,0 +1,81 @@
+"""Predictions for FLUX at full size, against figures that are known otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from openpulid.cli.main import app
+from openpulid.errors import OptionError
+from openpulid.training.pulid.plan import GB, Costs, Plan, measure_costs, plan_training
+from openpulid.training.pulid.recipes import find_recipe
+
+
+@pytest.fixture(scope="module")
+def costs() -> Costs:
+    return measure_costs(find_recipe("flux_stage1"))
+
+
+@pytest.fixture(scope="module")
+def plans() -> dict[str, list[Plan]]:
+    return {name: plan_training(find_recipe(name)) for name in ("flux_stage1", "flux_stage3")}
+
+
+def test_products_of_a_call(costs: Costs) -> None:
+    """12 x 3072^2 weights per token and single block, twice as many in double blocks for a pair of
+    streams, and attention of all tokens to all."""
+    tokens, width = 32**2 + 128, 3072
+    linear = 2 * tokens * (19 + 38) * 12 * width**2
+    attention = 4 * tokens**2 * width * (19 + 38)
+    assert costs.call_flops == pytest.approx(linear + attention, rel=0.01)
+
+
+def test_bytes_of_a_call(costs: Costs) -> None:
+    assert costs.block_inputs == (19 + 38) * (32**2 + 128) * 3072 * 2
+    # the keys and values of 32 tokens in 16 heads, and their gradients, in float32
+    assert costs.projections == 2 * 20 * 2 * 3072 * 16 * 32 * 4
+    assert costs.block > 10 * (32**2 + 128) * 3072 * 2
+    assert costs.adapter == pytest.approx(0.57e9, rel=0.01)
+
+
+def test_plan_fits_eighty_gigabytes(plans: dict[str, list[Plan]]) -> None:
+    for name, predictions in plans.items():
+        recipe = find_recipe(name)
+        for plan in predictions:
+            assert plan.peak < 80 * GB
+            assert plan.images * plan.accumulate * plan.setup.gpus == recipe.batch
+            assert plan.memory["adapter and optimizer"] == pytest.approx(5 * 4 * 0.571e9, rel=0.01)
+        one, eight, sharded = predictions
+        assert one.seconds == pytest.approx(8 * eight.seconds)
+        assert sharded.memory["transformers"] < eight.memory["transformers"] / 4
+    # the lightning branch has a transformer of its own
+    one_gpu = [plans[name][0].memory["transformers"] for name in ("flux_stage1", "flux_stage3")]
+    assert one_gpu[0] == pytest.approx(23.8 * GB, rel=0.01) and one_gpu[1] == 2 * one_gpu[0]
+
+
+def test_smaller_memory_means_smaller_micro_batches() -> None:
+    recipe = find_recipe("flux_stage1")
+    large, small = (plan_training(recipe, limit)[0] for limit in (80 * GB, 60 * GB))
+    assert small.accumulate > large.accumulate and small.peak < 60 * GB < large.peak
+    (fixed, *_) = plan_training(replace(recipe, accumulate=32))
+    assert fixed.images == 2
+
+
+def test_command_prints_a_plan() -> None:
+    result = CliRunner().invoke(app, ["train", "flux_stage2", "--plan"])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert lines[0].split("\t")[:2] == ["setup", "images at a time"]
+    assert [line.split("\t")[0] for line in lines[1:4]] == [
+        "1 GPU",
+        "8 GPUs",
+        "8 GPUs, frozen models sharded",
+    ]
+    assert "not measured" in result.output and "transformers 47.6" in result.output
+
+
+def test_other_bases_have_no_plan() -> None:
+    with pytest.raises(OptionError, match="a plan is made for FLUX"):
+        plan_training(find_recipe("sdxl_stage1"))
