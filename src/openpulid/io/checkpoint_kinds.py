@@ -78,7 +78,7 @@ FLUX = CheckpointKind(
 PULID_SDXL = CheckpointKind(
     "PuLID's adapter for SDXL",
     "use it with an SDXL preset",
-    (r"id_adapter(_attn_layers)?\.",),
+    (r"id_adapter(_attn_layers)?\.|image_proj\.mapping_0\.",),
     ("pulid-v1.1", "pulid-v1"),
 )
 PULID_FLUX = CheckpointKind(

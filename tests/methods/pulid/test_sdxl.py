@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLInstructPix2PixPipeline, StableDiffusionXLPAGPipeline
+from safetensors.torch import save_file
 from torch import nn
 
 from openpulid.errors import IdentityError, OptionError, WeightsError
@@ -435,6 +437,25 @@ def test_negative_tokens_get_gradient_after_calls_without(pipe, adapter) -> None
             call()
         call().sample.square().mean().backward()
     assert unconditional.grad is not None and unconditional.grad.abs().sum() > 0
+
+
+def test_file_converted_for_comfyui_loads(adapter, tmp_path) -> None:
+    """The same tensors under the names of an IP-Adapter."""
+    state = adapter.state_dict()
+    assert isinstance(adapter.encoder, IDEncoder)
+    converted = {
+        name.replace("id_adapter_attn_layers.", "ip_adapter.")
+        .replace("id_adapter.", "image_proj.")
+        .replace(".id_to_k.", ".to_k_ip.")
+        .replace(".id_to_v.", ".to_v_ip."): tensor.contiguous()
+        for name, tensor in state.items()
+    }
+    assert "ip_adapter.1.to_k_ip.weight" in converted
+    path = tmp_path / "converted.safetensors"
+    save_file(converted, path, {"config": json.dumps(adapter.encoder.config)})
+    loaded = PuLID.load(path).state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 def test_save_and_load(pipe, adapter, tmp_path) -> None:

@@ -35,6 +35,14 @@ from openpulid.methods.pulid.sdxl_attention import (
 )
 
 VARIANTS = ("v1", "v1.1", "flux-v0.9.0", "flux-v0.9.1")
+CONVERTED_NAMES = {
+    "image_proj.": "id_adapter.",
+    "ip_adapter.": "id_adapter_attn_layers.",
+    ".to_k_ip.": ".id_to_k.",
+    ".to_v_ip.": ".id_to_v.",
+}
+"""Names in the file of v1 that was converted for ComfyUI (ip-adapter_pulid_sdxl_fp16.safetensors),
+and the published names."""
 LAYER_KEYS = [str(index) for index in range(1, 140, 2)]
 """Published keys of SDXL's cross-attentions. A published adapter has a layer for each of them."""
 
@@ -67,6 +75,18 @@ class PuLID(PuLIDBase):
     def for_unet(cls, unet: nn.Module, encoder: IDEncoder | IDFormer) -> PuLID:
         """Create an untrained adapter for a U-Net. Its values are zero, so it changes nothing."""
         return cls(encoder, create_identity_layers(unet))
+
+    @staticmethod
+    def read(path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Read an adapter's file in one dtype, under the published names.
+
+        Raises:
+            WeightsError: The file does not exist, or cannot be read.
+        """
+        state = PuLIDBase.read(path, dtype)
+        if not any(name.startswith("image_proj.") for name in state):
+            return state
+        return {_published_name(name): tensor for name, tensor in state.items()}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> PuLID:
@@ -339,6 +359,12 @@ class PuLID(PuLIDBase):
 
         with self.activate(states, inject):
             yield
+
+
+def _published_name(name: str) -> str:
+    for converted, published in CONVERTED_NAMES.items():
+        name = name.replace(converted, published)
+    return name
 
 
 def _layer_key(name: str) -> str:
