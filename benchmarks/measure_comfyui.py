@@ -23,7 +23,12 @@ from openpulid.io.files import write_json
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {
-    "in process": ("test_unet.py", "test_transformer.py", "test_after_blocks.py"),
+    "in process": (
+        "test_unet.py",
+        "test_transformer.py",
+        "test_methods.py",
+        "test_after_blocks.py",
+    ),
     "over HTTP": ("test_server.py", "test_workflows.py", "test_replacements.py", "test_people.py"),
 }
 

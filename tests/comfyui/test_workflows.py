@@ -15,6 +15,7 @@ from openpulid.pipelines.presets import mini
 from tests.support.comfyui import requires_comfyui
 from tests.support.comfyui_server import Graph, Server
 from tests.support.comfyui_workflows import (
+    MINIATURE,
     add_workflow,
     find_inputs,
     find_key,
@@ -47,6 +48,36 @@ def test_sdxl_shows_the_person_and_changes_nothing_else(server, plain_server) ->
     assert np.array_equal(without_weight, base)
     (never_loaded,) = plain_server.images(without_pulid(graph))
     assert np.array_equal(never_loaded, base)
+
+
+def use_faceid(graph: Graph) -> Graph:
+    """Replace PuLID by FaceID in a workflow."""
+    method: list[Any] = [find_key(graph, "OpenPulidLoad"), 0]
+    graph[method[0]] = {
+        "class_type": "OpenPulidLoadMethod",
+        "inputs": {"method": "faceid", "file": MINIATURE},
+    }
+    graph[find_key(graph, "OpenPulidLoadFaceModels")] = {
+        "class_type": "OpenPulidLoadMethodFaceModels",
+        "inputs": {"method": method, "pack": "of the method"},
+    }
+    key = find_key(graph, "OpenPulidApply")
+    inputs = {name: graph[key]["inputs"][name] for name in ("model", "identity", "start", "end")}
+    graph[key] = {
+        "class_type": "OpenPulidApplyMethod",
+        "inputs": {**inputs, "method": method, "scale": 1.0},
+    }
+    return graph
+
+
+def test_another_method_shows_the_person(server) -> None:
+    (base,) = server.images(without_pulid(load_workflow()))
+    (anna,) = server.images(use_faceid(load_workflow()))
+    (ben,) = server.images(use_faceid(load_workflow(LoadImage={"image": "ben.png"})))
+    for one, other in ((anna, base), (ben, base), (anna, ben)):
+        assert np.abs(one - other).mean() > 2
+    (again,) = server.images(without_pulid(load_workflow()))
+    assert np.array_equal(again, base)
 
 
 @pytest.mark.parametrize("model", ["TestLoadFlux", "TestLoadChroma"])
