@@ -6,10 +6,11 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from openpulid.errors import WeightsError, explain_missing_library
 from openpulid.faces.align import similarity_transform, warp_images
+from openpulid.faces.augment import jitter_crops, vary_face
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face, first_usable, require_landmarks
 from openpulid.faces.insightface_pack import load_onnx_model, to_uint8
@@ -74,19 +75,27 @@ class ArcFaceRecognition:
         return torch.from_numpy(self.model.get_feat(crop)).float()
 
 
-def arcface_crop(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
+def arcface_crop(
+    images: Tensor, masks: Tensor, landmarks: Tensor, generator: Generator | None = None
+) -> Tensor:
     """Crop faces for facexlib's ArcFace, differentiable in the images.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
         masks: not used; part of the signature of `faces.embed.Crop`.
         landmarks: (B, 5, 2) in pixels.
+        generator: of random views; None for the plain view.
 
     Returns:
         (B, 3, 112, 112) in [-1, 1], BGR.
     """
     matrix = similarity_transform(landmarks, ARCFACE_TEMPLATE.to(landmarks) + 0.5)
-    return 2 * warp_images(images, matrix, ARCFACE_CROP).flip(1) - 1
+    if generator is not None:
+        matrix = jitter_crops(matrix, ARCFACE_CROP, generator)
+    crops = warp_images(images, matrix, ARCFACE_CROP)
+    if generator is not None:
+        crops = vary_face(crops, generator)
+    return 2 * crops.flip(1) - 1
 
 
 def build_face_embedder(detector: SCRFDDetector, recognition: nn.Module) -> FaceEmbedder:
@@ -100,7 +109,7 @@ def build_face_embedder(detector: SCRFDDetector, recognition: nn.Module) -> Face
     def detect_largest(images: Tensor) -> list[Face | None]:
         return [first_usable(detector.detect_upright(image)) for image in images]
 
-    return FaceEmbedder(detect_largest, recognition, arcface_crop)
+    return FaceEmbedder(detect_largest, recognition, crop=arcface_crop)
 
 
 def load_arcface_ir_se50(

@@ -6,16 +6,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.nn.functional import normalize
 
-from openpulid.faces.align import align_faces
+from openpulid.faces.align import (
+    TEMPLATE,
+    align_faces,
+    mask_background,
+    similarity_transform,
+    warp_images,
+)
+from openpulid.faces.augment import dilate, jitter_crops, vary_face
 from openpulid.faces.face import Face, first_usable
 from openpulid.faces.miniature import CROP
 
 # (B, 3, H, W) in [0, 1] -> a face or None for each image
 Detect = Callable[[Tensor], Sequence[Face | None]]
-# images (B, 3, H, W), masks (B, 1, H, W), landmarks (B, 5, 2) -> crops
-Crop = Callable[[Tensor, Tensor, Tensor], Tensor]
+# images (B, 3, H, W), masks (B, 1, H, W), landmarks (B, 5, 2), generator or None -> crops
+Crop = Callable[[Tensor, Tensor, Tensor, Generator | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,7 +32,8 @@ class FaceEmbeddings:
 
     Attributes:
         has_face: (B,) bool, whether a face was detected.
-        embeddings: (B, D) of the face recognition model; zero where there is no face.
+        embeddings: (B, D) of the face recognition model; zero where there is no face. Those of
+            several models are normalized and joined, so that a cosine is the mean of theirs.
         masks: (B, 1, H, W), one on the pixels of the face, if the detector returns masks.
     """
 
@@ -33,9 +42,20 @@ class FaceEmbeddings:
     masks: Tensor
 
 
-def crop_masked(images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
-    """Crop faces for the miniature's face recognition models: all but the face is gray."""
-    return align_faces(images, masks, landmarks, CROP)
+def crop_masked(
+    images: Tensor, masks: Tensor, landmarks: Tensor, generator: Generator | None = None
+) -> Tensor:
+    """Crop faces for the miniature's face recognition models: all but the face is gray.
+
+    With a generator, position, colors and sharpness of each crop are random.
+    """
+    if generator is None:
+        return align_faces(images, masks, landmarks, CROP)
+    matrix = similarity_transform(landmarks, TEMPLATE * CROP)
+    matrix = jitter_crops(matrix, CROP, generator)
+    crops = warp_images(torch.cat([images, masks.to(images)], 1), matrix, CROP)
+    faces = vary_face(crops[:, :3], generator)
+    return mask_background(faces, dilate(crops[:, 3:], generator))
 
 
 class FaceEmbedder:
@@ -46,17 +66,25 @@ class FaceEmbedder:
     Args:
         detect: images -> a `Face` or None each, such as `MiniFaceDetector.detect`; runs without
             gradient.
-        recognition: crops -> (B, D); it is frozen.
-        crop: differentiable warp of the images to the template of the face recognition model.
+        models: face recognition models, crops -> (B, D); they are frozen.
+        crop: differentiable warp of the images to the template of the models.
     """
 
-    def __init__(self, detect: Detect, recognition: nn.Module, crop: Crop = crop_masked) -> None:
+    def __init__(self, detect: Detect, *models: nn.Module, crop: Crop = crop_masked) -> None:
         self.detect = detect
-        self.recognition = recognition.eval().requires_grad_(False)
+        self.models = [model.eval().requires_grad_(False) for model in models]
         self.crop = crop
 
-    def __call__(self, images: Tensor) -> FaceEmbeddings:
-        """Embed the faces of images (B, 3, H, W), which are clamped to [0, 1]."""
+    def __call__(self, images: Tensor, generator: Generator | None = None) -> FaceEmbeddings:
+        """Embed the faces of images.
+
+        A texture that pleases a face recognition model but not the eye gains nothing in another
+        view of the face.
+
+        Args:
+            images: (B, 3, H, W), which are clamped to [0, 1].
+            generator: each model sees the faces in a random view; None for the plain view.
+        """
         images = images.clamp(0, 1)
         with torch.no_grad():
             faces = self.detect(images.detach())
@@ -74,8 +102,36 @@ class FaceEmbedder:
             return FaceEmbeddings(has_face, zeros, masks)
 
         points = torch.stack(landmarks).to(images)
-        crops = self.crop(images[has_face], masks[has_face], points)
-        values = self.recognition(crops).float()
+        found = (images[has_face], masks[has_face], points)
+        values = embed_crops(self.models, self.crop, found, generator)
         rows = has_face.nonzero()[:, 0]
         embeddings = values.new_zeros(len(images), values.shape[1]).index_put((rows,), values)
         return FaceEmbeddings(has_face, embeddings, masks)
+
+
+def embed_crops(
+    models: Sequence[nn.Module],
+    crop: Crop,
+    faces: tuple[Tensor, Tensor, Tensor],
+    generator: Generator | None = None,
+) -> Tensor:
+    """Embed one face of each image with each model, see `FaceEmbeddings.embeddings`.
+
+    Args:
+        models: face recognition models.
+        crop: for all of them.
+        faces: images (B, 3, H, W), masks (B, 1, H, W), landmarks (B, 5, 2).
+        generator: see `FaceEmbedder`.
+
+    Returns:
+        (B, D) float32.
+    """
+    with torch.autocast(faces[0].device.type, enabled=False):
+        if generator is None:
+            crops = [crop(*faces, None)] * len(models)
+        else:
+            crops = [crop(*faces, generator) for _ in models]
+    values = [model(view).float() for model, view in zip(models, crops, strict=True)]
+    if len(values) == 1:
+        return values[0]
+    return torch.cat([normalize(value, dim=-1) for value in values], 1)

@@ -74,7 +74,7 @@ def test_every_loss_reaches_the_whole_adapter_and_nothing_else(pipe, stage):
         pipe.vae,
         pipe.text_encoder,
         pipe.text_encoder_2,
-        task.face_embedder.recognition,
+        *task.face_embedder.models,
     ]
     assert all(p.grad is None and not p.requires_grad for m in frozen for p in m.parameters())
 

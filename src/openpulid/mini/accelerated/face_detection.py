@@ -7,20 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch import Generator, Tensor, nn
 
-from openpulid.faces.align import (
-    TEMPLATE,
-    align_faces,
-    mask_background,
-    similarity_transform,
-    warp_images,
-)
-from openpulid.faces.embed import FaceEmbeddings
+from openpulid.faces.align import align_faces
+from openpulid.faces.embed import FaceEmbeddings, crop_masked, embed_crops
 from openpulid.faces.miniature import CROP, FACE, RECOGNITION_MODELS, MiniFaceDetector
 from openpulid.io.checkpoints import load_module
-from openpulid.mini.data import color_jitter, compose_affine, degrade, dilate, random_affine
 
 
 @dataclass(frozen=True)
@@ -77,60 +69,36 @@ def embed_faces(
     return torch.cat(embeddings), torch.cat(has_face)
 
 
-class EnsembleFaceEmbedder:
-    """Embeds faces with several face recognition models at once.
-
-    The cosine of two embeddings is the mean of the models' cosines. With gradients enabled, each
-    model sees its own random augmentation of the face. A texture that deceives one model in one
-    crop then gains nothing in the next.
+class BatchFaceEmbedder:
+    """A `FaceEmbedder` whose detector does not leave the device.
 
     Args:
         detector: face detector.
         models: face recognition models; they are frozen.
-        seed: of the augmentation.
     """
 
-    def __init__(
-        self, detector: MiniFaceDetector, models: Sequence[nn.Module], seed: int = 0
-    ) -> None:
+    def __init__(self, detector: MiniFaceDetector, models: Sequence[nn.Module]) -> None:
         self.detector = detector
         self.models = [model.eval().requires_grad_(False) for model in models]
-        self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, images: Tensor) -> FaceEmbeddings:
-        """Embed the faces of images (B, 3, 96, 96), which are clamped to [0, 1]."""
+    def __call__(self, images: Tensor, generator: Generator | None = None) -> FaceEmbeddings:
+        """Embed the faces of images (B, 3, 96, 96), see `FaceEmbedder`."""
         images = images.clamp(0, 1)
-        faces = detect_faces(self.detector, images.detach())
-        embeddings = []
-        for model in self.models:
-            if torch.is_grad_enabled():
-                crops = self._augmented_crops(images, faces.masks, faces.landmarks)
-            else:
-                crops = align_faces(images, faces.masks, faces.landmarks, CROP)
-            embeddings.append(normalize(model(crops).float(), dim=-1))
-        concatenated = torch.cat(embeddings, 1)
+        found = detect_faces(self.detector, images.detach())
+        faces = (images, found.masks, found.landmarks)
+        embeddings = embed_crops(self.models, crop_masked, faces, generator)
+        has_face = found.has_face
         return FaceEmbeddings(
-            faces.has_face,
-            torch.where(faces.has_face[:, None], concatenated, 0.0),
-            faces.masks,
+            has_face, torch.where(has_face[:, None], embeddings, 0.0), found.masks
         )
-
-    def _augmented_crops(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
-        generator = self.generator
-        with torch.autocast(images.device.type, enabled=False):
-            jitter = random_affine(len(images), CROP, generator, turn=0.10, grow=0.08, shift=0.03)
-            matrix = compose_affine(similarity_transform(landmarks, TEMPLATE * CROP), jitter)
-            crops = warp_images(torch.cat([images, masks], 1), matrix, CROP)
-            colors = color_jitter(crops[:, :3], generator, strength=0.6, gray=0.2)
-            return mask_background(degrade(colors, generator), dilate(crops[:, 3:], generator))
 
 
 def load_face_embedder(
     detector: MiniFaceDetector, weights: Path, device: torch.device
-) -> EnsembleFaceEmbedder:
+) -> BatchFaceEmbedder:
     """Load the recognition models of the ID loss and of the identity encoder from a folder."""
     models = []
     for name in ("loss", "encoder"):
         file = weights / f"recognition-{name}.safetensors"
         models.append(load_module(RECOGNITION_MODELS[name], file, device))
-    return EnsembleFaceEmbedder(detector, models)
+    return BatchFaceEmbedder(detector, models)

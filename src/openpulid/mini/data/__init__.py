@@ -1,6 +1,5 @@
-"""Training data of the miniature: images, augmentation, cached captions, latents and features."""
+"""Training data of the miniature: images, cached captions, latents and features."""
 
-from openpulid.mini.data.augment import color_jitter, compose_affine, degrade, dilate, random_affine
 from openpulid.mini.data.cache import ArrayCache
 from openpulid.mini.data.captions import Captions, token_ids
 from openpulid.mini.data.features import FaceFeatures
@@ -16,12 +15,7 @@ __all__ = [
     "Latents",
     "PairDataset",
     "batches",
-    "color_jitter",
-    "compose_affine",
-    "degrade",
-    "dilate",
     "load_faces",
     "load_photographs",
-    "random_affine",
     "token_ids",
 ]

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from openpulid.faces.augment import degrade
 from openpulid.io.image_grid import captioned_grid, to_pil
-from openpulid.mini.data import degrade, load_faces
+from openpulid.mini.data import load_faces
 from openpulid.mini.models import AttributeClassifier
 from openpulid.training import StepRNG, generator_for
 from openpulid.world import ATTRIBUTES, WorldDataset

@@ -24,9 +24,10 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from openpulid.faces.augment import degrade
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.io.image_grid import captioned_grid, to_pil
-from openpulid.mini.data import Captions, degrade, load_faces, token_ids
+from openpulid.mini.data import Captions, load_faces, token_ids
 from openpulid.mini.train.attribute_classifier import AttributeHeads, attribute_loss
 from openpulid.training import StepRNG, generator_for
 from openpulid.world import WorldDataset

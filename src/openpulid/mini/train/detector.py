@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, grid_sample
 
 from openpulid.faces.align import warp_images
+from openpulid.faces.augment import color_jitter, degrade, random_affine
 from openpulid.faces.miniature import FACE, PARTS, SIZE, MiniDetection, MiniFaceDetector
-from openpulid.mini.data import color_jitter, degrade, random_affine
 from openpulid.mini.data import negatives as negative_images
 from openpulid.training import StepRNG, generator_for
 from openpulid.world import WorldDataset

@@ -19,8 +19,20 @@ def load_student(weights: Path, device: torch.device) -> SDXLModel:
     return SDXLModel(load_pipeline(mini_lightning(weights), device))
 
 
-def load_face_embedder(weights: Path, device: torch.device) -> FaceEmbedder:
-    """Load the face embedder of the ID loss, with a recognition model of its own."""
+def load_face_embedder(
+    weights: Path, device: torch.device, is_ensemble: bool = False
+) -> FaceEmbedder:
+    """Load the face embedder of the ID loss, with a recognition model of its own.
+
+    Args:
+        weights: folder of the miniature's weights.
+        device: of the models.
+        is_ensemble: also use the recognition model of the identity encoder.
+    """
     detector = load_module(MiniFaceDetector, weights / "detector.safetensors", device)
-    file = weights / "recognition-loss.safetensors"
-    return FaceEmbedder(detector.detect, load_module(RECOGNITION_MODELS["loss"], file, device))
+    names = ("loss", "encoder") if is_ensemble else ("loss",)
+    models = [
+        load_module(RECOGNITION_MODELS[name], weights / f"recognition-{name}.safetensors", device)
+        for name in names
+    ]
+    return FaceEmbedder(detector.detect, *models)

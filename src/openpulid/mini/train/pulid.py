@@ -87,7 +87,7 @@ def train(
     if recipe.few_step_batch:
         loss_models = {
             "few_step_models": [load_student(weights, torch_device)],
-            "face_embedder": load_face_embedder(weights, torch_device),
+            "face_embedder": load_face_embedder(weights, torch_device, recipe.id_ensemble),
         }
     world, portraits, held_out = (
         open_portraits(

@@ -27,15 +27,9 @@ from openpulid.faces.align import (
     similarity_transform,
     warp_images,
 )
+from openpulid.faces.augment import color_jitter, compose_affine, degrade, dilate, random_affine
 from openpulid.faces.miniature import CROP, Recognition
-from openpulid.mini.data import (
-    color_jitter,
-    compose_affine,
-    degrade,
-    dilate,
-    load_faces,
-    random_affine,
-)
+from openpulid.mini.data import load_faces
 from openpulid.training import StepRNG
 from openpulid.world import (
     FACIAL,

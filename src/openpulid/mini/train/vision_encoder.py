@@ -17,9 +17,10 @@ from torch.nn.functional import smooth_l1_loss
 from transformers import CLIPTextModelWithProjection
 
 from openpulid.faces.align import TEMPLATE, gray_on_white, similarity_transform, warp_images
+from openpulid.faces.augment import compose_affine, degrade, dilate, random_affine
 from openpulid.identity.eva_clip import LEVELS, VisionEncoder
 from openpulid.io.image_grid import image_grid, to_pil
-from openpulid.mini.data import Captions, compose_affine, degrade, dilate, load_faces, random_affine
+from openpulid.mini.data import Captions, load_faces
 from openpulid.mini.train.clip import EMBEDDING_DIM, contrastive_loss, embed_texts
 from openpulid.mini.train.recognition import FACIAL_COLUMNS, MarginHead, ValueHead
 from openpulid.training import StepRNG, generator_for

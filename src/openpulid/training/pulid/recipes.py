@@ -116,6 +116,8 @@ class Recipe:
     init_from: str | None = None  # the recipe whose adapter this one continues
     id_loss: IDLossKind = "none"
     id_weight: float = 1.0
+    augment_faces: bool = False  # random views of the generated faces in the ID loss: choice
+    id_ensemble: bool = False  # miniature: also the identity encoder's recognition model: choice
     semantic_weight: float = 0.0  # of L_sem, lambda_align-sem
     layout_weight: float = 0.0  # of L_layout, lambda_align-layout
     id_prompt: str | None = ID_PROMPT  # None: the caption of each image
@@ -158,6 +160,11 @@ class Recipe:
                 raise OptionError(
                     f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}."
                 )
+        if self.id_ensemble and self.base in ("sdxl", "flux"):
+            raise OptionError(
+                "id_ensemble is available for the miniature only: gradients do not pass through "
+                "the recognition model that reads photos."
+            )
         if self.base == "flux":
             self._check_flux()
         if self.grad_steps > self.rollout_steps:
@@ -276,6 +283,8 @@ def _continue_mini(name: str, init_from: str) -> Recipe:
       from one prompt to the next, ten do not (benchmarks/mini-ablation.md).
     - The diffusion branch takes a third of a step's time and only preserves what stage 1 learned,
       so half of its images suffice.
+    - Two recognition models in random views see each face. With a single model in a fixed view the
+      ID loss is also satisfied by textures that the eye sees as blotches.
     - Timesteps are uniform, as in the paper. The ID loss is easiest to satisfy in the last step, at
       t = 250, with patterns that no later layer corrects, and the bias of stage 1 leaves L_diff a
       single image there.
@@ -290,6 +299,8 @@ def _continue_mini(name: str, init_from: str) -> Recipe:
         steps=6_000,
         id_prompt=None,
         align_prompts=(),
+        augment_faces=True,
+        id_ensemble=True,
         few_step_batch=16,
         grad_steps=3,
         warmup=30,
@@ -370,6 +381,7 @@ def flux_naive() -> Recipe:
         steps=30_000,
         lr=1e-5,
         id_loss="naive",
+        augment_faces=True,
         few_step_batch=8,
     )
 
@@ -386,6 +398,7 @@ def flux_stage2() -> Recipe:
         base="flux",
         init_from="flux_stage1",
         encoder="IDFormer",
+        augment_faces=True,
         grad_steps=2,
         pixels=512,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openpulid.diffusion.sampling import SAMPLERS
@@ -190,7 +190,7 @@ class PuLIDTask:
                     step.output[rows], step.x_t[rows], step.t[rows]
                 )
                 losses["id"], metrics["faces"] = self._id_loss(
-                    self.base, latents, batch.subset(len(rows)), ~dropped[rows]
+                    self.base, latents, batch.subset(len(rows)), ~dropped[rows], self._views(rng)
                 )
             backward(losses, metrics)
 
@@ -198,7 +198,7 @@ class PuLIDTask:
         self, rng: StepRNG, model: BaseModel, batch: Batch, backward: Backward
     ) -> None:
         with self._use_identities(model, batch, self.rollout.is_guided):
-            loss, face_fraction = self._rollout_id_loss(rng, model, batch)
+            loss, face_fraction = self._rollout_id_loss(rng, model, batch, self._views(rng))
             backward({"id": loss}, {"faces": face_fraction})
 
     def _backward_alignment(
@@ -231,8 +231,14 @@ class PuLIDTask:
         weights = loss_weight_map(batch, self.recipe.landmark_loss_weight)
         return self.diffusion_loss(step, weights), step
 
+    def _views(self, rng: StepRNG) -> Generator | None:
+        """Return the generator of random views of faces, if the recipe wants them."""
+        if not self.recipe.augment_faces:
+            return None
+        return rng.generator(f"id.views.{rng.rank}")
+
     def _rollout_id_loss(
-        self, rng: StepRNG, model: BaseModel, batch: Batch
+        self, rng: StepRNG, model: BaseModel, batch: Batch, views: Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute the ID loss of generated images; also return the fraction with a face."""
         noise = self._noise(rng, model, batch, "id.noise")
@@ -240,11 +246,16 @@ class PuLIDTask:
         text = self._encode_text(model, prompts, self.rollout.is_guided)
         rollout = lightning_branch(model, noise, text, self.rollout)
         return self._id_loss(
-            model, rollout.latents, batch, torch.ones(len(noise), dtype=torch.bool)
+            model, rollout.latents, batch, torch.ones(len(noise), dtype=torch.bool), views
         )
 
     def _id_loss(
-        self, model: BaseModel, latents: Tensor, batch: Batch, has_identity: Tensor
+        self,
+        model: BaseModel,
+        latents: Tensor,
+        batch: Batch,
+        has_identity: Tensor,
+        views: Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the weighted ID loss of latents.
 
@@ -253,6 +264,7 @@ class PuLIDTask:
             latents: (B, c, h, w).
             batch: whose images are the references.
             has_identity: (B,) bool, the samples that count.
+            views: of random views of the generated faces.
 
         Returns:
             The loss, and the fraction of samples that count and show a face.
@@ -268,7 +280,7 @@ class PuLIDTask:
             images = checkpoint(model.decode, latents, use_reentrant=False)
         else:
             images = model.decode(latents)
-        faces = self.face_embedder(images)
+        faces = self.face_embedder(images, views)
         has_face = target.has_face & faces.has_face & has_identity.to(faces.has_face.device)
         loss = self.id_loss(target.embeddings, faces.embeddings, has_face)
         return self.recipe.id_weight * loss, has_face.float().mean()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openpulid.mini.data.augment import (
+from openpulid.faces.augment import (
     add_noise,
     blur,
     color_jitter,
@@ -12,7 +12,10 @@ from openpulid.mini.data.augment import (
     degrade,
     dilate,
     downscale,
+    drop_patches,
+    jitter_crops,
     random_affine,
+    vary_face,
 )
 
 
@@ -21,7 +24,17 @@ def seeded() -> torch.Generator:
 
 
 @pytest.mark.parametrize(
-    "transform", [color_jitter, blur, downscale, compress_jpeg, add_noise, degrade]
+    "transform",
+    [
+        color_jitter,
+        blur,
+        downscale,
+        compress_jpeg,
+        add_noise,
+        degrade,
+        drop_patches,
+        vary_face,
+    ],
 )
 def test_augmentation_keeps_shape_and_range_and_is_seeded(transform):
     images = torch.rand(8, 3, 64, 64, generator=seeded())
@@ -30,6 +43,34 @@ def test_augmentation_keeps_shape_and_range_and_is_seeded(transform):
     assert augmented.min() >= -1e-6 and augmented.max() <= 1 + 1e-6
     assert not torch.equal(augmented, images)
     assert torch.equal(augmented, transform(images, seeded()))
+
+
+@pytest.mark.parametrize("transform", [compress_jpeg, degrade, vary_face])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_gradients_pass_in_every_batch(transform, batch):
+    images = 0.3 + 0.4 * torch.rand(batch, 3, 64, 64, generator=seeded())
+    images.requires_grad_()
+    transform(images, seeded()).sum().backward()
+    assert (images.grad.abs().sum((1, 2, 3)) > 0).all()
+
+
+def test_patches_are_gray_rectangles_of_limited_size():
+    images = torch.zeros(64, 3, 40, 40)
+    changed = drop_patches(images, seeded(), largest=0.3)
+    assert set(changed.unique().tolist()) == {0.0, 0.5}
+    for image in changed[:, 0]:
+        rows, columns = (image.amax(axis) > 0 for axis in (1, 0))
+        assert torch.equal(image > 0, rows[:, None] & columns)
+        assert rows.sum() <= 13 and columns.sum() <= 13
+    count = (changed.amax((1, 2, 3)) > 0).sum()
+    assert 20 < count < 44
+
+
+def test_crops_move_a_little():
+    matrix = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).expand(50, 2, 3)
+    moved = jitter_crops(matrix, 64, seeded())
+    corner = (moved * torch.tensor([0.0, 0.0, 1.0])).sum(-1)
+    assert corner.abs().max() < 12 and corner.std(0).min() > 1
 
 
 def test_jpeg_preserves_constant_blocks():

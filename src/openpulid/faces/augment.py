@@ -1,4 +1,7 @@
-"""Random augmentation of images, so that networks of the clean world also work on generated images.
+"""Random augmentation of images.
+
+It makes networks of the clean world work on generated images, and textures that only please a face
+recognition model useless in its next view. All functions are differentiable in the images.
 
 All functions take images (B, C, H, W) in [0, 1] and one CPU generator for the batch, and work on
 any device.
@@ -12,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from openpulid.faces.align import luminance
+from openpulid.faces.align import GRAY, luminance
 
 JPEG_BLOCK = 8
 
@@ -82,7 +85,7 @@ def downscale(images: Tensor, generator: Generator, smallest: float = 0.4) -> Te
 def compress_jpeg(images: Tensor, generator: Generator) -> Tensor:
     """Imitate JPEG compression: quantize the cosine transform of 8x8 blocks.
 
-    Higher frequencies have coarser steps.
+    Higher frequencies have coarser steps. The gradient ignores the rounding.
     """
     k = torch.arange(float(JPEG_BLOCK), device=images.device)
     basis = torch.cos(math.pi / 8 * (k[None] + 0.5) * k[:, None]) / 2  # (frequency, pixel)
@@ -92,7 +95,8 @@ def compress_jpeg(images: Tensor, generator: Generator) -> Tensor:
     step = (0.02 + 0.10 * quality) * (1 + 0.5 * (k[:, None, None] + k))
     # blocks are (B, C, h, 8, w, 8)
     spectrum = torch.einsum("bchiwj,fi,gj->bchfwg", blocks, basis, basis)
-    spectrum = torch.round(spectrum / step) * step
+    rounded = torch.round(spectrum / step) * step
+    spectrum = spectrum + (rounded - spectrum).detach()
     decoded = torch.einsum("bchfwg,fi,gj->bchiwj", spectrum, basis, basis)
     return decoded.reshape(images.shape).clamp(0, 1)
 
@@ -104,13 +108,52 @@ def add_noise(images: Tensor, generator: Generator, max_sigma: float = 0.06) -> 
     return (images + sigma * noise).clamp(0, 1)
 
 
+def drop_patches(images: Tensor, generator: Generator, largest: float = 0.35) -> Tensor:
+    """Make a rectangle gray in half of the images.
+
+    Args:
+        images: (B, C, H, W).
+        generator: source of randomness.
+        largest: side of the largest rectangle as a share of the image's.
+    """
+    batch = len(images)
+    inside = sample_bool(batch, 0.5, generator, images)[:, None, None, None]
+    for axis in (-1, -2):
+        size = images.shape[axis]
+        pixels = torch.arange(size, device=images.device) + 0.5
+        length = sample_uniform(batch, 0.1 * size, largest * size, generator, images)
+        start = sample_uniform(batch, 0.0, 1.0, generator, images) * (size - length)
+        is_inside = (pixels >= start) & (pixels < start + length)  # (B, 1, 1, size)
+        inside = inside & (is_inside if axis == -1 else is_inside.transpose(-1, -2))
+    return torch.where(inside, GRAY, images)
+
+
+def vary_face(faces: Tensor, generator: Generator) -> Tensor:
+    """Change colors, sharpness and noise of face crops, and hide a patch of some."""
+    colors = color_jitter(faces, generator, strength=0.6, gray=0.2)
+    return drop_patches(degrade(colors, generator), generator)
+
+
+def jitter_crops(matrix: Tensor, size: int, generator: Generator) -> Tensor:
+    """Turn, resize and shift crops of faces at random.
+
+    Args:
+        matrix: (B, 2, 3) from crop pixels to image pixels.
+        size: width and height of the crops.
+        generator: source of randomness.
+    """
+    jitter = random_affine(len(matrix), size, generator, turn=0.10, grow=0.08, shift=0.03)
+    return compose_affine(matrix, jitter)
+
+
 def degrade(images: Tensor, generator: Generator) -> Tensor:
     """Blur all images; apply low resolution, JPEG blocks and noise to a quarter each."""
     images = blur(images, generator)
     order = torch.randperm(len(images), generator=generator).to(images.device)
     quarters = order.tensor_split(4)
     for rows, transform in zip(quarters, (downscale, compress_jpeg, add_noise), strict=False):
-        images = images.index_copy(0, rows, transform(images[rows], generator))
+        if len(rows):
+            images = images.index_copy(0, rows, transform(images[rows], generator))
     return images
 
 
