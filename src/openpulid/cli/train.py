@@ -66,6 +66,13 @@ def train(
     accumulate: Annotated[
         int | None, typer.Option(min=1, help="Micro-batches per step, to save memory.")
     ] = None,
+    paired: Annotated[
+        bool,
+        typer.Option(
+            "--paired",
+            help="Photos: features from another image of the same person, who has a folder.",
+        ),
+    ] = False,
     plan: Annotated[
         bool,
         typer.Option("--plan", help="FLUX: predict memory and time on 1 and 8 GPUs, and end."),
@@ -76,7 +83,12 @@ def train(
 
     settings = find_recipe(recipe)
     changed = _change(
-        settings, steps=steps, batch=batch, few_step_batch=few_step_batch, accumulate=accumulate
+        settings,
+        steps=steps,
+        batch=batch,
+        few_step_batch=few_step_batch,
+        accumulate=accumulate,
+        paired=paired or None,
     )
     few_step_options = {
         "--few-step-batch": few_step_batch is not None,
@@ -97,6 +109,7 @@ def train(
             "--base": base is not None,
             "--few-step-model": bool(few_step_model),
             "--faces": faces is not None,
+            "--paired": paired,
         }
         _refuse(photo_options, f"{recipe} trains on the synthetic world with the miniature")
         from openpulid.mini.train import pulid

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from openpulid.faces.align import (
     TEMPLATE,
@@ -40,6 +40,31 @@ class FaceEmbeddings:
     has_face: Tensor
     embeddings: Tensor
     masks: Tensor
+
+
+def copy_paste(images: Tensor, second: Tensor, references: Tensor, eps: float = 1e-3) -> Tensor:
+    """Compute whether generated images copy the reference image instead of the identity.
+
+    (angle(image, second) - angle(image, reference)) / max(angle(second, reference), eps), between
+    the angles of face embeddings. This is Copy-Paste of MultiID-Bench (arXiv 2510.14975).
+    Similarity to the reference image alone rewards pasting it; this metric compares it with the
+    similarity to a second image of the same person.
+
+    Args:
+        images: (B, D) embeddings of the generated images.
+        second: (B, D) of second images of the people.
+        references: (B, D) of the reference images.
+        eps: smallest angle between the latter two, in radians.
+
+    Returns:
+        (B,), from -1 to 1.
+    """
+    spread = _angle(second, references).clamp(min=eps)
+    return (_angle(images, second) - _angle(images, references)) / spread
+
+
+def _angle(a: Tensor, b: Tensor) -> Tensor:
+    return cosine_similarity(a.float(), b.float(), dim=-1).clamp(-1, 1).arccos()
 
 
 def crop_masked(

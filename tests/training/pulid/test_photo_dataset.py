@@ -34,7 +34,7 @@ from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid import photo_folder
 from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.pulid.photo_dataset import PhotoDataset
+from openpulid.training.pulid.photo_dataset import PhotoDataset, find_others
 from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.train import build_adapter
@@ -138,9 +138,14 @@ def index(found, tmp_path) -> Path:
 
 
 def opened(
-    folder: Path, base: SDXLModel, features: PhotoExtractor, index: Path, batch: int = 3
+    folder: Path,
+    base: SDXLModel,
+    features: PhotoExtractor,
+    index: Path,
+    batch: int = 3,
+    paired: bool = False,
 ) -> PhotoDataset:
-    return PhotoDataset.open(folder, index, base, features, batch, PIXELS)
+    return PhotoDataset.open(folder, index, base, features, batch, PIXELS, paired=paired)
 
 
 def test_images_with_caption_and_face_are_used(folder, base, features, tmp_path, caplog) -> None:
@@ -192,6 +197,33 @@ def test_batch_contents(folder, base, features, index) -> None:
     assert torch.equal(batch.latents, again.latents) and torch.equal(batch.id_cond, again.id_cond)
     two = [photos.batch(StepRNG(0, 0, rank, 3)).prompts for rank in range(3)]
     assert [p for part in two for p in part] == list(batch.prompts)
+
+
+def test_paired_features_are_those_of_another_image(folder, base, features, index) -> None:
+    photos = opened(folder, base, features, index, paired=True)
+    names = [Path(name).name for name in photos.names]
+    others = {
+        name: [names[row] for row in rows] for name, rows in zip(names, photos.others, strict=True)
+    }
+    assert others == {
+        "hinton.jpeg": ["lecun.jpg"],
+        "lecun.jpg": ["hinton.jpeg"],
+        "astronaut.png": [],
+    }
+    batch = photos.batch(StepRNG(0, 0))
+    own = opened(folder, base, features, index).batch(StepRNG(0, 0))
+    assert torch.equal(batch.images, own.images) and batch.prompts == own.prompts
+    alone = own.prompts.index("a person")
+    two = [row for row in range(3) if row != alone]
+    for row, partner in ((two[0], two[1]), (two[1], two[0]), (alone, alone)):
+        assert torch.equal(batch.references[row], own.images[partner])
+        assert torch.allclose(batch.id_cond[row], own.id_cond[partner], atol=1e-5)
+    assert own.references is None
+
+
+def test_people_without_a_second_image_cannot_be_paired() -> None:
+    with pytest.raises(TrainingError, match="no person has two images; put the images of each"):
+        find_others(["a/1.jpg", "b/1.jpg", "2.jpg"], Path("photos"))
 
 
 def test_face_is_inside_its_crop(folder, base, features, index) -> None:

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 
 from openpulid.bench.perf.random_models import SDXL_UNET
 from openpulid.errors import OptionError
+from openpulid.faces.embed import copy_paste
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid import recipes
@@ -272,3 +273,27 @@ def test_accumulated_step_matches_a_whole_step(tmp_path, both_precisions):
 def losses_of(folder):
     history = json.loads((folder / "history.json").read_text())
     return {r["step"]: r["losses"] for r in history if "losses" in r}
+
+
+def test_copy_paste_is_reported_for_paired_images():
+    """Copies of the reference give 1, copies of the target -1, in the angles of the embeddings."""
+    task = tiny.task(**STAGES["stage2"])
+    plain = task.validate()
+    assert "held_out_copy_paste" not in plain
+    people = task.held_out
+    batch = people.batch
+
+    def paired_batch(rng):
+        found = batch(rng)
+        return found._replace(references=found.images.flip(-1))
+
+    people.batch = paired_batch
+    paired = task.validate()
+    assert -1.01 <= paired["held_out_copy_paste"] <= 1.01
+    assert paired["held_out_face_sim"] == pytest.approx(plain["held_out_face_sim"])
+
+    angles = torch.tensor([0.0, 0.3, 1.0])
+    target, middle, reference = torch.stack([angles.cos(), angles.sin()], -1)[:, None]
+    for image, expected in ((target, -1.0), (middle, (0.3 - 0.7) / 1.0), (reference, 1.0)):
+        value = copy_paste(image, target, reference).item()
+        assert value == pytest.approx(expected, abs=1e-3)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openpulid.bench.metrics.inputs import Distance, EmbedImages, MetricInputs, cosine, crop_faces
+from openpulid.faces.embed import copy_paste
 
 
 class FaceFound:
@@ -59,18 +60,13 @@ class Rank1:
 
 
 class CopyPaste:
-    """Whether the reference image is copied instead of the identity.
+    """Whether the reference image is copied instead of the identity, see `faces.embed.copy_paste`.
 
-    (angle(image, second) - angle(image, reference)) / max(angle(second, reference), eps), between
-    the angles of face embeddings, in [-1, 1]. This is Copy-Paste of MultiID-Bench (arXiv
-    2510.14975). Similarity to the reference image alone rewards pasting it; this metric compares
-    it with the similarity to a second image of the same subject. NaN without a second image or
-    without a face.
+    NaN without a second image or without a face.
     """
 
     name: ClassVar[str] = "copy_paste"
     higher_is_better: ClassVar[bool] = False
-    eps: ClassVar[float] = 1e-3
 
     def __call__(self, inputs: MetricInputs) -> Tensor:
         """Compute the metric for each image, (B,)."""
@@ -80,15 +76,8 @@ class CopyPaste:
         if second is None:
             return undefined
         references = inputs.reference_faces.embeddings[inputs.subjects]
-        spread = _angle(second.embeddings, references).clamp(min=self.eps)
-        to_second = _angle(faces.embeddings, second.embeddings)
-        to_reference = _angle(faces.embeddings, references)
-        values = (to_second - to_reference) / spread
+        values = copy_paste(faces.embeddings, second.embeddings, references)
         return torch.where(faces.has_face & second.has_face, values, undefined)
-
-
-def _angle(a: Tensor, b: Tensor) -> Tensor:
-    return cosine(a, b).clamp(-1, 1).arccos()
 
 
 class FacialValues:

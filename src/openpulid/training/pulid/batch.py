@@ -23,8 +23,10 @@ class Batch(NamedTuple):
         prompts: B captions.
         id_cond: (B, C) face embedding and image embedding.
         hidden: five levels of vision features, (B, 1 + N, D) each.
-        images: (B, 3, H, W) in [0, 1], the references of an ID loss; None without one.
+        images: (B, 3, H, W) in [0, 1], the targets of an ID loss; None without one.
         landmarks: (B, 5, 2) from 0 to 1 across the image, for methods that are conditioned on them.
+        references: (B, 3, H, W) in [0, 1], the other images that the features are of; None if they
+            are of the images themselves, or are not needed.
     """
 
     latents: Tensor
@@ -34,6 +36,7 @@ class Batch(NamedTuple):
     hidden: Sequence[Tensor]
     images: Tensor | None = None
     landmarks: Tensor | None = None
+    references: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Move all tensors to a device."""

@@ -40,8 +40,9 @@ MIN_EYE_DISTANCE = 4
 
 
 class PhotoSample(NamedTuple):
-    """A photo of a batch: caption, crop (3, H, W), its face and the identity of the face."""
+    """A photo of a batch: row, caption, crop (3, H, W), its face and the identity of the face."""
 
+    row: int
     prompt: str
     crop: Tensor
     face: Face
@@ -63,6 +64,11 @@ class PhotoDataset:
         batch_size: images per step, over all processes.
         pixels: width and height of the crops.
         with_images: whether batches contain the images, for an ID loss.
+        paired: take the features from another image of the same person, that is of the same
+            folder. A person with a single image keeps it.
+
+    Raises:
+        TrainingError: paired, and no person has two images.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class PhotoDataset:
         batch_size: int,
         pixels: int,
         with_images: bool = True,
+        paired: bool = False,
     ) -> None:
         self.folder = folder
         self.names = list(captions)
@@ -85,6 +92,7 @@ class PhotoDataset:
         self.batch_size = batch_size
         self.pixels = pixels
         self.with_images = with_images
+        self.others = find_others(self.names, folder) if paired else None
 
     @classmethod
     def open(
@@ -96,6 +104,7 @@ class PhotoDataset:
         batch_size: int,
         pixels: int,
         with_images: bool = True,
+        paired: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> PhotoDataset:
         """Open the images of a folder that have a caption and a face of at least `MIN_FACE` pixels.
@@ -108,10 +117,11 @@ class PhotoDataset:
             batch_size: see the class.
             pixels: see the class.
             with_images: see the class.
+            paired: see the class.
             on_progress: called with the numbers of indexed images and of all images.
 
         Raises:
-            TrainingError: there is no such image, or the index is damaged.
+            TrainingError: there is no such image, or the index is damaged; see the class.
         """
         images = find_captioned_images(folder)
         names = list(images.captions)
@@ -137,7 +147,9 @@ class PhotoDataset:
             )
         boxes = np.array(list(faces.values()), np.float32)
         captions = {name: images.captions[name] for name in faces}
-        return cls(folder, captions, boxes, model, extractor, batch_size, pixels, with_images)
+        return cls(
+            folder, captions, boxes, model, extractor, batch_size, pixels, with_images, paired
+        )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -153,7 +165,11 @@ class PhotoDataset:
         samples = [self._read(row) for row in rows]
         images = torch.stack([sample.crop for sample in samples]).to(self.model.device)
         latents = self.model.encode(images)
-        identities = [sample.identity for sample in samples]
+        sources = samples
+        if self.others is not None:
+            picks = rng.rand((len(rows),), "pairs").tolist()
+            sources = [self._read_other(*pair) for pair in zip(samples, picks, strict=True)]
+        identities = [source.identity for source in sources]
         levels = zip(*(identity.hidden for identity in identities), strict=True)
         faces = [sample.face for sample in samples]
         return Batch(
@@ -163,7 +179,26 @@ class PhotoDataset:
             id_cond=torch.cat([identity.id_cond[:, 0] for identity in identities]),
             hidden=[torch.cat(level) for level in levels],
             images=images if self.with_images else None,
+            references=self._stack_references(sources),
         )
+
+    def _stack_references(self, sources: Sequence[PhotoSample]) -> Tensor | None:
+        if self.others is None or not self.with_images:
+            return None
+        return torch.stack([source.crop for source in sources]).to(self.model.device)
+
+    def _read_other(self, sample: PhotoSample, pick: float) -> PhotoSample:
+        """Read another image of the same person; an image that cannot be read is left out."""
+        assert self.others is not None
+        rows = self.others[sample.row]
+        if not rows:
+            return sample
+        row = rows[int(pick * len(rows))]
+        try:
+            return self._read_row(row)
+        except (FaceError, ImageError, OSError) as error:
+            logger.warning("%s: %s; using the image itself", self.names[row], error)
+            return sample
 
     def _read(self, row: int) -> PhotoSample:
         """Read a row, or the next one that can be read.
@@ -173,15 +208,18 @@ class PhotoDataset:
         for offset in range(len(self)):
             candidate = (row + offset) % len(self)
             try:
-                prompt = read_caption(self.folder / self.captions[candidate])
-                crop, face = self._crop(candidate)
-                return PhotoSample(prompt, crop, face, self.extractor.extract([face])[0])
+                return self._read_row(candidate)
             except (ImageError, OSError) as error:
                 logger.warning("%s; using the next image instead", error)
             except FaceError as error:
                 name = self.names[candidate]
                 logger.warning("%s: %s; using the next image instead", name, error)
         raise TrainingError(f"{self.folder}: no image can be read any more: check the folder.")
+
+    def _read_row(self, row: int) -> PhotoSample:
+        prompt = read_caption(self.folder / self.captions[row])
+        crop, face = self._crop(row)
+        return PhotoSample(row, prompt, crop, face, self.extractor.extract([face])[0])
 
     def _crop(self, row: int) -> tuple[Tensor, Face]:
         """Return the crop (3, pixels, pixels) in [0, 1], and the face in its coordinates."""
@@ -202,6 +240,41 @@ class PhotoDataset:
         crop_box = torch.from_numpy((box.reshape(2, 2) - corner) * scale).flatten().float()
         crop_landmarks = torch.from_numpy((landmarks - corner) * scale).float()
         return crop, Face(crop, crop_box, crop_landmarks, 1.0)
+
+
+def find_others(names: Sequence[str], folder: Path) -> list[list[int]]:
+    """Find the other images of each person, who has a folder of images.
+
+    Args:
+        names: path of each image.
+        folder: for messages.
+
+    Returns:
+        For each image the indices of the others in its folder.
+
+    Raises:
+        TrainingError: no folder has two images.
+    """
+    people: dict[Path, list[int]] = {}
+    for index, name in enumerate(names):
+        people.setdefault(Path(name).parent, []).append(index)
+    if max(map(len, people.values())) < 2:
+        raise TrainingError(
+            f"{folder}: no person has two images; put the images of each person into a folder of "
+            "their own, or train without paired images."
+        )
+    num_single = sum(len(rows) == 1 for rows in people.values())
+    if num_single:
+        logger.warning(
+            "%s: %d of %d people have a single image, which is paired with itself",
+            folder,
+            num_single,
+            len(people),
+        )
+    return [
+        [other for other in people[Path(name).parent] if other != index]
+        for index, name in enumerate(names)
+    ]
 
 
 def no_images_error(folder: Path, num_captioned: int) -> TrainingError:

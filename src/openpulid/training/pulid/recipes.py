@@ -92,7 +92,7 @@ class Recipe:
     num_zero: int = 0  # zero tokens in training: choice
 
     # the diffusion branch
-    paired: bool = False  # features of another image of the same person; miniature only: choice
+    paired: bool = False  # features of another image of the same person: choice
     drop_identity: float = (
         0.1  # probability of zero features, for the unconditional identity: choice
     )

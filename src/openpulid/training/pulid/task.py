@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Generator, Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torch.utils.checkpoint import checkpoint
 
 from openpulid.diffusion.sampling import SAMPLERS
 from openpulid.errors import OptionError
-from openpulid.faces.embed import FaceEmbedder
+from openpulid.faces.embed import FaceEmbedder, FaceEmbeddings, copy_paste
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.batch import (
@@ -162,8 +163,9 @@ class PuLIDTask:
         Returns:
             `held_out_own`, `held_out_other`, `held_out_none`: L_diff with the image's own identity,
             another one and none, from the same noise at uniform timesteps. With a lightning branch
-            and an ID loss also `held_out_face_sim`, the mean cosine of face embeddings, and
-            `held_out_faces`, the fraction of images with a face.
+            and an ID loss also `held_out_face_sim`, the mean cosine of face embeddings,
+            `held_out_faces`, the fraction of images with a face, and with paired images
+            `held_out_copy_paste`, see `faces.embed.copy_paste`.
         """
         if self.held_out is None:
             return {}
@@ -198,7 +200,7 @@ class PuLIDTask:
         self, rng: StepRNG, model: BaseModel, batch: Batch, backward: Backward
     ) -> None:
         with self._use_identities(model, batch, self.rollout.is_guided):
-            loss, face_fraction = self._rollout_id_loss(rng, model, batch, self._views(rng))
+            loss, face_fraction = self._rollout_id_loss(rng, model, batch)
             backward({"id": loss}, {"faces": face_fraction})
 
     def _backward_alignment(
@@ -238,16 +240,19 @@ class PuLIDTask:
         return rng.generator(f"id.views.{rng.rank}")
 
     def _rollout_id_loss(
-        self, rng: StepRNG, model: BaseModel, batch: Batch, views: Generator | None = None
+        self, rng: StepRNG, model: BaseModel, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Compute the ID loss of generated images; also return the fraction with a face."""
+        latents = self._generate(rng, model, batch)
+        everyone = torch.ones(len(latents), dtype=torch.bool)
+        return self._id_loss(model, latents, batch, everyone, self._views(rng))
+
+    def _generate(self, rng: StepRNG, model: BaseModel, batch: Batch) -> Tensor:
+        """Generate the latents of one image per sample, with gradient."""
         noise = self._noise(rng, model, batch, "id.noise")
         prompts = self._prompts(self.recipe.id_prompt, batch)
         text = self._encode_text(model, prompts, self.rollout.is_guided)
-        rollout = lightning_branch(model, noise, text, self.rollout)
-        return self._id_loss(
-            model, rollout.latents, batch, torch.ones(len(noise), dtype=torch.bool), views
-        )
+        return lightning_branch(model, noise, text, self.rollout).latents
 
     def _id_loss(
         self,
@@ -269,21 +274,26 @@ class PuLIDTask:
         Returns:
             The loss, and the fraction of samples that count and show a face.
         """
+        target = self._embed_images(batch)
+        if self.recipe.gradient_checkpointing:
+            images = checkpoint(model.decode, latents, use_reentrant=False)
+        else:
+            images = model.decode(latents)
+        assert self.face_embedder is not None
+        faces = self.face_embedder(images, views)
+        has_face = target.has_face & faces.has_face & has_identity.to(faces.has_face.device)
+        loss = self.id_loss(target.embeddings, faces.embeddings, has_face)
+        return self.recipe.id_weight * loss, has_face.float().mean()
+
+    @torch.no_grad()
+    def _embed_images(self, batch: Batch) -> FaceEmbeddings:
+        """Embed the faces of a batch's images, the targets of the ID loss."""
         if self.face_embedder is None or batch.images is None:
             raise OptionError(
                 "an ID loss needs the images of the batch and a face_embedder: use a dataset that "
                 "returns images."
             )
-        with torch.no_grad():
-            target = self.face_embedder(batch.images)
-        if self.recipe.gradient_checkpointing:
-            images = checkpoint(model.decode, latents, use_reentrant=False)
-        else:
-            images = model.decode(latents)
-        faces = self.face_embedder(images, views)
-        has_face = target.has_face & faces.has_face & has_identity.to(faces.has_face.device)
-        loss = self.id_loss(target.embeddings, faces.embeddings, has_face)
-        return self.recipe.id_weight * loss, has_face.float().mean()
+        return self.face_embedder(batch.images)
 
     def _attention_capture(
         self, rng: StepRNG, model: BaseModel, batch: Batch
@@ -370,21 +380,35 @@ class PuLIDTask:
         return {f"held_out_{name}": value for name, value in sums.items()}
 
     def _validate_id(self, data: BatchSource) -> dict[str, float]:
+        assert self.face_embedder is not None
         model = self.few_step_models[0]
         parts = self._validation_parts()
-        face_fraction = 0.0
-        distance = 0.0
+        similarities = []
+        copied = []
+        num_images = 0
         for rng in microbatch_rngs(self.recipe.seed, 0, 0, 1, parts):
-            subset = data.batch(rng).subset(self.recipe.few_step_batch // parts)
-            subset = subset.to(self.base.device)
-            with self._use_identities(model, subset, self.rollout.is_guided):
-                loss, fraction = self._rollout_id_loss(rng, model, subset)
-            face_fraction += fraction.item() / parts
-            distance += loss.item() / self.recipe.id_weight / parts
-        return {
-            "held_out_face_sim": 1 - distance / max(face_fraction, 1e-6),
-            "held_out_faces": face_fraction,
+            batch = data.batch(rng).subset(self.recipe.few_step_batch // parts)
+            batch = batch.to(self.base.device)
+            with self._use_identities(model, batch, self.rollout.is_guided):
+                images = model.decode(self._generate(rng, model, batch))
+            faces = self.face_embedder(images)
+            target = self._embed_images(batch)
+            has_face = faces.has_face & target.has_face
+            cosines = cosine_similarity(faces.embeddings, target.embeddings)
+            similarities.append(cosines[has_face])
+            num_images += len(images)
+            if batch.references is not None:
+                reference = self.face_embedder(batch.references)
+                values = copy_paste(faces.embeddings, target.embeddings, reference.embeddings)
+                copied.append(values[has_face & reference.has_face])
+        found = torch.cat(similarities)
+        metrics = {
+            "held_out_face_sim": found.mean().item() if len(found) else 0.0,
+            "held_out_faces": len(found) / num_images,
         }
+        if copied and len(torch.cat(copied)):
+            metrics["held_out_copy_paste"] = torch.cat(copied).mean().item()
+        return metrics
 
     def _validation_parts(self) -> int:
         """Return in how many parts a held-out batch is processed.

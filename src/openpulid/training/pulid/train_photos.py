@@ -72,7 +72,14 @@ def train_on_photos(
 
     def open_dataset(folder: Path, index: str) -> PhotoDataset:
         return PhotoDataset.open(
-            folder, run_dir / index, models.base, extractor, recipe.batch, pixels, with_images
+            folder,
+            run_dir / index,
+            models.base,
+            extractor,
+            recipe.batch,
+            pixels,
+            with_images,
+            recipe.paired,
         )
 
     # faces are detected for hours, which a second process must not repeat
