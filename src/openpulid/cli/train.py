@@ -73,6 +73,10 @@ def train(
             help="Photos: features from another image of the same person, who has a folder.",
         ),
     ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="Photos: share the frozen networks among the processes."),
+    ] = False,
     plan: Annotated[
         bool,
         typer.Option("--plan", help="FLUX: predict memory and time on 1 and 8 GPUs, and end."),
@@ -90,12 +94,9 @@ def train(
         accumulate=accumulate,
         paired=paired or None,
     )
-    few_step_options = {
-        "--few-step-batch": few_step_batch is not None,
-        "--few-step-model": bool(few_step_model),
-    }
     if not settings.few_step_batch:
-        _refuse(few_step_options, f"{recipe} has no lightning branch")
+        few_step = {"--few-step-batch": few_step_batch, "--few-step-model": few_step_model}
+        _refuse(few_step, f"{recipe} has no lightning branch")
     _check_batches(changed)
     if plan:
         _print_plan(changed)
@@ -104,12 +105,13 @@ def train(
 
     if settings.base == "mini":
         photo_options = {
-            "--data": data is not None,
-            "--held-out": held_out is not None,
-            "--base": base is not None,
-            "--few-step-model": bool(few_step_model),
-            "--faces": faces is not None,
+            "--data": data,
+            "--held-out": held_out,
+            "--base": base,
+            "--few-step-model": few_step_model,
+            "--faces": faces,
             "--paired": paired,
+            "--shard": shard,
         }
         _refuse(photo_options, f"{recipe} trains on the synthetic world with the miniature")
         from openpulid.mini.train import pulid
@@ -156,6 +158,7 @@ def train(
         held_out=held_out,
         init_adapter=begin,
         minutes=minutes,
+        is_sharded=shard,
     )
 
 
@@ -194,7 +197,7 @@ def _print_plan(recipe: Recipe) -> None:
     print(
         f"{recipe.name}: {recipe.steps:,} steps of {recipe.batch} images of {recipe.pixels} "
         f"pixels. Predicted from shapes, not measured; times for H100 GPUs at "
-        f"{UTILIZATION:.0%} of their peak. Sharding is not implemented."
+        f"{UTILIZATION:.0%} of their peak."
     )
     largest = max(plans, key=lambda prediction: prediction.peak)
     parts = sorted(largest.memory.items(), key=lambda part: -part[1])
@@ -202,7 +205,7 @@ def _print_plan(recipe: Recipe) -> None:
     print(f"{largest.setup.name}, in GB: {listed}.")
 
 
-def _refuse(options: Mapping[str, bool], reason: str) -> None:
+def _refuse(options: Mapping[str, object], reason: str) -> None:
     """Raise OptionError if an option is set that has no effect."""
     if names := [name for name, is_set in options.items() if is_set]:
         raise OptionError(f"{reason}: leave out {', '.join(names)}.")

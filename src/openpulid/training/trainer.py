@@ -117,6 +117,7 @@ def run(
     *,
     minutes: float | None = None,
     device: str | torch.device | None = None,
+    is_sharded: bool = False,
 ) -> TrainingResult:
     """Train a task in a run directory, or continue the run in it.
 
@@ -134,6 +135,7 @@ def run(
             (again at every validation, and before the decay begins) and stored in the checkpoint,
             so that the learning rate always decays to zero.
         device: where to move the modules; None leaves them where they are.
+        is_sharded: whether the processes share frozen models, so that all of them validate.
 
     Raises:
         OptionError: minutes are not positive, nothing is trainable, another process trains in the
@@ -153,11 +155,19 @@ def run(
         raise OptionError("nothing to train: no parameter of the task requires a gradient.")
     ranks = DistributedContext(parameters[0].device)
     with ranks.lock(Path(folder)):
-        return Trainer(task, modules, config, Path(folder), minutes, ranks).fit()
+        trainer = Trainer(task, modules, config, Path(folder), minutes, ranks)
+        trainer.validates_everywhere = is_sharded
+        return trainer.fit()
 
 
 class Trainer:
-    """Trains one task: optimizer steps, validation, checkpoints. See `run`."""
+    """Trains one task: optimizer steps, validation, checkpoints. See `run`.
+
+    Attributes:
+        validates_everywhere: whether all processes validate, not only the first one.
+    """
+
+    validates_everywhere = False
 
     def __init__(
         self,
@@ -318,13 +328,14 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Validate on the first rank, with averaged weights."""
+        """Validate with averaged weights, and log the first rank's metrics."""
         self.progress.validated_step = self.progress.step
-        if self.ranks.rank == 0:
+        if self.ranks.rank == 0 or self.validates_everywhere:
             self._set_training_mode(False)
             with self.average.swap_in(), autocast(self.device, self.config.bf16):
                 metrics = self.task.validate()
                 sheet = self.task.sheet()
+        if self.ranks.rank == 0:
             self.logger.log_metrics(self.progress.step, self.seconds, metrics, sheet)
         self.ranks.barrier()
 

@@ -130,7 +130,7 @@ def test_captured_attention_is_that_of_the_blocks(model: FluxModel) -> None:
     text = model.encode_text(PROMPTS)
     num_text = text.embeds.shape[1]
     with AttentionInputs() as inputs, torch.no_grad():
-        captured = queries_at_step(model, noise(model), torch.tensor([0.7, 0.7]), text)
+        captured = queries_at_step(model, noise(model), torch.tensor([0.7, 0.7]), text).layers
     blocks = [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]
     assert len(captured) == len(inputs.pairs) == len(blocks)
     for pair, (query, key) in zip(captured, inputs.pairs, strict=True):

@@ -71,7 +71,7 @@ def test_command_prints_a_plan() -> None:
     assert [line.split("\t")[0] for line in lines[1:4]] == [
         "1 GPU",
         "8 GPUs",
-        "8 GPUs, frozen models sharded",
+        "8 GPUs with --shard",
     ]
     assert "not measured" in result.output and "transformers 47.6" in result.output
 

@@ -139,9 +139,9 @@ def test_single_step_of_a_guided_rollout(base, noise):
     start, _ = denoise_until(base, noise, guided, walk, 0)
     with torch.no_grad():
         assert torch.equal(
-            queries_at_step(base, start, base.schedule.trailing_sigmas(30)[:1].expand(2), text)[
-                0
-            ].query,
+            queries_at_step(base, start, base.schedule.trailing_sigmas(30)[:1].expand(2), text)
+            .layers[0]
+            .query,
             lightning_branch(base, noise, text, RolloutConfig(30, 30), capture_attention=True)
             .attention[0][0]
             .query,

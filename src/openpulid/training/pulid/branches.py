@@ -106,6 +106,11 @@ class Rollout:
     latents: Tensor
     attention: Sequence[Sequence[AttentionQK]] = ()
 
+    @property
+    def layers(self) -> list[AttentionQK]:
+        """The attention of all captured steps in one list."""
+        return [layer for step in self.attention for layer in step]
+
 
 def lightning_branch(
     base: BaseModel,
@@ -161,7 +166,7 @@ def lightning_branch(
     )
 
 
-def queries_at_step(base: BaseModel, x: Tensor, sigma: Tensor, text: Any) -> list[AttentionQK]:
+def queries_at_step(base: BaseModel, x: Tensor, sigma: Tensor, text: Any) -> Rollout:
     """Capture queries and keys of every cross-attention layer in one unguided prediction.
 
     Args:
@@ -169,10 +174,13 @@ def queries_at_step(base: BaseModel, x: Tensor, sigma: Tensor, text: Any) -> lis
         x: (B, c, h, w) sample, as the samplers scale it.
         sigma: (B,) its noise level.
         text: result of `base.encode_text` for B prompts.
+
+    Returns:
+        The estimate of x_0, and the attention of this step.
     """
     with base.capture_attention() as attention:
-        base.schedule.denoise(lambda x_t, t: base.predict(x_t, t, text), x, sigma)
-    return attention
+        denoised = base.schedule.denoise(lambda x_t, t: base.predict(x_t, t, text), x, sigma)
+    return Rollout(denoised, [attention])
 
 
 @torch.no_grad()

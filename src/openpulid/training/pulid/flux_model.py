@@ -82,6 +82,11 @@ class FluxModel:
         """The transformer."""
         return self.transformer
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The double and single blocks."""
+        return [*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks]
+
     def _shift(self) -> float:
         """Return the scheduler's shift of the noise levels for the base's own size."""
         config = self.pipe.scheduler.config

@@ -70,6 +70,10 @@ class BaseModel(Protocol):
         """The U-Net or transformer."""
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The parts of the network that compute one after the other."""
+
+    @property
     def device(self) -> torch.device:
         """The device of latents."""
 
@@ -128,6 +132,11 @@ class SDXLModel:
     def network(self) -> Any:
         """The U-Net."""
         return self.unet
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the U-Net."""
+        return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
     def latent_shape(self, pixels: int | None = None) -> tuple[int, int, int]:
         """Return (c, h, w) of a square image's latents; by default of the base's own size."""

@@ -59,7 +59,7 @@ class Setup:
 SETUPS = (
     Setup("1 GPU", 1),
     Setup("8 GPUs", 8),
-    Setup("8 GPUs, frozen models sharded", 8, is_sharded=True),
+    Setup("8 GPUs with --shard", 8, is_sharded=True),
 )
 
 

@@ -30,6 +30,7 @@ from openpulid.training.pulid.batch import (
 )
 from openpulid.training.pulid.branches import (
     DiffusionStep,
+    Rollout,
     RolloutConfig,
     denoise_until,
     diffusion_branch,
@@ -42,7 +43,7 @@ from openpulid.training.pulid.losses import (
     LayoutAlignment,
     SemanticAlignment,
 )
-from openpulid.training.pulid.models import AttentionQK, BaseModel
+from openpulid.training.pulid.models import BaseModel
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.rng import StepRNG, microbatch_rngs
 from openpulid.training.trainer import Backward
@@ -68,6 +69,8 @@ class PuLIDTask:
             if the recipe sets `rollout_on_base`.
         face_embedder: embeds faces for the ID loss, with another recognition model than the
             encoder's.
+        is_sharded: whether the processes share the frozen models. They then take the same few-step
+            model in a step.
 
     Raises:
         OptionError: the recipe needs a lightning branch or an ID loss and its parts are missing.
@@ -84,6 +87,7 @@ class PuLIDTask:
         make_sheet: Callable[[], Image.Image] | None = None,
         few_step_models: Sequence[BaseModel] = (),
         face_embedder: FaceEmbedder | None = None,
+        is_sharded: bool = False,
     ) -> None:
         needs_rollout = recipe.id_loss == "accurate" or recipe.has_alignment
         if needs_rollout and not (few_step_models and recipe.few_step_batch):
@@ -105,6 +109,7 @@ class PuLIDTask:
         if few_step_models and recipe.rollout_on_base:
             self.few_step_models.append(base)
         self.face_embedder = face_embedder
+        self.is_sharded = is_sharded
         self.rollout = RolloutConfig(
             recipe.rollout_steps,
             recipe.grad_steps,
@@ -149,7 +154,8 @@ class PuLIDTask:
                 f"{rng.world_size} processes or micro-batches: choose a multiple of "
                 f"{rng.world_size}."
             )
-        model = self.few_step_models[(rng.step + rng.rank) % len(self.few_step_models)]
+        turn = rng.step if self.is_sharded else rng.step + rng.rank
+        model = self.few_step_models[turn % len(self.few_step_models)]
         subset = batch.subset(count)
         if self.recipe.id_loss == "accurate":
             self._backward_id(rng, model, subset, backward)
@@ -208,11 +214,14 @@ class PuLIDTask:
     ) -> None:
         capture = self._attention_capture(rng, model, batch)
         with torch.no_grad():
-            target = capture()
+            target = capture().layers
         with self._use_identities(model, batch):
-            attention = capture()
-            semantic = self.semantic_loss(attention, target)
-            layout = self.layout_loss(attention, target)
+            rollout = capture()
+            semantic = self.semantic_loss(rollout.layers, target)
+            layout = self.layout_loss(rollout.layers, target)
+            if self.is_sharded:
+                # a block is gathered for the backward pass when a gradient reaches its output
+                layout = layout + 0 * rollout.latents.sum()
             backward(
                 {
                     "semantic": self.recipe.semantic_weight * semantic,
@@ -297,24 +306,21 @@ class PuLIDTask:
 
     def _attention_capture(
         self, rng: StepRNG, model: BaseModel, batch: Batch
-    ) -> Callable[[], list[AttentionQK]]:
+    ) -> Callable[[], Rollout]:
         """Return a function that captures the attention to align, always from the same noise."""
         noise = self._noise(rng, model, batch, "align.noise")
         prompts = self._prompts(self._align_prompt(rng), batch)
         text = self._encode_text(model, prompts)
         if not self.recipe.align_one_step:
-            return partial(self._rollout_attention, model, noise, text)
+            return partial(
+                lightning_branch, model, noise, text, self.rollout, capture_attention=True
+            )
         step = int(torch.randint(self.rollout.steps, (), generator=rng.generator("align.step")))
         rollout_text = text
         if self.rollout.is_guided:
             rollout_text = self._encode_text(model, prompts, guided=True)
         x, sigma = denoise_until(model, noise, rollout_text, self.rollout, step)
         return partial(queries_at_step, model, x, sigma, text)
-
-    def _rollout_attention(self, model: BaseModel, noise: Tensor, text: Any) -> list[AttentionQK]:
-        """Capture the attention of all steps that carry gradients, in one list."""
-        rollout = lightning_branch(model, noise, text, self.rollout, capture_attention=True)
-        return [layer for step in rollout.attention for layer in step]
 
     # -- inputs --
 

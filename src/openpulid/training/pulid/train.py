@@ -22,6 +22,7 @@ from openpulid.training.pulid.models import BaseModel
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.pulid.task import PuLIDTask
 from openpulid.training.run_dir import delete_run
+from openpulid.training.sharding import shard_network
 from openpulid.training.trainer import TrainingResult, run
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -161,6 +162,7 @@ def train_adapter(
     make_sheet: Callable[[], Image.Image] | None = None,
     minutes: float | None = None,
     metadata: Mapping[str, object] | None = None,
+    is_sharded: bool = False,
 ) -> TrainingResult:
     """Train an adapter, or continue its run.
 
@@ -180,15 +182,19 @@ def train_adapter(
         make_sheet: draws the sample sheet of a validation.
         minutes: time budget.
         metadata: further entries for the adapter's file.
+        is_sharded: share the frozen networks among the processes, see `training.sharding`.
 
     Raises:
-        OptionError: the recipe's losses need parts that are missing.
+        OptionError: the recipe's losses need parts that are missing, or a single process shards.
         TrainingError: see `trainer.run`.
     """
     if recipe.gradient_checkpointing:
         for trained in (model, *few_step_models):
             if trained is model or trained.checkpoints_blocks:
                 trained.network.enable_gradient_checkpointing()
+    if is_sharded:
+        for shared in (model, *few_step_models):
+            shard_network(shared.network, shared.blocks)
     task = PuLIDTask(
         recipe,
         model,
@@ -198,8 +204,16 @@ def train_adapter(
         make_sheet=make_sheet,
         few_step_models=few_step_models,
         face_embedder=face_embedder,
+        is_sharded=is_sharded,
     )
-    result = run(task, recipe.trainer_config(), run_dir, minutes=minutes, device=model.device)
+    result = run(
+        task,
+        recipe.trainer_config(),
+        run_dir,
+        minutes=minutes,
+        device=model.device,
+        is_sharded=is_sharded,
+    )
     if DistributedContext(model.device).rank == 0:
         save_adapter(adapter, run_dir / ADAPTER_FILE, recipe, result, metadata)
     return result

@@ -37,6 +37,7 @@ def train_on_photos(
     init_adapter: Path | None = None,
     minutes: float | None = None,
     encoder_config: Mapping[str, Any] | None = None,
+    is_sharded: bool = False,
 ) -> tuple[PuLID | PuLIDFlux, TrainingResult]:
     """Train an adapter on a folder of photos, or continue its run.
 
@@ -51,6 +52,7 @@ def train_on_photos(
         init_adapter: the adapter that the recipe continues.
         minutes: time budget.
         encoder_config: sizes of the identity encoder that differ from the published ones.
+        is_sharded: see `train_adapter`.
 
     Raises:
         OptionError: see `build_adapter` and `train_adapter`.
@@ -97,5 +99,6 @@ def train_on_photos(
         held_out=held_out_dataset,
         minutes=minutes,
         metadata={"models": json.dumps(extractor.models)},
+        is_sharded=is_sharded,
     )
     return adapter, result

@@ -1,0 +1,42 @@
+"""Frozen base models that the processes of a run share, so that none keeps all of the weights.
+
+Each process keeps its share of every block. A block is gathered while it computes and released
+afterwards (FSDP2, torch.distributed.fsdp). The adapter is small and stays whole in every process,
+so checkpoints do not depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from openpulid.errors import OptionError
+from openpulid.training.distributed import DistributedContext
+
+
+def shard_network(network: Any, blocks: Iterable[nn.Module]) -> None:
+    """Share a frozen network among the processes of the run.
+
+    All processes must then call it equally often, also in validation.
+
+    Args:
+        network: with the same weights in every process.
+        blocks: its parts that are gathered one at a time.
+
+    Raises:
+        OptionError: there is only one process.
+    """
+    ranks = DistributedContext(network.device)
+    if ranks.world_size == 1:
+        raise OptionError(
+            "a base model can only be sharded over several processes: start the training with "
+            "accelerate launch or torchrun, or leave out --shard."
+        )
+    mesh = init_device_mesh(network.device.type, (ranks.world_size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
