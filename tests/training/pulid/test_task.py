@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 import openpulid
-from openpulid.errors import TrainingError
+from openpulid.errors import OptionError, TrainingError
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid import export as checkpoint
 from openpulid.training.pulid import recipes
@@ -161,6 +161,28 @@ def test_drop_identity_zeroes_and_swap_shifts_features():
     assert half.id_cond[0].abs().sum() == 0 and torch.equal(half.id_cond[1], batch.id_cond[1])
     assert all(level[2].abs().sum() == 0 and level[3].abs().sum() > 0 for level in half.hidden)
     assert torch.equal(swap_identities(batch).id_cond[1], batch.id_cond[0])
+
+
+def test_captions_are_dropped_with_a_probability():
+    prompts = []
+    task = tiny.task(batch=24, drop_caption=0.25)
+    encode = task.base.encode_text
+
+    def record(texts, **options):
+        prompts.extend(texts)
+        return encode(texts, **options)
+
+    task.base.encode_text = record
+    for step in range(8):
+        task.backward_losses(StepRNG(0, step), backward_diffusion)
+    assert 0.15 < prompts.count("") / len(prompts) < 0.35
+    first = list(prompts)
+    prompts.clear()
+    for step in range(8):
+        task.backward_losses(StepRNG(0, step), backward_diffusion)
+    assert prompts == first
+    with pytest.raises(OptionError, match="drop_caption"):
+        tiny.recipe(drop_caption=1.5)
 
 
 def test_adapter_file_has_published_names_and_metadata(tmp_path):

@@ -84,6 +84,12 @@ def drop_identity(batch: Batch, dropped: Tensor) -> Batch:
     return batch._replace(id_cond=batch.id_cond * keep[:, None], hidden=hidden)
 
 
+def drop_captions(batch: Batch, dropped: Tensor) -> Batch:
+    """Replace the prompt by an empty one where `dropped` (B,) is true."""
+    prompts = ["" if drop else prompt for prompt, drop in zip(batch.prompts, dropped, strict=True)]
+    return batch._replace(prompts=prompts)
+
+
 def swap_identities(batch: Batch) -> Batch:
     """Give every image the identity of the next one."""
     return batch._replace(

@@ -55,6 +55,7 @@ LIMITS = {
     "text_tokens": COUNT,
     "num_zero": INDEX,
     "drop_identity": FRACTION,
+    "drop_caption": FRACTION,
     "min_snr_gamma": Limit(),
     "face_loss_weight": Limit(),
     "landmark_loss_weight": Limit(),
@@ -96,6 +97,7 @@ class Recipe:
     drop_identity: float = (
         0.1  # probability of zero features, for the unconditional identity: choice
     )
+    drop_caption: float = 0.0  # probability of an empty prompt, for guidance: choice
     min_snr_gamma: float | None = None  # choice
     face_loss_weight: float = 1.0  # of the face; the rest of the image weighs 1: choice
     landmark_loss_weight: float = 1.0  # factor on a face weight above 1, around landmarks: choice

@@ -23,6 +23,7 @@ from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.batch import (
     Batch,
     BatchSource,
+    drop_captions,
     drop_identity,
     evenly_spaced,
     loss_weight_map,
@@ -188,6 +189,9 @@ class PuLIDTask:
 
     def _backward_diffusion(self, rng: StepRNG, batch: Batch, backward: Backward) -> None:
         dropped = rng.rand(batch.latents.shape[:1], "drop") < self.recipe.drop_identity
+        if self.recipe.drop_caption:
+            untold = rng.rand(batch.latents.shape[:1], "drop.caption") < self.recipe.drop_caption
+            batch = drop_captions(batch, untold)
         with self._use_identities(self.base, drop_identity(batch, dropped)):
             loss, step = self._diffusion(rng, batch, self.recipe.timestep_bias)
             losses = {"diffusion": loss}
