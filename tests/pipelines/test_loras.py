@@ -19,7 +19,7 @@ from openpulid.io import hub
 from openpulid.io.lora_files import check_lora, select_lora_file
 from openpulid.pipelines.flux_memory import place_pipeline
 from openpulid.pipelines.inputs import open_inputs
-from openpulid.pipelines.loras import LoraInput, open_lora, use_loras
+from openpulid.pipelines.loras import LoraInput, fuse_lora, open_lora, use_loras
 from openpulid.pipelines.presets import flux, mini, sdxl
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
@@ -124,6 +124,22 @@ def test_several_loras_are_those_of_diffusers(
     studio.pipe.unload_lora_weights()
     assert np.array_equal(image, expected)
     assert np.abs(image - plain).max() > 2
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_fused_lora_is_in_the_weights(family: str, folder: Path, tiny_pipeline: Any) -> None:
+    pipe = tiny_pipeline() if family == "sdxl" else tiny_pipe()
+    studio = sdxl_studio(pipe) if family == "sdxl" else flux_studio(pipe)
+    pipe.load_lora_weights(str(folder / f"{family}1"), adapter_name="1")
+    pipe.set_adapters(["1"], [0.8])
+    expected = run_diffusers(studio)
+    pipe.unload_lora_weights()
+    plain = run_diffusers(studio)
+    fuse_lora(pipe, open_lora(Lora(folder / f"{family}1", 0.8)))
+    fused = run_diffusers(studio)
+    assert not any(pipe.get_list_adapters().values())
+    assert np.abs(fused.astype(float) - expected).max() <= 1
+    assert np.abs(fused.astype(float) - plain).max() > 2
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])

@@ -54,6 +54,10 @@ def train(
         list[str] | None,
         typer.Option(help="Photos: checkpoint of the lightning branch; repeatable."),
     ] = None,
+    few_step_lora: Annotated[
+        str | None,
+        typer.Option(help="Photos: acceleration LoRA; the lightning branch is --base with it."),
+    ] = None,
     faces: Annotated[
         Path | None, typer.Option(help="Photos: folder of another insightface pack.")
     ] = None,
@@ -94,9 +98,8 @@ def train(
         accumulate=accumulate,
         paired=paired or None,
     )
-    if not settings.few_step_batch:
-        few_step = {"--few-step-batch": few_step_batch, "--few-step-model": few_step_model}
-        _refuse(few_step, f"{recipe} has no lightning branch")
+    few_step_models = {"--few-step-model": few_step_model, "--few-step-lora": few_step_lora}
+    _check_few_step(settings, {"--few-step-batch": few_step_batch, **few_step_models})
     _check_batches(changed)
     if plan:
         _print_plan(changed)
@@ -108,7 +111,7 @@ def train(
             "--data": data,
             "--held-out": held_out,
             "--base": base,
-            "--few-step-model": few_step_model,
+            **few_step_models,
             "--faces": faces,
             "--paired": paired,
             "--shard": shard,
@@ -148,6 +151,7 @@ def train(
         selected_device,
         base=base,
         few_step_models=few_step_model or (),
+        few_step_lora=few_step_lora,
         faces=faces,
     )
     train_on_photos(
@@ -168,6 +172,18 @@ def _change(recipe: Recipe, **options: int | None) -> Recipe:
 
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     return replace(recipe, **changes)
+
+
+def _check_few_step(recipe: Recipe, options: Mapping[str, object]) -> None:
+    """Check the options of the lightning branch.
+
+    Raises:
+        OptionError: the recipe has none, or two options exclude each other.
+    """
+    if not recipe.few_step_batch:
+        _refuse(options, f"{recipe.name} has no lightning branch")
+    if options["--few-step-model"] and options["--few-step-lora"]:
+        raise OptionError("pass either --few-step-model or --few-step-lora, not both.")
 
 
 def _print_plan(recipe: Recipe) -> None:

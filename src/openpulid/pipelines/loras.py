@@ -102,6 +102,17 @@ def use_loras(pipe: Any, loras: Sequence[LoraInput]) -> Iterator[None]:
         pipe.unload_lora_weights()
 
 
+def fuse_lora(pipe: Any, lora: LoraInput) -> None:
+    """Add a LoRA to the weights of a pipeline for good.
+
+    Raises:
+        WeightsError: it does not fit the base model.
+    """
+    _load(pipe, "fused", lora.path)
+    pipe.fuse_lora(list(pipe.get_list_adapters()), lora_scale=lora.scale)
+    pipe.unload_lora_weights()
+
+
 def _load(pipe: Any, name: str, path: Path) -> None:
     network = getattr(pipe, "transformer", None)
     message = f"{path} does not fit this base model; use a LoRA that was trained for it"

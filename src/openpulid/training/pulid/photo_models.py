@@ -19,7 +19,9 @@ from openpulid.pipelines.factory import (
     require_weights,
     resolve_path,
 )
+from openpulid.pipelines.loras import fuse_lora, open_lora
 from openpulid.pipelines.presets import Preset, flux, flux_schnell, sdxl, sdxl_v1
+from openpulid.pipelines.request_inputs import Lora
 from openpulid.pipelines.selection import resolve_preset
 from openpulid.training.pulid.flux_model import FluxModel
 from openpulid.training.pulid.models import BaseModel, SDXLModel
@@ -62,6 +64,7 @@ def load_models(
     *,
     base: str | None = None,
     few_step_models: Sequence[str] = (),
+    few_step_lora: str | None = None,
     faces: Path | None = None,
 ) -> TrainingModels:
     """Load the models that a recipe needs, from local files.
@@ -74,13 +77,20 @@ def load_models(
         base: checkpoint of the diffusion branch; SDXL's base or FLUX.1-dev by default.
         few_step_models: checkpoints of the lightning branch; SDXL-Lightning or FLUX.1-schnell by
             default.
+        few_step_lora: LoRA with which the base itself is the model of the lightning branch, such as
+            an acceleration LoRA of FLUX.1-dev.
         faces: folder of another insightface pack.
 
     Raises:
-        WeightsError: a file is missing or damaged.
+        WeightsError: a file is missing or damaged, or the LoRA is for another base.
     """
     find_presets = _flux_presets if recipe.base == "flux" else _sdxl_presets
     presets = find_presets(recipe, base, few_step_models)
+    lora = None
+    if few_step_lora is not None:
+        presets = [presets[0], presets[0]]
+        lora = open_lora(Lora(model=few_step_lora))
+        lora.check(presets[0].models)
     presets[0] = resolve_preset(presets[0], face_pack=faces)
     adapters = {preset.models.adapter for preset in presets}
     sources = [source for preset in presets for source in preset.models.sources]
@@ -93,6 +103,8 @@ def load_models(
     extractor = cast(PhotoExtractor, load_extractor(presets[0], device))
     dtype = training_dtype(device)
     pipes = [load_pipeline(preset, device, dtype) for preset in presets]
+    if lora is not None:
+        fuse_lora(pipes[-1], lora)
     create_models = _flux_models if recipe.base == "flux" else _sdxl_models
     models = create_models(recipe, pipes)
     embedder = None
