@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import replace
 from pathlib import Path
@@ -32,9 +33,10 @@ from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.training.pulid import photo_folder
+from openpulid.training.pulid import face_index
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.photo_dataset import PhotoDataset, find_others
+from openpulid.training.pulid.photo_folder import find_captioned_images
 from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.train import build_adapter
@@ -126,8 +128,7 @@ def folder(tmp_path_factory) -> Path:
 def found(folder, features, tmp_path_factory) -> Path:
     """The index of the folder: detecting its faces takes as long as a training."""
     index = tmp_path_factory.mktemp("index") / "faces.json"
-    names = list(photo_folder.find_captioned_images(folder).captions)
-    photo_folder.build_index(folder, names, index, features, None)
+    face_index.build_index(find_captioned_images(folder), index, features, None)
     return index
 
 
@@ -167,17 +168,18 @@ def test_turned_photo_is_not_used(features, tmp_path, caplog) -> None:
     photo = Image.fromarray(skimage.data.astronaut()).crop((100, 0, 356, 256))
     photo.save(tmp_path / "upright.png")
     photo.transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png")
-    assert photo_folder._locate_face(tmp_path / "upright.png", features) is not None
-    assert photo_folder._locate_face(tmp_path / "turned.png", features) is None
+    images = find_captioned_images(tmp_path)
+    assert face_index._locate_face(images, "upright.png", features) is not None
+    assert face_index._locate_face(images, "turned.png", features) is None
     (message,) = [record.getMessage() for record in caplog.records]
     assert "turned.png: the face is not upright" in message
 
 
 def test_other_processes_wait_for_the_index(found, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(photo_folder, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(face_index, "POLL_SECONDS", 0.05)
     names = ["hinton.jpeg", "more/astronaut.png"]
     with ThreadPoolExecutor(1) as waiting:
-        seen = waiting.submit(photo_folder.wait_for_index, names, tmp_path / "faces.json")
+        seen = waiting.submit(face_index.wait_for_index, names, tmp_path / "faces.json")
         with pytest.raises(TimeoutError):
             seen.result(0.3)
         shutil.copy(found, tmp_path / "faces.json")
@@ -200,16 +202,8 @@ def test_batch_contents(folder, base, features, index) -> None:
 
 
 def test_paired_features_are_those_of_another_image(folder, base, features, index) -> None:
-    photos = opened(folder, base, features, index, paired=True)
-    names = [Path(name).name for name in photos.names]
-    others = {
-        name: [names[row] for row in rows] for name, rows in zip(names, photos.others, strict=True)
-    }
-    assert others == {
-        "hinton.jpeg": ["lecun.jpg"],
-        "lecun.jpg": ["hinton.jpeg"],
-        "astronaut.png": [],
-    }
+    photos = opened(folder, base, features, index)
+    photos.others = [[1], [0], []]
     batch = photos.batch(StepRNG(0, 0))
     own = opened(folder, base, features, index).batch(StepRNG(0, 0))
     assert torch.equal(batch.images, own.images) and batch.prompts == own.prompts
@@ -221,9 +215,29 @@ def test_paired_features_are_those_of_another_image(folder, base, features, inde
     assert own.references is None
 
 
-def test_people_without_a_second_image_cannot_be_paired() -> None:
+def test_people_without_a_second_image_cannot_be_paired(folder) -> None:
+    images = find_captioned_images(folder)
     with pytest.raises(TrainingError, match="no person has two images; put the images of each"):
-        find_others(["a/1.jpg", "b/1.jpg", "2.jpg"], Path("photos"))
+        find_others(images, list(images.captions))
+    names = ["anna/1.jpg", "ben/1.jpg", "2.jpg", "anna/2.jpg", "0.tar/3.jpg", "0.tar/4.jpg"]
+    assert find_others(images, names) == [[3], [], [], [0], [], []]
+
+
+def test_archives_give_the_batches_of_the_files(
+    folder, base, features, index, found, tmp_path
+) -> None:
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    with tarfile.open(packed / "0.tar", "w") as tar:
+        tar.add(folder, ".")
+    positions = {
+        f"0.tar/{name}": position for name, position in json.loads(found.read_text()).items()
+    }
+    (tmp_path / "faces.json").write_text(json.dumps(positions))
+    one = opened(folder, base, features, index).batch(StepRNG(0, 0))
+    other = opened(packed, base, features, tmp_path / "faces.json").batch(StepRNG(0, 0))
+    assert torch.equal(one.images, other.images) and one.prompts == other.prompts
+    assert torch.equal(one.id_cond, other.id_cond)
 
 
 def test_face_is_inside_its_crop(folder, base, features, index) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,16 +20,11 @@ from openpulid.identity.detection import MIN_FACE
 from openpulid.identity.identity import Identity
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.image_grid import to_tensor
-from openpulid.io.images import open_image
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.batch import Batch
+from openpulid.training.pulid.face_index import build_index, wait_for_index
 from openpulid.training.pulid.models import BaseModel
-from openpulid.training.pulid.photo_folder import (
-    build_index,
-    find_captioned_images,
-    read_caption,
-    wait_for_index,
-)
+from openpulid.training.pulid.photo_folder import CaptionedImages, find_captioned_images
 from openpulid.training.rng import StepRNG
 
 logger = logging.getLogger(__name__)
@@ -56,8 +51,8 @@ class PhotoDataset:
     fly, because those of a large collection do not fit on a disk.
 
     Args:
-        folder: of the images.
-        captions: path of each image -> path of its caption, both relative to `folder`.
+        images: the images.
+        names: which of them are used.
         faces: (N, 14) box (4) and landmarks (10) of each face, in pixels of its image.
         model: whose VAE computes the latents.
         extractor: extracts the identities.
@@ -73,8 +68,8 @@ class PhotoDataset:
 
     def __init__(
         self,
-        folder: Path,
-        captions: Mapping[str, str],
+        images: CaptionedImages,
+        names: Sequence[str],
         faces: np.ndarray,
         model: BaseModel,
         extractor: PhotoExtractor,
@@ -83,16 +78,15 @@ class PhotoDataset:
         with_images: bool = True,
         paired: bool = False,
     ) -> None:
-        self.folder = folder
-        self.names = list(captions)
-        self.captions = list(captions.values())
+        self.images = images
+        self.names = list(names)
         self.faces = faces
         self.model = model
         self.extractor = extractor
         self.batch_size = batch_size
         self.pixels = pixels
         self.with_images = with_images
-        self.others = find_others(self.names, folder) if paired else None
+        self.others = find_others(images, self.names) if paired else None
 
     @classmethod
     def open(
@@ -110,7 +104,7 @@ class PhotoDataset:
         """Open the images of a folder that have a caption and a face of at least `MIN_FACE` pixels.
 
         Args:
-            folder: of the images, at any depth.
+            folder: of the images, in files or in tar archives, at any depth.
             index: JSON file that stores where the faces are; created and completed as needed.
             model: see the class.
             extractor: see the class.
@@ -126,8 +120,8 @@ class PhotoDataset:
         images = find_captioned_images(folder)
         names = list(images.captions)
         if DistributedContext(model.device).rank == 0:
-            images.report(folder)
-            positions = build_index(folder, names, index, extractor, on_progress)
+            images.report()
+            positions = build_index(images, index, extractor, on_progress)
         else:
             positions = wait_for_index(names, index)
         faces: dict[str, list[float]] = {}
@@ -146,9 +140,8 @@ class PhotoDataset:
                 MIN_FACE,
             )
         boxes = np.array(list(faces.values()), np.float32)
-        captions = {name: images.captions[name] for name in faces}
         return cls(
-            folder, captions, boxes, model, extractor, batch_size, pixels, with_images, paired
+            images, list(faces), boxes, model, extractor, batch_size, pixels, with_images, paired
         )
 
     def __len__(self) -> int:
@@ -214,21 +207,22 @@ class PhotoDataset:
             except FaceError as error:
                 name = self.names[candidate]
                 logger.warning("%s: %s; using the next image instead", name, error)
-        raise TrainingError(f"{self.folder}: no image can be read any more: check the folder.")
+        folder = self.images.folder
+        raise TrainingError(f"{folder}: no image can be read any more: check the folder.")
 
     def _read_row(self, row: int) -> PhotoSample:
-        prompt = read_caption(self.folder / self.captions[row])
+        prompt = self.images.read_caption(self.names[row])
         crop, face = self._crop(row)
         return PhotoSample(row, prompt, crop, face, self.extractor.extract([face])[0])
 
     def _crop(self, row: int) -> tuple[Tensor, Face]:
         """Return the crop (3, pixels, pixels) in [0, 1], and the face in its coordinates."""
-        path = self.folder / self.names[row]
-        image = open_image(path)
+        name = self.names[row]
+        image = self.images.open_image(name)
         box = self.faces[row, :4]
         # positions are those of a smaller image, whose sides are rounded
         if (box[2:] > 1.02 * np.array(image.size)).any():
-            raise ImageError(path, "is smaller than when its face was located")
+            raise ImageError(self.images.folder / name, "is smaller than when its face was located")
         landmarks = self.faces[row, 4:].reshape(5, 2)
         side = min(image.size)
         center = (box[:2] + box[2:]) / 2
@@ -242,38 +236,38 @@ class PhotoDataset:
         return crop, Face(crop, crop_box, crop_landmarks, 1.0)
 
 
-def find_others(names: Sequence[str], folder: Path) -> list[list[int]]:
-    """Find the other images of each person, who has a folder of images.
+def find_others(images: CaptionedImages, names: Sequence[str]) -> list[list[int]]:
+    """Find the other images of each person, see `CaptionedImages.find_person`.
 
     Args:
-        names: path of each image.
-        folder: for messages.
+        images: the images.
+        names: which of them are used.
 
     Returns:
-        For each image the indices of the others in its folder.
+        For each image the indices of the others.
 
     Raises:
-        TrainingError: no folder has two images.
+        TrainingError: no person has two images.
     """
-    people: dict[Path, list[int]] = {}
-    for index, name in enumerate(names):
-        people.setdefault(Path(name).parent, []).append(index)
+    people: dict[str, list[int]] = {}
+    groups = [images.find_person(name) or name for name in names]
+    for index, person in enumerate(groups):
+        people.setdefault(person, []).append(index)
     if max(map(len, people.values())) < 2:
         raise TrainingError(
-            f"{folder}: no person has two images; put the images of each person into a folder of "
-            "their own, or train without paired images."
+            f"{images.folder}: no person has two images; put the images of each person into a "
+            "folder of their own, or train without paired images."
         )
     num_single = sum(len(rows) == 1 for rows in people.values())
     if num_single:
         logger.warning(
             "%s: %d of %d people have a single image, which is paired with itself",
-            folder,
+            images.folder,
             num_single,
             len(people),
         )
     return [
-        [other for other in people[Path(name).parent] if other != index]
-        for index, name in enumerate(names)
+        [other for other in people[person] if other != index] for index, person in enumerate(groups)
     ]
 
 

@@ -1,0 +1,58 @@
+"""Files inside tar archives, read at their offsets without unpacking (shards of WebDataset)."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from openpulid.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class TarMember:
+    """A file inside an archive that is not compressed.
+
+    Attributes:
+        archive: path of the archive.
+        offset: of the first byte of the file.
+        size: in bytes.
+    """
+
+    archive: Path
+    offset: int
+    size: int
+
+    def read(self, max_bytes: int | None = None) -> bytes:
+        """Return the first bytes of the file, or all of them.
+
+        Raises:
+            OSError: the archive cannot be read, or is shorter than before.
+        """
+        size = self.size if max_bytes is None else min(self.size, max_bytes)
+        with open(self.archive, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(size)
+        if len(data) != size:
+            raise OSError(f"{self.archive} is shorter than when it was listed")
+        return data
+
+
+def list_members(archive: Path) -> dict[str, TarMember]:
+    """List the files of an archive by name; of several with one name the last counts.
+
+    Raises:
+        TrainingError: it is compressed, damaged, or no tar archive.
+    """
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            return {
+                member.name: TarMember(archive, member.offset_data, member.size)
+                for member in tar
+                if member.isreg()
+            }
+    except (OSError, tarfile.TarError) as error:
+        raise TrainingError(
+            f"{archive} cannot be read as a tar archive without compression ({error}); "
+            "unpack it, or pack it again with tar -cf."
+        ) from None
