@@ -11,14 +11,20 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
 from openpulid.bench.perf.gpu_report import PartSkipped
 from openpulid.bench.perf.inference import FluxTarget
-from openpulid.bench.perf.random_models import RandomSDXL, default_dtype, random_base
+from openpulid.bench.perf.random_models import (
+    RandomFlux,
+    RandomSDXL,
+    default_dtype,
+    random_base,
+)
 from openpulid.device import best_device, hardware_name, training_dtype
 from openpulid.errors import OptionError
+from openpulid.pipelines.flux_memory import FLUX_VAE
 from openpulid.pipelines.presets import MINIATURE
 
 TINY_UNET: dict[str, Any] = {
@@ -142,6 +148,19 @@ class Machine:
         if not self.tiny:
             return FluxTarget(self.device, self.dtype, text_tokens=text_tokens)
         return FluxTarget(self.device, self.dtype, pixels=64, depth=0.1, text_tokens=4, **TINY_FLUX)
+
+    def build_flux_model(self, pixels: int, text_tokens: int) -> RandomFlux:
+        """Build FLUX as a training base; a tiny one has prompts of 4 tokens."""
+        sizes: dict[str, Any] = {}
+        vae_sizes = {**FLUX_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+        if self.tiny:
+            sizes = {**TINY_FLUX, "num_layers": 2, "num_single_layers": 4, "in_channels": 16}
+            vae_sizes = {**TINY_VAE, "shift_factor": 0.1159}
+            text_tokens = 4
+        with default_dtype(self.dtype), self.device:
+            transformer = FluxTransformer2DModel(guidance_embeds=True, **sizes)
+            vae = AutoencoderKL(**vae_sizes)
+        return RandomFlux(transformer, vae, pixels, text_tokens)
 
 
 def describe_machine(machine: Machine) -> dict[str, Any]:

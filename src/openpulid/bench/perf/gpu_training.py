@@ -1,27 +1,32 @@
-"""Training parts of the GPU report: stage 3 on SDXL, the miniature, and an adapter on FLUX."""
+"""Training parts of the GPU report: stage 3 on SDXL, the miniature, and stage 1 on FLUX."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import mse_loss
 
 from openpulid.bench.perf.gpu_machine import Machine
 from openpulid.bench.perf.gpu_report import Recorder
-from openpulid.bench.perf.inference import FluxTarget
 from openpulid.bench.perf.timing import timed
 from openpulid.bench.perf.training import random_task, train_step
 from openpulid.device import peak_memory, reset_peak_memory
-from openpulid.methods.pulid import IDFormer, PuLIDFlux
+from openpulid.methods.pulid import PuLIDFlux
 from openpulid.training import Muon, StepRNG, autocast, backward
-from openpulid.training.pulid import Batch, PuLIDTask, Recipe, SDXLModel, find_recipe
+from openpulid.training.pulid import (
+    BaseModel,
+    Batch,
+    PuLIDTask,
+    Recipe,
+    SDXLModel,
+    find_recipe,
+)
 
 Figures = dict[str, Any]
 
@@ -112,9 +117,9 @@ def measure_sdxl_stage3(recorder: Recorder, machine: Machine) -> None:
         )
 
 
-def _build_task(recipe: Recipe, base: SDXLModel) -> PuLIDTask:
+def _build_task(recipe: Recipe, base: BaseModel, **sizes: int) -> PuLIDTask:
     """Build the task of a recipe with a fixed batch."""
-    task = random_task(recipe, base)
+    task = random_task(recipe, base, **sizes)
     task.data = FixedBatch(task.data.batch(StepRNG(0, 0)).to(base.device))
     task.adapter.train()
     return task
@@ -294,75 +299,39 @@ def _measure_throughput(step: Callable[[], object], batch: int, machine: Machine
     }
 
 
-# -- an adapter on FLUX --
-
-
-class FluxStep:
-    """A flow-matching step in which only the adapter trains.
-
-    Args:
-        target: the transformer and its inputs; its own adapter is detached.
-        machine: size of the new adapter's encoder.
-    """
-
-    def __init__(self, target: FluxTarget, machine: Machine) -> None:
-        self.target = target
-        self.device = machine.device
-        sizes: dict[str, Any] = {}
-        if machine.tiny:
-            sizes = {"dim": 16, "depth": 5, "dim_head": 8, "heads": 2, "hidden_dim": 16}
-        target.adapter.detach()
-        with machine.device:
-            self.adapter = PuLIDFlux.for_transformer(target.transformer, IDFormer(**sizes))
-            for layer in self.adapter.layers:
-                nn.init.normal_(layer.to_out.weight, std=0.02)
-            config = self.adapter.encoder.config
-            self.id_cond = torch.randn(1, config["width"])
-            self.hidden = [torch.randn(1, 577, config["vit_dim"]) for _ in range(5)]
-            self.clean = torch.randn(target.call["hidden_states"].shape)
-        self.adapter.train().attach(target.transformer)
-        self.optimizer = _create_adamw(self.adapter.parameters())
-
-    def __call__(self) -> None:
-        """Run the step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        noise = torch.randn_like(self.clean)
-        t = torch.rand(len(noise), device=self.device)
-        # in use during the backward pass, because recomputed blocks also need the identity
-        with autocast(self.device), self._use_identity():
-            backward(self._loss(noise, t))
-        nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
-        self.optimizer.step()
-
-    def _use_identity(self) -> AbstractContextManager[Any]:
-        return self.adapter.use_tokens(self.adapter.encode(self.id_cond, self.hidden))
-
-    def _loss(self, noise: Tensor, t: Tensor) -> Tensor:
-        """Compute the loss of rectified flow: x_t = (1 - t) x_0 + t noise, v = noise - x_0."""
-        dtype = self.target.tokens.dtype
-        x_t = torch.lerp(self.clean, noise, t[:, None, None]).to(dtype)
-        inputs = self.target.call | {"hidden_states": x_t, "timestep": t.to(dtype)}
-        velocity = self.target.transformer(**inputs, return_dict=False)[0]
-        return mse_loss(velocity.float(), noise - self.clean)
+# -- stage 1 on FLUX --
 
 
 def measure_flux_stage1(recorder: Recorder, machine: Machine) -> None:
-    """Measure a training step of PuLID on FLUX with the loss of `flux_stage1`."""
-    target = machine.build_flux(text_tokens=512)
+    """Measure training steps of `flux_stage1` with one GPU's share of the recipe's batch."""
+    recipe = find_recipe("flux_stage1")
+    recipe = replace(recipe, batch=recipe.batch // NUM_GPUS)
+    sizes: dict[str, int] = {}
+    if machine.tiny:
+        recipe = replace(
+            recipe, batch=2, pixels=32, encoder_width=16, attention_heads=2, attention_head_dim=8
+        )
+        sizes = {"dim": 16, "depth": 5, "dim_head": 8, "heads": 2, "output_dim": 16}
+    assert recipe.pixels is not None
+    base = machine.build_flux_model(recipe.pixels, recipe.text_tokens)
     recorder.part.settings |= {
-        "recipe": "the loss and the adapter of flux_stage1, with more pixels and text tokens",
-        "pixels": machine.pixels,
-        "batch": 1,
-        "text tokens": target.call["encoder_hidden_states"].shape[1],
+        "batch": f"{recipe.batch}: the recipe's batch divided by {NUM_GPUS} GPUs",
+        "pixels": recipe.pixels,
+        "text tokens": base.max_sequence_length,
         "precision": "transformer in bf16, adapter and AdamW in float32, bf16 autocast",
+        "not included": "reading data, text encoders, the average of the weights (one more copy)",
     }
-    step = FluxStep(target, machine)
+    task = _build_task(recipe, base, **sizes)
+    assert isinstance(task.adapter, PuLIDFlux)
+    for layer in task.adapter.layers:  # untrained, they add nothing
+        nn.init.normal_(layer.to_out.weight, std=0.02)
+    step = partial(train_step, task, _create_adamw(task.adapter.parameters()))
 
     def run() -> Figures:
         seconds = _time_steps(step, machine, 1 if machine.tiny else 3)
         return {"s": round(seconds, 3), **_peak_memory(machine)}
 
-    target.transformer.enable_gradient_checkpointing()
+    base.transformer.enable_gradient_checkpointing()
     recorder.attempt("recompute blocks", run)
-    target.transformer.disable_gradient_checkpointing()
+    base.transformer.disable_gradient_checkpointing()
     recorder.attempt("recompute nothing", run)

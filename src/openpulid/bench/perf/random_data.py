@@ -9,7 +9,7 @@ from openpulid.faces.align import TEMPLATE
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
 from openpulid.faces.miniature import RECOGNITION_MODELS
-from openpulid.methods.pulid import PuLID
+from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.training import StepRNG
 from openpulid.training.pulid import BaseModel, Batch
 
@@ -26,14 +26,19 @@ class RandomPeople:
     """
 
     def __init__(
-        self, base: BaseModel, adapter: PuLID, size: int, tokens: int, pixels: int | None
+        self,
+        base: BaseModel,
+        adapter: PuLID | PuLIDFlux,
+        size: int,
+        tokens: int,
+        pixels: int | None,
     ) -> None:
         self.base = base
         self.size = size
         self.tokens = tokens
         self.pixels = pixels
-        self.width = adapter.id_adapter.config["width"]
-        self.hidden_width = adapter.id_adapter.config["vit_dim"]
+        self.width = adapter.encoder.config["width"]
+        self.hidden_width = adapter.encoder.config["vit_dim"]
 
     def batch(self, draw: StepRNG) -> Batch:
         """Draw a batch of random latents, features and images."""

@@ -1,4 +1,4 @@
-"""SDXL and the miniature with random weights, at the size of the published ones."""
+"""SDXL, FLUX and the miniature with random weights, at the size of the published ones."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
 
 from openpulid.device import compute_dtype, training_dtype
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import OptionError
 from openpulid.pipelines.presets import MINIATURE
-from openpulid.training.pulid import SDXLModel, TextConditioning
+from openpulid.training.pulid import FluxModel, FluxText, SDXLModel, TextConditioning
 
 SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
@@ -80,6 +86,38 @@ class RandomSDXL(SDXLModel):
         ids = torch.tensor([[side, side, 0, 0, side, side]], **like).expand(rows, -1)
         embeds = torch.randn(rows, 77, self.unet.config.cross_attention_dim, **like)
         return TextConditioning(embeds, torch.randn(rows, self.pooled_width, **like), ids)
+
+
+class _FluxParts:
+    """The parts of a pipeline that `FluxModel` uses, without text encoders."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, vae: AutoencoderKL) -> None:
+        self.transformer = transformer
+        self.vae = vae
+        self.text_encoder = None
+        self.text_encoder_2 = None
+        self.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+class RandomFlux(FluxModel):
+    """A base model of FLUX's architecture with random prompt embeddings."""
+
+    def __init__(
+        self, transformer: FluxTransformer2DModel, vae: AutoencoderKL, pixels: int, text_tokens: int
+    ) -> None:
+        parts = _FluxParts(transformer, vae)
+        super().__init__(parts, pixels, max_sequence_length=text_tokens)
+
+    def encode_text(
+        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
+    ) -> FluxText:
+        """Return random embeddings, twice as many if guided."""
+        rows = len(prompts) * (1 + guided)
+        config = self.transformer.config
+        like: dict[str, Any] = {"device": self.device, "dtype": self.transformer.dtype}
+        embeds = torch.randn(rows, self.max_sequence_length, config.joint_attention_dim, **like)
+        return FluxText(embeds, torch.randn(rows, config.pooled_projection_dim, **like))
 
 
 def dtype_of(name: str, device: torch.device, in_training: bool = False) -> torch.dtype:

@@ -17,9 +17,8 @@ from torch import nn
 from openpulid.bench.perf.random_data import RandomPeople, random_faces
 from openpulid.bench.perf.timing import interleave, medians, ratios, timed
 from openpulid.device import peak_memory, reset_peak_memory
-from openpulid.methods.pulid import IDEncoder, IDFormer, PuLID
 from openpulid.training import Losses, StepRNG, autocast, backward, sum_losses
-from openpulid.training.pulid import BaseModel, PuLIDTask, Recipe
+from openpulid.training.pulid import BaseModel, PuLIDTask, Recipe, build_adapter
 
 
 @dataclass(frozen=True)
@@ -42,24 +41,21 @@ class Cost:
     memory: float | None
 
 
-def random_task(recipe: Recipe, base: BaseModel) -> PuLIDTask:
+def random_task(recipe: Recipe, base: BaseModel, **sizes: int) -> PuLIDTask:
     """Build the training task of a recipe on a base model with random weights.
 
     The base is also the few-step model of the lightning branch.
+
+    Args:
+        recipe: the recipe.
+        base: the base model.
+        sizes: of the identity encoder, where they are not the published ones.
     """
-    unet = base.pipe.unet
-    width = unet.config.cross_attention_dim
     is_mini = recipe.base == "mini"
-    sizes: dict[str, int] = {}
     if is_mini:  # its face recognition model and vision encoder are smaller
-        sizes = {"width": 192, "vit_dim": 96, "hidden_dim": recipe.encoder_width}
+        sizes = {"width": 192, "vit_dim": 96, **sizes}
     with base.device:
-        encoder: nn.Module
-        if recipe.encoder == "IDEncoder":
-            encoder = IDEncoder(context_dim=width, **sizes)
-        else:
-            encoder = IDFormer(output_dim=width, **sizes)
-        adapter = PuLID.for_unet(unet, encoder).to(torch.float32)
+        adapter = build_adapter(replace(recipe, init_from=None), base, sizes)
     people = RandomPeople(base, adapter, recipe.batch, 65 if is_mini else 577, recipe.pixels)
     return PuLIDTask(
         recipe,

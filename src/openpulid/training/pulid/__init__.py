@@ -9,6 +9,7 @@ from openpulid.training.pulid.batch import (
 )
 from openpulid.training.pulid.branches import DiffusionStep, diffusion_branch
 from openpulid.training.pulid.export import revision, save_adapter
+from openpulid.training.pulid.flux_model import FluxModel, FluxText
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.recipes import Recipe, find_recipe
@@ -29,6 +30,8 @@ __all__ = [
     "BatchSource",
     "DiffusionLoss",
     "DiffusionStep",
+    "FluxModel",
+    "FluxText",
     "PuLIDTask",
     "Recipe",
     "SDXLModel",
