@@ -77,6 +77,10 @@ def train(
             help="Photos: features from another image of the same person, who has a folder.",
         ),
     ] = False,
+    aspect_buckets: Annotated[
+        bool,
+        typer.Option("--aspect-buckets", help="Photos: several aspect ratios, not only squares."),
+    ] = False,
     shard: Annotated[
         bool,
         typer.Option("--shard", help="Photos: share the frozen networks among the processes."),
@@ -97,6 +101,7 @@ def train(
         few_step_batch=few_step_batch,
         accumulate=accumulate,
         paired=paired or None,
+        aspect_buckets=aspect_buckets or None,
     )
     few_step_models = {"--few-step-model": few_step_model, "--few-step-lora": few_step_lora}
     _check_few_step(settings, {"--few-step-batch": few_step_batch, **few_step_models})
@@ -114,6 +119,7 @@ def train(
             **few_step_models,
             "--faces": faces,
             "--paired": paired,
+            "--aspect-buckets": aspect_buckets,
             "--shard": shard,
         }
         _refuse(photo_options, f"{recipe} trains on the synthetic world with the miniature")

@@ -33,7 +33,7 @@ from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.training.pulid import face_index
+from openpulid.training.pulid import buckets, face_index
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.photo_dataset import PhotoDataset, find_others
 from openpulid.training.pulid.photo_folder import find_captioned_images
@@ -157,7 +157,7 @@ def test_images_with_caption_and_face_are_used(folder, base, features, tmp_path,
         and "broken.png" in caplog.text
     )
     index = json.loads((tmp_path / "faces.json").read_text())
-    assert index["wall.png"] is None and len(index["small.png"]) == 14
+    assert index["wall.png"] is None and len(index["small.png"]) == 16
     features_of_nobody = PhotoExtractor(
         None, None, None, features.vision_encoder
     )  # found once: nobody is asked again
@@ -223,6 +223,32 @@ def test_people_without_a_second_image_cannot_be_paired(folder) -> None:
     assert find_others(images, names) == [[3], [], [], [0], [], []]
 
 
+def test_buckets_give_batches_of_one_shape(folder, base, features, index, monkeypatch) -> None:
+    """A portrait and a square: the face stays inside, and SDXL is told the size."""
+    monkeypatch.setattr(buckets, "MULTIPLE", 8)
+    monkeypatch.setattr(buckets.list_sizes, "__defaults__", (8,))
+    photos = PhotoDataset.open(folder, index, base, features, 1, PIXELS, has_buckets=True)
+    assert len(photos.buckets.rows) > 1
+    shapes = set()
+    for step in range(3):
+        batch = photos.batch(StepRNG(0, step))
+        height, width = batch.images.shape[-2:]
+        shapes.add((height, width))
+        scale = base.pipe.vae_scale_factor
+        assert batch.latents.shape[-2:] == (height // scale, width // scale)
+        assert batch.masks.shape[-2:] == batch.latents.shape[-2:] and batch.masks.sum() > 0
+        assert 0.8 < height * width / PIXELS**2 < 1.25
+    assert len(shapes) == len(photos.buckets.rows)
+    for size in photos.buckets.rows:
+        for row in photos.buckets.rows[size]:
+            crop, face = photos._crop(row, size)
+            assert crop.shape == (3, size.height, size.width)
+            limits = torch.tensor([size.width, size.height])
+            assert ((face.landmarks >= 0) & (face.landmarks <= limits)).all()
+    text = base.encode_text(["portrait"], pixels=(48, 64))
+    assert text.time_ids.tolist() == [[48, 64, 0, 0, 48, 64]]
+
+
 def test_archives_give_the_batches_of_the_files(
     folder, base, features, index, found, tmp_path
 ) -> None:
@@ -243,7 +269,7 @@ def test_archives_give_the_batches_of_the_files(
 def test_face_is_inside_its_crop(folder, base, features, index) -> None:
     photos = opened(folder, base, features, index)
     for row in range(len(photos)):
-        square, face = photos._crop(row)
+        square, face = photos._crop(row, photos.square)
         assert square.shape == (3, PIXELS, PIXELS)
         assert ((face.landmarks >= 0) & (face.landmarks <= PIXELS)).all()
         assert face.landmarks[0, 0] < face.landmarks[1, 0]

@@ -77,13 +77,19 @@ class RandomSDXL(SDXLModel):
         )
 
     def encode_text(
-        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        pixels: int | tuple[int, int] | None = None,
+        guided: bool = False,
     ) -> TextConditioning:
         """Return random embeddings, twice as many if guided."""
         rows = len(prompts) * (1 + guided)
         like: dict[str, Any] = {"device": self.device, "dtype": self.unet.dtype}
-        side = float(pixels or self.unet.config.sample_size * self.pipe.vae_scale_factor)
-        ids = torch.tensor([[side, side, 0, 0, side, side]], **like).expand(rows, -1)
+        size = pixels or self.pixels
+        height, width = size if isinstance(size, tuple) else (size, size)
+        sizes = [float(height), float(width), 0.0, 0.0, float(height), float(width)]
+        ids = torch.tensor([sizes], **like).expand(rows, -1)
         embeds = torch.randn(rows, 77, self.unet.config.cross_attention_dim, **like)
         return TextConditioning(embeds, torch.randn(rows, self.pooled_width, **like), ids)
 
@@ -110,7 +116,11 @@ class RandomFlux(FluxModel):
         super().__init__(parts, pixels, max_sequence_length=text_tokens)
 
     def encode_text(
-        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        pixels: int | tuple[int, int] | None = None,
+        guided: bool = False,
     ) -> FluxText:
         """Return random embeddings, twice as many if guided."""
         rows = len(prompts) * (1 + guided)

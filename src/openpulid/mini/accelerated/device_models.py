@@ -62,7 +62,11 @@ class DeviceModel(SDXLModel):
         )
 
     def encode_text(
-        self, prompts: Any, *, pixels: int | None = None, guided: bool = False
+        self,
+        prompts: Any,
+        *,
+        pixels: int | tuple[int, int] | None = None,
+        guided: bool = False,
     ) -> TextConditioning:
         """Return the encoded captions with these numbers, a sequence of B scalar tensors."""
         numbers = torch.stack(list(prompts))

@@ -23,10 +23,11 @@ SAVE_SECONDS = 300
 """Time between two saves of the index while faces are detected."""
 POLL_SECONDS = 10
 """Time between two reads of the index while another process detects faces."""
-POSITION_LENGTH = 14
+POSITION_LENGTH = 16
 
 FaceIndex = dict[str, list[float] | None]
-"""Image name -> box (4) and landmarks (10) of its largest face in pixels; None without a face."""
+"""Image name -> box (4) and landmarks (10) of its largest face in pixels, width and height of the
+image; None without a face."""
 
 
 def build_index(
@@ -96,7 +97,7 @@ def read_index(index: Path) -> FaceIndex:
 
 
 def _is_position(value: object) -> bool:
-    """Return whether a value of an index is None, or a box and five landmarks."""
+    """Return whether a value of an index is None, or a box, five landmarks and a size."""
     if value is None:
         return True
     if not isinstance(value, list) or len(value) != POSITION_LENGTH:
@@ -107,7 +108,7 @@ def _is_position(value: object) -> bool:
 def _locate_face(
     images: CaptionedImages, name: str, extractor: PhotoExtractor
 ) -> list[float] | None:
-    """Return box and landmarks of the largest face.
+    """Return box and landmarks of the largest face, and the size of the image.
 
     None without an upright face or a readable image: a base model would learn a turned image.
     """
@@ -130,5 +131,5 @@ def _locate_face(
         return None
     scale = max(image.size) / max(small.size)
     values = (*face.box.tolist(), *face.landmarks.flatten().tolist())
-    position = [round(value * scale, 2) for value in values]
+    position = [*(round(value * scale, 2) for value in values), *map(float, image.size)]
     return position if _is_position(position) else None

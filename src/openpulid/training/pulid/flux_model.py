@@ -106,7 +106,11 @@ class FluxModel:
 
     @torch.no_grad()
     def encode_text(
-        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        pixels: int | tuple[int, int] | None = None,
+        guided: bool = False,
     ) -> FluxText:
         """Encode B prompts, without gradient; the size of the images is not read."""
         texts = ([""] * len(prompts) if guided else []) + list(prompts)

@@ -81,13 +81,17 @@ class BaseModel(Protocol):
         """Return (c, h, w) of a square image's latents; by default of the base's own size."""
 
     def encode_text(
-        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        pixels: int | tuple[int, int] | None = None,
+        guided: bool = False,
     ) -> Any:
         """Encode B prompts for `predict`, without gradient.
 
         Args:
             prompts: B strings.
-            pixels: width of the images; by default the base's own.
+            pixels: side of square images, or height and width; by default the base's own.
             guided: return 2 B rows, first those of the empty prompt.
         """
 
@@ -145,7 +149,11 @@ class SDXLModel:
 
     @torch.no_grad()
     def encode_text(
-        self, prompts: Sequence[str], *, pixels: int | None = None, guided: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        pixels: int | tuple[int, int] | None = None,
+        guided: bool = False,
     ) -> TextConditioning:
         """Encode B prompts, without gradient; `pixels` is SDXL's size conditioning."""
         embeds, empty_embeds, pooled, empty_pooled = self.pipe.encode_prompt(
@@ -157,9 +165,10 @@ class SDXLModel:
         if guided:
             embeds = torch.cat([empty_embeds, embeds])
             pooled = torch.cat([empty_pooled, pooled])
-        side = pixels or self.pixels
+        size = pixels or self.pixels
+        height, width = size if isinstance(size, tuple) else (size, size)
         time_ids = torch.tensor(
-            [[side, side, 0, 0, side, side]], dtype=embeds.dtype, device=self.device
+            [[height, width, 0, 0, height, width]], dtype=embeds.dtype, device=self.device
         )
         return TextConditioning(embeds, pooled, time_ids.expand(len(embeds), -1))
 

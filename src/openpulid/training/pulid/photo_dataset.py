@@ -22,6 +22,7 @@ from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.image_grid import to_tensor
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.batch import Batch
+from openpulid.training.pulid.buckets import Buckets, Size, list_sizes
 from openpulid.training.pulid.face_index import build_index, wait_for_index
 from openpulid.training.pulid.models import BaseModel
 from openpulid.training.pulid.photo_folder import CaptionedImages, find_captioned_images
@@ -45,7 +46,7 @@ class PhotoSample(NamedTuple):
 
 
 class PhotoDataset:
-    """A `BatchSource` of square crops of photos, with captions and the features of each face.
+    """A `BatchSource` of crops of photos, with captions and the features of each face.
 
     Faces are detected once and their positions stored. Features and latents are computed on the
     fly, because those of a large collection do not fit on a disk.
@@ -53,14 +54,16 @@ class PhotoDataset:
     Args:
         images: the images.
         names: which of them are used.
-        faces: (N, 14) box (4) and landmarks (10) of each face, in pixels of its image.
+        faces: (N, 16) box (4) and landmarks (10) of each face in pixels of its image, and the
+            image's width and height.
         model: whose VAE computes the latents.
         extractor: extracts the identities.
         batch_size: images per step, over all processes.
-        pixels: width and height of the crops.
+        pixels: width and height of the crops; with buckets, that of a square of the same area.
         with_images: whether batches contain the images, for an ID loss.
         paired: take the features from another image of the same person, that is of the same
             folder. A person with a single image keeps it.
+        has_buckets: crop to several aspect ratios instead of squares.
 
     Raises:
         TrainingError: paired, and no person has two images.
@@ -77,6 +80,7 @@ class PhotoDataset:
         pixels: int,
         with_images: bool = True,
         paired: bool = False,
+        has_buckets: bool = False,
     ) -> None:
         self.images = images
         self.names = list(names)
@@ -87,6 +91,10 @@ class PhotoDataset:
         self.pixels = pixels
         self.with_images = with_images
         self.others = find_others(images, self.names) if paired else None
+        self.buckets = None
+        if has_buckets:
+            sizes = [Size(int(width), int(height)) for width, height in faces[:, 14:]]
+            self.buckets = Buckets(sizes, list_sizes(pixels), batch_size)
 
     @classmethod
     def open(
@@ -99,6 +107,7 @@ class PhotoDataset:
         pixels: int,
         with_images: bool = True,
         paired: bool = False,
+        has_buckets: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> PhotoDataset:
         """Open the images of a folder that have a caption and a face of at least `MIN_FACE` pixels.
@@ -112,6 +121,7 @@ class PhotoDataset:
             pixels: see the class.
             with_images: see the class.
             paired: see the class.
+            has_buckets: see the class.
             on_progress: called with the numbers of indexed images and of all images.
 
         Raises:
@@ -141,8 +151,22 @@ class PhotoDataset:
             )
         boxes = np.array(list(faces.values()), np.float32)
         return cls(
-            images, list(faces), boxes, model, extractor, batch_size, pixels, with_images, paired
+            images,
+            list(faces),
+            boxes,
+            model,
+            extractor,
+            batch_size,
+            pixels,
+            with_images,
+            paired,
+            has_buckets,
         )
+
+    @property
+    def square(self) -> Size:
+        """The size of square crops."""
+        return Size(self.pixels, self.pixels)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -151,23 +175,30 @@ class PhotoDataset:
     def batch(self, rng: StepRNG) -> Batch:
         """Return the rank's part of the global batch.
 
-        The crop of an image is always the same: the largest square, as close to its face as
+        The crop of an image is always the same: the largest of its shape, as close to its face as
             possible.
         """
-        rows = rng.indices(len(self), self.batch_size).tolist()
-        samples = [self._read(row) for row in rows]
+        if self.buckets is None:
+            size, indices = self.square, rng.indices(len(self), self.batch_size)
+        else:
+            size, indices = self.buckets.sample(rng)
+        rows = indices.tolist()
+        samples = [self._read(row, size) for row in rows]
         images = torch.stack([sample.crop for sample in samples]).to(self.model.device)
         latents = self.model.encode(images)
         sources = samples
         if self.others is not None:
             picks = rng.rand((len(rows),), "pairs").tolist()
-            sources = [self._read_other(*pair) for pair in zip(samples, picks, strict=True)]
+            sources = [
+                self._read_other(sample, pick, size)
+                for sample, pick in zip(samples, picks, strict=True)
+            ]
         identities = [source.identity for source in sources]
         levels = zip(*(identity.hidden for identity in identities), strict=True)
         faces = [sample.face for sample in samples]
         return Batch(
             latents=latents,
-            masks=_face_masks(faces, self.pixels, latents.shape[-1]).to(latents.device),
+            masks=_face_masks(faces, size, latents.shape[-2:]).to(latents.device),
             prompts=[sample.prompt for sample in samples],
             id_cond=torch.cat([identity.id_cond[:, 0] for identity in identities]),
             hidden=[torch.cat(level) for level in levels],
@@ -180,7 +211,7 @@ class PhotoDataset:
             return None
         return torch.stack([source.crop for source in sources]).to(self.model.device)
 
-    def _read_other(self, sample: PhotoSample, pick: float) -> PhotoSample:
+    def _read_other(self, sample: PhotoSample, pick: float, size: Size) -> PhotoSample:
         """Read another image of the same person; an image that cannot be read is left out."""
         assert self.others is not None
         rows = self.others[sample.row]
@@ -188,12 +219,12 @@ class PhotoDataset:
             return sample
         row = rows[int(pick * len(rows))]
         try:
-            return self._read_row(row)
+            return self._read_row(row, size)
         except (FaceError, ImageError, OSError) as error:
             logger.warning("%s: %s; using the image itself", self.names[row], error)
             return sample
 
-    def _read(self, row: int) -> PhotoSample:
+    def _read(self, row: int, size: Size) -> PhotoSample:
         """Read a row, or the next one that can be read.
 
         Files can change during a run, and a resumed run would stop at the same file again.
@@ -201,7 +232,7 @@ class PhotoDataset:
         for offset in range(len(self)):
             candidate = (row + offset) % len(self)
             try:
-                return self._read_row(candidate)
+                return self._read_row(candidate, size)
             except (ImageError, OSError) as error:
                 logger.warning("%s; using the next image instead", error)
             except FaceError as error:
@@ -210,27 +241,28 @@ class PhotoDataset:
         folder = self.images.folder
         raise TrainingError(f"{folder}: no image can be read any more: check the folder.")
 
-    def _read_row(self, row: int) -> PhotoSample:
+    def _read_row(self, row: int, size: Size) -> PhotoSample:
         prompt = self.images.read_caption(self.names[row])
-        crop, face = self._crop(row)
+        crop, face = self._crop(row, size)
         return PhotoSample(row, prompt, crop, face, self.extractor.extract([face])[0])
 
-    def _crop(self, row: int) -> tuple[Tensor, Face]:
-        """Return the crop (3, pixels, pixels) in [0, 1], and the face in its coordinates."""
+    def _crop(self, row: int, size: Size) -> tuple[Tensor, Face]:
+        """Return the crop (3, height, width) in [0, 1], and the face in its coordinates."""
         name = self.names[row]
         image = self.images.open_image(name)
         box = self.faces[row, :4]
         # positions are those of a smaller image, whose sides are rounded
         if (box[2:] > 1.02 * np.array(image.size)).any():
             raise ImageError(self.images.folder / name, "is smaller than when its face was located")
-        landmarks = self.faces[row, 4:].reshape(5, 2)
-        side = min(image.size)
+        landmarks = self.faces[row, 4:14].reshape(5, 2)
+        target = np.array([size.width, size.height])
+        scale = (target / image.size).max()
+        extent = np.minimum((target / scale).round().astype(int), image.size)
         center = (box[:2] + box[2:]) / 2
-        corner = np.clip(center - side / 2, 0, np.array(image.size) - side).round().astype(int)
-        square = image.crop((*corner, *(corner + side)))
-        square = square.resize((self.pixels, self.pixels), Image.Resampling.LANCZOS)
-        crop = to_tensor([square])[0]
-        scale = self.pixels / side
+        corner = np.clip(center - extent / 2, 0, image.size - extent).round().astype(int)
+        part = image.crop((*corner, *(corner + extent)))
+        part = part.resize((size.width, size.height), Image.Resampling.LANCZOS)
+        crop = to_tensor([part])[0]
         crop_box = torch.from_numpy((box.reshape(2, 2) - corner) * scale).flatten().float()
         crop_landmarks = torch.from_numpy((landmarks - corner) * scale).float()
         return crop, Face(crop, crop_box, crop_landmarks, 1.0)
@@ -290,10 +322,10 @@ def _is_usable(position: Sequence[float]) -> bool:
     return min(x2 - x1, y2 - y1) >= MIN_FACE and eye_distance >= MIN_EYE_DISTANCE
 
 
-def _face_masks(faces: Sequence[Face], pixels: int, side: int) -> Tensor:
-    """Return the fraction of each latent position inside the face's box, (B, 1, side, side)."""
-    masks = torch.zeros(len(faces), 1, pixels, pixels)
+def _face_masks(faces: Sequence[Face], size: Size, grid: Sequence[int]) -> Tensor:
+    """Return the fraction of each latent position inside the face's box, (B, 1, *grid)."""
+    masks = torch.zeros(len(faces), 1, size.height, size.width)
     for mask, face in zip(masks, faces, strict=True):
         x1, y1, x2, y2 = (int(v) for v in face.box.round())
         mask[:, max(y1, 0) : y2, max(x1, 0) : x2] = 1
-    return interpolate(masks, (side, side), mode="area")
+    return interpolate(masks, tuple(grid), mode="area")

@@ -97,6 +97,7 @@ class Recipe:
     drop_identity: float = (
         0.1  # probability of zero features, for the unconditional identity: choice
     )
+    aspect_buckets: bool = False  # photos: several aspect ratios instead of squares: choice
     drop_caption: float = 0.0  # probability of an empty prompt, for guidance: choice
     min_snr_gamma: float | None = None  # choice
     face_loss_weight: float = 1.0  # of the face; the rest of the image weighs 1: choice

@@ -240,8 +240,8 @@ class PuLIDTask:
     ) -> tuple[Tensor, DiffusionStep]:
         """Compute L_diff of a batch; also return the step behind it."""
         # the size conditioning is that of these images, which can differ from the base's own size
-        pixels = batch.latents.shape[-1] * self.base.pipe.vae_scale_factor
-        text = self.base.encode_text(batch.prompts, pixels=pixels)
+        height, width = (x * self.base.pipe.vae_scale_factor for x in batch.latents.shape[-2:])
+        text = self.base.encode_text(batch.prompts, pixels=(height, width))
         step = diffusion_branch(self.base, rng, batch.latents, text, timestep_bias)
         weights = loss_weight_map(batch, self.recipe.landmark_loss_weight)
         return self.diffusion_loss(step, weights), step

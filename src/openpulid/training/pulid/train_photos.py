@@ -82,6 +82,7 @@ def train_on_photos(
             pixels,
             with_images,
             recipe.paired,
+            recipe.aspect_buckets,
         )
 
     # faces are detected for hours, which a second process must not repeat
