@@ -12,8 +12,9 @@ from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
-from openpulid.methods.pulid.flux_attention import FluxCall, FluxIdentity, select_block_keys
+from openpulid.methods.pulid.flux_attention import FluxCall, FluxIdentity
 from openpulid.methods.pulid.masks import stack_masks
+from openpulid.methods.transformers import select_block_keys
 from tests.support import comfyui, tiny_flux
 from tests.support.comfyui import call_network, requires_comfyui, sample
 from tests.support.people import anna, ben
@@ -240,7 +241,7 @@ def test_chroma_equals_hooks_on_its_blocks(
         call = FluxCall(
             True,
             identity.keys_values(is_negative),
-            regions=identity.resize_masks(image_ids(ROWS, COLUMNS), 1),
+            regions=identity.resize_masks((ROWS, COLUMNS), 1),
         )
 
         def add(module: Any, args: Any, output: Any) -> Any:

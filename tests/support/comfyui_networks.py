@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
 from openpulid.methods.pulid.flux_attention import (
-    BlockKey,
     FluxCall,
     FluxIdentity,
     PerceiverCrossAttention,
-    select_block_keys,
 )
 from openpulid.methods.pulid.masks import Person, stack_masks
+from openpulid.methods.transformers import BlockKey, select_block_keys
 from tests.support import tiny_flux
 from tests.support.comfyui import initialize, wrap
 
@@ -171,9 +170,7 @@ def create_identity(
 
 def describe_call(identity: FluxIdentity, is_negative: bool, rows: int, columns: int) -> FluxCall:
     """Return the call of a transformer whose rows are all of one prompt."""
-    grid = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    image_ids = torch.cat([torch.zeros(len(grid), 1), grid], dim=1)
-    regions = identity.resize_masks(image_ids, 1)
+    regions = identity.resize_masks((rows, columns), 1)
     return FluxCall(True, identity.keys_values(is_negative), regions=regions)
 
 

@@ -36,10 +36,9 @@ from openpulid.methods.hooks import (
     Span,
     StepTracker,
     expand_per_image,
-    flux_arguments,
     move_to,
 )
-from openpulid.methods.pulid.flux import find_transformer
+from openpulid.methods.transformers import FLUX, find_transformer
 
 Residuals = tuple[list[Tensor], list[Tensor]]
 """What is added after each double block and after each single block; empty for nothing."""
@@ -86,8 +85,13 @@ class FluxControlNet(ControlNetBase):
 
     def check(self, target: Any) -> None:
         """Raise OptionError if a pipeline has no FLUX transformer, or one of another width."""
-        transformer = find_transformer(target)
+        transformer, kind = find_transformer(target)
         config = self.model.config
+        if kind is not FLUX:
+            raise OptionError(
+                f"ControlNets of FLUX.1 do not act in {kind.name}; attach to FLUX.1 or a finetune "
+                "of it."
+            )
         if (transformer.inner_dim, transformer.config.joint_attention_dim) != (
             self.model.inner_dim,
             config.joint_attention_dim,
@@ -151,10 +155,10 @@ class FluxControlNet(ControlNetBase):
             transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> HookResult:
             nonlocal residuals
-            tracker.before_call(transformer, args, kwargs)
+            call = FLUX.name_arguments(args, kwargs)
+            tracker.count(float(call["timestep"].flatten()[0]))
             if not span.contains(tracker.position):
                 return args, kwargs
-            call = flux_arguments(args, kwargs)
             # guidance repeats the residuals of the prompt for the negative prompt
             if not tracker.is_negative:
                 size = _image_size(call["img_ids"], state)

@@ -284,9 +284,12 @@ class StepTracker:
         self._timesteps: Any = None
         self._index: int | None = None
 
-    def before_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Count this call (forward pre-hook of the transformer)."""
-        time = float(flux_arguments(args, kwargs)["timestep"].flatten()[0])
+    def count(self, time: float) -> None:
+        """Count a call of the transformer.
+
+        Args:
+            time: falls from 1 to 0 in a run.
+        """
         scheduler = getattr(self.state.target, "scheduler", None) if self.state else None
         timesteps = getattr(scheduler, "timesteps", None)
         self.num_steps = None
@@ -354,18 +357,6 @@ class UNetCall:
         # without `strict`, which torch.compile cannot trace in every supported version
         named = {**dict(zip(names, args)), **kwargs}  # noqa: B905
         return cls(named["sample"], named["timestep"], named["encoder_hidden_states"], kwargs)
-
-
-def flux_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of the FLUX transformer by name."""
-    names = (
-        "hidden_states",
-        "encoder_hidden_states",
-        "pooled_projections",
-        "timestep",
-        "img_ids",
-    )
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def refuse_guider(target: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    ChromaTransformer2DModel,
+    BriaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
     FluxPipeline,
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.pulid.flux_attention import PerceiverCrossAttention, identity_blocks
+from openpulid.methods.pulid.flux_attention import PerceiverCrossAttention
 from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.transformers import identity_blocks
 from tests.support.people import anna, ben, distance
 from tests.support.people import fresh as fresh_sdxl
 from tests.support.tiny_flux import SMALL, fresh, run, tiny_pipe
@@ -501,26 +502,18 @@ def test_other_transformers_raise(pipe, adapter) -> None:
         adapter.attach(pipe)
     with pytest.raises(OptionError, match="no FLUX transformer"):
         fresh(pipe).attach(nn.Linear(1, 1))
-    sizes = {
-        "in_channels": 16,
-        "num_layers": 3,
-        "num_single_layers": 5,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-    }
-    approximator = {
-        "approximator_num_channels": 8,
-        "approximator_hidden_dim": 16,
-        "approximator_layers": 1,
-    }
-    chroma = ChromaTransformer2DModel(
-        **sizes, **approximator, joint_attention_dim=24, axes_dims_rope=(4, 6, 6)
+    other = BriaTransformer2DModel(  # its blocks have the same names
+        in_channels=16,
+        num_layers=3,
+        num_single_layers=5,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
     )
-    with pytest.raises(
-        OptionError,
-        match=r"ChromaTransformer2DModel is not FLUX\.1's transformer: Chroma and other models",
-    ):
-        fresh(pipe).attach(chroma)
+    assert isinstance(other.single_transformer_blocks, nn.ModuleList)
+    with pytest.raises(OptionError, match="BriaTransformer2DModel has no FLUX transformer"):
+        fresh(pipe).attach(other)
 
 
 def test_variant_selects_file(pipe, tmp_path) -> None:

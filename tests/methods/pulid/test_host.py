@@ -12,11 +12,7 @@ from openpulid.errors import OptionError
 from openpulid.methods.hooks import SchedulePosition
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
-from openpulid.methods.pulid.flux_attention import (
-    FluxCall,
-    FluxIdentity,
-    identity_blocks,
-)
+from openpulid.methods.pulid.flux_attention import FluxCall, FluxIdentity
 from openpulid.methods.pulid.host_flux import FluxHostIdentity
 from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
 from openpulid.methods.pulid.masks import stack_masks
@@ -28,6 +24,7 @@ from openpulid.methods.pulid.sdxl_attention import (
     SDXLInjection,
     cross_attentions,
 )
+from openpulid.methods.transformers import identity_blocks
 from tests.support import people, tiny_flux
 from tests.support.people import anna, ben
 
@@ -136,11 +133,9 @@ def test_flux_rows_match_hooks(flux, layout, masked) -> None:
         0.9,
         stack_masks([[(anna, mask)]]),
     )
-    grid = torch.cartesian_prod(torch.arange(HEIGHT), torch.arange(WIDTH))
-    image_ids = torch.cat([torch.zeros(len(grid), 1), grid], dim=1)
     is_negative = rows(layout)
     generator = torch.Generator().manual_seed(5)
-    image = torch.randn(len(is_negative), len(grid), 32, generator=generator)
+    image = torch.randn(len(is_negative), HEIGHT * WIDTH, 32, generator=generator)
     host = FluxHostIdentity.prepare(adapter, blocks, anna, 0.9, mask)
     for block in blocks:
         added = host.contribution(block, image, is_negative, (HEIGHT, WIDTH))
@@ -149,7 +144,7 @@ def test_flux_rows_match_hooks(flux, layout, masked) -> None:
             call = FluxCall(
                 True,
                 identity.keys_values(is_row_negative),
-                regions=identity.resize_masks(image_ids, 1),
+                regions=identity.resize_masks((HEIGHT, WIDTH), 1),
             )
             expected = identity.add_to(image[row : row + 1], block, call)[0]
             assert torch.allclose(image[row] + added[row], expected, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from openpulid.errors import IdentityError, OptionError, WeightsError
 from openpulid.identity.identity import find_mismatched_models
 from openpulid.io.checkpoints import (
+    explain_bad_weights,
     load_state,
     parse_config,
     read_metadata,
@@ -51,6 +53,10 @@ class AdapterMetadata:
             WeightsError: The entry is damaged.
         """
         return parse_config(self.entries.get(name, "{}"), self.message)
+
+    def explain(self) -> AbstractContextManager[None]:
+        """Turn errors of damaged weights into a WeightsError with the message."""
+        return explain_bad_weights(self.message)
 
     def models(self) -> dict[str, str]:
         """Return name -> hash of the face models used in training."""

@@ -1,4 +1,7 @@
-"""PuLID for FLUX: load the adapter, attach it to a pipeline, use it in a generation."""
+"""PuLID for FLUX and its relatives: load the adapter, attach it to a pipeline, use it.
+
+The relatives are those of `methods.transformers`. FLUX.1's published weights also fit Chroma.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,23 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoint_kinds import PULID_FLUX, CheckpointKind
-from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.hooks import PipelineState, Span, StepTracker, check_scale
 from openpulid.methods.pulid.base import AdapterMetadata, PuLIDBase
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux_attention import (
-    BlockKey,
+    CallReader,
     FluxIdentity,
     FluxInjection,
     PerceiverCrossAttention,
     ProjectedKV,
-    identity_blocks,
-    inject_flux,
+    inject_identity,
 )
 from openpulid.methods.pulid.masks import People, normalize_people, stack_masks
+from openpulid.methods.transformers import (
+    BlockKey,
+    find_transformer,
+    identity_blocks,
+)
 
 
 class PuLIDFlux(PuLIDBase):
@@ -72,19 +78,20 @@ class PuLIDFlux(PuLIDBase):
         """Create an untrained adapter for a transformer; its outputs are zero.
 
         Args:
-            transformer: of FLUX.1.
+            transformer: of FLUX.1 or a relative.
             encoder: an `IDFormer`.
-            sizes: dim_head and heads of `PerceiverCrossAttention`, and the two intervals.
+            sizes: dim_head and heads of `PerceiverCrossAttention`, and the two intervals; by
+                default the published ones, and the kind's intervals.
+
+        Raises:
+            OptionError: The transformer is of an unknown kind.
         """
-        intervals = {}
-        for name in ("double_interval", "single_interval"):
-            if name in sizes:
-                intervals[name] = sizes.pop(name)
+        transformer, kind = find_transformer(transformer)
+        intervals = {name: sizes.pop(name, n) for name, n in kind.intervals().items()}
+        width = getattr(transformer, kind.width)
         layers = nn.ModuleList()
         for _ in identity_blocks(transformer, **intervals):
-            layer = PerceiverCrossAttention(
-                transformer.inner_dim, kv_dim=encoder.config["output_dim"], **sizes
-            )
+            layer = PerceiverCrossAttention(width, kv_dim=encoder.config["output_dim"], **sizes)
             layers.append(layer)
         adapter = cls(encoder, layers, **intervals)
         for layer in adapter.layers:
@@ -109,7 +116,7 @@ class PuLIDFlux(PuLIDBase):
         state = cls.read(path, dtype)
         message = f"{path} is no adapter of PuLID for FLUX, or is damaged"
         metadata = AdapterMetadata.read(path, message)
-        with explain_bad_weights(message):
+        with metadata.explain():
             with init_empty_weights(include_buffers=False):
                 encoder = IDFormer(**metadata.sizes("config"))
             adapter = cls.from_state_dict(state, encoder, **metadata.sizes("layers"))
@@ -159,18 +166,27 @@ class PuLIDFlux(PuLIDBase):
         """Raise an error if the adapter does not fit a pipeline or transformer.
 
         Raises:
-            OptionError: The target has no FLUX transformer.
+            OptionError: The target has no transformer of a known kind.
             WeightsError: The adapter was trained for another transformer.
         """
-        transformer = find_transformer(target)
-        self.check_blocks(self._blocks(transformer), transformer.inner_dim)
+        transformer, kind = find_transformer(target)
+        fix = "use the adapter for this base model."
+        if kind.training is not None:
+            fix = f"no adapter for {kind.name} is published: {kind.training}"
+        self.check_blocks(self._blocks(transformer), getattr(transformer, kind.width), fix)
 
-    def check_blocks(self, blocks: Sequence[BlockKey], width: int) -> None:
+    def check_blocks(
+        self,
+        blocks: Sequence[BlockKey],
+        width: int,
+        fix: str = "use the adapter for this base model.",
+    ) -> None:
         """Raise an error if the adapter does not have one layer per block.
 
         Args:
             blocks: the transformer's blocks that are followed by identity attention.
             width: of its image tokens.
+            fix: what the message advises.
 
         Raises:
             WeightsError: The adapter was trained for another transformer.
@@ -180,12 +196,15 @@ class PuLIDFlux(PuLIDBase):
             raise WeightsError(
                 "this adapter was trained for another transformer: it has "
                 f"{len(self.layers)} layers of width {sorted(widths)}, this transformer needs "
-                f"{len(blocks)} of width {width}; "
-                "use the adapter for this base model."
+                f"{len(blocks)} of width {width}; {fix}"
             )
 
     def _blocks(self, transformer: Any) -> list[BlockKey]:
-        return identity_blocks(transformer, self.double_interval, self.single_interval)
+        return identity_blocks(
+            transformer,
+            double_interval=self.double_interval,
+            single_interval=self.single_interval,
+        )
 
     # --- use
 
@@ -301,35 +320,18 @@ class PuLIDFlux(PuLIDBase):
             identity = FluxIdentity(
                 layers, projected, lambda: precompute_projections(layers, negative()), scale, masks
             )
-            tracker = StepTracker(state)
-            injection = FluxInjection(identity, tracker, span)
-            return inject_flux(state.network, self.slot, tracker, cfg_start_step, injection)
+            reader = read_calls(state)
+            injection = FluxInjection(identity, reader, span)
+            return inject_identity(state.network, self.slot, reader, cfg_start_step, injection)
 
         with self.activate(states, inject):
             yield
 
 
-def find_transformer(target: Any) -> Any:
-    """Return the FLUX.1 transformer of a pipeline, or the target itself if it is one.
-
-    Raises:
-        OptionError: The target has no transformer, or one of another model.
-    """
-    from diffusers import FluxTransformer2DModel
-
-    transformer = getattr(target, "transformer", target)
-    if not hasattr(transformer, "single_transformer_blocks"):
-        raise OptionError(
-            f"{type(target).__name__} has no FLUX transformer; attach to a FLUX pipeline or its "
-            "transformer, or use an adapter for SDXL."
-        )
-    # a compiled or wrapped transformer contains it
-    if not any(isinstance(part, FluxTransformer2DModel) for part in transformer.modules()):
-        raise OptionError(
-            f"{type(transformer).__name__} is not FLUX.1's transformer: Chroma and other models "
-            "have blocks with the same names; attach to FLUX.1 or a finetune of it."
-        )
-    return transformer
+def read_calls(state: PipelineState) -> CallReader:
+    """Create a reader of the calls of a pipeline's transformer."""
+    _, kind = find_transformer(state.network)
+    return CallReader(kind, StepTracker(state))
 
 
 @contextmanager
@@ -337,14 +339,14 @@ def delay_guidance(target: Any, start_step: int) -> Iterator[None]:
     """Disable true guidance before a step, without an identity.
 
     Args:
-        target: a FLUX pipeline or its transformer.
+        target: a pipeline or transformer of FLUX.1 or a relative.
         start_step: first step with true guidance; with 0 nothing changes.
     """
     if start_step <= 0:
         yield
         return
-    tracker = StepTracker(PipelineState(target))
-    with inject_flux(find_transformer(target), PuLIDFlux.slot, tracker, start_step):
+    state = PipelineState(target)
+    with inject_identity(state.network, PuLIDFlux.slot, read_calls(state), start_step):
         yield
 
 

@@ -1,18 +1,18 @@
-"""Identity attention inside diffusers' FLUX transformer: a cross-attention after every few blocks.
+"""Identity attention inside diffusers' transformers: a cross-attention after every few blocks.
 
-Forward hooks on the blocks, which return (text, image), add its output to the image tokens. No
-`forward` is replaced, so LoRA, ControlNet, quantized layers, caching, offloading and gradient
-checkpointing still work.
+Forward hooks on the blocks add its output to the generated image tokens; `methods.transformers`
+tells where blocks and tokens are. No `forward` is replaced, so LoRA, ControlNet, quantized layers,
+caching, offloading and gradient checkpointing still work.
 
 The state of one call of the transformer is a `FluxCall`, created in the transformer's pre-hook.
 
-Shapes: B batch, P prompts, J people, N identity tokens, L image tokens (generated, then
-references), h heads of width d.
+Shapes: B batch, P prompts, J people, N identity tokens, L image tokens (generated, and references),
+h heads of width d.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,13 +27,10 @@ from openpulid.methods.adapter import exclusive_use
 from openpulid.methods.hooks import (
     Span,
     StepTracker,
-    flux_arguments,
     identity_count_error,
     warn_if_other_ratio,
 )
-
-BlockKey = tuple[str, int]
-"""("double" | "single", index)."""
+from openpulid.methods.transformers import BlockKey, TransformerCall, TransformerKind
 
 ProjectedKV = tuple[Tensor, Tensor]
 """q_proj (J, P, dim, h * N) and v_proj (J, P, h * N, dim), see `PerceiverCrossAttention`."""
@@ -145,15 +142,20 @@ class FluxCall:
         is_active: whether the identity acts in this call.
         projected: block -> keys and values: of the identity, or of no identity in the call of a
             negative prompt.
-        num_generated_tokens: image tokens that are generated; tokens after them are references.
-            None if there are no references.
+        negative_projected: those of the second half of the batch, if it is that of the negative
+            prompts; otherwise None.
+        generated: first and end of the generated ones among the image tokens, which may have
+            references; None if all are generated.
+        num_leading: tokens before those of the image in a block's sequence.
         regions: (J, B, L, 1) in [0, 1]; None for everywhere.
         cache: None without block caching.
     """
 
     is_active: bool
     projected: Mapping[BlockKey, ProjectedKV] = field(default_factory=dict)
-    num_generated_tokens: int | None = None
+    negative_projected: Mapping[BlockKey, ProjectedKV] | None = None
+    generated: tuple[int, int] | None = None
+    num_leading: int = 0
     regions: Tensor | None = None
     cache: BlockCacheGuard | None = None
 
@@ -186,11 +188,11 @@ class FluxIdentity:
             self._negative_projected = self.negative()
         return self._negative_projected
 
-    def resize_masks(self, image_ids: Tensor, batch_size: int) -> Tensor | None:
+    def resize_masks(self, grid: tuple[int, int], batch_size: int) -> Tensor | None:
         """Resize the masks to the grid of latent tokens.
 
         Args:
-            image_ids: (L, 3), rows and columns of the generated tokens.
+            grid: rows and columns of the generated tokens.
             batch_size: B.
 
         Returns:
@@ -198,30 +200,56 @@ class FluxIdentity:
         """
         if self.masks is None:
             return None
-        height = int(image_ids[:, 1].max()) + 1
-        width = int(image_ids[:, 2].max()) + 1
         if not self._has_checked_ratio:
-            warn_if_other_ratio("mask", self.masks.shape[-2:], (height, width))
+            warn_if_other_ratio("mask", self.masks.shape[-2:], grid)
             self._has_checked_ratio = True
-        masks = interpolate(self.masks.float(), (height, width), mode="area")  # (P, J, h, w)
+        masks = interpolate(self.masks.float(), grid, mode="area")  # (P, J, h, w)
         return repeat_prompts(masks, batch_size).flatten(2).transpose(0, 1)[..., None]
 
-    def add_to(self, image: Tensor, block: BlockKey, call: FluxCall) -> Tensor:
-        """Add the identity to the image tokens (B, L, dim) after a block."""
-        layer = self.layers[block]
-        q_projs, v_projs = call.projected[block]
-        generated = image[:, : call.num_generated_tokens]
-        weight = layer.to_q.weight
+    def add_to(self, tokens: Tensor, block: BlockKey, call: FluxCall, first: int = 0) -> Tensor:
+        """Add the identity to the generated tokens after a block.
+
+        Args:
+            tokens: (B, L or more, dim).
+            block: key of the block.
+            call: state of the call.
+            first: number of tokens before those of the image.
+        """
+        start, stop = first, tokens.shape[1]
+        if call.generated is not None:
+            start, stop = (first + index for index in call.generated)
+        generated = tokens[:, start:stop]
+        weight = self.layers[block].to_q.weight
         query = generated.to(weight.device, weight.dtype)
+        if call.negative_projected is None:
+            added = self._attend(query, block, call.projected[block], call.regions)
+        else:
+            regions = (None, None) if call.regions is None else call.regions.chunk(2, dim=1)
+            halves = zip(
+                query.chunk(2), (call.projected, call.negative_projected), regions, strict=True
+            )
+            added = torch.cat(
+                [self._attend(half, block, side[block], region) for half, side, region in halves]
+            )
+        generated = generated + (self.scale * added).to(generated)
+        if generated.shape[1] == tokens.shape[1]:
+            return generated
+        return torch.cat([tokens[:, :start], generated, tokens[:, stop:]], dim=1)
+
+    def _attend(
+        self, query: Tensor, block: BlockKey, projected: ProjectedKV, regions: Tensor | None
+    ) -> Tensor:
+        """Compute the attention of image tokens (B, L, dim) to all people, each in its region."""
         total = None
+        q_projs, v_projs = projected
         for person, (q_proj, v_proj) in enumerate(zip(q_projs, v_projs, strict=True)):
-            q_proj = repeat_prompts(q_proj, len(image)).to(query)
-            v_proj = repeat_prompts(v_proj, len(image)).to(query)
-            added = layer.attend(query, q_proj, v_proj)
-            if call.regions is not None:
+            q_proj = repeat_prompts(q_proj, len(query)).to(query)
+            v_proj = repeat_prompts(v_proj, len(query)).to(query)
+            added = self.layers[block].attend(query, q_proj, v_proj)
+            if regions is not None:
                 # without identity, J = 1: it acts in the regions of all people
-                has_own_region = len(q_projs) == len(call.regions)
-                region = call.regions[person] if has_own_region else call.regions.sum(0)
+                has_own_region = len(q_projs) == len(regions)
+                region = regions[person] if has_own_region else regions.sum(0)
                 if region.shape[1] != added.shape[1]:
                     raise OptionError(
                         "masks need the transformer's own image tokens, and a patch has changed "
@@ -231,10 +259,28 @@ class FluxIdentity:
                 added = added * region.to(added)
             total = added if total is None else total + added
         assert total is not None, "there is at least one identity"
-        generated = generated + (self.scale * total).to(generated)
-        if call.num_generated_tokens is None:
-            return generated
-        return torch.cat([generated, image[:, call.num_generated_tokens :]], dim=1)
+        return total
+
+
+@dataclass
+class CallReader:
+    """Reads each call of a transformer before its blocks run.
+
+    Attributes:
+        kind: of the transformer.
+        tracker: counts the steps.
+        call: the last one.
+    """
+
+    kind: TransformerKind
+    tracker: StepTracker
+    call: TransformerCall | None = None
+
+    def before_call(self, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read a call, and count it (forward pre-hook of the transformer)."""
+        state = self.tracker.state
+        self.call = self.kind.read_call(state.target if state else transformer, args, kwargs)
+        self.tracker.count(self.call.time)
 
 
 @dataclass
@@ -243,46 +289,45 @@ class FluxInjection:
 
     Attributes:
         identity: prepared for its blocks.
-        tracker: counts the steps.
+        reader: reads the calls.
         span: of the schedule in which the identity acts.
         call: state of the last call. Blocks that run again during backward (gradient checkpointing)
             read it.
     """
 
     identity: FluxIdentity
-    tracker: StepTracker
+    reader: CallReader
     span: Span
     call: FluxCall = FluxCall(is_active=False)
     _has_recomputed_call: bool = False
 
-    def before_call(
-        self, has_cache: bool, transformer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def before_call(self, has_cache: bool, transformer: Any, args: Any) -> None:
         """Create the state of this call (forward pre-hook of the transformer).
 
         Args:
             has_cache: whether diffusers' caching may answer for a block.
             transformer: that is called.
             args: positional arguments of the call.
-            kwargs: keyword arguments of the call.
         """
-        if not self.span.contains(self.tracker.position):
+        tracker, call = self.reader.tracker, self.reader.call
+        assert call is not None, "the reader's hook runs before"
+        if not self.span.contains(tracker.position):
             self.call = FluxCall(is_active=False)
             return
         self._check_checkpointing(transformer)
-        named = flux_arguments(args, kwargs)
-        image_ids = named["img_ids"]
-        if image_ids.ndim == 3:
-            image_ids = image_ids[0]
-        is_generated = image_ids[:, 0] == 0  # references, as of Kontext, have another first id
-        all_generated = bool(is_generated.all())
+        negative = self.identity.keys_values(True) if call.has_negative_rows else None
+        regions = self.identity.resize_masks(
+            call.grid, call.batch_size // 2 if call.has_negative_rows else call.batch_size
+        )
+        if regions is not None and call.has_negative_rows:
+            regions = regions.repeat(1, 2, 1, 1)
         self.call = FluxCall(
             is_active=True,
-            projected=self.identity.keys_values(self.tracker.is_negative),
-            num_generated_tokens=None if all_generated else int(is_generated.sum()),
-            regions=self.identity.resize_masks(
-                image_ids[is_generated], len(named["hidden_states"])
-            ),
+            projected=self.identity.keys_values(tracker.is_negative),
+            negative_projected=negative,
+            generated=call.generated,
+            num_leading=call.num_leading,
+            regions=regions,
             cache=BlockCacheGuard() if has_cache else None,
         )
 
@@ -293,7 +338,7 @@ class FluxInjection:
         """
         if torch.is_grad_enabled() and getattr(transformer, "is_gradient_checkpointing", False):
             self._has_recomputed_call = True
-        if self.tracker.is_negative and self._has_recomputed_call:
+        if self.reader.tracker.is_negative and self._has_recomputed_call:
             raise OptionError(
                 "a negative prompt cannot be combined with gradient checkpointing; leave it out, "
                 "or call transformer.disable_gradient_checkpointing()."
@@ -304,9 +349,7 @@ class FluxInjection:
         if self.call.cache is not None:
             self.call.cache.block_ran = True
 
-    def after_block(
-        self, key: BlockKey, block: Any, args: Any, output: tuple[Tensor, Tensor]
-    ) -> Any:
+    def after_block(self, key: BlockKey, block: Any, args: Any, output: Any) -> Any:
         """Add the identity to the image tokens of a block (forward hook)."""
         call = self.call
         if not call.is_active:
@@ -315,27 +358,34 @@ class FluxInjection:
             if not call.cache.block_ran:
                 return call.cache.pre_identity_output
             call.cache.record(output)
+        if self.reader.kind.groups[key[0]].output == "sequence":
+            return self.identity.add_to(output, key, call, call.num_leading)
         text, image = output
         return text, self.identity.add_to(image, key, call)
 
 
 @dataclass
 class GuidanceDelay:
-    """Disables true guidance before a step, by returning the positive output for the negative call.
+    """Disables true guidance before a step, by returning the positive output for the negative one.
 
     Attributes:
-        tracker: counts the steps.
+        reader: reads the calls.
         start_step: first guided step.
     """
 
-    tracker: StepTracker
+    reader: CallReader
     start_step: int = 0
     _positive_output: Any = None
 
     def after_call(self, transformer: Any, args: Any, output: Any) -> Any:
-        """Replace the output of a negative call before the first guided step (forward hook)."""
-        is_delayed = self.tracker.step < self.start_step
-        if not self.tracker.is_negative:
+        """Replace the negative output before the first guided step (forward hook)."""
+        tracker, call = self.reader.tracker, self.reader.call
+        is_delayed = tracker.step < self.start_step
+        if is_delayed and call is not None and call.has_negative_rows:
+            (samples,) = output  # pipelines ask for a tuple
+            positive = samples[: call.batch_size // 2]
+            return ([*positive, *positive],)
+        if not tracker.is_negative:
             self._positive_output = output if is_delayed else None
             return None
         return self._positive_output if is_delayed else None
@@ -348,38 +398,20 @@ def repeat_prompts(x: Tensor, batch_size: int) -> Tensor:
     return x if len(x) == 1 else x.repeat_interleave(batch_size // len(x), dim=0)
 
 
-def identity_blocks(
-    transformer: Any, double_interval: int = 2, single_interval: int = 4
-) -> list[BlockKey]:
-    """List the blocks that are followed by identity attention, in the order of `pulid_ca.K`."""
-    num_double = len(transformer.transformer_blocks)
-    num_single = len(transformer.single_transformer_blocks)
-    return select_block_keys(num_double, num_single, double_interval, single_interval)
-
-
-def select_block_keys(
-    num_double: int, num_single: int, double_interval: int = 2, single_interval: int = 4
-) -> list[BlockKey]:
-    """List the blocks that are followed by identity attention, of these numbers of blocks."""
-    double: list[BlockKey] = [("double", i) for i in range(0, num_double, double_interval)]
-    single: list[BlockKey] = [("single", i) for i in range(0, num_single, single_interval)]
-    return double + single
-
-
 @contextmanager
-def inject_flux(
+def inject_identity(
     transformer: Any,
     slot: str,
-    tracker: StepTracker,
+    reader: CallReader,
     cfg_start_step: int = 0,
     injection: FluxInjection | None = None,
 ) -> Iterator[None]:
     """Register the hooks of an identity on a transformer, and remove them on exit.
 
     Args:
-        transformer: of FLUX.1.
+        transformer: of the reader's kind.
         slot: see `Adapter.slot`.
-        tracker: counts the steps.
+        reader: reads the calls.
         cfg_start_step: first step with true guidance.
         injection: the identity; None to only delay guidance.
 
@@ -388,44 +420,32 @@ def inject_flux(
     """
     # the hooks read Python values that change from call to call: compiled, each would be recompiled
     uncompiled = torch.compiler.disable
-    delay = GuidanceDelay(tracker, cfg_start_step)
-    blocks = _select_blocks(transformer, injection.identity.layers if injection else ())
+    delay = GuidanceDelay(reader, cfg_start_step)
+    keys = injection.identity.layers if injection else ()
+    blocks = [(key, reader.kind.blocks(transformer, key)) for key in keys]
     has_cache = getattr(transformer, "is_cache_enabled", False)
     has_cache = has_cache or any(_has_cache_hook(block) for _, block in blocks)
     hooked = [transformer]
     if has_cache:
         hooked += [block for _, block in blocks]
     with exclusive_use(transformer, slot, hooked), ExitStack() as hooks:
-        pre_hooks: list[Any] = [tracker.before_call]
+        read = uncompiled(reader.before_call)
+        handles = [transformer.register_forward_pre_hook(read, with_kwargs=True)]
         if injection is not None:
-            pre_hooks.append(partial(injection.before_call, has_cache))
-        for hook in pre_hooks:
-            handle = transformer.register_forward_pre_hook(uncompiled(hook), with_kwargs=True)
-            hooks.callback(handle.remove)
-        handle = transformer.register_forward_hook(uncompiled(delay.after_call))
-        hooks.callback(handle.remove)
+            prepare = uncompiled(partial(injection.before_call, has_cache))
+            handles.append(transformer.register_forward_pre_hook(prepare))
+        handles.append(transformer.register_forward_hook(uncompiled(delay.after_call)))
         for key, block in blocks:
             assert injection is not None
             after_block = uncompiled(partial(injection.after_block, key))
-            hooks.callback(block.register_forward_hook(after_block).remove)
+            handles.append(block.register_forward_hook(after_block))
             if has_cache:
-                first_part = next(
-                    block.children()
-                )  # the first norm: it runs whenever the block does
+                first_part = next(block.children())  # it runs whenever the block does
                 pre_hook = uncompiled(injection.before_block_part)
-                hooks.callback(first_part.register_forward_pre_hook(pre_hook).remove)
+                handles.append(first_part.register_forward_pre_hook(pre_hook))
+        for handle in handles:
+            hooks.callback(handle.remove)
         yield
-
-
-def _select_blocks(
-    transformer: Any, keys: Mapping[BlockKey, Any] | Sequence[BlockKey]
-) -> list[tuple[BlockKey, nn.Module]]:
-    """Return the blocks of these keys."""
-    blocks: dict[str, Any] = {
-        "double": transformer.transformer_blocks,
-        "single": transformer.single_transformer_blocks,
-    }
-    return [((kind, index), blocks[kind][index]) for kind, index in keys]
 
 
 def _has_cache_hook(block: nn.Module) -> bool:

@@ -17,8 +17,9 @@ from torch.nn.functional import layer_norm
 from openpulid.identity.identity import Identity
 from openpulid.methods.host import Grid, HostIdentity, pair_on_cpu, select_rows
 from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
-from openpulid.methods.pulid.flux_attention import BlockKey, attend_projected
+from openpulid.methods.pulid.flux_attention import attend_projected
 from openpulid.methods.pulid.masks import convert_masks
+from openpulid.methods.transformers import BlockKey
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,202 @@
+"""Tiny random pipelines of every base in which PuLID for FLUX acts, and a short run of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from torch import nn
+from transformers import T5Config, T5EncoderModel
+
+from openpulid.methods.pulid.encoders import IDFormer
+from openpulid.methods.pulid.flux import PuLIDFlux
+from tests.support import tiny_flux
+
+HEADS = {"attention_head_dim": 16, "num_attention_heads": 2}
+TEXT_LENGTHS = (7, 5)
+"""Tokens of the prompts and of the negative prompts; Z-Image's have their own lengths."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model in miniature.
+
+    Attributes:
+        create: a pipeline without text encoder.
+        text: creates the prompt arguments of n images.
+        guide: options that guide with the negative prompt.
+        unguided: options without guidance.
+        text_width: of the prompt embeddings.
+        num_layers: of an adapter with the default intervals.
+    """
+
+    create: Callable[[], Any]
+    text: Callable[[int, str, torch.Generator], dict[str, Any]]
+    guide: dict[str, Any]
+    unguided: dict[str, Any]
+    num_layers: int
+
+
+def vae(**options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8), in_channels=3, out_channels=3, latent_channels=4,
+        norm_num_groups=4, sample_size=32, shift_factor=0.1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        scaling_factor=1.0, use_quant_conv=False, use_post_quant_conv=False, **options,
+    )  # fmt: skip
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+
+
+def chroma_transformer(**sizes: int) -> ChromaTransformer2DModel:
+    defaults = {"in_channels": 16, "num_layers": 3, "num_single_layers": 5}
+    return ChromaTransformer2DModel(
+        **{**defaults, **sizes}, **HEADS, joint_attention_dim=24, axes_dims_rope=(4, 6, 6),
+        approximator_num_channels=8, approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+
+
+def chroma() -> ChromaPipeline:
+    t5 = T5Config(vocab_size=20, d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return ChromaPipeline(
+        scheduler(), vae(), T5EncoderModel(t5).eval(), tiny_flux.tokenizer(), chroma_transformer()
+    )
+
+
+def flux2_vae() -> AutoencoderKLFlux2:
+    return AutoencoderKLFlux2(
+        block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, sample_size=32,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+
+
+def flux2_transformer(**sizes: int) -> Flux2Transformer2DModel:
+    defaults = {"in_channels": 16, "num_layers": 3, "num_single_layers": 5}
+    return Flux2Transformer2DModel(
+        **{**defaults, **sizes}, **HEADS, joint_attention_dim=24, axes_dims_rope=(4, 4, 4, 4),
+        timestep_guidance_channels=16, guidance_embeds=False,
+    )  # fmt: skip
+
+
+def flux2() -> Flux2KleinPipeline:
+    return Flux2KleinPipeline(scheduler(), flux2_vae(), None, None, flux2_transformer())
+
+
+def qwen_image() -> QwenImagePipeline:
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=5, **HEADS, joint_attention_dim=24,
+        axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    pipe = QwenImagePipeline(scheduler(), None, None, None, transformer)
+    pipe.vae_scale_factor = 2  # its autoencoder is for video, and not used here
+    return pipe
+
+
+def z_image() -> ZImagePipeline:
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=4, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=24, axes_dims=[4, 6, 6], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    for pad in (transformer.x_pad_token, transformer.cap_pad_token):
+        nn.init.normal_(pad)
+    return ZImagePipeline(scheduler(), vae(), None, None, transformer)
+
+
+def _chroma_text(count: int, prefix: str, generator: torch.Generator) -> dict[str, Any]:
+    length = TEXT_LENGTHS[bool(prefix)]
+    mask = torch.ones(count, length)
+    mask[:, -2:] = 0  # padding
+    return {
+        f"{prefix}prompt_embeds": torch.randn(count, length, 24, generator=generator),
+        f"{prefix}prompt_attention_mask": mask,
+    }
+
+
+def _flux2_text(count: int, prefix: str, generator: torch.Generator) -> dict[str, Any]:
+    embeds = torch.randn(count, TEXT_LENGTHS[bool(prefix)], 24, generator=generator)
+    return {f"{prefix}prompt_embeds": embeds}
+
+
+def _qwen_text(count: int, prefix: str, generator: torch.Generator) -> dict[str, Any]:
+    length = TEXT_LENGTHS[bool(prefix)]
+    embeds = torch.randn(count, length, 24, generator=generator)
+    return {f"{prefix}prompt_embeds": embeds, f"{prefix}prompt_embeds_mask": None}
+
+
+def _z_image_text(count: int, prefix: str, generator: torch.Generator) -> dict[str, Any]:
+    lengths = [TEXT_LENGTHS[bool(prefix)] + 30 * k for k in range(count)]  # padded to 32 and 64
+    return {f"{prefix}prompt_embeds": [torch.randn(n, 24, generator=generator) for n in lengths]}
+
+
+BASES = {
+    "Chroma": Base(
+        chroma, _chroma_text, {"guidance_scale": 3.0}, {"guidance_scale": 1.0}, num_layers=4
+    ),
+    "FLUX.2": Base(
+        flux2, _flux2_text, {"guidance_scale": 3.0}, {"guidance_scale": 1.0}, num_layers=4
+    ),
+    "Qwen-Image": Base(
+        qwen_image, _qwen_text, {"true_cfg_scale": 3.0}, {"true_cfg_scale": 1.0}, num_layers=2
+    ),
+    "Z-Image": Base(
+        z_image, _z_image_text, {"guidance_scale": 3.0}, {"guidance_scale": 0.0}, num_layers=2
+    ),
+}
+
+
+def tiny_base(name: str) -> Any:
+    """Create a pipeline; its blocks have a visible effect."""
+    torch.manual_seed(0)
+    pipe = BASES[name].create()
+    pipe.transformer.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run_base(
+    name: str, pipe: Any, negative: bool = False, count: int = 1, steps: int = 4, **options: Any
+) -> np.ndarray:
+    """Generate latents; image k is the same in every batch."""
+    base = BASES[name]
+    generator = torch.Generator().manual_seed(1)
+    text = base.text(count, "", generator)
+    negative_text = base.text(count, "negative_", generator)
+    options = {**(base.guide if negative else base.unguided), **options}
+    if negative:
+        text |= negative_text
+    generators = [torch.Generator().manual_seed(k) for k in range(count)]
+    size = {"height": 16, "width": 24}
+    result = pipe(
+        **text, **size, generator=generators, num_inference_steps=steps, output_type="latent",
+        **options,
+    )  # fmt: skip
+    return result.images.float().numpy()
+
+
+def fresh_adapter(pipe: Any, seed: int = 0) -> PuLIDFlux:
+    """Create a random adapter with a visible effect, attached to a pipeline."""
+    torch.manual_seed(seed)
+    encoder = IDFormer(**tiny_flux.SMALL, output_dim=16, hidden_dim=16)
+    adapter = PuLIDFlux.for_transformer(pipe.transformer, encoder, dim_head=8, heads=2).eval()
+    for layer in adapter.layers:
+        nn.init.normal_(layer.to_out.weight, std=0.3)
+    adapter.attach(pipe)
+    return adapter
