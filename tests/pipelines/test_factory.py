@@ -191,7 +191,7 @@ def test_pipeline_without_t5_is_one_sentence(folder: Path, preset: Preset, tmp_p
     rmtree(tmp_path / "lost" / "text_encoder_2"), rmtree(tmp_path / "lost" / "tokenizer_2")
     with pytest.raises(
         WeightsError,
-        match="lost lacks text_encoder_2 and tokenizer_2; FLUX needs CLIP and T5",
+        match=r"lost lacks text_encoder_2 and tokenizer_2; FLUX\.1 needs CLIP and T5",
     ):
         load_pipeline(preset.with_models(pipeline=tmp_path / "lost"), CPU)
 

@@ -34,7 +34,9 @@ def list_presets() -> None:
 
 @presets.command()
 def memory(
-    preset: Annotated[str, typer.Argument(help="flux, flux-krea or flux-schnell.")] = "flux",
+    preset: Annotated[
+        str, typer.Argument(help="flux, flux-krea, flux-schnell or chroma.")
+    ] = "flux",
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; the preset's by default.")] = None,
 ) -> None:
     """Predict the device memory of each memory level, by phase and component."""
@@ -52,7 +54,11 @@ def memory(
     rows = []
     for name in LEVELS:
         phases = predict_memory(
-            name, request.width or 0, request.height or 0, request.max_sequence_length or 0
+            name,
+            request.width or 0,
+            request.height or 0,
+            request.max_sequence_length or 0,
+            chosen.models.family,
         )
         largest = max(phases, key=lambda phase: phase.total)
         for phase in phases:

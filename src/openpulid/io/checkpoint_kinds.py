@@ -75,6 +75,11 @@ FLUX = CheckpointKind(
         rf"{_ANY}single_(transformer_)?blocks\.0\.",
     ),
 )
+CHROMA = CheckpointKind(
+    "a Chroma transformer",
+    "pass it with --preset chroma --base",
+    (rf"{_ANY}distilled_guidance_layer\.",),
+)
 PULID_SDXL = CheckpointKind(
     "PuLID's adapter for SDXL",
     "use it with an SDXL preset",
@@ -143,7 +148,7 @@ KINDS: tuple[CheckpointKind, ...] = (
         (r"conditioner\.embedders\.0\.model\.",),
     ),
     CheckpointKind("a FLUX.2 transformer", "use FLUX.1", (rf"{_ANY}double_stream_modulation",)),
-    CheckpointKind("a Chroma transformer", "use FLUX.1", (rf"{_ANY}distilled_guidance_layer\.",)),
+    CHROMA,
     SDXL,
     CheckpointKind(
         "a Stable Diffusion 3 checkpoint",

@@ -23,22 +23,38 @@ from openpulid.io.networks import (
     read_config,
     read_parts,
 )
-from openpulid.pipelines.model_set import ModelSet
+from openpulid.pipelines.model_set import BASE_NAMES, Family, ModelSet
 from openpulid.pipelines.samplers import build_scheduler, check_scheduler
 from openpulid.pipelines.single_files import (
     check_channels,
-    check_flux_file,
     check_guidance,
     check_sdxl_file,
-    load_flux_file,
+    check_transformer_file,
     load_sdxl_file,
+    load_transformer_file,
 )
 from openpulid.pipelines.weights import resolve_optional, resolve_path
 
 logger = logging.getLogger(__name__)
 
 SDXL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-FLUX_ENCODERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+TEXT_PARTS: dict[Family, tuple[str, ...]] = {
+    "flux": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    "chroma": ("text_encoder", "tokenizer"),
+}
+TEXT_ENCODERS: dict[Family, str] = {"flux": "CLIP and T5", "chroma": "T5"}
+PIPELINES: dict[Family, tuple[str, str]] = {
+    "flux": ("FluxPipeline", "FluxTransformer2DModel"),
+    "chroma": ("ChromaPipeline", "ChromaTransformer2DModel"),
+}
+"""diffusers' classes of the pipeline and of its transformer."""
+
+CLASS_PREFIXES: dict[Family, str] = {
+    "sdxl": "StableDiffusionXL",
+    "flux": "Flux",
+    "chroma": "Chroma",
+}
+"""How the names of a family's pipelines begin."""
 
 
 def check_base(models: ModelSet) -> None:
@@ -50,15 +66,23 @@ def check_base(models: ModelSet) -> None:
         WeightsError: a file is missing, or is of another kind.
     """
     path = _pipeline_path(models)
-    if models.family == "flux":
-        _check_flux_index(path)
-        transformer = resolve_optional(models.transformer)
-        if transformer is not None and transformer.is_file():
-            check_flux_file(transformer, path)
-    elif path.is_file():
+    if path.is_file() and not models.has_transformer:
         check_sdxl_file(path)
-    else:
-        _check_sdxl_index(path)
+        return
+    _check_index(path, models.family)
+    transformer = resolve_optional(models.transformer)
+    if transformer is not None and transformer.is_file():
+        check_transformer_file(transformer, path, models.family)
+
+
+def load_base(models: ModelSet, dtype: torch.dtype) -> Any:
+    """Load the pipeline of a model set.
+
+    Raises:
+        WeightsError: something is missing or damaged, or the base is of another kind.
+    """
+    load = load_with_transformer if models.has_transformer else load_sdxl
+    return load(models, dtype)
 
 
 def load_sdxl(models: ModelSet, dtype: torch.dtype) -> Any:
@@ -95,40 +119,43 @@ def load_sdxl(models: ModelSet, dtype: torch.dtype) -> Any:
     return pipe
 
 
-def load_flux(models: ModelSet, dtype: torch.dtype) -> Any:
-    """Load a FluxPipeline, with the transformer of the model set.
+def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
+    """Load a FluxPipeline or ChromaPipeline, with the transformer of the model set.
 
     Raises:
-        WeightsError: something is missing or damaged, or the base is not FLUX.1, or of a kind that
-            the preset is not for.
+        WeightsError: something is missing or damaged, or the base is of another family, or of a
+            kind that the preset is not for.
     """
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+    import diffusers
 
+    pipeline_class, transformer_class = (
+        getattr(diffusers, name) for name in PIPELINES[models.family]
+    )
     path = _pipeline_path(models)
-    parts = _check_flux_index(path)
-    missing = [name for name in FLUX_ENCODERS if not (path / name).is_dir()]
+    parts = _check_index(path, models.family)
+    missing = [name for name in TEXT_PARTS[models.family] if not (path / name).is_dir()]
     if missing:
         raise WeightsError(
-            f"{path} lacks {' and '.join(missing)}; FLUX needs CLIP and T5: "
-            "download the complete pipeline."
+            f"{path} lacks {' and '.join(missing)}; {models.base_name} needs "
+            f"{TEXT_ENCODERS[models.family]}: download the complete pipeline."
         )
     scheduler, _ = _read_scheduler(path, parts)
     if not scheduler.startswith("FlowMatch"):
         raise WeightsError(
-            f"{path} cannot be sampled: its scheduler is {scheduler}, and FLUX needs one of flow "
-            "matching; use FLUX.1 or a finetune of it."
+            f"{path} cannot be sampled: its scheduler is {scheduler}, and {models.base_name} needs "
+            f"one of flow matching; use {models.base_name} or a finetune of it."
         )
     networks: dict[str, Any] = {}
     if models.transformer is not None:
         source = resolve_path(models.transformer)
         if source.is_dir():
-            _check_flux_directory(source, path, models.guidance_embeds)
-            networks["transformer"] = load_network(FluxTransformer2DModel, source, dtype)
+            _check_transformer(source, path, models.guidance_embeds)
+            networks["transformer"] = load_network(transformer_class, source, dtype)
         else:
-            networks["transformer"] = load_flux_file(source, path, dtype)
+            networks["transformer"] = load_transformer_file(source, path, dtype, models.family)
     if "transformer" in parts:
-        _check_flux_directory(path / "transformer", path, models.guidance_embeds)
-    return _load_parts(FluxPipeline, path, parts, dtype, networks)
+        _check_transformer(path / "transformer", path, models.guidance_embeds)
+    return _load_parts(pipeline_class, path, parts, dtype, networks)
 
 
 def _pipeline_path(models: ModelSet) -> Path:
@@ -149,24 +176,20 @@ def _read_index(path: Path) -> tuple[str, dict[str, Part]]:
     return str(json.loads(text).get("_class_name", "pipeline without a class")), parts
 
 
-def _check_sdxl_index(path: Path) -> dict[str, Part]:
-    """Return the parts of a pipeline; raise WeightsError if it is not of SDXL."""
+def _check_index(path: Path, family: Family) -> dict[str, Part]:
+    """Return the parts of a pipeline; raise WeightsError if it is of another family."""
     class_name, parts = _read_index(path)
-    if not class_name.startswith("StableDiffusionXL"):
+    if not class_name.startswith(CLASS_PREFIXES[family]):
+        advice = [
+            f"; use --preset {other}"
+            for other, prefix in CLASS_PREFIXES.items()
+            if class_name.startswith(prefix)
+        ]
+        article = "an" if family == "sdxl" else "a"
+        name = BASE_NAMES[family].removesuffix(".1")
         raise WeightsError(
-            f"{path} cannot be loaded for an SDXL preset: it is a {class_name}"
-            f"{'; use --preset flux' if class_name.startswith('Flux') else ''}."
-        )
-    return parts
-
-
-def _check_flux_index(path: Path) -> dict[str, Part]:
-    """Return the parts of a pipeline; raise WeightsError if it is not of FLUX."""
-    class_name, parts = _read_index(path)
-    if not class_name.startswith("Flux"):
-        raise WeightsError(
-            f"{path} cannot be loaded for a FLUX preset: it is a {class_name}"
-            f"{'; use --preset sdxl' if class_name.startswith('StableDiffusionXL') else ''}."
+            f"{path} cannot be loaded for {article} {name} preset: it is a {class_name}"
+            f"{''.join(advice)}."
         )
     return parts
 
@@ -184,7 +207,7 @@ def _read_scheduler(path: Path, parts: Mapping[str, Part]) -> tuple[str, dict[st
 def _load_sdxl_directory(path: Path, dtype: torch.dtype, networks: Mapping[str, Any]) -> Any:
     from diffusers import StableDiffusionXLPipeline
 
-    parts = _check_sdxl_index(path)
+    parts = _check_index(path, "sdxl")
     check_scheduler(path, *_read_scheduler(path, parts))
     absent = [name for name in SDXL_PARTS if name not in parts]
     if "text_encoder" in absent and "text_encoder_2" in parts:
@@ -199,7 +222,7 @@ def _load_sdxl_directory(path: Path, dtype: torch.dtype, networks: Mapping[str, 
     )
 
 
-def _check_flux_directory(transformer: Path, pipeline: Path, guidance_embeds: bool | None) -> None:
+def _check_transformer(transformer: Path, pipeline: Path, guidance_embeds: bool | None) -> None:
     """Check that the configuration of a transformer describes a model that the preset is for."""
     config = read_config(transformer)
     latents = read_config(pipeline / "vae").get("latent_channels", 16)

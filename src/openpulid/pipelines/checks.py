@@ -147,7 +147,7 @@ def reads_weights(models: ModelSet) -> bool:
 
 
 def _check_weights(request: GenerationRequest, models: ModelSet) -> None:
-    name = "FLUX" if models.family == "flux" else models.method
+    name = models.base_name if models.has_transformer else models.method
     for field in ("prompt", "negative_prompt"):
         if marks := find_marks(getattr(request, field) or ""):
             raise RequestError(

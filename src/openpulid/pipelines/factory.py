@@ -23,7 +23,7 @@ from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.checkpoints import fingerprint
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.methods.registry import find_method
-from openpulid.pipelines.base_models import check_base, load_flux, load_sdxl
+from openpulid.pipelines.base_models import check_base, load_base
 from openpulid.pipelines.flux_memory import find_level, place_pipeline
 from openpulid.pipelines.model_set import COMPANION_WEIGHTS, ModelSet
 from openpulid.pipelines.presets import (
@@ -46,11 +46,8 @@ def load_pipeline(preset: Preset, device: torch.device, dtype: torch.dtype | Non
     """
     dtype = dtype or network_dtype(preset.models, device)
     with no_progress_bars(), no_future_warnings():
-        if preset.models.family == "flux":
-            pipe = load_flux(preset.models, dtype)
-        else:
-            pipe = load_sdxl(preset.models, dtype)
-    if preset.models.family == "flux":
+        pipe = load_base(preset.models, dtype)
+    if preset.models.has_transformer:
         place_pipeline(pipe, preset.models.memory, device)
         return pipe
     return pipe.to(device)
@@ -92,7 +89,7 @@ def _check_adapter(models: ModelSet) -> None:
 
 
 def _find_adapter_class(models: ModelSet) -> Any:
-    return PuLIDFlux if models.family == "flux" else find_method(models.method)
+    return PuLIDFlux if models.has_transformer else find_method(models.method)
 
 
 def load_adapter(preset: Preset, device: torch.device) -> Any:
@@ -150,7 +147,7 @@ def load_extractor(
     if find_level(models.memory).faces_on_cpu:
         device = torch.device("cpu")
     # FLUX's own program reads faces in bfloat16, SDXL's in float32
-    is_reduced = models.use_half_precision and models.family == "flux"
+    is_reduced = models.use_half_precision and models.has_transformer
     dtype = training_dtype(device) if is_reduced else torch.float32
     extractor = PhotoExtractor.load(detector, recognition, parsing, vision_encoder, device, dtype)
     if isinstance(adapter, PuLID):
@@ -237,7 +234,7 @@ def network_dtype(models: ModelSet, device: torch.device) -> torch.dtype:
     """Return the dtype of the networks. FLUX in float32 would take 48 GB, so it never is."""
     if not models.use_half_precision:
         return torch.float32
-    return torch.bfloat16 if models.family == "flux" else compute_dtype(device)
+    return torch.bfloat16 if models.has_transformer else compute_dtype(device)
 
 
 @contextmanager

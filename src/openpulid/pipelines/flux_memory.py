@@ -1,4 +1,4 @@
-"""FLUX on smaller devices: named memory levels, and a prediction of the memory they need."""
+"""FLUX and Chroma on smaller devices: named memory levels, and predictions of their memory."""
 
 from __future__ import annotations
 
@@ -152,8 +152,9 @@ def _stream(pipe: Any, device: torch.device) -> None:
     pipe.transformer.enable_group_offload(
         **options, offload_type="block_level", num_blocks_per_group=1
     )
-    for encoder in (pipe.text_encoder, pipe.text_encoder_2):
-        apply_group_offloading(encoder, **options, offload_type="leaf_level")
+    for name in ("text_encoder", "text_encoder_2"):
+        if encoder := getattr(pipe, name, None):  # Chroma has one
+            apply_group_offloading(encoder, **options, offload_type="leaf_level")
     pipe.vae.to(device)
 
 
@@ -176,7 +177,11 @@ class MemoryUse:
 
 
 def predict_memory(
-    name: str, width: int = 896, height: int = 1152, max_sequence_length: int = 512
+    name: str,
+    width: int = 896,
+    height: int = 1152,
+    max_sequence_length: int = 512,
+    family: str = "flux",
 ) -> list[MemoryUse]:
     """Predict the memory of each phase from shapes and dtypes; the largest is the peak.
 
@@ -187,9 +192,10 @@ def predict_memory(
         width: width of the image in pixels.
         height: height of the image in pixels.
         max_sequence_length: longest prompt in tokens of T5.
+        family: "flux" or "chroma".
     """
     level = find_level(name)
-    sizes = dict(weight_sizes())
+    sizes = dict(weight_sizes(family))
     faces = 0 if level.faces_on_cpu else sizes["faces"]
     if level.transformer == "fp8":
         sizes["transformer"] = sizes["transformer in fp8"]
@@ -227,9 +233,13 @@ def predict_memory(
 
 
 @cache
-def weight_sizes() -> dict[str, int]:
-    """Count the bytes of FLUX.1's and PuLID's parts in bfloat16, on the meta device."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
+def weight_sizes(family: str = "flux") -> dict[str, int]:
+    """Count the bytes of the base model's and PuLID's parts in bfloat16, on the meta device.
+
+    Args:
+        family: "flux" or "chroma".
+    """
+    from diffusers import AutoencoderKL, ChromaTransformer2DModel, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     from openpulid.identity.eva_clip import VisionEncoder
@@ -242,12 +252,16 @@ def weight_sizes() -> dict[str, int]:
         hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
     )
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel(guidance_embeds=True).bfloat16()
+        transformer: Any = ChromaTransformer2DModel()
+        if family == "flux":
+            transformer = FluxTransformer2DModel(guidance_embeds=True)
+        transformer = transformer.bfloat16()
         former = IDFormer()
         adapter = PuLIDFlux.for_transformer(transformer, former).bfloat16()
         vae = AutoencoderKL(**FLUX_VAE).bfloat16()
         text = weight_bytes(T5EncoderModel(t5).bfloat16())
-        text += weight_bytes(CLIPTextModel(clip).bfloat16())
+        if family == "flux":
+            text += weight_bytes(CLIPTextModel(clip).bfloat16())
         # plus the file sizes of face detector, recognition and parsing
         faces = weight_bytes(VisionEncoder().bfloat16()) + 330 * 10**6
         tokens = torch.empty(1, 32, former.config["output_dim"], dtype=torch.bfloat16)

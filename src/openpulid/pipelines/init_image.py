@@ -69,9 +69,11 @@ class InitImageInput:
         `from_pipe` would convert all components to one precision.
 
         Args:
-            pipe: a StableDiffusionXLPipeline or FluxPipeline.
+            pipe: a StableDiffusionXLPipeline, FluxPipeline or ChromaPipeline.
         """
         from diffusers import (
+            ChromaImg2ImgPipeline,
+            ChromaInpaintPipeline,
             FluxImg2ImgPipeline,
             FluxInpaintPipeline,
             StableDiffusionXLImg2ImgPipeline,
@@ -85,8 +87,12 @@ class InitImageInput:
                 add_watermarker=False,
             )
         else:
-            flux: Any = FluxImg2ImgPipeline if self.mask is None else FluxInpaintPipeline
-            derived = flux(**pipe.components)
+            classes: tuple[Any, Any] = (FluxImg2ImgPipeline, FluxInpaintPipeline)
+            if type(pipe).__name__.startswith("Chroma"):
+                classes = (ChromaImg2ImgPipeline, ChromaInpaintPipeline)
+                # diffusers' inpainting reads the entry, which Chroma's configuration lacks
+                pipe.transformer.register_to_config(guidance_embeds=False)
+            derived = classes[self.mask is not None](**pipe.components)
         derived.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return derived
 

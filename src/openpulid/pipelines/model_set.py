@@ -12,6 +12,13 @@ WeightSource = Path | str
 
 ExtractorKind = Literal["mini", "photo", "clip"]
 
+Family = Literal["sdxl", "flux", "chroma"]
+"""Architecture of a base model. Chroma is FLUX.1 pruned: the same blocks, adapter and autoencoder,
+without CLIP and without distilled guidance."""
+
+BASE_NAMES: dict[Family, str] = {"sdxl": "SDXL", "flux": "FLUX.1", "chroma": "Chroma"}
+"""How messages call an architecture."""
+
 COMPANION_WEIGHTS = {"instantid": ("identitynet", "identitynet-config")}
 """Published weights that a method needs in addition to its adapter."""
 
@@ -46,12 +53,12 @@ class ModelSet:
             inverse the largest.
         face_share: longer side of a face over the side of the crop in which it is refined; that of
             the portraits in the training.
-        memory: FLUX: memory level, see `flux_memory.LEVELS`.
+        memory: FLUX and Chroma: memory level, see `flux_memory.LEVELS`.
         guidance_embeds: FLUX: whether the preset is for transformers with a guidance embedding,
             such as dev, or without, such as schnell; None for both.
     """
 
-    family: Literal["sdxl", "flux"]
+    family: Family
     pipeline: WeightSource
     adapter: WeightSource
     extractor: ExtractorKind
@@ -82,7 +89,12 @@ class ModelSet:
         """How messages call the architecture of the base model."""
         if self.is_miniature:
             return "the miniature"
-        return "SDXL" if self.family == "sdxl" else "FLUX.1"
+        return BASE_NAMES[self.family]
+
+    @property
+    def has_transformer(self) -> bool:
+        """Whether the network is a transformer of FLUX's kind, and not SDXL's U-Net."""
+        return self.family != "sdxl"
 
     @property
     def sources(self) -> tuple[WeightSource, ...]:

@@ -61,6 +61,17 @@ PULID_FLUX_OPTIONS = SAMPLING_OPTIONS | {
     "embeddings",
 }
 
+PULID_CHROMA_OPTIONS = SAMPLING_OPTIONS | {
+    "scale",
+    "start",
+    "end",
+    "start_step",
+    "pose_from_prompt",
+    "max_sequence_length",
+    "memory",
+    "loras",
+}
+
 PULID_MODES = {
     "fidelity": IdentityOptions(projection="ortho_v2", num_zero=8),
     "style": IdentityOptions(projection="ortho", num_zero=16),
@@ -346,6 +357,25 @@ def flux_schnell(base: WeightSource = "flux-schnell-base") -> Preset:
     return _rename(preset, "flux-schnell", "PuLID on FLUX.1-schnell")
 
 
+def chroma(base: WeightSource = "chroma-base") -> Preset:
+    """Return PuLID for FLUX v0.9.1 on Chroma: 35 steps, guidance 5.
+
+    Steps and guidance are the defaults of diffusers' pipeline. Guidance is classifier-free, with
+    two calls per step; the identity is left out of that of the negative prompt.
+    """
+    preset = flux(base).with_models(family="chroma", guidance_embeds=None)
+    defaults = GenerationOptions(
+        num_inference_steps=35,
+        guidance_scale=5.0,
+        width=1024,
+        height=1024,
+        max_sequence_length=512,
+        identity=preset.defaults.identity,
+    )
+    preset = replace(preset, options=PULID_CHROMA_OPTIONS, defaults=defaults)
+    return _rename(preset, "chroma", "PuLID on Chroma1-HD")
+
+
 def _rename(preset: Preset, name: str, description: str) -> Preset:
     return replace(preset, selection=ModelSelection(preset=name), description=description)
 
@@ -359,6 +389,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "flux": flux,
     "flux-krea": flux_krea,
     "flux-schnell": flux_schnell,
+    "chroma": chroma,
 }
 
 
@@ -406,7 +437,7 @@ def _find_baseline(preset: Preset, method: str) -> Baseline:
         )
     if preset.models.family != "sdxl":
         raise OptionError(
-            f"{method} is only available for SDXL presets, and {preset.name} is a FLUX preset; "
+            f"{method} is only available for SDXL presets, and {preset.name} is not one; "
             "choose another preset or PuLID."
         )
     if not preset.models.is_miniature:
@@ -424,13 +455,13 @@ def with_base(preset: Preset, base: WeightSource) -> Preset:
 
     Args:
         preset: the preset; a U-Net or transformer that it brings is not used.
-        base: a pipeline; for FLUX also a transformer alone, as a single file or a directory, to
-            which the preset's pipeline adds the other parts.
+        base: a pipeline; for FLUX and Chroma also a transformer alone, as a single file or a
+            directory, to which the preset's pipeline adds the other parts.
     """
     selection = preset.selection.model_copy(update={"base": os.fspath(base)})
     path = Path(base)
     is_transformer = path.is_file() or (path / "config.json").is_file()
-    if preset.models.family == "flux" and base not in WEIGHTS and is_transformer:
+    if preset.models.has_transformer and base not in WEIGHTS and is_transformer:
         models = replace(preset.models, transformer=base)
     else:
         models = replace(preset.models, pipeline=base, unet=None, transformer=None)

@@ -88,7 +88,7 @@ def check_words(preset: Preset, request: GenerationRequest) -> None:
 
     Args:
         preset: the preset that will run the request. SDXL's tokenizer knows every word, so that
-            only the miniature's and FLUX's are read.
+            only the miniature's and T5's are read.
         request: a request.
 
     Raises:
@@ -101,7 +101,7 @@ def check_words(preset: Preset, request: GenerationRequest) -> None:
         pipeline = resolve_path(models.pipeline)
     except WeightsError:  # loading the pipeline reports that
         return
-    folder = pipeline / ("tokenizer_2" if models.family == "flux" else "tokenizer")
+    folder = pipeline / _tokenizer_name(preset)
     if not folder.is_dir():
         return
     from transformers import AutoTokenizer
@@ -116,7 +116,7 @@ def prepare_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Ge
     """Return a request with prompts that the text encoders can read; log what has no effect.
 
     Args:
-        pipe: a StableDiffusionXLPipeline or FluxPipeline.
+        pipe: a StableDiffusionXLPipeline, FluxPipeline or ChromaPipeline.
         request: a resolved request.
         preset: the preset that runs it. Its own negative prompt is not checked: it may be longer
             than what the model reads, and is cut.
@@ -129,9 +129,8 @@ def prepare_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Ge
             logger.warning(
                 "%s has no effect; write its word, %s, in a prompt", embedding.file, embedding.word
             )
-    is_flux = preset.models.family == "flux"  # T5 reads the longer prompt
-    tokenizer = pipe.tokenizer_2 if is_flux else pipe.tokenizer
-    limit = request.max_sequence_length if is_flux else None
+    tokenizer = getattr(pipe, _tokenizer_name(preset))
+    limit = request.max_sequence_length if preset.models.has_transformer else None
     texts = {}
     for prompt in _user_inputs(request, preset):
         note_other_syntax(tokenizer, prompt, preset.models.method)
@@ -144,6 +143,11 @@ def prepare_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Ge
             note_length(tokenizer, TextInput(text, prompt.field), limit)
         texts[prompt.field] = text
     return request.model_copy(update=texts)
+
+
+def _tokenizer_name(preset: Preset) -> str:
+    """Return the part of a pipeline that reads the longest prompt: T5's in FLUX."""
+    return "tokenizer_2" if preset.models.family == "flux" else "tokenizer"
 
 
 def _user_inputs(request: GenerationRequest, preset: Preset) -> list[TextInput]:

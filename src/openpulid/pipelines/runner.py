@@ -25,7 +25,7 @@ class PipelineRunner:
     """Runs resolved requests; one with an initial image on a pipeline that shares all components.
 
     Args:
-        pipe: a StableDiffusionXLPipeline or FluxPipeline.
+        pipe: a StableDiffusionXLPipeline, FluxPipeline or ChromaPipeline.
         adapter: the method; it is attached to every pipeline.
         preset: which options have an effect.
     """

@@ -35,7 +35,7 @@ def resolve_preset(
         adapter: another adapter file of the method, such as one of `pulid train`.
         face_pack: directory of another insightface pack, whose detector and recognition model are
             used. The adapter must have been trained with that recognition model.
-        memory: FLUX: memory level, see `flux_memory.LEVELS`.
+        memory: FLUX and Chroma: memory level, see `flux_memory.LEVELS`.
 
     Raises:
         OptionError: there is no such preset, or a change does not apply to it.

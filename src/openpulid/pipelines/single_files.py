@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoint_kinds import (
+    CHROMA,
     FLUX,
     SDXL,
     UNET,
@@ -37,6 +38,7 @@ from openpulid.io.networks import (
     describe_load_errors,
     read_config,
 )
+from openpulid.pipelines.model_set import BASE_NAMES, Family
 from openpulid.pipelines.presets import PRESETS
 from openpulid.pipelines.samplers import Prediction
 
@@ -157,45 +159,46 @@ def find_sdxl_config(file: Path) -> Path:
     )
 
 
-def load_flux_file(path: Path, pipeline: Path, dtype: torch.dtype) -> Any:
-    """Load a FLUX transformer from one file.
+def load_transformer_file(path: Path, pipeline: Path, dtype: torch.dtype, family: Family) -> Any:
+    """Load a FLUX or Chroma transformer from one file.
 
     Args:
         path: safetensors with diffusers' or the original names, or GGUF.
         pipeline: a pipeline whose transformer has the same sizes.
         dtype: of the transformer; that in which a GGUF file computes.
+        family: "flux" or "chroma".
 
     Raises:
         WeightsError: the file is another kind of checkpoint, or does not fit the pipeline.
     """
-    from diffusers import FluxTransformer2DModel
-
-    check_flux_file(path, pipeline)
+    check_transformer_file(path, pipeline, family)
+    transformer_class = _transformer_class(family)
     options: dict[str, Any] = {
         "config": str(pipeline),
         "subfolder": "transformer",
         "torch_dtype": dtype,
         "local_files_only": True,
     }
-    with describe_load_errors(path, "use a FLUX transformer of the preset's sizes"):
+    advice = f"use a {BASE_NAMES[family]} transformer of the preset's sizes"
+    with describe_load_errors(path, advice):
         if path.suffix == ".gguf":
             from diffusers import GGUFQuantizationConfig
 
             quantization = GGUFQuantizationConfig(compute_dtype=dtype)
-            transformer = FluxTransformer2DModel.from_single_file(
+            transformer = transformer_class.from_single_file(
                 str(path), quantization_config=quantization, **options
             )
             check_loaded(path, find_empty(transformer), ())
             return transformer
         tensors = dequantize(path, load_file(path), dtype)
-        expected = _expected_names(pipeline)
+        expected = _expected_names(transformer_class, pipeline)
         unused = set()
         if "x_embedder.weight" in tensors:  # diffusers' names need no conversion
             unused = tensors.keys() - expected
             check_loaded(path, expected - tensors.keys(), ())
             tensors = {name: tensors[name] for name in expected}
         num_tensors = len(tensors)
-        transformer = FluxTransformer2DModel.from_single_file(tensors, **options)
+        transformer = transformer_class.from_single_file(tensors, **options)
         # the conversion removes the tensors that it uses
         if len(tensors) < num_tensors:
             unused = set(tensors)
@@ -203,12 +206,13 @@ def load_flux_file(path: Path, pipeline: Path, dtype: torch.dtype) -> Any:
     return transformer
 
 
-def check_flux_file(path: Path, pipeline: Path) -> None:
-    """Check that a file is a FLUX transformer of the kind that a pipeline describes.
+def check_transformer_file(path: Path, pipeline: Path, family: Family) -> None:
+    """Check that a file is a FLUX or Chroma transformer of the kind that a pipeline describes.
 
     Args:
         path: safetensors or GGUF; only its header is read.
         pipeline: a pipeline whose transformer has the same sizes.
+        family: "flux" or "chroma".
 
     Raises:
         WeightsError: the file is another kind of checkpoint, or does not fit the pipeline.
@@ -220,14 +224,17 @@ def check_flux_file(path: Path, pipeline: Path) -> None:
     header = read_header(path)
     config = read_config(pipeline / "transformer")
     names = header.shapes
-    architecture = header.metadata.get("architecture", "flux")
-    if find_kind(names) is not FLUX or architecture != "flux":
-        what = describe_kind(names) if architecture == "flux" else f"it is of {architecture}"
-        raise WeightsError(f"{path} is no FLUX.1 transformer; {what}.")
+    architecture = header.metadata.get("architecture", family)
+    is_expected = architecture in ("flux", family)  # programs write flux for Chroma as well
+    if find_kind(names) is not (FLUX if family == "flux" else CHROMA) or not is_expected:
+        what = describe_kind(names) if is_expected else f"it is of {architecture}"
+        raise WeightsError(f"{path} is no {BASE_NAMES[family]} transformer; {what}.")
     _check_quantization(path, header)
     for name in ("img_in.weight", f"{UNET}img_in.weight", "x_embedder.weight"):
         if name in names and path.suffix != ".gguf":
             check_channels(path, names[name][1], config.get("in_channels", 64))
+    if family == "chroma":
+        return
     has_guidance = any(re.search(r"guidance_(in|embedder)\.", name) for name in names)
     check_guidance(path, has_guidance, config.get("guidance_embeds", False), str(pipeline))
 
@@ -319,13 +326,17 @@ def _check_quantization(path: Path, header: Header) -> None:
         )
 
 
-def _expected_names(pipeline: Path) -> set[str]:
-    """Return the names of the tensors of a pipeline's transformer."""
-    from diffusers import FluxTransformer2DModel
+def _transformer_class(family: Family) -> Any:
+    from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
 
+    return FluxTransformer2DModel if family == "flux" else ChromaTransformer2DModel
+
+
+def _expected_names(transformer_class: Any, pipeline: Path) -> set[str]:
+    """Return the names of the tensors of a pipeline's transformer."""
     with init_empty_weights():
-        config = FluxTransformer2DModel.load_config(pipeline, subfolder="transformer")
-        return set(FluxTransformer2DModel.from_config(config).state_dict())
+        config = transformer_class.load_config(pipeline, subfolder="transformer")
+        return set(transformer_class.from_config(config).state_dict())
 
 
 def find_empty(network: nn.Module) -> Collection[str]:

@@ -37,7 +37,7 @@ class Studio:
     Threads can share a studio; their images are generated one after the other.
 
     Args:
-        pipe: a StableDiffusionXLPipeline or FluxPipeline.
+        pipe: a StableDiffusionXLPipeline, FluxPipeline or ChromaPipeline.
         adapter: the method; it is attached to the pipeline.
         extractor: extracts identities for the method; a deferred one is loaded for the first image.
         preset: defaults of a generation.

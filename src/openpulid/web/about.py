@@ -61,10 +61,10 @@ def _describe_memory(preset: Preset) -> str:
         return ""
     request = preset.resolve(GenerationRequest(prompt="any prompt"))
     size = (request.width or 0, request.height or 0, request.max_sequence_length or 0)
-    rows = [
-        f"| {name} | {max(phase.total for phase in predict_memory(name, *size)) / GIB:.1f} GiB |"
-        for name in LEVELS
-    ]
+    rows = []
+    for name in LEVELS:
+        phases = predict_memory(name, *size, preset.models.family)
+        rows.append(f"| {name} | {max(phase.total for phase in phases) / GIB:.1f} GiB |")
     return (
         f"### Memory\n\nLevel in use: {preset.models.memory} (`pulid web --memory`). "
         "Predicted peaks on the device:\n\n| level | memory |\n|---|---|\n" + "\n".join(rows)
