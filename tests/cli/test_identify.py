@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 
 from openpulid.identity.identity import Identity
+from openpulid.methods.pulid import IDFormer, PuLIDFlux
 from openpulid.pipelines.presets import MINIATURE
 from tests.cli.conftest import FakeStudio, Run
+from tests.support import tiny_flux
 
 
 @pytest.fixture
@@ -101,6 +104,58 @@ def test_no_base_model_is_loaded(pulid: Run, anna: Path, tmp_path: Path) -> None
         assert done.code == 0, done.err
     one, other = (Identity.load(file) for file in files)
     assert torch.equal(one.id_cond, other.id_cond)
+
+
+def flux_adapter() -> PuLIDFlux:
+    """An adapter that reads the features of the fake extractor."""
+    torch.manual_seed(0)
+    sizes = {**tiny_flux.SMALL, "width": 4, "vit_dim": 2}
+    transformer = tiny_flux.tiny_transformer()
+    return PuLIDFlux.for_transformer(
+        transformer, IDFormer(**sizes, output_dim=16, hidden_dim=16), dim_head=8, heads=2
+    )
+
+
+def test_tokens_are_written_for_stable_diffusion_cpp(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    adapter = flux_adapter()
+    adapter.save(tmp_path / "weights" / "pulid_flux_v0.9.1.safetensors")
+    monkeypatch.setenv("PULID_WEIGHTS", str(tmp_path / "weights"))
+    out = tmp_path / "anna.gguf"
+    done = pulid("identify", anna, "-o", out, "--for", "flux")
+    assert (done.code, done.out) == (0, f"{out}\n"), done.err
+    assert out.stat().st_mode & 0o777 == 0o600
+    (identity,) = studio.extractor.extract(studio.extractor.detection.detect(torch.ones(1))[:1])
+    expected = adapter.encode(identity.id_cond, identity.hidden)[0]
+    reader = gguf.GGUFReader(out)
+    assert reader.get_field("general.architecture").contents() == "pulid"
+    assert reader.get_field("pulid.version").contents() == 1
+    (tensor,) = reader.tensors
+    assert (tensor.name, list(tensor.shape)) == ("pulid_id", [16, len(expected)])  # in reverse
+    assert torch.equal(torch.from_numpy(tensor.data.copy()), expected.half())
+    again = pulid("identify", anna, "-o", out, "--for", "flux", "--face", 0)
+    assert again.is_one_sentence and "--overwrite" in again.err
+    sdxl = pulid("identify", anna, "-o", out, "--for", "flux", "--preset", "sdxl")
+    assert sdxl.is_one_sentence and "preset 'sdxl' has no encoder for FLUX" in sdxl.err
+
+
+def test_mistakes_of_an_export_are_reported_first(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PULID_WEIGHTS", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    cases = {
+        ("-o", tmp_path / "a.gguf"): "-o must name an identity file, such as a.safetensors",
+        ("-o", tmp_path / "a.safetensors", "--for", "flux"): "such as a.gguf",
+        ("-o", tmp_path / "a.gguf", "--for", "sdxl"): "--for must be flux, got 'sdxl'",
+        ("-o", tmp_path / "a.gguf", "--for", "flux"): "need the package gguf: pip install gguf",
+    }
+    for options, message in cases.items():
+        refused = pulid("identify", anna, *options)
+        assert refused.is_one_sentence and message in refused.err
+    assert not studio.extractor.detection.count
 
 
 def test_all_faces_are_listed(pulid: Run, anna: Path) -> None:

@@ -31,13 +31,17 @@ logger = logging.getLogger(__name__)
 
 LIST_FACES = "all"
 DEFAULT_FUSION = "concat"
+DEFAULT_PRESET = "mini"
+EXPORT = "flux"
+"""The base whose tokens can be written for another program, and the name of its preset."""
 MAX_DIGITS = 9
 
 
 def identify(
     image: Annotated[list[str], typer.Argument(help="One or several images of one person.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Identity file to write (.safetensors).")
+        Path | None,
+        typer.Option("--out", "-o", help="Identity file to write: .safetensors, or see --for."),
     ] = None,
     face: Annotated[
         str | None,
@@ -52,12 +56,16 @@ def identify(
         Path | None,
         typer.Option(help="Image to write with the detected faces and the extractor's crops."),
     ] = None,
-    preset: Preset = "mini",
+    preset: Preset = DEFAULT_PRESET,
     method: Annotated[
         str | None,
         typer.Option(help="Another method than PuLID; its identity features may differ."),
     ] = None,
     faces: FacePack = None,
+    program: Annotated[
+        str | None,
+        typer.Option("--for", help="flux: tokens for stable-diffusion.cpp, in a .gguf file."),
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = None,
 ) -> None:
@@ -66,20 +74,20 @@ def identify(
     An existing file is only replaced with --overwrite.
     """
     face_index = parse_face(face)
-    if face != LIST_FACES and (out is None or out.suffix != ".safetensors"):
+    suffix = find_suffix(program)
+    if face != LIST_FACES and (out is None or out.suffix != suffix):
         raise OptionError(
-            f"-o must name an identity file, such as {out.stem if out else 'anna'}.safetensors."
+            f"-o must name an identity file, such as {out.stem if out else 'anna'}{suffix}."
         )
+    if program is not None and preset == DEFAULT_PRESET:
+        preset = program  # the miniature has no encoder for it
     if face == LIST_FACES and out is not None:
         raise OptionError(f"--face {LIST_FACES} lists the faces; leave out -o, or name one face.")
     if len(image) == 1 and fusion != DEFAULT_FUSION:
         logger.warning("--fusion has no effect on a single image")
-    from openpulid.faces.face import check_order
-    from openpulid.identity.identity import check_fusion
-    from openpulid.identity.reference import open_references
+    from openpulid.identity.reference import check_options, open_references
 
-    check_order(order)
-    check_fusion(fusion)
+    check_options(order, fusion)
     references = open_references(image)
     if show is not None:
         check_output(check_image_path(show), image)
@@ -95,11 +103,15 @@ def identify(
         resolved = resolve_preset(
             preset, method=None if method in PULID_MODES else method, face_pack=faces
         )
+    if program is not None:
+        from openpulid.pipelines.identity_export import check_gguf_export
+
+        check_gguf_export(resolved)
     reference = ReferenceFaces.detect(load_extractor(resolved, device), references)
     identity = None
     if face != LIST_FACES and out is not None:
         identity = reference.identity(face_index, order, fusion)
-        is_new = not is_saved(identity, out)
+        is_new = program is not None or not is_saved(identity, out)
         if is_new:
             check_new_output(out, overwrite)
     if show is not None:
@@ -109,9 +121,24 @@ def identify(
         for line in reference.describe(order):
             print(escape_unprintable(line))
         return
-    if is_new:
+    if program is not None:
+        from openpulid.pipelines.identity_export import export_gguf
+
+        export_gguf(resolved, identity, out)
+    elif is_new:
         identity.save(out)
     print_path(out)
+
+
+def find_suffix(program: str | None) -> str:
+    """Return the suffix of an identity file.
+
+    Raises:
+        OptionError: there is no such program's format.
+    """
+    if program not in (None, EXPORT):
+        raise OptionError(f"--for must be {EXPORT}, got {program!r}.")
+    return ".safetensors" if program is None else ".gguf"
 
 
 def is_saved(identity: Identity, path: Path) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from openpulid.errors import FaceError, OptionError
 from openpulid.faces.face import (
     Face,
+    check_order,
     describe_defects,
     describe_faces,
     draw_faces,
@@ -20,7 +21,7 @@ from openpulid.faces.face import (
     sort_faces,
 )
 from openpulid.identity.extractor import IdentityExtractor
-from openpulid.identity.identity import Identity, fuse_identities
+from openpulid.identity.identity import Identity, check_fusion, fuse_identities
 from openpulid.identity.similarity import HasFaceRecognition, compare_identities, describe_strangers
 from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import (
@@ -32,6 +33,16 @@ from openpulid.io.images import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+def check_options(order: str, fusion: str) -> None:
+    """Refuse an unknown order of faces or fusion of identities, before an image is read.
+
+    Raises:
+        OptionError: there is no such order or fusion.
+    """
+    check_order(order)
+    check_fusion(fusion)
 
 
 @dataclass(frozen=True, eq=False)

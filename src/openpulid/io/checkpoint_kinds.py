@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoints import map_pickle
+from openpulid.io.gguf_files import import_gguf
 
 Shape = tuple[int, ...]
 
@@ -225,10 +226,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def _read_gguf_header(path: Path) -> Header:
-    try:
-        import gguf
-    except ImportError:
-        raise WeightsError("GGUF files need the package gguf: pip install gguf.") from None
+    gguf = import_gguf()
     # its reader has no exception class of its own
     try:
         reader = gguf.GGUFReader(path)
