@@ -22,7 +22,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from torch import nn
-from transformers import T5Config, T5EncoderModel
+from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel
 
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
@@ -200,3 +200,22 @@ def fresh_adapter(pipe: Any, seed: int = 0) -> PuLIDFlux:
         nn.init.normal_(layer.to_out.weight, std=0.3)
     adapter.attach(pipe)
     return adapter
+
+
+def flux2_with_text(**sizes: int) -> Flux2KleinPipeline:
+    """Create a pipeline of FLUX.2 klein that reads prompts, with a real batch norm."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=28, head_dim=4,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    tokenizer = tiny_flux.tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    autoencoder = flux2_vae()
+    nn.init.normal_(autoencoder.bn.running_mean, std=0.5)
+    nn.init.uniform_(autoencoder.bn.running_var, 0.5, 2.0)
+    pipe = Flux2KleinPipeline(
+        scheduler(), autoencoder, Qwen3ForCausalLM(config), tokenizer, flux2_transformer(**sizes)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -48,7 +48,10 @@ def train(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Photos: checkpoint of the diffusion branch (sdxl-base or flux-dev)."),
+        typer.Option(
+            help="Photos: checkpoint of the diffusion branch: sdxl-base, flux-dev, "
+            "flux2-klein-base, or another of the same base."
+        ),
     ] = None,
     few_step_model: Annotated[
         list[str] | None,

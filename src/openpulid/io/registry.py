@@ -86,6 +86,10 @@ WEIGHTS: dict[str, Weight] = {
     "flux-krea-base": Weight("black-forest-labs/FLUX.1-Krea-dev", "", _FLUX, False, 33_700),
     "flux-schnell-base": Weight("black-forest-labs/FLUX.1-schnell", "", "Apache-2.0", True, 33_700),
     "chroma-base": Weight("lodestones/Chroma1-HD", "", "Apache-2.0", True, 27_500),
+    "flux2-klein-base": Weight(
+        "black-forest-labs/FLUX.2-klein-base-4B", "", "Apache-2.0", True, 16_000
+    ),
+    "flux2-klein": Weight("black-forest-labs/FLUX.2-klein-4B", "", "Apache-2.0", True, 16_000),
     "clip-h": Weight("h94/IP-Adapter", "models/image_encoder/model.safetensors", "MIT", True, 2530),
     "ip-adapter": Weight(
         "h94/IP-Adapter", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "Apache-2.0", True, 700

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -41,20 +42,23 @@ SDXL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tok
 TEXT_PARTS: dict[Family, tuple[str, ...]] = {
     "flux": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "chroma": ("text_encoder", "tokenizer"),
+    "flux2": ("text_encoder", "tokenizer"),
 }
-TEXT_ENCODERS: dict[Family, str] = {"flux": "CLIP and T5", "chroma": "T5"}
+TEXT_ENCODERS: dict[Family, str] = {"flux": "CLIP and T5", "chroma": "T5", "flux2": "Qwen3"}
 PIPELINES: dict[Family, tuple[str, str]] = {
     "flux": ("FluxPipeline", "FluxTransformer2DModel"),
     "chroma": ("ChromaPipeline", "ChromaTransformer2DModel"),
+    "flux2": ("Flux2KleinPipeline", "Flux2Transformer2DModel"),
 }
 """diffusers' classes of the pipeline and of its transformer."""
 
-CLASS_PREFIXES: dict[Family, str] = {
+CLASS_NAMES: dict[Family, str] = {
     "sdxl": "StableDiffusionXL",
-    "flux": "Flux",
+    "flux": "Flux(?!2)",
     "chroma": "Chroma",
+    "flux2": "Flux2Klein",
 }
-"""How the names of a family's pipelines begin."""
+"""Patterns of how the names of a family's pipelines begin."""
 
 
 def check_base(models: ModelSet) -> None:
@@ -179,17 +183,18 @@ def _read_index(path: Path) -> tuple[str, dict[str, Part]]:
 def _check_index(path: Path, family: Family) -> dict[str, Part]:
     """Return the parts of a pipeline; raise WeightsError if it is of another family."""
     class_name, parts = _read_index(path)
-    if not class_name.startswith(CLASS_PREFIXES[family]):
+    if not re.match(CLASS_NAMES[family], class_name):
         advice = [
             f"; use --preset {other}"
-            for other, prefix in CLASS_PREFIXES.items()
-            if class_name.startswith(prefix)
+            for other, pattern in CLASS_NAMES.items()
+            if re.match(pattern, class_name) and other != "flux2"  # it has no preset
         ]
-        article = "an" if family == "sdxl" else "a"
-        name = BASE_NAMES[family].removesuffix(".1")
+        purpose = "for training on FLUX.2 klein"
+        if family != "flux2":
+            article = "an" if family == "sdxl" else "a"
+            purpose = f"for {article} {BASE_NAMES[family].removesuffix('.1')} preset"
         raise WeightsError(
-            f"{path} cannot be loaded for {article} {name} preset: it is a {class_name}"
-            f"{''.join(advice)}."
+            f"{path} cannot be loaded {purpose}: it is a {class_name}{''.join(advice)}."
         )
     return parts
 

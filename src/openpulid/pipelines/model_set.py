@@ -12,11 +12,16 @@ WeightSource = Path | str
 
 ExtractorKind = Literal["mini", "photo", "clip"]
 
-Family = Literal["sdxl", "flux", "chroma"]
+Family = Literal["sdxl", "flux", "chroma", "flux2"]
 """Architecture of a base model. Chroma is FLUX.1 pruned: the same blocks, adapter and autoencoder,
-without CLIP and without distilled guidance."""
+without CLIP and without distilled guidance. FLUX.2 is for training: it has no published adapter."""
 
-BASE_NAMES: dict[Family, str] = {"sdxl": "SDXL", "flux": "FLUX.1", "chroma": "Chroma"}
+BASE_NAMES: dict[Family, str] = {
+    "sdxl": "SDXL",
+    "flux": "FLUX.1",
+    "chroma": "Chroma",
+    "flux2": "FLUX.2",
+}
 """How messages call an architecture."""
 
 COMPANION_WEIGHTS = {"instantid": ("identitynet", "identitynet-config")}

@@ -61,15 +61,9 @@ PULID_FLUX_OPTIONS = SAMPLING_OPTIONS | {
     "embeddings",
 }
 
-PULID_CHROMA_OPTIONS = SAMPLING_OPTIONS | {
-    "scale",
-    "start",
-    "end",
-    "start_step",
-    "pose_from_prompt",
-    "max_sequence_length",
-    "memory",
-    "loras",
+PULID_CHROMA_OPTIONS = PULID_FLUX_OPTIONS - {
+    *("true_cfg_scale", "timestep_to_start_cfg"),  # its guidance is classifier-free
+    *("controls", "style_image", "embeddings"),  # those of FLUX do not fit
 }
 
 PULID_MODES = {

@@ -2,6 +2,7 @@
 
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer, PerceiverAttention
 from openpulid.methods.pulid.flux import PuLIDFlux, delay_guidance
+from openpulid.methods.pulid.flux_transfer import transfer_adapter
 from openpulid.methods.pulid.masks import People, convert_mask, normalize_people
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.sdxl import PuLID
@@ -22,4 +23,5 @@ __all__ = [
     "delay_guidance",
     "identity_blocks",
     "normalize_people",
+    "transfer_adapter",
 ]

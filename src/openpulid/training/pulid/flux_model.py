@@ -67,7 +67,8 @@ class FluxModel:
         self.pixels = pixels
         self.guidance = guidance
         self.max_sequence_length = max_sequence_length
-        for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+            module = getattr(pipe, name, None)  # FLUX.2 has one text encoder
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         self.schedule = FlowSchedule(self._shift(), logit_mean, logit_std)
@@ -92,12 +93,15 @@ class FluxModel:
         config = self.pipe.scheduler.config
         if not config.use_dynamic_shifting:
             return float(config.shift)
-        # linear in the number of image tokens, as in FLUX's own sampling code
-        num_tokens = (self.latent_shape()[1] // PATCH) ** 2
+        return math.exp(self._log_shift((self.latent_shape()[1] // PATCH) ** 2))
+
+    def _log_shift(self, num_tokens: int) -> float:
+        """Return the logarithm of the shift for this many image tokens, as the pipeline does."""
+        config = self.pipe.scheduler.config
         slope = (config.max_shift - config.base_shift) / (
             config.max_image_seq_len - config.base_image_seq_len
         )
-        return math.exp(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
+        return float(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
 
     def latent_shape(self, pixels: int | None = None) -> tuple[int, int, int]:
         """Return (c, h, w) of a square image's latents; by default of the base's own size."""
@@ -111,7 +115,7 @@ class FluxModel:
         *,
         pixels: int | tuple[int, int] | None = None,
         guided: bool = False,
-    ) -> FluxText:
+    ) -> Any:
         """Encode B prompts, without gradient; the size of the images is not read."""
         texts = ([""] * len(prompts) if guided else []) + list(prompts)
         embeds, pooled, _ = self.pipe.encode_prompt(
@@ -123,7 +127,7 @@ class FluxModel:
         )
         return FluxText(embeds, pooled)
 
-    def predict(self, x_t: Tensor, t: Tensor, text: FluxText) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor:
         """Run the transformer on (B, c, h, w) at noise levels (B,); float32, with gradient."""
         dtype = self.transformer.dtype
         height, width = (side // PATCH for side in x_t.shape[-2:])
@@ -134,22 +138,32 @@ class FluxModel:
             hidden_states=pixel_unshuffle(x_t, PATCH).flatten(2).transpose(1, 2).to(dtype),
             timestep=t.to(x_t.device, dtype),
             guidance=guidance,
-            encoder_hidden_states=text.embeds.to(dtype),
-            pooled_projections=text.pooled.to(dtype),
-            txt_ids=torch.zeros(text.embeds.shape[1], 3, device=x_t.device),
-            img_ids=position_ids(height, width).to(x_t.device),
+            img_ids=self._position_ids(height, width).to(x_t.device),
             return_dict=False,
+            **self._text_arguments(text),
         )[0]
         tokens = output.float().transpose(1, 2).unflatten(2, (height, width))
         return pixel_shuffle(tokens, PATCH)
+
+    def _text_arguments(self, text: FluxText) -> dict[str, Tensor]:
+        """Return the arguments of the transformer that are of the text."""
+        dtype = self.transformer.dtype
+        return {
+            "encoder_hidden_states": text.embeds.to(dtype),
+            "pooled_projections": text.pooled.to(dtype),
+            "txt_ids": torch.zeros(text.embeds.shape[1], 3, device=text.embeds.device),
+        }
+
+    def _position_ids(self, height: int, width: int) -> Tensor:
+        """Return the positions of the image tokens."""
+        return position_ids(height, width)
 
     @contextmanager
     def capture_attention(self) -> Iterator[list[AttentionQK]]:
         """Collect the image's queries and the text's keys of every block, in call order.
 
         The list is filled when the context is closed: a block that runs again in the backward pass
-        must compute what it computed before. The queries are rotated to their positions; the keys
-        need no rotation, since text is at position zero.
+        must compute what it computed before. Queries and keys are rotated to their positions.
         """
         attention: list[AttentionQK] = []
         captures: list[_BlockCapture] = []
@@ -195,10 +209,16 @@ class _BlockCall:
     key: Tensor
 
     def pair(self, num_text: int) -> AttentionQK:
-        """Return the image's rotated queries and the text's keys."""
-        cos, sin = (x[num_text:] for x in self.rotation)
-        query = apply_rotary_emb(self.query[:, -len(cos) :], (cos, sin), sequence_dim=1)
-        return AttentionQK(query.transpose(1, 2), self.key[:, :num_text].transpose(1, 2))
+        """Return the image's queries and the text's keys, both rotated."""
+        cos, sin = self.rotation
+        num_image = len(cos) - num_text
+        query = apply_rotary_emb(
+            self.query[:, -num_image:], (cos[num_text:], sin[num_text:]), sequence_dim=1
+        )
+        key = apply_rotary_emb(
+            self.key[:, :num_text], (cos[:num_text], sin[:num_text]), sequence_dim=1
+        )
+        return AttentionQK(query.transpose(1, 2), key.transpose(1, 2))
 
 
 class _BlockCapture:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +21,10 @@ from openpulid.pipelines.factory import (
 )
 from openpulid.pipelines.loras import fuse_lora, open_lora
 from openpulid.pipelines.presets import Preset, flux, flux_schnell, sdxl, sdxl_v1
+from openpulid.pipelines.request import ModelSelection
 from openpulid.pipelines.request_inputs import Lora
 from openpulid.pipelines.selection import resolve_preset
+from openpulid.training.pulid.flux2_model import Flux2Model
 from openpulid.training.pulid.flux_model import FluxModel
 from openpulid.training.pulid.models import BaseModel, SDXLModel
 from openpulid.training.pulid.recipes import Recipe
@@ -74,9 +76,10 @@ def load_models(
     Args:
         recipe: a recipe without lightning branch or ID loss needs fewer models.
         device: of all models.
-        base: checkpoint of the diffusion branch; SDXL's base or FLUX.1-dev by default.
-        few_step_models: checkpoints of the lightning branch; SDXL-Lightning or FLUX.1-schnell by
+        base: checkpoint of the diffusion branch; SDXL's base, FLUX.1-dev or FLUX.2 klein base by
             default.
+        few_step_models: checkpoints of the lightning branch; SDXL-Lightning, FLUX.1-schnell or the
+            distilled FLUX.2 klein by default.
         few_step_lora: LoRA with which the base itself is the model of the lightning branch, such as
             an acceleration LoRA of FLUX.1-dev.
         faces: folder of another insightface pack.
@@ -84,8 +87,8 @@ def load_models(
     Raises:
         WeightsError: a file is missing or damaged, or the LoRA is for another base.
     """
-    find_presets = _flux_presets if recipe.base == "flux" else _sdxl_presets
-    presets = find_presets(recipe, base, few_step_models)
+    bases = BASES[recipe.base]
+    presets = bases.find_presets(recipe, base, few_step_models)
     lora = None
     if few_step_lora is not None:
         presets = [presets[0], presets[0]]
@@ -105,8 +108,7 @@ def load_models(
     pipes = [load_pipeline(preset, device, dtype) for preset in presets]
     if lora is not None:
         fuse_lora(pipes[-1], lora)
-    create_models = _flux_models if recipe.base == "flux" else _sdxl_models
-    models = create_models(recipe, pipes)
+    models = bases.create_models(recipe, pipes)
     embedder = None
     if id_loss_file is not None:
         embedder = build_face_embedder(
@@ -134,16 +136,28 @@ def _flux_presets(recipe: Recipe, base: str | None, few_step_models: Sequence[st
     return presets
 
 
+def _klein_presets(
+    recipe: Recipe, base: str | None, few_step_models: Sequence[str]
+) -> list[Preset]:
+    """Return the model sets of FLUX.2 klein, with FLUX's face models; its adapter is not read."""
+    presets = [flux(base or "flux2-klein-base")]
+    if recipe.few_step_batch and recipe.id_loss != "naive":
+        presets += [flux(name) for name in few_step_models or ("flux2-klein",)]
+    selection = ModelSelection(preset="flux2-klein")  # for messages
+    return [
+        replace(preset, selection=selection).with_models(family="flux2", guidance_embeds=None)
+        for preset in presets
+    ]
+
+
 def _sdxl_models(recipe: Recipe, pipes: Sequence[Any]) -> list[SDXLModel]:
     return [SDXLModel(pipe) for pipe in pipes]
 
 
 def _flux_models(recipe: Recipe, pipes: Sequence[Any]) -> list[FluxModel]:
-    """Create the models. They share text encoders and VAE, which FLUX's checkpoints have alike."""
+    """Create the models."""
     base, *few_step = pipes
-    shared = {name: getattr(base, name) for name in ("text_encoder", "text_encoder_2", "vae")}
-    for pipe in few_step:
-        pipe.register_modules(**shared)
+    _share_parts(base, few_step, ("text_encoder", "text_encoder_2", "vae"))
     guidance = [recipe.guidance_embedding] + [recipe.few_step_guidance_embedding] * len(few_step)
     return [
         FluxModel(
@@ -156,3 +170,47 @@ def _flux_models(recipe: Recipe, pipes: Sequence[Any]) -> list[FluxModel]:
         )
         for pipe, value in zip(pipes, guidance, strict=True)
     ]
+
+
+def _klein_models(recipe: Recipe, pipes: Sequence[Any]) -> list[Flux2Model]:
+    """Create the models; those of the lightning branch have the schedule of its few steps."""
+    base, *few_step = pipes
+    _share_parts(base, few_step, ("text_encoder", "vae"))
+    options: dict[str, Any] = {
+        "max_sequence_length": recipe.text_tokens,
+        "logit_mean": recipe.logit_mean,
+        "logit_std": recipe.logit_std,
+    }
+    pixels = recipe.pixels or FLUX_PIXELS
+    models = [Flux2Model(base, pixels, guidance=recipe.guidance_embedding, **options)]
+    for pipe in few_step:
+        value = recipe.few_step_guidance_embedding
+        models.append(Flux2Model(pipe, pixels, recipe.rollout_steps, guidance=value, **options))
+    return models
+
+
+def _share_parts(base: Any, few_step: Sequence[Any], names: Sequence[str]) -> None:
+    """Give all pipelines the text encoders and VAE of the first: the checkpoints have the same."""
+    for pipe in few_step:
+        pipe.register_modules(**{name: getattr(base, name) for name in names})
+
+
+@dataclass(frozen=True)
+class _Bases:
+    """How the models of one kind of base are found and created.
+
+    Attributes:
+        find_presets: model sets of the diffusion branch, and of the lightning branch.
+        create_models: models of their pipelines.
+    """
+
+    find_presets: Callable[[Recipe, str | None, Sequence[str]], list[Preset]]
+    create_models: Callable[[Recipe, Sequence[Any]], Sequence[BaseModel]]
+
+
+BASES = {
+    "sdxl": _Bases(_sdxl_presets, _sdxl_models),
+    "flux": _Bases(_flux_presets, _flux_models),
+    "flux2-klein": _Bases(_klein_presets, _klein_models),
+}
+"""By `Recipe.base`."""

@@ -108,7 +108,7 @@ def plan_training(recipe: Recipe, memory_limit: int = 80 * GB) -> list[Plan]:
     """
     if recipe.base != "flux" or not recipe.gradient_checkpointing:
         raise OptionError(
-            f"a plan is made for FLUX with gradient checkpointing, which {recipe.name} has not."
+            f"a plan is made for FLUX.1 with gradient checkpointing, and not for {recipe.name}."
         )
     costs = measure_costs(recipe)
     weights = weight_sizes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.io.checkpoints import load_state
 from openpulid.io.lock import check_directory
-from openpulid.methods.pulid import ENCODERS, IDFormer, PuLID, PuLIDFlux
+from openpulid.methods.pulid import ENCODERS, IDFormer, PuLID, PuLIDFlux, transfer_adapter
 from openpulid.training.checkpointing import CHECKPOINT
 from openpulid.training.distributed import DistributedContext, is_first_process
 from openpulid.training.pulid.batch import BatchSource
@@ -74,7 +75,7 @@ def _create_adapter(
     recipe: Recipe, model: BaseModel, encoder_config: Mapping[str, Any]
 ) -> PuLID | PuLIDFlux:
     sizes = {"hidden_dim": recipe.encoder_width, **encoder_config}
-    if recipe.base == "flux":
+    if recipe.is_flow:
         return PuLIDFlux.for_transformer(
             model.network,
             IDFormer(**sizes),
@@ -131,7 +132,7 @@ def _load_init_adapter(
     recipe: Recipe, path: Path, model: BaseModel, extractor_models: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
     """Load the weights that a recipe continues, and check that they fit."""
-    adapter = (PuLIDFlux if recipe.base == "flux" else PuLID).load(path)
+    adapter: Any = (PuLIDFlux if recipe.is_flow else PuLID).load(path)
     adapter.require(extractor_models)
     encoder = type(adapter.encoder).__name__
     if encoder != recipe.encoder:
@@ -139,6 +140,14 @@ def _load_init_adapter(
             f"{recipe.name} trains an {recipe.encoder}, but {path} has an {encoder}: choose an "
             "adapter with that encoder, or the recipe's other version, with or without _v11."
         )
+    if recipe.base == "flux2-klein" and recipe.init_from is None:
+        with suppress(WeightsError):
+            adapter = transfer_adapter(
+                adapter,
+                model.network,
+                double_interval=recipe.double_interval,
+                single_interval=recipe.single_interval,
+            )
     adapter.check(model.network)
     state = adapter.state_dict()
     for name, tensor in state.items():
