@@ -120,6 +120,12 @@ def z_image() -> ZImagePipeline:
     return ZImagePipeline(scheduler(), vae(), None, None, transformer)
 
 
+def _flux_text(count: int, prefix: str, generator: torch.Generator) -> dict[str, Any]:
+    embeds = torch.randn(count, TEXT_LENGTHS[0], 24, generator=generator)
+    pooled = torch.randn(count, 20, generator=generator)
+    return {f"{prefix}prompt_embeds": embeds, f"{prefix}pooled_prompt_embeds": pooled}
+
+
 def _chroma_text(count: int, prefix: str, generator: torch.Generator) -> dict[str, Any]:
     length = TEXT_LENGTHS[bool(prefix)]
     mask = torch.ones(count, length)
@@ -147,6 +153,7 @@ def _z_image_text(count: int, prefix: str, generator: torch.Generator) -> dict[s
 
 
 BASES = {
+    "FLUX.1": Base(tiny_flux.tiny_pipe, _flux_text, {"true_cfg_scale": 3.0}, {}, num_layers=4),
     "Chroma": Base(
         chroma, _chroma_text, {"guidance_scale": 3.0}, {"guidance_scale": 1.0}, num_layers=4
     ),

@@ -60,6 +60,11 @@ CLASS_NAMES: dict[Family, str] = {
 }
 """Patterns of how the names of a family's pipelines begin."""
 
+ADVICE: dict[Family, str] = {
+    "flux2": "no adapter for it is published: train one with `pulid train flux2_klein_stage1`"
+}
+"""What to do with a pipeline of a family that has no preset."""
+
 
 def check_base(models: ModelSet) -> None:
     """Check that the base model is one of the preset's family, before any model is loaded.
@@ -185,9 +190,9 @@ def _check_index(path: Path, family: Family) -> dict[str, Part]:
     class_name, parts = _read_index(path)
     if not re.match(CLASS_NAMES[family], class_name):
         advice = [
-            f"; use --preset {other}"
+            f"; {ADVICE.get(other, f'use --preset {other}')}"
             for other, pattern in CLASS_NAMES.items()
-            if re.match(pattern, class_name) and other != "flux2"  # it has no preset
+            if re.match(pattern, class_name)
         ]
         purpose = "for training on FLUX.2 klein"
         if family != "flux2":

@@ -1,4 +1,4 @@
-"""PuLID for FLUX in its relatives: Chroma, FLUX.2, Qwen-Image and Z-Image."""
+"""PuLID for FLUX in FLUX.1 and its relatives: Chroma, FLUX.2, Qwen-Image and Z-Image."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
+    FluxTransformer2DModel,
     QwenImageTransformer2DModel,
     ZImageTransformer2DModel,
 )
@@ -196,8 +197,11 @@ def call_transformer(pipe: Any, name: str, x: Tensor) -> Tensor:
     if name == "Qwen-Image":
         call["img_shapes"] = [[(1, ROWS, COLUMNS)]] * len(x)
     else:
+        if name == "FLUX.1":
+            call["pooled_projections"] = text[:, 0, :20]
+            call["guidance"] = torch.full((len(x),), 3.5)
         axes = [torch.zeros(1), torch.arange(float(ROWS)), torch.arange(float(COLUMNS))]
-        width = 3 if name == "Chroma" else 4
+        width = 4 if name == "FLUX.2" else 3
         call["img_ids"] = torch.cartesian_prod(*axes, *[torch.zeros(1)] * (width - 3))
         call["txt_ids"] = torch.zeros(7, width)
     return pipe.transformer(**call, return_dict=False)[0]
@@ -251,6 +255,7 @@ def test_training_on_one_identity_raises_its_similarity(base) -> None:
 
 
 FULL_SIZE = {
+    "FLUX.1": lambda: FluxTransformer2DModel(guidance_embeds=True),
     "Chroma": lambda: ChromaTransformer2DModel(approximator_hidden_dim=16, approximator_layers=1),
     "FLUX.2": lambda: Flux2Transformer2DModel(
         num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680
@@ -261,7 +266,7 @@ FULL_SIZE = {
 
 
 def test_published_weights_at_full_size(golden) -> None:
-    """They fit Chroma. For other bases the message says how to get an adapter."""
+    """They fit FLUX.1 and Chroma. For other bases the message says how to get an adapter."""
     names = golden.manifest["pulid_flux"]
     with torch.device("meta"):
         state = {name: torch.empty(shape) for name, shape in names.items()}
@@ -271,8 +276,9 @@ def test_published_weights_at_full_size(golden) -> None:
             name: len(PuLIDFlux.for_transformer(transformer, IDFormer()).layers)
             for name, transformer in transformers.items()
         }
-    adapter.attach(transformers["Chroma"])
-    assert counts == {"Chroma": 20, "FLUX.2": 8, "Qwen-Image": 20, "Z-Image": 15}
+    for name in ("FLUX.1", "Chroma"):
+        adapter.attach(transformers[name])
+    assert counts == {"FLUX.1": 20, "Chroma": 20, "FLUX.2": 8, "Qwen-Image": 20, "Z-Image": 15}
     advice = {
         "FLUX.2": "no adapter for FLUX.2 is published: train one with pulid train flux2_klein_st",
         "Qwen-Image": "no adapter for Qwen-Image is published: create one with PuLIDFlux.for_trans",
