@@ -183,7 +183,7 @@ def _prepare_transformer(
     from openpulid.errors import WeightsError
     from openpulid.methods.pulid import PuLIDFlux
     from openpulid.methods.pulid.host_flux import FluxHostIdentity
-    from openpulid.methods.transformers import select_block_keys
+    from openpulid.methods.transformer_kinds import select_block_keys
 
     adapter = loaded.patcher.model
     if not isinstance(adapter, PuLIDFlux):

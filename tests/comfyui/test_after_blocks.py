@@ -16,7 +16,7 @@ from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.transformers import select_block_keys
+from openpulid.methods.transformer_kinds import select_block_keys
 from tests.support import comfyui, comfyui_networks
 from tests.support.comfyui import call_network, requires_comfyui, sample
 from tests.support.comfyui_networks import NUM_BLOCKS, TEXT_WIDTH

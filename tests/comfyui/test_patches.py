@@ -13,7 +13,7 @@ from torch import Tensor
 from openpulid.methods.pulid.host_flux import FluxHostIdentity
 from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
 from openpulid.methods.pulid.sdxl_attention import IdentityOptions, cross_attentions
-from openpulid.methods.transformers import identity_blocks
+from openpulid.methods.transformer_kinds import identity_blocks
 from tests.support import people, tiny_flux
 from tests.support.comfyui import import_pack
 from tests.support.people import anna, ben

@@ -14,7 +14,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
 from openpulid.methods.pulid.flux_attention import FluxCall, FluxIdentity
 from openpulid.methods.pulid.masks import stack_masks
-from openpulid.methods.transformers import select_block_keys
+from openpulid.methods.transformer_kinds import select_block_keys
 from tests.support import comfyui, tiny_flux
 from tests.support.comfyui import call_network, requires_comfyui, sample
 from tests.support.people import anna, ben

@@ -16,7 +16,7 @@ from openpulid.pipelines.factory import load_pipeline
 from openpulid.pipelines.flux_memory import LEVELS, predict_memory
 from openpulid.pipelines.presets import chroma, flux, with_base
 from openpulid.pipelines.request import GenerationRequest
-from openpulid.pipelines.request_inputs import InitImage
+from openpulid.pipelines.request_inputs import InitImage, Lora
 from openpulid.pipelines.studio import Studio
 from tests.support.people import anna
 from tests.support.studios import SIDE, SIZE, UnusedExtractor, pixels
@@ -98,6 +98,18 @@ def test_images_start_from_an_image_and_a_mask(studio: Studio, tmp_path: Path) -
     part = generate(studio, init_image=masked)
     assert np.array_equal(part[:, : SIDE // 2], noise[:, : SIDE // 2].astype(int))
     assert not np.array_equal(part[:, SIDE // 2 :], noise[:, SIDE // 2 :].astype(int))
+
+
+def test_lora_with_the_names_of_flux_is_loaded(studio: Studio, tmp_path: Path) -> None:
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    torch.manual_seed(0)
+    tensors = {f"{layer}.lora_A.weight": torch.randn(2, 32)}
+    tensors[f"{layer}.lora_B.weight"] = torch.randn(32, 2)
+    save_file(tensors, tmp_path / "style.safetensors")
+    lora = Lora(model=str(tmp_path / "style.safetensors"))
+    plain = generate(studio)
+    assert not np.array_equal(generate(studio, loras=[lora]), plain)
+    assert np.array_equal(generate(studio), plain)
 
 
 def test_words_are_those_of_t5(studio: Studio, caplog: pytest.LogCaptureFixture) -> None:

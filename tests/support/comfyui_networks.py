@@ -17,7 +17,7 @@ from openpulid.methods.pulid.flux_attention import (
     PerceiverCrossAttention,
 )
 from openpulid.methods.pulid.masks import Person, stack_masks
-from openpulid.methods.transformers import BlockKey, select_block_keys
+from openpulid.methods.transformer_kinds import BlockKey, select_block_keys
 from tests.support import tiny_flux
 from tests.support.comfyui import initialize, wrap
 

@@ -38,7 +38,7 @@ from openpulid.methods.hooks import (
     expand_per_image,
     move_to,
 )
-from openpulid.methods.transformers import FLUX, find_transformer
+from openpulid.methods.transformer_kinds import FLUX, find_transformer
 
 Residuals = tuple[list[Tensor], list[Tensor]]
 """What is added after each double block and after each single block; empty for nothing."""

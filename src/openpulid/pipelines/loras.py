@@ -41,7 +41,9 @@ class LoraInput:
         Raises:
             WeightsError: it was trained for another base model.
         """
-        if self.base is not None and self.base != models.base_name:
+        # the layers of FLUX's relatives have FLUX's names
+        expected = "FLUX.1" if models.has_transformer else models.base_name
+        if self.base is not None and self.base != expected:
             raise WeightsError(
                 f"{self.path} is a LoRA for {self.base}, and the base model is {models.base_name}; "
                 "use a LoRA for that."

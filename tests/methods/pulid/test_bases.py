@@ -21,7 +21,7 @@ from torch.nn.functional import cosine_similarity
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux, delay_guidance
-from openpulid.methods.transformers import BlockKey, find_transformer, identity_blocks
+from openpulid.methods.transformer_kinds import BlockKey, find_transformer, identity_blocks
 from tests.support import tiny_flux
 from tests.support.people import anna, ben, distance
 from tests.support.tiny_bases import BASES, fresh_adapter, run_base, tiny_base

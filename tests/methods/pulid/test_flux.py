@@ -25,7 +25,7 @@ from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.methods.pulid.flux_attention import PerceiverCrossAttention
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.methods.transformers import identity_blocks
+from openpulid.methods.transformer_kinds import identity_blocks
 from tests.support.people import anna, ben, distance
 from tests.support.people import fresh as fresh_sdxl
 from tests.support.tiny_flux import SMALL, fresh, run, tiny_pipe

@@ -24,7 +24,7 @@ from openpulid.methods.pulid.sdxl_attention import (
     SDXLInjection,
     cross_attentions,
 )
-from openpulid.methods.transformers import identity_blocks
+from openpulid.methods.transformer_kinds import identity_blocks
 from tests.support import people, tiny_flux
 from tests.support.people import anna, ben
 

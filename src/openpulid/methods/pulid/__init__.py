@@ -7,7 +7,7 @@ from openpulid.methods.pulid.masks import People, convert_mask, normalize_people
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import cross_attentions
-from openpulid.methods.transformers import identity_blocks
+from openpulid.methods.transformer_kinds import identity_blocks
 
 __all__ = [
     "ENCODERS",

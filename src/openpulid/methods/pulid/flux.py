@@ -1,6 +1,6 @@
 """PuLID for FLUX and its relatives: load the adapter, attach it to a pipeline, use it.
 
-The relatives are those of `methods.transformers`. FLUX.1's published weights also fit Chroma.
+The relatives are those of `methods.transformer_kinds`. FLUX.1's published weights also fit Chroma.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from openpulid.methods.pulid.flux_attention import (
     inject_identity,
 )
 from openpulid.methods.pulid.masks import People, normalize_people, stack_masks
-from openpulid.methods.transformers import (
+from openpulid.methods.transformer_kinds import (
     BlockKey,
     find_transformer,
     identity_blocks,

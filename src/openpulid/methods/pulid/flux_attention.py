@@ -1,8 +1,8 @@
 """Identity attention inside diffusers' transformers: a cross-attention after every few blocks.
 
-Forward hooks on the blocks add its output to the generated image tokens; `methods.transformers`
-tells where blocks and tokens are. No `forward` is replaced, so LoRA, ControlNet, quantized layers,
-caching, offloading and gradient checkpointing still work.
+Forward hooks on the blocks add its output to the generated image tokens. Where blocks and tokens
+are is told by `methods.transformer_kinds`. No `forward` is replaced, so LoRA, ControlNet, quantized
+layers, caching, offloading and gradient checkpointing still work.
 
 The state of one call of the transformer is a `FluxCall`, created in the transformer's pre-hook.
 
@@ -30,7 +30,7 @@ from openpulid.methods.hooks import (
     identity_count_error,
     warn_if_other_ratio,
 )
-from openpulid.methods.transformers import BlockKey, TransformerCall, TransformerKind
+from openpulid.methods.transformer_kinds import BlockKey, TransformerCall, TransformerKind
 
 ProjectedKV = tuple[Tensor, Tensor]
 """q_proj (J, P, dim, h * N) and v_proj (J, P, h * N, dim), see `PerceiverCrossAttention`."""

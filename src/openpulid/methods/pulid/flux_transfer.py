@@ -9,7 +9,7 @@ from torch import nn
 
 from openpulid.errors import WeightsError
 from openpulid.methods.pulid.flux import PuLIDFlux
-from openpulid.methods.transformers import BlockKey, find_transformer, select_block_keys
+from openpulid.methods.transformer_kinds import BlockKey, find_transformer, select_block_keys
 
 FLUX_BLOCKS = (19, 38)
 """Numbers of double and single blocks of FLUX.1."""

@@ -19,7 +19,7 @@ from openpulid.methods.host import Grid, HostIdentity, pair_on_cpu, select_rows
 from openpulid.methods.pulid.flux import PuLIDFlux, precompute_projections
 from openpulid.methods.pulid.flux_attention import attend_projected
 from openpulid.methods.pulid.masks import convert_masks
-from openpulid.methods.transformers import BlockKey
+from openpulid.methods.transformer_kinds import BlockKey
 
 
 @dataclass(frozen=True, eq=False)
