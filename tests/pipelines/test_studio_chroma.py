@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from openpulid.errors import OptionError, PromptError, WeightsError
 from openpulid.pipelines.factory import load_pipeline
-from openpulid.pipelines.flux_memory import LEVELS, predict_memory
+from openpulid.pipelines.flux_memory import LEVELS, _stream, predict_memory
 from openpulid.pipelines.presets import chroma, flux, with_base
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import InitImage, Lora
@@ -166,6 +166,23 @@ def test_memory_levels_give_the_same_images(level: str, folder: Path) -> None:
         )
     change = float((images[1] - images[0]).norm() / images[0].norm())
     assert change < (0.1 if LEVELS[level].transformer == "fp8" else 1e-6)
+
+
+def test_streaming_gives_the_same_image() -> None:
+    """With the CPU at both ends, and a single text encoder."""
+    pipe = tiny_base("Chroma")
+    adapter = fresh_adapter(pipe)
+
+    def image() -> bytes:
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "max_sequence_length": 10, **SIZE}
+        with adapter.use(anna):
+            return pipe("portrait", generator=generator, **options).images[0].tobytes()
+
+    before = image()
+    _stream(pipe, CPU)
+    assert any(hasattr(part, "_diffusers_hook") for part in pipe.text_encoder.modules())
+    assert image() == before
 
 
 def test_predicted_memory_is_that_of_fewer_weights() -> None:
