@@ -13,11 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from openpulid.errors import FaceError, WeightsError
+from openpulid.faces import multi_scale
 from openpulid.faces.arcface import ARCFACE_TEMPLATE, ArcFaceRecognition, build_face_embedder
 from openpulid.faces.bisenet import CROP, TEMPLATE, FaceParser, align_photo
 from openpulid.faces.face import Face, sort_faces
 from openpulid.faces.insightface_pack import find_pack, select_providers, to_uint8
-from openpulid.faces.scrfd import BORDERS, INPUT, SCRFDDetector
+from openpulid.faces.multi_scale import BORDERS, INPUT
+from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.reference import ReferenceFaces
@@ -96,7 +98,7 @@ def test_tight_crop_border_and_empty_image(detector, astronaut) -> None:
     x1, y1, x2, y2 = (int(v) for v in face.box)
     assert len(detector.detect(astronaut[:, y1 + 8 : y2 - 3, x1 + 3 : x2 - 3])) == 1
     # faces of the copy with a border are in pixels of the image itself
-    (again,) = detector._detect_with_border(astronaut, 0.5)
+    (again,) = multi_scale._detect_with_border(astronaut, 0.5, detector._detect_once)
     assert (again.landmarks - face.landmarks).abs().max() < 5 and again.image is astronaut
     assert detector.detect(torch.full((3, 200, 300), 0.5)) == []
     assert detector.search_description == "three sizes, in four orientations"

@@ -18,7 +18,8 @@ from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import TEMPLATE, FaceParser, align_photo
 from openpulid.faces.face import Face
 from openpulid.faces.miniature import MiniFaceDetector
-from openpulid.faces.scrfd import LONGEST, SCRFDDetector
+from openpulid.faces.photo_detector import LONGEST
+from openpulid.faces.scrfd import SCRFDDetector
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder

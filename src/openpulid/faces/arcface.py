@@ -14,7 +14,7 @@ from openpulid.faces.augment import jitter_crops, vary_face
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face, first_usable, require_landmarks
 from openpulid.faces.insightface_pack import load_onnx_model, to_uint8
-from openpulid.faces.scrfd import SCRFDDetector
+from openpulid.faces.photo_detector import PhotoDetector
 from openpulid.io.checkpoints import read_tensors
 
 ARCFACE_CROP = 112
@@ -98,7 +98,7 @@ def arcface_crop(
     return 2 * crops.flip(1) - 1
 
 
-def build_face_embedder(detector: SCRFDDetector, recognition: nn.Module) -> FaceEmbedder:
+def build_face_embedder(detector: PhotoDetector, recognition: nn.Module) -> FaceEmbedder:
     """Build the embedder of the full-size ID loss, which uses the largest face of each image.
 
     Args:

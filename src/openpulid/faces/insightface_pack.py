@@ -20,6 +20,10 @@ PROVIDERS = {
 """onnxruntime's execution providers for each type of PyTorch device, the preferred one first."""
 
 
+YUNET_OUTPUT = b"obj_32"
+"""Name of an output of YuNet's network that no detector of insightface has."""
+
+
 def to_uint8(image: Tensor) -> np.ndarray:
     """Convert an image (3, H, W), float in [0, 1], to (H, W, 3) uint8."""
     values = (image.detach().cpu() * 255).round().clamp(0, 255).byte()
@@ -49,14 +53,17 @@ def load_onnx_model(file: str | os.PathLike[str], device: str | torch.device, me
 def find_pack(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Find the files of the detector and the face recognition model of an insightface pack.
 
-    The file names do not matter. The models may also be in a subfolder, since the archive of
-    antelopev2 unpacks that way.
+    The file names do not matter, and the detector may be OpenCV's YuNet. The models may also be in
+    a subfolder, since the archive of antelopev2 unpacks that way.
 
     Raises:
         WeightsError: one of the two models is missing.
     """
     files: dict[str, Path] = {}
     for file in sorted(Path(folder).glob("*.onnx")) or sorted(Path(folder).glob("*/*.onnx")):
+        if is_yunet(file):
+            files.setdefault("detect", file)
+            continue
         model = _load_model(file, "cpu")
         for method in ("detect", "get_feat"):
             if hasattr(model, method):
@@ -67,6 +74,12 @@ def find_pack(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
             "it needs a face detector and a face recognition model as .onnx files."
         )
     return files["detect"], files["get_feat"]
+
+
+def is_yunet(file: str | os.PathLike[str]) -> bool:
+    """Return whether a file is YuNet's ONNX file; insightface would open it as its own detector."""
+    path = Path(file)
+    return path.is_file() and YUNET_OUTPUT in path.read_bytes()
 
 
 def select_providers(

@@ -39,23 +39,26 @@ The box of a face on its side can be twice as long as that of the same face upri
 Detect = Callable[[Tensor], Sequence[Face]]
 
 
-def detect_in_all_orientations(image: Tensor, detect: Detect) -> list[Face]:
+def detect_in_all_orientations(
+    image: Tensor, detect: Detect, clear_score: float = CLEAR_SCORE
+) -> list[Face]:
     """Detect faces in an image, and in turned copies unless all its faces are upright and clear.
 
     Args:
         image: (3, H, W) float in [0, 1].
         detect: returns the faces of an image, the largest first.
+        clear_score: score from which this detector's upright faces are clear.
 
     Returns:
         Faces in pixels of `image`, the largest first; `Face.turns` says how each was detected.
     """
     faces = list(detect(image))
-    if faces and faces[0].score >= CLEAR_SCORE and all(map(is_upright, faces)):
+    if faces and faces[0].score >= clear_score and all(map(is_upright, faces)):
         return faces
     for turns in (1, 2, 3):
         copy = torch.rot90(image, turns, (1, 2)).contiguous()
         for face in detect(copy):
-            faces = _merge(faces, turn_back(face, image, turns))
+            faces = _merge(faces, turn_back(face, image, turns), clear_score)
     return sorted(faces, key=lambda face: -face.area)
 
 
@@ -106,7 +109,7 @@ def overlap(a: Face, b: Face) -> float:
     return intersection / max(a.area + b.area - intersection, 1e-6)
 
 
-def _merge(faces: Sequence[Face], candidate: Face) -> list[Face]:
+def _merge(faces: Sequence[Face], candidate: Face, clear_score: float) -> list[Face]:
     """Add a face of a turned copy, unless the same face has a better detection.
 
     Copies show patterns that look like faces: what is no face in the image must be clear.
@@ -114,7 +117,7 @@ def _merge(faces: Sequence[Face], candidate: Face) -> list[Face]:
     rank = _rank(candidate)
     rivals = [face for face in faces if overlap(face, candidate) > SAME_FACE]
     if any(_rank(rival) >= rank for rival in rivals) or (
-        not rivals and not (candidate.score >= CLEAR_SCORE and is_upright(candidate))
+        not rivals and not (candidate.score >= clear_score and is_upright(candidate))
     ):
         return list(faces)
     return [*(face for face in faces if face not in rivals), candidate]

@@ -16,8 +16,8 @@ from torch.nn.functional import pad
 from openpulid.faces.face import Face
 from openpulid.faces.miniature import SIZE, MiniFaceDetector
 from openpulid.faces.orientation import SAME_FACE, detect_in_all_orientations, overlap
+from openpulid.faces.photo_detector import LONGEST, PhotoDetector, load_photo_detector
 from openpulid.faces.quality import find_defects
-from openpulid.faces.scrfd import LONGEST, SCRFDDetector
 from openpulid.io.checkpoints import load_module
 from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import limit_size
@@ -66,12 +66,12 @@ class FaceDetection(Protocol):
 
 
 class PhotoFaceDetection:
-    """Detects faces in photos with SCRFD, the largest first."""
+    """Detects faces in photos with SCRFD or YuNet, the largest first."""
 
     max_image_size: int | None = LONGEST
     no_face_hint = "use an image in which one face is large, upright and seen from the front."
 
-    def __init__(self, detector: SCRFDDetector) -> None:
+    def __init__(self, detector: PhotoDetector) -> None:
         self.detector = detector
 
     @classmethod
@@ -81,7 +81,7 @@ class PhotoFaceDetection:
         Raises:
             WeightsError: the file is missing or damaged.
         """
-        return cls(SCRFDDetector.load(path, device))
+        return cls(load_photo_detector(path, device))
 
     @property
     def search_description(self) -> str:
