@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from openpulid.errors import FaceError, WeightsError, explain_missing_library
 from openpulid.faces.face import Face, require_landmarks
 from openpulid.faces.insightface_pack import to_uint8
+from openpulid.faces.selfie_multiclass import SelfieParser
 from openpulid.io.checkpoints import read_tensors
 
 CROP = 512
@@ -35,6 +38,10 @@ released code)."""
 # ImageNet statistics.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+
+FaceParsing = Callable[[Tensor], Tensor]
+"""Segments a crop (1, 3, 512, 512) in [0, 1]: (1, 1, 512, 512) float, 1 on face and hair."""
 
 
 class FaceParser:
@@ -75,6 +82,19 @@ class FaceParser:
         std = crop.new_tensor(STD)[:, None, None]
         labels = self.network((crop - mean) / std)[0].argmax(1, keepdim=True)
         return (~torch.isin(labels, torch.tensor(NOT_FACE, device=crop.device))).float()
+
+
+def load_face_parser(
+    file: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> FaceParsing:
+    """Load facexlib's BiSeNet from its `.pth` file, or MediaPipe's model from its `.onnx` file.
+
+    Raises:
+        WeightsError: the file is missing or is of another network.
+    """
+    if Path(file).suffix == ".onnx":
+        return SelfieParser.load(file, device)
+    return FaceParser.load(file, device)
 
 
 def align_photo(face: Face) -> Tensor:

@@ -1,22 +1,20 @@
-"""Identity features of photos at full size: antelopev2's face embedding and EVA02-CLIP's states."""
+"""Identity features of photos at full size: a face embedding and EVA02-CLIP's states."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from openpulid.faces.align import gray_on_white
 from openpulid.faces.arcface import ARCFACE_SIMILARITY, ArcFaceRecognition
-from openpulid.faces.bisenet import FaceParser, align_photo
+from openpulid.faces.bisenet import FaceParsing, align_photo, load_face_parser
 from openpulid.faces.face import Face
 from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
-from openpulid.identity.identity import Identity
-from openpulid.io.checkpoints import fingerprint
+from openpulid.identity.identity import Identity, hash_models
 
 
 class PhotoExtractor:
@@ -36,7 +34,7 @@ class PhotoExtractor:
         self,
         detection: PhotoFaceDetection,
         recognition: ArcFaceRecognition,
-        face_parsing: FaceParser,
+        face_parsing: FaceParsing,
         vision_encoder: VisionEncoder,
         models: Mapping[str, str] | None = None,
         use_gray: bool = True,
@@ -66,7 +64,7 @@ class PhotoExtractor:
         Args:
             detector: ONNX file; it uses the device's ONNX provider, if there is one.
             recognition: ONNX file; see `detector`.
-            face_parsing: PyTorch file.
+            face_parsing: PyTorch file of BiSeNet, or ONNX file of selfie_multiclass.
             vision_encoder: PyTorch file.
             device: of all networks.
             dtype: of vision encoder and face parsing.
@@ -78,10 +76,10 @@ class PhotoExtractor:
         return cls(
             PhotoFaceDetection.load(detector, device),
             ArcFaceRecognition.load(recognition, device),
-            FaceParser.load(face_parsing, device),
+            load_face_parser(face_parsing, device),
             VisionEncoder.from_published(vision_encoder, dtype).to(device, dtype),
             # without the detector: a better one does not change the meaning of the features
-            {Path(path).stem: fingerprint(path) for path in (recognition, vision_encoder)},
+            hash_models((recognition, vision_encoder)),
             use_gray,
         )
 
