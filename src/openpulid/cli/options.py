@@ -127,7 +127,10 @@ Base = Annotated[
 ]
 FacePack = Annotated[
     Path | None,
-    typer.Option(help="Directory of another insightface pack; the adapter must be trained on it."),
+    typer.Option(
+        help="`open` for face models whose licenses allow commercial use, or the directory of "
+        "another insightface pack; the adapter must be trained on it."
+    ),
 ]
 FaceOrder = Annotated[
     str,

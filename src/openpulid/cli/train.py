@@ -62,7 +62,8 @@ def train(
         typer.Option(help="Photos: acceleration LoRA; the lightning branch is --base with it."),
     ] = None,
     faces: Annotated[
-        Path | None, typer.Option(help="Photos: folder of another insightface pack.")
+        Path | None,
+        typer.Option(help="Photos: `open`, or the folder of another insightface pack."),
     ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Images per step, over all processes.")

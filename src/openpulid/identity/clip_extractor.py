@@ -23,8 +23,8 @@ from openpulid.faces.arcface import (
 from openpulid.faces.face import Face, require_landmarks
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
-from openpulid.identity.identity import Identity
-from openpulid.io.checkpoints import fingerprint, read_tensors
+from openpulid.identity.identity import Identity, hash_models
+from openpulid.io.checkpoints import read_tensors
 
 ClipInput = Literal["image", "face"]
 
@@ -105,8 +105,7 @@ class ClipExtractor:
         if vision_encoder is not None:
             encoder = load_clip_encoder(read_tensors(vision_encoder, dtype)).to(device, dtype)
         files = [file for file in (recognition, vision_encoder) if file is not None]
-        models = {file.stem: fingerprint(file) for file in files}
-        return cls(detection, encoder, clip_input, recognition=embedder, models=models)
+        return cls(detection, encoder, clip_input, recognition=embedder, models=hash_models(files))
 
     @staticmethod
     def load_face_models(

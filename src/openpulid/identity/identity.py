@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
@@ -23,7 +23,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from openpulid.errors import IdentityError, OptionError, OutputError, suggest
+from openpulid.io.checkpoints import fingerprint
 from openpulid.io.files import write_bytes
+from openpulid.io.hub import AURAFACE, identify_file
 
 FORMAT = "openpulid.identity/1"
 MAX_FEATURE = float(torch.finfo(torch.float16).max)
@@ -230,6 +232,18 @@ class Identity:
         )
         identity.check_values()
         return identity
+
+
+def hash_models(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
+    """Return name -> hash of models, as identities and adapters record them.
+
+    The name is that of the file; AuraFace, whose file has the name of antelopev2's, has its own.
+    """
+    hashes = {}
+    for path in map(Path, paths):
+        name = AURAFACE if identify_file(path) == AURAFACE else path.stem
+        hashes[name] = fingerprint(path)
+    return hashes
 
 
 def find_mismatched_models(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from glob import escape
 from pathlib import Path
 from urllib.error import URLError
@@ -33,6 +34,9 @@ FOLDER_VARIABLE = "PULID_WEIGHTS"
 
 FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 """Suffixes of weights files; a name that ends with one of them is not a name of the hub."""
+
+AURAFACE = "auraface"
+"""Face recognition model of `--faces open`. Its file has the name of antelopev2's."""
 
 TIMEOUT = 10
 """Seconds to wait for the first answer of the hub."""
@@ -81,10 +85,14 @@ def locate(
     """
     entry = find_weight(name)
     lacking = ""
+    subfolder = f"a folder {entry.folder} in " if entry.folder else ""
     for path in _find_candidates(entry, folder):
         if entry.file:
             if path.is_file():
-                return path
+                known = identify_file(path)
+                if known in (None, name):
+                    return path
+                lacking = f" ({path} is the file of {known})"
             continue
         missing = _find_missing(path, require_weights)
         if not missing:
@@ -94,8 +102,30 @@ def locate(
             lacking = f" ({path} lacks {reason}{f' of {part}' if part else ''})"
     raise WeightsError(
         f"{entry.name} is not installed{lacking}; `pulid weights get {name}` downloads it"
-        f"{entry.size}, or put it into a folder and set {FOLDER_VARIABLE} to that folder."
+        f"{entry.size}, or put it into {subfolder}a folder and set {FOLDER_VARIABLE} to that "
+        "folder."
     )
+
+
+def identify_file(path: Path) -> str | None:
+    """Return which published file a file is, if several have its name: AuraFace's, or antelopev2's.
+
+    They are told apart by their SHA-256. None for another file, and for one whose name is unique.
+    """
+    names = [name for name, entry in WEIGHTS.items() if Path(entry.file).name == path.name]
+    hashes = {SHA256[name]: name for name in names if name in SHA256}
+    if len(hashes) < 2:
+        return None
+    status = path.stat()
+    return hashes.get(_hash_file(path, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache
+def _hash_file(path: Path, size: int, modified: int) -> str:
+    """Return the SHA-256 of a file; it is read again when its size or time changes."""
+    from openpulid.io.checkpoints import sha256
+
+    return sha256(path)
 
 
 def download(
@@ -128,7 +158,7 @@ def download(
     with _describe_download_errors(entry), silence_warnings("huggingface_hub"):
         names = _check_connection(entry)
         log(f"{entry.name}{entry.size}, license: {entry.license}{restriction}")
-        target = None if folder is None else Path(folder)
+        target = None if folder is None else Path(folder) / entry.folder
         return _download(entry, names, target, SHA256.get(name))
 
 
@@ -225,7 +255,7 @@ def is_repo_id(name: str) -> bool:
 def _find_candidates(entry: Weight, folder: str | os.PathLike[str] | None) -> Iterator[Path]:
     """Yield the paths where a weight may be: in the folders, then in the caches."""
     for root in _search_folders(folder):
-        yield root / (entry.file or entry.repo.split("/")[-1])
+        yield root / entry.folder / (entry.file or entry.repo.split("/")[-1])
     if entry.repo.startswith("https://"):
         yield _torch_cache() / entry.file
         return

@@ -15,6 +15,7 @@ class Weight:
         license: the short name of the license and what it forbids.
         commercial: whether commercial use is allowed; None if unknown.
         megabytes: approximate size; None if unknown.
+        folder: subfolder of a weights folder for a file whose name another file has, too.
     """
 
     repo: str
@@ -22,6 +23,7 @@ class Weight:
     license: str
     commercial: bool | None
     megabytes: int | None
+    folder: str = ""
 
     @property
     def name(self) -> str:
@@ -47,6 +49,8 @@ _INSTANTID = "Apache-2.0; uses antelopev2, whose terms forbid commercial use"
 _PHOTOMAKER = "Apache-2.0; uses buffalo_l, whose terms forbid commercial use"
 _FACEID = "research only, like the insightface models"
 _FLUX = "FLUX.1 [dev] non-commercial"
+_OPENCV_ZOO = "https://github.com/opencv/opencv_zoo/raw/main/models"
+_YUNET = "face_detection_yunet_2026may.onnx"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
 
 WEIGHTS: dict[str, Weight] = {
@@ -67,9 +71,32 @@ WEIGHTS: dict[str, Weight] = {
     "arcface-loss": Weight(
         f"{_FACEXLIB}/v0.1.0/recognition_arcface_ir_se50.pth",
         "recognition_arcface_ir_se50.pth",
-        "MIT",
+        "MIT; training data not stated",
         True,
         175,
+    ),
+    "yunet": Weight(
+        f"{_OPENCV_ZOO}/face_detection_yunet/{_YUNET}",
+        _YUNET,
+        "MIT; trained on WIDER FACE, whose images are CC BY-NC-ND",
+        True,
+        1,
+    ),
+    "auraface": Weight(
+        "fal/AuraFace-v1",
+        "glintr100.onnx",
+        "Apache-2.0; training data said to allow commercial use, not listed",
+        True,
+        261,
+        "auraface",
+    ),
+    "selfie-multiclass": Weight(
+        "senty-au/selfie_multiclass_256x256-ONNX",
+        "onnx/model.onnx",
+        "Apache-2.0; training data not published",
+        True,
+        16,
+        "selfie-multiclass",
     ),
     "sdxl-base": Weight(
         "stabilityai/stable-diffusion-xl-base-1.0", "", "CreativeML Open RAIL++-M", True, 6940
@@ -182,6 +209,8 @@ SHA256 = {
     "pulid-flux-v0.9.1": "92c41c3af322b02e58e1b32842e4601e08c8f16ec1fe80089dbe957df510f51d",
     "detector": "5838f7fe053675b1c7a08b633df49e7af5495cee0493c7dcf6697200b85b5b91",
     "arcface": "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
+    "yunet": "ebafce4e3c118d6554634be5c27ab333b4c047a9a8c3faf1d7cf93101c22f0f0",
+    "auraface": "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60",
     "eva": "84c3a17a228c567a155259b2245b0b59072bf7da510260a0a02ec54de6d50b05",
     "parsing": "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
     "arcface-loss": "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",

@@ -18,12 +18,15 @@ from openpulid.errors import WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.extractor import DeferredExtractor, IdentityExtractor, MiniExtractor
-from openpulid.identity.identity import Identity
+from openpulid.identity.identity import Identity, hash_models
 from openpulid.identity.photo_extractor import PhotoExtractor
-from openpulid.io.checkpoints import fingerprint
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.methods.registry import find_method
 from openpulid.pipelines.base_models import check_base, load_base
+from openpulid.pipelines.face_models import (
+    hash_adapter_models,
+    require_face_models,
+)
 from openpulid.pipelines.flux_memory import find_level, place_pipeline
 from openpulid.pipelines.model_set import COMPANION_WEIGHTS, ModelSet
 from openpulid.pipelines.presets import (
@@ -150,8 +153,7 @@ def load_extractor(
     is_reduced = models.use_half_precision and models.has_transformer
     dtype = training_dtype(device) if is_reduced else torch.float32
     extractor = PhotoExtractor.load(detector, recognition, parsing, vision_encoder, device, dtype)
-    if isinstance(adapter, PuLID):
-        adapter.require(extractor.models)
+    require_face_models(adapter, extractor.models)
     return extractor
 
 
@@ -178,8 +180,8 @@ def defer_extractor(preset: Preset, device: torch.device, adapter: Any = None) -
         WeightsError: a file is missing.
     """
     models = hash_extractor_models(preset.models)
-    if isinstance(adapter, PuLID) and preset.models.extractor == "photo":
-        adapter.require(models)
+    if not preset.models.is_miniature:
+        require_face_models(adapter, models)
     return DeferredExtractor(models, lambda: load_extractor(preset, device, adapter))
 
 
@@ -190,18 +192,20 @@ def hash_extractor_models(models: ModelSet) -> dict[str, str]:
         WeightsError: a file is missing.
     """
     if models.adapter_has_vision_encoder:
-        return _adapter_models(models)
+        return hash_adapter_models(models)
     sources = (models.recognition, models.vision_encoder)
     paths = [resolve_path(source) for source in sources if source is not None]
     for path in paths:
         if not path.is_file():
             command = "pulid mini build" if models.is_miniature else "pulid weights get"
             raise WeightsError(f"{path} does not exist; `{command}` provides it.")
-    return {path.stem: fingerprint(path) for path in paths}
+    return hash_models(paths)
 
 
 def _load_clip_extractor(preset: Preset, device: torch.device, adapter: Any) -> IdentityExtractor:
     models = preset.models
+    if not models.is_miniature:
+        require_face_models(adapter, hash_extractor_models(models))
     recognition = resolve_optional(models.recognition)
     if models.adapter_has_vision_encoder:
         if adapter is None:
@@ -209,7 +213,7 @@ def _load_clip_extractor(preset: Preset, device: torch.device, adapter: Any) -> 
         detector, embedder = ClipExtractor.load_face_models(
             resolve_path(models.detector), recognition, device, models.is_miniature
         )
-        return adapter.create_extractor(detector, embedder, models=_adapter_models(models))
+        return adapter.create_extractor(detector, embedder, models=hash_adapter_models(models))
     return ClipExtractor.load(
         resolve_path(models.detector),
         recognition,
@@ -219,15 +223,6 @@ def _load_clip_extractor(preset: Preset, device: torch.device, adapter: Any) -> 
         clip_input=models.clip_input or "image",
         is_miniature=models.is_miniature,
     )
-
-
-def _adapter_models(models: ModelSet) -> dict[str, str]:
-    """Return name -> hash of the models of a method that brings its own vision encoder."""
-    hashes = {models.method: fingerprint(resolve_path(models.adapter))}
-    if models.recognition is not None:
-        path = resolve_path(models.recognition)
-        hashes[path.stem] = fingerprint(path)
-    return hashes
 
 
 def network_dtype(models: ModelSet, device: torch.device) -> torch.dtype:

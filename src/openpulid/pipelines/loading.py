@@ -39,7 +39,7 @@ def load(
         base: another base model, see `selection.resolve_preset`.
         memory: memory level of FLUX.
         method: another method.
-        face_pack: directory of another insightface pack.
+        face_pack: "open", or the directory of another insightface pack.
         adapter: another adapter file of the method.
         extractor: the identity extractor of `load_extractor`, if it is loaded already.
 

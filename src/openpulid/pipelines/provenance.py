@@ -21,7 +21,7 @@ from openpulid.io.checkpoints import fingerprint
 from openpulid.io.hub import WEIGHTS, is_repo_id
 from openpulid.io.metadata import read_metadata
 from openpulid.pipelines.presets import PRESETS
-from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request import OPEN_FACES, GenerationRequest
 from openpulid.pipelines.request_fields import Name, RequestError, literal
 from openpulid.pipelines.request_part import RequestPart
 from openpulid.pipelines.version_0_1 import convert_parameters
@@ -185,6 +185,8 @@ def _is_published(field: str, name: str) -> bool:
     """Whether a field holds the name of a preset or of published weights, not a path."""
     if field == "model.preset":
         return name in PRESETS
+    if field == "model.face_pack":
+        return name == OPEN_FACES
     return _names_weights(field) and name in WEIGHTS
 
 

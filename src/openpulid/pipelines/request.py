@@ -125,6 +125,10 @@ def _parse_method(name: str | None) -> str | None:
     return None if name == "pulid" else name
 
 
+OPEN_FACES = "open"
+"""The `face_pack` of face models whose licenses allow commercial use."""
+
+
 class ModelSelection(RequestPart):
     """The models of a request: a preset, and what is changed in it.
 
@@ -133,7 +137,8 @@ class ModelSelection(RequestPart):
         base: another base checkpoint: a directory, a single file, or OWNER/NAME in the hub's cache.
         method: another method than PuLID, such as `instantid`; "pulid" is stored as None.
         adapter: another adapter file of the method.
-        face_pack: directory of another insightface pack for detection and recognition.
+        face_pack: "open" for face models whose licenses allow commercial use, or the directory of
+            another insightface pack for detection and recognition.
         memory: FLUX: memory level, see `flux_memory.LEVELS`.
     """
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from openpulid.errors import OptionError
 from openpulid.faces.insightface_pack import find_pack
-from openpulid.io.hub import find_weight
+from openpulid.io.hub import AURAFACE, find_weight
 from openpulid.pipelines.flux_memory import find_level
 from openpulid.pipelines.presets import Preset, find_preset, with_base, with_method
-from openpulid.pipelines.request import ModelSelection
+from openpulid.pipelines.request import OPEN_FACES, ModelSelection
 from openpulid.pipelines.request_fields import RequestError
 
 PresetSource = str | os.PathLike[str] | Preset | ModelSelection
@@ -33,8 +33,9 @@ def resolve_preset(
         base: another base model, see `presets.with_base`.
         method: another method than PuLID, see `methods.registry.METHODS`.
         adapter: another adapter file of the method, such as one of `pulid train`.
-        face_pack: directory of another insightface pack, whose detector and recognition model are
-            used. The adapter must have been trained with that recognition model.
+        face_pack: "open" for YuNet, AuraFace and selfie_multiclass, whose licenses allow commercial
+            use, or the directory of another insightface pack, whose detector and recognition model
+            are used. The adapter must have been trained with that recognition model.
         memory: FLUX and Chroma: memory level, see `flux_memory.LEVELS`.
 
     Raises:
@@ -80,9 +81,17 @@ def _with_face_pack(preset: Preset, directory: str) -> Preset:
             "read photos.",
             "model.face_pack",
         )
-    detector, recognition = find_pack(directory)
-    changed = preset.with_models(
-        detector=detector, recognition=recognition if preset.models.recognition else None
-    )
+    models = preset.models
+    if directory == OPEN_FACES:
+        changed = preset.with_models(
+            detector="yunet",
+            recognition=AURAFACE if models.recognition else None,
+            face_parsing="selfie-multiclass" if models.face_parsing else None,
+        )
+    else:
+        detector, recognition = find_pack(directory)
+        changed = preset.with_models(
+            detector=detector, recognition=recognition if models.recognition else None
+        )
     selection = preset.selection.model_copy(update={"face_pack": directory})
     return replace(changed, selection=selection)

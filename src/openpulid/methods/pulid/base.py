@@ -23,6 +23,7 @@ from openpulid.io.checkpoints import (
     read_tensors,
     save_tensors,
 )
+from openpulid.io.hub import AURAFACE
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid.encoders import LEVELS, IDEncoder, IDFormer
 from openpulid.methods.pulid.masks import Person
@@ -144,15 +145,24 @@ class PuLIDBase(Adapter, nn.Module):
     def require(self, models: Mapping[str, str]) -> None:
         """Raise OptionError if the face models differ from the ones used in training.
 
+        A published file records none; it was trained with antelopev2.
+
         Args:
             models: name -> hash of the models that analyze the reference images.
         """
+        if not self.models and AURAFACE in models:
+            raise OptionError(
+                "this adapter was trained with antelopev2, not with AuraFace, whose embeddings "
+                "differ; leave out --faces, or pass an adapter that was trained with --faces open."
+            )
         mismatched = find_mismatched_models(self.models, models) if self.models else []
         if mismatched:
+            pack = "the insightface pack used in training (--faces)"
+            if AURAFACE in self.models:
+                pack = "--faces open, as in training"
             raise OptionError(
                 f"this adapter was trained with {' and '.join(sorted(self.models))}, but the "
-                f"current {' and '.join(mismatched)} differs; pass the insightface pack "
-                "used in training (--faces), or another adapter."
+                f"current {' and '.join(mismatched)} differs; pass {pack}, or another adapter."
             )
 
     # --- tokens

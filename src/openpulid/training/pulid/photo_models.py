@@ -82,7 +82,7 @@ def load_models(
             distilled FLUX.2 klein by default.
         few_step_lora: LoRA with which the base itself is the model of the lightning branch, such as
             an acceleration LoRA of FLUX.1-dev.
-        faces: folder of another insightface pack.
+        faces: "open", or the folder of another insightface pack.
 
     Raises:
         WeightsError: a file is missing or damaged, or the LoRA is for another base.
