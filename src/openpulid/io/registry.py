@@ -78,7 +78,7 @@ WEIGHTS: dict[str, Weight] = {
     "yunet": Weight(
         f"{_OPENCV_ZOO}/face_detection_yunet/{_YUNET}",
         _YUNET,
-        "MIT; trained on WIDER FACE, whose images are CC BY-NC-ND",
+        "MIT; trained on WIDER FACE, reported as CC BY-NC-ND",
         True,
         1,
     ),
