@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import lpips
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -18,9 +20,14 @@ from transformers import CLIPConfig, CLIPModel
 from openpulid.bench import metrics
 from openpulid.bench import scorers as photo_scorers
 from openpulid.bench.scorers import PhotoFaces, PhotoScorers
-from openpulid.errors import WeightsError
+from openpulid.bench.suite import Suite, load_suite
+from openpulid.errors import OptionError, WeightsError
+from openpulid.faces.align import similarity_transform, warp_images
+from openpulid.faces.arcface import ARCFACE_TEMPLATE
 from openpulid.faces.scrfd import SCRFDDetector
-from openpulid.io.hub import FOLDER_VARIABLE, download
+from openpulid.faces.sface import SFaceRecognition
+from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS, download
+from tests.support.photo_networks import YUNET, needs_yunet, recognition_file
 
 DETECTOR = Path(__file__).parents[2].parent / "shared" / "faces" / "scrfd_2.5g_kps.onnx"
 PHOTOS = DETECTOR.parents[1] / "photos"
@@ -76,6 +83,49 @@ def test_faces_of_photos_are_detected_and_embedded(images: torch.Tensor) -> None
         values["face_sim"][:2].tolist() == pytest.approx([1, 1])
         and values["outside_face"].abs().max() == 0
     )
+
+
+@needs_yunet
+def test_sface_scores_photos(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a small network that has SFace's signature, and YuNet's real file."""
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
+    file = recognition_file(tmp_path / WEIGHTS["scorer-sface"].file, dim=128)
+    (tmp_path / WEIGHTS["yunet"].file).symlink_to(YUNET)
+    scorers = PhotoScorers.load(CPU, lambda message: None, "sface")
+    faces = scorers.faces(images)
+    assert faces.has_face.tolist() == [True, True, False]
+    assert faces.embeddings.shape == (3, 128) and faces.embeddings[2].abs().sum() == 0
+    # the same network in onnxruntime; OpenCV rounds the crop to 8 bits
+    session = onnxruntime.InferenceSession(file)
+    (face,) = scorers.faces.detector.detect_upright(images[0])
+    matrix = similarity_transform(face.landmarks[None], ARCFACE_TEMPLATE + 0.5)
+    crop = 255 * warp_images(images[:1], matrix, 112)
+    (expected,) = session.run(None, {"input.1": crop.numpy()})
+    expected = torch.from_numpy(expected[0])
+    assert (faces.embeddings[0] - expected).norm() < 1e-3 * expected.norm()
+    with pytest.raises(WeightsError, match="`pulid weights get scorer-sface` downloads it"):
+        SFaceRecognition.load(tmp_path / "none.onnx")
+    file.write_bytes(b"no network")
+    with pytest.raises(WeightsError, match="cannot be opened"):
+        SFaceRecognition.load(file)
+
+
+def test_similarities_of_another_model_are_not_compared_with_published_ones() -> None:
+    suite = load_suite("pulid-paper")
+    changed = suite.with_recognition("sface")
+    assert changed.recognition == "sface" and suite.with_recognition("curricularface") is suite
+    for source, methods in suite.published.items():
+        for method, values in methods.items():
+            expected = {name: value for name, value in values.items() if name != "face_sim"}
+            assert changed.published[source][method] == expected
+    assert "face_sim" in json.dumps(suite.published)
+    assert Suite.from_json(changed.to_json()) == changed
+    with pytest.raises(OptionError, match="choose from curricularface, sface"):
+        suite.with_recognition("adaface")
+    with pytest.raises(OptionError, match="the miniature's own models"):
+        load_suite("quick").with_recognition("sface")
 
 
 def test_curricular_face_has_the_published_layout(tmp_path: Path) -> None:

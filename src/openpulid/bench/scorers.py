@@ -14,11 +14,13 @@ from torch.nn.functional import interpolate
 from openpulid.bench import metrics
 from openpulid.bench.metrics import FID, EmbedImages, EmbedTexts, Faces, Metric
 from openpulid.bench.metrics.inputs import Distance
+from openpulid.bench.suite import Recognition
 from openpulid.errors import WeightsError, explain_missing_library
 from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE
 from openpulid.faces.face import Face, first_usable
-from openpulid.faces.scrfd import SCRFDDetector
+from openpulid.faces.photo_detector import PhotoDetector, load_photo_detector
+from openpulid.faces.sface import SFaceRecognition
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.io.checkpoints import read_tensors
 from openpulid.io.hub import locate
@@ -41,10 +43,11 @@ class PhotoFaces:
         recognition: face recognition model, (B, 3, 112, 112) in [-1, 1] -> (B, D).
     """
 
-    def __init__(self, detector: SCRFDDetector, recognition: nn.Module) -> None:
+    def __init__(self, detector: PhotoDetector, recognition: nn.Module) -> None:
         self.detector = detector
         self.recognition = recognition.eval().requires_grad_(False)
-        self.device = next(recognition.parameters()).device
+        # SFace has no parameters in PyTorch
+        self.device = next((x.device for x in recognition.parameters()), torch.device("cpu"))
         blank = torch.zeros(1, 3, ARCFACE_CROP, ARCFACE_CROP, device=self.device)
         with torch.no_grad():
             self.no_face = torch.zeros_like(recognition(blank)[0].float().cpu())
@@ -126,21 +129,24 @@ class PhotoScorers:
         return {}
 
     @classmethod
-    def load(cls, device: torch.device, say: Callable[[str], None] = print) -> PhotoScorers:
+    def load(
+        cls,
+        device: torch.device,
+        say: Callable[[str], None] = print,
+        recognition: Recognition = "curricularface",
+    ) -> PhotoScorers:
         """Load the models whose weights are installed; nothing is downloaded.
 
         Args:
             device: where to run them.
             say: receives a message for each model that is missing.
+            recognition: see `Suite`.
 
         Raises:
             WeightsError: the face detector or the face recognition model is missing, without
                 which no identity can be measured.
         """
-        faces = PhotoFaces(
-            SCRFDDetector.load(locate("detector"), device),
-            load_curricular_face(locate("scorer-recognition")).to(device),
-        )
+        faces = load_faces(recognition, device)
 
         def load_optional(columns: str, load: Callable[[], Model]) -> Model | None:
             try:
@@ -157,6 +163,23 @@ class PhotoScorers:
         inception = load_optional("FID", lambda: load_inception(locate("scorer-inception"), device))
         embed_images, embed_texts = clip or (None, None)
         return cls(faces, embed_images, embed_texts, dino, lpips, inception)
+
+
+def load_faces(recognition: Recognition, device: torch.device) -> PhotoFaces:
+    """Load a face recognition model that no method uses, and a detector of the same license.
+
+    Raises:
+        WeightsError: one of them is missing.
+    """
+    if recognition == "sface":
+        detector = load_photo_detector(locate("yunet"))
+        return PhotoFaces(detector, SFaceRecognition.load(locate("scorer-sface")))
+    detector = load_photo_detector(locate("detector"), device)
+    try:
+        path = locate("scorer-recognition")
+    except WeightsError as error:
+        raise WeightsError(f"{error} Or score with SFace: --recognition sface.") from None
+    return PhotoFaces(detector, load_curricular_face(path).to(device))
 
 
 def load_curricular_face(path: Path) -> nn.Module:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import ConfigDict, Field
 
@@ -22,6 +22,8 @@ SUITES = Path(__file__).parent / "suites"
 MAX_PEOPLE = 10_000
 MAX_PROMPTS = 10_000
 MAX_SEEDS = 1000
+
+Recognition = Literal["curricularface", "sface"]
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Text = Annotated[str, Field(min_length=1)]
@@ -60,6 +62,8 @@ class Suite:
         options: replace the preset's; fields of `GenerationOptions` and `IdentityOptions`.
         identity_prompts: indices of the prompts on which identity is measured. The remaining
             prompts are used for all other metrics. Empty: every prompt is used for everything.
+        recognition: face recognition model that scores photos: CurricularFace, as in the paper, or
+            SFace, whose license allows commercial use.
         published: source -> method -> metric -> value, shown next to the measured values.
     """
 
@@ -74,6 +78,7 @@ class Suite:
     first_person: Count = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     identity_prompts: Sequence[Count] = ()
+    recognition: Recognition = "curricularface"
     published: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     @property
@@ -89,6 +94,32 @@ class Suite:
             OptionError: a field is unknown, missing or of another type.
         """
         return parse_json(cls, json.dumps(dict(data)))
+
+    def with_recognition(self, name: str) -> Suite:
+        """Return the suite scored by another face recognition model.
+
+        Published similarities are left out: those of two models cannot be compared.
+
+        Raises:
+            OptionError: there is no such model, or the suite has models of its own.
+        """
+        if name not in get_args(Recognition):
+            raise OptionError(
+                f"unknown face recognition model {name!r}; choose from "
+                f"{', '.join(get_args(Recognition))}."
+            )
+        if self.uses_miniature:
+            raise OptionError(f"suite {self.name} is scored by the miniature's own models.")
+        if name == self.recognition:
+            return self
+        published = {
+            source: {
+                method: {key: value for key, value in values.items() if key != "face_sim"}
+                for method, values in methods.items()
+            }
+            for source, methods in self.published.items()
+        }
+        return replace(self, recognition=cast(Recognition, name), published=published)
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON data."""

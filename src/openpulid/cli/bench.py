@@ -60,6 +60,10 @@ def run_suite(
         int | None,
         typer.Option(min=1, max=MAX_PEOPLE, help="Number of people; the suite's by default."),
     ] = None,
+    recognition: Annotated[
+        str | None,
+        typer.Option(help="Photos: face recognition model that scores, curricularface or sface."),
+    ] = None,
     workers: Annotated[
         str | None, typer.Option(help="Number of processes, or ray://HOST:PORT for a cluster.")
     ] = None,
@@ -75,6 +79,8 @@ def run_suite(
     if workers is not None:
         check_workers(workers)
     loaded_suite = load_suite(suite)
+    if recognition is not None:
+        loaded_suite = loaded_suite.with_recognition(recognition)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     presets = select_presets(loaded_suite, names)
     subjects = _load_subjects(loaded_suite, people, count)
@@ -147,4 +153,4 @@ def _load_scorers(
         return MiniScorers.load()
     from openpulid.bench.scorers import PhotoScorers
 
-    return PhotoScorers.load(select_device(device), tell)
+    return PhotoScorers.load(select_device(device), tell, suite.recognition)

@@ -187,6 +187,13 @@ WEIGHTS: dict[str, Weight] = {
         False,
         250,
     ),
+    "scorer-sface": Weight(
+        "opencv/face_recognition_sface",
+        "face_recognition_sface_2021dec.onnx",
+        "Apache-2.0; training data not stated",
+        True,
+        39,
+    ),
     "scorer-clip": Weight("openai/clip-vit-large-patch14", "", "MIT", True, 1710),
     "scorer-dino": Weight(
         "timm/vit_small_patch16_224.dino", "model.safetensors", "Apache-2.0", True, 87
@@ -211,6 +218,7 @@ SHA256 = {
     "arcface": "4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
     "yunet": "ebafce4e3c118d6554634be5c27ab333b4c047a9a8c3faf1d7cf93101c22f0f0",
     "auraface": "a7933ea5330113b01c9b60351d8f4c33003f145d8470ac5f0e52ee2effe25c60",
+    "scorer-sface": "0ba9fbfa01b5270c96627c4ef784da859931e02f04419c829e83484087c34e79",
     "eva": "84c3a17a228c567a155259b2245b0b59072bf7da510260a0a02ec54de6d50b05",
     "parsing": "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
     "arcface-loss": "a035c768259b98ab1ce0e646312f48b9e1e218197a0f80ac6765e88f8b6ddf28",
