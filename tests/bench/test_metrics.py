@@ -123,6 +123,10 @@ def test_copy_paste_compares_distances_to_both_images() -> None:
     got = metrics.CopyPaste()(inputs)
     assert got[:3].tolist() == pytest.approx([1.0, 0.0, -1.0], abs=1e-3) and got[3].isnan()
     assert metrics.CopyPaste()(build_inputs(faces=at(0, 0))).isnan().all()
+    # Sim(GT): a copy of the reference image is no better than the second image allows
+    similarity = [math.cos(math.radians(d)) for d in (40, 20, 0)]
+    assert metrics.SimGT()(inputs).tolist() == pytest.approx([*similarity, 0], abs=1e-6)
+    assert metrics.SimGT()(build_inputs(faces=at(0, 0))).isnan().all()
 
 
 def test_faces_are_cropped_to_a_square_around_their_pixels() -> None:

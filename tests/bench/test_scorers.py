@@ -253,6 +253,7 @@ def test_missing_models_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyP
     )
     assert {metric.name for metric in scorers.metrics()} == {
         "face_sim",
+        "sim_gt",
         "rank1",
         "copy_paste",
         "outside_face",

@@ -78,7 +78,7 @@ def test_invalid_suite_is_rejected(tmp_path: Path, change: dict[str, object]) ->
 
 
 def test_unknown_suite_error_lists_suites() -> None:
-    with pytest.raises(OptionError, match="miniature, pulid-paper, quick"):
+    with pytest.raises(OptionError, match="miniature, multiid-bench, pulid-paper, quick"):
         load_suite("everything")
 
 

@@ -133,7 +133,8 @@ def draw_faces(run: Run, side: int = 176) -> Image.Image:
     methods = [name for name in run.methods if "@" not in name]
     rows = []
     for index, person in enumerate(run.people[:GRID_PEOPLE]):
-        prompt = index % len(suite.prompts)
+        prompts = suite.prompts_of(person)
+        prompt = prompts[index % len(prompts)]
         images: list[Image.Image] = [open_image(run.portrait(person))]
         for method in methods:
             path = run.images.get(SampleKey(method, person, prompt, suite.seeds[0]))
@@ -189,8 +190,8 @@ def _format_person(run: Run, person: str) -> str:
     """Format the images of a subject: one row per prompt, first seed, one column per method."""
     header = "".join(f"<th>{html.escape(title)}</th>" for title in ("prompt", *run.methods))
     rows = [f"<tr>{header}</tr>"]
-    for index, prompt in enumerate(run.suite.prompts):
-        cells = [f'<td class="prompt">{html.escape(prompt.text)}</td>']
+    for index in run.suite.prompts_of(person):
+        cells = [f'<td class="prompt">{html.escape(run.suite.prompts[index].text)}</td>']
         for method in run.methods:
             key = SampleKey(method, person, index, run.suite.seeds[0])
             cells.append(_format_image(run, key))

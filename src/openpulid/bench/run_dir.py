@@ -195,7 +195,7 @@ class Run:
         return [
             SampleKey(method, person, prompt, seed)
             for person in self.people
-            for prompt in range(len(self.suite.prompts))
+            for prompt in self.suite.prompts_of(person)
             for seed in self.suite.seeds
         ]
 
@@ -393,7 +393,7 @@ def iterate_jobs(suite: Suite, methods: Sequence[str], people: Sequence[str]) ->
     A machine that is slow for a while then slows down every method alike.
     """
     for person in people:
-        for prompt in range(len(suite.prompts)):
+        for prompt in suite.prompts_of(person):
             for method in methods:
                 yield Job(tuple(SampleKey(method, person, prompt, seed) for seed in suite.seeds))
 

@@ -101,6 +101,7 @@ class PhotoScorers:
         """Return all metrics whose models are installed."""
         available: list[Metric] = [
             metrics.FaceSim(),
+            metrics.SimGT(),
             metrics.Rank1(),
             metrics.CopyPaste(),
             metrics.OutsideFace(),

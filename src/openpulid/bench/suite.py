@@ -39,12 +39,14 @@ class Prompt:
         text: the prompt.
         attributes: attribute name -> class, for example "glasses" -> "sunglasses"; empty where no
             classifier can check them.
+        person: the only subject that the prompt is for; empty if it is for all.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     text: Annotated[Text, Field(max_length=MAX_PROMPT)]
     attributes: Mapping[str, str] = field(default_factory=dict)
+    person: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,15 @@ class Suite:
         name: of the file by default.
         about: description in one sentence.
         preset: the preset of every method.
-        prompts: generated for every subject.
         seeds: generated for every prompt; the noise of a seed is the same for every method.
+        prompts: generated for every subject, or for the one that a prompt names.
         num_people: number of synthetic subjects; 0 if the subjects are photos.
         first_person: index of the first synthetic subject among the held-out people.
         options: replace the preset's; fields of `GenerationOptions` and `IdentityOptions`.
         identity_prompts: indices of the prompts on which identity is measured. The remaining
             prompts are used for all other metrics. Empty: every prompt is used for everything.
+        case_list: name of a list in MultiID-Bench's format, in the folder of the people. Each of
+            its cases has a subject, a second image and a prompt.
         recognition: face recognition model that scores photos: CurricularFace, as in the paper, or
             SFace, whose license allows commercial use.
         published: source -> method -> metric -> value, shown next to the measured values.
@@ -71,13 +75,14 @@ class Suite:
 
     about: str
     preset: Text
-    prompts: Annotated[Sequence[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
     seeds: Annotated[Sequence[Seed], Field(min_length=1, max_length=MAX_SEEDS)]
+    prompts: Annotated[Sequence[Prompt], Field(max_length=MAX_PROMPTS)] = ()
     name: str = ""
     num_people: Annotated[int, Field(ge=0, le=MAX_PEOPLE)] = 0
     first_person: Count = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     identity_prompts: Sequence[Count] = ()
+    case_list: str = ""
     recognition: Recognition = "curricularface"
     published: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
@@ -126,6 +131,10 @@ class Suite:
         data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return data
 
+    def prompts_of(self, person: str) -> list[int]:
+        """Return the indices of the prompts that are generated for a subject."""
+        return [index for index, prompt in enumerate(self.prompts) if prompt.person in ("", person)]
+
     def is_scored(self, prompt: int, *, identity: bool) -> bool:
         """Return whether a prompt counts for the metrics of identity, or for the others."""
         if not self.identity_prompts:
@@ -163,6 +172,10 @@ def check_suite(suite: Suite, path: Path) -> None:
     """
     if len(set(suite.seeds)) < len(suite.seeds):
         raise OptionError(f"{path}: the seeds of a suite must differ.")
+    if not suite.prompts and not suite.case_list:
+        raise OptionError(f"{path}: a suite needs at least one prompt.")
+    if Path(suite.case_list).name != suite.case_list:
+        raise OptionError(f"{path}: case_list of a suite must be the name of a file.")
     if not set(suite.identity_prompts) <= set(range(len(suite.prompts))):
         raise OptionError(
             f"{path}: identity_prompts of a suite are indices of its prompts, starting at 0."

@@ -41,7 +41,9 @@ bench.command("identify")(measure_face_analysis)
 
 @bench.command("run")
 def run_suite(
-    suite: Annotated[str, typer.Argument(help="miniature, quick, pulid-paper, or a JSON file.")],
+    suite: Annotated[
+        str, typer.Argument(help="miniature, quick, pulid-paper, multiid-bench, or a JSON file.")
+    ],
     out: Annotated[
         Path,
         typer.Option("--out", "-o", help="Run directory; existing images are not generated again."),
@@ -83,7 +85,7 @@ def run_suite(
         loaded_suite = loaded_suite.with_recognition(recognition)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     presets = select_presets(loaded_suite, names)
-    subjects = _load_subjects(loaded_suite, people, count)
+    loaded_suite, subjects = _load_subjects(loaded_suite, people, count)
     check_weights(presets)
     make_directory(out)
     paths = run_benchmark(
@@ -130,17 +132,23 @@ def _check_libraries() -> None:
         )
 
 
-def _load_subjects(suite: Suite, photos: Path | None, count: int | None) -> list[Subject]:
+def _load_subjects(
+    suite: Suite, photos: Path | None, count: int | None
+) -> tuple[Suite, list[Subject]]:
+    """Load the people, and the prompts that they bring, if the suite has a list of cases."""
+    from openpulid.bench.multiid import load_cases
     from openpulid.bench.subjects import load_photo_subjects
     from openpulid.mini.evaluation.subjects import synthetic_subjects
 
+    if photos is not None and suite.case_list:
+        return load_cases(suite, photos, count)
     if photos is not None:
-        return load_photo_subjects(photos, count)
+        return suite, load_photo_subjects(photos, count)
     if not suite.num_people:
         raise OptionError(
             f"suite {suite.name} has no people of its own; pass a folder of photos with --people."
         )
-    return synthetic_subjects(count or suite.num_people, suite.first_person)
+    return suite, synthetic_subjects(count or suite.num_people, suite.first_person)
 
 
 def _load_scorers(

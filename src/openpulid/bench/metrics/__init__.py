@@ -15,6 +15,7 @@ from openpulid.bench.metrics.identity import (
     FaceSim,
     FacialValues,
     Rank1,
+    SimGT,
 )
 from openpulid.bench.metrics.inputs import (
     ClassifyAttributes,
@@ -37,13 +38,13 @@ from openpulid.bench.metrics.preservation import (
 )
 
 COLUMNS = (
-    FaceSim, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste, ClipT, ClipI, Dino, OutsideFace,
-    LpipsOutside, Attributes, FaceFound, FID,
+    FaceSim, SimGT, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste, ClipT, ClipI, Dino,
+    OutsideFace, LpipsOutside, Attributes, FaceFound, FID,
 )  # fmt: skip
 """All metrics in the order of a report's columns."""
 
 IDENTITY_METRICS = frozenset(
-    metric.name for metric in (FaceSim, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste)
+    metric.name for metric in (FaceSim, SimGT, Rank1, FacialValues, FGIS, FaceDiversity, CopyPaste)
 )
 """Names of the metrics of identity; a suite may name prompts for these alone."""
 
@@ -71,6 +72,7 @@ __all__ = [
     "Metric",
     "OutsideFace",
     "Rank1",
+    "SimGT",
     "ClassifyAttributes",
     "attribute_accuracy",
     "bootstrap",

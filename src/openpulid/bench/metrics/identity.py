@@ -59,6 +59,27 @@ class Rank1:
         return ((nearest == inputs.subjects) & inputs.faces.has_face).float()
 
 
+class SimGT:
+    """Cosine similarity of the face embeddings of image and second image of the subject.
+
+    "Sim(GT)" of MultiID-Bench (arXiv 2510.14975): a copy of the reference image gains nothing. An
+    image without a face counts as 0; NaN without a second image.
+    """
+
+    name: ClassVar[str] = "sim_gt"
+    higher_is_better: ClassVar[bool] = True
+
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        faces = inputs.faces
+        second = inputs.second_faces
+        if second is None:
+            return torch.full((len(faces.has_face),), float("nan"))
+        similarity = cosine(faces.embeddings, second.embeddings)
+        values = torch.where(faces.has_face, similarity, torch.zeros_like(similarity))
+        return torch.where(second.has_face, values, torch.full_like(values, float("nan")))
+
+
 class CopyPaste:
     """Whether the reference image is copied instead of the identity, see `faces.embed.copy_paste`.
 
