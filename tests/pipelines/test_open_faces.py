@@ -13,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
+from openpulid.cli.main import app
 from openpulid.errors import OptionError, WeightsError
 from openpulid.faces.arcface import build_face_embedder
 from openpulid.identity.eva_clip import VisionEncoder
+from openpulid.identity.identity import Identity
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.identity.reference import ReferenceFaces
 from openpulid.io import hub
@@ -239,6 +242,36 @@ def test_published_adapters_refuse_auraface(weights: Path, tmp_path: Path) -> No
     )
     with pytest.raises(OptionError, match=r"pass the insightface pack used in training \(--faces"):
         trained.require({"auraface": "b", EVA: "a"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "adapter"),
+    [
+        (["--preset", "sdxl"], "pulid-v1.1"),
+        (["--preset", "flux"], "pulid-flux-v0.9.1"),
+        (["--preset", "sdxl", "--method", "faceid"], "faceid"),
+    ],
+)
+def test_command_refuses_before_a_download(
+    arguments: list[str], adapter: str, photos: Path, tmp_path: Path
+) -> None:
+    """Nothing is installed, and nothing needs to be."""
+    image = str(photos / "anna.png")
+    command = ["generate", "portrait", "--id", image, "-o", str(tmp_path / "out"), *arguments]
+    result = CliRunner().invoke(app, [*command, "--faces", "open"])
+    assert isinstance(result.exception, OptionError)
+    assert str(result.exception) == (
+        f"{adapter} was not trained with AuraFace, whose embeddings differ; leave out --faces, or "
+        "pass an adapter that was trained with it."
+    )
+
+
+def test_command_extracts_an_identity(weights: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "anna.safetensors"
+    command = ["identify", str(photos / "anna.png"), "--preset", "sdxl", "--faces", "open"]
+    result = CliRunner().invoke(app, [*command, "--device", "cpu", "-o", str(out)])
+    assert result.exit_code == 0, result.stderr
+    assert list(Identity.load(out).models) == ["auraface", EVA]
 
 
 def test_other_methods_refuse_auraface(weights: Path) -> None:

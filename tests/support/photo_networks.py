@@ -61,24 +61,21 @@ def yunet_file(path: Path) -> Path:
     nodes = []
     constants: dict[str, np.ndarray] = {}
     for stride in (8, 16, 32):
-        pooled = f"cells_{stride}"
         sides = [stride, stride]
-        nodes.append(
-            onnx.helper.make_node(
-                "AveragePool", ["input"], [pooled], kernel_shape=sides, strides=sides
-            )
-        )
         for name, bias in values.items():
             output = f"{name}_{stride}"
-            weight = np.zeros((len(bias), 3, 1, 1), np.float32)
+            weight = np.zeros((len(bias), 3, stride, stride), np.float32)
             if name in ("cls", "obj") and stride == NOSE_CELL:
-                weight[0, :, 0, 0] = [0, -1 / 255, 1 / 255]  # BGR: red without green
+                weight[0, 2] = 1 / 255 / stride**2  # BGR: the mean of red
+                weight[0, 1] = -weight[0, 2]  # without green
             constants[f"{output}_weight"] = weight
             constants[f"{output}_bias"] = np.array(bias, np.float32)
             constants[f"{output}_shape"] = np.array([1, -1, len(bias)])
-            inputs = [pooled, f"{output}_weight", f"{output}_bias"]
+            inputs = ["input", f"{output}_weight", f"{output}_bias"]
             nodes += [
-                onnx.helper.make_node("Conv", inputs, [f"{output}_map"]),
+                onnx.helper.make_node(
+                    "Conv", inputs, [f"{output}_map"], kernel_shape=sides, strides=sides
+                ),
                 onnx.helper.make_node(
                     "Transpose", [f"{output}_map"], [f"{output}_last"], perm=[0, 2, 3, 1]
                 ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from openpulid.identity.identity import hash_models
@@ -20,6 +21,20 @@ def hash_adapter_models(models: ModelSet) -> dict[str, str]:
     if models.recognition is not None:
         hashes |= hash_models([resolve_path(models.recognition)])
     return hashes
+
+
+def check_published_adapter(models: ModelSet) -> None:
+    """Refuse AuraFace for a published adapter, before anything is downloaded for it.
+
+    Raises:
+        RequestError: the adapter was trained with another face recognition model.
+    """
+    if models.recognition == AURAFACE and not isinstance(models.adapter, Path):
+        raise RequestError(
+            f"{models.adapter} was not trained with AuraFace, whose embeddings differ; leave out "
+            "{0}, or pass an adapter that was trained with it.",
+            "model.face_pack",
+        )
 
 
 def require_face_models(adapter: Any, models: Mapping[str, str]) -> None:

@@ -24,6 +24,7 @@ from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.methods.registry import find_method
 from openpulid.pipelines.base_models import check_base, load_base
 from openpulid.pipelines.face_models import (
+    check_published_adapter,
     hash_adapter_models,
     require_face_models,
 )
@@ -64,10 +65,12 @@ def check_models(preset: Preset, identities: Iterable[Identity] = ()) -> None:
         identities: they must be of the preset's face models.
 
     Raises:
+        RequestError: the face pack is not that of the published adapter.
         WeightsError: files are missing, or of another kind; the message names all weights that are
             not installed, and the command that downloads them.
         IdentityError: other models produced an identity.
     """
+    check_published_adapter(preset.models)
     if isinstance(preset.models.adapter, Path):
         _check_adapter(preset.models)
     require_weights(preset)
