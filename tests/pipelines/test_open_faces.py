@@ -144,6 +144,17 @@ def test_files_of_one_name_are_told_apart_by_hash(weights: Path) -> None:
         hub.locate("arcface")
 
 
+def test_file_in_the_cache_of_the_hub_is_not_read(weights: Path, tmp_path: Path) -> None:
+    """Its link leads to a file that is called by the hash."""
+    blob = tmp_path / hub.SHA256["auraface"]
+    blob.write_bytes(b"large")
+    (tmp_path / "glintr100.onnx").symlink_to(blob)
+    assert hub.identify_file(tmp_path / "glintr100.onnx") == "auraface"
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "glintr100.onnx").write_bytes(b"large")
+    assert hub.identify_file(tmp_path / "copy" / "glintr100.onnx") is None
+
+
 def test_download_does_not_replace_the_file_of_the_same_name(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,9 @@ PROVIDERS = {
 YUNET_OUTPUT = b"obj_32"
 """Name of an output of YuNet's network that no detector of insightface has."""
 
+MAX_YUNET_SIZE = 1 << 20
+"""Bytes of YuNet's file, which has 230 kB; other networks need not be read to tell them apart."""
+
 
 def to_uint8(image: Tensor) -> np.ndarray:
     """Convert an image (3, H, W), float in [0, 1], to (H, W, 3) uint8."""
@@ -79,7 +82,9 @@ def find_pack(folder: str | os.PathLike[str]) -> tuple[Path, Path]:
 def is_yunet(file: str | os.PathLike[str]) -> bool:
     """Return whether a file is YuNet's ONNX file; insightface would open it as its own detector."""
     path = Path(file)
-    return path.is_file() and YUNET_OUTPUT in path.read_bytes()
+    if not path.is_file() or path.stat().st_size > MAX_YUNET_SIZE:
+        return False
+    return YUNET_OUTPUT in path.read_bytes()
 
 
 def select_providers(

@@ -116,6 +116,8 @@ def identify_file(path: Path) -> str | None:
     hashes = {SHA256[name]: name for name in names if name in SHA256}
     if len(hashes) < 2:
         return None
+    if path.is_symlink() and path.resolve().name in hashes:
+        return hashes[path.resolve().name]  # in the hub's cache, files are called by their hash
     status = path.stat()
     return hashes.get(_hash_file(path, status.st_size, status.st_mtime_ns))
 
