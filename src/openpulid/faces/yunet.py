@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from openpulid.errors import WeightsError, explain_missing_library
 from openpulid.faces.face import Face
 from openpulid.faces.insightface_pack import is_yunet, to_uint8
 from openpulid.faces.multi_scale import INPUT, SEARCH_DESCRIPTION, detect_at_all_sizes
-from openpulid.faces.orientation import detect_in_all_orientations
+from openpulid.faces.orientation import SAME_FACE, detect_in_all_orientations, overlap
 
 CLEAR_SCORE = 0.92
 """Score from which an upright face is one.
@@ -93,7 +94,18 @@ class YuNetDetector:
         Returns:
             Faces without masks, the largest first; an empty list without a face.
         """
-        return detect_at_all_sizes(image, self._detect_once, CLEAR_SCORE)
+        return detect_at_all_sizes(image, self._detect_in_mirror, CLEAR_SCORE)
+
+    def _detect_in_mirror(self, image: Tensor) -> list[Face]:
+        """Average the landmarks in the image and in its mirror image, which have other errors."""
+        mirrored = [_mirror(face, image) for face in self._detect_once(image.flip(2))]
+        faces = []
+        for face in self._detect_once(image):
+            same = [other.landmarks for other in mirrored if overlap(face, other) > SAME_FACE]
+            # of several, none is the same for certain
+            landmarks = [face.landmarks, *same] if len(same) == 1 else [face.landmarks]
+            faces.append(replace(face, landmarks=torch.stack(landmarks).mean(0)))
+        return faces
 
     def _detect_once(self, image: Tensor) -> list[Face]:
         """Run the network once, on the image reduced or enlarged to `INPUT`."""
@@ -116,3 +128,13 @@ class YuNetDetector:
             box = torch.minimum(corners.clamp(min=0), limits).flatten()
             faces.append(Face(image, box, row[4:14].reshape(5, 2) * pixels, float(row[14])))
         return sorted(faces, key=lambda face: -face.area)
+
+
+def _mirror(face: Face, image: Tensor) -> Face:
+    """Convert a face of the mirror image of `image` to a face of `image`."""
+    width = image.shape[2]
+    left, top, right, bottom = face.box.unbind()
+    landmarks = face.landmarks[[1, 0, 2, 4, 3]]  # left is right in a mirror
+    landmarks = torch.stack([width - landmarks[:, 0], landmarks[:, 1]], 1)
+    box = torch.stack([width - right, top, width - left, bottom])
+    return replace(face, image=image, box=box, landmarks=landmarks)
