@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copytree, rmtree
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
@@ -417,11 +418,12 @@ def test_extractor_uses_the_dtype_of_its_own_device(
 ) -> None:
     """FLUX in bfloat16 on an accelerator, and beside it a processor that has no bfloat16."""
     monkeypatch.setattr("openpulid.device.supports_bf16", lambda device: device.type != "cpu")
-    monkeypatch.setattr(factory.PhotoExtractor, "load", lambda *given: given)
+    monkeypatch.setattr(
+        factory.PhotoExtractor, "load", lambda *given: SimpleNamespace(given=given, models={})
+    )
     files = {
         name: Path(name) for name in ("detector", "recognition", "face_parsing", "vision_encoder")
     }
-    device, dtype = load_extractor(flux().with_models(memory=level, **files), torch.device("meta"))[
-        -2:
-    ]
+    preset = flux().with_models(memory=level, **files)
+    *_, device, dtype = load_extractor(preset, torch.device("meta")).given
     assert dtype is expected and device.type == ("meta" if level == "full" else "cpu")
