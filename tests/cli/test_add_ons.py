@@ -94,7 +94,7 @@ def test_lora_for_another_base_is_refused_before_loading(
 def test_weights_in_a_prompt_are_refused_for_flux(pulid: Run, folder: Path) -> None:
     refused = pulid("generate", "a man, (smile:1.3)", "--preset", "flux", "-o", "out")
     assert refused.is_one_sentence
-    assert "PROMPT has weights, (smile:1.3), which FLUX does not support" in refused.err
+    assert "PROMPT has weights, (smile:1.3), which FLUX.1 does not support" in refused.err
 
 
 def test_options_become_fields() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,11 +135,14 @@ def test_identity_networks_of_sdxl_compute_in_float32(
         assert pair[0].dtype is torch.float32
         assert all(map(torch.equal, pair, expected[key]))
 
-    monkeypatch.setattr(factory.PhotoExtractor, "load", lambda *args: args)
+    monkeypatch.setattr(
+        factory.PhotoExtractor, "load", lambda *args: SimpleNamespace(args=args, models={})
+    )
     names = ("detector", "recognition", "face_parsing", "vision_encoder")
     files = {name: Path(name) for name in names}
     for changed, expected_dtype in (
         (preset, torch.float32),
         (flux(), torch.bfloat16 if both_precisions else torch.float32),
     ):
-        assert load_extractor(changed.with_models(**files), CPU)[-1] is expected_dtype
+        extractor = load_extractor(changed.with_models(**files), CPU)
+        assert extractor.args[-1] is expected_dtype

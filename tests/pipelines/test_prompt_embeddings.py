@@ -175,7 +175,7 @@ def test_weighted_image_is_that_of_diffusers_with_the_embeddings(studio: Studio)
 def test_weights_are_refused_where_nothing_reads_them() -> None:
     request = GenerationRequest("a man, (smile:1.3), [old] (actor)", negative_prompt="((hat))")
     message = (
-        r"^prompt has weights, \(smile:1\.3\), \[old\], which FLUX does not support; leave them "
+        r"^prompt has weights, \(smile:1\.3\), \[old\], which FLUX\.1 does not support; leave them "
         r"out, or write \\\( and \\\[ for brackets\.$"
     )
     with pytest.raises(OptionError, match=message):
