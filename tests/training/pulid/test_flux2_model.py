@@ -94,7 +94,7 @@ def test_captured_attention_is_that_of_the_blocks(model: Flux2Model) -> None:
         assert torch.allclose(pair.key, key[:, :, :num_text], atol=1e-6)
 
 
-def test_diffusion_branch_has_gradient(model: Flux2Model) -> None:
+def test_diffusion_branch_noises_on_a_straight_path(model: Flux2Model) -> None:
     latents = noise(model)
     step = diffusion_branch(model, StepRNG(0, 0), latents, model.encode_text(PROMPTS))
     assert step.output.shape == step.target.shape == latents.shape

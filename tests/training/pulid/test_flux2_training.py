@@ -1,4 +1,4 @@
-"""PuLID's stages on a tiny random FLUX.2 klein, and adapters that begin with one for FLUX.1."""
+"""Adapters for FLUX.2 klein that begin with one for FLUX.1; its recipes and checkpoints."""
 
 from __future__ import annotations
 
@@ -18,96 +18,13 @@ from openpulid.pipelines.factory import load_pipeline
 from openpulid.pipelines.presets import flux
 from openpulid.training.pulid.flux2_model import Flux2Model
 from openpulid.training.pulid.photo_models import BASES
-from openpulid.training.pulid.recipes import Recipe, find_recipe
-from openpulid.training.pulid.task import PuLIDTask
-from openpulid.training.pulid.train import build_adapter, train_adapter
-from tests.support import tiny_flux, tiny_sdxl
+from openpulid.training.pulid.recipes import find_recipe
+from openpulid.training.pulid.train import build_adapter
+from tests.support import tiny_flux
+from tests.support.flow_training import SIDE, SIZES, STAGES, models, recipe
 from tests.support.tiny_bases import flux2_with_text
-from tests.training.pulid.test_flux_training import STAGES, gradients
 
-SIDE = 16
-SIZES = {**tiny_flux.SMALL, "output_dim": 16}
-
-
-def recipe(**changes: Any) -> Recipe:
-    settings: dict[str, Any] = {
-        "steps": 12,
-        "lr": 1e-2,
-        "warmup": 2,
-        "drop_identity": 0.0,
-        "attention_head_dim": 8,
-        "attention_heads": 2,
-        "encoder_width": 16,
-        "bf16": False,
-    }
-    return Recipe("tiny", base="flux2-klein", encoder="IDFormer", **{**settings, **changes})
-
-
-def models() -> list[Flux2Model]:
-    """Create a base, and a few-step model."""
-    return [
-        Flux2Model(flux2_with_text(), SIDE, num_steps=steps, max_sequence_length=12)
-        for steps in (50, 4)
-    ]
-
-
-def create_task(batch: int = 4, **changes: Any) -> PuLIDTask:
-    settings = recipe(**changes)
-    base, few_step = models()
-    adapter = build_adapter(settings, base, SIZES)
-    for layer in adapter.layers:  # untrained, they add nothing
-        nn.init.normal_(layer.to_out.weight, std=0.3)
-    return PuLIDTask(
-        settings,
-        base,
-        adapter,
-        tiny_sdxl.People(batch),
-        held_out=tiny_sdxl.People(batch),
-        few_step_models=[few_step] if settings.few_step_batch else [],
-        face_embedder=tiny_sdxl.faces() if settings.few_step_batch else None,
-    )
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_gradients_reach_the_adapter_and_nothing_else(stage: str) -> None:
-    task = create_task(**STAGES[stage])
-    found, losses = gradients(task)
-    assert all(grad.abs().sum() > 0 for grad in found.values())
-    assert "diffusion" in losses and all(value > 0 for value in losses.values())
-    for model in (task.base, *task.few_step_models):
-        for part in (model.network, model.pipe.vae, model.pipe.text_encoder):
-            assert all(x.grad is None and not x.requires_grad for x in part.parameters())
-
-
-@pytest.mark.parametrize("stage", ["stage1", "stage3"])
-def test_recomputed_blocks_give_the_same_gradients(stage: str) -> None:
-    expected, losses = gradients(create_task(**STAGES[stage]))
-    task = create_task(**STAGES[stage], gradient_checkpointing=True)
-    for model in (task.base, *task.few_step_models):
-        model.network.enable_gradient_checkpointing()
-    found, recomputed = gradients(task)
-    assert recomputed == pytest.approx(losses, rel=1e-5)
-    for name, grad in found.items():
-        assert torch.allclose(grad, expected[name], rtol=1e-4, atol=1e-6), name
-
-
-def test_training_learns_the_identity_and_keeps_the_base(tmp_path: Path) -> None:
-    task = create_task(8)
-    base = task.base
-    before = {name: x.clone() for name, x in base.network.state_dict().items()}
-    fresh = task.validate()
-    settings = recipe(lr=2e-2, steps=40, ema=0.8, validate_every=40)
-    result = train_adapter(
-        settings, base, task.adapter, task.data, tmp_path, held_out=task.held_out
-    )
-    trained = result.metrics
-    assert trained["held_out_own"] < 0.95 * fresh["held_out_own"]
-    assert trained["held_out_own"] < trained["held_out_none"]
-    assert all(torch.equal(x, before[name]) for name, x in base.network.state_dict().items())
-    loaded = PuLIDFlux.load(tmp_path / "adapter.safetensors")
-    loaded.attach(base.pipe)
-    state = task.adapter.state_dict()
-    assert all(torch.equal(x, state[name]) for name, x in loaded.state_dict().items())
+KLEIN = "flux2-klein"
 
 
 def flux_adapter(width: int = 2) -> PuLIDFlux:
@@ -124,10 +41,10 @@ def flux_adapter(width: int = 2) -> PuLIDFlux:
 
 
 def test_adapter_begins_with_that_of_flux1(tmp_path: Path) -> None:
-    base = models()[0]
+    base = models(KLEIN)[0]
     source = flux_adapter()
     path = source.save(tmp_path / "flux.safetensors")
-    adapter = build_adapter(recipe(), base, SIZES, init_adapter=path)
+    adapter = build_adapter(recipe(KLEIN), base, SIZES, init_adapter=path)
     assert isinstance(adapter, PuLIDFlux)
     # 3 double and 5 single blocks: places 0 and 2, 0 and 4, are the first and last of FLUX.1's
     for layer, index in zip(adapter.layers, (0, 9, 10, 19), strict=True):
@@ -140,12 +57,12 @@ def test_adapter_begins_with_that_of_flux1(tmp_path: Path) -> None:
     # an adapter of FLUX.2 is continued as it is
     nn.init.normal_(adapter.layers[0].to_out.weight)
     own = adapter.save(tmp_path / "own.safetensors")
-    continued = build_adapter(recipe(), base, SIZES, init_adapter=own)
+    continued = build_adapter(recipe(KLEIN), base, SIZES, init_adapter=own)
     assert torch.equal(continued.layers[0].to_out.weight, adapter.layers[0].to_out.weight)
 
     wide = flux_adapter(4).save(tmp_path / "wide.safetensors")
     with pytest.raises(WeightsError, match="trained for another transformer: it has 20 layers"):
-        build_adapter(recipe(), base, SIZES, init_adapter=wide)
+        build_adapter(recipe(KLEIN), base, SIZES, init_adapter=wide)
     with pytest.raises(WeightsError, match=r"FLUX\.2 can begin with one for FLUX\.1 of width 32"):
         transfer_adapter(flux_adapter(4), base.network)
     with pytest.raises(WeightsError, match="20 layers; this one has 4"):
@@ -183,7 +100,7 @@ def test_checkpoints_are_loaded_by_their_names(tmp_path: Path) -> None:
     """The few-step model shares text encoder and autoencoder, and has the schedule of its steps."""
     flux2_with_text().save_pretrained(tmp_path / "klein")
     tiny_flux.tiny_pipe().save_pretrained(tmp_path / "flux")
-    settings = recipe(**STAGES["stage2"], pixels=SIDE, text_tokens=12)
+    settings = recipe(KLEIN, **STAGES["stage2"], pixels=SIDE, text_tokens=12)
     klein = str(tmp_path / "klein")
     bases = BASES[settings.base]
     presets = bases.find_presets(settings, klein, [klein])
@@ -199,6 +116,6 @@ def test_checkpoints_are_loaded_by_their_names(tmp_path: Path) -> None:
 
     with pytest.raises(WeightsError, match="it is a Flux2KleinPipeline; no adapter for it is pub"):
         load_pipeline(flux(tmp_path / "klein"), device)
-    (other,) = bases.find_presets(recipe(), str(tmp_path / "flux"), ())
+    (other,) = bases.find_presets(recipe(KLEIN), str(tmp_path / "flux"), ())
     with pytest.raises(WeightsError, match=r"on FLUX\.2 klein: it is a FluxPipeline"):
         load_pipeline(other, device)

@@ -147,7 +147,7 @@ def test_latents_keep_their_scale(pipe: Any, model: FluxModel) -> None:
     assert torch.allclose(model.decode(latents), decoded, atol=1e-5)
 
 
-def test_diffusion_branch_has_gradient(model: FluxModel) -> None:
+def test_diffusion_branch_noises_on_a_straight_path(model: FluxModel) -> None:
     latents = noise(model)
     step = diffusion_branch(model, StepRNG(0, 0), latents, model.encode_text(PROMPTS))
     assert step.output.shape == step.target.shape == latents.shape

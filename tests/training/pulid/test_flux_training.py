@@ -1,4 +1,4 @@
-"""PuLID's stages on a tiny random FLUX: gradients, recomputation, and the adapter's file."""
+"""PuLID's stages on tiny random FLUX.1 and FLUX.2: gradients, precision, the adapter's file."""
 
 from __future__ import annotations
 
@@ -10,106 +10,54 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
-from torch import Tensor
 
+from openpulid.device import training_dtype
 from openpulid.errors import OptionError, WeightsError
 from openpulid.methods.pulid import IDFormer, PuLIDFlux
+from openpulid.training.precision import autocast
 from openpulid.training.pulid.flux_model import FluxModel
-from openpulid.training.pulid.recipes import RECIPES, Recipe, find_recipe
-from openpulid.training.pulid.task import PuLIDTask
+from openpulid.training.pulid.recipes import RECIPES, find_recipe
 from openpulid.training.pulid.train import build_adapter, train_adapter
-from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl
-from tests.support.tiny_flux import SMALL, tiny_pipe
+from tests.support.flow_training import (
+    BASES,
+    SIDE,
+    SIZES,
+    STAGES,
+    create_task,
+    gradients,
+    recipe,
+)
+from tests.support.tiny_flux import tiny_pipe
 
-SIDE = 16
-STAGES: dict[str, dict[str, Any]] = {
-    "stage1": {},
-    "naive": {"id_loss": "naive", "few_step_batch": 2},
-    "stage2": {"id_loss": "accurate", "few_step_batch": 2, "grad_steps": 2},
-    "stage3": {
-        "id_loss": "accurate",
-        "few_step_batch": 2,
-        "grad_steps": 2,
-        "semantic_weight": 0.6,
-        "layout_weight": 0.1,
-    },
+CPU = torch.device("cpu")
+LOSSES = {
+    "stage1": {"diffusion"},
+    "naive": {"diffusion", "id"},
+    "stage2": {"diffusion", "id"},
+    "stage3": {"diffusion", "id", "semantic", "layout"},
 }
 
 
-def recipe(**changes: Any) -> Recipe:
-    settings: dict[str, Any] = {
-        "steps": 12,
-        "lr": 1e-2,
-        "warmup": 2,
-        "drop_identity": 0.0,
-        "attention_head_dim": 8,
-        "attention_heads": 2,
-        "encoder_width": 16,
-        "bf16": False,
-    }
-    return Recipe("tiny", base="flux", encoder="IDFormer", **{**settings, **changes})
-
-
-def models() -> list[FluxModel]:
-    """Create a base, and a few-step model without guidance embedding."""
-    pipes = [tiny_pipe(), tiny_pipe(guidance_embeds=False)]
-    return [FluxModel(pipe, SIDE, guidance=3.5, max_sequence_length=12) for pipe in pipes]
-
-
-def create_task(batch: int = 4, **changes: Any) -> PuLIDTask:
-    settings = recipe(**changes)
-    base, few_step = models()
-    adapter = build_adapter(settings, base, {**SMALL, "output_dim": 16})
-    for layer in adapter.layers:  # untrained, they add nothing
-        torch.nn.init.normal_(layer.to_out.weight, std=0.3)
-    return PuLIDTask(
-        settings,
-        base,
-        adapter,
-        tiny_sdxl.People(batch),
-        held_out=tiny_sdxl.People(batch),
-        few_step_models=[few_step] if settings.few_step_batch else [],
-        face_embedder=tiny_sdxl.faces() if settings.few_step_batch else None,
-    )
-
-
-def gradients(task: PuLIDTask) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Return the adapter's gradients and the losses of one step."""
-    losses: dict[str, float] = {}
-
-    def backward(terms: dict[str, Tensor], metrics: Any = None) -> None:
-        losses.update({name: float(loss) for name, loss in terms.items()})
-        sum(terms.values()).backward()
-
-    task.backward_losses(StepRNG(0, 0), backward)
-    found = {name: x.grad for name, x in task.adapter.named_parameters()}
-    assert all(grad is not None for grad in found.values()), found
-    return found, losses  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("stage", STAGES)
-def test_gradients_reach_the_adapter_and_nothing_else(stage: str) -> None:
-    task = create_task(**STAGES[stage])
+@pytest.mark.parametrize("base", BASES)
+def test_gradients_reach_the_adapter_and_nothing_else(base: str, stage: str) -> None:
+    task = create_task(base, **STAGES[stage])
     found, losses = gradients(task)
     assert all(grad.abs().sum() > 0 for grad in found.values())
-    expected = {
-        "stage1": {"diffusion"},
-        "naive": {"diffusion", "id"},
-        "stage2": {"diffusion", "id"},
-        "stage3": {"diffusion", "id", "semantic", "layout"},
-    }
-    assert set(losses) == expected[stage] and all(value > 0 for value in losses.values())
+    assert set(losses) == LOSSES[stage] and all(value > 0 for value in losses.values())
     for model in (task.base, *task.few_step_models):
-        for part in (model.network, model.pipe.vae, model.pipe.text_encoder_2):
+        encoders = [getattr(model.pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+        for part in (model.network, model.pipe.vae, *filter(None, encoders)):
             assert all(x.grad is None and not x.requires_grad for x in part.parameters())
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_recomputed_blocks_give_the_same_gradients(stage: str) -> None:
+@pytest.mark.parametrize("base", BASES)
+def test_recomputed_blocks_give_the_same_gradients(base: str, stage: str) -> None:
     """With the identity's hooks, over several steps, and while attention is captured."""
-    expected, losses = gradients(create_task(**STAGES[stage]))
-    task = create_task(**STAGES[stage], gradient_checkpointing=True)
+    expected, losses = gradients(create_task(base, **STAGES[stage]))
+    task = create_task(base, **STAGES[stage], gradient_checkpointing=True)
     for model in (task.base, *task.few_step_models):
         model.network.enable_gradient_checkpointing()
         assert model.network.is_gradient_checkpointing
@@ -119,42 +67,64 @@ def test_recomputed_blocks_give_the_same_gradients(stage: str) -> None:
         assert torch.allclose(grad, expected[name], rtol=1e-4, atol=1e-6), name
 
 
-def test_training_learns_the_identity_and_keeps_the_base(tmp_path: Path) -> None:
-    task = create_task(8)
-    base = task.base
-    before = {name: x.clone() for name, x in base.network.state_dict().items()}
+@pytest.mark.parametrize("base", BASES)
+def test_frozen_networks_in_reduced_precision(base: str, both_precisions: bool) -> None:
+    """As at full size: networks in the device's dtype, the adapter in float32, under autocast."""
+    expected, losses = gradients(create_task(base, **STAGES["stage3"]))
+    task = create_task(base, **STAGES["stage3"])
+    dtype = training_dtype(CPU)
+    assert dtype is (torch.bfloat16 if both_precisions else torch.float32)
+    for model in (task.base, *task.few_step_models):
+        model.network.to(dtype)
+        model.vae.to(dtype)
+    with autocast(CPU):
+        found, reduced = gradients(task)
+    tolerance = 0.1 if both_precisions else 1e-5
+    assert reduced == pytest.approx(losses, rel=tolerance)
+    for name, grad in found.items():
+        assert grad.dtype is torch.float32 and grad.isfinite().all(), name
+    whole, other = (
+        torch.cat([one[name].flatten() for name in expected]) for one in (expected, found)
+    )
+    assert torch.cosine_similarity(whole, other, dim=0) > 1 - tolerance
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_training_learns_the_identity_and_keeps_the_base(base: str, tmp_path: Path) -> None:
+    task = create_task(base, 8)
+    network = task.base.network
+    before = {name: x.clone() for name, x in network.state_dict().items()}
     fresh = task.validate()
-    settings = recipe(lr=2e-2, steps=40, ema=0.8, validate_every=40)
+    settings = recipe(base, lr=2e-2, steps=40, ema=0.8, validate_every=40)
     result = train_adapter(
-        settings, base, task.adapter, task.data, tmp_path, held_out=task.held_out
+        settings, task.base, task.adapter, task.data, tmp_path, held_out=task.held_out
     )
     trained = result.metrics
     assert trained["held_out_own"] < 0.95 * fresh["held_out_own"]
     assert trained["held_out_own"] < trained["held_out_none"]
     assert trained["held_out_own"] < trained["held_out_other"]
-    assert all(torch.equal(x, before[name]) for name, x in base.network.state_dict().items())
+    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
 
     # the file has published names, sizes and places, and the same weights
     loaded = PuLIDFlux.load(tmp_path / "adapter.safetensors")
     state = task.adapter.state_dict()
     assert all(torch.equal(x, state[name]) for name, x in loaded.state_dict().items())
     assert {name.split(".")[0] for name in state} == {"pulid_encoder", "pulid_ca"}
-    loaded.attach(base.pipe)
+    loaded.attach(task.base.pipe)
     assert loaded.layer_sizes() == {"dim_head": 8, "double_interval": 2, "single_interval": 4}
 
 
 def test_adapter_is_continued(tmp_path: Path) -> None:
     task = create_task()
     path = task.adapter.save(tmp_path / "first.safetensors")
-    sizes = {**SMALL, "output_dim": 16}
-    continued = build_adapter(recipe(init_from="tiny"), task.base, sizes, init_adapter=path)
+    continued = build_adapter(recipe(init_from="tiny"), task.base, SIZES, init_adapter=path)
     assert torch.equal(continued.layers[0].to_out.weight, task.adapter.layers[0].to_out.weight)
     other = FluxModel(tiny_pipe(num_layers=5), SIDE)
     with pytest.raises(WeightsError, match="trained for another transformer"):
-        build_adapter(recipe(), other, sizes, init_adapter=path)
+        build_adapter(recipe(), other, SIZES, init_adapter=path)
     with pytest.raises(WeightsError, match="is PuLID's adapter for SDXL"):
         sdxl = tiny_sdxl.adapter(tiny_sdxl.base()).save(tmp_path / "sdxl.safetensors")
-        build_adapter(recipe(), task.base, sizes, init_adapter=sdxl)
+        build_adapter(recipe(), task.base, SIZES, init_adapter=sdxl)
 
 
 def test_recipes_train_the_published_names() -> None:

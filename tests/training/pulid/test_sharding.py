@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from openpulid.errors import OptionError
 from openpulid.training.pulid.batch import Batch
 from openpulid.training.rng import StepRNG
 from openpulid.training.sharding import shard_network
 from openpulid.training.trainer import run
-from tests.training.pulid.test_flux_training import STAGES, create_task, models
+from tests.support.flow_training import STAGES, create_task, models
+from tests.support.two_processes import run_in_two_processes
 
 STEPS = 4
 SETTINGS: dict[str, Any] = {
@@ -26,42 +27,10 @@ SETTINGS: dict[str, Any] = {
     "gradient_checkpointing": True,
 }
 
-# The imports take longer than all trainings, so both ranks are forks of one process.
-WORKERS = """
-import os, sys
-from pathlib import Path
-
-import torch
-from openpulid.training import logger
-from tests.training.pulid.test_sharding import train
-
-def work(rank, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    logger.draw_curves = lambda history, path: None
-    for name in ("whole", "continued", "begun"):
-        train(folder / name, is_sharded=True, stop_before=2 if name == "begun" else None)
-    torch.distributed.destroy_process_group()
-
-children = []
-for rank in range(2):
-    child = os.fork()
-    if not child:
-        try:
-            work(rank, Path(sys.argv[1]))
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    children.append(child)
-sys.exit(any(os.waitpid(child, 0)[1] for child in children))
-"""
-
 
 def train(folder: Path, is_sharded: bool = False, stop_before: int | None = None) -> None:
     """Train stage 3; with `stop_before`, leave a checkpoint before that step."""
-    task = create_task(4, **SETTINGS)
+    task = create_task(**SETTINGS)
     for model in (task.base, *task.few_step_models):
         model.network.enable_gradient_checkpointing()
         if is_sharded:
@@ -83,6 +52,13 @@ def train(folder: Path, is_sharded: bool = False, stop_before: int | None = None
         run(task, config, folder, is_sharded=is_sharded)
 
 
+def train_together(folder: Path) -> None:
+    """Train in a process of two."""
+    for name in ("whole", "continued", "begun"):
+        train(folder / name, is_sharded=True, stop_before=2 if name == "begun" else None)
+    torch.distributed.destroy_process_group()
+
+
 def records_of(folder: Path, kind: str) -> dict[int, dict[str, float]]:
     history = json.loads((folder / "history.json").read_text())
     return {record["step"]: record[kind] for record in history if kind in record}
@@ -102,18 +78,7 @@ def together(tmp_path_factory: Any, start: Any, alone: Path) -> Path:
     """Train in two processes that share the transformers."""
     folder = tmp_path_factory.mktemp("together")
     shutil.copytree(alone / "begun", folder / "continued")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    workers = start(
-        WORKERS,
-        folder,
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=port,
-    )
-    _, errors = workers.communicate(timeout=400)
-    assert workers.returncode == 0, errors
+    run_in_two_processes(start, __name__, "train_together", folder)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import sys
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ import pytest
 
 from openpulid.training.trainer import run
 from tests.support import tiny_sdxl as tiny
+from tests.support.two_processes import run_in_two_processes
 
 STAGE3 = {
     "id_loss": "accurate",
@@ -21,39 +21,6 @@ STAGE3 = {
 }
 STAGES = {"stage1": {}, "stage3": STAGE3}
 STEPS = {"stage1": 12, "stage3": 4}
-
-# The imports take longer than all trainings, so both ranks are forks of one process.
-WORKERS = """
-import os, sys
-from pathlib import Path
-
-import torch
-from openpulid.training import logger
-from tests.training.pulid.test_two_processes import STAGES, set_bf16, train
-
-def work(rank, folder):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    torch.set_num_threads(1)
-    logger.draw_curves = lambda history, path: None
-    for has_bf16 in (True, False):
-        set_bf16(has_bf16)
-        for stage in STAGES:
-            train(stage, folder / f"{stage}-{has_bf16}", counted=True)
-
-children = []
-for rank in range(2):
-    child = os.fork()
-    if not child:
-        try:
-            work(rank, Path(sys.argv[1]))
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    children.append(child)
-sys.exit(any(os.waitpid(child, 0)[1] for child in children))
-"""
 
 
 def set_bf16(available):
@@ -75,6 +42,14 @@ def train(stage, folder, counted=False):
     run(task, config, folder)
 
 
+def train_everything(folder):
+    """Train all stages in both precisions, in a process of two."""
+    for has_bf16 in (True, False):
+        set_bf16(has_bf16)
+        for stage in STAGES:
+            train(stage, folder / f"{stage}-{has_bf16}", counted=True)
+
+
 def count_batches(source, path):
     read = source.batch
 
@@ -91,18 +66,7 @@ def count_batches(source, path):
 def two(tmp_path_factory, start):
     """Train all stages in two processes, in both precisions."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    workers = start(
-        WORKERS,
-        folder,
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=port,
-    )
-    _, errors = workers.communicate(timeout=500)
-    assert workers.returncode == 0, errors
+    run_in_two_processes(start, __name__, "train_everything", folder)
     return folder
 
 
