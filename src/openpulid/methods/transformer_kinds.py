@@ -123,7 +123,8 @@ class TransformerKind:
 def _read_ids(target: Any, call: Mapping[str, Any]) -> TransformerCall:
     """Read a call whose tokens have positions: (image or reference, row, column, ...)."""
     ids = call["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
+    # copied once: every value that is read from an accelerator waits for it
+    ids = (ids[0] if ids.ndim == 3 else ids).cpu()
     is_generated = ids[:, 0] == 0  # references, as of Kontext, have another first id
     indices = is_generated.nonzero()
     rows, columns = (int(x) + 1 for x in ids[is_generated, 1:3].amax(0))

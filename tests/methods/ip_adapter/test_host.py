@@ -101,6 +101,18 @@ def test_called_back_equals_diffusers(pipe: Any, kind: str, guidance: float) -> 
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision_rounds_alone(pipe: Any, dtype: torch.dtype) -> None:
+    """A program in half precision gets its own dtype, from keys and values in float32."""
+    method, identity = create("instantid", pipe.unet)
+    host = IPAdapterHostIdentity.prepare(method, identity, 0.7)
+    query = torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    reduced = host.contribution("1", query, query, 2, [True, False], (4, 4))
+    whole = host.contribution("1", query.float(), query.float(), 2, [True, False], (4, 4))
+    assert reduced.dtype is dtype
+    assert (reduced.float() - whole).abs().max() < 0.02 * whole.abs().max()
+
+
 def test_projection_keeps_no_features(pipe: Any) -> None:
     method, identity = create("faceid-plus", pipe.unet)
     projection = build_projection(method.parts).float()

@@ -240,7 +240,7 @@ def test_buckets_give_batches_of_one_shape(folder, base, features, index, monkey
         assert 0.8 < height * width / PIXELS**2 < 1.25
     assert len(shapes) == len(photos.buckets.rows)
     for size in photos.buckets.rows:
-        for row in photos.buckets.rows[size]:
+        for row in photos.buckets.rows[size].tolist():
             crop, face = photos._crop(row, size)
             assert crop.shape == (3, size.height, size.width)
             limits = torch.tensor([size.width, size.height])

@@ -60,6 +60,7 @@ class Buckets:
 
     Attributes:
         rows: size -> indices of its images.
+        batches: size and first row of each batch of an epoch.
     """
 
     def __init__(self, images: Sequence[Size], sizes: Sequence[Size], batch_size: int) -> None:
@@ -70,30 +71,30 @@ class Buckets:
             if len(self.rows[smallest]) >= batch_size:
                 break
             self.rows = _group(images, [size for size in self.rows if size != smallest])
+        self.batches = [
+            (size, start)
+            for size, rows in self.rows.items()
+            for start in range(0, len(rows), batch_size)
+        ]
 
     def sample(self, rng: StepRNG) -> tuple[Size, Tensor]:
         """Return the size of a step's global batch, and the rank's part of its images, (B,)."""
-        batches = [
-            (size, start)
-            for size, rows in self.rows.items()
-            for start in range(0, len(rows), self.batch_size)
-        ]
-        epoch, index = divmod(rng.step, len(batches))
+        epoch, index = divmod(rng.step, len(self.batches))
         order = torch.randperm(
-            len(batches), generator=generator_for(rng.seed, "buckets", "epoch", epoch)
+            len(self.batches), generator=generator_for(rng.seed, "buckets", "epoch", epoch)
         )
-        size, start = batches[int(order[index])]
-        rows = torch.tensor(self.rows[size])
+        size, start = self.batches[int(order[index])]
+        rows = self.rows[size]
         key = (rng.seed, "buckets", size.width, size.height, "epoch", epoch)
         permuted = rows[torch.randperm(len(rows), generator=generator_for(*key))]
         chosen = permuted[torch.arange(start, start + self.batch_size) % len(rows)]
         return size, rng.record("bucket.indices", rng.local_slice(chosen))
 
 
-def _group(images: Sequence[Size], sizes: Sequence[Size]) -> dict[Size, list[int]]:
+def _group(images: Sequence[Size], sizes: Sequence[Size]) -> dict[Size, Tensor]:
     """Give each image to the size of the nearest ratio."""
     groups: dict[Size, list[int]] = {}
     for index, image in enumerate(images):
         nearest = min(sizes, key=lambda size: abs(size.log_ratio - image.log_ratio))
         groups.setdefault(nearest, []).append(index)
-    return {size: groups[size] for size in sizes if size in groups}
+    return {size: torch.tensor(groups[size]) for size in sizes if size in groups}
