@@ -32,6 +32,7 @@ API_PACKAGES = {
     "methods": "PuLID and the other methods: adapters that attach to a diffusers pipeline.",
     "diffusion": "Samplers, schedulers and noise schedules.",
     "doctor": "Checks of an installation: packages, devices, weights, the miniature.",
+    "data": "Datasets for training: sources, filters, people, captions and shards.",
     "training": "The trainer, the PuLID objective and its recipes.",
     "bench": "Suites, runs, scores and metrics of the benchmark.",
     "world": "Synthetic people and scenes, the data of the miniature.",

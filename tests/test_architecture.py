@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "openpulid"
 PACKAGES = (
     "errors",
     "device",
+    "ray_session",
     "io",
     "diffusion",
     "world",
@@ -26,6 +27,7 @@ PACKAGES = (
     "methods",
     "pipelines",
     "doctor",
+    "data",
     "training",
     "bench",
     "mini",

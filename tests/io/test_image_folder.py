@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from openpulid.bench.subjects import load_photo_subjects
+from openpulid.data.captioned_images import find_captioned_images
 from openpulid.errors import TrainingError
 from openpulid.io.image_folder import image_suffixes, list_folder
-from openpulid.training.pulid.photo_folder import find_captioned_images
 
 ENDINGS = ("jpg", "jpeg", "JPG", "jpe", "jfif", "png", "tif", "tiff", "webp", "gif", "bmp", "heic")
 APPLE_DOUBLE = b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(64)

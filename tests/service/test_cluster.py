@@ -25,7 +25,8 @@ from openpulid.identity.identity import Identity
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
 from openpulid.pipelines.request_inputs import Person
-from openpulid.service.cluster.run import APPLICATION, ENVIRONMENT
+from openpulid.ray_session import ENVIRONMENT
+from openpulid.service.cluster.run import APPLICATION
 from openpulid.service.config import ServiceConfig
 from openpulid.service.jobs import Job, JobStatus
 from openpulid.service.queue.engine import LocalEngine

@@ -9,6 +9,7 @@ from typing import Any
 from openpulid.bench.generate import Executor, Worker
 from openpulid.bench.run_dir import Job
 from openpulid.errors import OptionError, PulidError
+from openpulid.ray_session import LOCAL, connect_ray
 
 
 def check_workers(workers: str) -> None:
@@ -29,12 +30,6 @@ def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
     Raises:
         OptionError: Ray is not installed, or `workers` has another form.
     """
-    try:
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-        from ray.util import ActorPool
-    except ImportError:
-        raise OptionError("--workers needs Ray: pip install 'openpulid[cluster]'.") from None
     check_workers(workers)
     is_local = workers.isdecimal()
 
@@ -47,21 +42,15 @@ def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
             return job
 
     def execute(jobs: Iterable[Job]) -> Iterable[Job]:
-        if is_local:
-            ray.init(
-                num_cpus=int(workers),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-            )
-        else:
-            try:
-                ray.init(workers)
-            except (ConnectionError, ValueError, RayError) as error:
-                raise OptionError(
-                    f"--workers {workers}: the cluster cannot be reached "
-                    f"({str(error).strip().splitlines()[0]})."
-                ) from None
+        address, count = (LOCAL, int(workers)) if is_local else (workers, None)
+        with connect_ray(address, count, option="--workers"):
+            yield from distribute(jobs)
+
+    def distribute(jobs: Iterable[Job]) -> Iterable[Job]:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+        from ray.util import ActorPool
+
         try:
             resources = ray.cluster_resources()
             num_gpus = int(resources.get("GPU", 0))
@@ -82,7 +71,5 @@ def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
                 f"a worker ended unexpectedly ({reason}); run the same command again, finished "
                 "images are not generated again."
             ) from None
-        finally:
-            ray.shutdown()
 
     return execute

@@ -13,28 +13,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from openpulid import __version__
 from openpulid.cli.bench import bench
+from openpulid.cli.data import data
 from openpulid.cli.doctor import doctor
 from openpulid.cli.generate import generate
 from openpulid.cli.identify import identify
-from openpulid.cli.mini import mini
-from openpulid.cli.options import (
-    MAX_PERSON,
-    AsJson,
-    Device,
-    OutputDirectory,
-    make_directory,
-    print_json,
-    print_nothing,
-    print_path,
-    print_status,
-)
+from openpulid.cli.mini import demo, mini
 from openpulid.cli.presets import presets
 from openpulid.cli.serve import serve
 from openpulid.cli.train import train
@@ -84,6 +73,7 @@ app.add_typer(presets, name="presets")
 app.add_typer(world, name="world")
 app.add_typer(mini, name="mini")
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 app.command()(train)
 app.command()(web)
 app.command()(serve)
@@ -177,30 +167,7 @@ def print_warnings() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-@app.command()
-def demo(
-    out: OutputDirectory = Path("demo"),
-    people_seed: Annotated[
-        int, typer.Option(min=0, max=MAX_PERSON, help="Which of the held-out people.")
-    ] = 0,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
-    """Generate several images of a held-out synthetic person from one reference image."""
-    from openpulid.mini.evaluation import demo as demonstration
-
-    outcome = demonstration.run(
-        make_directory(out),
-        people_seed=people_seed,
-        device=device,
-        log=print_nothing if as_json else print_status,
-    )
-    if not as_json:
-        print_path(outcome.image)
-        print_path(outcome.page)
-    print_json(outcome.figures)
-
-
+app.command()(demo)
 app.command()(identify)
 app.command(context_settings={"allow_extra_args": True})(generate)
 app.command()(verify)

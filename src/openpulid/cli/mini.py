@@ -1,4 +1,4 @@
-"""`pulid mini`: train and evaluate the miniature."""
+"""`pulid mini`: train and evaluate the miniature; and `pulid demo`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from openpulid.cli.options import (
     MAX_PERSON,
     AsJson,
     Device,
+    OutputDirectory,
     Overwrite,
     check_image_path,
     check_new_output,
     command_group,
+    make_directory,
     print_json,
     print_nothing,
     print_path,
@@ -135,3 +137,26 @@ def sweep(
     if not as_json:
         evaluation.print_table(table)
     print_json(evaluation.to_json(table))
+
+
+def demo(
+    out: OutputDirectory = Path("demo"),
+    people_seed: Annotated[
+        int, typer.Option(min=0, max=MAX_PERSON, help="Which of the held-out people.")
+    ] = 0,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate several images of a held-out synthetic person from one reference image."""
+    from openpulid.mini.evaluation import demo as demonstration
+
+    outcome = demonstration.run(
+        make_directory(out),
+        people_seed=people_seed,
+        device=device,
+        log=print_nothing if as_json else print_status,
+    )
+    if not as_json:
+        print_path(outcome.image)
+        print_path(outcome.page)
+    print_json(outcome.figures)

@@ -41,10 +41,14 @@ def train(
         typer.Option("--resume/--fresh", help="Continue the run, or delete it and start again."),
     ] = True,
     data: Annotated[
-        Path | None, typer.Option(help="Photos: folder of images NAME.jpg with captions NAME.txt.")
+        str | None,
+        typer.Option(
+            help="Photos: folder of images NAME.jpg with captions NAME.txt, or dataset of "
+            "`pulid data prepare`, also at a URL."
+        ),
     ] = None,
     held_out: Annotated[
-        Path | None, typer.Option(help="Photos: same as --data, with people not trained on.")
+        str | None, typer.Option(help="Photos: same as --data, with people not trained on.")
     ] = None,
     base: Annotated[
         str | None,

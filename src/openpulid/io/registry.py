@@ -98,6 +98,7 @@ WEIGHTS: dict[str, Weight] = {
         16,
         "selfie-multiclass",
     ),
+    "blip2": Weight("Salesforce/blip2-opt-2.7b", "", "MIT", True, 15_500),
     "sdxl-base": Weight(
         "stabilityai/stable-diffusion-xl-base-1.0", "", "CreativeML Open RAIL++-M", True, 6940
     ),

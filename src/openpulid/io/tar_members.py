@@ -1,12 +1,16 @@
-"""Files inside tar archives, read at their offsets without unpacking (shards of WebDataset)."""
+"""Tar archives (shards of WebDataset): files are read at their offsets without unpacking."""
 
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 from openpulid.errors import TrainingError
+from openpulid.io.files import replace_file
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,45 @@ def list_members(archive: Path) -> dict[str, TarMember]:
             f"{archive} cannot be read as a tar archive without compression ({error}); "
             "unpack it, or pack it again with tar -cf."
         ) from None
+
+
+class TarWriter:
+    """Writes files into an archive that depends on their names and contents alone.
+
+    Args:
+        tar: an archive that is open for writing.
+    """
+
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self.tar = tar
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a file.
+
+        Args:
+            name: ASCII, at most 100 characters.
+            data: its content.
+
+        Returns:
+            The offset of the content in the archive.
+        """
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        info.mode = 0o644
+        self.tar.addfile(info, BytesIO(data))
+        blocks = -(-len(data) // tarfile.BLOCKSIZE)
+        return self.tar.offset - blocks * tarfile.BLOCKSIZE
+
+
+@contextmanager
+def write_tar(path: Path, *, private: bool = False) -> Iterator[TarWriter]:
+    """Write an archive that is complete or absent, see `files.replace_file`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with (
+        replace_file(path, private=private) as temporary,
+        tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        yield TarWriter(tar)

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from openpulid.data.captioned_images import find_captioned_images
 from openpulid.errors import OptionError, TrainingError, WeightsError
 from openpulid.faces.arcface import (
     ARCFACE_TEMPLATE,
@@ -36,7 +37,6 @@ from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid import buckets, face_index
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.photo_dataset import PhotoDataset, find_others
-from openpulid.training.pulid.photo_folder import find_captioned_images
 from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.train import build_adapter

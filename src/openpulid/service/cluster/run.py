@@ -6,9 +6,7 @@ Ray reads its environment when it is imported, so that happens in the functions.
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openpulid.errors import OptionError
+from openpulid.ray_session import LOCAL, check_address, connect_ray
 from openpulid.service.config import ServiceConfig
 
 if TYPE_CHECKING:
@@ -24,22 +23,6 @@ if TYPE_CHECKING:
 
 APPLICATION = "openpulid"
 """Name of the application in Ray Serve."""
-
-LOCAL = "local"
-"""The address that starts Ray on this machine."""
-
-AUTO = "auto"
-"""The address of the cluster that this machine is part of."""
-
-CONNECT_SECONDS = 10.0
-"""How long the first machine of a cluster may take to answer. Ray itself waits for minutes."""
-
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # processes listen on 127.0.0.1; the name is older than what it does
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-}
-"""Of Ray on this machine. Its connections also need a token, which Ray writes to ~/.ray."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +62,7 @@ def run_cluster(
     """
     if place.port == 0:
         raise OptionError("--ray cannot find a free port; choose one with --port.")
-    _check_address(place.address)
+    check_address(place.address)
     with _connect(place.address):
         from ray import serve
 
@@ -102,47 +85,15 @@ def run_cluster(
             serve.delete(APPLICATION)
 
 
-def _check_address(address: str) -> None:
-    if address in (LOCAL, AUTO):
-        return
-    host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdecimal():
-        raise OptionError(f"--ray {address}: expected local, auto or HOST:PORT.")
-    try:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise _not_reached(address, error) from None
-
-
-def _not_reached(address: str, error: Exception) -> OptionError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return OptionError(f"--ray {address}: the cluster cannot be reached ({reason}).")
-
-
 @contextmanager
 def _connect(address: str) -> Iterator[None]:
     """Start Ray, or join a cluster, until the block ends."""
-    is_local = address == LOCAL
-    if is_local:
-        os.environ.update(ENVIRONMENT)
-    try:
-        import ray
+    with connect_ray(address):
         from ray import serve
-    except ImportError:
-        raise OptionError("--ray needs Ray Serve: pip install 'openpulid[cluster]'.") from None
-    try:
-        if is_local:
-            ray.init("local", include_dashboard=False, log_to_driver=False, logging_level="warning")
-        else:
-            ray.init(address, log_to_driver=False, logging_level="warning")
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _not_reached(address, error) from None
-    try:
+
         yield
-        if is_local:
+        if address == LOCAL:
             serve.shutdown()
-    finally:
-        ray.shutdown()
 
 
 def _choose_options(

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from openpulid.data.captioned_images import CaptionedImages
 from openpulid.errors import ImageError, PulidError, TrainingError
 from openpulid.faces.face import first_usable
 from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import limit_size
 from openpulid.training.checkpointing import write_text
-from openpulid.training.pulid.photo_folder import CaptionedImages
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from openpulid.data.captioned_images import TrainingImages, find_captioned_images
+from openpulid.data.prepared_images import PreparedImages, is_prepared
+from openpulid.data.shards import TRAIN
 from openpulid.errors import FaceError, ImageError, TrainingError
 from openpulid.faces.face import Face
 from openpulid.identity.detection import MIN_FACE
@@ -25,7 +28,6 @@ from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.buckets import Buckets, Size, list_sizes
 from openpulid.training.pulid.face_index import build_index, wait_for_index
 from openpulid.training.pulid.models import BaseModel
-from openpulid.training.pulid.photo_folder import CaptionedImages, find_captioned_images
 from openpulid.training.rng import StepRNG
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ class PhotoDataset:
 
     def __init__(
         self,
-        images: CaptionedImages,
+        images: TrainingImages,
         names: Sequence[str],
         faces: np.ndarray,
         model: BaseModel,
@@ -99,7 +101,7 @@ class PhotoDataset:
     @classmethod
     def open(
         cls,
-        folder: Path,
+        folder: str | Path,
         index: Path,
         model: BaseModel,
         extractor: PhotoExtractor,
@@ -108,12 +110,14 @@ class PhotoDataset:
         with_images: bool = True,
         paired: bool = False,
         has_buckets: bool = False,
+        split: str = TRAIN,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> PhotoDataset:
         """Open the images of a folder that have a caption and a face of at least `MIN_FACE` pixels.
 
         Args:
-            folder: of the images, in files or in tar archives, at any depth.
+            folder: of the images, in files or in tar archives, at any depth; or a dataset of
+                `pulid data prepare`, whose faces are known, in a folder or at a URL.
             index: JSON file that stores where the faces are; created and completed as needed.
             model: see the class.
             extractor: see the class.
@@ -122,31 +126,38 @@ class PhotoDataset:
             with_images: see the class.
             paired: see the class.
             has_buckets: see the class.
+            split: of a prepared dataset.
             on_progress: called with the numbers of indexed images and of all images.
 
         Raises:
             TrainingError: there is no such image, or the index is damaged; see the class.
         """
-        images = find_captioned_images(folder)
-        names = list(images.captions)
-        if DistributedContext(model.device).rank == 0:
-            images.report()
-            positions = build_index(images, index, extractor, on_progress)
+        images: TrainingImages
+        positions: Mapping[str, Sequence[float] | None]
+        if is_prepared(folder):
+            images = prepared = PreparedImages.open(folder, split)
+            positions = dict(zip(prepared.names, prepared.faces.tolist(), strict=True))
         else:
-            positions = wait_for_index(names, index)
-        faces: dict[str, list[float]] = {}
-        for name in names:
-            position = positions[name]
-            if position is not None and _is_usable(position):
-                faces[name] = position
+            images = captioned = find_captioned_images(Path(folder))
+            if DistributedContext(model.device).rank == 0:
+                captioned.report()
+                positions = build_index(captioned, index, extractor, on_progress)
+            else:
+                positions = wait_for_index(list(captioned.captions), index)
+            positions = {name: positions[name] for name in captioned.captions}
+        faces = {
+            name: position
+            for name, position in positions.items()
+            if position is not None and _is_usable(position)
+        }
         if not faces:
-            raise no_images_error(folder, len(names))
-        if len(faces) < len(names):
+            raise no_images_error(folder, len(positions))
+        if len(faces) < len(positions):
             logger.warning(
                 "%s: skipping %d of %d images without a face of at least %d pixels",
                 folder,
-                len(names) - len(faces),
-                len(names),
+                len(positions) - len(faces),
+                len(positions),
                 MIN_FACE,
             )
         boxes = np.array(list(faces.values()), np.float32)
@@ -183,16 +194,16 @@ class PhotoDataset:
         else:
             size, indices = self.buckets.sample(rng)
         rows = indices.tolist()
+        partners = self._choose_partners(rows, rng)
+        needed = [*rows, *(row for row in partners if row is not None)]
+        self.images.prefetch([self.names[row] for row in needed])
         samples = [self._read(row, size) for row in rows]
         images = torch.stack([sample.crop for sample in samples]).to(self.model.device)
         latents = self.model.encode(images)
-        sources = samples
-        if self.others is not None:
-            picks = rng.rand((len(rows),), "pairs").tolist()
-            sources = [
-                self._read_other(sample, pick, size)
-                for sample, pick in zip(samples, picks, strict=True)
-            ]
+        sources = [
+            self._read_other(sample, partner, size)
+            for sample, partner in zip(samples, partners, strict=True)
+        ]
         identities = [source.identity for source in sources]
         levels = zip(*(identity.hidden for identity in identities), strict=True)
         faces = [sample.face for sample in samples]
@@ -211,17 +222,25 @@ class PhotoDataset:
             return None
         return torch.stack([source.crop for source in sources]).to(self.model.device)
 
-    def _read_other(self, sample: PhotoSample, pick: float, size: Size) -> PhotoSample:
+    def _choose_partners(self, rows: Sequence[int], rng: StepRNG) -> list[int | None]:
+        """Choose another image of the same person for each; None for the image itself."""
+        if self.others is None:
+            return [None] * len(rows)
+        picks = rng.rand((len(rows),), "pairs").tolist()
+        partners: list[int | None] = []
+        for row, pick in zip(rows, picks, strict=True):
+            others = self.others[row]
+            partners.append(others[int(pick * len(others))] if others else None)
+        return partners
+
+    def _read_other(self, sample: PhotoSample, partner: int | None, size: Size) -> PhotoSample:
         """Read another image of the same person; an image that cannot be read is left out."""
-        assert self.others is not None
-        rows = self.others[sample.row]
-        if not rows:
+        if partner is None:
             return sample
-        row = rows[int(pick * len(rows))]
         try:
-            return self._read_row(row, size)
+            return self._read_row(partner, size)
         except (FaceError, ImageError, OSError) as error:
-            logger.warning("%s: %s; using the image itself", self.names[row], error)
+            logger.warning("%s: %s; using the image itself", self.names[partner], error)
             return sample
 
     def _read(self, row: int, size: Size) -> PhotoSample:
@@ -253,7 +272,8 @@ class PhotoDataset:
         box = self.faces[row, :4]
         # positions are those of a smaller image, whose sides are rounded
         if (box[2:] > 1.02 * np.array(image.size)).any():
-            raise ImageError(self.images.folder / name, "is smaller than when its face was located")
+            label = f"{self.images.folder}/{name}"
+            raise ImageError(label, "is smaller than when its face was located")
         landmarks = self.faces[row, 4:14].reshape(5, 2)
         target = np.array([size.width, size.height])
         scale = (target / image.size).max()
@@ -268,7 +288,7 @@ class PhotoDataset:
         return crop, Face(crop, crop_box, crop_landmarks, 1.0)
 
 
-def find_others(images: CaptionedImages, names: Sequence[str]) -> list[list[int]]:
+def find_others(images: TrainingImages, names: Sequence[str]) -> list[list[int]]:
     """Find the other images of each person, see `CaptionedImages.find_person`.
 
     Args:
@@ -303,7 +323,7 @@ def find_others(images: CaptionedImages, names: Sequence[str]) -> list[list[int]
     ]
 
 
-def no_images_error(folder: Path, num_captioned: int) -> TrainingError:
+def no_images_error(folder: str | Path, num_captioned: int) -> TrainingError:
     """Say why no image of a folder can be used."""
     if not num_captioned:
         return TrainingError(

@@ -7,22 +7,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from openpulid.data.captioned_images import find_captioned_images
+from openpulid.data.prepared_images import PreparedImages, has_held_out, is_prepared
+from openpulid.data.shards import HELD_OUT, TRAIN
+from openpulid.errors import TrainingError
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset, no_images_error
-from openpulid.training.pulid.photo_folder import find_captioned_images
 from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.pulid.train import build_adapter, prepare_run_dir, train_adapter
 from openpulid.training.trainer import TrainingResult
 
 
-def check_photos(folder: Path) -> None:
-    """Check that a folder has images with captions, before anything is loaded.
+def check_photos(folder: str | Path) -> None:
+    """Check that a folder or dataset has images with captions, before anything is loaded.
 
     Raises:
+        OptionError: the URL of a dataset is not supported.
         TrainingError: there is no such folder, or no image in it has a caption.
     """
+    if is_prepared(folder):
+        if not PreparedImages.open(folder).names:
+            raise TrainingError(
+                f"{folder} has no image to train on: prepare it with other filters."
+            )
+        return
+    folder = Path(folder)
     if not find_captioned_images(folder).captions:
         raise no_images_error(folder, 0)
 
@@ -30,10 +41,10 @@ def check_photos(folder: Path) -> None:
 def train_on_photos(
     recipe: Recipe,
     models: TrainingModels,
-    data: Path,
+    data: str | Path,
     run_dir: Path,
     *,
-    held_out: Path | None = None,
+    held_out: str | Path | None = None,
     init_adapter: Path | None = None,
     minutes: float | None = None,
     encoder_config: Mapping[str, Any] | None = None,
@@ -46,9 +57,11 @@ def train_on_photos(
     Args:
         recipe: what to train.
         models: the frozen models.
-        data: images with captions, `NAME.jpg` and `NAME.txt`.
+        data: images with captions, `NAME.jpg` and `NAME.txt`; or a dataset of `pulid data
+            prepare`, in a folder or at a URL.
         run_dir: the run directory.
-        held_out: images of people who are not in the training data.
+        held_out: images of people who are not in the training data; those of the prepared dataset
+            by default.
         init_adapter: the adapter that the recipe continues.
         minutes: time budget.
         encoder_config: sizes of the identity encoder that differ from the published ones.
@@ -72,7 +85,7 @@ def train_on_photos(
     pixels = recipe.pixels or models.base.pixels
     with_images = recipe.id_loss != "none"
 
-    def open_dataset(folder: Path, index: str) -> PhotoDataset:
+    def open_dataset(folder: str | Path, index: str, split: str = TRAIN) -> PhotoDataset:
         return PhotoDataset.open(
             folder,
             run_dir / index,
@@ -83,12 +96,17 @@ def train_on_photos(
             with_images,
             recipe.paired,
             recipe.aspect_buckets,
+            split,
         )
 
     # faces are detected for hours, which a second process must not repeat
     with DistributedContext(models.base.device).lock(run_dir):
         dataset = open_dataset(data, INDEX)
-        held_out_dataset = open_dataset(held_out, f"held-out-{INDEX}") if held_out else None
+        validation = held_out or data
+        split = HELD_OUT if is_prepared(validation) and has_held_out(validation) else TRAIN
+        held_out_dataset = None
+        if held_out is not None or split == HELD_OUT:
+            held_out_dataset = open_dataset(validation, f"held-out-{INDEX}", split)
     result = train_adapter(
         recipe,
         models.base,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
@@ -29,6 +31,26 @@ CAPTION_BYTES = 1 << 16
 """Bytes of a caption that are read; text encoders read far fewer."""
 
 
+class TrainingImages(Protocol):
+    """Images with captions: `CaptionedImages`, or `prepared_images.PreparedImages`."""
+
+    @property
+    def folder(self) -> str | Path:
+        """The folder of the images, for messages."""
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Read images that are needed next, where that is worth it."""
+
+    def open_image(self, name: str) -> Image.Image:
+        """Open an image."""
+
+    def read_caption(self, name: str) -> str:
+        """Return the caption of an image as one line."""
+
+    def find_person(self, name: str) -> str | None:
+        """Return who an image shows; None if unknown."""
+
+
 @dataclass(frozen=True)
 class CaptionedImages:
     """The images of a folder that have a caption.
@@ -49,6 +71,9 @@ class CaptionedImages:
     uncaptioned: list[Path]
     content: FolderContent
     members: dict[str, TarMember]
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Do nothing: files are read when they are opened."""
 
     def open_image(self, name: str) -> Image.Image:
         """Open an image, see `io.images.open_image`.
@@ -122,14 +147,35 @@ def find_captioned_images(folder: Path) -> CaptionedImages:
             f"{folder} is not a folder: name a folder of images NAME.jpg with captions NAME.txt."
         )
     content = list_folder(folder, recursive=True)
-    suffixes = image_suffixes()
-    members = {
+    archives = [path for path in content.rest if path.suffix.lower() == ARCHIVE_SUFFIX]
+    return _find_captions(folder, content, _list_archives(folder, archives))
+
+
+def find_archived_images(archive: Path) -> CaptionedImages:
+    """Find the images of one tar archive, and the caption NAME.txt of each.
+
+    Raises:
+        TrainingError: it is compressed, damaged, or no tar archive.
+    """
+    members = _list_archives(archive.parent, [Path(archive.name)])
+    return _find_captions(archive.parent, FolderContent(), members)
+
+
+def _list_archives(folder: Path, archives: Sequence[Path]) -> dict[str, TarMember]:
+    """List the files in archives of a folder by their path relative to the folder."""
+    return {
         str(archive / name): member
-        for archive in content.rest
-        if archive.suffix.lower() == ARCHIVE_SUFFIX
+        for archive in archives
         for name, member in list_members(folder / archive).items()
         if not any(map(is_system_name, Path(name).parts))
     }
+
+
+def _find_captions(
+    folder: Path, content: FolderContent, members: dict[str, TarMember]
+) -> CaptionedImages:
+    """Find the caption of each image of a folder."""
+    suffixes = image_suffixes()
     packed = [Path(name) for name in sorted(members)]
     images = [*content.images, *(path for path in packed if path.suffix.lower() in suffixes)]
     texts: dict[tuple[Path, str], Path] = {}

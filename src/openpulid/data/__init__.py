@@ -1,0 +1,1 @@
+"""From folders, archives and tables of images to a dataset for training (`pulid data prepare`)."""

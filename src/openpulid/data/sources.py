@@ -1,0 +1,242 @@
+"""The images from which a dataset is prepared, and how their bytes and captions are read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openpulid.data.captioned_images import (
+    ARCHIVE_SUFFIX,
+    CAPTION_BYTES,
+    CaptionedImages,
+    find_archived_images,
+    find_captioned_images,
+)
+from openpulid.errors import OptionError, TrainingError
+from openpulid.io.tar_members import TarMember
+from openpulid.io.text import decode_text
+
+if TYPE_CHECKING:
+    import pyarrow
+
+TABLE_SUFFIX = ".parquet"
+IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "bytes", "image_path", "path", "file_name")
+"""Columns of a parquet file in which images are looked for, in this order."""
+CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "description")
+"""Columns of a parquet file in which captions are looked for, in this order."""
+KEY_BYTES = 10
+"""Length of the hash that names an image in a dataset; two of 10^9 collide once in 10^6 times."""
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """Where an image and its caption are stored.
+
+    Attributes:
+        name: unique among all sources, and the same wherever they are stored.
+        path: the image, the archive or the parquet file.
+        offset: of the image in an archive; or the row group of a parquet file; -1 for a file.
+        size: of the image in an archive, in bytes; or the row in its row group.
+        caption: the file, the archive or the column of the caption; empty without one.
+        caption_offset: as `offset`.
+        caption_size: as `size`.
+        folder: the subfolder of the source that the image is in; empty for none.
+        modified: when the file was last modified, in nanoseconds.
+    """
+
+    name: str
+    path: str
+    offset: int = -1
+    size: int = -1
+    caption: str = ""
+    caption_offset: int = -1
+    caption_size: int = -1
+    folder: str = ""
+    modified: int = 0
+
+    @property
+    def key(self) -> str:
+        """The name of the image in a dataset: a hash of its name in the sources."""
+        data = self.name.encode("utf-8", "surrogateescape")
+        return hashlib.blake2b(data, digest_size=KEY_BYTES).hexdigest()
+
+    @property
+    def is_row(self) -> bool:
+        """Whether the image is a row of a parquet file."""
+        return self.path.lower().endswith(TABLE_SUFFIX)
+
+    def read_image(self) -> bytes | Path:
+        """Return the content of the image, or its path if it is a file of its own.
+
+        Raises:
+            OSError: the archive or the parquet file cannot be read.
+        """
+        if self.is_row:
+            return _read_image_cell(self)
+        if self.offset >= 0:
+            return TarMember(Path(self.path), self.offset, self.size).read()
+        return Path(self.path)
+
+    def read_caption(self) -> str:
+        """Return the caption as one line; empty without one.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        if not self.caption:
+            return ""
+        if self.is_row:
+            text = _read_cell(self, CAPTION_COLUMNS)
+            return " ".join(str(text or "").split())
+        if self.caption_offset >= 0:
+            member = TarMember(Path(self.caption), self.caption_offset, self.caption_size)
+            data = member.read(CAPTION_BYTES)
+        else:
+            with open(self.caption, "rb") as file:
+                data = file.read(CAPTION_BYTES)
+        return " ".join(decode_text(data).replace("\0", " ").split())
+
+
+def find_sources(sources: Sequence[Path]) -> list[SourceImage]:
+    """Find all images, sorted by name.
+
+    Args:
+        sources: folders, tar archives and parquet files. A folder is searched at any depth, also
+            for archives and parquet files.
+
+    Raises:
+        OptionError: there is no such source, or it holds no image.
+        TrainingError: an archive is damaged.
+    """
+    images: list[SourceImage] = []
+    labels: Counter[str] = Counter()
+    for source in sources:
+        if not source.exists():
+            raise OptionError(
+                f"{source} does not exist; name a folder of images, a tar archive or a parquet "
+                "file."
+            )
+        label = source.resolve().name
+        labels[label] += 1
+        if labels[label] > 1:
+            label = f"{label}-{labels[label]}"
+        found = list(_find_in(source, label))
+        if not found:
+            raise OptionError(f"{source} holds no image; name another source.")
+        images += found
+    return sorted(images, key=lambda image: image.name)
+
+
+def _find_in(source: Path, label: str) -> Iterator[SourceImage]:
+    if source.is_dir():
+        images = find_captioned_images(source)
+        yield from _list_images(images, label)
+        for path in images.content.rest:
+            if path.suffix.lower() == TABLE_SUFFIX:
+                yield from _list_rows(source / path, f"{label}/{path}")
+    elif source.suffix.lower() == TABLE_SUFFIX:
+        yield from _list_rows(source, label)
+    elif source.suffix.lower() == ARCHIVE_SUFFIX:
+        yield from _list_images(find_archived_images(source), "")
+    else:
+        raise OptionError(
+            f"{source} is no folder, tar archive (.tar) or parquet file (.parquet); unpack it, or "
+            "name the folder that it is in."
+        )
+
+
+def _list_images(images: CaptionedImages, label: str) -> Iterator[SourceImage]:
+    names = [*images.captions, *map(str, images.uncaptioned)]
+    times: dict[Path, int] = {}  # of archives with many images
+    for name in names:
+        caption = images.captions.get(name, "")
+        member = images.members.get(name)
+        text = images.members.get(caption)
+        path = images.folder / name if member is None else member.archive
+        if path not in times:
+            times[path] = path.stat().st_mtime_ns
+        yield SourceImage(
+            name=f"{label}/{name}" if label else name,
+            path=str(path),
+            offset=-1 if member is None else member.offset,
+            size=-1 if member is None else member.size,
+            caption=str(_locate(images.folder, caption, text)),
+            caption_offset=-1 if text is None else text.offset,
+            caption_size=-1 if text is None else text.size,
+            folder=images.find_person(name) or "",
+            modified=times[path],
+        )
+
+
+def _locate(folder: Path, name: str, member: TarMember | None) -> str:
+    if not name:
+        return ""
+    return str(folder / name if member is None else member.archive)
+
+
+def _list_rows(path: Path, label: str) -> Iterator[SourceImage]:
+    import pyarrow
+
+    modified = path.stat().st_mtime_ns
+    try:
+        table = _open_table(str(path), modified)
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"{path} cannot be read as a parquet file ({reason}).") from None
+    names = table.schema_arrow.names
+    if _find_column(names, IMAGE_COLUMNS) is None:
+        raise TrainingError(
+            f"{path} has no column of images: name it {IMAGE_COLUMNS[0]!r}, with the content or "
+            "the path of each image."
+        )
+    caption = _find_column(names, CAPTION_COLUMNS) or ""
+    index = 0
+    for group in range(table.metadata.num_row_groups):
+        for row in range(table.metadata.row_group(group).num_rows):
+            name = f"{label}/{index:09d}"
+            yield SourceImage(name, str(path), group, row, caption, modified=modified)
+            index += 1
+
+
+def _find_column(names: Sequence[str], wanted: Iterable[str]) -> str | None:
+    by_name = {name.lower(): name for name in reversed(names)}
+    return next((by_name[name] for name in wanted if name in by_name), None)
+
+
+@lru_cache(maxsize=4)
+def _open_table(path: str, modified: int) -> pyarrow.parquet.ParquetFile:
+    """Open a parquet file; it is opened again when it has changed."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(path)
+
+
+@lru_cache(maxsize=2)  # images are read in order, and a row group is read as a whole
+def _read_row_group(path: str, modified: int, group: int) -> dict[str, Any]:
+    table = _open_table(path, modified)
+    names = table.schema_arrow.names
+    columns = [_find_column(names, wanted) for wanted in (IMAGE_COLUMNS, CAPTION_COLUMNS)]
+    rows = table.read_row_group(group, [name for name in columns if name])
+    return {name: rows[name].to_pylist() for name in rows.column_names}
+
+
+def _read_cell(image: SourceImage, wanted: Sequence[str]) -> Any:
+    """Return the value in a column of a parquet file; None without the column."""
+    row_group = _read_row_group(image.path, image.modified, image.offset)
+    column = _find_column(list(row_group), wanted)
+    return None if column is None else row_group[column][image.size]
+
+
+def _read_image_cell(image: SourceImage) -> bytes | Path:
+    """Return the content of an image in a parquet file, or the path that the file gives."""
+    cell = _read_cell(image, IMAGE_COLUMNS)
+    if isinstance(cell, dict):  # an image column of Hugging Face's datasets
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, str):
+        return Path(image.path).parent / cell
+    return cell or b""
