@@ -95,7 +95,7 @@ def train(
     ] = False,
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="FLUX: predict memory and time on 1 and 8 GPUs, and end."),
+        typer.Option("--plan", help="Photos: predict memory and time on 1 and 8 GPUs, and end."),
     ] = False,
 ) -> None:
     """Train an adapter by a named recipe, or continue its run."""
@@ -207,6 +207,7 @@ def _print_plan(recipe: Recipe) -> None:
         OptionError: there is no plan for the recipe.
     """
     from openpulid.training.pulid.plan import GB, UTILIZATION, plan_training
+    from openpulid.training.pulid.plan_costs import DEFAULT_PIXELS
 
     plans = plan_training(recipe)
     rows = []
@@ -219,15 +220,24 @@ def _print_plan(recipe: Recipe) -> None:
                 str(prediction.accumulate),
                 f"{prediction.peak / GB:.0f} GB",
                 f"{prediction.seconds:.2f} s",
+                f"{recipe.batch / prediction.seconds:.1f}",
                 f"{prediction.seconds * recipe.steps / 3600:.0f} h",
             )
         )
-    columns = ("setup", "images at a time", "micro-batches", "peak", "per step", "whole run")
+    columns = (
+        "setup",
+        "images at a time",
+        "micro-batches",
+        "peak",
+        "per step",
+        "images/s",
+        "whole run",
+    )
     print_table(columns, rows)
     print(
-        f"{recipe.name}: {recipe.steps:,} steps of {recipe.batch} images of {recipe.pixels} "
-        f"pixels. Predicted from shapes, not measured; times for H100 GPUs at "
-        f"{UTILIZATION:.0%} of their peak."
+        f"{recipe.name}: {recipe.steps:,} steps of {recipe.batch} images of "
+        f"{recipe.pixels or DEFAULT_PIXELS} pixels. Predicted from shapes, not measured; times for "
+        f"H100 GPUs at {UTILIZATION:.0%} of their peak."
     )
     largest = max(plans, key=lambda prediction: prediction.peak)
     parts = sorted(largest.memory.items(), key=lambda part: -part[1])

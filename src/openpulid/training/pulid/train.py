@@ -61,7 +61,7 @@ def build_adapter(
     if init_adapter is not None:
         state = _load_init_adapter(recipe, init_adapter, model, extractor_models or {})
     torch.manual_seed(recipe.seed)
-    adapter = _create_adapter(recipe, model, encoder_config).to(model.device, torch.float32)
+    adapter = create_adapter(recipe, model, encoder_config).to(model.device, torch.float32)
     if state is not None:
         load_state(
             adapter,
@@ -71,9 +71,10 @@ def build_adapter(
     return adapter
 
 
-def _create_adapter(
+def create_adapter(
     recipe: Recipe, model: BaseModel, encoder_config: Mapping[str, Any]
 ) -> PuLID | PuLIDFlux:
+    """Create an adapter of a recipe with random weights, see `build_adapter`."""
     sizes = {"hidden_dim": recipe.encoder_width, **encoder_config}
     if recipe.is_flow:
         return PuLIDFlux.for_transformer(

@@ -1,0 +1,358 @@
+"""Measure `pulid data prepare`: seconds of each stage, nodes, memory, and killed programs.
+
+    python benchmarks/measure_data.py stages -o benchmarks/data.json
+    python benchmarks/measure_data.py nodes -o benchmarks/data.json
+    python benchmarks/measure_data.py memory -o benchmarks/data.json
+    python benchmarks/measure_data.py kills -o benchmarks/data.json
+
+The images are of synthetic people, rendered into `runs/data-people` by the first command. Each
+command adds its figures to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow
+import torch
+from facexlib.parsing.bisenet import BiSeNet
+from facexlib.recognition.arcface_arch import Backbone
+from PIL import Image, ImageFilter
+from ray.cluster_utils import Cluster
+
+from openpulid.bench.measurement import describe_measurement
+from openpulid.data.cropping import crop_image
+from openpulid.data.image_stages import DecodeStage, StoreStage
+from openpulid.data.index import read_index
+from openpulid.data.model_stages import FacesStage
+from openpulid.data.options import MINI_OPTIONS, PrepareOptions
+from openpulid.data.records import ImageRecord
+from openpulid.data.shards import plan_shards, write_shard
+from openpulid.data.sources import find_sources
+from openpulid.data.work_folder import FACES, WorkFolder
+from openpulid.identity.detection import LONGEST
+from openpulid.io.files import write_json
+from openpulid.io.images import limit_size, open_image
+from openpulid.world.dataset import Plan, WorldDataset, build_dataset
+
+ABOUT = "Data preparation: seconds of each stage, Ray nodes, memory, killed programs"
+
+MAIN = "from openpulid.cli.main import main; main()"
+SCENES = 5
+PIXELS = {"2 MP": (1632, 1224), "12 MP": (4000, 3000)}
+TARGET = 1_500_000
+"""Images of PuLID's own training data."""
+
+
+def write_people(folder: Path, count: int) -> Path:
+    """Write images of unrelated people with captions, five of each, as PNG files."""
+    target = folder / "images"
+    plan = Plan(people=count // SCENES, scenes=SCENES, portraits=True)
+    dataset: WorldDataset = build_dataset(folder / "rendered", plan)
+    if len(list(target.glob("*"))) == plan.people:
+        return target
+    generator = torch.Generator().manual_seed(0)
+    for index in range(len(dataset)):
+        person = target / f"{index // SCENES:05d}"
+        person.mkdir(parents=True, exist_ok=True)
+        pixels = np.ascontiguousarray(dataset.images[index].transpose(1, 2, 0))
+        Image.fromarray(pixels).save(person / f"{index % SCENES}.png")
+        (person / f"{index % SCENES}.txt").write_text(dataset.prompt(index, generator))
+    return target
+
+
+def link_people(source: Path, target: Path, count: int) -> Path:
+    """Link the first people of a folder, so that they have `count` images."""
+    target.mkdir(parents=True)
+    for person in sorted(source.iterdir())[: count // SCENES]:
+        (target / person.name).symlink_to(person.resolve())
+    return target
+
+
+def prepare_command(source: Path, dataset: Path, batch: int, *options: str) -> list[str]:
+    """Return the command that prepares a dataset of synthetic people."""
+    words = ["data", "prepare", str(source), "-o", str(dataset), "--faces", "mini", "--json"]
+    return [sys.executable, "-c", MAIN, *words, "--batch", str(batch), *options]
+
+
+def run(command: list[str]) -> dict[str, Any]:
+    """Run a command, and return the last line that it prints."""
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def measure_stages(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure each stage alone on one core: milliseconds per image."""
+    torch.set_num_threads(1)
+    figures = {"synthetic, 96 pixels": _time_stages(arguments)}
+    figures |= {f"photo, {name}": _time_photo(size) for name, size in PIXELS.items()}
+    figures["networks of full size"] = _time_networks()
+    photo = figures["photo, 12 MP"]["decode"] + figures["photo, 12 MP"]["crop and encode"]
+    networks = sum(figures["networks of full size"].values())
+    hours = TARGET * (photo + networks) / 1000 / 3600
+    figures["1.5 M photos of 12 MP on CPUs"] = {
+        "core hours": round(hours),
+        "core hours without networks": round(TARGET * photo / 1000 / 3600),
+    }
+    return figures
+
+
+def _time_stages(arguments: argparse.Namespace) -> dict[str, float]:
+    options = MINI_OPTIONS
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_people(arguments.data, arguments.images)
+        images = find_sources([source])[: arguments.sample]
+        work = WorkFolder(Path(folder) / "work")
+        work.create()
+        stages: dict[str, Callable[[pyarrow.Table], pyarrow.Table]] = {
+            "decode": DecodeStage(options, work, LONGEST),
+            "faces": FacesStage(options),
+            "crop, encode and store": StoreStage(options, work),
+        }
+        times: dict[str, list[float]] = {name: [] for name in stages}
+        for start in range(0, len(images), arguments.batch):
+            batch = images[start : start + arguments.batch]
+            table = pyarrow.Table.from_pylist([asdict(image) for image in batch])
+            for name, stage in stages.items():
+                before = time.perf_counter()
+                table = stage(table)
+                times[name].append((time.perf_counter() - before) / len(batch))
+        records = [record for record in work.read_batches(FACES).values() if record.is_kept]
+        for record in records:
+            record.person, record.split = record.key, "train"
+        (Path(folder) / "train").mkdir()
+        (shard,) = plan_shards(records, len(records), 0)
+        before = time.perf_counter()
+        write_shard(Path(folder), shard, work)
+        times["write"] = [(time.perf_counter() - before) / len(records)]
+    return {name: round(1000 * statistics.median(values), 2) for name, values in times.items()}
+
+
+def _time_photo(size: tuple[int, int]) -> dict[str, float]:
+    """Time what happens to a JPEG file of a size, in milliseconds; no network sees it."""
+    noise = Image.effect_noise((size[0] // 8, size[1] // 8), 90).convert("RGB")
+    image = noise.resize(size, Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(1))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=92)
+    width, height = size
+    box = [width * 0.4, height * 0.3, width * 0.6, height * 0.3 + width * 0.2]
+    decode, crop = [], []
+    for _ in range(7):
+        before = time.perf_counter()
+        limit_size(open_image(content.getvalue()), LONGEST)
+        decode.append(time.perf_counter() - before)
+        record = ImageRecord("a", "a", box=list(box), landmarks=[0.0] * 10)
+        before = time.perf_counter()
+        crop_image(open_image(content.getvalue()), record, PrepareOptions())
+        crop.append(time.perf_counter() - before)
+    return {
+        "decode": round(1000 * statistics.median(decode), 1),
+        "crop and encode": round(1000 * statistics.median(crop), 1),
+    }
+
+
+@torch.no_grad()
+def _time_networks() -> dict[str, float]:
+    """Time networks of full size with random weights, in milliseconds of one core."""
+    networks: dict[str, tuple[torch.nn.Module, tuple[int, ...]]] = {
+        "face parsing (BiSeNet, 512 pixels)": (BiSeNet(num_class=19), (1, 3, 512, 512)),
+        "recognition (ResNet-100, 112 pixels)": (
+            Backbone(100, drop_ratio=0, mode="ir"),
+            (1, 3, 112, 112),
+        ),
+    }
+    times = {}
+    for name, (network, shape) in networks.items():
+        network.eval()
+        samples = []
+        for _ in range(5):
+            before = time.perf_counter()
+            network(torch.rand(shape))
+            samples.append(time.perf_counter() - before)
+        times[name] = round(1000 * statistics.median(samples), 1)
+    return times
+
+
+def measure_nodes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compare one Ray node of one processor with two, in alternation."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        people = write_people(arguments.data, arguments.images)
+        source = link_people(people, Path(folder) / "people", arguments.sample)
+        for index in range(arguments.rounds):
+            for count in rates:
+                target = Path(folder) / f"{index}-{count}"
+                with start_nodes(count) as address:
+                    options = ("--ray", address, "--keep-work")
+                    run(prepare_command(source, target, arguments.batch, *options))
+                rates[count].append(_steady_rate(target, arguments.batch))
+                shutil.rmtree(target)
+    ratios = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
+    return {
+        "images per second": {count: [round(x, 2) for x in rates[count]] for count in rates},
+        "ratio": round(statistics.median(ratios), 2),
+    }
+
+
+@contextmanager
+def start_nodes(count: int) -> Iterator[str]:
+    """Start a Ray cluster of nodes with one processor each on this machine."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        for _ in range(count - 1):
+            cluster.add_node(num_cpus=1)
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def _steady_rate(dataset: Path, batch: int) -> float:
+    """Return images per second between the first tenth of the batches and the last batch."""
+    times = sorted(path.stat().st_mtime for path in dataset.glob(f".work/{FACES}/*.parquet"))
+    skipped = max(len(times) // 10, 1)
+    return (len(times) - 1 - skipped) * batch / (times[-1] - times[skipped])
+
+
+def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compare the largest memory of all processes for a few images and for many."""
+    peaks = {}
+    with tempfile.TemporaryDirectory() as folder:
+        people = write_people(arguments.data, arguments.images)
+        for count in (arguments.sample, arguments.images):
+            source = link_people(people, Path(folder) / f"people-{count}", count)
+            command = prepare_command(source, Path(folder) / f"data-{count}", arguments.batch)
+            before = time.monotonic()
+            process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.PIPE)
+            samples: list[int] = []
+            thread = threading.Thread(target=_sample_memory, args=(process.pid, samples))
+            thread.start()
+            output = process.communicate()[0]
+            thread.join()
+            assert process.returncode == 0
+            peaks[f"{count} images"] = {
+                "peak MB": round(max(samples) / 2**20),
+                "median MB": round(statistics.median(samples) / 2**20),
+                "seconds": round(time.monotonic() - before),
+                **json.loads(output.splitlines()[-1]),
+            }
+    return peaks
+
+
+def _sample_memory(pid: int, samples: list[int]) -> None:
+    """Append the proportional memory of a process and its children, until it ends."""
+    program = psutil.Process(pid)
+    while program.is_running() and program.status() != psutil.STATUS_ZOMBIE:
+        total = 0
+        for process in (program, *program.children(recursive=True)):
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:
+                continue
+        samples.append(total)
+        time.sleep(1)
+
+
+def measure_kills(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Kill the program again and again; compare the shards with those of an undisturbed run."""
+    rng = random.Random(0)
+    repeated, kills = [], 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        people = write_people(arguments.data, arguments.images)
+        source = link_people(people, folder / "people", arguments.sample)
+        run(prepare_command(source, folder / "whole", arguments.batch))
+        target = folder / "killed"
+        command = [*prepare_command(source, target, arguments.batch), "--workers", "1"]
+        stored = target / ".work" / FACES
+        attempts = target / ".work" / "attempts"
+        while kills < arguments.kills:
+            before = len(list(stored.glob("*.parquet")))
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            while len(list(stored.glob("*.parquet"))) == before and process.poll() is None:
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 2))
+            if process.poll() is not None:
+                break
+            process.kill()
+            process.wait()
+            kills += 1
+            time.sleep(1)  # Ray's processes end
+            begun = sum(path.stat().st_size for path in attempts.iterdir())
+            finished = len(list(stored.glob("*.parquet"))) - before
+            repeated.append(begun - finished)
+        run(command)
+        hashes = [
+            [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(data.glob("*/*.tar"))]
+            for data in (folder / "whole", target)
+        ]
+        records = [record for record in read_index(target) if record.is_kept]
+    return {
+        "kills": kills,
+        "batches begun and not stored": repeated,
+        "most": max(repeated),
+        "images": len(records),
+        "images twice": len(records) - len({record.name for record in records}),
+        "same shards": hashes[0] == hashes[1],
+    }
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "stages": measure_stages,
+    "nodes": measure_nodes,
+    "memory": measure_memory,
+    "kills": measure_kills,
+}
+
+
+def main() -> None:
+    """Run one measurement, and add its figures to the file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=list(MEASUREMENTS))
+    parser.add_argument("--data", type=Path, default=Path("runs/data-people"))
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--sample", type=int, default=1000, help="images of the short runs")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("-o", "--out", type=Path)
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    figures = MEASUREMENTS[arguments.what](arguments)
+    print(json.dumps(figures, indent=2))
+    if arguments.out is None:
+        return
+    configuration = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+        if name not in ("what", "out")
+    }
+    measurement = describe_measurement(configuration, figures, torch.device("cpu"))
+    report = {"about": ABOUT, "measurements": []}
+    if arguments.out.exists():
+        report = json.loads(arguments.out.read_text("utf-8"))
+    kept = [entry for entry in report["measurements"] if entry["name"] != arguments.what]
+    report["measurements"] = [*kept, {"name": arguments.what, **measurement}]
+    write_json(arguments.out, report)
+
+
+if __name__ == "__main__":
+    main()
