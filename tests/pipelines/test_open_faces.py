@@ -16,6 +16,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from openpulid.cli.main import app
+from openpulid.data.face_analysis import FaceAnalyzer
+from openpulid.data.models import check_models, load_face_models
+from openpulid.data.options import Filters, PrepareOptions
+from openpulid.data.records import ImageRecord
 from openpulid.errors import OptionError, WeightsError
 from openpulid.faces.arcface import build_face_embedder
 from openpulid.identity.eva_clip import VisionEncoder
@@ -24,6 +28,7 @@ from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.identity.reference import ReferenceFaces
 from openpulid.io import hub
 from openpulid.io.checkpoints import sha256
+from openpulid.io.image_grid import to_tensor
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.factory import defer_extractor, load_extractor
@@ -295,3 +300,13 @@ def test_other_methods_refuse_auraface(weights: Path) -> None:
 def test_nothing_is_loaded_for_a_wrong_name() -> None:
     with pytest.raises(WeightsError, match="opne is no insightface pack"):
         load("sdxl", face_pack="opne")
+
+
+def test_datasets_are_prepared_with_the_open_models(weights: Path, photos: Path) -> None:
+    options = PrepareOptions(faces="open", filters=Filters(min_face=64, max_occlusion=1))
+    hashes = check_models(options, needs_captioner=False)
+    assert set(hashes) == {"face_detection_yunet_2026may", "auraface", "model"}
+    analyzer = FaceAnalyzer(load_face_models(options, "cpu"), options.filters)
+    record = ImageRecord("anna.png", "0", width=480, height=640)
+    analyzer.analyze(record, to_tensor([Image.open(photos / "anna.png")])[0])
+    assert record.is_kept and len(record.embedding) == 12
