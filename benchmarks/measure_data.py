@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -25,14 +25,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
-import pyarrow
 import torch
 from facexlib.parsing.bisenet import BiSeNet
 from facexlib.recognition.arcface_arch import Backbone
@@ -41,17 +39,18 @@ from ray.cluster_utils import Cluster
 
 from openpulid.bench.measurement import describe_measurement
 from openpulid.data.cropping import crop_image
-from openpulid.data.image_stages import DecodeStage, StoreStage
+from openpulid.data.decode import decode_image
+from openpulid.data.face_analysis import FaceAnalyzer
 from openpulid.data.index import read_index
-from openpulid.data.model_stages import FacesStage
+from openpulid.data.models import load_face_models
 from openpulid.data.options import MINI_OPTIONS, PrepareOptions
 from openpulid.data.records import ImageRecord
 from openpulid.data.shards import plan_shards, write_shard
-from openpulid.data.sources import find_sources
+from openpulid.data.sources import SourceImage, find_sources
 from openpulid.data.work_folder import FACES, WorkFolder
 from openpulid.identity.detection import LONGEST
 from openpulid.io.files import write_json
-from openpulid.io.images import limit_size, open_image
+from openpulid.io.images import limit_size
 from openpulid.world.dataset import Plan, WorldDataset, build_dataset
 
 ABOUT = "Data preparation: seconds of each stage, Ray nodes, memory, killed programs"
@@ -106,7 +105,7 @@ def measure_stages(arguments: argparse.Namespace) -> dict[str, Any]:
     figures = {"synthetic, 96 pixels": _time_stages(arguments)}
     figures |= {f"photo, {name}": _time_photo(size) for name, size in PIXELS.items()}
     figures["networks of full size"] = _time_networks()
-    photo = figures["photo, 12 MP"]["decode"] + figures["photo, 12 MP"]["crop and encode"]
+    photo = sum(figures["photo, 12 MP"].values())
     networks = sum(figures["networks of full size"].values())
     hours = TARGET * (photo + networks) / 1000 / 3600
     figures["1.5 M photos of 12 MP on CPUs"] = {
@@ -117,57 +116,66 @@ def measure_stages(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _time_stages(arguments: argparse.Namespace) -> dict[str, float]:
+    """Time the steps of `FacesStage`, and the writing of a shard, in milliseconds per image."""
     options = MINI_OPTIONS
+    analyzer = FaceAnalyzer(load_face_models(options, "cpu"), options.filters)
+    times: dict[str, list[float]] = {name: [] for name in ("decode", "faces", "crop and encode")}
+    records, crops = [], []
+    source = write_people(arguments.data, arguments.images)
+    for image in find_sources([source])[: arguments.sample]:
+        record = ImageRecord(image.name, image.key, split="train", person=image.key)
+        with _timed(times["decode"]):
+            pixels = decode_image(image, record, options)
+        assert pixels is not None
+        with _timed(times["faces"]):
+            analyzer.analyze(record, pixels)
+        if record.is_kept:
+            with _timed(times["crop and encode"]):
+                crops.append(crop_image(pixels, record, options))
+            records.append(record)
     with tempfile.TemporaryDirectory() as folder:
-        source = write_people(arguments.data, arguments.images)
-        images = find_sources([source])[: arguments.sample]
         work = WorkFolder(Path(folder) / "work")
         work.create()
-        stages: dict[str, Callable[[pyarrow.Table], pyarrow.Table]] = {
-            "decode": DecodeStage(options, work, LONGEST),
-            "faces": FacesStage(options),
-            "crop, encode and store": StoreStage(options, work),
-        }
-        times: dict[str, list[float]] = {name: [] for name in stages}
-        for start in range(0, len(images), arguments.batch):
-            batch = images[start : start + arguments.batch]
-            table = pyarrow.Table.from_pylist([asdict(image) for image in batch])
-            for name, stage in stages.items():
-                before = time.perf_counter()
-                table = stage(table)
-                times[name].append((time.perf_counter() - before) / len(batch))
-        records = [record for record in work.read_batches(FACES).values() if record.is_kept]
-        for record in records:
-            record.person, record.split = record.key, "train"
         (Path(folder) / "train").mkdir()
-        (shard,) = plan_shards(records, len(records), 0)
-        before = time.perf_counter()
-        write_shard(Path(folder), shard, work)
-        times["write"] = [(time.perf_counter() - before) / len(records)]
-    return {name: round(1000 * statistics.median(values), 2) for name, values in times.items()}
+        store: list[float] = []
+        with _timed(store):
+            work.write_batch(FACES, records, crops)
+            (shard,) = plan_shards(records, len(records), 0)
+            write_shard(Path(folder), shard, work)
+    figures = {name: statistics.median(values) for name, values in times.items()}
+    figures["store and write"] = store[0] / len(records)
+    return {name: round(1000 * value, 2) for name, value in figures.items()}
+
+
+@contextmanager
+def _timed(times: list[float]) -> Iterator[None]:
+    before = time.perf_counter()
+    yield
+    times.append(time.perf_counter() - before)
 
 
 def _time_photo(size: tuple[int, int]) -> dict[str, float]:
     """Time what happens to a JPEG file of a size, in milliseconds; no network sees it."""
     noise = Image.effect_noise((size[0] // 8, size[1] // 8), 90).convert("RGB")
     image = noise.resize(size, Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(1))
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=92)
     width, height = size
     box = [width * 0.4, height * 0.3, width * 0.6, height * 0.3 + width * 0.2]
-    decode, crop = [], []
-    for _ in range(7):
-        before = time.perf_counter()
-        limit_size(open_image(content.getvalue()), LONGEST)
-        decode.append(time.perf_counter() - before)
-        record = ImageRecord("a", "a", box=list(box), landmarks=[0.0] * 10)
-        before = time.perf_counter()
-        crop_image(open_image(content.getvalue()), record, PrepareOptions())
-        crop.append(time.perf_counter() - before)
-    return {
-        "decode": round(1000 * statistics.median(decode), 1),
-        "crop and encode": round(1000 * statistics.median(crop), 1),
-    }
+    options = PrepareOptions()
+    times: dict[str, list[float]] = {name: [] for name in ("decode", "reduce", "crop and encode")}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "photo.jpg"
+        image.save(path, quality=92)
+        source = SourceImage("photo.jpg", str(path))
+        for _ in range(7):
+            record = ImageRecord("a", "a", box=list(box), landmarks=[0.0] * 10)
+            with _timed(times["decode"]):
+                pixels = decode_image(source, record, options)
+            assert pixels is not None
+            with _timed(times["reduce"]):
+                limit_size(pixels, LONGEST)
+            with _timed(times["crop and encode"]):
+                crop_image(pixels, record, options)
+    return {name: round(1000 * statistics.median(values), 1) for name, values in times.items()}
 
 
 @torch.no_grad()
@@ -242,33 +250,45 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
             command = prepare_command(source, Path(folder) / f"data-{count}", arguments.batch)
             before = time.monotonic()
             process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.PIPE)
-            samples: list[int] = []
+            samples: list[dict[str, int]] = []
             thread = threading.Thread(target=_sample_memory, args=(process.pid, samples))
             thread.start()
             output = process.communicate()[0]
             thread.join()
             assert process.returncode == 0
+            totals = [sum(sample.values()) for sample in samples]
+            tenths = [totals[len(totals) * k // 10] for k in range(2, 10)]
             peaks[f"{count} images"] = {
-                "peak MB": round(max(samples) / 2**20),
-                "median MB": round(statistics.median(samples) / 2**20),
+                "peak": max(totals),
+                "after each tenth": tenths,
+                "at the peak": samples[totals.index(max(totals))],
                 "seconds": round(time.monotonic() - before),
                 **json.loads(output.splitlines()[-1]),
             }
     return peaks
 
 
-def _sample_memory(pid: int, samples: list[int]) -> None:
-    """Append the proportional memory of a process and its children, until it ends."""
+def _sample_memory(pid: int, samples: list[dict[str, int]]) -> None:
+    """Append the proportional memory of a process and its children in MB, until it ends."""
     program = psutil.Process(pid)
     while program.is_running() and program.status() != psutil.STATUS_ZOMBIE:
-        total = 0
+        sample: dict[str, int] = {}
         for process in (program, *program.children(recursive=True)):
-            try:
-                total += process.memory_full_info().pss
-            except psutil.Error:
-                continue
-        samples.append(total)
+            with suppress(psutil.Error):
+                name = _describe_process(process)
+                size = process.memory_full_info().pss // 2**20
+                sample[name] = sample.get(name, 0) + size
+        samples.append(sample)
         time.sleep(1)
+
+
+def _describe_process(process: psutil.Process) -> str:
+    """Return what a process is: a stage, a part of Ray, or the program."""
+    words = " ".join(process.cmdline())
+    if stage := re.search(r"MapBatches\((\w+)", words):
+        return stage[1]
+    parts = ("raylet", "gcs_server", "ray::IDLE")
+    return next((part for part in parts if part in words), "program and the rest")
 
 
 def measure_kills(arguments: argparse.Namespace) -> dict[str, Any]:

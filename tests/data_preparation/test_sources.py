@@ -96,6 +96,21 @@ def test_names_do_not_depend_on_where_sources_are(tmp_path) -> None:
     assert both == ["photos-2/2.png", "photos-2/anna/1.png", "photos/2.png", "photos/anna/1.png"]
 
 
+def test_name_that_is_no_text(tmp_path) -> None:
+    """File names are bytes on Linux; a table holds text."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in (b"\xff\n.png", b"\xff\n.txt"):
+        path = os.path.join(os.fsencode(folder), name)
+        with open(path, "wb") as file:
+            file.write(png("red") if name.endswith(b"png") else b"a person")
+    (image,) = find_sources([folder])
+    assert image.name == r"photos/\xff\n.png"
+    (row,) = pyarrow.Table.from_pylist([image.to_row()]).to_pylist()
+    again = SourceImage.from_row(row)
+    assert again == image and color(again) == (255, 0, 0) and again.read_caption() == "a person"
+
+
 def test_changed_file_is_noticed(tmp_path) -> None:
     folder = write_folder(tmp_path / "photos")
     before = find_sources([folder])

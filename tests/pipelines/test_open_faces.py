@@ -28,7 +28,6 @@ from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.identity.reference import ReferenceFaces
 from openpulid.io import hub
 from openpulid.io.checkpoints import sha256
-from openpulid.io.image_grid import to_tensor
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines.factory import defer_extractor, load_extractor
@@ -307,6 +306,6 @@ def test_datasets_are_prepared_with_the_open_models(weights: Path, photos: Path)
     hashes = check_models(options, needs_captioner=False)
     assert set(hashes) == {"face_detection_yunet_2026may", "auraface", "model"}
     analyzer = FaceAnalyzer(load_face_models(options, "cpu"), options.filters)
-    record = ImageRecord("anna.png", "0", width=480, height=640)
-    analyzer.analyze(record, to_tensor([Image.open(photos / "anna.png")])[0])
+    record = ImageRecord("anna.png", "0")
+    analyzer.analyze(record, Image.open(photos / "anna.png"))
     assert record.is_kept and len(record.embedding) == 12

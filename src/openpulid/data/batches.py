@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from openpulid.data.image_stages import COUNT, DecodeStage, StoreStage
-from openpulid.data.model_stages import CaptionStage, FacesStage
 from openpulid.data.options import PrepareOptions
 from openpulid.data.ray_flow import Operator, run_flow
 from openpulid.data.records import ImageRecord, to_table
 from openpulid.data.sources import SourceImage
+from openpulid.data.stages import COUNT, CaptionStage, FacesStage
 from openpulid.data.work_folder import CAPTIONS, FACES, WorkFolder
-from openpulid.identity.detection import LONGEST
 
 if TYPE_CHECKING:
     import pyarrow
@@ -49,15 +47,11 @@ class BatchRunner:
         records = self.work.read_batches(FACES)
         waiting = [image for image in images if not _is_current(records.get(image.key), image)]
         tables = [
-            pyarrow.Table.from_pylist([asdict(image) for image in batch])
+            pyarrow.Table.from_pylist([image.to_row() for image in batch])
             for batch in self._split(waiting)
         ]
-        operators = [
-            Operator(DecodeStage, (self.options, self.work, LONGEST)),
-            Operator(FacesStage, (self.options,), has_models=True),
-            Operator(StoreStage, (self.options, self.work)),
-        ]
-        self._run("faces", len(images), tables, operators)
+        operator = Operator(FacesStage, (self.options, self.work), has_models=True)
+        self._run("faces", len(images), tables, operator)
         records = self.work.read_batches(FACES)
         return [records[image.key] for image in images]
 
@@ -71,8 +65,8 @@ class BatchRunner:
             key=lambda record: (record.file, record.offset),
         )
         tables = [to_table(list(batch)) for batch in self._split(waiting)]
-        operators = [Operator(CaptionStage, (self.options, self.work), has_models=True)]
-        self._run("captions", len(wanted), tables, operators)
+        operator = Operator(CaptionStage, (self.options, self.work), has_models=True)
+        self._run("captions", len(wanted), tables, operator)
         captions = self.work.read_batches(CAPTIONS)
         for record in wanted:
             record.caption = captions[record.key].caption
@@ -88,13 +82,13 @@ class BatchRunner:
         title: str,
         total: int,
         tables: Sequence[pyarrow.Table],
-        operators: Sequence[Operator],
+        operator: Operator,
     ) -> None:
-        """Run operators that report how many images are done, and log the progress."""
+        """Run an operator that reports how many images are done, and log the progress."""
         waiting = sum(len(table) for table in tables)
         started = logged = time.monotonic()
         done = 0
-        for table in run_flow(tables, operators):
+        for table in run_flow(tables, operator):
             done += sum(table[COUNT].to_pylist())
             now = time.monotonic()
             if now - logged >= LOG_SECONDS or done == waiting:

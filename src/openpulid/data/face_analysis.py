@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from PIL import Image
 from torch.nn.functional import normalize
 
 from openpulid.data.face_models import FaceModels
@@ -13,6 +13,8 @@ from openpulid.data.records import ImageRecord
 from openpulid.faces.face import Face, first_usable
 from openpulid.faces.head_pose import estimate_head_pose
 from openpulid.faces.quality import sharpness
+from openpulid.io.image_grid import to_tensor
+from openpulid.io.images import limit_size
 
 
 class FaceAnalyzer:
@@ -29,21 +31,21 @@ class FaceAnalyzer:
         self.models = models
         self.filters = filters
 
-    def analyze(self, record: ImageRecord, image: Tensor) -> None:
-        """Complete the record of an image.
-
-        Box and landmarks are those in the complete image, in its own pixels.
+    def analyze(self, record: ImageRecord, image: Image.Image) -> None:
+        """Complete the record of an image; box and landmarks are in its pixels.
 
         Args:
-            record: of the decoded image.
-            image: (3, H, W) in [0, 1], perhaps smaller than the image.
+            record: the record.
+            image: the image.
         """
-        faces = self.models.detection.detect(image)
+        detection = self.models.detection
+        small = limit_size(image, detection.max_image_size or max(image.size))
+        faces = detection.detect(to_tensor([small])[0])
         face = first_usable(faces)
         if face is None:
             record.decision = "no_face"
             return
-        scale = record.width / image.shape[2]
+        scale = image.width / small.width
         self._measure(record, face, faces, scale)
         record.decision = self._find_problem(record, face) or record.decision
         if not record.is_kept:

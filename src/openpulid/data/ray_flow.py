@@ -1,4 +1,4 @@
-"""Run operators over batches with Ray Data, on this machine or on a cluster."""
+"""Run an operator over batches with Ray Data, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ from openpulid.errors import PulidError
 if TYPE_CHECKING:
     import pyarrow
 
-CPUS_OF_LIGHT = 0.25
-"""Of an operator whose work is small next to that of the face models."""
-CPUS_OF_MODEL = 0.5
-
 
 @dataclass(frozen=True)
 class Operator:
-    """One step of a flow.
+    """What is done with each batch.
 
     Attributes:
         stage: a class whose instances map a table to a table.
@@ -32,19 +28,18 @@ class Operator:
     has_models: bool = False
 
 
-def run_flow(
-    tables: Sequence[pyarrow.Table], operators: Sequence[Operator]
-) -> Iterator[pyarrow.Table]:
-    """Pass tables through operators, and yield the last one's as they become ready, in any order.
+def run_flow(tables: Sequence[pyarrow.Table], operator: Operator) -> Iterator[pyarrow.Table]:
+    """Pass tables through an operator, and yield its tables as they become ready, in any order.
 
-    A batch whose worker is killed is repeated by another worker.
+    Each processor has a worker; with GPUs, each GPU has one, and the processors are shared among
+    them. A batch whose worker is killed is repeated by another worker.
 
     Args:
         tables: one per batch.
-        operators: in order.
+        operator: what is done with them.
 
     Raises:
-        PulidError: an operator raised it, or the cluster was lost.
+        PulidError: the operator raised it, or the cluster was lost.
     """
     import ray
     from ray.data import ActorPoolStrategy
@@ -55,26 +50,24 @@ def run_flow(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.wait_for_min_actors_s = -1
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     resources = ray.cluster_resources()
     cpus, gpus = max(int(resources.get("CPU", 1)), 1), int(resources.get("GPU", 0))
+    size, options = cpus, {"num_cpus": 1}
+    if operator.has_models and gpus:
+        size, options = gpus, {"num_gpus": 1, "num_cpus": max(cpus // gpus, 1)}
 
-    flow = ray.data.from_arrow(list(tables))
-    for operator in operators:
-        options: dict[str, Any] = {"num_cpus": CPUS_OF_LIGHT}
-        size = min(cpus, len(tables))
-        if operator.has_models:
-            options = {"num_gpus": 1} if gpus else {"num_cpus": CPUS_OF_MODEL}
-            size = min(gpus or cpus, len(tables))
-        flow = flow.map_batches(
-            operator.stage,
-            fn_constructor_args=operator.arguments,
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=1, max_size=size),
-            **options,
-        )
+    flow = ray.data.from_arrow(list(tables)).map_batches(
+        operator.stage,
+        fn_constructor_args=operator.arguments,
+        batch_size=None,
+        batch_format="pyarrow",
+        # a worker has one batch at a time, and nothing that it could lose
+        compute=ActorPoolStrategy(
+            min_size=1, max_size=min(size, len(tables)), max_tasks_in_flight_per_actor=1
+        ),
+        **options,
+    )
     try:
         yield from flow.iter_batches(batch_size=None, batch_format="pyarrow")
     except RayTaskError as error:

@@ -7,16 +7,51 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from openpulid.data.image_stages import WriteStage, to_shard_table
 from openpulid.data.options import PrepareOptions
 from openpulid.data.ray_flow import Operator, run_flow
-from openpulid.data.records import ImageRecord, from_table
-from openpulid.data.shards import HELD_OUT, TRAIN, Shard, find_written, plan_shards
+from openpulid.data.records import ImageRecord, from_table, to_table
+from openpulid.data.shards import (
+    HELD_OUT,
+    TRAIN,
+    Shard,
+    find_written,
+    plan_shards,
+    write_shard,
+)
 from openpulid.data.work_folder import WorkFolder
 from openpulid.io.files import make_folder, write_json
 
+if TYPE_CHECKING:
+    import pyarrow
+
 PLAN = "plan.json"
+SHARD = "shard"
+"""Column of the name of the shard."""
+
+
+class WriteStage:
+    """Writes shards; called by Ray Data, once per shard.
+
+    Args:
+        dataset: its folder.
+        work: where the crops are.
+    """
+
+    def __init__(self, dataset: Path, work: WorkFolder) -> None:
+        self.dataset = dataset
+        self.work = work
+
+    def __call__(self, table: pyarrow.Table) -> pyarrow.Table:
+        """Write a shard, whose images are the rows; return where they are in it."""
+        name = table[SHARD][0].as_py()
+        records = write_shard(self.dataset, Shard(name, from_table(table)), self.work)
+        return to_table(records)
+
+
+def _to_table(shard: Shard) -> pyarrow.Table:
+    return to_table(shard.records).append_column(SHARD, [[shard.name] * len(shard.records)])
 
 
 def write_shards(
@@ -40,8 +75,8 @@ def write_shards(
     _reset(dataset, shards, work)
     written = {record.key: record for shard in shards for record in find_written(dataset, shard)}
     waiting = [shard for shard in shards if shard.records[0].key not in written]
-    operators = [Operator(WriteStage, (dataset, work))]
-    for table in run_flow([to_shard_table(shard) for shard in waiting], operators):
+    operator = Operator(WriteStage, (dataset, work))
+    for table in run_flow([_to_table(shard) for shard in waiting], operator):
         written.update((record.key, record) for record in from_table(table))
     for record in records:
         place = written[record.key]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from openpulid.data.captioned_images import (
     find_archived_images,
     find_captioned_images,
 )
-from openpulid.errors import OptionError, TrainingError
+from openpulid.errors import OptionError, TrainingError, escape_unprintable
 from openpulid.io.tar_members import TarMember
 from openpulid.io.text import decode_text
 
@@ -38,7 +39,7 @@ class SourceImage:
     """Where an image and its caption are stored.
 
     Attributes:
-        name: unique among all sources, and the same wherever they are stored.
+        name: printable, unique among all sources, and the same wherever they are stored.
         path: the image, the archive or the parquet file.
         offset: of the image in an archive; or the row group of a parquet file; -1 for a file.
         size: of the image in an archive, in bytes; or the row in its row group.
@@ -62,13 +63,23 @@ class SourceImage:
     @property
     def key(self) -> str:
         """The name of the image in a dataset: a hash of its name in the sources."""
-        data = self.name.encode("utf-8", "surrogateescape")
-        return hashlib.blake2b(data, digest_size=KEY_BYTES).hexdigest()
+        return hashlib.blake2b(self.name.encode(), digest_size=KEY_BYTES).hexdigest()
 
     @property
     def is_row(self) -> bool:
         """Whether the image is a row of a parquet file."""
         return self.path.lower().endswith(TABLE_SUFFIX)
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the attributes as values of a table, in which paths are bytes."""
+        paths = {"path": os.fsencode(self.path), "caption": os.fsencode(self.caption)}
+        return {**asdict(self), **paths}
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> SourceImage:
+        """Return an image from `to_row`."""
+        paths = {name: os.fsdecode(row[name]) for name in ("path", "caption")}
+        return cls(**{**row, **paths})
 
     def read_image(self) -> bytes | Path:
         """Return the content of the image, or its path if it is a file of its own.
@@ -161,14 +172,14 @@ def _list_images(images: CaptionedImages, label: str) -> Iterator[SourceImage]:
         if path not in times:
             times[path] = path.stat().st_mtime_ns
         yield SourceImage(
-            name=f"{label}/{name}" if label else name,
+            name=escape_unprintable(f"{label}/{name}" if label else name),
             path=str(path),
             offset=-1 if member is None else member.offset,
             size=-1 if member is None else member.size,
             caption=str(_locate(images.folder, caption, text)),
             caption_offset=-1 if text is None else text.offset,
             caption_size=-1 if text is None else text.size,
-            folder=images.find_person(name) or "",
+            folder=escape_unprintable(images.find_person(name) or ""),
             modified=times[path],
         )
 
@@ -198,7 +209,7 @@ def _list_rows(path: Path, label: str) -> Iterator[SourceImage]:
     index = 0
     for group in range(table.metadata.num_row_groups):
         for row in range(table.metadata.row_group(group).num_rows):
-            name = f"{label}/{index:09d}"
+            name = escape_unprintable(f"{label}/{index:09d}")
             yield SourceImage(name, str(path), group, row, caption, modified=modified)
             index += 1
 

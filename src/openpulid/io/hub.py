@@ -374,7 +374,7 @@ def _download_pipeline(entry: Weight, names: Sequence[str], folder: Path | None)
     missing = find_missing_parts(names, parts, allow_pickle=False)
     if missing:
         raise _incomplete_repository(entry, names, missing)
-    patterns = ["*.json", "*.txt", "*.model"]
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
     for part, kind in parts.items():
         weights = select_weights(list_folder(names, part), allow_pickle=False)
         if kind.is_network and weights is not None:
