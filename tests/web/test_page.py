@@ -67,7 +67,7 @@ from openpulid.web.masks import COLOR_NAMES, COLORS, PAINT
 from openpulid.web.messages import error_html
 from openpulid.web.network import without_proxy
 from openpulid.web.notes import show_notes
-from openpulid.web.restore import read_values
+from openpulid.web.restore import _find_preset, read_values
 from openpulid.web.server import launch_options
 from openpulid.web.session import WebSession
 from openpulid.web.sizes import list_sizes
@@ -580,6 +580,47 @@ def test_settings_of_an_image_are_restored(tmp_path: Path, anna: Path) -> None:
     assert "Add the same files again: anna.png." in message
     # nothing is opened because an image names it
     assert page.values["person1_reference_images"] not in updates
+
+
+def test_settings_without_a_component_are_refused(tmp_path: Path, anna: Path) -> None:
+    """A setting that is dropped without a word would give another image."""
+    preset = mini()
+    request = GenerationRequest("portrait", people=[Person(images=[anna])], seed=1)
+    request = preset.resolve(request)
+    assert read_values(request, preset)["scale"] == request.identity.scale
+
+    def changed(**changes: Any) -> GenerationRequest:
+        return GenerationRequest.model_validate({**request.model_dump(), **changes})
+
+    own = changed(people=[Person(images=[anna], scale=0.4)])
+    assert read_values(own, preset)["scale"] == 0.4
+    for unknown, words in (
+        (changed(refine_faces={"strength": 0.9}), "a second pass on faces with its own strength"),
+        (
+            changed(people=[Person(images=[anna], face_index=0, face_order="left-right")]),
+            "faces counted in another order",
+        ),
+    ):
+        with pytest.raises(OptionError, match=words):
+            read_values(unknown, preset)
+    assert read_values(changed(refine_faces=True), preset)["refine_faces"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"adapter": "own.safetensors"}, "an adapter of its own"),
+        ({"base": "my-checkpoint"}, "another base model"),
+        ({"face_pack": "open"}, "other face models"),
+    ],
+)
+def test_models_of_another_page_are_refused(
+    tmp_path: Path, change: dict[str, str], words: str
+) -> None:
+    model = ModelSelection(preset="mini", **change)
+    provenance = Provenance.create(GenerationRequest("portrait", model=model), {})
+    with pytest.raises(OptionError, match=f"{words}, which this page does not have"):
+        _find_preset(WebSession(tmp_path), provenance)
 
 
 def test_image_without_settings_is_refused(tmp_path: Path, anna: Path) -> None:

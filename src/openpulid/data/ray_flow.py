@@ -62,10 +62,9 @@ def run_flow(tables: Sequence[pyarrow.Table], operator: Operator) -> Iterator[py
         fn_constructor_args=operator.arguments,
         batch_size=None,
         batch_format="pyarrow",
-        # a worker has one batch at a time, and nothing that it could lose
-        compute=ActorPoolStrategy(
-            min_size=1, max_size=min(size, len(tables)), max_tasks_in_flight_per_actor=1
-        ),
+        # Each worker has one batch at a time, and no more to lose. To a pool that grows by itself
+        # such workers look idle.
+        compute=ActorPoolStrategy(size=min(size, len(tables)), max_tasks_in_flight_per_actor=1),
         **options,
     )
     try:

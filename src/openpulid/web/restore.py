@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from openpulid.errors import OptionError
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import GenerationRequest
-from openpulid.pipelines.request_inputs import Person
+from openpulid.pipelines.request import FaceRefinement, GenerationRequest
+from openpulid.pipelines.request_inputs import DEFAULT_FACE_ORDER, Person
 from openpulid.web.add_ons import find_unknown, read_add_ons
 from openpulid.web.fields import FIELDS
 from openpulid.web.form import (
@@ -21,6 +23,13 @@ from openpulid.web.form import (
     side_by_side,
 )
 from openpulid.web.session import WebSession
+
+MODEL_CHANGES = {
+    "base": "another base model",
+    "adapter": "an adapter of its own",
+    "face_pack": "other face models",
+}
+"""Changes in the models of a preset, which the page gets when it is started."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +82,26 @@ def read_values(request: GenerationRequest, preset: Preset) -> dict[str, Any]:
     if values["mode"] == "people":
         values |= _read_people(request)
     elif request.people:
-        values["face_index"] = request.people[0].face_index or 0
+        (person,) = request.people
+        values["face_index"] = person.face_index or 0
+        if person.scale is not None:
+            values["scale"] = person.scale
     return values
 
 
 def _check_inputs(request: GenerationRequest) -> None:
     """Refuse a request with inputs that have no component."""
-    if unknown := find_unknown(request):
+    unknown = find_unknown(request)
+    if any(person.face_order != DEFAULT_FACE_ORDER for person in request.people):
+        unknown.append("faces counted in another order")
+    if request.refine_faces not in (None, FaceRefinement()):
+        unknown.append("a second pass on faces with its own strength or size")
+    _refuse(unknown)
+
+
+def _refuse(unknown: Sequence[str]) -> None:
+    """Raise OptionError if an image has something that the page does not have."""
+    if unknown:
         raise OptionError(
             f"the image was generated with {' and '.join(unknown)}, which this page does not have; "
             "use `pulid generate --from` for it."
@@ -143,7 +165,19 @@ def _find_preset(session: WebSession, provenance: Provenance) -> Preset:
     preset = session.preset(session.select_models(model.preset, model.method or "pulid"))
     if preset.models.method not in session.method_names(preset):
         raise OptionError(f"the image was generated with {model.method}, which is not installed.")
+    _refuse(
+        [
+            description
+            for name, description in MODEL_CHANGES.items()
+            if _file_name(getattr(model, name)) != _file_name(getattr(preset.selection, name))
+        ]
+    )
     return preset
+
+
+def _file_name(path: str | Path | None) -> str | None:
+    """Return the name of a file or folder; images do not store where it was."""
+    return None if path is None else Path(path).name
 
 
 def describe_files(provenance: Provenance) -> str:
