@@ -52,7 +52,8 @@ def describe_strangers(
             notes.append(
                 f"{label}: looks like another person than {labels[closest]} (similarity "
                 f"{similarities[index, closest]:.2f}, one person has at least "
-                f"{extractor.same_person_similarity}); use images of one person."
+                f"{extractor.same_person_similarity}); use images of one person, or "
+                "give each person a mask to show several."
             )
     return notes
 
