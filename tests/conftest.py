@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import sys
 import zlib
 from collections.abc import Callable, Generator, Sequence
@@ -22,6 +24,8 @@ M = TypeVar("M", bound=nn.Module)
 def pytest_configure() -> None:
     # Tiny networks gain nothing from threads, and sums would depend on the machine.
     torch.set_num_threads(1)
+    # Ray keeps the first token that it reads, and would write one into the user's folder.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @pytest.hookimpl(wrapper=True)

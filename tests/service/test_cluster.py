@@ -6,7 +6,6 @@ Their order is the life of one cluster.
 from __future__ import annotations
 
 import base64
-import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -73,7 +72,6 @@ def url(data: Path, accepted: list[str]) -> Iterator[str]:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
         patch.delenv("RAY_AUTH_MODE", raising=False)  # `ray.init` sets it, and reads the token
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         ray.init(
             "local",
             num_cpus=2,
