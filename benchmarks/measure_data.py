@@ -37,7 +37,7 @@ from facexlib.recognition.arcface_arch import Backbone
 from PIL import Image, ImageFilter
 from ray.cluster_utils import Cluster
 
-from openpulid.bench.measurement import describe_measurement
+from openpulid.bench.measurement import describe_measurement, replace_measurement
 from openpulid.data.cropping import crop_image
 from openpulid.data.decode import decode_image
 from openpulid.data.face_analysis import FaceAnalyzer
@@ -49,7 +49,6 @@ from openpulid.data.shards import plan_shards, write_shard
 from openpulid.data.sources import SourceImage, find_sources
 from openpulid.data.work_folder import FACES, WorkFolder
 from openpulid.identity.detection import LONGEST
-from openpulid.io.files import write_json
 from openpulid.io.images import limit_size
 from openpulid.world.dataset import Plan, WorldDataset, build_dataset
 
@@ -366,12 +365,7 @@ def main() -> None:
         if name not in ("what", "out")
     }
     measurement = describe_measurement(configuration, figures, torch.device("cpu"))
-    report = {"about": ABOUT, "measurements": []}
-    if arguments.out.exists():
-        report = json.loads(arguments.out.read_text("utf-8"))
-    kept = [entry for entry in report["measurements"] if entry["name"] != arguments.what]
-    report["measurements"] = [*kept, {"name": arguments.what, **measurement}]
-    write_json(arguments.out, report)
+    replace_measurement(arguments.out, ABOUT, arguments.what, measurement)
 
 
 if __name__ == "__main__":

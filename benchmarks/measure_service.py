@@ -38,8 +38,7 @@ import torch
 from PIL import Image
 
 import openpulid as pulid
-from openpulid.bench.measurement import describe_measurement
-from openpulid.io.files import write_json
+from openpulid.bench.measurement import describe_measurement, replace_measurement
 from openpulid.io.image_grid import to_pil
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
@@ -407,12 +406,7 @@ def main() -> None:
         name: value for name, value in vars(arguments).items() if name not in ("what", "out")
     }
     measurement = describe_measurement(configuration, figures, torch.device("cpu"))
-    report = {"about": ABOUT, "measurements": []}
-    if arguments.out.exists():
-        report = json.loads(arguments.out.read_text("utf-8"))
-    kept = [entry for entry in report["measurements"] if entry["name"] != arguments.what]
-    report["measurements"] = [*kept, {"name": arguments.what, **measurement}]
-    write_json(arguments.out, report)
+    replace_measurement(arguments.out, ABOUT, arguments.what, measurement)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from openpulid.bench.measurement import append_measurement, describe_measurement
+from openpulid.bench.measurement import (
+    append_measurement,
+    describe_measurement,
+    replace_measurement,
+)
 from openpulid.bench.perf import face_analysis
 from openpulid.cli.main import app
 
@@ -63,3 +67,15 @@ def test_published_measurements_are_self_describing(path: Path) -> None:
         assert {"name", "date", "command", "hardware", "versions", "configuration", "figures"} <= (
             set(measurement)
         )
+
+
+def test_measurement_replaces_the_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    for name, figures in (("nodes", 1), ("memory", 2), ("nodes", 3)):
+        replace_measurement(path, "Data", name, {"figures": figures})
+    data = json.loads(path.read_text())
+    assert data["about"] == "Data"
+    assert [(x["name"], x["figures"]) for x in data["measurements"]] == [
+        ("memory", 2),
+        ("nodes", 3),
+    ]

@@ -31,6 +31,20 @@ def images(count: int) -> list[Image.Image]:
     ]
 
 
+def record_calls(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Collect the arguments of each call of the model."""
+    calls: list[dict[str, Any]] = []
+    model_call = type(captioner.model).__call__
+
+    def record(self: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(options)
+        return model_call(self, *arguments, **options)
+
+    monkeypatch.setattr(type(captioner.model), "__call__", record)
+    return calls
+
+
+@pytest.mark.usefixtures("both_precisions")
 def test_captions_are_repeatable_and_without_the_prompt(model) -> None:
     captioner = Captioner.load(str(model), "cpu")
     assert captioner.prompt == DEFAULT_PROMPT and not captioner.is_chat
@@ -41,10 +55,10 @@ def test_captions_are_repeatable_and_without_the_prompt(model) -> None:
     assert captioner.caption(images(3)) == captions
 
 
-def test_own_prompt_changes_the_captions(model) -> None:
+def test_own_prompt_is_continued(model, monkeypatch) -> None:
     captioner = Captioner.load(str(model), "cpu", "a woman with")
-    assert captioner.prompt == "a woman with"
-    assert captioner.caption(images(1))
+    calls = record_calls(captioner, monkeypatch)
+    assert captioner.caption(images(2)) and calls[0]["text"] == ["a woman with"] * 2
 
 
 def test_chat_model_is_asked(model, monkeypatch) -> None:
@@ -54,14 +68,7 @@ def test_chat_model_is_asked(model, monkeypatch) -> None:
     processor.chat_template = CHAT_TEMPLATE
     chat = Captioner(captioner.model)
     assert chat.is_chat and chat.prompt == DEFAULT_QUESTION
-    calls: list[dict[str, Any]] = []
-    model_call = type(captioner.model).__call__
-
-    def record(self: Any, *arguments: Any, **options: Any) -> Any:
-        calls.append(options)
-        return model_call(self, *arguments, **options)
-
-    monkeypatch.setattr(type(captioner.model), "__call__", record)
+    calls = record_calls(chat, monkeypatch)
     captions = chat.caption(images(2))
     assert len(captions) == 2 and all(isinstance(caption, str) for caption in captions)
     (content,) = [message["content"] for message in calls[0]["text"][0]]

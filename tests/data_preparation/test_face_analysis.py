@@ -6,21 +6,29 @@ import io
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
 
+from openpulid.data import stages
 from openpulid.data.cropping import crop_image
+from openpulid.data.decode import decode_image
 from openpulid.data.face_analysis import FaceAnalyzer
 from openpulid.data.face_models import PhotoFaceModels
 from openpulid.data.models import check_models, load_face_models
 from openpulid.data.options import MINI_OPTIONS, Filters, PrepareOptions
 from openpulid.data.records import ImageRecord
-from openpulid.errors import OptionError, WeightsError
+from openpulid.data.sources import find_sources
+from openpulid.data.stages import FacesStage
+from openpulid.data.work_folder import FACES, WorkFolder
+from openpulid.errors import FaceError, OptionError, WeightsError
 from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import load_face_parser
+from openpulid.faces.face import Face
 from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.io.image_grid import to_pil
@@ -169,6 +177,38 @@ def test_photos_are_kept(tmp_path) -> None:
         large = analyze(analyzer, image.resize((3 * image.width, 3 * image.height)))
         assert large.box == pytest.approx([3 * value for value in record.box], abs=30)
         assert large.landmarks == pytest.approx([3 * x for x in record.landmarks], abs=20)
+
+
+def test_face_that_cannot_be_aligned_is_dropped(mini, monkeypatch) -> None:
+    """One such face among millions must not end the run."""
+
+    def fail(face: Face) -> torch.Tensor:
+        raise FaceError("the landmarks are at one point")
+
+    monkeypatch.setattr(mini.models, "embed", fail)
+    assert analyze(mini, portrait()).decision == "uncertain_face"
+
+
+def test_batch_that_killed_a_worker_is_decoded_in_child_processes(tmp_path, monkeypatch) -> None:
+    portrait().save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    table = pyarrow.Table.from_pylist([image.to_row() for image in find_sources([tmp_path])])
+    work = WorkFolder(tmp_path / "work")
+    work.create()
+    stage = FacesStage(MINI_OPTIONS, work)
+    limits: list[float | None] = []
+
+    def decode(*arguments: Any, time_limit: float | None, **options: Any) -> Any:
+        limits.append(time_limit)
+        return decode_image(*arguments, time_limit=time_limit, **options)
+
+    monkeypatch.setattr(stages, "decode_image", decode)
+    assert stage(table)["count"].to_pylist() == [2]
+    first = work.read_batches(FACES)
+    assert stage(table)["count"].to_pylist() == [2]
+    assert limits == [None, None, stages.CHILD_SECONDS, stages.CHILD_SECONDS]
+    assert work.read_batches(FACES) == first
+    assert sorted(record.decision for record in first.values()) == ["kept", "unreadable"]
 
 
 def test_missing_models_are_named(tmp_path, monkeypatch) -> None:

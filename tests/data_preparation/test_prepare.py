@@ -158,6 +158,7 @@ def test_every_image_has_a_decision(dataset, options) -> None:
     }
     original = records["photos/p0/0.png"]
     assert (original.decision, original.duplicate_of) == ("duplicate", "photos/copy.png")
+    assert (original.file, original.offset) == ("", -1)
     assert records["photos/broken.png"].error
     kept = [record for record in records.values() if record.is_kept]
     assert len(kept) == 3 * PEOPLE + 1

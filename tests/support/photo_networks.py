@@ -8,6 +8,8 @@ import insightface
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
 from openpulid.faces.bisenet import TEMPLATE
 
@@ -28,6 +30,17 @@ needs_yunet = pytest.mark.skipif(
 
 NOSE_CELL = 32
 """Width in pixels of the red square that is a nose to `yunet_file`'s network."""
+
+
+class SmallParser(nn.Module):
+    """Labels 0 and 1 of each pixel; BiSeNet itself takes a second for each face."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.labels = nn.Conv2d(3, 2, 1)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.labels(images),)
 
 
 def recognition_file(path: Path, dim: int = 512) -> Path:

@@ -68,6 +68,26 @@ def append_measurement(path: Path, name: str, measurement: Mapping[str, Any]) ->
     write_json(path, data)
 
 
+def replace_measurement(path: Path, about: str, name: str, measurement: Mapping[str, Any]) -> None:
+    """Write a named measurement into a JSON file with a list of them, in place of an earlier one.
+
+    Args:
+        path: the file, which is created if needed.
+        about: what the file is about, for a new one.
+        name: of the measurement.
+        measurement: see `describe_measurement`.
+
+    Raises:
+        OptionError: the file holds something else, or cannot be written.
+    """
+    data = {"about": about, **read_measurements(path)}
+    data["measurements"] = [
+        *(entry for entry in data["measurements"] if entry["name"] != name),
+        {"name": name, **measurement},
+    ]
+    write_json(path, data)
+
+
 def read_measurements(path: Path) -> dict[str, Any]:
     """Read a JSON file with a list of measurements; an empty list without the file.
 

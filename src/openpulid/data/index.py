@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,12 @@ def write_index(dataset: Path, records: Sequence[ImageRecord], info: DatasetInfo
     """
     import pyarrow.parquet
 
-    table = to_table(sorted(records, key=lambda record: record.name))
+    # the crops of dropped images are deleted
+    placed = [
+        record if record.is_kept else replace(record, file="", offset=-1, size=-1)
+        for record in records
+    ]
+    table = to_table(sorted(placed, key=lambda record: record.name))
     table = table.drop_columns(list(PRIVATE_COLUMNS))
     metadata = {METADATA_KEY: json.dumps(info.to_json())}
     with replace_file(dataset / INDEX_FILE) as temporary:

@@ -43,7 +43,14 @@ from openpulid.training.pulid.train import build_adapter
 from openpulid.training.pulid.train_photos import train_on_photos
 from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl as tiny
-from tests.support.photo_networks import DETECTOR, GROUP, PHOTOS, needs_detector, recognition_file
+from tests.support.photo_networks import (
+    DETECTOR,
+    GROUP,
+    PHOTOS,
+    SmallParser,
+    needs_detector,
+    recognition_file,
+)
 
 pytestmark = needs_detector
 PIXELS = 64
@@ -56,17 +63,6 @@ SMALL = {
     "few_step_batch": 1,
     "pixels": PIXELS,
 }
-
-
-class SmallParser(nn.Module):
-    """Labels 0 and 1 of each pixel; BiSeNet itself takes a second for each face."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.labels = nn.Conv2d(3, 2, 1)
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.labels(images),)
 
 
 class SmallRecognition(nn.Module):

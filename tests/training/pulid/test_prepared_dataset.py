@@ -12,7 +12,6 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
-from torch import nn
 
 from openpulid.data.index import DatasetInfo, write_index
 from openpulid.data.options import PrepareOptions
@@ -31,22 +30,13 @@ from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.train_photos import check_photos, train_on_photos
 from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl as tiny
-from tests.support.photo_networks import recognition_file
+from tests.support.photo_networks import SmallParser, recognition_file
 
 PIXELS = 64
 BOX = [170.0, 60.0, 285.0, 190.0]
 LANDMARKS = [201.0, 113.0, 247.0, 111.0, 227.0, 140.0, 207.0, 165.0, 247.0, 163.0]
 """Of the face in scikit-image's photo of an astronaut."""
 SMALL = {"encoder_width": 16, "batch": 2, "warmup": 1, "validate_every": 2, "pixels": PIXELS}
-
-
-class SmallParser(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.labels = nn.Conv2d(3, 2, 1)
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.labels(images),)
 
 
 @pytest.fixture(scope="module")
