@@ -179,14 +179,19 @@ def test_photos_are_kept(tmp_path) -> None:
         assert large.landmarks == pytest.approx([3 * x for x in record.landmarks], abs=20)
 
 
-def test_face_that_cannot_be_aligned_is_dropped(mini, monkeypatch) -> None:
-    """One such face among millions must not end the run."""
-
+def test_face_that_cannot_be_aligned_is_dropped(tmp_path, monkeypatch) -> None:
     def fail(face: Face) -> torch.Tensor:
         raise FaceError("the landmarks are at one point")
 
-    monkeypatch.setattr(mini.models, "embed", fail)
-    assert analyze(mini, portrait()).decision == "uncertain_face"
+    portrait().save(tmp_path / "a.png")
+    table = pyarrow.Table.from_pylist([image.to_row() for image in find_sources([tmp_path])])
+    work = WorkFolder(tmp_path / "work")
+    work.create()
+    stage = FacesStage(MINI_OPTIONS, work)
+    monkeypatch.setattr(stage.analyzer.models, "embed", fail)
+    stage(table)
+    (record,) = work.read_batches(FACES).values()
+    assert record.decision == "uncertain_face" and not record.file
 
 
 def test_batch_that_killed_a_worker_is_decoded_in_child_processes(tmp_path, monkeypatch) -> None:

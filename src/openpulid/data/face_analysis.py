@@ -10,7 +10,6 @@ from torch.nn.functional import normalize
 from openpulid.data.face_models import FaceModels
 from openpulid.data.options import Filters
 from openpulid.data.records import ImageRecord
-from openpulid.errors import FaceError
 from openpulid.faces.face import Face, first_usable
 from openpulid.faces.head_pose import estimate_head_pose
 from openpulid.faces.quality import sharpness
@@ -38,6 +37,9 @@ class FaceAnalyzer:
         Args:
             record: the record.
             image: the image.
+
+        Raises:
+            FaceError: the landmarks of the face cannot be aligned.
         """
         detection = self.models.detection
         small = limit_size(image, detection.max_image_size or max(image.size))
@@ -51,12 +53,6 @@ class FaceAnalyzer:
         record.decision = self._find_problem(record, face) or record.decision
         if not record.is_kept:
             return
-        try:
-            self._parse_and_embed(record, face)
-        except FaceError:  # the landmarks cannot be aligned
-            record.decision = "uncertain_face"
-
-    def _parse_and_embed(self, record: ImageRecord, face: Face) -> None:
         if self.filters.max_occlusion < 1:
             record.occlusion = self.models.measure_occlusion(face)
             if record.occlusion > self.filters.max_occlusion:

@@ -27,6 +27,7 @@ from openpulid.data.records import ImageRecord, from_table
 from openpulid.data.sources import SourceImage
 from openpulid.data.work_folder import CAPTIONS, FACES, WorkFolder
 from openpulid.device import select_device
+from openpulid.errors import FaceError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -83,8 +84,12 @@ class FacesStage:
         decode = partial(decode_image, options=self.options, time_limit=time_limit)
         images = list(self.threads.map(decode, sources, records))
         for image, record in zip(images, records, strict=True):
-            if image is not None:
+            if image is None:
+                continue
+            try:
                 self.analyzer.analyze(record, image)
+            except FaceError:  # one face among millions must not end the run
+                record.decision = "uncertain_face"
         return list(self.threads.map(self._crop, images, records))
 
     def _crop(self, image: Image.Image | None, record: ImageRecord) -> bytes | None:
