@@ -46,6 +46,13 @@ def build(
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Time budget in minutes for all parts together.")
     ] = None,
+    people: Annotated[
+        int | None, typer.Option(min=8, help="Number of people in the training images.")
+    ] = None,
+    begin: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a pipeline whose U-Net the base model starts from."),
+    ] = None,
     device: Device = None,
     resume: Annotated[
         bool,
@@ -56,7 +63,7 @@ def build(
     from openpulid.mini.train import build as builder
 
     names = [*(part or []), *([method] if method else [])]
-    builder.build(names or None, minutes=minutes, device=device, fresh=not resume)
+    builder.build(names or None, minutes, device, fresh=not resume, people=people, begin=begin)
 
 
 @mini.command()

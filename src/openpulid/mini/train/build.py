@@ -22,6 +22,7 @@ from openpulid.mini.train.baseline_stages import BASELINE_STAGES
 from openpulid.mini.train.build_context import BuildContext, Stage
 from openpulid.mini.train.stages import STAGES
 from openpulid.pipelines.presets import MINIATURE
+from openpulid.world.dataset import Plan
 
 
 def build(
@@ -30,6 +31,8 @@ def build(
     device: str | None = None,
     fresh: bool = False,
     *,
+    people: int | None = None,
+    begin: Path | None = None,
     runs: Path = Path("runs/mini"),
     weights: Path = MINIATURE,
     report: Path = Path("benchmarks/mini-build.json"),
@@ -42,6 +45,9 @@ def build(
             by default those. Rendering the world ignores the budget.
         device: where to compute; by default the best device.
         fresh: delete earlier runs of the stages first.
+        people: number of people in the training images; by default that of `Plan`.
+        begin: folder of a pipeline whose U-Net the base model starts from; by default it starts
+            from nothing.
         runs: folder of datasets, checkpoints and sample sheets.
         weights: folder where the weights are written.
         report: JSON file to which the figures are appended.
@@ -61,7 +67,9 @@ def build(
         if fresh:
             shutil.rmtree(runs / stage.name, ignore_errors=True)
         budget = stage.minutes if minutes is None else minutes * stage.minutes / usual_minutes
-        context = BuildContext(runs, weights, torch_device, budget)
+        context = BuildContext(runs, weights, torch_device, budget, begin=begin)
+        if people is not None:
+            context.plan = Plan(people=people)
         results[stage.name] = stage.train(context)
         append_figures(report, stage.name, results[stage.name], context)
     return results

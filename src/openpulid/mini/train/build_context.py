@@ -37,6 +37,8 @@ class BuildContext:
         plan: plan of the training images.
         held_out_plan: plan of the images of held-out people.
         portrait_plan: plan of the images of many people in simple scenes.
+        begin: folder of a pipeline whose U-Net the base model starts from; None starts from
+            nothing.
     """
 
     runs: Path
@@ -49,6 +51,7 @@ class BuildContext:
     portrait_plan: Plan = field(
         default_factory=lambda: Plan(people=6144, scenes=2, seed=3, portraits=True)
     )
+    begin: Path | None = None
 
     @cached_property
     def data(self) -> WorldDataset:
@@ -122,7 +125,18 @@ class BuildContext:
         Raises:
             WeightsError: the model is not trained yet.
         """
-        folder = self.weights.joinpath(*names)
+        return self._load_folder(cls, self.weights.joinpath(*names))
+
+    def load_first_model(self, cls: Any, name: str) -> Any:
+        """Load a model of the pipeline in `begin`, as `load_model` does.
+
+        Raises:
+            WeightsError: there is none.
+        """
+        assert self.begin is not None
+        return self._load_folder(cls, self.begin / name)
+
+    def _load_folder(self, cls: Any, folder: Path) -> Any:
         if not (folder / "config.json").exists():
             raise WeightsError(
                 f"{folder} does not exist yet; run the earlier stages of `pulid mini build` first."

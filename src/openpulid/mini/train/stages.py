@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from openpulid.mini.train.adapter_stage import train_adapter
-from openpulid.mini.train.autoencoder_stage import train_autoencoder
+from openpulid.mini.train.base_stage import train_base
 from openpulid.mini.train.baseline_stages import train_probe
 from openpulid.mini.train.build_context import Stage
 from openpulid.mini.train.clip_stages import train_clip, train_vision_encoder
@@ -14,8 +14,8 @@ from openpulid.mini.train.face_stages import (
     train_detector,
     train_recognition,
 )
-from openpulid.mini.train.unet_stages import train_base, train_student
-from openpulid.mini.train.world_stage import render_world
+from openpulid.mini.train.image_stages import render_world, train_autoencoder
+from openpulid.mini.train.student_stage import train_student
 
 STAGES: list[Stage] = [
     Stage("world", 12, render_world),

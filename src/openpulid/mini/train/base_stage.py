@@ -1,33 +1,26 @@
-"""Build stages of the text-to-image base model and its few-step student."""
+"""Build stage of the text-to-image base model."""
 
 from __future__ import annotations
 
 import shutil
-from copy import deepcopy
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from openpulid.mini.data import Captions, Latents, PairDataset
 from openpulid.mini.evaluation.image_evaluator import ImageEvaluator
 from openpulid.mini.models import TextEncoders, build_pipeline, build_unet, save_folder
 from openpulid.mini.train.build_context import (
     BuildContext,
-    make_progress_printer,
     stamp,
 )
-from openpulid.mini.train.distill import STUDENT_TIMESTEPS, LightningTask, TeacherTrajectories
+from openpulid.mini.train.latent_space import load_first_unet
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.mini.train.unet import BaseTask, TrainingImages
-from openpulid.training import TrainerConfig, autocast
+from openpulid.training import TrainerConfig
 
 NUM_PAIRS = 16_384
 """Images of two people; they are half as many as the training shows of them."""
-NUM_TRAJECTORIES = 4096
-"""Trajectories of the teacher; they take about nine minutes on two cores."""
-DISTILLATION_TIME_SHARE = 0.6
-"""Share of the student's time budget that is left for training after the trajectories."""
 
 
 def train_base(context: BuildContext) -> dict[str, float]:
@@ -55,13 +48,16 @@ def train_base(context: BuildContext) -> dict[str, float]:
         context.load_latents("world-pairs", data), context.load_captions("world-pairs", data=data)
     )
     text_encoders = context.load_text_encoders()
-    evaluator = _load_evaluator(context, text_encoders)
-    unet = build_unet(
-        images.latents.images.shape[1],
-        text_encoders.width,
-        text_encoders.second.config.projection_dim,
-        size=images.latents.images.shape[-1],
-    )
+    evaluator = load_evaluator(context, text_encoders)
+    if context.begin is None:
+        unet = build_unet(
+            images.latents.images.shape[1],
+            text_encoders.width,
+            text_encoders.second.config.projection_dim,
+            size=images.latents.images.shape[-1],
+        )
+    else:
+        unet = load_first_unet(context, evaluator.vae)
     is_compiled = can_compile(context.device)
     task = BaseTask(unet, text_encoders, images, pairs, evaluator, compiled=is_compiled)
     context.train("base", task, config)
@@ -74,47 +70,16 @@ def train_base(context: BuildContext) -> dict[str, float]:
     return evaluator.evaluate(unet)
 
 
-def train_student(context: BuildContext) -> dict[str, float]:
-    """Compute trajectories of the base model and train its 4-step student on them."""
-    config = TrainerConfig(
-        steps=60_000,
-        lr=1e-3,
-        optimizer="muon",
-        warmup=50,
-        decay=0.5,
-        ema=0.998,
-        seed=5,
-        validate_every=2000,
-    )
-    torch.manual_seed(config.seed)
-    text_encoders = context.load_text_encoders()
-    teacher = context.load_model(UNet2DConditionModel, "pipeline", "unet").to(
-        memory_format=torch.channels_last
-    )
-    with autocast(context.device):
-        trajectories = TeacherTrajectories.build(
-            teacher,
-            text_encoders,
-            context.load_captions(),
-            NUM_TRAJECTORIES,
-            context.runs / "lightning" / "trajectories",
-            on_progress=make_progress_printer("trajectories"),
-        )
-    student = deepcopy(teacher).requires_grad_(True)
-    evaluator = _load_evaluator(
-        context, text_encoders, steps=STUDENT_TIMESTEPS, guidance=1.0, order=1
-    )
-    is_compiled = can_compile(context.device)
-    task = LightningTask(student, text_encoders, trajectories, evaluator, compiled=is_compiled)
-    context.train("lightning", task, config, DISTILLATION_TIME_SHARE)
-    save_folder(student, context.weights / "lightning")
-    stamp(context.weights / "lightning", context.describe_training("lightning", config))
-    return evaluator.evaluate(student)
-
-
-def _load_evaluator(
+def load_evaluator(
     context: BuildContext, text_encoders: TextEncoders, **options: Any
 ) -> ImageEvaluator:
+    """Load the evaluator of the base model and its student.
+
+    Args:
+        context: of the build.
+        text_encoders: of the pipeline.
+        **options: other attributes of the evaluator, such as the number of steps.
+    """
     return ImageEvaluator.load(
         context.weights,
         context.device,
