@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from base64 import b64encode
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from openpulid.identity.identity import Identity
+from openpulid.io.images import open_mask
 from openpulid.web import page as web
 from openpulid.web.server import launch_options
 from openpulid.world.gallery import render_portrait
-from tests.web.test_page import free_port
+from tests.web.page_scripts import DROPPED_FILE, FOCUSED, LOW_CONTRAST, OUTSIDE
+from tests.web.page_support import free_port
 
 pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -24,15 +29,9 @@ CHROMIUM = next(
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium: install the package chromium or google-chrome"
 )
-FOCUSED = """(() => {
-  const element = document.activeElement;
-  return element.innerText || element.getAttribute("aria-label")
-    || element.closest("label")?.innerText || "";
-})()"""
-"""The name of the component that has the focus."""
-
 WAIT = 60_000
 """Milliseconds; the machine may be busy."""
+playwright.expect.set_options(timeout=WAIT)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +61,21 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return files
 
 
+@pytest.fixture(scope="module")
+def visitor(browser: Any) -> Iterator[Any]:
+    """The browser of one visitor, which keeps the page's code."""
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def page(browser: Any, url: str) -> Iterator[Any]:
-    """A new visitor."""
-    yield from open_page(browser, url, viewport={"width": 1280, "height": 1000})
+def page(visitor: Any, url: str) -> Iterator[Any]:
+    """A new tab of the same visitor."""
+    yield from open_page(visitor, url)
 
 
-def open_page(browser: Any, url: str, **options: Any) -> Iterator[Any]:
-    context = browser.new_context(**options)
+def open_page(context: Any, url: str) -> Iterator[Any]:
     context.set_default_timeout(WAIT)
     tab = context.new_page()
     errors: list[str] = []
@@ -79,13 +85,17 @@ def open_page(browser: Any, url: str, **options: Any) -> Iterator[Any]:
     tab.goto(url)
     button(tab, "Generate").wait_for()
     yield tab
-    context.close()
+    tab.close()
     assert errors == []
     assert [sent for sent in requests if not sent.startswith((url, "data:", "blob:"))] == []
 
 
 def button(page: Any, name: str) -> Any:
     return page.get_by_role("button", name=name, exact=True)
+
+
+def open_panel(page: Any, name: str) -> None:
+    page.get_by_role("button", name=name).filter(visible=True).first.click()
 
 
 def prompt(page: Any) -> Any:
@@ -155,16 +165,58 @@ def test_person_generated_with_and_without_identity(page: Any, people: list[Path
     playwright.expect(page.get_by_label("Seed")).to_have_value("18446744073709551615")
 
 
-def test_error_is_shown_and_old_images_stay(page: Any) -> None:
+def test_error_is_shown_in_its_place_and_old_images_stay(page: Any) -> None:
     generate(page)
     source = images(page).first.get_attribute("src")
     prompt(page).fill("portrait, spaceship")
     button(page, "Generate").click()
     assert "does not know 'spaceship'" in message(page, "error")
+    assert "does not know 'spaceship'" in page.locator(".mark .error").inner_text()
     assert images(page).first.get_attribute("src") == source
     prompt(page).fill("portrait")
+    open_panel(page, "More options")
+    steps = page.get_by_label("Steps", exact=True)
+    steps.fill("0")
+    open_panel(page, "More options")
+    steps.wait_for(state="hidden")
+    button(page, "Generate").click()
+    mark = page.locator(".mark .error").filter(has_text="Steps must be at least 1")
+    mark.wait_for()  # the panel around it is open again
+    playwright.expect(mark).to_be_in_viewport()
+    assert "Steps must be at least 1 on this page" in message(page, "error")
+    steps.fill("4")
     assert generate(page).startswith("1 image in")
-    assert page.locator("#message .error").count() == 0
+    assert page.locator("#message .error").count() == page.locator(".mark .error").count() == 0
+
+
+def test_files_get_lines_for_their_values(page: Any, tmp_path: Path) -> None:
+    open_panel(page, "LoRA and textual inversion")
+    for name, text, number, line in (
+        ("film.safetensors", "LoRAs and their scales", 0, "film.safetensors:1"),
+        ("noir.safetensors", "Words of textual inversion", 1, "noir.safetensors:noir"),
+    ):
+        (tmp_path / name).write_bytes(b"no weights")
+        inputs = page.locator("#shared input[type=file][accept='.safetensors'][multiple]")
+        inputs.nth(number).set_input_files(tmp_path / name)
+        playwright.expect(page.get_by_label(text)).to_have_value(line)
+    button(page, "Generate").click()
+    mark = page.locator(".mark .error")
+    mark.wait_for()
+    assert mark.inner_text().startswith("film.safetensors ")
+
+
+def test_identity_is_saved(page: Any, people: list[Path], tmp_path: Path) -> None:
+    upload(page, "#person", people[0])
+    page.locator("#person .thumbnail-lg").wait_for()
+    button(page, "Save identity").click()
+    saved = button(page, "Download anna.safetensors")
+    saved.wait_for()
+    with page.expect_download() as download:
+        saved.click()
+    download.value.save_as(tmp_path / "anna.safetensors")
+    identity = Identity.load(tmp_path / "anna.safetensors")
+    assert download.value.suggested_filename == "anna.safetensors"
+    assert identity.fingerprint
 
 
 def test_words_are_inserted_and_replaced(page: Any) -> None:
@@ -175,23 +227,46 @@ def test_words_are_inserted_and_replaced(page: Any) -> None:
     playwright.expect(prompt(page)).to_have_value("portrait, laughing, poster")
 
 
-def test_two_people_in_drawn_regions(page: Any, people: list[Path]) -> None:
+def test_two_people_in_their_regions(page: Any, people: list[Path], tmp_path: Path) -> None:
     page.get_by_role("tab", name="Several people").click()
     for number, file in enumerate(people):
-        upload(page, "#people", file, number)
-        page.locator("#people .thumbnail-lg").nth(number).wait_for()
+        upload(page, "#group", file, number)
+        page.locator("#group .thumbnail-lg").nth(number).wait_for()
     for number in (0, 1):
-        page.get_by_label("Region").nth(number).click()
-        page.get_by_role("option", name="drawn below").last.click()
+        choose_region(page, number, "drawn below")
     button(page, "Generate").click()
     assert "Region of person 1 is not drawn yet; draw it below in red" in message(page, "error")
-    editor = page.locator("#people")
+    playwright.expect(page.locator(".mark .error")).to_be_in_viewport()
+    editor = page.locator("#group")
     button(editor, "Brush").click()
-    paint(page, "#people", 0.42, 0.42)
+    paint(page, "#group", 0.42, 0.42)
     button(editor, "Color").click()
     editor.locator("button.color").nth(1).click()
-    paint(page, "#people", 0.58, 0.58)
+    paint(page, "#group", 0.58, 0.58)
+    button(page, "Download the regions").click()
+    files = page.locator("#regions a[download]")
+    playwright.expect(files).to_have_count(2)
+    masks = []
+    for number in (0, 1):
+        with page.expect_download() as download:
+            files.nth(number).click()
+        masks.append(tmp_path / download.value.suggested_filename)
+        download.value.save_as(masks[-1])
+    assert [mask.name for mask in masks] == ["region-1.png", "region-2.png"]
+    red, blue = (open_mask(mask).getbbox() for mask in masks)
+    assert red is not None and blue is not None and red[2] < 256 < blue[0]
+    open_panel(page, "Draw the regions")  # close it: a canvas is drawn all the time
     assert generate(page).startswith("1 image in")
+    choose_region(page, 0, "a mask file")
+    upload(page, ".mask-file", masks[0])
+    page.get_by_label("Region").nth(1).fill("0.5,0,1,1")
+    page.get_by_label("Region").nth(1).press("Tab")
+    assert generate(page).startswith("1 image in")
+
+
+def choose_region(page: Any, number: int, name: str) -> None:
+    page.get_by_label("Region").nth(number).click()
+    page.get_by_role("option", name=name).last.click()
 
 
 def test_image_is_edited_where_it_is_painted(page: Any, people: list[Path]) -> None:
@@ -210,11 +285,18 @@ def test_image_is_edited_where_it_is_painted(page: Any, people: list[Path]) -> N
     difference = [abs(a - b) for a, b in zip(before.tobytes(), after.tobytes(), strict=True)]
     changed = sum(value > 0 for value in difference) / len(difference)
     assert 0.05 < changed < 0.6
+    page.get_by_label("Several people").check()
+    playwright.expect(page.locator("#person")).to_be_hidden()
+    open_panel(page, "Draw the regions")
+    button(page.locator("#group"), "Brush").wait_for()
+    button(page, "Draw on the image to edit").click()
+    button(page.locator("#group"), "Brush Size").wait_for(state="attached")
+    page.wait_for_timeout(500)
+    shown = Image.open(BytesIO(page.locator("#group canvas").first.screenshot())).convert("RGB")
+    assert len(shown.getcolors(1 << 20)) > 200  # the photo, not an empty canvas
 
 
 def read_image(page: Any, source: str) -> Image.Image:
-    from io import BytesIO
-
     return Image.open(BytesIO(page.request.get(source).body())).convert("RGB")
 
 
@@ -238,10 +320,19 @@ def test_generated_image_is_edited_and_its_settings_come_back(page: Any) -> None
     assert "are restored" in message(page, "status")
 
 
-def test_history_of_another_browser_is_empty(page: Any) -> None:
-    page.get_by_role("tab", name="History").click()
-    page.wait_for_timeout(500)
-    assert page.get_by_role("tabpanel").locator(".thumbnail-lg").count() == 0
+def test_dropped_image_restores_its_settings(page: Any) -> None:
+    prompt(page).fill("portrait, photo, winking")
+    page.get_by_label("Seed").fill("8")
+    generate(page)
+    content = page.request.get(images(page).first.get_attribute("src")).body()
+    page.reload()
+    button(page, "Generate").wait_for()
+    open_panel(page, "Restore the settings of an image")
+    data = page.evaluate_handle(DROPPED_FILE, b64encode(content).decode())
+    page.locator("#restore button").first.dispatch_event("drop", {"dataTransfer": data})
+    playwright.expect(prompt(page)).to_have_value("portrait, photo, winking")
+    playwright.expect(page.get_by_label("Seed")).to_have_value("8")
+    assert "The settings of image.png are restored" in message(page, "status")
 
 
 def test_stop_keeps_finished_images(page: Any) -> None:
@@ -275,19 +366,31 @@ def test_keyboard_alone_is_enough(page: Any) -> None:
 def test_narrow_screen(browser: Any, url: str, scheme: str) -> None:
     """Nothing is wider than a telephone, and texts are legible in both schemes."""
     viewport = {"width": 390, "height": 844}
-    for tab in open_page(browser, url, viewport=viewport, color_scheme=scheme, has_touch=True):
-        for name in ("Create", "Edit", "Several people"):
-            tab.get_by_role("tab", name=name).click()
-            tab.wait_for_timeout(200)
-            width = tab.evaluate("document.documentElement.scrollWidth")
-            assert width <= 390, name
-        tab.get_by_role("tab", name="Create").click()
+    context = browser.new_context(viewport=viewport, color_scheme=scheme, has_touch=True)
+    for tab in open_page(context, url):
+        for panel in ("Identity file, or which face", "More options", "Small faces", "ControlNet"):
+            open_panel(tab, panel)
         generate(tab)
         box = images(tab).first.bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+        for name in ("Edit", "Several people", "History", "About", "Create"):
+            tab.get_by_role("tab", name=name).click()
+            if name == "History":
+                tab.locator("#past .thumbnail-lg").first.wait_for()
+                assert tab.locator("#past .thumbnail-lg").count() == 1  # that of this visitor
+                button(tab, "Delete all").click(trial=True)
+            if name == "About":
+                last = tab.get_by_text("keep it like a photo of the person")
+                last.scroll_into_view_if_needed()
+                playwright.expect(last).to_be_in_viewport()
+            tab.wait_for_timeout(200)
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 390, name
+            assert tab.evaluate(OUTSIDE) == [], name
+            assert tab.evaluate(LOW_CONTRAST) == {}, name
         background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         brightness = sum(map(int, background.removeprefix("rgb(").rstrip(")").split(",")[:3]))
         assert (brightness < 200) == (scheme == "dark")
+    context.close()
 
 
 def test_every_control_has_a_label(page: Any) -> None:

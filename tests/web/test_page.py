@@ -19,15 +19,13 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
 from PIL import Image
-from safetensors.torch import save_file
 
 from openpulid.cli.web import web as web_command
 from openpulid.errors import FaceError, IdentityError, ImageError, OptionError
 from openpulid.identity.detection import MiniFaceDetection
 from openpulid.identity.identity import Identity
-from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS
+from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.io.images import open_image
 from openpulid.io.serving import check_address
 from openpulid.pipelines.presets import (
@@ -41,16 +39,14 @@ from openpulid.pipelines.presets import (
     with_method,
 )
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request import (
     GenerationRequest,
     IdentityOptions,
     ModelSelection,
     parse_size,
 )
-from openpulid.pipelines.request_inputs import Control, Embedding, InitImage, Lora, Person
+from openpulid.pipelines.request_inputs import InitImage, Person
 from openpulid.pipelines.weights import (
-    find_installed,
     find_installed_methods,
     find_installed_presets,
     missing_weights,
@@ -59,15 +55,15 @@ from openpulid.web import page as web
 from openpulid.web import prompts
 from openpulid.web.about import describe_preset
 from openpulid.web.fields import FIELDS
-from openpulid.web.form import DRAWN, FormValues, adapt_message, image_paths
+from openpulid.web.form import FormValues, image_paths
 from openpulid.web.generation import generate_images
 from openpulid.web.history import MAX_KEPT, History
 from openpulid.web.inputs import draw_faces
-from openpulid.web.masks import COLOR_NAMES, COLORS, PAINT
+from openpulid.web.labels import adapt_message
 from openpulid.web.messages import error_html
 from openpulid.web.network import without_proxy
 from openpulid.web.notes import show_notes
-from openpulid.web.restore import _find_preset, read_values
+from openpulid.web.restore import _find_preset
 from openpulid.web.server import launch_options
 from openpulid.web.session import WebSession
 from openpulid.web.sizes import list_sizes
@@ -82,59 +78,22 @@ from gradio.components.image_editor import EditorData  # noqa: E402
 from gradio.data_classes import FileData, ImageData  # noqa: E402
 from gradio_client import handle_file  # noqa: E402
 
+from openpulid.web.components import build_field  # noqa: E402
 from openpulid.web.events import DELETE_CACHE  # noqa: E402
-from openpulid.web.layout import build_field, build_layout  # noqa: E402
+from openpulid.web.layout import build_layout  # noqa: E402
 from openpulid.web.people import preview_faces  # noqa: E402
 from openpulid.web.run import run_generation  # noqa: E402
 from openpulid.web.settings import restore_settings  # noqa: E402
-
-SETTINGS: dict[str, Any] = {
-    "prompt": "portrait, photo, smiling",
-    "preset": "mini-lightning",
-    "method": "pulid",
-    "scale": 1.0,
-    "num_images": 1,
-    "num_inference_steps": 4,
-    "guidance_scale": 1.0,
-    "seed": "3",
-}
-
-
-def build_request(session: WebSession, directory: Path, **values: Any) -> GenerationRequest:
-    """Build the request of a form."""
-    form = FormValues({**SETTINGS, **values})
-    preset = session.preset(session.select_models(form.preset, form.method))
-    return form.to_request(preset, directory)
-
-
-def generate(session: WebSession, **values: Any) -> list[PageImage]:
-    """Send the form to a session, as the page does."""
-    request = build_request(session, session.directory, **values)
-    return generate_images(session, request, bool(values.get("also_without_identity")))
-
-
-def run_page(session: WebSession, **values: Any) -> list[dict[str, Any]]:
-    """Run the generation of a page, and return its updates by the names of components."""
-    with gradio.Blocks():
-        page = build_layout(session)
-    names = {component: name for name, component in page.parts.items()}
-    updates = run_generation(session, page, {**SETTINGS, **values}, lambda *_, **__: None)
-    return [{names[part]: value for part, value in update.items()} for update in updates]
-
-
-def message_of(updates: list[dict[str, Any]]) -> str:
-    return str(updates[-1]["message"])
-
-
-def pixels(image: PageImage | str) -> bytes:
-    return Image.open(image.file if isinstance(image, PageImage) else image).tobytes()
-
-
-@pytest.fixture(scope="module")
-def anna(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("people") / "anna.png"
-    render_portrait(1_000_007).save(file)
-    return file
+from tests.web.page_support import (  # noqa: E402
+    SETTINGS,
+    build_request,
+    draw,
+    free_port,
+    generate,
+    message_of,
+    pixels,
+    run_page,
+)
 
 
 @pytest.fixture(scope="module")
@@ -161,12 +120,6 @@ def call(client: Any, **values: Any) -> tuple[list[dict[str, Any]], str, str]:
         **{**empty, **SETTINGS, **values}, api_name="/generate"
     )
     return gallery.get("value", []), message, archive
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -501,40 +454,6 @@ def test_form_and_request(tmp_path: Path, anna: Path) -> None:
     )
 
 
-def draw(path: Path, **areas: tuple[int, int, int, int]) -> dict[str, Any]:
-    """Return the value of an editor with areas in the colors of people, or of paint."""
-    layer = Image.new("RGBA", (100, 100))
-    for color, box in areas.items():
-        shade = PAINT if color == "paint" else COLORS[COLOR_NAMES.index(color)]
-        layer.paste((*shade, 190 if color == "paint" else 255), box)
-    layer.save(path)
-    return {"background": None, "layers": [str(path)], "composite": None}
-
-
-def test_several_people_side_by_side_or_in_drawn_regions(tmp_path: Path, anna: Path) -> None:
-    session = WebSession(tmp_path)
-    people = {f"person{k}_reference_images": [(str(anna), None)] for k in (1, 3)}
-    people["person3_scale"] = 0.5
-    request = build_request(session, tmp_path, mode="people", **people)
-    assert [person.box for person in request.people] == [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
-    assert [person.scale for person in request.people] == [None, 0.5]
-    regions = draw(tmp_path / "layer.png", red=(0, 0, 40, 100), green=(60, 0, 100, 100))
-    drawn = {"person1_region": DRAWN, "person3_region": DRAWN, "regions": regions}
-    request = build_request(session, tmp_path, mode="people", **people, **drawn)
-    masks = [Image.open(person.mask or "") for person in request.people]
-    assert [mask.getbbox() for mask in masks] == [(0, 0, 40, 100), (60, 0, 100, 100)]
-    (image,) = generate(session, mode="people", **people, **drawn)
-    assert len(Provenance.read(image.file).request.people) == 2
-    with pytest.raises(OptionError, match="is not drawn yet; draw it below in blue"):
-        build_request(
-            session,
-            tmp_path,
-            mode="people",
-            person2_reference_images=[(str(anna), None)],
-            person2_region=DRAWN,
-        )
-
-
 def test_edit_changes_only_what_is_painted(tmp_path: Path, anna: Path) -> None:
     session = WebSession(tmp_path)
     painted = draw(tmp_path / "layer.png", paint=(0, 0, 100, 30))
@@ -578,32 +497,9 @@ def test_settings_of_an_image_are_restored(tmp_path: Path, anna: Path) -> None:
     assert shown("person2_scale") == 0.5
     message = updates[page.parts["message"]]
     assert "Add the same files again: anna.png." in message
-    # nothing is opened because an image names it
+    # nothing is opened because an image names it, and other files would give another image
+    assert updates[page.values["loras"]] is updates[page.values["second_control_image"]] is None
     assert page.values["person1_reference_images"] not in updates
-
-
-def test_settings_without_a_component_are_refused(tmp_path: Path, anna: Path) -> None:
-    """A setting that is dropped without a word would give another image."""
-    preset = mini()
-    request = GenerationRequest("portrait", people=[Person(images=[anna])], seed=1)
-    request = preset.resolve(request)
-    assert read_values(request, preset)["scale"] == request.identity.scale
-
-    def changed(**changes: Any) -> GenerationRequest:
-        return GenerationRequest.model_validate({**request.model_dump(), **changes})
-
-    own = changed(people=[Person(images=[anna], scale=0.4)])
-    assert read_values(own, preset)["scale"] == 0.4
-    for unknown, words in (
-        (changed(refine_faces={"strength": 0.9}), "a second pass on faces with its own strength"),
-        (
-            changed(people=[Person(images=[anna], face_index=0, face_order="left-right")]),
-            "faces counted in another order",
-        ),
-    ):
-        with pytest.raises(OptionError, match=words):
-            read_values(unknown, preset)
-    assert read_values(changed(refine_faces=True), preset)["refine_faces"] is True
 
 
 @pytest.mark.parametrize(
@@ -621,16 +517,6 @@ def test_models_of_another_page_are_refused(
     provenance = Provenance.create(GenerationRequest("portrait", model=model), {})
     with pytest.raises(OptionError, match=f"{words}, which this page does not have"):
         _find_preset(WebSession(tmp_path), provenance)
-
-
-def test_image_without_settings_is_refused(tmp_path: Path, anna: Path) -> None:
-    session = WebSession(tmp_path)
-    with gradio.Blocks():
-        page = build_layout(session)
-    updates = restore_settings(session, page, str(anna))
-    assert list(updates) == [page.parts["message"]]
-    assert "anna.png contains no generation parameters" in updates[page.parts["message"]]
-    assert str(anna.parent) not in updates[page.parts["message"]]
 
 
 def test_history_shows_only_own_images(tmp_path: Path) -> None:
@@ -733,7 +619,7 @@ def test_uploads_are_decoded_in_a_child_process(
     with pytest.raises(ImageError, match=r"anna\.png: takes longer than 0\.001 s to decode"):
         generate(session, reference_images=[(str(anna), None)])
     with pytest.raises(ImageError, match="takes longer"):
-        draw_faces(session, [str(anna)], None, session.models)
+        draw_faces(session, Person(images=[anna]), session.models)
 
 
 def test_messages_name_uploads_and_buttons(tmp_path: Path) -> None:
@@ -804,7 +690,7 @@ def test_same_image_is_analyzed_once_and_before_the_base_is_loaded(
 
     monkeypatch.setattr(MiniFaceDetection, "detect", count)
     session = WebSession(tmp_path)
-    draw_faces(session, [str(anna)], None, session.select_models("mini-lightning"))
+    draw_faces(session, Person(images=[anna]), session.select_models("mini-lightning"))
     assert session._studio is None
     uploads = [(str(anna), None)]
     files = [generate(session, reference_images=uploads)[0] for _ in range(2)]
@@ -837,79 +723,6 @@ def test_session_has_one_studio_at_a_time(tmp_path: Path, anna: Path) -> None:
     with pytest.raises(OptionError, match="prompt must not be empty"):
         generate(session, prompt=" ")
     assert session.studio(session.select_models("mini")) is not studio
-
-
-def test_controlnet_with_a_person(
-    tmp_path: Path, anna: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = WebSession(tmp_path)
-    torch.manual_seed(0)
-    studio = session.studio(session.select_models("mini-lightning"))
-    net = ControlNetModel.from_unet(studio.pipe.unet)
-    for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
-        torch.nn.init.normal_(layer.weight, std=0.05)
-    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert find_installed(PUBLISHED_CONTROLS) == []
-    net.save_pretrained(tmp_path / WEIGHTS["control-edges"].repo.split("/")[-1])
-    assert find_installed(PUBLISHED_CONTROLS) == ["control-edges"]
-    person = {"reference_images": [(str(anna), None)]}
-    control = {"control": "control-edges", "control_image": str(anna), "control_scale": 0.5}
-    (plain,) = generate(session, **person)
-    (controlled,) = generate(session, **person, **control)
-    (again,) = generate(session, **person)
-    assert pixels(controlled) != pixels(plain) == pixels(again)
-    request = Provenance.read(controlled.file).request
-    assert request.controls == (Control("control-edges", "anna.png", scale=0.5),)
-    with pytest.raises(OptionError, match=r"controls\.0\.model is missing"):
-        generate(session, **person, control_image=str(anna))
-    second = {f"second_{name}": value for name, value in control.items()}
-    second |= {"second_control_map": "ready", "second_control_end": 0.5}
-    (both,) = generate(session, **person, **control, **second)
-    assert pixels(both) not in (pixels(controlled), pixels(plain))
-    request = Provenance.read(both.file).request
-    assert request.controls[1] == Control(
-        "control-edges", "anna.png", scale=0.5, end=0.5, is_map=True
-    )
-    values = read_values(request, PRESETS["mini"]())
-    assert values["second_control_map"] == "ready" and values["second_control_end"] == 0.5
-    assert values["control_map"] == "" and values["control"] == "control-edges"
-
-
-def test_lora_and_textual_inversion(tmp_path: Path) -> None:
-    session = WebSession(tmp_path)
-    pipe = session.studio(session.models).pipe
-    lora, word = tmp_path / "bold.safetensors", tmp_path / "sketchy.safetensors"
-    layer = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-    width_out, width_in = pipe.unet.get_submodule(layer).weight.shape
-    random = torch.Generator().manual_seed(0)
-    sides = {"A": (4, width_in), "B": (width_out, 4)}
-    save_file(
-        {
-            f"unet.{layer}.lora_{side}.weight": torch.randn(shape, generator=random)
-            for side, shape in sides.items()
-        },
-        lora,
-    )
-    encoders = {"clip_l": pipe.text_encoder, "clip_g": pipe.text_encoder_2}
-    save_file(
-        {
-            name: torch.randn(1, encoder.config.hidden_size, generator=random)
-            for name, encoder in encoders.items()
-        },
-        word,
-    )
-    files = {"loras": [str(lora)], "lora_scale": 1.5, "embeddings": [str(word)]}
-    (plain,) = generate(session, prompt="portrait")
-    (changed,) = generate(session, prompt="portrait, sketchy", **files)
-    assert pixels(changed) != pixels(plain)
-    request = Provenance.read(changed.file).request
-    assert request.loras == (Lora("bold.safetensors", scale=1.5),)
-    assert request.embeddings == (Embedding("sketchy.safetensors", token="sketchy"),)
-    assert read_values(request, PRESETS["mini"]())["lora_scale"] == 1.5
-    unequal = request.model_copy(update={"loras": (*request.loras, Lora("b", scale=0.5))})
-    with pytest.raises(OptionError, match="LoRAs of different scales, which this page"):
-        read_values(unequal, PRESETS["mini"]())
 
 
 def test_changes_apply_to_the_first_preset_alone(tmp_path: Path, anna: Path) -> None:

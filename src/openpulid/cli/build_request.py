@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
     from openpulid.pipelines.request import GenerationRequest
 
 DEFAULT_ORDER = "large-small"
-
-BOX = re.compile(r"[0-9.]+(,[0-9.]+){3}")
 
 
 def build_request(options: Mapping[str, Any]) -> GenerationRequest:
@@ -155,9 +152,10 @@ def _describe_source(paths: Sequence[str]) -> dict[str, Any]:
 
 def _describe_region(mask: str) -> dict[str, Any]:
     """Return the box or the mask file of a person."""
-    if BOX.fullmatch(mask):
-        return {"box": mask.split(",")}
-    return {"mask": mask}
+    from openpulid.pipelines.request_fields import split_box
+
+    box = split_box(mask)
+    return {"mask": mask} if box is None else {"box": box}
 
 
 def describe_init_image(

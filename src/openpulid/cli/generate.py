@@ -258,7 +258,8 @@ def generate(
     """
     with name_options():
         check_quoted(prompt, ctx.args)
-        output = ImageOutput(make_directory(out), name, not no_metadata, load_signer(ctx))
+        signer = load_signer(c2pa, c2pa_cert, c2pa_key)
+        output = ImageOutput(make_directory(out), name, not no_metadata, signer)
         if source is not None:
             files = collect_files(ctx)
             repeated = {name: ctx.params[name] or () for name in REPEATED_FILES}

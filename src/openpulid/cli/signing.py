@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from openpulid.cli.options import find_set_options
 from openpulid.errors import OptionError
 
 if TYPE_CHECKING:
@@ -35,26 +34,32 @@ Key = Annotated[
 ]
 
 
-def load_signer(ctx: typer.Context) -> ContentSigner | None:
+def load_signer(
+    is_signed: bool, certificate: Path | None, key: Path | None
+) -> ContentSigner | None:
     """Load the signer of a command's options; None without `--c2pa`.
+
+    Args:
+        is_signed: value of `--c2pa`.
+        certificate: file of `--c2pa-cert`.
+        key: file of `--c2pa-key`.
 
     Raises:
         OptionError: a file is missing, or cannot be used.
     """
-    certificate, key = ctx.params["c2pa_cert"], ctx.params["c2pa_key"]
-    if not ctx.params["c2pa"]:
-        if find_set_options(ctx).keys() & {"c2pa_cert", "c2pa_key"}:
+    if not is_signed:
+        if certificate is not None or key is not None:
             raise OptionError("--c2pa-cert and --c2pa-key only have an effect with --c2pa; add it.")
         return None
     from openpulid.io.content_credentials import ContentSigner, require_library
 
     require_library()
-    certificate = certificate or os.environ.get(CERTIFICATE_VARIABLE)
-    key = key or os.environ.get(KEY_VARIABLE)
-    if certificate is None or key is None:
+    certificate_file = certificate or os.environ.get(CERTIFICATE_VARIABLE)
+    key_file = key or os.environ.get(KEY_VARIABLE)
+    if certificate_file is None or key_file is None:
         raise OptionError(
             "--c2pa needs a certificate and its key: pass --c2pa-cert FILE and --c2pa-key FILE, or "
             f"set {CERTIFICATE_VARIABLE} and {KEY_VARIABLE}; an authority of the C2PA trust list "
             "issues them, and docs/provenance.md shows how to create some for a test."
         )
-    return ContentSigner.load(certificate, key)
+    return ContentSigner.load(certificate_file, key_file)

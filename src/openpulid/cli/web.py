@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from openpulid.cli.options import Base, Device, FacePack, Memory, name_options, print_status
+from openpulid.cli.signing import Certificate, Key, Sign, load_signer
 from openpulid.errors import OptionError
 
 
@@ -25,6 +26,9 @@ def web(
         str, typer.Option(help="Address to serve; 0.0.0.0 is open to the whole network.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve.")] = 7860,
+    c2pa: Sign = False,
+    c2pa_cert: Certificate = None,
+    c2pa_key: Key = None,
     device: Device = None,
     history: Annotated[
         bool | None,
@@ -45,8 +49,15 @@ def web(
     check_address(host, port)
     changes = {"base": base, "memory": memory, "face_pack": faces, "adapter": adapter}
     options = {name: str(value) for name, value in changes.items() if value is not None}
-    has_history = is_loopback(host) if history is None else history
-    app = open_app(preset, device, has_history=has_history, **options)
+    is_private = is_loopback(host)
+    app = open_app(
+        preset,
+        device,
+        has_history=is_private if history is None else history,
+        allow_paths=is_private,
+        signer=load_signer(c2pa, c2pa_cert, c2pa_key),
+        **options,
+    )
     with without_proxy(), name_options(), app as blocks:
         try:
             blocks.launch(server_port=port, prevent_thread_lock=True, **launch_options(host))

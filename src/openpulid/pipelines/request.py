@@ -19,10 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from openpulid.errors import OptionError
 from openpulid.methods.pulid import Projection
 from openpulid.pipelines.request_fields import (
-    LONGEST_QUOTE,
     MAX_CONTROLS,
     MAX_FILES,
     MAX_GUIDANCE,
@@ -335,10 +333,10 @@ def parse_size(text: str) -> tuple[int, int]:
     """Parse WIDTHxHEIGHT.
 
     Raises:
-        OptionError: the text is no size.
+        RequestError: the text is no size.
     """
     match = re.fullmatch(r"\s*([0-9]{1,9})\s*[xX×*]\s*([0-9]{1,9})\s*", text)
     if match is None:
-        got = repr(text if len(text) <= LONGEST_QUOTE else text[:LONGEST_QUOTE] + "...")
-        raise OptionError(f"expected WIDTHxHEIGHT in pixels, got {got}.")
+        message = f"expected WIDTHxHEIGHT in pixels, got {quote(text)}."
+        raise RequestError(message, "width", "height")
     return int(match[1]), int(match[2])

@@ -81,6 +81,14 @@ def _check_box(box: tuple[float, float, float, float]) -> tuple[float, float, fl
     return box
 
 
+BOX = re.compile(r"[0-9.]+( *, *[0-9.]+){3}")
+
+
+def split_box(text: str) -> list[str] | None:
+    """Return the four numbers of a box LEFT,TOP,RIGHT,BOTTOM, unchecked; None for other texts."""
+    return text.split(",") if BOX.fullmatch(text) else None
+
+
 FilePath = Annotated[
     str,
     PlainValidator(_check_path),

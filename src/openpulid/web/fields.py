@@ -14,12 +14,13 @@ from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.request import (
     IDENTITY_NAMES,
     OPTION_NAMES,
+    FaceRefinement,
 )
 from openpulid.pipelines.request_fields import ResizeMode
 from openpulid.pipelines.request_part import RequestPart
 from openpulid.web.prompts import DEFAULT_PROMPT
 
-Section = Literal["prompt", "main", "more", "edit"]
+Section = Literal["prompt", "main", "more", "edit", "faces"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Field:
         limits: smallest and largest value on the page. One visitor's request keeps the others
             waiting, so these can be narrower than those of a request.
         settings: further arguments of the component.
+        alias: the name of the component, by default the last part of the path.
     """
 
     path: str
@@ -44,11 +46,12 @@ class Field:
     value: Any = None
     limits: tuple[float, float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    alias: str = ""
 
     @property
     def name(self) -> str:
         """The name of the component in the form, and of the parameter in the page's API."""
-        return self.path.rpartition(".")[2]
+        return self.alias or self.path.rpartition(".")[2]
 
     @property
     def is_option(self) -> bool:
@@ -72,6 +75,10 @@ class Field:
         if "choices" in self.settings:
             return self.settings["choices"][0]
         return 0 if self.component == "Number" else ""
+
+    def is_within_limits(self, value: Any) -> bool:
+        """Whether a value is one that the page offers."""
+        return self.limits is None or self.limits[0] <= value <= self.limits[1]
 
     def read(self, part: RequestPart) -> Any:
         """Return the value in a request, or in the defaults of a preset."""
@@ -152,8 +159,28 @@ FIELDS = (
         "refine_faces",
         "Refine small faces",
         "Checkbox",
-        "more",
+        "faces",
         settings={"info": "Each face that comes out small is painted again, enlarged."},
+    ),
+    Field(
+        "refine_faces.strength",
+        "Change of refined faces",
+        "Slider",
+        "faces",
+        FaceRefinement().strength,
+        (0.05, 1),
+        {"info": "The fraction of the steps that is run again."},
+        "refine_strength",
+    ),
+    Field(
+        "refine_faces.max_size",
+        "Largest face that is refined",
+        "Slider",
+        "faces",
+        FaceRefinement().max_size,
+        (0.05, 1),
+        {"info": "A fraction of the image's shorter side."},
+        "refine_size",
     ),
 )
 """All fields with one value, in the order of the page."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from openpulid.io.files import make_folder
 from openpulid.io.temporary import private_directory
@@ -17,21 +18,21 @@ UPLOAD_VARIABLE = "GRADIO_TEMP_DIR"
 
 @contextmanager
 def open_session(
-    device: str | None, models: ModelSelection, has_history: bool = False
+    device: str | None, models: ModelSelection, **options: Any
 ) -> Iterator[WebSession]:
     """Open a session whose images and uploads are private, and are removed at the end.
 
     Args:
         device: where to compute.
         models: the preset that is selected first, with its changes.
-        has_history: whether visitors can see again what they have generated.
+        options: further arguments of `WebSession`.
     """
     with (
         private_directory() as directory,
         _private_files(),
         _upload_to(directory / "uploads"),
     ):
-        yield WebSession(directory, device, models, has_history)
+        yield WebSession(directory, device, models, **options)
 
 
 @contextmanager

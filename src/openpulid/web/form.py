@@ -3,107 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openpulid.errors import OptionError
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.request import GenerationRequest, parse_size
-from openpulid.pipelines.request_fields import RequestError
+from openpulid.pipelines.request_fields import DEFAULT_FACE_ORDER, RequestError
 from openpulid.pipelines.request_inputs import Person
-from openpulid.web.add_ons import describe_add_ons
+from openpulid.web.add_ons import CONTROL_PREFIXES, describe_add_ons
 from openpulid.web.fields import FIELDS, Field
-from openpulid.web.masks import COLOR_NAMES, COLORS, PAINT, split_colors
+from openpulid.web.masks import PAINT, split_colors
+from openpulid.web.regions import PERSON_PREFIXES, describe_regions
 
-MAX_PEOPLE = 4
-"""People of the tab Several people. A request can have more."""
-
-PERSON_PREFIXES = tuple(f"person{number}_" for number in range(1, MAX_PEOPLE + 1))
-"""Of the names of the components of each person."""
-
-PERSON_COLORS = COLOR_NAMES
-"""The color in which the region of each person is drawn."""
-
-SIDE_BY_SIDE = "side by side"
-"""The region of a person that depends on how many people there are."""
-DRAWN = "drawn below"
-"""The region that is painted in the color of the person."""
-REGIONS = {
-    "left half": (0.0, 0.0, 0.5, 1.0),
-    "right half": (0.5, 0.0, 1.0, 1.0),
-    "upper half": (0.0, 0.0, 1.0, 0.5),
-    "lower half": (0.0, 0.5, 1.0, 1.0),
-}
-"""Boxes by name, as fractions of the image's sides."""
-
-
-def side_by_side(position: int, count: int) -> tuple[float, float, float, float]:
-    """Return the box of one of several people of equal width, counted from the left."""
-    return (position / count, 0.0, (position + 1) / count, 1.0)
-
-
-FIELD_LABELS = {entry.path: entry.label for entry in FIELDS} | {
-    "width": "width",
-    "height": "height",
-    "people.images": "Reference images",
-    "people.identity": "Identity file",
-    "people.face_index": "Face",
-    "people.mask": "Region",
-    "people.box": "Region",
-    "people.scale": "Scale of the person",
-    "init_image.image": "Image to edit",
-    "init_image.mask": "Painted area",
-    "controls": "ControlNet",
-    "controls.model": "ControlNet",
-    "controls.image": "Control image",
-    "controls.scale": "ControlNet scale",
-    "controls.kind": "What the control image shows",
-    "controls.is_map": "What the control image shows",
-    "controls.start": "ControlNet start",
-    "controls.end": "ControlNet end",
-    "style_image": "Style image",
-    "style_image.image": "Style image",
-    "style_image.model": "IP-Adapter",
-    "style_image.scale": "Style scale",
-    "loras": "LoRAs",
-    "loras.model": "LoRAs",
-    "loras.scale": "LoRA scale",
-    "embeddings": "Textual inversion",
-    "embeddings.file": "Textual inversion",
-    "embeddings.token": "Textual inversion",
-    "model.preset": "Preset",
-    "model.method": "Method",
-}
-"""Fields of a `GenerationRequest` and their labels on the page, for error messages."""
-
-PAGE_ADVICE = {
-    "`pulid world words` lists them": "see Words that the miniature knows",
-    "`pulid world person` draws one": "the button Invent a person draws one",
-    "create one: `pulid identify IMAGE -o FILE`": "add the reference images instead",
-    "re-create it from its images with `pulid identify` and this preset": (
-        "add the reference images instead"
-    ),
-    "create it again with `pulid identify`": "add the reference images instead",
-}
-"""Advice of messages for the command line, and the same for the page."""
+TYPED_PATHS = ("style_model", *(f"{prefix}control" for prefix in CONTROL_PREFIXES))
+"""Components in which a visitor can type a path, which messages show as it is."""
 
 Uploads = Sequence[tuple[str, str | None]] | None
 """Files of a gallery and their captions."""
-
-
-def adapt_message(message: str, files: Iterable[str]) -> str:
-    """Adapt a message to the page: names of uploads without folders, advice about buttons.
-
-    Args:
-        message: of an error or a warning.
-        files: the uploads of the form, whose folders are temporary.
-    """
-    for file in files:
-        message = message.replace(file, Path(file).name)
-    for advice, page_advice in PAGE_ADVICE.items():
-        message = message.replace(advice, page_advice)
-    return message
 
 
 class FormValues:
@@ -131,9 +48,22 @@ class FormValues:
         """The name of the method."""
         return self.values.get("method") or "pulid"
 
+    @property
+    def has_group(self) -> bool:
+        """Whether the form describes several people, each in a region."""
+        is_edited = self.mode == "edit"
+        return self.mode == "people" or (is_edited and bool(self.values.get("several")))
+
+    @property
+    def people(self) -> list[str]:
+        """The prefixes of the people of the request, in its order."""
+        prefixes = PERSON_PREFIXES if self.has_group else ("",)
+        return [prefix for prefix in prefixes if self.person(prefix)]
+
     def files(self) -> list[str]:
         """Return the files of all uploads."""
-        return list(_find_files(list(self.values.values())))
+        uploads = [value for name, value in self.values.items() if name not in TYPED_PATHS]
+        return list(_find_files(uploads))
 
     def person(self, prefix: str = "") -> dict[str, Any]:
         """Return one person as a part of a request; it is empty without a file.
@@ -145,104 +75,110 @@ class FormValues:
         identity = self.values.get(prefix + "identity_file")
         if not images and not identity:
             return {}
-        face_index = self.values.get(prefix + "face_index") or None
-        return {"images": images, "identity": identity, "face_index": face_index}
+        order = self.values.get(prefix + "face_order") or DEFAULT_FACE_ORDER
+        # in an order of one's own, the first face is a choice
+        default_index = None if order == DEFAULT_FACE_ORDER else 0
+        face_index = self.values.get(prefix + "face_index") or default_index
+        return {
+            "images": images,
+            "identity": identity,
+            "face_index": face_index,
+            "face_order": order,
+        }
 
     def reference(self, prefix: str = "") -> Person:
         """Return a person with reference images, see `person`.
 
         Raises:
-            OptionError: there are no images.
+            RequestError: there are no images.
         """
         person = self.person(prefix)
         if not person or person["identity"]:
-            raise OptionError("add reference images; an identity file contains no images.")
+            raise RequestError("add reference images; an identity file contains no images.")
         return Person.model_validate(person)
 
-    def to_request(self, preset: Preset, directory: Path) -> GenerationRequest:
+    def to_request(
+        self, preset: Preset, directory: Path, allow_paths: bool = False
+    ) -> GenerationRequest:
         """Build the request. Options with the preset's defaults are left out.
 
         Args:
             preset: the preset and method of the form.
             directory: where masks are written.
+            allow_paths: whether text fields may name files of the server.
 
         Raises:
-            OptionError: values are out of range or do not go together.
+            RequestError: values are out of range or do not go together.
         """
-        people = self._people(directory)
         data: dict[str, Any] = {
-            "people": people,
+            "people": self._describe_people(directory),
             "model": preset.selection,
-            **describe_add_ons(self.values, preset),
+            **describe_add_ons(self.values, preset, allow_paths),
         }
         if self.mode == "edit":
-            data["init_image"] = self._init_image(directory)
+            data["init_image"] = self._describe_init_image(directory)
         if size := (self.values.get("size") or "").strip():
             data["width"], data["height"] = parse_size(size)
         for entry in FIELDS:
-            is_ignored = (
-                not entry.is_supported(preset)
-                or (entry.section == "edit" and self.mode != "edit")
-                # without a person they would be noted as having no effect
-                or (entry.path.startswith("identity.") and not people)
-            )
             default = entry.default(preset)
             value = self.values.get(entry.name, default)
-            if is_ignored or (entry.is_option and value in (None, default)):
-                continue
-            _set(data, entry, value)
+            is_unchanged = entry.is_option and value in (None, default)
+            if self._has_effect(entry, preset) and not is_unchanged:
+                _set(data, entry, value)
         return GenerationRequest.model_validate(data)
 
-    def _people(self, directory: Path) -> list[dict[str, Any]]:
-        if self.mode != "people":
-            person = self.person()
-            return [person] if person else []
-        prefixes = [prefix for prefix in PERSON_PREFIXES if self.person(prefix)]
-        drawn = split_colors(self.values.get("regions"), COLORS, directory)
-        people = []
-        for position, prefix in enumerate(prefixes):
-            region = self.values.get(prefix + "region") or SIDE_BY_SIDE
-            place: dict[str, Any] = {"box": REGIONS.get(region)}
-            if region == DRAWN:
-                number = PERSON_PREFIXES.index(prefix)
-                place = {"mask": drawn[number]}
-                if drawn[number] is None:
-                    raise RequestError(
-                        f"{{0}} of person {number + 1} is not drawn yet; draw it below in "
-                        f"{PERSON_COLORS[number]}, or choose another region.",
-                        "people.mask",
-                    )
-            elif region == SIDE_BY_SIDE and len(prefixes) > 1:
-                place = {"box": side_by_side(position, len(prefixes))}
-            scale = self.values.get(prefix + "scale") or None
-            people.append({**self.person(prefix), **place, "scale": scale})
+    def _has_effect(self, entry: Field, preset: Preset) -> bool:
+        """Whether a field belongs to the request."""
+        if entry.section == "edit" and self.mode != "edit":
+            return False
+        if entry.path.startswith("refine_faces.") and not self.values.get("refine_faces"):
+            return False
+        # without a person, options of the identity would be noted as having no effect
+        if entry.path.startswith("identity.") and not self.people:
+            return False
+        return entry.is_supported(preset)
+
+    def _describe_people(self, directory: Path) -> list[dict[str, Any]]:
+        people = [self.person(prefix) for prefix in self.people]
+        if not self.has_group:
+            return people
+        regions = describe_regions(self.values, self.people, directory)
+        for prefix, person, region in zip(self.people, people, regions, strict=True):
+            scale = str(self.values.get(prefix + "scale") or "").strip()
+            person |= {**region, "scale": scale or None}
         return people
 
-    def _init_image(self, directory: Path) -> dict[str, Any]:
+    def _describe_init_image(self, directory: Path) -> dict[str, Any]:
         canvas = self.values.get("edit_image") or {}
         data: dict[str, Any] = {}
         if canvas.get("background"):
             data["image"] = canvas["background"]
-        (mask,) = split_colors(canvas, [PAINT], directory)
-        if mask is not None:
-            data["mask"] = mask
+        (painted,) = split_colors(canvas, [PAINT], directory)
+        mask = self.values.get("edit_mask")
+        if painted and mask:
+            raise RequestError(
+                "{0} is painted, and there is a mask file; leave one out.", "init_image.mask"
+            )
+        if painted or mask:
+            data["mask"] = painted or mask
         return data
 
 
 def _set(data: dict[str, Any], entry: Field, value: Any) -> None:
     """Set the value of a field in the data of a request, after a check of the page's limits."""
-    if entry.limits is not None:
+    if entry.limits is not None and not entry.is_within_limits(value or 0):
         low, high = entry.limits
-        if not low <= (value or 0) <= high:
-            bound = f"at least {low:g}" if (value or 0) < low else f"at most {high:g}"
-            raise RequestError(f"{{0}} must be {bound} on this page, got {value:g}.", entry.path)
+        bound = f"at least {low:g}" if (value or 0) < low else f"at most {high:g}"
+        raise RequestError(f"{{0}} must be {bound} on this page, got {value:g}.", entry.path)
     if entry.name == "seed":
         value = parse_seed(value)
     if entry.name == "prompt":
         value = value or " "  # which is refused with a sentence
     *parents, last = entry.path.split(".")
     for name in parents:
-        data = data.setdefault(name, {})
+        if not isinstance(data.get(name), dict):  # missing, or a switch that is on
+            data[name] = {}
+        data = data[name]
     data[last] = value
 
 

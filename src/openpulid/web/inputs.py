@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,12 +33,11 @@ def identify(session: WebSession, person: Person, models: ModelSelection) -> Ide
     return identity
 
 
-def draw_faces(
-    session: WebSession, images: Sequence[str], face_index: int | None, models: ModelSelection
-) -> Image.Image:
-    """Draw the detected faces and the extractor's crops."""
-    references = open_references(images, time_limit=DECODE_SECONDS)
-    return ReferenceFaces.detect(session.extractor(models), references).draw(face_index)
+def draw_faces(session: WebSession, person: Person, models: ModelSelection) -> Image.Image:
+    """Draw the faces that are detected in the images of a person, and the extractor's crops."""
+    references = open_references(person.images, time_limit=DECODE_SECONDS)
+    faces = ReferenceFaces.detect(session.extractor(models), references)
+    return faces.draw(person.face_index, person.face_order)
 
 
 def open_request(

@@ -22,6 +22,9 @@ COLORS: tuple[Color, ...] = ((220, 38, 38), (37, 99, 235), (22, 163, 74), (217, 
 """Color of the region of each person."""
 COLOR_NAMES = ("red", "blue", "green", "orange")
 
+PAINTED_FILE = "mask-{}.png"
+"""The name of a painted area, with the number of its color."""
+
 DECODE_SECONDS = 20.0
 """Time limit for decoding an upload, in a child process."""
 
@@ -32,7 +35,10 @@ def hex_color(color: Color) -> str:
 
 
 def split_colors(
-    canvas: Mapping[str, Any] | None, colors: Sequence[Color], directory: Path
+    canvas: Mapping[str, Any] | None,
+    colors: Sequence[Color],
+    directory: Path,
+    name: str = PAINTED_FILE,
 ) -> list[str | None]:
     """Write a mask for each color that was used on a canvas.
 
@@ -40,6 +46,7 @@ def split_colors(
         canvas: the value of an image editor, whose layers are files.
         colors: the colors of the brush.
         directory: where the masks are written.
+        name: of the files, with a place for their number.
 
     Returns:
         For each color a file that is white where the color is and black elsewhere, or None.
@@ -59,7 +66,8 @@ def split_colors(
     for number in range(len(colors)):
         area = nearest == number + 1
         if area.any():
-            file = directory / f"mask-{number + 1}.png"
-            image = Image.fromarray(area.astype(np.uint8) * 255)
-            masks[number] = str(write_bytes(file, encode_image(image), private=True))
+            # drawn by a person, not generated
+            image = encode_image(Image.fromarray(area.astype(np.uint8) * 255), source_type=None)
+            file = directory / name.format(number + 1)
+            masks[number] = str(write_bytes(file, image, private=True))
     return masks

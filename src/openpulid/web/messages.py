@@ -14,7 +14,7 @@ from openpulid.errors import (
     explain_out_of_memory,
 )
 from openpulid.pipelines.request_fields import RequestError
-from openpulid.web.form import FIELD_LABELS, adapt_message
+from openpulid.web.labels import FIELD_LABELS, adapt_message
 from openpulid.web.updates import PageImage
 
 OUT_OF_MEMORY_ADVICE = (
@@ -53,6 +53,11 @@ def explain_errors() -> Iterator[None]:
 def error_html(text: str, notes: Sequence[str] = ()) -> str:
     """Return an error for the page; a screen reader reads it at once."""
     return f'<div class="error" role="alert">{_sentence(text)}</div>' + _notes_html(notes)
+
+
+def mark_html(text: str) -> str:
+    """Return an error for its place in the form; the message next to the button is read aloud."""
+    return f'<div class="error">{_sentence(text)}</div>'
 
 
 def status_html(text: str, notes: Sequence[str] = ()) -> str:

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openpulid.errors import OptionError
 from openpulid.pipelines.request import ModelSelection
 from openpulid.web.folders import open_session
 from openpulid.web.network import without_proxy
+
+if TYPE_CHECKING:
+    from openpulid.io.content_credentials import ContentSigner
 
 
 @contextmanager
@@ -21,6 +24,8 @@ def open_app(
     preset: str = "mini",
     device: str | None = None,
     has_history: bool = False,
+    allow_paths: bool = False,
+    signer: ContentSigner | None = None,
     **changes: str | None,
 ) -> Iterator[Any]:
     """Build the page, with a directory for its images that is deleted at the end.
@@ -29,6 +34,8 @@ def open_app(
         preset: the preset that is selected first.
         device: where to compute.
         has_history: whether visitors can see again what they have generated.
+        allow_paths: whether visitors may name folders and files of this machine as weights.
+        signer: adds signed content credentials (C2PA) to generated images.
         changes: what is changed in the preset: fields of `ModelSelection`.
 
     Raises:
@@ -42,7 +49,8 @@ def open_app(
     from openpulid.pipelines.weights import find_installed_presets, missing_weights
 
     models = ModelSelection.model_validate({"preset": preset, **changes})
-    with without_proxy(), open_session(device, models, has_history) as session:
+    options = {"has_history": has_history, "allow_paths": allow_paths, "signer": signer}
+    with without_proxy(), open_session(device, models, **options) as session:
         resolved = session.preset(models)
         if missing := missing_weights(resolved):
             raise OptionError(

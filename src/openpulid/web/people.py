@@ -10,9 +10,9 @@ from typing import Any
 import gradio as gr
 
 from openpulid.errors import PulidError
+from openpulid.web.components import Page
 from openpulid.web.form import FormValues
 from openpulid.web.inputs import draw_faces, identify
-from openpulid.web.layout import Page
 from openpulid.web.messages import (
     describe_error,
     describe_note,
@@ -21,6 +21,7 @@ from openpulid.web.messages import (
     status_html,
 )
 from openpulid.web.notes import show_notes
+from openpulid.web.places import person_place
 from openpulid.web.session import WebSession
 
 Updates = dict[Any, Any]
@@ -34,10 +35,10 @@ def preview_faces(
     def preview(form: FormValues) -> tuple[Updates, str]:
         person = form.reference(prefix)
         models = session.select_models(form.preset, form.method)
-        image = draw_faces(session, person.images, person.face_index, models)
+        image = draw_faces(session, person, models)
         return {page.parts["faces"]: gr.Image(value=image, visible=True)}, "Faces detected."
 
-    return _use_person(page, values, preview)
+    return _use_person(page, prefix, values, preview)
 
 
 def save_identity(
@@ -56,17 +57,18 @@ def save_identity(
         text = "The identity can be used in place of the images; keep it like a photo."
         return {page.parts[prefix + "download"]: button}, text
 
-    return _use_person(page, values, save)
+    return _use_person(page, prefix, values, save)
 
 
 def _use_person(
     page: Page,
+    prefix: str,
     values: Mapping[str, Any],
     use: Callable[[FormValues], tuple[Updates, str]],
 ) -> Updates:
     """Do something with the reference images of a person; errors become sentences."""
     form = FormValues(values)
-    message = page.parts["message"]
+    message, problem = page.parts["message"], page.parts["problem"]
     notes: list[str] = []
     try:
         with (
@@ -74,6 +76,8 @@ def _use_person(
             explain_errors(),
         ):
             updates, text = use(form)
-        return {**updates, message: status_html(text, notes)}
+        return {**updates, message: status_html(text, notes), problem: None}
     except PulidError as error:
-        return {message: error_html(describe_error(error, form.files()), notes)}
+        text = describe_error(error, form.files())
+        place = person_place(prefix)
+        return {message: error_html(text, notes), problem: (text, place)}

@@ -10,18 +10,13 @@ from typing import Any
 from openpulid.errors import OptionError
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import FaceRefinement, GenerationRequest
-from openpulid.pipelines.request_inputs import DEFAULT_FACE_ORDER, Person
+from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request_inputs import Person
 from openpulid.web.add_ons import find_unknown, read_add_ons
 from openpulid.web.fields import FIELDS
-from openpulid.web.form import (
-    DRAWN,
-    MAX_PEOPLE,
-    PERSON_PREFIXES,
-    REGIONS,
-    SIDE_BY_SIDE,
-    side_by_side,
-)
+from openpulid.web.file_lines import is_hub_name
+from openpulid.web.masks import PAINTED_FILE
+from openpulid.web.regions import MAX_PEOPLE, PERSON_PREFIXES, is_drawn, read_region
 from openpulid.web.session import WebSession
 
 MODEL_CHANGES = {
@@ -69,34 +64,28 @@ def read_values(request: GenerationRequest, preset: Preset) -> dict[str, Any]:
     Raises:
         OptionError: the page cannot show the request.
     """
-    _check_inputs(request)
-    values: dict[str, Any] = {
-        entry.name: entry.read(request) for entry in FIELDS if entry.is_supported(preset)
-    }
-    values = {name: value for name, value in values.items() if value is not None}
+    values: dict[str, Any] = {}
+    unknown = find_unknown(request)
+    for entry in FIELDS:
+        value = entry.read(request) if entry.is_supported(preset) else None
+        if value is not None:
+            values[entry.name] = value
+            unknown += [] if entry.is_within_limits(value) else [f"{entry.label} {value:g}"]
+    _refuse(unknown)
     values["seed"] = str(request.seed)  # browsers round integers above 2^53
     values["mode"] = find_mode(request)
+    values["several"] = values["mode"] == "edit" and is_group(request)
     if request.width and request.height:
         values["size"] = f"{request.width}x{request.height}"
     values |= read_add_ons(request)
-    if values["mode"] == "people":
+    if is_group(request):
         values |= _read_people(request)
     elif request.people:
         (person,) = request.people
-        values["face_index"] = person.face_index or 0
+        values |= _read_face(person)
         if person.scale is not None:
             values["scale"] = person.scale
     return values
-
-
-def _check_inputs(request: GenerationRequest) -> None:
-    """Refuse a request with inputs that have no component."""
-    unknown = find_unknown(request)
-    if any(person.face_order != DEFAULT_FACE_ORDER for person in request.people):
-        unknown.append("faces counted in another order")
-    if request.refine_faces not in (None, FaceRefinement()):
-        unknown.append("a second pass on faces with its own strength or size")
-    _refuse(unknown)
 
 
 def _refuse(unknown: Sequence[str]) -> None:
@@ -108,23 +97,22 @@ def _refuse(unknown: Sequence[str]) -> None:
         )
 
 
+def is_group(request: GenerationRequest) -> bool:
+    """Whether a request shows several people, or one in a region."""
+    return len(request.people) > 1 or any(person.has_region for person in request.people)
+
+
 def find_mode(request: GenerationRequest) -> str:
     """Return the tab that can describe a request.
 
     Raises:
         OptionError: there is none.
     """
-    has_regions = any(person.has_region for person in request.people)
-    is_group = has_regions or len(request.people) > 1
-    if is_group and request.init_image is not None:
-        raise OptionError(
-            "the image was edited with several people; use `pulid generate --from` for it."
-        )
     if len(request.people) > MAX_PEOPLE:
         raise OptionError(f"the image shows more than the {MAX_PEOPLE} people of this page.")
-    if is_group:
-        return "people"
-    return "create" if request.init_image is None else "edit"
+    if request.init_image is not None:
+        return "edit"
+    return "people" if is_group(request) else "create"
 
 
 def _read_people(request: GenerationRequest) -> dict[str, Any]:
@@ -132,21 +120,17 @@ def _read_people(request: GenerationRequest) -> dict[str, Any]:
     count = len(request.people)
     for position, person in enumerate(request.people):
         prefix = PERSON_PREFIXES[position]
-        values[prefix + "region"] = _find_region(person, position, count)
-        values[prefix + "scale"] = person.scale or 0
-        values[prefix + "face_index"] = person.face_index or 0
+        values[prefix + "region"] = read_region(person, position, count)
+        values[prefix + "scale"] = "" if person.scale is None else str(person.scale)
+        values |= _read_face(person, prefix)
     return values
 
 
-def _find_region(person: Person, position: int, count: int) -> str:
-    if person.mask is not None:
-        return DRAWN
-    if person.box == side_by_side(position, count):
-        return SIDE_BY_SIDE
-    for name, box in REGIONS.items():
-        if person.box == box:
-            return name
-    raise OptionError("the image has a region that this page cannot show; draw it again.")
+def _read_face(person: Person, prefix: str = "") -> dict[str, Any]:
+    return {
+        prefix + "face_index": person.face_index or 0,
+        prefix + "face_order": person.face_order,
+    }
 
 
 def _find_preset(session: WebSession, provenance: Provenance) -> Preset:
@@ -182,14 +166,21 @@ def _file_name(path: str | Path | None) -> str | None:
 
 def describe_files(provenance: Provenance) -> str:
     """Return a sentence on the files to add again; empty if there are none."""
-    files = {
-        name: file
-        for name, file in provenance.required_files().items()
-        if not name.endswith(".mask")
-    }
+    files = provenance.required_files()
+    drawn = [field for field, name in files.items() if _is_painted(field, name)]
+    again = [name for field, name in files.items() if field not in drawn and not is_hub_name(name)]
     sentences = []
-    if files:
-        sentences.append(f"Add the same files again: {', '.join(dict.fromkeys(files.values()))}.")
-    if len(files) < len(provenance.required_files()):
-        sentences.append("Draw the mask again.")
+    if again:
+        sentences.append(f"Add the same files again: {', '.join(dict.fromkeys(again))}.")
+    if any(field.startswith("init_image.") for field in drawn):
+        sentences.append("Paint the area that changes again.")
+    if any(field.startswith("people.") for field in drawn):
+        sentences.append("Draw the regions again.")
     return " ".join(sentences)
+
+
+def _is_painted(field: str, name: str) -> bool:
+    """Whether a file is a mask that has been painted on a page."""
+    if field == "init_image.mask":
+        return name == PAINTED_FILE.format(1)
+    return field.endswith(".mask") and is_drawn(name)

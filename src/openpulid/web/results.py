@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from openpulid.web.layout import Page
+from openpulid.web.components import Page
 from openpulid.web.updates import PageImage
 
 

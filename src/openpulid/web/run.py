@@ -10,18 +10,12 @@ from typing import Any
 
 import gradio as gr
 
-from openpulid.errors import PulidError
+from openpulid.web.components import Page
 from openpulid.web.jobs import iterate_reports
-from openpulid.web.layout import Page
-from openpulid.web.messages import (
-    UNEXPECTED,
-    describe_images,
-    error_html,
-    status_html,
-)
+from openpulid.web.messages import UNEXPECTED, describe_images, error_html, status_html
 from openpulid.web.results import finish, show_images
 from openpulid.web.session import WebSession
-from openpulid.web.submit import submit
+from openpulid.web.submit import PageError, submit
 from openpulid.web.updates import Note, PageImage, Step
 
 
@@ -60,12 +54,15 @@ def run_generation(
                 images = update.images
                 text = describe_images(images, is_stopped, time.monotonic() - begin)
                 message = status_html(text, notes)
-                yield {**finish(page, images, session.directory), parts["message"]: message}
-    except PulidError as error:
-        message = error_html(str(error), notes)
-        yield {**finish(page, images, session.directory), parts["message"]: message}
+                updates = finish(page, images, session.directory)
+                yield {**updates, parts["message"]: message, parts["problem"]: None}
+    except PageError as error:
+        updates = finish(page, images, session.directory)
+        updates[parts["message"]] = error_html(str(error), notes)
+        yield {**updates, parts["problem"]: (str(error), error.place)}
     except Exception:
-        yield {**finish(page, images, session.directory), parts["message"]: error_html(UNEXPECTED)}
+        updates = finish(page, images, session.directory)
+        yield {**updates, parts["message"]: error_html(UNEXPECTED), parts["problem"]: None}
         raise
     finally:  # also if the visitor has left
         session.stop(job)

@@ -21,7 +21,6 @@ def launch_options(host: str) -> dict[str, Any]:
     Args:
         host: the address that is served.
     """
-    import gradio as gr
     from starlette.middleware import Middleware
     from starlette.responses import PlainTextResponse
 
@@ -31,10 +30,7 @@ def launch_options(host: str) -> dict[str, Any]:
         refusal=PlainTextResponse(REFUSAL, 403),
     )
     return {
-        # local fonts only
-        "theme": gr.themes.Default(
-            primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
-        ),
+        "theme": _create_theme(),
         "css_paths": Path(__file__).with_name("page.css"),
         "server_name": host,
         "share": False,
@@ -44,3 +40,20 @@ def launch_options(host: str) -> dict[str, Any]:
         "max_file_size": "50mb",
         "app_kwargs": {"middleware": [guard]},
     }
+
+
+def _create_theme() -> Any:
+    """Create a theme with local fonts, in which all texts have a contrast of 4.5 or more."""
+    import gradio as gr
+
+    theme = gr.themes.Default(
+        primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    )
+    return theme.set(
+        body_text_color_subdued="*neutral_500",
+        block_info_text_color="*neutral_500",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+    )

@@ -16,6 +16,7 @@ from openpulid.web.history import History
 
 if TYPE_CHECKING:
     from openpulid.identity.extractor import IdentityExtractor
+    from openpulid.io.content_credentials import ContentSigner
     from openpulid.pipelines.presets import Preset
     from openpulid.pipelines.studio import Studio
 
@@ -31,6 +32,8 @@ class WebSession:
         device: where to compute.
         models: the preset that is selected first, with its changes.
         has_history: whether visitors can see again what they have generated.
+        allow_paths: whether visitors may name folders and files of this machine as weights.
+        signer: adds signed content credentials (C2PA) to generated images.
 
     Attributes:
         history: the images of each visitor.
@@ -43,8 +46,12 @@ class WebSession:
         device: str | None = None,
         models: ModelSelection | None = None,
         has_history: bool = False,
+        allow_paths: bool = False,
+        signer: ContentSigner | None = None,
     ) -> None:
         self.directory = directory
+        self.allow_paths = allow_paths
+        self.signer = signer
         self.history = History(has_history)
         self.device = device
         self.models = models or ModelSelection()

@@ -13,16 +13,26 @@ from openpulid.web.about import describe_preset
 from openpulid.web.add_ons import (
     CONTROL_PREFIXES,
     control_choices,
+    has_controls,
     has_loras,
     style_choices,
 )
+from openpulid.web.components import Page
 from openpulid.web.fields import FIELDS
-from openpulid.web.layout import Page, size_choices
+from openpulid.web.layout import size_choices
+from openpulid.web.marks import show_problem
 from openpulid.web.messages import describe_error, error_html, status_html
+from openpulid.web.regions import MASK_FILE, PERSON_PREFIXES
 from openpulid.web.restore import read_image
 from openpulid.web.session import WebSession
 
 Updates = dict[Any, Any]
+
+ADDED_FILES = (
+    *("edit_mask", "style_image", "loras", "embeddings"),
+    *(f"{prefix}control_image" for prefix in CONTROL_PREFIXES),
+)
+"""Components with uploads that are removed when the settings of an image are restored."""
 
 
 def select_preset(session: WebSession, page: Page, name: str) -> Updates:
@@ -57,7 +67,7 @@ def show_defaults(page: Page, preset: Preset) -> Updates:
         for prefix in CONTROL_PREFIXES
     }
     add_ons |= {
-        page.parts["nets"]: gr.Accordion(visible=len(controls) > 1),
+        page.parts["nets"]: gr.Accordion(visible=has_controls(preset)),
         page.parts["style"]: gr.Accordion(visible=bool(styles)),
         page.values["style_model"]: gr.update(choices=styles, value=styles[0] if styles else None),
         page.parts["loras"]: gr.Accordion(visible=has_loras(preset)),
@@ -82,17 +92,25 @@ def restore_settings(session: WebSession, page: Page, file: str | None) -> Updat
     try:
         restored = read_image(session, file)
     except PulidError as error:
-        return {message: error_html(describe_error(error, [file]))}
+        text = describe_error(error, [file])
+        return {**show_problem(page, (text, "restore")), message: error_html(text)}
     preset, values = restored.preset, restored.values
     updates = select_preset(session, page, preset.name)
     methods = session.method_names(preset)
     updates[page.values["preset"]] = preset.name
     updates[page.values["method"]] = gr.Dropdown(choices=methods, value=preset.models.method)
     updates |= show_defaults(page, preset)
+    updates |= show_problem(page, None)
     for name, value in values.items():
         component = page.values[name]
         is_field = isinstance(updates.get(component), dict)
         updates[component] = {**updates[component], "value": value} if is_field else value
+    # other files would give another image; those of people are easily noticed
+    for name in ADDED_FILES:
+        updates[page.values[name]] = None
+    for prefix in PERSON_PREFIXES:
+        is_file = values.get(prefix + "region") == MASK_FILE
+        updates[page.values[prefix + "mask"]] = gr.File(value=None, visible=is_file)
     updates[page.parts["tabs"]] = gr.Tabs(selected=values["mode"])
     text = f"The settings of {Path(file).name} are restored. {restored.files}"
     return {**updates, message: status_html(text.strip())}

@@ -1,0 +1,71 @@
+"""Connect the buttons that begin and stop a generation."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from openpulid.web.components import Page
+from openpulid.web.handlers import PRIVATE, STUDIO, named_handler
+from openpulid.web.invent import invent_person
+from openpulid.web.marks import mark_outputs, marks, show_problem
+from openpulid.web.run import run_generation
+from openpulid.web.session import WebSession
+
+BEGIN = """() => {{
+  const bytes = crypto.getRandomValues(new Uint8Array(16));
+  const job = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  const generate = {{__type__: "update", interactive: false}};
+  const stop = {{__type__: "update", visible: true}};
+  return [job, generate, stop, ...Array({num_marks}).fill("")];
+}}"""
+"""Name the job, show the button Stop, and remove the errors of the last one."""
+
+END = """() => {
+  const mark = document.querySelector(".mark .error");
+  if (mark)
+    setTimeout(() => mark.scrollIntoView({behavior: "smooth", block: "center"}), 100);
+  else if (window.innerWidth < 768 && document.querySelector("#message .status"))
+    document.querySelector("#images")?.scrollIntoView({behavior: "smooth"});
+  return [{__type__: "update", interactive: true}, {__type__: "update", visible: false}];
+}"""
+"""Show the error, or on a telephone the images."""
+
+OUTPUTS = (
+    *("gallery", "message", "images", "selected", "live", "welcome", "actions", "compare"),
+    *("problem", "download_all"),
+)
+"""Names of the components that a generation changes."""
+
+
+def connect_generation(session: WebSession, page: Page) -> None:
+    """Connect the buttons that begin and stop a generation."""
+    parts = page.parts
+    names = ["job", "visitor", *page.values]
+    inputs = [parts["job"], parts["visitor"], *page.values.values()]
+    buttons = [parts["generate"], parts["stop"]]
+    invented = parts["start"].click(
+        partial(invent_person, session.directory),
+        None,
+        page.values["reference_images"],
+        **PRIVATE,
+    )
+    handler = named_handler(partial(run_generation, session, page), names, progress=True)
+    begin = BEGIN.format(num_marks=len(marks(page)))
+    for event, api in (
+        (parts["generate"].click, {"api_name": "generate"}),
+        (page.values["prompt"].submit, PRIVATE),
+        (invented.then, PRIVATE),
+    ):
+        begun = event(None, None, [parts["job"], *buttons, *marks(page)], js=begin)
+        run = begun.then(
+            handler,
+            inputs,
+            [parts[name] for name in OUTPUTS],
+            show_progress_on=parts["message"],
+            **STUDIO,
+            **api,
+        )
+        run.then(partial(show_problem, page), parts["problem"], mark_outputs(page), **PRIVATE).then(
+            None, None, buttons, js=END
+        )
+    parts["stop"].click(session.stop, parts["job"], None, queue=False, **PRIVATE)
