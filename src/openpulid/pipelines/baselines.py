@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from openpulid.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -15,11 +18,13 @@ class Baseline:
         scale: identity scale that its authors recommend.
         start: fraction of the schedule from which it acts.
         models: fields of `ModelSet` that differ.
+        unused: options of SDXL without effect.
     """
 
     scale: float
     start: float = 0.0
     models: Mapping[str, Any] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
 
 
 def _clip(
@@ -39,6 +44,14 @@ def _clip(
     }
 
 
+TUNED_METHODS: dict[str, Baseline] = {
+    "custom-diffusion": Baseline(1.0),
+    "dreambooth": Baseline(1.0, unused=frozenset(("start", "end"))),
+    "lora": Baseline(1.0),
+    "textual-inversion": Baseline(1.0, unused=frozenset(("scale", "start", "end"))),
+}
+"""Methods that `pulid tune` tunes on images of one person; the adapter file has the person."""
+
 _PHOTOMAKER = _clip(clip_input="image", adapter_has_vision_encoder=True)
 
 BASELINES: dict[str, Baseline] = {
@@ -50,6 +63,7 @@ BASELINES: dict[str, Baseline] = {
     "ip-adapter-plus-face": Baseline(0.6, models=_clip(None, "clip-h", "face")),
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
     "photomaker-v2": Baseline(1.0, start=0.2, models={**_PHOTOMAKER, "recognition": "buffalo-l"}),
+    **TUNED_METHODS,
 }
 """Other methods on SDXL. The published adapter of each has the method's name."""
 
@@ -57,6 +71,7 @@ MINI_BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0),
     "instantid": Baseline(1.0),
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
+    **TUNED_METHODS,
 }
 """Other methods on the miniature. All but PhotoMaker use the miniature's own extractor."""
 
@@ -66,3 +81,21 @@ MINI_ADAPTERS = {
     "photomaker": "photomaker.safetensors",
 }
 """Adapters of the miniature's baselines, in the directory of its weights."""
+
+
+def find_adapter(method: str, weights: Path | None) -> Path | str:
+    """Return the adapter of another method, which need not exist.
+
+    Args:
+        method: name of the method.
+        weights: directory of the miniature's weights; None for the published adapter.
+
+    Raises:
+        OptionError: the method is tuned on each person.
+    """
+    if method in TUNED_METHODS:
+        raise OptionError(
+            f"{method} needs a file of the person: `pulid tune {method}` writes it, and --adapter "
+            "names it."
+        )
+    return method if weights is None else weights / MINI_ADAPTERS[method]

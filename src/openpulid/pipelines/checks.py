@@ -52,7 +52,7 @@ def check_resolved(request: GenerationRequest, models: ModelSet, label: str) -> 
             incomplete.
     """
     _check_size(request, models, label)
-    _check_mask(request, models)
+    _check_people(request, models)
     _check_strength(request)
     _check_controls(request, models, label)
     _check_add_ons(request, models)
@@ -84,7 +84,13 @@ def _check_size(request: GenerationRequest, models: ModelSet, label: str) -> Non
         )
 
 
-def _check_mask(request: GenerationRequest, models: ModelSet) -> None:
+def _check_people(request: GenerationRequest, models: ModelSet) -> None:
+    if request.people and models.has_own_person:
+        field = "identity" if request.people[0].identity is not None else "images"
+        raise RequestError(
+            f"{models.method} shows the person it was tuned on; leave {{0}} out.",
+            f"people.0.{field}",
+        )
     if models.method == "pulid":
         return
     for number, person in enumerate(request.people):

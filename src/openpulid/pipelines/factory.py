@@ -30,10 +30,7 @@ from openpulid.pipelines.face_models import (
 )
 from openpulid.pipelines.flux_memory import find_level, place_pipeline
 from openpulid.pipelines.model_set import COMPANION_WEIGHTS, ModelSet
-from openpulid.pipelines.presets import (
-    MINI_ADAPTERS,
-    Preset,
-)
+from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.weights import require_weights, resolve_optional, resolve_path
 
 
@@ -86,7 +83,7 @@ def _check_adapter(models: ModelSet) -> None:
     if not isinstance(models.adapter, Path):
         for name in COMPANION_WEIGHTS.get(models.method, ()):
             resolve_path(name)
-    elif models.is_miniature and models.method in MINI_ADAPTERS and not models.adapter.exists():
+    elif models.is_trained_baseline and not models.adapter.exists():
         raise WeightsError(
             f"{models.adapter} does not exist; "
             f"run `pulid mini build --method {models.method}` to train it."
@@ -194,6 +191,8 @@ def hash_extractor_models(models: ModelSet) -> dict[str, str]:
     Raises:
         WeightsError: a file is missing.
     """
+    if models.has_own_person:
+        return {}
     if models.adapter_has_vision_encoder:
         return hash_adapter_models(models)
     sources = (models.recognition, models.vision_encoder)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from openpulid.pipelines.baselines import MINI_ADAPTERS, TUNED_METHODS
+
 WeightSource = Path | str
 """A path, or a name of `io.hub.WEIGHTS`, which is looked up when the preset is loaded."""
 
@@ -102,18 +104,21 @@ class ModelSet:
         return self.family != "sdxl"
 
     @property
+    def has_own_person(self) -> bool:
+        """Whether the person is in the adapter's file, so that nobody has to be identified."""
+        return self.method in TUNED_METHODS
+
+    @property
+    def is_trained_baseline(self) -> bool:
+        """Whether `pulid mini build` trains the adapter as one of the miniature's baselines."""
+        return self.is_miniature and self.method in MINI_ADAPTERS
+
+    @property
     def sources(self) -> tuple[WeightSource, ...]:
-        """All files and published names of these models."""
-        sources = (
-            self.pipeline,
-            self.unet,
-            self.transformer,
-            self.adapter,
-            self.detector,
-            self.recognition,
-            self.face_parsing,
-            self.vision_encoder,
-        )
+        """All files and published names that are needed to generate with these models."""
+        sources = [self.pipeline, self.unet, self.transformer, self.adapter]
+        if not self.has_own_person:
+            sources += [self.detector, self.recognition, self.face_parsing, self.vision_encoder]
         companions = (
             () if isinstance(self.adapter, Path) else COMPANION_WEIGHTS.get(self.method, ())
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from openpulid.errors import OptionError, suggest
 from openpulid.io.hub import WEIGHTS
-from openpulid.pipelines.baselines import BASELINES, MINI_ADAPTERS, MINI_BASELINES, Baseline
+from openpulid.pipelines.baselines import BASELINES, MINI_BASELINES, Baseline, find_adapter
 from openpulid.pipelines.checks import (
     check_active_steps,
     check_resolved,
@@ -157,7 +157,9 @@ class Preset:
         selection = self.selection.model_copy(update={"memory": memory})
         resolved = resolved.model_copy(update={"model": selection, "resolved": True})
         check_resolved(resolved, self.models, self.label)
-        if bool(request.people) if is_person_shown is None else is_person_shown:
+        if is_person_shown is None:
+            is_person_shown = bool(request.people)
+        if is_person_shown or self.models.has_own_person:
             check_active_steps(resolved, self.models)
         return resolved
 
@@ -175,7 +177,8 @@ class Preset:
         if request.resolved:  # nobody set its options
             return []
         resolved = self._fill(request)
-        return describe_ineffective(request, resolved, self.models, is_person_shown)
+        is_shown = is_person_shown or self.models.has_own_person
+        return describe_ineffective(request, resolved, self.models, is_shown)
 
 
 def _same_models(one: ModelSelection, other: ModelSelection) -> bool:
@@ -406,17 +409,13 @@ def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Pre
         models = replace(preset.models, adapter=adapter or preset.models.adapter)
         return replace(preset, selection=selection, models=models)
     baseline = _find_baseline(preset, method)
-    published = (
-        Path(preset.models.detector).with_name(MINI_ADAPTERS[method])
-        if preset.models.is_miniature
-        else method
-    )
-    models = replace(
-        preset.models, method=method, adapter=adapter or published, **dict(baseline.models)
-    )
+    weights = Path(preset.models.detector).parent if preset.models.is_miniature else None
+    source = adapter or find_adapter(method, weights)
+    models = replace(preset.models, method=method, adapter=source, **dict(baseline.models))
     identity = IdentityOptions(scale=baseline.scale, start=baseline.start, end=1.0)
     defaults = preset.defaults.model_copy(update={"identity": identity})
-    return Preset(selection, preset.description, models, SDXL_OPTIONS, defaults)
+    options = SDXL_OPTIONS - baseline.unused
+    return Preset(selection, preset.description, models, options, defaults)
 
 
 def _find_baseline(preset: Preset, method: str) -> Baseline:
