@@ -20,6 +20,9 @@ from openpulid.cli.options import (
 )
 from openpulid.errors import OptionError
 
+USED_BY = {"--rank": "lora", "--text-encoders": "lora", "--vectors": "word"}
+"""Options that have an effect on one trained part alone."""
+
 
 def tune(
     method: Annotated[
@@ -107,7 +110,11 @@ def tune(
         "gradient_checkpointing": gradient_checkpointing or None,
         "seed": seed,
     }
-    find_tuning_recipe(method)
+    _check_options(
+        find_tuning_recipe(method).trained,
+        method,
+        {"--rank": rank, "--vectors": vectors, "--text-encoders": text_encoders},
+    )
     from openpulid.identity.reference import open_references
 
     references = open_references(image)
@@ -132,3 +139,10 @@ def tune(
         device=device,
     )
     print_path(out)
+
+
+def _check_options(trained: str, method: str, options: dict[str, object]) -> None:
+    """Raise OptionError if an option is set that has no effect on what is trained."""
+    for name, value in options.items():
+        if value and trained != USED_BY[name]:
+            raise OptionError(f"{name} has no effect with {method}; leave it out.")

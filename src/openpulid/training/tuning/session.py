@@ -15,20 +15,13 @@ from openpulid.pipelines.factory import load_detection, load_pipeline
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.weights import require_weights
 from openpulid.training.run_dir import delete_run
-from openpulid.training.tuning.recipes import TuningRecipe, find_tuning_recipe
+from openpulid.training.tuning.recipes import find_tuning_recipe
 from openpulid.training.tuning.tune import tune
 
 WORD = "sks"
 """The word that stands for the person; SDXL's tokenizers have it as one token."""
 MINIATURE_WORD = "<|unknown|>"
 """The same for the miniature, whose vocabulary is closed."""
-
-_USERS = {
-    "rank": ("lora",),
-    "with_text_encoders": ("lora",),
-    "num_vectors": ("word",),
-}
-"""Settings that only some trained parts read."""
 
 
 def tune_person(
@@ -60,11 +53,11 @@ def tune_person(
         device: where to compute.
 
     Raises:
-        OptionError: the preset is not one of SDXL, or a setting has no effect with the method.
+        OptionError: the preset is not one of SDXL, or a setting is out of its limits.
         WeightsError: weights are missing.
         FaceError: faces are weighed, and an image has none.
     """
-    recipe = _change(find_tuning_recipe(method, preset.models.is_miniature), changes or {}, method)
+    recipe = replace(find_tuning_recipe(method, preset.models.is_miniature), **(changes or {}))
     if preset.models.family != "sdxl":
         raise OptionError(
             f"{method} tunes SDXL, and {preset.label} is not one; choose another preset."
@@ -92,15 +85,3 @@ def tune_person(
         is_miniature=preset.models.is_miniature,
     )
     tuned.save(out, facts)
-
-
-def _change(recipe: TuningRecipe, changes: Mapping[str, Any], method: str) -> TuningRecipe:
-    """Return a recipe with other settings.
-
-    Raises:
-        OptionError: a setting has no effect on what is trained.
-    """
-    for name, users in _USERS.items():
-        if name in changes and recipe.trained not in users:
-            raise OptionError(f"{name} has no effect with {method}; leave it out.")
-    return replace(recipe, **changes)

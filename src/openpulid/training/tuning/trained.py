@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from openpulid.methods.lora import parse_lora
-from openpulid.methods.pulid import cross_attentions
 from openpulid.methods.tuned import (
     ENCODERS,
     PARTS,
@@ -129,10 +128,10 @@ class TrainedCrossAttention:
         self.pipe = pipe
         self.trigger = trigger
         self.word = WordVectors(pipe, trigger.class_word, 1).to(pipe.device)
-        self.layers = {
-            f"{name}.{kind}": getattr(layer, kind)
-            for name, layer in cross_attentions(pipe.unet).items()
-            for kind in ("to_k", "to_v")
+        self.layers: dict[str, Any] = {
+            name: layer
+            for name, layer in pipe.unet.named_modules()
+            if name.endswith((".attn2.to_k", ".attn2.to_v"))
         }
         self.original = {name: layer.weight.data for name, layer in self.layers.items()}
         for layer in self.layers.values():

@@ -12,6 +12,7 @@ from typing import Any
 
 from openpulid.identity.detection import FaceDetection
 from openpulid.identity.reference import ReferenceImage
+from openpulid.io.lock import LOCK
 from openpulid.methods.tuned import Trigger, TunedAdapter
 from openpulid.training.pulid import SDXLModel, revision
 from openpulid.training.run_dir import delete_run
@@ -84,7 +85,7 @@ def tune(
         method = part.create_method()
     if recipe.gradient_checkpointing:
         pipe.unet.disable_gradient_checkpointing()
-    delete_run(run_dir)
+    delete_run(run_dir, (LOCK,))
     with suppress(OSError):  # the user may keep other files there
         run_dir.rmdir()
     facts = {
