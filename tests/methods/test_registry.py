@@ -15,7 +15,8 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip_extractor import load_clip_encoder
 from openpulid.io.hub import WEIGHTS
 from openpulid.methods.ip_adapter.faceid import FaceID
-from openpulid.methods.registry import METHODS
+from openpulid.methods.registry import METHODS, find_method
+from openpulid.pipelines.baselines import TUNED_METHODS
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import BASELINES, flux, mini, sdxl, with_method
 from openpulid.pipelines.studio import Studio
@@ -39,7 +40,8 @@ def faceid(tmp_path_factory: pytest.TempPathFactory) -> Studio:
 
 def test_every_method_has_preset_and_licensed_weights() -> None:
     assert set(BASELINES) == set(METHODS) - {"pulid"}
-    for method in BASELINES:
+    published = set(BASELINES) - set(TUNED_METHODS)
+    for method in published:
         preset = with_method(sdxl(), method)
         assert (
             preset.models.method == method
@@ -49,7 +51,7 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
         assert all(WEIGHTS[name].license for name in preset.published)
         options = preset.defaults.identity.model_dump(exclude_none=True)
         assert options.keys() == {"scale", "start", "end"}
-    read = {method: with_method(sdxl(), method).models.recognition for method in BASELINES}
+    read = {method: with_method(sdxl(), method).models.recognition for method in published}
     assert {method for method, name in read.items() if name == "buffalo-l"} == {
         "faceid",
         "faceid-plus",
@@ -57,7 +59,7 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
     }
     views = {
         method: with_method(sdxl(), method).models.clip_input
-        for method in BASELINES
+        for method in published
         if method.startswith("ip-adapter")
     }
     assert views == {
@@ -74,9 +76,20 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
     assert with_method(sdxl(), "pulid") == sdxl()
 
 
+@pytest.mark.parametrize("method", TUNED_METHODS)
+def test_tuned_methods_need_the_file_of_a_person(method: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=f"`pulid tune {method}` writes it"):
+        with_method(sdxl(), method)
+    preset = with_method(sdxl(), method, tmp_path / "anna.safetensors")
+    assert preset.models.has_own_person
+    assert preset.published == ("juggernaut",)  # no face models are needed
+    adapter = find_method(method)
+    assert adapter.has_own_person
+
+
 def test_unsupported_methods_raise() -> None:
-    with pytest.raises(OptionError, match="no method 'dreambooth'"):
-        with_method(sdxl(), "dreambooth")
+    with pytest.raises(OptionError, match="no method 'hypernetwork'"):
+        with_method(sdxl(), "hypernetwork")
     with pytest.raises(OptionError, match="a set of PuLID's options, not a method; use p"):
         with_method(sdxl(), "style")
     with pytest.raises(OptionError, match="instantid is only available for SDXL presets"):
