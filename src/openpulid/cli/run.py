@@ -243,6 +243,7 @@ def _run_jobs(
     from openpulid.pipelines.loading import load
 
     _extract_identities(jobs, device)
+    _detect_control_maps(jobs)
     studio = load(jobs[0].preset, device)
     if note is not None:
         logger.warning("%s", note)
@@ -286,6 +287,16 @@ def _extract_identities(jobs: Sequence[_Job], device: str | None) -> None:
         job.inputs = replace(job.inputs, people=known[people].people)
     del extractor
     release_memory()
+
+
+def _detect_control_maps(jobs: Sequence[_Job]) -> None:
+    """Detect control images before the base model is loaded; equal ControlNets are loaded once."""
+    known: dict[Any, RequestInputs] = {}
+    for job in jobs:
+        controls = job.request.controls
+        if controls not in known:
+            known[controls] = job.inputs.with_control_maps()
+        job.inputs = replace(job.inputs, controls=known[controls].controls)
 
 
 @contextmanager

@@ -110,6 +110,15 @@ class RequestInputs:
             people.append(replace(files, identity=identity))
         return replace(self, people=tuple(people))
 
+    def with_control_maps(self) -> RequestInputs:
+        """Detect the control images of ControlNets with plain images.
+
+        Raises:
+            OptionError: an image shows no person for a pose.
+            WeightsError: what detects the control image is damaged.
+        """
+        return replace(self, controls=tuple(control.with_map() for control in self.controls))
+
     def fit(self, request: GenerationRequest, models: ModelSet) -> GenerationRequest:
         """Return a request with the ratio of its initial image, unless it has a size.
 
@@ -180,7 +189,7 @@ def open_inputs(
     identity: Identity | None = None,
     time_limit: float | None = None,
 ) -> RequestInputs:
-    """Open the input files of a request.
+    """Open the input files of a request; no network is loaded.
 
     Args:
         request: the request.

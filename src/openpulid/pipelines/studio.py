@@ -257,7 +257,7 @@ class Studio:
         request = inputs.fit(request, self.preset.models)
         for note in self.preset.describe_ineffective(request, is_person_shown):
             logger.warning("%s", note)
-        return self.preset.resolve(request, is_person_shown), inputs
+        return self.preset.resolve(request, is_person_shown), inputs.with_control_maps()
 
     def _people(self, request: GenerationRequest, inputs: RequestInputs) -> People | None:
         """Return the people of a request as the adapter accepts them."""
