@@ -80,6 +80,7 @@ class InitImageInput:
             FluxInpaintPipeline,
             StableDiffusionXLImg2ImgPipeline,
         )
+        from diffusers.image_processor import VaeImageProcessor
 
         derived: Any
         if _is_sdxl(pipe):  # `KeepOutside` adds inpainting
@@ -95,6 +96,11 @@ class InitImageInput:
                 # diffusers' inpainting reads the entry, which Chroma's configuration lacks
                 pipe.transformer.register_to_config(guidance_embeds=False)
             derived = classes[self.mask is not None](**pipe.components)
+            if self.mask is not None:
+                # its own one rounds gray to black and white
+                derived.mask_processor = VaeImageProcessor.from_config(
+                    derived.mask_processor.config, do_binarize=False
+                )
         derived.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return derived
 
