@@ -119,10 +119,12 @@ class ControlNet(ControlNetBase):
 
     def check(self, target: Any) -> None:
         """Raise OptionError if a pipeline has no U-Net, or one of other widths."""
-        unet_config = find_unet(target).config
-        config = self.model.config
-        unet_widths = (unet_config.block_out_channels, unet_config.cross_attention_dim)
-        if unet_widths != (config.block_out_channels, config.cross_attention_dim):
+        # a configuration that was read from a file has lists in place of tuples
+        unet_widths, widths = (
+            (list(config.block_out_channels), config.cross_attention_dim)
+            for config in (find_unet(target).config, self.model.config)
+        )
+        if unet_widths != widths:
             raise OptionError(
                 "this ControlNet was trained for another base model; use one for SDXL."
             )

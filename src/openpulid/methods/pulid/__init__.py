@@ -3,7 +3,13 @@
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer, PerceiverAttention
 from openpulid.methods.pulid.flux import PuLIDFlux, delay_guidance
 from openpulid.methods.pulid.flux_transfer import transfer_adapter
-from openpulid.methods.pulid.masks import People, convert_mask, normalize_people
+from openpulid.methods.pulid.masks import (
+    Mask,
+    People,
+    convert_mask,
+    normalize_people,
+    read_mask,
+)
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import cross_attentions
@@ -13,6 +19,7 @@ __all__ = [
     "ENCODERS",
     "IDEncoder",
     "IDFormer",
+    "Mask",
     "People",
     "PerceiverAttention",
     "Projection",
@@ -23,5 +30,6 @@ __all__ = [
     "delay_guidance",
     "identity_blocks",
     "normalize_people",
+    "read_mask",
     "transfer_adapter",
 ]

@@ -63,18 +63,15 @@ def _people_of_prompt(entry: Any) -> list[Person]:
     )
 
 
-def convert_mask(mask: Mask) -> Tensor:
-    """Convert an image, array or tensor to (H, W) float in [0, 1].
+def read_mask(mask: Tensor | Source) -> Tensor:
+    """Read an image, array or tensor as (H, W), float32 in [0, 1] or uint8.
 
-    8-bit values are divided by 255. Images are opened by `open_mask`. None is a mask of ones. A
-    mask that is black everywhere is logged as a warning.
+    Images are opened by `open_mask`.
 
     Raises:
         ImageError: The file is not an image.
         OptionError: The mask does not have two axes, or values outside [0, 1].
     """
-    if mask is None:
-        return torch.ones(1, 1)
     if not isinstance(mask, (Tensor, np.ndarray)):
         mask = np.array(open_mask(mask))
     shape = tuple(mask.shape)
@@ -84,14 +81,34 @@ def convert_mask(mask: Mask) -> Tensor:
     except TypeError:  # an array of text
         values = torch.empty(0)
     is_8_bit = values.dtype == torch.uint8
-    values = values.float() / 255 if is_8_bit else values.float()
+    if not is_8_bit:
+        values = values.float()
     if values.ndim > 2 and set(values.shape[:-2]) == {1}:  # leading axes of length 1
         values = values.reshape(values.shape[-2:])
-    if values.ndim != 2 or not values.numel() or not ((values >= 0) & (values <= 1)).all():
+    is_in_range = is_8_bit or bool(((values >= 0) & (values <= 1)).all())
+    if values.ndim != 2 or not values.numel() or not is_in_range:
         raise OptionError(
             "a mask must have the shape (H, W) and values from 0 to 1, or from 0 to 255 as uint8; "
             f"got the shape {shape} and the type {mask.dtype}."
         )
+    return values
+
+
+def convert_mask(mask: Mask) -> Tensor:
+    """Convert an image, array or tensor to (H, W) float in [0, 1].
+
+    8-bit values are divided by 255. None is a mask of ones. A mask that is black everywhere is
+    logged as a warning.
+
+    Raises:
+        ImageError: The file is not an image.
+        OptionError: The mask does not have two axes, or values outside [0, 1].
+    """
+    if mask is None:
+        return torch.ones(1, 1)
+    values = read_mask(mask)
+    is_8_bit = values.dtype == torch.uint8
+    values = values.float() / 255 if is_8_bit else values
     highest = float(values.max())
     if highest < MIN_WEIGHT:
         scale = " of 255" if is_8_bit else ""
