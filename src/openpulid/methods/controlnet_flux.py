@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import FluxControlNetModel
@@ -43,6 +43,8 @@ from openpulid.methods.transformer_kinds import FLUX, find_transformer
 Residuals = tuple[list[Tensor], list[Tensor]]
 """What is added after each double block and after each single block; empty for nothing."""
 
+Net = TypeVar("Net", bound="FluxControlNet")
+
 
 class FluxControlNet(ControlNetBase):
     """A diffusers ControlNet for FLUX.1.
@@ -64,8 +66,8 @@ class FluxControlNet(ControlNetBase):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16
-    ) -> FluxControlNet:
+        cls: type[Net], path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16
+    ) -> Net:
         """Load a folder in diffusers' format.
 
         Args:
