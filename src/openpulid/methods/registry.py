@@ -13,6 +13,8 @@ from openpulid.methods.adapter import Adapter
 METHODS = {
     "faceid": "openpulid.methods.ip_adapter.faceid:FaceID",
     "faceid-plus": "openpulid.methods.ip_adapter.faceid:FaceIDPlus",
+    "infiniteyou": "openpulid.methods.infiniteyou.flux:InfiniteYou",
+    "infiniteyou-sim": "openpulid.methods.infiniteyou.flux:InfiniteYou",
     "instantid": "openpulid.methods.ip_adapter.instantid:InstantID",
     "ip-adapter": "openpulid.methods.ip_adapter.ip_adapter:IPAdapter",
     "ip-adapter-plus": "openpulid.methods.ip_adapter.ip_adapter:IPAdapter",

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from openpulid.errors import OptionError
+from openpulid.pipelines.model_set import BASE_NAMES, Family, ModelSet
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -15,11 +18,13 @@ class Baseline:
         scale: identity scale that its authors recommend.
         start: fraction of the schedule from which it acts.
         models: fields of `ModelSet` that differ.
+        family: architecture of the base models that it supports.
     """
 
     scale: float
     start: float = 0.0
     models: Mapping[str, Any] = field(default_factory=dict)
+    family: Family = "sdxl"
 
 
 def _clip(
@@ -39,11 +44,14 @@ def _clip(
     }
 
 
+_INFINITEYOU = _clip("arcface-loss")
 _PHOTOMAKER = _clip(clip_input="image", adapter_has_vision_encoder=True)
 
 BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0, models=_clip("buffalo-l")),
     "faceid-plus": Baseline(1.0, models=_clip("buffalo-l", "clip-h", "face")),
+    "infiniteyou": Baseline(1.0, models=_INFINITEYOU, family="flux"),
+    "infiniteyou-sim": Baseline(1.0, models=_INFINITEYOU, family="flux"),
     "instantid": Baseline(0.8),
     "ip-adapter": Baseline(0.6, models=_clip(None, "clip-h", "image")),
     "ip-adapter-plus": Baseline(0.6, models=_clip(None, "clip-h", "image")),
@@ -51,7 +59,7 @@ BASELINES: dict[str, Baseline] = {
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
     "photomaker-v2": Baseline(1.0, start=0.2, models={**_PHOTOMAKER, "recognition": "buffalo-l"}),
 }
-"""Other methods on SDXL. The published adapter of each has the method's name."""
+"""Other methods on full-size bases. The published adapter of each has the method's name."""
 
 MINI_BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0),
@@ -66,3 +74,35 @@ MINI_ADAPTERS = {
     "photomaker": "photomaker.safetensors",
 }
 """Adapters of the miniature's baselines, in the directory of its weights."""
+
+PULID_OPTIONS = frozenset(
+    ("projection", "num_zero", "start_step", "pose_from_prompt", "style_image")
+)
+"""Options that only PuLID has."""
+
+
+def find_baseline(method: str, models: ModelSet, preset: str) -> Baseline:
+    """Return how another method differs from PuLID.
+
+    Args:
+        method: one of `BASELINES`.
+        models: of a preset with PuLID.
+        preset: name of the preset.
+
+    Raises:
+        OptionError: The method does not support the base.
+    """
+    baseline = BASELINES[method]
+    if baseline.family != models.family:
+        raise OptionError(
+            f"{method} is only available for {BASE_NAMES[baseline.family].removesuffix('.1')} "
+            f"presets, and {preset} is not one; choose another preset or PuLID."
+        )
+    if not models.is_miniature:
+        return baseline
+    if method not in MINI_BASELINES:
+        raise OptionError(
+            f"{method} is not available for the miniature; "
+            f"available: pulid, {', '.join(MINI_BASELINES)}."
+        )
+    return MINI_BASELINES[method]

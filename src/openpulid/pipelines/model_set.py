@@ -24,8 +24,22 @@ BASE_NAMES: dict[Family, str] = {
 }
 """How messages call an architecture."""
 
-COMPANION_WEIGHTS = {"instantid": ("identitynet", "identitynet-config")}
+COMPANION_WEIGHTS = {
+    "instantid": ("identitynet", "identitynet-config"),
+    "infiniteyou": ("infusenet",),
+    "infiniteyou-sim": ("infusenet-sim",),
+}
 """Published weights that a method needs in addition to its adapter."""
+
+NETWORK_FOLDERS = {
+    "instantid": "ControlNetModel",
+    "infiniteyou": "InfuseNetModel",
+    "infiniteyou-sim": "InfuseNetModel",
+}
+"""Folder of the network that a method opens next to its adapter."""
+
+MASKED_METHODS = ("pulid", "infiniteyou", "infiniteyou-sim")
+"""Methods that restrict a person to a part of the image, and show several people."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,11 @@ class ModelSet:
         if self.is_miniature:
             return "the miniature"
         return BASE_NAMES[self.family]
+
+    @property
+    def supports_masks(self) -> bool:
+        """Whether the method restricts a person to a part of the image."""
+        return self.method in MASKED_METHODS
 
     @property
     def has_transformer(self) -> bool:

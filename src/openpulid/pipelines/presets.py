@@ -13,7 +13,13 @@ from typing import Any
 
 from openpulid.errors import OptionError, suggest
 from openpulid.io.hub import WEIGHTS
-from openpulid.pipelines.baselines import BASELINES, MINI_ADAPTERS, MINI_BASELINES, Baseline
+from openpulid.pipelines.baselines import (
+    BASELINES,
+    MINI_ADAPTERS,
+    PULID_OPTIONS,
+    Baseline,
+    find_baseline,
+)
 from openpulid.pipelines.checks import (
     check_active_steps,
     check_resolved,
@@ -416,7 +422,8 @@ def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Pre
     )
     identity = IdentityOptions(scale=baseline.scale, start=baseline.start, end=1.0)
     defaults = preset.defaults.model_copy(update={"identity": identity})
-    return Preset(selection, preset.description, models, SDXL_OPTIONS, defaults)
+    options = preset.options - PULID_OPTIONS
+    return Preset(selection, preset.description, models, options, defaults)
 
 
 def _find_baseline(preset: Preset, method: str) -> Baseline:
@@ -429,19 +436,7 @@ def _find_baseline(preset: Preset, method: str) -> Baseline:
             f"there is no method {method!r}{suggest(method, ('pulid', *BASELINES, *PULID_MODES))}; "
             f"available: pulid, {', '.join(BASELINES)}."
         )
-    if preset.models.family != "sdxl":
-        raise OptionError(
-            f"{method} is only available for SDXL presets, and {preset.name} is not one; "
-            "choose another preset or PuLID."
-        )
-    if not preset.models.is_miniature:
-        return BASELINES[method]
-    if method not in MINI_BASELINES:
-        raise OptionError(
-            f"{method} is not available for the miniature; "
-            f"available: pulid, {', '.join(MINI_BASELINES)}."
-        )
-    return MINI_BASELINES[method]
+    return find_baseline(method, preset.models, preset.name)
 
 
 def with_base(preset: Preset, base: WeightSource) -> Preset:
