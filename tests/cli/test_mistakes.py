@@ -144,6 +144,7 @@ INIT = ("--init-image", "anna.png")
 CONTROL = ("--control", "folder", "--control-image")
 FLUX = ("--preset", "flux")
 SDXL = ("--preset", "sdxl")
+INFINITEYOU = (*FLUX, "--method", "infiniteyou")
 BENCH = ("bench", "run", "suite.json", "--people", "people", "-o")
 
 
@@ -183,6 +184,14 @@ def test_loading_is_noticed(command: Run, monkeypatch: pytest.MonkeyPatch) -> No
         (("--preset", "folder"), "there is no preset 'folder'"),
         (("--method", "fidelty"), "did you mean 'fidelity'?"),
         ((*FLUX, "--method", "instantid"), "only available for SDXL presets"),
+        (("--method", "infiniteyou"), "only available for FLUX presets"),
+        (INFINITEYOU, "infusenet (ByteDance/InfiniteYou/infu_flux_v1.0/aes_stage2/InfuseNetMod"),
+        (INFINITEYOU, "`pulid weights get flux-dev infiniteyou detector arcface-loss infusenet`"),
+        ((*INFINITEYOU, "--num-zero", 3), "does not support: --num-zero"),
+        ((*INFINITEYOU, "--start-step", 4), "with infiniteyou does not support: --start-step"),
+        ((*INFINITEYOU, *PERSON, "--end", 0.01), "none of the 28 steps is between"),
+        ((*INFINITEYOU, "--adapter", f"poisoned/{ADAPTER}"), "contains no InfiniteYou; it needs"),
+        ((*INFINITEYOU, "--adapter", "folder"), "folder contains no InfiniteYou; it needs"),
         (("--base", "none.safetensors"), "none.safetensors does not exist"),
         (("--base", "folder"), "folder contains no pipeline"),
         (("--base", "notes.safetensors"), "notes.safetensors cannot be loaded: it is damaged"),

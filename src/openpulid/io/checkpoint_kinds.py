@@ -111,8 +111,14 @@ FACEID = CheckpointKind(
 RESAMPLER = CheckpointKind(
     "an IP-Adapter-Plus or InstantID adapter",
     "use --method ip-adapter-plus or instantid",
-    (r"image_proj\.latents",),
+    (r"image_proj\.latents", r"ip_adapter\."),
     ("ip-adapter-plus", "instantid"),
+)
+INFINITEYOU = CheckpointKind(
+    "InfiniteYou's projection",
+    "use --preset flux --method infiniteyou",
+    (r"image_proj\.latents",),
+    ("infiniteyou", "infiniteyou-sim"),
 )
 IP_ADAPTER = CheckpointKind(
     "an IP-Adapter", "use --method ip-adapter", (r"(image_proj|ip_adapter)\.",), ("ip-adapter",)
@@ -150,6 +156,7 @@ KINDS: tuple[CheckpointKind, ...] = (
     FACEID_PLUS,
     FACEID,
     RESAMPLER,
+    INFINITEYOU,
     IP_ADAPTER,
     LORA,
     EMBEDDING,

@@ -195,6 +195,31 @@ def require_controlnet(path: str | os.PathLike[str]) -> None:
         )
 
 
+def find_adapter_files(
+    path: str | os.PathLike[str], method: str, names: Sequence[str], network: str
+) -> tuple[Path, Path]:
+    """Find an adapter's file, and the ControlNet that is published next to it.
+
+    Args:
+        path: a folder with both, or the adapter's file.
+        method: how messages call the method.
+        names: of the file in the folder; the last one is the published one.
+        network: folder of the ControlNet.
+
+    Returns:
+        The file, and the folder of the ControlNet.
+
+    Raises:
+        WeightsError: One of them is missing.
+    """
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    candidates = [Path(path), *(folder / name for name in names)]
+    files = [file for file in candidates if file.is_file()]
+    if not files or not (folder / network).is_dir():
+        raise WeightsError(f"{folder} contains no {method}; it needs {names[-1]} and {network}/.")
+    return files[0], folder / network
+
+
 def compute_residuals(
     model: ControlNetModel,
     call: UNetCall,

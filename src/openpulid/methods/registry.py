@@ -15,6 +15,8 @@ METHODS = {
     "dreambooth": "openpulid.methods.tuned.dreambooth:DreamBooth",
     "faceid": "openpulid.methods.ip_adapter.faceid:FaceID",
     "faceid-plus": "openpulid.methods.ip_adapter.faceid:FaceIDPlus",
+    "infiniteyou": "openpulid.methods.infiniteyou.flux:InfiniteYou",
+    "infiniteyou-sim": "openpulid.methods.infiniteyou.flux:InfiniteYou",
     "instantid": "openpulid.methods.ip_adapter.instantid:InstantID",
     "ip-adapter": "openpulid.methods.ip_adapter.ip_adapter:IPAdapter",
     "ip-adapter-plus": "openpulid.methods.ip_adapter.ip_adapter:IPAdapter",
@@ -26,6 +28,10 @@ METHODS = {
     "textual-inversion": "openpulid.methods.tuned.textual_inversion:TextualInversion",
 }
 """Name -> module:class. A module is imported when its method is first used."""
+
+
+TUNED_METHODS = ("custom-diffusion", "dreambooth", "lora", "textual-inversion")
+"""Methods that `pulid tune` trains on images of one person, who is then in the adapter's file."""
 
 
 def find_method(name: str) -> type[Adapter]:

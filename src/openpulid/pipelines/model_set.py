@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from openpulid.pipelines.baselines import MINI_ADAPTERS, TUNED_METHODS
+from openpulid.methods.registry import TUNED_METHODS
 
 WeightSource = Path | str
 """A path, or a name of `io.hub.WEIGHTS`, which is looked up when the preset is loaded."""
@@ -26,8 +26,29 @@ BASE_NAMES: dict[Family, str] = {
 }
 """How messages call an architecture."""
 
-COMPANION_WEIGHTS = {"instantid": ("identitynet", "identitynet-config")}
+MINI_ADAPTERS = {
+    "faceid": "faceid.safetensors",
+    "instantid": "instantid",
+    "photomaker": "photomaker.safetensors",
+}
+"""Adapters of the miniature's baselines, in the directory of its weights."""
+
+COMPANION_WEIGHTS = {
+    "instantid": ("identitynet", "identitynet-config"),
+    "infiniteyou": ("infusenet",),
+    "infiniteyou-sim": ("infusenet-sim",),
+}
 """Published weights that a method needs in addition to its adapter."""
+
+NETWORK_FOLDERS = {
+    "instantid": "ControlNetModel",
+    "infiniteyou": "InfuseNetModel",
+    "infiniteyou-sim": "InfuseNetModel",
+}
+"""Folder of the network that a method opens next to its adapter."""
+
+MASKED_METHODS = ("pulid", "infiniteyou", "infiniteyou-sim")
+"""Methods that restrict a person to a part of the image, and show several people."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +118,11 @@ class ModelSet:
         if self.is_miniature:
             return "the miniature"
         return BASE_NAMES[self.family]
+
+    @property
+    def supports_masks(self) -> bool:
+        """Whether the method restricts a person to a part of the image."""
+        return self.method in MASKED_METHODS
 
     @property
     def has_transformer(self) -> bool:

@@ -13,7 +13,13 @@ from typing import Any
 
 from openpulid.errors import OptionError, suggest
 from openpulid.io.hub import WEIGHTS
-from openpulid.pipelines.baselines import BASELINES, MINI_BASELINES, Baseline, find_adapter
+from openpulid.pipelines.baselines import (
+    BASELINES,
+    PULID_OPTIONS,
+    Baseline,
+    find_adapter,
+    find_baseline,
+)
 from openpulid.pipelines.checks import (
     check_active_steps,
     check_resolved,
@@ -414,7 +420,7 @@ def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Pre
     models = replace(preset.models, method=method, adapter=source, **dict(baseline.models))
     identity = IdentityOptions(scale=baseline.scale, start=baseline.start, end=1.0)
     defaults = preset.defaults.model_copy(update={"identity": identity})
-    options = SDXL_OPTIONS - baseline.unused
+    options = preset.options - PULID_OPTIONS - baseline.unused
     return Preset(selection, preset.description, models, options, defaults)
 
 
@@ -428,19 +434,7 @@ def _find_baseline(preset: Preset, method: str) -> Baseline:
             f"there is no method {method!r}{suggest(method, ('pulid', *BASELINES, *PULID_MODES))}; "
             f"available: pulid, {', '.join(BASELINES)}."
         )
-    if preset.models.family != "sdxl":
-        raise OptionError(
-            f"{method} is only available for SDXL presets, and {preset.name} is not one; "
-            "choose another preset or PuLID."
-        )
-    if not preset.models.is_miniature:
-        return BASELINES[method]
-    if method not in MINI_BASELINES:
-        raise OptionError(
-            f"{method} is not available for the miniature; "
-            f"available: pulid, {', '.join(MINI_BASELINES)}."
-        )
-    return MINI_BASELINES[method]
+    return find_baseline(method, preset.models, preset.name)
 
 
 def with_base(preset: Preset, base: WeightSource) -> Preset:

@@ -279,10 +279,11 @@ class Studio:
 
     def _check_people(self, people: People) -> None:
         """Check that the method can show these people."""
-        if not isinstance(people, Identity) and self.preset.models.method != "pulid":
+        models = self.preset.models
+        if not isinstance(people, Identity) and not models.supports_masks:
             raise OptionError(
-                "masks and several people in one image are only supported by PuLID, "
-                f"not by {self.preset.models.method}."
+                "masks and several people in one image are only supported by PuLID and "
+                f"InfiniteYou, not by {models.method}."
             )
         for identity, _ in chain(*normalize_people(people)):
             identity.require(self._extractor.models)

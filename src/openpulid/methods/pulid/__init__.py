@@ -7,8 +7,10 @@ from openpulid.methods.pulid.masks import (
     Mask,
     People,
     convert_mask,
+    encode_people,
     normalize_people,
     read_mask,
+    stack_masks,
 )
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.sdxl import PuLID
@@ -28,8 +30,10 @@ __all__ = [
     "convert_mask",
     "cross_attentions",
     "delay_guidance",
+    "encode_people",
     "identity_blocks",
     "normalize_people",
     "read_mask",
+    "stack_masks",
     "transfer_adapter",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.images import Source, open_mask
-from openpulid.methods.hooks import warn_if_other_ratio
+from openpulid.methods.hooks import expand_per_image, warn_if_other_ratio
 
 MIN_WEIGHT = 0.02
 """A mask whose largest weight is below this one hides the identity."""
@@ -61,6 +61,40 @@ def _people_of_prompt(entry: Any) -> list[Person]:
         "expected an identity or a list of (identity, mask) per prompt, got "
         f"{type(entry).__name__}; `Studio.identify` makes one identity of one or several images."
     )
+
+
+def encode_people(
+    prompts: Sequence[Sequence[Person]], encode: Callable[[Identity], Tensor]
+) -> Tensor:
+    """Encode every identity once. Prompts with fewer people are padded with zeros.
+
+    Args:
+        prompts: per prompt its identities and masks.
+        encode: identity -> tokens (1, T, width).
+
+    Returns:
+        (P, J, T, width).
+
+    Raises:
+        OptionError: The identities have different numbers of tokens.
+        IdentityError: The features of an identity are not finite.
+    """
+    tokens: dict[int, Tensor] = {}
+    for prompt in prompts:
+        for identity, _ in prompt:
+            if id(identity) not in tokens:
+                identity.check_values()
+                tokens[id(identity)] = encode(identity)[0]
+    if len({len(x) for x in tokens.values()}) > 1:
+        raise OptionError("identities used together must have the same number of reference images.")
+    padding = torch.zeros_like(next(iter(tokens.values())))
+    max_people = max(map(len, prompts))
+    rows = []
+    for prompt in prompts:
+        row = [tokens[id(identity)] for identity, _ in prompt]
+        row += [padding] * (max_people - len(prompt))
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
 
 
 def read_mask(mask: Tensor | Source) -> Tensor:
@@ -160,6 +194,22 @@ def stack_masks(prompts: Sequence[Sequence[Person]]) -> Tensor | None:
     return torch.stack(
         [torch.stack([_resize(mask, height, width) for mask in row]) for row in rows]
     )
+
+
+def resize_masks(masks: Tensor, grid: tuple[int, int], batch_size: int) -> Tensor:
+    """Resize masks to the image tokens of a batch.
+
+    Args:
+        masks: (P, J, H, W).
+        grid: rows and columns of the tokens.
+        batch_size: B; the images of each prompt are in sequence.
+
+    Returns:
+        (J, B, L, 1).
+    """
+    resized = interpolate(masks.float(), grid, mode="area")
+    rows = expand_per_image(resized, batch_size, is_guided=False)
+    return rows.flatten(2).transpose(0, 1)[..., None]
 
 
 def _resize(mask: Tensor, height: int, width: int) -> Tensor:
