@@ -186,7 +186,7 @@ def test_loading_is_noticed(command: Run, monkeypatch: pytest.MonkeyPatch) -> No
         ((*FLUX, "--method", "instantid"), "only available for SDXL presets"),
         (("--method", "infiniteyou"), "only available for FLUX presets"),
         (INFINITEYOU, "infusenet (ByteDance/InfiniteYou/infu_flux_v1.0/aes_stage2/InfuseNetMod"),
-        (INFINITEYOU, "`pulid weights get flux-dev infiniteyou detector arcface-loss infusenet`"),
+        (INFINITEYOU, "`pulid weights get flux-dev infiniteyou detector "),
         ((*INFINITEYOU, "--num-zero", 3), "does not support: --num-zero"),
         ((*INFINITEYOU, "--start-step", 4), "with infiniteyou does not support: --start-step"),
         ((*INFINITEYOU, *PERSON, "--end", 0.01), "none of the 28 steps is between"),
