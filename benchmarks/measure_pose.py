@@ -1,11 +1,11 @@
 """Measure how often the miniature keeps the pose of the prompt, and what that costs in similarity.
 
     python benchmarks/measure_pose.py -o benchmarks/pose.json
-    python benchmarks/measure_pose.py --sweep --people 16
 
 Every person is generated in every pose of the world, in scenes held out of training. The attribute
-classifier, which no method uses, says which pose an image has. The second command varies the
-identity's start and scale, from which the presets' values for `pose_from_prompt` are chosen.
+classifier, which no method uses, says which pose an image has. Each preset is measured at its own
+values and, with fewer people, in a sweep over the identity's start and scale, from which the values
+for `pose_from_prompt` are chosen.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Scene
 
 POSES = ATTRIBUTES["pose"]
 
+Options = dict[str, float | None]
+
 STARTS = {"mini": (0.0, 0.2, 0.4), "mini-lightning": (0.0, 0.25, 0.5)}
-SCALES = {"mini": (0.7, 1.0, 1.5), "mini-lightning": (0.7, 1.0, 2.0)}
+SCALES = {"mini": (0.7, 1.0, 1.5), "mini-lightning": (0.7, 1.0, 2.0, 3.0)}
 """The values of the sweep."""
 ABOUT = "Share of prompts whose pose the image has, with and without identity, and similarity"
 STRONG = 2.0
@@ -46,40 +48,62 @@ def main() -> None:
     """Generate the images, score them, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--people", type=int, default=64)
+    parser.add_argument("--sweep-people", type=int, default=8, help="0 leaves out the sweep")
     parser.add_argument("--preset", action="append", choices=list(STARTS))
-    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("-o", "--out", type=Path)
     arguments = parser.parse_args()
-    rows = []
+    measurements = []
     for preset in arguments.preset or list(STARTS):
-        rows += measure(preset, arguments.people, arguments.sweep)
+        studio = load(preset)
+        runs = {
+            "the preset's values": (arguments.people, select_values(preset)),
+            "sweep over start and scale": (arguments.sweep_people, sweep_values(preset)),
+        }
+        for name, (people, choices) in runs.items():
+            if not people:
+                continue
+            rows = measure(studio, people, choices)
+            configuration = {"preset": preset, "people": people, "poses": POSES}
+            measurement = describe_measurement(configuration, {"rows": rows}, torch.device("cpu"))
+            measurements.append({"name": f"{preset}, {name}", **measurement})
     if arguments.out is not None:
-        configuration = {"people": arguments.people, "poses": POSES}
-        measurement = describe_measurement(configuration, {"rows": rows}, torch.device("cpu"))
-        report = {"about": ABOUT, "measurements": [{"name": "poses", **measurement}]}
-        write_json(arguments.out, report)
+        write_json(arguments.out, {"about": ABOUT, "measurements": measurements})
 
 
-def measure(preset: str, people: int, is_sweep: bool) -> list[dict[str, Any]]:
+def select_values(preset: str) -> list[Options]:
+    """Return start and scale of a preset with and without `pose_from_prompt`, and a high scale."""
+    defaults, pose = find_preset(preset).defaults.identity, find_preset(preset).pose
+    return [
+        {"start": start, "scale": scale}
+        for scale in (pose.scale, STRONG)
+        for start in (defaults.start, pose.start)
+    ]
+
+
+def sweep_values(preset: str) -> list[Options]:
+    """Return all combinations of start and scale of the sweep."""
+    return [{"start": x, "scale": y} for y in SCALES[preset] for x in STARTS[preset]]
+
+
+def measure(studio: Studio, people: int, choices: Sequence[Options]) -> list[dict[str, Any]]:
     """Measure one preset.
 
     Args:
-        preset: name of the preset.
+        studio: of the preset.
         people: number of people.
-        is_sweep: whether to vary start and scale.
+        choices: start and scale of the identity.
 
     Returns:
-        A row for each choice of options; the first one is without identity.
+        A row for each choice; the first ones are of the rendered scenes, and without identity.
     """
     scorers = MiniScorers.load()
     prompts = sample_poses(people)
-    studio = load(preset)
     portraits = render_portraits(people)
     references = scorers.faces(portraits).embeddings
     identities = [studio.identify([portrait]) for portrait in to_pil(portraits)]
 
     def score(name: str, images: Tensor, **options: float | None) -> dict[str, Any]:
-        row = {"preset": preset, "name": name, **options}
+        row: dict[str, Any] = {"name": name, **options}
         row |= score_images(scorers, prompts, images, references)
         print(json.dumps(row), flush=True)
         return row
@@ -88,15 +112,6 @@ def measure(preset: str, people: int, is_sweep: bool) -> list[dict[str, Any]]:
         score("rendered", render_ground_truth(prompts, people)[0]),
         score("no identity", generate(studio, prompts, None)),
     ]
-    if is_sweep:
-        choices = [{"start": x, "scale": y} for y in SCALES[preset] for x in STARTS[preset]]
-    else:
-        defaults, pose = find_preset(preset).defaults.identity, find_preset(preset).pose
-        choices = [
-            {"start": start, "scale": scale}
-            for scale in (pose.scale, STRONG)
-            for start in (defaults.start, pose.start)
-        ]
     for options in choices:
         varied = Studio(
             studio.pipe, studio.adapter, studio.extractor, studio.preset.with_defaults(**options)

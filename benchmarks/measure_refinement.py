@@ -1,7 +1,6 @@
 """Measure what the second pass on small faces does for identity similarity, in the miniature.
 
     python benchmarks/measure_refinement.py -o benchmarks/refinement.json
-    python benchmarks/measure_refinement.py --strengths 0.3,0.5,0.7,0.9 --people 8
 
 The miniature generates portraits alone. A scene with a small face is therefore an initial image: a
 rendering of another person in the scene of the prompt, at a third of the size of a larger image.
@@ -9,6 +8,9 @@ Image-to-image changes it a little, which is all that a face of this size surviv
 generated again with the identity. Identity similarity is that of the benchmark's face recognition
 model, which no method uses, to the reference image; an image without a face counts as 0. For the
 small scenes, the third with the person is enlarged to the size of a portrait.
+
+Each preset is measured with the default refinement, and with fewer people in a sweep over the
+strength, from which the default is chosen.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ CANVAS = 128
 SMALL = CANVAS // 3
 STEPS = 50
 """Steps in the small scenes, so that one of them can change little."""
-MAX_SIZE = 0.4
-"""The faces have about 0.23; the box of a distorted one can be half as large again."""
+PRESETS = ("mini", "mini-lightning")
+STRENGTHS = (0.3, 0.5, 0.7, 0.9)
+"""The values of the sweep."""
 OTHER_PERSON = 500
 """Distance to the person of the initial image."""
 ABOUT = "Similarity of small faces with and without the second pass"
@@ -54,48 +57,64 @@ def main() -> None:
     """Generate the images, score them, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--people", type=int, default=32)
-    parser.add_argument("--preset", default="mini")
+    parser.add_argument("--sweep-people", type=int, default=10, help="0 leaves out the sweep")
+    parser.add_argument("--preset", action="append", choices=PRESETS)
     parser.add_argument("--first-pass", type=float, default=0.02)
-    parser.add_argument("--strengths", default=f"{FaceRefinement().strength}")
     parser.add_argument("-o", "--out", type=Path)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--picture", type=Path, help="of the first preset")
     arguments = parser.parse_args()
-    strengths = [float(text) for text in arguments.strengths.split(",")]
-    studio = load(arguments.preset)
     scorer = FaceScorer.load()
+    default = FaceRefinement()
+    runs = {
+        "second pass": (arguments.people, [default.strength]),
+        "sweep over the strength": (arguments.sweep_people, STRENGTHS),
+    }
+    measurements = []
+    rows: list[list[Image.Image]] = []
+    for preset in arguments.preset or PRESETS:
+        studio = load(preset)
+        for name, (people, strengths) in runs.items():
+            if not people:
+                continue
+            images = []
+            for number in range(people):
+                images.append(generate(studio, number, arguments.first_pass, strengths))
+                print(f"{preset}, {name}: {number + 1}/{people}", flush=True)
+            rows = rows or [list(row.values()) for row in images[:NUM_DRAWN]]
+            figures = score(scorer, images)
+            print(json.dumps(figures, indent=1), flush=True)
+            configuration = {
+                "preset": preset,
+                "people": people,
+                "first_pass": arguments.first_pass,
+                "num_inference_steps": STEPS,
+                "strengths": list(strengths),
+                "max_size": default.max_size,
+            }
+            measurement = describe_measurement(configuration, figures, torch.device("cpu"))
+            measurements.append({"name": f"{preset}, {name}", **measurement})
+    if arguments.out is not None:
+        write_json(arguments.out, {"about": ABOUT, "measurements": measurements})
+    if arguments.picture is not None:
+        image_grid(rows, 128).save(arguments.picture)
+
+
+def score(scorer: FaceScorer, images: Sequence[dict[str, Image.Image]]) -> dict[str, Any]:
+    """Score the images of several people, see `generate`; those with a second pass also alone."""
     columns: dict[str, list[Tensor]] = {}
     is_refined = []
-    drawn = []
-    for number in range(arguments.people):
-        images = generate(studio, number, arguments.first_pass, strengths)
-        faces = scorer(to_tensor([view(image) for image in images.values()]))
-        for name, has_face, embedding in zip(images, faces.has_face, faces.embeddings, strict=True):
+    for row in images:
+        faces = scorer(to_tensor([view(image) for image in row.values()]))
+        for name, has_face, embedding in zip(row, faces.has_face, faces.embeddings, strict=True):
             similarity = torch.cosine_similarity(embedding, faces.embeddings[0], dim=0)
             columns.setdefault(name, []).append(torch.stack([similarity, has_face.float()]))
-        last = list(images.values())[-1]
-        is_refined.append(last.tobytes() != images["small"].tobytes())
-        if number < NUM_DRAWN:
-            drawn.append(list(images.values()))
-        print(f"{number + 1}/{arguments.people}, refined: {sum(is_refined)}", flush=True)
+        is_refined.append(list(row.values())[-1].tobytes() != row["small"].tobytes())
     values = {name: torch.stack(column) for name, column in columns.items()}
-    detected = torch.tensor(is_refined)
-    configuration = {
-        "preset": arguments.preset,
-        "people": arguments.people,
-        "first_pass": arguments.first_pass,
-    }
-    figures = {
-        "refined": round(detected.float().mean().item(), 3),
-        "all": tabulate(values),
-        "where_a_face_was_detected": tabulate({name: x[detected] for name, x in values.items()}),
-    }
-    print(json.dumps(figures, indent=1))
-    if arguments.out is not None:
-        measurement = describe_measurement(configuration, figures, torch.device("cpu"))
-        report = {"about": ABOUT, "measurements": [{"name": "small faces", **measurement}]}
-        write_json(arguments.out, report)
-    if arguments.picture is not None:
-        image_grid(drawn, 128).save(arguments.picture)
+    refined = torch.tensor(is_refined)
+    figures = {"refined": round(refined.float().mean().item(), 3), "all": tabulate(values)}
+    if any(is_refined):
+        figures["where_a_face_was_refined"] = tabulate({k: x[refined] for k, x in values.items()})
+    return figures
 
 
 def generate(
@@ -139,7 +158,7 @@ def generate(
                 height=CANVAS,
                 num_inference_steps=STEPS,
                 init_image={"image": file, "strength": first_pass},
-                refine_faces=strength and {"strength": strength, "max_size": MAX_SIZE},
+                refine_faces=strength and {"strength": strength},
             )
             images[name] = result.images[0]
     return images
@@ -175,9 +194,10 @@ def tabulate(columns: dict[str, Tensor]) -> dict[str, Any]:
 def summarize(values: Tensor) -> dict[str, Any]:
     """Return means of (P, 2) similarities and detected faces, with a 95% interval over people."""
     interval = bootstrap(values[:, 0], torch.arange(len(values)))
+    is_single = len(values) == 1  # has no interval
     return {
         "similarity": round(interval.mean, 4),
-        "interval": [round(interval.low, 4), round(interval.high, 4)],
+        "interval": None if is_single else [round(interval.low, 4), round(interval.high, 4)],
         "faces_found": round(values[:, 1].mean().item(), 3),
     }
 

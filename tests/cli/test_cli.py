@@ -100,6 +100,8 @@ def test_weights_are_listed_and_missing_ones_named(
     assert {"instantid", "identitynet", "identitynet-config", "arcface", "detector"} <= set(
         weights.method_weights("instantid")
     )
+    infiniteyou = ["infiniteyou-sim", "detector", "arcface-loss", "infusenet-sim"]
+    assert weights.expand_names(["infiniteyou-sim"]) == infiniteyou
     assert weights.expand_names(["arcface"]) == ["arcface"]
     assert "juggernaut" not in weights.method_weights("photomaker")
 
@@ -113,6 +115,8 @@ def test_presets_are_listed_with_missing_weights(
     assert any(line.startswith("mini\t") and "yes" in line for line in listed.splitlines())
     predicted = pulid("presets", "memory", "flux", "--size", "512x512").out
     assert predicted.count("(peak)") == 4 and "text encoders" in predicted
+    words = ("presets", "memory", "flux", "--size", "512x512", "--method", "infiniteyou")
+    assert pulid(*words).out.count("adapter 5.7") == 3  # InfuseNet in each phase of `full`
 
 
 def test_user_errors_are_one_sentence(

@@ -138,7 +138,7 @@ def test_tokens_are_written_for_stable_diffusion_cpp(
     again = pulid("identify", anna, "-o", out, "--for", "flux", "--face", 0)
     assert again.is_one_sentence and "--overwrite" in again.err
     sdxl = pulid("identify", anna, "-o", out, "--for", "flux", "--preset", "sdxl")
-    assert sdxl.is_one_sentence and "preset 'sdxl' has no encoder for FLUX" in sdxl.err
+    assert sdxl.is_one_sentence and "preset 'sdxl' has no encoder of PuLID" in sdxl.err
 
 
 def test_mistakes_of_an_export_are_reported_first(

@@ -1,25 +1,38 @@
-"""Mistakes are reported before any model is loaded.
+"""Mistakes are reported at once, before any model is loaded.
 
 The networks of the preset `poisoned` are no weights. Whatever loads one of them fails with another
-message.
+message. Of the ControlNet and the IP-Adapter, which are complete, no tensor may be read.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import ControlNetModel
 from PIL import Image
+from safetensors.torch import save_file
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from openpulid.io.checkpoints import safe_open
+from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.world.gallery import render_portrait
-from tests.cli.conftest import Run
+from tests.cli.conftest import Output, Run
 from tests.support.people import someone
+from tests.support.tiny_flux import tiny_controlnet
 
 ADAPTER = "pulid-stage3.safetensors"
+
+MAX_SECONDS = 1.0
+"""CPU time until a mistake is reported, once the libraries are imported."""
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +53,90 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     people = folder / "people"
     people.mkdir()
     shutil.copy(folder / "anna.png", people)
+    sizes: dict[str, Any] = {"norm_num_groups": 4, "attention_head_dim": 2, "layers_per_block": 1}
+    ControlNetModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        conditioning_embedding_out_channels=(8, 8),
+        cross_attention_dim=8,
+        **sizes,
+    ).save_pretrained(folder / "controlnet")
+    tiny_controlnet().save_pretrained(folder / "controlnet-flux")
+    published = folder / "published"
+    for name in ("ip-adapter", "clip-h"):
+        path = published / WEIGHTS[name].file
+        path.parent.mkdir(parents=True)
+        names = ("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight")
+        save_file({name: torch.ones(4, 4) for name in names}, path)
     suite = {"about": "poisoned", "preset": "./poisoned", "seeds": [1]}
     (folder / "suite.json").write_text(json.dumps(suite | {"prompts": [{"text": "portrait"}]}))
     return folder
 
 
 @pytest.fixture
-def run(files: Path, pulid: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run the command in that folder, without any published weight."""
+def command(files: Path, pulid: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command in that folder; the published weights are those of an IP-Adapter alone."""
     monkeypatch.chdir(files)
-    monkeypatch.delenv("PULID_WEIGHTS", raising=False)
+    monkeypatch.setenv(FOLDER_VARIABLE, str(files / "published"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(files / "cache"))
     return pulid
+
+
+@contextmanager
+def watch_loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Yield a list of the networks that are built and the tensors that are read."""
+    loaded: list[str] = []
+
+    def note_parameter(module: torch.nn.Module, name: str, parameter: Any) -> None:
+        loaded.append(f"{type(module).__name__}.{name}")
+
+    class WatchedFile:
+        """A file of weights whose tensors are noted when they are read."""
+
+        def __init__(self, path: Any, **options: Any) -> None:
+            self._path = path
+            self._file = safe_open(path, **options)
+
+        def __enter__(self) -> WatchedFile:
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self._file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            loaded.append(f"{self._path}: {name}")
+            return self._file.get_tensor(name)
+
+    monkeypatch.setattr("openpulid.io.checkpoints.safe_open", WatchedFile)
+    handle = register_module_parameter_registration_hook(note_parameter)
+    try:
+        yield loaded
+    finally:
+        handle.remove()
+
+
+@pytest.fixture
+def run(command: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command; it fails without having loaded anything, and at once."""
+
+    def run_watched(*arguments: object) -> Output:
+        for is_repeated in (False, True):
+            start = time.process_time()
+            with watch_loading(monkeypatch) as loaded:
+                done = command(*arguments)
+            assert not loaded, f"{loaded[:3]} were loaded before {done.err}"
+            seconds = time.process_time() - start
+            if seconds < MAX_SECONDS:
+                break
+            # the first run may have imported a library
+            assert not is_repeated, f"{seconds:.1f} s until {done.err}"
+        return done
+
+    return run_watched
 
 
 PERSON = ("--id", "anna.png")
@@ -59,6 +144,7 @@ INIT = ("--init-image", "anna.png")
 CONTROL = ("--control", "folder", "--control-image")
 FLUX = ("--preset", "flux")
 SDXL = ("--preset", "sdxl")
+INFINITEYOU = (*FLUX, "--method", "infiniteyou")
 BENCH = ("bench", "run", "suite.json", "--people", "people", "-o")
 
 
@@ -72,12 +158,22 @@ BENCH = ("bench", "run", "suite.json", "--people", "people", "-o")
     ],
 )
 def test_poison_is_noticed_when_a_model_is_loaded(
-    run: Run, words: tuple[str, ...], message: str
+    command: Run, words: tuple[str, ...], message: str
 ) -> None:
     """Otherwise the tests below would show nothing."""
     preset = () if words[0] == "bench" else ("--preset", "poisoned")
-    done = run(*words, *preset)
+    done = command(*words, *preset)
     assert done.is_one_sentence and message in done.err, done
+
+
+def test_loading_is_noticed(command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with watch_loading(monkeypatch) as loaded:
+        assert "vae/" in command("generate", "portrait", "--preset", "poisoned").err
+    assert f"poisoned/{ADAPTER}: id_adapter.body.0.bias" in loaded
+    assert any(name.startswith("Linear.") for name in loaded)
+    with watch_loading(monkeypatch) as loaded:
+        ControlNetModel.from_pretrained("controlnet")
+    assert "Conv2d.weight" in loaded
 
 
 @pytest.mark.parametrize(
@@ -88,6 +184,14 @@ def test_poison_is_noticed_when_a_model_is_loaded(
         (("--preset", "folder"), "there is no preset 'folder'"),
         (("--method", "fidelty"), "did you mean 'fidelity'?"),
         ((*FLUX, "--method", "instantid"), "only available for SDXL presets"),
+        (("--method", "infiniteyou"), "only available for FLUX presets"),
+        (INFINITEYOU, "infusenet (ByteDance/InfiniteYou/infu_flux_v1.0/aes_stage2/InfuseNetMod"),
+        (INFINITEYOU, "`pulid weights get flux-dev infiniteyou detector "),
+        ((*INFINITEYOU, "--num-zero", 3), "does not support: --num-zero"),
+        ((*INFINITEYOU, "--start-step", 4), "with infiniteyou does not support: --start-step"),
+        ((*INFINITEYOU, *PERSON, "--end", 0.01), "none of the 28 steps is between"),
+        ((*INFINITEYOU, "--adapter", f"poisoned/{ADAPTER}"), "contains no InfiniteYou; it needs"),
+        ((*INFINITEYOU, "--adapter", "folder"), "folder contains no InfiniteYou; it needs"),
         (("--base", "none.safetensors"), "none.safetensors does not exist"),
         (("--base", "folder"), "folder contains no pipeline"),
         (("--base", "notes.safetensors"), "notes.safetensors cannot be loaded: it is damaged"),
@@ -160,13 +264,80 @@ def test_poison_is_noticed_when_a_model_is_loaded(
         ((*CONTROL, "none.png"), "none.png: does not exist"),
         ((*CONTROL, "anna.png"), "folder contains no diffusers ControlNet"),
         (("--control", "control-edge", "--control-image", "anna.png"), "'control-edges'"),
+        (
+            (*CONTROL[:3], "anna.png", "--control-kind", "deep"),
+            "must be 'edges', 'depth' or 'pose'",
+        ),
+        (
+            ("--control", "control-pose", "--control-image", "anna.png", "--control-start", 1),
+            "--control-start 1 is not before --control-end 1",
+        ),
+        (("--lora", "none.safetensors"), "none.safetensors does not exist"),
+        (("--lora", "folder"), "folder is not the folder of one LoRA: it holds none."),
+        (("--lora", "notes.safetensors"), "notes.safetensors"),
+        (("--lora", f"poisoned/{ADAPTER}"), "is not a LoRA: it is PuLID's adapter for SDXL"),
+        (("--lora-scale", 0.5), "0 --lora and 1 --lora-scale"),
+        (("--embedding", "none.safetensors"), "none.safetensors does not exist"),
+        (("--embedding", "notes.safetensors"), "notes.safetensors"),
+        (("--embedding-token", "word"), "0 --embedding and 1 --embedding-token"),
+        (("--style", "anna.png"), "the miniature has none"),
+        (("--style-scale", 0.5), "--style is missing"),
+        ((*SDXL, "--style", "none.png"), "none.png: does not exist"),
+        ((*FLUX, "--style", "anna.png"), "use ip-adapter-flux."),
+        (("--refine-strength", 0.01), "runs none of the 20 steps"),
+        (("--pose-from-prompt", "--method", "faceid"), "does not support: --pose-from-prompt"),
+        (("--grid", "zoom=1,2"), "--grid has no option 'zoom'"),
+        (("--grid", "guidance=4,1000"), "--guidance must be at most 100"),
+        (("--name", "{person}"), "person"),
+        (("--from", "none.png"), "none.png: No such file"),
+        (("--from", "anna.png"), "anna.png contains no generation parameters"),
+        (("--c2pa", "--c2pa-cert", "none.pem"), "c2pa"),
     ],
 )
 def test_generate(run: Run, words: tuple[Any, ...], message: str) -> None:
-    preset = () if "--preset" in words else ("--preset", "poisoned")
-    done = run("generate", "portrait", *preset, *words, "-o", "out")
+    prompt = () if "--from" in words else ("portrait",)
+    preset = () if {"--preset", "--from"} & set(words) else ("--preset", "poisoned")
+    done = run("generate", *prompt, *preset, *words, "-o", "out")
     assert done.is_one_sentence and message in done.err, done
     assert not list(Path("out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--lora", "none.safetensors"), "none.safetensors does not exist"),
+        (("--adapter", "none.safetensors"), "none.safetensors does not exist"),
+        (("--base", "folder"), "folder contains no pipeline"),
+        (("--id", "other.safetensors"), "other models"),
+        (("--id", "anna.png", "--mask", "none.png"), "none.png: does not exist"),
+        (("--size", "100x101"), "must be multiples of 8"),
+        (("--grid", "init-image=anna.png,none.png"), "none.png: does not exist"),
+        ((*FLUX, "--steps", 5), "a ControlNet for SDXL, and the base model is FLUX.1"),
+        (("--control", "controlnet-flux"), "a ControlNet for FLUX.1, and the base model is the"),
+        (
+            ("--control", "controlnet", "--control-kind", "pose"),
+            "`pulid weights get person-detector` downloads it",
+        ),
+    ],
+)
+def test_controlnet_is_not_loaded_before_another_mistake(
+    run: Run, words: tuple[Any, ...], message: str
+) -> None:
+    preset = () if "--preset" in words else ("--preset", "poisoned")
+    control = () if "--control" in words else ("--control", "controlnet")
+    image = ("--control-image", "anna.png")
+    done = run("generate", "portrait", *preset, *control, *image, *words, "-o", "out")
+    assert done.is_one_sentence and message in done.err, done
+
+
+def test_style_adapter_is_not_loaded_before_another_mistake(run: Run) -> None:
+    words = ("--preset", "sdxl", "--style", "anna.png", "-o", "out")
+    for options, message in (
+        ((), "preset 'sdxl' needs weights that are not installed"),
+        (("--lora", "none.safetensors"), "none.safetensors does not exist"),
+    ):
+        done = run("generate", "portrait", *words, *options)
+        assert done.is_one_sentence and message in done.err, done
 
 
 @pytest.mark.parametrize("folder", ["file", "file/x", "/proc", "/sys"])

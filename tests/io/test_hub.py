@@ -73,6 +73,7 @@ class Mirror(BaseHTTPRequestHandler):
             "guozinan/PuLID": {"pulid_v1.1.safetensors": CONTENT},
             "stabilityai/stable-diffusion-xl-base-1.0": self.pipeline,
             "someone/some.Pipeline-1": self.pipeline,
+            "ByteDance/InfiniteYou": self.pipeline,
         }
         self._send(repositories.get(repository, {}).get(name))
 
@@ -475,6 +476,45 @@ def test_downloaded_controlnet_is_loaded(
         loaded = ControlNet.load(hub.locate(PIPELINE, folder)).model
         for name, value in loaded.state_dict().items():
             assert torch.equal(value, net.state_dict()[name])
+
+
+def test_network_in_a_folder_comes_next_to_its_adapter(
+    mirror: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of InfiniteYou's repository, only the files of one variant are downloaded."""
+    stem = "diffusion_pytorch_model"
+    shards = [f"{stem}-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    index = json.dumps({"weight_map": {"a": shards[0], "b": shards[1]}}).encode()
+    stage = {f"InfuseNetModel/{name}": CONTENT for name in shards} | {
+        "InfuseNetModel/config.json": b"{}",
+        f"InfuseNetModel/{stem}.safetensors.index.json": index,
+        "image_proj_model.bin": CONTENT,
+        "infusenet_bf16.safetensors": CONTENT,
+    }
+    stages = ("infu_flux_v1.0/aes_stage2", "infu_flux_v1.0/sim_stage1")
+    files = {f"{folder}/{name}": content for folder in stages for name, content in stage.items()}
+    monkeypatch.setattr(Mirror, "pipeline", files | {"README.md": b"words", "config.json": b"{}"})
+    names = ("infiniteyou-sim", "infusenet-sim")
+    for folder in (tmp_path / "mine", None):
+        with pytest.raises(WeightsError, match=r"sim_stage1/InfuseNetModel is not installed; `pul"):
+            hub.locate(names[1], folder)
+        file, net = (hub.download(name, folder, log=lambda text: None) for name in names)
+        assert (hub.locate(names[0], folder), hub.locate(names[1], folder)) == (file, net)
+        assert net == file.parent / "InfuseNetModel" and file.parent.name == "sim_stage1"
+        assert {path.name for path in net.iterdir()} == {
+            name.removeprefix("InfuseNetModel/") for name in stage if "/" in name
+        }
+        top = file.parents[2]
+        assert stored_weights(top) == {
+            f"{stages[1]}/{name}" for name in stage if name.endswith((".bin", "2.safetensors"))
+        }
+        assert not (top / "config.json").exists()
+        with pytest.raises(WeightsError, match="aes_stage2/InfuseNetModel is not installed"):
+            hub.locate("infusenet", folder)
+    (tmp_path / "mine" / stages[1] / "InfuseNetModel" / shards[1]).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(WeightsError, match=rf"InfuseNetModel lacks {shards[1]}\); `pulid weights"):
+        hub.locate(names[1], tmp_path / "mine")
 
 
 @pytest.mark.parametrize("ref", [None, f"{COMMIT}\n", "b" * 40, ""])

@@ -267,7 +267,7 @@ def test_unsuitable_models_are_refused(pipe: Any, tmp_path: Path) -> None:
         FluxControlNet(tiny_controlnet()).attach(schnell)
     FluxControlNet(tiny_controlnet(guidance_embeds=False)).attach(schnell)
     bare = attached(tiny_controlnet(), pipe.transformer)
-    message = "attach the ControlNet to a FLUX pipeline"
+    message = "has no autoencoder; attach to a FLUX pipeline"
     with pytest.raises(OptionError, match=message), bare.use(FIRST):
         run(pipe)
     kontext = within(pipe, FluxKontextPipeline)

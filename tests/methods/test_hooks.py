@@ -52,6 +52,18 @@ def test_bare_transformer_has_no_fraction() -> None:
         Span(0.5).contains(tracker.position)
 
 
+@pytest.mark.parametrize("num_steps", [3, 4, 9, 30])
+@pytest.mark.parametrize("end", [0.0, 0.1, 1 / 3, 0.5, 0.6, 0.75, 0.99, 1.0])
+def test_whole_steps_end_as_in_diffusers(num_steps: int, end: float) -> None:
+    """FluxControlNetPipeline leaves out step i of n if (i + 1) / n is beyond the end."""
+    span = Span(0.0, end, whole_steps=True)
+    for step in range(num_steps):
+        position = SchedulePosition(step / num_steps, step, num_steps)
+        assert span.contains(position) is ((step + 1) / num_steps <= end)
+    with span.watch("the identity") as watched:
+        assert watched.whole_steps
+
+
 @pytest.mark.parametrize("num_steps", [3, 9, 10, 28])
 def test_spans_split_every_schedule_without_gap(num_steps: int) -> None:
     """Rounding must not move a step at the boundary into both spans or none."""

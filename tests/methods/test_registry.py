@@ -15,9 +15,18 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip_extractor import load_clip_encoder
 from openpulid.io.hub import WEIGHTS
 from openpulid.methods.ip_adapter.faceid import FaceID
-from openpulid.methods.registry import METHODS
+from openpulid.methods.registry import METHODS, TUNED_METHODS, find_method
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import BASELINES, flux, mini, sdxl, with_method
+from openpulid.pipelines.presets import (
+    BASELINES,
+    chroma,
+    find_preset,
+    flux,
+    flux_schnell,
+    mini,
+    sdxl,
+    with_method,
+)
 from openpulid.pipelines.studio import Studio
 from openpulid.world import Person, Scene, render
 from tests.support.clip_files import config, tower
@@ -39,8 +48,12 @@ def faceid(tmp_path_factory: pytest.TempPathFactory) -> Studio:
 
 def test_every_method_has_preset_and_licensed_weights() -> None:
     assert set(BASELINES) == set(METHODS) - {"pulid"}
-    for method in BASELINES:
-        preset = with_method(sdxl(), method)
+    presets = {
+        method: with_method(find_preset(baseline.family), method)
+        for method, baseline in BASELINES.items()
+        if method not in TUNED_METHODS
+    }
+    for method, preset in presets.items():
         assert (
             preset.models.method == method
             and preset.models.adapter in WEIGHTS
@@ -49,15 +62,19 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
         assert all(WEIGHTS[name].license for name in preset.published)
         options = preset.defaults.identity.model_dump(exclude_none=True)
         assert options.keys() == {"scale", "start", "end"}
-    read = {method: with_method(sdxl(), method).models.recognition for method in BASELINES}
+    read = {method: preset.models.recognition for method, preset in presets.items()}
+    assert {method for method, name in read.items() if name == "arcface-loss"} == {
+        "infiniteyou",
+        "infiniteyou-sim",
+    }
     assert {method for method, name in read.items() if name == "buffalo-l"} == {
         "faceid",
         "faceid-plus",
         "photomaker-v2",
     }
     views = {
-        method: with_method(sdxl(), method).models.clip_input
-        for method in BASELINES
+        method: preset.models.clip_input
+        for method, preset in presets.items()
         if method.startswith("ip-adapter")
     }
     assert views == {
@@ -68,25 +85,54 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
     assert (
         not WEIGHTS["faceid"].commercial
         and not WEIGHTS["instantid"].commercial
+        and not WEIGHTS["infusenet-sim"].commercial
         and WEIGHTS["photomaker"].commercial
     )
-    assert {"identitynet", "identitynet-config"} <= set(with_method(sdxl(), "instantid").published)
+    assert {"identitynet", "identitynet-config"} <= set(presets["instantid"].published)
+    assert {"infusenet-sim", "arcface-loss"} <= set(presets["infiniteyou-sim"].published)
+    assert not {"eva", "parsing", "arcface"} & set(presets["infiniteyou"].published)
     assert with_method(sdxl(), "pulid") == sdxl()
 
 
+@pytest.mark.parametrize("method", TUNED_METHODS)
+def test_tuned_methods_need_the_file_of_a_person(method: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=f"`pulid tune {method}` writes it"):
+        with_method(sdxl(), method)
+    preset = with_method(sdxl(), method, tmp_path / "anna.safetensors")
+    assert preset.models.has_own_person
+    assert preset.published == ("juggernaut",)  # no face models are needed
+    adapter = find_method(method)
+    assert adapter.has_own_person
+
+
 def test_unsupported_methods_raise() -> None:
-    with pytest.raises(OptionError, match="no method 'dreambooth'"):
-        with_method(sdxl(), "dreambooth")
+    with pytest.raises(OptionError, match="no method 'hypernetwork'"):
+        with_method(sdxl(), "hypernetwork")
     with pytest.raises(OptionError, match="a set of PuLID's options, not a method; use p"):
         with_method(sdxl(), "style")
     with pytest.raises(OptionError, match="instantid is only available for SDXL presets"):
         with_method(flux(), "instantid")
+    for preset in (sdxl(), mini(), chroma()):
+        message = f"infiniteyou is only available for FLUX presets, and {preset.name} is not one"
+        with pytest.raises(OptionError, match=message):
+            with_method(preset, "infiniteyou")
     with pytest.raises(
         OptionError, match="ip-adapter is not available for the miniature; available: pulid, faceid"
     ):
         with_method(mini(), "ip-adapter")
     with pytest.raises(WeightsError, match="this is not a CLIP vision encoder"):
         load_clip_encoder({"weight": torch.zeros(1)})
+
+
+def test_options_of_a_method_are_those_of_its_base() -> None:
+    pulid_only = {"start_step", "pose_from_prompt", "style_image"}
+    for preset in (flux(), flux_schnell()):
+        changed = with_method(preset, "infiniteyou")
+        assert preset.options - changed.options == pulid_only
+        assert changed.label == f"preset {preset.name!r} with infiniteyou"
+        assert changed.defaults.num_inference_steps == preset.defaults.num_inference_steps
+        assert changed.models.supports_masks
+    assert not with_method(sdxl(), "faceid").models.supports_masks
 
 
 def test_untrained_baseline_error_names_build_command(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from openpulid.io.registry import WEIGHTS
 from openpulid.methods.control_maps.depth import estimate_depth
 from openpulid.methods.control_maps.edges import canny_edges
 from openpulid.methods.control_maps.pose import detect_poses, draw_poses
-from openpulid.pipelines.controls import open_controls, prepare_image
+from openpulid.pipelines.control_images import detect_map
+from openpulid.pipelines.controls import find_missing_map, open_controls
 from openpulid.pipelines.inputs import open_inputs
 from openpulid.pipelines.presets import MINIATURE, flux, mini
 from openpulid.pipelines.provenance import Provenance
@@ -87,6 +88,12 @@ def pixels(studio: Studio, **fields: Any) -> np.ndarray:
     return np.asarray(studio.generate(request).images[0]).astype(np.float32) / 255
 
 
+def prepare_image(control: Control, image: Image.Image) -> Image.Image:
+    """Return the control image of an image."""
+    missing = find_missing_map(control, image)
+    return image if missing is None else detect_map(missing, image, control.image)
+
+
 def test_several_controls_act_on_flux(folder: Path) -> None:
     studio = flux_studio(tiny_pipe())
     first = Control(folder / "flux", folder / "square.png", end=0.5)
@@ -132,8 +139,8 @@ def test_controlnet_is_kept_as_the_memory_level_says(folder: Path, memory: str) 
         image = studio.generate(request, inputs=inputs).images[0]
         images.append(np.asarray(image).astype(np.float32) / 255)
     first, second = inputs.controls
-    assert first.net is second.net  # loaded once
-    weight = first.net.model.transformer_blocks[0].attn.to_q.weight
+    assert first.files is second.files  # loaded once
+    weight = first.files.network.model.transformer_blocks[0].attn.to_q.weight
     assert weight.dtype == (torch.bfloat16 if memory == "12gb" else torch.float8_e4m3fn)
     plain = pixels(studio)
     difference = np.abs(images[0] - images[1]).mean()

@@ -9,9 +9,11 @@ from torch import nn
 from openpulid.errors import OptionError
 from openpulid.pipelines.flux_memory import (
     GIB,
+    INFUSENET_LEVELS,
     LEVELS,
     _stream,
     find_level,
+    infiniteyou_sizes,
     place_pipeline,
     predict_memory,
     store_in_fp8,
@@ -115,8 +117,28 @@ def test_streamed_parts_are_counted_per_block() -> None:
     """One block computes while the next one loads; the autoencoder stays on the device."""
     weights = weight_sizes()
     phases = {need.phase: need.parts for need in predict_memory("12gb")}
-    assert phases["steps"]["transformer"] == 2 * weights["block"] + weights["outside blocks"]
+    streamed = 2 * weights["transformer block"] + weights["transformer outside blocks"]
+    assert phases["steps"]["transformer"] == streamed
     assert {parts["autoencoder"] for parts in phases.values()} == {weights["vae"]}
+
+
+def test_infusenet_fits_next_to_the_transformer() -> None:
+    sizes = infiniteyou_sizes()
+    # the published files in float32: two parts of InfuseNet, and the projection
+    assert sizes["InfuseNet"] == pytest.approx((9_982_278_752 + 1_964_235_168) / 2, rel=2e-2)
+    assert sizes["projection"] == pytest.approx(338e6 / 2, rel=2e-3)
+    peaks = {}
+    for name in LEVELS:
+        pulid, infusenet = (
+            {use.phase: use for use in predict_memory(name, method=method)}
+            for method in ("pulid", "infiniteyou-sim")
+        )
+        peaks[name] = max(use.total for use in infusenet.values())
+        assert infusenet["steps"].parts["transformer"] == pulid["steps"].parts["transformer"]
+    assert INFUSENET_LEVELS.keys() == LEVELS.keys()
+    assert 40e9 < peaks["full"] < 43e9  # the authors report 43 GB
+    for name, limit in (("24gb", 24e9), ("16gb", 16e9), ("12gb", 12e9)):
+        assert peaks[name] < 0.95 * limit
 
 
 def test_streaming_gives_the_same_image() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from openpulid.pipelines.regions import build_masks, crop_mask
+from openpulid.pipelines.mask_ratio import crop_mask
+from openpulid.pipelines.regions import build_masks
 from openpulid.pipelines.request import GenerationRequest, IdentityOptions
 from openpulid.pipelines.request_inputs import Person
 
@@ -41,17 +42,24 @@ def test_masks_hold_the_scales_of_people() -> None:
     assert torch.equal(nothing, torch.zeros(2, 4, 8))
 
 
-def test_mask_of_another_ratio_is_cropped(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_mask_of_another_ratio_is_cropped(dtype: type, caplog: pytest.LogCaptureFixture) -> None:
     """A disc stays a disc."""
     y, x = np.mgrid[:64, :128]
-    disc = 255 * ((x - 64) ** 2 + (y - 32) ** 2 < 20**2).astype(np.uint8)
-    mask = crop_mask(Image.fromarray(disc), (64, 64))
-    assert mask.shape == (64, 64)
-    rows, columns = (mask > 127).any(1).sum(), (mask > 127).any(0).sum()
-    assert int(rows) == int(columns) == 39
+    white = 255 if dtype is np.uint8 else 1
+    disc = white * ((x - 64) ** 2 + (y - 32) ** 2 < 20**2).astype(dtype)
+    mask = np.array(crop_mask(Image.fromarray(disc), (64, 64)))
+    assert mask.shape == (64, 64) and mask.dtype == dtype
+    assert mask.any(1).sum() == mask.any(0).sum() == 39 and mask.max() == white
     assert (
         "128 x 64 pixels (width over height 2.00) and is cropped to the ratio 1.00" in caplog.text
     )
     caplog.clear()
-    assert torch.equal(crop_mask(Image.fromarray(disc), (32, 16)), torch.tensor(disc))
+    assert np.array_equal(crop_mask(Image.fromarray(disc), (32, 16)), disc)
+    assert not caplog.records
+
+
+def test_mask_of_a_few_pixels_has_no_ratio(caplog: pytest.LogCaptureFixture) -> None:
+    halves = Image.fromarray(np.array([[0, 255]], np.uint8))
+    assert crop_mask(halves, (64, 64)).tobytes() == halves.tobytes()
     assert not caplog.records

@@ -433,7 +433,9 @@ def test_mask_needs_pulid() -> None:
     person = Person(images=["anna.png"], mask="left.png")
     request = GenerationRequest(prompt="portrait", people=[person])
     mini().resolve(request)
-    with pytest.raises(RequestError, match=r"people\.0\.mask is only supported by PuLID, not by"):
+    with pytest.raises(
+        RequestError, match=r"people\.0\.mask is only supported by PuLID and InfiniteYou, not"
+    ):
         with_method(mini(), "faceid").resolve(request)
 
 

@@ -19,7 +19,7 @@ from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import InitImage, Lora
 from openpulid.pipelines.studio import Studio
 from tests.support.people import anna
-from tests.support.studios import SIDE, SIZE, UnusedExtractor, pixels
+from tests.support.studios import SIDE, SIZE, chroma_studio, pixels
 from tests.support.tiny_bases import fresh_adapter, tiny_base
 from tests.support.tiny_flux import tiny_pipe
 
@@ -28,11 +28,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def studio() -> Studio:
-    pipe = tiny_base("Chroma")
-    models: dict[str, Any] = {"use_half_precision": False, "size_multiple": 4, "min_side": 4}
-    preset = chroma().with_models(**models, native_side=SIDE)
-    preset = preset.with_defaults(num_inference_steps=4, max_sequence_length=10, **SIZE)
-    return Studio(pipe, fresh_adapter(pipe), UnusedExtractor(), preset)
+    return chroma_studio()
 
 
 @pytest.fixture(scope="module")

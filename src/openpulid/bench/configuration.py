@@ -9,6 +9,7 @@ from typing import Any
 
 from openpulid.bench.run_dir import BASE
 from openpulid.io.checkpoints import fingerprint
+from openpulid.pipelines.model_set import NETWORK_FOLDERS
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.weights import resolve_path
 
@@ -56,10 +57,10 @@ def _hash_part(preset: Preset, name: str) -> list[str]:
 def _hash_adapter(preset: Preset) -> list[str]:
     path = resolve_path(preset.models.adapter)
     hashes = hash_weights(path)
-    controlnet = path.parent / "ControlNetModel"
-    # InstantID's file needs the network next to it; a folder of InstantID contains it
-    if preset.models.method == "instantid" and path.is_file() and controlnet.is_dir():
-        hashes += hash_weights(controlnet)
+    network = NETWORK_FOLDERS.get(preset.models.method)
+    # a folder contains the network, which is next to a file
+    if network is not None and path.is_file() and (path.parent / network).is_dir():
+        hashes += hash_weights(path.parent / network)
     return hashes
 
 

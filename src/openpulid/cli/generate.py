@@ -89,7 +89,8 @@ def generate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="instantid, faceid, ... instead of PuLID; or its mode fidelity, style, neutral."
+            help="instantid, infiniteyou, ... instead of PuLID; or its mode fidelity, style, "
+            "neutral."
         ),
     ] = None,
     projection: Annotated[str | None, typer.Option(help="ortho_v2, ortho or none.")] = None,

@@ -27,6 +27,7 @@ from openpulid.cli.mini import demo, mini
 from openpulid.cli.presets import presets
 from openpulid.cli.serve import serve
 from openpulid.cli.train import train
+from openpulid.cli.tune import tune
 from openpulid.cli.verify import verify
 from openpulid.cli.web import web
 from openpulid.cli.weights import weights
@@ -75,6 +76,7 @@ app.add_typer(mini, name="mini")
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
 app.command()(train)
+app.command()(tune)
 app.command()(web)
 app.command()(serve)
 app.command()(doctor)

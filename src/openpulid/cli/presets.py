@@ -38,13 +38,14 @@ def memory(
         str, typer.Argument(help="flux, flux-krea, flux-schnell or chroma.")
     ] = "flux",
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; the preset's by default.")] = None,
+    method: Annotated[str | None, typer.Option(help="infiniteyou instead of PuLID.")] = None,
 ) -> None:
     """Predict the device memory of each memory level, by phase and component."""
     from openpulid.pipelines.flux_memory import GIB, LEVELS, predict_memory
-    from openpulid.pipelines.presets import find_preset
     from openpulid.pipelines.request import GenerationRequest, parse_size
+    from openpulid.pipelines.selection import resolve_preset
 
-    chosen = find_preset(preset)
+    chosen = resolve_preset(preset, method=method)
     if "memory" not in chosen.options:
         raise OptionError("memory levels are only available for FLUX presets.")
     width, height = (None, None) if size is None else parse_size(size)
@@ -59,6 +60,7 @@ def memory(
             request.height or 0,
             request.max_sequence_length or 0,
             chosen.models.family,
+            chosen.models.method,
         )
         largest = max(phases, key=lambda phase: phase.total)
         for phase in phases:

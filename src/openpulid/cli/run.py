@@ -91,6 +91,8 @@ class ProgressBar:
     def __init__(self, num_images: int) -> None:
         self._num_images = num_images
         self._num_done = 0
+        self._images_left = num_images  # of the request
+        self._steps_per_image: int | None = None
         self._first_step = self._last_step = 0
         self._bar: Any = None
 
@@ -98,9 +100,14 @@ class ProgressBar:
         """Show a step; this is the callback of a generation."""
         if not sys.stderr.isatty():
             return
+        if self._steps_per_image is None:
+            self._steps_per_image = total // self._images_left
+        # the total grows with each face that is refined
+        later_steps = (self._images_left - 1) * self._steps_per_image
+        steps = total - self._first_step - later_steps
         if self._bar is None:
-            self._bar = self._create(total)
-        self._bar.update(0, completed=step - self._first_step)
+            self._bar = self._create(steps)
+        self._bar.update(0, completed=step - self._first_step, total=steps, refresh=True)
         self._last_step = step
 
     def finish_image(self) -> None:
@@ -110,9 +117,16 @@ class ProgressBar:
             self._bar = None
             self._first_step = self._last_step
         self._num_done += 1
+        self._images_left -= 1
 
-    def start_request(self) -> None:
-        """Note that the next step is the first one of another request."""
+    def start_request(self, num_images: int) -> None:
+        """Note that the next step is the first one of another request.
+
+        Args:
+            num_images: of the request.
+        """
+        self._images_left = num_images
+        self._steps_per_image = None
         self._first_step = 0
 
     def stop(self) -> None:
@@ -120,7 +134,7 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.stop()
 
-    def _create(self, total: int) -> Any:
+    def _create(self, num_steps: int) -> Any:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -128,8 +142,15 @@ class ProgressBar:
         text = f"image {self._num_done + 1} of {self._num_images}"
         # paths go to stdout as they are
         console = Console(stderr=True)
-        bar = Progress(text, *columns, console=console, transient=True, redirect_stdout=False)
-        bar.add_task("", total=total - self._first_step)
+        bar = Progress(
+            text,
+            *columns,
+            console=console,
+            auto_refresh=False,  # each step is drawn when it is done
+            transient=True,
+            redirect_stdout=False,
+        )
+        bar.add_task("", total=num_steps)
         bar.start()
         return bar
 
@@ -243,6 +264,7 @@ def _run_jobs(
     from openpulid.pipelines.loading import load
 
     _extract_identities(jobs, device)
+    _detect_control_maps(jobs)
     studio = load(jobs[0].preset, device)
     if note is not None:
         logger.warning("%s", note)
@@ -255,7 +277,7 @@ def _run_jobs(
 
     try:
         for job, generated in zip(jobs, images, strict=True):
-            bar.start_request()
+            bar.start_request(job.request.num_images)
             studio.generate(
                 job.request,
                 inputs=job.inputs,
@@ -286,6 +308,16 @@ def _extract_identities(jobs: Sequence[_Job], device: str | None) -> None:
         job.inputs = replace(job.inputs, people=known[people].people)
     del extractor
     release_memory()
+
+
+def _detect_control_maps(jobs: Sequence[_Job]) -> None:
+    """Detect control images before the base model is loaded; equal ControlNets are loaded once."""
+    known: dict[Any, RequestInputs] = {}
+    for job in jobs:
+        controls = job.request.controls
+        if controls not in known:
+            known[controls] = job.inputs.with_control_maps()
+        job.inputs = replace(job.inputs, controls=known[controls].controls)
 
 
 @contextmanager

@@ -90,8 +90,8 @@ def expand_names(names: list[str]) -> list[str]:
 
 
 def method_weights(method: str) -> list[str]:
-    """Return the weights that a method needs on SDXL, without the base model."""
-    from openpulid.pipelines.presets import sdxl, with_method
+    """Return the weights that a method needs, without the base model."""
+    from openpulid.pipelines.presets import BASELINES, find_preset, with_method
 
-    preset = with_method(sdxl(), method)
+    preset = with_method(find_preset(BASELINES[method].family), method)
     return [source for source in preset.published if source != preset.models.pipeline]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
@@ -66,13 +68,75 @@ class ArcFaceRecognition:
         Raises:
             FaceError: the landmarks are not usable.
         """
-        with explain_missing_library():
-            from insightface.utils.face_align import norm_crop
-
-        require_landmarks(face)
-        landmarks = (face.landmarks - 0.5).numpy()
-        crop = norm_crop(to_uint8(face.image)[..., ::-1], landmarks, self.model.input_size[0])
+        crop = align_face(face, self.model.input_size[0])
         return torch.from_numpy(self.model.get_feat(crop)).float()
+
+
+class FacexlibRecognition:
+    """facexlib's ArcFace with 50 layers, as InfiniteYou uses it; embeddings have length 1.
+
+    Args:
+        network: from `load_arcface_ir_se50`.
+    """
+
+    dim = 512
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    @classmethod
+    def load(
+        cls, file: str | os.PathLike[str], device: str | torch.device = "cpu"
+    ) -> FacexlibRecognition:
+        """Load the network from a PyTorch file.
+
+        Raises:
+            WeightsError: the file is missing or is of another network.
+        """
+        return cls(load_arcface_ir_se50(file, device))
+
+    @torch.no_grad()
+    def __call__(self, face: Face) -> Tensor:
+        """Return the embedding of a face, (1, 512) float32.
+
+        Raises:
+            FaceError: the landmarks are not usable.
+        """
+        crop = torch.from_numpy(align_face(face, ARCFACE_CROP)).float()
+        parameter = next(self.network.parameters())
+        pixels = (crop / 127.5 - 1).permute(2, 0, 1)[None].to(parameter)
+        embedding: Tensor = self.network(pixels).float().cpu()
+        return embedding
+
+
+def load_recognition(
+    file: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> ArcFaceRecognition | FacexlibRecognition:
+    """Load a face recognition model: an ONNX file of insightface, or facexlib's PyTorch file.
+
+    Raises:
+        WeightsError: the file is missing or holds no face recognition model.
+    """
+    kind = ArcFaceRecognition if Path(file).suffix == ".onnx" else FacexlibRecognition
+    return kind.load(file, device)
+
+
+def align_face(face: Face, size: int) -> np.ndarray:
+    """Crop a face as insightface does.
+
+    Returns:
+        (size, size, 3) uint8, BGR.
+
+    Raises:
+        FaceError: the landmarks are not usable.
+    """
+    with explain_missing_library():
+        from insightface.utils.face_align import norm_crop
+
+    require_landmarks(face)
+    landmarks = (face.landmarks - 0.5).numpy()
+    crop: np.ndarray = norm_crop(to_uint8(face.image)[..., ::-1], landmarks, size)
+    return crop
 
 
 def arcface_crop(

@@ -1,4 +1,7 @@
-"""Identity features of a CLIP vision encoder: for IP-Adapter, FaceID-PlusV2 and PhotoMaker."""
+"""Identity features of a CLIP vision encoder, a face recognition model, or both.
+
+For IP-Adapter, FaceID, PhotoMaker and InfiniteYou.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from openpulid.faces.arcface import (
     ARCFACE_CROP,
     ARCFACE_SIMILARITY,
     ARCFACE_TEMPLATE,
-    ArcFaceRecognition,
+    load_recognition,
 )
 from openpulid.faces.face import Face, require_landmarks
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
@@ -119,7 +122,7 @@ class ClipExtractor:
             detection = PhotoFaceDetection.load(detector, device)
         if recognition is None:
             return detection, None
-        return detection, ArcFaceRecognition.load(recognition, device)
+        return detection, load_recognition(recognition, device)
 
     @property
     def recognition_width(self) -> int:

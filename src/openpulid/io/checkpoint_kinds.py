@@ -111,8 +111,14 @@ FACEID = CheckpointKind(
 RESAMPLER = CheckpointKind(
     "an IP-Adapter-Plus or InstantID adapter",
     "use --method ip-adapter-plus or instantid",
-    (r"image_proj\.latents",),
+    (r"image_proj\.latents", r"ip_adapter\."),
     ("ip-adapter-plus", "instantid"),
+)
+INFINITEYOU = CheckpointKind(
+    "InfiniteYou's projection",
+    "use --preset flux --method infiniteyou",
+    (r"image_proj\.latents",),
+    ("infiniteyou", "infiniteyou-sim"),
 )
 IP_ADAPTER = CheckpointKind(
     "an IP-Adapter", "use --method ip-adapter", (r"(image_proj|ip_adapter)\.",), ("ip-adapter",)
@@ -121,6 +127,20 @@ LORA = CheckpointKind(
     "a LoRA",
     "pass it with --lora",
     (r"lora_(unet|te\d?|transformer)_|.*[._](lora[._](A|B|down|up)|hada_w1|lokr_w1)",),
+)
+
+UNET_ALONE = CheckpointKind(
+    "a U-Net without autoencoder and text encoders",
+    "pass a pipeline, or a file with all networks",
+    (r"(down_blocks\.\d+\.(attentions|resnets)|input_blocks\.\d+)\.",),
+)
+EMBEDDING = CheckpointKind(
+    "an embedding for SDXL", "pass it with --embedding", (r"clip_l$", r"clip_g$")
+)
+CUSTOM_DIFFUSION = CheckpointKind(
+    "a file of Custom Diffusion",
+    "use --method custom-diffusion",
+    (r"unet\..*attn2\.to_k\.weight$", r"modifier_token\."),
 )
 
 KINDS: tuple[CheckpointKind, ...] = (
@@ -136,8 +156,11 @@ KINDS: tuple[CheckpointKind, ...] = (
     FACEID_PLUS,
     FACEID,
     RESAMPLER,
+    INFINITEYOU,
     IP_ADAPTER,
     LORA,
+    EMBEDDING,
+    CUSTOM_DIFFUSION,
     CheckpointKind(
         "a ControlNet",
         "pass its folder with --control",
@@ -162,11 +185,7 @@ KINDS: tuple[CheckpointKind, ...] = (
         "use an SDXL or FLUX.1 base model",
         (rf"{UNET}(input|output)_blocks\.",),
     ),
-    CheckpointKind(
-        "a U-Net without autoencoder and text encoders",
-        "pass a pipeline, or a file with all networks",
-        (r"(down_blocks\.\d+\.(attentions|resnets)|input_blocks\.\d+)\.",),
-    ),
+    UNET_ALONE,
     CheckpointKind(
         "an autoencoder",
         "pass a pipeline, or a file with all networks",
@@ -279,11 +298,12 @@ def require_kind(path: str | os.PathLike[str], *kinds: CheckpointKind) -> None:
     names = read_header(path).shapes
     if find_kind(names) in kinds:
         return
-    weights = " or ".join(kinds[0].weights)
-    raise WeightsError(
-        f"{path} is not {kinds[0].name}: {describe_kind(names)}; the file to use instead is "
-        f"{weights} (`pulid weights get {kinds[0].weights[0]}`)."
-    )
+    fix = "use one that is"
+    if weights := kinds[0].weights:
+        fix = (
+            f"the file to use instead is {' or '.join(weights)} (`pulid weights get {weights[0]}`)"
+        )
+    raise WeightsError(f"{path} is not {kinds[0].name}: {describe_kind(names)}; {fix}.")
 
 
 def find_quantization(names: Collection[str]) -> str | None:

@@ -21,6 +21,7 @@ from openpulid.io.lora_files import select_lora_file
 from openpulid.io.networks import (
     PIPELINE_INDEX,
     SINGLE_NETWORK,
+    Part,
     find_missing_parts,
     list_files,
     list_folder,
@@ -257,12 +258,13 @@ def is_repo_id(name: str) -> bool:
 def _find_candidates(entry: Weight, folder: str | os.PathLike[str] | None) -> Iterator[Path]:
     """Yield the paths where a weight may be: in the folders, then in the caches."""
     for root in _search_folders(folder):
-        yield root / entry.folder / (entry.file or entry.repo.split("/")[-1])
+        path = entry.file or entry.repo_folder or entry.repo.split("/")[-1]
+        yield root / entry.folder / path
     if entry.repo.startswith("https://"):
         yield _torch_cache() / entry.file
         return
     for snapshot in _find_snapshots(entry.repo):
-        yield snapshot / entry.file if entry.file else snapshot
+        yield snapshot / (entry.file or entry.repo_folder)
 
 
 def _find_snapshots(repo: str) -> list[Path]:
@@ -329,6 +331,8 @@ def _download(
         return _download_url(entry, folder, expected)
     if entry.file:
         return Path(hf_hub_download(entry.repo, entry.file, local_dir=folder))
+    if entry.repo_folder:
+        return _download_network(entry, names, folder)
     return _download_pipeline(entry, names, folder)
 
 
@@ -371,16 +375,48 @@ def _download_pipeline(entry: Weight, names: Sequence[str], folder: Path | None)
         parts = read_parts(index.read_bytes())
     elif lora := select_lora_file(names):
         return Path(snapshot_download(entry.repo, allow_patterns=[escape(lora)], local_dir=target))
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    patterns += _list_weights(entry, names, parts)
+    return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=target))
+
+
+def _download_network(entry: Weight, names: Sequence[str], folder: Path | None) -> Path:
+    """Download the network in a folder of a repository, to the same place as in the repository.
+
+    So it comes to be next to single files of the repository.
+
+    Raises:
+        WeightsError: it has no safetensors weights.
+    """
+    from huggingface_hub import snapshot_download
+
+    part = entry.repo_folder
+    patterns = [f"{escape(part)}/*.json", *_list_weights(entry, names, {part: SINGLE_NETWORK})]
+    snapshot = snapshot_download(entry.repo, allow_patterns=patterns, local_dir=folder)
+    return Path(snapshot) / part
+
+
+def _list_weights(entry: Weight, names: Sequence[str], parts: Mapping[str, Part]) -> list[str]:
+    """Return the patterns of the weights of all networks of a repository.
+
+    Args:
+        entry: of the registry.
+        names: of all files in the repository.
+        parts: the networks, and what else a pipeline has.
+
+    Raises:
+        WeightsError: a part has no safetensors weights.
+    """
     missing = find_missing_parts(names, parts, allow_pickle=False)
     if missing:
         raise _incomplete_repository(entry, names, missing)
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    patterns = []
     for part, kind in parts.items():
         weights = select_weights(list_folder(names, part), allow_pickle=False)
         if kind.is_network and weights is not None:
             prefix = f"{part}/" if part else ""
             patterns += [escape(prefix + name) for name in weights.names]
-    return Path(snapshot_download(entry.repo, allow_patterns=patterns, local_dir=target))
+    return patterns
 
 
 def _incomplete_repository(

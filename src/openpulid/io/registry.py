@@ -16,6 +16,7 @@ class Weight:
         commercial: whether commercial use is allowed; None if unknown.
         megabytes: approximate size; None if unknown.
         folder: subfolder of a weights folder for a file whose name another file has, too.
+        repo_folder: folder of the repository that holds one network; empty for all of it.
     """
 
     repo: str
@@ -24,11 +25,12 @@ class Weight:
     commercial: bool | None
     megabytes: int | None
     folder: str = ""
+    repo_folder: str = ""
 
     @property
     def name(self) -> str:
         """The name used in messages."""
-        return self.file or self.repo
+        return self.file or "/".join(filter(None, (self.repo, self.repo_folder)))
 
     @property
     def size(self) -> str:
@@ -48,6 +50,7 @@ _INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 _INSTANTID = "Apache-2.0; uses antelopev2, whose terms forbid commercial use"
 _PHOTOMAKER = "Apache-2.0; uses buffalo_l, whose terms forbid commercial use"
 _FACEID = "research only, like the insightface models"
+_INFINITEYOU = "CC BY-NC 4.0, for academic research; base model FLUX.1 [dev] non-commercial"
 _FLUX = "FLUX.1 [dev] non-commercial"
 _OPENCV_ZOO = "https://github.com/opencv/opencv_zoo/raw/main/models"
 _YUNET = "face_detection_yunet_2026may.onnx"
@@ -161,6 +164,36 @@ WEIGHTS: dict[str, Weight] = {
     "photomaker": Weight("TencentARC/PhotoMaker", "photomaker-v1.bin", "Apache-2.0", True, 930),
     "photomaker-v2": Weight(
         "TencentARC/PhotoMaker-V2", "photomaker-v2.bin", _PHOTOMAKER, False, 1800
+    ),
+    "infiniteyou": Weight(
+        "ByteDance/InfiniteYou",
+        "infu_flux_v1.0/aes_stage2/image_proj_model.bin",
+        _INFINITEYOU,
+        False,
+        340,
+    ),
+    "infusenet": Weight(
+        "ByteDance/InfiniteYou",
+        "",
+        _INFINITEYOU,
+        False,
+        11_950,
+        repo_folder="infu_flux_v1.0/aes_stage2/InfuseNetModel",
+    ),
+    "infiniteyou-sim": Weight(
+        "ByteDance/InfiniteYou",
+        "infu_flux_v1.0/sim_stage1/image_proj_model.bin",
+        _INFINITEYOU,
+        False,
+        340,
+    ),
+    "infusenet-sim": Weight(
+        "ByteDance/InfiniteYou",
+        "",
+        _INFINITEYOU,
+        False,
+        11_950,
+        repo_folder="infu_flux_v1.0/sim_stage1/InfuseNetModel",
     ),
     "control-edges": Weight(
         "diffusers/controlnet-canny-sdxl-1.0", "", "CreativeML Open RAIL++-M", True, 2500

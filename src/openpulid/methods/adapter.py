@@ -52,11 +52,14 @@ class Adapter:
             cannot be active on one network at once; without a slot any number can.
         replaces: whether attaching an adapter to a network replaces the one attached before.
         kinds: of the files that the method opens.
+        has_own_person: whether the person is in the method's file, so that no reference image is
+            needed.
     """
 
     slot: ClassVar[str] = ""
     replaces: ClassVar[bool] = False
     kinds: ClassVar[tuple[CheckpointKind, ...]] = ()
+    has_own_person: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._attached: list[PipelineState] = []
@@ -93,6 +96,10 @@ class Adapter:
         `pipe` to name one of the attached pipelines.
         """
         raise NotImplementedError
+
+    def insert_trigger(self, prompt: str) -> str:
+        """Return a prompt that names the person, for methods that need a word for it."""
+        return prompt
 
     def attach(self, target: Any) -> None:
         """Serve a pipeline, or a bare network, from now on. Nothing in it changes before `use`.

@@ -119,10 +119,12 @@ class ControlNet(ControlNetBase):
 
     def check(self, target: Any) -> None:
         """Raise OptionError if a pipeline has no U-Net, or one of other widths."""
-        unet_config = find_unet(target).config
-        config = self.model.config
-        unet_widths = (unet_config.block_out_channels, unet_config.cross_attention_dim)
-        if unet_widths != (config.block_out_channels, config.cross_attention_dim):
+        # a configuration that was read from a file has lists in place of tuples
+        unet_widths, widths = (
+            (list(config.block_out_channels), config.cross_attention_dim)
+            for config in (find_unet(target).config, self.model.config)
+        )
+        if unet_widths != widths:
             raise OptionError(
                 "this ControlNet was trained for another base model; use one for SDXL."
             )
@@ -191,6 +193,31 @@ def require_controlnet(path: str | os.PathLike[str]) -> None:
         raise WeightsError(
             f"{path} contains no diffusers ControlNet; pass a folder with its config.json."
         )
+
+
+def find_adapter_files(
+    path: str | os.PathLike[str], method: str, names: Sequence[str], network: str
+) -> tuple[Path, Path]:
+    """Find an adapter's file, and the ControlNet that is published next to it.
+
+    Args:
+        path: a folder with both, or the adapter's file.
+        method: how messages call the method.
+        names: of the file in the folder; the last one is the published one.
+        network: folder of the ControlNet.
+
+    Returns:
+        The file, and the folder of the ControlNet.
+
+    Raises:
+        WeightsError: One of them is missing.
+    """
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
+    candidates = [Path(path), *(folder / name for name in names)]
+    files = [file for file in candidates if file.is_file()]
+    if not files or not (folder / network).is_dir():
+        raise WeightsError(f"{folder} contains no {method}; it needs {names[-1]} and {network}/.")
+    return files[0], folder / network
 
 
 def compute_residuals(

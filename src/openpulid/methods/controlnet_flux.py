@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import FluxControlNetModel
@@ -43,6 +43,8 @@ from openpulid.methods.transformer_kinds import FLUX, find_transformer
 Residuals = tuple[list[Tensor], list[Tensor]]
 """What is added after each double block and after each single block; empty for nothing."""
 
+Net = TypeVar("Net", bound="FluxControlNet")
+
 
 class FluxControlNet(ControlNetBase):
     """A diffusers ControlNet for FLUX.1.
@@ -64,8 +66,8 @@ class FluxControlNet(ControlNetBase):
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16
-    ) -> FluxControlNet:
+        cls: type[Net], path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16
+    ) -> Net:
         """Load a folder in diffusers' format.
 
         Args:
@@ -86,24 +88,25 @@ class FluxControlNet(ControlNetBase):
     def check(self, target: Any) -> None:
         """Raise OptionError if a pipeline has no FLUX transformer, or one of another width."""
         transformer, kind = find_transformer(target)
-        config = self.model.config
         if kind is not FLUX:
             raise OptionError(
                 f"ControlNets of FLUX.1 do not act in {kind.name}; attach to FLUX.1 or a finetune "
                 "of it."
             )
-        if (transformer.inner_dim, transformer.config.joint_attention_dim) != (
-            self.model.inner_dim,
-            config.joint_attention_dim,
-        ):
+        if not self.fits(transformer):
             raise OptionError(
                 "this ControlNet was trained for another base model; use one for FLUX.1."
             )
-        if config.guidance_embeds and not transformer.config.guidance_embeds:
+        if self.model.config.guidance_embeds and not transformer.config.guidance_embeds:
             raise OptionError(
                 "this ControlNet reads the guidance scale, which FLUX.1-schnell does not have; "
                 "use it with FLUX.1-dev (preset flux)."
             )
+
+    def fits(self, transformer: Any) -> bool:
+        """Return whether the ControlNet has the widths of a FLUX transformer."""
+        widths = (transformer.inner_dim, transformer.config.joint_attention_dim)
+        return widths == (self.model.inner_dim, self.model.config.joint_attention_dim)
 
     @contextmanager
     def use(
@@ -163,8 +166,9 @@ class FluxControlNet(ControlNetBase):
             if not tracker.is_negative:
                 size = _image_size(call["img_ids"], state)
                 if size not in conditions:
-                    conditions[size] = self._prepare(images, size, state, call["hidden_states"])
-                residuals = self._compute(call, conditions[size], mode, scale)
+                    hidden = call["hidden_states"]
+                    conditions[size] = self.encode_images(images, size, state, hidden)
+                residuals = self.compute(call, conditions[size], scale, mode)
             is_repeated = self.model.input_hint_block is not None
             return args, kwargs | add_residuals(transformer, call, residuals, is_repeated)
 
@@ -178,14 +182,14 @@ class FluxControlNet(ControlNetBase):
         finally:
             handle.remove()
 
-    def _prepare(
+    def encode_images(
         self,
         images: Sequence[Image.Image | Tensor],
         size: tuple[int, int],
         state: PipelineState,
         hidden: Tensor,
     ) -> Tensor:
-        """Return the images as the ControlNet reads them: pixels, or tokens of their latents.
+        """Convert images to what the ControlNet reads: pixels, or tokens of their latents.
 
         Args:
             images: (P) control images.
@@ -195,6 +199,9 @@ class FluxControlNet(ControlNetBase):
 
         Returns:
             (P, 3, H, W) in [-1, 1], or (P, L, C).
+
+        Raises:
+            OptionError: The ControlNet reads latents, and the target has no autoencoder.
         """
         pixels = 2 * fit_images(images, size) - 1
         if self.model.input_hint_block is not None:
@@ -202,8 +209,8 @@ class FluxControlNet(ControlNetBase):
         vae = getattr(state.target, "vae", None)
         if vae is None:
             raise OptionError(
-                "this ControlNet reads latents of its image, and a transformer alone has no "
-                "autoencoder; attach the ControlNet to a FLUX pipeline."
+                "the control image is read as latents, and a transformer alone has no "
+                "autoencoder; attach to a FLUX pipeline."
             )
         with torch.no_grad():
             latents = vae.encode(pixels.to(hidden.device, vae.dtype)).latent_dist.mode()
@@ -212,10 +219,17 @@ class FluxControlNet(ControlNetBase):
         return tokens.to(hidden)
 
     @torch.no_grad()
-    def _compute(
-        self, call: dict[str, Any], condition: Tensor, mode: int | None, scale: float
+    def compute(
+        self, call: Mapping[str, Any], condition: Tensor, scale: float, mode: int | None = None
     ) -> Residuals:
-        """Run the ControlNet in a call of the transformer."""
+        """Run the ControlNet in a call of the transformer.
+
+        Args:
+            call: arguments of the transformer by name.
+            condition: from `encode_images`, for each prompt or for all.
+            scale: weight of the residuals.
+            mode: see `use`.
+        """
         hidden = call["hidden_states"]
         if not self.is_placed:
             move_to([self.model], hidden.device, hidden.dtype)

@@ -65,10 +65,12 @@ class SchedulePosition:
     Attributes:
         fraction: completed part of the run; step i of n is at i / n. None if n is unknown.
         step: index of the step in the run. None if it is unknown.
+        num_steps: n. None if it is unknown.
     """
 
     fraction: float | None
     step: int | None = None
+    num_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Span:
     Attributes:
         start, end: fractions of the schedule.
         start_step: first active step.
+        whole_steps: A step is active only if it ends by `end`, as in diffusers' ControlNet
+            pipelines. By default it is active if it begins before `end`.
 
     Raises:
         OptionError: A value is out of range.
@@ -88,6 +92,7 @@ class Span:
     start: float = 0.0
     end: float = 1.0
     start_step: int = 0
+    whole_steps: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= 1 or not 0 <= self.end <= 1:
@@ -124,7 +129,11 @@ class Span:
                 "use start_step with a bare transformer."
             )
         fraction = position.fraction + EPSILON
-        return self.start <= fraction and (fraction < self.end or self.end >= 1)
+        if self.whole_steps and position.num_steps is not None:
+            is_before_end = position.fraction + 1 / position.num_steps <= self.end + EPSILON
+        else:
+            is_before_end = fraction < self.end or self.end >= 1
+        return self.start <= fraction and is_before_end
 
     @contextmanager
     def watch(self, subject: str) -> Iterator[WatchedSpan]:
@@ -137,7 +146,7 @@ class Span:
             logger.warning(
                 "start %g is not before end %g; %s has no effect", self.start, self.end, subject
             )
-        watched = WatchedSpan(self.start, self.end, self.start_step)
+        watched = WatchedSpan(self.start, self.end, self.start_step, self.whole_steps)
         yield watched
         if watched.answers == {False}:
             logger.warning(
@@ -246,7 +255,8 @@ class PipelineState:
         current = getattr(scheduler, "step_index", None)
         index = current if current in indices else indices[0]
         step = max((index or 0) - first, 0)
-        return SchedulePosition(step / max(len(timesteps) - first, 1), step)
+        num_steps = max(len(timesteps) - first, 1)
+        return SchedulePosition(step / num_steps, step, num_steps)
 
     def _num_skipped_steps(self, timesteps: Sequence[Any]) -> int:
         """Count the steps of the scheduler before the first that the pipeline takes.
@@ -330,8 +340,10 @@ class StepTracker:
     @property
     def position(self) -> SchedulePosition:
         """Position of this call; without a scheduler only its step is known."""
-        fraction = None if self.num_steps is None else self.step / max(self.num_steps, 1)
-        return SchedulePosition(fraction, self.step)
+        if self.num_steps is None:
+            return SchedulePosition(None, self.step)
+        num_steps = max(self.num_steps, 1)
+        return SchedulePosition(self.step / num_steps, self.step, num_steps)
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,14 @@ def find_lora_layers(
         yield module, down, tensors[f"{index}.{layer}.up.weight"]
 
 
-def parse_lora(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def parse_lora(
+    tensors: Mapping[str, Tensor], is_text_encoder: bool = False
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Group the tensors of a LoRA file by layer.
 
     Args:
         tensors: by any of the names that diffusers and peft use.
+        is_text_encoder: whether they change a text encoder, not a U-Net.
 
     Returns:
         Name of the layer -> down (rank, in) and up (out, rank).
@@ -94,9 +97,21 @@ def parse_lora(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]
     Raises:
         WeightsError: The file uses other names.
     """
-    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import (
+        StateDictType,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
 
-    converted: dict[str, Tensor] = convert_unet_state_dict_to_peft(dict(tensors))
+    converted = dict(tensors)
+    if not is_text_encoder:
+        converted = convert_unet_state_dict_to_peft(converted)
+    elif not all(".lora_A." in name or ".lora_B." in name for name in converted):
+        # diffusers recognizes its old names only if all four matrices of a layer have a LoRA
+        is_old = any("_lora." in name for name in converted)
+        converted = convert_state_dict_to_peft(
+            converted, StateDictType.DIFFUSERS_OLD if is_old else None
+        )
     down = {name.split(".lora_A")[0]: x for name, x in converted.items() if ".lora_A" in name}
     up = {name.split(".lora_B")[0]: x for name, x in converted.items() if ".lora_B" in name}
     if set(down) != set(up) or len(down) + len(up) != len(converted):

@@ -11,17 +11,27 @@ from openpulid.errors import OptionError, suggest
 from openpulid.methods.adapter import Adapter
 
 METHODS = {
+    "custom-diffusion": "openpulid.methods.tuned.custom_diffusion:CustomDiffusion",
+    "dreambooth": "openpulid.methods.tuned.dreambooth:DreamBooth",
     "faceid": "openpulid.methods.ip_adapter.faceid:FaceID",
     "faceid-plus": "openpulid.methods.ip_adapter.faceid:FaceIDPlus",
+    "infiniteyou": "openpulid.methods.infiniteyou.flux:InfiniteYou",
+    "infiniteyou-sim": "openpulid.methods.infiniteyou.flux:InfiniteYou",
     "instantid": "openpulid.methods.ip_adapter.instantid:InstantID",
     "ip-adapter": "openpulid.methods.ip_adapter.ip_adapter:IPAdapter",
     "ip-adapter-plus": "openpulid.methods.ip_adapter.ip_adapter:IPAdapter",
     "ip-adapter-plus-face": "openpulid.methods.ip_adapter.ip_adapter:IPAdapter",
+    "lora": "openpulid.methods.tuned.lora:TunedLora",
     "photomaker": "openpulid.methods.photomaker.photomaker:PhotoMaker",
     "photomaker-v2": "openpulid.methods.photomaker.photomaker:PhotoMaker",
     "pulid": "openpulid.methods.pulid.sdxl:PuLID",
+    "textual-inversion": "openpulid.methods.tuned.textual_inversion:TextualInversion",
 }
 """Name -> module:class. A module is imported when its method is first used."""
+
+
+TUNED_METHODS = ("custom-diffusion", "dreambooth", "lora", "textual-inversion")
+"""Methods that `pulid tune` trains on images of one person, who is then in the adapter's file."""
 
 
 def find_method(name: str) -> type[Adapter]:

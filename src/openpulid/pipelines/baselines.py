@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from openpulid.errors import OptionError
+from openpulid.methods.registry import TUNED_METHODS
+from openpulid.pipelines.model_set import BASE_NAMES, MINI_ADAPTERS, Family, ModelSet
 
 
 @dataclass(frozen=True)
@@ -15,11 +20,15 @@ class Baseline:
         scale: identity scale that its authors recommend.
         start: fraction of the schedule from which it acts.
         models: fields of `ModelSet` that differ.
+        family: architecture of the base models that it supports.
+        unused: options of the base without effect.
     """
 
     scale: float
     start: float = 0.0
     models: Mapping[str, Any] = field(default_factory=dict)
+    family: Family = "sdxl"
+    unused: frozenset[str] = frozenset()
 
 
 def _clip(
@@ -39,30 +48,82 @@ def _clip(
     }
 
 
+_INFINITEYOU = _clip("arcface-loss")
+_TUNED = {name: Baseline(1.0) for name in TUNED_METHODS} | {
+    "dreambooth": Baseline(1.0, unused=frozenset(("start", "end"))),
+    "textual-inversion": Baseline(1.0, unused=frozenset(("scale", "start", "end"))),
+}
 _PHOTOMAKER = _clip(clip_input="image", adapter_has_vision_encoder=True)
 
 BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0, models=_clip("buffalo-l")),
     "faceid-plus": Baseline(1.0, models=_clip("buffalo-l", "clip-h", "face")),
+    "infiniteyou": Baseline(1.0, models=_INFINITEYOU, family="flux"),
+    "infiniteyou-sim": Baseline(1.0, models=_INFINITEYOU, family="flux"),
     "instantid": Baseline(0.8),
     "ip-adapter": Baseline(0.6, models=_clip(None, "clip-h", "image")),
     "ip-adapter-plus": Baseline(0.6, models=_clip(None, "clip-h", "image")),
     "ip-adapter-plus-face": Baseline(0.6, models=_clip(None, "clip-h", "face")),
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
     "photomaker-v2": Baseline(1.0, start=0.2, models={**_PHOTOMAKER, "recognition": "buffalo-l"}),
+    **_TUNED,
 }
-"""Other methods on SDXL. The published adapter of each has the method's name."""
+"""Other methods on full-size bases. The published adapter of each has the method's name."""
 
 MINI_BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0),
     "instantid": Baseline(1.0),
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
+    **_TUNED,
 }
 """Other methods on the miniature. All but PhotoMaker use the miniature's own extractor."""
 
-MINI_ADAPTERS = {
-    "faceid": "faceid.safetensors",
-    "instantid": "instantid",
-    "photomaker": "photomaker.safetensors",
-}
-"""Adapters of the miniature's baselines, in the directory of its weights."""
+PULID_OPTIONS = frozenset(
+    ("projection", "num_zero", "start_step", "pose_from_prompt", "style_image")
+)
+"""Options that only PuLID has."""
+
+
+def find_baseline(method: str, models: ModelSet, preset: str) -> Baseline:
+    """Return how another method differs from PuLID.
+
+    Args:
+        method: one of `BASELINES`.
+        models: of a preset with PuLID.
+        preset: name of the preset.
+
+    Raises:
+        OptionError: The method does not support the base.
+    """
+    baseline = BASELINES[method]
+    if baseline.family != models.family:
+        raise OptionError(
+            f"{method} is only available for {BASE_NAMES[baseline.family].removesuffix('.1')} "
+            f"presets, and {preset} is not one; choose another preset or PuLID."
+        )
+    if not models.is_miniature:
+        return baseline
+    if method not in MINI_BASELINES:
+        raise OptionError(
+            f"{method} is not available for the miniature; "
+            f"available: pulid, {', '.join(MINI_BASELINES)}."
+        )
+    return MINI_BASELINES[method]
+
+
+def find_adapter(method: str, weights: Path | None) -> Path | str:
+    """Return the adapter of another method, which need not exist.
+
+    Args:
+        method: name of the method.
+        weights: directory of the miniature's weights; None for the published adapter.
+
+    Raises:
+        OptionError: the method is tuned on each person.
+    """
+    if method in TUNED_METHODS:
+        raise OptionError(
+            f"{method} needs a file of the person: `pulid tune {method}` writes it, and --adapter "
+            "names it."
+        )
+    return method if weights is None else weights / MINI_ADAPTERS[method]

@@ -52,7 +52,7 @@ def check_resolved(request: GenerationRequest, models: ModelSet, label: str) -> 
             incomplete.
     """
     _check_size(request, models, label)
-    _check_mask(request, models)
+    _check_people(request, models)
     _check_strength(request)
     _check_controls(request, models, label)
     _check_add_ons(request, models)
@@ -84,13 +84,20 @@ def _check_size(request: GenerationRequest, models: ModelSet, label: str) -> Non
         )
 
 
-def _check_mask(request: GenerationRequest, models: ModelSet) -> None:
-    if models.method == "pulid":
+def _check_people(request: GenerationRequest, models: ModelSet) -> None:
+    if request.people and models.has_own_person:
+        field = "identity" if request.people[0].identity is not None else "images"
+        raise RequestError(
+            f"{models.method} shows the person it was tuned on; leave {{0}} out.",
+            f"people.0.{field}",
+        )
+    if models.supports_masks:
         return
     for number, person in enumerate(request.people):
         if person.has_region:
             raise RequestError(
-                f"{{0}} is only supported by PuLID, not by {models.method}; leave it out.",
+                "{0} is only supported by PuLID and InfiniteYou, not by "
+                f"{models.method}; leave it out.",
                 f"people.{number}.{'box' if person.mask is None else 'mask'}",
             )
 
@@ -243,15 +250,16 @@ def find_active_steps(request: GenerationRequest, models: ModelSet) -> list[int]
 
     Args:
         request: a resolved request.
-        models: PhotoMaker's first step is the one after `start`.
+        models: PhotoMaker's first step is the one after `start`; InfiniteYou's last one ends
+            by `end`.
     """
     identity = request.identity
     steps = count_steps(request)
     start, end = identity.start or 0.0, 1.0 if identity.end is None else identity.end
-    span = Span(start, end)
+    span = Span(start, end, whole_steps=models.method.startswith("infiniteyou"))
     if identity.start_step is not None:
         span = Span(0.0, end, identity.start_step)
-    positions = [SchedulePosition(step / steps, step) for step in range(steps)]
+    positions = [SchedulePosition(step / steps, step, steps) for step in range(steps)]
     if models.method.startswith("photomaker") and start:
         positions = [position for position in positions if (position.fraction or 0) > start]
     return [position.step or 0 for position in positions if span.contains(position)]

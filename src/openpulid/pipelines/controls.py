@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import WeightsError
 from openpulid.io.images import open_image
-from openpulid.io.networks import read_config
-from openpulid.methods.control_maps.depth import estimate_depth
-from openpulid.methods.control_maps.edges import canny_edges
-from openpulid.methods.control_maps.pose import detect_poses, draw_poses
+from openpulid.io.networks import check_complete, find_weights, read_config
 from openpulid.methods.control_maps.recognition import ControlKind, is_control_map
 from openpulid.methods.controlnet import ControlNet, require_controlnet
 from openpulid.methods.controlnet_flux import FluxControlNet
-from openpulid.pipelines.factory import no_progress_bars
+from openpulid.pipelines.control_images import detect_map, find_detectors
 from openpulid.pipelines.flux_memory import place_controlnet
 from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request_fields import RequestError, literal
@@ -30,21 +28,52 @@ MODES: dict[ControlKind, int] = {"edges": 0, "depth": 2, "pose": 4}
 """Numbers of the kinds in ControlNets for FLUX with a mode embedding (InstantX, Shakker Labs)."""
 
 
+class ControlNetFiles:
+    """A ControlNet for SDXL or FLUX in diffusers' format, which is loaded when it is first used.
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        is_flux: whether it is for FLUX.
+        has_modes: whether it is a union of several kinds that needs the mode.
+
+    Raises:
+        WeightsError: the folder contains no ControlNet, or its weights are not complete.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require_controlnet(path)
+        config = read_config(path)
+        for name in find_weights(path).names:
+            check_complete(path / name)
+        self.path = path
+        self.is_flux = config.get("_class_name") == "FluxControlNetModel"
+        self.has_modes = self.is_flux and config.get("num_mode") is not None
+
+    @cached_property
+    def network(self) -> ControlNet | FluxControlNet:
+        """The ControlNet; it is loaded now if it has not been used yet."""
+        return FluxControlNet.load(self.path) if self.is_flux else ControlNet.load(self.path)
+
+
 @dataclass(frozen=True, eq=False)
 class ControlInput:
     """The files of a `Control`.
 
     Attributes:
-        path: of the ControlNet.
-        net: the ControlNet; several controls can share it.
-        image: the control image, of the kind that the ControlNet reads.
+        files: of the ControlNet; several controls can share them.
+        image: RGB, of the kind that the ControlNet reads, unless a map is missing.
         options: of `use`.
+        name: how messages call the image.
+        missing_map: what has yet to be detected in the image.
     """
 
-    path: Path
-    net: ControlNet | FluxControlNet
+    files: ControlNetFiles
     image: Image.Image
     options: Mapping[str, Any]
+    name: str = "the control image"
+    missing_map: ControlKind | None = None
 
     def check(self, base: str) -> None:
         """Check that the ControlNet is for the architecture of the base model.
@@ -55,20 +84,27 @@ class ControlInput:
         Raises:
             WeightsError: it is for another architecture.
         """
-        architecture = "FLUX.1" if isinstance(self.net, FluxControlNet) else "SDXL"
+        architecture = "FLUX.1" if self.files.is_flux else "SDXL"
         if (architecture == "FLUX.1") != (base == "FLUX.1"):
             raise WeightsError(
-                f"{self.path} is a ControlNet for {architecture}, and the base model is {base}; "
-                "use a ControlNet for that."
+                f"{self.files.path} is a ControlNet for {architecture}, and the base model is "
+                f"{base}; use a ControlNet for that."
             )
+
+    def with_map(self) -> ControlInput:
+        """Detect what is missing in the image. Raises as `detect_map`."""
+        if self.missing_map is None:
+            return self
+        image = detect_map(self.missing_map, self.image, self.name)
+        return replace(self, image=image, missing_map=None)
 
 
 def open_controls(
     controls: Sequence[Control], time_limit: float | None = None
 ) -> tuple[ControlInput, ...]:
-    """Open the files of ControlNets, and detect what their control images show.
+    """Open the files of ControlNets; no network is loaded, and nothing is detected in the images.
 
-    Each ControlNet is loaded once, also if several controls name it.
+    Each ControlNet is loaded once later, also if several controls name it.
 
     Args:
         controls: of a request.
@@ -76,25 +112,20 @@ def open_controls(
 
     Raises:
         ImageError: a file is not an image.
-        OptionError: no person is in the image for a pose, or a ControlNet needs the kind.
-        WeightsError: a ControlNet, or what detects its control image, is missing or damaged.
+        RequestError: a ControlNet needs the kind.
+        WeightsError: a ControlNet, or what detects its control image, is missing or cut short.
     """
-    # all files are found before the first one is loaded
     paths = [resolve_path(control.model) for control in controls]
-    images = [
-        prepare_image(control, open_image(control.image, min_side=1, time_limit=time_limit))
-        for control in controls
-    ]
-    nets = {path: load_controlnet(path) for path in paths}
+    images = [open_image(control.image, min_side=1, time_limit=time_limit) for control in controls]
+    files = {path: ControlNetFiles(path) for path in paths}
     inputs = []
     for number, (control, path, image) in enumerate(zip(controls, paths, images, strict=True)):
-        net = nets[path]
         options: dict[str, Any] = {
             "scale": control.scale,
             "start": control.start,
             "end": control.end,
         }
-        if isinstance(net, FluxControlNet) and net.has_modes:
+        if files[path].has_modes:
             kind = find_kind(control)
             if kind is None:
                 raise RequestError(
@@ -103,20 +134,9 @@ def open_controls(
                     f"controls.{number}.kind",
                 )
             options["mode"] = MODES[kind]
-        inputs.append(ControlInput(path, net, image, options))
+        missing_map = find_missing_map(control, image)
+        inputs.append(ControlInput(files[path], image, options, control.image, missing_map))
     return tuple(inputs)
-
-
-def load_controlnet(path: Path) -> ControlNet | FluxControlNet:
-    """Load a ControlNet for SDXL or FLUX from a folder in diffusers' format.
-
-    Raises:
-        WeightsError: the folder contains no ControlNet, or its weights are not complete.
-    """
-    require_controlnet(path)
-    if read_config(path).get("_class_name") == "FluxControlNetModel":
-        return FluxControlNet.load(path)
-    return ControlNet.load(path)
 
 
 def find_kind(control: Control) -> ControlKind | None:
@@ -125,37 +145,23 @@ def find_kind(control: Control) -> ControlKind | None:
     return control.kind or (None if published is None else published.kind)
 
 
-def prepare_image(control: Control, image: Image.Image) -> Image.Image:
-    """Return the control image of an image: the image itself, if it is one already.
+def find_missing_map(control: Control, image: Image.Image) -> ControlKind | None:
+    """Return what must be detected in an image; None if it is the control image already.
 
     Args:
         control: of a request.
         image: its image, RGB.
 
     Raises:
-        OptionError: no person is in the image for a pose.
-        WeightsError: what detects the control image is not installed, or damaged.
+        WeightsError: what detects the control image is not installed.
     """
     kind = find_kind(control)
     if kind is None or control.is_map:
-        return image
+        return None
     if control.is_map is None and is_control_map(kind, image):
-        return image
-    if kind == "edges":
-        return canny_edges(image)
-    if kind == "depth":
-        path = resolve_path("depth-estimator")
-        with no_progress_bars():
-            return estimate_depth(image, path)
-    detector, estimator = resolve_path("person-detector"), resolve_path("pose-estimator")
-    with no_progress_bars():
-        people = detect_poses(image, detector, estimator)
-    if not len(people):
-        raise OptionError(
-            f"{control.image} shows no person whose pose could be detected; use another image, or "
-            "the drawing of a pose."
-        )
-    return draw_poses(people, image.size)
+        return None
+    find_detectors(kind)
+    return kind
 
 
 @contextmanager
@@ -163,16 +169,17 @@ def use_controls(controls: Sequence[ControlInput], pipe: Any, memory: str) -> It
     """Let a pipeline follow ControlNets while this is open.
 
     Args:
-        controls: the ControlNets.
+        controls: the ControlNets, with their control images.
         pipe: the pipeline.
         memory: FLUX: memory level of the pipeline.
 
     Raises:
         OptionError: a ControlNet is for another base model.
+        WeightsError: a ControlNet is damaged.
     """
     with ExitStack() as stack:
         for control in controls:
-            net = control.net
+            net = control.files.network
             net.attach(pipe)
             stack.callback(net.detach, pipe)
             if isinstance(net, FluxControlNet):

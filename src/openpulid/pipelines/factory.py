@@ -28,12 +28,9 @@ from openpulid.pipelines.face_models import (
     hash_adapter_models,
     require_face_models,
 )
-from openpulid.pipelines.flux_memory import find_level, place_pipeline
+from openpulid.pipelines.flux_memory import find_level, place_infiniteyou, place_pipeline
 from openpulid.pipelines.model_set import COMPANION_WEIGHTS, ModelSet
-from openpulid.pipelines.presets import (
-    MINI_ADAPTERS,
-    Preset,
-)
+from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.weights import require_weights, resolve_optional, resolve_path
 
 
@@ -86,7 +83,7 @@ def _check_adapter(models: ModelSet) -> None:
     if not isinstance(models.adapter, Path):
         for name in COMPANION_WEIGHTS.get(models.method, ()):
             resolve_path(name)
-    elif models.is_miniature and models.method in MINI_ADAPTERS and not models.adapter.exists():
+    elif models.is_trained_baseline and not models.adapter.exists():
         raise WeightsError(
             f"{models.adapter} does not exist; "
             f"run `pulid mini build --method {models.method}` to train it."
@@ -95,7 +92,9 @@ def _check_adapter(models: ModelSet) -> None:
 
 
 def _find_adapter_class(models: ModelSet) -> Any:
-    return PuLIDFlux if models.has_transformer else find_method(models.method)
+    if models.has_transformer and models.method == "pulid":
+        return PuLIDFlux
+    return find_method(models.method)
 
 
 def load_adapter(preset: Preset, device: torch.device) -> Any:
@@ -106,8 +105,11 @@ def load_adapter(preset: Preset, device: torch.device) -> Any:
     """
     models = preset.models
     _check_adapter(models)
-    adapter = _find_adapter_class(models).load(resolve_path(models.adapter))
+    with no_progress_bars():
+        adapter = _find_adapter_class(models).load(resolve_path(models.adapter))
     dtype = network_dtype(models, device)
+    if models.method.startswith("infiniteyou"):
+        return place_infiniteyou(adapter, models.memory, device, dtype)
     if not isinstance(adapter, PuLID) or dtype == torch.float32:
         return adapter.to(device, dtype)
     # PuLID's own program computes tokens, keys and values in float32. They are computed once. The
@@ -138,6 +140,8 @@ def load_extractor(
         sources.append(models.adapter)
     require_weights(preset, [source for source in sources if source is not None])
     device = select_device(device)
+    if find_level(models.memory).faces_on_cpu:
+        device = torch.device("cpu")
     if models.extractor == "clip":
         return _load_clip_extractor(preset, device, adapter)
     assert models.recognition is not None
@@ -150,8 +154,6 @@ def load_extractor(
     assert models.face_parsing is not None
     parsing = resolve_path(models.face_parsing)
     vision_encoder = resolve_path(models.vision_encoder)
-    if find_level(models.memory).faces_on_cpu:
-        device = torch.device("cpu")
     # FLUX's own program reads faces in bfloat16, SDXL's in float32
     is_reduced = models.use_half_precision and models.has_transformer
     dtype = training_dtype(device) if is_reduced else torch.float32
@@ -194,6 +196,8 @@ def hash_extractor_models(models: ModelSet) -> dict[str, str]:
     Raises:
         WeightsError: a file is missing.
     """
+    if models.has_own_person:
+        return {}
     if models.adapter_has_vision_encoder:
         return hash_adapter_models(models)
     sources = (models.recognition, models.vision_encoder)

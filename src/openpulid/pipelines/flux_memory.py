@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -56,6 +57,22 @@ FLUX_VAE: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
 """Configuration of FLUX.1's autoencoder."""
+
+INFUSENET: dict[str, Any] = {
+    "num_layers": 4,
+    "num_single_layers": 10,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+"""Configuration of InfiniteYou's InfuseNet; it has one residual per block."""
+
+INFUSENET_LEVELS = {"full": "full", "24gb": "24gb", "16gb": "12gb", "12gb": "12gb"}
+"""Memory level of the pipeline -> that of InfuseNet. In 8 bits next to the transformer in 8 bits it
+would not fit into 16 GB, so it is streamed."""
 
 TILE = 512
 """Side of a tile in pixels. FLUX's default is 1024, the whole image."""
@@ -137,6 +154,27 @@ def place_controlnet(network: Any, name: str, device: torch.device) -> None:
         network.to(device)
 
 
+def place_infiniteyou(adapter: Any, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Keep InfiniteYou as a memory level says, see `INFUSENET_LEVELS`.
+
+    Args:
+        adapter: an InfiniteYou, on the CPU.
+        name: the memory level.
+        device: the device.
+        dtype: in which its networks compute.
+
+    Returns:
+        The adapter.
+    """
+    if name == "full":
+        return adapter.to(device, dtype)
+    adapter.projection.to(device, dtype)
+    adapter.infusenet.to(torch.device("cpu"), dtype)
+    place_controlnet(adapter.infusenet.model, INFUSENET_LEVELS[name], device)
+    adapter.infusenet.is_placed = True
+    return adapter
+
+
 def _stream_options(device: torch.device) -> dict[str, Any]:
     return {
         "onload_device": device,
@@ -182,6 +220,7 @@ def predict_memory(
     height: int = 1152,
     max_sequence_length: int = 512,
     family: str = "flux",
+    method: str = "pulid",
 ) -> list[MemoryUse]:
     """Predict the memory of each phase from shapes and dtypes; the largest is the peak.
 
@@ -193,19 +232,25 @@ def predict_memory(
         height: height of the image in pixels.
         max_sequence_length: longest prompt in tokens of T5.
         family: "flux" or "chroma".
+        method: PuLID, or InfiniteYou on FLUX.
     """
     level = find_level(name)
     sizes = dict(weight_sizes(family))
+    num_residuals = 0
+    if method.startswith("infiniteyou"):
+        sizes |= infiniteyou_sizes()
+        own_level = find_level(INFUSENET_LEVELS[name])
+        sizes["adapter"] = _size_at(own_level, sizes, "InfuseNet") + sizes["projection"]
+        num_residuals = INFUSENET["num_layers"] + INFUSENET["num_single_layers"]
     faces = 0 if level.faces_on_cpu else sizes["faces"]
-    if level.transformer == "fp8":
-        sizes["transformer"] = sizes["transformer in fp8"]
-    elif level.transformer == "streamed":
-        sizes["transformer"] = STREAMED_BLOCKS * sizes["block"] + sizes["outside blocks"]
+    sizes["transformer"] = _size_at(level, sizes, "transformer")
+    if level.transformer == "streamed":
         sizes["text"] //= 24  # one layer at a time
     image = (width // 16) * (height // 16)
     # tensors of a single block: hidden, residual, normalized, queries, keys, values, the four times
     # wider feed-forward twice, both concatenated
     alive = (image + max_sequence_length) * 3072 * 2 * (6 + 8 + 5)
+    alive += image * 3072 * 2 * num_residuals
     area = min(width, TILE) * min(height, TILE) if level.tiled else width * height
     # the last level of the decoder: input, intermediate, output
     decode = area * (256 + 2 * 128) * 2
@@ -230,6 +275,15 @@ def predict_memory(
         MemoryUse(phase, {**weights, "activations": parts["activations"]})
         for phase, parts in phases.items()
     ]
+
+
+def _size_at(level: Level, sizes: Mapping[str, int], name: str) -> int:
+    """Return the bytes of a network of blocks on the device."""
+    if level.transformer == "fp8":
+        return sizes[f"{name} in fp8"]
+    if level.transformer == "streamed":
+        return STREAMED_BLOCKS * sizes[f"{name} block"] + sizes[f"{name} outside blocks"]
+    return sizes[name]
 
 
 @cache
@@ -266,23 +320,51 @@ def weight_sizes(family: str = "flux") -> dict[str, int]:
         faces = weight_bytes(VisionEncoder().bfloat16()) + 330 * 10**6
         tokens = torch.empty(1, 32, former.config["output_dim"], dtype=torch.bfloat16)
         folded = [part for layer in adapter.layers for part in layer.precompute_kv(tokens)]
-    blocks = [
-        weight_bytes(block)
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-    ]
-    bfloat16_size = weight_bytes(transformer)
-    store_in_fp8(transformer)
-    return {
-        "transformer": bfloat16_size,
-        "transformer in fp8": weight_bytes(transformer),
-        "block": max(blocks),
-        "outside blocks": bfloat16_size - sum(blocks),
+    return _block_sizes(transformer, "transformer") | {
         "text": text,
         "vae": weight_bytes(vae),
         "adapter": weight_bytes(adapter),
         # the identity's keys and values, and the unconditional ones of a negative prompt
         "identity": 2 * sum(part.nbytes for part in folded),
         "faces": faces,
+    }
+
+
+@cache
+def infiniteyou_sizes() -> dict[str, int]:
+    """Count the bytes of InfiniteYou's parts in bfloat16, on the meta device."""
+    from diffusers import FluxControlNetModel
+    from diffusers.models.embeddings import IPAdapterPlusImageProjection
+
+    with torch.device("meta"):
+        net = FluxControlNetModel(**INFUSENET).bfloat16()
+        projection = IPAdapterPlusImageProjection(512, 4096, heads=20).bfloat16()
+    return _block_sizes(net, "InfuseNet") | {
+        "projection": weight_bytes(projection),
+        "identity": 0,
+        # file sizes of face detector and recognition
+        "faces": 192 * 10**6,
+    }
+
+
+def _block_sizes(network: Any, name: str) -> dict[str, int]:
+    """Count the bytes of a network of blocks as a whole, in 8 bits, and block by block.
+
+    Args:
+        network: in bfloat16, on the meta device; it is in 8 bits afterwards.
+        name: how the sizes are called.
+    """
+    blocks = [
+        weight_bytes(block)
+        for block in (*network.transformer_blocks, *network.single_transformer_blocks)
+    ]
+    size = weight_bytes(network)
+    store_in_fp8(network)
+    return {
+        name: size,
+        f"{name} in fp8": weight_bytes(network),
+        f"{name} block": max(blocks),
+        f"{name} outside blocks": size - sum(blocks),
     }
 
 

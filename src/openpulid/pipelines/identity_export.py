@@ -18,12 +18,13 @@ def check_gguf_export(preset: Preset) -> None:
     """Check that identities can be exported, before an image is read.
 
     Raises:
-        OptionError: the preset is not for FLUX or Chroma.
+        OptionError: the preset is not for FLUX or Chroma, or has another method.
         WeightsError: the adapter or the package gguf is not installed.
     """
-    if not preset.models.has_transformer:
+    if not preset.models.has_transformer or preset.models.method != "pulid":
         raise OptionError(
-            f"{preset.label} has no encoder for FLUX; choose --preset flux, or leave out --for."
+            f"{preset.label} has no encoder of PuLID for FLUX; choose --preset flux without "
+            "--method, or leave out --for."
         )
     import_gguf()
     require_weights(preset, [preset.models.adapter])

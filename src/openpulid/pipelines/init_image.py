@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.functional import to_tensor
 
+from openpulid.pipelines.mask_ratio import crop_mask
 from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.request_fields import RequestError, ResizeMode
 
@@ -26,7 +27,8 @@ class InitImageInput:
 
     Attributes:
         image: RGB.
-        mask: gray, white where the image is repainted; None for image-to-image.
+        mask: gray, white where the image is repainted, of the image's ratio; None for
+            image-to-image.
     """
 
     image: Image.Image
@@ -60,7 +62,7 @@ class InitImageInput:
         image = _resize(self.image, (width, height), mode, PADDING)
         if self.mask is None:
             return InitImageInput(image, None)
-        mask = self.mask.resize(self.image.size)  # it belongs to the whole image
+        mask = self.mask.resize(self.image.size)  # cropped or padded like the image
         return InitImageInput(image, _resize(mask, (width, height), mode, 255))
 
     def build_pipeline(self, pipe: Any) -> Any:
@@ -78,6 +80,7 @@ class InitImageInput:
             FluxInpaintPipeline,
             StableDiffusionXLImg2ImgPipeline,
         )
+        from diffusers.image_processor import VaeImageProcessor
 
         derived: Any
         if _is_sdxl(pipe):  # `KeepOutside` adds inpainting
@@ -93,6 +96,11 @@ class InitImageInput:
                 # diffusers' inpainting reads the entry, which Chroma's configuration lacks
                 pipe.transformer.register_to_config(guidance_embeds=False)
             derived = classes[self.mask is not None](**pipe.components)
+            if self.mask is not None:
+                # its own one rounds gray to black and white
+                derived.mask_processor = VaeImageProcessor.from_config(
+                    derived.mask_processor.config, do_binarize=False
+                )
         derived.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return derived
 
@@ -187,21 +195,24 @@ def _is_sdxl(pipe: Any) -> bool:
     return getattr(pipe, "unet", None) is not None
 
 
-def check_inpaint_mask(mask: Image.Image) -> None:
-    """Refuse a mask that leaves the whole initial image as it is.
+def fit_inpaint_mask(mask: Image.Image, image: Image.Image) -> Image.Image:
+    """Crop a mask to the ratio of the initial image, see `crop_mask`.
 
     Args:
         mask: gray, white where the image is repainted.
+        image: the initial image.
 
     Raises:
-        RequestError: the mask is black.
+        RequestError: the mask leaves the whole image as it is.
     """
+    mask = crop_mask(mask, image.size, "inpaint mask")
     if mask.getbbox() is None:
         raise RequestError(
             "{0} is black everywhere, so that the image would not change; make it white where the "
             "image is to be repainted.",
             "init_image.mask",
         )
+    return mask
 
 
 def _resize(image: Image.Image, size: tuple[int, int], mode: ResizeMode, color: Any) -> Image.Image:

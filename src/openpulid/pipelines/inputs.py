@@ -16,11 +16,10 @@ from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ReferenceFaces, ReferenceImage, open_references
 from openpulid.io.images import is_image_source, open_image, open_mask
-from openpulid.methods.hooks import warn_if_other_ratio
 from openpulid.methods.pulid import People
 from openpulid.pipelines.add_ons import AddOns, open_add_ons
 from openpulid.pipelines.controls import ControlInput, open_controls, use_controls
-from openpulid.pipelines.init_image import Edit, InitImageInput, check_inpaint_mask
+from openpulid.pipelines.init_image import Edit, InitImageInput, fit_inpaint_mask
 from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.provenance import fingerprint_inputs
 from openpulid.pipelines.regions import build_masks
@@ -110,6 +109,15 @@ class RequestInputs:
             people.append(replace(files, identity=identity))
         return replace(self, people=tuple(people))
 
+    def with_control_maps(self) -> RequestInputs:
+        """Detect the control images of ControlNets with plain images.
+
+        Raises:
+            OptionError: an image shows no person for a pose.
+            WeightsError: what detects the control image is damaged.
+        """
+        return replace(self, controls=tuple(control.with_map() for control in self.controls))
+
     def fit(self, request: GenerationRequest, models: ModelSet) -> GenerationRequest:
         """Return a request with the ratio of its initial image, unless it has a size.
 
@@ -180,7 +188,7 @@ def open_inputs(
     identity: Identity | None = None,
     time_limit: float | None = None,
 ) -> RequestInputs:
-    """Open the input files of a request.
+    """Open the input files of a request; no network is loaded.
 
     Args:
         request: the request.
@@ -236,7 +244,5 @@ def _open_init(init_image: InitImage, time_limit: float | None) -> InitImageInpu
     image = open_image(init_image.image, min_side=1, time_limit=time_limit)
     mask = None
     if init_image.mask is not None:
-        mask = open_mask(init_image.mask, time_limit=time_limit)
-        check_inpaint_mask(mask)
-        warn_if_other_ratio("inpaint mask", (mask.height, mask.width), (image.height, image.width))
+        mask = fit_inpaint_mask(open_mask(init_image.mask, time_limit=time_limit), image)
     return InitImageInput(image, mask)

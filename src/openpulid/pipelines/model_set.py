@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from openpulid.methods.registry import TUNED_METHODS
+
 WeightSource = Path | str
 """A path, or a name of `io.hub.WEIGHTS`, which is looked up when the preset is loaded."""
 
@@ -24,8 +26,29 @@ BASE_NAMES: dict[Family, str] = {
 }
 """How messages call an architecture."""
 
-COMPANION_WEIGHTS = {"instantid": ("identitynet", "identitynet-config")}
+MINI_ADAPTERS = {
+    "faceid": "faceid.safetensors",
+    "instantid": "instantid",
+    "photomaker": "photomaker.safetensors",
+}
+"""Adapters of the miniature's baselines, in the directory of its weights."""
+
+COMPANION_WEIGHTS = {
+    "instantid": ("identitynet", "identitynet-config"),
+    "infiniteyou": ("infusenet",),
+    "infiniteyou-sim": ("infusenet-sim",),
+}
 """Published weights that a method needs in addition to its adapter."""
+
+NETWORK_FOLDERS = {
+    "instantid": "ControlNetModel",
+    "infiniteyou": "InfuseNetModel",
+    "infiniteyou-sim": "InfuseNetModel",
+}
+"""Folder of the network that a method opens next to its adapter."""
+
+MASKED_METHODS = ("pulid", "infiniteyou", "infiniteyou-sim")
+"""Methods that restrict a person to a part of the image, and show several people."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +120,31 @@ class ModelSet:
         return BASE_NAMES[self.family]
 
     @property
+    def supports_masks(self) -> bool:
+        """Whether the method restricts a person to a part of the image."""
+        return self.method in MASKED_METHODS
+
+    @property
     def has_transformer(self) -> bool:
         """Whether the network is a transformer of FLUX's kind, and not SDXL's U-Net."""
         return self.family != "sdxl"
 
     @property
+    def has_own_person(self) -> bool:
+        """Whether the person is in the adapter's file, so that nobody has to be identified."""
+        return self.method in TUNED_METHODS
+
+    @property
+    def is_trained_baseline(self) -> bool:
+        """Whether `pulid mini build` trains the adapter as one of the miniature's baselines."""
+        return self.is_miniature and self.method in MINI_ADAPTERS
+
+    @property
     def sources(self) -> tuple[WeightSource, ...]:
-        """All files and published names of these models."""
-        sources = (
-            self.pipeline,
-            self.unet,
-            self.transformer,
-            self.adapter,
-            self.detector,
-            self.recognition,
-            self.face_parsing,
-            self.vision_encoder,
-        )
+        """All files and published names that are needed to generate with these models."""
+        sources = [self.pipeline, self.unet, self.transformer, self.adapter]
+        if not self.has_own_person:
+            sources += [self.detector, self.recognition, self.face_parsing, self.vision_encoder]
         companions = (
             () if isinstance(self.adapter, Path) else COMPANION_WEIGHTS.get(self.method, ())
         )

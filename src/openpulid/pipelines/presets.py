@@ -13,7 +13,13 @@ from typing import Any
 
 from openpulid.errors import OptionError, suggest
 from openpulid.io.hub import WEIGHTS
-from openpulid.pipelines.baselines import BASELINES, MINI_ADAPTERS, MINI_BASELINES, Baseline
+from openpulid.pipelines.baselines import (
+    BASELINES,
+    PULID_OPTIONS,
+    Baseline,
+    find_adapter,
+    find_baseline,
+)
 from openpulid.pipelines.checks import (
     check_active_steps,
     check_resolved,
@@ -157,7 +163,9 @@ class Preset:
         selection = self.selection.model_copy(update={"memory": memory})
         resolved = resolved.model_copy(update={"model": selection, "resolved": True})
         check_resolved(resolved, self.models, self.label)
-        if bool(request.people) if is_person_shown is None else is_person_shown:
+        if is_person_shown is None:
+            is_person_shown = bool(request.people)
+        if is_person_shown or self.models.has_own_person:
             check_active_steps(resolved, self.models)
         return resolved
 
@@ -175,7 +183,8 @@ class Preset:
         if request.resolved:  # nobody set its options
             return []
         resolved = self._fill(request)
-        return describe_ineffective(request, resolved, self.models, is_person_shown)
+        is_shown = is_person_shown or self.models.has_own_person
+        return describe_ineffective(request, resolved, self.models, is_shown)
 
 
 def _same_models(one: ModelSelection, other: ModelSelection) -> bool:
@@ -406,17 +415,13 @@ def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Pre
         models = replace(preset.models, adapter=adapter or preset.models.adapter)
         return replace(preset, selection=selection, models=models)
     baseline = _find_baseline(preset, method)
-    published = (
-        Path(preset.models.detector).with_name(MINI_ADAPTERS[method])
-        if preset.models.is_miniature
-        else method
-    )
-    models = replace(
-        preset.models, method=method, adapter=adapter or published, **dict(baseline.models)
-    )
+    weights = Path(preset.models.detector).parent if preset.models.is_miniature else None
+    source = adapter or find_adapter(method, weights)
+    models = replace(preset.models, method=method, adapter=source, **dict(baseline.models))
     identity = IdentityOptions(scale=baseline.scale, start=baseline.start, end=1.0)
     defaults = preset.defaults.model_copy(update={"identity": identity})
-    return Preset(selection, preset.description, models, SDXL_OPTIONS, defaults)
+    options = preset.options - PULID_OPTIONS - baseline.unused
+    return Preset(selection, preset.description, models, options, defaults)
 
 
 def _find_baseline(preset: Preset, method: str) -> Baseline:
@@ -429,19 +434,7 @@ def _find_baseline(preset: Preset, method: str) -> Baseline:
             f"there is no method {method!r}{suggest(method, ('pulid', *BASELINES, *PULID_MODES))}; "
             f"available: pulid, {', '.join(BASELINES)}."
         )
-    if preset.models.family != "sdxl":
-        raise OptionError(
-            f"{method} is only available for SDXL presets, and {preset.name} is not one; "
-            "choose another preset or PuLID."
-        )
-    if not preset.models.is_miniature:
-        return BASELINES[method]
-    if method not in MINI_BASELINES:
-        raise OptionError(
-            f"{method} is not available for the miniature; "
-            f"available: pulid, {', '.join(MINI_BASELINES)}."
-        )
-    return MINI_BASELINES[method]
+    return find_baseline(method, preset.models, preset.name)
 
 
 def with_base(preset: Preset, base: WeightSource) -> Preset:

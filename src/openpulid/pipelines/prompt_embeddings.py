@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,12 @@ PromptOptions = Mapping[str, str | Tensor | None]
 """Arguments of a pipeline for one image: prompts, or their embeddings."""
 
 
-def encode_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> PromptOptions:
+def encode_prompts(
+    pipe: Any,
+    request: GenerationRequest,
+    preset: Preset,
+    insert_trigger: Callable[[str], str] = str,
+) -> PromptOptions:
     """Return the prompts of a request as a pipeline takes them.
 
     Prompts without weights that CLIP reads as a whole stay text, so that the pipeline does what it
@@ -29,12 +34,13 @@ def encode_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Pro
         pipe: a pipeline of SDXL or FLUX.
         request: a resolved request.
         preset: the preset that runs it.
+        insert_trigger: names the person in the prompt, see `Adapter.insert_trigger`.
 
     Raises:
         PromptError: the model does not know a word.
     """
     request = prepare_prompts(pipe, request, preset)
-    prompt, negative = request.prompt, request.negative_prompt
+    prompt, negative = insert_trigger(request.prompt), request.negative_prompt
     # the negative prompt of PuLID's program is cut there; whether it is cut depends on the request
     # alone, because images are generated again with other defaults
     is_cut = negative == NEGATIVE_PROMPT

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
 from openpulid.faces.face import Face, sort_faces
 from openpulid.identity.identity import Identity
-from openpulid.methods.hooks import warn_if_other_ratio
-from openpulid.methods.pulid import People, convert_mask, normalize_people
+from openpulid.methods.pulid import Mask, People, convert_mask, normalize_people, read_mask
+from openpulid.pipelines.mask_ratio import crop_mask
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
 
@@ -45,7 +45,7 @@ def build_masks(
 
 def _build_mask(person: Person, image: Image.Image | None, size: tuple[int, int]) -> Tensor:
     if image is not None:
-        return crop_mask(image, size)
+        return torch.from_numpy(np.array(crop_mask(image, size)))
     width, height = size
     left, top, right, bottom = person.box or (0.0, 0.0, 1.0, 1.0)
     return torch.outer(_cover(top, bottom, height), _cover(left, right, width))
@@ -55,20 +55,30 @@ def _weight(mask: Tensor, weight: float) -> Tensor:
     return mask if weight == 1 else convert_mask(mask) * weight
 
 
-def crop_mask(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Crop a mask evenly to the ratio of the generated image, so that its shapes are not stretched.
+def crop_masks(people: People, size: tuple[int, int]) -> People:
+    """Crop the masks of people to the ratio of the generated image, see `crop_mask`.
 
     Args:
-        image: gray, white where the identity may act.
+        people: as the adapter accepts them.
         size: width and height of the generated image in pixels.
 
-    Returns:
-        (H, W) uint8, in the mask's own pixels.
+    Raises:
+        ImageError: the file of a mask is not an image.
+        OptionError: a mask has another shape, or values out of range.
     """
-    warn_if_other_ratio("mask", (image.height, image.width), (size[1], size[0]), "cropped")
-    scale = min(image.width / size[0], image.height / size[1])
-    cropped = ImageOps.fit(image, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))))
-    return torch.from_numpy(np.array(cropped))
+    if isinstance(people, Identity):
+        return people
+    return [
+        [(identity, _crop(mask, size)) for identity, mask in prompt]
+        for prompt in normalize_people(people)
+    ]
+
+
+def _crop(mask: Mask, size: tuple[int, int]) -> Tensor | None:
+    if mask is None:
+        return None
+    image = Image.fromarray(read_mask(mask).detach().cpu().numpy())
+    return torch.from_numpy(np.array(crop_mask(image, size)))
 
 
 def _cover(start: float, end: float, length: int) -> Tensor:

@@ -16,7 +16,12 @@ from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.progress import Progress
-from openpulid.pipelines.prompt_embeddings import encode_prompts, join_prompts, prompt_layout
+from openpulid.pipelines.prompt_embeddings import (
+    PromptOptions,
+    encode_prompts,
+    join_prompts,
+    prompt_layout,
+)
 from openpulid.pipelines.refinement import FaceRefiner
 from openpulid.pipelines.request import GenerationRequest
 
@@ -82,7 +87,7 @@ class PipelineRunner:
             people: the people of each. If one request has none, all have none.
             progress: is told of every step.
         """
-        prompts = [encode_prompts(self.pipe, request, self.preset) for request in requests]
+        prompts = [self._encode_prompts(self.pipe, request) for request in requests]
         groups: dict[object, list[int]] = {}
         for k, options in enumerate(prompts):
             groups.setdefault(prompt_layout(options), []).append(k)
@@ -122,7 +127,7 @@ class PipelineRunner:
         """Generate images without refining them."""
         pipe = self._select_pipeline(inputs)
         with inputs.use(pipe, self.preset.models.memory) as style:
-            prompts = {**encode_prompts(pipe, request, self.preset), **style}
+            prompts = {**self._encode_prompts(pipe, request), **style}
             with self._use_identity(people, request, pipe):
                 for seeds in _batches(request, batch_size):
                     progress.start_run(request)
@@ -141,6 +146,9 @@ class PipelineRunner:
             self._edit_pipelines[is_inpainting] = pipe
         return self._edit_pipelines[is_inpainting]
 
+    def _encode_prompts(self, pipe: Any, request: GenerationRequest) -> PromptOptions:
+        return encode_prompts(pipe, request, self.preset, self.adapter.insert_trigger)
+
     def _use_identity(
         self, people: People | None, request: GenerationRequest, pipe: Any
     ) -> AbstractContextManager[Any]:
@@ -148,7 +156,7 @@ class PipelineRunner:
         # without guidance by a negative prompt there is no step to wait for
         is_guided = is_flux and (request.true_cfg_scale or 1) > 1
         first_guided_step = (request.timestep_to_start_cfg or 0) if is_guided else 0
-        if people is None:
+        if people is None and not self.adapter.has_own_person:
             return delay_guidance(pipe, first_guided_step) if is_flux else nullcontext()
         options = {
             name: value

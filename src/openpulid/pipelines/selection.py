@@ -35,7 +35,8 @@ def resolve_preset(
         adapter: another adapter file of the method, such as one of `pulid train`.
         face_pack: "open" for YuNet, AuraFace and selfie_multiclass, whose licenses allow commercial
             use, or the directory of another insightface pack, whose detector and recognition model
-            are used. The adapter must have been trained with that recognition model.
+            are used. The adapter must have been trained with that recognition model. InfiniteYou
+            keeps its own.
         memory: FLUX and Chroma: memory level, see `flux_memory.LEVELS`.
 
     Raises:
@@ -82,16 +83,18 @@ def _with_face_pack(preset: Preset, directory: str) -> Preset:
             "model.face_pack",
         )
     models = preset.models
+    # InfiniteYou reads facexlib's ArcFace, which is in no pack
+    has_pack_model = models.recognition is not None and not models.method.startswith("infiniteyou")
     if directory == OPEN_FACES:
         changed = preset.with_models(
             detector="yunet",
-            recognition=AURAFACE if models.recognition else None,
+            recognition=AURAFACE if has_pack_model else models.recognition,
             face_parsing="selfie-multiclass" if models.face_parsing else None,
         )
     else:
         detector, recognition = find_pack(directory)
         changed = preset.with_models(
-            detector=detector, recognition=recognition if models.recognition else None
+            detector=detector, recognition=recognition if has_pack_model else models.recognition
         )
     selection = preset.selection.model_copy(update={"face_pack": directory})
     return replace(changed, selection=selection)

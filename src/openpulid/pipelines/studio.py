@@ -24,6 +24,7 @@ from openpulid.pipelines.batching import check_batch
 from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.progress import Callback, Progress
+from openpulid.pipelines.regions import crop_masks
 from openpulid.pipelines.request import GenerationRequest, parse_size
 from openpulid.pipelines.result import GenerationResult, OnImage
 from openpulid.pipelines.runner import PipelineRunner
@@ -148,6 +149,7 @@ class Studio:
             request: a request, or a prompt.
             identity: with a prompt: an identity, its file, an image of the person, or several
                 people with masks, as `PuLID.use` accepts them. A request names its people itself.
+                A mask of another ratio than the images is cropped evenly, with a note.
             inputs: the input files of the request, if they are open already.
             batch_size: images computed at once. With 1, image k is bit for bit what `seed + k`
                 gives alone. More may be faster, and equal up to rounding.
@@ -189,6 +191,7 @@ class Studio:
             if isinstance(people, ReferenceImage):
                 people = self.identify(people)
             self._check_people(people)
+            people = crop_masks(people, self._size(request))
         result = GenerationResult([], [], dict(inputs.fingerprints))
         if identity is not None:
             request = result.describe_people(request, people)
@@ -257,7 +260,7 @@ class Studio:
         request = inputs.fit(request, self.preset.models)
         for note in self.preset.describe_ineffective(request, is_person_shown):
             logger.warning("%s", note)
-        return self.preset.resolve(request, is_person_shown), inputs
+        return self.preset.resolve(request, is_person_shown), inputs.with_control_maps()
 
     def _people(self, request: GenerationRequest, inputs: RequestInputs) -> People | None:
         """Return the people of a request as the adapter accepts them."""
@@ -265,17 +268,22 @@ class Studio:
             return None
         if inputs.has_reference_images:
             inputs = inputs.with_identities(request, self.extractor)
-        native = self.preset.models.native_side
-        people = inputs.place_people(request, request.width or native, request.height or native)
+        people = inputs.place_people(request, *self._size(request))
         self._check_people(people)
         return people
 
+    def _size(self, request: GenerationRequest) -> tuple[int, int]:
+        """Return the width and height of the images of a resolved request."""
+        native = self.preset.models.native_side
+        return request.width or native, request.height or native
+
     def _check_people(self, people: People) -> None:
         """Check that the method can show these people."""
-        if not isinstance(people, Identity) and self.preset.models.method != "pulid":
+        models = self.preset.models
+        if not isinstance(people, Identity) and not models.supports_masks:
             raise OptionError(
-                "masks and several people in one image are only supported by PuLID, "
-                f"not by {self.preset.models.method}."
+                "masks and several people in one image are only supported by PuLID and "
+                f"InfiniteYou, not by {models.method}."
             )
         for identity, _ in chain(*normalize_people(people)):
             identity.require(self._extractor.models)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,21 @@ class StyleInput:
     Attributes:
         image: the decoded image.
         scale: weight of its tokens.
-        adapter: the IP-Adapter.
+        adapter_file: file of the IP-Adapter.
         vision_encoder: file of the vision encoder.
     """
 
     image: Image.Image
     scale: float
-    adapter: IPAdapter
+    adapter_file: Path
     vision_encoder: Path
+
+    @cached_property
+    def adapter(self) -> IPAdapter:
+        """The IP-Adapter; it is loaded now if it has not been used yet."""
+        adapter = IPAdapter.load(self.adapter_file)
+        assert isinstance(adapter, IPAdapter)
+        return adapter
 
     @contextmanager
     def use(self, pipe: Any) -> Iterator[dict[str, Tensor]]:
@@ -49,7 +57,7 @@ class StyleInput:
             Arguments of the pipeline: none.
 
         Raises:
-            WeightsError: the IP-Adapter is for another base model or vision encoder.
+            WeightsError: the IP-Adapter is damaged, or for another base model or vision encoder.
         """
         if not self.scale:
             yield {}
@@ -70,7 +78,7 @@ class StyleInput:
 
 
 def open_style(style: StyleImage, time_limit: float | None = None) -> StyleInput | FluxStyleInput:
-    """Open the image and the IP-Adapter.
+    """Open the image and find the IP-Adapter; its weights are not read.
 
     Args:
         style: of the request.
@@ -78,7 +86,7 @@ def open_style(style: StyleImage, time_limit: float | None = None) -> StyleInput
 
     Raises:
         ImageError: the file is not an image.
-        WeightsError: weights are missing, damaged, or of another kind.
+        WeightsError: weights are missing, or of another kind.
     """
     image = open_image(style.image, min_side=1, time_limit=time_limit)
     is_flux = PUBLISHED_STYLES.get(style.model) == "flux"
@@ -88,9 +96,8 @@ def open_style(style: StyleImage, time_limit: float | None = None) -> StyleInput
             f"a style image needs weights that are not installed: {', '.join(missing)}; "
             f"`pulid weights get {' '.join(missing)}` downloads them."
         )
+    adapter_file = resolve_path(style.model)
     if is_flux:
-        adapter_file = resolve_path(style.model)
         return FluxStyleInput(image, style.scale, adapter_file, resolve_path(encoder))
-    adapter = IPAdapter.load(resolve_path(style.model))
-    assert isinstance(adapter, IPAdapter)
-    return StyleInput(image, style.scale, adapter, resolve_path(encoder))
+    IPAdapter.check_file(adapter_file)
+    return StyleInput(image, style.scale, adapter_file, resolve_path(encoder))

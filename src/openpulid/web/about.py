@@ -63,7 +63,7 @@ def _describe_memory(preset: Preset) -> str:
     size = (request.width or 0, request.height or 0, request.max_sequence_length or 0)
     rows = []
     for name in LEVELS:
-        phases = predict_memory(name, *size, preset.models.family)
+        phases = predict_memory(name, *size, preset.models.family, preset.models.method)
         rows.append(f"| {name} | {max(phase.total for phase in phases) / GIB:.1f} GiB |")
     return (
         f"### Memory\n\nLevel in use: {preset.models.memory} (`pulid web --memory`). "

@@ -211,6 +211,8 @@ def test_revision_ignores_a_surrounding_repository(tmp_path, monkeypatch):
     installed.parent.mkdir()
     shutil.copy(checkpoint.__file__, installed)
     (tmp_path / ".gitignore").write_text(".venv\n")
+    (tmp_path / "README.md").write_text("ours")
+    (tmp_path / "measure.py").write_text("ours")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "theirs"]):
         subprocess.run([*git, *command], check=True)
@@ -222,8 +224,13 @@ def test_revision_ignores_a_surrounding_repository(tmp_path, monkeypatch):
         [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
     ).stdout.strip()
     assert checkpoint.revision() == commit
-    installed.write_text("")
-    assert checkpoint.revision() == f"{commit}+changes"
+    (tmp_path / "README.md").write_text("")
+    assert checkpoint.revision() == commit
+    for file in (installed, tmp_path / "measure.py"):
+        content = file.read_text()
+        file.write_text("")
+        assert checkpoint.revision() == f"{commit}+changes"
+        file.write_text(content)
 
 
 def test_find_recipe_by_name():

@@ -10,17 +10,9 @@ from torch import Tensor, nn
 
 from openpulid.io.checkpoints import save_tensors
 from openpulid.methods.ip_adapter.base import IPAdapterBase
+from openpulid.methods.ip_adapter.resampler import published_name
 
 # diffusers' names -> the published names
-RESAMPLER_NAMES = {
-    ".ln0.": ".0.norm1.",
-    ".ln1.": ".0.norm2.",
-    ".attn.to_q.": ".0.to_q.",
-    ".attn.to_out.0.": ".0.to_out.",
-    ".ff.0.": ".1.0.",
-    ".ff.1.net.0.proj.": ".1.1.",
-    ".ff.1.net.2.": ".1.3.",
-}
 MLP_NAMES = {"ff.net.0.proj.": "proj.0.", "ff.net.2.": "proj.2."}
 
 
@@ -60,15 +52,19 @@ def export_adapter(method: IPAdapterBase, pipe: Any, path: Path) -> Path:
 def projection_state(layer: nn.Module) -> dict[str, Tensor]:
     """Return the state of one of diffusers' projection layers under the published names."""
     state = layer.state_dict()
+    if not hasattr(layer, "latents"):
+        return {_published_mlp_name(name): tensor for name, tensor in state.items()}
     renamed: dict[str, Tensor] = {}
-    names = RESAMPLER_NAMES if hasattr(layer, "latents") else MLP_NAMES
     for name, tensor in state.items():
         if ".attn.to_v." in name:
             continue
         if ".attn.to_k." in name:  # published files have keys and values in one matrix
             tensor = torch.cat([tensor, state[name.replace("to_k", "to_v")]])
-            name = name.replace(".attn.to_k.", ".0.to_kv.")
-        for diffusers_name, published_name in names.items():
-            name = name.replace(diffusers_name, published_name)
-        renamed[name] = tensor
+        renamed[published_name(name)] = tensor
     return renamed
+
+
+def _published_mlp_name(name: str) -> str:
+    for diffusers_name, published in MLP_NAMES.items():
+        name = name.replace(diffusers_name, published)
+    return name

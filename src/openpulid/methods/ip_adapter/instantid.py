@@ -16,11 +16,15 @@ from diffusers import ControlNetModel
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoint_kinds import RESAMPLER, CheckpointKind
 from openpulid.io.networks import load_network
-from openpulid.methods.controlnet import add_residuals, compute_residuals
+from openpulid.methods.controlnet import (
+    add_residuals,
+    compute_residuals,
+    find_adapter_files,
+)
 from openpulid.methods.hooks import PipelineState, UNetCall, expand_per_image, move_to
 from openpulid.methods.ip_adapter.base import IPAdapterBase, read_parts
 from openpulid.methods.ip_adapter.processors import AdapterFile
@@ -93,14 +97,8 @@ class InstantID(IPAdapterBase):
         Raises:
             WeightsError: one of them is missing.
         """
-        folder = Path(path).parent if Path(path).is_file() else Path(path)
-        candidates = (Path(path), folder / "ip-adapter.safetensors", folder / "ip-adapter.bin")
-        files = [file for file in candidates if file.is_file()]
-        if not files or not (folder / "ControlNetModel").is_dir():
-            raise WeightsError(
-                f"{folder} contains no InstantID; it needs ip-adapter.bin and ControlNetModel/."
-            )
-        return files[0], folder / "ControlNetModel"
+        names = ("ip-adapter.safetensors", "ip-adapter.bin")
+        return find_adapter_files(path, "InstantID", names, "ControlNetModel")
 
     @property
     def width(self) -> int:
@@ -147,8 +145,7 @@ def draw_landmarks(identity: Identity, size: tuple[int, int]) -> Tensor:
     """
     if identity.landmarks is None:
         raise OptionError(
-            "this identity has no landmarks, which InstantID needs; "
-            "create it again from the reference image."
+            "this identity has no landmarks to draw; create it again from the reference image."
         )
     width, height = size
     side = min(width, height)

@@ -3,7 +3,15 @@
 from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer, PerceiverAttention
 from openpulid.methods.pulid.flux import PuLIDFlux, delay_guidance
 from openpulid.methods.pulid.flux_transfer import transfer_adapter
-from openpulid.methods.pulid.masks import People, convert_mask, normalize_people
+from openpulid.methods.pulid.masks import (
+    Mask,
+    People,
+    convert_mask,
+    encode_people,
+    normalize_people,
+    read_mask,
+    stack_masks,
+)
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import cross_attentions
@@ -13,6 +21,7 @@ __all__ = [
     "ENCODERS",
     "IDEncoder",
     "IDFormer",
+    "Mask",
     "People",
     "PerceiverAttention",
     "Projection",
@@ -21,7 +30,10 @@ __all__ = [
     "convert_mask",
     "cross_attentions",
     "delay_guidance",
+    "encode_people",
     "identity_blocks",
     "normalize_people",
+    "read_mask",
+    "stack_masks",
     "transfer_adapter",
 ]

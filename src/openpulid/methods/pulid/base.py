@@ -26,7 +26,7 @@ from openpulid.io.checkpoints import (
 from openpulid.io.hub import AURAFACE
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid.encoders import LEVELS, IDEncoder, IDFormer
-from openpulid.methods.pulid.masks import Person
+from openpulid.methods.pulid.masks import Person, encode_people
 
 
 @dataclass(frozen=True)
@@ -239,22 +239,6 @@ class PuLIDBase(Adapter, nn.Module):
             OptionError: The identities have different numbers of tokens.
             IdentityError: The features of an identity are not finite.
         """
-        tokens: dict[int, Tensor] = {}
-        for prompt in prompts:
-            for identity, _ in prompt:
-                if id(identity) not in tokens:
-                    identity.check_values()
-                    features = self.encode(identity.id_cond, identity.hidden, mix)
-                    tokens[id(identity)] = features[0]
-        if len({len(x) for x in tokens.values()}) > 1:
-            raise OptionError(
-                "identities used together must have the same number of reference images."
-            )
-        padding = torch.zeros_like(next(iter(tokens.values())))
-        max_people = max(map(len, prompts))
-        rows = []
-        for prompt in prompts:
-            row = [tokens[id(identity)] for identity, _ in prompt]
-            row += [padding] * (max_people - len(prompt))
-            rows.append(torch.stack(row))
-        return torch.stack(rows)
+        return encode_people(
+            prompts, lambda identity: self.encode(identity.id_cond, identity.hidden, mix)
+        )

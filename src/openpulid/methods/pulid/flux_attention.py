@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
 from openpulid.methods.adapter import exclusive_use
@@ -30,6 +29,7 @@ from openpulid.methods.hooks import (
     identity_count_error,
     warn_if_other_ratio,
 )
+from openpulid.methods.pulid.masks import resize_masks
 from openpulid.methods.transformer_kinds import BlockKey, TransformerCall, TransformerKind
 
 ProjectedKV = tuple[Tensor, Tensor]
@@ -203,8 +203,7 @@ class FluxIdentity:
         if not self._has_checked_ratio:
             warn_if_other_ratio("mask", self.masks.shape[-2:], grid)
             self._has_checked_ratio = True
-        masks = interpolate(self.masks.float(), grid, mode="area")  # (P, J, h, w)
-        return repeat_prompts(masks, batch_size).flatten(2).transpose(0, 1)[..., None]
+        return resize_masks(self.masks, grid, batch_size)
 
     def add_to(self, tokens: Tensor, block: BlockKey, call: FluxCall, first: int = 0) -> Tensor:
         """Add the identity to the generated tokens after a block.

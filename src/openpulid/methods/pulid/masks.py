@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.images import Source, open_mask
-from openpulid.methods.hooks import warn_if_other_ratio
+from openpulid.methods.hooks import expand_per_image, warn_if_other_ratio
 
 MIN_WEIGHT = 0.02
 """A mask whose largest weight is below this one hides the identity."""
@@ -63,18 +63,49 @@ def _people_of_prompt(entry: Any) -> list[Person]:
     )
 
 
-def convert_mask(mask: Mask) -> Tensor:
-    """Convert an image, array or tensor to (H, W) float in [0, 1].
+def encode_people(
+    prompts: Sequence[Sequence[Person]], encode: Callable[[Identity], Tensor]
+) -> Tensor:
+    """Encode every identity once. Prompts with fewer people are padded with zeros.
 
-    8-bit values are divided by 255. Images are opened by `open_mask`. None is a mask of ones. A
-    mask that is black everywhere is logged as a warning.
+    Args:
+        prompts: per prompt its identities and masks.
+        encode: identity -> tokens (1, T, width).
+
+    Returns:
+        (P, J, T, width).
+
+    Raises:
+        OptionError: The identities have different numbers of tokens.
+        IdentityError: The features of an identity are not finite.
+    """
+    tokens: dict[int, Tensor] = {}
+    for prompt in prompts:
+        for identity, _ in prompt:
+            if id(identity) not in tokens:
+                identity.check_values()
+                tokens[id(identity)] = encode(identity)[0]
+    if len({len(x) for x in tokens.values()}) > 1:
+        raise OptionError("identities used together must have the same number of reference images.")
+    padding = torch.zeros_like(next(iter(tokens.values())))
+    max_people = max(map(len, prompts))
+    rows = []
+    for prompt in prompts:
+        row = [tokens[id(identity)] for identity, _ in prompt]
+        row += [padding] * (max_people - len(prompt))
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def read_mask(mask: Tensor | Source) -> Tensor:
+    """Read an image, array or tensor as (H, W), float32 in [0, 1] or uint8.
+
+    Images are opened by `open_mask`.
 
     Raises:
         ImageError: The file is not an image.
         OptionError: The mask does not have two axes, or values outside [0, 1].
     """
-    if mask is None:
-        return torch.ones(1, 1)
     if not isinstance(mask, (Tensor, np.ndarray)):
         mask = np.array(open_mask(mask))
     shape = tuple(mask.shape)
@@ -84,14 +115,34 @@ def convert_mask(mask: Mask) -> Tensor:
     except TypeError:  # an array of text
         values = torch.empty(0)
     is_8_bit = values.dtype == torch.uint8
-    values = values.float() / 255 if is_8_bit else values.float()
+    if not is_8_bit:
+        values = values.float()
     if values.ndim > 2 and set(values.shape[:-2]) == {1}:  # leading axes of length 1
         values = values.reshape(values.shape[-2:])
-    if values.ndim != 2 or not values.numel() or not ((values >= 0) & (values <= 1)).all():
+    is_in_range = is_8_bit or bool(((values >= 0) & (values <= 1)).all())
+    if values.ndim != 2 or not values.numel() or not is_in_range:
         raise OptionError(
             "a mask must have the shape (H, W) and values from 0 to 1, or from 0 to 255 as uint8; "
             f"got the shape {shape} and the type {mask.dtype}."
         )
+    return values
+
+
+def convert_mask(mask: Mask) -> Tensor:
+    """Convert an image, array or tensor to (H, W) float in [0, 1].
+
+    8-bit values are divided by 255. None is a mask of ones. A mask that is black everywhere is
+    logged as a warning.
+
+    Raises:
+        ImageError: The file is not an image.
+        OptionError: The mask does not have two axes, or values outside [0, 1].
+    """
+    if mask is None:
+        return torch.ones(1, 1)
+    values = read_mask(mask)
+    is_8_bit = values.dtype == torch.uint8
+    values = values.float() / 255 if is_8_bit else values
     highest = float(values.max())
     if highest < MIN_WEIGHT:
         scale = " of 255" if is_8_bit else ""
@@ -143,6 +194,22 @@ def stack_masks(prompts: Sequence[Sequence[Person]]) -> Tensor | None:
     return torch.stack(
         [torch.stack([_resize(mask, height, width) for mask in row]) for row in rows]
     )
+
+
+def resize_masks(masks: Tensor, grid: tuple[int, int], batch_size: int) -> Tensor:
+    """Resize masks to the image tokens of a batch.
+
+    Args:
+        masks: (P, J, H, W).
+        grid: rows and columns of the tokens.
+        batch_size: B; the images of each prompt are in sequence.
+
+    Returns:
+        (J, B, L, 1).
+    """
+    resized = interpolate(masks.float(), grid, mode="area")
+    rows = expand_per_image(resized, batch_size, is_guided=False)
+    return rows.flatten(2).transpose(0, 1)[..., None]
 
 
 def _resize(mask: Tensor, height: int, width: int) -> Tensor:

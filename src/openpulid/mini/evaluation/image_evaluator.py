@@ -31,6 +31,8 @@ GUIDANCE = 3.0
 """Guidance scale of the evaluation and of the preset."""
 NUM_PROMPTS = 512
 """Prompts on which the base model and its student are evaluated."""
+OTHER_PEOPLE = 100_000
+"""Offset of the seeds of held-out people who are in no prompt."""
 RENDER_BATCH = 32
 """Images per call of the renderer."""
 
@@ -103,9 +105,11 @@ class ImageEvaluator:
         Returns:
             `attributes`, the share of the attributes in each prompt that the classifier recognizes
             in its image; `pose` and `expression`, the same for these two; `face_found`, the share
-            of images with a detected face; and `frechet`, the Frechet distance of the embeddings
-            of these faces to `real_embeddings`, if there are at least two. Values for another
-            `count` are not comparable: the distance is larger for fewer faces.
+            of images with a detected face; `frechet`, the Frechet distance of the embeddings of
+            these faces to `real_embeddings`, if there are at least two; and `frechet_real`, the
+            same distance for rendered images of other people, below which no model can be expected
+            to come. Values for another `count` are not comparable: the distance is larger for
+            fewer faces.
         """
         device = next(self.classifier.parameters()).device
         images = self.generate(unet, count).to(device)
@@ -121,17 +125,28 @@ class ImageEvaluator:
             if faces.has_face.sum() > 1:
                 embeddings = faces.embeddings[faces.has_face]
                 results["frechet"] = frechet_distance(embeddings, self.real_embeddings)
+                results["frechet_real"] = self.real_distance
         return results
 
     @cached_property
     def real_embeddings(self) -> Tensor:
         """Embeddings (N, D) of the faces of rendered held-out people in the prompts' scenes."""
+        return self._embed_rendered(HELD_OUT_PEOPLE)
+
+    @cached_property
+    def real_distance(self) -> float:
+        """Frechet distance of `real_embeddings` to those of other people in the same scenes."""
+        others = self._embed_rendered(HELD_OUT_PEOPLE + OTHER_PEOPLE)
+        return frechet_distance(others, self.real_embeddings)
+
+    def _embed_rendered(self, first: int) -> Tensor:
+        """Embed the faces of people from seed `first` on, rendered in the prompts' scenes."""
         assert self.embedder is not None
         device = next(self.classifier.parameters()).device
         embeddings = []
         for start in range(0, len(self.prompts), RENDER_BATCH):
             prompts = self.prompts[start : start + RENDER_BATCH]
-            people = [Person.from_seed(HELD_OUT_PEOPLE + prompt.person) for prompt in prompts]
+            people = [Person.from_seed(first + prompt.person) for prompt in prompts]
             images = render(people, [prompt.scene for prompt in prompts], device=device).image
             faces = self.embedder(images)
             embeddings.append(faces.embeddings[faces.has_face])

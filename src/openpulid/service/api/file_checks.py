@@ -8,7 +8,7 @@ from PIL import Image
 
 from openpulid.identity.reference import ReferenceImage
 from openpulid.io.decoding import MIN_SIDE
-from openpulid.pipelines.init_image import InitImageInput, check_inpaint_mask
+from openpulid.pipelines.init_image import InitImageInput, fit_inpaint_mask
 from openpulid.pipelines.inputs import PersonInput, RequestInputs
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.service.api.decoding import decode_image, decode_mask
@@ -72,7 +72,7 @@ class FileChecker:
         if part is None:
             return None
         image = self._open_image(part.image, min_side=1)
-        mask = None if part.mask is None else self._open_mask(part.mask)
-        if mask is not None:
-            check_inpaint_mask(mask)
+        mask = None
+        if part.mask is not None:
+            mask = fit_inpaint_mask(self._open_mask(part.mask), image)
         return InitImageInput(image, mask)

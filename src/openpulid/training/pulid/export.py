@@ -61,14 +61,14 @@ def save_adapter(
 def revision() -> str:
     """Return the commit of the running code, or the version of an installed package.
 
-    "+changes" is appended if files differ from the commit.
+    "+changes" is appended if Python files of the repository differ from the commit.
     """
     folder = Path(__file__).parent
     try:
         # a virtual environment may be inside another project's repository
         _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
         commit = _git(folder, "rev-parse", "HEAD")
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".")
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
     except (OSError, subprocess.CalledProcessError):
         return f"openpulid {__version__}"
     return commit + ("+changes" if changes else "")

@@ -156,6 +156,16 @@ class SDXLModel:
         guided: bool = False,
     ) -> TextConditioning:
         """Encode B prompts, without gradient; `pixels` is SDXL's size conditioning."""
+        return self.encode_text_with_gradient(prompts, pixels=pixels, guided=guided)
+
+    def encode_text_with_gradient(
+        self,
+        prompts: Sequence[str],
+        *,
+        pixels: int | tuple[int, int] | None = None,
+        guided: bool = False,
+    ) -> TextConditioning:
+        """Encode B prompts as `encode_text`, with the gradient to what text encoders read."""
         embeds, empty_embeds, pooled, empty_pooled = self.pipe.encode_prompt(
             prompt=list(prompts),
             device=self.device,

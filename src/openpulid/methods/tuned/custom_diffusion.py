@@ -1,0 +1,185 @@
+"""Custom Diffusion (arXiv 2212.04488): keys and values of the cross-attention, and a word."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from openpulid.errors import OptionError, WeightsError
+from openpulid.io.checkpoint_kinds import CUSTOM_DIFFUSION, CheckpointKind
+from openpulid.io.checkpoints import read_metadata, read_tensors, save_tensors
+from openpulid.methods.hooks import PipelineState, find_unet
+from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, find_parameter
+from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
+
+KEPT_SHARE = 0.6
+"""Share of the singular values that a compressed file keeps, as the authors choose it."""
+
+_UNET = "unet."
+_WORD = "modifier_token."
+
+
+class CustomDiffusion(TunedAdapter):
+    """Whole matrices `to_k` and `to_v` of the cross-attention, and the embeddings of a word.
+
+    Args:
+        matrices: name of the weight in the U-Net -> its value, (out, in) each.
+        vectors: "clip_l" and "clip_g" -> (1, D); empty if no word was tuned.
+        trigger: the word; None if the file names none.
+    """
+
+    kinds: ClassVar[tuple[CheckpointKind, ...]] = (CUSTOM_DIFFUSION,)
+
+    def __init__(
+        self,
+        matrices: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor] | None = None,
+        trigger: Trigger | None = None,
+    ) -> None:
+        super().__init__(trigger)
+        self.matrices = dict(matrices)
+        self.vectors = dict(vectors or {})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CustomDiffusion:
+        """Load a file of `pulid tune`, or the weights of the authors' `delta.bin`.
+
+        The word of a `delta.bin` is not read: it has one new token of its own.
+
+        Raises:
+            WeightsError: the file is missing, damaged, compressed, or of another kind.
+        """
+        cls.check_file(path)
+        tensors = read_tensors(path)
+        matrices = {
+            name.removeprefix(_UNET): x for name, x in tensors.items() if name.startswith(_UNET)
+        }
+        vectors = {
+            name: tensors[_WORD + name].reshape(1, -1)
+            for name in ENCODERS
+            if _WORD + name in tensors
+        }
+        return cls(matrices, vectors, Trigger.from_metadata(read_metadata(path)))
+
+    def save(self, path: str | os.PathLike[str], metadata: dict[str, Any] | None = None) -> None:
+        """Write matrices and word in float16, with the authors' names."""
+        tensors = {_UNET + name: x for name, x in self.matrices.items()}
+        tensors |= {_WORD + name: x[0] for name, x in self.vectors.items()}
+        stored = {
+            name: x.detach().to("cpu", torch.float16).contiguous() for name, x in tensors.items()
+        }
+        facts = {"method": "custom-diffusion"}
+        facts |= {} if self.trigger is None else self.trigger.metadata()
+        save_tensors(stored, path, facts | {k: str(v) for k, v in (metadata or {}).items()})
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> CustomDiffusion:
+        """Move matrices and word to a device and dtype."""
+        self.matrices = {name: x.to(device, dtype) for name, x in self.matrices.items()}
+        self.vectors = {name: x.to(device, dtype) for name, x in self.vectors.items()}
+        return self
+
+    def check(self, target: Any) -> None:
+        """Raise an error if the file does not fit a pipeline.
+
+        Raises:
+            OptionError: the target has no U-Net, or its tokenizer has no such word.
+            WeightsError: the file belongs to another base model.
+        """
+        super().check(target)
+        for name, matrix in self.matrices.items():
+            if find_parameter(find_unet(target), name).shape != matrix.shape:
+                raise WeightsError(
+                    "these weights belong to another base model; use the base model on which "
+                    "they were tuned."
+                )
+        if self.vectors and self.trigger is not None:
+            encoder_words(target, self.trigger.word, self.vectors)
+
+    def open_hooks(
+        self, state: PipelineState, scale: float, call: ActiveCall, stack: ExitStack
+    ) -> None:
+        """Register the hooks of keys and values, and those of the word."""
+        for name, matrix in self.matrices.items():
+            weight = find_parameter(state.network, name)
+            delta = scale * (matrix.to(weight.device, torch.float32) - weight.float())
+            layer = state.network.get_submodule(name.removesuffix(".weight"))
+            hook = delta_hook(delta.to(weight.dtype), call)
+            stack.callback(layer.register_forward_hook(hook).remove)
+        if self.vectors and self.trigger is not None:
+            words = encoder_words(state.target, self.trigger.word, self.vectors)
+            stack.enter_context(read_words(words))
+
+
+def delta_hook(delta: Tensor, is_active: Callable[[], bool]) -> Any:
+    """Create a forward hook that adds delta x to the output of a linear layer.
+
+    Args:
+        delta: (out, in).
+        is_active: read in each call.
+    """
+
+    def add_delta(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return output + linear(args[0], delta.to(args[0])) if is_active() else None
+
+    return add_delta
+
+
+def detach_first_token(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Stop the gradient of the begin token's key or value (forward hook of `to_k` and `to_v`).
+
+    The authors do so in training: every prompt begins with that token.
+
+    Args:
+        module: the layer.
+        args: its arguments.
+        output: (B, T, D).
+    """
+    return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)
+
+
+def compress(delta: Tensor, share: float = KEPT_SHARE) -> tuple[Tensor, Tensor]:
+    """Return factors u (out, r) and v (r, in) of a matrix, as the authors compress their files.
+
+    The rank r is the number of largest singular values whose sum is below `share` of the sum of
+    all; the value that passes it is not kept, so r can be 0.
+
+    Args:
+        delta: (out, in), the difference to the base's matrix.
+        share: see above.
+
+    Raises:
+        OptionError: the share is not between 0 and 1.
+    """
+    if not 0 < share <= 1:
+        raise OptionError(f"the share of the singular values must be from 0 to 1, got {share}.")
+    u, values, v = torch.linalg.svd(delta.double(), full_matrices=False)
+    passed = values.cumsum(0) / values.sum() < share
+    rank = int(passed.sum())
+    return (u[:, :rank] * values[:rank]).to(delta), v[:rank].to(delta)
+
+
+def merge_matrices(base: Tensor, regularization: Tensor, targets: Tensor, values: Tensor) -> Tensor:
+    """Return one matrix for several concepts, in closed form (arXiv 2212.04488, section 3.3).
+
+    W = W_0 + (V^T - W_0 T^T) (D T^T)^-1 D with D = T C^-1 and C = K^T K: the targets give the
+    values, and what the regularization text gives changes least.
+
+    Args:
+        base: (out, in), the base's matrix W_0.
+        regularization: (N, in) text states K of other captions.
+        targets: (M, in) text states T of the concepts' words.
+        values: (M, out) outputs V of each concept's own matrix for its words.
+
+    Returns:
+        (out, in).
+    """
+    weight, keys, words = base.double(), regularization.double(), targets.double()
+    directions = torch.linalg.solve(keys.T @ keys, words.T).T  # (M, in)
+    error = values.double().T - weight @ words.T  # (out, M)
+    return (weight + error @ torch.linalg.solve(directions @ words.T, directions)).to(base)

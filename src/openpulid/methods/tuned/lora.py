@@ -1,0 +1,157 @@
+"""A LoRA (arXiv 2106.09685) as a method: tuned on one person, or any other LoRA file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import convert_state_dict_to_kohya
+from torch import Tensor
+
+from openpulid.errors import WeightsError
+from openpulid.io.checkpoint_kinds import LORA, CheckpointKind
+from openpulid.io.checkpoints import explain_bad_weights, read_metadata, save_tensors
+from openpulid.methods.hooks import PipelineState
+from openpulid.methods.lora import check_low_rank, low_rank_hook, parse_lora
+from openpulid.methods.tuned.base import ActiveCall, TunedAdapter
+from openpulid.methods.tuned.words import Trigger
+
+LowRank = Mapping[str, tuple[Tensor, Tensor]]
+"""Name of a linear layer -> down (rank, in) and up (out, rank)."""
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+"""Networks of a pipeline that a LoRA can change."""
+
+
+class TunedLora(TunedAdapter):
+    """W x + scale * up(down(x)) in linear layers of the U-Net and of the text encoders.
+
+    Hooks instead of a LoRA of the pipeline, see `methods.lora`.
+
+    Args:
+        layers: name of the network -> its layers, by the names of diffusers.
+        trigger: the word that stands for the person; None if the file names none.
+    """
+
+    kinds: ClassVar[tuple[CheckpointKind, ...]] = (LORA,)
+
+    def __init__(self, layers: Mapping[str, LowRank], trigger: Trigger | None = None) -> None:
+        super().__init__(trigger)
+        self.layers = {part: dict(layers.get(part, {})) for part in PARTS}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TunedLora:
+        """Load a LoRA with the names of diffusers, peft or kohya's trainer.
+
+        Raises:
+            WeightsError: the file is missing, damaged, or no LoRA for SDXL.
+        """
+        cls.check_file(path)
+        path = Path(path)
+        message = f"{path} is no LoRA for SDXL; use one that was trained for it"
+        with explain_bad_weights(message):
+            state, alphas = StableDiffusionXLPipeline.lora_state_dict(
+                str(path.parent), weight_name=path.name
+            )
+        layers = {}
+        for part in PARTS:
+            prefix = f"{part}."
+            tensors = {
+                name.removeprefix(prefix): tensor.float() * _factor(name, tensor, alphas or {})
+                for name, tensor in state.items()
+                if name.startswith(prefix)
+            }
+            with explain_bad_weights(message):
+                layers[part] = parse_lora(tensors, is_text_encoder=part != "unet")
+        if not any(layers.values()):
+            raise WeightsError(f"{message}.")
+        return cls(layers, Trigger.from_metadata(read_metadata(path)))
+
+    def save(self, path: str | os.PathLike[str], metadata: dict[str, Any] | None = None) -> None:
+        """Write the LoRA in float16 with the names of kohya's trainer.
+
+        diffusers, ComfyUI and AUTOMATIC1111 open such files.
+        """
+        state = {}
+        for part, layers in self.layers.items():
+            for name, (down, up) in layers.items():
+                layer = f"{part}.{_published_name(part, name)}"
+                state[f"{layer}.lora_A.weight"] = down
+                state[f"{layer}.lora_B.weight"] = up
+        tensors = {
+            name: x.to("cpu", torch.float16).contiguous()
+            for name, x in convert_state_dict_to_kohya(state).items()
+        }
+        facts = {"method": "lora"} | ({} if self.trigger is None else self.trigger.metadata())
+        save_tensors(tensors, path, facts | {k: str(v) for k, v in (metadata or {}).items()})
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TunedLora:
+        """Move the matrices to a device and dtype."""
+        for layers in self.layers.values():
+            for name, (down, up) in layers.items():
+                layers[name] = (down.to(device, dtype), up.to(device, dtype))
+        return self
+
+    def check(self, target: Any) -> None:
+        """Raise an error if the LoRA does not fit a pipeline, or a U-Net alone.
+
+        Raises:
+            OptionError: the target has no U-Net.
+            WeightsError: the LoRA was trained for another base model.
+        """
+        super().check(target)
+        for part, layers in self.layers.items():
+            for name, (down, up) in layers.items():
+                check_low_rank(_find_layer(PipelineState(target), part, name), down, up)
+
+    def open_hooks(
+        self, state: PipelineState, scale: float, call: ActiveCall, stack: ExitStack
+    ) -> None:
+        """Register the low-rank hooks of all networks."""
+        for part, layers in self.layers.items():
+            for name, (down, up) in layers.items():
+                # the prompt is encoded before the first step
+                is_active = call if part == "unet" else None
+                hook = low_rank_hook(down, scale * up, is_active or (lambda: True))
+                layer = _find_layer(state, part, name)
+                stack.callback(layer.register_forward_hook(hook).remove)
+
+
+def _factor(name: str, tensor: Tensor, alphas: Mapping[str, float]) -> float:
+    """Return alpha over the rank for a matrix `down`, and 1 for any other or without an alpha.
+
+    Args:
+        name: in the names of diffusers.
+        tensor: the matrix.
+        alphas: of the file, by the name of the layer (U-Net) or of the matrix (text encoders).
+    """
+    is_down = ".down." in name or ".lora_A." in name
+    layer = name.split(".lora")[0]
+    alpha = alphas.get(f"{layer}.alpha", alphas.get(f"{name}.alpha"))
+    return float(alpha) / len(tensor) if is_down and alpha is not None else 1.0
+
+
+def _find_layer(state: PipelineState, part: str, name: str) -> Any:
+    """Return a linear layer of a pipeline's U-Net or text encoder.
+
+    Raises:
+        WeightsError: there is none of this name.
+    """
+    network = state.network if part == "unet" else getattr(state.target, part, None)
+    with explain_bad_weights("this LoRA was trained for another base model"):
+        assert network is not None, f"there is no {part}"
+        if part != "unet" and not hasattr(network, "text_model"):
+            name = name.removeprefix("text_model.")
+        return network.get_submodule(name)
+
+
+def _published_name(part: str, name: str) -> str:
+    """Return the name of a layer in files; all text encoders have the level `text_model` there."""
+    if part == "unet" or name.startswith("text_model."):
+        return name
+    return f"text_model.{name}"

@@ -1,0 +1,105 @@
+"""Tune a method on images of one person."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from openpulid.identity.detection import FaceDetection
+from openpulid.identity.reference import ReferenceImage
+from openpulid.io.lock import LOCK
+from openpulid.methods.tuned import Trigger, TunedAdapter
+from openpulid.training.pulid import SDXLModel, revision
+from openpulid.training.run_dir import delete_run
+from openpulid.training.trainer import run
+from openpulid.training.tuning.images import encode_person, fill_templates, generate_class_images
+from openpulid.training.tuning.recipes import TuningRecipe
+from openpulid.training.tuning.task import TuningTask
+from openpulid.training.tuning.trained import open_part
+
+
+def tune(
+    recipe: TuningRecipe,
+    pipe: Any,
+    references: Sequence[ReferenceImage],
+    trigger: Trigger,
+    run_dir: Path,
+    *,
+    class_options: Mapping[str, Any] | None = None,
+    detection: FaceDetection | None = None,
+    is_miniature: bool = False,
+) -> tuple[TunedAdapter, dict[str, Any]]:
+    """Tune a method on images of one person, or continue an interrupted run.
+
+    The pipeline is as it was afterwards.
+
+    Args:
+        recipe: the settings.
+        pipe: a pipeline of SDXL.
+        references: images of the person.
+        trigger: the word that stands for the person in prompts.
+        run_dir: folder of the checkpoints; they are deleted in the end.
+        class_options: arguments of the pipeline with which the class images are generated.
+        detection: finds the faces, which a recipe can weigh more than the background.
+        is_miniature: whether the base model is the miniature, which knows few words.
+
+    Returns:
+        The method, and the facts about its training.
+
+    Raises:
+        FaceError: faces are weighed, and an image has none.
+        OptionError: the word is not one token of the base model.
+        TrainingError: see `trainer.run`.
+    """
+    model = SDXLModel(pipe)
+    if recipe.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    is_weighed = recipe.face_loss_weight != 1
+    images = encode_person(
+        model, references, recipe.num_crops, detection if is_weighed else None, recipe.seed
+    )
+    class_prompts = fill_templates(trigger.class_word, is_miniature)
+    class_images = None
+    if recipe.num_class_images:
+        class_images = generate_class_images(
+            model, class_prompts, recipe.num_class_images, dict(class_options or {}), recipe.seed
+        )
+    with open_part(recipe, pipe, trigger) as part:
+        phrase = trigger.word if recipe.trained == "word" else trigger.phrase
+        task = TuningTask(
+            recipe,
+            model,
+            part,
+            images,
+            fill_templates(phrase, is_miniature),
+            class_images,
+            class_prompts,
+        )
+        name = _name_run(recipe, references, trigger)
+        result = run(task, recipe.trainer_config(name), run_dir, device=model.device)
+        method = part.create_method()
+    if recipe.gradient_checkpointing:
+        pipe.unet.disable_gradient_checkpointing()
+    delete_run(run_dir, (LOCK,))
+    with suppress(OSError):  # the user may keep other files there
+        run_dir.rmdir()
+    facts = {
+        "recipe": json.dumps(asdict(recipe)),
+        "revision": revision(),
+        "images": len(references),
+        "seconds": round(result.seconds, 1),
+    }
+    return method, facts
+
+
+def _name_run(recipe: TuningRecipe, references: Sequence[ReferenceImage], trigger: Trigger) -> str:
+    """Return a name that differs for other settings, images or words."""
+    digest = hashlib.sha256(json.dumps([asdict(recipe), asdict(trigger)]).encode())
+    for reference in references:
+        digest.update(reference.image.tobytes())
+    return f"{recipe.method}-{digest.hexdigest()[:12]}"

@@ -1,0 +1,230 @@
+"""Files and contexts of the tuned methods, on a tiny pipeline."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+
+from openpulid.errors import OptionError, WeightsError
+from openpulid.methods.tuned import (
+    CustomDiffusion,
+    DreamBooth,
+    TextualInversion,
+    Trigger,
+    TunedLora,
+)
+from tests.support import tiny_sdxl
+
+TRIGGER = Trigger("noir", "person")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def low_rank(layer, scale: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
+    return random(2, layer.in_features), scale * random(layer.out_features, 2, seed=1)
+
+
+@pytest.fixture
+def pipe():
+    pipe = tiny_sdxl.pipe()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def methods(pipe):
+    """One of each kind, with random values."""
+    names = [name for name, _ in pipe.unet.named_modules() if name.endswith("attn2.to_k")]
+    unet_layers = {name: low_rank(pipe.unet.get_submodule(name)) for name in names}
+    text_layers = {
+        name: low_rank(layer)
+        for name, layer in pipe.text_encoder.named_modules()
+        if name.endswith(("q_proj", "out_proj"))
+    }
+    matrices = {
+        f"{name}.weight": random(*pipe.unet.get_submodule(name).weight.shape) for name in names
+    }
+    weights = {
+        f"{name}.{kind}": random(*pipe.unet.get_parameter(f"{name}.{kind}").shape)
+        for name in ("conv_in", "down_blocks.0.resnets.0.conv1")
+        for kind in ("weight", "bias")
+    }
+    vectors = {"clip_l": random(2, 16), "clip_g": random(2, 16, seed=1)}
+    words = {"clip_l": random(1, 16), "clip_g": random(1, 16, seed=1)}
+    return {
+        "lora": TunedLora({"unet": unet_layers, "text_encoder": text_layers}, TRIGGER),
+        "dreambooth": DreamBooth(weights, TRIGGER),
+        "custom-diffusion": CustomDiffusion(matrices, words, TRIGGER),
+        "textual-inversion": TextualInversion(vectors, TRIGGER),
+    }
+
+
+KINDS = ["lora", "dreambooth", "custom-diffusion", "textual-inversion"]
+
+
+def generate(pipe, prompt: str = "a noir person", **options) -> torch.Tensor:
+    images = pipe(
+        prompt,
+        generator=torch.Generator().manual_seed(0),
+        num_inference_steps=2,
+        output_type="pt",
+        **options,
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_method_changes_images_only_while_open(pipe, methods, kind):
+    method = methods[kind]
+    base = generate(pipe)
+    method.attach(pipe)
+    with method.use():
+        assert not torch.allclose(generate(pipe), base, atol=1e-4)
+    assert torch.equal(generate(pipe), base)
+    with method.use(scale=0):
+        assert torch.equal(generate(pipe), base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_file_gives_the_same_image(pipe, methods, kind, tmp_path):
+    method = methods[kind]
+    method.attach(pipe)
+    with method.use():
+        expected = generate(pipe)
+    method.detach(pipe)
+    path = tmp_path / "anna.safetensors"
+    method.save(path, {"steps": 3})
+    loaded = type(method).load(path)
+    assert loaded.trigger is not None and loaded.trigger.word == "noir"
+    loaded.attach(pipe)
+    with loaded.use():
+        # stored in half precision
+        torch.testing.assert_close(generate(pipe), expected, atol=0.02, rtol=0)
+
+
+def test_diffusers_opens_the_lora_file(pipe, methods, tmp_path):
+    path = tmp_path / "anna-lora.safetensors"
+    methods["lora"].save(path)
+    loaded = TunedLora.load(path)
+    loaded.attach(pipe)
+    with loaded.use(scale=0.5):
+        expected = generate(pipe)
+    pipe.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name="anna")
+    pipe.set_adapters("anna", 0.5)
+    torch.testing.assert_close(generate(pipe), expected, atol=1e-4, rtol=0)
+
+
+def test_alpha_scales_the_change(methods, tmp_path):
+    """kohya's files scale each layer by alpha over the rank, here 2."""
+    path = tmp_path / "anna.safetensors"
+    methods["lora"].save(path)
+    tensors = load_file(path)
+    expected = TunedLora.load(path).layers
+    halved = {name: x / 2 if name.endswith(".alpha") else x for name, x in tensors.items()}
+    save_file(halved, path)
+    for part, layers in TunedLora.load(path).layers.items():
+        for name, (down, up) in layers.items():
+            old_down, old_up = expected[part][name]
+            torch.testing.assert_close(up @ down, 0.5 * (old_up @ old_down))
+
+
+def test_file_of_diffusers_names_no_word(methods, tmp_path):
+    pairs = methods["lora"].layers["unet"]
+    state = {f"{name}.lora.down.weight": down for name, (down, up) in pairs.items()}
+    state |= {f"{name}.lora.up.weight": up for name, (down, up) in pairs.items()}
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
+    loaded = TunedLora.load(tmp_path / "pytorch_lora_weights.safetensors")
+    name, (_, up) = next(iter(pairs.items()))
+    torch.testing.assert_close(loaded.layers["unet"][name][1], up)
+    assert loaded.trigger is None
+    assert loaded.insert_trigger("a person") == "a person"
+
+
+def test_a_users_lora_stays(pipe, methods, tmp_path):
+    """A LoRA of the pipeline and one of the method are added."""
+    own = TunedLora({"unet": {n: low_rank(pipe.unet.get_submodule(n), 0.1) for n in _names(pipe)}})
+    own.save(tmp_path / "own.safetensors")
+    pipe.load_lora_weights(str(tmp_path), weight_name="own.safetensors", adapter_name="own")
+    with_own = generate(pipe)
+    method = methods["lora"]
+    method.attach(pipe)
+    with method.use():
+        both = generate(pipe)
+    assert not torch.allclose(both, with_own, atol=1e-4)
+    assert torch.equal(generate(pipe), with_own)
+    assert pipe.get_active_adapters() == ["own"]
+
+
+def test_whole_unet_replaces_layers_that_peft_has_wrapped(pipe, methods, tmp_path):
+    own = TunedLora({"unet": {n: low_rank(pipe.unet.get_submodule(n), 0.1) for n in _names(pipe)}})
+    own.save(tmp_path / "own.safetensors")
+    name = _names(pipe)[0]
+    weight = random(*pipe.unet.get_submodule(name).weight.shape)
+    pipe.load_lora_weights(str(tmp_path), weight_name="own.safetensors", adapter_name="own")
+    base = generate(pipe)
+    method = DreamBooth({f"{name}.weight": weight})
+    method.attach(pipe)
+    with method.use():
+        assert torch.equal(pipe.unet.get_submodule(name).base_layer.weight, weight)
+    assert torch.equal(generate(pipe), base)
+
+
+def _names(pipe) -> list[str]:
+    return [name for name, _ in pipe.unet.named_modules() if name.endswith("attn2.to_v")]
+
+
+def test_start_and_end_limit_the_change_of_the_unet(pipe, methods):
+    method = methods["custom-diffusion"]
+    method.vectors = {}  # the prompt is read before the first step
+    base = generate(pipe)
+    method.attach(pipe)
+    with method.use():
+        whole = generate(pipe)
+    with method.use(start=0.5):
+        late = generate(pipe)
+    for other in (base, whole):
+        assert not torch.allclose(late, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dreambooth", {"start": 0.5}),
+        ("textual-inversion", {"scale": 0.5}),
+        ("textual-inversion", {"end": 0.5}),
+    ],
+)
+def test_options_without_effect_are_refused(pipe, methods, kind, options):
+    method = methods[kind]
+    method.attach(pipe)
+    base = generate(pipe)
+    with pytest.raises(OptionError, match=r"leave out|has no scale"), method.use(**options):
+        pass
+    assert torch.equal(generate(pipe), base)
+
+
+def test_an_identity_is_refused(pipe, methods):
+    methods["lora"].attach(pipe)
+    with (
+        pytest.raises(OptionError, match="the person it was tuned on"),
+        methods["lora"].use("anna"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_file_of_another_base_is_refused(methods, kind, tiny_pipeline):
+    with pytest.raises((WeightsError, OptionError), match=r"another base|not fit|not one token"):
+        methods[kind].attach(tiny_pipeline())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_files_are_refused(methods, kind, tmp_path):
+    other = "lora" if kind != "lora" else "dreambooth"
+    methods[other].save(tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match=r"other\.safetensors is not"):
+        type(methods[kind]).load(tmp_path / "other.safetensors")
