@@ -28,9 +28,9 @@ from openpulid.identity.identity import Identity
 from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.io.images import open_image
 from openpulid.io.serving import check_address
+from openpulid.pipelines.model_set import MINI_ADAPTERS
 from openpulid.pipelines.presets import (
     BASELINES,
-    MINI_ADAPTERS,
     MINIATURE,
     PRESETS,
     mini,
