@@ -34,7 +34,7 @@ def build_request(session: WebSession, directory: Path, **values: Any) -> Genera
     """Build the request of a form."""
     form = FormValues({**SETTINGS, **values})
     preset = session.preset(session.select_models(form.preset, form.method))
-    return form.to_request(preset, directory)
+    return form.to_request(preset, directory, session.allow_paths)
 
 
 def generate(session: WebSession, **values: Any) -> list[PageImage]:

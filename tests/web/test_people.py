@@ -13,7 +13,7 @@ from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.images import open_mask
 from openpulid.io.metadata import XMP_KEY, find_text
-from openpulid.pipelines.presets import mini
+from openpulid.pipelines.presets import find_preset, mini
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
@@ -54,7 +54,7 @@ def two(anna: Path) -> dict[str, Any]:
 
 def restore(request: GenerationRequest, **hashes: str) -> tuple[dict[str, Any], str]:
     """Return the values of the form for an image, and the sentence on its files."""
-    preset = mini()
+    preset = mini() if request.model is None else find_preset(request.model.preset)
     provenance = Provenance.create(preset.resolve(request.with_memory("full")), hashes)
     return read_values(provenance.request, preset), describe_files(provenance)
 
