@@ -168,7 +168,7 @@ def test_cli_selects_methods(tmp_path: Path) -> None:
     _picture(render([Person.from_seed(3)], [Scene()]).image[0]).save(picture)
     calls = ["generate", "portrait, photo", "--id", str(picture), "-o", str(tmp_path)]
     for method, message in (
-        ("dreambooth", "no method 'dreambooth'"),
+        ("hypernetwork", "no method 'hypernetwork'"),
         ("ip-adapter", "ip-adapter is not available for the miniature"),
     ):
         result = CliRunner().invoke(app, [*calls, "--method", method])
