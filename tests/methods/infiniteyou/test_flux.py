@@ -309,6 +309,18 @@ def test_transformer_without_guidance_fits(method: InfiniteYou) -> None:
         assert distance(run(schnell, steps=1), plain) > 1e-3
 
 
+def test_streamed_infusenet_gives_the_same_image(pipe: FluxPipeline, method: InfiniteYou) -> None:
+    """As in the lower memory levels, with the CPU at both ends."""
+    with method.use(anna):
+        expected = run(pipe, steps=2)
+    cpu = torch.device("cpu")
+    options = {"offload_type": "block_level", "num_blocks_per_group": 1}
+    method.infusenet.model.enable_group_offload(onload_device=cpu, offload_device=cpu, **options)
+    method.infusenet.is_placed = True
+    with method.use(anna):
+        assert np.array_equal(run(pipe, steps=2), expected)
+
+
 # --- people
 
 

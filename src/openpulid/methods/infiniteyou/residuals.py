@@ -74,29 +74,30 @@ class InfusedPeople:
         ]
 
     def combine(
-        self, people: Sequence[Residuals], facts: TransformerCall, num_tokens: int
+        self, people: Sequence[Residuals], facts: TransformerCall, hidden: Tensor
     ) -> Residuals:
         """Add up the residuals of people, each in its region.
 
         Args:
             people: per person the residuals of the generated tokens.
             facts: about the call.
-            num_tokens: L, with those of reference images.
+            hidden: (B, L, C), all image tokens.
 
         Returns:
             Residuals of all image tokens; those of reference images are zero.
         """
         first, end = facts.generated
+        padding = (0, 0, first, hidden.shape[1] - end)
         regions = None
         if self.masks is not None:
-            regions = resize_masks(self.masks, facts.grid, facts.batch_size)
+            regions = resize_masks(self.masks, facts.grid, len(hidden)).to(hidden)
 
         def add_up(samples: Sequence[Tensor]) -> Tensor:
-            total = samples[0] if regions is None else samples[0] * regions[0].to(samples[0])
+            total = samples[0] if regions is None else samples[0] * regions[0]
             for person in range(1, len(samples)):
                 assert regions is not None, "several people have masks"
-                total = total + samples[person] * regions[person].to(total)
-            return pad(total, (0, 0, first, num_tokens - end)) if num_tokens > end else total
+                total = total + samples[person] * regions[person]
+            return pad(total, padding) if any(padding) else total
 
         double, single = (
             [add_up(samples) for samples in zip(*lists, strict=True)]
@@ -137,7 +138,7 @@ def inject_people(
                 warn_if_other_ratio("mask", people.masks.shape[-2:], size)
             conditions[facts.grid] = people.encode_control(state, size, hidden)
         each = people.compute(call, facts.generated, conditions[facts.grid])
-        residuals = people.combine(each, facts, hidden.shape[1])
+        residuals = people.combine(each, facts, hidden)
         return args, kwargs | add_residuals(transformer, call, residuals, is_repeated=False)
 
     transformer = state.network
