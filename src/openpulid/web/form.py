@@ -76,8 +76,8 @@ class FormValues:
         if not images and not identity:
             return {}
         order = self.values.get(prefix + "face_order") or DEFAULT_FACE_ORDER
-        # in an order of one's own, the first face is a choice
-        default_index = None if order == DEFAULT_FACE_ORDER else 0
+        # in an order of one's own, the first face of the images is a choice
+        default_index = 0 if images and order != DEFAULT_FACE_ORDER else None
         face_index = self.values.get(prefix + "face_index") or default_index
         return {
             "images": images,
