@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from openpulid.errors import OutputError
 from openpulid.io.checkpoints import read_metadata
 from openpulid.io.metadata import read_metadata as read_image_metadata
+from openpulid.methods.tuned import TunedLora
+from openpulid.training.tuning.task import TuningTask
 from openpulid.world.gallery import render_portrait
 from tests.cli.conftest import Run
 
@@ -101,3 +104,23 @@ def test_generate_refuses_an_image_next_to_the_file(pulid: Run, anna: Path, tmp_
     done = pulid("generate", PROMPT, *person, "-o", tmp_path / "images")
     assert done.is_one_sentence, done.err
     assert "shows the person it was tuned on; leave --id out" in done.err
+
+
+def test_checkpoints_stay_if_the_file_cannot_be_written(
+    pulid: Run, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command then writes it without training again."""
+    out = tmp_path / "anna.safetensors"
+    command = ("tune", "lora", anna, "-o", out, "--steps", 2, "--batch", 1)
+
+    def fail(*arguments: object) -> None:
+        raise OutputError("no space is left.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TunedLora, "save", fail)
+        assert "no space is left" in pulid(*command).err
+    assert (tmp_path / "anna-run" / "run.safetensors").exists()
+    monkeypatch.setattr(TuningTask, "losses", None)  # a step would fail
+    done = pulid(*command)
+    assert done.code == 0, done.err
+    assert list(tmp_path.iterdir()) == [out]

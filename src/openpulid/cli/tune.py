@@ -69,7 +69,9 @@ def tune(
     ] = None,
     face_weight: Annotated[
         float | None,
-        typer.Option(help="Weight of the face in the loss; the background has 1 (default: 1)."),
+        typer.Option(
+            min=0.01, help="Weight of the face in the loss; the background has 1 (default: 1)."
+        ),
     ] = None,
     crops: Annotated[
         int | None, typer.Option(min=1, help="Crops of each image (default: 1, the whole).")
@@ -78,7 +80,7 @@ def tune(
         bool, typer.Option("--text-encoders", help="LoRA: tune the text encoders as well.")
     ] = False,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more time.")
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the tuning.")] = 0,
     resume: Annotated[

@@ -52,14 +52,11 @@ class Adapter:
             cannot be active on one network at once; without a slot any number can.
         replaces: whether attaching an adapter to a network replaces the one attached before.
         kinds: of the files that the method opens.
-        has_own_person: whether the person is in the method's file, so that no reference image is
-            needed.
     """
 
     slot: ClassVar[str] = ""
     replaces: ClassVar[bool] = False
     kinds: ClassVar[tuple[CheckpointKind, ...]] = ()
-    has_own_person: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._attached: list[PipelineState] = []

@@ -156,7 +156,7 @@ class PipelineRunner:
         # without guidance by a negative prompt there is no step to wait for
         is_guided = is_flux and (request.true_cfg_scale or 1) > 1
         first_guided_step = (request.timestep_to_start_cfg or 0) if is_guided else 0
-        if people is None and not self.adapter.has_own_person:
+        if people is None and not self.preset.models.has_own_person:
             return delay_guidance(pipe, first_guided_step) if is_flux else nullcontext()
         options = {
             name: value

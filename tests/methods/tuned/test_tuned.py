@@ -15,6 +15,8 @@ from openpulid.methods.tuned import (
     Trigger,
     TunedLora,
 )
+from openpulid.pipelines.embeddings import open_embedding, use_embeddings
+from openpulid.pipelines.request_inputs import Embedding
 from tests.support import tiny_sdxl
 
 TRIGGER = Trigger("noir", "person")
@@ -116,6 +118,23 @@ def test_diffusers_opens_the_lora_file(pipe, methods, tmp_path):
     pipe.load_lora_weights(str(tmp_path), weight_name=path.name, adapter_name="anna")
     pipe.set_adapters("anna", 0.5)
     torch.testing.assert_close(generate(pipe), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_diffusers_opens_the_embedding_file(pipe, methods, tmp_path):
+    """Two tokens that diffusers adds give the text that the hooks give."""
+    path = tmp_path / "anna.safetensors"
+    method = methods["textual-inversion"]
+    method.save(path)
+    options = {"device": "cpu", "do_classifier_free_guidance": False}
+    method.attach(pipe)
+    with method.use():
+        expected = pipe.encode_prompt("a noir person", **options)
+    file = open_embedding(Embedding(file=str(path), token="<anna>"))
+    with use_embeddings(pipe, [file]):
+        embeds = pipe.encode_prompt("a <anna> person", **options)
+    torch.testing.assert_close(embeds[0], expected[0])
+    torch.testing.assert_close(embeds[2], expected[2])  # pooled
 
 
 def test_alpha_scales_the_change(methods, tmp_path):

@@ -19,26 +19,29 @@ from tests.support import tiny_sdxl
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        ("a person in the rain", "a sks woman in the rain"),  # the noun, if it has no class word
         ("a woman and a man", "a sks woman and a man"),
         ("Woman, film noir", "sks woman, film noir"),
         ("film noir", "sks woman, film noir"),
+        ("a person in the rain", "sks woman, a person in the rain"),
         ("a womanly hat", "sks woman, a womanly hat"),  # a part of a word is none
         ("a photo of SKS dancing", "a photo of SKS dancing"),
         ("", "sks woman"),
     ],
 )
 def test_prompt_without_the_word_gets_it(prompt, expected):
-    trigger = Trigger("sks", "woman")
-    if "person" in prompt:
-        trigger = Trigger("sks")
-        expected = expected.replace("sks woman", "sks")
-    assert trigger.insert(prompt) == expected
+    assert Trigger("sks", "woman").insert(prompt) == expected
+
+
+def test_word_can_replace_the_class_word():
+    trigger = Trigger("sks", "woman", replaces_noun=True)
+    assert trigger.insert("a woman and a man") == "a sks and a man"
+    assert trigger.insert("film noir") == "sks, film noir"
 
 
 def test_trigger_survives_a_files_metadata():
     trigger = Trigger("sks", "woman")
     assert Trigger.from_metadata(trigger.metadata()) == trigger
+    assert Trigger.from_metadata({"trigger": "sks"}) == Trigger("sks", "person")
     assert Trigger.from_metadata({"format": "pt"}) is None
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from openpulid.device import training_dtype
 from openpulid.errors import OptionError, TrainingError
 from openpulid.identity.reference import open_references
 from openpulid.methods.tuned import Trigger
@@ -24,6 +25,7 @@ from openpulid.training.tuning.images import (
 from openpulid.training.tuning.recipes import TUNING_METHODS, TuningRecipe
 from openpulid.training.tuning.task import TuningTask
 from openpulid.training.tuning.trained import open_part
+from openpulid.training.tuning.tune import delete_checkpoints
 from tests.support import tiny_sdxl
 
 TRIGGER = Trigger("noir", "person")
@@ -83,6 +85,7 @@ def test_pipeline_is_as_before_and_the_method_changes_images(pipe, references, t
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert facts["images"] == 2
+    delete_checkpoints(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
     def generate():
@@ -97,6 +100,43 @@ def test_pipeline_is_as_before_and_the_method_changes_images(pipe, references, t
     tuned.attach(pipe)
     with tuned.use():
         assert not torch.allclose(generate(), base, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", sorted(TUNING_METHODS))
+def test_base_in_the_dtype_of_trainings(pipe, references, tmp_path, method, both_precisions):
+    """Frozen networks are in bfloat16 where it pays, and what is trained is in float32."""
+    dtype = training_dtype(torch.device("cpu"))
+    pipe.to(dtype)
+    before = state(pipe)
+    settings = recipe(method)
+    with open_part(settings, pipe, TRIGGER) as part:
+        trained = [
+            x for module in part.modules.values() for x in module.parameters() if x.requires_grad
+        ]
+        assert {x.dtype for x in trained} == {torch.float32}
+    tuned, _ = run(pipe, references, tmp_path, method, steps=2, num_class_images=2)
+    assert {x.dtype for x in state(pipe).values() if x.is_floating_point()} == {dtype}
+    assert all(torch.equal(x, before[name]) for name, x in state(pipe).items())
+    tuned.attach(pipe)
+    options = {"num_inference_steps": 1, "generator": torch.Generator().manual_seed(0)}
+    with tuned.use():
+        images = pipe("noir person", output_type="pt", **options).images
+    assert images.isfinite().all()
+
+
+def test_checkpointed_blocks_have_the_same_loss(pipe, references):
+    model = SDXLModel(pipe)
+    images = encode_person(model, references)
+    gradients = []
+    for is_checkpointed in (False, True):
+        settings = recipe("custom-diffusion", gradient_checkpointing=is_checkpointed)
+        with open_part(settings, pipe, TRIGGER) as part:
+            assert pipe.unet.is_gradient_checkpointing == is_checkpointed
+            task = TuningTask(settings, model, part, images, ["noir person"])
+            task.losses(StepRNG(0, 0))["person"].backward()
+            gradients.append(part.word.vectors["clip_l"].grad.clone())
+    assert not pipe.unet.is_gradient_checkpointing
+    torch.testing.assert_close(*gradients)
 
 
 def loss(model, part, images) -> float:
@@ -224,6 +264,7 @@ def interrupt_at(monkeypatch):
 
 def test_interrupted_run_continues(pipe, references, tmp_path, interrupt_at):
     whole, _ = run(pipe, references, tmp_path, "textual-inversion")
+    delete_checkpoints(tmp_path / "run")
     interrupt_at(5)
     with pytest.raises(KeyboardInterrupt):
         run(pipe, references, tmp_path, "textual-inversion")
@@ -244,15 +285,23 @@ def test_run_of_other_images_is_not_continued(pipe, references, tmp_path, interr
         run(pipe, references[:1], tmp_path, "lora")
 
 
-def test_word_with_several_tokens_is_refused(pipe, references, tmp_path):
-    with pytest.raises(OptionError, match="not one token"):
-        tune(
-            recipe("textual-inversion"),
-            pipe,
-            references,
-            Trigger("unheard", "person"),
-            tmp_path / "run",
-        )
+def test_run_on_another_base_is_not_continued(pipe, references, tmp_path, interrupt_at):
+    interrupt_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, references, tmp_path, "lora")
+    interrupt_at(None)
+    pipe.register_to_config(_name_or_path="another")
+    with pytest.raises((TrainingError, OptionError), match="another"):
+        run(pipe, references, tmp_path, "lora")
+
+
+@pytest.mark.parametrize("trigger", [Trigger("unheard", "person"), Trigger("noir", "unheard")])
+@pytest.mark.parametrize("method", ["lora", "textual-inversion"])
+def test_word_that_is_not_one_token_is_refused(pipe, references, tmp_path, method, trigger):
+    before = state(pipe)
+    with pytest.raises(OptionError, match="'unheard' is not one token"):
+        tune(recipe(method), pipe, references, trigger, tmp_path / "run")
+    assert state(pipe).keys() == before.keys()
 
 
 def test_unknown_method_is_refused():

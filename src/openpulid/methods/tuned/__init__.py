@@ -1,11 +1,22 @@
 """Methods that are tuned on images of one person, who is then in the method's file."""
 
 from openpulid.methods.tuned.base import TunedAdapter
-from openpulid.methods.tuned.custom_diffusion import CustomDiffusion, detach_first_token
+from openpulid.methods.tuned.custom_diffusion import (
+    CustomDiffusion,
+    compress,
+    detach_first_token,
+    merge_matrices,
+)
 from openpulid.methods.tuned.dreambooth import DreamBooth
 from openpulid.methods.tuned.lora import PARTS, TunedLora
 from openpulid.methods.tuned.textual_inversion import TextualInversion
-from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
+from openpulid.methods.tuned.words import (
+    ENCODERS,
+    Trigger,
+    encoder_words,
+    find_token,
+    read_words,
+)
 
 __all__ = [
     "ENCODERS",
@@ -16,7 +27,10 @@ __all__ = [
     "Trigger",
     "TunedAdapter",
     "TunedLora",
+    "compress",
     "detach_first_token",
     "encoder_words",
+    "find_token",
+    "merge_matrices",
     "read_words",
 ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.adapter import Adapter, exclusive_use
 from openpulid.methods.hooks import (
@@ -31,7 +31,6 @@ class TunedAdapter(Adapter):
     """
 
     slot: ClassVar[str] = "tuned"
-    has_own_person: ClassVar[bool] = True
 
     def __init__(self, trigger: Trigger | None = None) -> None:
         super().__init__()
@@ -134,6 +133,20 @@ class ActiveCall:
     def __call__(self) -> bool:
         """Return whether the method acts in the current call."""
         return self.is_active
+
+
+def check_weights(unet: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Check that whole weights belong to a U-Net.
+
+    Raises:
+        WeightsError: one has another name or shape.
+    """
+    for name, tensor in weights.items():
+        if find_parameter(unet, name).shape != tensor.shape:
+            raise WeightsError(
+                "these weights belong to another base model; use the base model on which they were "
+                "tuned."
+            )
 
 
 def find_parameter(unet: nn.Module, name: str) -> nn.Parameter:

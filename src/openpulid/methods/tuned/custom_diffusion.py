@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError
 from openpulid.io.checkpoint_kinds import CUSTOM_DIFFUSION, CheckpointKind
 from openpulid.io.checkpoints import read_metadata, read_tensors, save_tensors
 from openpulid.methods.hooks import PipelineState, find_unet
-from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, find_parameter
+from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
 
 KEPT_SHARE = 0.6
@@ -92,12 +92,7 @@ class CustomDiffusion(TunedAdapter):
             WeightsError: the file belongs to another base model.
         """
         super().check(target)
-        for name, matrix in self.matrices.items():
-            if find_parameter(find_unet(target), name).shape != matrix.shape:
-                raise WeightsError(
-                    "these weights belong to another base model; use the base model on which "
-                    "they were tuned."
-                )
+        check_weights(find_unet(target), self.matrices)
         if self.vectors and self.trigger is not None:
             encoder_words(target, self.trigger.word, self.vectors)
 

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError
 from openpulid.io.checkpoint_kinds import UNET_ALONE, CheckpointKind
 from openpulid.io.checkpoints import read_metadata, read_tensors, save_tensors
 from openpulid.methods.hooks import PipelineState, find_unet
-from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, find_parameter
+from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import Trigger
 
 
@@ -64,12 +64,7 @@ class DreamBooth(TunedAdapter):
             WeightsError: the file belongs to another base model.
         """
         super().check(target)
-        for name, tensor in self.weights.items():
-            if find_parameter(find_unet(target), name).shape != tensor.shape:
-                raise WeightsError(
-                    "these weights belong to another base model; use the base model on which "
-                    "they were tuned."
-                )
+        check_weights(find_unet(target), self.weights)
 
     def open_hooks(
         self, state: PipelineState, scale: float, call: ActiveCall, stack: ExitStack

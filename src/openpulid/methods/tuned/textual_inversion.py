@@ -43,7 +43,7 @@ class TextualInversion(TunedAdapter):
         tensors = read_tensors(path)
         if tensors.keys() != ENCODERS.keys():
             raise WeightsError(f"{path} is not an embedding for SDXL; use one that is.")
-        trigger = Trigger.from_metadata(read_metadata(path))
+        trigger = Trigger.from_metadata(read_metadata(path), replaces_noun=True)
         if trigger is None:
             raise WeightsError(
                 f"{path} does not say which word it is; pass it with --embedding WORD=FILE instead."

@@ -27,34 +27,33 @@ ENCODERS = {"clip_l": "", "clip_g": "_2"}
 
 @dataclass(frozen=True)
 class Trigger:
-    """The word that stands for the person, and the noun that it goes with.
+    """The word that stands for the person, and what the person is.
 
     Attributes:
         word: a word that the base model hardly knows, such as "sks".
-        class_word: what the person is, such as "woman"; empty if `word` is the whole noun.
+        class_word: what the person is, such as "woman".
+        replaces_noun: whether the word stands in the place of the class word, as in Textual
+            Inversion, instead of before it.
     """
 
     word: str
-    class_word: str = ""
+    class_word: str = "person"
+    replaces_noun: bool = False
 
     @property
     def phrase(self) -> str:
-        """The word with its noun, as training prompts have it."""
-        return f"{self.word} {self.class_word}".strip()
+        """How captions call the person."""
+        return self.word if self.replaces_noun else f"{self.word} {self.class_word}"
 
-    def insert(self, prompt: str, noun: str = "person") -> str:
+    def insert(self, prompt: str) -> str:
         """Return a prompt that names the person.
 
-        A prompt with the word stays as it is. Otherwise the first noun becomes the phrase; a prompt
-        without a noun starts with the phrase.
-
-        Args:
-            prompt: the prompt.
-            noun: what to replace if there is no class word.
+        A prompt with the word stays as it is. Otherwise the first class word becomes the phrase; a
+        prompt without one starts with the phrase.
         """
         if _find(self.word, prompt):
             return prompt
-        match = _find(self.class_word or noun, prompt)
+        match = _find(self.class_word, prompt)
         if match is None:
             return f"{self.phrase}, {prompt}" if prompt.strip() else self.phrase
         return prompt[: match.start()] + self.phrase + prompt[match.end() :]
@@ -64,10 +63,13 @@ class Trigger:
         return {"trigger": self.word, "class_word": self.class_word}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str]) -> Trigger | None:
-        """Read the entries of a file's metadata; None if the file has none."""
+    def from_metadata(
+        cls, metadata: Mapping[str, str], replaces_noun: bool = False
+    ) -> Trigger | None:
+        """Read the entries of a file's metadata; None if the file names no word."""
         word = metadata.get("trigger", "").strip()
-        return cls(word, metadata.get("class_word", "").strip()) if word else None
+        class_word = metadata.get("class_word", "").strip()
+        return cls(word, class_word or "person", replaces_noun) if word else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +102,7 @@ def find_token(tokenizer: Any, word: str) -> int:
     )
     if len(ids) != 1 or is_unknown:
         raise OptionError(
-            f"{word!r} is not one token of the model's vocabulary; choose a short word, such as "
-            "sks or ohwx."
+            f"{word!r} is not one token of the model's vocabulary; choose a short word of it."
         )
     return ids[0]
 

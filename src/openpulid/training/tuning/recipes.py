@@ -132,7 +132,7 @@ _MINIATURE: dict[str, dict[str, Any]] = {
     "lora": {"steps": 300, "batch": 4, "lr": 2e-3},
     "textual-inversion": {"steps": 500, "batch": 4, "lr": 5e-3},
 }
-"""What differs on the miniature, which is to be tuned in a minute on two CPU cores."""
+"""What differs on the miniature: first guesses, whose results are not measured yet."""
 
 
 def find_tuning_recipe(name: str, is_miniature: bool = False) -> TuningRecipe:

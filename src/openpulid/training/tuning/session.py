@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openpulid.device import select_device
+from openpulid.device import select_device, training_dtype
 from openpulid.errors import OptionError
 from openpulid.identity.reference import ReferenceImage
 from openpulid.methods.tuned import Trigger
@@ -16,7 +16,7 @@ from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.weights import require_weights
 from openpulid.training.run_dir import delete_run
 from openpulid.training.tuning.recipes import find_tuning_recipe
-from openpulid.training.tuning.tune import tune
+from openpulid.training.tuning.tune import delete_checkpoints, tune
 
 WORD = "sks"
 """The word that stands for the person; SDXL's tokenizers have it as one token."""
@@ -39,7 +39,7 @@ def tune_person(
     """Tune a method on images of one person and write its file.
 
     A run that is interrupted continues when it is started again; its checkpoints are next to the
-    file.
+    file until that is written.
 
     Args:
         method: one of `recipes.TUNING_METHODS`.
@@ -71,11 +71,14 @@ def tune_person(
     if is_fresh:
         delete_run(run_dir)
     defaults = preset.defaults
+    target = select_device(device)
+    dtype = training_dtype(target) if preset.models.use_half_precision else None
+    word = word or (MINIATURE_WORD if preset.models.is_miniature else WORD)
     tuned, facts = tune(
         recipe,
-        load_pipeline(preset, select_device(device)),
+        load_pipeline(preset, target, dtype),
         references,
-        Trigger(word or (MINIATURE_WORD if preset.models.is_miniature else WORD), class_word),
+        Trigger(word, class_word, replaces_noun=recipe.trained == "word"),
         run_dir,
         class_options={
             "num_inference_steps": defaults.num_inference_steps,
@@ -85,3 +88,4 @@ def tune_person(
         is_miniature=preset.models.is_miniature,
     )
     tuned.save(out, facts)
+    delete_checkpoints(run_dir)

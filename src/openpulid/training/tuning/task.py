@@ -47,11 +47,12 @@ class TuningTask:
         self.model = model
         self.part = part
         self.images = images
-        self.prompts = list(prompts)
         self.class_images = class_images
-        self.class_prompts = list(class_prompts)
+        self.num_prompts = len(prompts)
+        self.num_class_prompts = len(class_prompts)
+        self.captions = [*prompts, *class_prompts]
+        self.text = None if part.trains_text else model.encode_text(self.captions)
         self.loss = DiffusionLoss(model.schedule, face_weight=recipe.face_loss_weight)
-        self._encoded: dict[str, TextConditioning] = {}
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Return what is trained."""
@@ -64,14 +65,14 @@ class TuningTask:
         """
         size = self.recipe.batch
         rows = rng.indices(len(self.images), size)
-        captions = rng.randint(len(self.prompts), rows.shape, "captions")
+        captions = rng.randint(self.num_prompts, rows.shape, "captions")
         latents = self.images.latents[rows]
-        prompts = [self.prompts[k] for k in captions]
         if self.class_images is not None:
             class_rows = rng.indices(len(self.class_images), size, "class")
             latents = torch.cat([latents, self.class_images.latents[class_rows].to(latents)])
-            prompts += [self.class_prompts[k % len(self.class_prompts)] for k in class_rows]
-        step = diffusion_branch(self.model, rng, latents, self._encode(prompts))
+            class_captions = self.num_prompts + class_rows % self.num_class_prompts
+            captions = torch.cat([captions, class_captions])
+        step = diffusion_branch(self.model, rng, latents, self._encode(captions))
         masks = self.images.masks
         if masks is not None:
             weights = torch.ones(len(latents), *masks.shape[1:]).to(masks)
@@ -91,17 +92,9 @@ class TuningTask:
         """Draw nothing."""
         return None
 
-    def _encode(self, prompts: Sequence[str]) -> TextConditioning:
-        """Encode prompts, once per prompt unless the text encoders are trained."""
-        if self.part.trains_text:
-            return self.model.encode_text_with_gradient(prompts)
-        for prompt in prompts:
-            if prompt not in self._encoded:
-                self._encoded[prompt] = self.model.encode_text([prompt])
-        encoded = [self._encoded[prompt] for prompt in prompts]
-        time_ids = [text.time_ids for text in encoded if text.time_ids is not None]
-        return TextConditioning(
-            torch.cat([text.embeds for text in encoded]),
-            torch.cat([text.pooled for text in encoded]),
-            torch.cat(time_ids),
-        )
+    def _encode(self, captions: Tensor) -> TextConditioning:
+        """Encode the captions with these numbers, again only if the text encoders are trained."""
+        if self.text is None:
+            return self.model.encode_text_with_gradient([self.captions[k] for k in captions])
+        time_ids = None if self.text.time_ids is None else self.text.time_ids[captions]
+        return TextConditioning(self.text.embeds[captions], self.text.pooled[captions], time_ids)

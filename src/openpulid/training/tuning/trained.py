@@ -22,6 +22,7 @@ from openpulid.methods.tuned import (
     TunedLora,
     detach_first_token,
     encoder_words,
+    find_token,
     read_words,
 )
 from openpulid.training.tuning.recipes import TuningRecipe
@@ -65,11 +66,17 @@ def open_part(recipe: TuningRecipe, pipe: Any, trigger: Trigger) -> Iterator[Tra
         trigger: the word that stands for the person.
 
     Raises:
-        OptionError: the word, or the noun that it begins with, is not one token.
+        OptionError: the word or the class word is not one token.
     """
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        for word in (trigger.word, trigger.class_word):
+            find_token(tokenizer, word)
     part = _PARTS[recipe.trained](recipe, pipe, trigger)
     with ExitStack() as stack:
         stack.callback(part.restore)
+        if recipe.gradient_checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
+            stack.callback(pipe.unet.disable_gradient_checkpointing)
         part.open_hooks(stack)
         yield part
 
@@ -83,9 +90,8 @@ class WordVectors(nn.Module):
         for name, suffix in ENCODERS.items():
             encoder = getattr(pipe, f"text_encoder{suffix}")
             tokenizer = getattr(pipe, f"tokenizer{suffix}")
-            token = tokenizer(noun, add_special_tokens=False).input_ids[0]
-            row = encoder.get_input_embeddings().weight[token].detach().float()
-            vectors[name] = nn.Parameter(row.repeat(count, 1))
+            row = encoder.get_input_embeddings().weight[find_token(tokenizer, noun)]
+            vectors[name] = nn.Parameter(row.detach().float().repeat(count, 1))
         self.parameters_by_name = nn.ParameterDict(vectors)
 
     @property
@@ -101,8 +107,7 @@ class TrainedWord:
 
     def __init__(self, recipe: TuningRecipe, pipe: Any, trigger: Trigger) -> None:
         self.pipe = pipe
-        # the word is the whole noun
-        self.trigger = Trigger(trigger.word)
+        self.trigger = trigger
         self.word = WordVectors(pipe, trigger.class_word, recipe.num_vectors).to(pipe.device)
         self.modules: dict[str, nn.Module] = {"word": self.word}
 

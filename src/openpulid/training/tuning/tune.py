@@ -43,7 +43,7 @@ def tune(
         pipe: a pipeline of SDXL.
         references: images of the person.
         trigger: the word that stands for the person in prompts.
-        run_dir: folder of the checkpoints; they are deleted in the end.
+        run_dir: folder of the checkpoints, see `delete_checkpoints`.
         class_options: arguments of the pipeline with which the class images are generated.
         detection: finds the faces, which a recipe can weigh more than the background.
         is_miniature: whether the base model is the miniature, which knows few words.
@@ -57,8 +57,6 @@ def tune(
         TrainingError: see `trainer.run`.
     """
     model = SDXLModel(pipe)
-    if recipe.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
     is_weighed = recipe.face_loss_weight != 1
     images = encode_person(
         model, references, recipe.num_crops, detection if is_weighed else None, recipe.seed
@@ -70,24 +68,18 @@ def tune(
             model, class_prompts, recipe.num_class_images, dict(class_options or {}), recipe.seed
         )
     with open_part(recipe, pipe, trigger) as part:
-        phrase = trigger.word if recipe.trained == "word" else trigger.phrase
         task = TuningTask(
             recipe,
             model,
             part,
             images,
-            fill_templates(phrase, is_miniature),
+            fill_templates(trigger.phrase, is_miniature),
             class_images,
             class_prompts,
         )
-        name = _name_run(recipe, references, trigger)
+        name = _name_run(recipe, pipe, references, trigger)
         result = run(task, recipe.trainer_config(name), run_dir, device=model.device)
         method = part.create_method()
-    if recipe.gradient_checkpointing:
-        pipe.unet.disable_gradient_checkpointing()
-    delete_run(run_dir, (LOCK,))
-    with suppress(OSError):  # the user may keep other files there
-        run_dir.rmdir()
     facts = {
         "recipe": json.dumps(asdict(recipe)),
         "revision": revision(),
@@ -97,9 +89,19 @@ def tune(
     return method, facts
 
 
-def _name_run(recipe: TuningRecipe, references: Sequence[ReferenceImage], trigger: Trigger) -> str:
-    """Return a name that differs for other settings, images or words."""
-    digest = hashlib.sha256(json.dumps([asdict(recipe), asdict(trigger)]).encode())
+def delete_checkpoints(run_dir: Path) -> None:
+    """Delete the checkpoints of a finished tuning, and their folder if nothing else is in it."""
+    delete_run(run_dir, (LOCK,))
+    with suppress(OSError):  # the user may keep other files there
+        run_dir.rmdir()
+
+
+def _name_run(
+    recipe: TuningRecipe, pipe: Any, references: Sequence[ReferenceImage], trigger: Trigger
+) -> str:
+    """Return a name that differs for other settings, base models, images or words."""
+    settings = [asdict(recipe), asdict(trigger), str(pipe.name_or_path)]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for reference in references:
         digest.update(reference.image.tobytes())
     return f"{recipe.method}-{digest.hexdigest()[:12]}"
