@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from openpulid.cli.options import Base, Device, FacePack, Memory, name_options, print_status
+from openpulid.cli.signing import Certificate, Key, Sign, find_signer_files
 from openpulid.errors import OptionError
 
 HOUR = 3600.0
@@ -75,11 +76,15 @@ def serve(
     keep_identity_days: Annotated[
         float, typer.Option(min=0.001, help="Days until an identity is removed.")
     ] = 30.0,
+    c2pa: Sign = False,
+    c2pa_cert: Certificate = None,
+    c2pa_key: Key = None,
 ) -> None:
     """Serve an HTTP API for programs, in the shape of OpenAI's image API.
 
     Base, memory, faces and adapter apply to the first preset.
     """
+    from openpulid.io.content_credentials import ContentSigner
     from openpulid.io.serving import check_address, is_loopback
     from openpulid.service.api.access import ApiKeys
     from openpulid.service.api.app import create_app
@@ -94,6 +99,9 @@ def serve(
         )
     keys = None if api_keys is None else ApiKeys.read(api_keys)
     check_address(host, port)
+    signer_files = find_signer_files(c2pa, c2pa_cert, c2pa_key)
+    if signer_files is not None:  # a bad file is reported before a model is loaded
+        ContentSigner.load(*signer_files)
     changes = {"base": base, "memory": memory, "face_pack": faces, "adapter": adapter}
     options = {name: str(value) for name, value in changes.items() if value is not None}
     config = ServiceConfig(
@@ -117,6 +125,7 @@ def serve(
         device=device,
         max_studios=studios,
         max_batch=batch,
+        signer_files=signer_files,
     )
 
     def on_listening(url: str) -> None:

@@ -37,7 +37,23 @@ Key = Annotated[
 def load_signer(
     is_signed: bool, certificate: Path | None, key: Path | None
 ) -> ContentSigner | None:
-    """Load the signer of a command's options; None without `--c2pa`.
+    """Load the signer of a command's options, see `find_signer_files`; None without `--c2pa`.
+
+    Raises:
+        OptionError: a file is missing, or cannot be used.
+    """
+    files = find_signer_files(is_signed, certificate, key)
+    if files is None:
+        return None
+    from openpulid.io.content_credentials import ContentSigner
+
+    return ContentSigner.load(*files)
+
+
+def find_signer_files(
+    is_signed: bool, certificate: Path | None, key: Path | None
+) -> tuple[Path, Path] | None:
+    """Return the files of the certificate and of its key; None without `--c2pa`.
 
     Args:
         is_signed: value of `--c2pa`.
@@ -45,13 +61,13 @@ def load_signer(
         key: file of `--c2pa-key`.
 
     Raises:
-        OptionError: a file is missing, or cannot be used.
+        OptionError: c2pa-python is not installed, or a file is missing.
     """
     if not is_signed:
         if certificate is not None or key is not None:
             raise OptionError("--c2pa-cert and --c2pa-key only have an effect with --c2pa; add it.")
         return None
-    from openpulid.io.content_credentials import ContentSigner, require_library
+    from openpulid.io.content_credentials import require_library
 
     require_library()
     certificate_file = certificate or os.environ.get(CERTIFICATE_VARIABLE)
@@ -62,4 +78,4 @@ def load_signer(
             f"set {CERTIFICATE_VARIABLE} and {KEY_VARIABLE}; an authority of the C2PA trust list "
             "issues them, and docs/provenance.md shows how to create some for a test."
         )
-    return ContentSigner.load(certificate_file, key_file)
+    return Path(certificate_file), Path(key_file)

@@ -80,6 +80,8 @@ class ServiceConfig:
         device: where to compute; the best device by default.
         max_studios: presets, each with one method, that are in memory at once.
         max_batch: the most images that are computed at once.
+        signer_files: PEM files of a certificate and its key; every image that is delivered has
+            content credentials (C2PA) with their signature.
     """
 
     data: Path
@@ -92,6 +94,7 @@ class ServiceConfig:
     device: str | None = None
     max_studios: int = 1
     max_batch: int = 4
+    signer_files: tuple[Path, Path] | None = None
 
 
 def select_models(presets: Sequence[str], **changes: Any) -> tuple[ModelSelection, ...]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from openpulid.io.metadata import encode_image
 from openpulid.io.xmp import DigitalSourceType
+from openpulid.service.api.context import find_context
 from openpulid.service.api.fields import AnswerOptions
 from openpulid.service.api.problems import Problem, ProblemDetails
 from openpulid.service.jobs import Job, JobImage, JobStatus
@@ -158,7 +159,7 @@ def describe_images(job: Job, options: AnswerOptions, request: Request) -> Image
         if options.response_format == "url":
             data.append(ImageData(url=image_url(job, image, request, options), seed=image.seed))
         else:
-            content = b64encode(read_image(job, image, options)).decode()
+            content = b64encode(read_image(job, image, options, request)).decode()
             data.append(ImageData(b64_json=content, seed=image.seed))
     return ImagesAnswer(
         created=int(job.created.timestamp()),
@@ -169,8 +170,10 @@ def describe_images(job: Job, options: AnswerOptions, request: Request) -> Image
     )
 
 
-def read_image(job: Job, image: JobImage, options: AnswerOptions) -> bytes:
+def read_image(job: Job, image: JobImage, options: AnswerOptions, request: Request) -> bytes:
     """Return the content of an image file. A PNG file carries its request; no other does.
+
+    A service with a signer signs every file when it is delivered, after its conversion.
 
     Raises:
         Problem: the image is removed (404).
@@ -181,15 +184,18 @@ def read_image(job: Job, image: JobImage, options: AnswerOptions) -> bytes:
         content = image.file.read_bytes()
     except FileNotFoundError:
         raise Problem(404, f"image {image.index} of this job is removed.") from None
-    if options.output_format == "png":
-        return content
+    suffix = SUFFIXES[options.output_format]
     is_edited = job.request.init_image is not None
-    return encode_image(
-        Image.open(BytesIO(content)),
-        SUFFIXES[options.output_format],
-        source_type=DigitalSourceType.EDITED if is_edited else DigitalSourceType.GENERATED,
-        quality=options.output_compression,
-    )
+    source_type = DigitalSourceType.EDITED if is_edited else DigitalSourceType.GENERATED
+    if options.output_format != "png":
+        content = encode_image(
+            Image.open(BytesIO(content)),
+            suffix,
+            source_type=source_type,
+            quality=options.output_compression,
+        )
+    signer = find_context(request).signer
+    return content if signer is None else signer.sign(content, suffix, source_type)
 
 
 def _seconds(time: datetime | None) -> int | None:

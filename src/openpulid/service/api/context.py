@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from openpulid.io.content_credentials import ContentSigner
 from openpulid.service.api.access import Owner
 from openpulid.service.api.backend import Backend
 from openpulid.service.api.following import Follower
@@ -24,6 +25,7 @@ class ApiContext:
         submitter: puts requests into it.
         follower: waits for jobs.
         rates: of the API keys.
+        signer: of the images that are delivered, if they are signed.
         metrics: figures for Prometheus.
     """
 
@@ -31,6 +33,7 @@ class ApiContext:
     submitter: Submitter
     follower: Follower
     rates: RateLimiter
+    signer: ContentSigner | None = None
     metrics: Metrics = field(default_factory=Metrics)
 
     @classmethod
@@ -38,10 +41,12 @@ class ApiContext:
         """Create the parts of an application.
 
         Raises:
-            OptionError: the rate of the configuration is none.
+            OptionError: the rate of the configuration is none, or its signer cannot sign.
         """
         rates = RateLimiter(backend.config.limits.rate)
-        return cls(backend, Submitter(backend), Follower(backend.jobs), rates)
+        files = backend.config.signer_files
+        signer = None if files is None else ContentSigner.load(*files)
+        return cls(backend, Submitter(backend), Follower(backend.jobs), rates, signer)
 
 
 def find_context(request: Request) -> ApiContext:

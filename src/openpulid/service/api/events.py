@@ -153,7 +153,7 @@ async def stream_images(
         async for job in states:
             created = int(job.created.timestamp())
             for image in [image for image in job.images if image.index not in sent]:
-                content = await run_in_threadpool(read_image, job, image, options)
+                content = await run_in_threadpool(read_image, job, image, options, request)
                 completed = CompletedImageEvent(
                     type=f"{kind}.completed",
                     b64_json=b64encode(content).decode(),

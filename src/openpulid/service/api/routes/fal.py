@@ -41,7 +41,8 @@ def _answer(job: Job, fal: FalRequest, request: Request) -> FalAnswer:
     for image in job.images:
         url = image_url(job, image, request, options)
         if fal.sync_mode:
-            url = f"data:{kind};base64,{b64encode(read_image(job, image, options)).decode()}"
+            content = read_image(job, image, options, request)
+            url = f"data:{kind};base64,{b64encode(content).decode()}"
         images.append(FalImage(url=url, width=image.width, height=image.height, content_type=kind))
     started, finished = job.started or job.created, job.finished or job.created
     return FalAnswer(

@@ -90,6 +90,7 @@ async def follow_job(job: OwnJob, context: Context, request: Request) -> Streami
 async def get_job_image(
     job: OwnJob,
     index: str,
+    request: Request,
     format: ImageFormat = "png",
     compression: Annotated[int | None, Query(ge=0, le=100)] = None,
 ) -> Response:
@@ -98,5 +99,5 @@ async def get_job_image(
     if image is None:
         raise Problem(404, f"this job has no finished image {index}.")
     options = AnswerOptions(output_format=format, output_compression=compression)
-    content = await run_in_threadpool(read_image, job, image, options)
+    content = await run_in_threadpool(read_image, job, image, options, request)
     return Response(content, media_type=MEDIA_TYPES[format])
