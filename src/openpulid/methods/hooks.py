@@ -40,22 +40,50 @@ def warn_if_other_ratio(
         target: height and width to which it is resized, in any unit.
         change: what happens to it, "stretched" or "cropped".
     """
-    if min(size) < MIN_RATIO_SIDE:
-        return
-    height, width = size
-    ratio = width / height
-    target_ratio = target[1] / target[0]
-    if max(ratio, target_ratio) > (1 + RATIO_TOLERANCE) * min(ratio, target_ratio):
+    if is_other_ratio(size, target):
+        height, width = size
         logger.warning(
             "the %s has %d x %d pixels (width over height %.2f) and is %s to the ratio %.2f of "
             "the image; use one of the same ratio.",
             name,
             width,
             height,
-            ratio,
+            width / height,
             change,
-            target_ratio,
+            target[1] / target[0],
         )
+
+
+def is_other_ratio(size: Sequence[int], target: Sequence[int]) -> bool:
+    """Return whether an image is visibly distorted when it is resized.
+
+    Args:
+        size: its height and width in pixels.
+        target: height and width to which it is resized, in any unit.
+    """
+    if min(size) < MIN_RATIO_SIDE:
+        return False
+    ratios = (size[1] / size[0], target[1] / target[0])
+    return max(ratios) > (1 + RATIO_TOLERANCE) * min(ratios)
+
+
+def crop_to_ratio(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Crop masks evenly to the ratio of the generated image, with a note.
+
+    Masks with a side of fewer than `MIN_RATIO_SIDE` pixels stay as they are.
+
+    Args:
+        masks: (..., H, W).
+        grid: height and width of the image, in any unit.
+    """
+    height, width = masks.shape[-2:]
+    if min(height, width) < MIN_RATIO_SIDE:
+        return masks
+    warn_if_other_ratio("mask", (height, width), grid, "cropped")
+    scale = min(height / grid[0], width / grid[1])
+    rows, columns = (max(1, round(side * scale)) for side in grid)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return masks[..., top : top + rows, left : left + columns]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError
-from openpulid.methods.hooks import check_scale, warn_if_other_ratio
+from openpulid.methods.hooks import check_scale, crop_to_ratio
 
 Value = TypeVar("Value")
 
@@ -99,8 +99,8 @@ class HostIdentity:
             )
 
         def resize() -> Tensor:
-            warn_if_other_ratio("mask", masks.shape[-2:], grid)
-            resized = interpolate(masks[:, None], grid, mode="area")
+            cropped = crop_to_ratio(masks, grid)[:, None]
+            resized = interpolate(cropped, grid, mode="area")
             return resized.flatten(2).transpose(1, 2).to(reference.device)
 
         regions = self.placed.get((grid, reference.device), resize)

@@ -214,6 +214,26 @@ def test_every_image_of_a_batch_has_its_mask(sdxl, flux, layout) -> None:
 
 
 @torch.no_grad()
+def test_mask_of_another_ratio_is_cropped(sdxl, caplog: pytest.LogCaptureFixture) -> None:
+    unet, adapter = sdxl
+    layer = cross_attentions(unet)["1"]
+    query = torch.randn(2, HEIGHT * WIDTH, layer.inner_dim)
+    left = LEFT.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    wide = torch.nn.functional.pad(left, (5, 5), value=1.0)
+
+    def contribution(mask: torch.Tensor) -> torch.Tensor:
+        host = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8), mask)
+        grid = (HEIGHT, WIDTH)
+        return host.contribution("1", query, query, layer.heads, rows([0]), grid, num_images=2)
+
+    expected = contribution(LEFT)
+    assert not caplog.messages
+    assert torch.allclose(contribution(wide), expected, atol=1e-6)
+    (message,) = caplog.messages
+    assert "is cropped to the ratio 0.75" in message
+
+
+@torch.no_grad()
 def test_wrong_number_of_masks_raises(sdxl) -> None:
     unet, adapter = sdxl
     layer = cross_attentions(unet)["1"]

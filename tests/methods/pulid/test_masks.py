@@ -13,8 +13,9 @@ from PIL import Image
 
 from openpulid.errors import ImageError, OptionError
 from openpulid.identity.identity import Identity
+from openpulid.methods.hooks import crop_to_ratio
 from openpulid.methods.pulid.flux_attention import FluxIdentity
-from openpulid.methods.pulid.masks import convert_mask, stack_masks
+from openpulid.methods.pulid.masks import convert_mask, resize_masks, stack_masks
 from tests.support.image_files import IMAGES, encode
 
 ANNA = Identity(torch.zeros(1, 1, 4), (torch.zeros(1, 2, 4),))
@@ -107,23 +108,33 @@ def test_file_that_is_no_mask_is_refused() -> None:
         convert_mask([[0, 1]])  # type: ignore[arg-type]
 
 
-def test_masks_of_different_ratios_are_noted(caplog: pytest.LogCaptureFixture) -> None:
+def test_masks_have_one_ratio() -> None:
     tall = torch.ones(64, 32)
-    stack_masks([[(ANNA, tall), (ANNA, tall)]])
-    stack_masks([[(ANNA, tall), (ANNA, None)]])
-    assert not caplog.messages
-    assert stack_masks([[(ANNA, tall), (ANNA, tall.T)]]).shape == (1, 2, 64, 64)
-    assert [message[:41] for message in caplog.messages] == [
-        "the mask has 32 x 64 pixels (width over h",
-        "the mask has 64 x 32 pixels (width over h",
-    ]
+    halves = torch.ones(1, 2)
+    for other in (tall, tall[:40, :20], halves, None):
+        assert stack_masks([[(ANNA, tall), (ANNA, other)]]).shape == (1, 2, 64, 32)
+    with pytest.raises(OptionError, match="the masks have 32 x 64 and 64 x 32 pixels"):
+        stack_masks([[(ANNA, tall), (ANNA, tall.T)]])
 
 
-def test_stretched_mask_is_noted_once_for_flux(caplog: pytest.LogCaptureFixture) -> None:
-    identity = FluxIdentity({}, {}, dict, masks=torch.ones(1, 1, 64, 128))
+def test_mask_of_another_ratio_is_cropped(caplog: pytest.LogCaptureFixture) -> None:
+    mask = torch.rand(3, 16, 32)
+    assert torch.equal(crop_to_ratio(mask, (8, 8)), mask[..., 8:24])
+    assert torch.equal(crop_to_ratio(mask, (5, 20)), mask[:, 4:12])
+    assert ["cropped to the ratio 1.00" in message for message in caplog.messages] == [True, False]
+    assert torch.equal(crop_to_ratio(mask, (512, 1024)), mask)
+    halves = torch.rand(1, 2)
+    assert torch.equal(crop_to_ratio(halves, (512, 512)), halves)
+    assert len(caplog.messages) == 2
+
+
+def test_cropped_mask_is_noted_once_for_flux(caplog: pytest.LogCaptureFixture) -> None:
+    mask = torch.rand(1, 1, 64, 128)
+    identity = FluxIdentity({}, {}, dict, masks=mask)
+    expected = resize_masks(mask[..., 48:80], (8, 4), 1)
     for _ in range(2):  # steps
-        assert identity.resize_masks((8, 4), 1).shape == (1, 1, 32, 1)
+        assert torch.equal(identity.resize_masks((8, 4), 1), expected)
     (message,) = caplog.messages
     assert (
-        "has 128 x 64 pixels (width over height 2.00) and is stretched to the ratio 0.50" in message
+        "has 128 x 64 pixels (width over height 2.00) and is cropped to the ratio 0.50" in message
     )

@@ -247,11 +247,15 @@ def test_masks_limit_identities_to_regions(pipe, adapter) -> None:
     torch.testing.assert_close(as_picture, only_ben)
 
 
-def test_stretched_mask_is_noted_once(pipe, adapter, caplog) -> None:
-    with adapter.use([(anna, torch.ones(64, 128))]):
-        run(pipe)
+def test_mask_of_another_ratio_is_cropped(pipe, adapter, caplog) -> None:
+    mask = torch.zeros(64, 128)
+    mask[:, :64] = 1
+    with adapter.use([(anna, mask)]):
+        cropped = run(pipe)
     (message,) = caplog.messages
-    assert "the mask has 128 x 64 pixels (width over height 2.00) and is stretched" in message
+    assert "the mask has 128 x 64 pixels (width over height 2.00) and is cropped" in message
+    with adapter.use([(anna, mask[:, 32:96])]):
+        assert np.array_equal(run(pipe), cropped)
     caplog.clear()
     with adapter.use([(anna, torch.ones(98, 100))]):  # two percent
         run(pipe)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from openpulid.methods.hooks import (
     PipelineState,
     Span,
     StepTracker,
-    warn_if_other_ratio,
+    crop_to_ratio,
 )
 from openpulid.methods.infiniteyou.infusenet import InfuseNet
 from openpulid.methods.pulid.masks import resize_masks
@@ -48,6 +48,7 @@ class InfusedPeople:
     encode_control: EncodeControl
     scale: float = 1.0
     masks: Tensor | None = None
+    _cropped: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def compute(
         self, call: Mapping[str, Any], generated: tuple[int, int], condition: Tensor
@@ -90,7 +91,9 @@ class InfusedPeople:
         padding = (0, 0, first, hidden.shape[1] - end)
         regions = None
         if self.masks is not None:
-            regions = resize_masks(self.masks, facts.grid, len(hidden)).to(hidden)
+            if facts.grid not in self._cropped:
+                self._cropped[facts.grid] = crop_to_ratio(self.masks, facts.grid)
+            regions = resize_masks(self._cropped[facts.grid], facts.grid, len(hidden)).to(hidden)
 
         def add_up(samples: Sequence[Tensor]) -> Tensor:
             total = samples[0] if regions is None else samples[0] * regions[0]
@@ -134,8 +137,6 @@ def inject_people(
         if facts.grid not in conditions:
             side = 2 * state.pixels_per_latent  # of a token
             size = (facts.grid[0] * side, facts.grid[1] * side)
-            if people.masks is not None:
-                warn_if_other_ratio("mask", people.masks.shape[-2:], size)
             conditions[facts.grid] = people.encode_control(state, size, hidden)
         each = people.compute(call, facts.generated, conditions[facts.grid])
         residuals = people.combine(each, facts, hidden)

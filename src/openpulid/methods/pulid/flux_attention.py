@@ -26,8 +26,8 @@ from openpulid.methods.adapter import exclusive_use
 from openpulid.methods.hooks import (
     Span,
     StepTracker,
+    crop_to_ratio,
     identity_count_error,
-    warn_if_other_ratio,
 )
 from openpulid.methods.pulid.masks import resize_masks
 from openpulid.methods.transformer_kinds import BlockKey, TransformerCall, TransformerKind
@@ -178,7 +178,7 @@ class FluxIdentity:
     scale: float = 1.0
     masks: Tensor | None = None
     _negative_projected: Mapping[BlockKey, ProjectedKV] | None = None
-    _has_checked_ratio: bool = False
+    _cropped: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def keys_values(self, is_negative: bool) -> Mapping[BlockKey, ProjectedKV]:
         """Return the keys and values of a call; compute the negative ones when first needed."""
@@ -200,10 +200,9 @@ class FluxIdentity:
         """
         if self.masks is None:
             return None
-        if not self._has_checked_ratio:
-            warn_if_other_ratio("mask", self.masks.shape[-2:], grid)
-            self._has_checked_ratio = True
-        return resize_masks(self.masks, grid, batch_size)
+        if grid not in self._cropped:
+            self._cropped[grid] = crop_to_ratio(self.masks, grid)
+        return resize_masks(self._cropped[grid], grid, batch_size)
 
     def add_to(self, tokens: Tensor, block: BlockKey, call: FluxCall, first: int = 0) -> Tensor:
         """Add the identity to the generated tokens after a block.

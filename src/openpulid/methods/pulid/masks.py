@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.images import Source, open_mask
-from openpulid.methods.hooks import expand_per_image, warn_if_other_ratio
+from openpulid.methods.hooks import MIN_RATIO_SIDE, expand_per_image, is_other_ratio
 
 MIN_WEIGHT = 0.02
 """A mask whose largest weight is below this one hides the identity."""
@@ -176,6 +176,9 @@ def stack_masks(prompts: Sequence[Sequence[Person]]) -> Tensor | None:
 
     Returns:
         (P, J, H, W) in [0, 1], or None if no mask restricts anything.
+
+    Raises:
+        OptionError: masks have different ratios of their sides.
     """
     max_people = max(map(len, prompts))
     all_masks = [mask for prompt in prompts for _, mask in prompt]
@@ -188,12 +191,21 @@ def stack_masks(prompts: Sequence[Sequence[Person]]) -> Tensor | None:
         rows.append(row)
     height = max(mask.shape[0] for row in rows for mask in row)
     width = max(mask.shape[1] for row in rows for mask in row)
-    for row in rows:
-        for mask in row:
-            warn_if_other_ratio("mask", mask.shape, (height, width))
+    _check_ratios([mask for row in rows for mask in row])
     return torch.stack(
         [torch.stack([_resize(mask, height, width) for mask in row]) for row in rows]
     )
+
+
+def _check_ratios(masks: Sequence[Tensor]) -> None:
+    sizes = [mask.shape for mask in masks if min(mask.shape) >= MIN_RATIO_SIDE]
+    for size in sizes:
+        if is_other_ratio(size, sizes[0]):
+            first, other = (f"{width} x {height}" for height, width in (sizes[0], size))
+            raise OptionError(
+                f"the masks have {first} and {other} pixels, which are different ratios of width "
+                "to height; use the ratio of the image for all of them."
+            )
 
 
 def resize_masks(masks: Tensor, grid: tuple[int, int], batch_size: int) -> Tensor:

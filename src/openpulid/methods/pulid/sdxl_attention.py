@@ -25,8 +25,8 @@ from openpulid.methods.hooks import (
     SchedulePosition,
     Span,
     UNetCall,
+    crop_to_ratio,
     identity_count_error,
-    warn_if_other_ratio,
 )
 from openpulid.methods.pulid.projection import (
     PROJECTIONS,
@@ -266,7 +266,7 @@ class SDXLInjection:
         masks = self.masks.cpu().repeat_interleave(num_images // len(self.masks), dim=0)
         masks = torch.cat([masks] * (1 + is_guided)).float()  # (B, J, H, W)
         height, width = sample.shape[-2:]
-        warn_if_other_ratio("mask", masks.shape[-2:], (height, width))
+        masks = crop_to_ratio(masks, (height, width))
         cache: dict[int, Tensor] = {}
 
         @torch.no_grad()
