@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from openpulid.device import training_dtype
+from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.errors import OptionError, TrainingError
 from openpulid.identity.reference import open_references
 from openpulid.methods.tuned import Trigger
@@ -191,6 +192,19 @@ def test_losses_match_dreambooths_formula(golden):
     assert golden.error("dreambooth.loss.instance", errors[:2].mean()) < 2e-5
     total = errors[:2].mean() + 1.0 * errors[2:].mean()
     assert golden.error("dreambooth.loss.total_1.0", total) < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("prediction", "entry"), [("epsilon", "epsilon"), ("v_prediction", "v_prediction_paper")]
+)
+def test_min_snr_weights_are_the_papers(golden, prediction, entry):
+    """For v, diffusers' scripts have another formula than the paper."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    schedule = NoiseSchedule((1 - betas).cumprod(0), prediction)
+    steps = torch.tensor([3, 250, 600, 998])
+    assert golden.error("dreambooth.snr", schedule.snr(steps)) < 2e-5
+    weights = DiffusionLoss(schedule, min_snr_gamma=5.0).timestep_weight(steps)
+    assert golden.error(f"dreambooth.min_snr_5.{entry}", weights) < 2e-5
 
 
 def test_class_images_have_the_weight_of_the_recipe(pipe, references):
