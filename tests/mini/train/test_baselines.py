@@ -21,7 +21,7 @@ from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import find_recipe as recipe
 from openpulid.training.rng import StepRNG
 
-FACE, SEEN, COUNT = 8, 128, 2
+FACE, SIDE, COUNT = 8, 96, 2
 
 
 class Fixed:
@@ -31,11 +31,11 @@ class Fixed:
         generator = torch.Generator().manual_seed(3)
         shape = (COUNT, *SDXLModel(pipe).latent_shape())
         face = torch.randn(COUNT, FACE, generator=generator)
-        token = torch.randn(COUNT, 1, SEEN, generator=generator)
+        pixels = torch.randn(COUNT, 3, SIDE * SIDE, generator=generator)
         marks = torch.rand(COUNT, 5, 2, generator=generator)
         masks = torch.ones(COUNT, 1, *shape[2:])
         prompts = ["portrait of a person, photo", "portrait, smiling"]
-        hidden = [token] if photomaker else []
+        hidden = [pixels] if photomaker else []
         self.rows = Batch(
             torch.randn(shape, generator=generator), masks, prompts, face, hidden, None, marks
         )

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
 
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import MiniFaceDetection
-from openpulid.mini.data import Latents, batches, load_faces
+from openpulid.mini.data import Latents, load_faces
 from openpulid.mini.train.baselines import Baseline
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.clip import normalize_for_clip
@@ -37,40 +36,26 @@ class FaceEmbeddingRows:
         return torch.from_numpy(self.features.id_cond[rows, : self.width]).to(device), []
 
 
-class ClassTokens:
-    """PhotoMaker's features: class tokens of CLIP's last hidden state, by row."""
+class ReferenceImages:
+    """What PhotoMaker reads: the reference images, because a part of its vision encoder trains."""
 
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, clip: CLIPVisionModelWithProjection, data: WorldDataset) -> ClassTokens:
-        """Compute the class tokens of all images of a dataset."""
-        tokens = []
-        for rows in batches(len(data), len(data)):
-            pixels = normalize_for_clip(load_faces(data, rows, clip.device)[0])
-            states = clip(pixel_values=pixels, output_hidden_states=True).hidden_states
-            tokens.append(states[-1][:, 0].float().cpu())
-        return cls(torch.cat(tokens).half())  # autocast cannot join float16
+    def __init__(self, data: WorldDataset) -> None:
+        self.data = data
 
     def rows(
         self, rows: np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return ones (B, 1) in place of face embeddings, and the tokens (B, 1, S)."""
-        tokens = self.tokens[torch.from_numpy(rows)].float().to(device)
-        return tokens[:, :1] * 0 + 1, [tokens[:, None]]
+        """Return ones (B, 1) in place of face embeddings, and the normalized pixels (B, 3, S*S)."""
+        images, _, _ = load_faces(self.data, rows, torch.device(device))
+        return images.new_ones(len(images), 1), [normalize_for_clip(images).flatten(2)]
 
 
 def load_rows(
-    context: BuildContext,
-    extractor: Any,
-    clip: CLIPVisionModelWithProjection | None,
-    data: WorldDataset,
-) -> ClassTokens | FaceEmbeddingRows:
-    """Load a baseline's features of a dataset: class tokens of `clip`, or face embeddings."""
-    if clip is not None:
-        return ClassTokens.of(clip, data)
+    context: BuildContext, extractor: Any, reads_images: bool, data: WorldDataset
+) -> ReferenceImages | FaceEmbeddingRows:
+    """Load what a baseline reads of a dataset: the images, or cached face embeddings."""
+    if reads_images:
+        return ReferenceImages(data)
     features = load_features(extractor, data, context.runs)
     return FaceEmbeddingRows(features, extractor.recognition.config["dim"])
 

@@ -46,8 +46,8 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
         pipe = load_pipeline(preset, context.device)
         extractor: Any = load_extractor(preset, context.device)
         torch.manual_seed(recipe.seed)
-        clip = None
-        if name == "photomaker":
+        reads_images = name == "photomaker"
+        if reads_images:
             clip = context.load_model(CLIPVisionModelWithProjection, "clip")
             baseline = BASELINES[name](pipe, clip)
         else:
@@ -57,7 +57,7 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
             return open_baseline_data(
                 context,
                 dataset,
-                partial(load_rows, context, extractor, clip),
+                partial(load_rows, context, extractor, reads_images),
                 pipe.tokenizer,
                 recipe.batch,
             )

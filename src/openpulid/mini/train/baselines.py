@@ -38,6 +38,7 @@ TOKENS = 4  # of IP-Adapter-FaceID
 RANK = 8  # of the LoRAs
 RESAMPLER_TOKENS = 4  # of InstantID's Resampler, a quarter of the published sixteen
 HEAD_WIDTH = 64  # of the Resampler's attention heads, the only width that diffusers builds
+TRAINED_LAYERS = 2  # of four in PhotoMaker's vision encoder
 VISION_CONFIG = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("patch_size", "image_size", "hidden_act"),
@@ -112,14 +113,21 @@ class InstantIDBaseline(Baseline):
 
 
 class PhotoMakerBaseline(Baseline):
-    """PhotoMaker v1: conditioned on the class token of CLIP's last hidden state alone."""
+    """PhotoMaker v1: conditioned on the class token of CLIP's last hidden state alone.
+
+    The vision encoder's last layers train, so its input are the reference images.
+    """
 
     needs_identity = True
     method: PhotoMaker
 
     def identities(self, batch: Batch) -> list[Identity]:
-        """Return identities whose features are class tokens."""
-        rows = zip(batch.id_cond, batch.hidden[0], strict=True)
+        """Return identities whose features are class tokens of the images in `batch.hidden`."""
+        encoder = self.method.encoder
+        side = encoder.config.image_size
+        pixels = batch.hidden[0].unflatten(-1, (side, side))
+        states = encoder.vision_model(pixel_values=pixels).last_hidden_state[:, :1]
+        rows = zip(batch.id_cond, states, strict=True)
         return [Identity(row[None, None], (state[None], state[None])) for row, state in rows]
 
     def save(self, path: Path, pipe: Any) -> Path:
@@ -210,7 +218,10 @@ def instantid(pipe: Any, face: int) -> Baseline:
 
 
 def photomaker(pipe: Any, clip: CLIPVisionModelWithProjection) -> Baseline:
-    """Create PhotoMaker v1 on the miniature's CLIP, whose vision encoder stays frozen.
+    """Create PhotoMaker v1 on the miniature's CLIP.
+
+    Its authors train a part of the vision encoder's layers (arXiv 2312.04461, section 3.2); here it
+    is the last `TRAINED_LAYERS`.
 
     Args:
         pipe: the miniature's pipeline.
@@ -222,6 +233,8 @@ def photomaker(pipe: Any, clip: CLIPVisionModelWithProjection) -> Baseline:
     encoder = PhotoMakerEncoder(config, width)
     encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
     encoder.requires_grad_(True).vision_model.requires_grad_(False)
+    last_layers = encoder.vision_model.encoder.layers[-TRAINED_LAYERS:]
+    seen = nn.ModuleList([*last_layers, encoder.vision_model.post_layernorm]).requires_grad_(True)
     lora: dict[str, Tensor] = {}
     for name in pipe.unet.attn_processors:
         layer = name.removesuffix(".processor")
@@ -236,7 +249,7 @@ def photomaker(pipe: Any, clip: CLIPVisionModelWithProjection) -> Baseline:
     }
     pairs = nn.ParameterList([x for pair in method.lora.values() for x in pair])
     trained = nn.ModuleList(
-        [encoder.visual_projection, encoder.visual_projection_2, encoder.fuse_module, pairs]
+        [seen, encoder.visual_projection, encoder.visual_projection_2, encoder.fuse_module, pairs]
     )
     return PhotoMakerBaseline(method, trained)
 
