@@ -38,6 +38,8 @@ def test_student_shows_what_prompts_ask_for(evaluator: ImageEvaluator) -> None:
     assert 0.4 < results["expression"] <= 1.0
     assert 0 < results["frechet"] < 1000
     assert 0 < results["frechet_real"] < 1000
+    assert results["attributes_real"] > 0.95 and results["face_found_real"] == 1.0
+    assert 0.8 < results["expression_real"] <= 1.0 and results["pose_real"] > 0.95
     torch.manual_seed(0)
     noise = evaluator.evaluate(UNet2DConditionModel.from_config(student.config))
     assert noise["attributes"] < 0.5 and not noise["face_found"] and "frechet" not in noise

@@ -106,14 +106,19 @@ class ImageEvaluator:
             `attributes`, the share of the attributes in each prompt that the classifier recognizes
             in its image; `pose` and `expression`, the same for these two; `face_found`, the share
             of images with a detected face; `frechet`, the Frechet distance of the embeddings of
-            these faces to `real_embeddings`, if there are at least two; and `frechet_real`, the
-            same distance for rendered images of other people, below which no model can be expected
-            to come. Values for another `count` are not comparable: the distance is larger for
-            fewer faces.
+            these faces to `real_embeddings`, if there are at least two; and all of them with the
+            suffix `_real` for rendered images of other people in the scenes of all prompts, above
+            which no model can be expected to come. Distances for another `count` are not
+            comparable: they are larger for fewer faces.
         """
         device = next(self.classifier.parameters()).device
         images = self.generate(unet, count).to(device)
-        expected = [prompt.wanted for prompt in self.prompts[:count]]
+        results = self._measure(images)
+        return results | {f"{name}_real": self.real_results[name] for name in results}
+
+    def _measure(self, images: Tensor) -> dict[str, float]:
+        """Measure images (B, 3, H, W) of the first B prompts, see `evaluate`."""
+        expected = [prompt.wanted for prompt in self.prompts[: len(images)]]
         scores = self.classifier(images)
         results = {"attributes": attribute_accuracy(scores, expected).mean().item()}
         for name in ("pose", "expression"):
@@ -125,32 +130,30 @@ class ImageEvaluator:
             if faces.has_face.sum() > 1:
                 embeddings = faces.embeddings[faces.has_face]
                 results["frechet"] = frechet_distance(embeddings, self.real_embeddings)
-                results["frechet_real"] = self.real_distance
         return results
 
     @cached_property
     def real_embeddings(self) -> Tensor:
         """Embeddings (N, D) of the faces of rendered held-out people in the prompts' scenes."""
-        return self._embed_rendered(HELD_OUT_PEOPLE)
+        assert self.embedder is not None
+        faces = self.embedder(self._render(HELD_OUT_PEOPLE))
+        return faces.embeddings[faces.has_face]
 
     @cached_property
-    def real_distance(self) -> float:
-        """Frechet distance of `real_embeddings` to those of other people in the same scenes."""
-        others = self._embed_rendered(HELD_OUT_PEOPLE + OTHER_PEOPLE)
-        return frechet_distance(others, self.real_embeddings)
+    def real_results(self) -> dict[str, float]:
+        """What `evaluate` measures, for rendered images of other held-out people."""
+        with torch.no_grad():
+            return self._measure(self._render(HELD_OUT_PEOPLE + OTHER_PEOPLE))
 
-    def _embed_rendered(self, first: int) -> Tensor:
-        """Embed the faces of people from seed `first` on, rendered in the prompts' scenes."""
-        assert self.embedder is not None
+    def _render(self, first: int) -> Tensor:
+        """Render people from seed `first` on in the prompts' scenes, (N, 3, H, W)."""
         device = next(self.classifier.parameters()).device
-        embeddings = []
+        images = []
         for start in range(0, len(self.prompts), RENDER_BATCH):
             prompts = self.prompts[start : start + RENDER_BATCH]
             people = [Person.from_seed(first + prompt.person) for prompt in prompts]
-            images = render(people, [prompt.scene for prompt in prompts], device=device).image
-            faces = self.embedder(images)
-            embeddings.append(faces.embeddings[faces.has_face])
-        return torch.cat(embeddings)
+            images.append(render(people, [x.scene for x in prompts], device=device).image)
+        return torch.cat(images)
 
     def draw_sheet(self, unet: Any, count: int = 40) -> Image.Image:
         """Draw the images of the first `count` prompts, eight per row."""
