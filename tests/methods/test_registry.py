@@ -15,7 +15,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip_extractor import load_clip_encoder
 from openpulid.io.hub import WEIGHTS
 from openpulid.methods.ip_adapter.faceid import FaceID
-from openpulid.methods.registry import METHODS, TUNED_METHODS, find_method
+from openpulid.methods.registry import METHODS, TUNED_METHODS, UNPUBLISHED_METHODS, find_method
 from openpulid.methods.tuned import TunedAdapter
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import (
@@ -52,7 +52,7 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
     presets = {
         method: with_method(find_preset(baseline.family), method)
         for method, baseline in BASELINES.items()
-        if method not in TUNED_METHODS
+        if method not in (*TUNED_METHODS, *UNPUBLISHED_METHODS)
     }
     for method, preset in presets.items():
         assert (
@@ -103,6 +103,16 @@ def test_tuned_methods_need_the_file_of_a_person(method: str, tmp_path: Path) ->
     assert preset.models.has_own_person
     assert preset.published == ("juggernaut",)  # no face models are needed
     assert issubclass(find_method(method), TunedAdapter)
+
+
+@pytest.mark.parametrize("method", UNPUBLISHED_METHODS)
+def test_unpublished_methods_need_a_file_of_the_user(method: str, tmp_path: Path) -> None:
+    for create in (sdxl, mini):
+        with pytest.raises(OptionError, match=f"no weights of {method} for SDXL .* --adapter"):
+            with_method(create(), method)
+        models = with_method(create(), method, tmp_path / "own.safetensors").models
+        assert models.adapter == tmp_path / "own.safetensors"
+        assert not models.has_own_person
 
 
 def test_unsupported_methods_raise() -> None:

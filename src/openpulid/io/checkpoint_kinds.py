@@ -99,6 +99,11 @@ PHOTOMAKER = CheckpointKind(
     (r"id_encoder\.",),
     ("photomaker", "photomaker-v2"),
 )
+FASTCOMPOSER = CheckpointKind(
+    "a FastComposer adapter",
+    "use --method fastcomposer",
+    (r"image_encoder\.", r"postfuse_module\."),
+)
 FACEID_PLUS = CheckpointKind(
     "an IP-Adapter-FaceID-Plus adapter",
     "use --method faceid-plus",
@@ -148,6 +153,7 @@ KINDS: tuple[CheckpointKind, ...] = (
     PULID_FLUX,
     CheckpointKind("an identity", "pass it with --id", (r"id_cond$", r"hidden\.0$")),
     PHOTOMAKER,
+    FASTCOMPOSER,
     CheckpointKind(
         "an IP-Adapter for FLUX",
         "it is not supported",

@@ -15,6 +15,7 @@ METHODS = {
     "dreambooth": "openpulid.methods.tuned.dreambooth:DreamBooth",
     "faceid": "openpulid.methods.ip_adapter.faceid:FaceID",
     "faceid-plus": "openpulid.methods.ip_adapter.faceid:FaceIDPlus",
+    "fastcomposer": "openpulid.methods.fastcomposer.fastcomposer:FastComposer",
     "infiniteyou": "openpulid.methods.infiniteyou.flux:InfiniteYou",
     "infiniteyou-sim": "openpulid.methods.infiniteyou.flux:InfiniteYou",
     "instantid": "openpulid.methods.ip_adapter.instantid:InstantID",
@@ -32,6 +33,9 @@ METHODS = {
 
 TUNED_METHODS = ("custom-diffusion", "dreambooth", "lora", "textual-inversion")
 """Methods that `pulid tune` trains on images of one person, who is then in the adapter's file."""
+
+UNPUBLISHED_METHODS = ("fastcomposer",)
+"""Methods without published weights for SDXL; they need a file of the user's own."""
 
 
 def find_method(name: str) -> type[Adapter]:
