@@ -207,7 +207,7 @@ def test_invalid_inputs_raise(
     ):
         pass
     with (
-        pytest.raises(OptionError, match=r"FastComposer's vision encoder.*method fastcomposer"),
+        pytest.raises(OptionError, match=r"FastComposer's vision encoder; use its images"),
         method.use(person(1)),
     ):
         pass

@@ -85,6 +85,11 @@ def encode_identity(encoder: FastComposerEncoder, identity: Identity) -> Tensor:
         OptionError: The identity was created by another extractor.
     """
     image_encoder = encoder.image_encoder
-    states = read_states(identity, image_encoder.config.hidden_size, "FastComposer")
+    states = read_states(
+        identity,
+        image_encoder.config.hidden_size,
+        "FastComposer",
+        "use its images, or an identity of `FastComposer.create_extractor`",
+    )
     tokens = encoder.encode(states.to(image_encoder.device, image_encoder.dtype))
     return tokens.mean(0, keepdim=True)

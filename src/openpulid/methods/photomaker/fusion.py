@@ -106,7 +106,12 @@ def encode_identity(encoder: PhotoMakerEncoder, identity: Identity) -> Tensor:
     Raises:
         OptionError: The identity was created by another extractor.
     """
-    states = read_states(identity, encoder.config.hidden_size, "PhotoMaker")
+    states = read_states(
+        identity,
+        encoder.config.hidden_size,
+        "PhotoMaker",
+        "create it again with `pulid identify --method photomaker`",
+    )
     states = states.to(encoder.device, encoder.dtype)
     embeddings = None
     if encoder.face_dim:
@@ -114,15 +119,18 @@ def encode_identity(encoder: PhotoMakerEncoder, identity: Identity) -> Tensor:
     return encoder.encode(states, embeddings).flatten(0, 1)
 
 
-def read_states(identity: Identity, width: int, method: str) -> Tensor:
+def read_states(identity: Identity, width: int, method: str, fix: str) -> Tensor:
     """Return the last states of a method's own vision encoder, (n, 1 + N, width).
+
+    Args:
+        identity: with features of that encoder.
+        width: of the encoder.
+        method: how messages call it.
+        fix: what to do with an identity of another extractor.
 
     Raises:
         OptionError: The identity was created by another extractor.
     """
     if len(identity.hidden) != 2 or identity.hidden[0].shape[-1] != width:
-        raise OptionError(
-            f"this identity has no features of {method}'s vision encoder; "
-            f"create it again with `pulid identify --method {method.lower()}`."
-        )
+        raise OptionError(f"this identity has no features of {method}'s vision encoder; {fix}.")
     return identity.hidden[0][0].unflatten(0, (identity.photos, -1))
