@@ -54,7 +54,10 @@ _TUNED = {name: Baseline(1.0) for name in TUNED_METHODS} | {
     "textual-inversion": Baseline(1.0, unused=frozenset(("scale", "start", "end"))),
 }
 _PHOTOMAKER = _clip(clip_input="image", adapter_has_vision_encoder=True)
-_UNPUBLISHED = {"fastcomposer": Baseline(1.0, start=0.2, models=_PHOTOMAKER)}
+_UNPUBLISHED = {
+    "elite": Baseline(1.0),
+    "fastcomposer": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
+}
 
 BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0, models=_clip("buffalo-l")),

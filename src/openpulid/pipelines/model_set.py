@@ -47,7 +47,7 @@ NETWORK_FOLDERS = {
 }
 """Folder of the network that a method opens next to its adapter."""
 
-PROMPT_METHODS = ("fastcomposer", "photomaker", "photomaker-v2")
+PROMPT_METHODS = ("elite", "fastcomposer", "photomaker", "photomaker-v2")
 """Methods that change words of the prompt, which "img" can mark, from the step after `start`."""
 
 MASKED_METHODS = ("pulid", "infiniteyou", "infiniteyou-sim")
