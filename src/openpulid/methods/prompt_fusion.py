@@ -292,7 +292,7 @@ def fuse_words(
     """
     fused = states.to(tokens, copy=True)
     words = list(positions)
-    fused[words] = fuse_module(fused[words], tokens)
+    fused[words] = fuse_module(fused[words], tokens).to(fused)  # autocast changes the dtype
     return fused
 
 

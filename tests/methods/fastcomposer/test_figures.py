@@ -47,6 +47,10 @@ def test_words_are_fused(golden: Golden, width: int, name: str) -> None:
     assert golden.error(f"fastcomposer.{name}fused_tokens", words) < TOLERANCE
     if not name:
         assert golden.error("fastcomposer.postfuse", fused) < TOLERANCE
+        with torch.autocast("cpu", torch.bfloat16):  # as in training
+            reduced = fuse_words(text[0], MARKED[0], people[0, :, 0], module)
+        assert reduced.dtype == torch.float32
+        assert torch.allclose(reduced, fused[0], atol=0.1)
 
 
 @torch.no_grad()
