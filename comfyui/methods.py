@@ -206,12 +206,8 @@ def encode_prompt(
     from node_helpers import conditioning_set_values
 
     from openpulid.errors import OptionError
-    from openpulid.methods.photomaker.photomaker import encode_identity
-    from openpulid.methods.photomaker.prompt_fusion import (
-        fuse_class_word,
-        remove_trigger_word,
-        repeat_class_word,
-    )
+    from openpulid.methods.photomaker.fusion import encode_identity, fuse_class_word
+    from openpulid.methods.prompt_fusion import remove_trigger_word, repeat_class_word
 
     if not loaded.name.startswith("photomaker"):
         raise OptionError(f"{loaded.name} does not change the prompt; only PhotoMaker does.")

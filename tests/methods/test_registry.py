@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from openpulid.cli.main import app
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip_extractor import load_clip_encoder
 from openpulid.io.hub import WEIGHTS
+from openpulid.methods.elite.attention import find_layers
+from openpulid.methods.elite.encoders import Mapper, Mappers
+from openpulid.methods.fastcomposer.encoders import FastComposerEncoder
 from openpulid.methods.ip_adapter.faceid import FaceID
-from openpulid.methods.registry import METHODS, TUNED_METHODS, find_method
+from openpulid.methods.registry import METHODS, TUNED_METHODS, UNPUBLISHED_METHODS, find_method
 from openpulid.methods.tuned import TunedAdapter
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import (
@@ -52,7 +56,7 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
     presets = {
         method: with_method(find_preset(baseline.family), method)
         for method, baseline in BASELINES.items()
-        if method not in TUNED_METHODS
+        if method not in (*TUNED_METHODS, *UNPUBLISHED_METHODS)
     }
     for method, preset in presets.items():
         assert (
@@ -103,6 +107,16 @@ def test_tuned_methods_need_the_file_of_a_person(method: str, tmp_path: Path) ->
     assert preset.models.has_own_person
     assert preset.published == ("juggernaut",)  # no face models are needed
     assert issubclass(find_method(method), TunedAdapter)
+
+
+@pytest.mark.parametrize("method", UNPUBLISHED_METHODS)
+def test_unpublished_methods_need_a_file_of_the_user(method: str, tmp_path: Path) -> None:
+    for create in (sdxl, mini):
+        with pytest.raises(OptionError, match=f"no weights of {method} for SDXL .* --adapter"):
+            with_method(create(), method)
+        models = with_method(create(), method, tmp_path / "own.safetensors").models
+        assert models.adapter == tmp_path / "own.safetensors"
+        assert not models.has_own_person
 
 
 def test_unsupported_methods_raise() -> None:
@@ -161,6 +175,37 @@ def test_studio_generates_with_another_method(faceid: Studio) -> None:
     assert images.tobytes() != without.tobytes()
     with pytest.raises(OptionError, match="only supported by PuLID"):
         faceid.generate("portrait, photo", [(identity, None)], **options)
+
+
+def own_file(method: str, pipe: Any, path: Path) -> Path:
+    """Write an untrained file of a method without published weights, for the miniature."""
+    torch.manual_seed(1)
+    width = pipe.unet.config.cross_attention_dim
+    if method == "fastcomposer":
+        small = config()
+        small.projection_dim = width
+        metadata = {"tower": json.dumps(small.to_diff_dict())}
+        save_file(FastComposerEncoder(small).state_dict(), path, metadata)
+        return path
+    layers = {name: layer.to_k.out_features for name, layer in find_layers(pipe.unet).items()}
+    mappers = Mappers(Mapper(96, 8, width, layers), Mapper(96, 8, width, layers))
+    save_file(mappers.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize("method", UNPUBLISHED_METHODS)
+def test_studio_generates_with_a_file_of_the_user(method: str, tmp_path: Path) -> None:
+    file = own_file(method, load("mini").pipe, tmp_path / "own.safetensors")
+    studio = load(with_method(mini(), method, file))
+    identity = studio.identify(_picture(render([Person.from_seed(3)], [Scene()]).image[0]))
+    options: dict[str, Any] = {"seed": 1, "num_inference_steps": 2, "start": 0.0}
+    without = studio.generate("portrait, photo", **options).images[0]
+    images = studio.generate("portrait, photo", identity, **options).images[0]
+    assert images.tobytes() != without.tobytes()
+    again = studio.generate("portrait, photo", **options).images[0]
+    assert again.tobytes() == without.tobytes()
+    with pytest.raises(OptionError, match=f"has weights, .*which {method} does not support"):
+        studio.generate("(portrait:1.2)", identity, **options)
 
 
 def test_cli_selects_methods(tmp_path: Path) -> None:

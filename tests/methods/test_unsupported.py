@@ -15,6 +15,8 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoint_kinds import KINDS, find_kind
 from openpulid.io.hub import WEIGHTS
 from openpulid.methods.controlnet import ControlNet
+from openpulid.methods.elite.elite import ELITE
+from openpulid.methods.fastcomposer.fastcomposer import FastComposer
 from openpulid.methods.ip_adapter.faceid import FaceID, FaceIDPlus
 from openpulid.methods.ip_adapter.instantid import InstantID
 from openpulid.methods.ip_adapter.ip_adapter import IPAdapter
@@ -147,6 +149,13 @@ def files(tmp_path_factory: pytest.TempPathFactory, tiny_pipeline: Any) -> dict[
         "photomaker": write(
             "photomaker.safetensors", {"id_encoder": {"a": one}, "lora_weights": {"b": one}}
         ),
+        "fastcomposer": write(
+            "fastcomposer.safetensors", {"image_encoder": {"a": one}, "postfuse_module": {"b": one}}
+        ),
+        "elite": write(
+            "elite.safetensors",
+            {"global_mapper": {"mapping_patch_0.0.weight": one, "a_attn2_to_k.weight": one}},
+        ),
         "lora": write("lora.safetensors", {"unet": {"mid_block.attn.to_q.lora_A.weight": one}}),
         "base": write("base.safetensors", {"model": {"diffusion_model.label_emb.0.0.weight": one}}),
     }
@@ -169,6 +178,8 @@ NAMES = {
     "ip-adapter-plus": "an IP-Adapter-Plus or InstantID adapter",
     "instantid": "an IP-Adapter-Plus or InstantID adapter",
     "photomaker": "a PhotoMaker adapter",
+    "fastcomposer": "a FastComposer adapter",
+    "elite": "a file of ELITE",
     "lora": "a LoRA",
     "base": "an SDXL checkpoint",
 }
@@ -188,6 +199,18 @@ def test_file_of_another_method_is_named(
             path = path.with_suffix(".bin")
             torch.save(load_file(path.with_suffix(".safetensors")), path)
         with pytest.raises(WeightsError, match=rf": it is {NAMES[kind]} \(.*`pulid weights get "):
+            method.load(path)
+
+
+@pytest.mark.parametrize("method", [FastComposer, ELITE])
+def test_file_of_another_method_is_named_without_a_download(
+    method: Any, files: dict[str, Path]
+) -> None:
+    """No weights of these methods have been published."""
+    for kind, path in files.items():
+        if kind == method.__name__.lower():
+            continue
+        with pytest.raises(WeightsError, match=rf": it is {NAMES[kind]} \(.*; use one that is\."):
             method.load(path)
 
 

@@ -99,6 +99,16 @@ PHOTOMAKER = CheckpointKind(
     (r"id_encoder\.",),
     ("photomaker", "photomaker-v2"),
 )
+FASTCOMPOSER = CheckpointKind(
+    "a FastComposer adapter",
+    "use --method fastcomposer",
+    (r"image_encoder\.", r"postfuse_module\."),
+)
+ELITE_MAPPERS = CheckpointKind(
+    "a file of ELITE",
+    "use --method elite",
+    (r"(global_mapper\.)?mapping_patch_0\.", r".*attn2_to_k\.weight$"),
+)
 FACEID_PLUS = CheckpointKind(
     "an IP-Adapter-FaceID-Plus adapter",
     "use --method faceid-plus",
@@ -148,6 +158,8 @@ KINDS: tuple[CheckpointKind, ...] = (
     PULID_FLUX,
     CheckpointKind("an identity", "pass it with --id", (r"id_cond$", r"hidden\.0$")),
     PHOTOMAKER,
+    FASTCOMPOSER,
+    ELITE_MAPPERS,
     CheckpointKind(
         "an IP-Adapter for FLUX",
         "it is not supported",

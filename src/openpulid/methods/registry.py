@@ -13,8 +13,10 @@ from openpulid.methods.adapter import Adapter
 METHODS = {
     "custom-diffusion": "openpulid.methods.tuned.custom_diffusion:CustomDiffusion",
     "dreambooth": "openpulid.methods.tuned.dreambooth:DreamBooth",
+    "elite": "openpulid.methods.elite.elite:ELITE",
     "faceid": "openpulid.methods.ip_adapter.faceid:FaceID",
     "faceid-plus": "openpulid.methods.ip_adapter.faceid:FaceIDPlus",
+    "fastcomposer": "openpulid.methods.fastcomposer.fastcomposer:FastComposer",
     "infiniteyou": "openpulid.methods.infiniteyou.flux:InfiniteYou",
     "infiniteyou-sim": "openpulid.methods.infiniteyou.flux:InfiniteYou",
     "instantid": "openpulid.methods.ip_adapter.instantid:InstantID",
@@ -32,6 +34,9 @@ METHODS = {
 
 TUNED_METHODS = ("custom-diffusion", "dreambooth", "lora", "textual-inversion")
 """Methods that `pulid tune` trains on images of one person, who is then in the adapter's file."""
+
+UNPUBLISHED_METHODS = ("elite", "fastcomposer")
+"""Methods without published weights for SDXL; they need a file of the user's own."""
 
 
 def find_method(name: str) -> type[Adapter]:

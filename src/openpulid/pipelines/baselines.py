@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openpulid.errors import OptionError
-from openpulid.methods.registry import TUNED_METHODS
+from openpulid.methods.registry import TUNED_METHODS, UNPUBLISHED_METHODS
 from openpulid.pipelines.model_set import BASE_NAMES, MINI_ADAPTERS, Family, ModelSet
 
 
@@ -54,6 +54,10 @@ _TUNED = {name: Baseline(1.0) for name in TUNED_METHODS} | {
     "textual-inversion": Baseline(1.0, unused=frozenset(("scale", "start", "end"))),
 }
 _PHOTOMAKER = _clip(clip_input="image", adapter_has_vision_encoder=True)
+_UNPUBLISHED = {
+    "elite": Baseline(1.0),
+    "fastcomposer": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
+}
 
 BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0, models=_clip("buffalo-l")),
@@ -67,16 +71,18 @@ BASELINES: dict[str, Baseline] = {
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
     "photomaker-v2": Baseline(1.0, start=0.2, models={**_PHOTOMAKER, "recognition": "buffalo-l"}),
     **_TUNED,
+    **_UNPUBLISHED,
 }
-"""Other methods on full-size bases. The published adapter of each has the method's name."""
+"""Other methods on full-size bases. A published adapter has the method's name."""
 
 MINI_BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0),
     "instantid": Baseline(1.0),
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
     **_TUNED,
+    **_UNPUBLISHED,
 }
-"""Other methods on the miniature. All but PhotoMaker use the miniature's own extractor."""
+"""Other methods on the miniature. Most use the miniature's own extractor."""
 
 PULID_OPTIONS = frozenset(
     ("projection", "num_zero", "start_step", "pose_from_prompt", "style_image")
@@ -119,8 +125,13 @@ def find_adapter(method: str, weights: Path | None) -> Path | str:
         weights: directory of the miniature's weights; None for the published adapter.
 
     Raises:
-        OptionError: the method is tuned on each person.
+        OptionError: the method is tuned on each person, or nobody has published its weights.
     """
+    if method in UNPUBLISHED_METHODS:
+        raise OptionError(
+            f"no weights of {method} for SDXL have been published; pass a file of your own with "
+            "--adapter, or choose another method."
+        )
     if method in TUNED_METHODS:
         raise OptionError(
             f"{method} needs a file of the person: `pulid tune {method}` writes it, and --adapter "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from openpulid.methods.hooks import SchedulePosition, Span
-from openpulid.pipelines.model_set import ModelSet
+from openpulid.pipelines.model_set import PROMPT_METHODS, ModelSet
 from openpulid.pipelines.prompt_weights import find_marks
 from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request import IDENTITY_NAMES, GenerationRequest
@@ -148,9 +148,9 @@ def _check_add_ons(request: GenerationRequest, models: ModelSet) -> None:
 def reads_weights(models: ModelSet) -> bool:
     """Return whether prompts can have weights, and more tokens than a text encoder reads.
 
-    PhotoMaker looks for its trigger word in the tokens of the prompt.
+    Methods that change the prompt look for words in its tokens.
     """
-    return models.family == "sdxl" and not models.method.startswith("photomaker")
+    return models.family == "sdxl" and models.method not in PROMPT_METHODS
 
 
 def _check_weights(request: GenerationRequest, models: ModelSet) -> None:
@@ -250,8 +250,8 @@ def find_active_steps(request: GenerationRequest, models: ModelSet) -> list[int]
 
     Args:
         request: a resolved request.
-        models: PhotoMaker's first step is the one after `start`; InfiniteYou's last one ends
-            by `end`.
+        models: the first step of methods that change the prompt is the one after `start`;
+            InfiniteYou's last one ends by `end`.
     """
     identity = request.identity
     steps = count_steps(request)
@@ -260,7 +260,7 @@ def find_active_steps(request: GenerationRequest, models: ModelSet) -> list[int]
     if identity.start_step is not None:
         span = Span(0.0, end, identity.start_step)
     positions = [SchedulePosition(step / steps, step, steps) for step in range(steps)]
-    if models.method.startswith("photomaker") and start:
+    if models.method in PROMPT_METHODS and start:
         positions = [position for position in positions if (position.fraction or 0) > start]
     return [position.step or 0 for position in positions if span.contains(position)]
 

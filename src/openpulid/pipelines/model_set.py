@@ -47,6 +47,9 @@ NETWORK_FOLDERS = {
 }
 """Folder of the network that a method opens next to its adapter."""
 
+PROMPT_METHODS = ("elite", "fastcomposer", "photomaker", "photomaker-v2")
+"""Methods that change words of the prompt, which "img" can mark, from the step after `start`."""
+
 MASKED_METHODS = ("pulid", "infiniteyou", "infiniteyou-sim")
 """Methods that restrict a person to a part of the image, and show several people."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openpulid.errors import PromptError, WeightsError
+from openpulid.pipelines.model_set import PROMPT_METHODS
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.prompt_weights import (
     Fragment,
@@ -59,7 +60,7 @@ KEYWORDS = re.compile(r"\b(?:BREAK|AND|ADDCOMM|ADDBASE|ADDCOL|ADDROW)\b")
 """Words with a meaning in other programs if they are in capitals."""
 
 TRIGGER_WORD = re.compile(r"\bimg\b")
-"""The word after the class word in prompts for PhotoMaker."""
+"""The word after the class word in prompts for PhotoMaker and FastComposer."""
 
 MAX_LISTED = 20
 """How many parts of a prompt a note lists."""
@@ -165,7 +166,7 @@ def note_other_syntax(tokenizer: Any, prompt: TextInput, method: str = "pulid") 
     Args:
         tokenizer: its words have an effect in any case, such as those of textual inversion.
         prompt: the prompt.
-        method: PhotoMaker has a trigger word.
+        method: PhotoMaker and FastComposer have a trigger word.
     """
     parts = find_other_syntax(remove_marks(prompt.text), method)
     parts = [part for part in parts if part not in tokenizer.get_added_vocab()]
@@ -182,7 +183,7 @@ def find_other_syntax(text: str, method: str = "pulid") -> list[str]:
 
     Args:
         text: the prompt.
-        method: PhotoMaker's trigger word is other syntax for any other method.
+        method: the trigger word of `PROMPT_METHODS` is other syntax for any other method.
 
     Returns:
         The parts in the order of the prompt, each once.
@@ -191,7 +192,7 @@ def find_other_syntax(text: str, method: str = "pulid") -> list[str]:
     matches = list(OTHER_SYNTAX.finditer(text))
     if not text.isupper():
         matches += KEYWORDS.finditer(text)
-    if not method.startswith("photomaker"):
+    if method not in PROMPT_METHODS:
         matches += TRIGGER_WORD.finditer(text)
     matches.sort(key=lambda match: match.start())
     return list(dict.fromkeys(match.group().strip() for match in matches))

@@ -12,12 +12,12 @@ from tokenizers import Tokenizer
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity, fuse_identities
+from openpulid.methods import prompt_fusion
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.controlnet import ControlNet
-from openpulid.methods.photomaker import prompt_fusion
 from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
 from openpulid.methods.photomaker.photomaker import PhotoMaker
-from openpulid.methods.photomaker.prompt_fusion import remove_trigger_word, repeat_class_word
+from openpulid.methods.prompt_fusion import remove_trigger_word, repeat_class_word
 from openpulid.methods.registry import find_method
 from openpulid.mini.models.tokenizer import build_tokenizer
 from tests.support.clip_files import FACE, Faces, config, embedding

@@ -9,7 +9,9 @@ SDXL's text.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -18,7 +20,12 @@ from torch.nn.functional import gelu
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.identity.clip_extractor import clip_config
-from openpulid.io.checkpoints import explain_bad_weights, load_state
+from openpulid.io.checkpoints import (
+    explain_bad_weights,
+    load_state,
+    parse_config,
+    read_metadata,
+)
 from openpulid.methods.pulid import PerceiverAttention
 
 MAX_HEAD_DIM = 128
@@ -174,6 +181,26 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
         pooled = self.vision_model.post_layernorm(states[:, 0])
         tokens = [self.visual_projection(pooled), self.visual_projection_2(pooled)]
         return torch.cat(tokens, -1)[:, None]
+
+
+def read_vision_config(path: str | os.PathLike[str], message: str) -> CLIPVisionConfig | None:
+    """Read the configuration of a vision encoder from a file's metadata (`tower`).
+
+    Args:
+        path: a file of weights; only safetensors has metadata.
+        message: how the error begins if it is damaged.
+
+    Returns:
+        None if the file has none; then the vision encoder is CLIP-L's.
+
+    Raises:
+        WeightsError: It is damaged.
+    """
+    metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+    if "tower" not in metadata:
+        return None
+    with explain_bad_weights(message):
+        return CLIPVisionConfig(**parse_config(metadata["tower"], message))
 
 
 def _read_sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:

@@ -1,0 +1,186 @@
+"""ELITE's mappers (arXiv 2302.13848, section 3): from levels of a vision encoder to words.
+
+Parameter names are those of the published files; sizes are read from the tensors.
+
+Shapes: n images, N patches, S width of the vision encoder, D width of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from openpulid.errors import OptionError
+from openpulid.identity.identity import Identity
+from openpulid.io.checkpoints import explain_bad_weights, load_state
+
+LEVELS = (-1, 4, 8, 12, 16)
+"""Levels of CLIP-L that the published mappers read, the last one first."""
+
+
+def read_levels(encoder: Any, pixels: Tensor) -> list[Tensor]:
+    """Read the levels of a vision encoder for the published mappers.
+
+    Args:
+        encoder: a CLIP vision encoder of transformers.
+        pixels: (n, 3, H, W), normalized for CLIP.
+
+    Returns:
+        Five states (n, 1 + N, S), without the final layer norm.
+    """
+    states = encoder(pixels, output_hidden_states=True).hidden_states
+    return [states[level] for level in LEVELS]
+
+
+class Mapper(nn.Module):
+    """A global or local mapper: a word or local tokens, and keys and values of the U-Net.
+
+    Args:
+        states_dim: S.
+        inner_dim: width between the layers of its networks.
+        width: D.
+        layers: name of a cross-attention with "_" for "." -> width of its keys and values.
+    """
+
+    def __init__(
+        self, states_dim: int, inner_dim: int, width: int, layers: Mapping[str, int]
+    ) -> None:
+        super().__init__()
+        self.states_dim = states_dim
+        self.width = width
+        self.layers = dict(layers)
+        for level in range(len(LEVELS)):
+            self.add_module(f"mapping_{level}", _network(states_dim, inner_dim, width))
+            self.add_module(f"mapping_patch_{level}", _network(states_dim, inner_dim, width))
+        for layer, out in self.layers.items():
+            for kind in "kv":
+                self.add_module(f"{layer}_to_{kind}", nn.Linear(width, out, bias=False))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Mapper:
+        """Build a mapper from its published tensors.
+
+        Raises:
+            WeightsError: Names are missing or unexpected, or a shape differs.
+        """
+        message = "these are not weights of ELITE's mapper"
+        suffix = "_to_k.weight"
+        with explain_bad_weights(message), init_empty_weights(include_buffers=False):
+            inner_dim, states_dim = tensors["mapping_0.0.weight"].shape
+            width = len(tensors["mapping_0.6.weight"])
+            layers = {
+                name.removesuffix(suffix): len(x)
+                for name, x in tensors.items()
+                if name.endswith(suffix)
+            }
+            model = cls(states_dim, inner_dim, width, layers)
+        load_state(model, tensors, message, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def words(self, levels: Sequence[Tensor]) -> Tensor:
+        """Map five levels (n, 1 + N, S) to one word each, (n, 5, D)."""
+        words = [
+            self._map(f"mapping_{level}", states[:, :1])
+            + self._map(f"mapping_patch_{level}", states[:, 1:]).mean(1, keepdim=True)
+            for level, states in enumerate(levels)
+        ]
+        return torch.cat(words, 1)
+
+    def patches(self, levels: Sequence[Tensor], masks: Tensor | None = None) -> Tensor:
+        """Map five levels (n, 1 + N, S) to local tokens (n, N, D), the mean over the levels.
+
+        Args:
+            levels: of the images.
+            masks: (n, H, W), 1 where the object is; None for everywhere.
+        """
+        tokens = [
+            self._map(f"mapping_{level}", states[:, :1])
+            + self._map(f"mapping_patch_{level}", states[:, 1:])
+            for level, states in enumerate(levels)
+        ]
+        mean = torch.stack(tokens).mean(0)
+        if masks is None:
+            return mean
+        side = round(mean.shape[1] ** 0.5)
+        resized = interpolate(masks[:, None].to(mean), (side, side), mode="nearest")
+        return mean * resized.flatten(2).transpose(1, 2)
+
+    def matrix(self, layer: str, kind: str) -> nn.Linear:
+        """Return the projection of a cross-attention, kind "k" or "v"."""
+        return cast(nn.Linear, self.get_submodule(f"{layer}_to_{kind}"))
+
+    def _map(self, network: str, states: Tensor) -> Tensor:
+        mapped: Tensor = self.get_submodule(network)(states)
+        return mapped
+
+
+class Mappers(nn.Module):
+    """What an ELITE file has.
+
+    Args:
+        global_mapper: words, and keys and values of the text.
+        local_mapper: local tokens, and their keys and values; None for the words alone.
+        num_words: words of the prompt that stand for an image, 1 or 5. The first is that of the
+            encoder's last level; the authors use it alone with local tokens.
+    """
+
+    def __init__(
+        self, global_mapper: Mapper, local_mapper: Mapper | None = None, num_words: int = 1
+    ) -> None:
+        super().__init__()
+        self.global_mapper = global_mapper
+        self.local_mapper = local_mapper
+        self.num_words = num_words
+
+    def encode_words(self, identity: Identity) -> Tensor:
+        """Compute the words of an identity, (num_words, D); images are averaged.
+
+        Raises:
+            OptionError: The identity has features of another extractor.
+        """
+        return self.global_mapper.words(self._levels(identity)).mean(0)[: self.num_words]
+
+    def encode_patches(self, identity: Identity, mask: Tensor | None = None) -> Tensor | None:
+        """Compute the local tokens of an identity, (n * N, D); None without a local mapper.
+
+        Args:
+            identity: the person.
+            mask: (H, W) or (n, H, W), 1 where the person is in the reference images.
+
+        Raises:
+            OptionError: The identity has features of another extractor.
+        """
+        if self.local_mapper is None:
+            return None
+        levels = self._levels(identity)
+        masks = None if mask is None else mask.expand(len(levels[0]), *mask.shape[-2:])
+        return self.local_mapper.patches(levels, masks).flatten(0, 1)
+
+    def _levels(self, identity: Identity) -> list[Tensor]:
+        """Return the levels of an identity, which has the last one at the end."""
+        width = self.global_mapper.states_dim
+        if len(identity.hidden) != len(LEVELS) or identity.hidden[0].shape[-1] != width:
+            raise OptionError(
+                f"ELITE reads five levels of a vision encoder of width {width}, which this "
+                "identity does not have; create it again with `pulid identify`."
+            )
+        weight = next(self.parameters())
+        levels = [identity.hidden[-1], *identity.hidden[:-1]]
+        return [x[0].to(weight).unflatten(0, (identity.photos, -1)) for x in levels]
+
+
+def _network(states_dim: int, inner_dim: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(states_dim, inner_dim),
+        nn.LayerNorm(inner_dim),
+        nn.LeakyReLU(),
+        nn.Linear(inner_dim, inner_dim),
+        nn.LayerNorm(inner_dim),
+        nn.LeakyReLU(),
+        nn.Linear(inner_dim, width),
+    )

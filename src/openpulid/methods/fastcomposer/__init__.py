@@ -1,0 +1,1 @@
+"""FastComposer (arXiv 2305.10431): words of the prompt are fused with one token per person."""
