@@ -148,9 +148,10 @@ def _check_add_ons(request: GenerationRequest, models: ModelSet) -> None:
 def reads_weights(models: ModelSet) -> bool:
     """Return whether prompts can have weights, and more tokens than a text encoder reads.
 
-    PhotoMaker looks for its trigger word in the tokens of the prompt.
+    PhotoMaker and PhotoVerse look for a word in the tokens of the prompt.
     """
-    return models.family == "sdxl" and not models.method.startswith("photomaker")
+    reads_tokens = models.method.startswith(("photomaker", "photoverse"))
+    return models.family == "sdxl" and not reads_tokens
 
 
 def _check_weights(request: GenerationRequest, models: ModelSet) -> None:
@@ -250,18 +251,18 @@ def find_active_steps(request: GenerationRequest, models: ModelSet) -> list[int]
 
     Args:
         request: a resolved request.
-        models: PhotoMaker's first step is the one after `start`; InfiniteYou's last one ends
-            by `end`.
+        models: the first step of PhotoMaker and W+ Adapter is the one after `start`; InfiniteYou's
+            last one ends by `end`.
     """
     identity = request.identity
     steps = count_steps(request)
     start, end = identity.start or 0.0, 1.0 if identity.end is None else identity.end
-    span = Span(start, end, whole_steps=models.method.startswith("infiniteyou"))
+    is_after_start = models.method.startswith(("photomaker", "w-plus"))
+    is_whole = models.method.startswith("infiniteyou")
+    span = Span(start, end, whole_steps=is_whole, after_start=is_after_start)
     if identity.start_step is not None:
         span = Span(0.0, end, identity.start_step)
     positions = [SchedulePosition(step / steps, step, steps) for step in range(steps)]
-    if models.method.startswith("photomaker") and start:
-        positions = [position for position in positions if (position.fraction or 0) > start]
     return [position.step or 0 for position in positions if span.contains(position)]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,9 @@ class EncodedPrompt:
         original: states (L, D') of the prompt as it is.
         plain: states (L, D') without the trigger word.
         plain_pooled: (P,) of the latter.
-        repeated: states (L, D') with the class word repeated.
-        pooled: (P,) of the latter.
+        repeated: states (I, L, D') with the class word repeated: for each of I identities, or for
+            all of them (I = 1).
+        pooled: (I, P) of the latter.
         index: first position of the class word.
     """
 
@@ -62,22 +63,33 @@ class EncodedPrompt:
 class PromptFusion:
     """State of one pipeline while an identity is in use.
 
+    A subclass that encodes the repeated word in another way overrides `encode_repeated` and
+    `fuse_words`.
+
     Args:
         state: of the pipeline.
         fuse_module: fuses a word's embedding (T, D) with tokens (T, D).
         tokens: (T, D) per identity, one identity per prompt or one for all.
-        span: of the schedule in which the fused prompt is used, without the step at its start.
+        span: of the schedule in which the fused prompt is used.
 
     Raises:
         OptionError: The identities have different numbers of reference images.
     """
 
+    method: ClassVar[str] = "PhotoMaker"
+    """How messages call the method."""
+
     def __init__(
-        self, state: PipelineState, fuse_module: nn.Module, tokens: Sequence[Tensor], span: Span
+        self,
+        state: PipelineState,
+        fuse_module: nn.Module | None,
+        tokens: Sequence[Tensor],
+        span: Span,
     ) -> None:
         if len({len(identity) for identity in tokens}) > 1:
             raise OptionError(
-                "PhotoMaker needs the same number of reference images for each identity of a batch."
+                f"{self.method} needs the same number of reference images for each identity of a "
+                "batch."
             )
         self.state = state
         self.fuse_module = fuse_module
@@ -135,7 +147,7 @@ class PromptFusion:
         options = {name: value for name, value in kwargs.items() if name != "input_ids"}
         self._reentrant = True
         try:
-            repeated = module(repeated_ids, **options)
+            repeated = self.encode_repeated(index, module, repeated_ids, positions, options)
             plain = output
             if not torch.equal(plain_ids, input_ids):
                 self._has_trigger_word = True
@@ -149,11 +161,35 @@ class PromptFusion:
                     output.hidden_states[layer][row],
                     plain.hidden_states[layer][row],
                     plain[0][row],
-                    repeated.hidden_states[layer][row],
-                    repeated[0][row],
+                    torch.stack([variant.hidden_states[layer][row] for variant in repeated]),
+                    torch.stack([variant[0][row] for variant in repeated]),
                     position,
                 )
             )
+
+    def encode_repeated(
+        self,
+        index: int,
+        encoder: nn.Module,
+        input_ids: Tensor,
+        positions: Sequence[int],
+        options: Mapping[str, Any],
+    ) -> list[Any]:
+        """Encode prompts whose class word is repeated, once for all identities or once for each.
+
+        Args:
+            index: of the text encoder.
+            encoder: the text encoder.
+            input_ids: (P, L).
+            positions: first position of the class word in each prompt.
+            options: further arguments of the text encoder.
+        """
+        return [encoder(input_ids, **options)]
+
+    def fuse_words(self, states: Tensor, position: int, tokens: Tensor) -> Tensor:
+        """Fuse the class words of a prompt with tokens, see `fuse_class_word`."""
+        assert self.fuse_module is not None
+        return fuse_class_word(states, position, tokens, self.fuse_module)
 
     def _swap_prompt(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -161,7 +197,7 @@ class PromptFusion:
         """Replace the prompt and its pooled embedding (forward pre-hook of the U-Net)."""
         self._unet_called = True
         call = UNetCall.parse(args, kwargs)
-        is_active = self._is_active(call)
+        is_active = self.span.contains(self.state.position(call.timestep))
         if not is_active and not self._has_trigger_word:
             return args, kwargs
         states = call.text.clone()
@@ -175,10 +211,10 @@ class PromptFusion:
             raise identity_count_error(len(self.tokens), num_images)
         images_per_identity = num_images // len(self.tokens)
         for image in range(num_images):
-            tokens = self.tokens[image // images_per_identity]
             row = first + image
             if is_active:
-                states[row], pooled[row] = self._fuse(states[row], tokens)
+                identity = image // images_per_identity
+                states[row], pooled[row] = self._fuse(states[row], identity)
             else:
                 states[row], pooled[row] = self._plain(states[row], pooled[row])
 
@@ -206,16 +242,8 @@ class PromptFusion:
                 return first, second
         return None
 
-    def _is_active(self, call: UNetCall) -> bool:
-        """Return whether the fused prompt is used; the step at `start` still has the plain one."""
-        position = self.state.position(call.timestep)
-        assert position.fraction is not None
-        # asked in any case: the span records its answers
-        is_in_span = self.span.contains(position)
-        return is_in_span and (not self.span.start or position.fraction > self.span.start)
-
-    def _fuse(self, original: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Fuse one prompt (L, D) with tokens (T, D).
+    def _fuse(self, original: Tensor, identity: int) -> tuple[Tensor, Tensor]:
+        """Fuse one prompt (L, D) with the tokens of an identity.
 
         Returns:
             The fused prompt (L, D) and its pooled embedding (P,).
@@ -226,13 +254,14 @@ class PromptFusion:
         encoded = self._find(original)
         if encoded is None:
             raise OptionError(
-                "PhotoMaker changes the text of the prompt; "
+                f"{self.method} changes the text of the prompt; "
                 "pass prompts instead of prompt embeddings while it is in use."
             )
         first, second = encoded
-        states = torch.cat([first.repeated, second.repeated], -1)
-        fused = fuse_class_word(states, second.index, tokens, self.fuse_module)
-        return fused.to(original), second.pooled.to(original)
+        variant = identity if len(first.repeated) > 1 else 0
+        states = torch.cat([first.repeated[variant], second.repeated[variant]], -1)
+        fused = self.fuse_words(states, second.index, self.tokens[identity])
+        return fused.to(original), second.pooled[variant].to(original)
 
 
 def fuse_class_word(
