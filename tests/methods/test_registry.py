@@ -15,8 +15,14 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip_extractor import load_clip_encoder
 from openpulid.io.hub import WEIGHTS
 from openpulid.methods.ip_adapter.faceid import FaceID
-from openpulid.methods.registry import METHODS, TUNED_METHODS, find_method
+from openpulid.methods.registry import (
+    METHODS,
+    TUNED_METHODS,
+    UNPUBLISHED_METHODS,
+    find_method,
+)
 from openpulid.methods.tuned import TunedAdapter
+from openpulid.pipelines.checks import find_active_steps
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import (
     BASELINES,
@@ -28,7 +34,9 @@ from openpulid.pipelines.presets import (
     sdxl,
     with_method,
 )
+from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.studio import Studio
+from openpulid.pipelines.weights import find_installed_methods
 from openpulid.world import Person, Scene, render
 from tests.support.clip_files import config, tower
 from tests.support.token_files import published
@@ -52,7 +60,7 @@ def test_every_method_has_preset_and_licensed_weights() -> None:
     presets = {
         method: with_method(find_preset(baseline.family), method)
         for method, baseline in BASELINES.items()
-        if method not in TUNED_METHODS
+        if method not in (*TUNED_METHODS, *UNPUBLISHED_METHODS)
     }
     for method, preset in presets.items():
         assert (
@@ -103,6 +111,22 @@ def test_tuned_methods_need_the_file_of_a_person(method: str, tmp_path: Path) ->
     assert preset.models.has_own_person
     assert preset.published == ("juggernaut",)  # no face models are needed
     assert issubclass(find_method(method), TunedAdapter)
+
+
+@pytest.mark.parametrize("method", UNPUBLISHED_METHODS)
+def test_methods_without_published_file_need_one(method: str, tmp_path: Path) -> None:
+    for preset in (sdxl(), mini()):
+        is_available = method != "w-plus" or preset.name == "sdxl"
+        message = "pass one of your own with --adapter" if is_available else "not available for the"
+        with pytest.raises(OptionError, match=message):
+            with_method(preset, method)
+        assert method not in find_installed_methods(preset)
+    preset = with_method(sdxl(), method, tmp_path / "own.safetensors")
+    faces = {"e4e"} if method == "w-plus" else {"arcface", "eva"}
+    assert set(preset.published) == {"juggernaut", "detector", "parsing", *faces}
+    steps = find_active_steps(preset.resolve(GenerationRequest(prompt="a")), preset.models)
+    assert steps == list(range(6 if method == "w-plus" else 0, 25))
+    assert preset.reads_weights == (method != "photoverse")
 
 
 def test_unsupported_methods_raise() -> None:

@@ -13,6 +13,7 @@ from openpulid.methods.adapter import Adapter
 METHODS = {
     "custom-diffusion": "openpulid.methods.tuned.custom_diffusion:CustomDiffusion",
     "dreambooth": "openpulid.methods.tuned.dreambooth:DreamBooth",
+    "face0": "openpulid.methods.face0.face0:Face0",
     "faceid": "openpulid.methods.ip_adapter.faceid:FaceID",
     "faceid-plus": "openpulid.methods.ip_adapter.faceid:FaceIDPlus",
     "infiniteyou": "openpulid.methods.infiniteyou.flux:InfiniteYou",
@@ -24,14 +25,19 @@ METHODS = {
     "lora": "openpulid.methods.tuned.lora:TunedLora",
     "photomaker": "openpulid.methods.photomaker.photomaker:PhotoMaker",
     "photomaker-v2": "openpulid.methods.photomaker.photomaker:PhotoMaker",
+    "photoverse": "openpulid.methods.photoverse.photoverse:PhotoVerse",
     "pulid": "openpulid.methods.pulid.sdxl:PuLID",
     "textual-inversion": "openpulid.methods.tuned.textual_inversion:TextualInversion",
+    "w-plus": "openpulid.methods.w_plus.w_plus:WPlusAdapter",
 }
 """Name -> module:class. A module is imported when its method is first used."""
 
 
 TUNED_METHODS = ("custom-diffusion", "dreambooth", "lora", "textual-inversion")
 """Methods that `pulid tune` trains on images of one person, who is then in the adapter's file."""
+
+UNPUBLISHED_METHODS = ("face0", "photoverse", "w-plus")
+"""Methods of which no file for SDXL is published; the user passes one."""
 
 
 def find_method(name: str) -> type[Adapter]:

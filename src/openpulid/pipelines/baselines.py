@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openpulid.errors import OptionError
-from openpulid.methods.registry import TUNED_METHODS
+from openpulid.methods.registry import TUNED_METHODS, UNPUBLISHED_METHODS
 from openpulid.pipelines.model_set import BASE_NAMES, MINI_ADAPTERS, Family, ModelSet
 
 
@@ -54,8 +54,10 @@ _TUNED = {name: Baseline(1.0) for name in TUNED_METHODS} | {
     "textual-inversion": Baseline(1.0, unused=frozenset(("scale", "start", "end"))),
 }
 _PHOTOMAKER = _clip(clip_input="image", adapter_has_vision_encoder=True)
+_W_PLUS = {"extractor": "e4e", "recognition": None, "vision_encoder": "e4e"}
 
 BASELINES: dict[str, Baseline] = {
+    "face0": Baseline(1.0),
     "faceid": Baseline(1.0, models=_clip("buffalo-l")),
     "faceid-plus": Baseline(1.0, models=_clip("buffalo-l", "clip-h", "face")),
     "infiniteyou": Baseline(1.0, models=_INFINITEYOU, family="flux"),
@@ -66,15 +68,19 @@ BASELINES: dict[str, Baseline] = {
     "ip-adapter-plus-face": Baseline(0.6, models=_clip(None, "clip-h", "face")),
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
     "photomaker-v2": Baseline(1.0, start=0.2, models={**_PHOTOMAKER, "recognition": "buffalo-l"}),
+    "photoverse": Baseline(1.0),
+    "w-plus": Baseline(1.0, start=0.2, models=_W_PLUS),
     **_TUNED,
 }
-"""Other methods on full-size bases. The published adapter of each has the method's name."""
+"""Other methods on full-size bases. A published adapter has the method's name."""
 
 MINI_BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0),
     "instantid": Baseline(1.0),
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
     **_TUNED,
+    "face0": Baseline(1.0),
+    "photoverse": Baseline(1.0),
 }
 """Other methods on the miniature. All but PhotoMaker use the miniature's own extractor."""
 
@@ -119,8 +125,13 @@ def find_adapter(method: str, weights: Path | None) -> Path | str:
         weights: directory of the miniature's weights; None for the published adapter.
 
     Raises:
-        OptionError: the method is tuned on each person.
+        OptionError: the method is tuned on each person, or there is no file of it.
     """
+    if method in UNPUBLISHED_METHODS:
+        raise OptionError(
+            f"there is no file of {method} for this base model; pass one of your own with "
+            "--adapter."
+        )
     if method in TUNED_METHODS:
         raise OptionError(
             f"{method} needs a file of the person: `pulid tune {method}` writes it, and --adapter "
