@@ -162,6 +162,12 @@ def test_module_fingerprint_depends_on_every_value():
     assert module_fingerprint(module) != module_fingerprint(module.to(torch.bfloat16))
 
 
+def test_tensors_next_to_a_state_dict_are_kept(tmp_path):
+    state = {"state_dict": {"weight": torch.ones(1)}, "mean": torch.zeros(2), "step": 3}
+    torch.save(state, tmp_path / "file.bin")
+    assert read_tensors(tmp_path / "file.bin").keys() == {"weight", "mean"}
+
+
 def test_dictionary_that_contains_itself_is_refused(tmp_path):
     for key in ("state_dict", "model", "layer"):
         state = {"weight": torch.ones(1)}

@@ -21,6 +21,7 @@ from openpulid.methods.fastcomposer.encoders import FastComposerEncoder
 from openpulid.methods.ip_adapter.faceid import FaceID
 from openpulid.methods.registry import METHODS, TUNED_METHODS, UNPUBLISHED_METHODS, find_method
 from openpulid.methods.tuned import TunedAdapter
+from openpulid.pipelines.checks import find_active_steps
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import (
     BASELINES,
@@ -32,7 +33,9 @@ from openpulid.pipelines.presets import (
     sdxl,
     with_method,
 )
+from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.studio import Studio
+from openpulid.pipelines.weights import find_installed_methods
 from openpulid.world import Person, Scene, render
 from tests.support.clip_files import config, tower
 from tests.support.token_files import published
@@ -110,13 +113,22 @@ def test_tuned_methods_need_the_file_of_a_person(method: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", UNPUBLISHED_METHODS)
-def test_unpublished_methods_need_a_file_of_the_user(method: str, tmp_path: Path) -> None:
-    for create in (sdxl, mini):
-        with pytest.raises(OptionError, match=f"no weights of {method} for SDXL .* --adapter"):
-            with_method(create(), method)
-        models = with_method(create(), method, tmp_path / "own.safetensors").models
-        assert models.adapter == tmp_path / "own.safetensors"
-        assert not models.has_own_person
+def test_methods_without_published_file_need_one(method: str, tmp_path: Path) -> None:
+    for preset in (sdxl(), mini()):
+        message = f"no weights of {method} for SDXL .* --adapter"
+        if method == "w-plus" and preset.name == "mini":
+            message = "w-plus is not available for the miniature"
+        with pytest.raises(OptionError, match=message):
+            with_method(preset, method)
+        assert method not in find_installed_methods(preset)
+    preset = with_method(sdxl(), method, tmp_path / "own.safetensors")
+    face_models = {"w-plus": {"parsing", "e4e"}, "fastcomposer": set()}
+    read = face_models.get(method, {"parsing", "arcface", "eva"})
+    assert set(preset.published) == {"juggernaut", "detector", *read}
+    steps = find_active_steps(preset.resolve(GenerationRequest(prompt="a")), preset.models)
+    assert steps == list(range(6 if method in ("w-plus", "fastcomposer") else 0, 25))
+    assert preset.reads_weights == (method in ("face0", "w-plus"))
+    assert not preset.models.has_own_person
 
 
 def test_unsupported_methods_raise() -> None:
@@ -193,7 +205,7 @@ def own_file(method: str, pipe: Any, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", UNPUBLISHED_METHODS)
+@pytest.mark.parametrize("method", ["elite", "fastcomposer"])
 def test_studio_generates_with_a_file_of_the_user(method: str, tmp_path: Path) -> None:
     file = own_file(method, load("mini").pipe, tmp_path / "own.safetensors")
     studio = load(with_method(mini(), method, file))

@@ -61,6 +61,9 @@ def identify(
         str | None,
         typer.Option(help="Another method than PuLID; its identity features may differ."),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="File of a method of which none is published.")
+    ] = None,
     faces: FacePack = None,
     program: Annotated[
         str | None,
@@ -101,7 +104,10 @@ def identify(
 
     with name_options():
         resolved = resolve_preset(
-            preset, method=None if method in PULID_MODES else method, face_pack=faces
+            preset,
+            method=None if method in PULID_MODES else method,
+            adapter=adapter,
+            face_pack=faces,
         )
     if program is not None:
         from openpulid.pipelines.identity_export import check_gguf_export

@@ -147,6 +147,15 @@ UNET_ALONE = CheckpointKind(
 EMBEDDING = CheckpointKind(
     "an embedding for SDXL", "pass it with --embedding", (r"clip_l$", r"clip_g$")
 )
+W_PLUS = CheckpointKind(
+    "a W+ Adapter", "use --method w-plus", (r"w_proj\.proj_3\.", r"wplus_adapter\.")
+)
+FACE0 = CheckpointKind("a file of Face0", "use --method face0", (r"face_mlp\.0\.",))
+PHOTOVERSE = CheckpointKind(
+    "a file of PhotoVerse",
+    "use --method photoverse",
+    (r"text_adapter\.mapping_0\.", r"image_adapter\.mapping_0\."),
+)
 CUSTOM_DIFFUSION = CheckpointKind(
     "a file of Custom Diffusion",
     "use --method custom-diffusion",
@@ -160,6 +169,9 @@ KINDS: tuple[CheckpointKind, ...] = (
     PHOTOMAKER,
     FASTCOMPOSER,
     ELITE_MAPPERS,
+    W_PLUS,
+    FACE0,
+    PHOTOVERSE,
     CheckpointKind(
         "an IP-Adapter for FLUX",
         "it is not supported",

@@ -402,14 +402,18 @@ def _to_storage(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor
 
 
 def _unwrap(state: object) -> object:
-    """Return the innermost "state_dict" or "model" entry of a checkpoint, or the checkpoint."""
+    """Return the innermost "state_dict" or "model" entry of a checkpoint, or the checkpoint.
+
+    Tensors next to the entry are kept, such as the mean latent next to an encoder.
+    """
     for _ in range(MAX_NESTING):  # a pickled dictionary can contain itself
         if not isinstance(state, dict):
             break
         inner = state.get("state_dict", state.get("model"))
         if not isinstance(inner, dict):
             break
-        state = inner
+        tensors = {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
+        state = {**tensors, **inner}
     return state
 
 

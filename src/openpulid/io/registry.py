@@ -55,6 +55,7 @@ _FLUX = "FLUX.1 [dev] non-commercial"
 _OPENCV_ZOO = "https://github.com/opencv/opencv_zoo/raw/main/models"
 _YUNET = "face_detection_yunet_2026may.onnx"
 _FACEXLIB = "https://github.com/xinntao/facexlib/releases/download"
+_W_PLUS = "https://github.com/csxmli2016/w-plus-adapter/releases/download/v1"
 
 WEIGHTS: dict[str, Weight] = {
     "pulid-v1": Weight("guozinan/PuLID", "pulid_v1.bin", _PULID, False, 790),
@@ -100,6 +101,13 @@ WEIGHTS: dict[str, Weight] = {
         True,
         16,
         "selfie-multiclass",
+    ),
+    "e4e": Weight(
+        f"{_W_PLUS}/e4e_ffhq_encode.pt",
+        "e4e_ffhq_encode.pt",
+        "NTU S-Lab License 1.0: non-commercial",
+        False,
+        1200,
     ),
     "blip2": Weight("Salesforce/blip2-opt-2.7b", "", "MIT", True, 15_500),
     "sdxl-base": Weight(

@@ -112,6 +112,7 @@ class Span:
         start_step: first active step.
         whole_steps: A step is active only if it ends by `end`, as in diffusers' ControlNet
             pipelines. By default it is active if it begins before `end`.
+        after_start: The step that begins at `start` is not active yet, unless start is 0.
 
     Raises:
         OptionError: A value is out of range.
@@ -121,6 +122,7 @@ class Span:
     end: float = 1.0
     start_step: int = 0
     whole_steps: bool = False
+    after_start: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= 1 or not 0 <= self.end <= 1:
@@ -161,6 +163,8 @@ class Span:
             is_before_end = position.fraction + 1 / position.num_steps <= self.end + EPSILON
         else:
             is_before_end = fraction < self.end or self.end >= 1
+        if self.after_start and self.start > 0:
+            return position.fraction - EPSILON > self.start and is_before_end
         return self.start <= fraction and is_before_end
 
     @contextmanager
@@ -174,7 +178,9 @@ class Span:
             logger.warning(
                 "start %g is not before end %g; %s has no effect", self.start, self.end, subject
             )
-        watched = WatchedSpan(self.start, self.end, self.start_step, self.whole_steps)
+        watched = WatchedSpan(
+            self.start, self.end, self.start_step, self.whole_steps, self.after_start
+        )
         yield watched
         if watched.answers == {False}:
             logger.warning(

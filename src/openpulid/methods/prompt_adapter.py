@@ -104,7 +104,8 @@ class PromptAdapter(Adapter):
         prompts = self._identities(people)
         check_scale(scale)
         states = self.select_pipelines(pipe)
-        with Span(self.start if start is None else start, end).watch("the identity") as span:
+        first = self.start if start is None else start
+        with Span(first, end, after_start=True).watch("the identity") as span:
             if not scale or span.is_empty:
                 yield self
                 return

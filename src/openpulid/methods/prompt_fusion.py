@@ -80,7 +80,7 @@ class PromptFusion:
     Args:
         state: of the pipeline.
         num_entries: one entry of people per prompt, or 1 for all prompts.
-        span: of the schedule in which the changed prompt is used, without the step at its start.
+        span: of the schedule in which the changed prompt is used.
 
     Attributes:
         method: how messages call the method.
@@ -192,7 +192,7 @@ class PromptFusion:
         """Replace the prompt and its pooled embedding (forward pre-hook of the U-Net)."""
         self._unet_called = True
         call = UNetCall.parse(args, kwargs)
-        is_active = self._is_active(call)
+        is_active = self.span.contains(self.state.position(call.timestep))
         self.rows = [None] * len(call.text)
         if not is_active and not self._has_trigger_word:
             return args, kwargs
@@ -246,14 +246,6 @@ class PromptFusion:
             if is_changed and torch.equal(states.to(original), original):
                 return first, second
         return None
-
-    def _is_active(self, call: UNetCall) -> bool:
-        """Return whether the changed prompt is used; not yet in the step at `start`."""
-        position = self.state.position(call.timestep)
-        assert position.fraction is not None
-        # asked in any case: the span records its answers
-        is_in_span = self.span.contains(position)
-        return is_in_span and (not self.span.start or position.fraction > self.span.start)
 
     def _change(self, original: Tensor, entry: int) -> tuple[Tensor, Tensor, Sequence[int]]:
         """Replace one prompt (L, D) by the one that names the people of an entry.

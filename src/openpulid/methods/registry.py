@@ -14,6 +14,7 @@ METHODS = {
     "custom-diffusion": "openpulid.methods.tuned.custom_diffusion:CustomDiffusion",
     "dreambooth": "openpulid.methods.tuned.dreambooth:DreamBooth",
     "elite": "openpulid.methods.elite.elite:ELITE",
+    "face0": "openpulid.methods.face0.face0:Face0",
     "faceid": "openpulid.methods.ip_adapter.faceid:FaceID",
     "faceid-plus": "openpulid.methods.ip_adapter.faceid:FaceIDPlus",
     "fastcomposer": "openpulid.methods.fastcomposer.fastcomposer:FastComposer",
@@ -26,8 +27,10 @@ METHODS = {
     "lora": "openpulid.methods.tuned.lora:TunedLora",
     "photomaker": "openpulid.methods.photomaker.photomaker:PhotoMaker",
     "photomaker-v2": "openpulid.methods.photomaker.photomaker:PhotoMaker",
+    "photoverse": "openpulid.methods.photoverse.photoverse:PhotoVerse",
     "pulid": "openpulid.methods.pulid.sdxl:PuLID",
     "textual-inversion": "openpulid.methods.tuned.textual_inversion:TextualInversion",
+    "w-plus": "openpulid.methods.w_plus.w_plus:WPlusAdapter",
 }
 """Name -> module:class. A module is imported when its method is first used."""
 
@@ -35,8 +38,8 @@ METHODS = {
 TUNED_METHODS = ("custom-diffusion", "dreambooth", "lora", "textual-inversion")
 """Methods that `pulid tune` trains on images of one person, who is then in the adapter's file."""
 
-UNPUBLISHED_METHODS = ("elite", "fastcomposer")
-"""Methods without published weights for SDXL; they need a file of the user's own."""
+UNPUBLISHED_METHODS = ("elite", "face0", "fastcomposer", "photoverse", "w-plus")
+"""Methods without published weights for SDXL; the user passes a file."""
 
 
 def find_method(name: str) -> type[Adapter]:

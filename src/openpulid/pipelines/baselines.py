@@ -56,8 +56,11 @@ _TUNED = {name: Baseline(1.0) for name in TUNED_METHODS} | {
 _PHOTOMAKER = _clip(clip_input="image", adapter_has_vision_encoder=True)
 _UNPUBLISHED = {
     "elite": Baseline(1.0),
+    "face0": Baseline(1.0),
     "fastcomposer": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
+    "photoverse": Baseline(1.0),
 }
+_W_PLUS = {"extractor": "e4e", "recognition": None, "vision_encoder": "e4e"}
 
 BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0, models=_clip("buffalo-l")),
@@ -70,6 +73,7 @@ BASELINES: dict[str, Baseline] = {
     "ip-adapter-plus-face": Baseline(0.6, models=_clip(None, "clip-h", "face")),
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
     "photomaker-v2": Baseline(1.0, start=0.2, models={**_PHOTOMAKER, "recognition": "buffalo-l"}),
+    "w-plus": Baseline(1.0, start=0.2, models=_W_PLUS),
     **_TUNED,
     **_UNPUBLISHED,
 }

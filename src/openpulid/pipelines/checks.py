@@ -250,18 +250,18 @@ def find_active_steps(request: GenerationRequest, models: ModelSet) -> list[int]
 
     Args:
         request: a resolved request.
-        models: the first step of methods that change the prompt is the one after `start`;
-            InfiniteYou's last one ends by `end`.
+        models: the first step of methods that change the prompt, and of W+ Adapter, is the one
+            after `start`; InfiniteYou's last one ends by `end`.
     """
     identity = request.identity
     steps = count_steps(request)
     start, end = identity.start or 0.0, 1.0 if identity.end is None else identity.end
-    span = Span(start, end, whole_steps=models.method.startswith("infiniteyou"))
+    is_after_start = models.method in (*PROMPT_METHODS, "w-plus")
+    is_whole = models.method.startswith("infiniteyou")
+    span = Span(start, end, whole_steps=is_whole, after_start=is_after_start)
     if identity.start_step is not None:
         span = Span(0.0, end, identity.start_step)
     positions = [SchedulePosition(step / steps, step, steps) for step in range(steps)]
-    if models.method in PROMPT_METHODS and start:
-        positions = [position for position in positions if (position.fraction or 0) > start]
     return [position.step or 0 for position in positions if span.contains(position)]
 
 

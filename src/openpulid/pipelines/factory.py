@@ -19,7 +19,7 @@ from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.extractor import DeferredExtractor, IdentityExtractor, MiniExtractor
 from openpulid.identity.identity import Identity, hash_models
-from openpulid.identity.photo_extractor import PhotoExtractor
+from openpulid.identity.photo_extractor import LatentExtractor, PhotoExtractor
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.methods.registry import find_method
 from openpulid.pipelines.base_models import check_base, load_base
@@ -144,9 +144,13 @@ def load_extractor(
         device = torch.device("cpu")
     if models.extractor == "clip":
         return _load_clip_extractor(preset, device, adapter)
-    assert models.recognition is not None
     assert models.vision_encoder is not None
     detector = resolve_path(models.detector)
+    if models.extractor == "e4e":
+        assert models.face_parsing is not None
+        parsing = resolve_path(models.face_parsing)
+        return LatentExtractor.load(detector, parsing, resolve_path(models.vision_encoder), device)
+    assert models.recognition is not None
     recognition = resolve_path(models.recognition)
     if models.extractor == "mini":
         vision_encoder = resolve_path(models.vision_encoder)

@@ -12,7 +12,7 @@ from openpulid.methods.registry import TUNED_METHODS
 WeightSource = Path | str
 """A path, or a name of `io.hub.WEIGHTS`, which is looked up when the preset is loaded."""
 
-ExtractorKind = Literal["mini", "photo", "clip"]
+ExtractorKind = Literal["mini", "photo", "clip", "e4e"]
 
 Family = Literal["sdxl", "flux", "chroma", "flux2"]
 """Architecture of a base model. Chroma is FLUX.1 pruned: the same blocks, adapter and autoencoder,
@@ -47,7 +47,7 @@ NETWORK_FOLDERS = {
 }
 """Folder of the network that a method opens next to its adapter."""
 
-PROMPT_METHODS = ("elite", "fastcomposer", "photomaker", "photomaker-v2")
+PROMPT_METHODS = ("elite", "fastcomposer", "photomaker", "photomaker-v2", "photoverse")
 """Methods that change words of the prompt, which "img" can mark, from the step after `start`."""
 
 MASKED_METHODS = ("pulid", "infiniteyou", "infiniteyou-sim")

@@ -20,9 +20,10 @@ from openpulid.io.checkpoint_kinds import ELITE_MAPPERS, CheckpointKind
 from openpulid.io.checkpoints import read_tensors
 from openpulid.methods.elite.attention import find_layers, hook_attention
 from openpulid.methods.elite.encoders import Mapper, Mappers
-from openpulid.methods.elite.fusion import WordFusion, embedding_widths
+from openpulid.methods.elite.fusion import ImageWordFusion
 from openpulid.methods.hooks import check_scale
 from openpulid.methods.prompt_adapter import PromptAdapter
+from openpulid.methods.word_fusion import embedding_widths
 
 GLOBAL = "global_mapper"
 LOCAL = "local_mapper"
@@ -44,7 +45,7 @@ class ELITE(PromptAdapter):
     """
 
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (ELITE_MAPPERS,)
-    fusion = WordFusion
+    fusion = ImageWordFusion
 
     encoder: Mappers
 
