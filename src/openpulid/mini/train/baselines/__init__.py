@@ -1,0 +1,32 @@
+"""Training of the baselines on the miniature: same images and same budget as PuLID's first stage.
+
+All methods train with the loss weights and timesteps of PuLID's first stage, so that only the
+methods differ. The authors of FaceID, InstantID and PhotoMaker train with L_diff alone. As its
+authors do, PhotoMaker restricts the loss to the face in half of the steps (arXiv 2312.04461,
+section 4.1), and never drops the identity.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from openpulid.mini.train.baselines.base import Baseline, Features, draw_uniform
+from openpulid.mini.train.baselines.fused_words import photomaker
+from openpulid.mini.train.baselines.ip_adapter import faceid, instantid
+
+__all__ = ["BASELINES", "FEATURES", "NAMES", "Baseline", "Features", "draw_uniform"]
+
+BASELINES: Mapping[str, Callable[..., Baseline]] = {
+    "faceid": faceid,
+    "instantid": instantid,
+    "photomaker": photomaker,
+}
+"""Name -> creates the untrained method, from the miniature's pipeline and the width of the face
+embedding, the vision encoder of CLIP, or the width of the five levels; see `FEATURES`."""
+
+FEATURES: Mapping[str, Features] = {
+    "faceid": "embedding",
+    "instantid": "embedding",
+    "photomaker": "images",
+}
+"""Name -> what the method reads of a person."""
+
+NAMES: Sequence[str] = tuple(BASELINES)
