@@ -12,22 +12,25 @@ from transformers import CLIPVisionModelWithProjection
 
 from openpulid.methods.registry import find_method
 from openpulid.mini.train.baseline_task import BaselineTask
-from openpulid.mini.train.baselines import BASELINES, NAMES, Baseline
+from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Baseline
 from openpulid.mini.train.build_context import stamp
-from openpulid.pipelines.factory import load_pipeline
-from openpulid.pipelines.presets import MINIATURE, mini
+from openpulid.pipelines.factory import check_models, load_pipeline
+from openpulid.pipelines.presets import MINIATURE, mini, with_method
 from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import find_recipe as recipe
 from openpulid.training.rng import StepRNG
+from openpulid.training.trainer import sum_losses
 
 FACE, SIDE, COUNT = 8, 96, 2
+STEP = 0  # whose random numbers are drawn
+LEVELS = (5, 37, 96)  # the miniature's vision encoder: levels, tokens, width
 
 
 class Fixed:
     """The same pictures at every step."""
 
-    def __init__(self, pipe: Any, photomaker: bool) -> None:
+    def __init__(self, pipe: Any, name: str) -> None:
         generator = torch.Generator().manual_seed(3)
         shape = (COUNT, *SDXLModel(pipe).latent_shape())
         face = torch.randn(COUNT, FACE, generator=generator)
@@ -35,7 +38,11 @@ class Fixed:
         marks = torch.rand(COUNT, 5, 2, generator=generator)
         masks = torch.ones(COUNT, 1, *shape[2:])
         prompts = ["portrait of a person, photo", "portrait, smiling"]
-        hidden = [pixels] if photomaker else []
+        hidden = {
+            "embedding": [],
+            "images": [pixels],
+            "levels": [torch.randn(COUNT, *LEVELS[1:], generator=generator) for _ in range(5)],
+        }[FEATURES[name]]
         self.rows = Batch(
             torch.randn(shape, generator=generator), masks, prompts, face, hidden, None, marks
         )
@@ -51,13 +58,11 @@ def pipe() -> Any:
 
 def made(name: str, pipe: Any) -> tuple[Baseline, BaselineTask]:
     torch.manual_seed(0)
-    if name == "photomaker":
-        baseline = BASELINES[name](
-            pipe, CLIPVisionModelWithProjection.from_pretrained(MINIATURE / "clip").float()
-        )
-    else:
-        baseline = BASELINES[name](pipe, FACE)
-    source = Fixed(pipe, name == "photomaker")
+    inputs: dict[str, Any] = {"embedding": FACE, "levels": LEVELS[-1]}
+    if FEATURES[name] == "images":
+        inputs["images"] = CLIPVisionModelWithProjection.from_pretrained(MINIATURE / "clip").float()
+    baseline = BASELINES[name](pipe, inputs[FEATURES[name]])
+    source = Fixed(pipe, name)
     return baseline, BaselineTask(
         recipe("mini_stage1"), SDXLModel(type(pipe)(**pipe.components)), baseline, source, source
     )
@@ -71,17 +76,18 @@ def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Pa
     optimizer = torch.optim.AdamW(learned, lr=3e-3)
     told = []
     for _ in range(6):  # the same noise each time: the loss must fall
-        loss = task.losses(StepRNG(0, 1))["diffusion"]
+        losses = task.losses(StepRNG(0, STEP))
         optimizer.zero_grad()
-        loss.backward()
+        sum_losses(losses).backward()
         optimizer.step()
-        told.append(loss.item())
+        told.append(losses["diffusion"].item())
     assert told[-1] < told[0] * 0.995
     assert sum(float(x.grad.abs().sum()) > 0 for x in learned if x.grad is not None) > 0.8 * len(
         learned
     )
     assert all(torch.equal(value, base[key]) for key, value in pipe.unet.state_dict().items())
-    nobody = set() if name == "photomaker" else {"held_out_none"}  # it never learned what nobody is
+    # a method that always needs an identity never learned what none is
+    nobody = set() if baseline.needs_identity else {"held_out_none"}
     assert set(task.validate()) == {"held_out_own", "held_out_other"} | nobody
 
     place = baseline.save(tmp_path / name, pipe)
@@ -93,15 +99,17 @@ def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Pa
         with safe_open(file, framework="pt") as written:
             assert written.metadata()["revision"] == "abc"
     again: Any = find_method(name)
-    loaded = again.load(place)
+    loaded = again.load(place).to(torch.device("cpu"), torch.float32)
+    check_models(with_method(mini(), name, place))  # the benchmark's check
     loaded.attach(pipe)
     baseline.method.attach(pipe)
-    if name == "photomaker":
+    if FEATURES[name] == "images":
         pixels = torch.rand(1, 3, 96, 96)
-        seen = [
-            m.encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
-            for m in (baseline.method, loaded)
-        ]
+        seen = []
+        for method in (baseline.method, loaded):
+            encoder = method.create_extractor(None).vision_encoder
+            states = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states
+            seen.append(states[-1])
         assert torch.allclose(*seen, atol=0.05), "the tower is not the one that it was trained with"
     people = baseline.identities(task.data.batch(StepRNG(0, 0)))[0]
     images = []
@@ -120,4 +128,30 @@ def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Pa
         lost,
         shown,
     )  # half precision is all that saving loses
+    baseline.method.detach(pipe)
+
+
+def text_of(baseline: Baseline, task: BaselineTask, batch: Batch) -> torch.Tensor:
+    """Return the text that the U-Net reads for a batch."""
+    seen = []
+    unet = task.base.unet
+
+    def read(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["encoder_hidden_states"])
+
+    with baseline.use(batch, task.base.pipe), torch.no_grad():
+        text = task.base.encode_text(batch.prompts)
+        handle = unet.register_forward_pre_hook(read, with_kwargs=True)
+        task.base.predict(batch.latents, torch.full((COUNT,), 500), text)
+        handle.remove()
+    return seen[0]
+
+
+def test_face0_zeroes_the_vectors_of_dropped_identities(pipe: Any) -> None:
+    baseline, task = made("face0", pipe)
+    batch = task.data.batch(StepRNG(0, 0))
+    dropped = baseline.drop(batch, torch.tensor([True, False]))
+    text = text_of(baseline, task, dropped)
+    assert not text[0, -3:].any() and text[0, -4].any()
+    assert torch.equal(text[1], text_of(baseline, task, batch)[1]) and text[1, -3:].any()
     baseline.method.detach(pipe)

@@ -9,6 +9,7 @@ section 4.1), and never drops the identity.
 from collections.abc import Callable, Mapping, Sequence
 
 from openpulid.mini.train.baselines.base import Baseline, Features, draw_uniform
+from openpulid.mini.train.baselines.face_tokens import face0
 from openpulid.mini.train.baselines.fused_words import photomaker
 from openpulid.mini.train.baselines.ip_adapter import faceid, instantid
 
@@ -18,6 +19,7 @@ BASELINES: Mapping[str, Callable[..., Baseline]] = {
     "faceid": faceid,
     "instantid": instantid,
     "photomaker": photomaker,
+    "face0": face0,
 }
 """Name -> creates the untrained method, from the miniature's pipeline and the width of the face
 embedding, the vision encoder of CLIP, or the width of the five levels; see `FEATURES`."""
@@ -26,6 +28,7 @@ FEATURES: Mapping[str, Features] = {
     "faceid": "embedding",
     "instantid": "embedding",
     "photomaker": "images",
+    "face0": "embedding",
 }
 """Name -> what the method reads of a person."""
 
