@@ -41,7 +41,9 @@ def build(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="Train a baseline instead: faceid, instantid, photomaker or face0."),
+        typer.Option(
+            help="Train a baseline instead: faceid, instantid, photomaker, face0 or photoverse."
+        ),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Time budget in minutes for all parts together.")

@@ -31,6 +31,7 @@ MINI_ADAPTERS = {
     "faceid": "faceid.safetensors",
     "instantid": "instantid",
     "photomaker": "photomaker.safetensors",
+    "photoverse": "photoverse.safetensors",
 }
 """Adapters of the miniature's baselines, in the directory of its weights."""
 

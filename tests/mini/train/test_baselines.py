@@ -16,6 +16,7 @@ from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Baseline
 from openpulid.mini.train.build_context import stamp
 from openpulid.pipelines.factory import check_models, load_pipeline
 from openpulid.pipelines.presets import MINIATURE, mini, with_method
+from openpulid.training.photoverse import draw_fusion
 from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import find_recipe as recipe
@@ -154,4 +155,37 @@ def test_face0_zeroes_the_vectors_of_dropped_identities(pipe: Any) -> None:
     text = text_of(baseline, task, dropped)
     assert not text[0, -3:].any() and text[0, -4].any()
     assert torch.equal(text[1], text_of(baseline, task, batch)[1]) and text[1, -3:].any()
+    baseline.method.detach(pipe)
+
+
+@pytest.mark.parametrize("name", ["photoverse"])
+def test_words_learn_through_the_text_encoders(name: str, pipe: Any) -> None:
+    baseline, task = made(name, pipe)
+    task.losses(StepRNG(0, STEP))["diffusion"].backward()
+    networks = {"photoverse": "text_adapter.mapping_0", "elite": "0.mapping_0"}
+    word = baseline.trained.get_submodule(networks[name])
+    assert all(x.grad is not None and x.grad.any() for x in word.parameters())
+    encoders = (pipe.text_encoder, pipe.text_encoder_2)
+    assert all(x.grad is None for encoder in encoders for x in encoder.parameters())
+    baseline.method.detach(pipe)
+
+
+def test_photoverse_draws_the_weights_of_each_training_step(pipe: Any) -> None:
+    baseline, task = made("photoverse", pipe)
+    torch.nn.init.normal_(baseline.method.networks.cross_attention["1"].to_v_visual.weight)
+    reads_image, steps = {}, {}
+    for step in (0, 1, 3):
+        baseline.method.networks.zero_grad()
+        steps[step] = task.losses(StepRNG(0, step))
+        steps[step]["diffusion"].backward()
+        gradient = baseline.method.networks.image_adapter.mapping_0[6].weight.grad
+        reads_image[step] = bool(gradient.any())
+    assert reads_image == {0: True, 1: False, 3: True}
+    again = task.losses(StepRNG(0, 1))
+    assert all(torch.equal(again[name], steps[1][name]) for name in again)
+    assert all(losses.keys() == {"diffusion", "words", "values"} for losses in steps.values())
+    words = [losses["words"] for losses in steps.values()]
+    assert torch.equal(words[0], words[1]) and 0 < words[0] < 0.1 and steps[0]["values"] > 0
+    fusions = [draw_fusion(StepRNG(0, step).generator("fusion")) for step in (0, 1, 3)]
+    assert [(x.text, x.visual) for x in fusions] == [(1, 1), (2, 0), (0, 2)]
     baseline.method.detach(pipe)

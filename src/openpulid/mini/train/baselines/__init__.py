@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from openpulid.mini.train.baselines.base import Baseline, Features, draw_uniform
 from openpulid.mini.train.baselines.face_tokens import face0
 from openpulid.mini.train.baselines.fused_words import photomaker
+from openpulid.mini.train.baselines.image_words import photoverse
 from openpulid.mini.train.baselines.ip_adapter import faceid, instantid
 
 __all__ = ["BASELINES", "FEATURES", "NAMES", "Baseline", "Features", "draw_uniform"]
@@ -20,6 +21,7 @@ BASELINES: Mapping[str, Callable[..., Baseline]] = {
     "instantid": instantid,
     "photomaker": photomaker,
     "face0": face0,
+    "photoverse": photoverse,
 }
 """Name -> creates the untrained method, from the miniature's pipeline and the width of the face
 embedding, the vision encoder of CLIP, or the width of the five levels; see `FEATURES`."""
@@ -29,6 +31,7 @@ FEATURES: Mapping[str, Features] = {
     "instantid": "embedding",
     "photomaker": "images",
     "face0": "embedding",
+    "photoverse": "levels",
 }
 """Name -> what the method reads of a person."""
 
