@@ -42,7 +42,8 @@ def build(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Train a baseline instead: faceid, instantid, photomaker, face0 or photoverse."
+            help="Train a baseline instead: faceid, instantid, photomaker, face0, photoverse or "
+            "fastcomposer."
         ),
     ] = None,
     minutes: Annotated[

@@ -29,6 +29,7 @@ BASE_NAMES: dict[Family, str] = {
 MINI_ADAPTERS = {
     "face0": "face0.safetensors",
     "faceid": "faceid.safetensors",
+    "fastcomposer": "fastcomposer.safetensors",
     "instantid": "instantid",
     "photomaker": "photomaker.safetensors",
     "photoverse": "photoverse.safetensors",

@@ -12,12 +12,14 @@ from transformers import CLIPVisionModelWithProjection
 
 from openpulid.methods.registry import find_method
 from openpulid.mini.train.baseline_task import BaselineTask
-from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Baseline
+from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Baseline, draw_uniform
 from openpulid.mini.train.build_context import stamp
 from openpulid.pipelines.factory import check_models, load_pipeline
 from openpulid.pipelines.presets import MINIATURE, mini, with_method
 from openpulid.training.photoverse import draw_fusion
 from openpulid.training.pulid.batch import Batch
+from openpulid.training.pulid.branches import DiffusionStep
+from openpulid.training.pulid.localization import attention_weights, resize_masks
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import find_recipe as recipe
 from openpulid.training.rng import StepRNG
@@ -188,4 +190,48 @@ def test_photoverse_draws_the_weights_of_each_training_step(pipe: Any) -> None:
     assert torch.equal(words[0], words[1]) and 0 < words[0] < 0.1 and steps[0]["values"] > 0
     fusions = [draw_fusion(StepRNG(0, step).generator("fusion")) for step in (0, 1, 3)]
     assert [(x.text, x.visual) for x in fusions] == [(1, 1), (2, 0), (0, 2)]
+    baseline.method.detach(pipe)
+
+
+def test_fastcomposer_drops_identity_and_caption(pipe: Any) -> None:
+    baseline, task = made("fastcomposer", pipe)
+    batch = task.data.batch(StepRNG(0, 0))
+    dropped = baseline.drop(batch, torch.tensor([True, False]))
+    assert dropped.prompts == ["", batch.prompts[1]]
+    text = text_of(baseline, task, dropped)
+    assert torch.equal(text[0], task.base.encode_text([""]).embeds[0])
+    assert torch.equal(text[1], text_of(baseline, task, batch)[1])
+    assert not torch.equal(text[1], task.base.encode_text(batch.prompts).embeds[1])
+    baseline.method.detach(pipe)
+
+
+def test_fastcomposer_localizes_the_words_of_people_who_are_shown(pipe: Any) -> None:
+    baseline, task = made("fastcomposer", pipe)
+    assert [draw_uniform(StepRNG(0, step), "inside") < 0.5 for step in (0, 2)] == [True, False]
+    masks = torch.zeros(COUNT, 1, 12, 12)
+    masks[:, :, 3:9, 3:9] = 1
+    batch = task.data.batch(StepRNG(0, 0))._replace(masks=masks)
+    found = {}
+    for row, prompt in enumerate(batch.prompts):
+        tokens = pipe.tokenizer_2.convert_ids_to_tokens(pipe.tokenizer_2(prompt).input_ids)
+        found[row] = tokens.index("person") if "person" in tokens else 1
+    with baseline.use(batch, task.base.pipe), task.base.capture_attention() as attention:
+        text = task.base.encode_text(batch.prompts)
+        task.base.predict(batch.latents, torch.full((COUNT,), 500), text)
+    kept = batch._replace(id_cond=batch.id_cond * torch.tensor([[1.0], [0.0]]))
+    terms = []
+    for layer in attention:
+        maps = attention_weights(layer)[0, :, :, found[0]].mean(0)
+        inside = resize_masks(masks[:1], len(maps))[0, 0]
+        difference = (maps * (1 - inside)).sum() / (1 - inside).sum()
+        terms.append(difference - (maps * inside).sum() / inside.sum())
+    expected = 1e-3 * torch.stack(terms).mean() / COUNT  # the second row shows no one
+    loss = baseline.extra_losses(kept, task.base.pipe, attention)["localization"]
+    assert torch.allclose(loss, expected, rtol=1e-4) and loss != 0
+
+    step = DiffusionStep(batch.latents, torch.zeros_like(batch.latents), batch.latents, text.pooled)
+    masked = baseline.masked_loss(step, kept)
+    assert masked is not None
+    region = batch.latents[0, :, 3:9, 3:9].square().sum() / batch.latents.numel()
+    assert torch.allclose(masked, region, rtol=1e-5)
     baseline.method.detach(pipe)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from openpulid.mini.train.baselines.base import Baseline, Features, draw_uniform
 from openpulid.mini.train.baselines.face_tokens import face0
-from openpulid.mini.train.baselines.fused_words import photomaker
 from openpulid.mini.train.baselines.image_words import photoverse
 from openpulid.mini.train.baselines.ip_adapter import faceid, instantid
+from openpulid.mini.train.baselines.localized_words import fastcomposer
+from openpulid.mini.train.baselines.repeated_words import photomaker
 
 __all__ = ["BASELINES", "FEATURES", "NAMES", "Baseline", "Features", "draw_uniform"]
 
@@ -22,6 +23,7 @@ BASELINES: Mapping[str, Callable[..., Baseline]] = {
     "photomaker": photomaker,
     "face0": face0,
     "photoverse": photoverse,
+    "fastcomposer": fastcomposer,
 }
 """Name -> creates the untrained method, from the miniature's pipeline and the width of the face
 embedding, the vision encoder of CLIP, or the width of the five levels; see `FEATURES`."""
@@ -32,6 +34,7 @@ FEATURES: Mapping[str, Features] = {
     "photomaker": "images",
     "face0": "embedding",
     "photoverse": "levels",
+    "fastcomposer": "images",
 }
 """Name -> what the method reads of a person."""
 

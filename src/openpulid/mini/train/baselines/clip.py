@@ -1,24 +1,14 @@
-"""PhotoMaker and FastComposer in training: words fused with tokens of CLIP's vision encoder."""
+"""What methods share that train the last layers of CLIP's vision encoder."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.identity.identity import Identity
-from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
-from openpulid.methods.photomaker.photomaker import PhotoMaker
 from openpulid.mini.train.baselines.base import Baseline
-from openpulid.mini.train.baselines.tensors import (
-    create_lora,
-    lora_tensors,
-    save_half,
-    train_lora,
-)
 from openpulid.training.pulid import Batch
 
 TRAINED_LAYERS = 2  # of four in the vision encoder
@@ -27,8 +17,6 @@ VISION_CONFIG = (
     *("patch_size", "image_size", "hidden_act"),
 )
 """Constructor arguments of a CLIP vision encoder."""
-PROJECTION_WIDTH = 64
-"""Of PhotoMaker's first projection; the second fills the remaining width of the text embeddings."""
 
 
 class ClipBaseline(Baseline):
@@ -56,56 +44,6 @@ class ClipBaseline(Baseline):
         config = self.vision_encoder.config
         names = (*VISION_CONFIG, "projection_dim")
         return {"tower": json.dumps({name: getattr(config, name) for name in names})}
-
-
-class PhotoMakerBaseline(ClipBaseline):
-    """PhotoMaker v1. As its authors do, it never drops the identity."""
-
-    needs_identity = True
-    masks_loss = True
-    method: PhotoMaker
-
-    @property
-    def vision_encoder(self) -> CLIPVisionModelWithProjection:
-        """The id encoder, which is a vision encoder with further layers."""
-        return self.method.encoder
-
-    def save(self, path: Path, pipe: Any) -> Path:
-        """Save the encoder and the LoRA."""
-        parts = {
-            "id_encoder": self.method.encoder.state_dict(),
-            "lora_weights": lora_tensors(self.method),
-        }
-        flat = {
-            f"{part}.{name}": x for part, tensors in parts.items() for name, x in tensors.items()
-        }
-        return save_half(flat, path, self.describe_vision_encoder())
-
-
-def photomaker(pipe: Any, clip: CLIPVisionModelWithProjection) -> Baseline:
-    """Create PhotoMaker v1 on the miniature's CLIP.
-
-    Its authors train a part of the vision encoder's layers (arXiv 2312.04461, section 3.2); here it
-    is the last `TRAINED_LAYERS`.
-
-    Args:
-        pipe: the miniature's pipeline.
-        clip: the vision encoder.
-    """
-    width = pipe.unet.config.cross_attention_dim
-    encoder = PhotoMakerEncoder(vision_config(clip, PROJECTION_WIDTH), width)
-    last_layers = copy_vision_encoder(encoder, clip)
-    method = PhotoMaker(encoder, create_lora(pipe.unet))
-    trained = nn.ModuleList(
-        [
-            last_layers,
-            encoder.visual_projection,
-            encoder.visual_projection_2,
-            encoder.fuse_module,
-            train_lora(method),
-        ]
-    )
-    return PhotoMakerBaseline(method, trained)
 
 
 def vision_config(clip: CLIPVisionModelWithProjection, projection_dim: int) -> CLIPVisionConfig:
