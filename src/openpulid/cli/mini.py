@@ -42,8 +42,8 @@ def build(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Train a baseline instead: faceid, instantid, photomaker, face0, photoverse or "
-            "fastcomposer."
+            help="Train a baseline instead: faceid, instantid, photomaker, face0, photoverse, "
+            "fastcomposer or elite."
         ),
     ] = None,
     minutes: Annotated[

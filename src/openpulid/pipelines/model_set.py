@@ -27,6 +27,7 @@ BASE_NAMES: dict[Family, str] = {
 """How messages call an architecture."""
 
 MINI_ADAPTERS = {
+    "elite": "elite.safetensors",
     "face0": "face0.safetensors",
     "faceid": "faceid.safetensors",
     "fastcomposer": "fastcomposer.safetensors",

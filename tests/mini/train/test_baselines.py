@@ -160,11 +160,11 @@ def test_face0_zeroes_the_vectors_of_dropped_identities(pipe: Any) -> None:
     baseline.method.detach(pipe)
 
 
-@pytest.mark.parametrize("name", ["photoverse"])
+@pytest.mark.parametrize("name", ["photoverse", "elite"])
 def test_words_learn_through_the_text_encoders(name: str, pipe: Any) -> None:
     baseline, task = made(name, pipe)
     task.losses(StepRNG(0, STEP))["diffusion"].backward()
-    networks = {"photoverse": "text_adapter.mapping_0", "elite": "0.mapping_0"}
+    networks = {"photoverse": "text_adapter.mapping_0", "elite": "global_mapper.mapping_0"}
     word = baseline.trained.get_submodule(networks[name])
     assert all(x.grad is not None and x.grad.any() for x in word.parameters())
     encoders = (pipe.text_encoder, pipe.text_encoder_2)
@@ -234,4 +234,27 @@ def test_fastcomposer_localizes_the_words_of_people_who_are_shown(pipe: Any) -> 
     assert masked is not None
     region = batch.latents[0, :, 3:9, 3:9].square().sum() / batch.latents.numel()
     assert torch.allclose(masked, region, rtol=1e-5)
+    baseline.method.detach(pipe)
+
+
+def test_elite_trains_both_mappers_in_turns(pipe: Any) -> None:
+    baseline, task = made("elite", pipe)
+    mappers = baseline.method.encoder
+    learned = {}
+    for step in (0, 1):  # that of the local mapper, and that of the global one
+        mappers.zero_grad()
+        losses = task.losses(StepRNG(0, step))
+        losses["diffusion"].backward()
+        words = [
+            mappers.get_submodule(f"global_mapper.mapping_{level}.6").weight.grad
+            for level in range(5)
+        ]
+        patches = mappers.local_mapper.mapping_4[6].weight.grad
+        learned[step] = [x is not None and bool(x.any()) for x in (*words, patches)]
+        assert losses.keys() == {"diffusion", "words", "values"}
+        levels = [task.data.rows.hidden[level] for level in (4, 0, 1, 2, 3)]
+        size = mappers.global_mapper.words(levels).abs().mean()
+        assert torch.allclose(losses["words"], 0.01 * size)
+        assert mappers.num_words == 1
+    assert learned == {0: [True] + 4 * [False] + [True], 1: 5 * [True] + [False]}
     baseline.method.detach(pipe)

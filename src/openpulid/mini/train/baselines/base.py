@@ -19,6 +19,9 @@ Features = Literal["embedding", "images", "levels"]
 """What a baseline reads of a person: the face embedding, the reference image itself, or five levels
 of the vision encoder."""
 
+Attention = Sequence[AttentionQK]
+"""Queries and keys of each cross-attention layer."""
+
 
 class Baseline:
     """A method in training.
@@ -73,9 +76,7 @@ class Baseline:
         """Compute the loss of the face alone, a scalar; None for that of `BaselineTask`."""
         return None
 
-    def extra_losses(
-        self, batch: Batch, pipe: Any, attention: Sequence[AttentionQK]
-    ) -> Mapping[str, Tensor]:
+    def extra_losses(self, batch: Batch, pipe: Any, attention: Attention) -> Mapping[str, Tensor]:
         """Compute the weighted losses of a training step besides L_diff, by name.
 
         Args:
@@ -97,3 +98,9 @@ class Baseline:
 def draw_uniform(rng: StepRNG, name: str) -> float:
     """Draw a number from 0 to 1 for a whole step."""
     return float(torch.rand((), generator=rng.generator(name)))
+
+
+def deepest_first(batch: Batch) -> list[Tensor]:
+    """Return the five levels (B, 1 + N, S) of a batch in the order of mapper networks."""
+    *shallow, deepest = batch.hidden
+    return [deepest, *shallow]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from openpulid.methods.photoverse import PhotoVerse
 from openpulid.methods.photoverse.encoders import NUM_LEVELS, PhotoVerseLayer, PhotoVerseNetworks
-from openpulid.mini.train.baselines.base import Baseline
+from openpulid.mini.train.baselines.base import Attention, Baseline, deepest_first
 from openpulid.mini.train.baselines.tensors import RANK, save_half
 from openpulid.training import StepRNG
 from openpulid.training.photoverse import PhotoVerseLoss, draw_fusion, mean_size
 from openpulid.training.pulid import Batch
-from openpulid.training.pulid.models import AttentionQK
 
 HIDDEN_WIDTH = 128
 """Of the mapper networks; 1024 at the authors'."""
@@ -46,9 +45,7 @@ class PhotoVerseBaseline(Baseline):
             pipe=pipe,
         )
 
-    def extra_losses(
-        self, batch: Batch, pipe: Any, attention: Sequence[AttentionQK]
-    ) -> Mapping[str, Tensor]:
+    def extra_losses(self, batch: Batch, pipe: Any, attention: Attention) -> Mapping[str, Tensor]:
         """Compute the terms that keep words and visual values small, with the paper's weights."""
         networks = self.method.networks
         levels = deepest_first(batch)
@@ -77,9 +74,3 @@ def photoverse(pipe: Any, width: int) -> Baseline:
     """
     networks = PhotoVerseNetworks.for_pipeline(pipe, width, HIDDEN_WIDTH, RANK)
     return PhotoVerseBaseline(PhotoVerse(networks), networks)
-
-
-def deepest_first(batch: Batch) -> list[Tensor]:
-    """Return the five levels (B, 1 + N, S) of a batch in the order of the mapper networks."""
-    *shallow, deepest = batch.hidden
-    return [deepest, *shallow]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from openpulid.methods.fastcomposer.encoders import FastComposerEncoder
-from openpulid.mini.train.baselines.base import Baseline
+from openpulid.mini.train.baselines.base import Attention, Baseline
 from openpulid.mini.train.baselines.clip import ClipBaseline, copy_vision_encoder, vision_config
 from openpulid.mini.train.baselines.marked_words import DroppableFastComposer, find_words
 from openpulid.mini.train.baselines.tensors import (
@@ -22,7 +22,6 @@ from openpulid.mini.train.baselines.tensors import (
 )
 from openpulid.training.pulid import Batch, DiffusionStep, drop_captions, drop_identity
 from openpulid.training.pulid.localization import LocalizationLoss, MaskedDiffusionLoss
-from openpulid.training.pulid.models import AttentionQK
 
 LOCALIZATION_WEIGHT = 1e-3
 
@@ -53,9 +52,7 @@ class FastComposerBaseline(ClipBaseline):
         masks, is_shown = _masks(batch)
         return MaskedDiffusionLoss()(step, masks * is_shown[..., None, None])
 
-    def extra_losses(
-        self, batch: Batch, pipe: Any, attention: Sequence[AttentionQK]
-    ) -> Mapping[str, Tensor]:
+    def extra_losses(self, batch: Batch, pipe: Any, attention: Attention) -> Mapping[str, Tensor]:
         """Compute the localization loss with the authors' weight."""
         masks, is_shown = _masks(batch)
         positions = torch.tensor(find_words(batch.prompts, pipe.tokenizer_2))[:, None]
