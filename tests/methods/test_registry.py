@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from openpulid.bench.methods import check_weights
 from openpulid.cli.main import app
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip_extractor import load_clip_encoder
@@ -23,6 +24,7 @@ from openpulid.methods.registry import METHODS, TUNED_METHODS, UNPUBLISHED_METHO
 from openpulid.methods.tuned import TunedAdapter
 from openpulid.pipelines.checks import find_active_steps
 from openpulid.pipelines.loading import load
+from openpulid.pipelines.model_set import MINI_ADAPTERS
 from openpulid.pipelines.presets import (
     BASELINES,
     chroma,
@@ -114,13 +116,12 @@ def test_tuned_methods_need_the_file_of_a_person(method: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("method", UNPUBLISHED_METHODS)
 def test_methods_without_published_file_need_one(method: str, tmp_path: Path) -> None:
-    for preset in (sdxl(), mini()):
-        message = f"no weights of {method} for SDXL .* --adapter"
-        if method == "w-plus" and preset.name == "mini":
-            message = "w-plus is not available for the miniature"
-        with pytest.raises(OptionError, match=message):
-            with_method(preset, method)
-        assert method not in find_installed_methods(preset)
+    with pytest.raises(OptionError, match=f"no weights of {method} for SDXL .* --adapter"):
+        with_method(sdxl(), method)
+    assert method not in find_installed_methods(sdxl())
+    if method not in MINI_ADAPTERS:
+        with pytest.raises(OptionError, match=r"not available for the miniature|no weights of"):
+            with_method(mini(), method)
     preset = with_method(sdxl(), method, tmp_path / "own.safetensors")
     face_models = {"w-plus": {"parsing", "e4e"}, "fastcomposer": set()}
     read = face_models.get(method, {"parsing", "arcface", "eva"})
@@ -161,9 +162,15 @@ def test_options_of_a_method_are_those_of_its_base() -> None:
     assert not with_method(sdxl(), "faceid").models.supports_masks
 
 
-def test_untrained_baseline_error_names_build_command(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="pulid mini build --method faceid"):
-        load(with_method(mini(), "faceid", tmp_path / "faceid.safetensors"))
+@pytest.mark.parametrize("method", MINI_ADAPTERS)
+def test_untrained_baseline_error_names_build_command(method: str, tmp_path: Path) -> None:
+    preset = with_method(mini(tmp_path), method)
+    assert preset.models.adapter == tmp_path / MINI_ADAPTERS[method]
+    assert method not in find_installed_methods(mini(tmp_path))
+    with pytest.raises(WeightsError, match=f"pulid mini build --method {method}`"):
+        load(preset)
+    with pytest.raises(WeightsError, match=f"pulid mini build --method {method}`"):
+        check_weights({method: with_method(mini(), method, tmp_path / MINI_ADAPTERS[method])})
 
 
 def test_clip_encoder_is_rebuilt_from_tensors() -> None:

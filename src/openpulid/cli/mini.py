@@ -41,7 +41,10 @@ def build(
     ] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="Train a baseline instead: faceid, instantid or photomaker."),
+        typer.Option(
+            help="Train a baseline instead: faceid, instantid, photomaker, face0, photoverse, "
+            "fastcomposer or elite."
+        ),
     ] = None,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Time budget in minutes for all parts together.")

@@ -131,6 +131,8 @@ def find_adapter(method: str, weights: Path | None) -> Path | str:
     Raises:
         OptionError: the method is tuned on each person, or nobody has published its weights.
     """
+    if weights is not None and method in MINI_ADAPTERS:
+        return weights / MINI_ADAPTERS[method]
     if method in UNPUBLISHED_METHODS:
         raise OptionError(
             f"no weights of {method} for SDXL have been published; pass a file of your own with "
@@ -141,4 +143,4 @@ def find_adapter(method: str, weights: Path | None) -> Path | str:
             f"{method} needs a file of the person: `pulid tune {method}` writes it, and --adapter "
             "names it."
         )
-    return method if weights is None else weights / MINI_ADAPTERS[method]
+    return method

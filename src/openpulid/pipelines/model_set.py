@@ -27,9 +27,13 @@ BASE_NAMES: dict[Family, str] = {
 """How messages call an architecture."""
 
 MINI_ADAPTERS = {
+    "elite": "elite.safetensors",
+    "face0": "face0.safetensors",
     "faceid": "faceid.safetensors",
+    "fastcomposer": "fastcomposer.safetensors",
     "instantid": "instantid",
     "photomaker": "photomaker.safetensors",
+    "photoverse": "photoverse.safetensors",
 }
 """Adapters of the miniature's baselines, in the directory of its weights."""
 

@@ -12,22 +12,28 @@ from transformers import CLIPVisionModelWithProjection
 
 from openpulid.methods.registry import find_method
 from openpulid.mini.train.baseline_task import BaselineTask
-from openpulid.mini.train.baselines import BASELINES, NAMES, Baseline
+from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Baseline, draw_uniform
 from openpulid.mini.train.build_context import stamp
-from openpulid.pipelines.factory import load_pipeline
-from openpulid.pipelines.presets import MINIATURE, mini
+from openpulid.pipelines.factory import check_models, load_pipeline
+from openpulid.pipelines.presets import MINIATURE, mini, with_method
+from openpulid.training.photoverse import draw_fusion
 from openpulid.training.pulid.batch import Batch
+from openpulid.training.pulid.branches import DiffusionStep
+from openpulid.training.pulid.localization import attention_weights, resize_masks
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import find_recipe as recipe
 from openpulid.training.rng import StepRNG
+from openpulid.training.trainer import sum_losses
 
 FACE, SIDE, COUNT = 8, 96, 2
+STEP = 0  # whose random numbers are drawn
+LEVELS = (5, 37, 96)  # the miniature's vision encoder: levels, tokens, width
 
 
 class Fixed:
     """The same pictures at every step."""
 
-    def __init__(self, pipe: Any, photomaker: bool) -> None:
+    def __init__(self, pipe: Any, name: str) -> None:
         generator = torch.Generator().manual_seed(3)
         shape = (COUNT, *SDXLModel(pipe).latent_shape())
         face = torch.randn(COUNT, FACE, generator=generator)
@@ -35,7 +41,11 @@ class Fixed:
         marks = torch.rand(COUNT, 5, 2, generator=generator)
         masks = torch.ones(COUNT, 1, *shape[2:])
         prompts = ["portrait of a person, photo", "portrait, smiling"]
-        hidden = [pixels] if photomaker else []
+        hidden = {
+            "embedding": [],
+            "images": [pixels],
+            "levels": [torch.randn(COUNT, *LEVELS[1:], generator=generator) for _ in range(5)],
+        }[FEATURES[name]]
         self.rows = Batch(
             torch.randn(shape, generator=generator), masks, prompts, face, hidden, None, marks
         )
@@ -51,13 +61,11 @@ def pipe() -> Any:
 
 def made(name: str, pipe: Any) -> tuple[Baseline, BaselineTask]:
     torch.manual_seed(0)
-    if name == "photomaker":
-        baseline = BASELINES[name](
-            pipe, CLIPVisionModelWithProjection.from_pretrained(MINIATURE / "clip").float()
-        )
-    else:
-        baseline = BASELINES[name](pipe, FACE)
-    source = Fixed(pipe, name == "photomaker")
+    inputs: dict[str, Any] = {"embedding": FACE, "levels": LEVELS[-1]}
+    if FEATURES[name] == "images":
+        inputs["images"] = CLIPVisionModelWithProjection.from_pretrained(MINIATURE / "clip").float()
+    baseline = BASELINES[name](pipe, inputs[FEATURES[name]])
+    source = Fixed(pipe, name)
     return baseline, BaselineTask(
         recipe("mini_stage1"), SDXLModel(type(pipe)(**pipe.components)), baseline, source, source
     )
@@ -71,17 +79,18 @@ def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Pa
     optimizer = torch.optim.AdamW(learned, lr=3e-3)
     told = []
     for _ in range(6):  # the same noise each time: the loss must fall
-        loss = task.losses(StepRNG(0, 1))["diffusion"]
+        losses = task.losses(StepRNG(0, STEP))
         optimizer.zero_grad()
-        loss.backward()
+        sum_losses(losses).backward()
         optimizer.step()
-        told.append(loss.item())
+        told.append(losses["diffusion"].item())
     assert told[-1] < told[0] * 0.995
     assert sum(float(x.grad.abs().sum()) > 0 for x in learned if x.grad is not None) > 0.8 * len(
         learned
     )
     assert all(torch.equal(value, base[key]) for key, value in pipe.unet.state_dict().items())
-    nobody = set() if name == "photomaker" else {"held_out_none"}  # it never learned what nobody is
+    # a method that always needs an identity never learned what none is
+    nobody = set() if baseline.needs_identity else {"held_out_none"}
     assert set(task.validate()) == {"held_out_own", "held_out_other"} | nobody
 
     place = baseline.save(tmp_path / name, pipe)
@@ -93,15 +102,17 @@ def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Pa
         with safe_open(file, framework="pt") as written:
             assert written.metadata()["revision"] == "abc"
     again: Any = find_method(name)
-    loaded = again.load(place)
+    loaded = again.load(place).to(torch.device("cpu"), torch.float32)
+    check_models(with_method(mini(), name, place))  # the benchmark's check
     loaded.attach(pipe)
     baseline.method.attach(pipe)
-    if name == "photomaker":
+    if FEATURES[name] == "images":
         pixels = torch.rand(1, 3, 96, 96)
-        seen = [
-            m.encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
-            for m in (baseline.method, loaded)
-        ]
+        seen = []
+        for method in (baseline.method, loaded):
+            encoder = method.create_extractor(None).vision_encoder
+            states = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states
+            seen.append(states[-1])
         assert torch.allclose(*seen, atol=0.05), "the tower is not the one that it was trained with"
     people = baseline.identities(task.data.batch(StepRNG(0, 0)))[0]
     images = []
@@ -120,4 +131,130 @@ def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Pa
         lost,
         shown,
     )  # half precision is all that saving loses
+    baseline.method.detach(pipe)
+
+
+def text_of(baseline: Baseline, task: BaselineTask, batch: Batch) -> torch.Tensor:
+    """Return the text that the U-Net reads for a batch."""
+    seen = []
+    unet = task.base.unet
+
+    def read(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append(kwargs["encoder_hidden_states"])
+
+    with baseline.use(batch, task.base.pipe), torch.no_grad():
+        text = task.base.encode_text(batch.prompts)
+        handle = unet.register_forward_pre_hook(read, with_kwargs=True)
+        task.base.predict(batch.latents, torch.full((COUNT,), 500), text)
+        handle.remove()
+    return seen[0]
+
+
+def test_face0_zeroes_the_vectors_of_dropped_identities(pipe: Any) -> None:
+    baseline, task = made("face0", pipe)
+    batch = task.data.batch(StepRNG(0, 0))
+    dropped = baseline.drop(batch, torch.tensor([True, False]))
+    text = text_of(baseline, task, dropped)
+    assert not text[0, -3:].any() and text[0, -4].any()
+    assert torch.equal(text[1], text_of(baseline, task, batch)[1]) and text[1, -3:].any()
+    baseline.method.detach(pipe)
+
+
+@pytest.mark.parametrize("name", ["photoverse", "elite"])
+def test_words_learn_through_the_text_encoders(name: str, pipe: Any) -> None:
+    baseline, task = made(name, pipe)
+    task.losses(StepRNG(0, STEP))["diffusion"].backward()
+    networks = {"photoverse": "text_adapter.mapping_0", "elite": "global_mapper.mapping_0"}
+    word = baseline.trained.get_submodule(networks[name])
+    assert all(x.grad is not None and x.grad.any() for x in word.parameters())
+    encoders = (pipe.text_encoder, pipe.text_encoder_2)
+    assert all(x.grad is None for encoder in encoders for x in encoder.parameters())
+    baseline.method.detach(pipe)
+
+
+def test_photoverse_draws_the_weights_of_each_training_step(pipe: Any) -> None:
+    baseline, task = made("photoverse", pipe)
+    torch.nn.init.normal_(baseline.method.networks.cross_attention["1"].to_v_visual.weight)
+    reads_image, steps = {}, {}
+    for step in (0, 1, 3):
+        baseline.method.networks.zero_grad()
+        steps[step] = task.losses(StepRNG(0, step))
+        steps[step]["diffusion"].backward()
+        gradient = baseline.method.networks.image_adapter.mapping_0[6].weight.grad
+        reads_image[step] = bool(gradient.any())
+    assert reads_image == {0: True, 1: False, 3: True}
+    again = task.losses(StepRNG(0, 1))
+    assert all(torch.equal(again[name], steps[1][name]) for name in again)
+    assert all(losses.keys() == {"diffusion", "words", "values"} for losses in steps.values())
+    words = [losses["words"] for losses in steps.values()]
+    assert torch.equal(words[0], words[1]) and 0 < words[0] < 0.1 and steps[0]["values"] > 0
+    fusions = [draw_fusion(StepRNG(0, step).generator("fusion")) for step in (0, 1, 3)]
+    assert [(x.text, x.visual) for x in fusions] == [(1, 1), (2, 0), (0, 2)]
+    baseline.method.detach(pipe)
+
+
+def test_fastcomposer_drops_identity_and_caption(pipe: Any) -> None:
+    baseline, task = made("fastcomposer", pipe)
+    batch = task.data.batch(StepRNG(0, 0))
+    dropped = baseline.drop(batch, torch.tensor([True, False]))
+    assert dropped.prompts == ["", batch.prompts[1]]
+    text = text_of(baseline, task, dropped)
+    assert torch.equal(text[0], task.base.encode_text([""]).embeds[0])
+    assert torch.equal(text[1], text_of(baseline, task, batch)[1])
+    assert not torch.equal(text[1], task.base.encode_text(batch.prompts).embeds[1])
+    baseline.method.detach(pipe)
+
+
+def test_fastcomposer_localizes_the_words_of_people_who_are_shown(pipe: Any) -> None:
+    baseline, task = made("fastcomposer", pipe)
+    assert [draw_uniform(StepRNG(0, step), "inside") < 0.5 for step in (0, 2)] == [True, False]
+    masks = torch.zeros(COUNT, 1, 12, 12)
+    masks[:, :, 3:9, 3:9] = 1
+    batch = task.data.batch(StepRNG(0, 0))._replace(masks=masks)
+    found = {}
+    for row, prompt in enumerate(batch.prompts):
+        tokens = pipe.tokenizer_2.convert_ids_to_tokens(pipe.tokenizer_2(prompt).input_ids)
+        found[row] = tokens.index("person") if "person" in tokens else 1
+    with baseline.use(batch, task.base.pipe), task.base.capture_attention() as attention:
+        text = task.base.encode_text(batch.prompts)
+        task.base.predict(batch.latents, torch.full((COUNT,), 500), text)
+    kept = batch._replace(id_cond=batch.id_cond * torch.tensor([[1.0], [0.0]]))
+    terms = []
+    for layer in attention:
+        maps = attention_weights(layer)[0, :, :, found[0]].mean(0)
+        inside = resize_masks(masks[:1], len(maps))[0, 0]
+        difference = (maps * (1 - inside)).sum() / (1 - inside).sum()
+        terms.append(difference - (maps * inside).sum() / inside.sum())
+    expected = 1e-3 * torch.stack(terms).mean() / COUNT  # the second row shows no one
+    loss = baseline.extra_losses(kept, task.base.pipe, attention)["localization"]
+    assert torch.allclose(loss, expected, rtol=1e-4) and loss != 0
+
+    step = DiffusionStep(batch.latents, torch.zeros_like(batch.latents), batch.latents, text.pooled)
+    masked = baseline.masked_loss(step, kept)
+    assert masked is not None
+    region = batch.latents[0, :, 3:9, 3:9].square().sum() / batch.latents.numel()
+    assert torch.allclose(masked, region, rtol=1e-5)
+    baseline.method.detach(pipe)
+
+
+def test_elite_trains_both_mappers_in_turns(pipe: Any) -> None:
+    baseline, task = made("elite", pipe)
+    mappers = baseline.method.encoder
+    learned = {}
+    for step in (0, 1):  # that of the local mapper, and that of the global one
+        mappers.zero_grad()
+        losses = task.losses(StepRNG(0, step))
+        losses["diffusion"].backward()
+        words = [
+            mappers.get_submodule(f"global_mapper.mapping_{level}.6").weight.grad
+            for level in range(5)
+        ]
+        patches = mappers.local_mapper.mapping_4[6].weight.grad
+        learned[step] = [x is not None and bool(x.any()) for x in (*words, patches)]
+        assert losses.keys() == {"diffusion", "words", "values"}
+        levels = [task.data.rows.hidden[level] for level in (4, 0, 1, 2, 3)]
+        size = mappers.global_mapper.words(levels).abs().mean()
+        assert torch.allclose(losses["words"], 0.01 * size)
+        assert mappers.num_words == 1
+    assert learned == {0: [True] + 4 * [False] + [True], 1: 5 * [True] + [False]}
     baseline.method.detach(pipe)

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import MiniFaceDetection
-from openpulid.mini.data import Latents, load_faces
-from openpulid.mini.train.baselines import Baseline
+from openpulid.mini.data import FaceFeatures, Latents, load_faces
+from openpulid.mini.train.baselines import FEATURES, Baseline, Features
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.clip import normalize_for_clip
 from openpulid.mini.train.portraits import Portraits, load_features
@@ -25,7 +24,7 @@ from openpulid.world import WorldDataset
 
 
 class FaceEmbeddingRows:
-    """The face embeddings alone of cached features: all that FaceID and InstantID use."""
+    """The face embeddings alone of cached features: all that FaceID and InstantID read."""
 
     def __init__(self, features: Any, width: int) -> None:
         self.features = features
@@ -37,7 +36,7 @@ class FaceEmbeddingRows:
 
 
 class ReferenceImages:
-    """What PhotoMaker reads: the reference images, because a part of its vision encoder trains."""
+    """The reference images themselves, for methods that train a part of their vision encoder."""
 
     def __init__(self, data: WorldDataset) -> None:
         self.data = data
@@ -51,13 +50,15 @@ class ReferenceImages:
 
 
 def load_rows(
-    context: BuildContext, extractor: Any, reads_images: bool, data: WorldDataset
-) -> ReferenceImages | FaceEmbeddingRows:
-    """Load what a baseline reads of a dataset: the images, or cached face embeddings."""
-    if reads_images:
+    context: BuildContext, extractor: Any, features: Features, data: WorldDataset
+) -> ReferenceImages | FaceEmbeddingRows | FaceFeatures:
+    """Load what a baseline reads of a dataset: the images, or cached features."""
+    if features == "images":
         return ReferenceImages(data)
-    features = load_features(extractor, data, context.runs)
-    return FaceEmbeddingRows(features, extractor.recognition.config["dim"])
+    cached = load_features(extractor, data, context.runs)
+    if features == "levels":
+        return cached
+    return FaceEmbeddingRows(cached, extractor.recognition.config["dim"])
 
 
 def open_baseline_data(
@@ -97,8 +98,7 @@ def make_sheet_function(
     baseline: Baseline, pipe: Any, extractor: Any, name: str
 ) -> Callable[[], Image.Image]:
     """Return a function that draws the sample sheet of a baseline."""
-    if name == "photomaker":
-        faces = MiniFaceDetection(extractor.detector)
-        extractor = ClipExtractor(faces, baseline.method.encoder, "image", -1)
+    if FEATURES[name] == "images":
+        extractor = baseline.method.create_extractor(MiniFaceDetection(extractor.detector))
     studio = Studio(pipe, baseline.method, extractor, with_method(mini(), name))
     return lambda: draw_sheet(studio)

@@ -16,7 +16,7 @@ from openpulid.io.checkpoints import load_module, read_metadata, save_module
 from openpulid.mini.evaluation.parameter_probe import fit_probe, measure_probe
 from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
 from openpulid.mini.train.baseline_task import BaselineTask
-from openpulid.mini.train.baselines import BASELINES, NAMES
+from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Features
 from openpulid.mini.train.build_context import (
     BuildContext,
     Stage,
@@ -46,18 +46,13 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
         pipe = load_pipeline(preset, context.device)
         extractor: Any = load_extractor(preset, context.device)
         torch.manual_seed(recipe.seed)
-        reads_images = name == "photomaker"
-        if reads_images:
-            clip = context.load_model(CLIPVisionModelWithProjection, "clip")
-            baseline = BASELINES[name](pipe, clip)
-        else:
-            baseline = BASELINES[name](pipe, extractor.recognition.config["dim"])
+        baseline = BASELINES[name](pipe, load_input(context, extractor, FEATURES[name]))
 
         def open_source(dataset: str) -> Portraits:
             return open_baseline_data(
                 context,
                 dataset,
-                partial(load_rows, context, extractor, reads_images),
+                partial(load_rows, context, extractor, FEATURES[name]),
                 pipe.tokenizer,
                 recipe.batch,
             )
@@ -74,6 +69,24 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
         return dict(task.validate())
 
     return train
+
+
+def load_input(context: BuildContext, extractor: Any, features: Features) -> Any:
+    """Load what a baseline is created for, see `BASELINES`.
+
+    Args:
+        context: of the build.
+        extractor: the miniature's own.
+        features: what the baseline reads of a person.
+
+    Returns:
+        The vision encoder of CLIP, or the width of the features.
+    """
+    if features == "images":
+        return context.load_model(CLIPVisionModelWithProjection, "clip")
+    if features == "levels":
+        return extractor.vision_encoder.config["embed_dim"]
+    return extractor.recognition.config["dim"]
 
 
 def train_probe(context: BuildContext) -> dict[str, float]:

@@ -1,20 +1,22 @@
-"""Training task of a baseline: L_diff alone, with the settings of PuLID's first stage."""
+"""Training task of a baseline: L_diff with the settings of PuLID's first stage."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from openpulid.mini.train.baselines import Baseline
+from openpulid.mini.train.baselines import Baseline, draw_uniform
 from openpulid.training import StepRNG
 from openpulid.training.pulid import (
     HELD_OUT_BATCHES,
     Batch,
     BatchSource,
     DiffusionLoss,
+    DiffusionStep,
     Recipe,
     SDXLModel,
     diffusion_branch,
@@ -22,10 +24,11 @@ from openpulid.training.pulid import (
     loss_weight_map,
     swap_identities,
 )
+from openpulid.training.pulid.models import AttentionQK
 
 
 class BaselineTask:
-    """Trains a baseline with L_diff. A `trainer.Task`.
+    """Trains a baseline with L_diff and the baseline's own losses. A `trainer.Task`.
 
     Args:
         recipe: PuLID's first stage: batch, timesteps, loss weights, fraction of dropped identities.
@@ -61,22 +64,25 @@ class BaselineTask:
         return {"baseline": self.baseline.trained}
 
     def losses(self, rng: StepRNG) -> Mapping[str, Tensor]:
-        """Compute L_diff, in half of PhotoMaker's steps on the face alone."""
+        """Compute L_diff and the baseline's own losses."""
+        baseline = self.baseline
         batch = self.data.batch(rng).to(self.base.device)
         dropped = rng.rand(batch.latents.shape[:1], "drop") < self.recipe.drop_identity
-        loss = self.image_loss
-        if self.baseline.needs_identity:
-            dropped = torch.zeros_like(dropped)
-            if torch.rand((), generator=rng.generator("inside")) < 0.5:
-                loss = self.face_loss
-        identities = drop_identity(batch, dropped)
-        return {"diffusion": self._loss(rng, batch, identities, self.recipe.timestep_bias, loss)}
+        if not baseline.needs_identity:
+            batch = baseline.drop(batch, dropped)
+        step, attention = self._predict(rng, batch, self.recipe.timestep_bias, is_training=True)
+        is_masked = baseline.masks_loss and draw_uniform(rng, "inside") < 0.5
+        loss = baseline.masked_loss(step, batch) if is_masked else None
+        if loss is None:
+            loss = self._weigh(step, batch, self.face_loss if is_masked else self.image_loss)
+        return {"diffusion": loss, **baseline.extra_losses(batch, self.base.pipe, attention)}
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
         """Measure L_diff on held-out people with their own identity, another one and none.
 
-        PhotoMaker has no figure without identity. InstantID's landmarks are always the image's own.
+        A method that never drops the identity has no figure without one. InstantID's landmarks are
+        always the image's own.
         """
         if self.held_out is None:
             return {}
@@ -94,7 +100,8 @@ class BaselineTask:
             }
             for name in names:
                 rng = StepRNG(self.recipe.seed, step)
-                loss = self._loss(rng, batch, conditions[name], 0.0, self.image_loss)
+                predicted, _ = self._predict(rng, conditions[name], 0.0)
+                loss = self._weigh(predicted, batch, self.image_loss)
                 sums[name] += loss.item() / HELD_OUT_BATCHES
         return {f"held_out_{name}": value for name, value in sums.items()}
 
@@ -102,16 +109,23 @@ class BaselineTask:
         """Draw the sample sheet, if there is a function for it."""
         return self.make_sheet() if self.make_sheet else None
 
-    def _loss(
-        self,
-        rng: StepRNG,
-        batch: Batch,
-        identities: Batch,
-        timestep_bias: float,
-        loss: DiffusionLoss,
-    ) -> Tensor:
-        with self.baseline.use(identities, self.base.pipe):
-            # inside the block, because PhotoMaker changes the text encoding
-            text = self.base.encode_text(batch.prompts)
-            step = diffusion_branch(self.base, rng, batch.latents, text, timestep_bias)
+    def _predict(
+        self, rng: StepRNG, batch: Batch, timestep_bias: float, is_training: bool = False
+    ) -> tuple[DiffusionStep, Sequence[AttentionQK]]:
+        """Predict with the identities of a batch; return it and the attention that is needed."""
+        base = self.base
+        with ExitStack() as stack:
+            # the block encodes the text, too, because some methods change its encoding
+            stack.enter_context(self.baseline.use(batch, base.pipe, rng if is_training else None))
+            if self.baseline.trains_text:
+                text = base.encode_text_with_gradient(batch.prompts)
+            else:
+                text = base.encode_text(batch.prompts)
+            attention: Sequence[AttentionQK] = ()
+            if is_training and self.baseline.reads_attention:
+                attention = stack.enter_context(base.capture_attention())
+            step = diffusion_branch(base, rng, batch.latents, text, timestep_bias)
+        return step, attention
+
+    def _weigh(self, step: DiffusionStep, batch: Batch, loss: DiffusionLoss) -> Tensor:
         return loss(step, loss_weight_map(batch, self.recipe.landmark_loss_weight))

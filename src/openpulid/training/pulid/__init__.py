@@ -3,6 +3,7 @@
 from openpulid.training.pulid.batch import (
     Batch,
     BatchSource,
+    drop_captions,
     drop_identity,
     loss_weight_map,
     swap_identities,
@@ -39,6 +40,7 @@ __all__ = [
     "build_adapter",
     "check_init_adapter",
     "diffusion_branch",
+    "drop_captions",
     "drop_identity",
     "find_recipe",
     "loss_weight_map",

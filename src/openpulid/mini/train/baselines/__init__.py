@@ -1,0 +1,45 @@
+"""Training of the baselines on the miniature: same images and same budget as PuLID's first stage.
+
+All methods train with the loss weights and timesteps of PuLID's first stage, so that only the
+methods differ. The authors of FaceID, InstantID, PhotoMaker and Face0 train with L_diff alone. As
+its authors do, PhotoMaker restricts the loss to the face in half of the steps (arXiv 2312.04461,
+section 4.1), and never drops the identity. PhotoVerse, FastComposer and ELITE add losses of their
+authors, see their classes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from openpulid.mini.train.baselines.base import Baseline, Features, draw_uniform
+from openpulid.mini.train.baselines.face_tokens import face0
+from openpulid.mini.train.baselines.image_patches import elite
+from openpulid.mini.train.baselines.image_words import photoverse
+from openpulid.mini.train.baselines.ip_adapter import faceid, instantid
+from openpulid.mini.train.baselines.localized_words import fastcomposer
+from openpulid.mini.train.baselines.repeated_words import photomaker
+
+__all__ = ["BASELINES", "FEATURES", "NAMES", "Baseline", "Features", "draw_uniform"]
+
+BASELINES: Mapping[str, Callable[..., Baseline]] = {
+    "faceid": faceid,
+    "instantid": instantid,
+    "photomaker": photomaker,
+    "face0": face0,
+    "photoverse": photoverse,
+    "fastcomposer": fastcomposer,
+    "elite": elite,
+}
+"""Name -> creates the untrained method, from the miniature's pipeline and the width of the face
+embedding, the vision encoder of CLIP, or the width of the five levels; see `FEATURES`."""
+
+FEATURES: Mapping[str, Features] = {
+    "faceid": "embedding",
+    "instantid": "embedding",
+    "photomaker": "images",
+    "face0": "embedding",
+    "photoverse": "levels",
+    "fastcomposer": "images",
+    "elite": "levels",
+}
+"""Name -> what the method reads of a person."""
+
+NAMES: Sequence[str] = tuple(BASELINES)
