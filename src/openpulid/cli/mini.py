@@ -56,6 +56,10 @@ def build(
         Path | None,
         typer.Option(help="Folder of a pipeline whose U-Net the base model starts from."),
     ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the weights to read and write (default: the installed ones)."),
+    ] = None,
     device: Device = None,
     resume: Annotated[
         bool,
@@ -64,9 +68,18 @@ def build(
 ) -> None:
     """Train the miniature from scratch, or continue an interrupted build."""
     from openpulid.mini.train import build as builder
+    from openpulid.pipelines.presets import MINIATURE
 
     names = [*(part or []), *([method] if method else [])]
-    builder.build(names or None, minutes, device, fresh=not resume, people=people, begin=begin)
+    builder.build(
+        names or None,
+        minutes,
+        device,
+        fresh=not resume,
+        people=people,
+        begin=begin,
+        weights=weights or MINIATURE,
+    )
 
 
 @mini.command()

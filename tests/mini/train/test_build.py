@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from typer.testing import CliRunner
 
+from openpulid.cli.main import app
 from openpulid.errors import OptionError, WeightsError
 from openpulid.mini.models.pipeline import save_folder
 from openpulid.mini.train import build as builder
@@ -88,3 +91,10 @@ def test_stamp_keeps_weights(tmp_path):
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt", "revision": "abc", "seed": "4"}
         assert torch.equal(file.get_tensor("conv_in.weight"), unet.conv_in.weight.bfloat16())
+
+
+def test_command_uses_the_weights_of_another_folder(tmp_path: Path) -> None:
+    weights = tmp_path / "empty"
+    result = CliRunner().invoke(app, ["mini", "build", "lightning", "--weights", str(weights)])
+    assert isinstance(result.exception, WeightsError)
+    assert str(result.exception).startswith(f"{weights / 'pipeline' / 'text_encoder'} does not")
