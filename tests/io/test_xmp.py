@@ -115,7 +115,7 @@ def test_damaged_packets_are_refused_at_once(packet: bytes, reason: str) -> None
     start = time.process_time()
     with pytest.raises(ValueError, match=reason):
         parse_packet(packet)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 10  # instead of minutes
 
 
 def test_packet_begins_and_ends_as_specified() -> None:
