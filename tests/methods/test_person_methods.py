@@ -25,6 +25,7 @@ from openpulid.methods.w_plus.encoders import WPlusNetworks
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import mini, with_method
 from openpulid.world import Person, Scene, render
+from tests.support.method_checks import check_bfloat16, check_lora_of_user_stays
 from tests.support.token_files import PROMPTS, generate
 
 FACE, STATES, LATENT = 6, 8, 16
@@ -154,16 +155,11 @@ def test_two_people_with_the_same_prompt(name: str, pipe: Any, method: Any) -> N
 
 
 def test_lora_of_the_user_stays(name: str, pipe: Any, method: Any) -> None:
-    pytest.importorskip("peft")
-    with method.use(person(name), start=0.0):
-        alone = generate(pipe)
-    pipe.load_lora_weights(lora(pipe), adapter_name="own")
-    base = generate(pipe)
-    with method.use(person(name), start=0.0):
-        together = generate(pipe)
-    assert not torch.allclose(together, alone, atol=1e-3)
-    assert not torch.allclose(together, base, atol=1e-3)
-    assert torch.equal(generate(pipe), base)
+    check_lora_of_user_stays(pipe, method, person(name), LAYER)
+
+
+def test_bfloat16(name: str, pipe: Any, method: Any) -> None:
+    check_bfloat16(pipe, method, person(name))
 
 
 def test_published_suffix_and_half_precision(

@@ -62,7 +62,8 @@ def identify(
         typer.Option(help="Another method than PuLID; its identity features may differ."),
     ] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="File of a method of which none is published.")
+        Path | None,
+        typer.Option(help="Your own file of the method, for methods without a published one."),
     ] = None,
     faces: FacePack = None,
     program: Annotated[

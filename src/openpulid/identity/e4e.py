@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
 from openpulid.errors import explain_missing_library
-from openpulid.io.checkpoints import load_state, read_tensors
+from openpulid.io.checkpoints import explain_bad_weights, load_state, read_tensors
 
 SIDE = 256
 """Width and height of the input in pixels."""
@@ -67,7 +67,8 @@ class E4E(nn.Module):
     """The encoder, under the names of the published file.
 
     Attributes:
-        latent_avg: (18, 512) or (512,), the mean latent of the generator, which is added.
+        latent_avg: (18, 512) or (512,), the mean latent of the generator, which is added; without a
+            file there is none.
     """
 
     def __init__(self) -> None:
@@ -97,8 +98,10 @@ class E4E(nn.Module):
             encoder = cls()
         state = read_tensors(file, dtype, prefix="encoder.")
         weights = {name.removeprefix("encoder."): x for name, x in state.items()}
-        load_state(encoder, weights, f"{file} is not the e4e encoder", assign=True)
-        encoder.latent_avg = read_tensors(file, dtype, prefix="latent_avg").get("latent_avg")
+        message = f"{file} is not the e4e encoder"
+        load_state(encoder, weights, message, assign=True)
+        with explain_bad_weights(message):
+            encoder.latent_avg = read_tensors(file, dtype, prefix="latent_avg")["latent_avg"]
         return encoder.eval().requires_grad_(False)
 
     def forward(self, faces: Tensor) -> Tensor:

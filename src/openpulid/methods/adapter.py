@@ -6,8 +6,8 @@ How to add a method:
    variant, named after it (`sdxl.py`, `faceid.py`); `base.py` for what variants share;
    `encoders.py` for networks; one module for what is hooked into the base model.
 2. Subclass `Adapter`. Implement `load`, `check` and, as a context manager, `use`: compute what does
-   not change between steps, then call `activate` with a function that registers the hooks of one
-   pipeline. Keep all state in objects that this function creates.
+   not change between steps, then call `activate_span` with a function that registers the hooks of
+   one pipeline. Keep all state in objects that this function creates.
 3. Set `slot` to what the method changes in the network, so that two methods that would disturb each
    other cannot be active at once.
 4. Add the class to `registry.METHODS`, its published files to `openpulid.io.hub`, and its default
@@ -29,7 +29,10 @@ from torch import nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoint_kinds import CheckpointKind, require_kind
-from openpulid.methods.hooks import PipelineState, refuse_guider
+from openpulid.methods.hooks import PipelineState, Span, check_scale, refuse_guider
+
+OpenInSpan = Callable[[PipelineState, Span], AbstractContextManager[Any]]
+"""Activates a method on one pipeline, in a span of the schedule."""
 
 _ADAPTER_ATTR = "_openpulid_adapter"
 """Attribute of a network: id of the adapter that is attached to it. An id, not a reference, because
@@ -170,6 +173,36 @@ class Adapter:
             for state in states:
                 stack.enter_context(open_pipeline(state))
             yield
+
+    @contextmanager
+    def activate_span(
+        self,
+        open_pipeline: OpenInSpan,
+        scale: float,
+        span: Span,
+        pipe: Any,
+        subject: str = "the identity",
+    ) -> Iterator[None]:
+        """Open the attached pipelines, unless the method would change nothing.
+
+        Args:
+            open_pipeline: activates the method on one pipeline.
+            scale: weight of the method; 0 disables it.
+            span: of the schedule in which it acts.
+            pipe: one of the attached pipelines; None for all of them.
+            subject: what has no effect, for warnings.
+
+        Raises:
+            OptionError: nothing is attached, or the scale is out of range.
+        """
+        check_scale(scale)
+        states = self.select_pipelines(pipe)
+        with span.watch(subject) as watched:
+            if not scale or span.is_empty:
+                yield
+                return
+            with self.activate(states, lambda state: open_pipeline(state, watched)):
+                yield
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.adapter import Adapter, exclusive_use
-from openpulid.methods.hooks import PipelineState, Span, check_scale, find_unet
+from openpulid.methods.hooks import PipelineState, Span, find_unet
 from openpulid.methods.lora import check_low_rank, parse_lora
 from openpulid.methods.prompt_fusion import PromptFusion
 from openpulid.methods.pulid import People, normalize_people
@@ -102,25 +102,20 @@ class PromptAdapter(Adapter):
             IdentityError: The features of an identity are not finite.
         """
         prompts = self._identities(people)
-        check_scale(scale)
-        states = self.select_pipelines(pipe)
+
+        @contextmanager
+        def open_pipeline(state: PipelineState, span: Span) -> Iterator[None]:
+            fusion = type(self).fusion(state, self.encoder, prompts, span)
+            with (
+                exclusive_use(state.network, self.slot),
+                self.hook_unet(fusion, scale, **options),
+            ):
+                yield
+
         first = self.start if start is None else start
-        with Span(first, end, after_start=True).watch("the identity") as span:
-            if not scale or span.is_empty:
-                yield self
-                return
-
-            @contextmanager
-            def open_pipeline(state: PipelineState) -> Iterator[None]:
-                fusion = type(self).fusion(state, self.encoder, prompts, span)
-                with (
-                    exclusive_use(state.network, self.slot),
-                    self.hook_unet(fusion, scale, **options),
-                ):
-                    yield
-
-            with self.activate(states, open_pipeline):
-                yield self
+        span = Span(first, end, after_start=True)
+        with self.activate_span(open_pipeline, scale, span, pipe):
+            yield self
 
     def _identities(self, people: People) -> list[list[Identity]]:
         """Return the identities of each prompt."""

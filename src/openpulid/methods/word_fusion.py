@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from openpulid.errors import OptionError
 from openpulid.methods.hooks import PipelineState, Span
-from openpulid.methods.prompt_fusion import Encode, Encoding, PromptFusion, mark_class_words
-from openpulid.methods.tuned.words import EncoderWord, read_words
+from openpulid.methods.prompt_fusion import Encode, Encoding, PromptFusion, repeat_class_word
 
 
 class WordFusion(PromptFusion):
@@ -33,34 +34,58 @@ class WordFusion(PromptFusion):
     ) -> list[Mapping[int, Encoding]]:
         """Encode prompts whose word means an identity, see `PromptFusion.change_prompts`.
 
+        All prompts are encoded together, each with one of its identities at a time.
+
         Raises:
             OptionError: the word is too late in the prompt.
         """
-        ids, places = mark_class_words(input_ids, tokenizer)
-        end = tokenizer.eos_token_id
-        changed: list[Mapping[int, Encoding]] = []
-        for row, (position, *_) in enumerate(places):
-            token = int(ids[row, position])
-            # every word of this token is changed
-            first = ids[row].tolist().index(token)
-            encodings = {}
-            for entry in self._entries(row, len(ids)):
-                word = EncoderWord(self.encoders[index], token, end, self.words[entry][index])
-                if first + len(word.vectors) >= ids.shape[1]:  # the last one is the end token
-                    raise OptionError(
-                        f"the words of {self.method} do not fit, because the word for the person "
-                        "is too late in the prompt; move it forward."
-                    )
-                with read_words([word]):
-                    (encoding,) = encode(ids[row : row + 1])
-                encodings[entry] = replace(encoding, positions=(first,))
-            changed.append(encodings)
-        return changed
+        count = len(self.words[0][index])
+        ids, positions = repeat_class_word(input_ids, tokenizer, count)
+        if max(positions) + count >= ids.shape[1]:  # the last position is that of the end token
+            raise OptionError(
+                f"the words of {self.method} do not fit, because the word for the person is too "
+                "late in the prompt; move it forward."
+            )
+        entries = [self._entries(row, len(ids)) for row in range(len(ids))]
+        changed: list[dict[int, Encoding]] = [{} for _ in entries]
+        for turn in range(max(map(len, entries))):
+            chosen = [numbers[min(turn, len(numbers) - 1)] for numbers in entries]
+            vectors = torch.stack([self.words[entry][index] for entry in chosen])
+            with insert_vectors(self.encoders[index], positions, vectors):
+                encodings = encode(ids)
+            for row, encoding in enumerate(encodings):
+                changed[row][chosen[row]] = replace(encoding, positions=(positions[row],))
+        return list(changed)
 
     def _entries(self, row: int, num_prompts: int) -> range:
         """Return the entries that the images of a prompt can show."""
         first = row * self.num_entries // num_prompts
         return range(first, -(-(row + 1) * self.num_entries // num_prompts))
+
+
+@contextmanager
+def insert_vectors(encoder: nn.Module, positions: Sequence[int], vectors: Tensor) -> Iterator[None]:
+    """Make a text encoder read vectors in the place of tokens while this is open.
+
+    Args:
+        encoder: the text encoder.
+        positions: P, of the first token in each prompt.
+        vectors: (P, n, D).
+    """
+    rows = torch.arange(len(vectors))[:, None]
+    columns = torch.tensor(positions)[:, None] + torch.arange(vectors.shape[1])
+
+    def insert(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[rows, columns] = vectors.to(output)
+        return changed
+
+    embeddings: nn.Module = encoder.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(insert)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def embedding_widths(pipe: Any) -> list[int]:

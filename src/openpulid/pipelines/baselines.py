@@ -86,7 +86,8 @@ MINI_BASELINES: dict[str, Baseline] = {
     **_TUNED,
     **_UNPUBLISHED,
 }
-"""Other methods on the miniature. Most use the miniature's own extractor."""
+"""Other methods on the miniature. PhotoMaker and FastComposer have a vision encoder of their own;
+the others use the miniature's extractor."""
 
 PULID_OPTIONS = frozenset(
     ("projection", "num_zero", "start_step", "pose_from_prompt", "style_image")

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import IdentityError, OptionError, WeightsError
 from openpulid.identity.identity import Identity, fuse_identities
 from openpulid.methods.elite.attention import find_layers
 from openpulid.methods.elite.elite import ELITE
 from openpulid.methods.elite.encoders import Mapper, Mappers
 from openpulid.methods.registry import find_method
 from openpulid.methods.tuned import CustomDiffusion, encoder_words, read_words
+from tests.support.method_checks import check_bfloat16, check_lora_of_user_stays
 from tests.support.token_files import CROSS, PROMPTS, generate, person
 
 STATES_DIM = 8
@@ -161,31 +162,16 @@ def test_plain_text_is_used_until_start(pipe: Any, method: ELITE) -> None:
 
 
 def test_pipeline_is_restored(pipe: Any, method: ELITE) -> None:
-    pytest.importorskip("peft")
-    with method.use(ANNA):
-        without_lora = generate(pipe)
-    layer = pipe.unet.get_submodule(LORA_LAYER)
-    torch.manual_seed(4)
-    own = {
-        f"unet.{LORA_LAYER}.lora_A.weight": torch.randn(2, layer.in_features) / 8,
-        f"unet.{LORA_LAYER}.lora_B.weight": torch.randn(layer.out_features, 2),
-    }
-    pipe.load_lora_weights(own, adapter_name="own")
-    method.attach(pipe)  # a layer has another class now
-    baseline = generate(pipe)
-    for _ in range(2):
-        with method.use(ANNA):
-            shown = generate(pipe)
-            assert not torch.allclose(shown, baseline, atol=1e-4)
-            assert not torch.allclose(shown, without_lora, atol=1e-4)
-        assert torch.equal(generate(pipe), baseline)
-    with method.use(ANNA, scale=0):
-        assert torch.equal(generate(pipe), baseline)
+    check_lora_of_user_stays(pipe, method, ANNA, LORA_LAYER)
     method.detach(pipe)
     encoders = (pipe.text_encoder, pipe.text_encoder_2)
     embeddings = [encoder.get_input_embeddings() for encoder in encoders]
     for module in (*pipe.unet.modules(), *encoders, *embeddings):
         assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_bfloat16(pipe: Any, method: ELITE) -> None:
+    check_bfloat16(pipe, method, ANNA)
 
 
 def test_files_are_read(pipe: Any, tmp_path: Path) -> None:
@@ -225,7 +211,7 @@ def test_files_are_read(pipe: Any, tmp_path: Path) -> None:
 
 def test_invalid_inputs_raise(pipe: Any, method: ELITE) -> None:
     with (
-        pytest.raises(OptionError, match="five levels of a vision encoder of width 8"),
+        pytest.raises(IdentityError, match="five levels of a vision encoder of width 8"),
         method.use(person(1)),
     ):
         pass

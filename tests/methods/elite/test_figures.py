@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from openpulid.methods.elite.attention import find_layers, hook_attention
-from openpulid.methods.elite.encoders import Mapper, Mappers, read_levels
+from openpulid.methods.elite.encoders import Mapper, Mappers, encode_levels
 from openpulid.methods.tuned.words import EncoderWord, read_words
 from tests.conftest import Golden
 
@@ -65,7 +65,7 @@ def test_levels_of_clip(golden: Golden) -> None:
     )
     encoder = CLIPVisionModelWithProjection(config).eval()
     golden.fill(encoder.vision_model, "clip.vision_model.")
-    states = read_levels(encoder, golden.input("clip.pixels", 1, 3, 28, 28))
+    states = encode_levels(encoder, golden.input("clip.pixels", 1, 3, 28, 28))
     assert golden.error("clip.levels", torch.cat(states)) < TOLERANCE
 
 

@@ -19,6 +19,7 @@ from openpulid.methods.prompt_fusion import mark_class_words
 from openpulid.methods.registry import find_method
 from openpulid.mini.models.tokenizer import build_tokenizer
 from tests.support.clip_files import FACE, Faces, config
+from tests.support.method_checks import check_bfloat16, check_lora_of_user_stays
 from tests.support.token_files import CROSS, PROMPTS, generate, person
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q"
@@ -145,30 +146,16 @@ def test_plain_text_is_used_until_start(pipe: Any, method: FastComposer, anna: I
 
 
 def test_pipeline_is_restored(pipe: Any, method: FastComposer, anna: Identity) -> None:
-    pytest.importorskip("peft")
-    layer = pipe.unet.get_submodule(LAYER)
-    torch.manual_seed(4)
-    own = {
-        f"unet.{LAYER}.lora_A.weight": torch.randn(2, layer.in_features) / 8,
-        f"unet.{LAYER}.lora_B.weight": torch.randn(layer.out_features, 2),
-    }
-    with method.use(anna):
-        without_lora = generate(pipe)
-    pipe.load_lora_weights(own, adapter_name="own")  # a user's LoRA of the same layer
-    baseline = generate(pipe)
-    for _ in range(2):
-        with method.use(anna):
-            shown = generate(pipe)
-            assert not torch.allclose(shown, baseline, atol=1e-4)
-            assert not torch.allclose(shown, without_lora, atol=1e-4)
-        assert torch.equal(generate(pipe), baseline)
-    with method.use(anna, scale=0):
-        assert torch.equal(generate(pipe), baseline)
+    check_lora_of_user_stays(pipe, method, anna, LAYER)
     method.detach(pipe)
     for module in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
         assert not module._forward_hooks and not module._forward_pre_hooks
     with pytest.raises(OptionError, match="attach"), method.use(anna):
         pass
+
+
+def test_bfloat16(pipe: Any, method: FastComposer, anna: Identity) -> None:
+    check_bfloat16(pipe, method, anna)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +194,7 @@ def test_invalid_inputs_raise(
     ):
         pass
     with (
-        pytest.raises(OptionError, match=r"FastComposer's vision encoder; use its images"),
+        pytest.raises(OptionError, match=r"FastComposer's vision encoder; create it again with `pulid identify --method fastc"),
         method.use(person(1)),
     ):
         pass

@@ -9,8 +9,9 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from openpulid.methods.hooks import PipelineState, Span
+from openpulid.methods.level_mapper import LevelMapper
 from openpulid.methods.photoverse.attention import Fusion, VisualAttention
-from openpulid.methods.photoverse.encoders import LevelAdapter, PhotoVerseLayer
+from openpulid.methods.photoverse.encoders import PhotoVerseLayer
 from openpulid.methods.tuned.base import ActiveCall
 from openpulid.training.photoverse.losses import PhotoVerseLoss, draw_fusion, mean_size
 
@@ -46,8 +47,8 @@ def test_attention(golden: Any, weights: tuple[float, float, float]) -> None:
 @torch.no_grad()
 def test_level_adapter_is_elites_mapper(golden: Any) -> None:
     """The paper says nothing of patches; ELITE's structure is taken, so its figure fits."""
-    adapter = golden.fill(LevelAdapter(24, 1024, 32), "elite.global.")
-    words = adapter([golden.input(f"elite.emb{level}", 2, 17, 24) for level in range(5)])
+    adapter = golden.fill(LevelMapper(24, 1024, 32), "elite.global.")
+    words = adapter.words([golden.input(f"elite.emb{level}", 2, 17, 24) for level in range(5)])
     assert golden.error("elite.words", words) < TOLERANCE
 
 

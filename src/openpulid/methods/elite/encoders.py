@@ -15,16 +15,16 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import explain_bad_weights, load_state
+from openpulid.methods.level_mapper import LevelMapper, read_levels
 
 LEVELS = (-1, 4, 8, 12, 16)
 """Levels of CLIP-L that the published mappers read, the last one first."""
 
 
-def read_levels(encoder: Any, pixels: Tensor) -> list[Tensor]:
-    """Read the levels of a vision encoder for the published mappers.
+def encode_levels(encoder: Any, pixels: Tensor) -> list[Tensor]:
+    """Encode images with a vision encoder as the published mappers read them.
 
     Args:
         encoder: a CLIP vision encoder of transformers.
@@ -37,7 +37,7 @@ def read_levels(encoder: Any, pixels: Tensor) -> list[Tensor]:
     return [states[level] for level in LEVELS]
 
 
-class Mapper(nn.Module):
+class Mapper(LevelMapper):
     """A global or local mapper: a word or local tokens, and keys and values of the U-Net.
 
     Args:
@@ -50,13 +50,8 @@ class Mapper(nn.Module):
     def __init__(
         self, states_dim: int, inner_dim: int, width: int, layers: Mapping[str, int]
     ) -> None:
-        super().__init__()
-        self.states_dim = states_dim
-        self.width = width
+        super().__init__(states_dim, inner_dim, width)
         self.layers = dict(layers)
-        for level in range(len(LEVELS)):
-            self.add_module(f"mapping_{level}", _network(states_dim, inner_dim, width))
-            self.add_module(f"mapping_patch_{level}", _network(states_dim, inner_dim, width))
         for layer, out in self.layers.items():
             for kind in "kv":
                 self.add_module(f"{layer}_to_{kind}", nn.Linear(width, out, bias=False))
@@ -82,15 +77,6 @@ class Mapper(nn.Module):
         load_state(model, tensors, message, assign=True)
         return model.eval().requires_grad_(False)
 
-    def words(self, levels: Sequence[Tensor]) -> Tensor:
-        """Map five levels (n, 1 + N, S) to one word each, (n, 5, D)."""
-        words = [
-            self._map(f"mapping_{level}", states[:, :1])
-            + self._map(f"mapping_patch_{level}", states[:, 1:]).mean(1, keepdim=True)
-            for level, states in enumerate(levels)
-        ]
-        return torch.cat(words, 1)
-
     def patches(self, levels: Sequence[Tensor], masks: Tensor | None = None) -> Tensor:
         """Map five levels (n, 1 + N, S) to local tokens (n, N, D), the mean over the levels.
 
@@ -98,12 +84,8 @@ class Mapper(nn.Module):
             levels: of the images.
             masks: (n, H, W), 1 where the object is; None for everywhere.
         """
-        tokens = [
-            self._map(f"mapping_{level}", states[:, :1])
-            + self._map(f"mapping_patch_{level}", states[:, 1:])
-            for level, states in enumerate(levels)
-        ]
-        mean = torch.stack(tokens).mean(0)
+        pairs = [self.map_level(level, states) for level, states in enumerate(levels)]
+        mean = torch.stack([token + tokens for token, tokens in pairs]).mean(0)
         if masks is None:
             return mean
         side = round(mean.shape[1] ** 0.5)
@@ -113,10 +95,6 @@ class Mapper(nn.Module):
     def matrix(self, layer: str, kind: str) -> nn.Linear:
         """Return the projection of a cross-attention, kind "k" or "v"."""
         return cast(nn.Linear, self.get_submodule(f"{layer}_to_{kind}"))
-
-    def _map(self, network: str, states: Tensor) -> Tensor:
-        mapped: Tensor = self.get_submodule(network)(states)
-        return mapped
 
 
 class Mappers(nn.Module):
@@ -141,7 +119,7 @@ class Mappers(nn.Module):
         """Compute the words of an identity, (num_words, D); images are averaged.
 
         Raises:
-            OptionError: The identity has features of another extractor.
+            IdentityError: The identity has other features.
         """
         return self.global_mapper.words(self._levels(identity)).mean(0)[: self.num_words]
 
@@ -153,7 +131,7 @@ class Mappers(nn.Module):
             mask: (H, W) or (n, H, W), 1 where the person is in the reference images.
 
         Raises:
-            OptionError: The identity has features of another extractor.
+            IdentityError: The identity has other features.
         """
         if self.local_mapper is None:
             return None
@@ -162,25 +140,5 @@ class Mappers(nn.Module):
         return self.local_mapper.patches(levels, masks).flatten(0, 1)
 
     def _levels(self, identity: Identity) -> list[Tensor]:
-        """Return the levels of an identity, which has the last one at the end."""
-        width = self.global_mapper.states_dim
-        if len(identity.hidden) != len(LEVELS) or identity.hidden[0].shape[-1] != width:
-            raise OptionError(
-                f"ELITE reads five levels of a vision encoder of width {width}, which this "
-                "identity does not have; create it again with `pulid identify`."
-            )
-        weight = next(self.parameters())
-        levels = [identity.hidden[-1], *identity.hidden[:-1]]
-        return [x[0].to(weight).unflatten(0, (identity.photos, -1)) for x in levels]
-
-
-def _network(states_dim: int, inner_dim: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(states_dim, inner_dim),
-        nn.LayerNorm(inner_dim),
-        nn.LeakyReLU(),
-        nn.Linear(inner_dim, inner_dim),
-        nn.LayerNorm(inner_dim),
-        nn.LeakyReLU(),
-        nn.Linear(inner_dim, width),
-    )
+        like = next(self.parameters())
+        return read_levels(identity, self.global_mapper.states_dim, "ELITE", like)

@@ -89,7 +89,7 @@ def encode_identity(encoder: FastComposerEncoder, identity: Identity) -> Tensor:
         identity,
         image_encoder.config.hidden_size,
         "FastComposer",
-        "use its images, or an identity of `FastComposer.create_extractor`",
+        "create it again with `pulid identify --method fastcomposer --adapter FILE`",
     )
     tokens = encoder.encode(states.to(image_encoder.device, image_encoder.dtype))
     return tokens.mean(0, keepdim=True)

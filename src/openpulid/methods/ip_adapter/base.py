@@ -28,7 +28,6 @@ from openpulid.methods.hooks import (
     PipelineState,
     Span,
     UNetCall,
-    check_scale,
     expand_per_image,
     find_unet,
     move_to,
@@ -180,15 +179,14 @@ class IPAdapterBase(Adapter):
             raise OptionError("pass an identity, or one per prompt.")
         for identity in identities:
             identity.check_values()
-        states = self.select_pipelines(pipe)
         weight = self.scale if scale is None else scale
-        check_scale(weight)
-        with Span(start, end).watch("the identity") as span:
-            if not weight or span.is_empty:
-                yield self
-                return
-            with self.activate(states, lambda state: self._open(state, identities, weight, span)):
-                yield self
+        with self.activate_span(
+            lambda state, span: self._open(state, identities, weight, span),
+            weight,
+            Span(start, end),
+            pipe,
+        ):
+            yield self
 
     def unet_kwargs(
         self, state: PipelineState, people: Sequence[Identity], call: UNetCall, scale: float

@@ -1,55 +1,19 @@
 """The networks of PhotoVerse, re-implemented from the paper (section 3.2).
 
-Shapes: n reference images, N patches, S width of the vision encoder, C width of the text tokens, D
-width of a layer.
+Shapes: S width of the vision encoder, C width of the text tokens, D width of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from openpulid.identity.identity import Identity
+from openpulid.methods.level_mapper import LevelMapper
 from openpulid.methods.pulid import cross_attentions
 from openpulid.methods.second_attention import read_layer_shapes
 from openpulid.methods.word_fusion import embedding_widths
-
-NUM_LEVELS = 5
-"""Levels of the vision encoder; each becomes a word and a visual token."""
-
-
-class LevelAdapter(nn.Module):
-    """Five levels of a vision encoder -> five vectors.
-
-    Each level has two nets with two hidden layers: one for the class token, and one whose outputs
-    are averaged over the patches. The paper does not say how patches are combined; this is what
-    ELITE does, from which PhotoVerse takes the levels.
-
-    Args:
-        width: S.
-        hidden: width of the hidden layers; 1024 in the paper.
-        out: width of a vector.
-    """
-
-    def __init__(self, width: int, hidden: int, out: int) -> None:
-        super().__init__()
-        self.width = width
-        self.out = out
-        for level in range(NUM_LEVELS):
-            self.add_module(f"mapping_{level}", _build_net(width, hidden, out))
-            self.add_module(f"mapping_patch_{level}", _build_net(width, hidden, out))
-
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """Map five levels (n, 1 + N, S) to (n, 5, out)."""
-        vectors = []
-        for level, states in enumerate(levels):
-            vector = self.get_submodule(f"mapping_{level}")(states[:, 0])
-            patches = self.get_submodule(f"mapping_patch_{level}")(states[:, 1:])
-            vectors.append(vector + patches.mean(1))
-        return torch.stack(vectors, 1)
 
 
 class LowRank(nn.Module):
@@ -81,6 +45,9 @@ class PhotoVerseLayer(nn.Module):
 class PhotoVerseNetworks(nn.Module):
     """All networks of a file.
 
+    The paper does not say how both adapters combine patches. It takes the levels from ELITE, so
+    they have ELITE's structure.
+
     Args:
         width: S.
         hidden: width of the hidden layers of both adapters.
@@ -100,8 +67,8 @@ class PhotoVerseNetworks(nn.Module):
         rank: int,
     ) -> None:
         super().__init__()
-        self.text_adapter = LevelAdapter(width, hidden, word_width)
-        self.image_adapter = LevelAdapter(width, hidden, token_width)
+        self.text_adapter = LevelMapper(width, hidden, word_width)
+        self.image_adapter = LevelMapper(width, hidden, token_width)
         self.cross_attention = nn.ModuleDict()
         for key, (width_out, width_in) in layers.items():
             self.cross_attention[key] = PhotoVerseLayer(width_out, width_in, rank)
@@ -138,24 +105,3 @@ class PhotoVerseNetworks(nn.Module):
             if name.endswith(("to_v_visual.weight", "_lora.up.weight")):
                 nn.init.zeros_(weight)
         return networks
-
-
-def read_levels(identity: Identity) -> list[Tensor]:
-    """Return the five levels (n, 1 + N, S) of an identity, the deepest first.
-
-    The identity has them from the shallowest to the deepest.
-    """
-    *shallow, deepest = (x[0].unflatten(0, (identity.photos, -1)) for x in identity.hidden)
-    return [deepest, *shallow]
-
-
-def _build_net(width: int, hidden: int, out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(width, hidden),
-        nn.LayerNorm(hidden),
-        nn.LeakyReLU(),
-        nn.Linear(hidden, hidden),
-        nn.LayerNorm(hidden),
-        nn.LeakyReLU(),
-        nn.Linear(hidden, out),
-    )

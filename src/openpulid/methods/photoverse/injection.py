@@ -39,7 +39,7 @@ def check_pipeline(target: Any, networks: PhotoVerseNetworks) -> None:
         for key, layer in networks.cross_attention.items()
     }
     check_layers(shapes, unet, ORIGIN)
-    width = networks.text_adapter.out
+    width = networks.text_adapter.width
     if width != sum(embedding_widths(target)):
         raise WeightsError(
             f"this adapter has words of width {width}, and the text encoders of this pipeline read "

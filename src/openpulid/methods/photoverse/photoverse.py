@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from openpulid.errors import IdentityError, OptionError
+from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoint_kinds import PHOTOVERSE, CheckpointKind
 from openpulid.methods.hooks import Span
+from openpulid.methods.level_mapper import NUM_LEVELS, read_levels
 from openpulid.methods.person_adapter import PersonAdapter, list_identities
-from openpulid.methods.photoverse.encoders import NUM_LEVELS, PhotoVerseNetworks, read_levels
+from openpulid.methods.photoverse.encoders import PhotoVerseNetworks
 from openpulid.methods.photoverse.injection import Fusion, check_pipeline, open_person
 from openpulid.methods.second_attention import load_networks
 
@@ -65,18 +66,12 @@ class PhotoVerse(PersonAdapter[PhotoVerseNetworks]):
             IdentityError: an identity lacks the five levels of a vision encoder, or has others.
         """
         words, tokens = [], []
-        weight = next(self.networks.parameters())
-        width = self.networks.text_adapter.width
+        networks = self.networks
+        like = next(networks.parameters())
         for identity in people:
-            if len(identity.hidden) != NUM_LEVELS or identity.hidden[0].shape[-1] != width:
-                raise IdentityError(
-                    f"PhotoVerse reads five levels of a vision encoder of width {width}, which "
-                    "this identity does not have; create it again from the reference images with "
-                    "`pulid identify --method photoverse --adapter FILE`."
-                )
-            levels = [level.to(weight) for level in read_levels(identity)]
-            words.append(self.networks.text_adapter(levels).mean(0))
-            tokens.append(self.networks.image_adapter(levels).mean(0))
+            levels = read_levels(identity, networks.text_adapter.states_dim, "PhotoVerse", like)
+            words.append(networks.text_adapter.words(levels).mean(0))
+            tokens.append(networks.image_adapter.words(levels).mean(0))
         return torch.stack(words), torch.stack(tokens)
 
     @contextmanager

@@ -17,7 +17,6 @@ from openpulid.methods.hooks import (
     PipelineState,
     Span,
     UNetCall,
-    check_scale,
     find_unet,
 )
 from openpulid.methods.tuned.words import Trigger
@@ -93,14 +92,14 @@ class TunedAdapter(Adapter):
             raise OptionError(
                 f"{type(self).__name__} shows the person it was tuned on; leave the identity out."
             )
-        check_scale(scale)
-        states = self.select_pipelines(pipe)
-        with Span(start, end).watch("the method") as span:
-            if not scale or span.is_empty:
-                yield self
-                return
-            with self.activate(states, lambda state: self._open(state, scale, span)):
-                yield self
+        with self.activate_span(
+            lambda state, span: self._open(state, scale, span),
+            scale,
+            Span(start, end),
+            pipe,
+            "the method",
+        ):
+            yield self
 
     @contextmanager
     def _open(self, state: PipelineState, scale: float, span: Span) -> Iterator[None]:

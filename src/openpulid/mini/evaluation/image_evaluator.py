@@ -106,9 +106,9 @@ class ImageEvaluator:
             `attributes`, the share of the attributes in each prompt that the classifier recognizes
             in its image; `pose` and `expression`, the same for these two; `face_found`, the share
             of images with a detected face; `frechet`, the Frechet distance of the embeddings of
-            these faces to `real_embeddings`, if there are at least two; and all of them with the
-            suffix `_real` for rendered images of other people in the scenes of all prompts, above
-            which no model can be expected to come. Distances for another `count` are not
+            these faces to `real_embeddings`, if there are at least two. The same figures with the
+            suffix `_real` are those of rendered images of other people in the scenes of all
+            prompts: no model can be expected to do better. Distances for another `count` are not
             comparable: they are larger for fewer faces.
         """
         device = next(self.classifier.parameters()).device

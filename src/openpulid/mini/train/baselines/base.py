@@ -98,9 +98,3 @@ class Baseline:
 def draw_uniform(rng: StepRNG, name: str) -> float:
     """Draw a number from 0 to 1 for a whole step."""
     return float(torch.rand((), generator=rng.generator(name)))
-
-
-def deepest_first(batch: Batch) -> list[Tensor]:
-    """Return the five levels (B, 1 + N, S) of a batch in the order of mapper networks."""
-    *shallow, deepest = batch.hidden
-    return [deepest, *shallow]

@@ -12,20 +12,21 @@ from torch import Tensor
 
 from openpulid.methods.elite.attention import find_layers
 from openpulid.methods.elite.elite import ELITE
-from openpulid.methods.elite.encoders import LEVELS, Mapper, Mappers
+from openpulid.methods.elite.encoders import Mapper, Mappers
+from openpulid.methods.level_mapper import NUM_LEVELS, last_first
 from openpulid.methods.word_fusion import embedding_widths
 from openpulid.mini.train.baselines.base import (
     Attention,
     Baseline,
-    deepest_first,
     draw_uniform,
 )
 from openpulid.mini.train.baselines.tensors import save_half
 from openpulid.training import StepRNG
+from openpulid.training.photoverse import mean_size
 from openpulid.training.pulid import Batch
 
 INNER_WIDTH = 128
-"""Of the mapper networks; 1024 at the authors'."""
+"""Of the mapper networks; the authors have 1024."""
 WORDS_WEIGHT = 0.01
 VALUES_WEIGHT = 1e-4
 
@@ -36,7 +37,7 @@ class ELITEBaseline(Baseline):
     **Both mappers train together in one run.** The authors train the global mapper first, with all
     five words in the prompt, and then the local one on it, with the first word alone. Here half of
     the steps are of the first kind and half of the second, and gradients reach what takes part. As
-    at the authors', the identity is never dropped and the local attention has the weight 1. The
+    the authors do, it never drops the identity and gives the local attention the weight 1. The
     features are of the face on white, so there are no masks.
     """
 
@@ -49,7 +50,7 @@ class ELITEBaseline(Baseline):
         """Open the method; a training step draws which training of the authors it belongs to."""
         is_global = rng is not None and draw_uniform(rng, "words") < 0.5
         mappers = self.method.encoder
-        mappers.num_words = len(LEVELS) if is_global else 1
+        mappers.num_words = NUM_LEVELS if is_global else 1
         try:
             with self.method.use(
                 self.identities(batch), local_scale=0.0 if is_global else 1.0, pipe=pipe
@@ -63,11 +64,11 @@ class ELITEBaseline(Baseline):
         mappers = self.method.encoder
         local = mappers.local_mapper
         assert local is not None
-        levels = deepest_first(batch)
+        levels = last_first(batch.hidden)
         patches = local.patches(levels)
-        sizes = [_mean_size(local.matrix(layer, "v")(patches)) for layer in local.layers]
+        sizes = [mean_size(local.matrix(layer, "v")(patches)) for layer in local.layers]
         return {
-            "words": WORDS_WEIGHT * _mean_size(mappers.global_mapper.words(levels)),
+            "words": WORDS_WEIGHT * mean_size(mappers.global_mapper.words(levels)),
             "values": VALUES_WEIGHT * torch.stack(sizes).mean(),
         }
 
@@ -77,7 +78,7 @@ class ELITEBaseline(Baseline):
 
 
 def elite(pipe: Any, width: int) -> Baseline:
-    """Create ELITE, whose keys and values are copies of the U-Net's, as the authors'.
+    """Create ELITE, whose keys and values start as copies of the U-Net's, as the authors do.
 
     Args:
         pipe: the miniature's pipeline.
@@ -96,7 +97,3 @@ def _create_mapper(pipe: Any, layers: Mapping[str, Any], width: int) -> Mapper:
             source = getattr(layer, f"to_{kind}").weight
             mapper.matrix(name, kind).weight.data.copy_(source)
     return mapper
-
-
-def _mean_size(x: Tensor) -> Tensor:
-    return x.float().abs().mean()

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openpulid.methods.level_mapper import NUM_LEVELS, last_first
 from openpulid.methods.photoverse import PhotoVerse
-from openpulid.methods.photoverse.encoders import NUM_LEVELS, PhotoVerseLayer, PhotoVerseNetworks
-from openpulid.mini.train.baselines.base import Attention, Baseline, deepest_first
+from openpulid.methods.photoverse.encoders import PhotoVerseLayer, PhotoVerseNetworks
+from openpulid.mini.train.baselines.base import Attention, Baseline
 from openpulid.mini.train.baselines.tensors import RANK, save_half
 from openpulid.training import StepRNG
 from openpulid.training.photoverse import PhotoVerseLoss, draw_fusion, mean_size
 from openpulid.training.pulid import Batch
 
 HIDDEN_WIDTH = 128
-"""Of the mapper networks; 1024 at the authors'."""
+"""Of the mapper networks; the authors have 1024."""
 
 
 class PhotoVerseBaseline(Baseline):
@@ -48,15 +49,15 @@ class PhotoVerseBaseline(Baseline):
     def extra_losses(self, batch: Batch, pipe: Any, attention: Attention) -> Mapping[str, Tensor]:
         """Compute the terms that keep words and visual values small, with the paper's weights."""
         networks = self.method.networks
-        levels = deepest_first(batch)
-        tokens = networks.image_adapter(levels)
+        levels = last_first(batch.hidden)
+        tokens = networks.image_adapter.words(levels)
         sizes = []
         for layer in networks.cross_attention.values():
             assert isinstance(layer, PhotoVerseLayer)
             sizes.append(mean_size(layer.to_v_visual(tokens)))
         weights = PhotoVerseLoss()
         return {
-            "words": weights.words * mean_size(networks.text_adapter(levels)),
+            "words": weights.words * mean_size(networks.text_adapter.words(levels)),
             "values": weights.values * torch.stack(sizes).mean(),
         }
 

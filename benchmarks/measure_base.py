@@ -1,0 +1,57 @@
+"""Measure base models of the miniature on the prompts of held-out scenes.
+
+    python benchmarks/measure_base.py src/openpulid/mini/weights/pipeline weights-next
+
+Each folder has the subfolders `unet` and `vae`. Everything else is that of the installed miniature.
+The figures are those of `pulid mini build base`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from openpulid.bench.measurement import describe_measurement
+from openpulid.io.files import write_json
+from openpulid.mini.evaluation.image_evaluator import GUIDANCE, ImageEvaluator
+from openpulid.mini.models import PatchAutoencoderKL
+from openpulid.mini.train.build_context import BuildContext
+from openpulid.pipelines.presets import MINIATURE
+
+
+def main() -> None:
+    """Measure each folder at each guidance scale, and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="+")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE])
+    parser.add_argument("--prompts", type=int, help="by default all 512")
+    parser.add_argument("-o", "--out", type=Path)
+    arguments = parser.parse_args()
+    cpu = torch.device("cpu")
+    context = BuildContext(Path(), MINIATURE, cpu)
+    rows = []
+    for folder in arguments.folder:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+        for guidance in arguments.guidance:
+            evaluator = ImageEvaluator.load(
+                MINIATURE,
+                cpu,
+                vae=PatchAutoencoderKL.from_pretrained(folder / "vae").eval(),
+                text_encoders=context.load_text_encoders(),
+                tokenizer=context.load_tokenizer(),
+                guidance=guidance,
+            )
+            figures = evaluator.evaluate(unet, arguments.prompts)
+            rows.append({"folder": str(folder), "guidance": guidance, **figures})
+            print(json.dumps(rows[-1]), flush=True)
+    if arguments.out is not None:
+        configuration = {"prompts": arguments.prompts or "all"}
+        write_json(arguments.out, describe_measurement(configuration, {"rows": rows}, cpu))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Networks that map levels of a vision encoder to vectors, for ELITE and PhotoVerse.
+
+Shapes: n reference images, N patches, S width of the vision encoder, D width of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from openpulid.errors import IdentityError
+from openpulid.identity.identity import Identity
+
+NUM_LEVELS = 5
+
+
+class LevelMapper(nn.Module):
+    """Five levels of a vision encoder -> five vectors.
+
+    Each level has two networks: one for the class token, and one whose outputs are averaged over
+    the patches (ELITE, arXiv 2302.13848, section 3.1). The names are those of ELITE's files.
+
+    Args:
+        states_dim: S.
+        inner_dim: width between the layers of a network.
+        width: D.
+    """
+
+    def __init__(self, states_dim: int, inner_dim: int, width: int) -> None:
+        super().__init__()
+        self.states_dim = states_dim
+        self.width = width
+        for level in range(NUM_LEVELS):
+            self.add_module(f"mapping_{level}", _network(states_dim, inner_dim, width))
+            self.add_module(f"mapping_patch_{level}", _network(states_dim, inner_dim, width))
+
+    def words(self, levels: Sequence[Tensor]) -> Tensor:
+        """Map five levels (n, 1 + N, S) to one vector each, (n, 5, D)."""
+        pairs = [self.map_level(level, states) for level, states in enumerate(levels)]
+        return torch.cat([token + patches.mean(1, keepdim=True) for token, patches in pairs], 1)
+
+    def map_level(self, level: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Map the class token and the patches of a level; returns (n, 1, D) and (n, N, D)."""
+        token = self.get_submodule(f"mapping_{level}")(states[:, :1])
+        return token, self.get_submodule(f"mapping_patch_{level}")(states[:, 1:])
+
+
+def read_levels(identity: Identity, states_dim: int, method: str, like: Tensor) -> list[Tensor]:
+    """Return the five levels (n, 1 + N, S) of an identity, the last level of the encoder first.
+
+    Args:
+        identity: has them in the order of the encoder's layers.
+        states_dim: S.
+        method: name of the method, for messages.
+        like: has the device and dtype of the result.
+
+    Raises:
+        IdentityError: it has other features.
+    """
+    if len(identity.hidden) != NUM_LEVELS or identity.hidden[0].shape[-1] != states_dim:
+        raise IdentityError(
+            f"{method} reads five levels of a vision encoder of width {states_dim}, which this "
+            "identity does not have; create it again from the reference images with "
+            f"`pulid identify --method {method.lower()} --adapter FILE`."
+        )
+    levels = (x[0].to(like).unflatten(0, (identity.photos, -1)) for x in identity.hidden)
+    return last_first(list(levels))
+
+
+def last_first(levels: Sequence[Tensor]) -> list[Tensor]:
+    """Sort levels as the mappers read them: the last one, then the others in their order."""
+    return [levels[-1], *levels[:-1]]
+
+
+def _network(states_dim: int, inner_dim: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(states_dim, inner_dim),
+        nn.LayerNorm(inner_dim),
+        nn.LeakyReLU(),
+        nn.Linear(inner_dim, inner_dim),
+        nn.LayerNorm(inner_dim),
+        nn.LeakyReLU(),
+        nn.Linear(inner_dim, width),
+    )
