@@ -297,3 +297,19 @@ def test_copy_paste_is_reported_for_paired_images():
     for image, expected in ((target, -1.0), (middle, (0.3 - 0.7) / 1.0), (reference, 1.0)):
         value = copy_paste(image, target, reference).item()
         assert value == pytest.approx(expected, abs=1e-3)
+
+
+def test_scorer_measures_and_does_not_train():
+    """A scorer equal to the loss's model has its similarity; another one has its own."""
+    task = tiny.task(**STAGE2)
+    plain, losses = task.validate(), compute_losses(task)
+    assert "held_out_scorer_sim" not in plain
+    task.scorer = tiny.faces()
+    assert task.validate()["held_out_scorer_sim"] == pytest.approx(plain["held_out_face_sim"])
+    torch.manual_seed(9)
+    for parameter in task.scorer.models[0].parameters():
+        parameter.copy_(torch.randn_like(parameter))
+    scored = task.validate()
+    assert abs(scored["held_out_scorer_sim"] - plain["held_out_face_sim"]) > 1e-3
+    assert scored["held_out_face_sim"] == pytest.approx(plain["held_out_face_sim"])
+    assert compute_losses(task) == losses

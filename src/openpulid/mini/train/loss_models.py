@@ -29,8 +29,16 @@ def load_face_embedder(
         device: of the models.
         is_ensemble: also use the recognition model of the identity encoder.
     """
+    return _load_embedder(weights, device, ("loss", "encoder") if is_ensemble else ("loss",))
+
+
+def load_scorer(weights: Path, device: torch.device) -> FaceEmbedder:
+    """Load the face embedder that validates the ID loss, with the benchmark's recognition model."""
+    return _load_embedder(weights, device, ("scorer",))
+
+
+def _load_embedder(weights: Path, device: torch.device, names: tuple[str, ...]) -> FaceEmbedder:
     detector = load_module(MiniFaceDetector, weights / "detector.safetensors", device)
-    names = ("loss", "encoder") if is_ensemble else ("loss",)
     models = [
         load_module(RECOGNITION_MODELS[name], weights / f"recognition-{name}.safetensors", device)
         for name in names

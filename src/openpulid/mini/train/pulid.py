@@ -11,7 +11,7 @@ from openpulid.device import select_device
 from openpulid.errors import OptionError, TrainingError
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.methods.pulid import PuLID, PuLIDFlux
-from openpulid.mini.train.loss_models import load_face_embedder, load_student
+from openpulid.mini.train.loss_models import load_face_embedder, load_scorer, load_student
 from openpulid.mini.train.portraits import Mixture, open_portraits
 from openpulid.mini.train.sheet import draw_sheet
 from openpulid.pipelines.factory import load_extractor, load_pipeline
@@ -88,6 +88,7 @@ def train(
         loss_models = {
             "few_step_models": [load_student(weights, torch_device)],
             "face_embedder": load_face_embedder(weights, torch_device, recipe.id_ensemble),
+            "scorer": load_scorer(weights, torch_device),
         }
     world, portraits, held_out = (
         open_portraits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -70,6 +71,7 @@ class PuLIDTask:
             if the recipe sets `rollout_on_base`.
         face_embedder: embeds faces for the ID loss, with another recognition model than the
             encoder's.
+        scorer: embeds faces for validation alone, with a recognition model that no loss contains.
         is_sharded: whether the processes share the frozen models. They then take the same few-step
             model in a step.
 
@@ -88,6 +90,7 @@ class PuLIDTask:
         make_sheet: Callable[[], Image.Image] | None = None,
         few_step_models: Sequence[BaseModel] = (),
         face_embedder: FaceEmbedder | None = None,
+        scorer: FaceEmbedder | None = None,
         is_sharded: bool = False,
     ) -> None:
         needs_rollout = recipe.id_loss == "accurate" or recipe.has_alignment
@@ -110,6 +113,7 @@ class PuLIDTask:
         if few_step_models and recipe.rollout_on_base:
             self.few_step_models.append(base)
         self.face_embedder = face_embedder
+        self.scorer = scorer
         self.is_sharded = is_sharded
         self.rollout = RolloutConfig(
             recipe.rollout_steps,
@@ -171,8 +175,10 @@ class PuLIDTask:
             `held_out_own`, `held_out_other`, `held_out_none`: L_diff with the image's own identity,
             another one and none, from the same noise at uniform timesteps. With a lightning branch
             and an ID loss also `held_out_face_sim`, the mean cosine of face embeddings,
-            `held_out_faces`, the fraction of images with a face, and with paired images
-            `held_out_copy_paste`, see `faces.embed.copy_paste`.
+            `held_out_faces`, the fraction of images with a face, with a scorer
+            `held_out_scorer_sim`, and with paired images `held_out_copy_paste`, see
+            `faces.embed.copy_paste`. A similarity that rises without the scorer's is a texture that
+            only the models of the ID loss see.
         """
         if self.held_out is None:
             return {}
@@ -393,9 +399,7 @@ class PuLIDTask:
         assert self.face_embedder is not None
         model = self.few_step_models[0]
         parts = self._validation_parts()
-        similarities = []
-        copied = []
-        num_images = 0
+        columns: dict[str, list[Tensor]] = defaultdict(list)
         for rng in microbatch_rngs(self.recipe.seed, 0, 0, 1, parts):
             batch = data.batch(rng).subset(self.recipe.few_step_batch // parts)
             batch = batch.to(self.base.device)
@@ -404,20 +408,21 @@ class PuLIDTask:
             faces = self.face_embedder(images)
             target = self._embed_images(batch)
             has_face = faces.has_face & target.has_face
-            cosines = cosine_similarity(faces.embeddings, target.embeddings)
-            similarities.append(cosines[has_face])
-            num_images += len(images)
+            columns["faces"].append(has_face.float())
+            columns["face_sim"].append(_cosines(faces, target))
+            if self.scorer is not None:
+                assert batch.images is not None
+                columns["scorer_sim"].append(
+                    _cosines(self.scorer(images), self.scorer(batch.images))
+                )
             if batch.references is not None:
                 reference = self.face_embedder(batch.references)
                 values = copy_paste(faces.embeddings, target.embeddings, reference.embeddings)
-                copied.append(values[has_face & reference.has_face])
-        found = torch.cat(similarities)
-        metrics = {
-            "held_out_face_sim": found.mean().item() if len(found) else 0.0,
-            "held_out_faces": len(found) / num_images,
-        }
-        if copied and len(torch.cat(copied)):
-            metrics["held_out_copy_paste"] = torch.cat(copied).mean().item()
+                columns["copy_paste"].append(values[has_face & reference.has_face])
+        metrics = {"held_out_face_sim": 0.0, "held_out_faces": 0.0}
+        for name, values in columns.items():
+            if len(joined := torch.cat(values)):
+                metrics[f"held_out_{name}"] = joined.mean().item()
         return metrics
 
     def _validation_parts(self) -> int:
@@ -434,3 +439,9 @@ class PuLIDTask:
             if divides and batch // parts > 1:
                 return parts
         return 1
+
+
+def _cosines(faces: FaceEmbeddings, target: FaceEmbeddings) -> Tensor:
+    """Compute the cosines of the pairs in which both images show a face."""
+    has_face = faces.has_face & target.has_face
+    return cosine_similarity(faces.embeddings, target.embeddings)[has_face]

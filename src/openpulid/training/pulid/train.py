@@ -168,6 +168,7 @@ def train_adapter(
     *,
     few_step_models: Sequence[BaseModel] = (),
     face_embedder: FaceEmbedder | None = None,
+    scorer: FaceEmbedder | None = None,
     held_out: BatchSource | None = None,
     make_sheet: Callable[[], Image.Image] | None = None,
     minutes: float | None = None,
@@ -188,6 +189,7 @@ def train_adapter(
         few_step_models: models of the lightning branch, used in round-robin order.
         face_embedder: embeds faces for the ID loss, with another recognition model than the
             encoder's.
+        scorer: embeds faces for validation alone, see `PuLIDTask`.
         held_out: batches of people who are not in the training data.
         make_sheet: draws the sample sheet of a validation.
         minutes: time budget.
@@ -214,6 +216,7 @@ def train_adapter(
         make_sheet=make_sheet,
         few_step_models=few_step_models,
         face_embedder=face_embedder,
+        scorer=scorer,
         is_sharded=is_sharded,
     )
     result = run(
