@@ -10,7 +10,7 @@ from torch import Tensor
 from openpulid.training.pulid.flux2_model import Flux2Model
 from openpulid.training.pulid.flux_model import FluxModel
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import PuLIDTask
+from openpulid.training.pulid.task import PuLIDTask, Validation
 from openpulid.training.pulid.train import build_adapter
 from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl
@@ -72,7 +72,7 @@ def create_task(base: str = "flux", batch: int = 4, **changes: Any) -> PuLIDTask
         model,
         adapter,
         tiny_sdxl.People(batch),
-        held_out=tiny_sdxl.People(batch),
+        validation=Validation(tiny_sdxl.People(batch)),
         few_step_models=[few_step] if settings.few_step_batch else [],
         face_embedder=tiny_sdxl.faces() if settings.few_step_batch else None,
     )

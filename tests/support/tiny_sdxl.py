@@ -24,7 +24,7 @@ from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import PuLIDTask
+from openpulid.training.pulid.task import PuLIDTask, Validation
 
 PEOPLE, ID, PATCHES, WIDTH = 24, 12, 4, 8
 WORDS = ["portrait", "of", "a", "person", "noir", "red", "hat"]
@@ -188,4 +188,6 @@ def task(pipe=None, batch: int = 4, **changes) -> PuLIDTask:
         if changes.get("few_step_batch")
         else {}
     )
-    return PuLIDTask(recipe(**changes), one, made, People(batch), held_out=People(batch), **more)
+    return PuLIDTask(
+        recipe(**changes), one, made, People(batch), validation=Validation(People(batch)), **more
+    )

@@ -97,7 +97,7 @@ def test_training_learns_the_identity_and_keeps_the_base(base: str, tmp_path: Pa
     fresh = task.validate()
     settings = recipe(base, lr=2e-2, steps=40, ema=0.8, validate_every=40)
     result = train_adapter(
-        settings, task.base, task.adapter, task.data, tmp_path, held_out=task.held_out
+        settings, task.base, task.adapter, task.data, tmp_path, validation=task.validation
     )
     trained = result.metrics
     assert trained["held_out_own"] < 0.95 * fresh["held_out_own"]

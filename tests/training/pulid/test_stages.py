@@ -15,7 +15,7 @@ from openpulid.faces.embed import copy_paste
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid import recipes
-from openpulid.training.pulid.task import PuLIDTask
+from openpulid.training.pulid.task import PuLIDTask, Validation
 from openpulid.training.rng import StepRNG
 from openpulid.training.trainer import run
 from tests.support import tiny_sdxl as tiny
@@ -223,7 +223,7 @@ def test_full_size_recipes_run(name, tmp_path):
         base,
         adapter,
         tiny.People(4),
-        held_out=tiny.People(4),
+        validation=Validation(tiny.People(4)),
         few_step_models=[base],
         face_embedder=tiny.faces(),
     )
@@ -280,7 +280,7 @@ def test_copy_paste_is_reported_for_paired_images():
     task = tiny.task(**STAGES["stage2"])
     plain = task.validate()
     assert "held_out_copy_paste" not in plain
-    people = task.held_out
+    people = task.validation.data
     batch = people.batch
 
     def paired_batch(rng):
@@ -304,10 +304,11 @@ def test_scorer_measures_and_does_not_train():
     task = tiny.task(**STAGE2)
     plain, losses = task.validate(), compute_losses(task)
     assert "held_out_scorer_sim" not in plain
-    task.scorer = tiny.faces()
+    scorer = tiny.faces()
+    task.validation = replace(task.validation, scorer=scorer)
     assert task.validate()["held_out_scorer_sim"] == pytest.approx(plain["held_out_face_sim"])
     torch.manual_seed(9)
-    for parameter in task.scorer.models[0].parameters():
+    for parameter in scorer.models[0].parameters():
         parameter.copy_(torch.randn_like(parameter))
     scored = task.validate()
     assert abs(scored["held_out_scorer_sim"] - plain["held_out_face_sim"]) > 1e-3

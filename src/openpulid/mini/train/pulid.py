@@ -23,6 +23,7 @@ from openpulid.training.pulid import (
     ADAPTER_FILE,
     Recipe,
     SDXLModel,
+    Validation,
     build_adapter,
     prepare_run_dir,
     train_adapter,
@@ -88,7 +89,6 @@ def train(
         loss_models = {
             "few_step_models": [load_student(weights, torch_device)],
             "face_embedder": load_face_embedder(weights, torch_device, recipe.id_ensemble),
-            "scorer": load_scorer(weights, torch_device),
         }
     world, portraits, held_out = (
         open_portraits(
@@ -109,8 +109,9 @@ def train(
         adapter,
         Mixture([world, portraits]),
         run_dir,
-        held_out=held_out,
-        make_sheet=lambda: draw_sheet(studio),
+        validation=Validation(
+            held_out, load_scorer(weights, torch_device), lambda: draw_sheet(studio)
+        ),
         minutes=minutes,
         **loss_models,
     )

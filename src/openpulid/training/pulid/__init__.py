@@ -14,7 +14,7 @@ from openpulid.training.pulid.flux_model import FluxModel, FluxText
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.recipes import Recipe, find_recipe
-from openpulid.training.pulid.task import HELD_OUT_BATCHES, PuLIDTask
+from openpulid.training.pulid.task import HELD_OUT_BATCHES, PuLIDTask, Validation
 from openpulid.training.pulid.train import (
     ADAPTER_FILE,
     build_adapter,
@@ -37,6 +37,7 @@ __all__ = [
     "Recipe",
     "SDXLModel",
     "TextConditioning",
+    "Validation",
     "build_adapter",
     "check_init_adapter",
     "diffusion_branch",

@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
@@ -53,6 +54,21 @@ from openpulid.training.trainer import Backward
 HELD_OUT_BATCHES = 4
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What a training measures on people who are not in its data.
+
+    Attributes:
+        data: batches of these people; None measures nothing.
+        scorer: embeds faces with a recognition model that no loss contains.
+        make_sheet: draws the sample sheet.
+    """
+
+    data: BatchSource | None = None
+    scorer: FaceEmbedder | None = None
+    make_sheet: Callable[[], Image.Image] | None = None
+
+
 class PuLIDTask:
     """Trains the adapter alone (PuLID, section 3): L_diff, and the losses of the lightning branch.
 
@@ -64,14 +80,12 @@ class PuLIDTask:
         base: frozen model of the diffusion branch.
         adapter: in float32, on the base's device; it is attached to every model.
         data: batches to train on.
-        held_out: batches of people who are not in the training data; None validates nothing.
-        make_sheet: draws the sample sheet of a validation.
+        validation: what to measure; nothing by default.
         few_step_models: frozen models of the lightning branch. Steps and ranks take them in
             round-robin order, so that the adapter works on all of them. `base` is the last of them
             if the recipe sets `rollout_on_base`.
         face_embedder: embeds faces for the ID loss, with another recognition model than the
             encoder's.
-        scorer: embeds faces for validation alone, with a recognition model that no loss contains.
         is_sharded: whether the processes share the frozen models. They then take the same few-step
             model in a step.
 
@@ -86,11 +100,9 @@ class PuLIDTask:
         adapter: PuLID | PuLIDFlux,
         data: BatchSource,
         *,
-        held_out: BatchSource | None = None,
-        make_sheet: Callable[[], Image.Image] | None = None,
+        validation: Validation | None = None,
         few_step_models: Sequence[BaseModel] = (),
         face_embedder: FaceEmbedder | None = None,
-        scorer: FaceEmbedder | None = None,
         is_sharded: bool = False,
     ) -> None:
         needs_rollout = recipe.id_loss == "accurate" or recipe.has_alignment
@@ -107,13 +119,11 @@ class PuLIDTask:
         self.base = base
         self.adapter = adapter
         self.data = data
-        self.held_out = held_out
-        self.make_sheet = make_sheet
+        self.validation = validation or Validation()
         self.few_step_models = list(few_step_models)
         if few_step_models and recipe.rollout_on_base:
             self.few_step_models.append(base)
         self.face_embedder = face_embedder
-        self.scorer = scorer
         self.is_sharded = is_sharded
         self.rollout = RolloutConfig(
             recipe.rollout_steps,
@@ -180,16 +190,18 @@ class PuLIDTask:
             `faces.embed.copy_paste`. A similarity that rises without the scorer's is a texture that
             only the models of the ID loss see.
         """
-        if self.held_out is None:
+        data = self.validation.data
+        if data is None:
             return {}
-        metrics = self._validate_diffusion(self.held_out)
+        metrics = self._validate_diffusion(data)
         if self.few_step_models and self.recipe.id_loss != "none":
-            metrics |= self._validate_id(self.held_out)
+            metrics |= self._validate_id(data)
         return metrics
 
     def sheet(self) -> Image.Image | None:
         """Draw the sample sheet, if there is a function for it."""
-        return None if self.make_sheet is None else self.make_sheet()
+        make_sheet = self.validation.make_sheet
+        return None if make_sheet is None else make_sheet()
 
     # -- one backward pass each --
 
@@ -398,6 +410,7 @@ class PuLIDTask:
     def _validate_id(self, data: BatchSource) -> dict[str, float]:
         assert self.face_embedder is not None
         model = self.few_step_models[0]
+        scorer = self.validation.scorer
         parts = self._validation_parts()
         columns: dict[str, list[Tensor]] = defaultdict(list)
         for rng in microbatch_rngs(self.recipe.seed, 0, 0, 1, parts):
@@ -410,15 +423,13 @@ class PuLIDTask:
             has_face = faces.has_face & target.has_face
             columns["faces"].append(has_face.float())
             columns["face_sim"].append(_cosines(faces, target))
-            if self.scorer is not None:
+            if scorer is not None:
                 assert batch.images is not None
-                columns["scorer_sim"].append(
-                    _cosines(self.scorer(images), self.scorer(batch.images))
-                )
+                columns["scorer_sim"].append(_cosines(scorer(images), scorer(batch.images)))
             if batch.references is not None:
                 reference = self.face_embedder(batch.references)
-                values = copy_paste(faces.embeddings, target.embeddings, reference.embeddings)
-                columns["copy_paste"].append(values[has_face & reference.has_face])
+                copied = copy_paste(faces.embeddings, target.embeddings, reference.embeddings)
+                columns["copy_paste"].append(copied[has_face & reference.has_face])
         metrics = {"held_out_face_sim": 0.0, "held_out_faces": 0.0}
         for name, values in columns.items():
             if len(joined := torch.cat(values)):

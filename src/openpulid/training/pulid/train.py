@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.faces.embed import FaceEmbedder
@@ -21,7 +20,7 @@ from openpulid.training.pulid.batch import BatchSource
 from openpulid.training.pulid.export import save_adapter
 from openpulid.training.pulid.models import BaseModel
 from openpulid.training.pulid.recipes import Recipe
-from openpulid.training.pulid.task import PuLIDTask
+from openpulid.training.pulid.task import PuLIDTask, Validation
 from openpulid.training.run_dir import delete_run
 from openpulid.training.sharding import shard_network
 from openpulid.training.trainer import TrainingResult, run
@@ -168,9 +167,7 @@ def train_adapter(
     *,
     few_step_models: Sequence[BaseModel] = (),
     face_embedder: FaceEmbedder | None = None,
-    scorer: FaceEmbedder | None = None,
-    held_out: BatchSource | None = None,
-    make_sheet: Callable[[], Image.Image] | None = None,
+    validation: Validation | None = None,
     minutes: float | None = None,
     metadata: Mapping[str, object] | None = None,
     is_sharded: bool = False,
@@ -189,9 +186,7 @@ def train_adapter(
         few_step_models: models of the lightning branch, used in round-robin order.
         face_embedder: embeds faces for the ID loss, with another recognition model than the
             encoder's.
-        scorer: embeds faces for validation alone, see `PuLIDTask`.
-        held_out: batches of people who are not in the training data.
-        make_sheet: draws the sample sheet of a validation.
+        validation: what to measure; nothing by default.
         minutes: time budget.
         metadata: further entries for the adapter's file.
         is_sharded: share the frozen networks among the processes, see `training.sharding`.
@@ -212,11 +207,9 @@ def train_adapter(
         model,
         adapter,
         dataset,
-        held_out=held_out,
-        make_sheet=make_sheet,
+        validation=validation,
         few_step_models=few_step_models,
         face_embedder=face_embedder,
-        scorer=scorer,
         is_sharded=is_sharded,
     )
     result = run(

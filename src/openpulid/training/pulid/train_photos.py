@@ -16,6 +16,7 @@ from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset, no_images_error
 from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.task import Validation
 from openpulid.training.pulid.train import build_adapter, prepare_run_dir, train_adapter
 from openpulid.training.trainer import TrainingResult
 
@@ -115,7 +116,7 @@ def train_on_photos(
         run_dir,
         few_step_models=models.few_step_models,
         face_embedder=models.face_embedder,
-        held_out=held_out_dataset,
+        validation=Validation(held_out_dataset),
         minutes=minutes,
         metadata={"models": json.dumps(extractor.models)},
         is_sharded=is_sharded,
