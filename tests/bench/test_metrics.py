@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -69,6 +70,29 @@ def test_rank1_uses_the_nearest_embedding_by_angle() -> None:
         subjects=torch.tensor([0, 0, 2, 0]),
     )
     assert metrics.Rank1()(inputs).tolist() == [1, 0, 1, 0]
+
+
+def test_rank1_of_8_is_the_mean_over_random_galleries() -> None:
+    generator = torch.Generator().manual_seed(0)
+    references = build_faces(torch.randn(12, 6, generator=generator).tolist())
+    noisy = references.embeddings + 0.8 * torch.randn(12, 6, generator=generator)
+    has_face = [row != 5 for row in range(12)]
+    inputs = build_inputs(
+        images=torch.zeros(12, 3, 2, 2),
+        faces=build_faces(noisy.tolist(), has_face),
+        reference_faces=references,
+        subjects=torch.arange(12),
+    )
+    a, b = (torch.nn.functional.normalize(x) for x in (noisy, references.embeddings))
+    cosines = a @ b.T
+    expected = []
+    for row in range(12):
+        others = [k for k in range(12) if k != row]
+        galleries = list(itertools.combinations(others, 7))
+        wins = sum(bool(cosines[row, row] > cosines[row, list(g)].max()) for g in galleries)
+        expected.append(wins / len(galleries) * has_face[row])
+    assert metrics.Rank1Of8()(inputs).tolist() == pytest.approx(expected)
+    assert any(0 < value < 1 for value in expected)
 
 
 def test_shuffled_identities_are_not_recognized() -> None:

@@ -74,7 +74,7 @@ def test_image_equal_to_portrait_scores_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert stage1["rank1"].mean == 1 and base["rank1"].mean == pytest.approx(1 / 3)
     assert base["clip_i"].mean == pytest.approx(1) and base["outside_face"].mean == 0
     assert stage1["outside_face"].mean == 0  # only the center differs
-    assert stage1["face_found"].mean == 1
+    assert stage1["face_found"].mean == 1 and stage1["rank1_of_8"].mean == 1
     assert list(table.rows) == ["base", "stage1", "truth"]
     assert render_portraits(people=2).shape == (2, 3, 96, 96)
 

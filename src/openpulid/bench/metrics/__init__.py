@@ -15,6 +15,7 @@ from openpulid.bench.metrics.identity import (
     FaceSim,
     FacialValues,
     Rank1,
+    Rank1Of8,
     SimGT,
 )
 from openpulid.bench.metrics.inputs import (
@@ -72,6 +73,7 @@ __all__ = [
     "Metric",
     "OutsideFace",
     "Rank1",
+    "Rank1Of8",
     "SimGT",
     "ClassifyAttributes",
     "attribute_accuracy",

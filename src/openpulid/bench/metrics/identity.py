@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -57,6 +58,32 @@ class Rank1:
         references = F.normalize(inputs.reference_faces.embeddings.float(), dim=-1)
         nearest = (embeddings @ references.T).argmax(dim=-1)
         return ((nearest == inputs.subjects) & inputs.faces.has_face).float()
+
+
+class Rank1Of8:
+    """Probability that the subject is the nearest of eight subjects, seven of them at random.
+
+    The expected rank-1 rate of Phillips et al. (2000) in a gallery of eight: with k of the n other
+    subjects nearer than the own one it is C(n - k, 7) / C(n, 7). With fewer than eight subjects it
+    is that of all of them. An image without a face is a miss.
+    """
+
+    name: ClassVar[str] = "rank1_of_8"
+    higher_is_better: ClassVar[bool] = True
+
+    def __call__(self, inputs: MetricInputs) -> Tensor:
+        """Compute the metric for each image, (B,)."""
+        embeddings = F.normalize(inputs.faces.embeddings.float(), dim=-1)
+        references = F.normalize(inputs.reference_faces.embeddings.float(), dim=-1)
+        cosines = embeddings @ references.T
+        own = cosines.gather(1, inputs.subjects[:, None])
+        others = len(references) - 1
+        drawn = min(7, others)
+        probabilities = [
+            math.comb(others - nearer, drawn) / math.comb(others, drawn)
+            for nearer in (cosines > own).sum(1).tolist()
+        ]
+        return torch.tensor(probabilities) * inputs.faces.has_face
 
 
 class SimGT:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openpulid import Identity
-from openpulid.bench.metrics import Interval, MetricInputs, bootstrap
+from openpulid.bench.metrics import Interval, MetricInputs, Rank1Of8, bootstrap
 from openpulid.io.image_grid import to_pil
 from openpulid.mini.evaluation.adapters import find_adapters, iterate_models
 from openpulid.mini.evaluation.prompts import (
@@ -27,8 +27,10 @@ from openpulid.mini.models import sample
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import find_preset
 from openpulid.pipelines.studio import Studio
+from openpulid.world import HELD_OUT_PEOPLE
 
 COLUMNS = ("face_sim", "rank1", "clip_t", "clip_i", "outside_face", "attributes", "face_found")
+"""Columns of the printed table. The JSON also has `rank1_of_8`, `values` and `copy_paste`."""
 DIGITS = {"clip_t": 2}
 """Decimal places of a column in the printed table; 3 by default."""
 BATCH = 16
@@ -96,11 +98,15 @@ def run(
     portraits = render_portraits(people, people_seed)
     studio = load(find_preset(preset).with_defaults(scale=scale), device=device)
     scorers = MiniScorers.load()
+    seeds = range(HELD_OUT_PEOPLE + people_seed, HELD_OUT_PEOPLE + people_seed + people)
+    facial_values = scorers.facial_values([str(seed) for seed in seeds])
     identities = [studio.identify([portrait]) for portrait in to_pil(portraits)]
     batches = [eval_prompts[start : start + BATCH] for start in range(0, len(eval_prompts), BATCH)]
 
     def score(images: Tensor, base_images: Tensor) -> dict[str, Interval]:
-        columns = compute_metrics(scorers, eval_prompts, portraits, images, base_images)
+        columns = compute_metrics(
+            scorers, eval_prompts, portraits, images, base_images, facial_values
+        )
         return summarize(columns, eval_prompts)
 
     base_images = generate_images(studio, progress(batches, "base"), None)
@@ -155,6 +161,7 @@ def compute_metrics(
     portraits: Tensor,
     images: Tensor,
     base_images: Tensor,
+    facial_values: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Compute all metrics for all images of one model.
 
@@ -164,6 +171,7 @@ def compute_metrics(
         portraits: (P, 3, H, W), one per person.
         images: (B, 3, H, W) of the model, in the order of `prompts`.
         base_images: (B, 3, H, W) of the base model with the same seeds.
+        facial_values: (P, V), the true facial parameters of the people.
 
     Returns:
         column -> (B,).
@@ -178,8 +186,10 @@ def compute_metrics(
         reference_faces=scorers.faces(portraits),
         prompts=[prompt.prompt for prompt in prompts],
         requested=[prompt.wanted for prompt in prompts],
+        facial_values=facial_values,
     )
-    return {metric.name: metric(inputs).cpu() for metric in scorers.metrics()}
+    metrics = [*scorers.metrics(), Rank1Of8()]
+    return {metric.name: metric(inputs).cpu() for metric in metrics}
 
 
 def summarize(columns: Mapping[str, Tensor], prompts: Sequence[EvalPrompt]) -> dict[str, Interval]:
