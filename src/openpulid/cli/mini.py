@@ -170,7 +170,7 @@ def demo(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Generate several images of a held-out synthetic person from one reference image."""
+    """Generate images of held-out synthetic people from one reference image each."""
     from openpulid.mini.evaluation import demo as demonstration
 
     outcome = demonstration.run(
@@ -181,5 +181,6 @@ def demo(
     )
     if not as_json:
         print_path(outcome.image)
+        print_path(outcome.people)
         print_path(outcome.page)
     print_json(outcome.figures)

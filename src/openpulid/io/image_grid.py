@@ -76,35 +76,51 @@ def captioned_grid(
 def labeled_grid(
     title: str,
     columns: Sequence[str],
-    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    rows: Sequence[tuple[str, Sequence[Image.Image | None]]],
     side: int = 288,
+    footer: str = "",
 ) -> Image.Image:
     """Draw a titled grid with a label above each column and a line of text above each row.
 
     Args:
         title: the heading of the page.
-        columns: the labels of the columns.
-        rows: (text, images) pairs; every row has one image per column.
+        columns: the labels of the columns; long ones are wrapped.
+        rows: (text, images) pairs; every row has one image per column, or None for a gap. A row
+            without text has no line above it.
         side: width and height of each image in pixels.
+        footer: text below the grid, which is wrapped.
     """
     gap = 16
     margin = 24
     line_height = 40
+    label_height = 25
     width = 2 * margin + len(columns) * (side + gap) - gap
-    height = margin + 3 * line_height + len(rows) * (line_height + side + gap) + margin
+    labels = [textwrap.wrap(label, max(1, side // 11))[:MAX_CAPTION_LINES] for label in columns]
+    top = margin + 2 * line_height - 14
+    head = label_height * max(map(len, labels), default=1) + gap
+    footer_lines = textwrap.wrap(footer, width // 11)
+    num_texts = sum(bool(text) for text, _ in rows)
+    height = top + head + num_texts * line_height + len(rows) * (side + gap)
+    height += len(footer_lines) * label_height + margin
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
     _draw_text(draw, title, (margin, margin), 28, INK, width - 2 * margin)
-    y = margin + 2 * line_height - 14
-    for x, label in enumerate(columns):
-        _draw_text(draw, label, (margin + x * (side + gap), y), 21, SOFT, side)
-    y += line_height
+    for x, lines in enumerate(labels):
+        for line_number, line in enumerate(lines):
+            position = (margin + x * (side + gap), top + line_number * label_height)
+            _draw_text(draw, line, position, 21, SOFT, side)
+    y = top + head
     for text, images in rows:
-        _draw_text(draw, text, (margin, y), 23, INK, width - 2 * margin)
-        y += line_height
+        if text:
+            _draw_text(draw, text, (margin, y), 23, INK, width - 2 * margin)
+            y += line_height
         for x, image in enumerate(images):
-            page.paste(upscale(image, side), (margin + x * (side + gap), y))
+            if image is not None:
+                page.paste(upscale(image, side), (margin + x * (side + gap), y))
         y += side + gap
+    for line in footer_lines:
+        _draw_text(draw, line, (margin, y), 21, INK, width - 2 * margin)
+        y += label_height
     return page
 
 

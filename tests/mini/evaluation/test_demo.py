@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openpulid.bench.metrics import Faces
 from openpulid.mini.evaluation import demo
-from openpulid.world import VOCABULARY
+from openpulid.world import VOCABULARY, Scene
 
 
 def embed_center(images: Tensor) -> Faces:
@@ -37,54 +37,75 @@ def test_scores_match_manual_computation() -> None:
     figures = demo.score_images(embed_center, portraits, without, with_identity)
     assert figures["same_person"] == 0.5  # one of two images shows the person
     assert figures["other_person"] == 0.25  # one pair of two people and two images
+    assert figures["without_identity"] == 0
     # One channel of one image changes.
     assert figures["changed_outside_face"] == pytest.approx(0.2 / 3 / 2, abs=1e-4)
 
 
+def test_images_are_matched_to_the_most_similar_reference() -> None:
+    red, green, blue = (flat(color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
+    references = [red, green, blue]
+    assert demo.match_references(embed_center, references, [[red, green], [green, green]]) == 0.75
+    # a reference beyond the first eight is not among the choices
+    far = [red] + [blue] * 7 + [green]
+    assert demo.match_references(embed_center, far, [[red, flat((90, 100, 0))]]) == 1.0
+
+
+def test_demo_prompts_describe_their_scenes() -> None:
+    for prompt, scene in demo.SHOTS.items():
+        visible = scene.attributes()
+        assert visible["style"] in prompt or (scene.style == "noir" and "film noir" in prompt)
+        for name in ("background", "clothing", "hair_color", "hat_color"):
+            if name in visible and visible[name] != getattr(Scene(), name):
+                assert visible[name] in prompt, (prompt, name)
+
+
 def test_demo_prompts_use_vocabulary() -> None:
-    for prompt in demo.PROMPTS:
+    for prompt in demo.SHOTS:
         words = prompt.replace(",", " , ").split()
         assert set(words) <= set(VOCABULARY), prompt
 
 
 class Studio:
+    """Generates the reference image of the identity, or a gray image."""
+
     def __init__(self) -> None:
-        self.seeds: list[tuple[int, bool]] = []
+        self.calls: list[tuple[str, int, bool]] = []
 
-    def identify(self, images: list[Image.Image]) -> str:
-        return "identity"
+    def identify(self, images: list[Image.Image]) -> Image.Image:
+        return images[0]
 
-    def generate(self, prompt: str, identity: object = None, seed: int = 0) -> SimpleNamespace:
-        self.seeds.append((seed, identity is not None))
-        return SimpleNamespace(images=[flat((200, 100, 50))])
+    def generate(
+        self, prompt: str, identity: Image.Image | None = None, seed: int = 0
+    ) -> SimpleNamespace:
+        self.calls.append((prompt, seed, identity is not None))
+        return SimpleNamespace(images=[identity or flat((90, 90, 90))])
 
 
-def test_demo_writes_image_page_and_figures(
+def test_demo_writes_sheets_page_and_figures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     studio = Studio()
     monkeypatch.setattr(demo, "load", lambda preset, device: studio)
-    monkeypatch.setattr(demo.FaceScorer, "load", lambda: embed_center)
     messages: list[str] = []
     result = demo.run(tmp_path, people_seed=3, log=messages.append)
-    # Every prompt is generated twice with the same seed.
-    assert len(studio.seeds) == 2 * len(demo.PROMPTS)
-    assert {seed for seed, has_identity in studio.seeds if has_identity} == {
-        seed for seed, has_identity in studio.seeds if not has_identity
-    }
+    # every prompt once without identity and once with each, always with the same seed
+    assert len(studio.calls) == 4 * len(demo.SHOTS)
+    assert len({(prompt, seed) for prompt, seed, _ in studio.calls}) == len(demo.SHOTS)
+    assert sum(not has_identity for *_, has_identity in studio.calls) == len(demo.SHOTS)
     width, height = Image.open(result.image).size
-    assert height > width > 3 * 280
+    assert width > 9 * demo.SIDE and height > 2 * demo.SIDE
+    assert Image.open(result.people).size[1] > 3 * demo.SIDE
     page = result.page.read_text("utf-8")
-    assert page.count("data:image/png;base64,") == 3 * len(demo.PROMPTS)
+    assert page.count("data:image/png;base64,") == 1 + 2 * 8 + 3 * 9
     assert "http" not in page  # the page loads nothing
     scores = json.loads((tmp_path / "demo.json").read_text())
     assert scores | {"seconds": result.figures["seconds"]} == result.figures
-    assert set(result.figures) == {
-        "same_person",
-        "other_person",
-        "changed_outside_face",
-        "seconds",
-    }
+    # the "generated" images are the reference images themselves
+    assert result.figures["same_person"] == pytest.approx(1, abs=1e-3)
+    assert result.figures["without_identity"] == 0  # a gray image has no face
+    assert result.figures["matched_of_8"] == 1
+    assert 0.4 < result.figures["perfect"] < 0.9 and result.figures["other_person"] < 0.2
     assert "1000003" in messages[0]
     # again in the same folder, beside a page of the user's own
     result.page.write_text("my page")
@@ -96,4 +117,5 @@ def test_demo_writes_image_page_and_figures(
         "demo.png",
         "index-2.html",
         "index.html",
+        "people.png",
     ]
