@@ -217,3 +217,31 @@ def test_folded_matrix_equals_matrix_after_head(task):
         original = task.model(crops)
         _fold_into_head(task.model.head, matrix)
         assert torch.allclose(task.model(crops), original @ matrix.T.float(), atol=1e-3)
+
+
+def test_details_weigh_more_and_keep_their_color(small_world):
+    """The iris hue counts three times as much as an eyebrow, and fewer crops are gray."""
+
+    def build(details):
+        torch.manual_seed(0)
+        model = VGGRecognition((8, 8, 16, 16), dim=16)
+        return RecognitionTask(
+            model, small_world, None, families=2, images_per_family=6, details=details
+        )
+
+    plain, detailed = build(False), build(True)
+    assert plain.feature_weights.unique().tolist() == [1.0]
+    weights = dict(zip(FACIAL, detailed.feature_weights.tolist(), strict=True))
+    assert weights["iris_hue"] == 3.0 and weights["brow_arch"] == 1.0
+
+    rows = np.arange(64) % len(small_world)
+    saturations = {}
+    for name, task in {"plain": plain, "details": detailed}.items():
+        crops = task.sample_crops(rows, torch.Generator().manual_seed(0))
+        saturations[name] = (crops.amax(1) - crops.amin(1)).mean((1, 2))
+    is_gray = {name: (values < 0.03).float().mean().item() for name, values in saturations.items()}
+    assert is_gray["details"] < is_gray["plain"]
+    assert saturations["details"].mean() > saturations["plain"].mean()
+
+    losses = [task.losses(StepRNG(0, 0))["values"].item() for task in (plain, detailed)]
+    assert losses[1] > losses[0]

@@ -33,13 +33,16 @@ def train_detector(context: BuildContext) -> dict[str, float]:
     return {**results, "refused": task.rejection_rate(context.held_out, 512)}
 
 
-def train_recognition(context: BuildContext, *, name: str, seed: int) -> dict[str, float]:
+def train_recognition(
+    context: BuildContext, *, name: str, seed: int, details: bool = False
+) -> dict[str, float]:
     """Train a face recognition model and report which face parameters change its embedding.
 
     Args:
         context: of the build.
         name: a key of `RECOGNITION_MODELS`; each has another architecture.
         seed: of the training; each has its own.
+        details: see `RecognitionTask`.
     """
     config = TrainerConfig(
         steps=20_000,
@@ -56,7 +59,7 @@ def train_recognition(context: BuildContext, *, name: str, seed: int) -> dict[st
     evaluator = RecognitionEvaluator.build(context.held_out, context.runs / "moved.npy")
     model: Any = RECOGNITION_MODELS[name]()
     run_name = f"recognition-{name}"
-    task = RecognitionTask(model, context.data, evaluator)
+    task = RecognitionTask(model, context.data, evaluator, details=details)
     context.train(run_name, task, config)
     whiten_embeddings(task)
     context.save_module(model, run_name, config)

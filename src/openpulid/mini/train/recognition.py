@@ -42,6 +42,8 @@ from openpulid.world import (
 )
 
 FACIAL_COLUMNS = [PARAMETERS.index(name) for name in FACIAL]
+SMALL_FEATURES = ("iris_hue", "iris_lightness", "age_lines", "freckles", "mole")
+"""Facial values that change a few pixels only."""
 MAX_COSINE_AFTER_CHANGE = 0.9
 """A model is sensitive to a facial value if a change from 0.2 to 0.8 lowers the cosine to this."""
 
@@ -206,6 +208,9 @@ class RecognitionTask:
             regression, which teaches the features. The regression alone gives an embedding that is
             linear in the values, where no single one of thirty changes the direction much; the
             margin separates people who differ in one feature only.
+        details: whether the regression weights `SMALL_FEATURES` three times as much, with fewer
+            gray and less recolored images. With 30% of gray images a model explained 6% of the
+            variance of the iris hue (benchmarks/mini-build.md).
     """
 
     def __init__(
@@ -217,6 +222,7 @@ class RecognitionTask:
         images_per_family: int = 8,
         value_weight: float = 10.0,
         margin_weight: float = 1.0,
+        details: bool = False,
     ) -> None:
         dim = model.config["dim"]
         self.model = model.to(memory_format=torch.channels_last)
@@ -230,6 +236,9 @@ class RecognitionTask:
         self.images_per_family = min(images_per_family, self.family_rows.shape[1])
         self.value_weight = value_weight
         self.margin_weight = margin_weight
+        self.details = details
+        is_small = torch.tensor([name in SMALL_FEATURES for name in FACIAL])
+        self.feature_weights = torch.where(is_small & details, 3.0, 1.0)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Return the recognition model and its two training heads."""
@@ -249,9 +258,10 @@ class RecognitionTask:
         margin_share = min(1.0, max(0.0, rng.step / 800 - 1))
         margin_weight = (0.1 + 0.9 * margin_share) * self.margin_weight
         value_weight = (1.0 - 0.8 * margin_share) * self.value_weight
+        errors = smooth_l1_loss(self.values(embedding), values, beta=0.1, reduction="none")
         return {
             "margin": margin_weight * self.head(embedding, people, rng.step),
-            "values": value_weight * smooth_l1_loss(self.values(embedding), values, beta=0.1),
+            "values": value_weight * (errors * self.feature_weights.to(errors.device)).mean(),
         }
 
     def sample_crops(self, rows: np.ndarray, generator: torch.Generator) -> Tensor:
@@ -272,7 +282,8 @@ class RecognitionTask:
             matrix = similarity_transform(landmarks + error * width[:, None, None], TEMPLATE * CROP)
             jitter = random_affine(len(rows), CROP, generator, turn=0.08, grow=0.06, shift=0.02)
             crops = warp_images(torch.cat([images, masks], 1), compose_affine(matrix, jitter), CROP)
-            faces = degrade(color_jitter(crops[:, :3], generator), generator)
+            strength, gray = (0.6, 0.1) if self.details else (1.0, 0.3)
+            faces = degrade(color_jitter(crops[:, :3], generator, strength, gray), generator)
             return mask_background(faces, dilate(crops[:, 3:], generator))
 
     def validate(self) -> Mapping[str, float]:

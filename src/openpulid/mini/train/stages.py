@@ -20,7 +20,9 @@ from openpulid.mini.train.student_stage import train_student
 STAGES: list[Stage] = [
     Stage("world", 12, render_world),
     Stage("detector", 8, train_detector),
-    Stage("recognition-encoder", 12, partial(train_recognition, name="encoder", seed=11)),
+    Stage(
+        "recognition-encoder", 16, partial(train_recognition, name="encoder", seed=11, details=True)
+    ),
     Stage("recognition-loss", 16, partial(train_recognition, name="loss", seed=12)),
     Stage("recognition-scorer", 12, partial(train_recognition, name="scorer", seed=13)),
     Stage("clip", 8, train_clip),

@@ -1,0 +1,184 @@
+"""Measure at which stage of the miniature the facial values of a person are lost.
+
+    python benchmarks/measure_values.py --adapter runs/mini/stage3/adapter.safetensors
+
+A ridge regression predicts each facial value from the output of a stage, fitted on images of
+training people: the embeddings of the recognition models, the vision encoder's levels, the tokens
+of adapters, and embeddings of images that the autoencoder decoded. The table has the share of the
+variance that it explains on frontal photos of held-out people (R2), and the cosine of the
+embeddings after a change of one value from 0.2 to 0.8. Images that an adapter generates have the
+squared correlation of the values that the loss's model reads from them with the true ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openpulid.bench.measurement import describe_measurement
+from openpulid.faces.align import align_faces
+from openpulid.faces.miniature import CROP, RECOGNITION_MODELS
+from openpulid.io.checkpoints import load_module
+from openpulid.io.files import write_json
+from openpulid.io.image_grid import to_pil
+from openpulid.methods.pulid import PuLID
+from openpulid.mini.data import load_faces
+from openpulid.mini.evaluation.evaluate import generate_images
+from openpulid.mini.evaluation.parameter_probe import get_facial_values
+from openpulid.mini.evaluation.prompts import EvalPrompt, render_portraits
+from openpulid.mini.train.loss_models import load_face_embedder
+from openpulid.mini.train.portraits import find_frontal
+from openpulid.mini.train.recognition import (
+    FACIAL_COLUMNS,
+    RecognitionEvaluator,
+    embed_crops,
+    render_value_changes,
+    to_uint8,
+)
+from openpulid.pipelines.loading import load
+from openpulid.pipelines.presets import MINIATURE, mini_lightning
+from openpulid.pipelines.studio import Studio
+from openpulid.world import FACIAL, HELD_OUT_PEOPLE, Scene, WorldDataset
+
+RIDGE = 0.1
+PROMPT = "portrait, front view, calm, photo"
+Outputs = dict[str, Tensor]
+
+
+class Stages:
+    """Computes the output of each stage for images of a dataset.
+
+    Args:
+        weights: folder of the miniature's weights.
+        studio: loaded from the same weights.
+        adapters: name -> adapter.
+    """
+
+    def __init__(self, weights: Path, studio: Studio, adapters: dict[str, PuLID]) -> None:
+        self.models = {
+            name: load_module(cls, weights / f"recognition-{name}.safetensors")
+            for name, cls in RECOGNITION_MODELS.items()
+        }
+        self.extractor: Any = studio.extractor
+        self.vae: Any = studio.pipe.vae
+        self.adapters = adapters
+
+    @torch.no_grad()
+    def compute(self, data: WorldDataset, rows: np.ndarray) -> tuple[Outputs, Tensor]:
+        """Return stage -> (N, D) outputs, and the facial values (N, V)."""
+        parts: dict[str, list[Tensor]] = {}
+        for chunk in np.array_split(rows, -(-len(rows) // 128)):
+            images, masks, landmarks = load_faces(data, chunk, torch.device("cpu"))
+            latents = self.vae.encode(2 * images - 1).latent_dist.mode()
+            decoded = ((self.vae.decode(latents).sample + 1) / 2).clamp(0, 1)
+            for suffix, source in (("", images), (", decoded", decoded)):
+                crops = to_uint8(align_faces(source, masks, landmarks, CROP))
+                for name, model in self.models.items():
+                    parts.setdefault(name + suffix, []).append(embed_crops(model, crops))
+            id_cond, hidden = self.extractor.extract_batch(images, masks, landmarks)
+            pooled = [torch.cat([level[:, 0], level[:, 1:].mean(1)], 1) for level in hidden]
+            parts.setdefault("vision encoder", []).append(torch.cat(pooled, 1))
+            for name, adapter in self.adapters.items():
+                tokens = adapter.encode(id_cond, hidden).flatten(1)
+                parts.setdefault(f"tokens of {name}", []).append(tokens)
+        values = torch.from_numpy(np.asarray(data.vectors[rows][:, FACIAL_COLUMNS]))
+        return {name: torch.cat(chunks).double() for name, chunks in parts.items()}, values.double()
+
+
+class Regression:
+    """Ridge regression of the facial values on standardized outputs of a stage."""
+
+    def __init__(self, outputs: Tensor, values: Tensor) -> None:
+        self.mean, self.scale = outputs.mean(0), outputs.std(0) + 1e-6
+        self.center = values.mean(0)
+        x = (outputs - self.mean) / self.scale
+        gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+        self.weight = torch.linalg.solve(gram, x.T @ (values - self.center))
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """Predict values (N, V) from outputs (N, D)."""
+        return (outputs - self.mean) / self.scale @ self.weight + self.center
+
+
+def explained(predictions: Tensor, values: Tensor) -> Tensor:
+    """Compute R2 of each value, (V,)."""
+    return 1 - (predictions - values).square().mean(0) / values.var(0, unbiased=False)
+
+
+def squared_correlation(predictions: Tensor, values: Tensor) -> Tensor:
+    """Compute the squared correlation of each value over the people, (V,), signed."""
+    a, b = (x - x.mean(0) for x in (predictions, values))
+    correlation = (a * b).sum(0) / (a.square().sum(0) * b.square().sum(0)).sqrt()
+    return correlation * correlation.abs()
+
+
+def read_generated(studio: Studio, embed: Any, regression: Regression, people: int) -> Tensor:
+    """Generate one portrait of each held-out person and compare the values it shows, (V,)."""
+    portraits = render_portraits(people)
+    identities = [studio.identify([image]) for image in to_pil(portraits)]
+    prompts = [EvalPrompt(person, PROMPT, person, Scene()) for person in range(people)]
+    batches = [prompts[start : start + 16] for start in range(0, people, 16)]
+    faces = embed(generate_images(studio, batches, identities))
+    names = [str(HELD_OUT_PEOPLE + person) for person in range(people)]
+    values = get_facial_values(names).double()[faces.has_face]
+    return squared_correlation(regression(faces.embeddings[faces.has_face].double()), values)
+
+
+def main() -> None:
+    """Measure all stages, and write and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, default=MINIATURE)
+    parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="datasets")
+    parser.add_argument("--adapter", type=Path, nargs="*", default=[])
+    parser.add_argument("--people", type=int, default=128, help="generated portraits")
+    parser.add_argument("-o", "--out", type=Path)
+    options = parser.parse_args()
+    cpu = torch.device("cpu")
+    studio = load(mini_lightning(options.weights).with_defaults(scale=1.0), device="cpu")
+    adapters = {path.stem: PuLID.load(path) for path in options.adapter}
+    stages = Stages(options.weights, studio, adapters)
+    train = WorldDataset.open(options.runs / "world-portraits")
+    held_out = WorldDataset.open(options.runs / "world-held-out")
+    outputs, values = stages.compute(train, np.arange(0, len(train), 3))
+    other_outputs, other_values = stages.compute(held_out, np.flatnonzero(find_frontal(held_out)))
+    columns = {}
+    regressions: dict[str, Regression] = {}
+    for name in outputs:
+        # a model reads decoded images with the regression of plain ones
+        plain = name.removesuffix(", decoded")
+        if plain not in regressions:
+            regressions[plain] = Regression(outputs[plain], values)
+        columns[f"R2 {name}"] = explained(regressions[plain](other_outputs[name]), other_values)
+    changes = render_value_changes(16)
+    nothing = torch.zeros(0)
+    evaluator = RecognitionEvaluator(nothing, nothing, nothing, changes)
+    for name, model in stages.models.items():
+        cosines = evaluator.sensitivity(model)
+        columns[f"cosine {name}"] = torch.tensor([cosines[value] for value in FACIAL])
+    embed = load_face_embedder(options.weights, cpu)
+    for name, adapter in adapters.items():
+        adapted = Studio(studio.pipe, adapter, studio.extractor, studio.preset)
+        columns[f"generated {name}"] = read_generated(
+            adapted, embed, regressions["loss"], options.people
+        )
+    rows = {
+        value: {name: round(column[i].item(), 3) for name, column in columns.items()}
+        for i, value in enumerate(FACIAL)
+    }
+    rows["mean"] = {name: round(column.mean().item(), 3) for name, column in columns.items()}
+    print("| value |", " | ".join(columns), "|")
+    print("|---" * (len(columns) + 1) + "|")
+    for value, row in rows.items():
+        print(f"| {value} |", " | ".join(f"{figure:.2f}" for figure in row.values()), "|")
+    if options.out is not None:
+        configuration = {"adapters": list(adapters), "people": options.people}
+        write_json(options.out, describe_measurement(configuration, {"rows": rows}, cpu))
+
+
+if __name__ == "__main__":
+    main()
