@@ -21,7 +21,7 @@ from openpulid.bench.metrics import FID
 from openpulid.bench.run_dir import BASE, Record, RunDir, SampleKey, Subject, iterate_jobs
 from openpulid.bench.score import needs_scoring, score_run
 from openpulid.bench.suite import load_suite
-from openpulid.bench.table import ATTRIBUTES_TITLE, COSTS, ResultTable, Row
+from openpulid.bench.table import ALL_COSTS, ATTRIBUTES_TITLE, COSTS, ResultTable, Row
 from openpulid.cli import bench as commands
 from openpulid.cli.main import app
 from openpulid.errors import OptionError, WeightsError
@@ -54,7 +54,7 @@ def load_rows(run_dir: RunDir) -> list[dict[str, object]]:
 def load_rows_without_times(run_dir: RunDir) -> list[dict[str, object]]:
     rows = load_rows(run_dir)
     for row in rows:
-        for name in ("ratio", *COSTS):
+        for name in ("ratio", *ALL_COSTS):
             row.pop(name, None)
             row["intervals"].pop(name, None)
     return rows

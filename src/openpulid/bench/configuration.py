@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from openpulid.bench.run_dir import BASE
+from openpulid.bench.tuned import TunedPreset
 from openpulid.io.checkpoints import fingerprint
 from openpulid.pipelines.model_set import NETWORK_FOLDERS
 from openpulid.pipelines.presets import Preset
@@ -40,7 +42,10 @@ def describe_configuration(
     configuration["sampler"] = preset.models.sampler
     configuration["preset"] = preset.name
     weights = {name: _hash_part(preset, name) for name in BASE_PARTS}
-    if method != BASE:
+    if isinstance(preset, TunedPreset):
+        configuration["recipe"] = asdict(preset.recipe)
+        configuration |= defaults.identity.model_dump(exclude_none=True)
+    elif method != BASE:
         weights |= {name: _hash_part(preset, name) for name in METHOD_PARTS}
         weights["adapter"] = _hash_adapter(preset)
         configuration |= defaults.identity.model_dump(exclude_none=True)

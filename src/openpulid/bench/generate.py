@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -12,13 +13,34 @@ from PIL import Image
 from openpulid.bench.configuration import describe_configuration
 from openpulid.bench.run_dir import BASE, Job, Record, RunDir, SampleKey, Subject, iterate_jobs
 from openpulid.bench.suite import Suite
+from openpulid.bench.tuned import TunedPreset, tune_subject
 from openpulid.device import hardware_name, peak_memory, reset_peak_memory, synchronize
 from openpulid.errors import PulidError, explain_out_of_memory
 from openpulid.identity.identity import Identity
+from openpulid.pipelines.factory import load_adapter
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.studio import Studio
 
 LIBRARIES = ("torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class PreparedSubject:
+    """A method that is ready to show a subject.
+
+    Attributes:
+        person: name of the subject.
+        studio: generates images with the method.
+        identity: of the subject; None for the base, and for a method that is tuned on the subject.
+        seconds: to extract the identity, or to tune.
+        num_bytes: of the identity, or of the tuned file.
+    """
+
+    person: str
+    studio: Studio
+    identity: Identity | None = None
+    seconds: float = 0.0
+    num_bytes: int = 0
 
 
 class Worker:
@@ -50,7 +72,7 @@ class Worker:
             name: describe_configuration(name, studio.preset, suite.options)
             for name, studio in studios.items()
         }
-        self._identities: dict[tuple[str, str], tuple[Identity, float]] = {}
+        self._prepared: dict[str, PreparedSubject] = {}
 
     def generate(self, job: Job) -> None:
         """Generate the images of a job and write their records; record failures as well."""
@@ -73,38 +95,55 @@ class Worker:
     def _generate_images(self, job: Job) -> tuple[list[Image.Image], dict[str, Any]]:
         """Return the images of a job with their time and memory, as fields of `Record`."""
         first = job.keys[0]
-        studio = self.studios[first.method]
+        prepared = self._prepare(first)
+        studio = prepared.studio
         device = studio.pipe.device
         studio.adapter.attach(studio.pipe)  # the methods share a pipeline; the last one is used
-        identity, identify_seconds = self._identify(first, studio)
 
         reset_peak_memory(device)
         start = time.perf_counter()
         prompt = self.suite.prompts[first.prompt].text
         images = []
         for key in job.keys:
-            result = studio.generate(prompt, identity, seed=key.seed, **self.suite.options)
+            result = studio.generate(prompt, prepared.identity, seed=key.seed, **self.suite.options)
             images.append(result.images[0])
         synchronize(device)
         seconds = (time.perf_counter() - start) / len(job.keys)
         costs = {
             "seconds": round(seconds, 4),
-            "identify_seconds": round(identify_seconds, 4),
+            "identify_seconds": round(prepared.seconds, 4),
+            "identity_bytes": prepared.num_bytes,
             "memory": peak_memory(device),
         }
         return images, costs
 
-    def _identify(self, key: SampleKey, studio: Studio) -> tuple[Identity | None, float]:
-        """Extract the identity of a subject once per method; return it with the seconds taken."""
-        if key.method == BASE:
-            return None, 0.0
-        cache_key = (key.method, key.person)
-        if cache_key not in self._identities:
-            start = time.perf_counter()
-            identity = studio.identify(self.subjects[key.person].portrait)
-            synchronize(studio.pipe.device)
-            self._identities[cache_key] = identity, time.perf_counter() - start
-        return self._identities[cache_key]
+    def _prepare(self, key: SampleKey) -> PreparedSubject:
+        """Prepare a method for a subject; the last subject of each method is kept."""
+        prepared = self._prepared.get(key.method)
+        if prepared is None or prepared.person != key.person:
+            prepared = self._prepare_subject(key.method, self.subjects[key.person])
+            self._prepared[key.method] = prepared
+        return prepared
+
+    def _prepare_subject(self, method: str, subject: Subject) -> PreparedSubject:
+        """Extract the identity of a subject, or tune the method on the subject."""
+        studio = self.studios[method]
+        if method == BASE:
+            return PreparedSubject(subject.name, studio)
+        device = studio.pipe.device
+        if isinstance(studio.preset, TunedPreset):
+            folder = self.run_dir.tuned_path(method)
+            preset, seconds, num_bytes = tune_subject(
+                studio.preset, subject, folder, self._configurations[method], device
+            )
+            adapter = load_adapter(preset, device)
+            tuned = Studio(studio.pipe, adapter, studio.extractor, preset)
+            return PreparedSubject(subject.name, tuned, None, seconds, num_bytes)
+        start = time.perf_counter()
+        identity = studio.identify(subject.portrait)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        return PreparedSubject(subject.name, studio, identity, seconds, identity.num_bytes)
 
     def _describe(self, method: str) -> dict[str, Any]:
         return {

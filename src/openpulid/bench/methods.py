@@ -9,6 +9,7 @@ from pathlib import Path
 
 from openpulid.bench.run_dir import BASE
 from openpulid.bench.suite import Suite
+from openpulid.bench.tuned import TunedPreset, tuned_preset
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import WEIGHTS
 from openpulid.pipelines.factory import check_models, load_adapter, load_extractor
@@ -16,6 +17,7 @@ from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import Preset, find_preset, with_method
 from openpulid.pipelines.studio import Studio
 from openpulid.pipelines.weights import missing_weights
+from openpulid.training.tuning import TUNING_METHODS
 
 Presets = Mapping[str, Preset]
 """Label of each method -> its preset, as `select_presets` returns them."""
@@ -76,7 +78,10 @@ def select_presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
                 f"two methods would both be called {spec.label}; rename one file, or name each "
                 "method once."
             )
-        preset = with_method(presets[BASE], spec.method, spec.file)
+        if spec.file is None and spec.method in TUNING_METHODS:
+            preset: Preset = tuned_preset(presets[BASE], spec.method)
+        else:
+            preset = with_method(presets[BASE], spec.method, spec.file)
         presets[spec.label] = (
             preset if spec.scale is None else preset.with_defaults(scale=spec.scale)
         )
@@ -92,7 +97,8 @@ def check_weights(presets: Mapping[str, Preset]) -> None:
     Raises:
         WeightsError: weights are missing, or of another kind; the message names the fix.
     """
-    missing = {name: preset for preset in presets.values() for name in missing_weights(preset)}
+    fixed = [preset for preset in presets.values() if not isinstance(preset, TunedPreset)]
+    missing = {name: preset for preset in fixed for name in missing_weights(preset)}
     if downloads := " ".join(name for name in missing if name in WEIGHTS):
         raise WeightsError(
             f"weights of these methods are not installed; download them with `pulid weights get "
@@ -103,7 +109,7 @@ def check_weights(presets: Mapping[str, Preset]) -> None:
         is_baseline = path == str(preset.models.adapter) and preset.models.method != "pulid"
         option = f" --method {preset.models.method}" if is_baseline else ""
         raise WeightsError(f"{path} does not exist; create it with `pulid mini build{option}`.")
-    for preset in presets.values():
+    for preset in fixed:
         check_models(preset)
 
 
@@ -124,6 +130,9 @@ def load_studios(
     studios = {BASE: studio}  # its adapter is not used without an identity
     for label, preset in presets.items():
         if label == BASE:
+            continue
+        if isinstance(preset, TunedPreset):  # each subject has an adapter of its own
+            studios[label] = Studio(studio.pipe, studio.adapter, studio.extractor, preset)
             continue
         adapter = load_adapter(preset, studio.pipe.device)
         extractor = studio.extractor

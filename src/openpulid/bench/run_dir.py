@@ -4,6 +4,7 @@ RUN/suite.json                        the suite, its subjects and methods
 RUN/people/NAME.png                   reference image of a subject; NAME-other.png: a second image
 RUN/samples/METHOD/NAME-P-S.json      record of prompt P and seed S: status, metrics, provenance
 RUN/samples/METHOD/NAME-P-S.png       its image
+RUN/tuned/METHOD/*/NAME.safetensors   a method that was tuned on a subject
 RUN/method_metrics.json               metrics of all images of a method together
 """
 
@@ -110,7 +111,8 @@ class Record:
         versions: library -> version.
         start: identifies the start of the command; times of different starts are not compared.
         seconds: generation time of one image, mean over the seeds of its job.
-        identify_seconds: time to extract the identity.
+        identify_seconds: time to extract the identity, or to tune the method on the subject.
+        identity_bytes: size of the identity, or of the tuned file.
         memory: peak GiB with all methods of the run loaded; None if unknown.
         error: why the image is missing.
         metrics: metric name -> value; None where it is undefined.
@@ -127,6 +129,7 @@ class Record:
     start: str | None = None
     seconds: Amount | None = None
     identify_seconds: Amount | None = None
+    identity_bytes: Annotated[int, Field(ge=0)] | None = None
     memory: Amount | None = None
     error: str | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
@@ -340,6 +343,10 @@ class RunDir:
     def image_path(self, key: SampleKey) -> Path:
         """Return the path of an image."""
         return self.path / "samples" / f"{key.stem}.png"
+
+    def tuned_path(self, method: str) -> Path:
+        """Return the folder of the files that a method tunes on the subjects."""
+        return self.path / "tuned" / method
 
     def _record_path(self, key: SampleKey) -> Path:
         return self.path / "samples" / f"{key.stem}.json"

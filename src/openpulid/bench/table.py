@@ -19,8 +19,14 @@ COSTS = {"seconds": False, "steps_per_second": True, "photo_to_image": False, "m
 seconds; denoising steps per second, text encoding and decoding included; seconds including the
 extraction of the identity; peak GiB with all methods of the run loaded.
 """
+PERSON_COSTS = {"person_seconds": False, "person_kb": False}
+"""Cost of a person -> whether more is better.
 
-HIGHER_IS_BETTER = {**{metric.name: metric.higher_is_better for metric in COLUMNS}, **COSTS}
+Seconds to extract the identity, or to tune the method; kilobytes that are stored of the person.
+"""
+ALL_COSTS = {**COSTS, **PERSON_COSTS}
+
+HIGHER_IS_BETTER = {**{metric.name: metric.higher_is_better for metric in COLUMNS}, **ALL_COSTS}
 """All columns in their order, and whether more is better."""
 
 ATTRIBUTES_TITLE = "Share of images that show a requested attribute"
@@ -94,7 +100,7 @@ def _aggregate(run: Run, records: Sequence[Record], name: str) -> Interval:
     subjects = []
     for record in records:
         if run.suite.is_scored(record.sample.prompt, identity=name in IDENTITY_METRICS):
-            value = _cost(record, name) if name in COSTS else record.metrics.get(name)
+            value = _cost(record, name) if name in ALL_COSTS else record.metrics.get(name)
             values.append(math.nan if value is None else value)
             subjects.append(run.people.index(record.sample.person))
     return bootstrap(torch.tensor(values), torch.tensor(subjects))
@@ -106,6 +112,10 @@ def _cost(record: Record, name: str) -> float | None:
         return None
     if name == "seconds":
         return record.seconds
+    if name == "person_seconds":
+        return record.identify_seconds or None  # the base needs none
+    if name == "person_kb":
+        return record.identity_bytes / 1000 if record.identity_bytes else None
     if name == "steps_per_second":
         steps: int = record.configuration["num_inference_steps"]
         return steps / record.seconds

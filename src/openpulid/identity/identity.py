@@ -133,6 +133,11 @@ class Identity:
             digest.update(tensor.float().numpy().tobytes())
         return digest.hexdigest()
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of the features in a file."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
     def _tensors(self) -> dict[str, Tensor]:
         """Return the features on the CPU, by their names in a file."""
         tensors = {"id_cond": self.id_cond, **{f"hidden.{i}": x for i, x in enumerate(self.hidden)}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -56,6 +57,7 @@ def tune(
         OptionError: the word is not one token of the base model.
         TrainingError: see `trainer.run`.
     """
+    started_at = time.monotonic()
     model = SDXLModel(pipe)
     is_weighed = recipe.face_loss_weight != 1
     images = encode_person(
@@ -67,6 +69,7 @@ def tune(
         class_images = generate_class_images(
             model, class_prompts, recipe.num_class_images, dict(class_options or {}), recipe.seed
         )
+    preparation_seconds = time.monotonic() - started_at
     with open_part(recipe, pipe, trigger) as part:
         task = TuningTask(
             recipe,
@@ -84,7 +87,7 @@ def tune(
         "recipe": json.dumps(asdict(recipe)),
         "revision": revision(),
         "images": len(references),
-        "seconds": round(result.seconds, 1),
+        "seconds": round(preparation_seconds + result.seconds, 1),
     }
     return method, facts
 
