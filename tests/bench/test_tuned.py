@@ -65,6 +65,14 @@ def test_method_is_tuned_once_per_subject(tmp_path: Path) -> None:
     assert run_dir.image_path(run.keys(METHOD)[0]).is_file()
 
 
+def test_scales_share_a_file(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    tuned = select()[METHOD]
+    half = {**select(), f"{METHOD}@0.5": tuned.with_defaults(start=0.5)}
+    generate(run_dir, {name: half[name] for name in (BASE, METHOD, f"{METHOD}@0.5")})
+    assert len(list(run_dir.tuned_path(METHOD).rglob("*.safetensors"))) == len(SUBJECTS)
+
+
 def test_another_recipe_tunes_again() -> None:
     presets, changed = select(), select(lr=1e-4)
     options = SUITE.options

@@ -132,7 +132,7 @@ class Worker:
             return PreparedSubject(subject.name, studio)
         device = studio.pipe.device
         if isinstance(studio.preset, TunedPreset):
-            folder = self.run_dir.tuned_path(method)
+            folder = self.run_dir.tuned_path(studio.preset.recipe.method)
             preset, seconds, num_bytes = tune_subject(
                 studio.preset, subject, folder, self._configurations[method], device
             )

@@ -62,14 +62,15 @@ def tune_subject(
         preset: of the method.
         subject: the subject.
         folder: where the files of the method are kept.
-        configuration: everything that determines the result, see `describe_configuration`; files of
-            another one are not used.
+        configuration: of the method, see `describe_configuration`. A file of another recipe or base
+            model is not used; the same one is at another scale.
         device: where to compute.
 
     Returns:
         The preset with the subject's file, the seconds of the tuning and the bytes of the file.
     """
-    digest = hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()
+    tuning = {name: configuration[name] for name in ("recipe", "weights")}
+    digest = hashlib.sha256(json.dumps(tuning, sort_keys=True).encode()).hexdigest()
     file = folder / digest[:12] / f"{subject.name}.safetensors"
     make_folder(file.parent)
     with FileLock(file.with_suffix(".lock")):  # other workers wait for the file
