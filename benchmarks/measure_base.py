@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
-from openpulid.bench.measurement import describe_measurement
-from openpulid.io.files import write_json
+from openpulid.bench.measurement import append_measurement, describe_measurement
 from openpulid.mini.evaluation.image_evaluator import GUIDANCE, ImageEvaluator
 from openpulid.mini.models import PatchAutoencoderKL
 from openpulid.mini.train.build_context import BuildContext
@@ -50,7 +49,8 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     if arguments.out is not None:
         configuration = {"prompts": arguments.prompts or "all"}
-        write_json(arguments.out, describe_measurement(configuration, {"rows": rows}, cpu))
+        measurement = describe_measurement(configuration, {"rows": rows}, cpu)
+        append_measurement(arguments.out, "bases", measurement)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpulid.bench.measurement import describe_measurement
+from openpulid.bench.measurement import append_measurement, describe_measurement
 from openpulid.faces.align import align_faces
 from openpulid.faces.miniature import CROP, RECOGNITION_MODELS
 from openpulid.io.checkpoints import load_module
-from openpulid.io.files import write_json
 from openpulid.io.image_grid import to_pil
 from openpulid.methods.pulid import PuLID
 from openpulid.mini.data import load_faces
@@ -177,7 +176,8 @@ def main() -> None:
         print(f"| {value} |", " | ".join(f"{figure:.2f}" for figure in row.values()), "|")
     if options.out is not None:
         configuration = {"adapters": list(adapters), "people": options.people}
-        write_json(options.out, describe_measurement(configuration, {"rows": rows}, cpu))
+        measurement = describe_measurement(configuration, {"rows": rows}, cpu)
+        append_measurement(options.out, "values", measurement)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,8 @@ def test_report_is_one_self_contained_page(finished: RunDir) -> None:
     assert json.loads((finished.path / "report.json").read_text())["suite"] == "quick"
     text = load_markdown(finished)
     assert "| pulid | 12 |" in text and "face_sim ↑" in text and "outside_face ↓" in text
-    assert "seconds" not in text and "time to base" in text  # measured on a CPU
+    assert "| seconds" not in text and "time to base" in text  # measured on a CPU
+    assert "person_seconds ↓" in text and "person_kb ↓" in text
     assert "fid is the Frechet distance" in page and "CLIP features" in text
 
 

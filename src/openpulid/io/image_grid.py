@@ -93,14 +93,14 @@ def labeled_grid(
     gap = 16
     margin = 24
     line_height = 40
-    label_height = 25
+    label_height = 25  # of a line below the first, which has `line_height`
     width = 2 * margin + len(columns) * (side + gap) - gap
     labels = [textwrap.wrap(label, max(1, side // 11))[:MAX_CAPTION_LINES] for label in columns]
     top = margin + 2 * line_height - 14
-    head = label_height * max(map(len, labels), default=1) + gap
+    head = line_height + label_height * (max(map(len, labels), default=1) - 1)
     footer_lines = textwrap.wrap(footer, width // 11)
     num_texts = sum(bool(text) for text, _ in rows)
-    height = top + head + num_texts * line_height + len(rows) * (side + gap)
+    height = margin + 2 * line_height + head + num_texts * line_height + len(rows) * (side + gap)
     height += len(footer_lines) * label_height + margin
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)

@@ -34,8 +34,8 @@ def train(stage, folder, counted=False):
     """Train a stage; with `counted`, write the size of every batch to FOLDER.data and .held_out."""
     task = tiny.task(**STAGES[stage])
     if counted:
-        for name in ("data", "held_out"):
-            count_batches(getattr(task, name), f"{folder}.{name}")
+        count_batches(task.data, f"{folder}.data")
+        count_batches(task.validation.data, f"{folder}.held_out")
     config = replace(
         tiny.recipe().trainer_config(), steps=STEPS[stage], validate_every=100, log_every=1
     )
