@@ -90,5 +90,5 @@ def test_tuning_methods_need_no_file() -> None:
     recipes = [preset.recipe for preset in presets.values() if isinstance(preset, TunedPreset)]
     assert [recipe.num_class_images for recipe in recipes] == [0, 64, 0]
     assert presets["lora@0.5"].defaults.identity.scale == 0.5
-    with pytest.raises(OptionError, match=r"mine\.safetensors does not exist"):
+    with pytest.raises(OptionError, match=r"mine\.safetensors shows one person; name lora"):
         select_presets(SUITE, ["lora:mine.safetensors"])

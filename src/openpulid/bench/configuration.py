@@ -44,10 +44,10 @@ def describe_configuration(
     weights = {name: _hash_part(preset, name) for name in BASE_PARTS}
     if isinstance(preset, TunedPreset):
         configuration["recipe"] = asdict(preset.recipe)
-        configuration |= defaults.identity.model_dump(exclude_none=True)
     elif method != BASE:
         weights |= {name: _hash_part(preset, name) for name in METHOD_PARTS}
         weights["adapter"] = _hash_adapter(preset)
+    if method != BASE:
         configuration |= defaults.identity.model_dump(exclude_none=True)
     configuration["weights"] = weights
     data: dict[str, Any] = json.loads(json.dumps(configuration))

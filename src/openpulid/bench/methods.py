@@ -12,6 +12,7 @@ from openpulid.bench.suite import Suite
 from openpulid.bench.tuned import TunedPreset, tuned_preset
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import WEIGHTS
+from openpulid.methods.registry import TUNED_METHODS
 from openpulid.pipelines.factory import check_models, load_adapter, load_extractor
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import Preset, find_preset, with_method
@@ -68,7 +69,8 @@ def select_presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
         names: methods in the form `METHOD[:FILE][@SCALE]`.
 
     Raises:
-        OptionError: a method or file does not exist, or two methods have the same label.
+        OptionError: a method or file does not exist, a file is of one person, or two methods have
+            the same label.
     """
     presets = {BASE: find_preset(suite.preset)}
     specs = [spec for spec in map(MethodSpec.parse, names) if spec.method != BASE]
@@ -78,7 +80,12 @@ def select_presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
                 f"two methods would both be called {spec.label}; rename one file, or name each "
                 "method once."
             )
-        if spec.file is None and spec.method in TUNING_METHODS:
+        if spec.file is not None and spec.method in TUNED_METHODS:
+            raise OptionError(
+                f"{spec.file} shows one person; name {spec.method} without a file, and it is tuned "
+                "on each person of the run."
+            )
+        if spec.method in TUNING_METHODS:
             preset: Preset = tuned_preset(presets[BASE], spec.method)
         else:
             preset = with_method(presets[BASE], spec.method, spec.file)

@@ -24,6 +24,14 @@ def embed_center(images: Tensor) -> Faces:
     return Faces(torch.ones(len(images), dtype=torch.bool), colors, masks)
 
 
+def embed_no_face(images: Tensor) -> Faces:
+    """Find a face in the reference images alone, of which there are more than two."""
+    faces = embed_center(images)
+    if len(images) > 2:
+        return faces
+    return Faces(faces.has_face & False, 0 * faces.embeddings, faces.masks)
+
+
 def flat(color: tuple[int, int, int], face: tuple[int, int, int] | None = None) -> Image.Image:
     image = Image.new("RGB", (96, 96), color)
     image.paste(face or color, (32, 32, 64, 64))
@@ -46,6 +54,8 @@ def test_images_are_matched_to_the_most_similar_reference() -> None:
     red, green, blue = (flat(color) for color in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))
     references = [red, green, blue]
     assert demo.match_references(embed_center, references, [[red, green], [green, green]]) == 0.75
+    # an image without a face matches nobody, not the first person
+    assert demo.match_references(embed_no_face, references, [[red, green]]) == 0
     # a reference beyond the first eight is not among the choices
     far = [red] + [blue] * 7 + [green]
     assert demo.match_references(embed_center, far, [[red, flat((90, 100, 0))]]) == 1.0

@@ -83,7 +83,8 @@ class Rank1Of8:
             math.comb(others - nearer, drawn) / math.comb(others, drawn)
             for nearer in (cosines > own).sum(1).tolist()
         ]
-        return torch.tensor(probabilities) * inputs.faces.has_face
+        has_face = inputs.faces.has_face
+        return torch.tensor(probabilities, device=has_face.device) * has_face
 
 
 class SimGT:

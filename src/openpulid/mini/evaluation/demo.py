@@ -198,10 +198,11 @@ def match_references(
     Returns:
         The share of images that are matched to their own person.
     """
-    correct = [
-        _similarities(faces, to_tensor(row), portraits[:NUM_REFERENCES]).argmax(1) == person
-        for person, row in enumerate(images)
-    ]
+    correct = []
+    for person, row in enumerate(images):
+        similarity = _similarities(faces, to_tensor(row), portraits[:NUM_REFERENCES])
+        has_face = similarity.any(1)  # without one, all similarities are 0
+        correct.append((similarity.argmax(1) == person) & has_face)
     return torch.cat(correct).float().mean().item()
 
 
@@ -211,7 +212,7 @@ def _similarities(
     """Compute the face similarity of B images to P portraits, (B, P); 0 without a face."""
     found, references = faces(images), faces(to_tensor(portraits))
     a, b = (normalize(x.embeddings.float(), dim=-1) for x in (found, references))
-    return (a @ b.T) * found.has_face[:, None]
+    return a @ b.T
 
 
 def _render_portraits(seeds: Sequence[int]) -> list[Image.Image]:
