@@ -270,9 +270,9 @@ def test_values_of_the_preset_are_left_out(tmp_path: Path) -> None:
 def test_every_option_of_a_preset_has_a_component(preset: str) -> None:
     """No component is empty: Gradio shows an empty number as 0."""
     built = PRESETS[preset]()
-    for entry in FIELDS:
-        with gradio.Blocks():
-            component = build_field(entry, built)
+    with gradio.Blocks():
+        components = [build_field(entry, built) for entry in FIELDS]
+    for entry, component in zip(FIELDS, components, strict=True):
         assert component.visible == entry.is_supported(built)
         assert component.value is not None
     without = {"width", "height", "memory", "controls"}
