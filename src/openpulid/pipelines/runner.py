@@ -126,7 +126,7 @@ class PipelineRunner:
     ) -> Iterator[tuple[int, Image.Image]]:
         """Generate images without refining them."""
         pipe = self._select_pipeline(inputs)
-        with inputs.use(pipe, self.preset.models.memory) as style:
+        with inputs.use(pipe, self.preset.models) as style:
             prompts = {**self._encode_prompts(pipe, request), **style}
             with self._use_identity(people, request, pipe):
                 for seeds in _batches(request, batch_size):
