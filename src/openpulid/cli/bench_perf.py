@@ -99,6 +99,9 @@ def measure_inference(
         float, typer.Option(min=0.01, max=1, help="FLUX: share of the blocks.")
     ] = 1.0,
     memory: Memory = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="SDXL: with compiled identity attention.")
+    ] = False,
     rounds: Rounds = 5,
     out: Output = None,
     overwrite: Overwrite = False,
@@ -112,7 +115,9 @@ def measure_inference(
 
     torch_device = select_device(device)
     level = memory or "full"
-    target = inference.speed_target(base, torch_device, size, batch, guided, depth_scale, level)
+    target = inference.speed_target(
+        base, torch_device, size, batch, guided, depth_scale, level, compiled
+    )
     steps = inference.measure(target, rounds, None if as_json else print_progress)
     configuration = {
         "base": base,
@@ -121,6 +126,7 @@ def measure_inference(
         "guided": guided,
         "depth_scale": depth_scale,
         "memory": level,
+        "compiled": compiled,
         "device": str(torch_device),
         "dtype": str(dtype_of(base, torch_device)),
         "rounds": rounds,

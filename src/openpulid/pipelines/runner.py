@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from openpulid.methods.pulid import People, delay_guidance
+from openpulid.methods.pulid import People, compiling_pays, delay_guidance
 from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
@@ -168,6 +168,8 @@ class PipelineRunner:
             options["scale"] = max(request.identity_scales)
         if is_flux:
             options["timestep_to_start_cfg"] = first_guided_step
+        if "projection" in self.preset.options:  # PuLID on SDXL
+            options["compiled"] = compiling_pays(pipe._execution_device, request.num_images)
         return self.adapter.use(people, **options, pipe=pipe)
 
     def _run_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -133,6 +134,21 @@ def test_sdxl_step_is_measured_at_a_memory_level() -> None:
     assert names == ["base", "pulid", "recomputed", "two passes"]
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ to compile")
+def test_compiled_step_is_that_without() -> None:
+    pipe = tiny.pipe()
+    base = RandomSDXL(pipe.unet, pipe.vae)
+    target = inference.SDXLTarget(base, pixels=16, compiled=True)
+    plain = target.step()
+    with torch.inference_mode(), target.use_identity():
+        compiled = target.step()
+    target.compiled = False
+    with torch.inference_mode(), target.use_identity():
+        torch.testing.assert_close(target.step(), compiled, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(plain, compiled)
+    torch.compiler.reset()
+
+
 def test_identity_work_is_timed_in_every_layer() -> None:
     pipe = tiny.pipe()
     target = inference.SDXLTarget(RandomSDXL(pipe.unet, pipe.vae), pixels=16)
@@ -182,6 +198,8 @@ def test_unsupported_options_are_rejected() -> None:
             inference.speed_target(name, CPU, level="16gb")
     with pytest.raises(OptionError, match="no memory level"):
         inference.speed_target("flux", CPU, level="8gb")
+    with pytest.raises(OptionError, match="--compile is only available for sdxl"):
+        inference.speed_target("flux", CPU, compiled=True)
     with pytest.raises(OptionError, match="--guided is not available for flux"):
         inference.speed_target("flux", CPU, guided=True)
 

@@ -102,6 +102,7 @@ class SDXLTarget:
         batch: number of images.
         guided: double the batch for classifier-free guidance.
         level: one of `memory_levels.SDXL_LEVELS`; below "full", the base is on the CPU.
+        compiled: compile identity attention now, see `PuLID.use`.
         device: where it runs; that of the base by default.
     """
 
@@ -112,11 +113,13 @@ class SDXLTarget:
         batch: int = 1,
         guided: bool = False,
         level: str = "full",
+        compiled: bool = False,
         device: torch.device | None = None,
     ) -> None:
         self.base = base
         self.device = device or base.device
         self.guided = guided
+        self.compiled = compiled
         like: dict[str, Any] = {"device": base.device, "dtype": base.unet.dtype}
         width = base.unet.config.cross_attention_dim
         with base.device:
@@ -134,6 +137,9 @@ class SDXLTarget:
         self.apart: Callable[[], object] | None = self._step_in_two_calls if guided else None
         if level != "full":
             self._place(level)
+        if compiled:
+            with torch.inference_mode(), self.use_identity():
+                self.step()
 
     def _place(self, level: str) -> None:
         """Keep the U-Net as a memory level says, and its inputs on the device."""
@@ -159,7 +165,12 @@ class SDXLTarget:
     def use_identity(self) -> AbstractContextManager[Any]:
         """Open a context in which an identity is in use."""
         return self.adapter.use_tokens(
-            self.tokens, 0.8, num_zero=20, negative=self.unconditional, guided=self.guided
+            self.tokens,
+            0.8,
+            num_zero=20,
+            negative=self.unconditional,
+            guided=self.guided,
+            compiled=self.compiled,
         )
 
     def time_identity(self) -> AbstractContextManager[list[float]]:
@@ -278,6 +289,7 @@ def speed_target(
     guided: bool = False,
     depth: float = 1.0,
     level: str = "full",
+    compiled: bool = False,
 ) -> SpeedTarget:
     """Build "mini", "sdxl" or "flux" at full size with random weights.
 
@@ -289,6 +301,7 @@ def speed_target(
         guided: use classifier-free guidance; SDXL and the miniature only.
         depth: share of FLUX's blocks.
         level: memory level; SDXL and FLUX only.
+        compiled: compile identity attention; SDXL and the miniature only.
 
     Raises:
         OptionError: an unknown name, or an option that the base does not have.
@@ -301,6 +314,8 @@ def speed_target(
                 "--guided is not available for flux, which calls the network separately for a "
                 "negative prompt."
             )
+        if compiled:
+            raise OptionError("--compile is only available for sdxl and mini.")
         return FluxTarget(device, dtype, pixels, batch, depth, level=level)
     if depth != 1:
         raise OptionError("--depth-scale is only available for flux.")
@@ -309,7 +324,8 @@ def speed_target(
             raise OptionError("--memory is only available for sdxl and flux.")
         find_level("sdxl", level)
     kept = device if level == "full" else torch.device("cpu")
-    return SDXLTarget(random_base(name, kept, dtype), pixels, batch, guided, level, device)
+    base = random_base(name, kept, dtype)
+    return SDXLTarget(base, pixels, batch, guided, level, compiled, device)
 
 
 @torch.inference_mode()
