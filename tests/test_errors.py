@@ -45,7 +45,7 @@ MEMORY_ERRORS = [
 
 @pytest.mark.parametrize("error", MEMORY_ERRORS, ids=repr)
 def test_out_of_memory_is_explained(error: Exception) -> None:
-    message = r"too little memory; .*--memory 12gb"
+    message = r"too little memory; .*a lower --memory"
     with pytest.raises(OptionError, match=message), explain_out_of_memory():
         raise error
     with pytest.raises(type(error)), describe_load_errors(Path("model")):  # not "is damaged"

@@ -201,7 +201,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explain_out_of_memory(
-    advice: str = "use smaller images (--size) or batches (--batch), --memory 12gb (FLUX only), "
+    advice: str = "use smaller images (--size) or batches (--batch), a lower --memory, "
     "or another --device",
 ) -> Iterator[None]:
     """Turn an out-of-memory error of any device into an `OptionError` with advice.

@@ -115,6 +115,9 @@ def test_presets_are_listed_with_missing_weights(
     assert any(line.startswith("mini\t") and "yes" in line for line in listed.splitlines())
     predicted = pulid("presets", "memory", "flux", "--size", "512x512").out
     assert predicted.count("(peak)") == 4 and "text encoders" in predicted
+    both = pulid("presets", "memory", "--controls", 1).out
+    assert both.count("(peak)") == 8 and both.count("ControlNets") == 2 * 4 * 3
+    assert all(f"sdxl\t{level}" in both for level in ("full", "12gb", "8gb", "6gb"))
     words = ("presets", "memory", "flux", "--size", "512x512", "--method", "infiniteyou")
     assert pulid(*words).out.count("adapter 5.7") == 3  # InfuseNet in each phase of `full`
 
@@ -154,7 +157,8 @@ def test_user_errors_are_one_sentence(
         ("generate", "portrait", "--size", "100x101", "-o", tmp_path),
         ("generate", "portrait", "--size", "1000x1000", "--preset", "flux", "-o", tmp_path),
         ("presets", "memory", "flux", "--size", "1000x1000"),
-        ("presets", "memory", "sdxl"),
+        ("presets", "memory", "mini"),
+        ("presets", "memory", "sdxl", "--method", "ip-adapter"),
         ("generate", "portrait", "--method", "magic", "-o", tmp_path),
         ("generate", "portrait", "--mask", anna, "-o", tmp_path),  # of nobody
         ("generate", "--from", anna, "-o", tmp_path),

@@ -1,4 +1,4 @@
-"""ControlNets of a request: files, control images, several at once, FLUX's memory levels."""
+"""ControlNets of a request: files, control images, several at once, memory levels."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from openpulid.io.registry import WEIGHTS
 from openpulid.methods.control_maps.depth import estimate_depth
 from openpulid.methods.control_maps.edges import canny_edges
 from openpulid.methods.control_maps.pose import detect_poses, draw_poses
+from openpulid.methods.pulid import IDEncoder, PuLID
 from openpulid.pipelines.control_images import detect_map
 from openpulid.pipelines.controls import find_missing_map, open_controls
+from openpulid.pipelines.factory import load_pipeline
 from openpulid.pipelines.inputs import open_inputs
-from openpulid.pipelines.presets import MINIATURE, flux, mini
+from openpulid.pipelines.presets import MINIATURE, flux, mini, sdxl
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_fields import RequestError
@@ -92,6 +94,39 @@ def prepare_image(control: Control, image: Image.Image) -> Image.Image:
     """Return the control image of an image."""
     missing = find_missing_map(control, image)
     return image if missing is None else detect_map(missing, image, control.image)
+
+
+@pytest.mark.parametrize("memory", ["12gb", "8gb", "6gb"])
+def test_controlnet_of_sdxl_is_kept_as_the_memory_level_says(
+    folder: Path, tmp_path: Path, memory: str
+) -> None:
+    """In 8 bits at 8gb; on the CPU the other levels keep it as it is."""
+    net = ControlNetModel.from_pretrained(folder / "mini")
+    torch.manual_seed(1)
+    for layer in net.controlnet_down_blocks:
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    net.save_pretrained(tmp_path / "strong")
+    control = Control(tmp_path / "strong", folder / "square.png")
+    preset = sdxl(MINIATURE / "pipeline").with_models(
+        use_half_precision=False, native_side=96, sampler=None, is_miniature=True
+    )
+    preset = preset.with_defaults(num_inference_steps=2, width=96, height=96, negative_prompt="")
+    images = []
+    for level in ("full", memory):
+        placed = preset.with_models(memory=level)
+        pipe = load_pipeline(placed, torch.device("cpu"))
+        encoder = IDEncoder(12, 64, vit_dim=8, hidden_dim=16)
+        studio = Studio(pipe, PuLID.for_unet(pipe.unet, encoder), UnusedExtractor(), placed)
+        request = GenerationRequest(prompt="portrait", seed=1, controls=[control])
+        inputs = open_inputs(request)
+        image = studio.generate(request, inputs=inputs).images[0]
+        images.append(np.asarray(image).astype(np.float32) / 255)
+    weight = inputs.controls[0].files.network.model.mid_block.resnets[0].conv1.weight
+    assert weight.dtype == (torch.float8_e4m3fn if memory == "8gb" else torch.float32)
+    effect = np.abs(images[1] - pixels(studio)).mean()
+    difference = np.abs(images[0] - images[1]).mean()
+    assert effect > 0.1 and difference < 0.2 * effect
+    assert (difference == 0) == (memory != "8gb")
 
 
 def test_several_controls_act_on_flux(folder: Path) -> None:

@@ -23,7 +23,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.pipelines import factory
 from openpulid.pipelines.factory import load_extractor, load_pipeline
-from openpulid.pipelines.flux_memory import LEVELS
+from openpulid.pipelines.memory_levels import FLUX_LEVELS
 from openpulid.pipelines.presets import (
     MINIATURE,
     Preset,
@@ -94,7 +94,7 @@ def test_other_base_keeps_its_own_unet() -> None:
     assert any(not torch.equal(value, base[name]) for name, value in student.items())
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLUX_LEVELS)
 def test_other_transformer_is_used_at_every_memory_level(
     folder: Path, preset: Preset, level: str
 ) -> None:

@@ -25,7 +25,7 @@ from openpulid.pipelines.factory import (
     load_extractor,
     load_pipeline,
 )
-from openpulid.pipelines.flux_memory import LEVELS
+from openpulid.pipelines.memory_levels import FLUX_LEVELS
 from openpulid.pipelines.presets import Preset, flux, with_method
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
@@ -177,7 +177,7 @@ def test_missing_files_are_named_with_one_command(installed: Path) -> None:
         check_models(with_method(flux(), "infiniteyou", adapter))
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLUX_LEVELS)
 def test_adapter_acts_at_every_memory_level(installed: Path, level: str) -> None:
     preset = preset_at(level)
     pipe = load_pipeline(preset, CPU)

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io import hub
 from openpulid.io.lora_files import check_lora, select_lora_file
-from openpulid.pipelines.flux_memory import place_pipeline
 from openpulid.pipelines.inputs import open_inputs
 from openpulid.pipelines.loras import LoraInput, fuse_lora, open_lora, use_loras
+from openpulid.pipelines.memory_levels import LEVELS, place_pipeline, stream_pipeline
 from openpulid.pipelines.presets import flux, mini, sdxl
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
@@ -177,13 +177,16 @@ def test_kohya_file_is_the_same_lora(studios: dict[str, Studio], folder: Path) -
     assert np.abs(images[0] - run_diffusers(studio)).max() > 2
 
 
-@pytest.mark.parametrize("level", ["24gb", "16gb"])
-def test_lora_at_a_memory_level(level: str, folder: Path) -> None:
+@pytest.mark.parametrize(("family", "level"), [("flux", "24gb"), ("flux", "16gb"), ("sdxl", "8gb")])
+def test_lora_at_a_memory_level(family: str, level: str, folder: Path, tiny_pipeline: Any) -> None:
     """The base is stored in 8 bits, so its image differs a little; the LoRA's layers are not."""
-    exact, placed = flux_studio(tiny_pipe()), flux_studio(tiny_pipe())
-    place_pipeline(placed.pipe, level, torch.device("cpu"))
+    if family == "flux":
+        exact, placed = flux_studio(tiny_pipe()), flux_studio(tiny_pipe())
+    else:
+        exact, placed = sdxl_studio(tiny_pipeline()), sdxl_studio(tiny_pipeline())
+    place_pipeline(placed.pipe, LEVELS[family][level], torch.device("cpu"))
     request = GenerationRequest("portrait", seed=5)
-    with_lora = GenerationRequest("portrait", seed=5, loras=[Lora(folder / "flux1")])
+    with_lora = GenerationRequest("portrait", seed=5, loras=[Lora(folder / f"{family}1")])
     before = placed.generate(request).images[0]
     changes = []
     for studio in (exact, placed):
@@ -204,6 +207,18 @@ def test_lora_on_a_streamed_transformer(folder: Path) -> None:
     pipe.transformer.enable_group_offload(
         onload_device=cpu, offload_device=cpu, offload_type="block_level", num_blocks_per_group=2
     )
+    assert np.array_equal(pixels(studio.generate(with_lora).images[0]), expected)
+    assert np.array_equal(run_diffusers(studio), plain)
+
+
+def test_lora_on_a_streamed_unet(folder: Path, tiny_pipeline: Any) -> None:
+    """As at the level 6gb of SDXL, with the CPU as the device."""
+    studio = sdxl_studio(tiny_pipeline())
+    with_lora = GenerationRequest("portrait", seed=5, loras=[Lora(folder / "sdxl1")])
+    expected = pixels(studio.generate(with_lora).images[0])
+    plain = run_diffusers(studio)
+    assert np.abs(expected - plain).max() > 2
+    stream_pipeline(studio.pipe, torch.device("cpu"))
     assert np.array_equal(pixels(studio.generate(with_lora).images[0]), expected)
     assert np.array_equal(run_diffusers(studio), plain)
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from openpulid.errors import OptionError, PromptError, WeightsError
 from openpulid.pipelines.factory import load_pipeline
-from openpulid.pipelines.flux_memory import LEVELS, _stream, predict_memory
+from openpulid.pipelines.memory_levels import FLUX_LEVELS, stream_pipeline
+from openpulid.pipelines.memory_prediction import predict_memory
 from openpulid.pipelines.presets import chroma, flux, with_base
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import InitImage, Lora
@@ -141,7 +142,7 @@ def test_a_transformer_alone_replaces_that_of_the_pipeline(folder: Path, tmp_pat
         load_pipeline(with_base(flux(folder / "flux"), tmp_path / "finetune.safetensors"), CPU)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", FLUX_LEVELS)
 def test_memory_levels_give_the_same_images(level: str, folder: Path) -> None:
     """The 8-bit levels have the rounding of their weights."""
     images = []
@@ -161,7 +162,7 @@ def test_memory_levels_give_the_same_images(level: str, folder: Path) -> None:
             ).images.float()
         )
     change = float((images[1] - images[0]).norm() / images[0].norm())
-    assert change < (0.1 if LEVELS[level].transformer == "fp8" else 1e-6)
+    assert change < (0.1 if FLUX_LEVELS[level].network == "fp8" else 1e-6)
 
 
 def test_streaming_gives_the_same_image() -> None:
@@ -176,7 +177,7 @@ def test_streaming_gives_the_same_image() -> None:
             return pipe("portrait", generator=generator, **options).images[0].tobytes()
 
     before = image()
-    _stream(pipe, CPU)
+    stream_pipeline(pipe, CPU)
     assert any(hasattr(part, "_diffusers_hook") for part in pipe.text_encoder.modules())
     assert image() == before
 

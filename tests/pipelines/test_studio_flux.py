@@ -175,9 +175,11 @@ def test_sdxl_options_are_refused(studio, options) -> None:
 
 
 def test_memory_levels_are_checked_before_loading() -> None:
-    with pytest.raises(OptionError, match="full, 24gb"):
+    with pytest.raises(OptionError, match="choose one of full, 24gb"):
         load("flux", device="cpu", memory="8gb")
-    with pytest.raises(OptionError, match="memory is only available for FLUX presets"):
+    with pytest.raises(OptionError, match="choose one of full, 12gb, 8gb, 6gb"):
+        load("sdxl", device="cpu", memory="16gb")
+    with pytest.raises(OptionError, match="preset 'mini' has no memory levels; leave memory out"):
         load("mini", device="cpu", memory="12gb")
 
 

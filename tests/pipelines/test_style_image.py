@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io import hub
 from openpulid.pipelines.inputs import open_inputs
+from openpulid.pipelines.memory_levels import SDXL_LEVELS, place_pipeline, stream_pipeline
 from openpulid.pipelines.presets import flux, mini, sdxl, with_method
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
-from openpulid.pipelines.request_inputs import Lora, Person, StyleImage
+from openpulid.pipelines.request_inputs import InitImage, Lora, Person, StyleImage
 from openpulid.pipelines.studio import Studio
 from tests.support.clip_files import SEEN, plain, plus, tower
 from tests.support.people import anna
@@ -102,6 +103,33 @@ def test_style_next_to_an_identity_is_that_of_diffusers(
     studio.pipe.unload_ip_adapter()
     assert np.abs(image - expected).max() <= 1
     assert np.abs(without - expected).max() > 2
+
+
+@pytest.mark.parametrize("level", ["8gb", "6gb"])
+def test_style_and_initial_image_at_a_memory_level(
+    level: str, folder: Path, tiny_pipeline: Any
+) -> None:
+    """In 8 bits, where images differ a little, or streamed with the CPU at both ends."""
+    cpu = torch.device("cpu")
+    full, placed = sdxl_studio(tiny_pipeline()), sdxl_studio(tiny_pipeline())
+    place_pipeline(placed.pipe, SDXL_LEVELS[level], cpu)
+    if level == "6gb":
+        stream_pipeline(placed.pipe, cpu)
+    Image.linear_gradient("L").save(folder / "mask.png")
+    style = StyleImage(folder / "style.png", 0.8)
+    plain = pixels(full.generate(GenerationRequest("portrait", seed=5)).images[0])
+    for fields in (
+        {"style_image": style},
+        {"init_image": InitImage(folder / "style.png", strength=0.8)},
+        {"init_image": InitImage(folder / "style.png", 0.8, mask=folder / "mask.png")},
+    ):
+        request = GenerationRequest("portrait", seed=5, **fields)
+        one, other = (pixels(studio.generate(request).images[0]) for studio in (full, placed))
+        assert np.abs(one - plain).mean() > 1
+        if level == "6gb":
+            assert np.array_equal(one, other)
+        else:
+            assert 0 < np.abs(one - other).mean() < 0.5 * np.abs(one - plain).mean()
 
 
 def test_style_with_a_lora_and_without_a_person(studio: Studio, folder: Path) -> None:

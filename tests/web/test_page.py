@@ -756,7 +756,7 @@ def test_changes_apply_to_the_first_preset_alone(tmp_path: Path, anna: Path) -> 
     assert pixels(own) != pixels(plain)
     assert Provenance.read(own.file).request.model.adapter == "adapter.safetensors"
     with (
-        pytest.raises(OptionError, match="only available for FLUX presets"),
+        pytest.raises(OptionError, match="has no memory levels"),
         web.open_app("mini", memory="12gb"),
     ):
         pass

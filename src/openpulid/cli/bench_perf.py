@@ -12,6 +12,7 @@ import typer
 from openpulid.cli.options import (
     AsJson,
     Device,
+    Memory,
     Overwrite,
     check_new_output,
     make_directory,
@@ -97,7 +98,10 @@ def measure_inference(
     depth_scale: Annotated[
         float, typer.Option(min=0.01, max=1, help="FLUX: share of the blocks.")
     ] = 1.0,
-    memory: Annotated[str, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")] = "full",
+    memory: Memory = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="SDXL: with compiled identity attention.")
+    ] = False,
     rounds: Rounds = 5,
     out: Output = None,
     overwrite: Overwrite = False,
@@ -110,7 +114,10 @@ def measure_inference(
     from openpulid.bench.perf.random_models import dtype_of
 
     torch_device = select_device(device)
-    target = inference.speed_target(base, torch_device, size, batch, guided, depth_scale, memory)
+    level = memory or "full"
+    target = inference.speed_target(
+        base, torch_device, size, batch, guided, depth_scale, level, compiled
+    )
     steps = inference.measure(target, rounds, None if as_json else print_progress)
     configuration = {
         "base": base,
@@ -118,7 +125,8 @@ def measure_inference(
         "batch": batch,
         "guided": guided,
         "depth_scale": depth_scale,
-        "memory": memory,
+        "memory": level,
+        "compiled": compiled,
         "device": str(torch_device),
         "dtype": str(dtype_of(base, torch_device)),
         "rounds": rounds,

@@ -138,7 +138,10 @@ FaceOrder = Annotated[
         help="How faces are counted: large-small, left-right, top-bottom, or the reverse."
     ),
 ]
-Memory = Annotated[str | None, typer.Option(help="FLUX: full, 24gb, 16gb or 12gb.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="SDXL: full, 12gb, 8gb or 6gb; FLUX: full, 24gb, 16gb or 12gb."),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an output file that exists already.")
 ]

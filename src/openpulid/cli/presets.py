@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -34,33 +35,45 @@ def list_presets() -> None:
 
 @presets.command()
 def memory(
-    preset: Annotated[
-        str, typer.Argument(help="flux, flux-krea, flux-schnell or chroma.")
-    ] = "flux",
+    presets: Annotated[
+        list[str] | None,
+        typer.Argument(help="Presets of SDXL, FLUX or Chroma; by default sdxl and flux."),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; the preset's by default.")] = None,
-    method: Annotated[str | None, typer.Option(help="infiniteyou instead of PuLID.")] = None,
+    method: Annotated[str | None, typer.Option(help="FLUX: infiniteyou instead of PuLID.")] = None,
+    controls: Annotated[int, typer.Option(min=0, help="Number of ControlNets.")] = 0,
 ) -> None:
     """Predict the device memory of each memory level, by phase and component."""
-    from openpulid.pipelines.flux_memory import GIB, LEVELS, predict_memory
+    names = presets or (["sdxl", "flux"] if method is None else ["flux"])
+    rows = [row for name in names for row in _predict(name, size, method, controls)]
+    print_table(("preset", "level", "phase", "GiB", "of which"), rows)
+
+
+def _predict(
+    preset: str, size: str | None, method: str | None, controls: int
+) -> Iterator[tuple[str, ...]]:
+    """Yield a row for each memory level and phase of a preset."""
+    from openpulid.pipelines.memory_levels import LEVELS
+    from openpulid.pipelines.memory_prediction import GIB, predict_memory
     from openpulid.pipelines.request import GenerationRequest, parse_size
     from openpulid.pipelines.selection import resolve_preset
 
     chosen = resolve_preset(preset, method=method)
     if "memory" not in chosen.options:
-        raise OptionError("memory levels are only available for FLUX presets.")
+        raise OptionError(f"{chosen.label} has no memory levels; choose a preset of SDXL or FLUX.")
     width, height = (None, None) if size is None else parse_size(size)
     with name_options():
         request = GenerationRequest(prompt="any prompt", width=width, height=height)
         request = chosen.resolve(request)
-    rows = []
-    for name in LEVELS:
+    for level in LEVELS[chosen.models.family]:
         phases = predict_memory(
-            name,
+            level,
             request.width or 0,
             request.height or 0,
             request.max_sequence_length or 0,
             chosen.models.family,
             chosen.models.method,
+            controls,
         )
         largest = max(phases, key=lambda phase: phase.total)
         for phase in phases:
@@ -70,5 +83,4 @@ def memory(
                 if size_in_bytes
             )
             peak = " (peak)" if phase is largest else ""
-            rows.append((name, phase.phase, f"{phase.total / GIB:.1f}{peak}", parts))
-    print_table(("level", "phase", "GiB", "of which"), rows)
+            yield (preset, level, phase.phase, f"{phase.total / GIB:.1f}{peak}", parts)

@@ -51,10 +51,14 @@ class ControlNetBase(Adapter):
 
     Args:
         model: the ControlNet of diffusers.
+
+    Attributes:
+        is_placed: the model stays where and as it is; by default it follows the pipeline's network.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        self.is_placed = False
         self.model = model.eval().requires_grad_(False)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ControlNetBase:
@@ -170,7 +174,8 @@ class ControlNet(ControlNetBase):
                 fitted[height, width] = fit_images(images, (height, width))
             control = fitted[height, width]
             batch = expand_per_image(control, len(call.sample), state.is_guided(), negative=control)
-            move_to([self.model], call.sample.device, state.network.dtype)
+            if not self.is_placed:
+                move_to([self.model], call.sample.device, state.network.dtype)
             residuals = compute_residuals(
                 self.model, call, call.text, batch, scale, kwargs["added_cond_kwargs"]
             )

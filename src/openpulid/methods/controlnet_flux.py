@@ -55,14 +55,7 @@ class FluxControlNet(ControlNetBase):
 
     Args:
         model: a FluxControlNetModel. A union of several kinds with a mode embedding needs the mode.
-
-    Attributes:
-        is_placed: the model stays where and as it is; by default it follows the transformer.
     """
-
-    def __init__(self, model: FluxControlNetModel) -> None:
-        super().__init__(model)
-        self.is_placed = False
 
     @classmethod
     def load(

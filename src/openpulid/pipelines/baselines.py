@@ -30,6 +30,16 @@ class Baseline:
     family: Family = "sdxl"
     unused: frozenset[str] = frozenset()
 
+    @property
+    def unsupported(self) -> frozenset[str]:
+        """Options of PuLID on the same base without effect.
+
+        Some methods read weights of the U-Net, which the memory levels of SDXL keep in 8 bits or on
+        the host; none has been tested with them.
+        """
+        memory = frozenset(("memory",)) if self.family == "sdxl" else frozenset()
+        return PULID_OPTIONS | self.unused | memory
+
 
 def _clip(
     recognition: str | None = None,

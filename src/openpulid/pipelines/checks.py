@@ -132,9 +132,7 @@ def _check_add_ons(request: GenerationRequest, models: ModelSet) -> None:
     if request.embeddings and models.memory != "full":
         # diffusers would offload to another device after it has loaded them
         raise RequestError(
-            "on FLUX, {0} cannot be used with {1} "
-            + models.memory
-            + "; use full, or leave it out.",
+            f"{{0}} cannot be used with {{1}} {models.memory}; use full, or leave it out.",
             "embeddings",
             "model.memory",
         )

@@ -18,7 +18,7 @@ from openpulid.methods.control_maps.recognition import ControlKind, is_control_m
 from openpulid.methods.controlnet import ControlNet, require_controlnet
 from openpulid.methods.controlnet_flux import FluxControlNet
 from openpulid.pipelines.control_images import detect_map, find_detectors
-from openpulid.pipelines.flux_memory import place_controlnet
+from openpulid.pipelines.memory_levels import Level, place_controlnet
 from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request_fields import RequestError, literal
 from openpulid.pipelines.request_inputs import Control
@@ -165,13 +165,13 @@ def find_missing_map(control: Control, image: Image.Image) -> ControlKind | None
 
 
 @contextmanager
-def use_controls(controls: Sequence[ControlInput], pipe: Any, memory: str) -> Iterator[None]:
+def use_controls(controls: Sequence[ControlInput], pipe: Any, level: Level) -> Iterator[None]:
     """Let a pipeline follow ControlNets while this is open.
 
     Args:
         controls: the ControlNets, with their control images.
         pipe: the pipeline.
-        memory: FLUX: memory level of the pipeline.
+        level: memory level of the pipeline.
 
     Raises:
         OptionError: a ControlNet is for another base model.
@@ -182,14 +182,13 @@ def use_controls(controls: Sequence[ControlInput], pipe: Any, memory: str) -> It
             net = control.files.network
             net.attach(pipe)
             stack.callback(net.detach, pipe)
-            if isinstance(net, FluxControlNet):
-                _place(net, pipe, memory)
+            _place(net, pipe, level)
             stack.enter_context(net.use(control.image, **control.options))
         yield
 
 
-def _place(net: FluxControlNet, pipe: Any, memory: str) -> None:
+def _place(net: ControlNet | FluxControlNet, pipe: Any, level: Level) -> None:
     """Keep a ControlNet as the memory level says, unless another control has done so."""
-    if not net.is_placed and memory != "full":
-        place_controlnet(net.model, memory, pipe._execution_device)
+    if not net.is_placed and level.network != "resident":
+        place_controlnet(net.model, level, pipe._execution_device)
         net.is_placed = True

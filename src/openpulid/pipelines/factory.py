@@ -28,7 +28,7 @@ from openpulid.pipelines.face_models import (
     hash_adapter_models,
     require_face_models,
 )
-from openpulid.pipelines.flux_memory import find_level, place_infiniteyou, place_pipeline
+from openpulid.pipelines.memory_levels import find_level, place_infiniteyou, place_pipeline
 from openpulid.pipelines.model_set import COMPANION_WEIGHTS, ModelSet
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.weights import require_weights, resolve_optional, resolve_path
@@ -48,10 +48,8 @@ def load_pipeline(preset: Preset, device: torch.device, dtype: torch.dtype | Non
     dtype = dtype or network_dtype(preset.models, device)
     with no_progress_bars(), no_future_warnings():
         pipe = load_base(preset.models, dtype)
-    if preset.models.has_transformer:
-        place_pipeline(pipe, preset.models.memory, device)
-        return pipe
-    return pipe.to(device)
+    place_pipeline(pipe, find_level(preset.models.family, preset.models.memory), device)
+    return pipe
 
 
 def check_models(preset: Preset, identities: Iterable[Identity] = ()) -> None:
@@ -114,7 +112,8 @@ def load_adapter(preset: Preset, device: torch.device) -> Any:
         return adapter.to(device, dtype)
     # PuLID's own program computes tokens, keys and values in float32. They are computed once. The
     # layers are published in float16 and stay in it until they are used.
-    adapter.to(device)
+    on_cpu = find_level(models.family, models.memory).faces_on_cpu
+    adapter.to(torch.device("cpu") if on_cpu else device)
     adapter.id_adapter_attn_layers.to(dtype=torch.float16)
     return adapter
 
@@ -140,7 +139,7 @@ def load_extractor(
         sources.append(models.adapter)
     require_weights(preset, [source for source in sources if source is not None])
     device = select_device(device)
-    if find_level(models.memory).faces_on_cpu:
+    if find_level(models.family, models.memory).faces_on_cpu:
         device = torch.device("cpu")
     if models.extractor == "clip":
         return _load_clip_extractor(preset, device, adapter)

@@ -20,6 +20,7 @@ from openpulid.methods.pulid import People
 from openpulid.pipelines.add_ons import AddOns, open_add_ons
 from openpulid.pipelines.controls import ControlInput, open_controls, use_controls
 from openpulid.pipelines.init_image import Edit, InitImageInput, fit_inpaint_mask
+from openpulid.pipelines.memory_levels import find_level
 from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.provenance import fingerprint_inputs
 from openpulid.pipelines.regions import build_masks
@@ -169,17 +170,18 @@ class RequestInputs:
         return shown or identities[0]
 
     @contextmanager
-    def use(self, pipe: Any, memory: str) -> Iterator[dict[str, Tensor]]:
+    def use(self, pipe: Any, models: ModelSet) -> Iterator[dict[str, Tensor]]:
         """Let a pipeline follow the ControlNets, with the add-ons, while this is open.
 
         Args:
             pipe: the pipeline.
-            memory: FLUX: memory level of the pipeline.
+            models: the models of the pipeline, for their memory level.
 
         Yields:
             Further arguments of the pipeline, each (1, ...) for one image.
         """
-        with self.add_ons.use(pipe) as options, use_controls(self.controls, pipe, memory):
+        level = find_level(models.family, models.memory)
+        with self.add_ons.use(pipe) as options, use_controls(self.controls, pipe, level):
             yield options
 
 

@@ -37,7 +37,7 @@ def load(
         preset: a preset, its name, a directory of weights, or the models of a request.
         device: where to compute; the accelerator if there is one, else the CPU.
         base: another base model, see `selection.resolve_preset`.
-        memory: memory level of FLUX.
+        memory: memory level of the base model.
         method: another method.
         face_pack: "open", or the directory of another insightface pack.
         adapter: another adapter file of the method.

@@ -116,7 +116,7 @@ def fuse_lora(pipe: Any, lora: LoraInput) -> None:
 
 
 def _load(pipe: Any, name: str, path: Path) -> None:
-    network = getattr(pipe, "transformer", None)
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     message = f"{path} does not fit this base model; use a LoRA that was trained for it"
     with no_progress_bars(), explain_bad_weights(message), _hide_float8(network, pipe.vae.dtype):
         pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
@@ -125,16 +125,16 @@ def _load(pipe: Any, name: str, path: Path) -> None:
 
 
 @contextmanager
-def _hide_float8(network: nn.Module | None, dtype: torch.dtype) -> Iterator[None]:
+def _hide_float8(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Show peft weights of a dtype that computes, in place of those that are stored in 8 bits.
 
     peft gives the layers of a LoRA the dtype of the layer that they change.
 
     Args:
-        network: with weights in float8, see `flux_memory.store_in_fp8`.
+        network: with weights in float8, see `memory_levels.store_in_fp8`.
         dtype: in which the network computes.
     """
-    layers = [] if network is None else [x for x in network.modules() if isinstance(x, nn.Linear)]
+    layers = [x for x in network.modules() if isinstance(x, (nn.Linear, nn.Conv2d))]
     stored = [
         (x, x.weight) for x in layers if x.weight.is_floating_point() and x.weight.itemsize == 1
     ]

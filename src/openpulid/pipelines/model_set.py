@@ -88,7 +88,7 @@ class ModelSet:
             inverse the largest.
         face_share: longer side of a face over the side of the crop in which it is refined; that of
             the portraits in the training.
-        memory: FLUX and Chroma: memory level, see `flux_memory.LEVELS`.
+        memory: memory level, see `memory_levels.LEVELS`.
         guidance_embeds: FLUX: whether the preset is for transformers with a guidance embedding,
             such as dev, or without, such as schnell; None for both.
     """

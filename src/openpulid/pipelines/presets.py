@@ -15,7 +15,6 @@ from openpulid.errors import OptionError, suggest
 from openpulid.io.hub import WEIGHTS
 from openpulid.pipelines.baselines import (
     BASELINES,
-    PULID_OPTIONS,
     Baseline,
     find_adapter,
     find_baseline,
@@ -268,7 +267,7 @@ def sdxl(base: WeightSource = "juggernaut") -> Preset:
         ModelSelection(preset="sdxl"),
         "PuLID v1.1 on SDXL (Juggernaut XL)",
         models,
-        PULID_SDXL_OPTIONS,
+        PULID_SDXL_OPTIONS | {"memory"},
         defaults,
         # the first step of a few-step model, the first five of 25
         pose=IdentityOptions(start=0.2, scale=0.6),
@@ -420,7 +419,7 @@ def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Pre
     models = replace(preset.models, method=method, adapter=source, **dict(baseline.models))
     identity = IdentityOptions(scale=baseline.scale, start=baseline.start, end=1.0)
     defaults = preset.defaults.model_copy(update={"identity": identity})
-    options = preset.options - PULID_OPTIONS - baseline.unused
+    options = preset.options - baseline.unsupported
     return Preset(selection, preset.description, models, options, defaults)
 
 

@@ -86,7 +86,7 @@ def decode_preview(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Image.I
     try:
         shift = vae.config.get("shift_factor") or 0.0
         latents = latents / vae.config.scaling_factor + shift
-        pixels = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+        pixels = vae.decode(latents.to(pipe._execution_device, vae.dtype), return_dict=False)[0]
     finally:
         if needs_float32:
             vae.to(dtype)

@@ -137,7 +137,7 @@ class ModelSelection(RequestPart):
         adapter: another adapter file of the method.
         face_pack: "open" for face models whose licenses allow commercial use, or the directory of
             another insightface pack for detection and recognition.
-        memory: FLUX: memory level, see `flux_memory.LEVELS`.
+        memory: memory level, see `memory_levels.LEVELS`.
     """
 
     files = ("preset", "base", "adapter", "face_pack")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from openpulid.methods.pulid import People, delay_guidance
+from openpulid.methods.pulid import People, compiling_pays, delay_guidance
 from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
@@ -126,7 +126,7 @@ class PipelineRunner:
     ) -> Iterator[tuple[int, Image.Image]]:
         """Generate images without refining them."""
         pipe = self._select_pipeline(inputs)
-        with inputs.use(pipe, self.preset.models.memory) as style:
+        with inputs.use(pipe, self.preset.models) as style:
             prompts = {**self._encode_prompts(pipe, request), **style}
             with self._use_identity(people, request, pipe):
                 for seeds in _batches(request, batch_size):
@@ -168,6 +168,8 @@ class PipelineRunner:
             options["scale"] = max(request.identity_scales)
         if is_flux:
             options["timestep_to_start_cfg"] = first_guided_step
+        if "projection" in self.preset.options:  # PuLID on SDXL
+            options["compiled"] = compiling_pays(pipe._execution_device, request.num_images)
         return self.adapter.use(people, **options, pipe=pipe)
 
     def _run_batch(

@@ -9,7 +9,7 @@ from pathlib import Path
 from openpulid.errors import OptionError
 from openpulid.faces.insightface_pack import find_pack
 from openpulid.io.hub import AURAFACE, find_weight
-from openpulid.pipelines.flux_memory import find_level
+from openpulid.pipelines.memory_levels import find_level
 from openpulid.pipelines.presets import Preset, find_preset, with_base, with_method
 from openpulid.pipelines.request import OPEN_FACES, ModelSelection
 from openpulid.pipelines.request_fields import RequestError
@@ -37,7 +37,7 @@ def resolve_preset(
             use, or the directory of another insightface pack, whose detector and recognition model
             are used. The adapter must have been trained with that recognition model. InfiniteYou
             keeps its own.
-        memory: FLUX and Chroma: memory level, see `flux_memory.LEVELS`.
+        memory: memory level of the base model, see `memory_levels.LEVELS`.
 
     Raises:
         OptionError: there is no such preset, or a change does not apply to it.
@@ -55,22 +55,22 @@ def resolve_preset(
         if not Path(base).exists():
             find_weight(os.fspath(base))
         preset = with_base(preset, os.fspath(base))
-    if memory is not None:
-        preset = _with_memory(preset, memory)
     if adapter is not None and not Path(adapter).exists():
         raise OptionError(f"{os.fspath(adapter)} does not exist; pass an adapter file.")
     if method is not None or adapter is not None:
         file = None if adapter is None else Path(adapter)
         preset = with_method(preset, method or preset.models.method, file)
+    if memory is not None:
+        preset = _with_memory(preset, memory)
     if face_pack is not None:
         preset = _with_face_pack(preset, os.fspath(face_pack))
     return preset
 
 
 def _with_memory(preset: Preset, memory: str) -> Preset:
-    find_level(memory)
     if "memory" not in preset.options:
-        raise RequestError("{0} is only available for FLUX presets.", "model.memory")
+        raise RequestError(f"{preset.label} has no memory levels; leave {{0}} out.", "model.memory")
+    find_level(preset.models.family, memory)
     selection = preset.selection.model_copy(update={"memory": memory})
     return replace(preset.with_models(memory=memory), selection=selection)
 

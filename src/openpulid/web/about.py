@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from openpulid.io.hub import WEIGHTS
-from openpulid.pipelines.flux_memory import GIB, LEVELS, predict_memory
+from openpulid.pipelines.memory_levels import LEVELS
+from openpulid.pipelines.memory_prediction import GIB, predict_memory
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.request import GenerationRequest
 
@@ -62,7 +63,7 @@ def _describe_memory(preset: Preset) -> str:
     request = preset.resolve(GenerationRequest(prompt="any prompt"))
     size = (request.width or 0, request.height or 0, request.max_sequence_length or 0)
     rows = []
-    for name in LEVELS:
+    for name in LEVELS[preset.models.family]:
         phases = predict_memory(name, *size, preset.models.family, preset.models.method)
         rows.append(f"| {name} | {max(phase.total for phase in phases) / GIB:.1f} GiB |")
     return (

@@ -18,7 +18,7 @@ from openpulid.web.labels import FIELD_LABELS, adapt_message
 from openpulid.web.updates import PageImage
 
 OUT_OF_MEMORY_ADVICE = (
-    "choose a smaller size, or start the page with --memory 12gb (FLUX only) or another --device"
+    "choose a smaller size, or start the page with a lower --memory or another --device"
 )
 
 FILE_FIRST = re.compile(r"[^:;,]*\.[A-Za-z]\w{1,11}[: ]")

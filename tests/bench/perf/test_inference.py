@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -121,6 +122,33 @@ def test_sdxl_step_is_measured_with_and_without_identity(guided: bool) -> None:
         assert not torch.allclose(target.step(), output)
 
 
+def test_sdxl_step_is_measured_at_a_memory_level() -> None:
+    pipe = tiny.pipe()
+    base = RandomSDXL(pipe.unet, pipe.vae)
+    plain = inference.SDXLTarget(base, pixels=16, guided=True).step()
+    target = inference.SDXLTarget(base, pixels=16, guided=True, level="8gb")
+    layer = pipe.unet.mid_block.resnets[0].conv1
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    assert target.step().shape == plain.shape
+    names = [row.name for row in inference.measure(target, rounds=1, primed=True)]
+    assert names == ["base", "pulid", "recomputed", "two passes"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ to compile")
+def test_compiled_step_is_that_without() -> None:
+    pipe = tiny.pipe()
+    base = RandomSDXL(pipe.unet, pipe.vae)
+    target = inference.SDXLTarget(base, pixels=16, compiled=True)
+    plain = target.step()
+    with torch.inference_mode(), target.use_identity():
+        compiled = target.step()
+    target.compiled = False
+    with torch.inference_mode(), target.use_identity():
+        torch.testing.assert_close(target.step(), compiled, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(plain, compiled)
+    torch.compiler.reset()
+
+
 def test_identity_work_is_timed_in_every_layer() -> None:
     pipe = tiny.pipe()
     target = inference.SDXLTarget(RandomSDXL(pipe.unet, pipe.vae), pixels=16)
@@ -162,11 +190,16 @@ def test_flux_step_is_measured_at_a_memory_level() -> None:
 
 
 def test_unsupported_options_are_rejected() -> None:
-    for options in ({"depth": 0.5}, {"level": "16gb"}):
-        with pytest.raises(OptionError, match="only available for flux"):
-            inference.speed_target("sdxl", CPU, **options)
+    with pytest.raises(OptionError, match="only available for flux"):
+        inference.speed_target("sdxl", CPU, depth=0.5)
+    for name in ("sdxl", "mini"):
+        message = "no memory level '16gb' for SDXL" if name == "sdxl" else "only available for sdxl"
+        with pytest.raises(OptionError, match=message):
+            inference.speed_target(name, CPU, level="16gb")
     with pytest.raises(OptionError, match="no memory level"):
         inference.speed_target("flux", CPU, level="8gb")
+    with pytest.raises(OptionError, match="--compile is only available for sdxl"):
+        inference.speed_target("flux", CPU, compiled=True)
     with pytest.raises(OptionError, match="--guided is not available for flux"):
         inference.speed_target("flux", CPU, guided=True)
 

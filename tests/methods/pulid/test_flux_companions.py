@@ -7,12 +7,14 @@ each case the identity acts, the other feature stays active, and the pipeline is
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
+    FasterCacheConfig,
     FirstBlockCacheConfig,
     FluxControlNetModel,
     FluxControlNetPipeline,
@@ -21,12 +23,15 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import (
     HookRegistry,
+    apply_faster_cache,
     apply_first_block_cache,
     apply_mag_cache,
+    apply_pyramid_attention_broadcast,
     apply_taylorseer_cache,
 )
 from torch import Tensor, nn
@@ -189,11 +194,21 @@ CACHES = {
     "expansion": TaylorSeerCacheConfig(
         cache_interval=2, disable_cache_before_step=1, use_lite_mode=True
     ),
+    "pyramid": PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(0, 900)
+    ),
+    "faster": FasterCacheConfig(
+        is_guidance_distilled=True,
+        spatial_attention_timestep_skip_range=(0, 681),
+        attention_weight_callback=lambda module: 0.3,
+    ),
 }
 FUNCTIONS = {
     "first block": apply_first_block_cache,
     "magnitudes": apply_mag_cache,
     "expansion": apply_taylorseer_cache,
+    "pyramid": apply_pyramid_attention_broadcast,
+    "faster": apply_faster_cache,
 }
 
 
@@ -206,13 +221,16 @@ def test_cached_step_has_identity_once(name: str, by_function: bool) -> None:
     plain = run(pipe)
     with adapter.use(anna):
         exact = run(pipe)
+    config = CACHES[name]
+    if hasattr(config, "current_timestep_callback"):
+        config = replace(config, current_timestep_callback=lambda: pipe.current_timestep)
     if by_function:
-        FUNCTIONS[name](pipe.transformer, CACHES[name])
+        FUNCTIONS[name](pipe.transformer, config)
         HookRegistry.check_if_exists_or_initialize(
             pipe.transformer
         ).invalidate_child_registries_cache()  # it has run before
     else:
-        pipe.transformer.enable_cache(CACHES[name])
+        pipe.transformer.enable_cache(config)
     assert pipe.transformer.is_cache_enabled != by_function
     cached = run(pipe)
     with adapter.use(anna):
@@ -226,6 +244,18 @@ def test_cached_step_has_identity_once(name: str, by_function: bool) -> None:
     if not by_function:
         pipe.transformer.disable_cache()
         assert np.array_equal(run(pipe), plain)
+
+
+def test_cache_without_tolerance_changes_nothing() -> None:
+    pipe = tiny_pipe(num_single_layers=6)
+    adapter = fresh(pipe)
+    plain = run(pipe)
+    with adapter.use(anna):
+        exact = run(pipe)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    assert np.array_equal(run(pipe), plain)
+    with adapter.use(anna):
+        assert np.array_equal(run(pipe), exact)
 
 
 def test_cached_step_ends_with_output_of_first_block() -> None:

@@ -79,7 +79,7 @@ def test_command_serves_and_stops_in_order(tmp_path: Path) -> None:
         (["--preset", "minni"], "did you mean 'mini'"),
         (["--rate", "often"], "'often' is not a rate"),
         (["--database", "mysql://x"], "the database must be PostgreSQL"),
-        (["--memory", "12gb"], "--memory is only available for FLUX presets"),
+        (["--memory", "12gb"], "has no memory levels; leave --memory out"),
     ],
 )
 def test_mistakes_of_the_operator(tmp_path: Path, options: list[str], sentence: str) -> None:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from openpulid.bench.perf.random_models import SDXL_UNET
 from openpulid.errors import OptionError
 from openpulid.faces.embed import copy_paste
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.pipelines.memory_prediction import SDXL_UNET
 from openpulid.training.pulid import recipes
 from openpulid.training.pulid.task import PuLIDTask, Validation
 from openpulid.training.rng import StepRNG

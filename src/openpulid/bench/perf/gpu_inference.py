@@ -25,7 +25,8 @@ from openpulid.bench.perf.inference import (
 from openpulid.bench.perf.random_models import default_dtype
 from openpulid.bench.perf.timing import interleave, medians, ratios, timed
 from openpulid.device import peak_memory, reset_peak_memory, synchronize
-from openpulid.pipelines import flux_memory
+from openpulid.pipelines.memory_levels import FLUX_LEVELS, place_pipeline
+from openpulid.pipelines.memory_prediction import predict_memory
 
 LABELS = {
     "base": "base",
@@ -259,7 +260,7 @@ def measure_memory_levels(recorder: Recorder, machine: Machine) -> None:
         "pixels": machine.pixels,
         "text tokens": 512,
         "16gb": "not measured separately: 24gb with the tiled decoding of 12gb",
-        "predicted_gib": "by `flux_memory.predict_memory`, without the face models",
+        "predicted_gib": "by `memory_prediction.predict_memory`, without the face models",
         "steps": "ms is the median of steps 2 and 3; first_s is step 1, including loading",
     }
     for level, needs_s in (("full", 8), ("24gb", 20), ("12gb", 35)):
@@ -283,7 +284,7 @@ def _measure_level(level: str, machine: Machine) -> list[Figures]:
         transformer=target.transformer,
         **parts,
     )
-    placing_seconds = timed(lambda: flux_memory.place_pipeline(pipe, level, device), device)
+    placing_seconds = timed(lambda: place_pipeline(pipe, FLUX_LEVELS[level], device), device)
     machine.release()
 
     phases = {
@@ -311,7 +312,7 @@ def _predict_memory() -> list[Figures]:
     """Return the prediction for each level and phase, without the face models."""
     rows = []
     for level in ("full", "24gb", "12gb"):
-        for use in flux_memory.predict_memory(level, 1024, 1024):
+        for use in predict_memory(level, 1024, 1024):
             size = use.total - use.parts["faces"]
             rows.append({"phase": f"{level}: {use.phase}", "predicted_gib": round(size / 2**30, 2)})
     return rows

@@ -24,7 +24,7 @@ from openpulid.bench.perf.random_models import (
 )
 from openpulid.device import best_device, hardware_name, training_dtype
 from openpulid.errors import OptionError
-from openpulid.pipelines.flux_memory import FLUX_VAE
+from openpulid.pipelines.memory_prediction import FLUX_VAE
 from openpulid.pipelines.presets import MINIATURE
 
 TINY_UNET: dict[str, Any] = {

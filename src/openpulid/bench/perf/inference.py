@@ -18,20 +18,36 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    StableDiffusionXLPipeline,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 from openpulid.bench.perf.random_models import RandomSDXL, default_dtype, dtype_of, random_base
 from openpulid.bench.perf.timing import interleave, medians, ratios, time_hooks, timed
 from openpulid.device import peak_memory, reset_peak_memory
 from openpulid.errors import OptionError
 from openpulid.methods.pulid import IDFormer, PuLID, PuLIDFlux, cross_attentions, identity_blocks
-from openpulid.pipelines import flux_memory
+from openpulid.pipelines.memory_levels import find_level, place_pipeline
 from openpulid.training.pulid import TextConditioning
 
 NUM_TOKENS = 32
 """Identity tokens of PuLID v1.1 and of PuLID for FLUX."""
+
+TINY_CLIP: dict[str, Any] = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
+"""Configuration of a text encoder that nobody runs."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +101,25 @@ class SDXLTarget:
         pixels: width and height of the image.
         batch: number of images.
         guided: double the batch for classifier-free guidance.
+        level: one of `memory_levels.SDXL_LEVELS`; below "full", the base is on the CPU.
+        compiled: compile identity attention now, see `PuLID.use`.
+        device: where it runs; that of the base by default.
     """
 
     def __init__(
-        self, base: RandomSDXL, pixels: int = 1024, batch: int = 1, guided: bool = False
+        self,
+        base: RandomSDXL,
+        pixels: int = 1024,
+        batch: int = 1,
+        guided: bool = False,
+        level: str = "full",
+        compiled: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.base = base
-        self.device = base.device
+        self.device = device or base.device
         self.guided = guided
+        self.compiled = compiled
         like: dict[str, Any] = {"device": base.device, "dtype": base.unet.dtype}
         width = base.unet.config.cross_attention_dim
         with base.device:
@@ -108,6 +135,28 @@ class SDXLTarget:
         self.tokens = torch.randn(1, NUM_TOKENS, width, **like)
         self.unconditional = torch.randn(1, NUM_TOKENS, width, **like)
         self.apart: Callable[[], object] | None = self._step_in_two_calls if guided else None
+        if level != "full":
+            self._place(level)
+        if compiled:
+            with torch.inference_mode(), self.use_identity():
+                self.step()
+
+    def _place(self, level: str) -> None:
+        """Keep the U-Net as a memory level says, and its inputs on the device."""
+        clip = CLIPTextConfig(**TINY_CLIP, projection_dim=8)
+        encoders = CLIPTextModel(clip), CLIPTextModelWithProjection(clip)
+        scheduler = self.base.pipe.scheduler
+        unet = self.base.unet
+        self.pipe = StableDiffusionXLPipeline(_tiny_vae(), *encoders, None, None, unet, scheduler)
+        place_pipeline(self.pipe, find_level("sdxl", level), self.device)
+        if not find_level("sdxl", level).faces_on_cpu:
+            self.adapter.to(self.device)
+            self.tokens = self.tokens.to(self.device)
+            self.unconditional = self.unconditional.to(self.device)
+        self.x, self.t = self.x.to(self.device), self.t.to(self.device)
+        embeds, pooled = self.text.embeds.to(self.device), self.text.pooled.to(self.device)
+        ids = None if self.text.time_ids is None else self.text.time_ids.to(self.device)
+        self.text = TextConditioning(embeds, pooled, ids)
 
     def step(self) -> Tensor:
         """Call the U-Net once."""
@@ -116,7 +165,12 @@ class SDXLTarget:
     def use_identity(self) -> AbstractContextManager[Any]:
         """Open a context in which an identity is in use."""
         return self.adapter.use_tokens(
-            self.tokens, 0.8, num_zero=20, negative=self.unconditional, guided=self.guided
+            self.tokens,
+            0.8,
+            num_zero=20,
+            negative=self.unconditional,
+            guided=self.guided,
+            compiled=self.compiled,
         )
 
     def time_identity(self) -> AbstractContextManager[list[float]]:
@@ -149,8 +203,8 @@ class FluxTarget:
         batch: number of images.
         depth: share of the 19 double and 38 single blocks that is built.
         text_tokens: length of the prompt.
-        level: one of `flux_memory.LEVELS`. The peak memory is that of the steps: "full" also keeps
-            text encoders and autoencoder on the device, which are not built here.
+        level: one of `memory_levels.FLUX_LEVELS`. The peak memory is that of the steps: "full" also
+            keeps text encoders and autoencoder on the device, which are not built here.
         sizes: options of the transformer that replace FLUX's.
     """
 
@@ -235,6 +289,7 @@ def speed_target(
     guided: bool = False,
     depth: float = 1.0,
     level: str = "full",
+    compiled: bool = False,
 ) -> SpeedTarget:
     """Build "mini", "sdxl" or "flux" at full size with random weights.
 
@@ -245,23 +300,32 @@ def speed_target(
         batch: number of images.
         guided: use classifier-free guidance; SDXL and the miniature only.
         depth: share of FLUX's blocks.
-        level: memory level; FLUX only.
+        level: memory level; SDXL and FLUX only.
+        compiled: compile identity attention; SDXL and the miniature only.
 
     Raises:
         OptionError: an unknown name, or an option that the base does not have.
     """
-    flux_memory.find_level(level)
     dtype = dtype_of(name, device)
     if name == "flux":
+        find_level("flux", level)
         if guided:
             raise OptionError(
                 "--guided is not available for flux, which calls the network separately for a "
                 "negative prompt."
             )
+        if compiled:
+            raise OptionError("--compile is only available for sdxl and mini.")
         return FluxTarget(device, dtype, pixels, batch, depth, level=level)
-    if depth != 1 or level != "full":
-        raise OptionError("--depth-scale and --memory are only available for flux.")
-    return SDXLTarget(random_base(name, device, dtype), pixels, batch, guided)
+    if depth != 1:
+        raise OptionError("--depth-scale is only available for flux.")
+    if level != "full":
+        if name != "sdxl":
+            raise OptionError("--memory is only available for sdxl and flux.")
+        find_level("sdxl", level)
+    kept = device if level == "full" else torch.device("cpu")
+    base = random_base(name, kept, dtype)
+    return SDXLTarget(base, pixels, batch, guided, level, compiled, device)
 
 
 @torch.inference_mode()
@@ -338,17 +402,18 @@ def measure(
 
 def _place(transformer: FluxTransformer2DModel, level: str, device: torch.device) -> FluxPipeline:
     """Build a pipeline around a transformer and apply a memory level; its other parts are tiny."""
-    clip = CLIPTextConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    clip = CLIPTextModel(CLIPTextConfig(**TINY_CLIP))
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     )
-    t5 = T5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
     scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = FluxPipeline(
-        scheduler, vae, CLIPTextModel(clip), None, T5EncoderModel(t5), None, transformer
-    )
-    flux_memory.place_pipeline(pipe, level, device)
+    pipe = FluxPipeline(scheduler, _tiny_vae(), clip, None, t5, None, transformer)
+    place_pipeline(pipe, find_level("flux", level), device)
     return pipe
+
+
+def _tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
 
 
 def _tiny_encoder(width: int) -> IDFormer:

@@ -19,34 +19,9 @@ from diffusers import (
 from openpulid.device import compute_dtype, training_dtype
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import OptionError
+from openpulid.pipelines.memory_prediction import SDXL_UNET, SDXL_VAE
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.pulid import FluxModel, FluxText, SDXLModel, TextConditioning
-
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-"""Configuration of SDXL's U-Net."""
-
-SDXL_VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-}
-"""Configuration of SDXL's autoencoder."""
 
 
 class _PipelineParts:

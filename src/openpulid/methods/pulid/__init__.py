@@ -13,7 +13,7 @@ from openpulid.methods.pulid.masks import (
     stack_masks,
 )
 from openpulid.methods.pulid.projection import Projection
-from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.methods.pulid.sdxl import PuLID, compiling_pays
 from openpulid.methods.pulid.sdxl_attention import cross_attentions
 from openpulid.methods.transformer_kinds import identity_blocks
 
@@ -27,6 +27,7 @@ __all__ = [
     "Projection",
     "PuLID",
     "PuLIDFlux",
+    "compiling_pays",
     "convert_mask",
     "cross_attentions",
     "delay_guidance",

@@ -20,8 +20,8 @@ from openpulid.methods.pulid.sdxl_attention import (
     IdentityOptions,
     KeyValue,
     split_heads,
-    sum_contributions,
 )
+from openpulid.methods.pulid.sdxl_layer import sum_contributions
 
 
 @dataclass(frozen=True, eq=False)

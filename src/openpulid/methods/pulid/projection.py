@@ -70,6 +70,37 @@ def attend(
     return output, weights[..., :LEADING_TOKENS].sum((1, -1))[..., None] / num_heads
 
 
+def attend_once(
+    query: Tensor, key: Tensor, value: Tensor, projection: Projection, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute what `attend` does, for ortho_v2 from one product of queries and keys.
+
+    The scaled and the unscaled softmax share it. Compiled, this reads the queries once; as it is,
+    every step of it would pass through memory, which is more than `attend` takes.
+
+    Args:
+        query: see `attend`, as the following.
+        key: see `attend`.
+        value: see `attend`.
+        projection: see `attend`.
+        bias: see `attend`.
+
+    Returns:
+        As `attend`.
+    """
+    if projection != "ortho_v2":
+        return attend(query, key, value, projection, bias)
+    products = query @ key.transpose(-2, -1)  # (B, h, L, N)
+    scaled = products.float() * query.shape[-1] ** -0.5
+    unscaled = products.float()
+    if bias is not None:
+        scaled = scaled + bias
+        unscaled = unscaled + bias
+    output = scaled.softmax(-1).to(value.dtype) @ value
+    share = unscaled.softmax(-1)[..., :LEADING_TOKENS].sum((1, -1))[..., None] / query.shape[1]
+    return output, share
+
+
 def compute_contribution(
     text: Tensor,
     identity: Tensor,

@@ -46,6 +46,12 @@ and the published names."""
 LAYER_KEYS = [str(index) for index in range(1, 140, 2)]
 """Published keys of SDXL's cross-attentions. A published adapter has a layer for each of them."""
 
+COMPILED_IMAGES = 16
+"""More images of one request than these are generated with compiled identity attention on a CUDA
+device. Compiling both sizes of layers takes 10 to 20 seconds once per size of the image; on an H200
+the identity took 1.3 seconds of an image of 25 guided steps (`benchmarks/gpu-h200.md`), most of it
+the launches of kernels that compilation joins."""
+
 KeysValues = dict[str, KeyValue]
 
 
@@ -241,6 +247,7 @@ class PuLID(PuLIDBase):
         mix: bool = False,
         pipe: Any = None,
         guided: bool | None = None,
+        compiled: bool = False,
     ) -> Iterator[PuLID]:
         """Show an identity with the attached pipelines while the context is open.
 
@@ -259,6 +266,8 @@ class PuLID(PuLIDBase):
                 share a U-Net.
             guided: whether the batch holds a negative and a positive half. By default the pipeline
                 tells; a bare U-Net is not guided.
+            compiled: compile identity attention, which pays for many images of one size. Without a
+                compiler on the machine it runs as it is, after a warning.
 
         Raises:
             OptionError: An argument is out of range, nothing is attached, or another identity is
@@ -280,7 +289,7 @@ class PuLID(PuLIDBase):
         check_scale(scale)
         masks = stack_masks(prompts)
         with Span(start, end).watch("the identity") as span:
-            options = IdentityOptions(scale, span, projection, num_zero)
+            options = IdentityOptions(scale, span, projection, num_zero, compiled)
             with self._open(positive, negative, options, masks, guided, pipe):
                 yield self
 
@@ -296,6 +305,7 @@ class PuLID(PuLIDBase):
         negative: Tensor | None = None,
         guided: bool | None = None,
         pipe: Any = None,
+        compiled: bool = False,
     ) -> Iterator[PuLID]:
         """Use tokens with gradient: training opens this around forward *and* backward.
 
@@ -313,6 +323,7 @@ class PuLID(PuLIDBase):
             negative: (1, T, width) for the negative half of a guided batch.
             guided: see `use`.
             pipe: see `use`.
+            compiled: see `use`; with gradient nothing is compiled.
 
         Raises:
             OptionError: See `use`; or the batch is guided and `negative` is missing.
@@ -329,7 +340,7 @@ class PuLID(PuLIDBase):
                 )
             return self.keys_values(negative[:, None])
 
-        options = IdentityOptions(scale, Span(start, end), projection, num_zero)
+        options = IdentityOptions(scale, Span(start, end), projection, num_zero, compiled)
         with self._open(positive, negative_keys_values, options, None, guided, pipe):
             yield self
 
@@ -359,6 +370,11 @@ class PuLID(PuLIDBase):
 
         with self.activate(states, inject):
             yield
+
+
+def compiling_pays(device: torch.device, num_images: int) -> bool:
+    """Return whether compiling takes less time than it saves, see `COMPILED_IMAGES`."""
+    return device.type == "cuda" and num_images > COMPILED_IMAGES
 
 
 def _published_name(name: str) -> str:

@@ -32,10 +32,9 @@ from openpulid.methods.pulid.projection import (
     PROJECTIONS,
     Projection,
     append_zero_row,
-    attend,
-    compute_contribution,
     zero_token_bias,
 )
+from openpulid.methods.pulid.sdxl_layer import add_identities, run_compiled
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -123,6 +122,7 @@ class IdentityOptions:
     span: Span = field(default_factory=Span)
     projection: Projection = "ortho_v2"
     num_zero: int = 0
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.projection not in PROJECTIONS:
@@ -145,12 +145,14 @@ class SDXLCall:
         keys_values: layer key -> keys and values (J, B, h, N, d), zero tokens included.
         bias: (N,), of the zero tokens.
         regions: number of positions L -> (J, B, L, 1) in [0, 1], or None for all positions.
+        scale: of the identities, as a scalar on the device.
     """
 
     is_active: bool
     keys_values: Mapping[str, KeyValue] = field(default_factory=dict)
     bias: Tensor | None = None
     regions: Callable[[int], Tensor | None] = lambda num_positions: None
+    scale: Tensor | None = None
 
 
 @dataclass
@@ -167,6 +169,7 @@ class SDXLInjection:
         masks: (P, J, H, W) in [0, 1]; None for everywhere.
         calls: state of the last call by batch size. A block that runs again during backward
             (gradient checkpointing) finds the state of its forward.
+        can_compile: whether compiling has not failed.
     """
 
     keys_values: Mapping[str, KeyValue]
@@ -176,7 +179,14 @@ class SDXLInjection:
     options: IdentityOptions
     masks: Tensor | None = None
     calls: dict[int, SDXLCall] = field(default_factory=dict)
+    can_compile: bool = True
     _prepared: dict[Any, SDXLCall] = field(default_factory=dict)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the layers run compiled now: not with gradient, nor inside of compiled code."""
+        is_wanted = self.options.compiled and self.can_compile
+        return is_wanted and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def before_call(self, unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Prepare this call (forward pre-hook of the U-Net)."""
@@ -225,7 +235,8 @@ class SDXLInjection:
             v = self.expand(positive_v, negative_v, *expand_options)
             expanded[key] = (k, v)
         bias = zero_token_bias(next(iter(expanded.values()))[0], self.options.num_zero)
-        return SDXLCall(True, expanded, bias, self._regions(num_images, is_guided, sample))
+        scale = torch.full((), self.options.scale, device=sample.device)
+        return SDXLCall(True, expanded, bias, self._regions(num_images, is_guided, sample), scale)
 
     def expand(
         self,
@@ -364,50 +375,22 @@ class IdentityAttention:
         Returns:
             (B, L, D).
         """
-        keys_values = call.keys_values[self.key]
-        regions = call.regions(query.shape[1])
-        options = self.injection.options
-        total = sum_contributions(
-            query, text, keys_values, call.bias, regions, self.num_heads, options.projection
+        injection = self.injection
+        options = injection.options
+        tensors = (
+            query,
+            text,
+            call.keys_values[self.key],
+            call.bias,
+            call.regions(query.shape[1]),
         )
-        return torch.add(text, total.to(text.dtype), alpha=options.scale)
-
-
-def sum_contributions(
-    query: Tensor,
-    text: Tensor,
-    keys_values: KeyValue,
-    bias: Tensor | None,
-    regions: Tensor | None,
-    num_heads: int,
-    projection: Projection,
-) -> Tensor:
-    """Compute what several identities add to the output of the text's attention.
-
-    Args:
-        query: (B, L, D).
-        text: output of the text's attention, (B, L, D).
-        keys_values: (J, B, h, N, d), zero tokens included.
-        bias: (N,), of the zero tokens.
-        regions: (J, B, L, 1) in [0, 1]; None for all positions.
-        num_heads: h.
-        projection: see `projection.compute_contribution`.
-
-    Returns:
-        (B, L, D), to be multiplied by the scale.
-    """
-    query = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    keys, values = (x.to(query.dtype) for x in keys_values)
-    bias = None if bias is None else bias.to(query.dtype)
-    total = None
-    for person in range(len(keys)):
-        output, share = attend(query, keys[person], values[person], projection, bias)
-        identity = output.transpose(1, 2).flatten(2)
-        region = None if regions is None else regions[person]
-        added = compute_contribution(text, identity, projection, share, region)
-        total = added if total is None else total + added
-    assert total is not None, "there is at least one identity"
-    return total
+        layer = (self.num_heads, options.projection)
+        if injection.is_compiled:
+            added = run_compiled(*tensors, call.scale, *layer)
+            if added is not None:
+                return added
+            injection.can_compile = False
+        return add_identities(*tensors, options.scale, *layer)
 
 
 @contextmanager

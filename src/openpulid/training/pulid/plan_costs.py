@@ -25,7 +25,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from openpulid.methods.pulid import PuLID, PuLIDFlux
-from openpulid.pipelines.flux_memory import FLUX_VAE, weight_bytes, weight_sizes
+from openpulid.pipelines.memory_prediction import (
+    FLUX_VAE,
+    SDXL_UNET,
+    SDXL_VAE,
+    weight_bytes,
+    weight_sizes,
+)
 from openpulid.training.pulid.flux2_model import Flux2Model, Flux2Text
 from openpulid.training.pulid.flux_model import FluxModel, FluxText
 from openpulid.training.pulid.losses import rms_distance, semantic_response
@@ -33,21 +39,6 @@ from openpulid.training.pulid.models import AttentionQK, BaseModel, SDXLModel, T
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.pulid.train import create_adapter
 
-SDXL_UNET: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-"""Sizes of SDXL's U-Net: 2.57 billion weights."""
-SDXL_VAE = {**FLUX_VAE, "latent_channels": 4, "use_quant_conv": True, "use_post_quant_conv": True}
 SDXL_TEXT_BYTES = 2 * (123_060_480 + 694_659_840)
 """CLIP ViT-L and OpenCLIP ViT-bigG in bfloat16."""
 
