@@ -333,6 +333,15 @@ def _damaged_weights(path: Path) -> WeightsError:
     return WeightsError(f"{path} is damaged or holds more than weights; download it again.")
 
 
+def read_optional_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the metadata of a safetensors file; files of another format have none.
+
+    Raises:
+        WeightsError: see `read_metadata`.
+    """
+    return read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Read the metadata of a safetensors file.
 
@@ -417,14 +426,16 @@ def _unwrap(state: object) -> object:
     return state
 
 
-def _flatten(state: object) -> object:
-    """Merge one level of nested dictionaries: some files hold each submodule as a dictionary."""
+def _flatten(state: object, levels: int = 2) -> object:
+    """Merge nested dictionaries: some files hold each submodule or each layer as a dictionary."""
     if not isinstance(state, dict):
         return state
     flat: dict[str, object] = {}
     for name, value in state.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": tensor for key, tensor in value.items()}
+        if isinstance(value, dict) and levels:
+            inner = _flatten(value, levels - 1)
+            assert isinstance(inner, dict)
+            flat |= {f"{name}.{key}": tensor for key, tensor in inner.items()}
         else:
             flat[str(name)] = value
     return flat

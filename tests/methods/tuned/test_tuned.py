@@ -91,6 +91,31 @@ def test_method_changes_images_only_while_open(pipe, methods, kind):
         assert torch.equal(generate(pipe), base)
 
 
+def test_compressed_file_of_the_authors_gives_the_image_of_its_matrices(pipe, tmp_path):
+    names = [name for name, _ in pipe.unet.named_modules() if name.endswith("attn2.to_k")]
+    layers = {f"{name}.weight": pipe.unet.get_submodule(name) for name in names}
+    factors = {name: low_rank(layer)[::-1] for name, layer in layers.items()}
+    whole = {name: layers[name].weight.detach() + u @ v for name, (u, v) in factors.items()}
+    path = tmp_path / "delta.bin"
+    entries = {name: {"u": u, "v": v} for name, (u, v) in factors.items()}
+    torch.save({"unet": entries, "modifier_token": {"<new1>": random(16)}}, path)
+    images = []
+    for method in (CustomDiffusion(whole), CustomDiffusion.load(path)):
+        method.attach(pipe)
+        with method.use():
+            images.append(generate(pipe))
+        method.detach(pipe)
+    torch.testing.assert_close(images[1], images[0], atol=1e-4, rtol=0)
+    assert not torch.allclose(generate(pipe), images[0], atol=1e-3)
+    method.vectors = {"clip_l": random(1, 16), "clip_g": random(1, 16)}
+    method.save(tmp_path / "delta.safetensors")
+    assert CustomDiffusion.load(tmp_path / "delta.safetensors").factors.keys() == factors.keys()
+    entries[next(iter(entries))]["v"] = random(3, 4)
+    torch.save({"unet": entries, "modifier_token": {"<new1>": random(16)}}, path)
+    with pytest.raises(WeightsError, match="damaged"):
+        CustomDiffusion.load(path)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_file_gives_the_same_image(pipe, methods, kind, tmp_path):
     method = methods[kind]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -24,7 +23,7 @@ from openpulid.io.checkpoints import (
     explain_bad_weights,
     load_state,
     parse_config,
-    read_metadata,
+    read_optional_metadata,
 )
 from openpulid.methods.pulid import PerceiverAttention
 
@@ -196,7 +195,7 @@ def read_vision_config(path: str | os.PathLike[str], message: str) -> CLIPVision
     Raises:
         WeightsError: It is damaged.
     """
-    metadata = read_metadata(path) if Path(path).suffix == ".safetensors" else {}
+    metadata = read_optional_metadata(path)
     if "tower" not in metadata:
         return None
     with explain_bad_weights(message):

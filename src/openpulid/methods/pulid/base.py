@@ -19,7 +19,7 @@ from openpulid.io.checkpoints import (
     explain_bad_weights,
     load_state,
     parse_config,
-    read_metadata,
+    read_optional_metadata,
     read_tensors,
     save_tensors,
 )
@@ -44,8 +44,7 @@ class AdapterMetadata:
     @classmethod
     def read(cls, path: str | os.PathLike[str], message: str) -> AdapterMetadata:
         """Read a file's header; v1's `.bin` has none."""
-        has_header = Path(path).suffix == ".safetensors"
-        return cls(read_metadata(path) if has_header else {}, message)
+        return cls(read_optional_metadata(path), message)
 
     def sizes(self, name: str) -> dict[str, Any]:
         """Return the sizes in an entry.

@@ -13,7 +13,12 @@ from torch.nn.functional import linear
 
 from openpulid.errors import OptionError
 from openpulid.io.checkpoint_kinds import CUSTOM_DIFFUSION, CheckpointKind
-from openpulid.io.checkpoints import read_metadata, read_tensors, save_tensors
+from openpulid.io.checkpoints import (
+    explain_bad_weights,
+    read_optional_metadata,
+    read_tensors,
+    save_tensors,
+)
 from openpulid.methods.hooks import PipelineState, find_unet
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
@@ -23,6 +28,7 @@ KEPT_SHARE = 0.6
 
 _UNET = "unet."
 _WORD = "modifier_token."
+_FACTORS = (".u", ".v")
 
 
 class CustomDiffusion(TunedAdapter):
@@ -32,6 +38,8 @@ class CustomDiffusion(TunedAdapter):
         matrices: name of the weight in the U-Net -> its value, (out, in) each.
         vectors: "clip_l" and "clip_g" -> (1, D); empty if no word was tuned.
         trigger: the word; None if the file names none.
+        factors: name of a weight -> u (out, r) and v (r, in) of a compressed file, see `compress`;
+            their product is added to the base's matrix.
     """
 
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (CUSTOM_DIFFUSION,)
@@ -41,10 +49,12 @@ class CustomDiffusion(TunedAdapter):
         matrices: Mapping[str, Tensor],
         vectors: Mapping[str, Tensor] | None = None,
         trigger: Trigger | None = None,
+        factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         super().__init__(trigger)
         self.matrices = dict(matrices)
         self.vectors = dict(vectors or {})
+        self.factors = dict(factors or {})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CustomDiffusion:
@@ -53,23 +63,32 @@ class CustomDiffusion(TunedAdapter):
         The word of a `delta.bin` is not read: it has one new token of its own.
 
         Raises:
-            WeightsError: the file is missing, damaged, compressed, or of another kind.
+            WeightsError: the file is missing, damaged, or of another kind.
         """
         cls.check_file(path)
         tensors = read_tensors(path)
         matrices = {
             name.removeprefix(_UNET): x for name, x in tensors.items() if name.startswith(_UNET)
         }
+        factors = {}
+        for name in [name.removesuffix(".u") for name in matrices if name.endswith(".u")]:
+            with explain_bad_weights(f"{path} is damaged, get it again"):
+                u, v = (matrices.pop(name + part) for part in _FACTORS)
+                assert u.ndim == v.ndim == 2 and u.shape[1] == len(v), f"{name} has no product"
+            factors[name] = (u, v)
         vectors = {
             name: tensors[_WORD + name].reshape(1, -1)
             for name in ENCODERS
             if _WORD + name in tensors
         }
-        return cls(matrices, vectors, Trigger.from_metadata(read_metadata(path)))
+        trigger = Trigger.from_metadata(read_optional_metadata(path))
+        return cls(matrices, vectors, trigger, factors)
 
     def save(self, path: str | os.PathLike[str], metadata: dict[str, Any] | None = None) -> None:
         """Write matrices and word in float16, with the authors' names."""
         tensors = {_UNET + name: x for name, x in self.matrices.items()}
+        for name, pair in self.factors.items():
+            tensors |= {_UNET + name + part: x for part, x in zip(_FACTORS, pair, strict=True)}
         tensors |= {_WORD + name: x[0] for name, x in self.vectors.items()}
         stored = {
             name: x.detach().to("cpu", torch.float16).contiguous() for name, x in tensors.items()
@@ -82,6 +101,10 @@ class CustomDiffusion(TunedAdapter):
         """Move matrices and word to a device and dtype."""
         self.matrices = {name: x.to(device, dtype) for name, x in self.matrices.items()}
         self.vectors = {name: x.to(device, dtype) for name, x in self.vectors.items()}
+        self.factors = {
+            name: (u.to(device, dtype), v.to(device, dtype))
+            for name, (u, v) in self.factors.items()
+        }
         return self
 
     def check(self, target: Any) -> None:
@@ -92,7 +115,11 @@ class CustomDiffusion(TunedAdapter):
             WeightsError: the file belongs to another base model.
         """
         super().check(target)
-        check_weights(find_unet(target), self.matrices)
+        shapes = {
+            name: u.new_empty(len(u), v.shape[1], device="meta")
+            for name, (u, v) in self.factors.items()
+        }
+        check_weights(find_unet(target), self.matrices | shapes)
         if self.vectors and self.trigger is not None:
             encoder_words(target, self.trigger.word, self.vectors)
 
@@ -100,15 +127,22 @@ class CustomDiffusion(TunedAdapter):
         self, state: PipelineState, scale: float, call: ActiveCall, stack: ExitStack
     ) -> None:
         """Register the hooks of keys and values, and those of the word."""
-        for name, matrix in self.matrices.items():
+        for name in (*self.matrices, *self.factors):
             weight = find_parameter(state.network, name)
-            delta = scale * (matrix.to(weight.device, torch.float32) - weight.float())
+            delta = scale * self._difference(name, weight)
             layer = state.network.get_submodule(name.removesuffix(".weight"))
             hook = delta_hook(delta.to(weight.dtype), call)
             stack.callback(layer.register_forward_hook(hook).remove)
         if self.vectors and self.trigger is not None:
             words = encoder_words(state.target, self.trigger.word, self.vectors)
             stack.enter_context(read_words(words))
+
+    def _difference(self, name: str, weight: Tensor) -> Tensor:
+        """Return the difference to the base's matrix (out, in), in float32 on its device."""
+        if name in self.factors:
+            u, v = (x.to(weight.device, torch.float32) for x in self.factors[name])
+            return u @ v
+        return self.matrices[name].to(weight.device, torch.float32) - weight.float()
 
 
 def delta_hook(delta: Tensor, is_active: Callable[[], bool]) -> Any:

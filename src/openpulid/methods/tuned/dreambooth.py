@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openpulid.errors import OptionError
 from openpulid.io.checkpoint_kinds import UNET_ALONE, CheckpointKind
-from openpulid.io.checkpoints import read_metadata, read_tensors, save_tensors
+from openpulid.io.checkpoints import read_optional_metadata, read_tensors, save_tensors
 from openpulid.methods.hooks import PipelineState, find_unet
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import Trigger
@@ -40,7 +40,7 @@ class DreamBooth(TunedAdapter):
             WeightsError: the file is missing, damaged, or no U-Net.
         """
         cls.check_file(path)
-        return cls(read_tensors(path), Trigger.from_metadata(read_metadata(path)))
+        return cls(read_tensors(path), Trigger.from_metadata(read_optional_metadata(path)))
 
     def save(self, path: str | os.PathLike[str], metadata: dict[str, Any] | None = None) -> None:
         """Write the weights in bfloat16 with the names of diffusers."""

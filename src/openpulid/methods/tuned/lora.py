@@ -15,7 +15,7 @@ from torch import Tensor
 
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoint_kinds import LORA, CheckpointKind
-from openpulid.io.checkpoints import explain_bad_weights, read_metadata, save_tensors
+from openpulid.io.checkpoints import explain_bad_weights, read_optional_metadata, save_tensors
 from openpulid.methods.hooks import PipelineState
 from openpulid.methods.lora import check_low_rank, low_rank_hook, parse_lora
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter
@@ -70,7 +70,7 @@ class TunedLora(TunedAdapter):
                 layers[part] = parse_lora(tensors, is_text_encoder=part != "unet")
         if not any(layers.values()):
             raise WeightsError(f"{message}.")
-        return cls(layers, Trigger.from_metadata(read_metadata(path)))
+        return cls(layers, Trigger.from_metadata(read_optional_metadata(path)))
 
     def save(self, path: str | os.PathLike[str], metadata: dict[str, Any] | None = None) -> None:
         """Write the LoRA in float16 with the names of kohya's trainer.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoint_kinds import EMBEDDING, CheckpointKind
-from openpulid.io.checkpoints import read_metadata, read_tensors, save_tensors
+from openpulid.io.checkpoints import read_optional_metadata, read_tensors, save_tensors
 from openpulid.methods.hooks import PipelineState
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter
 from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
@@ -43,7 +43,7 @@ class TextualInversion(TunedAdapter):
         tensors = read_tensors(path)
         if tensors.keys() != ENCODERS.keys():
             raise WeightsError(f"{path} is not an embedding for SDXL; use one that is.")
-        trigger = Trigger.from_metadata(read_metadata(path), replaces_noun=True)
+        trigger = Trigger.from_metadata(read_optional_metadata(path), replaces_noun=True)
         if trigger is None:
             raise WeightsError(
                 f"{path} does not say which word it is; pass it with --embedding WORD=FILE instead."
