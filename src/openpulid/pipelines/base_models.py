@@ -166,7 +166,9 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
             networks["transformer"] = load_transformer_file(source, path, dtype, models.family)
     if "transformer" in parts:
         _check_transformer(path / "transformer", path, models.guidance_embeds)
-    return _load_parts(pipeline_class, path, parts, dtype, networks)
+    pipe = _load_parts(pipeline_class, path, parts, dtype, networks)
+    pipe.set_progress_bar_config(disable=models.is_miniature)
+    return pipe
 
 
 def _pipeline_path(models: ModelSet) -> Path:

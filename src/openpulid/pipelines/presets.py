@@ -227,6 +227,8 @@ def mini_flux(directory: Path = MINIATURE) -> Preset:
     )
     defaults = GenerationOptions(
         num_inference_steps=20,
+        width=96,
+        height=96,
         negative_prompt="",
         true_cfg_scale=3.0,
         timestep_to_start_cfg=0,

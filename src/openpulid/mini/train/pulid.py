@@ -82,7 +82,7 @@ def train(
     adapter = build_adapter(
         recipe,
         model,
-        _encoder_config(recipe, extractor),
+        encoder_config(recipe, extractor),
         init_adapter=init_adapter,
         extractor_models=extractor.models,
     )
@@ -153,7 +153,7 @@ def adapter_file(weights: Path, stage: str) -> Path:
     return folder / f"pulid-{stage.removeprefix('flux-')}.safetensors"
 
 
-def _encoder_config(recipe: Recipe, extractor: MiniExtractor) -> dict[str, Any]:
+def encoder_config(recipe: Recipe, extractor: MiniExtractor) -> dict[str, Any]:
     """Return the encoder's constructor arguments: widths of the features, and smaller sizes."""
     recognition: Any = extractor.recognition
     vision = extractor.vision_encoder.config
