@@ -16,8 +16,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from openpulid.bench.measurement import append_measurement, describe_measurement
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.mini.evaluation.image_evaluator import GUIDANCE, ImageEvaluator
-from openpulid.mini.models import PatchAutoencoderKL
+from openpulid.mini.models import build_pipeline
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.pipelines.presets import MINIATURE
 
@@ -35,16 +36,12 @@ def main() -> None:
     rows = []
     for folder in arguments.folder:
         unet = UNet2DConditionModel.from_pretrained(folder / "unet").eval()
+        vae = PatchAutoencoderKL.from_pretrained(folder / "vae").eval()
+        tokenizer = context.load_tokenizer()
+        pipe = build_pipeline(unet, vae, context.load_text_encoders(), tokenizer)
         for guidance in arguments.guidance:
-            evaluator = ImageEvaluator.load(
-                MINIATURE,
-                cpu,
-                vae=PatchAutoencoderKL.from_pretrained(folder / "vae").eval(),
-                text_encoders=context.load_text_encoders(),
-                tokenizer=context.load_tokenizer(),
-                guidance=guidance,
-            )
-            figures = evaluator.evaluate(unet, arguments.prompts)
+            evaluator = ImageEvaluator.load(MINIATURE, cpu, pipe=pipe, guidance=guidance)
+            figures = evaluator.evaluate(arguments.prompts)
             rows.append({"folder": str(folder), "guidance": guidance, **figures})
             print(json.dumps(rows[-1]), flush=True)
     if arguments.out is not None:

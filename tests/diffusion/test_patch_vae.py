@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxPipeline
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.io.checkpoints import module_fingerprint
 from openpulid.world import Person, Scene, render
 
 
@@ -61,3 +62,17 @@ def test_pipelines_see_factor_eight_and_files_round_trip(vae, images, tmp_path, 
         assert torch.equal(
             loaded.encode(images).latent_dist.mode(), vae.encode(images).latent_dist.mode()
         )
+
+
+@torch.no_grad()
+def test_squares_of_latents_are_one_token_of_flux(vae, images):
+    """With depth to space, FLUX's packing gives each token the values of one patch."""
+    squares = vae.with_latent_patch(2)
+    latents = vae.encode(images).latent_dist.mode()
+    rearranged = squares.encode(images).latent_dist.mode()
+    assert rearranged.shape == (4, 3, 12, 12) and squares.config.latent_channels == 3
+    assert 2 ** (len(squares.config.block_out_channels) - 1) == 4
+    tokens = FluxPipeline._pack_latents(rearranged, 4, 3, 12, 12)
+    assert torch.equal(tokens, latents.flatten(2).transpose(1, 2))
+    assert torch.equal(squares.decode(rearranged).sample, vae.decode(latents).sample)
+    assert module_fingerprint(squares) == module_fingerprint(vae)

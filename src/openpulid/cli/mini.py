@@ -56,6 +56,9 @@ def build(
         Path | None,
         typer.Option(help="Folder of a pipeline whose U-Net the base model starts from."),
     ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Image tokens of flux-base: 144, or 36 of twice the side.")
+    ] = 144,
     weights: Annotated[
         Path | None,
         typer.Option(help="Folder of the weights to read and write (default: the installed ones)."),
@@ -78,6 +81,7 @@ def build(
         fresh=not resume,
         people=people,
         begin=begin,
+        tokens=tokens,
         weights=weights or MINIATURE,
     )
 
@@ -89,7 +93,10 @@ def evaluate(
     prompts: Annotated[
         int, typer.Option(min=1, max=1000, help="Number of prompts per person.")
     ] = 4,
-    preset: Annotated[str, typer.Option(help="mini, or mini-lightning for four steps.")] = "mini",
+    preset: Annotated[
+        str,
+        typer.Option(help="mini, or mini-lightning for four steps; mini-flux, mini-flux-4step."),
+    ] = "mini",
     scale: Annotated[
         float, typer.Option(min=0, help="Identity scale; adapters are trained at 1.")
     ] = 1.0,

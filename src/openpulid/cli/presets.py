@@ -23,11 +23,13 @@ def list_presets() -> None:
     for name, build in PRESETS.items():
         preset = build()
         if missing_weights(preset):
-            installed = f"`pulid weights get {name}`"
+            installed = f"`{preset.models.build_command or f'pulid weights get {name}'}`"
         else:
             installed = f"yes: {', '.join(find_installed_methods(preset))}"
         steps = str(preset.defaults.num_inference_steps)
         scale = preset.defaults.guidance_scale
+        if scale is None and (preset.defaults.true_cfg_scale or 1) > 1:
+            scale = preset.defaults.true_cfg_scale
         guidance = "-" if scale is None else f"{scale:g}"
         rows.append((name, preset.description, steps, guidance, installed))
     print_table(("preset", "description", "steps", "guidance", "installed"), rows)

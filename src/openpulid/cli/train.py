@@ -119,7 +119,7 @@ def train(
         return
     run_dir = out or Path("runs") / recipe
 
-    if settings.base == "mini":
+    if settings.is_miniature:
         photo_options = {
             "--data": data,
             "--held-out": held_out,

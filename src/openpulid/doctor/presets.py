@@ -21,6 +21,7 @@ def check() -> Section:
             continue
         megabytes = sum(WEIGHTS[source].megabytes or 0 for source in missing if source in WEIGHTS)
         command = "pulid mini build" if preset.models.is_miniature else f"pulid weights get {name}"
+        command = preset.models.build_command or command
         rows.append((name, f"lacks {', '.join(missing)}", f"about {megabytes} MB", command))
         notes += find_lack_of_space(preset, missing)
     columns = ("preset", "state", "download", "command")

@@ -137,6 +137,8 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
     """
     import diffusers
 
+    import openpulid.diffusion.patch_vae  # noqa: F401 (as for SDXL)
+
     pipeline_class, transformer_class = (
         getattr(diffusers, name) for name in PIPELINES[models.family]
     )
@@ -164,13 +166,15 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
             networks["transformer"] = load_transformer_file(source, path, dtype, models.family)
     if "transformer" in parts:
         _check_transformer(path / "transformer", path, models.guidance_embeds)
-    return _load_parts(pipeline_class, path, parts, dtype, networks)
+    pipe = _load_parts(pipeline_class, path, parts, dtype, networks)
+    pipe.set_progress_bar_config(disable=models.is_miniature)
+    return pipe
 
 
 def _pipeline_path(models: ModelSet) -> Path:
     path = resolve_path(models.pipeline)
     if path.is_dir() and not (path / PIPELINE_INDEX).is_file():
-        fix = "run `pulid mini build` to train the miniature's"
+        fix = f"run `{models.build_command or 'pulid mini build'}` to train the miniature's"
         if not models.is_miniature:
             files = sorted(name for name in list_files(path) if name.endswith(".safetensors"))
             fix = f"pass the file itself, {path / files[0]}" if files else "download one"

@@ -31,7 +31,12 @@ from openpulid.pipelines.face_models import (
 from openpulid.pipelines.memory_levels import find_level, place_infiniteyou, place_pipeline
 from openpulid.pipelines.model_set import COMPANION_WEIGHTS, ModelSet
 from openpulid.pipelines.presets import Preset
-from openpulid.pipelines.weights import require_weights, resolve_optional, resolve_path
+from openpulid.pipelines.weights import (
+    require_trained,
+    require_weights,
+    resolve_optional,
+    resolve_path,
+)
 
 
 def load_pipeline(preset: Preset, device: torch.device, dtype: torch.dtype | None = None) -> Any:
@@ -66,6 +71,7 @@ def check_models(preset: Preset, identities: Iterable[Identity] = ()) -> None:
         IdentityError: other models produced an identity.
     """
     check_published_adapter(preset.models)
+    require_trained(preset)
     if isinstance(preset.models.adapter, Path):
         _check_adapter(preset.models)
     require_weights(preset)

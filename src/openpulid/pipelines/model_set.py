@@ -91,6 +91,7 @@ class ModelSet:
         memory: memory level, see `memory_levels.LEVELS`.
         guidance_embeds: FLUX: whether the preset is for transformers with a guidance embedding,
             such as dev, or without, such as schnell; None for both.
+        build_command: command that trains the models; None if they are shipped or published.
     """
 
     family: Family
@@ -118,6 +119,7 @@ class ModelSet:
     face_share: float = 0.5
     memory: str = "full"
     guidance_embeds: bool | None = None
+    build_command: str | None = None
 
     @property
     def base_name(self) -> str:

@@ -27,6 +27,13 @@ from openpulid.pipelines.checks import (
     reads_weights,
 )
 from openpulid.pipelines.model_set import ModelSet, WeightSource
+from openpulid.pipelines.preset_options import (
+    NEGATIVE_PROMPT,
+    PULID_CHROMA_OPTIONS,
+    PULID_FLUX_OPTIONS,
+    PULID_MINI_FLUX_OPTIONS,
+    PULID_SDXL_OPTIONS,
+)
 from openpulid.pipelines.request import (
     GenerationOptions,
     GenerationRequest,
@@ -36,40 +43,6 @@ from openpulid.pipelines.request import (
 from openpulid.pipelines.request_fields import RequestError
 
 MINIATURE = Path(__file__).parents[1] / "mini" / "weights"
-
-NEGATIVE_PROMPT = (
-    "flaws in the eyes, flaws in the face, flaws, lowres, non-HDRi, low quality, worst quality, "
-    "artifacts noise, text, watermark, glitch, deformed, mutated, ugly, disfigured, hands, "
-    "low resolution, partially rendered objects, deformed or partially rendered eyes, deformed, "
-    "deformed eyeballs, cross-eyed, blurry"
-)
-"""Negative prompt of PuLID's published SDXL demo."""
-
-SAMPLING_OPTIONS = frozenset(
-    ("negative_prompt", "width", "height", "num_inference_steps", "guidance_scale")
-)
-SDXL_OPTIONS = SAMPLING_OPTIONS | {"scale", "start", "end", "controls", "loras", "embeddings"}
-PULID_SDXL_OPTIONS = SDXL_OPTIONS | {"projection", "num_zero", "style_image", "pose_from_prompt"}
-PULID_FLUX_OPTIONS = SAMPLING_OPTIONS | {
-    "scale",
-    "start",
-    "end",
-    "start_step",
-    "pose_from_prompt",
-    "style_image",
-    "true_cfg_scale",
-    "timestep_to_start_cfg",
-    "max_sequence_length",
-    "controls",
-    "memory",
-    "loras",
-    "embeddings",
-}
-
-PULID_CHROMA_OPTIONS = PULID_FLUX_OPTIONS - {
-    *("true_cfg_scale", "timestep_to_start_cfg"),  # its guidance is classifier-free
-    *("controls", "style_image", "embeddings"),  # those of FLUX do not fit
-}
 
 PULID_MODES = {
     "fidelity": IdentityOptions(projection="ortho_v2", num_zero=8),
@@ -241,6 +214,38 @@ def mini_lightning(directory: Path = MINIATURE) -> Preset:
     return _rename(preset, "mini-lightning", "The miniature in four steps")
 
 
+def mini_flux(directory: Path = MINIATURE) -> Preset:
+    """Return the miniature with FLUX's architecture: 20 steps, guidance 3 by the empty prompt."""
+    preset = mini(directory).with_models(
+        family="flux",
+        pipeline=directory / "flux" / "pipeline",
+        adapter=directory / "flux" / "pulid-stage3.safetensors",
+        guidance_embeds=False,
+        build_command="pulid mini build flux-base flux-lightning flux-stage1 flux-stage2 "
+        "flux-stage3",
+    )
+    defaults = GenerationOptions(
+        num_inference_steps=20,
+        width=96,
+        height=96,
+        negative_prompt="",
+        true_cfg_scale=3.0,
+        timestep_to_start_cfg=0,
+        max_sequence_length=48,
+        identity=IdentityOptions(scale=0.7, start=0.0, end=1.0),  # as for `mini`
+    )
+    preset = replace(preset, options=PULID_MINI_FLUX_OPTIONS, defaults=defaults)
+    return _rename(preset, "mini-flux", "The miniature with FLUX's architecture")
+
+
+def mini_flux_4step(directory: Path = MINIATURE) -> Preset:
+    """Return FLUX's miniature with its few-step student: four steps without guidance."""
+    preset = mini_flux(directory).with_models(transformer=directory / "flux" / "lightning")
+    preset = preset.with_defaults(num_inference_steps=4, true_cfg_scale=1.0, scale=1.0)
+    preset = replace(preset, pose=IdentityOptions(start=0.2, scale=1.0))
+    return _rename(preset, "mini-flux-4step", "FLUX's miniature in four steps")
+
+
 def sdxl(base: WeightSource = "juggernaut") -> Preset:
     """Return PuLID v1.1 on an SDXL checkpoint: 25 steps, guidance 7."""
     models = ModelSet(
@@ -385,6 +390,8 @@ def _rename(preset: Preset, name: str, description: str) -> Preset:
 PRESETS: dict[str, Callable[[], Preset]] = {
     "mini": mini,
     "mini-lightning": mini_lightning,
+    "mini-flux": mini_flux,
+    "mini-flux-4step": mini_flux_4step,
     "sdxl": sdxl,
     "sdxl-lightning": sdxl_lightning,
     "sdxl-v1": sdxl_v1,
@@ -464,7 +471,9 @@ def find_preset(name: str) -> Preset:
         return PRESETS[name]()
     directory = Path(name)
     if (directory / "pipeline" / "model_index.json").is_file():
-        return _rename(mini(directory), str(directory), "A trained miniature")
+        is_flux = (directory / "pipeline" / "transformer").is_dir()
+        preset = mini_flux(directory.parent) if is_flux else mini(directory)
+        return _rename(preset, str(directory), "A trained miniature")
     raise OptionError(
         f"there is no preset {name!r}{suggest(name, PRESETS)}; choose one of "
         f"{', '.join(PRESETS)}, or a directory with a trained miniature."

@@ -89,6 +89,21 @@ def require_weights(preset: Preset, sources: Iterable[WeightSource] | None = Non
     )
 
 
+def require_trained(preset: Preset) -> None:
+    """Check that the weights which a preset's command trains exist.
+
+    Raises:
+        WeightsError: some do not; the message names the first, and the command.
+    """
+    command = preset.models.build_command
+    missing = missing_weights(preset) if command else []
+    if missing:
+        raise WeightsError(
+            f"{preset.label} needs weights that are not trained yet ({missing[0]}); "
+            f"`{command}` trains them."
+        )
+
+
 def find_installed_methods(preset: Preset) -> list[str]:
     """Return the methods for a preset's base whose files are all installed, PuLID first."""
     methods = []

@@ -61,7 +61,9 @@ def test_image_equal_to_portrait_scores_one(monkeypatch: pytest.MonkeyPatch) -> 
         return images
 
     monkeypatch.setattr(
-        evaluate, "load", lambda preset, device: SimpleNamespace(identify=to_tensor)
+        evaluate,
+        "load",
+        lambda preset, device, adapter: SimpleNamespace(identify=to_tensor),
     )
     monkeypatch.setattr(
         evaluate, "iterate_models", lambda studio, adapters: [(name, studio) for name in adapters]
@@ -116,4 +118,4 @@ def test_adapters_are_shipped_or_locally_trained(tmp_path: Path) -> None:
     for file in (shipped, ignored, local):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    assert find_adapters(weights, runs) == {"stage1": shipped, "stage2": local}
+    assert find_adapters(weights=weights, runs=runs) == {"stage1": shipped, "stage2": local}

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from openpulid.mini.evaluation.image_evaluator import ImageEvaluator, frechet_distance
+from openpulid.mini.models import build_pipeline
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS
 from openpulid.pipelines.presets import MINIATURE
@@ -17,22 +18,22 @@ from openpulid.pipelines.presets import MINIATURE
 @pytest.fixture(scope="module")
 def evaluator(tmp_path_factory: pytest.TempPathFactory) -> ImageEvaluator:
     context = BuildContext(tmp_path_factory.mktemp("runs"), MINIATURE, torch.device("cpu"))
-    evaluator = ImageEvaluator.load(
-        context.weights,
-        context.device,
-        vae=context.load_vae(),
-        text_encoders=context.load_text_encoders(),
-        tokenizer=context.load_tokenizer(),
-        steps=STUDENT_TIMESTEPS,
-        guidance=1.0,
+    student = UNet2DConditionModel.from_pretrained(MINIATURE / "lightning")
+    pipe = build_pipeline(
+        student,
+        context.load_vae(),
+        context.load_text_encoders(),
+        context.load_tokenizer(),
         order=1,
+    )
+    evaluator = ImageEvaluator.load(
+        context.weights, context.device, pipe=pipe, steps=STUDENT_TIMESTEPS, guidance=1.0
     )
     return replace(evaluator, prompts=evaluator.prompts[:32])
 
 
 def test_student_shows_what_prompts_ask_for(evaluator: ImageEvaluator) -> None:
-    student = UNet2DConditionModel.from_pretrained(MINIATURE / "lightning")
-    results = evaluator.evaluate(student)
+    results = evaluator.evaluate()
     assert results["attributes"] > 0.9 and results["pose"] > 0.9
     assert results["face_found"] == 1.0
     assert 0.4 < results["expression"] <= 1.0
@@ -41,7 +42,12 @@ def test_student_shows_what_prompts_ask_for(evaluator: ImageEvaluator) -> None:
     assert results["attributes_real"] > 0.95 and results["face_found_real"] == 1.0
     assert 0.8 < results["expression_real"] <= 1.0 and results["pose_real"] > 0.95
     torch.manual_seed(0)
-    noise = evaluator.evaluate(UNet2DConditionModel.from_config(student.config))
+    components = dict(evaluator.pipe.components)
+    components["unet"] = UNet2DConditionModel.from_config(evaluator.pipe.unet.config)
+    components["unet"].eval()
+    untrained = type(evaluator.pipe)(**components)
+    untrained.set_progress_bar_config(disable=True)
+    noise = replace(evaluator, pipe=untrained).evaluate()
     assert noise["attributes"] < 0.5 and not noise["face_found"] and "frechet" not in noise
 
 

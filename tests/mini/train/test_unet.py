@@ -8,6 +8,7 @@ import torch
 from openpulid.mini.data.latents import Latents
 from openpulid.mini.models.pipeline import build_pipeline, build_scheduler
 from openpulid.mini.models.tokenizer import build_tokenizer
+from openpulid.mini.train.base_task import BaseTask, TrainingImages
 from openpulid.mini.train.distill import (
     STUDENT_TIMESTEPS,
     LightningTask,
@@ -15,20 +16,19 @@ from openpulid.mini.train.distill import (
     TeacherTrajectories,
     compute_trajectories,
 )
-from openpulid.mini.train.unet import BaseTask, TrainingImages, warp_uniform_times
+from openpulid.mini.train.networks import SDXLNetwork, warp_uniform_times
 from openpulid.training.rng import StepRNG
 from tests.support import mini_networks as networks
 
 
-def small_task(**options) -> BaseTask:
+def small_task(gamma=5.0, **options) -> BaseTask:
     generator = torch.Generator().manual_seed(0)
     latents = Latents(
         torch.randn(2, 4, 12, 12, generator=generator).half(), torch.ones(2, 1, 12, 12).half()
     )
     options = {"batch": 2, **options}
     return BaseTask(
-        networks.small_unet(),
-        networks.small_words(),
+        SDXLNetwork(networks.small_unet(), networks.small_words(), gamma),
         TrainingImages(latents, networks.small_captions()),
         **options,
     )
@@ -38,8 +38,8 @@ def test_only_unet_has_gradients():
     task = small_task()
     task.losses(StepRNG(0, 0))["diffusion"].backward()
     assert list(task.modules()) == ["unet"]
-    assert all(p.grad is not None for p in task.unet.parameters())
-    assert all(p.grad is None for p in task.text_encoders.parameters())
+    assert all(p.grad is not None for p in task.network.unet.parameters())
+    assert all(p.grad is None for p in task.network.text_encoders.parameters())
 
 
 def test_loss_is_reproducible_for_a_step():
@@ -50,7 +50,7 @@ def test_loss_is_reproducible_for_a_step():
 
 def test_base_task_overfits_two_images():
     task = small_task(batch=4)
-    optimizer = torch.optim.AdamW(task.unet.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(task.network.unet.parameters(), lr=3e-3)
     losses = []
     for step in range(30):
         loss = task.losses(StepRNG(0, step))["diffusion"]
@@ -70,7 +70,7 @@ def test_every_eighth_step_is_one_of_pairs():
         shapes.append(tuple(args[0].shape))
         sizes.append(kwargs["added_cond_kwargs"]["time_ids"][0].tolist())
 
-    task.network.register_forward_pre_hook(note, with_kwargs=True)
+    task.network.unet.register_forward_pre_hook(note, with_kwargs=True)
     for step in range(16):
         task.losses(StepRNG(0, step))
     assert [k for k, shape in enumerate(shapes) if shape == (2, 4, 12, 20)] == [7, 15]
@@ -86,7 +86,7 @@ def test_nearly_clean_times_have_lower_weight():
 
 
 def test_student_step_with_target_reaches_teacher_latents():
-    schedule = StudentSchedule()
+    schedule = StudentSchedule.for_unet()
     generator = torch.Generator().manual_seed(0)
     sampler = type(build_scheduler()).from_config(build_scheduler().config, solver_order=1)
     sampler.set_timesteps(STUDENT_TIMESTEPS)
@@ -102,9 +102,8 @@ def test_trajectory_ends_at_pipeline_output():
     pipe = build_pipeline(unet, networks.small_vae(), text_encoders, build_tokenizer())
     noise = torch.randn(2, 4, 12, 12, generator=torch.Generator().manual_seed(0))
     tokens = networks.small_captions().rows(torch.tensor([0, 1]), torch.tensor([0, 0]))
-    text = text_encoders(tokens)
-    empty_text = text_encoders(tokens, torch.zeros(2))
-    latents = compute_trajectories(unet, noise, text, empty_text, steps=8, guidance=3.0)
+    teacher = SDXLNetwork(unet, text_encoders)
+    latents = compute_trajectories(teacher, noise, tokens, steps=8, guidance=3.0)
     prompts = [networks.PROMPTS[0], networks.PROMPTS[2]]
     expected = pipe(
         prompts, latents=noise, num_inference_steps=8, guidance_scale=3.0, output_type="latent"
@@ -115,10 +114,13 @@ def test_trajectory_ends_at_pipeline_output():
 
 @pytest.mark.parametrize("teacher", [2, 4])
 def test_interrupted_trajectories_resume_for_same_teacher(tmp_path, teacher):
-    text_encoders = networks.small_words()
     captions = networks.small_captions()
+
+    def network(seed=2):
+        return SDXLNetwork(networks.small_unet(seed), networks.small_words())
+
     uninterrupted = TeacherTrajectories.build(
-        networks.small_unet(), text_encoders, captions, 4, tmp_path / "uninterrupted", batch=2
+        network(), captions, 4, tmp_path / "uninterrupted", batch=2
     )
 
     class Interrupt(Exception):
@@ -129,8 +131,7 @@ def test_interrupted_trajectories_resume_for_same_teacher(tmp_path, teacher):
 
     with pytest.raises(Interrupt):
         TeacherTrajectories.build(
-            networks.small_unet(teacher),
-            text_encoders,
+            network(teacher),
             captions,
             4,
             tmp_path / "resumed",
@@ -139,8 +140,7 @@ def test_interrupted_trajectories_resume_for_same_teacher(tmp_path, teacher):
         )
     done_after_resume: list[int] = []
     resumed = TeacherTrajectories.build(
-        networks.small_unet(),
-        text_encoders,
+        network(),
         captions,
         4,
         tmp_path / "resumed",
@@ -154,14 +154,14 @@ def test_interrupted_trajectories_resume_for_same_teacher(tmp_path, teacher):
 
 
 def test_student_has_finite_loss_and_gradients(tmp_path):
-    text_encoders = networks.small_words()
+    student = SDXLNetwork(networks.small_unet(), networks.small_words())
     trajectories = TeacherTrajectories.build(
-        networks.small_unet(), text_encoders, networks.small_captions(), 4, tmp_path, batch=4
+        student, networks.small_captions(), 4, tmp_path, batch=4
     )
-    task = LightningTask(networks.small_unet(), text_encoders, trajectories, batch=4)
+    task = LightningTask(student, trajectories, batch=4)
     loss = task.losses(StepRNG(0, 0))["step"]
     loss.backward()
-    assert torch.isfinite(loss) and all(p.grad is not None for p in task.student.parameters())
+    assert torch.isfinite(loss) and all(p.grad is not None for p in student.unet.parameters())
 
 
 def test_times_have_expected_quartiles():

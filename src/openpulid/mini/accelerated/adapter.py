@@ -96,7 +96,7 @@ def _create_adapter(
     adapter = build_adapter(
         recipe,
         base,
-        pulid._encoder_config(recipe, extractor),
+        pulid.encoder_config(recipe, extractor),
         init_adapter=init_adapter,
         extractor_models=extractor.models,
     )

@@ -25,7 +25,7 @@ from openpulid.mini.accelerated.steps import (
 from openpulid.mini.accelerated.train_set import TrainSet
 from openpulid.mini.models import TextEncoders, build_scheduler, build_unet, predict
 from openpulid.mini.train.distill import STUDENT_TIMESTEPS, StudentSchedule
-from openpulid.mini.train.unet import CAPTION_DROPOUT, warp_uniform_times
+from openpulid.mini.train.networks import CAPTION_DROPOUT, warp_uniform_times
 from openpulid.training.pulid import TextConditioning
 
 WIDTHS = (128, 160, 160)
@@ -135,7 +135,7 @@ def student_step(
         batch: samples per step.
     """
     device = data.latents.device
-    schedule = StudentSchedule()
+    schedule = StudentSchedule.for_unet()
     times = schedule.times.to(device)
     signals = schedule.signal.to(device)
     sigmas = schedule.noise.to(device)

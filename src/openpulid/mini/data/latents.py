@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, interpolate, pixel_shuffle, pixel_unshuffle
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.io.checkpoints import module_fingerprint
@@ -40,6 +40,8 @@ class Latents:
     ) -> Latents:
         """Encode a dataset, or load its latents if they are cached.
 
+        The cache has one latent per patch, so that bases with another `latent_patch` share it.
+
         Args:
             vae: the autoencoder.
             data: the dataset.
@@ -54,8 +56,17 @@ class Latents:
             cache.write(_encode(vae, data, rows))
             if on_progress:
                 on_progress(cache.num_done, len(data))
-        images = torch.from_numpy(cache.load("images"))
-        return cls(images, torch.from_numpy(cache.load("face_masks")))
+        latents = cls(
+            torch.from_numpy(cache.load("images")), torch.from_numpy(cache.load("face_masks"))
+        )
+        return latents.arrange(vae.config.latent_patch)
+
+    def arrange(self, latent_patch: int) -> Latents:
+        """Return latents of one per patch in squares of this side, see `PatchAutoencoderKL`."""
+        if latent_patch == 1:
+            return self
+        masks = interpolate(self.face_masks, scale_factor=latent_patch)
+        return Latents(pixel_shuffle(self.images, latent_patch), masks)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Latents]) -> Latents:
@@ -79,6 +90,7 @@ def _encode(
         images, masks, _ = load_faces(data, rows, vae.device)
     images = (2 * images - 1).contiguous(memory_format=torch.channels_last)
     latents = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+    latents = pixel_unshuffle(latents, vae.config.latent_patch)
     face_masks = avg_pool2d(masks, images.shape[-1] // latents.shape[-1])
     return {
         "images": latents.to("cpu", torch.float16).contiguous().numpy(),

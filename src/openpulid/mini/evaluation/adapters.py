@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from openpulid.methods.pulid import PuLID
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.pipelines.studio import Studio
 
@@ -13,12 +13,21 @@ MODELS = ("stage1", "naive", "stage2", "stage3")
 """Adapters in the order of the table, if they exist."""
 
 
-def find_adapters(weights: Path = MINIATURE, runs: Path = Path("runs/mini")) -> dict[str, Path]:
-    """Return model -> file for all `MODELS` that are shipped in `weights` or trained in `runs`."""
+def find_adapters(
+    family: str = "sdxl", weights: Path = MINIATURE, runs: Path = Path("runs/mini")
+) -> dict[str, Path]:
+    """Return model -> file for all `MODELS` that are shipped in `weights` or trained in `runs`.
+
+    Args:
+        family: of the base model, "sdxl" or "flux".
+        weights: folder of the miniature's weights.
+        runs: folder of the trainings.
+    """
+    prefix = "" if family == "sdxl" else f"{family}-"
     adapters = {}
     for model in MODELS:
-        shipped = weights / f"pulid-{model}.safetensors"
-        trained = runs / model / "adapter.safetensors"
+        shipped = weights / prefix.strip("-") / f"pulid-{model}.safetensors"
+        trained = runs / f"{prefix}{model}" / "adapter.safetensors"
         for file in (shipped, trained):
             if file.exists():
                 adapters[model] = file
@@ -28,6 +37,7 @@ def find_adapters(weights: Path = MINIATURE, runs: Path = Path("runs/mini")) -> 
 
 def iterate_models(studio: Studio, adapters: Mapping[str, Path]) -> Iterator[tuple[str, Studio]]:
     """Yield the name of each model and a studio with its adapter."""
+    adapter_class: Any = type(studio.adapter)
     for model, file in adapters.items():
-        adapter = PuLID.load(file).to(studio.pipe.device)
+        adapter = adapter_class.load(file).to(studio.pipe.device)
         yield model, Studio(studio.pipe, adapter, studio.extractor, studio.preset)

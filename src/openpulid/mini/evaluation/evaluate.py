@@ -87,7 +87,8 @@ def run(
         people: number of people.
         people_seed: the first person, from `HELD_OUT_PEOPLE`.
         prompts: images per person and model.
-        preset: "mini", or "mini-lightning" for the four steps of the student.
+        preset: "mini" or "mini-flux"; "mini-lightning" or "mini-flux-4step" for the four steps of
+            the student.
         scale: identity scale. By default that of the training, not the preset's, which suits one
             adapter.
         adapters: model -> file; by default those of `find_adapters`.
@@ -96,7 +97,10 @@ def run(
     """
     eval_prompts = sample_prompts(people, prompts, people_seed)
     portraits = render_portraits(people, people_seed)
-    studio = load(find_preset(preset).with_defaults(scale=scale), device=device)
+    selected = find_preset(preset).with_defaults(scale=scale)
+    adapters = find_adapters(selected.models.family) if adapters is None else adapters
+    # the preset's own adapter need not exist
+    studio = load(selected, device=device, adapter=next(iter(adapters.values()), None))
     scorers = MiniScorers.load()
     seeds = range(HELD_OUT_PEOPLE + people_seed, HELD_OUT_PEOPLE + people_seed + people)
     facial_values = scorers.facial_values([str(seed) for seed in seeds])
@@ -111,7 +115,6 @@ def run(
 
     base_images = generate_images(studio, progress(batches, "base"), None)
     rows = {"base": score(base_images, base_images)}
-    adapters = find_adapters() if adapters is None else adapters
     for model, model_studio in iterate_models(studio, adapters):
         images = generate_images(model_studio, progress(batches, model), identities)
         rows[model] = score(images, base_images)
@@ -134,6 +137,8 @@ def generate_images(
     """
     defaults = studio.preset.defaults
     options = defaults.identity.model_dump(exclude_none=True)
+    is_flux = studio.preset.models.has_transformer
+    guidance = defaults.true_cfg_scale if is_flux else defaults.guidance_scale
     images = []
     for batch in batches:
         context: AbstractContextManager[Any] = nullcontext()
@@ -147,7 +152,7 @@ def generate_images(
                     [prompt.prompt for prompt in batch],
                     [prompt.seed for prompt in batch],
                     steps=defaults.num_inference_steps or 1,
-                    guidance=defaults.guidance_scale or 0.0,
+                    guidance=guidance or 0.0,
                     batch=len(batch),
                 )
             )

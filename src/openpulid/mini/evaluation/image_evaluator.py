@@ -17,12 +17,7 @@ from openpulid.faces.miniature import RECOGNITION_MODELS, MiniFaceDetector
 from openpulid.io.checkpoints import load_module
 from openpulid.io.image_grid import image_grid, to_pil
 from openpulid.mini.evaluation.prompts import EvalPrompt, sample_prompts
-from openpulid.mini.models import (
-    AttributeClassifier,
-    TextEncoders,
-    build_pipeline,
-    sample,
-)
+from openpulid.mini.models import AttributeClassifier, sample
 from openpulid.world import HELD_OUT_PEOPLE, Person, render
 
 STEPS = 20
@@ -42,27 +37,21 @@ class ImageEvaluator:
     """Generates images for prompts of held-out scenes and measures how well they match.
 
     Attributes:
-        vae: the autoencoder.
-        text_encoders: the text encoders.
-        tokenizer: the tokenizer of both text encoders.
+        pipe: the pipeline; it may share a network in training.
         classifier: recognizes attributes.
         embedder: detects and embeds faces with the benchmark's face recognition model; None if
             one of both networks is not trained yet.
         prompts: the prompts.
         steps: sampling steps.
         guidance: guidance scale.
-        order: order of the solver; 2, or 1 for a few-step student.
     """
 
-    vae: Any
-    text_encoders: TextEncoders
-    tokenizer: Any
+    pipe: Any
     classifier: AttributeClassifier
     embedder: FaceEmbedder | None = None
     prompts: tuple[EvalPrompt, ...] = ()
     steps: int = STEPS
     guidance: float = GUIDANCE
-    order: int = 2
 
     @classmethod
     def load(cls, weights: Path, device: torch.device, **options: Any) -> ImageEvaluator:
@@ -87,20 +76,16 @@ class ImageEvaluator:
         prompts = tuple(sample_prompts(NUM_PROMPTS, 1))
         return cls(classifier=classifier, embedder=embedder, prompts=prompts, **options)
 
-    def generate(self, unet: Any, count: int | None = None) -> Tensor:
+    def generate(self, count: int | None = None) -> Tensor:
         """Generate images (B, 3, H, W) for the first `count` prompts."""
-        pipe = build_pipeline(unet, self.vae, self.text_encoders, self.tokenizer)
-        pipe.scheduler = type(pipe.scheduler).from_config(
-            pipe.scheduler.config, solver_order=self.order
-        )
         selected = self.prompts[:count]
         texts = [prompt.prompt for prompt in selected]
         seeds = [prompt.seed for prompt in selected]
-        return sample(pipe, texts, seeds, steps=self.steps, guidance=self.guidance)
+        return sample(self.pipe, texts, seeds, steps=self.steps, guidance=self.guidance)
 
     @torch.no_grad()
-    def evaluate(self, unet: Any, count: int | None = None) -> dict[str, float]:
-        """Evaluate a U-Net on the first `count` prompts.
+    def evaluate(self, count: int | None = None) -> dict[str, float]:
+        """Evaluate the pipeline on the first `count` prompts.
 
         Returns:
             `attributes`, the share of the attributes in each prompt that the classifier recognizes
@@ -112,7 +97,7 @@ class ImageEvaluator:
             comparable: they are larger for fewer faces.
         """
         device = next(self.classifier.parameters()).device
-        images = self.generate(unet, count).to(device)
+        images = self.generate(count).to(device)
         results = self._measure(images)
         return results | {f"{name}_real": self.real_results[name] for name in results}
 
@@ -155,9 +140,9 @@ class ImageEvaluator:
             images.append(render(people, [x.scene for x in prompts], device=device).image)
         return torch.cat(images)
 
-    def draw_sheet(self, unet: Any, count: int = 40) -> Image.Image:
+    def draw_sheet(self, count: int = 40) -> Image.Image:
         """Draw the images of the first `count` prompts, eight per row."""
-        images = to_pil(self.generate(unet, count))
+        images = to_pil(self.generate(count))
         return image_grid([images[start : start + 8] for start in range(0, len(images), 8)], 144)
 
 

@@ -1,6 +1,15 @@
 """Networks and pipeline of the miniature."""
 
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
+from openpulid.mini.models.flux import (
+    LATENT_PATCHES,
+    FluxTextEncoders,
+    build_flow_scheduler,
+    build_flux_pipeline,
+    build_t5,
+    build_transformer,
+    save_flux_pipeline,
+)
 from openpulid.mini.models.pipeline import (
     TextEncoders,
     build_pipeline,
@@ -13,13 +22,20 @@ from openpulid.mini.models.pipeline import (
 from openpulid.mini.models.tokenizer import build_tokenizer
 
 __all__ = [
+    "LATENT_PATCHES",
     "AttributeClassifier",
+    "FluxTextEncoders",
     "TextEncoders",
+    "build_flow_scheduler",
+    "build_flux_pipeline",
     "build_pipeline",
     "build_scheduler",
+    "build_t5",
     "build_tokenizer",
+    "build_transformer",
     "build_unet",
     "predict",
     "sample",
+    "save_flux_pipeline",
     "save_folder",
 ]

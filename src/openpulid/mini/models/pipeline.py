@@ -65,7 +65,7 @@ def build_unet(
     )
 
 
-def build_scheduler() -> DPMSolverMultistepScheduler:
+def build_scheduler(order: int = 2) -> DPMSolverMultistepScheduler:
     """Build DPM-Solver++(2M) with SDXL's betas, rescaled to zero terminal SNR (arXiv 2305.08891).
 
     In SDXL's own schedule the mean color of an image shows through the noise of the last timestep.
@@ -79,6 +79,7 @@ def build_scheduler() -> DPMSolverMultistepScheduler:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        solver_order=order,
     )
 
 
@@ -151,8 +152,17 @@ def build_pipeline(
     vae: AutoencoderKL,
     text_encoders: TextEncoders,
     tokenizer: PreTrainedTokenizerBase,
+    order: int = 2,
 ) -> StableDiffusionXLPipeline:
-    """Build the diffusers pipeline from networks, without progress bars."""
+    """Build the diffusers pipeline from networks, without progress bars.
+
+    Args:
+        unet: the base model or its student.
+        vae: the autoencoder.
+        text_encoders: the text encoders.
+        tokenizer: the tokenizer of both.
+        order: order of the solver; 2, or 1 for a few-step student.
+    """
     pipe = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=text_encoders.first,
@@ -160,7 +170,7 @@ def build_pipeline(
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
-        scheduler=build_scheduler(),
+        scheduler=build_scheduler(order),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
@@ -185,7 +195,7 @@ def sample(
         prompts: N prompts.
         seeds: N seeds.
         steps: number of sampling steps.
-        guidance: classifier-free guidance scale.
+        guidance: classifier-free guidance scale; 1 disables it.
         batch: images per call of the pipeline.
 
     Returns:
@@ -201,8 +211,8 @@ def sample(
             prompt=list(prompts[rows]),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[rows]],
             num_inference_steps=steps,
-            guidance_scale=guidance,
             output_type="pt",
+            **_guidance_options(pipe, guidance, len(prompts[rows])),
         )
         images.append(result.images.float().cpu())
     generated = torch.cat(images)
@@ -212,6 +222,26 @@ def sample(
             "other weights."
         )
     return generated
+
+
+def _guidance_options(pipe: Any, guidance: float, count: int) -> dict[str, Any]:
+    """Return a pipeline's arguments for guidance; for FLUX also sizes without a useful default.
+
+    Args:
+        pipe: the pipeline.
+        guidance: classifier-free guidance scale.
+        count: number of prompts.
+    """
+    if not hasattr(pipe, "transformer"):
+        return {"guidance_scale": guidance}
+    side = pipe.vae.config.sample_size
+    options = {
+        "true_cfg_scale": guidance,
+        "height": side,
+        "width": side,
+        "max_sequence_length": pipe.tokenizer_2.model_max_length,
+    }
+    return options | ({"negative_prompt": [""] * count} if guidance > 1 else {})
 
 
 def save_folder(model: Any, folder: Path) -> None:

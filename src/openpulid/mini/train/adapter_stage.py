@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 from openpulid.mini.train.build_context import BuildContext
-from openpulid.mini.train.pulid import train
+from openpulid.mini.train.pulid import adapter_file, train
 from openpulid.training.pulid import find_recipe, save_adapter
 
 
@@ -14,9 +14,9 @@ def train_adapter(context: BuildContext, *, name: str) -> dict[str, float]:
 
     Args:
         context: of the build.
-        name: name of the stage.
+        name: name of the stage, such as "stage1" or "flux-stage1".
     """
-    recipe = find_recipe(f"mini_{name}")
+    recipe = find_recipe(f"mini_{name}".replace("flux-", "flux_"))
     adapter, result = train(
         recipe,
         context.runs / name,
@@ -26,6 +26,6 @@ def train_adapter(context: BuildContext, *, name: str) -> dict[str, float]:
         weights=context.weights,
     )
     context.results[name] = result
-    path = context.weights / f"pulid-{name}.safetensors"
+    path = adapter_file(context.weights, name)
     save_adapter(deepcopy(adapter).bfloat16(), path, recipe, result)
     return dict(result.metrics)

@@ -18,8 +18,10 @@ from pathlib import Path
 from openpulid.bench.measurement import append_measurement, describe_measurement
 from openpulid.device import select_device
 from openpulid.errors import OptionError, suggest
+from openpulid.mini.models import LATENT_PATCHES
 from openpulid.mini.train.baseline_stages import BASELINE_STAGES
 from openpulid.mini.train.build_context import BuildContext, Stage
+from openpulid.mini.train.flux_stages import FLUX_STAGES
 from openpulid.mini.train.stages import STAGES
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.world.dataset import Plan
@@ -33,6 +35,7 @@ def build(
     *,
     people: int | None = None,
     begin: Path | None = None,
+    tokens: int = 144,
     runs: Path = Path("runs/mini"),
     weights: Path = MINIATURE,
     report: Path = Path("benchmarks/mini-build.json"),
@@ -40,7 +43,7 @@ def build(
     """Train the named stages, or all, in their order.
 
     Args:
-        names: names of `STAGES` or `BASELINE_STAGES`; by default all of `STAGES`.
+        names: names of `STAGES`, `FLUX_STAGES` or `BASELINE_STAGES`; by default all of `STAGES`.
         minutes: time budget of all stages together, shared in proportion to their usual durations;
             by default those. Rendering the world ignores the budget.
         device: where to compute; by default the best device.
@@ -48,6 +51,7 @@ def build(
         people: number of people in the training images; by default that of `Plan`.
         begin: folder of a pipeline whose U-Net the base model starts from; by default it starts
             from nothing.
+        tokens: image tokens of FLUX's base, 144 or 36.
         runs: folder of datasets, checkpoints and sample sheets.
         weights: folder where the weights are written.
         report: JSON file to which the figures are appended.
@@ -56,10 +60,12 @@ def build(
         Name of the stage -> figures on held-out people.
 
     Raises:
-        OptionError: there is no stage with one of the names.
+        OptionError: there is no stage with one of the names, or no layout of so many tokens.
         WeightsError: a stage needs another one that is not built yet.
     """
     stages = select_stages(names)
+    if tokens not in LATENT_PATCHES:
+        raise OptionError(f"--tokens is 144 or 36, got {tokens}.")
     torch_device = select_device(device)
     usual_minutes = sum(stage.minutes for stage in stages)
     results = {}
@@ -67,7 +73,7 @@ def build(
         if fresh:
             shutil.rmtree(runs / stage.name, ignore_errors=True)
         budget = stage.minutes if minutes is None else minutes * stage.minutes / usual_minutes
-        context = BuildContext(runs, weights, torch_device, budget, begin=begin)
+        context = BuildContext(runs, weights, torch_device, budget, begin=begin, tokens=tokens)
         if people is not None:
             context.plan = Plan(people=people)
         results[stage.name] = stage.train(context)
@@ -83,7 +89,7 @@ def select_stages(names: Sequence[str] | None) -> list[Stage]:
     """
     if not names:
         return list(STAGES)
-    stages = [*STAGES, *BASELINE_STAGES]
+    stages = [*STAGES, *FLUX_STAGES, *BASELINE_STAGES]
     known_names = [stage.name for stage in stages]
     for name in names:
         if name not in known_names:

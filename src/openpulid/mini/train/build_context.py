@@ -39,6 +39,7 @@ class BuildContext:
         portrait_plan: plan of the images of many people in simple scenes.
         begin: folder of a pipeline whose U-Net the base model starts from; None starts from
             nothing.
+        tokens: image tokens of FLUX's base, see `LATENT_PATCHES`.
     """
 
     runs: Path
@@ -52,6 +53,7 @@ class BuildContext:
         default_factory=lambda: Plan(people=6144, scenes=2, seed=3, portraits=True)
     )
     begin: Path | None = None
+    tokens: int = 144
 
     @cached_property
     def data(self) -> WorldDataset:

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from openpulid.diffusion.flow_schedule import FlowSchedule
 from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.io.checkpoints import module_fingerprint
 from openpulid.mini.data import ArrayCache, Captions
 from openpulid.mini.evaluation.image_evaluator import GUIDANCE, STEPS, ImageEvaluator
-from openpulid.mini.models import TextEncoders, build_scheduler, predict
+from openpulid.mini.models import build_scheduler
+from openpulid.mini.train.networks import BaseNetwork
 from openpulid.training import StepRNG, generator_for
-from openpulid.training.pulid import TextConditioning
 
 STUDENT_TIMESTEPS = 4
 """Steps of the student."""
@@ -45,8 +45,7 @@ class TeacherTrajectories:
     @classmethod
     def build(
         cls,
-        unet: Any,
-        text_encoders: TextEncoders,
+        teacher: BaseNetwork,
         captions: Captions,
         count: int,
         folder: Path,
@@ -57,8 +56,7 @@ class TeacherTrajectories:
         """Compute trajectories, or load those that are cached; the files are memory-mapped.
 
         Args:
-            unet: the teacher.
-            text_encoders: the frozen text encoders.
+            teacher: the base model, frozen.
             captions: captions to choose from.
             count: number of trajectories.
             folder: folder of the cache.
@@ -66,35 +64,29 @@ class TeacherTrajectories:
             seed: determines captions and noise.
             on_progress: called with the number of trajectories done and their total.
         """
-        cache = ArrayCache(folder, {"unet": module_fingerprint(unet), "seed": seed}, count)
+        networks = teacher.modules().items()
+        fingerprints = {name: module_fingerprint(module) for name, module in networks}
+        cache = ArrayCache(folder, {**fingerprints, "seed": seed}, count)
         for start in range(cache.num_done, count, batch):
             size = min(batch, count - start)
             # The name of the generator is part of the seed, like those of StepRNG below.
             generator = generator_for(seed, "walks", start)
-            cache.write(_compute_batch(unet, text_encoders, captions, size, generator))
+            cache.write(_compute_batch(teacher, captions, size, generator))
             if on_progress:
                 on_progress(cache.num_done, count)
         return cls(cache.load("latents", mmap=True), cache.load("tokens", mmap=True))
 
 
 def _compute_batch(
-    unet: Any,
-    text_encoders: TextEncoders,
-    captions: Captions,
-    size: int,
-    generator: torch.Generator,
+    teacher: BaseNetwork, captions: Captions, size: int, generator: torch.Generator
 ) -> dict[str, np.ndarray]:
     """Compute a batch of trajectories with random captions and noise."""
-    device = next(unet.parameters()).device
+    device = _device(teacher)
     rows = torch.randint(len(captions.tokens), (size,), generator=generator)
     variants = torch.randint(captions.tokens.shape[1], rows.shape, generator=generator)
     tokens = captions.rows(rows, variants)
-    channels = unet.config.in_channels
-    side = unet.config.sample_size
-    noise = torch.randn(size, channels, side, side, generator=generator)
-    text = text_encoders(tokens.to(device))
-    empty_text = text_encoders(tokens.to(device), torch.zeros(size, dtype=torch.bool))
-    latents = compute_trajectories(unet, noise.to(device), text, empty_text)
+    noise = torch.randn(size, *teacher.latent_shape, generator=generator)
+    latents = compute_trajectories(teacher, noise.to(device), tokens.to(device))
     return {
         "latents": latents.to("cpu", torch.float16).numpy(),
         "tokens": tokens.numpy().astype(np.uint8),
@@ -103,35 +95,32 @@ def _compute_batch(
 
 @torch.no_grad()
 def compute_trajectories(
-    unet: nn.Module,
+    teacher: BaseNetwork,
     noise: Tensor,
-    text: TextConditioning,
-    empty_text: TextConditioning,
+    tokens: Tensor,
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> Tensor:
     """Denoise with classifier-free guidance as the preset does, and keep the latents on the way.
 
     Args:
-        unet: the teacher.
+        teacher: the base model.
         noise: (B, C, s, s) initial noise.
-        text: the conditioning.
-        empty_text: the conditioning without caption.
+        tokens: (B, L) of the captions.
         steps: sampling steps, a multiple of `STUDENT_TIMESTEPS`.
         guidance: guidance scale.
 
     Returns:
         (B, 5, C, s, s): the noise, and the latents after each quarter of the steps.
     """
-    sampler = build_scheduler()
-    sampler.set_timesteps(steps, device=noise.device)
-    pairs = zip(vars(empty_text).values(), vars(text).values(), strict=True)
-    both_texts = TextConditioning(*(torch.cat(pair) for pair in pairs))
+    sampler = teacher.start_sampler(steps, noise.device)
+    keep = torch.arange(2, device=tokens.device).repeat_interleave(len(tokens)) == 1
+    both_texts = teacher.encode_text(torch.cat([tokens, tokens]), keep)
     x = noise
     trajectory = [noise]
     for index, t in enumerate(sampler.timesteps, 1):
-        prediction = predict(unet, torch.cat([x, x]), t.expand(2 * len(x)), both_texts)
-        without_text, with_text = prediction.chunk(2)
+        times = teacher.to_timesteps(t).expand(2 * len(x))
+        without_text, with_text = teacher.predict(torch.cat([x, x]), times, both_texts).chunk(2)
         guided = without_text + guidance * (with_text - without_text)
         x = sampler.step(guided, t, x, return_dict=False)[0]
         if index % (steps // STUDENT_TIMESTEPS) == 0:
@@ -139,28 +128,54 @@ def compute_trajectories(
     return torch.stack(trajectory, 1)
 
 
+def _device(network: BaseNetwork) -> torch.device:
+    return next(next(iter(network.modules().values())).parameters()).device
+
+
 class StudentSchedule:
     """The student's timesteps, and the prediction that leads from one to the next.
 
-    Attributes:
+    Args:
         times: (4,) timesteps, decreasing.
         signal: (5,) factors of the image at these times and at the end.
         noise: (5,) factors of the noise.
+        is_flow: whether the network predicts the velocity of a flow instead of v.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, times: Tensor, signal: Tensor, noise: Tensor, is_flow: bool = False) -> None:
+        self.times = times
+        self.signal = signal
+        self.noise = noise
+        self.is_flow = is_flow
+
+    @classmethod
+    def for_unet(cls) -> StudentSchedule:
+        """Create the schedule of SDXL's U-Net."""
         sampler = build_scheduler()
         sampler.set_timesteps(STUDENT_TIMESTEPS)
-        self.times = sampler.timesteps.long()
+        times = sampler.timesteps.long()
         alphas = NoiseSchedule(sampler.alphas_cumprod, sampler.config.prediction_type).alphas
-        student_alphas = torch.cat([alphas[self.times], torch.ones(1, dtype=alphas.dtype)])
-        self.signal = student_alphas.sqrt().float()
-        self.noise = (1 - student_alphas).sqrt().float()
+        student_alphas = torch.cat([alphas[times], torch.ones(1, dtype=alphas.dtype)])
+        return cls(times, student_alphas.sqrt().float(), (1 - student_alphas).sqrt().float())
+
+    @classmethod
+    def for_flow(cls, schedule: FlowSchedule) -> StudentSchedule:
+        """Create the schedule of a flow model."""
+        levels = schedule.trailing_sigmas(STUDENT_TIMESTEPS)
+        return cls(levels[:-1], 1 - levels, levels, is_flow=True)
+
+    @classmethod
+    def for_network(cls, network: BaseNetwork) -> StudentSchedule:
+        """Create the schedule of a network."""
+        if isinstance(network.schedule, FlowSchedule):
+            return cls.for_flow(network.schedule)
+        return cls.for_unet()
 
     def target(self, x: Tensor, x_next: Tensor, index: Tensor) -> Tensor:
-        """Compute the v-prediction of a deterministic step from one timestep to the next.
+        """Compute the prediction of a deterministic step from one timestep to the next.
 
         With x_0 = a x - s v and eps = s x + a v the step ends at a' x_0 + s' eps, solved for v.
+        For a flow it is x_0 = x - s v and eps = x + a v.
 
         Args:
             x: (B, C, s, s) latents at timestep `index`.
@@ -171,10 +186,11 @@ class StudentSchedule:
             (B, C, s, s).
         """
         a, s, a_next, s_next = self._coefficients(index, x)
-        return (x_next - (a_next * a + s_next * s) * x) / (s_next * a - a_next * s)
+        unchanged = a_next + s_next if self.is_flow else a_next * a + s_next * s
+        return (x_next - unchanged * x) / (s_next * a - a_next * s)
 
     def weight(self, index: Tensor, like: Tensor) -> Tensor:
-        """Compute the truncated SNR weighting (Salimans & Ho, section 4) of an error of v.
+        """Compute the truncated SNR weighting (Salimans & Ho, section 4) of an error of `target`.
 
         An error of x_0 has the weight max(SNR, 1).
 
@@ -203,38 +219,33 @@ class LightningTask:
     """Trains the student; a `training.trainer.Task`.
 
     Args:
-        student: a copy of the base model's U-Net.
-        text_encoders: the frozen text encoders.
+        student: a copy of the base model.
         trajectories: of the teacher.
-        evaluator: with 4 steps of order 1 and guidance 1; None disables validation.
+        evaluator: of a pipeline with the student, with 4 steps of order 1 and guidance 1; None
+            disables validation.
         batch: samples per step.
-        compiled: see `BaseTask`.
     """
 
     def __init__(
         self,
-        student: nn.Module,
-        text_encoders: TextEncoders,
+        student: BaseNetwork,
         trajectories: TeacherTrajectories,
         evaluator: ImageEvaluator | None = None,
         batch: int = 48,
-        compiled: bool = False,
     ) -> None:
-        self.student = student.to(memory_format=torch.channels_last)
-        self.network = torch.compile(student) if compiled else student
-        self.text_encoders = text_encoders
+        self.student = student
         self.trajectories = trajectories
         self.evaluator = evaluator
         self.batch = batch
-        self.schedule = StudentSchedule()
+        self.schedule = StudentSchedule.for_network(student)
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Return the student."""
-        return {"unet": self.student}
+        """Return the modules of the student that train."""
+        return self.student.modules()
 
     def losses(self, rng: StepRNG) -> Mapping[str, Tensor]:
         """Compute the distillation loss of random trajectories and timesteps."""
-        device = next(self.student.parameters()).device
+        device = _device(self.student)
         rows = rng.indices(len(self.trajectories.tokens), self.batch)
         index = rng.randint(STUDENT_TIMESTEPS, rows.shape, "station")
         latents = torch.from_numpy(self.trajectories.latents[rows.numpy()]).float()
@@ -242,16 +253,16 @@ class LightningTask:
         x = latents[samples, index].to(device)
         x_next = latents[samples, index + 1].to(device)
         tokens = self.trajectories.tokens[rows.numpy()].astype(np.int64)
-        text = self.text_encoders(torch.from_numpy(tokens).to(device))
-        prediction = predict(self.network, x, self.schedule.times[index].to(device), text)
+        text = self.student.encode_text(torch.from_numpy(tokens).to(device))
+        prediction = self.student.predict(x, self.schedule.times[index].to(device), text)
         target = self.schedule.target(x, x_next, index)
         error = (prediction - target).square().flatten(1).mean(1)
         return {"step": (error * self.schedule.weight(index, error)).mean()}
 
     def validate(self) -> Mapping[str, float]:
         """Evaluate the student on all prompts."""
-        return self.evaluator.evaluate(self.student) if self.evaluator else {}
+        return self.evaluator.evaluate() if self.evaluator else {}
 
     def sheet(self) -> Image.Image | None:
         """Draw images of the evaluation."""
-        return self.evaluator.draw_sheet(self.student) if self.evaluator else None
+        return self.evaluator.draw_sheet() if self.evaluator else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,13 +11,27 @@ from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.miniature import RECOGNITION_MODELS, MiniFaceDetector
 from openpulid.io.checkpoints import load_module
 from openpulid.pipelines.factory import load_pipeline
-from openpulid.pipelines.presets import mini_lightning
-from openpulid.training.pulid import SDXLModel
+from openpulid.pipelines.presets import mini_flux_4step, mini_lightning
+from openpulid.training.pulid import BaseModel, FluxModel, Recipe, SDXLModel
 
 
-def load_student(weights: Path, device: torch.device) -> SDXLModel:
-    """Load the few-step student, the model of the lightning branch."""
-    return SDXLModel(load_pipeline(mini_lightning(weights), device))
+def create_model(recipe: Recipe, pipe: Any) -> BaseModel:
+    """Create the model of a recipe from its pipeline."""
+    if not recipe.is_flow:
+        return SDXLModel(pipe)
+    return FluxModel(
+        pipe,
+        pixels=pipe.vae.config.sample_size,
+        max_sequence_length=recipe.text_tokens,
+        logit_mean=recipe.logit_mean,
+        logit_std=recipe.logit_std,
+    )
+
+
+def load_student(recipe: Recipe, weights: Path, device: torch.device) -> BaseModel:
+    """Load the few-step student of a recipe's base, the model of the lightning branch."""
+    preset = mini_flux_4step if recipe.is_flow else mini_lightning
+    return create_model(recipe, load_pipeline(preset(weights), device))
 
 
 def load_face_embedder(

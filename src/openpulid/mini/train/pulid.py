@@ -11,18 +11,21 @@ from openpulid.device import select_device
 from openpulid.errors import OptionError, TrainingError
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.methods.pulid import PuLID, PuLIDFlux
-from openpulid.mini.train.loss_models import load_face_embedder, load_scorer, load_student
+from openpulid.mini.train.loss_models import (
+    create_model,
+    load_face_embedder,
+    load_scorer,
+    load_student,
+)
 from openpulid.mini.train.portraits import Mixture, open_portraits
 from openpulid.mini.train.sheet import draw_sheet
 from openpulid.pipelines.factory import load_extractor, load_pipeline
-from openpulid.pipelines.presets import MINIATURE
-from openpulid.pipelines.presets import mini as mini_preset
+from openpulid.pipelines.presets import MINIATURE, mini, mini_flux
 from openpulid.pipelines.studio import Studio
 from openpulid.training import TrainingResult
 from openpulid.training.pulid import (
     ADAPTER_FILE,
     Recipe,
-    SDXLModel,
     Validation,
     build_adapter,
     prepare_run_dir,
@@ -63,7 +66,7 @@ def train(
         OptionError: the recipe is for another base, or the run would replace another file.
         TrainingError: the datasets do not exist yet, or there is no adapter to continue.
     """
-    if recipe.base != "mini":
+    if not recipe.is_miniature:
         raise OptionError(
             f"{recipe.name} trains on {recipe.base}, not on the miniature: use "
             "openpulid.training.pulid.train_photos."
@@ -72,14 +75,14 @@ def train(
         init_adapter = find_init_adapter(recipe.init_from, run_dir, weights)
     prepare_run_dir(run_dir, init_adapter, is_fresh=fresh)
     torch_device = select_device(device)
-    preset = mini_preset(weights)
+    preset = (mini_flux if recipe.is_flow else mini)(weights)
     pipe = load_pipeline(preset, torch_device)
     extractor = cast(MiniExtractor, load_extractor(preset, torch_device))
-    model = SDXLModel(pipe)
+    model = create_model(recipe, pipe)
     adapter = build_adapter(
         recipe,
         model,
-        _encoder_config(recipe, extractor),
+        encoder_config(recipe, extractor),
         init_adapter=init_adapter,
         extractor_models=extractor.models,
     )
@@ -87,7 +90,7 @@ def train(
     loss_models: dict[str, Any] = {}
     if recipe.few_step_batch:
         loss_models = {
-            "few_step_models": [load_student(weights, torch_device)],
+            "few_step_models": [load_student(recipe, weights, torch_device)],
             "face_embedder": load_face_embedder(weights, torch_device, recipe.id_ensemble),
         }
     world, portraits, held_out = (
@@ -129,11 +132,11 @@ def find_init_adapter(recipe: str, run_dir: Path, weights: Path = MINIATURE) -> 
     Raises:
         TrainingError: no such adapter exists.
     """
-    stage = recipe.removeprefix("mini_")
+    stage = recipe.removeprefix("mini_").replace("flux_", "flux-")
     candidates = [
         run_dir.parent / recipe / ADAPTER_FILE,
         run_dir.parent / stage / ADAPTER_FILE,
-        weights / f"pulid-{stage}.safetensors",
+        adapter_file(weights, stage),
     ]
     for path in candidates:
         if path.exists():
@@ -144,7 +147,13 @@ def find_init_adapter(recipe: str, run_dir: Path, weights: Path = MINIATURE) -> 
     )
 
 
-def _encoder_config(recipe: Recipe, extractor: MiniExtractor) -> dict[str, Any]:
+def adapter_file(weights: Path, stage: str) -> Path:
+    """Return the file of a stage's adapter; that of "flux-stage1" is in the folder `flux`."""
+    folder = weights / "flux" if stage.startswith("flux-") else weights
+    return folder / f"pulid-{stage.removeprefix('flux-')}.safetensors"
+
+
+def encoder_config(recipe: Recipe, extractor: MiniExtractor) -> dict[str, Any]:
     """Return the encoder's constructor arguments: widths of the features, and smaller sizes."""
     recognition: Any = extractor.recognition
     vision = extractor.vision_encoder.config
@@ -156,4 +165,6 @@ def _encoder_config(recipe: Recipe, extractor: MiniExtractor) -> dict[str, Any]:
         width = recipe.encoder_width
         heads = max(1, width // 64)
         config |= {"dim": width, "depth": 5, "dim_head": 64, "heads": heads, "ff_mult": 2}
+        if recipe.is_flow:  # SDXL's U-Net tells the width of the tokens
+            config["output_dim"] = width
     return config

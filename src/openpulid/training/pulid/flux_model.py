@@ -129,30 +129,22 @@ class FluxModel:
 
     def predict(self, x_t: Tensor, t: Tensor, text: Any) -> Tensor:
         """Run the transformer on (B, c, h, w) at noise levels (B,); float32, with gradient."""
-        dtype = self.transformer.dtype
         height, width = (side // PATCH for side in x_t.shape[-2:])
         guidance = None
         if self.transformer.config.guidance_embeds:
             guidance = torch.full((len(x_t),), self.guidance, device=x_t.device)
-        output = self.transformer(
-            hidden_states=pixel_unshuffle(x_t, PATCH).flatten(2).transpose(1, 2).to(dtype),
-            timestep=t.to(x_t.device, dtype),
+        return predict_velocity(
+            self.transformer,
+            x_t,
+            t,
+            img_ids=self._position_ids(height, width),
             guidance=guidance,
-            img_ids=self._position_ids(height, width).to(x_t.device),
-            return_dict=False,
             **self._text_arguments(text),
-        )[0]
-        tokens = output.float().transpose(1, 2).unflatten(2, (height, width))
-        return pixel_shuffle(tokens, PATCH)
+        )
 
     def _text_arguments(self, text: FluxText) -> dict[str, Tensor]:
         """Return the arguments of the transformer that are of the text."""
-        dtype = self.transformer.dtype
-        return {
-            "encoder_hidden_states": text.embeds.to(dtype),
-            "pooled_projections": text.pooled.to(dtype),
-            "txt_ids": torch.zeros(text.embeds.shape[1], 3, device=text.embeds.device),
-        }
+        return text_arguments(text, self.transformer.dtype)
 
     def _position_ids(self, height: int, width: int) -> Tensor:
         """Return the positions of the image tokens."""
@@ -253,6 +245,42 @@ class _BlockCapture:
 
     def _store_call(self, norm: Any, args: Any, key: Tensor) -> None:
         self.calls.append(_BlockCall(self._rotation, self._query, key))
+
+
+def predict_velocity(
+    transformer: Any, x_t: Tensor, t: Tensor, img_ids: Tensor, **arguments: Any
+) -> Tensor:
+    """Pack latents (B, c, h, w), call a transformer at noise levels (B,), and unpack its output.
+
+    Args:
+        transformer: of FLUX's kind.
+        x_t: latents.
+        t: noise levels in [0, 1].
+        img_ids: positions of the image tokens.
+        arguments: other arguments of the transformer.
+
+    Returns:
+        (B, c, h, w) in float32, with gradient.
+    """
+    dtype = transformer.dtype
+    size = tuple(side // PATCH for side in x_t.shape[-2:])
+    output = transformer(
+        hidden_states=pixel_unshuffle(x_t, PATCH).flatten(2).transpose(1, 2).to(dtype),
+        timestep=t.to(x_t.device, dtype),
+        img_ids=img_ids.to(x_t.device),
+        return_dict=False,
+        **arguments,
+    )[0]
+    return pixel_shuffle(output.float().transpose(1, 2).unflatten(2, size), PATCH)
+
+
+def text_arguments(text: FluxText, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the arguments of FLUX.1's transformer that are of the text."""
+    return {
+        "encoder_hidden_states": text.embeds.to(dtype),
+        "pooled_projections": text.pooled.to(dtype),
+        "txt_ids": torch.zeros(text.embeds.shape[1], 3, device=text.embeds.device),
+    }
 
 
 def position_ids(height: int, width: int) -> Tensor:

@@ -10,38 +10,11 @@ from openpulid.diffusion.sampling import SAMPLERS
 from openpulid.errors import OptionError, suggest
 from openpulid.methods.pulid import ENCODERS, Projection
 from openpulid.training.limits import COUNT, FRACTION, INDEX, Limit, check_limits
+from openpulid.training.pulid.prompts import ALIGN_PROMPTS, ID_PROMPT
 from openpulid.training.schedule import OptimizerKind, TrainerConfig
 
 IDLossKind = Literal["none", "naive", "accurate"]
 """Naive: on x_0 predicted in one step from x_t. Accurate: on the images of the lightning branch."""
-
-ID_PROMPT = "portrait, color, cinematic"
-ALIGN_PROMPTS = (
-    "portrait, color, cinematic",
-    "portrait, anime artwork",
-    "portrait, comic art, graphic novel art",
-    "portrait, digital artwork, illustrative, painterly, matte painting",
-    "portrait, magnificent, celestial, ethereal, painterly, epic, majestic, magical, fantasy art, "
-    "cover art, dreamy",
-    "portrait, vibrant, professional, sleek, modern, minimalist, graphic, line art, "
-    "vector graphics",
-    "portrait, cyberpunk, vaporwave, neon, vibes, vibrant, stunningly beautiful, crisp, detailed, "
-    "sleek, ultramodern, magenta highlights, dark purple shadows, high contrast, cinematic, "
-    "ultra detailed, intricate, professional",
-    "portrait, energetic brushwork, bold colors, abstract forms, expressive, emotional",
-    "portrait, film noir style, monochrome, high contrast, dramatic shadows, 1940s style, "
-    "mysterious, cinematic",
-    "portrait, papercut, mixed media, textured paper, overlapping, asymmetrical, abstract, vibrant",
-    "portrait, paper mache representation, 3D, sculptural, textured, handmade, vibrant, fun",
-    "portrait, vaporwave style, retro aesthetic, cyberpunk, vibrant, neon colors, "
-    "vintage 80s and 90s style, highly detailed",
-    "portrait, watercolor painting, vibrant, beautiful, painterly, detailed, textural, artistic",
-    "portrait, impressionist painting, loose brushwork, vibrant color, light and shadow play",
-    "portrait, expressionist, raw, emotional, dynamic, distortion for emotional effect, vibrant, "
-    "use of unusual colors, detailed",
-)
-"""Prompts of the ID loss and of the alignment losses (PuLID, appendix)."""
-
 
 LIMITS = {
     "encoder_width": COUNT,
@@ -84,7 +57,7 @@ class Recipe:
     """
 
     name: str
-    base: str  # "mini", "sdxl", "flux" or "flux2-klein"
+    base: str  # "mini", "mini-flux", "sdxl", "flux" or "flux2-klein"
 
     # the adapter
     encoder: str = "IDEncoder"  # of v1; "IDFormer" is that of v1.1
@@ -163,7 +136,7 @@ class Recipe:
                 raise OptionError(
                     f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}."
                 )
-        if self.id_ensemble and self.base != "mini":
+        if self.id_ensemble and not self.is_miniature:
             raise OptionError(
                 "id_ensemble is available for the miniature only: gradients do not pass through "
                 "the recognition model that reads photos."
@@ -179,7 +152,12 @@ class Recipe:
     @property
     def is_flow(self) -> bool:
         """Whether the base is a flow model of FLUX's kind."""
-        return self.base in ("flux", "flux2-klein")
+        return self.base in ("flux", "flux2-klein", "mini-flux")
+
+    @property
+    def is_miniature(self) -> bool:
+        """Whether the base is the miniature's, which trains on the synthetic world."""
+        return self.base in ("mini", "mini-flux")
 
     def _check_flow(self) -> None:
         """Raise OptionError if a setting has no meaning for a flow model."""
@@ -317,6 +295,32 @@ def _continue_mini(name: str, init_from: str) -> Recipe:
     )
 
 
+def on_mini_flux(recipe: Recipe) -> Recipe:
+    """Return a recipe of the miniature for the one with FLUX's architecture.
+
+    - It has 2 double and 6 single blocks, and identity attention follows each of them: at FLUX's
+      intervals there would be three places.
+    - Stage 1 has the density t ** 1 of timesteps on SDXL. Here a mean of the logit above zero draws
+      more high noise, in which the shape of a face is decided.
+    """
+    init_from = recipe.init_from and recipe.init_from.replace("mini", "mini_flux")
+    return replace(
+        recipe,
+        name=recipe.name.replace("mini", "mini_flux"),
+        init_from=init_from,
+        base="mini-flux",
+        encoder="IDFormer",
+        encoder_width=128,
+        attention_heads=8,
+        attention_head_dim=32,
+        double_interval=1,
+        single_interval=1,
+        logit_mean=0.5 * recipe.timestep_bias,
+        timestep_bias=0.0,
+        text_tokens=48,
+    )
+
+
 def sdxl_stage1() -> Recipe:
     """Return the paper's stage 1 at full size.
 
@@ -449,21 +453,19 @@ def _derive(
     return lambda: derive(variant())
 
 
-_VARIANTS = (
-    mini_stage1,
-    mini_naive,
-    mini_stage2,
-    mini_stage3,
-    sdxl_stage1,
-    sdxl_stage2,
-    sdxl_stage3,
-)
+_MINI_VARIANTS = (mini_stage1, mini_naive, mini_stage2, mini_stage3)
+
+_VARIANTS = (*_MINI_VARIANTS, sdxl_stage1, sdxl_stage2, sdxl_stage3)
 
 _FLUX_VARIANTS = (flux_stage1, flux_naive, flux_stage2, flux_stage3)
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     **{variant.__name__: variant for variant in (*_VARIANTS, *_FLUX_VARIANTS)},
     **{f"{variant.__name__}_v11": _derive(with_v11_encoder, variant) for variant in _VARIANTS},
+    **{
+        variant.__name__.replace("mini", "mini_flux"): _derive(on_mini_flux, variant)
+        for variant in _MINI_VARIANTS
+    },
     **{
         variant.__name__.replace("flux", "flux2_klein"): _derive(on_flux2_klein, variant)
         for variant in _FLUX_VARIANTS

@@ -1,0 +1,102 @@
+"""Build stages of the miniature with FLUX's architecture; its weights are in the folder `flux`."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from transformers import CLIPTextModel, T5EncoderModel
+
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.mini.models import (
+    LATENT_PATCHES,
+    FluxTextEncoders,
+    build_flux_pipeline,
+    build_t5,
+    build_transformer,
+    save_flux_pipeline,
+)
+from openpulid.mini.train.adapter_stage import train_adapter
+from openpulid.mini.train.base_stage import (
+    base_config,
+    can_compile,
+    load_evaluator,
+    load_training_images,
+)
+from openpulid.mini.train.base_task import BaseTask
+from openpulid.mini.train.build_context import BuildContext, Stage, stamp
+from openpulid.mini.train.networks import FluxNetwork
+from openpulid.mini.train.student_stage import distill
+
+
+def train_flux_base(context: BuildContext) -> dict[str, float]:
+    """Train FLUX's transformer together with T5, and write the complete pipeline.
+
+    CLIP's pooled embedding is that of SDXL's second text encoder, which was trained with images.
+    """
+    config = base_config(seed=6)
+    torch.manual_seed(config.seed)
+    latent_patch = LATENT_PATCHES[context.tokens]
+    images, pairs = load_training_images(context, latent_patch)
+    tokenizer = context.load_tokenizer()
+    clip = context.load_model(CLIPTextModel, "pipeline", "text_encoder_2")
+    text_encoders = FluxTextEncoders(clip, build_t5(tokenizer), tokenizer).to(context.device)
+    channels, _, side = images.latents.images.shape[1:]
+    transformer = build_transformer(
+        channels, text_encoders.t5.config.d_model, clip.config.hidden_size
+    ).to(context.device)
+    network = FluxNetwork(transformer, text_encoders, side, can_compile(context.device))
+    vae = context.load_vae().with_latent_patch(latent_patch)
+    pipe = build_flux_pipeline(transformer, vae, text_encoders, tokenizer)
+    evaluator = load_evaluator(context, pipe)
+    # both layouts can be trained in the same folder of runs
+    name = "flux-base" if context.tokens == 144 else f"flux-base-{context.tokens}"
+    context.train(name, BaseTask(network, images, pairs, evaluator), config)
+    folder = context.weights / "flux" / "pipeline"
+    save_flux_pipeline(pipe, folder)
+    for part in network.modules():
+        stamp(folder / part, context.describe_training(name, config))
+    return evaluator.evaluate()
+
+
+def train_flux_student(context: BuildContext) -> dict[str, float]:
+    """Compute trajectories of FLUX's base and train its 4-step student on them."""
+
+    def load(cls: Any, part: str) -> Any:
+        return context.load_model(cls, "flux", "pipeline", part)
+
+    teacher = load(FluxTransformer2DModel, "transformer")
+    vae = load(PatchAutoencoderKL, "vae")
+    tokenizer = context.load_tokenizer()
+    text_encoders = FluxTextEncoders(
+        load(CLIPTextModel, "text_encoder"), load(T5EncoderModel, "text_encoder_2"), tokenizer
+    ).to(context.device)
+    student = deepcopy(teacher).requires_grad_(True)
+    side = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    return distill(
+        context,
+        "flux-lightning",
+        FluxNetwork(teacher, text_encoders, side),
+        FluxNetwork(student, text_encoders, side, can_compile(context.device)),
+        build_flux_pipeline(student, vae, text_encoders, tokenizer),
+        context.weights / "flux" / "lightning",
+    )
+
+
+FLUX_STAGES: list[Stage] = [
+    Stage("flux-base", 600, train_flux_base),
+    Stage("flux-lightning", 50, train_flux_student),
+    *(
+        Stage(name, minutes, partial(train_adapter, name=name))
+        for name, minutes in (
+            ("flux-stage1", 60),
+            ("flux-naive", 25),
+            ("flux-stage2", 40),
+            ("flux-stage3", 90),
+        )
+    ),
+]
+"""FLUX's miniature; it uses the images, autoencoder, CLIP and face models of the other stages."""
