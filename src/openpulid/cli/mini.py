@@ -43,7 +43,7 @@ def build(
         str | None,
         typer.Option(
             help="Train a baseline instead: faceid, instantid, photomaker, face0, photoverse, "
-            "fastcomposer or elite."
+            "fastcomposer or elite; or style, the adapter of `pulid generate --style`."
         ),
     ] = None,
     minutes: Annotated[

@@ -3,7 +3,7 @@
 from openpulid.world.dataset import WorldDataset
 from openpulid.world.person import FACIAL, HELD_OUT_PEOPLE, PARAMETERS, SKIN, Person
 from openpulid.world.render import PARTS, Rendering, render
-from openpulid.world.scene import ATTRIBUTES, VOCABULARY, Scene, list_phrases
+from openpulid.world.scene import ATTRIBUTES, VOCABULARY, Scene, list_phrases, remove_look
 
 __all__ = [
     "ATTRIBUTES",
@@ -18,5 +18,6 @@ __all__ = [
     "Scene",
     "WorldDataset",
     "list_phrases",
+    "remove_look",
     "render",
 ]

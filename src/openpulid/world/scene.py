@@ -273,6 +273,24 @@ def list_phrases() -> dict[str, tuple[str, ...]]:
     return phrases
 
 
+_LOOK_PHRASES = frozenset(
+    phrase
+    for name in ("style", "light")
+    for synonyms in _PHRASES[name].values()
+    for phrase in synonyms
+)
+
+
+def remove_look(prompt: str) -> str:
+    """Remove what a prompt says about style, light and background."""
+    clauses = [clause.strip() for clause in prompt.split(",")]
+    return ", ".join(
+        clause
+        for clause in clauses
+        if clause not in _LOOK_PHRASES and not clause.endswith(" background")
+    )
+
+
 def _build_vocabulary() -> tuple[str, ...]:
     phrases = [*_SUBJECTS, *_CLOTHES, *_HAIR.values(), "bald"]
     for classes in _PHRASES.values():

@@ -13,7 +13,11 @@ from openpulid.methods.ip_adapter.base import IPAdapterBase
 from openpulid.methods.ip_adapter.resampler import published_name
 
 # diffusers' names -> the published names
-MLP_NAMES = {"ff.net.0.proj.": "proj.0.", "ff.net.2.": "proj.2."}
+PUBLISHED_NAMES = {
+    "image_embeds.": "proj.",
+    "ff.net.0.proj.": "proj.0.",
+    "ff.net.2.": "proj.2.",
+}
 
 
 def trainable_layers(method: IPAdapterBase, pipe: Any) -> nn.Module:
@@ -53,7 +57,7 @@ def projection_state(layer: nn.Module) -> dict[str, Tensor]:
     """Return the state of one of diffusers' projection layers under the published names."""
     state = layer.state_dict()
     if not hasattr(layer, "latents"):
-        return {_published_mlp_name(name): tensor for name, tensor in state.items()}
+        return {_published_name(name): tensor for name, tensor in state.items()}
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if ".attn.to_v." in name:
@@ -64,7 +68,7 @@ def projection_state(layer: nn.Module) -> dict[str, Tensor]:
     return renamed
 
 
-def _published_mlp_name(name: str) -> str:
-    for diffusers_name, published in MLP_NAMES.items():
+def _published_name(name: str) -> str:
+    for diffusers_name, published in PUBLISHED_NAMES.items():
         name = name.replace(diffusers_name, published)
     return name

@@ -27,7 +27,7 @@ from openpulid.mini.train.portraits import Mixture, Portraits
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.presets import mini
-from openpulid.training.pulid import SDXLModel, find_recipe, revision
+from openpulid.training.pulid import Recipe, SDXLModel, find_recipe, revision
 
 
 def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
@@ -38,10 +38,7 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
     """
 
     def train(context: BuildContext) -> dict[str, float]:
-        stage1 = read_metadata(context.weights / "pulid-stage1.safetensors")
-        recipe = replace(
-            find_recipe("mini_stage1"), name=f"mini_{name}", steps=int(stage1["steps"])
-        )
+        recipe = find_baseline_recipe(context, name)
         preset = mini(context.weights)
         pipe = load_pipeline(preset, context.device)
         extractor: Any = load_extractor(preset, context.device)
@@ -62,13 +59,24 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
         idle_pipe = type(pipe)(**pipe.components)  # a pipeline that never runs is never guided
         sheet = make_sheet_function(baseline, pipe, extractor, name)
         task = BaselineTask(recipe, SDXLModel(idle_pipe), baseline, data, held_out, sheet)
-        config = recipe.trainer_config()
-        context.train(name, task, config)
-        path = baseline.save(context.weights / name, idle_pipe)
-        stamp(path, context.describe_training(name, config))
-        return dict(task.validate())
+        return train_task(context, name, task)
 
     return train
+
+
+def find_baseline_recipe(context: BuildContext, name: str) -> Recipe:
+    """Return the recipe of PuLID's first stage, with the number of steps that it trained."""
+    stage1 = read_metadata(context.weights / "pulid-stage1.safetensors")
+    return replace(find_recipe("mini_stage1"), name=f"mini_{name}", steps=int(stage1["steps"]))
+
+
+def train_task(context: BuildContext, name: str, task: BaselineTask) -> dict[str, float]:
+    """Train a baseline, write it next to the other weights, and measure it."""
+    config = task.recipe.trainer_config()
+    context.train(name, task, config)
+    path = task.baseline.save(context.weights / name, task.base.pipe)
+    stamp(path, context.describe_training(name, config))
+    return dict(task.validate())
 
 
 def load_input(context: BuildContext, extractor: Any, features: Features) -> Any:

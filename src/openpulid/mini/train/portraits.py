@@ -74,13 +74,8 @@ class Portraits:
         """Return the rank's part of the step's global batch."""
         rows = rng.indices(len(self.data), self.batch_size)
         latents, masks = self.latents.rows(rows, self.device)
-        variants = rng.randint(self.captions.tokens.shape[1], rows.shape, "variants")
-        tokens = self.captions.rows(rows, variants)
-        prompts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-        feature_rows = rows
-        if self.other_views is not None:
-            feature_rows = sample_other_views(rows, self.other_views, rng)
+        prompts = self.sample_captions(rows, rng)
+        feature_rows = self.sample_references(rows, rng)
         id_cond, hidden = self.features.rows(feature_rows.numpy(), self.device)
 
         images = None
@@ -89,6 +84,18 @@ class Portraits:
             images = load_faces(self.data, image_rows.numpy(), torch.device(self.device))[0]
         landmarks = torch.from_numpy(self.data.landmarks[rows.numpy()] / self.data.images.shape[-1])
         return Batch(latents, masks, prompts, id_cond, hidden, images, landmarks)
+
+    def sample_captions(self, rows: Tensor, rng: StepRNG) -> list[str]:
+        """Sample one of the captions of each row."""
+        variants = rng.randint(self.captions.tokens.shape[1], rows.shape, "variants")
+        tokens = self.captions.rows(rows, variants)
+        return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+
+    def sample_references(self, rows: Tensor, rng: StepRNG) -> Tensor:
+        """Sample the image of each row's features, (B,) -> (B,)."""
+        if self.other_views is None:
+            return rows
+        return sample_other_views(rows, self.other_views, rng)
 
 
 class Mixture:

@@ -1,4 +1,4 @@
-"""IP-Adapter-FaceID and InstantID in training."""
+"""IP-Adapter, IP-Adapter-FaceID and InstantID in training."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from openpulid.methods.ip_adapter import (
     export_adapter,
     trainable_layers,
 )
+from openpulid.methods.ip_adapter.ip_adapter import IPAdapter
 from openpulid.mini.train.baselines.base import Baseline
 from openpulid.mini.train.baselines.tensors import RANK, linear, norm, random
 
-TOKENS = 4  # of IP-Adapter-FaceID
+TOKENS = 4  # of IP-Adapter and IP-Adapter-FaceID
 RESAMPLER_TOKENS = 4  # of InstantID's Resampler, a quarter of the published sixteen
 HEAD_WIDTH = 64  # of the Resampler's attention heads, the only width that diffusers builds
 
 
 class IPAdapterBaseline(Baseline):
-    """IP-Adapter-FaceID: a single file."""
+    """IP-Adapter or IP-Adapter-FaceID: a single file."""
 
     method: IPAdapterBase
 
@@ -77,6 +78,20 @@ def faceid(pipe: Any, face: int) -> Baseline:
             layers[f"{index}.to_{q}_lora.down.weight"] = random(RANK, module.in_features)
             layers[f"{index}.to_{q}_lora.up.weight"] = torch.zeros(module.out_features, RANK)
     method = FaceID({"image_proj": projection, "ip_adapter": layers | keys_and_values(unet)})
+    return IPAdapterBaseline(method, trainable_layers(method, pipe))
+
+
+def style(pipe: Any, width: int) -> Baseline:
+    """Create IP-Adapter: a linear layer to four tokens, zero-initialized values.
+
+    Args:
+        pipe: the miniature's pipeline.
+        width: of CLIP's image embedding.
+    """
+    cross = pipe.unet.config.cross_attention_dim
+    projection = linear("proj", TOKENS * cross, width) | norm("norm", cross)
+    layers = keys_and_values(pipe.unet)
+    method = IPAdapter({"image_proj": projection, "ip_adapter": layers})
     return IPAdapterBaseline(method, trainable_layers(method, pipe))
 
 
