@@ -17,7 +17,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.io import hub
 from openpulid.pipelines.inputs import open_inputs
 from openpulid.pipelines.memory_levels import SDXL_LEVELS, place_pipeline, stream_pipeline
-from openpulid.pipelines.presets import flux, mini, sdxl, with_method
+from openpulid.pipelines.presets import flux, mini, mini_flux, sdxl, with_method
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import InitImage, Lora, Person, StyleImage
@@ -185,8 +185,9 @@ def test_other_kinds_of_files_are_refused(studio: Studio, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        (mini, "style_image needs an IP-Adapter, and the miniature has none; use another preset"),
+        (mini, "style_image.model ip-adapter is not for the miniature, which has an IP-Adapter of"),
         (flux, "style_image.model ip-adapter is not for FLUX presets; use ip-adapter-flux."),
+        (mini_flux, "preset 'mini-flux' does not support: style_image"),
         (
             lambda: with_method(sdxl(), "faceid"),
             "preset 'sdxl' with faceid does not support: style_image",
@@ -194,9 +195,17 @@ def test_other_kinds_of_files_are_refused(studio: Studio, folder: Path) -> None:
     ],
 )
 def test_models_without_a_style_image(preset: Callable[[], Any], message: str) -> None:
-    request = GenerationRequest("portrait", style_image=StyleImage("style.png"))
+    style = StyleImage("style.png", model="ip-adapter")
     with pytest.raises(OptionError, match=message):
-        preset().resolve(request)
+        preset().resolve(GenerationRequest("portrait", style_image=style))
+
+
+@pytest.mark.parametrize(
+    ("preset", "model"), [(sdxl, "ip-adapter"), (flux, "ip-adapter-flux")], ids=["sdxl", "flux"]
+)
+def test_default_adapter_is_that_of_the_base_model(preset: Callable[[], Any], model: str) -> None:
+    request = GenerationRequest("portrait", style_image=StyleImage("style.png"))
+    assert preset().resolve(request).style_image == StyleImage("style.png", model=model)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request import FaceRefinement, GenerationRequest
 from openpulid.pipelines.request_inputs import Control, Embedding, Lora, StyleImage
 from openpulid.pipelines.weights import find_installed
-from openpulid.web.add_ons import CONTROL_PREFIXES
+from openpulid.web.add_ons import CONTROL_PREFIXES, describe_add_ons, style_choices
 from openpulid.web.file_lines import FileLine, add_lines, check_name, read_lines
 from openpulid.web.restore import describe_files, read_values
 from openpulid.web.session import WebSession
@@ -269,6 +269,18 @@ def test_refinement_has_a_strength_and_a_size(session: WebSession, tmp_path: Pat
     assert {name: values[name] for name in form} == form
     values = read_values(preset.resolve(switched_off), preset)
     assert values["refine_faces"] is False and "refine_strength" not in values
+
+
+def test_style_of_the_miniature_is_offered_once_it_is_trained(tmp_path: Path, anna: Path) -> None:
+    form = {"style_image": str(anna), "style_scale": 0.7}
+    trained = mini().with_models(detector=tmp_path / "detector.safetensors")
+    assert style_choices(trained) == []
+    assert "style_image" not in describe_add_ons(form, trained)
+    (tmp_path / "style.safetensors").touch()
+    assert style_choices(trained) == [("the miniature's own", "")]
+    style = describe_add_ons({**form, "style_model": ""}, trained)["style_image"]
+    assert StyleImage(**style) == StyleImage(str(anna), scale=0.7)
+    assert style_choices(PRESETS["mini-flux"]()) == []
 
 
 def test_settings_beyond_the_page_are_refused() -> None:

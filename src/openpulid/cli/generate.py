@@ -212,7 +212,7 @@ def generate(
     ] = None,
     style_model: Annotated[
         str | None,
-        typer.Option(help="ip-adapter, ip-adapter-plus, or a file; FLUX: ip-adapter-flux."),
+        typer.Option(help="ip-adapter, ip-adapter-plus, or a file; by default that of the preset."),
     ] = None,
     memory: Memory = None,
     faces: FacePack = None,

@@ -187,25 +187,6 @@ def encode_clip(
     return output.image_embeds[:1].float().cpu(), (states[:1], states[1:])
 
 
-def extract_image(
-    vision_encoder: Path, image: Tensor, device: torch.device, dtype: torch.dtype
-) -> Identity:
-    """Return the features of an image without a face, as those of an identity.
-
-    Args:
-        vision_encoder: file of a CLIP vision encoder.
-        image: (3, H, W) in [0, 1]; its center square is read.
-        device: where to compute.
-        dtype: of the vision encoder.
-
-    Raises:
-        WeightsError: the file is missing, damaged, or no vision encoder.
-    """
-    encoder = load_clip_encoder(read_tensors(vision_encoder, dtype)).to(device, dtype)
-    embedding, states = encode_clip(encoder, center_square(image, encoder.config.image_size))
-    return Identity(embedding[:, None], states)
-
-
 def clip_config(tensors: Mapping[str, Tensor]) -> CLIPVisionConfig:
     """Infer the sizes of a CLIP vision encoder from its tensors.
 

@@ -62,12 +62,15 @@ class AddOns:
             yield options
 
 
-def open_add_ons(request: GenerationRequest, time_limit: float | None = None) -> AddOns:
+def open_add_ons(
+    request: GenerationRequest, time_limit: float | None = None, models: ModelSet | None = None
+) -> AddOns:
     """Open the add-ons of a request.
 
     Args:
         request: the request.
         time_limit: seconds for an image, as for `open_image`.
+        models: the models that run the request, see `open_style`.
 
     Raises:
         ImageError: the style image is not an image.
@@ -76,5 +79,7 @@ def open_add_ons(request: GenerationRequest, time_limit: float | None = None) ->
     return AddOns(
         tuple(map(open_lora, request.loras)),
         tuple(map(open_embedding, request.embeddings)),
-        None if request.style_image is None else open_style(request.style_image, time_limit),
+        None
+        if request.style_image is None
+        else open_style(request.style_image, time_limit, models),
     )

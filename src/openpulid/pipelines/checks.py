@@ -102,12 +102,22 @@ def _check_people(request: GenerationRequest, models: ModelSet) -> None:
             )
 
 
-def _check_style(name: str, models: ModelSet) -> None:
-    if models.is_miniature:
-        raise RequestError(
-            "{0} needs an IP-Adapter, and the miniature has none; use another preset.",
-            "style_image",
-        )
+def _check_style(name: str | None, models: ModelSet) -> None:
+    if models.style_files is not None:
+        if name in PUBLISHED_STYLES:
+            raise RequestError(
+                f"{{0}} {name} is not for the miniature, which has an IP-Adapter of its own; leave "
+                "it out.",
+                "style_image.model",
+            )
+        if name is None and not models.style_files.adapter.is_file():
+            raise RequestError(
+                "{0} needs the miniature's IP-Adapter, which is not trained yet; "
+                "`pulid mini build --method style` trains it.",
+                "style_image",
+            )
+        return
+    assert name is not None, "filled in"
     is_flux = models.family == "flux"
     family = PUBLISHED_STYLES.get(name, "sdxl")  # files are for SDXL
     if family != models.family:

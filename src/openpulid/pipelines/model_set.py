@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from openpulid.methods.registry import TUNED_METHODS
 
@@ -37,6 +37,9 @@ MINI_ADAPTERS = {
 }
 """Adapters of the miniature's baselines, in the directory of its weights."""
 
+DEFAULT_STYLES: dict[Family, str] = {"sdxl": "ip-adapter", "flux": "ip-adapter-flux"}
+"""The published IP-Adapter of a style image, where a request names none."""
+
 COMPANION_WEIGHTS = {
     "instantid": ("identitynet", "identitynet-config"),
     "infiniteyou": ("infusenet",),
@@ -56,6 +59,13 @@ PROMPT_METHODS = ("elite", "fastcomposer", "photomaker", "photomaker-v2", "photo
 
 MASKED_METHODS = ("pulid", "infiniteyou", "infiniteyou-sim")
 """Methods that restrict a person to a part of the image, and show several people."""
+
+
+class StyleFiles(NamedTuple):
+    """An IP-Adapter for a style image, and the folder of its vision encoder."""
+
+    adapter: Path
+    vision_encoder: Path
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,19 @@ class ModelSet:
         if self.is_miniature:
             return "the miniature"
         return BASE_NAMES[self.family]
+
+    @property
+    def style_files(self) -> StyleFiles | None:
+        """The miniature's own IP-Adapter, which need not exist; None for other models."""
+        if not self.is_miniature or self.has_transformer:
+            return None
+        weights = Path(self.detector).parent
+        return StyleFiles(weights / "style.safetensors", weights / "clip")
+
+    @property
+    def default_style(self) -> str | None:
+        """The published IP-Adapter of a style image by default; None for the miniature's own."""
+        return None if self.is_miniature else DEFAULT_STYLES.get(self.family)
 
     @property
     def supports_masks(self) -> bool:

@@ -142,8 +142,11 @@ class Preset:
         return resolved
 
     def _fill(self, request: GenerationRequest) -> GenerationRequest:
-        identity = request.identity.fill_pose(self.pose)
-        return request.model_copy(update={"identity": identity}).fill_from(self.defaults)
+        changes: dict[str, Any] = {"identity": request.identity.fill_pose(self.pose)}
+        if request.style_image is not None and request.style_image.model is None:
+            style = request.style_image.model_copy(update={"model": self.models.default_style})
+            changes["style_image"] = style
+        return request.model_copy(update=changes).fill_from(self.defaults)
 
     def describe_ineffective(self, request: GenerationRequest, is_person_shown: bool) -> list[str]:
         """Return a note on each option that the user set and that has no effect on the image.

@@ -177,14 +177,15 @@ class StyleImage(RequestPart):
         image: the image; its center square is read.
         scale: weight of its tokens, from 0 to 1 in practice.
         model: `ip-adapter`, `ip-adapter-plus`, or a file of such an IP-Adapter for SDXL; on FLUX
-            `ip-adapter-flux`.
+            `ip-adapter-flux`; on the miniature a file of an IP-Adapter for it. None stands for
+            `ip-adapter`, for `ip-adapter-flux`, or for the miniature's own.
     """
 
     files = ("image", "model")
 
     image: FilePath
     scale: Scale = 0.5
-    model: FilePath = "ip-adapter"
+    model: FilePath | None = None
 
 
 class InitImage(RequestPart):

@@ -228,7 +228,8 @@ class Studio:
             OptionError: the requests cannot share a batch; otherwise as `generate`.
         """
         if inputs is None:
-            inputs = [open_inputs(request) for request in requests]
+            models = self.preset.models
+            inputs = [open_inputs(request, models=models) for request in requests]
         prepared = [
             self._prepare(request, files) for request, files in zip(requests, inputs, strict=True)
         ]
@@ -256,7 +257,8 @@ class Studio:
         """
         is_person_shown = has_identity or bool(request.people)
         resolved = self.preset.resolve(request, is_person_shown)
-        inputs = open_inputs(resolved) if inputs is None else inputs
+        if inputs is None:
+            inputs = open_inputs(resolved, models=self.preset.models)
         request = inputs.fit(request, self.preset.models)
         for note in self.preset.describe_ineffective(request, is_person_shown):
             logger.warning("%s", note)

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from openpulid.errors import WeightsError
-from openpulid.identity.clip_extractor import extract_image
-from openpulid.io.image_grid import to_tensor
 from openpulid.io.networks import describe_load_errors
+from openpulid.pipelines.style_encoder import encode_style
 
 VISION_ENCODER = "clip-l"
 """The published vision encoder of XLabs' IP-Adapter."""
@@ -50,8 +48,8 @@ class FluxStyleInput:
         if not self.scale:
             yield {}
             return
-        pixels = to_tensor([self.image])[0]
-        embeds = [self._encode(pipe, image) for image in (pixels, torch.zeros_like(pixels))]
+        black = Image.new("RGB", self.image.size)
+        embeds = [self._encode(pipe, image) for image in (self.image, black)]
         processors = pipe.transformer.attn_processors
         try:
             with describe_load_errors(self.adapter):
@@ -70,9 +68,9 @@ class FluxStyleInput:
             pipe.unload_ip_adapter()
             pipe.transformer.set_attn_processor(dict(processors))  # it empties a dictionary
 
-    def _encode(self, pipe: Any, image: Tensor) -> Tensor:
+    def _encode(self, pipe: Any, image: Image.Image) -> Tensor:
         dtype = pipe.transformer.dtype
-        features = extract_image(self.vision_encoder, image, pipe._execution_device, dtype)
+        features = encode_style(self.vision_encoder, image, pipe._execution_device, dtype)
         return features.id_cond.to(dtype)
 
     def _check_width(self, pipe: Any, embeds: Tensor) -> None:

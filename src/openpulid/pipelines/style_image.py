@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from openpulid.errors import WeightsError
-from openpulid.identity.clip_extractor import extract_image
-from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import open_image
 from openpulid.methods.ip_adapter.ip_adapter import IPAdapter
+from openpulid.pipelines.model_set import DEFAULT_STYLES, ModelSet
 from openpulid.pipelines.request_inputs import PUBLISHED_STYLES, StyleImage
+from openpulid.pipelines.style_encoder import encode_style
 from openpulid.pipelines.style_flux import VISION_ENCODER as FLUX_ENCODER
 from openpulid.pipelines.style_flux import FluxStyleInput
 from openpulid.pipelines.weights import missing_sources, resolve_path
@@ -34,7 +34,7 @@ class StyleInput:
         image: the decoded image.
         scale: weight of its tokens.
         adapter_file: file of the IP-Adapter.
-        vision_encoder: file of the vision encoder.
+        vision_encoder: file of the vision encoder, or the miniature's folder of it.
     """
 
     image: Image.Image
@@ -63,11 +63,8 @@ class StyleInput:
             yield {}
             return
         # IP-Adapter takes the features of any image like those of a person
-        features = extract_image(
-            self.vision_encoder,
-            to_tensor([self.image])[0],
-            pipe._execution_device,
-            pipe.unet.dtype,
+        features = encode_style(
+            self.vision_encoder, self.image, pipe._execution_device, pipe.unet.dtype
         )
         self.adapter.attach(pipe)
         try:
@@ -77,26 +74,36 @@ class StyleInput:
             self.adapter.detach(pipe)
 
 
-def open_style(style: StyleImage, time_limit: float | None = None) -> StyleInput | FluxStyleInput:
+def open_style(
+    style: StyleImage, time_limit: float | None = None, models: ModelSet | None = None
+) -> StyleInput | FluxStyleInput:
     """Open the image and find the IP-Adapter; its weights are not read.
 
     Args:
         style: of the request.
         time_limit: seconds for the image, as for `open_image`.
+        models: the models that run the request; by default those of SDXL.
 
     Raises:
         ImageError: the file is not an image.
         WeightsError: weights are missing, or of another kind.
     """
     image = open_image(style.image, min_side=1, time_limit=time_limit)
-    is_flux = PUBLISHED_STYLES.get(style.model) == "flux"
+    own = None if models is None else models.style_files
+    if own is not None:
+        adapter_file = own.adapter if style.model is None else resolve_path(style.model)
+        IPAdapter.check_file(adapter_file)
+        return StyleInput(image, style.scale, adapter_file, own.vision_encoder)
+    family = "sdxl" if models is None else models.family
+    name = style.model or DEFAULT_STYLES[family]
+    is_flux = PUBLISHED_STYLES.get(name) == "flux"
     encoder = FLUX_ENCODER if is_flux else VISION_ENCODER
-    if missing := missing_sources([style.model, encoder]):
+    if missing := missing_sources([name, encoder]):
         raise WeightsError(
             f"a style image needs weights that are not installed: {', '.join(missing)}; "
             f"`pulid weights get {' '.join(missing)}` downloads them."
         )
-    adapter_file = resolve_path(style.model)
+    adapter_file = resolve_path(name)
     if is_flux:
         return FluxStyleInput(image, style.scale, adapter_file, resolve_path(encoder))
     IPAdapter.check_file(adapter_file)

@@ -40,7 +40,7 @@ class Offer:
             RequestError: a ControlNet or an IP-Adapter is not installed here, or is a path.
         """
         names = {f"controls.{k}.model": part.model for k, part in enumerate(request.controls)}
-        if request.style_image is not None:
+        if request.style_image is not None and request.style_image.model is not None:
             names["style_image.model"] = request.style_image.model
         for field, name in names.items():
             if name not in self.weights:

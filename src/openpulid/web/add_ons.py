@@ -49,12 +49,15 @@ def control_choices(preset: Preset) -> list[tuple[str, str]]:
     return [("none", ""), *((name, name) for name in names)]
 
 
-def style_choices(preset: Preset) -> list[str]:
-    """Return the installed IP-Adapters for a preset."""
-    if "style_image" not in preset.options or preset.models.is_miniature:
+def style_choices(preset: Preset) -> list[tuple[str, str]]:
+    """Return label and value of the installed IP-Adapters for a preset."""
+    if "style_image" not in preset.options:
         return []
+    if preset.models.style_files is not None:
+        is_trained = preset.models.style_files.adapter.is_file()
+        return [("the miniature's own", "")] if is_trained else []
     names = find_installed(PUBLISHED_STYLES)
-    return [name for name in names if PUBLISHED_STYLES[name] == preset.models.family]
+    return [(name, name) for name in names if PUBLISHED_STYLES[name] == preset.models.family]
 
 
 def has_loras(preset: Preset) -> bool:
@@ -78,15 +81,15 @@ def describe_add_ons(
     data: dict[str, Any] = {}
     if has_controls(preset):
         data["controls"] = _describe_controls(values, allow_paths)
-    if style_choices(preset) and values.get("style_image"):
-        model = values.get("style_model") or style_choices(preset)[0]
+    if (styles := style_choices(preset)) and values.get("style_image"):
         data["style_image"] = {
             "image": values["style_image"],
             "scale": values.get("style_scale", 0.5),
-            "model": check_name(
-                model, "style_image.model", PUBLISHED_STYLES, "one of the list", allow_paths
-            ),
         }
+        if model := values.get("style_model") or styles[0][1]:
+            data["style_image"]["model"] = check_name(
+                model, "style_image.model", PUBLISHED_STYLES, "one of the list", allow_paths
+            )
     if has_loras(preset):
         data["loras"] = _describe_loras(values, allow_paths)
         data["embeddings"] = _describe_embeddings(values)

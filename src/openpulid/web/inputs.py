@@ -44,7 +44,8 @@ def open_request(
     session: WebSession, request: GenerationRequest, models: ModelSelection
 ) -> RequestInputs:
     """Open the inputs of a request, with the identities of its people."""
-    inputs = open_inputs(request.without_people(), time_limit=DECODE_SECONDS)
+    preset = session.preset(models)
+    inputs = open_inputs(request.without_people(), time_limit=DECODE_SECONDS, models=preset.models)
     people = tuple(_open_person(session, person, models) for person in request.people)
     return replace(inputs, people=people, fingerprints=fingerprint_inputs(request))
 

@@ -73,12 +73,12 @@ def _add_control(page: Page, prefix: str, name: str) -> None:
             )
 
 
-def _add_style(page: Page, styles: list[str]) -> None:
+def _add_style(page: Page, styles: list[tuple[str, str]]) -> None:
     page.add_mark("style", "style")
     page.values["style_image"] = gr.File(label="Style image", height=140)
     page.values["style_scale"] = gr.Slider(*STYLE_SCALES, value=0.5, step=0.05, label="Style scale")
     page.values["style_model"] = gr.Dropdown(
-        styles, value=styles[0] if styles else None, label="IP-Adapter", allow_custom_value=True
+        styles, value=styles[0][1] if styles else None, label="IP-Adapter", allow_custom_value=True
     )
 
 

@@ -69,7 +69,9 @@ def show_defaults(page: Page, preset: Preset) -> Updates:
     add_ons |= {
         page.parts["nets"]: gr.Accordion(visible=has_controls(preset)),
         page.parts["style"]: gr.Accordion(visible=bool(styles)),
-        page.values["style_model"]: gr.update(choices=styles, value=styles[0] if styles else None),
+        page.values["style_model"]: gr.update(
+            choices=styles, value=styles[0][1] if styles else None
+        ),
         page.parts["loras"]: gr.Accordion(visible=has_loras(preset)),
     }
     return add_ons | {

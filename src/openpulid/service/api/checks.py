@@ -35,7 +35,7 @@ def check_request(
     """
     resolved = offer.preset.resolve(request)
     _check_limits(resolved, limits)
-    offer.check_names(request)
+    offer.check_names(resolved)
     check_words(offer.preset, resolved)
     inputs = FileChecker(files, offer, limits).open(request)
     resolved = offer.preset.resolve(inputs.fit(request, offer.preset.models))
