@@ -175,7 +175,7 @@ def test_stopped_batch_has_no_images(sdxl: Studio) -> None:
 
 def key(studio: Studio, request: GenerationRequest) -> str | None:
     resolved = studio.preset.resolve(request)
-    return batch_key(resolved, open_inputs(resolved))
+    return batch_key(resolved, open_inputs(resolved, studio.preset.models))
 
 
 def test_keys_of_requests_that_can_share_a_batch(sdxl: Studio, show: Any) -> None:

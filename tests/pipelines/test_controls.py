@@ -118,7 +118,7 @@ def test_controlnet_of_sdxl_is_kept_as_the_memory_level_says(
         encoder = IDEncoder(12, 64, vit_dim=8, hidden_dim=16)
         studio = Studio(pipe, PuLID.for_unet(pipe.unet, encoder), UnusedExtractor(), placed)
         request = GenerationRequest(prompt="portrait", seed=1, controls=[control])
-        inputs = open_inputs(request)
+        inputs = open_inputs(request, sdxl().models)
         image = studio.generate(request, inputs=inputs).images[0]
         images.append(np.asarray(image).astype(np.float32) / 255)
     weight = inputs.controls[0].files.network.model.mid_block.resnets[0].conv1.weight
@@ -170,7 +170,7 @@ def test_controlnet_is_kept_as_the_memory_level_says(folder: Path, memory: str) 
     for level in ("full", memory):
         studio = flux_studio(tiny_pipe().to(torch.bfloat16), level)
         request = GenerationRequest(prompt="portrait", seed=1, controls=[control, control])
-        inputs = open_inputs(request)
+        inputs = open_inputs(request, sdxl().models)
         image = studio.generate(request, inputs=inputs).images[0]
         images.append(np.asarray(image).astype(np.float32) / 255)
     first, second = inputs.controls
@@ -202,7 +202,7 @@ def test_controlnet_of_another_base_is_refused(folder: Path) -> None:
         ("mini", flux(), "a ControlNet for SDXL, and the base model is FLUX.1; use a ControlNet"),
     ):
         control = Control(folder / name, folder / "square.png")
-        inputs = open_inputs(GenerationRequest("portrait", controls=[control]))
+        inputs = open_inputs(GenerationRequest("portrait", controls=[control]), sdxl().models)
         with pytest.raises(WeightsError, match=problem):
             inputs.check(preset.models)
 

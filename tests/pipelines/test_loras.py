@@ -278,7 +278,8 @@ def test_header_tells_the_base(
 
 def test_lora_for_another_base_is_refused_by_its_header(tmp_path: Path) -> None:
     save_file(header(**{KOHYA_KEY: (4, 768)}), tmp_path / "old.safetensors")
-    inputs = open_inputs(GenerationRequest("portrait", loras=[Lora(tmp_path / "old.safetensors")]))
+    request = GenerationRequest("portrait", loras=[Lora(tmp_path / "old.safetensors")])
+    inputs = open_inputs(request, sdxl().models)
     for preset, base in ((sdxl(), "SDXL"), (flux(), "FLUX.1"), (mini(), "the miniature")):
         message = f"old.safetensors is a LoRA for Stable Diffusion 1, and the base model is {base};"
         with pytest.raises(WeightsError, match=re.escape(message)):

@@ -13,6 +13,7 @@ from PIL import Image
 from openpulid.identity.identity import Identity
 from openpulid.pipelines.init_image import InitImageInput
 from openpulid.pipelines.inputs import open_inputs
+from openpulid.pipelines.presets import sdxl
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_fields import RequestError
 from openpulid.pipelines.request_inputs import InitImage, Person
@@ -112,7 +113,7 @@ def open_wide_room(folder: Path, rows: int) -> InitImageInput:
     Image.new("RGB", (2 * SIDE, SIDE)).save(folder / "wide-room.png")
     Image.fromarray(np.ascontiguousarray(left_mask(rows).T)).save(folder / "rows.png")
     init = InitImage(folder / "wide-room.png", mask=folder / "rows.png")
-    opened = open_inputs(GenerationRequest("portrait", init_image=init)).init_image
+    opened = open_inputs(GenerationRequest("portrait", init_image=init), sdxl().models).init_image
     assert opened is not None
     return opened
 

@@ -201,7 +201,7 @@ def test_image_opens_nothing_on_its_own(tmp_path: Path, monkeypatch: pytest.Monk
     assert not {"face.png", "mini", "sdxl-base"} & set(opened)
     # the hook works
     with pytest.raises(PulidError):
-        open_inputs(request)
+        open_inputs(request, PRESETS["sdxl"]().models)
     is_watching = False
     assert "face.png" in opened
 

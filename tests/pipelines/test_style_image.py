@@ -173,13 +173,13 @@ def test_missing_weights_are_named_with_their_command(
     request = GenerationRequest("portrait", style_image=StyleImage(folder / "style.png"))
     message = r"not installed: ip-adapter, clip-h; `pulid weights get ip-adapter clip-h` downloads"
     with pytest.raises(WeightsError, match=message):
-        open_inputs(request)
+        open_inputs(request, sdxl().models)
 
 
 def test_other_kinds_of_files_are_refused(studio: Studio, folder: Path) -> None:
     style = StyleImage(folder / "style.png", model=str(folder / "anna.safetensors"))
     with pytest.raises(WeightsError, match=r"anna\.safetensors is not an IP-Adapter"):
-        open_inputs(GenerationRequest("portrait", style_image=style))
+        open_inputs(GenerationRequest("portrait", style_image=style), sdxl().models)
 
 
 @pytest.mark.parametrize(

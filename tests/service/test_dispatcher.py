@@ -80,8 +80,9 @@ def request(prompt: str = "portrait", face: Path | None = None, **options: Any):
 
 
 def submit(store: JobStore, owner: str, asked: GenerationRequest) -> str:
-    resolved = resolve_preset(MINI).resolve(asked, bool(asked.people))
-    key = batch_key(resolved, open_inputs(resolved))
+    preset = resolve_preset(MINI)
+    resolved = preset.resolve(asked, bool(asked.people))
+    key = batch_key(resolved, open_inputs(resolved, preset.models))
     files = {
         field: Path(name).read_bytes() for field, name in asked.input_files() if "people" in field
     }

@@ -245,7 +245,7 @@ def _open_jobs(requests: Sequence[GenerationRequest]) -> list[_Job]:
             presets[request.model] = resolve_preset(request.model)
         preset = presets[request.model]
         check_words(preset, preset.resolve(request))
-        inputs = open_inputs(request, models=preset.models)
+        inputs = open_inputs(request, preset.models)
         inputs.check(preset.models)
         factory.check_models(preset, inputs.identities)
         jobs.append(_Job(request, preset, inputs))

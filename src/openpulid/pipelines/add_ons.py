@@ -63,14 +63,14 @@ class AddOns:
 
 
 def open_add_ons(
-    request: GenerationRequest, time_limit: float | None = None, models: ModelSet | None = None
+    request: GenerationRequest, models: ModelSet, time_limit: float | None = None
 ) -> AddOns:
     """Open the add-ons of a request.
 
     Args:
         request: the request.
+        models: the models that run the request.
         time_limit: seconds for an image, as for `open_image`.
-        models: the models that run the request, see `open_style`.
 
     Raises:
         ImageError: the style image is not an image.
@@ -81,5 +81,5 @@ def open_add_ons(
         tuple(map(open_embedding, request.embeddings)),
         None
         if request.style_image is None
-        else open_style(request.style_image, time_limit, models),
+        else open_style(request.style_image, models, time_limit),
     )

@@ -187,19 +187,19 @@ class RequestInputs:
 
 def open_inputs(
     request: GenerationRequest,
+    models: ModelSet,
     identity: Identity | None = None,
     time_limit: float | None = None,
-    models: ModelSet | None = None,
 ) -> RequestInputs:
     """Open the input files of a request; no network is loaded.
 
     Args:
         request: the request.
+        models: the models that run the request; they decide which IP-Adapter a style image has if
+            the request names none.
         identity: the identity of its person, if it is extracted already; the reference images are
             not opened then.
         time_limit: seconds for each image, as for `open_image`.
-        models: the models that run the request; they decide which IP-Adapter a style image has if
-            the request names none. By default those of SDXL.
 
     Raises:
         ImageError: a file is not an image.
@@ -210,7 +210,7 @@ def open_inputs(
     people = tuple(_open_person(person, identity, time_limit) for person in request.people)
     init_image = None if request.init_image is None else _open_init(request.init_image, time_limit)
     controls = open_controls(request.controls, time_limit)
-    add_ons = open_add_ons(request, time_limit, models)
+    add_ons = open_add_ons(request, models, time_limit)
     return RequestInputs(people, init_image, controls, add_ons, fingerprint_inputs(request))
 
 

@@ -228,8 +228,7 @@ class Studio:
             OptionError: the requests cannot share a batch; otherwise as `generate`.
         """
         if inputs is None:
-            models = self.preset.models
-            inputs = [open_inputs(request, models=models) for request in requests]
+            inputs = [open_inputs(request, self.preset.models) for request in requests]
         prepared = [
             self._prepare(request, files) for request, files in zip(requests, inputs, strict=True)
         ]
@@ -258,7 +257,7 @@ class Studio:
         is_person_shown = has_identity or bool(request.people)
         resolved = self.preset.resolve(request, is_person_shown)
         if inputs is None:
-            inputs = open_inputs(resolved, models=self.preset.models)
+            inputs = open_inputs(resolved, self.preset.models)
         request = inputs.fit(request, self.preset.models)
         for note in self.preset.describe_ineffective(request, is_person_shown):
             logger.warning("%s", note)

@@ -75,27 +75,25 @@ class StyleInput:
 
 
 def open_style(
-    style: StyleImage, time_limit: float | None = None, models: ModelSet | None = None
+    style: StyleImage, models: ModelSet, time_limit: float | None = None
 ) -> StyleInput | FluxStyleInput:
     """Open the image and find the IP-Adapter; its weights are not read.
 
     Args:
         style: of the request.
+        models: the models that run the request.
         time_limit: seconds for the image, as for `open_image`.
-        models: the models that run the request; by default those of SDXL.
 
     Raises:
         ImageError: the file is not an image.
         WeightsError: weights are missing, or of another kind.
     """
     image = open_image(style.image, min_side=1, time_limit=time_limit)
-    own = None if models is None else models.style_files
-    if own is not None:
+    if (own := models.style_files) is not None:
         adapter_file = own.adapter if style.model is None else resolve_path(style.model)
         IPAdapter.check_file(adapter_file)
         return StyleInput(image, style.scale, adapter_file, own.vision_encoder)
-    family = "sdxl" if models is None else models.family
-    name = style.model or DEFAULT_STYLES[family]
+    name = style.model or DEFAULT_STYLES[models.family]
     is_flux = PUBLISHED_STYLES.get(name) == "flux"
     encoder = FLUX_ENCODER if is_flux else VISION_ENCODER
     if missing := missing_sources([name, encoder]):

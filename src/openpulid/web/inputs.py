@@ -45,7 +45,7 @@ def open_request(
 ) -> RequestInputs:
     """Open the inputs of a request, with the identities of its people."""
     preset = session.preset(models)
-    inputs = open_inputs(request.without_people(), time_limit=DECODE_SECONDS, models=preset.models)
+    inputs = open_inputs(request.without_people(), preset.models, time_limit=DECODE_SECONDS)
     people = tuple(_open_person(session, person, models) for person in request.people)
     return replace(inputs, people=people, fingerprints=fingerprint_inputs(request))
 
@@ -56,10 +56,11 @@ def _open_person(session: WebSession, person: Person, models: ModelSelection) ->
         prompt="identity", people=(person.model_copy(update={"mask": None, "box": None}),)
     )
     hashes = tuple(fingerprint_inputs(request).values())
-    key = (session.preset(models).selection, hashes, person.face_index, person.face_order)
+    preset = session.preset(models)
+    key = (preset.selection, hashes, person.face_index, person.face_order)
     known = session.identities.get(key) if person.images else None
     alone = request.model_copy(update={"people": (person,)})
-    inputs = open_inputs(alone, known, DECODE_SECONDS)
+    inputs = open_inputs(alone, preset.models, known, DECODE_SECONDS)
     if inputs.has_reference_images:
         inputs = inputs.with_identities(alone, session.extractor(models))
         if len(session.identities) == MAX_IDENTITIES:

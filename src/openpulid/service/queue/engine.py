@@ -162,7 +162,7 @@ class LocalEngine:
 
 
 def _open_inputs(studio: Studio, task: Task) -> RequestInputs:
-    inputs = open_inputs(task.request, models=studio.preset.models)
+    inputs = open_inputs(task.request, studio.preset.models)
     if not inputs.has_reference_images:
         return inputs
     with explain_out_of_memory(MEMORY_ADVICE):
