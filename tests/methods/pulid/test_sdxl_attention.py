@@ -144,8 +144,9 @@ def test_compiled_unet_matches_reference(golden, compiler, unet, adapter) -> Non
 
 
 @needs_compiler
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04)])
 @torch.no_grad()
-def test_compiled_layer_with_masks_is_that_without() -> None:
+def test_compiled_layer_with_masks_is_the_eager_one(dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -156,9 +157,10 @@ def test_compiled_layer_with_masks_is_that_without() -> None:
     regions = torch.rand(2, 2, 36, 1, generator=generator)
     scale = torch.tensor(0.7)
     added = add_identities(query, text, pair, None, regions, 0.7, 4, "ortho_v2")
-    compiled = run_compiled(query, text, pair, None, regions, scale, 4, "ortho_v2")
-    assert compiled is not None
-    torch.testing.assert_close(compiled, added, rtol=1e-4, atol=1e-5)
+    inputs = (query.to(dtype), text.to(dtype), tuple(x.to(dtype) for x in pair))
+    compiled = run_compiled(*inputs, None, regions, scale, 4, "ortho_v2")
+    assert compiled is not None and compiled.dtype == dtype
+    torch.testing.assert_close(compiled.float(), added, rtol=tolerance, atol=tolerance)
 
 
 def test_one_product_gives_both_softmaxes() -> None:

@@ -86,13 +86,18 @@ def test_untrained_transformer_predicts_zero_and_has_the_size_of_the_miniature()
     assert full.num_parameters() == pytest.approx(11.1e6, rel=0.02)
 
 
-@pytest.mark.parametrize("latent_patch", [1, 2])
-def test_training_lowers_the_loss_of_transformer_and_t5(latent_patch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("latent_patch", "bf16"), [(1, False), (2, False), (2, True)])
+def test_training_lowers_the_loss_of_transformer_and_t5(
+    latent_patch: int, bf16: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both precisions on any CPU: one without bfloat16 emulates it."""
+    for module in ("muon", "precision"):
+        monkeypatch.setattr(f"openpulid.training.{module}.supports_bf16", lambda device: bf16)
     task = BaseTask(
         network(latent_patch), images(latent_patch), images(latent_patch, width=20), batch=8
     )
     before, state = mean_loss(task), trained_state(task)
-    run(task, replace(CONFIG, steps=24), tmp_path)
+    run(task, replace(CONFIG, steps=24, bf16=bf16), tmp_path)
     assert mean_loss(task) < 0.93 * before
     assert list(task.modules()) == ["transformer", "text_encoder_2"]
     for name, value in trained_state(task).items():

@@ -70,9 +70,16 @@ def test_recipes_are_those_of_the_miniature_at_every_block() -> None:
     assert find_recipe("mini_flux_stage1").logit_mean == 0.5
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_trains_and_loads(stage: str, tmp_path: Path, no_curves: None) -> None:
-    recipe = small_recipe(stage)
+@pytest.mark.parametrize(
+    ("stage", "bf16"), [*((stage, False) for stage in STAGES), ("stage3", True)]
+)
+def test_stage_trains_and_loads(
+    stage: str, bf16: bool, tmp_path: Path, no_curves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both precisions on any CPU: one without bfloat16 emulates it."""
+    for module in ("muon", "precision"):
+        monkeypatch.setattr(f"openpulid.training.{module}.supports_bf16", lambda device: bf16)
+    recipe = replace(small_recipe(stage), bf16=bf16)
     model, student = (create_model(recipe, networks.small_flux_pipeline()) for _ in range(2))
     assert model.latent_shape() == (4, 12, 12)
     adapter = build_adapter(recipe, model, SIZES)
