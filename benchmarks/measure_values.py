@@ -8,6 +8,10 @@ of adapters, and embeddings of images that the autoencoder decoded. The table ha
 variance that it explains on frontal photos of held-out people (R2), and the cosine of the
 embeddings after a change of one value from 0.2 to 0.8. Images that an adapter generates have the
 squared correlation of the values that the loss's model reads from them with the true ones.
+
+The last lines say what an adapter could show that reads the identity's features perfectly: the
+facial values that the regression predicts from them are rendered in the scenes of prompts and
+compared with the reference image by the benchmark's face recognition model.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from openpulid.bench.measurement import append_measurement, describe_measurement
 from openpulid.faces.align import align_faces
@@ -29,7 +34,8 @@ from openpulid.methods.pulid import PuLID
 from openpulid.mini.data import load_faces
 from openpulid.mini.evaluation.evaluate import generate_images
 from openpulid.mini.evaluation.parameter_probe import get_facial_values
-from openpulid.mini.evaluation.prompts import EvalPrompt, render_portraits
+from openpulid.mini.evaluation.prompts import EvalPrompt, render_portraits, sample_prompts
+from openpulid.mini.evaluation.scorers import FaceScorer
 from openpulid.mini.train.loss_models import load_face_embedder
 from openpulid.mini.train.portraits import find_frontal
 from openpulid.mini.train.recognition import (
@@ -42,7 +48,7 @@ from openpulid.mini.train.recognition import (
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import MINIATURE, mini_lightning
 from openpulid.pipelines.studio import Studio
-from openpulid.world import FACIAL, HELD_OUT_PEOPLE, Scene, WorldDataset
+from openpulid.world import FACIAL, HELD_OUT_PEOPLE, Person, Scene, WorldDataset, render
 
 RIDGE = 0.1
 PROMPT = "portrait, front view, calm, photo"
@@ -80,6 +86,7 @@ class Stages:
                 for name, model in self.models.items():
                     parts.setdefault(name + suffix, []).append(embed_crops(model, crops))
             id_cond, hidden = self.extractor.extract_batch(images, masks, landmarks)
+            parts.setdefault("identity", []).append(id_cond)
             pooled = [torch.cat([level[:, 0], level[:, 1:].mean(1)], 1) for level in hidden]
             parts.setdefault("vision encoder", []).append(torch.cat(pooled, 1))
             for name, adapter in self.adapters.items():
@@ -128,13 +135,58 @@ def read_generated(studio: Studio, embed: Any, regression: Regression, people: i
     return squared_correlation(regression(faces.embeddings[faces.has_face].double()), values)
 
 
+@torch.no_grad()
+def score_renderings(
+    studio: Studio, regression: Regression, scorer: FaceScorer, people: int
+) -> dict[str, dict[str, float]]:
+    """Render held-out people with predicted and with true values, and score the renderings.
+
+    Args:
+        studio: extracts the identities.
+        regression: predicts facial values from `id_cond`.
+        scorer: the benchmark's face recognition.
+        people: number of people, with two prompts each.
+
+    Returns:
+        "predicted" and "true" -> face_sim, and rank1 among the people.
+    """
+    portraits = render_portraits(people)
+    features = torch.cat([studio.identify([image]).id_cond[0] for image in to_pil(portraits)])
+    names = [str(HELD_OUT_PEOPLE + person) for person in range(people)]
+    values = {
+        "predicted": regression(features.double()).clamp(0, 1),
+        "true": get_facial_values(names).double(),
+    }
+    prompts = sample_prompts(people, 2)
+    own = torch.tensor([prompt.person for prompt in prompts])
+    references = normalize(scorer(portraits).embeddings, dim=-1)
+    scores = {}
+    for name, rows in values.items():
+        drawn = [
+            Person.from_seed(HELD_OUT_PEOPLE + person).replace(
+                **dict(zip(FACIAL, rows[person].tolist(), strict=True))
+            )
+            for person in own.tolist()
+        ]
+        faces = scorer(render(drawn, [prompt.scene for prompt in prompts]).image)
+        similarity = normalize(faces.embeddings, dim=-1) @ references.T
+        similarity, right = similarity[faces.has_face], own[faces.has_face]
+        scores[name] = {
+            "face_sim": round(similarity[torch.arange(len(right)), right].mean().item(), 3),
+            "rank1": round((similarity.argmax(1) == right).float().mean().item(), 3),
+        }
+    return scores
+
+
 def main() -> None:
     """Measure all stages, and write and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=MINIATURE)
     parser.add_argument("--runs", type=Path, default=Path("runs/mini"), help="datasets")
     parser.add_argument("--adapter", type=Path, nargs="*", default=[])
-    parser.add_argument("--people", type=int, default=128, help="generated portraits")
+    parser.add_argument(
+        "--people", type=int, default=128, help="people of generated and of rendered images"
+    )
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
     cpu = torch.device("cpu")
@@ -174,9 +226,13 @@ def main() -> None:
     print("|---" * (len(columns) + 1) + "|")
     for value, row in rows.items():
         print(f"| {value} |", " | ".join(f"{figure:.2f}" for figure in row.values()), "|")
+    scorer = FaceScorer.load(options.weights)
+    scores = score_renderings(studio, regressions["identity"], scorer, options.people)
+    for name, figures in scores.items():
+        print(f"rendered with {name} values:", figures)
     if options.out is not None:
         configuration = {"adapters": list(adapters), "people": options.people}
-        measurement = describe_measurement(configuration, {"rows": rows}, cpu)
+        measurement = describe_measurement(configuration, {"rows": rows, "rendered": scores}, cpu)
         append_measurement(options.out, "values", measurement)
 
 
