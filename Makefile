@@ -1,5 +1,5 @@
 # make demo      generate the demo images with the miniature, into demo/
-# make test      run the tests, one process per core (about 10 min on 2 cores)
+# make test      run the tests, one process per core (about 14 min on 2 cores)
 # make test-lowest  run the tests with the lowest versions that pyproject.toml allows (needs uv)
 # make quality   lint, format check, types
 # make docs      build the documentation site into site/

@@ -48,9 +48,10 @@ LAYER_KEYS = [str(index) for index in range(1, 140, 2)]
 
 COMPILED_IMAGES = 16
 """More images of one request than these are generated with compiled identity attention on a CUDA
-device. Compiling both sizes of layers takes 10 to 20 seconds once per size of the image; on an H200
-the identity took 1.3 seconds of an image of 25 guided steps (`benchmarks/gpu-h200.md`), most of it
-the launches of kernels that compilation joins."""
+device. An estimate, not measured on a GPU: compiling both sizes of layers is expected to take 10 to
+20 seconds once per size of the image. On an H200 the identity took 1.3 seconds of an image of 25
+guided steps (`benchmarks/gpu-h200.md`), most of it the launches of kernels that compilation
+joins."""
 
 KeysValues = dict[str, KeyValue]
 

@@ -23,10 +23,10 @@ def find_adapters(
         weights: folder of the miniature's weights.
         runs: folder of the trainings.
     """
-    prefix = "" if family == "sdxl" else f"{family}-"
+    folder, prefix = (weights, "") if family == "sdxl" else (weights / family, f"{family}-")
     adapters = {}
     for model in MODELS:
-        shipped = weights / prefix.strip("-") / f"pulid-{model}.safetensors"
+        shipped = folder / f"pulid-{model}.safetensors"
         trained = runs / f"{prefix}{model}" / "adapter.safetensors"
         for file in (shipped, trained):
             if file.exists():
