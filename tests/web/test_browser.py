@@ -63,8 +63,12 @@ def people(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def visitor(browser: Any) -> Iterator[Any]:
-    """The browser of one visitor, which keeps the page's code."""
-    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    """The browser of one visitor, which keeps the page's code.
+
+    A click is lost if the page scrolls between pressing and releasing the button, so the visitor
+    asks for no motion.
+    """
+    context = browser.new_context(viewport={"width": 1280, "height": 1000}, reduced_motion="reduce")
     yield context
     context.close()
 
@@ -171,7 +175,10 @@ def test_error_is_shown_in_its_place_and_old_images_stay(page: Any) -> None:
     prompt(page).fill("portrait, spaceship")
     button(page, "Generate").click()
     assert "does not know 'spaceship'" in message(page, "error")
-    assert "does not know 'spaceship'" in page.locator(".mark .error").inner_text()
+    mark = page.locator(".mark .error")
+    assert "does not know 'spaceship'" in mark.inner_text()
+    playwright.expect(mark).to_be_in_viewport()
+    page.wait_for_timeout(200)  # the page scrolls to the error
     assert images(page).first.get_attribute("src") == source
     prompt(page).fill("portrait")
     open_panel(page, "More options")
@@ -180,7 +187,7 @@ def test_error_is_shown_in_its_place_and_old_images_stay(page: Any) -> None:
     open_panel(page, "More options")
     steps.wait_for(state="hidden")
     button(page, "Generate").click()
-    mark = page.locator(".mark .error").filter(has_text="Steps must be at least 1")
+    mark = mark.filter(has_text="Steps must be at least 1")
     mark.wait_for()  # the panel around it is open again
     playwright.expect(mark).to_be_in_viewport()
     assert "Steps must be at least 1 on this page" in message(page, "error")
@@ -366,7 +373,9 @@ def test_keyboard_alone_is_enough(page: Any) -> None:
 def test_narrow_screen(browser: Any, url: str, scheme: str) -> None:
     """Nothing is wider than a telephone, and texts are legible in both schemes."""
     viewport = {"width": 390, "height": 844}
-    context = browser.new_context(viewport=viewport, color_scheme=scheme, has_touch=True)
+    context = browser.new_context(
+        viewport=viewport, color_scheme=scheme, has_touch=True, reduced_motion="reduce"
+    )
     for tab in open_page(context, url):
         for panel in ("Identity file, or which face", "More options", "Small faces", "ControlNet"):
             open_panel(tab, panel)

@@ -22,13 +22,15 @@ BEGIN = """() => {{
 
 END = """() => {
   const mark = document.querySelector(".mark .error");
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const behavior = still ? "instant" : "smooth";
   if (mark)
-    setTimeout(() => mark.scrollIntoView({behavior: "smooth", block: "center"}), 100);
+    setTimeout(() => mark.scrollIntoView({behavior, block: "center"}), 100);
   else if (window.innerWidth < 768 && document.querySelector("#message .status"))
-    document.querySelector("#images")?.scrollIntoView({behavior: "smooth"});
+    document.querySelector("#images")?.scrollIntoView({behavior});
   return [{__type__: "update", interactive: true}, {__type__: "update", visible: false}];
 }"""
-"""Show the error, or on a telephone the images."""
+"""Show the error, or on a telephone the images; without motion for those who ask for none."""
 
 OUTPUTS = (
     *("gallery", "message", "images", "selected", "live", "welcome", "actions", "compare"),
