@@ -10,6 +10,7 @@ import shlex
 import shutil
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,9 +70,14 @@ def pulid_commands(name: str) -> Iterator[list[str]]:
             yield words[words.index("pulid") + 1 :]
 
 
+@cache
+def root_command() -> Any:
+    return typer.main.get_command(app)
+
+
 def find_command(words: list[str]) -> tuple[Any, list[str]]:
     """Return the command that these words call, and its arguments."""
-    command = typer.main.get_command(app)
+    command = root_command()
     while words and hasattr(command, "commands"):
         if words[0].isupper():  # a placeholder, as in `pulid COMMAND --help`
             return None, []
@@ -204,7 +210,7 @@ def load_hooks() -> ModuleType:
 def test_command_reference_is_generated_from_code() -> None:
     hooks = load_hooks()
     page = hooks.cli_reference()
-    for name, command in hooks.commands("pulid", typer.main.get_command(app)):
+    for name, command in hooks.commands("pulid", root_command()):
         assert f"## {name}\n" in page
         for parameter in command.params:
             assert parameter.help, f"{name}: {parameter.name} has no help"

@@ -20,8 +20,11 @@ def costs() -> Costs:
 
 
 @pytest.fixture(scope="module")
-def plans() -> dict[str, list[Plan]]:
-    return {name: plan_training(find_recipe(name)) for name in ("flux_stage1", "flux_stage3")}
+def plans(costs: Costs) -> dict[str, list[Plan]]:
+    return {
+        "flux_stage1": plan_training(find_recipe("flux_stage1"), costs=costs),
+        "flux_stage3": plan_training(find_recipe("flux_stage3")),
+    }
 
 
 def test_products_of_a_call(costs: Costs) -> None:
@@ -58,11 +61,11 @@ def test_plan_fits_eighty_gigabytes(plans: dict[str, list[Plan]]) -> None:
     assert one_gpu[0] == pytest.approx(23.8 * GB, rel=0.01) and one_gpu[1] == 2 * one_gpu[0]
 
 
-def test_smaller_memory_means_smaller_micro_batches() -> None:
+def test_smaller_memory_means_smaller_micro_batches(costs: Costs) -> None:
     recipe = find_recipe("flux_stage1")
-    large, small = (plan_training(recipe, limit)[0] for limit in (80 * GB, 60 * GB))
+    large, small = (plan_training(recipe, limit, costs)[0] for limit in (80 * GB, 60 * GB))
     assert small.accumulate > large.accumulate and small.peak < 60 * GB < large.peak
-    (fixed, *_) = plan_training(replace(recipe, accumulate=32))
+    (fixed, *_) = plan_training(replace(recipe, accumulate=32), costs=costs)
     assert fixed.images == 2
 
 
@@ -81,8 +84,7 @@ def test_command_prints_a_plan() -> None:
 
 def test_sdxl_at_full_size() -> None:
     """2.57 billion weights; a rollout keeps nothing but the inputs of calls."""
-    recipe = find_recipe("sdxl_stage1")
-    costs = measure_costs(recipe)
+    costs = measure_costs(find_recipe("sdxl_stage1"))
     assert costs.weights["network"] == pytest.approx(2 * 2_567_463_684)
     assert costs.adapter == pytest.approx(0.396e9, rel=0.01)
     # published: 2.98 * 10^12 products of convolutions and linear layers at 1024 pixels
@@ -94,10 +96,11 @@ def test_sdxl_at_full_size() -> None:
 
 
 def test_flux2_klein_at_full_size() -> None:
-    costs = measure_costs(find_recipe("flux2_klein_stage1"))
+    recipe = find_recipe("flux2_klein_stage3")
+    costs = measure_costs(recipe)
     assert costs.weights["network"] == pytest.approx(2 * 3.88e9, rel=0.01)
     assert costs.checkpoints_blocks and costs.block_inputs < costs.call / 20
-    assert plan_training(find_recipe("flux2_klein_stage3"))[0].peak < 80 * GB
+    assert plan_training(recipe, costs=costs)[0].peak < 80 * GB
 
 
 def test_miniature_has_no_plan() -> None:

@@ -74,7 +74,9 @@ class Plan:
         return self.flops / self.setup.gpus / (H100_FLOPS * UTILIZATION)
 
 
-def plan_training(recipe: Recipe, memory_limit: int = 80 * GB) -> list[Plan]:
+def plan_training(
+    recipe: Recipe, memory_limit: int = 80 * GB, costs: Costs | None = None
+) -> list[Plan]:
     """Predict memory and time of a recipe on one GPU, eight, and eight with sharding.
 
     A recipe that accumulates keeps its micro-batches; another one gets the largest that fit.
@@ -82,6 +84,7 @@ def plan_training(recipe: Recipe, memory_limit: int = 80 * GB) -> list[Plan]:
     Args:
         recipe: of SDXL, FLUX.1 or FLUX.2 klein, with gradient checkpointing.
         memory_limit: bytes of a GPU.
+        costs: of one image; by default they are measured.
 
     Raises:
         OptionError: the recipe is for the miniature, or has no gradient checkpointing.
@@ -91,7 +94,7 @@ def plan_training(recipe: Recipe, memory_limit: int = 80 * GB) -> list[Plan]:
             "a plan is made for a base of full size with gradient checkpointing, and not for "
             f"{recipe.name}."
         )
-    costs = measure_costs(recipe)
+    costs = costs or measure_costs(recipe)
     plans = []
     for setup in SETUPS:
         candidates = [
