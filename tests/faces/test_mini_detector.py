@@ -91,6 +91,8 @@ def test_face_is_in_pixels_of_image_of_any_size(height, width):
     assert overlap > 0.8
     assert face.score == pytest.approx(0.9526, abs=1e-3)
     assert face.area == pytest.approx((x2 - x1) * (y2 - y1), rel=0.35)
+    probabilities = BrightSquareDetector().segment(image[None])
+    assert torch.equal((probabilities[0] > 0.5).float(), face.mask)
 
 
 def test_no_face_below_threshold():

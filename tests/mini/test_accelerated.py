@@ -14,9 +14,10 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.faces.miniature import MiniFaceDetector
 from openpulid.io.checkpoints import load_module
 from openpulid.mini.accelerated import __main__ as command
-from openpulid.mini.accelerated import autoencoder, probe, stages, unet
+from openpulid.mini.accelerated import autoencoder, face_detection, probe, stages, unet
 from openpulid.mini.accelerated.face_detection import detect_faces
 from openpulid.mini.accelerated.output import Output
 from openpulid.mini.accelerated.scenes import (
@@ -32,6 +33,7 @@ from openpulid.mini.accelerated.train_set import build_train_set
 from openpulid.mini.accelerated.world import plan_world, render_world
 from openpulid.mini.models.pipeline import TextEncoders
 from openpulid.mini.models.tokenizer import build_tokenizer
+from openpulid.mini.train.loss_models import load_face_embedder
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.muon import Muon
 from openpulid.world import ATTRIBUTES, Person, render
@@ -197,8 +199,6 @@ def test_autoencoder_without_patch_borders_starts_as_the_linear_code(world, tmp_
 
 
 def test_detect_agrees_with_the_detector(world):
-    from openpulid.faces.miniature import MiniFaceDetector
-
     detector = load_module(MiniFaceDetector, MINIATURE / "detector.safetensors")
     images = torch.cat([world.images[:3].float() / 255, torch.full((1, 3, 96, 96), 0.5)])
     faces = detect_faces(detector, images)
@@ -206,6 +206,19 @@ def test_detect_agrees_with_the_detector(world):
     assert faces.has_face.tolist() == [face is not None for face in expected]
     assert torch.equal(faces.masks[0], expected[0].mask)
     torch.testing.assert_close(faces.landmarks[0], expected[0].landmarks)
+
+
+def test_embedder_without_a_detour_has_the_same_gradient(world):
+    device = torch.device("cpu")
+    plain = load_face_embedder(MINIATURE, device, is_ensemble=True)
+    detector = load_module(MiniFaceDetector, MINIATURE / "detector.safetensors")
+    fast = face_detection.load_face_embedder(detector, MINIATURE, device)
+    gradients = []
+    for embedder in (plain, fast):
+        images = (world.images[:2].float() / 255).requires_grad_()
+        embedder(images).embeddings[:, :64].sum().backward()
+        gradients.append(images.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_large_archives_are_split_into_pieces(tmp_path):

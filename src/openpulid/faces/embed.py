@@ -22,6 +22,8 @@ from openpulid.faces.miniature import CROP
 
 # (B, 3, H, W) in [0, 1] -> a face or None for each image
 Detect = Callable[[Tensor], Sequence[Face | None]]
+# (B, 3, H, W) in [0, 1] -> probability of the face at each pixel (B, 1, H, W), differentiable
+Segment = Callable[[Tensor], Tensor]
 # images (B, 3, H, W), masks (B, 1, H, W), landmarks (B, 5, 2), generator or None -> crops
 Crop = Callable[[Tensor, Tensor, Tensor, Generator | None], Tensor]
 
@@ -86,19 +88,30 @@ def crop_masked(
 class FaceEmbedder:
     """Detects, crops and embeds the faces of images.
 
-    The position of the face carries no gradient, its appearance does.
+    The position of the face carries no gradient, its appearance does. A model that sees no
+    background sees the outline of a face in its mask alone, so the outline carries gradient only
+    with `segment`.
 
     Args:
         detect: images -> a `Face` or None each, such as `MiniFaceDetector.detect`; runs without
             gradient.
         models: face recognition models, crops -> (B, D); they are frozen.
         crop: differentiable warp of the images to the template of the models.
+        segment: images -> probabilities of the face, such as `MiniFaceDetector.segment`; the
+            gradient of the masks is theirs. None if `crop` uses no masks, or needs no gradient.
     """
 
-    def __init__(self, detect: Detect, *models: nn.Module, crop: Crop = crop_masked) -> None:
+    def __init__(
+        self,
+        detect: Detect,
+        *models: nn.Module,
+        crop: Crop = crop_masked,
+        segment: Segment | None = None,
+    ) -> None:
         self.detect = detect
         self.models = [model.eval().requires_grad_(False) for model in models]
         self.crop = crop
+        self.segment = segment
 
     def __call__(self, images: Tensor, generator: Generator | None = None) -> FaceEmbeddings:
         """Embed the faces of images.
@@ -120,6 +133,8 @@ class FaceEmbedder:
         for mask, face in zip(masks, faces, strict=True):
             if face is not None and face.mask is not None:
                 mask.copy_(face.mask)
+        if self.segment is not None and images.requires_grad:
+            masks = with_gradient_of(masks, self.segment(images))
         landmarks = [face.landmarks for face in faces if face is not None]
         if not landmarks:
             # Zeros that are still a function of the images, so that backward works.
@@ -132,6 +147,18 @@ class FaceEmbedder:
         rows = has_face.nonzero()[:, 0]
         embeddings = values.new_zeros(len(images), values.shape[1]).index_put((rows,), values)
         return FaceEmbeddings(has_face, embeddings, masks)
+
+
+def with_gradient_of(masks: Tensor, probabilities: Tensor) -> Tensor:
+    """Return masks with the gradient of the probabilities that they were rounded from.
+
+    The straight-through estimator of Bengio et al. (arXiv 1308.3432).
+
+    Args:
+        masks: (B, 1, H, W), zero or one.
+        probabilities: (B, 1, H, W).
+    """
+    return masks + probabilities - probabilities.detach()
 
 
 def embed_crops(

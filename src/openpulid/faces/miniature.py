@@ -102,6 +102,18 @@ class MiniFaceDetector(nn.Module):
         landmarks = _centers_of_mass(points.float())
         return MiniDetection(score.float()[:, 0], _boxes(parts), landmarks, parts)
 
+    def segment(self, images: Tensor) -> Tensor:
+        """Compute the probability that a pixel belongs to the face, differentiable in the images.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B, 1, H, W), more than 0.5 on the masks of `detect`.
+        """
+        squares = torch.cat([_pad_to_square(image) for image in images])
+        return _crop_padding(_face_probability(self(squares).parts), *images.shape[2:])
+
     @torch.no_grad()
     def detect(
         self, images: Tensor | Sequence[Tensor], threshold: float = 0.5
@@ -147,15 +159,11 @@ def _to_face(image: Tensor, detection: MiniDetection, index: int, score: float) 
     """Convert detection `index` of a batch from 96 x 96 to the pixels of `image`."""
     height, width = image.shape[-2:]
     side = max(height, width)
-    left = (side - width) // 2
-    top = (side - height) // 2
-    probability = detection.parts[index : index + 1].softmax(1)[:, FACE : FACE + 1]
-    if side != SIZE:
-        probability = interpolate(probability, (side, side), mode="bilinear")
-    mask = (probability[0, :, top : top + height, left : left + width] > 0.5).float()
+    probability = _face_probability(detection.parts[index : index + 1])
+    mask = (_crop_padding(probability, height, width)[0] > 0.5).float()
     if not mask.any():
         return None
-    offset = torch.tensor([left, top], device=mask.device)
+    offset = torch.tensor([(side - width) // 2, (side - height) // 2], device=mask.device)
     landmarks = detection.landmarks[index] * (side / SIZE) - offset
     box = (detection.box[index] * (side / SIZE) - offset.repeat(2)).clamp(min=0)
     box = torch.minimum(box, torch.tensor([width, height, width, height], device=mask.device))
@@ -166,6 +174,20 @@ def _to_face(image: Tensor, detection: MiniDetection, index: int, score: float) 
         score,
         mask.to(image.device),
     )
+
+
+def _face_probability(parts: Tensor) -> Tensor:
+    return parts.softmax(1)[:, FACE : FACE + 1]
+
+
+def _crop_padding(squares: Tensor, height: int, width: int) -> Tensor:
+    """Undo `_pad_to_square` on maps (B, 1, 96, 96): resize them, and cut the padding off."""
+    side = max(height, width)
+    if side != SIZE:
+        squares = interpolate(squares, (side, side), mode="bilinear")
+    left = (side - width) // 2
+    top = (side - height) // 2
+    return squares[:, :, top : top + height, left : left + width]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from openpulid.faces.align import align_faces
-from openpulid.faces.embed import FaceEmbeddings, crop_masked, embed_crops
+from openpulid.faces.embed import FaceEmbeddings, crop_masked, embed_crops, with_gradient_of
 from openpulid.faces.miniature import CROP, FACE, RECOGNITION_MODELS, MiniFaceDetector
 from openpulid.io.checkpoints import load_module
 
@@ -85,7 +85,10 @@ class BatchFaceEmbedder:
         """Embed the faces of images (B, 3, 96, 96), see `FaceEmbedder`."""
         images = images.clamp(0, 1)
         found = detect_faces(self.detector, images.detach())
-        faces = (images, found.masks, found.landmarks)
+        masks = found.masks
+        if images.requires_grad:
+            masks = with_gradient_of(masks, self.detector.segment(images))
+        faces = (images, masks, found.landmarks)
         embeddings = embed_crops(self.models, crop_masked, faces, generator)
         has_face = found.has_face
         return FaceEmbeddings(

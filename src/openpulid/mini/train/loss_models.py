@@ -58,4 +58,4 @@ def _load_embedder(weights: Path, device: torch.device, names: tuple[str, ...]) 
         load_module(RECOGNITION_MODELS[name], weights / f"recognition-{name}.safetensors", device)
         for name in names
     ]
-    return FaceEmbedder(detector.detect, *models)
+    return FaceEmbedder(detector.detect, *models, segment=detector.segment)
