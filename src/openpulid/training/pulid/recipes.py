@@ -246,9 +246,9 @@ def mini_stage3() -> Recipe:
     The weights are twice the paper's, at its ratio. The paper does not say how it reduces its
     norms, and with its own weights stage 3 preserved no more of the image than stage 2 at a scale
     of the same identity similarity (benchmarks/mini-ablation.md). Three times its weights left
-    CLIP-I .02 above the target and cost similarity (benchmarks/mini-build.md). Every second rollout is on the
-    base: a stage 3 with rollouts on the student alone kept three fifths of stage 2's similarity on
-    the base at the same four timesteps.
+    CLIP-I .02 above the target and cost similarity (benchmarks/mini-build.md). Every second rollout
+    is on the base: a stage 3 with rollouts on the student alone kept three fifths of stage 2's
+    similarity on the base at the same four timesteps.
     """
     recipe = _continue_mini("mini_stage3", init_from="mini_stage2")
     return replace(
