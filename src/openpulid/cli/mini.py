@@ -32,6 +32,10 @@ HeldOutPeople = Annotated[
     int, typer.Option(min=2, max=MAX_PEOPLE, help="Number of held-out people.")
 ]
 FirstPerson = Annotated[int, typer.Option(min=0, max=MAX_PERSON, help="The first held-out person.")]
+MiniaturePreset = Annotated[
+    str,
+    typer.Option(help="mini, or mini-lightning for four steps; mini-flux, mini-flux-4step."),
+]
 
 
 @mini.command()
@@ -93,10 +97,7 @@ def evaluate(
     prompts: Annotated[
         int, typer.Option(min=1, max=1000, help="Number of prompts per person.")
     ] = 4,
-    preset: Annotated[
-        str,
-        typer.Option(help="mini, or mini-lightning for four steps; mini-flux, mini-flux-4step."),
-    ] = "mini",
+    preset: MiniaturePreset = "mini",
     scale: Annotated[
         float, typer.Option(min=0, help="Identity scale; adapters are trained at 1.")
     ] = 1.0,
@@ -135,13 +136,14 @@ def ablation(
         int, typer.Option(min=1, max=100, help="Number of held-out people (rows).")
     ] = 6,
     people_seed: FirstPerson = 0,
+    preset: MiniaturePreset = "mini-lightning",
     overwrite: Overwrite = False,
 ) -> None:
     """Draw held-out people with the same prompt and seed at every stage of the training."""
     from openpulid.io.xmp import DigitalSourceType
     from openpulid.mini.evaluation.stage_sheet import draw_stages
 
-    sheet = draw_stages(people, people_seed)
+    sheet = draw_stages(people, people_seed, preset=preset)
     write_image(out, sheet, overwrite, DigitalSourceType.GENERATED)
     print_path(out)
 
@@ -174,6 +176,7 @@ def demo(
     people_seed: Annotated[
         int, typer.Option(min=0, max=MAX_PERSON, help="Which of the held-out people.")
     ] = 0,
+    preset: MiniaturePreset = "mini",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
@@ -183,6 +186,7 @@ def demo(
     outcome = demonstration.run(
         make_directory(out),
         people_seed=people_seed,
+        preset=preset,
         device=device,
         log=print_nothing if as_json else print_status,
     )

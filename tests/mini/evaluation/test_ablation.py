@@ -49,6 +49,8 @@ def test_plot_is_saved(tmp_path: Path) -> None:
 def test_stages_image_has_column_per_stage(tmp_path: Path) -> None:
     stages = find_adapters()
     assert stages, "no adapter is installed"
-    page = draw_stages(people=1, side=96)
+    pages = [draw_stages(people=1, side=96, preset=name) for name in ("mini-lightning", "mini")]
     width = 2 * 24 + (2 + len(stages)) * (96 + 16) - 16
-    assert page.size[0] == width and len(page.getcolors(1 << 24) or []) > 1000
+    for page in pages:
+        assert page.size[0] == width and len(page.getcolors(1 << 24) or []) > 1000
+    assert pages[0].tobytes() != pages[1].tobytes()

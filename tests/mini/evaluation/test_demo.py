@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from openpulid.bench.metrics import Faces
+from openpulid.errors import OptionError
 from openpulid.mini.evaluation import demo
 from openpulid.world import VOCABULARY, Scene
 
@@ -90,6 +91,14 @@ class Studio:
     ) -> SimpleNamespace:
         self.calls.append((prompt, seed, identity is not None))
         return SimpleNamespace(images=[identity or flat((90, 90, 90))])
+
+
+def test_demo_of_another_preset_is_one_sentence(tmp_path: Path) -> None:
+    sentence = "the synthetic people need the miniature, not sdxl: choose mini, mini-lightning, "
+    with pytest.raises(OptionError, match=sentence + "mini-flux, mini-flux-4step"):
+        demo.run(tmp_path, preset="sdxl")
+    with pytest.raises(OptionError, match="mini-flx"):
+        demo.run(tmp_path, preset="mini-flx")
 
 
 def test_demo_writes_sheets_page_and_figures(

@@ -6,11 +6,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from openpulid.pipelines.presets import MINIATURE
+from openpulid.errors import OptionError
+from openpulid.pipelines.presets import MINIATURE, PRESETS, Preset, find_preset
 from openpulid.pipelines.studio import Studio
 
 MODELS = ("stage1", "naive", "stage2", "stage3")
 """Adapters in the order of the table, if they exist."""
+
+
+def find_miniature(name: str) -> Preset:
+    """Find a preset of the miniature.
+
+    Raises:
+        OptionError: there is no such preset, or it is not the miniature's.
+    """
+    preset = find_preset(name)
+    if not preset.models.is_miniature:
+        names = [other for other, build in PRESETS.items() if build().models.is_miniature]
+        raise OptionError(
+            f"the synthetic people need the miniature, not {name}: choose {', '.join(names)}."
+        )
+    return preset
 
 
 def find_adapters(

@@ -20,6 +20,7 @@ from openpulid.io.files import write_new
 from openpulid.io.image_grid import labeled_grid, to_pil, to_tensor
 from openpulid.io.metadata import encode_image
 from openpulid.io.xmp import DigitalSourceType
+from openpulid.mini.evaluation.adapters import find_miniature
 from openpulid.mini.evaluation.scorers import FaceScorer
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.studio import Studio
@@ -92,6 +93,7 @@ def run(
     folder: Path,
     *,
     people_seed: int = 0,
+    preset: str = "mini",
     device: str | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> DemoResult:
@@ -102,15 +104,20 @@ def run(
     Args:
         folder: an existing folder.
         people_seed: index of the held-out person.
+        preset: of the miniature.
         device: where to compute; the best device by default.
         log: receives a line about each step.
+
+    Raises:
+        OptionError: the preset is not one of the miniature.
     """
+    selected = find_miniature(preset)
     start = time.perf_counter()
     seed = HELD_OUT_PEOPLE + people_seed
     log(f"Rendering held-out person {seed} and {NUM_OTHER_PEOPLE} people to compare with ...")
     portraits = _render_portraits(range(seed, seed + 1 + NUM_OTHER_PEOPLE))
     log("Loading the miniature ...")
-    studio = load("mini", device=device)
+    studio = load(selected, device=device)
     without, *with_identity = _generate(studio, portraits[:NUM_PEOPLE], log)
     scorer = FaceScorer.load()
     figures = score_images(scorer, portraits, without, with_identity[0])

@@ -15,7 +15,7 @@ from torch import Tensor
 from openpulid import Identity
 from openpulid.bench.metrics import Interval, MetricInputs, Rank1Of8, bootstrap
 from openpulid.io.image_grid import to_pil
-from openpulid.mini.evaluation.adapters import find_adapters, iterate_models
+from openpulid.mini.evaluation.adapters import find_adapters, find_miniature, iterate_models
 from openpulid.mini.evaluation.prompts import (
     EvalPrompt,
     render_ground_truth,
@@ -25,7 +25,6 @@ from openpulid.mini.evaluation.prompts import (
 from openpulid.mini.evaluation.scorers import MiniScorers
 from openpulid.mini.models import sample
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import find_preset
 from openpulid.pipelines.studio import Studio
 from openpulid.world import HELD_OUT_PEOPLE
 
@@ -97,7 +96,7 @@ def run(
     """
     eval_prompts = sample_prompts(people, prompts, people_seed)
     portraits = render_portraits(people, people_seed)
-    selected = find_preset(preset).with_defaults(scale=scale)
+    selected = find_miniature(preset).with_defaults(scale=scale)
     adapters = find_adapters(selected.models.family) if adapters is None else adapters
     # the preset's own adapter need not exist
     studio = load(selected, device=device, adapter=next(iter(adapters.values()), None))
