@@ -108,11 +108,6 @@ def test_requests_are_frozen() -> None:
         ({"people": [{}]}, "people.0.images is missing: a person needs images or an identity"),
         ({"people": [{"mask": "a.png"}]}, "people.0.mask requires a person"),
         (
-            {"people": [{"identity": "a", "box": (0, 0, 1, 1)}, {"identity": "b"}]},
-            "each of several people needs people.1.mask or people.1.box, which say where in the "
-            "image the person is; person 2 has none.",
-        ),
-        (
             {"people": [{"identity": "a", "mask": "m", "box": (0, 0, 1, 1)}]},
             "provide either people.0.mask or people.0.box, not both.",
         ),
@@ -427,6 +422,18 @@ def test_options_without_effect_are_noted(
 
 def preset_request(request: GenerationRequest) -> GenerationRequest:
     return request.model_copy(update={"model": None})
+
+
+def test_several_people_have_a_region_each() -> None:
+    anna = Person(identity="a", box=(0, 0, 0.5, 1))
+    request = GenerationRequest("portrait", people=[anna, Person(identity="b")])
+    with pytest.raises(RequestError) as error:
+        mini().resolve(request)
+    assert str(error.value) == (
+        "each of several people needs people.1.mask or people.1.box, which say where in the image "
+        "the person is; person 2 has none."
+    )
+    mini().resolve(request.model_copy(update={"people": request.people[:1]}))
 
 
 def test_mask_needs_pulid() -> None:

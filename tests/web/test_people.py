@@ -15,23 +15,26 @@ from openpulid.io.images import open_mask
 from openpulid.io.metadata import XMP_KEY, find_text
 from openpulid.pipelines.presets import find_preset, mini
 from openpulid.pipelines.provenance import Provenance
-from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request import GenerationRequest, ModelSelection
 from openpulid.pipelines.request_inputs import Person
 from openpulid.web.regions import DRAWN, MASK_FILE
 from openpulid.web.restore import describe_files, read_values
 from openpulid.web.session import WebSession
 from openpulid.world.gallery import render_portrait
+from tests.support.composer_files import TWO_PEOPLE, draw_person, link_miniature
 
 gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
 
 from openpulid.web.drawing import NOT_DRAWN, save_regions, show_edited_image  # noqa: E402
 from openpulid.web.layout import build_layout  # noqa: E402
 from openpulid.web.people import preview_faces, save_identity  # noqa: E402
+from openpulid.web.settings import select_method  # noqa: E402
 from tests.web.page_support import (  # noqa: E402
     SETTINGS,
     build_request,
     draw,
     generate,
+    pixels,
     run_page,
 )
 
@@ -243,3 +246,52 @@ def test_order_needs_an_image(session: WebSession, tmp_path: Path) -> None:
     text, place = update["problem"]
     assert text.startswith("Order of the faces cannot be used with an identity file")
     assert place == "person"
+
+
+def test_people_by_words_have_no_regions(tmp_path: Path) -> None:
+    """The page hides the regions, and what was chosen there has no effect."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    link_miniature(weights)
+    session = WebSession(tmp_path, "cpu", ModelSelection(preset=str(weights)))
+    form: dict[str, Any] = {"mode": "people", "preset": str(weights), "method": "fastcomposer"}
+    for number, seed in ((1, 3), (3, 4)):
+        draw_person(seed).save(tmp_path / f"person-{number}.png")
+        upload = [(str(tmp_path / f"person-{number}.png"), None)]
+        form[f"person{number}_reference_images"] = upload
+    form |= {"prompt": TWO_PEOPLE, "start": 0.0, "person1_region": DRAWN}
+    (image,) = generate(session, **form)
+    provenance = Provenance.read(image.file)
+    people = provenance.request.people
+    assert people == (Person(images=["person-1.png"]), Person(images=["person-3.png"]))
+    preset = session.preset(session.select_models(str(weights), "fastcomposer"))
+    values = read_values(provenance.request, preset)
+    assert values["mode"] == "people"
+    files = describe_files(provenance)
+    assert "person-1.png, person-3.png" in files and "regions" not in files
+    again = {name: value for name, value in values.items() if name in SETTINGS}
+    (same,) = generate(session, **{**form, **again})
+    assert pixels(same) == pixels(image)
+    swapped = {
+        "person1_reference_images": form["person3_reference_images"],
+        "person3_reference_images": form["person1_reference_images"],
+    }
+    (other,) = generate(session, **{**form, **swapped})
+    assert pixels(other) != pixels(image)
+
+    (update,) = run_page(session, **{**form, "prompt": "portrait of a person"})
+    text, place = update["problem"]
+    assert text.startswith("Prompt has 1 word for 2 people; write one word for each of them")
+    assert place == "prompt"
+    (update,) = run_page(session, **{**form, "method": "faceid"})
+    text, place = update["problem"]
+    assert text.startswith("faceid shows one person in an image; leave Reference images out")
+    assert place == "person3"
+
+    with gradio.Blocks():
+        page = build_layout(session)
+    for method, is_visible in (("fastcomposer", False), ("pulid", True)):
+        updates = select_method(session, page, str(weights), method)
+        parts = [page.values["person2_region"], page.parts["drawing"]]
+        assert [updates[part]["visible"] for part in parts] == [is_visible] * 2
+        assert ("in this order" in updates[page.parts["group"]]) != is_visible

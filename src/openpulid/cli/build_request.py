@@ -24,6 +24,7 @@ def build_request(options: Mapping[str, Any]) -> GenerationRequest:
     Raises:
         OptionError: options are out of range or do not go together.
     """
+    from openpulid.pipelines.model_set import WORD_METHODS
     from openpulid.pipelines.presets import find_preset
     from openpulid.pipelines.request import GenerationRequest, parse_size
 
@@ -37,6 +38,7 @@ def build_request(options: Mapping[str, Any]) -> GenerationRequest:
         scale,
         options["face"],
         options["order"],
+        has_words=method in WORD_METHODS,
     )
     identity = {
         "scale": scale[0] if scale and len(people) < 2 else None,
@@ -98,10 +100,12 @@ def describe_people(
     scales: Sequence[float],
     face: int | None,
     order: str,
+    has_words: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the people of a request, for validation; none if no option names one.
 
     Several masks stand for several people. With at most one mask, all paths are of one person.
+    With a method that shows people by their words, each path is a person.
 
     Args:
         paths: images, or identity files.
@@ -109,6 +113,7 @@ def describe_people(
         scales: of all people, or one of each.
         face: which face of an image with several.
         order: how faces are counted.
+        has_words: whether the method is one of `WORD_METHODS`.
 
     Raises:
         OptionError: the numbers of people, masks and scales do not fit, or there is an identity
@@ -116,8 +121,9 @@ def describe_people(
     """
     if not paths and face is None and not masks and order == DEFAULT_ORDER:
         return []
-    groups = [[path] for path in paths] if len(masks) > 1 else [list(paths)]
-    if len(masks) > 1 and len(masks) != len(paths):
+    is_several = len(paths) > 1 if has_words else len(masks) > 1
+    groups = [[path] for path in paths] if is_several else [list(paths)]
+    if len(masks) > 1 and len(masks) != len(paths) and not has_words:
         raise OptionError(
             f"{len(paths)} --id and {len(masks)} --mask: several people need one --mask for each "
             "--id, in the same order; combine images of one person with `pulid identify`."
@@ -131,7 +137,7 @@ def describe_people(
     people = []
     for number, group in enumerate(groups):
         person = {"face_index": face, "face_order": order, **_describe_source(group)}
-        if masks:
+        if number < len(masks):
             person |= _describe_region(masks[number])
         if own_scales:
             person["scale"] = own_scales[number if len(own_scales) > 1 else 0]

@@ -58,7 +58,7 @@ def generate(
         typer.Option(
             "--id",
             help="Identity file or image of the person; repeat it for more images of the person, "
-            "or, with a --mask each, for several people.",
+            "or, with a --mask each or with --method fastcomposer, for several people.",
         ),
     ] = None,
     face: Annotated[

@@ -36,6 +36,12 @@ CLASS_WORDS = (
 """Words that can stand for a person. The first ones in a prompt are used; without one, "person" is
 inserted."""
 
+MORE_WORDS = (
+    'write one word for each of them, such as "a man and a woman", or mark other words by "img" '
+    "after them"
+)
+"""Advice for a prompt with fewer words for people than people."""
+
 TRIGGER_WORD = "img"
 """In PhotoMaker's prompts, the word after the class word. It is read and left out."""
 
@@ -306,15 +312,30 @@ def mark_class_words(input_ids: Tensor, tokenizer: Any) -> tuple[Tensor, list[li
     rows = []
     places = []
     for row in input_ids.tolist():
-        words, positions = _split_trigger(row, trigger, tokenizer)
-        if not positions:
-            positions = [index for index, token in enumerate(words) if token in class_ids]
+        words, positions = _find_words(row, trigger, class_ids, tokenizer)
         if not positions:
             positions = [1]  # after the start token
             words.insert(1, _first_token(tokenizer, CLASS_WORDS[0]))
         rows.append(_fit(words, row, tokenizer))
         places.append(positions)
     return torch.tensor(rows, device=input_ids.device), places
+
+
+def count_class_words(prompt: str, tokenizer: Any) -> int:
+    """Count the words of a prompt that stand for people, see `mark_class_words`.
+
+    Words after the end of what the text encoder reads are not counted.
+
+    Args:
+        prompt: one prompt.
+        tokenizer: of the text encoder whose words the method fuses.
+
+    Returns:
+        The number of words; 0 for a prompt in which "person" would be inserted.
+    """
+    ids = tokenizer(prompt, truncation=True, verbose=False).input_ids
+    _, positions = _find_words(ids, _trigger_ids(tokenizer), _class_word_ids(tokenizer), tokenizer)
+    return len(positions)
 
 
 def repeat_class_word(input_ids: Tensor, tokenizer: Any, count: int) -> tuple[Tensor, list[int]]:
@@ -363,6 +384,20 @@ def _fit(words: list[int], row: list[int], tokenizer: Any) -> list[int]:
     if tokenizer.eos_token_id not in fitted[1:]:
         fitted[-1] = tokenizer.eos_token_id
     return fitted
+
+
+def _find_words(
+    row: Sequence[int], trigger: Sequence[int], class_ids: set[int], tokenizer: Any
+) -> tuple[list[int], list[int]]:
+    """Find the words that stand for people in a prompt, and remove the trigger words.
+
+    Returns:
+        The other tokens, and the positions of the words.
+    """
+    words, positions = _split_trigger(row, trigger, tokenizer)
+    if not positions:
+        positions = [index for index, token in enumerate(words) if token in class_ids]
+    return words, positions
 
 
 def _split_trigger(

@@ -47,9 +47,9 @@ def check_resolved(request: GenerationRequest, models: ModelSet, label: str) -> 
         label: how messages call the preset.
 
     Raises:
-        RequestError: the size is not one of the models', the method has no masks, a ControlNet is
-            for another base, the text encoders read no weights, or options of FLUX's guidance are
-            incomplete.
+        RequestError: the size is not one of the models', the method does not show these people, a
+            ControlNet is for another base, the text encoders read no weights, or options of FLUX's
+            guidance are incomplete.
     """
     _check_size(request, models, label)
     _check_people(request, models)
@@ -85,21 +85,61 @@ def _check_size(request: GenerationRequest, models: ModelSet, label: str) -> Non
 
 
 def _check_people(request: GenerationRequest, models: ModelSet) -> None:
-    if request.people and models.has_own_person:
-        field = "identity" if request.people[0].identity is not None else "images"
+    people = request.people
+    sources = [
+        f"people.{number}.{'images' if person.identity is None else 'identity'}"
+        for number, person in enumerate(people)
+    ]
+    regions = [
+        None if not person.has_region else f"people.{number}.{'mask' if person.mask else 'box'}"
+        for number, person in enumerate(people)
+    ]
+    if people and models.has_own_person:
         raise RequestError(
-            f"{models.method} shows the person it was tuned on; leave {{0}} out.",
-            f"people.0.{field}",
+            f"{models.method} shows the person it was tuned on; leave {{0}} out.", sources[0]
         )
-    if models.supports_masks:
+    if not models.supports_masks and any(regions):
+        raise RequestError(
+            f"{{0}} is only supported by PuLID and InfiniteYou, not by {models.method}; leave it "
+            "out.",
+            next(filter(None, regions)),
+        )
+    if len(people) < 2:
         return
-    for number, person in enumerate(request.people):
-        if person.has_region:
+    if models.shows_people_by_words:
+        _check_people_without_regions(request, models)
+    elif not models.supports_masks:
+        raise RequestError(
+            f"{models.method} shows one person in an image; leave {{0}} out, or use PuLID, "
+            "InfiniteYou or FastComposer.",
+            sources[1],
+        )
+    elif None in regions:
+        number = regions.index(None)
+        raise RequestError(
+            "each of several people needs {0} or {1}, which say where in the image the person "
+            f"is; person {number + 1} has none.",
+            f"people.{number}.mask",
+            f"people.{number}.box",
+        )
+
+
+def _check_people_without_regions(request: GenerationRequest, models: ModelSet) -> None:
+    """Refuse what needs to know which part of the image belongs to which person."""
+    scales = request.identity_scales
+    for number, scale in enumerate(scales):
+        if scale != scales[0]:
             raise RequestError(
-                "{0} is only supported by PuLID and InfiniteYou, not by "
-                f"{models.method}; leave it out.",
-                f"people.{number}.{'box' if person.mask is None else 'mask'}",
+                f"{{0}} {scale:g} is not that of the first person, {scales[0]:g}; use one for all, "
+                f"because {models.method} has no scale for each person.",
+                f"people.{number}.scale",
             )
+    if request.refine_faces is not None:
+        raise RequestError(
+            f"{{0}} needs a region for each person, and {models.method} has no regions; leave it "
+            "out.",
+            "refine_faces",
+        )
 
 
 def _check_style(name: str | None, models: ModelSet) -> None:

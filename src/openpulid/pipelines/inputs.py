@@ -153,7 +153,7 @@ class RequestInputs:
         return resized.prepare(pipe, request.init_image.strength, seeds)
 
     def place_people(self, request: GenerationRequest, width: int, height: int) -> People:
-        """Return the people as the adapter accepts them, each with the mask of its region.
+        """Return the people as the adapter accepts them, each with the mask of its region, if any.
 
         Args:
             request: the resolved request, which has people with identities.
@@ -163,7 +163,9 @@ class RequestInputs:
         identities = [files.identity for files in self.people]
         assert all(isinstance(identity, Identity) for identity in identities)
         if not any(person.has_region for person in request.people):
-            return identities[0]
+            # several without regions have one scale, which is the adapter's
+            several = [(identity, None) for identity in identities]
+            return several if len(several) > 1 else identities[0]
         masks = build_masks(request, [files.mask for files in self.people], (width, height))
         people = zip(identities, masks, request.identity_scales, strict=True)
         shown = [(identity, mask) for identity, mask, scale in people if scale > 0]

@@ -60,6 +60,9 @@ PROMPT_METHODS = ("elite", "fastcomposer", "photomaker", "photomaker-v2", "photo
 MASKED_METHODS = ("pulid", "infiniteyou", "infiniteyou-sim")
 """Methods that restrict a person to a part of the image, and show several people."""
 
+WORD_METHODS = ("fastcomposer",)
+"""Methods that show several people by the words for them in the prompt, without masks."""
+
 
 class StyleFiles(NamedTuple):
     """An IP-Adapter for a style image, and the folder of its vision encoder."""
@@ -155,6 +158,11 @@ class ModelSet:
     def supports_masks(self) -> bool:
         """Whether the method restricts a person to a part of the image."""
         return self.method in MASKED_METHODS
+
+    @property
+    def shows_people_by_words(self) -> bool:
+        """Whether the method shows several people by the words for them in the prompt."""
+        return self.method in WORD_METHODS
 
     @property
     def has_transformer(self) -> bool:

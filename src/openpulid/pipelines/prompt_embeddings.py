@@ -11,7 +11,7 @@ from torch import Tensor
 from openpulid.io.loggers import silence_warnings
 from openpulid.pipelines.presets import NEGATIVE_PROMPT, Preset
 from openpulid.pipelines.prompt_weights import Fragment, parse_weights, remove_marks
-from openpulid.pipelines.prompts import prepare_prompts
+from openpulid.pipelines.prompts import check_words_for_people, prepare_prompts
 from openpulid.pipelines.request import GenerationRequest
 
 PromptOptions = Mapping[str, str | Tensor | None]
@@ -23,6 +23,7 @@ def encode_prompts(
     request: GenerationRequest,
     preset: Preset,
     insert_trigger: Callable[[str], str] = str,
+    num_people: int = 0,
 ) -> PromptOptions:
     """Return the prompts of a request as a pipeline takes them.
 
@@ -35,12 +36,17 @@ def encode_prompts(
         request: a resolved request.
         preset: the preset that runs it.
         insert_trigger: names the person in the prompt, see `Adapter.insert_trigger`.
+        num_people: how many people the image shows.
 
     Raises:
         PromptError: the model does not know a word.
+        RequestError: the prompt has fewer words for people than a method like FastComposer needs.
     """
     request = prepare_prompts(pipe, request, preset)
     prompt, negative = insert_trigger(request.prompt), request.negative_prompt
+    if preset.models.shows_people_by_words:
+        text = pipe.maybe_convert_prompt(remove_marks(prompt), pipe.tokenizer_2)
+        check_words_for_people(pipe.tokenizer_2, text, num_people)
     # the negative prompt of PuLID's program is cut there; whether it is cut depends on the request
     # alone, because images are generated again with other defaults
     is_cut = negative == NEGATIVE_PROMPT

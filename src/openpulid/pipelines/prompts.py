@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openpulid.errors import PromptError, WeightsError
+from openpulid.methods.prompt_fusion import MORE_WORDS, count_class_words
 from openpulid.pipelines.model_set import PROMPT_METHODS
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.prompt_weights import (
@@ -19,6 +20,7 @@ from openpulid.pipelines.prompt_weights import (
     remove_marks,
 )
 from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request_fields import RequestError
 from openpulid.pipelines.weights import resolve_path
 
 logger = logging.getLogger(__name__)
@@ -85,18 +87,22 @@ class TextInput:
 
 
 def check_words(preset: Preset, request: GenerationRequest) -> None:
-    """Refuse unknown words before any model is loaded; only a tokenizer is read.
+    """Refuse unknown words, and too few words for people, before any model is loaded.
+
+    Only a tokenizer is read.
 
     Args:
         preset: the preset that will run the request. SDXL's tokenizer knows every word, so that
-            only the miniature's and T5's are read.
+            only the miniature's and T5's are asked for unknown ones.
         request: a request.
 
     Raises:
         PromptError: the model does not know a word.
+        RequestError: the prompt has fewer words for people than the request has people.
     """
     models = preset.models
-    if models.family == "sdxl" and not models.is_miniature:
+    knows_all = models.family == "sdxl" and not models.is_miniature
+    if knows_all and not (models.shows_people_by_words and len(request.people) > 1):
         return
     try:
         pipeline = resolve_path(models.pipeline)
@@ -109,8 +115,32 @@ def check_words(preset: Preset, request: GenerationRequest) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.add_tokens([embedding.word for embedding in request.embeddings])
-    for prompt in _user_inputs(request, preset):
-        replace_unknown(tokenizer, prompt, preset)
+    if not knows_all:
+        for prompt in _user_inputs(request, preset):
+            replace_unknown(tokenizer, prompt, preset)
+    if models.shows_people_by_words:
+        check_words_for_people(tokenizer, remove_marks(request.prompt), len(request.people))
+
+
+def check_words_for_people(tokenizer: Any, prompt: str, num_people: int) -> None:
+    """Refuse a prompt with fewer words for people than people, see `WORD_METHODS`.
+
+    Args:
+        tokenizer: the tokenizer of the text encoder.
+        prompt: the prompt. For one person it needs no word.
+        num_people: how many people the image shows.
+
+    Raises:
+        RequestError: the number of words, and the fix.
+    """
+    if num_people < 2:
+        return
+    num_words = count_class_words(prompt, tokenizer)
+    if num_words < num_people:
+        noun = "word" if num_words == 1 else "words"
+        raise RequestError(
+            f"{{0}} has {num_words} {noun} for {num_people} people; {MORE_WORDS}.", "prompt"
+        )
 
 
 def prepare_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> GenerationRequest:

@@ -214,7 +214,8 @@ class GenerationRequest(GenerationOptions):
         seed: image k uses `seed + k`, so any image can be regenerated on its own. None and -1
             draw a random seed, which the request then has.
         num_images: how many images.
-        people: the people to show. Of several, each needs a mask or a box.
+        people: the people to show. Of several, each needs a mask or a box; with FastComposer none
+            has one, and each needs a word in the prompt, in the same order.
         init_image: the image to start from, instead of noise.
         controls: ControlNets; their effects add up.
         loras: LoRAs of the base model.
@@ -257,14 +258,6 @@ class GenerationRequest(GenerationOptions):
                 "num_images",
             )
         self._check_tokens()
-        nowhere = [k for k, person in enumerate(self.people) if not person.has_region]
-        if len(self.people) > 1 and nowhere:
-            raise RequestError(
-                "each of several people needs {0} or {1}, which say where in the image the person "
-                f"is; person {nowhere[0] + 1} has none.",
-                f"people.{nowhere[0]}.mask",
-                f"people.{nowhere[0]}.box",
-            )
         return self
 
     def _check_tokens(self) -> None:

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from openpulid.methods.pulid import People, compiling_pays, delay_guidance
+from openpulid.methods.pulid import (
+    People,
+    compiling_pays,
+    delay_guidance,
+    normalize_people,
+)
 from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
@@ -87,7 +92,9 @@ class PipelineRunner:
             people: the people of each. If one request has none, all have none.
             progress: is told of every step.
         """
-        prompts = [self._encode_prompts(self.pipe, request) for request in requests]
+        prompts = [
+            self._encode_prompts(self.pipe, *row) for row in zip(requests, people, strict=True)
+        ]
         groups: dict[object, list[int]] = {}
         for k, options in enumerate(prompts):
             groups.setdefault(prompt_layout(options), []).append(k)
@@ -127,7 +134,7 @@ class PipelineRunner:
         """Generate images without refining them."""
         pipe = self._select_pipeline(inputs)
         with inputs.use(pipe, self.preset.models) as style:
-            prompts = {**self._encode_prompts(pipe, request), **style}
+            prompts = {**self._encode_prompts(pipe, request, people), **style}
             with self._use_identity(people, request, pipe):
                 for seeds in _batches(request, batch_size):
                     progress.start_run(request)
@@ -146,8 +153,12 @@ class PipelineRunner:
             self._edit_pipelines[is_inpainting] = pipe
         return self._edit_pipelines[is_inpainting]
 
-    def _encode_prompts(self, pipe: Any, request: GenerationRequest) -> PromptOptions:
-        return encode_prompts(pipe, request, self.preset, self.adapter.insert_trigger)
+    def _encode_prompts(
+        self, pipe: Any, request: GenerationRequest, people: People | None
+    ) -> PromptOptions:
+        prompts = [] if people is None else normalize_people(people)
+        num_people = max(map(len, prompts), default=0)
+        return encode_prompts(pipe, request, self.preset, self.adapter.insert_trigger, num_people)
 
     def _use_identity(
         self, people: People | None, request: GenerationRequest, pipe: Any

@@ -148,7 +148,8 @@ class Studio:
         Args:
             request: a request, or a prompt.
             identity: with a prompt: an identity, its file, an image of the person, or several
-                people with masks, as `PuLID.use` accepts them. A request names its people itself.
+                people with masks, as `PuLID.use` accepts them; with FastComposer the masks are
+                None. A request names its people itself.
                 A mask of another ratio than the images is cropped evenly, with a note.
             inputs: the input files of the request, if they are open already.
             batch_size: images computed at once. With 1, image k is bit for bit what `seed + k`
@@ -190,7 +191,7 @@ class Studio:
             people = open_person(identity)
             if isinstance(people, ReferenceImage):
                 people = self.identify(people)
-            self._check_people(people)
+            self._check_people(request, people)
             people = crop_masks(people, self._size(request))
         result = GenerationResult([], [], dict(inputs.fingerprints))
         if identity is not None:
@@ -270,7 +271,7 @@ class Studio:
         if inputs.has_reference_images:
             inputs = inputs.with_identities(request, self.extractor)
         people = inputs.place_people(request, *self._size(request))
-        self._check_people(people)
+        self._check_people(request, people)
         return people
 
     def _size(self, request: GenerationRequest) -> tuple[int, int]:
@@ -278,14 +279,22 @@ class Studio:
         native = self.preset.models.native_side
         return request.width or native, request.height or native
 
-    def _check_people(self, people: People) -> None:
+    def _check_people(self, request: GenerationRequest, people: People) -> None:
         """Check that the method can show these people."""
         models = self.preset.models
-        if not isinstance(people, Identity) and not models.supports_masks:
-            raise OptionError(
-                "masks and several people in one image are only supported by PuLID and "
-                f"InfiniteYou, not by {models.method}."
-            )
+        if not isinstance(people, Identity):
+            if not models.supports_masks and not models.shows_people_by_words:
+                raise OptionError(
+                    "several people in one image are only supported by PuLID, InfiniteYou and "
+                    "FastComposer, and masks only by PuLID and InfiniteYou, not by "
+                    f"{models.method}."
+                )
+            has_several = any(len(prompt) > 1 for prompt in normalize_people(people))
+            if has_several and models.shows_people_by_words and request.refine_faces is not None:
+                raise OptionError(
+                    f"refine_faces needs a region for each person, and {models.method} has no "
+                    "regions; leave it out."
+                )
         for identity, _ in chain(*normalize_people(people)):
             identity.require(self._extractor.models)
 

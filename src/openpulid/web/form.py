@@ -111,7 +111,7 @@ class FormValues:
             RequestError: values are out of range or do not go together.
         """
         data: dict[str, Any] = {
-            "people": self._describe_people(directory),
+            "people": self._describe_people(preset, directory),
             "model": preset.selection,
             **describe_add_ons(self.values, preset, allow_paths),
         }
@@ -138,14 +138,17 @@ class FormValues:
             return False
         return entry.is_supported(preset)
 
-    def _describe_people(self, directory: Path) -> list[dict[str, Any]]:
+    def _describe_people(self, preset: Preset, directory: Path) -> list[dict[str, Any]]:
         people = [self.person(prefix) for prefix in self.people]
         if not self.has_group:
             return people
-        regions = describe_regions(self.values, self.people, directory)
-        for prefix, person, region in zip(self.people, people, regions, strict=True):
+        for prefix, person in zip(self.people, people, strict=True):
             scale = str(self.values.get(prefix + "scale") or "").strip()
-            person |= {**region, "scale": scale or None}
+            person["scale"] = scale or None
+        if preset.models.supports_masks:  # otherwise the page shows no regions
+            regions = describe_regions(self.values, self.people, directory)
+            for person, region in zip(people, regions, strict=True):
+                person |= region
         return people
 
     def _describe_init_image(self, directory: Path) -> dict[str, Any]:

@@ -10,7 +10,13 @@ from openpulid.pipelines.request_fields import DEFAULT_FACE_ORDER
 from openpulid.web.components import Page
 from openpulid.web.editor import region_canvas
 from openpulid.web.places import person_place
-from openpulid.web.regions import PERSON_COLORS, PERSON_PREFIXES, REGION_CHOICES, SIDE_BY_SIDE
+from openpulid.web.regions import (
+    PERSON_COLORS,
+    PERSON_PREFIXES,
+    REGION_CHOICES,
+    SIDE_BY_SIDE,
+    describe_group,
+)
 
 UPLOADS: dict[str, Any] = {
     "object_fit": "contain",
@@ -73,7 +79,7 @@ def add_person(page: Page, prefix: str = "") -> None:
 
 def add_group(page: Page) -> None:
     """Add the people of an image with several, and the drawing of their regions."""
-    gr.Markdown("Two to four people, each in their own region. The prompt describes the image.")
+    page.parts["group"] = gr.Markdown(describe_group(page.preset.models))
     for pair in (PERSON_PREFIXES[:2], PERSON_PREFIXES[2:]):
         with gr.Row():
             for prefix in pair:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.request_fields import RequestError, quote, split_box
 from openpulid.pipelines.request_inputs import Person
 from openpulid.web.masks import COLOR_NAMES, COLORS, split_colors
@@ -38,6 +39,18 @@ REGION_CHOICES = [SIDE_BY_SIDE, *REGIONS, DRAWN, MASK_FILE]
 
 REGION_FILE = "region-{}.png"
 """The name of a drawn region, with the number of the person."""
+
+
+def describe_group(models: ModelSet) -> str:
+    """Return a sentence on how a method shows several people."""
+    if models.supports_masks:
+        return "Two to four people, each in their own region. The prompt describes the image."
+    if models.shows_people_by_words:
+        return (
+            "Two to four people. The prompt has a word for each of them, in this order, such as "
+            "*a man and a woman*."
+        )
+    return f"{models.method} shows one person in an image. Choose another method for several."
 
 
 def side_by_side(position: int, count: int) -> tuple[float, float, float, float]:

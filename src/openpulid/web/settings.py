@@ -22,7 +22,7 @@ from openpulid.web.fields import FIELDS
 from openpulid.web.layout import size_choices
 from openpulid.web.marks import show_problem
 from openpulid.web.messages import describe_error, error_html, status_html
-from openpulid.web.regions import MASK_FILE, PERSON_PREFIXES
+from openpulid.web.regions import MASK_FILE, PERSON_PREFIXES, SIDE_BY_SIDE, describe_group
 from openpulid.web.restore import read_image
 from openpulid.web.session import WebSession
 
@@ -74,13 +74,29 @@ def show_defaults(page: Page, preset: Preset) -> Updates:
         ),
         page.parts["loras"]: gr.Accordion(visible=has_loras(preset)),
     }
-    return add_ons | {
+    return {**add_ons, **_show_regions(page, preset)} | {
         page.values[entry.name]: gr.update(
             value=entry.default(preset), visible=entry.is_supported(preset)
         )
         for entry in FIELDS
         if entry.is_option
     }
+
+
+def _show_regions(page: Page, preset: Preset) -> Updates:
+    """Show the regions of several people, or hide and reset them for a method without any."""
+    has_regions = preset.models.supports_masks
+    updates: Updates = {
+        page.parts["group"]: describe_group(preset.models),
+        page.parts["drawing"]: gr.update(visible=has_regions),
+    }
+    for prefix in PERSON_PREFIXES:
+        region, mask = page.values[prefix + "region"], page.values[prefix + "mask"]
+        updates[region] = gr.update(visible=has_regions)
+        if not has_regions:
+            updates[region] = gr.update(visible=False, value=SIDE_BY_SIDE)
+            updates[mask] = gr.update(visible=False)
+    return updates
 
 
 def restore_settings(session: WebSession, page: Page, file: str | None) -> Updates:

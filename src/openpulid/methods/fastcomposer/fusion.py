@@ -18,6 +18,7 @@ from openpulid.methods.fastcomposer.encoders import FastComposerEncoder
 from openpulid.methods.hooks import PipelineState, Span
 from openpulid.methods.photomaker.fusion import read_states
 from openpulid.methods.prompt_fusion import (
+    MORE_WORDS,
     Encode,
     Encoding,
     PromptFusion,
@@ -71,9 +72,7 @@ class MarkedWordFusion(PromptFusion):
         tokens = self.tokens[entry]
         if len(positions) < len(tokens):
             raise OptionError(
-                f"the prompt names {len(positions)} of {len(tokens)} people; write one word for "
-                'each of them, such as "a man and a woman", or mark other words by "img" after '
-                "them."
+                f"the prompt names {len(positions)} of {len(tokens)} people; {MORE_WORDS}."
             )
         return fuse_words(states, positions[: len(tokens)], tokens, self.fuse_module)
 

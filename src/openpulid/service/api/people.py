@@ -64,6 +64,13 @@ def translate_person(body: Body) -> Fields:
     for name in body.data:
         if name not in ("people", "model", "method"):
             raise RequestError("{0} does not belong to an identity; leave it out.", name)
+    people = body.data.get("people")
+    if isinstance(people, list) and len(people) > 1:
+        raise RequestError(
+            f"an identity is that of one person, and {{0}} has {len(people)}; send a request for "
+            "each.",
+            "people",
+        )
     fields = translate({**body.data, "prompt": "portrait"})
     fields.names.update(rename_person(IDENTITY_FIELDS))
     return fields
