@@ -73,7 +73,8 @@ def test_gradients_reach_every_image(has_view: bool) -> None:
     assert images.grad is not None and (images.grad.abs().sum((1, 2, 3)) > 0).all()
 
 
-def test_outline_of_a_face_carries_gradient() -> None:
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_outline_of_a_face_carries_gradient(is_bf16: bool) -> None:
     """The recognition models see no background, so they see an outline in the mask alone.
 
     Without the gradient of the mask, an adapter learns neither chin nor jaw from the ID loss.
@@ -87,10 +88,13 @@ def test_outline_of_a_face_carries_gradient() -> None:
     for segment in (embedder.segment, None):
         embedder.segment = segment
         pixels = images.clone().requires_grad_()
-        values = embedder(pixels).embeddings
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            faces = embedder(pixels)
+        values = faces.embeddings
         cosine_similarity(values, found.embeddings.flip(0)).sum().backward()
         gradients.append(pixels.grad * outside)
         embeddings.append(values)
+        assert not faces.masks.requires_grad
     assert torch.allclose(*embeddings, atol=1e-5)
     shares = gradients[0].flatten(1).norm(dim=1) / pixels.grad.flatten(1).norm(dim=1)
     assert (shares > 0.02).all() and gradients[1].abs().max() < 1e-6

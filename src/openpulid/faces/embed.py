@@ -133,8 +133,6 @@ class FaceEmbedder:
         for mask, face in zip(masks, faces, strict=True):
             if face is not None and face.mask is not None:
                 mask.copy_(face.mask)
-        if self.segment is not None and images.requires_grad:
-            masks = with_gradient_of(masks, self.segment(images))
         landmarks = [face.landmarks for face in faces if face is not None]
         if not landmarks:
             # Zeros that are still a function of the images, so that backward works.
@@ -142,7 +140,10 @@ class FaceEmbedder:
             return FaceEmbeddings(has_face, zeros, masks)
 
         points = torch.stack(landmarks).to(images)
-        found = (images[has_face], masks[has_face], points)
+        outlines = masks
+        if self.segment is not None and images.requires_grad:
+            outlines = with_gradient_of(masks, self.segment(images))
+        found = (images[has_face], outlines[has_face], points)
         values = embed_crops(self.models, self.crop, found, generator)
         rows = has_face.nonzero()[:, 0]
         embeddings = values.new_zeros(len(images), values.shape[1]).index_put((rows,), values)
