@@ -1,6 +1,6 @@
 """Measure base models of the miniature on the prompts of held-out scenes.
 
-    python benchmarks/measure_base.py src/openpulid/mini/weights/pipeline weights-next
+    python benchmarks/measure_base.py src/openpulid/mini/weights/pipeline OTHER
 
 Each folder has the subfolders `unet` and `vae`. Everything else is that of the installed miniature.
 The figures are those of `pulid mini build base`.

@@ -33,9 +33,9 @@ from openpulid.io.image_grid import to_pil
 from openpulid.methods.pulid import PuLID
 from openpulid.mini.data import load_faces
 from openpulid.mini.evaluation.evaluate import generate_images
-from openpulid.mini.evaluation.parameter_probe import get_facial_values
 from openpulid.mini.evaluation.prompts import EvalPrompt, render_portraits, sample_prompts
 from openpulid.mini.evaluation.scorers import FaceScorer
+from openpulid.mini.evaluation.value_reader import get_facial_values
 from openpulid.mini.train.loss_models import load_face_embedder
 from openpulid.mini.train.portraits import find_frontal
 from openpulid.mini.train.recognition import (

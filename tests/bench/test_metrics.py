@@ -114,16 +114,17 @@ def test_shuffled_identities_are_not_recognized() -> None:
 
 def test_facial_values_are_compared_with_true_parameters() -> None:
     facial_values = torch.tensor([[0.5, 0.1], [0.9, 0.4]])
-    image_faces = build_faces([[0.5, 0.3], [0.8, 0.4], [0.0, 0.0]], [True, True, False])
+    read_values = torch.tensor([[0.5, 0.3], [0.8, 0.4], [0.0, 0.0]])
     inputs = build_inputs(
-        images=torch.zeros(3, 3, 2, 2),
-        faces=image_faces,
+        images=torch.arange(3)[:, None, None, None].expand(3, 3, 2, 2),
+        faces=build_faces([[1.0]] * 3, [True, True, False]),
         subjects=torch.tensor([0, 1, 1]),
         facial_values=facial_values,
     )
-    values = metrics.FacialValues(lambda embeddings: embeddings)(inputs)
+    read = metrics.FacialValues(lambda images: read_values[images[:, 0, 0, 0]])
+    values = read(inputs)
     assert values[:2].tolist() == pytest.approx([0.1, 0.05]) and values[2].isnan()
-    assert metrics.FacialValues(lambda embeddings: embeddings)(build_inputs()).isnan().all()
+    assert read(build_inputs()).isnan().all()
 
 
 def test_copy_paste_compares_distances_to_both_images() -> None:

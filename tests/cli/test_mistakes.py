@@ -243,7 +243,7 @@ def test_loading_is_noticed(command: Run, monkeypatch: pytest.MonkeyPatch) -> No
         # images
         (("--size", "large"), "expected WIDTHxHEIGHT"),
         (("--size", "100x101"), "must be multiples of 8"),
-        (("--size", "512x512"), "must be from 16 to 128"),
+        (("--size", "512x512"), "must be from 16 to 160"),
         ((*SDXL, "--size", "4096x1024"), "must be from 16 to 2048"),
         (("--seed", -2), "--seed must be at least 0"),
         (("--seed", 2**64), "--seed must be at most 18446744073709551615"),

@@ -18,7 +18,7 @@ from openpulid.pipelines.presets import mini
 from openpulid.world import Person, render
 from openpulid.world.gallery import SCENES, render_portrait
 
-ANNA, BEN, CAROL = 1_000_007, 1_000_011, 1_000_003
+ANNA, BEN, CAROL = 1_000_007, 1_000_011, 1_000_000
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,10 @@ def test_a_controlnet_acts_in_the_first_pass_alone(studio, anna, scene, tmp_path
 
 def test_an_image_without_a_face_stays(studio, anna, tmp_path, caplog) -> None:
     Image.new("RGB", (CANVAS, CANVAS), "gray").save(tmp_path / "gray.png")
-    init_image = {"image": tmp_path / "gray.png", "strength": 0.25}
+    corner = Image.new("L", (CANVAS, CANVAS))
+    corner.paste(255, (0, 0, 16, 16))
+    corner.save(tmp_path / "corner.png")
+    init_image = {"image": tmp_path / "gray.png", "mask": tmp_path / "corner.png"}
     images = [
         studio.generate(
             PROMPT, identity=anna, init_image=init_image, refine_faces=refine, **OPTIONS

@@ -37,6 +37,7 @@ def link_miniature(folder: Path) -> Path:
             weight *= 20
     state["image_encoder.visual_projection.weight"] *= 100
     state["postfuse_module.mlp1.fc2.weight"] *= 10
+    state["postfuse_module.layer_norm.weight"] *= 4
     save_file(state, folder / "fastcomposer.safetensors", metadata)
     return folder
 

@@ -180,7 +180,7 @@ def mini(directory: Path = MINIATURE) -> Preset:
         vision_encoder=directory / "vision-encoder.safetensors",
         is_miniature=True,
         native_side=96,
-        max_side=128,
+        max_side=160,
         min_area=0.65,
         face_share=0.66,
     )

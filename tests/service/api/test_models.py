@@ -14,7 +14,7 @@ def test_presets_have_methods_sizes_and_licenses(client: httpx.Client) -> None:
     for model in models:
         preset = find_preset(model["id"])
         assert model == client.get(f"/v1/models/{model['id']}").json()
-        assert model["size"] == {"native": 96, "multiple": 8, "min": 16, "max": 128}
+        assert model["size"] == {"native": 96, "multiple": 8, "min": 16, "max": 160}
         license = {"weights": "miniature", "license": "Apache-2.0", "commercial": True}
         assert model["licenses"] == [license]
         methods = {method["name"]: method for method in model["methods"]}

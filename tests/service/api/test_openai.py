@@ -155,7 +155,7 @@ def test_models(api: openai.OpenAI) -> None:
     assert next(iter(methods)) == "pulid"
     assert "faceid" in methods
     assert methods["pulid"]["defaults"]["num_inference_steps"] == 4
-    assert model.model_extra["size"] == {"native": 96, "multiple": 8, "min": 16, "max": 128}
+    assert model.model_extra["size"] == {"native": 96, "multiple": 8, "min": 16, "max": 160}
     with pytest.raises(openai.NotFoundError, match="choose one of mini, mini-lightning"):
         api.models.retrieve("dall-e-3")
 

@@ -138,21 +138,21 @@ class FacialValues:
     the mean face is the upper one. NaN if the image shows no face or the parameters are unknown.
 
     Args:
-        predict: face embeddings (B, D) -> facial parameters (B, V).
+        read: images (B, 3, H, W) in [0, 1] -> facial parameters (B, V).
     """
 
     name: ClassVar[str] = "values"
     higher_is_better: ClassVar[bool] = False
 
-    def __init__(self, predict: Callable[[Tensor], Tensor]) -> None:
-        self.predict = predict
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        self.read = read
 
     def __call__(self, inputs: MetricInputs) -> Tensor:
         """Compute the metric for each image, (B,)."""
         undefined = torch.full((len(inputs.images),), float("nan"))
         if inputs.facial_values is None:
             return undefined
-        predicted = self.predict(inputs.faces.embeddings)
+        predicted = self.read(inputs.images)
         error = (predicted - inputs.facial_values[inputs.subjects]).abs().mean(-1)
         return torch.where(inputs.faces.has_face, error, undefined)
 

@@ -44,7 +44,7 @@ from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.miniature import MiniFaceDetector, VGGRecognition
 from openpulid.io.checkpoints import load_module
 from openpulid.mini.data import token_ids
-from openpulid.mini.evaluation.parameter_probe import ParameterProbe, get_facial_values
+from openpulid.mini.evaluation.value_reader import ValueReader, ValueScorer, get_facial_values
 from openpulid.mini.models import AttributeClassifier
 from openpulid.mini.train import clip
 from openpulid.pipelines.factory import no_progress_bars
@@ -90,7 +90,7 @@ class MiniScorers:
     embed_images: EmbedImages
     embed_texts: EmbedTexts
     read: ClassifyAttributes
-    values: ParameterProbe | None = None
+    values: ValueScorer | None = None
 
     def metrics(self) -> list[Metric]:
         """Return the metrics of single images."""
@@ -129,13 +129,14 @@ class MiniScorers:
         """
         classifier = load_module(AttributeClassifier, folder / "attribute-classifier.safetensors")
         vision, text, tokenizer = _load_clip(folder)
-        probe_file = folder / "parameter-probe.safetensors"
+        detector = load_module(MiniFaceDetector, folder / "detector.safetensors")
+        reader = load_module(ValueReader, folder / "value-reader.safetensors")
         return cls(
             FaceScorer.load(folder),
             partial(clip.embed_images, vision),
             lambda prompts: clip.embed_texts(text, token_ids(tokenizer, list(prompts))),
             classifier,
-            load_module(ParameterProbe, probe_file) if probe_file.exists() else None,
+            ValueScorer(detector, reader),
         )
 
 

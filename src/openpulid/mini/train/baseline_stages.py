@@ -1,8 +1,7 @@
-"""Build stages of the miniature's benchmark: baselines, and the probe of face parameters."""
+"""Build stages of the other methods of the miniature's benchmark."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,23 +10,20 @@ from typing import Any
 import torch
 from transformers import CLIPVisionModelWithProjection
 
-from openpulid.faces.miniature import RECOGNITION_MODELS
-from openpulid.io.checkpoints import load_module, read_metadata, save_module
-from openpulid.mini.evaluation.parameter_probe import fit_probe, measure_probe
+from openpulid.io.checkpoints import read_metadata
 from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
 from openpulid.mini.train.baseline_task import BaselineTask
 from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Features
 from openpulid.mini.train.build_context import (
     BuildContext,
     Stage,
-    make_progress_printer,
     stamp,
 )
 from openpulid.mini.train.portraits import Mixture, Portraits
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.presets import mini
-from openpulid.training.pulid import Recipe, SDXLModel, find_recipe, revision
+from openpulid.training.pulid import Recipe, SDXLModel, find_recipe
 
 
 def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
@@ -95,21 +91,6 @@ def load_input(context: BuildContext, extractor: Any, features: Features) -> Any
     if features == "levels":
         return extractor.vision_encoder.config["embed_dim"]
     return extractor.recognition.config["dim"]
-
-
-def train_probe(context: BuildContext) -> dict[str, float]:
-    """Fit the probe that reads face parameters from the scorer's embeddings."""
-    started_at = time.monotonic()
-    file = context.weights / "recognition-scorer.safetensors"
-    scorer = load_module(RECOGNITION_MODELS["scorer"], file, context.device)
-    probe = fit_probe(scorer, context.data, on_progress=make_progress_printer("values"))
-    metadata = {
-        "revision": revision(),
-        "seed": "none: solved, not trained",
-        "minutes": round((time.monotonic() - started_at) / 60, 1),
-    }
-    save_module(probe, context.weights / "parameter-probe.safetensors", metadata)
-    return measure_probe(probe, scorer, context.held_out)
 
 
 BASELINE_STAGES: list[Stage] = [Stage(name, 90, baseline_stage(name)) for name in NAMES]

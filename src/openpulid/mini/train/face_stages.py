@@ -8,6 +8,7 @@ import torch
 
 from openpulid.faces.miniature import RECOGNITION_MODELS, MiniFaceDetector
 from openpulid.mini.data import load_photographs
+from openpulid.mini.evaluation.value_reader import ValueReader, measure_reader
 from openpulid.mini.models import AttributeClassifier
 from openpulid.mini.train.attribute_classifier import AttributeClassifierTask, evaluate_classifier
 from openpulid.mini.train.build_context import BuildContext
@@ -44,17 +45,7 @@ def train_recognition(
         seed: of the training; each has its own.
         details: see `RecognitionTask`.
     """
-    config = TrainerConfig(
-        steps=20_000,
-        lr=3e-3,
-        optimizer="muon",
-        weight_decay=0.1,
-        warmup=50,
-        decay=0.6,
-        ema=0.995,
-        seed=seed,
-        validate_every=800,
-    )
+    config = _recognition_config(seed)
     torch.manual_seed(seed)
     evaluator = RecognitionEvaluator.build(context.held_out, context.runs / "moved.npy")
     model: Any = RECOGNITION_MODELS[name]()
@@ -66,6 +57,32 @@ def train_recognition(
     report = format_report({name: model}, evaluator)
     (context.runs / run_name / "report.md").write_text(report, "utf-8")
     return evaluator.evaluate(model)
+
+
+def train_value_reader(context: BuildContext) -> dict[str, float]:
+    """Train the network that reads facial parameters from images, without a margin loss."""
+    config = _recognition_config(14)
+    torch.manual_seed(config.seed)
+    reader = ValueReader()
+    task = RecognitionTask(reader.network, context.data, None, margin_weight=0.0, details=True)
+    context.train("values", task, config)
+    reader.head = task.values
+    context.save_module(reader, "value-reader", config, "values")
+    return measure_reader(reader.eval(), context.held_out)
+
+
+def _recognition_config(seed: int) -> TrainerConfig:
+    return TrainerConfig(
+        steps=20_000,
+        lr=3e-3,
+        optimizer="muon",
+        weight_decay=0.1,
+        warmup=50,
+        decay=0.6,
+        ema=0.995,
+        seed=seed,
+        validate_every=800,
+    )
 
 
 def train_attribute_classifier(context: BuildContext) -> dict[str, float]:

@@ -6,13 +6,13 @@ from functools import partial
 
 from openpulid.mini.train.adapter_stage import train_adapter
 from openpulid.mini.train.base_stage import train_base
-from openpulid.mini.train.baseline_stages import train_probe
 from openpulid.mini.train.build_context import Stage
 from openpulid.mini.train.clip_stages import train_clip, train_vision_encoder
 from openpulid.mini.train.face_stages import (
     train_attribute_classifier,
     train_detector,
     train_recognition,
+    train_value_reader,
 )
 from openpulid.mini.train.image_stages import render_world, train_autoencoder
 from openpulid.mini.train.student_stage import train_student
@@ -26,7 +26,7 @@ STAGES: list[Stage] = [
     Stage("recognition-loss", 16, partial(train_recognition, name="loss", seed=12)),
     Stage("recognition-scorer", 12, partial(train_recognition, name="scorer", seed=13)),
     Stage("clip", 8, train_clip),
-    Stage("values", 2, train_probe),
+    Stage("values", 12, train_value_reader),
     Stage("vision", 10, train_vision_encoder),
     Stage("attribute-classifier", 6, train_attribute_classifier),
     Stage("autoencoder", 16, train_autoencoder),
