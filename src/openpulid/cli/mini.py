@@ -176,7 +176,7 @@ def demo(
     people_seed: Annotated[
         int, typer.Option(min=0, max=MAX_PERSON, help="Which of the held-out people.")
     ] = 0,
-    preset: MiniaturePreset = "mini",
+    preset: MiniaturePreset = "mini-lightning",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

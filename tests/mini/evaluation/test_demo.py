@@ -114,9 +114,9 @@ def test_demo_writes_sheets_page_and_figures(
     assert sum(not has_identity for *_, has_identity in studio.calls) == len(demo.SHOTS)
     width, height = Image.open(result.image).size
     assert width > 9 * demo.SIDE and height > 2 * demo.SIDE
-    assert Image.open(result.people).size[1] > 3 * demo.SIDE
+    assert Image.open(result.people).size[1] > 4 * demo.SIDE
     page = result.page.read_text("utf-8")
-    assert page.count("data:image/png;base64,") == 1 + 2 * 8 + 3 * 9
+    assert page.count("data:image/png;base64,") == 1 + 2 * 8 + 8 + 3 * 9
     assert "http" not in page  # the page loads nothing
     scores = json.loads((tmp_path / "demo.json").read_text())
     assert scores | {"seconds": result.figures["seconds"]} == result.figures

@@ -57,7 +57,7 @@ SHOTS: dict[str, Scene] = {
 }
 """Prompts, and the scenes that they describe."""
 TITLE = "Somebody nobody trained on, from one picture"
-PEOPLE_TITLE = "Three people, the same prompts and seeds"
+PEOPLE_TITLE = "Three people that nobody trained on, each from one picture"
 REFERENCE = "the only picture given"
 NUM_PEOPLE = 3
 """People of the second sheet; the first of them is the person of the first sheet."""
@@ -78,7 +78,7 @@ class DemoResult:
 
     Attributes:
         image: the person without and with the identity.
-        people: three people with the identity.
+        people: the same prompts without an identity, and with three people.
         page: the HTML page with both.
         figures: the scores by name.
     """
@@ -93,7 +93,7 @@ def run(
     folder: Path,
     *,
     people_seed: int = 0,
-    preset: str = "mini",
+    preset: str = "mini-lightning",
     device: str | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> DemoResult:
@@ -240,9 +240,13 @@ def _write_results(
         ("without the identity", [None, *without]),
         ("with the identity", [portraits[0], *with_identity[0]]),
     ]
+    texts = ["with the identity of each person", *[""] * (len(with_identity) - 1)]
     people: Rows = [
-        ("", [portrait, *images])
-        for portrait, images in zip(portraits, with_identity, strict=False)
+        ("without an identity", [None, *without]),
+        *(
+            (text, [portrait, *images])
+            for text, portrait, images in zip(texts, portraits, with_identity, strict=False)
+        ),
     ]
     matched = f"Images that a face recognition model matches to the right one of {NUM_REFERENCES} "
     matched += f"reference images: {100 * figures['matched_of_8']:.0f}%."
