@@ -25,6 +25,7 @@ UPLOADS: dict[str, Any] = {
     "file_types": ["file"],
     "interactive": True,
     "buttons": [],
+    "elem_classes": "references",
 }
 
 ORDER_CHOICES = [
