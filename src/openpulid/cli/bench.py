@@ -55,6 +55,13 @@ def run_suite(
             "another scale. The base is always included."
         ),
     ] = "pulid",
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated identity scales, such as 0.3,0.5,1: every method at each of them "
+            "as well, for curves and the comparison at equal similarity."
+        ),
+    ] = None,
     people: Annotated[
         Path | None, typer.Option(help="Folder of photos, for a suite without its own people.")
     ] = None,
@@ -73,7 +80,7 @@ def run_suite(
 ) -> None:
     """Generate all missing images, compute their metrics and write the report."""
     _check_libraries()
-    from openpulid.bench.methods import check_weights, select_presets
+    from openpulid.bench.methods import check_weights, parse_scales, select_presets
     from openpulid.bench.ray_backend import check_workers
     from openpulid.bench.run import run_benchmark
     from openpulid.bench.suite import load_suite
@@ -84,7 +91,8 @@ def run_suite(
     if recognition is not None:
         loaded_suite = loaded_suite.with_recognition(recognition)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    presets = select_presets(loaded_suite, names)
+    selected_scales = [] if scales is None else parse_scales(scales)
+    presets = select_presets(loaded_suite, names, selected_scales)
     loaded_suite, subjects = _load_subjects(loaded_suite, people, count)
     check_weights(presets)
     make_directory(out)
