@@ -20,6 +20,7 @@ from openpulid.bench.perf.inference import (
     FluxTarget,
     SDXLTarget,
     SpeedTarget,
+    TwoPasses,
     measure,
 )
 from openpulid.bench.perf.random_models import default_dtype
@@ -32,7 +33,9 @@ LABELS = {
     "base": "base",
     "pulid": "with identity",
     "recomputed": "identity recomputed every step",
-    "two passes": "identity in two calls",
+    "base, two passes": "base in two calls",
+    "pulid, two passes": "with identity in two calls",
+    "recomputed, two passes": "identity recomputed in two calls",
 }
 """Labels of the candidates of `inference.measure`."""
 
@@ -68,7 +71,7 @@ class GuidedFlux:
         target: one call with the prompt.
     """
 
-    apart: Callable[[], object] | None = None
+    two_passes: TwoPasses | None = None
 
     def __init__(self, target: FluxTarget) -> None:
         self.target = target
