@@ -181,6 +181,31 @@ def test_two_passes_are_the_halves_of_one_batch() -> None:
     assert not torch.allclose(shown, base)
 
 
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_step_with_compiled_blocks_is_that_without(name: str) -> None:
+    if name == "flux":
+        target: Any = flux_target()
+    else:
+        pipe = tiny.pipe()
+        target = inference.SDXLTarget(RandomSDXL(pipe.unet, pipe.vae), pixels=16, guided=True)
+
+    def outputs() -> list[torch.Tensor]:
+        base = [target.step() for _ in range(2)]  # FLUX alternates between two timesteps
+        with target.use_identity():
+            return [*base, *(target.step() for _ in range(2))]
+
+    blocks = list(target.blocks())
+    with torch.inference_mode():
+        expected = outputs()
+        with inference.compile_blocks(target, backend="eager"):
+            assert len(blocks) > 4 and all(block._compiled_call_impl for block in blocks)
+            torch.testing.assert_close(outputs(), expected, rtol=1e-4, atol=1e-5)
+            base, pulid, *_ = inference.measure(target, rounds=1)
+            assert base.seconds > 0 and pulid.within is not None and pulid.within > 1
+        assert torch.equal(target.step(), expected[0])
+    assert not any(block._compiled_call_impl for block in blocks)
+
+
 def test_identity_work_is_timed_in_every_layer() -> None:
     pipe = tiny.pipe()
     target = inference.SDXLTarget(RandomSDXL(pipe.unet, pipe.vae), pixels=16)

@@ -6,14 +6,15 @@ identity's keys and values again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from openpulid.bench.perf.random_models import (
@@ -171,6 +172,16 @@ class SDXLTarget:
         projections = [layer.to_out[0] for layer in cross_attentions(self.base.unet).values()]
         return time_hooks(projections, self.device, pre=True)
 
+    def blocks(self) -> Iterable[nn.Module]:
+        """Return what is compiled of the repeated blocks: all but the cross-attention.
+
+        The identity acts inside of it: compiled, each block would be a graph of its own, and
+        PyTorch keeps 8.
+        """
+        for module in self.base.unet.modules():
+            if isinstance(module, BasicTransformerBlock):
+                yield from (module.attn1, module.ff)
+
 
 class SDXLTwoPasses:
     """`TwoPasses` of SDXL.
@@ -300,6 +311,32 @@ class FluxTarget:
         hooked = [blocks[kind][index] for kind, index in identity_blocks(self.transformer)]
         return time_hooks(hooked, self.device)
 
+    def blocks(self) -> Iterable[nn.Module]:
+        """Return the repeated blocks; the identity is added between them."""
+        yield from self.transformer.transformer_blocks
+        yield from self.transformer.single_transformer_blocks
+
+
+@contextmanager
+def compile_blocks(target: SDXLTarget | FluxTarget, backend: str = "inductor") -> Iterator[None]:
+    """Compile the repeated blocks of a base while the context is open.
+
+    They are compiled in the first round, which is not counted.
+
+    Args:
+        target: names its `blocks`.
+        backend: of `torch.compile`.
+    """
+    blocks = list(target.blocks())
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+        torch.compiler.reset()
+
 
 def speed_target(
     name: str,
@@ -310,7 +347,7 @@ def speed_target(
     depth: float = 1.0,
     level: str = "full",
     compiled: bool = False,
-) -> SpeedTarget:
+) -> SDXLTarget | FluxTarget:
     """Build "mini", "sdxl" or "flux" at full size with random weights.
 
     Args:
