@@ -290,6 +290,8 @@ def test_loading_is_noticed(command: Run, monkeypatch: pytest.MonkeyPatch) -> No
         ((*FLUX, "--style", "anna.png"), "`pulid weights get ip-adapter-flux clip-l`"),
         (("--refine-strength", 0.01), "runs none of the 20 steps"),
         (("--pose-from-prompt", "--method", "faceid"), "does not support: --pose-from-prompt"),
+        (("--compile", "--method", "faceid"), "with faceid does not support: --compile."),
+        ((*FLUX, "--no-compile"), "does not support: --compile."),
         (("--grid", "zoom=1,2"), "--grid has no option 'zoom'"),
         (("--grid", "guidance=4,1000"), "--guidance must be at most 100"),
         (("--name", "{person}"), "person"),
