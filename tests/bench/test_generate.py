@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from openpulid.bench import report
+from openpulid.bench.equal_similarity import group_curves
 from openpulid.bench.generate import Worker, generate_run, local_executor
 from openpulid.bench.methods import MethodSpec, check_weights, load_studios, select_presets
 from openpulid.bench.metrics import FID
@@ -329,8 +330,8 @@ def test_scales_of_a_method_form_one_curve() -> None:
         Row(name, {}, scale=scale)
         for name, scale in (("pulid", 0.7), ("other", 1.0), ("pulid@0.4", 0.4))
     ]
-    curves = [[row.method for row in curve] for curve in report.group_curves(rows)]
-    assert curves == [["pulid@0.4", "pulid"], ["other"]]
+    curves = {name: [row.method for row in curve] for name, curve in group_curves(rows).items()}
+    assert curves == {"pulid": ["pulid@0.4", "pulid"], "other": ["other"]}
 
 
 def test_labels_are_unique() -> None:

@@ -182,6 +182,17 @@ def test_options_of_flux(pulid: Run, studio: FakeStudio, tmp_path: Path) -> None
     assert style.is_one_sentence and "with flux use --start-step" in style.err
 
 
+def test_compiling_is_chosen_and_stored(pulid: Run, studio: FakeStudio, tmp_path: Path) -> None:
+    """With `--from` another choice replaces the stored one, as another memory level does."""
+    done = pulid("generate", "portrait", "--compile", "-o", tmp_path)
+    assert done.code == 0, done.err
+    again = ("generate", "--from", tmp_path / "portrait-0.png", "-o", tmp_path / "again")
+    for words in ((), ("--no-compile",), ("--compile",)):
+        assert pulid(*again, *words).code == 0
+    choices = [request.identity.compiled for request in studio.requests]
+    assert choices == [True, True, False, True]
+
+
 def test_image_is_regenerated_after_defaults_changed(
     pulid: Run, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

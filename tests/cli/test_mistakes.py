@@ -154,7 +154,7 @@ BENCH = ("bench", "run", "suite.json", "--people", "people", "-o")
         (("generate", "portrait"), "vae/diffusion_pytorch_model.safetensors cannot be loaded"),
         (("generate", "portrait", *PERSON), "poisoned/detector.safetensors is not a complete"),
         (("identify", "anna.png", "-o", "new.safetensors"), "poisoned/detector.safetensors is not"),
-        ((*BENCH, "control-run"), "scrfd_10g_bnkps.onnx is not installed"),
+        ((*BENCH, "control-run"), "vae/diffusion_pytorch_model.safetensors cannot be loaded"),
     ],
 )
 def test_poison_is_noticed_when_a_model_is_loaded(
@@ -290,6 +290,8 @@ def test_loading_is_noticed(command: Run, monkeypatch: pytest.MonkeyPatch) -> No
         ((*FLUX, "--style", "anna.png"), "`pulid weights get ip-adapter-flux clip-l`"),
         (("--refine-strength", 0.01), "runs none of the 20 steps"),
         (("--pose-from-prompt", "--method", "faceid"), "does not support: --pose-from-prompt"),
+        (("--compile", "--method", "faceid"), "with faceid does not support: --compile."),
+        ((*FLUX, "--no-compile"), "does not support: --compile."),
         (("--grid", "zoom=1,2"), "--grid has no option 'zoom'"),
         (("--grid", "guidance=4,1000"), "--guidance must be at most 100"),
         (("--name", "{person}"), "person"),
@@ -407,6 +409,9 @@ def test_web(run: Run, words: tuple[str, ...], message: str) -> None:
     [
         (("--methods", "magic"), "there is no method 'magic'"),
         (("--methods", "pulid@x"), "expected METHOD, METHOD:FILE"),
+        (("--scales", "0.3;0.5"), "expected numbers with commas"),
+        (("--scales", "1000"), "1000"),
+        (("--preset", "sdlx"), "did you mean 'sdxl'?"),
         (("--methods", "pulid:none.safetensors"), "none.safetensors does not exist"),
         (("--methods", "pulid:notes.safetensors"), "notes.safetensors cannot be loaded"),
         (("--methods", "pulid:other.safetensors"), "it is an identity"),

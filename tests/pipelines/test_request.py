@@ -194,7 +194,7 @@ def test_presets_resolve_every_option_they_support(name: str) -> None:
     resolved = preset.resolve(GenerationRequest(prompt="portrait"))
     assert resolved.resolved and resolved.model.preset == name
     optional = {"controls", "memory", "start_step", "loras", "embeddings", "style_image"}
-    optional |= {"pose_from_prompt"}
+    optional |= {"pose_from_prompt", "compiled"}
     optional |= {"width", "height"} if preset.models.is_miniature else set()
     optional |= set() if name.startswith("sdxl") else {"negative_prompt"}
     assert set(resolved.list_options()) >= preset.options - optional

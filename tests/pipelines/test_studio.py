@@ -293,7 +293,7 @@ def test_unsupported_options_are_refused(studio, anna, name: str) -> None:
 def test_each_method_declares_its_options() -> None:
     sampling = {"negative_prompt", "width", "height", "num_inference_steps", "guidance_scale"}
     shared = sampling | {"scale", "start", "end", "controls", "loras", "embeddings"}
-    pulid_only = {"projection", "num_zero", "style_image", "pose_from_prompt"}
+    pulid_only = {"projection", "num_zero", "compiled", "style_image", "pose_from_prompt"}
     assert mini().options - shared == pulid_only
     assert with_method(mini(), "faceid").options == shared
     flux_only = {"true_cfg_scale", "max_sequence_length", "start_step", "timestep_to_start_cfg"}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from openpulid.bench.run_dir import BASE
@@ -19,6 +20,10 @@ from openpulid.pipelines.presets import Preset, find_preset, with_method
 from openpulid.pipelines.studio import Studio
 from openpulid.pipelines.weights import missing_weights
 from openpulid.training.tuning import TUNING_METHODS
+
+logger = logging.getLogger(__name__)
+
+NUMBER = r"\d*\.?\d+"
 
 Presets = Mapping[str, Preset]
 """Label of each method -> its preset, as `select_presets` returns them."""
@@ -45,7 +50,7 @@ class MethodSpec:
         Raises:
             OptionError: the text has another form.
         """
-        match = re.fullmatch(r"([^:@]+)(?::(.+?))?(?:@(\d*\.?\d+))?", text)
+        match = re.fullmatch(rf"([^:@]+)(?::(.+?))?(?:@({NUMBER}))?", text)
         if match is None:
             raise OptionError(
                 f"{text}: expected METHOD, METHOD:FILE, METHOD@SCALE or METHOD:FILE@SCALE, "
@@ -61,16 +66,32 @@ class MethodSpec:
         return name if self.scale is None else f"{name}@{self.scale:g}"
 
 
-def select_presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
+def parse_scales(text: str) -> list[float]:
+    """Parse scales that are separated by commas, each once.
+
+    Raises:
+        OptionError: the text has another form.
+    """
+    scales = [part.strip() for part in text.split(",") if part.strip()]
+    if not scales or not all(re.fullmatch(NUMBER, scale) for scale in scales):
+        raise OptionError(f"--scales {text}: expected numbers with commas, for example 0.3,0.5,1.")
+    return list(dict.fromkeys(map(float, scales)))
+
+
+def select_presets(
+    suite: Suite, names: Sequence[str], scales: Sequence[float] = ()
+) -> dict[str, Preset]:
     """Map the label of each method to its preset, the base first.
 
     Args:
         suite: the suite, whose preset all methods use.
         names: methods in the form `METHOD[:FILE][@SCALE]`.
+        scales: each method is selected at these scales as well. A method that has none is not,
+            with a log message; neither is a row that would be the same as another one.
 
     Raises:
-        OptionError: a method or file does not exist, a file is of one person, or two methods have
-            the same label.
+        OptionError: a method or file does not exist, a file is of one person, a method has no
+            scale, or two methods have the same label.
     """
     presets = {BASE: find_preset(suite.preset)}
     specs = [spec for spec in map(MethodSpec.parse, names) if spec.method != BASE]
@@ -80,22 +101,42 @@ def select_presets(suite: Suite, names: Sequence[str]) -> dict[str, Preset]:
                 f"two methods would both be called {spec.label}; rename one file, or name each "
                 "method once."
             )
-        if spec.file is not None and spec.method in TUNED_METHODS:
-            raise OptionError(
-                f"{spec.file} shows one person; name {spec.method} without a file, and it is tuned "
-                "on each person of the run."
-            )
-        if spec.method in TUNING_METHODS:
-            preset: Preset = tuned_preset(presets[BASE], spec.method)
-        else:
-            preset = with_method(presets[BASE], spec.method, spec.file)
-        presets[spec.label] = (
-            preset if spec.scale is None else preset.with_defaults(scale=spec.scale)
+        preset = _select_preset(presets[BASE], spec)
+        presets[spec.label] = preset
+        for scale in scales:
+            further = replace(spec, scale=scale)
+            if "scale" not in preset.options:
+                logger.warning("%s has no scale: --scales does not apply to it.", spec.method)
+                break
+            if further not in specs and preset.defaults.identity.scale != scale:
+                presets.setdefault(further.label, preset.with_defaults(scale=scale))
+    if "scale" in suite.options and (scales or any(spec.scale is not None for spec in specs)):
+        raise OptionError(
+            f"suite {suite.name} sets the scale of all methods; remove scale from its options, or "
+            "leave out --scales and @SCALE."
         )
     for spec in specs:
         if spec.file is not None and not spec.file.exists():
             raise OptionError(f"{spec.file} does not exist; METHOD:FILE needs an adapter file.")
     return presets
+
+
+def _select_preset(base: Preset, spec: MethodSpec) -> Preset:
+    """Return the preset of a method. Raises as `select_presets`."""
+    if spec.file is not None and spec.method in TUNED_METHODS:
+        raise OptionError(
+            f"{spec.file} shows one person; name {spec.method} without a file, and it is tuned "
+            "on each person of the run."
+        )
+    if spec.method in TUNING_METHODS:
+        preset: Preset = tuned_preset(base, spec.method)
+    else:
+        preset = with_method(base, spec.method, spec.file)
+    if spec.scale is None:
+        return preset
+    if "scale" not in preset.options:
+        raise OptionError(f"{spec.method} has no scale; name it without @{spec.scale:g}.")
+    return preset.with_defaults(scale=spec.scale)
 
 
 def check_weights(presets: Mapping[str, Preset]) -> None:

@@ -11,8 +11,16 @@ from pathlib import Path
 
 from PIL import Image
 
+from openpulid.bench.equal_similarity import group_curves
 from openpulid.bench.run_dir import Run, SampleKey
-from openpulid.bench.table import ATTRIBUTES_TITLE, HIGHER_IS_BETTER, ResultTable, Row, TextTable
+from openpulid.bench.table import (
+    ATTRIBUTES_TITLE,
+    EQUAL_SIMILARITY_TITLE,
+    HIGHER_IS_BETTER,
+    ResultTable,
+    Row,
+    TextTable,
+)
 from openpulid.io.files import write_bytes
 from openpulid.io.image_grid import labeled_grid
 from openpulid.io.images import open_image
@@ -81,7 +89,7 @@ def draw_plot(rows: Sequence[Row]) -> Image.Image | None:
         return None
     figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=140, facecolor="#faf9f6")
     axes = figure.subplots()
-    for curve in group_curves(points):
+    for curve in group_curves(points).values():
         x = [row.columns[metric] for row in curve]
         y = [row.columns["face_sim"] for row in curve]
         line = axes.plot([i.mean for i in x], [i.mean for i in y], marker="o")[0]
@@ -114,14 +122,6 @@ def draw_plot(rows: Sequence[Row]) -> Image.Image | None:
 
 def _is_measured(rows: Sequence[Row], name: str) -> bool:
     return any(name in row.columns for row in rows)
-
-
-def group_curves(rows: Sequence[Row]) -> list[list[Row]]:
-    """Group the rows METHOD and METHOD@SCALE of each method, by increasing scale."""
-    curves: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row.scale):
-        curves.setdefault(row.method.partition("@")[0], []).append(row)
-    return list(curves.values())
 
 
 def draw_faces(run: Run, side: int = 176) -> Image.Image:
@@ -168,6 +168,12 @@ def format_page(table: ResultTable, plot: Image.Image | None) -> str:
         parts.append(
             f'<img class="plot" alt="identity against preservation" src="{_data_url(plot, None)}">'
         )
+    if table.comparison is not None:
+        parts.append(f"<h2>{EQUAL_SIMILARITY_TITLE}</h2>")
+        if differences := table.differences():
+            parts.append(f"<p>{html.escape(table.describe_differences())}</p>")
+            parts.append(_format_table(differences))
+        parts += [f"<p>{html.escape(note)}</p>" for note in table.comparison.notes]
     if attributes := table.attributes():  # a long table; collapsed, so that the images come first
         parts.append(
             f"<details><summary>{ATTRIBUTES_TITLE}</summary>{_format_table(attributes)}</details>"

@@ -30,6 +30,15 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 BATCH_SIZE = 8
 
+RECOGNITION_WEIGHTS: Mapping[Recognition, tuple[str, ...]] = {
+    "curricularface": ("detector", "scorer-recognition"),
+    "sface": ("yunet", "scorer-sface"),
+}
+"""Published weights of the face detector and face recognition model."""
+
+OPTIONAL_WEIGHTS = ("scorer-clip", "scorer-dino", "scorer-lpips", "scorer-inception")
+"""Published weights of further metrics, which are left out without them."""
+
 Model = TypeVar("Model")
 
 

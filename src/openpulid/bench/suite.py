@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 
 from openpulid.bench.files import parse_json, read_json
 from openpulid.errors import OptionError, suggest
+from openpulid.pipelines.presets import PRESETS, find_preset
 from openpulid.pipelines.request import GenerationOptions
 from openpulid.pipelines.request_fields import MAX_PROMPT
 from openpulid.world import ATTRIBUTES
@@ -88,8 +89,11 @@ class Suite:
 
     @property
     def uses_miniature(self) -> bool:
-        """Whether the suite runs on the miniature, whose metric models are shipped."""
-        return self.preset.startswith("mini")
+        """Whether the suite runs on the miniature, whose metric models are shipped.
+
+        A directory is one of a trained miniature.
+        """
+        return self.preset.startswith("mini") or self.preset not in PRESETS
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Suite:
@@ -125,6 +129,36 @@ class Suite:
             for source, methods in self.published.items()
         }
         return replace(self, recognition=cast(Recognition, name), published=published)
+
+    def with_preset(self, name: str) -> Suite:
+        """Return the suite on another preset.
+
+        Published values are left out: they were measured with another base model. Other presets
+        than the miniature's do not know its synthetic people, and no classifier finds attributes in
+        their images: a suite of the miniature keeps its prompts and seeds, for photos.
+
+        Raises:
+            OptionError: there is no such preset, or the suite is for photos, which the miniature
+                cannot show.
+        """
+        is_miniature = find_preset(name).models.is_miniature
+        if name == self.preset:
+            return self
+        if is_miniature and not self.uses_miniature:
+            raise OptionError(
+                f"suite {self.name} is for photos, and preset {name!r} shows synthetic people "
+                "only; choose the suite miniature or quick."
+            )
+        suite = replace(self, preset=name, published={})
+        if is_miniature or not self.uses_miniature:
+            return suite
+        return replace(
+            suite,
+            about=f"The prompts of the suite {self.name} with photos.",
+            num_people=0,
+            first_person=0,
+            prompts=[replace(prompt, attributes={}) for prompt in self.prompts],
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON data."""

@@ -10,6 +10,11 @@ from typing import Any
 
 import torch
 
+from openpulid.bench.equal_similarity import (
+    PRESERVATION,
+    PairedDifference,
+    compare_at_equal_similarity,
+)
 from openpulid.bench.metrics import COLUMNS, FID, IDENTITY_METRICS, Interval, bootstrap
 from openpulid.bench.run_dir import BASE, Record, Run, SampleKey
 
@@ -29,6 +34,7 @@ ALL_COSTS = {**COSTS, **PERSON_COSTS}
 HIGHER_IS_BETTER = {**{metric.name: metric.higher_is_better for metric in COLUMNS}, **ALL_COSTS}
 """All columns in their order, and whether more is better."""
 
+EQUAL_SIMILARITY_TITLE = "At equal identity similarity"
 ATTRIBUTES_TITLE = "Share of images that show a requested attribute"
 
 
@@ -155,6 +161,7 @@ class ResultTable:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.rows = [build_row(run, method) for method in run.methods]
+        self.comparison = compare_at_equal_similarity(run)
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON data."""
@@ -176,7 +183,41 @@ class ResultTable:
                     "intervals": intervals,
                 }
             )
-        return {"suite": self.run.suite.name, "rows": rows}
+        return {
+            "suite": self.run.suite.name,
+            "rows": rows,
+            "equal_similarity": self._comparison_to_json(),
+        }
+
+    def _comparison_to_json(self) -> dict[str, Any] | None:
+        if self.comparison is None:
+            return None
+        rows = []
+        for match in self.comparison.matches:
+            differences = {}
+            for name, difference in match.differences.items():
+                interval = difference.interval
+                differences[name] = {
+                    "mean": round(interval.mean, 5),
+                    "interval": None
+                    if math.isnan(interval.low)
+                    else [round(interval.low, 5), round(interval.high, 5)],
+                    "better": difference.num_better,
+                    "people": difference.num_people,
+                }
+            rows.append(
+                {
+                    "method": match.method,
+                    "face_sim": round(match.face_sim, 5),
+                    "scale": round(match.scale, 5),
+                    "differences": differences,
+                }
+            )
+        return {
+            "reference": self.comparison.reference,
+            "rows": rows,
+            "notes": list(self.comparison.notes),
+        }
 
     def overview(self) -> TextTable:
         """Return the table as text, one row per method.
@@ -197,6 +238,33 @@ class ResultTable:
             ratio = "" if math.isnan(row.time_ratio) else f"{row.time_ratio:.2f}"
             rows.append([row.method, str(row.num_images), *cells, ratio])
         return TextTable(["method", "images", *titles, "time to base"], rows)
+
+    def differences(self) -> TextTable | None:
+        """Return the comparison at equal similarity as text; None without a comparable row."""
+        if self.comparison is None or not self.comparison.matches:
+            return None
+        matches = self.comparison.matches
+        names = [
+            name for name in PRESERVATION if any(name in match.differences for match in matches)
+        ]
+        rows = []
+        for match in matches:
+            cells = [_format_difference(match.differences.get(name)) for name in names]
+            rows.append([match.method, f"{match.face_sim:.3f}", f"{match.scale:.2f}", *cells])
+        titles = [f"{name} {'↑' if PRESERVATION[name] else '↓'}" for name in names]
+        header = ["method", "face_sim", f"scale of {self.comparison.reference}", *titles]
+        return TextTable(header, rows)
+
+    def describe_differences(self) -> str:
+        """Describe in one paragraph what the comparison at equal similarity shows."""
+        assert self.comparison is not None
+        reference = self.comparison.reference
+        return (
+            f"{reference} minus each method, at the scale where the mean face_sim of {reference} "
+            "equals that of the method (linear between neighboring scales): the mean of the paired "
+            f"differences per person, with 95% intervals over people, and for how many people "
+            f"{reference} is better."
+        )
 
     def attributes(self) -> TextTable | None:
         """Return, for each requested attribute value, the share of images that show it.
@@ -267,6 +335,11 @@ class ResultTable:
         """Format all tables and notes as Markdown."""
         parts = [f"# {self.run.suite.name}", self.summary(), self.overview().to_markdown()]
         parts += self.notes()
+        if self.comparison is not None:
+            parts.append(f"## {EQUAL_SIMILARITY_TITLE}")
+            if differences := self.differences():
+                parts += [self.describe_differences(), differences.to_markdown()]
+            parts += self.comparison.notes
         if attributes := self.attributes():
             parts += [f"## {ATTRIBUTES_TITLE}", attributes.to_markdown()]
         for source, table in self.published().items():
@@ -282,7 +355,18 @@ def _format_interval(interval: Interval | None) -> str:
     if interval is None:
         return ""
     digits = 3 if abs(interval.mean) < 10 else 1
-    text = f"{interval.mean:.{digits}f}"
+    return f"{interval.mean:.{digits}f}{_format_margin(interval, digits)}"
+
+
+def _format_margin(interval: Interval, digits: int) -> str:
     if math.isnan(interval.low):
-        return text
-    return f"{text} ± {(interval.high - interval.low) / 2:.{digits}f}"
+        return ""
+    return f" ± {(interval.high - interval.low) / 2:.{digits}f}"
+
+
+def _format_difference(difference: PairedDifference | None) -> str:
+    if difference is None:
+        return ""
+    margin = _format_margin(difference.interval, 3)
+    share = f"{difference.num_better} of {difference.num_people}"
+    return f"{difference.interval.mean:+.3f}{margin} ({share})"

@@ -15,6 +15,7 @@ from openpulid.cli.bench_perf import (
     measure_training,
     select_device,
 )
+from openpulid.cli.bench_plan import print_missing_files, print_plan
 from openpulid.cli.options import (
     MAX_PEOPLE,
     AsJson,
@@ -55,6 +56,16 @@ def run_suite(
             "another scale. The base is always included."
         ),
     ] = "pulid",
+    scales: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated identity scales, such as 0.3,0.5,1: every method at each of them "
+            "as well, for curves and the comparison at equal similarity."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Preset of all methods; the suite's by default.")
+    ] = None,
     people: Annotated[
         Path | None, typer.Option(help="Folder of photos, for a suite without its own people.")
     ] = None,
@@ -69,11 +80,15 @@ def run_suite(
     workers: Annotated[
         str | None, typer.Option(help="Number of processes, or ray://HOST:PORT for a cluster.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Print the published files that are needed, and end."),
+    ] = False,
     device: Device = None,
 ) -> None:
     """Generate all missing images, compute their metrics and write the report."""
     _check_libraries()
-    from openpulid.bench.methods import check_weights, select_presets
+    from openpulid.bench.methods import check_weights, parse_scales, select_presets
     from openpulid.bench.ray_backend import check_workers
     from openpulid.bench.run import run_benchmark
     from openpulid.bench.suite import load_suite
@@ -81,11 +96,20 @@ def run_suite(
     if workers is not None:
         check_workers(workers)
     loaded_suite = load_suite(suite)
+    if preset is not None:
+        loaded_suite = loaded_suite.with_preset(preset)
     if recognition is not None:
         loaded_suite = loaded_suite.with_recognition(recognition)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    presets = select_presets(loaded_suite, names)
+    selected_scales = [] if scales is None else parse_scales(scales)
+    lacks_people = people is None and not loaded_suite.num_people
+    if plan or (preset is not None and lacks_people):
+        print_plan(loaded_suite, names)
+        if plan:
+            return
+    presets = select_presets(loaded_suite, names, selected_scales)
     loaded_suite, subjects = _load_subjects(loaded_suite, people, count)
+    print_missing_files(loaded_suite, presets)
     check_weights(presets)
     make_directory(out)
     paths = run_benchmark(
@@ -146,7 +170,8 @@ def _load_subjects(
         return suite, load_photo_subjects(photos, count)
     if not suite.num_people:
         raise OptionError(
-            f"suite {suite.name} has no people of its own; pass a folder of photos with --people."
+            f"suite {suite.name} has no people for preset {suite.preset}; pass a folder of photos "
+            "with --people."
         )
     return suite, synthetic_subjects(count or suite.num_people, suite.first_person)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,6 +103,13 @@ def measure_inference(
     compiled: Annotated[
         bool, typer.Option("--compile", help="SDXL: with compiled identity attention.")
     ] = False,
+    blocks: Annotated[
+        bool,
+        typer.Option(
+            "--compile-blocks",
+            help="With the base's repeated blocks compiled; SDXL's but for the cross-attention.",
+        ),
+    ] = False,
     rounds: Rounds = 5,
     out: Output = None,
     overwrite: Overwrite = False,
@@ -118,7 +126,9 @@ def measure_inference(
     target = inference.speed_target(
         base, torch_device, size, batch, guided, depth_scale, level, compiled
     )
-    steps = inference.measure(target, rounds, None if as_json else print_progress)
+    on_progress = None if as_json else print_progress
+    with inference.compile_blocks(target) if blocks else nullcontext():
+        steps = inference.measure(target, rounds, on_progress)
     configuration = {
         "base": base,
         "size": size,
@@ -127,6 +137,7 @@ def measure_inference(
         "depth_scale": depth_scale,
         "memory": level,
         "compiled": compiled,
+        "compiled_blocks": blocks,
         "device": str(torch_device),
         "dtype": str(dtype_of(base, torch_device)),
         "rounds": rounds,

@@ -47,6 +47,7 @@ def build_request(options: Mapping[str, Any]) -> GenerationRequest:
         "projection": options["projection"] or mode.projection,
         "num_zero": mode.num_zero if options["num_zero"] is None else options["num_zero"],
         "start_step": options["start_step"],
+        "compiled": options["compiled"],
         "pose_from_prompt": options["pose_from_prompt"],
     }
     models = {

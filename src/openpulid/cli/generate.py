@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 ALLOWED_WITH_FROM = (
-    *("source", "out", "name", "device", "memory", "no_metadata"),
+    *("source", "out", "name", "device", "memory", "compiled", "no_metadata"),
     *("c2pa", "c2pa_cert", "c2pa_key"),
 )
 FILE_OPTIONS = {
@@ -112,6 +112,14 @@ def generate(
     ] = None,
     start_step: Annotated[
         int | None, typer.Option(min=0, help="FLUX: step from which the identity acts.")
+    ] = None,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="PuLID on SDXL: compile identity attention; by default on NVIDIA GPUs for more "
+            "than 16 images.",
+        ),
     ] = None,
     pose_from_prompt: Annotated[
         bool,
@@ -264,7 +272,7 @@ def generate(
         if source is not None:
             files = collect_files(ctx)
             repeated = {name: ctx.params[name] or () for name in REPEATED_FILES}
-            request = read_stored_request(source, repeated, files, memory)
+            request = read_stored_request(source, repeated, files, memory, compiled)
             run_request(request, output, device)
             return
         if prompt is None and not grid:
@@ -296,6 +304,7 @@ def read_stored_request(
     repeated: Mapping[str, Sequence[str]],
     files: Mapping[str, str],
     memory: str | None,
+    compiled: bool | None,
 ) -> GenerationRequest:
     """Read the request of an image, and name its input files again.
 
@@ -304,6 +313,7 @@ def read_stored_request(
         repeated: the files of options that can be repeated, see `name_repeated_files`.
         files: path of a field -> file, of the other input files.
         memory: memory level instead of the stored one.
+        compiled: whether identity attention is compiled, instead of the stored choice.
 
     Raises:
         OptionError: the image has no parameters, or an input file is not named or has changed.
@@ -313,7 +323,8 @@ def read_stored_request(
     provenance = Provenance.read(image)
     named = {**files, **name_repeated_files(provenance.required_files(), repeated)}
     request = provenance.restore(named, image)
-    return request.with_memory(memory) if memory else request
+    request = request.with_memory(memory) if memory else request
+    return request if compiled is None else request.with_compiled(compiled)
 
 
 def collect_files(ctx: typer.Context) -> dict[str, str]:

@@ -47,6 +47,7 @@ OPTION_NAMES = {
     "identity.projection": "--projection",
     "identity.num_zero": "--num-zero",
     "identity.start_step": "--start-step",
+    "identity.compiled": "--compile",
     "identity.pose_from_prompt": "--pose-from-prompt",
     "people.images": "--id",
     "people.identity": "--id",

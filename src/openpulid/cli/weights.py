@@ -26,21 +26,29 @@ Directory = Annotated[
 ]
 
 
+WEIGHT_COLUMNS = ("name", "file", "MB", "license", "sha256", "installed")
+
+
 @weights.command("list")
 def list_weights(folder: Directory = None) -> None:
     """List all published weights, their licenses, and where they are installed."""
-    from openpulid.io.hub import SHA256, WEIGHTS, locate
+    from openpulid.io.hub import WEIGHTS
 
-    rows = []
-    for name, entry in WEIGHTS.items():
-        try:
-            path = str(locate(name, folder))
-        except WeightsError:
-            path = "-"
-        license_name = entry.license if entry.commercial else f"{entry.license} (not commercial)"
-        checksum = SHA256.get(name, "-")[:12]
-        rows.append((name, entry.name, str(entry.megabytes), license_name, checksum, path))
-    print_table(("name", "file", "MB", "license", "sha256", "installed"), rows)
+    print_table(WEIGHT_COLUMNS, [describe_weight(name, folder) for name in WEIGHTS])
+
+
+def describe_weight(name: str, folder: Path | None = None) -> tuple[str, ...]:
+    """Describe a published weight, a cell for each of `WEIGHT_COLUMNS`."""
+    from openpulid.io.hub import SHA256, find_weight, locate
+
+    entry = find_weight(name)
+    try:
+        path = str(locate(name, folder))
+    except WeightsError:
+        path = "-"
+    license_name = entry.license if entry.commercial else f"{entry.license} (not commercial)"
+    checksum = SHA256.get(name, "-")[:12]
+    return (name, entry.name, str(entry.megabytes), license_name, checksum, path)
 
 
 @weights.command()

@@ -100,7 +100,7 @@ MINI_BASELINES: dict[str, Baseline] = {
 the others use the miniature's extractor."""
 
 PULID_OPTIONS = frozenset(
-    ("projection", "num_zero", "start_step", "pose_from_prompt", "style_image")
+    ("projection", "num_zero", "compiled", "start_step", "pose_from_prompt", "style_image")
 )
 """Options that only PuLID has."""
 

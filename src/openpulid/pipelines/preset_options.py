@@ -14,7 +14,10 @@ SAMPLING_OPTIONS = frozenset(
     ("negative_prompt", "width", "height", "num_inference_steps", "guidance_scale")
 )
 SDXL_OPTIONS = SAMPLING_OPTIONS | {"scale", "start", "end", "controls", "loras", "embeddings"}
-PULID_SDXL_OPTIONS = SDXL_OPTIONS | {"projection", "num_zero", "style_image", "pose_from_prompt"}
+PULID_SDXL_OPTIONS = SDXL_OPTIONS | {
+    *("projection", "num_zero", "compiled"),
+    *("style_image", "pose_from_prompt"),
+}
 PULID_FLUX_OPTIONS = SAMPLING_OPTIONS | {
     "scale",
     "start",

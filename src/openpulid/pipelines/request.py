@@ -67,6 +67,8 @@ class IdentityOptions(RequestPart):
             `methods.pulid.projection`.
         num_zero: PuLID on SDXL: zero tokens added to the identity's; more of them weaken it.
         start_step: FLUX: step from which the identity acts, instead of `start`.
+        compiled: PuLID on SDXL: compile identity attention, which changes the image by rounding. By
+            default where it saves time: on an NVIDIA GPU for many images.
         pose_from_prompt: start later and at a lower scale, so that the prompt decides on the pose.
             It sets `start` and `scale` where they are None.
     """
@@ -77,6 +79,7 @@ class IdentityOptions(RequestPart):
     projection: Projection | None = None
     num_zero: Count | None = None
     start_step: Count | None = None
+    compiled: bool | None = None
     pose_from_prompt: Annotated[bool | None, AfterValidator(_none_if_false)] = None
 
     @property
@@ -290,6 +293,11 @@ class GenerationRequest(GenerationOptions):
         """Return the request with another memory level."""
         model = (self.model or ModelSelection()).model_copy(update={"memory": memory})
         return self.model_copy(update={"model": model})
+
+    def with_compiled(self, compiled: bool) -> GenerationRequest:
+        """Return the request with or without compiled identity attention."""
+        identity = self.identity.model_copy(update={"compiled": compiled})
+        return self.model_copy(update={"identity": identity})
 
     def without_people(self) -> GenerationRequest:
         """Return the request of the same images without identity."""

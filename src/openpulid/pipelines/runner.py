@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from openpulid.methods.pulid import (
-    People,
-    compiling_pays,
-    delay_guidance,
-    normalize_people,
-)
+from openpulid.methods.pulid import People, delay_guidance, normalize_people
 from openpulid.pipelines.finite import run_pipeline
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
@@ -172,15 +167,13 @@ class PipelineRunner:
         options = {
             name: value
             for name, value in request.identity.adapter_options.items()
-            if name in self.preset.options
+            if name in self.preset.options and value is not None
         }
         if request.people:
             # the masks hold what is less than the largest scale
             options["scale"] = max(request.identity_scales)
         if is_flux:
             options["timestep_to_start_cfg"] = first_guided_step
-        if "projection" in self.preset.options:  # PuLID on SDXL
-            options["compiled"] = compiling_pays(pipe._execution_device, request.num_images)
         return self.adapter.use(people, **options, pipe=pipe)
 
     def _run_batch(

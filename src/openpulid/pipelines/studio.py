@@ -19,7 +19,7 @@ from openpulid.identity.extractor import DeferredExtractor, IdentityExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ImageSource, ReferenceFaces, ReferenceImage
 from openpulid.methods.adapter import Adapter
-from openpulid.methods.pulid import People, normalize_people
+from openpulid.methods.pulid import People, compiling_pays, normalize_people
 from openpulid.pipelines.batching import check_batch
 from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
 from openpulid.pipelines.presets import Preset
@@ -262,7 +262,14 @@ class Studio:
         request = inputs.fit(request, self.preset.models)
         for note in self.preset.describe_ineffective(request, is_person_shown):
             logger.warning("%s", note)
-        return self.preset.resolve(request, is_person_shown), inputs.with_control_maps()
+        resolved = self.preset.resolve(request, is_person_shown)
+        is_undecided = "compiled" in self.preset.options and resolved.identity.compiled is None
+        if is_person_shown and is_undecided:
+            device = self.pipe._execution_device
+            if compiling_pays(device, resolved.num_images):
+                # stored with each image, which is then regenerated alone as it was
+                resolved = resolved.with_compiled(True)
+        return resolved, inputs.with_control_maps()
 
     def _people(self, request: GenerationRequest, inputs: RequestInputs) -> People | None:
         """Return the people of a request as the adapter accepts them."""

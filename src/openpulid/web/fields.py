@@ -156,6 +156,13 @@ FIELDS = (
         settings={"info": "The identity starts later and acts less."},
     ),
     Field(
+        "identity.compiled",
+        "Compile identity attention",
+        "Checkbox",
+        "more",
+        settings={"info": "Faster for many images of one size, on a GPU."},
+    ),
+    Field(
         "refine_faces",
         "Refine small faces",
         "Checkbox",

@@ -27,6 +27,7 @@ from openpulid.methods.pulid.encoders import IDFormer
 from tests.support import tiny_sdxl as tiny
 
 CPU = torch.device("cpu")
+TWO_PASSES = ["base, two passes", "pulid, two passes", "recomputed, two passes"]
 TINY_FLUX = {
     "attention_head_dim": 16,
     "num_attention_heads": 2,
@@ -113,7 +114,7 @@ def test_sdxl_step_is_measured_with_and_without_identity(guided: bool) -> None:
         "base",
         "pulid",
         "recomputed",
-        *(["two passes"] if guided else []),
+        *(TWO_PASSES if guided else []),
     ]
     assert base.ratio == 1.0 and all(row.seconds > 0 for row in (base, pulid, *more))
     assert pulid.within is not None and 1 < pulid.within < 3 and base.within is None
@@ -131,7 +132,7 @@ def test_sdxl_step_is_measured_at_a_memory_level() -> None:
     assert layer.weight.dtype == torch.float8_e4m3fn
     assert target.step().shape == plain.shape
     names = [row.name for row in inference.measure(target, rounds=1, primed=True)]
-    assert names == ["base", "pulid", "recomputed", "two passes"]
+    assert names == ["base", "pulid", "recomputed", *TWO_PASSES]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs g++ to compile")
@@ -147,6 +148,62 @@ def test_compiled_step_is_that_without() -> None:
         torch.testing.assert_close(target.step(), compiled, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(plain, compiled)
     torch.compiler.reset()
+
+
+def test_two_passes_are_the_halves_of_one_batch() -> None:
+    pipe = tiny.pipe()
+    target = inference.SDXLTarget(RandomSDXL(pipe.unet, pipe.vae), pixels=16, guided=True)
+    outputs: list[torch.Tensor] = []
+
+    def record(unet: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output.sample)
+
+    passes = target.two_passes
+    assert passes is not None
+    handle = pipe.unet.register_forward_hook(record)
+    with torch.inference_mode():
+        target.step()
+        passes.step()
+        with target.use_identity():
+            target.step()
+        with passes.use_identity():
+            passes.step()
+        passes.step_recomputed()
+    handle.remove()
+    assert [len(output) for output in outputs] == [2, 1, 1, 2, 1, 1, 1, 1]
+    base, base_prompt, base_none, shown, shown_prompt, _, *recomputed = outputs
+    for whole, prompt, none in (
+        (base, base_prompt, base_none),
+        (shown, shown_prompt, recomputed[1]),
+        (shown, *recomputed),
+    ):
+        torch.testing.assert_close(torch.cat([none, prompt]), whole, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(shown, base)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux"])
+def test_step_with_compiled_blocks_is_that_without(name: str) -> None:
+    if name == "flux":
+        target: Any = flux_target()
+    else:
+        pipe = tiny.pipe()
+        target = inference.SDXLTarget(RandomSDXL(pipe.unet, pipe.vae), pixels=16, guided=True)
+
+    def outputs() -> list[torch.Tensor]:
+        base = [target.step() for _ in range(2)]  # FLUX alternates between two timesteps
+        with target.use_identity():
+            return [*base, *(target.step() for _ in range(2))]
+
+    blocks = list(target.blocks())
+    with torch.inference_mode():
+        expected = outputs()
+        with inference.compile_blocks(target, backend="eager"):
+            assert len(blocks) > 4 and all(block._compiled_call_impl for block in blocks)
+            torch.testing.assert_close(outputs(), expected, rtol=1e-4, atol=1e-5)
+            base, pulid, *_ = inference.measure(target, rounds=1)
+            assert base.seconds > 0 and pulid.within is not None and pulid.within > 1
+        assert torch.equal(target.step(), expected[0])
+    assert not any(block._compiled_call_impl for block in blocks)
 
 
 def test_identity_work_is_timed_in_every_layer() -> None:

@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
 )
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image
 from torch import nn
 
@@ -372,6 +373,29 @@ def test_mix_adds_all_tokens_of_further_images(tiny_pipeline) -> None:
     )
     with pytest.raises(OptionError, match=r"v1\.1"):
         former.encode(two.id_cond, two.hidden, mix=True)
+
+
+def test_compiled_parts_beside_the_cross_attention_need_no_hook_guards(tiny_pipeline) -> None:
+    pipe = tiny_pipeline()
+    adapter, run = fresh(pipe), runner(pipe, num_inference_steps=1)
+    adapter.attach(pipe)
+    baseline = run()
+    with adapter.use(anna):
+        expected = run()
+    blocks = [part for part in pipe.unet.modules() if isinstance(part, BasicTransformerBlock)]
+    for block in blocks:
+        block.attn1.compile(backend="eager")
+        block.ff.compile(backend="eager")
+    for _ in range(2):
+        assert distance(run(), baseline) < 1e-5
+        with adapter.use(anna):
+            assert distance(run(), expected) < 1e-5
+    for part in (blocks[0], blocks[0].attn2, blocks[0].attn2.to_out[0], pipe.unet.mid_block):
+        part.compile(backend="eager")
+        with pytest.raises(OptionError, match="skip_nnmodule_hook_guards"), adapter.use(anna):
+            pass
+        part._compiled_call_impl = None
+    torch.compiler.reset()
 
 
 def test_compiled_unet_is_refused_without_hook_guards(tiny_pipeline) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from statistics import median
 from typing import Any
@@ -20,6 +20,8 @@ from openpulid.bench.perf.inference import (
     FluxTarget,
     SDXLTarget,
     SpeedTarget,
+    TwoPasses,
+    compile_blocks,
     measure,
 )
 from openpulid.bench.perf.random_models import default_dtype
@@ -32,7 +34,9 @@ LABELS = {
     "base": "base",
     "pulid": "with identity",
     "recomputed": "identity recomputed every step",
-    "two passes": "identity in two calls",
+    "base, two passes": "base in two calls",
+    "pulid, two passes": "with identity in two calls",
+    "recomputed, two passes": "identity recomputed in two calls",
 }
 """Labels of the candidates of `inference.measure`."""
 
@@ -68,7 +72,7 @@ class GuidedFlux:
         target: one call with the prompt.
     """
 
-    apart: Callable[[], object] | None = None
+    two_passes: TwoPasses | None = None
 
     def __init__(self, target: FluxTarget) -> None:
         self.target = target
@@ -150,17 +154,20 @@ def compile_and_measure_flux(recorder: Recorder, machine: Machine) -> None:
 
 
 def compile_and_measure_sdxl(recorder: Recorder, machine: Machine) -> None:
-    """Measure the U-Net with compiled blocks, then compiled as a whole."""
+    """Measure the U-Net with compiled parts of its blocks, then compiled as a whole."""
     recorder.part.settings |= {
-        "blocks": "unet.compile_repeated_blocks(), base only",
+        "blocks": "self-attention and feed-forward layers of all transformer blocks",
         "whole": "unet.compile() with skip_nnmodule_hook_guards = False, which an identity needs",
     }
     base = machine.build_sdxl()
     target = SDXLTarget(base, machine.pixels)
+
+    def run_blocks() -> list[Figures]:
+        with compile_blocks(target, machine.compile_backend):
+            return _measure_compiled(target, machine)
+
+    recorder.attempt("blocks", run_blocks, 30)
     try:
-        with _compile_blocks(base.unet, machine):
-            recorder.attempt("blocks, base", lambda: _compile_and_time(target.step, machine), 20)
-        torch.compiler.reset()
         with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
             base.unet.compile(backend=machine.compile_backend)
             recorder.attempt("whole, base", lambda: _compile_and_time(target.step, machine), 45)
@@ -169,16 +176,6 @@ def compile_and_measure_sdxl(recorder: Recorder, machine: Machine) -> None:
             )
     finally:
         torch.compiler.reset()
-
-
-@contextmanager
-def _compile_blocks(unet: Any, machine: Machine) -> Iterator[None]:
-    unet.compile_repeated_blocks(backend=machine.compile_backend)
-    try:
-        yield
-    finally:
-        for module in unet.modules():
-            module._compiled_call_impl = None
 
 
 @torch.no_grad()

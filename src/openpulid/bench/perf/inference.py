@@ -6,48 +6,34 @@ identity's keys and values again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    StableDiffusionXLPipeline,
-)
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    T5Config,
-    T5EncoderModel,
-)
 
-from openpulid.bench.perf.random_models import RandomSDXL, default_dtype, dtype_of, random_base
+from openpulid.bench.perf.random_models import (
+    RandomSDXL,
+    default_dtype,
+    dtype_of,
+    place_flux,
+    place_sdxl,
+    random_base,
+)
 from openpulid.bench.perf.timing import interleave, medians, ratios, time_hooks, timed
 from openpulid.device import peak_memory, reset_peak_memory
 from openpulid.errors import OptionError
 from openpulid.methods.pulid import IDFormer, PuLID, PuLIDFlux, cross_attentions, identity_blocks
-from openpulid.pipelines.memory_levels import find_level, place_pipeline
+from openpulid.pipelines.memory_levels import find_level
 from openpulid.training.pulid import TextConditioning
 
 NUM_TOKENS = 32
 """Identity tokens of PuLID v1.1 and of PuLID for FLUX."""
-
-TINY_CLIP: dict[str, Any] = {
-    "vocab_size": 8,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-}
-"""Configuration of a text encoder that nobody runs."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +62,11 @@ class SpeedTarget(Protocol):
 
     Attributes:
         device: where it runs.
-        apart: runs a guided step in two calls, as PuLID's original code does; None without
-            guidance.
+        two_passes: the guided step in two calls of the network; None without guidance.
     """
 
     device: torch.device
-    apart: Callable[[], object] | None
+    two_passes: TwoPasses | None
 
     def step(self) -> Tensor:
         """Call the network once."""
@@ -91,6 +76,19 @@ class SpeedTarget(Protocol):
 
     def time_identity(self) -> AbstractContextManager[list[float]]:
         """Open a context that measures the seconds of the identity's own work."""
+
+
+class TwoPasses(Protocol):
+    """A guided step in two calls of half the batch."""
+
+    def step(self) -> object:
+        """Call the network for each half of the batch."""
+
+    def use_identity(self) -> AbstractContextManager[Any]:
+        """Open a context in which both calls show an identity."""
+
+    def step_recomputed(self) -> object:
+        """Call it with an identity whose keys and values each call computes again."""
 
 
 class SDXLTarget:
@@ -134,7 +132,7 @@ class SDXLTarget:
         self.t = torch.full((rows,), 500, device=base.device)
         self.tokens = torch.randn(1, NUM_TOKENS, width, **like)
         self.unconditional = torch.randn(1, NUM_TOKENS, width, **like)
-        self.apart: Callable[[], object] | None = self._step_in_two_calls if guided else None
+        self.two_passes: TwoPasses | None = SDXLTwoPasses(self) if guided else None
         if level != "full":
             self._place(level)
         if compiled:
@@ -143,12 +141,7 @@ class SDXLTarget:
 
     def _place(self, level: str) -> None:
         """Keep the U-Net as a memory level says, and its inputs on the device."""
-        clip = CLIPTextConfig(**TINY_CLIP, projection_dim=8)
-        encoders = CLIPTextModel(clip), CLIPTextModelWithProjection(clip)
-        scheduler = self.base.pipe.scheduler
-        unet = self.base.unet
-        self.pipe = StableDiffusionXLPipeline(_tiny_vae(), *encoders, None, None, unet, scheduler)
-        place_pipeline(self.pipe, find_level("sdxl", level), self.device)
+        self.pipe = place_sdxl(self.base, level, self.device)
         if not find_level("sdxl", level).faces_on_cpu:
             self.adapter.to(self.device)
             self.tokens = self.tokens.to(self.device)
@@ -179,18 +172,56 @@ class SDXLTarget:
         projections = [layer.to_out[0] for layer in cross_attentions(self.base.unet).values()]
         return time_hooks(projections, self.device, pre=True)
 
-    def _step_in_two_calls(self) -> None:
-        half = len(self.x) // 2
-        conditional = slice(half, None)
-        unconditional = slice(half)
-        for rows, tokens in (
-            (conditional, self.tokens),
-            (unconditional, self.unconditional),
-        ):
-            ids = None if self.text.time_ids is None else self.text.time_ids[rows]
-            text = TextConditioning(self.text.embeds[rows], self.text.pooled[rows], ids)
-            with self.adapter.use_tokens(tokens, 0.8, num_zero=20):
-                self.base.predict(self.x[rows], self.t[rows], text)
+    def blocks(self) -> Iterable[nn.Module]:
+        """Return what is compiled of the repeated blocks: all but the cross-attention.
+
+        The identity acts inside of it: compiled, each block would be a graph of its own, and
+        PyTorch keeps 8.
+        """
+        for module in self.base.unet.modules():
+            if isinstance(module, BasicTransformerBlock):
+                yield from (module.attn1, module.ff)
+
+
+class SDXLTwoPasses:
+    """`TwoPasses` of SDXL.
+
+    Args:
+        target: a guided one.
+    """
+
+    def __init__(self, target: SDXLTarget) -> None:
+        self.target = target
+
+    def step(self) -> None:
+        """Call the U-Net for the conditional half, then for the unconditional one."""
+        for rows in self._halves():
+            self._predict(rows)
+
+    def use_identity(self) -> AbstractContextManager[Any]:
+        """Open a context in which both halves show the identity: none takes as long as one."""
+        target = self.target
+        return target.adapter.use_tokens(
+            target.tokens, 0.8, num_zero=20, compiled=target.compiled, guided=False
+        )
+
+    def step_recomputed(self) -> None:
+        """Do what PuLID's original code does."""
+        target = self.target
+        tokens = (target.tokens, target.unconditional)
+        for rows, identity in zip(self._halves(), tokens, strict=True):
+            with target.adapter.use_tokens(identity, 0.8, num_zero=20):
+                self._predict(rows)
+
+    def _halves(self) -> tuple[slice, slice]:
+        half = len(self.target.x) // 2
+        return slice(half, None), slice(half)
+
+    def _predict(self, rows: slice) -> None:
+        target = self.target
+        ids = None if target.text.time_ids is None else target.text.time_ids[rows]
+        text = TextConditioning(target.text.embeds[rows], target.text.pooled[rows], ids)
+        target.base.predict(target.x[rows], target.t[rows], text)
 
 
 class FluxTarget:
@@ -208,7 +239,7 @@ class FluxTarget:
         sizes: options of the transformer that replace FLUX's.
     """
 
-    apart: Callable[[], object] | None = None  # FLUX always guides in two calls
+    two_passes: TwoPasses | None = None  # FLUX always guides in two calls
 
     def __init__(
         self,
@@ -233,7 +264,7 @@ class FluxTarget:
             adapter = PuLIDFlux.for_transformer(self.transformer, _tiny_encoder(2048))
         self.adapter = adapter.to(device).requires_grad_(False)
         self.transformer.eval().requires_grad_(False)
-        self.pipe = None if level == "full" else _place(self.transformer, level, device)
+        self.pipe = None if level == "full" else place_flux(self.transformer, level, device)
         self.adapter.attach(self.transformer)
         for layer in self.adapter.layers:
             nn.init.normal_(layer.to_out.weight, std=0.02)
@@ -280,6 +311,32 @@ class FluxTarget:
         hooked = [blocks[kind][index] for kind, index in identity_blocks(self.transformer)]
         return time_hooks(hooked, self.device)
 
+    def blocks(self) -> Iterable[nn.Module]:
+        """Return the repeated blocks; the identity is added between them."""
+        yield from self.transformer.transformer_blocks
+        yield from self.transformer.single_transformer_blocks
+
+
+@contextmanager
+def compile_blocks(target: SDXLTarget | FluxTarget, backend: str = "inductor") -> Iterator[None]:
+    """Compile the repeated blocks of a base while the context is open.
+
+    They are compiled in the first round, which is not counted.
+
+    Args:
+        target: names its `blocks`.
+        backend: of `torch.compile`.
+    """
+    blocks = list(target.blocks())
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+        torch.compiler.reset()
+
 
 def speed_target(
     name: str,
@@ -290,7 +347,7 @@ def speed_target(
     depth: float = 1.0,
     level: str = "full",
     compiled: bool = False,
-) -> SpeedTarget:
+) -> SDXLTarget | FluxTarget:
     """Build "mini", "sdxl" or "flux" at full size with random weights.
 
     Args:
@@ -335,7 +392,7 @@ def measure(
     on_progress: Callable[[int, int], None] | None = None,
     primed: bool = False,
 ) -> list[Step]:
-    """Measure base, pulid and recomputed, interleaved; with guidance also pulid in two passes.
+    """Measure base, pulid and recomputed, interleaved; with guidance also all three in two passes.
 
     Args:
         target: what is measured.
@@ -380,8 +437,17 @@ def measure(
         "pulid": run_pulid,
         "recomputed": run_recomputed,
     }
-    if (step_in_two_calls := target.apart) is not None:
-        candidates["two passes"] = lambda: timed(step_in_two_calls, device)
+    if (passes := target.two_passes) is not None:
+
+        def run_two_passes() -> float:
+            with passes.use_identity():
+                if primed:
+                    passes.step()
+                return timed(passes.step, device)
+
+        candidates["base, two passes"] = lambda: timed(passes.step, device)
+        candidates["pulid, two passes"] = run_two_passes
+        candidates["recomputed, two passes"] = lambda: timed(passes.step_recomputed, device)
     seconds = interleave(
         {name: with_peak(name, run) for name, run in candidates.items()}, rounds, on_progress
     )
@@ -398,22 +464,6 @@ def measure(
         )
         for name in candidates
     ]
-
-
-def _place(transformer: FluxTransformer2DModel, level: str, device: torch.device) -> FluxPipeline:
-    """Build a pipeline around a transformer and apply a memory level; its other parts are tiny."""
-    clip = CLIPTextModel(CLIPTextConfig(**TINY_CLIP))
-    t5 = T5EncoderModel(
-        T5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = FluxPipeline(scheduler, _tiny_vae(), clip, None, t5, None, transformer)
-    place_pipeline(pipe, find_level("flux", level), device)
-    return pipe
-
-
-def _tiny_vae() -> AutoencoderKL:
-    return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
 
 
 def _tiny_encoder(width: int) -> IDFormer:

@@ -12,16 +12,35 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
 )
 
 from openpulid.device import compute_dtype, training_dtype
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import OptionError
+from openpulid.pipelines.memory_levels import find_level, place_pipeline
 from openpulid.pipelines.memory_prediction import SDXL_UNET, SDXL_VAE
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.pulid import FluxModel, FluxText, SDXLModel, TextConditioning
+
+TINY_CLIP: dict[str, Any] = {
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
+"""Configuration of a text encoder that nobody runs."""
 
 
 class _PipelineParts:
@@ -150,3 +169,43 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(previous)
+
+
+def place_sdxl(base: RandomSDXL, level: str, device: torch.device) -> StableDiffusionXLPipeline:
+    """Build a pipeline around a U-Net, at a memory level; its other parts are tiny.
+
+    Args:
+        base: the base model; its U-Net is on the CPU.
+        level: one of `memory_levels.SDXL_LEVELS`.
+        device: where it runs.
+    """
+    clip = CLIPTextConfig(**TINY_CLIP, projection_dim=8)
+    encoders = CLIPTextModel(clip), CLIPTextModelWithProjection(clip)
+    parts = (base.unet, base.pipe.scheduler)
+    pipe = StableDiffusionXLPipeline(_tiny_vae(), *encoders, None, None, *parts)
+    place_pipeline(pipe, find_level("sdxl", level), device)
+    return pipe
+
+
+def place_flux(
+    transformer: FluxTransformer2DModel, level: str, device: torch.device
+) -> FluxPipeline:
+    """Build a pipeline around a transformer, at a memory level; its other parts are tiny.
+
+    Args:
+        transformer: it is on the CPU.
+        level: one of `memory_levels.FLUX_LEVELS`.
+        device: where it runs.
+    """
+    clip = CLIPTextModel(CLIPTextConfig(**TINY_CLIP))
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = FluxPipeline(scheduler, _tiny_vae(), clip, None, t5, None, transformer)
+    place_pipeline(pipe, find_level("flux", level), device)
+    return pipe
+
+
+def _tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)

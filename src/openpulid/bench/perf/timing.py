@@ -101,11 +101,12 @@ def time_hooks(
         event.record()
         marks.append(event)
 
+    uncompiled_mark = torch.compiler.disable(mark)  # the module may be compiled
     with ExitStack() as hooks:
         for module in modules:
             register = module.register_forward_pre_hook if pre else module.register_forward_hook
-            hooks.callback(register(mark, prepend=True).remove)
-            hooks.callback(register(mark).remove)
+            hooks.callback(register(uncompiled_mark, prepend=True).remove)
+            hooks.callback(register(uncompiled_mark).remove)
         yield seconds
     synchronize(device)
     for start, end in zip(marks[::2], marks[1::2], strict=True):

@@ -393,6 +393,19 @@ class IdentityAttention:
         return add_identities(*tensors, options.scale, *layer)
 
 
+def find_hooked(unet: nn.Module) -> list[nn.Module]:
+    """Return the layers of a U-Net that are hooked, and every module that contains one."""
+    hooked = {id(unet): unet}
+    for layer in cross_attentions(unet).values():
+        for part in (layer.to_q, layer.to_out[0]):
+            hooked[id(part)] = part
+    # a module comes before those that it contains
+    for module in reversed(list(unet.modules())):
+        if any(id(child) in hooked for child in module.children()):
+            hooked[id(module)] = module
+    return list(hooked.values())
+
+
 @contextmanager
 def inject_sdxl(state: PipelineState, slot: str, injection: SDXLInjection) -> Iterator[None]:
     """Register the hooks of an identity on a U-Net, and remove them on exit.
@@ -403,10 +416,11 @@ def inject_sdxl(state: PipelineState, slot: str, injection: SDXLInjection) -> It
         injection: the identity.
 
     Raises:
-        OptionError: Another identity is in use on this U-Net, or it is compiled.
+        OptionError: Another identity is in use on this U-Net, or it is compiled as a whole, or
+            a part of it that contains a cross-attention.
     """
     unet = state.network
-    with exclusive_use(unet, slot, hooked=unet.modules()), ExitStack() as hooks:
+    with exclusive_use(unet, slot, find_hooked(unet)), ExitStack() as hooks:
         handle = unet.register_forward_pre_hook(injection.before_call, with_kwargs=True)
         hooks.callback(handle.remove)
         for key, layer in cross_attentions(unet).items():

@@ -1,0 +1,242 @@
+"""Compare the methods of a run at equal identity similarity, with paired differences per person.
+
+A method that shows less of the identity also changes less of the image. Each row of a method is
+therefore compared with the reference method at the scale where both have the same mean face_sim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from openpulid.bench.metrics import (
+    IDENTITY_METRICS,
+    Attributes,
+    ClipI,
+    ClipT,
+    Dino,
+    FaceSim,
+    Interval,
+    LpipsOutside,
+    OutsideFace,
+    bootstrap,
+)
+from openpulid.bench.run_dir import BASE, Run
+from openpulid.pipelines.baselines import BASELINES
+
+PRESERVATION = {
+    metric.name: metric.higher_is_better
+    for metric in (ClipT, ClipI, Dino, OutsideFace, LpipsOutside, Attributes)
+}
+"""Metrics that are compared, where they were measured -> whether more is better."""
+
+
+class HasScale(Protocol):
+    """Results of a method at one scale, such as a row of the table."""
+
+    @property
+    def method(self) -> str:
+        """METHOD or METHOD@SCALE."""
+
+    @property
+    def scale(self) -> float:
+        """The identity scale."""
+
+
+Results = TypeVar("Results", bound=HasScale)
+
+
+@dataclass(frozen=True)
+class Point:
+    """The results of METHOD or METHOD@SCALE, per person.
+
+    Attributes:
+        method: its name in the run.
+        scale: identity scale.
+        means: metric -> (P,) mean over the images of each person; NaN where there is none.
+    """
+
+    method: str
+    scale: float
+    means: Mapping[str, Tensor]
+
+    @property
+    def face_sim(self) -> Tensor:
+        """The identity similarity, (P,)."""
+        return self.means[FaceSim.name]
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The difference of two methods in one metric.
+
+    Attributes:
+        interval: mean over people of the reference minus the other method.
+        num_better: number of people for whom the reference is better.
+        num_people: number of people for whom both were measured.
+    """
+
+    interval: Interval
+    num_better: int
+    num_people: int
+
+
+@dataclass(frozen=True)
+class Match:
+    """A row of a method, and the reference at the same mean similarity.
+
+    Attributes:
+        method: METHOD or METHOD@SCALE.
+        face_sim: mean over people, equal for both.
+        scale: of the reference, between two of its rows.
+        differences: metric -> reference minus method.
+    """
+
+    method: str
+    face_sim: float
+    scale: float
+    differences: Mapping[str, PairedDifference]
+
+
+@dataclass(frozen=True)
+class EqualSimilarity:
+    """The comparison of all methods of a run with a reference.
+
+    Attributes:
+        reference: name of the reference method.
+        matches: one for each row within the similarity of the reference's curve.
+        notes: sentences on rows that are left out, or on why there is no comparison.
+    """
+
+    reference: str
+    matches: Sequence[Match]
+    notes: Sequence[str]
+
+
+def compare_at_equal_similarity(run: Run) -> EqualSimilarity | None:
+    """Compare every method with the first one of the run that has a scale.
+
+    The reference is interpolated per person, linearly between two neighboring scales, at the
+    fraction where its mean face_sim equals that of the other method. Where the curve passes this
+    similarity twice, the lower scale is used. The intervals hold for this scale: its own
+    uncertainty is not included.
+
+    Args:
+        run: the run.
+
+    Returns:
+        The comparison; None if the run has fewer than two methods with images.
+    """
+    points = [read_point(run, method) for method in run.methods if method != BASE]
+    curves = group_curves([point for point in points if not point.face_sim.isnan().all()])
+    reference = next((name for name in curves if _has_scale(name)), None)
+    if reference is None or len(curves) < 2:
+        return None
+    curve = curves.pop(reference)
+    if len(curve) < 2:
+        note = (
+            f"The comparison at equal similarity needs {reference} at several scales: run the "
+            "command again with `--scales 0.3,0.5,1`, or name them, as in "
+            f"`--methods {reference}@0.3,{reference}@0.5,{reference}`."
+        )
+        return EqualSimilarity(reference, [], [note])
+
+    matches = []
+    notes = []
+    for point in (point for other in curves.values() for point in other):
+        people = find_common_people([*curve, point])
+        if not people.any():
+            notes.append(
+                f"{point.method} is left out: no person has images of it and of all rows of "
+                f"{reference}."
+            )
+            continue
+        similarities = [each.face_sim[people].mean().item() for each in curve]
+        similarity = point.face_sim[people].mean().item()
+        segment = find_segment(similarities, similarity)
+        if segment is None:
+            notes.append(
+                f"{point.method} is left out: its face_sim of {similarity:.3f} is outside the "
+                f"curve of {reference}, {min(similarities):.3f} to {max(similarities):.3f}."
+            )
+            continue
+        index, fraction = segment
+        start, end = curve[index : index + 2]
+        scale = start.scale + fraction * (end.scale - start.scale)
+        differences = {}
+        for name, higher_is_better in PRESERVATION.items():
+            interpolated = torch.lerp(start.means[name], end.means[name], fraction)
+            difference = (interpolated - point.means[name])[people]
+            if not difference.isnan().all():
+                differences[name] = summarize(difference, higher_is_better)
+        matches.append(Match(point.method, similarity, scale, differences))
+    return EqualSimilarity(reference, matches, notes)
+
+
+def read_point(run: Run, method: str) -> Point:
+    """Compute the mean of each metric over the images of each person."""
+    values: dict[tuple[str, str], list[float]] = {}
+    scale = math.nan
+    for key in run.keys(method):
+        record = run.records.get(key)
+        if record is None or not record.is_done:
+            continue
+        scale = record.configuration.get("scale", 0.0)
+        for name in (FaceSim.name, *PRESERVATION):
+            value = record.metrics.get(name)
+            is_scored = run.suite.is_scored(key.prompt, identity=name in IDENTITY_METRICS)
+            if is_scored and value is not None:
+                values.setdefault((name, key.person), []).append(value)
+    means = {}
+    for name in (FaceSim.name, *PRESERVATION):
+        lists = [values.get((name, person), []) for person in run.people]
+        means[name] = torch.stack([torch.tensor(x, dtype=torch.float64).mean() for x in lists])
+    return Point(method, scale, means)
+
+
+def group_curves(rows: Sequence[Results]) -> dict[str, list[Results]]:
+    """Group the rows METHOD and METHOD@SCALE of each method, by increasing scale."""
+    curves: dict[str, list[Results]] = {row.method.partition("@")[0]: [] for row in rows}
+    for row in sorted(rows, key=lambda row: row.scale):
+        curves[row.method.partition("@")[0]].append(row)
+    return curves
+
+
+def find_segment(curve: Sequence[float], value: float) -> tuple[int, float] | None:
+    """Find where a piecewise linear curve first has a value.
+
+    Args:
+        curve: values at the corners.
+        value: the value.
+
+    Returns:
+        Index of the corner before it, and the fraction of the way to the next one; None if the
+        curve does not have the value.
+    """
+    for index, (start, end) in enumerate(pairwise(curve)):
+        if min(start, end) <= value <= max(start, end):
+            return index, (value - start) / (end - start) if end != start else 0.0
+    return None
+
+
+def find_common_people(points: Sequence[Point]) -> Tensor:
+    """Return for each person whether all points have the person's similarity, (P,)."""
+    return ~torch.stack([point.face_sim for point in points]).isnan().any(0)
+
+
+def summarize(difference: Tensor, higher_is_better: bool) -> PairedDifference:
+    """Summarize the differences of two methods, (P,) one per person; NaN is ignored."""
+    valid = difference[~difference.isnan()]
+    is_better = valid > 0 if higher_is_better else valid < 0
+    interval = bootstrap(valid, torch.arange(len(valid)))
+    return PairedDifference(interval, int(is_better.sum()), len(valid))
+
+
+def _has_scale(method: str) -> bool:
+    return method not in BASELINES or "scale" not in BASELINES[method].unused
