@@ -284,7 +284,6 @@ def test_loading_is_noticed(command: Run, monkeypatch: pytest.MonkeyPatch) -> No
         (("--embedding", "none.safetensors"), "none.safetensors does not exist"),
         (("--embedding", "notes.safetensors"), "notes.safetensors"),
         (("--embedding-token", "word"), "0 --embedding and 1 --embedding-token"),
-        (("--style", "anna.png"), "`pulid mini build --method style` trains it"),
         (("--style-scale", 0.5), "--style is missing"),
         ((*SDXL, "--style", "none.png"), "none.png: does not exist"),
         ((*FLUX, "--style", "anna.png"), "`pulid weights get ip-adapter-flux clip-l`"),
