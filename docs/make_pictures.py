@@ -22,7 +22,7 @@ from openpulid.identity.reference import ReferenceImage
 from openpulid.io.image_grid import labeled_grid, to_pil
 from openpulid.mini.evaluation import demo
 from openpulid.pipelines.request import GenerationRequest
-from openpulid.pipelines.request_inputs import InitImage, Lora, Person
+from openpulid.pipelines.request_inputs import InitImage, Lora, Person, StyleImage
 from openpulid.pipelines.studio import Studio
 from openpulid.training.tuning.session import tune_person
 from openpulid.world import HELD_OUT_PEOPLE, Scene, render
@@ -35,6 +35,8 @@ SIDE = 192
 """Width and height of a drawn image in pixels."""
 WIDE = (160, 96)
 """Size of an image with two people; the miniature draws them side by side."""
+STYLE_SCALE = 0.6
+"""Weight of an image of the style."""
 LORA_IMAGES = 24
 """Images in two colors that the LoRA of the picture is tuned on."""
 
@@ -136,6 +138,31 @@ def draw_lora(studio: Studio, folder: Path) -> Image.Image:
     return labeled_grid("A LoRA next to an identity", list(prompts), rows, SIDE)
 
 
+def draw_style(studio: Studio, folder: Path) -> Image.Image:
+    """Draw an identity in the styles of images of another person."""
+    styles = [
+        Scene(style="pencil", pose="right", hair_length="long"),
+        Scene(style="noir", light="right", background="black"),
+        Scene(style="poster", background="yellow", pattern="dots", clothing="purple"),
+    ]
+    other = DrawnPerson.from_seed(BEN)
+    examples = to_pil(render([other] * len(styles), styles).image)
+    person = [Person(images=[str(folder / "anna.png")])]
+    plain = GenerationRequest("portrait, smiling, long hair", seed=8, people=person)
+    images = []
+    for number, example in enumerate(examples):
+        example.save(folder / f"style-{number}.png")
+        style = StyleImage(str(folder / f"style-{number}.png"), scale=STYLE_SCALE)
+        request = plain.model_copy(update={"style_image": style})
+        images.append(studio.generate(request).images[0])
+    rows = [
+        ("image of the style", [None, *examples]),
+        ("with the identity", [studio.generate(plain).images[0], *images]),
+    ]
+    columns = ["without a style", "pencil", "film noir", "poster"]
+    return labeled_grid("portrait, smiling, long hair", columns, rows, SIDE)
+
+
 def join_rows(rows: list[list[Image.Image]], height: int, gap: int = 8) -> Image.Image:
     """Join images of the same height, and of any width, on white."""
     scaled = [
@@ -158,6 +185,7 @@ PICTURES: dict[str, Callable[[Studio, Path], Image.Image]] = {
     "edit": draw_edit,
     "prompts": draw_prompts,
     "lora": draw_lora,
+    "style": draw_style,
 }
 
 
