@@ -67,7 +67,10 @@ def test_add_ons_of_a_request_and_of_its_image(
         (("--lora", "noir-x.safetensors"), "noir-x.safetensors is not a LoRA"),
         (("--embedding-token", "x"), "0 --embedding and 1 --embedding-token"),
         (("--embedding", "C:b 1.safetensors"), "is no embedding for SDXL or FLUX.1: it is a LoRA"),
-        (("--style", "style.png"), "`pulid mini build --method style` trains it"),
+        (
+            ("--style", "style.png", "--style-model", "ip-adapter"),
+            "is not for the miniature, which has an IP-Adapter of its own",
+        ),
         (("--style-scale", 0.5), "--style is missing"),
     ],
 )

@@ -93,7 +93,10 @@ BODIES: list[tuple[dict[str, Any], str]] = [
         {"prompt": "portrait", "controls": [{"model": "control-pose", "image": PHOTO}]},
         "control-pose",
     ),
-    ({"prompt": "portrait", "style_image": {"image": PHOTO}}, "IP-Adapter"),
+    (
+        {"prompt": "portrait", "style_image": {"image": PHOTO, "model": "ip-adapter"}},
+        "is not for the miniature",
+    ),
     ({"prompt": [[[]]], "n": 1}, "prompt must be text"),
 ]
 
