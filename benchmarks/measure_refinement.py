@@ -80,7 +80,7 @@ def main() -> None:
             for number in range(people):
                 images.append(generate(studio, number, arguments.first_pass, strengths))
                 print(f"{preset}, {name}: {number + 1}/{people}", flush=True)
-            rows = rows or [list(row.values()) for row in images[:NUM_DRAWN]]
+            rows = rows or [arrange(row) for row in images[:NUM_DRAWN]]
             figures = score(scorer, images)
             print(json.dumps(figures, indent=1), flush=True)
             configuration = {
@@ -97,6 +97,12 @@ def main() -> None:
         write_json(arguments.out, {"about": ABOUT, "measurements": measurements})
     if arguments.picture is not None:
         image_grid(rows, 128).save(arguments.picture)
+
+
+def arrange(row: dict[str, Image.Image]) -> list[Image.Image]:
+    """Return the images of one person for the picture, the small face also enlarged."""
+    small, refined = row["small"], list(row.values())[-1]
+    return [row["reference"], small, refined, view(small), view(refined)]
 
 
 def score(scorer: FaceScorer, images: Sequence[dict[str, Image.Image]]) -> dict[str, Any]:
