@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
-from transformers import CLIPTextModel
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+)
 
 from openpulid.mini.data.captions import Captions, token_ids
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
@@ -24,6 +28,7 @@ from openpulid.mini.train.clip import (
     contrastive_loss,
     rescale_text_encoder,
 )
+from openpulid.mini.train.clip_faces import ClipFacesTask
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.rng import StepRNG
 from openpulid.world import ATTRIBUTES, Scene
@@ -125,3 +130,24 @@ def test_classifier_trains_and_accepts_any_size(small_world):
     assert {name: tuple(value.shape) for name, value in scores.items()} == {
         name: (2, len(classes)) for name, classes in ATTRIBUTES.items()
     }
+
+
+def test_a_clip_learns_the_facial_values_of_people(small_world, captions):
+    torch.manual_seed(0)
+    encoder = CLIPVisionModelWithProjection.from_pretrained(MINIATURE / "clip").float()
+    text_encoder = CLIPTextModelWithProjection.from_pretrained(
+        MINIATURE / "pipeline" / "text_encoder_2"
+    ).float()
+    task = ClipFacesTask(encoder, text_encoder, small_world, captions, small_world, batch=12)
+    before = task.validate()["values"]
+    parameters = [x for module in task.modules().values() for x in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    for step in range(30):
+        losses = task.losses(StepRNG(0, step))
+        assert set(losses) == {"people", "values", "captions"}
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+    after = task.validate()["values"]
+    assert 0.15 < before < 0.35  # the mean is predicted
+    assert after < 0.5 * before  # of the people it was trained on

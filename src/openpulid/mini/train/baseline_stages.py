@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from transformers import CLIPVisionModelWithProjection
 
+from openpulid.errors import WeightsError
 from openpulid.io.checkpoints import read_metadata
 from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
 from openpulid.mini.train.baseline_task import BaselineTask
-from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Features
+from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES
 from openpulid.mini.train.build_context import (
     BuildContext,
     Stage,
     stamp,
 )
+from openpulid.mini.train.clip_stages import CLIP_FACES, train_clip_faces
 from openpulid.mini.train.portraits import Mixture, Portraits
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.pipelines.factory import load_extractor, load_pipeline
@@ -39,7 +41,7 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
         pipe = load_pipeline(preset, context.device)
         extractor: Any = load_extractor(preset, context.device)
         torch.manual_seed(recipe.seed)
-        baseline = BASELINES[name](pipe, load_input(context, extractor, FEATURES[name]))
+        baseline = BASELINES[name](pipe, load_input(context, extractor, name))
 
         def open_source(dataset: str) -> Portraits:
             return open_baseline_data(
@@ -75,26 +77,38 @@ def train_task(context: BuildContext, name: str, task: BaselineTask) -> dict[str
     return dict(task.validate())
 
 
-def load_input(context: BuildContext, extractor: Any, features: Features) -> Any:
+def load_input(context: BuildContext, extractor: Any, name: str) -> Any:
     """Load what a baseline is created for, see `BASELINES`.
 
     Args:
         context: of the build.
         extractor: the miniature's own.
-        features: what the baseline reads of a person.
+        name: of the baseline.
 
     Returns:
         The vision encoder of CLIP, or the width of the features.
+
+    Raises:
+        WeightsError: the vision encoder is not trained yet.
     """
+    features = FEATURES[name]
     if features == "images":
-        return context.load_model(CLIPVisionModelWithProjection, "clip")
+        if not (context.weights / CLIP_FACES).exists():
+            raise WeightsError(
+                f"{name} begins with a vision encoder that knows faces; train it with "
+                f"`pulid mini build {CLIP_FACES}` first."
+            )
+        return context.load_model(CLIPVisionModelWithProjection, CLIP_FACES)
     if features == "levels":
         return extractor.vision_encoder.config["embed_dim"]
     return extractor.recognition.config["dim"]
 
 
-BASELINE_STAGES: list[Stage] = [Stage(name, 90, baseline_stage(name)) for name in NAMES]
-"""Other methods, selected with `--method`.
+BASELINE_STAGES: list[Stage] = [
+    Stage(CLIP_FACES, 15, train_clip_faces),
+    *(Stage(name, 90, baseline_stage(name)) for name in NAMES),
+]
+"""Other methods, selected with `--method`, and the vision encoder that two of them begin with.
 
-They train as many steps as PuLID's first stage and have twice its time budget.
+The methods train as many steps as PuLID's first stage and have twice its time budget.
 """

@@ -21,9 +21,12 @@ from openpulid.mini.train.clip import (
     evaluate_clip,
     rescale_text_encoder,
 )
+from openpulid.mini.train.clip_faces import ClipFacesTask
 from openpulid.mini.train.vision_encoder import VisionEncoderTask, build_vision_encoder
 from openpulid.training import TrainerConfig
 
+CLIP_FACES = "clip-faces"
+"""Name of the stage, and of its folder of weights, of a CLIP that knows faces."""
 NUM_RESCALING_CAPTIONS = 512
 """Captions on which the text encoders' outputs are rescaled."""
 
@@ -129,4 +132,34 @@ def train_vision_encoder(context: BuildContext) -> dict[str, float]:
     )
     context.train("vision", task, config)
     context.save_module(task.vision_encoder, "vision-encoder", config, training="vision")
+    return dict(task.validate())
+
+
+def train_clip_faces(context: BuildContext) -> dict[str, float]:
+    """Train a copy of CLIP's vision encoder that knows faces, for the baselines that begin with it.
+
+    It is not shipped: their files hold the encoder that they end with.
+    """
+    config = TrainerConfig(
+        steps=20_000,
+        lr=3e-3,
+        optimizer="muon",
+        weight_decay=0.1,
+        warmup=50,
+        decay=0.6,
+        ema=0.99,
+        seed=8,
+        validate_every=400,
+    )
+    torch.manual_seed(config.seed)
+    task = ClipFacesTask(
+        context.load_model(CLIPVisionModelWithProjection, "clip"),
+        context.load_model(CLIPTextModelWithProjection, "pipeline", "text_encoder_2"),
+        context.data,
+        context.load_captions(),
+        context.held_out,
+    )
+    context.train(CLIP_FACES, task, config)
+    save_folder(task.encoder, context.weights / CLIP_FACES)
+    stamp(context.weights / CLIP_FACES, context.describe_training(CLIP_FACES, config))
     return dict(task.validate())

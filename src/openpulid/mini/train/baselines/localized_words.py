@@ -66,7 +66,7 @@ class FastComposerBaseline(ClipBaseline):
 
 
 def fastcomposer(pipe: Any, clip: CLIPVisionModelWithProjection) -> Baseline:
-    """Create FastComposer on the miniature's CLIP, whose last two layers train, as in the paper.
+    """Create FastComposer on a CLIP whose last two layers train, as in the paper.
 
     The authors train all of the U-Net; here it is a LoRA of all attention layers.
 

@@ -48,7 +48,7 @@ class PhotoMakerBaseline(ClipBaseline):
 
 
 def photomaker(pipe: Any, clip: CLIPVisionModelWithProjection) -> Baseline:
-    """Create PhotoMaker v1 on the miniature's CLIP.
+    """Create PhotoMaker v1 on a CLIP of the miniature.
 
     Its authors train a part of the vision encoder's layers (arXiv 2312.04461, section 3.2); here it
     is the last `TRAINED_LAYERS`.
