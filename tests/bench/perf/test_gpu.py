@@ -84,7 +84,9 @@ def test_every_part_measures_tiny_networks(tmp_path: Path, frozen_imports: None)
         (4, "both"),
     ]
     assert all(row["images_per_s"] > 0 for row in rows["train_mini"])
-    assert {row["row"] for row in rows["memory_levels"]} == {"full", "24gb", "12gb"}
+    assert {row["row"] for row in rows["flux_levels"]} == {"full", "24gb", "12gb"}
+    assert {row["row"] for row in rows["sdxl_levels"]} == {"full", "12gb", "8gb", "6gb"}
+    assert [row["phase"] for row in rows["sdxl_levels"][:3]] == ["text", "steps", "decode"]
     assert rows["compiled_sdxl"][-1]["output_change"] > 1e-3
     text = render_page(Report.read(tmp_path))
     assert all(part["title"] in text for part in report["parts"]) and "with identity" in text

@@ -58,7 +58,8 @@ def plan_parts() -> list[PartRecord]:
         PartRecord("train_mini", "Miniature: training, eager", 45, 10),
         PartRecord("train_flux", "FLUX: one training step, stage 1", 45, 15),
         PartRecord("compiled_flux", "FLUX: one step, compiled blocks", 75, 25),
-        PartRecord("memory_levels", "FLUX: memory levels", 110, 20),
+        PartRecord("flux_levels", "FLUX: memory levels", 110, 20),
+        PartRecord("sdxl_levels", "SDXL: memory levels", 75, 20),
         PartRecord("compiled_mini", "Miniature: training, compiled", 90, 35),
         PartRecord("compiled_sdxl", "SDXL: one step, compiled", 200, 30),
     ]
@@ -66,7 +67,7 @@ def plan_parts() -> list[PartRecord]:
 
 def load_measures() -> Mapping[str, Measure]:
     """Import the functions that measure the parts, and with them torch and diffusers."""
-    from openpulid.bench.perf import gpu_inference, gpu_training
+    from openpulid.bench.perf import gpu_inference, gpu_memory, gpu_training
 
     return {
         "sdxl": gpu_inference.measure_sdxl,
@@ -75,7 +76,8 @@ def load_measures() -> Mapping[str, Measure]:
         "train_mini": gpu_training.measure_miniature,
         "train_flux": gpu_training.measure_flux_stage1,
         "compiled_flux": gpu_inference.compile_and_measure_flux,
-        "memory_levels": gpu_inference.measure_memory_levels,
+        "flux_levels": gpu_memory.measure_flux_levels,
+        "sdxl_levels": gpu_memory.measure_sdxl_levels,
         "compiled_mini": gpu_training.compile_and_measure_miniature,
         "compiled_sdxl": gpu_inference.compile_and_measure_sdxl,
     }

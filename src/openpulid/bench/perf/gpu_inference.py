@@ -1,4 +1,4 @@
-"""Inference parts of the GPU report: steps of SDXL and FLUX, and FLUX's memory levels."""
+"""Inference parts of the GPU report: steps of SDXL and FLUX, eager and compiled."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from openpulid.bench.perf.gpu_machine import Machine, relative_difference
 from openpulid.bench.perf.gpu_report import Recorder
@@ -24,11 +22,8 @@ from openpulid.bench.perf.inference import (
     compile_blocks,
     measure,
 )
-from openpulid.bench.perf.random_models import default_dtype
 from openpulid.bench.perf.timing import interleave, medians, ratios, timed
-from openpulid.device import peak_memory, reset_peak_memory, synchronize
-from openpulid.pipelines.memory_levels import FLUX_LEVELS, place_pipeline
-from openpulid.pipelines.memory_prediction import predict_memory
+from openpulid.device import peak_memory, reset_peak_memory
 
 LABELS = {
     "base": "base",
@@ -246,146 +241,3 @@ def _compile_and_time_identity(target: SpeedTarget, machine: Machine) -> Figures
         row = _compile_and_time(target.step, machine)
         row["output_change"] = relative_difference(output, target.step())
     return row
-
-
-# -- memory levels of FLUX --
-
-
-def measure_memory_levels(recorder: Recorder, machine: Machine) -> None:
-    """Measure peak memory and time of each phase of a generation, without the face models."""
-    recorder.part.settings |= {
-        "pixels": machine.pixels,
-        "text tokens": 512,
-        "16gb": "not measured separately: 24gb with the tiled decoding of 12gb",
-        "predicted_gib": "by `memory_prediction.predict_memory`, without the face models",
-        "steps": "ms is the median of steps 2 and 3; first_s is step 1, including loading",
-    }
-    for level, needs_s in (("full", 8), ("24gb", 20), ("12gb", 35)):
-        run = partial(_measure_level, level, machine)
-        recorder.attempt(level, run, 0 if machine.tiny else needs_s)
-    if not machine.tiny:
-        recorder.attempt("predicted", _predict_memory, 10)
-
-
-@torch.no_grad()
-def _measure_level(level: str, machine: Machine) -> list[Figures]:
-    """Measure encoding of the prompt, denoising steps and decoding at a memory level."""
-    device = machine.device
-    target = machine.build_flux(text_tokens=512)
-    with default_dtype(machine.dtype), device:
-        parts = _build_encoders_and_vae(machine.tiny)
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        tokenizer=None,
-        tokenizer_2=None,
-        transformer=target.transformer,
-        **parts,
-    )
-    placing_seconds = timed(lambda: place_pipeline(pipe, FLUX_LEVELS[level], device), device)
-    machine.release()
-
-    phases = {
-        "text": partial(_time_encoding, pipe, target),
-        "steps": partial(_time_steps, target),
-        "decode": partial(_time_decoding, pipe, machine),
-    }
-    rows = []
-    for name, time_phase in phases.items():
-        synchronize(device)
-        reset_peak_memory(device)
-        first, *following = time_phase()
-        row: Figures = {
-            "phase": name,
-            "ms": round(median(following) * 1000, 1),
-            "first_s": round(first, 2),
-            "peak_gib": peak_memory(device),
-        }
-        rows.append(row)
-    rows[0]["placing_s"] = round(placing_seconds, 1)
-    return rows
-
-
-def _predict_memory() -> list[Figures]:
-    """Return the prediction for each level and phase, without the face models."""
-    rows = []
-    for level in ("full", "24gb", "12gb"):
-        for use in predict_memory(level, 1024, 1024):
-            size = use.total - use.parts["faces"]
-            rows.append({"phase": f"{level}: {use.phase}", "predicted_gib": round(size / 2**30, 2)})
-    return rows
-
-
-def _time_encoding(pipe: Any, target: FluxTarget) -> list[float]:
-    """Return the seconds of two calls of both text encoders."""
-    tokens = target.call["encoder_hidden_states"].shape[1]
-    t5_ids = torch.ones(1, tokens, dtype=torch.long, device=target.device)
-    clip_ids = t5_ids[:, : pipe.text_encoder.config.max_position_embeddings]
-
-    def encode() -> None:
-        pipe.text_encoder(clip_ids)
-        pipe.text_encoder_2(t5_ids)
-
-    return [timed(encode, target.device) for _ in range(2)]
-
-
-def _time_steps(target: FluxTarget) -> list[float]:
-    """Return the seconds of three steps with an identity."""
-    with target.use_identity():
-        return [timed(target.step, target.device) for _ in range(3)]
-
-
-def _time_decoding(pipe: Any, machine: Machine) -> list[float]:
-    """Return the seconds of two calls of the decoder."""
-    side = machine.pixels // pipe.vae_scale_factor
-    shape = (1, pipe.vae.config.latent_channels, side, side)
-    latents = torch.randn(shape, device=machine.device, dtype=machine.dtype)
-
-    def decode() -> None:
-        pipe.vae.decode(latents, return_dict=False)
-
-    return [timed(decode, machine.device) for _ in range(2)]
-
-
-def _build_encoders_and_vae(tiny: bool) -> dict[str, Any]:
-    """Build FLUX.1's text encoders and autoencoder at their published sizes, or tiny ones."""
-    if tiny:
-        clip = CLIPTextConfig(
-            vocab_size=8,
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-        )
-        t5 = T5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-        vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
-    else:
-        clip = CLIPTextConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-        )
-        t5 = T5Config(
-            d_model=4096,
-            d_kv=64,
-            d_ff=10240,
-            num_layers=24,
-            num_heads=64,
-            feed_forward_proj="gated-gelu",
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=16,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            sample_size=1024,
-        )
-    parts = {
-        "text_encoder": CLIPTextModel(clip),
-        "text_encoder_2": T5EncoderModel(t5),
-        "vae": vae,
-    }
-    for part in parts.values():
-        part.requires_grad_(False).eval()
-    return parts

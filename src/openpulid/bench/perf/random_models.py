@@ -40,7 +40,15 @@ TINY_CLIP: dict[str, Any] = {
     "num_hidden_layers": 1,
     "num_attention_heads": 1,
 }
-"""Configuration of a text encoder that nobody runs."""
+TINY_T5: dict[str, Any] = {
+    "vocab_size": 8,
+    "d_model": 8,
+    "d_kv": 8,
+    "d_ff": 8,
+    "num_layers": 1,
+    "num_heads": 1,
+}
+"""Configurations of tiny text encoders."""
 
 
 class _PipelineParts:
@@ -198,9 +206,7 @@ def place_flux(
         device: where it runs.
     """
     clip = CLIPTextModel(CLIPTextConfig(**TINY_CLIP))
-    t5 = T5EncoderModel(
-        T5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-    )
+    t5 = T5EncoderModel(T5Config(**TINY_T5))
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = FluxPipeline(scheduler, _tiny_vae(), clip, None, t5, None, transformer)
     place_pipeline(pipe, find_level("flux", level), device)
