@@ -18,7 +18,8 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.io import hub
 from openpulid.io.lora_files import check_lora, select_lora_file
 from openpulid.pipelines.inputs import open_inputs
-from openpulid.pipelines.loras import LoraInput, fuse_lora, open_lora, use_loras
+from openpulid.pipelines.lora_loading import fuse_lora
+from openpulid.pipelines.loras import LoraInput, open_lora, use_loras
 from openpulid.pipelines.memory_levels import LEVELS, place_pipeline, stream_pipeline
 from openpulid.pipelines.presets import flux, mini, sdxl
 from openpulid.pipelines.provenance import Provenance
@@ -135,7 +136,7 @@ def test_fused_lora_is_in_the_weights(family: str, folder: Path, tiny_pipeline: 
     expected = run_diffusers(studio)
     pipe.unload_lora_weights()
     plain = run_diffusers(studio)
-    fuse_lora(pipe, open_lora(Lora(folder / f"{family}1", 0.8)))
+    fuse_lora(pipe, open_lora(Lora(folder / f"{family}1")).path, 0.8)
     fused = run_diffusers(studio)
     assert not any(pipe.get_list_adapters().values())
     assert np.abs(fused.astype(float) - expected).max() <= 1

@@ -16,7 +16,7 @@ from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.weights import resolve_path
 
 OPTIONS = ("num_inference_steps", "guidance_scale", "negative_prompt", "width", "height")
-BASE_PARTS = ("pipeline", "unet", "transformer")
+BASE_PARTS = ("pipeline", "unet", "transformer", "few_step_lora")
 METHOD_PARTS = ("detector", "recognition", "face_parsing", "vision_encoder")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt")
 

@@ -24,6 +24,7 @@ from openpulid.io.networks import (
     read_config,
     read_parts,
 )
+from openpulid.pipelines.lora_loading import fuse_lora
 from openpulid.pipelines.model_set import BASE_NAMES, Family, ModelSet
 from openpulid.pipelines.samplers import build_scheduler, check_scheduler
 from openpulid.pipelines.single_files import (
@@ -167,6 +168,8 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
     if "transformer" in parts:
         _check_transformer(path / "transformer", path, models.guidance_embeds)
     pipe = _load_parts(pipeline_class, path, parts, dtype, networks)
+    if models.few_step_lora is not None:
+        fuse_lora(pipe, resolve_path(models.few_step_lora))
     pipe.set_progress_bar_config(disable=models.is_miniature)
     return pipe
 

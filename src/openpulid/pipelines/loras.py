@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from openpulid.errors import OptionError, WeightsError
-from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.io.hub import locate
 from openpulid.io.lora_files import check_lora, select_lora_file
 from openpulid.io.networks import list_files
 from openpulid.pipelines.factory import no_progress_bars
+from openpulid.pipelines.lora_loading import load_lora
 from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.request_inputs import Lora
 
@@ -97,53 +94,9 @@ def use_loras(pipe: Any, loras: Sequence[LoraInput]) -> Iterator[None]:
     scales = {f"lora_{number}": lora.scale for number, lora in enumerate(loras)}
     try:
         for name, lora in zip(scales, loras, strict=True):
-            _load(pipe, name, lora.path)
+            with no_progress_bars():
+                load_lora(pipe, name, lora.path)
         pipe.set_adapters(list(scales), list(scales.values()))
         yield
     finally:
         pipe.unload_lora_weights()
-
-
-def fuse_lora(pipe: Any, lora: LoraInput) -> None:
-    """Add a LoRA to the weights of a pipeline for good.
-
-    Raises:
-        WeightsError: it does not fit the base model.
-    """
-    _load(pipe, "fused", lora.path)
-    pipe.fuse_lora(list(pipe.get_list_adapters()), lora_scale=lora.scale)
-    pipe.unload_lora_weights()
-
-
-def _load(pipe: Any, name: str, path: Path) -> None:
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    message = f"{path} does not fit this base model; use a LoRA that was trained for it"
-    with no_progress_bars(), explain_bad_weights(message), _hide_float8(network, pipe.vae.dtype):
-        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
-    if not any(name in names for names in pipe.get_list_adapters().values()):
-        raise WeightsError(f"{path} changes no layer of this base model; use a LoRA for it.")
-
-
-@contextmanager
-def _hide_float8(network: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Show peft weights of a dtype that computes, in place of those that are stored in 8 bits.
-
-    peft gives the layers of a LoRA the dtype of the layer that they change.
-
-    Args:
-        network: with weights in float8, see `memory_levels.store_in_fp8`.
-        dtype: in which the network computes.
-    """
-    layers = [x for x in network.modules() if isinstance(x, (nn.Linear, nn.Conv2d))]
-    stored = [
-        (x, x.weight) for x in layers if x.weight.is_floating_point() and x.weight.itemsize == 1
-    ]
-    try:
-        for layer, weight in stored:
-            # one number that looks like a matrix
-            number = torch.empty(1, dtype=dtype, device=weight.device)
-            layer.weight = nn.Parameter(number.expand(weight.shape), requires_grad=False)
-        yield
-    finally:
-        for layer, weight in stored:
-            layer.weight = weight

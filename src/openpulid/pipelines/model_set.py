@@ -89,6 +89,7 @@ class ModelSet:
         adapter_has_vision_encoder: the vision encoder is part of the adapter's file.
         method: name of the method, see `methods.registry.METHODS`.
         unet, transformer: network that replaces the pipeline's.
+        few_step_lora: LoRA with which a transformer needs few steps; merged with its weights.
         sampler: sampler on Karras sigmas ("dpmpp_2m", "dpmpp_sde"), diffusers' multistep solver
             ("dpm"), or None for the pipeline's own.
         scheduler: settings that differ from those of the pipeline's scheduler.
@@ -120,6 +121,7 @@ class ModelSet:
     method: str = "pulid"
     unet: WeightSource | None = None
     transformer: WeightSource | None = None
+    few_step_lora: WeightSource | None = None
     sampler: Literal["dpm", "dpmpp_2m", "dpmpp_sde"] | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     use_half_precision: bool = False
@@ -182,7 +184,7 @@ class ModelSet:
     @property
     def sources(self) -> tuple[WeightSource, ...]:
         """All files and published names that are needed to generate with these models."""
-        sources = [self.pipeline, self.unet, self.transformer, self.adapter]
+        sources = [self.pipeline, self.unet, self.transformer, self.few_step_lora, self.adapter]
         if not self.has_own_person:
             sources += [self.detector, self.recognition, self.face_parsing, self.vision_encoder]
         companions = (

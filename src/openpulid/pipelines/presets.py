@@ -242,8 +242,9 @@ def mini_flux(directory: Path = MINIATURE) -> Preset:
 
 
 def mini_flux_4step(directory: Path = MINIATURE) -> Preset:
-    """Return FLUX's miniature with its few-step student: four steps without guidance."""
-    preset = mini_flux(directory).with_models(transformer=directory / "flux" / "lightning")
+    """Return FLUX's miniature with its few-step LoRA: four steps without guidance."""
+    lora = directory / "flux" / "lightning-lora.safetensors"
+    preset = mini_flux(directory).with_models(few_step_lora=lora)
     preset = preset.with_defaults(num_inference_steps=4, true_cfg_scale=1.0, scale=1.0)
     preset = replace(preset, pose=IdentityOptions(start=0.2, scale=1.0))
     return _rename(preset, "mini-flux-4step", "FLUX's miniature in four steps")
@@ -456,11 +457,10 @@ def with_base(preset: Preset, base: WeightSource) -> Preset:
     """
     selection = preset.selection.model_copy(update={"base": os.fspath(base)})
     path = Path(base)
-    is_transformer = path.is_file() or (path / "config.json").is_file()
-    if preset.models.has_transformer and base not in WEIGHTS and is_transformer:
-        models = replace(preset.models, transformer=base)
-    else:
-        models = replace(preset.models, pipeline=base, unet=None, transformer=None)
+    is_network = path.is_file() or (path / "config.json").is_file()
+    models = replace(preset.models, unet=None, transformer=None, few_step_lora=None)
+    is_transformer = models.has_transformer and base not in WEIGHTS and is_network
+    models = replace(models, transformer=base) if is_transformer else replace(models, pipeline=base)
     return replace(preset, selection=selection, models=models)
 
 

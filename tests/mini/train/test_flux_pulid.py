@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from peft import get_peft_model_state_dict
 
 from openpulid.errors import WeightsError
 from openpulid.identity.extractor import MiniExtractor
@@ -19,6 +21,7 @@ from openpulid.mini.evaluation.evaluate import generate_images
 from openpulid.mini.evaluation.prompts import sample_prompts
 from openpulid.mini.models.flux import save_flux_pipeline
 from openpulid.mini.models.pipeline import sample
+from openpulid.mini.train.flux_stages import FEW_STEP_LORA, LORA_FILE
 from openpulid.mini.train.loss_models import create_model
 from openpulid.mini.train.pulid import adapter_file, encoder_config, find_init_adapter
 from openpulid.pipelines.factory import load_extractor
@@ -111,6 +114,16 @@ def test_files_of_stages_are_in_a_folder_of_their_own(tmp_path: Path) -> None:
     assert find_adapters("sdxl", tmp_path, tmp_path) == {}
 
 
+def save_random_lora(transformer: FluxTransformer2DModel, folder: Path) -> None:
+    """Write a student's LoRA with random weights."""
+    student = deepcopy(transformer)
+    student.add_adapter(FEW_STEP_LORA)
+    layers = get_peft_model_state_dict(student)
+    for value in layers.values():
+        torch.nn.init.normal_(value, std=0.1)
+    FluxPipeline.save_lora_weights(folder, layers, weight_name=LORA_FILE)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of weights whose FLUX base, student and adapter are tiny and random."""
@@ -119,7 +132,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / file.name).symlink_to(file)
     pipe = networks.small_flux_pipeline(2)
     save_flux_pipeline(pipe, folder / "flux" / "pipeline")
-    pipe.transformer.save_pretrained(folder / "flux" / "lightning")
+    save_random_lora(pipe.transformer, folder / "flux")
     recipe = small_recipe("stage3")
     extractor = load_extractor(mini_flux(folder), "cpu")
     assert isinstance(extractor, MiniExtractor)
@@ -157,6 +170,31 @@ def test_evaluation_generates_what_the_preset_does(weights: Path) -> None:
         person = identities and identities[0]
         single = studio.generate(prompt.prompt, identity=person, seed=prompt.seed).images[0]
         assert batch.tobytes() == single.tobytes()
+
+
+def test_student_is_the_base_with_its_lora(weights: Path) -> None:
+    base, student = (
+        load(preset(weights), device="cpu").pipe.transformer
+        for preset in (mini_flux, mini_flux_4step)
+    )
+    assert list(student.state_dict()) == list(base.state_dict())  # merged, nothing of peft is left
+    changed = {
+        name
+        for name, value in base.state_dict().items()
+        if not torch.equal(value, student.state_dict()[name])
+    }
+    blocks = {name for name, value in base.named_parameters() if "blocks" in name}
+    matrices = {name for name in blocks if base.get_parameter(name).dim() == 2}
+    modulation_and_norms = {name for name in matrices if "norm" in name}
+    assert changed == matrices - modulation_and_norms
+
+
+def test_another_transformer_is_used_without_the_lora(weights: Path) -> None:
+    transformer = weights / "flux" / "pipeline" / "transformer"
+    studio = load(mini_flux_4step(weights), device="cpu", base=transformer)
+    expected = FluxTransformer2DModel.from_pretrained(transformer, torch_dtype=torch.float32)
+    for name, value in studio.pipe.transformer.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
 
 
 def test_folder_of_weights_is_a_preset(weights: Path) -> None:

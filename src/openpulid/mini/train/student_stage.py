@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ from openpulid.mini.train.distill import STUDENT_TIMESTEPS, LightningTask, Teach
 from openpulid.mini.train.networks import BaseNetwork, SDXLNetwork
 from openpulid.training import TrainerConfig, autocast
 
+CONFIG = TrainerConfig(
+    steps=60_000,
+    lr=1e-3,
+    optimizer="muon",
+    warmup=50,
+    decay=0.5,
+    ema=0.998,
+    seed=5,
+    validate_every=2000,
+)
 NUM_TRAJECTORIES = 4096
 """Trajectories of the teacher; SDXL's take about nine minutes on two cores."""
 DISTILLATION_TIME_SHARE = 0.6
@@ -30,13 +41,18 @@ def train_student(context: BuildContext) -> dict[str, float]:
     pipe = build_pipeline(
         student, context.load_vae(), text_encoders, context.load_tokenizer(), order=1
     )
+
+    def save() -> Path:
+        save_folder(student, context.weights / "lightning")
+        return context.weights / "lightning"
+
     return distill(
         context,
         "lightning",
         SDXLNetwork(teacher, text_encoders),
         SDXLNetwork(student, text_encoders, compiled=can_compile(context.device)),
         pipe,
-        context.weights / "lightning",
+        save,
     )
 
 
@@ -46,7 +62,9 @@ def distill(
     teacher: BaseNetwork,
     student: BaseNetwork,
     pipe: Any,
-    folder: Path,
+    save: Callable[[], Path],
+    config: TrainerConfig = CONFIG,
+    num_trajectories: int = NUM_TRAJECTORIES,
 ) -> dict[str, float]:
     """Train a student on trajectories of its teacher, and write it.
 
@@ -54,36 +72,26 @@ def distill(
         context: of the build.
         name: name of the stage.
         teacher: the frozen base model.
-        student: a copy of it that trains.
+        student: a copy of it, of which all or a part trains.
         pipe: the pipeline of the student.
-        folder: where the student is written.
+        save: writes the student and returns its file or folder.
+        config: configuration of the trainer.
+        num_trajectories: number of trajectories.
 
     Returns:
         The figures of the student.
     """
-    config = TrainerConfig(
-        steps=60_000,
-        lr=1e-3,
-        optimizer="muon",
-        warmup=50,
-        decay=0.5,
-        ema=0.998,
-        seed=5,
-        validate_every=2000,
-    )
     torch.manual_seed(config.seed)
     with autocast(context.device):
         trajectories = TeacherTrajectories.build(
             teacher,
             context.load_captions(),
-            NUM_TRAJECTORIES,
+            num_trajectories,
             context.runs / name / "trajectories",
             on_progress=make_progress_printer("trajectories"),
         )
     evaluator = load_evaluator(context, pipe, steps=STUDENT_TIMESTEPS, guidance=1.0)
     task = LightningTask(student, trajectories, evaluator)
     context.train(name, task, config, DISTILLATION_TIME_SHARE)
-    (module,) = student.modules().values()
-    save_folder(module, folder)
-    stamp(folder, context.describe_training(name, config))
+    stamp(save(), context.describe_training(name, config))
     return evaluator.evaluate()

@@ -19,7 +19,8 @@ from openpulid.pipelines.factory import (
     require_weights,
     resolve_path,
 )
-from openpulid.pipelines.loras import fuse_lora, open_lora
+from openpulid.pipelines.lora_loading import fuse_lora
+from openpulid.pipelines.loras import open_lora
 from openpulid.pipelines.presets import Preset, flux, flux_schnell, sdxl, sdxl_v1
 from openpulid.pipelines.request import ModelSelection
 from openpulid.pipelines.request_inputs import Lora
@@ -107,7 +108,7 @@ def load_models(
     dtype = training_dtype(device)
     pipes = [load_pipeline(preset, device, dtype) for preset in presets]
     if lora is not None:
-        fuse_lora(pipes[-1], lora)
+        fuse_lora(pipes[-1], lora.path, lora.scale)
     models = bases.create_models(recipe, pipes)
     embedder = None
     if id_loss_file is not None:
