@@ -158,15 +158,19 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
             f"one of flow matching; use {models.base_name} or a finetune of it."
         )
     networks: dict[str, Any] = {}
+    vae = path / "vae"
+    if models.vae is not None and not vae.is_dir():
+        vae = resolve_path(models.vae)
+        networks["vae"] = load_network(parts["vae"].find_class(), vae, dtype)
     if models.transformer is not None:
         source = resolve_path(models.transformer)
         if source.is_dir():
-            _check_transformer(source, path, models.guidance_embeds)
+            _check_transformer(source, vae, models.guidance_embeds)
             networks["transformer"] = load_network(transformer_class, source, dtype)
         else:
             networks["transformer"] = load_transformer_file(source, path, dtype, models.family)
     if "transformer" in parts:
-        _check_transformer(path / "transformer", path, models.guidance_embeds)
+        _check_transformer(path / "transformer", vae, models.guidance_embeds)
     pipe = _load_parts(pipeline_class, path, parts, dtype, networks)
     if models.few_step_lora is not None:
         fuse_lora(pipe, resolve_path(models.few_step_lora))
@@ -239,10 +243,10 @@ def _load_sdxl_directory(path: Path, dtype: torch.dtype, networks: Mapping[str, 
     )
 
 
-def _check_transformer(transformer: Path, pipeline: Path, guidance_embeds: bool | None) -> None:
+def _check_transformer(transformer: Path, vae: Path, guidance_embeds: bool | None) -> None:
     """Check that the configuration of a transformer describes a model that the preset is for."""
     config = read_config(transformer)
-    latents = read_config(pipeline / "vae").get("latent_channels", 16)
+    latents = read_config(vae).get("latent_channels", 16)
     # a token is a square of two by two latents
     check_channels(transformer, config.get("in_channels", 64), 4 * latents)
     embeds = bool(config.get("guidance_embeds", False))

@@ -89,6 +89,7 @@ class ModelSet:
         adapter_has_vision_encoder: the vision encoder is part of the adapter's file.
         method: name of the method, see `methods.registry.METHODS`.
         unet, transformer: network that replaces the pipeline's.
+        vae: autoencoder of a pipeline with a transformer whose folder has none.
         few_step_lora: LoRA with which a transformer needs few steps; merged with its weights.
         sampler: sampler on Karras sigmas ("dpmpp_2m", "dpmpp_sde"), diffusers' multistep solver
             ("dpm"), or None for the pipeline's own.
@@ -121,6 +122,7 @@ class ModelSet:
     method: str = "pulid"
     unet: WeightSource | None = None
     transformer: WeightSource | None = None
+    vae: WeightSource | None = None
     few_step_lora: WeightSource | None = None
     sampler: Literal["dpm", "dpmpp_2m", "dpmpp_sde"] | None = None
     scheduler: Mapping[str, Any] = field(default_factory=dict)

@@ -222,6 +222,7 @@ def mini_flux(directory: Path = MINIATURE) -> Preset:
     preset = mini(directory).with_models(
         family="flux",
         pipeline=directory / "flux" / "pipeline",
+        vae=directory / "pipeline" / "vae",
         adapter=directory / "flux" / "pulid-stage3.safetensors",
         guidance_embeds=False,
         build_command="pulid mini build flux-base flux-lightning flux-stage1 flux-stage2 "

@@ -20,7 +20,7 @@ from openpulid.mini.evaluation.adapters import find_adapters
 from openpulid.mini.evaluation.evaluate import generate_images
 from openpulid.mini.evaluation.prompts import sample_prompts
 from openpulid.mini.models.flux import save_flux_pipeline
-from openpulid.mini.models.pipeline import sample
+from openpulid.mini.models.pipeline import sample, save_folder
 from openpulid.mini.train.flux_stages import FEW_STEP_LORA, LORA_FILE
 from openpulid.mini.train.loss_models import create_model
 from openpulid.mini.train.pulid import adapter_file, encoder_config, find_init_adapter
@@ -130,8 +130,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     for file in MINIATURE.glob("*.safetensors"):
         (folder / file.name).symlink_to(file)
-    pipe = networks.small_flux_pipeline(2)
+    pipe = networks.small_flux_pipeline()
     save_flux_pipeline(pipe, folder / "flux" / "pipeline")
+    save_folder(pipe.vae, folder / "pipeline" / "vae")  # FLUX's pipeline has none
     save_random_lora(pipe.transformer, folder / "flux")
     recipe = small_recipe("stage3")
     extractor = load_extractor(mini_flux(folder), "cpu")

@@ -3,6 +3,7 @@
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
 from openpulid.mini.models.flux import (
     LATENT_PATCHES,
+    PACKING,
     FluxTextEncoders,
     build_flow_scheduler,
     build_flux_pipeline,
@@ -23,6 +24,7 @@ from openpulid.mini.models.tokenizer import build_tokenizer
 
 __all__ = [
     "LATENT_PATCHES",
+    "PACKING",
     "AttributeClassifier",
     "FluxTextEncoders",
     "TextEncoders",

@@ -160,8 +160,13 @@ def build_flux_pipeline(
 
 
 def save_flux_pipeline(pipe: FluxPipeline, folder: Path) -> None:
-    """Save a pipeline with its networks in bfloat16, for diffusers' `from_pretrained`."""
+    """Save a pipeline with its networks in bfloat16, for diffusers' `from_pretrained`.
+
+    An autoencoder with the layout of SDXL's miniature is not saved: it is that of its pipeline.
+    """
     for name, component in pipe.components.items():
+        if name == "vae" and component.config.latent_patch == 1:
+            continue
         if isinstance(component, nn.Module):
             save_folder(component, folder / name)
         elif component is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextModel, T5EncoderModel
 
-from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.mini.models import (
     LATENT_PATCHES,
+    PACKING,
     FluxTextEncoders,
     build_flux_pipeline,
     build_t5,
@@ -88,7 +89,9 @@ def train_flux_student(context: BuildContext) -> dict[str, float]:
         return context.load_model(cls, "flux", "pipeline", part)
 
     teacher = load(FluxTransformer2DModel, "transformer")
-    vae = load(PatchAutoencoderKL, "vae")
+    vae = context.load_vae()
+    channels = teacher.config.in_channels // PACKING
+    vae = vae.with_latent_patch(isqrt(vae.config.latent_channels // channels))
     tokenizer = context.load_tokenizer()
     text_encoders = FluxTextEncoders(
         load(CLIPTextModel, "text_encoder"), load(T5EncoderModel, "text_encoder_2"), tokenizer
