@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure_values import Outputs, Regression, explained
+from measure_values import Outputs
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
@@ -21,6 +21,7 @@ from openpulid.bench.measurement import append_measurement, describe_measurement
 from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.methods.photomaker.photomaker import PhotoMaker
 from openpulid.mini.data import load_faces
+from openpulid.mini.evaluation.value_probe import ValueRegression, explained_variance
 from openpulid.mini.train.portraits import find_frontal
 from openpulid.mini.train.recognition import FACIAL_COLUMNS
 from openpulid.pipelines.presets import MINIATURE
@@ -63,7 +64,7 @@ def main() -> None:
     outputs, values = compute(clip, method, train, np.arange(0, len(train), 3))
     others, other_values = compute(clip, method, held_out, np.flatnonzero(find_frontal(held_out)))
     columns = {
-        name: explained(Regression(outputs[name], values)(others[name]), other_values)
+        name: explained_variance(ValueRegression(outputs[name], values)(others[name]), other_values)
         for name in outputs
     }
     rows = {

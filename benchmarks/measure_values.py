@@ -35,6 +35,7 @@ from openpulid.mini.data import load_faces
 from openpulid.mini.evaluation.evaluate import generate_images
 from openpulid.mini.evaluation.prompts import EvalPrompt, render_portraits, sample_prompts
 from openpulid.mini.evaluation.scorers import FaceScorer
+from openpulid.mini.evaluation.value_probe import ValueRegression, explained_variance
 from openpulid.mini.evaluation.value_reader import get_facial_values
 from openpulid.mini.train.loss_models import load_face_embedder
 from openpulid.mini.train.portraits import find_frontal
@@ -50,7 +51,6 @@ from openpulid.pipelines.presets import MINIATURE, mini_lightning
 from openpulid.pipelines.studio import Studio
 from openpulid.world import FACIAL, HELD_OUT_PEOPLE, Person, Scene, WorldDataset, render
 
-RIDGE = 0.1
 PROMPT = "portrait, front view, calm, photo"
 Outputs = dict[str, Tensor]
 
@@ -96,26 +96,6 @@ class Stages:
         return {name: torch.cat(chunks).double() for name, chunks in parts.items()}, values.double()
 
 
-class Regression:
-    """Ridge regression of the facial values on standardized outputs of a stage."""
-
-    def __init__(self, outputs: Tensor, values: Tensor) -> None:
-        self.mean, self.scale = outputs.mean(0), outputs.std(0) + 1e-6
-        self.center = values.mean(0)
-        x = (outputs - self.mean) / self.scale
-        gram = x.T @ x + RIDGE * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-        self.weight = torch.linalg.solve(gram, x.T @ (values - self.center))
-
-    def __call__(self, outputs: Tensor) -> Tensor:
-        """Predict values (N, V) from outputs (N, D)."""
-        return (outputs - self.mean) / self.scale @ self.weight + self.center
-
-
-def explained(predictions: Tensor, values: Tensor) -> Tensor:
-    """Compute R2 of each value, (V,)."""
-    return 1 - (predictions - values).square().mean(0) / values.var(0, unbiased=False)
-
-
 def squared_correlation(predictions: Tensor, values: Tensor) -> Tensor:
     """Compute the squared correlation of each value over the people, (V,), signed."""
     a, b = (x - x.mean(0) for x in (predictions, values))
@@ -123,7 +103,7 @@ def squared_correlation(predictions: Tensor, values: Tensor) -> Tensor:
     return correlation * correlation.abs()
 
 
-def read_generated(studio: Studio, embed: Any, regression: Regression, people: int) -> Tensor:
+def read_generated(studio: Studio, embed: Any, regression: ValueRegression, people: int) -> Tensor:
     """Generate one portrait of each held-out person and compare the values it shows, (V,)."""
     portraits = render_portraits(people)
     identities = [studio.identify([image]) for image in to_pil(portraits)]
@@ -137,7 +117,7 @@ def read_generated(studio: Studio, embed: Any, regression: Regression, people: i
 
 @torch.no_grad()
 def score_renderings(
-    studio: Studio, regression: Regression, scorer: FaceScorer, people: int
+    studio: Studio, regression: ValueRegression, scorer: FaceScorer, people: int
 ) -> dict[str, dict[str, float]]:
     """Render held-out people with predicted and with true values, and score the renderings.
 
@@ -198,13 +178,15 @@ def main() -> None:
     outputs, values = stages.compute(train, np.arange(0, len(train), 3))
     other_outputs, other_values = stages.compute(held_out, np.flatnonzero(find_frontal(held_out)))
     columns = {}
-    regressions: dict[str, Regression] = {}
+    regressions: dict[str, ValueRegression] = {}
     for name in outputs:
         # a model reads decoded images with the regression of plain ones
         plain = name.removesuffix(", decoded")
         if plain not in regressions:
-            regressions[plain] = Regression(outputs[plain], values)
-        columns[f"R2 {name}"] = explained(regressions[plain](other_outputs[name]), other_values)
+            regressions[plain] = ValueRegression(outputs[plain], values)
+        columns[f"R2 {name}"] = explained_variance(
+            regressions[plain](other_outputs[name]), other_values
+        )
     changes = render_value_changes(16)
     nothing = torch.zeros(0)
     evaluator = RecognitionEvaluator(nothing, nothing, nothing, changes)
