@@ -232,7 +232,7 @@ class _Head(nn.Sequential):
         )
 
 
-class _Residual(nn.Module):
+class ResidualBlock(nn.Module):
     """Improved residual block of ArcFace (Deng et al. 2019), with normalization before and after.
 
     It uses ReLU instead of PReLU, which takes longer on a CPU than the convolutions.
@@ -255,6 +255,7 @@ class _Residual(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to (B, D, h / stride, w / stride)."""
         return self.body(x) + self.shortcut(x)
 
 
@@ -277,7 +278,7 @@ class ResNetRecognition(nn.Module):
         channels = stem
         for width, depth in zip(widths, depths, strict=True):
             for index in range(depth):
-                blocks.append(_Residual(channels, width, 1 if index else 2))
+                blocks.append(ResidualBlock(channels, width, 1 if index else 2))
                 channels = width
         self.blocks = nn.Sequential(*blocks)
         self.head = _Head(channels, CROP >> (len(widths) + 1), dim)

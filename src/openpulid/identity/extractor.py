@@ -1,4 +1,4 @@
-"""From a detected face to identity features: the protocol, and the miniature's extractor."""
+"""From a detected face to identity features: the protocol, and the miniature's extractors."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from openpulid.faces.miniature import (
 )
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
-from openpulid.identity.identity import Identity
+from openpulid.identity.face_latents import FaceLatentEncoder, crop_faces, place_on_white
+from openpulid.identity.identity import Identity, hash_models
 from openpulid.io.checkpoints import fingerprint, load_module
 
 
 class IdentityExtractor(Protocol):
     """Extracts identities from detected faces.
 
-    Implemented by `MiniExtractor`, `photo_extractor.PhotoExtractor` and
+    Implemented by `MiniExtractor`, `FaceLatentExtractor`, `photo_extractor.PhotoExtractor` and
     `clip_extractor.ClipExtractor`.
     """
 
@@ -190,3 +191,71 @@ class MiniExtractor:
         transform = similarity_transform(landmarks, TEMPLATE * size)
         warped = warp_images(torch.cat([images, masks.to(images)], 1), transform, size)
         return warped[:, :3], warped[:, 3:]
+
+
+class FaceLatentExtractor:
+    """The miniature's extractor of W+ Adapter; `photo_extractor.LatentExtractor` is that of photos.
+
+    Args:
+        detection: face detection, with masks of the face.
+        encoder: of the latents.
+        models: name -> hash of the models; written into every identity.
+    """
+
+    same_person_similarity = MINI_SIMILARITY
+    recognition_width = 0
+    """Latents are no face embedding."""
+
+    def __init__(
+        self,
+        detection: FaceDetection,
+        encoder: FaceLatentEncoder,
+        models: Mapping[str, str] | None = None,
+    ) -> None:
+        self.detection = detection
+        self.encoder = encoder
+        self.models = dict(models or {})
+
+    @classmethod
+    def load(
+        cls,
+        detector: str | os.PathLike[str],
+        encoder: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+    ) -> FaceLatentExtractor:
+        """Load from two files of `checkpoints.save_module`.
+
+        Raises:
+            WeightsError: a file is missing or damaged.
+        """
+        return cls(
+            MiniFaceDetection(load_module(MiniFaceDetector, detector, device)),
+            load_module(FaceLatentEncoder, encoder, device),
+            hash_models([encoder]),
+        )
+
+    def extract(self, faces: Sequence[Face]) -> list[Identity]:
+        """Return one identity per face, in order; `id_cond` holds the latents (1, 1, 18 * W)."""
+        return [self._extract_one(face) for face in faces]
+
+    @torch.no_grad()
+    def debug_crops(self, face: Face) -> list[Tensor]:
+        """Return the aligned face on white, (3, 64, 64) in [0, 1]."""
+        assert face.mask is not None, "the miniature's detector returns masks"
+        require_landmarks(face)
+        crops, masks = crop_faces(face.image[None], face.mask[None], face.landmarks[None])
+        return [place_on_white(crops, masks)[0]]
+
+    @torch.no_grad()
+    def extract_batch(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
+        """Extract the latents (B, 18, W) of a batch of faces, see `MiniExtractor.extract_batch`."""
+        latents: Tensor = self.encoder(place_on_white(*crop_faces(images, masks, landmarks)))
+        return latents
+
+    def _extract_one(self, face: Face) -> Identity:
+        assert face.mask is not None, "the miniature's detector returns masks"
+        require_landmarks(face)
+        inputs = (face.image, face.mask, face.landmarks)
+        latents = self.extract_batch(*(x[None].to(self.encoder.device) for x in inputs))
+        landmarks = face.normalized_landmarks[None, None].cpu()
+        return Identity(latents.cpu().flatten(1)[:, None], (), self.models, landmarks)

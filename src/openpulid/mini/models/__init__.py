@@ -1,6 +1,7 @@
 """Networks and pipeline of the miniature."""
 
 from openpulid.mini.models.attribute_classifier import AttributeClassifier
+from openpulid.mini.models.face_generator import FaceGenerator
 from openpulid.mini.models.flux import (
     LATENT_PATCHES,
     PACKING,
@@ -26,6 +27,7 @@ __all__ = [
     "LATENT_PATCHES",
     "PACKING",
     "AttributeClassifier",
+    "FaceGenerator",
     "FluxTextEncoders",
     "TextEncoders",
     "build_flow_scheduler",

@@ -74,6 +74,24 @@ def pixel_weights(
     return weight / weight.mean(dim=(1, 2, 3), keepdim=True)
 
 
+def image_distances(
+    decoded: Tensor, images: Tensor, weight: Tensor, smooth: float = 0.01
+) -> tuple[Tensor, Tensor]:
+    """Compute the weighted distances of images and of their gradients, two scalars.
+
+    Args:
+        decoded: (B, 3, S, S) reconstructed images.
+        images: (B, 3, S, S) originals.
+        weight: (B, 1, S, S) weights of the pixels.
+        smooth: Charbonnier's constant, below which the distance of images is quadratic.
+    """
+    error = decoded.float() - images.float()
+    right = (error[..., 1:] - error[..., :-1]) * weight[..., 1:]
+    down = (error[..., 1:, :] - error[..., :-1, :]) * weight[..., 1:, :]
+    pixels = (weight * (error.square() + smooth**2).sqrt()).mean()
+    return pixels, right.abs().mean() + down.abs().mean()
+
+
 class ReconstructionLoss(nn.Module):
     """Weighted distance of images and of their gradients, and the KL divergence of the latents.
 
@@ -105,14 +123,12 @@ class ReconstructionLoss(nn.Module):
             mean: (B, C, s, s) mean of the latents.
             logvar: (B, C, s, s) logarithm of their variance.
         """
-        error = decoded.float() - images.float()
-        right = (error[..., 1:] - error[..., :-1]) * weight[..., 1:]
-        down = (error[..., 1:, :] - error[..., :-1, :]) * weight[..., 1:, :]
+        pixels, slopes = image_distances(decoded, images, weight, self.smooth)
         mean = mean.float()
         logvar = logvar.float()
         return {
-            "pixels": (weight * (error.square() + self.smooth**2).sqrt()).mean(),
-            "slopes": self.slopes * (right.abs().mean() + down.abs().mean()),
+            "pixels": pixels,
+            "slopes": self.slopes * slopes,
             "kl": self.kl * 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(),
         }
 

@@ -16,7 +16,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedT
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import TrainingError, WeightsError
-from openpulid.io.checkpoints import save_module, save_tensors
+from openpulid.faces.miniature import RECOGNITION_MODELS
+from openpulid.io.checkpoints import load_module, save_module, save_tensors
 from openpulid.mini.data import Captions, Latents, PairDataset
 from openpulid.mini.models import TextEncoders
 from openpulid.training import Task, TrainerConfig, TrainingResult, autocast, run
@@ -129,6 +130,18 @@ class BuildContext:
         """
         return self._load_folder(cls, self.weights.joinpath(*names))
 
+    def load_recognition(self, name: str) -> nn.Module:
+        """Load a trained face recognition model, frozen.
+
+        Args:
+            name: a key of `RECOGNITION_MODELS`.
+
+        Raises:
+            WeightsError: the model is not trained yet.
+        """
+        path = self.weights / f"recognition-{name}.safetensors"
+        return load_module(RECOGNITION_MODELS[name], path, self.device)
+
     def load_first_model(self, cls: Any, name: str) -> Any:
         """Load a model of the pipeline in `begin`, as `load_model` does.
 
@@ -212,11 +225,13 @@ class Stage:
         minutes: usual duration on two CPU cores.
         train: trains the stage's models, writes their weights and returns its figures on held-out
             people.
+        needs: names of stages that are selected with it, because nothing else needs their weights.
     """
 
     name: str
     minutes: float
     train: Callable[[BuildContext], dict[str, float]]
+    needs: tuple[str, ...] = ()
 
 
 def stamp(path: Path, facts: Mapping[str, object]) -> None:

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from openpulid.faces.miniature import RECOGNITION_MODELS
-from openpulid.io.checkpoints import load_module
 from openpulid.mini.models import save_folder
 from openpulid.mini.train.autoencoder import (
     AutoencoderTask,
@@ -61,8 +59,7 @@ def train_autoencoder(context: BuildContext) -> dict[str, float]:
 
 def _measure_face_similarity(context: BuildContext, vae: Any) -> dict[str, float]:
     """Measure the face similarity; return an empty result if the scorer is not trained yet."""
-    path = context.weights / "recognition-scorer.safetensors"
-    if not path.exists():
+    if not (context.weights / "recognition-scorer.safetensors").exists():
         return {}
-    scorer = load_module(RECOGNITION_MODELS["scorer"], path, context.device)
+    scorer = context.load_recognition("scorer")
     return {"face_sim": measure_face_similarity(vae, scorer, context.held_out)}
