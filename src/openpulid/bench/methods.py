@@ -154,7 +154,7 @@ def check_weights(presets: Mapping[str, Preset]) -> None:
         )
     if missing:
         path, preset = next(iter(missing.items()))
-        is_baseline = path == str(preset.models.adapter) and preset.models.method != "pulid"
+        is_baseline = path in map(str, preset.models.baseline_files)
         option = f" --method {preset.models.method}" if is_baseline else ""
         raise WeightsError(f"{path} does not exist; create it with `pulid mini build{option}`.")
     for preset in fixed:
@@ -184,7 +184,7 @@ def load_studios(
             continue
         adapter = load_adapter(preset, studio.pipe.device)
         extractor = studio.extractor
-        if preset.models.extractor == "clip":
+        if preset.models.extractor != presets[BASE].models.extractor:
             extractor = load_extractor(preset, studio.pipe.device, adapter)
         studios[label] = Studio(studio.pipe, adapter, extractor, preset)
     return studios

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from openpulid.errors import OptionError
 from openpulid.methods.registry import TUNED_METHODS, UNPUBLISHED_METHODS
-from openpulid.pipelines.model_set import BASE_NAMES, MINI_ADAPTERS, Family, ModelSet
+from openpulid.pipelines.model_set import (
+    BASE_NAMES,
+    MINI_ADAPTERS,
+    MINI_LATENT_ENCODER,
+    Family,
+    ModelSet,
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ _UNPUBLISHED = {
     "photoverse": Baseline(1.0),
 }
 _W_PLUS = {"extractor": "e4e", "recognition": None, "vision_encoder": "e4e"}
+_MINI_W_PLUS = {"extractor": "mini-latents", "recognition": None}
 
 BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0, models=_clip("buffalo-l")),
@@ -93,11 +100,12 @@ MINI_BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0),
     "instantid": Baseline(1.0),
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
+    "w-plus": Baseline(1.0, start=0.2, models=_MINI_W_PLUS),
     **_TUNED,
     **_UNPUBLISHED,
 }
-"""Other methods on the miniature. PhotoMaker and FastComposer have a vision encoder of their own;
-the others use the miniature's extractor."""
+"""Other methods on the miniature. PhotoMaker and FastComposer have a vision encoder of their own,
+W+ Adapter an encoder of face latents; the others use the miniature's extractor."""
 
 PULID_OPTIONS = frozenset(
     ("projection", "num_zero", "compiled", "start_step", "pose_from_prompt", "style_image")
@@ -129,7 +137,11 @@ def find_baseline(method: str, models: ModelSet, preset: str) -> Baseline:
             f"{method} is not available for the miniature; "
             f"available: pulid, {', '.join(MINI_BASELINES)}."
         )
-    return MINI_BASELINES[method]
+    baseline = MINI_BASELINES[method]
+    if baseline.models.get("extractor") != "mini-latents":
+        return baseline
+    encoder = Path(models.detector).parent / MINI_LATENT_ENCODER
+    return replace(baseline, models={**baseline.models, "vision_encoder": encoder})
 
 
 def find_adapter(method: str, weights: Path | None) -> Path | str:

@@ -17,7 +17,12 @@ from openpulid.device import compute_dtype, select_device, training_dtype
 from openpulid.errors import WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
-from openpulid.identity.extractor import DeferredExtractor, IdentityExtractor, MiniExtractor
+from openpulid.identity.extractor import (
+    DeferredExtractor,
+    FaceLatentExtractor,
+    IdentityExtractor,
+    MiniExtractor,
+)
 from openpulid.identity.identity import Identity, hash_models
 from openpulid.identity.photo_extractor import LatentExtractor, PhotoExtractor
 from openpulid.methods.pulid import PuLID, PuLIDFlux
@@ -151,6 +156,9 @@ def load_extractor(
         return _load_clip_extractor(preset, device, adapter)
     assert models.vision_encoder is not None
     detector = resolve_path(models.detector)
+    if models.extractor == "mini-latents":
+        hash_extractor_models(models)  # reports an encoder that is not trained yet
+        return FaceLatentExtractor.load(detector, resolve_path(models.vision_encoder), device)
     if models.extractor == "e4e":
         assert models.face_parsing is not None
         parsing = resolve_path(models.face_parsing)
@@ -214,6 +222,8 @@ def hash_extractor_models(models: ModelSet) -> dict[str, str]:
     for path in paths:
         if not path.is_file():
             command = "pulid mini build" if models.is_miniature else "pulid weights get"
+            if path in models.baseline_files:
+                command += f" --method {models.method}"
             raise WeightsError(f"{path} does not exist; `{command}` provides it.")
     return hash_models(paths)
 

@@ -12,7 +12,7 @@ from openpulid.methods.registry import TUNED_METHODS
 WeightSource = Path | str
 """A path, or a name of `io.hub.WEIGHTS`, which is looked up when the preset is loaded."""
 
-ExtractorKind = Literal["mini", "photo", "clip", "e4e"]
+ExtractorKind = Literal["mini", "mini-latents", "photo", "clip", "e4e"]
 
 Family = Literal["sdxl", "flux", "chroma", "flux2"]
 """Architecture of a base model. Chroma is FLUX.1 pruned: the same blocks, adapter and autoencoder,
@@ -34,8 +34,12 @@ MINI_ADAPTERS = {
     "instantid": "instantid",
     "photomaker": "photomaker.safetensors",
     "photoverse": "photoverse.safetensors",
+    "w-plus": "w-plus.safetensors",
 }
 """Adapters of the miniature's baselines, in the directory of its weights."""
+
+MINI_LATENT_ENCODER = "face-latents.safetensors"
+"""Encoder of the miniature's W+ Adapter, in the directory of its weights."""
 
 DEFAULT_STYLES: dict[Family, str] = {"sdxl": "ip-adapter", "flux": "ip-adapter-flux"}
 """The published IP-Adapter of a style image, where a request names none."""
@@ -182,6 +186,14 @@ class ModelSet:
     def is_trained_baseline(self) -> bool:
         """Whether `pulid mini build` trains the adapter as one of the miniature's baselines."""
         return self.is_miniature and self.method in MINI_ADAPTERS
+
+    @property
+    def baseline_files(self) -> tuple[WeightSource | None, ...]:
+        """What `pulid mini build --method` trains for the miniature's baseline."""
+        if not self.is_trained_baseline:
+            return ()
+        has_encoder = self.extractor == "mini-latents"
+        return (self.adapter, self.vision_encoder) if has_encoder else (self.adapter,)
 
     @property
     def sources(self) -> tuple[WeightSource, ...]:
