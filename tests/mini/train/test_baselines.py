@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.recipes import find_recipe as recipe
 from openpulid.training.rng import StepRNG
 from openpulid.training.trainer import sum_losses
+from openpulid.training.w_plus import disturb_latents
 
 FACE, SIDE, COUNT = 8, 96, 2
+LATENTS = (18, 8)  # of a face
 STEP = 0  # whose random numbers are drawn
 LEVELS = (5, 37, 96)  # the miniature's vision encoder: levels, tokens, width
 
@@ -36,13 +39,15 @@ class Fixed:
     def __init__(self, pipe: Any, name: str) -> None:
         generator = torch.Generator().manual_seed(3)
         shape = (COUNT, *SDXLModel(pipe).latent_shape())
-        face = torch.randn(COUNT, FACE, generator=generator)
+        width = math.prod(LATENTS) if FEATURES[name] == "latents" else FACE
+        face = torch.randn(COUNT, width, generator=generator)
         pixels = torch.randn(COUNT, 3, SIDE * SIDE, generator=generator)
         marks = torch.rand(COUNT, 5, 2, generator=generator)
         masks = torch.ones(COUNT, 1, *shape[2:])
         prompts = ["portrait of a person, photo", "portrait, smiling"]
         hidden = {
             "embedding": [],
+            "latents": [],
             "images": [pixels],
             "levels": [torch.randn(COUNT, *LEVELS[1:], generator=generator) for _ in range(5)],
         }[FEATURES[name]]
@@ -61,7 +66,11 @@ def pipe() -> Any:
 
 def made(name: str, pipe: Any) -> tuple[Baseline, BaselineTask]:
     torch.manual_seed(0)
-    inputs: dict[str, Any] = {"embedding": FACE, "levels": LEVELS[-1]}
+    inputs: dict[str, Any] = {
+        "embedding": FACE,
+        "levels": LEVELS[-1],
+        "latents": torch.randn(3, *LATENTS),
+    }
     if FEATURES[name] == "images":
         inputs["images"] = CLIPVisionModelWithProjection.from_pretrained(MINIATURE / "clip").float()
     baseline = BASELINES[name](pipe, inputs[FEATURES[name]])
@@ -153,7 +162,7 @@ def text_of(baseline: Baseline, task: BaselineTask, batch: Batch) -> torch.Tenso
 def test_face0_zeroes_the_vectors_of_dropped_identities(pipe: Any) -> None:
     baseline, task = made("face0", pipe)
     batch = task.data.batch(StepRNG(0, 0))
-    dropped = baseline.drop(batch, torch.tensor([True, False]))
+    dropped = baseline.drop(batch, torch.tensor([True, False]), StepRNG(0, STEP))
     text = text_of(baseline, task, dropped)
     assert not text[0, -3:].any() and text[0, -4].any()
     assert torch.equal(text[1], text_of(baseline, task, batch)[1]) and text[1, -3:].any()
@@ -196,7 +205,7 @@ def test_photoverse_draws_the_weights_of_each_training_step(pipe: Any) -> None:
 def test_fastcomposer_drops_identity_and_caption(pipe: Any) -> None:
     baseline, task = made("fastcomposer", pipe)
     batch = task.data.batch(StepRNG(0, 0))
-    dropped = baseline.drop(batch, torch.tensor([True, False]))
+    dropped = baseline.drop(batch, torch.tensor([True, False]), StepRNG(0, STEP))
     assert dropped.prompts == ["", batch.prompts[1]]
     text = text_of(baseline, task, dropped)
     assert torch.equal(text[0], task.base.encode_text([""]).embeds[0])
@@ -257,4 +266,68 @@ def test_elite_trains_both_mappers_in_turns(pipe: Any) -> None:
         assert torch.allclose(losses["words"], 0.01 * size)
         assert mappers.num_words == 1
     assert learned == {0: [True] + 4 * [False] + [True], 1: 5 * [True] + [False]}
+    baseline.method.detach(pipe)
+
+
+def test_w_plus_trains_both_stages_of_its_authors(pipe: Any) -> None:
+    baseline, task = made("w-plus", pipe)
+    projection = baseline.method.networks.w_proj.proj_0.weight
+    layer = baseline.method.networks.wplus_adapter["1"].to_v_wplus.weight
+    names, trains_projection = {}, {}
+    for step in (0, 1):  # of the first stage, and of the second
+        baseline.trained.zero_grad()
+        losses = task.losses(StepRNG(0, step))
+        sum_losses(losses).backward()
+        assert layer.grad is not None and layer.grad.any()
+        names[step] = list(losses)
+        trains_projection[step] = projection.grad is not None and bool(projection.grad.any())
+    assert names == {0: ["diffusion"], 1: ["diffusion", "disentanglement", "preservation"]}
+    assert trains_projection == {0: True, 1: False}
+    baseline.method.detach(pipe)
+
+
+def test_w_plus_compares_with_other_latents_and_with_no_identity(pipe: Any) -> None:
+    baseline, task = made("w-plus", pipe)
+    rng = StepRNG(0, 1)
+    batch = task.data.batch(rng)
+    latents = batch.id_cond.unflatten(1, LATENTS)
+    other, none = baseline.comparisons(batch, rng)
+    expected = disturb_latents(latents, rng.generator("disturbance"), baseline.directions)
+    assert none is None and torch.equal(other.id_cond, expected.flatten(1))
+
+    masks = torch.zeros(COUNT, 1, 12, 12)
+    masks[:, :, 3:9, 3:9] = 1
+    batch = batch._replace(masks=masks)
+    zero = torch.zeros_like(batch.latents)
+    change = zero.clone()
+    change[:, :, 3:9, 3:9] = 1  # inside the face alone
+    steps = [DiffusionStep(x, zero, zero, zero) for x in (zero, change, change)]
+    losses = baseline.comparison_losses(steps[0], steps[1:], batch)
+    assert losses["disentanglement"] == 0
+    assert losses["preservation"].item() == pytest.approx(0.4 * 36 / 144)
+    predictions = task._predict_comparisons(rng, batch)
+    with torch.no_grad(), baseline.method.use(baseline.identities(batch), 0.0, pipe=task.base.pipe):
+        text = task.base.encode_text(batch.prompts)
+        unconditional = task.base.predict(predictions[1].x_t, predictions[1].t, text)
+    assert torch.allclose(predictions[1].output, unconditional, atol=1e-5)
+    assert torch.equal(predictions[0].x_t, predictions[1].x_t)
+    assert not torch.allclose(predictions[0].output, unconditional, atol=1e-3)
+    baseline.method.detach(pipe)
+
+
+def test_w_plus_drops_identities_captions_or_both(pipe: Any) -> None:
+    baseline, task = made("w-plus", pipe)
+    row = task.data.batch(StepRNG(0, 0))
+    count = 4000
+    batch = row._replace(id_cond=row.id_cond[:1].expand(count, -1), prompts=row.prompts[:1] * count)
+    dropped = torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.1
+    result = baseline.drop(batch, dropped, StepRNG(0, 0))
+    assert torch.equal(result.id_cond.any(1), ~dropped)
+    has_caption = torch.tensor([bool(prompt) for prompt in result.prompts])
+    shares = [
+        (dropped & has_caption).float().mean(),
+        (~dropped & ~has_caption).float().mean(),
+        (dropped & ~has_caption).float().mean(),
+    ]
+    assert all(abs(float(share) - 0.05) < 0.012 for share in shares)
     baseline.method.detach(pipe)

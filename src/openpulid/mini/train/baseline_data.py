@@ -15,6 +15,7 @@ from openpulid.mini.data import FaceFeatures, Latents, load_faces
 from openpulid.mini.train.baselines import FEATURES, Baseline, Features
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.clip import normalize_for_clip
+from openpulid.mini.train.face_latent_data import FaceLatentRows
 from openpulid.mini.train.portraits import Portraits, load_features
 from openpulid.mini.train.sheet import draw_sheet
 from openpulid.pipelines.presets import mini, with_method
@@ -51,10 +52,13 @@ class ReferenceImages:
 
 def load_rows(
     context: BuildContext, extractor: Any, features: Features, data: WorldDataset
-) -> ReferenceImages | FaceEmbeddingRows | FaceFeatures:
+) -> ReferenceImages | FaceEmbeddingRows | FaceFeatures | FaceLatentRows:
     """Load what a baseline reads of a dataset: the images, or cached features."""
     if features == "images":
         return ReferenceImages(data)
+    if features == "latents":
+        suffix = data.folder.name.removeprefix("world")
+        return FaceLatentRows.build(extractor, data, context.runs / f"face-latents-of{suffix}")
     cached = load_features(extractor, data, context.runs)
     if features == "levels":
         return cached

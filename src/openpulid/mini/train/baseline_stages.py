@@ -21,10 +21,12 @@ from openpulid.mini.train.build_context import (
     stamp,
 )
 from openpulid.mini.train.clip_stages import CLIP_FACES, train_clip_faces
+from openpulid.mini.train.face_latent_data import load_directions
+from openpulid.mini.train.face_latents_stage import FACE_LATENTS_STAGE
 from openpulid.mini.train.portraits import Mixture, Portraits
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.pipelines.factory import load_extractor, load_pipeline
-from openpulid.pipelines.presets import mini
+from openpulid.pipelines.presets import mini, with_method
 from openpulid.training.pulid import Recipe, SDXLModel, find_recipe
 
 
@@ -39,7 +41,10 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
         recipe = find_baseline_recipe(context, name)
         preset = mini(context.weights)
         pipe = load_pipeline(preset, context.device)
-        extractor: Any = load_extractor(preset, context.device)
+        features = FEATURES[name]
+        # the other methods without the miniature's extractor bring their own vision encoder
+        faces = with_method(preset, name) if features == "latents" else preset
+        extractor: Any = load_extractor(faces, context.device)
         torch.manual_seed(recipe.seed)
         baseline = BASELINES[name](pipe, load_input(context, extractor, name))
 
@@ -47,7 +52,7 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
             return open_baseline_data(
                 context,
                 dataset,
-                partial(load_rows, context, extractor, FEATURES[name]),
+                partial(load_rows, context, extractor, features),
                 pipe.tokenizer,
                 recipe.batch,
             )
@@ -82,11 +87,12 @@ def load_input(context: BuildContext, extractor: Any, name: str) -> Any:
 
     Args:
         context: of the build.
-        extractor: the miniature's own.
+        extractor: of the features.
         name: of the baseline.
 
     Returns:
-        The vision encoder of CLIP, or the width of the features.
+        The vision encoder of CLIP, editing directions of the face latents, or the width of the
+        features.
 
     Raises:
         WeightsError: the vision encoder is not trained yet.
@@ -101,14 +107,21 @@ def load_input(context: BuildContext, extractor: Any, name: str) -> Any:
         return context.load_model(CLIPVisionModelWithProjection, CLIP_FACES)
     if features == "levels":
         return extractor.vision_encoder.config["embed_dim"]
+    if features == "latents":
+        return load_directions(extractor, context.open(PORTRAITS))
     return extractor.recognition.config["dim"]
 
 
+NEEDS = {"w-plus": (FACE_LATENTS_STAGE.name,)}
+"""Name -> stages that are selected with it."""
+
 BASELINE_STAGES: list[Stage] = [
     Stage(CLIP_FACES, 15, train_clip_faces),
-    *(Stage(name, 90, baseline_stage(name)) for name in NAMES),
+    FACE_LATENTS_STAGE,
+    *(Stage(name, 90, baseline_stage(name), NEEDS.get(name, ())) for name in NAMES),
 ]
-"""Other methods, selected with `--method`, and the vision encoder that two of them begin with.
+"""Other methods, selected with `--method`, the vision encoder that two of them begin with, and the
+latent space of W+ Adapter.
 
 The methods train as many steps as PuLID's first stage and have twice its time budget.
 """

@@ -69,13 +69,18 @@ class BaselineTask:
         batch = self.data.batch(rng).to(self.base.device)
         dropped = rng.rand(batch.latents.shape[:1], "drop") < self.recipe.drop_identity
         if not baseline.needs_identity:
-            batch = baseline.drop(batch, dropped)
+            batch = baseline.drop(batch, dropped, rng)
         step, attention = self._predict(rng, batch, self.recipe.timestep_bias, is_training=True)
         is_masked = baseline.masks_loss and draw_uniform(rng, "inside") < 0.5
         loss = baseline.masked_loss(step, batch) if is_masked else None
         if loss is None:
             loss = self._weigh(step, batch, self.face_loss if is_masked else self.image_loss)
-        return {"diffusion": loss, **baseline.extra_losses(batch, self.base.pipe, attention)}
+        others = self._predict_comparisons(rng, batch)
+        return {
+            "diffusion": loss,
+            **baseline.extra_losses(batch, self.base.pipe, attention),
+            **baseline.comparison_losses(step, others, batch),
+        }
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:
@@ -108,6 +113,19 @@ class BaselineTask:
     def sheet(self) -> Image.Image | None:
         """Draw the sample sheet, if there is a function for it."""
         return self.make_sheet() if self.make_sheet else None
+
+    @torch.no_grad()
+    def _predict_comparisons(self, rng: StepRNG, batch: Batch) -> list[DiffusionStep]:
+        """Predict what the baseline compares with, from the noised images of the step."""
+        bias = self.recipe.timestep_bias
+        predictions = []
+        for other in self.baseline.comparisons(batch, rng):
+            if other is not None:
+                predictions.append(self._predict(rng, other, bias)[0])
+            else:
+                text = self.base.encode_text(batch.prompts)
+                predictions.append(diffusion_branch(self.base, rng, batch.latents, text, bias))
+        return predictions
 
     def _predict(
         self, rng: StepRNG, batch: Batch, timestep_bias: float, is_training: bool = False

@@ -84,7 +84,9 @@ def build(
 
 
 def select_stages(names: Sequence[str] | None) -> list[Stage]:
-    """Return the stages with these names in the order of the build; by default all of `STAGES`.
+    """Return the stages with these names, and those that they need, in the order of the build.
+
+    Without names these are all of `STAGES`.
 
     Raises:
         OptionError: there is no stage with one of the names.
@@ -99,7 +101,11 @@ def select_stages(names: Sequence[str] | None) -> list[Stage]:
                 f"there is no part {name!r}{suggest(name, known_names)}; "
                 f"choose from {', '.join(known_names)}."
             )
-    return [stage for stage in stages if stage.name in names]
+    selected = set(names)
+    for stage in stages:
+        if stage.name in names:
+            selected.update(stage.needs)
+    return [stage for stage in stages if stage.name in selected]
 
 
 def append_figures(

@@ -3,8 +3,8 @@
 All methods train with the loss weights and timesteps of PuLID's first stage, so that only the
 methods differ. The authors of FaceID, InstantID, PhotoMaker and Face0 train with L_diff alone. As
 its authors do, PhotoMaker restricts the loss to the face in half of the steps (arXiv 2312.04461,
-section 4.1), and never drops the identity. PhotoVerse, FastComposer and ELITE add losses of their
-authors, see their classes.
+section 4.1), and never drops the identity. PhotoVerse, FastComposer, ELITE and W+ Adapter add
+losses of their authors, see their classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from openpulid.mini.train.baselines.face_tokens import face0
 from openpulid.mini.train.baselines.image_patches import elite
 from openpulid.mini.train.baselines.image_words import photoverse
 from openpulid.mini.train.baselines.ip_adapter import faceid, instantid
+from openpulid.mini.train.baselines.latent_tokens import w_plus
 from openpulid.mini.train.baselines.localized_words import fastcomposer
 from openpulid.mini.train.baselines.repeated_words import photomaker
 
@@ -27,9 +28,11 @@ BASELINES: Mapping[str, Callable[..., Baseline]] = {
     "photoverse": photoverse,
     "fastcomposer": fastcomposer,
     "elite": elite,
+    "w-plus": w_plus,
 }
 """Name -> creates the untrained method, from the miniature's pipeline and the width of the face
-embedding, the vision encoder of CLIP, or the width of the five levels; see `FEATURES`."""
+embedding, the vision encoder of CLIP, the width of the five levels, or editing directions of the
+face latents; see `FEATURES`."""
 
 FEATURES: Mapping[str, Features] = {
     "faceid": "embedding",
@@ -39,6 +42,7 @@ FEATURES: Mapping[str, Features] = {
     "photoverse": "levels",
     "fastcomposer": "images",
     "elite": "levels",
+    "w-plus": "latents",
 }
 """Name -> what the method reads of a person."""
 

@@ -15,9 +15,9 @@ from openpulid.training import StepRNG
 from openpulid.training.pulid import Batch, DiffusionStep, drop_identity
 from openpulid.training.pulid.models import AttentionQK
 
-Features = Literal["embedding", "images", "levels"]
-"""What a baseline reads of a person: the face embedding, the reference image itself, or five levels
-of the vision encoder."""
+Features = Literal["embedding", "images", "levels", "latents"]
+"""What a baseline reads of a person: the face embedding, the reference image itself, five levels of
+the vision encoder, or face latents."""
 
 Attention = Sequence[AttentionQK]
 """Queries and keys of each cross-attention layer."""
@@ -68,7 +68,7 @@ class Baseline:
         """
         return self.method.use(self.identities(batch), scale=1.0, start=0.0, pipe=pipe)
 
-    def drop(self, batch: Batch, dropped: Tensor) -> Batch:
+    def drop(self, batch: Batch, dropped: Tensor, rng: StepRNG) -> Batch:
         """Drop the identities of a training batch where `dropped` (B,) is true."""
         return drop_identity(batch, dropped)
 
@@ -83,6 +83,29 @@ class Baseline:
             batch: as in `use`.
             pipe: the attached pipeline.
             attention: of each cross-attention layer, if the baseline reads it.
+        """
+        return {}
+
+    def comparisons(self, batch: Batch, rng: StepRNG) -> Sequence[Batch | None]:
+        """Return batches whose predictions a step's losses compare with; None has no identity.
+
+        They are of the same noised images, and carry no gradient.
+
+        Args:
+            batch: as in `use`.
+            rng: of the training step.
+        """
+        return ()
+
+    def comparison_losses(
+        self, step: DiffusionStep, others: Sequence[DiffusionStep], batch: Batch
+    ) -> Mapping[str, Tensor]:
+        """Compute the weighted losses that compare predictions, by name.
+
+        Args:
+            step: the prediction of a training step.
+            others: those of `comparisons`.
+            batch: as in `use`.
         """
         return {}
 

@@ -20,6 +20,7 @@ from openpulid.mini.train.baselines.tensors import (
     save_half,
     train_lora,
 )
+from openpulid.training import StepRNG
 from openpulid.training.pulid import Batch, DiffusionStep, drop_captions, drop_identity
 from openpulid.training.pulid.localization import LocalizationLoss, MaskedDiffusionLoss
 
@@ -43,7 +44,7 @@ class FastComposerBaseline(ClipBaseline):
         """The image encoder."""
         return self.method.encoder.image_encoder
 
-    def drop(self, batch: Batch, dropped: Tensor) -> Batch:
+    def drop(self, batch: Batch, dropped: Tensor, rng: StepRNG) -> Batch:
         """Drop identities and captions where `dropped` (B,) is true."""
         return drop_captions(drop_identity(batch, dropped), dropped)
 
