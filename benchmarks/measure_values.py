@@ -3,11 +3,12 @@
     python benchmarks/measure_values.py --adapter runs/mini/stage3/adapter.safetensors
 
 A ridge regression predicts each facial value from the output of a stage, fitted on images of
-training people: the embeddings of the recognition models, the vision encoder's levels, the tokens
-of adapters, and embeddings of images that the autoencoder decoded. The table has the share of the
-variance that it explains on frontal photos of held-out people (R2), and the cosine of the
-embeddings after a change of one value from 0.2 to 0.8. Images that an adapter generates have the
-squared correlation of the values that the loss's model reads from them with the true ones.
+training people: the embeddings of the recognition models, the vision encoder's levels, the face
+latents of W+ Adapter if it is trained, the tokens of adapters, and embeddings of images that the
+autoencoder decoded. The table has the share of the variance that it explains on frontal photos of
+held-out people (R2), and the cosine of the embeddings after a change of one value from 0.2 to 0.8.
+Images that an adapter generates have the squared correlation of the values that the loss's model
+reads from them with the true ones.
 
 The last lines say what an adapter could show that reads the identity's features perfectly: the
 facial values that the regression predicts from them are rendered in the scenes of prompts and
@@ -46,9 +47,11 @@ from openpulid.mini.train.recognition import (
     render_value_changes,
     to_uint8,
 )
+from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import MINIATURE, mini_lightning
+from openpulid.pipelines.presets import MINIATURE, mini, mini_lightning, with_method
 from openpulid.pipelines.studio import Studio
+from openpulid.pipelines.weights import missing_weights
 from openpulid.world import FACIAL, HELD_OUT_PEOPLE, Person, Scene, WorldDataset, render
 
 PROMPT = "portrait, front view, calm, photo"
@@ -69,6 +72,9 @@ class Stages:
             name: load_module(cls, weights / f"recognition-{name}.safetensors")
             for name, cls in RECOGNITION_MODELS.items()
         }
+        latents = with_method(mini(weights), "w-plus")
+        is_trained = not missing_weights(latents)
+        self.latents: Any = load_extractor(latents, "cpu") if is_trained else None
         self.extractor: Any = studio.extractor
         self.vae: Any = studio.pipe.vae
         self.adapters = adapters
@@ -89,6 +95,9 @@ class Stages:
             parts.setdefault("identity", []).append(id_cond)
             pooled = [torch.cat([level[:, 0], level[:, 1:].mean(1)], 1) for level in hidden]
             parts.setdefault("vision encoder", []).append(torch.cat(pooled, 1))
+            if self.latents is not None:
+                codes = self.latents.extract_batch(images, masks, landmarks)
+                parts.setdefault("face latents", []).append(codes.flatten(1))
             for name, adapter in self.adapters.items():
                 tokens = adapter.encode(id_cond, hidden).flatten(1)
                 parts.setdefault(f"tokens of {name}", []).append(tokens)
