@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,14 +14,18 @@ from torch.nn.functional import conv2d, leaky_relu
 from openpulid.faces.miniature import ResNetRecognition
 from openpulid.identity.extractor import FaceLatentExtractor
 from openpulid.identity.face_latents import FaceLatentEncoder
+from openpulid.io.checkpoints import load_module
 from openpulid.mini.evaluation.reconstructions import measure_reconstructions
 from openpulid.mini.evaluation.value_probe import measure_explained_values
 from openpulid.mini.models.face_generator import FaceGenerator, ModulatedConv
 from openpulid.mini.train.build import select_stages
+from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.face_crops import load_crops
 from openpulid.mini.train.face_latent_data import FaceLatentRows, fit_directions
 from openpulid.mini.train.face_latents import FaceLatentsTask
+from openpulid.mini.train.face_latents_stage import train_face_latents
 from openpulid.mini.train.recognition import FACIAL_COLUMNS
+from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.rng import StepRNG
 from openpulid.training.trainer import sum_losses
 from openpulid.world import ATTRIBUTES
@@ -108,7 +113,7 @@ def test_directions_change_one_value_each() -> None:
     torch.testing.assert_close(fit_directions(latents, values), slopes / 2, atol=1e-4, rtol=1e-4)
 
 
-def test_rows_are_the_latents_of_the_extractor(small_world: Any, tmp_path: Any) -> None:
+def test_rows_are_the_latents_of_the_extractor(small_world: Any, tmp_path: Path) -> None:
     encoder = make_encoder().eval()
     extractor = FaceLatentExtractor(SimpleNamespace(), encoder)  # type: ignore[arg-type]
     folder = tmp_path / "latents"
@@ -147,3 +152,25 @@ def test_probe_explains_what_the_features_contain() -> None:
 def test_stage_selects_what_it_needs(name: str) -> None:
     names = [stage.name for stage in select_stages([name])]
     assert names == ["face-latents", "w-plus"][: 2 if name == "w-plus" else 1]
+
+
+def test_stage_writes_small_files_and_its_figures(small_world: Any, tmp_path: Path) -> None:
+    class SmallContext(BuildContext):
+        """All datasets are a few images."""
+
+        def open(self, name: str) -> Any:
+            return small_world
+
+    for name in ("encoder", "scorer"):
+        file = f"recognition-{name}.safetensors"
+        (tmp_path / file).symlink_to(MINIATURE / file)
+    context = SmallContext(tmp_path / "runs", tmp_path, CPU, minutes=0.05)
+    figures = train_face_latents(context)
+    assert list(figures) == ["psnr_face", "offsets", "face_sim", "values_r2"]
+    assert all(np.isfinite(value) for value in figures.values()) and figures["psnr_face"] > 5
+    encoder = load_module(FaceLatentEncoder, tmp_path / "face-latents.safetensors")
+    generator = load_module(FaceGenerator, tmp_path / "face-generator.safetensors")
+    assert generator(encoder(torch.rand(1, 3, 64, 64))).shape == (1, 3, 64, 64)
+    assert (tmp_path / "face-latents.safetensors").stat().st_size < 0.7e6
+    assert (tmp_path / "face-generator.safetensors").stat().st_size < 1e6
+    assert (context.runs / "face-latents").is_dir()
