@@ -14,7 +14,6 @@ from openpulid.cli.main import app
 from openpulid.errors import OptionError, WeightsError
 from openpulid.mini.models.pipeline import save_folder
 from openpulid.mini.train import build as builder
-from openpulid.mini.train.baseline_stages import load_input
 from openpulid.mini.train.build_context import BuildContext, Stage, stamp
 from tests.support import mini_networks as networks
 
@@ -84,11 +83,17 @@ def test_missing_models_of_earlier_stages_are_reported(folders):
         context.load_text_encoders()
 
 
-@pytest.mark.parametrize("name", ["photomaker", "fastcomposer"])
-def test_baselines_on_clip_name_the_stage_of_their_vision_encoder(folders, name):
-    context = BuildContext(folders["runs"], folders["weights"], torch.device("cpu"))
-    with pytest.raises(WeightsError, match="pulid mini build clip-faces"):
-        load_input(context, None, name)
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("photomaker", ["clip-faces"]),
+        ("fastcomposer", ["clip-faces"]),
+        ("w-plus", ["face-latents"]),
+        ("face0", []),
+    ],
+)
+def test_baselines_are_trained_after_what_they_begin_with(name, first):
+    assert [stage.name for stage in builder.select_stages([name])] == [*first, name]
 
 
 def test_stamp_keeps_weights(tmp_path):

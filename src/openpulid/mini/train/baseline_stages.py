@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from transformers import CLIPVisionModelWithProjection
 
-from openpulid.errors import WeightsError
 from openpulid.io.checkpoints import read_metadata
 from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
 from openpulid.mini.train.baseline_task import BaselineTask
-from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES
+from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Features
 from openpulid.mini.train.build_context import (
     BuildContext,
     Stage,
@@ -93,17 +92,9 @@ def load_input(context: BuildContext, extractor: Any, name: str) -> Any:
     Returns:
         The vision encoder of CLIP, editing directions of the face latents, or the width of the
         features.
-
-    Raises:
-        WeightsError: the vision encoder is not trained yet.
     """
     features = FEATURES[name]
     if features == "images":
-        if not (context.weights / CLIP_FACES).exists():
-            raise WeightsError(
-                f"{name} begins with a vision encoder that knows faces; train it with "
-                f"`pulid mini build {CLIP_FACES}` first."
-            )
         return context.load_model(CLIPVisionModelWithProjection, CLIP_FACES)
     if features == "levels":
         return extractor.vision_encoder.config["embed_dim"]
@@ -112,13 +103,16 @@ def load_input(context: BuildContext, extractor: Any, name: str) -> Any:
     return extractor.recognition.config["dim"]
 
 
-NEEDS = {"w-plus": (FACE_LATENTS_STAGE.name,)}
-"""Name -> stages that are selected with it."""
+NEEDS: Mapping[Features, tuple[str, ...]] = {
+    "images": (CLIP_FACES,),
+    "latents": (FACE_LATENTS_STAGE.name,),
+}
+"""What a baseline reads -> stages that are selected with it."""
 
 BASELINE_STAGES: list[Stage] = [
     Stage(CLIP_FACES, 15, train_clip_faces),
     FACE_LATENTS_STAGE,
-    *(Stage(name, 90, baseline_stage(name), NEEDS.get(name, ())) for name in NAMES),
+    *(Stage(name, 90, baseline_stage(name), NEEDS.get(FEATURES[name], ())) for name in NAMES),
 ]
 """Other methods, selected with `--method`, the vision encoder that two of them begin with, and the
 latent space of W+ Adapter.
