@@ -76,6 +76,7 @@ def test_run_writes_its_directory(tmp_path):
     history = json.loads((tmp_path / "line" / "history.json").read_text())
     assert [r["step"] for r in history if "losses" in r] == [4, 8, 12, 16, 20, 24]
     assert all(r["steps_per_second"] > 0 for r in history if "losses" in r and r["step"] > 4)
+    assert all(r["gradient_norm"] > 0 for r in history if "losses" in r)
     assert [r["step"] for r in history if "metrics" in r] == [10, 20, 24]
     again = run(Regression(), SHORT, tmp_path / "line")  # already finished
     assert again.steps == 24 and again.metrics == result.metrics

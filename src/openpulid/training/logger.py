@@ -44,9 +44,9 @@ class TrainingLogger:
     A file that cannot be written, for example on a full disk, is reported and written the next
     time; it never ends the run.
 
-    history.json is a list of records: {"step", "seconds", "lr", "steps_per_second", "losses":
-    {...}} and {"step", "seconds", "metrics": {...}}. Seconds are training time over all
-    resumptions.
+    history.json is a list of records: {"step", "seconds", "lr", "gradient_norm",
+    "steps_per_second", "losses": {...}} and {"step", "seconds", "metrics": {...}}. Seconds are
+    training time over all resumptions.
 
     Args:
         folder: the run directory.

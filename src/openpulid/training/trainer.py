@@ -41,6 +41,9 @@ from openpulid.training.schedule import StepTimer, TimeBudget, TrainerConfig
 Losses = Mapping[str, Tensor]
 """Scalars by name."""
 
+GRADIENT_NORM = "gradient_norm"
+"""Norm over all gradients before it is clipped, in the records of the losses."""
+
 
 class Task(Protocol):
     """What is trained, on which data, and how its quality is measured."""
@@ -273,7 +276,9 @@ class Trainer:
         self.optimizer.step()
         self.average.update(progress.step)
         progress.step += 1
-        self.means.add(dict(zip(losses, values, strict=True)))
+        self.means.add(
+            {**dict(zip(losses, values, strict=True)), GRADIENT_NORM: gradient_norm.detach()}
+        )
 
     def _microbatches(self, step: int, record: bool = False) -> list[StepRNG]:
         """Return the random numbers of each micro-batch of a step."""
@@ -317,12 +322,15 @@ class Trainer:
             module.train(is_training)
 
     def _log(self, timer: StepTimer) -> None:
+        losses = self.means.pop()
+        gradient_norm = losses.pop(GRADIENT_NORM)
         self.logger.log_losses(
             self.progress.step,
             self.progress.total,
             self.seconds,
-            self.means.pop(),
+            losses,
             lr=self.optimizer.param_groups[0]["lr"],
+            gradient_norm=gradient_norm,
             steps_per_second=round(timer.steps_per_second(), 3),
         )
 
