@@ -161,3 +161,13 @@ def test_recipes_train_the_published_names() -> None:
 def test_settings_without_meaning_raise(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         replace(find_recipe("flux_stage1"), **changes)
+
+
+def test_identity_attention_starts_without_effect_or_at_random() -> None:
+    model = create_task().base
+    zero, random = (
+        build_adapter(recipe(zero_output=value), model, SIZES) for value in (True, False)
+    )
+    for one, other in zip(zero.layers, random.layers, strict=True):
+        assert not one.to_out.weight.any() and other.to_out.weight.std() > 0.1
+        assert torch.equal(one.to_kv.weight, other.to_kv.weight)

@@ -82,6 +82,7 @@ class Recipe:
     attention_head_dim: int = 128  # published 128
     double_interval: int = 2  # identity attention follows every n-th double block; published 2
     single_interval: int = 4  # and every n-th single block; published 4
+    zero_output: bool = True  # identity attention starts without effect: choice
     logit_mean: float = 0.0  # of the noise levels before their shift, see `FlowSchedule`: choice
     logit_std: float = 1.0  # choice
     guidance_embedding: float = 1.0  # in the diffusion branch: choice

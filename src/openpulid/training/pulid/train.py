@@ -76,7 +76,7 @@ def create_adapter(
     """Create an adapter of a recipe with random weights, see `build_adapter`."""
     sizes = {"hidden_dim": recipe.encoder_width, **encoder_config}
     if recipe.is_flow:
-        return PuLIDFlux.for_transformer(
+        adapter = PuLIDFlux.for_transformer(
             model.network,
             IDFormer(**sizes),
             dim_head=recipe.attention_head_dim,
@@ -84,6 +84,10 @@ def create_adapter(
             double_interval=recipe.double_interval,
             single_interval=recipe.single_interval,
         )
+        if not recipe.zero_output:
+            for layer in adapter.layers:
+                layer.to_out.reset_parameters()
+        return adapter
     token_width = {_TOKEN_WIDTH[recipe.encoder]: model.network.config.cross_attention_dim}
     encoder = ENCODERS[recipe.encoder](**token_width, **sizes)
     return PuLID.for_unet(model.network, encoder)
