@@ -57,6 +57,19 @@ class FlowSchedule:
         normal = torch.special.ndtri(uniform.double().clamp(tiny, 1 - tiny))
         return self._shifted((self.logit_mean + self.logit_std * normal).sigmoid()).float()
 
+    def spread_timesteps(self, uniform: Tensor) -> Tensor:
+        """Map uniform random numbers to the noise levels that a sampler visits.
+
+        They do not depend on the distribution of the training.
+
+        Args:
+            uniform: (B,) in [0, 1).
+
+        Returns:
+            (B,) float32, uniform before the shift.
+        """
+        return self._shifted(uniform.float())
+
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Return x_s, (B, c, h, w), at noise levels (B,)."""
         return torch.lerp(latents, noise, _per_image(t, latents))

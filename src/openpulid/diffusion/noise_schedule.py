@@ -51,6 +51,10 @@ class NoiseSchedule:
         """
         return (uniform.double() ** (1 / (1 + timestep_bias)) * len(self.alphas)).long()
 
+    def spread_timesteps(self, uniform: Tensor) -> Tensor:
+        """Map uniform random numbers (B,) to uniform timesteps (B,)."""
+        return self.sample_timesteps(uniform)
+
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return sqrt(a_t) and sqrt(1 - a_t), (B, 1, 1, 1) float32 each on the device of `like`."""
         a = self.alphas[t.cpu()].view(-1, *[1] * (like.ndim - 1))

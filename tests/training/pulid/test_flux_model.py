@@ -84,6 +84,14 @@ def test_noise_levels_are_logit_normal() -> None:
     assert torch.isfinite(FlowSchedule().sample_timesteps(torch.tensor([0.0, 1 - 1e-9]))).all()
 
 
+def test_levels_of_validation_do_not_depend_on_the_training() -> None:
+    uniform = torch.tensor([0.0, 0.25, 0.5, 0.75])
+    for schedule in (FlowSchedule(), FlowSchedule(1.0, 0.5, 1.8)):
+        assert torch.equal(schedule.spread_timesteps(uniform), uniform)
+    shifted = FlowSchedule(3.0, 0.5).spread_timesteps(uniform)
+    assert shifted.tolist() == pytest.approx([0.0, 0.5, 0.75, 0.9])
+
+
 def test_velocity_leads_from_noise_to_image() -> None:
     schedule = FlowSchedule()
     image, noise = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(1))

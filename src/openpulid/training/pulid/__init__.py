@@ -11,10 +11,11 @@ from openpulid.training.pulid.batch import (
 from openpulid.training.pulid.branches import DiffusionStep, diffusion_branch
 from openpulid.training.pulid.export import revision, save_adapter
 from openpulid.training.pulid.flux_model import FluxModel, FluxText
+from openpulid.training.pulid.held_out import HELD_OUT_BATCHES, summarize_held_out
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.recipes import Recipe, find_recipe
-from openpulid.training.pulid.task import HELD_OUT_BATCHES, PuLIDTask, Validation
+from openpulid.training.pulid.task import PuLIDTask, Validation
 from openpulid.training.pulid.train import (
     ADAPTER_FILE,
     build_adapter,
@@ -48,6 +49,7 @@ __all__ = [
     "prepare_run_dir",
     "revision",
     "save_adapter",
+    "summarize_held_out",
     "swap_identities",
     "train_adapter",
 ]

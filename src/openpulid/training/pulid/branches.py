@@ -43,7 +43,7 @@ class DiffusionStep:
 
 
 def diffusion_branch(
-    base: BaseModel, rng: StepRNG, latents: Tensor, text: Any, timestep_bias: float = 0.0
+    base: BaseModel, rng: StepRNG, latents: Tensor, text: Any, timestep_bias: float | None = 0.0
 ) -> DiffusionStep:
     """Predict from noised training images, the basis of L_diff (PuLID, section 3.1).
 
@@ -53,10 +53,16 @@ def diffusion_branch(
         latents: (B, c, h, w) of the images, on the base's device.
         text: result of `base.encode_text` for their captions.
         timestep_bias: timesteps are drawn with density t ** bias; 0 is uniform, as in the paper.
+            A flow model draws from its own distribution instead. None is uniform for every model,
+            for validation.
     """
     noise = rng.randn(latents.shape, "noise").to(latents)
     uniform = rng.rand(latents.shape[:1], "time")
-    t = base.schedule.sample_timesteps(uniform, timestep_bias).to(latents.device)
+    if timestep_bias is None:
+        t = base.schedule.spread_timesteps(uniform)
+    else:
+        t = base.schedule.sample_timesteps(uniform, timestep_bias)
+    t = t.to(latents.device)
     x_t = base.schedule.add_noise(latents, noise, t)
     target = base.schedule.target(latents, noise, t)
     return DiffusionStep(base.predict(x_t, t, text), target, x_t, t)

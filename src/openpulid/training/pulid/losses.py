@@ -57,7 +57,11 @@ class DiffusionLoss(nn.Module):
             step: prediction and target.
             mask: (B, 1, h, w), 1 inside the face, at the size of the latents.
         """
-        return (self.per_sample(step, mask) * self.timestep_weight(step.t)).mean()
+        return self.per_image(step, mask).mean()
+
+    def per_image(self, step: DiffusionStep, mask: Tensor | None = None) -> Tensor:
+        """Compute the loss of each image, (B,), whose mean is that of the batch."""
+        return self.per_sample(step, mask) * self.timestep_weight(step.t)
 
     def per_sample(self, step: DiffusionStep, mask: Tensor | None = None) -> Tensor:
         """Compute the mean squared error of each image, (B,), without timestep weights."""

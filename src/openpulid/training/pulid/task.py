@@ -40,6 +40,11 @@ from openpulid.training.pulid.branches import (
     lightning_branch,
     queries_at_step,
 )
+from openpulid.training.pulid.held_out import (
+    HELD_OUT_BATCHES,
+    HELD_OUT_SEED,
+    summarize_held_out,
+)
 from openpulid.training.pulid.losses import (
     DiffusionLoss,
     IDLoss,
@@ -50,8 +55,6 @@ from openpulid.training.pulid.models import BaseModel
 from openpulid.training.pulid.recipes import Recipe
 from openpulid.training.rng import StepRNG, microbatch_rngs
 from openpulid.training.trainer import Backward
-
-HELD_OUT_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,9 @@ class PuLIDTask:
 
         Returns:
             `held_out_own`, `held_out_other`, `held_out_none`: L_diff with the image's own identity,
-            another one and none, from the same noise at uniform timesteps. With a lightning branch
+            another one and none, from the same noise at uniform timesteps. The gains
+            `held_out_over_none` and `held_out_over_other` are by how much the own identity lowers
+            it, with their standard errors over images (`_se`). With a lightning branch
             and an ID loss also `held_out_face_sim`, the mean cosine of face embeddings,
             `held_out_faces`, the fraction of images with a face, with a scorer
             `held_out_scorer_sim`, and with paired images `held_out_copy_paste`, see
@@ -193,10 +198,40 @@ class PuLIDTask:
         data = self.validation.data
         if data is None:
             return {}
-        metrics = self._validate_diffusion(data)
+        metrics = summarize_held_out(self.held_out_losses(data))
         if self.few_step_models and self.recipe.id_loss != "none":
             metrics |= self._validate_id(data)
         return metrics
+
+    @torch.no_grad()
+    def held_out_losses(
+        self, data: BatchSource, num_batches: int = HELD_OUT_BATCHES
+    ) -> dict[str, Tensor]:
+        """Compute L_diff of held-out images with their own identity, another one and none.
+
+        Args:
+            data: batches of people who are not in the training data.
+            num_batches: number of batches.
+
+        Returns:
+            "own", "other" and "none" -> (N,), one loss per image, from the same noise.
+        """
+        losses: dict[str, list[Tensor]] = defaultdict(list)
+        parts = self._validation_parts()
+        for step, part in product(range(num_batches), range(parts)):
+            batch = data.batch(StepRNG(HELD_OUT_SEED, step, part, parts)).to(self.base.device)
+            all_rows = torch.ones(len(batch.latents), dtype=torch.bool)
+            conditions = {
+                "own": batch,
+                "other": swap_identities(batch),
+                "none": drop_identity(batch, all_rows),
+            }
+            for name, identities in conditions.items():
+                rng = StepRNG(HELD_OUT_SEED, step, part, parts)
+                with self._use_identities(self.base, identities):
+                    predicted = self._predict(rng, batch, timestep_bias=None)
+                losses[name].append(self._per_image(predicted, batch))
+        return {name: torch.cat(values) for name, values in losses.items()}
 
     def sheet(self) -> Image.Image | None:
         """Draw the sample sheet, if there is a function for it."""
@@ -257,12 +292,20 @@ class PuLIDTask:
         self, rng: StepRNG, batch: Batch, timestep_bias: float
     ) -> tuple[Tensor, DiffusionStep]:
         """Compute L_diff of a batch; also return the step behind it."""
+        step = self._predict(rng, batch, timestep_bias)
+        return self._per_image(step, batch).mean(), step
+
+    def _predict(self, rng: StepRNG, batch: Batch, timestep_bias: float | None) -> DiffusionStep:
+        """Predict from the noised images of a batch, see `diffusion_branch`."""
         # the size conditioning is that of these images, which can differ from the base's own size
         height, width = (x * self.base.pipe.vae_scale_factor for x in batch.latents.shape[-2:])
         text = self.base.encode_text(batch.prompts, pixels=(height, width))
-        step = diffusion_branch(self.base, rng, batch.latents, text, timestep_bias)
+        return diffusion_branch(self.base, rng, batch.latents, text, timestep_bias)
+
+    def _per_image(self, step: DiffusionStep, batch: Batch) -> Tensor:
+        """Compute L_diff of each image, (B,)."""
         weights = loss_weight_map(batch, self.recipe.landmark_loss_weight)
-        return self.diffusion_loss(step, weights), step
+        return self.diffusion_loss.per_image(step, weights)
 
     def _views(self, rng: StepRNG) -> Generator | None:
         """Return the generator of random views of faces, if the recipe wants them."""
@@ -388,32 +431,13 @@ class PuLIDTask:
 
     # -- validation --
 
-    def _validate_diffusion(self, data: BatchSource) -> dict[str, float]:
-        seed = self.recipe.seed
-        sums = dict.fromkeys(("own", "other", "none"), 0.0)
-        parts = self._validation_parts()
-        for step, part in product(range(HELD_OUT_BATCHES), range(parts)):
-            batch = data.batch(StepRNG(seed, step, part, parts)).to(self.base.device)
-            all_rows = torch.ones(len(batch.latents), dtype=torch.bool)
-            conditions = {
-                "own": batch,
-                "other": swap_identities(batch),
-                "none": drop_identity(batch, all_rows),
-            }
-            for name, identities in conditions.items():
-                rng = StepRNG(seed, step, part, parts)
-                with self._use_identities(self.base, identities):
-                    loss, _ = self._diffusion(rng, batch, timestep_bias=0.0)
-                sums[name] += loss.item() / HELD_OUT_BATCHES / parts
-        return {f"held_out_{name}": value for name, value in sums.items()}
-
     def _validate_id(self, data: BatchSource) -> dict[str, float]:
         assert self.face_embedder is not None
         model = self.few_step_models[0]
         scorer = self.validation.scorer
         parts = self._validation_parts()
         columns: dict[str, list[Tensor]] = defaultdict(list)
-        for rng in microbatch_rngs(self.recipe.seed, 0, 0, 1, parts):
+        for rng in microbatch_rngs(HELD_OUT_SEED, 0, 0, 1, parts):
             batch = data.batch(rng).subset(self.recipe.few_step_batch // parts)
             batch = batch.to(self.base.device)
             with self._use_identities(model, batch, self.rollout.is_guided):
