@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -148,27 +150,94 @@ def ablation(
     print_path(out)
 
 
+class Experiments(str, Enum):
+    """What `pulid mini sweep` varies."""
+
+    STAGES = "stages"
+    FLUX_STAGE1 = "flux-stage1"
+
+
 @mini.command()
 def sweep(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Plot file to write.")],
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 100,
-    people: HeldOutPeople = 64,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", help="Plot file to write; flux-stage1: also a JSON file of this name."
+        ),
+    ],
+    experiments: Annotated[
+        Experiments,
+        typer.Option(
+            help="stages: gradient steps and alignment weights on SDXL's architecture; "
+            "flux-stage1: when stage 1 converges on FLUX's."
+        ),
+    ] = Experiments.STAGES,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of each training (default: 100; flux-stage1: 300)."),
+    ] = None,
+    people: Annotated[
+        int | None,
+        typer.Option(
+            min=2, max=MAX_PEOPLE, help="stages: number of held-out people (default: 64)."
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=2, help="flux-stage1: images per step (default: 16).")
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="flux-stage1: only the recipe and this variant; repeatable."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="flux-stage1: folder of the weights (default: the installed ones)."),
+    ] = None,
     overwrite: Overwrite = False,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train with other numbers of gradient steps and other alignment weights; plot the results."""
+    """Train short variants of a recipe with one change each, measure them and plot the results."""
+    check_new_output(check_image_path(out), overwrite)
+    log = print_nothing if as_json else print_status
+    if experiments is Experiments.FLUX_STAGE1:
+        if people is not None:
+            raise OptionError("--people is only available for --experiments stages.")
+        print_json(_sweep_flux(out, steps or 300, batch or 16, variant, weights, device, log))
+        return
+    for option, value in (("--batch", batch), ("--variant", variant), ("--weights", weights)):
+        if value is not None:
+            raise OptionError(f"{option} is only available for --experiments flux-stage1.")
     from openpulid.mini.evaluation import ablation as stages
     from openpulid.mini.evaluation import evaluate as evaluation
 
-    check_new_output(check_image_path(out), overwrite)
-    table = stages.sweep(
-        steps, people, device=device, log=print_nothing if as_json else print_status
-    )
+    table = stages.sweep(steps or 100, people or 64, device=device, log=log)
     stages.plot(table, out)
     if not as_json:
         evaluation.print_table(table)
     print_json(evaluation.to_json(table))
+
+
+def _sweep_flux(
+    out: Path,
+    steps: int,
+    batch: int,
+    variants: list[str] | None,
+    weights: Path | None,
+    device: str | None,
+    log: Callable[[str], None],
+) -> dict[str, Any]:
+    """Run the experiments on FLUX's stage 1, write plot and JSON, and return the figures."""
+    from openpulid.device import select_device
+    from openpulid.mini.evaluation import flux_report, flux_stage1
+    from openpulid.pipelines.presets import MINIATURE
+
+    setup = flux_stage1.Experiments(
+        steps, batch, Path("runs/mini"), weights or MINIATURE, select_device(device)
+    )
+    results = flux_stage1.run_experiments(setup, variants, log)
+    flux_report.plot_curves(results, out)
+    return flux_report.write_report(out.with_suffix(".json"), setup, results)
 
 
 def demo(

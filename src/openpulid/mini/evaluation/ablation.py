@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from openpulid.bench.metrics import Interval
-from openpulid.io.checkpoints import read_metadata
 from openpulid.io.files import replace_file
 from openpulid.mini.evaluation.evaluate import Table, run
+from openpulid.mini.evaluation.variants import shorten, variant_folder
 from openpulid.mini.train import pulid as adapter
 from openpulid.pipelines.presets import MINIATURE
-from openpulid.training.pulid import Recipe, find_recipe
+from openpulid.training.pulid import ADAPTER_FILE, Recipe, find_recipe
 
 PRESET = "mini-lightning"
 """The later stages are trained through the four steps of the student; the paper evaluates on
@@ -66,11 +65,10 @@ def sweep(
     """
     adapters: dict[str, Path] = {}
     for name, recipe in sweep_recipes().items():
-        folder = runs / "sweep" / name.replace(", ", "-").replace(" ", "")
-        file = folder / "adapter.safetensors"
-        warmup = max(1, steps // 20)
-        short = replace(recipe, warmup=warmup, ema=0.98, steps=min(steps, recipe.steps))
-        if not file.exists() or not _has_recipe(file, short):
+        short = shorten(recipe, steps)
+        folder = variant_folder(runs / "sweep", name, short)
+        file = folder / ADAPTER_FILE
+        if not file.exists():
             log(f"{name}: {steps} steps")
             adapter.train(
                 short,
@@ -81,16 +79,9 @@ def sweep(
                 runs=runs,
                 weights=weights,
                 device=device,
-                fresh=file.exists(),
             )
         adapters[name] = file
     return run(people, prompts=1, preset=PRESET, adapters=adapters, device=device)
-
-
-def _has_recipe(file: Path, recipe: Recipe) -> bool:
-    """Return whether an adapter was trained with a recipe."""
-    expected = json.loads(json.dumps(asdict(recipe)))
-    return json.loads(read_metadata(file)["recipe"]) == expected
 
 
 def plot(table: Table, path: Path) -> None:

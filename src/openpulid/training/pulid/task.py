@@ -205,16 +205,20 @@ class PuLIDTask:
 
     @torch.no_grad()
     def held_out_losses(
-        self, data: BatchSource, num_batches: int = HELD_OUT_BATCHES
+        self,
+        data: BatchSource,
+        num_batches: int = HELD_OUT_BATCHES,
+        names: Sequence[str] = ("own", "other", "none"),
     ) -> dict[str, Tensor]:
         """Compute L_diff of held-out images with their own identity, another one and none.
 
         Args:
             data: batches of people who are not in the training data.
             num_batches: number of batches.
+            names: which identities to show.
 
         Returns:
-            "own", "other" and "none" -> (N,), one loss per image, from the same noise.
+            Name -> (N,), one loss per image, from the same noise.
         """
         losses: dict[str, list[Tensor]] = defaultdict(list)
         parts = self._validation_parts()
@@ -226,9 +230,9 @@ class PuLIDTask:
                 "other": swap_identities(batch),
                 "none": drop_identity(batch, all_rows),
             }
-            for name, identities in conditions.items():
+            for name in names:
                 rng = StepRNG(HELD_OUT_SEED, step, part, parts)
-                with self._use_identities(self.base, identities):
+                with self._use_identities(self.base, conditions[name]):
                     predicted = self._predict(rng, batch, timestep_bias=None)
                 losses[name].append(self._per_image(predicted, batch))
         return {name: torch.cat(values) for name, values in losses.items()}

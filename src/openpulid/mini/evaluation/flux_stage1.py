@@ -1,0 +1,198 @@
+"""Experiments on stage 1 with FLUX's architecture: train each variant a little, and measure it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openpulid.io.checkpoints import module_fingerprint, read_metadata
+from openpulid.io.files import write_json
+from openpulid.methods.pulid import PuLIDFlux
+from openpulid.mini.evaluation.added_size import record_added_sizes
+from openpulid.mini.evaluation.flux_models import FluxModels
+from openpulid.mini.evaluation.flux_variants import (
+    REFERENCE,
+    VARIANTS,
+    ModelName,
+    select_variants,
+    variant_recipe,
+)
+from openpulid.mini.evaluation.variants import variant_folder
+from openpulid.training import StepRNG, autocast
+from openpulid.training.pulid import (
+    ADAPTER_FILE,
+    PuLIDTask,
+    diffusion_branch,
+)
+
+MEASURE_BATCHES = 6
+"""Batches of the last measurement: 288 images."""
+RESULT_FILE = "result.json"
+"""Everything that was measured of a variant, in its run directory."""
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Experiments:
+    """What all variants share.
+
+    Attributes:
+        steps: training steps of each.
+        batch: images per step.
+        runs: folder of the datasets; the trainings are stored below it.
+        weights: folder of the miniature's weights.
+        device: where to compute.
+    """
+
+    steps: int
+    batch: int
+    runs: Path
+    weights: Path
+    device: torch.device
+
+
+def run_experiments(
+    setup: Experiments,
+    names: Iterable[str] | None = None,
+    log: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Train and measure variants of stage 1; those that are finished are only read.
+
+    A variant that needs the student is left out while there is none.
+
+    Args:
+        setup: what all variants share.
+        names: variants besides the reference; all by default.
+        log: receives a line per variant.
+
+    Returns:
+        Name of the variant -> its result, see `measure`.
+
+    Raises:
+        OptionError: there is no such variant.
+        WeightsError: FLUX's base is not trained yet.
+        TrainingError: a dataset does not exist yet.
+    """
+    variants = select_variants(names)
+    models = FluxModels(setup.runs, setup.weights, setup.device)
+    fingerprints = {
+        name: module_fingerprint(pipe.transformer) for name, pipe in models.pipes.items()
+    }
+    parent = setup.runs / "sweep" / "flux-stage1"
+    results = {}
+    for name, variant in variants.items():
+        if variant.model not in models.pipes:
+            log(f"{name}: left out, there is no student yet (pulid mini build flux-lightning)")
+            continue
+        recipe = variant_recipe(variant, setup.steps, setup.batch)
+        folder = variant_folder(parent, name, recipe, fingerprints[variant.model])
+        stored = _read(folder / RESULT_FILE)
+        if stored is None or stored["models"] != fingerprints:
+            if not (folder / ADAPTER_FILE).exists():
+                log(f"{name}: {setup.steps} steps")
+                models.train(variant.model, recipe, folder)
+            stored = {"models": fingerprints, **measure(models, name, folder)}
+            write_json(folder / RESULT_FILE, stored)
+        results[name] = stored
+    return results
+
+
+def measure(models: FluxModels, name: str, folder: Path) -> dict[str, Any]:
+    """Measure the adapter of a variant, on images and noise that are the same for all variants.
+
+    Args:
+        models: the models and data.
+        name: of the variant.
+        folder: its run directory.
+
+    Returns:
+        Its changes, training, curve, the losses of each image per model, and the size of what the
+        identity adds.
+    """
+    variant = VARIANTS[name]
+    recipe = variant_recipe(VARIANTS[REFERENCE], 1, models.paired_data.batch_size)
+    adapter = PuLIDFlux.load(folder / ADAPTER_FILE)
+    losses: dict[str, dict[str, list[float]]] = {}
+    with torch.no_grad(), autocast(models.device, recipe.bf16):
+        for model in measured_models(name, models):
+            task = models.create_task(model, recipe, adapter)
+            losses[model] = _to_lists(task.held_out_losses(models.paired_data, MEASURE_BATCHES))
+        task = models.create_task(variant.model, recipe, adapter)
+        own_image = task.held_out_losses(models.own_image_data, MEASURE_BATCHES, ["own"])
+        losses[variant.model] |= {"own_image": _to_lists(own_image)["own"]}
+        sizes = measure_added_sizes(task, models)
+    metadata = read_metadata(folder / ADAPTER_FILE)
+    return {
+        "changes": dict(variant.changes),
+        "trained_on": variant.model,
+        "tokens": models.num_tokens,
+        "recipe": json.loads(metadata["recipe"]),
+        "steps": int(metadata["steps"]),
+        "minutes": float(metadata["minutes"]),
+        **read_curves(folder / "history.json"),
+        "added": sizes,
+        "losses": losses,
+    }
+
+
+def measured_models(name: str, models: FluxModels) -> list[ModelName]:
+    """Return the models to measure a variant on: also the student if guidance is the question."""
+    is_compared = name == REFERENCE or VARIANTS[name].model == "student"
+    return list(models.pipes) if is_compared else ["base"]
+
+
+def measure_added_sizes(task: PuLIDTask, models: FluxModels) -> dict[str, float]:
+    """Measure what the own identity adds to the image tokens of each block, relative to them."""
+    rng = StepRNG(0, 0)
+    batch = models.paired_data.batch(rng).to(models.device)
+    tokens = task.adapter.encode(batch.id_cond, batch.hidden)
+    text = task.base.encode_text(batch.prompts)
+    adapter = task.adapter
+    assert isinstance(adapter, PuLIDFlux)
+    with (
+        adapter.use_tokens(tokens, pipe=task.base.pipe),
+        record_added_sizes(adapter, task.base.pipe) as sizes,
+    ):
+        diffusion_branch(task.base, rng, batch.latents, text, timestep_bias=None)
+    return {block: round(fmean(values), DIGITS) for block, values in sizes.items()}
+
+
+def read_curves(history: Path) -> dict[str, list[dict[str, float]]]:
+    """Read the validations, and the losses with the norm of the gradient, of a training."""
+    records = json.loads(history.read_text("utf-8"))
+    return {
+        "curve": [
+            {"step": record["step"], **rounded(record["metrics"])}
+            for record in records
+            if "metrics" in record
+        ],
+        "training": [
+            {
+                "step": record["step"],
+                **rounded(record["losses"]),
+                "gradient_norm": round(record["gradient_norm"], DIGITS),
+            }
+            for record in records
+            if "losses" in record
+        ],
+    }
+
+
+def rounded(values: Mapping[str, float | None]) -> dict[str, Any]:
+    """Round figures for a JSON file."""
+    return {name: None if x is None else round(x, DIGITS) for name, x in values.items()}
+
+
+def _to_lists(losses: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    return {name: [round(x, DIGITS) for x in values.tolist()] for name, values in losses.items()}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text("utf-8")) if path.exists() else None
