@@ -165,6 +165,9 @@ def test_experiments_write_figures_and_plot(folder: Path, monkeypatch: pytest.Mo
         assert base["held_out_over_none"] == pytest.approx(gain, abs=3e-6)
         assert base["held_out_over_other_se"] > 0
         assert (base["over_none_versus_recipe"] == 0) == (name == REFERENCE)
+        untrained = rows[REFERENCE]["measured"]["base"]["held_out_untrained"]
+        assert base["held_out_untrained"] == untrained
+        assert 0 < abs(base["held_out_none"] - untrained) < 0.5 * untrained
         trained_on = row["measured"][row["trained_on"]]
         assert "own_image_over_other_image" in trained_on
         assert [point["step"] for point in row["curve"]] == [1, 2]

@@ -4,13 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
 from openpulid.methods.pulid import PuLIDFlux
 from openpulid.methods.transformer_kinds import find_transformer, identity_blocks
+from openpulid.training import StepRNG
+from openpulid.training.pulid import BatchSource, PuLIDTask, diffusion_branch
+
+
+def measure_added_sizes(task: PuLIDTask, adapter: PuLIDFlux, data: BatchSource) -> dict[str, float]:
+    """Measure what the own identity adds after each block, on a batch at uniform noise levels.
+
+    Args:
+        task: of the adapter; its base is the model.
+        adapter: the adapter.
+        data: images with identities.
+
+    Returns:
+        Name of the block -> size, see `record_added_sizes`.
+    """
+    rng = StepRNG(0, 0)
+    base = task.base
+    batch = data.batch(rng).to(base.device)
+    tokens = adapter.encode(batch.id_cond, batch.hidden)
+    text = base.encode_text(batch.prompts)
+    with (
+        adapter.use_tokens(tokens, pipe=base.pipe),
+        record_added_sizes(adapter, base.pipe) as sizes,
+    ):
+        diffusion_branch(base, rng, batch.latents, text, timestep_bias=None)
+    return {block: fmean(values) for block, values in sizes.items()}
 
 
 @contextmanager
@@ -39,8 +65,8 @@ def record_added_sizes(adapter: PuLIDFlux, target: Any) -> Iterator[dict[str, li
             sizes[name] = []
             recorder = _BlockRecorder(sizes[name])
             block = kind.blocks(transformer, (group, index))
-            before = block.register_forward_hook(partial(recorder.before_identity), prepend=True)
-            after = block.register_forward_hook(partial(recorder.after_identity))
+            before = block.register_forward_hook(recorder.before_identity, prepend=True)
+            after = block.register_forward_hook(recorder.after_identity)
             stack.callback(before.remove)
             stack.callback(after.remove)
         yield sizes

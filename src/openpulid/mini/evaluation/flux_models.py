@@ -10,7 +10,6 @@ import torch
 
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.methods.pulid import PuLIDFlux
-from openpulid.mini.evaluation.flux_variants import ModelName
 from openpulid.mini.train.loss_models import create_model
 from openpulid.mini.train.portraits import Mixture, Portraits, open_portraits
 from openpulid.mini.train.pulid import PORTRAITS, encoder_config
@@ -45,7 +44,7 @@ class FluxModels:
     def __init__(self, runs: Path, weights: Path, device: torch.device) -> None:
         self.runs = runs
         self.device = device
-        self.pipes: dict[ModelName, Any] = {"base": load_pipeline(mini_flux(weights), device)}
+        self.pipes: dict[str, Any] = {"base": load_pipeline(mini_flux(weights), device)}
         student = mini_flux_4step(weights)
         if cast(Path, student.models.transformer).exists():
             self.pipes["student"] = load_pipeline(student, device)
@@ -93,21 +92,31 @@ class FluxModels:
         """The same images, with features of themselves."""
         return self.portraits("world-held-out", MEASURE_BATCH, paired=False)
 
-    def train(self, model: ModelName, recipe: Recipe, run_dir: Path) -> None:
+    def train(self, model: str, recipe: Recipe, run_dir: Path) -> None:
         """Train an adapter on a model, or continue its training; write it into the run directory.
 
         Raises:
             TrainingError: a dataset does not exist yet, or see `trainer.run`.
         """
         base = create_model(recipe, self.pipes[model])
-        adapter = build_adapter(recipe, base, encoder_config(recipe, self.extractor))
+        adapter = self.create_adapter(model, recipe)
         sources = [
             self.portraits(name, recipe.batch, recipe.paired) for name in ("world", PORTRAITS)
         ]
         validation = Validation(self.curve_data)
         train_adapter(recipe, base, adapter, Mixture(sources), run_dir, validation=validation)
 
-    def create_task(self, model: ModelName, recipe: Recipe, adapter: PuLIDFlux) -> PuLIDTask:
+    def create_adapter(self, model: str, recipe: Recipe) -> PuLIDFlux:
+        """Create an untrained adapter for a model."""
+        base = create_model(recipe, self.pipes[model])
+        adapter = build_adapter(recipe, base, encoder_config(recipe, self.extractor))
+        return cast(PuLIDFlux, adapter)
+
+    def load_adapter(self, path: Path) -> PuLIDFlux:
+        """Load a trained adapter."""
+        return PuLIDFlux.load(path).to(self.device)
+
+    def create_task(self, model: str, recipe: Recipe, adapter: PuLIDFlux) -> PuLIDTask:
         """Create a task that measures a trained adapter on a model."""
         base = create_model(recipe, self.pipes[model])
-        return PuLIDTask(recipe, base, adapter.to(self.device), self.paired_data)
+        return PuLIDTask(recipe, base, adapter, self.paired_data)

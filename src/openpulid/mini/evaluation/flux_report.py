@@ -53,8 +53,9 @@ def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
         results: of `run_experiments`.
 
     Returns:
-        Variant -> figures. `versus_recipe` is the gain minus that of the reference on the same
-        images and noise, so its standard error is smaller than those of the gains.
+        Variant -> figures. `held_out_untrained` is the loss of the model itself. `versus_recipe` is
+        the gain minus that of the reference on the same images and noise, so its standard error is
+        smaller than those of the gains.
     """
     reference = results[REFERENCE]["losses"]
     rows = {}
@@ -71,7 +72,9 @@ def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _figures(losses: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Any]:
     three = {name: losses[name] for name in ("own", "other", "none")}
-    figures = rounded(summarize_held_out(three))
+    figures = rounded(
+        {"held_out_untrained": reference["untrained"].mean().item(), **summarize_held_out(three)}
+    )
     if "own_image" in losses:
         copied = losses["own"] - losses["own_image"]
         figures |= _mean_and_error("own_image_over_other_image", copied)

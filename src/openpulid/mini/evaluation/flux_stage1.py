@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,23 +13,17 @@ from torch import Tensor
 
 from openpulid.io.checkpoints import module_fingerprint, read_metadata
 from openpulid.io.files import write_json
-from openpulid.methods.pulid import PuLIDFlux
-from openpulid.mini.evaluation.added_size import record_added_sizes
+from openpulid.mini.evaluation.added_size import measure_added_sizes
 from openpulid.mini.evaluation.flux_models import FluxModels
 from openpulid.mini.evaluation.flux_variants import (
     REFERENCE,
     VARIANTS,
-    ModelName,
     select_variants,
     variant_recipe,
 )
 from openpulid.mini.evaluation.variants import variant_folder
-from openpulid.training import StepRNG, autocast
-from openpulid.training.pulid import (
-    ADAPTER_FILE,
-    PuLIDTask,
-    diffusion_branch,
-)
+from openpulid.training import autocast
+from openpulid.training.pulid import ADAPTER_FILE
 
 MEASURE_BATCHES = 6
 """Batches of the last measurement: 288 images."""
@@ -118,16 +111,21 @@ def measure(models: FluxModels, name: str, folder: Path) -> dict[str, Any]:
     """
     variant = VARIANTS[name]
     recipe = variant_recipe(VARIANTS[REFERENCE], 1, models.paired_data.batch_size)
-    adapter = PuLIDFlux.load(folder / ADAPTER_FILE)
+    adapter = models.load_adapter(folder / ADAPTER_FILE)
     losses: dict[str, dict[str, list[float]]] = {}
     with torch.no_grad(), autocast(models.device, recipe.bf16):
         for model in measured_models(name, models):
             task = models.create_task(model, recipe, adapter)
             losses[model] = _to_lists(task.held_out_losses(models.paired_data, MEASURE_BATCHES))
+            if name == REFERENCE:
+                # an untrained adapter has no effect
+                task = models.create_task(model, recipe, models.create_adapter(model, recipe))
+                untrained = task.held_out_losses(models.paired_data, MEASURE_BATCHES, ["none"])
+                losses[model]["untrained"] = _to_lists(untrained)["none"]
         task = models.create_task(variant.model, recipe, adapter)
         own_image = task.held_out_losses(models.own_image_data, MEASURE_BATCHES, ["own"])
         losses[variant.model] |= {"own_image": _to_lists(own_image)["own"]}
-        sizes = measure_added_sizes(task, models)
+        sizes = measure_added_sizes(task, adapter, models.paired_data)
     metadata = read_metadata(folder / ADAPTER_FILE)
     return {
         "changes": dict(variant.changes),
@@ -137,31 +135,15 @@ def measure(models: FluxModels, name: str, folder: Path) -> dict[str, Any]:
         "steps": int(metadata["steps"]),
         "minutes": float(metadata["minutes"]),
         **read_curves(folder / "history.json"),
-        "added": sizes,
+        "added": rounded(sizes),
         "losses": losses,
     }
 
 
-def measured_models(name: str, models: FluxModels) -> list[ModelName]:
+def measured_models(name: str, models: FluxModels) -> list[str]:
     """Return the models to measure a variant on: also the student if guidance is the question."""
     is_compared = name == REFERENCE or VARIANTS[name].model == "student"
     return list(models.pipes) if is_compared else ["base"]
-
-
-def measure_added_sizes(task: PuLIDTask, models: FluxModels) -> dict[str, float]:
-    """Measure what the own identity adds to the image tokens of each block, relative to them."""
-    rng = StepRNG(0, 0)
-    batch = models.paired_data.batch(rng).to(models.device)
-    tokens = task.adapter.encode(batch.id_cond, batch.hidden)
-    text = task.base.encode_text(batch.prompts)
-    adapter = task.adapter
-    assert isinstance(adapter, PuLIDFlux)
-    with (
-        adapter.use_tokens(tokens, pipe=task.base.pipe),
-        record_added_sizes(adapter, task.base.pipe) as sizes,
-    ):
-        diffusion_branch(task.base, rng, batch.latents, text, timestep_bias=None)
-    return {block: round(fmean(values), DIGITS) for block, values in sizes.items()}
 
 
 def read_curves(history: Path) -> dict[str, list[dict[str, float]]]:
