@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from pathlib import Path
+
 import numpy as np
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from peft import get_peft_model_state_dict
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
@@ -18,6 +22,7 @@ from openpulid.mini.models.flux import (
 from openpulid.mini.models.pipeline import TextEncoders, build_unet
 from openpulid.mini.models.tokenizer import build_tokenizer
 from openpulid.mini.train.clip import build_text_config
+from openpulid.mini.train.flux_stages import FEW_STEP_LORA, LORA_FILE
 
 PROMPTS = [
     "portrait, photo, smiling",
@@ -78,3 +83,13 @@ def small_flux_pipeline(latent_patch: int = 1) -> FluxPipeline:
         torch.nn.init.normal_(layer.weight, std=0.1)
     vae = small_vae().with_latent_patch(latent_patch).requires_grad_(False)
     return build_flux_pipeline(transformer, vae, small_flux_text(), build_tokenizer())
+
+
+def save_random_lora(transformer: FluxTransformer2DModel, folder: Path) -> None:
+    """Write a student's LoRA with random weights."""
+    student = deepcopy(transformer)
+    student.add_adapter(FEW_STEP_LORA)
+    layers = get_peft_model_state_dict(student)
+    for value in layers.values():
+        torch.nn.init.normal_(value, std=0.1)
+    FluxPipeline.save_lora_weights(folder, layers, weight_name=LORA_FILE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from peft import get_peft_model_state_dict
 
 from openpulid.errors import WeightsError
 from openpulid.identity.extractor import MiniExtractor
@@ -21,7 +19,6 @@ from openpulid.mini.evaluation.evaluate import generate_images
 from openpulid.mini.evaluation.prompts import sample_prompts
 from openpulid.mini.models.flux import save_flux_pipeline
 from openpulid.mini.models.pipeline import sample, save_folder
-from openpulid.mini.train.flux_stages import FEW_STEP_LORA, LORA_FILE
 from openpulid.mini.train.loss_models import create_model
 from openpulid.mini.train.pulid import adapter_file, encoder_config, find_init_adapter
 from openpulid.pipelines.factory import load_extractor
@@ -114,16 +111,6 @@ def test_files_of_stages_are_in_a_folder_of_their_own(tmp_path: Path) -> None:
     assert find_adapters("sdxl", tmp_path, tmp_path) == {}
 
 
-def save_random_lora(transformer: FluxTransformer2DModel, folder: Path) -> None:
-    """Write a student's LoRA with random weights."""
-    student = deepcopy(transformer)
-    student.add_adapter(FEW_STEP_LORA)
-    layers = get_peft_model_state_dict(student)
-    for value in layers.values():
-        torch.nn.init.normal_(value, std=0.1)
-    FluxPipeline.save_lora_weights(folder, layers, weight_name=LORA_FILE)
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of weights whose FLUX base, student and adapter are tiny and random."""
@@ -133,7 +120,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe = networks.small_flux_pipeline()
     save_flux_pipeline(pipe, folder / "flux" / "pipeline")
     save_folder(pipe.vae, folder / "pipeline" / "vae")  # FLUX's pipeline has none
-    save_random_lora(pipe.transformer, folder / "flux")
+    networks.save_random_lora(pipe.transformer, folder / "flux")
     recipe = small_recipe("stage3")
     extractor = load_extractor(mini_flux(folder), "cpu")
     assert isinstance(extractor, MiniExtractor)

@@ -46,7 +46,7 @@ class FluxModels:
         self.device = device
         self.pipes: dict[str, Any] = {"base": load_pipeline(mini_flux(weights), device)}
         student = mini_flux_4step(weights)
-        if cast(Path, student.models.transformer).exists():
+        if cast(Path, student.models.few_step_lora).exists():
             self.pipes["student"] = load_pipeline(student, device)
         self.extractor = cast(MiniExtractor, load_extractor(mini_flux(weights), device))
 
