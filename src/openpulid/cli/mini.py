@@ -63,8 +63,8 @@ def build(
         typer.Option(help="Folder of a pipeline whose U-Net the base model starts from."),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(help="Image tokens of flux-base: 144, or 36 of twice the side.")
-    ] = 144,
+        int, typer.Option(help="Image tokens of flux-base: 36, or 144 of half the side.")
+    ] = 36,
     weights: Annotated[
         Path | None,
         typer.Option(help="Folder of the weights to read and write (default: the installed ones)."),

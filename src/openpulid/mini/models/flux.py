@@ -24,7 +24,7 @@ from openpulid.training.pulid import FluxText
 
 PACKING = 4
 """Latents of one token: two by two."""
-LATENT_PATCHES = {144: 2, 36: 1}
+LATENT_PATCHES = {36: 1, 144: 2}
 """Tokens of a 96-pixel image -> `latent_patch` of the autoencoder, see `PatchAutoencoderKL`."""
 
 

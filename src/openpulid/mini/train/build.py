@@ -36,7 +36,7 @@ def build(
     *,
     people: int | None = None,
     begin: Path | None = None,
-    tokens: int = 144,
+    tokens: int = 36,
     runs: Path = Path("runs/mini"),
     weights: Path = MINIATURE,
     report: Path = Path("benchmarks/mini-build.json"),
@@ -53,7 +53,7 @@ def build(
         people: number of people in the training images; by default that of `Plan`.
         begin: folder of a pipeline whose U-Net the base model starts from; by default it starts
             from nothing.
-        tokens: image tokens of FLUX's base, 144 or 36.
+        tokens: image tokens of FLUX's base, 36 or 144.
         runs: folder of datasets, checkpoints and sample sheets.
         weights: folder where the weights are written.
         report: JSON file to which the figures are appended.
@@ -67,7 +67,7 @@ def build(
     """
     stages = select_stages(names)
     if tokens not in LATENT_PATCHES:
-        raise OptionError(f"--tokens is 144 or 36, got {tokens}.")
+        raise OptionError(f"--tokens is 36 or 144, got {tokens}.")
     torch_device = select_device(device)
     usual_minutes = sum(stage.minutes for stage in stages)
     results = {}

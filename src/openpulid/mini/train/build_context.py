@@ -54,7 +54,7 @@ class BuildContext:
         default_factory=lambda: Plan(people=6144, scenes=2, seed=3, portraits=True)
     )
     begin: Path | None = None
-    tokens: int = 144
+    tokens: int = 36
 
     @cached_property
     def data(self) -> WorldDataset:

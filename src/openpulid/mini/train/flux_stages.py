@@ -45,8 +45,6 @@ FEW_STEP_LORA = LoraConfig(
 )
 """The student's LoRA: all matrices of the blocks but those of the modulation."""
 STUDENT_CONFIG = replace(CONFIG, optimizer="adamw", lr=2e-3)
-NUM_TRAJECTORIES = 2048
-"""Trajectories of the teacher; each has 20 guided steps of FLUX's 186 tokens."""
 
 
 def train_flux_base(context: BuildContext) -> dict[str, float]:
@@ -70,7 +68,7 @@ def train_flux_base(context: BuildContext) -> dict[str, float]:
     pipe = build_flux_pipeline(transformer, vae, text_encoders, tokenizer)
     evaluator = load_evaluator(context, pipe)
     # both layouts can be trained in the same folder of runs
-    name = "flux-base" if context.tokens == 144 else f"flux-base-{context.tokens}"
+    name = "flux-base" if context.tokens == 36 else f"flux-base-{context.tokens}"
     context.train(name, BaseTask(network, images, pairs, evaluator), config)
     folder = context.weights / "flux" / "pipeline"
     save_flux_pipeline(pipe, folder)
@@ -118,12 +116,11 @@ def train_flux_student(context: BuildContext) -> dict[str, float]:
         build_flux_pipeline(student, vae, text_encoders, tokenizer),
         save,
         STUDENT_CONFIG,
-        NUM_TRAJECTORIES,
     )
 
 
 FLUX_STAGES: list[Stage] = [
-    Stage("flux-base", 600, train_flux_base),
+    Stage("flux-base", 90, train_flux_base),
     Stage("flux-lightning", 50, train_flux_student),
     *(
         Stage(name, minutes, partial(train_adapter, name=name))

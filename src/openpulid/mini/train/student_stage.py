@@ -64,7 +64,6 @@ def distill(
     pipe: Any,
     save: Callable[[], Path],
     config: TrainerConfig = CONFIG,
-    num_trajectories: int = NUM_TRAJECTORIES,
 ) -> dict[str, float]:
     """Train a student on trajectories of its teacher, and write it.
 
@@ -76,7 +75,6 @@ def distill(
         pipe: the pipeline of the student.
         save: writes the student and returns its file or folder.
         config: configuration of the trainer.
-        num_trajectories: number of trajectories.
 
     Returns:
         The figures of the student.
@@ -86,7 +84,7 @@ def distill(
         trajectories = TeacherTrajectories.build(
             teacher,
             context.load_captions(),
-            num_trajectories,
+            NUM_TRAJECTORIES,
             context.runs / name / "trajectories",
             on_progress=make_progress_printer("trajectories"),
         )
