@@ -160,15 +160,16 @@ def build_flux_pipeline(
 
 
 def save_flux_pipeline(pipe: FluxPipeline, folder: Path) -> None:
-    """Save a pipeline with its networks in bfloat16, for diffusers' `from_pretrained`.
+    """Save a pipeline for diffusers' `from_pretrained`, its transformer in 8 bits.
 
-    An autoencoder with the layout of SDXL's miniature is not saved: it is that of its pipeline.
+    The other networks are in bfloat16. An autoencoder with the layout of SDXL's miniature is not
+    saved: it is that of its pipeline.
     """
     for name, component in pipe.components.items():
         if name == "vae" and component.config.latent_patch == 1:
             continue
         if isinstance(component, nn.Module):
-            save_folder(component, folder / name)
+            save_folder(component, folder / name, in_8_bits=name == "transformer")
         elif component is not None:
             component.save_pretrained(folder / name)
     pipe.save_config(folder)
