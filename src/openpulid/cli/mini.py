@@ -60,7 +60,7 @@ def build(
     ] = None,
     begin: Annotated[
         Path | None,
-        typer.Option(help="Folder of a pipeline whose U-Net the base model starts from."),
+        typer.Option(help="Folder of a pipeline whose networks the base starts from."),
     ] = None,
     tokens: Annotated[
         int, typer.Option(help="Image tokens of flux-base: 36, or 144 of half the side.")

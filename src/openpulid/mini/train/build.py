@@ -51,7 +51,7 @@ def build(
         device: where to compute; by default the best device.
         fresh: delete earlier runs of the stages first.
         people: number of people in the training images; by default that of `Plan`.
-        begin: folder of a pipeline whose U-Net the base model starts from; by default it starts
+        begin: folder of a pipeline whose networks the base starts from; by default it starts
             from nothing.
         tokens: image tokens of FLUX's base, 36 or 144.
         runs: folder of datasets, checkpoints and sample sheets.

@@ -38,7 +38,7 @@ class BuildContext:
         plan: plan of the training images.
         held_out_plan: plan of the images of held-out people.
         portrait_plan: plan of the images of many people in simple scenes.
-        begin: folder of a pipeline whose U-Net the base model starts from; None starts from
+        begin: folder of a pipeline whose networks the base starts from; None starts from
             nothing.
         tokens: image tokens of FLUX's base, see `LATENT_PATCHES`.
     """

@@ -48,7 +48,7 @@ STUDENT_CONFIG = replace(CONFIG, optimizer="adamw", lr=2e-3)
 
 
 def train_flux_base(context: BuildContext) -> dict[str, float]:
-    """Train FLUX's transformer together with T5, and write the complete pipeline.
+    """Train FLUX's transformer together with T5, and write the pipeline.
 
     CLIP's pooled embedding is that of SDXL's second text encoder, which was trained with images.
     """
@@ -58,11 +58,9 @@ def train_flux_base(context: BuildContext) -> dict[str, float]:
     images, pairs = load_training_images(context, latent_patch)
     tokenizer = context.load_tokenizer()
     clip = context.load_model(CLIPTextModel, "pipeline", "text_encoder_2")
-    text_encoders = FluxTextEncoders(clip, build_t5(tokenizer), tokenizer).to(context.device)
     channels, _, side = images.latents.images.shape[1:]
-    transformer = build_transformer(
-        channels, text_encoders.t5.config.d_model, clip.config.hidden_size
-    ).to(context.device)
+    transformer, t5 = create_networks(context, channels, clip.config.hidden_size, tokenizer)
+    text_encoders = FluxTextEncoders(clip, t5, tokenizer)
     network = FluxNetwork(transformer, text_encoders, side, can_compile(context.device))
     vae = context.load_vae().with_latent_patch(latent_patch)
     pipe = build_flux_pipeline(transformer, vae, text_encoders, tokenizer)
@@ -74,7 +72,29 @@ def train_flux_base(context: BuildContext) -> dict[str, float]:
     save_flux_pipeline(pipe, folder)
     for part in network.modules():
         stamp(folder / part, context.describe_training(name, config))
+    saved = context.load_model(FluxTransformer2DModel, "flux", "pipeline", "transformer")
+    transformer.load_state_dict(saved.state_dict())  # the figures are those of 8 bits
     return evaluator.evaluate()
+
+
+def create_networks(
+    context: BuildContext, channels: int, pooled: int, tokenizer: Any
+) -> tuple[FluxTransformer2DModel, T5EncoderModel]:
+    """Create the networks that train, with random weights or those of the pipeline in `begin`.
+
+    Args:
+        context: of the build.
+        channels: latent channels.
+        pooled: width of CLIP's pooled embedding.
+        tokenizer: the miniature's.
+    """
+    if context.begin is not None:
+        transformer = context.load_first_model(FluxTransformer2DModel, "transformer")
+        t5 = context.load_first_model(T5EncoderModel, "text_encoder_2")
+        return transformer.requires_grad_(True), t5.requires_grad_(True)
+    t5 = build_t5(tokenizer)
+    transformer = build_transformer(channels, t5.config.d_model, pooled)
+    return transformer.to(context.device), t5.to(context.device)
 
 
 def train_flux_student(context: BuildContext) -> dict[str, float]:
