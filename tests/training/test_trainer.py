@@ -197,6 +197,22 @@ def test_slow_first_steps_do_not_shorten_the_run(tmp_path, monkeypatch):
     assert result.steps in range(190, 200) and result.seconds == pytest.approx(30, abs=0.5)
 
 
+def test_steps_that_compile_do_not_shorten_a_run_that_soon_decays(tmp_path, monkeypatch):
+    clock = [0.0]  # two of the first steps take 5 s
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    task = Regression()
+    losses = task.losses
+
+    def timed(rng):
+        clock[0] += 5.0 if rng.step in (14, 20) else 0.1
+        return losses(rng)
+
+    task.losses = timed
+    schedule = TrainerConfig(steps=100_000, lr=1e-2, validate_every=1000, decay=0.9)
+    result = run(task, schedule, tmp_path, minutes=0.5)
+    assert result.steps in range(200, 204) and result.seconds == pytest.approx(30, abs=0.5)
+
+
 def slow_validations(monkeypatch, seconds):
     """A task whose steps take 0.1 s, and its validations so long."""
     clock = [0.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from statistics import fmean, median
 from typing import Literal, get_args
 
 from openpulid.errors import OptionError
@@ -76,10 +77,11 @@ class TrainerConfig:
 
 WARMUP_STEPS = 10  # not measured: compilers, caches and allocators distort them
 MIN_MEASURED_STEPS = 20  # fewest steps for an estimate
+MAX_SLOWDOWN = 5.0  # steps that take longer than so many medians are not measured: they compile
 
 
 class StepTimer:
-    """Measures steps per second (checkpoints included) and the duration of a validation.
+    """Measures the duration of a step, checkpoints included, and of a validation.
 
     Args:
         step: number of steps finished when this process started.
@@ -91,7 +93,7 @@ class StepTimer:
         self.validation_seconds = 0.0  # duration of the last validation
         self.first_estimate_step = step + WARMUP_STEPS + MIN_MEASURED_STEPS
         self._start_step = step + WARMUP_STEPS
-        self._start_seconds = 0.0
+        self._durations: list[float] = []
         self._last_report: tuple[int, float] | None = None
 
     def update(self, step: int, seconds: float) -> None:
@@ -101,17 +103,17 @@ class StepTimer:
             step: number of finished steps.
             seconds: training time of the run.
         """
+        if step > self._start_step:
+            self._durations.append(seconds - self.seconds)
         self.step = step
         self.seconds = seconds
-        if step == self._start_step:
-            self._start_seconds = seconds
         if self._last_report is None:
             self._last_report = step, seconds
 
     def exclude_validation(self, seconds: float) -> None:
         """Remove a validation of this duration from the measured step time."""
         self.validation_seconds = seconds
-        self._start_seconds += seconds
+        self.seconds += seconds
         if self._last_report is not None:
             step, reported_at = self._last_report
             self._last_report = step, reported_at + seconds
@@ -124,21 +126,21 @@ class StepTimer:
     @property
     def num_measured_steps(self) -> int:
         """Number of steps since the measurement started."""
-        return max(0, self.step - self._start_step)
+        return len(self._durations)
 
     def steps_within(self, seconds: float, validate_every: int) -> int:
         """Estimate how many steps fit into the remaining seconds.
 
         A validation runs after every `validate_every` steps and at the end.
         """
-        step_seconds = (self.seconds - self._start_seconds) / self.num_measured_steps
+        limit = MAX_SLOWDOWN * median(self._durations)
+        step_seconds = fmean(duration for duration in self._durations if duration <= limit)
         step_seconds = max(1e-6, step_seconds) + self.validation_seconds / validate_every
         return max(1, ceil((seconds - self.validation_seconds) / step_seconds))
 
     def restart(self) -> None:
         """Start a new measurement, because the load of the machine changes over time."""
-        self._start_step = self.step
-        self._start_seconds = self.seconds
+        self._durations = []
 
     def steps_per_second(self) -> float:
         """Return the speed since the last call."""
