@@ -3,7 +3,8 @@
     python benchmarks/measure_photomaker.py -o benchmarks/mini-baselines.json
 
 As in `measure_values.py`, a ridge regression predicts each facial value: from class tokens of CLIP,
-from those of PhotoMaker's vision encoder, which started as that CLIP, and from its identity tokens.
+from those of PhotoMaker's vision encoder, whose shipped weights started as that CLIP, and from its
+identity tokens.
 """
 
 from __future__ import annotations

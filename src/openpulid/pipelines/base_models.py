@@ -159,7 +159,7 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
         )
     networks: dict[str, Any] = {}
     vae = path / "vae"
-    if models.vae is not None and not vae.is_dir():
+    if models.vae is not None and "vae" in parts and not vae.is_dir():
         vae = resolve_path(models.vae)
         networks["vae"] = load_network(parts["vae"].find_class(), vae, dtype)
     if models.transformer is not None:

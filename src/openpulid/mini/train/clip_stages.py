@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ from openpulid.mini.train.clip_faces import ClipFacesTask
 from openpulid.mini.train.vision_encoder import VisionEncoderTask, build_vision_encoder
 from openpulid.training import TrainerConfig
 
+CONFIG = TrainerConfig(
+    steps=20_000,
+    lr=3e-3,
+    optimizer="muon",
+    weight_decay=0.1,
+    warmup=50,
+    decay=0.6,
+    ema=0.99,
+    seed=3,
+    validate_every=400,
+)
 CLIP_FACES = "clip-faces"
 """Name of the stage, and of its folder of weights, of a CLIP that knows faces."""
 NUM_RESCALING_CAPTIONS = 512
@@ -36,17 +48,7 @@ def train_clip(context: BuildContext) -> dict[str, float]:
 
     The image encoder, which only the evaluation uses, trains longer than the text encoders.
     """
-    config = TrainerConfig(
-        steps=20_000,
-        lr=3e-3,
-        optimizer="muon",
-        weight_decay=0.1,
-        warmup=50,
-        decay=0.6,
-        ema=0.99,
-        seed=3,
-        validate_every=400,
-    )
+    config = CONFIG
     torch.manual_seed(config.seed)
     tokenizer = build_tokenizer()
     captions = context.load_captions(tokenizer=tokenizer)
@@ -110,17 +112,7 @@ def _save_clip(
 
 def train_vision_encoder(context: BuildContext) -> dict[str, float]:
     """Train the identity encoder's vision encoder."""
-    config = TrainerConfig(
-        steps=40_000,
-        lr=3e-3,
-        optimizer="muon",
-        weight_decay=0.1,
-        warmup=50,
-        decay=0.6,
-        ema=0.99,
-        seed=6,
-        validate_every=400,
-    )
+    config = replace(CONFIG, steps=40_000, seed=6)
     torch.manual_seed(config.seed)
     text_encoder = context.load_model(CLIPTextModelWithProjection, "pipeline", "text_encoder_2")
     task = VisionEncoderTask(
@@ -140,17 +132,7 @@ def train_clip_faces(context: BuildContext) -> dict[str, float]:
 
     It is not shipped: their files hold the encoder that they end with.
     """
-    config = TrainerConfig(
-        steps=20_000,
-        lr=3e-3,
-        optimizer="muon",
-        weight_decay=0.1,
-        warmup=50,
-        decay=0.6,
-        ema=0.99,
-        seed=8,
-        validate_every=400,
-    )
+    config = replace(CONFIG, seed=8)
     torch.manual_seed(config.seed)
     task = ClipFacesTask(
         context.load_model(CLIPVisionModelWithProjection, "clip"),
