@@ -90,15 +90,23 @@ def attend_once(
     """
     if projection != "ortho_v2":
         return attend(query, key, value, projection, bias)
-    products = query @ key.transpose(-2, -1)  # (B, h, L, N)
-    scaled = products.float() * query.shape[-1] ** -0.5
-    unscaled = products.float()
+    num_heads, root = query.shape[1], query.shape[-1] ** 0.5
+    if bias is not None:  # zero tokens add to the sums below, and nothing to the output
+        key, value = key[..., :-1, :], value[..., :-1, :]
+    products = (query @ key.transpose(-2, -1)).float() / root  # (B, h, L, N)
+    highest = products.amax(-1, keepdim=True)
     if bias is not None:
-        scaled = scaled + bias
-        unscaled = unscaled + bias
-    output = scaled.softmax(-1).to(value.dtype) @ value
-    share = unscaled.softmax(-1)[..., :LEADING_TOKENS].sum((1, -1))[..., None] / query.shape[1]
-    return output, share
+        highest = highest.clamp_min(0)
+    scaled = (products - highest).exp()
+    unscaled = scaled**root  # exp(x * root) = exp(x) ** root saves an exponential
+    scaled_sum, unscaled_sum = scaled.sum(-1, keepdim=True), unscaled.sum(-1, keepdim=True)
+    if bias is not None:
+        zero, num_zero = (-highest).exp(), bias[-1].float().exp()
+        scaled_sum = scaled_sum + num_zero * zero
+        unscaled_sum = unscaled_sum + num_zero * zero**root
+    output = (scaled / scaled_sum).to(value.dtype) @ value
+    leading = unscaled[..., :LEADING_TOKENS].sum(-1, keepdim=True)
+    return output, (leading / unscaled_sum).sum(1) / num_heads
 
 
 def compute_contribution(
