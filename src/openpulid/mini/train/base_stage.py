@@ -43,13 +43,13 @@ def train_base(context: BuildContext) -> dict[str, float]:
     pipe = build_pipeline(unet, vae, text_encoders, context.load_tokenizer())
     evaluator = load_evaluator(context, pipe)
     network = SDXLNetwork(unet, text_encoders, compiled=can_compile(context.device))
-    context.train("base", BaseTask(network, images, pairs, evaluator), config)
+    result = context.train("base", BaseTask(network, images, pairs, evaluator), config)
     folder = context.weights / "pipeline"
     save_folder(unet, folder / "unet")
     stamp(folder / "unet", context.describe_training("base", config))
     pipe.scheduler.save_pretrained(folder / "scheduler")
     pipe.save_config(folder)
-    return evaluator.evaluate()
+    return dict(result.metrics)
 
 
 def base_config(seed: int) -> TrainerConfig:

@@ -90,6 +90,6 @@ def distill(
         )
     evaluator = load_evaluator(context, pipe, steps=STUDENT_TIMESTEPS, guidance=1.0)
     task = LightningTask(student, trajectories, evaluator)
-    context.train(name, task, config, DISTILLATION_TIME_SHARE)
+    result = context.train(name, task, config, DISTILLATION_TIME_SHARE)
     stamp(save(), context.describe_training(name, config))
-    return evaluator.evaluate()
+    return dict(result.metrics)
