@@ -49,7 +49,8 @@ from openpulid.mini.train.recognition import (
 )
 from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import MINIATURE, mini, mini_lightning, with_method
+from openpulid.pipelines.presets import MINIATURE, mini, mini_lightning
+from openpulid.pipelines.selection import with_method
 from openpulid.pipelines.studio import Studio
 from openpulid.pipelines.weights import missing_weights
 from openpulid.world import FACIAL, HELD_OUT_PEOPLE, Person, Scene, WorldDataset, render

@@ -23,7 +23,8 @@ from openpulid.methods.tuned.words import EncoderWord, read_words
 from openpulid.methods.w_plus import WPlusAdapter
 from openpulid.methods.w_plus.encoders import WPlusNetworks
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import mini, with_method
+from openpulid.pipelines.presets import mini
+from openpulid.pipelines.selection import with_method
 from openpulid.world import Person, Scene, render
 from tests.support.method_checks import check_bfloat16, check_lora_of_user_stays
 from tests.support.token_files import PROMPTS, generate

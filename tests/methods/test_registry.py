@@ -22,20 +22,13 @@ from openpulid.methods.fastcomposer.encoders import FastComposerEncoder
 from openpulid.methods.ip_adapter.faceid import FaceID
 from openpulid.methods.registry import METHODS, TUNED_METHODS, UNPUBLISHED_METHODS, find_method
 from openpulid.methods.tuned import TunedAdapter
+from openpulid.pipelines.baselines import BASELINES
 from openpulid.pipelines.checks import find_active_steps
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.model_set import MINI_ADAPTERS
-from openpulid.pipelines.presets import (
-    BASELINES,
-    chroma,
-    find_preset,
-    flux,
-    flux_schnell,
-    mini,
-    sdxl,
-    with_method,
-)
+from openpulid.pipelines.presets import chroma, find_preset, flux, flux_schnell, mini, sdxl
 from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.selection import with_method
 from openpulid.pipelines.studio import Studio
 from openpulid.pipelines.weights import find_installed_methods
 from openpulid.world import Person, Scene, render

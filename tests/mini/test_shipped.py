@@ -16,7 +16,8 @@ from openpulid.io.image_grid import to_pil, to_tensor
 from openpulid.io.images import open_image
 from openpulid.mini.train.autoencoder import reconstruct
 from openpulid.mini.train.baselines import NAMES
-from openpulid.pipelines.presets import MINIATURE, mini, with_method
+from openpulid.pipelines.presets import MINIATURE, mini
+from openpulid.pipelines.selection import with_method
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "photos"

@@ -30,7 +30,8 @@ from openpulid.errors import WeightsError
 from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.pipelines import single_files
 from openpulid.pipelines.factory import load_pipeline
-from openpulid.pipelines.presets import Preset, flux, flux_schnell, sdxl, sdxl_v1, with_base
+from openpulid.pipelines.presets import Preset, flux, flux_schnell, sdxl, sdxl_v1
+from openpulid.pipelines.selection import with_base
 from tests.pipelines.test_factory import single_file
 from tests.support.tiny_flux import tiny_pipe
 

@@ -24,16 +24,8 @@ from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.pipelines import factory
 from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.memory_levels import FLUX_LEVELS
-from openpulid.pipelines.presets import (
-    MINIATURE,
-    Preset,
-    flux,
-    mini,
-    mini_lightning,
-    sdxl,
-    sdxl_v1,
-    with_base,
-)
+from openpulid.pipelines.presets import MINIATURE, Preset, flux, mini, mini_lightning, sdxl, sdxl_v1
+from openpulid.pipelines.selection import with_base
 from openpulid.pipelines.weights import resolve_path
 from tests.support.people import anna
 from tests.support.tiny_flux import fresh, run, tiny_pipe, tiny_transformer

@@ -26,10 +26,10 @@ from openpulid.pipelines.factory import (
     load_pipeline,
 )
 from openpulid.pipelines.memory_levels import FLUX_LEVELS
-from openpulid.pipelines.presets import Preset, flux, with_method
+from openpulid.pipelines.presets import Preset, flux
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
-from openpulid.pipelines.selection import resolve_preset
+from openpulid.pipelines.selection import resolve_preset, with_method
 from openpulid.pipelines.studio import Studio
 from openpulid.pipelines.weights import find_installed_methods
 from tests.support.infinite_you import face, save_method, tiny_method

@@ -20,12 +20,13 @@ from openpulid.methods.prompt_fusion import count_class_words
 from openpulid.methods.registry import METHODS, find_method
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.model_set import WORD_METHODS
-from openpulid.pipelines.presets import Preset, flux, mini, sdxl, with_method
+from openpulid.pipelines.presets import Preset, flux, mini, sdxl
 from openpulid.pipelines.prompts import check_words
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import FaceRefinement, GenerationRequest
 from openpulid.pipelines.request_fields import RequestError
 from openpulid.pipelines.request_inputs import Person
+from openpulid.pipelines.selection import with_method
 from openpulid.pipelines.studio import Studio
 from tests.support.composer_files import TWO_PEOPLE, draw_person, link_miniature
 

@@ -10,8 +10,9 @@ from openpulid.errors import OptionError
 from openpulid.io.image_grid import to_pil
 from openpulid.pipelines.checks import find_active_steps
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import PRESETS, find_preset, mini, with_method
+from openpulid.pipelines.presets import PRESETS, find_preset, mini
 from openpulid.pipelines.request import GenerationRequest, IdentityOptions
+from openpulid.pipelines.selection import with_method
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 

@@ -18,10 +18,11 @@ from transformers import (
 
 from openpulid.errors import OptionError
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import NEGATIVE_PROMPT, flux, mini, sdxl, with_method
+from openpulid.pipelines.presets import NEGATIVE_PROMPT, flux, mini, sdxl
 from openpulid.pipelines.prompt_embeddings import encode_prompts
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import InitImage, Person
+from openpulid.pipelines.selection import with_method
 from openpulid.pipelines.studio import Studio
 from tests.support.people import anna
 from tests.support.studios import SIDE, pixels, run_diffusers, sdxl_studio

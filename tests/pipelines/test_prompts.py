@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from openpulid.errors import PromptError
 from openpulid.mini.models.tokenizer import build_tokenizer
-from openpulid.pipelines.presets import flux, mini, sdxl, with_method
+from openpulid.pipelines.presets import flux, mini, sdxl
 from openpulid.pipelines.prompts import check_words, find_other_syntax, prepare_prompts
 from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.selection import with_method
 
 
 @pytest.fixture

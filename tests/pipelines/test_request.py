@@ -19,7 +19,6 @@ from openpulid.pipelines.presets import (
     mini,
     mini_lightning,
     sdxl,
-    with_method,
 )
 from openpulid.pipelines.request import (
     SCHEMA_VERSION,
@@ -39,6 +38,7 @@ from openpulid.pipelines.request_inputs import (
     Person,
     StyleImage,
 )
+from openpulid.pipelines.selection import with_method
 
 FULL = GenerationRequest(
     prompt="portrait {x}",

@@ -32,16 +32,12 @@ from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.pipelines import factory
 from openpulid.pipelines.factory import load_extractor
-from openpulid.pipelines.presets import (
-    flux,
-    mini,
-    mini_lightning,
-    with_method,
-)
+from openpulid.pipelines.presets import flux, mini, mini_lightning
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, IdentityOptions, ModelSelection
 from openpulid.pipelines.request_inputs import Person
 from openpulid.pipelines.result import UNSAVED_IDENTITY, GenerationResult
+from openpulid.pipelines.selection import with_method
 from openpulid.pipelines.studio import Studio
 
 

@@ -15,9 +15,10 @@ from openpulid.errors import OptionError, PromptError, WeightsError
 from openpulid.pipelines.factory import load_pipeline
 from openpulid.pipelines.memory_levels import FLUX_LEVELS, stream_pipeline
 from openpulid.pipelines.memory_prediction import predict_memory
-from openpulid.pipelines.presets import chroma, flux, with_base
+from openpulid.pipelines.presets import chroma, flux
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import InitImage, Lora
+from openpulid.pipelines.selection import with_base
 from openpulid.pipelines.studio import Studio
 from tests.support.people import anna
 from tests.support.studios import SIDE, SIZE, chroma_studio, pixels

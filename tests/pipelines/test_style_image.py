@@ -17,10 +17,11 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.io import hub
 from openpulid.pipelines.inputs import open_inputs
 from openpulid.pipelines.memory_levels import SDXL_LEVELS, place_pipeline, stream_pipeline
-from openpulid.pipelines.presets import flux, mini, mini_flux, sdxl, with_method
+from openpulid.pipelines.presets import flux, mini, mini_flux, sdxl
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import InitImage, Lora, Person, StyleImage
+from openpulid.pipelines.selection import with_method
 from openpulid.pipelines.studio import Studio
 from tests.support.clip_files import SEEN, plain, plus, tower
 from tests.support.people import anna

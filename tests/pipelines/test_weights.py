@@ -12,7 +12,8 @@ from openpulid.errors import WeightsError
 from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS
 from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import Preset, flux, sdxl, with_base, with_method
+from openpulid.pipelines.presets import Preset, flux, sdxl
+from openpulid.pipelines.selection import with_base, with_method
 from openpulid.pipelines.weights import missing_sources, missing_weights, require_weights
 from openpulid.training.pulid import find_recipe
 from openpulid.training.pulid.photo_models import load_models

@@ -29,16 +29,9 @@ from openpulid.io.hub import FOLDER_VARIABLE
 from openpulid.io.images import open_image
 from openpulid.io.serving import check_address
 from openpulid.methods.registry import TUNED_METHODS, UNPUBLISHED_METHODS
+from openpulid.pipelines.baselines import BASELINES
 from openpulid.pipelines.model_set import MINI_ADAPTERS
-from openpulid.pipelines.presets import (
-    BASELINES,
-    MINIATURE,
-    PRESETS,
-    mini,
-    mini_lightning,
-    sdxl,
-    with_method,
-)
+from openpulid.pipelines.presets import MINIATURE, PRESETS, mini, mini_lightning, sdxl
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import (
     GenerationRequest,
@@ -47,6 +40,7 @@ from openpulid.pipelines.request import (
     parse_size,
 )
 from openpulid.pipelines.request_inputs import InitImage, Person
+from openpulid.pipelines.selection import with_method
 from openpulid.pipelines.weights import (
     find_installed_methods,
     find_installed_presets,

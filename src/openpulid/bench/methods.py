@@ -16,7 +16,8 @@ from openpulid.io.hub import WEIGHTS
 from openpulid.methods.registry import TUNED_METHODS
 from openpulid.pipelines.factory import check_models, load_adapter, load_extractor
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import Preset, find_preset, with_method
+from openpulid.pipelines.presets import Preset, find_preset
+from openpulid.pipelines.selection import with_method
 from openpulid.pipelines.studio import Studio
 from openpulid.pipelines.weights import missing_weights
 from openpulid.training.tuning import TUNING_METHODS

@@ -16,7 +16,8 @@ from openpulid.bench.run_dir import Subject
 from openpulid.identity.reference import ReferenceImage
 from openpulid.io.checkpoints import read_metadata
 from openpulid.io.files import make_folder
-from openpulid.pipelines.presets import Preset, with_method
+from openpulid.pipelines.presets import Preset
+from openpulid.pipelines.selection import with_method
 from openpulid.training.tuning import TuningRecipe, find_tuning_recipe
 from openpulid.training.tuning.session import tune_person
 

@@ -76,7 +76,8 @@ def expand_names(names: list[str]) -> list[str]:
         OptionError: a name is unknown.
     """
     from openpulid.io.hub import WEIGHTS, find_weight
-    from openpulid.pipelines.presets import BASELINES, PRESETS
+    from openpulid.pipelines.baselines import BASELINES
+    from openpulid.pipelines.presets import PRESETS
 
     expanded: dict[str, None] = {}
     for name in names:
@@ -99,7 +100,9 @@ def expand_names(names: list[str]) -> list[str]:
 
 def method_weights(method: str) -> list[str]:
     """Return the weights that a method needs, without the base model."""
-    from openpulid.pipelines.presets import BASELINES, find_preset, with_method
+    from openpulid.pipelines.baselines import BASELINES
+    from openpulid.pipelines.presets import find_preset
+    from openpulid.pipelines.selection import with_method
 
     preset = with_method(find_preset(BASELINES[method].family), method)
     return [source for source in preset.published if source != preset.models.pipeline]

@@ -5,7 +5,6 @@ Each preset is a plain function that returns a `Preset`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,12 +12,6 @@ from typing import Any
 
 from openpulid.errors import OptionError, suggest
 from openpulid.io.hub import WEIGHTS
-from openpulid.pipelines.baselines import (
-    BASELINES,
-    Baseline,
-    find_adapter,
-    find_baseline,
-)
 from openpulid.pipelines.checks import (
     check_active_steps,
     check_resolved,
@@ -405,64 +398,6 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "flux-schnell": flux_schnell,
     "chroma": chroma,
 }
-
-
-def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Preset:
-    """Return the preset with another method on the same base.
-
-    Args:
-        preset: a preset with PuLID.
-        method: name of the method, see `methods.registry.METHODS`.
-        adapter: another adapter file of the method.
-
-    Raises:
-        OptionError: there is no such method, or it does not support the base.
-    """
-    chosen = {"method": None if method == "pulid" else method}
-    if adapter is not None:
-        chosen["adapter"] = os.fspath(adapter)
-    selection = preset.selection.model_copy(update=chosen)
-    if method in ("pulid", preset.models.method):
-        models = replace(preset.models, adapter=adapter or preset.models.adapter)
-        return replace(preset, selection=selection, models=models)
-    baseline = _find_baseline(preset, method)
-    weights = Path(preset.models.detector).parent if preset.models.is_miniature else None
-    source = adapter or find_adapter(method, weights)
-    models = replace(preset.models, method=method, adapter=source, **dict(baseline.models))
-    identity = IdentityOptions(scale=baseline.scale, start=baseline.start, end=1.0)
-    defaults = preset.defaults.model_copy(update={"identity": identity})
-    options = preset.options - baseline.unsupported
-    return Preset(selection, preset.description, models, options, defaults)
-
-
-def _find_baseline(preset: Preset, method: str) -> Baseline:
-    if method in PULID_MODES:
-        options = PULID_MODES[method].model_dump(exclude_none=True)
-        described = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise OptionError(f"{method!r} is a set of PuLID's options, not a method; use {described}.")
-    if method not in BASELINES:
-        raise OptionError(
-            f"there is no method {method!r}{suggest(method, ('pulid', *BASELINES, *PULID_MODES))}; "
-            f"available: pulid, {', '.join(BASELINES)}."
-        )
-    return find_baseline(method, preset.models, preset.name)
-
-
-def with_base(preset: Preset, base: WeightSource) -> Preset:
-    """Return the preset on another base model.
-
-    Args:
-        preset: the preset; a U-Net or transformer that it brings is not used.
-        base: a pipeline; for FLUX and Chroma also a transformer alone, as a single file or a
-            directory, to which the preset's pipeline adds the other parts.
-    """
-    selection = preset.selection.model_copy(update={"base": os.fspath(base)})
-    path = Path(base)
-    is_network = path.is_file() or (path / "config.json").is_file()
-    models = replace(preset.models, unet=None, transformer=None, few_step_lora=None)
-    is_transformer = models.has_transformer and base not in WEIGHTS and is_network
-    models = replace(models, transformer=base) if is_transformer else replace(models, pipeline=base)
-    return replace(preset, selection=selection, models=models)
 
 
 def find_preset(name: str) -> Preset:

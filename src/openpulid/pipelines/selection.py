@@ -6,12 +6,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, suggest
 from openpulid.faces.insightface_pack import find_pack
-from openpulid.io.hub import AURAFACE, find_weight
+from openpulid.io.hub import AURAFACE, WEIGHTS, find_weight
+from openpulid.pipelines.baselines import BASELINES, Baseline, find_adapter, find_baseline
 from openpulid.pipelines.memory_levels import find_level
-from openpulid.pipelines.presets import Preset, find_preset, with_base, with_method
-from openpulid.pipelines.request import OPEN_FACES, ModelSelection
+from openpulid.pipelines.model_set import WeightSource
+from openpulid.pipelines.presets import PULID_MODES, Preset, find_preset
+from openpulid.pipelines.request import OPEN_FACES, IdentityOptions, ModelSelection
 from openpulid.pipelines.request_fields import RequestError
 
 PresetSource = str | os.PathLike[str] | Preset | ModelSelection
@@ -30,7 +32,7 @@ def resolve_preset(
 
     Args:
         preset: where to start. A `ModelSelection` brings its own changes.
-        base: another base model, see `presets.with_base`.
+        base: another base model, see `with_base`.
         method: another method than PuLID, see `methods.registry.METHODS`.
         adapter: another adapter file of the method, such as one of `pulid train`.
         face_pack: "open" for YuNet, AuraFace and selfie_multiclass, whose licenses allow commercial
@@ -65,6 +67,64 @@ def resolve_preset(
     if face_pack is not None:
         preset = _with_face_pack(preset, os.fspath(face_pack))
     return preset
+
+
+def with_method(preset: Preset, method: str, adapter: Path | None = None) -> Preset:
+    """Return the preset with another method on the same base.
+
+    Args:
+        preset: a preset with PuLID.
+        method: name of the method, see `methods.registry.METHODS`.
+        adapter: another adapter file of the method.
+
+    Raises:
+        OptionError: there is no such method, or it does not support the base.
+    """
+    chosen = {"method": None if method == "pulid" else method}
+    if adapter is not None:
+        chosen["adapter"] = os.fspath(adapter)
+    selection = preset.selection.model_copy(update=chosen)
+    if method in ("pulid", preset.models.method):
+        models = replace(preset.models, adapter=adapter or preset.models.adapter)
+        return replace(preset, selection=selection, models=models)
+    baseline = _find_baseline(preset, method)
+    weights = Path(preset.models.detector).parent if preset.models.is_miniature else None
+    source = adapter or find_adapter(method, weights)
+    models = replace(preset.models, method=method, adapter=source, **dict(baseline.models))
+    identity = IdentityOptions(scale=baseline.scale, start=baseline.start, end=1.0)
+    defaults = preset.defaults.model_copy(update={"identity": identity})
+    options = preset.options - baseline.unsupported
+    return Preset(selection, preset.description, models, options, defaults)
+
+
+def _find_baseline(preset: Preset, method: str) -> Baseline:
+    if method in PULID_MODES:
+        options = PULID_MODES[method].model_dump(exclude_none=True)
+        described = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise OptionError(f"{method!r} is a set of PuLID's options, not a method; use {described}.")
+    if method not in BASELINES:
+        raise OptionError(
+            f"there is no method {method!r}{suggest(method, ('pulid', *BASELINES, *PULID_MODES))}; "
+            f"available: pulid, {', '.join(BASELINES)}."
+        )
+    return find_baseline(method, preset.models, preset.name)
+
+
+def with_base(preset: Preset, base: WeightSource) -> Preset:
+    """Return the preset on another base model.
+
+    Args:
+        preset: the preset; a U-Net or transformer that it brings is not used.
+        base: a pipeline; for FLUX and Chroma also a transformer alone, as a single file or a
+            directory, to which the preset's pipeline adds the other parts.
+    """
+    selection = preset.selection.model_copy(update={"base": os.fspath(base)})
+    path = Path(base)
+    is_network = path.is_file() or (path / "config.json").is_file()
+    models = replace(preset.models, unet=None, transformer=None, few_step_lora=None)
+    is_transformer = models.has_transformer and base not in WEIGHTS and is_network
+    models = replace(models, transformer=base) if is_transformer else replace(models, pipeline=base)
+    return replace(preset, selection=selection, models=models)
 
 
 def _with_memory(preset: Preset, memory: str) -> Preset:

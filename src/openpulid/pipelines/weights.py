@@ -10,7 +10,8 @@ from openpulid.errors import OptionError, PulidError, WeightsError
 from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS, find_weight, locate
 from openpulid.methods.registry import METHODS
 from openpulid.pipelines.model_set import WeightSource
-from openpulid.pipelines.presets import PRESETS, Preset, with_method
+from openpulid.pipelines.presets import PRESETS, Preset
+from openpulid.pipelines.selection import with_method
 
 
 def resolve_path(source: WeightSource) -> Path:

@@ -22,7 +22,8 @@ from openpulid.io.image_grid import to_pil, to_tensor
 from openpulid.methods.w_plus.encoders import WPlusNetworks
 from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import MINIATURE, find_preset, mini, with_method
+from openpulid.pipelines.presets import MINIATURE, find_preset, mini
+from openpulid.pipelines.selection import with_method
 from openpulid.world import Person, Scene, render
 
 WIDTH = 8

@@ -16,7 +16,8 @@ from openpulid.mini.train.baseline_task import BaselineTask
 from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Baseline, draw_uniform
 from openpulid.mini.train.build_context import stamp
 from openpulid.pipelines.factory import check_models, load_pipeline
-from openpulid.pipelines.presets import MINIATURE, mini, with_method
+from openpulid.pipelines.presets import MINIATURE, mini
+from openpulid.pipelines.selection import with_method
 from openpulid.training.photoverse import draw_fusion
 from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.branches import DiffusionStep

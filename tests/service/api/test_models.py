@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import httpx
 
-from openpulid.pipelines.presets import find_preset, with_method
+from openpulid.pipelines.presets import find_preset
+from openpulid.pipelines.selection import with_method
 from tests.service.api.conftest import check_problem
 
 

@@ -18,7 +18,8 @@ from openpulid.mini.train.clip import normalize_for_clip
 from openpulid.mini.train.face_latent_data import FaceLatentRows
 from openpulid.mini.train.portraits import Portraits, load_features
 from openpulid.mini.train.sheet import draw_sheet
-from openpulid.pipelines.presets import mini, with_method
+from openpulid.pipelines.presets import mini
+from openpulid.pipelines.selection import with_method
 from openpulid.pipelines.studio import Studio
 from openpulid.training import autocast
 from openpulid.world import WorldDataset

@@ -25,7 +25,8 @@ from openpulid.mini.train.face_latents_stage import FACE_LATENTS_STAGE
 from openpulid.mini.train.portraits import Mixture, Portraits
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.pipelines.factory import load_extractor, load_pipeline
-from openpulid.pipelines.presets import mini, with_method
+from openpulid.pipelines.presets import mini
+from openpulid.pipelines.selection import with_method
 from openpulid.training.pulid import Recipe, SDXLModel, find_recipe
 
 
