@@ -162,7 +162,7 @@ def test_decoding_uses_the_predicted_tile_size() -> None:
     assert decoded[0] == decoded[1]
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux", "chroma"])
+@pytest.mark.parametrize("family", ["sdxl", "flux", "chroma", "flux2"])
 def test_lower_levels_need_less_memory(family: Any) -> None:
     peaks = [peak(name, family=family) for name in LEVELS[family]]
     assert peaks == sorted(peaks, reverse=True)

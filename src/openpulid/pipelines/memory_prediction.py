@@ -78,6 +78,27 @@ T5_XXL: dict[str, Any] = {
 }
 """Configuration of the T5 encoder of FLUX.1 and Chroma."""
 
+KLEIN_TRANSFORMER: dict[str, Any] = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+"""Configuration of the transformer of FLUX.2 klein 4B."""
+
+QWEN3_4B: dict[str, Any] = {
+    "vocab_size": 151_936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+"""Configuration of the text encoder of FLUX.2 klein 4B."""
+
 INFUSENET: dict[str, Any] = {
     "num_layers": 4,
     "num_single_layers": 10,
@@ -166,7 +187,7 @@ def predict_memory(
         width: width of the image in pixels.
         height: height of the image in pixels.
         max_sequence_length: longest prompt in tokens of T5.
-        family: "sdxl", "flux" or "chroma".
+        family: of the base model.
         method: PuLID, or InfiniteYou on FLUX.
         num_controls: ControlNets next to it, of the size of the published ones.
     """
@@ -223,10 +244,15 @@ def _flux_use(
         num_residuals = INFUSENET["num_layers"] + INFUSENET["num_single_layers"]
     image = (width // 16) * (height // 16)
     # tensors of a single block: hidden, residual, normalized, queries, keys, values, the four times
-    # wider feed-forward twice, both concatenated
+    # wider feed-forward twice, both concatenated; in FLUX.2 it is three times wider, gated, and as
+    # large in all
     steps = (image + text_tokens) * 3072 * 2 * (6 + 8 + 5)
     steps += image * 3072 * 2 * num_residuals
-    return BaseUse("transformer", sizes, text_tokens * 4096 * 2 * 8, steps, decode_itemsize=2)
+    text = 4096 * 8
+    if family == "flux2":  # the outputs of all layers, and logits that nothing reads
+        text = QWEN3_4B["hidden_size"] * (QWEN3_4B["num_hidden_layers"] + 1)
+        text += QWEN3_4B["vocab_size"]
+    return BaseUse("transformer", sizes, text_tokens * text * 2, steps, decode_itemsize=2)
 
 
 def _sdxl_use(width: int, height: int) -> BaseUse:
@@ -256,36 +282,56 @@ def weight_sizes(family: Family = "flux") -> dict[str, int]:
     """Count the bytes of the base model's and PuLID's parts in bfloat16, on the meta device.
 
     Args:
-        family: "flux" or "chroma".
+        family: one with a transformer.
     """
-    from diffusers import AutoencoderKL, ChromaTransformer2DModel, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
     from openpulid.identity.eva_clip import VisionEncoder
     from openpulid.methods.pulid import IDFormer, PuLIDFlux
 
     with torch.device("meta"):
-        transformer: Any = ChromaTransformer2DModel()
-        if family == "flux":
-            transformer = FluxTransformer2DModel(guidance_embeds=True)
-        transformer = transformer.bfloat16()
+        transformer, vae, encoders = _build_parts(family)
+        for part in (transformer, vae, encoders):
+            part.bfloat16()
         former = IDFormer()
         adapter = PuLIDFlux.for_transformer(transformer, former).bfloat16()
-        vae = AutoencoderKL(**FLUX_VAE).bfloat16()
-        encoders: list[nn.Module] = [T5EncoderModel(T5Config(**T5_XXL)).bfloat16()]
-        if family == "flux":
-            encoders.append(CLIPTextModel(CLIPTextConfig(**CLIP_L)).bfloat16())
         vision_encoder = VisionEncoder().bfloat16()
         tokens = torch.empty(1, 32, former.config["output_dim"], dtype=torch.bfloat16)
         folded = [part for layer in adapter.layers for part in layer.precompute_kv(tokens)]
     return _network_sizes(transformer, "transformer") | {
-        **_text_sizes(encoders),
+        **_text_sizes(list(encoders)),
         "vae": weight_bytes(vae),
         "adapter": weight_bytes(adapter),
         # the identity's keys and values, and the unconditional ones of a negative prompt
         "identity": 2 * sum(part.nbytes for part in folded),
         "faces": weight_bytes(vision_encoder) + FACE_FILES,
     }
+
+
+def _build_parts(family: Family) -> tuple[Any, nn.Module, nn.ModuleList]:
+    """Build the transformer, the autoencoder and the text encoders of a family."""
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderKLFlux2,
+        ChromaTransformer2DModel,
+        Flux2Transformer2DModel,
+        FluxTransformer2DModel,
+    )
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    if family == "flux2":
+        qwen = nn.ModuleList([Qwen3ForCausalLM(Qwen3Config(**QWEN3_4B))])
+        return Flux2Transformer2DModel(**KLEIN_TRANSFORMER), AutoencoderKLFlux2(), qwen
+    encoders = nn.ModuleList([T5EncoderModel(T5Config(**T5_XXL))])
+    if family == "chroma":
+        return ChromaTransformer2DModel(), AutoencoderKL(**FLUX_VAE), encoders
+    encoders.append(CLIPTextModel(CLIPTextConfig(**CLIP_L)))
+    return FluxTransformer2DModel(guidance_embeds=True), AutoencoderKL(**FLUX_VAE), encoders
 
 
 @cache

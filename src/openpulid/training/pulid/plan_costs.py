@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.pipelines.memory_prediction import (
     FLUX_VAE,
+    KLEIN_TRANSFORMER,
     SDXL_UNET,
     SDXL_VAE,
     weight_bytes,
@@ -41,17 +42,6 @@ from openpulid.training.pulid.train import create_adapter
 
 SDXL_TEXT_BYTES = 2 * (123_060_480 + 694_659_840)
 """CLIP ViT-L and OpenCLIP ViT-bigG in bfloat16."""
-
-KLEIN_TRANSFORMER: dict[str, Any] = {
-    "num_layers": 5,
-    "num_single_layers": 20,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 7680,
-    "guidance_embeds": False,
-}
-"""Sizes of FLUX.2 klein 4B."""
-KLEIN_TEXT_BYTES = 2 * 4_022_468_096
-"""Qwen3 4B in bfloat16."""
 
 DEFAULT_PIXELS = 1024
 LEVELS = 5
@@ -176,7 +166,7 @@ def _klein(recipe: Recipe) -> FullSizeBase:
     model = Flux2Model(_flow_pipe(transformer, AutoencoderKLFlux2()), DEFAULT_PIXELS)
     width = KLEIN_TRANSFORMER["joint_attention_dim"]
     text = Flux2Text(torch.empty(1, recipe.text_tokens, width), torch.zeros(recipe.text_tokens, 4))
-    return FullSizeBase(model, text, KLEIN_TEXT_BYTES)
+    return FullSizeBase(model, text, weight_sizes("flux2")["text"])
 
 
 def _flow_pipe(transformer: nn.Module, vae: nn.Module) -> Any:
