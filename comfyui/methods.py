@@ -55,7 +55,7 @@ def load_method(name: str, file: str) -> LoadedMethod:
 
     is_miniature = file == MINIATURE
     if is_miniature:
-        path = Path(resolve_preset("mini", method=name).models.adapter)
+        path = Path(resolve_preset("mini", method=name).models.require_adapter())
         path = path / "ip-adapter.safetensors" if path.is_dir() else path
     else:
         path = find_method_file(file)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openpulid.pipelines.presets import chroma, flux, sdxl
+from openpulid.pipelines.presets import chroma, flux, flux2_klein, sdxl
 from openpulid.pipelines.studio import Studio
 from tests.support.people import anna
 from tests.support.people import fresh as fresh_sdxl
-from tests.support.tiny_bases import fresh_adapter, tiny_base
+from tests.support.tiny_bases import flux2_with_text, fresh_adapter, tiny_base
 from tests.support.tiny_flux import fresh as fresh_flux
 
 SIDE = 32
@@ -49,6 +49,15 @@ def chroma_studio() -> Studio:
     models: dict[str, Any] = {"use_half_precision": False, "size_multiple": 4, "min_side": 4}
     preset = chroma().with_models(**models, native_side=SIDE)
     preset = preset.with_defaults(num_inference_steps=4, max_sequence_length=10, **SIZE)
+    return Studio(pipe, fresh_adapter(pipe), UnusedExtractor(), preset)
+
+
+def klein_studio() -> Studio:
+    """A studio of 4 steps without guidance."""
+    pipe = flux2_with_text()
+    models: dict[str, Any] = {"use_half_precision": False, "size_multiple": 4, "min_side": 4}
+    preset = flux2_klein().with_models(**models, native_side=SIDE)
+    preset = preset.with_defaults(max_sequence_length=10, **SIZE)
     return Studio(pipe, fresh_adapter(pipe), UnusedExtractor(), preset)
 
 

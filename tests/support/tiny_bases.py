@@ -209,7 +209,7 @@ def fresh_adapter(pipe: Any, seed: int = 0) -> PuLIDFlux:
     return adapter
 
 
-def flux2_with_text(**sizes: int) -> Flux2KleinPipeline:
+def flux2_with_text(is_distilled: bool = True, **sizes: int) -> Flux2KleinPipeline:
     """Create a pipeline of FLUX.2 klein that reads prompts, with a real batch norm."""
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -222,7 +222,12 @@ def flux2_with_text(**sizes: int) -> Flux2KleinPipeline:
     nn.init.normal_(autoencoder.bn.running_mean, std=0.5)
     nn.init.uniform_(autoencoder.bn.running_var, 0.5, 2.0)
     pipe = Flux2KleinPipeline(
-        scheduler(), autoencoder, Qwen3ForCausalLM(config), tokenizer, flux2_transformer(**sizes)
+        scheduler(),
+        autoencoder,
+        Qwen3ForCausalLM(config).eval(),
+        tokenizer,
+        flux2_transformer(**sizes).eval(),
+        is_distilled,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -60,7 +60,7 @@ def _hash_part(preset: Preset, name: str) -> list[str]:
 
 
 def _hash_adapter(preset: Preset) -> list[str]:
-    path = resolve_path(preset.models.adapter)
+    path = resolve_path(preset.models.require_adapter())
     hashes = hash_weights(path)
     network = NETWORK_FOLDERS.get(preset.models.method)
     # a folder contains the network, which is next to a file

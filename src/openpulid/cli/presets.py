@@ -17,14 +17,14 @@ presets = command_group("List presets, and predict the memory they need.")
 def list_presets() -> None:
     """List all presets, and the methods whose weights are installed."""
     from openpulid.pipelines.presets import PRESETS
-    from openpulid.pipelines.weights import find_installed_methods, missing_weights
+    from openpulid.pipelines.weights import find_installed_methods, find_next_command
 
     rows = []
     for name, build in PRESETS.items():
         preset = build()
-        if missing_weights(preset):
-            installed = f"`{preset.models.build_command or f'pulid weights get {name}'}`"
-        else:
+        command = find_next_command(preset)
+        installed = f"`{command}`"
+        if command is None:
             installed = f"yes: {', '.join(find_installed_methods(preset))}"
         steps = str(preset.defaults.num_inference_steps)
         scale = preset.defaults.guidance_scale
@@ -39,7 +39,7 @@ def list_presets() -> None:
 def memory(
     presets: Annotated[
         list[str] | None,
-        typer.Argument(help="Presets of SDXL, FLUX or Chroma; by default sdxl and flux."),
+        typer.Argument(help="Presets of full-size models; by default sdxl and flux."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; the preset's by default.")] = None,
     method: Annotated[str | None, typer.Option(help="FLUX: infiniteyou instead of PuLID.")] = None,

@@ -6,7 +6,7 @@ from openpulid.doctor.report import Section
 from openpulid.doctor.storage import measure_free_space
 from openpulid.io.hub import WEIGHTS, find_download_folder
 from openpulid.pipelines.presets import PRESETS, Preset
-from openpulid.pipelines.weights import find_installed_methods, missing_weights
+from openpulid.pipelines.weights import find_installed_methods, find_next_command, missing_weights
 
 
 def check() -> Section:
@@ -15,14 +15,14 @@ def check() -> Section:
     notes = []
     for name, build in PRESETS.items():
         preset = build()
-        missing = missing_weights(preset)
-        if not missing:
+        command = find_next_command(preset)
+        if command is None:
             rows.append((name, f"complete: {', '.join(find_installed_methods(preset))}", "", ""))
             continue
+        missing = missing_weights(preset)
         megabytes = sum(WEIGHTS[source].megabytes or 0 for source in missing if source in WEIGHTS)
-        command = "pulid mini build" if preset.models.is_miniature else f"pulid weights get {name}"
-        command = preset.models.build_command or command
-        rows.append((name, f"lacks {', '.join(missing)}", f"about {megabytes} MB", command))
+        lacking = ", ".join(missing) or "an adapter, which nobody has published"
+        rows.append((name, f"lacks {lacking}", f"about {megabytes} MB", command))
         notes += find_lack_of_space(preset, missing)
     columns = ("preset", "state", "download", "command")
     return Section(columns, tuple(rows), notes=tuple(notes))

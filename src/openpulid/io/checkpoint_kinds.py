@@ -81,6 +81,11 @@ CHROMA = CheckpointKind(
     "pass it with --preset chroma --base",
     (rf"{_ANY}distilled_guidance_layer\.",),
 )
+FLUX2 = CheckpointKind(
+    "a FLUX.2 transformer",
+    "pass it with --preset flux2-klein --base",
+    (rf"{_ANY}double_stream_modulation",),
+)
 PULID_SDXL = CheckpointKind(
     "PuLID's adapter for SDXL",
     "use it with an SDXL preset",
@@ -195,7 +200,7 @@ KINDS: tuple[CheckpointKind, ...] = (
         "use an SDXL base model",
         (r"conditioner\.embedders\.0\.model\.",),
     ),
-    CheckpointKind("a FLUX.2 transformer", "use FLUX.1", (rf"{_ANY}double_stream_modulation",)),
+    FLUX2,
     CHROMA,
     SDXL,
     CheckpointKind(

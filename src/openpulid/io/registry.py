@@ -128,7 +128,9 @@ WEIGHTS: dict[str, Weight] = {
     "flux2-klein-base": Weight(
         "black-forest-labs/FLUX.2-klein-base-4B", "", "Apache-2.0", True, 16_000
     ),
-    "flux2-klein": Weight("black-forest-labs/FLUX.2-klein-4B", "", "Apache-2.0", True, 16_000),
+    "flux2-klein-distilled": Weight(
+        "black-forest-labs/FLUX.2-klein-4B", "", "Apache-2.0", True, 16_000
+    ),
     "clip-h": Weight("h94/IP-Adapter", "models/image_encoder/model.safetensors", "MIT", True, 2530),
     "ip-adapter": Weight(
         "h94/IP-Adapter", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "Apache-2.0", True, 700

@@ -32,6 +32,7 @@ from openpulid.pipelines.single_files import (
     check_guidance,
     check_sdxl_file,
     check_transformer_file,
+    find_transformer_class,
     load_sdxl_file,
     load_transformer_file,
 )
@@ -46,12 +47,12 @@ TEXT_PARTS: dict[Family, tuple[str, ...]] = {
     "flux2": ("text_encoder", "tokenizer"),
 }
 TEXT_ENCODERS: dict[Family, str] = {"flux": "CLIP and T5", "chroma": "T5", "flux2": "Qwen3"}
-PIPELINES: dict[Family, tuple[str, str]] = {
-    "flux": ("FluxPipeline", "FluxTransformer2DModel"),
-    "chroma": ("ChromaPipeline", "ChromaTransformer2DModel"),
-    "flux2": ("Flux2KleinPipeline", "Flux2Transformer2DModel"),
+PIPELINES: dict[Family, str] = {
+    "flux": "FluxPipeline",
+    "chroma": "ChromaPipeline",
+    "flux2": "Flux2KleinPipeline",
 }
-"""diffusers' classes of the pipeline and of its transformer."""
+"""diffusers' class of a family's pipeline."""
 
 CLASS_NAMES: dict[Family, str] = {
     "sdxl": "StableDiffusionXL",
@@ -61,10 +62,13 @@ CLASS_NAMES: dict[Family, str] = {
 }
 """Patterns of how the names of a family's pipelines begin."""
 
-ADVICE: dict[Family, str] = {
-    "flux2": "no adapter for it is published: train one with `pulid train flux2_klein_stage1`"
+PRESET_NAMES: dict[Family, str] = {
+    "sdxl": "sdxl",
+    "flux": "flux",
+    "chroma": "chroma",
+    "flux2": "flux2-klein",
 }
-"""What to do with a pipeline of a family that has no preset."""
+"""The preset for a pipeline of a family."""
 
 
 def check_base(models: ModelSet) -> None:
@@ -80,6 +84,7 @@ def check_base(models: ModelSet) -> None:
         check_sdxl_file(path)
         return
     _check_index(path, models.family)
+    _check_distilled(path, models.is_distilled)
     transformer = resolve_optional(models.transformer)
     if transformer is not None and transformer.is_file():
         check_transformer_file(transformer, path, models.family)
@@ -130,7 +135,7 @@ def load_sdxl(models: ModelSet, dtype: torch.dtype) -> Any:
 
 
 def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
-    """Load a FluxPipeline or ChromaPipeline, with the transformer of the model set.
+    """Load a pipeline of FLUX or a relative, with the transformer of the model set.
 
     Raises:
         WeightsError: something is missing or damaged, or the base is of another family, or of a
@@ -140,11 +145,9 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
 
     import openpulid.diffusion.patch_vae  # noqa: F401 (as for SDXL)
 
-    pipeline_class, transformer_class = (
-        getattr(diffusers, name) for name in PIPELINES[models.family]
-    )
     path = _pipeline_path(models)
     parts = _check_index(path, models.family)
+    _check_distilled(path, models.is_distilled)
     missing = [name for name in TEXT_PARTS[models.family] if not (path / name).is_dir()]
     if missing:
         raise WeightsError(
@@ -166,11 +169,14 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
         source = resolve_path(models.transformer)
         if source.is_dir():
             _check_transformer(source, vae, models.guidance_embeds)
-            networks["transformer"] = load_network(transformer_class, source, dtype)
+            networks["transformer"] = load_network(
+                find_transformer_class(models.family), source, dtype
+            )
         else:
             networks["transformer"] = load_transformer_file(source, path, dtype, models.family)
     if "transformer" in parts:
         _check_transformer(path / "transformer", vae, models.guidance_embeds)
+    pipeline_class = getattr(diffusers, PIPELINES[models.family])
     pipe = _load_parts(pipeline_class, path, parts, dtype, networks)
     if models.few_step_lora is not None:
         fuse_lora(pipe, resolve_path(models.few_step_lora))
@@ -201,18 +207,28 @@ def _check_index(path: Path, family: Family) -> dict[str, Part]:
     class_name, parts = _read_index(path)
     if not re.match(CLASS_NAMES[family], class_name):
         advice = [
-            f"; {ADVICE.get(other, f'use --preset {other}')}"
+            f"; use --preset {PRESET_NAMES[other]}"
             for other, pattern in CLASS_NAMES.items()
             if re.match(pattern, class_name)
         ]
-        purpose = "for training on FLUX.2 klein"
-        if family != "flux2":
-            article = "an" if family == "sdxl" else "a"
-            purpose = f"for {article} {BASE_NAMES[family].removesuffix('.1')} preset"
+        article = "an" if family == "sdxl" else "a"
         raise WeightsError(
-            f"{path} cannot be loaded {purpose}: it is a {class_name}{''.join(advice)}."
+            f"{path} cannot be loaded for {article} {BASE_NAMES[family].removesuffix('.1')} "
+            f"preset: it is a {class_name}{''.join(advice)}."
         )
     return parts
+
+
+def _check_distilled(path: Path, expected: bool | None) -> None:
+    """Raise WeightsError if a pipeline needs guidance, and the preset has none."""
+    if expected is None:
+        return
+    index = json.loads((path / PIPELINE_INDEX).read_bytes())
+    if not index.get("is_distilled", False):
+        raise WeightsError(
+            f"{path} is not distilled: it needs about 50 steps and guidance, and this preset has "
+            "no guidance; use flux2-klein-distilled, or a model that was trained from it."
+        )
 
 
 def _read_scheduler(path: Path, parts: Mapping[str, Part]) -> tuple[str, dict[str, Any]]:

@@ -47,12 +47,13 @@ def check_resolved(request: GenerationRequest, models: ModelSet, label: str) -> 
         label: how messages call the preset.
 
     Raises:
-        RequestError: the size is not one of the models', the method does not show these people, a
-            ControlNet is for another base, the text encoders read no weights, or options of FLUX's
-            guidance are incomplete.
+        RequestError: the size is not one of the models', the method does not show these people, the
+            base starts from no image, a ControlNet is for another base, the text encoders read no
+            weights, or options of FLUX's guidance are incomplete.
     """
     _check_size(request, models, label)
     _check_people(request, models)
+    _check_edits(request, models)
     _check_strength(request)
     _check_controls(request, models, label)
     _check_add_ons(request, models)
@@ -216,6 +217,18 @@ def count_steps(request: GenerationRequest) -> int:
     """Return how many steps a resolved request runs: an initial image leaves out the first ones."""
     steps = request.num_inference_steps or 1
     return steps if request.init_image is None else int(steps * request.init_image.strength)
+
+
+def _check_edits(request: GenerationRequest, models: ModelSet) -> None:
+    if models.edits_images:
+        return
+    for field in ("init_image", "refine_faces"):
+        if getattr(request, field) is not None:
+            raise RequestError(
+                f"{{0}} is not supported on {models.base_name}; leave it out, or choose another "
+                "preset.",
+                field,
+            )
 
 
 def _check_strength(request: GenerationRequest) -> None:

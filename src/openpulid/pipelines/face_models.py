@@ -17,7 +17,7 @@ from openpulid.pipelines.weights import resolve_path
 
 def hash_adapter_models(models: ModelSet) -> dict[str, str]:
     """Return name -> hash of the models of a method that brings its own vision encoder."""
-    hashes = {models.method: fingerprint(resolve_path(models.adapter))}
+    hashes = {models.method: fingerprint(resolve_path(models.require_adapter()))}
     if models.recognition is not None:
         hashes |= hash_models([resolve_path(models.recognition)])
     return hashes

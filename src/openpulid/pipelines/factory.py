@@ -70,11 +70,13 @@ def check_models(preset: Preset, identities: Iterable[Identity] = ()) -> None:
         identities: they must be of the preset's face models.
 
     Raises:
-        RequestError: the face pack is not that of the published adapter.
+        RequestError: nobody has published an adapter and the user passes none, or the face pack is
+            not that of the published one.
         WeightsError: files are missing, or of another kind; the message names all weights that are
             not installed, and the command that downloads them.
         IdentityError: other models produced an identity.
     """
+    preset.models.require_adapter()
     check_published_adapter(preset.models)
     require_trained(preset)
     if isinstance(preset.models.adapter, Path):
@@ -89,15 +91,16 @@ def check_models(preset: Preset, identities: Iterable[Identity] = ()) -> None:
 
 def _check_adapter(models: ModelSet) -> None:
     """Raise WeightsError if the adapter is missing, or is of another method."""
-    if not isinstance(models.adapter, Path):
+    adapter = models.require_adapter()
+    if not isinstance(adapter, Path):
         for name in COMPANION_WEIGHTS.get(models.method, ()):
             resolve_path(name)
-    elif models.is_trained_baseline and not models.adapter.exists():
+    elif models.is_trained_baseline and not adapter.exists():
         raise WeightsError(
-            f"{models.adapter} does not exist; "
+            f"{adapter} does not exist; "
             f"run `pulid mini build --method {models.method}` to train it."
         )
-    _find_adapter_class(models).check_file(resolve_path(models.adapter))
+    _find_adapter_class(models).check_file(resolve_path(adapter))
 
 
 def _find_adapter_class(models: ModelSet) -> Any:
@@ -115,7 +118,7 @@ def load_adapter(preset: Preset, device: torch.device) -> Any:
     models = preset.models
     _check_adapter(models)
     with no_progress_bars():
-        adapter = _find_adapter_class(models).load(resolve_path(models.adapter))
+        adapter = _find_adapter_class(models).load(resolve_path(models.require_adapter()))
     dtype = network_dtype(models, device)
     if models.method.startswith("infiniteyou"):
         return place_infiniteyou(adapter, models.memory, device, dtype)
@@ -147,7 +150,7 @@ def load_extractor(
     models = preset.models
     sources = [models.detector, models.recognition, models.vision_encoder, models.face_parsing]
     if models.adapter_has_vision_encoder and adapter is None:
-        sources.append(models.adapter)
+        sources.append(models.require_adapter())
     require_weights(preset, [source for source in sources if source is not None])
     device = select_device(device)
     if find_level(models.family, models.memory).faces_on_cpu:

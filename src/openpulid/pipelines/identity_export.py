@@ -18,7 +18,7 @@ def check_gguf_export(preset: Preset) -> None:
     """Check that identities can be exported, before an image is read.
 
     Raises:
-        OptionError: the preset is not for FLUX or Chroma, or has another method.
+        OptionError: the preset is not for FLUX or a relative, has another method, or no adapter.
         WeightsError: the adapter or the package gguf is not installed.
     """
     if not preset.models.has_transformer or preset.models.method != "pulid":
@@ -27,7 +27,7 @@ def check_gguf_export(preset: Preset) -> None:
             "--method, or leave out --for."
         )
     import_gguf()
-    require_weights(preset, [preset.models.adapter])
+    require_weights(preset, [preset.models.require_adapter()])
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def export_gguf(preset: Preset, identity: Identity, path: Path) -> Path:
     is biometric data.
 
     Args:
-        preset: of FLUX or Chroma; its adapter has the encoder.
+        preset: of FLUX or a relative; its adapter has the encoder.
         identity: extracted with its face models.
         path: of the file.
 
@@ -48,7 +48,7 @@ def export_gguf(preset: Preset, identity: Identity, path: Path) -> Path:
         IdentityError: the identity has other sizes than the encoder reads.
         OutputError: the file cannot be written.
     """
-    adapter = PuLIDFlux.load(resolve_path(preset.models.adapter))
+    adapter = PuLIDFlux.load(resolve_path(preset.models.require_adapter()))
     adapter.require(identity.models)
     identity.check_values()
     (tokens,) = adapter.encode(identity.id_cond, identity.hidden)

@@ -95,7 +95,7 @@ def place_pipeline(pipe: Any, level: Level, device: torch.device) -> None:
     """Move a pipeline to a device as a memory level says.
 
     Args:
-        pipe: a pipeline of SDXL, FLUX or Chroma, on the CPU.
+        pipe: a pipeline of SDXL, or of FLUX or a relative, on the CPU.
         level: the memory level.
         device: the device.
     """
@@ -179,7 +179,7 @@ def stream_pipeline(pipe: Any, device: torch.device) -> None:
 
     stream_network(find_network(pipe), device)
     for name in ("text_encoder", "text_encoder_2"):
-        if encoder := getattr(pipe, name, None):  # Chroma has one
+        if encoder := getattr(pipe, name, None):  # Chroma and FLUX.2 have one
             options = _stream_options(device)
             apply_group_offloading(encoder, **options, offload_type="leaf_level")
     pipe.vae.to(device)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from openpulid.methods.registry import TUNED_METHODS
+from openpulid.pipelines.request_fields import RequestError
 
 WeightSource = Path | str
 """A path, or a name of `io.hub.WEIGHTS`, which is looked up when the preset is loaded."""
@@ -16,7 +17,8 @@ ExtractorKind = Literal["mini", "mini-latents", "photo", "clip", "e4e"]
 
 Family = Literal["sdxl", "flux", "chroma", "flux2"]
 """Architecture of a base model. Chroma is FLUX.1 pruned: the same blocks, adapter and autoencoder,
-without CLIP and without distilled guidance. FLUX.2 is for training: it has no published adapter."""
+without CLIP and without distilled guidance. FLUX.2 is FLUX.2 klein, for which no adapter is
+published."""
 
 BASE_NAMES: dict[Family, str] = {
     "sdxl": "SDXL",
@@ -82,7 +84,8 @@ class ModelSet:
     Attributes:
         family: architecture of the base model.
         pipeline: directory, single file, OWNER/NAME or published name of a diffusers pipeline.
-        adapter: file of the method.
+        adapter: file of the method; None if nobody has published one, and the user passes none.
+        recipe: of `pulid train`, for an adapter that nobody has published; None for others.
         extractor: which identity extractor the method needs.
         detector: face detector.
         recognition: face recognition model; None if the method uses none.
@@ -110,12 +113,14 @@ class ModelSet:
         memory: memory level, see `memory_levels.LEVELS`.
         guidance_embeds: FLUX: whether the preset is for transformers with a guidance embedding,
             such as dev, or without, such as schnell; None for both.
+        is_distilled: FLUX.2: whether the preset is for pipelines that were distilled to a few steps
+            without guidance; None for both.
         build_command: command that trains the models; None if they are shipped or published.
     """
 
     family: Family
     pipeline: WeightSource
-    adapter: WeightSource
+    adapter: WeightSource | None
     extractor: ExtractorKind
     detector: WeightSource
     recognition: WeightSource | None = None
@@ -140,6 +145,8 @@ class ModelSet:
     face_share: float = 0.5
     memory: str = "full"
     guidance_embeds: bool | None = None
+    is_distilled: bool | None = None
+    recipe: str | None = None
     build_command: str | None = None
 
     @property
@@ -148,6 +155,29 @@ class ModelSet:
         if self.is_miniature:
             return "the miniature"
         return BASE_NAMES[self.family]
+
+    def require_adapter(self) -> WeightSource:
+        """Return the source of the adapter.
+
+        Raises:
+            RequestError: nobody has published an adapter for the base, and the user passes none.
+        """
+        if self.adapter is None:
+            raise RequestError(
+                f"nobody has published a PuLID for {self.base_name}; train one with "
+                f"`pulid train {self.recipe}`, and pass its file with {{0}}.",
+                "model.adapter",
+            )
+        return self.adapter
+
+    @property
+    def edits_images(self) -> bool:
+        """Whether images can start from another one, and small faces can be refined.
+
+        diffusers has no image-to-image pipeline for FLUX.2, and its inpainting pipeline shows the
+        transformer the whole initial image as a reference.
+        """
+        return self.family != "flux2"
 
     @property
     def style_files(self) -> StyleFiles | None:

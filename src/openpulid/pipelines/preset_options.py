@@ -39,6 +39,10 @@ PULID_CHROMA_OPTIONS = PULID_FLUX_OPTIONS - {
     *("controls", "style_image", "embeddings"),  # those of FLUX do not fit
 }
 
+PULID_FLUX2_OPTIONS = PULID_CHROMA_OPTIONS - {
+    *("guidance_scale", "negative_prompt"),  # distilled without guidance
+}
+
 PULID_MINI_FLUX_OPTIONS = PULID_FLUX_OPTIONS - {
     *("guidance_scale", "memory"),  # no guidance embedding; small enough for any memory
     *("controls", "style_image", "embeddings"),  # those of FLUX do not fit

@@ -23,6 +23,7 @@ from openpulid.pipelines.model_set import ModelSet, WeightSource
 from openpulid.pipelines.preset_options import (
     NEGATIVE_PROMPT,
     PULID_CHROMA_OPTIONS,
+    PULID_FLUX2_OPTIONS,
     PULID_FLUX_OPTIONS,
     PULID_MINI_FLUX_OPTIONS,
     PULID_SDXL_OPTIONS,
@@ -381,6 +382,30 @@ def chroma(base: WeightSource = "chroma-base") -> Preset:
     return _rename(preset, "chroma", "PuLID on Chroma1-HD")
 
 
+def flux2_klein(base: WeightSource = "flux2-klein-distilled") -> Preset:
+    """Return FLUX.2 klein 4B, distilled to 4 steps without guidance, for an adapter of one's own.
+
+    Nobody has published a PuLID for FLUX.2. The prompt has as many tokens as in the pipeline and in
+    the recipe's training: the transformer attends to its padding too.
+    """
+    preset = flux(base).with_models(
+        family="flux2",
+        adapter=None,
+        recipe="flux2_klein_stage1",
+        guidance_embeds=None,
+        is_distilled=True,
+    )
+    defaults = GenerationOptions(
+        num_inference_steps=4,
+        width=1024,
+        height=1024,
+        max_sequence_length=512,
+        identity=preset.defaults.identity,
+    )
+    preset = replace(preset, options=PULID_FLUX2_OPTIONS, defaults=defaults)
+    return _rename(preset, "flux2-klein", "PuLID on FLUX.2 klein 4B, with your own adapter")
+
+
 def _rename(preset: Preset, name: str, description: str) -> Preset:
     return replace(preset, selection=ModelSelection(preset=name), description=description)
 
@@ -397,6 +422,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "flux-krea": flux_krea,
     "flux-schnell": flux_schnell,
     "chroma": chroma,
+    "flux2-klein": flux2_klein,
 }
 
 

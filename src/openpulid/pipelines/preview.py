@@ -70,6 +70,10 @@ def decode_preview(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Image.I
     width, height = size
     latents = latents[:1]
     if latents.ndim == 3:  # FLUX: a token is a square of two by two latents
+        if hasattr(pipe.vae, "bn"):  # FLUX.2 normalizes tokens
+            norm = pipe.vae.bn
+            std = (norm.running_var + pipe.vae.config.batch_norm_eps).sqrt()
+            latents = latents * std.to(latents) + norm.running_mean.to(latents)
         side = 2 * pipe.vae_scale_factor
         latents = rearrange(
             latents, "b (h w) (c p q) -> b c (h p) (w q)", h=height // side, p=2, q=2
@@ -85,7 +89,7 @@ def decode_preview(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Image.I
         vae.to(torch.float32)
     try:
         shift = vae.config.get("shift_factor") or 0.0
-        latents = latents / vae.config.scaling_factor + shift
+        latents = latents / vae.config.get("scaling_factor", 1.0) + shift
         pixels = vae.decode(latents.to(pipe._execution_device, vae.dtype), return_dict=False)[0]
     finally:
         if needs_float32:

@@ -52,8 +52,10 @@ def encode_prompts(
     is_cut = negative == NEGATIVE_PROMPT
     texts = [prompt] if negative is None or is_cut else [prompt, negative]
     if not preset.reads_weights or not any(_needs_embeddings(pipe, text) for text in texts):
-        plain_negative = None if negative is None else remove_marks(negative)
-        return {"prompt": remove_marks(prompt), "negative_prompt": plain_negative}
+        plain = {"prompt": remove_marks(prompt)}
+        if "negative_prompt" not in preset.options:  # its pipeline has no such argument
+            return plain
+        return {**plain, "negative_prompt": None if negative is None else remove_marks(negative)}
     embeds, pooled = _encode(pipe, parse_weights(prompt))
     if negative is None and pipe.config.force_zeros_for_empty_prompt:
         negative_embeds, negative_pooled = torch.zeros_like(embeds), torch.zeros_like(pooled)

@@ -147,7 +147,7 @@ def prepare_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Ge
     """Return a request with prompts that the text encoders can read; log what has no effect.
 
     Args:
-        pipe: a StableDiffusionXLPipeline, FluxPipeline or ChromaPipeline.
+        pipe: a pipeline of SDXL, or of FLUX or a relative.
         request: a resolved request.
         preset: the preset that runs it. Its own negative prompt is not checked: it may be longer
             than what the model reads, and is cut.
@@ -162,6 +162,8 @@ def prepare_prompts(pipe: Any, request: GenerationRequest, preset: Preset) -> Ge
             )
     tokenizer = getattr(pipe, _tokenizer_name(preset))
     limit = request.max_sequence_length if preset.models.has_transformer else None
+    if limit is not None:
+        limit -= count_template_tokens(tokenizer)
     texts = {}
     for prompt in _user_inputs(request, preset):
         note_other_syntax(tokenizer, prompt, preset.models.method)
@@ -307,7 +309,9 @@ def note_length(tokenizer: Any, prompt: TextInput, limit: int | None = None) -> 
     max_length = limit or tokenizer.model_max_length
     if len(ids) <= max_length:
         return
-    ignored = tokenizer.decode(ids[max_length - 1 :], skip_special_tokens=True).strip()
+    # the last token that CLIP and T5 read ends the text
+    num_read = max_length - bool(tokenizer.num_special_tokens_to_add())
+    ignored = tokenizer.decode(ids[num_read:], skip_special_tokens=True).strip()
     advice = "" if limit is None else "; max_sequence_length (--text-tokens) may be up to 512"
     logger.warning(
         "the %s has %d tokens and the model reads %d; it ignores the end, %r%s",
@@ -317,6 +321,19 @@ def note_length(tokenizer: Any, prompt: TextInput, limit: int | None = None) -> 
         ignored,
         advice,
     )
+
+
+def count_template_tokens(tokenizer: Any) -> int:
+    """Return how many tokens a chat template adds to a prompt, as for FLUX.2's text encoder."""
+    if not getattr(tokenizer, "chat_template", None):
+        return 0
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": ""}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=False,
+    )
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _is_unknown(tokenizer: Any, word: str) -> bool:

@@ -23,8 +23,10 @@ from openpulid.errors import WeightsError
 from openpulid.io.checkpoint_kinds import (
     CHROMA,
     FLUX,
+    FLUX2,
     SDXL,
     UNET,
+    CheckpointKind,
     Header,
     describe_kind,
     find_kind,
@@ -52,6 +54,13 @@ CHANNELS = {
     384: "inpainting (FLUX.1 Fill)",
 }
 """Input channels of base models that read more than noisy latents, and what these are for."""
+
+TRANSFORMERS: dict[Family, tuple[str, CheckpointKind]] = {
+    "flux": ("FluxTransformer2DModel", FLUX),
+    "chroma": ("ChromaTransformer2DModel", CHROMA),
+    "flux2": ("Flux2Transformer2DModel", FLUX2),
+}
+"""diffusers' class of a family's transformer, and what its file is."""
 
 FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
@@ -160,19 +169,19 @@ def find_sdxl_config(file: Path) -> Path:
 
 
 def load_transformer_file(path: Path, pipeline: Path, dtype: torch.dtype, family: Family) -> Any:
-    """Load a FLUX or Chroma transformer from one file.
+    """Load a transformer of FLUX or a relative from one file.
 
     Args:
         path: safetensors with diffusers' or the original names, or GGUF.
         pipeline: a pipeline whose transformer has the same sizes.
         dtype: of the transformer; that in which a GGUF file computes.
-        family: "flux" or "chroma".
+        family: of the transformer.
 
     Raises:
         WeightsError: the file is another kind of checkpoint, or does not fit the pipeline.
     """
     check_transformer_file(path, pipeline, family)
-    transformer_class = _transformer_class(family)
+    transformer_class = find_transformer_class(family)
     options: dict[str, Any] = {
         "config": str(pipeline),
         "subfolder": "transformer",
@@ -207,12 +216,12 @@ def load_transformer_file(path: Path, pipeline: Path, dtype: torch.dtype, family
 
 
 def check_transformer_file(path: Path, pipeline: Path, family: Family) -> None:
-    """Check that a file is a FLUX or Chroma transformer of the kind that a pipeline describes.
+    """Check that a file is a transformer of the family and kind that a pipeline describes.
 
     Args:
         path: safetensors or GGUF; only its header is read.
         pipeline: a pipeline whose transformer has the same sizes.
-        family: "flux" or "chroma".
+        family: of the transformer.
 
     Raises:
         WeightsError: the file is another kind of checkpoint, or does not fit the pipeline.
@@ -225,15 +234,15 @@ def check_transformer_file(path: Path, pipeline: Path, family: Family) -> None:
     config = read_config(pipeline / "transformer")
     names = header.shapes
     architecture = header.metadata.get("architecture", family)
-    is_expected = architecture in ("flux", family)  # programs write flux for Chroma as well
-    if find_kind(names) is not (FLUX if family == "flux" else CHROMA) or not is_expected:
+    is_expected = architecture in ("flux", family)  # programs write flux for its relatives as well
+    if find_kind(names) is not TRANSFORMERS[family][1] or not is_expected:
         what = describe_kind(names) if is_expected else f"it is of {architecture}"
         raise WeightsError(f"{path} is no {BASE_NAMES[family]} transformer; {what}.")
     _check_quantization(path, header)
     for name in ("img_in.weight", f"{UNET}img_in.weight", "x_embedder.weight"):
         if name in names and path.suffix != ".gguf":
             check_channels(path, names[name][1], config.get("in_channels", 64))
-    if family == "chroma":
+    if family != "flux":
         return
     has_guidance = any(re.search(r"guidance_(in|embedder)\.", name) for name in names)
     check_guidance(path, has_guidance, config.get("guidance_embeds", False), str(pipeline))
@@ -326,10 +335,11 @@ def _check_quantization(path: Path, header: Header) -> None:
         )
 
 
-def _transformer_class(family: Family) -> Any:
-    from diffusers import ChromaTransformer2DModel, FluxTransformer2DModel
+def find_transformer_class(family: Family) -> Any:
+    """Return diffusers' class of a family's transformer."""
+    import diffusers
 
-    return FluxTransformer2DModel if family == "flux" else ChromaTransformer2DModel
+    return getattr(diffusers, TRANSFORMERS[family][0])
 
 
 def _expected_names(transformer_class: Any, pipeline: Path) -> set[str]:

@@ -56,6 +56,17 @@ def missing_sources(sources: Iterable[WeightSource]) -> list[str]:
     return names + files
 
 
+def find_next_command(preset: Preset) -> str | None:
+    """Return the next command that a preset needs to be complete; None if it is.
+
+    An adapter that nobody has published is trained, and then named by the user.
+    """
+    if missing_weights(preset):
+        default = "mini build" if preset.models.is_miniature else f"weights get {preset.name}"
+        return preset.models.build_command or f"pulid {default}"
+    return None if preset.models.adapter is not None else f"pulid train {preset.models.recipe}"
+
+
 def require_weights(preset: Preset, sources: Iterable[WeightSource] | None = None) -> None:
     """Check that published weights are installed, before the first file is opened.
 
@@ -120,7 +131,7 @@ def find_installed_methods(preset: Preset) -> list[str]:
 
 def find_installed_presets() -> list[str]:
     """Return the names of the presets whose files are all installed."""
-    return [name for name, preset in PRESETS.items() if not missing_weights(preset())]
+    return [name for name, preset in PRESETS.items() if find_next_command(preset()) is None]
 
 
 def find_installed(names: Iterable[str]) -> list[str]:

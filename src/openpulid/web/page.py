@@ -52,6 +52,7 @@ def open_app(
     options = {"has_history": has_history, "allow_paths": allow_paths, "signer": signer}
     with without_proxy(), open_session(device, models, **options) as session:
         resolved = session.preset(models)
+        resolved.models.require_adapter()
         if missing := missing_weights(resolved):
             raise OptionError(
                 f"preset {preset!r} is not installed, it lacks {', '.join(missing)}; installed: "

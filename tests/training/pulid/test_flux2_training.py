@@ -112,10 +112,10 @@ def test_checkpoints_are_loaded_by_their_names(tmp_path: Path) -> None:
     assert (base.num_steps, few_step.num_steps) == (50, 4)
     assert base.encode_text(["a portrait"]).embeds.shape == (1, 12, 24)
     names = {preset.models.pipeline for preset in bases.find_presets(settings, None, ())}
-    assert names == {"flux2-klein-base", "flux2-klein"} <= WEIGHTS.keys()
+    assert names == {"flux2-klein-base", "flux2-klein-distilled"} <= WEIGHTS.keys()
 
-    with pytest.raises(WeightsError, match="it is a Flux2KleinPipeline; no adapter for it is pub"):
+    with pytest.raises(WeightsError, match=r"is a Flux2KleinPipeline; use --preset flux2-kl"):
         load_pipeline(flux(tmp_path / "klein"), device)
     (other,) = bases.find_presets(recipe(KLEIN), str(tmp_path / "flux"), ())
-    with pytest.raises(WeightsError, match=r"on FLUX\.2 klein: it is a FluxPipeline"):
+    with pytest.raises(WeightsError, match=r"a FLUX\.2 preset: it is a FluxPipeline"):
         load_pipeline(other, device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,8 +21,14 @@ from openpulid.pipelines.factory import (
 )
 from openpulid.pipelines.lora_loading import fuse_lora
 from openpulid.pipelines.loras import open_lora
-from openpulid.pipelines.presets import Preset, flux, flux_schnell, sdxl, sdxl_v1
-from openpulid.pipelines.request import ModelSelection
+from openpulid.pipelines.presets import (
+    Preset,
+    flux,
+    flux2_klein,
+    flux_schnell,
+    sdxl,
+    sdxl_v1,
+)
 from openpulid.pipelines.request_inputs import Lora
 from openpulid.pipelines.selection import resolve_preset
 from openpulid.training.pulid.flux2_model import Flux2Model
@@ -140,15 +146,11 @@ def _flux_presets(recipe: Recipe, base: str | None, few_step_models: Sequence[st
 def _klein_presets(
     recipe: Recipe, base: str | None, few_step_models: Sequence[str]
 ) -> list[Preset]:
-    """Return the model sets of FLUX.2 klein, with FLUX's face models; its adapter is not read."""
-    presets = [flux(base or "flux2-klein-base")]
+    presets = [flux2_klein(base or "flux2-klein-base").with_models(is_distilled=None)]
     if recipe.few_step_batch and recipe.id_loss != "naive":
-        presets += [flux(name) for name in few_step_models or ("flux2-klein",)]
-    selection = ModelSelection(preset="flux2-klein")  # for messages
-    return [
-        replace(preset, selection=selection).with_models(family="flux2", guidance_embeds=None)
-        for preset in presets
-    ]
+        distilled = flux2_klein()
+        presets += [distilled.with_models(pipeline=name) for name in few_step_models] or [distilled]
+    return presets
 
 
 def _sdxl_models(recipe: Recipe, pipes: Sequence[Any]) -> list[SDXLModel]:
