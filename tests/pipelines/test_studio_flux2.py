@@ -22,6 +22,7 @@ from openpulid.pipelines.request_inputs import Lora
 from openpulid.pipelines.selection import with_base
 from openpulid.pipelines.studio import Studio
 from openpulid.pipelines.weights import find_next_command
+from tests.support.flux2_names import original_names
 from tests.support.people import anna, ben
 from tests.support.studios import SIDE, klein_studio, pixels
 from tests.support.tiny_bases import flux2_with_text
@@ -179,6 +180,18 @@ def test_a_transformer_alone_replaces_that_of_the_pipeline(folder: Path, tmp_pat
     (other,) = (folder / "flux" / "transformer").glob("*.safetensors")
     with pytest.raises(WeightsError, match=r"is no FLUX\.2 transformer; it is a FLUX\.1 transform"):
         load_pipeline(with_base(preset, other), CPU)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_original_names_are_read(prefix: str, folder: Path, tmp_path: Path) -> None:
+    (file,) = (folder / "klein" / "transformer").glob("*.safetensors")
+    state = load_file(file)
+    tensors = {f"{prefix}{name}": x for name, x in original_names(state).items()}
+    save_file(tensors, tmp_path / "original.safetensors")
+    preset = with_base(flux2_klein(folder / "klein"), tmp_path / "original.safetensors")
+    loaded = load_pipeline(preset, CPU, torch.float32).transformer.state_dict()
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], x) for name, x in state.items())
 
 
 @pytest.mark.parametrize("level", FLUX_LEVELS)

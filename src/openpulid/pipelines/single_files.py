@@ -200,6 +200,8 @@ def load_transformer_file(path: Path, pipeline: Path, dtype: torch.dtype, family
             check_loaded(path, find_empty(transformer), ())
             return transformer
         tensors = dequantize(path, load_file(path), dtype)
+        # diffusers removes the prefix for FLUX.1 alone
+        tensors = {name.removeprefix(UNET): tensor for name, tensor in tensors.items()}
         expected = _expected_names(transformer_class, pipeline)
         unused = set()
         if "x_embedder.weight" in tensors:  # diffusers' names need no conversion
