@@ -22,7 +22,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5EncoderModel
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model, T5Config, T5EncoderModel
 
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
@@ -110,10 +110,11 @@ def qwen_image() -> QwenImagePipeline:
     return pipe
 
 
-def z_image() -> ZImagePipeline:
+def z_image(**sizes: int) -> ZImagePipeline:
+    defaults = {"dim": 32, "n_layers": 4, "n_heads": 2, "n_kv_heads": 2}
     transformer = ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=4, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
-        cap_feat_dim=24, axes_dims=[4, 6, 6], axes_lens=[256, 32, 32],
+        **{**defaults, **sizes}, in_channels=4, n_refiner_layers=1, cap_feat_dim=24,
+        axes_dims=[4, 6, 6], axes_lens=[256, 32, 32],
     )  # fmt: skip
     for pad in (transformer.x_pad_token, transformer.cap_pad_token):
         nn.init.normal_(pad)
@@ -173,6 +174,23 @@ def tiny_base(name: str) -> Any:
     """Create a pipeline; its blocks have a visible effect."""
     torch.manual_seed(0)
     pipe = BASES[name].create()
+    pipe.transformer.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def z_image_with_text(**sizes: int) -> ZImagePipeline:
+    """Create a pipeline of Z-Image that reads prompts."""
+    torch.manual_seed(0)
+    pipe = z_image(**sizes)
+    config = Qwen3Config(
+        vocab_size=20, hidden_size=24, intermediate_size=8, num_hidden_layers=2, head_dim=4,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    tokenizer = tiny_flux.tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    text_encoder = Qwen3Model(config).eval()
+    pipe = ZImagePipeline(pipe.scheduler, pipe.vae, text_encoder, tokenizer, pipe.transformer)
     pipe.transformer.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe

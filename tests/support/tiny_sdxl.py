@@ -23,7 +23,7 @@ from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.task import PuLIDTask, Validation
 
 PEOPLE, ID, PATCHES, WIDTH = 24, 12, 4, 8

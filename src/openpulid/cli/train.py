@@ -54,7 +54,7 @@ def train(
         str | None,
         typer.Option(
             help="Photos: checkpoint of the diffusion branch: sdxl-base, flux-dev, "
-            "flux2-klein-base, or another of the same base."
+            "flux2-klein-base, z-image-base, or another of the same base."
         ),
     ] = None,
     few_step_model: Annotated[
@@ -207,7 +207,7 @@ def _print_plan(recipe: Recipe) -> None:
         OptionError: there is no plan for the recipe.
     """
     from openpulid.training.pulid.plan import GB, UTILIZATION, plan_training
-    from openpulid.training.pulid.plan_costs import DEFAULT_PIXELS
+    from openpulid.training.pulid.plan_bases import DEFAULT_PIXELS
 
     plans = plan_training(recipe)
     rows = []

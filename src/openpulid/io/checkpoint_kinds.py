@@ -86,6 +86,9 @@ FLUX2 = CheckpointKind(
     "pass it with --preset flux2-klein --base",
     (rf"{_ANY}double_stream_modulation",),
 )
+Z_IMAGE = CheckpointKind(
+    "a Z-Image transformer", "use it for training alone", (rf"{_ANY}cap_pad_token$",)
+)
 PULID_SDXL = CheckpointKind(
     "PuLID's adapter for SDXL",
     "use it with an SDXL preset",
@@ -201,6 +204,7 @@ KINDS: tuple[CheckpointKind, ...] = (
         (r"conditioner\.embedders\.0\.model\.",),
     ),
     FLUX2,
+    Z_IMAGE,
     CHROMA,
     SDXL,
     CheckpointKind(

@@ -131,6 +131,8 @@ WEIGHTS: dict[str, Weight] = {
     "flux2-klein-distilled": Weight(
         "black-forest-labs/FLUX.2-klein-4B", "", "Apache-2.0", True, 16_000
     ),
+    "z-image-base": Weight("Tongyi-MAI/Z-Image", "", "Apache-2.0", True, 20_500),
+    "z-image-turbo": Weight("Tongyi-MAI/Z-Image-Turbo", "", "Apache-2.0", True, 32_900),
     "clip-h": Weight("h94/IP-Adapter", "models/image_encoder/model.safetensors", "MIT", True, 2530),
     "ip-adapter": Weight(
         "h94/IP-Adapter", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "Apache-2.0", True, 700

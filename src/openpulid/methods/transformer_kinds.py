@@ -253,7 +253,7 @@ Z_IMAGE = TransformerKind(
     groups={"double": BlockGroup("layers", "sequence", 2)},  # 15 of 30
     arguments=("x", "t", "cap_feats"),
     read=_read_latents,
-    training=_UNTRAINED,
+    training="train one with pulid train z_image_stage1.",
 )
 KINDS = (FLUX, CHROMA, FLUX2, QWEN_IMAGE, Z_IMAGE)
 

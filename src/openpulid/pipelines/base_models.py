@@ -45,12 +45,19 @@ TEXT_PARTS: dict[Family, tuple[str, ...]] = {
     "flux": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "chroma": ("text_encoder", "tokenizer"),
     "flux2": ("text_encoder", "tokenizer"),
+    "z-image": ("text_encoder", "tokenizer"),
 }
-TEXT_ENCODERS: dict[Family, str] = {"flux": "CLIP and T5", "chroma": "T5", "flux2": "Qwen3"}
+TEXT_ENCODERS: dict[Family, str] = {
+    "flux": "CLIP and T5",
+    "chroma": "T5",
+    "flux2": "Qwen3",
+    "z-image": "Qwen3",
+}
 PIPELINES: dict[Family, str] = {
     "flux": "FluxPipeline",
     "chroma": "ChromaPipeline",
     "flux2": "Flux2KleinPipeline",
+    "z-image": "ZImagePipeline",
 }
 """diffusers' class of a family's pipeline."""
 
@@ -59,16 +66,15 @@ CLASS_NAMES: dict[Family, str] = {
     "flux": "Flux(?!2)",
     "chroma": "Chroma",
     "flux2": "Flux2Klein",
+    "z-image": "ZImage",
 }
 """Patterns of how the names of a family's pipelines begin."""
 
-PRESET_NAMES: dict[Family, str] = {
-    "sdxl": "sdxl",
-    "flux": "flux",
-    "chroma": "chroma",
-    "flux2": "flux2-klein",
+ADVICE: dict[Family, str] = {
+    "flux2": "use --preset flux2-klein",
+    "z-image": "no adapter for it is published: train one with `pulid train z_image_stage1`",
 }
-"""The preset for a pipeline of a family."""
+"""What to do with a pipeline of a family without a preset of that name."""
 
 
 def check_base(models: ModelSet) -> None:
@@ -168,14 +174,14 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
     if models.transformer is not None:
         source = resolve_path(models.transformer)
         if source.is_dir():
-            _check_transformer(source, vae, models.guidance_embeds)
+            _check_transformer(source, vae, models)
             networks["transformer"] = load_network(
                 find_transformer_class(models.family), source, dtype
             )
         else:
             networks["transformer"] = load_transformer_file(source, path, dtype, models.family)
     if "transformer" in parts:
-        _check_transformer(path / "transformer", vae, models.guidance_embeds)
+        _check_transformer(path / "transformer", vae, models)
     pipeline_class = getattr(diffusers, PIPELINES[models.family])
     pipe = _load_parts(pipeline_class, path, parts, dtype, networks)
     if models.few_step_lora is not None:
@@ -207,7 +213,7 @@ def _check_index(path: Path, family: Family) -> dict[str, Part]:
     class_name, parts = _read_index(path)
     if not re.match(CLASS_NAMES[family], class_name):
         advice = [
-            f"; use --preset {PRESET_NAMES[other]}"
+            f"; {ADVICE.get(other, f'use --preset {other}')}"
             for other, pattern in CLASS_NAMES.items()
             if re.match(pattern, class_name)
         ]
@@ -259,12 +265,14 @@ def _load_sdxl_directory(path: Path, dtype: torch.dtype, networks: Mapping[str, 
     )
 
 
-def _check_transformer(transformer: Path, vae: Path, guidance_embeds: bool | None) -> None:
+def _check_transformer(transformer: Path, vae: Path, models: ModelSet) -> None:
     """Check that the configuration of a transformer describes a model that the preset is for."""
     config = read_config(transformer)
     latents = read_config(vae).get("latent_channels", 16)
-    # a token is a square of two by two latents
-    check_channels(transformer, config.get("in_channels", 64), 4 * latents)
+    # a token is a square of two by two latents, of which Z-Image's configuration has the channels
+    num_latents = 1 if models.family == "z-image" else 4
+    check_channels(transformer, config.get("in_channels", 64), num_latents * latents)
+    guidance_embeds = models.guidance_embeds
     embeds = bool(config.get("guidance_embeds", False))
     if guidance_embeds and not embeds:
         logger.warning(

@@ -52,6 +52,7 @@ LEVELS: dict[Family, Mapping[str, Level]] = {
     "flux": FLUX_LEVELS,
     "chroma": FLUX_LEVELS,
     "flux2": FLUX_LEVELS,
+    "z-image": FLUX_LEVELS,
 }
 """Memory levels by family and name. All use features of diffusers: layerwise casting, model
 offload, group offload with streams. The effect of 8 bits on identity similarity has not been

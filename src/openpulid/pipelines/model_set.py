@@ -15,16 +15,17 @@ WeightSource = Path | str
 
 ExtractorKind = Literal["mini", "mini-latents", "photo", "clip", "e4e"]
 
-Family = Literal["sdxl", "flux", "chroma", "flux2"]
+Family = Literal["sdxl", "flux", "chroma", "flux2", "z-image"]
 """Architecture of a base model. Chroma is FLUX.1 pruned: the same blocks, adapter and autoencoder,
 without CLIP and without distilled guidance. FLUX.2 is FLUX.2 klein, for which no adapter is
-published."""
+published. Z-Image is for training."""
 
 BASE_NAMES: dict[Family, str] = {
     "sdxl": "SDXL",
     "flux": "FLUX.1",
     "chroma": "Chroma",
     "flux2": "FLUX.2",
+    "z-image": "Z-Image",
 }
 """How messages call an architecture."""
 

@@ -26,6 +26,7 @@ from openpulid.io.checkpoint_kinds import (
     FLUX2,
     SDXL,
     UNET,
+    Z_IMAGE,
     CheckpointKind,
     Header,
     describe_kind,
@@ -59,6 +60,7 @@ TRANSFORMERS: dict[Family, tuple[str, CheckpointKind]] = {
     "flux": ("FluxTransformer2DModel", FLUX),
     "chroma": ("ChromaTransformer2DModel", CHROMA),
     "flux2": ("Flux2Transformer2DModel", FLUX2),
+    "z-image": ("ZImageTransformer2DModel", Z_IMAGE),
 }
 """diffusers' class of a family's transformer, and what its file is."""
 

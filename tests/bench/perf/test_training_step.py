@@ -8,7 +8,7 @@ import torch
 from openpulid.bench.perf import training
 from openpulid.bench.perf.random_models import RandomSDXL, random_base
 from openpulid.errors import OptionError
-from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.recipe import Recipe
 from tests.support import tiny_sdxl as tiny
 
 pytestmark = pytest.mark.usefixtures("both_precisions")

@@ -282,7 +282,7 @@ def test_published_weights_at_full_size(golden) -> None:
     advice = {
         "FLUX.2": "no adapter for FLUX.2 is published: train one with pulid train flux2_klein_st",
         "Qwen-Image": "no adapter for Qwen-Image is published: create one with PuLIDFlux.for_trans",
-        "Z-Image": "no adapter for Z-Image is published: create one with PuLIDFlux.for_transformer",
+        "Z-Image": "no adapter for Z-Image is published: train one with pulid train z_image_stage1",
     }
     for name, message in advice.items():
         with pytest.raises(WeightsError, match=message):

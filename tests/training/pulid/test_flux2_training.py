@@ -17,7 +17,7 @@ from openpulid.methods.pulid import IDFormer, PuLIDFlux, transfer_adapter
 from openpulid.pipelines.factory import load_pipeline
 from openpulid.pipelines.presets import flux
 from openpulid.training.pulid.flux2_model import Flux2Model
-from openpulid.training.pulid.photo_models import BASES
+from openpulid.training.pulid.photo_bases import BASES
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.train import build_adapter
 from tests.support import tiny_flux

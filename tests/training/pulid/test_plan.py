@@ -103,6 +103,14 @@ def test_flux2_klein_at_full_size() -> None:
     assert plan_training(recipe, costs=costs)[0].peak < 80 * GB
 
 
+def test_z_image_at_full_size() -> None:
+    recipe = find_recipe("z_image_stage1")
+    costs = measure_costs(recipe)
+    assert costs.weights["network"] == pytest.approx(2 * 6.15e9, rel=0.01)
+    assert costs.checkpoints_blocks and costs.block_inputs < costs.call / 10
+    assert plan_training(recipe, costs=costs)[0].peak < 80 * GB
+
+
 def test_miniature_has_no_plan() -> None:
     with pytest.raises(OptionError, match="a plan is made for a base of full size"):
         plan_training(find_recipe("mini_stage1"))

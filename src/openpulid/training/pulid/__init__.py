@@ -14,7 +14,8 @@ from openpulid.training.pulid.flux_model import FluxModel, FluxText
 from openpulid.training.pulid.held_out import HELD_OUT_BATCHES, summarize_held_out
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
-from openpulid.training.pulid.recipes import Recipe, find_recipe
+from openpulid.training.pulid.recipe import Recipe
+from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.task import PuLIDTask, Validation
 from openpulid.training.pulid.train import (
     ADAPTER_FILE,

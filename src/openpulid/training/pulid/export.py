@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from openpulid import __version__
 from openpulid.errors import TrainingError
 from openpulid.methods.pulid import PuLID, PuLIDFlux
-from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.trainer import TrainingResult
 
 

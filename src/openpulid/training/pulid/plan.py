@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openpulid.errors import OptionError
-from openpulid.training.pulid.plan_costs import BASES, Costs, measure_costs
-from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.plan_bases import BASES
+from openpulid.training.pulid.plan_costs import Costs, measure_costs
+from openpulid.training.pulid.recipe import Recipe
 
 GB = 10**9
 ADAPTER_COPIES = {"adamw": 5, "muon": 4}
@@ -82,7 +83,7 @@ def plan_training(
     A recipe that accumulates keeps its micro-batches; another one gets the largest that fit.
 
     Args:
-        recipe: of SDXL, FLUX.1 or FLUX.2 klein, with gradient checkpointing.
+        recipe: of SDXL, FLUX.1, FLUX.2 klein or Z-Image, with gradient checkpointing.
         memory_limit: bytes of a GPU.
         costs: of one image; by default they are measured.
 

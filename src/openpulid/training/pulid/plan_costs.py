@@ -9,41 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    Flux2Transformer2DModel,
-    FluxTransformer2DModel,
-    UNet2DConditionModel,
-)
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from openpulid.methods.pulid import PuLID, PuLIDFlux
-from openpulid.pipelines.memory_prediction import (
-    FLUX_VAE,
-    KLEIN_TRANSFORMER,
-    SDXL_UNET,
-    SDXL_VAE,
-    weight_bytes,
-    weight_sizes,
-)
-from openpulid.training.pulid.flux2_model import Flux2Model, Flux2Text
-from openpulid.training.pulid.flux_model import FluxModel, FluxText
+from openpulid.pipelines.memory_prediction import weight_bytes, weight_sizes
 from openpulid.training.pulid.losses import rms_distance, semantic_response
-from openpulid.training.pulid.models import AttentionQK, BaseModel, SDXLModel, TextConditioning
-from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.models import AttentionQK
+from openpulid.training.pulid.plan_bases import BASES
+from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.train import create_adapter
 
-SDXL_TEXT_BYTES = 2 * (123_060_480 + 694_659_840)
-"""CLIP ViT-L and OpenCLIP ViT-bigG in bfloat16."""
-
-DEFAULT_PIXELS = 1024
 LEVELS = 5
 """Levels of the vision encoder that the identity encoder reads."""
 
@@ -79,21 +59,6 @@ class Costs:
     alignment: int
     adapter: int
     largest_block: int
-
-
-@dataclass(frozen=True)
-class FullSizeBase:
-    """A base model of full size on the meta device.
-
-    Attributes:
-        model: as training uses it.
-        text: of one prompt, as the model's `predict` takes it.
-        text_bytes: of the text encoders.
-    """
-
-    model: BaseModel
-    text: Any
-    text_bytes: int
 
 
 def measure_costs(recipe: Recipe) -> Costs:
@@ -137,55 +102,6 @@ def _project_tokens(adapter: PuLID | PuLIDFlux) -> list[Tensor]:
     if isinstance(adapter, PuLIDFlux):
         return [x for layer in adapter.layers for x in layer.precompute_kv(tokens)]
     return [x for pair in adapter.keys_values(tokens).values() for x in pair]
-
-
-def _sdxl(recipe: Recipe) -> FullSizeBase:
-    schedule = SimpleNamespace(prediction_type="epsilon")
-    pipe = SimpleNamespace(
-        unet=UNet2DConditionModel(**SDXL_UNET).bfloat16(),
-        vae=AutoencoderKL(**SDXL_VAE).bfloat16(),
-        text_encoder=None,
-        text_encoder_2=None,
-        vae_scale_factor=8,
-        scheduler=SimpleNamespace(alphas_cumprod=torch.linspace(1, 0, 1000), config=schedule),
-    )
-    text = TextConditioning(torch.empty(1, 77, 2048), torch.empty(1, 1280), torch.empty(1, 6))
-    return FullSizeBase(SDXLModel(pipe), text, SDXL_TEXT_BYTES)
-
-
-def _flux(recipe: Recipe) -> FullSizeBase:
-    transformer = FluxTransformer2DModel(guidance_embeds=True).bfloat16()
-    vae = AutoencoderKL(**FLUX_VAE, shift_factor=0.1159)
-    model = FluxModel(_flow_pipe(transformer, vae), DEFAULT_PIXELS)
-    text = FluxText(torch.empty(1, recipe.text_tokens, 4096), torch.empty(1, 768))
-    return FullSizeBase(model, text, weight_sizes()["text"])
-
-
-def _klein(recipe: Recipe) -> FullSizeBase:
-    transformer = Flux2Transformer2DModel(**KLEIN_TRANSFORMER).bfloat16()
-    model = Flux2Model(_flow_pipe(transformer, AutoencoderKLFlux2()), DEFAULT_PIXELS)
-    width = KLEIN_TRANSFORMER["joint_attention_dim"]
-    text = Flux2Text(torch.empty(1, recipe.text_tokens, width), torch.zeros(recipe.text_tokens, 4))
-    return FullSizeBase(model, text, weight_sizes("flux2")["text"])
-
-
-def _flow_pipe(transformer: nn.Module, vae: nn.Module) -> Any:
-    """Return what the models read of a pipeline."""
-    config = SimpleNamespace(use_dynamic_shifting=False, shift=1.0)
-    return SimpleNamespace(
-        transformer=transformer,
-        vae=vae.bfloat16(),
-        vae_scale_factor=8,
-        scheduler=SimpleNamespace(config=config),
-    )
-
-
-BASES: dict[str, Callable[[Recipe], FullSizeBase]] = {
-    "sdxl": _sdxl,
-    "flux": _flux,
-    "flux2-klein": _klein,
-}
-"""Builders of the base models, by `Recipe.base`; they run on the meta device."""
 
 
 def _measure_checkpointing(network: Any, call: Callable[[], Any]) -> tuple[int, int]:

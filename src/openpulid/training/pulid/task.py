@@ -52,7 +52,7 @@ from openpulid.training.pulid.losses import (
     SemanticAlignment,
 )
 from openpulid.training.pulid.models import BaseModel
-from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.rng import StepRNG, microbatch_rngs
 from openpulid.training.trainer import Backward
 

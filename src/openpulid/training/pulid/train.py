@@ -19,7 +19,7 @@ from openpulid.training.distributed import DistributedContext, is_first_process
 from openpulid.training.pulid.batch import BatchSource
 from openpulid.training.pulid.export import save_adapter
 from openpulid.training.pulid.models import BaseModel
-from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.task import PuLIDTask, Validation
 from openpulid.training.run_dir import delete_run
 from openpulid.training.sharding import shard_network

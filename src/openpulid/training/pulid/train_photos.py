@@ -15,7 +15,7 @@ from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset, no_images_error
 from openpulid.training.pulid.photo_models import TrainingModels
-from openpulid.training.pulid.recipes import Recipe
+from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.task import Validation
 from openpulid.training.pulid.train import build_adapter, prepare_run_dir, train_adapter
 from openpulid.training.trainer import TrainingResult

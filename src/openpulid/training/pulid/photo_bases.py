@@ -1,0 +1,152 @@
+"""Which checkpoints a recipe trains on, and their models, by kind of base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from openpulid.pipelines.presets import (
+    Preset,
+    flux,
+    flux2_klein,
+    flux_schnell,
+    sdxl,
+    sdxl_v1,
+)
+from openpulid.pipelines.request import ModelSelection
+from openpulid.training.pulid.flux2_model import Flux2Model
+from openpulid.training.pulid.flux_model import FluxModel
+from openpulid.training.pulid.models import BaseModel, SDXLModel
+from openpulid.training.pulid.recipe import Recipe
+from openpulid.training.pulid.z_image_model import ZImageModel
+
+FLUX_PIXELS = 1024
+"""Width of FLUX's own images."""
+
+
+@dataclass(frozen=True)
+class Bases:
+    """How the models of one kind of base are found and created.
+
+    Attributes:
+        find_presets: model sets of the diffusion branch, and of the lightning branch.
+        create_models: models of their pipelines.
+    """
+
+    find_presets: Callable[[Recipe, str | None, Sequence[str]], list[Preset]]
+    create_models: Callable[[Recipe, Sequence[Any]], Sequence[BaseModel]]
+
+
+def _sdxl_presets(recipe: Recipe, base: str | None, few_step_models: Sequence[str]) -> list[Preset]:
+    presets = [sdxl(base or "sdxl-base").with_models(sampler=None)]
+    if recipe.few_step_batch:
+        lightning = sdxl_v1()
+        presets += [
+            lightning.with_models(pipeline=name, unet=None, sampler=None)
+            for name in few_step_models
+        ] or [lightning]
+    return presets
+
+
+def _flux_presets(recipe: Recipe, base: str | None, few_step_models: Sequence[str]) -> list[Preset]:
+    presets = [flux(base or "flux-dev")]
+    if recipe.few_step_batch and recipe.id_loss != "naive":
+        schnell = flux_schnell()
+        presets += [schnell.with_models(pipeline=name) for name in few_step_models] or [schnell]
+    return presets
+
+
+def _klein_presets(
+    recipe: Recipe, base: str | None, few_step_models: Sequence[str]
+) -> list[Preset]:
+    presets = [flux2_klein(base or "flux2-klein-base").with_models(is_distilled=None)]
+    if recipe.few_step_batch and recipe.id_loss != "naive":
+        distilled = flux2_klein()
+        presets += [distilled.with_models(pipeline=name) for name in few_step_models] or [distilled]
+    return presets
+
+
+def _z_image_presets(
+    recipe: Recipe, base: str | None, few_step_models: Sequence[str]
+) -> list[Preset]:
+    """Return the model sets of Z-Image, with FLUX's face models."""
+    names = [base or "z-image-base"]
+    if recipe.few_step_batch and recipe.id_loss != "naive":
+        names += few_step_models or ["z-image-turbo"]
+    selection = ModelSelection(preset="z-image")  # for messages
+    changes: dict[str, Any] = {"family": "z-image", "adapter": None, "guidance_embeds": None}
+    return [
+        replace(flux(name), selection=selection).with_models(**changes, recipe="z_image_stage1")
+        for name in names
+    ]
+
+
+def _sdxl_models(recipe: Recipe, pipes: Sequence[Any]) -> list[SDXLModel]:
+    return [SDXLModel(pipe) for pipe in pipes]
+
+
+def _flux_models(recipe: Recipe, pipes: Sequence[Any]) -> list[FluxModel]:
+    """Create the models."""
+    base, *few_step = pipes
+    _share_parts(base, few_step, ("text_encoder", "text_encoder_2", "vae"))
+    guidance = [recipe.guidance_embedding] + [recipe.few_step_guidance_embedding] * len(few_step)
+    return [
+        FluxModel(
+            pipe,
+            recipe.pixels or FLUX_PIXELS,
+            value,
+            recipe.text_tokens,
+            recipe.logit_mean,
+            recipe.logit_std,
+        )
+        for pipe, value in zip(pipes, guidance, strict=True)
+    ]
+
+
+def _klein_models(recipe: Recipe, pipes: Sequence[Any]) -> list[Flux2Model]:
+    """Create the models; those of the lightning branch have the schedule of its few steps."""
+    base, *few_step = pipes
+    _share_parts(base, few_step, ("text_encoder", "vae"))
+    options: dict[str, Any] = {
+        "max_sequence_length": recipe.text_tokens,
+        "logit_mean": recipe.logit_mean,
+        "logit_std": recipe.logit_std,
+    }
+    pixels = recipe.pixels or FLUX_PIXELS
+    models = [Flux2Model(base, pixels, guidance=recipe.guidance_embedding, **options)]
+    for pipe in few_step:
+        value = recipe.few_step_guidance_embedding
+        models.append(Flux2Model(pipe, pixels, recipe.rollout_steps, guidance=value, **options))
+    return models
+
+
+def _z_image_models(recipe: Recipe, pipes: Sequence[Any]) -> list[ZImageModel]:
+    """Create the models; each has the schedule of its pipeline."""
+    base, *few_step = pipes
+    _share_parts(base, few_step, ("text_encoder", "vae"))
+    return [
+        ZImageModel(
+            pipe,
+            recipe.pixels or FLUX_PIXELS,
+            max_sequence_length=recipe.text_tokens,
+            logit_mean=recipe.logit_mean,
+            logit_std=recipe.logit_std,
+        )
+        for pipe in pipes
+    ]
+
+
+def _share_parts(base: Any, few_step: Sequence[Any], names: Sequence[str]) -> None:
+    """Give all pipelines the text encoders and VAE of the first: the checkpoints have the same."""
+    for pipe in few_step:
+        pipe.register_modules(**{name: getattr(base, name) for name in names})
+
+
+BASES = {
+    "sdxl": Bases(_sdxl_presets, _sdxl_models),
+    "flux": Bases(_flux_presets, _flux_models),
+    "flux2-klein": Bases(_klein_presets, _klein_models),
+    "z-image": Bases(_z_image_presets, _z_image_models),
+}
+"""By `Recipe.base`."""
