@@ -1,4 +1,4 @@
-"""PuLID's stages on tiny random FLUX.1, FLUX.2 klein and Z-Image."""
+"""PuLID's stages on tiny random FLUX.1 and its relatives."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from torch import Tensor
 
 from openpulid.training.pulid.flux2_model import Flux2Model
 from openpulid.training.pulid.flux_model import FluxModel
+from openpulid.training.pulid.qwen_image_model import QwenImageModel
 from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.task import PuLIDTask, Validation
 from openpulid.training.pulid.train import build_adapter
 from openpulid.training.pulid.z_image_model import ZImageModel
 from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl
-from tests.support.tiny_bases import flux2_with_text, z_image_with_text
+from tests.support.tiny_bases import flux2_with_text, qwen_image_with_text, z_image_with_text
 from tests.support.tiny_flux import SMALL, tiny_pipe
 
 SIDE = 16
 SIZES = {**SMALL, "output_dim": 16}
 """Of the identity encoder."""
 
-BASES = ("flux", "flux2-klein", "z-image")
+BASES = ("flux", "flux2-klein", "z-image", "qwen-image")
 STAGES: dict[str, dict[str, Any]] = {
     "stage1": {},
     "naive": {"id_loss": "naive", "few_step_batch": 2},
@@ -58,6 +59,8 @@ def models(base: str = "flux") -> list[FluxModel]:
         return [FluxModel(pipe, SIDE, guidance=3.5, max_sequence_length=12) for pipe in pipes]
     if base == "z-image":
         return [ZImageModel(z_image_with_text(), SIDE, max_sequence_length=12) for _ in range(2)]
+    if base == "qwen-image":
+        return [QwenImageModel(qwen_image_with_text(), SIDE, max_sequence_length=12)] * 2
     return [
         Flux2Model(flux2_with_text(), SIDE, num_steps=steps, max_sequence_length=12)
         for steps in (50, 4)

@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
@@ -22,7 +23,15 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from torch import nn
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model, T5Config, T5EncoderModel
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from openpulid.methods.pulid.encoders import IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux
@@ -192,6 +201,32 @@ def z_image_with_text(**sizes: int) -> ZImagePipeline:
     text_encoder = Qwen3Model(config).eval()
     pipe = ZImagePipeline(pipe.scheduler, pipe.vae, text_encoder, tokenizer, pipe.transformer)
     pipe.transformer.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def qwen_image_with_text() -> QwenImagePipeline:
+    """Create a pipeline of Qwen-Image that reads prompts, without its template for them."""
+    torch.manual_seed(0)
+    transformer = qwen_image().transformer.eval()
+    text: dict[str, Any] = {
+        "vocab_size": 20, "hidden_size": 24, "intermediate_size": 8, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "out_hidden_size": 24})
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 1.0, 2.0],
+    )  # fmt: skip
+    text_encoder = Qwen2_5_VLForConditionalGeneration(config).eval()
+    pipe = QwenImagePipeline(
+        scheduler(), autoencoder, text_encoder, tiny_flux.tokenizer(), transformer
+    )
+    pipe.prompt_template_encode = "{}"
+    pipe.prompt_template_encode_start_idx = 0
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -54,7 +54,7 @@ def train(
         str | None,
         typer.Option(
             help="Photos: checkpoint of the diffusion branch: sdxl-base, flux-dev, "
-            "flux2-klein-base, z-image-base, or another of the same base."
+            "flux2-klein-base, z-image-base, qwen-image-base, or another of the same base."
         ),
     ] = None,
     few_step_model: Annotated[

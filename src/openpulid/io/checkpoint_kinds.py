@@ -89,6 +89,11 @@ FLUX2 = CheckpointKind(
 Z_IMAGE = CheckpointKind(
     "a Z-Image transformer", "use it for training alone", (rf"{_ANY}cap_pad_token$",)
 )
+QWEN_IMAGE = CheckpointKind(
+    "a Qwen-Image transformer",
+    "use it for training alone",
+    (rf"{_ANY}transformer_blocks\.0\.img_mod\.", rf"{_ANY}txt_norm\."),
+)
 PULID_SDXL = CheckpointKind(
     "PuLID's adapter for SDXL",
     "use it with an SDXL preset",
@@ -205,6 +210,7 @@ KINDS: tuple[CheckpointKind, ...] = (
     ),
     FLUX2,
     Z_IMAGE,
+    QWEN_IMAGE,
     CHROMA,
     SDXL,
     CheckpointKind(

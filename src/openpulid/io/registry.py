@@ -133,6 +133,7 @@ WEIGHTS: dict[str, Weight] = {
     ),
     "z-image-base": Weight("Tongyi-MAI/Z-Image", "", "Apache-2.0", True, 20_500),
     "z-image-turbo": Weight("Tongyi-MAI/Z-Image-Turbo", "", "Apache-2.0", True, 32_900),
+    "qwen-image-base": Weight("Qwen/Qwen-Image", "", "Apache-2.0", True, 57_700),
     "clip-h": Weight("h94/IP-Adapter", "models/image_encoder/model.safetensors", "MIT", True, 2530),
     "ip-adapter": Weight(
         "h94/IP-Adapter", "sdxl_models/ip-adapter_sdxl_vit-h.safetensors", "Apache-2.0", True, 700

@@ -201,7 +201,6 @@ _QWEN_ARGUMENTS = (
     "timestep",
     "img_shapes",
 )
-_UNTRAINED = "create one with PuLIDFlux.for_transformer and train it (docs/flux.md)."
 
 FLUX = TransformerKind(
     name="FLUX.1",
@@ -244,7 +243,7 @@ QWEN_IMAGE = TransformerKind(
     groups={"double": BlockGroup("transformer_blocks", "pair", 3)},  # 20 of 60, as many as in FLUX
     arguments=_QWEN_ARGUMENTS,
     read=_read_shapes,
-    training=_UNTRAINED,
+    training="train one with pulid train qwen_image_stage1.",
 )
 Z_IMAGE = TransformerKind(
     name="Z-Image",

@@ -46,18 +46,21 @@ TEXT_PARTS: dict[Family, tuple[str, ...]] = {
     "chroma": ("text_encoder", "tokenizer"),
     "flux2": ("text_encoder", "tokenizer"),
     "z-image": ("text_encoder", "tokenizer"),
+    "qwen-image": ("text_encoder", "tokenizer"),
 }
 TEXT_ENCODERS: dict[Family, str] = {
     "flux": "CLIP and T5",
     "chroma": "T5",
     "flux2": "Qwen3",
     "z-image": "Qwen3",
+    "qwen-image": "Qwen2.5-VL",
 }
 PIPELINES: dict[Family, str] = {
     "flux": "FluxPipeline",
     "chroma": "ChromaPipeline",
     "flux2": "Flux2KleinPipeline",
     "z-image": "ZImagePipeline",
+    "qwen-image": "QwenImagePipeline",
 }
 """diffusers' class of a family's pipeline."""
 
@@ -67,12 +70,14 @@ CLASS_NAMES: dict[Family, str] = {
     "chroma": "Chroma",
     "flux2": "Flux2Klein",
     "z-image": "ZImage",
+    "qwen-image": "QwenImage",
 }
 """Patterns of how the names of a family's pipelines begin."""
 
 ADVICE: dict[Family, str] = {
     "flux2": "use --preset flux2-klein",
     "z-image": "no adapter for it is published: train one with `pulid train z_image_stage1`",
+    "qwen-image": "no adapter for it is published: train one with `pulid train qwen_image_stage1`",
 }
 """What to do with a pipeline of a family without a preset of that name."""
 
@@ -268,7 +273,8 @@ def _load_sdxl_directory(path: Path, dtype: torch.dtype, networks: Mapping[str, 
 def _check_transformer(transformer: Path, vae: Path, models: ModelSet) -> None:
     """Check that the configuration of a transformer describes a model that the preset is for."""
     config = read_config(transformer)
-    latents = read_config(vae).get("latent_channels", 16)
+    vae_config = read_config(vae)
+    latents = vae_config.get("latent_channels", vae_config.get("z_dim", 16))
     # a token is a square of two by two latents, of which Z-Image's configuration has the channels
     num_latents = 1 if models.family == "z-image" else 4
     check_channels(transformer, config.get("in_channels", 64), num_latents * latents)

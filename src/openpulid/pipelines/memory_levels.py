@@ -53,6 +53,7 @@ LEVELS: dict[Family, Mapping[str, Level]] = {
     "chroma": FLUX_LEVELS,
     "flux2": FLUX_LEVELS,
     "z-image": FLUX_LEVELS,
+    "qwen-image": FLUX_LEVELS,
 }
 """Memory levels by family and name. All use features of diffusers: layerwise casting, model
 offload, group offload with streams. The effect of 8 bits on identity similarity has not been

@@ -15,10 +15,10 @@ WeightSource = Path | str
 
 ExtractorKind = Literal["mini", "mini-latents", "photo", "clip", "e4e"]
 
-Family = Literal["sdxl", "flux", "chroma", "flux2", "z-image"]
+Family = Literal["sdxl", "flux", "chroma", "flux2", "z-image", "qwen-image"]
 """Architecture of a base model. Chroma is FLUX.1 pruned: the same blocks, adapter and autoencoder,
 without CLIP and without distilled guidance. FLUX.2 is FLUX.2 klein, for which no adapter is
-published. Z-Image is for training."""
+published. Z-Image and Qwen-Image are for training."""
 
 BASE_NAMES: dict[Family, str] = {
     "sdxl": "SDXL",
@@ -26,6 +26,7 @@ BASE_NAMES: dict[Family, str] = {
     "chroma": "Chroma",
     "flux2": "FLUX.2",
     "z-image": "Z-Image",
+    "qwen-image": "Qwen-Image",
 }
 """How messages call an architecture."""
 

@@ -24,6 +24,7 @@ from openpulid.io.checkpoint_kinds import (
     CHROMA,
     FLUX,
     FLUX2,
+    QWEN_IMAGE,
     SDXL,
     UNET,
     Z_IMAGE,
@@ -61,6 +62,7 @@ TRANSFORMERS: dict[Family, tuple[str, CheckpointKind]] = {
     "chroma": ("ChromaTransformer2DModel", CHROMA),
     "flux2": ("Flux2Transformer2DModel", FLUX2),
     "z-image": ("ZImageTransformer2DModel", Z_IMAGE),
+    "qwen-image": ("QwenImageTransformer2DModel", QWEN_IMAGE),
 }
 """diffusers' class of a family's transformer, and what its file is."""
 

@@ -281,7 +281,7 @@ def test_published_weights_at_full_size(golden) -> None:
     assert counts == {"FLUX.1": 20, "Chroma": 20, "FLUX.2": 8, "Qwen-Image": 20, "Z-Image": 15}
     advice = {
         "FLUX.2": "no adapter for FLUX.2 is published: train one with pulid train flux2_klein_st",
-        "Qwen-Image": "no adapter for Qwen-Image is published: create one with PuLIDFlux.for_trans",
+        "Qwen-Image": "no adapter for Qwen-Image is published: train one with pulid train qwen_im",
         "Z-Image": "no adapter for Z-Image is published: train one with pulid train z_image_stage1",
     }
     for name, message in advice.items():

@@ -111,6 +111,15 @@ def test_z_image_at_full_size() -> None:
     assert plan_training(recipe, costs=costs)[0].peak < 80 * GB
 
 
+def test_qwen_image_at_full_size() -> None:
+    """20 billion weights need several GPUs."""
+    recipe = find_recipe("qwen_image_stage1")
+    costs = measure_costs(recipe)
+    assert costs.weights["network"] == pytest.approx(2 * 20.4e9, rel=0.01)
+    one, eight, sharded = plan_training(recipe, costs=costs)
+    assert sharded.peak < 80 * GB and sharded.peak < eight.peak <= one.peak
+
+
 def test_miniature_has_no_plan() -> None:
     with pytest.raises(OptionError, match="a plan is made for a base of full size"):
         plan_training(find_recipe("mini_stage1"))

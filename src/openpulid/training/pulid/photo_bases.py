@@ -18,6 +18,7 @@ from openpulid.pipelines.request import ModelSelection
 from openpulid.training.pulid.flux2_model import Flux2Model
 from openpulid.training.pulid.flux_model import FluxModel
 from openpulid.training.pulid.models import BaseModel, SDXLModel
+from openpulid.training.pulid.qwen_image_model import QwenImageModel
 from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.z_image_model import ZImageModel
 
@@ -74,12 +75,22 @@ def _z_image_presets(
     names = [base or "z-image-base"]
     if recipe.few_step_batch and recipe.id_loss != "naive":
         names += few_step_models or ["z-image-turbo"]
-    selection = ModelSelection(preset="z-image")  # for messages
-    changes: dict[str, Any] = {"family": "z-image", "adapter": None, "guidance_embeds": None}
-    return [
-        replace(flux(name), selection=selection).with_models(**changes, recipe="z_image_stage1")
-        for name in names
-    ]
+    return [_without_preset(name, "z-image", "z_image_stage1") for name in names]
+
+
+def _qwen_image_presets(
+    recipe: Recipe, base: str | None, few_step_models: Sequence[str]
+) -> list[Preset]:
+    """Return the model set of Qwen-Image, with FLUX's face models."""
+    return [_without_preset(base or "qwen-image-base", "qwen-image", "qwen_image_stage1")]
+
+
+def _without_preset(pipeline: str, family: str, recipe: str) -> Preset:
+    """Return a model set of a family that has no preset; its name is for messages."""
+    preset = flux(pipeline).with_models(
+        family=family, adapter=None, recipe=recipe, guidance_embeds=None
+    )
+    return replace(preset, selection=ModelSelection(preset=family))
 
 
 def _sdxl_models(recipe: Recipe, pipes: Sequence[Any]) -> list[SDXLModel]:
@@ -125,16 +136,21 @@ def _z_image_models(recipe: Recipe, pipes: Sequence[Any]) -> list[ZImageModel]:
     """Create the models; each has the schedule of its pipeline."""
     base, *few_step = pipes
     _share_parts(base, few_step, ("text_encoder", "vae"))
-    return [
-        ZImageModel(
-            pipe,
-            recipe.pixels or FLUX_PIXELS,
-            max_sequence_length=recipe.text_tokens,
-            logit_mean=recipe.logit_mean,
-            logit_std=recipe.logit_std,
-        )
-        for pipe in pipes
-    ]
+    return [ZImageModel(pipe, **_flow_options(recipe)) for pipe in pipes]
+
+
+def _qwen_image_models(recipe: Recipe, pipes: Sequence[Any]) -> list[QwenImageModel]:
+    return [QwenImageModel(pipe, **_flow_options(recipe)) for pipe in pipes]
+
+
+def _flow_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the options of a flow model without guidance embedding."""
+    return {
+        "pixels": recipe.pixels or FLUX_PIXELS,
+        "max_sequence_length": recipe.text_tokens,
+        "logit_mean": recipe.logit_mean,
+        "logit_std": recipe.logit_std,
+    }
 
 
 def _share_parts(base: Any, few_step: Sequence[Any], names: Sequence[str]) -> None:
@@ -148,5 +164,6 @@ BASES = {
     "flux": Bases(_flux_presets, _flux_models),
     "flux2-klein": Bases(_klein_presets, _klein_models),
     "z-image": Bases(_z_image_presets, _z_image_models),
+    "qwen-image": Bases(_qwen_image_presets, _qwen_image_models),
 }
 """By `Recipe.base`."""

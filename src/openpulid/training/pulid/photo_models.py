@@ -72,8 +72,8 @@ def load_models(
     Args:
         recipe: a recipe without lightning branch or ID loss needs fewer models.
         device: of all models.
-        base: checkpoint of the diffusion branch; SDXL's base, FLUX.1-dev, FLUX.2 klein base or
-            Z-Image by default.
+        base: checkpoint of the diffusion branch; SDXL's base, FLUX.1-dev, FLUX.2 klein base,
+            Z-Image or Qwen-Image by default.
         few_step_models: checkpoints of the lightning branch; SDXL-Lightning, FLUX.1-schnell, the
             distilled FLUX.2 klein or Z-Image-Turbo by default.
         few_step_lora: LoRA with which the base itself is the model of the lightning branch, such as

@@ -83,7 +83,7 @@ def plan_training(
     A recipe that accumulates keeps its micro-batches; another one gets the largest that fit.
 
     Args:
-        recipe: of SDXL, FLUX.1, FLUX.2 klein or Z-Image, with gradient checkpointing.
+        recipe: of SDXL, FLUX.1 or a relative, with gradient checkpointing.
         memory_limit: bytes of a GPU.
         costs: of one image; by default they are measured.
 

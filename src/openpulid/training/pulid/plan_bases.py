@@ -11,8 +11,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
@@ -28,11 +30,15 @@ from openpulid.pipelines.memory_prediction import (
 from openpulid.training.pulid.flux2_model import Flux2Model, Flux2Text
 from openpulid.training.pulid.flux_model import FluxModel, FluxText
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
+from openpulid.training.pulid.qwen_image_model import QwenImageModel, QwenImageText
 from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.z_image_model import ZImageModel, ZImageText
 
 SDXL_TEXT_BYTES = 2 * (123_060_480 + 694_659_840)
 """CLIP ViT-L and OpenCLIP ViT-bigG in bfloat16."""
+
+QWEN_VL_BYTES = 2 * 8_292_166_656
+"""Qwen2.5-VL 7B in bfloat16."""
 
 DEFAULT_PIXELS = 1024
 
@@ -91,6 +97,13 @@ def _z_image(recipe: Recipe) -> FullSizeBase:
     return FullSizeBase(model, text, weight_sizes("flux2")["text"])
 
 
+def _qwen_image(recipe: Recipe) -> FullSizeBase:
+    transformer = QwenImageTransformer2DModel().bfloat16()
+    model = QwenImageModel(_flow_pipe(transformer, AutoencoderKLQwenImage()), DEFAULT_PIXELS)
+    embeds = torch.empty(1, recipe.text_tokens, transformer.config.joint_attention_dim)
+    return FullSizeBase(model, QwenImageText(embeds, None), QWEN_VL_BYTES)
+
+
 def _flow_pipe(transformer: nn.Module, vae: nn.Module) -> Any:
     """Return what the models read of a pipeline."""
     config = SimpleNamespace(use_dynamic_shifting=False, shift=1.0)
@@ -107,5 +120,6 @@ BASES: dict[str, Callable[[Recipe], FullSizeBase]] = {
     "flux": _flux,
     "flux2-klein": _klein,
     "z-image": _z_image,
+    "qwen-image": _qwen_image,
 }
 """Builders of the base models, by `Recipe.base`; they run on the meta device."""

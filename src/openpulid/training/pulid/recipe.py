@@ -56,7 +56,7 @@ class Recipe:
     """
 
     name: str
-    base: str  # "mini", "mini-flux", "sdxl", "flux", "flux2-klein" or "z-image"
+    base: str  # "mini", "mini-flux", "sdxl", "flux", "flux2-klein", "z-image" or "qwen-image"
 
     # the adapter
     encoder: str = "IDEncoder"  # of v1; "IDFormer" is that of v1.1
@@ -152,7 +152,7 @@ class Recipe:
     @property
     def is_flow(self) -> bool:
         """Whether the base is a flow model of FLUX's kind."""
-        return self.base in ("flux", "flux2-klein", "z-image", "mini-flux")
+        return self.base in ("flux", "flux2-klein", "z-image", "qwen-image", "mini-flux")
 
     @property
     def is_miniature(self) -> bool:

@@ -263,6 +263,17 @@ def on_z_image(recipe: Recipe) -> Recipe:
     return _rename(recipe, "z_image", base="z-image", text_tokens=512, rollout_steps=8)
 
 
+def on_qwen_image(recipe: Recipe) -> Recipe:
+    """Return a recipe of FLUX.1 for Qwen-Image.
+
+    Nobody has published a PuLID for Qwen-Image. Encoder and attention have the sizes of PuLID 0.9.1
+    for FLUX.1, which `--begin` can start from; the attention follows every third of 60 blocks, as
+    many as in FLUX.1. There is stage 1 alone: no few-step model of the base is published as a
+    pipeline.
+    """
+    return _rename(recipe, "qwen_image", base="qwen-image", text_tokens=512, double_interval=3)
+
+
 def _rename(recipe: Recipe, base_name: str, **changes: Any) -> Recipe:
     """Return a recipe of FLUX.1 with another base in its name, and other changes."""
     name = recipe.name.replace("flux", base_name)
@@ -302,6 +313,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         for base, derive in _FLUX_RELATIVES.items()
         for variant in _FLUX_VARIANTS
     },
+    "qwen_image_stage1": _derive(on_qwen_image, flux_stage1),
 }
 
 

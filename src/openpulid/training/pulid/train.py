@@ -144,7 +144,7 @@ def _load_init_adapter(
             f"{recipe.name} trains an {recipe.encoder}, but {path} has an {encoder}: choose an "
             "adapter with that encoder, or the recipe's other version, with or without _v11."
         )
-    if recipe.base == "flux2-klein" and recipe.init_from is None:
+    if recipe.base in ("flux2-klein", "qwen-image") and recipe.init_from is None:
         with suppress(WeightsError):
             adapter = transfer_adapter(
                 adapter,

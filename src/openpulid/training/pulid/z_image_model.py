@@ -134,8 +134,8 @@ class _LayerCapture:
         rotation, query, key = self.calls[call]
         first = -(-num_image // MULTIPLE) * MULTIPLE  # the text begins after the padding
         text = slice(first, first + num_text)
-        query = _rotate(query[:, :num_image], rotation[:, :num_image])
-        key = _rotate(key[:, text], rotation[:, text])
+        query = rotate(query[:, :num_image], rotation[:, :num_image])
+        key = rotate(key[:, text], rotation[:, text])
         return AttentionQK(query.transpose(1, 2), key.transpose(1, 2))
 
     def _store_rotation(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ class _LayerCapture:
         self.calls.append((self._rotation, self._query, key))
 
 
-def _rotate(x: Tensor, rotation: Tensor) -> Tensor:
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate pairs of features (B, S, heads, d) by unit numbers (B, S, d / 2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * rotation.unsqueeze(2)).flatten(3).type_as(x)
