@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from openpulid.training import TrainerConfig
 
 NUM_PAIRS = 16_384
 """Images of two people; they are half as many as the training shows of them."""
+TRAINING_DATASETS = ("world", PORTRAITS)
+"""Portraits add more faces than the families of "world" have."""
 
 
 def train_base(context: BuildContext) -> dict[str, float]:
@@ -76,18 +79,29 @@ def load_training_images(
         context: of the build.
         latent_patch: of the base's autoencoder, see `PatchAutoencoderKL`.
     """
-    # Portraits add more faces than the families of "world" have.
-    datasets = ("world", PORTRAITS)
-    latents = Latents.concatenate([context.load_latents(name) for name in datasets])
-    captions = Captions.concatenate([context.load_captions(name) for name in datasets])
     data = PairDataset(context.data, NUM_PAIRS)
     pair_latents = context.load_latents("world-pairs", data)
     return (
-        TrainingImages(latents.arrange(latent_patch), captions),
+        load_images(context, latent_patch),
         TrainingImages(
             pair_latents.arrange(latent_patch), context.load_captions("world-pairs", data=data)
         ),
     )
+
+
+def load_images(
+    context: BuildContext, latent_patch: int = 1, datasets: Sequence[str] = TRAINING_DATASETS
+) -> TrainingImages:
+    """Load latents and captions of images of one person.
+
+    Args:
+        context: of the build.
+        latent_patch: of the base's autoencoder, see `PatchAutoencoderKL`.
+        datasets: names of the datasets.
+    """
+    latents = Latents.concatenate([context.load_latents(name) for name in datasets])
+    captions = Captions.concatenate([context.load_captions(name) for name in datasets])
+    return TrainingImages(latents.arrange(latent_patch), captions)
 
 
 def load_evaluator(context: BuildContext, pipe: Any, **options: Any) -> ImageEvaluator:

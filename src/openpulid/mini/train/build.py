@@ -22,6 +22,7 @@ from openpulid.mini.models import LATENT_PATCHES
 from openpulid.mini.train.baseline_stages import BASELINE_STAGES
 from openpulid.mini.train.build_context import BuildContext, Stage
 from openpulid.mini.train.flux_stages import FLUX_STAGES
+from openpulid.mini.train.guidance_stage import GUIDANCE_STAGE
 from openpulid.mini.train.stages import STAGES
 from openpulid.mini.train.style_stage import STYLE_STAGE
 from openpulid.pipelines.presets import MINIATURE
@@ -44,8 +45,8 @@ def build(
     """Train the named stages, or all, in their order.
 
     Args:
-        names: names of `STAGES`, `FLUX_STAGES` or `BASELINE_STAGES`, or "style"; by default all of
-            `STAGES`.
+        names: names of `STAGES`, `FLUX_STAGES` or `BASELINE_STAGES`, "flux-guidance" or "style";
+            by default all of `STAGES`.
         minutes: time budget of all stages together, shared in proportion to their usual durations;
             by default those. Rendering the world ignores the budget.
         device: where to compute; by default the best device.
@@ -93,7 +94,7 @@ def select_stages(names: Sequence[str] | None) -> list[Stage]:
     """
     if not names:
         return list(STAGES)
-    stages = [*STAGES, *FLUX_STAGES, *BASELINE_STAGES, STYLE_STAGE]
+    stages = [*STAGES, *FLUX_STAGES, GUIDANCE_STAGE, *BASELINE_STAGES, STYLE_STAGE]
     known_names = [stage.name for stage in stages]
     for name in names:
         if name not in known_names:

@@ -14,6 +14,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextModel, T5EncoderModel
 
+from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.mini.models import (
     LATENT_PATCHES,
     PACKING,
@@ -102,22 +103,11 @@ def train_flux_student(context: BuildContext) -> dict[str, float]:
 
     A LoRA is how FLUX.1-dev is accelerated as well. It has a tenth of the size of a transformer.
     """
-
-    def load(cls: Any, part: str) -> Any:
-        return context.load_model(cls, "flux", "pipeline", part)
-
-    teacher = load(FluxTransformer2DModel, "transformer")
-    vae = context.load_vae()
-    channels = teacher.config.in_channels // PACKING
-    vae = vae.with_latent_patch(isqrt(vae.config.latent_channels // channels))
-    tokenizer = context.load_tokenizer()
-    text_encoders = FluxTextEncoders(
-        load(CLIPTextModel, "text_encoder"), load(T5EncoderModel, "text_encoder_2"), tokenizer
-    ).to(context.device)
+    teacher, vae = load_teacher(context)
     torch.manual_seed(STUDENT_CONFIG.seed)
-    student = deepcopy(teacher)
+    student = deepcopy(teacher.transformer)
     student.add_adapter(FEW_STEP_LORA)
-    side = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    text_encoders = teacher.text_encoders
 
     def save() -> Path:
         folder = context.weights / "flux"
@@ -131,12 +121,41 @@ def train_flux_student(context: BuildContext) -> dict[str, float]:
     return distill(
         context,
         "flux-lightning",
-        FluxNetwork(teacher, text_encoders, side),
-        FluxNetwork(student, text_encoders, side, can_compile(context.device)),
-        build_flux_pipeline(student, vae, text_encoders, tokenizer),
+        teacher,
+        FluxNetwork(student, text_encoders, teacher.latent_shape[-1], can_compile(context.device)),
+        build_flux_pipeline(student, vae, text_encoders, context.load_tokenizer()),
         save,
         STUDENT_CONFIG,
     )
+
+
+def load_teacher(
+    context: BuildContext, compiled: bool = False
+) -> tuple[FluxNetwork, PatchAutoencoderKL]:
+    """Load the frozen base, and the autoencoder in the layout of its latents.
+
+    Args:
+        context: of the build.
+        compiled: whether to compile the base's blocks.
+
+    Raises:
+        WeightsError: the base is not trained yet.
+    """
+
+    def load(cls: Any, part: str) -> Any:
+        return context.load_model(cls, "flux", "pipeline", part)
+
+    transformer = load(FluxTransformer2DModel, "transformer")
+    text_encoders = FluxTextEncoders(
+        load(CLIPTextModel, "text_encoder"),
+        load(T5EncoderModel, "text_encoder_2"),
+        context.load_tokenizer(),
+    ).to(context.device)
+    vae = context.load_vae()
+    channels = transformer.config.in_channels // PACKING
+    vae = vae.with_latent_patch(isqrt(vae.config.latent_channels // channels))
+    side = vae.config.sample_size // 2 ** (len(vae.config.block_out_channels) - 1)
+    return FluxNetwork(transformer, text_encoders, side, compiled), vae
 
 
 FLUX_STAGES: list[Stage] = [

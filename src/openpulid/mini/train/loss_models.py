@@ -14,6 +14,9 @@ from openpulid.pipelines.factory import load_pipeline
 from openpulid.pipelines.presets import mini_flux_4step, mini_lightning
 from openpulid.training.pulid import BaseModel, FluxModel, Recipe, SDXLModel
 
+GUIDED_TRANSFORMER = Path("flux", "guided-transformer")
+"""Folder of FLUX's base with a guidance embedding, below the weights. It is not shipped."""
+
 
 def create_model(recipe: Recipe, pipe: Any) -> BaseModel:
     """Create the model of a recipe from its pipeline."""

@@ -212,11 +212,15 @@ class FluxNetwork:
         """Encode prompts; without a prompt it is the empty one."""
         return self.text_encoders(tokens, keep)
 
-    def predict(self, x_t: Tensor, t: Tensor, text: FluxText) -> Tensor:
-        """Run the transformer."""
+    def predict(
+        self, x_t: Tensor, t: Tensor, text: FluxText, guidance: Tensor | None = None
+    ) -> Tensor:
+        """Run the transformer, with guidance (B,) if it has an embedding of it."""
         ids = position_ids(*(side // PATCH for side in x_t.shape[-2:]))
         arguments = text_arguments(text, self.transformer.dtype)
-        return predict_velocity(self.transformer, x_t, t, img_ids=ids, **arguments)
+        return predict_velocity(
+            self.transformer, x_t, t, img_ids=ids, guidance=guidance, **arguments
+        )
 
     def sample_timesteps(self, uniform: Tensor) -> Tensor:
         """Map uniform numbers to noise levels, most of which are logit-normal."""
