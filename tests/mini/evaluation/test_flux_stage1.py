@@ -25,7 +25,10 @@ from openpulid.mini.evaluation.flux_variants import (
     variant_recipe,
 )
 from openpulid.mini.evaluation.variants import variant_folder
+from openpulid.mini.models import save_folder
 from openpulid.mini.models.flux import save_flux_pipeline
+from openpulid.mini.train.guidance import add_guidance_embedding
+from openpulid.mini.train.loss_models import GUIDED_TRANSFORMER
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.pulid import FluxModel, find_recipe
@@ -33,7 +36,7 @@ from openpulid.world.dataset import Plan, build_dataset
 from tests.support import mini_networks as networks
 from tests.support.flow_training import SIZES
 
-CHOSEN = ("random output", "student")
+CHOSEN = ("random output", "student", "guidance 2.5")
 
 
 def test_variants_change_exactly_what_they_name() -> None:
@@ -45,7 +48,7 @@ def test_variants_change_exactly_what_they_name() -> None:
         recipe = asdict(variant_recipe(variant, 300, 16))
         changed = {field for field in recipe if recipe[field] != reference[field]}
         assert changed == set(variant.changes), name
-        assert changed or name == REFERENCE or variant.model == "student"
+        assert changed or name == REFERENCE or variant.model != "base"
     rates = [VARIANTS[f"rate x{factor}"].changes["lr"] / full["lr"] for factor in ("0.1", "0.3")]
     assert rates == pytest.approx([0.1, 1 / 3])
     assert VARIANTS["rate x3"].changes["lr"] == pytest.approx(3 * full["lr"])
@@ -62,6 +65,15 @@ def test_variants_change_exactly_what_they_name() -> None:
 def test_places_in_the_miniature(name: str, blocks: list[tuple[str, int]]) -> None:
     recipe = variant_recipe(VARIANTS[name], 300, 16)
     assert select_block_keys(2, 6, recipe.double_interval, recipe.single_interval) == blocks
+
+
+def test_guidance_is_that_of_the_training() -> None:
+    labels = [VARIANTS[name].condition.label for name in (REFERENCE, "rate x3", "student")]
+    assert labels == ["base", "base", "student"]
+    for value in ("1", "2.5", "4"):
+        variant = VARIANTS[f"guidance {value}"]
+        assert variant.condition.label == f"guided {value}"
+        assert variant_recipe(variant, 300, 16).guidance_embedding == float(value)
 
 
 def test_reference_is_always_selected() -> None:
@@ -122,6 +134,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe = networks.small_flux_pipeline(2)
     save_flux_pipeline(pipe, weights / "flux" / "pipeline")
     networks.save_random_lora(pipe.transformer, weights / "flux")
+    guided = add_guidance_embedding(pipe.transformer)
+    torch.nn.init.normal_(guided.time_text_embed.guidance_embedder.linear_2.weight)
+    save_folder(guided, weights / GUIDED_TRANSFORMER)
     runs = root / "runs" / "mini"
     build_dataset(runs / "world", Plan(people=4, scenes=3), workers=1, compiled=False)
     for name in ("world-held-out", PORTRAITS):
@@ -154,10 +169,15 @@ def test_experiments_write_figures_and_plot(folder: Path, monkeypatch: pytest.Mo
     rows: dict[str, Any] = measurement["figures"]
     assert list(rows) == [REFERENCE, *CHOSEN]
     assert {name: list(row["measured"]) for name, row in rows.items()} == {
-        REFERENCE: ["base", "student"],
+        REFERENCE: ["base", "student", "guided 1", "guided 2.5", "guided 4"],
         "random output": ["base"],
         "student": ["base", "student"],
+        "guidance 2.5": ["base", "guided 2.5"],
     }
+    untrained_losses = {
+        name: losses["held_out_untrained"] for name, losses in rows[REFERENCE]["measured"].items()
+    }
+    assert len(set(untrained_losses.values())) == 5  # each guidance is another model
     for name, row in rows.items():
         base = row["measured"]["base"]
         gain = base["held_out_none"] - base["held_out_own"]
@@ -178,10 +198,24 @@ def test_experiments_write_figures_and_plot(folder: Path, monkeypatch: pytest.Mo
     # finished variants are read, not trained again
     adapters = sorted((folder / "runs/mini/sweep/flux-stage1").glob("*/adapter.safetensors"))
     times = [path.stat().st_mtime_ns for path in adapters]
-    assert len(times) == 3
+    assert len(times) == 4
     again = sweep(folder, "-o", "flux.png", "--overwrite")
     assert again.exit_code == 0 and [path.stat().st_mtime_ns for path in adapters] == times
     assert json.loads((folder / "flux.json").read_text())["measurements"][0]["figures"] == rows
+
+    # without the guided base the variant is left out, and nothing is trained again
+    (folder / "weights" / GUIDED_TRANSFORMER).rename(folder / "guided-transformer")
+    setup = flux_stage1.Experiments(
+        2, 4, folder / "runs" / "mini", folder / "weights", torch.device("cpu")
+    )
+    messages: list[str] = []
+    results = flux_stage1.run_experiments(setup, ["guidance 2.5"], messages.append)
+    command = f"pulid mini build flux-guidance --weights {folder / 'weights'}"
+    assert messages == [f"guidance 2.5: left out, its model is not trained yet ({command})"]
+    assert list(results) == [REFERENCE] and list(results[REFERENCE]["losses"]) == [
+        "base",
+        "student",
+    ]
 
 
 def test_options_of_other_experiments_are_rejected(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.methods.pulid import PuLIDFlux
-from openpulid.mini.train.loss_models import create_model
+from openpulid.mini.train.loss_models import GUIDED_TRANSFORMER, create_model
 from openpulid.mini.train.portraits import Mixture, Portraits, open_portraits
 from openpulid.mini.train.pulid import PORTRAITS, encoder_config
 from openpulid.pipelines.factory import load_extractor, load_pipeline
@@ -30,7 +30,7 @@ MEASURE_BATCH = 48
 
 
 class FluxModels:
-    """Base, student and images of the miniature with FLUX's architecture.
+    """Base, student, guided base and images of the miniature with FLUX's architecture.
 
     Args:
         runs: folder of the datasets.
@@ -48,6 +48,9 @@ class FluxModels:
         student = mini_flux_4step(weights)
         if cast(Path, student.models.few_step_lora).exists():
             self.pipes["student"] = load_pipeline(student, device)
+        if (transformer := weights / GUIDED_TRANSFORMER).exists():
+            guided = mini_flux(weights).with_models(transformer=transformer, guidance_embeds=None)
+            self.pipes["guided"] = load_pipeline(guided, device)
         self.extractor = cast(MiniExtractor, load_extractor(mini_flux(weights), device))
 
     @property

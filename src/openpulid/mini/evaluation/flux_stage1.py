@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from openpulid.mini.evaluation.flux_models import FluxModels
 from openpulid.mini.evaluation.flux_variants import (
     REFERENCE,
     VARIANTS,
+    Condition,
     select_variants,
     variant_recipe,
 )
@@ -29,6 +30,8 @@ MEASURE_BATCHES = 6
 """Batches of the last measurement: 288 images."""
 RESULT_FILE = "result.json"
 """Everything that was measured of a variant, in its run directory."""
+BUILD_STAGES = {"student": "flux-lightning", "guided": "flux-guidance"}
+"""Model -> stage of `pulid mini build` that trains it; variants need the base in any case."""
 DIGITS = 6
 
 
@@ -58,7 +61,7 @@ def run_experiments(
 ) -> dict[str, Any]:
     """Train and measure variants of stage 1; those that are finished are only read.
 
-    A variant that needs the student is left out while there is none.
+    A variant whose model is not trained yet is left out.
 
     Args:
         setup: what all variants share.
@@ -82,16 +85,18 @@ def run_experiments(
     results = {}
     for name, variant in variants.items():
         if variant.model not in models.pipes:
-            log(f"{name}: left out, there is no student yet (pulid mini build flux-lightning)")
+            command = f"pulid mini build {BUILD_STAGES[variant.model]} --weights {setup.weights}"
+            log(f"{name}: left out, its model is not trained yet ({command})")
             continue
         recipe = variant_recipe(variant, setup.steps, setup.batch)
         folder = variant_folder(parent, name, recipe, fingerprints[variant.model])
+        measured = {c.model: fingerprints[c.model] for c in measured_conditions(name, models)}
         stored = _read(folder / RESULT_FILE)
-        if stored is None or stored["models"] != fingerprints:
+        if stored is None or stored["models"] != measured:
             if not (folder / ADAPTER_FILE).exists():
                 log(f"{name}: {setup.steps} steps")
                 models.train(variant.model, recipe, folder)
-            stored = {"models": fingerprints, **measure(models, name, folder)}
+            stored = {"models": measured, **measure(models, name, folder)}
             write_json(folder / RESULT_FILE, stored)
         results[name] = stored
     return results
@@ -110,26 +115,31 @@ def measure(models: FluxModels, name: str, folder: Path) -> dict[str, Any]:
         identity adds.
     """
     variant = VARIANTS[name]
+    trained_on = variant.condition
     recipe = variant_recipe(VARIANTS[REFERENCE], 1, models.paired_data.batch_size)
     adapter = models.load_adapter(folder / ADAPTER_FILE)
     losses: dict[str, dict[str, list[float]]] = {}
     with torch.no_grad(), autocast(models.device, recipe.bf16):
-        for model in measured_models(name, models):
-            task = models.create_task(model, recipe, adapter)
-            losses[model] = _to_lists(task.held_out_losses(models.paired_data, MEASURE_BATCHES))
+        for condition in measured_conditions(name, models):
+            recipe = replace(recipe, guidance_embedding=condition.guidance)
+            task = models.create_task(condition.model, recipe, adapter)
+            results = _to_lists(task.held_out_losses(models.paired_data, MEASURE_BATCHES))
             if name == REFERENCE:
                 # an untrained adapter has no effect
-                task = models.create_task(model, recipe, models.create_adapter(model, recipe))
+                untrained_adapter = models.create_adapter(condition.model, recipe)
+                task = models.create_task(condition.model, recipe, untrained_adapter)
                 untrained = task.held_out_losses(models.paired_data, MEASURE_BATCHES, ["none"])
-                losses[model]["untrained"] = _to_lists(untrained)["none"]
-        task = models.create_task(variant.model, recipe, adapter)
+                results["untrained"] = _to_lists(untrained)["none"]
+            losses[condition.label] = results
+        recipe = replace(recipe, guidance_embedding=trained_on.guidance)
+        task = models.create_task(trained_on.model, recipe, adapter)
         own_image = task.held_out_losses(models.own_image_data, MEASURE_BATCHES, ["own"])
-        losses[variant.model] |= {"own_image": _to_lists(own_image)["own"]}
+        losses[trained_on.label] |= {"own_image": _to_lists(own_image)["own"]}
         sizes = measure_added_sizes(task, adapter, models.paired_data)
     metadata = read_metadata(folder / ADAPTER_FILE)
     return {
         "changes": dict(variant.changes),
-        "trained_on": variant.model,
+        "trained_on": trained_on.label,
         "tokens": models.num_tokens,
         "recipe": json.loads(metadata["recipe"]),
         "steps": int(metadata["steps"]),
@@ -140,10 +150,14 @@ def measure(models: FluxModels, name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def measured_models(name: str, models: FluxModels) -> list[str]:
-    """Return the models to measure a variant on: also the student if guidance is the question."""
-    is_compared = name == REFERENCE or VARIANTS[name].model == "student"
-    return list(models.pipes) if is_compared else ["base"]
+def measured_conditions(name: str, models: FluxModels) -> list[Condition]:
+    """Return the models, and their guidance, to measure a variant on.
+
+    These are the base and what the variant trained with. The recipe is compared with all variants.
+    """
+    variants = VARIANTS.values() if name == REFERENCE else (VARIANTS[REFERENCE], VARIANTS[name])
+    conditions = dict.fromkeys(variant.condition for variant in variants)
+    return [condition for condition in conditions if condition.model in models.pipes]
 
 
 def read_curves(history: Path) -> dict[str, list[dict[str, float]]]:

@@ -14,7 +14,25 @@ RECIPE = "mini_flux_stage1"
 REFERENCE = "recipe"
 """The variant without a change."""
 
-ModelName = Literal["base", "student"]
+ModelName = Literal["base", "student", "guided"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A model, and the guidance that it is conditioned on.
+
+    Attributes:
+        model: the model.
+        guidance: value of the guidance embedding; only the guided base has one.
+    """
+
+    model: ModelName
+    guidance: float
+
+    @property
+    def label(self) -> str:
+        """The name in the results, such as "base" or "guided 2.5"."""
+        return f"guided {self.guidance:g}" if self.model == "guided" else self.model
 
 
 @dataclass(frozen=True)
@@ -24,13 +42,19 @@ class Variant:
     Attributes:
         group: what is changed; the plot has a part for each group.
         changes: fields of the recipe and their values.
-        model: what the adapter trains on. The 4-step student predicts what a guided base does, as
-            FLUX.1-dev does.
+        model: what the adapter trains on. The 4-step student predicts what a guided base does, at
+            four noise levels. The guided base does at any level and for any guidance, as FLUX.1-dev
+            does; its guidance is the recipe's `guidance_embedding`.
     """
 
     group: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     model: ModelName = "base"
+
+    @property
+    def condition(self) -> Condition:
+        """The model and the guidance that the adapter trains with."""
+        return Condition(self.model, variant_recipe(self, 1, 1).guidance_embedding)
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -50,6 +74,9 @@ VARIANTS: Mapping[str, Variant] = {
     "places first": Variant("places", {"single_interval": 6}),
     "own image": Variant("features", {"paired": False}),
     "student": Variant("guidance", model="student"),
+    "guidance 1": Variant("guidance", model="guided"),
+    "guidance 2.5": Variant("guidance", {"guidance_embedding": 2.5}, model="guided"),
+    "guidance 4": Variant("guidance", {"guidance_embedding": 4.0}, model="guided"),
 }
 """The first block of each kind always has identity attention. "places 2 and 4" are the intervals of
 FLUX, here three places. "places first" are three as well: both double blocks and a single one."""

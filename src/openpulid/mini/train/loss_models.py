@@ -19,12 +19,17 @@ GUIDED_TRANSFORMER = Path("flux", "guided-transformer")
 
 
 def create_model(recipe: Recipe, pipe: Any) -> BaseModel:
-    """Create the model of a recipe from its pipeline."""
+    """Create the model of a recipe from its pipeline.
+
+    A transformer with a guidance embedding has the recipe's value of the diffusion branch. The
+    student of the lightning branch has no such embedding.
+    """
     if not recipe.is_flow:
         return SDXLModel(pipe)
     return FluxModel(
         pipe,
         pixels=pipe.vae.config.sample_size,
+        guidance=recipe.guidance_embedding,
         max_sequence_length=recipe.text_tokens,
         logit_mean=recipe.logit_mean,
         logit_std=recipe.logit_std,
