@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +11,22 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from openpulid.io.checkpoints import module_fingerprint
+from openpulid.io.checkpoints import module_fingerprint, read_metadata
 from openpulid.mini.data.latents import Latents
 from openpulid.mini.models import save_folder
+from openpulid.mini.models.flux import save_flux_pipeline
+from openpulid.mini.train import guidance_stage
 from openpulid.mini.train.base_task import TrainingImages
 from openpulid.mini.train.build import select_stages
+from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.guidance import GuidanceTask, add_guidance_embedding
 from openpulid.mini.train.guidance_stage import CONFIG
+from openpulid.mini.train.loss_models import GUIDED_TRANSFORMER
 from openpulid.mini.train.networks import FluxNetwork
+from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.mini.train.stages import STAGES
 from openpulid.training import StepRNG, run
+from openpulid.world.dataset import Plan, build_dataset
 from tests.support import mini_networks as networks
 
 BATCH = 8
@@ -121,6 +128,32 @@ def test_training_learns_the_guidance_and_the_file_loads(
     expected = predict(task.student, 4.0)
     assert torch.allclose(predict(student, 4.0), expected, atol=0.02 * expected.abs().max().item())
     assert not torch.equal(predict(student, 1.0), predict(student, 4.0))
+
+
+def test_stage_writes_the_guided_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openpulid.training.logger.draw_curves", lambda history, path: None)
+    config = replace(CONFIG, steps=2, warmup=1, bf16=False)
+    monkeypatch.setattr(guidance_stage, "CONFIG", config)
+    monkeypatch.setattr(guidance_stage, "can_compile", lambda device: False)
+    weights, runs = tmp_path / "weights", tmp_path / "runs"
+    pipe = networks.small_flux_pipeline()
+    save_flux_pipeline(pipe, weights / "flux" / "pipeline")
+    save_folder(pipe.vae, weights / "pipeline" / "vae")
+    pipe.tokenizer.save_pretrained(weights / "pipeline" / "tokenizer")
+    build_dataset(runs / "world", Plan(people=4, scenes=3), workers=1, compiled=False)
+    for name in ("world-held-out", PORTRAITS):
+        shutil.copytree(runs / "world", runs / name)
+
+    context = BuildContext(runs, weights, torch.device("cpu"))
+    figures = guidance_stage.train_guided_base(context)
+    assert list(figures) == ["error_at_1", "error_at_2.5", "error_at_4"]
+    assert context.results["flux-guidance"].metrics == pytest.approx(figures, rel=0.1)
+    folder = weights / GUIDED_TRANSFORMER
+    loaded = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+    assert loaded.config.guidance_embeds
+    assert loaded.time_text_embed.guidance_embedder.linear_2.weight.any()  # it has trained
+    (file,) = folder.glob("*.safetensors")
+    assert read_metadata(file)["steps"] == "2"
 
 
 def test_stage_is_built_by_its_name_alone() -> None:
