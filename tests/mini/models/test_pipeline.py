@@ -77,6 +77,19 @@ def test_save_folder_stores_bf16_and_keeps_model(tmp_path):
     assert torch.equal(stored.conv_in.weight, weight.bfloat16())
 
 
+def test_single_file_replaces_shards(tmp_path, monkeypatch):
+    unet = networks.small_unet()
+    monkeypatch.setattr("openpulid.mini.models.pipeline.SHARD_SIZE", "100KB")
+    save_folder(unet, tmp_path)
+    assert list(tmp_path.glob("*.index.json"))
+    monkeypatch.undo()
+    save_folder(unet, tmp_path, in_8_bits=True)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    expected = unet.conv_in.weight.bfloat16().to(torch.float8_e4m3fn).float()
+    assert torch.equal(loaded.conv_in.weight, expected)
+
+
 def test_saved_config_names_no_local_path(tmp_path):
     for name, model in {
         "unet": networks.small_unet(),

@@ -263,4 +263,7 @@ def save_folder(model: Any, folder: Path, in_8_bits: bool = False) -> None:
     if isinstance(copy, ModelMixin):
         # Otherwise the config would store the local folder from which the model was loaded.
         copy.register_to_config(_name_or_path="")
+    # The index of an earlier save with several shards would be read instead of a single file.
+    for index in folder.glob("*.index.json"):
+        index.unlink()
     copy.save_pretrained(folder, max_shard_size=SHARD_SIZE)
