@@ -59,12 +59,12 @@ def small_captions() -> Captions:
     return Captions(tokens.numpy().astype(np.uint8))
 
 
-def small_flux_text(trains: bool = True) -> FluxTextEncoders:
+def small_flux_text() -> FluxTextEncoders:
     torch.manual_seed(4)
     tokenizer = build_tokenizer()
     clip = CLIPTextModel(build_text_config(tokenizer, 32, layers=1))
-    t5 = build_t5(tokenizer, width=32, layers=1, heads=2).requires_grad_(trains)
-    return FluxTextEncoders(clip, t5, tokenizer).eval()
+    t5 = build_t5(tokenizer, width=32, layers=1, heads=2)
+    return FluxTextEncoders(clip, t5, tokenizer)
 
 
 def small_transformer(channels: int = CHANNELS) -> FluxTransformer2DModel:

@@ -19,8 +19,6 @@ from openpulid.mini.evaluation.evaluate import generate_images
 from openpulid.mini.evaluation.prompts import sample_prompts
 from openpulid.mini.models.flux import save_flux_pipeline
 from openpulid.mini.models.pipeline import sample, save_folder
-from openpulid.mini.train.build_context import BuildContext
-from openpulid.mini.train.flux_stages import create_networks
 from openpulid.mini.train.loss_models import create_model
 from openpulid.mini.train.pulid import adapter_file, encoder_config, find_init_adapter
 from openpulid.pipelines.factory import load_extractor
@@ -177,17 +175,6 @@ def test_student_is_the_base_with_its_lora(weights: Path) -> None:
     matrices = {name for name in blocks if base.get_parameter(name).dim() == 2}
     modulation_and_norms = {name for name in matrices if "norm" in name}
     assert changed == matrices - modulation_and_norms
-
-
-def test_base_begins_with_the_networks_of_a_pipeline(weights: Path, tmp_path: Path) -> None:
-    folder = weights / "flux" / "pipeline"
-    context = BuildContext(tmp_path, tmp_path, torch.device("cpu"), begin=folder)
-    first, t5 = create_networks(context, 4, 8, networks.build_tokenizer())
-    expected = load(mini_flux(weights), device="cpu").pipe
-    for found, network in ((first, expected.transformer), (t5, expected.text_encoder_2)):
-        for name, value in network.state_dict().items():
-            assert torch.equal(found.state_dict()[name], value), name
-        assert all(parameter.requires_grad for parameter in found.parameters())
 
 
 def test_another_transformer_is_used_without_the_lora(weights: Path) -> None:

@@ -42,7 +42,7 @@ def images(seed: int) -> TrainingImages:
 
 @pytest.fixture
 def task() -> GuidanceTask:
-    text_encoders = networks.small_flux_text(trains=False)
+    text_encoders = networks.small_flux_text()
     base = networks.small_flux_pipeline().transformer.requires_grad_(False)
     # the random base hardly reads its prompts; guidance extrapolates what they change
     base.time_text_embed.text_embedder.linear_2.weight.mul_(10)

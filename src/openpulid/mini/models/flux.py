@@ -5,6 +5,7 @@ diffusers' own `FluxPipeline` reads prompts and generates images with these netw
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +108,11 @@ def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 class FluxTextEncoders(nn.Module):
-    """T5 and the frozen CLIP; they compute the same conditioning as the diffusers pipeline.
+    """CLIP and T5, frozen; they compute the same conditioning as the diffusers pipeline.
 
     Args:
         clip: returns the pooled embedding.
-        t5: returns the token embeddings, with gradient if it trains.
+        t5: returns the token embeddings.
         tokenizer: of both.
     """
 
@@ -121,10 +122,12 @@ class FluxTextEncoders(nn.Module):
         self, clip: CLIPTextModel, t5: T5EncoderModel, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         super().__init__()
-        self.clip = clip.eval().requires_grad_(False)
-        self.t5 = t5
+        self.clip = clip.eval()
+        self.t5 = t5.eval()
+        self.requires_grad_(False)
         self.register_buffer("empty_tokens", token_ids(tokenizer, [""]), persistent=False)
 
+    @torch.no_grad()
     def forward(self, tokens: Tensor, keep: Tensor | None = None) -> FluxText:
         """Encode prompts.
 
@@ -134,9 +137,7 @@ class FluxTextEncoders(nn.Module):
         """
         if keep is not None:
             tokens = torch.where(keep[:, None], tokens, self.empty_tokens.to(tokens.device))
-        with torch.no_grad():
-            pooled = self.clip(tokens).pooler_output.float()
-        return FluxText(self.t5(tokens)[0].float(), pooled)
+        return FluxText(self.t5(tokens)[0].float(), self.clip(tokens).pooler_output.float())
 
 
 def build_flux_pipeline(
@@ -159,14 +160,19 @@ def build_flux_pipeline(
     return pipe
 
 
-def save_flux_pipeline(pipe: FluxPipeline, folder: Path) -> None:
+def save_flux_pipeline(pipe: FluxPipeline, folder: Path, without: Collection[str] = ()) -> None:
     """Save a pipeline for diffusers' `from_pretrained`, its transformer in 8 bits.
 
     The other networks are in bfloat16. An autoencoder with the layout of SDXL's miniature is not
     saved: it is that of its pipeline.
+
+    Args:
+        pipe: the pipeline.
+        folder: where to save it.
+        without: networks that the folder has already.
     """
     for name, component in pipe.components.items():
-        if name == "vae" and component.config.latent_patch == 1:
+        if name in without or (name == "vae" and component.config.latent_patch == 1):
             continue
         if isinstance(component, nn.Module):
             save_folder(component, folder / name, in_8_bits=name == "transformer")

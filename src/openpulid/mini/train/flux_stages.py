@@ -23,6 +23,7 @@ from openpulid.mini.models import (
     build_t5,
     build_transformer,
     save_flux_pipeline,
+    save_folder,
 )
 from openpulid.mini.train.adapter_stage import train_adapter
 from openpulid.mini.train.base_stage import (
@@ -35,7 +36,10 @@ from openpulid.mini.train.base_task import BaseTask
 from openpulid.mini.train.build_context import BuildContext, Stage, stamp
 from openpulid.mini.train.networks import FluxNetwork
 from openpulid.mini.train.student_stage import CONFIG, distill
+from openpulid.mini.train.t5 import T5Task
+from openpulid.training import TrainerConfig
 
+T5_STAGE = "flux-t5"
 LORA_FILE = "lightning-lora.safetensors"
 FEW_STEP_LORA = LoraConfig(
     r=32,
@@ -45,11 +49,39 @@ FEW_STEP_LORA = LoraConfig(
     r"|net\.0\.proj|net\.2|proj_mlp|proj_out)",
 )
 """The student's LoRA: all matrices of the blocks but those of the modulation."""
+T5_CONFIG = TrainerConfig(
+    steps=20_000,
+    lr=3e-3,
+    optimizer="muon",
+    warmup=50,
+    decay=0.6,
+    ema=0.99,
+    seed=9,
+    validate_every=500,
+)
 STUDENT_CONFIG = replace(CONFIG, optimizer="adamw", lr=2e-3)
 
 
+def train_t5(context: BuildContext) -> dict[str, float]:
+    """Train T5 on captions alone, and write it into the pipeline's folder."""
+    torch.manual_seed(T5_CONFIG.seed)
+    tokenizer = context.load_tokenizer()
+    task = T5Task(
+        build_t5(tokenizer).to(context.device),
+        context.load_text_encoders(),
+        tokenizer,
+        context.load_captions(),
+        context.load_captions("world-held-out"),
+    )
+    result = context.train(T5_STAGE, task, T5_CONFIG)
+    folder = context.weights / "flux" / "pipeline" / "text_encoder_2"
+    save_folder(task.t5, folder)
+    stamp(folder, context.describe_training(T5_STAGE, T5_CONFIG))
+    return dict(result.metrics)
+
+
 def train_flux_base(context: BuildContext) -> dict[str, float]:
-    """Train FLUX's transformer together with T5, and write the pipeline.
+    """Train FLUX's transformer, and write the pipeline.
 
     CLIP's pooled embedding is that of SDXL's second text encoder, which was trained with images.
     """
@@ -60,7 +92,12 @@ def train_flux_base(context: BuildContext) -> dict[str, float]:
     tokenizer = context.load_tokenizer()
     clip = context.load_model(CLIPTextModel, "pipeline", "text_encoder_2")
     channels, _, side = images.latents.images.shape[1:]
-    transformer, t5 = create_networks(context, channels, clip.config.hidden_size, tokenizer)
+    t5 = context.load_model(T5EncoderModel, "flux", "pipeline", "text_encoder_2")
+    if context.begin is None:
+        transformer = build_transformer(channels, t5.config.d_model, clip.config.hidden_size)
+    else:
+        transformer = context.load_first_model(FluxTransformer2DModel, "transformer")
+    transformer = transformer.to(context.device).requires_grad_(True)
     text_encoders = FluxTextEncoders(clip, t5, tokenizer)
     network = FluxNetwork(transformer, text_encoders, side, can_compile(context.device))
     vae = context.load_vae().with_latent_patch(latent_patch)
@@ -70,32 +107,11 @@ def train_flux_base(context: BuildContext) -> dict[str, float]:
     name = "flux-base" if context.tokens == 36 else f"flux-base-{context.tokens}"
     context.train(name, BaseTask(network, images, pairs, evaluator), config)
     folder = context.weights / "flux" / "pipeline"
-    save_flux_pipeline(pipe, folder)
-    for part in network.modules():
-        stamp(folder / part, context.describe_training(name, config))
+    save_flux_pipeline(pipe, folder, without=["text_encoder_2"])
+    stamp(folder / "transformer", context.describe_training(name, config))
     saved = context.load_model(FluxTransformer2DModel, "flux", "pipeline", "transformer")
     transformer.load_state_dict(saved.state_dict())  # the figures are those of 8 bits
     return evaluator.evaluate()
-
-
-def create_networks(
-    context: BuildContext, channels: int, pooled: int, tokenizer: Any
-) -> tuple[FluxTransformer2DModel, T5EncoderModel]:
-    """Create the networks that train, with random weights or those of the pipeline in `begin`.
-
-    Args:
-        context: of the build.
-        channels: latent channels.
-        pooled: width of CLIP's pooled embedding.
-        tokenizer: the miniature's.
-    """
-    if context.begin is not None:
-        transformer = context.load_first_model(FluxTransformer2DModel, "transformer")
-        t5 = context.load_first_model(T5EncoderModel, "text_encoder_2")
-        return transformer.requires_grad_(True), t5.requires_grad_(True)
-    t5 = build_t5(tokenizer)
-    transformer = build_transformer(channels, t5.config.d_model, pooled)
-    return transformer.to(context.device), t5.to(context.device)
 
 
 def train_flux_student(context: BuildContext) -> dict[str, float]:
@@ -159,7 +175,8 @@ def load_teacher(
 
 
 FLUX_STAGES: list[Stage] = [
-    Stage("flux-base", 90, train_flux_base),
+    Stage(T5_STAGE, 8, train_t5),
+    Stage("flux-base", 90, train_flux_base, needs=(T5_STAGE,)),
     Stage("flux-lightning", 50, train_flux_student),
     *(
         Stage(name, minutes, partial(train_adapter, name=name))

@@ -48,7 +48,7 @@ class BaseNetwork(Protocol):
     latent_shape: tuple[int, int, int]
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Return what trains: the network, and text encoders that train with it."""
+        """Return what trains."""
 
     def encode_text(
         self, tokens: Tensor, keep: Tensor | None = None, height: int = 0, width: int = 0
@@ -173,7 +173,7 @@ class SDXLNetwork:
 
 
 class FluxNetwork:
-    """FLUX.1's transformer with frozen CLIP, and T5 that may train with it; a `BaseNetwork`.
+    """FLUX.1's transformer with frozen CLIP and T5; a `BaseNetwork`.
 
     Args:
         transformer: the transformer.
@@ -201,10 +201,8 @@ class FluxNetwork:
             transformer.compile_repeated_blocks(dynamic=False)
 
     def modules(self) -> Mapping[str, nn.Module]:
-        """Return the transformer, and T5 if it trains."""
-        t5 = self.text_encoders.t5
-        trained = {"text_encoder_2": t5} if next(t5.parameters()).requires_grad else {}
-        return {"transformer": self.transformer, **trained}
+        """Return the transformer."""
+        return {"transformer": self.transformer}
 
     def encode_text(
         self, tokens: Tensor, keep: Tensor | None = None, height: int = 0, width: int = 0
