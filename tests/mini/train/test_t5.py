@@ -16,7 +16,7 @@ from openpulid.mini.evaluation import image_evaluator
 from openpulid.mini.models import build_t5, save_flux_pipeline, save_folder
 from openpulid.mini.train import base_stage, flux_stages
 from openpulid.mini.train.build import select_stages
-from openpulid.mini.train.build_context import BuildContext
+from openpulid.mini.train.build_context import BuildContext, stamp
 from openpulid.mini.train.flux_stages import T5_CONFIG
 from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.mini.train.t5 import T5Task
@@ -74,6 +74,7 @@ def test_stages_write_t5_and_the_base_that_reads_it(
     words = networks.small_words()
     save_folder(words.first, weights / "pipeline" / "text_encoder")
     save_folder(words.second, weights / "pipeline" / "text_encoder_2")
+    stamp(weights / "pipeline" / "text_encoder_2", {"steps": 7})
     pipe.tokenizer.save_pretrained(weights / "pipeline" / "tokenizer")
     for name in ("attribute-classifier", "detector", "recognition-scorer"):
         shutil.copy(MINIATURE / f"{name}.safetensors", weights)
@@ -96,9 +97,9 @@ def test_stages_write_t5_and_the_base_that_reads_it(
     assert flux_stages.train_flux_base(context)["attributes_real"] > 0.5
 
     folder = weights / "flux" / "pipeline"
-    for part in ("text_encoder_2", "transformer"):
+    for part, steps in (("text_encoder", "7"), ("text_encoder_2", "2"), ("transformer", "2")):
         (file,) = (folder / part).glob("*.safetensors")
-        assert read_metadata(file)["steps"] == "2", part
+        assert read_metadata(file)["steps"] == steps, part
     vae = context.load_vae()
     loaded = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32, vae=vae)
     assert isinstance(loaded.text_encoder, CLIPTextModel)

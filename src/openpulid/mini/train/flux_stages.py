@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from transformers import CLIPTextModel, T5EncoderModel
 
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
+from openpulid.io.checkpoints import read_metadata
 from openpulid.mini.models import (
     LATENT_PATCHES,
     PACKING,
@@ -109,6 +110,8 @@ def train_flux_base(context: BuildContext) -> dict[str, float]:
     folder = context.weights / "flux" / "pipeline"
     save_flux_pipeline(pipe, folder, without=["text_encoder_2"])
     stamp(folder / "transformer", context.describe_training(name, config))
+    source = context.weights / "pipeline" / "text_encoder_2" / "model.safetensors"
+    stamp(folder / "text_encoder", read_metadata(source))
     saved = context.load_model(FluxTransformer2DModel, "flux", "pipeline", "transformer")
     transformer.load_state_dict(saved.state_dict())  # the figures are those of 8 bits
     return evaluator.evaluate()
