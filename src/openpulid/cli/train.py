@@ -206,8 +206,8 @@ def _print_plan(recipe: Recipe) -> None:
     Raises:
         OptionError: there is no plan for the recipe.
     """
+    from openpulid.training.pulid import DEFAULT_PIXELS
     from openpulid.training.pulid.plan import GB, UTILIZATION, plan_training
-    from openpulid.training.pulid.plan_bases import DEFAULT_PIXELS
 
     plans = plan_training(recipe)
     rows = []

@@ -14,12 +14,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from openpulid.io.checkpoints import read_metadata
 from openpulid.mini.evaluation import image_evaluator
 from openpulid.mini.models import build_t5, save_flux_pipeline, save_folder
-from openpulid.mini.train import base_stage, flux_stages
-from openpulid.mini.train.build import select_stages
-from openpulid.mini.train.build_context import BuildContext, stamp
-from openpulid.mini.train.flux_stages import T5_CONFIG
-from openpulid.mini.train.pulid import PORTRAITS
-from openpulid.mini.train.t5 import T5Task
+from openpulid.mini.train import base_stage, build, build_context, flux_stages, t5
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training import StepRNG, run
 from openpulid.world.dataset import Plan, build_dataset
@@ -32,23 +27,23 @@ def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def task() -> T5Task:
+def task() -> t5.T5Task:
     torch.manual_seed(0)
     tokenizer = networks.build_tokenizer()
     captions = networks.small_captions()
-    t5 = build_t5(tokenizer, width=32, layers=1, heads=2)
-    return T5Task(t5, networks.small_words(), tokenizer, captions, captions, batch=64)
+    encoder = build_t5(tokenizer, width=32, layers=1, heads=2)
+    return t5.T5Task(encoder, networks.small_words(), tokenizer, captions, captions, batch=64)
 
 
-def test_training_predicts_the_states_of_clip(task: T5Task, tmp_path: Path) -> None:
+def test_training_predicts_the_states_of_clip(task: t5.T5Task, tmp_path: Path) -> None:
     before = dict(task.validate())
-    result = run(task, replace(T5_CONFIG, steps=120, warmup=5, bf16=False), tmp_path)
+    result = run(task, replace(flux_stages.T5_CONFIG, steps=120, warmup=5, bf16=False), tmp_path)
     assert 0.9 < before["error"] < 2  # 1 is the variance of the states
     assert result.metrics["error"] < 0.4
     assert all(parameter.grad is None for parameter in task.text_encoders.parameters())
 
 
-def test_half_of_the_captions_get_random_colors(task: T5Task) -> None:
+def test_half_of_the_captions_get_random_colors(task: t5.T5Task) -> None:
     tokenizer = networks.build_tokenizer()
     prompt = "photo, red shirt, short blond hair, plain blue background, smiling"
     ids = tokenizer(prompt, padding="max_length")["input_ids"]
@@ -74,25 +69,27 @@ def test_stages_write_t5_and_the_base_that_reads_it(
     words = networks.small_words()
     save_folder(words.first, weights / "pipeline" / "text_encoder")
     save_folder(words.second, weights / "pipeline" / "text_encoder_2")
-    stamp(weights / "pipeline" / "text_encoder_2", {"steps": 7})
+    build_context.stamp(weights / "pipeline" / "text_encoder_2", {"steps": 7})
     pipe.tokenizer.save_pretrained(weights / "pipeline" / "tokenizer")
     for name in ("attribute-classifier", "detector", "recognition-scorer"):
         shutil.copy(MINIATURE / f"{name}.safetensors", weights)
     build_dataset(runs / "world", Plan(people=4, scenes=3), workers=1, compiled=False)
-    for name in ("world-held-out", PORTRAITS):
+    for name in ("world-held-out", base_stage.PORTRAITS):
         shutil.copytree(runs / "world", runs / name)
 
     def build_small_t5(tokenizer: object) -> T5EncoderModel:
         return build_t5(networks.build_tokenizer(), width=32, layers=1, heads=2)
 
-    short = replace(T5_CONFIG, steps=2, warmup=1, bf16=False)
+    short = replace(flux_stages.T5_CONFIG, steps=2, warmup=1, bf16=False)
     monkeypatch.setattr(flux_stages, "T5_CONFIG", short)
     monkeypatch.setattr(flux_stages, "build_t5", build_small_t5)
     monkeypatch.setattr(flux_stages, "base_config", lambda seed: replace(short, seed=seed))
     monkeypatch.setattr(flux_stages, "can_compile", lambda device: False)
     monkeypatch.setattr(base_stage, "NUM_PAIRS", 4)
     monkeypatch.setattr(image_evaluator, "NUM_PROMPTS", 2)
-    context = BuildContext(runs, weights, torch.device("cpu"), begin=tmp_path / "first")
+    context = build_context.BuildContext(
+        runs, weights, torch.device("cpu"), begin=tmp_path / "first"
+    )
     assert flux_stages.train_t5(context)["error"] < 2
     assert flux_stages.train_flux_base(context)["attributes_real"] > 0.5
 
@@ -109,4 +106,4 @@ def test_stages_write_t5_and_the_base_that_reads_it(
 
 
 def test_base_selects_t5() -> None:
-    assert [stage.name for stage in select_stages(["flux-base"])] == ["flux-t5", "flux-base"]
+    assert [stage.name for stage in build.select_stages(["flux-base"])] == ["flux-t5", "flux-base"]

@@ -14,7 +14,7 @@ from openpulid.training.pulid.flux_model import FluxModel, FluxText
 from openpulid.training.pulid.held_out import HELD_OUT_BATCHES, summarize_held_out
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
-from openpulid.training.pulid.recipe import Recipe
+from openpulid.training.pulid.recipe import DEFAULT_PIXELS, Recipe
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.task import PuLIDTask, Validation
 from openpulid.training.pulid.train import (
@@ -26,6 +26,7 @@ from openpulid.training.pulid.train import (
 )
 
 __all__ = [
+    "DEFAULT_PIXELS",
     "ADAPTER_FILE",
     "HELD_OUT_BATCHES",
     "BaseModel",

@@ -31,7 +31,7 @@ from openpulid.training.pulid.flux2_model import Flux2Model, Flux2Text
 from openpulid.training.pulid.flux_model import FluxModel, FluxText
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.qwen_image_model import QwenImageModel, QwenImageText
-from openpulid.training.pulid.recipe import Recipe
+from openpulid.training.pulid.recipe import DEFAULT_PIXELS, Recipe
 from openpulid.training.pulid.z_image_model import ZImageModel, ZImageText
 
 SDXL_TEXT_BYTES = 2 * (123_060_480 + 694_659_840)
@@ -39,8 +39,6 @@ SDXL_TEXT_BYTES = 2 * (123_060_480 + 694_659_840)
 
 QWEN_VL_BYTES = 2 * 8_292_166_656
 """Qwen2.5-VL 7B in bfloat16."""
-
-DEFAULT_PIXELS = 1024
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ LIMITS = {
 }
 """Limits of the settings that are not the trainer's."""
 
+DEFAULT_PIXELS = 1024
+"""Width and height of the images of every base of full size, if the recipe has none."""
+
 
 @dataclass(frozen=True)
 class Recipe:
