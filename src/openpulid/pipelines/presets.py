@@ -229,7 +229,7 @@ def mini_flux(directory: Path = MINIATURE) -> Preset:
         negative_prompt="",
         true_cfg_scale=3.0,
         timestep_to_start_cfg=0,
-        max_sequence_length=48,
+        max_sequence_length=32,
         identity=IdentityOptions(scale=0.7, start=0.0, end=1.0),  # as for `mini`
     )
     preset = replace(preset, options=PULID_MINI_FLUX_OPTIONS, defaults=defaults)

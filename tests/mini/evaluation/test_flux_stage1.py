@@ -93,7 +93,7 @@ def test_another_recipe_or_base_has_another_folder(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_added_size_is_that_of_the_attention() -> None:
-    model = FluxModel(networks.small_flux_pipeline(), 96, max_sequence_length=48)
+    model = FluxModel(networks.small_flux_pipeline(), 96, max_sequence_length=32)
     torch.manual_seed(0)
     adapter = PuLIDFlux.for_transformer(
         model.network, IDFormer(**SIZES), dim_head=8, heads=2, single_interval=2

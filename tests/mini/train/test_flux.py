@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from openpulid.mini.data.captions import token_ids
 from openpulid.mini.data.latents import Latents
 from openpulid.mini.models.flux import build_transformer, save_flux_pipeline
 from openpulid.mini.models.pipeline import sample
@@ -151,9 +152,22 @@ def test_training_and_pipeline_encode_the_same_text() -> None:
     encoders = networks.small_flux_text()
     tokens = networks.small_captions().rows(torch.tensor([0, 1]), torch.tensor([0, 0]))
     text = encoders(tokens, torch.tensor([True, False]))
-    embeds, pooled, _ = pipe.encode_prompt([networks.PROMPTS[0], ""], max_sequence_length=48)
+    embeds, pooled, _ = pipe.encode_prompt([networks.PROMPTS[0], ""], max_sequence_length=32)
     assert torch.allclose(text.embeds, embeds, atol=1e-6)
     assert torch.allclose(text.pooled, pooled, atol=1e-6)
+
+
+def test_t5_reads_32_tokens_of_a_long_prompt_and_clip_all() -> None:
+    pipe = networks.small_flux_pipeline()
+    prompt = "photo, red shirt, short blond hair, " * 4
+    tokens = token_ids(pipe.tokenizer, [prompt + "smiling", prompt + "sad"])
+    text = networks.small_flux_text()(tokens)
+    expected, _, _ = pipe.encode_prompt(
+        [prompt], max_sequence_length=pipe.tokenizer_2.model_max_length
+    )
+    assert text.embeds.shape[1] == 32
+    assert torch.allclose(text.embeds, expected.expand_as(text.embeds), atol=1e-6)
+    assert not torch.allclose(text.pooled[0], text.pooled[1], atol=1e-6)
 
 
 def test_trajectory_ends_at_output_of_stock_pipeline() -> None:
@@ -170,7 +184,7 @@ def test_trajectory_ends_at_output_of_stock_pipeline() -> None:
         num_inference_steps=8,
         height=96,
         width=96,
-        max_sequence_length=48,
+        max_sequence_length=32,
         output_type="latent",
     ).images
     assert latents.shape == (2, 5, 1, 24, 24)

@@ -17,7 +17,7 @@ from openpulid.methods.pulid import PuLIDFlux
 from openpulid.mini.evaluation.adapters import find_adapters
 from openpulid.mini.evaluation.evaluate import generate_images
 from openpulid.mini.evaluation.prompts import sample_prompts
-from openpulid.mini.models.flux import save_flux_pipeline
+from openpulid.mini.models.flux import TEXT_TOKENS, save_flux_pipeline
 from openpulid.mini.models.pipeline import sample, save_folder
 from openpulid.mini.train.loss_models import create_model
 from openpulid.mini.train.pulid import adapter_file, encoder_config, find_init_adapter
@@ -203,5 +203,6 @@ def test_missing_weights_name_the_command(tmp_path: Path) -> None:
 
 
 def test_prompts_have_the_length_of_the_training() -> None:
-    assert mini_flux().defaults.max_sequence_length == networks.build_tokenizer().model_max_length
-    assert find_recipe("mini_flux_stage1").text_tokens == 48
+    pipe = networks.small_flux_pipeline()
+    assert mini_flux().defaults.max_sequence_length == pipe.tokenizer_2.model_max_length
+    assert find_recipe("mini_flux_stage1").text_tokens == TEXT_TOKENS

@@ -11,6 +11,7 @@ from openpulid.mini.models.flux import (
     build_t5,
     build_transformer,
     save_flux_pipeline,
+    shorten,
 )
 from openpulid.mini.models.pipeline import (
     TextEncoders,
@@ -42,4 +43,5 @@ __all__ = [
     "sample",
     "save_flux_pipeline",
     "save_folder",
+    "shorten",
 ]

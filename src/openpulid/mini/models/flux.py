@@ -6,6 +6,7 @@ diffusers' own `FluxPipeline` reads prompts and generates images with these netw
 from __future__ import annotations
 
 from collections.abc import Collection
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ PACKING = 4
 """Latents of one token: two by two."""
 LATENT_PATCHES = {36: 1, 144: 2}
 """Tokens of a 96-pixel image -> `latent_patch` of the autoencoder, see `PatchAutoencoderKL`."""
+TEXT_TOKENS = 32
+"""Tokens of a prompt that T5 reads. 5% of the captions are longer; CLIP reads them whole."""
 
 
 def build_transformer(
@@ -102,6 +105,14 @@ def build_t5(
     return T5EncoderModel(config)
 
 
+def shorten(tokens: Tensor, t5: T5EncoderModel) -> Tensor:
+    """Cut prompts (B, L) to what T5 reads, with an end token, as its tokenizer does."""
+    short = tokens[:, :TEXT_TOKENS].clone()
+    last = short[:, -1]
+    last[last != t5.config.pad_token_id] = t5.config.eos_token_id
+    return short
+
+
 def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """Build FLUX's scheduler without a shift of the noise levels: an image has few tokens."""
     return FlowMatchEulerDiscreteScheduler(shift=1.0)
@@ -137,7 +148,8 @@ class FluxTextEncoders(nn.Module):
         """
         if keep is not None:
             tokens = torch.where(keep[:, None], tokens, self.empty_tokens.to(tokens.device))
-        return FluxText(self.t5(tokens)[0].float(), self.clip(tokens).pooler_output.float())
+        embeds = self.t5(shorten(tokens, self.t5))[0]
+        return FluxText(embeds.float(), self.clip(tokens).pooler_output.float())
 
 
 def build_flux_pipeline(
@@ -147,13 +159,15 @@ def build_flux_pipeline(
     tokenizer: PreTrainedTokenizerBase,
 ) -> FluxPipeline:
     """Build the diffusers pipeline from networks, without progress bars."""
+    tokenizer_2 = copy(tokenizer)
+    tokenizer_2.model_max_length = TEXT_TOKENS
     pipe = FluxPipeline(
         scheduler=build_flow_scheduler(),
         vae=vae,
         text_encoder=text_encoders.clip,
         tokenizer=tokenizer,
         text_encoder_2=text_encoders.t5,
-        tokenizer_2=tokenizer,
+        tokenizer_2=tokenizer_2,
         transformer=transformer,
     )
     pipe.set_progress_bar_config(disable=True)

@@ -17,7 +17,7 @@ from torch.nn.functional import layer_norm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from openpulid.mini.data import Captions
-from openpulid.mini.models import TextEncoders
+from openpulid.mini.models import TextEncoders, shorten
 from openpulid.training import StepRNG
 from openpulid.world import ATTRIBUTES
 
@@ -88,9 +88,10 @@ class T5Task:
             encoder.config.hidden_size
             for encoder in (self.text_encoders.first, self.text_encoders.second)
         ]
-        parts = self.text_encoders(tokens).embeds.split(sizes, -1)
+        short = shorten(tokens, self.t5)
+        parts = self.text_encoders(tokens).embeds[:, : short.shape[1]].split(sizes, -1)
         states = torch.cat([layer_norm(part, part.shape[-1:]) for part in parts], -1)
-        return (self.head(self.t5(tokens)[0]).float() - states).square().mean()
+        return (self.head(self.t5(short)[0]).float() - states).square().mean()
 
     @torch.no_grad()
     def validate(self) -> Mapping[str, float]:

@@ -131,7 +131,7 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
         single_interval=1,
         logit_mean=0.5 * recipe.timestep_bias,
         timestep_bias=0.0,
-        text_tokens=48,
+        text_tokens=32,
     )
 
 
