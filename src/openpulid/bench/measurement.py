@@ -20,7 +20,7 @@ from openpulid.bench.files import read_json
 from openpulid.device import hardware_name
 from openpulid.errors import OptionError
 from openpulid.io.files import write_json
-from openpulid.training.pulid import revision
+from openpulid.training.code_revision import revision
 
 LIBRARIES = ("torch", "diffusers", "transformers", "timm", "accelerate")
 

@@ -1,5 +1,6 @@
 """Training: a loop that is independent of losses, models and data, and PuLID's training."""
 
+from openpulid.training.code_revision import revision
 from openpulid.training.muon import Muon
 from openpulid.training.precision import autocast, backward
 from openpulid.training.rng import StepRNG, generator_for
@@ -16,6 +17,7 @@ __all__ = [
     "autocast",
     "backward",
     "generator_for",
+    "revision",
     "run",
     "sum_losses",
 ]

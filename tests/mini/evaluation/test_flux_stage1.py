@@ -27,9 +27,9 @@ from openpulid.mini.evaluation.flux_variants import (
 from openpulid.mini.evaluation.variants import variant_folder
 from openpulid.mini.models import save_folder
 from openpulid.mini.models.flux import save_flux_pipeline
+from openpulid.mini.train.build_context import PORTRAITS
 from openpulid.mini.train.guidance import add_guidance_embedding
 from openpulid.mini.train.loss_models import GUIDED_TRANSFORMER
-from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.training.pulid import FluxModel, find_recipe
 from openpulid.world.dataset import Plan, build_dataset

@@ -18,12 +18,11 @@ from openpulid.mini.models.flux import save_flux_pipeline
 from openpulid.mini.train import guidance_stage
 from openpulid.mini.train.base_task import TrainingImages
 from openpulid.mini.train.build import select_stages
-from openpulid.mini.train.build_context import BuildContext
+from openpulid.mini.train.build_context import PORTRAITS, BuildContext
 from openpulid.mini.train.guidance import GuidanceTask, add_guidance_embedding
 from openpulid.mini.train.guidance_stage import CONFIG
 from openpulid.mini.train.loss_models import GUIDED_TRANSFORMER
 from openpulid.mini.train.networks import FluxNetwork
-from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.mini.train.stages import STAGES
 from openpulid.training import StepRNG, run
 from openpulid.world.dataset import Plan, build_dataset

@@ -14,7 +14,7 @@ from safetensors import safe_open
 import openpulid
 from openpulid.errors import OptionError, TrainingError
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.training.pulid import export as checkpoint
+from openpulid.training import code_revision
 from openpulid.training.pulid import recipes
 from openpulid.training.pulid.batch import (
     Batch,
@@ -210,29 +210,29 @@ def test_adapter_file_has_published_names_and_metadata(tmp_path):
 
 
 def test_revision_ignores_a_surrounding_repository(tmp_path, monkeypatch):
-    installed = tmp_path / ".venv" / "checkpoint.py"
+    installed = tmp_path / ".venv" / "code_revision.py"
     installed.parent.mkdir()
-    shutil.copy(checkpoint.__file__, installed)
+    shutil.copy(code_revision.__file__, installed)
     (tmp_path / ".gitignore").write_text(".venv\n")
     (tmp_path / "README.md").write_text("ours")
     (tmp_path / "measure.py").write_text("ours")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "theirs"]):
         subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(checkpoint, "__file__", str(installed))
-    assert checkpoint.revision() == f"openpulid {openpulid.__version__}"
+    monkeypatch.setattr(code_revision, "__file__", str(installed))
+    assert code_revision.revision() == f"openpulid {openpulid.__version__}"
     subprocess.run([*git, "add", "-f", str(installed)], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
     commit = subprocess.run(
         [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
     ).stdout.strip()
-    assert checkpoint.revision() == commit
+    assert code_revision.revision() == commit
     (tmp_path / "README.md").write_text("")
-    assert checkpoint.revision() == commit
+    assert code_revision.revision() == commit
     for file in (installed, tmp_path / "measure.py"):
         content = file.read_text()
         file.write_text("")
-        assert checkpoint.revision() == f"{commit}+changes"
+        assert code_revision.revision() == f"{commit}+changes"
         file.write_text(content)
 
 

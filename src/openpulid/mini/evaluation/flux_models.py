@@ -10,9 +10,10 @@ import torch
 
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.methods.pulid import PuLIDFlux
+from openpulid.mini.train.build_context import PORTRAITS
 from openpulid.mini.train.loss_models import GUIDED_TRANSFORMER, create_model
 from openpulid.mini.train.portraits import Mixture, Portraits, open_portraits
-from openpulid.mini.train.pulid import PORTRAITS, encoder_config
+from openpulid.mini.train.pulid import encoder_config
 from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.presets import mini_flux, mini_flux_4step
 from openpulid.training.pulid import (

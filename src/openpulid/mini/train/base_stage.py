@@ -13,12 +13,12 @@ from openpulid.mini.evaluation.image_evaluator import ImageEvaluator
 from openpulid.mini.models import build_pipeline, build_unet, save_folder
 from openpulid.mini.train.base_task import BaseTask, TrainingImages
 from openpulid.mini.train.build_context import (
+    PORTRAITS,
     BuildContext,
     stamp,
 )
 from openpulid.mini.train.latent_space import load_first_unet
 from openpulid.mini.train.networks import SDXLNetwork
-from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.training import TrainerConfig
 
 NUM_PAIRS = 16_384

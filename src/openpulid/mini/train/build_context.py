@@ -20,9 +20,11 @@ from openpulid.faces.miniature import RECOGNITION_MODELS
 from openpulid.io.checkpoints import load_module, save_module, save_tensors
 from openpulid.mini.data import Captions, Latents, PairDataset
 from openpulid.mini.models import TextEncoders
-from openpulid.training import Task, TrainerConfig, TrainingResult, autocast, run
-from openpulid.training.pulid import revision
+from openpulid.training import Task, TrainerConfig, TrainingResult, autocast, revision, run
 from openpulid.world.dataset import Plan, WorldDataset
+
+PORTRAITS = "world-portraits"
+"""The dataset of many different people in simple scenes."""
 
 
 @dataclass

@@ -10,9 +10,8 @@ from openpulid.mini.evaluation.reconstructions import (
     measure_reconstructions,
 )
 from openpulid.mini.models import FaceGenerator
-from openpulid.mini.train.build_context import BuildContext, Stage
+from openpulid.mini.train.build_context import PORTRAITS, BuildContext, Stage
 from openpulid.mini.train.face_latents import FaceLatentsTask
-from openpulid.mini.train.pulid import PORTRAITS
 from openpulid.training import TrainerConfig
 
 

@@ -14,8 +14,7 @@ from openpulid.mini.train.autoencoder import (
     measure_psnr,
     set_scaling_factor,
 )
-from openpulid.mini.train.build_context import BuildContext, make_progress_printer, stamp
-from openpulid.mini.train.pulid import PORTRAITS
+from openpulid.mini.train.build_context import PORTRAITS, BuildContext, make_progress_printer, stamp
 from openpulid.training import TrainerConfig
 from openpulid.world.dataset import build_dataset
 

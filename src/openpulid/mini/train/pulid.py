@@ -11,6 +11,7 @@ from openpulid.device import select_device
 from openpulid.errors import OptionError, TrainingError
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.methods.pulid import PuLID, PuLIDFlux
+from openpulid.mini.train.build_context import PORTRAITS
 from openpulid.mini.train.loss_models import (
     create_model,
     load_face_embedder,
@@ -31,9 +32,6 @@ from openpulid.training.pulid import (
     prepare_run_dir,
     train_adapter,
 )
-
-PORTRAITS = "world-portraits"
-"""The dataset of many different people in simple scenes."""
 
 
 def train(

@@ -9,7 +9,7 @@ from openpulid.training.pulid.batch import (
     swap_identities,
 )
 from openpulid.training.pulid.branches import DiffusionStep, diffusion_branch
-from openpulid.training.pulid.export import revision, save_adapter
+from openpulid.training.pulid.export import save_adapter
 from openpulid.training.pulid.flux_model import FluxModel, FluxText
 from openpulid.training.pulid.held_out import HELD_OUT_BATCHES, summarize_held_out
 from openpulid.training.pulid.losses import DiffusionLoss
@@ -49,7 +49,6 @@ __all__ = [
     "find_recipe",
     "loss_weight_map",
     "prepare_run_dir",
-    "revision",
     "save_adapter",
     "summarize_held_out",
     "swap_identities",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike
@@ -11,9 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from openpulid import __version__
 from openpulid.errors import TrainingError
 from openpulid.methods.pulid import PuLID, PuLIDFlux
+from openpulid.training.code_revision import revision
 from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.trainer import TrainingResult
 
@@ -56,26 +55,3 @@ def save_adapter(
             f"{path} could not be written ({error}): the training is complete, so free some disk "
             "space and run the same command again."
         ) from None
-
-
-def revision() -> str:
-    """Return the commit of the running code, or the version of an installed package.
-
-    "+changes" is appended if Python files of the repository differ from the commit.
-    """
-    folder = Path(__file__).parent
-    try:
-        # a virtual environment may be inside another project's repository
-        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
-        commit = _git(folder, "rev-parse", "HEAD")
-        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py")
-    except (OSError, subprocess.CalledProcessError):
-        return f"openpulid {__version__}"
-    return commit + ("+changes" if changes else "")
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    process = subprocess.run(
-        ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True
-    )
-    return process.stdout.strip()

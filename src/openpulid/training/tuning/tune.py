@@ -15,7 +15,8 @@ from openpulid.identity.detection import FaceDetection
 from openpulid.identity.reference import ReferenceImage
 from openpulid.io.lock import LOCK
 from openpulid.methods.tuned import Trigger, TunedAdapter
-from openpulid.training.pulid import SDXLModel, revision
+from openpulid.training.code_revision import revision
+from openpulid.training.pulid import SDXLModel
 from openpulid.training.run_dir import delete_run
 from openpulid.training.trainer import run
 from openpulid.training.tuning.images import encode_person, fill_templates, generate_class_images
