@@ -49,7 +49,8 @@ def build(
         str | None,
         typer.Option(
             help="Train a baseline instead: faceid, instantid, photomaker, face0, photoverse, "
-            "fastcomposer, elite or w-plus; or style, the adapter of `pulid generate --style`."
+            "fastcomposer, elite or w-plus; infiniteyou on mini-flux; or style, the adapter of "
+            "`pulid generate --style`."
         ),
     ] = None,
     minutes: Annotated[

@@ -35,8 +35,8 @@ from openpulid.io.checkpoints import fingerprint, load_module
 class IdentityExtractor(Protocol):
     """Extracts identities from detected faces.
 
-    Implemented by `MiniExtractor`, `FaceLatentExtractor`, `photo_extractor.PhotoExtractor` and
-    `clip_extractor.ClipExtractor`.
+    Implemented by `MiniExtractor`, `FaceLatentExtractor`, `FaceEmbeddingExtractor`,
+    `photo_extractor.PhotoExtractor` and `clip_extractor.ClipExtractor`.
     """
 
     models: dict[str, str]
@@ -138,10 +138,7 @@ class MiniExtractor:
         return [self._extract_one(face) for face in faces]
 
     def _extract_one(self, face: Face) -> Identity:
-        assert face.mask is not None, "the miniature's detector returns masks"
-        require_landmarks(face)
-        inputs = (face.image, face.mask, face.landmarks)
-        id_cond, hidden = self.extract_batch(*(x[None].to(self.device) for x in inputs))
+        id_cond, hidden = self.extract_batch(*(x.to(self.device) for x in _batch_of(face)))
         return Identity(
             id_cond[:, None].float().cpu(),
             tuple(x.float().cpu() for x in hidden),
@@ -152,11 +149,7 @@ class MiniExtractor:
     @torch.no_grad()
     def debug_crops(self, face: Face) -> list[Tensor]:
         """Return the aligned crop and the gray face on white, (3, S, S) in [0, 1] each."""
-        assert face.mask is not None, "the miniature's detector returns masks"
-        require_landmarks(face)
-        crops, masks = self._align(
-            face.image[None], face.mask[None], face.landmarks[None], self.vision_encoder.img_size
-        )
+        crops, masks = self._align(*_batch_of(face), self.vision_encoder.img_size)
         return [crops[0], gray_on_white(crops, masks)[0]]
 
     def extract_batch(
@@ -193,28 +186,63 @@ class MiniExtractor:
         return warped[:, :3], warped[:, 3:]
 
 
-class FaceLatentExtractor:
-    """The miniature's extractor of W+ Adapter; `photo_extractor.LatentExtractor` is that of photos.
+class _CropExtractor:
+    """The miniature's extractor of one network that reads the aligned face.
 
     Args:
         detection: face detection, with masks of the face.
-        encoder: of the latents.
+        network: crops -> features.
         models: name -> hash of the models; written into every identity.
     """
 
     same_person_similarity = MINI_SIMILARITY
-    recognition_width = 0
-    """Latents are no face embedding."""
 
     def __init__(
-        self,
-        detection: FaceDetection,
-        encoder: FaceLatentEncoder,
-        models: Mapping[str, str] | None = None,
+        self, detection: FaceDetection, network: nn.Module, models: Mapping[str, str] | None = None
     ) -> None:
         self.detection = detection
-        self.encoder = encoder
+        self.network = network
         self.models = dict(models or {})
+
+    @property
+    def recognition_width(self) -> int:
+        """Width of the face embedding in `id_cond`; 0 if the features are none."""
+        raise NotImplementedError
+
+    def extract(self, faces: Sequence[Face]) -> list[Identity]:
+        """Return one identity per face, in order."""
+        return [self._extract_one(face) for face in faces]
+
+    @torch.no_grad()
+    def debug_crops(self, face: Face) -> list[Tensor]:
+        """Return what the network reads, (3, 64, 64) in [0, 1]."""
+        return [self._prepare(*_batch_of(face))[0]]
+
+    @torch.no_grad()
+    def extract_batch(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
+        """Extract the features of a batch of faces, see `MiniExtractor.extract_batch`."""
+        features: Tensor = self.network(self._prepare(images, masks, landmarks))
+        return features
+
+    def _prepare(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _extract_one(self, face: Face) -> Identity:
+        device = next(self.network.parameters()).device
+        features = self.extract_batch(*(x.to(device) for x in _batch_of(face)))
+        landmarks = face.normalized_landmarks[None, None].cpu()
+        return Identity(features.float().cpu().flatten(1)[:, None], (), self.models, landmarks)
+
+
+class FaceLatentExtractor(_CropExtractor):
+    """The miniature's extractor of W+ Adapter; `photo_extractor.LatentExtractor` is that of photos.
+
+    `id_cond` holds the latents (1, 1, 18 * W).
+    """
+
+    network: FaceLatentEncoder
+    recognition_width = 0
+    """Latents are no face embedding."""
 
     @classmethod
     def load(
@@ -228,34 +256,46 @@ class FaceLatentExtractor:
         Raises:
             WeightsError: a file is missing or damaged.
         """
-        return cls(
-            MiniFaceDetection(load_module(MiniFaceDetector, detector, device)),
-            load_module(FaceLatentEncoder, encoder, device),
-            hash_models([encoder]),
-        )
+        network = load_module(FaceLatentEncoder, encoder, device)
+        return cls(_load_detection(detector, device), network, hash_models([encoder]))
 
-    def extract(self, faces: Sequence[Face]) -> list[Identity]:
-        """Return one identity per face, in order; `id_cond` holds the latents (1, 1, 18 * W)."""
-        return [self._extract_one(face) for face in faces]
+    def _prepare(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
+        return place_on_white(*crop_faces(images, masks, landmarks))
 
-    @torch.no_grad()
-    def debug_crops(self, face: Face) -> list[Tensor]:
-        """Return the aligned face on white, (3, 64, 64) in [0, 1]."""
-        assert face.mask is not None, "the miniature's detector returns masks"
-        require_landmarks(face)
-        crops, masks = crop_faces(face.image[None], face.mask[None], face.landmarks[None])
-        return [place_on_white(crops, masks)[0]]
 
-    @torch.no_grad()
-    def extract_batch(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
-        """Extract the latents (B, 18, W) of a batch of faces, see `MiniExtractor.extract_batch`."""
-        latents: Tensor = self.encoder(place_on_white(*crop_faces(images, masks, landmarks)))
-        return latents
+class FaceEmbeddingExtractor(_CropExtractor):
+    """The miniature's extractor of methods that read the face embedding alone."""
 
-    def _extract_one(self, face: Face) -> Identity:
-        assert face.mask is not None, "the miniature's detector returns masks"
-        require_landmarks(face)
-        inputs = (face.image, face.mask, face.landmarks)
-        latents = self.extract_batch(*(x[None].to(self.encoder.device) for x in inputs))
-        landmarks = face.normalized_landmarks[None, None].cpu()
-        return Identity(latents.cpu().flatten(1)[:, None], (), self.models, landmarks)
+    network: ResNetRecognition
+
+    @classmethod
+    def load(
+        cls,
+        detector: str | os.PathLike[str],
+        recognition: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+    ) -> FaceEmbeddingExtractor:
+        """Load from two files, see `FaceLatentExtractor.load`."""
+        network = load_module(ResNetRecognition, recognition, device)
+        return cls(_load_detection(detector, device), network, hash_models([recognition]))
+
+    @property
+    def recognition_width(self) -> int:
+        """Width of the face embedding, which is all of `id_cond`."""
+        return int(self.network.config["dim"])
+
+    def _prepare(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
+        return mask_background(*crop_faces(images, masks, landmarks))
+
+
+def _load_detection(
+    detector: str | os.PathLike[str], device: str | torch.device
+) -> MiniFaceDetection:
+    return MiniFaceDetection(load_module(MiniFaceDetector, detector, device))
+
+
+def _batch_of(face: Face) -> tuple[Tensor, Tensor, Tensor]:
+    """Return image, mask and landmarks of a face, as a batch of one."""
+    assert face.mask is not None, "the miniature's detector returns masks"
+    require_landmarks(face)
+    return face.image[None], face.mask[None], face.landmarks[None]

@@ -211,7 +211,6 @@ class FluxControlNet(ControlNetBase):
         tokens = rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
         return tokens.to(hidden)
 
-    @torch.no_grad()
     def compute(
         self, call: Mapping[str, Any], condition: Tensor, scale: float, mode: int | None = None
     ) -> Residuals:

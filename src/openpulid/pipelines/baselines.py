@@ -12,6 +12,7 @@ from openpulid.methods.registry import TUNED_METHODS, UNPUBLISHED_METHODS
 from openpulid.pipelines.model_set import (
     BASE_NAMES,
     MINI_ADAPTERS,
+    MINI_FLUX_ADAPTERS,
     MINI_LATENT_ENCODER,
     Family,
     ModelSet,
@@ -78,6 +79,7 @@ _UNPUBLISHED = {
 }
 _W_PLUS = {"extractor": "e4e", "recognition": None, "vision_encoder": "e4e"}
 _MINI_W_PLUS = {"extractor": "mini-latents", "recognition": None}
+_MINI_INFINITEYOU = {"extractor": "mini-embedding", "vision_encoder": None}
 
 BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0, models=_clip("buffalo-l")),
@@ -98,6 +100,7 @@ BASELINES: dict[str, Baseline] = {
 
 MINI_BASELINES: dict[str, Baseline] = {
     "faceid": Baseline(1.0),
+    "infiniteyou": Baseline(1.0, models=_MINI_INFINITEYOU, family="flux"),
     "instantid": Baseline(1.0),
     "photomaker": Baseline(1.0, start=0.2, models=_PHOTOMAKER),
     "w-plus": Baseline(1.0, start=0.2, models=_MINI_W_PLUS),
@@ -105,7 +108,8 @@ MINI_BASELINES: dict[str, Baseline] = {
     **_UNPUBLISHED,
 }
 """Other methods on the miniature. PhotoMaker and FastComposer have a vision encoder of their own,
-W+ Adapter an encoder of face latents; the others use the miniature's extractor."""
+W+ Adapter an encoder of face latents, and InfiniteYou reads the face embedding alone; the others
+use the miniature's extractor."""
 
 PULID_OPTIONS = frozenset(
     ("projection", "num_zero", "compiled", "start_step", "pose_from_prompt", "style_image")
@@ -133,9 +137,9 @@ def find_baseline(method: str, models: ModelSet, preset: str) -> Baseline:
     if not models.is_miniature:
         return baseline
     if method not in MINI_BASELINES:
+        names = [name for name, own in MINI_BASELINES.items() if own.family == models.family]
         raise OptionError(
-            f"{method} is not available for the miniature; "
-            f"available: pulid, {', '.join(MINI_BASELINES)}."
+            f"{method} is not available for the miniature; available: pulid, {', '.join(names)}."
         )
     baseline = MINI_BASELINES[method]
     if baseline.models.get("extractor") != "mini-latents":
@@ -154,8 +158,9 @@ def find_adapter(method: str, weights: Path | None) -> Path | str:
     Raises:
         OptionError: the method is tuned on each person, or nobody has published its weights.
     """
-    if weights is not None and method in MINI_ADAPTERS:
-        return weights / MINI_ADAPTERS[method]
+    adapters = MINI_ADAPTERS | MINI_FLUX_ADAPTERS
+    if weights is not None and method in adapters:
+        return weights / adapters[method]
     if method in UNPUBLISHED_METHODS:
         raise OptionError(
             f"no weights of {method} for SDXL have been published; pass a file of your own with "

@@ -19,6 +19,7 @@ from openpulid.identity.clip_extractor import ClipExtractor
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.extractor import (
     DeferredExtractor,
+    FaceEmbeddingExtractor,
     FaceLatentExtractor,
     IdentityExtractor,
     MiniExtractor,
@@ -157,8 +158,11 @@ def load_extractor(
         device = torch.device("cpu")
     if models.extractor == "clip":
         return _load_clip_extractor(preset, device, adapter)
-    assert models.vision_encoder is not None
     detector = resolve_path(models.detector)
+    if models.extractor == "mini-embedding":
+        assert models.recognition is not None
+        return FaceEmbeddingExtractor.load(detector, resolve_path(models.recognition), device)
+    assert models.vision_encoder is not None
     if models.extractor == "mini-latents":
         hash_extractor_models(models)  # reports an encoder that is not trained yet
         return FaceLatentExtractor.load(detector, resolve_path(models.vision_encoder), device)

@@ -13,7 +13,7 @@ from openpulid.pipelines.request_fields import RequestError
 WeightSource = Path | str
 """A path, or a name of `io.hub.WEIGHTS`, which is looked up when the preset is loaded."""
 
-ExtractorKind = Literal["mini", "mini-latents", "photo", "clip", "e4e"]
+ExtractorKind = Literal["mini", "mini-latents", "mini-embedding", "photo", "clip", "e4e"]
 
 Family = Literal["sdxl", "flux", "chroma", "flux2", "z-image", "qwen-image"]
 """Architecture of a base model. Chroma is FLUX.1 pruned: the same blocks, adapter and autoencoder,
@@ -41,6 +41,9 @@ MINI_ADAPTERS = {
     "w-plus": "w-plus.safetensors",
 }
 """Adapters of the miniature's baselines, in the directory of its weights."""
+
+MINI_FLUX_ADAPTERS = {"infiniteyou": "flux/infiniteyou"}
+"""Those of the miniature with FLUX's architecture."""
 
 MINI_LATENT_ENCODER = "face-latents.safetensors"
 """Encoder of the miniature's W+ Adapter, in the directory of its weights."""
@@ -217,7 +220,7 @@ class ModelSet:
     @property
     def is_trained_baseline(self) -> bool:
         """Whether `pulid mini build` trains the adapter as one of the miniature's baselines."""
-        return self.is_miniature and self.method in MINI_ADAPTERS
+        return self.is_miniature and self.method in MINI_ADAPTERS | MINI_FLUX_ADAPTERS
 
     @property
     def baseline_files(self) -> tuple[WeightSource | None, ...]:

@@ -110,6 +110,8 @@ def require_trained(preset: Preset) -> None:
     command = preset.models.build_command
     missing = missing_weights(preset) if command else []
     if missing:
+        if missing[0] in map(str, preset.models.baseline_files):
+            command = f"pulid mini build --method {preset.models.method}"
         raise WeightsError(
             f"{preset.label} needs weights that are not trained yet ({missing[0]}); "
             f"`{command}` trains them."

@@ -72,7 +72,7 @@ def test_studio_shows_the_latents_of_a_face(weights: Path, portrait: Path) -> No
     (face,) = extractor.detection.detect(to_tensor([Image.open(portrait)])[0])
     (crop,) = extractor.debug_crops(face)
     assert crop.shape == (3, 64, 64) and (crop[:, 0] == 1).all()
-    expected = extractor.encoder(crop[None]).flatten(1)
+    expected = extractor.network(crop[None]).flatten(1)
     torch.testing.assert_close(identity.id_cond[0], expected)
 
 

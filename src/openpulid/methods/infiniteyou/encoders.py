@@ -82,7 +82,6 @@ class FaceProjection(nn.Module):
                 f"width {width}; use two files that were published together."
             )
 
-    @torch.no_grad()
     def encode(self, identity: Identity) -> Tensor:
         """Encode a face embedding; the embeddings of several reference images are averaged.
 

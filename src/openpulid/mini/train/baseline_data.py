@@ -10,16 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openpulid.identity.detection import MiniFaceDetection
+from openpulid.identity.extractor import FaceEmbeddingExtractor
 from openpulid.mini.data import FaceFeatures, Latents, load_faces
-from openpulid.mini.train.baselines import FEATURES, Baseline, Features
+from openpulid.mini.train.baselines import Baseline, Features
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.clip import normalize_for_clip
 from openpulid.mini.train.face_latent_data import FaceLatentRows
 from openpulid.mini.train.portraits import Portraits, load_features
 from openpulid.mini.train.sheet import draw_sheet
-from openpulid.pipelines.presets import mini
-from openpulid.pipelines.selection import with_method
+from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.studio import Studio
 from openpulid.training import autocast
 from openpulid.world import WorldDataset
@@ -100,10 +99,19 @@ def open_baseline_data(
 
 
 def make_sheet_function(
-    baseline: Baseline, pipe: Any, extractor: Any, name: str
+    baseline: Baseline, pipe: Any, extractor: Any, preset: Preset
 ) -> Callable[[], Image.Image]:
-    """Return a function that draws the sample sheet of a baseline."""
-    if FEATURES[name] == "images":
-        extractor = baseline.method.create_extractor(MiniFaceDetection(extractor.detector))
-    studio = Studio(pipe, baseline.method, extractor, with_method(mini(), name))
+    """Return a function that draws the sample sheet of a baseline.
+
+    Args:
+        baseline: the baseline.
+        pipe: the pipeline to which it is attached.
+        extractor: of its training features.
+        preset: of the baseline.
+    """
+    if preset.models.adapter_has_vision_encoder:
+        extractor = baseline.method.create_extractor(extractor.detection)
+    elif preset.models.extractor == "mini-embedding":
+        extractor = FaceEmbeddingExtractor(extractor.detection, extractor.recognition)
+    studio = Studio(pipe, baseline.method, extractor, preset)
     return lambda: draw_sheet(studio)

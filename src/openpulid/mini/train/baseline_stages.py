@@ -13,8 +13,9 @@ from transformers import CLIPVisionModelWithProjection
 from openpulid.io.checkpoints import read_metadata
 from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
 from openpulid.mini.train.baseline_task import BaselineTask
-from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Features
+from openpulid.mini.train.baselines import BASELINES, FEATURES, FLUX_NAMES, Features
 from openpulid.mini.train.build_context import (
+    PORTRAITS,
     BuildContext,
     Stage,
     stamp,
@@ -22,12 +23,13 @@ from openpulid.mini.train.build_context import (
 from openpulid.mini.train.clip_stages import CLIP_FACES, train_clip_faces
 from openpulid.mini.train.face_latent_data import load_directions
 from openpulid.mini.train.face_latents_stage import FACE_LATENTS_STAGE
+from openpulid.mini.train.loss_models import create_model
 from openpulid.mini.train.portraits import Mixture, Portraits
-from openpulid.mini.train.pulid import PORTRAITS
+from openpulid.mini.train.pulid import adapter_file
 from openpulid.pipelines.factory import load_extractor, load_pipeline
-from openpulid.pipelines.presets import mini
+from openpulid.pipelines.presets import Preset, mini, mini_flux
 from openpulid.pipelines.selection import with_method
-from openpulid.training.pulid import Recipe, SDXLModel, find_recipe
+from openpulid.training.pulid import Recipe, find_recipe
 
 
 def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
@@ -39,7 +41,7 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
 
     def train(context: BuildContext) -> dict[str, float]:
         recipe = find_baseline_recipe(context, name)
-        preset = mini(context.weights)
+        preset = find_baseline_preset(context, name)
         pipe = load_pipeline(preset, context.device)
         features = FEATURES[name]
         # the other methods without the miniature's extractor bring their own vision encoder
@@ -60,8 +62,9 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
         data = Mixture([open_source("world"), open_source(PORTRAITS)])
         held_out = open_source("world-held-out")
         idle_pipe = type(pipe)(**pipe.components)  # a pipeline that never runs is never guided
-        sheet = make_sheet_function(baseline, pipe, extractor, name)
-        task = BaselineTask(recipe, SDXLModel(idle_pipe), baseline, data, held_out, sheet)
+        sheet = make_sheet_function(baseline, pipe, extractor, with_method(preset, name))
+        model = create_model(recipe, idle_pipe)
+        task = BaselineTask(recipe, model, baseline, data, held_out, sheet)
         return train_task(context, name, task)
 
     return train
@@ -69,15 +72,23 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
 
 def find_baseline_recipe(context: BuildContext, name: str) -> Recipe:
     """Return the recipe of PuLID's first stage, with the number of steps that it trained."""
-    stage1 = read_metadata(context.weights / "pulid-stage1.safetensors")
-    return replace(find_recipe("mini_stage1"), name=f"mini_{name}", steps=int(stage1["steps"]))
+    stage = "flux-stage1" if name in FLUX_NAMES else "stage1"
+    stage1 = read_metadata(adapter_file(context.weights, stage))
+    recipe = find_recipe(f"mini_{stage.replace('-', '_')}")
+    return replace(recipe, name=f"mini_{name}", steps=int(stage1["steps"]))
+
+
+def find_baseline_preset(context: BuildContext, name: str) -> Preset:
+    """Return the preset of a baseline's base, with PuLID."""
+    return (mini_flux if name in FLUX_NAMES else mini)(context.weights)
 
 
 def train_task(context: BuildContext, name: str, task: BaselineTask) -> dict[str, float]:
     """Train a baseline, write it next to the other weights, and measure it."""
     config = task.recipe.trainer_config()
     context.train(name, task, config)
-    path = task.baseline.save(context.weights / name, task.base.pipe)
+    folder = context.weights / "flux" if name in FLUX_NAMES else context.weights
+    path = task.baseline.save(folder / name, task.base.pipe)
     stamp(path, context.describe_training(name, config))
     return dict(task.validate())
 
@@ -113,7 +124,7 @@ NEEDS: Mapping[Features, tuple[str, ...]] = {
 BASELINE_STAGES: list[Stage] = [
     Stage(CLIP_FACES, 15, train_clip_faces),
     FACE_LATENTS_STAGE,
-    *(Stage(name, 90, baseline_stage(name), NEEDS.get(FEATURES[name], ())) for name in NAMES),
+    *(Stage(name, 90, baseline_stage(name), NEEDS.get(FEATURES[name], ())) for name in BASELINES),
 ]
 """Other methods, selected with `--method`, the vision encoder that two of them begin with, and the
 latent space of W+ Adapter.

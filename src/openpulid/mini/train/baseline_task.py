@@ -13,6 +13,7 @@ from openpulid.mini.train.baselines import Baseline, draw_uniform
 from openpulid.training import StepRNG
 from openpulid.training.pulid import (
     HELD_OUT_BATCHES,
+    BaseModel,
     Batch,
     BatchSource,
     DiffusionLoss,
@@ -42,7 +43,7 @@ class BaselineTask:
     def __init__(
         self,
         recipe: Recipe,
-        base: SDXLModel,
+        base: BaseModel,
         baseline: Baseline,
         data: BatchSource,
         held_out: BatchSource | None = None,
@@ -136,6 +137,7 @@ class BaselineTask:
             # the block encodes the text, too, because some methods change its encoding
             stack.enter_context(self.baseline.use(batch, base.pipe, rng if is_training else None))
             if self.baseline.trains_text:
+                assert isinstance(base, SDXLModel)
                 text = base.encode_text_with_gradient(batch.prompts)
             else:
                 text = base.encode_text(batch.prompts)

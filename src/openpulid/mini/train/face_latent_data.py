@@ -34,10 +34,10 @@ class FaceLatentRows:
         cls, extractor: FaceLatentExtractor, data: WorldDataset, folder: Path
     ) -> FaceLatentRows:
         """Compute the latents with the exact masks and landmarks, or load them from the cache."""
-        cache = ArrayCache(folder, {"encoder": module_fingerprint(extractor.encoder)}, len(data))
+        cache = ArrayCache(folder, {"encoder": module_fingerprint(extractor.network)}, len(data))
         for rows in batches(len(data), len(data)):
             if rows[0] >= cache.num_done:
-                latents = extractor.extract_batch(*load_faces(data, rows, extractor.encoder.device))
+                latents = extractor.extract_batch(*load_faces(data, rows, extractor.network.device))
                 cache.write({"latents": latents.flatten(1).half().cpu().numpy()})
         return cls(cache.load("latents", mmap=True))
 
@@ -65,7 +65,7 @@ def load_directions(
     latents, values = [], []
     for rows in batches(len(data), max_images):
         latents.append(
-            extractor.extract_batch(*load_faces(data, rows, extractor.encoder.device)).cpu()
+            extractor.extract_batch(*load_faces(data, rows, extractor.network.device)).cpu()
         )
         values.append(torch.from_numpy(np.asarray(data.vectors[rows][:, FACIAL_COLUMNS])))
     return fit_directions(torch.cat(latents), torch.cat(values))

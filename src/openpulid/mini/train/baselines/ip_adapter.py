@@ -18,11 +18,10 @@ from openpulid.methods.ip_adapter import (
 )
 from openpulid.methods.ip_adapter.ip_adapter import IPAdapter
 from openpulid.mini.train.baselines.base import Baseline
-from openpulid.mini.train.baselines.tensors import RANK, linear, norm, random
+from openpulid.mini.train.baselines.tensors import RANK, linear, norm, random, resampler
 
 TOKENS = 4  # of IP-Adapter and IP-Adapter-FaceID
 RESAMPLER_TOKENS = 4  # of InstantID's Resampler, a quarter of the published sixteen
-HEAD_WIDTH = 64  # of the Resampler's attention heads, the only width that diffusers builds
 
 
 class IPAdapterBaseline(Baseline):
@@ -105,26 +104,7 @@ def instantid(pipe: Any, face: int) -> Baseline:
         face: width of the face embedding.
     """
     unet = pipe.unet
-    cross = unet.config.cross_attention_dim
-    names = {
-        "latents": random(1, RESAMPLER_TOKENS, HEAD_WIDTH),
-        **linear("proj_in", HEAD_WIDTH, face),
-    }
-    names |= linear("proj_out", cross, HEAD_WIDTH) | norm("norm_out", cross)
-    for depth in range(4):
-        layer = f"layers.{depth}"
-        names |= (
-            norm(f"{layer}.0.norm1", HEAD_WIDTH)
-            | norm(f"{layer}.0.norm2", HEAD_WIDTH)
-            | norm(f"{layer}.1.0", HEAD_WIDTH)
-        )
-        names |= {
-            f"{layer}.0.to_q.weight": random(HEAD_WIDTH, HEAD_WIDTH),
-            f"{layer}.0.to_kv.weight": random(2 * HEAD_WIDTH, HEAD_WIDTH),
-            f"{layer}.0.to_out.weight": random(HEAD_WIDTH, HEAD_WIDTH),
-            f"{layer}.1.1.weight": random(4 * HEAD_WIDTH, HEAD_WIDTH),
-            f"{layer}.1.3.weight": random(HEAD_WIDTH, 4 * HEAD_WIDTH),
-        }
+    names = resampler(face, RESAMPLER_TOKENS, unet.config.cross_attention_dim)
     encoder = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 16, 32))
     net = ControlNetModel.from_config({**encoder.config, "mid_block_type": "UNetMidBlock2D"})
     net.load_state_dict(encoder.state_dict(), strict=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from openpulid.io.checkpoints import save_tensors
 
 RANK = 8  # of the LoRAs
+HEAD_WIDTH = 64  # of a Resampler's attention heads, the only width that diffusers builds
 
 
 def random(*shape: int) -> Tensor:
@@ -27,6 +28,33 @@ def linear(name: str, out: int, into: int) -> dict[str, Tensor]:
 def norm(name: str, width: int) -> dict[str, Tensor]:
     """Create the tensors of a layer norm."""
     return {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
+
+
+def resampler(face: int, tokens: int, out: int) -> dict[str, Tensor]:
+    """Create the untrained tensors of a Resampler of four layers, by their published names.
+
+    Args:
+        face: width of the face embedding.
+        tokens: number of tokens.
+        out: width of the tokens.
+    """
+    names = {"latents": random(1, tokens, HEAD_WIDTH), **linear("proj_in", HEAD_WIDTH, face)}
+    names |= linear("proj_out", out, HEAD_WIDTH) | norm("norm_out", out)
+    for depth in range(4):
+        layer = f"layers.{depth}"
+        names |= (
+            norm(f"{layer}.0.norm1", HEAD_WIDTH)
+            | norm(f"{layer}.0.norm2", HEAD_WIDTH)
+            | norm(f"{layer}.1.0", HEAD_WIDTH)
+        )
+        names |= {
+            f"{layer}.0.to_q.weight": random(HEAD_WIDTH, HEAD_WIDTH),
+            f"{layer}.0.to_kv.weight": random(2 * HEAD_WIDTH, HEAD_WIDTH),
+            f"{layer}.0.to_out.weight": random(HEAD_WIDTH, HEAD_WIDTH),
+            f"{layer}.1.1.weight": random(4 * HEAD_WIDTH, HEAD_WIDTH),
+            f"{layer}.1.3.weight": random(HEAD_WIDTH, 4 * HEAD_WIDTH),
+        }
+    return names
 
 
 def create_lora(unet: Any) -> dict[str, Tensor]:
