@@ -48,7 +48,7 @@ def train_base(context: BuildContext) -> dict[str, float]:
     network = SDXLNetwork(unet, text_encoders, compiled=can_compile(context.device))
     result = context.train("base", BaseTask(network, images, pairs, evaluator), config)
     folder = context.weights / "pipeline"
-    save_folder(unet, folder / "unet")
+    save_folder(unet, folder / "unet", in_8_bits=True)
     stamp(folder / "unet", context.describe_training("base", config))
     pipe.scheduler.save_pretrained(folder / "scheduler")
     pipe.save_config(folder)

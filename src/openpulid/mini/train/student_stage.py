@@ -43,7 +43,7 @@ def train_student(context: BuildContext) -> dict[str, float]:
     )
 
     def save() -> Path:
-        save_folder(student, context.weights / "lightning")
+        save_folder(student, context.weights / "lightning", in_8_bits=True)
         return context.weights / "lightning"
 
     return distill(
