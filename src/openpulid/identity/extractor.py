@@ -6,21 +6,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from openpulid.faces.align import (
-    TEMPLATE,
     gray_on_white,
     mask_background,
-    similarity_transform,
-    warp_images,
 )
 from openpulid.faces.face import Face, require_landmarks
 from openpulid.faces.miniature import (
-    CROP,
     MINI_SIMILARITY,
     MiniFaceDetector,
     ResNetRecognition,
@@ -149,7 +145,7 @@ class MiniExtractor:
     @torch.no_grad()
     def debug_crops(self, face: Face) -> list[Tensor]:
         """Return the aligned crop and the gray face on white, (3, S, S) in [0, 1] each."""
-        crops, masks = self._align(*_batch_of(face), self.vision_encoder.img_size)
+        crops, masks = crop_faces(*_batch_of(face), self.vision_encoder.img_size)
         return [crops[0], gray_on_white(crops, masks)[0]]
 
     def extract_batch(
@@ -166,24 +162,15 @@ class MiniExtractor:
             id_cond (B, C): raw face embedding and vision embedding, concatenated; and five hidden
             states (B, 1 + N, D).
         """
-        aligned = self._align(images, masks, landmarks, CROP)
+        aligned = crop_faces(images, masks, landmarks)
         embedding = self.recognition(mask_background(*aligned))
-        aligned = self._align(images, masks, landmarks, self.vision_encoder.img_size)
+        aligned = crop_faces(images, masks, landmarks, self.vision_encoder.img_size)
         pixels = self.vision_encoder.prepare(gray_on_white(*aligned))
         vision_embedding, hidden = self.vision_encoder(pixels)
         return torch.cat([embedding, vision_embedding.to(embedding)], dim=1), hidden
 
-    def _align(
-        self, images: Tensor, masks: Tensor, landmarks: Tensor, size: int
-    ) -> tuple[Tensor, Tensor]:
-        """Warp images and masks so that the landmarks match the template.
 
-        Returns:
-            (B, 3, size, size) images and (B, 1, size, size) masks.
-        """
-        transform = similarity_transform(landmarks, TEMPLATE * size)
-        warped = warp_images(torch.cat([images, masks.to(images)], 1), transform, size)
-        return warped[:, :3], warped[:, 3:]
+CropExtractor = TypeVar("CropExtractor", bound="_CropExtractor")
 
 
 class _CropExtractor:
@@ -196,6 +183,7 @@ class _CropExtractor:
     """
 
     same_person_similarity = MINI_SIMILARITY
+    network_class: ClassVar[type[nn.Module]]
 
     def __init__(
         self, detection: FaceDetection, network: nn.Module, models: Mapping[str, str] | None = None
@@ -204,9 +192,27 @@ class _CropExtractor:
         self.network = network
         self.models = dict(models or {})
 
+    @classmethod
+    def load(
+        cls: type[CropExtractor],
+        detector: str | os.PathLike[str],
+        network: str | os.PathLike[str],
+        device: str | torch.device = "cpu",
+    ) -> CropExtractor:
+        """Load from two files of `checkpoints.save_module`.
+
+        Raises:
+            WeightsError: a file is missing or damaged.
+        """
+        return cls(
+            MiniFaceDetection(load_module(MiniFaceDetector, detector, device)),
+            load_module(cls.network_class, network, device),
+            hash_models([network]),
+        )
+
     @property
     def recognition_width(self) -> int:
-        """Width of the face embedding in `id_cond`; 0 if the features are none."""
+        """Width of the face embedding in `id_cond`; 0 for other features."""
         raise NotImplementedError
 
     def extract(self, faces: Sequence[Face]) -> list[Identity]:
@@ -241,23 +247,9 @@ class FaceLatentExtractor(_CropExtractor):
     """
 
     network: FaceLatentEncoder
+    network_class = FaceLatentEncoder
     recognition_width = 0
     """Latents are no face embedding."""
-
-    @classmethod
-    def load(
-        cls,
-        detector: str | os.PathLike[str],
-        encoder: str | os.PathLike[str],
-        device: str | torch.device = "cpu",
-    ) -> FaceLatentExtractor:
-        """Load from two files of `checkpoints.save_module`.
-
-        Raises:
-            WeightsError: a file is missing or damaged.
-        """
-        network = load_module(FaceLatentEncoder, encoder, device)
-        return cls(_load_detection(detector, device), network, hash_models([encoder]))
 
     def _prepare(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
         return place_on_white(*crop_faces(images, masks, landmarks))
@@ -267,17 +259,7 @@ class FaceEmbeddingExtractor(_CropExtractor):
     """The miniature's extractor of methods that read the face embedding alone."""
 
     network: ResNetRecognition
-
-    @classmethod
-    def load(
-        cls,
-        detector: str | os.PathLike[str],
-        recognition: str | os.PathLike[str],
-        device: str | torch.device = "cpu",
-    ) -> FaceEmbeddingExtractor:
-        """Load from two files, see `FaceLatentExtractor.load`."""
-        network = load_module(ResNetRecognition, recognition, device)
-        return cls(_load_detection(detector, device), network, hash_models([recognition]))
+    network_class = ResNetRecognition
 
     @property
     def recognition_width(self) -> int:
@@ -286,12 +268,6 @@ class FaceEmbeddingExtractor(_CropExtractor):
 
     def _prepare(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
         return mask_background(*crop_faces(images, masks, landmarks))
-
-
-def _load_detection(
-    detector: str | os.PathLike[str], device: str | torch.device
-) -> MiniFaceDetection:
-    return MiniFaceDetection(load_module(MiniFaceDetector, detector, device))
 
 
 def _batch_of(face: Face) -> tuple[Tensor, Tensor, Tensor]:

@@ -120,7 +120,11 @@ class FaceLatentEncoder(nn.Module):
 
 
 def crop_faces(
-    images: Tensor, masks: Tensor, landmarks: Tensor, jitter: Tensor | None = None
+    images: Tensor,
+    masks: Tensor,
+    landmarks: Tensor,
+    size: int = CROP,
+    jitter: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Align faces and their masks.
 
@@ -128,15 +132,16 @@ def crop_faces(
         images: (B, 3, H, W) in [0, 1].
         masks: (B, 1, H, W) in [0, 1], the pixels of the face.
         landmarks: (B, 5, 2) in pixels.
+        size: width and height of the crops, S.
         jitter: (B, 3, 3) of `faces.augment.random_affine`, a transform of the crops in training.
 
     Returns:
-        (B, 3, 64, 64) images and (B, 1, 64, 64) masks.
+        (B, 3, S, S) images and (B, 1, S, S) masks.
     """
-    matrix = similarity_transform(landmarks, TEMPLATE * CROP)
+    matrix = similarity_transform(landmarks, TEMPLATE * size)
     if jitter is not None:
         matrix = compose_affine(matrix, jitter)
-    crops = warp_images(torch.cat([images, masks.to(images)], 1), matrix, CROP)
+    crops = warp_images(torch.cat([images, masks.to(images)], 1), matrix, size)
     return crops[:, :3], crops[:, 3:]
 
 

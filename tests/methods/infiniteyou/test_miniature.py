@@ -73,11 +73,12 @@ def preset(task: BaselineTask, tmp_path_factory: pytest.TempPathFactory) -> Pres
     return with_method(mini_flux(folder), "infiniteyou").with_defaults(num_inference_steps=2)
 
 
-def train(task: BaselineTask, steps: int) -> list[float]:
+def train(task: BaselineTask, steps: int, bf16: bool = False) -> list[float]:
     optimizer = torch.optim.AdamW(task.baseline.trained.parameters(), lr=3e-3)
     losses = []
     for _ in range(steps):  # the same noise each time: the loss must fall
-        loss = task.losses(StepRNG(0, 0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # emulated on other CPUs
+            loss = task.losses(StepRNG(0, 0))
         optimizer.zero_grad()
         sum_losses(loss).backward()
         optimizer.step()
@@ -85,9 +86,10 @@ def train(task: BaselineTask, steps: int) -> list[float]:
     return losses
 
 
-def test_training_lowers_the_loss_and_changes_no_base(task: BaselineTask) -> None:
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_lowers_the_loss_and_changes_no_base(task: BaselineTask, bf16: bool) -> None:
     before = {name: value.clone() for name, value in task.base.network.state_dict().items()}
-    losses = train(task, steps=6)
+    losses = train(task, steps=6, bf16=bf16)
     assert losses[-1] < 0.98 * losses[0]
     parameters = list(task.baseline.trained.parameters())
     reached = [x for x in parameters if x.grad is not None and x.grad.abs().sum() > 0]

@@ -1,7 +1,6 @@
 """InfiniteYou (arXiv 2503.16418): a ControlNet of FLUX that reads an identity, not the prompt."""
 
 from openpulid.methods.infiniteyou.encoders import (
-    DIM_HEAD,
     FILES,
     INFUSENET,
     PREFIX,
@@ -10,4 +9,4 @@ from openpulid.methods.infiniteyou.encoders import (
 from openpulid.methods.infiniteyou.flux import InfiniteYou
 from openpulid.methods.infiniteyou.infusenet import InfuseNet
 
-__all__ = ["DIM_HEAD", "FILES", "INFUSENET", "PREFIX", "FaceProjection", "InfiniteYou", "InfuseNet"]
+__all__ = ["FILES", "INFUSENET", "PREFIX", "FaceProjection", "InfiniteYou", "InfuseNet"]

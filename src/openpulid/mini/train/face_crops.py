@@ -36,7 +36,7 @@ def load_crops(
     jitter = None
     if generator is not None:
         jitter = random_affine(len(rows), CROP, generator, turn=0.04, grow=0.03, shift=0.01)
-    crops, masks = crop_faces(*load_faces(data, rows, device), jitter)
+    crops, masks = crop_faces(*load_faces(data, rows, device), jitter=jitter)
     return place_on_white(crops, masks), masks
 
 
