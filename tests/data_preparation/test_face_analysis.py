@@ -184,20 +184,22 @@ def test_face_that_cannot_be_aligned_is_dropped(tmp_path, monkeypatch) -> None:
         raise FaceError("the landmarks are at one point")
 
     portrait().save(tmp_path / "a.png")
-    table = pyarrow.Table.from_pylist([image.to_row() for image in find_sources([tmp_path])])
+    images = find_sources([tmp_path])
+    table = pyarrow.Table.from_pylist([image.to_row() for image in images])
     work = WorkFolder(tmp_path / "work")
     work.create()
     stage = FacesStage(MINI_OPTIONS, work)
     monkeypatch.setattr(stage.analyzer.models, "embed", fail)
     stage(table)
-    (record,) = work.read_batches(FACES).values()
+    (record,) = work.read_batches(FACES, images).values()
     assert record.decision == "uncertain_face" and not record.file
 
 
 def test_batch_that_killed_a_worker_is_decoded_in_child_processes(tmp_path, monkeypatch) -> None:
     portrait().save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"no image")
-    table = pyarrow.Table.from_pylist([image.to_row() for image in find_sources([tmp_path])])
+    images = find_sources([tmp_path])
+    table = pyarrow.Table.from_pylist([image.to_row() for image in images])
     work = WorkFolder(tmp_path / "work")
     work.create()
     stage = FacesStage(MINI_OPTIONS, work)
@@ -209,10 +211,10 @@ def test_batch_that_killed_a_worker_is_decoded_in_child_processes(tmp_path, monk
 
     monkeypatch.setattr(stages, "decode_image", decode)
     assert stage(table)["count"].to_pylist() == [2]
-    first = work.read_batches(FACES)
+    first = work.read_batches(FACES, images)
     assert stage(table)["count"].to_pylist() == [2]
     assert limits == [None, None, stages.CHILD_SECONDS, stages.CHILD_SECONDS]
-    assert work.read_batches(FACES) == first
+    assert work.read_batches(FACES, images) == first
     assert sorted(record.decision for record in first.values()) == ["kept", "unreadable"]
 
 

@@ -95,6 +95,16 @@ def test_people_by_folder_or_unknown(tmp_path, people: str, count: int) -> None:
     assert assign_people(records, store(tmp_path, records), options) == count
 
 
+@pytest.mark.parametrize("people", ["folders", "none"])
+def test_nobody_is_in_both_splits_under_two_names(tmp_path, people: str) -> None:
+    faces = embed_people(2, 1)
+    images = [record(f"photos/{k}/1", faces[0], folder=str(k)) for k in range(5)]
+    images.append(record("photos/other/1", faces[1], folder="other"))
+    options = PrepareOptions(people=people, held_out=0.5)
+    assert assign_people(images, store(tmp_path, images), options) == 6
+    assert [image.split for image in images] == ["train"] * 5 + ["held-out"]
+
+
 def test_identity_words_of_captions() -> None:
     def check(mode: str) -> list[ImageRecord]:
         records = [record("a"), record("b"), record("c", decision="no_face")]
@@ -124,15 +134,18 @@ def test_damaged_batch_is_one_sentence(tmp_path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(TrainingError, match="is damaged: delete it, and its images are read again"):
-        work.read_batches(FACES)
+        work.read_batches(FACES, records)
 
 
-def test_changed_image_replaces_the_earlier_result(tmp_path) -> None:
+@pytest.mark.parametrize("version", [1, 3])
+def test_result_of_another_version_does_not_count(tmp_path, version: int) -> None:
+    """An image can be replaced by an older file."""
     faces = embed_people(2, 1)
-    work = store(tmp_path, [record("a", faces[0], modified=1), record("b", faces[0])])
-    work.write_batch(FACES, [record("a", faces[1], modified=2, decision="blurred")])
-    records = work.read_batches(FACES)
-    assert records["key-a"].decision == "blurred" and records["key-a"].embedding == []
-    work.write_batch(FACES, [record("a", faces[1], modified=3)])
-    embedding = work.read_embeddings([work.read_batches(FACES)["key-a"]])
+    work = store(tmp_path, [record("a", faces[0], version=2), record("b", faces[0])])
+    changed = record("a", faces[1], version=version, decision="blurred")
+    assert work.read_batches(FACES, [changed]) == {}
+    work.write_batch(FACES, [changed])
+    (found,) = work.read_batches(FACES, [changed]).values()
+    assert found.decision == "blurred" and found.embedding == []
+    embedding = work.read_embeddings([found])
     assert torch.allclose(torch.from_numpy(embedding)[0], faces[1])

@@ -119,6 +119,25 @@ def test_changed_file_is_noticed(tmp_path) -> None:
     assert [x == y for x, y in zip(before, after, strict=True)] == [False, True]
 
 
+def test_changed_caption_is_a_new_version(tmp_path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png("red"))
+    caption = folder / "a.txt"
+    versions = []
+    for text, modified in (("a person", 5), ("a person in a park", 6), ("", 7), (None, 0)):
+        if text is None:
+            caption.unlink()
+        else:
+            caption.write_text(text)
+            os.utime(caption, (modified, modified))
+        versions.append(find_sources([folder])[0].version)
+    # an empty caption is none
+    assert len({*versions}) == 3 and versions[2] == versions[3]
+    moved = folder.rename(tmp_path / "moved") / "a.png"
+    assert find_sources([moved.parent])[0].version == versions[3]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -44,21 +44,21 @@ class BatchRunner:
         """
         import pyarrow
 
-        records = self.work.read_batches(FACES)
-        waiting = [image for image in images if not _is_current(records.get(image.key), image)]
+        records = self.work.read_batches(FACES, images)
+        waiting = [image for image in images if image.key not in records]
         tables = [
             pyarrow.Table.from_pylist([image.to_row() for image in batch])
             for batch in self._split(waiting)
         ]
         operator = Operator(FacesStage, (self.options, self.work), has_models=True)
         self._run("faces", len(images), tables, operator)
-        records = self.work.read_batches(FACES)
+        records = self.work.read_batches(FACES, images)
         return [records[image.key] for image in images]
 
     def caption(self, records: Sequence[ImageRecord]) -> None:
         """Caption the images that have no caption."""
         wanted = [record for record in records if record.is_kept and not record.caption]
-        captions = self.work.read_batches(CAPTIONS)
+        captions = self.work.read_batches(CAPTIONS, wanted)
         # neighbors in an archive are read together
         waiting = sorted(
             (record for record in wanted if record.key not in captions),
@@ -67,7 +67,7 @@ class BatchRunner:
         tables = [to_table(list(batch)) for batch in self._split(waiting)]
         operator = Operator(CaptionStage, (self.options, self.work), has_models=True)
         self._run("captions", len(wanted), tables, operator)
-        captions = self.work.read_batches(CAPTIONS)
+        captions = self.work.read_batches(CAPTIONS, wanted)
         for record in wanted:
             record.caption = captions[record.key].caption
             record.captioner = captions[record.key].captioner
@@ -96,8 +96,3 @@ class BatchRunner:
                 rate = done / (now - started)
                 finished = total - waiting + done
                 self.log(f"{title}: {finished:,} of {total:,} images, {rate:.1f} per second")
-
-
-def _is_current(record: ImageRecord | None, image: SourceImage) -> bool:
-    """Return whether an image was analyzed and has not changed since."""
-    return record is not None and record.modified == image.modified

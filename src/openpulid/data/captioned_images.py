@@ -101,6 +101,12 @@ class CaptionedImages:
                 data = file.read(CAPTION_BYTES)
         return " ".join(decode_text(data).replace("\0", " ").split())
 
+    def find_version(self, name: str) -> int:
+        """Return when an image, or the archive that it is in, was last modified, in nanoseconds."""
+        member = self.members.get(name)
+        path = self.folder / name if member is None else member.archive
+        return path.stat().st_mtime_ns
+
     def find_person(self, name: str) -> str | None:
         """Return who an image shows: the subfolder that it is in; None if it is in none."""
         folder = Path(name).parent

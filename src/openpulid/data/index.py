@@ -15,7 +15,7 @@ from openpulid.io.files import replace_file
 
 INDEX_FILE = "index.parquet"
 METADATA_KEY = b"openpulid"
-PRIVATE_COLUMNS = (EMBEDDING, "modified")
+PRIVATE_COLUMNS = (EMBEDDING, "version")
 """Columns that are not in the index: face embeddings are biometric data."""
 
 

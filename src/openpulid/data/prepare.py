@@ -147,8 +147,8 @@ def _run_steps(
 
 
 def _hash_sources(images: Sequence[SourceImage]) -> str:
-    """Return a hash of the names and times of all images."""
+    """Return a hash of the names and versions of all images."""
     digest = hashlib.blake2b(digest_size=16)
     for image in images:
-        digest.update(f"{image.key} {image.modified}\n".encode())
+        digest.update(f"{image.key} {image.version}\n".encode())
     return digest.hexdigest()

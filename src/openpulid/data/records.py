@@ -42,7 +42,7 @@ class ImageRecord:
         name: see `SourceImage`.
         key: hash of the name; the file name in the dataset.
         folder: see `SourceImage`.
-        modified: see `SourceImage`.
+        version: see `SourceImage`.
         decision: a key of `DECISIONS`.
         error: why the image cannot be opened.
         width: of the image in pixels.
@@ -76,7 +76,7 @@ class ImageRecord:
     name: str
     key: str
     folder: str = ""
-    modified: int = 0
+    version: int = 0
     decision: str = KEPT
     error: str = ""
     width: int = 0

@@ -91,14 +91,14 @@ def assign_people(records: Sequence[ImageRecord], work: WorkFolder, options: Pre
     kept = [record for record in records if record.is_kept]
     if not kept:
         return 0
+    embeddings = torch.from_numpy(work.read_embeddings(kept))
+    pairs, _ = find_pairs(embeddings, options.certain_similarity)
+    groups = connect(len(kept), pairs)
     if options.people == "faces":
-        embeddings = torch.from_numpy(work.read_embeddings(kept))
         people = find_people(embeddings, options.person_similarity)
-        pairs, _ = find_pairs(embeddings, options.certain_similarity)
-        groups = connect(len(kept), pairs)
     else:
         folders = [_folder_name(record, options) for record in kept]
-        people = groups = np.unique(folders, return_inverse=True)[1]
+        people = np.unique(folders, return_inverse=True)[1]
     # a person is called after one of their images, whatever the other images are
     first: dict[int, str] = {}
     for person, record in zip(people.tolist(), kept, strict=True):

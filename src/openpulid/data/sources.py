@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +47,7 @@ class SourceImage:
         caption_offset: as `offset`.
         caption_size: as `size`.
         folder: the subfolder of the source that the image is in; empty for none.
-        modified: when the file was last modified, in nanoseconds.
+        version: another number whenever the image or its caption has changed.
     """
 
     name: str
@@ -58,7 +58,7 @@ class SourceImage:
     caption_offset: int = -1
     caption_size: int = -1
     folder: str = ""
-    modified: int = 0
+    version: int = 0
 
     @property
     def key(self) -> str:
@@ -163,24 +163,23 @@ def _find_in(source: Path, label: str) -> Iterator[SourceImage]:
 
 def _list_images(images: CaptionedImages, label: str) -> Iterator[SourceImage]:
     names = [*images.captions, *map(str, images.uncaptioned)]
-    times: dict[Path, int] = {}  # of archives with many images
+    modified = cache(lambda path: path.stat().st_mtime_ns)  # an archive has many images
     for name in names:
         caption = images.captions.get(name, "")
         member = images.members.get(name)
         text = images.members.get(caption)
         path = images.folder / name if member is None else member.archive
-        if path not in times:
-            times[path] = path.stat().st_mtime_ns
+        location = _locate(images.folder, caption, text)
         yield SourceImage(
             name=escape_unprintable(f"{label}/{name}" if label else name),
             path=str(path),
             offset=-1 if member is None else member.offset,
             size=-1 if member is None else member.size,
-            caption=str(_locate(images.folder, caption, text)),
+            caption=location,
             caption_offset=-1 if text is None else text.offset,
             caption_size=-1 if text is None else text.size,
             folder=escape_unprintable(images.find_person(name) or ""),
-            modified=times[path],
+            version=_combine(modified(path), caption, caption and modified(Path(location))),
         )
 
 
@@ -188,6 +187,12 @@ def _locate(folder: Path, name: str, member: TarMember | None) -> str:
     if not name:
         return ""
     return str(folder / name if member is None else member.archive)
+
+
+def _combine(*facts: object) -> int:
+    """Return a number of 63 bits that changes when a fact does."""
+    digest = hashlib.blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _list_rows(path: Path, label: str) -> Iterator[SourceImage]:
@@ -210,7 +215,7 @@ def _list_rows(path: Path, label: str) -> Iterator[SourceImage]:
     for group in range(table.metadata.num_row_groups):
         for row in range(table.metadata.row_group(group).num_rows):
             name = escape_unprintable(f"{label}/{index:09d}")
-            yield SourceImage(name, str(path), group, row, caption, modified=modified)
+            yield SourceImage(name, str(path), group, row, caption, version=modified)
             index += 1
 
 
@@ -238,7 +243,7 @@ def _read_row_group(path: str, modified: int, group: int) -> dict[str, Any]:
 
 def _read_cell(image: SourceImage, wanted: Sequence[str]) -> Any:
     """Return the value in a column of a parquet file; None without the column."""
-    row_group = _read_row_group(image.path, image.modified, image.offset)
+    row_group = _read_row_group(image.path, image.version, image.offset)
     column = _find_column(list(row_group), wanted)
     return None if column is None else row_group[column][image.size]
 

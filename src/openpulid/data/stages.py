@@ -65,7 +65,7 @@ class FacesStage:
         """Write a batch of rows of `SourceImage`; return the number of its images."""
         sources = [SourceImage.from_row(row) for row in table.to_pylist()]
         records = [
-            ImageRecord(source.name, source.key, source.folder, source.modified)
+            ImageRecord(source.name, source.key, source.folder, source.version)
             for source in sources
         ]
         time_limit = None if self.work.count_attempt(records) == 1 else CHILD_SECONDS

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from openpulid.data.records import EMBEDDING, ImageRecord, from_table, record_schema, to_table
+from openpulid.data.sources import SourceImage
 from openpulid.errors import TrainingError
 from openpulid.io.files import make_folder, replace_file
 from openpulid.io.tar_members import TarMember, write_tar
@@ -99,20 +100,24 @@ class WorkFolder:
             file.write(b".")
             return file.tell()
 
-    def read_batches(self, kind: str) -> dict[str, ImageRecord]:
-        """Read the records of all batches of a kind, by key; without embeddings.
+    def read_batches(
+        self, kind: str, images: Iterable[SourceImage | ImageRecord]
+    ) -> dict[str, ImageRecord]:
+        """Read the records of images from all batches of a kind, by key; without embeddings.
 
-        Of an image that was read again because it has changed, the last record counts.
+        Args:
+            kind: `FACES` or `CAPTIONS`.
+            images: in the version that is wanted. Records of other versions do not count.
 
         Raises:
             TrainingError: a file is damaged.
         """
         names = [name for name in record_schema().names if name != EMBEDDING]
+        versions = {image.key: image.version for image in images}
         records: dict[str, ImageRecord] = {}
         for table in self._read_tables(kind, names):
             for record in from_table(table):
-                existing = records.get(record.key)
-                if existing is None or existing.modified < record.modified:
+                if versions.get(record.key) == record.version:
                     records[record.key] = record
         return records
 
@@ -125,10 +130,10 @@ class WorkFolder:
         Raises:
             TrainingError: a file is damaged.
         """
-        rows = {(record.key, record.modified): row for row, record in enumerate(records)}
+        rows = {(record.key, record.version): row for row, record in enumerate(records)}
         embeddings = np.zeros((len(records), 0), np.float32)
-        for table in self._read_tables(FACES, ["key", "modified", EMBEDDING]):
-            keys = zip(table["key"].to_pylist(), table["modified"].to_pylist(), strict=True)
+        for table in self._read_tables(FACES, ["key", "version", EMBEDDING]):
+            keys = zip(table["key"].to_pylist(), table["version"].to_pylist(), strict=True)
             for key, values in zip(keys, table[EMBEDDING], strict=True):
                 if key in rows and len(values):
                     if not embeddings.shape[1]:
