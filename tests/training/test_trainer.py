@@ -19,6 +19,7 @@ from torch import nn
 from openpulid.errors import OptionError, TrainingError
 from openpulid.training import checkpointing, precision
 from openpulid.training import trainer as loop
+from openpulid.training.checkpointing import Checkpointer
 from openpulid.training.trainer import CHECKPOINT, TrainerConfig, run
 
 pytestmark = pytest.mark.usefixtures("both_precisions")
@@ -195,6 +196,46 @@ def test_slow_first_steps_do_not_shorten_the_run(tmp_path, monkeypatch):
         task, TrainerConfig(steps=100_000, lr=1e-2, validate_every=1000), tmp_path, minutes=0.5
     )
     assert result.steps in range(190, 200) and result.seconds == pytest.approx(30, abs=0.5)
+
+
+def test_linear_decay_from_the_first_step_fits_the_budget(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    task = Regression()
+    losses = task.losses
+
+    def timed(rng):
+        clock[0] += 0.1
+        return losses(rng)
+
+    task.losses = timed
+    schedule = TrainerConfig(steps=100_000, lr=1e-2, validate_every=1000, decay=1.0)
+    result = run(task, schedule, tmp_path, minutes=0.5)
+    assert result.steps in range(299, 302) and result.seconds == pytest.approx(30, abs=0.3)
+
+
+def test_checkpoints_count_in_the_budget(tmp_path, monkeypatch):
+    """A step takes 0.1 s, and a checkpoint 2 s after every 6 s: steps have two thirds."""
+    clock = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    task = Regression()
+    losses, save = task.losses, Checkpointer.save
+
+    def timed(rng):
+        clock[0] += 0.1
+        return losses(rng)
+
+    def save_slowly(*args):
+        clock[0] += 2.0
+        save(*args)
+
+    task.losses = timed
+    monkeypatch.setattr(Checkpointer, "save", save_slowly)
+    schedule = TrainerConfig(
+        steps=100_000, lr=1e-2, validate_every=100, decay=0.6, save_minutes=0.1
+    )
+    result = run(task, schedule, tmp_path, minutes=1)
+    assert result.steps in range(360, 410) and result.seconds == pytest.approx(60, abs=3)
 
 
 def test_steps_that_compile_do_not_shorten_a_run_that_soon_decays(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ MAX_SLOWDOWN = 5.0  # steps that take longer than so many medians are not measur
 
 
 class StepTimer:
-    """Measures the duration of a step, checkpoints included, and of a validation.
+    """Measures the durations of a step, a validation and a checkpoint.
 
     Args:
         step: number of steps finished when this process started.
@@ -91,6 +91,7 @@ class StepTimer:
         self.step = step
         self.seconds = 0.0
         self.validation_seconds = 0.0  # duration of the last validation
+        self.save_seconds = 0.0  # duration of the last checkpoint
         self.first_estimate_step = step + WARMUP_STEPS + MIN_MEASURED_STEPS
         self._start_step = step + WARMUP_STEPS
         self._durations: list[float] = []
@@ -113,6 +114,14 @@ class StepTimer:
     def exclude_validation(self, seconds: float) -> None:
         """Remove a validation of this duration from the measured step time."""
         self.validation_seconds = seconds
+        self._exclude(seconds)
+
+    def exclude_save(self, seconds: float) -> None:
+        """Remove a checkpoint of this duration from the measured step time."""
+        self.save_seconds = seconds
+        self._exclude(seconds)
+
+    def _exclude(self, seconds: float) -> None:
         self.seconds += seconds
         if self._last_report is not None:
             step, reported_at = self._last_report
@@ -128,15 +137,19 @@ class StepTimer:
         """Number of steps since the measurement started."""
         return len(self._durations)
 
-    def steps_within(self, seconds: float, validate_every: int) -> int:
+    def steps_within(self, seconds: float, config: TrainerConfig) -> int:
         """Estimate how many steps fit into the remaining seconds.
 
-        A validation runs after every `validate_every` steps and at the end.
+        A validation runs after every `validate_every` steps and a checkpoint is saved after every
+        `save_minutes` minutes. Both also happen at the end.
         """
         limit = MAX_SLOWDOWN * median(self._durations)
         step_seconds = fmean(duration for duration in self._durations if duration <= limit)
-        step_seconds = max(1e-6, step_seconds) + self.validation_seconds / validate_every
-        return max(1, ceil((seconds - self.validation_seconds) / step_seconds))
+        step_seconds = max(1e-6, step_seconds) + self.validation_seconds / config.validate_every
+        save_interval = max(config.save_minutes * 60, self.save_seconds + step_seconds)
+        save_share = self.save_seconds / save_interval
+        seconds -= self.validation_seconds + self.save_seconds
+        return max(1, ceil(seconds * (1.0 - save_share) / step_seconds))
 
     def restart(self) -> None:
         """Start a new measurement, because the load of the machine changes over time."""
@@ -177,12 +190,16 @@ class TimeBudget:
         """Return the number of steps of the whole run that fits into the budget.
 
         Once the decay has begun, and before enough steps are measured, this is the current `total`.
+        If it begins with the first step, the number is estimated once.
         """
         is_measured = timer.num_measured_steps >= MIN_MEASURED_STEPS
-        if self.minutes is None or not is_measured or self.config.is_decaying(timer.step, total):
+        is_fixed = self.config.is_decaying(timer.step, total)
+        if self.config.decay == 1.0:
+            is_fixed = not timer.is_first_estimate
+        if self.minutes is None or not is_measured or is_fixed:
             return total
         seconds_left = self.minutes * 60 - timer.seconds
-        steps_left = timer.steps_within(seconds_left, self.config.validate_every)
+        steps_left = timer.steps_within(seconds_left, self.config)
         if not timer.is_first_estimate:
             timer.restart()
         return min(self.config.steps, timer.step + steps_left)

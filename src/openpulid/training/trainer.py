@@ -259,6 +259,7 @@ class Trainer:
                 self._stop(signals[0] if signals else signal.SIGTERM)
             if self.checkpointer.is_due(self.seconds):
                 self._save()
+                timer.exclude_save(self.seconds - timer.seconds)
 
     def _step(self) -> None:
         """Run one optimizer step."""
