@@ -207,7 +207,7 @@ def _print_plan(recipe: Recipe) -> None:
         OptionError: there is no plan for the recipe.
     """
     from openpulid.training.pulid import DEFAULT_PIXELS
-    from openpulid.training.pulid.plan import GB, UTILIZATION, plan_training
+    from openpulid.training.pulid.plan import GB, SETUPS, UTILIZATION, plan_training
 
     plans = plan_training(recipe)
     rows = []
@@ -239,6 +239,9 @@ def _print_plan(recipe: Recipe) -> None:
         f"{recipe.pixels or DEFAULT_PIXELS} pixels. Predicted from shapes, not measured; times for "
         f"H100 GPUs at {UTILIZATION:.0%} of their peak."
     )
+    planned = [prediction.setup for prediction in plans]
+    if omitted := [setup.name for setup in SETUPS if setup not in planned]:
+        print(f"{', '.join(omitted)}: left out, they cannot share the batches evenly.")
     largest = max(plans, key=lambda prediction: prediction.peak)
     parts = sorted(largest.memory.items(), key=lambda part: -part[1])
     listed = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts)

@@ -80,7 +80,8 @@ def plan_training(
 ) -> list[Plan]:
     """Predict memory and time of a recipe on one GPU, eight, and eight with sharding.
 
-    A recipe that accumulates keeps its micro-batches; another one gets the largest that fit.
+    A recipe that accumulates keeps its micro-batches; another one gets the largest that fit. GPUs
+    that cannot share the recipe's batches evenly are left out.
 
     Args:
         recipe: of SDXL, FLUX.1 or a relative, with gradient checkpointing.
@@ -102,6 +103,8 @@ def plan_training(
             _plan(recipe, setup, costs, accumulate)
             for accumulate in _find_accumulations(recipe, setup)
         ]
+        if not candidates:
+            continue
         fitting = [plan for plan in candidates if plan.peak <= memory_limit]
         plans.append(fitting[0] if fitting else candidates[-1])
     return plans
@@ -109,11 +112,10 @@ def plan_training(
 
 def _find_accumulations(recipe: Recipe, setup: Setup) -> list[int]:
     """List the numbers of micro-batches by which the recipe's batches can be divided."""
-    if recipe.accumulate > 1:
-        return [recipe.accumulate]
-    share = recipe.batch // setup.gpus
-    few_step = recipe.few_step_batch // setup.gpus
-    return [n for n in range(1, share + 1) if share % n == 0 and few_step % n == 0]
+    largest = recipe.batch // setup.gpus
+    options = range(1, largest + 1) if recipe.accumulate == 1 else [recipe.accumulate]
+    batches = (recipe.batch, recipe.few_step_batch)
+    return [n for n in options if all(batch % (n * setup.gpus) == 0 for batch in batches)]
 
 
 def _plan(recipe: Recipe, setup: Setup, costs: Costs, accumulate: int) -> Plan:
