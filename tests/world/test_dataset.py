@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from openpulid.errors import OptionError
 from openpulid.world import ATTRIBUTES, PARAMETERS
 from openpulid.world.dataset import FAMILY, Plan, WorldDataset, build_dataset, encode_attributes
 
@@ -54,7 +55,7 @@ def test_second_build_does_not_render(folder, data):
 
 
 def test_other_plan_is_rejected(folder, data):
-    with pytest.raises(ValueError, match="another plan"):
+    with pytest.raises(OptionError, match=r"another plan, such as .*--fresh"):
         build_dataset(folder, Plan(people=8, scenes=2, size=32))
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from openpulid.errors import OptionError
 from openpulid.world.person import FACIAL, HELD_OUT_PEOPLE, SKIN, Person
 from openpulid.world.render import render
 from openpulid.world.scene import ATTRIBUTES, Scene
@@ -140,6 +141,11 @@ class WorldDataset:
         data.attributes = _load_attributes(data)
         return data
 
+    @property
+    def key(self) -> dict[str, object]:
+        """What determines the images, as JSON values."""
+        return {"plan": dataclasses.asdict(self.plan)}
+
     def __len__(self) -> int:
         return len(self.people)
 
@@ -188,15 +194,16 @@ def build_dataset(
         on_progress: called with the number of people rendered and their total.
 
     Raises:
-        ValueError: the folder holds the images of another plan.
+        OptionError: the folder holds the images of another plan.
         KeyboardInterrupt: Ctrl-C. The workers are stopped; what is rendered is kept.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plan_file = folder / "plan.json"
     if plan_file.exists() and Plan(**json.loads(plan_file.read_text())) != plan:
-        raise ValueError(
-            f"{folder} holds images of another plan; remove it or choose another folder."
+        raise OptionError(
+            f"{folder} holds images of another plan, such as another number of people: delete it, "
+            "start again with --fresh, or choose another folder."
         )
     plan_file.write_text(json.dumps(dataclasses.asdict(plan)))
     if (folder / "done.txt").exists():

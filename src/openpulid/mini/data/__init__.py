@@ -1,6 +1,6 @@
 """Training data of the miniature: images, cached captions, latents and features."""
 
-from openpulid.mini.data.cache import ArrayCache
+from openpulid.mini.data.cache import ArrayCache, cache_folder
 from openpulid.mini.data.captions import Captions, token_ids
 from openpulid.mini.data.features import FaceFeatures
 from openpulid.mini.data.latents import Latents
@@ -15,6 +15,7 @@ __all__ = [
     "Latents",
     "PairDataset",
     "batches",
+    "cache_folder",
     "load_faces",
     "load_photographs",
     "token_ids",

@@ -9,7 +9,20 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 
+from openpulid.io.files import write_json
+
 STAMP = "cache.json"
+
+
+def cache_folder(runs: Path, kind: str, dataset: str) -> Path:
+    """Return the folder of what is computed of a dataset, such as latents-held-out.
+
+    Args:
+        runs: folder of datasets and caches.
+        kind: what is computed, such as "latents".
+        dataset: name of the dataset, "world" or with a suffix.
+    """
+    return runs / f"{kind}{dataset.removeprefix('world')}"
 
 
 class ArrayCache:
@@ -68,16 +81,17 @@ class ArrayCache:
 
     def _read_num_done(self) -> int:
         stamp = self.folder / STAMP
-        if not stamp.exists():
+        try:
+            content = json.loads(stamp.read_bytes())
+        except (OSError, ValueError):
             return 0
-        content = json.loads(stamp.read_text("utf-8"))
         return int(content["num_done"]) if content["key"] == self.key else 0
 
     def _write_stamp(self) -> None:
         for array in self._arrays.values():
             array.flush()  # type: ignore[attr-defined]  # a memory map
         content = {"key": self.key, "num_done": self.num_done}
-        (self.folder / STAMP).write_text(json.dumps(content), "utf-8")
+        write_json(self.folder / STAMP, content)
 
     def _open(self, name: str, values: np.ndarray) -> np.ndarray:
         if name not in self._arrays:

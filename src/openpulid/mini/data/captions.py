@@ -53,6 +53,7 @@ class Captions:
         """
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()
         key = {
+            **data.key,
             "tokenizer": hashlib.sha256(vocabulary).hexdigest(),
             "length": tokenizer.model_max_length,
             "variants": variants,

@@ -47,6 +47,7 @@ class FaceFeatures:
             on_progress: called with the number of images done and their total.
         """
         key = {
+            **data.key,
             "recognition": module_fingerprint(extractor.recognition),
             "vision_encoder": module_fingerprint(extractor.vision_encoder),
         }

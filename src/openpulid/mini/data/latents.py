@@ -48,7 +48,11 @@ class Latents:
             folder: folder of the cache.
             on_progress: called with the number of images done and their total.
         """
-        key = {"vae": module_fingerprint(vae), "scaling_factor": vae.config.scaling_factor}
+        key = {
+            **data.key,
+            "vae": module_fingerprint(vae),
+            "scaling_factor": vae.config.scaling_factor,
+        }
         cache = ArrayCache(folder, key, len(data))
         for rows in batches(len(data), len(data)):
             if rows[0] < cache.num_done:

@@ -6,6 +6,7 @@ can be tried with it.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,11 @@ class PairDataset:
     def __init__(self, data: WorldDataset, count: int) -> None:
         self.data = data
         self.rows = _select_rows(data, count)
+
+    @property
+    def key(self) -> dict[str, object]:
+        """What determines the images, as JSON values."""
+        return {**self.data.key, "pairs": hashlib.sha256(self.rows.tobytes()).hexdigest()}
 
     def __len__(self) -> int:
         return len(self.rows)

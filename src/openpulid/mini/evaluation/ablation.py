@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from openpulid.bench.metrics import Interval
+from openpulid.io.checkpoints import sha256
 from openpulid.io.files import replace_file
 from openpulid.mini.evaluation.evaluate import Table, run
 from openpulid.mini.evaluation.variants import shorten, variant_folder
@@ -20,6 +21,8 @@ PRESET = "mini-lightning"
 SDXL-Lightning."""
 GRAD_STEPS = (1, 2, 3, 4)
 """Numbers of last steps of the lightning branch that carry gradient."""
+NETWORKS = ("pipeline", "lightning")
+"""What an adapter trains on; with other weights it is trained again."""
 PRESERVATION = {
     "clip_i": "CLIP-I between images with and without identity",
     "outside_face": "change outside the face",
@@ -47,7 +50,6 @@ def sweep(
     people: int,
     *,
     runs: Path = Path("runs/mini"),
-    weights: Path = MINIATURE,
     device: str | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Table:
@@ -58,26 +60,28 @@ def sweep(
             training.
         people: number of held-out people, with one prompt each.
         runs: the adapters are stored below this folder. An adapter that exists with the same recipe
-            is not trained again.
-        weights: the weights of the miniature.
+            is not trained again, unless it began with other weights.
         device: where to compute; the best device by default.
         log: receives a line per training.
     """
+    networks = [
+        file for part in NETWORKS for file in sorted((MINIATURE / part).rglob("*.safetensors"))
+    ]
     adapters: dict[str, Path] = {}
     for name, recipe in sweep_recipes().items():
         short = shorten(recipe, steps)
-        folder = variant_folder(runs / "sweep", name, short)
+        begin = adapter.find_init_adapter(recipe.init_from or "", runs / "any")
+        folder = variant_folder(
+            runs / "sweep", name, short, "".join(map(sha256, [begin, *networks]))
+        )
         file = folder / ADAPTER_FILE
         if not file.exists():
             log(f"{name}: {steps} steps")
             adapter.train(
                 short,
                 folder,
-                init_adapter=adapter.find_init_adapter(
-                    recipe.init_from or "", runs / "any", weights
-                ),
+                init_adapter=begin,
                 runs=runs,
-                weights=weights,
                 device=device,
             )
         adapters[name] = file

@@ -65,9 +65,11 @@ def measure_reader(reader: ValueReader, data: WorldDataset, limit: int = 1024) -
     Returns:
         error: of the reader; chance: of predicting the mean person each time.
     """
+    device = next(reader.parameters()).device
     predictions, parameters = [], []
     for rows in batches(len(data), limit):
-        predictions.append(reader(load_aligned_crops(data, rows).float() / 255))
+        crops = load_aligned_crops(data, rows).to(device)
+        predictions.append(reader(crops.float() / 255).cpu())
         parameters.append(torch.from_numpy(np.asarray(data.vectors[rows][:, FACIAL_COLUMNS])))
     predicted, truth = torch.cat(predictions), torch.cat(parameters)
     return {

@@ -16,7 +16,7 @@ def shorten(recipe: Recipe, steps: int) -> Recipe:
     return replace(recipe, warmup=warmup, ema=0.98, steps=min(steps, recipe.steps))
 
 
-def variant_folder(parent: Path, name: str, recipe: Recipe, base: str = "") -> Path:
+def variant_folder(parent: Path, name: str, recipe: Recipe, base: str) -> Path:
     """Return the run directory of a variant, another one for every recipe and base.
 
     So an adapter that exists in it needs no check, and an interrupted training continues.
@@ -25,7 +25,7 @@ def variant_folder(parent: Path, name: str, recipe: Recipe, base: str = "") -> P
         parent: folder of all variants.
         name: of the variant.
         recipe: of the variant.
-        base: fingerprint of the base model, if it can change.
+        base: fingerprint of what the adapter trains on and begins with.
     """
     content = json.dumps([asdict(recipe), base])
     digest = blake2b(content.encode(), digest_size=4).hexdigest()

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from openpulid.identity.extractor import FaceEmbeddingExtractor
-from openpulid.mini.data import FaceFeatures, Latents, load_faces
+from openpulid.mini.data import FaceFeatures, Latents, cache_folder, load_faces
 from openpulid.mini.train.baselines import Baseline, Features
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.clip import normalize_for_clip
@@ -57,8 +57,8 @@ def load_rows(
     if features == "images":
         return ReferenceImages(data)
     if features == "latents":
-        suffix = data.folder.name.removeprefix("world")
-        return FaceLatentRows.build(extractor, data, context.runs / f"face-latents-of{suffix}")
+        folder = cache_folder(context.runs, "face-latents-of", data.folder.name)
+        return FaceLatentRows.build(extractor, data, folder)
     cached = load_features(extractor, data, context.runs)
     if features == "levels":
         return cached

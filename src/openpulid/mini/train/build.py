@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,12 +72,12 @@ def build(
     usual_minutes = sum(stage.minutes for stage in stages)
     results = {}
     for stage in stages:
-        if fresh:
-            shutil.rmtree(runs / stage.name, ignore_errors=True)
         budget = stage.minutes if minutes is None else minutes * stage.minutes / usual_minutes
         context = BuildContext(runs, weights, torch_device, budget, begin=begin, tokens=tokens)
         if people is not None:
             context.plan = Plan(people=people)
+        if fresh:
+            stage.delete_runs(context)
         results[stage.name] = stage.train(context)
         append_figures(report, stage.name, results[stage.name], context)
     return results

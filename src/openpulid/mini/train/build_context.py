@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.errors import TrainingError, WeightsError
 from openpulid.faces.miniature import RECOGNITION_MODELS
 from openpulid.io.checkpoints import load_module, save_module, save_tensors
-from openpulid.mini.data import Captions, Latents, PairDataset
+from openpulid.mini.data import Captions, Latents, PairDataset, cache_folder
 from openpulid.mini.models import TextEncoders
 from openpulid.training import Task, TrainerConfig, TrainingResult, autocast, revision, run
 from openpulid.world.dataset import Plan, WorldDataset
@@ -191,11 +192,10 @@ class BuildContext:
             tokenizer: by default that of the pipeline.
             data: the dataset, if it is open already.
         """
-        folder = self.runs / f"captions{name.removeprefix('world')}"
         return Captions.build(
             self.open(name) if data is None else data,
             self.load_tokenizer() if tokenizer is None else tokenizer,
-            folder,
+            cache_folder(self.runs, "captions", name),
             on_progress=make_progress_printer("captions"),
         )
 
@@ -208,12 +208,11 @@ class BuildContext:
             name: name of the dataset.
             data: the dataset, if it is open already.
         """
-        folder = self.runs / f"latents{name.removeprefix('world')}"
         with autocast(self.device):
             return Latents.build(
                 self.load_vae(),
                 self.open(name) if data is None else data,
-                folder,
+                cache_folder(self.runs, "latents", name),
                 on_progress=make_progress_printer("latents"),
             )
 
@@ -228,12 +227,21 @@ class Stage:
         train: trains the stage's models, writes their weights and returns its figures on held-out
             people.
         needs: names of stages that are selected with it, because nothing else needs their weights.
+        find_folders: returns the names of the folders that the stage fills; by default one with the
+            stage's name.
     """
 
     name: str
     minutes: float
     train: Callable[[BuildContext], dict[str, float]]
     needs: tuple[str, ...] = ()
+    find_folders: Callable[[BuildContext], Sequence[str]] | None = None
+
+    def delete_runs(self, context: BuildContext) -> None:
+        """Delete what an earlier build of the stage has left, so that it starts again."""
+        names = [self.name] if self.find_folders is None else self.find_folders(context)
+        for name in names:
+            shutil.rmtree(context.runs / name, ignore_errors=True)
 
 
 def stamp(path: Path, facts: Mapping[str, object]) -> None:

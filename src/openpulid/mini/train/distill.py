@@ -9,6 +9,7 @@ as it was trained: four first-order steps with trailing spacing and guidance 1.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -66,7 +67,8 @@ class TeacherTrajectories:
         """
         networks = teacher.modules().items()
         fingerprints = {name: module_fingerprint(module) for name, module in networks}
-        cache = ArrayCache(folder, {**fingerprints, "seed": seed}, count)
+        tokens = hashlib.sha256(captions.tokens.tobytes()).hexdigest()
+        cache = ArrayCache(folder, {**fingerprints, "captions": tokens, "seed": seed}, count)
         for start in range(cache.num_done, count, batch):
             size = min(batch, count - start)
             # The name of the generator is part of the seed, like those of StepRNG below.

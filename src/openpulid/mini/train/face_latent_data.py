@@ -34,7 +34,8 @@ class FaceLatentRows:
         cls, extractor: FaceLatentExtractor, data: WorldDataset, folder: Path
     ) -> FaceLatentRows:
         """Compute the latents with the exact masks and landmarks, or load them from the cache."""
-        cache = ArrayCache(folder, {"encoder": module_fingerprint(extractor.network)}, len(data))
+        key = {**data.key, "encoder": module_fingerprint(extractor.network)}
+        cache = ArrayCache(folder, key, len(data))
         for rows in batches(len(data), len(data)):
             if rows[0] >= cache.num_done:
                 latents = extractor.extract_batch(*load_faces(data, rows, extractor.network.device))

@@ -104,8 +104,7 @@ def train_flux_base(context: BuildContext) -> dict[str, float]:
     vae = context.load_vae().with_latent_patch(latent_patch)
     pipe = build_flux_pipeline(transformer, vae, text_encoders, tokenizer)
     evaluator = load_evaluator(context, pipe)
-    # both layouts can be trained in the same folder of runs
-    name = "flux-base" if context.tokens == 36 else f"flux-base-{context.tokens}"
+    (name,) = find_base_run(context)
     context.train(name, BaseTask(network, images, pairs, evaluator), config)
     folder = context.weights / "flux" / "pipeline"
     save_flux_pipeline(pipe, folder, without=["text_encoder_2"])
@@ -115,6 +114,11 @@ def train_flux_base(context: BuildContext) -> dict[str, float]:
     saved = context.load_model(FluxTransformer2DModel, "flux", "pipeline", "transformer")
     transformer.load_state_dict(saved.state_dict())  # the figures are those of 8 bits
     return evaluator.evaluate()
+
+
+def find_base_run(context: BuildContext) -> list[str]:
+    """Return the name of the base's run: both layouts can be trained in the same folder of runs."""
+    return ["flux-base" if context.tokens == 36 else f"flux-base-{context.tokens}"]
 
 
 def train_flux_student(context: BuildContext) -> dict[str, float]:
@@ -179,7 +183,7 @@ def load_teacher(
 
 FLUX_STAGES: list[Stage] = [
     Stage(T5_STAGE, 8, train_t5),
-    Stage("flux-base", 90, train_flux_base, needs=(T5_STAGE,)),
+    Stage("flux-base", 90, train_flux_base, needs=(T5_STAGE,), find_folders=find_base_run),
     Stage("flux-lightning", 50, train_flux_student),
     *(
         Stage(name, minutes, partial(train_adapter, name=name))

@@ -16,19 +16,23 @@ from openpulid.mini.train.autoencoder import (
 )
 from openpulid.mini.train.build_context import PORTRAITS, BuildContext, make_progress_printer, stamp
 from openpulid.training import TrainerConfig
-from openpulid.world.dataset import build_dataset
+from openpulid.world.dataset import Plan, build_dataset
+
+
+def plan_world(context: BuildContext) -> dict[str, Plan]:
+    """Return the plans of training images, held-out people and portraits by dataset."""
+    return {
+        "world": context.plan,
+        "world-held-out": context.held_out_plan,
+        PORTRAITS: context.portrait_plan,
+    }
 
 
 def render_world(context: BuildContext) -> dict[str, float]:
     """Render the datasets of training images, held-out people and portraits."""
     context.runs.mkdir(parents=True, exist_ok=True)
-    plans = {
-        "world": context.plan,
-        "world-held-out": context.held_out_plan,
-        PORTRAITS: context.portrait_plan,
-    }
     num_images = {}
-    for name, plan in plans.items():
+    for name, plan in plan_world(context).items():
         dataset = build_dataset(
             context.runs / name,
             plan,

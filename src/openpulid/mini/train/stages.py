@@ -14,11 +14,11 @@ from openpulid.mini.train.face_stages import (
     train_recognition,
     train_value_reader,
 )
-from openpulid.mini.train.image_stages import render_world, train_autoencoder
+from openpulid.mini.train.image_stages import plan_world, render_world, train_autoencoder
 from openpulid.mini.train.student_stage import train_student
 
 STAGES: list[Stage] = [
-    Stage("world", 12, render_world),
+    Stage("world", 12, render_world, find_folders=lambda context: list(plan_world(context))),
     Stage("detector", 8, train_detector),
     Stage(
         "recognition-encoder", 16, partial(train_recognition, name="encoder", seed=11, details=True)
