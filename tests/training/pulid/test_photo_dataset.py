@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
@@ -19,8 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from openpulid.data.captioned_images import find_captioned_images
-from openpulid.errors import OptionError, TrainingError, WeightsError
+from openpulid.data.captioned_images import CaptionedImages, find_captioned_images
+from openpulid.errors import ImageError, OptionError, TrainingError, WeightsError
 from openpulid.faces.arcface import (
     ARCFACE_TEMPLATE,
     ArcFaceRecognition,
@@ -36,7 +37,7 @@ from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.training.pulid import buckets, face_index
 from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.pulid.photo_dataset import PhotoDataset, find_others
+from openpulid.training.pulid.photo_dataset import PhotoDataset, find_others, number_people
 from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.train import build_adapter
@@ -153,11 +154,28 @@ def test_images_with_caption_and_face_are_used(folder, base, features, tmp_path,
         and "broken.png" in caplog.text
     )
     index = json.loads((tmp_path / "faces.json").read_text())
-    assert index["wall.png"] is None and len(index["small.png"]) == 16
+    assert index["wall.png"][1] is None and len(index["small.png"][1]) == 16
     features_of_nobody = PhotoExtractor(
         None, None, None, features.vision_encoder
     )  # found once: nobody is asked again
     assert opened(folder, base, features_of_nobody, tmp_path / "faces.json").names == photos.names
+
+
+def test_face_of_a_replaced_photo_is_detected_again(features, tmp_path) -> None:
+    images, index = tmp_path / "photos", tmp_path / "faces.json"
+    images.mkdir()
+    photo = Image.fromarray(skimage.data.astronaut())
+    for name in ("a.png", "b.png"):
+        photo.save(images / name)
+        (images / name).with_suffix(".txt").write_text("a person")
+    before = face_index.build_index(find_captioned_images(images), index, features, None)
+    assert before["a.png"] == before["b.png"]
+    photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(images / "a.png")
+    os.utime(images / "a.png", ns=(5, 5))  # an older file
+    (images / "b.txt").unlink()
+    after = face_index.build_index(find_captioned_images(images), index, features, None)
+    assert after.keys() == {"a.png"} == face_index.read_index(index).keys()
+    assert after["a.png"][0] == pytest.approx(512 - before["a.png"][2], abs=8)
 
 
 def test_turned_photo_is_not_used(features, tmp_path, caplog) -> None:
@@ -214,9 +232,32 @@ def test_paired_features_are_those_of_another_image(folder, base, features, inde
 def test_people_without_a_second_image_cannot_be_paired(folder) -> None:
     images = find_captioned_images(folder)
     with pytest.raises(TrainingError, match="no person has two images; put the images of each"):
-        find_others(images, list(images.captions))
+        find_others(number_people(images, list(images.captions)), folder)
     names = ["anna/1.jpg", "ben/1.jpg", "2.jpg", "anna/2.jpg", "0.tar/3.jpg", "0.tar/4.jpg"]
-    assert find_others(images, names) == [[3], [], [], [0], [], []]
+    people = number_people(images, names)
+    assert people == [0, 1, 2, 0, 3, 4]
+    assert find_others(people, folder) == [[3], [], [], [0], [], []]
+
+
+def test_image_that_replaces_an_unreadable_one_keeps_its_own_features(
+    folder, base, features, index, monkeypatch
+) -> None:
+    """The next image shows another person, whom the other images do not show."""
+    photos = opened(folder, base, features, index)
+    photos.others = [[1], [0], [1]]
+    open_image = CaptionedImages.open_image
+
+    def fail_once(self: CaptionedImages, name: str) -> Image.Image:
+        if name == "lecun.jpg":
+            raise ImageError(name, "cannot be read")
+        return open_image(self, name)
+
+    monkeypatch.setattr(CaptionedImages, "open_image", fail_once)
+    batch = photos.batch(StepRNG(0, 0))
+    # hinton's partner is lecun, who cannot be read; astronaut replaces lecun
+    assert torch.equal(batch.references, batch.images)
+    people = batch.people.tolist()
+    assert sorted(people) == [0, 2, 2]
 
 
 def test_buckets_give_batches_of_one_shape(folder, base, features, index, monkeypatch) -> None:
@@ -252,10 +293,12 @@ def test_archives_give_the_batches_of_the_files(
     packed.mkdir()
     with tarfile.open(packed / "0.tar", "w") as tar:
         tar.add(folder, ".")
-    positions = {
-        f"0.tar/{name}": position for name, position in json.loads(found.read_text()).items()
+    modified = (packed / "0.tar").stat().st_mtime_ns
+    indexed = {
+        f"0.tar/{name}": [modified, position]
+        for name, (_, position) in json.loads(found.read_text()).items()
     }
-    (tmp_path / "faces.json").write_text(json.dumps(positions))
+    (tmp_path / "faces.json").write_text(json.dumps(indexed))
     one = opened(folder, base, features, index).batch(StepRNG(0, 0))
     other = opened(packed, base, features, tmp_path / "faces.json").batch(StepRNG(0, 0))
     assert torch.equal(one.images, other.images) and one.prompts == other.prompts
@@ -395,6 +438,17 @@ def test_incompatible_adapter_fails_before_indexing(folder, base, features, tmp_
     ):
         train_on_photos(replace(find_recipe("sdxl_stage2"), **SMALL), models, **options)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("data", "held_out"), [(".", "more"), ("more", "."), (".", ".")])
+def test_held_out_images_in_the_training_data_are_refused(
+    folder, base, features, tmp_path, data: str, held_out: str
+) -> None:
+    models = TrainingModels(base, features)
+    with pytest.raises(OptionError, match="people would be in the training data and held out"):
+        train_on_photos(
+            find_recipe("sdxl_stage1"), models, folder / data, tmp_path, held_out=folder / held_out
+        )
 
 
 def test_missing_parts_raise(folder, base, features, tmp_path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 from dataclasses import replace
@@ -158,12 +159,31 @@ def test_nan_stops_and_saves_the_batch(tmp_path, parts):
         assert file.get_tensor("batch.latents").shape == (4, 4, 8, 8)
 
 
-def test_drop_identity_zeroes_and_swap_shifts_features():
+def test_drop_identity_zeroes_features():
     batch = tiny.People().batch(StepRNG(0, 0))
     half = drop_identity(batch, torch.tensor([True, False, True, False]))
     assert half.id_cond[0].abs().sum() == 0 and torch.equal(half.id_cond[1], batch.id_cond[1])
     assert all(level[2].abs().sum() == 0 and level[3].abs().sum() > 0 for level in half.hidden)
-    assert torch.equal(swap_identities(batch).id_cond[1], batch.id_cond[0])
+
+
+def test_swapped_identity_is_that_of_another_person():
+    batch = tiny.People().batch(StepRNG(0, 0))
+    features = batch.id_cond[:, 0]
+    assert torch.equal(swap_identities(batch).id_cond[:, 0], features[[1, 2, 3, 0]])
+    people = batch._replace(people=torch.tensor([5, 5, 9, 5]))
+    swapped = swap_identities(people)
+    assert torch.equal(swapped.id_cond[:, 0], features[[2, 2, 3, 2]])
+    assert torch.equal(swapped.hidden[4], batch.hidden[4][[2, 2, 3, 2]])
+    assert swap_identities(batch._replace(people=torch.tensor([5, 5, 5, 5]))) is None
+
+
+def test_held_out_person_without_another_one_is_not_compared():
+    task = tiny.task()
+    source = task.validation.data.batch
+    task.validation.data.batch = lambda rng: source(rng)._replace(people=torch.tensor([3] * 4))
+    metrics = task.validate()
+    assert math.isnan(metrics["held_out_other"]) and math.isnan(metrics["held_out_over_other"])
+    assert metrics["held_out_own"] > 0 and metrics["held_out_over_none"] == 0
 
 
 def test_captions_are_dropped_with_a_probability():

@@ -68,6 +68,7 @@ class DevicePortraits:
             [level.float() for level in hidden],
             self.world.rows(image_rows)[0],
             self.world.landmarks[rows] / self.world.images.shape[-1],
+            people=rows // self.world.per_person,
         )
 
     def _other_portraits(self, rows: Tensor, rng: StepRNG) -> Tensor:

@@ -123,18 +123,18 @@ def measure(models: FluxModels, name: str, folder: Path) -> dict[str, Any]:
         for condition in measured_conditions(name, models):
             recipe = replace(recipe, guidance_embedding=condition.guidance)
             task = models.create_task(condition.model, recipe, adapter)
-            results = _to_lists(task.held_out_losses(models.paired_data, MEASURE_BATCHES))
+            results = _to_lists(task.held_out_losses(models.paired_data, MEASURE_BATCHES).per_image)
             if name == REFERENCE:
                 # an untrained adapter has no effect
                 untrained_adapter = models.create_adapter(condition.model, recipe)
                 task = models.create_task(condition.model, recipe, untrained_adapter)
                 untrained = task.held_out_losses(models.paired_data, MEASURE_BATCHES, ["none"])
-                results["untrained"] = _to_lists(untrained)["none"]
+                results["untrained"] = _to_lists(untrained.per_image)["none"]
             losses[condition.label] = results
         recipe = replace(recipe, guidance_embedding=trained_on.guidance)
         task = models.create_task(trained_on.model, recipe, adapter)
         own_image = task.held_out_losses(models.own_image_data, MEASURE_BATCHES, ["own"])
-        losses[trained_on.label] |= {"own_image": _to_lists(own_image)["own"]}
+        losses[trained_on.label] |= {"own_image": _to_lists(own_image.per_image)["own"]}
         sizes = measure_added_sizes(task, adapter, models.paired_data)
     metadata = read_metadata(folder / ADAPTER_FILE)
     return {

@@ -105,8 +105,10 @@ class BaselineTask:
                 "none": drop_identity(batch, all_rows),
             }
             for name in names:
+                condition = conditions[name]
+                assert condition is not None, "a batch of the miniature shows several people"
                 rng = StepRNG(self.recipe.seed, step)
-                predicted, _ = self._predict(rng, conditions[name], 0.0)
+                predicted, _ = self._predict(rng, condition, 0.0)
                 loss = self._weigh(predicted, batch, self.image_loss)
                 sums[name] += loss.item() / HELD_OUT_BATCHES
         return {f"held_out_{name}": value for name, value in sums.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openpulid.errors import TrainingError
 from openpulid.identity.extractor import MiniExtractor
-from openpulid.mini.data import Captions, FaceFeatures, Latents, load_faces
+from openpulid.mini.data import Captions, FaceFeatures, Latents, cache_folder, load_faces
 from openpulid.training import StepRNG, autocast
 from openpulid.training.pulid import Batch, BatchSource
 from openpulid.world import ATTRIBUTES, WorldDataset
@@ -83,7 +83,8 @@ class Portraits:
             image_rows = torch.where(self.is_occluded[rows], rows, feature_rows)
             images = load_faces(self.data, image_rows.numpy(), torch.device(self.device))[0]
         landmarks = torch.from_numpy(self.data.landmarks[rows.numpy()] / self.data.images.shape[-1])
-        return Batch(latents, masks, prompts, id_cond, hidden, images, landmarks)
+        people = torch.from_numpy(np.asarray(self.data.people)[rows.numpy()])
+        return Batch(latents, masks, prompts, id_cond, hidden, images, landmarks, people=people)
 
     def sample_captions(self, rows: Tensor, rng: StepRNG) -> list[str]:
         """Sample one of the captions of each row."""
@@ -171,7 +172,7 @@ def sample_other_views(rows: Tensor, other_views: Sequence[Tensor], rng: StepRNG
 
 def load_features(extractor: MiniExtractor, data: WorldDataset, runs: Path) -> FaceFeatures:
     """Load the features of a dataset's faces from `runs`, or compute and cache them there."""
-    return FaceFeatures.build(extractor, data, runs / f"features{_suffix(data.folder.name)}")
+    return FaceFeatures.build(extractor, data, cache_folder(runs, "features", data.folder.name))
 
 
 def open_portraits(
@@ -202,9 +203,9 @@ def open_portraits(
         data = WorldDataset.open(runs / name)
     except FileNotFoundError as error:
         raise TrainingError(str(error)) from None
-    captions = Captions.build(data, pipe.tokenizer, runs / f"captions{_suffix(name)}.npy")
+    captions = Captions.build(data, pipe.tokenizer, cache_folder(runs, "captions", name))
     with autocast(extractor.device):
-        latents = Latents.build(pipe.vae, data, runs / f"latents{_suffix(name)}")
+        latents = Latents.build(pipe.vae, data, cache_folder(runs, "latents", name))
         features = load_features(extractor, data, runs)
     return Portraits(
         data,
@@ -217,7 +218,3 @@ def open_portraits(
         with_images,
         paired,
     )
-
-
-def _suffix(name: str) -> str:
-    return name.removeprefix("world")

@@ -11,7 +11,7 @@ from openpulid.training.pulid.batch import (
 from openpulid.training.pulid.branches import DiffusionStep, diffusion_branch
 from openpulid.training.pulid.export import save_adapter
 from openpulid.training.pulid.flux_model import FluxModel, FluxText
-from openpulid.training.pulid.held_out import HELD_OUT_BATCHES, summarize_held_out
+from openpulid.training.pulid.held_out import HELD_OUT_BATCHES, HeldOutLosses, summarize_held_out
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.recipe import DEFAULT_PIXELS, Recipe
@@ -29,6 +29,7 @@ __all__ = [
     "DEFAULT_PIXELS",
     "ADAPTER_FILE",
     "HELD_OUT_BATCHES",
+    "HeldOutLosses",
     "BaseModel",
     "Batch",
     "BatchSource",

@@ -27,6 +27,7 @@ class Batch(NamedTuple):
         landmarks: (B, 5, 2) from 0 to 1 across the image, for methods that are conditioned on them.
         references: (B, 3, H, W) in [0, 1], the other images that the features are of; None if they
             are of the images themselves, or are not needed.
+        people: (B,) number of the person in each image; None if every image shows another one.
     """
 
     latents: Tensor
@@ -37,6 +38,7 @@ class Batch(NamedTuple):
     images: Tensor | None = None
     landmarks: Tensor | None = None
     references: Tensor | None = None
+    people: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Move all tensors to a device."""
@@ -90,11 +92,22 @@ def drop_captions(batch: Batch, dropped: Tensor) -> Batch:
     return batch._replace(prompts=prompts)
 
 
-def swap_identities(batch: Batch) -> Batch:
-    """Give every image the identity of the next one."""
-    return batch._replace(
-        id_cond=batch.id_cond.roll(1, 0), hidden=[level.roll(1, 0) for level in batch.hidden]
-    )
+def swap_identities(batch: Batch) -> Batch | None:
+    """Give every image the identity of the next one that shows another person.
+
+    Returns:
+        The batch with other identities, or None if all its images show the same person.
+    """
+    count = len(batch.id_cond)
+    people = list(range(count)) if batch.people is None else batch.people.tolist()
+    if len(set(people)) == 1:
+        return None
+    following = [[(row + offset) % count for offset in range(1, count)] for row in range(count)]
+    rows = [
+        next(other for other in others if people[other] != person)
+        for person, others in zip(people, following, strict=True)
+    ]
+    return batch._replace(id_cond=batch.id_cond[rows], hidden=[h[rows] for h in batch.hidden])
 
 
 def loss_weight_map(batch: Batch, landmark_weight: float) -> Tensor | None:

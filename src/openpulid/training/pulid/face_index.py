@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from openpulid.data.captioned_images import CaptionedImages
 from openpulid.errors import ImageError, PulidError, TrainingError
@@ -25,9 +26,21 @@ POLL_SECONDS = 10
 """Time between two reads of the index while another process detects faces."""
 POSITION_LENGTH = 16
 
-FaceIndex = dict[str, list[float] | None]
-"""Image name -> box (4) and landmarks (10) of its largest face in pixels, width and height of the
-image; None without a face."""
+Position = list[float]
+"""Box (4) and landmarks (10) of the largest face of an image in pixels, the image's width and
+height."""
+
+
+class IndexedImage(NamedTuple):
+    """An image in the index.
+
+    Attributes:
+        version: see `CaptionedImages.find_version`.
+        position: where its face is; None without a face.
+    """
+
+    version: int
+    position: Position | None
 
 
 def build_index(
@@ -35,8 +48,8 @@ def build_index(
     index: Path,
     extractor: PhotoExtractor,
     on_progress: Callable[[int, int], None] | None,
-) -> FaceIndex:
-    """Detect the faces of all images that are not in the index yet.
+) -> dict[str, Position | None]:
+    """Detect the faces of all images that are not in the index yet, or have changed since.
 
     The index is saved from time to time, because a large folder takes hours.
 
@@ -46,38 +59,45 @@ def build_index(
         extractor: detects the faces.
         on_progress: called with the numbers of indexed images and of all images.
 
+    Returns:
+        Image name -> where its face is; None without a face.
+
     Raises:
         TrainingError: the index is damaged or cannot be written.
     """
-    names = list(images.captions)
-    positions = read_index(index)
+    versions = {name: images.find_version(name) for name in images.captions}
+    stored = read_index(index)
+    indexed = {name: image for name, image in stored.items() if versions.get(name) == image.version}
+    is_complete = indexed.keys() == versions.keys() == stored.keys()
     saved_at = time.monotonic()
-    is_complete = all(name in positions for name in names)
-    for count, name in enumerate(names, 1):
-        if name not in positions:
-            positions[name] = _locate_face(images, name, extractor)
+    for count, (name, version) in enumerate(versions.items(), 1):
+        if name not in indexed:
+            indexed[name] = IndexedImage(version, _locate_face(images, name, extractor))
         if on_progress:
-            on_progress(count, len(names))
-        is_save_due = count == len(names) or time.monotonic() - saved_at > SAVE_SECONDS
+            on_progress(count, len(versions))
+        is_save_due = count == len(versions) or time.monotonic() - saved_at > SAVE_SECONDS
         if is_save_due and not is_complete:
-            write_text(index, json.dumps(positions))
+            write_text(index, json.dumps(indexed))
             saved_at = time.monotonic()
-    return positions
+    return {name: image.position for name, image in indexed.items()}
 
 
-def wait_for_index(names: Sequence[str], index: Path) -> FaceIndex:
+def wait_for_index(names: Sequence[str], index: Path) -> dict[str, Position | None]:
     """Wait for the first process to index all images.
 
     The file is polled, because a barrier fails after a timeout and indexing can take hours.
+
+    Returns:
+        See `build_index`.
     """
-    positions = read_index(index)
-    while not set(names) <= set(positions):
+    indexed = read_index(index)
+    while not set(names) <= set(indexed):
         time.sleep(POLL_SECONDS)
-        positions = read_index(index)
-    return positions
+        indexed = read_index(index)
+    return {name: image.position for name, image in indexed.items()}
 
 
-def read_index(index: Path) -> FaceIndex:
+def read_index(index: Path) -> dict[str, IndexedImage]:
     """Read an index; empty if there is none.
 
     Raises:
@@ -86,28 +106,29 @@ def read_index(index: Path) -> FaceIndex:
     if not index.is_file():
         return {}
     try:
-        positions = json.loads(index.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        positions = None
-    if not isinstance(positions, dict) or not all(map(_is_position, positions.values())):
+        images = {name: IndexedImage(*x) for name, x in json.loads(index.read_bytes()).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        images = None
+    if images is None or not all(map(_is_valid, images.values())):
         raise TrainingError(
             f"{index} is damaged: delete it, and faces are detected again."
         ) from None
-    return positions
+    return images
+
+
+def _is_valid(image: IndexedImage) -> bool:
+    is_position = image.position is None or _is_position(image.position)
+    return type(image.version) is int and is_position
 
 
 def _is_position(value: object) -> bool:
-    """Return whether a value of an index is None, or a box, five landmarks and a size."""
-    if value is None:
-        return True
+    """Return whether a value of an index is a box, five landmarks and a size."""
     if not isinstance(value, list) or len(value) != POSITION_LENGTH:
         return False
     return all(type(number) in (int, float) and math.isfinite(number) for number in value)
 
 
-def _locate_face(
-    images: CaptionedImages, name: str, extractor: PhotoExtractor
-) -> list[float] | None:
+def _locate_face(images: CaptionedImages, name: str, extractor: PhotoExtractor) -> Position | None:
     """Return box and landmarks of the largest face, and the size of the image.
 
     None without an upright face or a readable image: a base model would learn a turned image.

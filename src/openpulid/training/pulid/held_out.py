@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from statistics import stdev
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,18 +12,42 @@ HELD_OUT_SEED = 0
 """Recipes of any seed are validated with the same images and noise."""
 
 
-def summarize_held_out(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    """Compute the means of losses per image, and the gains of the own identity.
+class HeldOutLosses(NamedTuple):
+    """L_diff of N images of held-out people, from the same noise.
+
+    Attributes:
+        per_image: "own", "other" and "none", the identity that was shown -> (N,). NaN where a batch
+            has no other identity to show.
+        people: (N,) number of the person in each image.
+    """
+
+    per_image: dict[str, Tensor]
+    people: Tensor
+
+
+def summarize_held_out(losses: HeldOutLosses) -> dict[str, float]:
+    """Compute the means of the losses, and the gains of the own identity.
+
+    Images of one person have the same identity, and a small data set repeats its images. So the
+    standard error is that of the people's mean gains.
 
     Args:
         losses: see `PuLIDTask.held_out_losses`.
 
     Returns:
-        See `PuLIDTask.validate`. The standard error is NaN for a single image.
+        See `PuLIDTask.validate`. The standard error is NaN for a single person.
     """
-    metrics = {f"held_out_{name}": values.mean().item() for name, values in losses.items()}
+    per_image = losses.per_image
+    metrics = {f"held_out_{name}": values.nanmean().item() for name, values in per_image.items()}
     for name in ("none", "other"):
-        gain = losses[name] - losses["own"]
-        metrics[f"held_out_over_{name}"] = gain.mean().item()
-        metrics[f"held_out_over_{name}_se"] = (gain.std() / len(gain) ** 0.5).item()
+        gain = per_image[name] - per_image["own"]
+        metrics[f"held_out_over_{name}"] = gain.nanmean().item()
+        metrics[f"held_out_over_{name}_se"] = _standard_error(gain, losses.people)
     return metrics
+
+
+def _standard_error(gain: Tensor, people: Tensor) -> float:
+    is_known = ~gain.isnan()
+    gain, people = gain[is_known], people[is_known]
+    means = [gain[people == person].mean().item() for person in people.unique()]
+    return stdev(means) / len(means) ** 0.5 if len(means) > 1 else float("nan")

@@ -92,7 +92,8 @@ class PhotoDataset:
         self.batch_size = batch_size
         self.pixels = pixels
         self.with_images = with_images
-        self.others = find_others(images, self.names) if paired else None
+        self.people = number_people(images, self.names)
+        self.others = find_others(self.people, images.folder) if paired else None
         self.buckets = None
         if has_buckets:
             sizes = [Size(int(width), int(height)) for width, height in faces[:, 14:]]
@@ -200,9 +201,10 @@ class PhotoDataset:
         samples = [self._read(row, size) for row in rows]
         images = torch.stack([sample.crop for sample in samples]).to(self.model.device)
         latents = self.model.encode(images)
+        # an image that replaces an unreadable one can show another person
         sources = [
-            self._read_other(sample, partner, size)
-            for sample, partner in zip(samples, partners, strict=True)
+            self._read_other(sample, partner if sample.row == row else None, size)
+            for row, sample, partner in zip(rows, samples, partners, strict=True)
         ]
         identities = [source.identity for source in sources]
         levels = zip(*(identity.hidden for identity in identities), strict=True)
@@ -215,12 +217,19 @@ class PhotoDataset:
             hidden=[torch.cat(level) for level in levels],
             images=images if self.with_images else None,
             references=self._stack_references(sources),
+            people=self._number_people(samples),
         )
 
     def _stack_references(self, sources: Sequence[PhotoSample]) -> Tensor | None:
         if self.others is None or not self.with_images:
             return None
         return torch.stack([source.crop for source in sources]).to(self.model.device)
+
+    def _number_people(self, samples: Sequence[PhotoSample]) -> Tensor | None:
+        # a single folder for all images says nothing about people
+        if not any(self.people):
+            return None
+        return torch.tensor([self.people[sample.row] for sample in samples])
 
     def _choose_partners(self, rows: Sequence[int], rng: StepRNG) -> list[int | None]:
         """Choose another image of the same person for each; None for the image itself."""
@@ -288,12 +297,19 @@ class PhotoDataset:
         return crop, Face(crop, crop_box, crop_landmarks, 1.0)
 
 
-def find_others(images: TrainingImages, names: Sequence[str]) -> list[list[int]]:
-    """Find the other images of each person, see `CaptionedImages.find_person`.
+def number_people(images: TrainingImages, names: Sequence[str]) -> list[int]:
+    """Return the number of the person in each image, see `CaptionedImages.find_person`."""
+    people = [images.find_person(name) or name for name in names]
+    numbers = {person: number for number, person in enumerate(dict.fromkeys(people))}
+    return [numbers[person] for person in people]
+
+
+def find_others(people: Sequence[int], folder: str | Path) -> list[list[int]]:
+    """Find the other images of each person.
 
     Args:
-        images: the images.
-        names: which of them are used.
+        people: number of the person in each image.
+        folder: of the images, for errors.
 
     Returns:
         For each image the indices of the others.
@@ -301,25 +317,24 @@ def find_others(images: TrainingImages, names: Sequence[str]) -> list[list[int]]
     Raises:
         TrainingError: no person has two images.
     """
-    people: dict[str, list[int]] = {}
-    groups = [images.find_person(name) or name for name in names]
-    for index, person in enumerate(groups):
-        people.setdefault(person, []).append(index)
-    if max(map(len, people.values())) < 2:
+    groups: dict[int, list[int]] = {}
+    for index, person in enumerate(people):
+        groups.setdefault(person, []).append(index)
+    if max(map(len, groups.values())) < 2:
         raise TrainingError(
-            f"{images.folder}: no person has two images; put the images of each person into a "
+            f"{folder}: no person has two images; put the images of each person into a "
             "folder of their own, or train without paired images."
         )
-    num_single = sum(len(rows) == 1 for rows in people.values())
+    num_single = sum(len(rows) == 1 for rows in groups.values())
     if num_single:
         logger.warning(
             "%s: %d of %d people have a single image, which is paired with itself",
-            images.folder,
+            folder,
             num_single,
-            len(people),
+            len(groups),
         )
     return [
-        [other for other in people[person] if other != index] for index, person in enumerate(groups)
+        [other for other in groups[person] if other != index] for index, person in enumerate(people)
     ]
 
 

@@ -43,6 +43,7 @@ from openpulid.training.pulid.branches import (
 from openpulid.training.pulid.held_out import (
     HELD_OUT_BATCHES,
     HELD_OUT_SEED,
+    HeldOutLosses,
     summarize_held_out,
 )
 from openpulid.training.pulid.losses import (
@@ -159,12 +160,6 @@ class PuLIDTask:
 
         The metric "faces" is the fraction of images that count in the ID loss.
         """
-        batch = self.data.batch(rng).to(self.base.device)
-        rng.record("latents", batch.latents)
-        rng.record("id_cond", batch.id_cond)
-        self._backward_diffusion(rng, batch, backward)
-        if not self.few_step_models:
-            return
         count, remainder = divmod(self.recipe.few_step_batch, rng.world_size)
         if remainder:
             raise OptionError(
@@ -172,6 +167,12 @@ class PuLIDTask:
                 f"{rng.world_size} processes or micro-batches: choose a multiple of "
                 f"{rng.world_size}."
             )
+        batch = self.data.batch(rng).to(self.base.device)
+        rng.record("latents", batch.latents)
+        rng.record("id_cond", batch.id_cond)
+        self._backward_diffusion(rng, batch, backward)
+        if not self.few_step_models:
+            return
         turn = rng.step if self.is_sharded else rng.step + rng.rank
         model = self.few_step_models[turn % len(self.few_step_models)]
         subset = batch.subset(count)
@@ -188,7 +189,7 @@ class PuLIDTask:
             `held_out_own`, `held_out_other`, `held_out_none`: L_diff with the image's own identity,
             another one and none, from the same noise at uniform timesteps. The gains
             `held_out_over_none` and `held_out_over_other` are by how much the own identity lowers
-            it, with their standard errors over images (`_se`). With a lightning branch
+            it, with their standard errors over people (`_se`). With a lightning branch
             and an ID loss also `held_out_face_sim`, the mean cosine of face embeddings,
             `held_out_faces`, the fraction of images with a face, with a scorer
             `held_out_scorer_sim`, and with paired images `held_out_copy_paste`, see
@@ -209,18 +210,16 @@ class PuLIDTask:
         data: BatchSource,
         num_batches: int = HELD_OUT_BATCHES,
         names: Sequence[str] = ("own", "other", "none"),
-    ) -> dict[str, Tensor]:
+    ) -> HeldOutLosses:
         """Compute L_diff of held-out images with their own identity, another one and none.
 
         Args:
             data: batches of people who are not in the training data.
             num_batches: number of batches.
             names: which identities to show.
-
-        Returns:
-            Name -> (N,), one loss per image, from the same noise.
         """
         losses: dict[str, list[Tensor]] = defaultdict(list)
+        people: list[Tensor] = []
         parts = self._validation_parts()
         for step, part in product(range(num_batches), range(parts)):
             batch = data.batch(StepRNG(HELD_OUT_SEED, step, part, parts)).to(self.base.device)
@@ -230,12 +229,21 @@ class PuLIDTask:
                 "other": swap_identities(batch),
                 "none": drop_identity(batch, all_rows),
             }
+            first = sum(map(len, people))
+            people.append(
+                first + torch.arange(len(all_rows)) if batch.people is None else batch.people.cpu()
+            )
             for name in names:
+                condition = conditions[name]
+                if condition is None:
+                    losses[name].append(torch.full(all_rows.shape, float("nan")))
+                    continue
                 rng = StepRNG(HELD_OUT_SEED, step, part, parts)
-                with self._use_identities(self.base, conditions[name]):
+                with self._use_identities(self.base, condition):
                     predicted = self._predict(rng, batch, timestep_bias=None)
-                losses[name].append(self._per_image(predicted, batch))
-        return {name: torch.cat(values) for name, values in losses.items()}
+                losses[name].append(self._per_image(predicted, batch).cpu())
+        per_image = {name: torch.cat(values) for name, values in losses.items()}
+        return HeldOutLosses(per_image, torch.cat(people))
 
     def sheet(self) -> Image.Image | None:
         """Draw the sample sheet, if there is a function for it."""

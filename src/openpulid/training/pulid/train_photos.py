@@ -10,7 +10,7 @@ from typing import Any
 from openpulid.data.captioned_images import find_captioned_images
 from openpulid.data.prepared_images import PreparedImages, has_held_out, is_prepared
 from openpulid.data.shards import HELD_OUT, TRAIN
-from openpulid.errors import TrainingError
+from openpulid.errors import OptionError, TrainingError
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset, no_images_error
@@ -69,11 +69,12 @@ def train_on_photos(
         is_sharded: see `train_adapter`.
 
     Raises:
-        OptionError: see `build_adapter` and `train_adapter`.
+        OptionError: see `check_separate`, `build_adapter` and `train_adapter`.
         WeightsError: `init_adapter` does not fit; raised before faces are detected.
         TrainingError: no image has a caption and a face, or the run cannot continue.
             Another process in the run directory is an OptionError.
     """
+    check_separate(data, held_out)
     prepare_run_dir(run_dir, init_adapter)
     extractor = models.extractor
     adapter = build_adapter(
@@ -122,3 +123,20 @@ def train_on_photos(
         is_sharded=is_sharded,
     )
     return adapter, result
+
+
+def check_separate(data: str | Path, held_out: str | Path | None) -> None:
+    """Check that no held-out image is in the training data as well.
+
+    Raises:
+        OptionError: one folder is in the other, and folders are searched at any depth.
+    """
+    if held_out is None:
+        return
+    training, validation = Path(data).resolve(), Path(held_out).resolve()
+    for outer, inner in ((training, validation), (validation, training)):
+        if inner.is_relative_to(outer) and not is_prepared(outer):
+            raise OptionError(
+                f"{inner} is in {outer}, so people would be in the training data and held out: "
+                "choose separate folders."
+            )
