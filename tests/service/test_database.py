@@ -50,7 +50,15 @@ def test_a_database_of_a_newer_version(database_url: str | None, tmp_path: Path)
         Database.open(tmp_path, database_url)
 
 
-@pytest.mark.parametrize("url", ["mysql://ann:secret@host/name", "secret", "sqlite:///secret"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "mysql://ann:secret@host/name",
+        "secret",
+        "sqlite:///secret",
+        "postgresql://u:secret@h:abc/db",
+    ],
+)
 def test_other_databases_are_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="must be PostgreSQL") as error:
         Database.open(tmp_path, url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,23 @@ def test_another_method_replaces_the_studio(engine: LocalEngine, faces: list[Pat
     assert engine.loaded == [other]
     engine.identify(MINI, [faces[0]])
     assert engine.loaded == [MINI]
+
+
+def test_identity_needs_no_base_model_and_does_not_wait(faces: list[Path]) -> None:
+    """Another preset than the one that generates must not remove it from memory."""
+    engine = LocalEngine(device="cpu")
+    studio = engine.studio(ModelSelection())
+    with engine._device_lock, ThreadPoolExecutor(1) as pool:  # as while a batch runs
+        found = pool.submit(engine.identify, ModelSelection(preset="mini-lightning"), [faces[0]])
+        identity = found.result(timeout=60)
+    assert engine.loaded == [studio.preset.selection]
+    assert identity.fingerprint == studio.identify([faces[0]]).fingerprint
+
+
+@pytest.mark.parametrize("name", ["gpu_0", "", "-a", "a/b"])
+def test_bad_name_of_a_worker_is_one_sentence(store: JobStore, name: str) -> None:
+    with (
+        pytest.raises(OptionError, match="has letters, digits, dots and dashes, and begins with"),
+        store.reserve(name),
+    ):
+        pass

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from openpulid.errors import OptionError
-from openpulid.service.cluster.run import Place, run_cluster
+from openpulid.pipelines.request import ModelSelection
+from openpulid.service.cluster.run import Place, make_paths_absolute, run_cluster
 from openpulid.service.config import ServiceConfig
 
 
@@ -26,6 +27,23 @@ def test_an_address_where_no_cluster_listens_is_refused(tmp_path: Path) -> None:
         place = Place(address, max_replicas=None, host="127.0.0.1", port=8100)
         with pytest.raises(OptionError, match=f"--ray {address}: the cluster cannot be reached"):
             run_cluster(ServiceConfig(tmp_path), None, place, print)
+
+
+def test_paths_do_not_depend_on_the_folder_of_a_replica(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.safetensors").write_bytes(b"")
+    (tmp_path / "mini").mkdir()
+    selection = ModelSelection(preset="mini", adapter="mine.safetensors", base="owner/name")
+    files = (Path("cert.pem"), Path("key.pem"))
+    config = ServiceConfig(Path("data"), (selection,), signer_files=files)
+    absolute = make_paths_absolute(config)
+    assert absolute.data == tmp_path / "data"
+    assert absolute.signer_files == (tmp_path / "cert.pem", tmp_path / "key.pem")
+    (models,) = absolute.models
+    assert models.adapter == str(tmp_path / "mine.safetensors")
+    assert (models.preset, models.base) == ("mini", "owner/name")
 
 
 def test_a_free_port_cannot_be_chosen(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +17,8 @@ from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.studio import Studio
 from openpulid.service.api.backend import Backend
-from tests.service.api.conftest import ANNA, PORTRAIT, limited
+from tests.service.api.conftest import ANNA, PHOTO, PORTRAIT, limited
+from tests.service.api.test_faults import data_url
 
 openai = pytest.importorskip("openai")
 
@@ -84,6 +86,33 @@ def test_edit_shows_the_person_where_the_mask_is_transparent(
     edited = decode(answer.data[0].b64_json)
     assert (edited == generate(studio, people=[person])[0]).all()
     assert np.abs(edited - generate(studio)[0]).max() > 10
+
+
+@pytest.mark.parametrize("way", ["form file", "form text", "json"])
+def test_mask_means_the_same_however_it_is_sent(
+    anna: httpx.Client, studio: Studio, tmp_path: Path, way: str
+) -> None:
+    mask = Image.new("RGBA", (96, 96), "red")
+    mask.paste((0, 0, 0, 0), (0, 0, 48, 96))
+    mask.save(tmp_path / "mask.png")
+    white = Image.new("L", (96, 96), 0)
+    white.paste(255, (0, 0, 48, 96))
+    white.save(tmp_path / "white.png")
+    content = (tmp_path / "mask.png").read_bytes()
+    fields = {**OPTIONS, "prompt": PROMPT}
+    if way == "json":
+        body = {**fields, "image": PHOTO, "mask": data_url(content)}
+        response = anna.post("/v1/images/edits", json=body)
+    else:
+        files = {"image": PORTRAIT.read_bytes()}
+        if way == "form text":
+            fields["mask"] = data_url(content)
+        else:
+            files["mask"] = content
+        response = anna.post("/v1/images/edits", data=fields, files=files)
+    edited = decode(response.raise_for_status().json()["data"][0]["b64_json"])
+    person = {"images": [str(PORTRAIT)], "mask": str(tmp_path / "white.png")}
+    assert (edited == generate(studio, people=[person])[0]).all()
 
 
 def test_edit_takes_several_images_and_nested_fields(api: openai.OpenAI, studio: Studio) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from openpulid.service.api.backend import Backend
 from openpulid.service.api.checks import check_request
 from openpulid.service.api.fields import Fields
 from openpulid.service.api.files import Content, FileTaker
+
+Convert = Callable[[dict[str, Content]], None]
+"""Changes the files of a request, path of a field -> file."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,13 @@ class Accepted:
     batch_key: str | None
 
 
-def accept(backend: Backend, owner: str, fields: Fields, parts: Mapping[str, bytes]) -> Accepted:
+def accept(
+    backend: Backend,
+    owner: str,
+    fields: Fields,
+    parts: Mapping[str, bytes],
+    convert: Convert | None = None,
+) -> Accepted:
     """Check a request completely.
 
     Args:
@@ -36,6 +45,7 @@ def accept(backend: Backend, owner: str, fields: Fields, parts: Mapping[str, byt
         owner: name of the API key.
         fields: of the request, under their own names.
         parts: name of a part of a form -> its content.
+        convert: changes the files before they are read.
 
     Raises:
         RequestError: the request is invalid.
@@ -50,6 +60,8 @@ def accept(backend: Backend, owner: str, fields: Fields, parts: Mapping[str, byt
 
     taker = FileTaker(parts, find_identity, limits)
     data = {**taker.take(fields.data), "model": offer.preset.selection}
+    if convert is not None:
+        convert(taker.files)
     request = GenerationRequest.model_validate(data)
     taker.check_taken(request)
     key = check_request(request, taker.files, offer, limits)

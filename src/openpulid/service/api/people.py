@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,12 +10,17 @@ from openpulid.pipelines.request_fields import RequestError
 from openpulid.service.api.bodies import Body
 from openpulid.service.api.decoding import convert_mask
 from openpulid.service.api.fields import Fields, translate
+from openpulid.service.api.files import Content
 from openpulid.service.config import Limits
 
 IMAGE = "image"
 """The field, or the parts of a form, with the reference images."""
 MASK = "mask"
-"""The part of a form with OpenAI's mask."""
+"""The field, or the part of a form, with OpenAI's mask."""
+MASK_PATH = f"people.0.{MASK}"
+"""Where `gather_person` puts it."""
+SAME_NAME = re.compile(r"-\d+$")
+"""Suffix of the second file and more of a form with one name."""
 
 EDIT_FIELDS = (IMAGE, MASK, "face_index", "face_order")
 """Fields of an edit that belong to its person."""
@@ -38,7 +44,7 @@ def gather_person(body: Body, fields: Sequence[str]) -> Body:
     images = person.pop(IMAGE, None) or []
     images = images if isinstance(images, list) else [images]
     for part in body.parts:
-        name = part.rpartition("-")[0] or part  # of several files with one name
+        name = SAME_NAME.sub("", part)
         if name == IMAGE:
             images.append(part)
         elif name in fields:
@@ -76,11 +82,16 @@ def translate_person(body: Body) -> Fields:
     return fields
 
 
-def convert_mask_part(parts: dict[str, bytes], limits: Limits) -> None:
-    """Turn OpenAI's mask among the files of a form into one that is white where to edit.
+def convert_person_mask(files: dict[str, Content], limits: Limits) -> None:
+    """Turn OpenAI's mask of an edit into one that is white where to edit.
+
+    Args:
+        files: path of a field -> its file.
+        limits: of the files.
 
     Raises:
         ImageError: it cannot be decoded.
     """
-    if MASK in parts:
-        parts[MASK] = convert_mask(parts[MASK], MASK, limits)
+    mask = files.get(MASK_PATH)
+    if isinstance(mask, bytes):
+        files[MASK_PATH] = convert_mask(mask, MASK, limits)

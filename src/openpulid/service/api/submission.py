@@ -11,7 +11,7 @@ from anyio import CapacityLimiter, to_thread
 from openpulid.errors import QueueFullError
 from openpulid.identity.identity import Identity
 from openpulid.pipelines.request_fields import RequestError
-from openpulid.service.api.acceptance import accept
+from openpulid.service.api.acceptance import Convert, accept
 from openpulid.service.api.backend import Backend
 from openpulid.service.api.bodies import Body
 from openpulid.service.api.fields import Fields
@@ -20,9 +20,6 @@ from openpulid.service.api.rates import too_many
 from openpulid.service.jobs import Job
 
 Outcome = TypeVar("Outcome")
-
-Convert = Callable[[dict[str, bytes]], None]
-"""Changes the files of a form."""
 
 
 class Submitter:
@@ -35,7 +32,10 @@ class Submitter:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         # decoding uses a processor; more at once would only need more memory
-        self._limiter = CapacityLimiter(os.cpu_count() or 1)
+        processors = os.cpu_count() or 1
+        self._limiter = CapacityLimiter(processors)
+        # loading face models takes seconds, in which jobs are still accepted
+        self._identity_limiter = CapacityLimiter(processors)
 
     async def submit(
         self, owner: str, body: Body, fields: Fields, convert: Convert | None = None
@@ -46,7 +46,7 @@ class Submitter:
             owner: name of the API key.
             body: has the files.
             fields: those of the body under their own names.
-            convert: changes the files of a form before they are read.
+            convert: changes the files before they are read.
 
         Raises:
             Problem: the request is invalid (400), or too many jobs wait (429).
@@ -54,16 +54,14 @@ class Submitter:
         """
 
         def run(parts: dict[str, bytes]) -> Job:
-            if convert is not None:
-                convert(parts)
-            accepted = accept(self._backend, owner, fields, parts)
+            accepted = accept(self._backend, owner, fields, parts, convert)
             job = self._backend.jobs.submit(
                 owner, accepted.request, accepted.files, accepted.batch_key
             )
             self._backend.wake()
             return job
 
-        return await self._run(run, body, fields)
+        return await self._run(run, body, fields, self._limiter)
 
     async def identify(self, owner: str, body: Body, fields: Fields) -> Identity:
         """Return the identity of the person of a request, see `submit`."""
@@ -72,16 +70,20 @@ class Submitter:
             accepted = accept(self._backend, owner, fields, parts)
             return identify(self._backend.engine, accepted.request, accepted.files)
 
-        return await self._run(run, body, fields)
+        return await self._run(run, body, fields, self._identity_limiter)
 
     async def _run(
-        self, run: Callable[[dict[str, bytes]], Outcome], body: Body, fields: Fields
+        self,
+        run: Callable[[dict[str, bytes]], Outcome],
+        body: Body,
+        fields: Fields,
+        limiter: CapacityLimiter,
     ) -> Outcome:
         """Run a function in a thread, with the files of a form."""
         limit = self._backend.config.limits.file_bytes
         parts = {name: await file.read(limit + 1) for name, file in body.parts.items()}
         try:
-            return await to_thread.run_sync(run, parts, limiter=self._limiter)
+            return await to_thread.run_sync(run, parts, limiter=limiter)
         except RequestError as error:
             raise fields.rename(error) from None
         except QueueFullError as error:

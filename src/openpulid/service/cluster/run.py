@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openpulid.errors import OptionError
+from openpulid.pipelines.presets import PRESETS
+from openpulid.pipelines.request import ModelSelection
 from openpulid.ray_session import LOCAL, check_address, connect_ray
 from openpulid.service.config import ServiceConfig
 
@@ -108,13 +110,37 @@ def _choose_options(
     num_gpus = int(resources.get("GPU", 0))
     max_replicas = max_replicas or max(num_gpus, 1)
     return ClusterOptions(
-        service=replace(config, data=config.data.absolute()),
-        api_keys=api_keys,
+        service=make_paths_absolute(config),
+        api_keys=None if api_keys is None else api_keys.absolute(),
         max_replicas=max_replicas,
         gpus_per_replica=1 if num_gpus else 0,
         cpus_per_replica=1 if num_gpus else max(1, int(resources["CPU"]) // max_replicas),
         ingress_resources={f"node:{ray.util.get_node_ip_address()}": 0.001},
     )
+
+
+def make_paths_absolute(config: ServiceConfig) -> ServiceConfig:
+    """Return a configuration for processes with another working directory."""
+    signer_files = config.signer_files
+    if signer_files is not None:
+        certificate, key = signer_files
+        signer_files = certificate.absolute(), key.absolute()
+    return replace(
+        config,
+        data=config.data.absolute(),
+        models=tuple(map(_with_absolute_paths, config.models)),
+        signer_files=signer_files,
+    )
+
+
+def _with_absolute_paths(selection: ModelSelection) -> ModelSelection:
+    # names of presets, face packs and repositories stay
+    paths = {
+        name: str(Path(value).absolute())
+        for name in selection.files
+        if (value := getattr(selection, name)) and value not in PRESETS and Path(value).exists()
+    }
+    return selection.model_copy(update=paths)
 
 
 def _wait_for_signal() -> None:

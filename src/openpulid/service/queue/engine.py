@@ -12,7 +12,10 @@ from typing import Protocol
 from PIL import Image
 
 from openpulid.errors import PulidError, Stopped, explain_out_of_memory
+from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
+from openpulid.identity.reference import ReferenceFaces
+from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.inputs import RequestInputs, open_inputs
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import Preset
@@ -81,6 +84,8 @@ class LocalEngine:
         self._max_studios = max_studios
         self._studios: OrderedDict[ModelSelection, Studio] = OrderedDict()
         self._presets: dict[ModelSelection, Preset] = {}
+        self._extractor: tuple[ModelSelection, IdentityExtractor] | None = None
+        self._extractor_lock = threading.Lock()
         self._studios_lock = threading.Lock()
         # a studio is loaded or dropped only while none runs: two may not fit into memory
         self._device_lock = threading.RLock()
@@ -122,10 +127,12 @@ class LocalEngine:
     ) -> Identity:
         """Extract the identity of one person, see `Studio.identify`.
 
-        If the preset is in memory, this does not wait for the batch that runs.
+        This does not wait for the batch that runs, and loads no base model: the face models are
+        those of a preset in memory, or the last that were loaded alone.
         """
         with explain_out_of_memory(MEMORY_ADVICE):
-            return self.studio(models).identify(images, face_index, face_order)
+            faces = ReferenceFaces.detect(self._find_extractor(models), images)
+            return faces.identity(face_index, face_order)
 
     def run(self, tasks: Sequence[Task], on_step: OnStep) -> Iterator[tuple[Task, Result]]:
         """Generate the images of tasks of equal batch key, see `Engine.run`.
@@ -154,6 +161,18 @@ class LocalEngine:
             if selection in self._studios:
                 self._studios.move_to_end(selection)
             return self._studios.get(selection)
+
+    def _find_extractor(self, models: ModelSelection) -> IdentityExtractor:
+        preset = self._preset(models)
+        # some adapters include the vision encoder, which would be loaded twice
+        if self._find(models) is not None or preset.models.adapter_has_vision_encoder:
+            return self.studio(models).extractor
+        with self._extractor_lock:
+            if self._extractor is None or self._extractor[0] != preset.selection:
+                self._extractor = None
+                extractor = load_extractor(preset, self._device)
+                self._extractor = (preset.selection, extractor)
+            return self._extractor[1]
 
     def _preset(self, models: ModelSelection) -> Preset:
         if models not in self._presets:

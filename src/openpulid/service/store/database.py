@@ -121,7 +121,7 @@ def _parse_url(folder: Path, url: str | None) -> URL:
         return URL.create("sqlite", database=str(folder.absolute() / FILE))
     try:
         parsed = make_url(url)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # such as a port that is no number
         parsed = None
     # the URL may hold a password: it is not quoted
     if parsed is None or parsed.get_backend_name() not in ("postgresql", "postgres"):

@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, delete, func, select, update
 
-from openpulid.errors import QueueFullError, StoreError
+from openpulid.errors import OptionError, QueueFullError, StoreError
 from openpulid.io.lock import lock_directory
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.service.jobs import Job, JobStatus, Output, Task
@@ -329,10 +329,14 @@ class JobStore:
             worker: letters, digits, dots and dashes.
 
         Raises:
-            OptionError: another process works under this name.
+            OptionError: another process works under this name, or it has other characters.
             StoreError: the database is not available.
         """
-        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", worker)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", worker):
+            raise OptionError(
+                "the name of a worker has letters, digits, dots and dashes, and begins with a "
+                f"letter or digit; got {worker!r}."
+            )
         folder = self._workers_folder / worker
         make_private_folder(folder)
         with lock_directory(folder, option="--data"):

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
+from openpulid.service.api.acceptance import Convert
 from openpulid.service.api.answers import ImagesAnswer, describe_images
 from openpulid.service.api.bodies import Body, read_body
 from openpulid.service.api.context import ApiContext, Context, CountedOwner
@@ -17,7 +18,7 @@ from openpulid.service.api.fields import split_answer_options, translate
 from openpulid.service.api.openapi import describe_body
 from openpulid.service.api.people import (
     EDIT_FIELDS,
-    convert_mask_part,
+    convert_person_mask,
     gather_person,
     rename_person,
 )
@@ -61,18 +62,25 @@ async def edit_images(request: Request, owner: CountedOwner, context: Context) -
     API, or white.
     """
     body = await read_body(request, context.backend.config.limits.files)
-    return await _generate(request, owner, context, gather_person(body, EDIT_FIELDS), "image_edit")
+    convert = None
+    if not body.data.get("people"):  # their masks are as in a generation
+        convert = partial(convert_person_mask, limits=context.backend.config.limits)
+    body = gather_person(body, EDIT_FIELDS)
+    return await _generate(request, owner, context, body, "image_edit", convert)
 
 
 async def _generate(
-    request: Request, owner: str, context: ApiContext, body: Body, kind: str
+    request: Request,
+    owner: str,
+    context: ApiContext,
+    body: Body,
+    kind: str,
+    convert: Convert | None = None,
 ) -> ImagesAnswer | Response:
     options, data = split_answer_options(body.data)
     fields = translate(data)
-    convert = None
     if kind == "image_edit":
         fields.names.update(rename_person(EDIT_FIELDS))
-        convert = partial(convert_mask_part, limits=context.backend.config.limits)
     job = await context.submitter.submit(owner, body, fields, convert)
     if options.stream:
         events = stream_images(context.follower, request, job, options, kind)
