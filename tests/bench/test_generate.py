@@ -314,6 +314,21 @@ def test_times_of_other_starts_and_machines_are_not_compared(
     assert [row[-1] for row in overview.rows] == ["1.00", ""]
 
 
+def test_costs_of_other_starts_do_not_count(finished: RunDir, tmp_path: Path) -> None:
+    """As of a run that was stopped: the machine may have been busy."""
+    run_dir = copy_run(finished, tmp_path)
+    records = finished.load().records
+    slow = [key for key in records if key.method != BASE][1:]
+    for key, record in records.items():
+        start, seconds = ("second", 9.0) if key in slow else ("first", 2.0)
+        run_dir.write_record(
+            replace(record, seconds=seconds, start=start, hardware="a", memory=1.0)
+        )
+    base, pulid = load_rows(run_dir)
+    assert base["seconds"] == pulid["seconds"] == 2.0 and pulid["memory"] == 1.0
+    assert pulid["images"] == len(slow) + 1
+
+
 def test_method_specs_are_parsed_and_labeled() -> None:
     assert MethodSpec.parse("instantid:a/b.safetensors@0.5") == MethodSpec(
         "instantid", Path("a/b.safetensors"), 0.5

@@ -24,6 +24,8 @@ COSTS = {"seconds": False, "steps_per_second": True, "photo_to_image": False, "m
 seconds; denoising steps per second, text encoding and decoding included; seconds including the
 extraction of the identity; peak GiB with all methods of the run loaded.
 """
+TIME_COSTS = ("seconds", "steps_per_second", "photo_to_image")
+"""Costs that are compared with those of the base, so only images that are timed with it count."""
 PERSON_COSTS = {"person_seconds": False, "person_kb": False}
 """Cost of a person -> whether more is better.
 
@@ -85,7 +87,11 @@ def build_row(run: Run, method: str) -> Row:
     keys = run.keys(method)
     records = [record for key in keys if (record := run.records.get(key))]
     done = [record for record in records if record.is_done]
-    columns = {name: _aggregate(run, done, name) for name in HIGHER_IS_BETTER}
+    timed = [record for record, _ in _timed_with_base(run, keys)]
+    columns = {
+        name: _aggregate(run, timed if name in TIME_COSTS else done, name)
+        for name in HIGHER_IS_BETTER
+    }
     for name, value in run.method_metrics.get(method, {}).items():
         if value is not None:
             columns[name] = Interval(value)
@@ -133,22 +139,29 @@ def _cost(record: Record, name: str) -> float | None:
 def _time_ratio(run: Run, keys: Sequence[SampleKey]) -> float:
     """Compute the ratio of a method's median seconds to the base's.
 
-    Only images whose base image was generated in the same start of the command on the same
-    hardware count. Medians are not affected by a machine that is busy for a while.
+    Medians are not affected by a machine that is busy for a while.
     """
-    seconds = []
-    base_seconds = []
+    pairs = _timed_with_base(run, keys)
+    if not pairs:
+        return math.nan
+    seconds, base_seconds = zip(*((one.seconds, base.seconds) for one, base in pairs), strict=True)
+    return statistics.median(seconds) / statistics.median(base_seconds)
+
+
+def _timed_with_base(run: Run, keys: Sequence[SampleKey]) -> list[tuple[Record, Record]]:
+    """Select the images of a method whose times are comparable, each with its base image.
+
+    Both were generated in the same start of the command on the same hardware.
+    """
+    pairs = []
     for key in keys:
         record = run.records.get(key)
         base = run.records.get(key.with_method(BASE))
         if record is None or base is None or not record.seconds or not base.seconds:
             continue
         if (record.start, record.hardware) == (base.start, base.hardware):
-            seconds.append(record.seconds)
-            base_seconds.append(base.seconds)
-    if not seconds:
-        return math.nan
-    return statistics.median(seconds) / statistics.median(base_seconds)
+            pairs.append((record, base))
+    return pairs
 
 
 class ResultTable:
