@@ -111,6 +111,11 @@ def apply_method(model: Any, loaded: LoadedMethod, identity: Any, options: Apply
     if options.scale == 0 or span.is_empty:
         return model.clone()
     if loaded.name.startswith("photomaker"):
+        if span != Span() or options.mask is not None:
+            raise OptionError(
+                f"{loaded.name} acts in all steps and in the whole image: set start to 0 and end "
+                "to 1, and leave out the mask."
+            )
         lora = dict(_named_like_diffusers(model, loaded.adapter.lora))
         return patch_weights(model, lora, options.scale)
     from openpulid.methods.ip_adapter.host import IPAdapterHostIdentity, check_layers

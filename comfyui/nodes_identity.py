@@ -206,19 +206,29 @@ class SaveIdentity(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool | str:
         """Check the name before the workflow runs."""
-        if name is not None and (not name.strip() or Path(name).name != name or "\\" in name):
-            return f"the name of an identity must be a file name without a folder; got {name!r}."
-        return True
+        problem = None if name is None else describe_bad_name(name)
+        return problem or True
 
     @classmethod
     @explain_missing_packages
     def execute(cls, identity: Any, name: str) -> io.NodeOutput:
         """Write the file."""
+        from openpulid.errors import OptionError
+
+        if problem := describe_bad_name(name):  # an input from another node is not validated
+            raise OptionError(problem)
         folder = identity_output_folder()
         folder.mkdir(parents=True, exist_ok=True)
         path = find_free_path(folder, name)
         identity.save(path)
         return io.NodeOutput(identity, ui=ui.PreviewText(f"saved as {path.name}"))
+
+
+def describe_bad_name(name: str) -> str | None:
+    """Return why an identity cannot have a name; None if it can."""
+    if name.strip() and Path(name).name == name and "\\" not in name:
+        return None
+    return f"the name of an identity must be a file name without a folder; got {name!r}."
 
 
 def find_free_path(folder: Path, name: str) -> Path:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 from os import PathLike
 
 MEMORY_MESSAGES = (
@@ -215,6 +216,22 @@ def explain_out_of_memory(
         if not is_out_of_memory(error):
             raise
         raise OptionError(f"the device has too little memory; {advice}.") from None
+
+
+def require_libraries(purpose: str, names: Iterable[str], extra: str) -> None:
+    """Check that the libraries of an extra are installed.
+
+    Args:
+        purpose: what needs them.
+        names: of their packages.
+        extra: of this package, which installs them.
+
+    Raises:
+        OptionError: one is missing.
+    """
+    missing = ", ".join(name for name in names if find_spec(name) is None)
+    if missing:
+        raise OptionError(f"{purpose} needs {missing}: pip install 'openpulid[{extra}]'.")
 
 
 @contextmanager

@@ -289,6 +289,45 @@ def test_seeds_of_people_have_a_maximum(pulid: Run, tmp_path: Path, words: tuple
     assert not list(tmp_path.iterdir())
 
 
+def test_output_of_the_ablation_is_checked_before_it_is_drawn(
+    pulid: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "openpulid.mini.evaluation.stage_sheet.draw_stages", lambda *args, **_: pytest.fail("drawn")
+    )
+    (tmp_path / "old.png").write_bytes(b"")
+    for name, message in (("sheet", ".png"), ("sheet.gif", ".png"), ("old.png", "--overwrite")):
+        refused = pulid("mini", "ablation", "-o", tmp_path / name)
+        assert refused.is_one_sentence and message in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("serve", "--worker", "gpu_0"), "letters, digits, dots and dashes"),
+        (("serve", "--keep-hours", "inf"), "--keep-hours"),
+        (("serve", "--keep-identity-days", 1e9), "--keep-identity-days"),
+        (("web", "--port", 0), "--port"),
+    ],
+)
+def test_bad_option_of_a_server_is_one_sentence(
+    pulid: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    words: tuple[Any, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused = pulid(*words)
+    assert refused.code == 2 and message in refused.err and "Traceback" not in refused.err
+
+
+def test_missing_extra_is_named(pulid: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openpulid.errors.find_spec", lambda name: None)
+    refused = pulid("serve")
+    assert refused.is_one_sentence and "pip install 'openpulid[service]'" in refused.err
+
+
 def test_largest_person_is_drawn(pulid: Run, tmp_path: Path) -> None:
     seed = ("--seed", 2**63 - 1)
     assert pulid("world", "person", *seed, "-o", tmp_path / "a.png").code == 0

@@ -91,10 +91,20 @@ def test_names_follow_a_pattern(pulid: Run, studio: FakeStudio, tmp_path: Path) 
         assert refused.is_one_sentence and message in refused.err
 
 
+@pytest.mark.parametrize("pattern", ["{prompt:.2f}", "{method:d}", "{scale:s}"])
+def test_a_name_that_cannot_be_formatted_is_reported_before_any_image(
+    pulid: Run, studio: FakeStudio, tmp_path: Path, pattern: str
+) -> None:
+    refused = pulid("generate", "portrait", "--name", pattern, "-o", tmp_path)
+    assert refused.is_one_sentence and "cannot be formatted" in refused.err
+    assert studio.requests == [] and list(tmp_path.iterdir()) == []
+
+
 def test_a_name_is_valid_on_every_system() -> None:
     request = GenerationRequest(prompt="what? a <portrait>: " + "ä" * 60, seed=2**64 - 1)
     assert image_name(request, "x:{seed}") == "x-18446744073709551615.png"
     assert image_name(request, " .{scale}. ") == "0.png"
+    assert image_name(request, "{scale:.2f}") == "0.00.png"
     assert len(image_name(request, "{prompt}" * 9).encode()) <= 204
     assert image_name(request, "...") == "image-18446744073709551615.png"
     with pytest.raises(OptionError, match="cannot be formatted"):

@@ -211,6 +211,13 @@ def test_unsuitable_parts_raise(faceid, methods, options) -> None:
     with pytest.raises(OptionError, match="faceid acts in SDXL models; this one is Flux"):
         methods.apply_method(flux, faceid.loaded, faceid.identity, options(1.0))
     photomaker = methods.load_method("photomaker", comfyui.import_pack("folders").MINIATURE)
+    for unused in ({"start": 0.2}, {"end": 0.8}, {"mask": torch.ones(1, 8, 8)}):
+        with pytest.raises(OptionError, match="photomaker acts in all steps and in the whole"):
+            methods.apply_method(faceid.model, photomaker, faceid.identity, options(1.0, **unused))
+    save = comfyui.import_pack("nodes_identity").SaveIdentity.execute
+    for name in ("../x", "/root/x", "a\\b", " "):  # an input from another node
+        with pytest.raises(OptionError, match="must be a file name without a folder"):
+            save(faceid.identity, name)
     with pytest.raises(OptionError, match="no features of PhotoMaker's vision encoder"):
         methods.encode_prompt(faceid.clip, photomaker, faceid.identity, PROMPT, 0.2)
     with pytest.raises(OptionError, match="at most 75 tokens"):

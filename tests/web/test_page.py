@@ -282,6 +282,14 @@ def test_seed_is_text(tmp_path: Path, seed: str, expected: int) -> None:
     assert build_request(WebSession(tmp_path), tmp_path, seed=seed).seed == expected
 
 
+def test_deleted_number_is_the_default(tmp_path: Path) -> None:
+    deleted = {"num_images": None, "num_inference_steps": None, "refine_strength": None}
+    request = build_request(WebSession(tmp_path), tmp_path, **deleted, refine_faces=True)
+    assert request.num_images == 4 and request.num_inference_steps is None
+    unchanged = build_request(WebSession(tmp_path), tmp_path, refine_faces=True)
+    assert request.refine_faces == unchanged.refine_faces
+
+
 def test_seed_is_random_by_default(tmp_path: Path) -> None:
     session = WebSession(tmp_path)
     seeds = {

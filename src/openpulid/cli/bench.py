@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,7 +26,7 @@ from openpulid.cli.options import (
     print_progress,
     print_status,
 )
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import OptionError, WeightsError, require_libraries
 
 if TYPE_CHECKING:
     from openpulid.bench.run_dir import Subject
@@ -149,11 +148,7 @@ def report_run(
 
 def _check_libraries() -> None:
     """Check the extra's libraries before the first image is generated."""
-    missing = [name for name in ("torchmetrics", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise OptionError(
-            f"the benchmark needs {' and '.join(missing)}: pip install 'openpulid[bench]'."
-        )
+    require_libraries("the benchmark", ("torchmetrics", "matplotlib"), extra="bench")
 
 
 def _load_subjects(

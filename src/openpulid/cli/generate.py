@@ -277,7 +277,8 @@ def generate(
             return
         if prompt is None and not grid:
             raise OptionError("PROMPT is missing; pass a prompt, or --from IMAGE.")
-        note = None if person else NO_PERSON
+        shows_person = person or any(axis.partition("=")[0].strip() == "id" for axis in grid or ())
+        note = None if shows_person else NO_PERSON
         if grid:
             run_grid(grid, ctx, output, device, note)
             return

@@ -146,6 +146,7 @@ def ablation(
     from openpulid.io.xmp import DigitalSourceType
     from openpulid.mini.evaluation.stage_sheet import draw_stages
 
+    check_new_output(check_image_path(out), overwrite)
     sheet = draw_stages(people, people_seed, preset=preset)
     write_image(out, sheet, overwrite, DigitalSourceType.GENERATED)
     print_path(out)

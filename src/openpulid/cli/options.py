@@ -256,8 +256,8 @@ def write_image(
     """
     from openpulid.io.metadata import encode_image
 
-    content = encode_image(image, path.suffix, source_type=source_type)
-    write_output(check_image_path(path), content, overwrite)
+    content = encode_image(image, check_image_path(path).suffix, source_type=source_type)
+    write_output(path, content, overwrite)
 
 
 def print_path(path: Path) -> None:

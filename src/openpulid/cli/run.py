@@ -51,6 +51,12 @@ class ImageOutput:
 
             check_pattern(self.name)
 
+    def check_name(self, request: GenerationRequest) -> None:
+        """Check the name of an image before it is generated, see `file_names.image_name`."""
+        from openpulid.pipelines.file_names import DEFAULT_PATTERN, image_name
+
+        image_name(request, self.name or DEFAULT_PATTERN)
+
     def save(self, image: Image, request: GenerationRequest, inputs: RequestInputs) -> Path:
         """Write one image."""
         from openpulid.pipelines.file_names import DEFAULT_PATTERN
@@ -210,7 +216,7 @@ def run_requests(
     Returns:
         The images of each request.
     """
-    jobs = _open_jobs(requests)
+    jobs = _open_jobs(requests, output)
     images: list[list[Image]] = [[] for _ in requests]
     bar = ProgressBar(sum(request.num_images for request in requests))
     with _report_interruption(images, sum(request.num_images for request in requests)):
@@ -230,7 +236,7 @@ class _Job:
     inputs: RequestInputs
 
 
-def _open_jobs(requests: Sequence[GenerationRequest]) -> list[_Job]:
+def _open_jobs(requests: Sequence[GenerationRequest], output: ImageOutput) -> list[_Job]:
     """Check all requests and open their files, before any model is loaded."""
     from openpulid import resolve_preset
     from openpulid.pipelines import factory
@@ -244,7 +250,9 @@ def _open_jobs(requests: Sequence[GenerationRequest]) -> list[_Job]:
         if request.model not in presets:
             presets[request.model] = resolve_preset(request.model)
         preset = presets[request.model]
-        check_words(preset, preset.resolve(request))
+        resolved = preset.resolve(request)
+        output.check_name(resolved)
+        check_words(preset, resolved)
         inputs = open_inputs(request, preset.models)
         inputs.check(preset.models)
         factory.check_models(preset, inputs.identities)

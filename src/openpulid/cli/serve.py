@@ -9,7 +9,7 @@ import typer
 
 from openpulid.cli.options import Base, Device, FacePack, Memory, name_options, print_status
 from openpulid.cli.signing import Certificate, Key, Sign, find_signer_files
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, require_libraries
 
 HOUR = 3600.0
 DAY = 24 * HOUR
@@ -71,10 +71,13 @@ def serve(
     ] = 100,
     rate: Annotated[str, typer.Option(help="Requests of one API key.")] = "600/minute",
     keep_hours: Annotated[
-        float, typer.Option(min=0.01, help="Hours until a finished job and its images are removed.")
+        float,
+        typer.Option(
+            min=0.01, max=1e6, help="Hours until a finished job and its images are removed."
+        ),
     ] = 24.0,
     keep_identity_days: Annotated[
-        float, typer.Option(min=0.001, help="Days until an identity is removed.")
+        float, typer.Option(min=0.001, max=1e5, help="Days until an identity is removed.")
     ] = 30.0,
     c2pa: Sign = False,
     c2pa_cert: Certificate = None,
@@ -84,6 +87,7 @@ def serve(
 
     Base, memory, faces and adapter apply to the first preset.
     """
+    require_libraries("the HTTP API", ("fastapi", "sqlalchemy", "uvicorn"), extra="service")
     from openpulid.io.content_credentials import ContentSigner
     from openpulid.io.serving import check_address, is_loopback
     from openpulid.service.api.access import ApiKeys

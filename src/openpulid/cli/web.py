@@ -25,7 +25,7 @@ def web(
     host: Annotated[
         str, typer.Option(help="Address to serve; 0.0.0.0 is open to the whole network.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to serve.")] = 7860,
     c2pa: Sign = False,
     c2pa_cert: Certificate = None,
     c2pa_key: Key = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from string import Formatter
 
 from openpulid.errors import OptionError, suggest
@@ -47,11 +48,10 @@ def image_name(request: GenerationRequest, pattern: str = DEFAULT_PATTERN) -> st
 def list_fields(request: GenerationRequest) -> dict[str, object]:
     """Return the fields that a pattern can have."""
     model = request.model
-    scales = [f"{scale:g}" for scale in request.identity_scales]
     return {
         "prompt": _first_words(request.prompt),
         "seed": request.seed,
-        "scale": "-".join(scales) or "0",
+        "scale": _describe_scales(request.identity_scales),
         "steps": request.num_inference_steps,
         "guidance": request.guidance_scale,
         "width": request.width,
@@ -61,8 +61,16 @@ def list_fields(request: GenerationRequest) -> dict[str, object]:
     }
 
 
+def _describe_scales(scales: Sequence[float]) -> str | float:
+    """Return a number, which can have a format; or a text for several people."""
+    if len(scales) > 1:
+        return "-".join(f"{scale:g}" for scale in scales)
+    scale = float(scales[0]) if scales else 0.0
+    return int(scale) if scale.is_integer() else scale
+
+
 def check_pattern(pattern: str) -> None:
-    """Check a pattern before there is an image.
+    """Check the fields of a pattern.
 
     Raises:
         OptionError: it has an unknown field, or is no file name.

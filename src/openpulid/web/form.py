@@ -122,7 +122,9 @@ class FormValues:
         for entry in FIELDS:
             default = entry.default(preset)
             value = self.values.get(entry.name, default)
-            is_unchanged = entry.is_option and value in (None, default)
+            if value is None:  # a number that was deleted
+                value = default
+            is_unchanged = entry.is_option and value == default
             if self._has_effect(entry, preset) and not is_unchanged:
                 _set(data, entry, value)
         return GenerationRequest.model_validate(data)

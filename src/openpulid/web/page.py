@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, require_libraries
 from openpulid.pipelines.request import ModelSelection
 from openpulid.web.folders import open_session
 from openpulid.web.network import without_proxy
@@ -43,8 +42,7 @@ def open_app(
             apply to it, or its files are not installed.
         WeightsError: the base model is not installed.
     """
-    if find_spec("gradio") is None:
-        raise OptionError("the page needs Gradio: pip install 'openpulid[web]'.")
+    require_libraries("the page", ["gradio"], extra="web")
     from openpulid.pipelines.factory import check_models
     from openpulid.pipelines.weights import find_installed_presets, missing_weights
 
