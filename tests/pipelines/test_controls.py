@@ -96,9 +96,10 @@ def prepare_image(control: Control, image: Image.Image) -> Image.Image:
     return image if missing is None else detect_map(missing, image, control.image)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory", ["12gb", "8gb", "6gb"])
 def test_controlnet_of_sdxl_is_kept_as_the_memory_level_says(
-    folder: Path, tmp_path: Path, memory: str
+    folder: Path, tmp_path: Path, memory: str, dtype: torch.dtype
 ) -> None:
     """In 8 bits at 8gb; on the CPU the other levels keep it as it is."""
     net = ControlNetModel.from_pretrained(folder / "mini")
@@ -114,7 +115,7 @@ def test_controlnet_of_sdxl_is_kept_as_the_memory_level_says(
     images = []
     for level in ("full", memory):
         placed = preset.with_models(memory=level)
-        pipe = load_pipeline(placed, torch.device("cpu"))
+        pipe = load_pipeline(placed, torch.device("cpu")).to(dtype)
         encoder = IDEncoder(12, 64, vit_dim=8, hidden_dim=16)
         studio = Studio(pipe, PuLID.for_unet(pipe.unet, encoder), UnusedExtractor(), placed)
         request = GenerationRequest(prompt="portrait", seed=1, controls=[control])
@@ -122,7 +123,7 @@ def test_controlnet_of_sdxl_is_kept_as_the_memory_level_says(
         image = studio.generate(request, inputs=inputs).images[0]
         images.append(np.asarray(image).astype(np.float32) / 255)
     weight = inputs.controls[0].files.network.model.mid_block.resnets[0].conv1.weight
-    assert weight.dtype == (torch.float8_e4m3fn if memory == "8gb" else torch.float32)
+    assert weight.dtype == (torch.float8_e4m3fn if memory == "8gb" else dtype)
     effect = np.abs(images[1] - pixels(studio)).mean()
     difference = np.abs(images[0] - images[1]).mean()
     assert effect > 0.1 and difference < 0.2 * effect

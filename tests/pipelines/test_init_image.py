@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -26,6 +27,7 @@ from openpulid.pipelines.request_inputs import InitImage, Person
 from openpulid.pipelines.studio import Studio
 from tests.support.people import anna
 from tests.support.people import fresh as fresh_sdxl
+from tests.support.studios import sdxl_studio as sdxl_studio_of
 from tests.support.tiny_flux import fresh as fresh_flux
 from tests.support.tiny_flux import tiny_pipe
 from tests.support.versions import same_noise_in_every_precision
@@ -114,6 +116,29 @@ def test_image_to_image_is_that_of_diffusers(
     two = request.model_copy(update={"seed": 4, "num_images": 2})
     both = studio.generate(two, batch_size=2)
     assert np.abs(pixels(both.images[1]) - expected).max() <= 2
+
+
+def test_exchanged_scheduler_also_runs_from_an_image(tiny_pipeline: Any, folder: Path) -> None:
+    studio = sdxl_studio_of(tiny_pipeline())
+    init = InitImage(folder / "room.png", strength=0.5)
+    request = GenerationRequest("portrait", seed=5, init_image=init)
+    before = pixels(studio.generate(request).images[0])
+    studio.pipe.scheduler = DDIMScheduler.from_config(studio.pipe.scheduler.config)
+    after = pixels(studio.generate(request).images[0])
+    assert np.abs(after - before).max() > 2
+    cls = StableDiffusionXLImg2ImgPipeline
+    assert np.array_equal(after, run_diffusers(cls, studio, folder, strength=0.5))
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(0.2, 1), (0.6, 3), (1.0, 4)])
+def test_steps_from_an_image_on_flux_are_those_of_diffusers(
+    flux_studio: Studio, folder: Path, strength: float, steps: int
+) -> None:
+    init = InitImage(folder / "room.png", strength=strength)
+    calls = []
+    request = GenerationRequest("portrait", seed=5, init_image=init)
+    flux_studio.generate(request, callback=lambda done, total, _: calls.append((done, total)))
+    assert calls == [(done + 1, steps) for done in range(steps)]
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux"])

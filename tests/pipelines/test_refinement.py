@@ -21,6 +21,7 @@ from openpulid.pipelines.refinement import FaceRefiner
 from openpulid.pipelines.request import FaceRefinement, GenerationRequest
 from openpulid.pipelines.request_inputs import Control
 from openpulid.pipelines.runner import PipelineRunner
+from openpulid.pipelines.selection import with_method
 from openpulid.pipelines.studio import Studio
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 from tests.support.people import anna as tiny_anna
@@ -194,7 +195,7 @@ def test_each_face_is_that_of_the_person_whose_region_it_is_in(anna, ben) -> Non
     assert len(find([(anna, left), (ben, top)], image)) == 1
 
 
-def test_one_person_has_one_face(anna) -> None:
+def test_one_person_has_one_face(anna, tmp_path) -> None:
     """The largest face is the person's; people in the background stay."""
     large_and_small = draw_scene((0, 44, 84), (88, 4, 38))
     assert find(anna, large_and_small) == []
@@ -202,6 +203,11 @@ def test_one_person_has_one_face(anna) -> None:
     (face,) = find(anna, two)
     assert (face.window[0] + face.window[2]) / 2 < 64
     assert len(find(None, two)) == 2
+    # a tuned method shows its person in the whole image
+    models = with_method(mini(), "lora", tmp_path / "anna.safetensors").models
+    refiner = FaceRefiner(resolve(mini()), None, RequestInputs(), models)
+    (alone,) = refiner.find_faces(two, 7)
+    assert alone.window == face.window
 
 
 def test_the_identity_acts_in_the_whole_second_pass(anna) -> None:
@@ -253,7 +259,7 @@ def test_tiny_pipelines_run_the_second_pass(family: str, tiny_pipeline: Any) -> 
     refiner = FaceRefiner(request, tiny_anna, RequestInputs(), preset.models)
     (face,) = refiner.find_faces(image, 0)
     assert (face.request.width, face.request.height) == (32, 32)
-    progress = Progress(None, face.request)
+    progress = Progress(None, preset.models, face.request)
     ((_, crop),) = runner.run(face.request, face.identity, face.cut(image), progress)
     refined = face.paste(image, crop)
     left, top, right, bottom = ImageChops.difference(image, refined).getbbox()

@@ -135,6 +135,22 @@ def test_threads_can_share_a_studio(studio, anna) -> None:
     assert not np.array_equal(alone[0], alone[1])
 
 
+@pytest.mark.parametrize(("num_images", "batch_size"), [(1, 1), (2, 1), (3, 2)])
+def test_list_of_people_for_one_image_is_refused_before_any_image(
+    studio, anna, num_images: int, batch_size: int
+) -> None:
+    images = []
+    with pytest.raises(OptionError, match=r"several people in one image pass \[\(identity, mask\)"):
+        studio.generate(
+            "portrait",
+            identity=[anna, anna],
+            num_images=num_images,
+            batch_size=batch_size,
+            on_image=lambda *image: images.append(image),
+        )
+    assert images == []
+
+
 def test_options_reach_the_sampler(studio, anna) -> None:
     def image(**options: object) -> np.ndarray:
         return pixels(studio.generate("portrait", anna, seed=1, **options))[0]

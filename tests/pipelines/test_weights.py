@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -12,7 +13,7 @@ from openpulid.errors import WeightsError
 from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS
 from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import Preset, flux, sdxl
+from openpulid.pipelines.presets import MINIATURE, Preset, find_preset, flux, sdxl
 from openpulid.pipelines.selection import with_base, with_method
 from openpulid.pipelines.weights import missing_sources, missing_weights, require_weights
 from openpulid.training.pulid import find_recipe
@@ -87,3 +88,12 @@ def test_files_that_do_not_exist_are_left_to_their_loader(tmp_path: Path) -> Non
     missing = tmp_path / "none.safetensors"
     assert missing_sources([missing, str(missing), "eva"]) == [str(missing), "eva", str(missing)]
     require_weights(sdxl(), [missing, str(missing)])
+
+
+def test_folder_of_a_flux_miniature_can_have_any_name(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(MINIATURE / "flux" / "pipeline", mine / "pipeline")
+    models = find_preset(str(mine)).models
+    assert models.pipeline == mine / "pipeline"
+    assert models.adapter == mine / "pulid-stage3.safetensors"
+    assert models.detector == tmp_path / "detector.safetensors"

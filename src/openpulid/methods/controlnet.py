@@ -23,7 +23,7 @@ from torch.nn.functional import interpolate
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.images import Source, is_image_source, open_image
 from openpulid.io.networks import CONFIG, load_network
-from openpulid.methods.adapter import Adapter
+from openpulid.methods.adapter import Adapter, check_hooks_are_called
 from openpulid.methods.hooks import (
     HookResult,
     PipelineState,
@@ -181,6 +181,7 @@ class ControlNet(ControlNetBase):
             )
             return args, kwargs | add_residuals(kwargs, *residuals)
 
+        check_hooks_are_called([state.network])
         handle = state.network.register_forward_pre_hook(add_control, with_kwargs=True)
         try:
             yield

@@ -107,7 +107,7 @@ class PromptAdapter(Adapter):
         def open_pipeline(state: PipelineState, span: Span) -> Iterator[None]:
             fusion = type(self).fusion(state, self.encoder, prompts, span)
             with (
-                exclusive_use(state.network, self.slot),
+                exclusive_use(state.network, self.slot, state.network.modules()),
                 self.hook_unet(fusion, scale, **options),
             ):
                 yield

@@ -54,13 +54,13 @@ def check_resolved(request: GenerationRequest, models: ModelSet, label: str) -> 
     _check_size(request, models, label)
     _check_people(request, models)
     _check_edits(request, models)
-    _check_strength(request)
+    _check_strength(request, models)
     _check_controls(request, models, label)
     _check_add_ons(request, models)
     if not reads_weights(models):
         _check_weights(request, models)
     if models.family == "flux":
-        _check_true_cfg(request)
+        _check_true_cfg(request, models)
 
 
 def _check_size(request: GenerationRequest, models: ModelSet, label: str) -> None:
@@ -213,10 +213,19 @@ def _check_weights(request: GenerationRequest, models: ModelSet) -> None:
             )
 
 
-def count_steps(request: GenerationRequest) -> int:
+def count_steps(request: GenerationRequest, models: ModelSet) -> int:
     """Return how many steps a resolved request runs: an initial image leaves out the first ones."""
     steps = request.num_inference_steps or 1
-    return steps if request.init_image is None else int(steps * request.init_image.strength)
+    if request.init_image is None:
+        return steps
+    return _count_edit_steps(steps, request.init_image.strength, models)
+
+
+def _count_edit_steps(steps: int, strength: float, models: ModelSet) -> int:
+    """Round as diffusers' pipelines do, which differ."""
+    if models.has_transformer:
+        return steps - int(steps - steps * strength)
+    return int(steps * strength)
 
 
 def _check_edits(request: GenerationRequest, models: ModelSet) -> None:
@@ -231,16 +240,16 @@ def _check_edits(request: GenerationRequest, models: ModelSet) -> None:
             )
 
 
-def _check_strength(request: GenerationRequest) -> None:
+def _check_strength(request: GenerationRequest, models: ModelSet) -> None:
     steps = request.num_inference_steps or 1
-    if request.init_image is not None and count_steps(request) < 1:
+    if request.init_image is not None and count_steps(request, models) < 1:
         raise RequestError(
             f"{{0}} {request.init_image.strength:g} runs none of the {steps} steps, so that the "
             f"image would not change; use {math.ceil(100 / steps) / 100:g} or more.",
             "init_image.strength",
         )
     refinement = request.refine_faces
-    if refinement is not None and int(steps * refinement.strength) < 1:
+    if refinement is not None and _count_edit_steps(steps, refinement.strength, models) < 1:
         raise RequestError(
             f"{{0}} {refinement.strength:g} runs none of the {steps} steps, so that no face would "
             f"change; use {math.ceil(100 / steps) / 100:g} or more.",
@@ -290,7 +299,7 @@ def check_active_steps(request: GenerationRequest, models: ModelSet) -> None:
     scale = max(request.identity_scales, default=identity.scale)
     if scale == 0 or find_active_steps(request, models):
         return
-    steps = count_steps(request)
+    steps = count_steps(request, models)
     if identity.start_step is not None and identity.start_step >= steps:
         raise RequestError(
             f"{{0}} {identity.start_step} is after the last step, {steps - 1}, so that the image "
@@ -315,7 +324,7 @@ def find_active_steps(request: GenerationRequest, models: ModelSet) -> list[int]
             after `start`; InfiniteYou's last one ends by `end`.
     """
     identity = request.identity
-    steps = count_steps(request)
+    steps = count_steps(request, models)
     start, end = identity.start or 0.0, 1.0 if identity.end is None else identity.end
     is_after_start = models.method in (*PROMPT_METHODS, "w-plus")
     is_whole = models.method.startswith("infiniteyou")
@@ -326,7 +335,7 @@ def find_active_steps(request: GenerationRequest, models: ModelSet) -> list[int]
     return [position.step or 0 for position in positions if span.contains(position)]
 
 
-def _check_true_cfg(request: GenerationRequest) -> None:
+def _check_true_cfg(request: GenerationRequest, models: ModelSet) -> None:
     is_guided = (request.true_cfg_scale or 1) > 1
     has_negative_prompt = request.negative_prompt is not None
     if not is_guided and not request.negative_prompt:
@@ -338,9 +347,10 @@ def _check_true_cfg(request: GenerationRequest) -> None:
             "negative_prompt",
         )
     first = request.timestep_to_start_cfg or 0
-    if first >= count_steps(request):
+    steps = count_steps(request, models)
+    if first >= steps:
         raise RequestError(
-            f"{{0}} {first} is after the last step, {count_steps(request) - 1}, so "
+            f"{{0}} {first} is after the last step, {steps - 1}, so "
             "that {1} would have no effect; use a smaller one.",
             "timestep_to_start_cfg",
             "negative_prompt",

@@ -18,7 +18,7 @@ from openpulid.methods.control_maps.recognition import ControlKind, is_control_m
 from openpulid.methods.controlnet import ControlNet, require_controlnet
 from openpulid.methods.controlnet_flux import FluxControlNet
 from openpulid.pipelines.control_images import detect_map, find_detectors
-from openpulid.pipelines.memory_levels import Level, place_controlnet
+from openpulid.pipelines.memory_levels import Level, find_network, place_controlnet
 from openpulid.pipelines.published_controls import PUBLISHED_CONTROLS
 from openpulid.pipelines.request_fields import RequestError, literal
 from openpulid.pipelines.request_inputs import Control
@@ -190,5 +190,6 @@ def use_controls(controls: Sequence[ControlInput], pipe: Any, level: Level) -> I
 def _place(net: ControlNet | FluxControlNet, pipe: Any, level: Level) -> None:
     """Keep a ControlNet as the memory level says, unless another control has done so."""
     if not net.is_placed and level.network != "resident":
+        net.model.to(find_network(pipe).dtype)
         place_controlnet(net.model, level, pipe._execution_device)
         net.is_placed = True

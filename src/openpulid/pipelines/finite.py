@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,26 @@ def run_pipeline(
         raise decoder_error()
     images: list[Image.Image] = pipe.image_processor.numpy_to_pil(pixels)
     return images
+
+
+@contextmanager
+def clean_up_failure(pipe: Any) -> Iterator[None]:
+    """Leave a pipeline as after a complete call, also if a call fails or is stopped.
+
+    diffusers computes a float16 VAE of SDXL in float32, and empties block caches and offloads
+    networks at the end of a call.
+
+    Args:
+        pipe: the pipeline that runs, or the one whose components it shares.
+    """
+    vae_dtype = pipe.vae.dtype
+    try:
+        yield
+    except BaseException:
+        if pipe.vae.dtype != vae_dtype:
+            pipe.vae.to(vae_dtype)
+        pipe.maybe_free_model_hooks()
+        raise
 
 
 def decoder_error() -> NonFiniteError:

@@ -436,7 +436,12 @@ def find_preset(name: str) -> Preset:
     directory = Path(name)
     if (directory / "pipeline" / "model_index.json").is_file():
         is_flux = (directory / "pipeline" / "transformer").is_dir()
-        preset = mini_flux(directory.parent) if is_flux else mini(directory)
+        preset = mini(directory)
+        if is_flux:  # the other models are shared with the folder that it is in
+            adapter = directory / "pulid-stage3.safetensors"
+            preset = mini_flux(directory.parent).with_models(
+                pipeline=directory / "pipeline", adapter=adapter
+            )
         return _rename(preset, str(directory), "A trained miniature")
     raise OptionError(
         f"there is no preset {name!r}{suggest(name, PRESETS)}; choose one of "

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from openpulid.pipelines.checks import count_steps
+from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.preview import NoisyLatents, decode_preview
 from openpulid.pipelines.request import GenerationRequest
 
@@ -28,11 +29,15 @@ class Progress:
 
     Args:
         callback: see `Callback`.
+        models: the models that run the requests.
         requests: the resolved requests.
     """
 
-    def __init__(self, callback: Callback | None, *requests: GenerationRequest) -> None:
+    def __init__(
+        self, callback: Callback | None, models: ModelSet, *requests: GenerationRequest
+    ) -> None:
         self._callback = callback
+        self._models = models
         self.total = 0
         self._num_steps = 0
         self._num_done = 0
@@ -44,7 +49,7 @@ class Progress:
 
     def extend(self, request: GenerationRequest) -> None:
         """Add the steps of a resolved request to the total."""
-        self.total += request.num_images * count_steps(request)
+        self.total += request.num_images * count_steps(request, self._models)
 
     def start_run(self, request: GenerationRequest, positions: Sequence[int] = (0,)) -> None:
         """Note that the next images of a request begin.
@@ -54,7 +59,7 @@ class Progress:
             positions: of the requests in a batch.
         """
         self._positions = positions
-        self._num_steps = count_steps(request)
+        self._num_steps = count_steps(request, self._models)
         self._steps_of_run = 0
         self._previous = None
 

@@ -10,7 +10,9 @@ from functools import cached_property
 
 from PIL import Image
 
+from openpulid.faces.face import Face, sort_faces
 from openpulid.identity.detection import FaceDetection, detect_in_image
+from openpulid.identity.identity import Identity
 from openpulid.methods.pulid import People, convert_mask
 from openpulid.pipelines.factory import load_detection
 from openpulid.pipelines.inputs import RequestInputs
@@ -26,7 +28,8 @@ class FaceRefiner:
     """Decides which faces of the images of a request are refined, and whose they are.
 
     Each person has one face: the largest of those that are mostly in the person's region. All
-    others stay as they are. Without people, all small faces are refined.
+    others stay as they are. Without people, all small faces are refined; with a tuned method, the
+    largest face.
 
     Args:
         request: a resolved request with `refine_faces`.
@@ -70,11 +73,13 @@ class FaceRefiner:
         identity = self.request.identity
         base = 1.0 if identity.scale is None else identity.scale
         base = max(self.request.identity_scales, default=base)
-        assigned = (
-            [(face, None, 1.0) for face in faces]
-            if self.people is None
-            else assign_faces(faces, self.people, image.size)
-        )
+        assigned: list[tuple[Face, Identity | None, float]]
+        if self.people is not None:
+            assigned = [*assign_faces(faces, self.people, image.size)]
+        else:
+            if self.models.has_own_person:
+                faces = sort_faces(faces)[:1]
+            assigned = [(face, None, 1.0) for face in faces]
         limit = self.request.refine_faces.max_size * min(image.size)
         small = [
             (face, person, base * weight)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from openpulid.methods.pulid import People, delay_guidance, normalize_people
-from openpulid.pipelines.finite import run_pipeline
+from openpulid.pipelines.finite import clean_up_failure, run_pipeline
 from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.progress import Progress
@@ -142,11 +142,15 @@ class PipelineRunner:
         if inputs.init_image is None:
             return self.pipe
         is_inpainting = inputs.init_image.mask is not None
-        if is_inpainting not in self._edit_pipelines:
+        pipe = self._edit_pipelines.get(is_inpainting)
+        if pipe is not None and not _shares_components(pipe, self.pipe):
+            self.adapter.detach(pipe)
+            pipe = None
+        if pipe is None:
             pipe = inputs.init_image.build_pipeline(self.pipe)
             self.adapter.attach(pipe)
             self._edit_pipelines[is_inpainting] = pipe
-        return self._edit_pipelines[is_inpainting]
+        return pipe
 
     def _encode_prompts(
         self, pipe: Any, request: GenerationRequest, people: People | None
@@ -190,23 +194,33 @@ class PipelineRunner:
             for name in ("true_cfg_scale", "max_sequence_length")
             if name in self.preset.options
         }
-        edit = inputs.prepare_edit(request, pipe, seeds)
-        if edit is None:
-            options |= {"width": request.width, "height": request.height}
-        else:
-            options |= {**edit.options, "after_step": edit.after_step}
         native = self.preset.models.native_side
         size = (request.width or native, request.height or native)
-        images = run_pipeline(
-            pipe,
-            on_step=partial(progress.report, pipe, size=size),
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale or 0.0,  # FLUX.1-schnell has none
-            **prompts,
-            **options,
-        )
+        with clean_up_failure(self.pipe):
+            edit = inputs.prepare_edit(request, pipe, seeds)
+            if edit is None:
+                options |= {"width": request.width, "height": request.height}
+            else:
+                options |= {**edit.options, "after_step": edit.after_step}
+            images = run_pipeline(
+                pipe,
+                on_step=partial(progress.report, pipe, size=size),
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                num_inference_steps=request.num_inference_steps,
+                guidance_scale=request.guidance_scale or 0.0,  # FLUX.1-schnell has none
+                **prompts,
+                **options,
+            )
         return images if edit is None else edit.finish(images)
+
+
+def _shares_components(pipe: Any, base: Any) -> bool:
+    """Return whether a pipeline has the components of another; a user can exchange these."""
+    return all(
+        component is base.components[name]
+        for name, component in pipe.components.items()
+        if name in base.components
+    )
 
 
 def _batches(request: GenerationRequest, size: int) -> Iterator[list[int]]:

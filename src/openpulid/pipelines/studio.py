@@ -192,11 +192,12 @@ class Studio:
             if isinstance(people, ReferenceImage):
                 people = self.identify(people)
             self._check_people(request, people)
+            _check_batches(request, people, batch_size)
             people = crop_masks(people, self._size(request))
         result = GenerationResult([], [], dict(inputs.fingerprints))
         if identity is not None:
             request = result.describe_people(request, people)
-        progress = Progress(callback, request)
+        progress = Progress(callback, self.preset.models, request)
         with self._lock, suppress(Stopped):
             for seed, image in self._runner.run(request, people, inputs, progress, batch_size):
                 result.images.append(image)
@@ -236,7 +237,7 @@ class Studio:
         check_batch(prepared)
         people = [self._people(request, files) for request, files in prepared]
         rows = [request for request, _ in prepared]
-        progress = Progress(callback, *rows)
+        progress = Progress(callback, self.preset.models, *rows)
         results = [GenerationResult([], [], dict(files.fingerprints)) for _, files in prepared]
         with self._lock, suppress(Stopped):
             images = self._runner.run_together(rows, people, progress)
@@ -304,6 +305,23 @@ class Studio:
                 )
         for identity, _ in chain(*normalize_people(people)):
             identity.require(self._extractor.models)
+
+
+def _check_batches(request: GenerationRequest, people: People, batch_size: int) -> None:
+    """Check that identities for one image each can be divided among the images of each batch.
+
+    Raises:
+        OptionError: they cannot.
+    """
+    count = len(normalize_people(people))
+    whole, rest = divmod(request.num_images, batch_size)
+    sizes = [batch_size] * bool(whole) + [rest] * bool(rest)
+    if any(size % count for size in sizes):
+        raise OptionError(
+            f"a list of {count} identities has one for each image, and a batch has {sizes[-1]}; "
+            "for several people in one image pass [(identity, mask), ...], and for one person per "
+            "image call generate for each."
+        )
 
 
 def _parse_size(options: dict[str, Any]) -> dict[str, Any]:

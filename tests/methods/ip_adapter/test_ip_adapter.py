@@ -116,18 +116,41 @@ def test_several_reference_images_and_identities(pipe: Any) -> None:
         generate(pipe)
 
 
+def test_people_who_cannot_be_shown_are_refused(pipe: Any) -> None:
+    one = features().extract([FACE])[0]
+    method = IPAdapter(plain(pipe.unet))
+    method.attach(pipe)
+    two_images = fuse_identities([one, one])
+    for people, message in (
+        ([(one, None)], "pass an identity, or one per prompt"),
+        ([], "pass an identity, or one per prompt"),
+        ([one, two_images], "need the same number of reference images"),
+    ):
+        with pytest.raises(OptionError, match=message), method.use(people):
+            pass
+
+
+def test_compiled_unet_is_refused(pipe: Any) -> None:
+    method = IPAdapter(plain(pipe.unet))
+    method.attach(pipe)
+    pipe.unet.compile(backend="eager")
+    with (
+        pytest.raises(OptionError, match="compiled code ignores hooks"),
+        method.use(features().extract([FACE])[0]),
+    ):
+        pass
+
+
 def test_identity_of_another_extractor_raises(pipe: Any) -> None:
     method = IPAdapter(plain(pipe.unet))
     method.attach(pipe)
-    with (
-        method.use(person(1)),
-        pytest.raises(OptionError, match="reads CLIP features of width 64, the identity has 9"),
-    ):
-        generate(pipe)
+    message = "reads CLIP features of width 64, the identity has 9"
+    with pytest.raises(OptionError, match=message), method.use(person(1)):
+        pass
     method = IPAdapter(plus(pipe.unet))
     method.attach(pipe)
-    with method.use(person(1)), pytest.raises(OptionError, match="no CLIP image features"):
-        generate(pipe)
+    with pytest.raises(OptionError, match="no CLIP image features"), method.use(person(1)):
+        pass
     assert find_method("ip-adapter") is IPAdapter and find_method("faceid-plus") is FaceIDPlus
 
 

@@ -91,6 +91,14 @@ def test_method_changes_images_only_while_open(pipe, methods, kind):
         assert torch.equal(generate(pipe), base)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_unet_is_refused(pipe, methods, kind):
+    methods[kind].attach(pipe)
+    pipe.unet.compile(backend="eager")
+    with pytest.raises(OptionError, match="compiled code ignores hooks"), methods[kind].use():
+        pass
+
+
 def test_compressed_file_of_the_authors_gives_the_image_of_its_matrices(pipe, tmp_path):
     names = [name for name, _ in pipe.unet.named_modules() if name.endswith("attn2.to_k")]
     layers = {f"{name}.weight": pipe.unet.get_submodule(name) for name in names}

@@ -40,6 +40,7 @@ from openpulid.methods.ip_adapter.processors import (
     restore_layers,
 )
 from openpulid.methods.lora import check_low_rank, find_lora_layers, low_rank_hook
+from openpulid.methods.person_adapter import list_identities
 
 
 class IPAdapterBase(Adapter):
@@ -170,15 +171,16 @@ class IPAdapterBase(Adapter):
             pipe: one of the attached pipelines; all of them by default.
 
         Raises:
-            OptionError: Nothing is attached, an argument is out of range, or another identity is
-                in use.
+            OptionError: Nothing is attached, an argument is out of range, identities have
+                different numbers of reference images, or another identity is in use.
             IdentityError: The features of an identity are not finite.
         """
-        identities = [people] if isinstance(people, Identity) else list(people)
-        if not identities:
-            raise OptionError("pass an identity, or one per prompt.")
-        for identity in identities:
-            identity.check_values()
+        identities = list_identities(people)
+        if len({self.embeddings(identity).shape for identity in identities}) > 1:
+            raise OptionError(
+                "all identities of a batch need the same number of reference images; run prompts "
+                "with other numbers in a call of their own."
+            )
         weight = self.scale if scale is None else scale
         with self.activate_span(
             lambda state, span: self._open(state, identities, weight, span),
@@ -213,7 +215,11 @@ class IPAdapterBase(Adapter):
         """Put the layers into one pipeline and pass the embeddings in every call."""
         unet = state.network
         current_scale = 0.0
-        with exclusive_use(unet, self.slot), restore_layers(state.target), ExitStack() as hooks:
+        with (
+            exclusive_use(unet, self.slot, unet.modules() if self.lora else [unet]),
+            restore_layers(state.target),
+            ExitStack() as hooks,
+        ):
             layers = self.layers_for(state.target)
             install_layers(unet, layers.processors, layers.projection, "ip_image_proj")
 

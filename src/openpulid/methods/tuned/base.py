@@ -104,7 +104,7 @@ class TunedAdapter(Adapter):
     @contextmanager
     def _open(self, state: PipelineState, scale: float, span: Span) -> Iterator[None]:
         with ExitStack() as stack:
-            stack.enter_context(exclusive_use(state.network, self.slot))
+            stack.enter_context(exclusive_use(state.network, self.slot, state.network.modules()))
             call = ActiveCall(state, span)
             if not span.covers_schedule:
                 handle = state.network.register_forward_pre_hook(call.update, with_kwargs=True)
