@@ -31,6 +31,8 @@ PAGES = sorted(
 )
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
+GENERATED_PAGE = "benchmarks/gpu-h200.md"
+
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 INLINE_CODE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s#]+)(?:#[^)]*)?\)")
@@ -181,6 +183,14 @@ def test_readme_is_a_front_page() -> None:
     lines = read("README.md").splitlines()
     assert len(lines) <= 170
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prose_has_at_most_100_columns(name: str) -> None:
+    """Tables, code, pictures and generated pages are as wide as they need to be."""
+    lines = [] if name == GENERATED_PAGE else FENCE.sub("", read(name)).splitlines()
+    prose = [line for line in lines if not line.startswith(("|", "    ", "!["))]
+    assert [line for line in prose if len(line) > 100] == []
     # one picture, and no table of measurements
     assert read("README.md").count("![") == 1
 
