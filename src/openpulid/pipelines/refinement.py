@@ -10,9 +10,7 @@ from functools import cached_property
 
 from PIL import Image
 
-from openpulid.faces.face import Face, sort_faces
 from openpulid.identity.detection import FaceDetection, detect_in_image
-from openpulid.identity.identity import Identity
 from openpulid.methods.pulid import People, convert_mask
 from openpulid.pipelines.factory import load_detection
 from openpulid.pipelines.inputs import RequestInputs
@@ -73,13 +71,8 @@ class FaceRefiner:
         identity = self.request.identity
         base = 1.0 if identity.scale is None else identity.scale
         base = max(self.request.identity_scales, default=base)
-        assigned: list[tuple[Face, Identity | None, float]]
-        if self.people is not None:
-            assigned = [*assign_faces(faces, self.people, image.size)]
-        else:
-            if self.models.has_own_person:
-                faces = sort_faces(faces)[:1]
-            assigned = [(face, None, 1.0) for face in faces]
+        has_person = self.models.has_own_person
+        assigned = assign_faces(faces, self.people, image.size, has_person)
         limit = self.request.refine_faces.max_size * min(image.size)
         small = [
             (face, person, base * weight)

@@ -89,14 +89,18 @@ def _cover(start: float, end: float, length: int) -> Tensor:
 
 
 def assign_faces(
-    faces: Sequence[Face], people: People, size: tuple[int, int]
-) -> list[tuple[Face, Identity, float]]:
+    faces: Sequence[Face],
+    people: People | None,
+    size: tuple[int, int],
+    has_own_person: bool = False,
+) -> list[tuple[Face, Identity | None, float]]:
     """Find the face of each person: the largest of those that are mostly in the person's region.
 
     Args:
         faces: the faces of an image.
-        people: its people, as the adapter accepts them.
+        people: its people, as the adapter accepts them. Without any, all faces are nobody's.
         size: width and height of the image in pixels.
+        has_own_person: whether the method shows a person of its own, whose face is the largest.
 
     Returns:
         A face, its person, and the largest value of the person's mask. A person without a face is
@@ -105,6 +109,9 @@ def assign_faces(
     Raises:
         OptionError: there is one person per image of a batch.
     """
+    if people is None:
+        found = sort_faces(faces)[:1] if has_own_person else faces
+        return [(face, None, 1.0) for face in found]
     prompts = normalize_people(people)
     if len(prompts) > 1:
         raise OptionError("refine_faces needs people with masks, not one for each image.")

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from openpulid.service.api.acceptance import Convert
 from openpulid.service.api.answers import ImagesAnswer, describe_images
 from openpulid.service.api.bodies import Body, read_body
 from openpulid.service.api.context import ApiContext, Context, CountedOwner
@@ -75,7 +74,7 @@ async def _generate(
     context: ApiContext,
     body: Body,
     kind: str,
-    convert: Convert | None = None,
+    convert: partial[None] | None = None,
 ) -> ImagesAnswer | Response:
     options, data = split_answer_options(body.data)
     fields = translate(data)
