@@ -306,6 +306,7 @@ def test_output_of_the_ablation_is_checked_before_it_is_drawn(
     [
         (("serve", "--worker", "gpu_0"), "letters, digits, dots and dashes"),
         (("serve", "--keep-hours", "inf"), "--keep-hours"),
+        (("serve", "--keep-hours", "nan"), "--keep-hours"),
         (("serve", "--keep-identity-days", 1e9), "--keep-identity-days"),
         (("web", "--port", 0), "--port"),
     ],

@@ -12,6 +12,7 @@ from openpulid.pipelines.file_names import check_pattern, image_name
 from openpulid.pipelines.grid import Axis, Grid
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
+from openpulid.pipelines.request_inputs import Person
 from tests.cli.conftest import FakeStudio, Run
 
 
@@ -105,6 +106,8 @@ def test_a_name_is_valid_on_every_system() -> None:
     assert image_name(request, "x:{seed}") == "x-18446744073709551615.png"
     assert image_name(request, " .{scale}. ") == "0.png"
     assert image_name(request, "{scale:.2f}") == "0.00.png"
+    shown = request.model_copy(update={"people": (Person(images=["a.png"], scale=0.1 + 0.2),)})
+    assert image_name(shown, "{scale}") == "0.3.png"
     assert len(image_name(request, "{prompt}" * 9).encode()) <= 204
     assert image_name(request, "...") == "image-18446744073709551615.png"
     with pytest.raises(OptionError, match="cannot be formatted"):

@@ -399,7 +399,7 @@ def test_identify(run: Run, words: tuple[str, ...], message: str) -> None:
     ],
 )
 def test_web(run: Run, words: tuple[str, ...], message: str) -> None:
-    done = run("web", "--preset", "poisoned", "--port", 0, *words)
+    done = run("web", "--preset", "poisoned", *words)
     assert done.is_one_sentence and message in done.err, done
 
 

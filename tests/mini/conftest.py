@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ class SmallWorld:
     families: np.ndarray
     vectors: np.ndarray
     attributes: np.ndarray
+    key: dict[str, object] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.images)

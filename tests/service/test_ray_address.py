@@ -34,8 +34,11 @@ def test_paths_do_not_depend_on_the_folder_of_a_replica(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.safetensors").write_bytes(b"")
-    (tmp_path / "mini").mkdir()
-    selection = ModelSelection(preset="mini", adapter="mine.safetensors", base="owner/name")
+    for name in ("mini", "open", "juggernaut"):
+        (tmp_path / name).mkdir()
+    selection = ModelSelection(
+        preset="mini", adapter="mine.safetensors", base="juggernaut", face_pack="open"
+    )
     files = (Path("cert.pem"), Path("key.pem"))
     config = ServiceConfig(Path("data"), (selection,), signer_files=files)
     absolute = make_paths_absolute(config)
@@ -43,7 +46,7 @@ def test_paths_do_not_depend_on_the_folder_of_a_replica(
     assert absolute.signer_files == (tmp_path / "cert.pem", tmp_path / "key.pem")
     (models,) = absolute.models
     assert models.adapter == str(tmp_path / "mine.safetensors")
-    assert (models.preset, models.base) == ("mini", "owner/name")
+    assert (models.preset, models.base, models.face_pack) == ("mini", "juggernaut", "open")
 
 
 def test_a_free_port_cannot_be_chosen(tmp_path: Path) -> None:

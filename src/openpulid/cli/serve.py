@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -87,6 +88,8 @@ def serve(
 
     Base, memory, faces and adapter apply to the first preset.
     """
+    if math.isnan(keep_hours) or math.isnan(keep_identity_days):
+        raise OptionError("--keep-hours and --keep-identity-days must be numbers, not nan.")
     require_libraries("the HTTP API", ("fastapi", "sqlalchemy", "uvicorn"), extra="service")
     from openpulid.io.content_credentials import ContentSigner
     from openpulid.io.serving import check_address, is_loopback

@@ -151,13 +151,18 @@ def train(
     from openpulid.device import select_device
     from openpulid.training.pulid import check_init_adapter, prepare_run_dir
     from openpulid.training.pulid.photo_models import load_models
-    from openpulid.training.pulid.train_photos import check_photos, train_on_photos
+    from openpulid.training.pulid.train_photos import (
+        check_photos,
+        check_separate,
+        train_on_photos,
+    )
 
     # everything that needs no models first: they take minutes to load, and gigabytes to download
     check_init_adapter(changed, begin)
     for folder in (data, held_out):
         if folder is not None:
             check_photos(folder)
+    check_separate(data, held_out)
     selected_device = select_device(device)
     prepare_run_dir(run_dir, begin, is_fresh=not resume)
     models = load_models(
@@ -241,7 +246,7 @@ def _print_plan(recipe: Recipe) -> None:
     )
     planned = [prediction.setup for prediction in plans]
     if omitted := [setup.name for setup in SETUPS if setup not in planned]:
-        print(f"{', '.join(omitted)}: left out, they cannot share the batches evenly.")
+        print(f"Not listed, because they cannot share the batches evenly: {', '.join(omitted)}.")
     largest = max(plans, key=lambda prediction: prediction.peak)
     parts = sorted(largest.memory.items(), key=lambda part: -part[1])
     listed = ", ".join(f"{name} {size / GB:.1f}" for name, size in parts)

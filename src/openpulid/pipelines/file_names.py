@@ -65,7 +65,7 @@ def _describe_scales(scales: Sequence[float]) -> str | float:
     """Return a number, which can have a format; or a text for several people."""
     if len(scales) > 1:
         return "-".join(f"{scale:g}" for scale in scales)
-    scale = float(scales[0]) if scales else 0.0
+    scale = float(f"{scales[0]:g}") if scales else 0.0
     return int(scale) if scale.is_integer() else scale
 
 

@@ -316,12 +316,13 @@ def _check_batches(request: GenerationRequest, people: People, batch_size: int) 
     count = len(normalize_people(people))
     whole, rest = divmod(request.num_images, batch_size)
     sizes = [batch_size] * bool(whole) + [rest] * bool(rest)
-    if any(size % count for size in sizes):
-        raise OptionError(
-            f"a list of {count} identities has one for each image, and a batch has {sizes[-1]}; "
-            "for several people in one image pass [(identity, mask), ...], and for one person per "
-            "image call generate for each."
-        )
+    for size in sizes:
+        if size % count:
+            raise OptionError(
+                f"a list of {count} identities has one for each image, and a batch has {size}; for "
+                "several people in one image pass [(identity, mask), ...], and for one person per "
+                "image call generate for each."
+            )
 
 
 def _parse_size(options: dict[str, Any]) -> dict[str, Any]:

@@ -195,7 +195,7 @@ class TimeBudget:
         is_measured = timer.num_measured_steps >= MIN_MEASURED_STEPS
         is_fixed = self.config.is_decaying(timer.step, total)
         if self.config.decay == 1.0:
-            is_fixed = not timer.is_first_estimate
+            is_fixed = not timer.is_first_estimate or total < self.config.steps
         if self.minutes is None or not is_measured or is_fixed:
             return total
         seconds_left = self.minutes * 60 - timer.seconds

@@ -42,7 +42,9 @@ def test_cached_rows_equal_extracted_features(small_world, extractor, tmp_path) 
     )
 
 
-def test_changed_network_invalidates_cache(small_world, extractor, tmp_path) -> None:
+def test_changed_network_or_data_invalidates_cache(
+    small_world, extractor, tmp_path, monkeypatch
+) -> None:
     def count_batches() -> int:
         steps: list[int] = []
         FaceFeatures.build(extractor, small_world, tmp_path, lambda done, total: steps.append(done))
@@ -51,4 +53,8 @@ def test_changed_network_invalidates_cache(small_world, extractor, tmp_path) -> 
     assert count_batches() == 1 and count_batches() == 0
     with torch.no_grad():
         next(extractor.recognition.parameters()).add_(1.0)
+    assert count_batches() == 1
+    monkeypatch.setattr(small_world, "key", {"plan": "another"})
+    assert count_batches() == 1 and count_batches() == 0
+    (tmp_path / "cache.json").write_text("")  # as after a crash while it was written
     assert count_batches() == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -41,6 +43,7 @@ def test_tokenizer_round_trip(tmp_path):
 def test_captions_are_cached(tmp_path):
     class Data:
         num_scenes = 0
+        key: ClassVar[dict[str, object]] = {}
 
         def __len__(self):
             return 3
@@ -52,6 +55,9 @@ def test_captions_are_cached(tmp_path):
     captions = Captions.build(Data(), build_tokenizer(), tmp_path / "captions", variants=2)
     loaded = Captions.build(Data(), build_tokenizer(), tmp_path / "captions", variants=2)
     assert Data.num_scenes == 3
+    Data.key = {"plan": "another"}
+    Captions.build(Data(), build_tokenizer(), tmp_path / "captions", variants=2)
+    assert Data.num_scenes == 6
     assert captions.tokens.shape == (3, 2, LENGTH) and (captions.tokens == loaded.tokens).all()
     assert captions.rows(torch.tensor([2, 0]), torch.tensor([1, 0])).tolist() == [
         *map(list, loaded.tokens[[2, 0], [1, 0]])

@@ -68,6 +68,26 @@ def test_fresh_deletes_earlier_runs_of_the_named_stages(calls, folders):
     assert [path.name for path in folders["runs"].iterdir()] == ["world"]
 
 
+@pytest.mark.parametrize(
+    ("stage", "tokens", "deleted"),
+    [
+        ("world", 36, {"world", "world-held-out", "world-portraits"}),
+        ("flux-base", 36, {"flux-base"}),
+        ("flux-base", 144, {"flux-base-144"}),
+    ],
+)
+def test_fresh_deletes_what_the_stage_continues(
+    tmp_path: Path, stage: str, tokens: int, deleted: set[str]
+) -> None:
+    names = {"world", "world-held-out", "world-portraits", "flux-base", "flux-base-144", "base"}
+    for name in names:
+        (tmp_path / name).mkdir()
+    (found,) = (one for one in builder.select_stages([stage]) if one.name == stage)
+    context = BuildContext(tmp_path, tmp_path, torch.device("cpu"), tokens=tokens)
+    found.delete_runs(context)
+    assert {path.name for path in tmp_path.iterdir()} == names - deleted
+
+
 def test_figures_are_appended_to_report(calls, folders):
     for _ in range(2):
         builder.build(["detector"], minutes=3, device="cpu", **folders)

@@ -173,6 +173,8 @@ def test_face_of_a_replaced_photo_is_detected_again(features, tmp_path) -> None:
     photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(images / "a.png")
     os.utime(images / "a.png", ns=(5, 5))  # an older file
     (images / "b.txt").unlink()
+    face_index.drop_outdated(find_captioned_images(images), index)
+    assert face_index.read_index(index) == {}  # what other processes wait for
     after = face_index.build_index(find_captioned_images(images), index, features, None)
     assert after.keys() == {"a.png"} == face_index.read_index(index).keys()
     assert after["a.png"][0] == pytest.approx(512 - before["a.png"][2], abs=8)
@@ -227,6 +229,13 @@ def test_paired_features_are_those_of_another_image(folder, base, features, inde
         assert torch.equal(batch.references[row], own.images[partner])
         assert torch.allclose(batch.id_cond[row], own.id_cond[partner], atol=1e-5)
     assert own.references is None
+
+
+def test_single_folder_says_nothing_about_people(folder, base, features, index) -> None:
+    photos = opened(folder, base, features, index)
+    assert sorted(photos.batch(StepRNG(0, 0)).people.tolist()) == [0, 1, 2]
+    photos.people = [0, 0, 0]
+    assert sorted(photos.batch(StepRNG(0, 0)).people.tolist()) == [0, 1, 2]
 
 
 def test_people_without_a_second_image_cannot_be_paired(folder) -> None:

@@ -82,6 +82,13 @@ def test_command_prints_a_plan() -> None:
     assert "not measured" in result.output and "networks 47.6" in result.output
 
 
+def test_gpus_that_cannot_share_the_batches_are_left_out(costs: Costs) -> None:
+    recipe = replace(find_recipe("flux_stage1"), batch=12)
+    assert [plan.setup.name for plan in plan_training(recipe, costs=costs)] == ["1 GPU"]
+    recipe = replace(recipe, batch=16, accumulate=4)
+    assert [plan.setup.gpus for plan in plan_training(recipe, costs=costs)] == [1]
+
+
 def test_sdxl_at_full_size() -> None:
     """2.57 billion weights; a rollout keeps nothing but the inputs of calls."""
     costs = measure_costs(find_recipe("sdxl_stage1"))

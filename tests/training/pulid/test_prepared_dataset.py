@@ -8,6 +8,8 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import skimage.data
 import torch
@@ -18,7 +20,7 @@ from openpulid.data.options import PrepareOptions
 from openpulid.data.records import ImageRecord
 from openpulid.data.shards import plan_shards, write_shard
 from openpulid.data.work_folder import FACES, WorkFolder
-from openpulid.errors import TrainingError
+from openpulid.errors import OptionError, TrainingError
 from openpulid.faces.arcface import ArcFaceRecognition
 from openpulid.faces.bisenet import FaceParser
 from openpulid.identity.eva_clip import VisionEncoder
@@ -27,7 +29,7 @@ from openpulid.training.pulid.models import SDXLModel
 from openpulid.training.pulid.photo_dataset import PhotoDataset
 from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipes import find_recipe
-from openpulid.training.pulid.train_photos import check_photos, train_on_photos
+from openpulid.training.pulid.train_photos import check_photos, check_separate, train_on_photos
 from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl as tiny
 from tests.support.photo_networks import SmallParser, recognition_file
@@ -155,6 +157,23 @@ def test_training_validates_on_the_held_out_people(dataset, base, extractor, tmp
     _, result = train_on_photos(recipe, TrainingModels(base, extractor), dataset, tmp_path / "run")
     assert result.steps == 2 and "held_out_own" in result.metrics
     assert not (tmp_path / "run" / "faces.json").exists()
+
+
+def test_held_out_split_is_separate(dataset, tmp_path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(dataset), "/whole", recursive=True)
+    for location in (dataset, "memory://whole"):
+        check_separate(location, location)
+    check_separate("memory://whole", "memory://other")
+    check_separate(dataset, tmp_path)
+    check_separate(tmp_path, None)
+    # an index without held-out people
+    table = pyarrow.parquet.read_table(dataset / "index.parquet")
+    split = pyarrow.array(["train"] * len(table))
+    table = table.set_column(table.schema.get_field_index("split"), "split", split)
+    pyarrow.parquet.write_table(table, tmp_path / "index.parquet")
+    with pytest.raises(OptionError, match="share images"):
+        check_separate(tmp_path, tmp_path)
 
 
 def test_incomplete_dataset_is_one_sentence(dataset, tmp_path) -> None:

@@ -169,11 +169,11 @@ def test_drop_identity_zeroes_features():
 def test_swapped_identity_is_that_of_another_person():
     batch = tiny.People().batch(StepRNG(0, 0))
     features = batch.id_cond[:, 0]
-    assert torch.equal(swap_identities(batch).id_cond[:, 0], features[[1, 2, 3, 0]])
+    assert torch.equal(swap_identities(batch).id_cond[:, 0], features[[3, 0, 1, 2]])
     people = batch._replace(people=torch.tensor([5, 5, 9, 5]))
     swapped = swap_identities(people)
-    assert torch.equal(swapped.id_cond[:, 0], features[[2, 2, 3, 2]])
-    assert torch.equal(swapped.hidden[4], batch.hidden[4][[2, 2, 3, 2]])
+    assert torch.equal(swapped.id_cond[:, 0], features[[2, 2, 1, 2]])
+    assert torch.equal(swapped.hidden[4], batch.hidden[4][[2, 2, 1, 2]])
     assert swap_identities(batch._replace(people=torch.tensor([5, 5, 5, 5]))) is None
 
 

@@ -21,8 +21,15 @@ PRESET = "mini-lightning"
 SDXL-Lightning."""
 GRAD_STEPS = (1, 2, 3, 4)
 """Numbers of last steps of the lightning branch that carry gradient."""
-NETWORKS = ("pipeline", "lightning")
-"""What an adapter trains on; with other weights it is trained again."""
+TRAINED_ON = (
+    "pipeline/**/*",
+    "lightning/*",
+    "detector",
+    "recognition-encoder",
+    "recognition-loss",
+    "vision-encoder",
+)
+"""Weights that an adapter trains on; with others it is trained again."""
 PRESERVATION = {
     "clip_i": "CLIP-I between images with and without identity",
     "outside_face": "change outside the face",
@@ -64,16 +71,13 @@ def sweep(
         device: where to compute; the best device by default.
         log: receives a line per training.
     """
-    networks = [
-        file for part in NETWORKS for file in sorted((MINIATURE / part).rglob("*.safetensors"))
-    ]
+    files = [file for name in TRAINED_ON for file in MINIATURE.glob(f"{name}.safetensors")]
+    weights = "".join(map(sha256, sorted(files)))
     adapters: dict[str, Path] = {}
     for name, recipe in sweep_recipes().items():
         short = shorten(recipe, steps)
         begin = adapter.find_init_adapter(recipe.init_from or "", runs / "any")
-        folder = variant_folder(
-            runs / "sweep", name, short, "".join(map(sha256, [begin, *networks]))
-        )
+        folder = variant_folder(runs / "sweep", name, short, sha256(begin) + weights)
         file = folder / ADAPTER_FILE
         if not file.exists():
             log(f"{name}: {steps} steps")

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openpulid.errors import OptionError
+from openpulid.io.registry import WEIGHTS
 from openpulid.pipelines.presets import PRESETS
-from openpulid.pipelines.request import ModelSelection
+from openpulid.pipelines.request import OPEN_FACES, ModelSelection
 from openpulid.ray_session import LOCAL, check_address, connect_ray
 from openpulid.service.config import ServiceConfig
 
@@ -134,11 +135,11 @@ def make_paths_absolute(config: ServiceConfig) -> ServiceConfig:
 
 
 def _with_absolute_paths(selection: ModelSelection) -> ModelSelection:
-    # names of presets, face packs and repositories stay
+    names = (*PRESETS, *WEIGHTS, OPEN_FACES)
     paths = {
         name: str(Path(value).absolute())
         for name in selection.files
-        if (value := getattr(selection, name)) and value not in PRESETS and Path(value).exists()
+        if (value := getattr(selection, name)) and value not in names and Path(value).exists()
     }
     return selection.model_copy(update=paths)
 

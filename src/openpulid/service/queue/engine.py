@@ -112,8 +112,11 @@ class LocalEngine:
             with self._studios_lock:
                 while len(self._studios) >= self._max_studios:
                     self._studios.popitem(last=False)
+            with self._extractor_lock:
+                kept, self._extractor = self._extractor, None
+            extractor = kept[1] if kept is not None and kept[0] == preset.selection else None
             with explain_out_of_memory("choose another preset or --memory"):
-                studio = load(preset, device=self._device)
+                studio = load(preset, device=self._device, extractor=extractor)
             with self._studios_lock:
                 self._studios[preset.selection] = studio
             return studio
@@ -127,8 +130,9 @@ class LocalEngine:
     ) -> Identity:
         """Extract the identity of one person, see `Studio.identify`.
 
-        This does not wait for the batch that runs, and loads no base model: the face models are
-        those of a preset in memory, or the last that were loaded alone.
+        This does not wait for the batch that runs, and loads no base model, except for adapters
+        that include the vision encoder. The face models are those of a preset in memory, or the
+        last that were loaded alone.
         """
         with explain_out_of_memory(MEMORY_ADVICE):
             faces = ReferenceFaces.detect(self._find_extractor(models), images)
@@ -164,8 +168,9 @@ class LocalEngine:
 
     def _find_extractor(self, models: ModelSelection) -> IdentityExtractor:
         preset = self._preset(models)
-        # some adapters include the vision encoder, which would be loaded twice
-        if self._find(models) is not None or preset.models.adapter_has_vision_encoder:
+        if (studio := self._find(models)) is not None:
+            return studio.extractor
+        if preset.models.adapter_has_vision_encoder:  # it would be loaded twice
             return self.studio(models).extractor
         with self._extractor_lock:
             if self._extractor is None or self._extractor[0] != preset.selection:

@@ -93,7 +93,7 @@ def drop_captions(batch: Batch, dropped: Tensor) -> Batch:
 
 
 def swap_identities(batch: Batch) -> Batch | None:
-    """Give every image the identity of the next one that shows another person.
+    """Give every image the identity of the previous one that shows another person.
 
     Returns:
         The batch with other identities, or None if all its images show the same person.
@@ -102,10 +102,10 @@ def swap_identities(batch: Batch) -> Batch | None:
     people = list(range(count)) if batch.people is None else batch.people.tolist()
     if len(set(people)) == 1:
         return None
-    following = [[(row + offset) % count for offset in range(1, count)] for row in range(count)]
+    previous = [[(row - offset) % count for offset in range(1, count)] for row in range(count)]
     rows = [
         next(other for other in others if people[other] != person)
-        for person, others in zip(people, following, strict=True)
+        for person, others in zip(people, previous, strict=True)
     ]
     return batch._replace(id_cond=batch.id_cond[rows], hidden=[h[rows] for h in batch.hidden])
 

@@ -49,7 +49,7 @@ def build_index(
     extractor: PhotoExtractor,
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, Position | None]:
-    """Detect the faces of all images that are not in the index yet, or have changed since.
+    """Detect the faces of all images that are not in the index yet.
 
     The index is saved from time to time, because a large folder takes hours.
 
@@ -65,10 +65,9 @@ def build_index(
     Raises:
         TrainingError: the index is damaged or cannot be written.
     """
-    versions = {name: images.find_version(name) for name in images.captions}
-    stored = read_index(index)
-    indexed = {name: image for name, image in stored.items() if versions.get(name) == image.version}
-    is_complete = indexed.keys() == versions.keys() == stored.keys()
+    versions = find_versions(images)
+    indexed = read_index(index)
+    is_complete = indexed.keys() == versions.keys()
     saved_at = time.monotonic()
     for count, (name, version) in enumerate(versions.items(), 1):
         if name not in indexed:
@@ -80,6 +79,24 @@ def build_index(
             write_text(index, json.dumps(indexed))
             saved_at = time.monotonic()
     return {name: image.position for name, image in indexed.items()}
+
+
+def drop_outdated(images: CaptionedImages, index: Path) -> None:
+    """Remove images from the index that have changed since, or no longer exist.
+
+    Raises:
+        TrainingError: the index is damaged or cannot be written.
+    """
+    versions = find_versions(images)
+    stored = read_index(index)
+    current = {name: image for name, image in stored.items() if versions.get(name) == image.version}
+    if current != stored:
+        write_text(index, json.dumps(current))
+
+
+def find_versions(images: CaptionedImages) -> dict[str, int]:
+    """Return the version of each image, see `CaptionedImages.find_version`."""
+    return {name: images.find_version(name) for name in images.captions}
 
 
 def wait_for_index(names: Sequence[str], index: Path) -> dict[str, Position | None]:

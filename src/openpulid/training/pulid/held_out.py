@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import stdev
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 HELD_OUT_BATCHES = 4
@@ -38,16 +39,18 @@ def summarize_held_out(losses: HeldOutLosses) -> dict[str, float]:
         See `PuLIDTask.validate`. The standard error is NaN for a single person.
     """
     per_image = losses.per_image
-    metrics = {f"held_out_{name}": values.nanmean().item() for name, values in per_image.items()}
-    for name in ("none", "other"):
-        gain = per_image[name] - per_image["own"]
-        metrics[f"held_out_over_{name}"] = gain.nanmean().item()
-        metrics[f"held_out_over_{name}_se"] = _standard_error(gain, losses.people)
+    everyone = torch.ones_like(losses.people, dtype=torch.bool)
+    has_other = ~per_image["other"].isnan()
+    metrics = {}
+    for name, rows in (("own", everyone), ("other", has_other), ("none", everyone)):
+        metrics[f"held_out_{name}"] = per_image[name][rows].mean().item()
+        if name != "own":
+            gain = (per_image[name] - per_image["own"])[rows]
+            metrics[f"held_out_over_{name}"] = gain.mean().item()
+            metrics[f"held_out_over_{name}_se"] = _standard_error(gain, losses.people[rows])
     return metrics
 
 
 def _standard_error(gain: Tensor, people: Tensor) -> float:
-    is_known = ~gain.isnan()
-    gain, people = gain[is_known], people[is_known]
     means = [gain[people == person].mean().item() for person in people.unique()]
     return stdev(means) / len(means) ** 0.5 if len(means) > 1 else float("nan")

@@ -26,7 +26,7 @@ from openpulid.io.image_grid import to_tensor
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.buckets import Buckets, Size, list_sizes
-from openpulid.training.pulid.face_index import build_index, wait_for_index
+from openpulid.training.pulid.face_index import build_index, drop_outdated, wait_for_index
 from openpulid.training.pulid.models import BaseModel
 from openpulid.training.rng import StepRNG
 
@@ -140,8 +140,12 @@ class PhotoDataset:
             positions = dict(zip(prepared.names, prepared.faces.tolist(), strict=True))
         else:
             images = captioned = find_captioned_images(Path(folder))
-            if DistributedContext(model.device).rank == 0:
+            ranks = DistributedContext(model.device)
+            if ranks.rank == 0:
                 captioned.report()
+                drop_outdated(captioned, index)
+            ranks.barrier()
+            if ranks.rank == 0:
                 positions = build_index(captioned, index, extractor, on_progress)
             else:
                 positions = wait_for_index(list(captioned.captions), index)
@@ -225,11 +229,10 @@ class PhotoDataset:
             return None
         return torch.stack([source.crop for source in sources]).to(self.model.device)
 
-    def _number_people(self, samples: Sequence[PhotoSample]) -> Tensor | None:
+    def _number_people(self, samples: Sequence[PhotoSample]) -> Tensor:
         # a single folder for all images says nothing about people
-        if not any(self.people):
-            return None
-        return torch.tensor([self.people[sample.row] for sample in samples])
+        numbers = self.people if any(self.people) else range(len(self))
+        return torch.tensor([numbers[sample.row] for sample in samples])
 
     def _choose_partners(self, rows: Sequence[int], rng: StepRNG) -> list[int | None]:
         """Choose another image of the same person for each; None for the image itself."""

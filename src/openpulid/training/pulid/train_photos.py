@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from openpulid.data.captioned_images import find_captioned_images
-from openpulid.data.prepared_images import PreparedImages, has_held_out, is_prepared
+from openpulid.data.prepared_images import PreparedImages, has_held_out, is_prepared, is_url
 from openpulid.data.shards import HELD_OUT, TRAIN
 from openpulid.errors import OptionError, TrainingError
 from openpulid.methods.pulid import PuLID, PuLIDFlux
@@ -129,14 +129,23 @@ def check_separate(data: str | Path, held_out: str | Path | None) -> None:
     """Check that no held-out image is in the training data as well.
 
     Raises:
-        OptionError: one folder is in the other, and folders are searched at any depth.
+        OptionError: one folder is in the other, and folders are searched at any depth; or both are
+            a prepared dataset without held-out people.
     """
     if held_out is None:
         return
-    training, validation = Path(data).resolve(), Path(held_out).resolve()
-    for outer, inner in ((training, validation), (validation, training)):
-        if inner.is_relative_to(outer) and not is_prepared(outer):
-            raise OptionError(
-                f"{inner} is in {outer}, so people would be in the training data and held out: "
-                "choose separate folders."
-            )
+    if str(data) == str(held_out):
+        shares_images = not (is_prepared(data) and has_held_out(data))
+    elif is_url(data) or is_url(held_out):
+        return
+    else:
+        training, validation = Path(data).resolve(), Path(held_out).resolve()
+        shares_images = any(
+            inner.is_relative_to(outer) and (inner == outer or not is_prepared(outer))
+            for outer, inner in ((training, validation), (validation, training))
+        )
+    if shares_images:
+        raise OptionError(
+            f"{data} and {held_out} share images, so people would be in the training data and held "
+            "out: choose separate folders."
+        )
