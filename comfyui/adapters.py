@@ -117,17 +117,38 @@ def use_operations(module: nn.Module, operations: Any) -> None:
         setattr(module, name, new)
 
 
+def check_options(options: ApplyOptions) -> Any:
+    """Check the options, which ComfyUI does not validate if they come from another node.
+
+    Returns:
+        The `Span` of the schedule.
+
+    Raises:
+        OptionError: A value is out of range, or the span has no step.
+    """
+    from openpulid.errors import OptionError
+    from openpulid.methods.hooks import Span, check_scale
+
+    check_scale(options.scale)
+    span = Span(options.start, options.end)
+    if span.is_empty:
+        raise OptionError(
+            f"start {span.start:g} is not before end {span.end:g}, so the identity would have no "
+            "effect."
+        )
+    return span
+
+
 def apply_adapter(model: Any, loaded: LoadedAdapter, identity: Any, options: ApplyOptions) -> Any:
     """Return a clone of a model in which an identity acts.
 
     Raises:
-        OptionError: A value is out of range, or the model is of a kind in which PuLID cannot act.
+        OptionError: A value is out of range, the model is of a kind in which PuLID cannot act, or
+            the identity is of other face models than the adapter.
         WeightsError: The adapter was trained for another base model.
     """
-    from openpulid.methods.hooks import Span
-
-    span = Span(options.start, options.end)
-    if options.scale == 0 or span.is_empty:
+    span = check_options(options)
+    if options.scale == 0:
         return model.clone()
     network = model.get_model_object("diffusion_model")
     if hasattr(network, "input_blocks"):
@@ -170,11 +191,24 @@ def _prepare_unet(unet: Any, loaded: LoadedAdapter, identity: Any, options: Appl
             f"{loaded.name} is an adapter for transformers such as FLUX; load one for SDXL."
         )
     loaded.patcher.model.check_layers(find_layer_widths(unet))
+    _check_face_models(loaded, identity)
     identity_options = IdentityOptions(
         options.scale, projection=options.projection, num_zero=options.num_zero
     )
     masks = convert_mask(options.mask)
     return SDXLHostIdentity.prepare(loaded.load(), identity, identity_options, masks)
+
+
+def _check_face_models(loaded: LoadedAdapter, identity: Any) -> None:
+    from openpulid.errors import OptionError
+
+    try:
+        loaded.patcher.model.require(identity.models)
+    except OptionError:
+        raise OptionError(
+            f"{loaded.name} was trained with other face models than those of the identity; choose "
+            "the pack of its training in Load face models, or another adapter."
+        ) from None
 
 
 def _prepare_transformer(
@@ -192,6 +226,7 @@ def _prepare_transformer(
         blocks.num_double, blocks.num_single, adapter.double_interval, adapter.single_interval
     )
     adapter.check_blocks(keys, blocks.width)
+    _check_face_models(loaded, identity)
     masks = convert_mask(options.mask)
     return FluxHostIdentity.prepare(loaded.load(), keys, identity, options.scale, masks)
 

@@ -54,15 +54,16 @@ def list_identities() -> list[str]:
 
 
 def list_face_packs(is_photo: bool = False) -> list[str]:
-    """List the insightface packs in models/insightface/models, and the miniature's face models.
+    """List the insightface packs in models/insightface/models, and the face models of the package.
 
     Args:
-        is_photo: leave the miniature out.
+        is_photo: list those in the folder alone.
     """
     folder = Path(folder_paths.models_dir) / "insightface" / "models"
     found = sorted(path.name for path in folder.glob("*") if path.is_dir())
-    miniature = [] if is_photo else [MINIATURE]
-    return list(dict.fromkeys([DEFAULT_PACK, *found, *miniature]))
+    if is_photo:
+        return found
+    return list(dict.fromkeys([DEFAULT_PACK, *found, MINIATURE]))
 
 
 def find_face_pack(name: str) -> Path | None:

@@ -12,7 +12,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from .adapters import ApplyOptions, convert_mask
+from .adapters import ApplyOptions, check_options, convert_mask
 from .folders import MINIATURE, find_face_pack, find_method_file
 from .patching import find_layer_widths, patch_unet, schedule, transformer_blocks
 
@@ -84,31 +84,61 @@ def load_face_models(loaded: LoadedMethod, pack: str | None) -> Any:
 
 
 def find_preset(loaded: LoadedMethod, pack: str | None) -> Preset:
-    """Return the preset with the models of a method."""
+    """Return the preset with the models of a method.
+
+    Raises:
+        OptionError: There is no such pack.
+    """
+    from openpulid.errors import OptionError
     from openpulid.pipelines.selection import resolve_preset
 
     if loaded.is_miniature:
         return resolve_preset("mini", method=loaded.name)
     directory = None if pack is None else find_face_pack(pack)
+    if pack is not None and directory is None:
+        raise OptionError(
+            f"there is no face pack {pack} in models/insightface/models; choose another one."
+        )
     return resolve_preset("sdxl", method=loaded.name, adapter=loaded.path, face_pack=directory)
+
+
+def check_identity(loaded: LoadedMethod, identity: Any) -> None:
+    """Raise OptionError if an identity is of another face recognition model than the method."""
+    from openpulid.errors import OptionError, WeightsError
+    from openpulid.pipelines.weights import resolve_path
+
+    recognition = find_preset(loaded, None).models.recognition
+    if recognition is None:
+        return
+    try:
+        name = resolve_path(recognition).stem
+    except WeightsError:  # the identity comes from a file, so it need not be installed
+        return
+    if name not in identity.models:
+        raise OptionError(
+            f"{loaded.name} reads the embeddings of {name}, and the identity has those of "
+            f"{' and '.join(sorted(identity.models))}; create it with the face models of the "
+            "method."
+        )
 
 
 def apply_method(model: Any, loaded: LoadedMethod, identity: Any, options: ApplyOptions) -> Any:
     """Return a clone of an SDXL model in which a method acts.
 
     Raises:
-        OptionError: A value is out of range, or the model is no SDXL.
+        OptionError: A value is out of range, the model is no SDXL, or the identity is of another
+            face recognition model.
         WeightsError: The adapter was trained for another base model.
     """
     from openpulid.errors import OptionError
-    from openpulid.methods.hooks import Span, check_scale
+    from openpulid.methods.hooks import Span
 
-    check_scale(options.scale)
-    span = Span(options.start, options.end)
+    span = check_options(options)
+    check_identity(loaded, identity)
     unet = model.get_model_object("diffusion_model")
     if not hasattr(unet, "input_blocks"):
         raise OptionError(f"{loaded.name} acts in SDXL models; this one is {type(unet).__name__}.")
-    if options.scale == 0 or span.is_empty:
+    if options.scale == 0:
         return model.clone()
     if loaded.name.startswith("photomaker"):
         if span != Span() or options.mask is not None:
@@ -206,7 +236,8 @@ def encode_prompt(
         ComfyUI's conditioning.
 
     Raises:
-        OptionError: The method is another one, or the prompt is too long.
+        OptionError: The method is another one, the prompt is too long, `start` is out of range, or
+            the identity is of another face recognition model.
     """
     from node_helpers import conditioning_set_values
 
@@ -216,6 +247,8 @@ def encode_prompt(
 
     if not loaded.name.startswith("photomaker"):
         raise OptionError(f"{loaded.name} does not change the prompt; only PhotoMaker does.")
+    check_options(ApplyOptions(1.0, start))
+    check_identity(loaded, identity)
     adapter = loaded.adapter.to(comfy.model_management.get_torch_device())
     tokens = encode_identity(adapter.encoder, identity)
     position = 0
@@ -286,7 +319,8 @@ def apply_identity_net(
         options: scale, start and end.
 
     Raises:
-        OptionError: The method is another one.
+        OptionError: The method is another one, a value is out of range, or the identity is of
+            another face recognition model.
     """
     import node_helpers
     from nodes import ControlNetApplyAdvanced
@@ -297,6 +331,8 @@ def apply_identity_net(
 
     if loaded.name != "instantid":
         raise OptionError(f"{loaded.name} has no IdentityNet; only InstantID has.")
+    check_options(options)
+    check_identity(loaded, identity)
     height, width = (8 * side for side in latent["samples"].shape[-2:])
     image = draw_landmarks(pose, (width, height)).movedim(1, -1)
     positive, negative = ControlNetApplyAdvanced().apply_controlnet(

@@ -7,7 +7,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from .adapters import ApplyOptions, apply_adapter, load_adapter
+from .adapters import ApplyOptions, apply_adapter, check_options, load_adapter
 from .folders import ADAPTERS, MINIATURE, list_adapters
 from .nodes_identity import FaceModels, PulidIdentity, read_faces
 from .packages import explain_missing_packages
@@ -129,20 +129,15 @@ def find_problem(
 ) -> bool | str:
     """Return a sentence on the first value that is out of range, or True. None is not checked."""
     from openpulid.errors import PulidError
-    from openpulid.methods.hooks import Span, check_scale
     from openpulid.methods.pulid.sdxl_attention import IdentityOptions
 
+    values = {"scale": scale, "start": start, "end": end}
+    given = {name: value for name, value in values.items() if value is not None}
     try:
-        if scale is not None:
-            check_scale(scale)
-        span = Span(0.0 if start is None else start, 1.0 if end is None else end)
+        check_options(ApplyOptions(**{"scale": 1.0, **given}))
         IdentityOptions(num_zero=num_zero or 0)
     except PulidError as error:
         return str(error)
-    if span.is_empty:
-        return (
-            f"start {span.start:g} is not before end {span.end:g}, so PuLID would have no effect."
-        )
     return True
 
 

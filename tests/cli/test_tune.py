@@ -68,6 +68,10 @@ MISTAKES = {
         ("textual-inversion", "{anna}", "-o", "{out}", "--rank", "8"),
         "--rank has no effect with textual-inversion",
     ),
+    "class images without an effect": (
+        ("textual-inversion", "{anna}", "-o", "{out}", "--class-images", "8"),
+        "--class-images has no effect with textual-inversion",
+    ),
     "vectors without a word": (
         ("lora", "{anna}", "-o", "{out}", "--vectors", "8"),
         "--vectors has no effect with lora",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -214,6 +215,16 @@ def test_unsuitable_parts_raise(faceid, methods, options) -> None:
     for unused in ({"start": 0.2}, {"end": 0.8}, {"mask": torch.ones(1, 8, 8)}):
         with pytest.raises(OptionError, match="photomaker acts in all steps and in the whole"):
             methods.apply_method(faceid.model, photomaker, faceid.identity, options(1.0, **unused))
+    for values in ({"start": 0.8, "end": 0.2}, {"start": 1.5}):
+        with pytest.raises(OptionError, match=r"would have no effect|fractions of the schedule"):
+            methods.apply_method(
+                faceid.model, faceid.loaded, faceid.identity, options(1.0, **values)
+            )
+    stranger = replace(faceid.identity, models={"glintr100": "0"})
+    with pytest.raises(OptionError, match=r"embeddings of recognition-encoder, .* those of glintr"):
+        methods.apply_method(faceid.model, faceid.loaded, stranger, options(1.0))
+    with pytest.raises(OptionError, match="no face pack auraface in models/insightface"):
+        methods.find_preset(replace(faceid.loaded, is_miniature=False), "auraface")
     save = comfyui.import_pack("nodes_identity").SaveIdentity.execute
     for name in ("../x", "/root/x", "a\\b", " "):  # an input from another node
         with pytest.raises(OptionError, match="must be a file name without a folder"):

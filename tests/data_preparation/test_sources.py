@@ -69,6 +69,17 @@ def test_images_of_all_kinds_of_sources(tmp_path) -> None:
     assert len({image.key for image in found}) == 5
 
 
+def test_sources_of_one_name_have_names_of_their_own(tmp_path) -> None:
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        write_archive(tmp_path / parent / "0.tar")
+    archives = find_sources([tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"])
+    assert [image.name for image in archives] == ["0.tar-2/ben/3.png", "0.tar/ben/3.png"]
+    folders = [write_folder(tmp_path / name) for name in ("p/a", "q/a", "r/a-2")]
+    images = find_sources(folders)
+    assert len({image.key for image in images}) == len(images) == 6
+
+
 def test_archives_and_tables_in_a_folder(tmp_path) -> None:
     folder = write_folder(tmp_path / "photos")
     write_archive(folder / "more.tar")

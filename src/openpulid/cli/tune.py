@@ -20,8 +20,14 @@ from openpulid.cli.options import (
 )
 from openpulid.errors import OptionError
 
-USED_BY = {"--rank": "lora", "--text-encoders": "lora", "--vectors": "word"}
-"""Options that have an effect on one trained part alone."""
+USED_BY = {
+    "--rank": {"lora"},
+    "--text-encoders": {"lora"},
+    "--vectors": {"word"},
+    # prompts of class images do not contain the word
+    "--class-images": {"lora", "unet", "cross-attention"},
+}
+"""Options that have an effect on some trained parts alone."""
 
 
 def tune(
@@ -115,7 +121,12 @@ def tune(
     _check_options(
         find_tuning_recipe(method).trained,
         method,
-        {"--rank": rank, "--vectors": vectors, "--text-encoders": text_encoders},
+        {
+            "--rank": rank,
+            "--vectors": vectors,
+            "--text-encoders": text_encoders,
+            "--class-images": class_images,
+        },
     )
     from openpulid.identity.reference import open_references
 
@@ -146,5 +157,5 @@ def tune(
 def _check_options(trained: str, method: str, options: dict[str, object]) -> None:
     """Raise OptionError if an option is set that has no effect on what is trained."""
     for name, value in options.items():
-        if value and trained != USED_BY[name]:
+        if value and trained not in USED_BY[name]:
             raise OptionError(f"{name} has no effect with {method}; leave it out.")

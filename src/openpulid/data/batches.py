@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from openpulid.data.captioner import find_captioner
 from openpulid.data.options import PrepareOptions
 from openpulid.data.ray_flow import Operator, run_flow
 from openpulid.data.records import ImageRecord, to_table
@@ -56,7 +57,11 @@ class BatchRunner:
         return [records[image.key] for image in images]
 
     def caption(self, records: Sequence[ImageRecord]) -> None:
-        """Caption the images that have no caption."""
+        """Caption the images that have no caption.
+
+        Raises:
+            WeightsError: the captioner is not installed.
+        """
         wanted = [record for record in records if record.is_kept and not record.caption]
         captions = self.work.read_batches(CAPTIONS, wanted)
         # neighbors in an archive are read together
@@ -64,6 +69,8 @@ class BatchRunner:
             (record for record in wanted if record.key not in captions),
             key=lambda record: (record.file, record.offset),
         )
+        if waiting:  # a given caption can be empty
+            find_captioner(self.options.captioner)
         tables = [to_table(list(batch)) for batch in self._split(waiting)]
         operator = Operator(CaptionStage, (self.options, self.work), has_models=True)
         self._run("captions", len(wanted), tables, operator)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,22 +124,29 @@ def find_sources(sources: Sequence[Path]) -> list[SourceImage]:
         TrainingError: an archive is damaged.
     """
     images: list[SourceImage] = []
-    labels: Counter[str] = Counter()
+    labels: set[str] = set()
     for source in sources:
         if not source.exists():
             raise OptionError(
                 f"{source} does not exist; name a folder of images, a tar archive or a parquet "
                 "file."
             )
-        label = source.resolve().name
-        labels[label] += 1
-        if labels[label] > 1:
-            label = f"{label}-{labels[label]}"
+        label = _find_label(source.resolve().name, labels)
+        labels.add(label)
         found = list(_find_in(source, label))
         if not found:
             raise OptionError(f"{source} holds no image; name another source.")
         images += found
     return sorted(images, key=lambda image: image.name)
+
+
+def _find_label(name: str, labels: Collection[str]) -> str:
+    """Return the name of a source, with a number if another source has that name."""
+    label, number = name, 1
+    while label in labels:
+        number += 1
+        label = f"{name}-{number}"
+    return label
 
 
 def _find_in(source: Path, label: str) -> Iterator[SourceImage]:
@@ -153,7 +159,9 @@ def _find_in(source: Path, label: str) -> Iterator[SourceImage]:
     elif source.suffix.lower() == TABLE_SUFFIX:
         yield from _list_rows(source, label)
     elif source.suffix.lower() == ARCHIVE_SUFFIX:
-        yield from _list_images(find_archived_images(source), "")
+        for image in _list_images(find_archived_images(source), ""):
+            # the archive is the first part of the name
+            yield replace(image, name=f"{label}/{image.name.partition('/')[2]}")
     else:
         raise OptionError(
             f"{source} is no folder, tar archive (.tar) or parquet file (.parquet); unpack it, or "

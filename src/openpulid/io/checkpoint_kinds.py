@@ -172,7 +172,7 @@ PHOTOVERSE = CheckpointKind(
 CUSTOM_DIFFUSION = CheckpointKind(
     "a file of Custom Diffusion",
     "use --method custom-diffusion",
-    (r"unet\..*attn2\.to_k\.weight(\.[uv])?$", r"modifier_token\."),
+    (r"unet\..*attn2\.to_k\.weight(\.[uv])?$",),
 )
 
 KINDS: tuple[CheckpointKind, ...] = (

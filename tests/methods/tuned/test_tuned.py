@@ -141,6 +141,14 @@ def test_file_gives_the_same_image(pipe, methods, kind, tmp_path):
         torch.testing.assert_close(generate(pipe), expected, atol=0.02, rtol=0)
 
 
+def test_custom_diffusion_without_a_word_is_loaded(pipe, methods, tmp_path):
+    path = tmp_path / "matrices.safetensors"
+    CustomDiffusion(methods["custom-diffusion"].matrices).save(path)
+    loaded = CustomDiffusion.load(path)
+    assert loaded.matrices.keys() == methods["custom-diffusion"].matrices.keys()
+    assert not loaded.vectors
+
+
 def test_diffusers_opens_the_lora_file(pipe, methods, tmp_path):
     path = tmp_path / "anna-lora.safetensors"
     methods["lora"].save(path)

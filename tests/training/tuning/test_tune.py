@@ -299,19 +299,29 @@ def test_run_of_other_images_is_not_continued(pipe, references, tmp_path, interr
         run(pipe, references[:1], tmp_path, "lora")
 
 
-def test_run_on_another_base_is_not_continued(pipe, references, tmp_path, interrupt_at):
+@pytest.mark.parametrize("differs", ["name", "unet"])
+def test_run_on_another_base_is_not_continued(pipe, references, tmp_path, interrupt_at, differs):
     interrupt_at(2)
     with pytest.raises(KeyboardInterrupt):
         run(pipe, references, tmp_path, "lora")
     interrupt_at(None)
-    pipe.register_to_config(_name_or_path="another")
+    if differs == "name":
+        pipe.register_to_config(_name_or_path="another")
+    else:  # such as a student's, with the same other parts
+        with torch.no_grad():
+            pipe.unet.conv_out.weight.mul_(1.1)
     with pytest.raises((TrainingError, OptionError), match="another"):
         run(pipe, references, tmp_path, "lora")
 
 
 @pytest.mark.parametrize("trigger", [Trigger("unheard", "person"), Trigger("noir", "unheard")])
 @pytest.mark.parametrize("method", ["lora", "textual-inversion"])
-def test_word_that_is_not_one_token_is_refused(pipe, references, tmp_path, method, trigger):
+def test_word_that_is_not_one_token_is_refused(
+    pipe, references, tmp_path, monkeypatch, method, trigger
+):
+    monkeypatch.setattr(
+        "openpulid.training.tuning.tune.encode_person", lambda *args: pytest.fail("encoded")
+    )
     before = state(pipe)
     with pytest.raises(OptionError, match="'unheard' is not one token"):
         tune(recipe(method), pipe, references, trigger, tmp_path / "run")

@@ -56,6 +56,17 @@ class TrainedPart(Protocol):
         """Make the pipeline what it was."""
 
 
+def check_words(pipe: Any, trigger: Trigger) -> None:
+    """Check that the word and the class word are one token each.
+
+    Raises:
+        OptionError: one of them is not.
+    """
+    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
+        for word in (trigger.word, trigger.class_word):
+            find_token(tokenizer, word)
+
+
 @contextmanager
 def open_part(recipe: TuningRecipe, pipe: Any, trigger: Trigger) -> Iterator[TrainedPart]:
     """Prepare what a recipe trains on a frozen pipeline, and restore the pipeline afterwards.
@@ -68,9 +79,7 @@ def open_part(recipe: TuningRecipe, pipe: Any, trigger: Trigger) -> Iterator[Tra
     Raises:
         OptionError: the word or the class word is not one token.
     """
-    for tokenizer in (pipe.tokenizer, pipe.tokenizer_2):
-        for word in (trigger.word, trigger.class_word):
-            find_token(tokenizer, word)
+    check_words(pipe, trigger)
     part = _PARTS[recipe.trained](recipe, pipe, trigger)
     with ExitStack() as stack:
         stack.callback(part.restore)

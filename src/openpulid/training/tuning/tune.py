@@ -13,6 +13,7 @@ from typing import Any
 
 from openpulid.identity.detection import FaceDetection
 from openpulid.identity.reference import ReferenceImage
+from openpulid.io.checkpoints import module_fingerprint
 from openpulid.io.lock import LOCK
 from openpulid.methods.tuned import Trigger, TunedAdapter
 from openpulid.training.code_revision import revision
@@ -22,7 +23,7 @@ from openpulid.training.trainer import run
 from openpulid.training.tuning.images import encode_person, fill_templates, generate_class_images
 from openpulid.training.tuning.recipes import TuningRecipe
 from openpulid.training.tuning.task import TuningTask
-from openpulid.training.tuning.trained import open_part
+from openpulid.training.tuning.trained import check_words, open_part
 
 
 def tune(
@@ -58,6 +59,7 @@ def tune(
         OptionError: the word is not one token of the base model.
         TrainingError: see `trainer.run`.
     """
+    check_words(pipe, trigger)  # class images take minutes
     started_at = time.monotonic()
     model = SDXLModel(pipe)
     is_weighed = recipe.face_loss_weight != 1
@@ -104,7 +106,10 @@ def _name_run(
     recipe: TuningRecipe, pipe: Any, references: Sequence[ReferenceImage], trigger: Trigger
 ) -> str:
     """Return a name that differs for other settings, base models, images or words."""
-    settings = [asdict(recipe), asdict(trigger), str(pipe.name_or_path)]
+    # a few layers tell U-Nets apart; a hash of all would take seconds at full size
+    layers = [pipe.unet.conv_in, pipe.unet.time_embedding, pipe.unet.conv_out]
+    networks = [str(pipe.name_or_path), *map(module_fingerprint, layers)]
+    settings = [asdict(recipe), asdict(trigger), *networks]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for reference in references:
         digest.update(reference.image.tobytes())
