@@ -229,11 +229,11 @@ def test_a_result_that_cannot_be_stored_is_stored_later(
     assert job.status == JobStatus.COMPLETED and pixels(job.images[0].file).shape == (64, 64, 3)
 
 
-def test_another_method_replaces_the_studio(engine: LocalEngine, faces: list[Path]) -> None:
+def test_another_method_replaces_the_studio(engine: LocalEngine) -> None:
     other = MINI.model_copy(update={"method": "faceid"})
-    engine.identify(other, [faces[0]])
+    engine.studio(other)
     assert engine.loaded == [other]
-    engine.identify(MINI, [faces[0]])
+    engine.studio(MINI)
     assert engine.loaded == [MINI]
 
 

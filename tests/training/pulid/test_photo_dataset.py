@@ -336,6 +336,7 @@ def test_all_three_stages(folder, base, features, found, tmp_path) -> None:
     detector = SCRFDDetector.load(DETECTOR)
     faces = build_face_embedder(detector, SmallRecognition().eval())
     frozen = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    validation = shutil.copytree(folder, tmp_path / "validation")  # with the same times
     begin = None
     for stage in (1, 2, 3):
         recipe = replace(find_recipe(f"sdxl_stage{stage}"), steps=2, **SMALL)
@@ -347,7 +348,7 @@ def test_all_three_stages(folder, base, features, found, tmp_path) -> None:
         if stage > 1:
             models = TrainingModels(base, features, [base], faces)
         adapter, result = train_on_photos(
-            recipe, models, folder, out, init_adapter=begin, held_out=folder
+            recipe, models, folder, out, init_adapter=begin, held_out=validation
         )
         begin = out / "adapter.safetensors"
         assert result.steps == 2 and np.isfinite(list(result.losses.values())).all()
