@@ -221,7 +221,7 @@ def print_table(table: Table) -> None:
 
     title = f"{table.people} people held out of training, {table.prompts} prompts each"
     grid = RichTable(title=title, box=box.SIMPLE, pad_edge=False)
-    grid.add_column("model", no_wrap=True)
+    grid.add_column("model", overflow="fold")  # can be a long path
     for name in COLUMNS:
         grid.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
     for model, columns in table.rows.items():
