@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -319,9 +320,9 @@ def test_run_on_another_base_is_not_continued(pipe, references, tmp_path, interr
 def test_word_that_is_not_one_token_is_refused(
     pipe, references, tmp_path, monkeypatch, method, trigger
 ):
-    monkeypatch.setattr(
-        "openpulid.training.tuning.tune.encode_person", lambda *args: pytest.fail("encoded")
-    )
+    # the package has a function of the module's name
+    module = sys.modules["openpulid.training.tuning.tune"]
+    monkeypatch.setattr(module, "encode_person", lambda *args: pytest.fail("encoded"))
     before = state(pipe)
     with pytest.raises(OptionError, match="'unheard' is not one token"):
         tune(recipe(method), pipe, references, trigger, tmp_path / "run")
