@@ -151,18 +151,11 @@ def train(
     from openpulid.device import select_device
     from openpulid.training.pulid import check_init_adapter, prepare_run_dir
     from openpulid.training.pulid.photo_models import load_models
-    from openpulid.training.pulid.train_photos import (
-        check_photos,
-        check_separate,
-        train_on_photos,
-    )
+    from openpulid.training.pulid.train_photos import check_data, train_on_photos
 
     # everything that needs no models first: they take minutes to load, and gigabytes to download
     check_init_adapter(changed, begin)
-    for folder in (data, held_out):
-        if folder is not None:
-            check_photos(folder)
-    check_separate(data, held_out)
+    check_data(data, held_out)
     selected_device = select_device(device)
     prepare_run_dir(run_dir, begin, is_fresh=not resume)
     models = load_models(

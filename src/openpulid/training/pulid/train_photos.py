@@ -125,6 +125,19 @@ def train_on_photos(
     return adapter, result
 
 
+def check_data(data: str | Path, held_out: str | Path | None) -> None:
+    """Check everything about the images that needs no model.
+
+    Raises:
+        OptionError: see `check_photos` and `check_separate`.
+        TrainingError: see `check_photos`.
+    """
+    for folder in (data, held_out):
+        if folder is not None:
+            check_photos(folder)
+    check_separate(data, held_out)
+
+
 def check_separate(data: str | Path, held_out: str | Path | None) -> None:
     """Check that no held-out image is in the training data as well.
 
