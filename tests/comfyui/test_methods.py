@@ -226,7 +226,7 @@ def test_unsuitable_parts_raise(faceid, methods, options) -> None:
     with pytest.raises(OptionError, match="no face pack auraface in models/insightface"):
         methods.find_preset(replace(faceid.loaded, is_miniature=False), "auraface")
     save = comfyui.import_pack("nodes_identity").SaveIdentity.execute
-    for name in ("../x", "/root/x", "a\\b", " "):  # an input from another node
+    for name in ("../x", "/x", "a\\b", " "):  # an input from another node
         with pytest.raises(OptionError, match="must be a file name without a folder"):
             save(faceid.identity, name)
     with pytest.raises(OptionError, match="no features of PhotoMaker's vision encoder"):

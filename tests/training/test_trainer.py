@@ -160,18 +160,25 @@ def test_learning_rate_warms_up_holds_and_decays():
     assert not schedule.is_decaying(79, 100) and schedule.is_decaying(80, 100)
 
 
-@pytest.mark.parametrize(("slower", "steps"), [(1.0, range(298, 303)), (2.0, range(170, 220))])
-def test_time_budget_shortens_the_run_and_completes_the_decay(tmp_path, monkeypatch, slower, steps):
-    clock = [0.0]  # a step takes 0.1 s, from step 100 on `slower` times as long
+def timed_task(monkeypatch, step_seconds):
+    """A task whose step k takes `step_seconds(k)`, and the clock that the trainer reads."""
+    clock = [0.0]
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     task = Regression()
     losses = task.losses
 
     def timed(rng):
-        clock[0] += 0.1 * (slower if rng.step >= 100 else 1.0)
+        clock[0] += step_seconds(rng.step)
         return losses(rng)
 
     task.losses = timed
+    return task, clock
+
+
+@pytest.mark.parametrize(("slower", "steps"), [(1.0, range(298, 303)), (2.0, range(170, 220))])
+def test_time_budget_shortens_the_run_and_completes_the_decay(tmp_path, monkeypatch, slower, steps):
+    # a step takes 0.1 s, from step 100 on `slower` times as long
+    task, _ = timed_task(monkeypatch, lambda step: 0.1 * (slower if step >= 100 else 1.0))
     schedule = TrainerConfig(steps=100_000, lr=1e-2, validate_every=40)
     result = run(task, schedule, tmp_path, minutes=0.5)
     assert result.steps in steps and result.seconds < 33
@@ -182,16 +189,8 @@ def test_time_budget_shortens_the_run_and_completes_the_decay(tmp_path, monkeypa
 
 
 def test_slow_first_steps_do_not_shorten_the_run(tmp_path, monkeypatch):
-    clock = [0.0]  # four times as slow for 35 steps, in which the first estimate is made
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    task = Regression()
-    losses = task.losses
-
-    def timed(rng):
-        clock[0] += 0.4 if rng.step < 35 else 0.1
-        return losses(rng)
-
-    task.losses = timed
+    # four times as slow for 35 steps, in which the first estimate is made
+    task, _ = timed_task(monkeypatch, lambda step: 0.4 if step < 35 else 0.1)
     result = run(
         task, TrainerConfig(steps=100_000, lr=1e-2, validate_every=1000), tmp_path, minutes=0.5
     )
@@ -199,16 +198,7 @@ def test_slow_first_steps_do_not_shorten_the_run(tmp_path, monkeypatch):
 
 
 def test_linear_decay_from_the_first_step_fits_the_budget(tmp_path, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    task = Regression()
-    losses = task.losses
-
-    def timed(rng):
-        clock[0] += 0.1
-        return losses(rng)
-
-    task.losses = timed
+    task, _ = timed_task(monkeypatch, lambda _: 0.1)
     schedule = TrainerConfig(steps=100_000, lr=1e-2, validate_every=1000, decay=1.0)
     result = run(task, schedule, tmp_path, minutes=0.5)
     assert result.steps in range(299, 302) and result.seconds == pytest.approx(30, abs=0.3)
@@ -216,20 +206,13 @@ def test_linear_decay_from_the_first_step_fits_the_budget(tmp_path, monkeypatch)
 
 def test_checkpoints_count_in_the_budget(tmp_path, monkeypatch):
     """A step takes 0.1 s, and a checkpoint 2 s after every 6 s: steps have two thirds."""
-    clock = [0.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    task = Regression()
-    losses, save = task.losses, Checkpointer.save
-
-    def timed(rng):
-        clock[0] += 0.1
-        return losses(rng)
+    task, clock = timed_task(monkeypatch, lambda _: 0.1)
+    save = Checkpointer.save
 
     def save_slowly(*args):
         clock[0] += 2.0
         save(*args)
 
-    task.losses = timed
     monkeypatch.setattr(Checkpointer, "save", save_slowly)
     schedule = TrainerConfig(
         steps=100_000, lr=1e-2, validate_every=100, decay=0.6, save_minutes=0.1
@@ -239,16 +222,8 @@ def test_checkpoints_count_in_the_budget(tmp_path, monkeypatch):
 
 
 def test_steps_that_compile_do_not_shorten_a_run_that_soon_decays(tmp_path, monkeypatch):
-    clock = [0.0]  # two of the first steps take 5 s
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    task = Regression()
-    losses = task.losses
-
-    def timed(rng):
-        clock[0] += 5.0 if rng.step in (14, 20) else 0.1
-        return losses(rng)
-
-    task.losses = timed
+    # two of the first steps take 5 s
+    task, _ = timed_task(monkeypatch, lambda step: 5.0 if step in (14, 20) else 0.1)
     schedule = TrainerConfig(steps=100_000, lr=1e-2, validate_every=1000, decay=0.9)
     result = run(task, schedule, tmp_path, minutes=0.5)
     assert result.steps in range(200, 204) and result.seconds == pytest.approx(30, abs=0.5)
@@ -256,20 +231,14 @@ def test_steps_that_compile_do_not_shorten_a_run_that_soon_decays(tmp_path, monk
 
 def slow_validations(monkeypatch, seconds):
     """A task whose steps take 0.1 s, and its validations so long."""
-    clock = [0.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    task = Regression()
-    losses, validate = task.losses, task.validate
-
-    def timed(rng):
-        clock[0] += 0.1
-        return losses(rng)
+    task, clock = timed_task(monkeypatch, lambda _: 0.1)
+    validate = task.validate
 
     def slow():
         clock[0] += seconds
         return validate()
 
-    task.losses, task.validate = timed, slow
+    task.validate = slow
     return task
 
 

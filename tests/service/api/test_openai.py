@@ -71,15 +71,20 @@ def test_several_images_are_those_of_the_next_seeds(api: openai.OpenAI, studio: 
         assert np.abs(decode(image.b64_json) - alone).max() <= 2
 
 
+def draw_masks(folder: Path) -> None:
+    """Draw a mask of the left half as OpenAI's API has it, and as `pulid generate` has it."""
+    mask = Image.new("RGBA", (96, 96), "red")
+    mask.paste((0, 0, 0, 0), (0, 0, 48, 96))
+    mask.save(folder / "mask.png")
+    white = Image.new("L", (96, 96), 0)
+    white.paste(255, (0, 0, 48, 96))
+    white.save(folder / "white.png")
+
+
 def test_edit_shows_the_person_where_the_mask_is_transparent(
     api: openai.OpenAI, studio: Studio, tmp_path: Path
 ) -> None:
-    mask = Image.new("RGBA", (96, 96), "red")
-    mask.paste((0, 0, 0, 0), (0, 0, 48, 96))
-    mask.save(tmp_path / "mask.png")
-    white = Image.new("L", (96, 96), 0)
-    white.paste(255, (0, 0, 48, 96))
-    white.save(tmp_path / "white.png")
+    draw_masks(tmp_path)
     person = {"images": [str(PORTRAIT)], "mask": str(tmp_path / "white.png")}
     with PORTRAIT.open("rb") as image, (tmp_path / "mask.png").open("rb") as file:
         answer = api.images.edit(image=image, mask=file, prompt=PROMPT, extra_body=OPTIONS)
@@ -92,12 +97,7 @@ def test_edit_shows_the_person_where_the_mask_is_transparent(
 def test_mask_means_the_same_however_it_is_sent(
     anna: httpx.Client, studio: Studio, tmp_path: Path, way: str
 ) -> None:
-    mask = Image.new("RGBA", (96, 96), "red")
-    mask.paste((0, 0, 0, 0), (0, 0, 48, 96))
-    mask.save(tmp_path / "mask.png")
-    white = Image.new("L", (96, 96), 0)
-    white.paste(255, (0, 0, 48, 96))
-    white.save(tmp_path / "white.png")
+    draw_masks(tmp_path)
     content = (tmp_path / "mask.png").read_bytes()
     fields = {**OPTIONS, "prompt": PROMPT}
     if way == "json":
