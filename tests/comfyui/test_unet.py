@@ -302,7 +302,8 @@ def test_batches_and_two_positive_prompts(identities, model, apply, prompt) -> N
     positive, negative = conditioning(prompt)
     both = sample(shown, positive, negative, latent)
     alone = sample(shown, positive, negative, latent[:1])
-    assert relative_error(both[:1], alone) <= 1e-4
+    # a batch sums in another order, and how depends on the processor
+    assert relative_error(both[:1], alone) <= 1e-3
     assert torch.isfinite(sample(shown, positive * 2, negative, latent)).all()
     long = [[torch.cat([positive[0][0]] * 2, dim=1)[:, :100], positive[0][1]]]  # two calls
     assert torch.isfinite(sample(shown, long, negative, latent)).all()
