@@ -182,6 +182,16 @@ class Recipe:
         """Whether the recipe has an alignment loss."""
         return self.semantic_weight > 0 or self.layout_weight > 0
 
+    @property
+    def shares_rollout(self) -> bool:
+        """Whether ID loss and alignment read the same rollout: the captions are the prompts of both.
+
+        The paper has different prompts for the two, and so a rollout for each.
+        """
+        has_captions = self.id_prompt is None and not self.align_prompts
+        is_whole = self.guidance_scale == 1 and not self.align_one_step
+        return self.id_loss == "accurate" and self.has_alignment and has_captions and is_whole
+
     def trainer_config(self) -> TrainerConfig:
         """Return the trainer's part of the recipe."""
         return TrainerConfig(

@@ -158,6 +158,7 @@ class PuLIDTask:
     def backward_losses(self, rng: StepRNG, backward: Backward) -> None:
         """Compute "diffusion", "id", and "semantic" with "layout", each with its own backward pass.
 
+        "id" joins the alignment's pass if both read the same rollout (`Recipe.shares_rollout`).
         The metric "faces" is the fraction of images that count in the ID loss.
         """
         count, remainder = divmod(self.recipe.few_step_batch, rng.world_size)
@@ -176,7 +177,7 @@ class PuLIDTask:
         turn = rng.step if self.is_sharded else rng.step + rng.rank
         model = self.few_step_models[turn % len(self.few_step_models)]
         subset = batch.subset(count)
-        if self.recipe.id_loss == "accurate":
+        if self.recipe.id_loss == "accurate" and not self.recipe.shares_rollout:
             self._backward_id(rng, model, subset, backward)
         if self.recipe.has_alignment:
             self._backward_alignment(rng, model, subset, backward)
@@ -275,7 +276,8 @@ class PuLIDTask:
         self, rng: StepRNG, model: BaseModel, batch: Batch, backward: Backward
     ) -> None:
         with self._use_identities(model, batch, self.rollout.is_guided):
-            loss, face_fraction = self._rollout_id_loss(rng, model, batch)
+            rollout = self._generate(rng, model, batch)
+            loss, face_fraction = self._rollout_id_loss(rng, model, rollout, batch)
             backward({"id": loss}, {"faces": face_fraction})
 
     def _backward_alignment(
@@ -288,15 +290,17 @@ class PuLIDTask:
             rollout = capture()
             semantic = self.semantic_loss(rollout.layers, target)
             layout = self.layout_loss(rollout.layers, target)
-            if self.is_sharded:
+            losses = {
+                "semantic": self.recipe.semantic_weight * semantic,
+                "layout": self.recipe.layout_weight * layout,
+            }
+            metrics = {}
+            if self.recipe.shares_rollout:
+                losses["id"], metrics["faces"] = self._rollout_id_loss(rng, model, rollout, batch)
+            elif self.is_sharded:
                 # a block is gathered for the backward pass when a gradient reaches its output
-                layout = layout + 0 * rollout.latents.sum()
-            backward(
-                {
-                    "semantic": self.recipe.semantic_weight * semantic,
-                    "layout": self.recipe.layout_weight * layout,
-                }
-            )
+                losses["layout"] = losses["layout"] + 0 * rollout.latents.sum()
+            backward(losses, metrics)
 
     # -- losses --
 
@@ -326,19 +330,18 @@ class PuLIDTask:
         return rng.generator(f"id.views.{rng.rank}")
 
     def _rollout_id_loss(
-        self, rng: StepRNG, model: BaseModel, batch: Batch
+        self, rng: StepRNG, model: BaseModel, rollout: Rollout, batch: Batch
     ) -> tuple[Tensor, Tensor]:
         """Compute the ID loss of generated images; also return the fraction with a face."""
-        latents = self._generate(rng, model, batch)
-        everyone = torch.ones(len(latents), dtype=torch.bool)
-        return self._id_loss(model, latents, batch, everyone, self._views(rng))
+        everyone = torch.ones(len(rollout.latents), dtype=torch.bool)
+        return self._id_loss(model, rollout.latents, batch, everyone, self._views(rng))
 
-    def _generate(self, rng: StepRNG, model: BaseModel, batch: Batch) -> Tensor:
-        """Generate the latents of one image per sample, with gradient."""
-        noise = self._noise(rng, model, batch, "id.noise")
+    def _generate(self, rng: StepRNG, model: BaseModel, batch: Batch) -> Rollout:
+        """Generate one image per sample, with gradient."""
+        noise = self._noise(rng, model, batch)
         prompts = self._prompts(self.recipe.id_prompt, batch)
         text = self._encode_text(model, prompts, self.rollout.is_guided)
-        return lightning_branch(model, noise, text, self.rollout).latents
+        return lightning_branch(model, noise, text, self.rollout)
 
     def _id_loss(
         self,
@@ -385,7 +388,7 @@ class PuLIDTask:
         self, rng: StepRNG, model: BaseModel, batch: Batch
     ) -> Callable[[], Rollout]:
         """Return a function that captures the attention to align, always from the same noise."""
-        noise = self._noise(rng, model, batch, "align.noise")
+        noise = self._noise(rng, model, batch)
         prompts = self._prompts(self._align_prompt(rng), batch)
         text = self._encode_text(model, prompts)
         if not self.recipe.align_one_step:
@@ -401,9 +404,10 @@ class PuLIDTask:
 
     # -- inputs --
 
-    def _noise(self, rng: StepRNG, model: BaseModel, batch: Batch, name: str) -> Tensor:
+    def _noise(self, rng: StepRNG, model: BaseModel, batch: Batch) -> Tensor:
+        """Draw the noise of a rollout, the same for the ID loss and the alignment."""
         shape = (len(batch.id_cond), *model.latent_shape(self.recipe.pixels))
-        return rng.randn(shape, name).to(model.device)
+        return rng.randn(shape, "rollout.noise").to(model.device)
 
     def _align_prompt(self, rng: StepRNG) -> str | None:
         """Choose the alignment prompt of a step, the same on all ranks; None for the captions."""
@@ -453,7 +457,7 @@ class PuLIDTask:
             batch = data.batch(rng).subset(self.recipe.few_step_batch // parts)
             batch = batch.to(self.base.device)
             with self._use_identities(model, batch, self.rollout.is_guided):
-                images = model.decode(self._generate(rng, model, batch))
+                images = model.decode(self._generate(rng, model, batch).latents)
             faces = self.face_embedder(images)
             target = self._embed_images(batch)
             has_face = faces.has_face & target.has_face
