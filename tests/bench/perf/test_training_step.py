@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -20,7 +22,9 @@ def base() -> RandomSDXL:
     return RandomSDXL(pipe.unet, pipe.vae)
 
 
-def test_every_candidate_is_measured(base) -> None:
+@pytest.mark.parametrize("rollouts", [(2,), (1, 2)])
+def test_every_candidate_is_measured(base, rollouts: tuple[int, ...]) -> None:
+    captions = {"id_prompt": None, "align_prompts": ()} if 1 in rollouts else {}
     recipe = Recipe(
         "tiny",
         "mini",
@@ -30,14 +34,12 @@ def test_every_candidate_is_measured(base) -> None:
         id_loss="accurate",
         semantic_weight=0.6,
         layout_weight=0.1,
+        **captions,
     )
     costs = training.measure(training.random_task(recipe, base), grad_steps=(1, 2), rounds=1)
-    assert [(cost.grad_steps, cost.checkpointing) for cost in costs] == [
-        (1, False),
-        (1, True),
-        (2, False),
-        (2, True),
-    ]
+    assert [(cost.grad_steps, cost.checkpointing, cost.rollouts) for cost in costs] == list(
+        product((1, 2), (False, True), rollouts)
+    )
     assert costs[0].ratio == 1.0 and all(cost.seconds > 0 for cost in costs)
 
 

@@ -1,7 +1,7 @@
 """Cost of a step of PuLID's training with random weights.
 
 Time and memory are measured for gradients through the last k steps of the few-step rollout, with
-and without gradient checkpointing.
+and without gradient checkpointing, and with one rollout or two for ID loss and alignment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from openpulid.bench.perf.random_data import RandomPeople, random_faces
 from openpulid.bench.perf.timing import interleave, medians, ratios, timed
 from openpulid.device import peak_memory, reset_peak_memory
 from openpulid.training import Losses, StepRNG, autocast, backward, sum_losses
-from openpulid.training.pulid import BaseModel, PuLIDTask, Recipe, build_adapter
+from openpulid.training.pulid import ALIGN_PROMPTS, BaseModel, PuLIDTask, Recipe, build_adapter
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Cost:
     Attributes:
         grad_steps: number of rollout steps through which gradients flow.
         checkpointing: whether activations are recomputed in the backward pass.
+        rollouts: with gradient: 1 if ID loss and alignment share it, 2 if each has its own.
         seconds: median of the rounds.
         ratio: to the first candidate, median of the ratios of the rounds.
         memory: peak GiB, or None. Only the figure of an accelerator is reliable, see
@@ -36,6 +37,7 @@ class Cost:
 
     grad_steps: int
     checkpointing: bool
+    rollouts: int
     seconds: float
     ratio: float
     memory: float | None
@@ -77,7 +79,7 @@ def measure(
     """Measure whole training steps of every combination, interleaved in one process.
 
     Args:
-        task: the training task.
+        task: the training task; one whose losses share a rollout is measured with two as well.
         grad_steps: numbers of rollout steps through which gradients flow.
         checkpointing: whether to recompute activations in the backward pass.
         rounds: number of rounds.
@@ -87,16 +89,19 @@ def measure(
     optimizer = torch.optim.AdamW(task.adapter.parameters(), lr=1e-5)
     peaks: dict[str, float | None] = {}
 
-    def run(name: str, grad_steps: int, checkpoint: bool) -> float:
+    def run(name: str, grad_steps: int, checkpoint: bool, rollouts: int) -> float:
         rollout = replace(task.rollout, grad_steps=grad_steps, gradient_checkpointing=checkpoint)
         candidate = task.with_rollout(rollout)
+        if rollouts == 2:
+            candidate.recipe = replace(task.recipe, align_prompts=ALIGN_PROMPTS)
         reset_peak_memory(device)
         seconds = timed(lambda: train_step(candidate, optimizer), device)
         peaks[name] = peak_memory(device)
         return seconds
 
-    combinations = {f"{k} {flag}": (k, flag) for k, flag in product(grad_steps, checkpointing)}
-    runs = {name: partial(run, name, k, flag) for name, (k, flag) in combinations.items()}
+    rollouts = (1, 2) if task.recipe.shares_rollout else (2,)
+    combinations = {str(c): c for c in product(grad_steps, checkpointing, rollouts)}
+    runs = {name: partial(run, name, *combination) for name, combination in combinations.items()}
     seconds = interleave(runs, rounds, on_progress)
     times = medians(seconds)
     ratio = ratios(seconds)
@@ -127,12 +132,13 @@ def print_costs(costs: Sequence[Cost]) -> None:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for title in ("gradient steps", "checkpointing", "seconds", "ratio", "peak GiB"):
+    for title in ("gradient steps", "checkpointing", "rollouts", "seconds", "ratio", "peak GiB"):
         table.add_column(title, justify="right")
     for cost in costs:
         table.add_row(
             str(cost.grad_steps),
             "yes" if cost.checkpointing else "no",
+            str(cost.rollouts),
             f"{cost.seconds:.2f}",
             f"{cost.ratio:.2f}",
             "-" if cost.memory is None else f"{cost.memory:.2f}",

@@ -14,6 +14,7 @@ from openpulid.training.pulid.flux_model import FluxModel, FluxText
 from openpulid.training.pulid.held_out import HELD_OUT_BATCHES, HeldOutLosses, summarize_held_out
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
+from openpulid.training.pulid.prompts import ALIGN_PROMPTS
 from openpulid.training.pulid.recipe import DEFAULT_PIXELS, Recipe
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.task import PuLIDTask, Validation
@@ -26,8 +27,9 @@ from openpulid.training.pulid.train import (
 )
 
 __all__ = [
-    "DEFAULT_PIXELS",
     "ADAPTER_FILE",
+    "ALIGN_PROMPTS",
+    "DEFAULT_PIXELS",
     "HELD_OUT_BATCHES",
     "HeldOutLosses",
     "BaseModel",

@@ -184,7 +184,7 @@ class Recipe:
 
     @property
     def shares_rollout(self) -> bool:
-        """Whether ID loss and alignment read the same rollout: the captions are the prompts of both.
+        """Whether one rollout, with the captions as prompts, serves ID loss and alignment.
 
         The paper has different prompts for the two, and so a rollout for each.
         """
