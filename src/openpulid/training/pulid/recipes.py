@@ -116,6 +116,8 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
       intervals there would be three places.
     - Stage 1 has the density t ** 1 of timesteps on SDXL. Here a mean of the logit above zero draws
       more high noise, in which the shape of a face is decided.
+    - The alignment has a quarter of SDXL's weights, with which stage 3 lost half of the identity
+      that stage 2 had learned (benchmarks/mini-build.md).
     """
     init_from = recipe.init_from and recipe.init_from.replace("mini", "mini_flux")
     return replace(
@@ -131,6 +133,8 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
         single_interval=1,
         logit_mean=0.5 * recipe.timestep_bias,
         timestep_bias=0.0,
+        semantic_weight=0.25 * recipe.semantic_weight,
+        layout_weight=0.25 * recipe.layout_weight,
         text_tokens=32,
     )
 
