@@ -104,6 +104,29 @@ def test_pipeline_is_as_before_and_the_method_changes_images(pipe, references, t
         assert not torch.allclose(generate(), base, atol=1e-4)
 
 
+def test_interrupted_tuning_keeps_its_class_images(pipe, references, tmp_path, monkeypatch):
+    module = sys.modules["openpulid.training.tuning.tune"]
+    generated = []
+
+    def generate(*args):
+        generated.append(args[2])
+        return generate_class_images(*args)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "generate_class_images", generate)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(module, "run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(pipe, references, tmp_path, "lora", num_class_images=2)
+    run(pipe, references, tmp_path, "lora", num_class_images=2)
+    assert generated == [2]
+    delete_checkpoints(tmp_path / "run")
+    run(pipe, references, tmp_path, "lora", num_class_images=3)
+    assert generated == [2, 3]
+
+
 @pytest.mark.parametrize("method", sorted(TUNING_METHODS))
 def test_base_in_the_dtype_of_trainings(pipe, references, tmp_path, method, both_precisions):
     """Frozen networks are in bfloat16 where it pays, and what is trained is in float32."""

@@ -47,7 +47,7 @@ def train_recognition(
     """
     config = _recognition_config(seed)
     torch.manual_seed(seed)
-    evaluator = RecognitionEvaluator.build(context.held_out, context.runs / "moved.npy")
+    evaluator = RecognitionEvaluator.build(context.held_out)
     model: Any = RECOGNITION_MODELS[name]()
     run_name = f"recognition-{name}"
     task = RecognitionTask(model, context.data, evaluator, details=details)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -125,13 +124,12 @@ class RecognitionEvaluator:
 
     @classmethod
     def build(
-        cls, held_out: WorldDataset, cache: Path, people: int = 16, device: str = "cpu"
+        cls, held_out: WorldDataset, people: int = 16, device: str = "cpu"
     ) -> RecognitionEvaluator:
         """Align the held-out images and render people with changed values.
 
         Args:
             held_out: images of held-out people.
-            cache: file (.npy) that stores the rendered crops; it is read if it exists.
             people: number of people to render.
             device: where to render.
         """
@@ -140,17 +138,11 @@ class RecognitionEvaluator:
             load_aligned_crops(held_out, np.arange(start, min(start + 256, len(held_out))))
             for start in starts
         ]
-        if cache.exists():
-            changed_crops = torch.from_numpy(np.load(cache))
-        else:
-            changed_crops = render_value_changes(people, device)
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            np.save(cache, changed_crops.numpy())
         return cls(
             torch.cat(crops),
             torch.from_numpy(np.array(held_out.people)),
             torch.from_numpy(np.array(held_out.families)),
-            changed_crops,
+            render_value_changes(people, device),
         )
 
     @torch.no_grad()

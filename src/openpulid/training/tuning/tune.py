@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,17 +13,30 @@ from typing import Any
 
 from openpulid.identity.detection import FaceDetection
 from openpulid.identity.reference import ReferenceImage
-from openpulid.io.checkpoints import module_fingerprint
+from openpulid.io.checkpoints import (
+    module_fingerprint,
+    read_metadata,
+    read_tensors,
+    save_tensors,
+)
 from openpulid.io.lock import LOCK
 from openpulid.methods.tuned import Trigger, TunedAdapter
 from openpulid.training.code_revision import revision
 from openpulid.training.pulid import SDXLModel
 from openpulid.training.run_dir import delete_run
 from openpulid.training.trainer import run
-from openpulid.training.tuning.images import encode_person, fill_templates, generate_class_images
+from openpulid.training.tuning.images import (
+    TuningImages,
+    encode_person,
+    fill_templates,
+    generate_class_images,
+)
 from openpulid.training.tuning.recipes import TuningRecipe
 from openpulid.training.tuning.task import TuningTask
 from openpulid.training.tuning.trained import check_words, open_part
+
+CLASS_IMAGES = "class-images.safetensors"
+"""Latents of the class images in the run directory, which take minutes to generate."""
 
 
 def tune(
@@ -66,11 +79,17 @@ def tune(
     images = encode_person(
         model, references, recipe.num_crops, detection if is_weighed else None, recipe.seed
     )
+    name = _name_run(recipe, pipe, references, trigger)
     class_prompts = fill_templates(trigger.class_word, is_miniature)
     class_images = None
     if recipe.num_class_images:
-        class_images = generate_class_images(
-            model, class_prompts, recipe.num_class_images, dict(class_options or {}), recipe.seed
+        options = dict(class_options or {})
+        class_images = _cache_images(
+            run_dir / CLASS_IMAGES,
+            f"{name} {json.dumps(options, default=str)}",
+            lambda: generate_class_images(
+                model, class_prompts, recipe.num_class_images, options, recipe.seed
+            ),
         )
     preparation_seconds = time.monotonic() - started_at
     with open_part(recipe, pipe, trigger) as part:
@@ -83,7 +102,6 @@ def tune(
             class_images,
             class_prompts,
         )
-        name = _name_run(recipe, pipe, references, trigger)
         result = run(task, recipe.trainer_config(name), run_dir, device=model.device)
         method = part.create_method()
     facts = {
@@ -95,9 +113,18 @@ def tune(
     return method, facts
 
 
+def _cache_images(path: Path, key: str, generate: Callable[[], TuningImages]) -> TuningImages:
+    """Read images that an interrupted tuning with the same key has stored, or generate them."""
+    if path.exists() and read_metadata(path).get("key") == key:
+        return TuningImages(read_tensors(path)["latents"])
+    images = generate()
+    save_tensors({"latents": images.latents.cpu().contiguous()}, path, {"key": key})
+    return images
+
+
 def delete_checkpoints(run_dir: Path) -> None:
     """Delete the checkpoints of a finished tuning, and their folder if nothing else is in it."""
-    delete_run(run_dir, (LOCK,))
+    delete_run(run_dir, (LOCK, CLASS_IMAGES))
     with suppress(OSError):  # the user may keep other files there
         run_dir.rmdir()
 
