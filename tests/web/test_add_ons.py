@@ -173,7 +173,7 @@ def test_other_machines_name_no_files_of_the_server(
 
 def test_lines_name_files_and_their_values() -> None:
     uploads = ["/a/film.safetensors", "/b/film.safetensors", "/c/x:1.safetensors", "/d/x"]
-    text = "film.safetensors: 0.5 \n\nowner/name:-1\nowner/other\nx:1.safetensors:2"
+    text = "film.safetensors : 0.5 \n\nowner/name:-1\nowner/other\nx:1.safetensors:2"
     assert read_lines(text, uploads) == [
         FileLine("/a/film.safetensors", "0.5", True),
         FileLine("owner/name", "-1", False),

@@ -59,6 +59,7 @@ from openpulid.web.messages import error_html
 from openpulid.web.network import without_proxy
 from openpulid.web.notes import show_notes
 from openpulid.web.restore import _find_preset
+from openpulid.web.results import show_images, zip_images
 from openpulid.web.server import launch_options
 from openpulid.web.session import WebSession
 from openpulid.web.sizes import list_sizes
@@ -73,7 +74,7 @@ from gradio.components.image_editor import EditorData  # noqa: E402
 from gradio.data_classes import FileData, ImageData  # noqa: E402
 from gradio_client import handle_file  # noqa: E402
 
-from openpulid.web.components import build_field  # noqa: E402
+from openpulid.web.components import Page, build_field  # noqa: E402
 from openpulid.web.events import DELETE_CACHE  # noqa: E402
 from openpulid.web.layout import build_layout  # noqa: E402
 from openpulid.web.people import preview_faces  # noqa: E402
@@ -522,20 +523,36 @@ def test_models_of_another_page_are_refused(
         _find_preset(WebSession(tmp_path), provenance)
 
 
+def test_images_of_a_run_replace_the_previous_ones_at_once() -> None:
+    names = ("gallery", "welcome", "images", "selected", "live", "actions", "compare")
+    page = Page(mini(), parts={name: name for name in (*names, "download_all")})
+    first, second = (PageImage(f"{k}.png", k, "") for k in (1, 2))
+    updates = show_images(page, [first])
+    assert updates["images"] == [first] and updates["selected"] == 0
+    updates = show_images(page, [first, second])
+    assert updates["images"] == [first, second] and "selected" not in updates
+
+
 def test_history_shows_only_own_images(tmp_path: Path) -> None:
-    files = [tmp_path / f"{k}.png" for k in range(MAX_KEPT + 1)]
+    """They are deleted with everything else in the folders of their runs."""
+    files = [tmp_path / f"run{k // 2}" / f"{k}.png" for k in range(MAX_KEPT + 1)]
+    files += [tmp_path / "ben" / "ben.png"]
     history = History(is_on=True)
     for file in files:
+        file.parent.mkdir(exist_ok=True)
         file.touch()
-        history.add("anna", PageImage(str(file), 1, ""))
-    history.add("ben", PageImage("ben.png", 1, ""))
+        zip_images([PageImage(str(file), 1, "")])
+        history.add(file.stem if file.stem == "ben" else "anna", PageImage(str(file), 1, ""))
+    *files, of_ben = files
     assert [image.file for image in history.images("anna")] == [
         str(file) for file in reversed(files[1:])
     ]
-    assert not files[0].exists() and history.images(None) == history.images("") == []
+    assert history.images(None) == history.images("") == []
+    # the archive of the first run has the image that is too old
+    assert [file.name for file in files[0].parent.iterdir()] == ["1.png"]
     history.clear("anna")
-    assert history.images("anna") == [] and not files[-1].exists()
-    assert len(history.images("ben")) == 1
+    assert history.images("anna") == [] and list(tmp_path.iterdir()) == [of_ben.parent]
+    assert len(history.images("ben")) == 1 and len(list(of_ben.parent.iterdir())) == 2
     off = History(is_on=False)
     off.add("anna", PageImage("anna.png", 1, ""))
     assert off.images("anna") == []
@@ -633,8 +650,10 @@ def test_messages_name_uploads_and_buttons(tmp_path: Path) -> None:
     Image.new("RGB", (96, 96), "gray").save(empty)
     (folder / "IMG_1.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     (folder / "anna.safetensors").write_bytes(b"no identity")
-    no_face = "empty room.jpeg: no face detected in its 96 x 96 pixels (one size: 96 pixels); this"
-    no_face += " preset only detects synthetic people (the button Invent a person"
+    no_face = "empty room.jpeg: no face detected in its 96 x 96 pixels (at 96 pixels, in four "
+    no_face += (
+        "orientations); this preset only detects synthetic people (the button Invent a person"
+    )
     cases = {
         no_face: {"reference_images": [(str(empty), None)]},
         "IMG_1.heic: is": {"reference_images": [(str(folder / "IMG_1.heic"), None)]},

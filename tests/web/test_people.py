@@ -17,6 +17,7 @@ from openpulid.pipelines.presets import find_preset, mini
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
 from openpulid.pipelines.request_inputs import Person
+from openpulid.web.masks import COLORS, split_colors
 from openpulid.web.regions import DRAWN, MASK_FILE
 from openpulid.web.restore import describe_files, read_values
 from openpulid.web.session import WebSession
@@ -37,6 +38,25 @@ from tests.web.page_support import (  # noqa: E402
     pixels,
     run_page,
 )
+
+
+def test_soft_edge_of_a_stroke_has_its_color(tmp_path: Path) -> None:
+    """On white, half of red looks more like orange."""
+    for number, color in enumerate(COLORS):
+        disc = Image.new("RGBA", (400, 400), (*color, 0))
+        disc.putalpha(Image.radial_gradient("L").resize((400, 400)).point(lambda x: 255 - x))
+        disc.save(tmp_path / "layer.png")
+        masks = split_colors({"layers": [str(tmp_path / "layer.png")]}, COLORS, tmp_path)
+        assert [mask is not None for mask in masks] == [k == number for k in range(len(COLORS))]
+        share = np.mean(open_mask(masks[number])) / 255
+        assert share == pytest.approx(np.mean(np.array(disc)[..., 3] > 127.5), abs=0.01)
+
+
+def test_scale_that_the_page_does_not_offer_is_not_restored(two: dict[str, Any]) -> None:
+    person = Person(images=["anna.png"], scale=3)
+    request = GenerationRequest("portrait", people=[person])
+    with pytest.raises(OptionError, match="generated with Identity scale 3, which this page"):
+        read_values(request, find_preset("mini"))
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def test_every_image_is_signed(tmp_path: Path, anna: Path, files: SignerFiles) -
         assert credentials.actions[0].name == "c2pa.created"
         assert Provenance.read(image.file).request.seed == 3
     # an archive has the same files
-    assert Path(images[0].file).read_bytes() in Path(zip_images(images, tmp_path)).read_bytes()
+    assert Path(images[0].file).read_bytes() in Path(zip_images(images)).read_bytes()
     (plain,) = generate(WebSession(tmp_path))
     with Path(plain.file).open("rb") as file:
         assert read_credentials(file, "image/png") is None

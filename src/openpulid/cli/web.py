@@ -42,7 +42,6 @@ def web(
     Base, memory, faces and adapter apply to the preset that is selected first.
     """
     from openpulid.io.serving import check_address, is_loopback
-    from openpulid.web.network import without_proxy
     from openpulid.web.page import open_app
     from openpulid.web.server import launch_options
 
@@ -58,7 +57,7 @@ def web(
         signer=load_signer(c2pa, c2pa_cert, c2pa_key),
         **options,
     )
-    with without_proxy(), name_options(), app as blocks:
+    with name_options(), app as blocks:
         try:
             blocks.launch(server_port=port, prevent_thread_lock=True, **launch_options(host))
         except OSError as error:

@@ -43,7 +43,7 @@ def read_lines(text: str | None, uploads: Sequence[str] | None) -> list[FileLine
         upload = _find_upload(line, waiting)
         if upload is not None:
             waiting.remove(upload)
-            value = line[len(Path(upload).name) + 1 :].strip()
+            value = line[len(Path(upload).name) :].lstrip().removeprefix(":").strip()
             lines.append(FileLine(upload, value, True))
         elif match := NAME_AND_NUMBER.fullmatch(line):
             lines.append(FileLine(match[1], match[2] or "", False))
@@ -76,7 +76,7 @@ def _find_upload(line: str, uploads: Sequence[str]) -> str | None:
     named = [
         upload
         for upload in uploads
-        if line == Path(upload).name or line.startswith(f"{Path(upload).name}:")
+        if re.match(re.escape(Path(upload).name) + r"\s*(:|$)", line) is not None
     ]
     return max(named, key=lambda upload: len(Path(upload).name), default=None)
 

@@ -16,6 +16,7 @@ from openpulid.web.file_lines import add_lines
 from openpulid.web.handlers import PRIVATE
 from openpulid.web.session import WebSession
 from openpulid.web.settings import restore_settings, select_method, select_preset
+from openpulid.web.updates import PageImage
 
 SELECT_TAB = """() => {{
   document.body.dataset.tab = "{name}";
@@ -88,21 +89,23 @@ def _connect_history(
     session: WebSession, page: Page, restore: Callable[[str], dict[Any, Any]]
 ) -> None:
     parts = page.parts
-    visitor, past = parts["visitor"], parts["past"]
+    # images can be added while the visitor looks at earlier ones
+    visitor, past, shown = parts["visitor"], parts["past"], parts["past_images"]
 
-    def show(key: str | None) -> list[tuple[str, str]]:
-        return [(image.file, image.caption) for image in session.history.images(key)]
+    def show(key: str | None) -> tuple[list[tuple[str, str]], list[PageImage]]:
+        images = session.history.images(key)
+        return [(image.file, image.caption) for image in images], images
 
-    def select(key: str | None, event: gr.SelectData) -> dict[Any, Any]:
-        return restore(session.history.images(key)[event.index].file)
+    def select(images: list[PageImage], event: gr.SelectData) -> dict[Any, Any]:
+        return restore(images[event.index].file)
 
-    def clear(key: str | None) -> list[tuple[str, str]]:
+    def clear(key: str | None) -> tuple[list[tuple[str, str]], list[PageImage]]:
         session.history.clear(key)
-        return []
+        return [], []
 
-    parts["history"].select(show, visitor, past, **PRIVATE)
-    past.select(select, visitor, [*page.values.values(), *parts.values()], **PRIVATE)
-    parts["clear"].click(clear, visitor, past, **PRIVATE)
+    parts["history"].select(show, visitor, [past, shown], **PRIVATE)
+    past.select(select, shown, [*page.values.values(), *parts.values()], **PRIVATE)
+    parts["clear"].click(clear, visitor, [past, shown], **PRIVATE)
 
 
 def _connect_lines(page: Page) -> None:

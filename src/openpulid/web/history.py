@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 
 from openpulid.web.updates import PageImage
 
 MAX_KEPT = 200
 """Images of a visitor. The files of older ones are removed."""
+
+ARCHIVE = "images-{}.zip"
+"""All images of a run, in its folder."""
 
 
 class History:
@@ -26,24 +29,21 @@ class History:
         self._images: dict[str, deque[PageImage]] = {}
 
     def add(self, visitor: str | None, image: PageImage) -> None:
-        """Add an image."""
+        """Add an image, whose folder holds the files of a single run."""
         if not self.is_on or not visitor:
             return
         images = self._images.setdefault(visitor, deque())
         images.appendleft(image)
         if len(images) > MAX_KEPT:
-            _remove(images.pop())
+            oldest = Path(images.pop().file)
+            for file in (oldest, *oldest.parent.glob(ARCHIVE.format("*"))):
+                file.unlink(missing_ok=True)
 
     def images(self, visitor: str | None) -> list[PageImage]:
         """Return the images of a visitor, the newest first."""
         return list(self._images.get(visitor or "", ()))
 
     def clear(self, visitor: str | None) -> None:
-        """Remove the images of a visitor, and their files."""
-        for image in self._images.pop(visitor or "", ()):
-            _remove(image)
-
-
-def _remove(image: PageImage) -> None:
-    with suppress(OSError):
-        Path(image.file).unlink()
+        """Remove the images of a visitor, and the folders of their runs."""
+        for folder in {Path(image.file).parent for image in self._images.pop(visitor or "", ())}:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -95,6 +95,7 @@ def _add_history(page: Page) -> None:
         buttons=[],
         elem_id="past",
     )
+    page.parts["past_images"] = gr.State([])
     gr.Markdown(
         "The images since the page was started. Select one to restore its settings. Only this "
         "browser sees them."

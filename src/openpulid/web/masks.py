@@ -60,11 +60,17 @@ def split_colors(
         return masks
     # transparent pixels are white
     painted = np.array(open_image(layers[0], min_side=1, time_limit=DECODE_SECONDS), np.int32)
-    palette = np.array([(255, 255, 255), *colors])
-    distances = np.stack([((painted - color) ** 2).sum(2) for color in palette])
-    nearest = distances.argmin(0)
+    paint = 255 - painted
+    # the edge of a stroke is its color mixed with white
+    inks = [255 - np.array(color) for color in colors]
+    shares = np.stack([paint @ ink / (ink @ ink) for ink in inks])
+    errors = [
+        ((paint - share[..., None] * ink) ** 2).sum(2)
+        for share, ink in zip(shares, inks, strict=True)
+    ]
+    nearest = np.argmin(errors, 0)
     for number in range(len(colors)):
-        area = nearest == number + 1
+        area = (nearest == number) & (shares[number] > 0.5)
         if area.any():
             # drawn by a person, not generated
             image = encode_image(Image.fromarray(area.astype(np.uint8) * 255), source_type=None)

@@ -71,6 +71,12 @@ def read_values(request: GenerationRequest, preset: Preset) -> dict[str, Any]:
         if value is not None:
             values[entry.name] = value
             unknown += [] if entry.is_within_limits(value) else [f"{entry.label} {value:g}"]
+    scale = next(entry for entry in FIELDS if entry.name == "scale")
+    unknown += [
+        f"{scale.label} {person.scale:g}"
+        for person in request.people
+        if person.scale is not None and not scale.is_within_limits(person.scale)
+    ]
     _refuse(unknown)
     values["seed"] = str(request.seed)  # browsers round integers above 2^53
     values["mode"] = find_mode(request)

@@ -5,25 +5,29 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import gradio as gr
 
 from openpulid.web.components import Page
+from openpulid.web.history import ARCHIVE
 from openpulid.web.updates import PageImage
 
 
 def show_images(page: Page, images: Sequence[PageImage]) -> dict[Any, Any]:
-    """Show images in place of the previous ones."""
+    """Show images in place of the previous ones, which cannot be selected any more."""
     files = [(image.file, image.caption) for image in images]
-    return {
+    updates = {
         page.parts["gallery"]: gr.Gallery(value=files, visible=True),
         page.parts["welcome"]: gr.Column(visible=False),
+        page.parts["images"]: list(images),
     }
+    if len(images) == 1:
+        updates[page.parts["selected"]] = 0
+    return updates
 
 
-def finish(page: Page, images: Sequence[PageImage], directory: Path) -> dict[Any, Any]:
+def finish(page: Page, images: Sequence[PageImage]) -> dict[Any, Any]:
     """Show all images with what can be done with them; without one, the previous ones stay."""
     parts = page.parts
     updates = {parts["live"]: gr.Image(value=None, visible=False)}
@@ -32,11 +36,10 @@ def finish(page: Page, images: Sequence[PageImage], directory: Path) -> dict[Any
     return {
         **updates,
         **show_images(page, images),
-        parts["images"]: list(images),
         parts["selected"]: 0,
         parts["actions"]: gr.Row(visible=True),
         parts["compare"]: compare(images, 0),
-        parts["download_all"]: zip_images(images, directory),
+        parts["download_all"]: zip_images(images),
     }
 
 
@@ -47,9 +50,9 @@ def compare(images: Sequence[PageImage], index: int) -> Any:
     return gr.ImageSlider(value=(images[index].before, images[index].file), visible=True)
 
 
-def zip_images(images: Sequence[PageImage], directory: Path) -> str:
-    """Write an archive of the images, without compressing them again."""
-    path = Path(mkdtemp(dir=directory)) / f"images-{images[0].seed}.zip"
+def zip_images(images: Sequence[PageImage]) -> str:
+    """Write an archive of a run into its folder, without compressing the images again."""
+    path = Path(images[0].file).parent / ARCHIVE.format(images[0].seed)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for image in images:
             archive.write(image.file, Path(image.file).name)

@@ -54,14 +54,14 @@ def run_generation(
                 images = update.images
                 text = describe_images(images, is_stopped, time.monotonic() - begin)
                 message = status_html(text, notes)
-                updates = finish(page, images, session.directory)
+                updates = finish(page, images)
                 yield {**updates, parts["message"]: message, parts["problem"]: None}
     except PageError as error:
-        updates = finish(page, images, session.directory)
+        updates = finish(page, images)
         updates[parts["message"]] = error_html(str(error), notes)
         yield {**updates, parts["problem"]: (str(error), error.place)}
     except Exception:
-        updates = finish(page, images, session.directory)
+        updates = finish(page, images)
         yield {**updates, parts["message"]: error_html(UNEXPECTED), parts["problem"]: None}
         raise
     finally:  # also if the visitor has left
