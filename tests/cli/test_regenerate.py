@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from openpulid.errors import OptionError, PulidError
 from openpulid.identity.identity import Identity
-from openpulid.io.metadata import read_metadata, save_image
+from openpulid.io.metadata import find_text, read_metadata, save_image
 from openpulid.pipelines.presets import MINIATURE
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
@@ -245,6 +245,13 @@ def split(data: bytes) -> list[bytes]:
         chunks.append(data[start:end])
         start = end
     return chunks
+
+
+def test_text_of_other_programs_is_latin_1(tmp_path) -> None:
+    for encoding in ("latin-1", "utf-8"):
+        text = chunk(b"tEXt", "openpulid\0café".encode(encoding))
+        (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n" + text)
+        assert find_text(tmp_path / "image.png", "openpulid") == "café"
 
 
 def add_comment(data: bytes) -> bytes:

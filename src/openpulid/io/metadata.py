@@ -7,6 +7,7 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -103,7 +104,8 @@ def _find_text(file: BinaryIO, key: str) -> str | None:
 def _decode_text(kind: bytes, content: bytes) -> str | None:
     """Decode a text chunk behind its keyword (PNG specification, 11.3.3); None if it is damaged.
 
-    Parameters are written as iTXt. Programs that save the image again use any of the kinds.
+    Parameters are written as iTXt. Programs that save the image again use any of the kinds; tEXt
+    and zTXt are Latin-1, but some programs write UTF-8.
     """
     is_compressed = kind == b"zTXt"
     if kind == b"iTXt":
@@ -118,7 +120,9 @@ def _decode_text(kind: bytes, content: bytes) -> str | None:
             content = inflate.decompress(content, MAX_TEXT)
         except zlib.error:
             return None
-    return content.decode("utf-8", "replace")
+    with suppress(UnicodeDecodeError):
+        return content.decode("utf-8")
+    return content.decode("utf-8" if kind == b"iTXt" else "latin-1", "replace")
 
 
 def encode_image(
