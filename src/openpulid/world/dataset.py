@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from openpulid.errors import OptionError
+from openpulid.io.files import replace_file, write_json
 from openpulid.world.person import FACIAL, HELD_OUT_PEOPLE, SKIN, Person
 from openpulid.world.render import render
 from openpulid.world.scene import ATTRIBUTES, Scene
@@ -205,9 +206,9 @@ def build_dataset(
             f"{folder} holds images of another plan, such as another number of people: delete it, "
             "start again with --fresh, or choose another folder."
         )
-    plan_file.write_text(json.dumps(dataclasses.asdict(plan)))
     if (folder / "done.txt").exists():
         return WorldDataset.open(folder)
+    write_json(plan_file, dataclasses.asdict(plan))
     WorldDataset(folder)  # creates the files before the workers open them
     log = folder / "rendered.txt"
     finished = {int(line) for line in log.read_text().split()} if log.exists() else set()
@@ -288,7 +289,8 @@ def _load_attributes(data: WorldDataset) -> np.ndarray:
     file = data.folder / "attributes.npy"
     if not file.exists():
         rows = [encode_attributes(data.scene(index)) for index in range(len(data))]
-        np.save(file, np.array(rows, dtype=np.int8))
+        with replace_file(file) as temporary:
+            np.save(temporary, np.array(rows, dtype=np.int8))
     return np.load(file)
 
 

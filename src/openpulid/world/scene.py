@@ -131,7 +131,7 @@ class Scene:
             held_out: use only color combinations that are held out of training, else none.
             fixed: attributes to set instead of sampling them.
         """
-        jitter = tuple((2 * torch.rand(12, generator=generator) - 1).tolist())
+        jitter = _sample_jitter(generator)
         while True:
             sampled = {
                 name: _sample_class(name, classes, generator)
@@ -147,6 +147,10 @@ class Scene:
         background = ATTRIBUTES["background"].index(self.background)
         clothing = ATTRIBUTES["clothing"].index(self.clothing)
         return (background + 3 * clothing) % 7 == 0
+
+    def with_jitter(self, generator: torch.Generator) -> Scene:
+        """Return the scene with other variations of pose, position, light and hair."""
+        return dataclasses.replace(self, jitter=_sample_jitter(generator))
 
     def replace(self, **values: str) -> Scene:
         """Return the scene with some attributes changed."""
@@ -236,6 +240,10 @@ def _clause(name: str, visible: dict[str, str], generator: torch.Generator) -> s
 
 def _insert_color(phrase: str, color: str | None) -> str:
     return phrase.format(color) if color else phrase.replace("{} ", "")
+
+
+def _sample_jitter(generator: torch.Generator) -> tuple[float, ...]:
+    return tuple((2 * torch.rand(12, generator=generator) - 1).tolist())
 
 
 def _sample_class(name: str, classes: tuple[str, ...], generator: torch.Generator) -> str:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,9 +17,14 @@ from openpulid.io.image_grid import to_tensor
 from openpulid.mini.evaluation import evaluate
 from openpulid.mini.evaluation.adapters import find_adapters
 from openpulid.mini.evaluation.evaluate import Table
-from openpulid.mini.evaluation.prompts import EvalPrompt, render_portraits, sample_prompts
+from openpulid.mini.evaluation.prompts import (
+    EvalPrompt,
+    render_ground_truth,
+    render_portraits,
+    sample_prompts,
+)
 from openpulid.mini.evaluation.scorers import MiniScorers
-from openpulid.world import ATTRIBUTES, VOCABULARY
+from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, VOCABULARY, Person
 
 
 def embed_center(images: Tensor) -> Faces:
@@ -49,6 +55,17 @@ def test_prompts_do_not_depend_on_model() -> None:
     for prompt in prompts:
         assert set(prompt.prompt.replace(",", " , ").split()) <= set(VOCABULARY)
         assert all(0 <= value < len(ATTRIBUTES[name]) for name, value in prompt.wanted.items())
+
+
+def test_scenes_do_not_depend_on_the_values_of_the_face() -> None:
+    (prompt,) = sample_prompts(people=1, prompts=1)
+    values = Person.from_seed(HELD_OUT_PEOPLE).vector()[:12]
+    assert not np.allclose(prompt.scene.jitter, 2 * np.asarray(values) - 1, atol=0.2)
+
+
+def test_truth_of_one_person_has_another_face() -> None:
+    own, other = render_ground_truth(sample_prompts(1, 1), 1)
+    assert (own - other).abs().max() > 0.1
 
 
 def test_image_equal_to_portrait_scores_one(monkeypatch: pytest.MonkeyPatch) -> None:

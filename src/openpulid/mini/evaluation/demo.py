@@ -56,9 +56,9 @@ SHOTS: dict[str, Scene] = {
     ),
 }
 """Prompts, and the scenes that they describe."""
-TITLE = "Somebody nobody trained on, from one picture"
-PEOPLE_TITLE = "Three people that nobody trained on, each from one picture"
-REFERENCE = "the only picture given"
+TITLE = "A person not seen in training, from one reference image"
+PEOPLE_TITLE = "Three people not seen in training, each from one reference image"
+REFERENCE = "reference image"
 NUM_PEOPLE = 3
 """People of the second sheet; the first of them is the person of the first sheet."""
 NUM_REFERENCES = 8
@@ -217,8 +217,8 @@ def _similarities(
     faces: metrics.DetectFaces, images: Tensor, portraits: Sequence[Image.Image]
 ) -> Tensor:
     """Compute the face similarity of B images to P portraits, (B, P); 0 without a face."""
-    found, references = faces(images), faces(to_tensor(portraits))
-    a, b = (normalize(x.embeddings.float(), dim=-1) for x in (found, references))
+    detected, references = faces(images), faces(to_tensor(portraits))
+    a, b = (normalize(x.embeddings.float(), dim=-1) for x in (detected, references))
     return a @ b.T
 
 

@@ -15,10 +15,12 @@ from openpulid.bench.measurement import describe_measurement, replace_measuremen
 from openpulid.io.files import replace_file
 from openpulid.mini.evaluation.flux_stage1 import Experiments, rounded
 from openpulid.mini.evaluation.flux_variants import REFERENCE, VARIANTS, variant_recipe
-from openpulid.training.pulid import HeldOutLosses, summarize_held_out
+from openpulid.training.pulid import HeldOutLosses, standard_error, summarize_held_out
 
 ABOUT = "When stage 1 converges on FLUX's architecture: short trainings on the miniature"
 METRIC = "held_out_over_none"
+PER_IMAGE = ("losses", "people", "models")
+"""Parts of a result that the report leaves out."""
 
 
 def write_report(path: Path, setup: Experiments, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,33 +62,35 @@ def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
     reference = results[REFERENCE]["losses"]
     rows = {}
     for name, result in results.items():
-        row = {key: value for key, value in result.items() if key not in ("losses", "models")}
+        row = {key: value for key, value in result.items() if key not in PER_IMAGE}
         row |= rounded({"added_mean": fmean(result["added"].values())})
         row["measured"] = {
-            model: _figures(_to_tensors(losses), _to_tensors(reference[model]))
+            model: _figures(
+                _to_tensors(losses), _to_tensors(reference[model]), torch.tensor(result["people"])
+            )
             for model, losses in result["losses"].items()
         }
         rows[name] = row
     return rows
 
 
-def _figures(losses: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Any]:
+def _figures(
+    losses: Mapping[str, Tensor], reference: Mapping[str, Tensor], people: Tensor
+) -> dict[str, Any]:
     three = {name: losses[name] for name in ("own", "other", "none")}
-    # the images show nearly as many people
-    gains = summarize_held_out(HeldOutLosses(three, torch.arange(len(losses["own"]))))
+    gains = summarize_held_out(HeldOutLosses(three, people))
     figures = rounded({"held_out_untrained": reference["untrained"].mean().item(), **gains})
     if "own_image" in losses:
         copied = losses["own"] - losses["own_image"]
-        figures |= _mean_and_error("own_image_over_other_image", copied)
+        figures |= _mean_and_error("own_image_over_other_image", copied, people)
     for name in ("none", "other"):
         difference = (losses[name] - losses["own"]) - (reference[name] - reference["own"])
-        figures |= _mean_and_error(f"over_{name}_versus_recipe", difference)
+        figures |= _mean_and_error(f"over_{name}_versus_recipe", difference, people)
     return figures
 
 
-def _mean_and_error(name: str, values: Tensor) -> dict[str, float]:
-    error = values.std() / len(values) ** 0.5
-    return rounded({name: values.mean().item(), f"{name}_se": error.item()})
+def _mean_and_error(name: str, values: Tensor, people: Tensor) -> dict[str, float]:
+    return rounded({name: values.mean().item(), f"{name}_se": standard_error(values, people)})
 
 
 def _to_tensors(losses: Mapping[str, list[float]]) -> dict[str, Tensor]:
@@ -96,7 +100,7 @@ def _to_tensors(losses: Mapping[str, list[float]]) -> dict[str, Tensor]:
 def plot_curves(rows: Mapping[str, Any], path: Path) -> None:
     """Plot the gain of the own identity over none during training, a part for each group.
 
-    Bands are one standard error over the images. The recipe without a change is in every part.
+    Bands are one standard error over the people. The recipe without a change is in every part.
 
     Args:
         rows: variant -> figures with a "curve".

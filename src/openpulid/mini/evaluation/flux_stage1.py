@@ -111,8 +111,8 @@ def measure(models: FluxModels, name: str, folder: Path) -> dict[str, Any]:
         folder: its run directory.
 
     Returns:
-        Its changes, training, curve, the losses of each image per model, and the size of what the
-        identity adds.
+        Its changes, training, curve, the losses of each image per model, the person in each, and
+        the size of what the identity adds.
     """
     variant = VARIANTS[name]
     trained_on = variant.condition
@@ -123,7 +123,8 @@ def measure(models: FluxModels, name: str, folder: Path) -> dict[str, Any]:
         for condition in measured_conditions(name, models):
             recipe = replace(recipe, guidance_embedding=condition.guidance)
             task = models.create_task(condition.model, recipe, adapter)
-            results = _to_lists(task.held_out_losses(models.paired_data, MEASURE_BATCHES).per_image)
+            held_out = task.held_out_losses(models.paired_data, MEASURE_BATCHES)
+            results = _to_lists(held_out.per_image)
             if name == REFERENCE:
                 # an untrained adapter has no effect
                 untrained_adapter = models.create_adapter(condition.model, recipe)
@@ -147,6 +148,7 @@ def measure(models: FluxModels, name: str, folder: Path) -> dict[str, Any]:
         **read_curves(folder / "history.json"),
         "added": rounded(sizes),
         "losses": losses,
+        "people": held_out.people.tolist(),
     }
 
 

@@ -53,6 +53,8 @@ def sample_prompts(people: int, prompts: int, people_seed: int = 0) -> list[Eval
             scene = Scene.sample(generator, held_out=True)
             seed = int(torch.randint(2**31, (), generator=generator))
             prompt = scene.prompt(generator, keep=1.0)
+            # the first numbers of this generator are the values of the person's face
+            scene = scene.with_jitter(torch.Generator().manual_seed(seed))
             eval_prompts.append(EvalPrompt(person, prompt, seed, scene))
     return eval_prompts
 
@@ -75,8 +77,11 @@ def render_ground_truth(
     Returns:
         The scene of each prompt with its person, and with another person; (B, 3, 96, 96) each.
     """
+    others = [(p.person + people // 2) % people if people > 1 else 1 for p in prompts]
     with_identity = [_render(p.person, p.scene, people_seed) for p in prompts]
-    without = [_render((p.person + people // 2) % people, p.scene, people_seed) for p in prompts]
+    without = [
+        _render(other, p.scene, people_seed) for other, p in zip(others, prompts, strict=True)
+    ]
     return torch.cat(with_identity), torch.cat(without)
 
 

@@ -42,7 +42,7 @@ class ValueScorer:
     """Reads the facial parameters of images.
 
     Args:
-        detector: finds the faces.
+        detector: detects the faces.
         reader: the network.
     """
 

@@ -11,7 +11,12 @@ from openpulid.training.pulid.batch import (
 from openpulid.training.pulid.branches import DiffusionStep, diffusion_branch
 from openpulid.training.pulid.export import save_adapter
 from openpulid.training.pulid.flux_model import FluxModel, FluxText
-from openpulid.training.pulid.held_out import HELD_OUT_BATCHES, HeldOutLosses, summarize_held_out
+from openpulid.training.pulid.held_out import (
+    HELD_OUT_BATCHES,
+    HeldOutLosses,
+    standard_error,
+    summarize_held_out,
+)
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.pulid.models import BaseModel, SDXLModel, TextConditioning
 from openpulid.training.pulid.prompts import ALIGN_PROMPTS
@@ -53,6 +58,7 @@ __all__ = [
     "loss_weight_map",
     "prepare_run_dir",
     "save_adapter",
+    "standard_error",
     "summarize_held_out",
     "swap_identities",
     "train_adapter",

@@ -47,10 +47,11 @@ def summarize_held_out(losses: HeldOutLosses) -> dict[str, float]:
         if name != "own":
             gain = (per_image[name] - per_image["own"])[rows]
             metrics[f"held_out_over_{name}"] = gain.mean().item()
-            metrics[f"held_out_over_{name}_se"] = _standard_error(gain, losses.people[rows])
+            metrics[f"held_out_over_{name}_se"] = standard_error(gain, losses.people[rows])
     return metrics
 
 
-def _standard_error(gain: Tensor, people: Tensor) -> float:
+def standard_error(gain: Tensor, people: Tensor) -> float:
+    """Compute the standard error of a mean gain (N,) of images over people (N,)."""
     means = [gain[people == person].mean().item() for person in people.unique()]
     return stdev(means) / len(means) ** 0.5 if len(means) > 1 else float("nan")
