@@ -7,9 +7,12 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from openpulid.data.records import ImageRecord
-from openpulid.data.shards import find_written, plan_shards, write_shard
+from openpulid.data.shards import Shard, find_written, plan_shards, write_shard
 from openpulid.data.work_folder import FACES, WorkFolder
+from openpulid.errors import TrainingError
 from openpulid.io.tar_members import TarMember
 
 
@@ -73,6 +76,14 @@ def test_shard_is_in_the_format_of_webdataset(tmp_path) -> None:
         text, data = (tar.extractfile(f"{stem}.{kind}") for kind in ("txt", "json"))
         assert text is not None and text.read().decode() == first.caption
         assert data is not None and json.load(data)["box"] == [1, 2, 3, 4]
+
+
+def test_damaged_archive_of_crops_is_named(tmp_path) -> None:
+    work, records = store(tmp_path)
+    archive = work.path / records[0].file
+    archive.write_bytes(archive.read_bytes()[:600])
+    with pytest.raises(TrainingError, match=f"{archive.name} cannot be read .* delete it and "):
+        write_shard(tmp_path, Shard("train/00000.tar", records), work)
 
 
 def test_same_shard_has_the_same_bytes(tmp_path) -> None:

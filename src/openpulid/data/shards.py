@@ -75,7 +75,7 @@ def write_shard(folder: Path, shard: Shard, work: WorkFolder) -> list[ImageRecor
     written = []
     with write_tar(folder / shard.name) as tar:
         for record in shard.records:
-            content = work.find_crop(record).read()
+            content = work.read_crop(record)
             stem = f"{record.person}/{record.key}"
             offset = tar.add(f"{stem}.jpg", content)
             tar.add(f"{stem}.txt", record.caption.encode())

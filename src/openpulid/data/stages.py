@@ -117,7 +117,7 @@ class CaptionStage:
         records = from_table(table)
         images = []
         for record in records:
-            with Image.open(BytesIO(self.work.find_crop(record).read())) as image:
+            with Image.open(BytesIO(self.work.read_crop(record))) as image:
                 images.append(image.convert("RGB"))
         for record, caption in zip(records, self.captioner.caption(images), strict=True):
             record.caption, record.captioner = caption, self.options.captioner

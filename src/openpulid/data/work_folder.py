@@ -153,9 +153,20 @@ class WorkFolder:
                     f"{file} is damaged: delete it, and its images are read again."
                 ) from None
 
-    def find_crop(self, record: ImageRecord) -> TarMember:
-        """Return where the crop of a record is stored."""
-        return TarMember(self.path / record.file, record.offset, record.size)
+    def read_crop(self, record: ImageRecord) -> bytes:
+        """Read the crop of a record, a JPEG file.
+
+        Raises:
+            TrainingError: its archive is damaged.
+        """
+        archive = self.path / record.file
+        try:
+            return TarMember(archive, record.offset, record.size).read()
+        except OSError as error:
+            raise TrainingError(
+                f"{archive} cannot be read ({error}): delete it and "
+                f"{archive.with_suffix('.parquet').name}, and its images are read again."
+            ) from error
 
 
 def _name_batch(records: Sequence[ImageRecord]) -> str:
