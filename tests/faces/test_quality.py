@@ -54,6 +54,11 @@ def test_sharpness_does_not_depend_on_size_and_contrast() -> None:
     assert sharpness(replace(face, image=torch.zeros(3, 512, 512))) == math.inf
 
 
+def test_face_without_usable_landmarks_is_as_it_was() -> None:
+    face = replace(astronaut(), landmarks=torch.full((5, 2), math.nan))
+    assert find_defects(face, 64) is face
+
+
 def test_tilted_face_is_a_defect() -> None:
     face = astronaut()
     sideways = replace(face, image=torch.rot90(face.image, 1, (1, 2)), landmarks=LANDMARKS.flip(1))

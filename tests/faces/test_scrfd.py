@@ -172,7 +172,7 @@ def test_parser_keeps_face_and_hair(tmp_path) -> None:
         ]
 
 
-def test_unusable_model_file_is_reported(tmp_path) -> None:
+def test_unusable_model_file_is_reported(tmp_path, monkeypatch) -> None:
     with pytest.raises(WeightsError, match=r"nowhere\.onnx does not exist; `pulid weights"):
         SCRFDDetector.load(tmp_path / "nowhere.onnx")
     with pytest.raises(WeightsError, match="another kind"):
@@ -180,6 +180,13 @@ def test_unusable_model_file_is_reported(tmp_path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     with pytest.raises(WeightsError, match="cannot be opened"):
         ArcFaceRecognition.load(tmp_path / "broken.onnx")
+
+    def fail(*args, **kwargs):
+        raise AssertionError
+
+    with monkeypatch.context() as patch, pytest.raises(WeightsError, match=r"\(AssertionError\)"):
+        patch.setattr("insightface.model_zoo.get_model", fail)
+        ArcFaceRecognition.load(recognition_file(tmp_path / "r.onnx"))
     torch.save({"a": torch.ones(1)}, tmp_path / "parsing.pth")
     with pytest.raises(WeightsError, match="Missing key"):
         FaceParser.load(tmp_path / "parsing.pth")

@@ -142,6 +142,13 @@ def test_clear_images_weigh_more() -> None:
     assert float(one_look.id_cond[..., 100:].norm()) == pytest.approx(1)
 
 
+def test_embeddings_of_length_one_have_no_clearest_image() -> None:
+    images = [photo(seed, 0) for seed in range(3)]
+    for fusion in ("max_norm", "norm_id"):
+        with pytest.raises(OptionError, match=f"{fusion} needs the norms .* use mean or concat"):
+            fuse_identities(images, fusion)
+
+
 def test_incompatible_identities_are_not_fused() -> None:
     one, two = someone(0), someone(1)
     for fusion, weights in (

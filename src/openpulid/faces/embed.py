@@ -34,8 +34,9 @@ class FaceEmbeddings:
 
     Attributes:
         has_face: (B,) bool, whether a face was detected.
-        embeddings: (B, D) of the face recognition model; zero where there is no face. Those of
-            several models are normalized and joined, so that a cosine is the mean of theirs.
+        embeddings: (B, D) of the face recognition model; zero where there is no face, and (B, 1) if
+            there is none in any image. Those of several models are normalized and joined, so that a
+            cosine is the mean of theirs.
         masks: (B, 1, H, W), one on the pixels of the face, if the detector returns masks.
     """
 
@@ -143,8 +144,8 @@ class FaceEmbedder:
         outlines = masks
         if self.segment is not None and images.requires_grad:
             outlines = with_gradient_of(masks, self.segment(images))
-        found = (images[has_face], outlines[has_face], points)
-        values = embed_crops(self.models, self.crop, found, generator)
+        inputs = (images[has_face], outlines[has_face], points)
+        values = embed_crops(self.models, self.crop, inputs, generator)
         rows = has_face.nonzero()[:, 0]
         embeddings = values.new_zeros(len(images), values.shape[1]).index_put((rows,), values)
         return FaceEmbeddings(has_face, embeddings, masks)

@@ -120,6 +120,5 @@ def _load_model(file: str | os.PathLike[str], device: str | torch.device) -> Any
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise WeightsError(
-            f"{file} cannot be opened ({str(error).splitlines()[0]}); download it again."
-        ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{file} cannot be opened ({reason}); download it again.") from error

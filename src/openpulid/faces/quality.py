@@ -34,9 +34,11 @@ def find_defects(face: Face, min_width: float) -> Face:
     """Return the face with its defects.
 
     Args:
-        face: a detected face.
+        face: a detected face; without usable landmarks it is returned as it is.
         min_width: smallest useful width in pixels.
     """
+    if not face.has_usable_landmarks:
+        return face
     defects: set[Defect] = set()
     if face.shorter_side < min_width:
         defects.add("small")  # enlarged, it is always blurred

@@ -102,8 +102,8 @@ class MiniFaceDetection:
 
     max_image_size: int | None = None  # the detector resizes images itself
     no_face_hint = (
-        "this preset only detects synthetic people (`pulid world person` draws one); "
-        "use a full-size preset for photos."
+        "this preset only detects synthetic people (`pulid world person` draws one) whose face is "
+        "about half as wide as the image; use a full-size preset for photos."
     )
 
     def __init__(self, detector: MiniFaceDetector) -> None:
@@ -121,7 +121,7 @@ class MiniFaceDetection:
     @property
     def search_description(self) -> str:
         """What `detect` tries before it gives up."""
-        return f"one size: {SIZE} pixels"
+        return f"at {SIZE} pixels, in four orientations"
 
     def detect(self, image: Tensor) -> list[Face]:
         """Return the faces in an image (3, H, W) in [0, 1], the largest first.

@@ -28,6 +28,8 @@ from openpulid.io.files import write_bytes
 from openpulid.io.hub import AURAFACE, identify_file
 
 FORMAT = "openpulid.identity/1"
+UNIT_NORM = 0.01
+"""Below this norm of the raw face embedding, its model normalizes its embeddings."""
 MAX_FEATURE = float(torch.finfo(torch.float16).max)
 """The largest value of a feature. Those of face models are below 1,000."""
 
@@ -284,10 +286,18 @@ def fuse_identities(
         return concat_identities(identities)
     first = identities[0]
     shares = torch.tensor(
-        list(weights) if weights else [1.0] * len(identities), dtype=first.id_cond.dtype
+        list(weights) if weights else [1.0] * len(identities),
+        dtype=first.id_cond.dtype,
+        device=first.id_cond.device,
     )
     if fusion != "mean":
-        shares = shares * torch.stack([_embedding_norm(identity) for identity in identities])
+        norms = torch.stack([_embedding_norm(identity) for identity in identities])
+        if bool((norms < UNIT_NORM).all()):
+            raise OptionError(
+                f"{fusion} needs the norms of the face embeddings, and the model of this method "
+                "gives embeddings of length 1; use mean or concat."
+            )
+        shares = shares * norms
     if fusion == "max_norm":
         return identities[int(shares.argmax())]
     shares = shares / shares.sum()
