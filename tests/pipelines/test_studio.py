@@ -565,8 +565,8 @@ def test_image_without_a_known_face_is_refused(folder, tmp_path) -> None:
     with pytest.raises(
         FaceError,
         match=(
-            r"photo\.jpg: no face detected in its 96 x 96 pixels \(one size: 96 pixels\); "
-            r"this preset only"
+            r"photo\.jpg: no face detected in its 96 x 96 pixels "
+            r"\(at 96 pixels, in four orientations\); this preset only"
         ),
     ) as said:
         studio.identify(tmp_path / "photo.jpg")
@@ -574,7 +574,7 @@ def test_image_without_a_known_face_is_refused(folder, tmp_path) -> None:
     assert (error.source, error.size, error.search_description) == (
         str(tmp_path / "photo.jpg"),
         (96, 96),
-        "one size: 96 pixels",
+        "at 96 pixels, in four orientations",
     )
 
 

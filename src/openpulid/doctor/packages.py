@@ -54,8 +54,8 @@ def check() -> Section:
     for requirement, extra in list_requirements():
         state, problem = check_requirement(requirement, extra)
         installed = find_installed(requirement.name)
-        name, found = installed[0] if installed else (requirement.name, "-")
-        rows.append((name, found, str(requirement.specifier), state))
+        name, release = installed[0] if installed else (requirement.name, "-")
+        rows.append((name, release, str(requirement.specifier), state))
         problems += [problem] if problem else []
         problems += find_mismatches(name)
     for name in KERNELS:
@@ -107,15 +107,17 @@ def check_requirement(requirement: Requirement, extra: str) -> tuple[str, str]:
         if extra:
             return f"not installed (extra {extra})", ""
         return "not installed", f"{name} is not installed; pip install '{requirement}'."
-    name, found = installed[0]
-    if not requirement.specifier.contains(found, prereleases=True):
+    name, release = installed[0]
+    if not requirement.specifier.contains(release, prereleases=True):
         fix = f"pip install '{name}{requirement.specifier}'"
-        problem = f"openpulid needs {name}{requirement.specifier}, but {found} is installed; {fix}."
+        problem = (
+            f"openpulid needs {name}{requirement.specifier}, but {release} is installed; {fix}."
+        )
         return "wrong version", problem
     if extra:
         return "installed", ""  # importing Gradio or Ray takes seconds
     if reason := find_import_error(MODULES.get(requirement.name, name.replace("-", "_"))):
-        fix = f"install it again: pip install --force-reinstall '{name}=={found}'"
+        fix = f"install it again: pip install --force-reinstall '{name}=={release}'"
         return f"cannot be imported: {reason}", f"{name} cannot be imported: {reason[:-1]}; {fix}."
     return "works", ""
 
@@ -138,7 +140,7 @@ def find_import_error(module: str) -> str:
 def find_duplicates() -> Iterator[str]:
     """Yield a sentence on packages that provide the same module and are all installed."""
     for name in ALTERNATIVES:
-        installed = [found for found, _ in find_installed(name)]
+        installed = [release for release, _ in find_installed(name)]
         if len(installed) > 1:
             names = " and ".join(installed)
             yield (
@@ -153,10 +155,10 @@ def find_old_binaries() -> Iterator[str]:
     if not numpy or Version(numpy[0][1]) < Version("2"):
         return
     for requirement, first in FIRST_FOR_NUMPY_2.items():
-        for name, found in find_installed(requirement):
-            if Version(found) < Version(first):
+        for name, release in find_installed(requirement):
+            if Version(release) < Version(first):
                 yield (
-                    f"{name} {found} was compiled for NumPy 1, but NumPy {numpy[0][1]} is "
+                    f"{name} {release} was compiled for NumPy 1, but NumPy {numpy[0][1]} is "
                     f"installed; pip install '{name}>={first}'."
                 )
 
@@ -170,12 +172,12 @@ def find_mismatches(name: str) -> Iterator[str]:
     for requirement in map(Requirement, texts):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        for other, found in find_installed(requirement.name)[:1]:
-            if not requirement.specifier.contains(found, prereleases=True):
+        for other, release in find_installed(requirement.name)[:1]:
+            if not requirement.specifier.contains(release, prereleases=True):
                 yield (
-                    f"{name} {version(name)} needs {other}{requirement.specifier}, but {found} is "
-                    f"installed; pip install '{other}{requirement.specifier}', or another version "
-                    f"of {name}."
+                    f"{name} {version(name)} needs {other}{requirement.specifier}, but {release} "
+                    f"is installed; pip install '{other}{requirement.specifier}', or another "
+                    f"version of {name}."
                 )
 
 

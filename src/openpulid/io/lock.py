@@ -41,7 +41,7 @@ def lock_directory(directory: Path, option: str = "-o") -> Iterator[None]:
 
 
 def check_directory(directory: Path) -> None:
-    """Check that a directory can be locked, or created, without creating anything.
+    """Check that a directory can be locked, or created. One that does not exist is not created.
 
     Raises:
         OptionError: another process uses the directory, or it cannot be written.

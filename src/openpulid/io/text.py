@@ -9,7 +9,7 @@ def decode_text(data: bytes) -> str:
     """Decode text that another program wrote.
 
     UTF-8 with or without a byte order mark, and UTF-16, are recognized. What is neither is read as
-    Windows-1252. A character that is cut at the end is left out.
+    Windows-1252. A character of UTF-8 that is cut at the end is left out.
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", errors="replace")
