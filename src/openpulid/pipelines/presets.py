@@ -219,7 +219,7 @@ def mini_flux(directory: Path = MINIATURE) -> Preset:
         vae=directory / "pipeline" / "vae",
         adapter=directory / "flux" / "pulid-stage3.safetensors",
         guidance_embeds=False,
-        build_command="pulid mini build flux-lightning flux-stage1 flux-stage2 flux-stage3",
+        build_command="pulid mini build flux-stage1 flux-stage2 flux-stage3",
     )
     defaults = GenerationOptions(
         num_inference_steps=20,

@@ -197,7 +197,7 @@ def test_missing_weights_name_the_command(tmp_path: Path) -> None:
         message = str(caught.value)
         assert message.startswith(f"preset {preset.name!r} needs weights that are not trained yet")
         assert message.endswith(
-            "`pulid mini build flux-lightning flux-stage1 flux-stage2 flux-stage3` trains them."
+            "`pulid mini build flux-stage1 flux-stage2 flux-stage3` trains them."
         )
 
 
