@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from openpulid.errors import OptionError, WeightsError
@@ -190,6 +191,52 @@ def test_alpha_scales_the_change(methods, tmp_path):
         for name, (down, up) in layers.items():
             old_down, old_up = expected[part][name]
             torch.testing.assert_close(up @ down, 0.5 * (old_up @ old_down))
+
+
+def test_alpha_in_the_metadata_of_peft_scales_the_change(pipe, tmp_path):
+    names = list(_names(pipe))[:2]
+    config = LoraConfig(
+        r=2,
+        lora_alpha=8,
+        alpha_pattern={names[1]: 4},
+        target_modules=names,
+        init_lora_weights=False,
+    )
+    pipe.unet.add_adapter(config)
+    pipe.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        unet_lora_adapter_metadata=config.to_dict(),
+    )
+    expected = generate(pipe)
+    pipe.unload_lora_weights()
+    loaded = TunedLora.load(tmp_path / "pytorch_lora_weights.safetensors")
+    loaded.attach(pipe)
+    with loaded.use():
+        torch.testing.assert_close(generate(pipe), expected, atol=1e-4, rtol=0)
+
+
+def test_blocks_in_the_names_of_kohya(tmp_path):
+    """kohya's trainer counts the blocks of SDXL as Stability's code does."""
+    path = tmp_path / "anna.safetensors"
+    layer = "1_transformer_blocks_0_attn1_to_q"
+    matrices = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)}
+    blocks = {
+        "input_blocks_4": "down_blocks.1.attentions.0",
+        "middle_block": "mid_block.attentions.0",
+    }
+    blocks["output_blocks_3"] = "up_blocks.1.attentions.0"
+    save_file(
+        {
+            f"lora_unet_{block}_{layer}.{name}": tensor.clone()
+            for block in blocks
+            for name, tensor in {**matrices, "alpha": torch.tensor(1.0)}.items()
+        },
+        path,
+    )
+    layers = TunedLora.load(path).layers["unet"]
+    assert set(layers) == {f"{block}.transformer_blocks.0.attn1.to_q" for block in blocks.values()}
+    assert all(torch.equal(down, torch.full((2, 8), 0.5)) for down, _ in layers.values())
 
 
 def test_file_of_diffusers_names_no_word(methods, tmp_path):

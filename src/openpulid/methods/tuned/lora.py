@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,9 @@ from openpulid.methods.tuned.words import Trigger
 
 LowRank = Mapping[str, tuple[Tensor, Tensor]]
 """Name of a linear layer -> down (rank, in) and up (out, rank)."""
+
+SDXL_BLOCKS = SimpleNamespace(layers_per_block=2)
+"""What diffusers reads of SDXL's configuration to convert kohya's names of blocks."""
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 """Networks of a pipeline that a LoRA can change."""
@@ -55,14 +59,18 @@ class TunedLora(TunedAdapter):
         path = Path(path)
         message = f"{path} is no LoRA for SDXL; use one that was trained for it"
         with explain_bad_weights(message):
-            state, alphas = StableDiffusionXLPipeline.lora_state_dict(
-                str(path.parent), weight_name=path.name
+            state, alphas, config = StableDiffusionXLPipeline.lora_state_dict(
+                str(path.parent),
+                weight_name=path.name,
+                unet_config=SDXL_BLOCKS,
+                return_lora_metadata=True,
             )
         layers = {}
         for part in PARTS:
             prefix = f"{part}."
             tensors = {
-                name.removeprefix(prefix): tensor.float() * _factor(name, tensor, alphas or {})
+                name.removeprefix(prefix): tensor.float()
+                * _factor(name, tensor, alphas or {}, config or {})
                 for name, tensor in state.items()
                 if name.startswith(prefix)
             }
@@ -122,18 +130,30 @@ class TunedLora(TunedAdapter):
                 stack.callback(layer.register_forward_hook(hook).remove)
 
 
-def _factor(name: str, tensor: Tensor, alphas: Mapping[str, float]) -> float:
+def _factor(
+    name: str, tensor: Tensor, alphas: Mapping[str, float], config: Mapping[str, Any]
+) -> float:
     """Return alpha over the rank for a matrix `down`, and 1 for any other or without an alpha.
 
     Args:
         name: in the names of diffusers.
         tensor: the matrix.
         alphas: of the file, by the name of the layer (U-Net) or of the matrix (text encoders).
+        config: peft's configuration from the metadata of the file, such as "unet.lora_alpha".
     """
-    is_down = ".down." in name or ".lora_A." in name
+    from peft.utils.other import get_pattern_key
+
+    if ".down." not in name and ".lora_A." not in name:
+        return 1.0
+    rank = float(len(tensor))
     layer = name.split(".lora")[0]
+    part, _, module = layer.partition(".")
     alpha = alphas.get(f"{layer}.alpha", alphas.get(f"{name}.alpha"))
-    return float(alpha) / len(tensor) if is_down and alpha is not None else 1.0
+    if alpha is None and (alpha := config.get(f"{part}.lora_alpha")) is not None:
+        pattern = config.get(f"{part}.alpha_pattern") or {}
+        alpha = pattern.get(get_pattern_key(pattern, module), alpha)
+        rank = rank**0.5 if config.get(f"{part}.use_rslora") else rank
+    return 1.0 if alpha is None else float(alpha) / rank
 
 
 def _find_layer(state: PipelineState, part: str, name: str) -> Any:
