@@ -77,7 +77,12 @@ def test_several_add_up_as_in_diffusers(pipe: Any, control: ControlNet) -> None:
     theirs = StableDiffusionXLControlNetPipeline.from_pipe(pipe, controlnet=nets)
     theirs.set_progress_bar_config(disable=True)
     images = [PICTURE, PICTURE.flip(-1)]
-    for spans in (((0.0, 1.0), (0.0, 1.0)), ((0.0, 0.5), (0.5, 1.0)), ((0.5, 1.0), (0.0, 1.0))):
+    for spans in (
+        ((0.0, 1.0), (0.0, 1.0)),
+        ((0.0, 0.5), (0.5, 1.0)),
+        ((0.5, 1.0), (0.0, 1.0)),
+        ((0.3, 1.0), (0.0, 0.6)),  # the second of two steps would end after .6
+    ):
         expected = generate(
             theirs,
             image=[image[None] for image in images],

@@ -149,13 +149,13 @@ class ControlNet(ControlNetBase):
                 one per prompt.
             scale: weight of the residuals.
             start: fraction of the schedule at which they begin to act.
-            end: fraction of the schedule at which they stop acting; 1 includes the last step.
+            end: fraction of the schedule by which their last step ends, as in diffusers' pipelines.
             pipe: one of the attached pipelines; all of them by default.
 
         Raises:
             OptionError: Nothing is attached, or an argument is out of range.
         """
-        with self.open_hooks(image, scale, Span(start, end), pipe, self._hook):
+        with self.open_hooks(image, scale, Span(start, end, whole_steps=True), pipe, self._hook):
             yield self
 
     @contextmanager

@@ -117,7 +117,7 @@ class FluxControlNet(ControlNetBase):
             image: of the kind that the ControlNet was trained on, or one per prompt.
             scale: weight of the residuals.
             start: fraction of the schedule at which they begin to act.
-            end: fraction of the schedule at which they stop acting; 1 includes the last step.
+            end: fraction of the schedule by which their last step ends, as in diffusers' pipelines.
             mode: number of the kind of image, for a union with a mode embedding.
             pipe: one of the attached pipelines; all of them by default.
 
@@ -130,7 +130,8 @@ class FluxControlNet(ControlNetBase):
                 f"pass the mode of yours, got {mode}."
             )
         hook = partial(self._hook, mode)
-        with self.open_hooks(image, scale, Span(start, end), pipe, hook):
+        span = Span(start, end, whole_steps=True)
+        with self.open_hooks(image, scale, span, pipe, hook):
             yield self
 
     @contextmanager

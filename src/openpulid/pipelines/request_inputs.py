@@ -92,7 +92,8 @@ class Control(RequestPart):
         model: name of published weights, such as `control-pose`, or a directory of diffusers.
         image: the control image, or a plain image whose edges, depth or poses are detected.
         scale: conditioning scale of the ControlNet.
-        start, end: fractions of the schedule between which the ControlNet acts, [start, end).
+        start, end: fractions of the schedule between which the ControlNet acts. As in diffusers,
+            its last step is the one that ends by `end`.
         kind: what the control image shows. Published ControlNets for one kind have it in their
             name. Without a kind, a directory's ControlNet gets the image as it is.
         is_map: whether the image is a control image already; None recognizes it by its content.

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from openpulid.errors import OptionError
 from openpulid.identity.identity import fuse_identities
@@ -83,6 +84,44 @@ def test_faceid_plus_matches_diffusers(pipe: Any) -> None:
         assert torch.allclose(
             ours, generate(pipe, prompts, guidance, ip_adapter_image_embeds=outputs), atol=1e-5
         )
+
+
+@pytest.mark.parametrize("file", [plain, plus])
+def test_a_users_own_adapter_and_processors_stay(pipe: Any, file: Any) -> None:
+    """A Resampler of the user has attention of its own, which is no layer of the U-Net."""
+    own = {
+        "ip_adapter_image_embeds": [
+            torch.ones(2, 1, 5, SEEN) if file is plus else torch.ones(2, 1, SEEN)
+        ]
+    }
+    pipe.load_ip_adapter(file(pipe.unet), subfolder="", weight_name="", image_encoder_folder=None)
+    baseline, projection = generate(pipe, **own), pipe.unet.encoder_hid_proj
+    method = IPAdapter(plus(pipe.unet))
+    method.attach(pipe)
+    with method.use(features().extract([FACE])[0]):
+        assert not torch.allclose(generate(pipe), baseline, atol=1e-3)
+    assert torch.equal(generate(pipe, **own), baseline)
+    assert pipe.unet.encoder_hid_proj is projection
+
+
+def test_processors_of_the_user_run_next_to_the_method(pipe: Any) -> None:
+    pipe.enable_attention_slicing(1)
+    method = IPAdapter(plain(pipe.unet))
+    method.attach(pipe)
+    calls = []
+
+    class Counting(AttnProcessor2_0):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return super().__call__(*args, **kwargs)
+
+    pipe.unet.set_attn_processor(Counting())
+    generate(pipe)
+    everywhere = len(calls)
+    with method.use(features().extract([FACE])[0]):
+        generate(pipe)
+    # the method replaces those of the cross-attention
+    assert len(calls) == 1.5 * everywhere
 
 
 @pytest.mark.parametrize(

@@ -217,11 +217,12 @@ class IPAdapterBase(Adapter):
         current_scale = 0.0
         with (
             exclusive_use(unet, self.slot, unet.modules() if self.lora else [unet]),
-            restore_layers(state.target),
+            restore_layers(state.target) as processors,
             ExitStack() as hooks,
         ):
             layers = self.layers_for(state.target)
-            install_layers(unet, layers.processors, layers.projection, "ip_image_proj")
+            own = layers.cross_attention
+            install_layers(unet, {**processors, **own}, layers.projection, "ip_image_proj")
 
             def pass_embeddings(
                 module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -230,11 +231,9 @@ class IPAdapterBase(Adapter):
                 call = UNetCall.parse(args, kwargs)
                 is_active = span.contains(state.position(call.timestep))
                 current_scale = scale if is_active else 0.0
-                modules = [layers.projection, *layers.processors.values()]
-                move_to(modules, call.sample.device, unet.dtype)
-                for processor in layers.processors.values():
-                    if hasattr(processor, "scale"):
-                        processor.scale = [current_scale]
+                move_to([layers.projection, *own.values()], call.sample.device, unet.dtype)
+                for processor in own.values():
+                    processor.scale = [current_scale]
                 return args, kwargs | self.unet_kwargs(state, people, call, current_scale)
 
             handle = unet.register_forward_pre_hook(pass_embeddings, with_kwargs=True)

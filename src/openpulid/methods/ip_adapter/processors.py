@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError
@@ -32,6 +33,11 @@ class IPAdapterLayers:
     projection: nn.Module
 
     @property
+    def cross_attention(self) -> dict[str, Any]:
+        """The processors that have weights."""
+        return {name: x for name, x in self.processors.items() if isinstance(x, nn.Module)}
+
+    @property
     def image_projection(self) -> Any:
         """The projection layer of the single loaded file."""
         return self.projection.image_projection_layers[0]  # type: ignore[index]
@@ -50,6 +56,9 @@ def build_layers(pipe: Any, parts: AdapterFile) -> IPAdapterLayers:
             "attach the method before enable_sequential_cpu_offload()."
         )
     with restore_layers(pipe):
+        # diffusers creates processors of the classes that it finds, without their arguments
+        unet.encoder_hid_proj = None
+        unet.set_attn_processor(AttnProcessor2_0())
         pipe.load_ip_adapter(parts, subfolder="", weight_name="", image_encoder_folder=None)
         projection = unet.encoder_hid_proj
         # a Resampler has attention of its own, which must not count among the U-Net's processors
@@ -58,15 +67,22 @@ def build_layers(pipe: Any, parts: AdapterFile) -> IPAdapterLayers:
 
 
 @contextmanager
-def restore_layers(pipe: Any) -> Iterator[None]:
-    """Restore what `load_ip_adapter` changes: processors, projection and feature extractor."""
+def restore_layers(pipe: Any) -> Iterator[dict[str, Any]]:
+    """Restore what `load_ip_adapter` changes: processors, projection and feature extractor.
+
+    Yields:
+        The attention processors of the U-Net.
+    """
     unet = pipe.unet
-    processors = dict(unet.attn_processors)
     projection = unet.encoder_hid_proj
+    # a Resampler has attention of its own, which is not the U-Net's
+    unet.encoder_hid_proj = None
+    processors = dict(unet.attn_processors)
+    unet.encoder_hid_proj = projection
     projection_type = unet.config.encoder_hid_dim_type
     extractor = getattr(pipe, "feature_extractor", None)
     try:
-        yield
+        yield processors
     finally:
         install_layers(unet, processors, projection, projection_type)
         if hasattr(pipe, "feature_extractor"):
