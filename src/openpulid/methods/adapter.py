@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoint_kinds import CheckpointKind, require_kind
@@ -221,8 +221,8 @@ def exclusive_use(network: Any, slot: str, hooked: Iterable[nn.Module] = ()) -> 
     attribute = _ACTIVE_ATTR + slot
     if getattr(network, attribute, False):
         raise OptionError(
-            "an identity is already in use on this pipeline; close it first, "
-            "or pass all identities to `use` as one list."
+            "an identity or a method of the same kind is already in use on this pipeline; close it "
+            "first, or pass all identities to `use` as one list."
         )
     check_hooks_are_called(hooked)
     setattr(network, attribute, True)
@@ -244,6 +244,33 @@ def check_hooks_are_called(modules: Iterable[nn.Module]) -> None:
             "set torch._dynamo.config.skip_nnmodule_hook_guards = False before its first run, "
             "or on FLUX call transformer.compile_repeated_blocks()."
         )
+
+
+def check_projections_are_called(network: nn.Module) -> None:
+    """Refuse a network whose attention ignores hooks on its keys and values.
+
+    Raises:
+        OptionError: `fuse_qkv_projections` joined these layers into others.
+    """
+    if any(getattr(module, "fused_projections", False) for module in network.modules()):
+        raise OptionError(
+            "the attention of this network has fused projections, which ignore this method; call "
+            "unfuse_qkv_projections() first."
+        )
+
+
+def resident_weight(weight: Tensor) -> Tensor:
+    """Return a weight of the base model, if it is in memory.
+
+    Raises:
+        OptionError: sequential offloading has removed it.
+    """
+    if weight.is_meta:
+        raise OptionError(
+            "this method reads the weights of the U-Net, which sequential offloading removes; call "
+            "enable_model_cpu_offload() instead of enable_sequential_cpu_offload()."
+        )
+    return weight
 
 
 def _is_compiled(module: nn.Module) -> bool:

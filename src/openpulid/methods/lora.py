@@ -45,6 +45,11 @@ def check_low_rank(layer: Any, down: Tensor, up: Tensor) -> None:
         WeightsError: they have other shapes.
     """
     expected = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
+    if down.ndim == 4:
+        raise WeightsError(
+            "this LoRA changes convolutions, which this method does not support; load it as a LoRA "
+            "of the pipeline instead."
+        )
     is_matrix = down.ndim == up.ndim == 2 and down.shape[:1] == up.shape[1:]
     if not is_matrix or (up.shape[0], down.shape[1]) != expected:
         raise WeightsError(

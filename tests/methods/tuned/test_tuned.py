@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from openpulid.methods.tuned import (
     TunedLora,
 )
 from openpulid.pipelines.embeddings import open_embedding, use_embeddings
+from openpulid.pipelines.memory_levels import store_in_fp8
 from openpulid.pipelines.request_inputs import Embedding
 from tests.support import tiny_sdxl
 
@@ -125,6 +127,80 @@ def test_compressed_file_of_the_authors_gives_the_image_of_its_matrices(pipe, tm
         CustomDiffusion.load(path)
 
 
+def test_authors_biases_and_incomplete_words(pipe, methods, tmp_path):
+    """The authors' variant `crossattn` changes all layers of the attention."""
+    matrices = methods["custom-diffusion"].matrices
+    key = next(iter(matrices))
+    bias = key.replace("to_k.weight", "to_out.0.bias")
+    parameter = pipe.unet.get_parameter(bias)
+    tuned = parameter.detach() + 1
+    same = pipe.unet.get_parameter(key).detach()
+    torch.save({"unet": {key: same, bias: tuned}}, tmp_path / "delta.bin")
+    method = CustomDiffusion.load(tmp_path / "delta.bin")
+    method.attach(pipe)
+    with method.use():
+        ours = generate(pipe)
+    parameter.data += 1
+    torch.testing.assert_close(ours, generate(pipe), atol=1e-4, rtol=0)
+    parameter.data -= 1
+    torch.save({"unet": matrices, "modifier_token.clip_l": random(16)}, tmp_path / "delta.bin")
+    with pytest.raises(WeightsError, match="lacks the word of one text encoder"):
+        CustomDiffusion.load(tmp_path / "delta.bin")
+
+
+@pytest.mark.parametrize("kind", ["lora", "custom-diffusion"])
+def test_fused_projections_are_refused(pipe, methods, kind):
+    methods[kind].attach(pipe)
+    pipe.fuse_qkv_projections()
+    with pytest.raises(OptionError, match="has fused projections"), methods[kind].use():
+        pass
+
+
+def test_offloaded_weights_are_refused(pipe, methods):
+    for kind in ("dreambooth", "custom-diffusion"):
+        methods[kind].attach(pipe)
+    pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(OptionError, match="group offloading"), methods["dreambooth"].use():
+        pass
+    other = tiny_sdxl.pipe()
+    for kind in ("dreambooth", "custom-diffusion"):
+        methods[kind].attach(other)
+    cpu_offload(other.unet, torch.device("cpu"))
+    for kind in ("dreambooth", "custom-diffusion"):
+        with (
+            pytest.raises(OptionError, match="sequential offloading removes"),
+            methods[kind].use(pipe=other),
+        ):
+            pass
+
+
+def test_small_changes_of_a_float8_unet_are_not_rounded(pipe, methods):
+    """The change is added in the precision of the computation."""
+    method = methods["custom-diffusion"]
+    small = {
+        name: pipe.unet.get_parameter(name).detach() + 0.003 * tensor
+        for name, tensor in method.matrices.items()
+    }
+    factors = {
+        name: (0.003 * random(len(x), 2), random(2, x.shape[1], seed=1))
+        for name, x in small.items()
+    }
+    for changed in (CustomDiffusion({}, factors=factors), DreamBooth(small)):
+        outputs = []
+        for is_float8 in (False, True):
+            copied = tiny_sdxl.pipe()
+            copied.unet.load_state_dict(pipe.unet.state_dict())
+            if is_float8:
+                store_in_fp8(copied.unet)
+            changed.attach(copied)
+            base = generate(copied)
+            with changed.use(scale=0.5, pipe=copied):
+                outputs.append(generate(copied) - base)
+        if isinstance(changed, CustomDiffusion):  # the other one stores its weights in float8
+            cosine = torch.cosine_similarity(*(x.flatten() for x in outputs), dim=0)
+            assert cosine > 0.9
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_file_gives_the_same_image(pipe, methods, kind, tmp_path):
     method = methods[kind]
@@ -214,6 +290,12 @@ def test_alpha_in_the_metadata_of_peft_scales_the_change(pipe, tmp_path):
     loaded.attach(pipe)
     with loaded.use():
         torch.testing.assert_close(generate(pipe), expected, atol=1e-4, rtol=0)
+
+
+def test_lora_of_convolutions_is_refused(pipe):
+    layers = {"conv_in": (random(2, 4, 3, 3), random(8, 2, 1, 1))}
+    with pytest.raises(WeightsError, match="changes convolutions, which this method does not"):
+        TunedLora({"unet": layers}).attach(pipe)
 
 
 def test_blocks_in_the_names_of_kohya(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from openpulid.errors import OptionError
+from openpulid.methods.adapter import resident_weight
 from openpulid.methods.elite.encoders import Mapper, Mappers
 from openpulid.methods.tuned.custom_diffusion import delta_hook
 
@@ -62,8 +63,9 @@ def hook_attention(
                 # peft wraps the layer of a user's LoRA
                 base = getattr(projection, "base_layer", projection).weight
                 matrix = mappers.global_mapper.matrix(name, kind).weight
+                base = resident_weight(base)
                 delta = scale * (matrix.to(base.device, torch.float32) - base.float())
-                hook = delta_hook(delta.to(base.dtype), lambda: any(rows()))
+                hook = delta_hook(delta.to(matrix.dtype), lambda: any(rows()))
                 stack.callback(projection.register_forward_hook(hook).remove)
             if local is not None and tokens is not None and local_scale:
                 attention = LocalAttention(

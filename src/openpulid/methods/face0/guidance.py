@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError
-from openpulid.methods.adapter import exclusive_use
+from openpulid.methods.adapter import check_projections_are_called, exclusive_use
 from openpulid.methods.face0.encoders import LoraMatrices, combine_predictions, overwrite_text
 from openpulid.methods.hooks import HookResult, PipelineState, Span, UNetCall, expand_per_image
 from openpulid.methods.lora import low_rank_hook
@@ -72,6 +72,8 @@ class FaceTokens:
             OptionError: another method that changes the prompt is in use, or the U-Net is compiled.
         """
         unet = self.state.network
+        if lora:
+            check_projections_are_called(unet)
         with exclusive_use(unet, slot, hooked=unet.modules()), ExitStack() as hooks:
             for name, (down, up) in lora.items():
                 low_rank = low_rank_hook(down, self.scale * up, lambda: self.is_active)

@@ -22,7 +22,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoint_kinds import IP_ADAPTER, RESAMPLER, CheckpointKind
 from openpulid.io.checkpoints import explain_bad_weights, read_tensors
-from openpulid.methods.adapter import Adapter, exclusive_use
+from openpulid.methods.adapter import Adapter, check_projections_are_called, exclusive_use
 from openpulid.methods.hooks import (
     HookResult,
     PipelineState,
@@ -214,6 +214,8 @@ class IPAdapterBase(Adapter):
     ) -> Iterator[None]:
         """Put the layers into one pipeline and pass the embeddings in every call."""
         unet = state.network
+        if self.lora:
+            check_projections_are_called(unet)
         current_scale = 0.0
         with (
             exclusive_use(unet, self.slot, unet.modules() if self.lora else [unet]),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openpulid.methods.adapter import check_hooks_are_called
+from openpulid.methods.adapter import check_hooks_are_called, check_projections_are_called
 from openpulid.methods.hooks import PipelineState, Span, expand_per_image
 from openpulid.methods.lora import low_rank_hook
 from openpulid.methods.photoverse.encoders import PhotoVerseLayer, PhotoVerseNetworks
@@ -56,6 +56,7 @@ def open_attention(
     """
     unet = state.network
     check_hooks_are_called(unet.modules())
+    check_projections_are_called(unet)
     call = ActiveCall(state, span)
     with ExitStack() as hooks:
         handle = unet.register_forward_pre_hook(call.update, with_kwargs=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoint_kinds import CUSTOM_DIFFUSION, CheckpointKind
 from openpulid.io.checkpoints import (
     explain_bad_weights,
@@ -19,6 +19,7 @@ from openpulid.io.checkpoints import (
     read_tensors,
     save_tensors,
 )
+from openpulid.methods.adapter import resident_weight
 from openpulid.methods.hooks import PipelineState, find_unet
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
@@ -81,6 +82,8 @@ class CustomDiffusion(TunedAdapter):
             for name in ENCODERS
             if _WORD + name in tensors
         }
+        if len(vectors) not in (0, len(ENCODERS)):
+            raise WeightsError(f"{path} lacks the word of one text encoder; get it again.")
         trigger = Trigger.from_metadata(read_optional_metadata(path))
         return cls(matrices, vectors, trigger, factors)
 
@@ -128,17 +131,18 @@ class CustomDiffusion(TunedAdapter):
     ) -> None:
         """Register the hooks of keys and values, and those of the word."""
         for name in (*self.matrices, *self.factors):
-            weight = find_parameter(state.network, name)
-            delta = scale * self._difference(name, weight)
-            layer = state.network.get_submodule(name.removesuffix(".weight"))
-            hook = delta_hook(delta.to(weight.dtype), call)
+            weight = resident_weight(find_parameter(state.network, name))
+            delta = (scale * self._difference(name, weight)).to(state.network.dtype)
+            layer_name, _, kind = name.rpartition(".")
+            layer = state.network.get_submodule(layer_name)
+            hook = (shift_hook if kind == "bias" else delta_hook)(delta, call)
             stack.callback(layer.register_forward_hook(hook).remove)
         if self.vectors and self.trigger is not None:
             words = encoder_words(state.target, self.trigger.word, self.vectors)
             stack.enter_context(read_words(words))
 
     def _difference(self, name: str, weight: Tensor) -> Tensor:
-        """Return the difference to the base's matrix (out, in), in float32 on its device."""
+        """Return the difference to the base's matrix (out, in), or bias, in float32."""
         if name in self.factors:
             u, v = (x.to(weight.device, torch.float32) for x in self.factors[name])
             return u @ v
@@ -155,6 +159,20 @@ def delta_hook(delta: Tensor, is_active: Callable[[], bool]) -> Any:
 
     def add_delta(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         return output + linear(args[0], delta.to(args[0])) if is_active() else None
+
+    return add_delta
+
+
+def shift_hook(delta: Tensor, is_active: Callable[[], bool]) -> Any:
+    """Create a forward hook that adds delta (out,) to the output of a layer.
+
+    Args:
+        delta: the difference of a bias.
+        is_active: read in each call.
+    """
+
+    def add_delta(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return output + delta.to(output) if is_active() else None
 
     return add_delta
 

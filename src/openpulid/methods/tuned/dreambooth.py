@@ -8,11 +8,13 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
+from diffusers.hooks.group_offloading import _is_group_offload_enabled
 from torch import Tensor
 
 from openpulid.errors import OptionError
 from openpulid.io.checkpoint_kinds import UNET_ALONE, CheckpointKind
 from openpulid.io.checkpoints import read_optional_metadata, read_tensors, save_tensors
+from openpulid.methods.adapter import resident_weight
 from openpulid.methods.hooks import PipelineState, find_unet
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import Trigger
@@ -72,14 +74,21 @@ class DreamBooth(TunedAdapter):
         """Replace the weights until the stack closes; a scale other than 1 interpolates.
 
         Raises:
-            OptionError: a start or end is set.
+            OptionError: a start or end is set, or offloading would load the base's weights again.
         """
         if not call.span.covers_schedule:
             raise OptionError(
                 "DreamBooth replaces the weights in all steps; leave out start and end."
             )
+        if _is_group_offload_enabled(state.network):
+            raise OptionError(
+                "DreamBooth replaces weights that group offloading loads again in every step; use "
+                "another memory level."
+            )
         for name, tensor in self.weights.items():
-            parameter = find_parameter(state.network, name)
+            parameter = resident_weight(find_parameter(state.network, name))
             stack.callback(setattr, parameter, "data", parameter.data)
-            tuned = tensor.to(parameter)
-            parameter.data = tuned if scale == 1 else torch.lerp(parameter.data, tuned, scale)
+            if scale != 1:  # float8 has no arithmetic
+                base = parameter.data.float()
+                tensor = torch.lerp(base, tensor.to(base), scale)
+            parameter.data = tensor.to(parameter)
