@@ -161,7 +161,8 @@ class PromptFusion:
         """Encode a text encoder's input again, plain and changed (forward hook of the encoder)."""
         if self._reentrant:
             return
-        if self._unet_called:  # a new run begins: forget the prompts of the last one
+        has_failed = index == 0 and len(self.prompts[0]) != len(self.prompts[1])
+        if self._unet_called or has_failed:  # a new run begins: forget the prompts of the last one
             self.prompts = ([], [])
             self._unet_called = False
             self._has_trigger_word = False
@@ -263,6 +264,11 @@ class PromptFusion:
             OptionError: The prompt was passed as embeddings, or its words do not fit the people.
         """
         encoded = self._find(original, entry)
+        if encoded is None and self._find(original) is not None:
+            raise OptionError(
+                f"the words of {self.method} do not fit, because the word for the person is too "
+                "late in the prompt; move it forward."
+            )
         if encoded is None:
             raise OptionError(
                 f"{self.method} changes the text of the prompt; "
@@ -439,12 +445,16 @@ def _trigger_ids(tokenizer: Any) -> list[int]:
 
 
 def _class_word_ids(tokenizer: Any) -> set[int]:
-    """Return the tokens of the class words, also in CLIP's form at the end of a word."""
+    """Return the tokens of the class words.
+
+    CLIP marks the end of a word: its token `man` without the mark is a part of a longer word.
+    """
+    unknown = {tokenizer.unk_token_id, None}
     ids = set()
     for word in CLASS_WORDS:
-        for form in (word, f"{word}</w>"):
-            ids.add(tokenizer.convert_tokens_to_ids(form))
-    return ids - {tokenizer.unk_token_id, None}
+        end = tokenizer.convert_tokens_to_ids(f"{word}</w>")
+        ids.add(tokenizer.convert_tokens_to_ids(word) if end in unknown else end)
+    return ids - unknown
 
 
 def _first_token(tokenizer: Any, word: str) -> int:

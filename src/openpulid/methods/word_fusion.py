@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openpulid.errors import OptionError
 from openpulid.methods.hooks import PipelineState, Span
 from openpulid.methods.prompt_fusion import Encode, Encoding, PromptFusion, repeat_class_word
 
@@ -34,18 +33,16 @@ class WordFusion(PromptFusion):
     ) -> list[Mapping[int, Encoding]]:
         """Encode prompts whose word means an identity, see `PromptFusion.change_prompts`.
 
-        All prompts are encoded together, each with one of its identities at a time.
-
-        Raises:
-            OptionError: the word is too late in the prompt.
+        All prompts are encoded together, each with one of its identities at a time. A prompt whose
+        word is too late has no entry; a negative prompt needs none.
         """
         count = len(self.words[0][index])
         ids, positions = repeat_class_word(input_ids, tokenizer, count)
-        if max(positions) + count >= ids.shape[1]:  # the last position is that of the end token
-            raise OptionError(
-                f"the words of {self.method} do not fit, because the word for the person is too "
-                "late in the prompt; move it forward."
-            )
+        # the last position is that of the end token
+        has_room = [position + count < ids.shape[1] for position in positions]
+        positions = [
+            position if fits else 1 for position, fits in zip(positions, has_room, strict=True)
+        ]
         entries = [self._entries(row, len(ids)) for row in range(len(ids))]
         changed: list[dict[int, Encoding]] = [{} for _ in entries]
         for turn in range(max(map(len, entries))):
@@ -54,7 +51,8 @@ class WordFusion(PromptFusion):
             with insert_vectors(self.encoders[index], positions, vectors):
                 encodings = encode(ids)
             for row, encoding in enumerate(encodings):
-                changed[row][chosen[row]] = replace(encoding, positions=(positions[row],))
+                if has_room[row]:
+                    changed[row][chosen[row]] = replace(encoding, positions=(positions[row],))
         return list(changed)
 
     def _entries(self, row: int, num_prompts: int) -> range:

@@ -209,6 +209,29 @@ def test_files_are_read(pipe: Any, tmp_path: Path) -> None:
     assert find_method("elite") is ELITE
 
 
+def test_late_word_stops_only_prompts_that_show_somebody(pipe: Any, method: ELITE) -> None:
+    late = " ".join(["red"] * 6) + " person"
+    method.encoder.num_words = 5
+    with method.use(ANNA):
+        with pytest.raises(OptionError, match="too late in the prompt"):
+            generate(pipe, [late])
+        generate(pipe, negative_prompt=[late])
+
+
+def test_run_that_failed_does_not_stop_the_next_one(pipe: Any, method: ELITE) -> None:
+    with method.use(ANNA):
+        expected = generate(pipe, PROMPTS)
+
+        def fail(*args: Any) -> None:
+            raise RuntimeError
+
+        handle = pipe.text_encoder_2.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError):
+            generate(pipe)
+        handle.remove()
+        assert torch.equal(generate(pipe, PROMPTS), expected)
+
+
 def test_invalid_inputs_raise(pipe: Any, method: ELITE) -> None:
     with (
         pytest.raises(IdentityError, match="five levels of a vision encoder of width 8"),

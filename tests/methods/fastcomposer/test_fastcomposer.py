@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity, fuse_identities
 from openpulid.methods.fastcomposer.encoders import FastComposerEncoder
 from openpulid.methods.fastcomposer.fastcomposer import FastComposer
-from openpulid.methods.prompt_fusion import mark_class_words
+from openpulid.methods.prompt_fusion import _class_word_ids, mark_class_words
 from openpulid.methods.registry import find_method
 from openpulid.mini.models.tokenizer import build_tokenizer
 from tests.support.clip_files import FACE, Faces, config
@@ -178,6 +178,19 @@ def test_words_for_people_are_marked(prompt: str, plain: str, positions: list[in
     ids, places = mark_class_words(encode(prompt), tokenizer)
     assert torch.equal(ids, encode(plain))
     assert places == [positions]
+
+
+def test_part_of_a_longer_word_is_no_class_word() -> None:
+    """CLIP marks the end of a word; without the mark, `man` begins one, such as "mandarin"."""
+
+    class Tokenizer:
+        unk_token_id = 0
+        vocabulary: ClassVar = {"man": 1, "man</w>": 2, "darin</w>": 3, "woman</w>": 4}
+
+        def convert_tokens_to_ids(self, token: str) -> int:
+            return self.vocabulary.get(token, 0)
+
+    assert _class_word_ids(Tokenizer()) == {2, 4}
 
 
 def test_invalid_inputs_raise(
