@@ -192,6 +192,11 @@ def test_combines_with_pulid(pipe: FluxPipeline, method: InfiniteYou) -> None:
             run(pipe, True, steps=2)
     assert distance(ours, expected) < 1e-5 < 1e-2 < distance(ours, alone)
     assert is_infused(calls) == [True, False] * 2
+    # guidance that begins later belongs to neither of them
+    with adapter.use(people.anna, pipe=pipe), method.use(anna, timestep_to_start_cfg=1):
+        later = run(pipe, True, latents=NOISE)
+    with method.use(anna, timestep_to_start_cfg=1), adapter.use(people.anna, pipe=pipe):
+        assert np.array_equal(run(pipe, True, latents=NOISE), later)
     adapter.detach()
 
 

@@ -221,6 +221,9 @@ class PuLIDFlux(PuLIDBase):
     ) -> Iterator[PuLIDFlux]:
         """Show an identity with the attached pipelines while the context is open.
 
+        Of two calls at the same noise level, the second is taken for that of the negative prompt,
+        also if a transformer is called without its pipeline.
+
         Args:
             people: see `PuLID.use`; masks refer to the generated image.
             scale: weight of the identity; 0 disables it at no cost.
@@ -346,7 +349,7 @@ def delay_guidance(target: Any, start_step: int) -> Iterator[None]:
         yield
         return
     state = PipelineState(target)
-    with inject_identity(state.network, PuLIDFlux.slot, read_calls(state), start_step):
+    with inject_identity(state.network, "guidance", read_calls(state), start_step):
         yield
 
 
