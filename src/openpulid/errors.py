@@ -215,7 +215,7 @@ def explain_out_of_memory(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OptionError(f"the device has too little memory; {advice}.") from None
+        raise OptionError(f"the device has too little memory; {advice}.") from error
 
 
 def require_libraries(purpose: str, names: Iterable[str], extra: str) -> None:

@@ -265,6 +265,16 @@ def test_progress_and_previews(store: JobStore, clock: Clock) -> None:
     assert not store.list_states(tasks)[1].is_watched
 
 
+def test_preview_of_a_cancelled_job_is_not_kept(store: JobStore) -> None:
+    """It shows the person, and may be decoded while the job is cancelled."""
+    job_id = store.submit("ann", portrait(), {}, "key").id
+    tasks = store.claim("worker", 1, 10)
+    store.cancel("ann", job_id)
+    store.save_preview(tasks[0], b"small")
+    job = store.get("ann", job_id)
+    assert job is not None and job.preview is None
+
+
 def test_results_expire(store: JobStore, clock: Clock, tmp_path: Path) -> None:
     done = store.submit("ann", portrait(), {}, None).id
     waiting = store.submit("ben", portrait(), {}, None).id

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
-from openpulid.errors import suggest
+from openpulid.errors import OptionError, suggest
 from openpulid.pipelines.factory import check_models, hash_extractor_models
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
@@ -73,8 +74,10 @@ class Catalog:
             weights = find_usable_weights(preset)
             offers = {preset.models.method: Offer(preset, weights)}
             for method in find_installed_methods(preset):
+                # settings of the server, such as a memory level, do not fit every method
                 if method not in offers:
-                    offers[method] = _with_method(selection, method, weights)
+                    with suppress(OptionError):
+                        offers[method] = _with_method(selection, method, weights)
             self._offers[preset.name] = offers
 
     @property
@@ -115,6 +118,12 @@ class Catalog:
 
 
 def _with_method(selection: ModelSelection, method: str, weights: tuple[str, ...]) -> Offer:
-    """Return another method than that of the server's preset, whose adapter is not for it."""
+    """Return another method than that of the server's preset, whose adapter is not for it.
+
+    Raises:
+        OptionError: the method does not work with the other settings.
+    """
     changed = selection.model_copy(update={"method": method, "adapter": None})
-    return Offer(resolve_preset(changed), weights)
+    preset = resolve_preset(changed)
+    check_models(preset)
+    return Offer(preset, weights)

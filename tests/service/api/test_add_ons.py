@@ -18,7 +18,7 @@ import openpulid as pulid
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.studio import Studio
 from tests.pipelines.test_loras import save_lora
-from tests.service.api.conftest import PORTRAIT
+from tests.service.api.conftest import PORTRAIT, wait_for_end
 
 OPTIONS: dict[str, Any] = {"prompt": "portrait", "num_inference_steps": 3, "seed": 2}
 
@@ -72,6 +72,25 @@ def test_lora(client: httpx.Client, studio: Studio, folder: Path) -> None:
 def test_embedding(client: httpx.Client, studio: Studio, folder: Path) -> None:
     embeddings = [{"file": folder / "sks.safetensors", "token": "sks"}]
     check_same_image(client, studio, {"prompt": "portrait, sks", "embeddings": embeddings})
+
+
+def test_word_of_an_embedding_is_the_name_of_its_file(
+    client: httpx.Client, studio: Studio, folder: Path
+) -> None:
+    fields = {"prompt": "portrait, sks", "num_inference_steps": 3, "seed": 2}
+    embeddings = [{"file": folder / "sks.safetensors", "token": "sks"}]
+    request = GenerationRequest.model_validate(fields | {"embeddings": embeddings})
+    (expected,) = studio.generate(request).images
+    content = (folder / "sks.safetensors").read_bytes()
+    form = {"prompt": "portrait, sks", "num_inference_steps": "3", "seed": "2"}
+    form["embeddings"] = '[{"file": "sks.safetensors"}]'
+    answer = client.post("/v1/jobs", data=form, files={"sks.safetensors": content})
+    job = wait_for_end(client, answer.raise_for_status().json())
+    content = client.get(f"/v1/jobs/{job['id']}/images/0").raise_for_status().content
+    assert (np.asarray(Image.open(BytesIO(content))) == np.asarray(expected)).all()
+    body = fields | {"embeddings": [{"file": "data:;base64,AAAA"}]}
+    answer = client.post("/v1/images/generations", json=body)
+    assert answer.status_code == 400 and "embeddings.token is missing" in answer.text
 
 
 def test_inpainting(client: httpx.Client, studio: Studio, folder: Path) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import httpx
 import pytest
 
+from openpulid.errors import OptionError, StoreError, explain_out_of_memory
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_part import RequestPart
 from openpulid.service.api.backend import Backend
 from openpulid.service.api.fields import ALIASES
 from openpulid.service.api.files import NAME_FIELDS, UPLOADED_FIELDS
+from openpulid.service.api.problems import to_problem
 from tests.service.api.conftest import PHOTO, PORTRAIT, check_problem, limited
 from tests.support.image_files import IMAGES
 
@@ -23,6 +25,18 @@ JSON = {"content-type": "application/json"}
 
 def data_url(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
+
+
+@pytest.mark.parametrize("kind", ["store", "memory"])
+def test_faults_of_the_server_can_be_tried_again(kind: str) -> None:
+    if kind == "store":
+        problem = to_problem(StoreError("the disk of the service is full; try again later."))
+        assert problem.detail == "the disk of the service is full; try again later."
+    else:
+        with pytest.raises(OptionError) as raised, explain_out_of_memory():
+            raise RuntimeError("CUDA out of memory")
+        problem = to_problem(raised.value)
+    assert problem.status == 503 and problem.headers == {"Retry-After": "60"}
 
 
 BODIES: list[tuple[dict[str, Any], str]] = [

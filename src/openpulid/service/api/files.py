@@ -98,6 +98,8 @@ class FileTaker:
         if path.count(".") >= DEEPEST:
             return value
         if isinstance(value, dict):
+            if _without_positions(path) == "embeddings":
+                value = self._name_embedding(value, path)
             return {
                 name: self._replace(entry, f"{path}.{name}", used) for name, entry in value.items()
             }
@@ -113,6 +115,14 @@ class FileTaker:
         if len(self.files) > self.limits.files:
             raise RequestError(f"a request must have at most {self.limits.files} files.", path)
         return path
+
+    def _name_embedding(self, value: dict[str, Any], path: str) -> dict[str, Any]:
+        """Give a textual inversion the name of its uploaded file, unless it has a word."""
+        if value.get("token") is not None or not isinstance(value.get("file"), str):
+            return value
+        if value["file"] not in self.parts:  # a data: URL has no name
+            raise RequestError("{0} is missing: the word for an embedding.", f"{path}.token")
+        return {**value, "token": Path(value["file"]).stem}
 
     def _read(self, path: str, value: str) -> Content:
         if value in self.parts:

@@ -17,7 +17,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from openpulid.errors import OutputError, PulidError, escape_unprintable, is_out_of_memory
+from openpulid.errors import (
+    OutputError,
+    PulidError,
+    StoreError,
+    escape_unprintable,
+    is_out_of_memory,
+)
 from openpulid.pipelines.request_fields import RequestError
 
 MEDIA_TYPE = "application/problem+json"
@@ -112,7 +118,8 @@ class Problem(Exception):
 def to_problem(error: Exception) -> Problem:
     """Turn any error of a request into a problem.
 
-    Errors of the user have status 400. A full disk and a lack of memory are the server's.
+    Errors of the user have status 400. A full disk, a database that does not answer and a lack of
+    memory are the server's.
     """
     if isinstance(error, Problem):
         return error
@@ -125,6 +132,8 @@ def to_problem(error: Exception) -> Problem:
     if is_out_of_memory(error):
         logger.error("%s", error)
         return Problem(503, NO_MEMORY, headers={"Retry-After": "60"})
+    if isinstance(error, StoreError):  # its sentence names no path
+        return Problem(503, str(error), headers={"Retry-After": "60"})
     if isinstance(error, (OutputError, OSError)):
         logger.error("%s", error)
         return Problem(503, NO_STORAGE, headers={"Retry-After": "60"})

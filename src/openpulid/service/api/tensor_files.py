@@ -77,4 +77,4 @@ def name_fields(paths: Mapping[str, Path]) -> Iterator[None]:
         message = str(error)
         for field, path in paths.items():
             message = message.replace(str(path), field)
-        raise PulidError(message) from None
+        raise PulidError(message) from error.__cause__

@@ -101,10 +101,13 @@ class RayEngine:
         replicas = self._choose(batch.tasks[0].request.model or ModelSelection())
         call = replicas.options(stream=True).run.remote(batch)
         previews: dict[int, Image.Image] = {}
-        last = StepEvent(range(len(batch.tasks)), 0, 0)
+        open_positions = set(range(len(batch.tasks)))
+        last = StepEvent(sorted(open_positions), 0, 0)
         try:
             for event in _poll(call):
                 if isinstance(event, ResultEvent):
+                    open_positions.discard(event.position)
+                    last = StepEvent(sorted(open_positions), 0, 0)
                     yield batch.tasks[event.position], _to_result(event)
                     continue
                 # while nothing happens, the last step is reported again: `on_step` may stop it
@@ -112,7 +115,8 @@ class RayEngine:
                 previews.update(last.previews)
                 running = [batch.tasks[position] for position in last.positions]
                 preview = partial(_find_preview, previews, last.positions)
-                on_step(running, last.step, last.total, preview)
+                if running:
+                    on_step(running, last.step, last.total, preview)
         except (RayError, RayServeException) as error:
             logger.warning("a replica has ended: %s", error)
             time.sleep(PAUSE)

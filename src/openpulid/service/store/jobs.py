@@ -264,8 +264,11 @@ class JobStore:
         return [TaskState(key not in watched, watched.get(key, False)) for key in keys]
 
     def save_preview(self, task: Task, content: bytes) -> None:
-        """Replace the preview of a job by another JPEG file."""
-        self._folder(task.job_id).save_preview(content)
+        """Replace the preview of a job by another JPEG file; one that has ended keeps none."""
+        folder = self._folder(task.job_id)
+        folder.save_preview(content)
+        if self.list_states([task])[0].is_lost:
+            remove_file(folder.preview)
 
     def publish(self, task: Task, output: Output) -> bool:
         """Publish the image of a task. The last one completes the job.
