@@ -42,6 +42,13 @@ from openpulid.data.identity_words import remove_identity_words
             ["in his thirties"],
         ),
         ("Dr. House looks up", "a person looks up", ["Dr. House"]),
+        ("a woman's freckles in the sun", "a woman in the sun", ["freckles"]),
+        ("a freckled young woman, smiling", "a woman, smiling", ["young", "freckled"]),
+        (
+            "A young actor waits an hour at a university",
+            "An actor waits an hour at a university",
+            ["young"],
+        ),
         (
             "an elderly lady with wrinkles on her face, smiling",
             "a lady, smiling",
@@ -57,6 +64,12 @@ def test_identity_words_are_removed(caption: str, expected: str, words: list[str
     "caption",
     [
         "a woman with long blonde hair and glasses",
+        "a woman wrinkles her nose at the camera",
+        "a man with a big nose ring",
+        "a boy with a long face mask",
+        "a girl with small ears of corn",
+        "a person wearing a black face mask",
+        "a woman holding a white baby blanket",
         "a man with a beard and closed eyes",
         "a white dog next to a black car",
         "the old town with a woman",

@@ -13,6 +13,8 @@ _PERSON = (
     r"(?:man|men|woman|women|girl|girls|boy|boys|lady|ladies|guy|guys|person|people|child|children|"
     r"kid|kids|baby|teen|teenager|adult|actor|actress|singer|model|male|female|face|couple)"
 )
+_THINGS = r"(?! (?:mask|shield|paint|cream|blanket|bottle|carriage|ring|piercing|of)\b)"
+"""A "face mask" and a "nose ring" are things, not parts of a person."""
 _ADJECTIVES = r"(?:,? (?!(?:a|an|the|with|in|on|of|at|and|next|near)\b)[\w-]+){0,3}?"
 _COLOR = r"(?:light |dark |bright |deep |pale )?(?:blue|green|brown|gray|grey|hazel|amber|black)"
 _NUMBER = (
@@ -26,28 +28,29 @@ _AGE = (
     rf"\b(?:in|of) (?:his|her|their) (?:early |mid |mid-|late )?(?:{_NUMBER}s|"
     r"(?:twen|thir|for|fif|six|seven|eigh|nine)ties|teens)\b",
     r"\b(?:very )?(?:young|old|older|elderly|middle[- ]aged|teenaged?|aged|youthful)"
-    rf"(?={_ADJECTIVES} {_PERSON}\b)",
+    rf"(?={_ADJECTIVES} {_PERSON}\b{_THINGS})",
 )
 _ORIGIN = (
     r"\b(?:african[- ]american|asian[- ]american|asian|african|caucasian|european|american|chinese|"
     r"japanese|korean|indian|hispanic|latino|latina|arab|arabic|middle[- ]eastern|black|white|"
-    rf"(?:dark|light|fair|pale|brown|olive)[- ]skinned)(?={_ADJECTIVES} {_PERSON}\b)",
+    rf"(?:dark|light|fair|pale|brown|olive)[- ]skinned)(?={_ADJECTIVES} {_PERSON}\b{_THINGS})",
     r"\bwith (?:dark|light|fair|pale|brown|olive|tanned) skin\b",
 )
 _LOOKS = (
     r"\b(?:very )?(?:beautiful|handsome|pretty|attractive|gorgeous|ugly|cute|chubby|freckled|"
     rf"wrinkled|(?:blue|green|brown|hazel|gray|grey|dark)[- ]eyed)"
-    rf"(?={_ADJECTIVES} {_PERSON}\b)",
+    rf"(?={_ADJECTIVES} {_PERSON}\b{_THINGS})",
 )
 _MARK = (
-    r"(?:(?!(?:with|and|has|having)\b)[\w-]+ )?"
-    r"(?:freckles|wrinkles|moles?|dimples|cheekbones|jawline|birthmark|double chin|scars?)"
+    rf"(?:(?!(?:with|and|has|having|{_PERSON})\b)[\w-]+ )?"
+    r"(?:freckles|wrinkles(?! (?:his|her|their)\b)|moles?|dimples|cheekbones|jawline|birthmark|"
+    r"double chin|scars?)"
     r"(?: on (?:his|her|their|the) \w+)?"
 )
 _FEATURE = (
     rf"(?:a |an |his |her |their )?(?:{_COLOR} eyes|{_MARK}|"
-    r"(?:big|small|large|long|pointed|crooked) (?:nose|ears|chin|lips)|"
-    r"(?:round|oval|square|narrow|wide|long) face)"
+    rf"(?:big|small|large|long|pointed|crooked) (?:nose|ears|chin|lips)\b{_THINGS}|"
+    rf"(?:round|oval|square|narrow|wide|long) face\b{_THINGS})"
 )
 _PLACES = ("in", "at", "near", "from", "on", "to", "of the", "the")
 
@@ -61,8 +64,11 @@ _REMOVED = [re.compile(p, re.IGNORECASE) for p in (*_AGE, *_ORIGIN, *_LOOKS)]
 _FEATURES = [
     re.compile(rf"\b(?P<word>{_FEATURE}),? and ", re.IGNORECASE),
     re.compile(rf",? (?:and|with|has|having) (?P<word>{_FEATURE})\b", re.IGNORECASE),
-    re.compile(rf"(?:, )?\b(?P<word>{_FEATURE})\b", re.IGNORECASE),
+    re.compile(rf"(?:, |['’]s )?(?<!['’])\b(?P<word>{_FEATURE})\b", re.IGNORECASE),
 ]
+
+_GAP = "_0_"
+"""Stands where words were removed, as a word of its own."""
 
 
 class CheckedCaption(NamedTuple):
@@ -86,11 +92,11 @@ def remove_identity_words(caption: str) -> CheckedCaption:
 
     def remove(match: re.Match[str]) -> str:
         words.append(match[0].strip(" ,"))
-        return ""
+        return f" {_GAP} "
 
     def remove_feature(match: re.Match[str]) -> str:
         words.append(match["word"])
-        return ""
+        return f" {_GAP} "
 
     def replace_name(match: re.Match[str]) -> str:
         before = match["before"] or ""
@@ -107,19 +113,20 @@ def remove_identity_words(caption: str) -> CheckedCaption:
     text = _TITLED.sub(replace_title, text)
     text = _FULL_NAME.sub(replace_name, text)
     for pattern in _FEATURES:
-        text = pattern.sub(remove_feature, text)
+        text = " ".join(pattern.sub(remove_feature, text).split())
     for pattern in _REMOVED:
-        text = pattern.sub(remove, text)
+        text = " ".join(pattern.sub(remove, text).split())
+    words = [word.replace(f"{_GAP} ", "") for word in words if word != _GAP]
     return CheckedCaption(_tidy(text) if words else caption, words)
 
 
 def _tidy(text: str) -> str:
     """Repair spaces, commas and articles where words were removed."""
-    text = " ".join(text.split())
+    text = re.sub(rf"\b([Aa])n?(?:,? {_GAP})+,? (?=[aeiou])", r"\1n ", text)
+    text = re.sub(rf"\b([Aa])n?(?:,? {_GAP})+,? (?=\w)", r"\1 ", text)
+    text = " ".join(text.replace(_GAP, "").split())
     text = re.sub(r"\s+([,.;:!?])", r"\1", text)
     text = re.sub(r"([,;])(?:\s*[,;])+", r"\1", text)
     text = re.sub(r"\b(an?),\s+", r"\1 ", text, flags=re.IGNORECASE)
-    text = re.sub(r"\b([Aa])n(?= [^aeiouAEIOU\W])", r"\1", text)
-    text = re.sub(r"\b([Aa])(?= [aeiou])", r"\1n", text)
     text = re.sub(r"\b(?:with|and|has|having)(?=\s*(?:[,.;]|$))", "", text).strip()
     return re.sub(r"\s+([,.;:!?])", r"\1", text).strip(" ,;")
