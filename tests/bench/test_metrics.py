@@ -95,6 +95,24 @@ def test_rank1_of_8_is_the_mean_over_random_galleries() -> None:
     assert any(0 < value < 1 for value in expected)
 
 
+def test_subject_whose_reference_shows_no_face_is_not_scored() -> None:
+    """Its embedding is zero: no method could be near it."""
+    references = build_faces([[1.0, 0.0], [0.0, 0.0], [0.6, 0.8]], [True, False, True])
+    faces = build_faces([[1.0, 0.0], [0.0, 1.0], [-1.0, -0.1]])
+    inputs = build_inputs(
+        images=torch.zeros(3, 3, 2, 2),
+        faces=faces,
+        second_faces=faces,
+        reference_faces=references,
+        subjects=torch.tensor([0, 1, 2]),
+    )
+    for metric in (metrics.FaceSim(), metrics.Rank1(), metrics.Rank1Of8(), metrics.CopyPaste()):
+        assert metric(inputs).isnan().tolist() == [False, True, False], metric.name
+    # the third image is nearer to zero than to its own subject, which is no other subject
+    assert metrics.Rank1()(inputs)[[0, 2]].tolist() == [1, 1]
+    assert metrics.Rank1Of8()(inputs)[[0, 2]].tolist() == [1, 1]
+
+
 def test_shuffled_identities_are_not_recognized() -> None:
     generator = torch.Generator().manual_seed(0)
     references = build_faces(torch.randn(64, 32, generator=generator).tolist())

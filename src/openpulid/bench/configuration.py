@@ -42,6 +42,8 @@ def describe_configuration(
     configuration["sampler"] = preset.models.sampler
     configuration["preset"] = preset.name
     weights = {name: _hash_part(preset, name) for name in BASE_PARTS}
+    if preset.models.vae:  # otherwise it is a part of the pipeline
+        weights["vae"] = _hash_part(preset, "vae")
     if isinstance(preset, TunedPreset):
         configuration["recipe"] = asdict(preset.recipe)
     elif method != BASE:

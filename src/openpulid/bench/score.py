@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from openpulid.bench.metrics import (
 from openpulid.bench.run_dir import BASE, MethodMetrics, Run, RunDir, SampleKey
 from openpulid.errors import ImageError
 from openpulid.io.images import open_image
+
+logger = logging.getLogger(__name__)
 
 MAX_SIDE = 1024
 """Reference images are scaled down to this many pixels for the metrics."""
@@ -74,9 +77,15 @@ def load_references(run: Run, scorers: Scorers) -> References:
     second_faces = None
     if all(path.is_file() for path in second_paths):
         second_faces = scorers.faces(load_portraits(second_paths))
-    return References(
-        images, scorers.faces(images), second_faces, scorers.facial_values(run.people)
-    )
+    faces = scorers.faces(images)
+    for person, has_face in zip(run.people, faces.has_face.tolist(), strict=True):
+        if not has_face:
+            logger.warning(
+                "%s: the benchmark's model detects no face in the reference image; the subject has "
+                "no scores of identity",
+                person,
+            )
+    return References(images, faces, second_faces, scorers.facial_values(run.people))
 
 
 def score_run(run_dir: RunDir, scorers: Scorers) -> None:

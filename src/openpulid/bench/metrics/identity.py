@@ -30,7 +30,7 @@ class FaceSim:
 
     PuLID's "Face Sim" (arXiv 2404.16022, section 4.1). The face recognition model is one that no
     method was trained with. An image without a face counts as 0: ignoring it would reward a
-    method for destroying faces.
+    method for destroying faces. NaN for a subject without a face in the reference image.
     """
 
     name: ClassVar[str] = "face_sim"
@@ -40,13 +40,15 @@ class FaceSim:
         """Compute the metric for each image, (B,)."""
         references = inputs.reference_faces.embeddings[inputs.subjects]
         similarity = cosine(inputs.faces.embeddings, references)
-        return torch.where(inputs.faces.has_face, similarity, torch.zeros_like(similarity))
+        similarity = torch.where(inputs.faces.has_face, similarity, torch.zeros_like(similarity))
+        return _of_known_subjects(similarity, inputs)
 
 
 class Rank1:
     """Closed-set identification at rank 1: whether the subject is the nearest of all subjects.
 
     Phillips et al., "The FERET evaluation methodology" (2000). An image without a face is a miss.
+    A subject without a face in the reference image is not in the gallery, and NaN.
     """
 
     name: ClassVar[str] = "rank1"
@@ -56,8 +58,11 @@ class Rank1:
         """Compute the metric for each image, (B,)."""
         embeddings = F.normalize(inputs.faces.embeddings.float(), dim=-1)
         references = F.normalize(inputs.reference_faces.embeddings.float(), dim=-1)
-        nearest = (embeddings @ references.T).argmax(dim=-1)
-        return ((nearest == inputs.subjects) & inputs.faces.has_face).float()
+        cosines = embeddings @ references.T
+        cosines[:, ~inputs.reference_faces.has_face] = -math.inf
+        nearest = cosines.argmax(dim=-1)
+        is_hit = (nearest == inputs.subjects) & inputs.faces.has_face
+        return _of_known_subjects(is_hit.float(), inputs)
 
 
 class Rank1Of8:
@@ -65,7 +70,8 @@ class Rank1Of8:
 
     The expected rank-1 rate of Phillips et al. (2000) in a gallery of eight: with k of the n other
     subjects nearer than the own one it is C(n - k, 7) / C(n, 7). With fewer than eight subjects it
-    is that of all of them. An image without a face is a miss.
+    is that of all of them. An image without a face is a miss. A subject without a face in the
+    reference image is not in the gallery, and NaN.
     """
 
     name: ClassVar[str] = "rank1_of_8"
@@ -76,15 +82,18 @@ class Rank1Of8:
         embeddings = F.normalize(inputs.faces.embeddings.float(), dim=-1)
         references = F.normalize(inputs.reference_faces.embeddings.float(), dim=-1)
         cosines = embeddings @ references.T
+        is_known = inputs.reference_faces.has_face
+        cosines[:, ~is_known] = -math.inf
         own = cosines.gather(1, inputs.subjects[:, None])
-        others = len(references) - 1
+        others = max(int(is_known.sum()) - 1, 0)
         drawn = min(7, others)
         probabilities = [
-            math.comb(others - nearer, drawn) / math.comb(others, drawn)
+            math.comb(max(others - nearer, 0), drawn) / math.comb(others, drawn)
             for nearer in (cosines > own).sum(1).tolist()
         ]
         has_face = inputs.faces.has_face
-        return torch.tensor(probabilities, device=has_face.device) * has_face
+        values = torch.tensor(probabilities, device=has_face.device) * has_face
+        return _of_known_subjects(values, inputs)
 
 
 class SimGT:
@@ -111,7 +120,7 @@ class SimGT:
 class CopyPaste:
     """Whether the reference image is copied instead of the identity, see `faces.embed.copy_paste`.
 
-    NaN without a second image or without a face.
+    NaN without a second image, or without a face in one of the three.
     """
 
     name: ClassVar[str] = "copy_paste"
@@ -126,7 +135,8 @@ class CopyPaste:
             return undefined
         references = inputs.reference_faces.embeddings[inputs.subjects]
         values = copy_paste(faces.embeddings, second.embeddings, references)
-        return torch.where(faces.has_face & second.has_face, values, undefined)
+        values = torch.where(faces.has_face & second.has_face, values, undefined)
+        return _of_known_subjects(values, inputs)
 
 
 class FacialValues:
@@ -161,7 +171,7 @@ class FGIS:
     """Cosine similarity of the DINO embeddings of the facial regions of image and reference image.
 
     Fine-Grained Identity Similarity of ConsistentID (arXiv 2404.16771, section 4.1), whose DINO
-    is ViT-S/16. NaN where the image shows no face.
+    is ViT-S/16. NaN where the image or the reference image shows no face.
 
     Args:
         dino: face crops (B, 3, size, size) in [0, 1] -> (B, D).
@@ -184,7 +194,8 @@ class FGIS:
         )
         similarity = cosine(embeddings, self.dino(reference_crops)[indices]).cpu()
         undefined = torch.full_like(similarity, float("nan"))
-        return torch.where(inputs.faces.has_face.cpu(), similarity, undefined)
+        similarity = torch.where(inputs.faces.has_face.cpu(), similarity, undefined)
+        return _of_known_subjects(similarity, inputs)
 
 
 class FaceDiversity:
@@ -218,3 +229,12 @@ class FaceDiversity:
                 crop = crops[row : row + 1].expand(int(same_subject.sum()), -1, -1, -1)
                 values[row] = self.lpips(crop, crops[same_subject]).mean().cpu()
         return values
+
+
+def _of_known_subjects(values: Tensor, inputs: MetricInputs) -> Tensor:
+    """Return the values (B,), NaN for a subject without a face in the reference image.
+
+    No method can show a subject whose face the scorer does not find.
+    """
+    is_known = inputs.reference_faces.has_face[inputs.subjects].to(values.device)
+    return torch.where(is_known, values, torch.full_like(values, math.nan))
