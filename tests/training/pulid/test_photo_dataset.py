@@ -210,6 +210,8 @@ def test_batch_contents(folder, base, features, index) -> None:
     assert batch.id_cond.shape == (3, 16) and [x.shape for x in batch.hidden] == [(3, 17, 8)] * 5
     assert sorted(batch.prompts) == ["a person", "portrait of a person", "portrait of a person"]
     assert batch.images.shape == (3, 3, PIXELS, PIXELS) and 0.02 < batch.masks.mean() < 0.6
+    assert batch.landmarks.shape == (3, 5, 2) and batch.landmarks.std() > 0.02
+    assert ((batch.landmarks > 0) & (batch.landmarks < 1)).all()
     torch.testing.assert_close(batch.latents, base.encode(batch.images))
     again = photos.batch(StepRNG(0, 0))
     assert torch.equal(batch.latents, again.latents) and torch.equal(batch.id_cond, again.id_cond)
@@ -374,6 +376,9 @@ def test_all_three_stages(folder, base, features, found, tmp_path) -> None:
             tmp_path / "other",
             init_adapter=begin,
         )
+    with pytest.raises(TrainingError, match="with other face models: use the same --faces"):
+        recipe = replace(find_recipe("sdxl_stage1"), steps=2, **SMALL)
+        train_on_photos(recipe, TrainingModels(base, other), folder, tmp_path / "1")
 
 
 def test_size_conditioning_is_that_of_the_images(folder, base, features, index) -> None:

@@ -17,7 +17,7 @@ from openpulid.methods.tuned import Trigger
 from openpulid.training.pulid import DiffusionStep
 from openpulid.training.pulid.losses import DiffusionLoss
 from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.rng import StepRNG
+from openpulid.training.rng import StepRNG, microbatch_rngs
 from openpulid.training.tuning import find_tuning_recipe, tune
 from openpulid.training.tuning.images import (
     TuningImages,
@@ -248,6 +248,21 @@ def test_class_images_have_the_weight_of_the_recipe(pipe, references):
             values[weight] = {name: x.item() for name, x in task.losses(StepRNG(0, 0)).items()}
     assert values[0.25]["person"] == pytest.approx(values[1.0]["person"])
     assert values[0.25]["class"] == pytest.approx(0.25 * values[1.0]["class"])
+
+
+def test_processes_share_a_batch(pipe, references):
+    """Each has a part of the images, and of the class images."""
+    model = SDXLModel(pipe)
+    latents = torch.zeros(2, 4, 8, 8)
+    settings = recipe("dreambooth", batch=4, face_loss_weight=2.0)
+    images = TuningImages(latents, torch.ones(2, 1, 8, 8))
+    with open_part(settings, pipe, TRIGGER) as part:
+        others = TuningImages(latents)
+        task = TuningTask(settings, model, part, images, ["noir"], others, ["person"])
+        parts = [task.losses(rng) for rng in microbatch_rngs(0, 0, 0, 1, 2)]
+    for losses in parts:
+        assert set(losses) == {"person", "class"}
+        assert all(0.5 < loss < 2 for loss in losses.values())
 
 
 def test_masks_weigh_the_face(pipe):

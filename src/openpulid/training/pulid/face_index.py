@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,6 +79,27 @@ def build_index(
             write_text(index, json.dumps(indexed))
             saved_at = time.monotonic()
     return {name: image.position for name, image in indexed.items()}
+
+
+def check_face_models(file: Path, models: Mapping[str, str]) -> None:
+    """Check that a run has always had the same face models, and store them when it begins.
+
+    Positions of faces and features of other models would be mixed.
+
+    Args:
+        file: JSON file in the run directory.
+        models: see `PhotoExtractor.models`.
+
+    Raises:
+        TrainingError: the run began with others, or the file cannot be written.
+    """
+    if not file.exists():
+        write_text(file, json.dumps(dict(models)))
+    elif json.loads(file.read_text("utf-8")) != dict(models):
+        raise TrainingError(
+            f"{file.parent} is a run with other face models: use the same --faces, choose another "
+            "run directory, or start again with --fresh."
+        )
 
 
 def drop_outdated(images: CaptionedImages, index: Path) -> None:

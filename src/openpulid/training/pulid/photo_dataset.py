@@ -216,6 +216,7 @@ class PhotoDataset:
         return Batch(
             latents=latents,
             masks=_face_masks(faces, size, latents.shape[-2:]).to(latents.device),
+            landmarks=torch.stack([_relative_landmarks(face, size) for face in faces]).to(latents),
             prompts=[sample.prompt for sample in samples],
             id_cond=torch.cat([identity.id_cond[:, 0] for identity in identities]),
             hidden=[torch.cat(level) for level in levels],
@@ -367,3 +368,8 @@ def _face_masks(faces: Sequence[Face], size: Size, grid: Sequence[int]) -> Tenso
         x1, y1, x2, y2 = (int(v) for v in face.box.round())
         mask[:, max(y1, 0) : y2, max(x1, 0) : x2] = 1
     return interpolate(masks, tuple(grid), mode="area")
+
+
+def _relative_landmarks(face: Face, size: Size) -> Tensor:
+    """Return the landmarks (5, 2) of a face in a crop, from 0 to 1 across it."""
+    return face.landmarks.float() / face.landmarks.new_tensor([size.width, size.height])

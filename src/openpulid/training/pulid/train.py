@@ -27,7 +27,8 @@ from openpulid.training.trainer import TrainingResult, run
 
 ADAPTER_FILE = "adapter.safetensors"
 """The trained adapter in its run directory."""
-PULID_FILES = (ADAPTER_FILE, "faces.json", "held-out-faces.json")
+FACE_MODELS_FILE = "face-models.json"
+PULID_FILES = (ADAPTER_FILE, "faces.json", "held-out-faces.json", FACE_MODELS_FILE)
 """What a training of PuLID writes in addition to the trainer's files."""
 
 

@@ -13,11 +13,17 @@ from openpulid.data.shards import HELD_OUT, TRAIN
 from openpulid.errors import OptionError, TrainingError
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.training.distributed import DistributedContext
+from openpulid.training.pulid.face_index import check_face_models
 from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset, no_images_error
 from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.task import Validation
-from openpulid.training.pulid.train import build_adapter, prepare_run_dir, train_adapter
+from openpulid.training.pulid.train import (
+    FACE_MODELS_FILE,
+    build_adapter,
+    prepare_run_dir,
+    train_adapter,
+)
 from openpulid.training.trainer import TrainingResult
 
 
@@ -103,6 +109,7 @@ def train_on_photos(
 
     # faces are detected for hours, which a second process must not repeat
     with DistributedContext(models.base.device).lock(run_dir):
+        check_face_models(run_dir / FACE_MODELS_FILE, extractor.models)
         dataset = open_dataset(data, INDEX)
         validation = held_out or data
         split = HELD_OUT if is_prepared(validation) and has_held_out(validation) else TRAIN

@@ -63,12 +63,12 @@ class TuningTask:
 
         L = L_person + prior_weight * L_class (DreamBooth, arXiv 2208.12242, equation 2).
         """
-        size = self.recipe.batch
-        rows = rng.indices(len(self.images), size)
+        rows = rng.indices(len(self.images), self.recipe.batch)
+        size = len(rows)  # the share of this process
         captions = rng.randint(self.num_prompts, rows.shape, "captions")
         latents = self.images.latents[rows]
         if self.class_images is not None:
-            class_rows = rng.indices(len(self.class_images), size, "class")
+            class_rows = rng.indices(len(self.class_images), self.recipe.batch, "class")
             latents = torch.cat([latents, self.class_images.latents[class_rows].to(latents)])
             class_captions = self.num_prompts + class_rows % self.num_class_prompts
             captions = torch.cat([captions, class_captions])
