@@ -303,6 +303,8 @@ class Studio:
                     f"refine_faces needs a region for each person, and {models.method} has no "
                     "regions; leave it out."
                 )
+        if request.refine_faces is not None and len(normalize_people(people)) > 1:
+            raise OptionError("refine_faces needs people with masks, not one for each image.")
         for identity, _ in chain(*normalize_people(people)):
             identity.require(self._extractor.models)
 

@@ -57,7 +57,7 @@ def convert_parameters(text: str) -> str:
             {
                 "model": data["control"],
                 "image": data.get("control_picture"),
-                "scale": data.get("control_scale") or 1.0,
+                "scale": 1.0 if data.get("control_scale") is None else data["control_scale"],
             }
         ]
     return json.dumps({"request": request, "version": data.get("version", "0.1.0")})
