@@ -68,7 +68,7 @@ _FEATURES = [
 ]
 
 _GAP = "_0_"
-"""Stands where words were removed, as a word of its own."""
+"""Marks where words were removed, as a word of its own."""
 
 
 class CheckedCaption(NamedTuple):

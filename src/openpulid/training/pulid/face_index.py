@@ -91,7 +91,7 @@ def check_face_models(file: Path, models: Mapping[str, str]) -> None:
         models: see `PhotoExtractor.models`.
 
     Raises:
-        TrainingError: the run began with others, or the file cannot be written.
+        TrainingError: the run began with other models, or the file cannot be written.
     """
     if not file.exists():
         write_text(file, json.dumps(dict(models)))
