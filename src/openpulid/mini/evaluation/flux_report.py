@@ -18,7 +18,7 @@ from openpulid.mini.evaluation.flux_variants import REFERENCE, VARIANTS, variant
 from openpulid.training.pulid import HeldOutLosses, standard_error, summarize_held_out
 
 ABOUT = "When stage 1 converges on FLUX's architecture: short trainings on the miniature"
-METRIC = "held_out_over_none"
+METRIC = "held_out_over_other"
 PER_IMAGE = ("losses", "people", "models")
 """Parts of a result that the report leaves out."""
 
@@ -98,7 +98,7 @@ def _to_tensors(losses: Mapping[str, list[float]]) -> dict[str, Tensor]:
 
 
 def plot_curves(rows: Mapping[str, Any], path: Path) -> None:
-    """Plot the gain of the own identity over none during training, a part for each group.
+    """Plot the gain of the own identity over another during training, a part for each group.
 
     Bands are one standard error over the people. The recipe without a change is in every part.
 
@@ -117,7 +117,7 @@ def plot_curves(rows: Mapping[str, Any], path: Path) -> None:
             color = "black" if name == REFERENCE else None
             _plot_curve(axes, rows[name]["curve"], name, color)
         axes.axhline(0, color="gray", linewidth=0.6)
-        axes.set(title=group, xlabel="step", ylabel="held-out loss: none minus own")
+        axes.set(title=group, xlabel="step", ylabel="held-out loss: other minus own")
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
     with replace_file(path) as temporary:
