@@ -12,7 +12,7 @@ from torch import Tensor
 from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import explain_bad_weights
-from openpulid.methods.adapter import Adapter, check_projections_are_called, exclusive_use
+from openpulid.methods.adapter import Adapter, exclusive_use
 from openpulid.methods.hooks import PipelineState, Span, find_unet
 from openpulid.methods.lora import check_low_rank, parse_lora
 from openpulid.methods.prompt_fusion import PromptFusion
@@ -105,7 +105,6 @@ class PromptAdapter(Adapter):
 
         @contextmanager
         def open_pipeline(state: PipelineState, span: Span) -> Iterator[None]:
-            check_projections_are_called(state.network)
             fusion = type(self).fusion(state, self.encoder, prompts, span)
             with (
                 exclusive_use(state.network, self.slot, state.network.modules()),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError
+from openpulid.methods.adapter import check_projections_are_called
 from openpulid.methods.hooks import (
     HookResult,
     PipelineState,
@@ -138,6 +139,8 @@ class PromptFusion:
         """
         pipe = self.state.target
         unet = self.state.network
+        if lora:
+            check_projections_are_called(unet)
         encoders = ((pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2))
         with ExitStack() as hooks:
             for index, (encoder, tokenizer) in enumerate(encoders):

@@ -148,10 +148,16 @@ def test_authors_biases_and_incomplete_words(pipe, methods, tmp_path):
         CustomDiffusion.load(tmp_path / "delta.bin")
 
 
-@pytest.mark.parametrize("kind", ["lora", "custom-diffusion"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_fused_projections_are_refused(pipe, methods, kind):
+    """They ignore hooks and weights of the layers that they join, but read the prompt's words."""
     methods[kind].attach(pipe)
     pipe.fuse_qkv_projections()
+    if kind == "textual-inversion":
+        base = generate(pipe)
+        with methods[kind].use():
+            assert not torch.allclose(generate(pipe), base, atol=1e-4)
+        return
     with pytest.raises(OptionError, match="has fused projections"), methods[kind].use():
         pass
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from openpulid.errors import OptionError
-from openpulid.methods.adapter import resident_weight
+from openpulid.methods.adapter import check_projections_are_called, resident_weight
 from openpulid.methods.elite.encoders import Mapper, Mappers
 from openpulid.methods.tuned.custom_diffusion import delta_hook
 
@@ -58,6 +58,7 @@ def hook_attention(
     local = mappers.local_mapper
     with ExitStack() as stack:
         for name, layer in layers.items():
+            check_projections_are_called(layer)
             for kind in "kv":
                 projection = getattr(layer, f"to_{kind}")
                 # peft wraps the layer of a user's LoRA

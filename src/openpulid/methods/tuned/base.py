@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoints import explain_bad_weights
-from openpulid.methods.adapter import Adapter, check_projections_are_called, exclusive_use
+from openpulid.methods.adapter import Adapter, exclusive_use
 from openpulid.methods.hooks import (
     HookResult,
     PipelineState,
@@ -105,7 +105,6 @@ class TunedAdapter(Adapter):
     def _open(self, state: PipelineState, scale: float, span: Span) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(exclusive_use(state.network, self.slot, state.network.modules()))
-            check_projections_are_called(state.network)
             call = ActiveCall(state, span)
             if not span.covers_schedule:
                 handle = state.network.register_forward_pre_hook(call.update, with_kwargs=True)

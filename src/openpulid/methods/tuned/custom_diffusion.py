@@ -19,7 +19,7 @@ from openpulid.io.checkpoints import (
     read_tensors,
     save_tensors,
 )
-from openpulid.methods.adapter import resident_weight
+from openpulid.methods.adapter import check_projections_are_called, resident_weight
 from openpulid.methods.hooks import PipelineState, find_unet
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
@@ -130,6 +130,7 @@ class CustomDiffusion(TunedAdapter):
         self, state: PipelineState, scale: float, call: ActiveCall, stack: ExitStack
     ) -> None:
         """Register the hooks of keys and values, and those of the word."""
+        check_projections_are_called(state.network)
         for name in (*self.matrices, *self.factors):
             weight = resident_weight(find_parameter(state.network, name))
             delta = (scale * self._difference(name, weight)).to(state.network.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 from openpulid.errors import OptionError
 from openpulid.io.checkpoint_kinds import UNET_ALONE, CheckpointKind
 from openpulid.io.checkpoints import read_optional_metadata, read_tensors, save_tensors
-from openpulid.methods.adapter import resident_weight
+from openpulid.methods.adapter import check_projections_are_called, resident_weight
 from openpulid.methods.hooks import PipelineState, find_unet
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import Trigger
@@ -80,6 +80,7 @@ class DreamBooth(TunedAdapter):
             raise OptionError(
                 "DreamBooth replaces the weights in all steps; leave out start and end."
             )
+        check_projections_are_called(state.network)
         if _is_group_offload_enabled(state.network):
             raise OptionError(
                 "DreamBooth replaces weights that group offloading loads again in every step; use "

@@ -17,6 +17,7 @@ from torch import Tensor
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoint_kinds import LORA, CheckpointKind
 from openpulid.io.checkpoints import explain_bad_weights, read_optional_metadata, save_tensors
+from openpulid.methods.adapter import check_projections_are_called
 from openpulid.methods.hooks import PipelineState
 from openpulid.methods.lora import check_low_rank, low_rank_hook, parse_lora
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter
@@ -121,6 +122,7 @@ class TunedLora(TunedAdapter):
         self, state: PipelineState, scale: float, call: ActiveCall, stack: ExitStack
     ) -> None:
         """Register the low-rank hooks of all networks."""
+        check_projections_are_called(state.network)
         for part, layers in self.layers.items():
             for name, (down, up) in layers.items():
                 # the prompt is encoded before the first step
