@@ -19,7 +19,7 @@ from openpulid.training.pulid import HeldOutLosses, standard_error, summarize_he
 
 ABOUT = "When stage 1 converges on FLUX's architecture: short trainings on the miniature"
 METRIC = "held_out_over_other"
-PER_IMAGE = ("losses", "people", "models")
+OMITTED = ("losses", "people", "models")
 """Parts of a result that the report leaves out."""
 
 
@@ -62,7 +62,7 @@ def summarize(results: Mapping[str, Any]) -> dict[str, Any]:
     reference = results[REFERENCE]["losses"]
     rows = {}
     for name, result in results.items():
-        row = {key: value for key, value in result.items() if key not in PER_IMAGE}
+        row = {key: value for key, value in result.items() if key not in OMITTED}
         row |= rounded({"added_mean": fmean(result["added"].values())})
         row["measured"] = {
             model: _figures(
