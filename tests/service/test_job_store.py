@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from openpulid.errors import OptionError, QueueFullError, StoreError
+from openpulid.errors import FaceError, OptionError, QueueFullError, StoreError
 from openpulid.pipelines.request_fields import RequestError
 from openpulid.pipelines.request_inputs import Control, Lora, Person
 from openpulid.service.jobs import JobStatus, Output
@@ -141,7 +141,7 @@ def test_images_of_a_lost_worker_go_to_another(
     assert not store.list_states([lost, task])[1].is_lost
     store.renew([lost], 1000)  # without effect
     assert not store.publish(lost, Output(b"late", 1, 1))
-    assert not store.fail(lost, "late.")
+    assert not store.fail(lost, FaceError("late."))
     assert store.publish(task, OUTPUT)
     job = store.get("ann", job_id)
     assert job is not None and job.images[0].file and job.images[0].file.read_bytes() == b"an image"
@@ -175,7 +175,7 @@ def test_a_job_that_ends_its_workers_runs_alone_and_fails(
     assert batches == [[bad], [good], [bad], [good], [], []]
     job = store.get("ann", bad)
     assert job is not None and job.status == JobStatus.FAILED
-    assert job.problem and "interrupted 3 times" in job.problem
+    assert job.problem and "interrupted 3 times" in job.problem and job.is_service_problem
 
 
 def test_a_released_image_may_run_in_a_batch_again(store: JobStore, tmp_path: Path) -> None:
@@ -206,10 +206,11 @@ def test_a_failed_image_fails_its_job(store: JobStore, tmp_path: Path) -> None:
     job_id = store.submit("ann", with_person(num_images=3), PERSON, "key").id
     first, second = store.claim("worker", 2, 10)
     file = first.request.people[0].images[0]
-    assert store.fail(first, f"{file} shows no face.")
+    assert store.fail(first, FaceError(f"{file} shows no face."))
     job = store.get("ann", job_id)
     assert job is not None and job.status == JobStatus.FAILED
     assert job.problem == "people-0-images-0 shows no face."  # no path of the server
+    assert not job.is_service_problem
     assert store.list_states([second])[0].is_lost and not store.claim("worker", 1, 10)
 
 
@@ -342,6 +343,7 @@ def test_a_missing_input_fails_its_job_alone(store: JobStore, tmp_path: Path) ->
     job = store.get("ann", broken)
     assert job is not None and job.status == JobStatus.FAILED
     assert job.problem == "an input file of this job is missing; submit it again."
+    assert job.is_service_problem
 
 
 def test_a_missing_result_has_no_file(store: JobStore, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ class Job:
         expires: when it is removed; None until it is finished.
         preview: a small JPEG file of an image that is not finished yet.
         problem: why it failed, in one sentence.
+        is_service_problem: whether that is the fault of the service, not of the request.
     """
 
     id: str
@@ -76,6 +77,7 @@ class Job:
     expires: datetime | None = None
     preview: Path | None = None
     problem: str | None = None
+    is_service_problem: bool = False
 
 
 @dataclass(frozen=True)

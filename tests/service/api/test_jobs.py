@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime, timezone
 from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,8 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from openpulid.pipelines.request import GenerationRequest
+from openpulid.service.api.answers import to_problem
 from openpulid.service.api.app import create_app
 from openpulid.service.api.backend import Backend
+from openpulid.service.jobs import Job, JobStatus
 from openpulid.service.store.jobs import JobStore, QueueLimits
 from tests.service.api.conftest import (
     PHOTO,
@@ -226,3 +230,12 @@ def test_fal_and_replicate(client: httpx.Client) -> None:
     linked = {**fal, "reference_image_url": "https://example.org/a.png"}
     problem = check_problem(client.post("/fal-ai/flux-pulid", json=linked), 400)
     assert problem["detail"].startswith("reference_image_url must be a data: URL")
+
+
+def test_a_fault_of_the_service_is_no_invalid_request() -> None:
+    request = GenerationRequest(prompt="portrait")
+    now = datetime.now(timezone.utc)
+    job = Job("job-1", "anna", JobStatus.FAILED, request, (), 0, 0, now, problem="no file.")
+    assert to_problem(job).status == 400
+    problem = to_problem(replace(job, is_service_problem=True))
+    assert (problem.status, problem.details.error.type) == (503, "server_error")

@@ -15,7 +15,7 @@ from openpulid.io.metadata import encode_image
 from openpulid.io.xmp import DigitalSourceType
 from openpulid.service.api.context import find_context
 from openpulid.service.api.fields import AnswerOptions
-from openpulid.service.api.problems import Problem, ProblemDetails
+from openpulid.service.api.problems import RETRY_LATER, Problem, ProblemDetails
 from openpulid.service.jobs import Job, JobImage, JobStatus
 from openpulid.service.queue.engine import UNEXPECTED
 
@@ -121,6 +121,8 @@ def to_problem(job: Job) -> Problem:
     for field, name in job.request.input_files():
         if name.startswith(field.replace(".", "-")):  # it is not a published name
             sentence = sentence.replace(name, field)
+    if job.is_service_problem:
+        return Problem(503, sentence, headers=RETRY_LATER)
     return Problem(400, sentence)
 
 

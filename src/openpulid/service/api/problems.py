@@ -46,6 +46,9 @@ CODES = {
 }
 """Status -> what programs compare."""
 
+RETRY_LATER = {"Retry-After": "60"}
+"""Headers of an answer that the service may give differently in a minute."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -131,12 +134,12 @@ def to_problem(error: Exception) -> Problem:
         return Problem(400, "the request is nested too deeply.")
     if is_out_of_memory(error):
         logger.error("%s", error)
-        return Problem(503, NO_MEMORY, headers={"Retry-After": "60"})
+        return Problem(503, NO_MEMORY, headers=RETRY_LATER)
     if isinstance(error, StoreError):  # its sentence names no path
-        return Problem(503, str(error), headers={"Retry-After": "60"})
+        return Problem(503, str(error), headers=RETRY_LATER)
     if isinstance(error, (OutputError, OSError)):
         logger.error("%s", error)
-        return Problem(503, NO_STORAGE, headers={"Retry-After": "60"})
+        return Problem(503, NO_STORAGE, headers=RETRY_LATER)
     if isinstance(error, PulidError):
         return Problem(400, str(error))
     return Problem(500, UNEXPECTED)

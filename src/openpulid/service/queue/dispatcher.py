@@ -11,7 +11,7 @@ from itertools import count
 
 from PIL import Image
 
-from openpulid.errors import PulidError, Stopped, StoreError, escape_unprintable
+from openpulid.errors import PulidError, Stopped, StoreError
 from openpulid.io.metadata import encode_image
 from openpulid.service.jobs import Task
 from openpulid.service.queue.engine import UNEXPECTED, Engine, Interrupted, Result
@@ -151,13 +151,13 @@ class _Run:
         for attempt in count():
             try:
                 if isinstance(result, PulidError):
-                    self._store.fail(task, escape_unprintable(str(result)))
+                    self._store.fail(task, result)
                 else:
                     self._store.publish(task, result)
             except StoreError as error:
                 if attempt >= len(RETRY_DELAYS):
                     with suppress(StoreError):
-                        self._store.fail(task, str(error))
+                        self._store.fail(task, error)
                         break
                 if self._stopping.wait(RETRY_DELAYS[min(attempt, len(RETRY_DELAYS) - 1)]):
                     return

@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, delete, func, select, update
 
-from openpulid.errors import OptionError, QueueFullError, StoreError
+from openpulid.errors import OptionError, PulidError, QueueFullError, StoreError
 from openpulid.io.lock import lock_directory
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.service.jobs import Job, JobStatus, Output, Task
@@ -229,7 +229,7 @@ class JobStore:
                     try:
                         claimed.append(self._begin(connection, job, worker, now + lease_s))
                     except StoreError as error:
-                        self._end(connection, job.id, JobStatus.FAILED, str(error))
+                        self._fail(connection, job.id, error)
                         ended.append(job.id)
             claimed = [task for task in claimed if task.job_id not in ended]
         for job_id in ended:
@@ -295,18 +295,21 @@ class JobStore:
             folder.remove_inputs()
         return is_published
 
-    def fail(self, task: Task, problem: str) -> bool:
+    def fail(self, task: Task, problem: PulidError) -> bool:
         """End the job of a task, with a sentence, which names input files without their folder.
+
+        Args:
+            task: the task.
+            problem: a `StoreError` is the fault of the service, any other that of the request.
 
         Returns:
             Whether the claim was still valid; otherwise nothing happens.
         """
-        problem = problem.replace(f"{self._folder(task.job_id).inputs}/", "")
         with self._database.write() as connection:
             query = select(tasks.c.number).where(transitions.is_held(task))
             is_valid = connection.execute(query).first() is not None
             if is_valid:
-                self._end(connection, task.job_id, JobStatus.FAILED, problem)
+                self._fail(connection, task.job_id, problem)
         if is_valid:
             self._folder(task.job_id).remove_inputs()
         return is_valid
@@ -387,11 +390,20 @@ class JobStore:
         row = self._find(connection, job.owner, job.id)
         return read_task(row, *begun, self._folder(job.id))
 
-    def _end(
-        self, connection: Connection, job_id: str, status: JobStatus, problem: str | None = None
-    ) -> None:
+    def _end(self, connection: Connection, job_id: str, status: JobStatus, **reason: Any) -> None:
         now = self._clock()
-        transitions.end_job(connection, job_id, status, now, now + self._limits.lifetime, problem)
+        transitions.end_job(connection, job_id, status, now, now + self._limits.lifetime, **reason)
+
+    def _fail(self, connection: Connection, job_id: str, problem: PulidError) -> None:
+        sentence = str(problem).replace(f"{self._folder(job_id).inputs}/", "")
+        is_service_problem = isinstance(problem, StoreError)
+        self._end(
+            connection,
+            job_id,
+            JobStatus.FAILED,
+            problem=sentence,
+            is_service_problem=is_service_problem,
+        )
 
     def _requeue(self, connection: Connection, condition: ColumnElement[bool]) -> list[str]:
         """Put interrupted tasks back into the queue; return the jobs that have failed instead."""
@@ -404,11 +416,11 @@ class JobStore:
             connection, [row for row in rows if row.job_id not in failed], is_interrupted=True
         )
         for job_id in failed:
-            problem = (
+            problem = StoreError(
                 f"the service was interrupted {self._limits.interruptions + 1} times while it ran "
                 "this job; try a smaller size or fewer images."
             )
-            self._end(connection, job_id, JobStatus.FAILED, problem)
+            self._fail(connection, job_id, problem)
         return list(failed)
 
     def _update(self, claimed: Sequence[Task], **values: Any) -> None:

@@ -172,6 +172,7 @@ def read_job(row: Any, task_rows: Sequence[Any], folder: JobFolder) -> Job:
             expires=None if row.expires is None else to_datetime(row.expires),
             preview=folder.preview if folder.preview.is_file() else None,
             problem=row.problem,
+            is_service_problem=row.is_service_problem,
         )
 
 

@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Double,
     ForeignKey,
@@ -41,6 +42,8 @@ jobs = Table(
     # previews are written until then
     Column("watched", Double, nullable=False),
     Column("problem", Text),
+    # whether the problem is the fault of the service, not of the request
+    Column("is_service_problem", Boolean, nullable=False),
     Index("jobs_waiting", "waiting"),
     Index("jobs_turn", "turn"),
     Index("jobs_expires", "expires"),

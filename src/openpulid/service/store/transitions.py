@@ -57,6 +57,7 @@ def insert_job(
             turn=next_turn(connection),
             created=now,
             watched=0.0,
+            is_service_problem=False,
         )
     )
     rows = [
@@ -190,6 +191,7 @@ def end_job(
     now: float,
     expires: float,
     problem: str | None = None,
+    is_service_problem: bool = False,
 ) -> None:
     """Give a job its final status; what it still has to do is dropped."""
     connection.execute(
@@ -200,7 +202,14 @@ def end_job(
     connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id)
-        .values(status=status.value, finished=now, expires=expires, problem=problem, waiting=0)
+        .values(
+            status=status.value,
+            finished=now,
+            expires=expires,
+            problem=problem,
+            is_service_problem=is_service_problem,
+            waiting=0,
+        )
     )
 
 

@@ -26,6 +26,7 @@ def upgrade() -> None:
         sa.Column("expires", sa.Double),
         sa.Column("watched", sa.Double, nullable=False),
         sa.Column("problem", sa.Text),
+        sa.Column("is_service_problem", sa.Boolean, nullable=False),
     )
     op.create_index("jobs_waiting", "jobs", ["waiting"])
     op.create_index("jobs_turn", "jobs", ["turn"])
