@@ -14,6 +14,7 @@ from openpulid.cli.main import app
 from openpulid.errors import OptionError, WeightsError
 from openpulid.mini.models.pipeline import save_folder
 from openpulid.mini.train import build as builder
+from openpulid.mini.train.baseline_stages import find_baseline_recipe
 from openpulid.mini.train.build_context import BuildContext, Stage, stamp
 from tests.support import mini_networks as networks
 
@@ -131,3 +132,9 @@ def test_command_uses_the_weights_of_another_folder(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["mini", "build", "lightning", "--weights", str(weights)])
     assert isinstance(result.exception, WeightsError)
     assert str(result.exception).startswith(f"{weights / 'pipeline' / 'text_encoder'} does not")
+
+
+def test_a_baseline_names_the_stage_whose_steps_it_takes(folders):
+    context = BuildContext(folders["runs"], folders["weights"], torch.device("cpu"))
+    with pytest.raises(WeightsError, match="`pulid mini build flux-stage1`"):
+        find_baseline_recipe(context, "infiniteyou")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionModelWithProjection
 
+from openpulid.errors import WeightsError
 from openpulid.io.checkpoints import read_metadata
 from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
 from openpulid.mini.train.baseline_task import BaselineTask
@@ -71,11 +72,21 @@ def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
 
 
 def find_baseline_recipe(context: BuildContext, name: str) -> Recipe:
-    """Return the recipe of PuLID's first stage, with the number of steps that it trained."""
+    """Return the recipe of PuLID's first stage, with the number of steps that it trained.
+
+    Raises:
+        WeightsError: its adapter, which knows the number, is not among the weights.
+    """
     stage = "flux-stage1" if name in FLUX_NAMES else "stage1"
-    stage1 = read_metadata(adapter_file(context.weights, stage))
+    adapter = adapter_file(context.weights, stage)
+    if not adapter.exists():
+        raise WeightsError(
+            f"{name} trains as many steps as PuLID's first stage, and {adapter} does not exist; "
+            f"train it with `pulid mini build {stage}`."
+        )
     recipe = find_recipe(f"mini_{stage.replace('-', '_')}")
-    return replace(recipe, name=f"mini_{name}", steps=int(stage1["steps"]))
+    steps = int(read_metadata(adapter)["steps"])
+    return replace(recipe, name=f"mini_{name}", steps=steps)
 
 
 def find_baseline_preset(context: BuildContext, name: str) -> Preset:
