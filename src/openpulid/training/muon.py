@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
     `torch.optim.Muon` needs torch 2.9, takes no kernels and orthogonalizes one matrix at a time.
 
     Args:
-        parameters: those with two or more axes are matrices.
+        parameters: or groups of them; those with two or more axes are matrices.
         lr: learning rate, as for AdamW.
         weight_decay: of the matrices, per step and multiplied by `lr`.
         momentum: of the matrices (Nesterov's form).
@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float,
         weight_decay: float = 0.1,
         momentum: float = 0.95,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from math import ceil
 from statistics import fmean, median
 from typing import Literal, get_args
@@ -32,6 +33,9 @@ LIMITS = {
 class TrainerConfig:
     """Everything the trainer needs to know of a run. The task owns the batch size.
 
+    Attributes:
+        lr_scales: name of a module of the task -> factor of its learning rate; 1 for all others.
+
     Raises:
         OptionError: a number is out of its limits, or there is no such optimizer.
     """
@@ -54,6 +58,7 @@ class TrainerConfig:
     log_every: int = 20
     save_minutes: float = 3.0
     bf16: bool = True  # losses and validation under bfloat16 autocast
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)

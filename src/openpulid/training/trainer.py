@@ -191,7 +191,7 @@ class Trainer:
         self.ranks = ranks
         buffers = state_buffers(modules)
         self.ranks.broadcast_([*self.parameters, *buffers.values()])
-        self.optimizer = build_optimizer(self.parameters, config)
+        self.optimizer = build_optimizer(tensors, config)
         self.average = EMA({**tensors, **buffers}, config.ema)
         self.state = TrainingState(modules, self.optimizer, self.average)
         self.budget = TimeBudget(config, minutes)

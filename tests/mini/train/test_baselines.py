@@ -85,7 +85,7 @@ def made(name: str, pipe: Any) -> tuple[Baseline, BaselineTask]:
 def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Path) -> None:
     base = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
     baseline, task = made(name, pipe)
-    learned = [x for x in baseline.trained.parameters() if x.requires_grad]
+    learned = list(trainable_parameters(task.modules()).values())
     optimizer = torch.optim.AdamW(learned, lr=3e-3)
     told = []
     for _ in range(6):  # the same noise each time: the loss must fall

@@ -13,7 +13,7 @@ from transformers import CLIPVisionModelWithProjection
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoints import read_metadata
 from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
-from openpulid.mini.train.baseline_task import BaselineTask
+from openpulid.mini.train.baseline_task import PRETRAINED, BaselineTask
 from openpulid.mini.train.baselines import BASELINES, FEATURES, FLUX_NAMES, Features
 from openpulid.mini.train.build_context import (
     PORTRAITS,
@@ -31,6 +31,11 @@ from openpulid.pipelines.factory import load_extractor, load_pipeline
 from openpulid.pipelines.presets import Preset, mini, mini_flux
 from openpulid.pipelines.selection import with_method
 from openpulid.training.pulid import Recipe, find_recipe
+
+PRETRAINED_LR_SCALE = 0.1
+"""Factor of the learning rate of weights that are trained already. PhotoMaker's authors train its
+LoRA with 1e-4 and its vision encoder with 1e-5. With the same rate for both, the encoder lost most
+of the facial values that it knew within 800 steps (benchmarks/mini-baselines.md)."""
 
 
 def baseline_stage(name: str) -> Callable[[BuildContext], dict[str, float]]:
@@ -96,7 +101,7 @@ def find_baseline_preset(context: BuildContext, name: str) -> Preset:
 
 def train_task(context: BuildContext, name: str, task: BaselineTask) -> dict[str, float]:
     """Train a baseline, write it next to the other weights, and measure it."""
-    config = task.recipe.trainer_config()
+    config = replace(task.recipe.trainer_config(), lr_scales={PRETRAINED: PRETRAINED_LR_SCALE})
     context.train(name, task, config)
     folder = context.weights / "flux" if name in FLUX_NAMES else context.weights
     path = task.baseline.save(folder / name, task.base.pipe)

@@ -21,11 +21,13 @@ from openpulid.training.pulid import (
     Recipe,
     SDXLModel,
     diffusion_branch,
-    drop_identity,
     loss_weight_map,
     swap_identities,
 )
 from openpulid.training.pulid.models import AttentionQK
+
+PRETRAINED = "pretrained"
+"""Name of the module that trains with a smaller learning rate."""
 
 
 class BaselineTask:
@@ -62,7 +64,10 @@ class BaselineTask:
 
     def modules(self) -> Mapping[str, nn.Module]:
         """Return what the baseline trains."""
-        return {"baseline": self.baseline.trained}
+        modules = {"baseline": self.baseline.trained}
+        if self.baseline.pretrained is not None:
+            modules[PRETRAINED] = self.baseline.pretrained
+        return modules
 
     def losses(self, rng: StepRNG) -> Mapping[str, Tensor]:
         """Compute L_diff and the baseline's own losses."""
@@ -87,8 +92,8 @@ class BaselineTask:
     def validate(self) -> Mapping[str, float]:
         """Measure L_diff on held-out people with their own identity, another one and none.
 
-        A method that never drops the identity has no figure without one. InstantID's landmarks are
-        always the image's own.
+        A method that never drops the identity has no figure without one; FastComposer and
+        PhotoMaker drop the caption with it. InstantID's landmarks are always the image's own.
         """
         if self.held_out is None:
             return {}
@@ -102,7 +107,7 @@ class BaselineTask:
             conditions = {
                 "own": batch,
                 "other": swap_identities(batch),
-                "none": drop_identity(batch, all_rows),
+                "none": self.baseline.drop(batch, all_rows, StepRNG(self.recipe.seed, step)),
             }
             for name in names:
                 condition = conditions[name]

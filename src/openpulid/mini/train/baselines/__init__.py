@@ -3,7 +3,7 @@
 All methods train with the loss weights and timesteps of PuLID's first stage, so that only the
 methods differ. The authors of FaceID, InstantID, PhotoMaker, Face0 and InfiniteYou train with
 L_diff alone. As its authors do, PhotoMaker restricts the loss to the face in half of the steps
-(arXiv 2312.04461, section 4.1), and never drops the identity. PhotoVerse, FastComposer, ELITE and
+(arXiv 2312.04461, section 4.1). PhotoVerse, FastComposer, ELITE and
 W+ Adapter add losses of their authors, see their classes.
 """
 

@@ -28,7 +28,9 @@ class Baseline:
 
     Attributes:
         method: attached by `BaselineTask`.
-        trained: all modules that train.
+        trained: all modules that train and begin with random weights.
+        pretrained: a module that trains with a smaller learning rate, so that it keeps what it has
+            learned before; None without one.
         needs_identity: whether identities are never dropped in training.
         masks_loss: whether half of the steps restrict the loss to the face.
         trains_text: whether the method trains through the text encoders.
@@ -40,9 +42,12 @@ class Baseline:
     trains_text: ClassVar[bool] = False
     reads_attention: ClassVar[bool] = False
 
-    def __init__(self, method: Any, trained: nn.Module) -> None:
+    def __init__(
+        self, method: Any, trained: nn.Module, pretrained: nn.Module | None = None
+    ) -> None:
         self.method = method
         self.trained = trained
+        self.pretrained = pretrained
 
     def identities(self, batch: Batch) -> list[Identity]:
         """Return the identities of a batch in the method's format."""

@@ -64,6 +64,7 @@ def copy_vision_encoder(
     Returns:
         The layers that train.
     """
+    encoder.to(clip.device)
     encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
     encoder.requires_grad_(True).vision_model.requires_grad_(False)
     last_layers = encoder.vision_model.encoder.layers[-TRAINED_LAYERS:]

@@ -26,9 +26,9 @@ HIDDEN_WIDTH = 128
 class PhotoVerseBaseline(Baseline):
     """PhotoVerse, with random fusion and the regularizers of words and visual values.
 
-    As in the paper (arXiv 2309.05793, section 3.3), all five words are in the prompt, and the
-    identity is never dropped. **The paper's face loss is left out**: it needs a denoised image in
-    each step, and no other baseline has one.
+    As in the paper (arXiv 2309.05793, section 3.3), all five words are in the prompts of the
+    training, and the identity is never dropped. **The paper's face loss is left out**: it needs a
+    denoised image in each step, and no other baseline has one.
     """
 
     needs_identity = True
@@ -38,10 +38,10 @@ class PhotoVerseBaseline(Baseline):
     def use(
         self, batch: Batch, pipe: Any, rng: StepRNG | None = None
     ) -> AbstractContextManager[Any]:
-        """Open the method; a training step draws the weights of its parts."""
+        """Open the method; a training step has all words and draws the weights of the parts."""
         return self.method.use(
             self.identities(batch),
-            num_words=NUM_LEVELS,
+            num_words=NUM_LEVELS if rng else 1,
             fusion=draw_fusion(rng.generator("fusion")) if rng else None,
             pipe=pipe,
         )

@@ -80,13 +80,12 @@ def fastcomposer(pipe: Any, clip: CLIPVisionModelWithProjection) -> Baseline:
     method = DroppableFastComposer(encoder, create_lora(pipe.unet))
     trained = nn.ModuleList(
         [
-            last_layers,
             encoder.image_encoder.visual_projection,
             encoder.postfuse_module,
             train_lora(method),
         ]
     )
-    return FastComposerBaseline(method, trained)
+    return FastComposerBaseline(method, trained, last_layers)
 
 
 def _masks(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -5,35 +5,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection
 
 from openpulid.methods.photomaker.encoders import PhotoMakerEncoder
-from openpulid.methods.photomaker.photomaker import PhotoMaker
 from openpulid.mini.train.baselines.base import Baseline
 from openpulid.mini.train.baselines.clip import ClipBaseline, copy_vision_encoder, vision_config
+from openpulid.mini.train.baselines.marked_words import DroppablePhotoMaker
 from openpulid.mini.train.baselines.tensors import (
     create_lora,
     lora_tensors,
     save_half,
     train_lora,
 )
+from openpulid.training import StepRNG
+from openpulid.training.pulid import Batch, drop_captions, drop_identity
 
 PROJECTION_WIDTH = 64
 """Of PhotoMaker's first projection; the second fills the remaining width of the text embeddings."""
 
 
 class PhotoMakerBaseline(ClipBaseline):
-    """PhotoMaker v1. As its authors do, it never drops the identity."""
+    """PhotoMaker v1.
 
-    needs_identity = True
+    A dropped identity also has no caption: its authors replace the whole prompt by an empty one in
+    a tenth of the images (arXiv 2312.04461, section 4.1), which is also PuLID's fraction.
+    """
+
     masks_loss = True
-    method: PhotoMaker
+    method: DroppablePhotoMaker
 
     @property
     def vision_encoder(self) -> CLIPVisionModelWithProjection:
         """The id encoder, which is a vision encoder with further layers."""
         return self.method.encoder
+
+    def drop(self, batch: Batch, dropped: Tensor, rng: StepRNG) -> Batch:
+        """Drop identities and captions where `dropped` (B,) is true."""
+        return drop_captions(drop_identity(batch, dropped), dropped)
 
     def save(self, path: Path, pipe: Any) -> Path:
         """Save the encoder and the LoRA."""
@@ -60,14 +69,13 @@ def photomaker(pipe: Any, clip: CLIPVisionModelWithProjection) -> Baseline:
     width = pipe.unet.config.cross_attention_dim
     encoder = PhotoMakerEncoder(vision_config(clip, PROJECTION_WIDTH), width)
     last_layers = copy_vision_encoder(encoder, clip)
-    method = PhotoMaker(encoder, create_lora(pipe.unet))
+    method = DroppablePhotoMaker(encoder, create_lora(pipe.unet))
     trained = nn.ModuleList(
         [
-            last_layers,
             encoder.visual_projection,
             encoder.visual_projection_2,
             encoder.fuse_module,
             train_lora(method),
         ]
     )
-    return PhotoMakerBaseline(method, trained)
+    return PhotoMakerBaseline(method, trained, last_layers)
