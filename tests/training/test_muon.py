@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from openpulid.training.muon import Muon, orthogonalize
+from openpulid.training.optimizer import build_optimizer, set_lr
+from openpulid.training.schedule import TrainerConfig
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 40), (3, 40, 16), (2, 16, 16)])
@@ -20,6 +22,27 @@ def test_orthogonalize_evens_singular_values_and_preserves_vectors(shape):
     made_values = inside.diagonal(dim1=-2, dim2=-1)
     assert made_values.min() > 0.6 and made_values.max() < 1.3
     assert (inside - torch.diag_embed(made_values)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_module_has_its_own_learning_rate(optimizer):
+    parameters = {
+        f"{module}.{name}": nn.Parameter(torch.ones(size))
+        for module in ("new", "pretrained")
+        for name, size in (("weight", (4, 4)), ("bias", (4,)))
+    }
+    config = TrainerConfig(
+        steps=1, lr=0.1, optimizer=optimizer, weight_decay=0.0, lr_scales={"pretrained": 0.1}
+    )
+    for parameter in parameters.values():
+        parameter.grad = torch.eye(4)[: parameter.ndim * 3 - 2].squeeze(0)
+    updater = build_optimizer(parameters, config)
+    set_lr(updater, 0.5 * config.lr)
+    updater.step()
+    for name in ("weight", "bias"):
+        moved = 1 - parameters[f"new.{name}"].detach()
+        assert moved.abs().max() > 0.01
+        torch.testing.assert_close(1 - parameters[f"pretrained.{name}"].detach(), 0.1 * moved)
 
 
 def test_one_step_matches_the_formulas():

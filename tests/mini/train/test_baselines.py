@@ -18,6 +18,7 @@ from openpulid.mini.train.build_context import stamp
 from openpulid.pipelines.factory import check_models, load_pipeline
 from openpulid.pipelines.presets import MINIATURE, mini
 from openpulid.pipelines.selection import with_method
+from openpulid.training.checkpointing import trainable_parameters
 from openpulid.training.photoverse import draw_fusion
 from openpulid.training.pulid.batch import Batch
 from openpulid.training.pulid.branches import DiffusionStep

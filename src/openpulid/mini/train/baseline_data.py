@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
 
 from openpulid.identity.extractor import FaceEmbeddingExtractor
 from openpulid.mini.data import FaceFeatures, Latents, cache_folder, load_faces
-from openpulid.mini.train.baselines import Baseline, Features
-from openpulid.mini.train.build_context import BuildContext
+from openpulid.mini.train.baselines import FEATURES, Baseline, Features
+from openpulid.mini.train.build_context import PORTRAITS, BuildContext
 from openpulid.mini.train.clip import normalize_for_clip
-from openpulid.mini.train.face_latent_data import FaceLatentRows
+from openpulid.mini.train.clip_stages import CLIP_FACES
+from openpulid.mini.train.face_latent_data import FaceLatentRows, load_directions
 from openpulid.mini.train.portraits import Portraits, load_features
 from openpulid.mini.train.sheet import draw_sheet
 from openpulid.pipelines.presets import Preset
@@ -63,6 +65,28 @@ def load_rows(
     if features == "levels":
         return cached
     return FaceEmbeddingRows(cached, extractor.recognition.config["dim"])
+
+
+def load_input(context: BuildContext, extractor: Any, name: str) -> Any:
+    """Load what a baseline is created for, see `BASELINES`.
+
+    Args:
+        context: of the build.
+        extractor: of the features.
+        name: of the baseline.
+
+    Returns:
+        The vision encoder of CLIP, editing directions of the face latents, or the width of the
+        features.
+    """
+    features = FEATURES[name]
+    if features == "images":
+        return context.load_model(CLIPVisionModelWithProjection, CLIP_FACES)
+    if features == "levels":
+        return extractor.vision_encoder.config["embed_dim"]
+    if features == "latents":
+        return load_directions(extractor, context.open(PORTRAITS))
+    return extractor.recognition.config["dim"]
 
 
 def open_baseline_data(

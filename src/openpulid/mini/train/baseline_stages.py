@@ -8,11 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import CLIPVisionModelWithProjection
 
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoints import read_metadata
-from openpulid.mini.train.baseline_data import load_rows, make_sheet_function, open_baseline_data
+from openpulid.mini.train.baseline_data import (
+    load_input,
+    load_rows,
+    make_sheet_function,
+    open_baseline_data,
+)
 from openpulid.mini.train.baseline_task import PRETRAINED, BaselineTask
 from openpulid.mini.train.baselines import BASELINES, FEATURES, FLUX_NAMES, Features
 from openpulid.mini.train.build_context import (
@@ -22,7 +26,6 @@ from openpulid.mini.train.build_context import (
     stamp,
 )
 from openpulid.mini.train.clip_stages import CLIP_FACES, train_clip_faces
-from openpulid.mini.train.face_latent_data import load_directions
 from openpulid.mini.train.face_latents_stage import FACE_LATENTS_STAGE
 from openpulid.mini.train.loss_models import create_model
 from openpulid.mini.train.portraits import Mixture, Portraits
@@ -107,28 +110,6 @@ def train_task(context: BuildContext, name: str, task: BaselineTask) -> dict[str
     path = task.baseline.save(folder / name, task.base.pipe)
     stamp(path, context.describe_training(name, config))
     return dict(task.validate())
-
-
-def load_input(context: BuildContext, extractor: Any, name: str) -> Any:
-    """Load what a baseline is created for, see `BASELINES`.
-
-    Args:
-        context: of the build.
-        extractor: of the features.
-        name: of the baseline.
-
-    Returns:
-        The vision encoder of CLIP, editing directions of the face latents, or the width of the
-        features.
-    """
-    features = FEATURES[name]
-    if features == "images":
-        return context.load_model(CLIPVisionModelWithProjection, CLIP_FACES)
-    if features == "levels":
-        return extractor.vision_encoder.config["embed_dim"]
-    if features == "latents":
-        return load_directions(extractor, context.open(PORTRAITS))
-    return extractor.recognition.config["dim"]
 
 
 NEEDS: Mapping[Features, tuple[str, ...]] = {
