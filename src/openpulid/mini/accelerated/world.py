@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from openpulid.mini.accelerated.scenes import Scenes, draw_people, draw_scenes, scene_tensors
+from openpulid.mini.accelerated.scenes import Scenes, draw_people, draw_scenes
 from openpulid.world.dataset import PORTRAIT_SCENE
 from openpulid.world.render import render_stage
 
@@ -126,9 +126,7 @@ def render_world(
         # the last batch repeats its last image: the compiler needs a single batch size
         rows = torch.arange(done, done + batch, device=device).clamp(max=count - 1)
         try:
-            rendering = render_stage(
-                people[rows], scene_tensors(scenes[rows]), size, compiled=compiled
-            )
+            rendering = render_stage(people[rows], scenes[rows].tensors(), size, compiled=compiled)
         except Exception as error:
             if not compiled:
                 raise
