@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from openpulid.io.image_grid import luminance
+
 TEMPLATE = torch.tensor(
     [[0.340, 0.355], [0.660, 0.355], [0.500, 0.535], [0.385, 0.640], [0.615, 0.640]]
 )
@@ -17,9 +19,6 @@ TEMPLATE = torch.tensor(
 
 GRAY = 0.5
 """Value of all pixels outside of the face in the input of a face recognition model."""
-
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in gray (ITU-R BT.601)."""
 
 
 def similarity_transform(landmarks: Tensor, template: Tensor) -> Tensor:
@@ -111,12 +110,6 @@ def align_faces(images: Tensor, masks: Tensor, landmarks: Tensor, size: int) -> 
 def mask_background(crops: Tensor, masks: Tensor) -> Tensor:
     """Replace everything outside of `masks` (B, 1, S, S) in `crops` (B, 3, S, S) by `GRAY`."""
     return GRAY + (crops - GRAY) * masks
-
-
-def luminance(images: Tensor) -> Tensor:
-    """Convert RGB images (B, 3, H, W) to gray (B, 1, H, W) with the weights `LUMA`."""
-    red, green, blue = images.unbind(1)
-    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)[:, None]
 
 
 def gray_on_white(crop: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from openpulid.faces.align import GRAY, luminance
+from openpulid.faces.align import GRAY
+from openpulid.io.image_grid import luminance
 
 JPEG_BLOCK = 8
 
