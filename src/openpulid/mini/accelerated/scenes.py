@@ -132,8 +132,6 @@ def draw_scenes(
 
 # -- captions --
 
-State = tuple[int, ...]
-
 
 class CaptionWriter:
     """Writes captions as token ids, from the distribution of `Scene.prompt`.
