@@ -158,13 +158,13 @@ class RecognitionEvaluator:
         same_person = self.people[:, None] == self.people
         same_family = self.families[:, None] == self.families
         same = upper & same_person
-        other = upper & ~same_person
+        different = upper & ~same_person
         cosines = self.sensitivity(model)
         return {
-            "auc": compute_auc(cosine[same], cosine[other & same_family]),
-            "auc_anyone": compute_auc(cosine[same], cosine[other]),
+            "auc": compute_auc(cosine[same], cosine[different & same_family]),
+            "auc_anyone": compute_auc(cosine[same], cosine[different]),
             "same": cosine[same].mean().item(),
-            "other": cosine[other].mean().item(),
+            "other": cosine[different].mean().item(),
             "seen": float(sum(value <= MAX_COSINE_AFTER_CHANGE for value in cosines.values())),
             "moved": sum(cosines.values()) / len(cosines),
         }
