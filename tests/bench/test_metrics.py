@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openpulid.bench import metrics
 from openpulid.bench.metrics import Faces, MetricInputs
-from openpulid.bench.metrics.inputs import crop_faces
+from openpulid.bench.metrics.inputs import crop_squares
 
 
 def build_faces(
@@ -177,7 +177,7 @@ def test_faces_are_cropped_to_a_square_around_their_pixels() -> None:
     images[0, :, 2:6, 3:5] = 1
     masks = torch.zeros(2, 1, 8, 8)
     masks[0, 0, 2:6, 3:5] = 1
-    crops = crop_faces(images, Faces(torch.tensor([True, False]), torch.zeros(2, 1), masks), 4)
+    crops = crop_squares(images, Faces(torch.tensor([True, False]), torch.zeros(2, 1), masks), 4)
     assert torch.equal(
         crops[0, 0], torch.tensor([[0.5, 1.0, 1.0, 0.5]] * 4)
     )  # four high, two wide, gray beside it

@@ -9,6 +9,7 @@ from openpulid.faces.align import (
     GRAY,
     TEMPLATE,
     align_faces,
+    compose_affine,
     gray_on_white,
     similarity_transform,
     warp_images,
@@ -46,6 +47,13 @@ def test_similarity_is_least_squares_optimum():
         c, s, x, y = 0.05 * torch.randn(4, generator=generator)
         perturbed = best + torch.stack([torch.stack([c, -s, x]), torch.stack([s, c, y])])
         assert residual(best) <= residual(perturbed)
+
+
+def test_compose_affine_is_matrix_product():
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.rand(3, 2, 3, generator=generator)
+    first = torch.rand(3, 3, 3, generator=generator)
+    assert torch.allclose(compose_affine(matrix, first), matrix @ first, atol=1e-6)
 
 
 def test_identity_warp_returns_image():

@@ -25,7 +25,6 @@ from openpulid.mini.accelerated.scenes import (
     CaptionWriter,
     draw_people,
     draw_scenes,
-    scene_tensors,
 )
 from openpulid.mini.accelerated.state import Sizes
 from openpulid.mini.accelerated.steps import DeviceMuon, TimedSchedule
@@ -76,7 +75,7 @@ def data(world, text_encoders):
 
 def test_tensor_scenes_render_like_world_scenes(generator):
     scenes, people = draw_scenes(3, generator), draw_people(3, generator)
-    rendering = render_stage(people, scene_tensors(scenes), 48)
+    rendering = render_stage(people, scenes.tensors(), 48)
     expected = render(
         [Person.from_vector(row.tolist()) for row in people],
         [scenes.scene(k) for k in range(3)],
@@ -85,6 +84,14 @@ def test_tensor_scenes_render_like_world_scenes(generator):
     assert torch.equal(rendering.image, expected.image)
     assert torch.equal(rendering.parts, expected.parts)
     assert torch.equal(rendering.landmarks, expected.landmarks)
+    colors = [
+        [0.604658, 0.490096, 0.400837],
+        [0.608334, 0.531878, 0.502458],
+        [0.246240, 0.398761, 0.375270],
+    ]
+    torch.testing.assert_close(
+        rendering.image.mean((2, 3)), torch.tensor(colors), atol=1e-4, rtol=0
+    )
 
 
 def test_scenes_keep_held_out_combinations_apart(generator):

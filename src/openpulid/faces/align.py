@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from openpulid.io.image_grid import luminance
+
 TEMPLATE = torch.tensor(
     [[0.340, 0.355], [0.660, 0.355], [0.500, 0.535], [0.385, 0.640], [0.615, 0.640]]
 )
@@ -18,8 +20,8 @@ TEMPLATE = torch.tensor(
 GRAY = 0.5
 """Value of all pixels outside of the face in the input of a face recognition model."""
 
-LUMA = (0.299, 0.587, 0.114)
-"""Weights of red, green and blue in gray (ITU-R BT.601)."""
+WHITE = 1.0
+"""Value of all pixels outside of the face in the input of a vision or face latent encoder."""
 
 
 def similarity_transform(landmarks: Tensor, template: Tensor) -> Tensor:
@@ -48,6 +50,14 @@ def similarity_transform(landmarks: Tensor, template: Tensor) -> Tensor:
     # Sums of products instead of matmul: autocast would round the coordinates to eight bits.
     shift = target_mean - (rotation * source_mean).sum(-1)
     return torch.cat([rotation, shift[..., None]], -1)
+
+
+def compose_affine(matrix: Tensor, first: Tensor) -> Tensor:
+    """Compose `matrix` (B, 2, 3) after `first` (B, 3, 3).
+
+    Sums of products instead of matmul, which autocast would round.
+    """
+    return (matrix[..., None] * first.to(matrix)[:, None]).sum(2)
 
 
 def turn_points(points: Tensor, turns: int, size: tuple[int, int]) -> Tensor:
@@ -89,6 +99,32 @@ def warp_images(images: Tensor, matrix: Tensor, size: int) -> Tensor:
     return grid_sample(images.float(), grid.float(), align_corners=False)
 
 
+def crop_faces(
+    images: Tensor,
+    masks: Tensor,
+    landmarks: Tensor,
+    size: int,
+    jitter: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Align faces and their masks, differentiable in the images.
+
+    Args:
+        images: (B, 3, H, W) float in [0, 1].
+        masks: (B, 1, H, W) in [0, 1], one on the pixels of the face.
+        landmarks: (B, 5, 2) in pixels of the images.
+        size: width and height of the crops, S.
+        jitter: (B, 3, 3) of `augment.random_affine`, a transform of the crops in training.
+
+    Returns:
+        (B, 3, S, S) images and (B, 1, S, S) masks.
+    """
+    matrix = similarity_transform(landmarks, TEMPLATE * size)
+    if jitter is not None:
+        matrix = compose_affine(matrix, jitter)
+    crops = warp_images(torch.cat([images, masks.to(images)], 1), matrix, size)
+    return crops[:, :3], crops[:, 3:]
+
+
 def align_faces(images: Tensor, masks: Tensor, landmarks: Tensor, size: int) -> Tensor:
     """Crop faces to the template, with everything outside of the mask gray.
 
@@ -103,20 +139,12 @@ def align_faces(images: Tensor, masks: Tensor, landmarks: Tensor, size: int) -> 
     Returns:
         (B, 3, size, size) in [0, 1], differentiable in the images.
     """
-    matrix = similarity_transform(landmarks, TEMPLATE * size)
-    crops = warp_images(torch.cat([images, masks.to(images)], 1), matrix, size)
-    return mask_background(crops[:, :3], crops[:, 3:])
+    return replace_background(*crop_faces(images, masks, landmarks, size), GRAY)
 
 
-def mask_background(crops: Tensor, masks: Tensor) -> Tensor:
-    """Replace everything outside of `masks` (B, 1, S, S) in `crops` (B, 3, S, S) by `GRAY`."""
-    return GRAY + (crops - GRAY) * masks
-
-
-def luminance(images: Tensor) -> Tensor:
-    """Convert RGB images (B, 3, H, W) to gray (B, 1, H, W) with the weights `LUMA`."""
-    red, green, blue = images.unbind(1)
-    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)[:, None]
+def replace_background(crops: Tensor, masks: Tensor, value: float) -> Tensor:
+    """Set everything outside of `masks` (B, 1, S, S) in `crops` (B, C, S, S) to `value`."""
+    return value + (crops - value) * masks
 
 
 def gray_on_white(crop: Tensor, mask: Tensor) -> Tensor:
@@ -131,5 +159,5 @@ def gray_on_white(crop: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (B, 3, H, W) in [0, 1], three equal channels, differentiable in the crop.
     """
-    gray = 1 + (luminance(crop) - 1) * mask.to(crop)
+    gray = replace_background(luminance(crop), mask.to(crop), WHITE)
     return gray.expand(-1, 3, -1, -1)

@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from openpulid.errors import WeightsError, explain_missing_library
-from openpulid.faces.align import similarity_transform, warp_images
-from openpulid.faces.augment import jitter_crops, vary_face
+from openpulid.faces.align import compose_affine, similarity_transform, warp_images
+from openpulid.faces.augment import sample_jitter, vary_face
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face, first_usable, require_landmarks
 from openpulid.faces.insightface_pack import load_onnx_model, to_uint8
@@ -155,7 +155,8 @@ def arcface_crop(
     """
     matrix = similarity_transform(landmarks, ARCFACE_TEMPLATE.to(landmarks) + 0.5)
     if generator is not None:
-        matrix = jitter_crops(matrix, ARCFACE_CROP, generator)
+        jitter = sample_jitter(len(matrix), ARCFACE_CROP, generator)
+        matrix = compose_affine(matrix, jitter)
     crops = warp_images(images, matrix, ARCFACE_CROP)
     if generator is not None:
         crops = vary_face(crops, generator)

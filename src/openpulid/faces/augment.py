@@ -15,7 +15,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
-from openpulid.faces.align import GRAY, luminance
+from openpulid.faces.align import GRAY
+from openpulid.io.image_grid import luminance
 
 JPEG_BLOCK = 8
 
@@ -134,16 +135,9 @@ def vary_face(faces: Tensor, generator: Generator) -> Tensor:
     return drop_patches(degrade(colors, generator), generator)
 
 
-def jitter_crops(matrix: Tensor, size: int, generator: Generator) -> Tensor:
-    """Turn, resize and shift crops of faces at random.
-
-    Args:
-        matrix: (B, 2, 3) from crop pixels to image pixels.
-        size: width and height of the crops.
-        generator: source of randomness.
-    """
-    jitter = random_affine(len(matrix), size, generator, turn=0.10, grow=0.08, shift=0.03)
-    return compose_affine(matrix, jitter)
+def sample_jitter(batch: int, size: int, generator: Generator) -> Tensor:
+    """Sample how face crops are turned, resized and shifted, (batch, 3, 3)."""
+    return random_affine(batch, size, generator, turn=0.10, grow=0.08, shift=0.03)
 
 
 def degrade(images: Tensor, generator: Generator) -> Tensor:
@@ -196,11 +190,3 @@ def random_affine(
     matrix[:, 0, 2] = center * (1 - cos + sin) + size * shift * x
     matrix[:, 1, 2] = center * (1 - sin - cos) + size * shift * y
     return matrix
-
-
-def compose_affine(matrix: Tensor, first: Tensor) -> Tensor:
-    """Compose `matrix` (B, 2, 3) after `first` (B, 3, 3).
-
-    Sums of products instead of matmul, which autocast would round.
-    """
-    return (matrix[..., None] * first.to(matrix)[:, None]).sum(2)

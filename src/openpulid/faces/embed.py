@@ -9,14 +9,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
 
-from openpulid.faces.align import (
-    TEMPLATE,
-    align_faces,
-    mask_background,
-    similarity_transform,
-    warp_images,
-)
-from openpulid.faces.augment import dilate, jitter_crops, vary_face
+from openpulid.faces.align import GRAY, align_faces, crop_faces, replace_background
+from openpulid.faces.augment import dilate, sample_jitter, vary_face
 from openpulid.faces.face import Face, first_usable
 from openpulid.faces.miniature import CROP
 
@@ -79,11 +73,10 @@ def crop_masked(
     """
     if generator is None:
         return align_faces(images, masks, landmarks, CROP)
-    matrix = similarity_transform(landmarks, TEMPLATE * CROP)
-    matrix = jitter_crops(matrix, CROP, generator)
-    crops = warp_images(torch.cat([images, masks.to(images)], 1), matrix, CROP)
-    faces = vary_face(crops[:, :3], generator)
-    return mask_background(faces, dilate(crops[:, 3:], generator))
+    jitter = sample_jitter(len(images), CROP, generator)
+    crops, crop_masks = crop_faces(images, masks, landmarks, CROP, jitter)
+    faces = vary_face(crops, generator)
+    return replace_background(faces, dilate(crop_masks, generator), GRAY)
 
 
 class FaceEmbedder:

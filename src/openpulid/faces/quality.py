@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate
 
-from openpulid.faces.align import luminance, similarity_transform, warp_images
+from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE
 from openpulid.faces.face import Defect, Face
 from openpulid.faces.orientation import is_upright
+from openpulid.io.image_grid import luminance
 
 MIN_SHARPNESS = 0.01
 """Least `sharpness` of a sharp face.

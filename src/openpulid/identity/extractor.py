@@ -12,18 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.faces.align import (
+    WHITE,
+    align_faces,
+    crop_faces,
     gray_on_white,
-    mask_background,
+    replace_background,
 )
 from openpulid.faces.face import Face, require_landmarks
 from openpulid.faces.miniature import (
+    CROP,
     MINI_SIMILARITY,
     MiniFaceDetector,
     ResNetRecognition,
 )
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
-from openpulid.identity.face_latents import FaceLatentEncoder, crop_faces, place_on_white
+from openpulid.identity.face_latents import FaceLatentEncoder
 from openpulid.identity.identity import Identity, hash_models
 from openpulid.io.checkpoints import fingerprint, load_module
 
@@ -162,8 +166,7 @@ class MiniExtractor:
             id_cond (B, C): raw face embedding and vision embedding, concatenated; and five hidden
             states (B, 1 + N, D).
         """
-        aligned = crop_faces(images, masks, landmarks)
-        embedding = self.recognition(mask_background(*aligned))
+        embedding = self.recognition(align_faces(images, masks, landmarks, CROP))
         aligned = crop_faces(images, masks, landmarks, self.vision_encoder.img_size)
         pixels = self.vision_encoder.prepare(gray_on_white(*aligned))
         vision_embedding, hidden = self.vision_encoder(pixels)
@@ -252,7 +255,7 @@ class FaceLatentExtractor(_CropExtractor):
     """Latents are no face embedding."""
 
     def _prepare(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
-        return place_on_white(*crop_faces(images, masks, landmarks))
+        return replace_background(*crop_faces(images, masks, landmarks, CROP), WHITE)
 
 
 class FaceEmbeddingExtractor(_CropExtractor):
@@ -267,7 +270,7 @@ class FaceEmbeddingExtractor(_CropExtractor):
         return int(self.network.config["dim"])
 
     def _prepare(self, images: Tensor, masks: Tensor, landmarks: Tensor) -> Tensor:
-        return mask_background(*crop_faces(images, masks, landmarks))
+        return align_faces(images, masks, landmarks, CROP)
 
 
 def _batch_of(face: Face) -> tuple[Tensor, Tensor, Tensor]:

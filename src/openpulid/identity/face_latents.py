@@ -1,6 +1,6 @@
 """The miniature's face latents: 18 latents of a generator for each face, as e4e's of StyleGAN2.
 
-Shapes: B faces, S side of a crop, W width of a latent.
+Shapes: B faces, W width of a latent.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from openpulid.faces.align import TEMPLATE, similarity_transform, warp_images
-from openpulid.faces.augment import compose_affine
 from openpulid.faces.miniature import CROP, ResidualBlock, convolution
 
 LATENT_GROUPS = (4, 4, 4, 6)
@@ -117,34 +115,3 @@ class FaceLatentEncoder(nn.Module):
             for layer, level in zip(self.offsets, features, strict=True)
         ]
         return first, torch.cat(offsets, 1)
-
-
-def crop_faces(
-    images: Tensor,
-    masks: Tensor,
-    landmarks: Tensor,
-    size: int = CROP,
-    jitter: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Align faces and their masks.
-
-    Args:
-        images: (B, 3, H, W) in [0, 1].
-        masks: (B, 1, H, W) in [0, 1], the pixels of the face.
-        landmarks: (B, 5, 2) in pixels.
-        size: width and height of the crops, S.
-        jitter: (B, 3, 3) of `faces.augment.random_affine`, a transform of the crops in training.
-
-    Returns:
-        (B, 3, S, S) images and (B, 1, S, S) masks.
-    """
-    matrix = similarity_transform(landmarks, TEMPLATE * size)
-    if jitter is not None:
-        matrix = compose_affine(matrix, jitter)
-    crops = warp_images(torch.cat([images, masks.to(images)], 1), matrix, size)
-    return crops[:, :3], crops[:, 3:]
-
-
-def place_on_white(crops: Tensor, masks: Tensor) -> Tensor:
-    """Replace everything outside of `masks` (B, 1, S, S) in `crops` (B, 3, S, S) by white."""
-    return 1 + (crops - 1) * masks

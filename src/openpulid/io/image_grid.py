@@ -1,4 +1,4 @@
-"""Image grids with captions, and conversion between PIL images and tensors."""
+"""Image grids with captions, and conversion of images: PIL, tensors, gray."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch import Tensor
 PAPER = (250, 249, 246)
 INK = (32, 32, 36)
 SOFT = (120, 118, 112)
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in gray (ITU-R BT.601)."""
 
 MAX_CAPTION_LINES = 6
 MIN_FONT_SIZE = 10
@@ -29,6 +32,12 @@ def to_tensor(images: Sequence[Image.Image]) -> Tensor:
     """Convert PIL images of one size to a float tensor (B, 3, H, W) in [0, 1]."""
     values = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(values).permute(0, 3, 1, 2).float() / 255
+
+
+def luminance(images: Tensor) -> Tensor:
+    """Convert RGB images (B, 3, H, W) to gray (B, 1, H, W) with the weights `LUMA`."""
+    red, green, blue = images.unbind(1)
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)[:, None]
 
 
 def upscale(image: Image.Image, side: int) -> Image.Image:

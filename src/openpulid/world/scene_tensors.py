@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 from openpulid.world.scene import ATTRIBUTES, Scene
 
 Lamp = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Direction and color."""
+
+DARK_LAMP: Lamp = ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0))
 
 POSES = {
     "front": (0.0, 0.0),
@@ -45,7 +48,7 @@ EXPRESSIONS = {
 LIGHTS: dict[
     str, tuple[tuple[float, float, float], tuple[Lamp, ...], tuple[float, float, float]]
 ] = {
-    # ambient light on the person, lamps (direction, color), tint of the background
+    # ambient light on the person, lamps, tint of the background
     "studio": ((0.50, 0.50, 0.51), (((0.25, 0.45, 0.86), (0.56, 0.55, 0.54)),), (1.0, 1.0, 1.0)),
     "left": ((0.40, 0.40, 0.42), (((-0.86, 0.25, 0.44), (0.80, 0.79, 0.76)),), (0.92, 0.92, 0.93)),
     "right": ((0.40, 0.40, 0.42), (((0.86, 0.25, 0.44), (0.80, 0.79, 0.76)),), (0.92, 0.92, 0.93)),
@@ -147,27 +150,58 @@ class SceneTensors:
     @classmethod
     def from_scenes(cls, scenes: Sequence[Scene], device: torch.device) -> SceneTensors:
         """Convert scenes to tensors on a device."""
+        classes = [
+            [names.index(getattr(scene, attribute)) for attribute, names in ATTRIBUTES.items()]
+            for scene in scenes
+        ]
+        jitter = [scene.jitter for scene in scenes]
+        return cls.from_classes(
+            torch.tensor(classes, device=device),
+            torch.tensor(jitter, device=device, dtype=torch.float32),
+        )
 
-        def scalars(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, device=device, dtype=torch.float32)[:, None, None]
+    @classmethod
+    def from_classes(cls, attributes: Tensor, jitter: Tensor) -> SceneTensors:
+        """Convert class indices to the values of the classes, on the device of the indices.
 
-        def colors(values: Sequence[tuple[float, ...]]) -> Tensor:
-            return torch.tensor(values, device=device, dtype=torch.float32)[:, :, None, None]
+        Args:
+            attributes: (B, A) int64 class indices, in the order of `ATTRIBUTES`.
+            jitter: (B, 12) float in [-1, 1], see `Scene`.
+        """
+        device = attributes.device
+        j = jitter.float().T[..., None, None]
+        index = dict(zip(ATTRIBUTES, attributes.T, strict=True))  # attribute -> (B,)
 
-        def classes(name: str) -> dict[str, Tensor]:
+        def look_up(attribute: str, table: Sequence[Sequence[float]]) -> Tensor:
+            """Return the row (D,) of each scene's class in a table (classes, D), (B, D)."""
+            return torch.tensor(table, dtype=torch.float32, device=device)[index[attribute]]
+
+        def colors(attribute: str, table: Mapping[str, tuple[float, float, float]]) -> Tensor:
+            values = look_up(attribute, [table[name] for name in ATTRIBUTES[attribute]])
+            return values[..., None, None]
+
+        def classes(attribute: str) -> dict[str, Tensor]:
             return {
-                kind: scalars([float(getattr(scene, name) == kind) for scene in scenes])
-                for kind in ATTRIBUTES[name]
+                name: (index[attribute] == k).float()[:, None, None]
+                for k, name in enumerate(ATTRIBUTES[attribute])
             }
 
-        jitters = [scene.jitter for scene in scenes]
-        j = torch.tensor(jitters, device=device, dtype=torch.float32).T[..., None, None]
-        yaw = scalars([POSES[scene.pose][0] for scene in scenes]) + 0.10 * j[0]
-        pitch = scalars([POSES[scene.pose][1] for scene in scenes]) + 0.06 * j[1]
+        poses = look_up("pose", [POSES[name] for name in ATTRIBUTES["pose"]]).T[..., None, None]
+        yaw = poses[0] + 0.10 * j[0]
+        pitch = poses[1] + 0.06 * j[1]
         roll = 0.07 * j[2]
-        expressions = torch.tensor(
-            [EXPRESSIONS[scene.expression] for scene in scenes], device=device
+        expressions = look_up(
+            "expression", [EXPRESSIONS[name] for name in ATTRIBUTES["expression"]]
         )
+        ambient = colors("light", {name: light[0] for name, light in LIGHTS.items()})
+        ambience = colors("light", {name: light[2] for name, light in LIGHTS.items()})
+        lamps = []
+        for k in range(2):
+            # The second lamp is dark if a light has only one.
+            table = {name: [*light[1], DARK_LAMP][k] for name, light in LIGHTS.items()}
+            direction = look_up("light", [table[name][0] for name in ATTRIBUTES["light"]])
+            color = colors("light", {name: lamp[1] for name, lamp in table.items()})
+            lamps.append((direction / direction.norm(dim=1, keepdim=True), color))
         brightness = 1 + 0.07 * j[8][:, None]
         hair_tint = 1 + 0.10 * j[9][:, None]
         return cls(
@@ -179,16 +213,16 @@ class SceneTensors:
             shift_y=0.075 + 0.035 * j[5],
             rotation=_rotation(yaw, pitch, roll),
             expression=dict(zip(EXPRESSION_VALUES, expressions.T[..., None, None], strict=True)),
-            wink=scalars([float(scene.expression == "wink") for scene in scenes]),
+            wink=classes("expression")["wink"],
             skin_shift=0.06 * j[6],
             blush=0.5 + 0.5 * j[7],
-            ambient=colors([LIGHTS[scene.light][0] for scene in scenes]) * brightness,
-            ambience=colors([LIGHTS[scene.light][2] for scene in scenes]),
-            lamps=_lamps(scenes, device),
-            background=colors([COLORS[scene.background] for scene in scenes]),
-            clothing=colors([COLORS[scene.clothing] for scene in scenes]),
-            hat_color=colors([COLORS[scene.hat_color] for scene in scenes]),
-            hair=colors([HAIR[scene.hair_color] for scene in scenes]) * hair_tint,
+            ambient=ambient * brightness,
+            ambience=ambience,
+            lamps=tuple(lamps),
+            background=colors("background", COLORS),
+            clothing=colors("clothing", COLORS),
+            hat_color=colors("hat_color", COLORS),
+            hair=colors("hair_color", HAIR) * hair_tint,
             volume=j[10],
             hairline=j[11],
             parting=j[9],
@@ -199,18 +233,6 @@ class SceneTensors:
             beard=classes("beard"),
             style=classes("style"),
         )
-
-
-def _lamps(scenes: Sequence[Scene], device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Return two lamps per scene; the second is dark if a light has only one."""
-    dark: Lamp = ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0))
-    pairs = [[*LIGHTS[scene.light][1], dark][:2] for scene in scenes]
-    lamps = []
-    for k in range(2):
-        direction = torch.tensor([pair[k][0] for pair in pairs], device=device)
-        color = torch.tensor([pair[k][1] for pair in pairs], device=device)[:, :, None, None]
-        lamps.append((direction / direction.norm(dim=1, keepdim=True), color))
-    return tuple(lamps)
 
 
 def _rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:

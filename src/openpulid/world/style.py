@@ -8,13 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LUMA = (0.299, 0.587, 0.114)
-
-
-def luminance(image: Tensor) -> Tensor:
-    """Convert RGB (B, 3, H, W) to gray (B, 1, H, W) with the weights of Rec. 601."""
-    weights = torch.tensor(LUMA, dtype=image.dtype, device=image.device).view(1, 3, 1, 1)
-    return (image * weights).sum(1, keepdim=True)
+from openpulid.io.image_grid import luminance
 
 
 def apply_style(image: Tensor, edges: Tensor, parts: Tensor, style: Mapping[str, Tensor]) -> Tensor:

@@ -34,6 +34,29 @@ def test_interrupted_cache_is_resumed(tmp_path: Path) -> None:
     assert ArrayCache(tmp_path, {"net": "x"}, 6).load("a")[:, 0].tolist() == [1, 1, 1, 1, 2, 2]
 
 
+def test_fill_continues_with_the_first_missing_batch(tmp_path: Path) -> None:
+    batches: list[list[int]] = []
+
+    def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
+        if len(batches) == 1 and rows[0] == 64:
+            batches.append([])
+            raise InterruptedError
+        batches.append(rows.tolist())
+        return {"a": rows.astype(np.float32)}
+
+    with pytest.raises(InterruptedError):
+        ArrayCache(tmp_path, {"net": "x"}, 150).fill(compute)
+    cache = ArrayCache(tmp_path, {"net": "x"}, 150)
+    steps: list[tuple[int, int]] = []
+    cache.fill(compute, on_progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(128, 150), (150, 150)]
+    assert batches == [[*range(64)], [], [*range(64, 128)], [*range(128, 150)]]
+    assert cache.load("a").tolist() == [*range(150)]
+
+    cache.fill(compute)
+    assert len(batches) == 4
+
+
 @pytest.mark.parametrize(("net", "num_rows"), [("y", 4), ("x", 6)])
 def test_other_key_or_length_discards_arrays(tmp_path: Path, net: str, num_rows: int) -> None:
     fill(ArrayCache(tmp_path, {"net": "x"}, 4), 1, 4)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openpulid.bench.metrics.inputs import Distance, EmbedImages, MetricInputs, cosine, crop_faces
+from openpulid.bench.metrics.inputs import Distance, EmbedImages, MetricInputs, cosine, crop_squares
 from openpulid.faces.embed import copy_paste
 
 
@@ -187,9 +187,9 @@ class FGIS:
 
     def __call__(self, inputs: MetricInputs) -> Tensor:
         """Compute the metric for each image, (B,)."""
-        embeddings = self.dino(crop_faces(inputs.images, inputs.faces, self.size))
+        embeddings = self.dino(crop_squares(inputs.images, inputs.faces, self.size))
         subjects, indices = inputs.subjects.unique(return_inverse=True)
-        reference_crops = crop_faces(
+        reference_crops = crop_squares(
             inputs.reference_images[subjects], inputs.reference_faces.select(subjects), self.size
         )
         similarity = cosine(embeddings, self.dino(reference_crops)[indices]).cpu()
@@ -220,7 +220,7 @@ class FaceDiversity:
     def __call__(self, inputs: MetricInputs) -> Tensor:
         """Compute the metric for each image, (B,)."""
         has_face = inputs.faces.has_face
-        crops = crop_faces(inputs.images, inputs.faces, self.size)
+        crops = crop_squares(inputs.images, inputs.faces, self.size)
         values = torch.full((len(crops),), float("nan"))
         for row in range(len(crops)):
             same_subject = (inputs.subjects == inputs.subjects[row]) & has_face

@@ -98,8 +98,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return F.cosine_similarity(a.float(), b.float(), dim=-1)
 
 
-def crop_faces(images: Tensor, faces: Faces, size: int) -> Tensor:
-    """Crop the square around each face; use the whole image where there is no face.
+def crop_squares(images: Tensor, faces: Faces, size: int) -> Tensor:
+    """Crop the square around each face mask; use the whole image where there is no face.
 
     Args:
         images: (B, 3, H, W) in [0, 1].

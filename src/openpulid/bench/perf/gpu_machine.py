@@ -107,7 +107,7 @@ class Machine:
             torch.get_device_module(self.device).empty_cache()
 
     def max_reserved_gib(self) -> float | None:
-        """Return the peak memory reserved by PyTorch since the last `reset_peak`, if known."""
+        """Return the peak memory reserved by PyTorch since `reset_peak_memory`, if known."""
         module = torch.get_device_module(self.device)
         max_memory_reserved = getattr(module, "max_memory_reserved", None)
         if self.is_cpu or max_memory_reserved is None:

@@ -15,7 +15,7 @@ from openpulid.training.pulid import BaseModel, Batch
 
 
 class RandomPeople:
-    """A `training.pulid.task.Source` of noise.
+    """A `training.pulid.batch.BatchSource` of noise.
 
     Args:
         base: the base model.
@@ -40,15 +40,15 @@ class RandomPeople:
         self.width = adapter.encoder.config["width"]
         self.hidden_width = adapter.encoder.config["vit_dim"]
 
-    def batch(self, draw: StepRNG) -> Batch:
+    def batch(self, rng: StepRNG) -> Batch:
         """Draw a batch of random latents, features and images."""
-        latents = draw.randn((self.size, *self.base.latent_shape(self.pixels)), "latents")
+        latents = rng.randn((self.size, *self.base.latent_shape(self.pixels)), "latents")
         hidden = [
-            draw.randn((self.size, self.tokens, self.hidden_width), f"hidden.{level}")
+            rng.randn((self.size, self.tokens, self.hidden_width), f"hidden.{level}")
             for level in range(5)
         ]
-        images = draw.rand((self.size, 3, 128, 128), "pictures")
-        embeddings = draw.randn((self.size, self.width), "id")
+        images = rng.rand((self.size, 3, 128, 128), "pictures")
+        embeddings = rng.randn((self.size, self.width), "id")
         return Batch(latents, None, ["portrait"] * self.size, embeddings, hidden, images)
 
 

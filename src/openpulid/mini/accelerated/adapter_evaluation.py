@@ -17,14 +17,12 @@ from openpulid.mini.accelerated.autoencoder import decode
 from openpulid.mini.accelerated.evaluation import match_attributes, requested_classes, seeded_noise
 from openpulid.mini.accelerated.face_detection import embed_faces
 from openpulid.mini.accelerated.rollouts import rollout
-from openpulid.mini.accelerated.scenes import JITTER, Scenes, scene_tensors
 from openpulid.mini.accelerated.state import RunState
 from openpulid.mini.accelerated.train_set import time_ids
 from openpulid.mini.data import token_ids
 from openpulid.mini.evaluation.prompts import sample_prompts
 from openpulid.training.pulid import TextConditioning
-from openpulid.world import ATTRIBUTES, HELD_OUT_PEOPLE, Person, Scene
-from openpulid.world.render import render_stage
+from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 
 class AdapterEvaluation:
@@ -43,9 +41,10 @@ class AdapterEvaluation:
         self.run = run
         device = run.device
         people = min(people, max(2, run.sizes.prompts // prompts))
-        values = [Person.from_seed(HELD_OUT_PEOPLE + k).vector() for k in range(people)]
-        portraits = render_stage(
-            torch.tensor(values, device=device), scene_tensors(_neutral_scenes(people, device))
+        portraits = render(
+            [Person.from_seed(HELD_OUT_PEOPLE + k) for k in range(people)],
+            [Scene()] * people,
+            device=device,
         )
         self.portraits = portraits.image
         with torch.no_grad():
@@ -123,12 +122,3 @@ class AdapterEvaluation:
             generated = images[k * prompts : (k + 1) * prompts]
             rows.append(to_pil(torch.cat([self.portraits[k : k + 1], generated]).float().cpu()))
         return image_grid(rows, 144)
-
-
-def _neutral_scenes(count: int, device: torch.device) -> Scenes:
-    """Return `count` times the neutral scene."""
-    scene = Scene()
-    row = [classes.index(getattr(scene, name)) for name, classes in ATTRIBUTES.items()]
-    return Scenes(
-        torch.tensor([row] * count, device=device), torch.zeros(count, JITTER, device=device)
-    )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openpulid.device import synchronize
 from openpulid.mini.accelerated.steps import autocast
 from openpulid.mini.accelerated.train_set import TrainSet, add_unconditional
 from openpulid.mini.evaluation.image_evaluator import GUIDANCE, STEPS
@@ -99,6 +100,5 @@ def sample_rollouts(
         text = data.text(rows, variants)
         trajectory = rollout(unet, noise, text, every=STEPS // STUDENT_TIMESTEPS)
         parts.append((trajectory.half(), rows, variants))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
     return Rollouts(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

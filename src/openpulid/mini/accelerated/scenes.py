@@ -28,16 +28,7 @@ from openpulid.world.scene import (
     COLOR_ATTRIBUTES,
     COMMON_PROBABILITY,
 )
-from openpulid.world.scene_tensors import (
-    COLORS,
-    EXPRESSIONS,
-    HAIR,
-    LIGHTS,
-    POSES,
-    Lamp,
-    SceneTensors,
-    _rotation,
-)
+from openpulid.world.scene_tensors import SceneTensors
 
 COLUMNS = {name: column for column, name in enumerate(ATTRIBUTES)}
 JITTER = 12
@@ -71,6 +62,10 @@ class Scenes:
             name: names[k] for (name, names), k in zip(ATTRIBUTES.items(), classes, strict=True)
         }
         return Scene(**values, jitter=tuple(self.jitter[row].tolist()))
+
+    def tensors(self) -> SceneTensors:
+        """Return the input of the renderer."""
+        return SceneTensors.from_classes(self.attributes, self.jitter)
 
     def visible(self) -> Tensor:
         """Return (N, A) bool: the visible attributes, as `Scene.attributes` defines them."""
@@ -135,66 +130,7 @@ def draw_scenes(
     return Scenes(torch.stack(columns, 1), jitter)
 
 
-def scene_tensors(scenes: Scenes) -> SceneTensors:
-    """Build the renderer's input, equal to that of the same scenes as `world.Scene`."""
-    device = scenes.jitter.device
-    j = scenes.jitter.float().T[..., None, None]
-    index = {name: scenes.attributes[:, column] for name, column in COLUMNS.items()}
-
-    def look_up(name: str, table: Sequence[Sequence[float]]) -> Tensor:
-        return torch.tensor(table, dtype=torch.float32, device=device)[index[name]]
-
-    def colors(name: str, table: dict[str, tuple[float, float, float]]) -> Tensor:
-        return look_up(name, [table[kind] for kind in ATTRIBUTES[name]])[..., None, None]
-
-    def choice(name: str) -> dict[str, Tensor]:
-        kinds = enumerate(ATTRIBUTES[name])
-        return {kind: (index[name] == k).float()[:, None, None] for k, kind in kinds}
-
-    poses = look_up("pose", [POSES[kind] for kind in ATTRIBUTES["pose"]])[..., None, None]
-    yaw = poses[:, 0] + 0.10 * j[0]
-    pitch = poses[:, 1] + 0.06 * j[1]
-    faces = look_up("expression", [EXPRESSIONS[kind] for kind in ATTRIBUTES["expression"]])
-    names = (
-        "smile",
-        "open",
-        "teeth",
-        "mouth_width",
-        "eyes",
-        "brow_raise",
-        "brow_angle",
-        "mouth_tilt",
-    )
-    expression = {name: faces[:, k, None, None] for k, name in enumerate(names)}
-    wink = choice("expression")["wink"]
-    brightness = 1 + 0.07 * j[8][:, None]
-    lights = [LIGHTS[kind] for kind in ATTRIBUTES["light"]]
-    dark: Lamp = ((0.0, 0.0, 1.0), (0.0, 0.0, 0.0))
-    lamps = []
-    for k in range(2):
-        pairs = [[*light[1], dark][k] for light in lights]
-        direction = look_up("light", [lamp[0] for lamp in pairs])
-        color = look_up("light", [lamp[1] for lamp in pairs])[..., None, None]
-        lamps.append((direction / direction.norm(dim=1, keepdim=True), color))
-    return SceneTensors(
-        yaw=yaw, pitch=pitch, roll=0.07 * j[2], zoom=1.14 + 0.05 * j[3], shift_x=0.05 * j[4],
-        shift_y=0.075 + 0.035 * j[5], rotation=_rotation(yaw, pitch, 0.07 * j[2]),
-        expression=expression, wink=wink, skin_shift=0.06 * j[6], blush=0.5 + 0.5 * j[7],
-        ambient=look_up("light", [light[0] for light in lights])[..., None, None] * brightness,
-        ambience=look_up("light", [light[2] for light in lights])[..., None, None],
-        lamps=tuple(lamps),
-        background=colors("background", COLORS), clothing=colors("clothing", COLORS),
-        hat_color=colors("hat_color", COLORS),
-        hair=colors("hair_color", HAIR) * (1 + 0.10 * j[9][:, None]),
-        volume=j[10], hairline=j[11], parting=j[9],
-        pattern=choice("pattern"), glasses=choice("glasses"), hat=choice("hat"),
-        length=choice("hair_length"), beard=choice("beard"), style=choice("style"),
-    )  # fmt: skip
-
-
 # -- captions --
-
-State = tuple[int, ...]
 
 
 class CaptionWriter:

@@ -33,7 +33,7 @@ WIDTHS = (128, 160, 160)
 which 64 channels were too few."""
 FACE_WEIGHT = 3.0
 GAMMA = 5.0
-"""As in `BaseTask`: above this signal-to-noise ratio + 1, the loss is scaled down to it."""
+"""As `SDXLNetwork.gamma`: above this signal-to-noise ratio + 1, the loss is scaled down to it."""
 
 OnBaseProgress = Callable[[int, float, dict[str, float], Average], None]
 """As `OnProgress`, with the average of the weights."""

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from openpulid.mini.accelerated.scenes import Scenes, draw_people, draw_scenes, scene_tensors
+from openpulid.device import synchronize
+from openpulid.mini.accelerated.scenes import Scenes, draw_people, draw_scenes
+from openpulid.mini.data.loading import FACE
 from openpulid.world.dataset import PORTRAIT_SCENE
 from openpulid.world.render import render_stage
-
-FACE = 1
-"""Label of the face in `Rendering.parts`."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,7 @@ def render_world(
         # the last batch repeats its last image: the compiler needs a single batch size
         rows = torch.arange(done, done + batch, device=device).clamp(max=count - 1)
         try:
-            rendering = render_stage(
-                people[rows], scene_tensors(scenes[rows]), size, compiled=compiled
-            )
+            rendering = render_stage(people[rows], scenes[rows].tensors(), size, compiled=compiled)
         except Exception as error:
             if not compiled:
                 raise
@@ -140,17 +137,12 @@ def render_world(
         faces[done : done + new] = rendering.parts[:new] == FACE
         landmarks[done : done + new] = rendering.landmarks[:new]
         if done == 0:
-            _synchronize(device)
+            synchronize(device)
             log(f"first batch rendered after {time.monotonic() - start:.1f} s")
         done += new
         if done // batch % 16 == 0:
-            _synchronize(device)  # otherwise the clock is read before the device has finished
-    _synchronize(device)
+            synchronize(device)  # otherwise the clock is read before the device has finished
+    synchronize(device)
     complete = done // per_person * per_person
     log(f"{complete} images in {time.monotonic() - start:.1f} s")
     return World(images, faces, landmarks, people, scenes, per_person).first(complete)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

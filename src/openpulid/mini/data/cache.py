@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,24 @@ class ArrayCache:
             self._open(name, values)[self.num_done : end] = values
         self.num_done = end
         self._write_stamp()
+
+    def fill(
+        self,
+        compute: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+        batch_size: int = 64,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Compute the missing rows, batch by batch.
+
+        Args:
+            compute: row numbers (n,) -> name -> (n, ...), see `write`.
+            batch_size: rows per batch.
+            on_progress: called with the number of rows done and their total.
+        """
+        for start in range(self.num_done, self.num_rows, batch_size):
+            self.write(compute(np.arange(start, min(start + batch_size, self.num_rows))))
+            if on_progress:
+                on_progress(self.num_done, self.num_rows)
 
     def load(self, name: str, mmap: bool = False) -> np.ndarray:
         """Load a complete array, memory-mapped and read-only if requested."""

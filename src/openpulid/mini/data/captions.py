@@ -58,13 +58,13 @@ class Captions:
             "length": tokenizer.model_max_length,
             "variants": variants,
         }
+
+        def write_captions(rows: np.ndarray) -> dict[str, np.ndarray]:
+            tokens = [_caption_tokens(data, row, tokenizer, variants) for row in rows.tolist()]
+            return {"tokens": np.stack(tokens).astype(np.uint8)}
+
         cache = ArrayCache(folder, key, len(data))
-        while not cache.is_complete:
-            rows = range(cache.num_done, min(cache.num_done + BATCH, len(data)))
-            tokens = [_caption_tokens(data, row, tokenizer, variants) for row in rows]
-            cache.write({"tokens": np.stack(tokens).astype(np.uint8)})
-            if on_progress:
-                on_progress(cache.num_done, len(data))
+        cache.fill(write_captions, BATCH, on_progress)
         return cls(cache.load("tokens"))
 
     @classmethod

@@ -12,7 +12,7 @@ from torch import Tensor
 from openpulid.identity.extractor import MiniExtractor
 from openpulid.io.checkpoints import module_fingerprint
 from openpulid.mini.data.cache import ArrayCache
-from openpulid.mini.data.loading import batches, load_faces
+from openpulid.mini.data.loading import load_faces
 from openpulid.world import WorldDataset
 
 
@@ -52,12 +52,7 @@ class FaceFeatures:
             "vision_encoder": module_fingerprint(extractor.vision_encoder),
         }
         cache = ArrayCache(folder, key, len(data))
-        for rows in batches(len(data), len(data)):
-            if rows[0] < cache.num_done:
-                continue
-            cache.write(_extract(extractor, data, rows))
-            if on_progress:
-                on_progress(cache.num_done, len(data))
+        cache.fill(lambda rows: _extract(extractor, data, rows), on_progress=on_progress)
         return cls(cache.load("id_cond"), cache.load("hidden", mmap=True))
 
     def rows(

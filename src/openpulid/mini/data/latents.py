@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d, interpolate, pixel_shuffle, pixel_un
 from openpulid.diffusion.patch_vae import PatchAutoencoderKL
 from openpulid.io.checkpoints import module_fingerprint
 from openpulid.mini.data.cache import ArrayCache
-from openpulid.mini.data.loading import batches, load_faces
+from openpulid.mini.data.loading import load_faces
 from openpulid.mini.data.pairs import PairDataset
 from openpulid.world import WorldDataset
 
@@ -54,12 +54,7 @@ class Latents:
             "scaling_factor": vae.config.scaling_factor,
         }
         cache = ArrayCache(folder, key, len(data))
-        for rows in batches(len(data), len(data)):
-            if rows[0] < cache.num_done:
-                continue
-            cache.write(_encode(vae, data, rows))
-            if on_progress:
-                on_progress(cache.num_done, len(data))
+        cache.fill(lambda rows: _encode(vae, data, rows), on_progress=on_progress)
         latents = cls(
             torch.from_numpy(cache.load("images")), torch.from_numpy(cache.load("face_masks"))
         )

@@ -69,13 +69,13 @@ class TeacherTrajectories:
         fingerprints = {name: module_fingerprint(module) for name, module in networks}
         tokens = hashlib.sha256(captions.tokens.tobytes()).hexdigest()
         cache = ArrayCache(folder, {**fingerprints, "captions": tokens, "seed": seed}, count)
-        for start in range(cache.num_done, count, batch):
-            size = min(batch, count - start)
+
+        def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
             # The name of the generator is part of the seed, like those of StepRNG below.
-            generator = generator_for(seed, "walks", start)
-            cache.write(_compute_batch(teacher, captions, size, generator))
-            if on_progress:
-                on_progress(cache.num_done, count)
+            generator = generator_for(seed, "walks", int(rows[0]))
+            return _compute_batch(teacher, captions, len(rows), generator)
+
+        cache.fill(compute, batch, on_progress)
         return cls(cache.load("latents", mmap=True), cache.load("tokens", mmap=True))
 
 

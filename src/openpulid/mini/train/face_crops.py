@@ -7,10 +7,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from openpulid.faces.align import TEMPLATE, mask_background
+from openpulid.faces.align import GRAY, TEMPLATE, WHITE, crop_faces, replace_background
 from openpulid.faces.augment import random_affine
 from openpulid.faces.miniature import CROP
-from openpulid.identity.face_latents import crop_faces, place_on_white
 from openpulid.mini.data import load_faces
 from openpulid.world import WorldDataset
 
@@ -36,8 +35,8 @@ def load_crops(
     jitter = None
     if generator is not None:
         jitter = random_affine(len(rows), CROP, generator, turn=0.04, grow=0.03, shift=0.01)
-    crops, masks = crop_faces(*load_faces(data, rows, device), jitter=jitter)
-    return place_on_white(crops, masks), masks
+    crops, masks = crop_faces(*load_faces(data, rows, device), CROP, jitter)
+    return replace_background(crops, masks, WHITE), masks
 
 
 def compare_faces(model: nn.Module, faces: Tensor, others: Tensor, masks: Tensor) -> Tensor:
@@ -49,5 +48,5 @@ def compare_faces(model: nn.Module, faces: Tensor, others: Tensor, masks: Tensor
         others: the same faces, differentiable.
         masks: (B, 1, 64, 64), the pixels that the model sees.
     """
-    embedding = model(mask_background(faces, masks))
-    return cosine_similarity(embedding, model(mask_background(others, masks)), dim=1)
+    embedding = model(replace_background(faces, masks, GRAY))
+    return cosine_similarity(embedding, model(replace_background(others, masks, GRAY)), dim=1)

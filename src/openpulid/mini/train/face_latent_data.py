@@ -35,11 +35,13 @@ class FaceLatentRows:
     ) -> FaceLatentRows:
         """Compute the latents with the exact masks and landmarks, or load them from the cache."""
         key = {**data.key, "encoder": module_fingerprint(extractor.network)}
+
+        def extract(rows: np.ndarray) -> dict[str, np.ndarray]:
+            latents = extractor.extract_batch(*load_faces(data, rows, extractor.network.device))
+            return {"latents": latents.flatten(1).half().cpu().numpy()}
+
         cache = ArrayCache(folder, key, len(data))
-        for rows in batches(len(data), len(data)):
-            if rows[0] >= cache.num_done:
-                latents = extractor.extract_batch(*load_faces(data, rows, extractor.network.device))
-                cache.write({"latents": latents.flatten(1).half().cpu().numpy()})
+        cache.fill(extract)
         return cls(cache.load("latents", mmap=True))
 
     def rows(

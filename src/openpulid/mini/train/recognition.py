@@ -19,14 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, normalize, one_hot, smooth_l1_loss
 
-from openpulid.faces.align import (
-    TEMPLATE,
-    align_faces,
-    mask_background,
-    similarity_transform,
-    warp_images,
-)
-from openpulid.faces.augment import color_jitter, compose_affine, degrade, dilate, random_affine
+from openpulid.faces.align import GRAY, align_faces, crop_faces, replace_background
+from openpulid.faces.augment import color_jitter, degrade, dilate, random_affine
 from openpulid.faces.miniature import CROP, Recognition
 from openpulid.mini.data import load_faces
 from openpulid.training import StepRNG
@@ -164,13 +158,13 @@ class RecognitionEvaluator:
         same_person = self.people[:, None] == self.people
         same_family = self.families[:, None] == self.families
         same = upper & same_person
-        other = upper & ~same_person
+        different = upper & ~same_person
         cosines = self.sensitivity(model)
         return {
-            "auc": compute_auc(cosine[same], cosine[other & same_family]),
-            "auc_anyone": compute_auc(cosine[same], cosine[other]),
+            "auc": compute_auc(cosine[same], cosine[different & same_family]),
+            "auc_anyone": compute_auc(cosine[same], cosine[different]),
             "same": cosine[same].mean().item(),
-            "other": cosine[other].mean().item(),
+            "other": cosine[different].mean().item(),
             "seen": float(sum(value <= MAX_COSINE_AFTER_CHANGE for value in cosines.values())),
             "moved": sum(cosines.values()) / len(cosines),
         }
@@ -271,12 +265,12 @@ class RecognitionTask:
             images, masks, landmarks = load_faces(self.data, rows, device)
             width = masks.amax((1, 2)).sum(-1)  # of the face, in pixels
             error = 0.012 * torch.randn(landmarks.shape, generator=generator).to(device)
-            matrix = similarity_transform(landmarks + error * width[:, None, None], TEMPLATE * CROP)
+            points = landmarks + error * width[:, None, None]
             jitter = random_affine(len(rows), CROP, generator, turn=0.08, grow=0.06, shift=0.02)
-            crops = warp_images(torch.cat([images, masks], 1), compose_affine(matrix, jitter), CROP)
+            crops, crop_masks = crop_faces(images, masks, points, CROP, jitter)
             strength, gray = (0.6, 0.1) if self.details else (1.0, 0.3)
-            faces = degrade(color_jitter(crops[:, :3], generator, strength, gray), generator)
-            return mask_background(faces, dilate(crops[:, 3:], generator))
+            faces = degrade(color_jitter(crops, generator, strength, gray), generator)
+            return replace_background(faces, dilate(crop_masks, generator), GRAY)
 
     def validate(self) -> Mapping[str, float]:
         """Measure verification and sensitivity on held-out people."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 from transformers import CLIPTextModelWithProjection
 
-from openpulid.faces.align import TEMPLATE, gray_on_white, similarity_transform, warp_images
-from openpulid.faces.augment import compose_affine, degrade, dilate, random_affine
+from openpulid.faces.align import crop_faces, gray_on_white
+from openpulid.faces.augment import degrade, dilate, random_affine
 from openpulid.identity.eva_clip import LEVELS, VisionEncoder
 from openpulid.io.image_grid import image_grid, to_pil
 from openpulid.mini.data import Captions, load_faces
@@ -124,7 +124,9 @@ class VisionEncoderTask:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             images, masks, landmarks = load_faces(self.data, rows.numpy(), device)
             generator = generator_for(rng.seed, rng.step, rng.rank)
-            faces = crop_faces(images, masks, landmarks, self.vision_encoder.img_size, generator)
+            faces = crop_gray_faces(
+                images, masks, landmarks, self.vision_encoder.img_size, generator
+            )
         captions = embed_texts(self.clip, self.captions.rows(rows, variants))
         people = torch.from_numpy(self.data.people[rows.numpy()]).to(device)
         values = torch.from_numpy(self.data.vectors[rows.numpy()][:, FACIAL_COLUMNS]).to(device)
@@ -172,7 +174,7 @@ def draw_predictions(
     device = next(vision_encoder.parameters()).device
     rows = np.linspace(0, len(data) - 1, count).astype(np.int64)
     images, masks, landmarks = load_faces(data, rows, device)
-    crops = crop_faces(images, masks, landmarks, vision_encoder.img_size)
+    crops = crop_gray_faces(images, masks, landmarks, vision_encoder.img_size)
     _, hidden = vision_encoder(vision_encoder.prepare(crops))
     vectors = torch.from_numpy(data.vectors[rows]).clone()
     true_people = [Person.from_vector(vector) for vector in vectors.tolist()]
@@ -186,7 +188,7 @@ def draw_predictions(
     return image_grid(list(zip(*columns, strict=True)), 144)
 
 
-def crop_faces(
+def crop_gray_faces(
     images: Tensor,
     masks: Tensor,
     landmarks: Tensor,
@@ -205,15 +207,13 @@ def crop_faces(
     Returns:
         (B, 3, size, size) in [0, 1].
     """
-    matrix = similarity_transform(landmarks, TEMPLATE * size)
     if generator is None:
-        crops = warp_images(torch.cat([images, masks], 1), matrix, size)
-        return gray_on_white(crops[:, :3], crops[:, 3:])
+        return gray_on_white(*crop_faces(images, masks, landmarks, size))
     jitter = random_affine(len(images), size, generator, turn=0.06, grow=0.05, shift=0.02)
-    crops = warp_images(torch.cat([images, masks], 1), compose_affine(matrix, jitter), size)
+    crops, crop_masks = crop_faces(images, masks, landmarks, size, jitter)
     light = 0.75 + 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator).to(images.device)
-    faces = degrade((crops[:, :3] * light).clamp(0, 1), generator)
-    return gray_on_white(faces, dilate(crops[:, 3:], generator))
+    faces = degrade((crops * light).clamp(0, 1), generator)
+    return gray_on_white(faces, dilate(crop_masks, generator))
 
 
 @torch.no_grad()
@@ -237,7 +237,7 @@ def evaluate_vision_encoder(
     errors = []
     for chunk in np.array_split(rows, max(1, len(rows) // 64)):
         images, masks, landmarks = load_faces(data, chunk, device)
-        faces = crop_faces(images, masks, landmarks, vision_encoder.img_size)
+        faces = crop_gray_faces(images, masks, landmarks, vision_encoder.img_size)
         targets = torch.from_numpy(data.vectors[chunk][:, FACIAL_COLUMNS]).to(device)
         embedding, hidden = vision_encoder(vision_encoder.prepare(faces))
         predictions = [heads["facial"](embedding), *heads["levels"](hidden)]
