@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.identity.extractor import FaceEmbeddingExtractor
 from openpulid.mini.data import FaceFeatures, Latents, cache_folder, load_faces
 from openpulid.mini.train.baselines import Baseline, Features
 from openpulid.mini.train.build_context import BuildContext
-from openpulid.mini.train.clip import normalize_for_clip
 from openpulid.mini.train.face_latent_data import FaceLatentRows
 from openpulid.mini.train.portraits import Portraits, load_features
 from openpulid.mini.train.sheet import draw_sheet
